@@ -1,0 +1,176 @@
+"""The closed family of errors: what a client is told (`Problem`), and what goes wrong in here (`Fault`).
+
+A denial is a `Problem` returned as a value. A `Fault` is an exception that carries one, with the source it came from, so
+that nobody has to guess whom to blame. The codes are a promise to users: docs/errors.md lists them.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+from msgspec import Struct
+
+MAX_RETRY_AFTER_S = 60.0  # the OpenAI SDKs sleep as told up to a minute and ignore what is longer
+
+
+class Source(StrEnum):
+    """Who caused a fault."""
+
+    CLIENT = "client"
+    UPSTREAM = "upstream"
+    GATEWAY = "gateway"
+
+
+class Detail(Struct, frozen=True):
+    """One thing wrong with one field of a request."""
+
+    type: str
+    loc: tuple[str | int, ...]
+    msg: str
+
+
+class Problem(Struct, frozen=True):
+    """What a client is told. `retry_after_s` is exact, in seconds; `may_have_run` says that a retry could pay twice."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    details: tuple[Detail, ...] = ()
+    retry_after_s: float | None = None
+    provider_error: Any = None
+    may_have_run: bool = False
+
+    @property
+    def type(self) -> str:
+        """OpenAI's word for the kind of error, which their SDKs show beside the code."""
+        return _TYPES.get(self.status, "api_error")
+
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "insufficient_quota",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+class Fault(Exception):
+    """Something broke. `source` says whose side; `problem` is what the client hears of it."""
+
+    def __init__(self, source: Source, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.source = source
+        self.problem = problem
+
+
+class UpstreamFault(Fault):
+    """A provider failed. `safe_to_repeat`: not one byte of the request can have been acted on."""
+
+    def __init__(self, problem: Problem, *, safe_to_repeat: bool) -> None:
+        super().__init__(Source.UPSTREAM, problem)
+        self.safe_to_repeat = safe_to_repeat
+
+
+def unauthorized(message: str) -> Problem:
+    """401: a key that is missing, malformed, unknown, revoked or expired."""
+    return Problem(401, "unauthorized", message)
+
+
+def forbidden(message: str, param: str | None = None) -> Problem:
+    """403: a suspended key or account, or something that this key may not use."""
+    return Problem(403, "forbidden", message, param)
+
+
+def insufficient_credits(message: str) -> Problem:
+    """402: the hold doesn't fit what the account has left."""
+    return Problem(402, "insufficient_credits", message)
+
+
+def spend_limit_exceeded(message: str) -> Problem:
+    """402: a budget of the key or the session is spent."""
+    return Problem(402, "spend_limit_exceeded", message)
+
+
+def model_not_found(model: str) -> Problem:
+    """404: no such model here."""
+    return Problem(404, "model_not_found", f"The model `{model[:128]}` does not exist or is not served here.", "model")
+
+
+def template_not_found(name: str) -> Problem:
+    """404: no such template among the account's own and the global ones."""
+    return Problem(404, "template_not_found", f"There is no template `{name[:128]}`.", "template")
+
+
+def not_found(message: str) -> Problem:
+    """404: no such path or thing."""
+    return Problem(404, "not_found", message)
+
+
+def method_not_allowed(message: str) -> Problem:
+    """405"""
+    return Problem(405, "method_not_allowed", message)
+
+
+def idempotency_conflict() -> Problem:
+    """409: one Idempotency-Key, two bodies."""
+    return Problem(409, "idempotency_conflict", "This Idempotency-Key was used before with another request body.")
+
+
+def request_too_large(limit_bytes: int) -> Problem:
+    """413"""
+    return Problem(413, "request_too_large", f"The request body is larger than {limit_bytes} bytes.")
+
+
+def unsupported_media_type(message: str) -> Problem:
+    """415"""
+    return Problem(415, "unsupported_media_type", message)
+
+
+def invalid(message: str, *details: Detail, param: str | None = None, provider_error: Any = None) -> Problem:
+    """422: the request can't be understood, here or by the provider."""
+    return Problem(422, "validation_error", message, param, details, provider_error=provider_error)
+
+
+def rate_limit_exceeded(message: str, retry_after_s: float) -> Problem:
+    """429: a bucket is empty for `retry_after_s` more seconds."""
+    return Problem(429, "rate_limit_exceeded", message, retry_after_s=retry_after_s)
+
+
+def upstream_error(message: str, *, may_have_run: bool, provider_error: Any = None) -> Problem:
+    """502: the provider refused, reset, failed or talked nonsense."""
+    return Problem(502, "upstream_error", message, provider_error=provider_error, may_have_run=may_have_run)
+
+
+def provider_not_available(message: str, retry_after_s: float) -> Problem:
+    """503: every attempt's breaker is open, or the provider says 429."""
+    return Problem(503, "provider_not_available", message, retry_after_s=retry_after_s)
+
+
+def overloaded(message: str, retry_after_s: float = 1.0) -> Problem:
+    """503: too many requests in flight here, or this instance is draining."""
+    return Problem(503, "overloaded", message, retry_after_s=retry_after_s)
+
+
+def ledger_unavailable(retry_after_s: float = 1.0) -> Problem:
+    """503: Redis is lost, so nothing can be admitted."""
+    return Problem(503, "ledger_unavailable", "The ledger can't be reached.", retry_after_s=retry_after_s)
+
+
+def gateway_timeout(message: str, *, may_have_run: bool) -> Problem:
+    """504: the provider took too long to connect, to begin or to go on."""
+    return Problem(504, "gateway_timeout", message, may_have_run=may_have_run)
+
+
+def internal_error() -> Problem:
+    """500: our own fault. There should be none."""
+    return Problem(
+        500, "internal_error", "The gateway failed. The request id finds the reason in its log.", may_have_run=True
+    )

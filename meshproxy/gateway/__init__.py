@@ -1,0 +1,1 @@
+"""The pipeline: authenticate, resolve, admit, attempt, relay, settle. Knows no aiohttp and no redis."""

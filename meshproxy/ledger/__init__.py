@@ -1,0 +1,1 @@
+"""Redis: admission, settlement, and the directory of keys and templates."""

@@ -1,0 +1,27 @@
+"""Money: integers of nano-USD inside, decimal strings at the edges. No float ever touches an amount."""
+
+import re
+
+NUSD_PER_USD = 1_000_000_000
+MAX_NUSD = 9_000_000 * NUSD_PER_USD  # below 2**53, so a Lua number holds any amount exactly
+
+_DECIMAL = re.compile(r"(-?)(\d{1,12})(?:\.(\d{1,9}))?", re.ASCII)
+
+
+def parse_usd(text: str) -> int:
+    """Nano-USD of a decimal string such as `25.00`; ValueError for anything else, exponents and signs of `+` included."""
+    match = _DECIMAL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a decimal amount in USD with at most 9 decimals")
+    sign, whole, fraction = match.groups()
+    amount = int(whole) * NUSD_PER_USD + int((fraction or "").ljust(9, "0"))
+    if amount > MAX_NUSD:
+        raise ValueError(f"{text!r} is more than {MAX_NUSD // NUSD_PER_USD} USD")
+    return -amount if sign else amount
+
+
+def format_usd(amount_nusd: int) -> str:
+    """The decimal string of an amount in nano-USD: at least two decimals, at most nine, no trailing zeros past two."""
+    whole, fraction = divmod(abs(amount_nusd), NUSD_PER_USD)
+    digits = f"{fraction:09d}".rstrip("0").ljust(2, "0")
+    return f"{'-' if amount_nusd < 0 else ''}{whole}.{digits}"

@@ -1,0 +1,1 @@
+"""aiohttp's server side: handlers, the error envelope, admin pages, workers."""
