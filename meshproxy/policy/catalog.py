@@ -1,0 +1,172 @@
+"""Which provider is asked for a model, in which order, and which of them has served.
+
+Built once for each configuration. A model's routes are tried in order; neighbours that carry a weight are equals, and change
+places by it. `models`, the client's fallbacks, is walked here, but for an upstream of kind `openrouter`, which does so itself.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from meshproxy.config import Model, Route, Settings
+from meshproxy.errors import Fault, Source, model_not_found
+from meshproxy.policy.pricing import Price, price_of
+
+MAX_ATTEMPTS = 16  # of one request, however many routes and fallbacks it has
+
+# gpt-4o-2024-08-06, claude-3-5-sonnet-20241022, gpt-4-0613: providers answer with the dated name of what they serve
+_DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
+
+
+class Attempt(Struct, frozen=True):
+    """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
+    it walks itself, in order, each with the price that is due if it is the one that serves.
+    """
+
+    upstream: str
+    kind: str
+    upstream_model: str
+    model: str
+    context_window: int
+    max_output_tokens: int
+    price: Price
+    natives: tuple["Attempt", ...] = ()
+
+    @property
+    def native_models(self) -> tuple[str, ...]:
+        """The `models` to send upstream, in its own names, without the attempt's own model."""
+        return tuple(native.upstream_model for native in self.natives)
+
+
+class Entry(Struct, frozen=True):
+    """A model of the catalogue. `groups` are its attempts in order with their weights; a group of more than one are equals.
+    `fixed` is the order when there are no equals.
+    """
+
+    id: str
+    context_window: int
+    max_output_tokens: int
+    price: Price
+    groups: tuple[tuple[tuple[Attempt, int], ...], ...]
+    fixed: tuple[Attempt, ...] | None
+
+    def walk(self, spin: float) -> tuple[Attempt, ...]:
+        """The attempts in the order that `spin`, in [0, 1), gives to equals."""
+        if self.fixed is not None:
+            return self.fixed
+        return tuple(attempt for group in self.groups for attempt in _drawn(group, spin))
+
+    def through(self, upstream: str) -> Attempt | None:
+        """The first attempt that goes through this upstream."""
+        return next((attempt for group in self.groups for attempt, _ in group if attempt.upstream == upstream), None)
+
+
+class Catalog:
+    """The models of one configuration."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._entries = {name: _entry(name, model, settings) for name, model in settings.models.items()}
+
+    @property
+    def ids(self) -> list[str]:
+        """Every model's id, as configured."""
+        return list(self._entries)
+
+    def model(self, name: str) -> Entry | None:
+        """One model, or None if there is no such."""
+        return self._entries.get(name)
+
+    def attempts(self, model: str, fallbacks: Sequence[str] = (), *, spin: float) -> tuple[Attempt, ...]:
+        """Whom to ask, in order; at most MAX_ATTEMPTS. `spin` in [0, 1) decides among equals.
+
+        Fault `model_not_found` if `model` or a fallback isn't in the catalogue.
+        """
+        entry = self._known(model)
+        if not fallbacks:
+            return entry.walk(spin)[:MAX_ATTEMPTS]
+        return _with_fallbacks([self._known(name) for name in dict.fromkeys((model, *fallbacks))], spin)
+
+    def _known(self, name: str) -> Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise Fault(Source.CLIENT, model_not_found(name))
+        return entry
+
+
+def served(attempt: Attempt, reported_model: str | None) -> Attempt:
+    """What has served, and is billed: the native fallback that the reply's `model` names, exactly or with a date; else the
+    attempt itself.
+    """
+    if not attempt.natives or reported_model is None:
+        return attempt
+    candidates = (attempt, *attempt.natives)
+    exact = (candidate for candidate in candidates if reported_model == candidate.upstream_model)
+    dated = (candidate for candidate in candidates if _is_dated(reported_model, candidate.upstream_model))
+    return next(exact, None) or next(dated, attempt)
+
+
+def _is_dated(reported: str, name: str) -> bool:
+    return reported.startswith(name) and _DATED.fullmatch(reported, len(name)) is not None
+
+
+def _entry(name: str, model: Model, settings: Settings) -> Entry:
+    price = price_of(model)
+
+    def attempt(route: Route) -> Attempt:
+        kind = settings.upstreams[route.upstream].kind
+        return Attempt(route.upstream, kind, route.model, name, model.context_window, model.max_output_tokens, price)
+
+    groups = tuple(tuple((attempt(route), route.weight or 1) for route in group) for group in _groups(model.upstreams))
+    fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0][0] for group in groups)
+    return Entry(name, model.context_window, model.max_output_tokens, price, groups, fixed)
+
+
+def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:
+    """Weighted neighbours together, every other route alone."""
+    for weighted, neighbours in groupby(routes, key=lambda route: route.weight is not None):
+        if weighted:
+            yield list(neighbours)
+        else:
+            yield from ([route] for route in neighbours)
+
+
+def _drawn(group: Sequence[tuple[Attempt, int]], spin: float) -> Iterable[Attempt]:
+    """The group in an order drawn by weight without replacement. One random number is enough: what it says beyond the choice
+    of the first is uniform again, and chooses the second.
+    """
+    rest = list(group)
+    while len(rest) > 1:
+        point = spin * sum(weight for _, weight in rest)
+        index = 0
+        while index < len(rest) - 1 and point >= rest[index][1]:
+            point -= rest[index][1]
+            index += 1
+        chosen, weight = rest.pop(index)
+        spin = point / weight
+        yield chosen
+    yield rest[0][0]
+
+
+def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Attempt, ...]:
+    """The attempts of each entry in turn. An openrouter upstream is asked once for all that it serves: the first attempt there
+    carries the later entries' models, and their own attempts there are left out.
+    """
+    attempts: list[Attempt] = []
+    covered: set[tuple[str, str]] = set()
+    for position, entry in enumerate(entries):
+        for attempt in entry.walk(spin):
+            if (attempt.upstream, attempt.model) in covered:
+                continue
+            natives = _natives(attempt, entries[position + 1 :])
+            covered.update((native.upstream, native.model) for native in natives)
+            attempts.append(replace(attempt, natives=natives) if natives else attempt)
+    return tuple(attempts[:MAX_ATTEMPTS])
+
+
+def _natives(attempt: Attempt, later: Iterable[Entry]) -> tuple[Attempt, ...]:
+    if attempt.kind != "openrouter":
+        return ()
+    return tuple(native for entry in later if (native := entry.through(attempt.upstream)) is not None)

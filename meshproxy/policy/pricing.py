@@ -1,0 +1,102 @@
+"""What tokens cost: integers of nano-USD, rounded up once, at the end. And which of a provider's numbers can be true."""
+
+from msgspec import Struct
+
+from meshproxy.config import Model
+from meshproxy.money import parse_usd
+from meshproxy.wire.usage import Usage
+
+TOKENS_PER_PRICE = 1_000_000  # prices are quoted for a million tokens
+PREAMBLE_TOKENS = 1024  # what a provider's chat template may put before the client's own messages
+
+
+class Price(Struct, frozen=True):
+    """A model's prices, each in nano-USD per million tokens."""
+
+    input: int
+    output: int
+    cached: int
+    cache_write: int
+    reasoning: int
+    audio_input: int
+    audio_output: int
+
+
+def price_of(model: Model) -> Price:
+    """The prices of a configured model; a part that has none of its own costs what its whole costs."""
+    whole_input, whole_output = parse_usd(model.input_usd_per_mtok), parse_usd(model.output_usd_per_mtok)
+    return Price(
+        input=whole_input,
+        output=whole_output,
+        cached=_own(model.cached_input_usd_per_mtok, whole_input),
+        cache_write=_own(model.cache_write_usd_per_mtok, whole_input),
+        reasoning=_own(model.reasoning_usd_per_mtok, whole_output),
+        audio_input=_own(model.audio_input_usd_per_mtok, whole_input),
+        audio_output=_own(model.audio_output_usd_per_mtok, whole_output),
+    )
+
+
+def cost(price: Price, usage: Usage) -> int:
+    """Nano-USD of a usage. Each part is billed at its own price and taken out of its whole, and no part can be more than what
+    the parts before it left, so overlapping parts are never billed twice.
+    """
+    prompt = _split(
+        usage.prompt,
+        price.input,
+        (usage.cached, price.cached),
+        (usage.cache_write, price.cache_write),
+        (usage.audio_prompt, price.audio_input),
+    )
+    completion = _split(
+        usage.completion,
+        price.output,
+        (usage.reasoning, price.reasoning),
+        (usage.audio_completion, price.audio_output),
+    )
+    return _rounded_up(prompt + completion)
+
+
+def hold_amount(price: Price, prompt_tokens: int, output_tokens: int) -> int:
+    """Nano-USD that no usage of at most these tokens can exceed: every token at the dearest price it may turn out to have."""
+    dearest_prompt = max(price.input, price.cached, price.cache_write, price.audio_input)
+    dearest_output = max(price.output, price.reasoning, price.audio_output)
+    return _rounded_up(prompt_tokens * dearest_prompt + output_tokens * dearest_output)
+
+
+def believable(usage: Usage, *, prompt_bytes: int | None, context_window: int, output_cap: int) -> bool:
+    """Whether a provider's report can be true; what can't is refused and estimated.
+
+    The rule: no count is negative, no part is more than its whole, the prompt fits `context_window`, the completion fits
+    `output_cap` (all choices together). `prompt_bytes` is the size of messages and tools as JSON, None where they carry images,
+    audio or files or a provider may have rewritten them: byte-level BPE, which has a token for every single byte (Radford et al.,
+    "Language Models are Unsupervised Multitask Learners", 2.2), never makes more tokens than bytes, and a message's own framing,
+    at most some 16 tokens, is paid for by the 16 bytes of `{"role":"user"},` that JSON needs for it.
+    """
+    return (
+        _fits(usage.prompt, usage.cached, usage.cache_write, usage.audio_prompt)
+        and _fits(usage.completion, usage.reasoning, usage.audio_completion)
+        and usage.prompt <= context_window
+        and usage.completion <= output_cap
+        and (prompt_bytes is None or usage.prompt <= prompt_bytes + PREAMBLE_TOKENS)
+    )
+
+
+def _own(usd: str | None, whole: int) -> int:
+    return whole if usd is None else parse_usd(usd)
+
+
+def _split(whole: int, price: int, *parts: tuple[int, int]) -> int:
+    total = 0
+    for tokens, part_price in parts:
+        part = min(tokens, whole)
+        total += part * part_price
+        whole -= part
+    return total + whole * price
+
+
+def _rounded_up(millionths_nusd: int) -> int:
+    return -(-millionths_nusd // TOKENS_PER_PRICE)
+
+
+def _fits(whole: int, *parts: int) -> bool:
+    return all(0 <= part <= whole for part in parts)

@@ -1,0 +1,178 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy.config import parse
+from meshproxy.errors import Fault, Source, model_not_found
+from meshproxy.policy.catalog import MAX_ATTEMPTS, Catalog, served
+
+UPSTREAMS = """
+[upstreams.openai]
+kind = "openai"
+base_url = "https://api.openai.com/v1"
+[upstreams.vllm]
+kind = "openai"
+base_url = "http://vllm:8000/v1"
+[upstreams.router]
+kind = "openrouter"
+base_url = "https://openrouter.ai/api/v1"
+[upstreams.router2]
+kind = "openrouter"
+base_url = "https://openrouter.ai/api/v1"
+"""
+
+
+def catalog(models):
+    """A catalogue of `{id: [(upstream, model), (upstream, model, weight), ...]}`."""
+    text = UPSTREAMS
+    for position, (name, routes) in enumerate(models.items(), start=1):
+        tables = [
+            f'{{ upstream = "{route[0]}", model = "{route[1]}"' + (f", weight = {route[2]} }}" if route[2:] else " }")
+            for route in routes
+        ]
+        text += (
+            f'[models."{name}"]\nupstreams = [{", ".join(tables)}]\n'
+            f'input_usd_per_mtok = "{position}"\noutput_usd_per_mtok = "{position}"\n'
+        )
+    return Catalog(parse(text))
+
+
+def asked(attempts):
+    """The attempts, short: where, under which name, with which natives."""
+    return [(attempt.upstream, attempt.upstream_model, *attempt.native_models) for attempt in attempts]
+
+
+A = {"a/one": [("openai", "one"), ("vllm", "one-local")]}
+ROUTED = {
+    "a/one": [("router", "or/one"), ("vllm", "one")],
+    "b/two": [("openai", "two"), ("router", "or/two")],
+    "c/three": [("vllm", "three")],
+}
+
+
+def test_routes_are_tried_in_order():
+    assert [("openai", "one"), ("vllm", "one-local")] == asked(catalog(A).attempts("a/one", spin=0.0))
+
+
+def test_an_attempt_knows_all_that_its_model_is():
+    attempt = catalog(ROUTED).attempts("b/two", spin=0.0)[1]
+    actual = (attempt.kind, attempt.model, attempt.context_window, attempt.max_output_tokens, attempt.price.input)
+    assert ("openrouter", "b/two", 128_000, 16_384, 2_000_000_000) == actual
+
+
+def test_ids_are_whole_with_their_slashes():
+    models = catalog(ROUTED)
+    assert (["a/one", "b/two", "c/three"], "b/two", None) == (models.ids, models.model("b/two").id, models.model("two"))
+
+
+@pytest.mark.parametrize("model, fallbacks, missing", [("x/y", (), "x/y"), ("a/one", ("a/one", "x/y"), "x/y")])
+def test_an_unknown_model_is_named(model, fallbacks, missing):
+    with pytest.raises(Fault) as caught:
+        catalog(A).attempts(model, fallbacks, spin=0.0)
+    assert (Source.CLIENT, model_not_found(missing)) == (caught.value.source, caught.value.problem)
+
+
+@pytest.mark.parametrize(
+    "spin, expected",
+    [
+        (0.0, ["w1", "w3"]),
+        (0.249, ["w1", "w3"]),
+        (0.25, ["w3", "w1"]),
+        (0.999999, ["w3", "w1"]),
+    ],
+)
+def test_weights_balance_neighbours(spin, expected):
+    models = catalog({"m": [("openai", "first"), ("openai", "w1", 1), ("vllm", "w3", 3), ("vllm", "last")]})
+    names = [attempt.upstream_model for attempt in models.attempts("m", spin=spin)]
+    assert ["first", *expected, "last"] == names
+
+
+def test_weighted_routes_apart_are_no_neighbours():
+    models = catalog({"m": [("openai", "a", 1), ("openai", "b"), ("vllm", "c", 9)]})
+    assert ["a", "b", "c"] == [attempt.upstream_model for attempt in models.attempts("m", spin=0.99)]
+
+
+def test_the_draw_is_by_weight_at_every_place():
+    models = catalog({"m": [("openai", "a", 1), ("openai", "b", 2), ("openai", "c", 3)]})
+    orders = Counter(
+        "".join(attempt.upstream_model for attempt in models.attempts("m", spin=step / 6000)) for step in range(6000)
+    )
+    expected = {"abc": 400, "acb": 600, "bac": 500, "bca": 1500, "cab": 1000, "cba": 2000}
+    assert expected == {order: round(count, -2) for order, count in orders.items()}
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
+def test_every_route_is_drawn_once_whatever_the_spin(weights, spin):
+    models = catalog({"m": [("openai", str(index), weight) for index, weight in enumerate(weights)]})
+    drawn = sorted(attempt.upstream_model for attempt in models.attempts("m", spin=spin))
+    assert [str(index) for index in range(len(weights))] == drawn
+
+
+def test_fallbacks_are_walked_after_the_models_own_routes():
+    models = catalog({**A, "b/two": [("openai", "two")]})
+    expected = [("openai", "one"), ("vllm", "one-local"), ("openai", "two")]
+    assert expected == asked(models.attempts("a/one", ("b/two", "a/one", "b/two"), spin=0.0))
+
+
+def test_openrouter_gets_the_fallbacks_it_serves_in_its_own_names():
+    attempts = catalog(ROUTED).attempts("a/one", ("b/two", "c/three"), spin=0.0)
+    assert [("router", "or/one", "or/two"), ("vllm", "one"), ("openai", "two"), ("vllm", "three")] == asked(attempts)
+
+
+def test_openrouter_is_asked_for_what_comes_after_it_alone():
+    attempts = catalog(ROUTED).attempts("c/three", ("b/two", "a/one"), spin=0.0)
+    assert [("vllm", "three"), ("openai", "two"), ("router", "or/two", "or/one"), ("vllm", "one")] == asked(attempts)
+
+
+def test_two_openrouter_upstreams_are_asked_each():
+    models = catalog({"a": [("router", "a"), ("router2", "a")], "b": [("router", "b"), ("router2", "b")]})
+    assert [("router", "a", "b"), ("router2", "a", "b")] == asked(models.attempts("a", ("b",), spin=0.0))
+
+
+def test_without_fallbacks_nothing_is_native():
+    assert [("router", "or/one"), ("vllm", "one")] == asked(catalog(ROUTED).attempts("a/one", spin=0.0))
+
+
+def test_attempts_have_a_maximum():
+    models = catalog({"a": [("openai", str(index)) for index in range(12)], "b": [("vllm", "b")] * 12})
+    assert (12, MAX_ATTEMPTS) == (len(models.attempts("a", spin=0.0)), len(models.attempts("a", ("b",), spin=0.0)))
+
+
+@pytest.mark.parametrize(
+    "reported, expected",
+    [
+        ("or/one", "a/one"),
+        ("or/two", "b/two"),
+        ("or/two-2024-08-06", "b/two"),
+        ("or/two-20240806", "b/two"),
+        ("or/two-0806", "b/two"),
+        ("or/one-2024-08-06", "a/one"),
+        ("or/two-mini", "a/one"),
+        ("or/two-2024-08-06-x", "a/one"),
+        ("or/two-\u0662\u0660\u0662\u0664", "a/one"),
+        ("b/two", "a/one"),
+        ("", "a/one"),
+        (None, "a/one"),
+    ],
+)
+def test_the_served_model_is_billed(reported, expected):
+    attempt = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
+    assert expected == served(attempt, reported).model
+
+
+def test_the_served_models_price_is_its_own():
+    attempt = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
+    assert served(attempt, "or/two").price.input == 2_000_000_000
+
+
+def test_an_exact_name_goes_before_a_dated_one():
+    models = catalog({"a": [("router", "gpt-4")], "b": [("router", "gpt-4-1106")]})
+    attempt = models.attempts("a", ("b",), spin=0.0)[0]
+    assert ("b", "a") == (served(attempt, "gpt-4-1106").model, served(attempt, "gpt-4-0613").model)
+
+
+def test_a_provider_without_fallbacks_cannot_choose_the_price():
+    attempt = catalog(ROUTED).attempts("c/three", ("a/one",), spin=0.0)[0]
+    assert attempt is served(attempt, "or/one")
