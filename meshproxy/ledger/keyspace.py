@@ -20,19 +20,28 @@ class AccountKeys:
         return self._root + "credit"
 
     @property
+    def held(self) -> str:
+        """Hash: what each key and session with a budget holds (nano-USD): `key:ID`, `session:NAME`."""
+        return self._root + "held"
+
+    @property
     def holds(self) -> str:
         """Hash: hold id to its packed record."""
         return self._root + "holds"
 
     @property
     def deadlines(self) -> str:
-        """Sorted set: hold id by deadline (ms)."""
+        """Sorted set: hold id by deadline (ms): of a hold, its release; of an abandoned one, when it is forgotten."""
         return self._root + "deadlines"
 
     @property
     def abandoned(self) -> str:
         """Hash: holds released at their deadline, kept for a late settlement."""
         return self._root + "abandoned"
+
+    def unheld(self, hold_id: str) -> str:
+        """String: marks the settlement of a request that was admitted without Redis, so that it is charged once."""
+        return f"{self._root}unheld:{hold_id}"
 
     @property
     def bucket(self) -> str:

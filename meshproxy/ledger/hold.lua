@@ -1,0 +1,62 @@
+-- A hold's record: 'AMOUNT TOKENS STARTED_MS KEY_RATE ACCOUNT_RATE BUDGETS KEY SESSION'. The rates are those of the token
+-- buckets that were debited (-1: none); BUDGETS is two digits, whether the key and the session have one. Needs clock.
+-- KEYS 1 to 6 of every script: credit, held, holds, deadlines, abandoned, usage.
+local ABANDONED_KEPT_MS = 7 * 86400000
+local RELEASED_A_CALL = 100
+
+local function pack_hold(hold)
+  return table.concat({
+    whole(hold.amount), whole(hold.tokens), whole(hold.started_ms), whole(hold.key_rate), whole(hold.account_rate),
+    hold.key_budget .. hold.session_budget, hold.key, hold.session,
+  }, ' ')
+end
+
+local function parse_hold(record)
+  local amount, tokens, started_ms, key_rate, account_rate, key_budget, session_budget, key, session =
+    string.match(record, '^(%d+) (%d+) (%d+) (%-?%d+) (%-?%d+) (%d)(%d) (%S*) (.*)$')
+  return {
+    amount = tonumber(amount), tokens = tonumber(tokens), started_ms = tonumber(started_ms),
+    key_rate = tonumber(key_rate), account_rate = tonumber(account_rate),
+    key_budget = key_budget, session_budget = session_budget, key = key, session = session,
+  }
+end
+
+local function add_held(field, amount)
+  if redis.call('HINCRBY', KEYS[2], field, whole(amount)) <= 0 then
+    redis.call('HDEL', KEYS[2], field)
+  end
+end
+
+-- Holds `amount` more for the account, and for the key and the session where they have budgets; less if negative.
+local function hold_credit(hold, amount)
+  if amount == 0 then return end
+  redis.call('HINCRBY', KEYS[1], 'held', whole(amount))
+  if hold.key_budget == '1' then add_held('key:' .. hold.key, amount) end
+  if hold.session_budget == '1' then add_held('session:' .. hold.session, amount) end
+end
+
+local function abandon(id, record)
+  local hold = parse_hold(record)
+  redis.call('HDEL', KEYS[3], id)
+  hold_credit(hold, -hold.amount)
+  redis.call('HSET', KEYS[5], id, record)
+  redis.call('ZADD', KEYS[4], whole(now_ms + ABANDONED_KEPT_MS), id)
+  redis.call('XADD', KEYS[6], '*', 'event', 'abandoned', 'hold_id', id, 'key', hold.key, 'session', hold.session,
+    'held_nusd', whole(hold.amount), 'tokens', whole(hold.tokens), 'started_ms', whole(hold.started_ms),
+    'abandoned_ms', whole(now_ms))
+end
+
+-- Gives back the credit of holds whose deadline has passed; of their tokens, nothing. The record is kept for a late
+-- settlement, under a second deadline at which it is forgotten.
+local function release_expired()
+  local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', whole(now_ms), 'LIMIT', 0, RELEASED_A_CALL)
+  for _, id in ipairs(due) do
+    local record = redis.call('HGET', KEYS[3], id)
+    if record then
+      abandon(id, record)
+    else
+      redis.call('ZREM', KEYS[4], id)
+      redis.call('HDEL', KEYS[5], id)
+    end
+  end
+end

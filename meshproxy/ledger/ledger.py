@@ -1,0 +1,236 @@
+"""The ledger: credit and buckets in two phases. A request is admitted with a hold, renews it while it runs, and is settled
+once, whatever becomes of it. Each step is one script, one round trip, and atomic; docs/ledger.md tells the model.
+
+A denial is a value. What Redis does wrong arrives as the Store's Fault.
+"""
+
+import time
+from collections.abc import Sequence
+
+from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.records import (
+    NO_BUDGETS,
+    NO_LIMITS,
+    Admitted,
+    Ask,
+    Balance,
+    BucketState,
+    Denied,
+    Kind,
+    Scope,
+    Settlement,
+    Spend,
+)
+from meshproxy.ledger.scripts import Script
+from meshproxy.ledger.store import Argument, Store
+from meshproxy.money import MAX_NUSD
+from meshproxy.policy.principal import Budgets, Limits
+
+USAGE_EVENTS_KEPT = 1_000_000
+
+_NO_LIMIT = -1
+_ADMITTED, _NO_CREDIT, _OVER_BUDGET, _RATE_LIMITED = range(4)  # outcomes of admit.lua and renew.lua; 4 is gone
+_BUDGETS = (
+    "key total budget",
+    "key daily budget",
+    "key monthly budget",
+    "session total budget",
+    "session daily budget",
+    "session monthly budget",
+)
+_BUCKETS = ("key requests", "key tokens", "account requests", "account tokens")
+
+
+class Ledger:
+    """Holds, settlements and balances of every account over one store. `usage_events_kept` bounds each account's usage
+    stream, roughly (XADD MAXLEN ~).
+    """
+
+    def __init__(self, store: Store, *, usage_events_kept: int = USAGE_EVENTS_KEPT) -> None:
+        self._store = store
+        self._usage_events_kept = usage_events_kept
+        self._admit = Script.load("admit")
+        self._renew = Script.load("renew")
+        self._settle = Script.load("settle")
+        self._grant = Script.load("grant")
+        self._balance = Script.load("balance")
+
+    async def admit(self, ask: Ask) -> Admitted | Denied:
+        """Hold credit for a request and debit its buckets, or say why not. Safe to repeat with the same hold id."""
+        least = ask.amount_nusd if ask.amount_min_nusd is None else ask.amount_min_nusd
+        args: list[Argument] = [
+            ask.hold_id,
+            ask.ttl_ms,
+            ask.amount_nusd,
+            least,
+            int(ask.strict),
+            ask.tokens,
+            ask.key_id,
+            ask.session or "",
+            *_rates(ask.key_limits),
+            *_rates(ask.account_limits),
+            *_amounts(ask.budgets),
+            *_session_amounts(ask),
+        ]
+        reply = await self._store.run(self._admit, _hold_keys(ask), args)
+        buckets = _buckets(reply, 5, ask.key_limits, ask.account_limits)
+        if reply[0] == _ADMITTED:
+            return Admitted(ask, reply[1], reply[2], buckets)
+        return _denied(reply, buckets)
+
+    async def renew(
+        self,
+        hold: Admitted,
+        *,
+        amount_nusd: int,
+        tokens: int | None = None,
+        ttl_ms: int | None = None,
+        enforce_tokens: bool = False,
+    ) -> Admitted | Denied:
+        """Raise a hold to a new total of credit and tokens (never lower it), and put its deadline `ttl_ms` from now; None is
+        as it was asked for. Denied: it stays as it was, with the new deadline. Tokens are debited into debt unless enforced.
+        """
+        ask = hold.ask
+        args: list[Argument] = [
+            ask.hold_id,
+            ask.ttl_ms if ttl_ms is None else ttl_ms,
+            amount_nusd,
+            ask.tokens if tokens is None else tokens,
+            int(ask.strict),
+            int(enforce_tokens),
+            *_amounts(ask.budgets),
+            *_session_amounts(ask),
+        ]
+        reply = await self._store.run(self._renew, _hold_keys(ask), args)
+        if reply[0] == _ADMITTED:
+            return Admitted(ask, reply[1], reply[2], hold.buckets)
+        return _denied(reply, ())
+
+    async def settle(self, settlement: Settlement) -> bool:
+        """Charge what a request cost, once. False: settled before, or never admitted; nothing was charged now."""
+        if settlement.cost_nusd < 0:
+            raise ValueError(f"{settlement.hold_id}: a cost of {settlement.cost_nusd} nano-USD would be a gift")
+        usage = settlement.usage
+        args: list[Argument] = [
+            settlement.hold_id,
+            int(settlement.unheld),
+            self._usage_events_kept,
+            settlement.cost_nusd,
+            settlement.request_id,
+            settlement.key_id,
+            settlement.account,
+            settlement.session or "",
+            settlement.model,
+            settlement.upstream,
+            usage.prompt,
+            usage.completion,
+            usage.cached,
+            usage.cache_write,
+            usage.reasoning,
+            usage.audio_prompt,
+            usage.audio_completion,
+            settlement.usage_source,
+            settlement.outcome,
+            settlement.price,
+            settlement.started_ms,
+        ]
+        return bool(await self._store.run(self._settle, _settlement_keys(settlement), args))
+
+    async def grant(self, account: str, amount_nusd: int, note: str = "") -> int:
+        """Grant credit, or take some back with a negative amount; the new balance. ValueError past what a balance may be."""
+        keys = AccountKeys(account)
+        done, balance = await self._store.run(self._grant, [keys.credit, keys.usage], [amount_nusd, note, MAX_NUSD])
+        if not done:
+            raise ValueError(f"{account}: a balance of {balance} nano-USD can't be moved by {amount_nusd}")
+        return int(balance)
+
+    async def balance(
+        self,
+        account: str,
+        key_id: str | None = None,
+        *,
+        key_limits: Limits = NO_LIMITS,
+        account_limits: Limits = NO_LIMITS,
+    ) -> Balance:
+        """An account's credit after expired holds are released; with a key, its spend and the state of every bucket."""
+        names = AccountKeys(account)
+        keys = [*_books(names), names.bucket]
+        if key_id is not None:
+            keys += [names.key_bucket(key_id), names.key_spend(key_id)]
+        reply = await self._store.run(self._balance, keys, [*_rates(account_limits), *_rates(key_limits)])
+        balance, held, granted, settled, *spend = map(int, reply[:7])
+        return Balance(balance, held, granted, settled, Spend(*spend), _buckets(reply, 7, key_limits, account_limits))
+
+
+def _books(keys: AccountKeys) -> list[str]:
+    """The six keys that every script with holds begins with (hold.lua)."""
+    return [keys.credit, keys.held, keys.holds, keys.deadlines, keys.abandoned, keys.usage]
+
+
+def _hold_keys(ask: Ask) -> list[str]:
+    names = AccountKeys(ask.account)
+    keys = [*_books(names), names.bucket, names.key_bucket(ask.key_id), names.key_spend(ask.key_id)]
+    if ask.session is not None:
+        keys.append(names.session_spend(ask.session))
+    return keys
+
+
+def _settlement_keys(settlement: Settlement) -> list[str]:
+    names = AccountKeys(settlement.account)
+    key_id = settlement.key_id
+    hour = time.strftime("%Y-%m-%dT%H", time.gmtime(settlement.started_ms // 1000))
+    keys = [*_books(names), names.bucket, names.key_bucket(key_id), names.key_spend(key_id)]
+    keys += [names.hour(hour), names.unheld(settlement.hold_id)]
+    if settlement.session is not None:
+        keys.append(names.session_spend(settlement.session))
+    return keys
+
+
+def _rates(limits: Limits) -> tuple[int, int, int]:
+    """Requests a minute, burst and tokens a minute, as scripts want them."""
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    if requests is None:
+        return _NO_LIMIT, _NO_LIMIT, _NO_LIMIT if tokens is None else tokens
+    burst = requests if limits.burst is None else limits.burst
+    return requests, burst, _NO_LIMIT if tokens is None else tokens
+
+
+def _amounts(budgets: Budgets) -> tuple[int, int, int]:
+    if budgets is NO_BUDGETS:
+        return _NO_LIMIT, _NO_LIMIT, _NO_LIMIT
+    total, daily, monthly = budgets.total_nusd, budgets.daily_nusd, budgets.monthly_nusd
+    return (
+        _NO_LIMIT if total is None else total,
+        _NO_LIMIT if daily is None else daily,
+        _NO_LIMIT if monthly is None else monthly,
+    )
+
+
+def _session_amounts(ask: Ask) -> tuple[int, int, int]:
+    return _amounts(NO_BUDGETS if ask.session is None else ask.session_budgets)
+
+
+def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denied:
+    outcome, _, available, which, retry_ms = reply[:5]
+    if outcome == _NO_CREDIT:
+        return Denied("insufficient_credits", "credit", available, None, buckets)
+    if outcome == _OVER_BUDGET:
+        return Denied("spend_limit", _BUDGETS[which - 1], available, None, buckets)
+    if outcome == _RATE_LIMITED:
+        return Denied("rate_limit", _BUCKETS[which - 1], available, None if retry_ms < 0 else retry_ms / 1000, buckets)
+    return Denied("gone", "hold", available, None, buckets)
+
+
+def _buckets(reply: Sequence[int], first: int, key: Limits, account: Limits) -> tuple[BucketState, ...]:
+    """The states of the buckets that have a limit, from pairs of remaining and ms until full."""
+    states = (
+        _state("key", "requests", key.requests_per_minute, reply, first),
+        _state("key", "tokens", key.tokens_per_minute, reply, first + 2),
+        _state("account", "requests", account.requests_per_minute, reply, first + 4),
+        _state("account", "tokens", account.tokens_per_minute, reply, first + 6),
+    )
+    return tuple(state for state in states if state is not None)
+
+
+def _state(scope: Scope, kind: Kind, limit: int | None, reply: Sequence[int], at: int) -> BucketState | None:
+    return None if limit is None else BucketState(scope, kind, limit, reply[at], reply[at + 1] / 1000)

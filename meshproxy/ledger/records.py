@@ -1,0 +1,120 @@
+"""What goes into the ledger and what comes out. Amounts are nano-USD, spans of time are seconds unless the name says ms."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.wire.usage import Usage
+
+NO_LIMITS = Limits()
+NO_BUDGETS = Budgets()
+
+Reason = Literal["rate_limit", "insufficient_credits", "spend_limit", "gone"]
+Scope = Literal["key", "account"]
+Kind = Literal["requests", "tokens"]
+UsageSource = Literal["reported", "estimated", "drained", "none"]
+
+
+class Ask(Struct, frozen=True, kw_only=True):
+    """A request that wants in. Limits are resolved: None is no limit here, not a default that holds elsewhere.
+
+    `amount_min_nusd`: hold less than `amount_nusd`, down to this, rather than deny (None: all or nothing).
+    `tokens` is the estimate that the token buckets are debited by until the settlement puts them right.
+    """
+
+    hold_id: str
+    account: str
+    key_id: str
+    amount_nusd: int
+    tokens: int
+    ttl_ms: int
+    session: str | None = None
+    amount_min_nusd: int | None = None
+    strict: bool = True
+    key_limits: Limits = NO_LIMITS
+    account_limits: Limits = NO_LIMITS
+    budgets: Budgets = NO_BUDGETS
+    session_budgets: Budgets = NO_BUDGETS
+
+
+class BucketState(Struct, frozen=True):
+    """One bucket as the decision left it: `limit` a minute, `remaining` (a debt shows as 0), `reset_s` until it is full."""
+
+    scope: Scope
+    kind: Kind
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+class Admitted(Struct, frozen=True):
+    """A hold of `amount_nusd` in all, which a clamped ask may find lower than it asked for. `buckets` are as of admission."""
+
+    ask: Ask
+    amount_nusd: int
+    available_nusd: int
+    buckets: tuple[BucketState, ...]
+
+    @property
+    def hold_id(self) -> str:
+        """The id it is renewed and settled by."""
+        return self.ask.hold_id
+
+
+class Denied(Struct, frozen=True):
+    """Why not. `which` names the limit: "key requests", "session daily budget", "credit", "hold" (which is gone: settled, or
+    forgotten). `retry_after_s` is exact, and None where waiting doesn't help.
+    """
+
+    reason: Reason
+    which: str
+    available_nusd: int
+    retry_after_s: float | None = None
+    buckets: tuple[BucketState, ...] = ()
+
+
+class Settlement(Struct, frozen=True, kw_only=True):
+    """What a request came to. `outcome` is why it ended, a word of a closed set; `price` the prices it was billed by, JSON.
+
+    `unheld`: admitted without Redis, and perhaps never held there. It stays with the settlement through every retry.
+    """
+
+    hold_id: str
+    request_id: str
+    account: str
+    key_id: str
+    model: str
+    upstream: str
+    usage: Usage
+    usage_source: UsageSource
+    outcome: str
+    cost_nusd: int
+    started_ms: int
+    session: str | None = None
+    price: str = "{}"
+    unheld: bool = False
+
+
+class Spend(Struct, frozen=True):
+    """What a key spent: ever, and in this UTC day and month of Redis's clock."""
+
+    total_nusd: int = 0
+    day_nusd: int = 0
+    month_nusd: int = 0
+
+
+class Balance(Struct, frozen=True):
+    """An account's credit: granted = balance + settled. `spend` is of the key that was asked for."""
+
+    balance_nusd: int
+    held_nusd: int
+    granted_nusd: int
+    settled_nusd: int
+    spend: Spend = Spend()
+    buckets: tuple[BucketState, ...] = ()
+
+    @property
+    def available_nusd(self) -> int:
+        """What new holds may take. Negative where a real cost came out above its hold."""
+        return self.balance_nusd - self.held_nusd
