@@ -1,0 +1,145 @@
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy.errors import Detail, Fault
+from meshproxy.policy.tokens import estimate_prompt
+from meshproxy.policy.transforms import CUT, check_transforms, message_tokens, middle_out
+
+
+def say(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def letters(message):
+    """A count that a reader can do: the characters of the text."""
+    content = message["content"] or ""
+    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
+
+
+SYSTEM = say("system", "ssss")
+TALK = [say("user", text) for text in ("aaaa", "bbbb", "cccc", "dddd", "eeee")]
+A, B, C, D, E = TALK
+
+
+@pytest.mark.parametrize(
+    "budget, expected",
+    [
+        (100, TALK),
+        (20, TALK),
+        (19, [A, B, D, E]),
+        (16, [A, B, D, E]),
+        (15, [A, D, E]),
+        (12, [A, D, E]),
+        (11, [A, E]),
+        (8, [A, E]),
+    ],
+)
+def test_messages_go_from_the_middle_outwards(budget, expected):
+    assert expected == middle_out(TALK, budget, letters)
+
+
+def test_system_messages_stay_wherever_they_are():
+    developer = say("developer", "vvvv")
+    assert [SYSTEM, A, developer, E] == middle_out([SYSTEM, A, B, developer, C, D, E], 16, letters)
+
+
+def test_a_call_and_its_answers_go_together():
+    call = say("assistant", None, tool_calls=[{"id": "1"}, {"id": "2"}])
+    answers = [say("tool", "1111", tool_call_id="1"), say("tool", "2222", tool_call_id="2")]
+    assert [A, call, *answers, E] == middle_out([A, B, call, *answers, E], 16, letters)
+    assert [A, D, E] == middle_out([A, call, *answers, D, E], 16, letters)
+    assert [A, E] == middle_out([A, call, *answers, E], 15, letters)
+    assert [A, call, *answers] == middle_out([A, B, C, call, *answers], 12, letters)
+
+
+@pytest.mark.parametrize("budget, kept", [(11, "0145"), (10, "015"), (9, "05"), (8, "0"), (7, ""), (1, "")])
+def test_a_text_that_is_too_long_loses_its_middle(budget, kept):
+    half = len(kept) - len(kept) // 2
+    expected = say("user", kept[:half] + CUT + kept[half:])
+    assert [expected] == middle_out([say("user", "0123456789012345")], budget, letters)
+
+
+def test_the_longest_text_is_cut_first():
+    long = say("user", "x" * 100)
+    cut = say("user", "x" * 10 + CUT + "x" * 9)
+    assert [SYSTEM, A, cut] == middle_out([SYSTEM, A, B, long], 8 + 19 + len(CUT), letters)
+
+
+def test_the_texts_of_parts_are_cut_and_the_rest_stays():
+    picture = {"type": "image_url", "image_url": {"url": "https://a.example"}}
+    short, long = {"type": "text", "text": "ab"}, {"type": "text", "text": "x" * 100}
+    (message,) = middle_out([say("user", [picture, short, long])], 2 + 4 + len(CUT), letters)
+    assert say("user", [picture, short, {"type": "text", "text": "xx" + CUT + "xx"}]) == message
+
+
+def test_what_cannot_be_cut_stays():
+    picture = say("user", [{"type": "image_url", "image_url": {"url": "https://a.example"}}])
+    assert [picture] == middle_out([picture], 10)
+
+
+def test_the_input_is_left_as_it_was():
+    message = say("user", [{"type": "text", "text": "x" * 100}])
+    middle_out([message], 20, letters)
+    assert say("user", [{"type": "text", "text": "x" * 100}]) == message
+
+
+def test_nothing_comes_of_nothing():
+    assert [] == middle_out([], 10)
+
+
+texts = st.one_of(
+    st.none(),
+    st.text(max_size=300),
+    st.lists(st.builds(lambda text: {"type": "text", "text": text}, st.text(max_size=300)), max_size=3),
+)
+talks = st.lists(st.builds(say, st.sampled_from(["system", "user", "assistant", "tool"]), texts), max_size=12)
+
+
+@given(talks, st.integers(0, 600))
+def test_it_fits_unless_nothing_is_left_to_cut(messages, budget):
+    result = middle_out(messages, budget)
+    floor = sum(message_tokens(say("x" * 12, [{"type": "text", "text": CUT}] * 3)) for _ in result)
+    assert estimate_prompt(msgspec.json.encode(result), None, len(result)) <= max(budget, floor) + 1
+
+
+@given(talks, st.integers(0, 600))
+def test_roles_keep_their_order_and_nothing_is_added(messages, budget):
+    roles = iter([message["role"] for message in messages])
+    assert all(message["role"] in roles for message in middle_out(messages, budget))
+
+
+@given(talks, st.integers(0, 600))
+def test_first_last_and_system_are_there(messages, budget):
+    result = [message["role"] for message in middle_out(messages, budget)]
+    roles = [message["role"] for message in messages]
+    assert (roles.count("system"), roles[:1], roles[-1:]) == (result.count("system"), result[:1], result[-1:])
+
+
+def test_ten_thousand_messages():
+    messages = [say("user", f"message {number}") for number in range(10_000)]
+    result = middle_out(messages, 1000)
+    assert (messages[0], messages[-1]) == (result[0], result[-1])
+    assert 900 < estimate_prompt(msgspec.json.encode(result), None, len(result)) <= 1000
+
+
+@pytest.mark.parametrize("names", [(), ("middle-out",), ("middle-out", "middle-out")])
+def test_known_transforms(names):
+    assert check_transforms(names) is None
+
+
+def test_unknown_transforms_are_all_named():
+    with pytest.raises(Fault) as caught:
+        check_transforms(("middle-out", "zip", ""))
+    details = (
+        Detail("enum", ("body", "transforms", 1), "Unknown transform `zip`; there is `middle-out`"),
+        Detail("enum", ("body", "transforms", 2), "Unknown transform ``; there is `middle-out`"),
+    )
+    problem = caught.value.problem
+    assert (422, "validation_error", "transforms", details) == (
+        problem.status,
+        problem.code,
+        problem.param,
+        problem.details,
+    )
