@@ -1,0 +1,179 @@
+"""How the bytes of a response's body are told from their framing (RFC 9112 sections 6 and 7). No I/O.
+
+Each kind of framing is a `Body` that is fed what the socket gave, in pieces of any size, and answers with the payload in
+them. A payload is passed on as it comes: nothing is gathered but an unfinished line of the framing itself.
+"""
+
+import re
+from enum import IntEnum
+
+from meshproxy.upstream.faults import malformed
+
+MAX_CHUNK_LINE_BYTES = 4096
+MAX_EXTENSION_BYTES = 65_536  # of one body, all chunks together: extensions carry nothing that we read
+MAX_TRAILER_BYTES = 16_384
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # RFC 9110 section 5.6.2
+FIELD_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+"  # field-content and the spaces around it, section 5.5
+
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_EXTENSIONS = rb"(?:[ \t]*+;[ \t]*+" + TOKEN + rb"(?:[ \t]*+=[ \t]*+(?:" + TOKEN + rb"|" + _QUOTED + rb"))?+)*+"
+_PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(" + _EXTENSIONS + rb")\r\n")
+_TRAILERS = re.compile(rb"(?:" + TOKEN + rb":" + FIELD_TEXT + rb"\r\n)*+\r\n")
+
+
+class Body:
+    """The framing of one body.
+
+    `done`: the framing says that the body is whole. `surplus`: bytes came after that. `whole`: what was fed last was whole
+    chunks and nothing else, so that it can be passed on as it is to someone who is sent chunks. `until_eof`: only the end
+    of the connection ends it.
+    """
+
+    done = False
+    surplus = False
+    whole = False
+    until_eof = False
+
+    def decode(self, data: bytes) -> bytes:
+        """The payload in `data`, which may be none; UpstreamFault if the framing is broken."""
+        raise NotImplementedError
+
+
+class UntilEof(Body):
+    """Neither a length nor chunks: the body ends with the connection."""
+
+    until_eof = True
+
+    def decode(self, data: bytes) -> bytes:
+        """Everything is payload."""
+        return data
+
+
+class Sized(Body):
+    """A body of `length` bytes."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.done = length == 0
+
+    def decode(self, data: bytes) -> bytes:
+        """Everything is payload up to the length."""
+        self._left -= len(data)
+        if self._left > 0:
+            return data
+        self.done = True
+        if self._left == 0:
+            return data
+        self.surplus = True
+        return data[: self._left]
+
+
+class _Phase(IntEnum):
+    SIZE = 0
+    PAYLOAD = 1
+    CRLF = 2
+    TRAILERS = 3
+
+
+class Chunked(Body):
+    """A body in chunks, with extensions and trailers, which are checked and left out."""
+
+    def __init__(self) -> None:
+        self._phase = _Phase.SIZE
+        self._held = b""  # an unfinished line of the framing
+        self._left = 0  # payload bytes that the chunk at hand still lacks
+        self._extension_bytes = 0
+
+    def decode(self, data: bytes) -> bytes:
+        """The payloads of the chunks in `data`, joined. The usual read, one whole chunk, takes the short way."""
+        if self._phase == 0 and not self._held:
+            line = _PLAIN_SIZE.match(data)
+            if line is not None:
+                start = line.end()
+                end = start + int(line[1], 16)
+                if end + 2 == len(data) and end > start and data[end:] == b"\r\n":
+                    self.whole = True
+                    return data[start:end]
+        return self._decode(data)
+
+    def _decode(self, data: bytes) -> bytes:
+        self.whole = self._phase == _Phase.SIZE and not self._held
+        if self._held:
+            data, self._held = self._held + data, b""
+        payloads: list[bytes] = []
+        position = 0
+        while not self.done:
+            after = self._advance(data, position, payloads)
+            if after == position:
+                break
+            position = after
+        self.whole = self.whole and self._phase == _Phase.SIZE and position == len(data)
+        if self.done:
+            self.surplus = position < len(data)
+        else:
+            self._held = data[position:]
+        return b"".join(payloads)
+
+    def _advance(self, data: bytes, position: int, payloads: list[bytes]) -> int:
+        """Take one piece of the framing at `position`; where the next begins, or `position` if it isn't all there."""
+        if self._phase == _Phase.PAYLOAD:
+            return self._take_payload(data, position, payloads)
+        if self._phase == _Phase.SIZE:
+            return self._take_size(data, position)
+        if self._phase == _Phase.CRLF:
+            return self._take_crlf(data, position)
+        return self._take_trailers(data, position)
+
+    def _take_size(self, data: bytes, position: int) -> int:
+        if data.find(b"\n", position, position + MAX_CHUNK_LINE_BYTES) < 0:
+            if len(data) - position >= MAX_CHUNK_LINE_BYTES:
+                raise malformed("a chunk's first line is too long")
+            return position
+        line = _SIZE.match(data, position)
+        if line is None:
+            raise malformed("a chunk doesn't begin with its size")
+        self._count_extension(len(line[2]))
+        self._left = int(line[1], 16)
+        self._phase = _Phase.PAYLOAD if self._left else _Phase.TRAILERS
+        return line.end()
+
+    def _count_extension(self, size_bytes: int) -> None:
+        if not size_bytes:
+            return
+        self.whole = False
+        self._extension_bytes += size_bytes
+        if self._extension_bytes > MAX_EXTENSION_BYTES:
+            raise malformed("too many chunk extensions")
+
+    def _take_payload(self, data: bytes, position: int, payloads: list[bytes]) -> int:
+        piece = data[position : position + self._left]
+        if not piece:
+            return position
+        payloads.append(piece)
+        self._left -= len(piece)
+        if self._left == 0:
+            self._phase = _Phase.CRLF
+        return position + len(piece)
+
+    def _take_crlf(self, data: bytes, position: int) -> int:
+        ending = data[position : position + 2]
+        if not b"\r\n".startswith(ending):
+            raise malformed("a chunk is longer than its size")
+        if len(ending) < 2:
+            return position
+        self._phase = _Phase.SIZE
+        return position + 2
+
+    def _take_trailers(self, data: bytes, position: int) -> int:
+        bound = position + MAX_TRAILER_BYTES
+        end = position + 2 if data.startswith(b"\r\n", position) else data.find(b"\r\n\r\n", position, bound) + 4
+        if end < position + 2:
+            if len(data) >= bound:
+                raise malformed("its trailers are too long")
+            return position
+        if not _TRAILERS.fullmatch(data, position, end):
+            raise malformed("its trailers can't be read")
+        self.done = True
+        return end

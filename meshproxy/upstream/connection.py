@@ -1,0 +1,235 @@
+"""One connection to a provider: an asyncio.Protocol that writes a request and pushes its answer, one exchange at a time.
+
+idle -> awaiting the head -> in the body -> idle again, or closed. A connection that hears anything while idle, or more than
+the answer's framing allows, is closed and never used again: those bytes would be taken for the next customer's answer.
+
+Time is watched by one timer, which is armed again when it fires and not when a byte arrives.
+"""
+
+import asyncio
+import select
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+from meshproxy.errors import UpstreamFault
+from meshproxy.upstream import faults
+from meshproxy.upstream.body import Body
+from meshproxy.upstream.http1 import Head, HeadReader
+from meshproxy.upstream.response import Response, Sink
+
+IDENTITY = frozenset({"", "identity"})
+
+
+class Patience(NamedTuple):
+    """How long a provider may be silent, in seconds, and how large an answer may be that is kept whole."""
+
+    first_byte_s: float
+    idle_s: float
+    keepalive_s: float
+    max_response_bytes: int
+
+
+class Connection(asyncio.Protocol):
+    """See the charter. `on_idle`: it can be used again. `on_lost`: it is closed, once, whatever the reason."""
+
+    sink: Sink
+
+    def __init__(
+        self, patience: Patience, on_idle: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
+    ) -> None:
+        self._patience = patience
+        self._on_idle = on_idle
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self.made = False  # whether it ever was connected
+        self.usable = False  # idle and, as far as was heard, alive
+        self._transport: asyncio.Transport | None = None
+        self._poll = select.poll()
+        self._head_reader = HeadReader()
+        self._answer: asyncio.Future[Response] | None = None  # set while the head is awaited
+        self._body: Body | None = None  # set while in the body, with _response and sink
+        self._response: Response | None = None
+        self._keep_alive = False
+        self._paused = False
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # The exchange, as its user sees it.
+
+    def send(self, request: list[bytes]) -> "asyncio.Future[Response] | None":
+        """Write a request; the future brings its answer or an UpstreamFault. None if the connection was dead before."""
+        transport = self._transport
+        if transport is None or not self.usable or transport.is_closing():
+            return None
+        if len(request) == 1:
+            transport.write(request[0])
+        else:
+            transport.writelines(request)
+        if transport.is_closing():  # the very first write failed: nothing was sent
+            return None
+        self.usable = False
+        self._answer = self._loop.create_future()
+        self._expect_within(self._patience.first_byte_s)
+        return self._answer
+
+    def heard_something(self) -> bool:
+        """Whether the idle socket has an end, a reset or bytes that the event loop has not brought yet."""
+        return bool(self._poll.poll(0))
+
+    def abandon(self, answer: "asyncio.Future[Response]") -> None:
+        """Whoever awaited `answer` is gone. Closes this connection only if that exchange still has it."""
+        if answer is self._answer:
+            self.abort()
+        elif not answer.cancelled() and answer.exception() is None:
+            answer.result().close()
+
+    def pause(self) -> None:
+        """Read no more from the socket."""
+        if not self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on; the provider's silence is counted from now."""
+        if self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = False
+            self._deadline = self._loop.time() + self._patience.idle_s
+            self._transport.resume_reading()
+
+    def abort(self, fault: UpstreamFault | None = None) -> None:
+        """Close the socket at once. Whoever awaits a head or takes a body hears of `fault`, or nothing more if there is none."""
+        self.usable = False
+        answer, self._answer = self._answer, None
+        response, self._response, self._body = self._response, None, None
+        if self._transport is not None:
+            self._transport.abort()
+        if response is not None:
+            response.detach()
+            if fault is not None:
+                self.sink.fail(fault)
+        elif answer is not None and not answer.done():
+            answer.set_exception(fault or faults.dropped())
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ready for the first request."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self.made = self.usable = True
+        self._expect_within(self._patience.keepalive_s)
+
+    def data_received(self, data: bytes) -> None:
+        """The hot path: one call for each read of a body."""
+        body = self._body
+        if body is None:
+            self._receive_head(data)
+            return
+        self._deadline = self._loop.time() + self._patience.idle_s
+        self._receive_body(body, data)
+
+    def eof_received(self) -> None:
+        """The provider ends the connection, and the body with it if nothing else can. asyncio then closes the transport.
+
+        Under TLS this is an authenticated end (close_notify); a mere end of TCP only ever gets to connection_lost, and
+        counts as cut off (RFC 9112 section 9.8).
+        """
+        if self._body is not None and self._body.until_eof:
+            self._finish()
+        else:
+            self.abort(self._loss())
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # that it is lost says enough
+        """Everything ends here, once."""
+        self._transport = None
+        self.abort(self._loss())
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.lost.set_result(None)
+        self._on_lost(self)
+
+    def _loss(self) -> UpstreamFault:
+        return faults.cut_off() if self._answer is None else faults.unanswered()
+
+    # Head, body, end.
+
+    def _receive_head(self, data: bytes) -> None:
+        answer = self._answer
+        if answer is None or answer.done():  # idle, closing, or nobody waits any more
+            self.abort()
+            return
+        try:
+            result = self._head_reader.feed(data)
+            if result is not None:
+                self._begin_body(answer, *result)
+        except UpstreamFault as fault:
+            self.abort(fault)
+
+    def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
+        response = Response(head.status, head.headers, self, self._patience.max_response_bytes)
+        coding = response.header("content-encoding")
+        if coding is not None and coding.lower() not in IDENTITY:
+            raise faults.encoded(coding)
+        self._answer = None
+        self._response = self.sink = response
+        self._body = head.body
+        self._keep_alive = head.keep_alive
+        self._expect_within(self._patience.idle_s)
+        answer.set_result(response)
+        if rest or head.body.done:
+            self._receive_body(head.body, rest)
+
+    def _receive_body(self, body: Body, data: bytes) -> None:
+        try:
+            payload = body.decode(data)
+        except UpstreamFault as fault:
+            self.abort(fault)
+            return
+        if payload:
+            self.sink.data(payload, data if body.whole else None)
+        if body.done and self._body is body:  # the sink may have closed the response
+            self._finish()
+
+    def _finish(self) -> None:
+        """The body is whole: give the connection back first, so that whoever hears of the end can use it."""
+        response, body, transport = self._response, self._body, self._transport
+        assert response is not None  # noqa: S101  # set and unset with the body
+        assert body is not None  # noqa: S101
+        assert transport is not None  # noqa: S101
+        response.detach()
+        self.resume()
+        self._response = self._body = None
+        if not self._keep_alive or body.surplus or transport.is_closing() or transport.get_write_buffer_size():
+            self.abort()
+        else:
+            self.usable = True
+            self._expect_within(self._patience.keepalive_s)
+            self._on_idle(self)
+        self.sink.end()
+
+    # Time.
+
+    def _expect_within(self, timeout_s: float) -> None:
+        """Something must happen within `timeout_s`. The timer that runs is left alone unless it would fire too late."""
+        self._deadline = deadline = self._loop.time() + timeout_s
+        if self._timer is not None:
+            if self._timer.when() <= deadline:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(deadline, self._look_at_the_clock)
+
+    def _look_at_the_clock(self) -> None:
+        if self._paused:
+            self._deadline = self._loop.time() + self._patience.idle_s
+        if self._loop.time() < self._deadline:
+            self._timer = self._loop.call_at(self._deadline, self._look_at_the_clock)
+            return
+        self._timer = None
+        if self._answer is not None:
+            self.abort(faults.silent(self._patience.first_byte_s))
+        elif self._body is not None:
+            self.abort(faults.stalled(self._patience.idle_s))
+        else:
+            self.abort()  # idle long enough

@@ -1,0 +1,68 @@
+"""How a provider is reached: its name looked up anew for every connection, its addresses tried side by side, TLS verified."""
+
+import asyncio
+import socket
+import ssl
+from urllib.parse import urlsplit
+
+import aiohappyeyeballs
+
+from meshproxy.upstream import faults
+from meshproxy.upstream.connection import Connection
+
+HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305 section 8
+_PORTS = {"http": 80, "https": 443}
+
+
+class Address:
+    """Where a base URL points. `authority` is what the Host header says; `path` is the prefix of every path."""
+
+    def __init__(self, base_url: str) -> None:
+        url = urlsplit(base_url)
+        default_port = _PORTS.get(url.scheme)
+        if default_port is None or not url.hostname:
+            raise ValueError("base_url: not an http or https URL")
+        if url.username is not None or url.query or url.fragment:
+            raise ValueError("base_url: no user, query or fragment belongs in it")
+        self.is_tls = url.scheme == "https"
+        self.host = url.hostname if ":" in url.hostname else url.hostname.encode("idna").decode("ascii")
+        self.port = url.port or default_port
+        self.path = url.path.rstrip("/")
+        bracketed = f"[{self.host}]" if ":" in self.host else self.host
+        self.authority = bracketed if self.port == default_port else f"{bracketed}:{self.port}"
+
+
+def verified_context() -> ssl.SSLContext:
+    """TLS as a client should speak it: certificate and name verified, HTTP/1.1 alone."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class Dialer:
+    """Connects to one address within `timeout_s`: name, TCP and TLS together."""
+
+    def __init__(self, address: Address, timeout_s: float, ssl_context: ssl.SSLContext | None = None) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._ssl = (ssl_context or verified_context()) if address.is_tls else None
+
+    async def dial(self, connection: Connection) -> None:
+        """Connect `connection`; UpstreamFault, always safe to repeat, if that fails."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._connect(connection)
+        except TimeoutError as error:
+            raise faults.connect_timeout(self._timeout_s) from error
+        except (OSError, UnicodeError) as error:
+            raise faults.unreachable(error) from error
+
+    async def _connect(self, connection: Connection) -> None:
+        loop = asyncio.get_running_loop()
+        host, port = self._address.host, self._address.port
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        # Not create_connection(happy_eyeballs_delay=...): uvloop has no such argument.
+        sock = await aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server_hostname = host if self._ssl is not None else None
+        await loop.create_connection(lambda: connection, sock=sock, ssl=self._ssl, server_hostname=server_hostname)

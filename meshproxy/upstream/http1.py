@@ -1,0 +1,123 @@
+"""The head of a response: from bytes to status, headers and the framing of the body (RFC 9112 sections 2 to 6). No I/O.
+
+The head is gathered whole, then read by llhttp in its strict mode; how the body is framed and whether the connection may be
+used again is decided here. What the RFC forbids or leaves in doubt is an UpstreamFault: a proxy that guesses where a message
+ends hands one customer's answer to another.
+"""
+
+import re
+from typing import NamedTuple
+
+import httptools
+
+from meshproxy.upstream.body import FIELD_TEXT, Body, Chunked, Sized, UntilEof
+from meshproxy.upstream.faults import malformed
+
+MAX_HEAD_BYTES = 65_536
+MAX_INTERIM_HEADS = 16  # 1xx answers before the final one
+
+# Status codes outside 100..599 are invalid (RFC 9110 section 15). The space before an empty reason is often left out.
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: " + FIELD_TEXT + rb")?\r\n")
+_BEGINNING = b"HTTP/1."
+
+
+class Head(NamedTuple):
+    """What a head says. Names of headers are lower-case; `keep_alive`: the connection may be used again after the body."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: Body
+    keep_alive: bool
+
+
+class HeadReader:
+    """Gathers bytes until a final response's head is whole. Can be used again after each one."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._interim = 0
+
+    def feed(self, data: bytes) -> tuple[Head, bytes] | None:
+        """The head and the bytes after it, or None until there is enough; UpstreamFault if it never can be a head."""
+        if self._held:
+            data = self._held + data
+        while (end := data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)) >= 0:
+            head = parse_head(data[: end + 4])
+            data = data[end + 4 :]
+            if head.status >= 200:
+                self._held, self._interim = b"", 0
+                return head, data
+            self._count_interim(head.status)
+        if len(data) >= MAX_HEAD_BYTES:
+            raise malformed("the head of its answer is too long")
+        if not data.startswith(_BEGINNING[: len(data)]):
+            raise malformed("this is no HTTP/1.1 answer")
+        self._held = data
+        return None
+
+    def _count_interim(self, status: int) -> None:
+        if status == 101:
+            raise malformed("it switched protocols unasked")
+        self._interim += 1
+        if self._interim > MAX_INTERIM_HEADS:
+            raise malformed("too many interim answers")
+
+
+class _Fields:
+    """Where llhttp puts the headers that it finds."""
+
+    def __init__(self) -> None:
+        self.headers: list[tuple[str, str]] = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.decode("ascii").lower(), value.decode("latin-1").strip(" \t")))
+
+
+def parse_head(raw: bytes) -> Head:
+    """Read one head, from the status line to the empty line."""
+    status_line = _STATUS_LINE.match(raw)
+    if status_line is None:
+        raise malformed("its answer has no valid status line")
+    status, is_http_11 = int(status_line[2]), status_line[1] == b"1"
+    fields = _Fields()
+    try:
+        httptools.HttpResponseParser(fields).feed_data(raw)
+    except httptools.HttpParserUpgrade:
+        raise malformed("it switched protocols unasked") from None
+    except httptools.HttpParserError as error:
+        raise malformed(f"the head of its answer can't be read ({error})") from error
+    framing = [item for item in fields.headers if item[0] in _FRAMING]
+    body = _framing(status, is_http_11=is_http_11, headers=framing)
+    keep_alive = not body.until_eof and _keeps_alive(framing, is_http_11=is_http_11)
+    return Head(status, fields.headers, body, keep_alive)
+
+
+_FRAMING = frozenset({"content-length", "transfer-encoding", "connection"})
+
+
+def _framing(status: int, *, is_http_11: bool, headers: list[tuple[str, str]]) -> Body:
+    """RFC 9112 section 6.3, for the answer to a POST."""
+    codings = [value for name, value in headers if name == "transfer-encoding"]
+    lengths = [value for name, value in headers if name == "content-length"]
+    if codings and (lengths or not is_http_11 or [coding.lower() for coding in codings] != ["chunked"]):
+        raise malformed("it says in two ways, or in none that is known, how long its answer is")
+    if status < 200 or status in {204, 304}:
+        return Sized(0)
+    if codings:
+        return Chunked()
+    if lengths:
+        return Sized(_length(lengths))
+    return UntilEof()
+
+
+def _length(values: list[str]) -> int:
+    """One number: llhttp has refused all else already, but this doesn't rely on it."""
+    if len(values) != 1 or not (values[0].isascii() and values[0].isdigit()):
+        raise malformed("its content-length is no number")
+    return int(values[0])
+
+
+def _keeps_alive(headers: list[tuple[str, str]], *, is_http_11: bool) -> bool:
+    """RFC 9112 section 9.3."""
+    options = {option.strip().lower() for name, value in headers if name == "connection" for option in value.split(",")}
+    return "close" not in options and (is_http_11 or "keep-alive" in options)

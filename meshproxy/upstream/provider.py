@@ -1,0 +1,134 @@
+"""One configured provider: requests written as HTTP/1.1, over connections that are kept. The room's front door.
+
+Nothing is repeated once a byte of it was written: a completion that may have run is paid for.
+"""
+
+import asyncio
+import re
+import ssl
+from collections.abc import Sequence
+
+from meshproxy import config
+from meshproxy.errors import Fault, Source, invalid
+from meshproxy.upstream import faults
+from meshproxy.upstream.connection import Connection, Patience
+from meshproxy.upstream.dial import Address, Dialer
+from meshproxy.upstream.pool import Pool
+from meshproxy.upstream.response import Response, Sink
+
+__all__ = ["Provider", "Response", "Sink"]
+
+MAX_JOINED_BYTES = 65_536  # a head and a body up to this size are copied into one write
+MAX_DEAD_CONNECTIONS = 3  # found closed one after the other before a byte was written
+MAX_KNOWN_PATHS = 16
+
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_PATH = re.compile(r"/[\x21-\x7e]*")
+_FRAMING = frozenset(
+    {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect"}
+)
+
+
+class Provider:
+    """Posts to one upstream. `ssl_context` takes the place of the verified default.
+
+    ValueError for settings that no request could carry.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: config.Upstream,
+        api_key: str | None,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        user_agent: str = "meshproxy",
+    ) -> None:
+        self.name = name
+        self._address = Address(settings.base_url)
+        self._own_headers = _own_headers(settings, api_key, user_agent)
+        self._heads: dict[str, bytes] = {}
+        patience = Patience(
+            settings.first_byte_timeout_s, settings.idle_timeout_s, settings.keepalive_s, settings.max_response_bytes
+        )
+        dialer = Dialer(self._address, settings.connect_timeout_s, ssl_context)
+        self._pool = Pool(dialer.dial, patience, limit=settings.max_connections, wait_s=settings.connect_timeout_s)
+
+    async def post(self, path: str, headers: Sequence[tuple[str, str]], body: bytes) -> Response:
+        """Send one request and wait for the head of its answer, whatever its status. `path` goes after the base URL's own.
+
+        UpstreamFault if no answer came; Fault of the client for headers that can't be sent. If the awaiting task is
+        cancelled the connection is closed at once.
+        """
+        request = self._request(path, headers, body)
+        connection, answer = self._send_on_idle(request)
+        for _ in range(MAX_DEAD_CONNECTIONS):
+            if answer is not None:
+                break
+            connection = await self._pool.open()
+            answer = connection.send(request)
+        if connection is None or answer is None:
+            raise faults.unreachable(ConnectionResetError())
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            connection.abandon(answer)
+            raise
+
+    async def close(self) -> None:
+        """Close every connection. Answers that are under way fail."""
+        await self._pool.close()
+
+    def _send_on_idle(self, request: list[bytes]) -> tuple[Connection | None, "asyncio.Future[Response] | None"]:
+        connection = self._pool.take()
+        if connection is None:
+            return None, None
+        answer = connection.send(request)
+        if answer is None:
+            connection.abort()
+        return connection, answer
+
+    def _request(self, path: str, headers: Sequence[tuple[str, str]], body: bytes) -> list[bytes]:
+        """The bytes of a request, in one piece if they are few."""
+        begin = self._heads.get(path) or self._begin(path)
+        lines = "".join([self._line(name, value) for name, value in headers]).encode("latin-1") if headers else b""
+        head = b"%b%bcontent-length: %d\r\n\r\n" % (begin, lines, len(body))
+        return [head + body] if len(body) < MAX_JOINED_BYTES else [head, body]
+
+    def _begin(self, path: str) -> bytes:
+        """The lines that are the same for every request to `path`."""
+        target = self._address.path + path
+        if not _PATH.fullmatch(target):
+            raise ValueError(f"{target!r} can't be asked for")
+        lines = [f"POST {target} HTTP/1.1", f"host: {self._address.authority}"]
+        lines += [f"{name}: {value}" for name, value in self._own_headers.items()]
+        begin = ("\r\n".join(lines) + "\r\n").encode("latin-1")
+        if len(self._heads) < MAX_KNOWN_PATHS:
+            self._heads[path] = begin
+        return begin
+
+    def _line(self, name: str, value: str) -> str:
+        """One header of the caller's. It may neither break out of its line nor say again what the provider's own say."""
+        lower = name.lower()
+        if not _can_be_sent(name, value) or lower in _FRAMING or lower in self._own_headers:
+            raise Fault(Source.CLIENT, invalid(f"The header {name[:64]!r} can't be passed on."))
+        return f"{lower}: {value}\r\n"
+
+
+def _own_headers(settings: config.Upstream, api_key: str | None, user_agent: str) -> dict[str, str]:
+    own = {"user-agent": user_agent, "accept-encoding": "identity", "content-type": "application/json"}
+    if api_key is not None:
+        own["authorization"] = f"Bearer {api_key}"
+    for name, value in settings.headers.items():
+        if name.lower() in _FRAMING:
+            raise ValueError(f"headers: {name} is not for the configuration to say")
+        own[name.lower()] = value
+    for name, value in own.items():
+        if not _can_be_sent(name, value):
+            raise ValueError(f"headers: {name!r} has characters that no header may carry")
+    return own
+
+
+def _can_be_sent(name: str, value: str) -> bool:
+    return _NAME.fullmatch(name) is not None and _VALUE.fullmatch(value) is not None
