@@ -98,13 +98,13 @@ def _parse(url: str) -> Address:
     if scheme == "unix":
         login = _login(userinfo, options.get("db", ""))
         return Address(kind, (_socket(hosts, slash + path),), login)
-    login = _login(userinfo, options.get("db", path))
-    if kind == "cluster" and login.db:
-        raise ValueError("Redis Cluster has no database but 0")
     port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT
     endpoints = tuple(_endpoint(host, port) for host in hosts.split(","))
     if kind == "server" and len(endpoints) > 1:
         raise ValueError("one server has one host (redis+sentinel and redis+cluster take several)")
+    login = _login(userinfo, options.get("db", path))
+    if kind == "cluster" and login.db:
+        raise ValueError("Redis Cluster has no database but 0")
     return Address(kind, endpoints, login, _tls(scheme, options), service)
 
 

@@ -85,7 +85,8 @@ def translate(error: Exception) -> Unavailable | StoreError:
         return Unavailable("timeout", str(error))
     if isinstance(error, exceptions.ConnectionError | OSError):
         return Unavailable("connection", str(error))
-    return refusal(str(error))
+    message = str(error)
+    return refusal(message if message.split(" ", 1)[0].isupper() else f"ERR {message}")
 
 
 _KINDS: dict[type[Exception], str] = {

@@ -1,0 +1,66 @@
+"""Every kind of URL, and what is wrong with one without saying what was in it."""
+
+import pytest
+
+from meshproxy.config import Unfit
+from meshproxy.ledger.address import Address, Endpoint, Login, Tls, parse_url
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://127.0.0.1:6379/0", Address("server", (Endpoint("127.0.0.1", 6379),))),
+        ("redis://cache", Address("server", (Endpoint("cache", 6379),))),
+        ("redis://[::1]:7000/2", Address("server", (Endpoint("::1", 7000),), Login(db=2))),
+        ("redis://u:p%40ss%2F@h/1", Address("server", (Endpoint("h", 6379),), Login("u", "p@ss/", 1))),
+        ("redis://:secret@h?db=4", Address("server", (Endpoint("h", 6379),), Login(None, "secret", 4))),
+        ("rediss://h?ca_file=/ca.pem", Address("server", (Endpoint("h", 6379),), tls=Tls("/ca.pem"))),
+        ("unix:///run/redis.sock?db=3", Address("server", (Endpoint(path="/run/redis.sock"),), Login(db=3))),
+        ("unix://:pw@/run/redis.sock", Address("server", (Endpoint(path="/run/redis.sock"),), Login(None, "pw"))),
+        (
+            "redis+sentinel://a,b:7000/mymaster/2",
+            Address("sentinel", (Endpoint("a", 26379), Endpoint("b", 7000)), Login(db=2), service="mymaster"),
+        ),
+        (
+            "redis+cluster://:pw@a,b:7001?tls=1",
+            Address("cluster", (Endpoint("a", 6379), Endpoint("b", 7001)), Login(None, "pw"), Tls()),
+        ),
+    ],
+)
+def test_urls(url, expected):
+    assert parse_url(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("embedded", "scheme"),
+        ("http://h", "scheme"),
+        ("redis://", "host and port"),
+        ("redis://:hunter2/x@h", "host and port"),
+        ("redis://h:hunter2", "host and port"),
+        ("redis://h:99999", "host and port"),
+        ("redis://a,b", "one server"),
+        ("redis://h/zero", "database is a number"),
+        ("redis://h/-1", "database is a number"),
+        ("redis://h?hunter2=1", "unknown option"),
+        ("unix://relative.sock", "absolute path"),
+        ("unix:///", "absolute path"),
+        ("redis+sentinel://h", "name of the master"),
+        ("redis+cluster://h/1", "no database but 0"),
+    ],
+)
+def test_what_is_wrong_is_told_without_the_url(url, fault):
+    with pytest.raises(Unfit, match=fault) as caught:
+        parse_url(url)
+    assert caught.value.faults[0].startswith("redis.url: ")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_address_never_shows_its_login():
+    assert "hunter2" not in repr(parse_url("redis://bob:hunter2@h"))
+    assert "bob" not in repr(parse_url("redis://bob:hunter2@h"))
+
+
+def test_endpoints_are_named_as_one_would_type_them():
+    assert [str(e) for e in (Endpoint("h", 1), Endpoint("::1", 2), Endpoint(path="/s"))] == ["h:1", "[::1]:2", "/s"]
