@@ -1,0 +1,93 @@
+"""Header values in and out: who is calling, what may go to a provider, what may come back from one."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+Headers = list[tuple[str, str]]
+Bucket = tuple[int, int, float]  # limit, remaining, seconds until it is full again
+
+MAX_VALUE_CHARS: Final = 1024  # of a header that is passed on
+MAX_RESET_S: Final = 31_536_000.0
+
+# What a client may tell a provider: OpenRouter's attribution, W3C trace context, OpenAI's beta switches.
+FORWARDED: Final = ("http-referer", "x-title", "traceparent", "tracestate", "openai-beta")
+
+# What a provider may tell a client. A list of what is let out, for nobody knows what a provider will think of (alt-svc,
+# clear-site-data, ...); hop-by-hop headers, cookies, request ids, rate limits and organisations are on no such list.
+SHOWN: Final = frozenset(
+    {
+        "content-encoding",
+        "content-language",
+        "content-type",
+        "openai-model",
+        "openai-processing-ms",
+        "openai-version",
+        "x-generation-id",
+    }
+)
+
+# RFC 6750, section 2.1, with our own alphabet for the token.
+_BEARER = re.compile(r"bearer +(rsk_[A-Za-z0-9_-]{1,124})", re.IGNORECASE | re.ASCII)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+
+
+def bearer(authorization: str | None) -> str | None:
+    """The secret in `Bearer rsk_...`; None for anything else. The scheme's case doesn't matter (RFC 9110, section 11.1)."""
+    found = _BEARER.fullmatch(authorization or "")
+    return found[1] if found and found[1].startswith("rsk_") else None
+
+
+def request_id(inbound: str | None) -> str | None:
+    """A client's request id if it is a valid one."""
+    return inbound if inbound is not None and _REQUEST_ID.fullmatch(inbound) else None
+
+
+def format_reset(seconds: float) -> str:
+    """A time to wait as OpenAI writes it, rounded up: `120ms` below a second, `1s`, `6m0s`, `1h0m0s`; `0s` for none."""
+    if not seconds > 0:
+        return "0s"
+    millis = math.ceil(round(min(seconds, MAX_RESET_S) * 1000, 3))
+    if millis < 1000:
+        return f"{millis}ms"
+    minutes, rest = divmod(-(-millis // 1000), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes}m{rest}s"
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+def ratelimit_headers(*, requests: Bucket | None, tokens: Bucket | None) -> Headers:
+    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of the buckets there are. A bucket in debt has 0 remaining."""
+    headers: Headers = []
+    for kind, bucket in (("requests", requests), ("tokens", tokens)):
+        if bucket is not None:
+            limit, remaining, reset_s = bucket
+            headers += (
+                (f"x-ratelimit-limit-{kind}", str(limit)),
+                (f"x-ratelimit-remaining-{kind}", str(max(remaining, 0))),
+                (f"x-ratelimit-reset-{kind}", format_reset(reset_s)),
+            )
+    return headers
+
+
+def forwarded_headers(headers: Mapping[str, str]) -> Headers:
+    """The client's headers that a provider may see. `headers` is looked up by lower-case names."""
+    found = ((name, headers.get(name)) for name in FORWARDED)
+    return [(name, value) for name, value in found if value is not None and _is_plain(value)]
+
+
+def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:
+    """The provider's headers (lower-case names) that the client may see, except those that `without` sets itself."""
+    headers = list(headers)
+    kept_inside = {name for name, _ in without}
+    for name, value in headers:
+        if name == "connection":  # names hop-by-hop headers: RFC 9110, section 7.6.1
+            kept_inside.update(token.strip().lower() for token in value.split(","))
+    return [(name, value) for name, value in headers if name in SHOWN and name not in kept_inside and _is_plain(value)]
+
+
+def _is_plain(value: str) -> bool:
+    """Printable ASCII of a sane length: nothing that could end a header or begin another."""
+    return len(value) <= MAX_VALUE_CHARS and value.isascii() and value.isprintable()

@@ -1,0 +1,284 @@
+"""The scanner of a provider's event stream: what may go to the client now, and what was seen on the way.
+
+Events pass as the very bytes they came in. No JSON is decoded but that of an event which bears usage or an error. Lines end
+in LF; what OpenAI's SDKs choke on (`id:`, `retry:`, an `event:` without data, empty data) is dropped; `[DONE]` is swallowed,
+for whoever relays writes it after a good end. The format: WHATWG HTML, "Server-sent events", 9.2.6.
+"""
+
+import re
+from collections import deque
+from typing import Any, Final
+
+from msgspec import Raw, Struct
+
+from meshproxy.errors import UpstreamFault, upstream_error
+from meshproxy.wire.usage import Usage, decode_members, decode_text, decode_usage, decode_value
+
+PING: Final = b": ping\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+
+MAX_EVENT_BYTES: Final = 1_048_576  # an event larger than this is no event of a chat
+MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that what is remembered stays small
+REMEMBERED_EVENTS: Final = 4  # at the end of a stream, where the finish reason is looked for
+
+_BOM = b"\xef\xbb\xbf"
+_LF, _CR = b"\n\r"
+_NULL_MEMBER = (b":null", b": null")
+_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"')
+
+
+class _Event(Struct):
+    """One parsed event: its data, its `event:` name, and its lines without those that are dropped."""
+
+    data: bytes
+    name: bytes
+    lines: list[bytes]
+    comments: list[bytes]
+
+
+class StreamScanner:
+    """One stream's scanner. `hide_usage` holds back the usage-only event, for a client that didn't ask for it.
+
+    `events`: data events seen, without `[DONE]`. `usage`: the last that was reported and can be true. `done`: `[DONE]` was seen.
+    `error`: what the provider sent instead of going on; neither that event nor anything after it is forwarded.
+
+    `tokens` estimates the output so far: one for each event, and one for every 4 bytes by which an event is larger than the
+    smallest one seen (its envelope), where that is more. So it is right where an event is one token of ordinary length, about
+    right where a provider puts several tokens of English into one event, up to a third too low for batched Chinese or
+    Japanese (3 bytes a token), and several times too high for escaped text and for logprobs.
+    """
+
+    __slots__ = (
+        "_begun",
+        "_cr",
+        "_envelope",
+        "_finished",
+        "_held",
+        "_hide_usage",
+        "_last",
+        "_model",
+        "_over",
+        "_plain",
+        "done",
+        "error",
+        "events",
+        "tokens",
+        "usage",
+    )
+
+    def __init__(self, *, hide_usage: bool) -> None:
+        self.events = 0
+        self.tokens = 0
+        self.usage: Usage | None = None
+        self.done = False
+        self.error: dict[str, Any] | None = None
+        self._hide_usage = hide_usage
+        self._begun = False
+        self._cr = False  # the last byte was CR, so an LF that follows belongs to it
+        self._held = bytearray()  # the beginning of an event
+        self._plain = True  # nothing is held and the stream isn't over
+        self._over = False
+        self._envelope = MAX_EVENT_BYTES
+        self._finished = False
+        self._last: deque[bytes] = deque(maxlen=REMEMBERED_EVENTS)
+        self._model: str | None = None
+
+    def feed(self, payload: bytes) -> bytes:
+        """What may go to the client now: whole events only, and `payload` itself (the same object) when it is nothing else.
+
+        UpstreamFault for an event of more than 1 MiB.
+        """
+        size = len(payload)
+        if self._plain and size <= MAX_PLAIN_BYTES and _is_plain_event(payload, size):
+            self.events += 1
+            if size < self._envelope:  # noqa: PLR1730 - min() costs a fifth of the whole call
+                self._envelope = size
+            self.tokens += (size - self._envelope) // 4 or 1
+            self._last.append(payload)
+            return payload
+        return self._scan(payload)
+
+    def finish(self) -> bytes:
+        """The upstream's body has ended: what may still go out, which is an event that only lacks its blank line."""
+        held = bytes(self._held).strip(b"\n")
+        self._held.clear()
+        data = _parse(held).data
+        if self._over or not (data.startswith(b"[DONE]") or decode_members(data) is not None):
+            return b""
+        return self._event(held + b"\n\n")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stream came to a good end: `[DONE]`, or a finish reason in one of the last events. Ask at the end."""
+        return self.done or self._finished or any(map(_FINISH_REASON.search, self._last))
+
+    @property
+    def reported_model(self) -> str | None:
+        """The model that the provider says it used. Decodes an event; ask at the end."""
+        if self._model is None and self._last:
+            members = decode_members(_parse(self._last[-1]).data) or {}
+            return decode_text(members.get("model"))
+        return self._model
+
+    def _scan(self, payload: bytes) -> bytes:
+        if self._over or not payload:
+            return b""
+        text = self._whole_events(self._with_lf(payload))
+        forwarded = []
+        start = 0
+        while start < len(text) and not self._over:
+            if text[start] == _LF:
+                start += 1
+                continue
+            end = text.find(b"\n\n", start) + 2
+            forwarded.append(self._event(text[start:end]))
+            start = end
+        self._plain = not self._held and not self._over
+        out = b"".join(forwarded)
+        return payload if out == payload else out
+
+    def _with_lf(self, payload: bytes) -> bytes:
+        """CRLF and CR as LF, without waiting for an LF that may follow a CR."""
+        if self._cr and payload.startswith(b"\n"):
+            payload = payload[1:]
+        self._cr = payload.endswith(b"\r")
+        return payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in payload else payload
+
+    def _whole_events(self, text: bytes) -> bytes:
+        """What is held and `text`, up to the last blank line; the rest is held."""
+        held = self._held
+        searched = max(len(held) - 1, 0)
+        held += text
+        last = held.rfind(b"\n\n", searched)
+        end = last + 2 if last >= 0 else 0
+        whole = bytes(held[:end])
+        del held[:end]
+        while held[:1] == b"\n":
+            del held[:1]
+        if len(held) > MAX_EVENT_BYTES:
+            raise self._too_large()
+        return whole
+
+    def _event(self, event: bytes) -> bytes:
+        """What the client gets of one event, which is `event` itself wherever it can be."""
+        size = len(event)
+        if size > MAX_EVENT_BYTES:
+            raise self._too_large()
+        if _is_plain_event(event, size):
+            self.events += 1
+            self._count(event)
+            return event
+        if not self._begun:
+            self._begun = True
+            if not self.events:
+                event = event.removeprefix(_BOM)
+        return self._odd_event(event)
+
+    def _odd_event(self, event: bytes) -> bytes:
+        parsed = _parse(event)
+        if not parsed.data:
+            return _joined(parsed.comments)
+        if parsed.data.startswith(b"[DONE]"):
+            self.done = self._over = True
+            return b""
+        self.events += 1
+        suspect = parsed.name == b"error" or _bears(parsed.data, b'"error"') or _bears(parsed.data, b'"usage"')
+        members = decode_members(parsed.data) if suspect else None
+        self.error = _error_in(parsed, members)
+        if self.error is not None:
+            self._over = True
+        usage_only = members is not None and self._note_usage(members)
+        if self.error is not None or (usage_only and self._hide_usage):
+            return b""
+        out = _joined(parsed.lines)
+        if not usage_only:
+            self._count(out)
+        return out
+
+    def _count(self, event: bytes) -> None:
+        size = len(event)
+        self._envelope = min(self._envelope, size)
+        self.tokens += (size - self._envelope) // 4 or 1
+        if size <= MAX_PLAIN_BYTES:
+            self._last.append(event)
+        elif _FINISH_REASON.search(event):
+            self._finished = True
+
+    def _note_usage(self, members: dict[str, Raw]) -> bool:
+        """Note the usage of an event; whether the event has nothing else."""
+        usage = members.get("usage")
+        if usage is None or decode_value(usage) is None:
+            return False
+        self.usage = decode_usage(usage) or self.usage
+        self._model = decode_text(members.get("model")) or self._model
+        return not decode_value(members.get("choices"))
+
+    def _too_large(self) -> UpstreamFault:
+        self._over = True
+        self._plain = False
+        self._held.clear()
+        problem = upstream_error(f"The provider sent an event of more than {MAX_EVENT_BYTES} bytes.", may_have_run=True)
+        return UpstreamFault(problem, safe_to_repeat=False)
+
+
+def _is_plain_event(event: bytes, size: int) -> bool:
+    """Whether this is one whole event of one line of data, with neither usage nor an error in it.
+
+    A quote inside a JSON string is escaped, so text that only speaks of "usage" doesn't look like a member of that name. This
+    runs for every event of every stream: `rfind` and `in` with an integer are what is cheapest on bytes.
+    """
+    return (
+        event.startswith(b"data: {")
+        and event.find(b"\n") == size - 2
+        and event[-1] == _LF
+        and _CR not in event
+        and event.rfind(b'"error"') < 0
+        and ((at := event.rfind(b'"usage"')) < 0 or _only_null(event, b'"usage"', at))
+    )
+
+
+def _bears(text: bytes, member: bytes) -> bool:
+    """Whether a member may be there and not null."""
+    at = text.rfind(member)
+    return at >= 0 and not _only_null(text, member, at)
+
+
+def _only_null(text: bytes, member: bytes, at: int) -> bool:
+    """Whether the member found at `at` is null, and the only one of its name: what some providers put on every event."""
+    return text.startswith(_NULL_MEMBER, at + len(member)) and text.find(member, 0, at) < 0
+
+
+def _parse(event: bytes) -> _Event:
+    data: list[bytes] = []
+    name = b""
+    lines: list[bytes] = []
+    comments: list[bytes] = []
+    for line in event.split(b"\n"):
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value.removeprefix(b" "))
+        elif field == b"event":
+            name = value.strip()
+        elif line.startswith(b":"):
+            comments.append(line)
+        else:
+            continue
+        lines.append(line)
+    return _Event(b"\n".join(data).strip(), name, lines, comments)
+
+
+def _joined(lines: list[bytes]) -> bytes:
+    return b"\n".join(lines) + b"\n\n" if lines else b""
+
+
+def _error_in(event: _Event, members: dict[str, Raw] | None) -> dict[str, Any] | None:
+    """The error of an event: the member `error` (OpenAI, OpenRouter), an object that calls itself one (vLLM), or whatever the
+    data of an `event: error` is.
+    """
+    members = members or {}
+    error = decode_value(members.get("error"))
+    if not error and (event.name == b"error" or decode_text(members.get("object")) == "error"):
+        error = decode_value(event.data) or event.data.decode(errors="replace")
+    if not error:
+        return None
+    return error if isinstance(error, dict) else {"message": str(error)}
