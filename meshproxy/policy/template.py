@@ -1,4 +1,4 @@
-"""Stored prompt templates: their slots, and how a request's variables fill them.
+"""Stored prompt templates: what one may be, its slots, and how a request's variables fill them.
 
 A slot is `{{ name }}` (spaces and tabs trimmed, name `[A-Za-z0-9_]+`) in `system`, in a message's string content, or in the
 `text` of a content part; nowhere else. All slots of a text are filled in one pass, so a value is never scanned again and
@@ -6,16 +6,25 @@ can't create a slot, a message or a role.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Struct
+import orjson
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec.json import Decoder
 
 from meshproxy.errors import Detail, Fault, Source, invalid
+from meshproxy.policy.params import check_params, merge_params
+from meshproxy.wire.details import detail_of, name_of
+
+__all__ = ["Template", "TemplateFields", "check_template", "merge_params", "render", "slots", "to_public"]
 
 GLOBAL_OWNER = "*"  # how a global template's owner reads at the edge: Mesh's SDKs want a string there
+MAX_PROMPT_BYTES = 1_048_576  # of system and messages together, as JSON
+MAX_PARAMS_BYTES = 262_144  # room for tools
+MAX_DETAILS = 32  # complaints shown to a client
 
 _SLOT = re.compile(r"\{\{[ \t]*+([A-Za-z0-9_]++)[ \t]*+\}\}")
 
@@ -39,6 +48,55 @@ class Template(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str | None = None
     params: dict[str, Any] = msgspec.field(default_factory=dict)
     variables: list[str] = msgspec.field(default_factory=list)
+
+
+class TemplateFields(Struct, frozen=True, kw_only=True):
+    """What a client may write of a template. UNSET: not mentioned; None or empty: cleared."""
+
+    name: str | UnsetType = UNSET
+    description: str | UnsetType | None = UNSET
+    system: str | UnsetType | None = UNSET
+    messages: list[Message] | UnsetType | None = UNSET
+    model: str | UnsetType | None = UNSET
+    params: dict[str, Any] | UnsetType = UNSET
+    variables: list[str] | UnsetType = UNSET
+
+    def applied_to(self, template: Template) -> Template:
+        """The template with these fields. Fault `validation_error` if that would leave it without a prompt, or with too large
+        a one.
+        """
+        changes = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
+        changed = msgspec.structs.replace(template, **changes)
+        details = list(_prompt_faults(changed.system, changed.messages))
+        if details:
+            raise _unfit(details)
+        return changed
+
+
+def check_template(body: bytes, *, partial: bool) -> TemplateFields:
+    """The fields in the body of a POST, or of a PATCH (`partial`), where null clears. Fault `validation_error` with a detail
+    for everything that is wrong.
+    """
+    known: dict[str, Any] = {}
+    details: list[Detail] = []
+    for name, raw in _members(body).items():
+        decode = _DECODERS.get(name)
+        if decode is None:
+            details.append(_not_a_field(name))
+            continue
+        try:
+            decode(raw)
+            value = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, RecursionError) as error:
+            details.append(detail_of(error, ("body", name)))
+        else:
+            known[name] = _EMPTY.get(name) if value is None else value
+            details.extend(_faults_within(name, value))
+    if not partial:
+        details.extend(_absences(known, {detail.loc[1] for detail in details}))
+    if details:
+        raise _unfit(details)
+    return TemplateFields(**known)
 
 
 def slots(template: Template) -> list[str]:
@@ -79,6 +137,102 @@ def to_public(template: Template) -> dict[str, Any]:
         "created_at": _rfc3339(template.created_at),
         "updated_at": _rfc3339(template.updated_at),
     }
+
+
+_UUID = r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}"
+
+
+class _Part(Struct):
+    type: str
+
+
+class _Message(Struct, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+    name: str | None = None
+
+
+# A name stands in a path: one that is a UUID would be taken for an id, and `.` and `..` would be taken for nothing.
+_Name = Annotated[str, Meta(pattern=rf"\A(?!{_UUID}\Z|\.\.?\Z)[A-Za-z0-9_.-]{{1,128}}\Z")]
+_TYPES: Final[dict[str, Any]] = {
+    "name": _Name,
+    "description": Annotated[str, Meta(max_length=2048)] | None,
+    "system": str | None,
+    "messages": list[_Message] | None,
+    "model": Annotated[str, Meta(min_length=1, max_length=256)] | None,
+    "params": dict[str, Any] | None,
+    "variables": Annotated[list[Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_]{1,128}\Z")]], Meta(max_length=256)] | None,
+}
+_DECODERS: Final = {name: Decoder(kind).decode for name, kind in _TYPES.items()}
+_MEMBERS: Final = Decoder(dict[str, Raw])
+_EMPTY: Final[dict[str, Any]] = {"params": {}, "variables": []}  # what null clears to; None for the others
+_NOT_WRITTEN: Final = frozenset({"id", "owner", "is_global", "created_at", "updated_at"})
+
+
+def _members(body: bytes) -> dict[str, Raw]:
+    try:
+        body.decode()
+        return _MEMBERS.decode(body)
+    except UnicodeDecodeError as error:
+        detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
+    except (msgspec.DecodeError, RecursionError) as error:
+        detail = detail_of(error, ("body",))
+    raise _unfit([detail])
+
+
+def _not_a_field(name: str) -> Detail:
+    if name in _NOT_WRITTEN:
+        return Detail("read_only", ("body", name), "Set by the gateway, and can't be written")
+    return Detail("extra_forbidden", ("body", name[:64]), "No such field")
+
+
+def _faults_within(name: str, value: Any) -> Iterator[Detail]:
+    """What a field's type can't tell."""
+    if name in {"messages", "params"} and _size(value) is None:
+        yield Detail("value_error", ("body", name), "Nested too deeply, or has a number of more than 64 bits")
+    elif name == "messages":
+        yield from _message_faults(value or ())
+    elif name == "params" and value:
+        yield from check_params(value, ("body", "params"))
+        if (_size(value) or 0) > MAX_PARAMS_BYTES:
+            yield Detail("too_long", ("body", "params"), f"More than {MAX_PARAMS_BYTES} bytes of JSON")
+
+
+def _message_faults(messages: Iterable[Message]) -> Iterator[Detail]:
+    for index, message in enumerate(messages):
+        parts = message["content"] if isinstance(message["content"], list) else ()
+        for at, part in enumerate(parts):
+            if part["type"] == "text" and not isinstance(part.get("text"), str):
+                yield Detail("string_type", ("body", "messages", index, "content", at, "text"), "Expected str")
+
+
+def _absences(known: Mapping[str, Any], complained: Collection[str | int]) -> Iterator[Detail]:
+    if "name" not in known and "name" not in complained:
+        yield Detail("missing", ("body", "name"), "Field required")
+    if not {"system", "messages"} & set(complained):
+        yield from _prompt_faults(known.get("system"), known.get("messages"))
+
+
+def _prompt_faults(system: str | None, messages: list[Message] | None) -> Iterator[Detail]:
+    if not system and not messages:
+        yield Detail("missing", ("body", "system"), "A template needs `system` or `messages`")
+    elif (_size(system) or 0) + (_size(messages) or 0) > MAX_PROMPT_BYTES:
+        yield Detail("too_long", ("body", "messages"), f"More than {MAX_PROMPT_BYTES} bytes of JSON with `system`")
+
+
+def _size(value: Any) -> int | None:
+    """Bytes of a value's JSON; None if it can't be written as deep down as a reply or a provider's request has it."""
+    try:
+        return len(orjson.dumps([[[[value]]]])) - 8
+    except TypeError:  # orjson.JSONEncodeError: past 254 levels, or an integer of more than 64 bits
+        return None
+
+
+def _unfit(details: Sequence[Detail]) -> Fault:
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    where = name_of(details[0])
+    message = f"Invalid template: {where + ': ' if where else ''}{details[0].msg}{more}"
+    return Fault(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))
 
 
 def _texts(template: Template) -> Iterator[str]:

@@ -1,9 +1,13 @@
+import contextlib
+import json
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.errors import Detail, Fault, Problem, Source
-from meshproxy.policy.template import Template, render, slots, to_public
+from meshproxy.policy.template import Template, TemplateFields, check_template, render, slots, to_public
 
 
 def template(**fields):
@@ -131,3 +135,208 @@ def test_to_public():
 
 def test_a_global_template_shows_the_global_owner():
     assert "*" == to_public(template(system="x", is_global=True))["owner"]
+
+
+def written(body, *, partial=False):
+    return check_template(json.dumps(body).encode(), partial=partial)
+
+
+def complaints(body, *, partial=False):
+    with pytest.raises(Fault) as caught:
+        check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=partial)
+    problem = caught.value.problem
+    assert (Source.CLIENT, 422, "validation_error") == (caught.value.source, problem.status, problem.code)
+    return [(detail.type, *detail.loc[1:]) for detail in problem.details]
+
+
+WHOLE = {
+    "name": "a-b_c.9",
+    "description": "d",
+    "system": "You are {{ who }}.",
+    "messages": [
+        {"role": "user", "content": "hi", "name": "ann"},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}}],
+        },
+        {"role": "developer", "content": ""},
+        {"role": "system", "content": []},
+    ],
+    "model": "openai/gpt-4o",
+    "params": {"temperature": 0.5, "stop": ["a"], "tools": [{"type": "function"}], "reasoning_effort": "low"},
+    "variables": ["who", "else"],
+}
+
+
+def test_a_whole_template():
+    assert TemplateFields(**WHOLE) == written(WHOLE)
+
+
+def test_what_is_not_mentioned_is_unset():
+    assert TemplateFields(name="a", system="s") == written({"name": "a", "system": "s"})
+    assert TemplateFields() == written({}, partial=True)
+
+
+def test_null_clears():
+    nulls = dict.fromkeys(["description", "system", "messages", "model", "params", "variables"])
+    expected = TemplateFields(description=None, system=None, messages=None, model=None, params={}, variables=[])
+    assert expected == written(nulls, partial=True)
+
+
+def test_a_prompt_has_a_largest_size():
+    messages = [{"role": "user", "content": "x" * 1_048_576}]
+    assert [("too_long", "messages")] == complaints({"name": "a", "messages": messages})
+
+
+UUID = "550e8400-e29b-41d4-a716-446655440000"
+
+
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("name", "", ("string_pattern_mismatch", "name")),
+        ("name", "a" * 129, ("string_pattern_mismatch", "name")),
+        ("name", "a b", ("string_pattern_mismatch", "name")),
+        ("name", "a/b", ("string_pattern_mismatch", "name")),
+        ("name", "a\n", ("string_pattern_mismatch", "name")),
+        ("name", "é", ("string_pattern_mismatch", "name")),
+        ("name", UUID, ("string_pattern_mismatch", "name")),
+        ("name", UUID.upper(), ("string_pattern_mismatch", "name")),
+        ("name", ".", ("string_pattern_mismatch", "name")),
+        ("name", "..", ("string_pattern_mismatch", "name")),
+        ("name", 1, ("string_type", "name")),
+        ("name", None, ("string_type", "name")),
+        ("description", "x" * 2049, ("string_too_long", "description")),
+        ("description", 1, ("string_type", "description")),
+        ("system", ["x"], ("string_type", "system")),
+        ("model", "", ("string_too_short", "model")),
+        ("model", "x" * 257, ("string_too_long", "model")),
+        ("messages", {}, ("list_type", "messages")),
+        ("messages", ["x"], ("dict_type", "messages", 0)),
+        ("messages", [{"content": "x"}], ("missing", "messages", 0, "role")),
+        ("messages", [{"role": "user"}], ("missing", "messages", 0, "content")),
+        ("messages", [{"role": "tool", "content": "x"}], ("literal_error", "messages", 0, "role")),
+        ("messages", [{"role": "user", "content": None}], ("string_type", "messages", 0, "content")),
+        (
+            "messages",
+            [{"role": "user", "content": "x", "tool_calls": []}],
+            ("extra_forbidden", "messages", 0, "tool_calls"),
+        ),
+        ("messages", [{"role": "user", "content": [{}]}], ("missing", "messages", 0, "content", 0, "type")),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "text"}]}],
+            ("string_type", "messages", 0, "content", 0, "text"),
+        ),
+        ("messages", [{"role": "user", "content": [{"type": "x", "y": 2**64}]}], ("value_error", "messages")),
+        ("params", [], ("dict_type", "params")),
+        ("params", {"temperature": 3}, ("less_than_equal", "params", "temperature")),
+        ("params", {"n": "2"}, ("int_type", "params", "n")),
+        ("params", {"model": "x"}, ("extra_forbidden", "params", "model")),
+        ("params", {"messages": []}, ("extra_forbidden", "params", "messages")),
+        ("params", {"stream": True}, ("extra_forbidden", "params", "stream")),
+        ("params", {"user": "ann"}, ("extra_forbidden", "params", "user")),
+        ("params", {"logit_bias": {"1": "x" * 262_144}}, ("too_long", "params")),
+        ("variables", ["a b"], ("string_pattern_mismatch", "variables", 0)),
+        ("variables", ["a"] * 257, ("too_long", "variables")),
+        ("id", "x", ("read_only", "id")),
+        ("is_global", True, ("read_only", "is_global")),
+        ("prompt", "x", ("extra_forbidden", "prompt")),
+    ],
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_one_bad_field(field, value, expected, partial):
+    assert [expected] == complaints({"name": "a", "system": "s", field: value}, partial=partial)
+
+
+def test_every_bad_field_is_told_at_once():
+    expected = [
+        ("extra_forbidden", "nmae"),
+        ("string_type", "description"),
+        ("extra_forbidden", "params", "model"),
+        ("less_than_equal", "params", "top_p"),
+        ("missing", "name"),
+        ("missing", "system"),
+    ]
+    assert expected == complaints({"nmae": "x", "description": 1, "params": {"model": "m", "top_p": 2}})
+
+
+@pytest.mark.parametrize(
+    "body", [{"name": "a"}, {"name": "a", "system": "", "messages": []}, {"name": "a", "system": None}]
+)
+def test_a_template_needs_a_prompt(body):
+    assert [("missing", "system")] == complaints(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b'{"name": NaN}',
+        b'{"name": "\\ud800"}',
+        b'{"name": "\xff"}',
+        b'\xef\xbb\xbf{"name": "a"}',
+        b"[" * 100_000,
+        b'{"messages": ' + b"[" * 100_000,
+        b'{"params": {"tools": ' + b"[" * 500 + b"]" * 500 + b"}}",
+        b'{"messages": [{"role": "user", "content": [{"type": "x", "y": ' + b"[" * 300 + b"]" * 300 + b"}]}]}",
+        b'{"params": {"seed": 1' + b"0" * 5000 + b"}}",
+        b'{"params": {"top_k": 1' + b"0" * 30 + b"}}",
+    ],
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_hostile_bodies_are_refused(body, partial):
+    assert len(complaints(body, partial=partial)) >= 1
+
+
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.text(max_size=5),
+        lambda x: st.dictionaries(
+            st.sampled_from(["name", "messages", "params", "role", "content", "system"]),
+            x | st.lists(x, max_size=2),
+            max_size=4,
+        ),
+    ).map(lambda value: json.dumps(value).encode()),
+    st.booleans(),
+)
+def test_nothing_but_faults_comes_of_any_body(body, partial):
+    with contextlib.suppress(Fault):
+        check_template(body, partial=partial)
+
+
+def test_fields_are_applied():
+    stored = template(system="s", description="d", params={"n": 1})
+    expected = template(name="b", system="s", params={})
+    assert expected == TemplateFields(name="b", description=None, params={}).applied_to(stored)
+
+
+def test_applying_nothing_changes_nothing():
+    stored = template(system="s")
+    assert stored == TemplateFields().applied_to(stored)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (TemplateFields(system=None), ("missing", ("body", "system"))),
+        (TemplateFields(system="x" * 600_000), ("too_long", ("body", "messages"))),
+    ],
+)
+def test_a_change_leaves_a_sound_template(fields, expected):
+    stored = template(system="s")
+    big = template(system="s", messages=[{"role": "user", "content": "x" * 600_000}])
+    with pytest.raises(Fault) as caught:
+        fields.applied_to(big if fields.system else stored)
+    (detail,) = caught.value.problem.details
+    assert expected == (detail.type, detail.loc)
+
+
+def test_a_template_survives_its_record():
+    stored = written(WHOLE).applied_to(template(owner="acme"))
+    assert stored == msgspec.json.decode(msgspec.json.encode(stored), type=Template)
