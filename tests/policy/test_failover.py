@@ -1,0 +1,105 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy.errors import Problem
+from meshproxy.policy.failover import Verdict, after_status, wait_of
+
+BODY = b'{"error": {"message": "words"}}'
+WORDS = {"error": {"message": "words"}}
+
+
+def short(verdict):
+    problem = verdict.problem
+    return problem.status, problem.code, problem.may_have_run, problem.provider_error, verdict.try_next
+
+
+@pytest.mark.parametrize(
+    "status, expected",
+    [
+        (400, (422, "validation_error", False, WORDS, False)),
+        (413, (422, "validation_error", False, WORDS, False)),
+        (422, (422, "validation_error", False, WORDS, False)),
+        (401, (502, "upstream_error", False, None, True)),
+        (402, (502, "upstream_error", False, None, True)),
+        (403, (502, "upstream_error", False, None, True)),
+        (404, (502, "upstream_error", False, None, True)),
+        (429, (503, "provider_not_available", False, None, True)),
+        (408, (502, "upstream_error", True, WORDS, True)),
+        (409, (502, "upstream_error", True, WORDS, True)),
+        (500, (502, "upstream_error", True, WORDS, True)),
+        (502, (502, "upstream_error", True, WORDS, True)),
+        (504, (502, "upstream_error", True, WORDS, True)),
+        (599, (502, "upstream_error", True, WORDS, True)),
+        (503, (502, "upstream_error", False, WORDS, True)),
+        (529, (502, "upstream_error", False, WORDS, True)),
+        (101, (502, "upstream_error", False, WORDS, True)),
+        (301, (502, "upstream_error", False, WORDS, True)),
+        (307, (502, "upstream_error", False, WORDS, True)),
+        (405, (502, "upstream_error", False, WORDS, True)),
+        (418, (502, "upstream_error", False, WORDS, True)),
+        (201, (502, "upstream_error", True, WORDS, False)),
+        (202, (502, "upstream_error", True, WORDS, False)),
+        (204, (502, "upstream_error", True, WORDS, False)),
+    ],
+)
+def test_after_status(status, expected):
+    assert expected == short(after_status(status, BODY, None))
+
+
+def test_a_refused_request_in_full():
+    problem = Problem(422, "validation_error", "The provider refused the request.", provider_error="A web page: Oh no")
+    page = b"<html><title>Oh no</title></html>"
+    assert Verdict(problem, try_next=False) == after_status(400, page, None, content_type="text/html")
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 429])
+def test_words_about_our_account_stay_inside(status):
+    leak = b'{"error": {"message": "Incorrect API key provided: sk-proj-1234, organization org-5678"}}'
+    told = repr(after_status(status, leak, None))
+    assert ("sk-proj" in told, "org-5678" in told) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "status, retry_after, expected",
+    [
+        (429, None, 1.0),
+        (429, "0", 1.0),
+        (429, "7", 7.0),
+        (429, "3600", 60.0),
+        (503, None, None),
+        (503, "2", 2.0),
+        (500, "2", None),
+    ],
+)
+def test_the_wait_is_passed_on(status, retry_after, expected):
+    assert expected == after_status(status, b"", retry_after).problem.retry_after_s
+
+
+@pytest.mark.parametrize(
+    "retry_after, retry_after_ms, expected",
+    [
+        (None, None, None),
+        ("5", None, 5.0),
+        ("1.5", None, 1.5),
+        (" 5 ", None, 5.0),
+        ("60.001", None, 60.0),
+        ("5", "250", 0.25),
+        ("5", "x", 5.0),
+        (None, "120000", 60.0),
+        ("-1", None, None),
+        ("nan", None, None),
+        ("inf", None, None),
+        ("1e999", None, None),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", None, None),
+        ("", "", None),
+    ],
+)
+def test_wait_of(retry_after, retry_after_ms, expected):
+    assert expected == wait_of(retry_after, retry_after_ms)
+
+
+@given(st.integers(100, 999), st.binary(max_size=50), st.none() | st.text(max_size=20))
+def test_any_answer_has_a_verdict(status, body, retry_after):
+    problem = after_status(status, body, retry_after).problem
+    assert problem.status in {422, 502, 503}
