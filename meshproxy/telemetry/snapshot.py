@@ -1,0 +1,121 @@
+"""What one worker has counted, as bytes; and how many workers' counts become one answer.
+
+Counters and histograms add up, also over workers that died: a sum that fell would look to Prometheus like a restart, and
+every rate over it would be wrong. Gauges of the dead are forgotten. What a worker counted after its last report is lost
+with it.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import Struct
+
+from meshproxy.telemetry.families import BY_NAME, Definition
+
+
+class Exemplar(Struct, array_like=True, frozen=True):
+    """The last traced observation of a bucket; `at` in Unix seconds."""
+
+    trace_id: str
+    value: float
+    at: float
+
+
+class Series(Struct, array_like=True):
+    """One label set's value. For a histogram `value` is the sum, and `counts` are per bucket, not cumulative, the last
+    one being +Inf; `exemplars` are by bucket.
+    """
+
+    labels: tuple[str, ...]
+    value: int | float
+    counts: list[int] = []
+    exemplars: dict[int, Exemplar] = {}
+
+
+class Family(Struct, array_like=True):
+    """All series of one family."""
+
+    name: str
+    series: list[Series]
+    edges: tuple[float, ...] = ()
+
+    @property
+    def definition(self) -> Definition:
+        """Its entry in families.py; KeyError for a name that is not there."""
+        return BY_NAME[self.name]
+
+
+Snapshot = list[Family]
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Snapshot)
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """A snapshot's msgpack."""
+    return _encoder.encode(snapshot)
+
+
+def decode(data: bytes) -> Snapshot:
+    """The snapshot of its msgpack; msgspec.DecodeError if it is none. Families that this build doesn't know are left out."""
+    return [family for family in _decoder.decode(data) if family.name in BY_NAME]
+
+
+def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
+    """One snapshot of many, none of which is changed. Where two disagree on a histogram's edges the first is believed."""
+    merged: dict[str, tuple[Family, dict[tuple[str, ...], Series]]] = {}
+    for snapshot in snapshots:
+        for family in snapshot:
+            if family.name not in merged:
+                merged[family.name] = (Family(family.name, [], family.edges), {})
+            total, by_labels = merged[family.name]
+            if total.edges == family.edges:
+                _add_family(by_labels, family)
+    for total, by_labels in merged.values():
+        total.series.extend(by_labels.values())
+    return [total for total, _ in merged.values()]
+
+
+def _add_family(by_labels: dict[tuple[str, ...], Series], family: Family) -> None:
+    for series in family.series:
+        total = by_labels.get(series.labels)
+        if total is None:
+            by_labels[series.labels] = Series(
+                series.labels, series.value, series.counts.copy(), series.exemplars.copy()
+            )
+        else:
+            _add_series(total, series, family.definition)
+
+
+def _add_series(total: Series, series: Series, definition: Definition) -> None:
+    if definition.merge == "sum":
+        total.value += series.value
+    else:
+        total.value = (max if definition.merge == "max" else min)(total.value, series.value)
+    total.counts = [mine + theirs for mine, theirs in zip(total.counts, series.counts, strict=True)]
+    for bucket, exemplar in series.exemplars.items():
+        known = total.exemplars.get(bucket)
+        if known is None or known.at < exemplar.at:
+            total.exemplars[bucket] = exemplar
+
+
+class Fleet:
+    """The last report of every worker, and what the dead ones left. One entry a living worker: bounded by their number."""
+
+    def __init__(self) -> None:
+        self._alive: dict[int, Snapshot] = {}
+        self._departed: Snapshot = []
+
+    def report(self, worker: int, data: bytes) -> None:
+        """Take a worker's snapshot() in; `worker` is a number that is never used again after retire(), such as a pid."""
+        self._alive[worker] = decode(data)
+
+    def retire(self, worker: int) -> None:
+        """A worker is gone: keep what it counted, forget its gauges. Twice, or for one that never reported: nothing."""
+        last = self._alive.pop(worker, [])
+        counted = [family for family in last if family.definition.kind != "gauge"]
+        self._departed = merge([self._departed, counted])
+
+    def merged(self) -> Snapshot:
+        """One snapshot for all, in the order of the first reports' families."""
+        return merge([*self._alive.values(), self._departed])

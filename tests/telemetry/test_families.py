@@ -1,0 +1,69 @@
+from meshproxy.telemetry.families import BY_NAME, CLOSED, OWN
+
+PROMISED = [
+    "build_info",
+    "requests_total",
+    "request_duration_seconds",
+    "time_to_first_token_seconds",
+    "time_per_output_token_seconds",
+    "stream_max_gap_seconds",
+    "overhead_seconds",
+    "tokens_total",
+    "cost_usd_total",
+    "rate_limited_total",
+    "credit_rejections_total",
+    "in_flight_requests",
+    "upstream_requests_total",
+    "upstream_breaker_open",
+    "client_disconnects_total",
+    "ledger_op_duration_seconds",
+    "ledger_errors_total",
+    "settlements_total",
+    "event_loop_lag_seconds",
+    "config_generation",
+    "config_last_reload_successful",
+]
+
+PROMISED_LABELS = {
+    "requests_total": ("route", "model", "code", "stream"),
+    "tokens_total": ("model", "type"),
+    "cost_usd_total": ("model",),
+    "rate_limited_total": ("limit",),
+    "credit_rejections_total": ("reason",),
+    "in_flight_requests": ("phase",),
+    "upstream_requests_total": ("upstream", "code"),
+    "upstream_breaker_open": ("upstream",),
+    "client_disconnects_total": ("phase",),
+    "ledger_op_duration_seconds": ("op",),
+    "ledger_errors_total": ("kind",),
+    "settlements_total": ("outcome", "usage_source"),
+}
+
+
+def test_every_promised_family_is_there():
+    assert set() == {f"meshproxy_{name}" for name in PROMISED} - BY_NAME.keys()
+
+
+def test_labels_are_as_promised():
+    assert {name: BY_NAME[f"meshproxy_{name}"].labels for name in PROMISED_LABELS} == PROMISED_LABELS
+
+
+def test_every_label_is_closed():
+    of_the_configuration = {"model", "upstream", "version"}
+    assert set() == {label for definition in OWN for label in definition.labels} - CLOSED.keys() - of_the_configuration
+
+
+def test_edges_rise_and_cover_what_was_asked():
+    for definition in OWN:
+        assert list(definition.edges) == sorted(set(definition.edges))
+        assert (definition.kind == "histogram") == bool(definition.edges)
+    spans = {
+        name: (BY_NAME[f"meshproxy_{name}_seconds"].edges[0], BY_NAME[f"meshproxy_{name}_seconds"].edges[-1])
+        for name in ("time_to_first_token", "request_duration", "time_per_output_token", "overhead")
+    }
+    assert spans == {
+        "time_to_first_token": (0.01, 120),
+        "request_duration": (0.05, 600),
+        "time_per_output_token": (0.001, 2.5),
+        "overhead": (0.0001, 1),
+    }
