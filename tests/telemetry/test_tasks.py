@@ -1,0 +1,131 @@
+import asyncio
+import gc
+
+import pytest
+from structlog.testing import capture_logs
+
+from meshproxy.telemetry.tasks import Tasks
+
+
+async def fail():
+    raise LookupError("gone")
+
+
+async def test_gives_the_result_and_forgets_the_task():
+    tasks = Tasks()
+
+    async def work():
+        return 7
+
+    task = tasks.spawn("settle", work())
+    assert (len(tasks), task.get_name()) == (1, "settle")
+    assert await task == 7
+    await asyncio.sleep(0)
+    assert len(tasks) == 0
+
+
+async def test_holds_the_only_reference():
+    tasks = Tasks()
+    done = asyncio.Event()
+    gate = asyncio.Event()
+
+    async def work():
+        await gate.wait()
+        done.set()
+
+    tasks.spawn("settle", work())
+    gc.collect()
+    gate.set()
+    assert await tasks.finish(1) == 0
+    assert done.is_set()
+
+
+async def test_a_failure_is_logged_and_counted_and_never_lost():
+    failed, complaints = [], []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    tasks = Tasks(failed.append)
+    with capture_logs() as logs:
+        tasks.spawn("renew", fail())
+        assert await tasks.finish(1) == 0
+        gc.collect()
+    assert (failed, complaints) == (["renew"], [])
+    assert [(log["event"], log["task"], log["log_level"], str(log["exc_info"])) for log in logs] == [
+        ("task_failed", "renew", "error", "gone")
+    ]
+
+
+async def test_what_was_spawned_outlives_its_spawner():
+    tasks = Tasks()
+    gate, done = asyncio.Event(), asyncio.Event()
+
+    async def settle():
+        await gate.wait()
+        done.set()
+
+    async def handler():
+        await asyncio.shield(tasks.spawn("settle", settle()))
+
+    handling = asyncio.create_task(handler())
+    await asyncio.sleep(0)
+    handling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await handling
+    gate.set()
+    assert await tasks.finish(1) == 0
+    assert done.is_set()
+
+
+async def test_finish_waits_for_what_is_spawned_meanwhile():
+    tasks = Tasks()
+    done = []
+
+    async def first():
+        tasks.spawn("second", second())
+
+    async def second():
+        done.append("second")
+
+    tasks.spawn("first", first())
+    assert await tasks.finish(1) == 0
+    assert done == ["second"]
+
+
+async def test_finish_cancels_what_is_late_and_counts_it():
+    failed = []
+    tasks = Tasks(failed.append)
+    cleaned = []
+
+    async def stuck():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned.append("up")
+
+    tasks.spawn("stuck", stuck())
+    tasks.spawn("stuck", stuck())
+    await asyncio.sleep(0)
+    assert await tasks.finish(0) == 2
+    assert (cleaned, failed, len(tasks)) == (["up", "up"], [], 0)
+
+
+async def test_finish_does_not_wait_for_ever_on_a_task_that_refuses_to_end(monkeypatch):
+    monkeypatch.setattr("meshproxy.telemetry.tasks.CANCEL_GRACE_S", 0.01)
+    tasks = Tasks()
+    gate = asyncio.Event()
+
+    async def stubborn():
+        while not gate.is_set():
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                continue
+
+    task = tasks.spawn("stubborn", stubborn())
+    await asyncio.sleep(0)
+    assert await tasks.finish(0) == 1
+    gate.set()
+    await task
+
+
+async def test_finish_of_nothing_is_nothing():
+    assert await Tasks().finish(0) == 0
