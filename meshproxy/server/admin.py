@@ -1,0 +1,178 @@
+"""The admin listener: metrics, probes, and the status page. For operators; nothing here needs a key of ours.
+
+With a token set, everything but the probes wants it: `Authorization: Bearer TOKEN`, or Basic with the token as password
+and any user, which is what a browser asks for.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Protocol, TypedDict
+
+import orjson
+import structlog
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from meshproxy.errors import Fault, internal_error, unauthorized
+from meshproxy.server.envelope import envelope_errors, problem_response
+from meshproxy.server.request_id import request_id_of
+from meshproxy.telemetry.exposition import content_type, wants_openmetrics
+from meshproxy.telemetry.summary import Summary
+
+PROBES = frozenset({"/healthz", "/readyz"})
+
+_CHALLENGES = ("Bearer", 'Basic realm="meshproxy admin", charset="UTF-8"')
+_ASSET = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
+
+_log = structlog.get_logger("meshproxy.server")
+
+
+class WorkerStatus(TypedDict):
+    """One worker process."""
+
+    pid: int
+    state: str  # "running", "starting", "draining"
+    uptime_s: float
+    restarts: int
+
+
+class Status(Summary):
+    """What GET /status answers: the counted, and what the state knows beside it."""
+
+    version: str
+    uptime_s: float
+    not_ready: list[str]  # why not ready; empty: ready
+    max_in_flight: int
+    ledger_state: str  # "up", "down", or "local" (redis.on_failure)
+    workers: list[WorkerStatus]
+
+
+class AdminState(Protocol):
+    """Where the answers come from."""
+
+    async def metrics(self, *, openmetrics: bool) -> bytes:
+        """The exposition of all workers (telemetry.exposition.render)."""
+
+    async def ready(self) -> list[str]:
+        """Why no traffic should come here, each a few words such as `draining`; empty: ready."""
+
+    async def status(self) -> Status:
+        """What the status page shows; fit for JSON."""
+
+
+def create_admin(state: AdminState, token: str | None = None) -> web.Application:
+    """The admin listener's application."""
+    middlewares: list[Middleware] = [envelope_errors, _no_bug_in_plain_text]
+    if token is not None:
+        middlewares.append(_guard(token))
+    admin = web.Application(middlewares=middlewares)
+    pages = _Pages(state)
+    admin.router.add_get("/", pages.page)
+    admin.router.add_get("/status", pages.status)
+    admin.router.add_get("/metrics", pages.metrics)
+    admin.router.add_get("/healthz", pages.healthz)
+    admin.router.add_get("/readyz", pages.readyz)
+    return admin
+
+
+class _Pages:
+    """The handlers."""
+
+    def __init__(self, state: AdminState) -> None:
+        self._state = state
+        self._html = files("meshproxy.server").joinpath("status.html").read_bytes()
+        self._policy = _content_security_policy(self._html)
+
+    async def page(self, _request: web.Request) -> web.Response:
+        headers = {
+            "content-security-policy": self._policy,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+            "cache-control": "no-cache",
+        }
+        return web.Response(body=self._html, content_type="text/html", charset="utf-8", headers=headers)
+
+    async def status(self, _request: web.Request) -> web.Response:
+        return _json(dict(await self._state.status()))
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        openmetrics = wants_openmetrics(request.headers.get(hdrs.ACCEPT, ""))
+        text = await self._state.metrics(openmetrics=openmetrics)
+        return web.Response(body=text, headers={hdrs.CONTENT_TYPE: content_type(openmetrics=openmetrics)})
+
+    async def healthz(self, _request: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    async def readyz(self, _request: web.Request) -> web.Response:
+        reasons = await self._state.ready()
+        if reasons:
+            return _json({"status": "unready", "reasons": reasons}, status=503)
+        return _json({"status": "ready"})
+
+
+def _json(body: dict[str, object], status: int = 200) -> web.Response:
+    return web.Response(
+        status=status,
+        body=orjson.dumps(body) + b"\n",
+        content_type="application/json",
+        headers={"cache-control": "no-store"},
+    )
+
+
+def _content_security_policy(html: bytes) -> str:
+    """Only the page's own script and style, by their hashes (CSP Level 3, 6.7.3), and requests to where it came from."""
+    allowed = {"script": "'none'", "style": "'none'"}
+    for kind, text in _ASSET.findall(html):
+        allowed[kind.decode()] = f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+    return (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+@web.middleware
+async def _no_bug_in_plain_text(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A bug of the state's answers in the envelope too."""
+    try:
+        return await handler(request)
+    except (web.HTTPException, Fault):
+        raise
+    except Exception:  # noqa: BLE001 - the last resort: it is logged, and answered in JSON
+        request_id = request_id_of(request)
+        _log.exception("admin_failed", path=request.path, request_id=request_id)
+        return problem_response(internal_error(), request_id)
+
+
+def _guard(token: str) -> Middleware:
+    expected = token.encode()
+
+    @web.middleware
+    async def guard(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if request.path in PROBES or hmac.compare_digest(_offered(request), expected):
+            return await handler(request)
+        refusal = problem_response(unauthorized("The admin token is missing or wrong."), request_id_of(request))
+        for challenge in _CHALLENGES:
+            refusal.headers.add(hdrs.WWW_AUTHENTICATE, challenge)
+        return refusal
+
+    return guard
+
+
+def _offered(request: web.Request) -> bytes:
+    """The token of a request's Authorization header; empty for none."""
+    scheme, _, credentials = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip().encode("utf-8", "surrogateescape")
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
