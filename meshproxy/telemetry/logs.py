@@ -4,7 +4,7 @@ A line of JSON has `timestamp` (RFC 3339, UTC), `level`, `event`, `logger`, and 
 out by the sink. Tracebacks never show local variables: those would be prompts.
 
 The one line that every request leaves doesn't go through structlog's chain, but has the shape of its lines: measured on one
-core, 2.6 us against 9 us, redaction and buffering included.
+core, 2.7 us against 8 us, redaction and buffering included.
 """
 
 import json
