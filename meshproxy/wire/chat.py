@@ -19,6 +19,9 @@ MAX_NAME_CHARS = 256  # of a model, a template, a user, a session
 MAX_MODELS = 32  # fallbacks that one request may name
 MAX_TOKENS = 2**31 - 1  # a bound for arithmetic; no model comes near
 MAX_DETAILS = 32  # complaints shown to a client
+MAX_LOOSE_BYTES = (
+    1_048_576  # of variables and what else isn't bulk: millions of members would stall every stream for seconds
+)
 
 CAPS: Final[tuple[str, ...]] = (
     "max_completion_tokens",
@@ -48,6 +51,16 @@ class _StreamOptions(Struct, gc=False):
     include_usage: bool | None = None
 
 
+class _Bulk(Struct, gc=False):
+    """The members that may be large: they are passed on whole, or are lists of what is skipped."""
+
+    messages: Raw = Raw()
+    tools: Raw = Raw()
+    functions: Raw = Raw()
+    response_format: Raw = Raw()
+    prediction: Raw = Raw()
+
+
 _TYPES: Final[dict[str, Any]] = {
     "frequency_penalty": _Penalty,
     "max_completion_tokens": _Cap,
@@ -74,6 +87,7 @@ _TYPES: Final[dict[str, Any]] = {
 _ALLOWED: Final = {"tool_choice": "none, auto, required or an object", "transforms": "middle-out"}
 
 _MEMBERS: Final = Decoder(dict[str, Raw])
+_BULK: Final = Decoder(_Bulk)
 _TEXT: Final = Decoder(str)
 _DECODERS: Final = {name: Decoder(kind | None).decode for name, kind in _TYPES.items()}
 
@@ -183,12 +197,20 @@ def _members(body: bytes) -> dict[str, Raw]:
     try:
         if not body.isascii():
             body.decode()
-        return _MEMBERS.decode(body)
+        if len(body) <= MAX_LOOSE_BYTES or _loose_bytes(body) <= MAX_LOOSE_BYTES:
+            return _MEMBERS.decode(body)
+        message = f"All but {', '.join(_Bulk.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
+        detail = Detail("too_long", ("body",), message)
     except UnicodeDecodeError as error:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
     raise _unfit([detail])
+
+
+def _loose_bytes(body: bytes) -> int:
+    bulk = msgspec.structs.astuple(_BULK.decode(body))
+    return len(body) - sum(memoryview(raw).nbytes for raw in bulk)
 
 
 def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:

@@ -7,9 +7,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Raw
 
 from meshproxy.errors import Detail, Fault, Problem, Source
-from meshproxy.wire.chat import MAX_DETAILS, ChatRequest, decode_chat, encode_upstream, with_params
+from meshproxy.wire.chat import MAX_DETAILS, MAX_LOOSE_BYTES, ChatRequest, decode_chat, encode_upstream, with_params
 
 KNOWN = {
     "frequency_penalty",
@@ -299,16 +300,19 @@ class TestBadInput:
             b'{"x":01}',
             b'{"\xff":1}',
             b'{"x":"\xff"}',
-            b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-            b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-            b'{"messages":[{"role":"user","content":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}]}",
-            b'{"x":' + b"[" * 100_000,
+            pytest.param(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", id="deep in a field"),
+            pytest.param(b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", id="deep messages"),
+            pytest.param(
+                b'{"messages":[{"role":"user","content":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}]}",
+                id="deep content",
+            ),
+            pytest.param(b'{"x":' + b"[" * 100_000, id="deep and cut"),
         ],
     )
     def test_not_json(self, text: bytes):
         assert complaints(text) == [("json_invalid", ("body",))]
 
-    @pytest.mark.parametrize("text", [b"[]", b"null", b'"x"', b"1", b"true", b"[" * 100_000])
+    @pytest.mark.parametrize("text", [b"[]", b"null", b'"x"', b"1", b"true", pytest.param(b"[" * 100_000, id="deep")])
     def test_json_but_not_an_object(self, text: bytes):
         assert complaints(text) == [("dict_type", ("body",))]
 
@@ -325,6 +329,18 @@ class TestBadInput:
         assert complaints(raw_body(b'"%s":%s' % (name.encode(), b"9" * 10_000))) == [
             ("number_out_of_range", ("body", name))
         ]
+
+    @pytest.mark.parametrize("name", ["messages", "tools", "functions", "response_format", "prediction"])
+    def test_bulk_may_be_large(self, name: str):
+        bulk = [{"role": "user", "content": "x" * 2 * MAX_LOOSE_BYTES}]
+        request = decode_chat(body(**{name: bulk}))
+        assert len(request.messages or b"") + len(bytes(request.fields.get(name, Raw()))) > 2 * MAX_LOOSE_BYTES
+
+    @pytest.mark.parametrize(
+        "members", [{"variables": {str(n): "" for n in range(200_000)}}, {str(n): n for n in range(200_000)}]
+    )
+    def test_a_hundred_thousand_members_are_too_many(self, members: dict[str, Any]):
+        assert complaints(body(**members)) == [("too_long", ("body",))]
 
     def test_slots_in_variables_are_only_text(self):
         assert decode_chat(body(variables={"a": "{{b}}"})).variables == {"a": "{{b}}"}

@@ -296,7 +296,7 @@ class TestBounds:
 
 def reference(stream: bytes) -> tuple[bytes, int, Usage | None, bool, Any]:
     """The scanner's contract, written as simply as can be, for streams that lack nothing at their end."""
-    text = re.sub(rb"\r\n?", b"\n", stream.removeprefix(b"\xef\xbb\xbf"))
+    text = re.sub(rb"\r\n?", b"\n", stream).lstrip(b"\n").removeprefix(b"\xef\xbb\xbf")
     out, events, usage = [], 0, None
     for block in text.split(b"\n\n")[:-1]:
         lines = [line for line in block.split(b"\n") if re.match(rb"data(:|$)|event(:|$)|:", line)]

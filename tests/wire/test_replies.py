@@ -1,0 +1,149 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy.errors import (
+    Detail,
+    Problem,
+    gateway_timeout,
+    idempotency_conflict,
+    insufficient_credits,
+    invalid,
+    provider_not_available,
+    rate_limit_exceeded,
+    unauthorized,
+    upstream_error,
+)
+from meshproxy.wire.replies import (
+    MAX_MESSAGE_CHARS,
+    MAX_PROVIDER_ERROR_BYTES,
+    envelope,
+    error_event,
+    problem_headers,
+    provider_error,
+)
+
+
+def told(problem: Problem) -> dict[str, Any]:
+    return json.loads(envelope(problem, "req_1"))
+
+
+class TestEnvelope:
+    def test_the_least(self):
+        assert told(unauthorized("No key.")) == {
+            "error": {
+                "message": "No key.",
+                "type": "authentication_error",
+                "param": None,
+                "code": "unauthorized",
+                "request_id": "req_1",
+            },
+            "request_id": "req_1",
+        }
+
+    def test_details(self):
+        problem = invalid(
+            "Bad.", Detail("missing", ("body", "messages", 0, "role"), "Field required"), param="messages[0].role"
+        )
+        error = told(problem)["error"]
+        assert error["details"] == [
+            {"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required"}
+        ]
+        assert error["param"] == "messages[0].role"
+
+    @pytest.mark.parametrize(("seconds", "expected"), [(1.5, 1.5), (0.0001, 0.001), (2, 2.0), (0, 0.0)])
+    def test_time_to_wait(self, seconds: float, expected: float):
+        assert expected == told(rate_limit_exceeded("Slow down.", seconds))["error"]["retry_after_seconds"]
+
+    def test_an_endless_wait_is_not_told(self):
+        assert "retry_after_seconds" not in told(rate_limit_exceeded("Never.", float("inf")))["error"]
+
+    @pytest.mark.parametrize("value", [{"code": 529, "message": "é\n"}, "text", ["a", None], 7, False])
+    def test_the_provider_s_words(self, value: Any):
+        assert (
+            value == told(upstream_error("Failed.", may_have_run=True, provider_error=value))["error"]["provider_error"]
+        )
+
+    def test_a_long_speech_is_cut_to_text(self):
+        value = {"message": "x" * MAX_PROVIDER_ERROR_BYTES}
+        actual = told(invalid("Bad.", provider_error=value))["error"]["provider_error"]
+        assert json.dumps(value, separators=(",", ":"))[:MAX_MESSAGE_CHARS] == actual
+
+    @pytest.mark.parametrize(
+        ("value", "expected"), [("a\ud800b", "a?b"), ({"a": "\ud800"}, "unreadable"), ({"a": object()}, "unreadable")]
+    )
+    def test_words_that_are_no_json(self, value: Any, expected: str):
+        assert expected == told(invalid("Bad.", provider_error=value))["error"]["provider_error"]
+
+    def test_messages_are_cut_and_can_be_encoded(self):
+        error = told(Problem(404, "not_found", "\udcff" + "x" * 5000, param="\ud800"))["error"]
+        assert (error["message"], error["param"]) == ("?" + "x" * (MAX_MESSAGE_CHARS - 1), "?")
+
+
+class TestHeaders:
+    @pytest.mark.parametrize(
+        ("problem", "expected"),
+        [
+            (unauthorized("x"), {}),
+            (insufficient_credits("x"), {}),
+            (rate_limit_exceeded("x", 1.2341), {"retry-after": "2", "retry-after-ms": "1235"}),
+            (rate_limit_exceeded("x", 0.02), {"retry-after": "1", "retry-after-ms": "20"}),
+            (rate_limit_exceeded("x", 1.1), {"retry-after": "2", "retry-after-ms": "1100"}),
+            (rate_limit_exceeded("x", 60), {"retry-after": "60", "retry-after-ms": "60000"}),
+            (
+                rate_limit_exceeded("x", 60.001),
+                {"retry-after": "61", "retry-after-ms": "60001", "x-should-retry": "false"},
+            ),
+            (rate_limit_exceeded("x", float("inf")), {"x-should-retry": "false"}),
+            (rate_limit_exceeded("x", float("nan")), {"x-should-retry": "false"}),
+            (provider_not_available("x", 5), {"retry-after": "5", "retry-after-ms": "5000"}),
+            (upstream_error("x", may_have_run=True), {"x-should-retry": "false"}),
+            (upstream_error("x", may_have_run=False), {}),
+            (gateway_timeout("x", may_have_run=True), {"x-should-retry": "false"}),
+            (idempotency_conflict(), {"x-should-retry": "false"}),
+        ],
+    )
+    def test_of_a_problem(self, problem: Problem, expected: dict[str, str]):
+        assert {"content-type": "application/json"} | expected == dict(problem_headers(problem))
+
+
+class TestErrorEvent:
+    def test_is_the_envelope_as_one_event(self):
+        problem = insufficient_credits("Out of credit.")
+        assert b"data: " + envelope(problem, "req_1") + b"\n\n" == error_event(problem, "req_1")
+
+    @given(st.text() | st.dictionaries(st.text(), st.text()))
+    def test_nothing_a_provider_says_begins_another_event(self, words: Any):
+        event = error_event(upstream_error("a\r\n\r\ndata: b", may_have_run=True, provider_error=words), "req_1")
+        assert (event.count(b"\n"), event.count(b"\r"), event[-2:]) == (2, 0, b"\n\n")
+
+
+class TestProviderError:
+    @pytest.mark.parametrize(
+        ("body", "content_type", "expected"),
+        [
+            (b"", None, None),
+            (b" \n", "application/json", None),
+            (b'{"error":{"message":"x"}}', "application/json", {"error": {"message": "x"}}),
+            (b'"x"', None, "x"),
+            (b"Bad gateway", "text/plain", "Bad gateway"),
+            (b"\xff", None, "\ufffd"),
+            (b"<html><head><title>502 Bad\n Gateway &amp; more</title>", None, "A web page: 502 Bad Gateway & more"),
+            (b"<HTML><TITLE lang=en>x</TITLE>", None, "A web page: x"),
+            (b"<!DOCTYPE html><p>x", None, "A web page without a title"),
+            (b"<p>x", "text/html; charset=utf-8", "A web page without a title"),
+            (b"<title>" + b"x" * 900 + b"</title>", "text/html", "A web page: " + "x" * 200),
+            pytest.param(b"{" * 100_000, None, "{" * MAX_MESSAGE_CHARS, id="long"),
+            pytest.param(b"[" * 8000, None, "[" * MAX_MESSAGE_CHARS, id="deep"),
+        ],
+    )
+    def test_what_a_provider_said(self, body: bytes, content_type: str | None, expected: Any):
+        assert expected == provider_error(body, content_type)
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes_can_be_told(self, body: bytes):
+        words = provider_error(body)
+        envelope(invalid("Bad.", provider_error=words), "req_1")

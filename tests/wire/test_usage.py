@@ -1,0 +1,108 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy.errors import UpstreamFault
+from meshproxy.wire.usage import Reply, Usage, decode_reply, decode_usage
+
+
+def report(**members: Any) -> bytes:
+    return json.dumps({"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18, **members}).encode()
+
+
+def test_the_total_is_prompt_and_completion():
+    assert Usage(prompt=10, completion=8, cached=4).total == 18
+
+
+DEEP = pytest.param(b'{"a":' + b"[" * 100_000, id="deep")
+
+
+class TestDecodeUsage:
+    def test_openai_s_shape(self):
+        expected = Usage(prompt=10, completion=8, cached=4, reasoning=5, audio_prompt=2, audio_completion=3)
+        actual = decode_usage(
+            report(
+                prompt_tokens_details={"cached_tokens": 4, "audio_tokens": 2},
+                completion_tokens_details={"reasoning_tokens": 5, "audio_tokens": 3, "accepted_prediction_tokens": 0},
+            )
+        )
+        assert expected == actual
+
+    def test_openrouter_s_shape(self):
+        expected = Usage(prompt=10, completion=8, cached=4, cache_write=6)
+        actual = decode_usage(
+            report(cost=0.00014, is_byok=False, prompt_tokens_details={"cached_tokens": 4, "cache_write_tokens": 6})
+        )
+        assert expected == actual
+
+    @pytest.mark.parametrize("details", [None, {}, {"cached_tokens": None, "reasoning_tokens": None}])
+    def test_details_may_be_missing(self, details: Any):
+        assert decode_usage(report(prompt_tokens_details=details, completion_tokens_details=details)) == Usage(10, 8)
+
+    @pytest.mark.parametrize("text", [b"null", b"{}", b"[]", b"7", b'"x"', b"", b"{", b"\xff", DEEP])
+    def test_what_is_no_usage(self, text: bytes):
+        assert decode_usage(text) is None
+
+    @pytest.mark.parametrize("count", [-1, 1.5, "7", None, True, 2**53 + 1, 10**30])
+    @pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens"])
+    def test_a_count_that_can_t_be_true(self, name: str, count: Any):
+        assert decode_usage(report(**{name: count})) is None
+
+    @pytest.mark.parametrize(
+        ("whole", "parts"),
+        [
+            ("prompt", {"cached_tokens": 11}),
+            ("prompt", {"cache_write_tokens": 11}),
+            ("prompt", {"cached_tokens": 6, "cache_write_tokens": 5}),
+            ("prompt", {"audio_tokens": 11}),
+            ("prompt", {"cached_tokens": -1}),
+            ("completion", {"reasoning_tokens": 9}),
+            ("completion", {"audio_tokens": 9}),
+            ("completion", {"reasoning_tokens": 4, "audio_tokens": 5}),
+            ("completion", {"reasoning_tokens": 1.5}),
+        ],
+    )
+    def test_parts_that_don_t_fit_their_whole(self, whole: str, parts: dict[str, Any]):
+        assert decode_usage(report(**{f"{whole}_tokens_details": parts})) is None
+
+    def test_parts_that_fill_their_whole(self):
+        parts = {"cached_tokens": 4, "cache_write_tokens": 6, "audio_tokens": 10}
+        expected = Usage(prompt=10, completion=8, cached=4, cache_write=6, audio_prompt=10)
+        assert expected == decode_usage(report(prompt_tokens_details=parts))
+
+
+class TestDecodeReply:
+    def test_a_whole_answer(self):
+        body = (
+            b'{"id":"x","model":"gpt-4o-2024","choices":[{"message":{"content":"\xc3\xa9"}}],"usage":' + report() + b"}"
+        )
+        assert Reply(usage=Usage(10, 8), model="gpt-4o-2024") == decode_reply(body)
+
+    @pytest.mark.parametrize("body", [b"{}", b'{"usage":null,"model":null,"error":null}', b'{"usage":[],"model":7}'])
+    def test_an_answer_that_says_nothing(self, body: bytes):
+        assert Reply() == decode_reply(body)
+
+    def test_an_error_with_a_200(self):
+        assert Reply(error={"code": 502}) == decode_reply(b'{"error":{"code":502}}')
+
+    @pytest.mark.parametrize(
+        "body", [b"", b"[]", b"null", b"<html>", b'{"a":', b"\xff", pytest.param(b'{"a":' + b"[" * 100_000, id="deep")]
+    )
+    def test_what_is_no_json_object(self, body: bytes):
+        with pytest.raises(UpstreamFault) as caught:
+            decode_reply(body)
+        problem = caught.value.problem
+        assert (problem.code, problem.may_have_run, caught.value.safe_to_repeat) == ("upstream_error", True, False)
+
+    @given(st.binary(max_size=100))
+    def test_any_bytes_are_a_reply_or_a_fault(self, body: bytes):
+        try:
+            decode_reply(b'{"usage":' + body + b"}")
+        except UpstreamFault as fault:
+            problem = fault.problem
+        else:
+            return
+        assert problem.status == 502
