@@ -1,0 +1,59 @@
+"""A reply as one JSON object, in OpenAI's shape of an unstreamed chat completion."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from meshproxy.upstream.simulator.ask import Ask
+from meshproxy.upstream.simulator.behaviour import Behaviour
+from meshproxy.upstream.simulator.replies import FINGERPRINT, Choice, Reply
+from meshproxy.upstream.simulator.usage import reported
+
+
+def completion(reply: Reply, ask: Ask, behaviour: Behaviour) -> bytes:
+    """The whole body."""
+    told: dict[str, Any] = {
+        "id": reply.id,
+        "object": "chat.completion",
+        "created": reply.created,
+        "model": reply.model,
+        "choices": [_choice(choice, logprobs=ask.logprobs) for choice in reply.choices],
+    }
+    if "no-usage" not in behaviour.traits:
+        told["usage"] = reported(reply.usage(), behaviour)
+    return msgspec.json.encode(told | {"service_tier": "default", "system_fingerprint": FINGERPRINT})
+
+
+def broken_completion() -> bytes:
+    """How OpenRouter tells, under a 200, that a provider broke while it was answering."""
+    return msgspec.json.encode({"error": {"code": 502, "message": "Provider disconnected unexpectedly"}})
+
+
+def logprobs_of(tokens: Sequence[str]) -> dict[str, Any]:
+    """OpenAI's logprobs object, with a likelihood that is plausible and always the same."""
+    likely = {"logprob": -0.105, "top_logprobs": []}
+    content = [{"token": token, "bytes": list(token.encode())} | likely for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _choice(choice: Choice, *, logprobs: bool) -> dict[str, Any]:
+    return {
+        "index": choice.index,
+        "message": _message(choice),
+        "logprobs": logprobs_of(choice.content) if logprobs and choice.content else None,
+        "finish_reason": choice.finish,
+    }
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    content = None if choice.calls else "".join(choice.content)
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    if choice.thoughts:
+        message["reasoning_content"] = "".join(choice.thoughts)
+    if choice.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": "".join(call.arguments)}}
+            for call in choice.calls
+        ]
+    return message

@@ -1,0 +1,143 @@
+"""The connection an answer goes out on, to the byte.
+
+aiohttp reads the requests; answers are written on its transport by hand, since most of what a simulated provider has to do
+wrong is what a well-made server library refuses to do. `ConnectionError` says that the client is gone.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import HttpVersion11, web
+
+from meshproxy.upstream.simulator.framing import CHUNKED, UNTIL_CLOSE, Framing, awkward_pieces, halves, sized
+
+LOOK_S = 0.25  # how often a silent connection looks whether its client is still there
+SPLIT_GAP_S = 0.001  # between two awkward pieces: long enough to be read one by one
+JSON = ("content-type", "application/json")
+
+Headers = Sequence[tuple[str, str]]
+
+
+class Written(web.StreamResponse):
+    """Tells aiohttp that the answer is on the wire already, and whether the connection goes on."""
+
+    def __init__(self, status: int, *, keep_alive: bool) -> None:
+        super().__init__(status=status)
+        self._goes_on = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether another request may follow."""
+        return self._goes_on
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing is left to do."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to do."""
+
+
+class Line:
+    """One request's answer. `status`: as sent, 0 before."""
+
+    def __init__(self, request: web.Request, headers: Headers) -> None:
+        self._transport = request.transport
+        self._drain = request.writer.drain
+        self._headers = headers
+        self._modern = request.version >= HttpVersion11
+        self._keep_alive = request.keep_alive and self._modern
+        self._framing = CHUNKED
+        self._held = b""
+        self.status = 0
+
+    def written(self) -> Written:
+        """What the handler returns to aiohttp."""
+        return Written(self.status, keep_alive=self._keep_alive and self.status > 0)
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole answer in one write."""
+        await self.head(status, headers, sized(len(body)), flush=False)
+        await self._send(body)
+
+    async def head(self, status: int, headers: Headers, framing: Framing, *, flush: bool = True) -> None:
+        """The head: at once, or with what is written next. HTTP/1.0 knows no chunks: its body ends with the connection."""
+        self.status = status
+        self._framing = framing if self._modern or not framing.chunked else UNTIL_CLOSE
+        self._keep_alive = self._keep_alive and self._framing.keeps_alive
+        self._held = self._head(headers)
+        if flush:
+            await self._send(b"")
+
+    async def write(self, payload: bytes) -> None:
+        """A piece of the body: a chunk of its own where there are chunks."""
+        await self._send(self._framing.frame(payload))
+
+    async def write_at_once(self, payloads: Iterable[bytes]) -> None:
+        """Several pieces in one write."""
+        await self._send(b"".join(map(self._framing.frame, payloads)))
+
+    async def write_split(self, payload: bytes) -> None:
+        """A piece of the body in two chunks and many writes."""
+        frames = b"".join(map(self._framing.frame, halves(payload)))
+        for piece in awkward_pieces(frames):
+            await self._send(piece)
+            await asyncio.sleep(SPLIT_GAP_S)
+
+    async def end(self) -> None:
+        """The honest end of the body."""
+        await self._send(self._framing.end)
+
+    async def garble(self) -> None:
+        """Bytes where a chunk's size should be, and the end of the connection."""
+        await self._send(b"this is no chunk size\r\n")
+        self.close()
+
+    def close(self) -> None:
+        """The connection's end, whatever is unfinished."""
+        self._keep_alive = False
+        self._connected().close()
+
+    def reset(self) -> None:
+        """RST instead of FIN: what lingers is thrown away (socket(7), SO_LINGER with a time of zero)."""
+        self._keep_alive = False
+        transport = self._connected()
+        connection: Any = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+
+    async def silence(self) -> None:
+        """Nothing more, until the client gives up: then `ConnectionError`."""
+        self._keep_alive = False
+        while self._connected():  # noqa: ASYNC110 - only where handlers are not cancelled does it take a look
+            await asyncio.sleep(LOOK_S)
+
+    async def _send(self, data: bytes) -> None:
+        self._connected().write(self._held + data)
+        self._held = b""
+        await self._drain()
+
+    def _connected(self) -> asyncio.Transport:
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError
+        return self._transport
+
+    def _head(self, headers: Headers) -> bytes:
+        told = [("date", formatdate(usegmt=True)), *self._headers, *headers, self._framing.header]
+        if not self._keep_alive and self._framing.keeps_alive:
+            told.append(("connection", "close"))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in told)
+        return f"HTTP/1.1 {self.status} {_reason(self.status)}\r\n{lines}\r\n".encode("latin-1")
+
+
+def _reason(status: int) -> str:
+    return HTTPStatus(status).phrase if status in _PHRASED else "Unknown"
+
+
+_PHRASED = frozenset(map(int, HTTPStatus))
