@@ -72,11 +72,12 @@ class Fault(Exception):
 
 
 class UpstreamFault(Fault):
-    """A provider failed. `safe_to_repeat`: not one byte of the request can have been acted on."""
+    """A provider failed. `safe_to_repeat`: another attempt may be made; `answered` is the status it gave, if it gave one."""
 
-    def __init__(self, problem: Problem, *, safe_to_repeat: bool) -> None:
+    def __init__(self, problem: Problem, *, safe_to_repeat: bool, answered: int | None = None) -> None:
         super().__init__(Source.UPSTREAM, problem)
         self.safe_to_repeat = safe_to_repeat
+        self.answered = answered
 
 
 def unauthorized(message: str) -> Problem:

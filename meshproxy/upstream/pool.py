@@ -26,6 +26,7 @@ class Pool:
         self._live: set[Connection] = set()
         self._line: deque[asyncio.Future[Connection]] = deque()
         self._closed = False
+        self._retired = False
 
     def take(self) -> Connection | None:
         """An idle connection that seems alive. Those that turn out to be stale are closed on the way."""
@@ -53,6 +54,13 @@ class Pool:
             connection.abort()
             raise faults.closing()
         return connection
+
+    def retire(self) -> None:
+        """Keep nothing idle from now on."""
+        self._retired = True
+        for connection in tuple(self._idle):
+            connection.abort()
+        self._idle.clear()
 
     async def close(self) -> None:
         """Close every connection, busy ones too, and wait until the sockets are gone."""
@@ -103,7 +111,11 @@ class Pool:
         """An exchange is over and its connection can be used again."""
         if self._closed:
             connection.abort()
-        elif not self._hand_over(connection):
+        elif self._hand_over(connection):
+            return
+        elif self._retired:
+            connection.abort()
+        else:
             self._idle.append(connection)
 
     def _lost(self, connection: Connection) -> None:

@@ -76,6 +76,10 @@ class Provider:
             connection.abandon(answer)
             raise
 
+    def retire(self) -> None:
+        """Keep no connection: idle ones are closed now, busy ones when their answers are whole. Requests may still come."""
+        self._pool.retire()
+
     async def close(self) -> None:
         """Close every connection. Answers that are under way fail."""
         await self._pool.close()

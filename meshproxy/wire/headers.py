@@ -30,6 +30,8 @@ SHOWN: Final = frozenset(
 
 # RFC 6750, section 2.1, with our own alphabet for the token.
 _BEARER = re.compile(r"bearer +(rsk_[A-Za-z0-9_-]{1,124})", re.IGNORECASE | re.ASCII)
+# W3C Trace Context, section 3.2: version, trace id, parent id, flags. Ids of zeros alone are invalid.
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 
 
@@ -42,6 +44,12 @@ def bearer(authorization: str | None) -> str | None:
 def request_id(inbound: str | None) -> str | None:
     """A client's request id if it is a valid one."""
     return inbound if inbound is not None and _REQUEST_ID.fullmatch(inbound) else None
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """The trace id of a W3C `traceparent`, 32 hex digits; None for one that is missing or malformed."""
+    found = _TRACEPARENT.fullmatch(traceparent) if traceparent is not None else None
+    return found[1] if found else None
 
 
 def format_reset(seconds: float) -> str:

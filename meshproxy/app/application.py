@@ -1,0 +1,57 @@
+"""The gateway as an aiohttp application: for `serve`, and for whoever wants it in a program of their own."""
+
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+from aiohttp import web
+
+from meshproxy.app.load import secrets_of
+from meshproxy.app.worker import Worker, request_log_to, with_redis
+from meshproxy.config import Settings
+from meshproxy.server.api import ROUTES, Api
+from meshproxy.server.chat import CHAT_PATH
+from meshproxy.server.envelope import envelope_errors
+from meshproxy.telemetry import logs
+
+
+def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> web.Application:
+    """The data listener's application. Redis is connected to, and closed, with the application's own start and end.
+
+    `secrets`: the API key of each upstream by name; by default they are read as the settings say. Raises config.Unfit if one
+    can't be had.
+    """
+    sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
+    request_log = request_log_to(sink, settings.log)
+    worker = Worker(settings, secrets_of(settings) if secrets is None else secrets, request_log)
+
+    async def lifetime(_: web.Application) -> AsyncIterator[None]:
+        async with with_redis(settings) as standing:
+            worker.settings = standing
+            await worker.start()
+            yield
+            await worker.drain(0)
+            await worker.stop()
+
+    app = application(worker)
+    app.cleanup_ctx.append(lifetime)
+    return app
+
+
+def application(worker: Worker) -> web.Application:
+    """Every path over a worker that somebody else starts and stops."""
+    app = web.Application(middlewares=[envelope_errors], client_max_size=worker.settings.server.max_body_bytes)
+    app.router.add_post(CHAT_PATH, worker.serve_chat)
+    for method, path, function in ROUTES:
+        app.router.add_route(method, path, _bound(worker, function))
+    return app
+
+
+def _bound(
+    worker: Worker, function: Callable[[Api, web.Request], Awaitable[web.Response]]
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """The handler of a worker that may not have started yet."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await function(worker.api, request)
+
+    return handler

@@ -1,0 +1,28 @@
+"""`meshproxy serve`: one process, or a supervisor with several workers."""
+
+import os
+import sys
+from functools import partial
+
+import uvloop
+
+from meshproxy.app.load import load
+from meshproxy.app.process import run
+from meshproxy.app.supervisor import supervise
+
+
+def serve(config_path: str) -> int:
+    """Serve a configuration until SIGTERM or SIGINT; the exit code. Unfit for a configuration that can't be used."""
+    settings, secrets = load(config_path)
+
+    workers = settings.server.workers or len(os.sched_getaffinity(0))
+    reload = partial(load, config_path)
+    try:
+        if workers == 1:
+            uvloop.run(run(settings, secrets, reload=reload))
+        else:
+            uvloop.run(supervise(settings, secrets, workers, reload=reload))
+    except OSError as error:
+        print(f"meshproxy: {error.strerror or error}: {error.filename or settings.server.listen}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0

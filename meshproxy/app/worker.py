@@ -1,0 +1,194 @@
+"""One worker: every part of a gateway in one event loop, wired together, started and ended in order."""
+
+import asyncio
+import gc
+import random
+import secrets as random_source
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from meshproxy.config import Log, Settings
+from meshproxy.errors import overloaded
+from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.deployment import Deployment
+from meshproxy.gateway.live import Live
+from meshproxy.gateway.pipeline import Gateway
+from meshproxy.gateway.record import Recorder
+from meshproxy.gateway.settlement import Settler
+from meshproxy.ledger.connection import connect
+from meshproxy.ledger.directory import Directory
+from meshproxy.ledger.embedded import Embedded
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.store import Store
+from meshproxy.policy.catalog import Catalog
+from meshproxy.server.api import Api
+from meshproxy.server.chat import ChatHandler
+from meshproxy.server.request_id import request_id_of
+from meshproxy.telemetry import loop_lag
+from meshproxy.telemetry.logs import RequestLog
+from meshproxy.telemetry.metrics import Metrics
+from meshproxy.telemetry.sink import LineSink
+from meshproxy.telemetry.tasks import Tasks
+from meshproxy.upstream.provider import Provider
+from meshproxy.version import VERSION
+
+FIXED = (
+    "server.listen",
+    "server.admin_listen",
+    "server.workers",
+    "redis.url",
+    "log.format",
+)  # what only a restart changes
+SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
+
+
+class Worker:
+    """See the charter. Everything is made in `start`, in the running loop."""
+
+    store: Store
+    ledger: Ledger
+    directory: Directory
+    gateway: Gateway
+    chat: ChatHandler
+    api: Api
+
+    def __init__(self, settings: Settings, secrets: Mapping[str, str], request_log: RequestLog) -> None:
+        self.settings = settings
+        self._secrets = secrets
+        self.metrics = Metrics(settings.models, settings.upstreams, version=VERSION)
+        self.tasks = Tasks(on_failure=lambda name: self.metrics.task_failures.labels(name).inc())
+        self.live = Live(time.monotonic)
+        self.recorder = Recorder(self.metrics, request_log, time.monotonic)
+        self.stopping = False
+
+    async def start(self) -> None:
+        """Connect to Redis in the background, and stand ready for requests."""
+        self.store = await connect(self.settings.redis, wait=False, on_op=self._on_op)
+        self.ledger = Ledger(self.store)
+        self.directory = Directory(self.store, time.monotonic)
+        authenticator = Authenticator(self.directory, time.time)
+        self.gateway = Gateway(
+            deployment=deploy(self.settings, self._secrets, generation=1, providers={}),
+            ledger=self.ledger,
+            directory=self.directory,
+            authenticator=authenticator,
+            settler=Settler(self.ledger, self.tasks, time.time, time.monotonic),
+            recorder=self.recorder,
+            tasks=self.tasks,
+            live=self.live,
+            clock=time.monotonic,
+            spin=random.random,
+            boot_id=random_source.token_hex(6),
+        )
+        self.chat = ChatHandler(self.gateway, request_id_of, time.monotonic)
+        self.api = Api(self.gateway, authenticator, self.directory, self.ledger, self.store)
+        self._note_generation(1)
+        self._watchers = [
+            asyncio.create_task(self.live.pulse(lambda: self.settings), name="pulse"),
+            asyncio.create_task(loop_lag.watch(self.metrics.event_loop_lag.labels().observe), name="loop_lag"),
+        ]
+        gc.collect()
+        gc.freeze()  # what lives for the whole run need not be walked at each collection
+
+    async def serve_chat(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The main job's handler, for a listener that is made before the worker starts."""
+        return await self.chat(request)
+
+    def reload_failed(self) -> None:
+        """A configuration was read and found unfit."""
+        self.metrics.config_last_reload_successful.labels().set(0)
+
+    def reload(self, settings: Settings, secrets: Mapping[str, str]) -> list[str]:
+        """Swap in another configuration: models, prices, upstreams, limits and credit rules. Requests in flight keep theirs.
+
+        Returns the keys that changed and need a restart; the old ones of those stay.
+        """
+        old = self.gateway.deployment
+        self.metrics.reconfigure(settings.models, settings.upstreams)
+        unchanged = {
+            name: old.providers[name]
+            for name, upstream in settings.upstreams.items()
+            if old.settings.upstreams.get(name) == upstream and self._secrets.get(name) == secrets.get(name)
+        }
+        self.gateway.deployment = deploy(settings, secrets, generation=old.generation + 1, providers=unchanged)
+        stuck = [key for key in FIXED if _at(settings, key) != _at(self.settings, key)]
+        self.settings = settings
+        self._secrets = secrets
+        self._note_generation(old.generation + 1)
+        for name, provider in old.providers.items():
+            if name not in unchanged:
+                provider.retire()
+        return stuck
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let what is in flight end by itself for so long; then end what is left with an error event, and settle everything."""
+        self.gateway.draining = True
+        deadline = time.monotonic() + timeout_s
+        while self.recorder.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 - an event would cost every request
+            await asyncio.sleep(0.05)
+        for relay in tuple(self.live.relays):
+            relay.shut_down(overloaded("The gateway is shutting down."))
+
+    async def stop(self) -> None:
+        """Settle what is unsettled and close every connection."""
+        self.stopping = True
+        await self.tasks.finish(SETTLE_GRACE_S)
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        for provider in self.gateway.deployment.providers.values():
+            await provider.close()
+        await self.store.close()
+
+    def not_ready(self) -> list[str]:
+        """Why a balancer should send nothing here; empty when it may."""
+        reasons = []
+        if self.gateway.draining or self.stopping:
+            reasons.append("draining")
+        if not self.store.connected:
+            reasons.append("the ledger can't be reached")
+        return reasons
+
+    def _on_op(self, op: str, seconds: float, error: str | None) -> None:
+        self.metrics.ledger_op_duration.labels(op).observe(seconds)
+        if error is not None:
+            self.metrics.ledger_errors.labels(error).inc()
+
+    def _note_generation(self, generation: int) -> None:
+        self.metrics.config_generation.labels().set(generation)
+        self.metrics.config_last_reload_successful.labels().set(1)
+
+
+def deploy(
+    settings: Settings, secrets: Mapping[str, str], *, generation: int, providers: Mapping[str, Provider]
+) -> Deployment:
+    """A deployment of these settings. `providers`: those whose settings didn't change, with their open connections."""
+    made = {
+        name: providers.get(name) or Provider(name, upstream, secrets.get(name), user_agent=f"meshproxy/{VERSION}")
+        for name, upstream in settings.upstreams.items()
+    }
+    return Deployment(generation, settings, Catalog(settings), made)
+
+
+def _at(settings: Settings, key: str) -> object:
+    table, name = key.split(".")
+    return getattr(getattr(settings, table), name)
+
+
+def request_log_to(sink: LineSink, log: Log) -> RequestLog:
+    """The request log that the settings ask for: straight to the sink as JSON, or dressed up for a console."""
+    return RequestLog(sink if log.format == "json" else None, log.level)
+
+
+@asynccontextmanager
+async def with_redis(settings: Settings) -> AsyncIterator[Settings]:
+    """The settings with a URL that can be connected to: the embedded server runs within, if that is what they ask for."""
+    if settings.redis.url != "embedded":
+        yield settings
+        return
+    async with Embedded() as server:
+        yield replace(settings, redis=replace(settings.redis, url=server.url))

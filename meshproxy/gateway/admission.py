@@ -1,0 +1,71 @@
+"""Admit: one round trip that takes a request's place in the buckets and holds its credit, or says why not."""
+
+from meshproxy.config import Credits, Defaults
+from meshproxy.errors import Problem, insufficient_credits, rate_limit_exceeded, spend_limit_exceeded
+from meshproxy.gateway.call import Headers
+from meshproxy.gateway.resolve import Plan
+from meshproxy.ledger.records import Ask, BucketState, Denied
+from meshproxy.money import format_usd
+from meshproxy.policy.principal import Limits, Principal
+from meshproxy.wire.headers import ratelimit_headers
+
+
+def first_slice(plan: Plan, credit: Credits) -> int:
+    """Tokens of output that the hold covers at first: a stream's slice, or all that a whole answer may have."""
+    whole = plan.output_cap * plan.request.n
+    return min(credit.lease_output_tokens * plan.request.n, whole) if plan.request.stream else whole
+
+
+def ask_for(plan: Plan, principal: Principal, hold_id: str, credit: Credits, defaults: Defaults) -> Ask:
+    """What the ledger is asked. Tokens are reserved by estimate: the prompt and all the output that may come."""
+    key = principal.key
+    return Ask(
+        hold_id=hold_id,
+        account=principal.account.name,
+        key_id=key.id,
+        session=plan.request.session_id,
+        amount_nusd=plan.hold_nusd(first_slice(plan, credit)),
+        tokens=plan.prompt_tokens + plan.output_cap * plan.request.n,
+        ttl_ms=int(credit.hold_ttl_s * 1000),
+        strict=credit.strict,
+        key_limits=limits_of(principal, defaults),
+        account_limits=principal.account.limits,
+        budgets=key.budgets,
+        session_budgets=key.session,
+    )
+
+
+def limits_of(principal: Principal, defaults: Defaults) -> Limits:
+    """The key's own limits, and the configuration's where it has none."""
+    own = principal.key.limits
+    requests, tokens = own.requests_per_minute, own.tokens_per_minute
+    return Limits(
+        defaults.requests_per_minute if requests is None else requests,
+        defaults.tokens_per_minute if tokens is None else tokens,
+        own.burst,
+    )
+
+
+def refused(denied: Denied) -> Problem:
+    """What the client is told of a denial."""
+    if denied.reason == "rate_limit":
+        wait = denied.retry_after_s or 0.0
+        return rate_limit_exceeded(f"Rate limit reached: {denied.which} per minute. Try again in {wait:.3f} s.", wait)
+    if denied.reason == "spend_limit":
+        return spend_limit_exceeded(f"The {denied.which} is spent.")
+    return insufficient_credits(
+        f"The account has {format_usd(max(denied.available_nusd, 0))} USD available, less than this request may cost."
+    )
+
+
+def limit_headers(buckets: tuple[BucketState, ...]) -> Headers:
+    """x-ratelimit-* of the tightest bucket of each kind."""
+    return ratelimit_headers(requests=_tightest(buckets, "requests"), tokens=_tightest(buckets, "tokens"))
+
+
+def _tightest(buckets: tuple[BucketState, ...], kind: str) -> tuple[int, int, float] | None:
+    of_kind = [bucket for bucket in buckets if bucket.kind == kind]
+    if not of_kind:
+        return None
+    least = min(of_kind, key=lambda bucket: bucket.remaining)
+    return least.limit, least.remaining, least.reset_s

@@ -1,0 +1,57 @@
+"""What comes in and what goes out, as the gateway sees it: no socket and no framework."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from meshproxy.errors import Problem
+from meshproxy.wire.replies import envelope, problem_headers
+
+Headers = list[tuple[str, str]]
+
+
+class Call(Struct, frozen=True):
+    """One request. `read_body` raises a Fault for a body that is too large or never arrives; `received_at` is monotonic,
+    in seconds; `forward` are the client's headers that may go to a provider; `trace_id` is W3C's, 32 hex digits.
+    """
+
+    request_id: str
+    authorization: str | None
+    read_body: Callable[[], Awaitable[bytes]]
+    received_at: float
+    forward: Sequence[tuple[str, str]] = ()
+    idempotency_key: str | None = None
+    trace_id: str | None = None
+
+
+class Reply(Struct, frozen=True):
+    """A whole answer."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class Downstream(Protocol):
+    """The client's side of a stream. Nothing here blocks or raises for a client that has gone: its handler is cancelled."""
+
+    def begin(self, headers: Headers) -> None:
+        """Send the head of a 200 event stream."""
+
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:
+        """Send body bytes; `frame` is the same payload already in chunk framing (RFC 9112, section 7.1), if there is one."""
+
+    def finish(self) -> None:
+        """End the body."""
+
+    def congested(self) -> bool:
+        """Whether more waits for this client than should."""
+
+    async def drained(self) -> None:
+        """Return when the client has caught up."""
+
+
+def refusal(problem: Problem, request_id: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
+    """The reply that tells a problem in the one envelope."""
+    return Reply(problem.status, [*problem_headers(problem), *headers], envelope(problem, request_id))

@@ -1,0 +1,65 @@
+"""The record of one request from arrival to log line: each phase writes down what it learned, the last one reads it all."""
+
+from meshproxy.gateway.call import Call
+from meshproxy.gateway.lease import Lease
+from meshproxy.gateway.resolve import Plan
+from meshproxy.ledger.records import UsageSource
+from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.principal import Principal
+from meshproxy.wire.usage import Usage
+
+
+class Exchange:
+    """One request. Times are monotonic seconds, 0.0 while they haven't come."""
+
+    __slots__ = (
+        "attempt",
+        "attempts",
+        "call",
+        "code",
+        "cost_nusd",
+        "events",
+        "first_byte_at",
+        "first_event_at",
+        "last_event_at",
+        "lease",
+        "max_gap_s",
+        "outcome",
+        "overhead_s",
+        "phase",
+        "plan",
+        "principal",
+        "sent_at",
+        "status",
+        "usage",
+        "usage_source",
+    )
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.phase = "authenticate"
+        self.principal: Principal | None = None
+        self.plan: Plan | None = None
+        self.lease: Lease | None = None
+        self.attempt: Attempt | None = None
+        self.attempts = 0
+        self.status = 0
+        self.code = ""
+        self.outcome = "failed"
+        self.usage = Usage()
+        self.usage_source: UsageSource = "none"
+        self.cost_nusd = 0
+        self.events = 0
+        self.sent_at = 0.0
+        self.first_byte_at = 0.0
+        self.first_event_at = 0.0
+        self.last_event_at = 0.0
+        self.max_gap_s = 0.0
+        self.overhead_s = 0.0
+
+    @property
+    def model(self) -> str:
+        """The catalogue id of the model that serves, or was asked for; empty before it is known."""
+        if self.attempt is not None:
+            return self.attempt.model
+        return self.plan.model if self.plan is not None else ""

@@ -1,0 +1,40 @@
+"""What is in flight, and the one pulse that looks after all of it: holds are kept alive, silent streams get their ping."""
+
+import asyncio
+from collections.abc import Callable
+
+from meshproxy.config import Settings
+from meshproxy.errors import Fault
+from meshproxy.gateway.lease import Lease
+from meshproxy.gateway.relay import Relay
+
+PULSE_S = 0.5  # how late a ping may be
+
+
+class Live:
+    """The leases and relays of this worker. Nothing here costs a timer a request."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.leases: set[Lease] = set()
+        self.relays: set[Relay] = set()
+
+    async def pulse(self, settings: Callable[[], Settings]) -> None:
+        """Run for the life of the worker, by the settings of the moment."""
+        kept_at = self._clock()
+        while True:
+            heartbeat_s, hold_ttl_s = settings().server.heartbeat_s, settings().credits.hold_ttl_s
+            await asyncio.sleep(min(PULSE_S, heartbeat_s / 4, hold_ttl_s / 4))
+            now = self._clock()
+            for relay in tuple(self.relays):
+                relay.ping_if_silent(now, heartbeat_s)
+            if now - kept_at >= hold_ttl_s / 3:
+                kept_at = now
+                await self._keep_holds()
+
+    async def _keep_holds(self) -> None:
+        """All in one loop turn, so that they share a pipeline."""
+        results = await asyncio.gather(*(lease.keep() for lease in self.leases), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Fault):
+                raise result

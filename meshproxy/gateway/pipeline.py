@@ -1,0 +1,185 @@
+"""The path of one request, top to bottom: authenticate, resolve, admit, attempt, relay or answer, settle.
+
+A denial comes back as a value, a fault as an exception; either way the client gets the envelope, the hold is settled, and the
+request ends in one log line.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+from meshproxy.errors import Fault, Problem, internal_error, overloaded
+from meshproxy.gateway.admission import ask_for, first_slice, limit_headers, refused
+from meshproxy.gateway.attempts import Attempts
+from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
+from meshproxy.gateway.deployment import Deployment
+from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.lease import Lease
+from meshproxy.gateway.live import Live
+from meshproxy.gateway.record import Recorder
+from meshproxy.gateway.relay import Relay
+from meshproxy.gateway.resolve import Plan, resolve
+from meshproxy.gateway.settlement import Settler, bill
+from meshproxy.ledger.directory import Directory
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import Denied
+from meshproxy.money import format_usd
+from meshproxy.policy.principal import Principal
+from meshproxy.telemetry.tasks import Tasks
+from meshproxy.upstream.response import Response
+from meshproxy.wire.headers import downstream_headers
+from meshproxy.wire.sse import StreamScanner
+from meshproxy.wire.usage import decode_reply
+
+STREAM_HEADERS: Headers = [
+    ("content-type", "text/event-stream; charset=utf-8"),
+    ("cache-control", "no-cache"),
+    ("x-accel-buffering", "no"),
+]
+
+
+class Gateway:
+    """The pipeline of one worker. `clock` is monotonic seconds; `spin` gives a random number in [0, 1); `boot_id` makes this
+    worker's hold ids its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        deployment: Deployment,
+        ledger: Ledger,
+        directory: Directory,
+        authenticator: Authenticator,
+        settler: Settler,
+        recorder: Recorder,
+        tasks: Tasks,
+        live: Live,
+        clock: Callable[[], float],
+        spin: Callable[[], float],
+        boot_id: str,
+    ) -> None:
+        self.deployment = deployment
+        self.draining = False
+        self._ledger = ledger
+        self._directory = directory
+        self._authenticator = authenticator
+        self._settler = settler
+        self._recorder = recorder
+        self._tasks = tasks
+        self._live = live
+        self._clock = clock
+        self._spin = spin
+        self._hold_ids = (f"{boot_id}{count:x}" for count in itertools.count(1))
+
+    async def chat(self, call: Call, downstream: Downstream) -> Reply | None:
+        """Serve one chat completion. None: the answer was streamed to `downstream`."""
+        exchange = Exchange(call)
+        if self._recorder.in_flight >= self.deployment.settings.server.max_in_flight:
+            return self._shed(exchange)
+        self._recorder.begin(exchange)
+        try:
+            return await self._serve(exchange, downstream)
+        except Fault as fault:
+            return self._refuse(exchange, fault.problem)
+        except asyncio.CancelledError:
+            exchange.outcome = "client_disconnected"
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place: whatever else goes wrong is ours, and the client is told
+            self._recorder.bug(exchange, error)
+            return self._refuse(exchange, internal_error())
+        finally:
+            self._settler.settle(exchange)
+            self._recorder.end(exchange)
+
+    def _shed(self, exchange: Exchange) -> Reply:
+        reply = self._refuse(exchange, overloaded("This instance has too many requests in flight."))
+        self._recorder.shed(exchange)
+        return reply
+
+    async def _serve(self, exchange: Exchange, downstream: Downstream) -> Reply | None:
+        deployment = self.deployment
+        principal = exchange.principal = await self._authenticator.principal(exchange.call.authorization)
+        body = await exchange.call.read_body()
+        plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
+        answer = await self._admit(plan, principal, deployment)
+        if isinstance(answer, Denied):
+            self._recorder.denied(answer)
+            return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
+        lease = exchange.lease = answer
+        self._recorder.enter(exchange, "attempt")
+        self._live.leases.add(lease)
+        try:
+            response = await self._attempts(deployment).first_answer(exchange, plan)
+            if plan.request.stream:
+                await self._relay(exchange, plan, response, lease, downstream)
+                return None
+            return await self._answer(exchange, response)
+        finally:
+            self._live.leases.discard(lease)
+
+    async def _admit(self, plan: Plan, principal: Principal, deployment: Deployment) -> Lease | Denied:
+        settings = deployment.settings
+        ask = ask_for(plan, principal, next(self._hold_ids), settings.credits, settings.defaults)
+        answer = await self._ledger.admit(ask)
+        if isinstance(answer, Denied):
+            return answer
+        covered = first_slice(plan, settings.credits)
+        slice_tokens = settings.credits.lease_output_tokens * plan.request.n
+        return Lease(answer, plan, covered, slice_tokens, self._ledger, self._tasks)
+
+    def _attempts(self, deployment: Deployment) -> Attempts:
+        return Attempts(deployment, self._recorder, self._clock)
+
+    async def _answer(self, exchange: Exchange, response: Response) -> Reply:
+        """Pass a whole answer on, its bytes unchanged."""
+        body = await response.read()
+        reply = decode_reply(body)
+        bill(exchange, reply.usage, reply.model, len(body) // 4)
+        exchange.status = 200
+        exchange.outcome = "completed"
+        headers = [
+            *downstream_headers(response.headers),
+            *self._told(exchange),
+            ("x-mesh-cost", format_usd(exchange.cost_nusd)),
+        ]
+        return Reply(200, headers, body)
+
+    async def _relay(
+        self, exchange: Exchange, plan: Plan, response: Response, lease: Lease, downstream: Downstream
+    ) -> None:
+        """Pass a stream on, event by event."""
+        scanner = StreamScanner(hide_usage=not plan.request.include_usage)
+        relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
+        lease.watch(relay.renewed)
+        exchange.status = 200
+        self._recorder.enter(exchange, "stream")
+        downstream.begin(
+            [*downstream_headers(response.headers, without=STREAM_HEADERS), *STREAM_HEADERS, *self._told(exchange)]
+        )
+        self._live.relays.add(relay)
+        try:
+            await relay.run()
+            exchange.outcome = relay.outcome
+        finally:
+            self._live.relays.discard(relay)
+            exchange.events = scanner.events
+            bill(exchange, scanner.usage, scanner.reported_model, scanner.tokens)
+
+    def _told(self, exchange: Exchange) -> Headers:
+        """What the gateway says of an answer in headers."""
+        return [
+            *_limits_of(exchange),
+            ("x-mesh-model", exchange.model),
+            ("x-mesh-attempts", str(exchange.attempts)),
+        ]
+
+    def _refuse(self, exchange: Exchange, problem: Problem, headers: Headers | None = None) -> Reply:
+        exchange.status = problem.status
+        exchange.code = problem.code
+        return refusal(problem, exchange.call.request_id, _limits_of(exchange) if headers is None else headers)
+
+
+def _limits_of(exchange: Exchange) -> Headers:
+    """x-ratelimit-* as of the admission, if it came that far."""
+    return limit_headers(exchange.lease.hold.buckets) if exchange.lease is not None else []

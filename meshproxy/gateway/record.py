@@ -1,0 +1,163 @@
+"""Record: the last phase of every request, its metrics and its one log line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from meshproxy.gateway.exchange import Exchange
+from meshproxy.ledger.records import Denied
+from meshproxy.money import format_usd
+from meshproxy.telemetry.logs import RequestLog
+from meshproxy.telemetry.metrics import Counter, Gauge, Metrics
+
+ROUTE = "/v1/chat/completions"
+TOKEN_TYPES = ("prompt", "completion", "cached", "cache_write", "reasoning", "audio_prompt", "audio_completion")
+
+_log = structlog.get_logger("meshproxy.gateway")
+
+
+class _OfModel:
+    """One model's metrics, bound once."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.duration = {stream: metrics.request_duration.labels(model, stream) for stream in ("true", "false")}
+        self.first_token = metrics.time_to_first_token.labels(model)
+        self.per_token = metrics.time_per_output_token.labels(model)
+        self.max_gap = metrics.stream_max_gap.labels(model)
+        self.tokens = tuple((kind, metrics.tokens.labels(model, kind)) for kind in TOKEN_TYPES)
+        self.cost = metrics.cost.labels(model)
+
+
+class Recorder:
+    """Counts requests in and out. `clock` is monotonic seconds."""
+
+    def __init__(self, metrics: Metrics, request_log: RequestLog, clock: Callable[[], float]) -> None:
+        self.in_flight = 0
+        self._metrics = metrics
+        self._request_log = request_log
+        self._clock = clock
+        self._models: dict[str, _OfModel] = {}
+        self._requests: dict[tuple[str, int, str], Counter] = {}
+        self._phases: dict[str, Gauge] = {}
+        self._overhead = {stream: metrics.overhead.labels(stream) for stream in ("true", "false")}
+
+    def begin(self, exchange: Exchange) -> None:
+        """A request came in."""
+        self.in_flight += 1
+        self._phase(exchange.phase).inc()
+
+    def enter(self, exchange: Exchange, phase: str) -> None:
+        """A request goes on to another phase."""
+        self._phase(exchange.phase).dec()
+        exchange.phase = phase
+        self._phase(phase).inc()
+
+    def end(self, exchange: Exchange) -> None:
+        """A request is over: count it and log it."""
+        self.in_flight -= 1
+        self._phase(exchange.phase).dec()
+        now = self._clock()
+        stream = "true" if exchange.plan is not None and exchange.plan.request.stream else "false"
+        self._count(exchange, stream, now)
+        self._request_log.write(self._line(exchange, stream == "true", now))
+
+    def shed(self, exchange: Exchange) -> None:
+        """A request was turned away before it counted as in flight."""
+        self._request_counter("none", exchange.status, "false").inc()
+
+    def denied(self, denied: Denied) -> None:
+        """The ledger said no."""
+        if denied.reason == "rate_limit":
+            self._metrics.rate_limited.labels(denied.which.replace(" ", "_")).inc()
+        else:
+            self._metrics.credit_rejections.labels(denied.reason).inc()
+
+    def attempted(self, upstream: str, code: str) -> None:
+        """A provider answered with a status, or failed without one."""
+        self._metrics.upstream_requests.labels(upstream, code).inc()
+
+    def bug(self, exchange: Exchange, error: BaseException) -> None:
+        """Something went wrong that nobody foresaw."""
+        _log.error("bug", request_id=exchange.call.request_id, exc_info=error)
+
+    def _count(self, exchange: Exchange, stream: str, now: float) -> None:
+        model = exchange.model or "none"
+        self._request_counter(model, exchange.status, stream).inc()
+        received_at = exchange.call.received_at
+        of_model = self._of_model(model)
+        of_model.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
+        if exchange.sent_at:
+            self._overhead[stream].observe(exchange.overhead_s)
+        if exchange.first_event_at:
+            self._count_stream(exchange, of_model, received_at)
+        if exchange.outcome == "client_disconnected":
+            self._metrics.client_disconnects.labels(exchange.phase).inc()
+        elif exchange.outcome == "insufficient_credits":
+            self._metrics.credit_rejections.labels("mid_stream").inc()
+        if exchange.lease is not None:
+            self._count_usage(exchange, of_model)
+
+    def _count_stream(self, exchange: Exchange, of_model: _OfModel, received_at: float) -> None:
+        of_model.first_token.observe_traced(exchange.first_event_at - received_at, exchange.call.trace_id)
+        of_model.max_gap.observe(exchange.max_gap_s)
+        if exchange.usage.completion > 1:
+            spent_s = exchange.last_event_at - exchange.first_event_at
+            of_model.per_token.observe(spent_s / (exchange.usage.completion - 1))
+
+    def _count_usage(self, exchange: Exchange, of_model: _OfModel) -> None:
+        self._metrics.settlements.labels(exchange.outcome, exchange.usage_source).inc()
+        for kind, counter in of_model.tokens:
+            amount = getattr(exchange.usage, kind)
+            if amount:
+                counter.inc(amount)
+        of_model.cost.inc(exchange.cost_nusd)
+
+    def _line(self, exchange: Exchange, stream: bool, now: float) -> dict[str, Any]:  # noqa: FBT001 - a field of the line
+        """The log line's fields: never a secret and never a prompt."""
+        key = exchange.principal.key if exchange.principal is not None else None
+        attempt = exchange.attempt
+        received_at = exchange.call.received_at
+        return {
+            "request_id": exchange.call.request_id,
+            "key_id": key.id if key is not None else None,
+            "account": key.account if key is not None else None,
+            "model": exchange.model or None,
+            "upstream": attempt.upstream if attempt is not None else None,
+            "attempts": exchange.attempts,
+            "status": exchange.status,
+            "code": exchange.code or None,
+            "stream": stream,
+            "outcome": exchange.outcome,
+            "prompt_tokens": exchange.usage.prompt,
+            "completion_tokens": exchange.usage.completion,
+            "cost_usd": format_usd(exchange.cost_nusd),
+            "usage_source": exchange.usage_source,
+            "ttft_ms": _ms(exchange.first_event_at - received_at) if exchange.first_event_at else None,
+            "duration_ms": _ms(now - received_at),
+            "overhead_ms": _ms(exchange.overhead_s),
+            "trace_id": exchange.call.trace_id,
+        }
+
+    def _request_counter(self, model: str, status: int, stream: str) -> Counter:
+        key = (model, status, stream)
+        counter = self._requests.get(key)
+        if counter is None:
+            counter = self._requests[key] = self._metrics.requests.labels(ROUTE, model, str(status), stream)
+        return counter
+
+    def _of_model(self, model: str) -> _OfModel:
+        found = self._models.get(model)
+        if found is None:
+            found = self._models[model] = _OfModel(self._metrics, model)
+        return found
+
+    def _phase(self, phase: str) -> Gauge:
+        found = self._phases.get(phase)
+        if found is None:
+            found = self._phases[phase] = self._metrics.in_flight.labels(phase)
+        return found
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

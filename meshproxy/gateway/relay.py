@@ -1,0 +1,161 @@
+"""Relay: an upstream's events go to the client as they come, in the call that brought them.
+
+There is no queue and no task between the two sockets: the upstream's protocol calls `data`, which scans the bytes and writes
+them on, in the frames they arrived in where those hold. What a client doesn't take in time stops the reading upstream
+(backpressure); credit is renewed behind the stream's back and never awaited while some is left.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from meshproxy.errors import Problem, UpstreamFault, upstream_error
+from meshproxy.gateway.call import Downstream
+from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.lease import Lease
+from meshproxy.upstream.response import Response
+from meshproxy.wire.replies import error_event
+from meshproxy.wire.sse import DONE, PING, StreamScanner
+
+
+class Relay:
+    """One stream from an upstream's response to its client. It is the upstream's `Sink`.
+
+    `run` returns when the stream has ended, whichever way; `outcome` then says which.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_downstream",
+        "_exchange",
+        "_lease",
+        "_response",
+        "_signal",
+        "_written_at",
+        "ended",
+        "outcome",
+        "scanner",
+    )
+
+    def __init__(
+        self,
+        response: Response,
+        downstream: Downstream,
+        exchange: Exchange,
+        lease: Lease,
+        scanner: StreamScanner,
+        clock: Callable[[], float],
+    ) -> None:
+        self._response = response
+        self._downstream = downstream
+        self._exchange = exchange
+        self._lease = lease
+        self._clock = clock
+        self._signal: asyncio.Future[None] | None = None
+        self._written_at = clock()
+        self.scanner = scanner
+        self.ended = False
+        self.outcome = "upstream_failed"
+
+    async def run(self) -> None:
+        """Relay until the end; a cancellation closes the upstream's socket at once."""
+        try:
+            self._response.relay(self)
+            while not self.ended:
+                if self._downstream.congested():
+                    await self._downstream.drained()
+                    self._resume()
+                else:
+                    self._signal = asyncio.get_running_loop().create_future()
+                    await self._signal
+        finally:
+            self._response.close()
+
+    def data(self, payload: bytes, frame: bytes | None) -> None:
+        """Body bytes from upstream; see `upstream.response.Sink`."""
+        arrived_at = self._clock()
+        try:
+            events = self.scanner.feed(payload)
+        except UpstreamFault as fault:
+            self.fail(fault)
+            return
+        if events:
+            self._downstream.write(events, frame if events is payload else None)
+            self._timed(arrived_at)
+        if self.scanner.error is not None:
+            self.stop(
+                upstream_error(
+                    "The provider failed in the stream.", may_have_run=True, provider_error=self.scanner.error
+                )
+            )
+        elif self._lease.spent(self.scanner.tokens) or self._downstream.congested():
+            self._response.pause()
+            self._wake()
+
+    def end(self) -> None:
+        """The upstream's body is complete, which is a good end only if its last event said so."""
+        if self.ended:
+            return
+        rest = self.scanner.finish()
+        if rest:
+            self._downstream.write(rest)
+        if self.scanner.done or self.scanner.complete:
+            self.outcome = "completed"
+            self._downstream.write(DONE)
+            self._finish()
+        else:
+            self.stop(upstream_error("The provider ended the stream early.", may_have_run=True))
+
+    def fail(self, fault: UpstreamFault) -> None:
+        """The upstream died or fell silent."""
+        self.stop(fault.problem)
+
+    def stop(self, problem: Problem) -> None:
+        """End the stream here, telling the client why: an error event, never a silent success and never [DONE]."""
+        if self.ended:
+            return
+        self._exchange.code = problem.code
+        self._downstream.write(error_event(problem, self._exchange.call.request_id))
+        self._finish()
+        self._response.close()
+
+    def renewed(self, refusal: Problem | None) -> None:
+        """A renewal came back: go on, unless credit is out or the client is what is waited for."""
+        if refusal is not None:
+            self.outcome = "insufficient_credits"
+            self.stop(refusal)
+        elif not self.ended and not self._downstream.congested():
+            self._resume()
+
+    def shut_down(self, problem: Problem) -> None:
+        """The gateway can't wait any longer for this stream."""
+        self.outcome = "shutdown"
+        self.stop(problem)
+
+    def ping_if_silent(self, now: float, heartbeat_s: float) -> None:
+        """Keep middleboxes from closing a stream whose upstream is silent."""
+        if not self.ended and now - self._written_at >= heartbeat_s and not self._downstream.congested():
+            self._downstream.write(PING)
+            self._written_at = now
+
+    def _timed(self, arrived_at: float) -> None:
+        exchange = self._exchange
+        if exchange.first_event_at:
+            gap = arrived_at - exchange.last_event_at
+            exchange.max_gap_s = max(exchange.max_gap_s, gap)
+        else:
+            exchange.first_event_at = arrived_at
+            exchange.overhead_s += self._clock() - arrived_at
+        exchange.last_event_at = self._written_at = arrived_at
+
+    def _finish(self) -> None:
+        self.ended = True
+        self._downstream.finish()
+        self._wake()
+
+    def _resume(self) -> None:
+        if not self._lease.exhausted:
+            self._response.resume()
+
+    def _wake(self) -> None:
+        if self._signal is not None and not self._signal.done():
+            self._signal.set_result(None)

@@ -1,0 +1,123 @@
+"""Resolve: from what the client wrote to what a provider is asked: template, model, parameters, sizes."""
+
+import orjson
+from msgspec import Struct
+
+from meshproxy.config import Settings
+from meshproxy.errors import Fault, Source, forbidden, invalid, template_not_found
+from meshproxy.gateway.deployment import Deployment
+from meshproxy.ledger.directory import Directory
+from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.params import merge_params
+from meshproxy.policy.pricing import hold_amount
+from meshproxy.policy.principal import Principal
+from meshproxy.policy.template import Template, render
+from meshproxy.policy.tokens import estimate_prompt
+from meshproxy.policy.transforms import middle_out
+from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_params
+
+
+class Plan(Struct, frozen=True):
+    """A request resolved. `prompt_tokens` is an estimate; `output_cap` is what one choice may have; `imposed_cap` is the cap
+    that the provider must be told because the request has none.
+    """
+
+    request: ChatRequest
+    model: str
+    attempts: tuple[Attempt, ...]
+    messages: bytes
+    prompt_tokens: int
+    output_cap: int
+    imposed_cap: int | None
+
+    def hold_nusd(self, output_tokens: int) -> int:
+        """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
+        return max(hold_amount(attempt.price, self.prompt_tokens, output_tokens) for attempt in self.attempts)
+
+    def body_for(self, attempt: Attempt) -> bytes:
+        """The JSON that this attempt's provider is sent."""
+        native = attempt.kind == "openrouter"
+        messages = self.messages
+        if "middle-out" in self.request.transforms and not native:
+            messages = _fit(messages, attempt.context_window - self.output_cap, self.request.message_count)
+        return encode_upstream(
+            self.request,
+            model=attempt.upstream_model,
+            messages=messages,
+            params={},
+            max_tokens=self.imposed_cap,
+            cap_field="max_completion_tokens" if attempt.kind == "openai" else "max_tokens",
+            native=native,
+        )
+
+
+async def resolve(body: bytes, principal: Principal, deployment: Deployment, directory: Directory, spin: float) -> Plan:
+    """The plan for a request's body; a Fault says what is wrong with it."""
+    request = decode_chat(body)
+    template = await _template(request, principal, directory)
+    model = _model(request, principal, template, deployment.settings)
+    attempts = deployment.catalog.attempts(model, request.models, spin=spin)
+    for name in (model, *request.models):
+        if not principal.may_use(name):
+            raise Fault(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
+    params = merge_params(principal.key.params, template.params if template is not None else None)
+    request = with_params(request, params) if params else request
+    messages = _messages(request, template)
+    smallest = min(attempt.max_output_tokens for attempt in attempts)
+    cap = min(request.max_tokens or deployment.settings.credits.default_output_tokens, smallest)
+    imposes = request.max_tokens is None and deployment.settings.credits.strict and not request.stream
+    return Plan(
+        request=request,
+        model=model,
+        attempts=attempts,
+        messages=messages,
+        prompt_tokens=estimate_prompt(messages, request.fields.get("tools"), request.message_count),
+        output_cap=cap,
+        imposed_cap=cap if imposes else None,
+    )
+
+
+async def _template(request: ChatRequest, principal: Principal, directory: Directory) -> Template | None:
+    if request.template is None:
+        return None
+    template = await directory.template(principal.account.name, request.template)
+    if template is None:
+        raise Fault(Source.CLIENT, template_not_found(request.template))
+    return template
+
+
+def _model(request: ChatRequest, principal: Principal, template: Template | None, settings: Settings) -> str:
+    """The request's model, else the key's, else the template's, else the configuration's."""
+    return (
+        request.model
+        or principal.key.default_model
+        or (template.model if template is not None else None)
+        or settings.defaults.model
+    )
+
+
+def _messages(request: ChatRequest, template: Template | None) -> bytes:
+    """Rendered messages, then the caller's own bytes."""
+    if template is None:
+        if request.messages is None:
+            raise Fault(
+                Source.CLIENT,
+                invalid("`messages` is required without a template that supplies them.", param="messages"),
+            )
+        return request.messages
+    rendered = orjson.dumps(render(template, request.variables))
+    if request.messages is None:
+        if rendered == b"[]":
+            raise Fault(
+                Source.CLIENT,
+                invalid("The template supplies no messages, so `messages` is required.", param="messages"),
+            )
+        return rendered
+    return rendered if rendered == b"[]" else rendered[:-1] + b"," + request.messages.lstrip()[1:]
+
+
+def _fit(messages: bytes, budget_tokens: int, count: int) -> bytes:
+    """The messages after middle-out, or their own bytes when they fit as they are."""
+    if estimate_prompt(messages, None, count) <= budget_tokens:
+        return messages
+    return orjson.dumps(middle_out(orjson.loads(messages), budget_tokens))

@@ -1,0 +1,79 @@
+"""Settle: what a request used and cost, once, when it is over, whichever way it went."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.lease import Lease
+from meshproxy.gateway.resolve import Plan
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import Settlement
+from meshproxy.policy.catalog import Attempt, served
+from meshproxy.policy.pricing import believable, cost
+from meshproxy.telemetry.tasks import Tasks
+from meshproxy.wire.usage import Usage
+
+
+def bill(exchange: Exchange, reported: Usage | None, served_model: str | None, output_tokens: int) -> None:
+    """Write down usage, its source and the cost: the provider's numbers when they can be believed, else an estimate from the
+    prompt and the output that was seen. Where no output was seen nothing is charged.
+    """
+    plan, attempt = exchange.plan, exchange.attempt
+    if plan is None or attempt is None:
+        return
+    attempt = exchange.attempt = served(attempt, served_model)
+    if reported is not None and _is_believable(reported, plan, attempt):
+        exchange.usage, exchange.usage_source = reported, "reported"
+    elif output_tokens:
+        exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens, output_tokens), "estimated"
+    exchange.cost_nusd = cost(attempt.price, exchange.usage)
+
+
+def _is_believable(usage: Usage, plan: Plan, attempt: Attempt) -> bool:
+    return believable(
+        usage,
+        prompt_bytes=None,
+        context_window=attempt.context_window,
+        output_cap=max(attempt.max_output_tokens, plan.output_cap) * plan.request.n,
+    )
+
+
+class Settler:
+    """Sends each settlement on its way, in a task that its request's end can't cancel and that shutdown waits for.
+    `wall_clock` and `clock` are Unix and monotonic seconds.
+    """
+
+    def __init__(
+        self, ledger: Ledger, tasks: Tasks, wall_clock: Callable[[], float], clock: Callable[[], float]
+    ) -> None:
+        self._ledger = ledger
+        self._tasks = tasks
+        self._wall_clock = wall_clock
+        self._clock = clock
+
+    def settle(self, exchange: Exchange) -> None:
+        """Settle the exchange's hold, if it has one. Returns at once."""
+        if exchange.lease is not None:
+            settlement = self._settlement(exchange, exchange.lease)
+            self._tasks.spawn("settle", self._ledger.settle(settlement))
+
+    def _settlement(self, exchange: Exchange, lease: Lease) -> Settlement:
+        attempt = exchange.attempt
+        age_s = self._clock() - exchange.call.received_at
+        return Settlement(
+            hold_id=lease.hold.ask.hold_id,
+            request_id=exchange.call.request_id,
+            account=lease.hold.ask.account,
+            key_id=lease.hold.ask.key_id,
+            session=lease.hold.ask.session,
+            model=exchange.model,
+            upstream=attempt.upstream if attempt is not None else "",
+            usage=exchange.usage,
+            usage_source=exchange.usage_source,
+            outcome=exchange.outcome,
+            cost_nusd=exchange.cost_nusd,
+            started_ms=int((self._wall_clock() - age_s) * 1000),
+            price=msgspec.json.encode(attempt.price).decode() if attempt is not None else "{}",
+            unheld=lease.unheld,
+        )

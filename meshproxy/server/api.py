@@ -1,0 +1,237 @@
+"""The data listener's other paths: models, templates, usage and the calling key."""
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import orjson
+from aiohttp import web
+from msgspec.structs import asdict
+
+from meshproxy.errors import Detail, Fault, Source, forbidden, invalid, model_not_found, template_not_found
+from meshproxy.gateway.admission import limits_of
+from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.pipeline import Gateway
+from meshproxy.ledger.directory import Directory
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import BucketState
+from meshproxy.ledger.store import Store
+from meshproxy.ledger.usage_report import GROUPS, Row, usage
+from meshproxy.money import format_usd
+from meshproxy.policy.principal import Principal
+from meshproxy.policy.template import Template, check_template, to_public
+from meshproxy.server.chat import read_json_body
+from meshproxy.wire.headers import format_reset
+
+DEFAULT_SPAN = timedelta(days=30)
+
+
+class Api:
+    """Handlers that answer from the directory and the ledger."""
+
+    def __init__(
+        self, gateway: Gateway, authenticator: Authenticator, directory: Directory, ledger: Ledger, store: Store
+    ) -> None:
+        self._gateway = gateway
+        self._authenticator = authenticator
+        self._directory = directory
+        self._ledger = ledger
+        self._store = store
+        self._started = int(time.time())
+
+    async def models(self, request: web.Request) -> web.Response:
+        """`GET /v1/models`: what this key may use."""
+        principal = await self._principal(request)
+        ids = [name for name in self._gateway.deployment.catalog.ids if principal.may_use(name)]
+        return _json({"object": "list", "data": [self._model(name) for name in ids]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        """`GET /v1/models/{id}`"""
+        principal = await self._principal(request)
+        name = request.match_info["id"]
+        if self._gateway.deployment.catalog.model(name) is None or not principal.may_use(name):
+            raise Fault(Source.CLIENT, model_not_found(name))
+        return _json(self._model(name))
+
+    async def templates(self, request: web.Request) -> web.Response:
+        """`GET /v1/templates`: the account's own and the global ones, a bare array."""
+        principal = await self._principal(request)
+        found = await self._directory.list_templates(principal.account.name)
+        return _json([to_public(template) for template in found])
+
+    async def create_template(self, request: web.Request) -> web.Response:
+        """`POST /v1/templates`"""
+        principal = await self._principal(request)
+        fields = check_template(await read_json_body(request), partial=False)
+        now = time.time()
+        template = fields.applied_to(
+            Template(id=str(uuid.uuid4()), name="", owner=principal.account.name, created_at=now, updated_at=now)
+        )
+        await self._put(template)
+        return _json(to_public(template), status=201)
+
+    async def template(self, request: web.Request) -> web.Response:
+        """`GET /v1/templates/{id or name}`"""
+        return _json(to_public(await self._found(request, await self._principal(request))))
+
+    async def change_template(self, request: web.Request) -> web.Response:
+        """`PATCH /v1/templates/{id or name}`"""
+        template = await self._own(request)
+        fields = check_template(await read_json_body(request), partial=True)
+        template = msgspec.structs.replace(fields.applied_to(template), updated_at=time.time())
+        await self._put(template)
+        return _json(to_public(template))
+
+    async def delete_template(self, request: web.Request) -> web.Response:
+        """`DELETE /v1/templates/{id or name}`"""
+        await self._directory.delete_template(await self._own(request))
+        return web.Response(status=204)
+
+    async def usage(self, request: web.Request) -> web.Response:
+        """`GET /v1/usage`: the caller's account, grouped as asked."""
+        principal = await self._principal(request)
+        query = request.query
+        group_by = _groups(query.getall("group_by", []))
+        until = _moment(query.get("until"), "until") or datetime.now(UTC)
+        since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
+        if since > until:
+            raise Fault(Source.CLIENT, invalid("`since` is after `until`.", param="since"))
+        rows = await usage(
+            self._store,
+            principal.account.name,
+            group_by=group_by,
+            session_id=query.get("session_id"),
+            since=since,
+            until=until,
+        )
+        return _json(
+            {
+                "object": "list",
+                "account": principal.account.name,
+                "since": since.isoformat(),
+                "until": until.isoformat(),
+                "data": [_row(row, group_by) for row in rows],
+            }
+        )
+
+    async def key(self, request: web.Request) -> web.Response:
+        """`GET /v1/key`: the calling key, its account's credit, its limits and its spend."""
+        principal = await self._principal(request)
+        key, account = principal.key, principal.account
+        limits = limits_of(principal, self._gateway.deployment.settings.defaults)
+        balance = await self._ledger.balance(account.name, key.id, key_limits=limits, account_limits=account.limits)
+        return _json(
+            {
+                "id": key.id,
+                "object": "key",
+                "name": key.name,
+                "account": account.name,
+                "balance_usd": format_usd(balance.balance_nusd),
+                "held_usd": format_usd(balance.held_nusd),
+                "available_usd": format_usd(balance.available_nusd),
+                "limits": [_limit(bucket) for bucket in balance.buckets],
+                "budgets": _budgets(principal),
+                "spend": {
+                    "day_usd": format_usd(balance.spend.day_nusd),
+                    "month_usd": format_usd(balance.spend.month_nusd),
+                    "total_usd": format_usd(balance.spend.total_nusd),
+                },
+                "default_model": key.default_model,
+                "models": key.models,
+                "expires_at": _rfc3339(key.expires_at),
+            }
+        )
+
+    async def _principal(self, request: web.Request) -> Principal:
+        return await self._authenticator.principal(request.headers.get("authorization"))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": name.partition("/")[0]}
+
+    async def _found(self, request: web.Request, principal: Principal) -> Template:
+        name = request.match_info["name"]
+        template = await self._directory.template(principal.account.name, name)
+        if template is None:
+            raise Fault(Source.CLIENT, template_not_found(name))
+        return template
+
+    async def _own(self, request: web.Request) -> Template:
+        """The template, if it is the caller's to change: global ones are the operators'."""
+        template = await self._found(request, await self._principal(request))
+        if template.is_global:
+            raise Fault(Source.CLIENT, forbidden("Global templates can't be changed with a key."))
+        return template
+
+    async def _put(self, template: Template) -> None:
+        if not await self._directory.put_template(template):
+            detail = Detail("name_taken", ("body", "name"), f"There is a template `{template.name}` already.")
+            raise Fault(Source.CLIENT, invalid(detail.msg, detail, param="name"))
+
+
+ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Response]]], ...] = (
+    ("GET", "/v1/models", Api.models),
+    ("GET", "/v1/models/{id:.+}", Api.model),
+    ("GET", "/v1/templates", Api.templates),
+    ("POST", "/v1/templates", Api.create_template),
+    ("GET", "/v1/templates/{name}", Api.template),
+    ("PATCH", "/v1/templates/{name}", Api.change_template),
+    ("DELETE", "/v1/templates/{name}", Api.delete_template),
+    ("GET", "/v1/usage", Api.usage),
+    ("GET", "/v1/key", Api.key),
+)
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
+
+
+def _groups(values: Sequence[str]) -> list[str]:
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        raise Fault(
+            Source.CLIENT, invalid(f"`group_by` takes {', '.join(GROUPS)}; not {unknown[0][:64]!r}.", param="group_by")
+        )
+    return list(dict.fromkeys(names))
+
+
+def _moment(text: str | None, name: str) -> datetime | None:
+    """A time of RFC 3339, section 5.6."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text.replace(" ", "+"))
+    except ValueError as error:
+        raise Fault(Source.CLIENT, invalid(f"`{name}` is not an RFC 3339 time.", param=name)) from error
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+def _row(row: Row, group_by: Sequence[str]) -> dict[str, Any]:
+    fields = asdict(row)
+    cost_nusd = fields.pop("cost_nusd")
+    groups = {name: fields.pop(name) for name in GROUPS}
+    return {**{name: groups[name] for name in group_by}, **fields, "cost_usd": format_usd(cost_nusd)}
+
+
+def _limit(bucket: BucketState) -> dict[str, Any]:
+    reset = format_reset(bucket.reset_s) if bucket.reset_s is not None else None
+    return {
+        "scope": bucket.scope,
+        "kind": bucket.kind,
+        "limit": bucket.limit,
+        "remaining": bucket.remaining,
+        "reset": reset,
+    }
+
+
+def _budgets(principal: Principal) -> dict[str, str | None]:
+    budgets = principal.key.budgets
+    amounts = {"total": budgets.total_nusd, "daily": budgets.daily_nusd, "monthly": budgets.monthly_nusd}
+    return {f"{name}_usd": None if amount is None else format_usd(amount) for name, amount in amounts.items()}
+
+
+def _rfc3339(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()

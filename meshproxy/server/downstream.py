@@ -1,0 +1,107 @@
+"""The client's socket: heads and bodies written straight to the transport.
+
+aiohttp reads the requests; what goes out is already bytes, so it skips aiohttp's response classes, and `Sent` tells aiohttp
+that nothing is left to do.
+"""
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time
+
+from meshproxy.gateway.call import Headers, Reply
+
+MAX_BUFFERED_BYTES = 65_536  # what may wait for a client before reading upstream stops
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class Sent(web.StreamResponse):
+    """A response that has been written already."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._keep = keep_alive
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the connection stays open."""
+        return self._keep
+
+    async def prepare(self, _request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Nothing is left to send."""
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to send."""
+
+
+class ClientStream:
+    """The gateway's `Downstream` over one aiohttp request. HTTP/1.1 clients get chunks, HTTP/1.0 ones read to the end."""
+
+    __slots__ = ("_chunked", "_protocol", "_request", "_transport", "begun", "keep_alive")
+
+    def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
+        self._request = request
+        self._protocol = request.protocol
+        self._transport = request.transport
+        self._chunked = request.version >= (1, 1)
+        self.keep_alive = keep_alive and self._chunked
+        self.begun = False
+
+    def begin(self, headers: Headers) -> None:
+        """Send the head of a 200 event stream."""
+        framing = [("transfer-encoding", "chunked")] if self._chunked else []
+        self.begun = True
+        self._send(head(200, [*headers, *framing], keep_alive=self.keep_alive, version=self._request.version.minor))
+
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:
+        """Send body bytes, in the frame they came in where there is one."""
+        if not self._chunked:
+            self._send(payload)
+        elif frame is not None:
+            self._send(frame)
+        else:
+            self._send(b"%x\r\n%b\r\n" % (len(payload), payload))
+
+    def finish(self) -> None:
+        """End the body."""
+        if self._chunked:
+            self._send(b"0\r\n\r\n")
+
+    def congested(self) -> bool:
+        """Whether more waits for this client than `MAX_BUFFERED_BYTES`."""
+        transport = self._transport
+        return transport is not None and transport.get_write_buffer_size() >= MAX_BUFFERED_BYTES
+
+    async def drained(self) -> None:
+        """Return when the client has taken enough; aiohttp's protocol holds the flow-control state."""
+        await self._request.writer.drain()
+
+    def reply(self, reply: Reply) -> None:
+        """Send a whole answer."""
+        headers = [*reply.headers, ("content-length", str(len(reply.body)))]
+        self._send(
+            head(reply.status, headers, keep_alive=self.keep_alive, version=self._request.version.minor) + reply.body
+        )
+
+    def _send(self, data: bytes) -> None:
+        """Write, unless the client has gone: then its handler is being cancelled already."""
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+
+
+def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, version: int) -> bytes:
+    """A response head. Header names and values must be clean of CR, LF and NUL: both ours and the filtered ones of providers
+    are (RFC 9110, section 5.5).
+    """
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}", f"date: {rfc822_formatted_time()}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if not keep_alive:
+        lines.append("connection: close")
+    elif version == 0:
+        lines.append("connection: keep-alive")
+    return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
