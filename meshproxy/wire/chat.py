@@ -44,7 +44,7 @@ class _Object(Struct, gc=False):
 
 class _Message(Struct, gc=False):
     role: str
-    content: str | list[Raw] | None = None
+    content: str | list[_Object] | None = None
 
 
 class _StreamOptions(Struct, gc=False):

@@ -245,6 +245,7 @@ class TestBounds:
             ("messages", ["Hi"], "dict_type", (0,)),
             ("messages", [{"role": "user", "content": 1}], "string_type", (0, "content")),
             ("messages", [{"role": "user", "content": {}}], "string_type", (0, "content")),
+            ("messages", [{"role": "user", "content": [{}, "Hi"]}], "dict_type", (0, "content", 1)),
             ("stop", ["a", 1], "string_type", (1,)),
             ("tools", [{}, "f"], "dict_type", (1,)),
             ("transforms", ["middle-out", "other"], "literal_error", (1,)),
