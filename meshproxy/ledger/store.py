@@ -33,10 +33,14 @@ PASSING = frozenset({
 
 
 class Unavailable(Fault):
-    """The store can't be used now. `kind` is one of a closed set, for metrics; `reason` is for logs and bears no secret."""
+    """The store can't be used now.
+
+    `kind` is one of a closed set, for metrics; `reason`, which is also its text, is for logs and bears no secret.
+    """
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(Source.GATEWAY, ledger_unavailable())
+        self.args = (reason,)
         self.kind = kind
         self.reason = reason
 

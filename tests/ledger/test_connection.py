@@ -331,7 +331,7 @@ async def test_a_server_that_never_greets_is_given_up():
 
     mute = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     port = mute.sockets[0].getsockname()[1]
-    with pytest.raises(Unavailable, match="can't be reached") as caught:
+    with pytest.raises(Unavailable) as caught:
         await connect(Redis(url=f"redis://127.0.0.1:{port}", timeout_s=0.05))
     assert "no reply within" in caught.value.reason or "did not answer within" in caught.value.reason
     mute.close()

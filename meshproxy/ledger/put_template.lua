@@ -1,0 +1,27 @@
+-- Stores a template's record, and its name as the only one that leads to it.
+--
+-- KEYS   1 the owner's names (hash: name to id), 2 the owner's templates (hash: id to record)
+-- ARGV   1 id, 2 name, 3 record, 4 most templates of an owner, 5 most bytes of all an owner's records
+-- reply  'stored', or 'taken' (another template has the name) or 'full', having written nothing
+
+local id, name, record = ARGV[1], ARGV[2], ARGV[3]
+
+local holder = redis.call('HGET', KEYS[1], name)
+if holder and holder ~= id then return 'taken' end
+
+local names = redis.call('HGETALL', KEYS[1])
+local count, bytes = 1, string.len(record)
+for at = 1, #names, 2 do
+  if names[at + 1] ~= id then
+    count = count + 1
+    bytes = bytes + redis.call('HSTRLEN', KEYS[2], names[at + 1])
+  end
+end
+if count > tonumber(ARGV[4]) or bytes > tonumber(ARGV[5]) then return 'full' end
+
+for at = 1, #names, 2 do
+  if names[at + 1] == id then redis.call('HDEL', KEYS[1], names[at]) end
+end
+redis.call('HSET', KEYS[1], name, id)
+redis.call('HSET', KEYS[2], id, record)
+return 'stored'

@@ -1,0 +1,94 @@
+"""Where templates are kept: one hash of records by id and one of ids by name, for each owner and for the global ones."""
+
+import asyncio
+import re
+from collections.abc import Callable
+
+import msgspec
+
+from meshproxy.errors import Fault, Source, invalid
+from meshproxy.ledger.cache import Cache
+from meshproxy.ledger.keyspace import GLOBAL, AccountKeys
+from meshproxy.ledger.scripts import Script
+from meshproxy.ledger.store import Store, StoreError
+from meshproxy.policy.template import Template
+
+MAX_TEMPLATES = 1000  # of one owner
+MAX_OWNER_BYTES = 16_777_216  # of their JSON
+MAX_CACHED_BYTES = 67_108_864  # of JSON, in one worker
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_UUID = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
+
+
+class Templates:
+    """The templates of a store, cached as the directory's keys are. `clock` is monotonic, in seconds."""
+
+    def __init__(self, store: Store, clock: Callable[[], float], *, ttl_s: float, stale_s: float) -> None:
+        self._store = store
+        self._put = Script.load("put_template")
+        self._delete = Script.load("delete_template")
+        self._cache: Cache[Template] = Cache(
+            self._fetch,
+            clock=clock,
+            ttl_s=ttl_s,
+            stale_s=stale_s,
+            max_weight=MAX_CACHED_BYTES,
+            weigh=lambda template: len(msgspec.json.encode(template)),
+        )
+
+    async def find(self, account: str, name_or_id: str) -> Template | None:
+        """The account's own template of this name or UUID, else the global one."""
+        return await self._cache.get((account, name_or_id)) if _NAME.fullmatch(name_or_id) else None
+
+    async def list(self, account: str) -> list[Template]:
+        """The account's own and the global ones, by name."""
+        owners = dict.fromkeys((account, GLOBAL))
+        replies = await asyncio.gather(
+            *(self._store.execute("HVALS", AccountKeys(owner).templates) for owner in owners)
+        )
+        templates = [_decode(record) for records in replies for record in records]
+        return sorted(templates, key=lambda template: (template.name, template.is_global))
+
+    async def put(self, template: Template) -> bool:
+        """Store a new template or a new version of one; False if another of this owner's has the name.
+
+        Fault `validation_error` if the owner has as many as are allowed.
+        """
+        record = msgspec.json.encode(template)
+        args = (template.id, template.name, record, MAX_TEMPLATES, MAX_OWNER_BYTES)
+        outcome = await self._store.run(self._put, _keys(template), args)
+        self._cache.clear()
+        if outcome == b"full":
+            most = f"{MAX_TEMPLATES} templates and {MAX_OWNER_BYTES} bytes"
+            raise Fault(Source.CLIENT, invalid(f"There is no room for this template: {most} in all are the most."))
+        return bool(outcome == b"stored")
+
+    async def delete(self, template: Template) -> bool:
+        """Remove a template; False if it was gone already."""
+        removed = await self._store.run(self._delete, _keys(template), [template.id])
+        self._cache.clear()
+        return bool(removed)
+
+    async def _fetch(self, key: tuple[str, str]) -> Template | None:
+        account, name_or_id = key
+        owners = [AccountKeys(account), AccountKeys(GLOBAL)]
+        if _UUID.fullmatch(name_or_id):
+            ids: list[bytes | None] = [name_or_id.lower().encode()] * 2
+        else:
+            ids = await asyncio.gather(*(self._store.execute("HGET", o.template_names, name_or_id) for o in owners))
+        pairs = zip(owners, ids, strict=True)
+        records = await asyncio.gather(*(self._store.execute("HGET", o.templates, found or b"") for o, found in pairs))
+        return next((_decode(record) for record in records if record is not None), None)
+
+
+def _keys(template: Template) -> list[str]:
+    owner = AccountKeys(GLOBAL if template.owner is None else template.owner)
+    return [owner.template_names, owner.templates]
+
+
+def _decode(record: bytes) -> Template:
+    try:
+        return msgspec.json.decode(record, type=Template)
+    except msgspec.DecodeError as error:
+        raise StoreError("RECORD", f"a template's record can't be read: {error}") from error
