@@ -1,0 +1,160 @@
+"""What was used: the hourly aggregates that settlements add to, summed and grouped; and the newest events of a stream.
+
+An aggregate is a hash for each account and hour (UTC, by when a request started), whose fields are
+`KEY US MODEL US SESSION US METRIC` (US: the byte 0x1f). A session of `~` holds what came after the hour had too many
+sessions to tell apart.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+
+from msgspec import Struct
+
+from meshproxy.errors import Fault, Source, invalid
+from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.store import Store
+
+GROUPS = ("session_id", "model", "key", "day")
+MAX_SPAN = timedelta(days=92)
+MAX_FIELDS = 1_000_000  # that one report adds up
+BATCH_FIELDS = 50_000  # that are read in one go, if they are of several hours
+SLICE = 500  # fields added up before others get their turn, about a millisecond
+MAX_RECENT = 10_000
+
+_METRICS = {
+    "requests": "requests",
+    "prompt": "prompt_tokens",
+    "completion": "completion_tokens",
+    "cached": "cached_tokens",
+    "cache_write": "cache_write_tokens",
+    "reasoning": "reasoning_tokens",
+    "audio_prompt": "audio_prompt_tokens",
+    "audio_completion": "audio_completion_tokens",
+    "cost": "cost_nusd",
+}
+
+
+Group = tuple[str | None, str | None, str | None, str | None]  # as GROUPS; None: not grouped by
+
+
+class Row(Struct):
+    """One group's sums. What isn't grouped by is None, as is the session of requests without one."""
+
+    session_id: str | None = None
+    model: str | None = None
+    key: str | None = None
+    day: str | None = None
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    audio_prompt_tokens: int = 0
+    audio_completion_tokens: int = 0
+    cost_nusd: int = 0
+
+
+async def usage(
+    store: Store,
+    account: str,
+    *,
+    group_by: Sequence[str] = (),
+    session_id: str | None = None,
+    since: datetime,
+    until: datetime,
+) -> list[Row]:
+    """The sums of every hour that `since` to `until` touches, ordered by day, session, model and key as far as grouped by.
+
+    Naive times are UTC. Fault `validation_error` for an unknown group, a span that is negative or longer
+    than 92 days, and one that has too much in it.
+    """
+    unknown = [name for name in group_by if name not in GROUPS]
+    if unknown:
+        raise _invalid(f"`group_by` takes {', '.join(GROUPS)}, not `{unknown[0][:64]}`.", "group_by")
+    rows: dict[Group, Row] = {}
+    names = AccountKeys(account)
+    hours = _hours(since, until)
+    sizes = await asyncio.gather(*(store.execute("HLEN", names.hour(hour)) for hour in hours))
+    if sum(sizes) > MAX_FIELDS:
+        raise _invalid("There is too much in `since` to `until`: ask for a shorter time.", "since")
+    for batch in _batches(dict(zip(hours, sizes, strict=True))):
+        replies = await asyncio.gather(*(store.execute("HGETALL", names.hour(hour)) for hour in batch))
+        for hour, flat in zip(batch, replies, strict=True):
+            await _add(rows, hour[:10], flat, group_by, session_id)
+    return sorted(rows.values(), key=_order)
+
+
+async def recent(store: Store, account: str, count: int) -> list[dict[str, str]]:
+    """The newest `count` events of an account's usage stream, oldest first, each with its `id`."""
+    entries = await store.execute("XREVRANGE", AccountKeys(account).usage, "+", "-", "COUNT", min(count, MAX_RECENT))
+    return [{"id": name.decode(), **_fields(flat)} for name, flat in reversed(entries)]
+
+
+async def _add(
+    rows: dict[Group, Row],
+    day: str,
+    flat: list[bytes],
+    group_by: Sequence[str],
+    session_id: str | None,
+) -> None:
+    """Add one hour's hash to the rows of its groups."""
+    for at in range(0, len(flat), 2):
+        if at % (2 * SLICE) == 0:
+            await asyncio.sleep(0)
+        key, model, rest = flat[at].decode().split("\x1f", 2)
+        session, _, metric = rest.rpartition("\x1f")
+        name = _METRICS.get(metric)
+        if name is None or (session_id is not None and session != session_id):
+            continue
+        group = (
+            (session or None) if "session_id" in group_by else None,
+            model if "model" in group_by else None,
+            key if "key" in group_by else None,
+            day if "day" in group_by else None,
+        )
+        row = rows.get(group)
+        if row is None:
+            row = rows[group] = Row(*group)
+        setattr(row, name, getattr(row, name) + int(flat[at + 1]))
+
+
+def _hours(since: datetime, until: datetime) -> list[str]:
+    start, end = _utc(since), _utc(until)
+    if end < start:
+        raise _invalid("`since` is after `until`.", "since")
+    if end - start > MAX_SPAN:
+        raise _invalid(f"`since` to `until` spans more than {MAX_SPAN.days} days.", "since")
+    first = start.replace(minute=0, second=0, microsecond=0)
+    return [f"{first + timedelta(hours=n):%Y-%m-%dT%H}" for n in range(-(-(end - first) // timedelta(hours=1)))]
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The hours that have anything, as many together as may be read in one go."""
+    batch: list[str] = []
+    fields = 0
+    for hour, size in sizes.items():
+        if batch and fields + size > BATCH_FIELDS:
+            yield batch
+            batch, fields = [], 0
+        if size:
+            batch.append(hour)
+            fields += size
+    yield batch
+
+
+def _order(row: Row) -> tuple[str, ...]:
+    return (row.day or "", row.session_id or "", row.model or "", row.key or "")
+
+
+def _fields(flat: list[bytes]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def _invalid(message: str, param: str) -> Fault:
+    return Fault(Source.CLIENT, invalid(message, param=param))

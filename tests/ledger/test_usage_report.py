@@ -1,0 +1,159 @@
+"""Settlements of real scripts, added up by whatever is asked for."""
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from meshproxy.errors import Fault
+from meshproxy.ledger import usage_report
+from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.records import Settlement
+from meshproxy.ledger.usage_report import GROUPS, Row, recent, usage
+from meshproxy.wire.usage import Usage
+
+NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
+DAY = {"since": NOON - timedelta(hours=12), "until": NOON + timedelta(hours=12)}
+
+
+async def settle(ledger, at=NOON, account="acme", **fields):
+    """A settlement of a request that was never held, as after an outage."""
+    fields = {
+        "hold_id": f"h{time.monotonic_ns()}",
+        "key_id": "key_a",
+        "model": "gpt",
+        "usage": Usage(prompt=10, completion=5, cached=3, reasoning=2),
+        "cost_nusd": 700,
+        **fields,
+    }
+    settlement = Settlement(
+        request_id="r",
+        account=account,
+        upstream="openai",
+        usage_source="reported",
+        outcome="completed",
+        started_ms=int(at.timestamp() * 1000),
+        unheld=True,
+        **fields,
+    )
+    assert await ledger.settle(settlement)
+
+
+async def test_sums_of_everything(store, ledger):
+    await settle(ledger)
+    await settle(
+        ledger, at=NOON + timedelta(hours=3), usage=Usage(1, 1, cache_write=1, audio_prompt=1, audio_completion=1)
+    )
+    await settle(ledger, account="other")
+    expected = Row(
+        requests=2,
+        prompt_tokens=11,
+        completion_tokens=6,
+        cached_tokens=3,
+        cache_write_tokens=1,
+        reasoning_tokens=2,
+        audio_prompt_tokens=1,
+        audio_completion_tokens=1,
+        cost_nusd=1400,
+    )
+    assert await usage(store, "acme", **DAY) == [expected]
+
+
+async def test_nothing_used_is_no_rows(store):
+    assert await usage(store, "acme", group_by=GROUPS, **DAY) == []
+
+
+async def test_groups(store, ledger):
+    await settle(ledger, session="s1")
+    await settle(ledger, session="s2", model="claude")
+    await settle(ledger, key_id="key_b")
+    await settle(ledger, at=NOON - timedelta(hours=13), session="s1")
+
+    async def grouped(*names):
+        rows = await usage(
+            store, "acme", group_by=names, since=NOON - timedelta(days=2), until=NOON + timedelta(days=1)
+        )
+        return [(*(getattr(row, name) for name in names), row.requests, row.cost_nusd) for row in rows]
+
+    assert await grouped("session_id") == [(None, 1, 700), ("s1", 2, 1400), ("s2", 1, 700)]
+    assert await grouped("model") == [("claude", 1, 700), ("gpt", 3, 2100)]
+    assert await grouped("key") == [("key_a", 3, 2100), ("key_b", 1, 700)]
+    assert await grouped("day") == [("2026-11-23", 1, 700), ("2026-11-24", 3, 2100)]
+    assert await grouped("day", "key") == [
+        ("2026-11-23", "key_a", 1, 700),
+        ("2026-11-24", "key_a", 2, 1400),
+        ("2026-11-24", "key_b", 1, 700),
+    ]
+
+
+async def test_one_session(store, ledger):
+    await settle(ledger, session="s1")
+    await settle(ledger, session="s2")
+    rows = await usage(store, "acme", group_by=["session_id"], session_id="s1", **DAY)
+    assert [(row.session_id, row.requests) for row in rows] == [("s1", 1)]
+
+
+async def test_a_session_may_have_any_characters(store, ledger):
+    odd = "a\x1fb\x1frequests\n{}*ä"
+    await settle(ledger, session=odd)
+    rows = await usage(store, "acme", group_by=["session_id", "model"], **DAY)
+    assert [(row.session_id, row.model, row.requests) for row in rows] == [(odd, "gpt", 1)]
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "requests"),
+    [
+        (NOON, NOON + timedelta(minutes=1), 1),
+        (NOON + timedelta(minutes=59), NOON + timedelta(hours=2), 1),  # hours are whole
+        (NOON + timedelta(hours=1), NOON + timedelta(hours=2), 0),
+        (NOON - timedelta(hours=2), NOON, 0),
+        (NOON.astimezone(), NOON.astimezone() + timedelta(hours=1), 1),
+        (NOON.replace(tzinfo=None), NOON.replace(tzinfo=None) + timedelta(hours=1), 1),
+    ],
+)
+async def test_which_hours_count(store, ledger, since, until, requests):
+    await settle(ledger, at=NOON + timedelta(minutes=30))
+    assert sum(row.requests for row in await usage(store, "acme", since=since, until=until)) == requests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param"),
+    [
+        ({"since": NOON, "until": NOON - timedelta(seconds=1)}, "since"),
+        ({"since": NOON - timedelta(days=92, seconds=1), "until": NOON}, "since"),
+        ({"group_by": ["colour"], **DAY}, "group_by"),
+    ],
+)
+async def test_what_cannot_be_asked(store, arguments, param):
+    with pytest.raises(Fault) as caught:
+        await usage(store, "acme", **arguments)
+    assert (caught.value.problem.code, caught.value.problem.param) == ("validation_error", param)
+
+
+async def test_a_report_reads_so_much_and_no_more(store, monkeypatch):
+    monkeypatch.setattr(usage_report, "MAX_FIELDS", 3)
+    hour = AccountKeys("acme").hour("2026-11-24T12")
+    for n in range(3):
+        await store.execute("HSET", hour, f"key\x1fmodel\x1fs{n}\x1frequests", 1)
+    assert [row.requests for row in await usage(store, "acme", **DAY)] == [3]
+    await store.execute("HSET", hour, "key\x1fmodel\x1fs3\x1frequests", 1)
+    with pytest.raises(Fault, match="shorter time"):
+        await usage(store, "acme", **DAY)
+
+
+async def test_many_hours_are_read_in_several_goes(store, ledger, monkeypatch):
+    monkeypatch.setattr(usage_report, "BATCH_FIELDS", 7)
+    for hours in range(5):
+        await settle(ledger, at=NOON - timedelta(hours=hours))
+    assert [row.requests for row in await usage(store, "acme", **DAY)] == [5]
+
+
+async def test_the_newest_events(store, ledger):
+    for model in ("a", "b", "c"):
+        await settle(ledger, model=model)
+    events = await recent(store, "acme", 2)
+    assert [(event["event"], event["model"], event["cost_nusd"]) for event in events] == [
+        ("settled", "b", "700"),
+        ("settled", "c", "700"),
+    ]
+    assert events[0]["id"] < events[1]["id"]
