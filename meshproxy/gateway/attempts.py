@@ -49,6 +49,8 @@ class Attempts:
         provider = self._deployment.providers[attempt.upstream]
         body = plan.body_for(attempt)
         exchange.sent_at = self._clock()
+        if exchange.attempts == 1:
+            exchange.overhead_s = exchange.sent_at - exchange.call.received_at
         response = await provider.post(CHAT_PATH, exchange.call.forward, body)
         exchange.first_byte_at = self._clock()
         return response

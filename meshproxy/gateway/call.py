@@ -54,4 +54,8 @@ class Downstream(Protocol):
 
 def refusal(problem: Problem, request_id: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
     """The reply that tells a problem in the one envelope."""
-    return Reply(problem.status, [*problem_headers(problem), *headers], envelope(problem, request_id))
+    return Reply(
+        problem.status,
+        [("x-request-id", request_id), *problem_headers(problem), *headers],
+        envelope(problem, request_id),
+    )

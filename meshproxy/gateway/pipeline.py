@@ -8,7 +8,7 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
-from meshproxy.errors import Fault, Problem, internal_error, overloaded
+from meshproxy.errors import Fault, Problem, UpstreamFault, internal_error, overloaded, upstream_error
 from meshproxy.gateway.admission import ask_for, first_slice, limit_headers, refused
 from meshproxy.gateway.attempts import Attempts
 from meshproxy.gateway.authenticate import Authenticator
@@ -134,7 +134,11 @@ class Gateway:
     async def _answer(self, exchange: Exchange, response: Response) -> Reply:
         """Pass a whole answer on, its bytes unchanged."""
         body = await response.read()
+        read_at = self._clock()
         reply = decode_reply(body)
+        if reply.error:
+            problem = upstream_error("The provider failed.", may_have_run=True, provider_error=reply.error)
+            raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
         bill(exchange, reply.usage, reply.model, len(body) // 4)
         exchange.status = 200
         exchange.outcome = "completed"
@@ -143,6 +147,7 @@ class Gateway:
             *self._told(exchange),
             ("x-mesh-cost", format_usd(exchange.cost_nusd)),
         ]
+        exchange.overhead_s += self._clock() - read_at
         return Reply(200, headers, body)
 
     async def _relay(
@@ -169,6 +174,7 @@ class Gateway:
     def _told(self, exchange: Exchange) -> Headers:
         """What the gateway says of an answer in headers."""
         return [
+            ("x-request-id", exchange.call.request_id),
             *_limits_of(exchange),
             ("x-mesh-model", exchange.model),
             ("x-mesh-attempts", str(exchange.attempts)),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from meshproxy.errors import Fault, Source, invalid, request_too_large, unsupported_media_type
-from meshproxy.gateway.call import Call, Reply
+from meshproxy.gateway.call import Call
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.server.downstream import ClientStream, Sent
 from meshproxy.wire.headers import forwarded_headers, trace_id
@@ -26,9 +26,8 @@ class ChatHandler:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Serve one request; the answer is written by the time this returns."""
         headers = request.headers
-        request_id = self._request_id(request)
         call = Call(
-            request_id=request_id,
+            request_id=self._request_id(request),
             authorization=headers.get("authorization"),
             read_body=lambda: read_json_body(request),
             received_at=self._clock(),
@@ -39,7 +38,7 @@ class ChatHandler:
         stream = ClientStream(request, keep_alive=request.keep_alive and not self._gateway.draining)
         reply = await self._gateway.chat(call, stream)
         if reply is not None:
-            stream.reply(Reply(reply.status, [("x-request-id", request_id), *reply.headers], reply.body))
+            stream.reply(reply)
         return Sent(keep_alive=stream.keep_alive)
 
 
