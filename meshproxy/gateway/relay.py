@@ -28,6 +28,7 @@ class Relay:
         "_downstream",
         "_exchange",
         "_lease",
+        "_many_choices",
         "_response",
         "_signal",
         "_written_at",
@@ -49,6 +50,7 @@ class Relay:
         self._downstream = downstream
         self._exchange = exchange
         self._lease = lease
+        self._many_choices = exchange.plan is not None and exchange.plan.request.n > 1
         self._clock = clock
         self._signal: asyncio.Future[None] | None = None
         self._written_at = clock()
@@ -98,7 +100,9 @@ class Relay:
         rest = self.scanner.finish()
         if rest:
             self._downstream.write(rest)
-        if self.scanner.done or self.scanner.complete:
+        if self.scanner.error is not None:
+            self._stop_by_provider()
+        elif self.scanner.done or (self.scanner.complete and not self._many_choices):
             self.outcome = "completed"
             self._downstream.write(DONE)
             self._finish()
@@ -136,6 +140,12 @@ class Relay:
         if not self.ended and now - self._written_at >= heartbeat_s and not self._downstream.congested():
             self._downstream.write(PING)
             self._written_at = now
+
+    def _stop_by_provider(self) -> None:
+        problem = upstream_error(
+            "The provider failed in the stream.", may_have_run=True, provider_error=self.scanner.error
+        )
+        self.stop(problem)
 
     def _timed(self, arrived_at: float) -> None:
         exchange = self._exchange
