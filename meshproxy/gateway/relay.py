@@ -84,11 +84,7 @@ class Relay:
             self._downstream.write(events, frame if events is payload else None)
             self._timed(arrived_at)
         if self.scanner.error is not None:
-            self.stop(
-                upstream_error(
-                    "The provider failed in the stream.", may_have_run=True, provider_error=self.scanner.error
-                )
-            )
+            self._stop_by_provider()
         elif self._lease.spent(self.scanner.tokens) or self._downstream.congested():
             self._response.pause()
             self._wake()
