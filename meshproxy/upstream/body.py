@@ -167,10 +167,12 @@ class Chunked(Body):
         return position + 2
 
     def _take_trailers(self, data: bytes, position: int) -> int:
-        bound = position + MAX_TRAILER_BYTES
-        end = position + 2 if data.startswith(b"\r\n", position) else data.find(b"\r\n\r\n", position, bound) + 4
-        if end < position + 2:
-            if len(data) >= bound:
+        if data.startswith(b"\r\n", position):
+            self.done = True
+            return position + 2
+        end = data.find(b"\r\n\r\n", position, position + MAX_TRAILER_BYTES) + 4
+        if end < position + 4:
+            if len(data) - position >= MAX_TRAILER_BYTES:
                 raise malformed("its trailers are too long")
             return position
         if not _TRAILERS.fullmatch(data, position, end):

@@ -8,6 +8,7 @@ Time is watched by one timer, which is armed again when it fires and not when a 
 
 import asyncio
 import select
+import ssl
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -130,12 +131,8 @@ class Connection(asyncio.Protocol):
         self._receive_body(body, data)
 
     def eof_received(self) -> None:
-        """The provider ends the connection, and the body with it if nothing else can. asyncio then closes the transport.
-
-        Under TLS this is an authenticated end (close_notify); a mere end of TCP only ever gets to connection_lost, and
-        counts as cut off (RFC 9112 section 9.8).
-        """
-        if self._body is not None and self._body.until_eof:
+        """The provider ends the connection, and the body with it if nothing else can. asyncio then closes the transport."""
+        if self._body is not None and self._body.until_eof and self._said_goodbye():
             self._finish()
         else:
             self.abort(self._loss())
@@ -149,6 +146,15 @@ class Connection(asyncio.Protocol):
             self._timer = None
         self.lost.set_result(None)
         self._on_lost(self)
+
+    def _said_goodbye(self) -> bool:
+        """Whether the end is the provider's own. Under TLS a mere end of TCP could be anyone's (RFC 9112 section 9.8)."""
+        assert self._transport is not None  # noqa: S101  # only asked from within the transport's call
+        tls = self._transport.get_extra_info("ssl_object")
+        try:
+            return tls is None or tls.read(1) == b""
+        except ssl.SSLError as error:
+            return isinstance(error, ssl.SSLZeroReturnError)
 
     def _loss(self) -> UpstreamFault:
         return faults.cut_off() if self._answer is None else faults.unanswered()

@@ -1,0 +1,193 @@
+"""Reaching a provider: addresses, names, TLS, and what each failure is called."""
+
+import asyncio
+import socket
+import ssl
+
+import pytest
+import trustme
+
+from meshproxy.errors import UpstreamFault
+from meshproxy.upstream import faults
+from meshproxy.upstream.dial import Address, verified_context
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+
+@pytest.fixture(scope="session")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def server_ssl(authority):
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+@pytest.fixture
+def trusting(authority):
+    context = verified_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.mark.parametrize(
+    "base_url, expected",
+    [
+        ("https://api.openai.com/v1", (True, "api.openai.com", 443, "/v1", "api.openai.com")),
+        ("http://127.0.0.1:8000", (False, "127.0.0.1", 8000, "", "127.0.0.1:8000")),
+        ("http://[::1]:8000/a/b/", (False, "::1", 8000, "/a/b", "[::1]:8000")),
+        ("https://[::1]", (True, "::1", 443, "", "[::1]")),
+        ("https://EXAMPLE.org:443/", (True, "example.org", 443, "", "example.org")),
+        ("http://bücher.example", (False, "xn--bcher-kva.example", 80, "", "xn--bcher-kva.example")),
+    ],
+)
+def test_addresses(base_url, expected):
+    address = Address(base_url)
+    assert expected == (address.is_tls, address.host, address.port, address.path, address.authority)
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    ["ftp://x", "https://", "https://user:secret@x", "https://x?a=b", "https://x#a", f"http://{'a' * 64}.example"],
+)
+def test_what_is_no_address(base_url):
+    with pytest.raises(ValueError) as caught:
+        Address(base_url)
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_name_with_addresses_that_refuse_is_reached_at_the_one_that_answers(serve, provide):
+    async def script(conversation):
+        await conversation.answer(ANSWER)
+
+    server = await serve(script)  # on 127.0.0.1 alone; localhost may be ::1 too
+    provider = provide(server.url.replace("127.0.0.1", "localhost"))
+    assert b"ok" == await (await provider.post("/x", (), b"{}")).read()
+
+
+async def test_a_port_that_refuses(provide, unused_tcp_port):
+    with pytest.raises(UpstreamFault) as caught:
+        await provide(f"http://127.0.0.1:{unused_tcp_port}").post("/x", (), b"{}")
+    problem = caught.value.problem
+    assert (502, "upstream_error", False, True, "The provider can't be reached: the connection was refused.") == (
+        problem.status,
+        problem.code,
+        problem.may_have_run,
+        caught.value.safe_to_repeat,
+        problem.message,
+    )
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (socket.gaierror(-2, "Name or service not known"), "its name can't be resolved"),
+        (OSError(113, "No route to 10.1.2.3"), "the connection failed"),
+        (ssl.SSLError(1, "wrong version number"), "the TLS handshake failed"),
+    ],
+)
+def test_failures_are_told_without_the_networks_addresses(error, words):
+    fault = faults.unreachable(error)
+    assert (f"The provider can't be reached: {words}.", False, True) == (
+        fault.problem.message,
+        fault.problem.may_have_run,
+        fault.safe_to_repeat,
+    )
+
+
+async def test_tls(serve, provide, server_ssl, trusting):
+    spoken = []
+
+    async def script(conversation):
+        spoken.append(conversation.writer.get_extra_info("ssl_object").selected_alpn_protocol())
+        while True:
+            await conversation.answer(ANSWER)
+
+    server = await serve(script, ssl=server_ssl)
+    provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
+    bodies = [await (await provider.post("/x", (), b"{}")).read() for _ in range(3)]
+    assert ([b"ok"] * 3, ["http/1.1"]) == (bodies, spoken)
+
+
+@pytest.mark.parametrize("host, trusted", [("localhost", False), ("127.0.0.1", True)])
+async def test_a_certificate_of_an_unknown_authority_or_for_another_name(
+    host, trusted, serve, provide, server_ssl, trusting
+):
+    server = await serve(lambda conversation: conversation.until_closed(), ssl=server_ssl)
+    context = trusting if trusted else None
+    provider = provide(server.url.replace("http://127.0.0.1", f"https://{host}"), ssl_context=context)
+    with pytest.raises(UpstreamFault) as caught:
+        await provider.post("/x", (), b"{}")
+    assert (False, True, True) == (
+        caught.value.problem.may_have_run,
+        caught.value.safe_to_repeat,
+        "its certificate isn't valid" in caught.value.problem.message,
+    )
+
+
+async def test_tls_to_a_port_that_speaks_none(serve, provide):
+    server = await serve(lambda conversation: conversation.send(b"220 smtp.example ESMTP\r\n"))
+    with pytest.raises(UpstreamFault) as caught:
+        await provide(server.url.replace("http:", "https:")).post("/x", (), b"{}")
+    assert (502, True) == (caught.value.problem.status, caught.value.safe_to_repeat)
+
+
+async def test_a_handshake_that_never_ends_is_a_connect_timeout(serve, provide):
+    server = await serve(lambda conversation: conversation.until_closed())
+    with pytest.raises(UpstreamFault) as caught:
+        await provide(server.url.replace("http:", "https:"), connect_timeout_s=0.1).post("/x", (), b"{}")
+    await asyncio.gather(*server.tasks)
+    assert (504, "gateway_timeout", False, True) == (
+        caught.value.problem.status,
+        caught.value.problem.code,
+        caught.value.problem.may_have_run,
+        caught.value.safe_to_repeat,
+    )
+
+
+async def test_a_cancelled_connect_leaves_no_socket(serve, provide):
+    taken = asyncio.Event()
+
+    async def script(conversation):
+        taken.set()
+        await conversation.until_closed()
+
+    server = await serve(script)
+    provider = provide(server.url.replace("http:", "https:"))
+    post = asyncio.create_task(provider.post("/x", (), b"{}"))
+    await taken.wait()
+    post.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await post
+    await asyncio.gather(*server.tasks)
+    assert 0 == len(provider._pool._live)
+
+
+@pytest.mark.parametrize("goodbye, outcome", [(True, None), (False, "upstream_error")])
+async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(
+    goodbye, outcome, serve, provide, server_ssl, trusting, record
+):
+    """Else whoever can cut a TCP connection could cut an answer short without being noticed."""
+    begun = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.answer(b"HTTP/1.1 200 OK\r\n\r\nhello")
+        await begun.wait()
+        if goodbye:
+            await conversation.hang_up()
+        else:
+            conversation.writer.transport.abort()
+
+    server = await serve(script, ssl=server_ssl)
+    provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
+    response = await provider.post("/x", (), b"{}")
+    sink = record()
+    response.relay(sink)
+    await sink.begun
+    begun.set()
+    fault = await sink.over
+    assert (outcome, b"hello") == (fault and fault.problem.code, sink.payload)

@@ -1,0 +1,197 @@
+"""Slots and the line for them: how many connections, whose turn it is, and that nobody who gives up takes a slot along."""
+
+import asyncio
+
+import pytest
+
+from meshproxy.errors import UpstreamFault
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"
+
+
+class Held:
+    """Answers whose bodies end one by one, in the order of their requests, when the test says so."""
+
+    def __init__(self):
+        self.asked = asyncio.Queue()
+        self.order = []
+
+    async def __call__(self, conversation):
+        while True:
+            request = await conversation.request()
+            self.order.append(request.split()[1].decode())
+            await conversation.send(ANSWER)
+            release = asyncio.Event()
+            self.asked.put_nowait(release)
+            await release.wait()
+            await conversation.send(b"ok")
+
+    async def release_one(self):
+        (await self.asked.get()).set()
+
+
+@pytest.fixture
+def held():
+    return Held
+
+
+async def whole(provider, path):
+    return await (await provider.post(path, (), b"{}")).read()
+
+
+async def until_waiting(provider, number):
+    while len(provider._pool._line) < number:
+        await asyncio.sleep(0)
+
+
+async def test_no_more_connections_than_the_limit_and_first_come_first_served(serve, provide, held):
+    script = held()
+    server = await serve(script)
+    provider = provide(server.url, max_connections=1)
+    posts = []
+    for number in range(4):
+        posts.append(asyncio.create_task(whole(provider, f"/{number}")))
+        await until_waiting(provider, number)
+    for _ in posts:
+        await script.release_one()
+    assert [b"ok"] * 4 == await asyncio.gather(*posts)
+    assert (["/v1/0", "/v1/1", "/v1/2", "/v1/3"], 1) == (script.order, server.connections)
+
+
+async def test_who_waits_too_long_is_told_that_the_provider_is_not_available(serve, provide, held):
+    script = held()
+    provider = provide((await serve(script)).url, max_connections=1, connect_timeout_s=0.05)
+    first = asyncio.create_task(whole(provider, "/1"))
+    release = await script.asked.get()
+    with pytest.raises(UpstreamFault) as caught:
+        await provider.post("/2", (), b"{}")
+    problem = caught.value.problem
+    assert (503, "provider_not_available", 1.0, True) == (
+        problem.status,
+        problem.code,
+        problem.retry_after_s,
+        caught.value.safe_to_repeat,
+    )
+    assert 0 == len(provider._pool._line)
+    release.set()
+    assert b"ok" == await first
+
+
+async def test_who_gives_up_waiting_leaves_the_line(serve, provide, held):
+    script = held()
+    server = await serve(script)
+    provider = provide(server.url, max_connections=1)
+    first = asyncio.create_task(whole(provider, "/1"))
+    release = await script.asked.get()
+    second, third = [asyncio.create_task(whole(provider, path)) for path in ("/2", "/3")]
+    await until_waiting(provider, 2)
+    second.cancel()
+    release.set()
+    await script.release_one()
+    assert [b"ok", b"ok"] == await asyncio.gather(first, third)
+    assert (True, ["/v1/1", "/v1/3"]) == (second.cancelled(), script.order)
+
+
+async def test_who_gives_up_when_it_is_their_turn_hands_the_connection_on(serve, provide, held, record):
+    script = held()
+    server = await serve(script)
+    provider = provide(server.url, max_connections=1)
+    response = await provider.post("/1", (), b"{}")
+    second, third = [asyncio.create_task(whole(provider, path)) for path in ("/2", "/3")]
+    await until_waiting(provider, 2)
+    sink = record()
+    sink.end = second.cancel  # the connection was handed over just before the end is told
+    response.relay(sink)
+    await script.release_one()
+    await script.release_one()
+    assert b"ok" == await third
+    assert (True, ["/v1/1", "/v1/3"], 1) == (second.cancelled(), script.order, server.connections)
+
+
+async def test_the_slot_of_a_lost_connection_goes_to_the_first_in_line(serve, provide, held):
+    script = held()
+    server = await serve(script)
+    provider = provide(server.url, max_connections=1)
+    first = await provider.post("/1", (), b"{}")
+    await script.asked.get()
+    second = asyncio.create_task(whole(provider, "/2"))
+    await until_waiting(provider, 1)
+    first.close()
+    await script.release_one()
+    assert (b"ok", 2) == (await second, server.connections)
+
+
+async def test_who_gives_up_with_a_slot_in_hand_hands_the_slot_on(serve, provide, held):
+    script = held()
+    server = await serve(script)
+    provider = provide(server.url, max_connections=1)
+    first = await provider.post("/1", (), b"{}")
+    await script.asked.get()
+    second, third = [asyncio.create_task(whole(provider, path)) for path in ("/2", "/3")]
+    await until_waiting(provider, 2)
+    pool, waiter = provider._pool, provider._pool._line[0]
+    waiter.add_done_callback(lambda _: second.cancel())
+    first.close()
+    await script.release_one()
+    assert (b"ok", 2) == (await third, server.connections)
+    assert (True, 1) == (second.cancelled(), len(pool._live))
+
+
+async def test_the_connection_used_last_is_used_first(serve, provide, held):
+    peers = []
+
+    async def script(conversation):
+        while True:
+            await conversation.answer(ANSWER + b"ok")
+            peers.append(conversation.writer.get_extra_info("peername")[1])
+
+    provider = provide((await serve(script)).url)
+    await asyncio.gather(whole(provider, "/1"), whole(provider, "/2"))
+    last = provider._pool._idle[-1]._transport.get_extra_info("sockname")[1]
+    for _ in range(3):
+        await whole(provider, "/3")
+    assert [last] * 3 == peers[2:]
+
+
+async def test_a_connection_that_fails_gives_its_slot_back(provide, unused_tcp_port):
+    provider = provide(f"http://127.0.0.1:{unused_tcp_port}", max_connections=1)
+    for _ in range(3):
+        with pytest.raises(UpstreamFault) as caught:
+            await provider.post("/x", (), b"{}")
+        assert "upstream_error" == caught.value.problem.code
+    assert 0 == len(provider._pool._live)
+
+
+async def test_closing_ends_everything(serve, provide, held, record):
+    script = held()
+    server = await serve(script)
+    provider = provide(server.url, max_connections=2)
+    done = asyncio.create_task(whole(provider, "/0"))
+    await script.release_one()
+    await done
+    streaming = await provider.post("/1", (), b"{}")
+    sink = record()
+    streaming.relay(sink)
+    await script.asked.get()
+    reading = asyncio.create_task(whole(provider, "/2"))
+    await script.asked.get()
+    waiting = asyncio.create_task(whole(provider, "/3"))
+    await until_waiting(provider, 1)
+    await provider.close()
+    outcomes = await asyncio.gather(reading, waiting, return_exceptions=True)
+    with pytest.raises(UpstreamFault) as caught:
+        await provider.post("/4", (), b"{}")
+    assert ["upstream_error", "overloaded", "overloaded"] == [fault.problem.code for fault in (*outcomes, caught.value)]
+    assert ("fail", "upstream_error") == sink.last
+    assert 0 == len(provider._pool._live)
+
+
+async def test_closing_while_a_connection_is_made(serve, provide):
+    server = await serve(lambda conversation: conversation.until_closed())
+    provider = provide(server.url)
+    post = asyncio.create_task(provider.post("/x", (), b"{}"))
+    await asyncio.sleep(0)
+    await provider.close()
+    with pytest.raises(UpstreamFault) as caught:
+        await post
+    assert ("overloaded", True) == (caught.value.problem.code, caught.value.safe_to_repeat)

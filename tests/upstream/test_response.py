@@ -1,0 +1,202 @@
+"""A body on its way to a sink: what is pushed, in which call, and that a closed response is silent."""
+
+import asyncio
+
+import pytest
+
+from meshproxy.errors import UpstreamFault
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+async def test_what_came_with_the_head_is_pushed_before_relay_returns(serve, provide, record):
+    async def script(conversation):
+        await conversation.answer(CHUNKED + b"5\r\nhello\r\n0\r\n\r\n")
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    sink = record()
+    response.relay(sink)
+    assert [("data", b"hello", None), ("end",)] == sink.calls
+
+
+async def test_whole_chunks_are_pushed_with_the_frame_they_came_in(serve, provide, record):
+    steps = asyncio.Queue()
+
+    async def script(conversation):
+        await conversation.answer(CHUNKED)
+        while step := await steps.get():
+            await conversation.send(step)
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    sink = record()
+    response.relay(sink)
+    steps.put_nowait(b"5\r\nhello\r\n1\r\n \r\n")
+    await sink.begun
+    steps.put_nowait(b"5\r\nworld\r\n0\r\n\r\n")
+    await sink.over
+    steps.put_nowait(b"")
+    assert [("data", b"hello ", b"5\r\nhello\r\n1\r\n \r\n"), ("data", b"world", None), ("end",)] == sink.calls
+
+
+async def test_status_and_headers(serve, provide):
+    async def script(conversation):
+        await conversation.answer(
+            b"HTTP/1.1 307 Moved\r\nLocation: /y\r\nX-A: 1\r\nx-a: 2\r\ncontent-length: 0\r\n\r\n"
+        )
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    assert (307, "/y", "1", None, b"") == (
+        response.status,
+        response.header("location"),
+        response.header("x-a"),
+        response.header("x-b"),
+        await response.read(),
+    )
+
+
+async def test_a_response_closed_before_its_end_closes_the_socket_and_is_silent(serve, provide, record):
+    async def script(conversation):
+        await conversation.answer(CHUNKED + b"5\r\nhello\r\n")
+        await conversation.until_closed()
+
+    server = await serve(script)
+    response = await provide(server.url).post("/x", (), b"{}")
+    sink = record()
+    response.relay(sink)
+    await sink.begun
+    response.close()
+    response.close()
+    response.pause()
+    response.resume()
+    await asyncio.gather(*server.tasks)
+    assert ([b"hello"], "data") == ([call[1] for call in sink.calls], sink.last[0])
+
+
+async def test_a_response_closed_after_its_end_leaves_the_connection_alone(serve, provide):
+    async def script(conversation):
+        while True:
+            await conversation.answer(CHUNKED + b"2\r\nok\r\n0\r\n\r\n")
+
+    server = await serve(script)
+    provider = provide(server.url)
+    for _ in range(2):
+        response = await provider.post("/x", (), b"{}")
+        await response.read()
+        response.close()
+        response.pause()
+    assert 1 == server.connections
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_sink_may_close_from_within_data(early, serve, provide, record):
+    go = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.answer(CHUNKED + (b"5\r\nhello\r\n" if early else b""))
+        await go.wait()
+        await conversation.send(b"5\r\nworld\r\n0\r\n\r\n")
+        await conversation.until_closed()
+
+    server = await serve(script)
+    response = await provide(server.url).post("/x", (), b"{}")
+    sink = record()
+    heard = sink.data
+    sink.data = lambda payload, frame: (heard(payload, frame), response.close())
+    response.relay(sink)
+    go.set()
+    await asyncio.gather(*server.tasks)
+    assert [b"hello" if early else b"world"] == [call[1] for call in sink.calls]
+
+
+async def test_a_sink_may_pause_from_within_data(serve, provide, record):
+    total = 4_000_000
+
+    async def script(conversation):
+        await conversation.answer(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % total)
+        await conversation.send(b"x" * total)
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    sink = record()
+    loop = asyncio.get_running_loop()
+    heard, paused = sink.data, []
+
+    def data(payload, frame):
+        assert not paused
+        heard(payload, frame)
+        response.pause()
+        paused.append(1)
+        loop.call_soon(go_on)
+
+    def go_on():
+        paused.clear()
+        response.resume()
+
+    sink.data = data
+    response.relay(sink)
+    assert (None, total) == (await sink.over, len(sink.payload))
+
+
+async def test_little_is_read_before_someone_takes_the_body(serve, provide, record):
+    """The provider can't fill our memory: its writes stop until a sink is there."""
+    total = 40_000_000
+
+    async def script(conversation):
+        await conversation.answer(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % total)
+        await conversation.send(b"x" * total)
+
+    provider = provide((await serve(script)).url)
+    response = await provider.post("/x", (), b"{}")
+    for _ in range(200):  # turns in which all of it could come
+        await asyncio.sleep(0)
+    kept = response._early_bytes
+    sink = record()
+    response.relay(sink)
+    await sink.over
+    assert (True, total) == (kept < 1_000_000, len(sink.payload))
+
+
+async def test_a_failure_before_the_relay_is_told_in_the_relay(serve, provide, record):
+    async def script(conversation):
+        await conversation.answer(CHUNKED + b"5\r\nhello\r\n")
+        await conversation.hang_up()
+
+    server = await serve(script)
+    response = await provide(server.url).post("/x", (), b"{}")
+    await asyncio.gather(*server.tasks)
+    while response._flow is not None:  # until the end of the connection was heard
+        await asyncio.sleep(0)
+    sink = record()
+    response.relay(sink)
+    assert [("data", b"hello", b"5\r\nhello\r\n"), ("fail", "upstream_error")] == sink.calls
+
+
+@pytest.mark.parametrize("framed", [b"content-length: 3000\r\n\r\n", b"\r\n"])
+async def test_a_body_that_is_read_whole_is_bounded(framed, serve, provide):
+    async def script(conversation):
+        await conversation.answer(b"HTTP/1.1 200 OK\r\n" + framed + b"x" * 3000)
+        await conversation.until_closed()
+
+    server = await serve(script)
+    response = await provide(server.url, max_response_bytes=2000).post("/x", (), b"{}")
+    with pytest.raises(UpstreamFault) as caught:
+        await response.read()
+    assert ("upstream_error", True, False) == (
+        caught.value.problem.code,
+        caught.value.problem.may_have_run,
+        caught.value.safe_to_repeat,
+    )
+
+
+async def test_a_read_that_is_cancelled_closes_the_socket(serve, provide):
+    async def script(conversation):
+        await conversation.answer(CHUNKED)
+        await conversation.until_closed()
+
+    server = await serve(script)
+    response = await provide(server.url).post("/x", (), b"{}")
+    reading = asyncio.create_task(response.read())
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await asyncio.gather(*server.tasks)
