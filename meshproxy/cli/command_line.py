@@ -1,0 +1,110 @@
+"""From an argument list to an exit code.
+
+0: done. 1: it failed. 2: wrong usage. 78: the configuration is bad (EX_CONFIG of sysexits.h). What went wrong is on
+stderr, in plain words or, with --json, as `{"error": {...}}`.
+"""
+
+import argparse
+import asyncio
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+
+from meshproxy.cli.arguments import Formatter
+from meshproxy.cli.output import Failed, Misused, Output
+from meshproxy.config import Unfit
+from meshproxy.errors import Fault
+from meshproxy.version import VERSION
+
+EX_FAILED = 1
+EX_USAGE = 2
+EX_CONFIG = 78  # sysexits.h
+EX_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+COMMANDS = {
+    "dev": "everything with nothing: store, simulated provider, key, credit, ready to paste",
+    "serve": "run the gateway",
+    "check": "tell every fault of a configuration",
+    "simulate": "run the simulated provider alone",
+    "healthcheck": "ask a running gateway whether it is ready",
+    "keys": "mint API keys, look at them, limit, suspend and revoke them",
+    "credits": "grant prepaid credit and see what is left of it",
+    "templates": "store prompt templates and try them",
+    "usage": "requests, tokens and cost by session, model, key or day",
+    "top": "watch requests, tokens and cost as they happen",
+}
+
+EXAMPLES = """\
+examples:
+  meshproxy dev                                       try everything at once
+  meshproxy check --config meshproxy.toml             before a deployment
+  meshproxy serve --config meshproxy.toml
+  meshproxy keys create --account acme --budget 50    mint a key
+  meshproxy credits grant acme 25.00
+  meshproxy usage --by model --since 24h
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 78 bad configuration
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = build_parser(argv[0] if argv else "").parse_args(argv)
+    except SystemExit as stop:  # argparse has said why: help, or wrong usage
+        return int(stop.code or 0)
+    if args.run is None:
+        args.parser.print_help(sys.stderr)
+        return EX_USAGE
+    out = Output(as_json=args.json)
+    try:
+        return _run(args, out)
+    except Misused as error:
+        args.parser.print_usage(sys.stderr)
+        out.failed("usage", str(error))
+        return EX_USAGE
+    except Unfit as error:
+        out.unfit(error.faults)
+        return EX_CONFIG
+    except Failed as error:
+        out.failed(error.code, str(error))
+    except Fault as error:
+        out.failed(error.problem.code, error.problem.message, error.problem.details)
+    except BrokenPipeError:  # `meshproxy usage | head`: the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
+    return EX_FAILED
+
+
+def build_parser(wanted: str) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the family `wanted` and only the names of all the others."""
+    parser = argparse.ArgumentParser(
+        prog="meshproxy",
+        usage="meshproxy [-h] [--version] COMMAND ...",
+        description="An edge proxy for LLM traffic: keys, rate limits, prepaid credit, streams relayed untouched.",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"meshproxy {VERSION}")
+    parser.set_defaults(run=None, parser=parser, json=False)
+    families = parser.add_subparsers(title="commands", metavar="COMMAND [...]", prog="meshproxy")
+    for name, summary in COMMANDS.items():
+        family = families.add_parser(
+            name, help=summary, description=f"{summary.capitalize()}.", formatter_class=Formatter
+        )
+        family.set_defaults(parser=family)
+        if name == wanted:
+            importlib.import_module(f"meshproxy.cli.{name}").add_arguments(family)
+    return parser
+
+
+def _run(args: argparse.Namespace, out: Output) -> int:
+    result = args.run(args, out)
+    if inspect.iscoroutine(result):
+        result = asyncio.run(result)
+    sys.stdout.flush()
+    return result or 0

@@ -1,0 +1,48 @@
+"""The configuration that a command's arguments name."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from meshproxy.cli.output import Misused
+from meshproxy.config import Settings, Unfit, parse, resolve_secrets
+
+
+def load(args: argparse.Namespace) -> Settings:
+    """The settings of --config, else the built-in defaults; --redis wins over redis.url. Unfit with every fault."""
+    settings = read(args.config) if args.config else Settings()
+    url = getattr(args, "redis", None)
+    if url is None:
+        return settings
+    return msgspec.structs.replace(settings, redis=msgspec.structs.replace(settings.redis, url=url))
+
+
+def read(path: str) -> Settings:
+    """The settings of one file; Unfit too if it can't be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise Unfit([f"{path}: can't be read ({error.strerror})"]) from error
+    except UnicodeDecodeError as error:
+        raise Unfit([f"{path}: not UTF-8"]) from error
+    return parse(text)
+
+
+def required(args: argparse.Namespace) -> str:
+    """The path of the configuration, for a command that makes no sense without one."""
+    if not args.config:
+        raise Misused("--config FILE is required (or set MESHPROXY_CONFIG)")
+    return str(args.config)
+
+
+def secrets(settings: Settings, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The API key of each upstream; Unfit if one can't be had."""
+    return resolve_secrets(settings, env, _text)
+
+
+def _text(path: str) -> str:
+    """A secret's file. Bytes that are no text become characters that `resolve_secrets` refuses."""
+    return Path(path).read_text(encoding="utf-8", errors="replace")

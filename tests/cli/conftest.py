@@ -1,0 +1,113 @@
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+import redis
+
+from meshproxy import config
+from meshproxy.cli.command_line import main
+from meshproxy.ledger.connection import connect
+from meshproxy.ledger.embedded import Embedded
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import Ask, Settlement
+from meshproxy.wire.usage import Usage
+
+
+@pytest.fixture(scope="session")
+def store_url():
+    """A real server for the whole run, on a loop of its own: the commands under test run theirs."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = Embedded()
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result(20)
+    try:
+        yield server.url
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture
+def store(store_url):
+    """A plain client of the server, which begins empty."""
+    with redis.Redis.from_url(store_url, decode_responses=True) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def run(store, store_url, capsys, monkeypatch):
+    """Run a command on the store: its exit code, stdout and stderr."""
+    monkeypatch.delenv("MESHPROXY_CONFIG", raising=False)
+
+    def run(*args):
+        code = main([*args, "--redis", store_url])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def data(run):
+    """Run a command with --json: what it printed, after it succeeded."""
+
+    def data(*args):
+        code, out, err = run(*args, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    return data
+
+
+@pytest.fixture
+def error(run):
+    """Run a command with --json: the code of the error it failed with."""
+
+    def error(*args):
+        code, out, err = run(*args, "--json")
+        assert (code, out) == (1, "")
+        return json.loads(err)["error"]["code"]
+
+    return error
+
+
+@pytest.fixture
+def settle(store, store_url):
+    """Settle requests: each a tuple of account, key, model, session and cost in nano-USD."""
+
+    async def all_of(requests):
+        link = await connect(config.Redis(url=store_url))
+        ledger = Ledger(link)
+        for account in {account for account, *_ in requests}:
+            await ledger.grant(account, 100_000_000_000)
+        for number, (account, key, model, session, cost) in enumerate(requests):
+            held = {"hold_id": f"hold-{number}", "account": account, "key_id": key, "session": session}
+            await ledger.admit(Ask(**held, amount_nusd=0, tokens=0, ttl_ms=1000, strict=True))
+            assert await ledger.settle(
+                Settlement(
+                    **held,
+                    request_id=f"req-{number}",
+                    model=model,
+                    upstream="sim",
+                    usage=Usage(prompt=10, completion=5, cached=2),
+                    usage_source="reported",
+                    outcome="completed",
+                    cost_nusd=cost,
+                    started_ms=int(time.time() * 1000),
+                )
+            )
+        await link.close()
+
+    def settle(*requests):
+        store.sadd("mesh:accounts", *{account for account, *_ in requests})
+        for account in {account for account, *_ in requests}:
+            store.set(f"mesh:{{{account}}}:record", f'{{"name": "{account}"}}')
+        asyncio.run(all_of(requests))
+
+    return settle

@@ -1,0 +1,76 @@
+"""Exit codes and help, as a shell sees them."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from meshproxy.cli.command_line import COMMANDS, build_parser, main
+
+
+def meshproxy(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "meshproxy", *args], capture_output=True, text=True, timeout=20, env=env, check=False
+    )
+
+
+def test_help_names_every_command():
+    ran = meshproxy("--help")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [name for name in COMMANDS if f"    {name} " not in ran.stdout] == []
+    assert "examples:" in ran.stdout
+
+
+def test_no_command_is_wrong_usage():
+    ran = meshproxy()
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("usage: meshproxy")
+
+
+def test_an_unknown_command_is_wrong_usage():
+    ran = meshproxy("severe")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "invalid choice: 'severe'" in ran.stderr
+
+
+def test_help_needs_no_heavy_library():
+    code = (
+        "import sys; from meshproxy.cli.command_line import build_parser; build_parser('healthcheck').format_help();"
+        "print(sorted({'aiohttp', 'redis', 'asyncio.runners', 'orjson', 'structlog'} & set(sys.modules) - {'asyncio.runners'}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_examples_and_the_common_flags(name):
+    if importlib.util.find_spec(f"meshproxy.cli.{name}") is None:
+        pytest.fail(f"no module for {name}")
+    for path, parser in leaves([name], build_parser(name)):
+        text = parser.format_help()
+        assert (path, "examples:" in text, "--config" in text, "--json" in text) == (path, True, True, True)
+
+
+def leaves(path, parser):
+    """Every parser below `path` that runs something."""
+    parser = next(action for action in parser._actions if action.dest == "==SUPPRESS==").choices[path[-1]]
+    nested = [action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices]
+    if not nested:
+        yield path, parser
+    for action in nested:
+        for name in action.choices:
+            yield from leaves([*path, name], parser)
+
+
+def test_a_family_alone_is_wrong_usage(capsys):
+    assert main(["keys"]) == 2
+    assert "create" in capsys.readouterr().err
+
+
+def test_a_bad_configuration_is_78_for_every_command(tmp_path, capsys):
+    path = tmp_path / "bad.toml"
+    path.write_text("[server]\nlisten = 1\n[redis]\nulr = 'x'\n")
+    assert main(["healthcheck", "--config", str(path), "--json"]) == 78
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert (error["code"], len(error["faults"])) == ("unfit_configuration", 2)

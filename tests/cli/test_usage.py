@@ -1,0 +1,81 @@
+from datetime import UTC, datetime
+
+REQUESTS = [
+    ("acme", "key_1", "a/b", "s1", 1_500_000_000),
+    ("acme", "key_1", "a/b", "s2", 500_000_000),
+    ("acme", "key_2", "c", None, 250_000_000),
+    ("bolt", "key_3", "c", None, 1),
+]
+
+
+def sums(**fields):
+    tokens = {"prompt": 10, "completion": 5, "cached": 2, "cache_write": 0, "reasoning": 0}
+    audio = {"audio_prompt": 0, "audio_completion": 0}
+    requests = fields.pop("requests")
+    counted = {f"{name}_tokens": count * requests for name, count in (tokens | audio).items()}
+    return {"requests": requests, **counted, **fields}
+
+
+def test_one_row_an_account(settle, data):
+    settle(*REQUESTS)
+    assert data("usage") == [
+        {"account": "acme", **sums(requests=3, cost_usd="2.25")},
+        {"account": "bolt", **sums(requests=1, cost_usd="0.000000001")},
+    ]
+
+
+def test_by_model_and_session(settle, data):
+    settle(*REQUESTS)
+    rows = data("usage", "--account", "acme", "--by", "session,model", "--since", "1h")
+    assert [(row["session_id"], row["model"], row["cost_usd"]) for row in rows] == [
+        (None, "c", "0.25"),
+        ("s1", "a/b", "1.50"),
+        ("s2", "a/b", "0.50"),
+    ]
+
+
+def test_by_day_and_key(settle, data):
+    settle(*REQUESTS)
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    rows = data("usage", "--by", "day", "--by", "key", "--account", "acme")
+    assert [(row["key"], row["day"], row["requests"]) for row in rows] == [("key_1", today, 2), ("key_2", today, 1)]
+
+
+def test_one_session(settle, data):
+    settle(*REQUESTS)
+    assert data("usage", "--account", "acme", "--session", "s2") == [
+        {"account": "acme", **sums(requests=1, cost_usd="0.50")}
+    ]
+
+
+def test_text(settle, run):
+    settle(*REQUESTS)
+    code, out, err = run("usage", "--by", "model", "--account", "acme")
+    assert (code, err) == (0, "")
+    assert [line.split() for line in out.splitlines()] == [
+        [
+            "account",
+            "model",
+            "requests",
+            "prompt_tokens",
+            "completion_tokens",
+            "cached_tokens",
+            "reasoning_tokens",
+            "cost_usd",
+        ],
+        ["acme", "a/b", "2", "20", "10", "4", "0", "2.00"],
+        ["acme", "c", "1", "10", "5", "2", "0", "0.25"],
+    ]
+
+
+def test_a_time_without_use(settle, run):
+    settle(*REQUESTS)
+    assert run("usage", "--until", "3d") == (0, "nothing was used\n", "")
+
+
+def test_bad_times(run, error):
+    code, out, err = run("usage", "--since", "1h", "--until", "2h")
+    assert (code, out) == (2, "")
+    assert "argument --since: after --until" in err
+    assert run("usage", "--by", "hour")[0] == 2
+    assert error("usage", "--account", "nobody") == "account_not_found"
