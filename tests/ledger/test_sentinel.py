@@ -1,0 +1,94 @@
+"""A master that Sentinel names, and the next one after a failover."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import time
+from contextlib import ExitStack
+
+import pytest
+import redis
+
+from meshproxy.config import Redis
+from meshproxy.ledger.connection import Unavailable, connect
+from meshproxy.ledger.embedded import get_binary_path
+
+PATIENCE_S = 20
+pytestmark = pytest.mark.xdist_group("sentinel")
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def eventually(condition):
+    """Poll a server that we can't wait for otherwise."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            if condition():
+                return
+        except redis.RedisError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def trio(tmp_path):
+    """Ports of a Sentinel, of the master it watches and of that one's replica; and a way to start a program."""
+    sentinel, master, replica = free_ports(3)
+    (tmp_path / "sentinel.conf").write_text(
+        f"port {sentinel}\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 {master} 1\n"
+        "sentinel down-after-milliseconds mymaster 500\nsentinel failover-timeout mymaster 3000\n"
+    )
+    with ExitStack() as stack:
+
+        def start(*args):
+            process = subprocess.Popen([get_binary_path(), *args], stdout=subprocess.DEVNULL, cwd=tmp_path)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+
+        common = ("--bind", "127.0.0.1", "--save", "", "--repl-diskless-sync-delay", "0")
+        master_process = start("--port", str(master), *common)
+        start("--port", str(replica), "--replicaof", f"127.0.0.1 {master}", *common)
+        admin = stack.enter_context(redis.Redis(port=replica))
+        eventually(lambda: admin.info("replication")["master_link_status"] == "up")
+        start("sentinel.conf", "--sentinel")
+        watcher = stack.enter_context(redis.Redis(port=sentinel))
+        eventually(lambda: watcher.sentinel_masters()["mymaster"]["num-slaves"] == 1)
+        yield sentinel, master_process, replica
+
+
+async def until(condition):
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_the_master_is_found_and_after_its_death_the_next(trio):
+    sentinel, master_process, replica = trio
+    store = await connect(Redis(url=f"redis+sentinel://127.0.0.1:1,127.0.0.1:{sentinel}/mymaster/2"))
+    assert await store.execute("SET", "x", 1) == b"OK"
+    assert await store.execute("WAIT", 1, 1000) == 1
+    master_process.send_signal(signal.SIGKILL)
+    await until(lambda: not store.connected)
+    with pytest.raises(Unavailable):
+        await store.execute("GET", "x")
+    await until(lambda: store.connected)
+    assert await store.execute("GET", "x") == b"1"
+    assert f":{replica}".encode() in await store.execute("CLIENT", "INFO")
+    assert await store.execute("INCR", "x") == 2
+    await store.close()
+
+
+async def test_a_master_that_nobody_knows():
+    with pytest.raises(Unavailable) as caught:
+        await connect(Redis(url=f"redis+sentinel://127.0.0.1:{free_ports(1)[0]}/mymaster"))
+    assert "no Sentinel names a master mymaster" in caught.value.reason
