@@ -1,0 +1,42 @@
+"""The typed settings, and how TOML text becomes them. Pure: whoever calls hands in the text, the environment and a way to
+read secret files, so that a configuration can be checked anywhere.
+
+Every fault of a text is found and told at once, each with its path and, for an unknown key, the nearest right name.
+"""
+
+from meshproxy.config.addresses import split_address
+from meshproxy.config.api_keys import resolve_secrets
+from meshproxy.config.decoding import Unfit, parse
+from meshproxy.config.settings import (
+    Credits,
+    Defaults,
+    Idempotency,
+    Log,
+    Model,
+    RateLimits,
+    Redis,
+    Route,
+    Secret,
+    Server,
+    Settings,
+    Upstream,
+)
+
+__all__ = [
+    "Credits",
+    "Defaults",
+    "Idempotency",
+    "Log",
+    "Model",
+    "RateLimits",
+    "Redis",
+    "Route",
+    "Secret",
+    "Server",
+    "Settings",
+    "Unfit",
+    "Upstream",
+    "parse",
+    "resolve_secrets",
+    "split_address",
+]

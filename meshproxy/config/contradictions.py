@@ -1,0 +1,101 @@
+"""What no single type can see: names that point nowhere, addresses that are none, things said twice.
+
+A value whose own type is at fault is None here and is passed over: its fault was told already.
+"""
+
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from meshproxy.config.addresses import address_fault, is_network
+from meshproxy.config.names import nearest, under
+from meshproxy.config.settings import Defaults, Model, Redis, Route, Server, Settings, Upstream
+
+REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
+
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, 5.6.2: what a header's name is made of
+_VALUE = re.compile(r"[!-~]([ -~]*[!-~])?")  # and what its value may be, if it is sent by us
+_OURS = frozenset({"authorization", "content-length", "content-type", "host", "transfer-encoding", "connection"})
+
+
+def contradictions(settings: Settings) -> Iterator[str]:
+    """Each a sentence that begins with its path."""
+    if settings.server is not None:
+        yield from _server_faults(settings.server)
+    if settings.redis is not None:
+        yield from _redis_faults(settings.redis)
+    for name, upstream in (settings.upstreams or {}).items():
+        if upstream is not None:
+            yield from _upstream_faults(upstream, under("upstreams", name))
+    for name, model in (settings.models or {}).items():
+        if model is not None:
+            yield from _model_faults(model, under("models", name), settings)
+    if settings.defaults is not None:
+        yield from _default_faults(settings.defaults.model, settings)
+
+
+def _server_faults(server: Server) -> Iterator[str]:
+    for index, network in enumerate(server.trusted_proxies or ()):
+        if network is not None and not is_network(network):
+            yield f"server.trusted_proxies[{index}]: {network!r} is not a network such as 10.0.0.0/8"
+    for key, address in (("listen", server.listen), ("admin_listen", server.admin_listen)):
+        fault = address_fault(address) if address is not None else None
+        if fault:
+            yield f"server.{key}: {fault}"
+    if server.listen is not None and server.listen == server.admin_listen and not server.listen.endswith(":0"):
+        yield "server.admin_listen: the same as server.listen"
+
+
+def _redis_faults(redis: Redis) -> Iterator[str]:
+    if redis.url is not None and redis.url != "embedded":
+        scheme, separator, _ = redis.url.partition("://")
+        if not separator or scheme not in REDIS_SCHEMES:  # the rest may hold a password
+            yield f"redis.url: its scheme is none of {', '.join(f'{name}://' for name in REDIS_SCHEMES)}, nor is it embedded"
+    if redis.on_failure == "local" and redis.journal is None:
+        yield 'redis.journal: on_failure = "local" needs a file to journal settlements in'
+
+
+def _upstream_faults(upstream: Upstream, path: str) -> Iterator[str]:
+    secret = upstream.api_key
+    if secret is not None and (secret.env is None) == (secret.file is None):
+        yield f'{path}.api_key: say one of {{ env = "NAME" }} and {{ file = "/path" }}'
+    fault = _url_fault(upstream.base_url) if upstream.base_url is not None else None
+    if fault:
+        yield f"{path}.base_url: {fault}"
+    for name, value in (upstream.headers or {}).items():
+        if _TOKEN.fullmatch(name) is None:
+            yield f"{under(f'{path}.headers', name)}: not a header's name"
+        elif name.lower() in _OURS:
+            yield f"{under(f'{path}.headers', name)}: the gateway sends this header itself"
+        elif value is not None and _VALUE.fullmatch(value) is None:
+            yield f"{under(f'{path}.headers', name)}: not what a header can carry"
+
+
+def _url_fault(url: str) -> str | None:
+    try:
+        port = urlsplit(url).port
+    except ValueError as error:
+        return str(error)
+    return "there is no port 0" if port == 0 else None
+
+
+def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
+    for index, route in enumerate(model.upstreams or ()):
+        if route is not None and route.upstream is not None:
+            yield from _route_faults(route, f"{path}.upstreams[{index}]", settings)
+    output, window = model.max_output_tokens, model.context_window
+    if output is not None and window is not None and output > window:
+        yield f"{path}.max_output_tokens: {output} is more than context_window, {window}"
+
+
+def _route_faults(route: Route, path: str, settings: Settings) -> Iterator[str]:
+    upstreams = settings.upstreams or {}
+    if route.upstream not in upstreams:
+        yield f"{path}.upstream: no upstream is named {route.upstream}{nearest(route.upstream, upstreams)}"
+
+
+def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:
+    """The built-in default may be missing: then a request has to name its model."""
+    models = settings.models or {}
+    if model is not None and model != Defaults().model and model not in models:
+        yield f"defaults.model: no model is named {model}{nearest(model, models)}"

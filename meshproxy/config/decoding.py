@@ -1,0 +1,103 @@
+"""TOML text to settings, in one walk of the table beside the types, so that no fault hides another."""
+
+import tomllib
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from meshproxy.config.contradictions import contradictions
+from meshproxy.config.names import nearest, under
+from meshproxy.config.settings import Settings
+
+
+class Unfit(Exception):
+    """A configuration that can't be used. `faults`: every one, each a sentence that begins with its path."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def parse(text: str) -> Settings:
+    """The settings of a TOML text; Unfit with every fault in it."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Unfit([f"not TOML: {error}"]) from error
+    except RecursionError as error:
+        raise Unfit(["not TOML: nested too deeply"]) from error
+    faults: list[str] = []
+    settings: Settings = _struct(table, Settings, "", faults)
+    faults.extend(contradictions(settings))
+    if faults:
+        raise Unfit(faults)
+    return settings
+
+
+def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
+    """A value of the table as its type wants it; what is at fault comes out as None, and its fault is written down."""
+    kind = _without_none(kind)
+    bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if isinstance(bare, type) and issubclass(bare, Struct):
+        return _struct(value, bare, path, faults)
+    if get_origin(bare) is dict and isinstance(value, dict):
+        return _mapping(value, bare, path, faults)
+    if get_origin(bare) is list and isinstance(value, list) and value:
+        item_kind = get_args(bare)[0]
+        return [_decoded(item, item_kind, f"{path}[{index}]", faults) for index, item in enumerate(value)]
+    return _leaf(value, kind, path, faults)
+
+
+def _struct(value: Any, kind: type[Struct], path: str, faults: list[str]) -> Any:
+    """A table with fixed keys. Built unchecked: each of its values was checked alone."""
+    if not isinstance(value, dict):
+        faults.append(f"{path}: expected a table")
+        return None
+    hints = get_type_hints(kind, include_extras=True)
+    known: dict[str, Any] = {}
+    for key, item in value.items():
+        if key in hints:
+            known[key] = _decoded(item, hints[key], under(path, key), faults)
+        else:
+            faults.append(f"{under(path, key)}: unknown key{nearest(key, hints)}")
+    for item in msgspec.structs.fields(kind):
+        if item.required and item.name not in value:
+            faults.append(f"{under(path, item.name)}: required, and missing")
+            known[item.name] = None
+    return kind(**known)
+
+
+def _mapping(table: dict[str, Any], kind: Any, path: str, faults: list[str]) -> dict[str, Any]:
+    """A table whose keys are the user's own names."""
+    name_kind, item_kind = get_args(kind)
+    for name in table:
+        _leaf(name, name_kind, under(path, name), faults)
+    return {name: _decoded(item, item_kind, under(path, name), faults) for name, item in table.items()}
+
+
+def _leaf(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        faults.append(f"{path}: {_complaint(str(error), kind)}")
+        return None
+
+
+def _complaint(message: str, kind: Any) -> str:
+    """A sentence of msgspec's in our users' words; the type's own words where it says what was expected."""
+    for meta in getattr(kind, "__metadata__", ()):
+        if isinstance(meta, Meta) and meta.description:
+            return f"expected {meta.description}"
+    words = message.replace("`object`", "a table").replace("`array`", "a list").replace("`", "")
+    choices = f", expected {' or '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+    return words[0].lower() + words[1:] + choices
+
+
+def _without_none(kind: Any) -> Any:
+    """`X | None` becomes X: TOML has no null, so None only means left out."""
+    if get_origin(kind) in {Union, UnionType}:
+        rest = [part for part in get_args(kind) if part is not type(None)]
+        return rest[0] if len(rest) == 1 else kind
+    return kind

@@ -1,0 +1,143 @@
+"""The settings: each key of the configuration with its type, its bounds and its default."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+MOST = 2**53  # what a Lua number in Redis holds exactly
+
+Positive = Annotated[int, Meta(ge=1, le=MOST)]
+Natural = Annotated[int, Meta(ge=0, le=MOST)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Usd = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,9})?\Z", description='a decimal string in USD, as "2.50"')]
+Name = Annotated[str, Meta(pattern=r"\A[!-~]{1,256}\Z", description="1 to 256 characters of ASCII without spaces")]
+BaseUrl = Annotated[
+    str,
+    Meta(
+        pattern=r"\Ahttps?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*)?\Z",
+        description="an http or https URL without user, query and fragment",
+    ),
+]
+
+
+class Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a secret comes from: `{ env = "NAME" }` or `{ file = "/path" }`."""
+
+    env: str | None = None
+    file: str | None = None
+
+
+class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[server]: the listeners and their bounds."""
+
+    listen: str = "127.0.0.1:8080"
+    admin_listen: str = "127.0.0.1:8081"
+    workers: Natural = 0
+    trusted_proxies: list[str] = field(default_factory=lambda: ["127.0.0.0/8"])
+    max_body_bytes: Positive = 33_554_432
+    max_in_flight: Positive = 4096
+    heartbeat_s: Seconds = 15
+    drain_s: Annotated[float, Meta(ge=0, le=86400)] = 600
+    drain_grace_s: Annotated[float, Meta(ge=0, le=3600)] = 0
+
+
+class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[log]"""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Redis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[redis]: the one store, and what happens without it."""
+
+    url: str = "redis://127.0.0.1:6379/0"
+    on_failure: Literal["deny", "local"] = "deny"
+    timeout_s: Seconds = 2
+    journal: str | None = None
+    journal_max_bytes: Positive = 67_108_864
+    local_allowance_usd: Usd = "1.00"
+
+
+class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[defaults]: what holds for a key that doesn't say."""
+
+    model: str = "openai/gpt-4o"
+    requests_per_minute: Positive = 600
+    tokens_per_minute: Positive = 1_000_000
+
+
+class Credits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[credits]: how much is held for a request, and for how long."""
+
+    strict: bool = True
+    default_output_tokens: Positive = 4096
+    lease_output_tokens: Positive = 256
+    hold_ttl_s: Seconds = 60
+    clamp: bool = False
+
+
+class RateLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[limits]"""
+
+    enforce_mid_stream: bool = False
+
+
+class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[idempotency]: how long and how large an answer is kept for replay."""
+
+    ttl_s: Seconds = 3600
+    max_bytes: Positive = 1_048_576
+
+
+class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[upstreams.NAME]: one provider and the patience it is given."""
+
+    kind: Literal["openai", "openrouter", "simulator"]
+    base_url: BaseUrl
+    api_key: Secret | None = None
+    connect_timeout_s: Seconds = 5
+    first_byte_timeout_s: Seconds = 60
+    idle_timeout_s: Seconds = 60
+    on_disconnect: Literal["cancel", "drain"] = "cancel"
+    max_connections: Positive = 1024
+    keepalive_s: Seconds = 60
+    max_response_bytes: Positive = 33_554_432
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of a model's `upstreams`: tried in order; `weight` balances neighbours that carry one."""
+
+    upstream: str
+    model: Name
+    weight: Positive | None = None
+
+
+class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[models."ID"]: where a model is served, its size and its price."""
+
+    upstreams: Annotated[list[Route], Meta(min_length=1)]
+    context_window: Positive = 128_000
+    max_output_tokens: Positive = 16_384
+    input_usd_per_mtok: Usd
+    output_usd_per_mtok: Usd
+    cached_input_usd_per_mtok: Usd | None = None
+    cache_write_usd_per_mtok: Usd | None = None
+    reasoning_usd_per_mtok: Usd | None = None
+    audio_input_usd_per_mtok: Usd | None = None
+    audio_output_usd_per_mtok: Usd | None = None
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration, decoded and without contradictions."""
+
+    server: Server = field(default_factory=Server)
+    log: Log = field(default_factory=Log)
+    redis: Redis = field(default_factory=Redis)
+    defaults: Defaults = field(default_factory=Defaults)
+    credits: Credits = field(default_factory=Credits)
+    limits: RateLimits = field(default_factory=RateLimits)
+    idempotency: Idempotency = field(default_factory=Idempotency)
+    upstreams: dict[Name, Upstream] = field(default_factory=dict)
+    models: dict[Name, Model] = field(default_factory=dict)

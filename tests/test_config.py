@@ -1,0 +1,399 @@
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy import config
+from meshproxy.config import Unfit, parse, resolve_secrets, split_address
+from meshproxy.money import parse_usd
+
+EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
+PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "http://a"\n'
+PRICES = 'input_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
+
+
+def faults(text):
+    with pytest.raises(Unfit) as caught:
+        parse(text)
+    assert str(caught.value) == "\n".join(caught.value.faults)
+    return caught.value.faults
+
+
+def provider(line):
+    return PROVIDER + line
+
+
+def model(lines):
+    return PROVIDER + '[models.m]\nupstreams = [{ upstream = "a", model = "x" }]\n' + PRICES + lines
+
+
+def test_nothing_is_the_defaults():
+    assert config.Settings() == parse("")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("x", ["not TOML: Expected '=' after a key in a key/value pair (at end of document)"]),
+        ("a = " + "[" * 10_000, ["not TOML: nested too deeply"]),
+        ("a = 1\na = 2\n", ["not TOML: Cannot overwrite a value (at line 2, column 6)"]),
+        ("sever = 1", ["sever: unknown key, did you mean server?"]),
+        ("zzz = 1", ["zzz: unknown key"]),
+        ("server = 1", ["server: expected a table"]),
+        ("upstreams = 1", ["upstreams: expected a table, got int"]),
+        ("upstreams.a = 1", ["upstreams.a: expected a table"]),
+        ("[server]\nlisen = 1", ["server.lisen: unknown key, did you mean listen?"]),
+        ("[server]\nlisten = 1", ["server.listen: expected str, got int"]),
+        ("[server]\nworkers = -1", ["server.workers: expected int >= 0"]),
+        ("[server]\nworkers = true", ["server.workers: expected int, got bool"]),
+        ("[server]\nmax_in_flight = 0", ["server.max_in_flight: expected int >= 1"]),
+        ("[server]\nheartbeat_s = 0", ["server.heartbeat_s: expected float > 0.0"]),
+        ("[server]\nheartbeat_s = nan", ["server.heartbeat_s: expected float > 0.0"]),
+        ("[server]\nheartbeat_s = inf", ["server.heartbeat_s: expected float <= 86400.0"]),
+        ("[server]\ndrain_s = -1", ["server.drain_s: expected float >= 0.0"]),
+        ("[server]\nlisten = '8080'", ["server.listen: '8080' is not HOST:PORT"]),
+        ("[server]\nlisten = 'a b:1'", ["server.listen: 'a b:1' is not HOST:PORT"]),
+        ("[server]\nlisten = '::1:80'", ["server.listen: '::1:80': an IPv6 address goes in brackets"]),
+        ("[server]\nadmin_listen = '[x]:1'", ["server.admin_listen: '[x]:1': 'x' is not an IPv6 address"]),
+        ("[server]\nlisten = 'unix:a'", ["server.listen: 'unix:a' needs an absolute path"]),
+        ("[server]\nlisten = ':1'\nadmin_listen = ':1'", ["server.admin_listen: the same as server.listen"]),
+        ("[server]\ntrusted_proxies = ['x']", ["server.trusted_proxies[0]: 'x' is not a network such as 10.0.0.0/8"]),
+        ("[server]\ntrusted_proxies = ['::1', 2]", ["server.trusted_proxies[1]: expected str, got int"]),
+        (
+            "[log]\nlevel = 'loud'",
+            ["log.level: invalid enum value 'loud', expected debug or info or warning or error"],
+        ),
+        ("[log]\nformat = 1", ["log.format: expected str, got int, expected json or console"]),
+        (
+            "[redis]\non_failure = 'local'",
+            ['redis.journal: on_failure = "local" needs a file to journal settlements in'],
+        ),
+        (
+            "[redis]\nlocal_allowance_usd = 1.5",
+            ['redis.local_allowance_usd: expected a decimal string in USD, as "2.50"'],
+        ),
+        ("[credits]\nclamp = 'yes'", ["credits.clamp: expected bool, got str"]),
+        ("[limits]\nenforce = true", ["limits.enforce: unknown key, did you mean enforce_mid_stream?"]),
+        (
+            "[defaults]\nrequests_per_minute = 99999999999999999999",
+            ["defaults.requests_per_minute: expected int <= 9007199254740992"],
+        ),
+        ("[defaults]\nmodel = 'a/b'", ["defaults.model: no model is named a/b"]),
+        (
+            "[upstreams.a]",
+            ["upstreams.a.kind: required, and missing", "upstreams.a.base_url: required, and missing"],
+        ),
+        (
+            "[upstreams.'a b']\nkind = 'openai'\nbase_url = 'http://a'",
+            ['upstreams."a b": expected 1 to 256 characters of ASCII without spaces'],
+        ),
+        (
+            "[upstreams.a]\nkind = 'opnai'\nbase_url = 'http://a'",
+            ["upstreams.a.kind: invalid enum value 'opnai', expected openai or openrouter or simulator"],
+        ),
+        (provider('api_key = "sk-1"'), ["upstreams.a.api_key: expected a table"]),
+        (
+            provider("api_key = {}"),
+            ['upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }'],
+        ),
+        (
+            provider('api_key = { env = "A", file = "b" }'),
+            ['upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }'],
+        ),
+        (
+            provider('api_key = { enf = "A" }'),
+            [
+                "upstreams.a.api_key.enf: unknown key, did you mean env?",
+                'upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }',
+            ],
+        ),
+        (provider("headers = { a = 1 }"), ["upstreams.a.headers.a: expected str, got int"]),
+        (provider('headers = { "a b" = "c" }'), ['upstreams.a.headers."a b": not a header\'s name']),
+        (provider(r'headers = { a = "b\r\nc: d" }'), ["upstreams.a.headers.a: not what a header can carry"]),
+        (provider('headers = { Host = "b" }'), ["upstreams.a.headers.Host: the gateway sends this header itself"]),
+        (model("context_window = 8192"), ["models.m.max_output_tokens: 16384 is more than context_window, 8192"]),
+        (
+            model("cached_input_usd_per_mtok = 1"),
+            ['models.m.cached_input_usd_per_mtok: expected a decimal string in USD, as "2.50"'],
+        ),
+        ("[models.m]\nupstreams = []\n" + PRICES, ["models.m.upstreams: expected a list of length >= 1"]),
+        ("[models.m]\nupstreams = [1]\n" + PRICES, ["models.m.upstreams[0]: expected a table"]),
+        (
+            PROVIDER + '[models."a/b"]\nupstreams = [{ upstream = "aa", model = "x", wait = 1 }]\n' + PRICES,
+            [
+                'models."a/b".upstreams[0].wait: unknown key, did you mean weight?',
+                'models."a/b".upstreams[0].upstream: no upstream is named aa, did you mean a?',
+            ],
+        ),
+        (
+            PROVIDER + '[models.m]\nupstreams = [{ upstream = "a", model = "", weight = 0 }]\n' + PRICES,
+            [
+                "models.m.upstreams[0].model: expected 1 to 256 characters of ASCII without spaces",
+                "models.m.upstreams[0].weight: expected int >= 1",
+            ],
+        ),
+    ],
+)
+def test_faults(text, expected):
+    assert expected == faults(text)
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("https://api.openai.com/v1", None),
+        ("http://127.0.0.1:8000", None),
+        ("http://[::1]:8000/v1/", None),
+        ("http://a.example/x~y/%20", None),
+        ("ftp://a", "expected"),
+        ("http://", "expected"),
+        ("http://:80", "expected"),
+        ("http://a\n", "expected"),
+        ("http://a/b?c", "expected"),
+        ("http://a/#c", "expected"),
+        ("http://user:password@a", "expected"),
+        ("http://a b", "expected"),
+        ("http://é", "expected"),
+        ("http://a/é", "expected"),
+        ("http://a:99999", "Port out of range 0-65535"),
+        ("http://a:0", "there is no port 0"),
+    ],
+)
+def test_base_url(url, expected):
+    found = _faults_or_none(f"[upstreams.a]\nkind = 'openai'\nbase_url = {msgspec.json.encode(url).decode()}")
+    if expected == "expected":
+        expected = "expected an http or https URL without user, query and fragment"
+    assert expected == (found and found[0].removeprefix("upstreams.a.base_url: "))
+
+
+def _faults_or_none(text):
+    try:
+        parse(text)
+    except Unfit as unfit:
+        return unfit.faults
+    return None
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://a", "rediss://u:p@a:1/2", "unix:///a", "redis+sentinel://a,b/m/0", "redis+cluster://a,b", "embedded"],
+)
+def test_redis_url(url):
+    assert url == parse(f"[redis]\nurl = '{url}'").redis.url
+
+
+@pytest.mark.parametrize("url", ["http://u:hunter2@a", "redis:/u:hunter2@a", "u:hunter2@a", "", "redis"])
+def test_a_redis_url_is_not_shown_for_it_may_hold_a_password(url):
+    (fault,) = faults(f"[redis]\nurl = '{url}'")
+    assert (True, False) == (fault.startswith("redis.url: its scheme is none of redis://, "), "hunter2" in fault)
+
+
+@pytest.mark.parametrize("usd", ["0", "1", "2.50", "0.000000001", "999999.999999999"])
+def test_every_price_that_is_let_through_can_be_parsed(usd):
+    text = model("").replace('"1"', f'"{usd}"', 1)
+    assert parse_usd(usd) == parse_usd(parse(text).models["m"].input_usd_per_mtok)
+
+
+@pytest.mark.parametrize(
+    "usd", ["", "-1", "+1", "1.", ".5", "1e3", "1,5", " 1", "1\\n", "\\u0663", "0.0000000001", "1000000"]
+)
+def test_what_is_no_price(usd):
+    text = model("").replace('"1"', f'"{usd}"', 1)
+    assert ['models.m.input_usd_per_mtok: expected a decimal string in USD, as "2.50"'] == faults(text)
+
+
+def test_every_fault_is_told_at_once():
+    text = """
+    zzz = 1
+    [server]
+    listen = "nowhere"
+    heartbeat_s = "15"
+    trusted_proxies = ["x", 1]
+    [redis]
+    url = "http://a"
+    on_failure = "locla"
+    [defaults]
+    model = "openai/gpt4o"
+    [upstreams.openai]
+    kind = "openai"
+    base_url = "nope"
+    api_key = { env = "A", file = "B" }
+    [models."openai/gpt-4o"]
+    upstreams = [{ upstream = "opnai", model = "x" }, { upstream = "openai" }]
+    context_window = 10
+    max_output_tokens = 20
+    input_usd_per_mtok = 1.5
+    """
+    expected = [
+        "zzz: unknown key",
+        "server.heartbeat_s: expected float, got str",
+        "server.trusted_proxies[1]: expected str, got int",
+        "redis.on_failure: invalid enum value 'locla', expected deny or local",
+        "upstreams.openai.base_url: expected an http or https URL without user, query and fragment",
+        'models."openai/gpt-4o".upstreams[1].model: required, and missing',
+        'models."openai/gpt-4o".input_usd_per_mtok: expected a decimal string in USD, as "2.50"',
+        'models."openai/gpt-4o".output_usd_per_mtok: required, and missing',
+        "server.trusted_proxies[0]: 'x' is not a network such as 10.0.0.0/8",
+        "server.listen: 'nowhere' is not HOST:PORT",
+        "redis.url: its scheme is none of redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, nor is it embedded",
+        'upstreams.openai.api_key: say one of { env = "NAME" } and { file = "/path" }',
+        'models."openai/gpt-4o".upstreams[0].upstream: no upstream is named opnai, did you mean openai?',
+        'models."openai/gpt-4o".max_output_tokens: 20 is more than context_window, 10',
+        "defaults.model: no model is named openai/gpt4o, did you mean openai/gpt-4o?",
+    ]
+    assert expected == faults(text)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=5,
+)
+NAMES = sorted({name for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+                for name in kind.__struct_fields__})  # fmt: skip
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(NAMES), json_like | st.dictionaries(st.sampled_from(NAMES), json_like, max_size=3), max_size=3
+    )
+)
+def test_any_table_is_settings_or_faults(table):
+    from meshproxy.config.contradictions import contradictions
+    from meshproxy.config.decoding import _struct
+
+    found = []
+    settings = _struct(table, config.Settings, "", found)
+    found.extend(contradictions(settings))
+    assert found or msgspec.convert(table, config.Settings) == settings
+
+
+@pytest.mark.parametrize(
+    "address, expected",
+    [
+        ("127.0.0.1:8080", ("127.0.0.1", 8080)),
+        ("localhost:0", ("localhost", 0)),
+        (":8080", ("", 8080)),
+        ("[::1]:8080", ("::1", 8080)),
+        ("[0::0001]:1", ("::1", 1)),
+    ],
+)
+def test_split_address(address, expected):
+    assert expected == split_address(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "a", "a:", "a:b", "a:-1", "a:65536", "a:\u0663", "::1:1", "[a]:1", "a b:1", "[::1]", "a/b:1"]
+)
+def test_what_is_no_address(address):
+    with pytest.raises(ValueError, match=re.escape(repr(address))):
+        split_address(address)
+
+
+def secrets(text, env=None, files=None):
+    def read_file(path):
+        content = (files or {})[path]
+        if isinstance(content, Exception):
+            raise content
+        return content
+
+    return resolve_secrets(parse(text), env or {}, read_file)
+
+
+ENV, FILE = provider('api_key = { env = "KEY" }'), provider('api_key = { file = "/key" }')
+
+
+def test_secrets_come_from_the_environment_and_from_files():
+    two = (
+        ENV
+        + '\n[upstreams.b]\nkind = "openai"\nbase_url = "http://b"\napi_key = { file = "/b" }\n'
+        + ('[upstreams.c]\nkind = "openai"\nbase_url = "http://c"\n')
+    )
+    assert {"a": "sk-1", "b": "sk-2"} == secrets(two, {"KEY": "sk-1"}, {"/b": " sk-2\n"})
+
+
+BAD = "upstreams.a.api_key: the secret is empty or has characters that no header may carry"
+
+
+@pytest.mark.parametrize(
+    "text, env, files, expected",
+    [
+        (ENV, {}, {}, "upstreams.a.api_key: the environment has no KEY"),
+        (ENV, {"KEY": ""}, {}, BAD),
+        (ENV, {"KEY": " \n"}, {}, BAD),
+        (ENV, {"KEY": "sk-hunter2\r\nx: y"}, {}, BAD),
+        (ENV, {"KEY": "sk-hunter2é"}, {}, BAD),
+        (FILE, {}, {"/key": "sk-hunter2\x00"}, BAD),
+        (
+            FILE,
+            {},
+            {"/key": FileNotFoundError(2, "No such file")},
+            "upstreams.a.api_key: /key can't be read (No such file)",
+        ),
+        (FILE, {}, {"/key": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")}, "upstreams.a.api_key: /key is not text"),
+    ],
+)
+def test_secrets_that_cannot_be_had(text, env, files, expected):
+    with pytest.raises(Unfit) as caught:
+        secrets(text, env, files)
+    assert [expected] == caught.value.faults
+
+
+def test_every_missing_secret_is_told_at_once():
+    two = ENV + '\n[upstreams."b/c"]\nkind = "openai"\nbase_url = "http://b"\napi_key = { env = "OTHER" }\n'
+    with pytest.raises(Unfit) as caught:
+        secrets(two)
+    expected = [
+        "upstreams.a.api_key: the environment has no KEY",
+        'upstreams."b/c".api_key: the environment has no OTHER',
+    ]
+    assert expected == caught.value.faults
+
+
+def test_the_example_says_every_default():
+    settings = parse(EXAMPLE.read_text())
+    stripped = msgspec.structs.replace(settings, upstreams={}, models={})
+    assert config.Settings() == stripped
+
+
+SECTIONS = [
+    ("server", config.Server),
+    ("log", config.Log),
+    ("redis", config.Redis),
+    ("defaults", config.Defaults),
+    ("credits", config.Credits),
+    ("limits", config.RateLimits),
+    ("idempotency", config.Idempotency),
+    ("upstreams.openai", config.Upstream),
+    ('models."openai/gpt-4o"', config.Model),
+]
+
+
+@pytest.mark.parametrize("section, kind", SECTIONS)
+def test_the_example_mentions_every_key_of_a_section(section, kind):
+    text = re.split(r"^\[", EXAMPLE.read_text().partition(f"\n[{section}]")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    mentioned = re.findall(r"^(?:# )?(\w+) = ", text, re.MULTILINE)
+    assert sorted(kind.__struct_fields__) == sorted(mentioned)
+
+
+@pytest.mark.parametrize("kind", [config.Route, config.Secret])
+def test_the_example_mentions_every_key_of_an_inline_table(kind):
+    mentioned = set(re.findall(r"[{,] (\w+) = ", EXAMPLE.read_text()))
+    assert set(kind.__struct_fields__) <= mentioned
+
+
+def test_the_example_covers_every_section():
+    sections = {name.split(".")[0] for name, _ in SECTIONS}
+    assert sorted(config.Settings.__struct_fields__) == sorted(sections)
+
+
+def test_what_the_example_comments_out_is_the_default_too():
+    commented = re.findall(r"^# (\w+ = \S+)", EXAMPLE.read_text().partition("[upstreams.openai]")[2], re.MULTILINE)
+    lines = [line for line in commented if "usd_per_mtok" not in line]
+    plain = config.Upstream(kind="openai", base_url="http://a")
+    assert plain == parse(provider("\n".join(lines))).upstreams["a"]
+    assert lines == [line for line in lines if tomllib.loads(line)]
