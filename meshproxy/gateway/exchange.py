@@ -10,7 +10,7 @@ from meshproxy.wire.usage import Usage
 
 
 class Exchange:
-    """One request. Times are monotonic seconds, 0.0 while they haven't come."""
+    """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it goes on."""
 
     __slots__ = (
         "attempt",
@@ -18,6 +18,7 @@ class Exchange:
         "call",
         "code",
         "cost_nusd",
+        "detached",
         "events",
         "first_byte_at",
         "first_event_at",
@@ -43,6 +44,7 @@ class Exchange:
         self.lease: Lease | None = None
         self.attempt: Attempt | None = None
         self.attempts = 0
+        self.detached = False
         self.status = 0
         self.code = ""
         self.outcome = "failed"

@@ -14,6 +14,7 @@ from meshproxy.gateway.attempts import Attempts
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
+from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.live import Live
@@ -30,8 +31,9 @@ from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
 from meshproxy.wire.headers import downstream_headers
 from meshproxy.wire.sse import StreamScanner
-from meshproxy.wire.usage import decode_reply
+from meshproxy.wire.usage import decode_reply, output_bytes
 
+BYTES_PER_TOKEN = 4  # of English, for output whose usage nobody reported
 STREAM_HEADERS: Headers = [
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-cache"),
@@ -71,6 +73,7 @@ class Gateway:
         self._clock = clock
         self._spin = spin
         self._hold_ids = (f"{boot_id}{count:x}" for count in itertools.count(1))
+        self._detacher = Detacher(tasks, self._close)
 
     async def chat(self, call: Call, downstream: Downstream) -> Reply | None:
         """Serve one chat completion. None: the answer was streamed to `downstream`."""
@@ -89,8 +92,13 @@ class Gateway:
             self._recorder.bug(exchange, error)
             return self._refuse(exchange, internal_error())
         finally:
-            self._settler.settle(exchange)
-            self._recorder.end(exchange)
+            if not exchange.detached:
+                self._close(exchange)
+
+    def _close(self, exchange: Exchange) -> None:
+        """The end of every request: settle, then count and log."""
+        self._settler.settle(exchange)
+        self._recorder.end(exchange)
 
     def _shed(self, exchange: Exchange) -> Reply:
         reply = self._refuse(exchange, overloaded("This instance has too many requests in flight."))
@@ -108,6 +116,15 @@ class Gateway:
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
         lease = exchange.lease = answer
         self._recorder.enter(exchange, "attempt")
+        work = self._respond(exchange, plan, lease, deployment, downstream)
+        if _outlives(plan, deployment):
+            return await self._detacher.run(exchange, work)
+        return await work
+
+    async def _respond(
+        self, exchange: Exchange, plan: Plan, lease: Lease, deployment: Deployment, downstream: Downstream
+    ) -> Reply | None:
+        """Everything behind admission; its hold is kept alive meanwhile."""
         self._live.leases.add(lease)
         try:
             response = await self._attempts(deployment).first_answer(exchange, plan)
@@ -139,7 +156,7 @@ class Gateway:
         if reply.error:
             problem = upstream_error("The provider failed.", may_have_run=True, provider_error=reply.error)
             raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
-        bill(exchange, reply.usage, reply.model, len(body) // 4)
+        bill(exchange, reply.usage, reply.model, lambda: -(-output_bytes(body) // BYTES_PER_TOKEN))
         exchange.status = 200
         exchange.outcome = "completed"
         headers = [
@@ -169,7 +186,7 @@ class Gateway:
         finally:
             self._live.relays.discard(relay)
             exchange.events = scanner.events
-            bill(exchange, scanner.usage, scanner.reported_model, scanner.tokens)
+            bill(exchange, scanner.usage, scanner.reported_model, lambda: scanner.tokens)
 
     def _told(self, exchange: Exchange) -> Headers:
         """What the gateway says of an answer in headers."""
@@ -184,6 +201,12 @@ class Gateway:
         exchange.status = problem.status
         exchange.code = problem.code
         return refusal(problem, exchange.call.request_id, _limits_of(exchange) if headers is None else headers)
+
+
+def _outlives(plan: Plan, deployment: Deployment) -> bool:
+    """Whether hanging up may leave the provider at work, and its bill growing."""
+    upstreams = deployment.settings.upstreams
+    return any(upstreams[attempt.upstream].on_disconnect == "drain" for attempt in plan.attempts)
 
 
 def _limits_of(exchange: Exchange) -> Headers:

@@ -16,6 +16,8 @@ from meshproxy.upstream.response import Response
 from meshproxy.wire.replies import error_event
 from meshproxy.wire.sse import DONE, PING, StreamScanner
 
+MAX_DRAINED_BYTES = 8_388_608  # read on after the client has gone, to learn what it used
+
 
 class Relay:
     """One stream from an upstream's response to its client. It is the upstream's `Sink`.
@@ -26,6 +28,7 @@ class Relay:
     __slots__ = (
         "_clock",
         "_downstream",
+        "_drained_bytes",
         "_exchange",
         "_lease",
         "_many_choices",
@@ -54,6 +57,7 @@ class Relay:
         self._clock = clock
         self._signal: asyncio.Future[None] | None = None
         self._written_at = clock()
+        self._drained_bytes = 0
         self.scanner = scanner
         self.ended = False
         self.outcome = "upstream_failed"
@@ -83,8 +87,13 @@ class Relay:
         if events:
             self._downstream.write(events, frame if events is payload else None)
             self._timed(arrived_at)
-        if self.scanner.error is not None:
+        if self.scanner.done:
+            self._say_done()
+        elif self.scanner.error is not None:
             self._stop_by_provider()
+        elif self._exchange.detached and self._is_too_much_to_drain(payload):
+            self._response.close()
+            self._finish()
         elif self._lease.spent(self.scanner.tokens) or self._downstream.congested():
             self._response.pause()
             self._wake()
@@ -99,15 +108,17 @@ class Relay:
         if self.scanner.error is not None:
             self._stop_by_provider()
         elif self.scanner.done or (self.scanner.complete and not self._many_choices):
-            self.outcome = "completed"
-            self._downstream.write(DONE)
+            self._say_done()
             self._finish()
         else:
             self.stop(upstream_error("The provider ended the stream early.", may_have_run=True))
 
     def fail(self, fault: UpstreamFault) -> None:
-        """The upstream died or fell silent."""
-        self.stop(fault.problem)
+        """The upstream died or fell silent; after its [DONE] that is nobody's business."""
+        if self.scanner.done:
+            self._finish()
+        else:
+            self.stop(fault.problem)
 
     def stop(self, problem: Problem) -> None:
         """End the stream here, telling the client why: an error event, never a silent success and never [DONE]."""
@@ -136,6 +147,17 @@ class Relay:
         if not self.ended and now - self._written_at >= heartbeat_s and not self._downstream.congested():
             self._downstream.write(PING)
             self._written_at = now
+
+    def _say_done(self) -> None:
+        """The client needn't wait for the end of the upstream's body."""
+        if self.outcome != "completed":
+            self.outcome = "completed"
+            self._downstream.write(DONE)
+
+    def _is_too_much_to_drain(self, payload: bytes) -> bool:
+        """Whether the client has gone and what is read for its usage alone has become too much."""
+        self._drained_bytes += len(payload)
+        return self._drained_bytes > MAX_DRAINED_BYTES
 
     def _stop_by_provider(self) -> None:
         problem = upstream_error(

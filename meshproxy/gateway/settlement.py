@@ -11,11 +11,14 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Settlement
 from meshproxy.policy.catalog import Attempt, served
 from meshproxy.policy.pricing import believable, cost
+from meshproxy.policy.tokens import has_media
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.usage import Usage
 
 
-def bill(exchange: Exchange, reported: Usage | None, served_model: str | None, output_tokens: int) -> None:
+def bill(
+    exchange: Exchange, reported: Usage | None, served_model: str | None, estimate_output: Callable[[], int]
+) -> None:
     """Write down usage, its source and the cost: the provider's numbers when they can be believed, else an estimate from the
     prompt and the output that was seen. Where no output was seen nothing is charged.
     """
@@ -25,7 +28,7 @@ def bill(exchange: Exchange, reported: Usage | None, served_model: str | None, o
     attempt = exchange.attempt = served(attempt, served_model)
     if reported is not None and _is_believable(reported, plan, attempt):
         exchange.usage, exchange.usage_source = reported, "reported"
-    elif output_tokens:
+    elif output_tokens := estimate_output():
         exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens, output_tokens), "estimated"
     exchange.cost_nusd = cost(attempt.price, exchange.usage)
 
@@ -33,7 +36,9 @@ def bill(exchange: Exchange, reported: Usage | None, served_model: str | None, o
 def _is_believable(usage: Usage, plan: Plan, attempt: Attempt) -> bool:
     return believable(
         usage,
-        prompt_bytes=None,
+        prompt_bytes=None
+        if has_media(plan.messages)
+        else len(plan.messages) + len(plan.request.fields.get("tools", b"")),
         context_window=attempt.context_window,
         output_cap=max(attempt.max_output_tokens, plan.output_cap) * plan.request.n,
     )

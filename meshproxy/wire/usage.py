@@ -98,6 +98,21 @@ def decode_reply(body: bytes) -> Reply:
     )
 
 
+def output_bytes(body: bytes) -> int:
+    """How much text a whole answer's choices have, in bytes: what an estimate goes by where no usage was reported."""
+    choices = decode_value((decode_members(body) or {}).get("choices"))
+    return sum(_text_bytes(choice.get("message")) for choice in choices or () if isinstance(choice, dict))
+
+
+def _text_bytes(value: Any) -> int:
+    """The bytes of every string in a JSON value."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
+
+
 def decode_members(text: bytes | Raw) -> dict[str, Raw] | None:
     """The members of a provider's JSON object as their own bytes; None if it is anything else."""
     try:

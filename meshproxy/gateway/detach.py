@@ -1,0 +1,52 @@
+"""Requests that outlive their client: where hanging up doesn't stop the provider's bill, or where the same request may be
+asked for again, the work goes on with nobody listening, within bounds of number and time (and bytes: gateway.relay).
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from meshproxy.errors import Fault
+from meshproxy.gateway.exchange import Exchange
+from meshproxy.telemetry.tasks import Tasks
+
+MAX_DETACHED = 256  # in one worker; beyond that a hang-up cancels
+MAX_DETACHED_S = 120.0
+
+T = TypeVar("T")
+
+
+class Detacher:
+    """Runs what may outlive its request. `close` ends an exchange whose client has gone."""
+
+    def __init__(self, tasks: Tasks, close: Callable[[Exchange], None]) -> None:
+        self._tasks = tasks
+        self._close = close
+        self._detached = 0
+
+    async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`. If the caller is cancelled meanwhile the work goes on, and the exchange is closed after it."""
+        task = self._tasks.spawn("drain", work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.done() or self._detached >= MAX_DETACHED:
+                task.cancel()
+            else:
+                exchange.detached = True
+                self._tasks.spawn("drain", self._finish(exchange, task))
+            raise
+
+    async def _finish(self, exchange: Exchange, task: asyncio.Task[T]) -> None:
+        self._detached += 1
+        try:
+            async with asyncio.timeout(MAX_DETACHED_S):
+                await task
+        except (TimeoutError, Fault, asyncio.CancelledError):
+            pass  # what is known by now is what is settled
+        finally:
+            self._detached -= 1
+            exchange.outcome = "client_disconnected"
+            if exchange.usage_source == "reported":
+                exchange.usage_source = "drained"
+            self._close(exchange)
