@@ -38,9 +38,6 @@ def test_nothing_is_the_defaults():
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("x", ["not TOML: Expected '=' after a key in a key/value pair (at end of document)"]),
-        ("a = " + "[" * 10_000, ["not TOML: nested too deeply"]),
-        ("a = 1\na = 2\n", ["not TOML: Cannot overwrite a value (at line 2, column 6)"]),
         ("sever = 1", ["sever: unknown key, did you mean server?"]),
         ("zzz = 1", ["zzz: unknown key"]),
         ("server = 1", ["server: expected a table"]),
@@ -140,6 +137,12 @@ def test_nothing_is_the_defaults():
 )
 def test_faults(text, expected):
     assert expected == faults(text)
+
+
+@pytest.mark.parametrize("text", ["x", "a = 1\na = 2", "a = " + "[" * 10_000, "[a", 'a = "\x00"'])
+def test_what_is_no_toml(text):
+    (fault,) = faults(text)
+    assert fault.startswith("not TOML: ")
 
 
 @pytest.mark.parametrize(

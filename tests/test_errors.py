@@ -1,0 +1,78 @@
+import pytest
+
+from meshproxy import errors
+from meshproxy.errors import Detail, Fault, Problem, Source, UpstreamFault
+
+DETAIL = Detail("missing", ("body", "messages"), "Field required")
+
+# problem, status, code, type, param, retry_after_s, may_have_run
+FAMILY = [
+    (errors.unauthorized("m"), 401, "unauthorized", "authentication_error", None, None, False),
+    (errors.insufficient_credits("m"), 402, "insufficient_credits", "insufficient_quota", None, None, False),
+    (errors.spend_limit_exceeded("m"), 402, "spend_limit_exceeded", "insufficient_quota", None, None, False),
+    (errors.forbidden("m"), 403, "forbidden", "permission_error", None, None, False),
+    (errors.forbidden("m", "model"), 403, "forbidden", "permission_error", "model", None, False),
+    (errors.model_not_found("m"), 404, "model_not_found", "not_found_error", "model", None, False),
+    (errors.template_not_found("m"), 404, "template_not_found", "not_found_error", "template", None, False),
+    (errors.not_found("m"), 404, "not_found", "not_found_error", None, None, False),
+    (errors.method_not_allowed("m"), 405, "method_not_allowed", "invalid_request_error", None, None, False),
+    (errors.idempotency_conflict(), 409, "idempotency_conflict", "conflict_error", None, None, False),
+    (errors.request_too_large(9), 413, "request_too_large", "invalid_request_error", None, None, False),
+    (errors.unsupported_media_type("m"), 415, "unsupported_media_type", "invalid_request_error", None, None, False),
+    (errors.invalid("m", param="n"), 422, "validation_error", "invalid_request_error", "n", None, False),
+    (errors.rate_limit_exceeded("m", 2.5), 429, "rate_limit_exceeded", "rate_limit_error", None, 2.5, False),
+    (errors.internal_error(), 500, "internal_error", "api_error", None, None, True),
+    (errors.upstream_error("m", may_have_run=True), 502, "upstream_error", "api_error", None, None, True),
+    (errors.upstream_error("m", may_have_run=False), 502, "upstream_error", "api_error", None, None, False),
+    (errors.provider_not_available("m", 3.0), 503, "provider_not_available", "api_error", None, 3.0, False),
+    (errors.overloaded("m"), 503, "overloaded", "api_error", None, 1.0, False),
+    (errors.ledger_unavailable(), 503, "ledger_unavailable", "api_error", None, 1.0, False),
+    (errors.gateway_timeout("m", may_have_run=True), 504, "gateway_timeout", "api_error", None, None, True),
+]
+
+
+@pytest.mark.parametrize("problem, status, code, kind, param, retry_after_s, may_have_run", FAMILY)
+def test_the_family(problem, status, code, kind, param, retry_after_s, may_have_run):
+    actual = (problem.status, problem.code, problem.type, problem.param, problem.retry_after_s, problem.may_have_run)
+    assert (status, code, kind, param, retry_after_s, may_have_run) == actual
+
+
+def test_the_family_is_whole():
+    makers = {
+        name
+        for name, member in vars(errors).items()
+        if callable(member) and getattr(member, "__annotations__", {}).get("return") is Problem
+    }
+    covered = {"invalid" if problem.code == "validation_error" else problem.code for problem, *_ in FAMILY}
+    assert makers == covered
+
+
+def test_every_problem_says_something():
+    assert all(problem.message for problem, *_ in FAMILY)
+
+
+def test_details_and_a_providers_words_are_kept():
+    problem = errors.invalid("m", DETAIL, DETAIL, provider_error={"a": 1})
+    assert ((DETAIL, DETAIL), {"a": 1}) == (problem.details, problem.provider_error)
+
+
+@pytest.mark.parametrize("maker", [errors.model_not_found, errors.template_not_found])
+def test_a_name_that_is_not_found_is_not_echoed_without_end(maker):
+    assert len(maker("x" * 100_000).message) < 256
+
+
+def test_a_fault_carries_its_source_and_its_problem():
+    problem = errors.not_found("gone")
+    fault = Fault(Source.CLIENT, problem)
+    assert (Source.CLIENT, problem, "gone") == (fault.source, fault.problem, str(fault))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_an_upstream_fault_says_whether_another_may_be_asked(safe):
+    problem = errors.upstream_error("reset", may_have_run=not safe)
+    fault = UpstreamFault(problem, safe_to_repeat=safe)
+    assert (Source.UPSTREAM, problem, safe) == (fault.source, fault.problem, fault.safe_to_repeat)
+
+
+def test_an_unlisted_status_has_a_type_too():
+    assert Problem(418, "teapot", "m").type == "api_error"
