@@ -4,7 +4,7 @@ from meshproxy.config import Credits, Defaults
 from meshproxy.errors import Problem, insufficient_credits, rate_limit_exceeded, spend_limit_exceeded
 from meshproxy.gateway.call import Headers
 from meshproxy.gateway.resolve import Plan
-from meshproxy.ledger.records import Ask, BucketState, Denied
+from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Limits, Principal
 from meshproxy.wire.headers import ratelimit_headers
@@ -12,8 +12,20 @@ from meshproxy.wire.headers import ratelimit_headers
 
 def first_slice(plan: Plan, credit: Credits) -> int:
     """Tokens of output that the hold covers at first: a stream's slice, or all that a whole answer may have."""
-    whole = plan.output_cap * plan.request.n
-    return min(credit.lease_output_tokens * plan.request.n, whole) if plan.request.stream else whole
+    if not plan.request.stream:
+        return plan.output_tokens
+    return min(credit.lease_output_tokens * plan.request.n, plan.output_tokens)
+
+
+def clamps(principal: Principal, credit: Credits) -> bool:
+    """Whether a request that the account can't pay in full is cut short instead of refused."""
+    return credit.clamp if principal.key.clamp is None else principal.key.clamp
+
+
+def affordable(plan: Plan, admitted: Admitted) -> Plan:
+    """The plan within what was held for a whole answer, or what is there at all for a stream, which holds it bit by bit."""
+    free_nusd = admitted.available_nusd if plan.request.stream else 0
+    return plan.clamped_to(admitted.amount_nusd + max(free_nusd, 0))
 
 
 def ask_for(plan: Plan, principal: Principal, hold_id: str, credit: Credits, defaults: Defaults) -> Ask:
@@ -25,7 +37,8 @@ def ask_for(plan: Plan, principal: Principal, hold_id: str, credit: Credits, def
         key_id=key.id,
         session=plan.request.session_id,
         amount_nusd=plan.hold_nusd(first_slice(plan, credit)),
-        tokens=plan.prompt_tokens + plan.output_cap * plan.request.n,
+        amount_min_nusd=plan.hold_nusd(plan.request.n) if clamps(principal, credit) else None,
+        tokens=plan.prompt_tokens + plan.output_tokens,
         ttl_ms=int(credit.hold_ttl_s * 1000),
         strict=credit.strict,
         key_limits=limits_of(principal, defaults),

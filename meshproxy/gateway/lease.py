@@ -24,13 +24,13 @@ class Lease:
         "_cap",
         "_ledger",
         "_on_change",
-        "_plan",
         "_renewing",
         "_slice",
         "_tasks",
         "_used",
         "covered",
         "hold",
+        "plan",
         "unheld",
     )
 
@@ -40,8 +40,8 @@ class Lease:
         self.hold = hold
         self.covered = covered
         self.unheld = False
-        self._plan = plan
-        self._cap = plan.output_cap * plan.request.n
+        self.plan = plan
+        self._cap = plan.output_tokens
         self._slice = slice_tokens
         self._ledger = ledger
         self._tasks = tasks
@@ -72,7 +72,7 @@ class Lease:
 
     async def _extend(self) -> None:
         covered = min(self._used + self._slice, self._cap)
-        amount_nusd = self._plan.hold_nusd(covered)
+        amount_nusd = self.plan.hold_nusd(covered)
         try:
             denied = await self._renew(amount_nusd)
         except Fault:

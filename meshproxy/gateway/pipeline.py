@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 
 from meshproxy.errors import Fault, Problem, UpstreamFault, internal_error, overloaded, upstream_error
-from meshproxy.gateway.admission import ask_for, first_slice, limit_headers, refused
+from meshproxy.gateway.admission import affordable, ask_for, first_slice, limit_headers, refused
 from meshproxy.gateway.attempts import Attempts
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
@@ -115,6 +115,7 @@ class Gateway:
             self._recorder.denied(answer)
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
         lease = exchange.lease = answer
+        plan = exchange.plan = lease.plan
         self._recorder.enter(exchange, "attempt")
         work = self._respond(exchange, plan, lease, deployment, downstream)
         if _outlives(plan, deployment):
@@ -141,6 +142,8 @@ class Gateway:
         answer = await self._ledger.admit(ask)
         if isinstance(answer, Denied):
             return answer
+        if ask.amount_min_nusd is not None:
+            plan = affordable(plan, answer)
         covered = first_slice(plan, settings.credits)
         slice_tokens = settings.credits.lease_output_tokens * plan.request.n
         return Lease(answer, plan, covered, slice_tokens, self._ledger, self._tasks)
@@ -195,6 +198,7 @@ class Gateway:
             *_limits_of(exchange),
             ("x-mesh-model", exchange.model),
             ("x-mesh-attempts", str(exchange.attempts)),
+            *_clamp_of(exchange),
         ]
 
     def _refuse(self, exchange: Exchange, problem: Problem, headers: Headers | None = None) -> Reply:
@@ -207,6 +211,12 @@ def _outlives(plan: Plan, deployment: Deployment) -> bool:
     """Whether hanging up may leave the provider at work, and its bill growing."""
     upstreams = deployment.settings.upstreams
     return any(upstreams[attempt.upstream].on_disconnect == "drain" for attempt in plan.attempts)
+
+
+def _clamp_of(exchange: Exchange) -> Headers:
+    """x-mesh-max-tokens, where credit was short and the output was capped to what there was."""
+    plan = exchange.plan
+    return [("x-mesh-max-tokens", str(plan.output_cap))] if plan is not None and plan.clamped else []
 
 
 def _limits_of(exchange: Exchange) -> Headers:

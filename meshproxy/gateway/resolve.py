@@ -2,6 +2,7 @@
 
 import orjson
 from msgspec import Struct
+from msgspec.structs import replace
 
 from meshproxy.config import Settings
 from meshproxy.errors import Fault, Source, forbidden, invalid, template_not_found
@@ -9,7 +10,7 @@ from meshproxy.gateway.deployment import Deployment
 from meshproxy.ledger.directory import Directory
 from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.params import merge_params
-from meshproxy.policy.pricing import hold_amount
+from meshproxy.policy.pricing import affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, render
 from meshproxy.policy.tokens import estimate_prompt
@@ -19,7 +20,7 @@ from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_
 
 class Plan(Struct, frozen=True):
     """A request resolved. `prompt_tokens` is an estimate; `output_cap` is what one choice may have; `imposed_cap` is the cap
-    that the provider must be told because the request has none.
+    that the provider must be told: because the request has none, or because credit is short (`clamped`).
     """
 
     request: ChatRequest
@@ -29,10 +30,24 @@ class Plan(Struct, frozen=True):
     prompt_tokens: int
     output_cap: int
     imposed_cap: int | None
+    clamped: bool = False
+
+    @property
+    def output_tokens(self) -> int:
+        """What all choices together may have."""
+        return self.output_cap * self.request.n
 
     def hold_nusd(self, output_tokens: int) -> int:
         """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
         return max(hold_amount(attempt.price, self.prompt_tokens, output_tokens) for attempt in self.attempts)
+
+    def clamped_to(self, amount_nusd: int) -> "Plan":
+        """The plan with no more output than this amount can pay for, whichever attempt serves."""
+        affordable = min(affordable_output(attempt.price, self.prompt_tokens, amount_nusd) for attempt in self.attempts)
+        cap = max(affordable // self.request.n, 1)
+        if cap >= self.output_cap:
+            return self
+        return replace(self, output_cap=cap, imposed_cap=cap, clamped=True)
 
     def body_for(self, attempt: Attempt) -> bytes:
         """The JSON that this attempt's provider is sent."""

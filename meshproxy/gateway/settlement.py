@@ -40,7 +40,7 @@ def _is_believable(usage: Usage, plan: Plan, attempt: Attempt) -> bool:
         if has_media(plan.messages)
         else len(plan.messages) + len(plan.request.fields.get("tools", b"")),
         context_window=attempt.context_window,
-        output_cap=max(attempt.max_output_tokens, plan.output_cap) * plan.request.n,
+        output_cap=attempt.max_output_tokens * plan.request.n,
     )
 
 

@@ -7,6 +7,7 @@ from meshproxy.money import parse_usd
 from meshproxy.wire.usage import Usage
 
 TOKENS_PER_PRICE = 1_000_000  # prices are quoted for a million tokens
+MAX_AFFORDABLE_TOKENS = 2**31 - 1  # of a model whose output is free
 PREAMBLE_TOKENS = 1024  # what a provider's chat template may put before the client's own messages
 
 
@@ -58,9 +59,16 @@ def cost(price: Price, usage: Usage) -> int:
 
 def hold_amount(price: Price, prompt_tokens: int, output_tokens: int) -> int:
     """Nano-USD that no usage of at most these tokens can exceed: every token at the dearest price it may turn out to have."""
-    dearest_prompt = max(price.input, price.cached, price.cache_write, price.audio_input)
-    dearest_output = max(price.output, price.reasoning, price.audio_output)
-    return _rounded_up(prompt_tokens * dearest_prompt + output_tokens * dearest_output)
+    return _rounded_up(prompt_tokens * _dearest_prompt(price) + output_tokens * _dearest_output(price))
+
+
+def affordable_output(price: Price, prompt_tokens: int, amount_nusd: int) -> int:
+    """How many tokens of output `hold_amount` lets this amount pay for beside the prompt; 0 if not even that."""
+    left = amount_nusd * TOKENS_PER_PRICE - prompt_tokens * _dearest_prompt(price)
+    dearest = _dearest_output(price)
+    if left < 0:
+        return 0
+    return left // dearest if dearest else MAX_AFFORDABLE_TOKENS
 
 
 def believable(usage: Usage, *, prompt_bytes: int | None, context_window: int, output_cap: int) -> bool:
@@ -79,6 +87,14 @@ def believable(usage: Usage, *, prompt_bytes: int | None, context_window: int, o
         and usage.completion <= output_cap
         and (prompt_bytes is None or usage.prompt <= prompt_bytes + PREAMBLE_TOKENS)
     )
+
+
+def _dearest_prompt(price: Price) -> int:
+    return max(price.input, price.cached, price.cache_write, price.audio_input)
+
+
+def _dearest_output(price: Price) -> int:
+    return max(price.output, price.reasoning, price.audio_output)
 
 
 def _own(usd: str | None, whole: int) -> int:
