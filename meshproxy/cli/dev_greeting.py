@@ -6,6 +6,7 @@ from typing import Any
 from msgspec import Struct
 
 PROMPT = [{"role": "user", "content": "Say hello."}]
+SHOWN = 5  # models that are named
 
 
 class Place(Struct, frozen=True):
@@ -46,7 +47,8 @@ def summary(place: Place) -> str:
         f"  key       {place.key}\n"
         f"  account   {place.account}, with {place.balance_usd} USD\n"
         f"  template  {place.template}\n"
-        f"  models    {wrapped(place.models)}"
+        f"  models    {', '.join(place.models[:SHOWN])}\n"
+        f"            and {len(place.models) - SHOWN} more that misbehave: meshproxy simulate --help tells how"
     )
 
 
@@ -86,13 +88,3 @@ def node(place: Place) -> str:
         f'  model: "{place.model}", messages: {json.dumps(PROMPT)}, stream: true }});\n'
         f'for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");'
     )
-
-
-def wrapped(names: list[str], width: int = 90, indent: str = "\n            ") -> str:
-    """Names in lines of at most `width` characters."""
-    lines = [""]
-    for name in names:
-        if len(lines[-1]) + len(name) + 2 > width:
-            lines.append("")
-        lines[-1] += ("  " if lines[-1] else "") + name
-    return indent.join(lines)

@@ -40,7 +40,7 @@ def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[
         "redis": {"url": redis_url},
         "defaults": {"model": SIMULATED if real else "openai/gpt-4o"},
         "upstreams": {"simulator": _simulator(simulator_url), **{name: _provider(name) for name in real}},
-        "models": {**_simulated_models(), **_openai_models(real)},
+        "models": {**_openai_models(real), **_simulated_models()},
     }
     return msgspec.convert(table, Settings)
 

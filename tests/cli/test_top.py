@@ -1,3 +1,11 @@
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+from meshproxy.cli import top
+
 REQUESTS = [
     ("acme", "key_1", "a/b", "s1", 1_500_000_000),
     ("acme", "key_1", "a/b", "s2", 500_000_000),
@@ -29,3 +37,26 @@ def test_shows_the_most_expensive_first(settle, data, run):
 
 def test_of_nothing(run):
     assert run("top") == (0, "nothing was settled in the last 5 min\n", "")
+
+
+def test_a_terminal_is_refreshed_until_interrupted(settle, store_url):
+    settle(*REQUESTS)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "meshproxy", "top", "--interval", "1", "--redis", store_url]
+    env = {**os.environ, "COLUMNS": "100", "LINES": "4"}
+    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=env)
+    os.close(theirs)
+    try:
+        seen = b""
+        while seen.count(top.CLEAR.encode()) < 2:
+            seen += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+        os.close(ours)
+    first = seen.decode().split(top.CLEAR)[1].splitlines()
+    assert first[0] == "last 5 min: 4 requests, 2.250000001 USD    Ctrl-C ends"
+    assert [line.split()[:2] for line in first[2:]] == [["account", "model"]]  # four lines fit, one is the prompt's

@@ -1,0 +1,60 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from meshproxy.cli.command_line import main
+
+CONFIG = """
+[server]
+listen = "127.0.0.1:0"
+admin_listen = "unix:{admin}"
+workers = 1
+drain_s = 1
+[redis]
+url = "{redis}"
+[upstreams.local]
+kind = "openai"
+base_url = "http://127.0.0.1:9/v1"
+[models."openai/gpt-4o"]
+upstreams = [ {{ upstream = "local", model = "gpt-4o" }} ]
+input_usd_per_mtok = "2.50"
+output_usd_per_mtok = "10.00"
+"""
+
+
+def test_serve_until_sigterm(store_url, tmp_path):
+    path = tmp_path / "meshproxy.toml"
+    path.write_text(CONFIG.format(admin=tmp_path / "admin.sock", redis=store_url))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "meshproxy", "serve"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MESHPROXY_CONFIG": str(path)},
+    )
+    try:
+        assert json.loads(process.stderr.readline())["event"] == "serving"
+        until = time.monotonic() + 10
+        while main(["healthcheck", "--config", str(path)]) != 0:  # it dials the store in the background
+            assert time.monotonic() < until
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_a_bad_configuration_is_78(tmp_path, capsys):
+    path = tmp_path / "meshproxy.toml"
+    path.write_text("[server]\nlisen = 'x'\nworkers = -1\n")
+    assert main(["serve", "--config", str(path)]) == 78
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["server.lisen", "server.workers"]
+
+
+def test_without_a_configuration_it_is_wrong_usage(capsys, monkeypatch):
+    monkeypatch.delenv("MESHPROXY_CONFIG", raising=False)
+    assert main(["serve"]) == 2
+    assert "--config FILE is required" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+import pytest
+
+from meshproxy import config
+from meshproxy.cli import usage_tail
+from meshproxy.cli.usage_tail import Row, Tail
+from meshproxy.ledger.connection import connect
+
+
+@pytest.fixture
+async def link(store, store_url):
+    link = await connect(config.Redis(url=store_url))
+    yield link
+    await link.close()
+
+
+@pytest.fixture
+def settled(store):
+    """Add an event as a settlement does, some seconds before the server's now."""
+
+    def add(account, model, *, cost_nusd=1, ago_s=0, event="settled"):
+        seconds, micros = store.time()
+        ms = seconds * 1000 + micros // 1000 - ago_s * 1000
+        tokens = {"prompt_tokens": 10, "completion_tokens": 5}
+        fields = {"event": event, "model": model, "cost_nusd": cost_nusd, "settled_ms": ms, **tokens}
+        store.xadd(f"mesh:{{{account}}}:usage", fields, id=f"{ms}-*")
+
+    return add
+
+
+async def test_only_the_window_counts(link, settled):
+    settled("acme", "old", ago_s=120)
+    settled("acme", "m", cost_nusd=5, ago_s=30)
+    settled("acme", "m", cost_nusd=7)
+    settled("acme", "gift", event="grant")
+    assert await Tail(link, ["acme"], 60).read() == [Row("acme", "m", 2, 20, 10, 12)]
+
+
+async def test_each_reading_adds_what_is_new(link, settled):
+    tail = Tail(link, ["acme", "bolt"], 60)
+    assert await tail.read() == []
+    settled("acme", "m", cost_nusd=5)
+    assert await tail.read() == [Row("acme", "m", 1, 10, 5, 5)]
+    settled("acme", "m", cost_nusd=6)
+    settled("bolt", "m", cost_nusd=50)
+    assert await tail.read() == [Row("bolt", "m", 1, 10, 5, 50), Row("acme", "m", 2, 20, 10, 11)]
+    assert await tail.read() == [Row("bolt", "m", 1, 10, 5, 50), Row("acme", "m", 2, 20, 10, 11)]
+
+
+async def test_it_is_bounded(link, settled, monkeypatch):
+    monkeypatch.setattr(usage_tail, "MAX_ACCOUNTS", 1)
+    monkeypatch.setattr(usage_tail, "MAX_EVENTS_READ", 2)
+    for cost in (1, 10, 100):
+        settled("acme", "m", cost_nusd=cost)
+    tail = Tail(link, ["acme", "bolt"], 60)
+    assert await tail.read() == [Row("acme", "m", 2, 20, 10, 110)]
+    assert (tail.accounts, tail.accounts_left_out) == (["acme"], 1)
