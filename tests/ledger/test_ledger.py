@@ -1,0 +1,101 @@
+"""Grants and balances, the calendar of the scripts, and races on real servers."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import Admitted, Balance, BucketState, Spend
+from meshproxy.money import MAX_NUSD
+from meshproxy.policy.principal import Budgets, Limits
+
+
+async def test_a_grant_adds_to_the_balance_and_says_so(ledger, read, keys):
+    assert await ledger.grant("acme", 250, "invoice 7") == 250
+    assert await ledger.grant("acme", -300) == -50
+    assert await read.hash(keys.credit) == {"balance": "-50", "granted": "-50"}
+    event = (await read.events(keys.usage))[0]
+    assert int(event.pop("granted_ms")) > 0
+    assert event == {"event": "grant", "amount_nusd": "250", "balance_nusd": "250", "note": "invoice 7"}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+async def test_no_balance_grows_past_what_scripts_count_exactly(ledger, store, snapshot, sign):
+    await ledger.grant("acme", sign * MAX_NUSD)
+    before = await snapshot(store)
+    with pytest.raises(ValueError, match="can't be moved"):
+        await ledger.grant("acme", sign)
+    assert await snapshot(store) == before
+
+
+async def test_the_balance_of_nobody_is_nothing(ledger, store, snapshot):
+    assert await ledger.balance("nobody") == Balance(0, 0, 0, 0)
+    assert await snapshot(store) == {}
+
+
+async def test_a_balance_tells_credit_spend_and_buckets(ledger, ask, settlement):
+    await ledger.grant("acme", 1000)
+    limits = {
+        "key_limits": Limits(requests_per_minute=60, tokens_per_minute=6000, burst=5),
+        "account_limits": Limits(requests_per_minute=120),
+    }
+    await ledger.admit(ask("h1", **limits))
+    await ledger.settle(settlement("h1"))
+    await ledger.admit(ask("h2", **limits))
+    balance = await ledger.balance("acme", "k1", **limits)
+    assert (balance.balance_nusd, balance.held_nusd, balance.granted_nusd, balance.settled_nusd) == (940, 100, 1000, 60)
+    assert (balance.available_nusd, balance.spend) == (840, Spend(60, 60, 60))
+    assert [(bucket.scope, bucket.kind, bucket.limit) for bucket in balance.buckets] == [
+        ("key", "requests", 60), ("key", "tokens", 6000), ("account", "requests", 120),
+    ]  # fmt: skip
+
+
+async def test_untouched_buckets_are_full(ledger):
+    balance = await ledger.balance("acme", "k1", key_limits=Limits(60, 6000, 5))
+    assert balance.buckets == (
+        BucketState("key", "requests", 60, 5, 0.0),
+        BucketState("key", "tokens", 6000, 6000, 0.0),
+    )
+
+
+async def test_a_balance_releases_expired_holds(ledger, ask):
+    await ledger.grant("acme", 100)
+    await ledger.admit(ask(ttl_ms=0))
+    assert await ledger.balance("acme") == Balance(100, 0, 100, 0)
+
+
+@pytest.mark.parametrize("name", ["valkey"])
+async def test_the_calendar_is_right(dial, name):
+    store = await dial(name)
+    script = Ledger(store)._balance.text
+    calendar = script[script.index("local function civil") : script.index("-- A hold's record")]
+    text = f"local now_ms = tonumber(ARGV[1])\n{calendar}\nreturn {{ day, month }}"
+    moments = [datetime(year, month, day, tzinfo=UTC) for year in range(1970, 2110, 7) for month, day in
+               ((1, 1), (2, 28), (3, 1), (6, 30), (12, 31))]  # fmt: skip
+    moments += [datetime(2024, 2, 29, 23, 59, 59, 999_000, tzinfo=UTC), datetime(2100, 2, 28, 23, 59, 59, tzinfo=UTC)]
+    for moment in moments:
+        day, month = await store.execute("EVAL", text, 0, int(moment.timestamp() * 1000))
+        assert (day.decode(), month.decode()) == (f"{moment:%Y-%m-%d}", f"{moment:%Y-%m}")
+    await store.close()
+
+
+async def test_a_hundred_clients_hold_no_more_than_there_is(server_store, ask, settlement):
+    ledger = Ledger(server_store)
+    await ledger.grant("acme", 1050)
+    answers = await asyncio.gather(*(ledger.admit(ask(f"h{number}")) for number in range(100)))
+    admitted = [answer for answer in answers if isinstance(answer, Admitted)]
+    assert len(admitted) == 10
+    settled = await asyncio.gather(*(ledger.settle(settlement(hold.hold_id)) for hold in admitted for _ in range(3)))
+    assert sum(settled) == 10
+    assert await ledger.balance("acme") == Balance(1050 - 600, 0, 1050, 600)
+
+
+async def test_a_hundred_clients_stay_in_a_budget_and_a_bucket(server_store, ask):
+    ledger = Ledger(server_store)
+    await ledger.grant("acme", 100_000)
+    budget, bucket = {"budgets": Budgets(daily_nusd=750)}, {"key_limits": Limits(requests_per_minute=1, burst=5)}
+    for fields, fit in ((budget, 7), (bucket, 5)):
+        asks = [ask(f"{fit}-{number}", key_id=f"k{fit}", **fields) for number in range(100)]
+        answers = await asyncio.gather(*(ledger.admit(each) for each in asks))
+        assert sum(isinstance(answer, Admitted) for answer in answers) == fit

@@ -1,0 +1,227 @@
+"""Settlement: charged once, whatever became of the hold; tokens put right; one event; the hour's aggregates."""
+
+import pytest
+
+from meshproxy.ledger.connection import Unavailable
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import Admitted
+from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.wire.usage import Usage
+
+
+async def test_the_real_cost_is_charged_and_the_hold_released(ledger, ask, settlement, read, keys, store):
+    await ledger.grant("acme", 250)
+    await ledger.admit(ask())
+    assert await ledger.settle(settlement()) is True
+    assert await read.hash(keys.credit) == {"balance": "190", "granted": "250", "held": "0", "settled": "60"}
+    assert (await read.hash(keys.holds), await store.execute("ZCARD", keys.deadlines)) == ({}, 0)
+
+
+async def test_a_second_settlement_writes_nothing(ledger, ask, settlement, store, snapshot):
+    await ledger.grant("acme", 250)
+    await ledger.admit(ask())
+    await ledger.settle(settlement())
+    before = await snapshot(store)
+    assert await ledger.settle(settlement(cost_nusd=99)) is False
+    assert await snapshot(store) == before
+
+
+async def test_what_was_never_admitted_is_not_charged(ledger, settlement, store, snapshot):
+    assert await ledger.settle(settlement()) is False
+    assert await snapshot(store) == {}
+
+
+async def test_a_cost_above_the_hold_may_overdraw(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 100)
+    await ledger.admit(ask())
+    assert await ledger.settle(settlement(cost_nusd=130)) is True
+    assert await read.hash(keys.credit) == {"balance": "-30", "granted": "100", "held": "0", "settled": "130"}
+
+
+async def test_a_negative_cost_is_refused(ledger, settlement):
+    with pytest.raises(ValueError, match="gift"):
+        await ledger.settle(settlement(cost_nusd=-1))
+
+
+async def test_what_never_started_costs_nothing_and_gives_its_tokens_back(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 100)
+    await ledger.admit(ask(key_limits=Limits(requests_per_minute=1, tokens_per_minute=60)))
+    nothing = settlement(usage=Usage(), usage_source="none", outcome="upstream_failed", cost_nusd=0)
+    assert await ledger.settle(nothing) is True
+    assert await read.hash(keys.credit) == {"balance": "100", "granted": "100", "held": "0"}
+    assert await read.level(keys.key_bucket("k1"), "tokens") == 60
+    assert await read.level(keys.key_bucket("k1"), "requests") == 0  # the request's place stays taken
+    assert await read.hash(keys.key_spend("k1")) == {}
+    assert (await read.events(keys.usage))[-1]["outcome"] == "upstream_failed"
+
+
+async def test_unused_tokens_come_back_and_used_ones_are_taken(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 1000)
+    limits = {"key_limits": Limits(tokens_per_minute=60), "account_limits": Limits(tokens_per_minute=1000)}
+    await ledger.admit(ask("h1", **limits))
+    await ledger.settle(settlement("h1"))
+    assert 53 <= await read.level(keys.key_bucket("k1"), "tokens") < 54
+    assert await read.level(keys.bucket, "tokens") >= 993
+    await ledger.admit(ask("h2", **limits))
+    await ledger.settle(settlement("h2", usage=Usage(100, 200)))
+    assert -247 <= await read.level(keys.key_bucket("k1"), "tokens") < -246  # a debt
+    assert 246_000 < await ledger._store.execute("PTTL", keys.key_bucket("k1")) <= 247_000 + 60_000
+
+
+async def test_a_bucket_is_never_filled_above_its_size(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask(key_limits=Limits(tokens_per_minute=60)))
+    await read.age(keys.key_bucket("k1"), 3_600_000)
+    await ledger.settle(settlement(usage=Usage(1)))
+    assert await read.level(keys.key_bucket("k1"), "tokens") == 60
+
+
+async def test_a_bucket_that_went_while_idle_is_a_full_one(ledger, ask, settlement, read, store, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask(key_limits=Limits(tokens_per_minute=60)))
+    await store.execute("DEL", keys.key_bucket("k1"))
+    await ledger.settle(settlement(usage=Usage(30)))
+    assert await read.level(keys.key_bucket("k1"), "tokens") == 40
+    assert await store.execute("PTTL", keys.key_bucket("k1")) > 0
+
+
+async def test_without_a_limit_there_is_no_bucket(ledger, ask, settlement, snapshot, store):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask())
+    await ledger.settle(settlement())
+    assert sorted(await snapshot(store)) == [
+        "mesh:{acme}:credit", "mesh:{acme}:hour:2025-11-24T16", "mesh:{acme}:spend:k1", "mesh:{acme}:usage",
+    ]  # fmt: skip
+
+
+async def test_the_event_tells_it_all(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask(session="s1"))
+    usage = Usage(prompt=9, completion=8, cached=7, cache_write=1, reasoning=5, audio_prompt=1, audio_completion=2)
+    await ledger.settle(settlement(usage=usage, session="s1", price='{"input":1}'))
+    event = (await read.events(keys.usage))[-1]
+    assert int(event.pop("settled_ms")) > 1_764_000_000_000
+    assert event == {
+        "event": "settled", "hold_id": "h1", "request_id": "req-h1", "key": "k1", "account": "acme", "session": "s1",
+        "model": "openai/gpt-4o", "upstream": "openai", "prompt_tokens": "9", "completion_tokens": "8",
+        "cached_tokens": "7", "cache_write_tokens": "1", "reasoning_tokens": "5", "audio_prompt_tokens": "1",
+        "audio_completion_tokens": "2", "cost_nusd": "60", "held_nusd": "100", "usage_source": "reported",
+        "outcome": "completed", "hold": "live", "price": '{"input":1}', "started_ms": "1764000000000",
+    }  # fmt: skip
+
+
+async def test_the_hour_adds_up(ledger, ask, settlement, read, store, keys):
+    await ledger.grant("acme", 1000)
+    for hold_id, session in (("h1", "s1"), ("h2", "s1"), ("h3", None)):
+        await ledger.admit(ask(hold_id, session=session))
+        await ledger.settle(settlement(hold_id, session=session, usage=Usage(3, 4, cached=1)))
+    hour = keys.hour("2025-11-24T16")
+    s1, none = "k1\x1fopenai/gpt-4o\x1fs1\x1f", "k1\x1fopenai/gpt-4o\x1f\x1f"
+    assert await read.hash(hour) == {
+        f"{s1}requests": "2", f"{s1}prompt": "6", f"{s1}completion": "8", f"{s1}cached": "2", f"{s1}cost": "120",
+        f"{none}requests": "1", f"{none}prompt": "3", f"{none}completion": "4", f"{none}cached": "1", f"{none}cost": "60",
+    }  # fmt: skip
+    assert 89 * 86_400 < await store.execute("TTL", hour) <= 90 * 86_400
+
+
+async def test_an_hour_of_too_many_sessions_folds_the_rest(ledger, ask, settlement, read, store, keys):
+    await ledger.grant("acme", 1000)
+    hour = keys.hour("2025-11-24T16")
+    fill = "for i = 1, 50000 do redis.call('HSET', KEYS[1], i, 1) end"
+    await store.execute("EVAL", fill, 1, hour)
+    await ledger.admit(ask(session="one too many"))
+    await ledger.settle(settlement(session="one too many"))
+    assert (await read.hash(hour))["k1\x1fopenai/gpt-4o\x1f~\x1frequests"] == "1"
+
+
+async def test_the_key_s_spend_is_kept_by_day_and_month(ledger, ask, settlement, read, store, keys):
+    await ledger.grant("acme", 1000)
+    spend = keys.key_spend("k1")
+    await store.execute("HSET", spend, "total", 5, "day:2020-01-31", 3, "day:2020-01-30", 2, "month:2020-01", 5)
+    for hold_id in ("h1", "h2"):
+        await ledger.admit(ask(hold_id))
+        await ledger.settle(settlement(hold_id))
+    fields = await read.hash(spend)
+    today = next(name for name in fields if name.startswith("day:"))
+    assert fields == {"total": "125", today: "120", f"month:{today[4:11]}": "120", "month:2020-01": "5"}
+
+
+async def test_a_session_s_spend_is_kept_where_it_has_a_budget(ledger, ask, settlement, read, store, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1", session="plain"))
+    await ledger.settle(settlement("h1", session="plain"))
+    await ledger.admit(ask("h2", session="budgeted", session_budgets=Budgets(total_nusd=500)))
+    await ledger.settle(settlement("h2", session="budgeted"))
+    assert await read.hash(keys.session_spend("plain")) == {}
+    assert (await read.hash(keys.session_spend("budgeted")))["total"] == "60"
+    assert 61 * 86_400 < await store.execute("TTL", keys.session_spend("budgeted")) <= 62 * 86_400
+    assert await read.hash(keys.held) == {}
+
+
+async def test_an_abandoned_hold_is_settled_late_and_once(ledger, ask, settlement, read, store, keys, snapshot):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1", ttl_ms=0, key_limits=Limits(tokens_per_minute=60)))
+    await ledger.admit(ask("h2"))
+    assert await ledger.settle(settlement("h1")) is True
+    assert await read.hash(keys.credit) == {"balance": "940", "granted": "1000", "held": "100", "settled": "60"}
+    assert (await read.hash(keys.abandoned), await store.execute("ZCARD", keys.deadlines)) == ({}, 1)
+    assert (await read.events(keys.usage))[-1]["hold"] == "abandoned"
+    assert await read.level(keys.key_bucket("k1"), "tokens") >= 53  # 3 + 4 used of the 10 that stayed taken
+    before = await snapshot(store)
+    assert await ledger.settle(settlement("h1")) is False
+    assert await snapshot(store) == before
+
+
+async def test_an_expired_hold_that_nobody_released_is_settled_in_time(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask(ttl_ms=0))
+    assert await ledger.settle(settlement()) is True
+    assert (await read.events(keys.usage))[-1]["hold"] == "live"
+
+
+async def test_a_request_admitted_without_redis_is_charged_once(ledger, settlement, read, store, keys, snapshot):
+    await ledger.grant("acme", 1000)
+    journaled = settlement(unheld=True, session="s1")
+    assert await ledger.settle(journaled) is True
+    assert await read.hash(keys.credit) == {"balance": "940", "granted": "1000", "settled": "60"}
+    assert (await read.hash(keys.session_spend("s1")))["total"] == "60"
+    assert (await read.events(keys.usage))[-1]["hold"] == "none"
+    assert 6 * 86_400 < await store.execute("TTL", keys.unheld("h1")) <= 7 * 86_400
+    before = await snapshot(store)
+    assert await ledger.settle(journaled) is False
+    assert await snapshot(store) == before
+
+
+async def test_a_hold_whose_admission_was_never_heard_of_is_settled_by_the_journal_once(
+    ledger, ask, settlement, read, keys
+):
+    """The script ran, its reply was lost, and the request was let in without Redis under the same id."""
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask())
+    assert [await ledger.settle(settlement(unheld=True)) for _ in range(2)] == [True, False]
+    assert await read.hash(keys.credit) == {"balance": "940", "granted": "1000", "held": "0", "settled": "60"}
+
+
+async def test_the_usage_stream_is_bounded(store, ask, settlement, keys):
+    """Trimming is by whole nodes of the stream, a hundred entries each (stream-node-max-entries)."""
+    ledger = Ledger(store, usage_events_kept=10)
+    for number in range(250):
+        await ledger.settle(settlement(f"h{number}", unheld=True))
+    assert await store.execute("XLEN", keys.usage) < 220
+
+
+async def test_a_full_server_denies_and_still_settles(server_store, ask, settlement, keys):
+    """The first write of a settlement is a removal: after that, Redis no longer refuses a script for want of memory."""
+    ledger = Ledger(server_store)
+    await ledger.grant("acme", 1000)
+    assert isinstance(await ledger.admit(ask("h1")), Admitted)
+    await server_store.execute("CONFIG", "SET", "maxmemory", "1")
+    try:
+        with pytest.raises(Unavailable) as refusal:
+            await ledger.admit(ask("h2"))
+        assert refusal.value.kind == "oom"
+        assert await ledger.settle(settlement("h1")) is True
+    finally:
+        await server_store.execute("CONFIG", "SET", "maxmemory", "0")
+    balance = await ledger.balance("acme")
+    assert (balance.balance_nusd, balance.held_nusd) == (940, 0)
