@@ -94,7 +94,7 @@ def build_parser(wanted: str) -> argparse.ArgumentParser:
     families = parser.add_subparsers(title="commands", metavar="COMMAND [...]", prog="meshproxy")
     for name, summary in COMMANDS.items():
         family = families.add_parser(
-            name, help=summary, description=f"{summary.capitalize()}.", formatter_class=Formatter
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=Formatter
         )
         family.set_defaults(parser=family)
         if name == wanted:

@@ -1,4 +1,5 @@
-"""`meshproxy healthcheck`: for a container's HEALTHCHECK. Nothing but the standard library on its way."""
+"""`meshproxy healthcheck`: for a container's HEALTHCHECK. It runs every few seconds, so it loads no HTTP library
+but the standard one."""
 
 import argparse
 import http.client
