@@ -1,5 +1,6 @@
 """`meshproxy healthcheck`: for a container's HEALTHCHECK. It runs every few seconds, so it loads no HTTP library
-but the standard one."""
+but the standard one.
+"""
 
 import argparse
 import http.client
