@@ -24,7 +24,7 @@ def value_for(schema: Schema, rng: Random) -> Any:
     """A value for the schema, plausible by the names of its properties. Raises `ValueError` for what is no schema."""
     try:
         return _Sampler(schema, rng).value(schema, "", 0)
-    except (TypeError, AttributeError, KeyError, ArithmeticError, RecursionError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not a JSON Schema: {error}") from error
 
 
@@ -110,13 +110,13 @@ class _Sampler:
         return "array" if "items" in schema else "string"
 
     def _object(self, schema: Schema, depth: int) -> dict[str, Any]:
-        required = set(schema.get("required", ()))
+        required = schema.get("required", [])
         properties = schema.get("properties", {})
+        if not all(isinstance(name, str) for name in required):
+            raise TypeError("required is not a list of strings")
         wanted = [name for name in properties if name in required or not self._sparing(depth)]
         made = {name: self.value(properties[name], name, depth + 1) for name in wanted}
-        for name in schema.get("required", ()):
-            made.setdefault(name, "")
-        return made
+        return made | {name: "" for name in required if name not in made}
 
     def _array(self, schema: Schema, name: str, depth: int) -> list[Any]:
         fixed = schema.get("prefixItems", [])

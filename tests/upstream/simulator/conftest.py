@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 import pytest
+import uvloop
 from openai import AsyncOpenAI
 
 from meshproxy.upstream.simulator import Running, start
@@ -98,3 +99,11 @@ async def wire(simulator: Running):
     reader, writer = await asyncio.open_connection(simulator.host, simulator.port)
     yield Wire(reader, writer)
     writer.close()
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """What a bare socket sees is tried on both loops, which differ in how their transports close and reset."""
+    loops = {"asyncio": asyncio.new_event_loop}
+    if "wire" in item.fixturenames:
+        loops["uvloop"] = uvloop.new_event_loop
+    return loops
