@@ -7,6 +7,7 @@ import secrets as random_source
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -22,8 +23,11 @@ from meshproxy.gateway.settlement import Settler
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
+from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.local import Instances, LocalAdmission
 from meshproxy.ledger.store import Store
+from meshproxy.money import parse_usd
 from meshproxy.policy.catalog import Catalog
 from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
@@ -43,6 +47,7 @@ FIXED = (
     "redis.url",
     "log.format",
 )  # what only a restart changes
+STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
 SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
 
 
@@ -56,9 +61,12 @@ class Worker:
     chat: ChatHandler
     api: Api
 
-    def __init__(self, settings: Settings, secrets: Mapping[str, str], request_log: RequestLog) -> None:
+    def __init__(
+        self, settings: Settings, secrets: Mapping[str, str], request_log: RequestLog, journal_path: Path | None = None
+    ) -> None:
         self.settings = settings
         self._secrets = secrets
+        self._journal_path = journal_path
         self.metrics = Metrics(settings.models, settings.upstreams, version=VERSION)
         self.tasks = Tasks(on_failure=lambda name: self.metrics.task_failures.labels(name).inc())
         self.live = Live(time.monotonic)
@@ -67,30 +75,42 @@ class Worker:
 
     async def start(self) -> None:
         """Connect to Redis in the background, and stand ready for requests."""
-        self.store = await connect(self.settings.redis, wait=False, on_op=self._on_op)
+        redis = self.settings.redis
+        boot_id = random_source.token_hex(6)
+        self.store = await connect(redis, wait=False, on_op=self._on_op, spawn=self.tasks.spawn)
         self.ledger = Ledger(self.store)
-        self.directory = Directory(self.store, time.monotonic)
+        self.journal = Journal(self._journal_path, redis.journal_max_bytes)
+        self._instances = Instances(self.store, boot_id, time.time)
+        is_local = redis.on_failure == "local"
+        local = (
+            LocalAdmission(parse_usd(redis.local_allowance_usd), self._instances, time.monotonic) if is_local else None
+        )
+        self.directory = Directory(self.store, time.monotonic, stale_s=STALE_S if is_local else 0.0)
         authenticator = Authenticator(self.directory, time.time)
         self.gateway = Gateway(
             deployment=deploy(self.settings, self._secrets, generation=1, providers={}),
             ledger=self.ledger,
+            local=local,
             directory=self.directory,
             authenticator=authenticator,
-            settler=Settler(self.ledger, self.tasks, time.time, time.monotonic),
+            settler=Settler(self.ledger, self.journal, local, self.tasks, time.time, time.monotonic),
             recorder=self.recorder,
             tasks=self.tasks,
             live=self.live,
             clock=time.monotonic,
             spin=random.random,
-            boot_id=random_source.token_hex(6),
+            boot_id=boot_id,
         )
         self.chat = ChatHandler(self.gateway, request_id_of, time.monotonic)
         self.api = Api(self.gateway, authenticator, self.directory, self.ledger, self.store)
         self._note_generation(1)
         self._watchers = [
             asyncio.create_task(self.live.pulse(lambda: self.settings), name="pulse"),
+            asyncio.create_task(self.journal.keep_replaying(self.ledger.settle), name="journal"),
             asyncio.create_task(loop_lag.watch(self.metrics.event_loop_lag.labels().observe), name="loop_lag"),
         ]
+        if is_local:
+            self._watchers.append(asyncio.create_task(self._instances.beat(), name="instances"))
         gc.collect()
         gc.freeze()  # what lives for the whole run need not be walked at each collection
 
@@ -142,6 +162,8 @@ class Worker:
         await asyncio.gather(*self._watchers, return_exceptions=True)
         for provider in self.gateway.deployment.providers.values():
             await provider.close()
+        await self.journal.replay(self.ledger.settle)
+        self.journal.close()
         await self.store.close()
 
     def not_ready(self) -> list[str]:

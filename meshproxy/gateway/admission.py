@@ -28,8 +28,12 @@ def affordable(plan: Plan, admitted: Admitted) -> Plan:
     return plan.clamped_to(admitted.amount_nusd + max(free_nusd, 0))
 
 
-def ask_for(plan: Plan, principal: Principal, hold_id: str, credit: Credits, defaults: Defaults) -> Ask:
-    """What the ledger is asked. Tokens are reserved by estimate: the prompt and all the output that may come."""
+def ask_for(
+    plan: Plan, principal: Principal, hold_id: str, credit: Credits, defaults: Defaults, *, enforce_mid_stream: bool
+) -> Ask:
+    """What the ledger is asked. Tokens are reserved by estimate: the prompt and all the output that may come, or where token
+    buckets are enforced in the stream (`enforce_mid_stream`) its first slice.
+    """
     key = principal.key
     return Ask(
         hold_id=hold_id,
@@ -38,7 +42,7 @@ def ask_for(plan: Plan, principal: Principal, hold_id: str, credit: Credits, def
         session=plan.request.session_id,
         amount_nusd=plan.hold_nusd(first_slice(plan, credit)),
         amount_min_nusd=plan.hold_nusd(plan.request.n) if clamps(principal, credit) else None,
-        tokens=plan.prompt_tokens + plan.output_tokens,
+        tokens=plan.prompt_tokens + (first_slice(plan, credit) if enforce_mid_stream else plan.output_tokens),
         ttl_ms=int(credit.hold_ttl_s * 1000),
         strict=credit.strict,
         key_limits=limits_of(principal, defaults),

@@ -3,55 +3,81 @@ relay's back when half of this one is used. While some is left nothing waits; wh
 relay stops reading until it does.
 """
 
+import asyncio
 from collections.abc import Callable
 
 from meshproxy.errors import Fault, Problem
 from meshproxy.gateway.admission import refused
 from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted, Denied
+from meshproxy.ledger.local import LocalAdmission
+from meshproxy.ledger.records import Admitted
 from meshproxy.telemetry.tasks import Tasks
+
+RENEW_RETRY_S = 0.25
+MAX_RENEW_RETRIES = 40  # ten seconds: then a stream without credit and without a ledger ends
+
+
+class Credit:
+    """Where holds come from and what they are renewed by. `local` is None where Redis's absence denies; `enforce_tokens`:
+    token buckets end streams too.
+    """
+
+    __slots__ = ("enforce_tokens", "ledger", "local", "tasks")
+
+    def __init__(self, ledger: Ledger, local: LocalAdmission | None, tasks: Tasks, *, enforce_tokens: bool) -> None:
+        self.ledger = ledger
+        self.local = local
+        self.tasks = tasks
+        self.enforce_tokens = enforce_tokens
 
 
 class Lease:
-    """One hold and the output tokens it covers.
+    """One hold and the output tokens it covers, of the `plan` that it was admitted with.
 
-    `unheld`: the ledger has no such hold any more (it lost data, or the worker was stuck past every deadline), so the
-    settlement must not count on one. A ledger that can't be reached refuses nothing: it is asked again.
+    `is_local`: admitted without Redis. `unheld`: the settlement can't count on a hold, because it was local or because the
+    ledger has none any more (it lost data, or this worker was stuck past every deadline).
     """
 
     __slots__ = (
         "_cap",
-        "_ledger",
+        "_credit",
         "_on_change",
+        "_over",
         "_renewing",
         "_slice",
-        "_tasks",
         "_used",
         "covered",
         "hold",
+        "is_local",
         "plan",
         "unheld",
     )
 
     def __init__(
-        self, hold: Admitted, plan: Plan, covered: int, slice_tokens: int, ledger: Ledger, tasks: Tasks
+        self, hold: Admitted, plan: Plan, covered: int, slice_tokens: int, credit: Credit, *, is_local: bool
     ) -> None:
         self.hold = hold
-        self.covered = covered
-        self.unheld = False
         self.plan = plan
+        self.covered = covered
+        self.is_local = is_local
+        self.unheld = is_local
         self._cap = plan.output_tokens
         self._slice = slice_tokens
-        self._ledger = ledger
-        self._tasks = tasks
+        self._credit = credit
         self._used = 0
         self._renewing = False
+        self._over = False
         self._on_change: Callable[[Problem | None], None] = _ignore
 
     def watch(self, on_change: Callable[[Problem | None], None]) -> None:
         """Call this with None when a renewal came back, or with the problem that refused it."""
         self._on_change = on_change
+
+    @property
+    def bound(self) -> int:
+        """The most output tokens that may be charged when credit ran out: what is covered, and a slice."""
+        return self.covered + self._slice
 
     @property
     def exhausted(self) -> bool:
@@ -63,36 +89,56 @@ class Lease:
         self._used = tokens
         if tokens + self._slice // 2 > self.covered < self._cap and not self._renewing:
             self._renewing = True
-            self._tasks.spawn("renew", self._extend())
+            self._credit.tasks.spawn("renew", self._extend())
         return tokens > self.covered < self._cap
 
     async def keep(self) -> None:
         """Put the deadline off, so that the hold outlives a slow request."""
-        await self._renew(self.hold.amount_nusd)
+        if not self.is_local:
+            await self._renew(self.hold.amount_nusd, self.covered)
+
+    def end(self) -> None:
+        """The request is over: ask for nothing more."""
+        self._over = True
+        self._on_change = _ignore
 
     async def _extend(self) -> None:
-        covered = min(self._used + self._slice, self._cap)
-        amount_nusd = self.plan.hold_nusd(covered)
-        try:
-            denied = await self._renew(amount_nusd)
-        except Fault:
-            return
-        finally:
-            self._renewing = False
-        if denied is not None:
-            self._on_change(refused(denied))
-        else:
+        """Ask for another slice, until there is an answer."""
+        for _ in range(MAX_RENEW_RETRIES):
+            covered = min(self._used + self._slice, self._cap)
+            try:
+                problem = await self._renew(self.plan.hold_nusd(covered), covered)
+                break
+            except Fault as fault:
+                problem = self._extend_locally(covered, fault.problem)
+                if problem is None or self._over:
+                    break
+                await asyncio.sleep(RENEW_RETRY_S)
+        self._renewing = False
+        if problem is None:
             self.covered = covered
-            self._on_change(None)
+        self._on_change(problem)
 
-    async def _renew(self, amount_nusd: int) -> Denied | None:
-        answer = await self._ledger.renew(self.hold, amount_nusd=amount_nusd)
+    def _extend_locally(self, covered: int, lost: Problem) -> Problem | None:
+        """Take another slice from what this worker may admit by itself, if it may."""
+        more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
+        if self._credit.local is None or not self._credit.local.take(self.hold.ask.account, more_nusd):
+            return lost
+        return None
+
+    async def _renew(self, amount_nusd: int, covered: int) -> Problem | None:
+        answer = await self._credit.ledger.renew(
+            self.hold,
+            amount_nusd=amount_nusd,
+            tokens=self.plan.prompt_tokens + covered,
+            enforce_tokens=self._credit.enforce_tokens,
+        )
         if isinstance(answer, Admitted):
             self.hold = answer
             return None
         self.unheld = answer.which == "hold"
-        return None if self.unheld else answer
+        return None if self.unheld else refused(answer)
 
 
 def _ignore(_problem: Problem | None) -> None:
-    """Nobody watches yet."""
+    """Nobody watches."""

@@ -16,7 +16,7 @@ from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.lease import Lease
+from meshproxy.gateway.lease import Credit, Lease
 from meshproxy.gateway.live import Live
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.relay import Relay
@@ -24,7 +24,9 @@ from meshproxy.gateway.resolve import Plan, resolve
 from meshproxy.gateway.settlement import Settler, bill
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Denied
+from meshproxy.ledger.store import Unavailable
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
@@ -51,6 +53,7 @@ class Gateway:
         *,
         deployment: Deployment,
         ledger: Ledger,
+        local: LocalAdmission | None,
         directory: Directory,
         authenticator: Authenticator,
         settler: Settler,
@@ -64,6 +67,7 @@ class Gateway:
         self.deployment = deployment
         self.draining = False
         self._ledger = ledger
+        self._local = local
         self._directory = directory
         self._authenticator = authenticator
         self._settler = settler
@@ -135,18 +139,31 @@ class Gateway:
             return await self._answer(exchange, response)
         finally:
             self._live.leases.discard(lease)
+            lease.end()
 
     async def _admit(self, plan: Plan, principal: Principal, deployment: Deployment) -> Lease | Denied:
         settings = deployment.settings
-        ask = ask_for(plan, principal, next(self._hold_ids), settings.credits, settings.defaults)
-        answer = await self._ledger.admit(ask)
+        enforce = settings.limits.enforce_mid_stream and plan.request.stream
+        hold_id = next(self._hold_ids)
+        ask = ask_for(plan, principal, hold_id, settings.credits, settings.defaults, enforce_mid_stream=enforce)
+        is_local = False
+        try:
+            answer = await self._ledger.admit(ask)
+        except Unavailable:
+            if self._local is None:
+                raise
+            answer, is_local = self._local.admit(ask), True
+        else:
+            if self._local is not None:
+                self._local.forget()
         if isinstance(answer, Denied):
             return answer
         if ask.amount_min_nusd is not None:
             plan = affordable(plan, answer)
         covered = first_slice(plan, settings.credits)
         slice_tokens = settings.credits.lease_output_tokens * plan.request.n
-        return Lease(answer, plan, covered, slice_tokens, self._ledger, self._tasks)
+        credit = Credit(self._ledger, self._local, self._tasks, enforce_tokens=enforce)
+        return Lease(answer, plan, covered, slice_tokens, credit, is_local=is_local)
 
     def _attempts(self, deployment: Deployment) -> Attempts:
         return Attempts(deployment, self._recorder, self._clock)
@@ -189,7 +206,7 @@ class Gateway:
         finally:
             self._live.relays.discard(relay)
             exchange.events = scanner.events
-            bill(exchange, scanner.usage, scanner.reported_model, lambda: scanner.tokens)
+            bill(exchange, scanner.usage, scanner.reported_model, lambda: _charged_output(relay, lease))
 
     def _told(self, exchange: Exchange) -> Headers:
         """What the gateway says of an answer in headers."""
@@ -205,6 +222,12 @@ class Gateway:
         exchange.status = problem.status
         exchange.code = problem.code
         return refusal(problem, exchange.call.request_id, _limits_of(exchange) if headers is None else headers)
+
+
+def _charged_output(relay: Relay, lease: Lease) -> int:
+    """The output that is charged where nothing was reported. When credit ran out: no more than a slice past what was held."""
+    tokens = relay.scanner.tokens
+    return min(tokens, lease.bound) if relay.outcome == "insufficient_credits" else tokens
 
 
 def _outlives(plan: Plan, deployment: Deployment) -> bool:

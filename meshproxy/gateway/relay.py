@@ -17,6 +17,11 @@ from meshproxy.wire.replies import error_event
 from meshproxy.wire.sse import DONE, PING, StreamScanner
 
 MAX_DRAINED_BYTES = 8_388_608  # read on after the client has gone, to learn what it used
+OUTCOMES = {
+    "insufficient_credits": "insufficient_credits",
+    "spend_limit_exceeded": "insufficient_credits",
+    "rate_limit_exceeded": "rate_limited",
+}
 
 
 class Relay:
@@ -132,7 +137,7 @@ class Relay:
     def renewed(self, refusal: Problem | None) -> None:
         """A renewal came back: go on, unless credit is out or the client is what is waited for."""
         if refusal is not None:
-            self.outcome = "insufficient_credits"
+            self.outcome = OUTCOMES.get(refusal.code, "failed")
             self.stop(refusal)
         elif not self.ended and not self._downstream.congested():
             self._resume()

@@ -1,5 +1,7 @@
 """Resolve: from what the client wrote to what a provider is asked: template, model, parameters, sizes."""
 
+from collections.abc import Iterable, Iterator
+
 import orjson
 from msgspec import Struct
 from msgspec.structs import replace
@@ -39,11 +41,12 @@ class Plan(Struct, frozen=True):
 
     def hold_nusd(self, output_tokens: int) -> int:
         """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
-        return max(hold_amount(attempt.price, self.prompt_tokens, output_tokens) for attempt in self.attempts)
+        return max(hold_amount(served.price, self.prompt_tokens, output_tokens) for served in may_serve(self.attempts))
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
         """The plan with no more output than this amount can pay for, whichever attempt serves."""
-        affordable = min(affordable_output(attempt.price, self.prompt_tokens, amount_nusd) for attempt in self.attempts)
+        served = may_serve(self.attempts)
+        affordable = min(affordable_output(attempt.price, self.prompt_tokens, amount_nusd) for attempt in served)
         cap = max(affordable // self.request.n, 1)
         if cap >= self.output_cap:
             return self
@@ -63,6 +66,7 @@ class Plan(Struct, frozen=True):
             max_tokens=self.imposed_cap,
             cap_field="max_completion_tokens" if attempt.kind == "openai" else "max_tokens",
             native=native,
+            models=attempt.native_models,
         )
 
 
@@ -78,7 +82,7 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
     messages = _messages(request, template)
-    smallest = min(attempt.max_output_tokens for attempt in attempts)
+    smallest = min(served.max_output_tokens for served in may_serve(attempts))
     cap = min(request.max_tokens or deployment.settings.credits.default_output_tokens, smallest)
     imposes = request.max_tokens is None and deployment.settings.credits.strict and not request.stream
     return Plan(
@@ -90,6 +94,13 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
         output_cap=cap,
         imposed_cap=cap if imposes else None,
     )
+
+
+def may_serve(attempts: Iterable[Attempt]) -> Iterator[Attempt]:
+    """Every attempt, and the fallbacks that a provider walks itself."""
+    for attempt in attempts:
+        yield attempt
+        yield from attempt.natives
 
 
 async def _template(request: ChatRequest, principal: Principal, directory: Directory) -> Template | None:

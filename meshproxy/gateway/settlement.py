@@ -7,8 +7,11 @@ import msgspec
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.resolve import Plan
+from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Settlement
+from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.catalog import Attempt, served
 from meshproxy.policy.pricing import believable, cost
 from meshproxy.policy.tokens import has_media
@@ -50,9 +53,17 @@ class Settler:
     """
 
     def __init__(
-        self, ledger: Ledger, tasks: Tasks, wall_clock: Callable[[], float], clock: Callable[[], float]
+        self,
+        ledger: Ledger,
+        journal: Journal,
+        local: LocalAdmission | None,
+        tasks: Tasks,
+        wall_clock: Callable[[], float],
+        clock: Callable[[], float],
     ) -> None:
         self._ledger = ledger
+        self._journal = journal
+        self._local = local
         self._tasks = tasks
         self._wall_clock = wall_clock
         self._clock = clock
@@ -61,7 +72,16 @@ class Settler:
         """Settle the exchange's hold, if it has one. Returns at once."""
         if exchange.lease is not None:
             settlement = self._settlement(exchange, exchange.lease)
-            self._tasks.spawn("settle", self._ledger.settle(settlement))
+            if exchange.lease.is_local and self._local is not None:
+                self._local.settled(exchange.lease.hold.ask, settlement)
+            self._tasks.spawn("settle", self._send(settlement))
+
+    async def _send(self, settlement: Settlement) -> None:
+        """To the ledger, or to disk until it is back. What was sent and never answered may be sent again: it counts once."""
+        try:
+            await self._ledger.settle(settlement)
+        except Unavailable:
+            await self._journal.append(settlement)
 
     def _settlement(self, exchange: Exchange, lease: Lease) -> Settlement:
         attempt = exchange.attempt

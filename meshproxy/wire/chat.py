@@ -5,7 +5,7 @@ a client hears of everything that is wrong at once. What the gateway doesn't kno
 `tools` are never taken apart: they go out as the bytes they came in.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -170,11 +170,13 @@ def encode_upstream(
     max_tokens: int | None = None,
     cap_field: str = CAPS[0],
     native: bool = False,
+    models: Sequence[str] = (),
 ) -> bytes:
     """The provider's request body: `model`, `messages` as they are, the request's fields, and `params` where it lacks them.
 
     A stream always asks for its usage. `max_tokens` is put under every name that the request (or params) used for its cap,
-    else under `cap_field`. `native`: the provider knows `models` and `transforms` (OpenRouter).
+    else under `cap_field`. `native`: the provider knows `transforms` (OpenRouter). `models`: the fallbacks that it is to walk,
+    in its own names.
     """
     fields = _filled(request.fields, params)
     if request.stream and not request.include_usage:
@@ -183,8 +185,8 @@ def encode_upstream(
         cap = Raw(b"%d" % max_tokens)
         fields |= dict.fromkeys([name for name in CAPS if name in fields] or [cap_field], cap)
     body: dict[str, Any] = {"model": model, "messages": Raw(messages), **fields}
-    if native and request.models:
-        body["models"] = request.models
+    if models:
+        body["models"] = models
     if native and request.transforms:
         body["transforms"] = request.transforms
     return msgspec.json.encode(body)

@@ -361,7 +361,7 @@ class TestEncode:
 
     def test_a_native_provider_gets_models_and_transforms(self):
         request = decode_chat(body(session_id="s", models=["a", "b"], transforms=["middle-out"]))
-        actual = sent(request, native=True)
+        actual = sent(request, native=True, models=["a", "b"])
         assert {"model", "messages", "models", "transforms"} == actual.keys()
         assert (actual["models"], actual["transforms"]) == (["a", "b"], ["middle-out"])
 

@@ -1,0 +1,147 @@
+"""Settlements that Redis couldn't take, on disk until it can. Append-only, fsynced before an append is over, bounded, and
+replayed as often as it takes: a settlement that is sent twice is charged once (settle.lua).
+
+Each worker has a file of its own, the first `PATH.N` that nobody has locked; so the file that a dead worker leaves is found
+and replayed by the one that takes its place. A line is the CRC-32 of a settlement's JSON in hex, and that JSON.
+"""
+
+import asyncio
+import fcntl
+import os
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from meshproxy.ledger.records import Settlement
+from meshproxy.ledger.store import Unavailable
+
+MAX_FILES = 256  # workers on one machine
+REPLAY_INTERVAL_S = 0.5
+
+_log = structlog.get_logger(__name__)
+
+
+class JournalFull(Exception):
+    """What is left over from Redis's absence has reached its bound; this settlement is lost, and the log has it."""
+
+
+class Journal:
+    """The file of one worker, and what it holds. `path` None: kept in memory alone, and lost with the process."""
+
+    def __init__(self, path: Path | None, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._pending: deque[Settlement] = deque()
+        self._size = 0
+        self._unwritten: list[bytes] = []
+        self._writing = asyncio.Lock()
+        self._file = _open_first_free(path) if path is not None else None
+        if self._file is not None:
+            self._load(self._file)
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    async def append(self, settlement: Settlement) -> None:
+        """Keep a settlement; on disk when this returns. JournalFull if there is no room."""
+        line = _line(settlement)
+        if self._size + len(line) > self._max_bytes:
+            _log.error("settlement_lost", settlement=msgspec.to_builtins(settlement))
+            raise JournalFull
+        self._size += len(line)
+        self._pending.append(settlement)
+        self._unwritten.append(line)
+        async with self._writing:
+            lines, self._unwritten = self._unwritten, []
+            if lines and self._file is not None:
+                await asyncio.to_thread(_write_through, self._file, b"".join(lines))
+
+    async def replay(self, settle: Callable[[Settlement], Awaitable[bool]]) -> int:
+        """Settle what is kept, oldest first, until it is empty or Redis is lost again; how many were."""
+        count = 0
+        while self._pending:
+            try:
+                await settle(self._pending[0])
+            except Unavailable:
+                return count
+            self._pending.popleft()
+            count += 1
+        async with self._writing:
+            if not self._pending and self._size:
+                self._size = 0
+                if self._file is not None:
+                    await asyncio.to_thread(_truncate, self._file)
+        return count
+
+    async def keep_replaying(self, settle: Callable[[Settlement], Awaitable[bool]]) -> None:
+        """Run for the life of the worker."""
+        while True:
+            if self._pending:
+                count = await self.replay(settle)
+                if count:
+                    _log.info("journal_replayed", settlements=count, left=len(self._pending))
+            await asyncio.sleep(REPLAY_INTERVAL_S)
+
+    def close(self) -> None:
+        """Let the next worker have the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _load(self, file: int) -> None:
+        data = _read_all(file)
+        for line in data.splitlines():
+            settlement = _parse(line)
+            if settlement is not None:
+                self._pending.append(settlement)
+        self._size = len(data)
+        if self._pending:
+            _log.info("journal_found", settlements=len(self._pending))
+
+
+def _open_first_free(path: Path) -> int:
+    """OSError if none of the files can be had."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for number in range(MAX_FILES):
+        file = os.open(f"{path}.{number}", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+        else:
+            return file
+    raise OSError(f"{path}: all {MAX_FILES} files are in use")
+
+
+def _line(settlement: Settlement) -> bytes:
+    text = msgspec.json.encode(settlement)
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def _parse(line: bytes) -> Settlement | None:
+    """None for a line that a crash cut short: its append wasn't over."""
+    checksum, _, text = line.partition(b" ")
+    try:
+        if int(checksum, 16) != zlib.crc32(text):
+            return None
+        return msgspec.json.decode(text, type=Settlement)
+    except (ValueError, msgspec.DecodeError):
+        return None
+
+
+def _read_all(file: int) -> bytes:
+    return os.pread(file, os.fstat(file).st_size, 0)
+
+
+def _write_through(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+    os.fsync(file)
+
+
+def _truncate(file: int) -> None:
+    os.ftruncate(file, 0)
+    os.fsync(file)
