@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 
 from aiohttp import web
 
@@ -22,7 +23,8 @@ def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> 
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     request_log = request_log_to(sink, settings.log)
-    worker = Worker(settings, secrets_of(settings) if secrets is None else secrets, request_log)
+    journal = Path(settings.redis.journal) if settings.redis.journal is not None else None
+    worker = Worker(settings, secrets_of(settings) if secrets is None else secrets, request_log, journal)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:
         async with with_redis(settings) as standing:

@@ -8,6 +8,7 @@ import contextlib
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import msgspec
 import uvloop
@@ -29,7 +30,8 @@ async def serve(control_fd: int, listen_fd: int) -> None:
     start = msgspec.msgpack.decode(await control.receive(), type=Start)
     log = start.settings.log
     sink = logs.configure(log.level, log.format, sys.stderr.buffer)
-    worker = Worker(start.settings, start.secrets, request_log_to(sink, log))
+    journal = Path(start.journal) if start.journal is not None else None
+    worker = Worker(start.settings, start.secrets, request_log_to(sink, log), journal)
     await worker.start()
     runner = Runner(application(worker), worker.serve_chat)
     await runner.setup()

@@ -19,6 +19,7 @@ class Start(Struct, tag="start", frozen=True):
 
     settings: Settings
     secrets: dict[str, str]
+    journal: str | None
 
 
 class Reload(Struct, tag="reload", frozen=True):

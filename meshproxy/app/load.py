@@ -1,5 +1,6 @@
 """Settings and secrets, from a file and the environment."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,18 @@ def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> t
         raise Unfit([f"{path}: not UTF-8"]) from error
     settings = parse(text)
     return settings, secrets_of(settings, env)
+
+
+def journal_path(settings: Settings, env: Mapping[str, str] = os.environ) -> Path:
+    """Where settlements wait for Redis: redis.journal, else a place of this Redis's own under the state directory that systemd
+    (STATE_DIRECTORY) or the XDG base directories give.
+    """
+    if settings.redis.journal is not None:
+        return Path(settings.redis.journal)
+    state = env.get("STATE_DIRECTORY", "").partition(":")[0]
+    root = Path(state) if state else Path(env.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "meshproxy"
+    store = hashlib.sha256(settings.redis.url.encode()).hexdigest()[:16]  # what one Redis is owed is nothing to another
+    return root / store / "journal"
 
 
 def secrets_of(settings: Settings, env: Mapping[str, str] = os.environ) -> dict[str, str]:

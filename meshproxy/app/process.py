@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -50,14 +51,17 @@ async def run(
     *,
     on_ready: Callable[[Running], Awaitable[None]] | None = None,
     reload: Reload | None = None,
+    journal: Path | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `reload` reads the configuration again on SIGHUP. OSError if an address is taken."""
+    """Serve until SIGTERM or SIGINT. `reload` reads the configuration again on SIGHUP; `journal` is where settlements wait for
+    Redis (None: in memory). OSError if an address is taken.
+    """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     data, admin = listen(settings.server.listen), listen(settings.server.admin_listen)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(sink.close)
         settings = await stack.enter_async_context(with_redis(settings))
-        worker = Worker(settings, secrets, request_log_to(sink, settings.log))
+        worker = Worker(settings, secrets, request_log_to(sink, settings.log), journal)
         await worker.start()
         stack.push_async_callback(worker.stop)
         runner = Runner(application(worker), worker.serve_chat)

@@ -6,7 +6,7 @@ from functools import partial
 
 import uvloop
 
-from meshproxy.app.load import load
+from meshproxy.app.load import journal_path, load
 from meshproxy.app.process import run
 from meshproxy.app.supervisor import supervise
 
@@ -17,11 +17,12 @@ def serve(config_path: str) -> int:
 
     workers = settings.server.workers or len(os.sched_getaffinity(0))
     reload = partial(load, config_path)
+    journal = None if settings.redis.url == "embedded" else journal_path(settings)
     try:
         if workers == 1:
-            uvloop.run(run(settings, secrets, reload=reload))
+            uvloop.run(run(settings, secrets, reload=reload, journal=journal))
         else:
-            uvloop.run(supervise(settings, secrets, workers, reload=reload))
+            uvloop.run(supervise(settings, secrets, workers, reload=reload, journal=journal))
     except OSError as error:
         print(f"meshproxy: {error.strerror or error}: {error.filename or settings.server.listen}", file=sys.stderr)  # noqa: T201
         return 1

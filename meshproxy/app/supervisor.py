@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -67,10 +68,13 @@ class Child:
 class Supervisor:
     """Keeps one worker for each listening socket alive."""
 
-    def __init__(self, settings: Settings, secrets: Mapping[str, str], sockets: list[socket.socket]) -> None:
+    def __init__(
+        self, settings: Settings, secrets: Mapping[str, str], sockets: list[socket.socket], journal: Path | None
+    ) -> None:
         self._settings = settings
         self._secrets = dict(secrets)
         self._sockets = sockets
+        self._journal = str(journal) if journal is not None else None
         self._children: dict[int, Child] = {}
         self._numbers = itertools.count(1)
         self._fleet = Fleet()
@@ -108,7 +112,7 @@ class Supervisor:
             )
         child = Child(next(self._numbers), restarts, process, await Control.over(ours))
         try:
-            await child.control.ask(Start(self._settings, self._secrets))
+            await child.control.ask(Start(self._settings, self._secrets, self._journal))
         except ConnectionError:
             await process.wait()
             return None
@@ -205,6 +209,7 @@ async def supervise(
     workers: int,
     *,
     reload: Callable[[], tuple[Settings, dict[str, str]]],
+    journal: Path | None,
 ) -> None:
     """Serve with `workers` processes until SIGTERM or SIGINT. OSError if an address is taken."""
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
@@ -214,7 +219,7 @@ async def supervise(
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(sink.close)
         standing = await stack.enter_async_context(with_redis(settings))
-        supervisor = Supervisor(standing, secrets, sockets)
+        supervisor = Supervisor(standing, secrets, sockets, journal)
         keepers = [asyncio.create_task(supervisor.keep(sock), name="keep") for sock in sockets]
         admin_runner = web.AppRunner(create_admin(supervisor), access_log=None)
         await admin_runner.setup()

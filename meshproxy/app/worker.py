@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import structlog
 from aiohttp import web
 from msgspec.structs import replace
 
@@ -50,6 +51,8 @@ FIXED = (
 STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
 SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
 
+_log = structlog.get_logger("meshproxy.app")
+
 
 class Worker:
     """See the charter. Everything is made in `start`, in the running loop."""
@@ -79,7 +82,7 @@ class Worker:
         boot_id = random_source.token_hex(6)
         self.store = await connect(redis, wait=False, on_op=self._on_op, spawn=self.tasks.spawn)
         self.ledger = Ledger(self.store)
-        self.journal = Journal(self._journal_path, redis.journal_max_bytes)
+        self.journal = self._open_journal()
         self._instances = Instances(self.store, boot_id, time.time)
         is_local = redis.on_failure == "local"
         local = (
@@ -174,6 +177,17 @@ class Worker:
         if not self.store.connected:
             reasons.append("the ledger can't be reached")
         return reasons
+
+    def _open_journal(self) -> Journal:
+        """The journal on disk; in memory where there is no place for it and none was asked for."""
+        redis = self.settings.redis
+        try:
+            return Journal(self._journal_path, redis.journal_max_bytes)
+        except OSError as error:
+            if redis.journal is not None:
+                raise
+            _log.warning("journal_in_memory", path=str(self._journal_path), reason=str(error))
+            return Journal(None, redis.journal_max_bytes)
 
     def _on_op(self, op: str, seconds: float, error: str | None) -> None:
         self.metrics.ledger_op_duration.labels(op).observe(seconds)
