@@ -48,6 +48,8 @@ async def test_without_strict_credit_the_last_hold_may_be_too_large(ledger, ask)
     first, second = ask("h1", strict=False), ask("h2", strict=False)
     assert await ledger.admit(first) == Admitted(first, 100, -99, ())
     assert await ledger.admit(second) == Denied("insufficient_credits", "credit", -99)
+    await ledger.grant("acme", 99)
+    assert await ledger.admit(second) == Denied("insufficient_credits", "credit", 0)
 
 
 async def test_a_clamped_hold_takes_what_is_left(ledger, ask):
@@ -84,6 +86,7 @@ async def test_admitting_again_holds_once(ledger, ask, store, snapshot):
         (Budgets(total_nusd=159), "total"),
         (Budgets(daily_nusd=159), "daily"),
         (Budgets(monthly_nusd=159), "monthly"),
+        (Budgets(total_nusd=159, daily_nusd=159), "total"),
         (Budgets(total_nusd=300, daily_nusd=159, monthly_nusd=160), "daily"),
     ],
 )
@@ -99,6 +102,11 @@ async def test_a_budget_counts_what_is_spent_and_held(ledger, ask, settlement, s
     await ledger.settle(settlement("h1", session=owner.get("session")))
     assert (await ledger.admit(ask("h3", **owner))).reason == "spend_limit"  # 60 spent
     assert isinstance(await ledger.admit(ask("h4", amount_nusd=99, **owner)), Admitted)
+
+
+async def test_a_budget_of_nothing_lets_nothing_be_spent(ledger, ask):
+    await ledger.grant("acme", 1000)
+    assert await ledger.admit(ask(budgets=Budgets(total_nusd=0))) == Denied("spend_limit", "key total budget", 1000)
 
 
 async def test_budgets_of_one_key_do_not_bind_another(ledger, ask):
@@ -212,6 +220,13 @@ async def test_a_limit_of_nothing_lets_nothing_through_ever(ledger, ask):
     await ledger.grant("acme", 1000)
     denied = await ledger.admit(ask(key_limits=Limits(requests_per_minute=0)))
     assert (denied.which, denied.retry_after_s) == ("key requests", None)
+
+
+async def test_a_limit_lowered_to_nothing_never_resets(ledger, ask):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1", key_limits=Limits(60, burst=1)))
+    denied = await ledger.admit(ask("h2", key_limits=Limits(0, burst=1)))
+    assert (denied.retry_after_s, denied.buckets) == (None, (BucketState("key", "requests", 0, 0, 0.0),))
 
 
 async def test_idle_buckets_go_when_they_are_full_again(ledger, ask, store, keys):

@@ -4,6 +4,7 @@ import pytest
 
 from meshproxy.ledger.records import Admitted, Denied
 from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.wire.usage import Usage
 
 
 @pytest.fixture
@@ -85,6 +86,19 @@ async def test_tokens_are_debited_into_debt(ledger, admit, read, keys):
     assert 890 <= await read.level(keys.bucket, "tokens") < 910
 
 
+async def test_renewed_tokens_are_put_right_by_the_settlement(ledger, admit, settlement, read, keys):
+    hold = await admit(key_limits=Limits(tokens_per_minute=600))
+    await ledger.renew(hold, amount_nusd=100, tokens=110)
+    await ledger.renew(hold, amount_nusd=100, tokens=210)
+    await ledger.settle(settlement(usage=Usage(100, 20)))
+    assert 480 <= await read.level(keys.key_bucket("k1"), "tokens") < 482
+
+
+async def test_a_debt_denies_no_renewal_that_needs_no_more_tokens(ledger, admit):
+    hold = await admit(key_limits=Limits(tokens_per_minute=60), tokens=500)
+    assert (await ledger.renew(hold, amount_nusd=120, tokens=500, enforce_tokens=True)).amount_nusd == 120
+
+
 async def test_enforced_tokens_deny(ledger, admit, read, keys):
     hold = await admit(key_limits=Limits(tokens_per_minute=60), account_limits=Limits(tokens_per_minute=30))
     denied = await ledger.renew(hold, amount_nusd=120, tokens=40, enforce_tokens=True)
@@ -120,7 +134,9 @@ async def test_an_abandoned_hold_is_taken_back(ledger, admit, read, store, keys,
     assert await read.hash(keys.held) == {"key:k1": "120"}
     assert (list(await read.hash(keys.holds)), await read.hash(keys.abandoned)) == (["h1"], {})
     await ledger.balance("acme")
-    assert list(await read.hash(keys.holds)) == ["h1"]  # the new deadline is the hold's
+    assert list(await read.hash(keys.holds)) == ["h1"]
+    deadline_ms = int(await store.execute("ZSCORE", keys.deadlines, "h1"))
+    assert deadline_ms - int((await read.events(keys.usage))[-1]["abandoned_ms"]) < 70_000
     assert 50 <= await read.level(keys.key_bucket("k1"), "tokens") < 51  # debited once
     assert await ledger.settle(settlement()) is True
     assert await read.hash(keys.held) == {}
