@@ -2,14 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+NODE := tests/compat/node
+NODE_STAMP := $(NODE)/node_modules/.package-lock.json
 
-.PHONY: dev test check clean
+.PHONY: dev test compat check clean
 
 dev: $(STAMP)
 	$(BIN)/meshproxy dev
 
-test: $(STAMP)
+test: $(STAMP) $(NODE_STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# The clients that applications use, against a gateway of their own; part of `test` too.
+compat: $(STAMP) $(NODE_STAMP)
+	$(BIN)/python -m pytest tests/compat
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -22,5 +28,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(STAMP)
 
+$(NODE_STAMP): $(NODE)/package.json $(NODE)/package-lock.json
+	@if command -v npm >/dev/null; then cd $(NODE) && npm ci --loglevel=error; \
+	else echo "npm is not installed: the tests of Node clients will be skipped"; fi
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv $(NODE)/node_modules build dist *.egg-info

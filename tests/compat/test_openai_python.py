@@ -1,0 +1,357 @@
+"""OpenAI's SDK for Python, as an application developer uses it: only the base URL and the key are ours."""
+
+import json
+import time
+from collections.abc import Iterator
+
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel
+
+from meshproxy.policy.principal import Limits
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+ASK_WEATHER = [{"role": "user", "content": "Use get_weather for Oslo."}]
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+    tags: list[str]
+
+
+@pytest.fixture
+def client(caller) -> Iterator[OpenAI]:
+    """Without retries, so that each test sees the first answer."""
+    with OpenAI(base_url=caller.site.base_url, api_key=caller.secret, max_retries=0) as client:
+        yield client
+
+
+def test_unary(client, caller):
+    completion = client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, seed=7)
+    (choice,) = completion.choices
+    assert ("assistant", "stop") == (choice.message.role, choice.finish_reason)
+    assert "Hello there" in choice.message.content
+    usage = completion.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens * 2_500 + usage.completion_tokens * 10_000 == caller.settled().settled_nusd
+
+
+def test_many_choices(client):
+    completion = client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, n=3, max_completion_tokens=5)
+    assert [0, 1, 2] == [choice.index for choice in completion.choices]
+    assert ["length"] * 3 == [choice.finish_reason for choice in completion.choices]
+
+
+def test_stream_says_what_the_whole_answer_says(client):
+    whole = client.chat.completions.create(model="sim/unicode", messages=HELLO, seed=7)
+    stream = client.chat.completions.create(model="sim/unicode", messages=HELLO, seed=7, stream=True)
+    chunks = list(stream)
+    assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert {whole.id} == {chunk.id for chunk in chunks}
+    assert "stop" == chunks[-1].choices[0].finish_reason
+
+
+def test_usage_chunk_is_hidden_unless_asked_for(client, caller):
+    stream = client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, stream=True)
+    assert [] == [chunk for chunk in stream if chunk.usage is not None or not chunk.choices]
+    assert {"include_usage": True} == caller.sent["stream_options"]
+    assert caller.settled().settled_nusd > 0
+
+
+def test_usage_chunk_when_asked_for(client):
+    stream = client.chat.completions.create(
+        model="openai/gpt-4o", messages=HELLO, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = stream
+    assert [] == last.choices
+    assert last.usage.completion_tokens == sum(1 for chunk in chunks if chunk.choices[0].delta.content)
+
+
+@pytest.mark.parametrize("model", ["sim/comments", "sim/ids", "sim/split", "sim/crlf"])
+def test_what_providers_do_to_streams_is_no_trouble_here(client, model):
+    whole = client.chat.completions.create(model=model, messages=HELLO, seed=7)
+    stream = client.chat.completions.create(model=model, messages=HELLO, seed=7, stream=True)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert whole.choices[0].message.content == said
+
+
+def test_stream_helper(client):
+    with client.chat.completions.stream(model="openai/gpt-4o", messages=HELLO, seed=7) as stream:
+        deltas = "".join(event.delta for event in stream if event.type == "content.delta")
+        final = stream.get_final_completion()
+    assert deltas == final.choices[0].message.content
+
+
+def test_tools(client, caller):
+    completion = client.chat.completions.create(
+        model="openai/gpt-4o", messages=ASK_WEATHER, tools=[WEATHER], parallel_tool_calls=False
+    )
+    (choice,) = completion.choices
+    (call,) = choice.message.tool_calls
+    assert ("tool_calls", "get_weather") == (choice.finish_reason, call.function.name)
+    assert ["city"] == list(json.loads(call.function.arguments))
+    assert [WEATHER] == caller.sent["tools"]
+
+
+def test_tool_result_goes_back(client):
+    completion = client.chat.completions.create(model="openai/gpt-4o", messages=ASK_WEATHER, tools=[WEATHER])
+    (choice,) = completion.choices
+    (call,) = choice.message.tool_calls
+    answered = client.chat.completions.create(
+        model="openai/gpt-4o",
+        messages=[*ASK_WEATHER, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "4 °C, rain"}],
+        tools=[WEATHER],
+    )
+    assert "stop" == answered.choices[0].finish_reason
+
+
+def test_streamed_tool_calls_by_hand(client):
+    stream = client.chat.completions.create(
+        model="openai/gpt-4o", messages=ASK_WEATHER, tools=[WEATHER], tool_choice="required", stream=True
+    )
+    calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
+    assert ["get_weather"] == [call.function.name for call in calls if call.function.name]
+    assert ["city"] == list(json.loads("".join(call.function.arguments or "" for call in calls)))
+
+
+def test_streamed_tool_calls_by_helper(client):
+    with client.chat.completions.stream(model="openai/gpt-4o", messages=ASK_WEATHER, tools=[WEATHER]) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+        final = stream.get_final_completion()
+    (call,) = final.choices[0].message.tool_calls
+    assert [call.function.arguments] == [event.arguments for event in done]
+    assert call.function.parsed_arguments == json.loads(call.function.arguments)
+
+
+def test_structured_output(client, caller):
+    completion = client.chat.completions.parse(model="openai/gpt-4o", messages=HELLO, response_format=Person)
+    assert isinstance(completion.choices[0].message.parsed, Person)
+    assert "Person" == caller.sent["response_format"]["json_schema"]["name"]
+
+
+def test_streamed_structured_output(client):
+    with client.chat.completions.stream(model="openai/gpt-4o", messages=HELLO, response_format=Person) as stream:
+        parsed = stream.get_final_completion().choices[0].message.parsed
+    assert isinstance(parsed, Person)
+
+
+def test_reasoning_is_passed_on(client):
+    completion = client.chat.completions.create(model="sim/reasoning", messages=HELLO, reasoning_effort="low")
+    assert completion.choices[0].message.reasoning_content
+    assert completion.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+def test_raw_response_has_our_headers(client):
+    raw = client.chat.completions.with_raw_response.create(
+        model="falls-over", messages=HELLO, extra_headers={"x-request-id": "mine-1"}
+    )
+    assert "mine-1" == raw.request_id == raw.parse()._request_id
+    assert ("falls-over", "2") == (raw.headers["x-mesh-model"], raw.headers["x-mesh-attempts"])
+    assert float(raw.headers["x-mesh-cost"]) > 0
+    assert ("600", "599") == tuple(raw.headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining"))
+    assert {"limit", "remaining", "reset"} == {
+        name.split("-")[2] for name in raw.headers if name.startswith("x-ratelimit-") and name.endswith("-tokens")
+    }
+
+
+def test_streaming_response(client):
+    with client.chat.completions.with_streaming_response.create(
+        model="openai/gpt-4o", messages=HELLO, stream=True
+    ) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert "text/event-stream; charset=utf-8" == response.headers["content-type"]
+    assert "data: [DONE]" == lines[-1]
+    assert response.request_id
+
+
+def test_models(client):
+    ids = [model.id for model in client.models.list()]
+    assert {"openai/gpt-4o", "vendor/family/model:free"} <= set(ids)
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-4o", "vendor/family/model:free", "gone"])
+def test_model_by_a_name_with_slashes(client, name):
+    assert (name, "model") == ((model := client.models.retrieve(name)).id, model.object)
+
+
+def test_template_and_session_in_extra_body(client, caller):
+    caller.site.put_template(
+        caller.account, name="greeter", messages=[{"role": "user", "content": "Greet {{ name }}."}], model="sim/unicode"
+    )
+    completion = client.chat.completions.create(
+        model=None,
+        messages=[],
+        extra_body={
+            "template": "greeter",
+            "variables": {"name": "Ada"},
+            "session_id": "s-1",
+            "transforms": ["middle-out"],
+        },
+    )
+    assert "sim/unicode" == completion.model
+    assert {
+        "model": "sim/unicode",
+        "messages": [{"role": "user", "content": "Greet Ada."}],
+    }.items() <= caller.sent.items()
+    assert not {"template", "variables", "session_id", "transforms", "models"} & caller.sent.keys()
+    caller.settled()
+    usage = client.get("/usage", cast_to=object, options={"params": {"group_by": "session_id"}})
+    assert ["s-1"] == [row["session_id"] for row in usage["data"]]
+
+
+def test_fallback_models_in_extra_body(client):
+    raw = client.chat.completions.with_raw_response.create(
+        model="gone", messages=HELLO, extra_body={"models": ["openai/gpt-4o"]}
+    )
+    assert ("openai/gpt-4o", "2") == (raw.headers["x-mesh-model"], raw.headers["x-mesh-attempts"])
+
+
+ERRORS = [
+    ({"model": "nobody/knows"}, openai.NotFoundError, 404, "model_not_found"),
+    ({"extra_body": {"template": "nobody-knows"}}, openai.NotFoundError, 404, "template_not_found"),
+    ({"temperature": 3}, openai.UnprocessableEntityError, 422, "validation_error"),
+    ({"messages": []}, openai.UnprocessableEntityError, 422, "validation_error"),
+    ({"model": "sim/error-400"}, openai.UnprocessableEntityError, 422, "validation_error"),
+    ({"user": "u" * 1_048_576}, openai.APIStatusError, 413, "request_too_large"),
+    ({"extra_headers": {"content-type": "text/plain"}}, openai.APIStatusError, 415, "unsupported_media_type"),
+    ({"model": "sim/error-500"}, openai.InternalServerError, 502, "upstream_error"),
+    ({"model": "gone"}, openai.InternalServerError, 502, "upstream_error"),
+    ({"model": "sim/error-429"}, openai.InternalServerError, 503, "provider_not_available"),
+    ({"model": "late"}, openai.InternalServerError, 504, "gateway_timeout"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["unary", "stream"])
+@pytest.mark.parametrize(
+    ("fields", "kind", "status", "code"), ERRORS, ids=[f"{e[2]}-{i}" for i, e in enumerate(ERRORS)]
+)
+def test_errors(client, caller, fields, kind, status, code, stream):
+    with pytest.raises(kind) as caught:
+        client.chat.completions.create(**{"model": "openai/gpt-4o", "messages": HELLO, "stream": stream, **fields})
+    error = caught.value
+    assert (kind, status, code) == (type(error), error.status_code, error.code)
+    assert error.request_id == error.response.headers["x-request-id"] == error.body["request_id"]
+    assert error.body["message"] in str(error)
+    assert 0 == caller.settled().settled_nusd
+
+
+def test_error_tells_the_field(client):
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, temperature=3, top_p=2)
+    error = caught.value
+    assert ("temperature", "invalid_request_error") == (error.param, error.type)
+    assert [["body", "temperature"], ["body", "top_p"]] == [detail["loc"] for detail in error.body["details"]]
+
+
+@pytest.mark.parametrize("secret", ["sk-not-ours", "rsk_unknown"])
+def test_wrong_key(caller, secret):
+    with (
+        OpenAI(base_url=caller.site.base_url, api_key=secret, max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError) as caught,
+    ):
+        client.models.list()
+    assert (401, "unauthorized") == (caught.value.status_code, caught.value.code)
+
+
+def test_model_not_for_this_key(caller):
+    other = caller.site.key(models=["gone"])
+    with (
+        OpenAI(base_url=caller.site.base_url, api_key=other.secret, max_retries=0) as client,
+        pytest.raises(openai.PermissionDeniedError) as caught,
+    ):
+        client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
+    assert "forbidden" == caught.value.code
+
+
+def test_no_credit_is_not_retried(caller):
+    poor = caller.site.key(credit="0")
+    with (
+        OpenAI(base_url=caller.site.base_url, api_key=poor.secret) as client,
+        pytest.raises(openai.APIStatusError) as caught,
+    ):
+        client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
+    assert (402, "insufficient_credits") == (caught.value.status_code, caught.value.code)
+    assert "0" == caught.value.request.headers["x-stainless-retry-count"]
+
+
+def test_rate_limit(caller):
+    limited = caller.site.key(limits=Limits(requests_per_minute=1, burst=1))
+    with OpenAI(base_url=caller.site.base_url, api_key=limited.secret, max_retries=0) as client:
+        client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
+    error = caught.value
+    assert "rate_limit_exceeded" == error.code
+    assert 59 < int(error.response.headers["retry-after-ms"]) / 1000 == error.body["retry_after_seconds"] <= 60
+    limited.settled()
+
+
+def test_rate_limit_is_waited_for_exactly_as_told(caller, monkeypatch):
+    """600 a minute, one at once: a tenth of a second, which the SDK wouldn't guess (it begins at half a second)."""
+    limited = caller.site.key(limits=Limits(requests_per_minute=600, burst=1))
+    waits, sleep = [], time.sleep
+    with OpenAI(base_url=caller.site.base_url, api_key=limited.secret, max_retries=2) as client:
+        client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
+        monkeypatch.setattr(time, "sleep", lambda seconds: (waits.append(seconds), sleep(seconds)))
+        raw = client.chat.completions.with_raw_response.create(model="openai/gpt-4o", messages=HELLO)
+        monkeypatch.undo()
+    assert 1 == raw.retries_taken == len(waits)
+    assert 0 < waits[0] <= 0.1
+    limited.settled()
+
+
+def test_retry_where_nothing_was_done(client):
+    """503 from a provider that took no work on: the SDK's own retry gets the answer."""
+    raw = client.with_options(max_retries=1).chat.completions.with_raw_response.create(
+        model="sim/fail-first-1", messages=HELLO
+    )
+    assert 1 == raw.retries_taken
+
+
+def test_no_retry_where_it_would_pay_twice(client, caller):
+    """A 5xx after a provider may have worked says x-should-retry: false, and the SDK obeys."""
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.with_options(max_retries=3).chat.completions.create(model="late", messages=HELLO)
+    assert "false" == caught.value.response.headers["x-should-retry"]
+    assert 1 == len(caller.site.received)
+
+
+@pytest.mark.parametrize("model", ["sim/error-mid-stream", "sim/die-mid-stream"])
+def test_stream_that_fails_raises(client, model):
+    stream = client.chat.completions.create(model=model, messages=HELLO, stream=True)
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert (openai.APIError, "upstream_error") == (type(caught.value), caught.value.code)
+    assert stream.response.headers["x-request-id"] == caught.value.body["request_id"]
+
+
+def test_closing_a_stream_frees_the_provider(client, caller, until):
+    stream = client.chat.completions.create(model="sim/slow", messages=HELLO, stream=True)
+    next(iter(stream))
+    stream.close()
+    (entry,) = caller.site.received
+    until(lambda: entry.ended == "client_closed")
+    assert entry.tokens < 5
+
+
+def test_client_that_runs_out_of_patience(client, caller, until):
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.2).chat.completions.create(model="sim/stall", messages=HELLO)
+    (entry,) = caller.site.received
+    until(lambda: entry.ended == "client_closed")
