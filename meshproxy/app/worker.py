@@ -11,12 +11,13 @@ from pathlib import Path
 
 import structlog
 from aiohttp import web
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from meshproxy.config import Log, Settings
 from meshproxy.errors import overloaded
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.deployment import Deployment
+from meshproxy.gateway.idempotent import Idempotence
 from meshproxy.gateway.live import Live
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.gateway.record import Recorder
@@ -27,6 +28,7 @@ from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import Instances, LocalAdmission
+from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Store
 from meshproxy.money import parse_usd
 from meshproxy.policy.catalog import Catalog
@@ -47,6 +49,7 @@ FIXED = (
     "server.workers",
     "redis.url",
     "log.format",
+    "metrics.buckets",
 )  # what only a restart changes
 STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
 SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
@@ -70,7 +73,9 @@ class Worker:
         self.settings = settings
         self._secrets = secrets
         self._journal_path = journal_path
-        self.metrics = Metrics(settings.models, settings.upstreams, version=VERSION)
+        self.metrics = Metrics(
+            settings.models, settings.upstreams, version=VERSION, edges=asdict(settings.metrics.buckets)
+        )
         self.tasks = Tasks(on_failure=lambda name: self.metrics.task_failures.labels(name).inc())
         self.live = Live(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
@@ -96,6 +101,7 @@ class Worker:
             local=local,
             directory=self.directory,
             authenticator=authenticator,
+            idempotence=Idempotence(Replays(self.store), self.tasks, time.monotonic),
             settler=Settler(self.ledger, self.journal, local, self.tasks, time.time, time.monotonic),
             recorder=self.recorder,
             tasks=self.tasks,
@@ -107,6 +113,7 @@ class Worker:
         self.chat = ChatHandler(self.gateway, request_id_of, time.monotonic)
         self.api = Api(self.gateway, authenticator, self.directory, self.ledger, self.store)
         self._note_generation(1)
+        self._follow()
         self._watchers = [
             asyncio.create_task(self.live.pulse(lambda: self.settings), name="pulse"),
             asyncio.create_task(self.journal.keep_replaying(self.ledger.settle), name="journal"),
@@ -193,6 +200,12 @@ class Worker:
         self.metrics.ledger_op_duration.labels(op).observe(seconds)
         if error is not None:
             self.metrics.ledger_errors.labels(error).inc()
+
+    def _follow(self) -> None:
+        """Gauges of what is kept elsewhere, read at each scrape."""
+        self.metrics.in_flight_limit.labels().follow(lambda: self.settings.server.max_in_flight)
+        self.metrics.ledger_connected.labels().follow(lambda: self.store.connected)
+        self.metrics.journal_pending.labels().follow(lambda: len(self.journal))
 
     def _note_generation(self, generation: int) -> None:
         self.metrics.config_generation.labels().set(generation)

@@ -1,6 +1,7 @@
 """The record of one request from arrival to log line: each phase writes down what it learned, the last one reads it all."""
 
 from meshproxy.gateway.call import Call
+from meshproxy.gateway.idempotent import Recording
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.records import UsageSource
@@ -10,18 +11,22 @@ from meshproxy.wire.usage import Usage
 
 
 class Exchange:
-    """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it goes on."""
+    """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it
+    goes on; `complete`: the whole answer was got.
+    """
 
     __slots__ = (
         "attempt",
         "attempts",
         "call",
         "code",
+        "complete",
         "cost_nusd",
         "detached",
         "events",
         "first_byte_at",
         "first_event_at",
+        "hold_id",
         "last_event_at",
         "lease",
         "max_gap_s",
@@ -30,14 +35,16 @@ class Exchange:
         "phase",
         "plan",
         "principal",
+        "recording",
         "sent_at",
         "status",
         "usage",
         "usage_source",
     )
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, hold_id: str) -> None:
         self.call = call
+        self.hold_id = hold_id
         self.phase = "authenticate"
         self.principal: Principal | None = None
         self.plan: Plan | None = None
@@ -45,6 +52,8 @@ class Exchange:
         self.attempt: Attempt | None = None
         self.attempts = 0
         self.detached = False
+        self.complete = False
+        self.recording: Recording | None = None
         self.status = 0
         self.code = ""
         self.outcome = "failed"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from meshproxy.config import Settings
 from meshproxy.errors import Fault
+from meshproxy.gateway.idempotent import Recording
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.relay import Relay
 
@@ -12,12 +13,13 @@ PULSE_S = 0.5  # how late a ping may be
 
 
 class Live:
-    """The leases and relays of this worker. Nothing here costs a timer a request."""
+    """The leases, relays and recordings of this worker. Nothing here costs a timer a request."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.leases: set[Lease] = set()
         self.relays: set[Relay] = set()
+        self.recordings: set[Recording] = set()
 
     async def pulse(self, settings: Callable[[], Settings]) -> None:
         """Run for the life of the worker, by the settings of the moment."""
@@ -34,7 +36,8 @@ class Live:
 
     async def _keep_holds(self) -> None:
         """All in one loop turn, so that they share a pipeline."""
-        results = await asyncio.gather(*(lease.keep() for lease in self.leases), return_exceptions=True)
+        keeping = [*(lease.keep() for lease in self.leases), *(recording.keep_alive() for recording in self.recordings)]
+        results = await asyncio.gather(*keeping, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, Fault):
                 raise result

@@ -5,6 +5,7 @@ request ends in one log line.
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.idempotent import Idempotence, Recording
 from meshproxy.gateway.lease import Credit, Lease
 from meshproxy.gateway.live import Live
 from meshproxy.gateway.record import Recorder
@@ -56,6 +58,7 @@ class Gateway:
         local: LocalAdmission | None,
         directory: Directory,
         authenticator: Authenticator,
+        idempotence: Idempotence,
         settler: Settler,
         recorder: Recorder,
         tasks: Tasks,
@@ -70,6 +73,7 @@ class Gateway:
         self._local = local
         self._directory = directory
         self._authenticator = authenticator
+        self._idempotence = idempotence
         self._settler = settler
         self._recorder = recorder
         self._tasks = tasks
@@ -81,7 +85,7 @@ class Gateway:
 
     async def chat(self, call: Call, downstream: Downstream) -> Reply | None:
         """Serve one chat completion. None: the answer was streamed to `downstream`."""
-        exchange = Exchange(call)
+        exchange = Exchange(call, next(self._hold_ids))
         if self._recorder.in_flight >= self.deployment.settings.server.max_in_flight:
             return self._shed(exchange)
         self._recorder.begin(exchange)
@@ -101,6 +105,9 @@ class Gateway:
 
     def _close(self, exchange: Exchange) -> None:
         """The end of every request: settle, then count and log."""
+        if exchange.recording is not None:
+            self._live.recordings.discard(exchange.recording)
+            exchange.recording.conclude(complete=exchange.complete)
         self._settler.settle(exchange)
         self._recorder.end(exchange)
 
@@ -113,8 +120,39 @@ class Gateway:
         deployment = self.deployment
         principal = exchange.principal = await self._authenticator.principal(exchange.call.authorization)
         body = await exchange.call.read_body()
+        if exchange.call.idempotency_key is None:
+            return await self._process(exchange, principal, body, deployment, downstream)
+        return await self._process_once(exchange, principal, body, deployment, downstream)
+
+    async def _process_once(
+        self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream
+    ) -> Reply | None:
+        """The first request of an Idempotency-Key is processed; the others get what it gets."""
+        settings = deployment.settings
+        while True:
+            entered = await self._idempotence.enter(
+                exchange.call,
+                principal,
+                body,
+                downstream,
+                settings=settings.idempotency,
+                running_ttl_ms=int(settings.credits.hold_ttl_s * 1000),
+                owner=exchange.hold_id,
+            )
+            if isinstance(entered, Recording):
+                exchange.recording = entered
+                self._live.recordings.add(entered)
+                return await self._process(exchange, principal, body, deployment, entered)
+            with contextlib.suppress(LookupError):  # that one failed: this may be the first now
+                reply = await entered.play(exchange.call, downstream, settings.server.heartbeat_s)
+                exchange.status, exchange.outcome = 200, "replayed"
+                return reply
+
+    async def _process(
+        self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream
+    ) -> Reply | None:
         plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
-        answer = await self._admit(plan, principal, deployment)
+        answer = await self._admit(plan, principal, deployment, exchange.hold_id)
         if isinstance(answer, Denied):
             self._recorder.denied(answer)
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
@@ -122,7 +160,7 @@ class Gateway:
         plan = exchange.plan = lease.plan
         self._recorder.enter(exchange, "attempt")
         work = self._respond(exchange, plan, lease, deployment, downstream)
-        if _outlives(plan, deployment):
+        if exchange.recording is not None or _outlives(plan, deployment):
             return await self._detacher.run(exchange, work)
         return await work
 
@@ -136,15 +174,17 @@ class Gateway:
             if plan.request.stream:
                 await self._relay(exchange, plan, response, lease, downstream)
                 return None
-            return await self._answer(exchange, response)
+            reply = await self._answer(exchange, response)
+            if exchange.recording is not None:
+                exchange.recording.reply(reply)
+            return reply
         finally:
             self._live.leases.discard(lease)
             lease.end()
 
-    async def _admit(self, plan: Plan, principal: Principal, deployment: Deployment) -> Lease | Denied:
+    async def _admit(self, plan: Plan, principal: Principal, deployment: Deployment, hold_id: str) -> Lease | Denied:
         settings = deployment.settings
         enforce = settings.limits.enforce_mid_stream and plan.request.stream
-        hold_id = next(self._hold_ids)
         ask = ask_for(plan, principal, hold_id, settings.credits, settings.defaults, enforce_mid_stream=enforce)
         is_local = False
         try:
@@ -179,6 +219,7 @@ class Gateway:
         bill(exchange, reply.usage, reply.model, lambda: -(-output_bytes(body) // BYTES_PER_TOKEN))
         exchange.status = 200
         exchange.outcome = "completed"
+        exchange.complete = True
         headers = [
             *downstream_headers(response.headers),
             *self._told(exchange),
@@ -203,6 +244,7 @@ class Gateway:
         try:
             await relay.run()
             exchange.outcome = relay.outcome
+            exchange.complete = relay.outcome == "completed"
         finally:
             self._live.relays.discard(relay)
             exchange.events = scanner.events

@@ -69,6 +69,14 @@ class AccountKeys:
         """Hash: the aggregates of one hour, `2026-11-24T09`."""
         return f"{self._root}hour:{hour}"
 
+    def replay(self, key_id: str, digest: str) -> str:
+        """Hash: one Idempotency-Key of a key, by its SHA-256: who owns it and how far the answer is."""
+        return f"{self._root}replay:{key_id}:{digest}"
+
+    def replay_parts(self, owner: str) -> str:
+        """List: the answer that a request got, for replay."""
+        return f"{self._root}replay-parts:{owner}"
+
     @property
     def record(self) -> str:
         """String: the account's directory record, JSON."""

@@ -1,0 +1,242 @@
+"""Idempotency-Key: the same key and body attach to the running request or get the finished answer again, charged once.
+
+The first request records what its client is sent, behind its back and within a bound. Those that come later read the record:
+a finished answer at once, a running one as it grows. A request that failed leaves nothing: whoever repeats it runs it anew.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Struct
+
+from meshproxy.config import Idempotency
+from meshproxy.errors import Fault, Problem, Source, idempotency_conflict, invalid, upstream_error
+from meshproxy.gateway.call import Call, Downstream, Headers, Reply
+from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays
+from meshproxy.policy.principal import Principal
+from meshproxy.telemetry.tasks import Tasks
+from meshproxy.wire.replies import error_event
+from meshproxy.wire.sse import PING
+
+MAX_KEY_CHARS = 255
+POLL_S = 0.05  # how far an attached stream is behind, at most
+REPLAYED = ("idempotent-replayed", "true")
+
+
+class Head(Struct, frozen=True):
+    """The first part of a recorded answer."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    stream: bool
+
+
+class Recording:
+    """A `Downstream` that passes everything on and keeps a copy in Redis."""
+
+    def __init__(
+        self,
+        downstream: Downstream,
+        claim: Claim,
+        replays: Replays,
+        settings: Idempotency,
+        running_ttl_ms: int,
+        tasks: Tasks,
+    ) -> None:
+        self._downstream = downstream
+        self._claim = claim
+        self._replays = replays
+        self._settings = settings
+        self._running_ttl_ms = running_ttl_ms
+        self._tasks = tasks
+        self._unsent: list[bytes] = []
+        self._size = 0
+        self._sending = False
+        self._conclusion: Conclusion = "running"
+
+    def begin(self, headers: Headers) -> None:
+        """Send and keep the head of a stream."""
+        self._downstream.begin(headers)
+        self._keep(msgspec.json.encode(Head(200, headers, stream=True)))
+
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:
+        """Send and keep body bytes."""
+        self._downstream.write(payload, frame)
+        if payload != PING:
+            self._keep(payload)
+
+    def finish(self) -> None:
+        """End the body."""
+        self._downstream.finish()
+
+    def congested(self) -> bool:
+        """As the client's side is."""
+        return self._downstream.congested()
+
+    async def drained(self) -> None:
+        """As the client's side is."""
+        await self._downstream.drained()
+
+    def reply(self, reply: Reply) -> None:
+        """Keep a whole answer."""
+        self._keep(msgspec.json.encode(Head(reply.status, reply.headers, stream=False)))
+        self._keep(reply.body)
+
+    def conclude(self, *, complete: bool) -> None:
+        """The request is over: what was kept is its answer, or is worth nothing."""
+        if self._conclusion == "running":
+            self._conclusion = "finished" if complete else "failed"
+        self._send()
+
+    async def keep_alive(self) -> None:
+        """Put the record's end off while the request runs."""
+        await self._replays.conclude(self._claim, "running", self._running_ttl_ms)
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._conclusion != "running":
+            return
+        if self._size > self._settings.max_bytes:
+            self._conclusion = "lost"
+        else:
+            self._unsent.append(part)
+        self._send()
+
+    def _send(self) -> None:
+        if not self._sending:
+            self._sending = True
+            self._tasks.spawn("idempotency", self._send_all())
+
+    async def _send_all(self) -> None:
+        """One batch after the other; what comes meanwhile makes the next."""
+        try:
+            while self._unsent:
+                parts, self._unsent = self._unsent, []
+                await self._replays.append(self._claim, parts, self._running_ttl_ms)
+            if self._conclusion != "running":
+                await self._replays.conclude(self._claim, self._conclusion, self._ttl_ms())
+        finally:
+            self._sending = False
+
+    def _ttl_ms(self) -> int:
+        return FAILED_TTL_MS if self._conclusion == "failed" else int(self._settings.ttl_s * 1000)
+
+
+class Replay:
+    """The answer of the request that has the key, for one that asks the same."""
+
+    def __init__(self, claim: Claim, replays: Replays, clock: Callable[[], float]) -> None:
+        self._claim = claim
+        self._replays = replays
+        self._clock = clock
+        self._read = 0
+        self._head: Head | None = None
+        self._body: list[bytes] = []
+        self._written_at = clock()
+
+    async def play(self, call: Call, downstream: Downstream, heartbeat_s: float) -> Reply | None:
+        """Give the answer as it comes: a whole one is returned, a stream goes to `downstream`.
+
+        LookupError if the other request failed before anything was sent here.
+        """
+        while True:
+            state, parts = await self._replays.read(self._claim, self._read)
+            for part in parts:
+                self._take(part, call, downstream)
+            if state == "finished":
+                return self._end(call, downstream)
+            if state != "running":
+                self._give_up(call, downstream)
+                return None
+            await self._wait(downstream, heartbeat_s)
+
+    def _take(self, part: bytes, call: Call, downstream: Downstream) -> None:
+        self._read += 1
+        if self._head is None:
+            self._head = msgspec.json.decode(part, type=Head)
+            if self._head.stream:
+                downstream.begin(_own(self._head.headers, call))
+        elif self._head.stream:
+            downstream.write(part)
+            self._written_at = self._clock()
+        else:
+            self._body.append(part)
+
+    def _end(self, call: Call, downstream: Downstream) -> Reply | None:
+        if self._head is None:
+            raise LookupError
+        if not self._head.stream:
+            return Reply(self._head.status, _own(self._head.headers, call), b"".join(self._body))
+        downstream.finish()
+        return None
+
+    def _give_up(self, call: Call, downstream: Downstream) -> None:
+        """The other request failed, or its answer became too large to be kept."""
+        if self._head is None or not self._head.stream:
+            raise LookupError
+        problem = upstream_error("The request that this one repeats has failed.", may_have_run=True)
+        downstream.write(error_event(problem, call.request_id))
+        downstream.finish()
+
+    async def _wait(self, downstream: Downstream, heartbeat_s: float) -> None:
+        if downstream.congested():
+            await downstream.drained()
+        elif self._head is not None and self._head.stream and self._clock() - self._written_at >= heartbeat_s:
+            downstream.write(PING)
+            self._written_at = self._clock()
+        await asyncio.sleep(POLL_S)
+
+
+class Idempotence:
+    """Decides whether a request is the first of its key. `settings` are those of the moment."""
+
+    def __init__(self, replays: Replays, tasks: Tasks, clock: Callable[[], float]) -> None:
+        self._replays = replays
+        self._tasks = tasks
+        self._clock = clock
+
+    async def enter(
+        self,
+        call: Call,
+        principal: Principal,
+        body: bytes,
+        downstream: Downstream,
+        settings: Idempotency,
+        ttl_ms: int,
+        owner: str,
+    ) -> Recording | Replay:
+        """A Recording for the first, a Replay for every other. Fault of 409 for another body, of 422 for an unusable key."""
+        name = call.idempotency_key or ""
+        if not 0 < len(name) <= MAX_KEY_CHARS or not name.isprintable():
+            raise Fault(Source.CLIENT, invalid(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters."))
+        claim = await self._replays.claim(
+            principal.account.name, principal.key.id, name, body, owner=owner, ttl_ms=ttl_ms
+        )
+        if claim.state == "claimed":
+            return Recording(downstream, claim, self._replays, settings, running_ttl_ms, self._tasks)
+        problem = _objection(claim)
+        if problem is not None:
+            raise Fault(Source.CLIENT, problem)
+        return Replay(claim, self._replays, self._clock)
+
+
+def _objection(claim: Claim) -> Problem | None:
+    if claim.state == "conflict":
+        return idempotency_conflict()
+    if claim.state == "lost":
+        return Problem(
+            409,
+            "idempotency_conflict",
+            "This request was served, and its answer was too large to be kept for a replay.",
+        )
+    return None
+
+
+def _own(headers: Headers, call: Call) -> Headers:
+    """The recorded headers with this request's own id."""
+    return [
+        ("x-request-id", call.request_id),
+        *((name, value) for name, value in headers if name != "x-request-id"),
+        REPLAYED,
+    ]

@@ -1,0 +1,16 @@
+-- Claims an Idempotency-Key for a request, or says what became of the request that has it. One that failed leaves the key
+-- free again.
+--
+-- KEYS   1 record
+-- ARGV   1 owner (a request's hold id), 2 digest of the body, 3 time to live (ms)
+-- reply  1 state (0 claimed, 1 running, 2 finished, 3 finished and too large to be kept, 4 another body), 2 owner
+
+local STATES = { running = 1, finished = 2, lost = 3 }
+
+local record = redis.call('HMGET', KEYS[1], 'body', 'owner', 'state')
+local state = STATES[record[3]]
+if state and record[1] ~= ARGV[2] then return { 4, record[2] } end
+if state then return { state, record[2] } end
+redis.call('HSET', KEYS[1], 'body', ARGV[2], 'owner', ARGV[1], 'state', 'running')
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return { 0, ARGV[1] }

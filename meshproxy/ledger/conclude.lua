@@ -1,0 +1,11 @@
+-- Notes how a request with an Idempotency-Key ended, or that it still runs. Only its owner may.
+--
+-- KEYS   1 record, 2 parts of the answer
+-- ARGV   1 owner, 2 state (running, finished, lost or failed), 3 time to live (ms)
+-- reply  1 noted, 0 the record is somebody else's by now
+
+if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'state', ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return 1

@@ -1,0 +1,68 @@
+"""Idempotency keys: which request has one, and the answer it got, part by part, for whoever asks the same again.
+
+A record says who owns the key and how far the answer is; the parts of the answer are a list of its own, named by the owner, so
+that a reader never mixes two answers. Both vanish after their time to live, a running request's sooner than an answer's.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.scripts import Script
+from meshproxy.ledger.store import Store
+
+State = Literal["claimed", "running", "finished", "lost", "conflict"]
+Conclusion = Literal["running", "finished", "lost", "failed"]
+
+FAILED_TTL_MS = 10_000  # long enough for whoever is attached to hear of it
+
+_STATES: tuple[State, ...] = ("claimed", "running", "finished", "lost", "conflict")
+
+
+class Claim(Struct, frozen=True):
+    """What became of a claim: `state`, and the owner's id, which is the claimant's own if it was `claimed`."""
+
+    state: State
+    owner: str
+    record: str
+    parts: str
+
+
+class Replays:
+    """The records of every account over one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._claim = Script.load("claim")
+        self._conclude = Script.load("conclude")
+
+    async def claim(self, account: str, key_id: str, name: str, body: bytes, *, owner: str, ttl_ms: int) -> Claim:
+        """Claim the Idempotency-Key `name` of one key for a request body."""
+        names = AccountKeys(account)
+        record = names.replay(key_id, hashlib.sha256(name.encode()).hexdigest())
+        digest = hashlib.sha256(body).hexdigest()
+        state, found = await self._store.run(self._claim, [record], [owner, digest, ttl_ms])
+        owner = found.decode()
+        return Claim(_STATES[state], owner, record, names.replay_parts(owner))
+
+    async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int) -> None:
+        """Add parts of the answer."""
+        await asyncio.gather(
+            self._store.execute("RPUSH", claim.parts, *parts), self._store.execute("PEXPIRE", claim.parts, ttl_ms)
+        )
+
+    async def conclude(self, claim: Claim, state: Conclusion, ttl_ms: int) -> None:
+        """Say how far the answer is."""
+        await self._store.run(self._conclude, [claim.record, claim.parts], [claim.owner, state, ttl_ms])
+
+    async def read(self, claim: Claim, start: int) -> tuple[str | None, list[bytes]]:
+        """The state, and every part from `start` on: after `finished` there are no more. None: the record is gone."""
+        (owner, state), parts = await asyncio.gather(
+            self._store.execute("HMGET", claim.record, "owner", "state"),
+            self._store.execute("LRANGE", claim.parts, start, -1),
+        )
+        return (state.decode() if owner == claim.owner.encode() else None), parts
