@@ -202,8 +202,9 @@ class Idempotence:
         principal: Principal,
         body: bytes,
         downstream: Downstream,
+        *,
         settings: Idempotency,
-        ttl_ms: int,
+        running_ttl_ms: int,
         owner: str,
     ) -> Recording | Replay:
         """A Recording for the first, a Replay for every other. Fault of 409 for another body, of 422 for an unusable key."""
@@ -211,7 +212,7 @@ class Idempotence:
         if not 0 < len(name) <= MAX_KEY_CHARS or not name.isprintable():
             raise Fault(Source.CLIENT, invalid(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters."))
         claim = await self._replays.claim(
-            principal.account.name, principal.key.id, name, body, owner=owner, ttl_ms=ttl_ms
+            principal.account.name, principal.key.id, name, body, owner=owner, ttl_ms=running_ttl_ms
         )
         if claim.state == "claimed":
             return Recording(downstream, claim, self._replays, settings, running_ttl_ms, self._tasks)

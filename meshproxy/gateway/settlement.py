@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import msgspec
+from msgspec.structs import replace
 
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Lease
@@ -79,9 +80,14 @@ class Settler:
     async def _send(self, settlement: Settlement) -> None:
         """To the ledger, or to disk until it is back. What was sent and never answered may be sent again: it counts once."""
         try:
-            await self._ledger.settle(settlement)
+            settled = await self._ledger.settle(settlement)
         except Unavailable:
             await self._journal.append(settlement)
+            return
+        if (
+            not settled and not settlement.unheld
+        ):  # this was its first time, so the ledger has lost the hold, not charged it
+            await self._send(replace(settlement, unheld=True))
 
     def _settlement(self, exchange: Exchange, lease: Lease) -> Settlement:
         attempt = exchange.attempt
