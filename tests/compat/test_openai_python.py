@@ -332,6 +332,23 @@ def test_no_retry_where_it_would_pay_twice(client, caller):
     assert 1 == len(caller.site.received)
 
 
+def test_idempotency_key_answers_twice_and_charges_once(client, caller):
+    def ask(words: str):
+        return client.chat.completions.with_raw_response.create(
+            model="openai/gpt-4o",
+            messages=[{"role": "user", "content": words}],
+            extra_headers={"idempotency-key": "once"},
+        )
+
+    first, again = ask("Hello"), ask("Hello")
+    assert first.content == again.content
+    assert (None, "true") == tuple(raw.headers.get("idempotent-replayed") for raw in (first, again))
+    with pytest.raises(openai.ConflictError) as caught:
+        ask("Something else")
+    assert "idempotency_conflict" == caught.value.code
+    assert 1 == len(caller.site.received)
+
+
 @pytest.mark.parametrize("model", ["sim/error-mid-stream", "sim/die-mid-stream"])
 def test_stream_that_fails_raises(client, model):
     stream = client.chat.completions.create(model=model, messages=HELLO, stream=True)
