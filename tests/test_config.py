@@ -209,6 +209,36 @@ def test_what_is_no_price(usd):
     assert ['models.m.input_usd_per_mtok: expected a decimal string in USD, as "2.50"'] == faults(text)
 
 
+EDGE = "metrics.buckets.meshproxy_overhead_seconds"
+
+
+@pytest.mark.parametrize(
+    "edges, expected",
+    [
+        ("[]", [f"{EDGE}: expected a list of length >= 1"]),
+        ("[0]", [f"{EDGE}[0]: expected float > 0.0"]),
+        ("[1, inf]", [f"{EDGE}[1]: expected float <= 86400.0"]),
+        ("[1, nan]", [f"{EDGE}[1]: expected float > 0.0"]),
+        ("[2, 1]", [f"{EDGE}: each edge must be more than the one before it"]),
+        ("[1, 1.0]", [f"{EDGE}: each edge must be more than the one before it"]),
+        (str([*range(1, 52)]), [f"{EDGE}: 51 edges are more than 50"]),
+    ],
+)
+def test_what_no_histogram_can_have(edges, expected):
+    assert expected == faults(f"{EDGE} = {edges}")
+
+
+def test_a_histogram_that_is_none():
+    expected = [
+        "metrics.buckets.meshproxy_overhed_seconds: unknown key, did you mean meshproxy_overhead_seconds?",
+        "metrics.buckets.meshproxy_requests_total: unknown key",
+    ]
+    text = "[metrics.buckets]\nmeshproxy_overhed_seconds = [1]\nmeshproxy_requests_total = [1]"
+    assert expected == [
+        fault.replace(", did you mean meshproxy_request_duration_seconds?", "") for fault in faults(text)
+    ]
+
+
 def test_every_fault_is_told_at_once():
     text = """
     zzz = 1
@@ -371,6 +401,7 @@ SECTIONS = [
     ("credits", config.Credits),
     ("limits", config.RateLimits),
     ("idempotency", config.Idempotency),
+    ("metrics.buckets", config.Buckets),
     ("upstreams.openai", config.Upstream),
     ('models."openai/gpt-4o"', config.Model),
 ]

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from meshproxy.app.load import secrets_of
 from meshproxy.app.worker import Worker, request_log_to, with_redis
@@ -13,6 +14,7 @@ from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.server.envelope import envelope_errors
 from meshproxy.telemetry import logs
+from meshproxy.telemetry.families import NONE, OTHER
 
 
 def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> web.Application:
@@ -41,11 +43,28 @@ def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> 
 
 def application(worker: Worker) -> web.Application:
     """Every path over a worker that somebody else starts and stops."""
-    app = web.Application(middlewares=[envelope_errors], client_max_size=worker.settings.server.max_body_bytes)
+    app = web.Application(
+        middlewares=[_counting(worker), envelope_errors], client_max_size=worker.settings.server.max_body_bytes
+    )
     app.router.add_post(CHAT_PATH, worker.serve_chat)
     for method, path, function in ROUTES:
         app.router.add_route(method, path, _bound(worker, function))
     return app
+
+
+def _counting(worker: Worker) -> Middleware:
+    """Counts what is answered beside the main job, which counts itself."""
+
+    @web.middleware
+    async def counting(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource is not None else OTHER
+        if route != CHAT_PATH or request.method != "POST":
+            worker.metrics.requests.labels(route, NONE, str(response.status), "false").inc()
+        return response
+
+    return counting
 
 
 def _bound(

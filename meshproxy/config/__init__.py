@@ -8,10 +8,12 @@ from meshproxy.config.addresses import split_address
 from meshproxy.config.api_keys import resolve_secrets
 from meshproxy.config.decoding import Unfit, parse
 from meshproxy.config.settings import (
+    Buckets,
     Credits,
     Defaults,
     Idempotency,
     Log,
+    Metrics,
     Model,
     RateLimits,
     Redis,
@@ -23,10 +25,12 @@ from meshproxy.config.settings import (
 )
 
 __all__ = [
+    "Buckets",
     "Credits",
     "Defaults",
     "Idempotency",
     "Log",
+    "Metrics",
     "Model",
     "RateLimits",
     "Redis",

@@ -5,11 +5,14 @@ A value whose own type is at fault is None here and is passed over: its fault wa
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from urllib.parse import urlsplit
+
+from msgspec.structs import asdict
 
 from meshproxy.config.addresses import address_fault, is_network
 from meshproxy.config.names import nearest, under
-from meshproxy.config.settings import Defaults, Model, Redis, Route, Server, Settings, Upstream
+from meshproxy.config.settings import MOST_EDGES, Buckets, Defaults, Model, Redis, Route, Server, Settings, Upstream
 
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
 
@@ -24,6 +27,8 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield from _server_faults(settings.server)
     if settings.redis is not None:
         yield from _redis_faults(settings.redis)
+    if settings.metrics is not None and settings.metrics.buckets is not None:
+        yield from _bucket_faults(settings.metrics.buckets)
     for name, upstream in (settings.upstreams or {}).items():
         if upstream is not None:
             yield from _upstream_faults(upstream, under("upstreams", name))
@@ -53,6 +58,16 @@ def _redis_faults(redis: Redis) -> Iterator[str]:
             yield f"redis.url: its scheme is none of {', '.join(f'{name}://' for name in REDIS_SCHEMES)}, nor is it embedded"
     if redis.on_failure == "local" and redis.journal is None:
         yield 'redis.journal: on_failure = "local" needs a file to journal settlements in'
+
+
+def _bucket_faults(buckets: Buckets) -> Iterator[str]:
+    for family, edges in asdict(buckets).items():
+        if edges is None or None in edges:
+            continue
+        if any(low >= high for low, high in pairwise(edges)):
+            yield f"metrics.buckets.{family}: each edge must be more than the one before it"
+        if len(edges) > MOST_EDGES:
+            yield f"metrics.buckets.{family}: {len(edges)} edges are more than {MOST_EDGES}"
 
 
 def _upstream_faults(upstream: Upstream, path: str) -> Iterator[str]:

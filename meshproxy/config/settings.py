@@ -5,11 +5,13 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct, field
 
 MOST = 2**53  # what a Lua number in Redis holds exactly
+MOST_EDGES = 50  # of a histogram: each is a series for every label set
 
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Natural = Annotated[int, Meta(ge=0, le=MOST)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Usd = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,9})?\Z", description='a decimal string in USD, as "2.50"')]
+Edges = Annotated[list[Seconds], Meta(min_length=1, max_length=MOST_EDGES)]
 Name = Annotated[str, Meta(pattern=r"\A[!-~]{1,256}\Z", description="1 to 256 characters of ASCII without spaces")]
 BaseUrl = Annotated[
     str,
@@ -90,6 +92,24 @@ class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_bytes: Positive = 1_048_576
 
 
+class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[metrics.buckets]: the upper edges of a histogram, by family, in the place of its own (telemetry/families.py)."""
+
+    meshproxy_request_duration_seconds: Edges | None = None
+    meshproxy_time_to_first_token_seconds: Edges | None = None
+    meshproxy_time_per_output_token_seconds: Edges | None = None
+    meshproxy_stream_max_gap_seconds: Edges | None = None
+    meshproxy_overhead_seconds: Edges | None = None
+    meshproxy_ledger_op_duration_seconds: Edges | None = None
+    meshproxy_event_loop_lag_seconds: Edges | None = None
+
+
+class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[metrics]"""
+
+    buckets: Buckets = field(default_factory=Buckets)
+
+
 class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[upstreams.NAME]: one provider and the patience it is given."""
 
@@ -139,5 +159,6 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     credits: Credits = field(default_factory=Credits)
     limits: RateLimits = field(default_factory=RateLimits)
     idempotency: Idempotency = field(default_factory=Idempotency)
+    metrics: Metrics = field(default_factory=Metrics)
     upstreams: dict[Name, Upstream] = field(default_factory=dict)
     models: dict[Name, Model] = field(default_factory=dict)

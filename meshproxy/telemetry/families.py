@@ -27,7 +27,7 @@ CLOSED: dict[str, frozenset[str]] = {
             "/v1/models",
             "/v1/models/{id}",
             "/v1/templates",
-            "/v1/templates/{id}",
+            "/v1/templates/{name}",
             "/v1/usage",
             "/v1/key",
         }
@@ -182,6 +182,12 @@ BREAKER_OPEN = Definition(
     merge="max",
     preset=True,
 )
+IN_FLIGHT_LIMIT = Definition(
+    "meshproxy_in_flight_limit",
+    "gauge",
+    "Requests that may be in flight before more are refused with 503, added up over the workers.",
+    preset=True,
+)
 CLIENT_DISCONNECTS = Definition(
     "meshproxy_client_disconnects_total",
     "counter",
@@ -198,6 +204,19 @@ LEDGER_OP_DURATION = Definition(
 )
 LEDGER_ERRORS = Definition(
     "meshproxy_ledger_errors_total", "counter", "Ledger operations that failed, by kind.", ("kind",), preset=True
+)
+LEDGER_CONNECTED = Definition(
+    "meshproxy_ledger_connected",
+    "gauge",
+    "1 while every worker has its connection to the ledger.",
+    merge="min",
+    preset=True,
+)
+JOURNAL_PENDING = Definition(
+    "meshproxy_journal_pending",
+    "gauge",
+    "Settlements on disk that wait for the ledger.",
+    preset=True,
 )
 SETTLEMENTS = Definition(
     "meshproxy_settlements_total",
@@ -245,11 +264,14 @@ OWN = (
     RATE_LIMITED,
     CREDIT_REJECTIONS,
     IN_FLIGHT,
+    IN_FLIGHT_LIMIT,
     UPSTREAM_REQUESTS,
     BREAKER_OPEN,
     CLIENT_DISCONNECTS,
     LEDGER_OP_DURATION,
     LEDGER_ERRORS,
+    LEDGER_CONNECTED,
+    JOURNAL_PENDING,
     SETTLEMENTS,
     TASK_FAILURES,
     EVENT_LOOP_LAG,

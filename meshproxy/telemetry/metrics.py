@@ -39,13 +39,18 @@ class Counter:
 
 
 class Gauge:
-    """A number that goes up and down."""
+    """A number that goes up and down, or is read from where it is kept whenever it is asked for."""
 
-    __slots__ = ("labels", "value")
+    __slots__ = ("_read", "labels", "value")
 
     def __init__(self, labels: tuple[str, ...], _edges: Sequence[float], _clock: Clock) -> None:
         self.labels = labels
         self.value: int | float = 0
+        self._read: Callable[[], float] | None = None
+
+    def follow(self, read: Callable[[], float]) -> None:
+        """From now on it is what `read` says at each snapshot; True is 1."""
+        self._read = read
 
     def set(self, value: float) -> None:
         """It is `value` now; True is 1."""
@@ -61,6 +66,8 @@ class Gauge:
 
     def series(self) -> Series:
         """What it holds now."""
+        if self._read is not None:
+            self.value = float(self._read())
         return Series(self.labels, self.value)
 
 
@@ -156,7 +163,9 @@ class FamilyOf(Generic[Child]):
 
 
 class Metrics:
-    """All families of one worker. `edges` replaces a histogram's by family name; `clock` (Unix seconds) dates exemplars."""
+    """All families of one worker. `edges` replaces a histogram's by family name, where it isn't None; `clock` (Unix seconds)
+    dates exemplars.
+    """
 
     def __init__(
         self,
@@ -164,7 +173,7 @@ class Metrics:
         upstreams: Iterable[str] = (),
         *,
         version: str = "unknown",
-        edges: Mapping[str, Sequence[float]] | None = None,
+        edges: Mapping[str, Sequence[float] | None] | None = None,
         clock: Clock = time.time,
     ) -> None:
         self._words = Vocabulary(models, upstreams, version)
@@ -184,11 +193,14 @@ class Metrics:
         self.rate_limited = self._counters(families.RATE_LIMITED)
         self.credit_rejections = self._counters(families.CREDIT_REJECTIONS)
         self.in_flight = self._gauges(families.IN_FLIGHT)
+        self.in_flight_limit = self._gauges(families.IN_FLIGHT_LIMIT)
         self.upstream_requests = self._counters(families.UPSTREAM_REQUESTS)
         self.breaker_open = self._gauges(families.BREAKER_OPEN)
         self.client_disconnects = self._counters(families.CLIENT_DISCONNECTS)
         self.ledger_op_duration = self._histograms(families.LEDGER_OP_DURATION)
         self.ledger_errors = self._counters(families.LEDGER_ERRORS)
+        self.ledger_connected = self._gauges(families.LEDGER_CONNECTED)
+        self.journal_pending = self._gauges(families.JOURNAL_PENDING)
         self.settlements = self._counters(families.SETTLEMENTS)
         self.task_failures = self._counters(families.TASK_FAILURES)
         self.event_loop_lag = self._histograms(families.EVENT_LOOP_LAG)
@@ -218,7 +230,7 @@ class Metrics:
         return family
 
     def _histograms(self, definition: Definition) -> FamilyOf[Histogram]:
-        edges = sorted(self._edges.get(definition.name, definition.edges))
+        edges = sorted(self._edges.get(definition.name) or definition.edges)
         family = FamilyOf(Histogram, definition, self._words, edges, self._clock)
         self._families.append(family)
         return family

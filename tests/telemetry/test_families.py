@@ -1,5 +1,10 @@
+import tomllib
+from pathlib import Path
+
+from meshproxy.config import Buckets
 from meshproxy.telemetry.families import BY_NAME, CLOSED, OWN
 
+EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 PROMISED = [
     "build_info",
     "requests_total",
@@ -67,3 +72,14 @@ def test_edges_rise_and_cover_what_was_asked():
         "time_per_output_token": (0.001, 2.5),
         "overhead": (0.0001, 1),
     }
+
+
+def test_the_example_shows_every_histogram_as_it_is():
+    text = EXAMPLE.read_text().partition("\n[metrics.buckets]\n")[2].partition("\n\n")[0]
+    lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# meshproxy_")]
+    shown = tomllib.loads("\n".join(lines))
+    assert {d.name: list(d.edges) for d in OWN if d.kind == "histogram"} == shown
+
+
+def test_the_configuration_names_every_histogram():
+    assert {definition.name for definition in OWN if definition.kind == "histogram"} == {*Buckets.__struct_fields__}

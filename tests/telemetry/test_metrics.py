@@ -65,6 +65,15 @@ def test_histogram_keeps_the_last_trace_of_a_bucket(metrics):
     assert {1: Exemplar(TRACE, 0.012, 1000.0)} == found.exemplars
 
 
+def test_a_gauge_that_follows_is_read_at_each_snapshot(metrics):
+    kept = [1, 2]
+    metrics.journal_pending.labels().follow(lambda: len(kept))
+    metrics.ledger_connected.labels().follow(lambda: bool(kept))
+    assert (values(metrics, "journal_pending"), values(metrics, "ledger_connected")) == ({(): 2}, {(): 1})
+    kept.clear()
+    assert (values(metrics, "journal_pending"), values(metrics, "ledger_connected")) == ({(): 0}, {(): 0})
+
+
 @pytest.mark.parametrize("trace_id", [None, "", "F" * 32, "f" * 33, 'a"} evil\n', "f" * 31 + "\n"])
 def test_histogram_ignores_what_is_no_trace_id(metrics, trace_id):
     metrics.time_to_first_token.labels("openai/gpt-4o").observe_traced(0.011, trace_id)
@@ -120,6 +129,7 @@ def test_reconfigure_admits_new_names_and_keeps_the_old(metrics):
 
 
 def test_edges_can_be_chosen():
-    metrics = Metrics(edges={"meshproxy_overhead_seconds": [2, 1]})
+    edges = {"meshproxy_overhead_seconds": [2, 1], "meshproxy_event_loop_lag_seconds": None}
+    metrics = Metrics(edges=edges)
     metrics.overhead.labels("true").observe(1.5)
     assert series(metrics, "overhead_seconds")["true",].counts == [0, 1, 0]
