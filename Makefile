@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 NODE := tests/compat/node
 NODE_STAMP := $(NODE)/node_modules/.package-lock.json
 
-.PHONY: dev test compat check clean
+.PHONY: dev test compat check docs clean
 
 dev: $(STAMP)
 	$(BIN)/meshproxy dev
@@ -22,6 +22,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# docs/configuration.md, from the typed settings.
+docs: $(STAMP)
+	$(BIN)/python scripts/configuration_doc.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
