@@ -42,8 +42,11 @@ CLOSED: dict[str, frozenset[str]] = {
     "phase": frozenset(PHASES),
     "op": frozenset(
         {
-            *("admit", "settle", "renew", "balance", "grant"),  # the scripts
-            *("GET", "MGET", "SET", "DEL", "HGET", "HMGET", "HGETALL", "HSET", "HDEL", "SADD", "SMEMBERS", "PING"),
+            *("admit", "settle", "renew", "balance", "grant", "claim", "conclude"),  # the scripts
+            *("put_template", "delete_template"),
+            *("GET", "SET", "DEL", "PEXPIRE", "PING", "TIME"),
+            *("HGET", "HMGET", "HGETALL", "HSET", "HLEN", "HSCAN", "HVALS", "LRANGE", "RPUSH", "SADD", "SMEMBERS"),
+            *("XREVRANGE", "ZADD", "ZCARD", "ZREMRANGEBYSCORE"),
         }
     ),
     "kind": frozenset(
@@ -59,15 +62,14 @@ CLOSED: dict[str, frozenset[str]] = {
             "failed",
             "client_disconnected",
             "insufficient_credits",
+            "rate_limited",
             "upstream_failed",
             "abandoned",
             "shutdown",
         }
     ),
     "usage_source": frozenset({"reported", "estimated", "drained", "none"}),
-    "task": frozenset(
-        {"settle", "renew", "drain", "loop-lag", "ledger-dial", "ledger-cluster-map", "journal", "invalidate"}
-    ),
+    "task": frozenset({"settle", "renew", "drain", "idempotency", "ledger-dial", "ledger-cluster-map"}),
 }
 
 

@@ -1,10 +1,13 @@
+import re
 import tomllib
 from pathlib import Path
 
 from meshproxy.config import Buckets
 from meshproxy.telemetry.families import BY_NAME, CLOSED, OWN
 
-EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "config.example.toml"
+SOURCE = "".join(path.read_text() for path in sorted((ROOT / "meshproxy").rglob("*.py")))
 PROMISED = [
     "build_info",
     "requests_total",
@@ -83,3 +86,19 @@ def test_the_example_shows_every_histogram_as_it_is():
 
 def test_the_configuration_names_every_histogram():
     assert {definition.name for definition in OWN if definition.kind == "histogram"} == {*Buckets.__struct_fields__}
+
+
+def test_what_the_ledger_is_asked_has_a_label():
+    commands = set(re.findall(r'execute\(\s*"([A-Z]+)"', SOURCE))
+    scripts = set(re.findall(r'load\("(\w+)"', SOURCE))
+    assert {"admit", "settle"} < scripts
+    assert set() == (commands | scripts) - CLOSED["op"]
+
+
+def test_every_background_task_has_a_label():
+    assert CLOSED["task"] == set(re.findall(r'spawn\("([a-z-]+)"', SOURCE))
+
+
+def test_every_outcome_has_a_label():
+    assigned = set(re.findall(r'outcome = "(\w+)"', SOURCE))
+    assert set() == assigned - CLOSED["outcome"]
