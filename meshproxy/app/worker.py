@@ -29,7 +29,7 @@ from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import Instances, LocalAdmission
 from meshproxy.ledger.replays import Replays
-from meshproxy.ledger.store import Store
+from meshproxy.ledger.store import Store, Unavailable
 from meshproxy.money import parse_usd
 from meshproxy.policy.catalog import Catalog
 from meshproxy.server.api import Api
@@ -52,6 +52,9 @@ FIXED = (
     "metrics.buckets",
 )  # what only a restart changes
 STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
+GC_THRESHOLD = (
+    20_000  # objects made before the youngest are looked through: a request makes some hundreds and keeps none
+)
 SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
 
 _log = structlog.get_logger("meshproxy.app")
@@ -82,10 +85,10 @@ class Worker:
         self.stopping = False
 
     async def start(self) -> None:
-        """Connect to Redis in the background, and stand ready for requests."""
+        """Connect to Redis, and stand ready for requests."""
         redis = self.settings.redis
         boot_id = random_source.token_hex(6)
-        self.store = await connect(redis, wait=False, on_op=self._on_op, spawn=self.tasks.spawn)
+        self.store = await self._connect()
         self.ledger = Ledger(self.store)
         self.journal = self._open_journal()
         self._instances = Instances(self.store, boot_id, time.time)
@@ -122,6 +125,7 @@ class Worker:
         if is_local:
             self._watchers.append(asyncio.create_task(self._instances.beat(), name="instances"))
         gc.collect()
+        gc.set_threshold(GC_THRESHOLD, 20, 50)
         gc.freeze()  # what lives for the whole run need not be walked at each collection
 
     async def serve_chat(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -184,6 +188,14 @@ class Worker:
         if not self.store.connected:
             reasons.append("the ledger can't be reached")
         return reasons
+
+    async def _connect(self) -> Store:
+        """The store, up; or on its way, if it isn't there yet: whoever asks meanwhile is told that the ledger can't be reached."""
+        try:
+            return await connect(self.settings.redis, on_op=self._on_op, spawn=self.tasks.spawn)
+        except Unavailable as error:
+            _log.error("ledger_unavailable", reason=error.reason)
+            return await connect(self.settings.redis, wait=False, on_op=self._on_op, spawn=self.tasks.spawn)
 
     def _open_journal(self) -> Journal:
         """The journal on disk; in memory where there is no place for it and none was asked for."""
