@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy import config
-from meshproxy.config import Unfit, parse, resolve_secrets, split_address
+from meshproxy.config import Unfit, parse, resolve_admin_token, resolve_secrets, split_address
 from meshproxy.money import parse_usd
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
@@ -58,6 +58,9 @@ def test_nothing_is_the_defaults():
         ("[server]\nadmin_listen = '[x]:1'", ["server.admin_listen: '[x]:1': 'x' is not an IPv6 address"]),
         ("[server]\nlisten = 'unix:a'", ["server.listen: 'unix:a' needs an absolute path"]),
         ("[server]\nlisten = ':1'\nadmin_listen = ':1'", ["server.admin_listen: the same as server.listen"]),
+        ("[server]\ntls_cert = '/c'", ["server.tls_key: needed beside server.tls_cert"]),
+        ("[server]\ntls_key = '/k'", ["server.tls_cert: needed beside server.tls_key"]),
+        ("[server]\nadmin_token = {}", ['server.admin_token: say one of { env = "NAME" } and { file = "/path" }']),
         ("[server]\ntrusted_proxies = ['x']", ["server.trusted_proxies[0]: 'x' is not a network such as 10.0.0.0/8"]),
         ("[server]\ntrusted_proxies = ['::1', 2]", ["server.trusted_proxies[1]: expected str, got int"]),
         (
@@ -193,6 +196,18 @@ def test_redis_url(url):
 def test_a_redis_url_is_not_shown_for_it_may_hold_a_password(url):
     (fault,) = faults(f"[redis]\nurl = '{url}'")
     assert (True, False) == (fault.startswith("redis.url: its scheme is none of redis://, "), "hunter2" in fault)
+
+
+@pytest.mark.parametrize("address", [":8081", "0.0.0.0:8081", "[::]:8081", "10.0.0.1:8081", "host.example:8081"])
+def test_an_admin_listener_that_others_can_reach_needs_a_token(address):
+    text = f"[server]\nadmin_listen = '{address}'\n"
+    assert [f"server.admin_listen: others can reach {address}: it needs a server.admin_token"] == faults(text)
+    assert address == parse(text + "admin_token = { env = 'TOKEN' }").server.admin_listen
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "unix:/run/admin.sock"])
+def test_an_admin_listener_of_this_machine_needs_none(address):
+    assert address == parse(f"[server]\nadmin_listen = '{address}'").server.admin_listen
 
 
 @pytest.mark.parametrize("usd", ["0", "1", "2.50", "0.000000001", "999999.999999999"])
@@ -431,3 +446,18 @@ def test_what_the_example_comments_out_is_the_default_too():
     plain = config.Upstream(kind="openai", base_url="http://a")
     assert plain == parse(provider("\n".join(lines))).upstreams["a"]
     assert lines == [line for line in lines if tomllib.loads(line)]
+
+
+TOKEN = '[server]\nadmin_token = { env = "TOKEN" }\n'
+
+
+def test_the_admin_token_is_a_secret_like_others():
+    settings = parse(TOKEN)
+    assert "t0ken" == resolve_admin_token(settings, {"TOKEN": " t0ken\n"}, {}.__getitem__)
+    assert None is resolve_admin_token(parse(""), {}, {}.__getitem__)
+    with pytest.raises(Unfit) as caught:
+        resolve_admin_token(settings, {}, {}.__getitem__)
+    assert ["server.admin_token: the environment has no TOKEN"] == caught.value.faults
+    with pytest.raises(Unfit) as caught:
+        secrets(TOKEN + ENV, {})
+    assert 2 == len(caught.value.faults)

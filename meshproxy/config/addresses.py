@@ -31,6 +31,17 @@ def address_fault(address: str) -> str | None:
     return None
 
 
+def is_private(address: str) -> bool:
+    """Whether only this machine can reach a listener's address: loopback, or a socket file. What can't be told is not."""
+    if address.startswith("unix:"):
+        return True
+    try:
+        host, _ = split_address(address)
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def is_network(text: str) -> bool:
     """Whether this is a network such as 10.0.0.0/8, or one address."""
     try:

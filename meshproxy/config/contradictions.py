@@ -10,9 +10,20 @@ from urllib.parse import urlsplit
 
 from msgspec.structs import asdict
 
-from meshproxy.config.addresses import address_fault, is_network
+from meshproxy.config.addresses import address_fault, is_network, is_private
 from meshproxy.config.names import nearest, under
-from meshproxy.config.settings import MOST_EDGES, Buckets, Defaults, Model, Redis, Route, Server, Settings, Upstream
+from meshproxy.config.settings import (
+    MOST_EDGES,
+    Buckets,
+    Defaults,
+    Model,
+    Redis,
+    Route,
+    Secret,
+    Server,
+    Settings,
+    Upstream,
+)
 
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
 
@@ -43,12 +54,30 @@ def _server_faults(server: Server) -> Iterator[str]:
     for index, network in enumerate(server.trusted_proxies or ()):
         if network is not None and not is_network(network):
             yield f"server.trusted_proxies[{index}]: {network!r} is not a network such as 10.0.0.0/8"
-    for key, address in (("listen", server.listen), ("admin_listen", server.admin_listen)):
-        fault = address_fault(address) if address is not None else None
-        if fault:
-            yield f"server.{key}: {fault}"
-    if server.listen is not None and server.listen == server.admin_listen and not server.listen.endswith(":0"):
-        yield "server.admin_listen: the same as server.listen"
+    listen_fault = address_fault(server.listen) if server.listen is not None else None
+    if listen_fault:
+        yield f"server.listen: {listen_fault}"
+    admin_fault = _admin_fault(server) if server.admin_listen is not None else None
+    if admin_fault:
+        yield f"server.admin_listen: {admin_fault}"
+    yield from _secret_faults(server.admin_token, "server.admin_token")
+    if (server.tls_cert is None) != (server.tls_key is None):
+        here, missing = ("tls_cert", "tls_key") if server.tls_key is None else ("tls_key", "tls_cert")
+        yield f"server.{missing}: needed beside server.{here}"
+
+
+def _admin_fault(server: Server) -> str | None:
+    fault = address_fault(server.admin_listen)
+    if fault is None and server.listen == server.admin_listen and not server.listen.endswith(":0"):
+        return "the same as server.listen"
+    if fault is None and server.admin_token is None and not is_private(server.admin_listen):
+        return f"others can reach {server.admin_listen}: it needs a server.admin_token"
+    return fault
+
+
+def _secret_faults(secret: Secret | None, path: str) -> Iterator[str]:
+    if secret is not None and (secret.env is None) == (secret.file is None):
+        yield f'{path}: say one of {{ env = "NAME" }} and {{ file = "/path" }}'
 
 
 def _redis_faults(redis: Redis) -> Iterator[str]:
@@ -71,9 +100,7 @@ def _bucket_faults(buckets: Buckets) -> Iterator[str]:
 
 
 def _upstream_faults(upstream: Upstream, path: str) -> Iterator[str]:
-    secret = upstream.api_key
-    if secret is not None and (secret.env is None) == (secret.file is None):
-        yield f'{path}.api_key: say one of {{ env = "NAME" }} and {{ file = "/path" }}'
+    yield from _secret_faults(upstream.api_key, f"{path}.api_key")
     fault = _url_fault(upstream.base_url) if upstream.base_url is not None else None
     if fault:
         yield f"{path}.base_url: {fault}"

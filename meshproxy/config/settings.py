@@ -35,6 +35,10 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     listen: str = "127.0.0.1:8080"
     admin_listen: str = "127.0.0.1:8081"
     workers: Natural = 0
+    admin_token: Secret | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    proxy_protocol: bool = False
     trusted_proxies: list[str] = field(default_factory=lambda: ["127.0.0.0/8"])
     max_body_bytes: Positive = 33_554_432
     max_in_flight: Positive = 4096

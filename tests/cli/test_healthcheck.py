@@ -43,7 +43,7 @@ def serving(server):
 def config(tmp_path):
     def write(address):
         path = tmp_path / "meshproxy.toml"
-        path.write_text(f'[server]\nadmin_listen = "{address}"\n')
+        path.write_text(f'[server]\nadmin_listen = "{address}"\nadmin_token = {{ env = "UNUSED" }}\n')
         return str(path)
 
     return write

@@ -1,0 +1,93 @@
+"""Who a request came from: the peer, or whoever the trusted proxies in front say it was.
+
+X-Forwarded-For and Forwarded (RFC 7239) are lists that each proxy appends to, so they are read from the right: what a trusted
+proxy added is believed, and the first address that is no trusted proxy's is the client. What stands left of it, a client may have
+written itself.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+MAX_HOPS = 32  # entries looked at, from the right
+MAX_KNOWN_PEERS = 4096
+
+Headers = CIMultiDict[str] | CIMultiDictProxy[str]
+
+_FOR = re.compile(r'(?:^|;)\s*for=("[^"]*"|[^;,"\s]*)', re.IGNORECASE)
+_V4_WITH_PORT = re.compile(r"([0-9.]+):[0-9]+")
+
+
+class TrustedProxies:
+    """The networks whose word on clients is taken. A peer on a unix socket is trusted: the file's permissions let it in."""
+
+    def __init__(self, networks: Iterable[str]) -> None:
+        self._networks = [ipaddress.ip_network(network) for network in networks]
+        self.trusts = lru_cache(MAX_KNOWN_PEERS)(self._trusts)
+
+    def client_of(self, peer: str | None, headers: Headers) -> str | None:
+        """The client's address. `peer`: the other end of the connection; None or empty on a unix socket.
+
+        Where both headers are there and tell different clients, a client may have sent the one that the proxy doesn't write:
+        neither is believed.
+        """
+        peer = address(peer) if peer else None
+        hops, elements = _listed(headers, "x-forwarded-for"), _listed(headers, "forwarded")
+        if not (hops or elements) or not self.trusts(peer):
+            return peer
+        told = {
+            self._first_stranger(peer, listed) for listed in (hops, [_for(element) for element in elements]) if listed
+        }
+        return told.pop() if len(told) == 1 else peer
+
+    def _first_stranger(self, peer: str | None, hops: Sequence[str]) -> str | None:
+        """The rightmost address that no trusted proxy has; the farthest one known if all have."""
+        farthest = peer
+        for hop in reversed(hops[-MAX_HOPS:]):
+            found = address(hop)
+            if found is None:
+                return farthest  # `unknown`, an obfuscated name, or nonsense: nobody knows what is behind
+            farthest = found
+            if not self.trusts(found):
+                break
+        return farthest
+
+    def _trusts(self, peer: str | None) -> bool:
+        if peer is None:
+            return True
+        found = ipaddress.ip_address(peer)
+        return any(found in network for network in self._networks)
+
+
+def address(text: str) -> str | None:
+    """One address in its one spelling: without port, brackets and zone, and IPv4 where it was mapped into IPv6; None for
+    anything else.
+    """
+    text = text.strip().strip('"')
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif with_port := _V4_WITH_PORT.fullmatch(text):
+        text = with_port[1]
+    try:
+        found = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+        found = found.ipv4_mapped
+    return str(found)
+
+
+def _listed(headers: Headers, name: str) -> list[str]:
+    """A list header's elements, over all its lines (RFC 9110, section 5.3)."""
+    if name not in headers:
+        return []
+    return [element for line in headers.getall(name) for element in line.split(",") if element.strip()]
+
+
+def _for(element: str) -> str:
+    """The node of a Forwarded element; empty if it names none."""
+    found = _FOR.search(element)
+    return found[1] if found is not None else ""
