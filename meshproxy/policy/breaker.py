@@ -9,6 +9,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from meshproxy.policy.window import Window
+
 State = Literal["closed", "open", "half-open"]
 
 
@@ -40,7 +42,7 @@ class Breaker:
 
     def __init__(self, tolerance: Tolerance | None = None) -> None:
         self._tolerance = tolerance or Tolerance()
-        self._window = _Window(self._tolerance.window_s)
+        self._window = Window(self._tolerance.window_s)
         self._close()
 
     def state(self, now: float) -> State:
@@ -69,7 +71,7 @@ class Breaker:
         """A request was answered as it should be."""
         if self._state == "closed":
             self._in_a_row = 0
-            self._window.add(now, failed=False)
+            self._window.add(now, marked=False)
         elif self._state == "half-open":
             self._close()
 
@@ -79,7 +81,7 @@ class Breaker:
         """
         if self._state == "closed":
             self._in_a_row += 1
-            self._window.add(now, failed=True)
+            self._window.add(now, marked=True)
             if self._has_enough():
                 self._open(now, spin)
         elif self._state == "half-open":
@@ -94,7 +96,7 @@ class Breaker:
         tolerance = self._tolerance
         return self._in_a_row >= tolerance.consecutive or (
             self._window.calls >= tolerance.least_calls
-            and self._window.failures >= tolerance.failing * self._window.calls
+            and self._window.marked >= tolerance.failing * self._window.calls
         )
 
     def _open(self, now: float, spin: float) -> None:
@@ -107,44 +109,3 @@ class Breaker:
         self._open_s = self._tolerance.open_s
         self._in_a_row = 0
         self._window.forget()
-
-
-class _Window:
-    """Calls and failures of about the last `width_s`: two fixed windows, of which the elder counts for as much of it as still
-    lies in the sliding one.
-    """
-
-    __slots__ = ("_began", "_elder", "_elder_failed", "_now", "_width_s", "_younger", "_younger_failed")
-
-    def __init__(self, width_s: float) -> None:
-        self._width_s = width_s
-        self.forget()
-
-    def forget(self) -> None:
-        self._began = self._now = 0.0
-        self._elder = self._elder_failed = self._younger = self._younger_failed = 0
-
-    def add(self, now: float, *, failed: bool) -> None:
-        if now - self._began >= self._width_s:
-            self._turn(now)
-        self._now = now
-        self._younger += 1
-        self._younger_failed += failed
-
-    @property
-    def calls(self) -> float:
-        return self._younger + self._elder * self._share()
-
-    @property
-    def failures(self) -> float:
-        return self._younger_failed + self._elder_failed * self._share()
-
-    def _share(self) -> float:
-        return 1.0 - (self._now - self._began) / self._width_s
-
-    def _turn(self, now: float) -> None:
-        """Begin a new window; the one before is the elder unless it is over for longer than a window."""
-        adjacent = now - self._began < 2 * self._width_s
-        self._elder, self._elder_failed = (self._younger, self._younger_failed) if adjacent else (0, 0)
-        self._younger = self._younger_failed = 0
-        self._began = self._began + self._width_s if adjacent else now

@@ -23,7 +23,8 @@ _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
 
 class Attempt(Struct, frozen=True):
     """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
-    it walks itself, in order, each with the price that is due if it is the one that serves.
+    it walks itself, in order, each with the price that is due if it is the one that serves. Neighbours of one model that have a
+    `weight` are equals.
     """
 
     upstream: str
@@ -34,6 +35,7 @@ class Attempt(Struct, frozen=True):
     max_output_tokens: int
     price: Price
     natives: tuple["Attempt", ...] = ()
+    weight: int | None = None
 
     @property
     def native_models(self) -> tuple[str, ...]:
@@ -117,7 +119,16 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
 
     def attempt(route: Route) -> Attempt:
         kind = settings.upstreams[route.upstream].kind
-        return Attempt(route.upstream, kind, route.model, name, model.context_window, model.max_output_tokens, price)
+        return Attempt(
+            upstream=route.upstream,
+            kind=kind,
+            upstream_model=route.model,
+            model=name,
+            context_window=model.context_window,
+            max_output_tokens=model.max_output_tokens,
+            price=price,
+            weight=route.weight,
+        )
 
     groups = tuple(tuple((attempt(route), route.weight or 1) for route in group) for group in _groups(model.upstreams))
     fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0][0] for group in groups)

@@ -4,7 +4,14 @@ import math
 
 from msgspec import Struct
 
-from meshproxy.errors import MAX_RETRY_AFTER_S, Problem, invalid, provider_not_available, upstream_error
+from meshproxy.errors import (
+    MAX_RETRY_AFTER_S,
+    Problem,
+    UpstreamFault,
+    invalid,
+    provider_not_available,
+    upstream_error,
+)
 from meshproxy.wire.replies import provider_error
 
 DEFAULT_RETRY_AFTER_S = 1.0  # where a provider is full and doesn't say for how long
@@ -59,6 +66,20 @@ def after_status(
     nonsense = f"The provider answered with status {status}, which makes no sense here."
     accepted = 200 <= status < 300  # whatever it did, it did it: another would do it again
     return Verdict(upstream_error(nonsense, may_have_run=accepted, provider_error=words), try_next=not accepted)
+
+
+def is_unwell(fault: UpstreamFault) -> bool:
+    """Whether a fault speaks against the upstream itself: it couldn't be reached, fell silent, broke off or failed. That it has
+    no capacity, or refuses this request or our account, doesn't; neither does what never left the gateway.
+    """
+    if fault.answered is None:
+        return fault.problem.status != 503  # no connection was free, or the gateway is shutting down
+    return fault.answered >= 500 or fault.answered == 200
+
+
+def asks_to_wait_s(fault: UpstreamFault) -> float:
+    """For how long the upstream should be spared, by its own word; at most MAX_RETRY_AFTER_S, 0.0 if it didn't ask."""
+    return min(fault.problem.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if fault.answered is not None else 0.0
 
 
 def wait_of(retry_after: str | None, retry_after_ms: str | None = None) -> float | None:

@@ -2,8 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.errors import Problem
-from meshproxy.policy.failover import Verdict, after_status, wait_of
+from meshproxy.errors import (
+    Problem,
+    UpstreamFault,
+    gateway_timeout,
+    overloaded,
+    provider_not_available,
+    upstream_error,
+)
+from meshproxy.policy.failover import Verdict, after_status, asks_to_wait_s, is_unwell, wait_of
 
 BODY = b'{"error": {"message": "words"}}'
 WORDS = {"error": {"message": "words"}}
@@ -103,3 +110,38 @@ def test_wait_of(retry_after, retry_after_ms, expected):
 def test_any_answer_has_a_verdict(status, body, retry_after):
     problem = after_status(status, body, retry_after).problem
     assert problem.status in {422, 502, 503}
+
+
+def fault(answered, problem):
+    return UpstreamFault(problem, safe_to_repeat=True, answered=answered)
+
+
+@pytest.mark.parametrize(
+    "answered, problem, expected",
+    [
+        (None, upstream_error("refused", may_have_run=False), True),
+        (None, gateway_timeout("silent", may_have_run=True), True),
+        (None, provider_not_available("no connection is free", 1.0), False),
+        (None, overloaded("shutting down"), False),
+        (200, upstream_error("an error in the stream", may_have_run=True), True),
+        *((status, after_status(status, b"", None).problem, True) for status in (500, 502, 503, 504, 529)),
+        *(
+            (status, after_status(status, b"", None).problem, False)
+            for status in (302, 400, 401, 404, 408, 409, 422, 429)
+        ),
+    ],
+)
+def test_who_is_to_blame(answered, problem, expected):
+    assert expected == is_unwell(fault(answered, problem))
+
+
+@pytest.mark.parametrize(
+    "answered, retry_after, expected",
+    [(429, None, 1.0), (429, "7", 7.0), (429, "3600", 60.0), (503, "7", 7.0), (503, None, 0.0), (500, "7", 0.0)],
+)
+def test_who_asks_to_be_spared_is_spared(answered, retry_after, expected):
+    assert expected == asks_to_wait_s(fault(answered, after_status(answered, b"", retry_after).problem))
+
+
+def test_what_never_left_the_gateway_spares_nobody():
+    assert 0.0 == asks_to_wait_s(fault(None, provider_not_available("no connection is free", 1.0)))

@@ -1,0 +1,181 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy.policy.balance import DECAY_S, FORGET_S, PeakEwma, Standing, arrange
+from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.pricing import Price
+
+PRICE = Price(0, 0, 0, 0, 0, 0, 0)
+OPEN = Standing(is_open=True)
+
+
+def attempt(name, weight=None, model="a/one"):
+    return Attempt(name, "openai", "one", model, 1, 1, PRICE, weight=weight)
+
+
+def equals(**weights):
+    return [attempt(name, weight) for name, weight in weights.items()]
+
+
+def ejected(seconds):
+    return Standing(ejected_s=seconds)
+
+
+def names(attempts, session=None, **standings):
+    return "".join(a.upstream for a in arrange(attempts, lambda a: standings.get(a.upstream, Standing()), session))
+
+
+# Who is passed over.
+
+
+@pytest.mark.parametrize(
+    "standings, expected",
+    [
+        ({}, "abc"),
+        ({"a": OPEN}, "bc"),
+        ({"a": OPEN, "b": OPEN, "c": OPEN}, ""),
+        ({"a": ejected(5)}, "bca"),
+        ({"a": ejected(5), "b": ejected(2)}, "cba"),
+        ({"a": ejected(5), "b": ejected(2), "c": ejected(9)}, "bac"),
+        ({"a": OPEN, "b": ejected(2)}, "cb"),
+    ],
+)
+def test_routes_without_equals_keep_their_order_but_for_those_that_ask_to_be_spared(standings, expected):
+    assert expected == names([attempt(name) for name in "abc"], **standings)
+
+
+@pytest.mark.parametrize(
+    "standings, expected",
+    [
+        ({"a": ejected(5)}, "bcda"),
+        ({"a": ejected(5), "b": ejected(9)}, "cdab"),
+        ({"a": ejected(5), "b": ejected(9), "c": ejected(2)}, "cdab"),
+        ({name: ejected(time) for name, time in zip("abcd", (5, 9, 2, 7), strict=True)}, "acdb"),
+        ({"a": OPEN, "b": ejected(9), "c": ejected(2)}, "cdb"),
+        ({"a": OPEN, "b": OPEN, "c": ejected(2)}, "cd"),
+        ({"a": OPEN, "b": OPEN, "c": OPEN, "d": ejected(2)}, "d"),
+        (dict.fromkeys("abcd", OPEN), ""),
+    ],
+)
+def test_of_equals_no_more_than_half_are_ejected(standings, expected):
+    assert expected == names(equals(a=1, b=1, c=1, d=1), **standings)
+
+
+def test_the_ejected_are_asked_after_the_fallbacks():
+    attempts = [*equals(a=1, b=1), attempt("f"), attempt("m", model="b/two")]
+    assert "bfma" == names(attempts, a=ejected(1))
+    assert "abmf" == names(attempts, f=ejected(1))
+
+
+def test_the_equals_of_two_models_are_not_equals():
+    attempts = [attempt("a", 1), attempt("b", 1, model="b/two")]
+    assert "ab" == names(attempts, a=Standing(in_flight=100))
+
+
+# Which of two goes first.
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        (Standing(), Standing(), "ab"),
+        (Standing(in_flight=1), Standing(), "ab"),
+        (Standing(in_flight=2), Standing(), "ba"),
+        (Standing(in_flight=12), Standing(in_flight=11), "ab"),
+        (Standing(in_flight=12), Standing(in_flight=10), "ba"),
+        (Standing(1.0), Standing(0.51), "ab"),
+        (Standing(1.0), Standing(0.49), "ba"),
+        (Standing(9.0), Standing(), "ab"),
+        (Standing(), Standing(0.1), "ab"),
+        (Standing(1.0, in_flight=1), Standing(0.9), "ba"),
+    ],
+)
+def test_the_second_of_equals_goes_first_only_if_it_is_better_off(a, b, expected):
+    assert expected == names(equals(a=1, b=1), a=a, b=b)
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        (Standing(in_flight=9), Standing(), "ab"),
+        (Standing(in_flight=11), Standing(), "ba"),
+        (Standing(in_flight=18), Standing(in_flight=1), "ab"),
+        (Standing(in_flight=19), Standing(in_flight=1), "ba"),
+    ],
+)
+def test_load_is_seen_by_weight(a, b, expected):
+    assert expected == names(equals(a=9, b=1), a=a, b=b)
+
+
+def test_only_the_two_that_were_drawn_are_compared():
+    assert "acb" == names(equals(a=1, c=1, b=1), a=Standing(0.5), c=Standing(0.4), b=Standing(0.001))
+
+
+# Sessions.
+
+
+def test_a_session_stays_where_it_is_whatever_was_drawn():
+    drawn = [equals(a=1, b=1, c=1), equals(c=1, b=1, a=1), equals(b=1, a=1, c=1)]
+    busy = {"a": Standing(9.0, 50)}
+    assert 1 == len({names(attempts, "s1", **standings) for attempts in drawn for standings in ({}, busy)})
+
+
+def test_when_a_sessions_upstream_is_away_no_other_session_moves():
+    sessions = [f"session-{number}" for number in range(200)]
+    before = {session: names(equals(a=1, b=1, c=1), session) for session in sessions}
+    after = {session: names(equals(a=1, b=1, c=1), session, a=OPEN) for session in sessions}
+    assert {session: order.replace("a", "") for session, order in before.items()} == after
+
+
+def test_sessions_are_spread_by_weight():
+    first = Counter(names(equals(a=3, b=1), f"session-{number}")[0] for number in range(4000))
+    assert 0.72 < first["a"] / 4000 < 0.78
+
+
+def test_where_a_session_goes_is_the_same_in_every_worker_and_release():
+    assert ["bca", "cab", "bac"] == [names(equals(a=1, b=1, c=1), session) for session in ("s1", "s2", "s3")]
+
+
+def test_a_sessions_upstream_that_asks_to_be_spared_is_spared():
+    assert "cab" == names(equals(a=1, b=1, c=1), "s1", b=ejected(1))
+
+
+@given(
+    st.lists(st.tuples(st.none() | st.integers(1, 9), st.sampled_from(["x", "y"])), max_size=8),
+    st.lists(st.builds(Standing, st.floats(0, 9), st.integers(0, 9), st.floats(0, 9), st.booleans()), max_size=8),
+    st.none() | st.text(max_size=3),
+)
+def test_all_but_the_open_are_asked_once(routes, standings, session):
+    attempts = [attempt(str(index), weight, model) for index, (weight, model) in enumerate(routes)]
+    known = dict(zip((a.upstream for a in attempts), standings, strict=False))
+    arranged = arrange(attempts, lambda a: known.get(a.upstream, Standing()), session)
+    usable = [a for a in attempts if not known.get(a.upstream, Standing()).is_open]
+    assert sorted(a.upstream for a in usable) == sorted(a.upstream for a in arranged)
+
+
+# Latency.
+
+
+def latency(*observed, now):
+    ewma = PeakEwma()
+    for seconds, at in observed:
+        ewma.observe(seconds, at)
+    return ewma.read(now)
+
+
+def test_a_latency_is_unknown_before_and_long_after():
+    assert 0.0 == latency(now=100.0)
+    assert [0.5, 0.5, 0.0] == [latency((0.5, 100.0), now=now) for now in (100.0, 159.9, 100.0 + FORGET_S)]
+
+
+def test_a_slow_answer_is_believed_at_once_and_a_fast_one_slowly():
+    assert 9.0 == latency((0.1, 100.0), (9.0, 100.1), now=100.1)
+    assert 9.0 == latency((9.0, 100.0), (1.0, 100.0), now=100.0)
+    assert pytest.approx(1.0 + 8.0 / 2.718281828) == latency((9.0, 100.0), (1.0, 100.0 + DECAY_S), now=110.0)
+
+
+def test_what_was_forgotten_counts_no_more():
+    assert 1.0 == latency((9.0, 100.0), (1.0, 100.0 + FORGET_S), now=161.0)
