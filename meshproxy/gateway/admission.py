@@ -1,5 +1,7 @@
 """Admit: one round trip that takes a request's place in the buckets and holds its credit, or says why not."""
 
+import math
+
 from meshproxy.config import Credits, Defaults
 from meshproxy.errors import Problem, insufficient_credits, rate_limit_exceeded, spend_limit_exceeded
 from meshproxy.gateway.call import Headers
@@ -66,7 +68,9 @@ def limits_of(principal: Principal, defaults: Defaults) -> Limits:
 def refused(denied: Denied) -> Problem:
     """What the client is told of a denial."""
     if denied.reason == "rate_limit":
-        wait = denied.retry_after_s or 0.0
+        wait = denied.retry_after_s
+        if wait is None:
+            return rate_limit_exceeded(f"Rate limit reached: no {denied.which} are allowed.", math.inf)
         return rate_limit_exceeded(f"Rate limit reached: {denied.which} per minute. Try again in {wait:.3f} s.", wait)
     if denied.reason == "spend_limit":
         return spend_limit_exceeded(f"The {denied.which} is spent.")
@@ -77,12 +81,13 @@ def refused(denied: Denied) -> Problem:
 
 def limit_headers(buckets: tuple[BucketState, ...]) -> Headers:
     """x-ratelimit-* of the tightest bucket of each kind."""
-    return ratelimit_headers(requests=_tightest(buckets, "requests"), tokens=_tightest(buckets, "tokens"))
+    tightest: dict[str, BucketState] = {}
+    for bucket in buckets:
+        other = tightest.get(bucket.kind)
+        if other is None or bucket.remaining < other.remaining:
+            tightest[bucket.kind] = bucket
+    return ratelimit_headers(requests=_figures(tightest.get("requests")), tokens=_figures(tightest.get("tokens")))
 
 
-def _tightest(buckets: tuple[BucketState, ...], kind: str) -> tuple[int, int, float] | None:
-    of_kind = [bucket for bucket in buckets if bucket.kind == kind]
-    if not of_kind:
-        return None
-    least = min(of_kind, key=lambda bucket: bucket.remaining)
-    return least.limit, least.remaining, least.reset_s
+def _figures(bucket: BucketState | None) -> tuple[int, int, float] | None:
+    return None if bucket is None else (bucket.limit, bucket.remaining, bucket.reset_s)

@@ -12,9 +12,12 @@ from meshproxy.upstream.provider import Provider
 
 
 class Deployment(Struct, frozen=True):
-    """Settings, the catalogue of models built from them, and a connection pool for each upstream."""
+    """Settings, the catalogue of models built from them, and a connection pool for each upstream. `draining` are the
+    upstreams that are read to the end when a client hangs up.
+    """
 
     generation: int
     settings: Settings
     catalog: Catalog
     providers: Mapping[str, Provider]
+    draining: frozenset[str]

@@ -8,6 +8,7 @@ import structlog
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.ledger.records import Denied
 from meshproxy.money import format_usd
+from meshproxy.telemetry.families import PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Counter, Gauge, Metrics
 
@@ -39,24 +40,24 @@ class Recorder:
         self._clock = clock
         self._models: dict[str, _OfModel] = {}
         self._requests: dict[tuple[str, int, str], Counter] = {}
-        self._phases: dict[str, Gauge] = {}
+        self._phases: dict[str, Gauge] = {phase: metrics.in_flight.labels(phase) for phase in PHASES}
         self._overhead = {stream: metrics.overhead.labels(stream) for stream in ("true", "false")}
 
     def begin(self, exchange: Exchange) -> None:
         """A request came in."""
         self.in_flight += 1
-        self._phase(exchange.phase).inc()
+        self._phases[exchange.phase].inc()
 
     def enter(self, exchange: Exchange, phase: str) -> None:
         """A request goes on to another phase."""
-        self._phase(exchange.phase).dec()
+        self._phases[exchange.phase].dec()
         exchange.phase = phase
-        self._phase(phase).inc()
+        self._phases[phase].inc()
 
     def end(self, exchange: Exchange) -> None:
         """A request is over: count it and log it."""
         self.in_flight -= 1
-        self._phase(exchange.phase).dec()
+        self._phases[exchange.phase].dec()
         now = self._clock()
         stream = "true" if exchange.plan is not None and exchange.plan.request.stream else "false"
         self._count(exchange, stream, now)
@@ -120,6 +121,7 @@ class Recorder:
         received_at = exchange.call.received_at
         return {
             "request_id": exchange.call.request_id,
+            "client": exchange.call.client,
             "key_id": key.id if key is not None else None,
             "account": key.account if key is not None else None,
             "model": exchange.model or None,
@@ -150,12 +152,6 @@ class Recorder:
         found = self._models.get(model)
         if found is None:
             found = self._models[model] = _OfModel(self._metrics, model)
-        return found
-
-    def _phase(self, phase: str) -> Gauge:
-        found = self._phases.get(phase)
-        if found is None:
-            found = self._phases[phase] = self._metrics.in_flight.labels(phase)
         return found
 
 

@@ -6,47 +6,54 @@ PREFIX = "mesh:"
 
 
 class AccountKeys:
-    """The keys of one account."""
+    """The keys of one account.
 
-    __slots__ = ("_root", "account")
+    Hashes: `credit` (balance, held, granted, settled: nano-USD), `held` (what each key and session with a budget holds:
+    `key:ID`, `session:NAME`), `holds` (hold id to its packed record), `abandoned` (holds released at their deadline, kept for a
+    late settlement), `bucket` (the account's buckets), `keys` (key id to the digest its record is stored under), `templates` (id
+    to record, JSON), `template_names` (name to id). Sorted set: `deadlines` (hold id by deadline in ms: of a hold, its release;
+    of an abandoned one, when it is forgotten). Stream: `usage` (one event a settlement). String: `record` (the account's, JSON).
+
+    `books` are the six keys that every script with holds begins with (hold.lua).
+    """
+
+    __slots__ = (
+        "_root",
+        "abandoned",
+        "account",
+        "books",
+        "bucket",
+        "credit",
+        "deadlines",
+        "held",
+        "holds",
+        "keys",
+        "record",
+        "template_names",
+        "templates",
+        "usage",
+    )
 
     def __init__(self, account: str) -> None:
+        root = f"{PREFIX}{{{account}}}:"
+        self._root = root
         self.account = account
-        self._root = f"{PREFIX}{{{account}}}:"
-
-    @property
-    def credit(self) -> str:
-        """Hash: balance, held, granted, settled (nano-USD)."""
-        return self._root + "credit"
-
-    @property
-    def held(self) -> str:
-        """Hash: what each key and session with a budget holds (nano-USD): `key:ID`, `session:NAME`."""
-        return self._root + "held"
-
-    @property
-    def holds(self) -> str:
-        """Hash: hold id to its packed record."""
-        return self._root + "holds"
-
-    @property
-    def deadlines(self) -> str:
-        """Sorted set: hold id by deadline (ms): of a hold, its release; of an abandoned one, when it is forgotten."""
-        return self._root + "deadlines"
-
-    @property
-    def abandoned(self) -> str:
-        """Hash: holds released at their deadline, kept for a late settlement."""
-        return self._root + "abandoned"
+        self.credit = root + "credit"
+        self.held = root + "held"
+        self.holds = root + "holds"
+        self.deadlines = root + "deadlines"
+        self.abandoned = root + "abandoned"
+        self.usage = root + "usage"
+        self.bucket = root + "bucket"
+        self.record = root + "record"
+        self.keys = root + "keys"
+        self.templates = root + "templates"
+        self.template_names = root + "template-names"
+        self.books = (self.credit, self.held, self.holds, self.deadlines, self.abandoned, self.usage)
 
     def unheld(self, hold_id: str) -> str:
         """String: marks the settlement of a request that was admitted without Redis, so that it is charged once."""
         return f"{self._root}unheld:{hold_id}"
-
-    @property
-    def bucket(self) -> str:
-        """Hash: the account's buckets."""
-        return self._root + "bucket"
 
     def key_bucket(self, key_id: str) -> str:
         """Hash: one key's buckets."""
@@ -60,11 +67,6 @@ class AccountKeys:
         """Hash: what a session spent and holds: total, by day, by month."""
         return f"{self._root}session:{session}"
 
-    @property
-    def usage(self) -> str:
-        """Stream: one event a settlement."""
-        return self._root + "usage"
-
     def hour(self, hour: str) -> str:
         """Hash: the aggregates of one hour, `2026-11-24T09`."""
         return f"{self._root}hour:{hour}"
@@ -76,26 +78,6 @@ class AccountKeys:
     def replay_parts(self, owner: str) -> str:
         """List: the answer that a request got, for replay."""
         return f"{self._root}replay-parts:{owner}"
-
-    @property
-    def record(self) -> str:
-        """String: the account's directory record, JSON."""
-        return self._root + "record"
-
-    @property
-    def keys(self) -> str:
-        """Hash: key id to the digest its record is stored under."""
-        return self._root + "keys"
-
-    @property
-    def templates(self) -> str:
-        """Hash: template id to its record, JSON."""
-        return self._root + "templates"
-
-    @property
-    def template_names(self) -> str:
-        """Hash: template name to id."""
-        return self._root + "template-names"
 
 
 GLOBAL = "*"  # the owner of global templates: no account may have this name

@@ -27,6 +27,7 @@ from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
 
 USAGE_EVENTS_KEPT = 1_000_000
+MAX_KNOWN_ACCOUNTS = 4096  # whose keys are kept ready
 
 _NO_LIMIT = -1
 _ADMITTED, _NO_CREDIT, _OVER_BUDGET, _RATE_LIMITED = range(4)  # outcomes of admit.lua and renew.lua; 4 is gone
@@ -54,6 +55,7 @@ class Ledger:
         self._settle = Script.load("settle")
         self._grant = Script.load("grant")
         self._balance = Script.load("balance")
+        self._known: dict[str, AccountKeys] = {}
 
     async def admit(self, ask: Ask) -> Admitted | Denied:
         """Hold credit for a request and debit its buckets, or say why not. Safe to repeat with the same hold id."""
@@ -72,7 +74,7 @@ class Ledger:
             *_amounts(ask.budgets),
             *_session_amounts(ask),
         ]
-        reply = await self._store.run(self._admit, _hold_keys(ask), args)
+        reply = await self._store.run(self._admit, _hold_keys(self._names(ask.account), ask), args)
         buckets = _buckets(reply, 5, ask.key_limits, ask.account_limits)
         if reply[0] == _ADMITTED:
             return Admitted(ask, reply[1], reply[2], buckets)
@@ -101,7 +103,7 @@ class Ledger:
             *_amounts(ask.budgets),
             *_session_amounts(ask),
         ]
-        reply = await self._store.run(self._renew, _hold_keys(ask), args)
+        reply = await self._store.run(self._renew, _hold_keys(self._names(ask.account), ask), args)
         if reply[0] == _ADMITTED:
             return Admitted(ask, reply[1], reply[2], hold.buckets)
         return _denied(reply, ())
@@ -134,11 +136,13 @@ class Ledger:
             settlement.price,
             settlement.started_ms,
         ]
-        return bool(await self._store.run(self._settle, _settlement_keys(settlement), args))
+        return bool(
+            await self._store.run(self._settle, _settlement_keys(self._names(settlement.account), settlement), args)
+        )
 
     async def grant(self, account: str, amount_nusd: int, note: str = "") -> int:
         """Grant credit, or take some back with a negative amount; the new balance. ValueError past what a balance may be."""
-        keys = AccountKeys(account)
+        keys = self._names(account)
         done, balance = await self._store.run(self._grant, [keys.credit, keys.usage], [amount_nusd, note, MAX_NUSD])
         if not done:
             raise ValueError(f"{account}: a balance of {balance} nano-USD can't be moved by {amount_nusd}")
@@ -153,33 +157,35 @@ class Ledger:
         account_limits: Limits = NO_LIMITS,
     ) -> Balance:
         """An account's credit after expired holds are released; with a key, its spend and the state of every bucket."""
-        names = AccountKeys(account)
-        keys = [*_books(names), names.bucket]
+        names = self._names(account)
+        keys = [*names.books, names.bucket]
         if key_id is not None:
             keys += [names.key_bucket(key_id), names.key_spend(key_id)]
         reply = await self._store.run(self._balance, keys, [*_rates(account_limits), *_rates(key_limits)])
         balance, held, granted, settled, *spend = map(int, reply[:7])
         return Balance(balance, held, granted, settled, Spend(*spend), _buckets(reply, 7, key_limits, account_limits))
 
+    def _names(self, account: str) -> AccountKeys:
+        """The account's keys, made once."""
+        names = self._known.get(account)
+        if names is None:
+            if len(self._known) >= MAX_KNOWN_ACCOUNTS:
+                self._known.clear()
+            names = self._known[account] = AccountKeys(account)
+        return names
 
-def _books(keys: AccountKeys) -> list[str]:
-    """The six keys that every script with holds begins with (hold.lua)."""
-    return [keys.credit, keys.held, keys.holds, keys.deadlines, keys.abandoned, keys.usage]
 
-
-def _hold_keys(ask: Ask) -> list[str]:
-    names = AccountKeys(ask.account)
-    keys = [*_books(names), names.bucket, names.key_bucket(ask.key_id), names.key_spend(ask.key_id)]
+def _hold_keys(names: AccountKeys, ask: Ask) -> list[str]:
+    keys = [*names.books, names.bucket, names.key_bucket(ask.key_id), names.key_spend(ask.key_id)]
     if ask.session is not None:
         keys.append(names.session_spend(ask.session))
     return keys
 
 
-def _settlement_keys(settlement: Settlement) -> list[str]:
-    names = AccountKeys(settlement.account)
+def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
     key_id = settlement.key_id
     hour = time.strftime("%Y-%m-%dT%H", time.gmtime(settlement.started_ms // 1000))
-    keys = [*_books(names), names.bucket, names.key_bucket(key_id), names.key_spend(key_id)]
+    keys = [*names.books, names.bucket, names.key_bucket(key_id), names.key_spend(key_id)]
     keys += [names.hour(hour), names.unheld(settlement.hold_id)]
     if settlement.session is not None:
         keys.append(names.session_spend(settlement.session))

@@ -81,8 +81,11 @@ def believable(usage: Usage, *, prompt_bytes: int | None, context_window: int, o
     at most some 16 tokens, is paid for by the 16 bytes of `{"role":"user"},` that JSON needs for it.
     """
     return (
-        _fits(usage.prompt, usage.cached, usage.cache_write, usage.audio_prompt)
-        and _fits(usage.completion, usage.reasoning, usage.audio_completion)
+        0 <= usage.cached <= usage.prompt
+        and 0 <= usage.cache_write <= usage.prompt
+        and 0 <= usage.audio_prompt <= usage.prompt
+        and 0 <= usage.reasoning <= usage.completion
+        and 0 <= usage.audio_completion <= usage.completion
         and usage.prompt <= context_window
         and usage.completion <= output_cap
         and (prompt_bytes is None or usage.prompt <= prompt_bytes + PREAMBLE_TOKENS)
@@ -112,7 +115,3 @@ def _split(whole: int, price: int, *parts: tuple[int, int]) -> int:
 
 def _rounded_up(millionths_nusd: int) -> int:
     return -(-millionths_nusd // TOKENS_PER_PRICE)
-
-
-def _fits(whole: int, *parts: int) -> bool:
-    return all(0 <= part <= whole for part in parts)

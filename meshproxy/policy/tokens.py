@@ -18,7 +18,7 @@ TOKENS_PER_MEDIA = (
 BYTES_PER_FILE_TOKEN = 16  # of a base64 document: most of a PDF is fonts and pictures, not text
 
 # Keys of content parts, quotes included: inside a string the quotes would be escaped, so no text can pass for media.
-_MEDIA = re.compile(rb'"(?:image_url|input_audio|file)"')
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"file"')
 _DATA_URL = re.compile(rb'"url"\s*+:\s*+"(data:[a-z\\/+.-]++[^"]{0,64}?;base64,[A-Za-z0-9+\\/=_-]*+)"')
 _AUDIO = re.compile(rb'"input_audio"\s*+:\s*+\{[^{}]*?"data"\s*+:\s*+"([A-Za-z0-9+\\/=_-]*+)"')
 _FILE = re.compile(rb'"file_data"\s*+:\s*+"((?:data:[a-z\\/+.-]++;base64,)?[A-Za-z0-9+\\/=_-]*+)"')
@@ -37,7 +37,7 @@ def estimate_prompt(messages: bytes, tools: bytes | None, count: int) -> int:
 
 def has_media(messages: bytes) -> bool:
     """Whether there may be parts whose tokens their bytes don't bound: images, audio, files. May be true of mere text."""
-    return _MEDIA.search(messages) is not None
+    return any(messages.rfind(name) >= 0 for name in _MEDIA)  # rfind is the cheapest search that bytes have
 
 
 def _with_media(messages: bytes, size: int, count: int) -> int:
@@ -56,6 +56,6 @@ def _lengths(pattern: re.Pattern[bytes], messages: bytes) -> Iterator[int]:
 
 def _text(messages: bytes, size: int) -> int:
     """Tokens of text. Escapes are half text at best, so what merely looks like them can't halve the estimate twice."""
-    if b"\\u" in messages:
+    if messages.rfind(b"\\u") >= 0:
         size = max(size - BYTES_OVER_PER_ESCAPE * messages.count(b"\\u"), size // 2)
     return -(-size // BYTES_PER_TOKEN)

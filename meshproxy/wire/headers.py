@@ -82,8 +82,12 @@ def ratelimit_headers(*, requests: Bucket | None, tokens: Bucket | None) -> Head
 
 def forwarded_headers(headers: Mapping[str, str]) -> Headers:
     """The client's headers that a provider may see. `headers` is looked up by lower-case names."""
-    found = ((name, headers.get(name)) for name in FORWARDED)
-    return [(name, value) for name, value in found if value is not None and _is_plain(value)]
+    found = []
+    for name in FORWARDED:
+        value = headers.get(name)
+        if value is not None and _is_plain(value):
+            found.append((name, value))
+    return found
 
 
 def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:
