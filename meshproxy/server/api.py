@@ -149,7 +149,17 @@ class Api:
         return await self._authenticator.principal(request.headers.get("authorization"))
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._started, "owned_by": name.partition("/")[0]}
+        """OpenAI's model object, and the members that Mesh's SDK needs beside them."""
+        entry = self._gateway.deployment.catalog.model(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": name.partition("/")[0],
+            "name": name,
+            "context_window": entry.context_window if entry is not None else None,
+            "is_free": entry is not None and not (entry.price.input or entry.price.output),
+        }
 
     async def _found(self, request: web.Request, principal: Principal) -> Template:
         name = request.match_info["name"]

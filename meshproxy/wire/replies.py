@@ -46,6 +46,8 @@ def problem_headers(problem: Problem) -> list[tuple[str, str]]:
     for more than a minute, or repeat what can't succeed (they would repeat a 409).
     """
     headers = [("content-type", "application/json")]
+    if problem.status == 401:
+        headers.append(("www-authenticate", "Bearer"))  # RFC 9110, section 11.6.1
     wait_s = problem.retry_after_s
     if wait_s is not None and math.isfinite(wait_s):
         headers.append(("retry-after", str(max(1, math.ceil(_millis(wait_s) / 1000)))))

@@ -87,7 +87,7 @@ class TestHeaders:
     @pytest.mark.parametrize(
         ("problem", "expected"),
         [
-            (unauthorized("x"), {}),
+            (unauthorized("x"), {"www-authenticate": "Bearer"}),
             (insufficient_credits("x"), {}),
             (rate_limit_exceeded("x", 1.2341), {"retry-after": "2", "retry-after-ms": "1235"}),
             (rate_limit_exceeded("x", 0.02), {"retry-after": "1", "retry-after-ms": "20"}),
