@@ -2,7 +2,8 @@
 replayed as often as it takes: a settlement that is sent twice is charged once (settle.lua).
 
 Each worker has a file of its own, the first `PATH.N` that nobody has locked; so the file that a dead worker leaves is found
-and replayed by the one that takes its place. A line is the CRC-32 of a settlement's JSON in hex, and that JSON.
+and replayed by the one that takes its place. What lies in further files that nobody has locked (there were more workers once)
+is moved to the first. A line is the CRC-32 of a settlement's JSON in hex, and that JSON.
 """
 
 import asyncio
@@ -17,10 +18,11 @@ import msgspec
 import structlog
 
 from meshproxy.ledger.records import Settlement
-from meshproxy.ledger.store import Unavailable
+from meshproxy.ledger.store import StoreError, Unavailable
 
 MAX_FILES = 256  # workers on one machine
 REPLAY_INTERVAL_S = 0.5
+MAX_LOGGED_BYTES = 4096  # of a line that can't be read
 
 _log = structlog.get_logger(__name__)
 
@@ -38,9 +40,11 @@ class Journal:
         self._size = 0
         self._unwritten: list[bytes] = []
         self._writing = asyncio.Lock()
-        self._file = _open_first_free(path) if path is not None else None
-        if self._file is not None:
+        self._file: int | None = None
+        if path is not None:
+            self._file, number = _open_first_free(path)
             self._load(self._file)
+            self._adopt(path, number + 1, self._file)
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -57,21 +61,31 @@ class Journal:
         async with self._writing:
             lines, self._unwritten = self._unwritten, []
             if lines and self._file is not None:
-                await asyncio.to_thread(_write_through, self._file, b"".join(lines))
+                try:
+                    await asyncio.to_thread(_write_through, self._file, b"".join(lines))
+                except OSError:
+                    self._unwritten = lines + self._unwritten  # it is kept in memory, and the next append tries again
+                    raise
 
     async def replay(self, settle: Callable[[Settlement], Awaitable[bool]]) -> int:
-        """Settle what is kept, oldest first, until it is empty or Redis is lost again; how many were."""
+        """Settle what is kept, oldest first, until it is empty or Redis is lost again; how many were. One that Redis refuses
+        goes to the end, and is tried again the next time.
+        """
         count = 0
         while self._pending:
             try:
                 await settle(self._pending[0])
             except Unavailable:
                 return count
+            except StoreError as error:
+                _log.error("settlement_refused", hold_id=self._pending[0].hold_id, reason=str(error))
+                self._pending.rotate(-1)
+                return count
             self._pending.popleft()
             count += 1
         async with self._writing:
             if not self._pending and self._size:
-                self._size = 0
+                self._size, self._unwritten = 0, []  # all of it is settled, also what was still on its way to disk
                 if self._file is not None:
                     await asyncio.to_thread(_truncate, self._file)
         return count
@@ -92,28 +106,60 @@ class Journal:
             self._file = None
 
     def _load(self, file: int) -> None:
+        """A line that a crash cut short is taken away, or the next one would be part of it."""
         data = _read_all(file)
-        for line in data.splitlines():
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.ftruncate(file, len(whole))
+        for line in whole.splitlines():
             settlement = _parse(line)
-            if settlement is not None:
+            if settlement is None:
+                _log.error("journal_line_broken", line=line[:MAX_LOGGED_BYTES].decode(errors="replace"))
+            else:
                 self._pending.append(settlement)
-        self._size = len(data)
+        self._size = len(whole)
         if self._pending:
             _log.info("journal_found", settlements=len(self._pending))
 
+    def _adopt(self, path: Path, first: int, ours: int) -> None:
+        """Take over what lies in files from `first` on that nobody has locked."""
+        for number in range(first, MAX_FILES):
+            if not Path(f"{path}.{number}").exists():
+                return
+            file = _open_if_free(path, number)
+            if file is not None:
+                self._move(file, ours)
+                os.close(file)
 
-def _open_first_free(path: Path) -> int:
-    """OSError if none of the files can be had."""
+    def _move(self, file: int, ours: int) -> None:
+        settlements = [settlement for line in _read_all(file).splitlines() if (settlement := _parse(line)) is not None]
+        if settlements:
+            lines = b"".join(map(_line, settlements))
+            _write_through(ours, lines)
+            _truncate(file)
+            self._pending.extend(settlements)
+            self._size += len(lines)
+            _log.info("journal_adopted", settlements=len(settlements))
+
+
+def _open_first_free(path: Path) -> tuple[int, int]:
+    """The file and its number; OSError if none can be had."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     for number in range(MAX_FILES):
-        file = os.open(f"{path}.{number}", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-        else:
-            return file
+        file = _open_if_free(path, number)
+        if file is not None:
+            return file, number
     raise OSError(f"{path}: all {MAX_FILES} files are in use")
+
+
+def _open_if_free(path: Path, number: int) -> int | None:
+    file = os.open(f"{path}.{number}", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file
 
 
 def _line(settlement: Settlement) -> bytes:
@@ -122,7 +168,7 @@ def _line(settlement: Settlement) -> bytes:
 
 
 def _parse(line: bytes) -> Settlement | None:
-    """None for a line that a crash cut short: its append wasn't over."""
+    """None for a line that isn't whole."""
     checksum, _, text = line.partition(b" ")
     try:
         if int(checksum, 16) != zlib.crc32(text):
@@ -137,9 +183,15 @@ def _read_all(file: int) -> bytes:
 
 
 def _write_through(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-    os.fsync(file)
+    """OSError, leaving the file as it was, if it can't be written."""
+    size = os.fstat(file).st_size
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+        os.fsync(file)
+    except OSError:
+        os.ftruncate(file, size)
+        raise
 
 
 def _truncate(file: int) -> None:

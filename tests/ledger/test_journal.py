@@ -1,0 +1,380 @@
+"""The journal: what was appended is there after every kind of end, and is replayed once as often as it takes."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import pytest
+
+from meshproxy.ledger import journal as module
+from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, _line
+from meshproxy.ledger.store import StoreError, Unavailable
+
+MIB = 1_048_576
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "state" / "journal"
+
+
+@pytest.fixture
+def open_journal(path):
+    """Open journals of one path, and close them at the end."""
+    journals = []
+
+    def open_one(max_bytes=MIB, **fields):
+        journals.append(Journal(fields.get("path", path), max_bytes))
+        return journals[-1]
+
+    yield open_one
+    for opened in journals:
+        opened.close()
+
+
+class Book:
+    """Takes settlements as Redis does: each hold id once."""
+
+    def __init__(self, lost_after=None, refused=()):
+        self.charged = []
+        self.calls = 0
+        self.lost_after = lost_after
+        self.refused = refused
+
+    async def settle(self, settlement):
+        if self.lost_after is not None and self.calls >= self.lost_after:
+            raise Unavailable("connection", "gone")
+        self.calls += 1
+        if settlement.hold_id in self.refused:
+            raise StoreError("WRONGTYPE", "not a hash")
+        if settlement.hold_id in self.charged:
+            return False
+        self.charged.append(settlement.hold_id)
+        return True
+
+
+def names(count):
+    return [f"h{number}" for number in range(count)]
+
+
+async def test_what_is_appended_is_found_by_the_next_process(open_journal, settlement):
+    journal = open_journal()
+    for name in names(3):
+        await journal.append(settlement(name, unheld=True, session="día\n\r\x1f"))
+    journal.close()
+    found, book = open_journal(), Book()
+    assert 3 == len(found)
+    kept = list(found._pending)
+    assert [settlement(name, unheld=True, session="día\n\r\x1f") for name in names(3)] == kept
+    assert 3 == await found.replay(book.settle)
+    assert names(3) == book.charged
+
+
+async def test_a_replayed_journal_is_empty_on_disk_too(open_journal, path, settlement):
+    journal = open_journal()
+    await journal.append(settlement())
+    assert 1 == await journal.replay(Book().settle)
+    assert b"" == path.with_suffix(".0").read_bytes()
+    journal.close()
+    assert 0 == len(open_journal())
+
+
+async def test_an_append_is_over_when_fsync_is(open_journal, settlement, monkeypatch):
+    journal, steps = open_journal(), []
+    write, sync = os.write, os.fsync
+    monkeypatch.setattr(module.os, "write", lambda file, data: (steps.append("write"), write(file, data))[1])
+    monkeypatch.setattr(module.os, "fsync", lambda file: (steps.append("fsync"), sync(file))[1])
+    await journal.append(settlement())
+    steps.append("returned")
+    assert ["write", "fsync", "returned"] == steps
+
+
+async def test_appends_that_come_together_share_an_fsync(open_journal, path, settlement, monkeypatch):
+    journal, synced = open_journal(), []
+    sync = os.fsync
+    monkeypatch.setattr(module.os, "fsync", lambda file: (synced.append(file), sync(file))[1])
+    await asyncio.gather(*(journal.append(settlement(name)) for name in names(500)))
+    assert len(synced) <= 3
+    journal.close()
+    found, book = open_journal(), Book()
+    assert 500 == await found.replay(book.settle)
+    assert sorted(names(500)) == sorted(book.charged)
+
+
+@pytest.mark.parametrize("garbage", (b"\n", b"x\n", b"00000000 {}\n", b"zz {\n", b"\xff\xfe\x00\n", b"deadbeef\n"))
+async def test_a_line_that_cannot_be_read_costs_no_other(open_journal, path, settlement, garbage):
+    journal = open_journal()
+    await journal.append(settlement("h0"))
+    journal.close()
+    with path.with_suffix(".0").open("ab") as file:
+        file.write(garbage + _line(settlement("h1")))
+    book = Book()
+    assert 2 == await open_journal().replay(book.settle)
+    assert names(2) == book.charged
+
+
+async def test_a_crash_at_any_byte_costs_only_the_append_that_was_not_over(path, settlement):
+    path.parent.mkdir()
+    whole = _line(settlement("h0"))
+    cut = _line(settlement("h1"))
+    for at in range(len(cut)):
+        path.with_suffix(".0").write_bytes(whole + cut[:at])
+        journal = Journal(path, MIB)
+        await journal.append(settlement("h2"))  # on a line of its own, not at the end of the broken one
+        journal.close()
+        again, book = Journal(path, MIB), Book()
+        assert 2 == await again.replay(book.settle)
+        again.close()
+        assert ["h0", "h2"] == book.charged, at
+
+
+async def test_a_bit_that_flipped_is_no_charge(open_journal, path, settlement):
+    path.parent.mkdir()
+    line = _line(settlement(cost_nusd=60))
+    path.with_suffix(".0").write_bytes(line.replace(b'"cost_nusd":60', b'"cost_nusd":90'))
+    assert 0 == len(open_journal())
+
+
+async def test_the_bound_holds_and_room_comes_back(open_journal, path, settlement):
+    size = len(_line(settlement("h0")))
+    journal = open_journal(max_bytes=3 * size)
+    for name in names(3):
+        await journal.append(settlement(name))
+    with pytest.raises(JournalFull):
+        await journal.append(settlement("h3"))
+    assert 3 * size == path.with_suffix(".0").stat().st_size
+    assert 3 == await journal.replay(Book().settle)
+    await journal.append(settlement("h3"))
+    assert 1 == len(journal)
+
+
+async def test_the_bound_counts_what_was_found(open_journal, settlement):
+    size = len(_line(settlement("h0")))
+    journal = open_journal(max_bytes=2 * size)
+    await journal.append(settlement("h0"))
+    journal.close()
+    journal = open_journal(max_bytes=2 * size)
+    await journal.append(settlement("h1"))
+    with pytest.raises(JournalFull):
+        await journal.append(settlement("h2"))
+
+
+async def test_redis_lost_in_a_replay_leaves_the_rest(open_journal, path, settlement):
+    journal = open_journal()
+    for name in names(5):
+        await journal.append(settlement(name))
+    book = Book(lost_after=2)
+    assert 2 == await journal.replay(book.settle)
+    assert 3 == len(journal)
+    assert path.with_suffix(".0").stat().st_size > 0
+    book.lost_after = None
+    assert 3 == await journal.replay(book.settle)
+    assert names(5) == book.charged
+    assert 0 == path.with_suffix(".0").stat().st_size
+
+
+async def test_a_replay_that_crashed_is_done_again_and_charges_nothing_twice(open_journal, settlement):
+    journal = open_journal()
+    for name in names(4):
+        await journal.append(settlement(name))
+    book = Book(lost_after=2)
+    await journal.replay(book.settle)
+    journal.close()  # the process ends: of the file nothing was taken away yet
+    book.lost_after = None
+    again = open_journal()
+    assert 4 == len(again)
+    await again.replay(book.settle)
+    assert names(4) == book.charged
+
+
+async def test_what_redis_refuses_stands_in_no_other_way(open_journal, path, settlement):
+    journal = open_journal()
+    for name in names(3):
+        await journal.append(settlement(name))
+    book = Book(refused=("h0",))
+    assert 0 == await journal.replay(book.settle)
+    assert 2 == await journal.replay(book.settle)
+    assert ["h1", "h2"] == book.charged
+    assert 1 == len(journal)
+    book.refused = ()
+    assert 1 == await journal.replay(book.settle)
+    assert 0 == path.with_suffix(".0").stat().st_size
+
+
+async def test_an_append_during_a_replay_is_kept(open_journal, settlement):
+    journal, book = open_journal(), Book()
+    await journal.append(settlement("h0"))
+
+    async def settle_slowly(kept):
+        if kept.hold_id == "h0":
+            await journal.append(settlement("h1"))
+        return await book.settle(kept)
+
+    assert 2 == await journal.replay(settle_slowly)
+    assert names(2) == book.charged
+    assert 0 == len(journal)
+
+
+async def test_what_is_settled_before_it_is_written_is_not_written_any_more(open_journal, path, settlement):
+    """Else it would lie there until the next start, when its marker in Redis may be gone."""
+    journal, book = open_journal(), Book()
+    async with journal._writing:
+        appending = asyncio.create_task(journal.append(settlement()))
+        await asyncio.sleep(0)
+        replaying = asyncio.create_task(journal.replay(book.settle))
+        while journal._pending:
+            await asyncio.sleep(0)
+    await asyncio.gather(appending, replaying)
+    await journal.replay(book.settle)
+    journal.close()
+    assert 0 == len(open_journal())
+
+
+async def test_a_full_disk_keeps_it_in_memory_and_the_file_whole(open_journal, path, settlement, monkeypatch):
+    journal = open_journal()
+    await journal.append(settlement("h0"))
+    write = os.write
+
+    def write_half(file, data):
+        if len(data) > 40:
+            return write(file, data[:40])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "write", write_half)
+    with pytest.raises(OSError, match="No space"):
+        await journal.append(settlement("h1"))
+    monkeypatch.undo()
+    assert _line(settlement("h0")) == path.with_suffix(".0").read_bytes()
+    await journal.append(settlement("h2"))
+    assert b"".join(map(_line, map(settlement, names(3)))) == path.with_suffix(".0").read_bytes()
+    book = Book()
+    assert 3 == await journal.replay(book.settle)
+
+
+async def test_two_workers_never_share_a_file(open_journal, path, settlement):
+    first, second = open_journal(), open_journal()
+    await first.append(settlement("h0"))
+    await second.append(settlement("h1"))
+    assert _line(settlement("h0")) == path.with_suffix(".0").read_bytes()
+    assert _line(settlement("h1")) == path.with_suffix(".1").read_bytes()
+
+
+async def test_the_file_of_a_dead_worker_goes_to_the_one_in_its_place(open_journal, settlement):
+    first, second = open_journal(), open_journal()
+    await first.append(settlement("h0"))
+    await second.append(settlement("h1"))
+    first.close()
+    third = open_journal()
+    assert ["h0"] == [kept.hold_id for kept in third._pending]
+    assert 1 == len(second)
+
+
+async def test_fewer_workers_than_before_replay_everything(open_journal, path, settlement):
+    workers = [open_journal() for _ in range(4)]
+    for name, worker in zip(names(4), workers, strict=True):
+        await worker.append(settlement(name))
+        worker.close()
+    only, book = open_journal(), Book()
+    assert 4 == await only.replay(book.settle)
+    assert sorted(names(4)) == sorted(book.charged)
+    assert [0] * 4 == [path.with_suffix(f".{number}").stat().st_size for number in range(4)]
+
+
+async def test_what_another_worker_has_locked_is_left_alone(open_journal, settlement):
+    first, second, third = open_journal(), open_journal(), open_journal()
+    await second.append(settlement("h1"))
+    await third.append(settlement("h2"))
+    first.close()
+    third.close()
+    assert ["h2"] == [kept.hold_id for kept in open_journal()._pending]
+    assert 1 == len(second)
+
+
+async def test_as_many_files_as_workers_may_be_and_no_more(path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_FILES", 3)
+    journals = [Journal(path, MIB) for _ in range(3)]
+    with pytest.raises(OSError, match="in use"):
+        Journal(path, MIB)
+    for journal in journals:
+        journal.close()
+    assert 256 == MAX_FILES
+
+
+async def test_nobody_else_can_read_it(open_journal, path, settlement):
+    await open_journal().append(settlement())
+    assert 0o600 == path.with_suffix(".0").stat().st_mode & 0o777
+    assert 0o700 == path.parent.stat().st_mode & 0o777
+
+
+async def test_without_a_path_it_is_kept_in_memory(settlement):
+    journal, book = Journal(None, MIB), Book()
+    await journal.append(settlement("h0"))
+    assert 1 == await journal.replay(book.settle)
+    assert ["h0"] == book.charged
+    journal.close()
+
+
+async def test_it_keeps_replaying_whatever_redis_answers(open_journal, settlement, monkeypatch):
+    monkeypatch.setattr(module, "REPLAY_INTERVAL_S", 0)
+    journal, book = open_journal(), Book(lost_after=0, refused=("h0",))
+    replaying = asyncio.create_task(journal.keep_replaying(book.settle))
+    for name in names(3):
+        await journal.append(settlement(name))
+    book.lost_after = None
+    while len(journal) > 1:
+        await asyncio.sleep(0)
+    assert ["h1", "h2"] == sorted(book.charged)
+    book.refused = ()
+    while len(journal):
+        await asyncio.sleep(0)
+    assert not replaying.done()
+    replaying.cancel()
+    await asyncio.wait([replaying])
+
+
+WRITER = """
+    import asyncio, sys
+    from pathlib import Path
+    from meshproxy.ledger.journal import Journal
+    from meshproxy.ledger.records import Settlement
+    from meshproxy.wire.usage import Usage
+
+    async def main():
+        journal = Journal(Path(sys.argv[1]), 1 << 30)
+        number = 0
+        async def write(worker):
+            nonlocal number
+            while True:
+                number += 1
+                name = f"h{number}"
+                await journal.append(Settlement(
+                    hold_id=name, request_id="r", account="a", key_id="k", model="m", upstream="u", usage=Usage(1, 1),
+                    usage_source="reported", outcome="completed", cost_nusd=1, started_ms=0))
+                sys.stdout.write(name + chr(10))
+                sys.stdout.flush()
+        await asyncio.gather(*(write(worker) for worker in range(8)))
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("after", (1, 40, 400))
+async def test_sigkill_loses_nothing_that_was_acknowledged(path, after):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(path)], stdout=subprocess.PIPE, text=True
+    )
+    read = partial(writer.stdout.readline)
+    acknowledged = {read().strip() for _ in range(after)}
+    writer.send_signal(signal.SIGKILL)
+    acknowledged |= {line.strip() for line in writer.stdout if line.endswith("\n")}
+    writer.wait()
+    writer.stdout.close()
+    journal = Journal(path, 1 << 30)
+    found = {kept.hold_id for kept in journal._pending}
+    journal.close()
+    assert set() == acknowledged - found
+    assert len(acknowledged) >= after
