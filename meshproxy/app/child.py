@@ -4,6 +4,7 @@ It serves the socket that it was given and does what it is told over the control
 it went, the worker drains as after SIGTERM and exits.
 """
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -12,55 +13,82 @@ from pathlib import Path
 
 import msgspec
 import uvloop
-from aiohttp import web
 
-from meshproxy.app.application import application
-from meshproxy.app.control import QUESTIONS, Control, Drain, Reload, ReloadFailed, Report, Reported, Start
-from meshproxy.app.process import drain
+from meshproxy.app.control import QUESTIONS, Control, Drain, Hurry, Reload, ReloadFailed, Report, Reported, Start
+from meshproxy.app.data_listener import DataListener
 from meshproxy.app.worker import Worker, request_log_to
-from meshproxy.server.listener import Runner
 from meshproxy.telemetry import logs
+from meshproxy.telemetry.logs import RequestLog
+
+
+class Child:
+    """What this process is: a worker behind a listener, and the end that it is told to come to."""
+
+    def __init__(self, worker: Worker, listener: DataListener, request_log: RequestLog) -> None:
+        self.worker = worker
+        self.listener = listener
+        self._request_log = request_log
+        self.end = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    async def obey(self, control: Control) -> None:
+        """Answer questions and do as told for as long as there is a supervisor."""
+        try:
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    self._hear(control, await control.receive())
+        finally:
+            self.end.set()
+
+    def _hear(self, control: Control, message: bytes) -> None:
+        worker = self.worker
+        match QUESTIONS.decode(message):
+            case Report():
+                control.send(Reported(worker.metrics.snapshot(), worker.not_ready(), worker.store.connected))
+            case Reload() as swap:
+                self._reload(swap)
+                control.send(None)
+            case ReloadFailed():
+                worker.reload_failed()
+                control.send(None)
+            case Drain():
+                self.end.set()
+            case Hurry():
+                self.hurry.set()
+            case Start():
+                raise AssertionError("a worker starts once")
+
+    def _reload(self, swap: Reload) -> None:
+        self.listener.reload(swap.settings.server)
+        self.worker.reload(swap.settings, swap.secrets, swap.generation)
+        logs.set_level(swap.settings.log.level)
+        self._request_log.set_level(swap.settings.log.level)
 
 
 async def serve(control_fd: int, listen_fd: int) -> None:
-    """Serve until told to drain."""
+    """Serve until told to drain, or until there is nobody left to tell."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the supervisor gets them too, and says what is to be done
     control = await Control.over(socket.socket(fileno=control_fd))
     start = msgspec.msgpack.decode(await control.receive(), type=Start)
     log = start.settings.log
     sink = logs.configure(log.level, log.format, sys.stderr.buffer)
-    journal = Path(start.journal) if start.journal is not None else None
-    worker = Worker(start.settings, start.secrets, request_log_to(sink, log), journal)
-    await worker.start()
-    runner = Runner(application(worker), worker.serve_chat)
-    await runner.setup()
-    site = web.SockSite(runner, socket.socket(fileno=listen_fd))
-    await site.start()
+    request_log = request_log_to(sink, log)
+    worker = Worker(start.settings, start.secrets, request_log, Path(start.journal) if start.journal else None)
+    await worker.start(start.generation)
+    if start.reload_failed:
+        worker.reload_failed()
+    listener = DataListener(worker, socket.socket(fileno=listen_fd))
+    await listener.start()
+    child = Child(worker, listener, request_log)
     control.send(None)
-    with contextlib.suppress(ConnectionError):
-        await _obey(control, worker)
-    await drain(worker, site)
-    await runner.cleanup()
+    obeying = asyncio.create_task(child.obey(control), name="obey")
+    await child.end.wait()
+    await listener.drain(child.hurry)
+    await listener.close()
     await worker.stop()
+    obeying.cancel()
     sink.close()
-
-
-async def _obey(control: Control, worker: Worker) -> None:
-    """Answer questions until told to drain."""
-    while True:
-        match QUESTIONS.decode(await control.receive()):
-            case Report():
-                control.send(Reported(worker.metrics.snapshot(), worker.not_ready(), worker.store.connected))
-            case Reload(settings, secrets):
-                control.send(worker.reload(settings, secrets))
-            case ReloadFailed():
-                worker.reload_failed()
-                control.send(None)
-            case Drain():
-                return
-            case Start():
-                raise AssertionError("a worker starts once")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,21 @@ _LENGTH = struct.Struct(">I")
 
 
 class Start(Struct, tag="start", frozen=True):
-    """Begin to serve. Answer: None."""
+    """Begin to serve, with the configuration of this generation; `reload_failed`: a newer one was unfit. Answer: None."""
 
     settings: Settings
     secrets: dict[str, str]
+    generation: int
+    reload_failed: bool
     journal: str | None
 
 
 class Reload(Struct, tag="reload", frozen=True):
-    """Swap in another configuration. Answer: the keys that need a restart."""
+    """Swap in another configuration, the one of this generation. Answer: None."""
 
     settings: Settings
     secrets: dict[str, str]
+    generation: int
 
 
 class ReloadFailed(Struct, tag="reload_failed", frozen=True):
@@ -38,10 +41,14 @@ class Report(Struct, tag="report", frozen=True):
 
 
 class Drain(Struct, tag="drain", frozen=True):
-    """Stop being ready, end what runs, and exit. Answer: None, when nothing more runs."""
+    """Stop being ready, let what runs end, and exit. There is no answer."""
 
 
-Question = Start | Reload | ReloadFailed | Report | Drain
+class Hurry(Struct, tag="hurry", frozen=True):
+    """End what runs now. There is no answer."""
+
+
+Question = Start | Reload | ReloadFailed | Report | Drain | Hurry
 
 
 class Reported(Struct, frozen=True):

@@ -5,11 +5,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from meshproxy.config import Settings, Unfit, parse, resolve_secrets
+from meshproxy.config import Settings, Unfit, parse, resolve_admin_token, resolve_secrets
+from meshproxy.server.tls import server_context
 
 
 def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> tuple[Settings, dict[str, str]]:
-    """The settings of a TOML file and the API key of each upstream; Unfit with every fault, an unreadable file included."""
+    """The settings of a TOML file and the API key of each upstream; Unfit with every fault, an unreadable file or certificate
+    included.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -17,6 +20,7 @@ def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> t
     except UnicodeDecodeError as error:
         raise Unfit([f"{path}: not UTF-8"]) from error
     settings = parse(text)
+    server_context(settings.server)
     return settings, secrets_of(settings, env)
 
 
@@ -34,4 +38,14 @@ def journal_path(settings: Settings, env: Mapping[str, str] = os.environ) -> Pat
 
 def secrets_of(settings: Settings, env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The API key of each upstream that names one; Unfit if one can't be had."""
-    return resolve_secrets(settings, env, lambda path: Path(path).read_text(encoding="utf-8", errors="replace"))
+    return resolve_secrets(settings, env, _text)
+
+
+def admin_token_of(settings: Settings, env: Mapping[str, str] = os.environ) -> str | None:
+    """What the admin listener asks for; Unfit if it can't be had."""
+    return resolve_admin_token(settings, env, _text)
+
+
+def _text(path: str) -> str:
+    """A secret's file. Bytes that are no text become characters that `resolve_secrets` refuses."""
+    return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -7,25 +7,27 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 from aiohttp import web
+from msgspec.structs import replace
 
-from meshproxy.app.application import application
+from meshproxy.app.data_listener import DataListener
+from meshproxy.app.notify import READY, STOPPING, notify
+from meshproxy.app.reload import Read, Reloader
 from meshproxy.app.worker import Worker, request_log_to, with_redis
-from meshproxy.config import Settings, Unfit
+from meshproxy.config import Settings
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import Status, create_admin
-from meshproxy.server.listener import Runner
 from meshproxy.server.sockets import listen
 from meshproxy.telemetry import exposition, logs, snapshot
+from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.summary import summarize
 from meshproxy.version import VERSION
-
-Reload = Callable[[], tuple[Settings, dict[str, str]]]
 
 _log = structlog.get_logger("meshproxy.app")
 
@@ -39,9 +41,12 @@ class Running:
         self.data_address = data_address
         self.admin_address = admin_address
         self.stopped = asyncio.Event()
+        self.hurried = asyncio.Event()
 
     def stop(self) -> None:
-        """Drain, settle and end."""
+        """Drain, settle and end; at once, if asked twice."""
+        if self.stopped.is_set():
+            self.hurried.set()
         self.stopped.set()
 
 
@@ -50,68 +55,68 @@ async def run(
     secrets: Mapping[str, str],
     *,
     on_ready: Callable[[Running], Awaitable[None]] | None = None,
-    reload: Reload | None = None,
+    reload: Read | None = None,
     journal: Path | None = None,
+    admin_token: str | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. `reload` reads the configuration again on SIGHUP; `journal` is where settlements wait for
-    Redis (None: in memory). OSError if an address is taken.
+    Redis (None: in memory); `admin_token` is what the admin listener asks for. OSError if an address is taken, Unfit if the
+    certificate is no use.
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     data, admin = listen(settings.server.listen), listen(settings.server.admin_listen)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(sink.close)
-        settings = await stack.enter_async_context(with_redis(settings))
-        worker = Worker(settings, secrets, request_log_to(sink, settings.log), journal)
+        standing = await stack.enter_async_context(with_redis(settings))
+        request_log = request_log_to(sink, settings.log)
+        worker = Worker(standing, secrets, request_log, journal)
         await worker.start()
         stack.push_async_callback(worker.stop)
-        runner = Runner(application(worker), worker.serve_chat)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        admin_runner = web.AppRunner(create_admin(_State(worker)), access_log=None)
+        listener = DataListener(worker, data)
+        stack.push_async_callback(listener.close)
+        admin_runner = web.AppRunner(create_admin(_State(worker), admin_token), access_log=None)
         await admin_runner.setup()
         stack.push_async_callback(admin_runner.cleanup)
-        site = web.SockSite(runner, data)
-        await site.start()
-        await web.SockSite(admin_runner, admin).start()
         running = Running(worker, _name(data), _name(admin))
-        _on_signals(running, worker, reload)
+        await listener.start()
+        await web.SockSite(admin_runner, admin).start()
+        reloader = Reloader(settings, reload) if reload is not None else None
+        _on_signals(
+            running, partial(_reload, reloader, worker, listener, request_log) if reloader is not None else None
+        )
         _log.info("serving", data=running.data_address, admin=running.admin_address, version=VERSION)
+        notify(READY)
         if on_ready is not None:
             await on_ready(running)
         await running.stopped.wait()
-        await drain(worker, site)
+        notify(STOPPING)
+        await listener.drain(running.hurried)
     _log.info("stopped")
 
 
-async def drain(worker: Worker, site: web.BaseSite) -> None:
-    """SIGTERM: not ready at once; accept until the balancer has noticed; then let what runs come to its end."""
-    server = worker.settings.server
-    _log.info("draining", in_flight=worker.recorder.in_flight)
-    worker.stopping = True
-    await asyncio.sleep(server.drain_grace_s)
-    await site.stop()
-    await worker.drain(server.drain_s)
-
-
-def _on_signals(running: Running, worker: Worker, reload: Reload | None) -> None:
+def _on_signals(running: Running, reload: Callable[[], None] | None) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, running.stop)
     if reload is not None:
-        loop.add_signal_handler(signal.SIGHUP, _reload, worker, reload)
+        loop.add_signal_handler(signal.SIGHUP, reload)
 
 
-def _reload(worker: Worker, read: Reload) -> None:
-    """SIGHUP, as a transaction: a configuration with a fault changes nothing."""
-    try:
-        settings, secrets = read()
-    except Unfit as unfit:
+def _reload(reloader: Reloader, worker: Worker, listener: DataListener, request_log: RequestLog) -> None:
+    """SIGHUP: swap in what the file says now, or nothing."""
+    swap = reloader.next()
+    if swap is None:
         worker.reload_failed()
-        _log.error("reload_failed", faults=unfit.faults)
         return
-    for key in worker.reload(settings, secrets):
-        _log.warning("reload_needs_restart", key=key)
-    _log.info("reloaded", generation=worker.gateway.deployment.generation)
+    settings, secrets = swap
+    generation = worker.gateway.deployment.generation + 1
+    listener.reload(settings.server)
+    worker.reload(
+        replace(settings, redis=worker.settings.redis), secrets, generation
+    )  # the embedded server has its own URL
+    logs.set_level(settings.log.level)
+    request_log.set_level(settings.log.level)
+    _log.info("reloaded", generation=generation)
 
 
 class _State:

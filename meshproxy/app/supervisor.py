@@ -11,16 +11,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import structlog
 from aiohttp import web
+from msgspec.structs import replace
 
-from meshproxy.app.control import Control, Drain, Question, Reload, ReloadFailed, Report, Reported, Start
+from meshproxy.app.control import Control, Drain, Hurry, Question, Reload, ReloadFailed, Report, Reported, Start
+from meshproxy.app.notify import READY, STOPPING, notify
+from meshproxy.app.reload import Read, Reloader
 from meshproxy.app.worker import with_redis
-from meshproxy.config import Settings, Unfit
+from meshproxy.config import Settings
 from meshproxy.server.admin import Status, WorkerStatus, create_admin
 from meshproxy.server.sockets import listen, listen_shared
 from meshproxy.telemetry import exposition, logs
@@ -32,7 +35,7 @@ ANSWER_S = 2.0  # a worker that takes longer to answer is left out of a scrape
 STEADY_S = 10.0  # a worker that lived so long has its backoff forgotten
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 10.0
-EXIT_GRACE_S = 15.0  # beyond drain_s, before a worker is killed
+EXIT_GRACE_S = 30.0  # beyond drain_s, before a worker is killed
 
 _log = structlog.get_logger("meshproxy.app")
 
@@ -75,29 +78,39 @@ class Supervisor:
         self._secrets = dict(secrets)
         self._sockets = sockets
         self._journal = str(journal) if journal is not None else None
+        self._generation = 1
+        self._reload_failed = False
+        self._reloading = asyncio.Lock()
         self._children: dict[int, Child] = {}
         self._numbers = itertools.count(1)
         self._fleet = Fleet()
-        self._stopping = False
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._started_at = time.time()
+        self.up = asyncio.Event()  # whether every worker has been up
+        self._keepers: list[asyncio.Task[None]] = []
 
-    async def keep(self, sock: socket.socket) -> None:
+    def start(self) -> None:
+        """Start the workers, and keep them."""
+        self._keepers = [asyncio.create_task(self._keep(sock), name="keep") for sock in self._sockets]
+
+    async def _keep(self, sock: socket.socket) -> None:
         """Keep one worker alive on `sock` until the supervisor stops."""
         backoff_s = FIRST_BACKOFF_S
         for restarts in itertools.count():
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             started_at = time.monotonic()
             child = await self._spawn(sock, restarts)
             if child is not None:
                 code = await child.process.wait()
                 self._forget(child)
-                if self._stopping:
+                if self._stopping.is_set():
                     return
                 _log.error("worker_died", worker=child.number, exit_code=code)
             lived_s = time.monotonic() - started_at
             backoff_s = FIRST_BACKOFF_S if lived_s >= STEADY_S else min(backoff_s * 2, MAX_BACKOFF_S)
-            await asyncio.sleep(backoff_s)
+            await _wait(self._stopping, backoff_s)
 
     async def _spawn(self, sock: socket.socket, restarts: int) -> Child | None:
         ours, theirs = socket.socketpair()
@@ -112,48 +125,69 @@ class Supervisor:
             )
         child = Child(next(self._numbers), restarts, process, await Control.over(ours))
         try:
-            await child.control.ask(Start(self._settings, self._secrets, self._journal))
+            await self._brief(child)
         except ConnectionError:
-            await process.wait()
+            code = await process.wait()
+            _log.error("worker_did_not_start", worker=child.number, exit_code=code)
             return None
         self._children[child.number] = child
+        if len(self._children) == len(self._sockets):
+            self.up.set()
+        if self._stopping.is_set():
+            child.control.send(Drain())
         return child
+
+    async def _brief(self, child: Child) -> None:
+        """Start a worker with what holds now, and tell it what changed while it was starting."""
+        told = self._generation
+        start = Start(self._settings, self._secrets, told, self._reload_failed, self._journal)
+        await child.control.ask(start)
+        while told != self._generation:
+            told = self._generation
+            await child.control.ask(Reload(self._settings, self._secrets, told))
 
     def _forget(self, child: Child) -> None:
         del self._children[child.number]
         self._fleet.retire(child.number)
         child.control.close()
 
-    async def reload(self, read: Callable[[], tuple[Settings, dict[str, str]]]) -> None:
-        """SIGHUP, as a transaction: a configuration with a fault changes nothing, in no worker."""
-        try:
-            settings, secrets = read()
-        except Unfit as unfit:
-            _log.error("reload_failed", faults=unfit.faults)
-            await self._ask_all(ReloadFailed())
-            return
-        settings = msgspec.structs.replace(settings, redis=self._settings.redis)
-        self._settings, self._secrets = settings, secrets
-        answers = await self._ask_all(Reload(settings, secrets))
-        stuck = {key for answer in answers.values() for key in msgspec.msgpack.decode(answer, type=list[str])}
-        for key in sorted(stuck):
-            _log.warning("reload_needs_restart", key=key)
-        _log.info("reloaded", workers=len(answers))
+    async def reload(self, reloader: Reloader) -> None:
+        """SIGHUP: every worker swaps in what the file says now, or none does."""
+        async with self._reloading:
+            swap = reloader.next()
+            self._reload_failed = swap is None
+            if swap is None:
+                await self._ask_all(ReloadFailed())
+                return
+            settings, self._secrets = swap
+            self._settings = replace(settings, redis=self._settings.redis)  # the embedded server has a URL of its own
+            self._generation += 1
+            logs.set_level(settings.log.level)
+            answers = await self._ask_all(Reload(self._settings, self._secrets, self._generation))
+            _log.info("reloaded", generation=self._generation, workers=len(answers))
 
     async def stop(self) -> None:
         """Drain every worker and wait for its exit; kill what is still there long after it should be gone."""
-        self._stopping = True
-        children = list(self._children.values())
-        for child in children:
-            child.control.send(Drain())
         server = self._settings.server
-        patience_s = server.drain_grace_s + server.drain_s + EXIT_GRACE_S
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*(child.process.wait() for child in children)), patience_s)
-        for child in children:
-            if child.process.returncode is None:
-                _log.error("worker_killed", worker=child.number)
-                child.process.kill()
+        self._stopping.set()
+        self._tell_all(Drain())
+        await _wait(self._hurry, server.drain_grace_s)
+        for sock in self._sockets:
+            sock.close()  # as the workers do with theirs: connections are refused, and not left to wait for nobody
+        _, late = await asyncio.wait(self._keepers, timeout=server.drain_s + EXIT_GRACE_S)
+        for child in self._children.values() if late else ():
+            _log.error("worker_killed", worker=child.number)
+            child.process.kill()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    def hurry(self) -> None:
+        """End what runs now."""
+        self._hurry.set()
+        self._tell_all(Hurry())
+
+    def _tell_all(self, order: Drain | Hurry) -> None:
+        for child in self._children.values():
+            child.control.send(order)
 
     async def metrics(self, *, openmetrics: bool) -> bytes:
         """One exposition for all workers."""
@@ -175,11 +209,11 @@ class Supervisor:
             "not_ready": self._reasons(reports),
             "max_in_flight": self._settings.server.max_in_flight * len(self._sockets),
             "ledger_state": "up" if any(report.connected for report in reports) else "down",
-            "workers": [child.status(now, stopping=self._stopping) for child in self._children.values()],
+            "workers": [child.status(now, stopping=self._stopping.is_set()) for child in self._children.values()],
         }
 
     def _reasons(self, reports: list[Reported]) -> list[str]:
-        if self._stopping:
+        if self._stopping.is_set():
             return ["draining"]
         if any(not report.not_ready for report in reports):
             return []
@@ -208,28 +242,62 @@ async def supervise(
     secrets: Mapping[str, str],
     workers: int,
     *,
-    reload: Callable[[], tuple[Settings, dict[str, str]]],
+    reload: Read,
     journal: Path | None,
+    admin_token: str | None = None,
 ) -> None:
     """Serve with `workers` processes until SIGTERM or SIGINT. OSError if an address is taken."""
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     sockets, admin = listen_shared(settings.server.listen, workers), listen(settings.server.admin_listen)
-    loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(sink.close)
         standing = await stack.enter_async_context(with_redis(settings))
         supervisor = Supervisor(standing, secrets, sockets, journal)
-        keepers = [asyncio.create_task(supervisor.keep(sock), name="keep") for sock in sockets]
-        admin_runner = web.AppRunner(create_admin(supervisor), access_log=None)
+        supervisor.start()
+        admin_runner = web.AppRunner(create_admin(supervisor, admin_token), access_log=None)
         await admin_runner.setup()
         stack.push_async_callback(admin_runner.cleanup)
         await web.SockSite(admin_runner, admin).start()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, stopped.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: keepers.append(asyncio.create_task(supervisor.reload(reload))))
+        stopped = _on_signals(supervisor, Reloader(settings, reload))
         _log.info("supervising", workers=workers, data=settings.server.listen, admin=settings.server.admin_listen)
+        await _first(supervisor.up, stopped)
+        notify(READY)
         await stopped.wait()
+        notify(STOPPING)
         await supervisor.stop()
-        await asyncio.gather(*keepers, return_exceptions=True)
     _log.info("stopped")
+
+
+def _on_signals(supervisor: Supervisor, reloader: Reloader) -> asyncio.Event:
+    """Obey signals; the event is set by the first that says to stop."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    reloads: set[asyncio.Task[None]] = set()
+
+    def stop() -> None:
+        if stopped.is_set():
+            supervisor.hurry()
+        stopped.set()
+
+    def reload() -> None:
+        task = asyncio.create_task(supervisor.reload(reloader), name="reload")
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    return stopped
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Return when one of the events is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()

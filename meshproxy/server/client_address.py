@@ -28,16 +28,23 @@ class TrustedProxies:
         self._networks = [ipaddress.ip_network(network) for network in networks]
         self.trusts = lru_cache(MAX_KNOWN_PEERS)(self._trusts)
 
+    def trusts_peer(self, host: str | None) -> bool:
+        """Whether the other end of a connection is a trusted proxy. `host`: as the socket tells it."""
+        return self.trusts(address(host) if host else None)
+
     def client_of(self, peer: str | None, headers: Headers) -> str | None:
         """The client's address. `peer`: the other end of the connection; None or empty on a unix socket.
 
         Where both headers are there and tell different clients, a client may have sent the one that the proxy doesn't write:
         neither is believed.
         """
-        peer = address(peer) if peer else None
+        if peer and ":" in peer:  # IPv4 is told in its one spelling by every socket
+            peer = address(peer)
+        if "x-forwarded-for" not in headers and "forwarded" not in headers:
+            return peer or None
         hops, elements = _listed(headers, "x-forwarded-for"), _listed(headers, "forwarded")
         if not (hops or elements) or not self.trusts(peer):
-            return peer
+            return peer or None
         told = {
             self._first_stranger(peer, listed) for listed in (hops, [_for(element) for element in elements]) if listed
         }

@@ -55,6 +55,12 @@ def configure(level: Level, format: Format, stream: BinaryIO) -> LineSink:  # no
     return sink
 
 
+def set_level(level: Level) -> None:
+    """Log from another level up, from now on."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]))
+    logging.getLogger().setLevel(LEVELS[level])
+
+
 class RequestLog:
     """Writes the one line of each request. Without a sink (inside another program), or in the console's format, it is an
     event of structlog's like any other. `clock` gives Unix seconds.
@@ -72,6 +78,10 @@ class RequestLog:
         self._clock = clock
         self._second = -1
         self._prefix = ""
+
+    def set_level(self, level: Level) -> None:
+        """Write from another level up, from now on."""
+        self._level = LEVELS[level]
 
     def write(self, fields: dict[str, Any]) -> None:
         """Log a request that ended, with its `status`; a warning for what the client will take for our failure."""

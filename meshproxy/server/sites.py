@@ -1,0 +1,132 @@
+"""Where connections come in: a listening socket whose connections go to the server, with TLS or a PROXY header before them."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from meshproxy.server.client_address import TrustedProxies
+from meshproxy.server.proxy_protocol import NotProxied, read_source
+from meshproxy.server.sockets import BACKLOG
+from meshproxy.server.tls import HANDSHAKE_S
+
+PROXY_HEADER_S = 5.0  # for a header that the specification wants sent at once
+MAX_ARRIVING = 1024  # connections whose header hasn't come; more are closed
+ACCEPT_PAUSE_S = 0.1  # after accept() failed, as it does when file descriptors run out
+
+MakeProtocol = Callable[..., asyncio.Protocol]  # may be given the source that the PROXY header told
+
+
+class Site(Protocol):
+    """One listening socket at work."""
+
+    async def start(self) -> None:
+        """Accept connections."""
+
+    async def stop(self) -> None:
+        """Accept no more, and close the socket. What was accepted goes on."""
+
+
+def site(
+    sock: socket.socket, make: MakeProtocol, tls: ssl.SSLContext | None, proxies: Callable[[], TrustedProxies] | None
+) -> Site:
+    """The site of a socket. `proxies`: whose PROXY headers are believed (as of now); None if connections have none."""
+    return DirectSite(sock, make, tls) if proxies is None else ProxiedSite(sock, make, tls, proxies)
+
+
+class DirectSite:
+    """Clients, or balancers that speak HTTP alone."""
+
+    def __init__(self, sock: socket.socket, make: MakeProtocol, tls: ssl.SSLContext | None) -> None:
+        self._sock = sock
+        self._make = make
+        self._tls = tls
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """See Site."""
+        handshake_s = HANDSHAKE_S if self._tls is not None else None
+        self._server = await asyncio.get_running_loop().create_server(
+            self._make, sock=self._sock, ssl=self._tls, ssl_handshake_timeout=handshake_s, backlog=BACKLOG
+        )
+
+    async def stop(self) -> None:
+        """See Site."""
+        if self._server is not None:
+            self._server.close()
+
+
+class ProxiedSite:
+    """Balancers that send a PROXY header first, ahead of TLS too. Others are hung up on."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        make: MakeProtocol,
+        tls: ssl.SSLContext | None,
+        proxies: Callable[[], TrustedProxies],
+    ) -> None:
+        self._sock = sock
+        self._make = make
+        self._tls = tls
+        self._proxies = proxies
+        self._accepting: asyncio.Task[None] | None = None
+        self._arriving: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """See Site."""
+        self._sock.setblocking(False)  # noqa: FBT003 - its only argument
+        self._accepting = asyncio.create_task(self._accept(), name="accept")
+
+    async def stop(self) -> None:
+        """See Site."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._accepting
+        self._sock.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, peer = await loop.sock_accept(self._sock)
+            except OSError:
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
+            host = peer[0] if isinstance(peer, tuple) else None
+            if len(self._arriving) >= MAX_ARRIVING or not self._proxies().trusts_peer(host):
+                connection.close()
+                continue
+            arrival = asyncio.create_task(self._arrive(connection), name="arrive")
+            self._arriving.add(arrival)
+            arrival.add_done_callback(self._arriving.discard)
+
+    async def _arrive(self, connection: socket.socket) -> None:
+        """Read the header, and hand the connection over. Whatever fails here is the other side's doing: hang up."""
+        loop = asyncio.get_running_loop()
+        handshake_s = HANDSHAKE_S if self._tls is not None else None
+        try:
+            async with asyncio.timeout(PROXY_HEADER_S):
+                source = await read_source(partial(_receive_exactly, loop, connection))
+            await loop.connect_accepted_socket(
+                partial(self._make, source), connection, ssl=self._tls, ssl_handshake_timeout=handshake_s
+            )
+        except (NotProxied, OSError, TimeoutError):
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
+
+
+async def _receive_exactly(loop: asyncio.AbstractEventLoop, connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        received = await loop.sock_recv(connection, size - len(data))
+        if not received:
+            raise NotProxied("the connection ended in its header")
+        data += received
+    return data
