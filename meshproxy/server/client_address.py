@@ -42,9 +42,10 @@ class TrustedProxies:
             peer = address(peer)
         if "x-forwarded-for" not in headers and "forwarded" not in headers:
             return peer or None
+        peer = address(peer) if peer else None
         hops, elements = _listed(headers, "x-forwarded-for"), _listed(headers, "forwarded")
         if not (hops or elements) or not self.trusts(peer):
-            return peer or None
+            return peer
         told = {
             self._first_stranger(peer, listed) for listed in (hops, [_for(element) for element in elements]) if listed
         }

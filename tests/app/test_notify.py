@@ -1,0 +1,40 @@
+import socket
+
+import pytest
+
+from meshproxy.app.notify import READY, STOPPING, notify, reloading
+
+
+def listening(name):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(name)
+    sock.settimeout(2)
+    return sock
+
+
+def test_a_socket_file(tmp_path, monkeypatch):
+    with listening(str(tmp_path / "notify")) as systemd:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        notify(READY, "STATUS=up")
+        assert b"READY=1\nSTATUS=up" == systemd.recv(100)
+
+
+def test_an_abstract_socket(monkeypatch, tmp_path):
+    with listening(f"\0{tmp_path}") as systemd:
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{tmp_path}")
+        notify(STOPPING)
+        assert b"STOPPING=1" == systemd.recv(100)
+
+
+def test_a_reload_is_dated():
+    state, stamp = reloading().split("\n")
+    assert "RELOADING=1" == state
+    assert stamp.removeprefix("MONOTONIC_USEC=").isdigit()
+
+
+@pytest.mark.parametrize("address", [None, "", "relative", "vsock:2:1234", "/nonexistent/notify"])
+def test_without_systemd_nothing_happens(monkeypatch, address):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if address is not None:
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify(READY)
