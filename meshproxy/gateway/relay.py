@@ -72,11 +72,11 @@ class Relay:
         try:
             self._response.relay(self)
             while not self.ended:
+                self._signal = asyncio.get_running_loop().create_future()
                 if self._downstream.congested():
                     await self._downstream.drained()
-                    self._resume()
                 else:
-                    self._signal = asyncio.get_running_loop().create_future()
+                    self._resume()  # the client may have caught up before anyone looked
                     await self._signal
         finally:
             self._response.close()

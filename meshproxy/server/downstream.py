@@ -74,7 +74,7 @@ class ClientStream:
     def congested(self) -> bool:
         """Whether more waits for this client than `MAX_BUFFERED_BYTES`."""
         transport = self._transport
-        return transport is not None and transport.get_write_buffer_size() >= MAX_BUFFERED_BYTES
+        return transport is not None and transport.get_write_buffer_size() > MAX_BUFFERED_BYTES
 
     async def drained(self) -> None:
         """Return when the client has taken enough; aiohttp's protocol holds the flow-control state."""
