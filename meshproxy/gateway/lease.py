@@ -117,6 +117,8 @@ class Lease:
         self._renewing = False
         if problem is None:
             self.covered = covered
+            if not self._over:
+                self.spent(self._used)  # more may have come meanwhile than was asked for
         self._on_change(problem)
 
     def _extend_locally(self, covered: int, lost: Problem) -> Problem | None:
