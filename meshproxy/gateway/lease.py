@@ -62,7 +62,7 @@ class Lease:
         self.covered = covered
         self.is_local = is_local
         self.unheld = is_local
-        self._cap = plan.output_tokens
+        self._cap = plan.output_bound
         self._slice = slice_tokens
         self._credit = credit
         self._used = 0

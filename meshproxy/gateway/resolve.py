@@ -21,8 +21,9 @@ from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_
 
 
 class Plan(Struct, frozen=True):
-    """A request resolved. `prompt_tokens` is an estimate; `output_cap` is what one choice may have; `imposed_cap` is the cap
-    that the provider must be told: because the request has none, or because credit is short (`clamped`).
+    """A request resolved. `prompt_tokens` is an estimate; `output_cap` is what one choice is expected to have at most, and
+    `output_limit` what it can have, which is more for a stream that is told no cap; `imposed_cap` is the cap that the provider
+    must be told: because the request has none, or because credit is short (`clamped`).
     """
 
     request: ChatRequest
@@ -31,13 +32,19 @@ class Plan(Struct, frozen=True):
     messages: bytes
     prompt_tokens: int
     output_cap: int
+    output_limit: int
     imposed_cap: int | None
     clamped: bool = False
 
     @property
     def output_tokens(self) -> int:
-        """What all choices together may have."""
+        """What all choices together are expected to have at most."""
         return self.output_cap * self.request.n
+
+    @property
+    def output_bound(self) -> int:
+        """What all choices together can have."""
+        return self.output_limit * self.request.n
 
     def hold_nusd(self, output_tokens: int) -> int:
         """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
@@ -50,7 +57,7 @@ class Plan(Struct, frozen=True):
         cap = max(affordable // self.request.n, 1)
         if cap >= self.output_cap:
             return self
-        return replace(self, output_cap=cap, imposed_cap=cap, clamped=True)
+        return replace(self, output_cap=cap, output_limit=cap, imposed_cap=cap, clamped=True)
 
     def body_for(self, attempt: Attempt) -> bytes:
         """The JSON that this attempt's provider is sent."""
@@ -82,9 +89,10 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
     messages = _messages(request, template)
-    smallest = min(served.max_output_tokens for served in may_serve(attempts))
-    cap = min(request.max_tokens or deployment.settings.credits.default_output_tokens, smallest)
-    imposes = request.max_tokens is None and deployment.settings.credits.strict and not request.stream
+    credit = deployment.settings.credits
+    sizes = [served.max_output_tokens for served in may_serve(attempts)]
+    cap = min(request.max_tokens, max(sizes)) if request.max_tokens else min(credit.default_output_tokens, *sizes)
+    imposes = request.max_tokens is None and credit.strict and not request.stream
     return Plan(
         request=request,
         model=model,
@@ -92,6 +100,7 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
         messages=messages,
         prompt_tokens=estimate_prompt(messages, request.fields.get("tools"), request.message_count),
         output_cap=cap,
+        output_limit=cap if request.max_tokens or imposes else max(sizes),
         imposed_cap=cap if imposes else None,
     )
 

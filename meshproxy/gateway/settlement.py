@@ -24,7 +24,7 @@ def bill(
     exchange: Exchange, reported: Usage | None, served_model: str | None, estimate_output: Callable[[], int]
 ) -> None:
     """Write down usage, its source and the cost: the provider's numbers when they can be believed, else an estimate from the
-    prompt and the output that was seen. Where no output was seen nothing is charged.
+    prompt and the output that was seen, which can't be more than was asked for. Where none was seen nothing is charged.
     """
     plan, attempt = exchange.plan, exchange.attempt
     if plan is None or attempt is None:
@@ -33,7 +33,8 @@ def bill(
     if reported is not None and _is_believable(reported, plan, attempt):
         exchange.usage, exchange.usage_source = reported, "reported"
     elif output_tokens := estimate_output():
-        exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens, output_tokens), "estimated"
+        completion = min(output_tokens, plan.output_bound)
+        exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens, completion), "estimated"
     exchange.cost_nusd = cost(attempt.price, exchange.usage)
 
 
