@@ -158,6 +158,7 @@ def _guard(token: str) -> Middleware:
         if request.path in PROBES or hmac.compare_digest(_offered(request), expected):
             return await handler(request)
         refusal = problem_response(unauthorized("The admin token is missing or wrong."), request_id_of(request))
+        del refusal.headers[hdrs.WWW_AUTHENTICATE]
         for challenge in _CHALLENGES:
             refusal.headers.add(hdrs.WWW_AUTHENTICATE, challenge)
         return refusal
