@@ -1,0 +1,339 @@
+"""Streams as a client sees them, whatever the provider does to them, and what they are charged."""
+
+import asyncio
+import json
+import socket
+import struct
+from operator import itemgetter
+
+import openai
+import pytest
+
+from tests.conftest import HELLO, PRICE, model
+
+REPORTED_NUSD = 6 * 2_500 + 8 * 10_000  # what the simulator reports of HELLO and eight tokens
+HELD_NUSD = 18 * 2_500 + 256 * 10_000  # the estimate of HELLO, and a slice of output
+SEED = 7
+HARMLESS = ("burst", "split", "crlf", "comments", "ids", "bom", "eof-delimited", "content-length-stream", "usage-every")
+
+
+async def test_a_stream_is_whole_and_settled_by_the_reported_usage(mesh):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/plain")
+    assert 200 == answer.status
+    assert "text/event-stream; charset=utf-8" == answer.headers["content-type"]
+    assert ("no-cache", "no") == (answer.headers["cache-control"], answer.headers["x-accel-buffering"])
+    assert "[DONE]" == answer.events[-1]
+    assert 8 == len([event for event in answer.events[1:-1] if event["choices"][0]["delta"]])
+    settled = await mesh.settlement(caller)
+    assert ("6", "8", str(REPORTED_NUSD)) == (
+        settled["prompt_tokens"],
+        settled["completion_tokens"],
+        settled["cost_nusd"],
+    )
+    assert ("reported", "completed", str(HELD_NUSD)) == (
+        settled["usage_source"],
+        settled["outcome"],
+        settled["held_nusd"],
+    )
+    assert REPORTED_NUSD == await mesh.spent(caller)
+
+
+@pytest.mark.parametrize("trait", HARMLESS)
+async def test_however_it_comes_it_reads_the_same(mesh, trait):
+    caller = await mesh.key()
+    plain = await mesh.stream(caller, model="sim/plain", seed=SEED)
+    answer = await mesh.stream(caller, model=f"sim/{trait}", seed=SEED)
+    assert plain.text == answer.text
+    assert "[DONE]" == answer.events[-1]
+    lines = answer.body.decode().split("\n")
+    assert set() == {line for line in lines if line.startswith(("id:", "retry:")) or "\r" in line or "\ufeff" in line}
+    assert [REPORTED_NUSD] * 2 == [int(event["cost_nusd"]) for event in await mesh.settlements(caller)]
+
+
+async def test_events_without_data_are_not_passed_on(mesh):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/ids")
+    events = answer.body.decode().rstrip("\n").split("\n\n")
+    assert [] == [event for event in events if "data:" not in event]
+
+
+async def test_every_character_survives_awkward_cuts(start_mesh):
+    models = {name: model("sim", f"{name}?tokens=60") for name in ("sim/unicode", "sim/unicode+split")}
+    mesh = await start_mesh(models=models)
+    caller = await mesh.key()
+    whole = await mesh.stream(caller, model="sim/unicode", seed=SEED)
+    cut = await mesh.stream(caller, model="sim/unicode+split", seed=SEED)
+    assert whole.text == cut.text
+    assert any(ord(character) > 0xFFFF for character in whole.text)
+
+
+async def test_usage_is_shown_to_who_asked_for_it(mesh):
+    caller = await mesh.key()
+    asked = await mesh.stream(caller, model="sim/plain", stream_options={"include_usage": True})
+    assert ([], 8) == (asked.events[-2]["choices"], asked.events[-2]["usage"]["completion_tokens"])
+    hidden = await mesh.stream(caller, model="sim/plain")
+    assert [] == [event for event in hidden.events[:-1] if not event["choices"]]
+    bodies = [json.loads(entry.raw_body) for entry in mesh.received]
+    assert [True, True] == [body["stream_options"]["include_usage"] for body in bodies]
+
+
+async def test_usage_in_the_finishing_chunk_counts_and_the_chunk_is_kept(mesh):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/usage-early")
+    assert "stop" == answer.events[-2]["choices"][0]["finish_reason"]
+    assert "reported" == (await mesh.settlement(caller))["usage_source"]
+
+
+@pytest.mark.parametrize["trait", ("no-usage", "usage-negative", "usage-absurd", "usage-string"])
+async def test_usage_that_cannot_be_believed_is_estimated(mesh, trait):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model=f"sim/{trait}")
+    assert "[DONE]" == answer.events[-1]
+    settled = await mesh.settlement(caller)
+    assert ("estimated", "completed", "18") == (settled["usage_source"], settled["outcome"], settled["prompt_tokens"])
+    assert 8 <= int(settled["completion_tokens"]) <= 16
+    assert 0 < await mesh.spent(caller) <= HELD_NUSD
+
+
+async def test_a_lying_provider_is_not_believed_past_what_was_asked_for(mesh):
+    caller = await mesh.key(credit="0.001")
+    await mesh.stream(caller, model="sim/no-usage", max_tokens=3)
+    settled = await mesh.settlement(caller)
+    assert int(settled["cost_nusd"]) <= int(settled["held_nusd"])
+    assert int(settled["completion_tokens"]) <= 3
+
+
+@pytest.mark.parametrize(
+    "trait", ["die-mid-stream", "reset-mid-stream", "bad-chunk", "end-early", "error-mid-stream", "huge-event"]
+)
+async def test_a_stream_that_dies_is_ended_honestly(mesh, trait):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model=f"sim/{trait}")
+    assert 200 == answer.status
+    error = answer.events[-1]["error"]
+    assert "upstream_error" == error["code"]
+    assert answer.headers["x-request-id"] == error["request_id"] == answer.events[-1]["request_id"]
+    settled = await mesh.settlement(caller)
+    assert ("upstream_failed", "estimated") == (settled["outcome"], settled["usage_source"])
+    assert 0 < await mesh.spent(caller) <= HELD_NUSD
+    assert "upstream_error" == mesh.log.lines[-1]["code"]
+
+
+async def test_the_words_of_a_provider_that_failed_in_the_stream_are_told(mesh):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/error-mid-stream")
+    assert "Provider disconnected unexpectedly" == answer.events[-1]["error"]["provider_error"]["message"]
+    assert [] == [event for event in answer.events[:-1] if "error" in event]
+
+
+async def test_a_provider_that_falls_silent_is_given_up(start_mesh, simulator):
+    mesh = await start_mesh(upstreams=_impatient(simulator))
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/stall-mid")
+    assert "gateway_timeout" == answer.events[-1]["error"]["code"]
+    assert "estimated" == (await mesh.settlement(caller))["usage_source"]
+    assert 0 < await mesh.spent(caller) <= HELD_NUSD
+
+
+async def test_a_provider_that_says_nothing_at_all_costs_nothing(start_mesh, simulator):
+    mesh = await start_mesh(upstreams=_impatient(simulator))
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/stall")
+    assert b'"code":"gateway_timeout"' in answer.body
+    assert b"[DONE]" not in answer.body
+    assert ("none", "0") == itemgetter("usage_source", "cost_nusd")(await mesh.settlement(caller))
+
+
+async def test_nonsense_is_no_success(mesh):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/not-json")
+    assert b"[DONE]" not in answer.body
+    assert b'"code":"upstream_error"' in answer.body
+
+
+@pytest.mark.parametrize["trait", ("gzip", "wrong-content-type", "redirect", "error-html", "empty", "refuse", "reset"])
+async def test_what_is_no_event_stream_is_an_error_before_any_stream(mesh, trait):
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model=f"sim/{trait}")
+    assert (502, "upstream_error") == (answer.status, answer.code)
+    assert 0 == await mesh.spent(caller)
+    assert 1 == len(mesh.received)
+
+
+def _impatient(simulator):
+    return {"sim": {"kind": "openai", "base_url": simulator.base_url, "idle_timeout_s": 0.1}}
+
+
+async def test_a_silent_stream_is_kept_open_by_pings(start_mesh):
+    mesh = await start_mesh(
+        server={"heartbeat_s": 0.05}, models={"sim/late": model("sim", "sim/plain?tokens=8&ttft=0.3")}
+    )
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="sim/late")
+    assert 2 <= answer.body.count(b": ping\n\n") <= 6
+    assert "[DONE]" == answer.events[-1]
+    assert "reported" == (await mesh.settlement(caller))["usage_source"]
+
+
+async def test_a_client_that_hangs_up_stops_the_provider_at_once(mesh):
+    caller = await mesh.key()
+    body = {"model": "sim/slow", "messages": HELLO, "stream": True}
+    async with mesh.http.post("/v1/chat/completions", json=body, headers=caller.auth) as response:
+        await response.content.readany()
+        response.close()
+    (entry,) = mesh.received
+    await mesh.until(lambda: entry.ended == "client_closed")
+    assert 0 == mesh.simulator.journal.open_streams
+    settled = await mesh.settlement(caller)
+    assert ("client_disconnected", "estimated") == (settled["outcome"], settled["usage_source"])
+    assert 0 < await mesh.spent(caller) <= HELD_NUSD
+    assert "client_disconnected" == mesh.log.lines[-1]["outcome"]
+
+
+async def test_a_client_that_hangs_up_before_the_answer_pays_nothing(mesh):
+    caller = await mesh.key()
+    task = asyncio.create_task(mesh.stream(caller, model="sim/stall-head"))
+    await mesh.until(lambda: len(mesh.received) == 1)
+    task.cancel()
+    (entry,) = mesh.received
+    await mesh.until(lambda: entry.ended == "client_closed")
+    settled = await mesh.settlement(caller)
+    assert ("client_disconnected", "none", "0") == (settled["outcome"], settled["usage_source"], settled["cost_nusd"])
+
+
+async def test_a_client_that_does_not_read_holds_the_provider_back_and_may_then_be_gone(start_mesh):
+    mesh = await start_mesh(send_buffer=32_768, models={"sim/long": model("sim", "sim/fast?tokens=30000")})
+    caller = await mesh.key()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        client.connect((mesh.host, mesh.port))
+        client.sendall(_post(caller, {"model": "sim/long", "messages": HELLO, "stream": True}))
+        await mesh.until(lambda: any(relay._downstream.congested() for relay in mesh.worker.live.relays))
+        (relay,) = mesh.worker.live.relays
+        assert relay._downstream._transport.get_write_buffer_size() < 2 * 65_536 + 262_144
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    settled = await mesh.settlement(caller)
+    assert "client_disconnected" == settled["outcome"]
+    assert [0, 0] == [mesh.simulator.journal.open_streams, mesh.worker.recorder.in_flight]
+
+
+async def test_a_slow_reader_gets_everything(start_mesh):
+    mesh = await start_mesh(send_buffer=32_768, models={"sim/long": model("sim", "sim/fast?tokens=3000")})
+    caller = await mesh.key()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        client.connect((mesh.host, mesh.port))
+        client.sendall(_post(caller, {"model": "sim/long", "messages": HELLO, "stream": True}))
+        await mesh.until(lambda: any(relay._downstream.congested() for relay in mesh.worker.live.relays))
+        client.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=client)
+        got = await asyncio.wait_for(reader.read(-1), 10)
+        writer.close()
+    assert 3000 == got.count(b'"delta":{"content"')
+    assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert "3000" == (await mesh.settlement(caller))["completion_tokens"]
+
+
+async def test_an_http_1_0_client_reads_to_the_end_of_the_connection(mesh):
+    caller = await mesh.key()
+    got = await mesh.raw(_post(caller, {"model": "sim/plain", "messages": HELLO, "stream": True}, version="1.0"))
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_chunks_of_the_provider_reach_the_client_as_they_were(mesh):
+    caller = await mesh.key()
+    got = await mesh.raw(_post(caller, {"model": "sim/plain", "messages": HELLO, "stream": True}))
+    body = got.partition(b"\r\n\r\n")[2]
+    sizes = []
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        sizes.append(int(size, 16))
+        assert b"\r\n" == rest[sizes[-1] : sizes[-1] + 2]
+        body = rest[sizes[-1] + 2 :]
+    assert 0 == sizes[-1]
+    assert 0 not in sizes[:-1]
+
+
+async def test_a_stream_ends_when_its_credit_does(start_mesh):
+    slice_tokens = 8
+    mesh = await start_mesh(
+        credits={"lease_output_tokens": slice_tokens},
+        models={"sim/long": model("sim", "sim/plain?tokens=3000&tps=2000")},
+    )
+    caller = await mesh.key(credit="0.0004")
+    answer = await mesh.stream(caller, model="sim/long")
+    assert "insufficient_credits" == answer.events[-1]["error"]["code"]
+    settled = await mesh.settlement(caller)
+    assert "insufficient_credits" == settled["outcome"]
+    balance = await mesh.balance(caller)
+    assert balance.balance_nusd >= -slice_tokens * 10_000
+    await mesh.until(lambda: mesh.simulator.journal.open_streams == 0)
+
+
+async def test_a_stream_with_credit_is_renewed_to_its_end(start_mesh):
+    mesh = await start_mesh(
+        credits={"lease_output_tokens": 8}, models={"sim/long": model("sim", "sim/fast?tokens=400")}
+    )
+    caller = await mesh.key(credit="0.01")
+    answer = await mesh.stream(caller, model="sim/long")
+    assert "[DONE]" == answer.events[-1]
+    assert "400" == (await mesh.settlement(caller))["completion_tokens"]
+    assert 18 * 2_500 + 400 * 10_000 <= int((await mesh.settlement(caller))["held_nusd"])
+
+
+async def test_a_stream_without_a_cap_is_covered_past_the_default(start_mesh):
+    mesh = await start_mesh(
+        credits={"lease_output_tokens": 8, "default_output_tokens": 16},
+        models={"sim/long": {**model("sim", "sim/plain?tokens=3000&tps=2000"), **PRICE}},
+    )
+    caller = await mesh.key(credit="0.0006")
+    answer = await mesh.stream(caller, model="sim/long")
+    assert "insufficient_credits" == answer.events[-1]["error"]["code"]
+    assert (await mesh.balance(caller)).balance_nusd >= -8 * 10_000
+
+
+async def test_the_sdk_streams(mesh):
+    caller = await mesh.key()
+    whole = await mesh.stream(caller, model="sim/split", seed=SEED)
+    chunks = await mesh.sdk(caller).chat.completions.create(
+        model="sim/split", messages=HELLO, stream=True, seed=SEED, stream_options={"include_usage": True}
+    )
+    got = [chunk async for chunk in chunks]
+    assert whole.text == "".join(chunk.choices[0].delta.content or "" for chunk in got if chunk.choices)
+    assert 8 == got[-1].usage.completion_tokens
+
+
+@pytest.mark.parametrize["trait", ("die-mid-stream", "error-mid-stream", "end-early"])
+async def test_the_sdk_raises_when_a_stream_dies(mesh, trait):
+    caller = await mesh.key()
+    chunks = await mesh.sdk(caller, max_retries=2).chat.completions.create(
+        model=f"sim/{trait}", messages=HELLO, stream=True
+    )
+    with pytest.raises(openai.APIError) as raised:
+        [chunk async for chunk in chunks]
+    assert "upstream_error" == raised.value.code
+    assert 1 == len(mesh.received)
+
+
+async def test_shutdown_tells_the_streams_that_are_left(mesh):
+    caller = await mesh.key()
+    task = asyncio.create_task(mesh.stream(caller, model="sim/slow"))
+    await mesh.until(lambda: any(relay.scanner.events for relay in mesh.worker.live.relays))
+    await mesh.worker.drain(0)
+    answer = await task
+    assert "overloaded" == answer.events[-1]["error"]["code"]
+    assert "shutdown" == (await mesh.settlement(caller))["outcome"]
+
+
+def _post(caller, body, version="1.1"):
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/{version}\r\nhost: mesh\r\nauthorization: Bearer {caller.secret}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(data)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + data
