@@ -5,6 +5,7 @@ a finished answer at once, a running one as it grows. A request that failed leav
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import msgspec
@@ -14,6 +15,7 @@ from meshproxy.config import Idempotency
 from meshproxy.errors import Fault, Problem, Source, idempotency_conflict, invalid, upstream_error
 from meshproxy.gateway.call import Call, Downstream, Headers, Reply
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays
+from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.replies import error_event
@@ -21,6 +23,8 @@ from meshproxy.wire.sse import PING
 
 MAX_KEY_CHARS = 255
 POLL_S = 0.05  # how far an attached stream is behind, at most
+TELL_RETRY_S = 0.25
+MAX_TELL_RETRIES = 40  # ten seconds without Redis
 REPLAYED = ("idempotent-replayed", "true")
 
 
@@ -85,20 +89,23 @@ class Recording:
 
     def conclude(self, *, complete: bool) -> None:
         """The request is over: what was kept is its answer, or is worth nothing."""
-        if self._conclusion == "running":
-            self._conclusion = "finished" if complete else "failed"
+        if not complete:
+            self._conclusion = "failed"
+        elif self._conclusion == "running":
+            self._conclusion = "finished"
         self._send()
 
     async def keep_alive(self) -> None:
         """Put the record's end off while the request runs."""
-        await self._replays.conclude(self._claim, "running", self._running_ttl_ms)
+        if self._conclusion == "running":
+            await self._replays.conclude(self._claim, "running", self._running_ttl_ms)
 
     def _keep(self, part: bytes) -> None:
         self._size += len(part)
         if self._conclusion != "running":
             return
         if self._size > self._settings.max_bytes:
-            self._conclusion = "lost"
+            self._lose()
         else:
             self._unsent.append(part)
         self._send()
@@ -110,17 +117,39 @@ class Recording:
 
     async def _send_all(self) -> None:
         """One batch after the other; what comes meanwhile makes the next."""
+        told: Conclusion = "running"
+        try:
+            await self._send_parts()
+            while told != self._conclusion:
+                told = self._conclusion
+                await self._tell(told)
+        finally:
+            self._sending = False
+
+    async def _send_parts(self) -> None:
         try:
             while self._unsent:
                 parts, self._unsent = self._unsent, []
                 await self._replays.append(self._claim, parts, self._running_ttl_ms)
-            if self._conclusion != "running":
-                await self._replays.conclude(self._claim, self._conclusion, self._ttl_ms())
-        finally:
-            self._sending = False
+        except Unavailable:
+            self._lose()  # perhaps it has these parts, perhaps not: an answer with a hole in it must not be replayed
 
-    def _ttl_ms(self) -> int:
-        return FAILED_TTL_MS if self._conclusion == "failed" else int(self._settings.ttl_s * 1000)
+    async def _tell(self, conclusion: Conclusion) -> None:
+        """Say it until it is heard; at last the record's own end says that a repeat may run anew."""
+        ttl_ms = FAILED_TTL_MS if conclusion == "failed" else int(self._settings.ttl_s * 1000)
+        for _ in range(MAX_TELL_RETRIES):
+            try:
+                await self._replays.conclude(self._claim, conclusion, ttl_ms)
+            except Unavailable:
+                await asyncio.sleep(TELL_RETRY_S)
+            else:
+                return
+
+    def _lose(self) -> None:
+        """The answer can't be replayed."""
+        self._unsent.clear()
+        if self._conclusion != "failed":
+            self._conclusion = "lost"
 
 
 class Replay:
@@ -211,15 +240,26 @@ class Idempotence:
         name = call.idempotency_key or ""
         if not 0 < len(name) <= MAX_KEY_CHARS or not name.isprintable():
             raise Fault(Source.CLIENT, invalid(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters."))
-        claim = await self._replays.claim(
+        claiming = self._replays.claim(
             principal.account.name, principal.key.id, name, body, owner=owner, ttl_ms=running_ttl_ms
         )
+        try:
+            claim = await claiming
+        except asyncio.CancelledError:
+            given_up = self._replays.claimed(principal.account.name, principal.key.id, name, owner)
+            self._tasks.spawn("idempotency", self._give_up(given_up))
+            raise
         if claim.state == "claimed":
             return Recording(downstream, claim, self._replays, settings, running_ttl_ms, self._tasks)
         problem = _objection(claim)
         if problem is not None:
             raise Fault(Source.CLIENT, problem)
         return Replay(claim, self._replays, self._clock)
+
+    async def _give_up(self, claim: Claim) -> None:
+        """Nobody waits for what the claim came to: let the next one have the key. Without Redis, its time to live does that."""
+        with contextlib.suppress(Unavailable):
+            await self._replays.conclude(claim, "failed", FAILED_TTL_MS)
 
 
 def _objection(claim: Claim) -> Problem | None:

@@ -3,13 +3,18 @@
 import asyncio
 from collections.abc import Callable
 
+import structlog
+
 from meshproxy.config import Settings
 from meshproxy.errors import Fault
 from meshproxy.gateway.idempotent import Recording
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.relay import Relay
+from meshproxy.ledger.store import StoreError
 
 PULSE_S = 0.5  # how late a ping may be
+
+_log = structlog.get_logger("meshproxy.gateway")
 
 
 class Live:
@@ -38,6 +43,9 @@ class Live:
         """All in one loop turn, so that they share a pipeline."""
         keeping = [*(lease.keep() for lease in self.leases), *(recording.keep_alive() for recording in self.recordings)]
         results = await asyncio.gather(*keeping, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, StoreError)]
+        if refused:  # one account's trouble is no reason to let go of the others
+            _log.error("holds_not_kept", holds=len(refused), reason=str(refused[0]))
         for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, Fault):
+            if isinstance(result, BaseException) and not isinstance(result, Fault | StoreError):
                 raise result

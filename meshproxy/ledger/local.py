@@ -77,7 +77,8 @@ class LocalAdmission:
         """Hold the amount from the allowance and take from the local buckets, or say why not."""
         used = self._used_nusd.get(ask.account, 0)
         available = self._allowance_nusd // self._instances.count - used
-        if ask.amount_nusd > available or len(self._used_nusd) >= MAX_ACCOUNTS:
+        is_one_too_many = ask.account not in self._used_nusd and len(self._used_nusd) >= MAX_ACCOUNTS
+        if ask.amount_nusd > available or is_one_too_many:
             return Denied("insufficient_credits", "credit", max(available, 0))
         now = self._clock()
         wants = [
@@ -87,7 +88,8 @@ class LocalAdmission:
         waits = [(self._wait_s(want, now), want) for want in wants]
         longest = max(waits, default=None, key=lambda wait: wait[0])
         if longest is not None and longest[0] > 0:
-            return Denied("rate_limit", f"{longest[1].scope} {longest[1].kind}", available, longest[0])
+            retry_after_s = None if longest[0] == math.inf else longest[0]
+            return Denied("rate_limit", f"{longest[1].scope} {longest[1].kind}", available, retry_after_s)
         for want in wants:
             self._bucket(want, now).level -= want.count
         self._used_nusd[ask.account] = used + ask.amount_nusd
@@ -122,6 +124,8 @@ class LocalAdmission:
         return bucket
 
     def _wait_s(self, want: _Want, now: float) -> float:
+        if want.per_minute == 0:
+            return math.inf
         missing = min(want.count, self._share(want.size)) - self._bucket(want, now).level
         return missing * 60 / self._share(want.per_minute) if missing > 0 else 0.0
 

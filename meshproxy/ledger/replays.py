@@ -42,12 +42,18 @@ class Replays:
 
     async def claim(self, account: str, key_id: str, name: str, body: bytes, *, owner: str, ttl_ms: int) -> Claim:
         """Claim the Idempotency-Key `name` of one key for a request body."""
-        names = AccountKeys(account)
-        record = names.replay(key_id, hashlib.sha256(name.encode()).hexdigest())
+        record = self.claimed(account, key_id, name, owner).record
         digest = hashlib.sha256(body).hexdigest()
         state, found = await self._store.run(self._claim, [record], [owner, digest, ttl_ms])
         owner = found.decode()
-        return Claim(_STATES[state], owner, record, names.replay_parts(owner))
+        return Claim(_STATES[state], owner, record, AccountKeys(account).replay_parts(owner))
+
+    @staticmethod
+    def claimed(account: str, key_id: str, name: str, owner: str) -> Claim:
+        """The claim that `owner` has, if it has one."""
+        names = AccountKeys(account)
+        record = names.replay(key_id, hashlib.sha256(name.encode()).hexdigest())
+        return Claim("claimed", owner, record, names.replay_parts(owner))
 
     async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int) -> None:
         """Add parts of the answer."""

@@ -1,0 +1,310 @@
+"""Idempotency-Key, below HTTP: what is recorded, what is replayed, and what Redis's absence makes of it."""
+
+import asyncio
+
+import fakeredis
+import pytest
+
+from meshproxy import config
+from meshproxy.config import Idempotency
+from meshproxy.errors import Fault
+from meshproxy.gateway import idempotent as module
+from meshproxy.gateway.call import Call, Reply
+from meshproxy.gateway.idempotent import Idempotence, Recording, Replay
+from meshproxy.ledger.connection import RedisPyStore, connect
+from meshproxy.ledger.replays import Replays
+from meshproxy.ledger.store import Unavailable
+from meshproxy.policy.principal import Account, Key, Principal
+from meshproxy.telemetry.tasks import Tasks
+from meshproxy.wire.sse import PING
+
+PRINCIPAL = Principal(Key("k1", "acme", 0.0), Account("acme"))
+HEADERS = [("x-request-id", "r1"), ("content-type", "text/event-stream")]
+SETTINGS = Idempotency(ttl_s=60, max_bytes=1000)
+
+
+class Flaky(RedisPyStore):
+    """A store that can be lost: before a command runs, or after."""
+
+    def __init__(self):
+        super().__init__(fakeredis.FakeAsyncRedis())
+        self.is_lost = False
+        self.loses_replies_of = None
+
+    async def _lost(self, op, command):
+        if self.is_lost:
+            raise Unavailable("connection", "gone")
+        reply = await super().send(op, command)
+        if op == self.loses_replies_of:
+            self.loses_replies_of = None
+            raise Unavailable("timeout", "no reply")
+        return reply
+
+    def send(self, op, command):
+        return self._lost(op, command)
+
+
+class Client:
+    """A `Downstream` that keeps what it gets."""
+
+    def __init__(self):
+        self.headers = None
+        self.body = b""
+        self.is_over = False
+
+    def begin(self, headers):
+        self.headers = headers
+
+    def write(self, payload, frame=None):
+        self.body += payload
+
+    def finish(self):
+        self.is_over = True
+
+    def congested(self):
+        return False
+
+    async def drained(self):
+        raise AssertionError("it is never congested")
+
+
+class House:
+    """Idempotence over a store, and its clients."""
+
+    def __init__(self, store, tasks):
+        self.store, self.tasks = store, tasks
+        self.now = 0.0
+        self.idempotence = Idempotence(Replays(store), tasks, lambda: self.now)
+        self.client = Client()
+
+    async def enter(self, owner, *, name="once", body=b"{}", settings=SETTINGS):
+        return await self.idempotence.enter(
+            call(name), PRINCIPAL, body, self.client, settings=settings, running_ttl_ms=60_000, owner=owner
+        )
+
+    async def play(self, replay, client=None, heartbeat_s=15):
+        return await replay.play(call("once", "r2"), client or Client(), heartbeat_s)
+
+
+def call(name, request_id="r1"):
+    async def read():
+        return b"{}"
+
+    return Call(request_id, None, read, 0.0, idempotency_key=name)
+
+
+@pytest.fixture
+async def house(monkeypatch):
+    monkeypatch.setattr(module, "POLL_S", 0)
+    monkeypatch.setattr(module, "TELL_RETRY_S", 0)
+    store, tasks = Flaky(), Tasks(on_failure=lambda name: pytest.fail(f"{name} failed"))
+    yield House(store, tasks)
+    store.is_lost = False
+    await tasks.finish(5)
+    assert 0 == len(tasks)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "a\nb", "a\x00", "\x7f"])
+async def test_unusable_keys_are_refused(house, name):
+    with pytest.raises(Fault) as caught:
+        await house.enter("h1", name=name)
+    assert 422 == caught.value.problem.status
+
+
+@pytest.mark.parametrize("name", ["x", "x" * 255, "ü {acme}:*"])
+async def test_every_other_key_will_do(house, name):
+    assert isinstance(await house.enter("h1", name=name), Recording)
+
+
+async def test_another_body_is_a_conflict(house):
+    await house.enter("h1")
+    with pytest.raises(Fault) as caught:
+        await house.enter("h2", body=b"[]")
+    assert (409, "idempotency_conflict") == (caught.value.problem.status, caught.value.problem.code)
+
+
+async def test_a_whole_answer_is_replayed_with_the_repeats_own_id(house):
+    recording = await house.enter("h1")
+    recording.reply(Reply(200, [("x-request-id", "r1"), ("content-type", "application/json")], b'{"a": 1}'))
+    recording.conclude(complete=True)
+    await house.tasks.finish(5)
+    reply = await house.play(await house.enter("h2"))
+    assert (200, b'{"a": 1}') == (reply.status, reply.body)
+    assert [
+        ("x-request-id", "r2"),
+        ("content-type", "application/json"),
+        ("idempotent-replayed", "true"),
+    ] == reply.headers
+
+
+async def test_a_stream_is_replayed_byte_by_byte_but_for_its_pings(house):
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    for payload in (b"data: 1\n\n", PING, b"data: 2\n\n", b"data: [DONE]\n\n"):
+        recording.write(payload, b"frame")
+    recording.finish()
+    recording.conclude(complete=True)
+    await house.tasks.finish(5)
+    client = Client()
+    assert await house.play(await house.enter("h2"), client) is None
+    assert (b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n", True) == (client.body, client.is_over)
+    assert ("idempotent-replayed", "true") in client.headers
+    assert b": ping" in house.client.body
+
+
+async def test_one_that_is_attached_gets_what_comes(house):
+    recording = await house.enter("h1")
+    client = Client()
+    playing = asyncio.create_task(house.play(await house.enter("h2"), client))
+    recording.begin(HEADERS)
+    for number in range(5):
+        recording.write(b"data: %d\n\n" % number)
+        while not client.body.endswith(b"data: %d\n\n" % number):
+            await asyncio.sleep(0)
+    recording.conclude(complete=True)
+    await asyncio.wait_for(playing, 5)
+    assert (house.client.body, True) == (client.body, client.is_over)
+
+
+async def test_a_silent_stream_is_kept_open(house):
+    recording = await house.enter("h1")
+    client = Client()
+    playing = asyncio.create_task(house.play(await house.enter("h2"), client))
+    recording.begin(HEADERS)
+    while client.headers is None:
+        await asyncio.sleep(0)
+    house.now = 16.0
+    while PING not in client.body:
+        await asyncio.sleep(0)
+    recording.conclude(complete=True)
+    await asyncio.wait_for(playing, 5)
+
+
+async def test_a_failure_is_not_replayed_and_the_next_one_runs(house):
+    recording = await house.enter("h1")
+    playing = asyncio.create_task(house.play(await house.enter("h2")))
+    recording.conclude(complete=False)
+    with pytest.raises(LookupError):
+        await asyncio.wait_for(playing, 5)
+    assert isinstance(await house.enter("h2"), Recording)
+
+
+async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
+    recording = await house.enter("h1")
+    client = Client()
+    playing = asyncio.create_task(house.play(await house.enter("h2"), client))
+    recording.begin(HEADERS)
+    recording.write(b"data: 1\n\n")
+    while not client.body:
+        await asyncio.sleep(0)
+    recording.conclude(complete=False)
+    await asyncio.wait_for(playing, 5)
+    assert b'"code":"upstream_error"' in client.body
+    assert (True, True) == (client.is_over, b"[DONE]" not in client.body)
+
+
+async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    for _ in range(3):
+        recording.write(b"x" * 400)
+    await house.tasks.finish(5)
+    with pytest.raises(Fault) as caught:
+        await house.enter("h2")
+    assert (409, 1200) == (caught.value.problem.status, len(house.client.body))
+    recording.conclude(complete=True)
+    await house.tasks.finish(5)
+    with pytest.raises(Fault):
+        await house.enter("h3")
+
+
+async def test_a_large_one_that_fails_leaves_the_key_free(house):
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    recording.write(b"x" * 1001)
+    recording.conclude(complete=False)
+    await house.tasks.finish(5)
+    assert isinstance(await house.enter("h2"), Recording)
+
+
+async def test_keeping_it_alive_does_not_bring_back_what_was_lost(house):
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    recording.write(b"x" * 1001)
+    await house.tasks.finish(5)
+    await recording.keep_alive()
+    with pytest.raises(Fault):
+        await house.enter("h2")
+
+
+@pytest.mark.parametrize("loss", ["before", "after"])
+async def test_an_answer_with_a_hole_in_it_is_never_replayed(house, loss):
+    """Redis is lost while a part is on its way: whether it has the part or not, nobody gets an answer without it."""
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    await house.tasks.finish(5)
+    if loss == "before":
+        house.store.is_lost = True
+    else:
+        house.store.loses_replies_of = "RPUSH"
+    recording.write(b"data: 1\n\n")
+    for _ in range(20):
+        await asyncio.sleep(0)
+    house.store.is_lost = False
+    recording.write(b"data: 2\n\n")
+    recording.conclude(complete=True)
+    await house.tasks.finish(5)
+    with pytest.raises(Fault) as caught:
+        await house.enter("h2")
+    assert 409 == caught.value.problem.status
+    assert b"data: 1\n\ndata: 2\n\n" == house.client.body
+
+
+async def test_the_end_is_told_when_redis_is_back(house):
+    """Else the record would end, and a repeat would be charged again."""
+    recording = await house.enter("h1")
+    recording.reply(Reply(200, [], b"{}"))
+    await house.tasks.finish(5)
+    house.store.is_lost = True
+    recording.conclude(complete=True)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    house.store.is_lost = False
+    await house.tasks.finish(5)
+    assert b"{}" == (await house.play(await house.enter("h2"))).body
+
+
+async def test_after_a_while_it_is_told_no_more(house, monkeypatch):
+    monkeypatch.setattr(module, "MAX_TELL_RETRIES", 3)
+    recording = await house.enter("h1")
+    house.store.is_lost = True
+    recording.conclude(complete=True)
+    assert 0 == await house.tasks.finish(5)
+
+
+async def test_a_claim_whose_client_has_gone_leaves_the_key_free(store_server):
+    """However far the claim had come when the handler was cancelled: on a real server, where commands keep their order."""
+    store = await connect(config.Redis(url=store_server))
+    house = House(store, Tasks())
+    for steps in range(200):
+        name = f"once-{steps}"
+        entering = asyncio.create_task(house.enter(f"h{steps}", name=name))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        came_through = not entering.cancel()
+        await asyncio.wait([entering])
+        await house.tasks.finish(5)
+        if came_through:
+            break
+        assert isinstance(await house.enter("another", name=name), Recording), steps
+    assert came_through
+    await store.close()
+
+
+async def test_a_reader_hears_that_the_record_is_gone(house):
+    await house.enter("h1")
+    replay = await house.enter("h2")
+    assert isinstance(replay, Replay)
+    await house.store.execute("FLUSHALL")
+    with pytest.raises(LookupError):
+        await house.play(replay)

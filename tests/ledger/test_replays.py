@@ -1,0 +1,137 @@
+"""Idempotency keys: one owner at a time, and an answer that is nobody else's."""
+
+import asyncio
+
+import pytest
+
+from meshproxy.ledger.replays import Claim, Replays
+
+BODY = b'{"messages": []}'
+TTL_MS = 60_000
+
+
+@pytest.fixture
+def replays(store):
+    return Replays(store)
+
+
+@pytest.fixture
+def claim(replays):
+    """Claim a key for a body."""
+
+    async def make(owner, *, name="once", body=BODY, account="acme", key_id="k1", ttl_ms=TTL_MS):
+        return await replays.claim(account, key_id, name, body, owner=owner, ttl_ms=ttl_ms)
+
+    return make
+
+
+async def test_the_first_has_the_key_and_the_others_hear_of_it(claim):
+    assert ("claimed", "h1") == ((await claim("h1")).state, (await claim("h2")).owner)
+    assert "running" == (await claim("h3")).state
+
+
+async def test_of_many_at_once_one_has_it(claim):
+    claims = await asyncio.gather(*(claim(f"h{number}") for number in range(90)))
+    assert ["claimed"] == [found.state for found in claims if found.state != "running"]
+    (owner,) = {found.owner for found in claims}
+    assert owner == next(found.owner for found in claims if found.state == "claimed")
+
+
+async def test_another_body_is_a_conflict_while_it_runs_and_after(claim, replays):
+    first = await claim("h1")
+    assert "conflict" == (await claim("h2", body=b"{}")).state
+    await replays.conclude(first, "finished", TTL_MS)
+    assert "conflict" == (await claim("h3", body=b"{}")).state
+
+
+@pytest.mark.parametrize("other", [{"name": "twice"}, {"key_id": "k2"}, {"account": "other"}])
+async def test_names_of_other_keys_and_accounts_are_others(claim, other):
+    await claim("h1")
+    assert "claimed" == (await claim("h2", **other)).state
+
+
+@pytest.mark.parametrize("conclusion", ["finished", "lost"])
+async def test_a_conclusion_is_kept(claim, replays, conclusion):
+    await replays.conclude(await claim("h1"), conclusion, TTL_MS)
+    assert (conclusion, "h1") == ((await claim("h2")).state, (await claim("h2")).owner)
+
+
+async def test_a_failure_leaves_the_key_to_the_next_even_for_another_body(claim, replays):
+    await replays.conclude(await claim("h1"), "failed", TTL_MS)
+    second = await claim("h2", body=b"{}")
+    assert ("claimed", "h2") == (second.state, second.owner)
+
+
+async def test_only_the_owner_concludes(claim, replays):
+    first = await claim("h1")
+    await replays.conclude(first, "failed", TTL_MS)
+    await claim("h2")
+    await replays.conclude(first, "finished", TTL_MS)
+    assert ("running", "h2") == ((await claim("h3")).state, (await claim("h3")).owner)
+
+
+async def test_a_claim_that_nobody_waited_for_can_be_given_up(claim, replays):
+    await claim("h1")
+    await replays.conclude(replays.claimed("acme", "k1", "once", "h9"), "failed", TTL_MS)
+    assert "running" == (await claim("h2")).state
+    await replays.conclude(replays.claimed("acme", "k1", "once", "h1"), "failed", TTL_MS)
+    assert "claimed" == (await claim("h3")).state
+
+
+async def test_parts_are_read_from_where_one_was(claim, replays):
+    owner, reader = await claim("h1"), await claim("h2")
+    assert ("running", []) == await replays.read(reader, 0)
+    await replays.append(owner, [b"a", b"b"], TTL_MS)
+    assert ("running", [b"a", b"b"]) == await replays.read(reader, 0)
+    await replays.append(owner, [b"c"], TTL_MS)
+    await replays.conclude(owner, "finished", TTL_MS)
+    assert ("finished", [b"c"]) == await replays.read(reader, 2)
+
+
+async def test_finished_means_that_there_are_no_more_parts(claim, replays):
+    """The state is read first, so that a part which comes between the two is never missed."""
+    owner, reader = await claim("h1"), await claim("h2")
+    _, (state, parts) = await asyncio.gather(
+        asyncio.wait_for(_append_and_finish(replays, owner), 5), replays.read(reader, 0)
+    )
+    assert (state, parts) in [("running", []), ("running", [b"a"]), ("finished", [b"a"])]
+
+
+async def _append_and_finish(replays, owner):
+    await replays.append(owner, [b"a"], TTL_MS)
+    await replays.conclude(owner, "finished", TTL_MS)
+
+
+async def test_a_reader_never_mixes_two_answers(claim, replays):
+    first, reader = await claim("h1"), await claim("h2")
+    await replays.append(first, [b"old"], TTL_MS)
+    await replays.conclude(first, "failed", TTL_MS)
+    third = await claim("h3")
+    await replays.append(third, [b"new"], TTL_MS)
+    assert (None, [b"old"]) == await replays.read(reader, 0)
+    assert ("running", [b"new"]) == await replays.read(await claim("h4"), 0)
+
+
+async def test_everything_ends_by_itself(claim, replays, store):
+    owner = await claim("h1")
+    await replays.append(owner, [b"a"], TTL_MS)
+    for key in (owner.record, owner.parts):
+        assert 0 < await store.execute("PTTL", key) <= TTL_MS
+    await replays.conclude(owner, "finished", 10 * TTL_MS)
+    for key in (owner.record, owner.parts):
+        assert TTL_MS < await store.execute("PTTL", key) <= 10 * TTL_MS
+
+
+async def test_the_record_of_a_dead_owner_is_gone_and_the_key_free(claim, replays, store):
+    owner, reader = await claim("h1"), await claim("h2")
+    await store.execute("DEL", owner.record)
+    assert (None, []) == await replays.read(reader, 0)
+    assert "claimed" == (await claim("h3")).state
+
+
+async def test_names_are_digests(claim):
+    made = await claim("h1", name="very secret\n\x00 name {}")
+    assert "secret" not in made.record
+    assert isinstance(made, Claim)
+    assert "{acme}" in made.record
+    assert "{acme}" in made.parts
