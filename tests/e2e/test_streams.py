@@ -85,7 +85,7 @@ async def test_usage_in_the_finishing_chunk_counts_and_the_chunk_is_kept(mesh):
     assert "reported" == (await mesh.settlement(caller))["usage_source"]
 
 
-@pytest.mark.parametrize["trait", ("no-usage", "usage-negative", "usage-absurd", "usage-string"])
+@pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd", "usage-string"])
 async def test_usage_that_cannot_be_believed_is_estimated(mesh, trait):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model=f"sim/{trait}")
@@ -152,7 +152,7 @@ async def test_nonsense_is_no_success(mesh):
     assert b'"code":"upstream_error"' in answer.body
 
 
-@pytest.mark.parametrize["trait", ("gzip", "wrong-content-type", "redirect", "error-html", "empty", "refuse", "reset"])
+@pytest.mark.parametrize("trait", ["gzip", "wrong-content-type", "redirect", "error-html", "empty", "refuse", "reset"])
 async def test_what_is_no_event_stream_is_an_error_before_any_stream(mesh, trait):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model=f"sim/{trait}")
@@ -308,7 +308,7 @@ async def test_the_sdk_streams(mesh):
     assert 8 == got[-1].usage.completion_tokens
 
 
-@pytest.mark.parametrize["trait", ("die-mid-stream", "error-mid-stream", "end-early"])
+@pytest.mark.parametrize("trait", ["die-mid-stream", "error-mid-stream", "end-early"])
 async def test_the_sdk_raises_when_a_stream_dies(mesh, trait):
     caller = await mesh.key()
     chunks = await mesh.sdk(caller, max_retries=2).chat.completions.create(
