@@ -105,7 +105,7 @@ async def test_appends_that_come_together_share_an_fsync(open_journal, path, set
     assert sorted(names(500)) == sorted(book.charged)
 
 
-@pytest.mark.parametrize("garbage", (b"\n", b"x\n", b"00000000 {}\n", b"zz {\n", b"\xff\xfe\x00\n", b"deadbeef\n"))
+@pytest.mark.parametrize("garbage", [b"\n", b"x\n", b"00000000 {}\n", b"zz {\n", b"\xff\xfe\x00\n", b"deadbeef\n"])
 async def test_a_line_that_cannot_be_read_costs_no_other(open_journal, path, settlement, garbage):
     journal = open_journal()
     await journal.append(settlement("h0"))
@@ -362,7 +362,7 @@ WRITER = """
 """
 
 
-@pytest.mark.parametrize("after", (1, 40, 400))
+@pytest.mark.parametrize("after", [1, 40, 400])
 async def test_sigkill_loses_nothing_that_was_acknowledged(path, after):
     writer = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(WRITER), str(path)], stdout=subprocess.PIPE, text=True
