@@ -23,6 +23,11 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# meshproxy beside nginx, HAProxy and others: see benchmarks/README.md. `make bench ARGS=--quick` takes a minute.
+.PHONY: bench
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
 # docs/configuration.md, from the typed settings.
 docs: $(STAMP)
 	$(BIN)/python scripts/configuration_doc.py

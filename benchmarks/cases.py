@@ -1,0 +1,221 @@
+"""The cases, each a load on one proxy and the CPU time that the proxy spent on it."""
+
+import asyncio
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.arrivals import latencies_s
+from benchmarks.processes import OTHER_CORE, PROXY_CORE, Core
+from benchmarks.proxies import UNARY_MODEL, Proxy
+from benchmarks.streams import Pool
+
+CONNECTIONS = 64
+BURSTS_PER_S = 200
+GRACE_S = 5.0  # what streams get to end after the last has begun
+WORDS = "The quick brown fox jumps over the lazy dog. "
+HEADERS = {
+    "content-type": "application/json",
+    "user-agent": "OpenAI/Python 2.8.1",
+    "x-stainless-lang": "python",
+    "x-stainless-retry-count": "0",
+}
+
+
+@dataclass
+class Result:
+    """What a case found. `us`: microseconds of the proxy's CPU for each of `count` requests or events, if that was asked."""
+
+    count: int
+    us: float | None = None
+    more: dict[str, float] = field(default_factory=dict)
+
+
+class Meter:
+    """What a proxy spends from now on. Of interest beside it: whether someone else used its core, and whether the other
+    core, with upstreams and clients, had time left.
+    """
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._proxy_core, self._other_core = Core(PROXY_CORE), Core(OTHER_CORE)
+        self._since = time.monotonic()
+        self._before_s = proxy.cpu_s()
+
+    def result(self, count: int, **more: float) -> Result:
+        """What it spent on doing something `count` times."""
+        spent_s = self._proxy.cpu_s() - self._before_s
+        took_s = time.monotonic() - self._since
+        own = spent_s / took_s
+        more |= {
+            "per_s": count / took_s,
+            "proxy_busy": own,
+            "strangers_busy": max(self._proxy_core.busy() - own, 0.0),
+            "other_core_busy": self._other_core.busy(),
+        }
+        return Result(count, spent_s / max(count, 1) * 1e6, more)
+
+
+def request_body(model: str, prompt: str, *, stream: bool) -> bytes:
+    """A chat completion as SDKs send it."""
+    fields = {
+        "model": model,
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": prompt},
+        ],
+        "temperature": 0.7,
+        "max_tokens": 1000,
+    }
+    if stream:
+        fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    return json.dumps(fields).encode()
+
+
+def request(model: str, key: str, *, stream: bool) -> bytes:
+    """The same as bytes of HTTP."""
+    body = request_body(model, WORDS, stream=stream)
+    headers = {"host": "gateway.test", **HEADERS, "authorization": f"Bearer {key}", "content-length": str(len(body))}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+
+def unary(
+    proxy: Proxy, directory: Path, seconds: int, *, prompt_bytes: int = len(WORDS), key: str | None = None
+) -> Result:
+    """wrk, 64 connections, as fast as it goes: a request."""
+    body = request_body(UNARY_MODEL, (WORDS * (prompt_bytes // len(WORDS) + 1))[:prompt_bytes], stream=False)
+    headers = {**HEADERS, "authorization": f"Bearer {key or proxy.key}"}
+    lines = "".join(f'wrk.headers["{name}"] = "{value}"\n' for name, value in headers.items())
+    script = directory / "request.lua"
+    script.write_text(f"wrk.method = 'POST'\nwrk.body = [[{body.decode()}]]\n{lines}")
+    _wrk(proxy, script, 1)
+    meter = Meter(proxy)
+    told = _wrk(proxy, script, seconds)
+    requests = re.search(r"(\d+) requests in", told)
+    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", told)
+    broken = re.search(r"Socket errors: (.*)", told)
+    if requests is None or broken is not None:
+        raise RuntimeError(f"{proxy.name}: {told}")
+    return meter.result(int(requests[1]), refused=int(refused[1]) if refused else 0)
+
+
+def refusals(proxy: Proxy, directory: Path, seconds: int) -> Result:
+    """The same with a key that is always over its limit: a 429."""
+    result = unary(proxy, directory, seconds, key=proxy.empty_key)
+    if result.more["refused"] < result.count - CONNECTIONS:
+        raise RuntimeError(f"{proxy.name} served {result.count - result.more['refused']:.0f} requests over the limit")
+    return result
+
+
+def _wrk(proxy: Proxy, script: Path, seconds: int) -> str:
+    url = f"http://127.0.0.1:{proxy.unary_port}/v1/chat/completions"
+    argv = ["taskset", "-c", str(OTHER_CORE), "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(script), url]
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=seconds + 30).stdout
+
+
+def paced(proxy: Proxy, streams: int, seconds: float, *, interval_ms: int = 10) -> Result:
+    """Streams of 100 events so far apart, begun at the rate that keeps so many in flight: an event, with its share of the
+    stream's own request.
+    """
+    in_flight = max(1, round(streams * proxy.share))
+    length_s = 0.1 * interval_ms
+
+    async def load() -> Result:
+        pool = Pool(proxy.stream_port, request(f"sse-100x{interval_ms}", proxy.key, stream=True))
+        await pool.open(2 * in_flight)
+        meter = Meter(proxy)
+        await pool.begin_spread(round(in_flight * seconds / length_s), seconds)
+        await pool.wait(length_s + GRACE_S)
+        return _of_streams(pool, meter)
+
+    return uvloop.run(load())
+
+
+def events_alone(proxy: Proxy, streams: int, seconds: float) -> Result:
+    """Streams that have begun and don't end yet, an event each every 10 ms: an event, and nothing else."""
+    in_flight = max(1, round(streams * proxy.share))
+
+    async def load() -> Result:
+        pool = Pool(proxy.stream_port, request("sse-500x10", proxy.key, stream=True))
+        await pool.open(in_flight)
+        await pool.begin_spread(in_flight, 0.5)
+        await asyncio.sleep(0.3)
+        pool.seen.begin_anew()
+        meter = Meter(proxy)
+        await asyncio.sleep(min(seconds, 4.0))
+        return _of_streams(pool, meter)
+
+    return uvloop.run(load())
+
+
+def burst(proxy: Proxy, seconds: float) -> Result:
+    """Streams whose 100 events come in one write, 200 a second: an event, with its share of the stream's own request."""
+
+    async def load() -> Result:
+        pool = Pool(proxy.stream_port, request("sse-100x0", proxy.key, stream=True))
+        await pool.open(CONNECTIONS)
+        meter = Meter(proxy)
+        await pool.begin_spread(round(BURSTS_PER_S * proxy.share * seconds), seconds)
+        await pool.wait(GRACE_S)
+        return _of_streams(pool, meter)
+
+    return uvloop.run(load())
+
+
+def _of_streams(pool: Pool, meter: Meter) -> Result:
+    seen = pool.seen
+    result = meter.result(
+        seen.events,
+        streams=seen.begun,
+        refused=seen.refused,
+        cut=seen.cut,
+        events_per_read=seen.events / max(seen.reads, 1),
+        first_event_ms_p50=quantile(seen.first_event_s, 0.5) * 1e3,
+        first_event_ms_p99=quantile(seen.first_event_s, 0.99) * 1e3,
+        gap_ms_p99=quantile(seen.gaps_s, 0.99) * 1e3,
+        gap_ms_max=max(seen.gaps_s, default=0.0) * 1e3,
+    )
+    pool.close()
+    return result
+
+
+def idle(proxy: Proxy, streams: int) -> Result:
+    """Streams that have sent one event and are silent: memory."""
+    in_flight = max(1, round(streams * proxy.share))
+
+    async def load() -> Result:
+        pool = Pool(proxy.stream_port, request("sse-2x60000", proxy.key, stream=True))
+        before = proxy.rss_bytes()
+        await pool.open(in_flight)
+        await pool.begin_spread(in_flight, 1.0)
+        await asyncio.sleep(0.5)
+        more = {"refused": float(pool.seen.refused)}
+        if proxy.share == 1:  # too few streams would tell of the first one's imports and little else
+            more["bytes_per_stream"] = (proxy.rss_bytes() - before) / in_flight
+        pool.close()
+        return Result(pool.seen.events, more=more)
+
+    return uvloop.run(load())
+
+
+def latency(proxy: Proxy, per_s: float, seconds: float) -> Result:
+    """Whole answers at so many requests a second: how long they took from when they were due."""
+    sent = request(UNARY_MODEL, proxy.key, stream=False)
+    latencies_s(proxy.unary_port, sent, per_s * proxy.share, 0.5)
+    meter = Meter(proxy)
+    found = latencies_s(proxy.unary_port, sent, per_s * proxy.share, seconds)
+    quantiles = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
+    return meter.result(len(found), **{name: quantile(found, q) * 1e3 for name, q in quantiles.items()})
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The smallest value that a share `q` of them doesn't exceed; 0 of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * q))] if ordered else 0.0
