@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import structlog
 from aiohttp import web
@@ -23,7 +22,7 @@ from meshproxy.config import Settings
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import Status, create_admin
-from meshproxy.server.sockets import listen
+from meshproxy.server.sockets import listen, name_of
 from meshproxy.telemetry import exposition, logs, snapshot
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.summary import summarize
@@ -77,7 +76,7 @@ async def run(
         admin_runner = web.AppRunner(create_admin(_State(worker), admin_token), access_log=None)
         await admin_runner.setup()
         stack.push_async_callback(admin_runner.cleanup)
-        running = Running(worker, _name(data), _name(admin))
+        running = Running(worker, name_of(data), name_of(admin))
         await listener.start()
         await web.SockSite(admin_runner, admin).start()
         reloader = Reloader(settings, reload) if reload is not None else None
@@ -147,11 +146,3 @@ class _State:
             "ledger_state": "up" if self._worker.store.connected else "down",
             "workers": [{"pid": os.getpid(), "state": state, "uptime_s": uptime_s, "restarts": 0}],
         }
-
-
-def _name(sock: Any) -> str:
-    """An address as configurations write it."""
-    name = sock.getsockname()
-    if isinstance(name, tuple):
-        return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
-    return f"unix:{name}"

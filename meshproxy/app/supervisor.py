@@ -25,7 +25,7 @@ from meshproxy.app.reload import Read, Reloader
 from meshproxy.app.worker import with_redis
 from meshproxy.config import Settings
 from meshproxy.server.admin import Status, WorkerStatus, create_admin
-from meshproxy.server.sockets import listen, listen_shared
+from meshproxy.server.sockets import listen, listen_shared, name_of
 from meshproxy.telemetry import exposition, logs
 from meshproxy.telemetry.snapshot import Fleet
 from meshproxy.telemetry.summary import summarize
@@ -195,7 +195,7 @@ class Supervisor:
         return await exposition.render(self._fleet.merged(), openmetrics=openmetrics)
 
     async def ready(self) -> list[str]:
-        """Why a balancer should send nothing here: nobody serves, or everybody has a reason."""
+        """Why a balancer should send nothing here: not all serve yet, nobody does, or everybody has a reason."""
         return self._reasons(await self._reports())
 
     async def status(self) -> Status:
@@ -215,6 +215,8 @@ class Supervisor:
     def _reasons(self, reports: list[Reported]) -> list[str]:
         if self._stopping.is_set():
             return ["draining"]
+        if not self.up.is_set():
+            return ["starting"]  # the kernel deals connections out to every socket, also to one whose worker isn't there yet
         if any(not report.not_ready for report in reports):
             return []
         return sorted({reason for report in reports for reason in report.not_ready}) or ["no worker is up"]
@@ -259,7 +261,7 @@ async def supervise(
         stack.push_async_callback(admin_runner.cleanup)
         await web.SockSite(admin_runner, admin).start()
         stopped = _on_signals(supervisor, Reloader(settings, reload))
-        _log.info("supervising", workers=workers, data=settings.server.listen, admin=settings.server.admin_listen)
+        _log.info("supervising", workers=workers, data=name_of(sockets[0]), admin=name_of(admin))
         await _first(supervisor.up, stopped)
         notify(READY)
         await stopped.wait()

@@ -46,6 +46,14 @@ def listen_shared(address: str, count: int) -> list[socket.socket]:
     return [first, *(listen(address, shared=True) for _ in range(count - 1))]
 
 
+def name_of(sock: socket.socket) -> str:
+    """The address of a listening socket as configurations write it."""
+    name = sock.getsockname()
+    if isinstance(name, tuple):
+        return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+    return f"{UNIX_PREFIX}{name}"
+
+
 def _unix(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
