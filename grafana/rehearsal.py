@@ -6,6 +6,7 @@ For the test that runs every query of every panel, and for preview.py. Nothing h
 import asyncio
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ import aiohttp
 ROOT = Path(__file__).parent.parent
 WINDOW = "10s"  # what $__rate_interval becomes: some scrapes' worth
 START_S = 15.0
+TIDE_S = 9.0
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
@@ -38,6 +40,8 @@ MIX: tuple[tuple[str, dict[str, Any], float], ...] = (
     ("sim/cached", {}, 1.0),
     ("sim/reasoning", STREAM, 1.0),
     ("sim/no-usage", STREAM, 0.9),
+)
+TROUBLE: tuple[tuple[str, dict[str, Any], float], ...] = (
     ("sim/error-500", {}, 0.9),
     ("sim/error-429", {}, 1.3),
     ("sim/error-400", {}, 1.7),
@@ -142,27 +146,33 @@ def prometheus(directory: Path, target: str) -> Iterator[Prometheus]:
             process.terminate()
 
 
-async def load(gate: Gateway, duration_s: float) -> None:
-    """A little of everything for so long: good answers, errors, 402, 429, and clients that hang up."""
+async def load(gate: Gateway, duration_s: float, *, trouble_every: float = 1) -> tuple[float, float]:
+    """A little of everything for so long: good answers, errors, 402, 429, and clients that hang up. `trouble_every`: how many
+    times rarer errors are than usual. Returns when it began and when it asked for the last time, in Unix seconds.
+    """
+    busy = gate.mint("busy", "25.00", "--requests-per-minute", "100000", "--tokens-per-minute", "100000000")
     poor = gate.mint("poor", "0")
     slow = gate.mint("slow", "5.00", "--requests-per-minute", "30", "--burst", "1")
     spent = gate.mint("spent", "5.00", "--budget", "0.000001")
     short = gate.mint("short", "0.0012")
     async with aiohttp.ClientSession(gate.base_url + "/", headers={"traceparent": TRACEPARENT}) as http:
         kinds = [
-            *((gate.key, {"model": model, **fields}, every_s) for model, fields, every_s in MIX),
+            *((busy, {"model": model, **fields}, every_s) for model, fields, every_s in MIX),
+            *((busy, {"model": model, **fields}, every_s * trouble_every) for model, fields, every_s in TROUBLE),
             (poor, {"model": "sim/fast"}, 1.1),
             (slow, {"model": "sim/fast"}, 0.7),
             (spent, {"model": "sim/fast"}, 1.2),
             (short, {"model": "sim/tokens-200", "stream": True, "max_tokens": 5000}, 3.0),
             ("rsk_nobody", {"model": "sim/fast"}, 2.0),
         ]
+        began_at = time.time()
         ends_at = time.monotonic() + duration_s
         async with asyncio.TaskGroup() as group:
             for key, fields, every_s in kinds:
                 group.create_task(_repeat(group, ends_at, every_s, http, key, fields))
-            group.create_task(_hang_up_again_and_again(ends_at, http, gate.key))
+            group.create_task(_hang_up_again_and_again(ends_at, http, busy))
             group.create_task(_look_around(ends_at, http, gate.key))
+    return began_at, began_at + duration_s
 
 
 async def _repeat(
@@ -173,10 +183,11 @@ async def _repeat(
     key: str,
     fields: dict[str, Any],
 ) -> None:
-    """At an even pace, however long each takes."""
+    """However long each takes, at a pace that comes and goes."""
     while time.monotonic() < ends_at:
         group.create_task(_ask(http, key, fields))
-        await asyncio.sleep(every_s)
+        left_s = ends_at - time.monotonic()
+        await asyncio.sleep(min(every_s * (1 + 0.5 * math.sin(left_s / TIDE_S)), max(left_s, 0)))
 
 
 async def _ask(http: aiohttp.ClientSession, key: str, fields: dict[str, Any]) -> None:
