@@ -27,6 +27,7 @@ from meshproxy.server.chat import read_json_body
 from meshproxy.wire.headers import format_reset
 
 DEFAULT_SPAN = timedelta(days=30)
+EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 class Api:
@@ -214,9 +215,12 @@ def _moment(text: str | None, name: str) -> datetime | None:
         return None
     try:
         moment = datetime.fromisoformat(text.replace(" ", "+"))
-    except ValueError as error:
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise Fault(Source.CLIENT, invalid(f"`{name}` is not an RFC 3339 time.", param=name)) from error
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    if moment < EPOCH:
+        raise Fault(Source.CLIENT, invalid(f"`{name}` is before 1970.", param=name))
+    return moment
 
 
 def _row(row: Row, group_by: Sequence[str]) -> dict[str, Any]:
