@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import msgspec
 import orjson
 from msgspec import Struct
 from msgspec.structs import replace
@@ -155,4 +156,7 @@ def _fit(messages: bytes, budget_tokens: int, count: int) -> bytes:
     """The messages after middle-out, or their own bytes when they fit as they are."""
     if estimate_prompt(messages, None, count) <= budget_tokens:
         return messages
-    return orjson.dumps(middle_out(orjson.loads(messages), budget_tokens))
+    try:
+        return msgspec.json.encode(middle_out(msgspec.json.decode(messages), budget_tokens))
+    except (msgspec.MsgspecError, RecursionError, OverflowError) as error:
+        raise Fault(Source.CLIENT, invalid("`messages` can't be taken apart to fit.", param="messages")) from error
