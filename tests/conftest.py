@@ -17,7 +17,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from meshproxy.app.application import application
+from meshproxy.app.application import application, strictness
 from meshproxy.app.worker import Worker
 from meshproxy.config import Settings
 from meshproxy.ledger.embedded import Embedded
@@ -183,8 +183,18 @@ class Mesh:
     async def quiet(self) -> None:
         """Return when every request is over and settled."""
         async with asyncio.timeout(PATIENCE_S):
-            while self.worker.recorder.in_flight or len(self.worker.tasks):
+            while self.worker.recorder.in_flight or self._of_requests():
                 await asyncio.sleep(0)
+
+    def _of_requests(self) -> list[str]:
+        """The tasks that run for requests; dialling the store is nobody's."""
+        return [name for task in self.worker.tasks._running if not (name := task.get_name()).startswith("ledger-")]
+
+    async def snapshot(self, caller: Caller) -> dict[bytes, bytes]:
+        """Everything that the store has of an account."""
+        store = self.worker.store
+        keys = sorted(await store.execute("KEYS", f"mesh:{{{caller.account}}}:*"))
+        return {key: await store.execute("DUMP", key) for key in keys}
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when something has come true."""
@@ -258,16 +268,17 @@ async def simulator() -> AsyncIterator[Running]:
 
 @pytest.fixture
 async def start_mesh(store_server: str, simulator: Running) -> AsyncIterator[StartMesh]:
-    """Start gateways with the tables that a test gives over the usual ones. `send_buffer`: SO_SNDBUF of their sockets."""
+    """Start gateways with the tables that a test gives over the usual ones. `send_buffer`: SO_SNDBUF of their sockets;
+    `connected`: whether they can reach their store."""
     async with AsyncExitStack() as stack:
 
-        async def start_one(*, send_buffer: int | None = None, **tables: Any) -> Mesh:
+        async def start_one(*, send_buffer: int | None = None, connected: bool = True, **tables: Any) -> Mesh:
             worker_settings = settings_for(store_server, simulator.base_url, **tables)
             log = Lines()
             worker = Worker(worker_settings, {"sim": "sk-provider"}, log)  # type: ignore[arg-type]
             await worker.start()
             stack.push_async_callback(worker.stop)
-            runner = Runner(application(worker), worker.serve_chat)
+            runner = Runner(application(worker), worker.serve_chat, strictness(worker))
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             sock = listen("127.0.0.1:0")
@@ -276,7 +287,7 @@ async def start_mesh(store_server: str, simulator: Running) -> AsyncIterator[Sta
             await web.SockSite(runner, sock).start()
             mesh = Mesh(worker, simulator, log, *runner.addresses[0])
             stack.push_async_callback(mesh.close)
-            await mesh.until(lambda: worker.store.connected)
+            await mesh.until(lambda: worker.store.connected == connected)
             return mesh
 
         yield start_one

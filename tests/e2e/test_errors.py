@@ -1,0 +1,383 @@
+"""Every row of the table of errors (docs/errors.md): over HTTP, through OpenAI's SDK, and what it costs, which is nothing."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+import pytest
+
+from meshproxy.policy.principal import Account, Budgets, Key, Limits
+from tests.conftest import HELLO, Caller, Mesh, model
+
+TINY = {"sim": {"kind": "openai", "first_byte_timeout_s": 0.1}}
+
+
+@dataclass
+class Case:
+    """A request that is refused. `asked`: how often the provider hears of it when the SDK may retry once."""
+
+    status: int
+    code: str
+    raises: type[openai.APIStatusError]
+    fields: dict[str, Any] = field(default_factory=dict)
+    caller: Callable[[Mesh], Awaitable[Caller]] = lambda mesh: mesh.key()
+    headers: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    asked: int = 0
+    may_retry: bool = True
+    retry_after_ms: int | None = None
+
+
+def with_secret(secret: str) -> Callable[[Mesh], Awaitable[Caller]]:
+    async def make(mesh: Mesh) -> Caller:
+        made = await mesh.key()
+        return Caller(secret, made.key)
+
+    return make
+
+
+def with_status(status: str) -> Callable[[Mesh], Awaitable[Caller]]:
+    async def make(mesh: Mesh) -> Caller:
+        return await changed(mesh, await mesh.key(), status=status)
+
+    return make
+
+
+async def changed(mesh: Mesh, caller: Caller, **changes: Any) -> Caller:
+    """The caller after its key's record was changed."""
+    for name, value in changes.items():
+        key = {field: getattr(caller.key, field) for field in caller.key.__struct_fields__} | {name: value}
+        caller.key = type(caller.key)(**key)
+    assert await mesh.worker.directory.update_key(caller.key)
+    return caller
+
+
+async def of_a_suspended_account(mesh: Mesh) -> Caller:
+    caller = await mesh.key()
+    await mesh.worker.directory.put_account(Account(caller.account, status="suspended"))
+    return caller
+
+
+async def at_its_limit(mesh: Mesh) -> Caller:
+    caller = await mesh.key(limits=Limits(requests_per_minute=6000, burst=1))
+    await mesh.worker.directory.put_account(Account(caller.account, limits=Limits(requests_per_minute=1)))
+    assert 200 == (await mesh.chat(caller, model="sim/plain")).status
+    await mesh.quiet()
+    mesh.simulator.journal.clear()
+    return caller
+
+
+CASES = {
+    "unknown key": Case(401, "unauthorized", openai.AuthenticationError, caller=with_secret("rsk_" + "x" * 43)),
+    "malformed key": Case(401, "unauthorized", openai.AuthenticationError, caller=with_secret("sk-proj-1")),
+    "revoked key": Case(401, "unauthorized", openai.AuthenticationError, caller=with_status("revoked")),
+    "expired key": Case(
+        401,
+        "unauthorized",
+        openai.AuthenticationError,
+        caller=lambda mesh: mesh.key(expires_at=time.time() - 1),
+    ),
+    "no credit": Case(402, "insufficient_credits", openai.APIStatusError, caller=lambda mesh: mesh.key(credit="0")),
+    "not enough credit": Case(
+        402, "insufficient_credits", openai.APIStatusError, caller=lambda mesh: mesh.key(credit="0.0001")
+    ),
+    "budget": Case(
+        402,
+        "spend_limit_exceeded",
+        openai.APIStatusError,
+        caller=lambda mesh: mesh.key(budgets=Budgets(daily_nusd=100)),
+    ),
+    "session budget": Case(
+        402,
+        "spend_limit_exceeded",
+        openai.APIStatusError,
+        fields={"extra_body": {"session_id": "s"}},
+        caller=lambda mesh: mesh.key(session=Budgets(total_nusd=100)),
+    ),
+    "suspended key": Case(403, "forbidden", openai.PermissionDeniedError, caller=with_status("suspended")),
+    "suspended account": Case(403, "forbidden", openai.PermissionDeniedError, caller=of_a_suspended_account),
+    "model not allowed": Case(
+        403,
+        "forbidden",
+        openai.PermissionDeniedError,
+        caller=lambda mesh: mesh.key(models=["sim/fast"]),
+    ),
+    "unknown model": Case(404, "model_not_found", openai.NotFoundError, fields={"model": "no/such"}),
+    "unknown fallback": Case(
+        404, "model_not_found", openai.NotFoundError, fields={"extra_body": {"models": ["no/such"]}}
+    ),
+    "unknown template": Case(
+        404, "template_not_found", openai.NotFoundError, fields={"extra_body": {"template": "nope"}}
+    ),
+    "too large": Case(
+        413,
+        "request_too_large",
+        openai.APIStatusError,
+        fields={"user": "x" * 2000},
+        tables={"server": {"max_body_bytes": 1000}},
+    ),
+    "compressed": Case(415, "unsupported_media_type", openai.APIStatusError, headers={"content-encoding": "gzip"}),
+    "form": Case(
+        415,
+        "unsupported_media_type",
+        openai.APIStatusError,
+        headers={"content-type": "application/x-www-form-urlencoded"},
+    ),
+    "invalid": Case(422, "validation_error", openai.UnprocessableEntityError, fields={"temperature": 3}),
+    "refused by the provider": Case(
+        422,
+        "validation_error",
+        openai.UnprocessableEntityError,
+        fields={"messages": [{"role": "nobody", "content": "Hi"}]},
+        asked=1,
+    ),
+    "provider says 413": Case(
+        422, "validation_error", openai.UnprocessableEntityError, fields={"model": "sim/error-413"}, asked=1
+    ),
+    "rate limit": Case(
+        429,
+        "rate_limit_exceeded",
+        openai.RateLimitError,
+        caller=at_its_limit,
+        retry_after_ms=60_000,
+    ),
+    "connection refused": Case(
+        502,
+        "upstream_error",
+        openai.InternalServerError,
+        fields={"model": "m"},
+        tables={"models": {"m": model("refused", "m")}},
+    ),
+    "provider's 401": Case(
+        502, "upstream_error", openai.InternalServerError, fields={"model": "sim/error-401"}, asked=2
+    ),
+    "provider's 402": Case(
+        502, "upstream_error", openai.InternalServerError, fields={"model": "sim/error-402"}, asked=2
+    ),
+    "provider's 403": Case(
+        502, "upstream_error", openai.InternalServerError, fields={"model": "sim/error-403"}, asked=2
+    ),
+    "provider's 404": Case(
+        502, "upstream_error", openai.InternalServerError, fields={"model": "sim/error-404"}, asked=2
+    ),
+    **{
+        f"sim/{trait}": Case(
+            502,
+            "upstream_error",
+            openai.InternalServerError,
+            fields={"model": f"sim/{trait}"},
+            asked=1,
+            may_retry=False,
+        )
+        for trait in (
+            "error-500",
+            "error-502",
+            "error-504",
+            "error-408",
+            "error-409",
+            "error-html",
+            "refuse",
+            "reset",
+            "not-json",
+            "empty",
+            "gzip",
+            "die-mid-stream",
+            "reset-mid-stream",
+            "bad-chunk",
+            "error-mid-stream",
+        )
+    },
+    "redirect": Case(502, "upstream_error", openai.InternalServerError, fields={"model": "sim/redirect"}, asked=2),
+    "provider's 429": Case(
+        503,
+        "provider_not_available",
+        openai.InternalServerError,
+        fields={"model": "m"},
+        tables={"models": {"m": model("sim", "sim/error-429?retry_after=0.02")}},
+        asked=2,
+        retry_after_ms=20,
+    ),
+    "never answered": Case(
+        504,
+        "gateway_timeout",
+        openai.InternalServerError,
+        fields={"model": "sim/stall-head"},
+        tables={"upstreams": TINY},
+        asked=1,
+        may_retry=False,
+    ),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+async def refusing(case: Case, start_mesh: Any, simulator: Any) -> Mesh:
+    """A gateway as the case wants it."""
+    tables = dict(case.tables)
+    if "upstreams" in tables:
+        tables["upstreams"] = {
+            name: {**upstream, "base_url": simulator.base_url} for name, upstream in tables["upstreams"].items()
+        }
+    return await start_mesh(**tables)
+
+
+async def test_over_http(case, refusing):
+    caller = await case.caller(refusing)
+    fields = {"model": "sim/plain", **case.fields}
+    fields |= fields.pop("extra_body", {})
+    before = await refusing.worker.ledger.balance(caller.account)
+    answer = await refusing.chat(caller, headers=case.headers, **fields)
+    assert (case.status, case.code) == (answer.status, answer.code)
+    assert (None if case.may_retry else "false") == answer.headers.get("x-should-retry")
+    if case.retry_after_ms is None:
+        assert "retry-after" not in answer.headers
+    else:
+        assert 0 <= case.retry_after_ms - int(answer.headers["retry-after-ms"]) < 1000
+        assert str(-(-int(answer.headers["retry-after-ms"]) // 1000)) == answer.headers["retry-after"]
+        assert int(answer.headers["retry-after-ms"]) / 1000 == answer.error["retry_after_seconds"]
+    after = await refusing.balance(caller)
+    assert (before.balance_nusd, before.settled_nusd, 0) == (after.balance_nusd, after.settled_nusd, after.held_nusd)
+
+
+async def test_through_the_sdk(case, refusing):
+    caller = await case.caller(refusing)
+    retries = 0 if case.status == 429 else 1  # a minute is too long to wait for
+    sdk = refusing.sdk(caller, max_retries=retries)
+    with pytest.raises(case.raises) as raised:
+        await sdk.chat.completions.create(
+            **{"model": "sim/plain", "messages": HELLO, **case.fields}, extra_headers=case.headers
+        )
+    error = raised.value
+    assert (case.status, case.code) == (error.status_code, error.code)
+    assert error.request_id == error.body["request_id"]
+    assert error.request_id.startswith("req_")
+    assert error.body["message"] in error.message
+    assert case.asked == len(refusing.received)
+
+
+async def test_the_provider_is_quoted_about_the_request(mesh):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="sim/plain", messages=[{"role": "nobody", "content": "Hi"}])
+    words = answer.error["provider_error"]["error"]
+    assert ("messages[0].role", "invalid_value") == (words["param"], words["code"])
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+async def test_the_provider_is_not_quoted_about_our_account(mesh, status):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model=f"sim/error-{status}")
+    assert "provider_error" not in answer.error
+    assert b"sk-" not in answer.body
+
+
+async def test_a_web_page_is_told_by_its_title(mesh):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="sim/error-html")
+    assert "A web page: 502 Bad Gateway" == answer.error["provider_error"]
+
+
+async def test_a_rate_limit_names_which_and_writes_nothing(mesh):
+    caller = await at_its_limit(mesh)
+    before = await mesh.snapshot(caller)
+    answer = await mesh.chat(caller, model="sim/plain")
+    assert "account requests" in answer.error["message"]
+    await mesh.quiet()
+    assert before == await mesh.snapshot(caller)
+    assert [] == mesh.received
+
+
+async def test_credit_is_asked_before_limits(mesh):
+    caller = await mesh.key(credit="0.0000005", limits=Limits(requests_per_minute=0, burst=0))
+    assert "insufficient_credits" == (await mesh.chat(caller, model="sim/plain")).code
+
+
+async def test_a_limit_of_nothing_has_no_time_to_wait_for(mesh):
+    caller = await mesh.key(limits=Limits(requests_per_minute=0))
+    answer = await mesh.chat(caller, model="sim/plain")
+    assert "rate_limit_exceeded" == answer.code
+    assert "retry-after" not in answer.headers
+    assert "false" == answer.headers["x-should-retry"]
+
+
+async def test_the_sdk_waits_as_long_as_it_is_told_and_gets_through(mesh):
+    caller = await mesh.key(limits=Limits(requests_per_minute=600, burst=1))
+    sdk = mesh.sdk(caller, max_retries=1)
+    started = time.monotonic()
+    for _ in range(3):
+        await sdk.chat.completions.create(model="sim/plain", messages=HELLO)
+    assert 0.18 < time.monotonic() - started < 2
+    assert 3 == len(mesh.received)
+
+
+async def test_a_revocation_holds_within_two_seconds(mesh):
+    caller = await mesh.key()
+    assert 200 == (await mesh.chat(caller, model="sim/plain")).status
+    elsewhere = type(mesh.worker.directory)(mesh.worker.store, time.monotonic)
+    revoked = type(caller.key)(
+        **{**{name: getattr(caller.key, name) for name in caller.key.__struct_fields__}, "status": "revoked"}
+    )
+    assert await elsewhere.update_key(revoked)
+    async with asyncio.timeout(2):
+        while (await mesh.chat(caller, model="sim/plain")).status != 401:
+            pass
+
+
+async def test_too_many_in_flight(start_mesh):
+    mesh = await start_mesh(server={"max_in_flight": 1})
+    caller = await mesh.key()
+    first = asyncio.create_task(mesh.chat(caller, model="sim/stall-head"))
+    await mesh.until(lambda: len(mesh.received) == 1)
+    answer = await mesh.chat(caller, model="sim/plain")
+    assert (503, "overloaded", "1") == (answer.status, answer.code, answer.headers["retry-after"])
+    with pytest.raises(openai.InternalServerError) as raised:
+        await mesh.sdk(caller).chat.completions.create(model="sim/plain", messages=HELLO)
+    assert "overloaded" == raised.value.code
+    first.cancel()
+    await mesh.quiet()
+
+
+async def test_without_a_ledger(start_mesh):
+    mesh = await start_mesh(redis={"url": "unix:///nonexistent/socket"}, connected=False)
+    caller = Caller("rsk_" + "x" * 43, Key(id="key_x", account="nobody", created_at=0))
+    answer = await mesh.chat(caller, model="sim/plain")
+    assert (503, "ledger_unavailable") == (answer.status, answer.code)
+    assert "1" == answer.headers["retry-after"]
+    with pytest.raises(openai.InternalServerError) as raised:
+        await mesh.sdk(caller).chat.completions.create(model="sim/plain", messages=HELLO)
+    assert "ledger_unavailable" == raised.value.code
+    for path in ("/v1/models", "/v1/key", "/v1/usage", "/v1/templates"):
+        got = await mesh.request("GET", path, headers=caller.auth)
+        assert (503, "ledger_unavailable") == (got.status, got.code)
+    await mesh.worker.store.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("POST", "/v1/completions", 404, "not_found"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("PUT", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("POST", "/v1/key", 405, "method_not_allowed"),
+        ("GET", "/v1/models", 401, "unauthorized"),
+        ("GET", "/v1/models/sim/plain", 401, "unauthorized"),
+        ("GET", "/v1/templates", 401, "unauthorized"),
+        ("POST", "/v1/templates", 401, "unauthorized"),
+        ("GET", "/v1/usage", 401, "unauthorized"),
+        ("GET", "/v1/key", 401, "unauthorized"),
+    ],
+)
+async def test_paths_and_methods(mesh, method, path, status, code):
+    answer = await mesh.request(method, path)
+    assert (status, code) == (answer.status, answer.code)
+    if status == 405:
+        assert "allow" in answer.headers
