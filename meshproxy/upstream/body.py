@@ -87,23 +87,29 @@ class Chunked(Body):
         self._extension_bytes = 0
 
     def decode(self, data: bytes) -> bytes:
-        """The payloads of the chunks in `data`, joined. The usual read, one whole chunk, takes the short way."""
-        if self._phase == 0 and not self._held:
-            line = _PLAIN_SIZE.match(data)
-            if line is not None:
-                start = line.end()
-                end = start + int(line[1], 16)
-                if end + 2 == len(data) and end > start and data[end:] == b"\r\n":
-                    self.whole = True
-                    return data[start:end]
-        return self._decode(data)
+        """The payloads of the chunks in `data`, joined. The usual read, whole chunks and nothing else, takes the short way."""
+        if self._phase != 0 or self._held:
+            return self._decode(data, 0, [])
+        payloads: list[bytes] = []
+        position, size = 0, len(data)
+        while position < size:
+            line = _PLAIN_SIZE.match(data, position)
+            if line is None:
+                return self._decode(data, position, payloads)
+            start = line.end()
+            end = start + int(line[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                return self._decode(data, position, payloads)
+            payloads.append(data[start:end])
+            position = end + 2
+        self.whole = True
+        return payloads[0] if len(payloads) == 1 else b"".join(payloads)
 
-    def _decode(self, data: bytes) -> bytes:
+    def _decode(self, data: bytes, position: int, payloads: list[bytes]) -> bytes:
+        """The long way, from `position` on."""
         self.whole = self._phase == _Phase.SIZE and not self._held
         if self._held:
             data, self._held = self._held + data, b""
-        payloads: list[bytes] = []
-        position = 0
         while not self.done:
             after = self._advance(data, position, payloads)
             if after == position:
