@@ -43,6 +43,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_body_bytes: Positive = 33_554_432
     max_in_flight: Positive = 4096
     heartbeat_s: Seconds = 15
+    first_event_hold_s: Annotated[float, Meta(ge=0, le=60)] = 2
     drain_s: Annotated[float, Meta(ge=0, le=86400)] = 600
     drain_grace_s: Annotated[float, Meta(ge=0, le=3600)] = 0
 

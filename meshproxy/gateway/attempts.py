@@ -1,79 +1,161 @@
-"""Attempt: ask providers in their order until one accepts. Another is asked only while nothing was sent to the client and
-what failed is safe to repeat.
+"""Attempt: ask providers in their order until one accepts. Another is asked only while nothing was sent to the client, what
+failed is safe to repeat, the client's time isn't over and the retry budget allows it.
+
+A whole answer may have cost its provider's full price once the request was written, so what died after that isn't asked for
+again unless the provider itself said that it failed. A stream that died before its first event has cost next to nothing.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 
-from meshproxy.errors import Fault, Source, UpstreamFault, internal_error, upstream_error
+from meshproxy.errors import Fault, Source, UpstreamFault, gateway_timeout, upstream_error
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.first_event import first_event
+from meshproxy.gateway.health import Health, Trial
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
+from meshproxy.policy.budget import RetryBudget
 from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.failover import after_status
 from meshproxy.upstream.response import Response
 
 CHAT_PATH = "/chat/completions"
+UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
 
 
 class Attempts:
-    """How one request's attempts are made."""
+    """How this worker makes the attempts of its requests. `clock` is monotonic seconds."""
 
-    def __init__(self, deployment: Deployment, recorder: Recorder, clock: Callable[[], float]) -> None:
-        self._deployment = deployment
+    def __init__(self, health: Health, recorder: Recorder, clock: Callable[[], float]) -> None:
+        self._health = health
         self._recorder = recorder
         self._clock = clock
+        self._budget = RetryBudget()
 
-    async def first_answer(self, exchange: Exchange, plan: Plan) -> Response:
+    async def first_answer(self, exchange: Exchange, plan: Plan, deployment: Deployment) -> Response:
         """The first response that is an answer: 200, and an event stream where one was asked for. Otherwise the Fault of the
-        attempt that ended it.
+        attempt that ended it. `conclude` the exchange when the answer is over.
         """
-        failure = Fault(Source.GATEWAY, internal_error())
-        for attempt in plan.attempts:
+        self._budget.deposit(self._clock())
+        failure: UpstreamFault | None = None
+        for attempt in self._health.order(plan.attempts, plan.request.session_id):
+            if self._clock() >= exchange.call.deadline:
+                raise _too_late(may_have_run=failure is not None and failure.problem.may_have_run)
+            trial = self._health.begin(attempt)
+            if trial is None:
+                continue
+            if failure is not None and not self._budget.withdraw(self._clock()):
+                trial.abandoned()
+                break
+            exchange.trial = trial
             exchange.attempt = attempt
             exchange.attempts += 1
             try:
-                response = await self._post(exchange, attempt, plan)
-                await _accept(response, streamed=plan.request.stream)
+                return await self._attempt(exchange, trial, attempt, plan, deployment)
             except UpstreamFault as fault:
+                trial.failed(fault)
                 self._recorder.attempted(attempt.upstream, _label(fault))
                 failure = fault
-                if not fault.safe_to_repeat:
+                if not _may_go_on(fault, streamed=plan.request.stream):
                     break
-            else:
-                self._recorder.attempted(attempt.upstream, "200")
-                return response
-        raise failure
+            except Fault as fault:
+                trial.abandoned()
+                if fault.problem.status == 504:
+                    self._recorder.attempted(attempt.upstream, "timeout")
+                raise
+        raise failure or self._health.nobody(plan.attempts)
 
-    async def _post(self, exchange: Exchange, attempt: Attempt, plan: Plan) -> Response:
-        provider = self._deployment.providers[attempt.upstream]
+    @staticmethod
+    def conclude(exchange: Exchange) -> None:
+        """An exchange is over: what it says of the upstream that served it, if one did."""
+        trial = exchange.trial
+        if trial is None:
+            return
+        if exchange.outcome == "completed":
+            trial.succeeded()
+        elif exchange.outcome == "upstream_failed" or (
+            exchange.outcome == "failed" and exchange.code in UPSTREAM_FAILED
+        ):
+            trial.broke_off()
+        else:
+            trial.abandoned()
+
+    async def _attempt(
+        self, exchange: Exchange, trial: Trial, attempt: Attempt, plan: Plan, deployment: Deployment
+    ) -> Response:
+        response = await self._post(exchange, attempt, plan, deployment)
+        streamed = plan.request.stream
+        try:
+            await _accept(response, streamed=streamed)
+            if streamed:
+                await first_event(response, self._hold_s(exchange, deployment), self._clock)
+        except BaseException:
+            response.close()
+            raise
+        trial.answered(self._clock() - exchange.sent_at if streamed else None)
+        self._recorder.attempted(attempt.upstream, "200")
+        return response
+
+    async def _post(self, exchange: Exchange, attempt: Attempt, plan: Plan, deployment: Deployment) -> Response:
+        provider = deployment.providers[attempt.upstream]
         body = plan.body_for(attempt)
         exchange.sent_at = self._clock()
         if exchange.attempts == 1:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
-        response = await provider.post(CHAT_PATH, exchange.call.forward, body)
+        left_s = exchange.call.deadline - exchange.sent_at
+        asked = provider.post(CHAT_PATH, exchange.call.forward, body)
+        response = await (asked if left_s > _patience_s(attempt, deployment) else _within(left_s, asked))
         exchange.first_byte_at = self._clock()
         return response
+
+    def _hold_s(self, exchange: Exchange, deployment: Deployment) -> float:
+        """How long the client's head may wait for the first event: not past its first ping, nor its patience."""
+        server = deployment.settings.server
+        return min(server.first_event_hold_s, server.heartbeat_s, exchange.call.deadline - self._clock())
+
+
+def _patience_s(attempt: Attempt, deployment: Deployment) -> float:
+    """After so long an attempt has failed by itself if no answer began."""
+    settings = deployment.settings.upstreams[attempt.upstream]
+    return settings.connect_timeout_s + settings.first_byte_timeout_s
+
+
+async def _within(left_s: float, asked: Coroutine[None, None, Response]) -> Response:
+    """The answer, if it begins in the time that the client gives. That it doesn't isn't the provider's fault: a client that
+    gives no time to anyone must not open a breaker.
+    """
+    try:
+        async with asyncio.timeout(left_s):
+            return await asked
+    except TimeoutError as error:
+        raise _too_late(may_have_run=True) from error
+
+
+def _too_late(*, may_have_run: bool) -> Fault:
+    message = "The time that the client gives an answer was over before one began."
+    return Fault(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
+
+
+def _may_go_on(fault: UpstreamFault, *, streamed: bool) -> bool:
+    """Whether another provider may be asked."""
+    return fault.safe_to_repeat or (streamed and fault.answered is None)
 
 
 async def _accept(response: Response, *, streamed: bool) -> None:
     """Return if this is an answer; else an UpstreamFault says what the client hears and whether another may be asked."""
-    try:
-        if response.status != 200:
-            verdict = after_status(
-                response.status,
-                await response.read(),
-                response.header("retry-after"),
-                retry_after_ms=response.header("retry-after-ms"),
-                content_type=response.header("content-type"),
-            )
-            raise UpstreamFault(verdict.problem, safe_to_repeat=verdict.try_next, answered=response.status)
-        if streamed and not _is_event_stream(response):
-            problem = upstream_error("The provider answered a stream with something else.", may_have_run=True)
-            raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
-    except BaseException:
-        response.close()
-        raise
+    if response.status != 200:
+        verdict = after_status(
+            response.status,
+            await response.read(),
+            response.header("retry-after"),
+            retry_after_ms=response.header("retry-after-ms"),
+            content_type=response.header("content-type"),
+        )
+        raise UpstreamFault(verdict.problem, safe_to_repeat=verdict.try_next, answered=response.status)
+    if streamed and not _is_event_stream(response):
+        problem = upstream_error("The provider answered a stream with something else.", may_have_run=True)
+        raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
 
 
 def _is_event_stream(response: Response) -> bool:
@@ -83,7 +165,7 @@ def _is_event_stream(response: Response) -> bool:
 def _label(fault: UpstreamFault) -> str:
     """How an attempt that failed is counted."""
     if fault.answered is not None:
-        return str(fault.answered)
+        return str(fault.answered) if fault.answered != 200 else "protocol_error"
     if fault.problem.status == 504:
         return "timeout"
     return "connect_error" if fault.safe_to_repeat else "reset"

@@ -1,5 +1,6 @@
 """What comes in and what goes out, as the gateway sees it: no socket and no framework."""
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -23,6 +24,7 @@ class Call(Struct, frozen=True):
     forward: Sequence[tuple[str, str]] = ()
     idempotency_key: str | None = None
     trace_id: str | None = None
+    deadline: float = math.inf
 
 
 class Reply(Struct, frozen=True):

@@ -1,6 +1,7 @@
 """The record of one request from arrival to log line: each phase writes down what it learned, the last one reads it all."""
 
 from meshproxy.gateway.call import Call
+from meshproxy.gateway.health import Trial
 from meshproxy.gateway.idempotent import Recording
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.resolve import Plan
@@ -38,6 +39,7 @@ class Exchange:
         "recording",
         "sent_at",
         "status",
+        "trial",
         "usage",
         "usage_source",
     )
@@ -51,6 +53,7 @@ class Exchange:
         self.lease: Lease | None = None
         self.attempt: Attempt | None = None
         self.attempts = 0
+        self.trial: Trial | None = None
         self.detached = False
         self.complete = False
         self.recording: Recording | None = None

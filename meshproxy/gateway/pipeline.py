@@ -17,6 +17,7 @@ from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.health import Health
 from meshproxy.gateway.idempotent import Idempotence, Recording
 from meshproxy.gateway.lease import Credit, Lease
 from meshproxy.gateway.live import Live
@@ -80,6 +81,8 @@ class Gateway:
         self._live = live
         self._clock = clock
         self._spin = spin
+        self.health = Health(recorder.breaker_changed, clock, spin)
+        self._attempts = Attempts(self.health, recorder, clock)
         self._hold_ids = (f"{boot_id}{count:x}" for count in itertools.count(1))
         self._detacher = Detacher(tasks, self._close)
 
@@ -105,6 +108,7 @@ class Gateway:
 
     def _close(self, exchange: Exchange) -> None:
         """The end of every request: settle, then count and log."""
+        self._attempts.conclude(exchange)
         if exchange.recording is not None:
             self._live.recordings.discard(exchange.recording)
             exchange.recording.conclude(complete=exchange.complete)
@@ -170,7 +174,7 @@ class Gateway:
         """Everything behind admission; its hold is kept alive meanwhile."""
         self._live.leases.add(lease)
         try:
-            response = await self._attempts(deployment).first_answer(exchange, plan)
+            response = await self._attempts.first_answer(exchange, plan, deployment)
             if plan.request.stream:
                 await self._relay(exchange, plan, response, lease, downstream)
                 return None
@@ -204,9 +208,6 @@ class Gateway:
         slice_tokens = settings.credits.lease_output_tokens * plan.request.n
         credit = Credit(self._ledger, self._local, self._tasks, enforce_tokens=enforce)
         return Lease(answer, plan, covered, slice_tokens, credit, is_local=is_local)
-
-    def _attempts(self, deployment: Deployment) -> Attempts:
-        return Attempts(deployment, self._recorder, self._clock)
 
     async def _answer(self, exchange: Exchange, response: Response) -> Reply:
         """Pass a whole answer on, its bytes unchanged."""

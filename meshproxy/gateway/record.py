@@ -78,6 +78,14 @@ class Recorder:
         """A provider answered with a status, or failed without one."""
         self._metrics.upstream_requests.labels(upstream, code).inc()
 
+    def breaker_changed(self, upstream: str, is_open: bool) -> None:  # noqa: FBT001 - the gauge's value
+        """An upstream's breaker opened or closed."""
+        self._metrics.breaker_open.labels(upstream).set(is_open)
+        if is_open:
+            _log.warning("breaker_opened", upstream=upstream)
+        else:
+            _log.info("breaker_closed", upstream=upstream)
+
     def bug(self, exchange: Exchange, error: BaseException) -> None:
         """Something went wrong that nobody foresaw."""
         _log.error("bug", request_id=exchange.call.request_id, exc_info=error)

@@ -8,7 +8,7 @@ from meshproxy.errors import Fault, Source, invalid, request_too_large, unsuppor
 from meshproxy.gateway.call import Call
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.server.downstream import ClientStream, Sent
-from meshproxy.wire.headers import forwarded_headers, trace_id
+from meshproxy.wire.headers import forwarded_headers, patience_s, trace_id
 
 CHAT_PATH = "/v1/chat/completions"
 
@@ -26,14 +26,16 @@ class ChatHandler:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Serve one request; the answer is written by the time this returns."""
         headers = request.headers
+        received_at = self._clock()
         call = Call(
             request_id=self._request_id(request),
             authorization=headers.get("authorization"),
             read_body=lambda: read_json_body(request),
-            received_at=self._clock(),
+            received_at=received_at,
             forward=forwarded_headers(headers),
             idempotency_key=headers.get("idempotency-key"),
             trace_id=trace_id(headers.get("traceparent")),
+            deadline=received_at + patience_s(headers.get("x-stainless-read-timeout")),
         )
         stream = ClientStream(request, keep_alive=request.keep_alive and not self._gateway.draining)
         reply = await self._gateway.chat(call, stream)

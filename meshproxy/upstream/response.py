@@ -57,6 +57,7 @@ class Response:
         self._early: list[tuple[bytes, bytes | None]] = []
         self._early_bytes = 0
         self._fault: UpstreamFault | None = None
+        self._listener: asyncio.Future[None] | None = None
         self._closed = False
 
     def header(self, name: str) -> str | None:
@@ -75,6 +76,36 @@ class Response:
         except asyncio.CancelledError:
             self.close()
             raise
+
+    def early(self, since: int = 0) -> list[bytes]:
+        """What of the body has arrived before anyone took it, from the piece with the number `since` on."""
+        return [payload for payload, _ in self._early[since:]]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether more of the body may come before it is taken: it isn't over, and no more has come than is kept."""
+        return self._flow is not None and self._early_bytes <= MAX_EARLY_BYTES
+
+    @property
+    def ended(self) -> bool:
+        """Whether the body is over: whole, or broken off by `fault`."""
+        return self._flow is None
+
+    @property
+    def fault(self) -> UpstreamFault | None:
+        """What broke the body off before anyone took it."""
+        return self._fault
+
+    async def hear(self, timeout_s: float) -> None:
+        """Return when another piece of the body or its end has come, or after `timeout_s`. One caller at a time."""
+        loop = asyncio.get_running_loop()
+        self._listener = loop.create_future()
+        timer = loop.call_later(timeout_s, self._tell)
+        try:
+            await self._listener
+        finally:
+            timer.cancel()
+            self._listener = None
 
     def relay(self, sink: Sink) -> None:
         """Push the body to `sink` from now on. What has arrived is pushed, end or failure included, before this returns."""
@@ -122,13 +153,21 @@ class Response:
         self._early_bytes += len(payload)
         if self._early_bytes > MAX_EARLY_BYTES:
             self.pause()
+        self._tell()
 
     def end(self) -> None:
         """The body was whole before anyone wanted it; being detached says so."""
+        self._tell()
 
     def fail(self, fault: UpstreamFault) -> None:
         """The body broke off before anyone wanted it."""
         self._fault = fault
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake who listens."""
+        if self._listener is not None and not self._listener.done():
+            self._listener.set_result(None)
 
 
 class _Whole:

@@ -52,6 +52,19 @@ def trace_id(traceparent: str | None) -> str | None:
     return found[1] if found else None
 
 
+def patience_s(read_timeout: str | None) -> float:
+    """Seconds that a client waits for an answer to begin, from what OpenAI's Python SDK says of itself in
+    `x-stainless-read-timeout`; infinity if it doesn't, or not in numbers.
+    """
+    if read_timeout is None:
+        return math.inf
+    try:
+        seconds = float(read_timeout)
+    except ValueError:
+        return math.inf
+    return seconds if seconds > 0 else math.inf
+
+
 def format_reset(seconds: float) -> str:
     """A time to wait as OpenAI writes it, rounded up: `120ms` below a second, `1s`, `6m0s`, `1h0m0s`; `0s` for none."""
     if not seconds > 0:

@@ -1,0 +1,62 @@
+"""The wait between a provider's head and its first event: as long as the client's head is held back, a stream that comes to
+nothing can still be asked for elsewhere, or be refused with an honest status.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from meshproxy.errors import UpstreamFault, upstream_error
+from meshproxy.policy.failover import after_status
+from meshproxy.upstream.response import Response
+from meshproxy.wire.sse import StreamScanner
+
+
+async def first_event(response: Response, hold_s: float, clock: Callable[[], float]) -> None:
+    """Return as soon as an event has arrived, or when none has for `hold_s`. Nothing of the body is taken.
+
+    UpstreamFault if the stream broke off, ended, or told of an error before any event.
+    """
+    scanner = StreamScanner(hide_usage=False)
+    until = clock() + hold_s
+    heard = 0
+    while True:
+        for payload in response.early(heard):
+            scanner.feed(payload)
+            heard += 1
+        if not response.goes_on:
+            _come_to_nothing(response, scanner)
+            return
+        if scanner.error is not None:
+            raise _told(scanner.error)
+        left_s = until - clock()
+        if scanner.events or scanner.done or left_s <= 0:
+            return
+        await response.hear(left_s)
+
+
+def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
+    """The stream is over, or as long as may wait: raise unless there is something in it for the client."""
+    if response.ended and response.fault is None:
+        scanner.finish()
+    if scanner.error is not None:
+        raise _told(scanner.error)
+    if scanner.events or scanner.done or not response.ended:
+        return
+    if response.fault is not None:
+        raise response.fault
+    raise UpstreamFault(
+        upstream_error("The provider ended the stream before it began.", may_have_run=True), safe_to_repeat=True
+    )
+
+
+def _told(error: dict[str, Any]) -> UpstreamFault:
+    """An error event instead of the first: as if the provider had answered with the status that the error names, if it does."""
+    code = error.get("code")
+    if isinstance(code, int) and 400 <= code <= 599:
+        body = msgspec.json.encode({"error": error})
+        verdict = after_status(code, body, None, content_type="application/json")
+        return UpstreamFault(verdict.problem, safe_to_repeat=verdict.try_next, answered=code)
+    problem = upstream_error("The provider failed before it began.", may_have_run=True, provider_error=error)
+    return UpstreamFault(problem, safe_to_repeat=True, answered=200)
