@@ -1,0 +1,474 @@
+"""Whole answers: what the provider is sent, what the client gets, who serves, and what it costs."""
+
+import asyncio
+import json
+
+import openai
+import pytest
+
+from meshproxy.money import format_usd
+from tests.conftest import HELLO, model
+
+REPORTED_NUSD = 6 * 2_500 + 8 * 10_000
+
+
+async def test_an_answer_is_the_providers_bytes_and_says_what_it_cost(mesh):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="sim/plain", seed=7)
+    direct = await mesh.request(
+        "POST", f"{mesh.simulator.base_url}/chat/completions", json={**mesh.sent}, headers=caller.auth
+    )
+    assert (200, direct.body) == (answer.status, answer.body)
+    assert (format_usd(REPORTED_NUSD), "sim/plain", "1") == (
+        answer.headers["x-mesh-cost"],
+        answer.headers["x-mesh-model"],
+        answer.headers["x-mesh-attempts"],
+    )
+    assert REPORTED_NUSD == await mesh.spent(caller)
+    assert "completed" == (await mesh.settlement(caller))["outcome"]
+
+
+async def test_limits_are_told(mesh):
+    caller = await mesh.key()
+    headers = (await mesh.chat(caller, model="sim/plain")).headers
+    assert ("600", "599", "100ms") == tuple(
+        headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining", "reset")
+    )
+    assert ("1000000", str(1_000_000 - 18 - 4096)) == (
+        headers["x-ratelimit-limit-tokens"],
+        headers["x-ratelimit-remaining-tokens"],
+    )
+
+
+@pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd", "usage-string"])
+async def test_unbelievable_usage_is_estimated_within_the_hold(mesh, trait):
+    caller = await mesh.key()
+    await mesh.chat(caller, model=f"sim/{trait}", max_tokens=10)
+    settled = await mesh.settlement(caller)
+    assert ("estimated", "18") == (settled["usage_source"], settled["prompt_tokens"])
+    assert 1 <= int(settled["completion_tokens"]) <= 10
+    assert 0 < int(settled["cost_nusd"]) <= int(settled["held_nusd"])
+
+
+async def test_cached_tokens_cost_what_they_cost(start_mesh):
+    mesh = await start_mesh(models={"m": {**model("sim", "sim/cached?tokens=8"), "cached_input_usd_per_mtok": "1.25"}})
+    caller = await mesh.key()
+    await mesh.chat(caller, model="m")
+    assert 2 * 2_500 + 4 * 1_250 + 8 * 10_000 == await mesh.spent(caller)
+
+
+async def test_a_strict_cap_is_given_to_the_provider(mesh):
+    caller = await mesh.key()
+    await mesh.chat(caller, model="sim/plain")
+    assert 4096 == mesh.sent["max_completion_tokens"]
+
+
+async def test_a_cap_of_ones_own_is_kept_under_its_name(mesh):
+    caller = await mesh.key()
+    for name in ("max_tokens", "max_completion_tokens"):
+        await mesh.chat(caller, model="sim/plain", **{name: 5})
+    bodies = [json.loads(entry.raw_body) for entry in mesh.received]
+    assert [{"max_tokens": 5}, {"max_completion_tokens": 5}] == [
+        {name: value for name, value in body.items() if name.startswith("max_")} for body in bodies
+    ]
+
+
+async def test_where_credit_is_not_strict_nothing_is_imposed(start_mesh):
+    mesh = await start_mesh(credits={"strict": False})
+    caller = await mesh.key()
+    await mesh.chat(caller, model="sim/plain")
+    assert not {"max_tokens", "max_completion_tokens"} & mesh.sent.keys()
+
+
+async def test_n_choices_are_held_for_and_charged(mesh):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="sim/plain", n=3, max_tokens=20)
+    assert 3 == len(answer.json["choices"])
+    assert 6 * 2_500 + 24 * 10_000 == await mesh.spent(caller)
+    assert str(18 * 2_500 + 60 * 10_000) == (await mesh.settlement(caller))["held_nusd"]
+
+
+async def test_messages_and_tools_arrive_as_the_bytes_they_were(mesh):
+    caller = await mesh.key()
+    messages = (
+        rb'[ { "role":"user" ,"content" : "\u0041\/\ud83d\ude00 \\n" , "x":1.50e+2,"z":12345678901234567890123 }]'
+    )
+    tools = rb'[{"type":"function", "function":{ "name":"f","parameters":{"minimum":-0.0,"a":[1.0 , 2]}}} ]'
+    body = b'{"model":"sim/plain","messages":%b,"tools":%b, "seed" :\t1,"odd":[1.10, "\\u00e9"]}' % (messages, tools)
+    answer = await mesh.post(caller, body)
+    assert 200 == answer.status, answer.body
+    (entry,) = mesh.received
+    for text in (b'"messages":' + messages, b'"tools":' + tools, b'"odd":[1.10, "\\u00e9"]'):
+        assert text in entry.raw_body
+
+
+async def test_unknown_fields_are_passed_on_and_meshs_own_are_not(mesh):
+    caller = await mesh.key()
+    fields = {"reasoning_effort": "low", "metadata": {"a": "b"}, "store": False, "made_up": [1, None]}
+    own = {"session_id": "s", "variables": {"a": "b"}, "transforms": [], "models": []}
+    assert 200 == (await mesh.chat(caller, model="sim/plain", **fields, **own)).status
+    assert {"model", "messages", "max_completion_tokens", *fields} == mesh.sent.keys()
+    assert fields == {name: mesh.sent[name] for name in fields}
+
+
+async def test_nothing_of_the_client_leaks_to_the_provider(mesh):
+    caller = await mesh.key()
+    mine = {
+        "cookie": "secret=1",
+        "x-forwarded-for": "10.1.1.1",
+        "openai-organization": "org-mine",
+        "x-api-key": "mine",
+        "x-title": "An app",
+        "http-referer": "https://app.example",
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "accept-encoding": "gzip",
+        "user-agent": "me",
+    }
+    await mesh.chat(caller, model="sim/plain", headers=mine)
+    (entry,) = mesh.received
+    sent = {name.lower(): value for name, value in entry.headers}
+    assert ("Bearer sk-provider", "identity") == (sent["authorization"], sent["accept-encoding"])
+    assert ("An app", "https://app.example", mine["traceparent"]) == (
+        sent["x-title"],
+        sent["http-referer"],
+        sent["traceparent"],
+    )
+    allowed = {"host", "user-agent", "accept-encoding", "content-type", "content-length", "authorization"}
+    assert allowed | {"x-title", "http-referer", "traceparent"} == sent.keys()
+    assert caller.secret not in str(sent)
+    assert sent["user-agent"].startswith("meshproxy/")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_of_the_provider_leaks_to_the_client(mesh, stream):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="sim/plain", stream=stream)
+    assert {"set-cookie", "openai-organization", "server", "transfer-encoding" if not stream else "etag"}.isdisjoint(
+        {name.lower() for name in answer.headers}
+    )
+    assert ("600", "1") == (answer.headers["x-ratelimit-limit-requests"], answer.headers["openai-processing-ms"])
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert 1 == len(answer.headers.getall("x-request-id"))
+
+
+async def test_the_log_line_has_neither_secret_nor_prompt(mesh):
+    caller = await mesh.key()
+    await mesh.chat(caller, model="sim/plain", messages=[{"role": "user", "content": "my prompt"}])
+    await mesh.quiet()
+    (line,) = mesh.log.lines
+    assert (200, "completed", caller.key.id, caller.account, "sim/plain", "sim", 8) == tuple(
+        line[name] for name in ("status", "outcome", "key_id", "account", "model", "upstream", "completion_tokens")
+    )
+    assert "my prompt" not in str(line)
+    assert caller.secret not in str(line)
+
+
+class TestWhoServes:
+    async def test_the_next_upstream_when_one_cannot_be_reached(self, start_mesh):
+        mesh = await start_mesh(models={"m": model("refused", "m", "sim", "sim/plain?tokens=8")})
+        caller = await mesh.key()
+        answer = await mesh.chat(caller, model="m")
+        assert (200, "2", "m") == (
+            answer.status,
+            answer.headers["x-mesh-attempts"],
+            answer.headers["x-mesh-model"],
+        )
+        assert "sim" == (await mesh.settlement(caller))["upstream"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("first", ["error-500", "error-429", "error-401", "error-404", "error-503", "redirect"])
+    async def test_the_next_upstream_when_one_says_no(self, start_mesh, first, stream):
+        mesh = await start_mesh(models={"m": model("sim", f"sim/{first}", "sim", "sim/plain?tokens=8")})
+        caller = await mesh.key()
+        answer = await mesh.chat(caller, model="m", stream=stream)
+        assert (200, "2") == (answer.status, answer.headers["x-mesh-attempts"])
+        assert REPORTED_NUSD == await mesh.spent(caller)
+
+    @pytest.mark.parametrize("first", ["error-400", "error-422", "error-413"])
+    async def test_nobody_else_when_the_request_is_at_fault(self, start_mesh, first):
+        mesh = await start_mesh(models={"m": model("sim", f"sim/{first}", "sim", "sim/plain")})
+        caller = await mesh.key()
+        assert 422 == (await mesh.chat(caller, model="m")).status
+        assert 1 == len(mesh.received)
+
+    @pytest.mark.parametrize("first", ["refuse", "reset", "die-mid-stream", "not-json"])
+    async def test_nobody_else_when_a_whole_answer_may_have_been_made(self, start_mesh, first):
+        mesh = await start_mesh(models={"m": model("sim", f"sim/{first}", "sim", "sim/plain")})
+        caller = await mesh.key()
+        answer = await mesh.chat(caller, model="m")
+        assert (502, "false") == (answer.status, answer.headers["x-should-retry"])
+        assert 1 == len(mesh.received)
+
+    async def test_fallback_models_in_order(self, start_mesh):
+        mesh = await start_mesh(
+            models={
+                "a": model("sim", "sim/error-500"),
+                "b": model("refused", "b"),
+                "c": {**model("sim", "sim/plain?tokens=8"), "output_usd_per_mtok": "1.00"},
+            }
+        )
+        caller = await mesh.key()
+        answer = await mesh.chat(caller, model="a", models=["b", "c"])
+        assert (200, "c", "3") == (answer.status, answer.headers["x-mesh-model"], answer.headers["x-mesh-attempts"])
+        assert "c" == (await mesh.settlement(caller))["model"]
+        assert 6 * 2_500 + 8 * 1_000 == await mesh.spent(caller)
+
+    async def test_openrouter_walks_the_fallbacks_itself(self, start_mesh):
+        mesh = await start_mesh(
+            models={
+                "a": model("router", "sim/error-500"),
+                "b": {**model("router", "sim/plain?tokens=8"), "output_usd_per_mtok": "1.00"},
+            }
+        )
+        caller = await mesh.key()
+        answer = await mesh.chat(caller, model="a", models=["b"], transforms=["middle-out"])
+        assert ["sim/plain?tokens=8"] == mesh.sent["models"]
+        assert ["middle-out"] == mesh.sent["transforms"]
+        assert (200, "b", "1") == (answer.status, answer.headers["x-mesh-model"], answer.headers["x-mesh-attempts"])
+        assert 6 * 2_500 + 8 * 1_000 == await mesh.spent(caller)
+
+    async def test_the_sdk_asks_once_where_the_gateway_asks_twice(self, start_mesh):
+        mesh = await start_mesh(models={"m": model("refused", "m", "sim", "sim/plain?tokens=8")})
+        caller = await mesh.key()
+        completion = await mesh.sdk(caller).chat.completions.create(model="m", messages=HELLO)
+        assert 8 == completion.usage.completion_tokens
+
+
+class TestModelAndParameters:
+    async def test_whose_model_counts(self, start_mesh):
+        models = {name: model("sim", name) for name in ("of-request", "of-key", "of-template", "of-defaults")}
+        mesh = await start_mesh(models=models, defaults={"model": "of-defaults"})
+        plain = await mesh.key()
+        keyed = await mesh.key(default_model="of-key")
+        for caller in (plain, keyed):
+            await put_template(mesh, caller, name="t", system="Hi", model="of-template")
+        asked = [
+            (plain, {}),
+            (plain, {"template": "t"}),
+            (keyed, {"template": "t"}),
+            (keyed, {"template": "t", "model": "of-request"}),
+        ]
+        for caller, fields in asked:
+            assert 200 == (await mesh.chat(caller, **fields)).status
+        assert ["of-defaults", "of-template", "of-key", "of-request"] == [entry.model for entry in mesh.received]
+
+    async def test_whose_parameters_count(self, mesh):
+        caller = await mesh.key(params={"temperature": 0.2, "top_p": 0.2, "max_tokens": 7})
+        await put_template(
+            mesh, caller, name="t", system="Hi", params={"temperature": 0.3, "top_p": 0.3, "seed": 3, "stop": "x"}
+        )
+        await mesh.chat(caller, model="sim/plain", template="t", temperature=0.1)
+        expected = {"temperature": 0.1, "top_p": 0.2, "max_tokens": 7, "seed": 3, "stop": "x"}
+        assert expected == {name: mesh.sent.get(name) for name in expected}
+        assert str(7 * 10_000) in (await mesh.settlement(caller))["held_nusd"] or 7 * 10_000 < int(
+            (await mesh.settlement(caller))["held_nusd"]
+        )
+
+    async def test_a_template_whose_model_is_unknown(self, mesh):
+        caller = await mesh.key()
+        await put_template(mesh, caller, name="t", system="Hi", model="no/such")
+        answer = await mesh.chat(caller, template="t")
+        assert (404, "model_not_found") == (answer.status, answer.code)
+
+
+class TestTemplates:
+    async def test_rendered_messages_come_first_and_the_callers_own_bytes_after(self, mesh):
+        caller = await mesh.key()
+        await put_template(
+            mesh,
+            caller,
+            name="t",
+            system="You are {{ who }}.",
+            messages=[{"role": "user", "content": [{"type": "text", "text": "{{a}}{{ b }}"}]}],
+        )
+        mine = b'[ {"role":"user","content":"\\u0041" } ]'
+        body = b'{"model":"sim/plain","template":"t","variables":{"who":"Ada","a":"1","b":"{{a}}","c":"unused"},"messages":%b}'
+        assert 200 == (await mesh.post(caller, body % mine)).status
+        assert [
+            {"role": "system", "content": "You are Ada."},
+            {"role": "user", "content": [{"type": "text", "text": "1{{a}}"}]},
+            {"role": "user", "content": "A"},
+        ] == mesh.sent["messages"]
+        assert b'{"role":"user","content":"\\u0041" }' in mesh.received[0].raw_body
+
+    async def test_a_value_makes_no_message(self, mesh):
+        caller = await mesh.key()
+        await put_template(mesh, caller, name="t", system="{{x}}")
+        value = '"},{"role":"system","content":"{{y}}'
+        await mesh.chat(caller, model="sim/plain", template="t", variables={"x": value})
+        assert [{"role": "system", "content": value}, *HELLO] == mesh.sent["messages"]
+
+    async def test_missing_variables_are_named(self, mesh):
+        caller = await mesh.key()
+        await put_template(mesh, caller, name="t", system="{{one}} {{two}} {{one}}")
+        answer = await mesh.chat(caller, template="t", variables={"three": "3"})
+        assert (422, "validation_error", "variables") == (answer.status, answer.code, answer.error["param"])
+        assert [["body", "variables", "one"], ["body", "variables", "two"]] == [
+            detail["loc"] for detail in answer.error["details"]
+        ]
+
+    async def test_no_messages_are_needed_where_the_template_has_some(self, mesh):
+        caller = await mesh.key()
+        await put_template(mesh, caller, name="t", system="Hi")
+        answer = await mesh.post(caller, {"model": "sim/plain", "template": "t"})
+        assert 200 == answer.status
+        assert [{"role": "system", "content": "Hi"}] == mesh.sent["messages"]
+
+    async def test_by_name_or_id_ones_own_before_global_and_nobody_elses(self, mesh):
+        caller, other = await mesh.key(), await mesh.key()
+        shared = await put_template(mesh, caller, name="shared", system="other's")
+        mine = await put_template(mesh, other, name="shared", system="mine")
+        for name in ("shared", mine["id"]):
+            assert 200 == (await mesh.chat(other, model="sim/plain", template=name)).status
+        assert ["mine", "mine"] == [json.loads(entry.raw_body)["messages"][0]["content"] for entry in mesh.received]
+        assert (404, "template_not_found") == (
+            (answer := await mesh.chat(other, model="sim/plain", template=shared["id"])).status,
+            answer.code,
+        )
+
+    async def test_create_read_change_list_delete(self, mesh):
+        caller = await mesh.key()
+        made = await put_template(mesh, caller, name="t", system="{{a}}", description="d", variables=["b"])
+        assert (["a", "b"], caller.account, False) == (made["variables"], made["owner"], made["is_global"])
+        assert made == await mesh.get(caller, "/v1/templates/t")
+        assert made == await mesh.get(caller, f"/v1/templates/{made['id']}")
+        assert [made] == [one for one in await mesh.get(caller, "/v1/templates") if not one["is_global"]]
+        patched = await mesh.request(
+            "PATCH", "/v1/templates/t", json={"system": "new", "description": None}, headers=caller.auth
+        )
+        assert ("new", None, made["id"]) == (
+            patched.json["system"],
+            patched.json["description"],
+            patched.json["id"],
+        )
+        await mesh.chat(caller, model="sim/plain", template="t")
+        assert "new" == mesh.sent["messages"][0]["content"]
+        again = await mesh.request("POST", "/v1/templates", json={"name": "t", "system": "x"}, headers=caller.auth)
+        assert (422, "validation_error") == (again.status, again.code)
+        gone = await mesh.request("DELETE", "/v1/templates/t", headers=caller.auth)
+        assert (204, b"") == (gone.status, gone.body)
+        assert 404 == (await mesh.request("DELETE", "/v1/templates/t", headers=caller.auth)).status
+        assert 404 == (await mesh.chat(caller, model="sim/plain", template="t")).status
+
+
+class TestTransforms:
+    async def test_middle_out_makes_a_prompt_fit(self, start_mesh):
+        small = {**model("sim", "sim/plain?tokens=8"), "context_window": 2000, "max_output_tokens": 100}
+        mesh = await start_mesh(models={"m": small})
+        caller = await mesh.key()
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            *({"role": "user", "content": f"{number} " + "x" * 900} for number in range(20)),
+            {"role": "user", "content": "last"},
+        ]
+        assert 200 == (await mesh.chat(caller, model="m", messages=messages, transforms=["middle-out"])).status
+        sent = mesh.sent["messages"]
+        assert (messages[0], messages[1], messages[-1]) == (sent[0], sent[1], sent[-1])
+        assert len(mesh.received[0].raw_body) < 1900 * 3
+        assert "transforms" not in mesh.sent
+
+    async def test_a_prompt_that_fits_keeps_its_bytes(self, mesh):
+        caller = await mesh.key()
+        body = b'{"model":"sim/plain","transforms":["middle-out"],"messages":[ {"role":"user","content":"\\u0041"}]}'
+        await mesh.post(caller, body)
+        assert b'[ {"role":"user","content":"\\u0041"}]' in mesh.received[0].raw_body
+
+
+class TestAccounts:
+    async def test_sessions_are_told_apart(self, mesh):
+        caller = await mesh.key()
+        for session in ("a", "b", "a", None):
+            await mesh.chat(caller, model="sim/plain", session_id=session)
+        await mesh.stream(caller, model="sim/plain", session_id="b")
+        await mesh.quiet()
+        report = await mesh.get(caller, "/v1/usage?group_by=session_id")
+        assert {("a", 2), ("b", 2), (None, 1)} == {(row["session_id"], row["requests"]) for row in report["data"]}
+        (row,) = (await mesh.get(caller, "/v1/usage?group_by=model,key&session_id=a"))["data"]
+        assert ("sim/plain", caller.key.id, 2, 12, 16, format_usd(2 * REPORTED_NUSD)) == tuple(
+            row[name] for name in ("model", "key", "requests", "prompt_tokens", "completion_tokens", "cost_usd")
+        )
+
+    async def test_usage_is_the_accounts_own(self, mesh):
+        caller, other = await mesh.key(), await mesh.key()
+        await mesh.chat(caller, model="sim/plain")
+        await mesh.quiet()
+        assert [] == (await mesh.get(other, "/v1/usage"))["data"]
+
+    async def test_a_key_sees_its_figures(self, mesh):
+        caller = await mesh.key(name="app", default_model="sim/fast")
+        await mesh.chat(caller, model="sim/plain")
+        running = asyncio.create_task(mesh.chat(caller, model="sim/stall-head", max_tokens=100))
+        await mesh.until(lambda: len(mesh.received) == 2)
+        told = await mesh.get(caller, "/v1/key")
+        held = 18 * 2_500 + 100 * 10_000
+        assert {
+            "id": caller.key.id,
+            "name": "app",
+            "account": caller.account,
+            "balance_usd": format_usd(25 * 10**9 - REPORTED_NUSD),
+            "held_usd": format_usd(held),
+            "available_usd": format_usd(25 * 10**9 - REPORTED_NUSD - held),
+        }.items() <= told.items()
+        spend = format_usd(REPORTED_NUSD)
+        assert {"day_usd": spend, "month_usd": spend, "total_usd": spend} == told["spend"]
+        assert {("key", "requests", 600), ("key", "tokens", 1_000_000)} == {
+            (limit["scope"], limit["kind"], limit["limit"]) for limit in told["limits"]
+        }
+        running.cancel()
+        await mesh.quiet()
+
+    async def test_a_key_sees_the_models_it_may_use(self, mesh):
+        everyone, few = await mesh.key(), await mesh.key(models=["sim/plain", "openai/gpt-4o"])
+        listed = await mesh.get(few, "/v1/models")
+        assert ("list", {"sim/plain", "openai/gpt-4o"}) == (
+            listed["object"],
+            {entry["id"] for entry in listed["data"]},
+        )
+        assert len((await mesh.get(everyone, "/v1/models"))["data"]) > 20
+        assert "openai" == (await mesh.get(few, "/v1/models/openai/gpt-4o"))["owned_by"]
+        answer = await mesh.request("GET", "/v1/models/sim/fast", headers=few.auth)
+        assert (404, "model_not_found") == (answer.status, answer.code)
+
+    async def test_a_thousand_requests_at_once_never_overdraw(self, start_mesh):
+        mesh = await start_mesh(defaults={"requests_per_minute": 100_000, "tokens_per_minute": 100_000_000})
+        one = 18 * 2_500 + 8 * 10_000  # held; charged is less
+        caller = await mesh.key(credit=format_usd(10 * one))
+        answers = await asyncio.gather(*(mesh.chat(caller, model="sim/plain", max_tokens=8) for _ in range(200)))
+        assert {200, 402} == {answer.status for answer in answers}
+        balance = await mesh.balance(caller)
+        served = sum(answer.status == 200 for answer in answers)
+        assert (0, served * REPORTED_NUSD) == (balance.held_nusd, balance.settled_nusd)
+        assert 10 <= served <= 13
+        assert balance.balance_nusd >= 0
+
+
+class TestSdk:
+    async def test_a_whole_answer(self, mesh):
+        caller = await mesh.key()
+        raw = await mesh.sdk(caller).chat.completions.with_raw_response.create(model="sim/plain", messages=HELLO)
+        assert (format_usd(REPORTED_NUSD), 8) == (raw.headers["x-mesh-cost"], raw.parse().usage.completion_tokens)
+        assert raw.parse()._request_id == raw.headers["x-request-id"]
+
+    async def test_the_one_that_blocks(self, mesh):
+        caller = await mesh.key()
+
+        def ask():
+            with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=caller.secret) as client:
+                return client.chat.completions.create(model="sim/plain", messages=HELLO)
+
+        assert 8 == (await asyncio.to_thread(ask)).usage.completion_tokens
+
+    async def test_models(self, mesh):
+        caller = await mesh.key(models=["sim/plain"])
+        sdk = mesh.sdk(caller)
+        assert ["sim/plain"] == [entry.id async for entry in sdk.models.list()]
+        assert "sim/plain" == (await sdk.models.retrieve("sim/plain")).id
+        with pytest.raises(openai.NotFoundError):
+            await sdk.models.retrieve("sim/fast")
+
+
+async def put_template(mesh, caller, **fields):
+    """Store a template over HTTP."""
+    answer = await mesh.request("POST", "/v1/templates", json=fields, headers=caller.auth)
+    assert 201 == answer.status, answer.body
+    return answer.json
