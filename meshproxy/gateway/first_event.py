@@ -46,9 +46,8 @@ def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
         return
     if response.fault is not None:
         raise response.fault
-    raise UpstreamFault(
-        upstream_error("The provider ended the stream before it began.", may_have_run=True), safe_to_repeat=True
-    )
+    problem = upstream_error("The provider ended the stream before it began.", may_have_run=True)
+    raise UpstreamFault(problem, safe_to_repeat=True, answered=200)
 
 
 def _told(error: dict[str, Any]) -> UpstreamFault:

@@ -200,3 +200,40 @@ async def test_a_read_that_is_cancelled_closes_the_socket(serve, provide):
     with pytest.raises(asyncio.CancelledError):
         await reading
     await asyncio.gather(*server.tasks)
+
+
+async def test_what_comes_early_can_be_heard_and_is_still_pushed_whole(serve, provide, record):
+    steps = asyncio.Queue()
+
+    async def script(conversation):
+        await conversation.answer(CHUNKED)
+        while step := await steps.get():
+            await conversation.send(step)
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    assert ([], True, False) == (response.early(), response.goes_on, response.ended)
+    await response.hear(0.0)
+    steps.put_nowait(b"5\r\nhello\r\n")
+    await response.hear(5.0)
+    steps.put_nowait(b"5\r\nworld\r\n")
+    await response.hear(5.0)
+    assert ([b"hello", b"world"], [b"world"]) == (response.early(), response.early(1))
+    steps.put_nowait(b"0\r\n\r\n")
+    await response.hear(5.0)
+    assert (False, True, None) == (response.goes_on, response.ended, response.fault)
+    sink = record()
+    response.relay(sink)
+    steps.put_nowait(b"")
+    assert (b"helloworld", ("end",)) == (sink.payload, sink.last)
+
+
+async def test_that_it_broke_off_is_heard(serve, provide):
+    async def script(conversation):
+        await conversation.answer(CHUNKED)
+        await conversation.send(b"zz\r\n")
+        await conversation.until_closed()
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    while response.goes_on:
+        await response.hear(5.0)
+    assert (True, "upstream_error") == (response.ended, response.fault.problem.code)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from meshproxy.wire.headers import (
     downstream_headers,
     format_reset,
     forwarded_headers,
+    patience_s,
     ratelimit_headers,
     request_id,
 )
@@ -161,3 +164,13 @@ class TestDownstream:
 
     def test_a_value_that_could_split_a_response_is_dropped(self):
         assert downstream_headers([("openai-version", "1\r\nset-cookie: a=b")]) == []
+
+
+class TestPatience:
+    @pytest.mark.parametrize(("text", "expected"), [("600", 600.0), ("0.5", 0.5), (" 5 ", 5.0), ("1e3", 1000.0)])
+    def test_seconds(self, text: str, expected: float):
+        assert patience_s(text) == expected
+
+    @pytest.mark.parametrize("text", [None, "", "None", "0", "-1", "nan", "inf", "1e999", "9" * 5000 + "x"])
+    def test_what_says_nothing_sets_no_limit(self, text: str | None):
+        assert patience_s(text) == math.inf

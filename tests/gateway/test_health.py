@@ -1,0 +1,226 @@
+"""What each attempt says of whom it asked, and what follows for the next. Time and chance are the tests'."""
+
+import pytest
+
+from meshproxy.errors import UpstreamFault, gateway_timeout, overloaded, provider_not_available, upstream_error
+from meshproxy.gateway.health import Health
+from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.pricing import Price
+
+PRICE = Price(0, 0, 0, 0, 0, 0, 0)
+DEAD = UpstreamFault(upstream_error("reset", may_have_run=True), safe_to_repeat=False)
+SILENT = UpstreamFault(gateway_timeout("silent", may_have_run=True), safe_to_repeat=False)
+NO_SLOT = UpstreamFault(overloaded("no connection is free"), safe_to_repeat=True)
+FULL = UpstreamFault(provider_not_available("full", 7.0), safe_to_repeat=True, answered=429)
+REFUSED = UpstreamFault(upstream_error("not found", may_have_run=False), safe_to_repeat=True, answered=404)
+
+
+def attempt(upstream, model="gpt", weight=None):
+    return Attempt(upstream, "openai", model, "m", 1, 1, PRICE, weight=weight)
+
+
+A, B = attempt("a"), attempt("b")
+
+
+class Worker:
+    """A registry, its clock, and the changes that it told of."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.changes = []
+        self.health = Health(lambda *change: self.changes.append(change), lambda: self.now, lambda: 0.5)
+
+    def begin(self, attempt=A):
+        trial = self.health.begin(attempt)
+        assert trial is not None
+        return trial
+
+    def open(self, attempt=A):
+        """Open a breaker; it may be probed in five seconds."""
+        for _ in range(5):
+            self.begin(attempt).failed(DEAD)
+
+    def order(self, *attempts, session=None):
+        return "".join(attempt.upstream for attempt in self.health.order(attempts, session))
+
+    @property
+    def in_flight(self):
+        return self.health._upstreams["a"].routes["gpt"].in_flight
+
+
+@pytest.fixture
+def worker():
+    return Worker()
+
+
+@pytest.mark.parametrize("fault", [DEAD, SILENT])
+def test_failures_in_a_row_open_the_breaker_which_is_told_once(worker, fault):
+    trials = [worker.begin() for _ in range(7)]
+    for trial in trials:
+        trial.failed(fault)
+    assert [("a", True)] == worker.changes
+    assert worker.health.begin(A) is None
+    assert 0 == worker.in_flight
+
+
+@pytest.mark.parametrize("fault", [NO_SLOT, FULL, REFUSED])
+def test_what_isnt_the_upstreams_fault_opens_nothing(worker, fault):
+    for _ in range(50):
+        worker.begin().failed(fault)
+    assert ([], 0) == (worker.changes, worker.in_flight)
+
+
+def test_a_trial_ends_once(worker):
+    trial = worker.begin()
+    trial.succeeded()
+    for _ in range(9):
+        trial.broke_off()
+        trial.failed(DEAD)
+        trial.abandoned()
+    assert ([], 0) == (worker.changes, worker.in_flight)
+
+
+def test_streams_that_begin_well_and_die_open_the_breaker(worker):
+    for _ in range(5):
+        trial = worker.begin()
+        trial.answered(0.2)
+        trial.broke_off()
+    assert [("a", True)] == worker.changes
+
+
+def test_one_probe_at_a_time(worker):
+    worker.open()
+    worker.now += 5.0
+    probe = worker.begin()
+    assert worker.health.begin(A) is None
+    probe.answered(0.1)
+    assert [("a", True), ("a", False)] == worker.changes
+    assert worker.health.begin(A) is not None
+
+
+def test_a_probe_that_fails_opens_it_for_longer_and_isnt_told_again(worker):
+    worker.open()
+    worker.now += 5.0
+    worker.begin().failed(DEAD)
+    worker.now += 9.9
+    assert worker.health.begin(A) is None
+    worker.now += 0.1
+    assert worker.health.begin(A) is not None
+    assert [("a", True)] == worker.changes
+
+
+@pytest.mark.parametrize("fault", [FULL, REFUSED])
+def test_a_probe_that_is_refused_shows_that_the_upstream_is_there(worker, fault):
+    worker.open()
+    worker.now += 5.0
+    worker.begin().failed(fault)
+    assert [("a", True), ("a", False)] == worker.changes
+
+
+@pytest.mark.parametrize("end", [lambda trial: trial.abandoned(), lambda trial: trial.failed(NO_SLOT)])
+def test_a_probe_that_says_nothing_makes_room_for_the_next(worker, end):
+    worker.open()
+    worker.now += 5.0
+    end(worker.begin())
+    assert worker.health.begin(A) is not None
+    assert [("a", True)] == worker.changes
+
+
+def test_an_abandoned_request_from_before_frees_no_probes_place(worker):
+    early = worker.begin()
+    worker.open()
+    worker.now += 5.0
+    worker.begin()
+    early.abandoned()
+    assert worker.health.begin(A) is None
+
+
+def test_an_answer_from_before_closes_nothing(worker):
+    early = worker.begin()
+    worker.open()
+    worker.now += 5.0
+    worker.begin()
+    early.answered(0.1)
+    early.succeeded()
+    assert [("a", True)] == worker.changes
+
+
+def test_when_all_are_open_the_client_is_told_when_the_first_may_be_probed(worker):
+    worker.open(A)
+    worker.now += 2.0
+    worker.open(B)
+    problem = worker.health.nobody([A, B]).problem
+    assert (503, "provider_not_available", 3.0) == (problem.status, problem.code, problem.retry_after_s)
+    assert "" == worker.order(A, B)
+
+
+def test_an_open_upstream_is_passed_over_until_it_may_be_probed(worker):
+    worker.open(A)
+    assert "b" == worker.order(A, B)
+    worker.now += 5.0
+    assert "ab" == worker.order(A, B)
+
+
+def test_who_is_full_is_asked_last_for_as_long_as_it_asks(worker):
+    worker.begin().failed(FULL)
+    assert "ba" == worker.order(A, B)
+    worker.now += 7.0
+    assert "ab" == worker.order(A, B)
+
+
+def test_who_is_full_for_one_model_serves_the_others(worker):
+    worker.begin().failed(FULL)
+    assert "ab" == worker.order(attempt("a", "other"), B)
+
+
+def test_an_outlier_is_asked_last_until_it_has_rested(worker):
+    for _ in range(3):
+        worker.begin().failed(DEAD)
+    assert "ba" == worker.order(A, B)
+    worker.now += 5.0
+    assert "ab" == worker.order(A, B)
+
+
+def test_a_success_between_failures_makes_no_outlier(worker):
+    for fails in (True, True, False, True, True):
+        trial = worker.begin()
+        trial.failed(DEAD) if fails else trial.succeeded()
+    assert "ab" == worker.order(A, B)
+
+
+def test_the_slower_and_the_busier_of_two_equals_goes_second(worker):
+    a, b = attempt("a", weight=1), attempt("b", weight=1)
+    worker.begin(a).answered(1.0)
+    worker.begin(b).answered(0.2)
+    assert "ba" == worker.order(a, b)
+    for _ in range(20):
+        worker.begin(b)
+    assert "ab" == worker.order(a, b)
+
+
+def test_who_fails_fast_doesnt_look_fast(worker):
+    a, b = attempt("a", weight=1), attempt("b", weight=1)
+    for one in (a, b):
+        trial = worker.begin(one)
+        trial.answered(1.0)
+        trial.succeeded()
+    worker.begin(a).failed(DEAD)
+    assert "ba" == worker.order(a, b)
+
+
+def test_what_is_kept_is_bounded_by_the_configuration(worker):
+    for _ in range(100):
+        worker.begin(A).succeeded()
+        worker.begin(B).succeeded()
+    worker.health.keep(["a"])
+    assert (["a"], ["gpt"]) == (list(worker.health._upstreams), list(worker.health._upstreams["a"].routes))
+
+
+def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_nothing_of_it(worker):
+    late = [worker.begin() for _ in range(5)]
+    worker.open()
+    worker.health.keep([])
+    for trial in late:
+        trial.failed(DEAD)
+    assert [("a", True), ("a", False)] == worker.changes
+    assert worker.health.begin(A) is not None
