@@ -1,9 +1,11 @@
 """Every row of the table of errors (docs/errors.md): over HTTP, through OpenAI's SDK, and what it costs, which is nothing."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,6 +14,7 @@ import pytest
 from meshproxy.policy.principal import Account, Budgets, Key, Limits
 from tests.conftest import HELLO, Caller, Mesh, model
 
+ROOT = Path(__file__).parents[2]
 TINY = {"sim": {"kind": "openai", "first_byte_timeout_s": 0.1}}
 
 
@@ -381,3 +384,12 @@ async def test_paths_and_methods(mesh, method, path, status, code):
     assert (status, code) == (answer.status, answer.code)
     if status == 405:
         assert "allow" in answer.headers
+
+
+def test_every_code_is_documented_and_no_other():
+    documented = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+    source = "".join(path.read_text() for path in (ROOT / "meshproxy").rglob("*.py"))
+    told = re.findall(r'Problem\(\s*(\d{3}|status), "(\w+)"', source)
+    assert len(documented) == len(set(documented))
+    assert {code for _, code in told} == {code for _, code in documented}
+    assert {pair for pair in told if pair[0] != "status"} <= set(documented)
