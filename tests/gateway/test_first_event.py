@@ -1,6 +1,8 @@
 """The wait for a stream's first event, over real sockets, the stream cut at every byte."""
 
 import asyncio
+import socket
+import struct
 import time
 
 import pytest
@@ -34,7 +36,10 @@ class Upstream:
             while isinstance(piece := await self.pieces.get(), bytes):
                 writer.write(piece)
                 await asyncio.sleep(0)
-            writer.close() if piece == "end" else writer.transport.abort()
+            if piece == "reset":
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort() if piece == "reset" else writer.close()
 
         server = await asyncio.start_server(play, "127.0.0.1", 0)
         self._stack.append(server)
