@@ -33,7 +33,7 @@ from meshproxy.telemetry.sink import LineSink
 
 REQUEST_BUDGET = 715
 EVENT_BUDGET = 25  # of an event that comes alone
-CROWDED_EVENT_BUDGET = 35  # of one among CROWD that come in one read
+CROWDED_EVENT_BUDGET = 20  # of one among CROWD that come in one read
 
 WARM_UP = 50
 BATCHES = 7
