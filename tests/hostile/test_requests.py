@@ -1,0 +1,39 @@
+"""Whatever a client sends is answered in one way, or refused and the connection closed: never two."""
+
+import json
+
+import pytest
+
+from meshproxy.telemetry.families import NONE, OTHER
+from tests.hostile.corpus import CASES, END, REFUSED
+from tests.hostile.wire import answers_in
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_it_is_read_in_one_way(mesh, name):
+    data, statuses = CASES[name]
+    caller = await mesh.key()
+    answers = answers_in(await mesh.raw(data.replace(b"KEY", caller.secret.encode()) + END))
+    assert statuses == tuple(status for status, _, _ in answers)
+    served = statuses.count(200)
+    assert served == len(mesh.received)
+    assert served == len(await mesh.settlements(caller))
+    assert served == len([line for line in mesh.log.lines if line["status"] == 200])
+    _, headers, _ = answers[-1]
+    assert "close" == headers["connection"]
+    if 400 in statuses:
+        assert_refused(mesh, answers[-1])
+
+
+def assert_refused(mesh, answer):
+    _, headers, body = answer
+    told = json.loads(body)
+    assert ("application/json", "bad_request") == (headers["content-type"], told["error"]["code"])
+    assert headers["x-request-id"] == told["request_id"] == told["error"]["request_id"]
+    assert told["error"]["message"].startswith("This is not a valid HTTP request: ")
+    assert 1 == counted(mesh, REFUSED[0])
+
+
+def counted(mesh, status):
+    """How often the listener says it refused with this status."""
+    return mesh.worker.metrics.requests.labels(OTHER, NONE, str(status), "false").value
