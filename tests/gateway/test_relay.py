@@ -1,0 +1,311 @@
+import asyncio
+import contextlib
+import json
+
+import pytest
+
+from meshproxy.errors import UpstreamFault, overloaded, upstream_error
+from meshproxy.gateway.relay import LOOK_BYTES, Relay
+from meshproxy.ledger.records import Denied
+from meshproxy.wire.sse import DONE, PING, StreamScanner
+from tests.gateway.parts import Client, Provider, Renewals, exchange, lease, plan, turns
+
+
+def event(text="x", finish="null"):
+    choice = b'{"index":0,"delta":{"content":"%b"},"finish_reason":%b}' % (text.encode(), finish.encode())
+    return b'data: {"id":"c","model":"m","choices":[%b]}\n\n' % choice
+
+
+LAST = event("", '"stop"')
+USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
+LARGE = event("x" * LOOK_BYTES)  # after so much the client is looked at
+NO_CREDIT = Denied("insufficient_credits", "credit", 0)
+
+
+class Stream:
+    """A relay that runs, between a provider and a client."""
+
+    def __init__(self, *, covered=100, slice_tokens=100, hide_usage=True):
+        self.provider, self.client, self.ledger = Provider(), Client(), Renewals()
+        self.now = 100.0
+        self.exchange = exchange(plan())
+        self.lease = lease(self.ledger, self.exchange.plan, covered=covered, slice_tokens=slice_tokens)
+        scanner = StreamScanner(hide_usage=hide_usage)
+        self.relay = Relay(self.provider, self.client, self.exchange, self.lease, scanner, lambda: self.now)
+        self.lease.watch(self.relay.renewed)
+        self.task = asyncio.create_task(self.relay.run())
+
+    def says(self, *payloads):
+        for payload in payloads:
+            self.provider.sink.data(payload, None)
+
+    @property
+    def error(self):
+        return json.loads(self.client.sent[-1].removeprefix(b"data: "))["error"]
+
+
+@pytest.fixture
+async def stream():
+    made = Stream()
+    await turns()
+    yield made
+    made.task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await made.task
+
+
+@pytest.fixture
+async def short():
+    """One that is covered for four tokens, and then for four more at a time."""
+    made = Stream(covered=4, slice_tokens=4)
+    await turns()
+    yield made
+    made.task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await made.task
+
+
+async def test_events_go_out_in_the_call_that_brought_them(stream):
+    payload, frame = event("a"), b"%x\r\n" % len(event("a")) + event("a") + b"\r\n"
+    stream.provider.sink.data(payload, frame)
+    assert stream.client.sent[0] is payload
+    assert stream.client.frames[0] is frame
+
+
+async def test_a_frame_is_not_used_for_other_bytes_than_its_own(stream):
+    stream.provider.sink.data(event("a") + DONE, b"frame")
+    assert (event("a"), None) == (stream.client.sent[0], stream.client.frames[0])
+
+
+async def test_a_good_end_is_told_once(stream):
+    stream.says(event("a"), LAST, USAGE, DONE)
+    stream.provider.sink.end()
+    await stream.task
+    assert event("a") + LAST + DONE == stream.client.text
+    assert ("completed", True, True) == (stream.relay.outcome, stream.client.finished, stream.provider.closed)
+    assert 2 == stream.relay.scanner.usage.completion
+
+
+async def test_the_client_need_not_wait_for_the_end_of_the_body(stream):
+    stream.says(event("a"), DONE)
+    assert DONE == stream.client.sent[-1]
+
+
+async def test_what_dies_after_its_done_was_whole(stream):
+    stream.says(event("a"), DONE)
+    stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
+    await stream.task
+    assert ("completed", DONE) == (stream.relay.outcome, stream.client.sent[-1])
+
+
+async def test_a_finish_reason_is_a_good_end_without_done(stream):
+    stream.says(event("a"), LAST)
+    stream.provider.sink.end()
+    await stream.task
+    assert ("completed", DONE) == (stream.relay.outcome, stream.client.sent[-1])
+
+
+async def test_an_early_end_is_none(stream):
+    stream.says(event("a"))
+    stream.provider.sink.end()
+    await stream.task
+    assert ("upstream_failed", "upstream_error") == (stream.relay.outcome, stream.error["code"])
+    assert DONE not in stream.client.text
+
+
+async def test_a_provider_that_dies_is_told_in_one_last_event(stream):
+    stream.says(event("a"))
+    stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
+    await stream.task
+    assert ("Gone.", "req_1") == (stream.error["message"], stream.error["request_id"])
+    assert ("upstream_failed", "upstream_error") == (stream.relay.outcome, stream.exchange.code)
+
+
+async def test_a_provider_that_tells_an_error_is_quoted(stream):
+    stream.says(event("a"), b'data: {"error":{"message":"Overheated"}}\n\n')
+    await stream.task
+    assert {"message": "Overheated"} == stream.error["provider_error"]
+    assert 2 == len(stream.client.sent)
+
+
+async def test_an_event_without_end_is_given_up(stream):
+    stream.says(b"data: " + b"x" * 1_100_000)
+    await stream.task
+    assert "upstream_error" == stream.error["code"]
+    assert stream.provider.closed
+
+
+async def test_a_client_that_hangs_up_closes_the_provider(stream):
+    stream.says(event("a"))
+    stream.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stream.task
+    assert stream.provider.closed
+
+
+async def test_a_client_that_hangs_up_while_it_is_full_closes_the_provider(stream):
+    stream.client.full = True
+    stream.says(LARGE)
+    await turns()
+    stream.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stream.task
+    assert stream.provider.closed
+
+
+async def test_a_full_client_pauses_the_provider_until_it_has_caught_up(stream):
+    stream.client.full = True
+    stream.says(LARGE)
+    await turns()
+    assert stream.provider.paused
+    stream.client.drain()
+    await turns()
+    assert not stream.provider.paused
+
+
+async def test_a_client_that_catches_up_before_anyone_looks_is_not_forgotten(stream):
+    stream.client.full = True
+    stream.says(LARGE)
+    stream.client.full = False
+    await turns()
+    assert not stream.provider.paused
+
+
+async def test_a_stream_that_ends_while_its_client_is_full_ends(stream):
+    stream.client.full = True
+    stream.says(LARGE, DONE)
+    await turns()
+    stream.provider.sink.end()
+    stream.client.drain()
+    await stream.task
+    assert stream.client.finished
+
+
+async def test_a_silent_provider_is_covered_by_pings(stream):
+    stream.relay.ping_if_silent(stream.now + 14.9, 15)
+    assert [] == stream.client.sent
+    stream.relay.ping_if_silent(stream.now + 15, 15)
+    stream.relay.ping_if_silent(stream.now + 16, 15)
+    assert [PING] == stream.client.sent
+
+
+async def test_an_event_puts_the_ping_off(stream):
+    stream.now += 10
+    stream.says(event("a"))
+    stream.relay.ping_if_silent(stream.now + 14, 15)
+    assert [event("a")] == stream.client.sent
+
+
+async def test_a_full_or_finished_client_gets_no_ping(stream):
+    stream.client.full = True
+    stream.relay.ping_if_silent(stream.now + 100, 15)
+    stream.client.full = False
+    stream.says(DONE)
+    stream.provider.sink.end()
+    stream.relay.ping_if_silent(stream.now + 100, 15)
+    assert [DONE] == stream.client.sent
+
+
+async def test_shutdown_is_told(stream):
+    stream.says(event("a"))
+    stream.relay.shut_down(overloaded("Closing."))
+    await stream.task
+    assert ("shutdown", "overloaded") == (stream.relay.outcome, stream.error["code"])
+    assert stream.provider.closed
+
+
+async def test_an_end_after_the_end_is_nothing(stream):
+    stream.relay.shut_down(overloaded("Closing."))
+    stream.provider.sink.end()
+    stream.relay.stop(overloaded("Again."))
+    assert 1 == len(stream.client.sent)
+
+
+async def test_times_are_noted(stream):
+    for now in (101.0, 101.5, 104.0, 104.1):
+        stream.now = now
+        stream.says(event("a"))
+    noted = stream.exchange
+    assert (101.0, 104.1, 2.5) == (noted.first_event_at, noted.last_event_at, noted.max_gap_s)
+
+
+async def test_more_credit_is_asked_for_before_it_is_used_up(short):
+    short.says(*[event("a")] * 2)
+    await turns()
+    assert [] == short.ledger.asked
+    short.says(event("a"))
+    await turns()
+    assert [18 * 2_500 + 7 * 10_000] == short.ledger.asked
+    assert not short.provider.paused
+
+
+async def test_a_stream_past_its_credit_waits_for_more(short):
+    short.says(*[event("a")] * 5)
+    await turns()
+    assert short.provider.paused
+    await short.ledger.answer()
+    assert not short.provider.paused
+
+
+async def test_a_stream_that_outran_its_renewal_asks_again(short):
+    short.says(*[event("a")] * 3)
+    await turns()
+    short.says(*[event("a")] * 5)
+    await short.ledger.answer()
+    assert (2, True) == (len(short.ledger.asked), short.provider.paused)
+    await short.ledger.answer()
+    assert not short.provider.paused
+
+
+async def test_a_stream_without_more_credit_ends(short):
+    short.says(*[event("a")] * 5)
+    await turns()
+    await short.ledger.answer(NO_CREDIT)
+    await short.task
+    assert ("insufficient_credits", "insufficient_credits") == (short.relay.outcome, short.error["code"])
+    assert short.provider.closed
+
+
+async def test_credit_does_not_resume_what_waits_for_the_client(short):
+    short.says(*[event("a")] * 5)
+    short.client.full = True
+    await turns()
+    await short.ledger.answer()
+    assert short.provider.paused
+    short.client.drain()
+    await turns()
+    assert not short.provider.paused
+
+
+async def test_a_client_that_catches_up_does_not_resume_what_waits_for_credit(short):
+    short.client.full = True
+    short.says(*[event("a")] * 5)
+    await turns()
+    short.client.drain()
+    await turns()
+    assert short.provider.paused
+
+
+async def test_what_is_far_past_its_credit_is_kept_back_until_there_is_more(short):
+    short.says(b"".join([event("a")] * 12))
+    await turns()
+    assert [] == short.client.sent
+    await short.ledger.answer()
+    assert b"".join([event("a")] * 12) == short.client.text
+
+
+async def test_what_is_kept_back_is_not_lost_at_the_end(short):
+    short.says(b"".join([event("a")] * 12) + LAST + DONE)
+    short.provider.sink.end()
+    await turns()
+    await short.ledger.answer()
+    await short.task
+    assert b"".join([event("a")] * 12) + LAST + DONE == short.client.text
+
+
+async def test_what_is_kept_back_is_never_sent_without_credit(short):
+    short.says(b"".join([event("a")] * 12) + DONE)
+    await turns()
+    await short.ledger.answer(NO_CREDIT)
+    await short.task
+    assert (1, "insufficient_credits") == (len(short.client.sent), short.error["code"])
