@@ -6,6 +6,7 @@ A denial is a value. What Redis does wrong arrives as the Store's Fault.
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.records import (
@@ -182,9 +183,15 @@ def _hold_keys(names: AccountKeys, ask: Ask) -> list[str]:
     return keys
 
 
+@lru_cache(48)
+def _hour(hours: int) -> str:
+    """The hour that is so many hours after the epoch, as keys name it."""
+    return time.strftime("%Y-%m-%dT%H", time.gmtime(hours * 3600))
+
+
 def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
     key_id = settlement.key_id
-    hour = time.strftime("%Y-%m-%dT%H", time.gmtime(settlement.started_ms // 1000))
+    hour = _hour(settlement.started_ms // 3_600_000)
     keys = [*names.books, names.bucket, names.key_bucket(key_id), names.key_spend(key_id)]
     keys += [names.hour(hour), names.unheld(settlement.hold_id)]
     if settlement.session is not None:

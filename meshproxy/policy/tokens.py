@@ -56,6 +56,6 @@ def _lengths(pattern: re.Pattern[bytes], messages: bytes) -> Iterator[int]:
 
 def _text(messages: bytes, size: int) -> int:
     """Tokens of text. Escapes are half text at best, so what merely looks like them can't halve the estimate twice."""
-    if messages.rfind(b"\\u") >= 0:
+    if b"\\" in messages and messages.rfind(b"\\u") >= 0:
         size = max(size - BYTES_OVER_PER_ESCAPE * messages.count(b"\\u"), size // 2)
     return -(-size // BYTES_PER_TOKEN)
