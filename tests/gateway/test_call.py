@@ -1,0 +1,17 @@
+import json
+
+from meshproxy.errors import overloaded
+from meshproxy.gateway.call import refusal
+
+
+def test_a_refusal_is_the_envelope_and_its_headers():
+    reply = refusal(overloaded("Full.", 1.5), "req_1", [("x-more", "1")])
+    expected = {
+        "x-request-id": "req_1",
+        "content-type": "application/json",
+        "retry-after": "2",
+        "retry-after-ms": "1500",
+        "x-more": "1",
+    }
+    assert (503, expected) == (reply.status, dict(reply.headers))
+    assert ("overloaded", "req_1") == ((told := json.loads(reply.body))["error"]["code"], told["request_id"])

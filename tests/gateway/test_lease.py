@@ -1,0 +1,160 @@
+import pytest
+
+from meshproxy.gateway.lease import Credit, Lease
+from meshproxy.ledger.records import Admitted, Denied
+from meshproxy.ledger.store import Unavailable
+from meshproxy.telemetry.tasks import Tasks
+from tests.gateway.parts import Renewals, ask, lease, plan, turns
+
+PROMPT_NUSD = 18 * 2_500
+TOKEN_NUSD = 10_000
+
+
+@pytest.fixture
+def ledger():
+    return Renewals()
+
+
+async def test_half_a_slice_before_the_end_the_next_is_asked_for(ledger):
+    held = lease(ledger)
+    assert not held.spent(50)
+    await turns()
+    assert [] == ledger.asked
+    assert not held.spent(51)
+    await turns()
+    assert [PROMPT_NUSD + 151 * TOKEN_NUSD] == ledger.asked
+
+
+async def test_one_renewal_at_a_time(ledger):
+    held = lease(ledger)
+    for tokens in (60, 70, 80):
+        held.spent(tokens)
+    await turns()
+    assert 1 == len(ledger.asked)
+
+
+async def test_a_renewal_covers_more(ledger):
+    held = lease(ledger)
+    heard = []
+    held.watch(heard.append)
+    held.spent(60)
+    await turns()
+    await ledger.answer()
+    assert (160, [None]) == (held.covered, heard)
+    assert ledger.asked[-1] == held.hold.amount_nusd
+
+
+async def test_what_is_past_the_hold_is_exhausted_until_it_is_renewed(ledger):
+    held = lease(ledger)
+    assert held.spent(101)
+    assert held.exhausted
+    await turns()
+    await ledger.answer()
+    assert not held.exhausted
+
+
+async def test_what_came_during_a_renewal_is_renewed_again(ledger):
+    held = lease(ledger)
+    held.spent(60)
+    await turns()
+    held.spent(400)
+    await ledger.answer()
+    assert held.exhausted
+    assert [PROMPT_NUSD + 160 * TOKEN_NUSD, PROMPT_NUSD + 500 * TOKEN_NUSD] == ledger.asked
+    await ledger.answer()
+    assert not held.exhausted
+
+
+async def test_no_more_is_held_than_there_can_be(ledger):
+    held = lease(ledger, plan(output_cap=50, output_limit=120))
+    held.spent(60)
+    await turns()
+    await ledger.answer()
+    assert [PROMPT_NUSD + 120 * TOKEN_NUSD] == ledger.asked
+    assert not held.spent(500)
+    await turns()
+    assert 1 == len(ledger.asked)
+
+
+async def test_where_all_is_covered_nothing_is_asked_for(ledger):
+    held = lease(ledger, plan(output_cap=100, output_limit=100))
+    assert not held.spent(1000)
+    await turns()
+    assert [] == ledger.asked
+
+
+@pytest.mark.parametrize(
+    ("denied", "code"),
+    [
+        (Denied("insufficient_credits", "credit", 5), "insufficient_credits"),
+        (Denied("spend_limit", "key daily budget", 5), "spend_limit_exceeded"),
+        (Denied("rate_limit", "key tokens", 5, 1.0), "rate_limit_exceeded"),
+    ],
+)
+async def test_a_refusal_is_told(ledger, denied, code):
+    held = lease(ledger)
+    heard = []
+    held.watch(heard.append)
+    held.spent(60)
+    await turns()
+    await ledger.answer(denied)
+    assert [code] == [problem.code for problem in heard]
+    assert 100 == held.covered
+
+
+async def test_a_hold_that_is_gone_is_settled_without_one(ledger):
+    held = lease(ledger)
+    held.spent(60)
+    await turns()
+    await ledger.answer(Denied("gone", "hold", 0))
+    assert (True, 160) == (held.unheld, held.covered)
+
+
+async def test_without_a_ledger_it_is_asked_again(ledger, monkeypatch):
+    monkeypatch.setattr("meshproxy.gateway.lease.RENEW_RETRY_S", 0)
+    held = lease(ledger)
+    held.spent(60)
+    await turns()
+    await ledger.answer(Unavailable("timeout", "no reply"))
+    assert 2 == len(ledger.asked)
+    await ledger.answer()
+    assert 160 == held.covered
+
+
+async def test_without_a_ledger_the_local_allowance_pays(ledger):
+    class Local:
+        taken = 0
+
+        def take(self, account, amount_nusd):
+            self.taken += amount_nusd
+            return True
+
+    local = Local()
+    credit = Credit(ledger, local, Tasks(), enforce_tokens=False)
+    held = Lease(Admitted(ask(), 1, 0, ()), plan(), 100, 100, credit, is_local=False)
+    held.spent(60)
+    await turns()
+    await ledger.answer(Unavailable("timeout", "no reply"))
+    assert (60 * TOKEN_NUSD, 160) == (local.taken, held.covered)
+
+
+async def test_nobody_hears_of_a_request_that_is_over(ledger):
+    held = lease(ledger)
+    heard = []
+    held.watch(heard.append)
+    held.spent(60)
+    await turns()
+    held.end()
+    held.spent(400)
+    await ledger.answer()
+    assert ([], 1) == (heard, len(ledger.asked))
+
+
+async def test_keeping_a_hold_asks_for_no_more(ledger):
+    held = lease(ledger)
+    keeping = held.keep()
+    task = Tasks().spawn("keep", keeping)
+    await turns()
+    await ledger.answer()
+    await task
+    assert [1] == ledger.asked

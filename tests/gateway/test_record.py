@@ -1,0 +1,139 @@
+import pytest
+
+from meshproxy.config import Model, Route, Settings, Upstream
+from meshproxy.gateway.record import Recorder
+from meshproxy.ledger.records import Denied
+from meshproxy.telemetry import exposition, snapshot
+from meshproxy.telemetry.metrics import Metrics
+from meshproxy.wire.usage import Usage
+from tests.gateway.parts import Renewals, exchange, lease, plan, principal
+
+SETTINGS = Settings(
+    upstreams={"u": Upstream(kind="openai", base_url="http://127.0.0.1:1")},
+    models={
+        "m": Model(upstreams=[Route(upstream="u", model="m")], input_usd_per_mtok="2.50", output_usd_per_mtok="10.00")
+    },
+)
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def write(self, fields):
+        self.lines.append(fields)
+
+
+class Recorded:
+    """A recorder, its metrics and its log."""
+
+    def __init__(self):
+        self.metrics = Metrics(SETTINGS.models, SETTINGS.upstreams, version="1")
+        self.log = Log()
+        self.recorder = Recorder(self.metrics, self.log, lambda: 10.0)
+
+    async def value(self, sample):
+        text = (await exposition.render(snapshot.decode(self.metrics.snapshot()), openmetrics=False)).decode()
+        (line,) = [line for line in text.splitlines() if line.startswith(f"meshproxy_{sample} ")]
+        return float(line.split()[-1])
+
+
+@pytest.fixture
+def recorded():
+    return Recorded()
+
+
+def finished():
+    made = exchange(plan())
+    made.principal = principal()
+    made.lease = lease(Renewals())
+    made.status, made.outcome = 200, "completed"
+    made.usage, made.usage_source, made.cost_nusd = Usage(10, 21), "reported", 235_000
+    made.sent_at, made.first_event_at, made.last_event_at, made.max_gap_s = 1.0, 2.0, 4.0, 0.5
+    made.attempts = 1
+    return made
+
+
+async def test_a_request_that_ended(recorded):
+    made = finished()
+    recorded.recorder.begin(made)
+    recorded.recorder.enter(made, "stream")
+    assert (1, 1.0) == (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}'))
+    recorded.recorder.end(made)
+    assert (0, 0.0) == (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}'))
+    labels = 'code="200",model="m",route="/v1/chat/completions",stream="true"'
+    expected = {
+        f"requests_total{{{labels}}}": 1,
+        'tokens_total{model="m",type="prompt"}': 10,
+        'tokens_total{model="m",type="completion"}': 21,
+        'cost_usd_total{model="m"}': 0.000235,
+        'settlements_total{outcome="completed",usage_source="reported"}': 1,
+        'time_to_first_token_seconds_sum{model="m"}': 2.0,
+        'time_per_output_token_seconds_sum{model="m"}': 0.1,
+        'stream_max_gap_seconds_sum{model="m"}': 0.5,
+    }
+    assert expected == {sample: pytest.approx(await recorded.value(sample)) for sample in expected}
+
+
+async def test_the_log_line(recorded):
+    made = finished()
+    recorded.recorder.begin(made)
+    recorded.recorder.end(made)
+    expected = {
+        "request_id": "req_1",
+        "key_id": "k",
+        "account": "acme",
+        "model": "m",
+        "upstream": "u",
+        "attempts": 1,
+        "status": 200,
+        "code": None,
+        "stream": True,
+        "outcome": "completed",
+        "prompt_tokens": 10,
+        "completion_tokens": 21,
+        "cost_usd": "0.000235",
+        "usage_source": "reported",
+        "ttft_ms": 2000.0,
+        "duration_ms": 10_000.0,
+    }
+    (line,) = recorded.log.lines
+    assert expected == {name: line[name] for name in expected}
+
+
+async def test_a_request_that_was_nobodys(recorded):
+    made = exchange()
+    made.plan = made.attempt = None
+    made.status, made.code = 401, "unauthorized"
+    recorded.recorder.begin(made)
+    recorded.recorder.end(made)
+    labels = 'code="401",model="none",route="/v1/chat/completions",stream="false"'
+    assert 1 == await recorded.value(f"requests_total{{{labels}}}")
+    assert (None, None, "unauthorized") == tuple(recorded.log.lines[0][name] for name in ("key_id", "model", "code"))
+
+
+@pytest.mark.parametrize(
+    ("denied", "sample"),
+    [
+        (Denied("rate_limit", "key requests", 0), 'rate_limited_total{limit="key_requests"}'),
+        (Denied("insufficient_credits", "credit", 0), 'credit_rejections_total{reason="insufficient_credits"}'),
+        (Denied("spend_limit", "key daily budget", 0), 'credit_rejections_total{reason="spend_limit"}'),
+    ],
+)
+async def test_a_denial(recorded, denied, sample):
+    recorded.recorder.denied(denied)
+    assert 1 == await recorded.value(sample)
+
+
+async def test_a_client_that_hung_up(recorded):
+    made = finished()
+    made.outcome = "client_disconnected"
+    recorded.recorder.begin(made)
+    recorded.recorder.enter(made, "stream")
+    recorded.recorder.end(made)
+    assert 1 == await recorded.value('client_disconnects_total{phase="stream"}')
+
+
+async def test_an_attempt(recorded):
+    recorded.recorder.attempted("u", "502")
+    assert 1 == await recorded.value('upstream_requests_total{code="502",upstream="u"}')

@@ -1,0 +1,130 @@
+import pytest
+
+from meshproxy.config import Model, Route
+from meshproxy.gateway.settlement import Settler, bill
+from meshproxy.ledger.store import StoreError, Unavailable
+from meshproxy.policy.pricing import price_of
+from meshproxy.telemetry.tasks import Tasks
+from meshproxy.wire.usage import Usage
+from tests.gateway.parts import BODY, PROMPT_TOKENS, Renewals, attempt, exchange, lease, plan
+
+CHEAP = price_of(
+    Model(upstreams=[Route(upstream="u", model="m")], input_usd_per_mtok="0.25", output_usd_per_mtok="1.00")
+)
+
+
+def billed(reported, seen, *, of_plan=None, most=None, served_model=None):
+    made = exchange(of_plan)
+    bill(made, reported, served_model, lambda: seen, most)
+    return made.usage, made.usage_source, made.cost_nusd
+
+
+class TestBill:
+    def test_the_reported_numbers(self):
+        usage = Usage(prompt=10, completion=20)
+        assert (usage, "reported", 10 * 2_500 + 20 * 10_000) == billed(usage, 99)
+
+    def test_an_estimate_where_nothing_was_reported(self):
+        expected = Usage(PROMPT_TOKENS, 7)
+        assert (expected, "estimated", PROMPT_TOKENS * 2_500 + 7 * 10_000) == billed(None, 7)
+
+    def test_nothing_where_nothing_was_seen(self):
+        assert (Usage(), "none", 0) == billed(None, 0)
+
+    @pytest.mark.parametrize(
+        "lie",
+        [
+            Usage(prompt=10**9, completion=1),
+            Usage(prompt=1, completion=10**9),
+            Usage(prompt=-1, completion=1),
+            Usage(prompt=1, completion=1, cached=2),
+            Usage(prompt=1000 + 1024 + 1, completion=1),  # more tokens than the prompt has bytes
+        ],
+    )
+    def test_an_estimate_where_what_was_reported_cannot_be_true(self, lie):
+        assert (Usage(PROMPT_TOKENS, 7), "estimated") == billed(lie, 7)[:2]
+
+    def test_an_estimate_is_no_more_than_was_asked_for(self):
+        assert 5 == billed(None, 1000, of_plan=plan(output_cap=5, output_limit=5))[0].completion
+
+    def test_no_more_than_the_most(self):
+        assert (Usage(10, 3), "estimated") == billed(Usage(10, 20), 99, most=3)[:2]
+
+    def test_the_fallback_that_served_sets_the_price(self):
+        native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
+        of_plan = plan(attempts=(attempt(natives=(native,)),))
+        assert 10 * 250 + 20 * 1_000 == billed(Usage(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2]
+
+    def test_nothing_before_there_is_a_plan(self):
+        made = exchange()
+        made.plan = None
+        bill(made, Usage(1, 1), None, lambda: 1)
+        assert (Usage(), 0) == (made.usage, made.cost_nusd)
+
+
+class Books:
+    """A ledger and a journal that keep what they are given; the ledger answers `answers` in turn."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.settled, self.journaled = [], []
+
+    async def settle(self, settlement):
+        self.settled.append(settlement)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def append(self, settlement):
+        self.journaled.append(settlement)
+
+
+async def settle(books, *, with_lease=True):
+    made, tasks = exchange(plan(BODY)), Tasks()
+    if with_lease:
+        made.lease = lease(Renewals())
+    bill(made, Usage(10, 20), None, lambda: 0)
+    made.outcome = "completed"
+    Settler(books, books, None, tasks, lambda: 1000.0, lambda: 2.5).settle(made)
+    await tasks.finish(1)
+    return made
+
+
+class TestSettler:
+    async def test_what_is_settled(self):
+        books = Books(True)
+        await settle(books)
+        (settlement,) = books.settled
+        assert ("h", "req_1", "acme", "k", "m", "u") == (
+            settlement.hold_id,
+            settlement.request_id,
+            settlement.account,
+            settlement.key_id,
+            settlement.model,
+            settlement.upstream,
+        )
+        assert (225_000, "reported", "completed", 997_500, False) == (
+            settlement.cost_nusd,
+            settlement.usage_source,
+            settlement.outcome,
+            settlement.started_ms,
+            settlement.unheld,
+        )
+        assert '"output":10000000000' in settlement.price
+
+    async def test_nothing_without_a_hold(self):
+        books = Books()
+        await settle(books, with_lease=False)
+        assert [] == books.settled
+
+    async def test_a_hold_that_the_ledger_lost_is_charged_without_it(self):
+        books = Books(False, True)
+        await settle(books)
+        assert [False, True] == [settlement.unheld for settlement in books.settled]
+
+    @pytest.mark.parametrize("error", [Unavailable("connection", "lost"), StoreError("OOM", "full")])
+    async def test_what_the_ledger_cannot_take_is_kept_on_disk(self, error):
+        books = Books(error)
+        await settle(books)
+        assert books.settled == books.journaled
