@@ -1,0 +1,74 @@
+import json
+
+import pytest
+from aiohttp import web
+
+from meshproxy.errors import Fault, Source, overloaded, request_timeout
+from meshproxy.server.envelope import envelope_errors, problem_response
+
+RAISED = {
+    "fault": Fault(Source.GATEWAY, overloaded("Full.")),
+    "gone": web.HTTPNotFound(),
+    "large": web.HTTPRequestEntityTooLarge(10, 11),
+    "odd": web.HTTPUnsupportedMediaType(),
+    "broken": web.HTTPInternalServerError(),
+    "unavailable": web.HTTPServiceUnavailable(),
+    "value": ValueError("Odd."),
+}
+
+
+async def fail(request):
+    raise RAISED[request.match_info["what"]]
+
+
+async def work(_request):
+    return web.Response(body=b"fine")
+
+
+@pytest.fixture
+async def client(aiohttp_client):
+    app = web.Application(middlewares=[envelope_errors], client_max_size=1000)
+    app.router.add_get("/fail/{what}", fail)
+    app.router.add_get("/work", work)
+    return await aiohttp_client(app)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/fail/fault", 503, "overloaded"),
+        ("/fail/gone", 404, "not_found"),
+        ("/nowhere", 404, "not_found"),
+        ("/fail/large", 413, "request_too_large"),
+        ("/fail/odd", 415, "validation_error"),
+        ("/fail/broken", 500, "internal_error"),
+        ("/fail/unavailable", 503, "overloaded"),
+        ("/fail/value", 422, "validation_error"),
+    ],
+)
+async def test_whatever_is_raised(client, path, status, code):
+    async with client.get(path, headers={"x-request-id": "mine"}) as response:
+        told = await response.json()
+        assert (status, "application/json", "mine") == (
+            response.status,
+            response.headers["content-type"],
+            response.headers["x-request-id"],
+        )
+    assert (code, "mine", "mine") == (told["error"]["code"], told["error"]["request_id"], told["request_id"])
+
+
+async def test_a_method_that_is_not_allowed_is_told_which_are(client):
+    async with client.delete("/work") as response:
+        assert (405, "GET,HEAD") == (response.status, response.headers["allow"])
+        assert "method_not_allowed" == (await response.json())["error"]["code"]
+
+
+async def test_what_went_well_gets_an_id(client):
+    async with client.get("/work", headers={"x-request-id": "mine"}) as response:
+        assert (200, "mine") == (response.status, response.headers["x-request-id"])
+
+
+def test_a_client_that_was_too_slow_is_hung_up_on():
+    response = problem_response(request_timeout("Too slow."), "r")
+    assert (408, False) == (response.status, response.keep_alive)
+    assert "request_timeout" == json.loads(response.body)["error"]["code"]
