@@ -168,6 +168,9 @@ class Gateway:
         """For the end of a test: whatever it did, nothing is left running."""
         if self.process.returncode is None:
             self.process.terminate()
+            await asyncio.sleep(0.02)  # or the two signals would be one
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
             with contextlib.suppress(TimeoutError):
                 await self.exit(5)
         if self.process.returncode is None:
@@ -197,7 +200,9 @@ class Site:
         await self.ledger.grant(key.account, parse_usd(credit))
         return Caller(secret, key)
 
-    def configure(self, gateway: Gateway | None = None, *, level: str = "info", models: tuple[str, ...] = (), **server: Any) -> Gateway:  # fmt: skip
+    def configure(
+        self, gateway: Gateway | None = None, *, level: str = "info", models: tuple[str, ...] = (), **server: Any
+    ) -> Gateway:
         """Write the configuration of a gateway, a new one unless it is given."""
         listen = server.pop("listen", gateway.listen if gateway else f"127.0.0.1:{free_port()}")
         admin = server.pop(
@@ -248,7 +253,7 @@ class Site:
             return await response.json()
 
     async def metric(self, gateway: Gateway, name: str) -> float:
-        """The sum of a family's samples."""
+        """The sum of a family's samples, or the one of a whole name with labels."""
         async with self.http.get(f"{gateway.admin}/metrics") as response:
             lines = (await response.text()).splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
@@ -269,7 +274,7 @@ class Site:
         """The settled events of an account, once there are so many; nothing is held then."""
 
         async def events() -> list[dict[str, str]] | None:
-            found = [event for event in await recent(self.store, caller.account, 1000) if event["event"] == "settled"]
+            found = [event for event in await recent(self.store, caller.account, 10_000) if event["event"] == "settled"]
             return found if len(found) >= count else None
 
         found = await until(events, f"{count} settlements")
@@ -323,6 +328,11 @@ async def accepts(port: int) -> bool:
         return False
     writer.close()
     return True
+
+
+def tell(line: str) -> None:
+    """A figure, for `pytest -s`."""
+    print(f"\n{line}")  # noqa: T201
 
 
 def program(name: str) -> str:

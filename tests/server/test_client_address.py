@@ -83,7 +83,7 @@ def test_only_the_nearest_hops_are_looked_at():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "1.2.3", "1.2.3.4.5", "[", "[]", "[1.2.3.4", "1.2.3.4:", "::1::", "0x7f.1", "١.1.1.1"]
+    "text", ["", "x", "1.2.3", "1.2.3.4.5", "[", "[]", "[1.2.3.4", "1.2.3.4:", "::1::", "0x7f.1", "\u0661.1.1.1"]
 )
 def test_what_is_no_address(text):
     assert text == "[1.2.3.4" or address(text) is None
