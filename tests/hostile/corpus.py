@@ -65,7 +65,7 @@ FRAMING = {
     "hex-length": (request(b"Content-Length: 0x%x" % len(BODY)), REFUSED),
     "spaced-length": (request(b"Content-Length: 6 9"), REFUSED),
     "underscored-length": (request(b"Content-Length: 6_9"), REFUSED),
-    "fullwidth-length": (request("Content-Length: ６".encode()), REFUSED),
+    "fullwidth-length": (request("Content-Length: \uff16".encode()), REFUSED),
     "fraction-length": (request(b"Content-Length: 69.0"), REFUSED),
     "no-length": (request(b"Content-Length: "), REFUSED),
     "endless-length": (request(b"Content-Length: " + b"9" * 40), REFUSED),

@@ -1,0 +1,216 @@
+"""Clients that want too much: connections, requests, bytes they don't read, descriptors. What each may cost is bounded and
+measured here, in a process of the gateway's own.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from meshproxy.policy.principal import Limits
+from tests.conftest import HELLO, model, settings_for
+from tests.hostile.corpus import END, LENGTH, request
+from tests.hostile.wire import answers_in
+
+ROOT = Path(__file__).parent.parent.parent
+FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+PATIENCE_S = 20.0
+MEASURED = {"sim/long": model("sim", "sim/fast?tokens=10000"), "sim/paced": model("sim", "sim/plain?tokens=60&tps=50")}
+
+IDLE_BYTES = 24_576  # of a connection without a request
+STOPPED_BYTES = 524_288  # of a stream whose client doesn't read: 64 KiB, one read of uvloop's (256 KB), and change
+REFUSAL_S = 0.05
+GAP_S = 0.15  # of streams that get an event each 20 ms, while others are refused
+
+
+class Alone:
+    """A gateway's process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self._process = process
+        self.port = port
+
+    @property
+    def rss_bytes(self) -> int:
+        return int(self._proc("statm").split()[1]) * PAGE_BYTES
+
+    @property
+    def cpu_s(self) -> float:
+        user, system = self._proc("stat").rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / TICKS_PER_S
+
+    def connect(self, receive_buffer: int | None = None) -> socket.socket:
+        """A blocking connection."""
+        client = socket.socket()
+        client.settimeout(PATIENCE_S)
+        if receive_buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect(("127.0.0.1", self.port))
+        return client
+
+    def _proc(self, name: str) -> str:
+        return Path(f"/proc/{self._process.pid}/{name}").read_text()
+
+
+@pytest.fixture
+async def alone(store_server, simulator) -> AsyncIterator:
+    async with AsyncExitStack() as stack:
+
+        async def start(*, descriptors=None, **tables) -> Alone:
+            return await stack.enter_async_context(_running(store_server, simulator, descriptors, tables))
+
+        yield start
+
+
+async def test_what_an_idle_connection_costs(alone):
+    gateway = await alone(server={"header_timeout_s": 60})
+    count = 2000
+    with gateway.connect() as first:
+        first.sendall(END)
+        first.recv(1000)
+    before = gateway.rss_bytes
+    clients = [gateway.connect() for _ in range(count)]
+    for client in clients[::2]:  # half of them have had a request
+        client.sendall(END.replace(b"close", b"keep-alive"))
+        assert client.recv(1000).startswith(b"HTTP/1.1 404")
+    each = (gateway.rss_bytes - before) / count
+    print(f"an idle connection: {each:.0f} bytes")
+    assert each < IDLE_BYTES
+    for client in clients:
+        client.close()
+
+
+async def test_what_a_stream_costs_whose_client_does_not_read(alone, mesh):
+    gateway = await alone(models=MEASURED)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    count = 50
+    before = gateway.rss_bytes
+    clients = [gateway.connect(receive_buffer=4096) for _ in range(count)]
+    for client in clients:
+        client.sendall(_chat(caller, model="sim/long", stream=True))
+        assert (await asyncio.to_thread(client.recv, 12, socket.MSG_PEEK)).startswith(b"HTTP/1.1 200")
+    await _settled(lambda: gateway.rss_bytes)
+    each = (gateway.rss_bytes - before) / count
+    print(f"a stream that isn't read: {each:.0f} bytes")
+    assert each < STOPPED_BYTES
+    for client in clients:
+        client.close()
+    await mesh.until(lambda: mesh.simulator.journal.open_streams == 0)
+
+
+async def test_refusals_are_quick_and_what_was_admitted_keeps_its_pace(alone, mesh):
+    admitted = 20
+    gateway = await alone(server={"max_in_flight": admitted}, models=MEASURED)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    streams = [asyncio.create_task(_gaps(gateway, caller)) for _ in range(admitted)]
+    await mesh.until(lambda: mesh.simulator.journal.open_streams == admitted)
+    refusals = [await _refused(gateway, caller) for _ in range(300)]
+    gaps = [gap for stream in streams for gap in await stream]
+    print(f"a refusal: {statistics.median(refusals) * 1000:.2f} ms, at most {max(refusals) * 1000:.1f} ms")
+    print(f"a gap of 20 ms: {statistics.median(gaps) * 1000:.1f} ms, at most {max(gaps) * 1000:.1f} ms")
+    assert statistics.median(refusals) < REFUSAL_S
+    assert max(gaps) < GAP_S
+
+
+async def test_requests_in_a_row_are_answered_in_a_row(mesh):
+    caller = await mesh.key(limits=FREE)
+    many = b"".join(request(method=b"GET", target=b"/%d" % number, body=b"") for number in range(1000))
+    ask = request(LENGTH).replace(b"KEY", caller.secret.encode())
+    answers = answers_in(await mesh.raw(many + ask + END))
+    assert [404] * 1000 + [200, 404] == [status for status, _, _ in answers]
+    told = [json.loads(body)["error"]["message"] for _, _, body in answers[:1000]]
+    assert [f"There is nothing at /{number}." for number in range(1000)] == told
+
+
+async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh):
+    gateway = await alone(descriptors=64, server={"header_timeout_s": 60})
+    clients = [gateway.connect() for _ in range(200)]
+    began = gateway.cpu_s
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await asyncio.Event().wait()
+    spent_s = gateway.cpu_s - began
+    print(f"a second without descriptors: {spent_s:.2f} s of CPU")
+    assert spent_s < 0.3
+    for client in clients:
+        client.close()
+    caller = await mesh.key(limits=FREE)
+    with gateway.connect() as client:
+        client.sendall(_chat(caller))
+        assert (await asyncio.to_thread(client.recv, 12)).startswith(b"HTTP/1.1 200")
+
+
+@asynccontextmanager
+async def _running(store_url, simulator, descriptors, tables) -> AsyncIterator[Alone]:
+    settings = msgspec.to_builtins(settings_for(store_url, simulator.base_url, **tables))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(Path(__file__).parent / "alone.py"),
+        json.dumps({"settings": settings, "descriptors": descriptors}),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            port = int(await process.stdout.readline())
+        yield Alone(process, port)
+        process.stdin.close()
+        async with asyncio.timeout(PATIENCE_S):
+            await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def _chat(caller, **fields) -> bytes:
+    body = json.dumps({"model": "sim/plain", "messages": HELLO, **fields}).encode()
+    return request(b"Content-Length: %d" % len(body), body=body).replace(b"KEY", caller.secret.encode())
+
+
+async def _gaps(gateway, caller) -> list[float]:
+    """The times between the events of a stream."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(_chat(caller, model="sim/paced", stream=True))
+    clock = time.perf_counter
+    await reader.readuntil(b"data: ")
+    at, gaps = clock(), []
+    while b"[DONE]" not in await reader.readuntil(b"\n\n"):
+        gaps.append(clock() - at)
+        at += gaps[-1]
+    writer.close()
+    assert len(gaps) >= 60
+    return gaps
+
+
+async def _refused(gateway, caller) -> float:
+    """How long a refusal took, the connection included."""
+    clock = time.perf_counter
+    began = clock()
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(_chat(caller).replace(b"Host:", b"Connection: close\r\nHost:"))
+    ((status, headers, _),) = answers_in(await reader.read(-1))
+    writer.close()
+    assert (503, "1") == (status, headers["retry-after"])
+    return clock() - began
+
+
+async def _settled(measure) -> None:
+    """Return when a measure stays what it is."""
+    async with asyncio.timeout(PATIENCE_S):
+        before = -1
+        while before != (before := measure()):
+            await asyncio.sleep(0.3)

@@ -1,0 +1,116 @@
+"""Clients that take their time: a head and a body have to come within a while, and what lies between requests may be idle."""
+
+import asyncio
+import json
+
+import pytest
+
+from meshproxy.telemetry.families import NONE, OTHER
+from tests.hostile.corpus import BODY, END, LENGTH, request
+from tests.hostile.wire import answers_in
+
+SHORT_S = 0.1
+PATIENCE_S = 10.0
+
+
+@pytest.fixture
+async def hasty(start_mesh):
+    return await start_mesh(server={"header_timeout_s": SHORT_S, "body_timeout_s": SHORT_S})
+
+
+@pytest.mark.parametrize("begun", (b"G", b"GET / HTTP/1.1\r\n", request(LENGTH, body=b"")[:-1], b"\r\n"))
+async def test_half_a_head_is_given_up(hasty, begun):
+    ((status, headers, body),) = answers_in(await hasty.raw(begun))
+    told = json.loads(body)
+    assert (408, "request_timeout") == (status, told["error"]["code"])
+    assert ("close", told["request_id"]) == (headers["connection"], headers["x-request-id"])
+    assert 1 == hasty.worker.metrics.requests.labels(OTHER, NONE, "408", "false").value
+
+
+async def test_bytes_that_trickle_in_buy_no_time(hasty):
+    reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
+    began = asyncio.get_running_loop().time()
+    trickle = asyncio.create_task(_trickle(writer))
+    ((status, _, _),) = answers_in(await reader.read(-1))
+    assert 408 == status
+    assert asyncio.get_running_loop().time() - began < SHORT_S + 1
+    trickle.cancel()
+    writer.close()
+
+
+async def test_a_connection_that_says_nothing_is_closed_without_a_word(hasty):
+    assert b"" == await hasty.raw(b"")
+
+
+async def test_a_connection_may_be_idle_between_requests_and_then_has_a_new_while(hasty):
+    reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
+    writer.write(END.replace(b"close", b"keep-alive"))
+    await _one(reader)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3 * SHORT_S):
+            await reader.read(1)
+    writer.write(END.replace(b"close", b"keep-alive"))
+    assert 404 == (await _one(reader))[0]
+    writer.write(b"GET / HT")
+    ((status, _, _),) = answers_in(await reader.read(-1))
+    assert 408 == status
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "begun",
+    (
+        request(LENGTH, body=BODY[:-1]),
+        request(b"Transfer-Encoding: chunked", body=b"5\r\n{"),
+        request(LENGTH, body=b"", target=b"/v1/templates"),
+    ),
+)
+async def test_half_a_body_is_given_up(hasty, begun):
+    caller = await hasty.key()
+    reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
+    writer.write(begun.replace(b"KEY", caller.secret.encode()))
+    status, headers, body = await _one(reader)
+    assert (408, "request_timeout") == (status, json.loads(body)["error"]["code"])
+    assert "close" == headers["connection"]
+    writer.close()
+    assert [] == hasty.received
+    assert 0 == await hasty.spent(caller)
+    assert [] == [line for line in hasty.log.lines if (line["status"], line["code"]) != (408, "request_timeout")]
+
+
+async def test_nobody_without_a_key_is_waited_for(hasty):
+    reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
+    writer.write(request(LENGTH, body=b""))
+    status, _, _ = await _one(reader)
+    assert 401 == status
+    writer.close()
+
+
+async def test_a_large_body_gets_a_second_more_for_each_64_kib(hasty):
+    caller = await hasty.key()
+    body = BODY[:-1] + b" " * 200_000 + b"}"
+    reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
+    head = request(b"Content-Length: %d" % len(body), body=b"").replace(b"KEY", caller.secret.encode())
+    writer.write(head + body[:100])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5 * SHORT_S):
+            await reader.read(1)
+    writer.write(body[100:])
+    status, _, _ = await _one(reader)
+    assert 200 == status
+    writer.close()
+
+
+async def _trickle(writer):
+    for byte in b"GET / HTTP/1.1\r\nx: " + b"y" * 10_000:
+        writer.write(bytes([byte]))
+        await asyncio.sleep(SHORT_S / 10)
+
+
+async def _one(reader):
+    """The next answer on a connection that stays open."""
+    async with asyncio.timeout(PATIENCE_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+        size = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        (answer,) = answers_in(head + await reader.readexactly(size))
+        return answer
