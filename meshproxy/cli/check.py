@@ -5,6 +5,7 @@ import argparse
 from meshproxy.cli.arguments import add_common
 from meshproxy.cli.configuration import read, required, secrets
 from meshproxy.cli.output import Output
+from meshproxy.server.tls import server_context
 
 EXAMPLES = """\
   meshproxy check --config meshproxy.toml && systemctl reload meshproxy
@@ -14,8 +15,8 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`check --config FILE`"""
     parser.description = (
-        "Print `ok` and exit 0 if the configuration can be used, secrets included;\n"
-        "else print every fault, one a line, and exit 78."
+        "Print `ok` and exit 0 if the configuration can be used, secrets and certificate\n"
+        "included; else print every fault, one a line, and exit 78."
     )
     add_common(parser, check, examples=EXAMPLES)
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace, out: Output) -> None:
     """Unfit, with every fault, unless the file can be served."""
     settings = read(required(args))
+    server_context(settings.server)
     secrets(settings)
     if out.as_json:
         out.document({"ok": True, "upstreams": list(settings.upstreams), "models": list(settings.models)})

@@ -76,3 +76,11 @@ def test_without_a_file_it_is_wrong_usage(capsys, monkeypatch):
     monkeypatch.delenv("MESHPROXY_CONFIG", raising=False)
     assert main(["check"]) == 2
     assert "--config FILE is required" in capsys.readouterr().err
+
+
+def test_a_certificate_that_is_no_use(tmp_path, capsys):
+    path = tmp_path / "meshproxy.toml"
+    path.write_text(f'[server]\ntls_cert = "{tmp_path}/none.crt"\ntls_key = "{tmp_path}/none.key"\n')
+    assert main(["check", "--config", str(path)]) == 78
+    told = f"server.tls_cert: {tmp_path}/none.crt or {tmp_path}/none.key can't be read (No such file or directory)\n"
+    assert capsys.readouterr().err == told
