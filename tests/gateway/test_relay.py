@@ -294,6 +294,17 @@ async def test_what_is_far_past_its_credit_is_kept_back_until_there_is_more(shor
     assert b"".join([event("a")] * 12) == short.client.text
 
 
+async def test_a_client_that_is_full_of_what_was_let_go_is_waited_for(short):
+    short.says(b"".join([event("a")] * 12))
+    await turns()
+    short.client.full = True
+    await short.ledger.answer()
+    assert short.provider.paused
+    short.client.drain()
+    await turns()
+    assert not short.provider.paused
+
+
 async def test_what_is_kept_back_is_not_lost_at_the_end(short):
     short.says(b"".join([event("a")] * 12) + LAST + DONE)
     short.provider.sink.end()
