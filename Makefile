@@ -11,7 +11,7 @@ dev: $(STAMP)
 	$(BIN)/meshproxy dev
 
 test: $(STAMP) $(NODE_STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The clients that applications use, against a gateway of their own; part of `test` too.
 compat: $(STAMP) $(NODE_STAMP)

@@ -120,6 +120,11 @@ def method_not_allowed(message: str) -> Problem:
     return Problem(405, "method_not_allowed", message)
 
 
+def request_timeout(message: str) -> Problem:
+    """408: the client took too long to send its request."""
+    return Problem(408, "request_timeout", message)
+
+
 def idempotency_conflict() -> Problem:
     """409: one Idempotency-Key, two bodies."""
     return Problem(409, "idempotency_conflict", "This Idempotency-Key was used before with another request body.")
@@ -155,9 +160,9 @@ def provider_not_available(message: str, retry_after_s: float) -> Problem:
     return Problem(503, "provider_not_available", message, retry_after_s=retry_after_s)
 
 
-def overloaded(message: str, retry_after_s: float = 1.0) -> Problem:
+def overloaded(message: str, retry_after_s: float = 1.0, *, may_have_run: bool = False) -> Problem:
     """503: too many requests in flight here, or this instance is draining."""
-    return Problem(503, "overloaded", message, retry_after_s=retry_after_s)
+    return Problem(503, "overloaded", message, retry_after_s=retry_after_s, may_have_run=may_have_run)
 
 
 def ledger_unavailable(retry_after_s: float = 1.0) -> Problem:

@@ -24,6 +24,7 @@ PAGE = ROOT / "docs" / "configuration.md"
 
 SECTIONS: dict[str, type[Struct]] = {
     "server": config.Server,
+    "stream": config.Stream,
     "log": config.Log,
     "redis": config.Redis,
     "defaults": config.Defaults,

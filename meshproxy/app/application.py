@@ -13,6 +13,7 @@ from meshproxy.config import Settings
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.server.envelope import envelope_errors
+from meshproxy.server.listener import Strictness
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.families import NONE, OTHER
 
@@ -50,6 +51,15 @@ def application(worker: Worker) -> web.Application:
     for method, path, function in ROUTES:
         app.router.add_route(method, path, _bound(worker, function))
     return app
+
+
+def strictness(worker: Worker) -> Strictness:
+    """How the listener treats what isn't a request, and where that is counted."""
+
+    def on_refused(status: int) -> None:
+        worker.metrics.requests.labels(OTHER, NONE, str(status), "false").inc()
+
+    return Strictness(lambda: worker.settings.server.header_timeout_s, on_refused)
 
 
 def _counting(worker: Worker) -> Middleware:

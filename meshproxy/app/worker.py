@@ -14,7 +14,6 @@ from aiohttp import web
 from msgspec.structs import asdict, replace
 
 from meshproxy.config import Log, Settings
-from meshproxy.errors import overloaded
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.idempotent import Idempotence
@@ -34,6 +33,7 @@ from meshproxy.money import parse_usd
 from meshproxy.policy.catalog import Catalog
 from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
+from meshproxy.server.client_address import TrustedProxies
 from meshproxy.server.request_id import request_id_of
 from meshproxy.telemetry import loop_lag
 from meshproxy.telemetry.logs import RequestLog
@@ -43,14 +43,6 @@ from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.provider import Provider
 from meshproxy.version import VERSION
 
-FIXED = (
-    "server.listen",
-    "server.admin_listen",
-    "server.workers",
-    "redis.url",
-    "log.format",
-    "metrics.buckets",
-)  # what only a restart changes
 STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
 GC_THRESHOLD = (
     20_000  # objects made before the youngest are looked through: a request makes some hundreds and keeps none
@@ -84,8 +76,8 @@ class Worker:
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         self.stopping = False
 
-    async def start(self) -> None:
-        """Connect to Redis, and stand ready for requests."""
+    async def start(self, generation: int = 1) -> None:
+        """Connect to Redis, and stand ready for requests. `generation`: of the configuration, which counts reloads."""
         redis = self.settings.redis
         boot_id = random_source.token_hex(6)
         self.store = await self._connect()
@@ -99,7 +91,7 @@ class Worker:
         self.directory = Directory(self.store, time.monotonic, stale_s=STALE_S if is_local else 0.0)
         authenticator = Authenticator(self.directory, time.time)
         self.gateway = Gateway(
-            deployment=deploy(self.settings, self._secrets, generation=1, providers={}),
+            deployment=deploy(self.settings, self._secrets, generation=generation, providers={}),
             ledger=self.ledger,
             local=local,
             directory=self.directory,
@@ -113,9 +105,10 @@ class Worker:
             spin=random.random,
             boot_id=boot_id,
         )
-        self.chat = ChatHandler(self.gateway, request_id_of, time.monotonic)
+        trusted_proxies = TrustedProxies(self.settings.server.trusted_proxies)
+        self.chat = ChatHandler(self.gateway, request_id_of, time.monotonic, trusted_proxies)
         self.api = Api(self.gateway, authenticator, self.directory, self.ledger, self.store)
-        self._note_generation(1)
+        self._note_generation(generation)
         self._follow()
         self._watchers = [
             asyncio.create_task(self.live.pulse(lambda: self.settings), name="pulse"),
@@ -136,10 +129,9 @@ class Worker:
         """A configuration was read and found unfit."""
         self.metrics.config_last_reload_successful.labels().set(0)
 
-    def reload(self, settings: Settings, secrets: Mapping[str, str]) -> list[str]:
-        """Swap in another configuration: models, prices, upstreams, limits and credit rules. Requests in flight keep theirs.
-
-        Returns the keys that changed and need a restart; the old ones of those stay.
+    def reload(self, settings: Settings, secrets: Mapping[str, str], generation: int) -> None:
+        """Swap in another configuration: models, prices, upstreams, limits, credit rules, trusted proxies. Requests in flight
+        keep theirs. What only a restart changes is as it was (app.reload).
         """
         old = self.gateway.deployment
         self.metrics.reconfigure(settings.models, settings.upstreams)
@@ -148,15 +140,15 @@ class Worker:
             for name, upstream in settings.upstreams.items()
             if old.settings.upstreams.get(name) == upstream and self._secrets.get(name) == secrets.get(name)
         }
-        self.gateway.deployment = deploy(settings, secrets, generation=old.generation + 1, providers=unchanged)
-        stuck = [key for key in FIXED if _at(settings, key) != _at(self.settings, key)]
+        self.gateway.deployment = deploy(settings, secrets, generation=generation, providers=unchanged)
+        self.chat.trusted_proxies = TrustedProxies(settings.server.trusted_proxies)
         self.settings = settings
         self._secrets = secrets
-        self._note_generation(old.generation + 1)
+        self.gateway.health.keep(unchanged)
+        self._note_generation(generation)
         for name, provider in old.providers.items():
             if name not in unchanged:
                 provider.retire()
-        return stuck
 
     async def drain(self, timeout_s: float) -> None:
         """Let what is in flight end by itself for so long; then end what is left with an error event, and settle everything."""
@@ -164,13 +156,13 @@ class Worker:
         deadline = time.monotonic() + timeout_s
         while self.recorder.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 - an event would cost every request
             await asyncio.sleep(0.05)
-        for relay in tuple(self.live.relays):
-            relay.shut_down(overloaded("The gateway is shutting down."))
+        self.gateway.shut_down()
 
     async def stop(self) -> None:
         """Settle what is unsettled and close every connection."""
         self.stopping = True
-        await self.tasks.finish(SETTLE_GRACE_S)
+        if await self.tasks.finish(SETTLE_GRACE_S):
+            await self.tasks.finish(SETTLE_GRACE_S)  # what those that were cancelled had to settle
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -190,7 +182,7 @@ class Worker:
         return reasons
 
     async def _connect(self) -> Store:
-        """The store, up; or on its way, if it isn't there yet: whoever asks meanwhile is told that the ledger can't be reached."""
+        """The store, up; or on its way, if it isn't there yet: whoever asks meanwhile hears that the ledger can't be reached."""
         try:
             return await connect(self.settings.redis, on_op=self._on_op, spawn=self.tasks.spawn)
         except Unavailable as error:
@@ -232,12 +224,8 @@ def deploy(
         name: providers.get(name) or Provider(name, upstream, secrets.get(name), user_agent=f"meshproxy/{VERSION}")
         for name, upstream in settings.upstreams.items()
     }
-    return Deployment(generation, settings, Catalog(settings), made)
-
-
-def _at(settings: Settings, key: str) -> object:
-    table, name = key.split(".")
-    return getattr(getattr(settings, table), name)
+    draining = frozenset(name for name, upstream in settings.upstreams.items() if upstream.on_disconnect == "drain")
+    return Deployment(generation, settings, Catalog(settings), made, draining)
 
 
 def request_log_to(sink: LineSink, log: Log) -> RequestLog:

@@ -21,6 +21,7 @@ from meshproxy.config.settings import (
     Secret,
     Server,
     Settings,
+    Stream,
     Upstream,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "Secret",
     "Server",
     "Settings",
+    "Stream",
     "Unfit",
     "Upstream",
     "parse",

@@ -41,11 +41,19 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     proxy_protocol: bool = False
     trusted_proxies: list[str] = field(default_factory=lambda: ["127.0.0.0/8"])
     max_body_bytes: Positive = 33_554_432
+    header_timeout_s: Seconds = 10
+    body_timeout_s: Seconds = 60
     max_in_flight: Positive = 4096
     heartbeat_s: Seconds = 15
     first_event_hold_s: Annotated[float, Meta(ge=0, le=60)] = 2
     drain_s: Annotated[float, Meta(ge=0, le=86400)] = 600
     drain_grace_s: Annotated[float, Meta(ge=0, le=3600)] = 0
+
+
+class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[stream]"""
+
+    padding: bool = False
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,6 +166,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole configuration, decoded and without contradictions."""
 
     server: Server = field(default_factory=Server)
+    stream: Stream = field(default_factory=Stream)
     log: Log = field(default_factory=Log)
     redis: Redis = field(default_factory=Redis)
     defaults: Defaults = field(default_factory=Defaults)

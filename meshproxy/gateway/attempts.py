@@ -99,6 +99,7 @@ class Attempts:
 
     async def _post(self, exchange: Exchange, attempt: Attempt, plan: Plan, deployment: Deployment) -> Response:
         provider = deployment.providers[attempt.upstream]
+        exchange.secrets = provider.secrets
         body = plan.body_for(attempt)
         exchange.sent_at = self._clock()
         if exchange.attempts == 1:

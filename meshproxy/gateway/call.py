@@ -14,7 +14,8 @@ Headers = list[tuple[str, str]]
 
 class Call(Struct, frozen=True):
     """One request. `read_body` raises a Fault for a body that is too large or never arrives; `received_at` is monotonic,
-    in seconds; `forward` are the client's headers that may go to a provider; `trace_id` is W3C's, 32 hex digits.
+    in seconds; `forward` are the client's headers that may go to a provider; `trace_id` is W3C's, 32 hex digits; `client` is the
+    client's address.
     """
 
     request_id: str
@@ -25,6 +26,7 @@ class Call(Struct, frozen=True):
     idempotency_key: str | None = None
     trace_id: str | None = None
     deadline: float = math.inf
+    client: str | None = None
 
 
 class Reply(Struct, frozen=True):

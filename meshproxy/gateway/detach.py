@@ -23,6 +23,7 @@ class Detacher:
         self._tasks = tasks
         self._close = close
         self._detached = 0
+        self.closed = False  # whether a hang-up cancels
 
     async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`. If the caller is cancelled meanwhile the work goes on, and the exchange is closed after it."""
@@ -30,15 +31,16 @@ class Detacher:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            if task.done() or self._detached >= MAX_DETACHED:
+            if self.closed or self._detached >= MAX_DETACHED:
                 task.cancel()
-            else:
+                await asyncio.wait([task])  # for it to write down what was used, before the exchange is closed
+            elif not task.done():
+                self._detached += 1
                 exchange.detached = True
                 self._tasks.spawn("drain", self._finish(exchange, task))
             raise
 
     async def _finish(self, exchange: Exchange, task: asyncio.Task[T]) -> None:
-        self._detached += 1
         try:
             async with asyncio.timeout(MAX_DETACHED_S):
                 await task

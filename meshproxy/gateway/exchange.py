@@ -1,5 +1,10 @@
 """The record of one request from arrival to log line: each phase writes down what it learned, the last one reads it all."""
 
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from meshproxy.errors import Problem
 from meshproxy.gateway.call import Call
 from meshproxy.gateway.health import Trial
 from meshproxy.gateway.idempotent import Recording
@@ -8,12 +13,13 @@ from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.records import UsageSource
 from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.principal import Principal
+from meshproxy.wire.replies import concealed
 from meshproxy.wire.usage import Usage
 
 
 class Exchange:
     """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it
-    goes on; `complete`: the whole answer was got.
+    goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours.
     """
 
     __slots__ = (
@@ -37,6 +43,7 @@ class Exchange:
         "plan",
         "principal",
         "recording",
+        "secrets",
         "sent_at",
         "status",
         "trial",
@@ -53,6 +60,7 @@ class Exchange:
         self.lease: Lease | None = None
         self.attempt: Attempt | None = None
         self.attempts = 0
+        self.secrets: Sequence[str] = ()
         self.trial: Trial | None = None
         self.detached = False
         self.complete = False
@@ -70,6 +78,12 @@ class Exchange:
         self.last_event_at = 0.0
         self.max_gap_s = 0.0
         self.overhead_s = 0.0
+
+    def told(self, problem: Problem) -> Problem:
+        """A problem as the client may hear of it: without our keys, should the provider's words repeat one."""
+        if problem.provider_error is None:
+            return problem
+        return replace(problem, provider_error=concealed(problem.provider_error, self.secrets))
 
     @property
     def model(self) -> str:

@@ -6,12 +6,13 @@ relay stops reading until it does.
 import asyncio
 from collections.abc import Callable
 
-from meshproxy.errors import Fault, Problem
+from meshproxy.errors import Problem, ledger_unavailable
 from meshproxy.gateway.admission import refused
 from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Admitted
+from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.telemetry.tasks import Tasks
 
 RENEW_RETRY_S = 0.25
@@ -36,7 +37,8 @@ class Lease:
     """One hold and the output tokens it covers, of the `plan` that it was admitted with.
 
     `is_local`: admitted without Redis. `unheld`: the settlement can't count on a hold, because it was local or because the
-    ledger has none any more (it lost data, or this worker was stuck past every deadline).
+    ledger has none any more (it lost data, or this worker was stuck past every deadline). `watermark`: the tokens of output past
+    which `spent` has to be asked.
     """
 
     __slots__ = (
@@ -52,6 +54,7 @@ class Lease:
         "is_local",
         "plan",
         "unheld",
+        "watermark",
     )
 
     def __init__(
@@ -69,6 +72,7 @@ class Lease:
         self._renewing = False
         self._over = False
         self._on_change: Callable[[Problem | None], None] = _ignore
+        self.watermark = self._renew_at()
 
     def watch(self, on_change: Callable[[Problem | None], None]) -> None:
         """Call this with None when a renewal came back, or with the problem that refused it."""
@@ -76,7 +80,7 @@ class Lease:
 
     @property
     def bound(self) -> int:
-        """The most output tokens that may be charged when credit ran out: what is covered, and a slice."""
+        """The most output tokens that the client gets on this hold, and is charged if it gets no other: a slice past it."""
         return self.covered + self._slice
 
     @property
@@ -87,10 +91,15 @@ class Lease:
     def spent(self, tokens: int) -> bool:
         """Note how many tokens of output were seen so far; whether the hold is used up."""
         self._used = tokens
-        if tokens + self._slice // 2 > self.covered < self._cap and not self._renewing:
+        if tokens > self.watermark and not self._renewing and self.covered < self._cap:
             self._renewing = True
+            self.watermark = self.covered
             self._credit.tasks.spawn("renew", self._extend())
         return tokens > self.covered < self._cap
+
+    def _renew_at(self) -> int:
+        """Half a slice before the end of what is covered; never, where that is all there can be."""
+        return self.covered - self._slice // 2 if self.covered < self._cap else self._cap
 
     async def keep(self) -> None:
         """Put the deadline off, so that the hold outlives a slow request."""
@@ -103,29 +112,38 @@ class Lease:
         self._on_change = _ignore
 
     async def _extend(self) -> None:
-        """Ask for another slice, until there is an answer."""
+        """Ask for another slice. However it goes, the stream hears of it: it may be waiting."""
+        problem: Problem | None = ledger_unavailable()
+        try:
+            problem = await self._ask_for_slice()
+        finally:
+            self._renewing = False
+            if problem is None and not self._over:
+                self.spent(self._used)  # more may have come meanwhile than was asked for
+            self._on_change(problem)
+
+    async def _ask_for_slice(self) -> Problem | None:
+        """Ask until there is an answer."""
         for _ in range(MAX_RENEW_RETRIES):
             covered = min(self._used + self._slice, self._cap)
             try:
                 problem = await self._renew(self.plan.hold_nusd(covered), covered)
                 break
-            except Fault as fault:
-                problem = self._extend_locally(covered, fault.problem)
+            except (Unavailable, StoreError):
+                problem = self._extend_locally(covered)
                 if problem is None or self._over:
                     break
                 await asyncio.sleep(RENEW_RETRY_S)
-        self._renewing = False
         if problem is None:
             self.covered = covered
-            if not self._over:
-                self.spent(self._used)  # more may have come meanwhile than was asked for
-        self._on_change(problem)
+            self.watermark = self._renew_at()
+        return problem
 
-    def _extend_locally(self, covered: int, lost: Problem) -> Problem | None:
+    def _extend_locally(self, covered: int) -> Problem | None:
         """Take another slice from what this worker may admit by itself, if it may."""
         more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
         if self._credit.local is None or not self._credit.local.take(self.hold.ask.account, more_nusd):
-            return lost
+            return ledger_unavailable()
         return None
 
     async def _renew(self, amount_nusd: int, covered: int) -> Problem | None:
@@ -138,8 +156,10 @@ class Lease:
         if isinstance(answer, Admitted):
             self.hold = answer
             return None
-        self.unheld = answer.which == "hold"
-        return None if self.unheld else refused(answer)
+        if answer.which != "hold":
+            return refused(answer)
+        self.unheld = True
+        return None
 
 
 def _ignore(_problem: Problem | None) -> None:

@@ -38,6 +38,7 @@ from meshproxy.wire.headers import downstream_headers
 from meshproxy.wire.sse import StreamScanner
 from meshproxy.wire.usage import decode_reply, output_bytes
 
+GOING = "The gateway is shutting down."
 BYTES_PER_TOKEN = 4  # of English, for output whose usage nobody reported
 STREAM_HEADERS: Headers = [
     ("content-type", "text/event-stream; charset=utf-8"),
@@ -70,6 +71,7 @@ class Gateway:
     ) -> None:
         self.deployment = deployment
         self.draining = False
+        self._shut_down = False
         self._ledger = ledger
         self._local = local
         self._directory = directory
@@ -97,7 +99,9 @@ class Gateway:
         except Fault as fault:
             return self._refuse(exchange, fault.problem)
         except asyncio.CancelledError:
-            exchange.outcome = "client_disconnected"
+            exchange.outcome = "shutdown" if self._shut_down else "client_disconnected"
+            if self._shut_down and exchange.phase != "stream":
+                return self._refuse(exchange, overloaded(GOING, may_have_run=exchange.attempts > 0))
             raise
         except Exception as error:  # noqa: BLE001 - the one place: whatever else goes wrong is ours, and the client is told
             self._recorder.bug(exchange, error)
@@ -105,6 +109,14 @@ class Gateway:
         finally:
             if not exchange.detached:
                 self._close(exchange)
+
+    def shut_down(self) -> None:
+        """The end has come: streams get their terminal event now. From here on a request that is cancelled is told so instead
+        of being taken for one whose client hung up, and nothing outlives its client.
+        """
+        self.draining = self._shut_down = self._detacher.closed = True
+        for relay in tuple(self._live.relays):
+            relay.shut_down(overloaded(GOING, may_have_run=True))
 
     def _close(self, exchange: Exchange) -> None:
         """The end of every request: settle, then count and log."""
@@ -156,7 +168,7 @@ class Gateway:
         self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream
     ) -> Reply | None:
         plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
-        answer = await self._admit(plan, principal, deployment, exchange.hold_id)
+        answer = await self._admit(exchange, plan, principal, deployment)
         if isinstance(answer, Denied):
             self._recorder.denied(answer)
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
@@ -186,10 +198,14 @@ class Gateway:
             self._live.leases.discard(lease)
             lease.end()
 
-    async def _admit(self, plan: Plan, principal: Principal, deployment: Deployment, hold_id: str) -> Lease | Denied:
+    async def _admit(
+        self, exchange: Exchange, plan: Plan, principal: Principal, deployment: Deployment
+    ) -> Lease | Denied:
         settings = deployment.settings
         enforce = settings.limits.enforce_mid_stream and plan.request.stream
-        ask = ask_for(plan, principal, hold_id, settings.credits, settings.defaults, enforce_mid_stream=enforce)
+        ask = ask_for(
+            plan, principal, exchange.hold_id, settings.credits, settings.defaults, enforce_mid_stream=enforce
+        )
         is_local = False
         try:
             answer = await self._ledger.admit(ask)
@@ -197,6 +213,10 @@ class Gateway:
             if self._local is None:
                 raise
             answer, is_local = self._local.admit(ask), True
+        except BaseException as error:
+            is_hang_up = isinstance(error, asyncio.CancelledError)
+            self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
+            raise
         else:
             if self._local is not None:
                 self._local.forget()
@@ -249,7 +269,8 @@ class Gateway:
         finally:
             self._live.relays.discard(relay)
             exchange.events = scanner.events
-            bill(exchange, scanner.usage, scanner.reported_model, lambda: _charged_output(relay, lease))
+            most = lease.bound if relay.short_of_credit else None
+            bill(exchange, scanner.usage, scanner.reported_model, lambda: scanner.tokens, most)
 
     def _told(self, exchange: Exchange) -> Headers:
         """What the gateway says of an answer in headers."""
@@ -264,19 +285,13 @@ class Gateway:
     def _refuse(self, exchange: Exchange, problem: Problem, headers: Headers | None = None) -> Reply:
         exchange.status = problem.status
         exchange.code = problem.code
-        return refusal(problem, exchange.call.request_id, _limits_of(exchange) if headers is None else headers)
-
-
-def _charged_output(relay: Relay, lease: Lease) -> int:
-    """The output that is charged where nothing was reported. When credit ran out: no more than a slice past what was held."""
-    tokens = relay.scanner.tokens
-    return min(tokens, lease.bound) if relay.outcome == "insufficient_credits" else tokens
+        return refusal(exchange.told(problem), exchange.call.request_id, _limits_of(exchange) if headers is None else headers)
 
 
 def _outlives(plan: Plan, deployment: Deployment) -> bool:
     """Whether hanging up may leave the provider at work, and its bill growing."""
-    upstreams = deployment.settings.upstreams
-    return any(upstreams[attempt.upstream].on_disconnect == "drain" for attempt in plan.attempts)
+    draining = deployment.draining
+    return bool(draining) and any(attempt.upstream in draining for attempt in plan.attempts)
 
 
 def _clamp_of(exchange: Exchange) -> Headers:

@@ -7,6 +7,7 @@ them on, in the frames they arrived in where those hold. What a client doesn't t
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from meshproxy.errors import Problem, UpstreamFault, upstream_error
 from meshproxy.gateway.call import Downstream
@@ -17,6 +18,7 @@ from meshproxy.wire.replies import error_event
 from meshproxy.wire.sse import DONE, PING, StreamScanner
 
 MAX_DRAINED_BYTES = 8_388_608  # read on after the client has gone, to learn what it used
+LOOK_BYTES = 16_384  # relayed between two looks at how much waits for the client
 OUTCOMES = {
     "insufficient_credits": "insufficient_credits",
     "spend_limit_exceeded": "insufficient_credits",
@@ -31,6 +33,7 @@ class Relay:
     """
 
     __slots__ = (
+        "_afterwards",
         "_clock",
         "_downstream",
         "_drained_bytes",
@@ -39,6 +42,8 @@ class Relay:
         "_many_choices",
         "_response",
         "_signal",
+        "_unlooked_bytes",
+        "_withheld",
         "_written_at",
         "ended",
         "outcome",
@@ -63,6 +68,9 @@ class Relay:
         self._signal: asyncio.Future[None] | None = None
         self._written_at = clock()
         self._drained_bytes = 0
+        self._unlooked_bytes = 0
+        self._withheld: bytes | None = None
+        self._afterwards: Callable[[], None] | None = None
         self.scanner = scanner
         self.ended = False
         self.outcome = "upstream_failed"
@@ -89,6 +97,9 @@ class Relay:
         except UpstreamFault as fault:
             self.fail(fault)
             return
+        if self.scanner.tokens > self._lease.watermark and self._is_too_much_at_once():
+            self._withhold(events)
+            return
         if events:
             self._downstream.write(events, frame if events is payload else None)
             self._timed(arrived_at)
@@ -99,13 +110,16 @@ class Relay:
         elif self._exchange.detached and self._is_too_much_to_drain(payload):
             self._response.close()
             self._finish()
-        elif self._lease.spent(self.scanner.tokens) or self._downstream.congested():
+        elif self._must_wait(len(payload)):
             self._response.pause()
             self._wake()
 
     def end(self) -> None:
         """The upstream's body is complete, which is a good end only if its last event said so."""
         if self.ended:
+            return
+        if self._withheld is not None:
+            self._afterwards = self.end
             return
         rest = self.scanner.finish()
         if rest:
@@ -120,7 +134,9 @@ class Relay:
 
     def fail(self, fault: UpstreamFault) -> None:
         """The upstream died or fell silent; after its [DONE] that is nobody's business."""
-        if self.scanner.done:
+        if self._withheld is not None:
+            self._afterwards = partial(self.fail, fault)
+        elif self.scanner.done:
             self._finish()
         else:
             self.stop(fault.problem)
@@ -130,7 +146,7 @@ class Relay:
         if self.ended:
             return
         self._exchange.code = problem.code
-        self._downstream.write(error_event(problem, self._exchange.call.request_id))
+        self._downstream.write(error_event(self._exchange.told(problem), self._exchange.call.request_id))
         self._finish()
         self._response.close()
 
@@ -139,8 +155,17 @@ class Relay:
         if refusal is not None:
             self.outcome = OUTCOMES.get(refusal.code, "failed")
             self.stop(refusal)
-        elif not self.ended and not self._downstream.congested():
-            self._resume()
+        elif not self.ended:
+            self._let_go()
+            if self._downstream.congested():
+                self._wake()  # to wait for the client, which is full of what was let go
+            else:
+                self._resume()
+
+    @property
+    def short_of_credit(self) -> bool:
+        """Whether the stream ended for want of credit, or while some of it waited for credit."""
+        return self.outcome == "insufficient_credits" or self._withheld is not None
 
     def shut_down(self, problem: Problem) -> None:
         """The gateway can't wait any longer for this stream."""
@@ -153,6 +178,31 @@ class Relay:
             self._downstream.write(PING)
             self._written_at = now
 
+    def _is_too_much_at_once(self) -> bool:
+        """Whether more than a slice past the hold has come: the client gets it when there is credit for it."""
+        return self._lease.spent(self.scanner.tokens) and self.scanner.tokens > self._lease.bound
+
+    def _withhold(self, events: bytes) -> None:
+        """At most what one read brought: the reading stops."""
+        self._withheld = (self._withheld or b"") + events
+        self._response.pause()
+        self._wake()
+
+    def _let_go(self) -> None:
+        """There is credit for what was withheld: do all that was put off."""
+        if self._withheld is None or self._lease.exhausted:
+            return
+        events, self._withheld = self._withheld, None
+        if events:
+            self._downstream.write(events)
+            self._timed(self._clock())
+        if self.scanner.done:
+            self._say_done()
+        elif self.scanner.error is not None:
+            self._stop_by_provider()
+        if self._afterwards is not None:
+            self._afterwards()
+
     def _say_done(self) -> None:
         """The client needn't wait for the end of the upstream's body."""
         if self.outcome != "completed":
@@ -163,6 +213,17 @@ class Relay:
         """Whether the client has gone and what is read for its usage alone has become too much."""
         self._drained_bytes += len(payload)
         return self._drained_bytes > MAX_DRAINED_BYTES
+
+    def _must_wait(self, size: int) -> bool:
+        """Whether to stop reading: for credit, or for the client, who is looked at once in a while."""
+        tokens = self.scanner.tokens
+        if tokens > self._lease.watermark and self._lease.spent(tokens):
+            return True
+        self._unlooked_bytes += size
+        if self._unlooked_bytes < LOOK_BYTES:
+            return False
+        self._unlooked_bytes = 0
+        return self._downstream.congested()
 
     def _stop_by_provider(self) -> None:
         problem = upstream_error(

@@ -1,7 +1,5 @@
 """Resolve: from what the client wrote to what a provider is asked: template, model, parameters, sizes."""
 
-from collections.abc import Iterable, Iterator
-
 import msgspec
 import orjson
 from msgspec import Struct
@@ -16,15 +14,17 @@ from meshproxy.policy.params import merge_params
 from meshproxy.policy.pricing import affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, render
-from meshproxy.policy.tokens import estimate_prompt
+from meshproxy.policy.tokens import estimate_prompt, has_media
 from meshproxy.policy.transforms import middle_out
 from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_params
 
 
 class Plan(Struct, frozen=True):
-    """A request resolved. `prompt_tokens` is an estimate; `output_cap` is what one choice is expected to have at most, and
-    `output_limit` what it can have, which is more for a stream that is told no cap; `imposed_cap` is the cap that the provider
-    must be told: because the request has none, or because credit is short (`clamped`).
+    """A request resolved. `prompt_tokens` is an estimate; `prompt_bytes` is None where bytes bound no tokens (images, audio).
+
+    `output_cap` is what one choice is expected to have at most, and `output_limit` what it can have, which is more for a stream
+    that is told no cap; `imposed_cap` is the cap that the provider must be told: because the request has none, or because credit
+    is short (`clamped`).
     """
 
     request: ChatRequest
@@ -32,6 +32,7 @@ class Plan(Struct, frozen=True):
     attempts: tuple[Attempt, ...]
     messages: bytes
     prompt_tokens: int
+    prompt_bytes: int | None
     output_cap: int
     output_limit: int
     imposed_cap: int | None
@@ -49,7 +50,9 @@ class Plan(Struct, frozen=True):
 
     def hold_nusd(self, output_tokens: int) -> int:
         """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
-        return max(hold_amount(served.price, self.prompt_tokens, output_tokens) for served in may_serve(self.attempts))
+        return max(
+            [hold_amount(served.price, self.prompt_tokens, output_tokens) for served in may_serve(self.attempts)]
+        )
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
         """The plan with no more output than this amount can pay for, whichever attempt serves."""
@@ -90,6 +93,7 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
     messages = _messages(request, template)
+    tools = bytes(request.fields.get("tools", b""))
     credit = deployment.settings.credits
     sizes = [served.max_output_tokens for served in may_serve(attempts)]
     cap = min(request.max_tokens, max(sizes)) if request.max_tokens else min(credit.default_output_tokens, *sizes)
@@ -99,18 +103,18 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
         model=model,
         attempts=attempts,
         messages=messages,
-        prompt_tokens=estimate_prompt(messages, request.fields.get("tools"), request.message_count),
+        prompt_tokens=estimate_prompt(messages, tools, request.message_count),
+        prompt_bytes=None if has_media(messages) else len(messages) + len(tools),
         output_cap=cap,
         output_limit=cap if request.max_tokens or imposes else max(sizes),
         imposed_cap=cap if imposes else None,
     )
 
 
-def may_serve(attempts: Iterable[Attempt]) -> Iterator[Attempt]:
+def may_serve(attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
     """Every attempt, and the fallbacks that a provider walks itself."""
-    for attempt in attempts:
-        yield attempt
-        yield from attempt.natives
+    natives = [native for attempt in attempts for native in attempt.natives]
+    return (*attempts, *natives) if natives else attempts
 
 
 async def _template(request: ChatRequest, principal: Principal, directory: Directory) -> Template | None:

@@ -1,30 +1,35 @@
 """Settle: what a request used and cost, once, when it is over, whichever way it went."""
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 
 import msgspec
 from msgspec.structs import replace
 
 from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
-from meshproxy.ledger.records import Settlement
-from meshproxy.ledger.store import Unavailable
+from meshproxy.ledger.records import Ask, Settlement
+from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.policy.catalog import Attempt, served
 from meshproxy.policy.pricing import believable, cost
-from meshproxy.policy.tokens import has_media
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.usage import Usage
 
 
 def bill(
-    exchange: Exchange, reported: Usage | None, served_model: str | None, estimate_output: Callable[[], int]
+    exchange: Exchange,
+    reported: Usage | None,
+    served_model: str | None,
+    estimate_output: Callable[[], int],
+    most_output: int | None = None,
 ) -> None:
     """Write down usage, its source and the cost: the provider's numbers when they can be believed, else an estimate from the
     prompt and the output that was seen, which can't be more than was asked for. Where none was seen nothing is charged.
+    Tokens of output past `most_output` aren't charged.
     """
     plan, attempt = exchange.plan, exchange.attempt
     if plan is None or attempt is None:
@@ -35,15 +40,15 @@ def bill(
     elif output_tokens := estimate_output():
         completion = min(output_tokens, plan.output_bound)
         exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens, completion), "estimated"
+    if most_output is not None and exchange.usage.completion > most_output:
+        exchange.usage, exchange.usage_source = Usage(exchange.usage.prompt, most_output), "estimated"
     exchange.cost_nusd = cost(attempt.price, exchange.usage)
 
 
 def _is_believable(usage: Usage, plan: Plan, attempt: Attempt) -> bool:
     return believable(
         usage,
-        prompt_bytes=None
-        if has_media(plan.messages)
-        else len(plan.messages) + len(plan.request.fields.get("tools", b"")),
+        prompt_bytes=plan.prompt_bytes,
         context_window=attempt.context_window,
         output_cap=attempt.max_output_tokens * plan.request.n,
     )
@@ -73,32 +78,48 @@ class Settler:
     def settle(self, exchange: Exchange) -> None:
         """Settle the exchange's hold, if it has one. Returns at once."""
         if exchange.lease is not None:
-            settlement = self._settlement(exchange, exchange.lease)
+            ask = exchange.lease.hold.ask
+            settlement = self._settlement(exchange, ask, unheld=exchange.lease.unheld)
             if exchange.lease.is_local and self._local is not None:
-                self._local.settled(exchange.lease.hold.ask, settlement)
+                self._local.settled(ask, settlement)
             self._tasks.spawn("settle", self._send(settlement))
+
+    def withdraw(self, exchange: Exchange, ask: Ask, *, outcome: str) -> None:
+        """Nobody waits for the answer to `ask` any more: release its hold, if it came to one. Returns at once.
+
+        Commands keep their order, so the hold is there by then. Where they can't be sent, the hold's deadline releases it.
+        """
+        settlement = replace(self._settlement(exchange, ask, unheld=False), outcome=outcome)
+        self._tasks.spawn("settle", self._release(settlement))
+
+    async def _release(self, settlement: Settlement) -> None:
+        with contextlib.suppress(Unavailable):
+            await self._ledger.settle(settlement)
 
     async def _send(self, settlement: Settlement) -> None:
         """To the ledger, or to disk until it is back. What was sent and never answered may be sent again: it counts once."""
         try:
             settled = await self._ledger.settle(settlement)
-        except Unavailable:
+        except (Unavailable, StoreError):  # lost, or set up wrongly: the charge must outlive both
             await self._journal.append(settlement)
             return
+        except asyncio.CancelledError:
+            await self._journal.append(settlement)
+            raise
         if (
             not settled and not settlement.unheld
         ):  # this was its first time, so the ledger has lost the hold, not charged it
             await self._send(replace(settlement, unheld=True))
 
-    def _settlement(self, exchange: Exchange, lease: Lease) -> Settlement:
+    def _settlement(self, exchange: Exchange, ask: Ask, *, unheld: bool) -> Settlement:
         attempt = exchange.attempt
         age_s = self._clock() - exchange.call.received_at
         return Settlement(
-            hold_id=lease.hold.ask.hold_id,
+            hold_id=ask.hold_id,
             request_id=exchange.call.request_id,
-            account=lease.hold.ask.account,
-            key_id=lease.hold.ask.key_id,
-            session=lease.hold.ask.session,
+            account=ask.account,
+            key_id=ask.key_id,
+            session=ask.session,
             model=exchange.model,
             upstream=attempt.upstream if attempt is not None else "",
             usage=exchange.usage,
@@ -107,5 +128,5 @@ class Settler:
             cost_nusd=exchange.cost_nusd,
             started_ms=int((self._wall_clock() - age_s) * 1000),
             price=msgspec.json.encode(attempt.price).decode() if attempt is not None else "{}",
-            unheld=lease.unheld,
+            unheld=unheld,
         )

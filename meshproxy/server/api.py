@@ -66,7 +66,7 @@ class Api:
     async def create_template(self, request: web.Request) -> web.Response:
         """`POST /v1/templates`"""
         principal = await self._principal(request)
-        fields = check_template(await read_json_body(request), partial=False)
+        fields = check_template(await self._body(request), partial=False)
         now = time.time()
         template = fields.applied_to(
             Template(id=str(uuid.uuid4()), name="", owner=principal.account.name, created_at=now, updated_at=now)
@@ -81,7 +81,7 @@ class Api:
     async def change_template(self, request: web.Request) -> web.Response:
         """`PATCH /v1/templates/{id or name}`"""
         template = await self._own(request)
-        fields = check_template(await read_json_body(request), partial=True)
+        fields = check_template(await self._body(request), partial=True)
         template = msgspec.structs.replace(fields.applied_to(template), updated_at=time.time())
         await self._put(template)
         return _json(to_public(template))
@@ -148,6 +148,9 @@ class Api:
 
     async def _principal(self, request: web.Request) -> Principal:
         return await self._authenticator.principal(request.headers.get("authorization"))
+
+    async def _body(self, request: web.Request) -> bytes:
+        return await read_json_body(request, self._gateway.deployment.settings.server.body_timeout_s)
 
     def _model(self, name: str) -> dict[str, Any]:
         """OpenAI's model object, and the members that Mesh's SDK needs beside them."""

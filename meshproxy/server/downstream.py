@@ -4,7 +4,7 @@ aiohttp reads the requests; what goes out is already bytes, so it skips aiohttp'
 that nothing is left to do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 
 from aiohttp import web
@@ -41,20 +41,22 @@ class Sent(web.StreamResponse):
 class ClientStream:
     """The gateway's `Downstream` over one aiohttp request. HTTP/1.1 clients get chunks, HTTP/1.0 ones read to the end."""
 
-    __slots__ = ("_chunked", "_protocol", "_request", "_transport", "begun", "keep_alive")
+    __slots__ = ("_chunked", "_is_closing", "_protocol", "_request", "_transport", "begun", "keep_alive")
 
-    def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
+    def __init__(self, request: web.BaseRequest, *, is_closing: Callable[[], bool]) -> None:
         self._request = request
         self._protocol = request.protocol
         self._transport = request.transport
         self._chunked = request.version >= (1, 1)
-        self.keep_alive = keep_alive and self._chunked
+        self._is_closing = is_closing
+        self.keep_alive = request.keep_alive and self._chunked
         self.begun = False
 
     def begin(self, headers: Headers) -> None:
         """Send the head of a 200 event stream."""
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
         self.begun = True
+        self._end_with_this_answer()
         self._send(head(200, [*headers, *framing], keep_alive=self.keep_alive, version=self._request.version.minor))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
@@ -82,10 +84,18 @@ class ClientStream:
 
     def reply(self, reply: Reply) -> None:
         """Send a whole answer."""
+        self._end_with_this_answer()
+        if reply.status == 408:  # RFC 9110, section 15.5.9
+            self.keep_alive = False
         headers = [*reply.headers, ("content-length", str(len(reply.body)))]
         self._send(
             head(reply.status, headers, keep_alive=self.keep_alive, version=self._request.version.minor) + reply.body
         )
+
+    def _end_with_this_answer(self) -> None:
+        """Say `Connection: close` where the gateway won't take another request."""
+        if self._is_closing():
+            self.keep_alive = False
 
     def _send(self, data: bytes) -> None:
         """Write, unless the client has gone: then its handler is being cancelled already."""

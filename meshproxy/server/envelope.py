@@ -24,7 +24,10 @@ def problem_response(problem: Problem, request_id: str) -> web.Response:
     """A problem as an aiohttp response."""
     headers = dict(problem_headers(problem))
     headers["x-request-id"] = request_id
-    return web.Response(status=problem.status, headers=headers, body=envelope(problem, request_id))
+    response = web.Response(status=problem.status, headers=headers, body=envelope(problem, request_id))
+    if problem.status == 408:  # RFC 9110, section 15.5.9
+        response.force_close()
+    return response
 
 
 def http_problem(error: web.HTTPException, request: web.BaseRequest) -> Problem:

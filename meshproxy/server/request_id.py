@@ -13,7 +13,10 @@ def request_id_of(request: web.BaseRequest) -> str:
     """The request's id, the same at every call."""
     found = request.get(_KEY)
     if found is None:
-        found = request[_KEY] = (
-            valid_request_id(request.headers.get("x-request-id")) or f"req_{random.getrandbits(96):024x}"
-        )
+        found = request[_KEY] = valid_request_id(request.headers.get("x-request-id")) or new_request_id()
     return found
+
+
+def new_request_id() -> str:
+    """An id that no other request has."""
+    return f"req_{random.getrandbits(96):024x}"

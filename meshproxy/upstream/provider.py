@@ -21,6 +21,7 @@ __all__ = ["Provider", "Response", "Sink"]
 MAX_JOINED_BYTES = 65_536  # a head and a body up to this size are copied into one write
 MAX_DEAD_CONNECTIONS = 3  # found closed one after the other before a byte was written
 MAX_KNOWN_PATHS = 16
+MIN_SECRET_CHARS = 8  # placeholders, such as those that local models are given, are shorter
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -46,6 +47,7 @@ class Provider:
         user_agent: str = "meshproxy",
     ) -> None:
         self.name = name
+        self.secrets = _secrets(settings, api_key)
         self._address = Address(settings.base_url)
         self._own_headers = _own_headers(settings, api_key, user_agent)
         self._heads: dict[str, bytes] = {}
@@ -118,6 +120,11 @@ class Provider:
         if not _can_be_sent(name, value) or lower in _FRAMING or lower in self._own_headers:
             raise Fault(Source.CLIENT, invalid(f"The header {name[:64]!r} can't be passed on."))
         return f"{lower}: {value}\r\n"
+
+
+def _secrets(settings: config.Upstream, api_key: str | None) -> tuple[str, ...]:
+    """What its clients must never see: the key, and whatever else the configuration sends that is long enough to be one."""
+    return tuple(value for value in (api_key or "", *settings.headers.values()) if len(value) >= MIN_SECRET_CHARS)
 
 
 def _own_headers(settings: config.Upstream, api_key: str | None, user_agent: str) -> dict[str, str]:

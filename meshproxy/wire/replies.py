@@ -5,6 +5,7 @@ provider said when it did.
 import html
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +16,8 @@ MAX_MESSAGE_CHARS: Final = 2000
 MAX_PROVIDER_ERROR_BYTES: Final = 8192
 MAX_TITLE_CHARS: Final = 200
 MAX_SCANNED_BYTES: Final = 65_536  # of a provider's HTML
+MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the beginning that all of its kind have
+CONCEALED: Final = "[redacted]"
 
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
 _HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
@@ -78,6 +81,26 @@ def provider_error(body: bytes, content_type: str | None = None) -> Any:
     if "html" in (content_type or "").lower() or _HTML.match(body):
         return _page(body[:MAX_SCANNED_BYTES])
     return body[: 4 * MAX_MESSAGE_CHARS].decode(errors="replace")[:MAX_MESSAGE_CHARS]
+
+
+def concealed(words: Any, secrets: Sequence[str]) -> Any:
+    """A provider's words without any of the secrets, also where they were cut off in the middle of one."""
+    if isinstance(words, str):
+        return _without(words, secrets)
+    try:
+        text = msgspec.json.encode(words).decode()
+    except (TypeError, ValueError, RecursionError):
+        return words
+    clean = _without(text, [msgspec.json.encode(secret).decode()[1:-1] for secret in secrets])
+    return words if clean == text else msgspec.json.decode(clean)
+
+
+def _without(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, CONCEALED)
+        shown = next((size for size in range(len(secret) - 1, MAX_SHOWN_CHARS, -1) if text.endswith(secret[:size])), 0)
+        text = text[:-shown] + CONCEALED if shown else text
+    return text
 
 
 def _page(body: bytes) -> str:
