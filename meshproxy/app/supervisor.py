@@ -216,7 +216,9 @@ class Supervisor:
         if self._stopping.is_set():
             return ["draining"]
         if not self.up.is_set():
-            return ["starting"]  # the kernel deals connections out to every socket, also to one whose worker isn't there yet
+            return [
+                "starting"
+            ]  # the kernel deals connections out to every socket, also to one whose worker isn't there yet
         if any(not report.not_ready for report in reports):
             return []
         return sorted({reason for report in reports for reason in report.not_ready}) or ["no worker is up"]
