@@ -285,7 +285,9 @@ class Gateway:
     def _refuse(self, exchange: Exchange, problem: Problem, headers: Headers | None = None) -> Reply:
         exchange.status = problem.status
         exchange.code = problem.code
-        return refusal(exchange.told(problem), exchange.call.request_id, _limits_of(exchange) if headers is None else headers)
+        return refusal(
+            exchange.told(problem), exchange.call.request_id, _limits_of(exchange) if headers is None else headers
+        )
 
 
 def _outlives(plan: Plan, deployment: Deployment) -> bool:

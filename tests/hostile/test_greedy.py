@@ -73,7 +73,18 @@ async def alone(store_server, simulator) -> AsyncIterator:
         yield start
 
 
-async def test_what_an_idle_connection_costs(alone):
+@pytest.fixture
+def measured(capsys):
+    """Show a figure, also where a test passes."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            sys.stdout.write(f"  {line}\n")
+
+    return show
+
+
+async def test_what_an_idle_connection_costs(alone, measured):
     gateway = await alone(server={"header_timeout_s": 60})
     count = 2000
     with gateway.connect() as first:
@@ -85,13 +96,13 @@ async def test_what_an_idle_connection_costs(alone):
         client.sendall(END.replace(b"close", b"keep-alive"))
         assert client.recv(1000).startswith(b"HTTP/1.1 404")
     each = (gateway.rss_bytes - before) / count
-    print(f"an idle connection: {each:.0f} bytes")
+    measured(f"an idle connection: {each:.0f} bytes")
     assert each < IDLE_BYTES
     for client in clients:
         client.close()
 
 
-async def test_what_a_stream_costs_whose_client_does_not_read(alone, mesh):
+async def test_what_a_stream_costs_whose_client_does_not_read(alone, mesh, measured):
     gateway = await alone(models=MEASURED)
     caller = await mesh.key(credit="1000", limits=FREE)
     count = 50
@@ -102,14 +113,14 @@ async def test_what_a_stream_costs_whose_client_does_not_read(alone, mesh):
         assert (await asyncio.to_thread(client.recv, 12, socket.MSG_PEEK)).startswith(b"HTTP/1.1 200")
     await _settled(lambda: gateway.rss_bytes)
     each = (gateway.rss_bytes - before) / count
-    print(f"a stream that isn't read: {each:.0f} bytes")
+    measured(f"a stream that isn't read: {each:.0f} bytes")
     assert each < STOPPED_BYTES
     for client in clients:
         client.close()
     await mesh.until(lambda: mesh.simulator.journal.open_streams == 0)
 
 
-async def test_refusals_are_quick_and_what_was_admitted_keeps_its_pace(alone, mesh):
+async def test_refusals_are_quick_and_what_was_admitted_keeps_its_pace(alone, mesh, measured):
     admitted = 20
     gateway = await alone(server={"max_in_flight": admitted}, models=MEASURED)
     caller = await mesh.key(credit="1000", limits=FREE)
@@ -117,8 +128,8 @@ async def test_refusals_are_quick_and_what_was_admitted_keeps_its_pace(alone, me
     await mesh.until(lambda: mesh.simulator.journal.open_streams == admitted)
     refusals = [await _refused(gateway, caller) for _ in range(300)]
     gaps = [gap for stream in streams for gap in await stream]
-    print(f"a refusal: {statistics.median(refusals) * 1000:.2f} ms, at most {max(refusals) * 1000:.1f} ms")
-    print(f"a gap of 20 ms: {statistics.median(gaps) * 1000:.1f} ms, at most {max(gaps) * 1000:.1f} ms")
+    measured(f"a refusal: {statistics.median(refusals) * 1000:.2f} ms, at most {max(refusals) * 1000:.1f} ms")
+    measured(f"a gap of 20 ms: {statistics.median(gaps) * 1000:.1f} ms, at most {max(gaps) * 1000:.1f} ms")
     assert statistics.median(refusals) < REFUSAL_S
     assert max(gaps) < GAP_S
 
@@ -133,7 +144,7 @@ async def test_requests_in_a_row_are_answered_in_a_row(mesh):
     assert [f"There is nothing at /{number}." for number in range(1000)] == told
 
 
-async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh):
+async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh, measured):
     gateway = await alone(descriptors=64, server={"header_timeout_s": 60})
     clients = [gateway.connect() for _ in range(200)]
     began = gateway.cpu_s
@@ -141,7 +152,7 @@ async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh):
         async with asyncio.timeout(1):
             await asyncio.Event().wait()
     spent_s = gateway.cpu_s - began
-    print(f"a second without descriptors: {spent_s:.2f} s of CPU")
+    measured(f"a second without descriptors: {spent_s:.2f} s of CPU")
     assert spent_s < 0.3
     for client in clients:
         client.close()

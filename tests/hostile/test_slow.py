@@ -18,7 +18,7 @@ async def hasty(start_mesh):
     return await start_mesh(server={"header_timeout_s": SHORT_S, "body_timeout_s": SHORT_S})
 
 
-@pytest.mark.parametrize("begun", (b"G", b"GET / HTTP/1.1\r\n", request(LENGTH, body=b"")[:-1], b"\r\n"))
+@pytest.mark.parametrize("begun", [b"G", b"GET / HTTP/1.1\r\n", request(LENGTH, body=b"")[:-1], b"\r\n"])
 async def test_half_a_head_is_given_up(hasty, begun):
     ((status, headers, body),) = answers_in(await hasty.raw(begun))
     told = json.loads(body)
@@ -59,11 +59,11 @@ async def test_a_connection_may_be_idle_between_requests_and_then_has_a_new_whil
 
 @pytest.mark.parametrize(
     "begun",
-    (
+    [
         request(LENGTH, body=BODY[:-1]),
         request(b"Transfer-Encoding: chunked", body=b"5\r\n{"),
         request(LENGTH, body=b"", target=b"/v1/templates"),
-    ),
+    ],
 )
 async def test_half_a_body_is_given_up(hasty, begun):
     caller = await hasty.key()

@@ -20,6 +20,7 @@ from meshproxy.errors import (
 from meshproxy.wire.replies import (
     MAX_MESSAGE_CHARS,
     MAX_PROVIDER_ERROR_BYTES,
+    concealed,
     envelope,
     error_event,
     problem_headers,
@@ -147,3 +148,19 @@ class TestProviderError:
     def test_any_bytes_can_be_told(self, body: bytes):
         words = provider_error(body)
         envelope(invalid("Bad.", provider_error=words), "req_1")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("Incorrect API key provided: sk-secret-1.", "Incorrect API key provided: [redacted]."),
+        ({"message": ["sk-secret-1", {"sk-secret-1": 1}]}, {"message": ["[redacted]", {"[redacted]": 1}]}),
+        ('cut off: sk-"\\secr', "cut off: [redacted]"),
+        ({"key": 'sk-"\\secret-2'}, {"key": "[redacted]"}),
+        ("sk-s and sk-", "sk-s and sk-"),
+        (None, None),
+        (7, 7),
+    ],
+)
+def test_a_providers_words_are_told_without_our_keys(words, expected):
+    assert expected == concealed(words, ("sk-secret-1", 'sk-"\\secret-2'))
