@@ -236,5 +236,5 @@ def drive_crowds(wire, calls):
 )
 def test_costs_no_more_calls_than_its_budget(drive, budget):
     cost, told = uvloop.run(count(drive))
-    print(f"\n{cost:.1f} calls, budget {budget}\n{told}")  # noqa: T201 - for -s
+    print(f"\n{cost:.1f} calls, budget {budget}\n{told}")
     assert cost <= budget, f"{cost:.1f} calls, over the budget of {budget}; see this file's head. They went to\n{told}"

@@ -72,6 +72,9 @@ class Worker:
             settings.models, settings.upstreams, version=VERSION, edges=asdict(settings.metrics.buckets)
         )
         self.tasks = Tasks(on_failure=lambda name: self.metrics.task_failures.labels(name).inc())
+        self._dialling = Tasks(
+            on_failure=lambda name: self.metrics.task_failures.labels(name).inc()
+        )  # nobody waits for these
         self.live = Live(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         self.stopping = False
@@ -171,6 +174,7 @@ class Worker:
         await self.journal.replay(self.ledger.settle)
         self.journal.close()
         await self.store.close()
+        await self._dialling.finish(SETTLE_GRACE_S)
 
     def not_ready(self) -> list[str]:
         """Why a balancer should send nothing here; empty when it may."""
@@ -184,10 +188,10 @@ class Worker:
     async def _connect(self) -> Store:
         """The store, up; or on its way, if it isn't there yet: whoever asks meanwhile hears that the ledger can't be reached."""
         try:
-            return await connect(self.settings.redis, on_op=self._on_op, spawn=self.tasks.spawn)
+            return await connect(self.settings.redis, on_op=self._on_op, spawn=self._dialling.spawn)
         except Unavailable as error:
             _log.error("ledger_unavailable", reason=error.reason)
-            return await connect(self.settings.redis, wait=False, on_op=self._on_op, spawn=self.tasks.spawn)
+            return await connect(self.settings.redis, wait=False, on_op=self._on_op, spawn=self._dialling.spawn)
 
     def _open_journal(self) -> Journal:
         """The journal on disk; in memory where there is no place for it and none was asked for."""

@@ -332,7 +332,7 @@ async def accepts(port: int) -> bool:
 
 def tell(line: str) -> None:
     """A figure, for `pytest -s`."""
-    print(f"\n{line}")  # noqa: T201
+    print(f"\n{line}")
 
 
 def program(name: str) -> str:
