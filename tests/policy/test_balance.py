@@ -1,3 +1,5 @@
+import heapq
+import random
 from collections import Counter
 
 import pytest
@@ -179,3 +181,42 @@ def test_a_slow_answer_is_believed_at_once_and_a_fast_one_slowly():
 
 def test_what_was_forgotten_counts_no_more():
     assert 1.0 == latency((9.0, 100.0), (1.0, 100.0 + FORGET_S), now=161.0)
+
+
+# All of it together: streams of ten times their time to the first event come in by chance, `rate` a second.
+
+
+def shares(rate, weights, latencies, requests=4000):
+    chance = random.Random(1)
+    ewmas = {name: PeakEwma() for name in weights}
+    in_flight, went = Counter(), Counter()
+    due = []
+    now = 0.0
+    for _ in range(requests):
+        now += chance.expovariate(rate)
+        while due and due[0][0] <= now:
+            at, name, latency_s = heapq.heappop(due)
+            if latency_s:
+                ewmas[name].observe(latency_s, at)
+            else:
+                in_flight[name] -= 1
+        drawn = sorted(equals(**weights), key=lambda a: chance.expovariate(a.weight))
+        standings = {one: Standing(ewmas[one].read(now), in_flight[one]) for one in weights}
+        name = names(drawn, **standings)[0]
+        went[name] += 1
+        in_flight[name] += 1
+        latency_s = latencies[name] * chance.uniform(0.7, 1.3)
+        heapq.heappush(due, (now + latency_s, name, latency_s))
+        heapq.heappush(due, (now + 10 * latency_s, name, 0.0))
+    return {name: count / requests for name, count in went.items()}
+
+
+@pytest.mark.parametrize("rate", [0.1, 1, 5, 50])
+def test_where_all_do_equally_well_the_weights_decide(rate):
+    assert pytest.approx(0.9, abs=0.03) == shares(rate, {"a": 9, "b": 1}, {"a": 0.3, "b": 0.3})["a"]
+
+
+@pytest.mark.parametrize("rate, most", [(1, 0.08), (5, 0.06), (50, 0.06)])
+def test_an_upstream_four_times_slower_is_shunned_but_still_tried(rate, most):
+    share = shares(rate, {"a": 1, "b": 1, "c": 1}, {"a": 1.2, "b": 0.3, "c": 0.3})["a"]
+    assert 0.01 < share < most
