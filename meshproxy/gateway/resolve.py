@@ -94,6 +94,7 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
     request = with_params(request, params) if params else request
     messages = _messages(request, template)
     tools = bytes(request.fields.get("tools", b""))
+    media = has_media(messages) if template is not None or not request.text_only else False
     credit = deployment.settings.credits
     sizes = [served.max_output_tokens for served in may_serve(attempts)]
     cap = min(request.max_tokens, max(sizes)) if request.max_tokens else min(credit.default_output_tokens, *sizes)
@@ -103,8 +104,8 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
         model=model,
         attempts=attempts,
         messages=messages,
-        prompt_tokens=estimate_prompt(messages, tools, request.message_count),
-        prompt_bytes=None if has_media(messages) else len(messages) + len(tools),
+        prompt_tokens=estimate_prompt(messages, tools, request.message_count, media=media),
+        prompt_bytes=None if media else len(messages) + len(tools),
         output_cap=cap,
         output_limit=cap if request.max_tokens or imposes else max(sizes),
         imposed_cap=cap if imposes else None,

@@ -25,12 +25,12 @@ _FILE = re.compile(rb'"file_data"\s*+:\s*+"((?:data:[a-z\\/+.-]++;base64,)?[A-Za
 _IMAGE_PART = re.compile(rb'"image_url"\s*+:')
 
 
-def estimate_prompt(messages: bytes, tools: bytes | None, count: int) -> int:
+def estimate_prompt(messages: bytes, tools: bytes | None, count: int, *, media: bool | None = None) -> int:
     """Tokens of `count` messages and of tools, each as JSON. Images, audio and files are counted as what they are to a model,
-    not as the text of their base64.
+    not as the text of their base64. `media`: whether there are any, if the caller knows.
     """
     size = len(messages) + (len(memoryview(tools)) if tools is not None else 0)
-    if has_media(messages):
+    if has_media(messages) if media is None else media:
         return _with_media(messages, size, count)
     return _text(messages, size) + TOKENS_PER_MESSAGE * count
 

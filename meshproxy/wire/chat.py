@@ -61,7 +61,7 @@ class _Bulk(Struct, gc=False):
     prediction: Raw = Raw()
 
 
-_TYPES: Final[dict[str, Any]] = {
+FIELDS: Final[dict[str, Any]] = {
     "frequency_penalty": _Penalty,
     "max_completion_tokens": _Cap,
     "max_tokens": _Cap,
@@ -89,7 +89,7 @@ _ALLOWED: Final = {"tool_choice": "none, auto, required or an object", "transfor
 _MEMBERS: Final = Decoder(dict[str, Raw])
 _BULK: Final = Decoder(_Bulk)
 _TEXT: Final = Decoder(str)
-_DECODERS: Final = {name: Decoder(kind | None).decode for name, kind in _TYPES.items()}
+_DECODERS: Final = {name: Decoder(kind | None).decode for name, kind in FIELDS.items()}
 
 
 class ChatRequest(Struct, frozen=True, kw_only=True):
@@ -97,12 +97,14 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
 
     `fields` has every OpenAI and unknown member as its own bytes, in order of arrival, without `model`, `messages` and Mesh's
     own; known members that are null are dropped. `messages` is the array's bytes as they came, None when there are none (then
-    `template` is given and must supply them). `max_tokens` is what counts: `max_completion_tokens`, else `max_tokens`.
+    `template` is given and must supply them); `text_only`: every content is a string. `max_tokens` is what counts:
+    `max_completion_tokens`, else `max_tokens`.
     """
 
     fields: dict[str, Raw]
     messages: bytes | None
     message_count: int = 0
+    text_only: bool = False
     model: str | None = None
     template: str | None = None
     variables: dict[str, str] = msgspec.field(default_factory=dict)
@@ -222,6 +224,7 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
         fields=fields,
         messages=bytes(known["messages_raw"]) if messages else None,
         message_count=len(messages or ()),
+        text_only=all(type(message.content) is str for message in messages or ()),
         model=known.get("model"),
         template=known.get("template"),
         variables=known.get("variables") or {},

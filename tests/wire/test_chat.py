@@ -124,8 +124,15 @@ class TestDecode:
         ]
 
     def test_what_holds_when_nothing_is_said(self):
-        expected = ChatRequest(fields={}, messages=MESSAGES, message_count=1)
+        expected = ChatRequest(fields={}, messages=MESSAGES, message_count=1, text_only=True)
         assert expected == decode_chat(b'{"messages":' + MESSAGES + b"}")
+
+    @pytest.mark.parametrize(
+        ("content", "expected"), [('"a"', True), ('[{"type":"text","text":"a"}]', False), ("null", False)]
+    )
+    def test_whether_there_is_more_than_text(self, content: str, expected: bool):
+        request = decode_chat(f'{{"messages":[{{"role":"user","content":{content}}}]}}'.encode())
+        assert expected == request.text_only
 
     def test_messages_and_fields_keep_their_bytes(self):
         request = decode_chat(raw_body(b'"x" : [ 1.00, {"a":"\\u00e9"} ] ,"tools":[ {"type": "function"} ]'))
