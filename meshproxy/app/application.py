@@ -10,6 +10,7 @@ from aiohttp.typedefs import Handler, Middleware
 from meshproxy.app.load import secrets_of
 from meshproxy.app.worker import Worker, request_log_to, with_redis
 from meshproxy.config import Settings
+from meshproxy.server import openapi
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.server.envelope import envelope_errors
@@ -50,6 +51,7 @@ def application(worker: Worker) -> web.Application:
     app.router.add_post(CHAT_PATH, worker.serve_chat)
     for method, path, function in ROUTES:
         app.router.add_route(method, path, _bound(worker, function))
+    app.router.add_get(openapi.PATH, openapi.handler())
     return app
 
 

@@ -154,7 +154,7 @@ class _Message(Struct, forbid_unknown_fields=True):
 
 # A name stands in a path: one that is a UUID would be taken for an id, and `.` and `..` would be taken for nothing.
 _Name = Annotated[str, Meta(pattern=rf"\A(?!{_UUID}\Z|\.\.?\Z)[A-Za-z0-9_.-]{{1,128}}\Z")]
-_TYPES: Final[dict[str, Any]] = {
+FIELDS: Final[dict[str, Any]] = {
     "name": _Name,
     "description": Annotated[str, Meta(max_length=2048)] | None,
     "system": str | None,
@@ -163,7 +163,7 @@ _TYPES: Final[dict[str, Any]] = {
     "params": dict[str, Any] | None,
     "variables": Annotated[list[Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_]{1,128}\Z")]], Meta(max_length=256)] | None,
 }
-_DECODERS: Final = {name: Decoder(kind).decode for name, kind in _TYPES.items()}
+_DECODERS: Final = {name: Decoder(kind).decode for name, kind in FIELDS.items()}
 _MEMBERS: Final = Decoder(dict[str, Raw])
 _EMPTY: Final[dict[str, Any]] = {"params": {}, "variables": []}  # what null clears to; None for the others
 _NOT_WRITTEN: Final = frozenset({"id", "owner", "is_global", "created_at", "updated_at"})

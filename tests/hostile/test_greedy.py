@@ -4,27 +4,19 @@ measured here, in a process of the gateway's own.
 
 import asyncio
 import json
-import os
 import socket
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
-import msgspec
 import pytest
 
 from meshproxy.policy.principal import Limits
-from tests.conftest import HELLO, model, settings_for
+from tests.conftest import HELLO, model
 from tests.hostile.corpus import END, LENGTH, request
 from tests.hostile.wire import answers_in
 
-ROOT = Path(__file__).parent.parent.parent
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PATIENCE_S = 20.0
 MEASURED = {"sim/long": model("sim", "sim/fast?tokens=10000"), "sim/paced": model("sim", "sim/plain?tokens=60&tps=50")}
 
@@ -32,45 +24,6 @@ IDLE_BYTES = 24_576  # of a connection without a request
 STOPPED_BYTES = 524_288  # of a stream whose client doesn't read: 64 KiB, one read of uvloop's (256 KB), and change
 REFUSAL_S = 0.05
 GAP_S = 0.15  # of streams that get an event each 20 ms, while others are refused
-
-
-class Alone:
-    """A gateway's process."""
-
-    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
-        self._process = process
-        self.port = port
-
-    @property
-    def rss_bytes(self) -> int:
-        return int(self._proc("statm").split()[1]) * PAGE_BYTES
-
-    @property
-    def cpu_s(self) -> float:
-        user, system = self._proc("stat").rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / TICKS_PER_S
-
-    def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        """A blocking connection."""
-        client = socket.socket()
-        client.settimeout(PATIENCE_S)
-        if receive_buffer is not None:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        client.connect(("127.0.0.1", self.port))
-        return client
-
-    def _proc(self, name: str) -> str:
-        return Path(f"/proc/{self._process.pid}/{name}").read_text()
-
-
-@pytest.fixture
-async def alone(store_server, simulator) -> AsyncIterator:
-    async with AsyncExitStack() as stack:
-
-        async def start(*, descriptors=None, **tables) -> Alone:
-            return await stack.enter_async_context(_running(store_server, simulator, descriptors, tables))
-
-        yield start
 
 
 @pytest.fixture
@@ -160,31 +113,6 @@ async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh, m
     with gateway.connect() as client:
         client.sendall(_chat(caller))
         assert (await asyncio.to_thread(client.recv, 12)).startswith(b"HTTP/1.1 200")
-
-
-@asynccontextmanager
-async def _running(store_url, simulator, descriptors, tables) -> AsyncIterator[Alone]:
-    settings = msgspec.to_builtins(settings_for(store_url, simulator.base_url, **tables))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(Path(__file__).parent / "alone.py"),
-        json.dumps({"settings": settings, "descriptors": descriptors}),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            port = int(await process.stdout.readline())
-        yield Alone(process, port)
-        process.stdin.close()
-        async with asyncio.timeout(PATIENCE_S):
-            await process.wait()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 def _chat(caller, **fields) -> bytes:

@@ -1,0 +1,294 @@
+"""`GET /openapi.json`: this API as an OpenAPI 3.1 document, generated from the types that requests are decoded by.
+
+What a provider answers is OpenAI's and not ours, so it is described no further than the gateway reads it.
+"""
+
+import re
+from typing import Annotated, Any
+
+import msgspec
+import orjson
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from meshproxy.ledger.usage_report import GROUPS
+from meshproxy.policy import template
+from meshproxy.server.api import ROUTES, Api
+from meshproxy.server.chat import CHAT_PATH
+from meshproxy.version import VERSION
+from meshproxy.wire import chat
+from meshproxy.wire.replies import MAX_MESSAGE_CHARS
+
+PATH = "/openapi.json"
+
+Usd = Annotated[str, Meta(pattern=r"\A-?[0-9]+\.[0-9]+\Z", description="an exact decimal string in USD")]
+Text = Annotated[str, Meta(max_length=MAX_MESSAGE_CHARS)]
+_PARAMETER = re.compile(r"\{(\w+)(?::[^}]*)?\}")
+
+
+class Detail(Struct):
+    """One thing wrong with one field of a request."""
+
+    type: str
+    loc: list[str | int]
+    msg: Text
+
+
+class Error(Struct):
+    """What went wrong; see docs/errors.md for the codes."""
+
+    message: Text
+    type: str
+    param: Text | None
+    code: str
+    request_id: str
+    details: list[Detail] = []
+    retry_after_seconds: float = 0.0
+    provider_error: Any = None
+
+
+class ErrorEnvelope(Struct):
+    """Every error's body."""
+
+    error: Error
+    request_id: str
+
+
+class Completion(Struct):
+    """A provider's answer, byte for byte."""
+
+    choices: list[dict[str, Any]]
+
+
+class Model(Struct):
+    """A model that this key may use."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    name: str
+    context_window: int | None
+    is_free: bool
+
+
+class Models(Struct):
+    """All of them."""
+
+    object: str
+    data: list[Model]
+
+
+class Template(Struct):
+    """A stored prompt."""
+
+    id: str
+    name: str
+    owner: str
+    is_global: bool
+    description: str | None
+    system: str | None
+    messages: list[dict[str, Any]] | None
+    model: str | None
+    params: dict[str, Any]
+    variables: list[str]
+    created_at: str
+    updated_at: str
+
+
+class UsageRow(Struct):
+    """The sums of one group."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    reasoning_tokens: int
+    audio_prompt_tokens: int
+    audio_completion_tokens: int
+    cost_usd: Usd
+    session_id: str | None = None
+    model: str | None = None
+    key: str | None = None
+    day: str | None = None
+
+
+class Usage(Struct):
+    """What the account has used."""
+
+    object: str
+    account: str
+    since: str
+    until: str
+    data: list[UsageRow]
+
+
+class Limit(Struct):
+    """A bucket."""
+
+    scope: str
+    kind: str
+    limit: int
+    remaining: int
+    reset: str | None
+
+
+class Budgets(Struct):
+    """What may be spent at most; null: no budget."""
+
+    total_usd: Usd | None
+    daily_usd: Usd | None
+    monthly_usd: Usd | None
+
+
+class Spend(Struct):
+    """What was spent."""
+
+    day_usd: Usd
+    month_usd: Usd
+    total_usd: Usd
+
+
+class Key(Struct):
+    """The calling key."""
+
+    id: str
+    object: str
+    name: str | None
+    account: str
+    balance_usd: Usd
+    held_usd: Usd
+    available_usd: Usd
+    limits: list[Limit]
+    budgets: Budgets
+    spend: Spend
+    default_model: str | None
+    models: list[str] | None
+    expires_at: str | None
+
+
+ANSWERS: dict[Any, tuple[int, Any]] = {
+    Api.models: (200, Models),
+    Api.model: (200, Model),
+    Api.templates: (200, list[Template]),
+    Api.create_template: (201, Template),
+    Api.template: (200, Template),
+    Api.change_template: (200, Template),
+    Api.delete_template: (204, None),
+    Api.usage: (200, Usage),
+    Api.key: (200, Key),
+}
+REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504)
+
+
+def document() -> dict[str, Any]:
+    """The whole document."""
+    answers = [Completion, ErrorEnvelope, *(kind for _, kind in ANSWERS.values() if kind is not None)]
+    of_chat = {name: kind if name == "messages" else kind | None for name, kind in chat.FIELDS.items()}  # null: absent
+    kinds = [*answers, *of_chat.values(), *template.FIELDS.values()]
+    found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schemas = iter(found)
+    shapes = {str(kind): next(schemas) for kind in answers}
+    of_chat, of_template = ({name: next(schemas) for name in fields} for fields in (of_chat, template.FIELDS))
+    requests = {
+        "ChatRequest": {"type": "object", "properties": of_chat},
+        "TemplateRequest": {
+            "type": "object",
+            "properties": of_template,
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+        "TemplateChange": {"type": "object", "properties": of_template, "additionalProperties": False},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "meshproxy", "version": VERSION},
+        "paths": _paths(shapes),
+        "security": [{"key": []}],
+        "components": {
+            "schemas": _in_words_of_ecma({**components, **requests}),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "bearerFormat": "rsk_..."}},
+        },
+    }
+
+
+def handler() -> Any:
+    """The handler of `PATH`; it needs no key, for there is nothing in it that the documentation doesn't have."""
+    body = orjson.dumps(document())
+
+    async def openapi(_request: web.Request) -> web.Response:
+        return web.Response(body=body, content_type="application/json")
+
+    return openapi
+
+
+def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
+    error = {"application/json": {"schema": shapes[str(ErrorEnvelope)]}}
+    refusals = {str(status): {"description": "An error", "content": error} for status in REFUSALS}
+    completion = {
+        "application/json": {"schema": shapes[str(Completion)]},
+        "text/event-stream": {"schema": {"type": "string"}},
+    }
+    paths: dict[str, Any] = {
+        CHAT_PATH: {
+            "post": {
+                "summary": "A chat completion, whole or as a stream",
+                "operationId": "chat",
+                "requestBody": _body("ChatRequest"),
+                "responses": {"200": {"description": "The completion", "content": completion}, **refusals},
+            }
+        }
+    }
+    for method, path, function in ROUTES:
+        status, kind = ANSWERS[function]
+        content = {} if kind is None else {"content": {"application/json": {"schema": shapes[str(kind)]}}}
+        operation = {
+            "summary": _summary(function),
+            "operationId": function.__name__,
+            "parameters": _parameters(path, function),
+            "responses": {str(status): {"description": "Success", **content}, **refusals},
+        }
+        if method in {"POST", "PATCH"}:
+            operation["requestBody"] = _body("TemplateRequest" if method == "POST" else "TemplateChange")
+        paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = operation
+    return paths
+
+
+def _parameters(path: str, function: Any) -> list[dict[str, Any]]:
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in _PARAMETER.findall(path)
+    ]
+    if function is not Api.usage:
+        return in_path
+    groups = {"type": "array", "items": {"enum": list(GROUPS)}}
+    moment = {"type": "string", "format": "date-time"}
+    query = {"group_by": groups, "session_id": {"type": "string"}, "since": moment, "until": moment}
+    return [
+        {"name": name, "in": "query", "schema": schema, "style": "form", "explode": False}
+        for name, schema in query.items()
+    ]
+
+
+def _body(name: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{name}"}
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _in_words_of_ecma(schema: Any) -> Any:
+    """Patterns as ECMA-262 has them (JSON Schema 2020-12, section 6.4), whose anchors are others than Python's."""
+    if isinstance(schema, list):
+        return [_in_words_of_ecma(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    told = {name: _in_words_of_ecma(value) for name, value in schema.items()}
+    if isinstance(told.get("pattern"), str):
+        told["pattern"] = told["pattern"].replace(r"\A", "^").replace(r"\Z", "$")
+    return told
+
+
+def _summary(function: Any) -> str:
+    """The first line of a handler's docstring, behind its path."""
+    first = (function.__doc__ or "").strip().splitlines()[0]
+    return first.partition(": ")[2] or first
