@@ -32,10 +32,12 @@ from meshproxy.policy.principal import Key
 
 FULL = os.environ.get("MESHPROXY_PROOF") == "full"
 FIGURES = os.environ.get("MESHPROXY_FIGURES")  # a file that takes the figures, if they are wanted
+full_only = pytest.mark.skipif(not FULL, reason="MESHPROXY_PROOF=full asks for it")
 PATIENCE_S = 30.0
 POLL_S = 0.02
 HELLO = [{"role": "user", "content": "Hello there"}]
 INPUT_NUSD, OUTPUT_NUSD = 2_500, 10_000  # a token
+PROMPT_ESTIMATE = 19  # what HELLO is taken for, which is held; the provider counts 6
 HOLD_TTL_S = 2.0
 
 CONFIG = """
@@ -124,16 +126,21 @@ class Program:
 class Valkey:
     """A server for Redis's protocol with a file that outlives it. `freeze`: it is there and says nothing."""
 
-    def __init__(self, home: Path, *options: str) -> None:
-        self._home, self._options = home, options
+    def __init__(self, home: Path, *options: str, config: Path | None = None) -> None:
+        self._home, self._options, self._config = home, options, config
+        self.port = free_port()
         self.address = str(home / "socket")
         self.url = f"unix://{self.address}"
         self.start()
 
     def start(self) -> None:
         keep = ("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--dir", str(self._home))
-        listening = ("--port", "0", "--unixsocket", self.address, "--enable-debug-command", "yes")
-        command = (str(get_binary_path()), *listening, *keep, *self._options)
+        if self._config is not None:  # a Sentinel keeps nothing but its configuration
+            keep = ()
+        listening = ("--bind", "127.0.0.1", "--port", str(self.port), "--unixsocket", self.address)
+        files = () if self._config is None else (str(self._config),)
+        options = ("--repl-diskless-sync-delay", "0", *self._options)
+        command = (str(get_binary_path()), *files, *listening, *keep, *options)
         self._program = Program(*command, log=self._home / "valkey.log")
         self._program.wait_for(lambda: self.ask("PING") == b"+PONG")
 
@@ -273,8 +280,8 @@ class Client:
                 async for data in response.content.iter_any():
                     body += data
                 return Outcome(response.status, body, response.headers)
-        except (aiohttp.ClientError, ConnectionError):
-            return Outcome(0, body, {}, broken=True)
+        except (aiohttp.ClientError, ConnectionError) as error:
+            return Outcome(0, body, {"error": repr(error)}, broken=True)
 
     async def until_it_flows(self, **fields: Any) -> None:
         """Begin a stream, read some of it and hang up."""
@@ -369,10 +376,10 @@ def start_valkey(tmp_path: Path) -> Iterator[Callable[..., Valkey]]:
     """Start servers that the test may maltreat."""
     with ExitStack() as stack:
 
-        def start(*options: str, name: str = "v") -> Valkey:
+        def start(*options: str, name: str = "v", config: Path | None = None) -> Valkey:
             home = tmp_path / name
             home.mkdir()
-            server = Valkey(home, *options)
+            server = Valkey(home, *options, config=config)
             stack.callback(server.stop)
             return server
 

@@ -4,11 +4,10 @@ import asyncio
 
 import pytest
 
-from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, Client, figure, scaled
+from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, scaled
 
 LEASE = 16
 TOKENS = 400
-PROMPT_ESTIMATE = 18  # what HELLO is taken for, which is held
 SLICE_NUSD = LEASE * OUTPUT_NUSD
 HELD_AT_FIRST_NUSD = PROMPT_ESTIMATE * INPUT_NUSD + SLICE_NUSD
 PACES = {

@@ -1,0 +1,198 @@
+"""SIGKILL, of a worker and of everything, in the middle of hundreds of streams; Redis away while requests end. Whatever was
+known is charged once, whatever was lost is named, and nothing stays held.
+"""
+
+import asyncio
+import time
+
+import pytest
+
+from tests.money.conftest import HOLD_TTL_S, INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, full_only, scaled
+
+STREAMS = scaled(100, 200)
+TOKENS = 60
+MODELS = {"slow": ("sim", f"sim/plain?tokens={TOKENS}&tps=25"), "brisk": ("sim", "sim/plain?tokens=40&tps=40")}
+WHOLE_NUSD = 6 * INPUT_NUSD + TOKENS * OUTPUT_NUSD
+LATE_S = 1.0  # what reading the balance may be late, on a busy machine
+
+
+@pytest.fixture
+def proxy(start_proxy):
+    return start_proxy(models=MODELS)
+
+
+def held_at_first(lease):
+    return PROMPT_ESTIMATE * INPUT_NUSD + lease * OUTPUT_NUSD
+
+
+async def in_flight(proxy, books, client, account, streams):
+    """Begin streams and wait until each has its hold and some of its tokens."""
+    running = [asyncio.create_task(client.chat(model="slow", stream=True)) for _ in range(streams)]
+    await books.until(account, lambda now: now.held_nusd >= streams * held_at_first(16))
+    await asyncio.sleep(0.3)
+    return running
+
+
+async def released_within(books, account):
+    """Seconds until nothing is held, and the balance then."""
+    began = time.monotonic()
+    balance = await books.until(account, lambda now: now.held_nusd == 0, within_s=10 * HOLD_TTL_S)
+    return time.monotonic() - began, balance
+
+
+async def test_sigkill_of_one_worker_in_the_middle_of_streams(proxy, books, session):
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    running = await in_flight(proxy, books, client, key.account, STREAMS)
+    killed = proxy.kill_worker()
+    outcomes = await asyncio.gather(*running)
+    whole = [outcome for outcome in outcomes if outcome.is_whole]
+    waited_s, balance = await released_within(books, key.account)
+    await books.closed(key.account)
+    settled = {event["hold_id"]: event for event in await books.events(key.account, "settled")}
+    abandoned = {event["hold_id"]: event for event in await books.events(key.account, "abandoned")}
+    assert len(whole) == len(settled)
+    assert STREAMS == len(settled) + len(abandoned)
+    assert 0 < len(abandoned) < STREAMS
+    assert set() == settled.keys() & abandoned.keys()
+    assert len(whole) * WHOLE_NUSD == balance.settled_nusd
+    assert waited_s <= HOLD_TTL_S + LATE_S
+    assert killed not in proxy.pids()
+    again = await client.chat()
+    assert again.is_whole
+    figure("SIGKILL of a worker", streams=STREAMS, abandoned=len(abandoned), waited_s=round(waited_s, 2), leaked=0)
+
+
+async def test_sigkill_of_the_whole_proxy_in_the_middle_of_streams(proxy, books, session):
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    running = await in_flight(proxy, books, client, key.account, STREAMS)
+    await asyncio.to_thread(proxy.kill)
+    outcomes = await asyncio.gather(*running)
+    assert [] == [outcome for outcome in outcomes if outcome.is_whole]
+    waited_s, balance = await released_within(books, key.account)
+    await books.closed(key.account)
+    abandoned = [event["hold_id"] for event in await books.events(key.account, "abandoned")]
+    settled = [event["hold_id"] for event in await books.events(key.account, "settled")]
+    assert STREAMS == len(set(abandoned)) == len(abandoned)
+    assert (0, []) == (balance.settled_nusd, settled)
+    assert waited_s <= HOLD_TTL_S + LATE_S
+    await asyncio.to_thread(proxy.start)
+    assert (await client.chat()).is_whole
+    await books.until(key.account, lambda now: now.settled_nusd > 0)
+    await books.closed(key.account)
+    figure("SIGKILL of all", streams=STREAMS, abandoned=len(abandoned), waited_s=round(waited_s, 2), leaked=0)
+
+
+@full_only
+async def test_a_proxy_that_lives_keeps_its_holds_past_their_deadline(proxy, books, session):
+    """Streams of a little more than the time to live."""
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    outcomes = await asyncio.gather(*(client.chat(model="slow", stream=True) for _ in range(STREAMS // 2)))
+    assert all(outcome.is_whole for outcome in outcomes)
+    balance = await books.closed(key.account)
+    assert [] == await books.events(key.account, "abandoned")
+    assert STREAMS // 2 * WHOLE_NUSD == balance.settled_nusd
+
+
+async def away(valkey, how):
+    if how == "frozen":
+        valkey.freeze()
+    else:
+        valkey.kill()
+
+
+async def back(valkey, how):
+    if how == "frozen":
+        valkey.thaw()
+    else:
+        await asyncio.to_thread(valkey.start)
+
+
+@pytest.mark.parametrize("how", [pytest.param("frozen", marks=full_only), "killed"])
+async def test_settlements_while_redis_is_away_are_charged_once_when_it_is_back(
+    start_proxy, books, session, valkey, how
+):
+    proxy = start_proxy(models=MODELS, timeout_s=0.5, lease=64)
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    running = [asyncio.create_task(client.chat(model="brisk", stream=True)) for _ in range(STREAMS)]
+    await books.until(key.account, lambda now: now.held_nusd >= STREAMS * held_at_first(64))
+    await away(valkey, how)
+    outcomes = await asyncio.gather(*running)
+    assert [True] * STREAMS == [outcome.is_done for outcome in outcomes]
+    while proxy.journaled() < STREAMS:  # each is on disk
+        await asyncio.sleep(0.05)
+    refused = await client.chat()
+    assert (503, "ledger_unavailable") == (refused.status, refused.code)
+    await back(valkey, how)
+    cost = STREAMS * (6 * INPUT_NUSD + 40 * OUTPUT_NUSD)
+    await books.until(key.account, lambda now: now.settled_nusd >= cost)
+    balance = await books.closed(key.account)
+    assert cost == balance.settled_nusd
+    settled = await books.events(key.account, "settled")
+    assert STREAMS == len({event["hold_id"] for event in settled})
+    while proxy.journaled():
+        await asyncio.sleep(0.05)
+    figure("Redis away", how=how, settlements=STREAMS, journaled=STREAMS, lost=0, charged_twice=0)
+
+
+async def test_the_proxy_killed_while_redis_is_away_replays_at_its_next_start(start_proxy, books, session, valkey):
+    proxy = start_proxy(models=MODELS, timeout_s=0.5, lease=64)
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    running = [asyncio.create_task(client.chat(model="brisk", stream=True)) for _ in range(STREAMS)]
+    await books.until(key.account, lambda now: now.held_nusd >= STREAMS * held_at_first(64))
+    valkey.kill()
+    await asyncio.gather(*running)
+    while proxy.journaled() < STREAMS:
+        await asyncio.sleep(0.05)
+    await asyncio.to_thread(proxy.kill)
+    await asyncio.to_thread(proxy.start)  # Redis is still away: it starts all the same
+    refused = await client.chat()
+    assert (503, "ledger_unavailable") == (refused.status, refused.code)
+    await asyncio.to_thread(valkey.start)
+    cost = STREAMS * (6 * INPUT_NUSD + 40 * OUTPUT_NUSD)
+    await books.until(key.account, lambda now: now.settled_nusd >= cost)
+    balance = await books.closed(key.account)
+    assert cost == balance.settled_nusd
+    assert STREAMS == len(await books.events(key.account, "settled"))
+    assert (await client.chat()).is_whole
+    figure("proxy killed while Redis is away", settlements=STREAMS, lost=0, charged_twice=0)
+
+
+@full_only
+async def test_a_drain_settles_everything_and_ends_well(proxy, books, session):
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    running = await in_flight(proxy, books, client, key.account, STREAMS // 2)
+    code = await asyncio.to_thread(proxy.stop)
+    outcomes = await asyncio.gather(*running)
+    assert 0 == code
+    assert all(outcome.is_whole for outcome in outcomes)
+    balance = await books.ledger.balance(key.account)
+    assert (0, STREAMS // 2 * WHOLE_NUSD) == (balance.held_nusd, balance.settled_nusd)
+
+
+async def test_admission_without_redis_is_charged_once_when_it_is_back(start_proxy, books, session, valkey):
+    """redis.on_failure = "local": an allowance of one dollar an account, shared by the workers."""
+    proxy = start_proxy(models=MODELS, timeout_s=0.5, on_failure="local")
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    known = await asyncio.gather(*(client.chat() for _ in range(20)))  # every worker knows the key now
+    assert all(outcome.is_whole for outcome in known)
+    await asyncio.sleep(0)
+    valkey.kill()
+    outcomes = await asyncio.gather(*(client.chat(max_tokens=8, stream=number % 2 == 0) for number in range(STREAMS)))
+    served = [outcome for outcome in outcomes if outcome.is_whole]
+    assert {200} == {outcome.status for outcome in outcomes} - {402, 503}
+    assert len(served) > STREAMS // 2
+    await asyncio.to_thread(valkey.start)
+    cost = (20 + len(served)) * (6 * INPUT_NUSD + 8 * OUTPUT_NUSD)
+    await books.until(key.account, lambda now: now.settled_nusd >= cost)
+    balance = await books.closed(key.account)
+    assert cost == balance.settled_nusd
+    settled = await books.events(key.account, "settled")
+    assert len(served) == len([event for event in settled if event["hold"] == "none"])
+    figure("admitted without Redis", requests=len(served), lost=0, charged_twice=0)

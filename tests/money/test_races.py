@@ -1,0 +1,155 @@
+"""Hundreds of clients at once over four workers, and what has to be true of the books at the end."""
+
+import asyncio
+import time
+
+import pytest
+
+from meshproxy.policy.principal import Account, Budgets, Limits
+from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, scaled
+
+CLIENTS = scaled(100, 500)
+EACH = 3
+UNARY_NUSD = 6 * INPUT_NUSD + 8 * OUTPUT_NUSD
+HELD_NUSD = PROMPT_ESTIMATE * INPUT_NUSD + 8 * OUTPUT_NUSD
+MODELS = {
+    "fast": ("sim", "sim/fast?tokens=8"),
+    "drip": ("sim", "sim/plain?tokens=40&tps=60"),
+    "drained": ("drained", "sim/plain?tokens=20&tps=100"),
+    "fails": ("sim", "sim/error-500"),
+    "dies": ("sim", "sim/die-mid-stream"),
+}
+
+
+@pytest.fixture
+def proxy(start_proxy):
+    return start_proxy(workers=4, models=MODELS)
+
+
+async def test_a_mix_of_everything(proxy, books, session):
+    """Whole answers, streams, hang-ups, failures and repeats; on accounts with enough, and on one with too little."""
+    keys = [await books.key(account, credit) for account, credit in (("a", "5"), ("b", "5"), ("poor", "0.02"))]
+    clients = [Client(session, proxy, secret) for secret, _ in keys]
+
+    async def one(number):
+        client, outcomes = clients[number % len(clients)], []
+        for turn in range(EACH):
+            kind = (number + turn) % 7
+            if kind == 0:
+                outcomes.append(await client.chat(model="fast", max_tokens=8))
+            elif kind == 1:
+                outcomes.append(await client.chat(model="fast", stream=True))
+            elif kind == 2:
+                await client.until_it_flows(model="drip")
+            elif kind == 3:
+                await client.until_it_flows(model="drained")
+            elif kind == 4:
+                outcomes.append(await client.chat(model="fails"))
+            elif kind == 5:
+                outcomes.append(await client.chat(model="dies", stream=True))
+            else:
+                outcomes.append(await client.chat(idempotency_key=f"k{number % 5}", model="fast", stream=True))
+        return outcomes
+
+    began = time.monotonic()
+    outcomes = [outcome for row in await asyncio.gather(*map(one, range(CLIENTS))) for outcome in row]
+    took_s = time.monotonic() - began
+    assert set() == {outcome.status for outcome in outcomes} - {200, 402, 500, 502, 503}
+    assert [] == [outcome for outcome in outcomes if outcome.broken]
+    settled = 0
+    for _, key in keys:
+        balance = await books.closed(key.account)
+        events = await books.events(key.account)
+        assert [] == [event for event in events if event["event"] == "abandoned"]
+        settled += sum(event["event"] == "settled" for event in events)
+        assert balance.balance_nusd >= 0 or key.account == "poor"
+    figure("mix over 4 workers", clients=CLIENTS, requests=CLIENTS * EACH, settled=settled, took_s=round(took_s, 1))
+
+
+async def test_a_bucket_never_gives_more_than_it_has(proxy, books, session):
+    """60 a minute with a burst of 20, asked for by everybody at once."""
+    limits = Limits(requests_per_minute=60, burst=20)
+    secret, key = await books.key("acme", limits=limits)
+    client = Client(session, proxy, secret)
+    began = time.monotonic()
+    outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
+    refill = time.monotonic() - began + 1
+    admitted = [outcome for outcome in outcomes if outcome.status == 200]
+    denied = [outcome for outcome in outcomes if outcome.status == 429]
+    assert CLIENTS == len(admitted) + len(denied)
+    assert 20 <= len(admitted) <= 20 + refill
+    assert len(admitted) * UNARY_NUSD == (await books.closed(key.account)).settled_nusd
+    assert len(admitted) == len(await books.events(key.account, "settled"))
+    figure("burst of 20 at 60 a minute", clients=CLIENTS, admitted=len(admitted), bound=int(20 + refill))
+
+
+async def test_credit_for_ten_buys_ten(proxy, books, session):
+    """Each request holds what it costs, to the last nano-dollar: an account that can pay for ten is charged for ten."""
+    secret, key = await books.key("acme", credit="0")
+    await books.ledger.grant(key.account, 10 * HELD_NUSD)
+    client = Client(session, proxy, secret)
+    outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
+    admitted = [outcome for outcome in outcomes if outcome.status == 200]
+    assert {200, 402} == {outcome.status for outcome in outcomes}
+    balance = await books.closed(key.account)
+    assert balance.balance_nusd >= 0
+    assert len(admitted) * UNARY_NUSD == balance.settled_nusd
+    assert 10 <= len(admitted) <= 10 * HELD_NUSD // UNARY_NUSD
+
+
+async def test_a_budget_is_not_exceeded_by_a_crowd(proxy, books, session):
+    secret, key = await books.key("acme", budgets=Budgets(total_nusd=5 * HELD_NUSD))
+    client = Client(session, proxy, secret)
+    outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
+    assert {None, "spend_limit_exceeded"} == {outcome.code for outcome in outcomes}
+    assert (await books.closed(key.account)).settled_nusd <= 5 * HELD_NUSD
+
+
+async def test_an_accounts_bucket_is_shared_by_its_keys(proxy, books, session):
+    await books.directory.put_account(Account("acme", limits=Limits(requests_per_minute=60, burst=10)))
+    keys = [await books.key("acme", "1") for _ in range(4)]
+    clients = [Client(session, proxy, secret) for secret, _ in keys]
+    began = time.monotonic()
+    outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for client in clients for _ in range(20)))
+    admitted = sum(outcome.status == 200 for outcome in outcomes)
+    assert 10 <= admitted <= 10 + time.monotonic() - began + 1
+    await books.closed("acme")
+
+
+async def test_what_an_admission_costs(proxy, books, session):
+    """One round trip: two scripts a request, and no other command."""
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    for _ in range(20):
+        assert (await client.chat(max_tokens=8)).is_whole
+    await books.closed(key.account)
+    before = await calls(books)
+    requests = 200
+    for _ in range(requests // 20):
+        await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(20)))
+    await books.until(key.account, lambda now: now.settled_nusd >= (20 + requests) * UNARY_NUSD)
+    after = await calls(books)
+    scripts = (
+        after["evalsha"][0] - before["evalsha"][0] - 20
+    )  # of them some are this test's own readings of the balance
+    assert 2 * requests - 20 <= scripts <= 2 * requests + 40
+    spent_us = (after["evalsha"][1] - before["evalsha"][1]) / max(after["evalsha"][0] - before["evalsha"][0], 1)
+    sums, counts = (
+        proxy.metric("meshproxy_ledger_op_duration_seconds_sum"),
+        proxy.metric("meshproxy_ledger_op_duration_seconds_count"),
+    )
+    figure(
+        "admission", scripts_a_request=2, redis_us_a_script=round(spent_us, 1), mean_ms=round(1e3 * sums / counts, 3)
+    )
+
+
+async def calls(books):
+    """Calls and microseconds of each command so far."""
+    text = (await books.store.execute("INFO", "commandstats")).decode()
+    stats = {}
+    for line in text.splitlines():
+        if line.startswith("cmdstat_"):
+            name, _, rest = line.removeprefix("cmdstat_").partition(":")
+            fields = dict(field.split("=") for field in rest.split(","))
+            stats[name] = (int(fields["calls"]), int(fields["usec"]))
+    return stats

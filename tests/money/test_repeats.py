@@ -1,0 +1,115 @@
+"""The same Idempotency-Key by fifty clients at once over several workers: one of them is served, all get the answer, and it is
+charged once. And providers that lie about what they used.
+"""
+
+import asyncio
+
+import pytest
+
+from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, scaled
+
+REPEATS = scaled(50, 100)
+TOKENS = 12
+COST = 6 * INPUT_NUSD + TOKENS * OUTPUT_NUSD
+LIES = ("usage-negative", "usage-absurd", "usage-string", "no-usage")
+MODELS = {
+    "slow": ("sim", f"sim/plain?tokens={TOKENS}&tps=40"),
+    **{lie: ("sim", f"sim/{lie}?tokens={TOKENS}") for lie in LIES},
+    "fails": ("sim", "sim/error-500"),
+}
+
+
+@pytest.fixture
+def proxy(start_proxy):
+    return start_proxy(workers=2, models=MODELS)
+
+
+async def test_repeats_at_once_are_charged_once(proxy, books, session):
+    for stream in (True, False):
+        account = f"acme-{stream}"
+        secret, _ = await books.key(account)
+        client = Client(session, proxy, secret)
+        repeat = {"model": "slow", "stream": stream, "idempotency_key": "once"}
+        outcomes = await asyncio.gather(*(client.chat(**repeat) for _ in range(REPEATS)))
+        late = await client.chat(**repeat)
+        assert [True] * REPEATS == [outcome.is_whole for outcome in outcomes]
+        assert 1 == len({outcome.body for outcome in (*outcomes, late)})
+        replayed = [outcome for outcome in outcomes if outcome.headers.get("idempotent-replayed")]
+        assert REPEATS - 1 == len(replayed)
+        assert "true" == late.headers["idempotent-replayed"]
+        assert REPEATS == len({outcome.headers["x-request-id"] for outcome in outcomes})
+        balance = await books.closed(account)
+        assert (COST, 1) == (balance.settled_nusd, len(await books.events(account, "settled")))
+        figure("repeats at once", stream=stream, repeats=REPEATS + 1, charges=1)
+
+
+async def test_a_client_that_goes_and_asks_again_pays_once(proxy, books, session):
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    repeat = {"model": "slow", "stream": True, "idempotency_key": "once"}
+    gone = asyncio.create_task(client.chat(**repeat))
+    await books.until(key.account, lambda now: now.held_nusd > 0)
+    gone.cancel()
+    await asyncio.wait([gone])
+    again = await client.chat(**repeat)
+    assert (True, "true") == (again.is_done, again.headers["idempotent-replayed"])
+    balance = await books.closed(key.account)
+    settled = await books.events(key.account, "settled")
+    assert (COST, ["drained"]) == (balance.settled_nusd, [event["usage_source"] for event in settled])
+
+
+async def test_another_body_is_refused_and_costs_nothing(proxy, books, session):
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    first = await client.chat(model="slow", idempotency_key="once")
+    others = await asyncio.gather(
+        *(client.chat(model="slow", idempotency_key="once", seed=number) for number in range(20))
+    )
+    assert first.is_whole
+    assert {(409, "idempotency_conflict")} == {(outcome.status, outcome.code) for outcome in others}
+    assert COST == (await books.closed(key.account)).settled_nusd
+
+
+async def test_repeats_of_what_fails_each_try_and_none_is_charged(proxy, books, session):
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    outcomes = await asyncio.gather(*(client.chat(model="fails", idempotency_key="once") for _ in range(10)))
+    assert set() == {outcome.status for outcome in outcomes} - {502, 503}
+    assert 0 == (await books.closed(key.account)).settled_nusd
+
+
+async def test_repeats_survive_the_death_of_the_worker_that_served(proxy, books, session):
+    """The record of a request whose worker died ends with its hold: those that are attached hear that it failed, and the
+    next one is served, and alone is charged.
+    """
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    repeat = {"model": "slow", "stream": True, "idempotency_key": "once"}
+    running = [asyncio.create_task(client.chat(**repeat)) for _ in range(10)]
+    await books.until(key.account, lambda now: now.held_nusd > 0)
+    await asyncio.to_thread(proxy.kill)
+    await asyncio.gather(*running)
+    await asyncio.to_thread(proxy.start)
+    attached = await asyncio.gather(*(client.chat(**repeat) for _ in range(10)))
+    assert set() == {outcome.code for outcome in attached if not outcome.is_done} - {"upstream_error"}
+    assert (await client.chat(**repeat)).is_done
+    balance = await books.closed(key.account)
+    assert (COST, 1) == (balance.settled_nusd, len(await books.events(key.account, "settled")))
+
+
+async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, session):
+    """Never less than nothing, never more than was held for it."""
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    for lie in LIES:
+        for stream in (True, False):
+            outcomes = await asyncio.gather(*(client.chat(model=lie, stream=stream, max_tokens=20) for _ in range(10)))
+            assert all(outcome.is_whole for outcome in outcomes)
+    await books.closed(key.account)
+    settled = await books.events(key.account, "settled")
+    assert {"estimated"} == {event["usage_source"] for event in settled}
+    for event in settled:
+        assert 0 < int(event["cost_nusd"]) <= int(event["held_nusd"])
+        assert PROMPT_ESTIMATE == int(event["prompt_tokens"])
+        assert 4 <= int(event["completion_tokens"]) <= 20
+    figure("lies about usage", lies=len(LIES), requests=len(settled), above_the_hold=0)
