@@ -1,7 +1,7 @@
 """How this worker's upstreams are doing: who is asked, who is spared, and what each attempt says of whom it asked.
 
-A breaker belongs to an upstream, which is up or down as a whole. What can differ by model (latency, load, a rate limit, a
-deployment that fails) belongs to a route: an upstream with its name for the model. What is kept is bounded by the configuration.
+All of it belongs to a route, an upstream with its name for the model: latency, load, rate limits and failures differ by model,
+and a request that makes one model fail must not close the others to everybody. What is kept is bounded by the configuration.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,30 +18,32 @@ OUTLIER_S = 5.0
 
 
 class Route:
-    """One upstream's one model. `ejected_until` is monotonic seconds."""
+    """One upstream's one model. `ejected_until` is monotonic seconds; `is_open`: whether its breaker isn't closed."""
 
-    __slots__ = ("ejected_until", "failures", "in_flight", "latency")
+    __slots__ = ("breaker", "ejected_until", "failures", "in_flight", "is_open", "latency")
 
     def __init__(self) -> None:
+        self.breaker = Breaker()
+        self.is_open = False
         self.latency = PeakEwma()
         self.in_flight = 0
         self.failures = 0  # in a row
         self.ejected_until = 0.0
 
-    def standing(self, now: float, *, is_open: bool) -> Standing:
+    def standing(self, now: float) -> Standing:
         """How it does."""
+        is_open = self.is_open and self.breaker.retry_after_s(now) > 0.0
         return Standing(self.latency.read(now), self.in_flight, max(0.0, self.ejected_until - now), is_open)
 
 
 class Upstream:
-    """One upstream: its breaker, and its routes by the upstream's names of their models."""
+    """One upstream's routes, by its names of their models. `is_open`: whether any of their breakers is, as was last told."""
 
-    __slots__ = ("breaker", "is_open", "name", "routes")
+    __slots__ = ("is_open", "name", "routes")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.breaker = Breaker()
-        self.is_open = False  # as was last told
+        self.is_open = False
         self.routes: dict[str, Route] = {}
 
     def route(self, model: str) -> Route:
@@ -76,15 +78,15 @@ class Trial:
             self._route.latency.observe(latency_s, now)
         if self._is_probe:
             self._is_probe = False
-            self._upstream.breaker.succeeded(now)
-            self._health.note(self._upstream, now)
+            self._route.breaker.succeeded(now)
+            self._health.note(self._upstream, self._route, now)
 
     def succeeded(self) -> None:
         """The answer was whole."""
         if self._ends():
             self._route.failures = 0
-            if not self._upstream.is_open:
-                self._upstream.breaker.succeeded(self._health.clock())
+            if not self._route.is_open:
+                self._route.breaker.succeeded(self._health.clock())
 
     def failed(self, fault: UpstreamFault) -> None:
         """There was no answer, or it was none."""
@@ -109,13 +111,13 @@ class Trial:
             route.failures += 1
             if route.failures >= OUTLIER_FAILURES:
                 route.ejected_until = max(route.ejected_until, now + OUTLIER_S)
-            self._upstream.breaker.failed(now, health.spin())
-            health.note(self._upstream, now)
+            route.breaker.failed(now, health.spin())
+            health.note(self._upstream, route, now)
 
     def abandoned(self) -> None:
         """It ended without saying anything of the upstream."""
         if self._ends() and self._is_probe:
-            self._upstream.breaker.abandoned()
+            self._route.breaker.abandoned()
 
     def _ends(self) -> bool:
         if self._is_over:
@@ -146,16 +148,17 @@ class Health:
         return arrange(attempts, lambda attempt: self._standing(attempt, now), session)
 
     def begin(self, attempt: Attempt) -> Trial | None:
-        """Begin an attempt; None if the upstream's breaker is open, or half-open with its probe under way."""
+        """Begin an attempt; None if the route's breaker is open, or half-open with its probe under way."""
         upstream = self._upstream(attempt.upstream)
-        if upstream.is_open and not upstream.breaker.allows(self.clock()):
+        route = upstream.route(attempt.upstream_model)
+        if route.is_open and not route.breaker.allows(self.clock()):
             return None
-        return Trial(self, upstream, upstream.route(attempt.upstream_model), is_probe=upstream.is_open)
+        return Trial(self, upstream, route, is_probe=route.is_open)
 
     def nobody(self, attempts: Iterable[Attempt]) -> Fault:
         """What is told when every breaker is open: come back when the first one may be probed."""
         now = self.clock()
-        wait_s = min((self._upstream(attempt.upstream).breaker.retry_after_s(now) for attempt in attempts), default=0.0)
+        wait_s = min((self._route(attempt).breaker.retry_after_s(now) for attempt in attempts), default=0.0)
         return Fault(Source.UPSTREAM, provider_not_available("Every provider of this model is failing.", wait_s))
 
     def keep(self, names: Iterable[str]) -> None:
@@ -165,18 +168,20 @@ class Health:
             if self._upstreams.pop(name).is_open:
                 self._on_change(name, False)  # noqa: FBT003 - closed
 
-    def note(self, upstream: Upstream, now: float) -> None:
-        """Its breaker may have changed: tell, if it is still the one in use."""
-        is_open = upstream.breaker.state(now) != "closed"
+    def note(self, upstream: Upstream, route: Route, now: float) -> None:
+        """A route's breaker may have changed: tell, if the upstream is still in use and none or the first of its is open now."""
+        route.is_open = route.breaker.state(now) != "closed"
+        is_open = any(other.is_open for other in upstream.routes.values())
         if is_open != upstream.is_open:
             upstream.is_open = is_open
             if self._upstreams.get(upstream.name) is upstream:
                 self._on_change(upstream.name, is_open)
 
     def _standing(self, attempt: Attempt, now: float) -> Standing:
-        upstream = self._upstream(attempt.upstream)
-        is_open = upstream.is_open and upstream.breaker.retry_after_s(now) > 0.0
-        return upstream.route(attempt.upstream_model).standing(now, is_open=is_open)
+        return self._route(attempt).standing(now)
+
+    def _route(self, attempt: Attempt) -> Route:
+        return self._upstream(attempt.upstream).route(attempt.upstream_model)
 
     def _upstream(self, name: str) -> Upstream:
         found = self._upstreams.get(name)

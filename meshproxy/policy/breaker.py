@@ -20,7 +20,7 @@ class Tolerance(Struct, frozen=True, kw_only=True):
     at most, and that times 0.5 to 1.5 by chance. A probe that hasn't come back after `probe_s` is given up.
     """
 
-    consecutive: int = 5
+    consecutive: int = 10
     failing: float = 0.5
     least_calls: int = 20
     window_s: float = 30.0
@@ -30,7 +30,7 @@ class Tolerance(Struct, frozen=True, kw_only=True):
 
 
 class Breaker:
-    """The breaker of one upstream. What answers late, from before it opened, changes nothing while it is open."""
+    """The breaker of one route. What answers late, from before it opened, changes nothing while it is open."""
 
     __slots__ = ("_in_a_row", "_open_s", "_probe_until", "_state", "_tolerance", "_until", "_window")
 

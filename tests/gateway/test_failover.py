@@ -156,15 +156,15 @@ async def test_a_first_event_too_large_to_wait_for_is_not_waited_for(start):
 
 
 async def test_a_breaker_opens_and_closes_after_a_probe(start):
-    mesh = await start(m=("one", "sim/fail-first-5"))
+    mesh = await start(m=("one", "sim/fail-first-10"))
     clock = Time(mesh)
     caller = await mesh.key()
-    assert [502] * 5 == [(await mesh.chat(caller, model="m")).status for _ in range(5)]
+    assert [502] * 10 == [(await mesh.chat(caller, model="m")).status for _ in range(10)]
     assert 1.0 == breaker(mesh)
     answer = await mesh.chat(caller, model="m")
     assert (503, "provider_not_available") == (answer.status, answer.code)
     assert 1 <= int(answer.headers["retry-after"]) <= 8
-    assert 5 == len(mesh.received)
+    assert 10 == len(mesh.received)
     clock.later_s = 8.0
     assert 200 == (await mesh.chat(caller, model="m")).status
     assert 0.0 == breaker(mesh)
@@ -183,7 +183,7 @@ async def test_a_breaker_opens_and_closes_after_a_probe(start):
 async def test_what_opens_a_breaker(start, bad, stream):
     mesh = await start(upstream={"first_byte_timeout_s": 0.05}, m=("one", bad))
     caller = await mesh.key()
-    for _ in range(5):
+    for _ in range(10):
         await mesh.chat(caller, model="m", stream=stream)
     await mesh.quiet()
     assert 1.0 == breaker(mesh)
@@ -212,13 +212,22 @@ async def test_clients_that_hang_up_open_no_breaker(start):
 
 
 async def test_an_open_breaker_is_passed_over(start):
-    mesh = await start(bad=("one", "sim/error-500"), m=("one", "gpt", "two", GOOD))
+    mesh = await start(bad=("one", "sim/error-500"), m=("one", "sim/error-500", "two", GOOD))
     caller = await mesh.key()
-    for _ in range(5):
+    for _ in range(10):
         await mesh.chat(caller, model="bad")
     answer = await mesh.chat(caller, model="m")
     assert (200, "1") == (answer.status, answer.headers["x-mesh-attempts"])
     assert GOOD == asked(mesh)[-1]
+
+
+async def test_a_breaker_of_one_model_leaves_the_others_of_its_upstream_alone(start):
+    mesh = await start(bad=("one", "sim/error-500"), m=("one", GOOD))
+    caller = await mesh.key()
+    for _ in range(11):
+        answer = await mesh.chat(caller, model="bad")
+    assert (503, 1.0) == (answer.status, breaker(mesh))
+    assert 200 == (await mesh.chat(caller, model="m")).status
 
 
 async def test_a_probe_that_fails_costs_its_client_nothing_where_another_is_left(start):
@@ -234,7 +243,7 @@ async def test_a_probe_that_fails_costs_its_client_nothing_where_another_is_left
 async def test_a_reload_forgets_the_breaker_of_an_upstream_that_changed(start):
     mesh = await start(m=("one", "sim/error-500"))
     caller = await mesh.key()
-    for _ in range(5):
+    for _ in range(10):
         await mesh.chat(caller, model="m")
     mesh.worker.gateway.health.keep(["two"])
     assert 0.0 == breaker(mesh)

@@ -37,7 +37,7 @@ class Worker:
 
     def open(self, attempt=A):
         """Open a breaker; it may be probed in five seconds."""
-        for _ in range(5):
+        for _ in range(10):
             self.begin(attempt).failed(DEAD)
 
     def order(self, *attempts, session=None):
@@ -55,7 +55,7 @@ def worker():
 
 @pytest.mark.parametrize("fault", [DEAD, SILENT])
 def test_failures_in_a_row_open_the_breaker_which_is_told_once(worker, fault):
-    trials = [worker.begin() for _ in range(7)]
+    trials = [worker.begin() for _ in range(12)]
     for trial in trials:
         trial.failed(fault)
     assert [("a", True)] == worker.changes
@@ -81,7 +81,7 @@ def test_a_trial_ends_once(worker):
 
 
 def test_streams_that_begin_well_and_die_open_the_breaker(worker):
-    for _ in range(5):
+    for _ in range(10):
         trial = worker.begin()
         trial.answered(0.2)
         trial.broke_off()
@@ -217,7 +217,7 @@ def test_what_is_kept_is_bounded_by_the_configuration(worker):
 
 
 def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_nothing_of_it(worker):
-    late = [worker.begin() for _ in range(5)]
+    late = [worker.begin() for _ in range(10)]
     worker.open()
     worker.health.keep([])
     for trial in late:

@@ -32,7 +32,7 @@ def test_failures_in_a_row_open_it():
 
 def test_a_success_breaks_the_row():
     breaker = Breaker(Tolerance(consecutive=2))
-    for _ in range(4):
+    for _ in range(9):
         breaker.failed(T0)
         breaker.succeeded(T0)
     assert breaker.state(T0) == "closed"
