@@ -404,6 +404,22 @@ def start_proxy(tmp_path: Path, provider: str, valkey: Valkey) -> Iterator[Calla
         yield start
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, provider: str) -> Iterator[Callable[..., tuple[Valkey, Proxy]]]:
+    """Start a server and a proxy over it for all tests of a module, which have accounts of their own."""
+    with ExitStack() as stack:
+
+        def start(**values: Any) -> tuple[Valkey, Proxy]:
+            home = tmp_path_factory.mktemp("shared")
+            server = Valkey(home)
+            stack.callback(server.stop)
+            proxy = Proxy(home, **{"redis": server.url, "provider": provider, **values})
+            stack.callback(proxy.stop)
+            return server, proxy
+
+        yield start
+
+
 @pytest.fixture
 async def books(valkey: Valkey) -> AsyncIterator[Books]:
     opened = Books(valkey.url)

@@ -9,6 +9,7 @@ import itertools
 import types
 
 import pytest
+from structlog.testing import capture_logs
 
 from meshproxy.errors import UpstreamFault, upstream_error
 from meshproxy.gateway.call import Call
@@ -103,7 +104,8 @@ async def mesh(start_mesh, simulator):
     models = {"fast": model("sim", "sim/plain?tokens=8&tps=4000"), "drained": model("drained", "sim/plain?tokens=8")}
     mesh = await start_mesh(upstreams=upstreams, models=models, credits={"lease_output_tokens": 4})
     mesh.log.lines = Unread()  # what is a bug here was made here
-    return mesh
+    with capture_logs():
+        yield mesh
 
 
 class Unread(list):

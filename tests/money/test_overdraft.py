@@ -19,13 +19,22 @@ PACES = {
 }
 
 
+@pytest.fixture(scope="module")
+def running(shared):
+    return shared(lease=LEASE, models={pace: ("sim", model) for pace, model in PACES.items()})
+
+
 @pytest.fixture
-def start(start_proxy):
-    return lambda: start_proxy(lease=LEASE, models={pace: ("sim", model) for pace, model in PACES.items()})
+def valkey(running):
+    return running[0]
 
 
-async def test_streams_of_an_account_that_runs_out(start, books, session):
-    proxy = start()
+@pytest.fixture
+def proxy(running):
+    return running[1]
+
+
+async def test_streams_of_an_account_that_runs_out(proxy, books, session):
     for pace in PACES:
         await run_out(Client, proxy, books, session, pace, scaled(100, 500))
 
@@ -56,10 +65,9 @@ async def run_out(client_of, proxy, books, session, pace, streams):
     assert delivered <= max(int(event["completion_tokens"]) for event in settled)
 
 
-async def test_streams_of_an_account_that_can_pay_are_whole_however_lumpy(start, books, session):
+async def test_streams_of_an_account_that_can_pay_are_whole_however_lumpy(proxy, books, session):
     """Credit is asked for behind their back, and what comes faster than the answers waits for them."""
-    proxy = start()
-    secret, key = await books.key("acme")
+    secret, key = await books.key("rich")
     client = Client(session, proxy, secret)
     paces = [pace for pace in PACES if pace != "paced"] * scaled(10, 50)
     outcomes = await asyncio.gather(*(client.chat(model=pace, stream=True) for pace in paces))

@@ -21,9 +21,19 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def running(shared):
+    return shared(workers=4, models=MODELS)
+
+
 @pytest.fixture
-def proxy(start_proxy):
-    return start_proxy(workers=4, models=MODELS)
+def valkey(running):
+    return running[0]
+
+
+@pytest.fixture
+def proxy(running):
+    return running[1]
 
 
 async def test_a_mix_of_everything(proxy, books, session):
@@ -69,7 +79,7 @@ async def test_a_mix_of_everything(proxy, books, session):
 async def test_a_bucket_never_gives_more_than_it_has(proxy, books, session):
     """60 a minute with a burst of 20, asked for by everybody at once."""
     limits = Limits(requests_per_minute=60, burst=20)
-    secret, key = await books.key("acme", limits=limits)
+    secret, key = await books.key("a-bucket-never-gives", limits=limits)
     client = Client(session, proxy, secret)
     began = time.monotonic()
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
@@ -85,7 +95,7 @@ async def test_a_bucket_never_gives_more_than_it_has(proxy, books, session):
 
 async def test_credit_for_ten_buys_ten(proxy, books, session):
     """Each request holds what it costs, to the last nano-dollar: an account that can pay for ten is charged for ten."""
-    secret, key = await books.key("acme", credit="0")
+    secret, key = await books.key("credit-for-ten-buys", credit="0")
     await books.ledger.grant(key.account, 10 * HELD_NUSD)
     client = Client(session, proxy, secret)
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
@@ -98,7 +108,7 @@ async def test_credit_for_ten_buys_ten(proxy, books, session):
 
 
 async def test_a_budget_is_not_exceeded_by_a_crowd(proxy, books, session):
-    secret, key = await books.key("acme", budgets=Budgets(total_nusd=5 * HELD_NUSD))
+    secret, key = await books.key("a-budget-is-not", budgets=Budgets(total_nusd=5 * HELD_NUSD))
     client = Client(session, proxy, secret)
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
     assert {None, "spend_limit_exceeded"} == {outcome.code for outcome in outcomes}
@@ -106,19 +116,19 @@ async def test_a_budget_is_not_exceeded_by_a_crowd(proxy, books, session):
 
 
 async def test_an_accounts_bucket_is_shared_by_its_keys(proxy, books, session):
-    await books.directory.put_account(Account("acme", limits=Limits(requests_per_minute=60, burst=10)))
-    keys = [await books.key("acme", "1") for _ in range(4)]
+    await books.directory.put_account(Account("an-accounts-bucket-is", limits=Limits(requests_per_minute=60, burst=10)))
+    keys = [await books.key("an-accounts-bucket-is", "1") for _ in range(4)]
     clients = [Client(session, proxy, secret) for secret, _ in keys]
     began = time.monotonic()
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for client in clients for _ in range(20)))
     admitted = sum(outcome.status == 200 for outcome in outcomes)
     assert 10 <= admitted <= 10 + time.monotonic() - began + 1
-    await books.closed("acme")
+    await books.closed("an-accounts-bucket-is")
 
 
 async def test_what_an_admission_costs(proxy, books, session):
     """One round trip: two scripts a request, and no other command."""
-    secret, key = await books.key("acme")
+    secret, key = await books.key("what-an-admission-costs")
     client = Client(session, proxy, secret)
     for _ in range(20):
         assert (await client.chat(max_tokens=8)).is_whole

@@ -19,14 +19,24 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def running(shared):
+    return shared(workers=2, models=MODELS)
+
+
 @pytest.fixture
-def proxy(start_proxy):
-    return start_proxy(workers=2, models=MODELS)
+def valkey(running):
+    return running[0]
+
+
+@pytest.fixture
+def proxy(running):
+    return running[1]
 
 
 async def test_repeats_at_once_are_charged_once(proxy, books, session):
     for stream in (True, False):
-        account = f"acme-{stream}"
+        account = f"once-{stream}"
         secret, _ = await books.key(account)
         client = Client(session, proxy, secret)
         repeat = {"model": "slow", "stream": stream, "idempotency_key": "once"}
@@ -44,7 +54,7 @@ async def test_repeats_at_once_are_charged_once(proxy, books, session):
 
 
 async def test_a_client_that_goes_and_asks_again_pays_once(proxy, books, session):
-    secret, key = await books.key("acme")
+    secret, key = await books.key("a-client-that-goes")
     client = Client(session, proxy, secret)
     repeat = {"model": "slow", "stream": True, "idempotency_key": "once"}
     gone = asyncio.create_task(client.chat(**repeat))
@@ -59,7 +69,7 @@ async def test_a_client_that_goes_and_asks_again_pays_once(proxy, books, session
 
 
 async def test_another_body_is_refused_and_costs_nothing(proxy, books, session):
-    secret, key = await books.key("acme")
+    secret, key = await books.key("another-body-is-refused")
     client = Client(session, proxy, secret)
     first = await client.chat(model="slow", idempotency_key="once")
     others = await asyncio.gather(
@@ -71,7 +81,7 @@ async def test_another_body_is_refused_and_costs_nothing(proxy, books, session):
 
 
 async def test_repeats_of_what_fails_each_try_and_none_is_charged(proxy, books, session):
-    secret, key = await books.key("acme")
+    secret, key = await books.key("repeats-of-what-fails")
     client = Client(session, proxy, secret)
     outcomes = await asyncio.gather(*(client.chat(model="fails", idempotency_key="once") for _ in range(10)))
     assert set() == {outcome.status for outcome in outcomes} - {502, 503}
@@ -82,7 +92,7 @@ async def test_repeats_survive_the_death_of_the_worker_that_served(proxy, books,
     """The record of a request whose worker died ends with its hold: those that are attached hear that it failed, and the
     next one is served, and alone is charged.
     """
-    secret, key = await books.key("acme")
+    secret, key = await books.key("repeats-survive-the-death")
     client = Client(session, proxy, secret)
     repeat = {"model": "slow", "stream": True, "idempotency_key": "once"}
     running = [asyncio.create_task(client.chat(**repeat)) for _ in range(10)]
@@ -99,7 +109,7 @@ async def test_repeats_survive_the_death_of_the_worker_that_served(proxy, books,
 
 async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, session):
     """Never less than nothing, never more than was held for it."""
-    secret, key = await books.key("acme")
+    secret, key = await books.key("lies-about-usage-are")
     client = Client(session, proxy, secret)
     for lie in LIES:
         for stream in (True, False):
