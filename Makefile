@@ -28,6 +28,16 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# Each target of tests/fuzz for a while, under atheris if that is installed. `make fuzz ARGS="--seconds 3600"`
+.PHONY: fuzz
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
+
+# Half an hour of everything at once, faults included: is anything left over? `make soak ARGS="--seconds 240"`
+.PHONY: soak
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak.run $(ARGS)
+
 # docs/configuration.md, from the typed settings.
 docs: $(STAMP)
 	$(BIN)/python scripts/configuration_doc.py
