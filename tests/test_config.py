@@ -411,6 +411,7 @@ def test_the_example_says_every_default():
 SECTIONS = [
     ("server", config.Server),
     ("log", config.Log),
+    ("stream", config.Stream),
     ("redis", config.Redis),
     ("defaults", config.Defaults),
     ("credits", config.Credits),

@@ -28,8 +28,7 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
         if not response.goes_on:
             _come_to_nothing(response, scanner)
             return
-        if scanner.error is not None:
-            raise _told(scanner.error)
+        _raise_if_first(scanner)
         left_s = until - clock()
         if scanner.events or scanner.done or left_s <= 0:
             return
@@ -40,14 +39,19 @@ def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
     """The stream is over, or as long as may wait: raise unless there is something in it for the client."""
     if response.ended and response.fault is None:
         scanner.finish()
-    if scanner.error is not None:
-        raise _told(scanner.error)
+    _raise_if_first(scanner)
     if scanner.events or scanner.done or not response.ended:
         return
     if response.fault is not None:
         raise response.fault
     problem = upstream_error("The provider ended the stream before it began.", may_have_run=True)
     raise UpstreamFault(problem, safe_to_repeat=True, answered=200)
+
+
+def _raise_if_first(scanner: StreamScanner) -> None:
+    """Raise if the first event is an error. One that came with events before it is the client's to hear of, however fast."""
+    if scanner.error is not None and scanner.events == 1:
+        raise _told(scanner.error)
 
 
 def _told(error: dict[str, Any]) -> UpstreamFault:
