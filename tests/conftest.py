@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
+import hypothesis
 import msgspec
 import openai
 import pytest
@@ -32,6 +33,11 @@ from meshproxy.upstream.simulator import Running, SimulatorSettings, start
 from meshproxy.upstream.simulator.behaviour import TRAITS
 from meshproxy.upstream.simulator.journal import Entry
 from meshproxy.upstream.simulator.mangle import CUTTING
+
+hypothesis.settings.register_profile(
+    "house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)  # a busy machine is no finding
+hypothesis.settings.load_profile("house")
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 PATIENCE_S = 10.0  # for what should take milliseconds

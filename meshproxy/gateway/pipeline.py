@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Callable
 
 from meshproxy.errors import Fault, Problem, UpstreamFault, internal_error, overloaded, upstream_error
-from meshproxy.gateway.admission import affordable, ask_for, first_slice, limit_headers, refused
+from meshproxy.gateway.admission import limit_headers, refused
+from meshproxy.gateway.admitter import Admitter
 from meshproxy.gateway.attempts import Attempts
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
@@ -19,7 +20,7 @@ from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.health import Health
 from meshproxy.gateway.idempotent import Idempotence, Recording
-from meshproxy.gateway.lease import Credit, Lease
+from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.live import Live
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.relay import Relay
@@ -29,7 +30,6 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Denied
-from meshproxy.ledger.store import Unavailable
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
@@ -72,14 +72,12 @@ class Gateway:
         self.deployment = deployment
         self.draining = False
         self._shut_down = False
-        self._ledger = ledger
-        self._local = local
+        self._admitter = Admitter(ledger, local, settler, tasks)
         self._directory = directory
         self._authenticator = authenticator
         self._idempotence = idempotence
         self._settler = settler
         self._recorder = recorder
-        self._tasks = tasks
         self._live = live
         self._clock = clock
         self._spin = spin
@@ -168,7 +166,7 @@ class Gateway:
         self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream
     ) -> Reply | None:
         plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
-        answer = await self._admit(exchange, plan, principal, deployment)
+        answer = await self._admitter.admit(exchange, plan, principal, deployment)
         if isinstance(answer, Denied):
             self._recorder.denied(answer)
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
@@ -197,37 +195,6 @@ class Gateway:
         finally:
             self._live.leases.discard(lease)
             lease.end()
-
-    async def _admit(
-        self, exchange: Exchange, plan: Plan, principal: Principal, deployment: Deployment
-    ) -> Lease | Denied:
-        settings = deployment.settings
-        enforce = settings.limits.enforce_mid_stream and plan.request.stream
-        ask = ask_for(
-            plan, principal, exchange.hold_id, settings.credits, settings.defaults, enforce_mid_stream=enforce
-        )
-        is_local = False
-        try:
-            answer = await self._ledger.admit(ask)
-        except Unavailable:
-            if self._local is None:
-                raise
-            answer, is_local = self._local.admit(ask), True
-        except BaseException as error:
-            is_hang_up = isinstance(error, asyncio.CancelledError)
-            self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
-            raise
-        else:
-            if self._local is not None:
-                self._local.forget()
-        if isinstance(answer, Denied):
-            return answer
-        if ask.amount_min_nusd is not None:
-            plan = affordable(plan, answer)
-        covered = first_slice(plan, settings.credits)
-        slice_tokens = settings.credits.lease_output_tokens * plan.request.n
-        credit = Credit(self._ledger, self._local, self._tasks, enforce_tokens=enforce)
-        return Lease(answer, plan, covered, slice_tokens, credit, is_local=is_local)
 
     async def _answer(self, exchange: Exchange, response: Response) -> Reply:
         """Pass a whole answer on, its bytes unchanged."""

@@ -1,0 +1,61 @@
+"""Admit: from a plan to a lease or a denial, with the ledger or, where that is lost and the settings say so, without it."""
+
+import asyncio
+
+from meshproxy.gateway.admission import affordable, ask_for, first_slice
+from meshproxy.gateway.deployment import Deployment
+from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.lease import Credit, Lease
+from meshproxy.gateway.resolve import Plan
+from meshproxy.gateway.settlement import Settler
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.local import LocalAdmission
+from meshproxy.ledger.records import Admitted, Ask, Denied
+from meshproxy.ledger.store import Unavailable
+from meshproxy.policy.principal import Principal
+from meshproxy.telemetry.tasks import Tasks
+
+
+class Admitter:
+    """Admits the requests of one worker. `local` is None where Redis's absence denies."""
+
+    def __init__(self, ledger: Ledger, local: LocalAdmission | None, settler: Settler, tasks: Tasks) -> None:
+        self._ledger = ledger
+        self._local = local
+        self._settler = settler
+        self._tasks = tasks
+
+    async def admit(
+        self, exchange: Exchange, plan: Plan, principal: Principal, deployment: Deployment
+    ) -> Lease | Denied:
+        """A lease on what the plan may cost, or why there is none. Unavailable where the ledger is lost and has no substitute."""
+        settings = deployment.settings
+        enforce = settings.limits.enforce_mid_stream and plan.request.stream
+        ask = ask_for(
+            plan, principal, exchange.hold_id, settings.credits, settings.defaults, enforce_mid_stream=enforce
+        )
+        answer, is_local = await self._ask(exchange, ask)
+        if isinstance(answer, Denied):
+            return answer
+        if ask.amount_min_nusd is not None:
+            plan = affordable(plan, answer)
+        covered = first_slice(plan, settings.credits)
+        slice_tokens = settings.credits.lease_output_tokens * plan.request.n
+        credit = Credit(self._ledger, self._local, self._tasks, enforce_tokens=enforce)
+        return Lease(answer, plan, covered, slice_tokens, credit, is_local=is_local)
+
+    async def _ask(self, exchange: Exchange, ask: Ask) -> tuple[Admitted | Denied, bool]:
+        """The answer, and whether it is this worker's own. Who stops waiting for it withdraws the hold that it may be."""
+        try:
+            answer = await self._ledger.admit(ask)
+        except Unavailable:
+            if self._local is None:
+                raise
+            return self._local.admit(ask), True
+        except BaseException as error:
+            is_hang_up = isinstance(error, asyncio.CancelledError)
+            self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
+            raise
+        if self._local is not None:
+            self._local.forget()
+        return answer, False
