@@ -119,6 +119,7 @@ class Program:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop(signal.SIGKILL)
                 raise TimeoutError(self.log.read_text(errors="replace")[-4000:])
             time.sleep(POLL_S)
 
