@@ -158,6 +158,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cached_input_usd_per_mtok: Usd | None = None
     cache_write_usd_per_mtok: Usd | None = None
     reasoning_usd_per_mtok: Usd | None = None
+    hidden_reasoning: bool = False
     audio_input_usd_per_mtok: Usd | None = None
     audio_output_usd_per_mtok: Usd | None = None
 

@@ -5,7 +5,7 @@ import math
 from meshproxy.config import Credits, Defaults
 from meshproxy.errors import Problem, insufficient_credits, rate_limit_exceeded, spend_limit_exceeded
 from meshproxy.gateway.call import Headers
-from meshproxy.gateway.resolve import Plan
+from meshproxy.gateway.resolve import Plan, may_serve
 from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Limits, Principal
@@ -13,9 +13,13 @@ from meshproxy.wire.headers import ratelimit_headers
 
 
 def first_slice(plan: Plan, credit: Credits) -> int:
-    """Tokens of output that the hold covers at first: a stream's slice, or all that a whole answer may have."""
+    """Tokens of output that the hold covers at first: a stream's slice, or all that a whole answer may have. So it is too for a
+    stream whose model thinks in secret: what is billed at its end can't be counted on the way.
+    """
     if not plan.request.stream:
         return plan.output_tokens
+    if any(served.hidden_reasoning for served in may_serve(plan.attempts)):
+        return plan.output_bound
     return min(credit.lease_output_tokens * plan.request.n, plan.output_tokens)
 
 

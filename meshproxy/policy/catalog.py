@@ -24,7 +24,7 @@ _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
 class Attempt(Struct, frozen=True):
     """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
     it walks itself, in order, each with the price that is due if it is the one that serves. Neighbours of one model that have a
-    `weight` are equals.
+    `weight` are equals. `hidden_reasoning`: output is billed that a stream doesn't show.
     """
 
     upstream: str
@@ -36,6 +36,7 @@ class Attempt(Struct, frozen=True):
     price: Price
     natives: tuple["Attempt", ...] = ()
     weight: int | None = None
+    hidden_reasoning: bool = False
 
     @property
     def native_models(self) -> tuple[str, ...]:
@@ -128,6 +129,7 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
             max_output_tokens=model.max_output_tokens,
             price=price,
             weight=route.weight,
+            hidden_reasoning=model.hidden_reasoning,
         )
 
     groups = tuple(tuple((attempt(route), route.weight or 1) for route in group) for group in _groups(model.upstreams))

@@ -1,12 +1,13 @@
 import math
 
+import msgspec
 import pytest
 
 from meshproxy.config import Credits, Defaults
 from meshproxy.gateway.admission import affordable, ask_for, clamps, first_slice, limit_headers, limits_of, refused
 from meshproxy.ledger.records import Admitted, Denied
 from meshproxy.policy.principal import Account, Budgets, Limits, Principal
-from tests.gateway.parts import BODY, ask, bucket, plan, principal
+from tests.gateway.parts import BODY, ask, attempt, bucket, plan, principal
 
 PROMPT_NUSD = 18 * 2_500
 
@@ -27,6 +28,11 @@ def test_a_stream_holds_a_slice_and_a_whole_answer_all(body, expected):
 
 def test_a_slice_is_no_more_than_the_whole():
     assert 100 == first_slice(plan(output_cap=100), Credits())
+
+
+def test_a_stream_of_a_model_that_thinks_in_secret_holds_all_it_can_have():
+    secretive = msgspec.structs.replace(attempt(), hidden_reasoning=True)
+    assert 4000 == first_slice(plan(attempts=(secretive,), output_limit=4000), Credits())
 
 
 def test_what_the_ledger_is_asked():
