@@ -43,6 +43,15 @@ class Alone:
         user, system = self._proc("stat").rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / TICKS_PER_S
 
+    @property
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
+
+    async def living(self) -> dict[str, int]:
+        """How much there is in it of what must not grow."""
+        self._process.stdin.write(b"look\n")
+        return json.loads(await self._process.stdout.readline())
+
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
         """A blocking connection."""
         client = socket.socket()
@@ -61,13 +70,13 @@ async def alone(store_server, simulator) -> AsyncIterator:
     async with AsyncExitStack() as stack:
 
         async def start(*, descriptors=None, **tables) -> Alone:
-            return await stack.enter_async_context(_running(store_server, simulator, descriptors, tables))
+            return await stack.enter_async_context(running(store_server, simulator, descriptors, tables))
 
         yield start
 
 
 @asynccontextmanager
-async def _running(store_url, simulator, descriptors, tables) -> AsyncIterator[Alone]:
+async def running(store_url, simulator, descriptors, tables) -> AsyncIterator[Alone]:
     settings = msgspec.to_builtins(settings_for(store_url, simulator.base_url, **tables))
     process = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -43,9 +43,9 @@ async def test_the_sizes_of_its_chunks_differ_only_where_the_largest_grows(start
     asked = request(b"Connection: close", b"Content-Length: %d" % len(body), body=body)
     answer = await mesh.raw(asked.replace(b"KEY", caller.secret.encode()))
     sizes = [size for size in _chunk_sizes(answer.partition(b"\r\n\r\n")[2]) if size]
-    assert sizes == sorted(sizes)
-    assert len(set(sizes)) <= 2
-    assert [] == [size for size in sizes if size % STEP_BYTES]
+    single = [size for size in sizes if size <= MAX_LEVEL_BYTES]  # of the others, many events came at once
+    assert single == sorted(single)
+    assert [] == [size for size in sizes if size % (STEP_BYTES if size in single else MAX_LEVEL_BYTES)]
 
 
 async def test_a_replay_is_padded_as_the_answer_was_and_its_record_is_not(start_mesh):
