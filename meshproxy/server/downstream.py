@@ -13,7 +13,7 @@ from aiohttp.helpers import rfc822_formatted_time
 
 from meshproxy.gateway.call import Headers, Reply
 
-MAX_BUFFERED_BYTES = 65_536  # what may wait for a client before reading upstream stops
+MAX_BUFFERED_BYTES = 32_768  # what may wait for a client before reading upstream stops
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
@@ -56,6 +56,8 @@ class ClientStream:
         """Send the head of a 200 event stream."""
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
         self.begun = True
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
         self._end_with_this_answer()
         self._send(head(200, [*headers, *framing], keep_alive=self.keep_alive, version=self._request.version.minor))
 

@@ -19,6 +19,9 @@ class Transport:
     def write(self, data):
         self.written.append(data)
 
+    def set_write_buffer_limits(self, high):
+        self.high = high
+
     def get_write_buffer_size(self):
         return self.waiting
 
@@ -129,6 +132,7 @@ async def test_who_is_congested_is_paused_by_the_loop_too():
     server = await loop.create_server(Silent, "127.0.0.1", 0)
     transport, protocol = await loop.create_connection(Silent, *server.sockets[0].getsockname())
     client = stream(transport)
+    client.begin([])
     while not client.congested():
         assert not protocol.paused
         transport.write(b"x" * 4096)
