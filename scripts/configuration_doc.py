@@ -32,6 +32,7 @@ SECTIONS: dict[str, type[Struct]] = {
     "limits": config.RateLimits,
     "idempotency": config.Idempotency,
     "metrics.buckets": config.Buckets,
+    "tracing": config.Tracing,
     "upstreams.NAME": config.Upstream,
     'models."ID"': config.Model,
 }

@@ -418,6 +418,7 @@ SECTIONS = [
     ("limits", config.RateLimits),
     ("idempotency", config.Idempotency),
     ("metrics.buckets", config.Buckets),
+    ("tracing", config.Tracing),
     ("upstreams.openai", config.Upstream),
     ('models."openai/gpt-4o"', config.Model),
 ]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from meshproxy.config import Settings, Unfit, parse, resolve_admin_token, resolve_secrets
 from meshproxy.server.tls import server_context
+from meshproxy.telemetry.traces import require_extra
 
 
 def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> tuple[Settings, dict[str, str]]:
     """The settings of a TOML file and the API key of each upstream; Unfit with every fault, an unreadable file or certificate
-    included.
+    and an extra that isn't installed included.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -21,6 +22,7 @@ def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> t
         raise Unfit([f"{path}: not UTF-8"]) from error
     settings = parse(text)
     server_context(settings.server)
+    require_extra(settings.tracing)
     return settings, secrets_of(settings, env)
 
 

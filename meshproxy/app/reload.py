@@ -19,6 +19,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     "redis": tuple(field.name for field in msgspec.structs.fields(Settings().redis)),
     "log": ("format",),
     "metrics": ("buckets",),
+    "tracing": ("endpoint", "sample"),
 }
 
 _log = structlog.get_logger("meshproxy.app")

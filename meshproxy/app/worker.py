@@ -21,6 +21,7 @@ from meshproxy.gateway.live import Live
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.settlement import Settler
+from meshproxy.gateway.spans import Spans
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
@@ -40,6 +41,7 @@ from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
 from meshproxy.telemetry.sink import LineSink
 from meshproxy.telemetry.tasks import Tasks
+from meshproxy.telemetry.traces import open_tracer
 from meshproxy.upstream.provider import Provider
 from meshproxy.version import VERSION
 
@@ -83,6 +85,9 @@ class Worker:
         """Connect to Redis, and stand ready for requests. `generation`: of the configuration, which counts reloads."""
         redis = self.settings.redis
         boot_id = random_source.token_hex(6)
+        self._tracer = open_tracer(self.settings.tracing, VERSION)
+        if self._tracer is not None:
+            self.recorder.spans = Spans(self._tracer, lambda: self.settings.upstreams)
         self.store = await self._connect()
         self.ledger = Ledger(self.store)
         self.journal = self._open_journal()
@@ -175,6 +180,8 @@ class Worker:
         self.journal.close()
         await self.store.close()
         await self._dialling.finish(SETTLE_GRACE_S)
+        if self._tracer is not None:
+            await self._tracer.close()
 
     def not_ready(self) -> list[str]:
         """Why a balancer should send nothing here; empty when it may."""

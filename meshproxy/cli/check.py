@@ -6,6 +6,7 @@ from meshproxy.cli.arguments import add_common
 from meshproxy.cli.configuration import read, required, secrets
 from meshproxy.cli.output import Output
 from meshproxy.server.tls import server_context
+from meshproxy.telemetry.traces import require_extra
 
 EXAMPLES = """\
   meshproxy check --config meshproxy.toml && systemctl reload meshproxy
@@ -25,6 +26,7 @@ def check(args: argparse.Namespace, out: Output) -> None:
     """Unfit, with every fault, unless the file can be served."""
     settings = read(required(args))
     server_context(settings.server)
+    require_extra(settings.tracing)
     secrets(settings)
     if out.as_json:
         out.document({"ok": True, "upstreams": list(settings.upstreams), "models": list(settings.models)})

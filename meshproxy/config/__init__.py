@@ -22,6 +22,7 @@ from meshproxy.config.settings import (
     Server,
     Settings,
     Stream,
+    Tracing,
     Upstream,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "Server",
     "Settings",
     "Stream",
+    "Tracing",
     "Unfit",
     "Upstream",
     "parse",

@@ -22,6 +22,7 @@ from meshproxy.config.settings import (
     Secret,
     Server,
     Settings,
+    Tracing,
     Upstream,
 )
 
@@ -40,6 +41,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield from _redis_faults(settings.redis)
     if settings.metrics is not None and settings.metrics.buckets is not None:
         yield from _bucket_faults(settings.metrics.buckets)
+    yield from _tracing_faults(settings.tracing)
     for name, upstream in (settings.upstreams or {}).items():
         if upstream is not None:
             yield from _upstream_faults(upstream, under("upstreams", name))
@@ -97,6 +99,12 @@ def _bucket_faults(buckets: Buckets) -> Iterator[str]:
             yield f"metrics.buckets.{family}: each edge must be more than the one before it"
         if len(edges) > MOST_EDGES:
             yield f"metrics.buckets.{family}: {len(edges)} edges are more than {MOST_EDGES}"
+
+
+def _tracing_faults(tracing: Tracing | None) -> Iterator[str]:
+    fault = _url_fault(tracing.endpoint) if tracing is not None and tracing.endpoint is not None else None
+    if fault:
+        yield f"tracing.endpoint: {fault}"
 
 
 def _upstream_faults(upstream: Upstream, path: str) -> Iterator[str]:

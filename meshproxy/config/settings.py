@@ -123,6 +123,13 @@ class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     buckets: Buckets = field(default_factory=Buckets)
 
 
+class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[tracing]: spans for an OpenTelemetry collector; needs the extra `otel`."""
+
+    endpoint: BaseUrl | None = None
+    sample: Annotated[float, Meta(ge=0, le=1)] = 1.0
+
+
 class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[upstreams.NAME]: one provider and the patience it is given."""
 
@@ -175,5 +182,6 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: RateLimits = field(default_factory=RateLimits)
     idempotency: Idempotency = field(default_factory=Idempotency)
     metrics: Metrics = field(default_factory=Metrics)
+    tracing: Tracing = field(default_factory=Tracing)
     upstreams: dict[Name, Upstream] = field(default_factory=dict)
     models: dict[Name, Model] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Record: the last phase of every request, its metrics and its one log line."""
+"""Record: the last phase of every request, its metrics, its one log line, and its span where spans are asked for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import structlog
 
 from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.spans import Spans
 from meshproxy.ledger.records import Denied
 from meshproxy.money import format_usd
 from meshproxy.telemetry.families import PHASES
@@ -35,6 +36,7 @@ class Recorder:
 
     def __init__(self, metrics: Metrics, request_log: RequestLog, clock: Callable[[], float]) -> None:
         self.in_flight = 0
+        self.spans: Spans | None = None
         self._metrics = metrics
         self._request_log = request_log
         self._clock = clock
@@ -62,6 +64,8 @@ class Recorder:
         stream = "true" if exchange.plan is not None and exchange.plan.request.stream else "false"
         self._count(exchange, stream, now)
         self._request_log.write(self._line(exchange, stream == "true", now))
+        if self.spans is not None:
+            self.spans.end(exchange, ROUTE, now)
 
     def shed(self, exchange: Exchange) -> None:
         """A request was turned away before it counted as in flight."""

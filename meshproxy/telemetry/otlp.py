@@ -1,0 +1,88 @@
+"""The tracer that sends over OTLP/HTTP, by OpenTelemetry's own SDK. Imported only where an endpoint is set.
+
+The SDK keeps at most 2,048 spans waiting and drops what is more; its thread sends them by the hundred. What a collector does
+or doesn't do touches no request, and is logged at most once a minute.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from meshproxy.telemetry.traces import Attributes
+
+EXPORT_TIMEOUT_S = 5.0  # of one batch, retries included
+FLUSH_S = 3.0  # what a collector may cost at the end
+QUIET_S = 60.0  # between two lines of the SDK's in our log
+SDK_LOGGERS = (OTLPSpanExporter.__module__, "opentelemetry.sdk._shared_internal")  # failed exports, dropped spans
+
+
+class OtlpTracer:
+    """See telemetry.traces.Tracer. `sample`: the share of traces that begin here; for others it is their parent that decides.
+    `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SERVICE_NAME` and `OTEL_EXPORTER_OTLP_HEADERS` of the environment count.
+    """
+
+    def __init__(self, endpoint: str, sample: float, version: str) -> None:
+        ours = {"service.name": "meshproxy", "service.version": version}
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(sample)),
+            resource=Resource.create({**ours, **OTELResourceDetector().detect().attributes}),
+            shutdown_on_exit=False,
+        )
+        exporter = OTLPSpanExporter(endpoint, timeout=EXPORT_TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("meshproxy", version)
+        self._propagator = TraceContextTextMapPropagator()
+        self._quiet = _Quiet()
+        for name in SDK_LOGGERS:
+            logging.getLogger(name).addFilter(self._quiet)
+
+    def span(
+        self, name: str, *, seconds: float, context: Mapping[str, str], describe: Callable[[], Attributes], error: str
+    ) -> None:
+        """One span of a server, ending now."""
+        ended_ns = time.time_ns()
+        span = self._tracer.start_span(
+            name,
+            self._propagator.extract(context, Context()),
+            SpanKind.SERVER,
+            start_time=ended_ns - int(seconds * 1e9),
+        )
+        if span.is_recording():
+            span.set_attributes(describe())
+            if error:
+                span.set_status(Status(StatusCode.ERROR, error))
+        span.end(ended_ns)
+
+    async def close(self) -> None:
+        """Send what waits, for at most FLUSH_S. The thread is a daemon: no collector keeps the process from its end."""
+        flush = threading.Thread(target=self._provider.shutdown, name="traces-flush", daemon=True)
+        flush.start()
+        await asyncio.to_thread(flush.join, FLUSH_S)
+        for name in SDK_LOGGERS:
+            logging.getLogger(name).removeFilter(self._quiet)
+
+
+class _Quiet(logging.Filter):
+    """Lets one record through every QUIET_S."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_at = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002 - whatever it says
+        now = time.monotonic()
+        if now < self._next_at:
+            return False
+        self._next_at = now + QUIET_S
+        return True
