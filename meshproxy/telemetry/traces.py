@@ -36,7 +36,7 @@ def open_tracer(tracing: Tracing, version: str) -> Tracer | None:
     if tracing.endpoint is None:
         return None
     require_extra(tracing)
-    from meshproxy.telemetry.otlp import OtlpTracer  # noqa: PLC0415 - 20 MB that nobody else should pay for
+    from meshproxy.telemetry.otlp import OtlpTracer  # noqa: PLC0415 - where it is asked for, and installed
 
     return OtlpTracer(tracing.endpoint, tracing.sample, version)
 
