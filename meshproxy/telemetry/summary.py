@@ -47,7 +47,9 @@ def summarize(snapshot: Snapshot) -> Summary:
         "upstreams": _upstreams(found),
         "ledger": {
             "ops": sum(ledger["counts"]),
-            "errors": int(sum(found.by(families.LEDGER_ERRORS, "kind").values())),
+            "errors": int(
+                sum(count for kind, count in found.by(families.LEDGER_ERRORS, "kind").items() if kind != "noscript")
+            ),
             "duration": ledger,
         },
         "models": _models(found),

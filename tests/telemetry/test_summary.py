@@ -65,6 +65,7 @@ def test_distributions_are_added_up_over_labels():
     metrics.request_duration.labels("m", "false").observe(0.07)
     metrics.ledger_op_duration.labels("admit").observe(0.001)
     metrics.ledger_errors.labels("timeout").inc(2)
+    metrics.ledger_errors.labels("noscript").inc(3)  # no trouble: the script is sent and runs
     found = summary(metrics)
     assert found["request_duration"]["counts"][1] == 2
     assert (found["ledger"]["ops"], found["ledger"]["errors"]) == (1, 2)
