@@ -21,7 +21,7 @@ PATIENCE_S = 20.0
 MEASURED = {"sim/long": model("sim", "sim/fast?tokens=10000"), "sim/paced": model("sim", "sim/plain?tokens=60&tps=50")}
 
 IDLE_BYTES = 24_576  # of a connection without a request
-STOPPED_BYTES = 131_072  # of a stream whose client doesn't read: 32 KiB that wait, 16 unlooked at, one read of at most 64
+STOPPED_BYTES = 131_072  # of a stream whose client doesn't read: 32 KiB that wait, 16 unlooked at, one read of 64
 REFUSAL_S = 0.05
 GAP_S = 0.15  # of streams that get an event each 20 ms, while others are refused
 
