@@ -25,6 +25,9 @@ MAX_LINE_BYTES = 16_384
 MAX_HEADER_BYTES = 16_384
 MAX_HEADERS = 128
 HEADER_TIMEOUT_S = 10.0
+LINGER_S = (
+    10.0  # read on after an answer to half a body: closed at once, the answer would be lost in a reset (RFC 9112, 9.6)
+)
 
 ChatFunction = Callable[[BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -185,6 +188,7 @@ class Runner(web.AppRunner):
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_HEADER_BYTES,
             max_headers=MAX_HEADERS,
+            lingering_time=LINGER_S,
             strictness=self._strictness,
         )
 
