@@ -1,0 +1,85 @@
+"""The phases of a request on each leg: where in the bytes a fault strikes."""
+
+from meshproxy.ledger.scripts import Script
+from tests.faults.proxy import Fault, Position
+
+HEAD_END = b"\r\n\r\n"
+WAITING = "waiting for the answer"  # struck when the provider has the request, wherever the bytes are
+SCRIPTS = {name: Script.load(name) for name in ("admit", "renew", "settle")}
+
+
+def length_in(head: bytes) -> int:
+    """The content-length of a head that has one."""
+    return int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+
+
+def behind_head(more: int) -> Position:
+    """So many bytes behind a head."""
+
+    def at(seen: bytes) -> int | None:
+        head, found, _ = seen.partition(HEAD_END)
+        return len(head + found) + more if found else None
+
+    return at
+
+
+def whole_request(seen: bytes) -> int | None:
+    """Behind a body of a length that is told."""
+    head, found, _ = seen.partition(HEAD_END)
+    return len(head + found) + length_in(head) if found else None
+
+
+def in_the_middle(seen: bytes) -> int | None:
+    """In the third event of a stream, or in a body."""
+    if b"text/event-stream" not in seen:
+        return behind_head(100)(seen)
+    events = seen.split(b"data: ", 3)
+    return len(seen) - len(events[3]) + 12 if len(events) == 4 else None
+
+
+def at_the_end(seen: bytes) -> int | None:
+    """Behind a stream's [DONE] and before the end of its coding, or before the last byte of a body."""
+    if b"text/event-stream" not in seen:
+        end = whole_request(seen)
+        return None if end is None else end - 1
+    before, found, _ = seen.partition(b"[DONE]\n\n")
+    return len(before + found) if found else None
+
+
+def call(script: str, mode: str) -> Fault:
+    """In the call of a script, ten bytes into its name: it never runs."""
+    sha = SCRIPTS[script].sha.encode()
+
+    def at(seen: bytes) -> int | None:
+        before, found, _ = seen.partition(sha)
+        return len(before) + 10 if found else None
+
+    return Fault(mode, "target", at)
+
+
+def reply(script: str, mode: str, at: int) -> Fault:
+    """In the reply to a script, which has run."""
+    return Fault(mode, "caller", lambda _: at, after=SCRIPTS[script].sha.encode())
+
+
+HTTP = {
+    "connected": Fault,
+    "in the request's head": lambda mode: Fault(mode, "target", lambda _: 40),
+    "in the request's body": lambda mode: Fault(mode, "target", behind_head(10)),
+    "behind the request": lambda mode: Fault(mode, "target", whole_request),
+    "before the answer": lambda mode: Fault(mode, "caller", lambda _: 0),
+    "in the answer's head": lambda mode: Fault(mode, "caller", lambda _: 40),
+    "behind the answer's head": lambda mode: Fault(mode, "caller", behind_head(0)),
+    "in the answer's body": lambda mode: Fault(mode, "caller", in_the_middle),
+    "at the answer's end": lambda mode: Fault(mode, "caller", at_the_end),
+}
+REDIS = {"connected": lambda mode: Fault(mode, lasting=True)} | {
+    f"{script}, {place}": fault
+    for script in SCRIPTS
+    for place, fault in {
+        "in the call": lambda mode, script=script: call(script, mode),
+        "before the reply": lambda mode, script=script: reply(script, mode, 0),
+        "in the reply": lambda mode, script=script: reply(script, mode, 3),
+    }.items()
+}
+PHASES = {"client": {**HTTP, WAITING: None}, "upstream": HTTP, "Redis": REDIS}
