@@ -92,7 +92,9 @@ class Control:
             return answer
 
     def send(self, message: Any) -> None:
-        """Send one frame."""
+        """Send one frame. ConnectionError if the other end is known to be gone."""
+        if self._writer.is_closing():
+            raise ConnectionError("the other end is gone")
         data = _ENCODER.encode(message)
         self._writer.write(_LENGTH.pack(len(data)) + data)
 

@@ -57,6 +57,11 @@ class Child:
         except (ConnectionError, TimeoutError):
             return None
 
+    def tell(self, order: Drain | Hurry) -> None:
+        """Give an order that has no answer. One who is gone needs none."""
+        with contextlib.suppress(ConnectionError):
+            self.control.send(order)
+
     def status(self, now: float, *, stopping: bool) -> WorkerStatus:
         """Its line on the status page."""
         state = "draining" if stopping else "running"
@@ -134,7 +139,7 @@ class Supervisor:
         if len(self._children) == len(self._sockets):
             self.up.set()
         if self._stopping.is_set():
-            child.control.send(Drain())
+            child.tell(Drain())
         return child
 
     async def _brief(self, child: Child) -> None:
@@ -187,7 +192,7 @@ class Supervisor:
 
     def _tell_all(self, order: Drain | Hurry) -> None:
         for child in self._children.values():
-            child.control.send(order)
+            child.tell(order)
 
     async def metrics(self, *, openmetrics: bool) -> bytes:
         """One exposition for all workers."""

@@ -1,0 +1,46 @@
+"""The line between the supervisor and a worker."""
+
+import asyncio
+import socket
+
+import msgspec
+import pytest
+
+from meshproxy.app.control import QUESTIONS, Control, Report
+
+
+@pytest.fixture
+async def pair():
+    ours, theirs = socket.socketpair()
+    ends = await Control.over(ours), await Control.over(theirs)
+    yield ends
+    for end in ends:
+        end.close()
+
+
+async def test_a_question_gets_its_answer(pair):
+    supervisor, worker = pair
+    asking = asyncio.create_task(supervisor.ask(Report()))
+    assert Report() == QUESTIONS.decode(await worker.receive())
+    worker.send(7)
+    assert 7 == msgspec.msgpack.decode(await asking)
+
+
+async def test_the_answer_that_nobody_waited_for_is_not_taken_for_the_next(pair):
+    supervisor, worker = pair
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(supervisor.ask(Report()), 0.01)
+    asking = asyncio.create_task(supervisor.ask(Report()))
+    await worker.receive()
+    worker.send("late")
+    await worker.receive()
+    worker.send("fresh")
+    assert "fresh" == msgspec.msgpack.decode(await asking)
+
+
+async def test_one_who_is_gone_is_told_as_such_however_often_one_asks(pair):
+    supervisor, worker = pair
+    worker.close()
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            await supervisor.ask(Report())
