@@ -19,58 +19,25 @@ import structlog
 from aiohttp import web
 from msgspec.structs import replace
 
+from meshproxy.app.brood import Child
 from meshproxy.app.control import Control, Drain, Hurry, Question, Reload, ReloadFailed, Report, Reported, Start
 from meshproxy.app.notify import READY, STOPPING, notify
 from meshproxy.app.reload import Read, Reloader
 from meshproxy.app.worker import with_redis
 from meshproxy.config import Settings
-from meshproxy.server.admin import Status, WorkerStatus, create_admin
+from meshproxy.server.admin import Status, create_admin
 from meshproxy.server.sockets import listen, listen_shared, name_of
 from meshproxy.telemetry import exposition, logs
 from meshproxy.telemetry.snapshot import Fleet
 from meshproxy.telemetry.summary import summarize
 from meshproxy.version import VERSION
 
-ANSWER_S = 2.0  # a worker that takes longer to answer is left out of a scrape
 STEADY_S = 10.0  # a worker that lived so long has its backoff forgotten
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 10.0
 EXIT_GRACE_S = 30.0  # beyond drain_s, before a worker is killed
 
 _log = structlog.get_logger("meshproxy.app")
-
-
-class Child:
-    """One worker process and the line to it."""
-
-    def __init__(self, number: int, restarts: int, process: asyncio.subprocess.Process, control: Control) -> None:
-        self.number = number
-        self._restarts = restarts
-        self._started_at = time.time()
-        self.process = process
-        self.control = control
-
-    async def ask(self, question: Question) -> bytes | None:
-        """The answer, still encoded, or None from a worker that is gone or stuck."""
-        try:
-            return await asyncio.wait_for(self.control.ask(question), ANSWER_S)
-        except (ConnectionError, TimeoutError):
-            return None
-
-    def tell(self, order: Drain | Hurry) -> None:
-        """Give an order that has no answer. One who is gone needs none."""
-        with contextlib.suppress(ConnectionError):
-            self.control.send(order)
-
-    def status(self, now: float, *, stopping: bool) -> WorkerStatus:
-        """Its line on the status page."""
-        state = "draining" if stopping else "running"
-        return {
-            "pid": self.process.pid,
-            "state": state,
-            "uptime_s": now - self._started_at,
-            "restarts": self._restarts,
-        }
 
 
 class Supervisor:
