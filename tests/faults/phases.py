@@ -5,6 +5,7 @@ from tests.faults.proxy import Fault, Position
 
 HEAD_END = b"\r\n\r\n"
 WAITING = "waiting for the answer"  # struck when the provider has the request, wherever the bytes are
+IDLE = "idle in the pool"  # struck before the request
 SCRIPTS = {name: Script.load(name) for name in ("admit", "renew", "settle")}
 
 
@@ -82,4 +83,4 @@ REDIS = {"connected": lambda mode: Fault(mode, lasting=True)} | {
         "in the reply": lambda mode, script=script: reply(script, mode, 3),
     }.items()
 }
-PHASES = {"client": {**HTTP, WAITING: None}, "upstream": HTTP, "Redis": REDIS}
+PHASES = {"client": {**HTTP, WAITING: None}, "upstream": {IDLE: None, **HTTP}, "Redis": REDIS}

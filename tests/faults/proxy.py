@@ -65,11 +65,11 @@ class FaultProxy:
         for pair in self._pairs.values():
             pair.reset()
 
-    async def strike(self, mode: str) -> None:
-        """Do it now, to every connection that is open; a half-close is the caller's."""
+    async def strike(self, mode: str, towards: str) -> None:
+        """Do it now, to every connection that is open."""
         self.struck += 1
         for pair in list(self._pairs.values()):
-            await pair.strike(mode, "target")
+            await pair.strike(mode, towards)
 
     def take(self) -> Fault | None:
         """The fault, which is to be done now."""

@@ -1,0 +1,82 @@
+"""One case from its fault to its outcome."""
+
+import asyncio
+import json
+
+from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.usage_report import recent
+from tests.faults.conftest import PATIENCE_S, SHORT_S
+from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING, length_in
+from tests.faults.table import GENTLE, Outcome
+
+FULL_NUSD = 255_000  # 6 tokens of prompt and 24 of output
+
+
+async def played(stage, case):
+    """What came of a case. Fails if anything is left of it: a task, a descriptor, a lease, a relay, a request in flight or a
+    settlement in the journal.
+    """
+    leg, phase, mode, shape = case
+    before = stage.held()
+    got = await struck(stage, leg, phase, mode, stream=shape == "stream")
+    stage.wires[leg].fault = None
+    await stage.mesh.until(lambda: stage.mesh.worker.store.connected)
+    stage.mesh.worker.gateway.deployment.providers["wired"].retire()  # an idle connection is no leak
+    await stage.until(before, stage.held)
+    return await written(stage, heard(got))
+
+
+async def struck(stage, leg, phase, mode, *, stream):
+    """What a client gets whose request meets the fault."""
+    mesh, wire = stage.mesh, stage.wires[leg]
+    patience_s = 2.5 * SHORT_S if (leg, mode) == ("client", "blackhole") else PATIENCE_S
+    if phase == IDLE:
+        before = await stage.ask("paced", stream=False, patience_s=patience_s, caller=await mesh.key())
+        assert "200" == heard(before)
+        await mesh.quiet()
+        mesh.log.lines.clear()
+        await wire.strike(mode, "caller")
+        return await stage.ask("paced", stream=stream, patience_s=patience_s)
+    if phase == WAITING:
+        asked = asyncio.create_task(stage.ask("pondering", stream=stream, patience_s=patience_s))
+        await mesh.until(lambda: mesh.received)
+        await wire.strike(mode, "target")
+        return await asked
+    wire.fault = PHASES[leg][phase](mode)
+    if wire.fault.lasting:
+        wire.cut()
+        await mesh.until(lambda: not mesh.worker.store.connected)
+        if mode in GENTLE:
+            await mesh.until(lambda: mesh.worker.store.connected)
+    got = await stage.ask("paced", stream=stream, patience_s=patience_s)
+    await mesh.until(lambda: wire.struck)
+    return got
+
+
+async def written(stage, got):
+    """The outcome as client, log and ledger have it, whose books balance."""
+    mesh, account = stage.mesh, stage.caller.account
+    balance = await mesh._released(account)
+    assert balance.granted_nusd == balance.balance_nusd + balance.settled_nusd
+    assert 0 == await mesh.worker.store.execute("HLEN", AccountKeys(account).holds)
+    assert 0 <= balance.settled_nusd <= FULL_NUSD
+    charge = {0: "nothing", FULL_NUSD: "all"}.get(balance.settled_nusd, "a part")
+    events = [event["event"] for event in await recent(mesh.worker.store, account, 100)]
+    hold = " ".join(event for event in events if event != "grant")
+    lines = [(line["outcome"], line["status"], line["usage_source"]) for line in mesh.log.lines]
+    assert len(lines) <= 1
+    return Outcome(got, lines[0] if lines else None, hold, charge)
+
+
+def heard(got):
+    """What the client got, in a word or two."""
+    head, _, body = got.partition(HEAD_END)
+    if b"transfer-encoding: chunked" in head:
+        if not body.endswith(b"\r\n0\r\n\r\n"):
+            return "broken"
+        last = [line.removeprefix(b"data: ") for line in body.split(b"\n") if line.startswith(b"data: ")][-1]
+        return "200" if last == b"[DONE]" else f"200, {json.loads(last)['error']['code']}"
+    if not body or len(body) != length_in(head):
+        return "broken"
+    status = head.split(b" ", 2)[1].decode()
+    return status if status == "200" else f"{status} {json.loads(body)['error']['code']}"

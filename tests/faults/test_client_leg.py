@@ -1,0 +1,11 @@
+"""The wire to the client fails at each phase of a request: see table.py."""
+
+import pytest
+
+from tests.faults.play import played
+from tests.faults.table import cases_of, expected_of
+
+
+@pytest.mark.parametrize("case", cases_of("client"), ids=", ".join)
+async def test_a_fault_has_its_outcome_and_leaves_nothing(stage, case):
+    assert expected_of(case) == await played(stage, case)
