@@ -106,9 +106,7 @@ class Attempts:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
         left_s = exchange.call.deadline - exchange.sent_at
         asked = provider.post(CHAT_PATH, exchange.call.forward, body)
-        response = await (asked if left_s > _patience_s(attempt, deployment) else _within(left_s, asked))
-        exchange.first_byte_at = self._clock()
-        return response
+        return await (asked if left_s > _patience_s(attempt, deployment) else _within(left_s, asked))
 
     def _hold_s(self, exchange: Exchange, deployment: Deployment) -> float:
         """How long the client's head may wait for the first event: not past its first ping, nor its patience."""

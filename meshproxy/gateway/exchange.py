@@ -31,7 +31,6 @@ class Exchange:
         "cost_nusd",
         "detached",
         "events",
-        "first_byte_at",
         "first_event_at",
         "hold_id",
         "last_event_at",
@@ -73,7 +72,6 @@ class Exchange:
         self.cost_nusd = 0
         self.events = 0
         self.sent_at = 0.0
-        self.first_byte_at = 0.0
         self.first_event_at = 0.0
         self.last_event_at = 0.0
         self.max_gap_s = 0.0

@@ -41,21 +41,18 @@ class Sent(web.StreamResponse):
 class ClientStream:
     """The gateway's `Downstream` over one aiohttp request. HTTP/1.1 clients get chunks, HTTP/1.0 ones read to the end."""
 
-    __slots__ = ("_chunked", "_is_closing", "_protocol", "_request", "_transport", "begun", "keep_alive")
+    __slots__ = ("_chunked", "_is_closing", "_request", "_transport", "keep_alive")
 
     def __init__(self, request: web.BaseRequest, *, is_closing: Callable[[], bool]) -> None:
         self._request = request
-        self._protocol = request.protocol
         self._transport = request.transport
         self._chunked = request.version >= (1, 1)
         self._is_closing = is_closing
         self.keep_alive = request.keep_alive and self._chunked
-        self.begun = False
 
     def begin(self, headers: Headers) -> None:
         """Send the head of a 200 event stream."""
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
-        self.begun = True
         if self._transport is not None:
             self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
         self._end_with_this_answer()
