@@ -2,11 +2,10 @@
 
 import argparse
 
+from meshproxy import app
 from meshproxy.cli.arguments import add_common
-from meshproxy.cli.configuration import read, required, secrets
+from meshproxy.cli.configuration import required
 from meshproxy.cli.output import Output
-from meshproxy.server.tls import server_context
-from meshproxy.telemetry.traces import require_extra
 
 EXAMPLES = """\
   meshproxy check --config meshproxy.toml && systemctl reload meshproxy
@@ -24,10 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace, out: Output) -> None:
     """Unfit, with every fault, unless the file can be served."""
-    settings = read(required(args))
-    server_context(settings.server)
-    require_extra(settings.tracing)
-    secrets(settings)
+    settings, _ = app.load(required(args))
     if out.as_json:
         out.document({"ok": True, "upstreams": list(settings.upstreams), "models": list(settings.models)})
     else:

@@ -1,14 +1,12 @@
 """The configuration that a command's arguments name."""
 
 import argparse
-import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from meshproxy.cli.output import Misused
-from meshproxy.config import Settings, Unfit, parse, resolve_secrets
+from meshproxy.config import Settings, Unfit, parse
 
 
 def load(args: argparse.Namespace) -> Settings:
@@ -36,13 +34,3 @@ def required(args: argparse.Namespace) -> str:
     if not args.config:
         raise Misused("--config FILE is required (or set MESHPROXY_CONFIG)")
     return str(args.config)
-
-
-def secrets(settings: Settings, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The API key of each upstream; Unfit if one can't be had."""
-    return resolve_secrets(settings, env, _text)
-
-
-def _text(path: str) -> str:
-    """A secret's file. Bytes that are no text become characters that `resolve_secrets` refuses."""
-    return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from msgspec.structs import asdict
 
 from meshproxy import app, config
+from meshproxy.app.load import secrets_of
 from meshproxy.cli.arguments import add_common, port
-from meshproxy.cli.configuration import secrets
 from meshproxy.cli.dev_greeting import Place, greeting
 from meshproxy.cli.dev_settings import dev_settings
 from meshproxy.cli.output import Failed, Misused, Output
@@ -75,7 +75,7 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
             out.flush()
 
         try:
-            await app.run(settings, secrets(settings), on_ready=on_ready)
+            await app.run(settings, secrets_of(settings), on_ready=on_ready)
         except OSError as error:
             raise Failed("cannot_listen", f"{settings.server.listen}: {error.strerror or error}") from error
 
