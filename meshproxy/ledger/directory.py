@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from meshproxy.ledger.cache import MISS, Cache, Miss
+from meshproxy.ledger.cache import Cache
 from meshproxy.ledger.keyspace import ACCOUNTS, KEY_IDS, AccountKeys, key_record
 from meshproxy.ledger.store import Store, StoreError
 from meshproxy.ledger.templates import Templates
 from meshproxy.policy.principal import Account, Budgets, Key, Limits, Principal
 from meshproxy.policy.template import Template
 
-__all__ = ["MISS", "Directory", "Miss", "check_account_name", "digest_of", "mint_secret"]
+__all__ = ["Directory", "check_account_name", "digest_of", "mint_secret"]
 
 TTL_S = 1.0
 MAX_PRINCIPALS = 16_384  # cached in one worker
@@ -62,10 +62,6 @@ class Directory:
         self._principals: Cache[Principal] = Cache(
             self._fetch_principal, clock=clock, ttl_s=ttl_s, stale_s=stale_s, max_weight=MAX_PRINCIPALS
         )
-
-    def principal_cached(self, secret: str) -> Principal | Miss | None:
-        """Who calls with this secret, if it is known here now; None: nobody; MISS: `principal` has to ask."""
-        return self._principals.peek(digest_of(secret))
 
     async def principal(self, secret: str) -> Principal | None:
         """Who calls with this secret, whatever the key's status; None for an unknown one. Raises Unavailable."""

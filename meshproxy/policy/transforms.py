@@ -7,25 +7,12 @@ from typing import Any
 
 import msgspec
 
-from meshproxy.errors import Detail, Fault, Source, invalid
 from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt
 
-MIDDLE_OUT = "middle-out"
 CUT = "\n[...]\n"  # stands where text was taken out
 
 Message = dict[str, Any]
 Count = Callable[[Message], int]
-
-
-def check_transforms(names: Sequence[str]) -> None:
-    """Fault `validation_error` naming every transform that there isn't."""
-    details = [
-        Detail("enum", ("body", "transforms", index), f"Unknown transform `{name[:64]}`; there is `{MIDDLE_OUT}`")
-        for index, name in enumerate(names)
-        if name != MIDDLE_OUT
-    ]
-    if details:
-        raise Fault(Source.CLIENT, invalid("`transforms` may only be `middle-out`.", *details, param="transforms"))
 
 
 def message_tokens(message: Message) -> int:

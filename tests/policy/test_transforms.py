@@ -3,9 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.errors import Detail, Fault
 from meshproxy.policy.tokens import estimate_prompt
-from meshproxy.policy.transforms import CUT, check_transforms, message_tokens, middle_out
+from meshproxy.policy.transforms import CUT, message_tokens, middle_out
 
 
 def say(role, content, **more):
@@ -123,24 +122,3 @@ def test_ten_thousand_messages():
     result = middle_out(messages, 1000)
     assert (messages[0], messages[-1]) == (result[0], result[-1])
     assert 900 < estimate_prompt(msgspec.json.encode(result), None, len(result)) <= 1000
-
-
-@pytest.mark.parametrize("names", [(), ("middle-out",), ("middle-out", "middle-out")])
-def test_known_transforms(names):
-    assert check_transforms(names) is None
-
-
-def test_unknown_transforms_are_all_named():
-    with pytest.raises(Fault) as caught:
-        check_transforms(("middle-out", "zip", ""))
-    details = (
-        Detail("enum", ("body", "transforms", 1), "Unknown transform `zip`; there is `middle-out`"),
-        Detail("enum", ("body", "transforms", 2), "Unknown transform ``; there is `middle-out`"),
-    )
-    problem = caught.value.problem
-    assert (422, "validation_error", "transforms", details) == (
-        problem.status,
-        problem.code,
-        problem.param,
-        problem.details,
-    )
