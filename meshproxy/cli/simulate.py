@@ -1,12 +1,13 @@
 """`meshproxy simulate`: the simulated provider alone."""
 
 import argparse
+import asyncio
 
 import msgspec
 
 from meshproxy.cli.arguments import add_common, port
 from meshproxy.cli.output import Failed, Misused, Output
-from meshproxy.upstream.simulator import Running, SimulatorSettings, serve
+from meshproxy.upstream.simulator import SimulatorSettings, start
 from meshproxy.upstream.simulator.behaviour import FAMILIES, PREFIX, TRAITS
 
 EXAMPLES = """\
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=float,
         default=defaults.first_token_s,
+        dest="first_token_s",
         help=f"delay of the first (default: {defaults.first_token_s:g})",
     )
     parser.add_argument("--api-key", metavar="KEY", help="the only bearer token let in (default: everyone is)")
@@ -47,28 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def simulate(args: argparse.Namespace, out: Output) -> None:
     """Serve until interrupted."""
-
-    def ready(running: Running) -> None:
-        if out.as_json:
-            out.document({"base_url": running.base_url})
-        else:
-            out.line(f"The simulated provider is at {running.base_url}. Ctrl-C ends it.")
-
     try:
-        await serve(args.host, args.port, settings_of(args), ready=ready)
-    except OSError as error:
-        raise Failed("cannot_listen", f"{args.host}:{args.port}: {error.strerror or error}") from error
-
-
-def settings_of(args: argparse.Namespace) -> SimulatorSettings:
-    """The settings that the flags mean."""
-    fields = {
-        "tokens_per_second": args.tokens_per_second,
-        "first_token_s": args.first_token,
-        "api_key": args.api_key,
-        "openrouter": args.openrouter,
-    }
-    try:
-        return msgspec.convert(fields, SimulatorSettings)
+        settings = msgspec.convert(vars(args), SimulatorSettings)
     except msgspec.ValidationError as error:
         raise Misused(str(error)) from error
+    try:
+        running = await start(args.host, args.port, settings)
+    except OSError as error:
+        raise Failed("cannot_listen", f"{args.host}:{args.port}: {error.strerror or error}") from error
+    try:
+        if out.as_json:
+            out.document({"base_url": running.base_url})
+        out.line(f"The simulated provider is at {running.base_url}. Ctrl-C ends it.")
+        out.flush()
+        await asyncio.Event().wait()
+    finally:
+        await running.close()

@@ -4,13 +4,12 @@ It exists so that the gateway can be tried, tested and measured without an accou
 exact as the OpenAI SDKs are strict; the ill-behaved part does, one by one, what providers and networks do in production.
 docs/simulator.md lists the names by which a fault is asked for.
 
-A request's way through the files: `app` (routes) > `ask` and `checks` (what is wanted, or OpenAI's 400) > `behaviour` (which
-faults) > `replies` (what will be said: `prose`, `tools`, `schema`) > `chunks` and `mangle` (the events) > `delivery` (when)
-> `line` and `framing` (the very bytes on the socket). `journal` remembers what came in and how it ended.
+A request's way through the files: `app` (routes) > `ask` (what is wanted, or OpenAI's 400) > `behaviour` (which faults) >
+`replies` (what will be said: `prose`, `tools`, `schema`) > `chunks` and `mangle` (the events) > `delivery` (when) > `line`
+(the very bytes on the socket). `journal` remembers what came in and how it ended.
 """
 
-from meshproxy.upstream.simulator.app import create_simulator
-from meshproxy.upstream.simulator.runner import Running, serve, start
+from meshproxy.upstream.simulator.runner import Running, start
 from meshproxy.upstream.simulator.settings import SimulatorSettings
 
-__all__ = ["Running", "SimulatorSettings", "create_simulator", "serve", "start"]
+__all__ = ["Running", "SimulatorSettings", "start"]

@@ -4,28 +4,27 @@ import contextlib
 import hmac
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
-import msgspec
 from aiohttp import hdrs, web
 
-from meshproxy.upstream.simulator import inspection, refusals
 from meshproxy.upstream.simulator.ask import Ask, decode_ask
-from meshproxy.upstream.simulator.behaviour import Behaviour, read_behaviour
+from meshproxy.upstream.simulator.behaviour import FAMILIES, PREFIX, TRAITS, Behaviour, read_behaviour
 from meshproxy.upstream.simulator.delivery import Delivery, pace_of
-from meshproxy.upstream.simulator.faults import BREAKING, fails_outright, instead_of_reply, refuse_on_demand
+from meshproxy.upstream.simulator.faults import BREAKING, INSTEAD, OUTRIGHT, REDIRECTED, misbehave, refuse_on_demand
 from meshproxy.upstream.simulator.journal import BROKEN, CLIENT_CLOSED, COMPLETED, Entry, Journal
-from meshproxy.upstream.simulator.line import JSON, Headers, Line
-from meshproxy.upstream.simulator.models import model_object, model_objects
+from meshproxy.upstream.simulator.line import JSON, Line
 from meshproxy.upstream.simulator.refusals import Refusal
-from meshproxy.upstream.simulator.replies import compose
+from meshproxy.upstream.simulator.replies import SEEDED_CREATED, compose
 from meshproxy.upstream.simulator.settings import SimulatorSettings
 
 FAULT_HEADER = "x-sim-fault"
 KIND_HEADER = "x-sim-kind"
-JOURNAL: web.AppKey[Journal] = web.AppKey("simulator_journal", Journal)
+PLAIN = TRAITS["plain"]
+MODELS = {"gpt-4o": PLAIN, "gpt-4o-mini": PLAIN} | {PREFIX + name: what for name, what in (TRAITS | FAMILIES).items()}
 
 # What OpenAI sends beside an answer, for a gateway to keep to itself.
-PROVIDER_HEADERS: Headers = (
+PROVIDER_HEADERS = (
     ("server", "meshproxy-simulator"),
     ("openai-version", "2020-10-01"),
     ("openai-organization", "org-simulated"),
@@ -37,30 +36,26 @@ PROVIDER_HEADERS: Headers = (
 )
 
 
-def create_simulator(
-    settings: SimulatorSettings | None = None, *, clock: Callable[[], float] = time.time
-) -> web.Application:
-    """The application. Run it with `handler_cancellation=True`, so that a hang-up is noticed at once. `clock`: Unix seconds."""
-    settings = settings or SimulatorSettings()
-    simulator = Simulator(settings, clock)
-    app = web.Application(middlewares=[_tell_as_openai], client_max_size=settings.max_body_bytes)
-    app[JOURNAL] = simulator.journal
-    for prefix in ("/v1", ""):
-        app.router.add_post(f"{prefix}/chat/completions", simulator.chat)
-        app.router.add_get(f"{prefix}/models", simulator.models)
-        app.router.add_get(f"{prefix}/models/{{id:.+}}", simulator.model)
-    app.router.add_get("/healthz", _healthz)
-    inspection.add_routes(app.router, simulator.journal)
-    return app
-
-
 class Simulator:
     """One provider: its settings and what it remembers."""
 
-    def __init__(self, settings: SimulatorSettings, clock: Callable[[], float]) -> None:
+    def __init__(self, settings: SimulatorSettings) -> None:
         self.journal = Journal()
         self._settings = settings
-        self._clock = clock
+
+    def application(self) -> web.Application:
+        """Run it with `handler_cancellation=True`, so that a hang-up is noticed at once."""
+        app = web.Application(middlewares=[_tell_as_openai], client_max_size=self._settings.max_body_bytes)
+        for prefix in ("/v1", ""):
+            app.router.add_post(f"{prefix}/chat/completions", self.chat)
+            app.router.add_get(f"{prefix}/models", self.models)
+            app.router.add_get(f"{prefix}/models/{{id:.+}}", self.model)
+        app.router.add_get("/healthz", self.health)
+        app.router.add_get("/_sim/requests", self.requests)
+        app.router.add_delete("/_sim/requests", self.forget)
+        app.router.add_get("/_sim/stats", self.stats)
+        app.router.add_route("*", REDIRECTED, self.redirected)
+        return app
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions"""
@@ -78,21 +73,46 @@ class Simulator:
         return line.written()
 
     async def models(self, request: web.Request) -> web.Response:
-        """GET /v1/models"""
+        """GET /v1/models: two plain ones, and every fault by name with what it does; families as a pattern."""
         self._authenticate(request)
-        return _json({"object": "list", "data": model_objects()})
+        return web.json_response({"object": "list", "data": [_model(name) for name in MODELS]})
 
     async def model(self, request: web.Request) -> web.Response:
         """GET /v1/models/{id}"""
         self._authenticate(request)
         read_behaviour(request.match_info["id"], None)
-        return _json(model_object(request.match_info["id"]))
+        return web.json_response(_model(request.match_info["id"]))
+
+    async def health(self, _request: web.Request) -> web.Response:
+        """GET /healthz"""
+        return web.json_response({"status": "ok"})
+
+    async def requests(self, _request: web.Request) -> web.Response:
+        """GET /_sim/requests: what was received, oldest first, for tests in any language to ask."""
+        return web.json_response({"requests": [entry.told() for entry in self.journal.entries]})
+
+    async def forget(self, _request: web.Request) -> web.Response:
+        """DELETE /_sim/requests"""
+        self.journal.clear()
+        return web.Response(status=204)
+
+    async def stats(self, _request: web.Request) -> web.Response:
+        """GET /_sim/stats"""
+        journal = self.journal
+        open_now = {"open_requests": journal.open_requests, "open_streams": journal.open_streams}
+        return web.json_response({**open_now, "totals": journal.totals})
+
+    async def redirected(self, request: web.Request) -> web.Response:
+        """Nobody should come here: a gateway never follows a redirect. Whoever does is noted."""
+        self.journal.close(self.journal.open(request, await request.read()), COMPLETED)
+        return web.json_response({"redirected": True})
 
     async def _answer(self, request: web.Request, body: bytes, line: Line, entry: Entry) -> str:
         """Answer, and say how it ended."""
         try:
             self._authenticate(request)
-            ask = decode_ask(body, openrouter=self._is_openrouter(request))
+            openrouter = self._settings.openrouter or request.headers.get(KIND_HEADER) == "openrouter"
+            ask = decode_ask(body, openrouter=openrouter)
             entry.model = ask.model
             if ask.stream:
                 self.journal.streams(entry)
@@ -103,11 +123,11 @@ class Simulator:
             return COMPLETED
 
     async def _reply(self, line: Line, ask: Ask, model: str, behaviour: Behaviour, entry: Entry) -> str:
-        fault = instead_of_reply(behaviour)
-        if fault is not None:
-            await fault(line, ask)
+        fault = behaviour.one_of(INSTEAD)
+        if fault:
+            await misbehave(fault, line, stream=ask.stream)
         else:
-            reply = compose(ask, model, behaviour, self._clock())
+            reply = compose(ask, model, behaviour, time.time())
             await Delivery(line, reply, ask, behaviour, pace_of(behaviour, self._settings), entry).run()
         return BROKEN if behaviour.one_of(BREAKING) else COMPLETED
 
@@ -117,7 +137,7 @@ class Simulator:
         for model in others:
             with contextlib.suppress(Refusal):
                 behaviour = self._behaviour(model, header)
-                if not fails_outright(behaviour):
+                if not behaviour.one_of(OUTRIGHT):
                     return model, behaviour
         return last, self._behaviour(last, header)
 
@@ -126,17 +146,21 @@ class Simulator:
         refuse_on_demand(behaviour, self.journal)
         return behaviour
 
-    def _is_openrouter(self, request: web.Request) -> bool:
-        return self._settings.openrouter or request.headers.get(KIND_HEADER) == "openrouter"
-
     def _authenticate(self, request: web.Request) -> None:
         if self._settings.api_key is None:
             return
         scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         if scheme.lower() != "bearer":
-            raise refusals.bad_key(None)
+            raise Refusal(401, "You didn't provide an API key. Send it as `Authorization: Bearer YOUR_KEY`.")
         if not hmac.compare_digest(token.encode(errors="replace"), self._settings.api_key.encode()):
-            raise refusals.bad_key(token)
+            shown = f"{token[:4]}****{token[-4:]}" if len(token) > 12 else "****"  # as much of it as OpenAI shows
+            raise Refusal(401, f"Incorrect API key provided: {shown}.", code="invalid_api_key")
+
+
+def _model(name: str) -> dict[str, Any]:
+    """OpenAI's model object, and a description, as OpenRouter's has."""
+    about = {"created": SEEDED_CREATED, "owned_by": "simulator", "description": MODELS.get(name, PLAIN)}
+    return {"id": name, "object": "model", **about}
 
 
 @web.middleware
@@ -144,25 +168,16 @@ async def _tell_as_openai(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Whatever aiohttp would refuse in plain text is refused in OpenAI's words."""
+    called = f"{request.method} {request.path[:256]}"
     try:
         return await handler(request)
-    except Refusal as refusal:
-        return _refused(refusal)
+    except Refusal as error:
+        refusal = error
     except web.HTTPNotFound:
-        return _refused(refusals.unknown_url(request.method, request.path))
+        refusal = Refusal(404, f"Unknown request URL: {called}. Please check it for typos.", code="unknown_url")
     except web.HTTPMethodNotAllowed:
-        return _refused(refusals.wrong_method(request.method, request.path))
+        refusal = Refusal(405, f"Not allowed: {called}.", code="method_not_supported")
     except web.HTTPRequestEntityTooLarge:
-        return _refused(refusals.too_large(request.client_max_size))
-
-
-async def _healthz(_request: web.Request) -> web.Response:
-    return _json({"status": "ok"})
-
-
-def _refused(refusal: Refusal) -> web.Response:
+        message = f"The request body is larger than {request.client_max_size} bytes."
+        refusal = Refusal(413, message, code="request_too_large")
     return web.Response(status=refusal.status, body=refusal.body(), content_type="application/json")
-
-
-def _json(value: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Meta, Struct
 
-from meshproxy.upstream.simulator import refusals
+from meshproxy.upstream.simulator.refusals import Refusal
 
 PREFIX = "sim/"
 MAX_TOKENS = 32_768
@@ -62,7 +62,7 @@ FAMILIES: dict[str, str] = {
     "flaky-N": "every Nth request answers 500",
     "fail-first-N": "the first N requests answer 503",
 }
-_FAMILY = re.compile(r"(error|tokens|flaky|fail-first)-(\d{1,9})")
+_FAMILY = re.compile(r"(error)-([45]\d\d)|(tokens)-(\d{1,9})|(flaky|fail-first)-([1-9]\d{0,8})")
 
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,14 +80,14 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Behaviour(Struct, frozen=True):
-    """What this answer will be like. `name` is how it was asked for, and what flaky and fail-first count by."""
+    """What this answer will be like. `name` is how it was asked for, and what flaky and fail-first count by; `numbers` are those
+    of the families: error, flaky, fail-first.
+    """
 
     name: str
     traits: frozenset[str]
+    numbers: dict[str, int]
     options: Options
-    status: int | None = None
-    flaky: int | None = None
-    fail_first: int | None = None
 
     def one_of(self, traits: Iterable[str]) -> str | None:
         """The first of these that was asked for."""
@@ -98,53 +98,44 @@ def read_behaviour(model: str, header: str | None) -> Behaviour:
     """Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown header value or a bad option."""
     names, options = _from_model(model)
     more, header_options = _from_header(header or "")
-    families = dict(_family(name) for name in (*names, *more) if _FAMILY.fullmatch(name))
-    if "tokens" in families:
-        options.setdefault("tokens", families["tokens"])
+    families = [found for found in map(_FAMILY.fullmatch, names + more) if found]
+    numbers = {kind: int(number) for kind, number in (filter(None, found.groups()) for found in families)}
+    if "tokens" in numbers:
+        options = {"tokens": str(numbers["tokens"])} | options
     return Behaviour(
         name=f"{model} {header or ''}",
-        traits=frozenset(name for name in (*names, *more) if name in TRAITS),
+        traits=frozenset(names + more) & TRAITS.keys(),
+        numbers=numbers,
         options=_options(options | header_options),
-        status=families.get("error"),
-        flaky=families.get("flaky"),
-        fail_first=families.get("fail-first"),
     )
 
 
-def _from_model(model: str) -> tuple[list[str], dict[str, str | int]]:
+def _from_model(model: str) -> tuple[list[str], dict[str, str]]:
     if not model.startswith(PREFIX):
         return [], {}
     names, _, query = model.removeprefix(PREFIX).partition("?")
     listed = names.split("+")
-    if not all(_known(name) for name in listed):
-        raise refusals.no_such_model(model)
+    if not all(map(_known, listed)):
+        message = f"The model `{model[:128]}` does not exist or you do not have access to it."
+        raise Refusal(404, message, code="model_not_found")
     return listed, dict(parse_qsl(query, keep_blank_values=True))
 
 
-def _from_header(header: str) -> tuple[list[str], dict[str, str | int]]:
+def _from_header(header: str) -> tuple[list[str], dict[str, str]]:
     words = [word.strip().removeprefix(PREFIX) for word in header.split(",") if word.strip()]
     names = [word for word in words if "=" not in word]
     for name in names:
         if not _known(name):
-            raise refusals.invalid(f"Unknown x-sim-fault: '{name[:64]}'.", "x-sim-fault")
-    return names, {name.strip(): value.strip() for name, _, value in (w.partition("=") for w in words if "=" in w)}
+            raise Refusal(400, f"Unknown x-sim-fault: '{name[:64]}'.", param="x-sim-fault")
+    return names, dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def _known(name: str) -> bool:
-    family = _FAMILY.fullmatch(name)
-    if family is None:
-        return name in TRAITS
-    kind, number = family[1], int(family[2])
-    return 400 <= number <= 599 if kind == "error" else number >= (0 if kind == "tokens" else 1)
+    return name in TRAITS or _FAMILY.fullmatch(name) is not None
 
 
-def _family(name: str) -> tuple[str, int]:
-    kind, number = name.rsplit("-", 1)
-    return kind, int(number)
-
-
-def _options(named: dict[str, str | int]) -> Options:
+def _options(named: dict[str, str]) -> Options:
     try:
         return msgspec.convert(named, Options, strict=False)
     except msgspec.ValidationError as error:
-        raise refusals.invalid(f"Bad simulator option: {error}.", "model") from None
+        raise Refusal(400, f"Bad simulator option: {error}.", param="model") from None

@@ -12,10 +12,8 @@ import msgspec
 
 from meshproxy.upstream.simulator.ask import Ask
 from meshproxy.upstream.simulator.behaviour import Behaviour
-from meshproxy.upstream.simulator.completion import broken_completion, logprobs_of
-from meshproxy.upstream.simulator.deltas import Delta, deltas_of, opening_of
-from meshproxy.upstream.simulator.replies import FINGERPRINT, Reply
-from meshproxy.upstream.simulator.usage import reported
+from meshproxy.upstream.simulator.completion import BROKEN, logprobs_of
+from meshproxy.upstream.simulator.replies import FINGERPRINT, Call, Choice, Reply
 
 DONE = b"data: [DONE]\n\n"
 
@@ -35,7 +33,6 @@ class EventStream:
 
     def __init__(self, reply: Reply, ask: Ask, behaviour: Behaviour) -> None:
         self._reply = reply
-        self._behaviour = behaviour
         self._logprobs = ask.logprobs
         self._head = _head(reply)
         self._tells = ask.include_usage and "no-usage" not in behaviour.traits
@@ -43,48 +40,51 @@ class EventStream:
         self._early = self._tells and "usage-early" in behaviour.traits
 
     def __iter__(self) -> Iterator[Event]:
-        for choice in self._reply.choices:
-            yield Event(0, 0, self._chunk(_choice(choice.index, opening_of(choice)), self._usage_so_far(0)))
-        spoken = 0
-        for delta in merge(*map(deltas_of, self._reply.choices), key=itemgetter(0)):
-            spoken += delta.tokens
-            yield Event(delta.step, delta.tokens, self._chunk(self._told(delta), self._usage_so_far(spoken)))
+        choices, spoken = self._reply.choices, 0
+        for choice in choices:
+            yield Event(0, 0, self._chunk(_choice(choice.index, _opening(choice)), spoken))
+        for step, tokens, told in merge(*map(self._deltas, choices), key=itemgetter(0)):
+            spoken += tokens
+            yield Event(step, tokens, self._chunk(told, spoken))
         step = max(self._reply.steps - 1, 0)
-        for payload in self._ends():
-            yield Event(step, 0, payload)
-
-    def _told(self, delta: Delta) -> bytes:
-        if not (self._logprobs and delta.tokens):
-            return _choice(delta.choice, delta.json)
-        return _choice(delta.choice, delta.json, logprobs=encode(logprobs_of([delta.text])))
-
-    def _ends(self) -> Iterator[bytes]:
-        """The finish reasons, the usage where it is told, and [DONE]."""
-        last = self._reply.choices[-1]
-        for choice in self._reply.choices:
-            usage = self._usage() if self._early and choice is last else self._usage_so_far(self._reply.tokens)
-            yield self._chunk(_choice(choice.index, b"{}", finish=encode(choice.finish)), usage)
+        for choice in choices:
+            finish = _choice(choice.index, b"{}", finish=encode(choice.finish))
+            yield Event(step, 0, self._chunk(finish, spoken, tell=self._early and choice is choices[-1]))
         if self._tells and not self._early:
-            yield self._chunk(b"", self._usage())
-        yield DONE
+            yield Event(step, 0, self._chunk(b"", spoken, tell=True))
+        yield Event(step, 0, DONE)
 
-    def _chunk(self, choices: bytes, usage: bytes) -> bytes:
+    def _deltas(self, choice: Choice) -> Iterator[tuple[int, int, bytes]]:
+        """Thoughts, content, calls: a token each; a call's name comes before its arguments and is not counted. Yields the
+        tokens of the choice before it, its own, and the chunk's choice.
+        """
+        step = 0
+        for name, tokens in ((b"reasoning_content", choice.thoughts), (b"content", choice.content)):
+            for token in tokens:
+                yield step, 1, self._token(choice.index, token, b'{"%b":%b}' % (name, encode(token)))
+                step += 1
+        for position, call in enumerate(choice.calls):
+            yield step, 0, _choice(choice.index, _naming(position, call))
+            for token in call.arguments:
+                delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (position, encode(token))
+                yield step, 1, self._token(choice.index, token, delta)
+                step += 1
+
+    def _token(self, index: int, token: str, delta: bytes) -> bytes:
+        return _choice(index, delta, logprobs=encode(logprobs_of([token])) if self._logprobs else b"null")
+
+    def _chunk(self, choices: bytes, spoken: int, *, tell: bool = False) -> bytes:
+        """`tell`: this is the chunk for the usage, which is null in the others, or absent if it isn't told at all."""
+        usage = b',"usage":null' if self._tells else b""
+        if tell or self._every:
+            usage = b',"usage":' + encode(self._reply.usage(spoken))
         return b'%b,"choices":[%b]%b}\n\n' % (self._head, choices, usage)
-
-    def _usage(self) -> bytes:
-        return b',"usage":' + encode(reported(self._reply.usage(), self._behaviour))
-
-    def _usage_so_far(self, spoken: int) -> bytes:
-        """The `usage` member of a chunk that isn't the one for usage."""
-        if self._every:
-            return b',"usage":' + encode(reported(self._reply.usage(spoken), self._behaviour))
-        return b',"usage":null' if self._tells else b""
 
 
 def error_event(reply: Reply) -> bytes:
     """How OpenRouter tells that a stream broke after it had begun."""
     choices = b'{"index":0,"delta":{"content":""},"finish_reason":"error"}'
-    return b'%b,"choices":[%b],%b\n\n' % (_head(reply), choices, broken_completion().removeprefix(b"{"))
+    return b'%b,"choices":[%b],"error":%b}\n\n' % (_head(reply), choices, encode(BROKEN["error"]))
 
 
 def _head(reply: Reply) -> bytes:
@@ -101,3 +101,14 @@ def _head(reply: Reply) -> bytes:
 
 def _choice(index: int, delta: bytes, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
     return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (index, delta, logprobs, finish)
+
+
+def _opening(choice: Choice) -> bytes:
+    """The first delta, which says whose turn it is."""
+    content = None if choice.calls or choice.thoughts else ""
+    return encode({"role": "assistant", "content": content, "refusal": None})
+
+
+def _naming(position: int, call: Call) -> bytes:
+    function = {"name": call.name, "arguments": ""}
+    return encode({"tool_calls": [{"index": position, "id": call.id, "type": "function", "function": function}]})

@@ -8,7 +8,9 @@ import msgspec
 from meshproxy.upstream.simulator.ask import Ask
 from meshproxy.upstream.simulator.behaviour import Behaviour
 from meshproxy.upstream.simulator.replies import FINGERPRINT, Choice, Reply
-from meshproxy.upstream.simulator.usage import reported
+
+# How OpenRouter tells, under a 200, that a provider broke while it was answering.
+BROKEN = {"error": {"code": 502, "message": "Provider disconnected unexpectedly"}}
 
 
 def completion(reply: Reply, ask: Ask, behaviour: Behaviour) -> bytes:
@@ -21,13 +23,8 @@ def completion(reply: Reply, ask: Ask, behaviour: Behaviour) -> bytes:
         "choices": [_choice(choice, logprobs=ask.logprobs) for choice in reply.choices],
     }
     if "no-usage" not in behaviour.traits:
-        told["usage"] = reported(reply.usage(), behaviour)
+        told["usage"] = reply.usage(reply.tokens)
     return msgspec.json.encode(told | {"service_tier": "default", "system_fingerprint": FINGERPRINT})
-
-
-def broken_completion() -> bytes:
-    """How OpenRouter tells, under a 200, that a provider broke while it was answering."""
-    return msgspec.json.encode({"error": {"code": 502, "message": "Provider disconnected unexpectedly"}})
 
 
 def logprobs_of(tokens: Sequence[str]) -> dict[str, Any]:
@@ -38,15 +35,6 @@ def logprobs_of(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _choice(choice: Choice, *, logprobs: bool) -> dict[str, Any]:
-    return {
-        "index": choice.index,
-        "message": _message(choice),
-        "logprobs": logprobs_of(choice.content) if logprobs and choice.content else None,
-        "finish_reason": choice.finish,
-    }
-
-
-def _message(choice: Choice) -> dict[str, Any]:
     content = None if choice.calls else "".join(choice.content)
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     if choice.thoughts:
@@ -56,4 +44,9 @@ def _message(choice: Choice) -> dict[str, Any]:
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": "".join(call.arguments)}}
             for call in choice.calls
         ]
-    return message
+    return {
+        "index": choice.index,
+        "message": message,
+        "logprobs": logprobs_of(choice.content) if logprobs and choice.content else None,
+        "finish_reason": choice.finish,
+    }

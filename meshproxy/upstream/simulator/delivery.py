@@ -8,22 +8,20 @@ import asyncio
 import gzip
 from collections.abc import Awaitable, Callable, Iterable
 
+import msgspec
 from msgspec import Struct
 
 from meshproxy.upstream.simulator.ask import Ask
 from meshproxy.upstream.simulator.behaviour import Behaviour
 from meshproxy.upstream.simulator.chunks import Event, EventStream, error_event
-from meshproxy.upstream.simulator.completion import broken_completion, completion
-from meshproxy.upstream.simulator.framing import CHUNKED, UNTIL_CLOSE, Framing, sized
+from meshproxy.upstream.simulator.completion import BROKEN, completion
 from meshproxy.upstream.simulator.journal import Entry
-from meshproxy.upstream.simulator.line import JSON, Line
+from meshproxy.upstream.simulator.line import EVENT_STREAM, JSON, PAGE, Line
 from meshproxy.upstream.simulator.mangle import CUTTING, mangled
 from meshproxy.upstream.simulator.replies import Reply
 from meshproxy.upstream.simulator.settings import SimulatorSettings
 
 BREATHE_EVERY = 64  # events that needn't be waited for, before other streams get their turn
-EVENT_STREAM = ("content-type", "text/event-stream; charset=utf-8")
-PAGE = ("content-type", "text/html; charset=utf-8")
 
 
 class Pace(Struct, frozen=True):
@@ -61,28 +59,39 @@ class Delivery(Struct):
     async def run(self) -> None:
         """Returns at the end, good or bad. `ConnectionError`: the client was gone before it."""
         await (self._stream() if self.ask.stream else self._unstreamed())
+        match self.behaviour.one_of(CUTTING):
+            case "stall" | "stall-mid":
+                await self.line.silence()
+            case "die-mid-stream":
+                self.line.close()
+            case "reset-mid-stream":
+                self.line.reset()
+            case "bad-chunk":
+                await self.line.garble()
+            case _:
+                await self.line.end()
 
     async def _stream(self) -> None:
-        events: Iterable[Event] = EventStream(self.reply, self.ask, self.behaviour)
-        events = mangled(iter(events), self.behaviour, error_event(self.reply))
-        framing = CHUNKED
+        whole = EventStream(self.reply, self.ask, self.behaviour)
+        events: Iterable[Event] = mangled(whole, self.behaviour, error_event(self.reply))
+        length = None
         if "content-length-stream" in self.behaviour.traits:
             events = list(events)
-            framing = sized(sum(len(event.payload) for event in events))
-        await self._head(framing)
+            length = sum(len(event.payload) for event in events)
+        self._head(length)
+        await self.line.write()
         await (self._burst(events) if "burst" in self.behaviour.traits else self._paced(events))
-        await self._end()
 
     async def _unstreamed(self) -> None:
         body, broken = self._body(), self.behaviour.one_of(CUTTING)
-        framing = CHUNKED if broken in {"end-early", "bad-chunk"} else sized(len(body))
         await asyncio.sleep(self.pace.due_s(self.reply.steps))
-        await self._head(framing, flush=broken is not None)
+        self._head(None if broken in {"end-early", "bad-chunk"} else len(body))
+        if broken:
+            await self.line.write()
         if broken != "stall":
             unfinished = broken and broken != "error-mid-stream"
             await self._write(body[: len(body) // 2] if unfinished else body)
             self.entry.sent(self.reply.tokens)
-        await self._end()
 
     async def _paced(self, events: Iterable[Event]) -> None:
         loop, write = asyncio.get_running_loop(), self._write
@@ -97,7 +106,7 @@ class Delivery(Struct):
     async def _burst(self, events: Iterable[Event]) -> None:
         whole = list(events)
         await asyncio.sleep(self.pace.first_s)
-        await self.line.write_at_once(event.payload for event in whole)
+        await self.line.write(*(event.payload for event in whole))
         for event in whole:
             self.entry.sent(event.tokens)
 
@@ -107,31 +116,16 @@ class Delivery(Struct):
 
     def _body(self) -> bytes:
         if "error-mid-stream" in self.behaviour.traits:
-            body = broken_completion()
+            body = msgspec.json.encode(BROKEN)
         else:
             body = completion(self.reply, self.ask, self.behaviour)
         return gzip.compress(body, mtime=0) if "gzip" in self.behaviour.traits else body
 
-    async def _head(self, framing: Framing, *, flush: bool = True) -> None:
+    def _head(self, length: int | None) -> None:
         traits = self.behaviour.traits
         usual = EVENT_STREAM if self.ask.stream else JSON
         headers = [PAGE if "wrong-content-type" in traits else usual]
         if "gzip" in traits:
             headers.append(("content-encoding", "gzip"))
-        if "eof-delimited" in traits:
-            framing = UNTIL_CLOSE
-        await self.line.head(200, headers, framing, flush=flush)
-
-    async def _end(self) -> None:
-        """The honest end, or the one that the behaviour cuts it off with."""
-        match self.behaviour.one_of(CUTTING):
-            case "stall" | "stall-mid":
-                await self.line.silence()
-            case "die-mid-stream":
-                self.line.close()
-            case "reset-mid-stream":
-                self.line.reset()
-            case "bad-chunk":
-                await self.line.garble()
-            case _:
-                await self.line.end()
+        until_close = "eof-delimited" in traits
+        self.line.head(200, headers, length=None if until_close else length, chunked=not until_close)

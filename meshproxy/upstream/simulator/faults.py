@@ -1,84 +1,49 @@
 """Answers that are no answers: what happens instead of a reply."""
 
-from collections.abc import Awaitable, Callable
-
-from meshproxy.upstream.simulator import refusals
-from meshproxy.upstream.simulator.ask import Ask
 from meshproxy.upstream.simulator.behaviour import Behaviour
-from meshproxy.upstream.simulator.delivery import EVENT_STREAM, PAGE
 from meshproxy.upstream.simulator.journal import Journal
-from meshproxy.upstream.simulator.line import JSON, Line
+from meshproxy.upstream.simulator.line import EVENT_STREAM, JSON, PAGE, Line
 from meshproxy.upstream.simulator.mangle import CUTTING
+from meshproxy.upstream.simulator.refusals import on_demand
 
+OUTRIGHT = ("error-html", "refuse", "reset")  # OpenRouter would go on to its next model: nothing of an answer was seen
+INSTEAD = ("error-html", "not-json", "empty", "redirect", "refuse", "reset", "stall-head")
 BREAKING = (*CUTTING, "refuse", "reset", "stall-head")  # an answer that has no honest end
 REDIRECTED = "/_sim/redirected"
 
-Fault = Callable[[Line, Ask], Awaitable[None]]
+HTML = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\r\n"
+NONSENSE = b"<<this is {not JSON"
 
 
 def refuse_on_demand(behaviour: Behaviour, journal: Journal) -> None:
     """Raise the `Refusal` that was asked for: always, every Nth time, or the first N times."""
-    if behaviour.status is not None:
-        raise refusals.on_demand(behaviour.status, behaviour.options.retry_after)
-    if behaviour.flaky is None and behaviour.fail_first is None:
+    numbers, retry_after_s = behaviour.numbers, behaviour.options.retry_after
+    if "error" in numbers:
+        raise on_demand(numbers["error"], retry_after_s)
+    if not numbers.keys() & {"flaky", "fail-first"}:
         return
     count = journal.count(behaviour.name)
-    if behaviour.flaky is not None and count % behaviour.flaky == 0:
-        raise refusals.on_demand(500, behaviour.options.retry_after)
-    if behaviour.fail_first is not None and count <= behaviour.fail_first:
-        raise refusals.on_demand(503, behaviour.options.retry_after)
+    if "flaky" in numbers and count % numbers["flaky"] == 0:
+        raise on_demand(500, retry_after_s)
+    if count <= numbers.get("fail-first", 0):
+        raise on_demand(503, retry_after_s)
 
 
-def fails_outright(behaviour: Behaviour) -> bool:
-    """Whether OpenRouter would go on to its next model: nothing of an answer was seen."""
-    return behaviour.one_of(("error-html", "refuse", "reset")) is not None
-
-
-def instead_of_reply(behaviour: Behaviour) -> Fault | None:
-    """What to do instead of replying, if something: called with the line and what was wanted."""
-    trait = behaviour.one_of(_FAULTS)
-    return _FAULTS[trait] if trait else None
-
-
-async def _error_html(line: Line, _ask: Ask) -> None:
-    page = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\r\n"
-    await line.answer(502, [PAGE], page)
-
-
-async def _not_json(line: Line, ask: Ask) -> None:
-    nonsense = b"<<this is {not JSON"
-    if ask.stream:
-        await line.answer(200, [EVENT_STREAM], b"data: " + nonsense + b"\n\n")
-    else:
-        await line.answer(200, [JSON], nonsense)
-
-
-async def _empty(line: Line, ask: Ask) -> None:
-    await line.answer(200, [EVENT_STREAM if ask.stream else JSON], b"")
-
-
-async def _redirect(line: Line, _ask: Ask) -> None:
-    await line.answer(302, [("location", REDIRECTED), PAGE], b"")
-
-
-async def _refuse(line: Line, _ask: Ask) -> None:
-    line.close()
-
-
-async def _reset(line: Line, _ask: Ask) -> None:
-    line.reset()
-
-
-async def _stall_head(line: Line, _ask: Ask) -> None:
-    await line.silence()
-
-
-_FAULTS: dict[str, Fault] = {
-    "error-html": _error_html,
-    "not-json": _not_json,
-    "empty": _empty,
-    "redirect": _redirect,
-    "refuse": _refuse,
-    "reset": _reset,
-    "stall-head": _stall_head,
-}
+async def misbehave(fault: str, line: Line, *, stream: bool) -> None:
+    """One of `INSTEAD`."""
+    kind = EVENT_STREAM if stream else JSON
+    match fault:
+        case "error-html":
+            await line.answer(502, [PAGE], HTML)
+        case "not-json":
+            await line.answer(200, [kind], b"data: %b\n\n" % NONSENSE if stream else NONSENSE)
+        case "empty":
+            await line.answer(200, [kind], b"")
+        case "redirect":
+            await line.answer(302, [("location", REDIRECTED), PAGE], b"")
+        case "refuse":
+            line.close()
+        case "reset":
+            line.reset()
+        case "stall-head":
+            await line.silence()

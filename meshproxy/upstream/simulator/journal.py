@@ -17,6 +17,7 @@ MAX_KEPT_BYTES = 67_108_864  # of all bodies together
 MAX_COUNTED = 1_000  # names of flaky and fail-first behaviours
 
 OPEN, COMPLETED, CLIENT_CLOSED, BROKEN = "open", "completed", "client_closed", "broken"
+TOTALS = ("requests", "streams", COMPLETED, CLIENT_CLOSED, BROKEN, "tokens")
 
 
 class Entry(Struct, kw_only=True):
@@ -48,48 +49,41 @@ class Entry(Struct, kw_only=True):
         return shown | {"body": _decoded(self.raw_body), "body_text": self.raw_body.decode(errors="replace")}
 
 
-class Totals(Struct):
-    """Since the start, or since the journal was cleared."""
-
-    requests: int = 0
-    streams: int = 0
-    completed: int = 0
-    client_closed: int = 0
-    broken: int = 0
-    tokens: int = 0
-
-
 class Journal:
-    """The last requests, the totals, and how often each flaky behaviour was asked for."""
+    """The last requests, the totals since it was cleared, and how often each flaky behaviour was asked for."""
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque()
-        self.totals = Totals()
         self.open_requests = 0
         self.open_streams = 0
         self._numbers = count()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything but what is open."""
+        self.entries.clear()
+        self.totals = dict.fromkeys(TOTALS, 0)
         self._counted: dict[str, int] = {}
         self._kept_bytes = 0
 
     def open(self, request: web.Request, body: bytes) -> Entry:
         """Note a request that has come."""
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
         entry = Entry(
             number=next(self._numbers),
             method=request.method,
             path=request.path_qs,
-            headers=headers,
+            headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers],
             raw_body=body[:MAX_BODY_BYTES],
         )
         self._keep(entry)
-        self.totals.requests += 1
+        self.totals["requests"] += 1
         self.open_requests += 1
         return entry
 
     def streams(self, entry: Entry) -> None:
         """Note that it is a stream."""
         entry.stream = True
-        self.totals.streams += 1
+        self.totals["streams"] += 1
         self.open_streams += 1
 
     def close(self, entry: Entry, ended: str) -> None:
@@ -97,8 +91,8 @@ class Journal:
         entry.ended = ended
         self.open_requests -= 1
         self.open_streams -= entry.stream
-        self.totals.tokens += entry.tokens
-        setattr(self.totals, ended, getattr(self.totals, ended) + 1)
+        self.totals["tokens"] += entry.tokens
+        self.totals[ended] += 1
 
     def count(self, name: str) -> int:
         """How often this has been counted, now included."""
@@ -107,17 +101,6 @@ class Journal:
             del self._counted[next(iter(self._counted))]
         self._counted[name] = counted
         return counted
-
-    def clear(self) -> None:
-        """Forget everything but what is open."""
-        self.entries.clear()
-        self.totals = Totals()
-        self._counted.clear()
-        self._kept_bytes = 0
-
-    def stats(self) -> dict[str, Any]:
-        """What is open, and the totals."""
-        return {"open_requests": self.open_requests, "open_streams": self.open_streams, "totals": self.totals}
 
     def _keep(self, entry: Entry) -> None:
         self._kept_bytes += len(entry.raw_body)

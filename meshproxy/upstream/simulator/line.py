@@ -1,25 +1,28 @@
 """The connection an answer goes out on, to the byte.
 
 aiohttp reads the requests; answers are written on its transport by hand, since most of what a simulated provider has to do
-wrong is what a well-made server library refuses to do. `ConnectionError` says that the client is gone.
+wrong is what a well-made server library refuses to do. A body's end is told by chunks, by a length, or by the end of the
+connection (RFC 9112, section 6). `ConnectionError` says that the client is gone.
 """
 
 import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
 
 from aiohttp import HttpVersion11, web
 
-from meshproxy.upstream.simulator.framing import CHUNKED, UNTIL_CLOSE, Framing, awkward_pieces, halves, sized
+from meshproxy.upstream.simulator.cuts import awkward_pieces, halves
 
 LOOK_S = 0.25  # how often a silent connection looks whether its client is still there
 SPLIT_GAP_S = 0.001  # between two awkward pieces: long enough to be read one by one
 JSON = ("content-type", "application/json")
+EVENT_STREAM = ("content-type", "text/event-stream; charset=utf-8")
+PAGE = ("content-type", "text/html; charset=utf-8")
 
 Headers = Sequence[tuple[str, str]]
 
@@ -52,7 +55,7 @@ class Line:
         self._headers = headers
         self._modern = request.version >= HttpVersion11
         self._keep_alive = request.keep_alive and self._modern
-        self._framing = CHUNKED
+        self._chunked = False
         self._held = b""
         self.status = 0
 
@@ -62,36 +65,39 @@ class Line:
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer in one write."""
-        await self.head(status, headers, sized(len(body)), flush=False)
-        await self._send(body)
+        self.head(status, headers, length=len(body))
+        await self.write(body)
 
-    async def head(self, status: int, headers: Headers, framing: Framing, *, flush: bool = True) -> None:
-        """The head: at once, or with what is written next. HTTP/1.0 knows no chunks: its body ends with the connection."""
+    def head(self, status: int, headers: Headers, *, length: int | None = None, chunked: bool = True) -> None:
+        """The head, sent with what is written next. The body's end is told by its length, else by chunks, which HTTP/1.0 doesn't
+        know, else by the end of the connection.
+        """
         self.status = status
-        self._framing = framing if self._modern or not framing.chunked else UNTIL_CLOSE
-        self._keep_alive = self._keep_alive and self._framing.keeps_alive
-        self._held = self._head(headers)
-        if flush:
-            await self._send(b"")
+        self._chunked = length is None and chunked and self._modern
+        self._keep_alive = self._keep_alive and (length is not None or self._chunked)
+        told = [("date", formatdate(usegmt=True)), *self._headers, *headers]
+        if length is not None:
+            told.append(("content-length", str(length)))
+        if self._chunked:
+            told.append(("transfer-encoding", "chunked"))
+        if not self._keep_alive:
+            told.append(("connection", "close"))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in told)
+        self._held = f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}\r\n{lines}\r\n".encode("latin-1")
 
-    async def write(self, payload: bytes) -> None:
-        """A piece of the body: a chunk of its own where there are chunks."""
-        await self._send(self._framing.frame(payload))
-
-    async def write_at_once(self, payloads: Iterable[bytes]) -> None:
-        """Several pieces in one write."""
-        await self._send(b"".join(map(self._framing.frame, payloads)))
+    async def write(self, *payloads: bytes) -> None:
+        """Pieces of the body in one write, each a chunk of its own where there are chunks."""
+        await self._send(b"".join(map(self._framed, payloads)))
 
     async def write_split(self, payload: bytes) -> None:
         """A piece of the body in two chunks and many writes."""
-        frames = b"".join(map(self._framing.frame, halves(payload)))
-        for piece in awkward_pieces(frames):
+        for piece in awkward_pieces(b"".join(map(self._framed, halves(payload)))):
             await self._send(piece)
             await asyncio.sleep(SPLIT_GAP_S)
 
     async def end(self) -> None:
         """The honest end of the body."""
-        await self._send(self._framing.end)
+        await self._send(b"0\r\n\r\n" if self._chunked else b"")
 
     async def garble(self) -> None:
         """Bytes where a chunk's size should be, and the end of the connection."""
@@ -118,6 +124,11 @@ class Line:
         while self._connected():  # noqa: ASYNC110 - only where handlers are not cancelled does it take a look
             await asyncio.sleep(LOOK_S)
 
+    def _framed(self, payload: bytes) -> bytes:
+        if not self._chunked:
+            return payload
+        return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+
     async def _send(self, data: bytes) -> None:
         self._connected().write(self._held + data)
         self._held = b""
@@ -128,16 +139,5 @@ class Line:
             raise ConnectionResetError
         return self._transport
 
-    def _head(self, headers: Headers) -> bytes:
-        told = [("date", formatdate(usegmt=True)), *self._headers, *headers, self._framing.header]
-        if not self._keep_alive and self._framing.keeps_alive:
-            told.append(("connection", "close"))
-        lines = "".join(f"{name}: {value}\r\n" for name, value in told)
-        return f"HTTP/1.1 {self.status} {_reason(self.status)}\r\n{lines}\r\n".encode("latin-1")
 
-
-def _reason(status: int) -> str:
-    return HTTPStatus(status).phrase if status in _PHRASED else "Unknown"
-
-
-_PHRASED = frozenset(map(int, HTTPStatus))
+_PHRASES = {int(status): status.phrase for status in HTTPStatus}

@@ -5,7 +5,7 @@ that text to the byte.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from random import Random
 
 USUAL_TOKENS = 60
@@ -24,23 +24,20 @@ def answer(rng: Random, words: str, tokens: int | None, *, unicode: bool) -> lis
     """A friendly reply to `words`: exactly `tokens` long, or as long as they ask ("in 200 words"), or whole sentences of about
     sixty tokens.
     """
-    wanted = tokens if tokens is not None else asked_length(words)
-    opening = tokenize(_opening(rng, words))
+    asked = _ASKED.search(words)
+    if tokens is None and asked:
+        tokens = int(asked[1])
+    wanted = USUAL_TOKENS if tokens is None else tokens
+    told = tokenize(_opening(rng, words))
     sentences = _sentences(rng, unicode=unicode)
-    if wanted is None:
-        return opening + _at_least(USUAL_TOKENS - len(opening), sentences)
-    return (opening + _at_least(wanted - len(opening), sentences))[:wanted]
+    while len(told) < wanted:
+        told += next(sentences)
+    return told[:tokens]
 
 
 def thoughts(rng: Random) -> list[str]:
     """What a reasoning model says to itself first."""
     return tokenize(rng.choice(_THOUGHTS))
-
-
-def asked_length(words: str) -> int | None:
-    """The N of "N words" or "N tokens", if that is in the text."""
-    asked = _ASKED.search(words)
-    return int(asked[1]) if asked else None
 
 
 def _opening(rng: Random, words: str) -> str:
@@ -50,23 +47,15 @@ def _opening(rng: Random, words: str) -> str:
     return rng.choice(_OPENINGS).format(quote=quote) if quote else "Hello! You said nothing, so I will begin."
 
 
-def _sentences(rng: Random, *, unicode: bool) -> Iterator[Sequence[str]]:
+def _sentences(rng: Random, *, unicode: bool) -> Iterator[list[str]]:
     """All of them in some order, and then again in another."""
     sentences = _UNICODE_TOKENS if unicode else _SENTENCE_TOKENS
     while True:
         yield from rng.sample(sentences, len(sentences))
 
 
-def _at_least(tokens: int, sentences: Iterator[Sequence[str]]) -> list[str]:
-    """Whole sentences, and at least one."""
-    told = list(next(sentences))
-    while len(told) < tokens:
-        told.extend(next(sentences))
-    return told
-
-
-def _cut(sentences: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(tokenize(" " + sentence)) for sentence in sentences)
+def _cut(*sentences: str) -> list[list[str]]:
+    return [tokenize(" " + sentence) for sentence in sentences]
 
 
 _OPENINGS = (
@@ -80,41 +69,29 @@ _THOUGHTS = (
     "Let me see. Nothing here depends on being right, only on arriving in order, so I will write plainly.",
 )
 _SENTENCE_TOKENS = _cut(
-    (
-        "I am a simulated model, so nothing I say costs anything.",
-        "Each of these words travels as an event of its own.",
-        "Somewhere between us a proxy counts them and passes them on untouched.",
-        "A river does not hurry, and yet it arrives at the sea.",
-        "The kettle hums, the window is open, and the morning is still cool.",
-        "If you close the connection now, I will notice and stop.",
-        "A good answer is short; a good test is long.",
-        "The lighthouse keeper wrote down the hour of every ship.",
-        "There is bread on the table and a letter nobody has opened.",
-        "Numbers are honest when two people count them.",
-        "The train was late, but the view was worth the wait.",
-        "In the garden, the old pear tree leans a little more each year.",
-        "Ask me twice with the same seed and I will repeat myself.",
-        "Snow fell on the harbour, and the boats grew quiet.",
-        "Every stream ends; the careful ones say so.",
-        "The carpenter measured twice, smiled, and cut once.",
-        "What is held must be settled, said the clerk, and closed the book.",
-        "Between the mountains a road winds down to a town of nine bridges.",
-        "She tuned the violin until the room agreed with it.",
-        "Rain makes the stones shine like the backs of fish.",
-    )
+    "I am a simulated model, so nothing I say costs anything.",
+    "Each of these words travels as an event of its own.",
+    "Somewhere between us a proxy counts them and passes them on untouched.",
+    "A river does not hurry, and yet it arrives at the sea.",
+    "If you close the connection now, I will notice and stop.",
+    "A good answer is short; a good test is long.",
+    "Numbers are honest when two people count them.",
+    "Ask me twice with the same seed and I will repeat myself.",
+    "Every stream ends; the careful ones say so.",
+    "What is held must be settled, said the clerk, and closed the book.",
+    "Between the mountains a road winds down to a town of nine bridges.",
+    "Rain makes the stones shine like the backs of fish.",
 )
 _UNICODE_TOKENS = _cut(
-    (
-        "😀 Grinning, \U0001f469\u200d\U0001f469\u200d\U0001f467 a family of three.",
-        "\U0001f3f3\ufe0f\u200d\U0001f308 One flag of four code points.",
-        "你好世界。这是一条流。",
-        "こんにちは、世界。ストリームです。",
-        "안녕하세요, 세계.",
-        "مرحبا بالعالم، هذا نص من اليمين إلى اليسار.",
-        "שלום עולם.",
-        "Zalgo e\u0301\u0327\u0323, a mark alone \u0301, and a joiner \u200d by itself.",
-        "Naïve café, Straße, Ærøskøbing, Łódź, İstanbul.",
-        "Separators \u2028 and \u2029 are no line ends in an event stream; nor is \x85.",
-        "\U0001d578\U0001d586 and 𒀀𒁀 lie beyond the basic plane.",
-    )
+    "😀 Grinning, \U0001f469\u200d\U0001f469\u200d\U0001f467 a family of three.",
+    "\U0001f3f3\ufe0f\u200d\U0001f308 One flag of four code points.",
+    "你好世界。这是一条流。",
+    "こんにちは、世界。ストリームです。",
+    "안녕하세요, 세계.",
+    "مرحبا بالعالم، هذا نص من اليمين إلى اليسار.",
+    "שלום עולם.",
+    "Zalgo e\u0301\u0327\u0323, a mark alone \u0301, and a joiner \u200d by itself.",
+    "Naïve café, Straße, Ærøskøbing, Łódź, İstanbul.",
+    "Separators \u2028 and \u2029 are no line ends in an event stream; nor is \x85.",
+    "\U0001d578\U0001d586 and 𒀀𒁀 lie beyond the basic plane.",
 )

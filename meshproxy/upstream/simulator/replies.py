@@ -4,24 +4,39 @@ With `seed`, the same seed and messages give the same bytes: the content, and th
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from meshproxy.upstream.simulator import prose, refusals
-from meshproxy.upstream.simulator.ask import Ask
+from meshproxy.upstream.simulator import prose
+from meshproxy.upstream.simulator.ask import Ask, Function, ToolChoice
 from meshproxy.upstream.simulator.behaviour import Behaviour
+from meshproxy.upstream.simulator.refusals import Refusal
 from meshproxy.upstream.simulator.schema import value_for
-from meshproxy.upstream.simulator.tools import Call, calls_for, is_forced
+from meshproxy.upstream.simulator.tools import called
 
 FINGERPRINT = "fp_simulated01"
 SEEDED_CREATED = 1_735_689_600  # 2025-01-01: with a seed, even the time stands still
 MAX_TOTAL_TOKENS = 131_072  # of all choices together: a bound on memory
+ABSURD_TOKENS = 10**15
 
-Usage = dict[str, Any]
+# What becomes of each number of the usage.
+LIES: dict[str, Callable[[int], Any]] = {
+    "usage-negative": lambda tokens: -tokens - 1,
+    "usage-absurd": lambda tokens: tokens + ABSURD_TOKENS,
+    "usage-string": str,
+}
+
+
+class Call(Struct):
+    """A call of one tool. `arguments`: JSON, cut into tokens."""
+
+    id: str
+    name: str
+    arguments: list[str]
 
 
 class Choice(Struct):
@@ -40,7 +55,7 @@ class Choice(Struct):
 
 
 class Reply(Struct):
-    """A whole answer. `model`: echoed as it was asked for."""
+    """A whole answer. `model`: echoed as it was asked for; `told`: what a number of the usage is reported as."""
 
     id: str
     created: int
@@ -48,6 +63,7 @@ class Reply(Struct):
     choices: list[Choice]
     prompt_tokens: int
     cached_tokens: int
+    told: Callable[[int], Any]
 
     @property
     def tokens(self) -> int:
@@ -59,35 +75,35 @@ class Reply(Struct):
         """Tokens of the longest choice: choices are generated side by side."""
         return max(choice.tokens for choice in self.choices)
 
-    def usage(self, completion_tokens: int | None = None) -> Usage:
-        """OpenAI's usage object, for the whole or for a part of the answer."""
-        completion = self.tokens if completion_tokens is None else completion_tokens
-        reasoning = min(completion, sum(len(choice.thoughts) for choice in self.choices))
+    def usage(self, completion_tokens: int) -> dict[str, Any]:
+        """OpenAI's usage object after so many tokens."""
+        told = self.told
+        reasoning = min(completion_tokens, sum(len(choice.thoughts) for choice in self.choices))
         return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
+            "prompt_tokens": told(self.prompt_tokens),
+            "completion_tokens": told(completion_tokens),
+            "total_tokens": told(self.prompt_tokens + completion_tokens),
+            "prompt_tokens_details": {"cached_tokens": told(self.cached_tokens), "audio_tokens": told(0)},
             "completion_tokens_details": {
-                "reasoning_tokens": reasoning,
-                "audio_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
+                "reasoning_tokens": told(reasoning),
+                "audio_tokens": told(0),
+                "accepted_prediction_tokens": told(0),
+                "rejected_prediction_tokens": told(0),
             },
         }
 
 
 def compose(ask: Ask, model: str, behaviour: Behaviour, now: float) -> Reply:
     """Decide everything. Raises `Refusal` for a tool or a schema that can't be used. `now`: Unix seconds."""
-    identity = _random(ask, "id")
     prompt_tokens = ask.prompt_tokens
     return Reply(
-        id=f"chatcmpl-{identity.getrandbits(116):029x}",
+        id=f"chatcmpl-{_random(ask, 'id').getrandbits(116):029x}",
         created=int(now) if ask.seed is None else SEEDED_CREATED,
         model=model,
         choices=[_choice(ask, behaviour, index) for index in range(ask.n)],
         prompt_tokens=prompt_tokens,
         cached_tokens=prompt_tokens * 3 // 4 if "cached" in behaviour.traits else 0,
+        told=LIES.get(behaviour.one_of(LIES) or "", int),
     )
 
 
@@ -101,45 +117,51 @@ def _random(ask: Ask, purpose: object) -> Random:
 def _choice(ask: Ask, behaviour: Behaviour, index: int) -> Choice:
     rng = _random(ask, index)
     thoughts = prose.thoughts(rng) if "reasoning" in behaviour.traits else []
-    calls = calls_for(ask, rng)
+    calls = [_call(function, rng) for function in called(ask)]
     content = [] if calls else _until(ask.stop, _content(ask, behaviour, rng))
-    choice = Choice(index, thoughts, content, calls, "stop")
-    if calls and not is_forced(ask):
-        choice.finish = "tool_calls"
-    limit = min(ask.max_tokens or MAX_TOTAL_TOKENS, max(MAX_TOTAL_TOKENS // ask.n, 1))
-    if choice.tokens > limit:
-        _cut(choice, limit)
+    forced = isinstance(ask.tool_choice, ToolChoice)  # OpenAI then finishes with "stop"
+    choice = Choice(index, thoughts, content, calls, "tool_calls" if calls and not forced else "stop")
+    wanted = ask.max_completion_tokens or ask.max_tokens or MAX_TOTAL_TOKENS
+    _cut(choice, min(wanted, max(MAX_TOTAL_TOKENS // ask.n, 1)))
     return choice
 
 
+def _call(function: Function, rng: Random) -> Call:
+    arguments = _json_for(function.parameters or {"type": "object"}, rng, "tools", "invalid_function_parameters")
+    return Call(f"call_{rng.getrandbits(96):024x}", function.name, arguments)
+
+
 def _content(ask: Ask, behaviour: Behaviour, rng: Random) -> list[str]:
-    match ask.response_format["type"]:
-        case "json_object":
-            value: Any = {"answer": "This is a simulated answer.", "question": ask.last_words[: prose.MAX_QUOTE]}
-        case "json_schema":
-            value = _structured(ask.response_format["json_schema"].get("schema") or {"type": "object"}, rng)
-        case _:
-            return prose.answer(rng, ask.last_words, behaviour.options.tokens, unicode="unicode" in behaviour.traits)
+    form = ask.response_format
+    if form.json_schema is not None:
+        return _json_for(form.json_schema.schema or {"type": "object"}, rng, "response_format", "invalid_schema")
+    if form.type == "json_object":
+        return _as_json({"answer": "This is a simulated answer.", "question": ask.last_words[: prose.MAX_QUOTE]})
+    return prose.answer(rng, ask.last_words, behaviour.options.tokens, unicode="unicode" in behaviour.traits)
+
+
+def _json_for(schema: dict[str, Any], rng: Random, param: str, code: str) -> list[str]:
+    try:
+        return _as_json(value_for(schema, rng))
+    except ValueError as error:
+        raise Refusal(400, f"Invalid schema for '{param}': {error}.", param=param, code=code) from error
+
+
+def _as_json(value: Any) -> list[str]:
     return prose.tokenize(msgspec.json.encode(value).decode())
 
 
-def _structured(schema: Any, rng: Random) -> Any:
-    try:
-        return value_for(schema, rng)
-    except ValueError as error:
-        message = f"Invalid schema for response_format: {error}."
-        raise refusals.invalid(message, "response_format", "invalid_schema") from error
-
-
-def _until(stops: Sequence[str], tokens: list[str]) -> list[str]:
+def _until(stop: str | list[str], tokens: list[str]) -> list[str]:
     """The tokens before the first stop sequence; the stop itself is not said."""
-    text = "".join(tokens) if any(stops) else ""
-    found = [at for at in (text.find(stop) for stop in stops if stop) if at >= 0]
+    text = "".join(tokens)
+    found = [text.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each and each in text]
     return prose.tokenize(text[: min(found)]) if found else tokens
 
 
 def _cut(choice: Choice, limit: int) -> None:
     """Let the choice say `limit` tokens and no more."""
+    if choice.tokens <= limit:
+        return
     left = limit
     for spoken in (choice.thoughts, choice.content, *(call.arguments for call in choice.calls)):
         del spoken[left:]

@@ -1,11 +1,8 @@
 """A running simulator: for a command that does nothing else, and for those that need a provider beside them."""
 
-import asyncio
-from collections.abc import Callable
-
 from aiohttp import web
 
-from meshproxy.upstream.simulator.app import JOURNAL, create_simulator
+from meshproxy.upstream.simulator.app import Simulator
 from meshproxy.upstream.simulator.journal import Journal
 from meshproxy.upstream.simulator.settings import SimulatorSettings
 
@@ -35,29 +32,14 @@ class Running:
 
 async def start(host: str = "127.0.0.1", port: int = 0, settings: SimulatorSettings | None = None) -> Running:
     """Listen, on any free port if it is 0. Raises `OSError` where that can't be done."""
-    app = create_simulator(settings)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_S)
+    simulator = Simulator(settings or SimulatorSettings())
+    runner = web.AppRunner(
+        simulator.application(), handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_S
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
     except BaseException:
         await runner.cleanup()
         raise
-    return Running(runner, host, app[JOURNAL])
-
-
-async def serve(
-    host: str,
-    port: int,
-    settings: SimulatorSettings | None = None,
-    *,
-    ready: Callable[[Running], None] | None = None,
-) -> None:
-    """Listen until cancelled; `ready` is called once, when it listens."""
-    running = await start(host, port, settings)
-    try:
-        if ready is not None:
-            ready(running)
-        await asyncio.Event().wait()
-    finally:
-        await running.close()
+    return Running(runner, host, simulator.journal)

@@ -5,18 +5,14 @@ import asyncio
 import pytest
 from aiohttp import ClientSession
 
-from meshproxy.upstream.simulator import SimulatorSettings, serve, start
+from meshproxy.upstream.simulator import start
 
 
-async def test_serve_tells_when_it_is_ready_and_stops_when_cancelled():
-    ready = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(serve("127.0.0.1", 0, SimulatorSettings(), ready=ready.set_result))
-    running = await ready
+async def test_it_listens_until_it_is_closed():
+    running = await start()
     async with ClientSession() as session, session.get(f"{running.base_url}/models") as answer:
         assert 200 == answer.status
-    serving.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await serving
+    await running.close()
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(running.host, running.port)
 

@@ -3,12 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.upstream.simulator.framing import CHUNKED, UNTIL_CLOSE, awkward_pieces, halves, sized
-
-
-def test_frames():
-    assert (b"3\r\nabc\r\n", b"", b"0\r\n\r\n") == (CHUNKED.frame(b"abc"), CHUNKED.frame(b""), CHUNKED.end)
-    assert (b"abc", b"", b"abc") == (UNTIL_CLOSE.frame(b"abc"), sized(3).end, sized(3).frame(b"abc"))
+from meshproxy.upstream.simulator.cuts import awkward_pieces, halves
 
 
 def test_every_awkward_place_is_found():

@@ -58,7 +58,7 @@ def test_the_journal_forgets_the_oldest():
     for _ in range(MAX_ENTRIES + 5):
         journal.close(journal.open(REQUEST, b"{}"), COMPLETED)
     assert (MAX_ENTRIES, 5) == (len(journal.entries), journal.entries[0].number)
-    assert MAX_ENTRIES + 5 == journal.totals.completed
+    assert MAX_ENTRIES + 5 == journal.totals[COMPLETED]
 
 
 def test_the_journal_keeps_bodies_within_a_bound():
