@@ -2,7 +2,6 @@
 
 from meshproxy.app.application import create_app
 from meshproxy.app.load import load
-from meshproxy.app.process import Running, run
-from meshproxy.app.serve import serve
+from meshproxy.app.process import Running, run, serve
 
 __all__ = ["Running", "create_app", "load", "run", "serve"]

@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from meshproxy.app.load import secrets_of
-from meshproxy.app.worker import Worker, request_log_to, with_redis
+from meshproxy.app.worker import Worker, with_redis
 from meshproxy.config import Settings
 from meshproxy.server import openapi
 from meshproxy.server.api import ROUTES, Api
@@ -17,6 +17,7 @@ from meshproxy.server.envelope import envelope_errors
 from meshproxy.server.listener import Strictness
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.families import NONE, OTHER
+from meshproxy.telemetry.logs import RequestLog
 
 
 def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> web.Application:
@@ -26,9 +27,10 @@ def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> 
     can't be had.
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
-    request_log = request_log_to(sink, settings.log)
+    request_log = RequestLog(sink, settings.log.level, settings.log.format)
     journal = Path(settings.redis.journal) if settings.redis.journal is not None else None
-    worker = Worker(settings, secrets_of(settings) if secrets is None else secrets, request_log, journal)
+    keys = secrets_of(settings).upstreams if secrets is None else secrets
+    worker = Worker(settings, keys, request_log, journal)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:
         async with with_redis(settings) as standing:

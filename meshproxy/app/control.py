@@ -2,42 +2,18 @@
 
 import asyncio
 import socket
-import struct
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from meshproxy.config import Settings
+from meshproxy.app.reload import Standing
 
-MAX_FRAME_BYTES = 67_108_864
-_LENGTH = struct.Struct(">I")
-
-
-class Start(Struct, tag="start", frozen=True):
-    """Begin to serve, with the configuration of this generation; `reload_failed`: a newer one was unfit. Answer: None."""
-
-    settings: Settings
-    secrets: dict[str, str]
-    generation: int
-    reload_failed: bool
-    journal: str | None
+LENGTH_BYTES = 4  # ahead of each frame, big-endian
 
 
-class Reload(Struct, tag="reload", frozen=True):
-    """Swap in another configuration, the one of this generation. Answer: None."""
-
-    settings: Settings
-    secrets: dict[str, str]
-    generation: int
-
-
-class ReloadFailed(Struct, tag="reload_failed", frozen=True):
-    """A configuration was unfit. Answer: None."""
-
-
-class Report(Struct, tag="report", frozen=True):
-    """Answer: a `Reported`."""
+class Ask(Struct, tag="ask", frozen=True):
+    """How are you? The answer is a `Report`."""
 
 
 class Drain(Struct, tag="drain", frozen=True):
@@ -48,19 +24,10 @@ class Hurry(Struct, tag="hurry", frozen=True):
     """End what runs now. There is no answer."""
 
 
-Question = Start | Reload | ReloadFailed | Report | Drain | Hurry
+Order = Drain | Hurry
+Question = Standing | Ask  # a Standing holds from now on, and the first one has the worker begin: the answer is None
 
-
-class Reported(Struct, frozen=True):
-    """How a worker is: its metrics (telemetry.snapshot), why it isn't ready, and whether it has the ledger."""
-
-    snapshot: bytes
-    not_ready: list[str]
-    connected: bool
-
-
-QUESTIONS: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
-_ENCODER = msgspec.msgpack.Encoder()
+MESSAGES: msgspec.msgpack.Decoder[Question | Order] = msgspec.msgpack.Decoder(Question | Order)
 
 
 class Control:
@@ -95,13 +62,13 @@ class Control:
         """Send one frame. ConnectionError if the other end is known to be gone."""
         if self._writer.is_closing():
             raise ConnectionError("the other end is gone")
-        data = _ENCODER.encode(message)
-        self._writer.write(_LENGTH.pack(len(data)) + data)
+        data = msgspec.msgpack.encode(message)
+        self._writer.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
     async def receive(self) -> bytes:
         """The next frame. ConnectionError if the other end is gone."""
         try:
-            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
             return await self._reader.readexactly(length)
         except asyncio.IncompleteReadError as error:
             raise ConnectionError("the other end is gone") from error

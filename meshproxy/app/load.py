@@ -5,14 +5,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from meshproxy.config import Settings, Unfit, parse, resolve_admin_token, resolve_secrets
+from meshproxy.config import Secrets, Settings, Unfit, parse, resolve_secrets
 from meshproxy.server.tls import server_context
 from meshproxy.telemetry.traces import require_extra
 
 
-def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> tuple[Settings, dict[str, str]]:
-    """The settings of a TOML file and the API key of each upstream; Unfit with every fault, an unreadable file or certificate
-    and an extra that isn't installed included.
+def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> tuple[Settings, Secrets]:
+    """The settings of a TOML file and its secrets; Unfit with every fault, an unreadable file or certificate and an extra that
+    isn't installed included.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -38,14 +38,9 @@ def journal_path(settings: Settings, env: Mapping[str, str] = os.environ) -> Pat
     return root / store / "journal"
 
 
-def secrets_of(settings: Settings, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The API key of each upstream that names one; Unfit if one can't be had."""
+def secrets_of(settings: Settings, env: Mapping[str, str] = os.environ) -> Secrets:
+    """The secrets that the settings name; Unfit if one can't be had."""
     return resolve_secrets(settings, env, _text)
-
-
-def admin_token_of(settings: Settings, env: Mapping[str, str] = os.environ) -> str | None:
-    """What the admin listener asks for; Unfit if it can't be had."""
-    return resolve_admin_token(settings, env, _text)
 
 
 def _text(path: str) -> str:

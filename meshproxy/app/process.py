@@ -1,148 +1,127 @@
-"""One process that does everything: a worker, its data listener and the admin listener."""
+"""`meshproxy serve`: the admin listener, the signals, and a crew: a worker in this process, or a supervisor over several."""
 
 import asyncio
 import contextlib
 import os
 import signal
 import sys
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
 import structlog
+import uvloop
 from aiohttp import web
-from msgspec.structs import replace
+from msgspec import Struct
 
-from meshproxy.app.data_listener import DataListener
+from meshproxy.app.load import journal_path, load
 from meshproxy.app.notify import READY, STOPPING, notify
-from meshproxy.app.reload import Read, Reloader
-from meshproxy.app.worker import Worker, request_log_to, with_redis
-from meshproxy.config import Settings
-from meshproxy.ledger.directory import Directory
+from meshproxy.app.reload import Read, Reloader, Standing
+from meshproxy.app.serving import Serving
+from meshproxy.app.status import Crew, Panel
+from meshproxy.app.supervisor import Supervisor
+from meshproxy.app.worker import with_redis
+from meshproxy.config import Secrets, Settings
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.server.admin import Status, create_admin
-from meshproxy.server.sockets import listen, name_of
-from meshproxy.telemetry import exposition, logs, snapshot
-from meshproxy.telemetry.logs import RequestLog
-from meshproxy.telemetry.summary import summarize
+from meshproxy.server.admin import create_admin
+from meshproxy.server.sockets import listen, listen_shared, name_of
+from meshproxy.telemetry import logs
+from meshproxy.telemetry.tasks import Tasks
 from meshproxy.version import VERSION
 
 _log = structlog.get_logger("meshproxy.app")
 
 
-class Running:
-    """A gateway that is up. `stop` ends it, as SIGTERM does."""
+class Running(Struct, frozen=True):
+    """A gateway that is up."""
 
-    def __init__(self, worker: Worker, data_address: str, admin_address: str) -> None:
-        self.directory: Directory = worker.directory
-        self.ledger: Ledger = worker.ledger
-        self.data_address = data_address
-        self.admin_address = admin_address
-        self.stopped = asyncio.Event()
-        self.hurried = asyncio.Event()
+    ledger: Ledger
+    data_address: str
+    admin_address: str
 
-    def stop(self) -> None:
-        """Drain, settle and end; at once, if asked twice."""
-        if self.stopped.is_set():
-            self.hurried.set()
-        self.stopped.set()
+
+def serve(config_path: str) -> int:
+    """Serve a configuration until SIGTERM or SIGINT; the exit code. Unfit for a configuration that can't be used."""
+    settings, secrets = load(config_path)
+    workers = settings.server.workers or len(os.sched_getaffinity(0))
+    journal = None if settings.redis.url == "embedded" else journal_path(settings)
+    try:
+        uvloop.run(run(settings, secrets, workers=workers, reload=partial(load, config_path), journal=journal))
+    except OSError as error:
+        print(f"meshproxy: {error.strerror or error}: {error.filename or settings.server.listen}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
 
 
 async def run(
     settings: Settings,
-    secrets: Mapping[str, str],
+    secrets: Secrets,
     *,
+    workers: int = 1,
     on_ready: Callable[[Running], Awaitable[None]] | None = None,
     reload: Read | None = None,
     journal: Path | None = None,
-    admin_token: str | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `reload` reads the configuration again on SIGHUP; `journal` is where settlements wait for
-    Redis (None: in memory); `admin_token` is what the admin listener asks for. OSError if an address is taken, Unfit if the
-    certificate is no use.
+    """Serve until SIGTERM or SIGINT. `on_ready` is told of a lone worker; `reload` reads the configuration again on SIGHUP;
+    `journal` is where settlements wait for Redis (None: in memory). OSError if an address is taken, Unfit if the certificate
+    is no use.
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
-    data, admin = listen(settings.server.listen), listen(settings.server.admin_listen)
+    address = settings.server.listen
+    data = [listen(address)] if workers == 1 else listen_shared(address, workers)
+    admin = listen(settings.server.admin_listen)
+    running_at = name_of(data[0]), name_of(admin)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(sink.close)
-        standing = await stack.enter_async_context(with_redis(settings))
-        request_log = request_log_to(sink, settings.log)
-        worker = Worker(standing, secrets, request_log, journal)
-        await worker.start()
-        stack.push_async_callback(worker.stop)
-        listener = DataListener(worker, data)
-        stack.push_async_callback(listener.close)
-        admin_runner = web.AppRunner(create_admin(_State(worker), admin_token), access_log=None)
-        await admin_runner.setup()
-        stack.push_async_callback(admin_runner.cleanup)
-        running = Running(worker, name_of(data), name_of(admin))
-        await listener.start()
-        await web.SockSite(admin_runner, admin).start()
-        reloader = Reloader(settings, reload) if reload is not None else None
-        _on_signals(
-            running, partial(_reload, reloader, worker, listener, request_log) if reloader is not None else None
+        standing = Standing(
+            await stack.enter_async_context(with_redis(settings)), secrets, None if journal is None else str(journal)
         )
-        _log.info("serving", data=running.data_address, admin=running.admin_address, version=VERSION)
+        crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
+        runner = web.AppRunner(create_admin(Panel(crew, workers), secrets.admin_token), access_log=None)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await crew.start()
+        stack.push_async_callback(crew.stop)
+        await web.SockSite(runner, admin).start()
+        stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None)
+        event = "serving" if workers == 1 else "supervising"
+        _log.info(event, data=running_at[0], admin=running_at[1], workers=workers, version=VERSION)
+        await _first(crew.up, stopped)
         notify(READY)
-        if on_ready is not None:
-            await on_ready(running)
-        await running.stopped.wait()
+        if on_ready is not None and isinstance(crew, Serving):
+            await on_ready(Running(crew.worker.ledger, *running_at))
+        await stopped.wait()
         notify(STOPPING)
-        await listener.drain(running.hurried)
     _log.info("stopped")
 
 
-def _on_signals(running: Running, reload: Callable[[], None] | None) -> None:
-    loop = asyncio.get_running_loop()
+def _on_signals(crew: Crew, reloader: Reloader | None) -> asyncio.Event:
+    """Obey signals; the event is set by the first that says to stop, and the second is in a hurry."""
+    loop, stopped, tasks = asyncio.get_running_loop(), asyncio.Event(), Tasks()
+
+    def stop() -> None:
+        if stopped.is_set():
+            crew.hurry()
+        stopped.set()
+
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, running.stop)
-    if reload is not None:
-        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.add_signal_handler(signum, stop)
+    if reloader is not None:
+        loop.add_signal_handler(signal.SIGHUP, lambda: tasks.spawn("reload", _reload(crew, reloader)))
+    return stopped
 
 
-def _reload(reloader: Reloader, worker: Worker, listener: DataListener, request_log: RequestLog) -> None:
-    """SIGHUP: swap in what the file says now, or nothing."""
-    swap = reloader.next()
-    if swap is None:
-        worker.reload_failed()
-        return
-    settings, secrets = swap
-    generation = worker.gateway.deployment.generation + 1
-    listener.reload(settings.server)
-    worker.reload(
-        replace(settings, redis=worker.settings.redis), secrets, generation
-    )  # the embedded server has its own URL
-    logs.set_level(settings.log.level)
-    request_log.set_level(settings.log.level)
-    _log.info("reloaded", generation=generation)
+async def _reload(crew: Crew, reloader: Reloader) -> None:
+    """SIGHUP: every worker swaps in what the file says now, or none does."""
+    standing = reloader.next(crew.standing)
+    await crew.apply(standing)
+    if not standing.reload_failed:
+        _log.info("reloaded", generation=standing.generation)
 
 
-class _State:
-    """What the admin listener tells of a lone worker."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._started_at = time.time()
-
-    async def metrics(self, *, openmetrics: bool) -> bytes:
-        """The exposition."""
-        return await exposition.render(snapshot.decode(self._worker.metrics.snapshot()), openmetrics=openmetrics)
-
-    async def ready(self) -> list[str]:
-        """Why not."""
-        return self._worker.not_ready()
-
-    async def status(self) -> Status:
-        """The status page's figures."""
-        uptime_s = time.time() - self._started_at
-        state = "draining" if self._worker.stopping else "running"
-        return {
-            **summarize(snapshot.decode(self._worker.metrics.snapshot())),
-            "version": VERSION,
-            "uptime_s": uptime_s,
-            "not_ready": self._worker.not_ready(),
-            "max_in_flight": self._worker.settings.server.max_in_flight,
-            "ledger_state": "up" if self._worker.store.connected else "down",
-            "workers": [{"pid": os.getpid(), "state": state, "uptime_s": uptime_s, "restarts": 0}],
-        }
+async def _first(*events: asyncio.Event) -> None:
+    """Return when one of the events is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()

@@ -2,16 +2,17 @@
 as it is, and is named.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 import structlog
+from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.app.notify import READY, notify, reloading
-from meshproxy.config import Settings, Unfit
+from meshproxy.config import Secrets, Settings, Unfit
 
-Read = Callable[[], tuple[Settings, dict[str, str]]]
+Read = Callable[[], tuple[Settings, Secrets]]
 
 # What a restart changes, by table: sockets that are bound, connections that are made, histograms that are laid out.
 FIXED: dict[str, tuple[str, ...]] = {
@@ -25,45 +26,50 @@ FIXED: dict[str, tuple[str, ...]] = {
 _log = structlog.get_logger("meshproxy.app")
 
 
+class Standing(Struct, tag="standing", frozen=True):
+    """What holds: a configuration, and the path where settlements wait for Redis (None: in memory). `generation` counts the
+    configurations that were swapped in; `reload_failed`: a newer one was unfit.
+    """
+
+    settings: Settings
+    secrets: Secrets
+    journal: str | None = None
+    generation: int = 1
+    reload_failed: bool = False
+
+
 class Reloader:
-    """Knows what runs, and reads what shall run next. `settings`: as the file said at the start."""
+    """Knows what the file said last, and reads what shall hold next."""
 
     def __init__(self, settings: Settings, read: Read) -> None:
-        self._running = settings
+        self._settings = settings
         self._read = read
 
-    def next(self) -> tuple[Settings, dict[str, str]] | None:
-        """The configuration to swap in; None, with all that is wrong in the log, if the file is unfit."""
+    def next(self, standing: Standing) -> Standing:
+        """What holds after `standing`: the next generation; or the same, with all that is wrong in the log."""
         notify(reloading())
         try:
             wanted, secrets = self._read()
         except Unfit as unfit:
             _log.error("reload_failed", faults=unfit.faults)
-            return None
+            return replace(standing, reload_failed=True)
         finally:
             notify(READY)
-        for key in needs_restart(self._running, wanted):
+        self._settings, held_back = hold_back(self._settings, wanted)
+        for key in held_back:
             _log.warning("reload_needs_restart", key=key)
-        self._running = hold_back(self._running, wanted)
-        return self._running, secrets
+        settings = replace(self._settings, redis=standing.settings.redis)  # the embedded server has a URL of its own
+        return Standing(settings, secrets, standing.journal, standing.generation + 1)
 
 
-def needs_restart(running: Settings, wanted: Settings) -> Iterator[str]:
-    """The keys that differ, and that a reload leaves as they are."""
-    for table, names in FIXED.items():
-        before, after = getattr(running, table), getattr(wanted, table)
-        yield from (f"{table}.{name}" for name in names if getattr(before, name) != getattr(after, name))
+def hold_back(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
+    """`wanted`, with what only a restart changes as it is in `running`; and the keys that differ there."""
+    fixed = dict(FIXED)
     if (running.server.tls_cert is None) != (wanted.server.tls_cert is None):
-        yield "server.tls_cert"
-
-
-def hold_back(running: Settings, wanted: Settings) -> Settings:
-    """`wanted`, with what only a restart changes as it is in `running`."""
-    tables = {
-        table: replace(getattr(wanted, table), **{name: getattr(getattr(running, table), name) for name in names})
-        for table, names in FIXED.items()
-    }
-    if (running.server.tls_cert is None) != (wanted.server.tls_cert is None):
-        kept = running.server
-        tables["server"] = replace(tables["server"], tls_cert=kept.tls_cert, tls_key=kept.tls_key)
-    return replace(wanted, **tables)
+        fixed["server"] += ("tls_cert", "tls_key")  # a certificate may move, but TLS isn't turned on or off
+    tables, held_back = {}, []
+    for table, names in fixed.items():
+        kept = {name: getattr(getattr(running, table), name) for name in names}
+        held_back += [f"{table}.{name}" for name in names if getattr(getattr(wanted, table), name) != kept[name]]
+        tables[table] = replace(getattr(wanted, table), **kept)
+    return replace(wanted, **tables), held_back

@@ -13,7 +13,7 @@ import structlog
 from aiohttp import web
 from msgspec.structs import asdict, replace
 
-from meshproxy.config import Log, Settings
+from meshproxy.config import Settings
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.idempotent import Idempotence
@@ -39,7 +39,6 @@ from meshproxy.server.request_id import request_id_of
 from meshproxy.telemetry import loop_lag
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.telemetry.sink import LineSink
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.telemetry.traces import open_tracer
 from meshproxy.upstream.provider import Provider
@@ -237,11 +236,6 @@ def deploy(
     }
     draining = frozenset(name for name, upstream in settings.upstreams.items() if upstream.on_disconnect == "drain")
     return Deployment(generation, settings, Catalog(settings), made, draining)
-
-
-def request_log_to(sink: LineSink, log: Log) -> RequestLog:
-    """The request log that the settings ask for: straight to the sink as JSON, or dressed up for a console."""
-    return RequestLog(sink if log.format == "json" else None, log.level)
 
 
 @asynccontextmanager

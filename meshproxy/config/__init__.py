@@ -5,7 +5,7 @@ Every fault of a text is found and told at once, each with its path and, for an 
 """
 
 from meshproxy.config.addresses import split_address
-from meshproxy.config.api_keys import resolve_admin_token, resolve_secrets
+from meshproxy.config.api_keys import Secrets, resolve_secrets
 from meshproxy.config.decoding import Unfit, parse
 from meshproxy.config.settings import (
     Buckets,
@@ -38,6 +38,7 @@ __all__ = [
     "Redis",
     "Route",
     "Secret",
+    "Secrets",
     "Server",
     "Settings",
     "Stream",
@@ -45,7 +46,6 @@ __all__ = [
     "Unfit",
     "Upstream",
     "parse",
-    "resolve_admin_token",
     "resolve_secrets",
     "split_address",
 ]
