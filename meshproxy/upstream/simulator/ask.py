@@ -147,17 +147,16 @@ _CODES = {
     "literal_error": "invalid_value",
     "too_short": "empty_array",
     "too_long": "array_above_max_length",
-    "less_than_equal": "above_max_value",
-    "greater_than_equal": "below_min_value",
+    "less_than_equal": "{kind}_above_max_value",
+    "greater_than_equal": "{kind}_below_min_value",
 }
 
 
 def _refusal_of(error: msgspec.ValidationError) -> Refusal:
     """OpenAI's code and place of what a type complains of."""
     detail = detail_of(error, ("body",))
-    code = _CODES.get(detail.type, "invalid_type")
-    if code.endswith("_value") and code != "invalid_value":
-        code = f"{'integer' if 'int ' in detail.msg else 'decimal'}_{code}"
+    kind = "integer" if detail.msg.startswith("Expected int ") else "decimal"
+    code = _CODES.get(detail.type, "invalid_type").format(kind=kind)
     return Refusal(400, f"Invalid '{name_of(detail)}': {detail.msg}.", param=name_of(detail), code=code)
 
 

@@ -35,18 +35,20 @@ def logprobs_of(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _choice(choice: Choice, *, logprobs: bool) -> dict[str, Any]:
-    content = None if choice.calls else "".join(choice.content)
+    content = None if choice.calls else choice.text("content")
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
-    if choice.thoughts:
-        message["reasoning_content"] = "".join(choice.thoughts)
+    if thoughts := choice.text("reasoning_content"):
+        message["reasoning_content"] = thoughts
     if choice.calls:
+        arguments = map(choice.text, range(len(choice.calls)))
         message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": "".join(call.arguments)}}
-            for call in choice.calls
+            {"id": identity, "type": "function", "function": {"name": name, "arguments": text}}
+            for (identity, name), text in zip(choice.calls, arguments, strict=True)
+            if text
         ]
     return {
         "index": choice.index,
         "message": message,
-        "logprobs": logprobs_of(choice.content) if logprobs and choice.content else None,
+        "logprobs": logprobs_of([token.text for token in choice.tokens]) if logprobs and content else None,
         "finish_reason": choice.finish,
     }

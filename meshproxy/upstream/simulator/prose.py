@@ -35,9 +35,9 @@ def answer(rng: Random, words: str, tokens: int | None, *, unicode: bool) -> lis
     return told[:tokens]
 
 
-def thoughts(rng: Random) -> list[str]:
+def thoughts() -> list[str]:
     """What a reasoning model says to itself first."""
-    return tokenize(rng.choice(_THOUGHTS))
+    return tokenize(_THOUGHTS)
 
 
 def _opening(rng: Random, words: str) -> str:
@@ -58,16 +58,8 @@ def _cut(*sentences: str) -> list[list[str]]:
     return [tokenize(" " + sentence) for sentence in sentences]
 
 
-_OPENINGS = (
-    'You said "{quote}", and I am glad you did.',
-    'Thank you for "{quote}".',
-    'You asked about "{quote}"; let me think aloud.',
-    '"{quote}" is a good place to start.',
-)
-_THOUGHTS = (
-    "The user wants an answer. I have none of my own, so I will tell a short and friendly story instead.",
-    "Let me see. Nothing here depends on being right, only on arriving in order, so I will write plainly.",
-)
+_OPENINGS = ('You said "{quote}", and I am glad you did.', 'You asked about "{quote}"; let me think aloud.')
+_THOUGHTS = "The user wants an answer. I have none of my own, so I will tell a short and friendly story instead."
 _SENTENCE_TOKENS = _cut(
     "I am a simulated model, so nothing I say costs anything.",
     "Each of these words travels as an event of its own.",

@@ -6,7 +6,7 @@ With `seed`, the same seed and messages give the same bytes: the content, and th
 import hashlib
 from collections.abc import Callable
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -31,27 +31,24 @@ LIES: dict[str, Callable[[int], Any]] = {
 }
 
 
-class Call(Struct):
-    """A call of one tool. `arguments`: JSON, cut into tokens."""
+class Token(NamedTuple):
+    """`kind`: where it goes: "reasoning_content", "content", or the position of the call whose arguments it is of."""
 
-    id: str
-    name: str
-    arguments: list[str]
+    kind: str | int
+    text: str
 
 
 class Choice(Struct):
-    """One of `n` answers, as tokens: thoughts first, then either content or calls."""
+    """One of `n` answers: thoughts, then either content or the arguments of calls. `calls`: an id and a name each."""
 
     index: int
-    thoughts: list[str]
-    content: list[str]
-    calls: list[Call]
+    tokens: list[Token]
+    calls: list[tuple[str, str]]
     finish: str
 
-    @property
-    def tokens(self) -> int:
-        """What the choice adds to completion_tokens."""
-        return len(self.thoughts) + len(self.content) + sum(len(call.arguments) for call in self.calls)
+    def text(self, kind: str | int) -> str:
+        """All tokens of one kind."""
+        return "".join(token.text for token in self.tokens if token.kind == kind)
 
 
 class Reply(Struct):
@@ -68,24 +65,24 @@ class Reply(Struct):
     @property
     def tokens(self) -> int:
         """completion_tokens: as many as there are deltas with something in them."""
-        return sum(choice.tokens for choice in self.choices)
+        return sum(len(choice.tokens) for choice in self.choices)
 
     @property
     def steps(self) -> int:
         """Tokens of the longest choice: choices are generated side by side."""
-        return max(choice.tokens for choice in self.choices)
+        return max(len(choice.tokens) for choice in self.choices)
 
     def usage(self, completion_tokens: int) -> dict[str, Any]:
         """OpenAI's usage object after so many tokens."""
         told = self.told
-        reasoning = min(completion_tokens, sum(len(choice.thoughts) for choice in self.choices))
+        thoughts = sum(token.kind == "reasoning_content" for choice in self.choices for token in choice.tokens)
         return {
             "prompt_tokens": told(self.prompt_tokens),
             "completion_tokens": told(completion_tokens),
             "total_tokens": told(self.prompt_tokens + completion_tokens),
             "prompt_tokens_details": {"cached_tokens": told(self.cached_tokens), "audio_tokens": told(0)},
             "completion_tokens_details": {
-                "reasoning_tokens": told(reasoning),
+                "reasoning_tokens": told(min(completion_tokens, thoughts)),
                 "audio_tokens": told(0),
                 "accepted_prediction_tokens": told(0),
                 "rejected_prediction_tokens": told(0),
@@ -116,19 +113,23 @@ def _random(ask: Ask, purpose: object) -> Random:
 
 def _choice(ask: Ask, behaviour: Behaviour, index: int) -> Choice:
     rng = _random(ask, index)
-    thoughts = prose.thoughts(rng) if "reasoning" in behaviour.traits else []
-    calls = [_call(function, rng) for function in called(ask)]
-    content = [] if calls else _until(ask.stop, _content(ask, behaviour, rng))
+    thoughts = prose.thoughts() if "reasoning" in behaviour.traits else []
+    tokens = [Token("reasoning_content", text) for text in thoughts]
+    functions = called(ask)
+    for position, function in enumerate(functions):
+        tokens += [Token(position, text) for text in _arguments(function, rng)]
+    if not functions:
+        tokens += [Token("content", text) for text in _until(ask.stop, _content(ask, behaviour, rng))]
+    calls = [(f"call_{rng.getrandbits(96):024x}", function.name) for function in functions]
+    limit = min(ask.max_completion_tokens or ask.max_tokens or MAX_TOTAL_TOKENS, max(MAX_TOTAL_TOKENS // ask.n, 1))
+    if len(tokens) > limit:
+        return Choice(index, tokens[:limit], calls, "length")
     forced = isinstance(ask.tool_choice, ToolChoice)  # OpenAI then finishes with "stop"
-    choice = Choice(index, thoughts, content, calls, "tool_calls" if calls and not forced else "stop")
-    wanted = ask.max_completion_tokens or ask.max_tokens or MAX_TOTAL_TOKENS
-    _cut(choice, min(wanted, max(MAX_TOTAL_TOKENS // ask.n, 1)))
-    return choice
+    return Choice(index, tokens, calls, "tool_calls" if calls and not forced else "stop")
 
 
-def _call(function: Function, rng: Random) -> Call:
-    arguments = _json_for(function.parameters or {"type": "object"}, rng, "tools", "invalid_function_parameters")
-    return Call(f"call_{rng.getrandbits(96):024x}", function.name, arguments)
+def _arguments(function: Function, rng: Random) -> list[str]:
+    return _json_for(function.parameters or {"type": "object"}, rng, "tools", "invalid_function_parameters")
 
 
 def _content(ask: Ask, behaviour: Behaviour, rng: Random) -> list[str]:
@@ -156,15 +157,3 @@ def _until(stop: str | list[str], tokens: list[str]) -> list[str]:
     text = "".join(tokens)
     found = [text.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each and each in text]
     return prose.tokenize(text[: min(found)]) if found else tokens
-
-
-def _cut(choice: Choice, limit: int) -> None:
-    """Let the choice say `limit` tokens and no more."""
-    if choice.tokens <= limit:
-        return
-    left = limit
-    for spoken in (choice.thoughts, choice.content, *(call.arguments for call in choice.calls)):
-        del spoken[left:]
-        left -= len(spoken)
-    choice.calls = [call for call in choice.calls if call.arguments]
-    choice.finish = "length"
