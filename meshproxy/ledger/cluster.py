@@ -7,45 +7,36 @@ resharding"). A MOVED or a lost link also has the map fetched anew, until every 
 
 import asyncio
 import random
-import ssl
-from collections.abc import Awaitable
+import re
+from binascii import crc_hqx
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from meshproxy.ledger.address import Endpoint
+from meshproxy.ledger.channel import Channel, Spawn, backoff_s
+from meshproxy.ledger.link import Link, Pending, Redirect, failed
+from meshproxy.ledger.store import Argument, Store, StoreError, Unavailable
 
-from meshproxy.ledger.address import Address, Endpoint
-from meshproxy.ledger.channel import Channel, Spawn, backoff_s, dial, spawn_plainly
-from meshproxy.ledger.link import Link, Pending, failed
-from meshproxy.ledger.store import Argument, OnOp, Store, StoreError, Unavailable
-
+SLOTS = 16_384
 MAX_NODES = 1000  # the specification's own bound on a cluster
 
-_KEY_AT = {"EVAL": 3, "EVALSHA": 3, "XGROUP": 2, "XINFO": 2, "OBJECT": 2, "MEMORY": 2}
-_KEYLESS = {"PING", "TIME", "INFO", "SCRIPT", "CLUSTER", "CLIENT", "CONFIG", "ECHO", "FLUSHALL"}
+_TAG = re.compile(rb"\{([^}]*)\}")
+
+DialNode = Callable[[Endpoint, Redirect | None], Awaitable[Link]]
 
 
 class ClusterStore(Store):
-    """A cluster, found through any of the endpoints of `address`."""
+    """A cluster, found through any of `seeds`. A command is sent on for `timeout_s` at most."""
 
-    def __init__(
-        self,
-        address: Address,
-        tls: ssl.SSLContext | None,
-        timeout_s: float,
-        *,
-        on_op: OnOp | None = None,
-        spawn: Spawn = spawn_plainly,
-    ) -> None:
-        self.on_op = on_op
-        self.trouble: str | None = None  # why the map could not be had, last time
-        self._address = address
-        self._tls = tls
+    def __init__(self, seeds: Sequence[Endpoint], dial: DialNode, timeout_s: float, spawn: Spawn) -> None:
+        self._seeds = seeds
+        self._dial = dial
         self._timeout_s = timeout_s
         self._spawn = spawn
-        self._channels: dict[Endpoint, Channel] = {}
-        self._known: dict[str, Channel] = {}  # the same by `host:port`
-        self._slots: list[Channel | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._trouble = "no master serves this slot"  # or why the map could not be had
+        self._channels: dict[Endpoint, Channel] = {}  # of every master
+        self._slots: list[Channel | None] = [None] * SLOTS
         self._mapping: asyncio.Task[None] | None = None
         self._stale = False
         self._closed = False
@@ -60,15 +51,20 @@ class ClusterStore(Store):
         key = key_of(command)
         channel = next(iter(self._channels.values()), None) if key is None else self._slots[key_slot(key)]
         if channel is None:
-            return failed(Unavailable("connection", self.trouble or "no master serves this slot"))
+            return failed(Unavailable("connection", self._trouble))
         return channel.send(op, command)
 
-    async def open(self, *, wait: bool) -> None:
-        """Fetch the map and dial every master; `wait`: now, raising Unavailable."""
-        if wait:
-            await self._map()
+    async def open(self) -> None:
+        """Fetch the map and dial every master; Unavailable if nobody has a map."""
+        await self._map()
         if not self.connected:
-            self._map_soon()
+            self.keep_dialling()
+
+    def keep_dialling(self) -> None:
+        """Fetch the map anew in the background, until every slot has a master with a link."""
+        self._stale = True
+        if self._mapping is None and not self._closed:
+            self._mapping = self._spawn("ledger-cluster-map", self._map_until_whole())
 
     async def close(self) -> None:
         """Hang up on every node."""
@@ -81,20 +77,16 @@ class ClusterStore(Store):
 
     def _redirect(self, message: str, pending: Pending) -> bool:
         """Send on what a node answered with `MOVED slot host:port` or `ASK slot host:port`; False if we can't."""
-        kind, _, target = message.partition(" ")
-        channel = self._known.get(target.rpartition(" ")[2])
+        kind, _, target = message.split(" ")
+        host, _, port = target.rpartition(":")
+        channel = self._channels.get(Endpoint(host, int(port)))
         if kind == "MOVED":
-            self._map_soon()
+            self.keep_dialling()
         overdue = asyncio.get_running_loop().time() - pending[2] > self._timeout_s
         if overdue or channel is None or channel.link is None:
             return False
         channel.link.resend(pending, asking=kind == "ASK")
         return True
-
-    def _map_soon(self) -> None:
-        self._stale = True
-        if self._mapping is None and not self._closed:
-            self._mapping = self._spawn("ledger-cluster-map", self._map_until_whole())
 
     async def _map_until_whole(self) -> None:
         failures = 0
@@ -103,41 +95,28 @@ class ClusterStore(Store):
             try:
                 await self._map()
             except Unavailable as error:
-                self.trouble = error.reason
+                self._trouble = error.reason
             await asyncio.sleep(backoff_s(failures))
             failures += 1
         self._mapping = None
 
     async def _map(self) -> None:
-        """Take over the map of the first node that gives one."""
-        reasons = []
-        for endpoint in self._informants():
-            try:
-                ranges = await self._ranges(endpoint)
-                await self._adopt(ranges)
-            except (Unavailable, StoreError) as error:
-                reasons.append(error.reason if isinstance(error, Unavailable) else f"{endpoint}: {error}")
-            else:
-                self.trouble = None
-                return
-        raise Unavailable("clusterdown", "; ".join(reasons) or "the cluster has no nodes")
-
-    def _informants(self) -> list[Endpoint]:
-        """Who may know the map: masters with a link, any order (one may be cut off from the rest), then the URL's nodes."""
+        """Take over the map of the first node that gives one. Masters with a link are asked first, in any order, for one may be
+        cut off from the rest.
+        """
         linked = [endpoint for endpoint, channel in self._channels.items() if channel.connected]
         random.shuffle(linked)
-        return [*linked, *self._address.endpoints]
+        reasons = []
+        for endpoint in (*linked, *self._seeds):
+            try:
+                return await self._adopt(await self._ranges(endpoint))
+            except (Unavailable, StoreError) as error:
+                reasons.append(str(error))
+        raise Unavailable("clusterdown", "; ".join(reasons))
 
     async def _ranges(self, endpoint: Endpoint) -> list[tuple[int, int, Endpoint]]:
         """First slot, last slot and master of every range, as this node sees them."""
-        channel = self._channels.get(endpoint)
-        link = channel.link if channel is not None else None
-        asked = link if link is not None else await self._dial(endpoint)
-        try:
-            reply = await asked.send("CLUSTER", ("CLUSTER", "SLOTS"))
-        finally:
-            if link is None:
-                asked.lose("closed", "the map was read")
+        reply = await ask_once(self._dial(endpoint, None), "CLUSTER", "SLOTS")
         # a node that doesn't know its own address leaves the host empty
         return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
 
@@ -146,34 +125,42 @@ class ClusterStore(Store):
         if not 0 < len(masters) <= MAX_NODES:
             raise Unavailable("clusterdown", f"the map names {len(masters)} masters")
         await asyncio.gather(*(self._open(master) for master in masters - self._channels.keys()))
-        slots: list[Channel | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        slots: list[Channel | None] = [None] * SLOTS
         for first, last, master in ranges:
             slots[first : last + 1] = [self._channels[master]] * (last + 1 - first)
         self._slots = slots
         for gone in self._channels.keys() - masters:
             self._channels.pop(gone).retire()
-        self._known = {f"{endpoint.host}:{endpoint.port}": channel for endpoint, channel in self._channels.items()}
 
     async def _open(self, master: Endpoint) -> None:
         """Dial a new master; if it doesn't answer, it is dialled on in the background."""
-        channel = Channel(partial(self._dial, master), spawn=self._spawn, on_lost=self._map_soon)
-        self._channels[master] = channel
+        dial = partial(self._dial, master, self._redirect)
+        channel = self._channels[master] = Channel(dial, spawn=self._spawn, on_lost=self.keep_dialling)
         try:
             await channel.open()
-        except Unavailable as error:
-            channel.trouble = error.reason
+        except Unavailable:
             channel.keep_dialling()
-
-    async def _dial(self, endpoint: Endpoint) -> Link:
-        make = partial(Link, self._timeout_s, self.on_op, self._redirect)
-        return await dial(endpoint, self._address.login, self._tls, make, timeout_s=self._timeout_s)
 
 
 def key_of(command: tuple[Argument, ...]) -> bytes | None:
-    """The key that decides where a command goes; None if any node will do."""
-    name = str(command[0])
-    at = _KEY_AT.get(name, 1)
-    if name in _KEYLESS or len(command) <= at or (at == 3 and command[2] == 0):
+    """The key that decides where a command of ours goes; None if it has none, and any node will do."""
+    at = 3 if command[0] in {"EVAL", "EVALSHA"} else 1
+    if len(command) <= at:
         return None
     key = command[at]
     return key if isinstance(key, bytes) else str(key).encode()
+
+
+def key_slot(key: bytes) -> int:
+    """A key's slot: of its hash tag, if it has one (Redis cluster specification, "Hash tags")."""
+    tag = _TAG.search(key)
+    return crc_hqx((tag and tag[1]) or key, 0) % SLOTS
+
+
+async def ask_once(dialling: Awaitable[Link], *command: str) -> Any:
+    """The reply to one command over a link of its own."""
+    link = await dialling
+    try:
+        return await link.send(command[0], command)
+    finally:
+        link.lose("closed", "what was asked is answered")

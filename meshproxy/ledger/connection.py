@@ -4,20 +4,22 @@ All of them speak over links of our own, which cost a fifth of redis-py's pipeli
 redis-py is for whoever has a client of its already (`RedisPyStore`).
 """
 
-import ssl
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
 
 from meshproxy import config
-from meshproxy.ledger.address import Address, Endpoint, Login, parse_url
+from meshproxy.ledger.address import Endpoint, Login, parse_url
 from meshproxy.ledger.channel import Channel, Spawn, dial, spawn_plainly
-from meshproxy.ledger.cluster import ClusterStore
-from meshproxy.ledger.link import Link
+from meshproxy.ledger.cluster import ClusterStore, ask_once
+from meshproxy.ledger.link import Link, Redirect
 from meshproxy.ledger.redis_py import RedisPyStore
-from meshproxy.ledger.store import Argument, OnOp, ScriptMissing, Store, StoreError, Unavailable
+from meshproxy.ledger.store import OnOp, Store, StoreError, Unavailable
 
-__all__ = ["RedisPyStore", "ScriptMissing", "ServerStore", "Store", "StoreError", "Unavailable", "connect"]
+__all__ = ["RedisPyStore", "Store", "StoreError", "Unavailable", "connect"]
+
+
+class ServerStore(Channel, Store):
+    """One server, named by its address or by Sentinel: a channel is all it takes."""
 
 
 async def connect(
@@ -28,88 +30,46 @@ async def connect(
     `wait`: until it answers, raising Unavailable if it doesn't within `timeout_s`; else it is dialled in the background.
     Raises Unfit for a URL or TLS files that can't be used.
     """
-    address = parse_url(settings.url)
+    address, timeout_s = parse_url(settings.url), settings.timeout_s
     try:
         tls = address.tls.context() if address.tls is not None else None
     except OSError as error:
         raise config.Unfit([f"redis.url: the TLS files can't be used ({error.strerror or error})"]) from error
+
+    async def dial_node(
+        endpoint: Endpoint, redirect: Redirect | None = None, *, login: Login = address.login, master: bool = False
+    ) -> Link:
+        make = partial(Link, timeout_s, on_op, redirect)
+        return await dial(endpoint, login, tls, make, timeout_s=timeout_s, master=master)
+
+    async def dial_master() -> Link:
+        named = await discover(address.endpoints, partial(dial_node, login=Login()), address.service)
+        return await dial_node(named, master=True)
+
     if address.kind == "cluster":
-        store: ServerStore | ClusterStore = ClusterStore(address, tls, settings.timeout_s, on_op=on_op, spawn=spawn)
+        store: ServerStore | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, spawn)
     else:
-        store = ServerStore(address, tls, settings.timeout_s, on_op=on_op, spawn=spawn)
-    await store.open(wait=wait)
+        one = dial_master if address.kind == "sentinel" else partial(dial_node, address.endpoints[0])
+        store = ServerStore(one, spawn=spawn)
+    if wait:
+        await store.open()
+    else:
+        store.keep_dialling()
     return store
 
 
-class ServerStore(Store):
-    """One server, named by its address or by Sentinel."""
-
-    def __init__(
-        self,
-        address: Address,
-        tls: ssl.SSLContext | None,
-        timeout_s: float,
-        *,
-        on_op: OnOp | None = None,
-        spawn: Spawn = spawn_plainly,
-    ) -> None:
-        self.on_op = on_op
-        self._address = address
-        self._tls = tls
-        self._timeout_s = timeout_s
-        self._channel = Channel(self._dial, spawn=spawn)
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is a link."""
-        return self._channel.connected
-
-    @property
-    def trouble(self) -> str | None:
-        """What went wrong last, for the log and the status page; None while connected."""
-        return self._channel.trouble
-
-    def send(self, op: str, command: tuple[Argument, ...]) -> Awaitable[Any]:
-        """Queue one command on the link; fails at once without one."""
-        return self._channel.send(op, command)
-
-    async def open(self, *, wait: bool) -> None:
-        """Dial now, or in the background."""
-        if wait:
-            await self._channel.open()
-        else:
-            self._channel.keep_dialling()
-
-    async def close(self) -> None:
-        """Hang up; what is pending fails."""
-        await self._channel.close()
-
-    async def _dial(self) -> Link:
-        sentinel = self._address.kind == "sentinel"
-        endpoint = self._address.endpoints[0]
-        if sentinel:
-            endpoint = await discover(self._address, self._tls, self._timeout_s)
-        make = partial(Link, self._timeout_s, self.on_op)
-        return await dial(endpoint, self._address.login, self._tls, make, timeout_s=self._timeout_s, master=sentinel)
-
-
-async def discover(address: Address, tls: ssl.SSLContext | None, timeout_s: float) -> Endpoint:
-    """The master that the first Sentinel to know one names; Unavailable if none does. Sentinels are asked without a login."""
+async def discover(
+    sentinels: Sequence[Endpoint], dial_sentinel: Callable[[Endpoint], Awaitable[Link]], service: str
+) -> Endpoint:
+    """The master that the first Sentinel to know one names; Unavailable if none does."""
     reasons = []
-    for sentinel in address.endpoints:
+    for sentinel in sentinels:
         try:
-            link = await dial(sentinel, Login(), tls, partial(Link, timeout_s), timeout_s=timeout_s)
-        except Unavailable as error:
-            reasons.append(error.reason)
-            continue
-        try:
-            reply = await link.send("SENTINEL", ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service))
+            reply = await ask_once(dial_sentinel(sentinel), "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
         except (Unavailable, StoreError) as error:
-            reasons.append(f"{sentinel}: {error}")
-            continue
-        finally:
-            link.lose("closed", "the Sentinel was asked")
-        if reply is not None:
-            return Endpoint(reply[0].decode(), int(reply[1]))
-        reasons.append(f"{sentinel} doesn't know it")
-    raise Unavailable("connection", f"no Sentinel names a master {address.service} ({'; '.join(reasons)})")
+            reasons.append(str(error))
+        else:
+            if reply is not None:
+                return Endpoint(reply[0].decode(), int(reply[1]))
+            reasons.append(f"{sentinel} doesn't know it")
+    raise Unavailable("connection", f"no Sentinel names a master {service} ({'; '.join(reasons)})")
