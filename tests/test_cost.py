@@ -172,7 +172,7 @@ async def count(drive):
         worker = Worker(settings_for(provider.getsockname()[1], redis.url), {}, RequestLog(sink))
         await worker.start()
         stack.push_async_callback(worker.stop)
-        runner = Runner(application(worker), worker.serve_chat)
+        runner = Runner(application(worker), lambda: worker.chat)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()

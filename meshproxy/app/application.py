@@ -14,7 +14,7 @@ from meshproxy.server import openapi
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.server.envelope import envelope_errors
-from meshproxy.server.listener import Strictness
+from meshproxy.server.general import Strictness
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog
@@ -50,9 +50,9 @@ def application(worker: Worker) -> web.Application:
     app = web.Application(
         middlewares=[_counting(worker), envelope_errors], client_max_size=worker.settings.server.max_body_bytes
     )
-    app.router.add_post(CHAT_PATH, worker.serve_chat)
+    app.router.add_post(CHAT_PATH, worker.serve_chat, expect_handler=_not_yet)
     for method, path, function in ROUTES:
-        app.router.add_route(method, path, _bound(worker, function))
+        app.router.add_route(method, path, _bound(worker, function), expect_handler=_not_yet)
     app.router.add_get(openapi.PATH, openapi.handler())
     return app
 
@@ -79,6 +79,10 @@ def _counting(worker: Worker) -> Middleware:
         return response
 
     return counting
+
+
+async def _not_yet(_request: web.Request) -> None:
+    """100 Continue is sent when the body is wanted."""
 
 
 def _bound(

@@ -28,7 +28,7 @@ class DataListener:
         self._worker = worker
         self._sock = sock
         self._tls = server_context(worker.settings.server)
-        self._runner = Runner(application(worker), worker.serve_chat, strictness(worker))
+        self._runner = Runner(application(worker), lambda: worker.chat, strictness(worker))
 
     async def start(self) -> None:
         """Accept connections."""

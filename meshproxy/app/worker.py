@@ -35,7 +35,6 @@ from meshproxy.policy.catalog import Catalog
 from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
-from meshproxy.server.request_id import request_id_of
 from meshproxy.telemetry import loop_lag
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
@@ -113,7 +112,7 @@ class Worker:
             boot_id=boot_id,
         )
         trusted_proxies = TrustedProxies(self.settings.server.trusted_proxies)
-        self.chat = ChatHandler(self.gateway, request_id_of, time.monotonic, trusted_proxies)
+        self.chat = ChatHandler(self.gateway, time.monotonic, trusted_proxies)
         self.api = Api(self.gateway, authenticator, self.directory, self.ledger, self.store)
         self._note_generation(generation)
         self._follow()

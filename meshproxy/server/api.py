@@ -23,7 +23,7 @@ from meshproxy.ledger.usage_report import GROUPS, Row, usage
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
-from meshproxy.server.chat import read_json_body
+from meshproxy.server.body import read_json_body
 from meshproxy.wire.headers import format_reset
 
 DEFAULT_SPAN = timedelta(days=30)
@@ -150,7 +150,7 @@ class Api:
         return await self._authenticator.principal(request.headers.get("authorization"))
 
     async def _body(self, request: web.Request) -> bytes:
-        return await read_json_body(request, self._gateway.deployment.settings.server.body_timeout_s)
+        return await read_json_body(request, self._gateway.deployment.settings.server)
 
     def _model(self, name: str) -> dict[str, Any]:
         """OpenAI's model object, and the members that Mesh's SDK needs beside them."""

@@ -7,15 +7,15 @@ written itself.
 
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import MultiMapping
 
 MAX_HOPS = 32  # entries looked at, from the right
 MAX_KNOWN_PEERS = 4096
 
-Headers = CIMultiDict[str] | CIMultiDictProxy[str]
+Headers = Mapping[str, str]  # looked up by lower-case names; a MultiMapping where a name may come twice
 
 _FOR = re.compile(r'(?:^|;)\s*for=("[^"]*"|[^;,"\s]*)', re.IGNORECASE)
 _V4_WITH_PORT = re.compile(r"([0-9.]+):[0-9]+")
@@ -92,7 +92,8 @@ def _listed(headers: Headers, name: str) -> list[str]:
     """A list header's elements, over all its lines (RFC 9110, section 5.3)."""
     if name not in headers:
         return []
-    return [element for line in headers.getall(name) for element in line.split(",") if element.strip()]
+    lines = headers.getall(name) if isinstance(headers, MultiMapping) else [headers[name]]
+    return [element for line in lines for element in line.split(",") if element.strip()]
 
 
 def _for(element: str) -> str:

@@ -4,14 +4,18 @@ aiohttp reads the requests; what goes out is already bytes, so it skips aiohttp'
 that nothing is left to do.
 """
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
+from meshproxy.errors import Problem
 from meshproxy.gateway.call import Headers, Reply
+from meshproxy.server.request_id import new_request_id
+from meshproxy.wire.replies import envelope, problem_headers
 
 MAX_BUFFERED_BYTES = 32_768  # what may wait for a client before reading upstream stops
 
@@ -39,16 +43,27 @@ class Sent(web.StreamResponse):
 
 
 class ClientStream:
-    """The gateway's `Downstream` over one aiohttp request. HTTP/1.1 clients get chunks, HTTP/1.0 ones read to the end."""
+    """The gateway's `Downstream` over one request's transport. HTTP/1.1 clients get chunks, HTTP/1.0 ones (`minor` 0) read to
+    the end. `drained` returns when the client has caught up; `is_closing`: whether the gateway won't take another request.
+    """
 
-    __slots__ = ("_chunked", "_is_closing", "_request", "_transport", "keep_alive")
+    __slots__ = ("_chunked", "_drained", "_is_closing", "_minor", "_transport", "keep_alive")
 
-    def __init__(self, request: web.BaseRequest, *, is_closing: Callable[[], bool]) -> None:
-        self._request = request
-        self._transport = request.transport
-        self._chunked = request.version >= (1, 1)
+    def __init__(
+        self,
+        transport: asyncio.Transport | None,
+        drained: Callable[[], Awaitable[None]],
+        is_closing: Callable[[], bool],
+        *,
+        keep_alive: bool,
+        minor: int = 1,
+    ) -> None:
+        self._transport = transport
+        self._drained = drained
         self._is_closing = is_closing
-        self.keep_alive = request.keep_alive and self._chunked
+        self._minor = minor
+        self._chunked = minor > 0
+        self.keep_alive = keep_alive and self._chunked
 
     def begin(self, headers: Headers) -> None:
         """Send the head of a 200 event stream."""
@@ -56,7 +71,7 @@ class ClientStream:
         if self._transport is not None:
             self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
         self._end_with_this_answer()
-        self._send(head(200, [*headers, *framing], keep_alive=self.keep_alive, version=self._request.version.minor))
+        self._send(head(200, [*headers, *framing], keep_alive=self.keep_alive, minor=self._minor))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
         """Send body bytes, in the frame they came in where there is one."""
@@ -78,8 +93,8 @@ class ClientStream:
         return transport is not None and transport.get_write_buffer_size() > MAX_BUFFERED_BYTES
 
     async def drained(self) -> None:
-        """Return when the client has taken enough; aiohttp's protocol holds the flow-control state."""
-        await self._request.writer.drain()
+        """Return when the client has taken enough; its connection holds the flow-control state."""
+        await self._drained()
 
     def reply(self, reply: Reply) -> None:
         """Send a whole answer."""
@@ -87,9 +102,7 @@ class ClientStream:
         if reply.status == 408:  # RFC 9110, section 15.5.9
             self.keep_alive = False
         headers = [*reply.headers, ("content-length", str(len(reply.body)))]
-        self._send(
-            head(reply.status, headers, keep_alive=self.keep_alive, version=self._request.version.minor) + reply.body
-        )
+        self._send(head(reply.status, headers, keep_alive=self.keep_alive, minor=self._minor) + reply.body)
 
     def _end_with_this_answer(self) -> None:
         """Say `Connection: close` where the gateway won't take another request."""
@@ -103,7 +116,7 @@ class ClientStream:
             transport.write(data)
 
 
-def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, version: int) -> bytes:
+def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, minor: int = 1) -> bytes:
     """A response head. Header names and values must be clean of CR, LF and NUL: both ours and the filtered ones of providers
     are (RFC 9110, section 5.5).
     """
@@ -111,6 +124,14 @@ def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, v
     lines += [f"{name}: {value}" for name, value in headers]
     if not keep_alive:
         lines.append("connection: close")
-    elif version == 0:
+    elif minor == 0:
         lines.append("connection: keep-alive")
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+
+
+def parting(problem: Problem) -> bytes:
+    """The whole last answer on a connection."""
+    request_id = new_request_id()
+    body = envelope(problem, request_id)
+    headers = [("x-request-id", request_id), *problem_headers(problem), ("content-length", str(len(body)))]
+    return head(problem.status, headers, keep_alive=False) + body

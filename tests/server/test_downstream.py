@@ -1,8 +1,6 @@
 import asyncio
-from types import SimpleNamespace
 
 import pytest
-from aiohttp import HttpVersion10, HttpVersion11
 
 from meshproxy.gateway.call import Reply
 from meshproxy.server.downstream import MAX_BUFFERED_BYTES, ClientStream, Sent, head
@@ -34,9 +32,12 @@ def transport():
     return Transport()
 
 
-def stream(transport, *, version=HttpVersion11, keep_alive=True, closing=False):
-    request = SimpleNamespace(protocol=None, transport=transport, version=version, keep_alive=keep_alive)
-    return ClientStream(request, is_closing=lambda: closing)
+def stream(transport, *, minor=1, keep_alive=True, closing=False):
+    return ClientStream(transport, drained, lambda: closing, keep_alive=keep_alive, minor=minor)
+
+
+async def drained():
+    """There is always room."""
 
 
 def lines(data):
@@ -65,7 +66,7 @@ def test_a_frame_is_passed_on_as_it_is(transport):
 
 
 def test_a_client_of_http_1_0_reads_to_the_end(transport):
-    client = stream(transport, version=HttpVersion10)
+    client = stream(transport, minor=0)
     client.begin([])
     client.write(b"a", b"1\r\na\r\n")
     client.finish()
@@ -142,11 +143,11 @@ async def test_who_is_congested_is_paused_by_the_loop_too():
 
 
 def test_a_head_of_a_status_without_a_name():
-    assert head(599, [], keep_alive=True, version=1).startswith(b"HTTP/1.1 599 \r\ndate: ")
+    assert head(599, [], keep_alive=True).startswith(b"HTTP/1.1 599 \r\ndate: ")
 
 
 def test_a_client_of_http_1_0_that_would_stay_is_told_it_may():
-    assert b"connection: keep-alive\r\n" in head(200, [], keep_alive=True, version=0)
+    assert b"connection: keep-alive\r\n" in head(200, [], keep_alive=True, minor=0)
 
 
 async def test_what_was_sent_is_not_sent_again():

@@ -4,10 +4,14 @@ import json
 import pytest
 from aiohttp import web
 
-from meshproxy.server.listener import Runner, Strictness
+from meshproxy.gateway.call import Reply
+from meshproxy.server.downstream import ClientStream
+from meshproxy.server.general import Strictness
+from meshproxy.server.listener import Runner
 from meshproxy.server.sockets import listen
 
 GET = b"GET /work HTTP/1.1\r\nhost: m\r\n\r\n"
+CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ncontent-length: 2\r\n\r\n{}"
 
 
@@ -20,7 +24,9 @@ class Served:
         app = web.Application()
         app.router.add_get("/work", self._work)
         app.router.add_get("/bug", self._bug)
-        self.runner = Runner(app, self._chat, Strictness(lambda: header_timeout_s, self.refused.append))
+        self.answer_early = False
+        app.router.add_post("/v1/chat/completions", self._odd_chat)
+        self.runner = Runner(app, lambda: self, Strictness(lambda: header_timeout_s, self.refused.append))
 
     async def _work(self, _request):
         return web.Response(body=b"fine")
@@ -28,14 +34,26 @@ class Served:
     async def _bug(self, _request):
         raise RuntimeError("a bug")
 
-    async def _chat(self, request):
-        if await request.read() == b"{}":
-            return web.Response(body=b"chat")
-        self.begun.set()
+    async def _odd_chat(self, request):
+        return web.Response(body=b"odd " + await request.read())
+
+    async def serve(self, connection, fields):
+        """Echo the body of a usual request; never answer one that is `[]`."""
+        stays = False
         try:
-            await asyncio.Event().wait()
-        finally:
+            body = b"" if self.answer_early else await connection.body(5.0)
+            if body == b"[]":
+                self.begun.set()
+                await asyncio.Event().wait()
+            keep_alive = fields.get("connection") != "close"
+            stream = ClientStream(connection.transport, connection.drained, lambda: False, keep_alive=keep_alive)
+            stream.reply(Reply(200, [], b"chat " + body))
+            stays = stream.keep_alive
+        except asyncio.CancelledError:
             self.cancelled.set()
+            raise
+        finally:
+            connection.answered(keep_alive=stays)
 
     async def connect(self):
         return await asyncio.open_connection(*self.runner.addresses[0][:2])
@@ -65,21 +83,92 @@ async def start():
         await served.runner.cleanup()
 
 
-async def test_the_chat_path_goes_past_the_router_and_others_through_it(start):
+async def answers(reader, *expected):
+    """Read answers, whose bodies these are, from a connection that is kept."""
+    for body in expected:
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        assert body == await reader.readexactly(length)
+
+
+async def test_usual_requests_go_past_the_router_and_others_through_it(start):
     served = await start()
     closing = b"connection: close\r\n\r\n"
-    assert (await served.asked(POST.replace(b"\r\n\r\n", b"\r\n" + closing))).endswith(b"\r\n\r\nchat")
+    assert (await served.asked(POST.replace(b"\r\n\r\n", b"\r\n" + closing))).endswith(b"\r\n\r\nchat {}")
     assert (await served.asked(GET.replace(b"\r\n\r\n", b"\r\n" + closing))).endswith(b"\r\n\r\nfine")
+    assert (await served.asked(CHUNKED.replace(b"\r\n\r\n", b"\r\n" + closing, 1))).endswith(b"\r\n\r\nodd {}")
 
 
-async def test_a_connection_is_kept(start):
+async def test_a_connection_is_kept_whoever_serves_it(start):
     served = await start()
     reader, writer = await served.connect()
-    for request, answer in ((POST, b"chat"), (GET, b"fine"), (POST, b"chat")):
+    for request, body in (
+        (POST, b"chat {}"),
+        (POST, b"chat {}"),
+        (GET, b"fine"),
+        (CHUNKED, b"odd {}"),
+        (POST, b"odd {}"),
+    ):
         writer.write(request)
-        assert answer in await reader.readuntil(answer)
+        await answers(reader, body)
     assert (1, 0) == (served.runner.connected(), served.runner.busy())
     writer.close()
+
+
+@pytest.mark.parametrize("at", range(1, len(POST + POST + GET)))
+async def test_requests_in_two_pieces_and_several_in_one(start, at):
+    served = await start()
+    reader, writer = await served.connect()
+    together = POST + POST + GET
+    writer.write(together[:at])
+    for _ in range(3):
+        await asyncio.sleep(0)
+    writer.write(together[at:])
+    await answers(reader, b"chat {}", b"chat {}", b"fine")
+    writer.close()
+
+
+async def test_a_large_body_in_pieces(start):
+    served = await start()
+    reader, writer = await served.connect()
+    body = b"x" * 1_000_000
+    writer.write(POST.replace(b"length: 2\r\n\r\n{}", b"length: 1000000\r\n\r\n") + body[:10])
+    for at in range(10, len(body), 99_999):
+        writer.write(body[at : at + 99_999])
+        await writer.drain()
+    writer.write(POST)
+    await answers(reader, b"chat " + body, b"chat {}")
+    writer.close()
+
+
+@pytest.mark.parametrize("keep_alive", [True, False])
+async def test_an_answer_before_the_body_is_there_is_not_lost(start, keep_alive):
+    """And what is left of the body is no request."""
+    served = await start()
+    served.answer_early = True
+    reader, writer = await served.connect()
+    head = POST[:-2].replace(b"length: 2", b"length: 3000000")
+    writer.write(head if keep_alive else head.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+    writer.write(GET * 1000)
+    await answers(reader, b"chat ")
+    writer.write(b"x" * (3_000_000 - 1000 * len(GET)) + GET)
+    await writer.drain()
+    assert (b"fine" if keep_alive else b"") == (
+        await reader.read(-1) if not keep_alive else await reader.readuntil(b"fine")
+    )[-4:]
+    writer.close()
+
+
+async def test_more_than_one_request_ahead_waits_in_the_socket(start):
+    served = await start()
+    _, writer = await served.connect()
+    writer.write(POST.replace(b"{}", b"[]"))
+    await asyncio.wait_for(served.begun.wait(), 5)
+    writer.write(POST * 100_000)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(writer.drain(), 0.2)
+    served.runner.interrupt()
+    await asyncio.wait_for(served.cancelled.wait(), 5)
 
 
 async def test_what_is_no_request_is_answered_in_the_envelope_and_hung_up_on(start):
@@ -103,10 +192,14 @@ async def test_a_bug_is_answered_in_the_envelope(start, caplog):
     assert "handler failed" in caplog.text
 
 
-async def test_half_a_head_is_given_up(start):
+@pytest.mark.parametrize(
+    "half", [b"GET /work HTTP/1.1\r\nhost:", b"POST /v1/chat/completions HTTP/1.1\r\nhost:", b"POST /v1/ch"]
+)
+async def test_half_a_head_is_given_up(start, half):
     served = await start(header_timeout_s=0.05)
-    got = await served.asked(b"GET /work HTTP/1.1\r\nhost:")
+    got = await served.asked(half)
     assert b" 408 Request Timeout\r\n" in got
+    assert [408] == served.refused
     assert "request_timeout" == json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"]
 
 
@@ -115,13 +208,14 @@ async def test_no_head_at_all_is_hung_up_on_without_a_word(start):
     assert b"" == await served.asked(b"")
 
 
-async def test_a_connection_between_requests_may_be_idle(start):
+@pytest.mark.parametrize(("request_", "body"), [(GET, b"fine"), (POST, b"chat {}")])
+async def test_a_connection_between_requests_may_be_idle(start, request_, body):
     served = await start(header_timeout_s=0.05)
     reader, writer = await served.connect()
     for _ in range(2):
-        writer.write(GET)
-        await reader.readuntil(b"fine")
-        await asyncio.sleep(0.1)
+        writer.write(request_)
+        await answers(reader, body)
+        await asyncio.sleep(0.3)
     writer.close()
 
 

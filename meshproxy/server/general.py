@@ -1,0 +1,129 @@
+"""Connections that ask for more than the main job in its usual form: aiohttp's server, with our words for what it refuses.
+
+What can be read in two ways is refused and the connection closed, so that no proxy in front can be of another mind about where a
+request ends (RFC 9112, section 11.2).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_request import BaseRequest
+
+from meshproxy.errors import Problem, internal_error, request_timeout
+from meshproxy.server.downstream import parting
+from meshproxy.server.envelope import problem_response
+from meshproxy.server.proxy_protocol import Source
+from meshproxy.server.request_id import request_id_of
+
+HEADER_TIMEOUT_S = 10.0
+TOO_LATE = request_timeout("The request's head did not come in time.")
+
+
+class Strictness(NamedTuple):
+    """How long a request's head may take, in seconds as of now, and who is told the status of what was no request."""
+
+    header_timeout_s: Callable[[], float] = lambda: HEADER_TIMEOUT_S
+    on_refused: Callable[[int], None] = lambda _status: None
+
+
+class GeneralConnection(RequestHandler):
+    """One client's connection. What the parser refuses is answered in the envelope, and the connection closed. `source`: the
+    client that a PROXY header told.
+
+    A head has to come within a time: from the connection's beginning for the first, from its first byte for the others. In
+    between a connection may be idle.
+    """
+
+    __slots__ = ("_head_begun", "_head_timer", "_source", "_strictness")
+
+    def __init__(self, server: web.Server, source: Source | None, *, strictness: Strictness, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._source = source
+        self._strictness = strictness
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_begun = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client is here."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a head or of a body."""
+        known = self._request_count
+        super().data_received(data)
+        if self._request_count != known:
+            self._expect_nothing()
+        elif not (self._request_in_progress or self._messages):
+            self._head_begun = True
+            if self._head_timer is None:
+                self._expect_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client is gone."""
+        self._expect_nothing()
+        super().connection_lost(exc)
+
+    @property
+    def peername(self) -> Any:
+        """Who is at the other end, as sockets tell it."""
+        return self._source or super().peername
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered, or a part of the answer is still ours."""
+        transport = self.transport
+        return self._request_in_progress or (transport is not None and transport.get_write_buffer_size() > 0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether neither a request nor a part of one is here."""
+        return not (self.busy or self._messages or self._head_begun)
+
+    def interrupt(self) -> None:
+        """Cancel the request that is being answered, if one is."""
+        if self._request_in_progress and self._task_handler is not None:
+            self._task_handler.cancel()
+
+    def handle_error(
+        self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Answer bytes that are no HTTP request (400), or a handler's bug (500)."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is under way already")
+        if status >= 500:
+            self.logger.error("handler failed", exc_info=exc)
+            problem = internal_error()
+        else:
+            problem = Problem(status, "bad_request", _in_words(exc, message))
+            self._strictness.on_refused(status)
+        response = problem_response(problem, request_id_of(request))
+        response.force_close()
+        return response
+
+    def _expect_head(self) -> None:
+        self._head_timer = self._loop.call_later(self._strictness.header_timeout_s(), self._give_head_up)
+
+    def _expect_nothing(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+            self._head_begun = False
+
+    def _give_head_up(self) -> None:
+        """408 for half a head; nothing for none, for a balancer that connects ahead would take it for an answer."""
+        self._head_timer = None
+        if self._head_begun and self.transport is not None:
+            self.transport.write(parting(TOO_LATE))
+            self._strictness.on_refused(TOO_LATE.status)
+        self.force_close()
+
+
+def _in_words(exc: BaseException | None, message: str | None) -> str:
+    words: Any = exc.message if isinstance(exc, HttpProcessingError) else message
+    lines = str(words or "bad request").splitlines() or ["bad request"]
+    return f"This is not a valid HTTP request: {lines[0][:200].rstrip(':. ')}."
