@@ -1,13 +1,16 @@
-"""What may stand on a command line: the words every command takes, and the kinds of value with their bounds."""
+"""What may stand on a command line: how a command is made of a function, and the kinds of value with their bounds."""
 
 import argparse
-import json
+import inspect
 import os
 import re
+import textwrap
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
+
+import msgspec
 
 from meshproxy.cli.output import Output
 from meshproxy.money import parse_usd
@@ -28,8 +31,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32)
 
 
-def add_common(parser: argparse.ArgumentParser, run: Run, *, examples: str = "") -> None:
-    """Make `parser` a command that runs `run`: the arguments all commands share, and examples below the help."""
+def make_command(parser: argparse.ArgumentParser, run: Run, *, on_store: bool = False) -> None:
+    """Make `parser` a command that runs `run`, whose docstring is the help: what it does, and after an empty line examples."""
+    parser.description, _, examples = (inspect.getdoc(run) or "").partition("\n\n")
+    parser.epilog = f"examples:\n{textwrap.indent(examples, '  ')}"
+    parser.set_defaults(run=run, parser=parser)
     common = parser.add_argument_group("common")
     common.add_argument(
         "--config",
@@ -38,22 +44,15 @@ def add_common(parser: argparse.ArgumentParser, run: Run, *, examples: str = "")
         help="the configuration (default: $MESHPROXY_CONFIG, else built-in defaults)",
     )
     common.add_argument("--json", action="store_true", help="print JSON, errors too")
-    parser.epilog = f"examples:\n{examples}" if examples else None
-    parser.set_defaults(run=run, parser=parser)
+    if on_store:
+        common.add_argument("--redis", metavar="URL", help="the store, in place of redis.url of the configuration")
 
 
-def add_store(parser: argparse.ArgumentParser, run: Run, *, examples: str = "") -> None:
-    """As `add_common`, for a command that works on the store."""
-    add_common(parser, run, examples=examples)
-    parser.add_argument("--redis", metavar="URL", help="the store, in place of redis.url of the configuration")
-
-
-def add_command(commands: Commands, name: str, summary: str, run: Run, *, examples: str) -> argparse.ArgumentParser:
+def add_command(commands: Commands, name: str, run: Run) -> argparse.ArgumentParser:
     """One command of a family that works on the store."""
-    parser = commands.add_parser(
-        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=Formatter
-    )
-    add_store(parser, run, examples=examples)
+    summary = (inspect.getdoc(run) or "").partition(".")[0]
+    parser = commands.add_parser(name, help=summary[:1].lower() + summary[1:], formatter_class=Formatter)
+    make_command(parser, run, on_store=True)
     return parser
 
 
@@ -75,16 +74,12 @@ def signed_usd(text: str) -> int:
 
 def count(text: str) -> int:
     """A whole number of at least 1."""
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:20]) <= MAX_COUNT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return _whole(text, 1, MAX_COUNT)
 
 
 def port(text: str) -> int:
     """A TCP port; 0 lets the system choose."""
-    if not (text.isascii() and text.isdigit()) or not 0 <= int(text[:20]) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
-    return int(text)
+    return _whole(text, 0, 65535)
 
 
 def names(text: str) -> list[str]:
@@ -95,60 +90,46 @@ def names(text: str) -> list[str]:
     return found
 
 
-def one_of(*allowed: str) -> Callable[[str], list[str]]:
-    """As `names`, of a closed set."""
-
-    def parse(text: str) -> list[str]:
-        found = names(text)
-        for name in found:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
-        return found
-
-    return parse
-
-
-def param(text: str) -> tuple[str, Any]:
-    """`NAME=JSON`, as temperature=0.2."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=JSON, such as temperature=0.2")
-    try:
-        return name, json.loads(value, parse_constant=_no_constant)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{name}: {value!r} is not JSON; a string needs its quotes") from error
-
-
 def variable(text: str) -> tuple[str, str]:
     """`NAME=TEXT`, the value of a template's slot."""
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"\w+", name, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TEXT")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
+
+
+def param(text: str) -> tuple[str, Any]:
+    """`NAME=JSON`, as temperature=0.2."""
+    name, value = variable(text)
+    try:
+        return name, msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{name}: {value!r} is not JSON; a string needs its quotes") from error
 
 
 def past(text: str) -> float:
     """Unix seconds of an RFC 3339 time, or of a duration such as 24h before now."""
-    ago_s = _duration_s(text)
-    return time.time() - ago_s if ago_s is not None else _rfc3339(text)
+    return _moment(text, -1)
 
 
 def future(text: str) -> float:
     """Unix seconds of an RFC 3339 time that is still to come, or of a duration such as 30d from now."""
-    ahead_s = _duration_s(text)
-    now = time.time()
-    moment = now + ahead_s if ahead_s is not None else _rfc3339(text)
-    if moment <= now:
+    moment = _moment(text, 1)
+    if moment <= time.time():
         raise argparse.ArgumentTypeError(f"{text!r} is not in the future")
     return moment
 
 
-def _duration_s(text: str) -> int | None:
-    match = _DURATION.fullmatch(text)
-    return int(match[1]) * _UNIT_S[match[2]] if match else None
+def _whole(text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit()) or not least <= int(text[:20]) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+    return int(text)
 
 
-def _rfc3339(text: str) -> float:
+def _moment(text: str, direction: int) -> float:
+    duration = _DURATION.fullmatch(text)
+    if duration:
+        return time.time() + direction * int(duration[1]) * _UNIT_S[duration[2]]
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
@@ -160,7 +141,3 @@ def _rfc3339(text: str) -> float:
             raise argparse.ArgumentTypeError(f"{text!r} needs its time zone, such as Z")
         moment = moment.replace(tzinfo=UTC)  # a bare day begins at midnight UTC, as the aggregates' days do
     return moment.timestamp()
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

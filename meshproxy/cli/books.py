@@ -18,7 +18,6 @@ from meshproxy.policy.principal import Account
 class Books(Struct, frozen=True):
     """An open store."""
 
-    url: str
     store: Store
     directory: Directory
     ledger: Ledger
@@ -34,7 +33,7 @@ async def open_books(args: argparse.Namespace) -> AsyncIterator[Books]:
     try:
         store = await connect(settings)
         try:
-            yield Books(shown, store, Directory(store), Ledger(store))
+            yield Books(store, Directory(store), Ledger(store))
         finally:
             await store.close()
     except Unavailable as error:

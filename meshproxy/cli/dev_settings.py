@@ -8,9 +8,13 @@ import msgspec
 from meshproxy.config import Settings
 from meshproxy.upstream.simulator.behaviour import PREFIX, TRAITS
 
-REAL = {
-    "openai": ("OPENAI_API_KEY", "https://api.openai.com/v1"),
-    "openrouter": ("OPENROUTER_API_KEY", "https://openrouter.ai/api/v1"),
+REAL: dict[str, dict[str, Any]] = {
+    "openai": {"kind": "openai", "base_url": "https://api.openai.com/v1", "api_key": {"env": "OPENAI_API_KEY"}},
+    "openrouter": {
+        "kind": "openrouter",
+        "base_url": "https://openrouter.ai/api/v1",
+        "api_key": {"env": "OPENROUTER_API_KEY"},
+    },
 }
 SIMULATED = "sim/default"
 FAMILY_SAMPLES = ("error-400", "error-429", "error-500", "error-503", "tokens-200", "flaky-2", "fail-first-1")
@@ -28,7 +32,9 @@ _SIMULATED_OPENAI = ("openai/gpt-4o", "openai/gpt-4o-mini")
 
 def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[str, str]) -> Settings:
     """Settings for a gateway on `port` and the next; both are free ones if it is 0."""
-    real = [name for name, (variable, _) in REAL.items() if env.get(variable)]
+    real = {name: provider for name, provider in REAL.items() if env.get(provider["api_key"]["env"])}
+    # Time-outs are short: whoever tries sim/stall wants to see it end.
+    simulator = {"kind": "simulator", "base_url": simulator_url, "first_byte_timeout_s": 10, "idle_timeout_s": 10}
     table = {
         "server": {
             "listen": f"127.0.0.1:{port}",
@@ -39,20 +45,10 @@ def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[
         "log": {"format": "console"},
         "redis": {"url": redis_url},
         "defaults": {"model": SIMULATED if real else "openai/gpt-4o"},
-        "upstreams": {"simulator": _simulator(simulator_url), **{name: _provider(name) for name in real}},
-        "models": {**_openai_models(real), **_simulated_models()},
+        "upstreams": {"simulator": simulator, **real},
+        "models": {**_openai_models(list(real)), **_simulated_models()},
     }
     return msgspec.convert(table, Settings)
-
-
-def _simulator(url: str) -> dict[str, Any]:
-    """Time-outs are short: whoever tries sim/stall wants to see it end."""
-    return {"kind": "simulator", "base_url": url, "first_byte_timeout_s": 10, "idle_timeout_s": 10}
-
-
-def _provider(name: str) -> dict[str, Any]:
-    variable, base_url = REAL[name]
-    return {"kind": name, "base_url": base_url, "api_key": {"env": variable}}
 
 
 def _simulated_models() -> dict[str, Any]:

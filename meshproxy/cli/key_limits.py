@@ -1,16 +1,17 @@
 """The limits and budgets of a key or an account, as flags, as records and as they are shown."""
 
 import argparse
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
+from msgspec.structs import asdict, replace
 
 from meshproxy.cli.arguments import count, usd
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Account, Budgets, Key, Limits
 
-LIMITS = ("requests_per_minute", "tokens_per_minute", "burst")
-BUDGETS = {"budget": "total_nusd", "budget_daily": "daily_nusd", "budget_monthly": "monthly_nusd"}
+BUDGETS = ("budget", "budget_daily", "budget_monthly", "session_budget")
+
+Bounds = TypeVar("Bounds", Limits, Budgets)
 
 
 def add_limit_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,49 +30,41 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
 
 def given_budgets(args: argparse.Namespace) -> list[str]:
     """The budget flags that were used."""
-    names = (*BUDGETS, "session_budget")
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    return [f"--{name.replace('_', '-')}" for name in BUDGETS if getattr(args, name) is not None]
 
 
 def limits_of(args: argparse.Namespace, before: Limits) -> Limits:
     """The limits that the flags set, over those that held before."""
-    return msgspec.structs.replace(
-        before, **{name: value for name in LIMITS if (value := getattr(args, name)) is not None}
-    )
+    return _with(before, **{name: getattr(args, name) for name in Limits.__struct_fields__})
 
 
 def budgets_of(args: argparse.Namespace, before: Budgets) -> Budgets:
     """The key's budgets that the flags set, over those that held before."""
-    given = {field: value for flag, field in BUDGETS.items() if (value := getattr(args, flag)) is not None}
-    return msgspec.structs.replace(before, **given)
+    return _with(before, total_nusd=args.budget, daily_nusd=args.budget_daily, monthly_nusd=args.budget_monthly)
 
 
 def session_budgets_of(args: argparse.Namespace, before: Budgets) -> Budgets:
     """The budgets of each session that the flags set, over those that held before."""
-    return before if args.session_budget is None else msgspec.structs.replace(before, total_nusd=args.session_budget)
+    return _with(before, total_nusd=args.session_budget)
 
 
-def shown_limits(limits: Limits) -> dict[str, Any]:
-    """Limits as they are printed."""
-    return {name: getattr(limits, name) for name in LIMITS}
+def _with(before: Bounds, **given: int | None) -> Bounds:
+    return replace(before, **{name: value for name, value in given.items() if value is not None})
 
 
-def shown_budgets(budgets: Budgets) -> dict[str, Any]:
+def shown_budgets(budgets: Budgets) -> dict[str, str | None]:
     """Budgets as they are printed: decimal strings of USD."""
+    amounts: dict[str, int | None] = asdict(budgets)
     return {
-        f"{period}_usd": None if amount is None else format_usd(amount)
-        for period, amount in (
-            ("total", budgets.total_nusd),
-            ("daily", budgets.daily_nusd),
-            ("monthly", budgets.monthly_nusd),
-        )
+        name.replace("_nusd", "_usd"): None if amount is None else format_usd(amount)
+        for name, amount in amounts.items()
     }
 
 
-def shown_key_limits(key: Key) -> dict[str, Any]:
+def shown_bounds(key: Key) -> dict[str, Any]:
     """Everything that bounds a key."""
     return {
-        "limits": shown_limits(key.limits),
+        "limits": asdict(key.limits),
         "budgets": shown_budgets(key.budgets),
         "session_budgets": shown_budgets(key.session),
     }
@@ -79,4 +72,4 @@ def shown_key_limits(key: Key) -> dict[str, Any]:
 
 def shown_account(account: Account) -> dict[str, Any]:
     """An account's record as it is printed."""
-    return {"account": account.name, "status": account.status, "limits": shown_limits(account.limits)}
+    return {"account": account.name, "status": account.status, "limits": asdict(account.limits)}

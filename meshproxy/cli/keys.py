@@ -1,9 +1,9 @@
 """`meshproxy keys`: API keys from birth to revocation, and what they and their accounts may use."""
 
 import argparse
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
+from msgspec.structs import asdict, replace
 
 from meshproxy.cli.arguments import Commands, add_command, future, names, param
 from meshproxy.cli.books import Books, account, ensure_account, need_account, open_books
@@ -14,69 +14,36 @@ from meshproxy.cli.key_limits import (
     limits_of,
     session_budgets_of,
     shown_account,
-    shown_key_limits,
+    shown_bounds,
 )
 from meshproxy.cli.output import Failed, Misused, Output, rfc3339
 from meshproxy.policy.params import check_params
-from meshproxy.policy.principal import Budgets, Key, Limits
+from meshproxy.policy.principal import Budgets, Key, Limits, Status
 
 COLUMNS = ["id", "account", "name", "hint", "status", "created_at", "expires_at", "models"]
-
-CREATE_EXAMPLES = """\
-  meshproxy keys create --account acme
-  meshproxy keys create --account acme --name ci --expires 30d --budget 50 --budget-daily 5
-  meshproxy keys create --account acme --models openai/gpt-4o-mini,openai/gpt-4o --param temperature=0.2
-  meshproxy keys create --account acme --json | jq -r .key
-"""
-LIST_EXAMPLES = """\
-  meshproxy keys list
-  meshproxy keys list --account acme --json
-"""
-SHOW_EXAMPLES = """\
-  meshproxy keys show key_3f2a                          any unique beginning of an id
-"""
-STATUS_EXAMPLES = """\
-  meshproxy keys {verb} key_3f2a
-  meshproxy keys {verb} --account acme                every key of the account at once
-"""
-REVOKE_EXAMPLES = """\
-  meshproxy keys revoke key_3f2a                          for ever; suspend can be taken back
-"""
-LIMITS_EXAMPLES = """\
-  meshproxy keys limits key_3f2a                          show them
-  meshproxy keys limits key_3f2a --requests-per-minute 60 --burst 10
-  meshproxy keys limits key_3f2a --clear --budget 100     nothing but a budget
-  meshproxy keys limits --account acme --tokens-per-minute 500000
-"""
+KEY = "an id, a unique beginning of one, or the secret"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`keys create|list|show|suspend|resume|revoke|limits`"""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_create(commands)
-    listing = add_command(commands, "list", "list keys", list_keys, examples=LIST_EXAMPLES)
+    listing = add_command(commands, "list", list_keys)
     listing.add_argument("--account", metavar="NAME", type=account, help="of this account alone")
-    showing = add_command(commands, "show", "show everything about a key but its secret", show, examples=SHOW_EXAMPLES)
-    showing.add_argument("key", metavar="KEY", help="an id, a unique beginning of one, or the secret")
-    for verb, summary, run in (
-        ("suspend", "refuse a key, or a whole account, until it is resumed", suspend),
-        ("resume", "let a suspended key or account in again", resume),
-    ):
-        _add_target(add_command(commands, verb, summary, run, examples=STATUS_EXAMPLES.format(verb=verb)))
-    revoking = add_command(commands, "revoke", "refuse a key for ever", revoke, examples=REVOKE_EXAMPLES)
-    revoking.add_argument("key", metavar="KEY", help="an id, a unique beginning of one, or the secret")
-    limiting = add_command(
-        commands, "limits", "show or set what a key or a whole account may use", limits, examples=LIMITS_EXAMPLES
-    )
+    add_command(commands, "show", show).add_argument("key", metavar="KEY", help=KEY)
+    _add_target(add_command(commands, "suspend", suspend))
+    _add_target(add_command(commands, "resume", resume))
+    revoking = add_command(commands, "revoke", revoke)
+    revoking.add_argument("key", metavar="KEY", help=KEY)
+    revoking.set_defaults(account=None)
+    limiting = add_command(commands, "limits", limits)
     _add_target(limiting)
     limiting.add_argument("--clear", action="store_true", help="first take away every limit and budget there is")
     add_limit_flags(limiting)
 
 
 def _add_create(commands: Commands) -> None:
-    creating = add_command(
-        commands, "create", "mint a key; its secret is shown this once", create, examples=CREATE_EXAMPLES
-    )
+    creating = add_command(commands, "create", create)
     creating.add_argument("--account", metavar="NAME", type=account, required=True, help="made if it doesn't exist")
     creating.add_argument("--name", default="", help="what the key is for")
     creating.add_argument("--default-model", metavar="MODEL", help="for requests that name none")
@@ -102,12 +69,18 @@ def _add_create(commands: Commands) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("key", metavar="KEY", nargs="?", help="an id, a unique beginning of one, or the secret")
+    target.add_argument("key", metavar="KEY", nargs="?", help=KEY)
     target.add_argument("--account", metavar="NAME", type=account, help="the whole account")
 
 
 async def create(args: argparse.Namespace, out: Output) -> None:
-    """Mint a key and print its secret, which is kept nowhere."""
+    """Mint a key; its secret is shown this once.
+
+    meshproxy keys create --account acme
+    meshproxy keys create --account acme --name ci --expires 30d --budget 50 --budget-daily 5
+    meshproxy keys create --account acme --models openai/gpt-4o-mini,openai/gpt-4o --param temperature=0.2
+    meshproxy keys create --account acme --json | jq -r .key
+    """
     if args.default_model and args.models and args.default_model not in args.models:
         raise Misused(f"argument --default-model: {args.default_model} is not among --models")
     for fault in check_params(dict(args.param), ()):
@@ -130,7 +103,11 @@ async def create(args: argparse.Namespace, out: Output) -> None:
 
 
 async def list_keys(args: argparse.Namespace, out: Output) -> None:
-    """List keys, of one account or of all."""
+    """List keys, of one account or of all.
+
+    meshproxy keys list
+    meshproxy keys list --account acme --json
+    """
     async with open_books(args) as books:
         if args.account is not None:
             await need_account(books, args.account)
@@ -139,29 +116,48 @@ async def list_keys(args: argparse.Namespace, out: Output) -> None:
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
-    """Show one key."""
+    """Show everything about a key but its secret.
+
+    meshproxy keys show key_3f2a                          any unique beginning of an id
+    """
     async with open_books(args) as books:
         out.record(shown(await need_key(books, args.key)))
 
 
 async def suspend(args: argparse.Namespace, out: Output) -> None:
-    """Suspend a key or an account."""
+    """Refuse a key, or a whole account, until it is resumed.
+
+    meshproxy keys suspend key_3f2a
+    meshproxy keys suspend --account acme                 every key of the account at once
+    """
     await _set_status(args, out, "suspended")
 
 
 async def resume(args: argparse.Namespace, out: Output) -> None:
-    """Make a suspended key or account active again."""
+    """Let a suspended key or account in again.
+
+    meshproxy keys resume key_3f2a
+    meshproxy keys resume --account acme
+    """
     await _set_status(args, out, "active")
 
 
 async def revoke(args: argparse.Namespace, out: Output) -> None:
-    """Revoke a key."""
-    async with open_books(args) as books:
-        await _set_key_status(books, out, args.key, "revoked")
+    """Refuse a key for ever.
+
+    meshproxy keys revoke key_3f2a                        suspend can be taken back
+    """
+    await _set_status(args, out, "revoked")
 
 
 async def limits(args: argparse.Namespace, out: Output) -> None:
-    """Set what the flags say, then show what holds."""
+    """Show or set what a key or a whole account may use.
+
+    meshproxy keys limits key_3f2a                        show them
+    meshproxy keys limits key_3f2a --requests-per-minute 60 --burst 10
+    meshproxy keys limits key_3f2a --clear --budget 100   nothing but a budget
+    meshproxy keys limits --account acme --tokens-per-minute 500000
+    """
     async with open_books(args) as books:
         if args.account is not None:
             await _account_limits(args, books, out)
@@ -180,63 +176,45 @@ async def need_key(books: Books, wanted: str) -> Key:
 
 def shown(key: Key) -> dict[str, Any]:
     """A key as it is printed. It never had its secret."""
-    return {
-        "id": key.id,
-        "account": key.account,
-        "name": key.name,
-        "hint": key.hint,
-        "status": key.status,
-        "created_at": rfc3339(key.created_at),
-        "expires_at": rfc3339(key.expires_at),
-        "default_model": key.default_model,
-        "models": key.models,
-        "params": key.params,
-        "clamp": key.clamp,
-        **shown_key_limits(key),
-    }
+    fields = {"id": key.id, "account": key.account, "name": key.name, **asdict(key), **shown_bounds(key)}
+    del fields["session"]
+    return fields | {"created_at": rfc3339(key.created_at), "expires_at": rfc3339(key.expires_at)}
 
 
-async def _set_status(args: argparse.Namespace, out: Output, status: Literal["active", "suspended"]) -> None:
+async def _set_status(args: argparse.Namespace, out: Output, status: Status) -> None:
     async with open_books(args) as books:
-        if args.account is None:
-            await _set_key_status(books, out, args.key, status)
+        if args.account is not None:
+            changed_account = replace(await need_account(books, args.account), status=status)
+            await books.directory.put_account(changed_account)
+            out.record(shown_account(changed_account))
             return
-        changed = msgspec.structs.replace(await need_account(books, args.account), status=status)
-        await books.directory.put_account(changed)
-    out.record(shown_account(changed))
-
-
-async def _set_key_status(
-    books: Books, out: Output, wanted: str, status: Literal["active", "suspended", "revoked"]
-) -> None:
-    key = await need_key(books, wanted)
-    if key.status == "revoked" and status != "revoked":
-        raise Failed("key_revoked", f"{key.id} is revoked, which can't be taken back")
-    changed = msgspec.structs.replace(key, status=status)
-    await books.directory.update_key(changed)
-    out.record(shown(changed))
+        key = await need_key(books, args.key)
+        if key.status == "revoked" and status != "revoked":
+            raise Failed("key_revoked", f"{key.id} is revoked, which can't be taken back")
+        changed = replace(key, status=status)
+        await books.directory.update_key(changed)
+        out.record(shown(changed))
 
 
 async def _key_limits(args: argparse.Namespace, books: Books, out: Output) -> None:
-    key = before = await need_key(books, args.key)
-    if args.clear:
-        key = msgspec.structs.replace(key, limits=Limits(), budgets=Budgets(), session=Budgets())
-    key = msgspec.structs.replace(
-        key,
-        limits=limits_of(args, key.limits),
-        budgets=budgets_of(args, key.budgets),
-        session=session_budgets_of(args, key.session),
+    before = await need_key(books, args.key)
+    start = replace(before, limits=Limits(), budgets=Budgets(), session=Budgets()) if args.clear else before
+    key = replace(
+        start,
+        limits=limits_of(args, start.limits),
+        budgets=budgets_of(args, start.budgets),
+        session=session_budgets_of(args, start.session),
     )
     if key != before:
         await books.directory.update_key(key)
-    out.record({"id": key.id, "account": key.account, **shown_key_limits(key)})
+    out.record({"id": key.id, "account": key.account, **shown_bounds(key)})
 
 
 async def _account_limits(args: argparse.Namespace, books: Books, out: Output) -> None:
     if given_budgets(args):
         raise Misused(f"argument {given_budgets(args)[0]}: budgets are of keys; an account has its credit")
     before = await need_account(books, args.account)
-    changed = msgspec.structs.replace(before, limits=limits_of(args, Limits() if args.clear else before.limits))
+    changed = replace(before, limits=limits_of(args, Limits() if args.clear else before.limits))
     if changed != before:
         await books.directory.put_account(changed)
     out.record(shown_account(changed))

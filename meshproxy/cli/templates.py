@@ -18,30 +18,11 @@ from meshproxy.policy.template import Template, check_template, render, to_publi
 COLUMNS = ["name", "owner", "model", "variables", "updated_at", "id"]
 SET_HERE = ("id", "owner", "is_global", "created_at", "updated_at")  # what `show` prints and no file sets
 
-PUT_EXAMPLES = """\
-  meshproxy templates put greeter --file greeter.json
-  echo '{"system": "Greet {{ name }}."}' | meshproxy templates put greeter --file - --account acme
-"""
-LIST_EXAMPLES = """\
-  meshproxy templates list                            of every account, and the global ones
-  meshproxy templates list --account acme             those that acme can use
-"""
-SHOW_EXAMPLES = """\
-  meshproxy templates show greeter --json > greeter.json
-"""
-DELETE_EXAMPLES = """\
-  meshproxy templates delete greeter --account acme
-"""
-RENDER_EXAMPLES = """\
-  meshproxy templates render greeter --var name=Ada
-  meshproxy templates render greeter --account acme --var name=Ada --json
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`templates put|list|show|delete|render`"""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    putting = add_command(commands, "put", "create or replace a template", put, examples=PUT_EXAMPLES)
+    putting = add_command(commands, "put", put)
     putting.add_argument("name", metavar="NAME")
     putting.add_argument(
         "--file",
@@ -50,22 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON with system and messages, and model, params, variables, description; -: stdin",
     )
     _add_owner(putting, "whose it is")
-    listing = add_command(commands, "list", "list templates", list_templates, examples=LIST_EXAMPLES)
+    listing = add_command(commands, "list", list_templates)
     listing.add_argument("--account", metavar="NAME", type=account, help="only what this account can use")
-    showing = add_command(commands, "show", "show a template", show, examples=SHOW_EXAMPLES)
-    showing.add_argument("name", metavar="NAME", help="or its id")
-    _add_owner(showing, "as this account finds it: its own before a global one")
-    deleting = add_command(commands, "delete", "delete a template", delete, examples=DELETE_EXAMPLES)
-    deleting.add_argument("name", metavar="NAME", help="or its id")
-    _add_owner(deleting, "whose it is")
-    rendering = add_command(
-        commands, "render", "print the messages a template makes", render_one, examples=RENDER_EXAMPLES
-    )
-    rendering.add_argument("name", metavar="NAME", help="or its id")
+    rendering = add_command(commands, "render", render_one)
     rendering.add_argument(
         "--var", metavar="NAME=TEXT", type=variable, action="append", default=[], help="a slot's value; may be repeated"
     )
-    _add_owner(rendering, "as this account finds it: its own before a global one")
+    for reading in (add_command(commands, "show", show), rendering):
+        reading.add_argument("name", metavar="NAME", help="or its id")
+        _add_owner(reading, "as this account finds it: its own before a global one")
+    deleting = add_command(commands, "delete", delete)
+    deleting.add_argument("name", metavar="NAME", help="or its id")
+    _add_owner(deleting, "whose it is")
 
 
 def _add_owner(parser: argparse.ArgumentParser, meaning: str) -> None:
@@ -75,30 +52,39 @@ def _add_owner(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 
 async def put(args: argparse.Namespace, out: Output) -> None:
-    """Create a template, or replace all of one but its id."""
+    """Create a template, or replace all of one but its id.
+
+    meshproxy templates put greeter --file greeter.json
+    echo '{"system": "Greet {{ name }}."}' | meshproxy templates put greeter --file - --account acme
+    """
     fields = check_template(_body(args.name, _read(args.file)), partial=False)
     async with open_books(args) as books:
         if args.account is not None:
             await ensure_account(books, args.account)
         before = await _own(books, args.account, args.name)
         now = time.time()
-        template = fields.applied_to(
-            Template(
-                id=before.id if before else str(uuid.uuid4()),
-                name=args.name,
-                owner=args.account,
-                is_global=args.account is None,
-                created_at=before.created_at if before else now,
-                updated_at=now,
-            )
+        template = Template(
+            id=str(uuid.uuid4()),
+            name=args.name,
+            owner=args.account,
+            is_global=args.account is None,
+            created_at=now,
+            updated_at=now,
         )
+        if before is not None:
+            template = msgspec.structs.replace(template, id=before.id, created_at=before.created_at)
+        template = fields.applied_to(template)
         if not await books.directory.put_template(template):
             raise Failed("name_taken", f"another template {args.name} was made just now")
     out.record(to_public(template))
 
 
 async def list_templates(args: argparse.Namespace, out: Output) -> None:
-    """List what an account can use, or everything."""
+    """List what an account can use, or everything.
+
+    meshproxy templates list                            of every account, and the global ones
+    meshproxy templates list --account acme             those that acme can use
+    """
     async with open_books(args) as books:
         if args.account is not None:
             await need_account(books, args.account)
@@ -111,13 +97,19 @@ async def list_templates(args: argparse.Namespace, out: Output) -> None:
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
-    """Show one template."""
+    """Show a template.
+
+    meshproxy templates show greeter --json > greeter.json
+    """
     async with open_books(args) as books:
         out.record(to_public(await _need(books, args.account, args.name)))
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
-    """Delete one template of this very owner."""
+    """Delete a template of this very owner.
+
+    meshproxy templates delete greeter --account acme
+    """
     async with open_books(args) as books:
         template = await _own(books, args.account, args.name)
         if template is None or not await books.directory.delete_template(template):
@@ -126,17 +118,15 @@ async def delete(args: argparse.Namespace, out: Output) -> None:
 
 
 async def render_one(args: argparse.Namespace, out: Output) -> None:
-    """Print the messages that a request with these variables would get."""
+    """Print the messages that a request with these variables would get.
+
+    meshproxy templates render greeter --var name=Ada
+    meshproxy templates render greeter --account acme --var name=Ada --json
+    """
     async with open_books(args) as books:
         template = await _need(books, args.account, args.name)
     messages = render(template, dict(args.var))
-    if out.as_json:
-        out.document(messages)
-    for message in messages:
-        content = message["content"]
-        out.line(
-            f"[{message['role']}]\n{content if isinstance(content, str) else msgspec.json.encode(content).decode()}\n"
-        )
+    out.told(messages, "\n".join(map(_readable, messages)))
 
 
 async def _need(books: Books, owner: str | None, name: str) -> Template:
@@ -154,9 +144,14 @@ async def _own(books: Books, owner: str | None, name: str) -> Template | None:
 
 
 def _absent(owner: str | None, name: str) -> Failed:
-    return Failed(
-        "template_not_found", f"there is no {'global template' if owner is None else f'template of {owner}'} {name}"
-    )
+    whose = "global template" if owner is None else f"template of {owner}"
+    return Failed("template_not_found", f"there is no {whose} {name}")
+
+
+def _readable(message: dict[str, Any]) -> str:
+    content = message["content"]
+    text = content if isinstance(content, str) else msgspec.json.encode(content).decode()
+    return f"[{message['role']}]\n{text}\n"
 
 
 def _read(path: str) -> bytes:

@@ -17,19 +17,8 @@ MAX_EVENTS_READ = 2_000  # of one account at a time
 MAX_EVENTS_KEPT = 100_000
 
 
-class Event(Struct, frozen=True):
-    """One settled request."""
-
-    settled_ms: int
-    account: str
-    model: str
-    prompt_tokens: int
-    completion_tokens: int
-    cost_nusd: int
-
-
 class Row(Struct):
-    """What an account did with a model in the window."""
+    """What an account did with a model: in the window, or in one request."""
 
     account: str
     model: str
@@ -37,6 +26,13 @@ class Row(Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_nusd: int = 0
+
+    def add(self, other: "Row") -> None:
+        """Count it in."""
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.cost_nusd += other.cost_nusd
 
 
 class Tail:
@@ -48,20 +44,20 @@ class Tail:
         self._store = store
         self._window_ms = window_s * 1000
         self._last_ids: dict[str, str] = {}
-        self._events: deque[Event] = deque(maxlen=MAX_EVENTS_KEPT)
+        self._events: deque[tuple[int, Row]] = deque(maxlen=MAX_EVENTS_KEPT)  # when each was settled, and what it used
 
     async def read(self) -> list[Row]:
         """What the window holds now by account and model, the most expensive first."""
-        since_ms = await self._now_ms() - self._window_ms
+        seconds, micros = await self._store.execute("TIME")
+        since_ms = int(seconds) * 1000 + int(micros) // 1000 - self._window_ms
         replies = [self._newest(account, since_ms) for account in self.accounts]  # issued together: one write
         for account, reply in zip(self.accounts, replies, strict=True):
             self._remember(account, await reply)
-        rows = summed(event for event in self._events if event.settled_ms >= since_ms)
-        return sorted(rows, key=lambda row: (-row.cost_nusd, -row.requests, row.account, row.model))
-
-    async def _now_ms(self) -> int:
-        seconds, micros = await self._store.execute("TIME")
-        return int(seconds) * 1000 + int(micros) // 1000
+        rows: dict[tuple[str, str], Row] = {}
+        for settled_ms, used in self._events:
+            if settled_ms >= since_ms:
+                rows.setdefault((used.account, used.model), Row(used.account, used.model)).add(used)
+        return sorted(rows.values(), key=lambda row: (-row.cost_nusd, -row.requests, row.account, row.model))
 
     def _newest(self, account: str, since_ms: int) -> Any:
         last = self._last_ids.get(account)
@@ -73,28 +69,6 @@ class Tail:
             self._last_ids[account] = entries[0][0].decode()
         for _, flat in reversed(entries):
             fields = dict(zip(flat[::2], flat[1::2], strict=True))
-            if fields.get(b"event") == b"settled":
-                self._events.append(_event(account, fields))
-
-
-def summed(events: Any) -> list[Row]:
-    """Events added up by account and model."""
-    rows: dict[tuple[str, str], Row] = {}
-    for event in events:
-        row = rows.setdefault((event.account, event.model), Row(event.account, event.model))
-        row.requests += 1
-        row.prompt_tokens += event.prompt_tokens
-        row.completion_tokens += event.completion_tokens
-        row.cost_nusd += event.cost_nusd
-    return list(rows.values())
-
-
-def _event(account: str, fields: dict[bytes, bytes]) -> Event:
-    return Event(
-        settled_ms=int(fields[b"settled_ms"]),
-        account=account,
-        model=fields[b"model"].decode(),
-        prompt_tokens=int(fields[b"prompt_tokens"]),
-        completion_tokens=int(fields[b"completion_tokens"]),
-        cost_nusd=int(fields[b"cost_nusd"]),
-    )
+            if fields[b"event"] == b"settled":
+                counts = (int(fields[name]) for name in (b"prompt_tokens", b"completion_tokens", b"cost_nusd"))
+                self._events.append((int(fields[b"settled_ms"]), Row(account, fields[b"model"].decode(), 1, *counts)))

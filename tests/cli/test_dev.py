@@ -13,9 +13,19 @@ import pytest
 
 from meshproxy.cli import dev_greeting
 from meshproxy.cli.command_line import main
-from meshproxy.cli.dev_greeting import Place
 
 ENV = {name: value for name, value in os.environ.items() if name not in {"OPENAI_API_KEY", "OPENROUTER_API_KEY"}}
+PLACE = {
+    "base_url": "http://127.0.0.1:8080/v1",
+    "admin_url": "http://127.0.0.1:8081/",
+    "redis_url": "unix:///tmp/x/valkey.sock",
+    "key": "rsk_secret",
+    "account": "dev",
+    "balance_usd": "25.00",
+    "template": "greeter",
+    "model": "openai/gpt-4o",
+    "models": [],
+}
 
 
 @contextmanager
@@ -40,6 +50,11 @@ def post(place, body):
         return json.load(response)
 
 
+def pasted(place, title):
+    """The lines of the greeting under one of its titles."""
+    return dev_greeting.greeting(place).partition(f"# {title}\n")[2].partition("\n\n")[0]
+
+
 def output(*command):
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
 
@@ -52,11 +67,14 @@ def test_everything_works_as_printed():
         reply = post(place, {"model": "sim/fast", "template": "greeter", "variables": {"name": "Ada"}})
         assert "Ada" in reply["choices"][0]["message"]["content"]
 
-        fast = Place(**{**place, "model": "sim/fast"})
-        assert "Say hello." in output(sys.executable, "-c", dev_greeting.python(fast))
+        fast = {**place, "model": "sim/fast"}
+        assert "Say hello." in output(sys.executable, "-c", pasted(fast, "Python: pip install openai"))
         if shutil.which("curl"):
-            body = {"model": "sim/fast", "messages": dev_greeting.PROMPT, "stream": True}
-            assert output("sh", "-c", dev_greeting.curl(fast, body)).endswith("data: [DONE]\n\n")
+            assert output("sh", "-c", pasted(fast, "curl, streaming")).endswith("data: [DONE]\n\n")
+            assert (
+                "Say hello." in json.loads(output("sh", "-c", pasted(fast, "curl")))["choices"][0]["message"]["content"]
+            )
+            assert "Ada" in output("sh", "-c", pasted(fast, "curl, a stored template"))
 
         command = [sys.executable, "-m", "meshproxy", "usage", "--json", "--redis", place["redis_url"]]
         assert json.loads(output(*command))[0]["requests"] >= 2
@@ -67,17 +85,7 @@ def test_everything_works_as_printed():
 
 
 def test_the_greeting_in_text():
-    place = Place(
-        base_url="http://127.0.0.1:8080/v1",
-        admin_url="http://127.0.0.1:8081/",
-        redis_url="unix:///tmp/x/valkey.sock",
-        key="rsk_secret",
-        account="dev",
-        balance_usd="25.00",
-        template="greeter",
-        model="openai/gpt-4o",
-        models=[f"model-{number}" for number in range(9)],
-    )
+    place = {**PLACE, "models": [f"model-{number}" for number in range(9)]}
     text = dev_greeting.greeting(place)
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# curl",
@@ -93,8 +101,7 @@ def test_the_greeting_in_text():
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_node_lines_are_valid(tmp_path):
-    place = Place("http://x/v1", "http://y/", "unix:///z", "rsk_k", "dev", "25.00", "greeter", "openai/gpt-4o", [])
-    (tmp_path / "hello.mjs").write_text(dev_greeting.node(place))
+    (tmp_path / "hello.mjs").write_text(pasted(PLACE, "Node: npm install openai, and save as hello.mjs"))
     assert output("node", "--check", str(tmp_path / "hello.mjs")) == ""
 
 

@@ -1,6 +1,6 @@
 import json
 
-from meshproxy.cli.output import Output, rfc3339, table
+from meshproxy.cli.output import Output, rfc3339
 
 ROWS = [{"model": "a/b", "requests": 12, "cost_usd": "1.50"}, {"model": "c", "requests": 3, "cost_usd": None}]
 
@@ -19,14 +19,14 @@ def test_a_record_as_json_is_one_line(capsys):
 
 
 def test_rows_show_the_named_columns_with_numbers_on_the_right(capsys):
-    Output(as_json=False).rows(ROWS, ["model", "requests", "cost_usd"])
+    Output(as_json=False).rows(ROWS, ["model", "requests", "cost_usd"], empty="nothing")
     assert (
         capsys.readouterr().out == "model  requests  cost_usd\na/b          12      1.50\nc             3         -\n"
     )
 
 
 def test_rows_as_json_have_everything(capsys):
-    Output(as_json=True).rows(ROWS, ["model"])
+    Output(as_json=True).rows(ROWS, ["model"], empty="nothing")
     assert json.loads(capsys.readouterr().out) == ROWS
 
 
@@ -68,7 +68,3 @@ def test_every_fault_of_a_configuration_has_its_line(capsys):
 def test_times_are_rfc3339_in_utc():
     assert rfc3339(0) == "1970-01-01T00:00:00Z"
     assert rfc3339(None) is None
-
-
-def test_a_table_without_rows_is_its_head():
-    assert table(["a", "bb"], []) == ["a  bb"]

@@ -77,5 +77,7 @@ def test_bad_times(run, error):
     code, out, err = run("usage", "--since", "1h", "--until", "2h")
     assert (code, out) == (2, "")
     assert "argument --since: after --until" in err
-    assert run("usage", "--by", "hour")[0] == 2
+    code, out, err = run("usage", "--by", "day,hour")
+    assert (code, out) == (2, "")
+    assert "argument --by: 'hour' is none of session, model, key, day" in err
     assert error("usage", "--account", "nobody") == "account_not_found"
