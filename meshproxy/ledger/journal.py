@@ -42,9 +42,7 @@ class Journal:
         self._writing = asyncio.Lock()
         self._file: int | None = None
         if path is not None:
-            self._file, number = _open_first_free(path)
-            self._load(self._file)
-            self._adopt(path, number + 1, self._file)
+            self._open(path)
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -105,61 +103,55 @@ class Journal:
             os.close(self._file)
             self._file = None
 
-    def _load(self, file: int) -> None:
-        """A line that a crash cut short is taken away, or the next one would be part of it."""
-        data = _read_all(file)
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.ftruncate(file, len(whole))
-        for line in whole.splitlines():
-            settlement = _parse(line)
-            if settlement is None:
-                _log.error("journal_line_broken", line=line[:MAX_LOGGED_BYTES].decode(errors="replace"))
+    def _open(self, path: Path) -> None:
+        """Take the first file that nobody has locked, and into it what lies in further ones; OSError if none can be had."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for number in range(MAX_FILES):
+            name = f"{path}.{number}"
+            if self._file is not None and not Path(name).exists():
+                break
+            file = _open_if_free(name)
+            if file is None:
+                continue
+            settlements = _read(file)
+            self._pending.extend(settlements)
+            if self._file is None:
+                self._file = file
             else:
-                self._pending.append(settlement)
-        self._size = len(whole)
+                _write_through(self._file, b"".join(map(_line, settlements)))
+                _truncate(file)
+                os.close(file)
+        if self._file is None:
+            raise OSError(f"{path}: all {MAX_FILES} files are in use")
+        self._size = os.fstat(self._file).st_size
         if self._pending:
             _log.info("journal_found", settlements=len(self._pending))
 
-    def _adopt(self, path: Path, first: int, ours: int) -> None:
-        """Take over what lies in files from `first` on that nobody has locked."""
-        for number in range(first, MAX_FILES):
-            if not Path(f"{path}.{number}").exists():
-                return
-            file = _open_if_free(path, number)
-            if file is not None:
-                self._move(file, ours)
-                os.close(file)
 
-    def _move(self, file: int, ours: int) -> None:
-        settlements = [settlement for line in _read_all(file).splitlines() if (settlement := _parse(line)) is not None]
-        if settlements:
-            lines = b"".join(map(_line, settlements))
-            _write_through(ours, lines)
-            _truncate(file)
-            self._pending.extend(settlements)
-            self._size += len(lines)
-            _log.info("journal_adopted", settlements=len(settlements))
-
-
-def _open_first_free(path: Path) -> tuple[int, int]:
-    """The file and its number; OSError if none can be had."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for number in range(MAX_FILES):
-        file = _open_if_free(path, number)
-        if file is not None:
-            return file, number
-    raise OSError(f"{path}: all {MAX_FILES} files are in use")
-
-
-def _open_if_free(path: Path, number: int) -> int | None:
-    file = os.open(f"{path}.{number}", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+def _open_if_free(name: str) -> int | None:
+    file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
         return None
     return file
+
+
+def _read(file: int) -> list[Settlement]:
+    """What a file holds. A line that a crash cut short is taken away, or the next one would be part of it."""
+    data = os.pread(file, os.fstat(file).st_size, 0)
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.ftruncate(file, len(whole))
+    settlements = []
+    for line in whole.splitlines():
+        settlement = _parse(line)
+        if settlement is None:
+            _log.error("journal_line_broken", line=line[:MAX_LOGGED_BYTES].decode(errors="replace"))
+        else:
+            settlements.append(settlement)
+    return settlements
 
 
 def _line(settlement: Settlement) -> bytes:
@@ -176,10 +168,6 @@ def _parse(line: bytes) -> Settlement | None:
         return msgspec.json.decode(text, type=Settlement)
     except (ValueError, msgspec.DecodeError):
         return None
-
-
-def _read_all(file: int) -> bytes:
-    return os.pread(file, os.fstat(file).st_size, 0)
 
 
 def _write_through(file: int, data: bytes) -> None:

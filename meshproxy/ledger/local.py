@@ -4,7 +4,8 @@ on a bounded allowance an account. What is spent so is settled when Redis is bac
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 
 from msgspec import Struct
 
@@ -42,25 +43,25 @@ class Instances:
             await asyncio.sleep(BEAT_S)
 
 
-class _Want(Struct, frozen=True):
-    """One bucket that a request takes `count` from."""
+class _Bucket(Struct):
+    """A worker's share of a token bucket, at a moment of its clock."""
 
     scope: Scope
-    name: str
     kind: Kind
-    per_minute: int
-    size: int
-    count: int
+    limit: int  # a minute, of all workers
+    size: float
+    rate: float  # a second
+    level: float
+    at: float
 
+    def wait_s(self, count: int) -> float:
+        """How long until it lets `count` through. More than it can hold gets through when it is full."""
+        return math.inf if self.limit == 0 else max(min(count, self.size) - self.level, 0.0) / self.rate
 
-class _Bucket:
-    """A token bucket on this worker's clock."""
-
-    __slots__ = ("at", "level")
-
-    def __init__(self, level: float, at: float) -> None:
-        self.level = level
-        self.at = at
+    def state(self) -> BucketState:
+        """What is told of it."""
+        reset_s = (self.size - self.level) / self.rate
+        return BucketState(self.scope, self.kind, self.limit, max(math.floor(self.level), 0), reset_s)
 
 
 class LocalAdmission:
@@ -75,34 +76,32 @@ class LocalAdmission:
 
     def admit(self, ask: Ask) -> Admitted | Denied:
         """Hold the amount from the allowance and take from the local buckets, or say why not."""
-        used = self._used_nusd.get(ask.account, 0)
-        available = self._allowance_nusd // self._instances.count - used
+        available = self._available(ask.account)
         is_one_too_many = ask.account not in self._used_nusd and len(self._used_nusd) >= MAX_ACCOUNTS
         if ask.amount_nusd > available or is_one_too_many:
             return Denied("insufficient_credits", "credit", max(available, 0))
-        now = self._clock()
         wants = [
-            *_wants("key", ask.key_id, ask.key_limits, ask),
-            *_wants("account", ask.account, ask.account_limits, ask),
+            *self._wants("key", ask.key_id, ask.key_limits, ask.tokens),
+            *self._wants("account", ask.account, ask.account_limits, ask.tokens),
         ]
-        waits = [(self._wait_s(want, now), want) for want in wants]
-        longest = max(waits, default=None, key=lambda wait: wait[0])
-        if longest is not None and longest[0] > 0:
-            retry_after_s = None if longest[0] == math.inf else longest[0]
-            return Denied("rate_limit", f"{longest[1].scope} {longest[1].kind}", available, retry_after_s)
-        for want in wants:
-            self._bucket(want, now).level -= want.count
-        self._used_nusd[ask.account] = used + ask.amount_nusd
-        return Admitted(
-            ask, ask.amount_nusd, available - ask.amount_nusd, tuple(self._state(want, now) for want in wants)
+        wait_s, slowest = max(
+            ((bucket.wait_s(count), bucket) for bucket, count in wants), default=(0.0, None), key=itemgetter(0)
         )
+        if slowest is not None and wait_s > 0:
+            return Denied(
+                "rate_limit", f"{slowest.scope} {slowest.kind}", available, None if wait_s == math.inf else wait_s
+            )
+        for bucket, count in wants:
+            bucket.level -= count
+        self.take(ask.account, ask.amount_nusd)
+        states = tuple(bucket.state() for bucket, _ in wants)
+        return Admitted(ask, ask.amount_nusd, available - ask.amount_nusd, states)
 
     def take(self, account: str, amount_nusd: int) -> bool:
         """Take more of an account's allowance, if it is there."""
-        used = self._used_nusd.get(account, 0)
-        if used + amount_nusd > self._allowance_nusd // self._instances.count:
+        if amount_nusd > self._available(account):
             return False
-        self._used_nusd[account] = used + amount_nusd
+        self._used_nusd[account] = self._used_nusd.get(account, 0) + amount_nusd
         return True
 
     def settled(self, ask: Ask, settlement: Settlement) -> None:
@@ -115,34 +114,23 @@ class LocalAdmission:
         self._used_nusd.clear()
         self._buckets.clear()
 
-    def _bucket(self, want: _Want, now: float) -> _Bucket:
-        """The bucket refilled up to now."""
-        size = self._share(want.size)
-        bucket = self._buckets.setdefault((want.scope, want.name, want.kind), _Bucket(size, now))
-        bucket.level = min(size, bucket.level + (now - bucket.at) * self._share(want.per_minute) / 60)
-        bucket.at = now
+    def _available(self, account: str) -> int:
+        return self._allowance_nusd // self._instances.count - self._used_nusd.get(account, 0)
+
+    def _wants(self, scope: Scope, name: str, limits: Limits, tokens: int) -> Iterator[tuple[_Bucket, int]]:
+        """The buckets that there are, and what is taken from each."""
+        requests_limit, tokens_limit = limits.requests_per_minute, limits.tokens_per_minute
+        if requests_limit is not None:
+            size = requests_limit if limits.burst is None else limits.burst
+            yield self._refilled(scope, name, "requests", requests_limit, size), 1
+        if tokens_limit is not None:
+            yield self._refilled(scope, name, "tokens", tokens_limit, tokens_limit), tokens
+
+    def _refilled(self, scope: Scope, name: str, kind: Kind, limit: int, size: int) -> _Bucket:
+        """A bucket as of now, as large as this worker's share is now."""
+        now, sharers = self._clock(), self._instances.count
+        full, rate = max(size / sharers, 1.0), max(limit / sharers, 1.0) / 60
+        old = self._buckets.get((scope, name, kind))
+        level = full if old is None else min(full, old.level + (now - old.at) * rate)
+        bucket = self._buckets[scope, name, kind] = _Bucket(scope, kind, limit, full, rate, level, now)
         return bucket
-
-    def _wait_s(self, want: _Want, now: float) -> float:
-        if want.per_minute == 0:
-            return math.inf
-        missing = min(want.count, self._share(want.size)) - self._bucket(want, now).level
-        return missing * 60 / self._share(want.per_minute) if missing > 0 else 0.0
-
-    def _state(self, want: _Want, now: float) -> BucketState:
-        bucket = self._bucket(want, now)
-        reset_s = (self._share(want.size) - bucket.level) * 60 / self._share(want.per_minute)
-        return BucketState(want.scope, want.kind, want.per_minute, max(math.floor(bucket.level), 0), reset_s)
-
-    def _share(self, whole: int) -> float:
-        return max(whole / self._instances.count, 1.0)
-
-
-def _wants(scope: Scope, name: str, limits: Limits, ask: Ask) -> list[_Want]:
-    wants = []
-    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
-    if requests is not None:
-        wants.append(_Want(scope, name, "requests", requests, requests if limits.burst is None else limits.burst, 1))
-    if tokens is not None:
-        wants.append(_Want(scope, name, "tokens", tokens, tokens, ask.tokens))
-    return wants
