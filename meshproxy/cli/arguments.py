@@ -31,16 +31,22 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32)
 
 
-def make_command(parser: argparse.ArgumentParser, run: Run, *, on_store: bool = False) -> None:
-    """Make `parser` a command that runs `run`, whose docstring is the help: what it does, and after an empty line examples."""
+def make_command(
+    parser: argparse.ArgumentParser, run: Run, *, configured: bool = False, on_store: bool = False
+) -> None:
+    """Make `parser` a command that runs `run`, whose docstring is the help: what it does, and after an empty line examples.
+    `configured`: it makes no sense without a configuration; `on_store`: it takes --redis.
+    """
     parser.description, _, examples = (inspect.getdoc(run) or "").partition("\n\n")
     parser.epilog = f"examples:\n{textwrap.indent(examples, '  ')}"
     parser.set_defaults(run=run, parser=parser)
     common = parser.add_argument_group("common")
+    config = os.environ.get("MESHPROXY_CONFIG") or None
     common.add_argument(
         "--config",
         metavar="FILE",
-        default=os.environ.get("MESHPROXY_CONFIG") or None,
+        required=configured and config is None,
+        default=config,
         help="the configuration (default: $MESHPROXY_CONFIG, else built-in defaults)",
     )
     common.add_argument("--json", action="store_true", help="print JSON, errors too")

@@ -4,13 +4,12 @@ import argparse
 
 from meshproxy import app
 from meshproxy.cli.arguments import make_command
-from meshproxy.cli.configuration import required
 from meshproxy.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`check --config FILE`"""
-    make_command(parser, check)
+    make_command(parser, check, configured=True)
 
 
 def check(args: argparse.Namespace, out: Output) -> None:
@@ -19,5 +18,5 @@ def check(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy check --config meshproxy.toml && systemctl reload meshproxy
     """
-    settings, _ = app.load(required(args))
+    settings, _ = app.load(args.config)
     out.told({"ok": True, "upstreams": list(settings.upstreams), "models": list(settings.models)}, "ok")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import msgspec
 
-from meshproxy.cli.output import Misused
 from meshproxy.config import Settings, Unfit, parse
 
 
@@ -27,10 +26,3 @@ def read(path: str) -> Settings:
     except UnicodeDecodeError as error:
         raise Unfit([f"{path}: not UTF-8"]) from error
     return parse(text)
-
-
-def required(args: argparse.Namespace) -> str:
-    """The path of the configuration, for a command that makes no sense without one."""
-    if not args.config:
-        raise Misused("--config FILE is required (or set MESHPROXY_CONFIG)")
-    return str(args.config)

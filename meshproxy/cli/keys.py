@@ -6,7 +6,7 @@ from typing import Any
 from msgspec.structs import asdict, replace
 
 from meshproxy.cli.arguments import Commands, add_command, future, names, param
-from meshproxy.cli.books import Books, account, ensure_account, need_account, open_books
+from meshproxy.cli.books import Books, account, need_account, open_books
 from meshproxy.cli.key_limits import (
     add_limit_flags,
     budgets_of,
@@ -86,7 +86,6 @@ async def create(args: argparse.Namespace, out: Output) -> None:
     for fault in check_params(dict(args.param), ()):
         raise Misused(f"argument --param: {'.'.join(map(str, fault.loc))}: {fault.msg}")
     async with open_books(args) as books:
-        await ensure_account(books, args.account)
         secret, key = await books.directory.create_key(
             args.account,
             name=args.name,

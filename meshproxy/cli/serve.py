@@ -4,13 +4,12 @@ import argparse
 
 from meshproxy import app
 from meshproxy.cli.arguments import make_command
-from meshproxy.cli.configuration import required
 from meshproxy.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`serve --config FILE`"""
-    make_command(parser, serve)
+    make_command(parser, serve, configured=True)
 
 
 def serve(args: argparse.Namespace, _out: Output) -> int:
@@ -20,4 +19,4 @@ def serve(args: argparse.Namespace, _out: Output) -> int:
     kill -HUP PID       read the configuration again; a bad one changes nothing
     kill -TERM PID      finish the running streams, settle, and exit 0
     """
-    return app.serve(required(args))
+    return app.serve(args.config)

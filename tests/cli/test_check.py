@@ -75,7 +75,7 @@ def test_a_file_that_is_not_utf8_is_a_fault(tmp_path, capsys):
 def test_without_a_file_it_is_wrong_usage(capsys, monkeypatch):
     monkeypatch.delenv("MESHPROXY_CONFIG", raising=False)
     assert main(["check"]) == 2
-    assert "--config FILE is required" in capsys.readouterr().err
+    assert "the following arguments are required: --config" in capsys.readouterr().err
 
 
 def test_a_certificate_that_is_no_use(tmp_path, capsys):

@@ -57,4 +57,4 @@ def test_a_bad_configuration_is_78(tmp_path, capsys):
 def test_without_a_configuration_it_is_wrong_usage(capsys, monkeypatch):
     monkeypatch.delenv("MESHPROXY_CONFIG", raising=False)
     assert main(["serve"]) == 2
-    assert "--config FILE is required" in capsys.readouterr().err
+    assert "the following arguments are required: --config" in capsys.readouterr().err

@@ -52,12 +52,15 @@ class Choice(Struct):
 
 
 class Reply(Struct):
-    """A whole answer. `model`: echoed as it was asked for; `told`: what a number of the usage is reported as."""
+    """A whole answer. `model`: echoed as it was asked for; `thoughts`: how many of the tokens are; `told`: what a number of the
+    usage is reported as.
+    """
 
     id: str
     created: int
     model: str
     choices: list[Choice]
+    thoughts: int
     prompt_tokens: int
     cached_tokens: int
     told: Callable[[int], Any]
@@ -75,14 +78,13 @@ class Reply(Struct):
     def usage(self, completion_tokens: int) -> dict[str, Any]:
         """OpenAI's usage object after so many tokens."""
         told = self.told
-        thoughts = sum(token.kind == "reasoning_content" for choice in self.choices for token in choice.tokens)
         return {
             "prompt_tokens": told(self.prompt_tokens),
             "completion_tokens": told(completion_tokens),
             "total_tokens": told(self.prompt_tokens + completion_tokens),
             "prompt_tokens_details": {"cached_tokens": told(self.cached_tokens), "audio_tokens": told(0)},
             "completion_tokens_details": {
-                "reasoning_tokens": told(min(completion_tokens, thoughts)),
+                "reasoning_tokens": told(min(completion_tokens, self.thoughts)),
                 "audio_tokens": told(0),
                 "accepted_prediction_tokens": told(0),
                 "rejected_prediction_tokens": told(0),
@@ -93,11 +95,13 @@ class Reply(Struct):
 def compose(ask: Ask, model: str, behaviour: Behaviour, now: float) -> Reply:
     """Decide everything. Raises `Refusal` for a tool or a schema that can't be used. `now`: Unix seconds."""
     prompt_tokens = ask.prompt_tokens
+    choices = [_choice(ask, behaviour, index) for index in range(ask.n)]
     return Reply(
         id=f"chatcmpl-{_random(ask, 'id').getrandbits(116):029x}",
         created=int(now) if ask.seed is None else SEEDED_CREATED,
         model=model,
-        choices=[_choice(ask, behaviour, index) for index in range(ask.n)],
+        choices=choices,
+        thoughts=sum(token.kind == "reasoning_content" for choice in choices for token in choice.tokens),
         prompt_tokens=prompt_tokens,
         cached_tokens=prompt_tokens * 3 // 4 if "cached" in behaviour.traits else 0,
         told=LIES.get(behaviour.one_of(LIES) or "", int),
