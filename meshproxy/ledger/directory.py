@@ -20,10 +20,9 @@ import msgspec
 
 from meshproxy.ledger.cache import Cache
 from meshproxy.ledger.keyspace import ACCOUNTS, KEY_IDS, AccountKeys, key_record
-from meshproxy.ledger.store import Store, StoreError
-from meshproxy.ledger.templates import Templates
-from meshproxy.policy.principal import Account, Budgets, Key, Limits, Principal
-from meshproxy.policy.template import Template
+from meshproxy.ledger.store import Store
+from meshproxy.ledger.templates import Templates, decode
+from meshproxy.policy.principal import Account, Key, Principal
 
 __all__ = ["Directory", "check_account_name", "digest_of", "mint_secret"]
 
@@ -58,7 +57,9 @@ class Directory:
     ) -> None:
         self._store = store
         self._wall_clock = wall_clock
-        self._templates = Templates(store, clock, ttl_s=ttl_s, stale_s=stale_s)
+        templates = Templates(store, clock, ttl_s=ttl_s, stale_s=stale_s)
+        self.template, self.list_templates = templates.find, templates.list
+        self.put_template, self.delete_template = templates.put, templates.delete
         self._principals: Cache[Principal] = Cache(
             self._fetch_principal, clock=clock, ttl_s=ttl_s, stale_s=stale_s, max_weight=MAX_PRINCIPALS
         )
@@ -67,38 +68,14 @@ class Directory:
         """Who calls with this secret, whatever the key's status; None for an unknown one. Raises Unavailable."""
         return await self._principals.get(digest_of(secret))
 
-    async def create_key(
-        self,
-        account: str,
-        *,
-        name: str = "",
-        expires_at: float | None = None,
-        default_model: str | None = None,
-        models: list[str] | None = None,
-        params: dict[str, Any] | None = None,
-        limits: Limits | None = None,
-        budgets: Budgets | None = None,
-        session: Budgets | None = None,
-        clamp: bool | None = None,
-    ) -> tuple[str, Key]:
-        """Mint a key, and its account with its first key. The secret is in this answer and nowhere else."""
+    async def create_key(self, account: str, **fields: Any) -> tuple[str, Key]:
+        """Mint a key, and its account with its first key. `fields` are the record's own (policy.principal.Key). The secret is in
+        this answer and nowhere else.
+        """
         check_account_name(account)
-        secret = mint_secret()
-        key = Key(
-            id="key_" + _random(ID_CHARACTERS),
-            account=account,
-            created_at=self._wall_clock(),
-            name=name,
-            hint=f"{secret[:8]}...{secret[-4:]}",
-            expires_at=expires_at,
-            default_model=default_model,
-            models=models,
-            params=params or {},
-            limits=limits or Limits(),
-            budgets=budgets or Budgets(),
-            session=session or Budgets(),
-            clamp=clamp,
-        )
+        secret, created_at = mint_secret(), self._wall_clock()
+        hint = f"{secret[:8]}...{secret[-4:]}"
+        key = Key("key_" + _random(ID_CHARACTERS), account, created_at, hint=hint, **fields)
         await self._add(key, digest_of(secret))
         return secret, key
 
@@ -137,7 +114,7 @@ class Directory:
         if not _ACCOUNT_NAME.fullmatch(name):
             return None
         record = await self._store.execute("GET", AccountKeys(name).record)
-        return None if record is None else _decode(record, Account)
+        return None if record is None else decode(record, Account)
 
     async def list_accounts(self) -> list[Account]:
         """Every account, by name."""
@@ -150,22 +127,6 @@ class Directory:
         await self._store.execute("SET", AccountKeys(account.name).record, msgspec.json.encode(account))
         await self._store.execute("SADD", ACCOUNTS, account.name)
         self._principals.clear()
-
-    async def template(self, account: str, name_or_id: str) -> Template | None:
-        """The account's own template of this name or UUID, else the global one; cached."""
-        return await self._templates.find(account, name_or_id)
-
-    async def list_templates(self, account: str) -> list[Template]:
-        """The account's own templates and the global ones, by name."""
-        return await self._templates.list(account)
-
-    async def put_template(self, template: Template) -> bool:
-        """Store a template; False if its owner has another of that name. Fault if the owner has too many."""
-        return await self._templates.put(template)
-
-    async def delete_template(self, template: Template) -> bool:
-        """Remove a template; False if it was gone already."""
-        return await self._templates.delete(template)
 
     async def _add(self, key: Key, digest: str) -> None:
         """The record comes last: a key that this was interrupted in does not work, and listings pass it over."""
@@ -189,7 +150,7 @@ class Directory:
 
     async def _key(self, digest: str) -> Key | None:
         record = await self._store.execute("GET", key_record(digest))
-        return None if record is None else _decode(record, Key)
+        return None if record is None else decode(record, Key)
 
     async def _key_ids(self, pattern: str, enough: int | None = None) -> dict[bytes, bytes]:
         """Digests by key id; stops looking when there are `enough`."""
@@ -205,7 +166,7 @@ class Directory:
         records: list[Record] = []
         for first in range(0, len(names), BATCH):
             replies = await asyncio.gather(*(self._store.execute("GET", name) for name in names[first : first + BATCH]))
-            records += [_decode(record, kind) for record in replies if record is not None]
+            records += [decode(record, kind) for record in replies if record is not None]
         return records
 
 
@@ -229,10 +190,3 @@ def check_account_name(name: str) -> None:
 
 def _random(characters: int) -> str:
     return "".join(secrets.choice(_BASE_62) for _ in range(characters))
-
-
-def _decode(record: bytes, kind: type[Record]) -> Record:
-    try:
-        return msgspec.json.decode(record, type=kind)
-    except msgspec.DecodeError as error:
-        raise StoreError("RECORD", f"a record of the directory can't be read: {error}") from error

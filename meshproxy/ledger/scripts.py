@@ -11,8 +11,6 @@ from importlib import resources
 
 from msgspec import Struct
 
-MAX_INCLUDE_DEPTH = 8
-
 _INCLUDE = re.compile(r"^-- include: ([a-z0-9_]+)[ \t]*$", re.MULTILINE)
 
 
@@ -30,15 +28,13 @@ class Script(Struct, frozen=True):
 
     @classmethod
     def load(cls, name: str) -> "Script":
-        """The script in `NAME.lua` with its includes; FileNotFoundError if one is missing, ValueError if they nest too deep."""
-        return cls.of(name, expand(name, _read))
+        """The script in `NAME.lua` with its includes; FileNotFoundError if one is missing."""
+        return cls.of(name, expand(_read(name), _read))
 
 
-def expand(name: str, read: Callable[[str], str], depth: int = 0) -> str:
-    """The text of a script with each include replaced by its own text, which may include more."""
-    if depth > MAX_INCLUDE_DEPTH:
-        raise ValueError(f"{name}.lua: includes nest deeper than {MAX_INCLUDE_DEPTH}, or in a circle")
-    return _INCLUDE.sub(lambda line: expand(line[1], read, depth + 1).rstrip("\n"), read(name))
+def expand(text: str, read: Callable[[str], str]) -> str:
+    """A script's text with each include replaced by what `read` says that it is. What is included includes nothing."""
+    return _INCLUDE.sub(lambda line: read(line[1]).rstrip("\n"), text)
 
 
 def _read(name: str) -> str:

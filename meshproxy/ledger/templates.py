@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -12,6 +13,8 @@ from meshproxy.ledger.keyspace import GLOBAL, AccountKeys
 from meshproxy.ledger.scripts import Script
 from meshproxy.ledger.store import Store, StoreError
 from meshproxy.policy.template import Template
+
+Record = TypeVar("Record")
 
 MAX_TEMPLATES = 1000  # of one owner
 MAX_OWNER_BYTES = 16_777_216  # of their JSON
@@ -47,7 +50,7 @@ class Templates:
         replies = await asyncio.gather(
             *(self._store.execute("HVALS", AccountKeys(owner).templates) for owner in owners)
         )
-        templates = [_decode(record) for records in replies for record in records]
+        templates = [decode(record, Template) for records in replies for record in records]
         return sorted(templates, key=lambda template: (template.name, template.is_global))
 
     async def put(self, template: Template) -> bool:
@@ -79,7 +82,7 @@ class Templates:
             ids = await asyncio.gather(*(self._store.execute("HGET", o.template_names, name_or_id) for o in owners))
         pairs = zip(owners, ids, strict=True)
         records = await asyncio.gather(*(self._store.execute("HGET", o.templates, found or b"") for o, found in pairs))
-        return next((_decode(record) for record in records if record is not None), None)
+        return next((decode(record, Template) for record in records if record is not None), None)
 
 
 def _keys(template: Template) -> list[str]:
@@ -87,8 +90,9 @@ def _keys(template: Template) -> list[str]:
     return [owner.template_names, owner.templates]
 
 
-def _decode(record: bytes) -> Template:
+def decode(record: bytes, kind: type[Record]) -> Record:
+    """A record of the directory; StoreError if it is none."""
     try:
-        return msgspec.json.decode(record, type=Template)
+        return msgspec.json.decode(record, type=kind)
     except msgspec.DecodeError as error:
-        raise StoreError("RECORD", f"a template's record can't be read: {error}") from error
+        raise StoreError("RECORD", f"a record of the directory can't be read: {error}") from error

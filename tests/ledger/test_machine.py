@@ -51,7 +51,7 @@ tokens = st.integers(0, 1_200)
 
 def on_the_store_s_clock(name: str) -> Script:
     read = lambda name: CLOCK if name == "clock" else scripts._read(name)  # noqa: E731
-    return Script.of(name, scripts.expand(name, read))
+    return Script.of(name, scripts.expand(read(name), read))
 
 
 @dataclass
