@@ -13,6 +13,7 @@ from meshproxy.money import parse_usd
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
 PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "http://a"\n'
+NO_HEADER = "expected the name of a header that the gateway doesn't send by itself"
 PRICES = 'input_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
 
 
@@ -111,10 +112,10 @@ def test_nothing_is_the_defaults():
                 'upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }',
             ],
         ),
-        (provider("headers = { a = 1 }"), ["upstreams.a.headers.a: expected str, got int"]),
-        (provider('headers = { "a b" = "c" }'), ['upstreams.a.headers."a b": not a header\'s name']),
-        (provider(r'headers = { a = "b\r\nc: d" }'), ["upstreams.a.headers.a: not what a header can carry"]),
-        (provider('headers = { Host = "b" }'), ["upstreams.a.headers.Host: the gateway sends this header itself"]),
+        (provider("headers = { a = 1 }"), ["upstreams.a.headers.a: expected what a header can carry"]),
+        (provider('headers = { "a b" = "c" }'), [f'upstreams.a.headers."a b": {NO_HEADER}']),
+        (provider(r'headers = { a = "b\r\nc: d" }'), ["upstreams.a.headers.a: expected what a header can carry"]),
+        (provider('headers = { Host = "b" }'), [f"upstreams.a.headers.Host: {NO_HEADER}"]),
         (model("context_window = 8192"), ["models.m.max_output_tokens: 16384 is more than context_window, 8192"]),
         (
             model("cached_input_usd_per_mtok = 1"),
@@ -236,7 +237,7 @@ EDGE = "metrics.buckets.meshproxy_overhead_seconds"
         ("[1, nan]", [f"{EDGE}[1]: expected float > 0.0"]),
         ("[2, 1]", [f"{EDGE}: each edge must be more than the one before it"]),
         ("[1, 1.0]", [f"{EDGE}: each edge must be more than the one before it"]),
-        (str([*range(1, 52)]), [f"{EDGE}: 51 edges are more than 50"]),
+        (str([*range(1, 52)]), [f"{EDGE}: expected a list of length <= 50"]),
     ],
 )
 def test_what_no_histogram_can_have(edges, expected):
@@ -278,17 +279,17 @@ def test_every_fault_is_told_at_once():
     """
     expected = [
         "zzz: unknown key",
+        "server.listen: 'nowhere' is not HOST:PORT",
         "server.heartbeat_s: expected float, got str",
+        "server.trusted_proxies[0]: 'x' is not a network such as 10.0.0.0/8",
         "server.trusted_proxies[1]: expected str, got int",
+        "redis.url: its scheme is none of redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, nor is it embedded",
         "redis.on_failure: invalid enum value 'locla', expected deny or local",
         "upstreams.openai.base_url: expected an http or https URL without user, query and fragment",
+        'upstreams.openai.api_key: say one of { env = "NAME" } and { file = "/path" }',
         'models."openai/gpt-4o".upstreams[1].model: required, and missing',
         'models."openai/gpt-4o".input_usd_per_mtok: expected a decimal string in USD, as "2.50"',
         'models."openai/gpt-4o".output_usd_per_mtok: required, and missing',
-        "server.trusted_proxies[0]: 'x' is not a network such as 10.0.0.0/8",
-        "server.listen: 'nowhere' is not HOST:PORT",
-        "redis.url: its scheme is none of redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, nor is it embedded",
-        'upstreams.openai.api_key: say one of { env = "NAME" } and { file = "/path" }',
         'models."openai/gpt-4o".upstreams[0].upstream: no upstream is named opnai, did you mean openai?',
         'models."openai/gpt-4o".max_output_tokens: 20 is more than context_window, 10',
         "defaults.model: no model is named openai/gpt4o, did you mean openai/gpt-4o?",

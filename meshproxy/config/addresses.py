@@ -1,7 +1,10 @@
-"""Where the listeners listen: `HOST:PORT`, `[IPV6]:PORT`, `:PORT` (every interface) or `unix:/path`."""
+"""Addresses: the listeners' (`HOST:PORT`, `[IPV6]:PORT`, `:PORT` for every interface, `unix:/path`), networks and URLs."""
 
 import ipaddress
 import re
+from urllib.parse import urlsplit
+
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
 
 _HOST = re.compile(r"[A-Za-z0-9._-]*")
 
@@ -42,13 +45,28 @@ def is_private(address: str) -> bool:
         return False
 
 
-def is_network(text: str) -> bool:
-    """Whether this is a network such as 10.0.0.0/8, or one address."""
+def network_fault(text: str) -> str | None:
+    """What is wrong with a network, or one address; None if nothing is."""
     try:
         ipaddress.ip_network(text)
     except ValueError:
-        return False
-    return True
+        return f"{text!r} is not a network such as 10.0.0.0/8"
+    return None
+
+
+def port_fault(url: str) -> str | None:
+    """What is wrong with an HTTP URL's port; None if nothing is."""
+    try:
+        return "there is no port 0" if urlsplit(url).port == 0 else None
+    except ValueError as error:
+        return str(error)
+
+
+def redis_url_fault(url: str) -> str | None:
+    """What is wrong with the scheme of redis.url; None if nothing is. The rest, which isn't shown, may hold a password."""
+    if url == "embedded" or url.startswith(REDIS_SCHEMES):
+        return None
+    return f"its scheme is none of {', '.join(REDIS_SCHEMES)}, nor is it embedded"
 
 
 def _ipv6(host: str, address: str) -> str:

@@ -46,7 +46,8 @@ def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
         return _mapping(value, bare, path, faults)
     if get_origin(bare) is list and isinstance(value, list) and value:
         item_kind = get_args(bare)[0]
-        return [_decoded(item, item_kind, f"{path}[{index}]", faults) for index, item in enumerate(value)]
+        items = [_decoded(item, item_kind, f"{path}[{index}]", faults) for index, item in enumerate(value)]
+        return items if None in items else _leaf(items, kind, path, faults)
     return _leaf(value, kind, path, faults)
 
 
@@ -66,7 +67,11 @@ def _struct(value: Any, kind: type[Struct], path: str, faults: list[str]) -> Any
         if item.required and item.name not in value:
             faults.append(f"{under(path, item.name)}: required, and missing")
             known[item.name] = None
-    return kind(**known)
+    try:
+        return kind(**known)
+    except ValueError as error:
+        faults.append(f"{path}: {error}")
+        return None
 
 
 def _mapping(table: dict[str, Any], kind: Any, path: str, faults: list[str]) -> dict[str, Any]:
@@ -79,20 +84,28 @@ def _mapping(table: dict[str, Any], kind: Any, path: str, faults: list[str]) -> 
 
 def _leaf(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
     try:
-        return msgspec.convert(value, kind)
+        value = msgspec.convert(value, kind)
+        fault = next(filter(None, (meta.extra["fault"](value) for meta in _metas(kind) if meta.extra)), None)
     except msgspec.ValidationError as error:
-        faults.append(f"{path}: {_complaint(str(error), kind)}")
-        return None
+        fault = _complaint(str(error), kind)
+    if fault is None:
+        return value
+    faults.append(f"{path}: {fault}")
+    return None
 
 
 def _complaint(message: str, kind: Any) -> str:
     """A sentence of msgspec's in our users' words; the type's own words where it says what was expected."""
-    for meta in getattr(kind, "__metadata__", ()):
-        if isinstance(meta, Meta) and meta.description:
+    for meta in _metas(kind):
+        if meta.description:
             return f"expected {meta.description}"
     words = message.replace("`object`", "a table").replace("`array`", "a list").replace("`", "")
     choices = f", expected {' or '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
     return words[0].lower() + words[1:] + choices
+
+
+def _metas(kind: Any) -> tuple[Meta, ...]:
+    return getattr(kind, "__metadata__", ())
 
 
 def _without_none(kind: Any) -> Any:

@@ -1,25 +1,49 @@
-"""The settings: each key of the configuration with its type, its bounds and its default."""
+"""The settings: each key of the configuration with its type, its bounds and its default.
 
+What a type can't bound a function does, in its `extra` as "fault": what is wrong with the value, or None (decoding.py).
+"""
+
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
+from meshproxy.config.addresses import address_fault, network_fault, port_fault, redis_url_fault
+
 MOST = 2**53  # what a Lua number in Redis holds exactly
-MOST_EDGES = 50  # of a histogram: each is a series for every label set
 
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Natural = Annotated[int, Meta(ge=0, le=MOST)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Usd = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,9})?\Z", description='a decimal string in USD, as "2.50"')]
-Edges = Annotated[list[Seconds], Meta(min_length=1, max_length=MOST_EDGES)]
 Name = Annotated[str, Meta(pattern=r"\A[!-~]{1,256}\Z", description="1 to 256 characters of ASCII without spaces")]
 BaseUrl = Annotated[
     str,
     Meta(
         pattern=r"\Ahttps?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*)?\Z",
         description="an http or https URL without user, query and fragment",
+        extra={"fault": port_fault},
     ),
 ]
+Listen = Annotated[str, Meta(extra={"fault": address_fault})]
+Network = Annotated[str, Meta(extra={"fault": network_fault})]
+RedisUrl = Annotated[str, Meta(extra={"fault": redis_url_fault})]
+HeaderName = Annotated[  # RFC 9110, 5.6.2
+    str,
+    Meta(
+        pattern=r"\A(?!(?i:authorization|content-length|content-type|host|transfer-encoding|connection)\Z)"
+        r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z",
+        description="the name of a header that the gateway doesn't send by itself",
+    ),
+]
+HeaderValue = Annotated[str, Meta(pattern=r"\A[!-~]([ -~]*[!-~])?\Z", description="what a header can carry")]
+
+
+def _order_fault(edges: list[float]) -> str | None:
+    return "each edge must be more than the one before it" if any(a >= b for a, b in pairwise(edges)) else None
+
+
+Edges = Annotated[list[Seconds], Meta(min_length=1, max_length=50, extra={"fault": _order_fault})]
 
 
 class Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,18 +52,22 @@ class Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     env: str | None = None
     file: str | None = None
 
+    def __post_init__(self) -> None:
+        if (self.env is None) == (self.file is None):
+            raise ValueError('say one of { env = "NAME" } and { file = "/path" }')
+
 
 class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[server]: the listeners and their bounds."""
 
-    listen: str = "127.0.0.1:8080"
-    admin_listen: str = "127.0.0.1:8081"
+    listen: Listen = "127.0.0.1:8080"
+    admin_listen: Listen = "127.0.0.1:8081"
     workers: Natural = 0
     admin_token: Secret | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
     proxy_protocol: bool = False
-    trusted_proxies: list[str] = field(default_factory=lambda: ["127.0.0.0/8"])
+    trusted_proxies: list[Network] = field(default_factory=lambda: ["127.0.0.0/8"])
     max_body_bytes: Positive = 33_554_432
     header_timeout_s: Seconds = 10
     body_timeout_s: Seconds = 60
@@ -66,7 +94,7 @@ class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Redis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[redis]: the one store, and what happens without it."""
 
-    url: str = "redis://127.0.0.1:6379/0"
+    url: RedisUrl = "redis://127.0.0.1:6379/0"
     on_failure: Literal["deny", "local"] = "deny"
     timeout_s: Seconds = 2
     journal: str | None = None
@@ -143,7 +171,7 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_connections: Positive = 1024
     keepalive_s: Seconds = 60
     max_response_bytes: Positive = 33_554_432
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[HeaderName, HeaderValue] = field(default_factory=dict)
 
 
 class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
