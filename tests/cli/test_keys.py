@@ -27,32 +27,10 @@ def test_create_in_text_says_to_keep_it(run):
 
 
 def test_create_takes_every_limit(data):
-    flags = [
-        *(
-            "--name",
-            "ci",
-            "--default-model",
-            "a/b",
-            "--models",
-            "a/b,c",
-            "--models",
-            "d",
-            "--expires",
-            "2099-01-01T00:00:00Z",
-        ),
-        *("--requests-per-minute", "60", "--tokens-per-minute", "5000", "--burst", "5", "--budget", "50"),
-        *(
-            "--budget-daily",
-            "5.5",
-            "--budget-monthly",
-            "20",
-            "--session-budget",
-            "0.25",
-            "--param",
-            "temperature=0.2",
-            "--clamp",
-        ),
-    ]
+    named = "--name ci --default-model a/b --models a/b,c --models d --expires 2099-01-01T00:00:00Z"
+    limits = "--requests-per-minute 60 --tokens-per-minute 5000 --burst 5"
+    budgets = "--budget 50 --budget-daily 5.5 --budget-monthly 20 --session-budget 0.25"
+    flags = f"{named} {limits} {budgets} --param temperature=0.2 --clamp".split()
     made = data("keys", "create", "--account", "acme", *flags)
     key = data("keys", "show", made["id"])
     expected = {
