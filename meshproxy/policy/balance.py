@@ -109,10 +109,10 @@ def _is_worse(pairs: _Pairs) -> bool:
     Choices in Randomized Load Balancing", 2001; load as latency times requests in flight: Finagle.)
     """
     (first, now), (second, then) = pairs[:2]
-    mean = sum(attempt.weight or 1 for attempt, _ in pairs) / len(pairs)
+    mean = sum(attempt.share for attempt, _ in pairs) / len(pairs)
     known = now.latency_s > 0.0 and then.latency_s > 0.0
-    load = 1.0 + now.in_flight * mean / (first.weight or 1)
-    load_after = 1.0 + (then.in_flight + 1) * mean / (second.weight or 1)
+    load = 1.0 + now.in_flight * mean / first.share
+    load_after = 1.0 + (then.in_flight + 1) * mean / second.share
     if known:
         return now.latency_s * load > then.latency_s * load_after
     return load > load_after
@@ -124,6 +124,6 @@ def _distance(session: str, attempt: Attempt) -> float:
     Schomaker, "Weighted distributed hash tables", 2005.)
     """
     name = f"{session}\0{attempt.upstream}\0{attempt.upstream_model}"
-    digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
+    digest = blake2b(name.encode(), digest_size=8).digest()
     point = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)
-    return -math.log(point) / (attempt.weight or 1)
+    return -math.log(point) / attempt.share

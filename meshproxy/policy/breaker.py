@@ -63,8 +63,6 @@ class Breaker:
 
     def retry_after_s(self, now: float) -> float:
         """Seconds until it may allow something; 0.0 if it does already."""
-        if self._state == "closed":
-            return 0.0
         return max(0.0, (self._until if self._state == "open" else self._probe_until) - now)
 
     def succeeded(self, now: float) -> None:

@@ -39,21 +39,26 @@ class Attempt(Struct, frozen=True):
     hidden_reasoning: bool = False
 
     @property
+    def share(self) -> int:
+        """Its weight among equals; 1 for one that has none."""
+        return self.weight or 1
+
+    @property
     def native_models(self) -> tuple[str, ...]:
         """The `models` to send upstream, in its own names, without the attempt's own model."""
         return tuple(native.upstream_model for native in self.natives)
 
 
 class Entry(Struct, frozen=True):
-    """A model of the catalogue. `groups` are its attempts in order with their weights; a group of more than one are equals.
-    `fixed` is the order when there are no equals.
+    """A model of the catalogue. `groups` are its attempts in order; a group of more than one are equals. `fixed` is the
+    order when there are no equals.
     """
 
     id: str
     context_window: int
     max_output_tokens: int
     price: Price
-    groups: tuple[tuple[tuple[Attempt, int], ...], ...]
+    groups: tuple[tuple[Attempt, ...], ...]
     fixed: tuple[Attempt, ...] | None
 
     def walk(self, spin: float) -> tuple[Attempt, ...]:
@@ -64,7 +69,7 @@ class Entry(Struct, frozen=True):
 
     def through(self, upstream: str) -> Attempt | None:
         """The first attempt that goes through this upstream."""
-        return next((attempt for group in self.groups for attempt, _ in group if attempt.upstream == upstream), None)
+        return next((attempt for group in self.groups for attempt in group if attempt.upstream == upstream), None)
 
 
 class Catalog:
@@ -132,8 +137,8 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
             hidden_reasoning=model.hidden_reasoning,
         )
 
-    groups = tuple(tuple((attempt(route), route.weight or 1) for route in group) for group in _groups(model.upstreams))
-    fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0][0] for group in groups)
+    groups = tuple(tuple(map(attempt, group)) for group in _groups(model.upstreams))
+    fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0] for group in groups)
     return Entry(name, model.context_window, model.max_output_tokens, price, groups, fixed)
 
 
@@ -146,21 +151,21 @@ def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:
             yield from ([route] for route in neighbours)
 
 
-def _drawn(group: Sequence[tuple[Attempt, int]], spin: float) -> Iterable[Attempt]:
+def _drawn(group: Iterable[Attempt], spin: float) -> Iterable[Attempt]:
     """The group in an order drawn by weight without replacement. One random number is enough: what it says beyond the choice
-    of the first is uniform again, and chooses the second.
+    of the first is uniform again, and chooses the second. (Weights past 2**53 in all are rounded: the last may be overshot.)
     """
     rest = list(group)
     while len(rest) > 1:
-        point = spin * sum(weight for _, weight in rest)
+        point = spin * sum(attempt.share for attempt in rest)
         index = 0
-        while index < len(rest) - 1 and point >= rest[index][1]:
-            point -= rest[index][1]
+        while index < len(rest) - 1 and point >= rest[index].share:
+            point -= rest[index].share
             index += 1
-        chosen, weight = rest.pop(index)
-        spin = point / weight
+        chosen = rest.pop(index)
+        spin = point / chosen.share
         yield chosen
-    yield rest[0][0]
+    yield rest[0]
 
 
 def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Attempt, ...]:

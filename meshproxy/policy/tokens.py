@@ -45,7 +45,7 @@ def _with_media(messages: bytes, size: int, count: int) -> int:
     inline = sum(_lengths(_DATA_URL, messages))
     sounds = list(_lengths(_AUDIO, messages))
     files = list(_lengths(_FILE, messages))
-    text = max(size - inline - sum(sounds) - sum(files), 0)
+    text = size - inline - sum(sounds) - sum(files)
     media = TOKENS_PER_MEDIA * (images + len(sounds)) + sum(length // BYTES_PER_FILE_TOKEN for length in files)
     return _text(messages, text) + TOKENS_PER_MESSAGE * count + media
 

@@ -27,8 +27,6 @@ def middle_out(messages: Sequence[Message], budget_tokens: int, count: Count = m
     What can't be cut, such as images, stays: the result may be over budget still, and is the provider's to refuse.
     """
     sizes = [count(message) for message in messages]
-    if sum(sizes) <= budget_tokens:
-        return list(messages)
     dropped = _middle(messages, sizes, budget_tokens)
     kept = [index for index in range(len(messages)) if index not in dropped]
     excess = sum(sizes[index] for index in kept) - budget_tokens
@@ -98,8 +96,8 @@ def _replacing(message: Message, index: int) -> Callable[[str], Message]:
 
 
 def _fit(text: str, tokens: int, put: Callable[[str], Message], count: Count) -> Message:
-    """The message with as much of the text's ends as fits, found by halving; without any if none does."""
-    fits, too_much = 0, min(len(text), max(tokens, 0) * BYTES_PER_TOKEN) + 1
+    """The message with as much of the ends of a text that is too long as fits, found by halving; without any if none does."""
+    fits, too_much = 0, min(len(text), tokens * BYTES_PER_TOKEN + 1)
     while too_much - fits > 1:
         kept = (fits + too_much) // 2
         if count(put(_ends(text, kept))) <= tokens:
@@ -111,6 +109,6 @@ def _fit(text: str, tokens: int, put: Callable[[str], Message], count: Count) ->
 
 def _ends(text: str, kept: int) -> str:
     """So many characters of the text, half from its start and half from its end."""
-    if kept >= len(text) or len(text) <= len(CUT):
+    if len(text) <= len(CUT):
         return text
     return text[: kept - kept // 2] + CUT + text[len(text) - kept // 2 :]
