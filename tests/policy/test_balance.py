@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.policy.balance import DECAY_S, FORGET_S, PeakEwma, Standing, arrange
+from meshproxy.policy.balance import PeakEwma, Standing, arrange
 from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.pricing import Price
 
@@ -66,6 +66,10 @@ def test_of_equals_no_more_than_half_are_ejected(standings, expected):
     assert expected == names(equals(a=1, b=1, c=1, d=1), **standings)
 
 
+def test_of_three_equals_one_is_ejected():
+    assert "bca" == names(equals(a=1, b=1, c=1), a=ejected(9), b=ejected(5))
+
+
 def test_the_ejected_are_asked_after_the_fallbacks():
     attempts = [*equals(a=1, b=1), attempt("f"), attempt("m", model="b/two")]
     assert "bfma" == names(attempts, a=ejected(1))
@@ -89,9 +93,12 @@ def test_the_equals_of_two_models_are_not_equals():
         (Standing(in_flight=12), Standing(in_flight=11), "ab"),
         (Standing(in_flight=12), Standing(in_flight=10), "ba"),
         (Standing(1.0), Standing(0.51), "ab"),
+        (Standing(1.0), Standing(0.5), "ab"),
         (Standing(1.0), Standing(0.49), "ba"),
         (Standing(9.0), Standing(), "ab"),
         (Standing(), Standing(0.1), "ab"),
+        (Standing(in_flight=5), Standing(0.1), "ba"),
+        (Standing(0.1, in_flight=5), Standing(), "ba"),
         (Standing(1.0, in_flight=1), Standing(0.9), "ba"),
     ],
 )
@@ -106,6 +113,8 @@ def test_the_second_of_equals_goes_first_only_if_it_is_better_off(a, b, expected
         (Standing(in_flight=11), Standing(), "ba"),
         (Standing(in_flight=18), Standing(in_flight=1), "ab"),
         (Standing(in_flight=19), Standing(in_flight=1), "ba"),
+        (Standing(1.0), Standing(0.17), "ab"),
+        (Standing(1.0), Standing(0.16), "ba"),
     ],
 )
 def test_load_is_seen_by_weight(a, b, expected):
@@ -170,17 +179,17 @@ def latency(*observed, now):
 
 def test_a_latency_is_unknown_before_and_long_after():
     assert 0.0 == latency(now=100.0)
-    assert [0.5, 0.5, 0.0] == [latency((0.5, 100.0), now=now) for now in (100.0, 159.9, 100.0 + FORGET_S)]
+    assert [0.5, 0.5, 0.0] == [latency((0.5, 100.0), now=now) for now in (100.0, 159.9, 160.0)]
 
 
 def test_a_slow_answer_is_believed_at_once_and_a_fast_one_slowly():
     assert 9.0 == latency((0.1, 100.0), (9.0, 100.1), now=100.1)
     assert 9.0 == latency((9.0, 100.0), (1.0, 100.0), now=100.0)
-    assert pytest.approx(1.0 + 8.0 / 2.718281828) == latency((9.0, 100.0), (1.0, 100.0 + DECAY_S), now=110.0)
+    assert pytest.approx(1.0 + 8.0 / 2.718281828) == latency((9.0, 100.0), (1.0, 110.0), now=110.0)
 
 
 def test_what_was_forgotten_counts_no_more():
-    assert 1.0 == latency((9.0, 100.0), (1.0, 100.0 + FORGET_S), now=161.0)
+    assert 1.0 == latency((9.0, 100.0), (1.0, 160.0), now=161.0)
 
 
 # All of it together: streams of ten times their time to the first event come in by chance, `rate` a second.

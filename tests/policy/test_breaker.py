@@ -15,9 +15,10 @@ def opened(**tolerance):
     return breaker
 
 
-def test_closed_it_allows():
+@pytest.mark.parametrize("now", [0.0, T0])
+def test_closed_it_allows(now):
     breaker = Breaker()
-    assert ("closed", True, 0.0) == (breaker.state(T0), breaker.allows(T0), breaker.retry_after_s(T0))
+    assert ("closed", True, 0.0) == (breaker.state(now), breaker.allows(now), breaker.retry_after_s(now))
 
 
 def test_failures_in_a_row_open_it():
@@ -28,6 +29,14 @@ def test_failures_in_a_row_open_it():
         states.append(breaker.state(T0))
     assert ["closed", "closed", "open"] == states
     assert (False, 5.0) == (breaker.allows(T0), breaker.retry_after_s(T0))
+
+
+@pytest.mark.parametrize("failures, expected", [(9, "closed"), (10, "open")])
+def test_ten_failures_in_a_row_are_too_many(failures, expected):
+    breaker = Breaker()
+    for _ in range(failures):
+        breaker.failed(T0)
+    assert expected == breaker.state(T0)
 
 
 def test_a_success_breaks_the_row():
@@ -108,6 +117,16 @@ def test_a_good_probe_closes_it_and_all_is_forgotten():
     assert ("closed", True, True) == (breaker.state(T0 + 6), breaker.allows(T0 + 6), breaker.allows(T0 + 6))
     breaker.failed(T0 + 7)
     assert 5.0 == breaker.retry_after_s(T0 + 7)
+
+
+def test_a_good_probe_forgets_the_share_that_failed():
+    breaker = Breaker(Tolerance(consecutive=100))
+    for _ in range(20):
+        breaker.failed(T0)
+    breaker.allows(T0 + 5)
+    breaker.succeeded(T0 + 5)
+    breaker.failed(T0 + 5)
+    assert "closed" == breaker.state(T0 + 5)
 
 
 def test_each_bad_probe_opens_it_for_twice_as_long_up_to_a_minute():

@@ -8,8 +8,9 @@ def withdrawn(budget, now, tries):
     return sum(budget.withdraw(now) for _ in range(tries))
 
 
-def test_a_quiet_worker_has_the_floor():
-    assert 10 == withdrawn(RetryBudget(), 100.0, 50)
+def test_a_quiet_worker_has_the_floor_every_ten_seconds():
+    budget = RetryBudget()
+    assert [10, 0, 5] == [withdrawn(budget, now, 50) for now in (100.0, 109.9, 115.0)]
 
 
 def test_a_busy_worker_has_a_fifth_on_top():

@@ -1,12 +1,14 @@
+import math
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshproxy.config import parse
 from meshproxy.errors import Fault, Source, model_not_found
-from meshproxy.policy.catalog import MAX_ATTEMPTS, Catalog, served
+from meshproxy.policy.catalog import Attempt, Catalog, served
+from meshproxy.policy.pricing import Price
 
 UPSTREAMS = """
 [upstreams.openai]
@@ -24,8 +26,8 @@ base_url = "https://openrouter.ai/api/v1"
 """
 
 
-def catalog(models):
-    """A catalogue of `{id: [(upstream, model), (upstream, model, weight), ...]}`."""
+def catalog(models, more=""):
+    """A catalogue of `{id: [(upstream, model), (upstream, model, weight), ...]}`. `more`: lines of the last model."""
     text = UPSTREAMS
     for position, (name, routes) in enumerate(models.items(), start=1):
         tables = [
@@ -36,7 +38,7 @@ def catalog(models):
             f'[models."{name}"]\nupstreams = [{", ".join(tables)}]\n'
             f'input_usd_per_mtok = "{position}"\noutput_usd_per_mtok = "{position}"\n'
         )
-    return Catalog(parse(text))
+    return Catalog(parse(text + more))
 
 
 def asked(attempts):
@@ -52,14 +54,49 @@ ROUTED = {
 }
 
 
-def test_routes_are_tried_in_order():
-    assert [("openai", "one"), ("vllm", "one-local")] == asked(catalog(A).attempts("a/one", spin=0.0))
+@pytest.mark.parametrize("spin", [0.0, 0.999999])
+def test_routes_are_tried_in_order(spin):
+    assert [("openai", "one"), ("vllm", "one-local")] == asked(catalog(A).attempts("a/one", spin=spin))
 
 
-def test_an_attempt_knows_all_that_its_model_is():
-    attempt = catalog(ROUTED).attempts("b/two", spin=0.0)[1]
-    actual = (attempt.kind, attempt.model, attempt.context_window, attempt.max_output_tokens, attempt.price.input)
-    assert ("openrouter", "b/two", 128_000, 16_384, 2_000_000_000) == actual
+USD = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    "route, more, expected",
+    [
+        (("openai", "o"), "", Attempt("openai", "openai", "o", "a/one", 128_000, 16_384, Price(*[USD] * 7))),
+        (
+            ("router", "or/o", 7),
+            "context_window = 9\nmax_output_tokens = 8\nreasoning_usd_per_mtok = '2'\nhidden_reasoning = true",
+            Attempt(
+                upstream="router",
+                kind="openrouter",
+                upstream_model="or/o",
+                model="a/one",
+                context_window=9,
+                max_output_tokens=8,
+                price=Price(USD, USD, USD, USD, 2 * USD, USD, USD),
+                weight=7,
+                hidden_reasoning=True,
+            ),
+        ),
+    ],
+)
+def test_an_attempt_knows_all_that_its_model_is(route, more, expected):
+    models = catalog({"a/one": [route]}, more)
+    entry = models.model("a/one")
+    known = (entry.id, entry.context_window, entry.max_output_tokens, entry.price)
+    assert ((expected,), known) == (
+        models.attempts("a/one", spin=0.0),
+        ("a/one", expected.context_window, expected.max_output_tokens, expected.price),
+    )
+
+
+@pytest.mark.parametrize("weight, expected", [(None, 1), (1, 1), (7, 7)])
+def test_a_share_is_the_weight_if_there_is_one(weight, expected):
+    attempt = Attempt("openai", "openai", "o", "a/one", 1, 1, Price(*[USD] * 7), weight=weight)
+    assert expected == attempt.share
 
 
 def test_ids_are_whole_with_their_slashes():
@@ -103,7 +140,14 @@ def test_the_draw_is_by_weight_at_every_place():
     assert expected == {order: round(count, -2) for order, count in orders.items()}
 
 
-@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
+@pytest.mark.parametrize("spin, expected", [(0.0, "abc"), (0.3, "bca"), (0.7, "cba")])
+def test_a_spin_says_the_whole_order(spin, expected):
+    models = catalog({"m": [("openai", "a", 1), ("openai", "b", 2), ("openai", "c", 3)]})
+    assert expected == "".join(attempt.upstream_model for attempt in models.attempts("m", spin=spin))
+
+
+@given(st.lists(st.integers(1, 2**53), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
+@example([3, 2**53, 2**52], math.nextafter(1, 0))
 def test_every_route_is_drawn_once_whatever_the_spin(weights, spin):
     models = catalog({"m": [("openai", str(index), weight) for index, weight in enumerate(weights)]})
     drawn = sorted(attempt.upstream_model for attempt in models.attempts("m", spin=spin))
@@ -114,6 +158,13 @@ def test_fallbacks_are_walked_after_the_models_own_routes():
     models = catalog({**A, "b/two": [("openai", "two")]})
     expected = [("openai", "one"), ("vllm", "one-local"), ("openai", "two")]
     assert expected == asked(models.attempts("a/one", ("b/two", "a/one", "b/two"), spin=0.0))
+
+
+@pytest.mark.parametrize("spin, expected", [(0.0, "abcd"), (0.5, "badc")])
+def test_equals_change_places_in_fallbacks_too(spin, expected):
+    models = catalog({"m": [("openai", "a", 1), ("vllm", "b", 1)], "n": [("openai", "c", 1), ("vllm", "d", 1)]})
+    attempts = models.attempts("m", ("n",), spin=spin)
+    assert expected == "".join(attempt.upstream_model for attempt in attempts)
 
 
 def test_openrouter_gets_the_fallbacks_it_serves_in_its_own_names():
@@ -136,8 +187,9 @@ def test_without_fallbacks_nothing_is_native():
 
 
 def test_attempts_have_a_maximum():
-    models = catalog({"a": [("openai", str(index)) for index in range(12)], "b": [("vllm", "b")] * 12})
-    assert (12, MAX_ATTEMPTS) == (len(models.attempts("a", spin=0.0)), len(models.attempts("a", ("b",), spin=0.0)))
+    models = catalog({"a": [("openai", str(index)) for index in range(12)], "b": [("vllm", "b")] * 20})
+    counts = [len(models.attempts(*names, spin=0.0)) for names in [("a",), ("b",), ("a", ("b",))]]
+    assert [12, 16, 16] == counts
 
 
 @pytest.mark.parametrize(

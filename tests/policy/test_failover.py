@@ -41,13 +41,18 @@ def short(verdict):
         (503, (502, "upstream_error", False, WORDS, True)),
         (529, (502, "upstream_error", False, WORDS, True)),
         (101, (502, "upstream_error", False, WORDS, True)),
+        (199, (502, "upstream_error", False, WORDS, True)),
+        (300, (502, "upstream_error", False, WORDS, True)),
         (301, (502, "upstream_error", False, WORDS, True)),
         (307, (502, "upstream_error", False, WORDS, True)),
         (405, (502, "upstream_error", False, WORDS, True)),
         (418, (502, "upstream_error", False, WORDS, True)),
+        (499, (502, "upstream_error", False, WORDS, True)),
+        (200, (502, "upstream_error", True, WORDS, False)),
         (201, (502, "upstream_error", True, WORDS, False)),
         (202, (502, "upstream_error", True, WORDS, False)),
         (204, (502, "upstream_error", True, WORDS, False)),
+        (299, (502, "upstream_error", True, WORDS, False)),
     ],
 )
 def test_after_status(status, expected):
@@ -56,8 +61,31 @@ def test_after_status(status, expected):
 
 def test_a_refused_request_in_full():
     problem = Problem(422, "validation_error", "The provider refused the request.", provider_error="A web page: Oh no")
-    page = b"<html><title>Oh no</title></html>"
+    page = b"<title>Oh no</title>"
     assert Verdict(problem, try_next=False) == after_status(400, page, None, content_type="text/html")
+
+
+def test_an_overload_in_full():
+    words = "The provider is overloaded."
+    problem = Problem(502, "upstream_error", words, retry_after_s=0.25, provider_error="A web page: Oh no")
+    verdict = after_status(503, b"<title>Oh no</title>", "7", retry_after_ms="250", content_type="text/html")
+    assert Verdict(problem, try_next=True) == verdict
+
+
+@pytest.mark.parametrize(
+    "status, expected",
+    [
+        (401, "The provider refused the gateway's credentials."),
+        (402, "The provider refused the gateway's account."),
+        (403, "The provider refused the gateway."),
+        (404, "The provider doesn't serve what the gateway asked for."),
+        (418, "The provider answered with status 418, which makes no sense here."),
+        (429, "The provider has no capacity left."),
+        (500, "The provider failed with status 500."),
+    ],
+)
+def test_the_client_is_told_in_words(status, expected):
+    assert expected == after_status(status, b"", None).problem.message
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 429])
@@ -87,6 +115,7 @@ def test_the_wait_is_passed_on(status, retry_after, expected):
     "retry_after, retry_after_ms, expected",
     [
         (None, None, None),
+        ("0", None, 0.0),
         ("5", None, 5.0),
         ("1.5", None, 1.5),
         (" 5 ", None, 5.0),
@@ -127,7 +156,7 @@ def fault(answered, problem):
         *((status, after_status(status, b"", None).problem, True) for status in (500, 502, 503, 504, 529)),
         *(
             (status, after_status(status, b"", None).problem, False)
-            for status in (302, 400, 401, 404, 408, 409, 422, 429)
+            for status in (302, 400, 401, 404, 408, 409, 422, 429, 499)
         ),
     ],
 )

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.config import Model, Route
-from meshproxy.policy.pricing import Price, believable, cost, hold_amount, price_of
+from meshproxy.policy.pricing import Price, affordable_output, believable, cost, hold_amount, price_of
 from meshproxy.wire.usage import Usage
 
 USD = 1_000_000_000
@@ -103,6 +103,33 @@ def test_one_price_for_all_makes_the_split_immaterial(price, usage):
 
 def test_hold_amount():
     assert 1000 * 40_000 + 100 * 80_000 == hold_amount(GPT_4O, 1000, 100)
+
+
+FREE_OUTPUT = Price(input=1, output=0, cached=1, cache_write=1, reasoning=0, audio_input=1, audio_output=0)
+
+
+@pytest.mark.parametrize(
+    "price, prompt_tokens, amount_nusd, expected",
+    [
+        (GPT_4O, 0, 0, 0),
+        (GPT_4O, 10, 399_999, 0),
+        (GPT_4O, 10, 400_000, 0),
+        (GPT_4O, 10, 479_999, 0),
+        (GPT_4O, 10, 480_000, 1),
+        (GPT_4O, 10, 640_001, 3),
+        (FREE_OUTPUT, 1_000_001, 1, 0),
+        (FREE_OUTPUT, 1_000_000, 1, 2_147_483_647),
+    ],
+)
+def test_affordable_output(price, prompt_tokens, amount_nusd, expected):
+    assert expected == affordable_output(price, prompt_tokens, amount_nusd)
+
+
+@given(st.builds(Price, *[st.integers(1, 10**12)] * 7), st.integers(0, 10**6), st.integers(0, 10**15))
+def test_what_is_affordable_can_be_held_and_one_token_more_cannot(price, prompt_tokens, amount_nusd):
+    tokens = affordable_output(price, prompt_tokens, amount_nusd)
+    assert tokens == 0 or hold_amount(price, prompt_tokens, tokens) <= amount_nusd
+    assert hold_amount(price, prompt_tokens, tokens + 1) > amount_nusd
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import base64
 import json
+import string
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from msgspec import Raw
 from meshproxy.policy.tokens import estimate_prompt, has_media
 
 PICTURE = base64.b64encode(bytes(range(256)) * 400).decode()  # 136,536 characters
+BASE64 = string.ascii_letters.encode() + b"0123456789+/-_\\/=="
 TEXT = {"type": "text", "text": "What is this?"}
 
 
@@ -42,37 +44,57 @@ def test_escaped_text_is_counted_as_text():
     text = "Привет" * 100
     escaped, plain = json.dumps(text).encode(), json.dumps(text, ensure_ascii=False).encode()
     assert (601, 401) == (estimate_prompt(escaped, None, 0), estimate_prompt(plain, None, 0))
+    assert 300 == estimate_prompt(b"\\u0416" * 100 + b"x" * 600, None, 0)
 
 
-def test_what_looks_like_escapes_can_at_most_halve_the_estimate():
-    assert 500 == estimate_prompt(b"\\u" * 1500, None, 0)
+@pytest.mark.parametrize("more", [b"", b"x"])
+def test_what_looks_like_escapes_can_at_most_halve_the_estimate(more):
+    assert 500 == estimate_prompt(b"\\u" * 1500 + more, None, 0)
 
 
-@pytest.mark.parametrize("mime", ["image/png", "image/svg+xml", "image\\/jpeg"])
-def test_an_inline_image_is_an_image_not_text(mime):
-    message = raw(TEXT, image("DATA")).replace(b"DATA", f"data:{mime};base64,{PICTURE}".encode())
-    expected = estimate_prompt(raw(TEXT, image("")), None, 1)
-    assert expected == estimate_prompt(message, None, 1)
+IMAGE = b'{"image_url"%b{"url"%b"%b"}}'
+SOUND = b'{"input_audio"%b{"format":"wav","data"%b"%b"}}'
+FILE = b'{"file"%b{"filename":"a.pdf","file_data"%b"%b"}}'
 
 
-def test_each_image_is_flat():
-    one, two = raw(image("https://a.example/b.png")), raw(*[image("https://a.example/b.png")] * 2)
-    assert range(1700, 1800).count(estimate_prompt(one, None, 1)) == 1
-    assert range(3400, 3600).count(estimate_prompt(two, None, 1)) == 1
+@pytest.mark.parametrize("colon", [b":", b" : ", b"\n:\t\r "])
+@pytest.mark.parametrize(
+    "part, data, expected",
+    [
+        (IMAGE, b"data:image/png;base64," + BASE64, 1700),
+        (IMAGE, b"data:image\\/svg+xml;base64," + BASE64, 1700),
+        (IMAGE, b"data:image/x-a.b" + b";" * 64 + b";base64," + BASE64, 1700),
+        (SOUND, BASE64, 1700),
+        (SOUND, b"", 1700),
+        (FILE, BASE64, len(BASE64) // 16),
+        (FILE, b"data:application/pdf;base64," + BASE64, (28 + len(BASE64)) // 16),
+        (FILE, b"data:a\\/x-c+d.e;base64," + BASE64, (24 + len(BASE64)) // 16),
+    ],
+)
+def test_media_counts_as_what_it_is_and_not_as_the_text_of_its_base64(part, data, expected, colon):
+    one, empty = part % (colon, colon, data), part % (colon, colon, b"")
+    assert expected + estimate_prompt(empty, None, 5, media=False) == estimate_prompt(one, None, 5)
+    assert 2 * expected + estimate_prompt(empty * 2, None, 0, media=False) == estimate_prompt(one * 2, None, 0)
 
 
-def test_audio_is_flat():
-    sound = raw({"type": "input_audio", "input_audio": {"format": "wav", "data": PICTURE}})
-    silence = raw({"type": "input_audio", "input_audio": {"format": "wav", "data": ""}})
-    assert estimate_prompt(silence, None, 1) == estimate_prompt(sound, None, 1)
-    assert range(1700, 1800).count(estimate_prompt(sound, None, 1)) == 1
-
-
-def test_a_file_is_a_sixteenth():
-    data = f"data:application/pdf;base64,{PICTURE}"
-    document, empty = ({"type": "file", "file": {"filename": "a.pdf", "file_data": it}} for it in (data, ""))
-    expected = estimate_prompt(raw(empty), None, 1) + len(data) // 16
-    assert expected == estimate_prompt(raw(document), None, 1)
+@pytest.mark.parametrize(
+    "text, images",
+    [
+        (IMAGE % (b":", b":", b"https://a.example/b.png"), 1),
+        (IMAGE % (b":", b":", b"data:;base64," + BASE64), 1),
+        (IMAGE % (b":", b":", b"data:image/png" + b";" * 65 + b";base64," + BASE64), 1),
+        (b'{"image_url":{"x-url":"data:image/png;base64,%b"}}' % BASE64, 1),
+        (b'{"x-image_url":{}}', 0),
+        (b'{"x-input_audio":{"data":"%b"}}' % BASE64, 0),
+        (b'{"input_audio":{"x-data":"%b"}}' % BASE64, 0),
+        (b'{"input_audio":{"a":{},"data":"%b"}}' % BASE64, 0),
+        (b'{"file":{"x-file_data":"%b"}}' % BASE64, 0),
+        (b'{"file":{"file_data":"data:;base64,%b"}}' % BASE64, 0),
+    ],
+)
+def test_what_is_not_inline_media_counts_as_text(text, images):
+    expected = 1700 * images + estimate_prompt(text, None, 1, media=False)
+    assert expected == estimate_prompt(text, None, 1, media=True)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ def test_messages_go_from_the_middle_outwards(budget, expected):
     assert expected == middle_out(TALK, budget, letters)
 
 
+def test_of_two_in_the_middle_the_earlier_goes_first():
+    talk = [say("user", letter) for letter in "abcdef"]
+    fitted = [middle_out(talk, budget, letters) for budget in (5, 4, 3, 2)]
+    assert ["abdef", "abef", "aef", "af"] == ["".join(message["content"] for message in left) for left in fitted]
+
+
 def test_system_messages_stay_wherever_they_are():
     developer = say("developer", "vvvv")
     assert [SYSTEM, A, developer, E] == middle_out([SYSTEM, A, B, developer, C, D, E], 16, letters)
@@ -46,24 +52,45 @@ def test_system_messages_stay_wherever_they_are():
 
 def test_a_call_and_its_answers_go_together():
     call = say("assistant", None, tool_calls=[{"id": "1"}, {"id": "2"}])
-    answers = [say("tool", "1111", tool_call_id="1"), say("tool", "2222", tool_call_id="2")]
+    answers = [say("tool", "1111", tool_call_id="1"), say("function", "2222", name="f")]
     assert [A, call, *answers, E] == middle_out([A, B, call, *answers, E], 16, letters)
     assert [A, D, E] == middle_out([A, call, *answers, D, E], 16, letters)
     assert [A, E] == middle_out([A, call, *answers, E], 15, letters)
     assert [A, call, *answers] == middle_out([A, B, C, call, *answers], 12, letters)
 
 
-@pytest.mark.parametrize("budget, kept", [(11, "0145"), (10, "015"), (9, "05"), (8, "0"), (7, ""), (1, "")])
+@pytest.mark.parametrize(
+    "budget, kept", [(15, "01232345"), (11, "0145"), (10, "015"), (9, "05"), (8, "0"), (7, ""), (1, "")]
+)
 def test_a_text_that_is_too_long_loses_its_middle(budget, kept):
     half = len(kept) - len(kept) // 2
     expected = say("user", kept[:half] + CUT + kept[half:])
     assert [expected] == middle_out([say("user", "0123456789012345")], budget, letters)
 
 
-def test_the_longest_text_is_cut_first():
-    long = say("user", "x" * 100)
-    cut = say("user", "x" * 10 + CUT + "x" * 9)
-    assert [SYSTEM, A, cut] == middle_out([SYSTEM, A, B, long], 8 + 19 + len(CUT), letters)
+LONG, CUT_LONG = "x" * 100, "x" * 10 + CUT + "x" * 9
+
+
+@pytest.mark.parametrize(
+    "texts, expected",
+    [
+        (["ssss", "aaaa", LONG], ["ssss", "aaaa", CUT_LONG]),
+        ([LONG, "y" * 50], [CUT_LONG, "y" * 50]),
+        (["y" * 50, LONG], ["y" * 50, CUT_LONG]),
+    ],
+)
+def test_the_longest_text_is_cut_first(texts, expected):
+    budget = sum(map(len, expected))
+    cut = middle_out([say("system", text) for text in texts], budget, letters)
+    parts = [{"type": "text", "text": text} for text in texts]
+    (message,) = middle_out([say("user", parts)], budget, letters)
+    assert [expected, expected] == [[each["content"] for each in cut], [part["text"] for part in message["content"]]]
+
+
+def test_when_the_longest_has_nothing_left_the_next_is_cut():
+    assert [say("system", CUT), say("system", "y" + CUT)] == middle_out(
+        [say("system", "x" * 100), say("system", "y" * 50)], 1 + 2 * len(CUT), letters
+    )
 
 
 def test_the_texts_of_parts_are_cut_and_the_rest_stays():
@@ -73,9 +100,19 @@ def test_the_texts_of_parts_are_cut_and_the_rest_stays():
     assert say("user", [picture, short, {"type": "text", "text": "xx" + CUT + "xx"}]) == message
 
 
-def test_what_cannot_be_cut_stays():
-    picture = say("user", [{"type": "image_url", "image_url": {"url": "https://a.example"}}])
-    assert [picture] == middle_out([picture], 10)
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "1234567",
+        None,
+        7,
+        [{"type": "image_url", "image_url": {"url": "https://a.example"}}],
+        ["odd", {"text": None}, {}],
+    ],
+)
+def test_what_cannot_be_cut_stays(content):
+    assert [say("user", content)] == middle_out([say("user", content)], 1)
 
 
 def test_the_input_is_left_as_it_was():

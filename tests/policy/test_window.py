@@ -20,6 +20,7 @@ def counted(*events, now):
         (115.0, (1.0, 0.5)),
         (119.0, (pytest.approx(0.2), pytest.approx(0.1))),
         (120.0, (0, 0)),
+        (125.0, (0, 0)),
         (500.0, (0, 0)),
     ],
 )
@@ -27,8 +28,17 @@ def test_what_is_older_than_the_window_fades(now, expected):
     assert expected == counted((100.0, True), (101.0, False), now=now)
 
 
-def test_a_new_window_begins_where_the_old_one_ended():
-    assert (1.5, 0.5) == counted((100.0, True), (112.0, False), now=115.0)
+@pytest.mark.parametrize(
+    "second, now, expected",
+    [
+        (109.9, 115.0, (1.0, 0.5)),
+        (110.0, 115.0, (1.5, 0.5)),
+        (112.0, 115.0, (1.5, 0.5)),
+        (120.0, 125.0, (1.0, 0.0)),
+    ],
+)
+def test_a_new_window_begins_where_the_old_one_ended(second, now, expected):
+    assert expected == counted((100.0, True), (second, False), now=now)
 
 
 def test_forgetting_forgets_all():
