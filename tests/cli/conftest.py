@@ -1,6 +1,5 @@
 import asyncio
 import json
-import threading
 import time
 
 import pytest
@@ -9,44 +8,26 @@ import redis
 from meshproxy import config
 from meshproxy.cli.command_line import main
 from meshproxy.ledger.connection import connect
-from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Ask, Settlement
 from meshproxy.wire.usage import Usage
 
 
-@pytest.fixture(scope="session")
-def store_url():
-    """A real server for the whole run, on a loop of its own: the commands under test run theirs."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = Embedded()
-    asyncio.run_coroutine_threadsafe(server.start(), loop).result(20)
-    try:
-        yield server.url
-    finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 @pytest.fixture
-def store(store_url):
+def store(store_server):
     """A plain client of the server, which begins empty."""
-    with redis.Redis.from_url(store_url, decode_responses=True) as client:
+    with redis.Redis.from_url(store_server, decode_responses=True) as client:
         client.flushall()
         yield client
 
 
 @pytest.fixture
-def run(store, store_url, capsys, monkeypatch):
+def run(store, store_server, capsys, monkeypatch):
     """Run a command on the store: its exit code, stdout and stderr."""
     monkeypatch.delenv("MESHPROXY_CONFIG", raising=False)
 
     def run(*args):
-        code = main([*args, "--redis", store_url])
+        code = main([*args, "--redis", store_server])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -78,11 +59,11 @@ def error(run):
 
 
 @pytest.fixture
-def settle(store, store_url):
+def settle(store, store_server):
     """Settle requests: each a tuple of account, key, model, session and cost in nano-USD."""
 
     async def all_of(requests):
-        link = await connect(config.Redis(url=store_url))
+        link = await connect(config.Redis(url=store_server))
         ledger = Ledger(link)
         for account in {account for account, *_ in requests}:
             await ledger.grant(account, 100_000_000_000)

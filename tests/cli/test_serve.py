@@ -25,9 +25,9 @@ output_usd_per_mtok = "10.00"
 """
 
 
-def test_serve_until_sigterm(store_url, tmp_path):
+def test_serve_until_sigterm(store_server, tmp_path):
     path = tmp_path / "meshproxy.toml"
-    path.write_text(CONFIG.format(admin=tmp_path / "admin.sock", redis=store_url))
+    path.write_text(CONFIG.format(admin=tmp_path / "admin.sock", redis=store_server))
     process = subprocess.Popen(
         [sys.executable, "-m", "meshproxy", "serve"],
         stderr=subprocess.PIPE,

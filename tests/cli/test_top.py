@@ -39,10 +39,10 @@ def test_of_nothing(run):
     assert run("top") == (0, "nothing was settled in the last 5 min\n", "")
 
 
-def test_a_terminal_is_refreshed_until_interrupted(settle, store_url):
+def test_a_terminal_is_refreshed_until_interrupted(settle, store_server):
     settle(*REQUESTS)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "meshproxy", "top", "--interval", "1", "--redis", store_url]
+    command = [sys.executable, "-m", "meshproxy", "top", "--interval", "1", "--redis", store_server]
     env = {**os.environ, "COLUMNS": "100", "LINES": "4"}
     process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=env)
     os.close(theirs)

@@ -7,8 +7,8 @@ from meshproxy.ledger.connection import connect
 
 
 @pytest.fixture
-async def link(store, store_url):
-    link = await connect(config.Redis(url=store_url))
+async def link(store, store_server):
+    link = await connect(config.Redis(url=store_server))
     yield link
     await link.close()
 
