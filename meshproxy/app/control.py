@@ -16,6 +16,14 @@ class Ask(Struct, tag="ask", frozen=True):
     """How are you? The answer is a `Report`."""
 
 
+class Report(Struct, frozen=True):
+    """How a worker is: its metrics (telemetry.snapshot), why it isn't ready, and whether it has the ledger."""
+
+    snapshot: bytes
+    not_ready: list[str]
+    connected: bool
+
+
 class Drain(Struct, tag="drain", frozen=True):
     """Stop being ready, let what runs end, and exit. There is no answer."""
 

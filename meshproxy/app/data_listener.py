@@ -56,10 +56,10 @@ class DataListener:
         worker, server = self._worker, self._worker.settings.server
         _log.info("draining", in_flight=worker.recorder.in_flight)
         worker.stopping = worker.gateway.draining = self._runner.closing = True
-        await _wait(hurry, server.drain_grace_s)
+        await wait(hurry, server.drain_grace_s)
         await self._site.stop()
         if self._runner.connected():
-            await _wait(hurry, LINGER_S)
+            await wait(hurry, LINGER_S)
         self._runner.close_idle()
         await _until(self._is_done, server.drain_s, hurry)
         await self._end()
@@ -82,9 +82,10 @@ class DataListener:
         return not self._worker.recorder.in_flight and not self._runner.busy()
 
 
-async def _wait(hurry: asyncio.Event, timeout_s: float) -> None:
+async def wait(event: asyncio.Event, timeout_s: float) -> None:
+    """Return when the event is set, or time is up."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(hurry.wait(), timeout_s)
+        await asyncio.wait_for(event.wait(), timeout_s)
 
 
 async def _until(condition: Callable[[], bool], timeout_s: float, hurry: asyncio.Event | None = None) -> None:

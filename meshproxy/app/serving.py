@@ -1,4 +1,4 @@
-"""One worker behind its listener: all of a crew of one, and what each process of a larger crew runs."""
+"""One worker behind its listener: all there is where one is enough, and what each process of a supervisor's runs."""
 
 import asyncio
 import os
@@ -6,9 +6,9 @@ import socket
 import time
 from pathlib import Path
 
+from meshproxy.app.control import Report
 from meshproxy.app.data_listener import DataListener
 from meshproxy.app.reload import Standing
-from meshproxy.app.status import Report
 from meshproxy.app.worker import Worker
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry import logs
@@ -18,7 +18,7 @@ from meshproxy.telemetry.snapshot import Fleet
 
 
 class Serving:
-    """A crew of one (app.status.Crew). Unfit if the certificate is no use."""
+    """Serves a socket. `up` is set once it does; `fleet` has what was counted. Unfit if the certificate is no use."""
 
     def __init__(self, standing: Standing, sock: socket.socket, sink: LineSink) -> None:
         settings = standing.settings
@@ -33,7 +33,7 @@ class Serving:
         self._started_at = time.time()
 
     async def start(self) -> None:
-        """See Crew."""
+        """Begin to serve."""
         await self.worker.start(self.standing.generation)
         if self.standing.reload_failed:
             self.worker.reload_failed()
@@ -41,7 +41,7 @@ class Serving:
         self.up.set()
 
     async def apply(self, standing: Standing) -> None:
-        """See Crew."""
+        """Let this hold from now on."""
         if standing.generation != self.standing.generation:
             settings = standing.settings
             self._listener.reload(settings.server)
@@ -57,20 +57,20 @@ class Serving:
         return Report(self.worker.metrics.snapshot(), self.worker.not_ready(), self.worker.store.connected)
 
     async def reports(self) -> dict[int, Report]:
-        """See Crew."""
+        """How each worker is that says so in time, by its number."""
         return {1: self.report()}
 
     def workers(self) -> list[WorkerStatus]:
-        """See Crew."""
+        """The workers that are up."""
         state = "draining" if self.worker.stopping else "running"
         return [{"pid": os.getpid(), "state": state, "uptime_s": time.time() - self._started_at, "restarts": 0}]
 
     async def stop(self) -> None:
-        """See Crew."""
+        """Drain, settle and end."""
         await self._listener.drain(self._hurried)
         await self._listener.close()
         await self.worker.stop()
 
     def hurry(self) -> None:
-        """See Crew."""
+        """End what runs now, and wait for nothing in stop()."""
         self._hurried.set()

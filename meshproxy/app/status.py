@@ -1,51 +1,16 @@
 """What the admin listener tells of whoever serves: one worker in this process, or several in their own."""
 
 import time
-from asyncio import Event
-from typing import Protocol
 
-from msgspec import Struct
-
-from meshproxy.app.reload import Standing
-from meshproxy.server.admin import Status, WorkerStatus
+from meshproxy.app.control import Report
+from meshproxy.app.serving import Serving
+from meshproxy.app.supervisor import Supervisor
+from meshproxy.server.admin import Status
 from meshproxy.telemetry import exposition
-from meshproxy.telemetry.snapshot import Fleet
 from meshproxy.telemetry.summary import summarize
 from meshproxy.version import VERSION
 
-
-class Report(Struct, frozen=True):
-    """How a worker is: its metrics (telemetry.snapshot), why it isn't ready, and whether it has the ledger."""
-
-    snapshot: bytes
-    not_ready: list[str]
-    connected: bool
-
-
-class Crew(Protocol):
-    """Who serves. `up` is set once every worker has been up; `fleet` remembers what workers that are gone have counted."""
-
-    standing: Standing
-    up: Event
-    fleet: Fleet
-
-    async def start(self) -> None:
-        """Begin to serve."""
-
-    async def apply(self, standing: Standing) -> None:
-        """Let this hold from now on."""
-
-    async def reports(self) -> dict[int, Report]:
-        """How each worker is that says so in time, by its number."""
-
-    def workers(self) -> list[WorkerStatus]:
-        """The workers that are up."""
-
-    async def stop(self) -> None:
-        """Drain, settle and end."""
-
-    def hurry(self) -> None:
-        """End what runs now, and wait for nothing in stop()."""
+Crew = Serving | Supervisor
 
 
 class Panel:

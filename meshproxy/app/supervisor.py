@@ -14,9 +14,9 @@ import time
 import msgspec
 import structlog
 
-from meshproxy.app.control import Ask, Control, Drain, Hurry, Order, Question
+from meshproxy.app.control import Ask, Control, Drain, Hurry, Order, Question, Report
+from meshproxy.app.data_listener import wait
 from meshproxy.app.reload import Standing
-from meshproxy.app.status import Report
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.snapshot import Fleet
@@ -65,7 +65,9 @@ class Child:
 
 
 class Supervisor:
-    """A crew (app.status.Crew) that keeps one worker for each listening socket alive."""
+    """Keeps one worker for each listening socket alive. `up` is set once all are up; `fleet` has what was counted, also by those
+    that are gone.
+    """
 
     def __init__(self, standing: Standing, sockets: list[socket.socket]) -> None:
         self.standing = standing
@@ -79,22 +81,22 @@ class Supervisor:
         self._hurried = asyncio.Event()
 
     async def start(self) -> None:
-        """See Crew."""
+        """Begin to serve."""
         self._keepers = [asyncio.create_task(self._keep(sock), name="keep") for sock in self._sockets]
 
     async def apply(self, standing: Standing) -> None:
-        """See Crew."""
+        """Let this hold from now on."""
         self.standing = standing
         logs.set_level(standing.settings.log.level)
         await self._ask_all(standing)
 
     async def reports(self) -> dict[int, Report]:
-        """See Crew."""
+        """How each worker is that says so in time, by its number."""
         answers = await self._ask_all(Ask())
         return {number: msgspec.msgpack.decode(answer, type=Report) for number, answer in answers.items()}
 
     def workers(self) -> list[WorkerStatus]:
-        """See Crew."""
+        """The workers that are up."""
         state = "draining" if self._stopping.is_set() else "running"
         return [
             {
@@ -107,11 +109,11 @@ class Supervisor:
         ]
 
     async def stop(self) -> None:
-        """See Crew; a worker that is still there long after it should be gone is killed."""
+        """Drain every worker and wait for its exit; kill what is still there long after it should be gone."""
         server = self.standing.settings.server
         self._stopping.set()
         self._tell_all(Drain())
-        await _wait(self._hurried, server.drain_grace_s)
+        await wait(self._hurried, server.drain_grace_s)
         for sock in self._sockets:
             sock.close()  # as the workers do with theirs: connections are refused, and not left to wait for nobody
         _, late = await asyncio.wait(self._keepers, timeout=server.drain_s + EXIT_GRACE_S)
@@ -121,7 +123,7 @@ class Supervisor:
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
     def hurry(self) -> None:
-        """See Crew."""
+        """End what runs now, and wait for nothing in stop()."""
         self._hurried.set()
         self._tell_all(Hurry())
 
@@ -143,7 +145,7 @@ class Supervisor:
             _log.error("worker_died" if began else "worker_did_not_start", worker=child.number, exit_code=code)
             lived_s = time.monotonic() - started_at
             backoff_s = FIRST_BACKOFF_S if lived_s >= STEADY_S else min(backoff_s * 2, MAX_BACKOFF_S)
-            await _wait(self._stopping, backoff_s)
+            await wait(self._stopping, backoff_s)
 
     async def _brief(self, child: Child) -> bool:
         """Have a worker begin with what holds, which may change meanwhile; False if it is gone before it serves."""
@@ -173,8 +175,3 @@ class Supervisor:
             for child, answer in zip(children, answers, strict=True)
             if answer is not None and child.number in self._children
         }
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)

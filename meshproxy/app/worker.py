@@ -71,10 +71,8 @@ class Worker:
         self.metrics = Metrics(
             settings.models, settings.upstreams, version=VERSION, edges=asdict(settings.metrics.buckets)
         )
-        self.tasks = Tasks(on_failure=lambda name: self.metrics.task_failures.labels(name).inc())
-        self._dialling = Tasks(
-            on_failure=lambda name: self.metrics.task_failures.labels(name).inc()
-        )  # nobody waits for these
+        self.tasks = Tasks(self._on_task_failed)
+        self._dialling = Tasks(self._on_task_failed)  # nobody waits for these
         self.live = Live(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         self.stopping = False
@@ -89,12 +87,11 @@ class Worker:
         self.store = await self._connect()
         self.ledger = Ledger(self.store)
         self.journal = self._open_journal()
-        self._instances = Instances(self.store, boot_id, time.time)
-        is_local = redis.on_failure == "local"
-        local = (
-            LocalAdmission(parse_usd(redis.local_allowance_usd), self._instances, time.monotonic) if is_local else None
-        )
-        self.directory = Directory(self.store, time.monotonic, stale_s=STALE_S if is_local else 0.0)
+        instances = local = None
+        if redis.on_failure == "local":
+            instances = Instances(self.store, boot_id, time.time)
+            local = LocalAdmission(parse_usd(redis.local_allowance_usd), instances, time.monotonic)
+        self.directory = Directory(self.store, time.monotonic, stale_s=0.0 if local is None else STALE_S)
         authenticator = Authenticator(self.directory, time.time)
         self.gateway = Gateway(
             deployment=deploy(self.settings, self._secrets, generation=generation, providers={}),
@@ -121,8 +118,8 @@ class Worker:
             asyncio.create_task(self.journal.keep_replaying(self.ledger.settle), name="journal"),
             asyncio.create_task(loop_lag.watch(self.metrics.event_loop_lag.labels().observe), name="loop_lag"),
         ]
-        if is_local:
-            self._watchers.append(asyncio.create_task(self._instances.beat(), name="instances"))
+        if instances is not None:
+            self._watchers.append(asyncio.create_task(instances.beat(), name="instances"))
         gc.collect()
         gc.set_threshold(GC_THRESHOLD, 20, 50)
         gc.freeze()  # what lives for the whole run need not be walked at each collection
@@ -213,6 +210,9 @@ class Worker:
         self.metrics.ledger_op_duration.labels(op).observe(seconds)
         if error is not None:
             self.metrics.ledger_errors.labels(error).inc()
+
+    def _on_task_failed(self, name: str) -> None:
+        self.metrics.task_failures.labels(name).inc()
 
     def _follow(self) -> None:
         """Gauges of what is kept elsewhere, read at each scrape."""
