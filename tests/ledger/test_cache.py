@@ -9,14 +9,6 @@ from meshproxy.ledger.cache import Cache
 from meshproxy.ledger.store import Unavailable
 
 
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 class Source:
     """Values by key, and what was asked for. `gate`, if set, holds fetches back."""
 
@@ -38,11 +30,6 @@ class Source:
         if self.down:
             raise Unavailable("connection", "gone")
         return value
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

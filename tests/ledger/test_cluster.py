@@ -2,9 +2,7 @@
 
 import asyncio
 import signal
-import socket
 import subprocess
-import time
 from contextlib import ExitStack
 
 import pytest
@@ -21,18 +19,10 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Admitted, Ask, Settlement
 from meshproxy.policy.template import Template
 from meshproxy.wire.usage import Usage
+from tests.ledger.conftest import eventually, free_ports, until
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))
-FORMING_S = 10
 pytestmark = pytest.mark.xdist_group("cluster")
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 class Node:
@@ -66,19 +56,6 @@ class Node:
         return self.admin.execute_command("CLUSTER MYID")
 
 
-def eventually(condition):
-    """Poll a server that we can't wait for otherwise."""
-    deadline = time.monotonic() + FORMING_S
-    while True:
-        try:
-            if condition():
-                return
-        except redis.ConnectionError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
     ports = free_ports(6)
@@ -103,12 +80,6 @@ async def store(nodes):
     store = await connect(Redis(url=f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"))
     yield store
     await store.close()
-
-
-async def until(condition):
-    async with asyncio.timeout(FORMING_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def owner_of(nodes, slot):

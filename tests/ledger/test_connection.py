@@ -15,6 +15,7 @@ from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.link import Link
 from meshproxy.ledger.scripts import Script
+from tests.ledger.conftest import until
 
 DOUBLE = Script.of("double", "redis.call('INCR', KEYS[1]) return 2 * ARGV[1]")
 
@@ -23,12 +24,6 @@ DOUBLE = Script.of("double", "redis.call('INCR', KEYS[1]) return 2 * ARGV[1]")
 async def server():
     async with Embedded() as server:
         yield server
-
-
-async def until(condition):
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def demand_password(server, password):

@@ -11,16 +11,9 @@ from meshproxy.ledger.local import Instances, LocalAdmission
 from meshproxy.ledger.records import Admitted, Denied
 from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Limits
+from tests.ledger.conftest import Clock
 
 DOLLAR = 1_000_000_000
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 class Heartbeats:
@@ -44,11 +37,6 @@ def instances(count=1):
     known = Instances(Heartbeats(), "w1", Clock())
     known.count = count
     return known
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

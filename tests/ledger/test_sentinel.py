@@ -1,10 +1,7 @@
 """A master that Sentinel names, and the next one after a failover."""
 
-import asyncio
 import signal
-import socket
 import subprocess
-import time
 from contextlib import ExitStack
 
 import pytest
@@ -13,30 +10,9 @@ import redis
 from meshproxy.config import Redis
 from meshproxy.ledger.connection import Unavailable, connect
 from meshproxy.ledger.embedded import get_binary_path
+from tests.ledger.conftest import eventually, free_ports, until
 
-PATIENCE_S = 20
 pytestmark = pytest.mark.xdist_group("sentinel")
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def eventually(condition):
-    """Poll a server that we can't wait for otherwise."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            if condition():
-                return
-        except redis.RedisError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -64,12 +40,6 @@ def trio(tmp_path):
         watcher = stack.enter_context(redis.Redis(port=sentinel))
         eventually(lambda: watcher.sentinel_masters()["mymaster"]["num-slaves"] == 1)
         yield sentinel, master_process, replica
-
-
-async def until(condition):
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_the_master_is_found_and_after_its_death_the_next(trio):
