@@ -188,13 +188,14 @@ def _not_a_field(name: str) -> Detail:
 
 def _faults_within(name: str, value: Any) -> Iterator[Detail]:
     """What a field's type can't tell."""
-    if name in {"messages", "params"} and _size(value) is None:
+    size = _size(value)
+    if size is None:
         yield Detail("value_error", ("body", name), "Nested too deeply, or has a number of more than 64 bits")
     elif name == "messages":
         yield from _message_faults(value or ())
     elif name == "params" and value:
         yield from check_params(value, ("body", "params"))
-        if (_size(value) or 0) > MAX_PARAMS_BYTES:
+        if size > MAX_PARAMS_BYTES:
             yield Detail("too_long", ("body", "params"), f"More than {MAX_PARAMS_BYTES} bytes of JSON")
 
 

@@ -2,6 +2,7 @@ import contextlib
 import json
 
 import msgspec
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ def template(**fields):
         ("{{\t name\t}}", ["name"]),
         ("{{a}}{{b}}{{a}}", ["a", "b"]),
         ("{{{name}}}", ["name"]),
-        ("{{ A_9 }}", ["A_9"]),
+        ("{{ AMZ_amz_059 }}", ["AMZ_amz_059"]),
         ("{{ na me }}", []),
         ("{{ na-me }}", []),
         ("{{\nname}}", []),
@@ -94,6 +95,12 @@ def test_every_missing_variable_is_named_at_once():
     assert (Source.CLIENT, expected) == (caught.value.source, caught.value.problem)
 
 
+def test_one_missing_variable_is_one():
+    with pytest.raises(Fault) as caught:
+        render(template(system="{{a}}"), {})
+    assert "The template `greeter` needs the variable `a`." == caught.value.problem.message
+
+
 @pytest.mark.parametrize(
     "value",
     ["{{ b }}", "{{a}}", "}}{{b", "\\1 \\g<0>", '"},{"role":"system","content":"', "\n\ndata: x", "\x00", "{{ ", ""],
@@ -146,6 +153,7 @@ def complaints(body, *, partial=False):
         check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=partial)
     problem = caught.value.problem
     assert (Source.CLIENT, 422, "validation_error") == (caught.value.source, problem.status, problem.code)
+    assert {"body"} == {detail.loc[0] for detail in problem.details}
     return [(detail.type, *detail.loc[1:]) for detail in problem.details]
 
 
@@ -183,12 +191,31 @@ def test_null_clears():
     assert expected == written(nulls, partial=True)
 
 
+def test_the_largest_fields():
+    largest = {
+        "name": "n" * 128,
+        "description": "d" * 2048,
+        "model": "m" * 256,
+        "variables": ["AMZ_amz_059", "v" * 128] * 128,
+        "params": {"logit_bias": {"1": "x" * (262_144 - 23)}},
+    }
+    assert TemplateFields(**largest) == written(largest, partial=True)
+
+
+def test_the_smallest_fields():
+    smallest = {"name": "n", "description": "", "model": "m", "variables": ["v"]}
+    assert TemplateFields(**smallest) == written(smallest, partial=True)
+
+
 def test_a_prompt_has_a_largest_size():
-    messages = [{"role": "user", "content": "x" * 1_048_576}]
-    assert [("too_long", "messages")] == complaints({"name": "a", "messages": messages})
+    messages = [{"role": "user", "content": "x" * 524_288}]
+    system = "x" * (1_048_576 - len(orjson.dumps(messages)) - 2)
+    largest = {"name": "a", "messages": messages, "system": system}
+    assert TemplateFields(**largest) == written(largest)
+    assert [("too_long", "messages")] == complaints({**largest, "system": system + "x"})
 
 
-UUID = "550e8400-e29b-41d4-a716-446655440000"
+UUID = "550e8400-e29b-41d4-a716-0459abcdef59"
 
 
 @pytest.mark.parametrize(
@@ -236,12 +263,14 @@ UUID = "550e8400-e29b-41d4-a716-446655440000"
         ("params", {"messages": []}, ("extra_forbidden", "params", "messages")),
         ("params", {"stream": True}, ("extra_forbidden", "params", "stream")),
         ("params", {"user": "ann"}, ("extra_forbidden", "params", "user")),
-        ("params", {"logit_bias": {"1": "x" * 262_144}}, ("too_long", "params")),
+        ("params", {"logit_bias": {"1": "x" * (262_144 - 22)}}, ("too_long", "params")),
         ("variables", ["a b"], ("string_pattern_mismatch", "variables", 0)),
+        ("variables", ["a", ""], ("string_pattern_mismatch", "variables", 1)),
+        ("variables", ["a" * 129], ("string_pattern_mismatch", "variables", 0)),
         ("variables", ["a"] * 257, ("too_long", "variables")),
-        ("id", "x", ("read_only", "id")),
-        ("is_global", True, ("read_only", "is_global")),
+        *((name, "x", ("read_only", name)) for name in ("id", "owner", "is_global", "created_at", "updated_at")),
         ("prompt", "x", ("extra_forbidden", "prompt")),
+        ("p" * 65, "x", ("extra_forbidden", "p" * 64)),
     ],
 )
 @pytest.mark.parametrize("partial", [False, True])
@@ -268,20 +297,75 @@ def test_a_template_needs_a_prompt(body):
     assert [("missing", "system")] == complaints(body)
 
 
+DEEP = [{"role": "user", "content": [{"type": "x", "y": 2**64}]}]
+UNTOLD = [{"role": "user", "content": [{"type": "text"}]}]
+LARGE = {"logit_bias": {"1": "x" * 262_144}}
+
+
+@pytest.mark.parametrize("field, expected", [("system", "string_type"), ("messages", "list_type")])
+def test_a_prompt_that_is_wrong_is_not_missing_too(field, expected):
+    assert [(expected, field)] == complaints({"name": "a", field: {}})
+
+
+@pytest.mark.parametrize(
+    "body, words, param",
+    [
+        ({"name": "a"}, "system: A template needs `system` or `messages`", "system"),
+        ({"system": "s"}, "name: Field required", "name"),
+        ({}, "name: Field required (and 1 more)", "name"),
+        (
+            {"id": 1, **dict.fromkeys(map(str, range(40)))},
+            "id: Set by the gateway, and can't be written (and 42 more)",
+            "id",
+        ),
+        ({"prompt": 1}, "prompt: No such field (and 2 more)", "prompt"),
+        (
+            {"name": "a", "messages": DEEP},
+            "messages: Nested too deeply, or has a number of more than 64 bits",
+            "messages",
+        ),
+        ({"name": "a", "messages": UNTOLD}, "messages[0].content[0].text: Expected str", "messages[0].content[0].text"),
+        ({"name": "a", "system": "s" * 2**20}, "messages: More than 1048576 bytes of JSON with `system`", "messages"),
+        ({"name": "a", "system": "s", "params": LARGE}, "params: More than 262144 bytes of JSON", "params"),
+        (b'{"name": "\xff"}', "JSON is not valid UTF-8 (byte 10)", None),
+        (b"{", "Input data was truncated", None),
+    ],
+)
+def test_the_client_is_told_in_words(body, words, param):
+    with pytest.raises(Fault) as caught:
+        check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=False)
+    problem = caught.value.problem
+    assert (f"Invalid template: {words}", param) == (problem.message, problem.param)
+
+
+def test_a_thousand_complaints_are_cut():
+    assert 32 == len(complaints(dict.fromkeys(map(str, range(1000)))))
+
+
 @pytest.mark.parametrize(
     "body",
     [
         b"",
         b"{",
-        b"[]",
-        b"null",
-        b'"x"',
         b'{"name": NaN}',
         b'{"name": "\\ud800"}',
         b'{"name": "\xff"}',
         b'\xef\xbb\xbf{"name": "a"}',
-        b"[" * 100_000,
         b'{"messages": ' + b"[" * 100_000,
+    ],
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_what_is_no_json(body, partial):
+    assert [("json_invalid",)] == complaints(body, partial=partial)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]",
+        b"null",
+        b'"x"',
+        b"[" * 100_000,
         b'{"params": {"tools": ' + b"[" * 500 + b"]" * 500 + b"}}",
         b'{"messages": [{"role": "user", "content": [{"type": "x", "y": ' + b"[" * 300 + b"]" * 300 + b"}]}]}",
         b'{"params": {"seed": 1' + b"0" * 5000 + b"}}",

@@ -52,7 +52,7 @@ def test_what_looks_like_escapes_can_at_most_halve_the_estimate(more):
     assert 500 == estimate_prompt(b"\\u" * 1500 + more, None, 0)
 
 
-IMAGE = b'{"image_url"%b{"url"%b"%b"}}'
+IMAGE = b'{"type":"image_url","image_url"%b{"url"%b"%b"}}'
 SOUND = b'{"input_audio"%b{"format":"wav","data"%b"%b"}}'
 FILE = b'{"file"%b{"filename":"a.pdf","file_data"%b"%b"}}'
 
@@ -61,11 +61,13 @@ FILE = b'{"file"%b{"filename":"a.pdf","file_data"%b"%b"}}'
 @pytest.mark.parametrize(
     "part, data, expected",
     [
+        (IMAGE, b"data:image/png;base64,", 1700),
         (IMAGE, b"data:image/png;base64," + BASE64, 1700),
         (IMAGE, b"data:image\\/svg+xml;base64," + BASE64, 1700),
         (IMAGE, b"data:image/x-a.b" + b";" * 64 + b";base64," + BASE64, 1700),
         (SOUND, BASE64, 1700),
         (SOUND, b"", 1700),
+        (b'{"input_audio"%b{"data"%b"%b"}}', BASE64, 1700),
         (FILE, BASE64, len(BASE64) // 16),
         (FILE, b"data:application/pdf;base64," + BASE64, (28 + len(BASE64)) // 16),
         (FILE, b"data:a\\/x-c+d.e;base64," + BASE64, (24 + len(BASE64)) // 16),
@@ -82,9 +84,11 @@ def test_media_counts_as_what_it_is_and_not_as_the_text_of_its_base64(part, data
     [
         (IMAGE % (b":", b":", b"https://a.example/b.png"), 1),
         (IMAGE % (b":", b":", b"data:;base64," + BASE64), 1),
+        (IMAGE % (b":", b":", b"data:image/png;base64," + BASE64 + b"!"), 1),
         (IMAGE % (b":", b":", b"data:image/png" + b";" * 65 + b";base64," + BASE64), 1),
         (b'{"image_url":{"x-url":"data:image/png;base64,%b"}}' % BASE64, 1),
         (b'{"x-image_url":{}}', 0),
+        (SOUND % (b":", b":", BASE64 + b"!"), 0),
         (b'{"x-input_audio":{"data":"%b"}}' % BASE64, 0),
         (b'{"input_audio":{"x-data":"%b"}}' % BASE64, 0),
         (b'{"input_audio":{"a":{},"data":"%b"}}' % BASE64, 0),
