@@ -192,9 +192,13 @@ class Mesh:
             while self.worker.recorder.in_flight or self._of_requests():
                 await asyncio.sleep(0)
 
-    def _of_requests(self) -> list[str]:
-        """The tasks that run for requests; dialling the store is nobody's."""
-        return [name for task in self.worker.tasks._running if not (name := task.get_name()).startswith("ledger-")]
+    def _of_requests(self) -> list[asyncio.Future[Any]]:
+        """What is under way for requests; dialling the store is nobody's."""
+        return [
+            work
+            for work in self.worker.tasks._running
+            if not (isinstance(work, asyncio.Task) and work.get_name().startswith("ledger-"))
+        ]
 
     async def snapshot(self, caller: Caller) -> dict[bytes, bytes]:
         """Everything that the store has of an account."""

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -13,7 +15,7 @@ from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Ask, Settlement
-from meshproxy.ledger.store import StoreError, Unavailable
+from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
 from meshproxy.policy.catalog import Attempt, served
 from meshproxy.policy.pricing import believable, cost
 from meshproxy.telemetry.tasks import Tasks
@@ -55,7 +57,7 @@ def _is_believable(usage: Usage, plan: Plan, attempt: Attempt) -> bool:
 
 
 class Settler:
-    """Sends each settlement on its way, in a task that its request's end can't cancel and that shutdown waits for.
+    """Sends each settlement on its way, which its request's end can't cancel and which shutdown waits for.
     `wall_clock` and `clock` are Unix and monotonic seconds.
     """
 
@@ -82,7 +84,7 @@ class Settler:
             settlement = self._settlement(exchange, ask, unheld=exchange.lease.unheld)
             if exchange.lease.is_local and self._local is not None:
                 self._local.settled(ask, settlement)
-            self._tasks.spawn("settle", self._send(settlement))
+            self._tasks.follow(self._ledger.settling(settlement), partial(self._answered, settlement))
 
     def withdraw(self, exchange: Exchange, ask: Ask, *, outcome: str) -> None:
         """Nobody waits for the answer to `ask` any more: release its hold, if it came to one. Returns at once.
@@ -96,20 +98,27 @@ class Settler:
         with contextlib.suppress(Unavailable):
             await self._ledger.settle(settlement)
 
-    async def _send(self, settlement: Settlement) -> None:
+    def _answered(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
+        """Charged, which is nearly always all; else the charge goes the long way."""
+        failed = answer.cancelled() or answer.exception() is not None
+        if failed or not (answer.result() or settlement.unheld):
+            self._tasks.spawn("settle", self._insist(settlement, answer))
+
+    async def _insist(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
         """To the ledger, or to disk until it is back. What was sent and never answered may be sent again: it counts once."""
         try:
-            settled = await self._ledger.settle(settlement)
+            try:
+                settled = await answer
+            except ScriptMissing:
+                settled = await self._ledger.settle(settlement)
+            if not (settled or settlement.unheld):  # its first time: the ledger has lost the hold, not charged it
+                settlement = replace(settlement, unheld=True)
+                await self._ledger.settle(settlement)
         except (Unavailable, StoreError):  # lost, or set up wrongly: the charge must outlive both
             await self._journal.append(settlement)
-            return
         except asyncio.CancelledError:
             await self._journal.append(settlement)
             raise
-        if (
-            not settled and not settlement.unheld
-        ):  # this was its first time, so the ledger has lost the hold, not charged it
-            await self._send(replace(settlement, unheld=True))
 
     def _settlement(self, exchange: Exchange, ask: Ask, *, unheld: bool) -> Settlement:
         attempt = exchange.attempt

@@ -46,7 +46,7 @@ class ClusterStore(Store):
         """Whether every slot has a master with a link."""
         return None not in self._slots and all(channel.connected for channel in self._channels.values())
 
-    def send(self, op: str, command: tuple[Argument, ...]) -> Awaitable[Any]:
+    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
         """Queue one command on the link to its key's master; fails at once without one."""
         key = key_of(command)
         channel = next(iter(self._channels.values()), None) if key is None else self._slots[key_slot(key)]

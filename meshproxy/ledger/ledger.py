@@ -4,9 +4,11 @@ once, whatever becomes of it. Each step is one script, one round trip, and atomi
 A denial is a value. What Redis does wrong arrives as the Store's Fault.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.records import (
@@ -111,6 +113,14 @@ class Ledger:
 
     async def settle(self, settlement: Settlement) -> bool:
         """Charge what a request cost, once. False: settled before, or never admitted; nothing was charged now."""
+        return bool(await self._store.run(self._settle, *self._charge(settlement)))
+
+    def settling(self, settlement: Settlement) -> "asyncio.Future[Any]":
+        """The same, sent now, for who won't wait; what is truthy was charged now. ScriptMissing: `settle` it."""
+        return self._store.call(self._settle, *self._charge(settlement))
+
+    def _charge(self, settlement: Settlement) -> tuple[list[str], list[Argument]]:
+        """The keys and arguments of settle.lua."""
         if settlement.cost_nusd < 0:
             raise ValueError(f"{settlement.hold_id}: a cost of {settlement.cost_nusd} nano-USD would be a gift")
         usage = settlement.usage
@@ -137,9 +147,7 @@ class Ledger:
             settlement.price,
             settlement.started_ms,
         ]
-        return bool(
-            await self._store.run(self._settle, _settlement_keys(self._names(settlement.account), settlement), args)
-        )
+        return _settlement_keys(self._names(settlement.account), settlement), args
 
     async def grant(self, account: str, amount_nusd: int, note: str = "") -> int:
         """Grant credit, or take some back with a negative amount; the new balance. ValueError past what a balance may be."""

@@ -4,7 +4,6 @@ connection of the client's pool, so commands issued together may run in any orde
 
 import asyncio
 import time
-from collections.abc import Awaitable
 from typing import Any
 
 from redis import asyncio as redis_py
@@ -26,7 +25,7 @@ class RedisPyStore(Store):
         """Whether the last command reached a server."""
         return self._connected
 
-    def send(self, op: str, command: tuple[Argument, ...]) -> Awaitable[Any]:
+    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
         """Start a task that runs the command."""
         return asyncio.ensure_future(self._call(op, command))
 

@@ -6,8 +6,9 @@ translated to it once, here. `StoreError` is a bug or a wrong set-up (WRONGTYPE,
 No command is ever sent twice by a store: one whose reply was lost may have run, and only the ledger knows what may be repeated.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshproxy.errors import Fault, Source, ledger_unavailable
@@ -68,24 +69,28 @@ class Store(ABC):
         """Whether a command sent now would reach a server."""
 
     @abstractmethod
-    def send(self, op: str, command: tuple[Argument, ...]) -> Awaitable[Any]:
+    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
         """Queue one command; `op` is its name for metrics. It is sent even if nobody awaits the reply."""
 
     @abstractmethod
     async def close(self) -> None:
         """Fail what is pending and let go of every socket."""
 
-    def execute(self, *args: Argument) -> Awaitable[Any]:
+    def execute(self, *args: Argument) -> "asyncio.Future[Any]":
         """Queue one command and await its reply (bytes, int, list or None). Raises Unavailable and StoreError.
 
         Commands issued in one turn of the event loop share a write. Await them after issuing them all, or gather them.
         """
         return self.send(str(args[0]), args)
 
+    def call(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> "asyncio.Future[Any]":
+        """Call a script by its SHA-1; ScriptMissing where the server doesn't know it yet."""
+        return self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
+
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run a script by its SHA-1, and by its text where the server doesn't know it yet."""
         try:
-            return await self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
+            return await self.call(script, keys, args)
         except ScriptMissing:
             return await self.send(script.name, ("EVAL", script.text, len(keys), *keys, *args))
 

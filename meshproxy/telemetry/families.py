@@ -69,7 +69,7 @@ CLOSED: dict[str, frozenset[str]] = {
         }
     ),
     "usage_source": frozenset({"reported", "estimated", "drained", "none"}),
-    "task": frozenset({"settle", "renew", "drain", "idempotency", "ledger-dial", "ledger-cluster-map"}),
+    "task": frozenset({"settle", "renew", "drain", "idempotency", "ledger-dial", "ledger-cluster-map", "reload"}),
 }
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 FLUSH_INTERVAL_S = 0.1
-FLUSH_BYTES = 65_536
+FLUSH_BYTES = 524_288
 MAX_BUFFERED_BYTES = 4_194_304
 CLOSE_TIMEOUT_S = 2.0  # what a stuck reader may cost at exit
 
@@ -64,8 +64,9 @@ class LineSink:
                 self._filled.set()
             self._lines.append(line)
             self._size += len(line)
-        if urgent or self._size >= FLUSH_BYTES:
-            self._hurry.set()
+            is_full = self._size >= FLUSH_BYTES > self._size - len(line)
+        if urgent or is_full:
+            self._hurry.set()  # once a batch: waking a thread costs as much as twenty lines
         if self._closed:
             self.flush()
 

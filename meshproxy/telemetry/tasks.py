@@ -7,6 +7,7 @@ alone passes the cancellation on. There are at most a few per request in flight,
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -22,7 +23,7 @@ class Tasks:
     """The tasks in flight, each held by a strong reference until it ends. `on_failure` is told the name of each that raised."""
 
     def __init__(self, on_failure: Callable[[str], None] = lambda _: None) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: set[asyncio.Future[Any]] = set()
         self._on_failure = on_failure
 
     def __len__(self) -> int:
@@ -34,6 +35,11 @@ class Tasks:
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    def follow(self, future: asyncio.Future[T], then: Callable[[asyncio.Future[T]], None]) -> None:
+        """Hold on to what is under way already, and call `then` with it when it is done: a task's promise at half its price."""
+        self._running.add(future)
+        future.add_done_callback(partial(self._followed, then))
 
     async def finish(self, timeout_s: float) -> int:
         """Wait for every task, those spawned meanwhile included; cancel what still runs after `timeout_s`. Gives how many."""
@@ -47,6 +53,10 @@ class Tasks:
         if late:
             await asyncio.wait(late, timeout=CANCEL_GRACE_S)
         return len(late)
+
+    def _followed(self, then: Callable[[asyncio.Future[T]], None], future: asyncio.Future[T]) -> None:
+        self._running.discard(future)
+        then(future)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)

@@ -1,8 +1,10 @@
+import asyncio
+
 import pytest
 
 from meshproxy.config import Model, Route
 from meshproxy.gateway.settlement import Settler, bill
-from meshproxy.ledger.store import StoreError, Unavailable
+from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
 from meshproxy.policy.pricing import price_of
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.usage import Usage
@@ -69,12 +71,17 @@ class Books:
         self.answers = list(answers)
         self.settled, self.journaled = [], []
 
-    async def settle(self, settlement):
+    def settling(self, settlement):
         self.settled.append(settlement)
-        answer = self.answers.pop(0)
+        answer, asked = self.answers.pop(0), asyncio.get_running_loop().create_future()
         if isinstance(answer, Exception):
-            raise answer
-        return answer
+            asked.set_exception(answer)
+        elif answer is not None:
+            asked.set_result(answer)
+        return asked
+
+    async def settle(self, settlement):
+        return await self.settling(settlement)
 
     async def append(self, settlement):
         self.journaled.append(settlement)
@@ -127,4 +134,18 @@ class TestSettler:
     async def test_what_the_ledger_cannot_take_is_kept_on_disk(self, error):
         books = Books(error)
         await settle(books)
+        assert books.settled == books.journaled
+
+    async def test_where_the_script_is_not_known_it_is_sent_along(self):
+        books = Books(ScriptMissing("NOSCRIPT", "none"), True)
+        await settle(books)
+        assert (2, []) == (len(books.settled), books.journaled)
+
+    async def test_what_is_without_an_answer_at_the_end_is_kept_on_disk(self):
+        books = Books(None)
+        made, tasks = exchange(plan(BODY)), Tasks()
+        made.lease = lease(Renewals())
+        Settler(books, books, None, tasks, lambda: 1000.0, lambda: 2.5).settle(made)
+        assert 1 == await tasks.finish(0)
+        await tasks.finish(1)
         assert books.settled == books.journaled
