@@ -1,12 +1,15 @@
 """The phases of a request on each leg: where in the bytes a fault strikes."""
 
+from meshproxy.ledger.keyspace import key_record
 from meshproxy.ledger.scripts import Script
 from tests.faults.proxy import Fault, Position
 
 HEAD_END = b"\r\n\r\n"
 WAITING = "waiting for the answer"  # struck when the provider has the request, wherever the bytes are
+THEN = "as soon as that has struck"  # of a second fault
 IDLE = "idle in the pool"  # struck before the request
 SCRIPTS = {name: Script.load(name) for name in ("admit", "renew", "settle")}
+MARKS = {"look-up": key_record("").encode()} | {name: script.sha.encode() for name, script in SCRIPTS.items()}
 
 
 def length_in(head: bytes) -> int:
@@ -47,20 +50,19 @@ def at_the_end(seen: bytes) -> int | None:
     return len(before + found) if found else None
 
 
-def call(script: str, mode: str) -> Fault:
-    """In the call of a script, ten bytes into its name: it never runs."""
-    sha = SCRIPTS[script].sha.encode()
+def call(command: str, mode: str) -> Fault:
+    """In the call of a script, or of what else has a mark, ten bytes into that: it never runs."""
 
     def at(seen: bytes) -> int | None:
-        before, found, _ = seen.partition(sha)
+        before, found, _ = seen.partition(MARKS[command])
         return len(before) + 10 if found else None
 
     return Fault(mode, "target", at)
 
 
-def reply(script: str, mode: str, at: int) -> Fault:
-    """In the reply to a script, which has run."""
-    return Fault(mode, "caller", lambda _: at, after=SCRIPTS[script].sha.encode())
+def reply(command: str, mode: str, at: int) -> Fault:
+    """In the reply to a command, which has run."""
+    return Fault(mode, "caller", lambda _: at, after=MARKS[command])
 
 
 HTTP = {
@@ -75,12 +77,24 @@ HTTP = {
     "at the answer's end": lambda mode: Fault(mode, "caller", at_the_end),
 }
 REDIS = {"connected": lambda mode: Fault(mode, lasting=True)} | {
-    f"{script}, {place}": fault
-    for script in SCRIPTS
+    f"{command}, {place}": fault
+    for command in MARKS
     for place, fault in {
-        "in the call": lambda mode, script=script: call(script, mode),
-        "before the reply": lambda mode, script=script: reply(script, mode, 0),
-        "in the reply": lambda mode, script=script: reply(script, mode, 3),
+        "in the call": lambda mode, command=command: call(command, mode),
+        "before the reply": lambda mode, command=command: reply(command, mode, 0),
+        "in the reply": lambda mode, command=command: reply(command, mode, 3),
     }.items()
 }
-PHASES = {"client": {**HTTP, WAITING: None}, "upstream": {IDLE: None, **HTTP}, "Redis": REDIS}
+HANDSHAKE = {
+    "in the client's hello": lambda mode: Fault(mode, "target", lambda _: 40),
+    "before the server's hello": lambda mode: Fault(mode, "caller", lambda _: 0),
+    "in the server's hello": lambda mode: Fault(mode, "caller", lambda _: 40),
+}
+TLS = ("before the answer", "in the answer's head", "in the answer's body", "at the answer's end")
+PHASES = {
+    "client": {**HTTP, WAITING: None},
+    "upstream": {IDLE: None, **HTTP},
+    "handshake": HANDSHAKE,
+    "TLS": {IDLE: None} | {phase: HTTP[phase] for phase in TLS},
+    "Redis": REDIS,
+}

@@ -20,9 +20,7 @@ async def played(stage, case):
     before = stage.held()
     got = await struck(stage, leg, phase, mode, stream=shape == "stream")
     stage.wires[leg].fault = None
-    await stage.mesh.until(lambda: stage.mesh.worker.store.connected)
-    stage.mesh.worker.gateway.deployment.providers["wired"].retire()  # an idle connection is no leak
-    await stage.until(before, stage.held)
+    await stage.nothing_left(before)
     return await written(stage, heard(got))
 
 
@@ -31,7 +29,7 @@ async def struck(stage, leg, phase, mode, *, stream):
     mesh, wire = stage.mesh, stage.wires[leg]
     patience_s = 2.5 * SHORT_S if (leg, mode) == ("client", "blackhole") else PATIENCE_S
     if phase == IDLE:
-        before = await stage.ask("paced", stream=False, patience_s=patience_s, caller=await mesh.key())
+        before = await stage.ask("paced", stream=False, caller=await mesh.key())
         assert "200" == heard(before)
         await mesh.quiet()
         mesh.log.lines.clear()
@@ -55,17 +53,44 @@ async def struck(stage, leg, phase, mode, *, stream):
 
 async def written(stage, got):
     """The outcome as client, log and ledger have it, whose books balance."""
-    mesh, account = stage.mesh, stage.caller.account
-    balance = await mesh._released(account)
-    assert balance.granted_nusd == balance.balance_nusd + balance.settled_nusd
-    assert 0 == await mesh.worker.store.execute("HLEN", AccountKeys(account).holds)
+    balance = await balanced(stage)
     assert 0 <= balance.settled_nusd <= FULL_NUSD
-    charge = {0: "nothing", FULL_NUSD: "all"}.get(balance.settled_nusd, "a part")
-    events = [event["event"] for event in await recent(mesh.worker.store, account, 100)]
-    hold = " ".join(event for event in events if event != "grant")
-    lines = [(line["outcome"], line["status"], line["usage_source"]) for line in mesh.log.lines]
+    hold = " ".join(event["event"] for event in await events_of(stage))
+    lines = [line_of(line) for line in stage.mesh.log.lines]
     assert len(lines) <= 1
-    return Outcome(got, lines[0] if lines else None, hold, charge)
+    return Outcome(got, lines[0] if lines else None, hold, charge_of(balance.settled_nusd))
+
+
+async def outcomes(stage, clients):
+    """Those of requests that came one after the other and had a hold each."""
+    await balanced(stage)
+    rows = zip(clients, stage.mesh.log.lines, await events_of(stage), strict=True)
+    return [
+        Outcome(got, line_of(line), event["event"], charge_of(int(event["cost_nusd"]))) for got, line, event in rows
+    ]
+
+
+async def balanced(stage):
+    """The account's credit, of which nothing is held any more."""
+    account = stage.caller.account
+    balance = await stage.mesh._released(account)
+    assert balance.granted_nusd == balance.balance_nusd + balance.settled_nusd
+    assert 0 == await stage.mesh.worker.store.execute("HLEN", AccountKeys(account).holds)
+    return balance
+
+
+async def events_of(stage):
+    """What became of holds, oldest first."""
+    events = await recent(stage.mesh.worker.store, stage.caller.account, 1000)
+    return [event for event in events if event["event"] != "grant"]
+
+
+def line_of(line):
+    return line["outcome"], line["status"], line["usage_source"]
+
+
+def charge_of(cost_nusd):
+    return {0: "nothing", FULL_NUSD: "all"}.get(cost_nusd, "a part")
 
 
 def heard(got):

@@ -1,9 +1,12 @@
 """A wire that can be made to fail: a TCP proxy which passes bytes on until the moment that its fault names, and then resets,
-closes, dawdles or falls silent there. The fault can be changed while connections are open.
+closes, dawdles or falls silent there. The fault can be changed while connections are open. Where callers speak TLS to it, it
+strikes within what they say.
 """
 
 import asyncio
+import os
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -13,6 +16,11 @@ READ_BYTES = 65_536
 DELAY_S = 0.05
 DRIP_BYTES, DRIP_S = 64, 0.001
 MODES = ("delay", "reset", "half-close", "truncate", "drip", "blackhole")
+TLS_MODES = ("reset", "half-close", "truncate", "garbage", "blackhole")
+FORGED_RECORDS = (
+    b"\x17\x03\x03\x00\x20" + bytes(32)
+) * 100  # of TLS: application data that no key has sealed (RFC 8446, section 5.2)
+FLUSH_TURNS = 3  # in which a transport passes on what was written to it
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Position = Callable[[bytes], int | None]
@@ -24,8 +32,9 @@ class Fault(NamedTuple):
     only once these bytes have gone the other way. `lasting`: done to every connection, and not once.
 
     delay: a pause, then all goes on. reset: RST to both ends. half-close: nothing but an end comes that way any more, and
-    the other way goes on. truncate: both ends see an orderly close. drip: from there on a few bytes at a time. blackhole: not a
-    word either way, and no end of it.
+    the other way goes on; under TLS it comes without close_notify, as from someone who cuts the wire. truncate: both ends see
+    an orderly close. drip: from there on a few bytes at a time. garbage: a forged record of TLS, and nothing more that way.
+    blackhole: not a word either way, and no end of it.
     """
 
     mode: str
@@ -50,8 +59,8 @@ class FaultProxy:
         """Where callers are connected to."""
         self._connect = connect
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
@@ -117,8 +126,9 @@ class _Pair:
 
     def reset(self) -> None:
         for _, writer in self._ends.values():
-            with suppress(OSError):
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if (sock := writer.get_extra_info("socket")) is not None:  # not lost under TLS already
+                with suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
     async def _pass(self, towards: str, *, dripping: bool) -> None:
@@ -140,15 +150,15 @@ class _Pair:
                 dropping = fault.mode not in ("delay", "drip")
                 if not dropping:
                     await self._send(writer, rest, dripping=dripping)
-        except ConnectionError:
+        except OSError:  # TLS's own errors among them
             if not self._silent:
                 self.reset()
         if self._silent:
             if source == self._proxy.gateway:
                 self.reset()
-        elif writer.can_write_eof() and not writer.is_closing():
+        elif not writer.is_closing():
             with suppress(OSError):
-                writer.write_eof()
+                end(writer)
 
     def _split(self, towards: str, data: bytes) -> tuple[bytes, bytes | None]:
         """What goes on as it is, and what lies behind the place of the fault; None if it isn't reached."""
@@ -186,10 +196,42 @@ class _Pair:
         elif mode == "reset":
             self.reset()
         elif mode == "half-close":
-            self._ends[towards][1].write_eof()
+            await half_close(self._ends[towards][1])
+        elif mode == "garbage":
+            with await beneath(self._ends[towards][1]) as wire:
+                wire.send(FORGED_RECORDS)
         elif mode == "truncate":
             for _, writer in self._ends.values():
                 writer.close()
         elif mode == "blackhole":
             self._silent = True
         return mode == "drip"
+
+
+def end(writer: asyncio.StreamWriter) -> None:
+    """An orderly end; TLS knows none that leaves the other way open."""
+    if writer.can_write_eof():
+        writer.write_eof()
+    else:
+        writer.close()
+
+
+async def beneath(writer: asyncio.StreamWriter) -> socket.socket:
+    """The socket below the transport, and below its TLS, when what was written has gone."""
+    for _ in range(FLUSH_TURNS):
+        await asyncio.sleep(0)
+    return socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
+
+
+async def half_close(writer: asyncio.StreamWriter) -> None:
+    """An end of this way alone."""
+    if writer.can_write_eof():
+        writer.write_eof()
+    else:
+        await cut_short(writer)
+
+
+async def cut_short(writer: asyncio.StreamWriter) -> None:
+    """An end of TCP, without a goodbye of TLS."""
+    with await beneath(writer) as wire:
+        wire.shutdown(socket.SHUT_WR)

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-from tests.faults.phases import IDLE, WAITING
-from tests.faults.proxy import MODES
+from tests.faults.phases import IDLE, THEN, WAITING
+from tests.faults.proxy import MODES, TLS_MODES
 
 GENTLE = ("delay", "drip")
 SHAPES = ("unary", "stream")
+SECURED = ("handshake", "TLS")  # the two halves of an upstream's leg that speaks TLS
 
 Case = tuple[str, str, str, str]  # leg, phase, mode, shape
 
@@ -28,6 +29,8 @@ OUTCOMES = {
     "no request": Outcome("broken", None, "", "nothing"),
     "gone": Outcome("broken", ("client_disconnected", 0, "none"), "", "nothing"),
     "gone, held": Outcome("broken", ("client_disconnected", 0, "none"), "settled", "nothing"),
+    "gone, abandoned": Outcome("broken", ("client_disconnected", 0, "none"), "abandoned", "nothing"),
+    "kept": Outcome("broken", ("client_disconnected", 200, "drained"), "settled", "all"),
     "gone midway": Outcome("broken", ("client_disconnected", 200, "estimated"), "settled", "a part"),
     "408": Outcome("broken", ("failed", 408, "none"), "", "nothing"),
     "502": Outcome("502 upstream_error", ("failed", 502, "none"), "settled", "nothing"),
@@ -38,8 +41,8 @@ OUTCOMES = {
     "503, held": Outcome("503 ledger_unavailable", ("failed", 503, "none"), "abandoned", "nothing"),
 }
 
-# leg and phase: what comes of an end (reset, half-close, truncate), and of silence (blackhole); unary / stream where they differ.
-# What only takes longer (delay, drip) is always whole.
+# leg and phase: what comes of an end (reset, half-close, truncate, garbage), and of silence (blackhole); unary / stream where
+# they differ. What only takes longer (delay, drip) is always whole.
 TABLE = {
     ("client", "connected"): ("no request", "no request"),
     ("client", "in the request's head"): ("no request", "no request"),
@@ -61,7 +64,18 @@ TABLE = {
     ("upstream", "behind the answer's head"): ("502", "504"),
     ("upstream", "in the answer's body"): ("502 / event 502", "504 / event 504"),
     ("upstream", "at the answer's end"): ("502 / whole", "504 / whole"),
+    ("handshake", "in the client's hello"): ("502", "504"),
+    ("handshake", "before the server's hello"): ("502", "504"),
+    ("handshake", "in the server's hello"): ("502", "504"),
+    ("TLS", IDLE): ("whole", "504"),
+    ("TLS", "before the answer"): ("502", "504"),
+    ("TLS", "in the answer's head"): ("502", "504"),
+    ("TLS", "in the answer's body"): ("502 / event 502", "504 / event 504"),
+    ("TLS", "at the answer's end"): ("502 / whole", "504 / whole"),
     ("Redis", "connected"): ("503", "503"),
+    ("Redis", "look-up, in the call"): ("503", "503"),
+    ("Redis", "look-up, before the reply"): ("503", "503"),
+    ("Redis", "look-up, in the reply"): ("503", "503"),
     ("Redis", "admit, in the call"): ("503", "503"),
     ("Redis", "admit, before the reply"): ("503, held", "503, held"),
     ("Redis", "admit, in the reply"): ("503, held", "503, held"),
@@ -74,14 +88,44 @@ TABLE = {
 }
 
 
+# What comes of two faults at once, the second while the first lasts or at a place of its own; unary / stream, None where there is
+# no such case.
+PAIRS = {
+    (("Redis", "admit, in the call", "blackhole"), ("client", THEN, "reset")): "gone",
+    (("Redis", "admit, before the reply", "blackhole"), ("client", THEN, "reset")): "gone, abandoned",
+    (("upstream", "behind the request", "blackhole"), ("client", THEN, "reset")): "gone, held",
+    (("upstream", "in the answer's body", "blackhole"), ("client", THEN, "reset")): "gone, held / gone midway",
+    (("upstream", "in the answer's body", "reset"), ("Redis", "settle, in the call", "reset")): "502 / event 502",
+    (("upstream", "in the answer's body", "reset"), ("Redis", "settle, in the reply", "blackhole")): "502 / event 502",
+    (("upstream", "in the answer's body", "reset"), ("Redis", THEN, "reset")): "502 / event 502",
+    (
+        ("client", "in the answer's body", "reset"),
+        ("Redis", "settle, in the call", "blackhole"),
+    ): "unheard / gone midway",
+    (("client", "in the answer's body", "reset"), ("Redis", "settle, in the reply", "reset")): "unheard / gone midway",
+    (("Redis", "renew, in the call", "blackhole"), ("client", THEN, "reset")): "- / gone midway",
+    (("Redis", "renew, in the reply", "blackhole"), ("upstream", THEN, "reset")): "- / event 502",
+}
+
+# Where a reset comes to something else because the work goes on without its client: with an Idempotency-Key, or with
+# on_disconnect = "drain".
+KEPT = {
+    ("client", WAITING): "kept",
+    ("client", "before the answer"): "unheard / kept",
+    ("client", "in the answer's head"): "unheard / kept",
+    ("client", "behind the answer's head"): "unheard / kept",
+    ("client", "in the answer's body"): "unheard / kept",
+}
+
+
 def cases_of(leg: str) -> list[Case]:
-    """Every case of a leg. Only streams renew."""
+    """Every case of a leg. Only streams renew, and a key is looked up before anyone knows what is wanted."""
     return [
         (leg, phase, mode, shape)
         for of, phase in TABLE
-        for mode in MODES
+        for mode in (TLS_MODES if leg in SECURED else MODES)
         for shape in SHAPES
-        if of == leg and not (phase.startswith("renew") and shape == "unary")
+        if of == leg and not phase.startswith("renew" if shape == "unary" else "look-up")
     ]
 
 
@@ -90,14 +134,30 @@ def expected_of(case: Case) -> Outcome:
     leg, phase, mode, shape = case
     if mode in GENTLE:
         return OUTCOMES["whole"]
-    words = TABLE[leg, phase][mode == "blackhole"].split(" / ")
-    return OUTCOMES[words[-1] if shape == "stream" else words[0]]
+    return OUTCOMES[word_of(TABLE[leg, phase][mode == "blackhole"], shape)]
+
+
+def word_of(words: str, shape: str) -> str:
+    """Of two words, that of a unary request or that of a stream."""
+    return words.split(" / ")[-1 if shape == "stream" else 0]
 
 
 def table() -> str:
     """The rows as they stand in the documentation."""
     rows = [f"| {leg} | {phase} | {' | '.join(words)} |" for (leg, phase), words in TABLE.items()]
     return "\n".join(["| leg | struck | an end | silence |", "|---|---|---|---|", *rows])
+
+
+def pairs() -> str:
+    """Those of two faults at once."""
+    rows = [f"| {', '.join(first)} | {', '.join(second)} | {words} |" for (first, second), words in PAIRS.items()]
+    return "\n".join(["| one wire | another | |", "|---|---|---|", *rows])
+
+
+def kept() -> str:
+    """Those of kept requests."""
+    rows = [f"| {leg} | {phase} | {words} |" for (leg, phase), words in KEPT.items()]
+    return "\n".join(["| leg | struck | a reset |", "|---|---|---|", *rows])
 
 
 def legend() -> str:

@@ -1,4 +1,4 @@
-"""The wire to the provider fails at each phase of a request: see table.py."""
+"""The wire to the provider fails at each phase of a request, and of a handshake where it speaks TLS: see table.py."""
 
 import pytest
 
@@ -6,6 +6,6 @@ from tests.faults.play import played
 from tests.faults.table import cases_of, expected_of
 
 
-@pytest.mark.parametrize("case", cases_of("upstream"), ids=", ".join)
+@pytest.mark.parametrize("case", [*cases_of("upstream"), *cases_of("handshake"), *cases_of("TLS")], ids=", ".join)
 async def test_a_fault_has_its_outcome_and_leaves_nothing(stage, case):
     assert expected_of(case) == await played(stage, case)

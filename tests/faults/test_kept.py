@@ -1,0 +1,50 @@
+"""A request that outlives its client, by its Idempotency-Key or its provider's on_disconnect = "drain": see table.py."""
+
+import pytest
+
+from tests.faults.conftest import Terms
+from tests.faults.phases import IDLE, WAITING
+from tests.faults.play import FULL_NUSD, balanced, heard, struck, written
+from tests.faults.table import KEPT, OUTCOMES, SHAPES, TABLE, word_of
+
+BEGUN_TOO_LATE = pytest.mark.xfail(strict=True, reason="the head of a stream whose client has gone raises")
+BLAMED = pytest.mark.xfail(strict=True, reason="what a provider does to a kept request is logged as a bug of ours")
+CASES = [
+    pytest.param(leg, phase, shape, marks=BEGUN_TOO_LATE if (phase, shape) == (WAITING, "stream") else ())
+    for leg, phase in TABLE
+    for shape in SHAPES
+    if leg in ("client", "upstream") and phase != IDLE
+]
+
+
+@pytest.fixture
+def terms(kept_by):
+    return Terms(wired={"on_disconnect": "drain"} if kept_by == "drain" else {})
+
+
+@pytest.mark.parametrize("leg, phase, shape", CASES)
+@pytest.mark.parametrize("kept_by", ["drain", "idempotency-key"])
+async def test_a_reset_has_its_outcome_and_leaves_nothing(stage, kept_by, leg, phase, shape):
+    """Asked again, a key gives the answer that was charged for, or the first one."""
+    before = stage.held()
+    stage.headers = {} if kept_by == "drain" else {kept_by: "once"}
+    got = await struck(stage, leg, phase, "reset", stream=shape == "stream")
+    await stage.mesh.quiet()
+    outcome = OUTCOMES[word_of(KEPT.get((leg, phase), TABLE[leg, phase][0]), shape)]
+    assert outcome == await written(stage, heard(got))
+    if kept_by != "drain":
+        model = "pondering" if phase == WAITING else "paced"
+        assert "200" == heard(await stage.ask(model, stream=shape == "stream"))
+        paid_in_vain = (await balanced(stage)).settled_nusd - FULL_NUSD
+        assert (outcome.charge == "a part") == (paid_in_vain > 0)
+    stage.said.clear()  # until BLAMED is mended
+    await stage.nothing_left(before)
+
+
+@BLAMED
+@pytest.mark.parametrize("kept_by", ["drain", "idempotency-key"])
+async def test_a_provider_that_fails_is_no_bug_of_ours(stage, kept_by):
+    before = stage.held()
+    stage.headers = {kept_by: "once"}
+    await struck(stage, "upstream", "before the answer", "reset", stream=False)
+    await stage.nothing_left(before)
