@@ -26,6 +26,7 @@ def template(**fields):
         ("{{ AMZ_amz_059 }}", ["AMZ_amz_059"]),
         ("{{ na me }}", []),
         ("{{ na-me }}", []),
+        ("{{ na:me }}", []),
         ("{{\nname}}", []),
         ("{{ é }}", []),
         ("{{}}", []),
@@ -180,8 +181,9 @@ def test_a_whole_template():
     assert TemplateFields(**WHOLE) == written(WHOLE)
 
 
-def test_what_is_not_mentioned_is_unset():
-    assert TemplateFields(name="a", system="s") == written({"name": "a", "system": "s"})
+@pytest.mark.parametrize("prompt", [{"system": "s"}, {"messages": WHOLE["messages"]}])
+def test_what_is_not_mentioned_is_unset(prompt):
+    assert TemplateFields(name="a", **prompt) == written({"name": "a", **prompt})
     assert TemplateFields() == written({}, partial=True)
 
 
@@ -265,6 +267,7 @@ UUID = "550e8400-e29b-41d4-a716-0459abcdef59"
         ("params", {"user": "ann"}, ("extra_forbidden", "params", "user")),
         ("params", {"logit_bias": {"1": "x" * (262_144 - 22)}}, ("too_long", "params")),
         ("variables", ["a b"], ("string_pattern_mismatch", "variables", 0)),
+        ("variables", ["a:b"], ("string_pattern_mismatch", "variables", 0)),
         ("variables", ["a", ""], ("string_pattern_mismatch", "variables", 1)),
         ("variables", ["a" * 129], ("string_pattern_mismatch", "variables", 0)),
         ("variables", ["a"] * 257, ("too_long", "variables")),

@@ -12,13 +12,15 @@ from meshproxy.wire.headers import (
     patience_s,
     ratelimit_headers,
     request_id,
+    trace_id,
 )
 
 
 class TestBearer:
     @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER ", "Bearer   "])
-    def test_the_secret(self, scheme: str):
-        assert bearer(scheme + "rsk_aZ09_-") == "rsk_aZ09_-"
+    @pytest.mark.parametrize("secret", ["rsk_AMZamz059_-", "rsk_a"])
+    def test_the_secret(self, scheme: str, secret: str):
+        assert bearer(scheme + secret) == secret
 
     @pytest.mark.parametrize(
         "authorization",
@@ -60,7 +62,7 @@ class TestBearer:
 
 
 class TestRequestId:
-    @pytest.mark.parametrize("inbound", ["a", "A-z_09", "x" * 128])
+    @pytest.mark.parametrize("inbound", ["a", "AMZ-amz_059", "x" * 128])
     def test_a_valid_one_is_kept(self, inbound: str):
         assert inbound == request_id(inbound)
 
@@ -69,6 +71,58 @@ class TestRequestId:
     )
     def test_an_invalid_one_isn_t(self, inbound: str | None):
         assert request_id(inbound) is None
+
+
+class TestTraceId:
+    ID, PARENT = "0123456789abcdef0123456789abcdef", "0123456789abcdef"
+
+    @pytest.mark.parametrize(
+        "traceparent",
+        [
+            "00-{id}-{parent}-01",
+            "59-{id}-{parent}-5f",
+            "f0-{id}-{parent}-bc",
+            "cd-{id}-{parent}-01-",
+            "cd-{id}-{parent}-01-what the future brings",
+            "00-{id}-0000000000000001-01",
+        ],
+    )
+    def test_of_a_traceparent(self, traceparent: str):
+        assert self.ID == trace_id(traceparent.format(id=self.ID, parent=self.PARENT))
+
+    def test_almost_all_of_it_may_be_zeros(self):
+        assert "0" * 31 + "1" == trace_id(f"00-{'0' * 31}1-{self.PARENT}-00")
+
+    @pytest.mark.parametrize(
+        "traceparent",
+        [
+            None,
+            "",
+            "{id}",
+            "ff-{id}-{parent}-01",
+            "0-{id}-{parent}-01",
+            "000-{id}-{parent}-01",
+            "00{id}-{parent}-01",
+            "00-00000000000000000000000000000000-{parent}-01",
+            "00-{id}0-{parent}-01",
+            "00-0{id}-{parent}-01",
+            "00-{parent}-{parent}-01",
+            "00-{id}{parent}-01",
+            "00-{id}-0000000000000000-01",
+            "00-{id}-{parent}0-01",
+            "00-{id}-0{parent}-01",
+            "00-{id}-01234567-01",
+            "00-{id}-{parent}01",
+            "00-{id}-{parent}-1",
+            "00-{id}-{parent}-011",
+            "00-{id}-{parent}-01.more",
+            "00-{id}-{parent}-0g",
+            "00-{id}-{parent}-01\n",
+            "00-0123456789ABCDEF0123456789ABCDEF-{parent}-01",
+        ],
+    )
+    def test_there_is_none_in_anything_else(self, traceparent: str | None):
+        assert trace_id(traceparent and traceparent.format(id=self.ID, parent=self.PARENT)) is None
 
 
 @pytest.mark.parametrize(
@@ -80,6 +134,9 @@ class TestRequestId:
         (0.0001, "1ms"),
         (0.12, "120ms"),
         (0.1201, "121ms"),
+        (0.120004, "121ms"),
+        (0.1200004, "120ms"),
+        (0.999, "999ms"),
         (0.9991, "1s"),
         (1, "1s"),
         (1.001, "2s"),
@@ -117,7 +174,10 @@ class TestForwarded:
     def test_only_the_list_goes_upstream(self):
         headers = {
             "http-referer": "https://example.com",
+            "x-title": "Example",
             "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "tracestate": "a=b",
+            "openai-beta": "assistants=v2",
             "authorization": "Bearer rsk_abc",
             "cookie": "a=b",
             "x-forwarded-for": "10.0.0.1",
@@ -125,7 +185,7 @@ class TestForwarded:
             "host": "example.com",
             "x-request-id": "r",
         }
-        assert [name for name, _ in forwarded_headers(headers)] == ["http-referer", "traceparent"]
+        assert forwarded_headers(headers) == list(headers.items())[:5]
 
     @pytest.mark.parametrize("value", ["a\r\nb: c", "a\nb", "a\0b", "é", "\udcff", "x" * 1025])
     def test_a_value_that_could_harm_is_dropped(self, value: str):
@@ -134,7 +194,15 @@ class TestForwarded:
 
 class TestDownstream:
     def test_what_is_safe_to_show(self):
-        kept = [("content-type", "application/json"), ("openai-version", "2020-10-01"), ("openai-processing-ms", "12")]
+        kept = [
+            ("content-type", "application/json"),
+            ("content-encoding", "gzip"),
+            ("content-language", "de"),
+            ("openai-model", "gpt-4o"),
+            ("openai-version", "2020-10-01"),
+            ("openai-processing-ms", "12"),
+            ("x-generation-id", "gen-1"),
+        ]
         inside = [
             ("connection", "keep-alive"),
             ("content-length", "12"),
@@ -154,8 +222,9 @@ class TestDownstream:
         ]
         assert kept == downstream_headers([*inside, *kept])
 
-    def test_what_connection_names_is_hop_by_hop(self):
-        headers = [("openai-version", "1"), ("openai-model", "m"), ("connection", "close, OpenAI-Version")]
+    @pytest.mark.parametrize("named", ["close, OpenAI-Version", "openai-version ,x", "close,openai-version"])
+    def test_what_connection_names_is_hop_by_hop(self, named: str):
+        headers = [("openai-version", "1"), ("openai-model", "m"), ("connection", named), ("server", "openai-model")]
         assert downstream_headers(headers) == [("openai-model", "m")]
 
     def test_what_the_gateway_sets_itself_is_left_out(self):

@@ -1,3 +1,4 @@
+import functools
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from meshproxy.errors import (
     gateway_timeout,
     idempotency_conflict,
     insufficient_credits,
+    internal_error,
     invalid,
     provider_not_available,
     rate_limit_exceeded,
@@ -18,14 +20,14 @@ from meshproxy.errors import (
     upstream_error,
 )
 from meshproxy.wire.replies import (
-    MAX_MESSAGE_CHARS,
-    MAX_PROVIDER_ERROR_BYTES,
     concealed,
     envelope,
     error_event,
     problem_headers,
     provider_error,
 )
+
+DEEP = functools.reduce(lambda inner, _: [inner], range(5000), [])
 
 
 def told(problem: Problem) -> dict[str, Any]:
@@ -55,6 +57,11 @@ class TestEnvelope:
         ]
         assert error["param"] == "messages[0].role"
 
+    def test_a_detail_can_be_encoded_whatever_its_place(self):
+        problem = invalid("Bad.", Detail("missing", ("body", "\ud800" + "x" * 3000, 0), "\ud800"))
+        expected = {"type": "missing", "loc": ["body", "?" + "x" * 1999, 0], "msg": "?"}
+        assert [expected] == told(problem)["error"]["details"]
+
     @pytest.mark.parametrize(("seconds", "expected"), [(1.5, 1.5), (0.0001, 0.001), (2, 2.0), (0, 0.0)])
     def test_time_to_wait(self, seconds: float, expected: float):
         assert expected == told(rate_limit_exceeded("Slow down.", seconds))["error"]["retry_after_seconds"]
@@ -69,19 +76,29 @@ class TestEnvelope:
         )
 
     def test_a_long_speech_is_cut_to_text(self):
-        value = {"message": "x" * MAX_PROVIDER_ERROR_BYTES}
+        value = {"message": "x" * 8192}
         actual = told(invalid("Bad.", provider_error=value))["error"]["provider_error"]
-        assert json.dumps(value, separators=(",", ":"))[:MAX_MESSAGE_CHARS] == actual
+        assert json.dumps(value, separators=(",", ":"))[:2000] == actual
+
+    @pytest.mark.parametrize(("length", "expected"), [(8190, 8190), (8191, 2000)])
+    def test_words_of_more_than_8_kib_are_cut(self, length: int, expected: int):
+        assert "x" * expected == told(invalid("Bad.", provider_error="x" * length))["error"]["provider_error"]
 
     @pytest.mark.parametrize(
-        ("value", "expected"), [("a\ud800b", "a?b"), ({"a": "\ud800"}, "unreadable"), ({"a": object()}, "unreadable")]
+        ("value", "expected"),
+        [
+            ("a\ud800b", "a?b"),
+            ({"a": "\ud800"}, "unreadable"),
+            ({"a": object()}, "unreadable"),
+            pytest.param(DEEP, "unreadable", id="deep"),
+        ],
     )
     def test_words_that_are_no_json(self, value: Any, expected: str):
         assert expected == told(invalid("Bad.", provider_error=value))["error"]["provider_error"]
 
     def test_messages_are_cut_and_can_be_encoded(self):
         error = told(Problem(404, "not_found", "\udcff" + "x" * 5000, param="\ud800"))["error"]
-        assert (error["message"], error["param"]) == ("?" + "x" * (MAX_MESSAGE_CHARS - 1), "?")
+        assert (error["message"], error["param"]) == ("?" + "x" * 1999, "?")
 
 
 class TestHeaders:
@@ -91,7 +108,10 @@ class TestHeaders:
             (unauthorized("x"), {"www-authenticate": "Bearer"}),
             (insufficient_credits("x"), {}),
             (rate_limit_exceeded("x", 1.2341), {"retry-after": "2", "retry-after-ms": "1235"}),
+            (rate_limit_exceeded("x", 1.234004), {"retry-after": "2", "retry-after-ms": "1235"}),
+            (rate_limit_exceeded("x", 1.2340004), {"retry-after": "2", "retry-after-ms": "1234"}),
             (rate_limit_exceeded("x", 0.02), {"retry-after": "1", "retry-after-ms": "20"}),
+            (rate_limit_exceeded("x", 0.0), {"retry-after": "1", "retry-after-ms": "0"}),
             (rate_limit_exceeded("x", 1.1), {"retry-after": "2", "retry-after-ms": "1100"}),
             (rate_limit_exceeded("x", 60), {"retry-after": "60", "retry-after-ms": "60000"}),
             (
@@ -104,6 +124,8 @@ class TestHeaders:
             (upstream_error("x", may_have_run=True), {"x-should-retry": "false"}),
             (upstream_error("x", may_have_run=False), {}),
             (gateway_timeout("x", may_have_run=True), {"x-should-retry": "false"}),
+            (internal_error(), {"x-should-retry": "false"}),
+            (Problem(499, "x", "x", may_have_run=True), {}),
             (idempotency_conflict(), {"x-should-retry": "false"}),
         ],
     )
@@ -132,13 +154,34 @@ class TestProviderError:
             (b'"x"', None, "x"),
             (b"Bad gateway", "text/plain", "Bad gateway"),
             (b"\xff", None, "\ufffd"),
+            (b'"\xff"', None, '"\ufffd"'),
+            (b"Oops: <html>", None, "Oops: <html>"),
+            (b"<htm>", None, "<htm>"),
+            (b"<!doctype htm>", None, "<!doctype htm>"),
+            (b" " * 64 + b"<html>", None, "A web page without a title"),
+            (b" " * 65 + b"<html>", None, " " * 65 + "<html>"),
+            (b"<html><title>\xff</title>", None, "A web page: \ufffd"),
+            (b"<html><titl>x</title>", None, "A web page without a title"),
+            (b"<html>title>x</title>", None, "A web page without a title"),
+            (b"<html><title>x</titl>", None, "A web page without a title"),
+            (b"<html><title>a</title><svg><title>b</title>", None, "A web page: a"),
+            (b"<html><title></title><svg><title>b</title>", None, "A web page without a title"),
+            (b"<html><title" + b"x" * 200 + b">a</title>", None, "A web page: a"),
+            (b"<html><title" + b"x" * 201 + b">a</title>", None, "A web page without a title"),
+            (b"<html><title>" + b"x" * 1000 + b"</title>", None, "A web page: " + "x" * 200),
+            (b"<html><title>" + b"x" * 1001 + b"</title>", None, "A web page without a title"),
+            pytest.param(b"<html>".ljust(65_521) + b"<title>x</title>", None, "A web page: x", id="64 KiB"),
+            pytest.param(b"<html>".ljust(65_522) + b"<title>x</title>", None, "A web page without a title", id="past"),
             (b"<html><head><title>502 Bad\n Gateway &amp; more</title>", None, "A web page: 502 Bad Gateway & more"),
             (b"<HTML><TITLE lang=en>x</TITLE>", None, "A web page: x"),
             (b"<!DOCTYPE html><p>x", None, "A web page without a title"),
-            (b"<p>x", "text/html; charset=utf-8", "A web page without a title"),
+            (b"<p>x", "Text/HTML; charset=utf-8", "A web page without a title"),
             (b"<title>" + b"x" * 900 + b"</title>", "text/html", "A web page: " + "x" * 200),
-            pytest.param(b"{" * 100_000, None, "{" * MAX_MESSAGE_CHARS, id="long"),
-            pytest.param(b"[" * 8000, None, "[" * MAX_MESSAGE_CHARS, id="deep"),
+            pytest.param(b'"' + b"x" * 8190 + b'"', None, "x" * 8190, id="8 KiB of JSON"),
+            pytest.param(b'"' + b"x" * 8191 + b'"', None, '"' + "x" * 1999, id="more"),
+            pytest.param(b"{" * 100_000, None, "{" * 2000, id="long"),
+            pytest.param(("\U0001f600" * 3000).encode(), None, "\U0001f600" * 2000, id="long and wide"),
+            pytest.param(b"[" * 8000, None, "[" * 2000, id="deep"),
         ],
     )
     def test_what_a_provider_said(self, body: bytes, content_type: str | None, expected: Any):
@@ -155,12 +198,21 @@ class TestProviderError:
     [
         ("Incorrect API key provided: sk-secret-1.", "Incorrect API key provided: [redacted]."),
         ({"message": ["sk-secret-1", {"sk-secret-1": 1}]}, {"message": ["[redacted]", {"[redacted]": 1}]}),
-        ('cut off: sk-"\\secr', "cut off: [redacted]"),
+        ('the words are cut off: sk-"\\secr', "the words are cut off: [redacted]"),
+        ("cut off: sk-secret-", "cut off: [redacted]"),
+        ("cut off: sk-se", "cut off: [redacted]"),
+        ("cut off: sk-s", "cut off: sk-s"),
         ({"key": 'sk-"\\secret-2'}, {"key": "[redacted]"}),
         ("sk-s and sk-", "sk-s and sk-"),
+        ("sk-secre and more", "sk-secre and more"),
         (None, None),
         (7, 7),
     ],
 )
 def test_a_providers_words_are_told_without_our_keys(words, expected):
     assert expected == concealed(words, ("sk-secret-1", 'sk-"\\secret-2'))
+
+
+@pytest.mark.parametrize("words", [{"a": object()}, {"a": "\ud800"}, pytest.param(DEEP, id="deep")])
+def test_what_cannot_be_told_has_no_keys_to_conceal(words: Any):
+    assert words is concealed(words, ("sk-secret-1",))

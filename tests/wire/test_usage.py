@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.errors import UpstreamFault
-from meshproxy.wire.usage import Reply, Usage, decode_reply, decode_usage
+from meshproxy.errors import UpstreamFault, upstream_error
+from meshproxy.wire.usage import Reply, Usage, decode_reply, decode_usage, output_bytes
 
 
 def report(**members: Any) -> bytes:
@@ -14,7 +14,7 @@ def report(**members: Any) -> bytes:
 
 
 def test_the_total_is_prompt_and_completion():
-    assert Usage(prompt=10, completion=8, cached=4).total == 18
+    assert [usage.total for usage in (Usage(), Usage(prompt=10, completion=8, cached=4))] == [0, 18]
 
 
 DEEP = pytest.param(b'{"a":' + b"[" * 100_000, id="deep")
@@ -41,6 +41,10 @@ class TestDecodeUsage:
     @pytest.mark.parametrize("details", [None, {}, {"cached_tokens": None, "reasoning_tokens": None}])
     def test_details_may_be_missing(self, details: Any):
         assert decode_usage(report(prompt_tokens_details=details, completion_tokens_details=details)) == Usage(10, 8)
+
+    @pytest.mark.parametrize("count", [0, 2**53])
+    def test_a_count_has_bounds(self, count: int):
+        assert Usage(count, count) == decode_usage(report(prompt_tokens=count, completion_tokens=count))
 
     @pytest.mark.parametrize("text", [b"null", b"{}", b"[]", b"7", b'"x"', b"", b"{", b"\xff", DEEP])
     def test_what_is_no_usage(self, text: bytes):
@@ -81,7 +85,15 @@ class TestDecodeReply:
         )
         assert Reply(usage=Usage(10, 8), model="gpt-4o-2024") == decode_reply(body)
 
-    @pytest.mark.parametrize("body", [b"{}", b'{"usage":null,"model":null,"error":null}', b'{"usage":[],"model":7}'])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b'{"model":"\xff","error":"\xff"}',
+            b"{}",
+            b'{"usage":null,"model":null,"error":null}',
+            b'{"usage":[],"model":7}',
+        ],
+    )
     def test_an_answer_that_says_nothing(self, body: bytes):
         assert Reply() == decode_reply(body)
 
@@ -89,13 +101,23 @@ class TestDecodeReply:
         assert Reply(error={"code": 502}) == decode_reply(b'{"error":{"code":502}}')
 
     @pytest.mark.parametrize(
-        "body", [b"", b"[]", b"null", b"<html>", b'{"a":', b"\xff", pytest.param(b'{"a":' + b"[" * 100_000, id="deep")]
+        "body",
+        [
+            b"",
+            b"[]",
+            b"null",
+            b"<html>",
+            b'{"a":',
+            b"\xff",
+            b'{"\xff":1}',
+            pytest.param(b'{"a":' + b"[" * 100_000, id="deep"),
+        ],
     )
     def test_what_is_no_json_object(self, body: bytes):
         with pytest.raises(UpstreamFault) as caught:
             decode_reply(body)
-        problem = caught.value.problem
-        assert (problem.code, problem.may_have_run, caught.value.safe_to_repeat) == ("upstream_error", True, False)
+        problem = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
+        assert (problem, False) == (caught.value.problem, caught.value.safe_to_repeat)
 
     @given(st.binary(max_size=100))
     def test_any_bytes_are_a_reply_or_a_fault(self, body: bytes):
@@ -106,3 +128,30 @@ class TestDecodeReply:
         else:
             return
         assert problem.status == 502
+
+
+def message(value: Any) -> bytes:
+    return json.dumps({"choices": [{"message": value}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (message({"content": "four"}), 4),
+        (message({"content": "\u00e9\u20ac", "refusal": None}), 5),
+        (message({"content": "\U0001f600"}), 4),
+        (message({"role": "ab", "content": [{"text": "cde"}, "f", 7, None, True]}), 6),
+        (message({"tool_calls": [{"function": {"name": "ab", "arguments": "{}"}}]}), 4),
+        (b'{"choices":[{"message":{"content":"ab"}},{"message":{"content":"c"}},{"index":2},"odd"]}', 3),
+        (b'{"choices":[]}', 0),
+        (b'{"choices":null}', 0),
+        (b"{}", 0),
+        (b"[]", 0),
+        (b"\xff", 0),
+        (b'{"choices":"\xff"}', 0),
+        (b'{"choices":[{"message":"\\ud800"}]}', 0),
+        (b'{"error":{"message":"ab"},"choices":[{"logprobs":"cd"}]}', 0),
+    ],
+)
+def test_output_is_the_bytes_of_every_text_in_every_choice(body: bytes, expected: int):
+    assert expected == output_bytes(body)
