@@ -1,0 +1,42 @@
+"""When a balancer may send traffic, as the admin listener says."""
+
+import asyncio
+
+import pytest
+
+from meshproxy.app.control import Report
+from meshproxy.app.status import Panel
+from meshproxy.telemetry import snapshot
+from meshproxy.telemetry.snapshot import Fleet
+
+DRAINING, NO_LEDGER = "draining", "the ledger can't be reached"
+
+
+class Crew:
+    def __init__(self, not_ready, *, up=True):
+        self.fleet = Fleet()
+        self.up = asyncio.Event()
+        if up:
+            self.up.set()
+        self._reports = {n: Report(snapshot.encode([]), reasons, connected=True) for n, reasons in enumerate(not_ready)}
+
+    async def reports(self):
+        return self._reports
+
+
+@pytest.mark.parametrize(
+    "not_ready, expected",
+    [
+        ([[]], []),
+        ([[NO_LEDGER]], [NO_LEDGER]),
+        ([[NO_LEDGER], []], []),
+        ([[NO_LEDGER, DRAINING], [DRAINING]], [DRAINING, NO_LEDGER]),
+        ([], ["no worker is up"]),
+    ],
+)
+async def test_one_worker_that_is_ready_is_enough(not_ready, expected):
+    assert expected == await Panel(Crew(not_ready), 2).ready()
+
+
+async def test_before_all_were_up_none_is():
+    assert ["starting"] == await Panel(Crew([[]], up=False), 2).ready()
