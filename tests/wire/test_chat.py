@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from meshproxy.errors import Detail, Fault, Problem, Source
-from meshproxy.wire.chat import MAX_DETAILS, MAX_LOOSE_BYTES, ChatRequest, decode_chat, encode_upstream, with_params
+from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_params
 
 KNOWN = {
     "frequency_penalty",
@@ -128,14 +128,22 @@ class TestDecode:
         assert expected == decode_chat(b'{"messages":' + MESSAGES + b"}")
 
     @pytest.mark.parametrize(
-        ("content", "expected"), [('"a"', True), ('[{"type":"text","text":"a"}]', False), ("null", False)]
+        ("contents", "expected"),
+        [
+            (["a"], True),
+            ([[{"type": "text", "text": "a"}]], False),
+            ([None], False),
+            (["a", []], False),
+            (["a", "b"], True),
+        ],
     )
-    def test_whether_there_is_more_than_text(self, content: str, expected: bool):
-        request = decode_chat(f'{{"messages":[{{"role":"user","content":{content}}}]}}'.encode())
-        assert expected == request.text_only
+    def test_whether_there_is_more_than_text(self, contents: list[Any], expected: bool):
+        messages = [{"role": "user", "content": content} for content in contents]
+        assert expected == decode_chat(body(messages=messages)).text_only
 
     def test_messages_and_fields_keep_their_bytes(self):
-        request = decode_chat(raw_body(b'"x" : [ 1.00, {"a":"\\u00e9"} ] ,"tools":[ {"type": "function"} ]'))
+        text = b'"x" : [ 1.00, {"a":"\\u00e9"} ] ,"tools":[ {"type": "function"} ],"session_id":"s","template":"t"'
+        request = decode_chat(raw_body(text))
         assert request.messages == MESSAGES
         assert raw_fields(request) == {"x": b'[ 1.00, {"a":"\\u00e9"} ]', "tools": b'[ {"type": "function"} ]'}
 
@@ -192,6 +200,8 @@ class TestBounds:
             ("user", "é" * 256),
             ("stop", "x"),
             ("stop", ["x", "y"]),
+            ("tool_choice", "none"),
+            ("tool_choice", "auto"),
             ("tool_choice", "required"),
             ("tool_choice", {"type": "function", "function": {"name": "f"}}),
             ("tools", []),
@@ -201,6 +211,11 @@ class TestBounds:
     def test_within(self, field: str, value: Any):
         assert [field] == list(decode_chat(body(**{field: value})).fields)
 
+    def test_within_what_is_the_gateways_own(self):
+        request = decode_chat(body(model="m" * 256, template="t" * 256, session_id="s" * 256, models=["m" * 256] * 32))
+        actual = (request.model, request.template, request.session_id, request.models)
+        assert ("m" * 256, "t" * 256, "s" * 256, ("m" * 256,) * 32) == actual
+
     @pytest.mark.parametrize(
         ("field", "value", "kind"),
         [
@@ -209,6 +224,7 @@ class TestBounds:
             ("temperature", "1", "float_type"),
             ("temperature", True, "float_type"),
             ("temperature", 10**400, "number_out_of_range"),
+            ("top_p", -0.1, "greater_than_equal"),
             ("top_p", 1.1, "less_than_equal"),
             ("frequency_penalty", -2.1, "greater_than_equal"),
             ("presence_penalty", 2.1, "less_than_equal"),
@@ -221,11 +237,14 @@ class TestBounds:
             ("max_completion_tokens", 1.5, "int_from_float"),
             ("max_completion_tokens", -1, "greater_than_equal"),
             ("seed", 2**63, "less_than_equal"),
+            ("seed", -(2**63) - 1, "greater_than_equal"),
             ("seed", 10**400, "less_than_equal"),
             ("user", "x" * 257, "string_too_long"),
             ("user", 7, "string_type"),
             ("session_id", "x" * 257, "string_too_long"),
             ("model", "", "string_too_short"),
+            ("model", "x" * 257, "string_too_long"),
+            ("template", "x" * 257, "string_too_long"),
             ("model", ["a"], "string_type"),
             ("template", 1, "string_type"),
             ("stream", "true", "bool_type"),
@@ -259,6 +278,7 @@ class TestBounds:
             ("models", ["a", ""], "string_too_short", (1,)),
             ("stream_options", {"include_usage": 1}, "bool_type", ("include_usage",)),
             ("variables", {"a": "x", "b": 1}, "string_type", ("b",)),
+            ("variables", {"b" * 257: 1}, "string_type", ("b" * 256,)),
         ],
     )
     def test_without_and_where(self, field: str, value: Any, kind: str, inside: tuple[str | int, ...]):
@@ -278,11 +298,34 @@ class TestBounds:
         assert problem.param == "temperature"
 
     def test_a_thousand_complaints_are_cut(self):
-        assert len(refusal(body(variables=dict.fromkeys(map(str, range(1000)), 1))).details) == MAX_DETAILS
+        assert len(refusal(body(variables=dict.fromkeys(map(str, range(1000)), 1))).details) == 32
 
-    def test_the_allowed_values_are_named(self):
-        expected = "Invalid enum value 'any': expected none, auto, required or an object"
-        assert expected == refusal(body(tool_choice="any")).details[0].msg
+    def test_a_template_that_is_wrong_leaves_no_messages_missing(self):
+        assert [("string_type", ("body", "template"))] == complaints(b'{"template":1}')
+
+    @pytest.mark.parametrize(
+        ("text", "expected", "param"),
+        [
+            (
+                body(tool_choice="any"),
+                "tool_choice: Invalid enum value 'any': expected none, auto, required or an object",
+                "tool_choice",
+            ),
+            (body(transforms=["x"]), "transforms[0]: Invalid enum value 'x': expected middle-out", "transforms[0]"),
+            (b"{}", "messages: Field required: give messages, or a template that has some", "messages"),
+            (b'{"x":"\xff"}', "JSON is not valid UTF-8 (byte 6)", None),
+            (b"{", "Input data was truncated", None),
+            pytest.param(
+                body(x="x" * 1_048_576),
+                "All but messages, tools, functions, response_format, prediction must fit into 1048576 bytes",
+                None,
+                id="large",
+            ),
+        ],
+    )
+    def test_what_is_wrong_is_told_in_words(self, text: bytes, expected: str, param: str | None):
+        problem = refusal(text)
+        assert (f"Invalid request: {expected}", param) == (problem.message, problem.param)
 
 
 class TestBadInput:
@@ -340,9 +383,16 @@ class TestBadInput:
 
     @pytest.mark.parametrize("name", ["messages", "tools", "functions", "response_format", "prediction"])
     def test_bulk_may_be_large(self, name: str):
-        bulk = [{"role": "user", "content": "x" * 2 * MAX_LOOSE_BYTES}]
+        bulk = [{"role": "user", "content": "x" * 2_097_152}]
         request = decode_chat(body(**{name: bulk}))
-        assert len(request.messages or b"") + len(bytes(request.fields.get(name, Raw()))) > 2 * MAX_LOOSE_BYTES
+        assert len(request.messages or b"") + len(bytes(request.fields.get(name, Raw()))) > 2_097_152
+
+    @pytest.mark.parametrize("bulk", [b"[]", b"[" + b"{}," * 400_000 + b"{}]"], ids=["no", "large"])
+    def test_all_else_has_a_largest_size(self, bulk: bytes):
+        text = b'{"template":"t","tools":' + bulk + b"}"
+        largest = text.ljust(1_048_576 + len(bulk))
+        assert {"tools"} == decode_chat(largest).fields.keys()
+        assert [("too_long", ("body",))] == complaints(largest + b" ")
 
     @pytest.mark.parametrize(
         "members", [{"variables": {str(n): "" for n in range(200_000)}}, {str(n): n for n in range(200_000)}]
@@ -390,6 +440,11 @@ class TestEncode:
     )
     def test_a_stream_always_asks_for_usage(self, options: Any, expected: dict[str, Any]):
         assert expected == sent(decode_chat(body(stream=True, stream_options=options)))["stream_options"]
+
+    def test_what_asks_for_usage_itself_keeps_its_bytes(self):
+        options = b'"stream":true,"stream_options":{ "include_usage" : true }'
+        expected = b'{"model":"m","messages":' + MESSAGES + b"," + options + b"}"
+        assert expected == encode_upstream(decode_chat(raw_body(options)), model="m", messages=MESSAGES, params={})
 
     def test_what_is_no_stream_asks_for_nothing(self):
         assert "stream_options" not in sent(decode_chat(body(stream=False)))
@@ -441,6 +496,10 @@ class TestEncode:
         actual = sent(decode_chat(body(**members)), params=params, max_tokens=7)
         assert expected == {name: value for name, value in actual.items() if name.startswith("max")}
 
+    def test_a_cap_leaves_the_other_fields(self):
+        actual = sent(decode_chat(body(x=1, max_tokens=9)), max_tokens=7)
+        assert {"model", "messages", "x", "max_tokens"} == actual.keys()
+
     def test_a_cap_of_our_own_goes_where_the_provider_wants_it(self):
         assert sent(decode_chat(body()), max_tokens=7, cap_field="max_tokens")["max_tokens"] == 7
 
@@ -462,6 +521,20 @@ class TestWithParams:
     def test_the_request_wins(self):
         asked = decode_chat(body(n=2, max_tokens=5))
         assert asked == with_params(asked, {"n": b"3", "max_completion_tokens": b"9"})
+
+    def test_a_cap_of_the_request_keeps_no_other_param_away(self):
+        request = with_params(decode_chat(body(max_tokens=5)), {"temperature": b"1", "n": b"3"})
+        assert {"max_tokens": b"5", "temperature": b"1", "n": b"3"} == raw_fields(request)
+
+    def test_of_two_caps_in_params_the_newer_name_counts(self):
+        request = with_params(decode_chat(body()), {"max_tokens": b"9", "max_completion_tokens": b"7"})
+        assert (7, ["max_tokens", "max_completion_tokens"]) == (request.max_tokens, list(request.fields))
+
+    def test_a_param_that_is_nested_too_deeply_is_named(self):
+        with pytest.raises(Fault) as caught:
+            with_params(decode_chat(body()), {"tools": b'[{"a":' + b"[" * 100_000})
+        expected = (Detail("json_invalid", ("params", "tools"), "JSON is nested too deeply"),)
+        assert expected == caught.value.problem.details
 
     def test_a_param_out_of_bounds_is_named(self):
         with pytest.raises(Fault) as caught:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.errors import UpstreamFault
-from meshproxy.wire.sse import DONE, MAX_EVENT_BYTES, MAX_PLAIN_BYTES, PING, StreamScanner
+from meshproxy.errors import UpstreamFault, upstream_error
+from meshproxy.wire.sse import DONE, MAX_PLAIN_BYTES, PING, StreamScanner
 from meshproxy.wire.usage import Usage
 
 HELLO = b'data: {"model":"gpt-4o","choices":[{"index":0,"delta":{"content":"Hello"},"finish_reason":null}]}\n\n'
@@ -44,7 +44,7 @@ def everywhere(stream: bytes, *, hide_usage: bool = True) -> tuple[bytes, dict[s
     whole = run([stream], hide_usage=hide_usage)
     for offset in range(len(stream) + 1):
         assert whole == run([stream[:offset], stream[offset:]], hide_usage=hide_usage)
-    assert whole == run([bytes([byte]) for byte in stream], hide_usage=hide_usage)
+    assert whole == run([part for byte in stream for part in (bytes([byte]), b"")], hide_usage=hide_usage)
     return whole
 
 
@@ -97,6 +97,7 @@ class TestWhatGoesOut:
             (b"", b""),
             (b"\n\n\n", b""),
             (b"data: {}\n\n\n\n", b"data: {}\n\n"),
+            (b"\ndata: {}\n\n", b"data: {}\n\n"),
             (b"\n\ndata: {}\n\n", b"data: {}\n\n"),
             (b"data:{}\n\n", b"data:{}\n\n"),
             (b"data: {\ndata: }\n\n", b"data: {\ndata: }\n\n"),
@@ -119,6 +120,7 @@ class TestWhatGoesOut:
             (b" data: {}\n\n", b""),
             (b"\xef\xbb\xbfdata: {}\n\n", b"data: {}\n\n"),
             (b"\xef\xbb\xbf: c\n\ndata: {}\n\n", b": c\n\ndata: {}\n\n"),
+            (b": c\n\n\xef\xbb\xbfdata: {}\n\n", b": c\n\n"),
             (b"\xef\xbb\xbf", b""),
             (b"\xef\xbbdata: {}\n\n", b""),
             (b"data: {}\n\n\xef\xbb\xbfdata: {}\n\n", b"data: {}\n\n"),
@@ -167,6 +169,15 @@ class TestUsage:
         event = USAGE.replace(b'"choices"', b'"x":{"usage":null},"choices"').replace(b"}}", b'},"y":{"usage":null}}')
         assert (output(event), findings(event)["usage"]) == (b"", REPORTED)
 
+    def test_null_usage_beside_another_is_no_usage(self):
+        event = b'data: {"choices":[],"x":{"usage":{}},"usage":null}\n\n'
+        assert (event, None) == (output(event), findings(event)["usage"])
+
+    def test_the_model_that_usage_came_with_is_the_model(self):
+        unnamed = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3}}\n\n'
+        found = findings(HELLO + USAGE + unnamed)
+        assert (Usage(9, 3), "gpt-4o-2024") == (found["usage"], found["model"])
+
     def test_text_about_usage_is_no_usage(self):
         event = b'data: {"choices":[{"delta":{"content":"\\"usage\\": {\\"error\\""}}]}\n\n'
         assert (event, None) == (output(event), findings(event)["usage"])
@@ -202,6 +213,8 @@ class TestErrors:
             (b'event: error\ndata: {"error":{"code":1}}\n\n', {"code": 1}),
             (b"event: error\ndata: went wrong\n\n", {"message": "went wrong"}),
             (b"event: error\ndata: {}\n\n", {"message": "{}"}),
+            (b"event: error\ndata: went\ndata:  wrong\n\n", {"message": "went\n wrong"}),
+            (b"event: error\ndata: \xff\n\n", {"message": "\ufffd"}),
         ],
     )
     def test_an_error_and_what_follows_stay_here(self, event: bytes, expected: dict[str, Any]):
@@ -220,7 +233,14 @@ class TestErrors:
 
 class TestTheEnd:
     @pytest.mark.parametrize(
-        "done", [b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data: [DONE] \n\n", b": c\ndata: [DONE]\n\n"]
+        "done",
+        [
+            b"data: [DONE]\n\n",
+            b"data:[DONE]\n\n",
+            b"data: [DONE] \n\n",
+            b"data: [DONE], bye\n\n",
+            b": c\ndata: [DONE]\n\n",
+        ],
     )
     def test_done_is_swallowed_and_the_rest_dropped(self, done: bytes):
         out, found = everywhere(HELLO + done + WORLD + USAGE)
@@ -230,6 +250,7 @@ class TestTheEnd:
         assert output(HELLO + STOP[:-2]) == HELLO + STOP
         assert output(HELLO + STOP[:-1]) == HELLO + STOP
         assert findings(HELLO + b"data: [DONE]")["done"]
+        assert findings(HELLO + b"data: [DONE], bye")["done"]
         assert findings(HELLO + USAGE[:-2])["usage"] == REPORTED
 
     @pytest.mark.parametrize("rest", [STOP[:-5], b"data: {", b": comment", b"event: x", b"da", b"data: text"])
@@ -242,6 +263,7 @@ class TestTheEnd:
             (HELLO, False),
             (HELLO + STOP, True),
             (HELLO + STOP.replace(b'":"stop', b'" : "stop'), True),
+            (HELLO + STOP.replace(b'"finish', b'"native_finish'), False),
             (HELLO + STOP + USAGE, True),
             (HELLO + DONE, True),
             (HELLO + STOP[:-8], False),
@@ -256,9 +278,15 @@ class TestTheEnd:
     def test_a_large_last_event_is_looked_at_too(self):
         event = STOP.replace(b'"delta":{}', b'"delta":{"content":"' + b"x" * MAX_PLAIN_BYTES + b'"}')
         assert run([event])[1]["complete"]
+        assert not run([event.replace(b'"stop"', b"null")])[1]["complete"]
+
+    def test_nothing_is_left_after_the_end(self):
+        scanner = StreamScanner(hide_usage=True)
+        scanner.feed(STOP[:-1])
+        assert (STOP, b"") == (scanner.finish(), scanner.finish())
 
     def test_the_model_of_a_stream_without_usage(self):
-        assert findings(HELLO)["model"] == "gpt-4o"
+        assert findings(HELLO + HELLO.replace(b"gpt-4o", b"gpt-4o-mini"))["model"] == "gpt-4o-mini"
         assert findings(b"data: x\n\n")["model"] is None
 
 
@@ -272,22 +300,39 @@ class TestTokens:
         assert findings(empty + full)["tokens"] == 11
 
     def test_comments_and_usage_are_no_tokens(self):
-        assert tuple(findings(HELLO + PING + USAGE)[name] for name in ("tokens", "events")) == (1, 2)
+        for hide_usage in (True, False):
+            found = findings(HELLO + PING + USAGE, hide_usage=hide_usage)
+            assert (found["tokens"], found["events"]) == (1, 2)
 
 
 class TestBounds:
-    @pytest.mark.parametrize("cut", [1, 1000, MAX_EVENT_BYTES, MAX_EVENT_BYTES + 8])
+    LARGEST = b'data: {"x":"' + b"y" * (1_048_576 - 16) + b'"}\n\n'
+
+    @pytest.mark.parametrize("head", [b"", HELLO])
+    @pytest.mark.parametrize("cut", [0, 1, 1000, 1_048_575])
+    def test_the_largest_event(self, head: bytes, cut: int):
+        assert head + self.LARGEST == run([head + self.LARGEST[:cut], self.LARGEST[cut:]])[0]
+
+    @pytest.mark.parametrize("cut", [0, 1, 1000, 1_048_576])
     def test_an_event_too_large_is_a_fault(self, cut: int):
-        event = b'data: {"x":"' + b"y" * MAX_EVENT_BYTES + b'"}\n\n'
+        event = self.LARGEST.replace(b"y", b"yz", 1)
         scanner = StreamScanner(hide_usage=True)
         with pytest.raises(UpstreamFault) as caught:
             [scanner.feed(part) for part in (event[:cut], event[cut:])]
-        assert (
-            caught.value.problem.status,
-            caught.value.problem.may_have_run,
-            caught.value.safe_to_repeat,
-        ) == (502, True, False)
+        problem = upstream_error("The provider sent an event of more than 1048576 bytes.", may_have_run=True)
+        assert (problem, False) == (caught.value.problem, caught.value.safe_to_repeat)
         assert (scanner.feed(HELLO), scanner.finish()) == (b"", b"")
+
+    @pytest.mark.parametrize("end", [b"", b"\n"])
+    def test_an_event_that_never_ends_is_a_fault_before_it_does(self, end: bytes):
+        scanner = StreamScanner(hide_usage=True)
+        assert b"" == scanner.feed(self.LARGEST[:-2] + b"xx")
+        with pytest.raises(UpstreamFault):
+            scanner.feed(b"x" + end)
+
+    def test_nothing_is_held_of_what_follows_an_error(self):
+        scanner = StreamScanner(hide_usage=True)
+        assert [b""] * 4 == [scanner.feed(part) for part in (FAILED, *[b"x" * 500_000] * 3)]
 
     def test_a_large_event_in_one_byte_steps_takes_no_long_time(self):
         event = b'data: {"x":"' + b"y" * 200_000 + b'"}\n\n'

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.errors import UpstreamFault, upstream_error
-from meshproxy.wire.usage import Reply, Usage, decode_reply, decode_usage, output_bytes
+from meshproxy.wire.usage import Reply, Usage, decode_reply, decode_usage, decode_value, output_bytes
 
 
 def report(**members: Any) -> bytes:
@@ -128,6 +128,11 @@ class TestDecodeReply:
         else:
             return
         assert problem.status == 502
+
+
+@pytest.mark.parametrize("raw", [None, b"", b"{", b"x", b'"\xff"', DEEP])
+def test_what_is_no_json_has_no_value(raw: bytes | None):
+    assert decode_value(raw) is None
 
 
 def message(value: Any) -> bytes:
