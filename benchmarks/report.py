@@ -34,7 +34,7 @@ def machine() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Of the programs and of the libraries that matter."""
     told = {name: _version_of(name) for name in ("nginx", "haproxy", "redis-server")}
-    return told | {name: version(name) for name in ("meshproxy", "aiohttp", "uvloop", "httptools", "hiredis")}
+    return told | {name: version(name) for name in ("meshproxy", "aiohttp", "uvloop", "hiredis")}
 
 
 def _version_of(name: str) -> str:

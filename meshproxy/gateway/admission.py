@@ -6,7 +6,7 @@ from meshproxy.config import Credits, Defaults
 from meshproxy.errors import Problem, insufficient_credits, rate_limit_exceeded, spend_limit_exceeded
 from meshproxy.gateway.call import Headers
 from meshproxy.gateway.resolve import Plan, may_serve
-from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied
+from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied, Kind
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Limits, Principal
 from meshproxy.wire.headers import ratelimit_headers
@@ -84,14 +84,13 @@ def refused(denied: Denied) -> Problem:
 
 
 def limit_headers(buckets: tuple[BucketState, ...]) -> Headers:
-    """x-ratelimit-* of the tightest bucket of each kind."""
-    tightest: dict[str, BucketState] = {}
+    """x-ratelimit-* of the tightest bucket of each kind, requests before tokens."""
+    tightest: dict[Kind, BucketState] = {}
     for bucket in buckets:
         other = tightest.get(bucket.kind)
         if other is None or bucket.remaining < other.remaining:
             tightest[bucket.kind] = bucket
-    return ratelimit_headers(requests=_figures(tightest.get("requests")), tokens=_figures(tightest.get("tokens")))
-
-
-def _figures(bucket: BucketState | None) -> tuple[int, int, float] | None:
-    return None if bucket is None else (bucket.limit, bucket.remaining, bucket.reset_s)
+    headers: Headers = []
+    for kind, bucket in tightest.items():
+        headers += ratelimit_headers(kind, bucket.limit, bucket.remaining, bucket.reset_s)
+    return headers

@@ -62,8 +62,9 @@ class Recorder:
         self._phases[exchange.phase].dec()
         now = self._clock()
         stream = "true" if exchange.plan is not None and exchange.plan.request.stream else "false"
-        self._count(exchange, stream, now)
-        self._request_log.write(self._line(exchange, stream == "true", now))
+        model = exchange.model
+        self._count(exchange, model or "none", stream, now)
+        self._request_log.write(self._line(exchange, model, stream == "true", now))
         if self.spans is not None:
             self.spans.end(exchange, ROUTE, now)
 
@@ -94,8 +95,7 @@ class Recorder:
         """Something went wrong that nobody foresaw."""
         _log.error("bug", request_id=exchange.call.request_id, exc_info=error)
 
-    def _count(self, exchange: Exchange, stream: str, now: float) -> None:
-        model = exchange.model or "none"
+    def _count(self, exchange: Exchange, model: str, stream: str, now: float) -> None:
         self._request_counter(model, exchange.status, stream).inc()
         received_at = exchange.call.received_at
         of_model = self._of_model(model)
@@ -126,7 +126,7 @@ class Recorder:
                 counter.inc(amount)
         of_model.cost.inc(exchange.cost_nusd)
 
-    def _line(self, exchange: Exchange, stream: bool, now: float) -> dict[str, Any]:  # noqa: FBT001 - a field of the line
+    def _line(self, exchange: Exchange, model: str, stream: bool, now: float) -> dict[str, Any]:  # noqa: FBT001 - a field
         """The log line's fields: never a secret and never a prompt."""
         key = exchange.principal.key if exchange.principal is not None else None
         attempt = exchange.attempt
@@ -136,7 +136,7 @@ class Recorder:
             "client": exchange.call.client,
             "key_id": key.id if key is not None else None,
             "account": key.account if key is not None else None,
-            "model": exchange.model or None,
+            "model": model or None,
             "upstream": attempt.upstream if attempt is not None else None,
             "attempts": exchange.attempts,
             "status": exchange.status,

@@ -1,5 +1,7 @@
 """Resolve: from what the client wrote to what a provider is asked: template, model, parameters, sizes."""
 
+from collections.abc import Collection
+
 import msgspec
 import orjson
 from msgspec import Struct
@@ -11,7 +13,7 @@ from meshproxy.gateway.deployment import Deployment
 from meshproxy.ledger.directory import Directory
 from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.params import merge_params
-from meshproxy.policy.pricing import affordable_output, hold_amount
+from meshproxy.policy.pricing import Price, affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, render
 from meshproxy.policy.tokens import estimate_prompt, has_media
@@ -39,6 +41,14 @@ class Plan(Struct, frozen=True):
     clamped: bool = False
 
     @property
+    def prices(self) -> Collection[Price]:
+        """What each attempt that may serve charges, each price once."""
+        attempts = self.attempts
+        if len(attempts) == 1 and not attempts[0].natives:
+            return (attempts[0].price,)
+        return {served.price for served in may_serve(attempts)}
+
+    @property
     def output_tokens(self) -> int:
         """What all choices together are expected to have at most."""
         return self.output_cap * self.request.n
@@ -50,14 +60,11 @@ class Plan(Struct, frozen=True):
 
     def hold_nusd(self, output_tokens: int) -> int:
         """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
-        return max(
-            [hold_amount(served.price, self.prompt_tokens, output_tokens) for served in may_serve(self.attempts)]
-        )
+        return max([hold_amount(price, self.prompt_tokens, output_tokens) for price in self.prices])
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
         """The plan with no more output than this amount can pay for, whichever attempt serves."""
-        served = may_serve(self.attempts)
-        affordable = min(affordable_output(attempt.price, self.prompt_tokens, amount_nusd) for attempt in served)
+        affordable = min(affordable_output(price, self.prompt_tokens, amount_nusd) for price in self.prices)
         cap = max(affordable // self.request.n, 1)
         if cap >= self.output_cap:
             return self
@@ -84,7 +91,7 @@ class Plan(Struct, frozen=True):
 async def resolve(body: bytes, principal: Principal, deployment: Deployment, directory: Directory, spin: float) -> Plan:
     """The plan for a request's body; a Fault says what is wrong with it."""
     request = decode_chat(body)
-    template = await _template(request, principal, directory)
+    template = await _template(request.template, principal, directory) if request.template is not None else None
     model = _model(request, principal, template, deployment.settings)
     attempts = deployment.catalog.attempts(model, request.models, spin=spin)
     for name in (model, *request.models):
@@ -118,12 +125,10 @@ def may_serve(attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
     return (*attempts, *natives) if natives else attempts
 
 
-async def _template(request: ChatRequest, principal: Principal, directory: Directory) -> Template | None:
-    if request.template is None:
-        return None
-    template = await directory.template(principal.account.name, request.template)
+async def _template(name: str, principal: Principal, directory: Directory) -> Template:
+    template = await directory.template(principal.account.name, name)
     if template is None:
-        raise Fault(Source.CLIENT, template_not_found(request.template))
+        raise Fault(Source.CLIENT, template_not_found(name))
     return template
 
 

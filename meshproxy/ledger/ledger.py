@@ -19,8 +19,6 @@ from meshproxy.ledger.records import (
     Balance,
     BucketState,
     Denied,
-    Kind,
-    Scope,
     Settlement,
     Spend,
 )
@@ -217,8 +215,6 @@ def _rates(limits: Limits) -> tuple[int, int, int]:
 
 
 def _amounts(budgets: Budgets) -> tuple[int, int, int]:
-    if budgets is NO_BUDGETS:
-        return _NO_LIMIT, _NO_LIMIT, _NO_LIMIT
     total, daily, monthly = budgets.total_nusd, budgets.daily_nusd, budgets.monthly_nusd
     return (
         _NO_LIMIT if total is None else total,
@@ -244,14 +240,13 @@ def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denied:
 
 def _buckets(reply: Sequence[int], first: int, key: Limits, account: Limits) -> tuple[BucketState, ...]:
     """The states of the buckets that have a limit, from pairs of remaining and ms until full."""
-    states = (
-        _state("key", "requests", key.requests_per_minute, reply, first),
-        _state("key", "tokens", key.tokens_per_minute, reply, first + 2),
-        _state("account", "requests", account.requests_per_minute, reply, first + 4),
-        _state("account", "tokens", account.tokens_per_minute, reply, first + 6),
-    )
-    return tuple(state for state in states if state is not None)
-
-
-def _state(scope: Scope, kind: Kind, limit: int | None, reply: Sequence[int], at: int) -> BucketState | None:
-    return None if limit is None else BucketState(scope, kind, limit, reply[at], reply[at + 1] / 1000)
+    states = []
+    if (limit := key.requests_per_minute) is not None:
+        states.append(BucketState("key", "requests", limit, reply[first], reply[first + 1] / 1000))
+    if (limit := key.tokens_per_minute) is not None:
+        states.append(BucketState("key", "tokens", limit, reply[first + 2], reply[first + 3] / 1000))
+    if (limit := account.requests_per_minute) is not None:
+        states.append(BucketState("account", "requests", limit, reply[first + 4], reply[first + 5] / 1000))
+    if (limit := account.tokens_per_minute) is not None:
+        states.append(BucketState("account", "tokens", limit, reply[first + 6], reply[first + 7] / 1000))
+    return tuple(states)

@@ -1,6 +1,6 @@
 """One client's connection for as long as it asks for the main job in the usual form, which nearly every client does for life.
 
-head -> body and answer, side by side -> head again, or closed. The first head of any other form (wire.request_head) hands the
+head -> body and answer, side by side -> head again, or closed. The first head of any other form (wire.head) hands the
 connection over, as it is, to aiohttp's protocol, which knows all of HTTP: nothing is refused here.
 
 There is a task for each request, and no timer: the listener looks at all connections' deadlines now and then.
@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any, Protocol, cast
 
 from meshproxy.server.proxy_protocol import Source
-from meshproxy.wire.request_head import MAX_HEAD_BYTES, may_become_usual, usual_head
+from meshproxy.wire.head import MAX_HEAD_BYTES, may_become_usual, usual_head
 
 REQUEST_LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
 KEEPALIVE_S = 3630.0  # longer than any balancer's, lest one sends a request into a connection that closes

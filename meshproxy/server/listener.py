@@ -11,7 +11,7 @@ from meshproxy.server.connection import LINGER_S, ClientConnection
 from meshproxy.server.downstream import parting
 from meshproxy.server.general import TOO_LATE, GeneralConnection, Strictness
 from meshproxy.server.proxy_protocol import Source
-from meshproxy.wire.request_head import MAX_FIELDS, MAX_HEAD_BYTES
+from meshproxy.wire.head import MAX_FIELDS, MAX_HEAD_BYTES
 
 LOOK_S = 0.25  # how late a connection's deadline may be noticed
 SHUTDOWN_S = 1.0

@@ -1,17 +1,15 @@
 """The head of a response: from bytes to status, headers and the framing of the body (RFC 9112 sections 2 to 6). No I/O.
 
-The head is gathered whole, then read by llhttp in its strict mode; how the body is framed and whether the connection may be
-used again is decided here. What the RFC forbids or leaves in doubt is an UpstreamFault: a proxy that guesses where a message
-ends hands one customer's answer to another.
+The head is gathered whole; it says how the body is framed and whether the connection may be used again. What the RFC forbids or
+leaves in doubt is an UpstreamFault: a proxy that guesses where a message ends hands one customer's answer to another.
 """
 
 import re
 from typing import NamedTuple
 
-import httptools
-
 from meshproxy.upstream.body import FIELD_TEXT, Body, Chunked, Sized, UntilEof
 from meshproxy.upstream.faults import malformed
+from meshproxy.wire.head import MAX_LENGTH_DIGITS, field_lines
 
 MAX_HEAD_BYTES = 65_536
 MAX_INTERIM_HEADS = 16  # 1xx answers before the final one
@@ -63,33 +61,19 @@ class HeadReader:
             raise malformed("too many interim answers")
 
 
-class _Fields:
-    """Where llhttp puts the headers that it finds."""
-
-    def __init__(self) -> None:
-        self.headers: list[tuple[str, str]] = []
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.decode("ascii").lower(), value.decode("latin-1").strip(" \t")))
-
-
 def parse_head(raw: bytes) -> Head:
     """Read one head, from the status line to the empty line."""
     status_line = _STATUS_LINE.match(raw)
     if status_line is None:
         raise malformed("its answer has no valid status line")
     status, is_http_11 = int(status_line[2]), status_line[1] == b"1"
-    fields = _Fields()
-    try:
-        httptools.HttpResponseParser(fields).feed_data(raw)
-    except httptools.HttpParserUpgrade:
-        raise malformed("it switched protocols unasked") from None
-    except httptools.HttpParserError as error:
-        raise malformed(f"the head of its answer can't be read ({error})") from error
-    framing = [item for item in fields.headers if item[0] in _FRAMING]
+    headers = field_lines(raw.decode("latin-1"))
+    if headers is None:
+        raise malformed("the head of its answer has a line that is no header")
+    framing = [item for item in headers if item[0] in _FRAMING]
     body = _framing(status, is_http_11=is_http_11, headers=framing)
     keep_alive = not body.until_eof and _keeps_alive(framing, is_http_11=is_http_11)
-    return Head(status, fields.headers, body, keep_alive)
+    return Head(status, headers, body, keep_alive)
 
 
 _FRAMING = frozenset({"content-length", "transfer-encoding", "connection"})
@@ -111,8 +95,8 @@ def _framing(status: int, *, is_http_11: bool, headers: list[tuple[str, str]]) -
 
 
 def _length(values: list[str]) -> int:
-    """One number: llhttp has refused all else already, but this doesn't rely on it."""
-    if len(values) != 1 or not (values[0].isascii() and values[0].isdigit()):
+    """One number, of decimal digits."""
+    if len(values) != 1 or not (values[0].isascii() and values[0].isdigit()) or len(values[0]) > MAX_LENGTH_DIGITS:
         raise malformed("its content-length is no number")
     return int(values[0])
 

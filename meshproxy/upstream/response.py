@@ -69,6 +69,8 @@ class Response:
 
     async def read(self) -> bytes:
         """The whole body; UpstreamFault if it breaks off or is larger than the settings allow."""
+        if self._flow is None and self._fault is None and self._early_bytes <= self._max_bytes:  # it came with its head
+            return b"".join([payload for payload, _ in self._early])
         whole = _Whole(self, self._max_bytes)
         self.relay(whole)
         try:

@@ -240,6 +240,8 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
 
 def _filled(fields: Mapping[str, Raw], params: Mapping[str, bytes]) -> dict[str, Raw]:
     filled = dict(fields)
+    if not params:
+        return filled
     capped = any(name in fields for name in CAPS)
     for name, value in params.items():
         taken = name in fields or name in _RESERVED or (capped and name in CAPS)

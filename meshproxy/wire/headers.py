@@ -3,10 +3,9 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, Literal
 
 Headers = list[tuple[str, str]]
-Bucket = tuple[int, int, float]  # limit, remaining, seconds until it is full again
 
 MAX_VALUE_CHARS: Final = 1024  # of a header that is passed on
 MAX_RESET_S: Final = 31_536_000.0
@@ -79,18 +78,13 @@ def format_reset(seconds: float) -> str:
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
-def ratelimit_headers(*, requests: Bucket | None, tokens: Bucket | None) -> Headers:
-    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of the buckets there are. A bucket in debt has 0 remaining."""
-    headers: Headers = []
-    for kind, bucket in (("requests", requests), ("tokens", tokens)):
-        if bucket is not None:
-            limit, remaining, reset_s = bucket
-            headers += (
-                (f"x-ratelimit-limit-{kind}", str(limit)),
-                (f"x-ratelimit-remaining-{kind}", str(max(remaining, 0))),
-                (f"x-ratelimit-reset-{kind}", format_reset(reset_s)),
-            )
-    return headers
+def ratelimit_headers(kind: Literal["requests", "tokens"], limit: int, remaining: int, reset_s: float) -> Headers:
+    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of a bucket. One in debt has 0 remaining."""
+    return [
+        (f"x-ratelimit-limit-{kind}", str(limit)),
+        (f"x-ratelimit-remaining-{kind}", str(remaining) if remaining > 0 else "0"),
+        (f"x-ratelimit-reset-{kind}", format_reset(reset_s)),
+    ]
 
 
 def forwarded_headers(headers: Mapping[str, str]) -> Headers:
@@ -105,12 +99,14 @@ def forwarded_headers(headers: Mapping[str, str]) -> Headers:
 
 def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:
     """The provider's headers (lower-case names) that the client may see, except those that `without` sets itself."""
-    headers = list(headers)
     kept_inside = {name for name, _ in without}
+    shown = []
     for name, value in headers:
-        if name == "connection":  # names hop-by-hop headers: RFC 9110, section 7.6.1
+        if name in SHOWN and _is_plain(value):
+            shown.append((name, value))
+        elif name == "connection":  # names hop-by-hop headers: RFC 9110, section 7.6.1
             kept_inside.update(token.strip().lower() for token in value.split(","))
-    return [(name, value) for name, value in headers if name in SHOWN and name not in kept_inside and _is_plain(value)]
+    return [header for header in shown if header[0] not in kept_inside] if kept_inside else shown
 
 
 def _is_plain(value: str) -> bool:

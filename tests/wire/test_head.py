@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshproxy.wire.request_head import MAX_FIELDS, MAX_HEAD_BYTES, may_become_usual, usual_head
+from meshproxy.wire.head import MAX_FIELDS, MAX_HEAD_BYTES, may_become_usual, usual_head
 
 LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
 HOST = b"Host: m\r\n"
