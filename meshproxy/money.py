@@ -1,6 +1,7 @@
 """Money: integers of nano-USD inside, decimal strings at the edges. No float ever touches an amount."""
 
 import re
+from functools import lru_cache
 
 NUSD_PER_USD = 1_000_000_000
 MAX_NUSD = 9_000_000 * NUSD_PER_USD  # below 2**53, so a Lua number holds any amount exactly
@@ -20,6 +21,7 @@ def parse_usd(text: str) -> int:
     return -amount if sign else amount
 
 
+@lru_cache(1024)
 def format_usd(amount_nusd: int) -> str:
     """The decimal string of an amount in nano-USD: at least two decimals, at most nine, no trailing zeros past two."""
     whole, fraction = divmod(abs(amount_nusd), NUSD_PER_USD)

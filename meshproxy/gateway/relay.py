@@ -92,25 +92,28 @@ class Relay:
     def data(self, payload: bytes, frame: bytes | None) -> None:
         """Body bytes from upstream; see `upstream.response.Sink`."""
         arrived_at = self._clock()
+        scanner, lease = self.scanner, self._lease
         try:
-            events = self.scanner.feed(payload)
+            events = scanner.feed(payload)
         except UpstreamFault as fault:
             self.fail(fault)
             return
-        if self.scanner.tokens > self._lease.watermark and self._is_too_much_at_once():
+        is_spent = scanner.tokens > lease.watermark and lease.spent(scanner.tokens)
+        if is_spent and scanner.tokens > lease.bound:
             self._withhold(events)
             return
         if events:
             self._downstream.write(events, frame if events is payload else None)
             self._timed(arrived_at)
-        if self.scanner.done:
+        self._unlooked_bytes += len(payload)
+        if scanner.done:
             self._say_done()
-        elif self.scanner.error is not None:
+        elif scanner.error is not None:
             self._stop_by_provider()
         elif self._exchange.detached and self._is_too_much_to_drain(payload):
             self._response.close()
             self._finish()
-        elif self._must_wait(len(payload)):
+        elif is_spent or (self._unlooked_bytes >= LOOK_BYTES and self._is_congested()):
             self._response.pause()
             self._wake()
 
@@ -178,12 +181,10 @@ class Relay:
             self._downstream.write(PING)
             self._written_at = now
 
-    def _is_too_much_at_once(self) -> bool:
-        """Whether more than a slice past the hold has come: the client gets it when there is credit for it."""
-        return self._lease.spent(self.scanner.tokens) and self.scanner.tokens > self._lease.bound
-
     def _withhold(self, events: bytes) -> None:
-        """At most what one read brought: the reading stops."""
+        """More than a slice past the hold has come: the client gets it when there is credit for it. It is at most what one
+        read brought, for the reading stops.
+        """
         self._withheld = (self._withheld or b"") + events
         self._response.pause()
         self._wake()
@@ -214,14 +215,8 @@ class Relay:
         self._drained_bytes += len(payload)
         return self._drained_bytes > MAX_DRAINED_BYTES
 
-    def _must_wait(self, size: int) -> bool:
-        """Whether to stop reading: for credit, or for the client, who is looked at once in a while."""
-        tokens = self.scanner.tokens
-        if tokens > self._lease.watermark and self._lease.spent(tokens):
-            return True
-        self._unlooked_bytes += size
-        if self._unlooked_bytes < LOOK_BYTES:
-            return False
+    def _is_congested(self) -> bool:
+        """Whether the client doesn't keep up; it is looked at once in a while."""
         self._unlooked_bytes = 0
         return self._downstream.congested()
 
@@ -234,8 +229,9 @@ class Relay:
     def _timed(self, arrived_at: float) -> None:
         exchange = self._exchange
         if exchange.first_event_at:
-            gap = arrived_at - exchange.last_event_at
-            exchange.max_gap_s = max(exchange.max_gap_s, gap)
+            gap_s = arrived_at - exchange.last_event_at
+            if gap_s > exchange.max_gap_s:  # noqa: PLR1730 - max() costs as much as all else here
+                exchange.max_gap_s = gap_s
         else:
             exchange.first_event_at = arrived_at
             exchange.overhead_s += self._clock() - arrived_at

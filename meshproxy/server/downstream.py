@@ -76,11 +76,10 @@ class ClientStream:
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
         """Send body bytes, in the frame they came in where there is one."""
         if not self._chunked:
-            self._send(payload)
-        elif frame is not None:
-            self._send(frame)
-        else:
-            self._send(b"%x\r\n%b\r\n" % (len(payload), payload))
+            frame = payload
+        elif frame is None:
+            frame = b"%x\r\n%b\r\n" % (len(payload), payload)
+        self._send(frame)
 
     def finish(self) -> None:
         """End the body."""

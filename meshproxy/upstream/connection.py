@@ -128,7 +128,15 @@ class Connection(asyncio.Protocol):
             self._receive_head(data)
             return
         self._deadline = self._loop.time() + self._patience.idle_s
-        self._receive_body(body, data)
+        try:
+            payload = body.decode(data)
+        except UpstreamFault as fault:
+            self.abort(fault)
+            return
+        if payload:
+            self.sink.data(payload, data if body.whole else None)
+        if body.done and self._body is body:  # the sink may have closed the response
+            self._finish()
 
     def eof_received(self) -> None:
         """The provider ends the connection, and the body with it if nothing else can. asyncio then closes the transport."""
@@ -185,18 +193,7 @@ class Connection(asyncio.Protocol):
         self._expect_within(self._patience.idle_s)
         answer.set_result(response)
         if rest or head.body.done:
-            self._receive_body(head.body, rest)
-
-    def _receive_body(self, body: Body, data: bytes) -> None:
-        try:
-            payload = body.decode(data)
-        except UpstreamFault as fault:
-            self.abort(fault)
-            return
-        if payload:
-            self.sink.data(payload, data if body.whole else None)
-        if body.done and self._body is body:  # the sink may have closed the response
-            self._finish()
+            self.data_received(rest)
 
     def _finish(self) -> None:
         """The body is whole: give the connection back first, so that whoever hears of the end can use it."""

@@ -104,7 +104,7 @@ def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[
     for name, value in headers:
         if name in SHOWN and _is_plain(value):
             shown.append((name, value))
-        elif name == "connection":  # names hop-by-hop headers: RFC 9110, section 7.6.1
+        elif name == "connection" and value != "keep-alive":  # names hop-by-hop headers: RFC 9110, section 7.6.1
             kept_inside.update(token.strip().lower() for token in value.split(","))
     return [header for header in shown if header[0] not in kept_inside] if kept_inside else shown
 
