@@ -12,6 +12,8 @@ from meshproxy.policy.failover import after_status
 from meshproxy.upstream.response import Response
 from meshproxy.wire.sse import StreamScanner
 
+LOOK_BYTES = 2048  # of one look for an event
+
 
 async def first_event(response: Response, hold_s: float, clock: Callable[[], float]) -> None:
     """Return as soon as an event has arrived, or when none has for `hold_s`. Nothing of the body is taken.
@@ -23,7 +25,7 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
     heard = 0
     while True:
         for payload in response.early(heard):
-            scanner.feed(payload)
+            _look_for_event(payload, scanner)
             heard += 1
         if not response.goes_on:
             _come_to_nothing(response, scanner)
@@ -33,6 +35,14 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
         if scanner.events or scanner.done or left_s <= 0:
             return
         await response.hear(left_s)
+
+
+def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:
+    """Feed as much of a payload as it takes to see an event: the relay reads all of it again."""
+    for at in range(0, len(payload), LOOK_BYTES):
+        if scanner.events or scanner.done:
+            return
+        scanner.feed(payload[at : at + LOOK_BYTES])
 
 
 def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:

@@ -1,7 +1,6 @@
 """How a URL becomes a `Store`: one server, the master that Sentinel names, or a cluster.
 
-All of them speak over links of our own, which cost a fifth of redis-py's pipelines and never repeat a command by themselves;
-redis-py is for whoever has a client of its already (`RedisPyStore`).
+All of them speak over links of our own, which cost a fifth of redis-py's pipelines and never repeat a command by themselves.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,10 +11,9 @@ from meshproxy.ledger.address import Endpoint, Login, parse_url
 from meshproxy.ledger.channel import Channel, Spawn, dial, spawn_plainly
 from meshproxy.ledger.cluster import ClusterStore, ask_once
 from meshproxy.ledger.link import Link, Redirect
-from meshproxy.ledger.redis_py import RedisPyStore
 from meshproxy.ledger.store import OnOp, Store, StoreError, Unavailable
 
-__all__ = ["RedisPyStore", "Store", "StoreError", "Unavailable", "connect"]
+__all__ = ["Store", "StoreError", "Unavailable", "connect"]
 
 
 class ServerStore(Channel, Store):

@@ -2,7 +2,6 @@
 
 import asyncio
 
-import fakeredis
 import pytest
 
 from meshproxy import config
@@ -11,7 +10,7 @@ from meshproxy.errors import Fault
 from meshproxy.gateway import idempotent as module
 from meshproxy.gateway.call import Call, Reply
 from meshproxy.gateway.idempotent import Idempotence, Recording, Replay
-from meshproxy.ledger.connection import RedisPyStore, connect
+from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Account, Key, Principal
@@ -23,18 +22,20 @@ HEADERS = [("x-request-id", "r1"), ("content-type", "text/event-stream")]
 SETTINGS = Idempotency(ttl_s=60, max_bytes=1000)
 
 
-class Flaky(RedisPyStore):
+class Flaky(Store):
     """A store that can be lost: before a command runs, or after."""
 
-    def __init__(self):
-        super().__init__(fakeredis.FakeAsyncRedis())
+    connected = True
+
+    def __init__(self, store):
+        self._store = store
         self.is_lost = False
         self.loses_replies_of = None
 
     async def _lost(self, op, command):
         if self.is_lost:
             raise Unavailable("connection", "gone")
-        reply = await super().send(op, command)
+        reply = await self._store.send(op, command)
         if op == self.loses_replies_of:
             self.loses_replies_of = None
             raise Unavailable("timeout", "no reply")
@@ -42,6 +43,9 @@ class Flaky(RedisPyStore):
 
     def send(self, op, command):
         return self._lost(op, command)
+
+    async def close(self):
+        await self._store.close()
 
 
 class Client:
@@ -94,13 +98,16 @@ def call(name, request_id="r1"):
 
 
 @pytest.fixture
-async def house(monkeypatch):
+async def house(monkeypatch, store_server):
     monkeypatch.setattr(module, "POLL_S", 0)
     monkeypatch.setattr(module, "TELL_RETRY_S", 0)
-    store, tasks = Flaky(), Tasks(on_failure=lambda name: pytest.fail(f"{name} failed"))
+    store = Flaky(await connect(config.Redis(url=store_server)))
+    tasks = Tasks(on_failure=lambda name: pytest.fail(f"{name} failed"))
+    await store.execute("FLUSHALL")
     yield House(store, tasks)
     store.is_lost = False
     await tasks.finish(5)
+    await store.close()
     assert 0 == len(tasks)
 
 
