@@ -52,9 +52,10 @@ class Stage:
         self.said: list[dict[str, Any]] = []  # by the gateway in its log, lines of requests aside
 
     async def ask(
-        self, model: str, *, stream: bool, patience_s: float = PATIENCE_S, caller: Caller | None = None
+        self, model: str = "", *, stream: bool, patience_s: float = PATIENCE_S, caller: Caller | None = None
     ) -> bytes:
-        """What comes back for a request until the connection ends, or patience does."""
+        """What comes back for a request until the connection ends, or patience does. A stream's events come one by one."""
+        model = model or ("paced" if stream else "brisk")
         body = msgspec.json.encode({"messages": HELLO, "model": model, "stream": stream})
         lines = [f"{name}: {value}" for name, value in {**self.headers, **(caller or self.caller).auth}.items()]
         lines += ["host: mesh", "connection: close", f"content-length: {len(body)}", "content-type: application/json"]
@@ -173,6 +174,7 @@ async def stage(wires, start_mesh: StartMesh, simulator, monkeypatch, terms: Ter
         credits={"hold_ttl_s": terms.ttl_s, "lease_output_tokens": 8},
         upstreams={"wired": wired, **terms.upstreams},
         models={
+            "brisk": model("wired", "sim/plain?tokens=24&tps=2000"),
             "paced": model("wired", "sim/plain?tokens=24&tps=400"),
             "pondering": model("wired", "sim/plain?tokens=24&tps=400&ttft=0.1"),
             **terms.models,

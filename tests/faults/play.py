@@ -29,12 +29,12 @@ async def struck(stage, leg, phase, mode, *, stream):
     mesh, wire = stage.mesh, stage.wires[leg]
     patience_s = 2.5 * SHORT_S if (leg, mode) == ("client", "blackhole") else PATIENCE_S
     if phase == IDLE:
-        before = await stage.ask("paced", stream=False, caller=await mesh.key())
+        before = await stage.ask(stream=False, caller=await mesh.key())
         assert "200" == heard(before)
         await mesh.quiet()
         mesh.log.lines.clear()
         await wire.strike(mode, "caller")
-        return await stage.ask("paced", stream=stream, patience_s=patience_s)
+        return await stage.ask(stream=stream, patience_s=patience_s)
     if phase == WAITING:
         asked = asyncio.create_task(stage.ask("pondering", stream=stream, patience_s=patience_s))
         await mesh.until(lambda: mesh.received)
@@ -46,7 +46,7 @@ async def struck(stage, leg, phase, mode, *, stream):
         await mesh.until(lambda: not mesh.worker.store.connected)
         if mode in GENTLE:
             await mesh.until(lambda: mesh.worker.store.connected)
-    got = await stage.ask("paced", stream=stream, patience_s=patience_s)
+    got = await stage.ask(stream=stream, patience_s=patience_s)
     await mesh.until(lambda: wire.struck)
     return got
 

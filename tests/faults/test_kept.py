@@ -33,7 +33,7 @@ async def test_a_reset_has_its_outcome_and_leaves_nothing(stage, kept_by, leg, p
     outcome = OUTCOMES[word_of(KEPT.get((leg, phase), TABLE[leg, phase][0]), shape)]
     assert outcome == await written(stage, heard(got))
     if kept_by != "drain":
-        model = "pondering" if phase == WAITING else "paced"
+        model = "pondering" if phase == WAITING else ""
         assert "200" == heard(await stage.ask(model, stream=shape == "stream"))
         paid_in_vain = (await balanced(stage)).settled_nusd - FULL_NUSD
         assert (outcome.charge == "a part") == (paid_in_vain > 0)

@@ -28,7 +28,7 @@ async def test_both_are_gone(stage, order, stream, lines, charge):
     before = stage.held()
     phase = "in the answer's body" if stream else "before the answer"
     stage.wires["upstream"].fault = PHASES["upstream"][phase]("delay")
-    asked = asyncio.create_task(stage.ask("paced", stream=stream))
+    asked = asyncio.create_task(stage.ask(stream=stream))
     await stage.mesh.until(lambda: stage.wires["upstream"].struck)
     for leg in order:
         stage.wires[leg].cut()
