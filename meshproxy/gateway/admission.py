@@ -35,10 +35,18 @@ def affordable(plan: Plan, admitted: Admitted) -> Plan:
 
 
 def ask_for(
-    plan: Plan, principal: Principal, hold_id: str, credit: Credits, defaults: Defaults, *, enforce_mid_stream: bool
+    plan: Plan,
+    covered: int,
+    principal: Principal,
+    hold_id: str,
+    credit: Credits,
+    defaults: Defaults,
+    *,
+    enforce_mid_stream: bool,
 ) -> Ask:
-    """What the ledger is asked. Tokens are reserved by estimate: the prompt and all the output that may come, or where token
-    buckets are enforced in the stream (`enforce_mid_stream`) its first slice.
+    """What the ledger is asked: to hold the prompt and the `covered` first tokens of output. Tokens are reserved by estimate: the
+    prompt and all the output that may come, or where token buckets are enforced in the stream (`enforce_mid_stream`) what is
+    covered.
     """
     key = principal.key
     return Ask(
@@ -46,9 +54,9 @@ def ask_for(
         account=principal.account.name,
         key_id=key.id,
         session=plan.request.session_id,
-        amount_nusd=plan.hold_nusd(first_slice(plan, credit)),
+        amount_nusd=plan.hold_nusd(covered),
         amount_min_nusd=plan.hold_nusd(plan.request.n) if clamps(principal, credit) else None,
-        tokens=plan.prompt_tokens + (first_slice(plan, credit) if enforce_mid_stream else plan.output_tokens),
+        tokens=plan.prompt_tokens + (covered if enforce_mid_stream else plan.output_tokens),
         ttl_ms=int(credit.hold_ttl_s * 1000),
         strict=credit.strict,
         key_limits=limits_of(principal, defaults),

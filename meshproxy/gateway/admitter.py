@@ -10,7 +10,7 @@ from meshproxy.gateway.resolve import Plan
 from meshproxy.gateway.settlement import Settler
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
-from meshproxy.ledger.records import Admitted, Ask, Denied
+from meshproxy.ledger.records import Denied
 from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
@@ -23,39 +23,34 @@ class Admitter:
         self._ledger = ledger
         self._local = local
         self._settler = settler
-        self._tasks = tasks
+        self._credit = {enforce: Credit(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)}
 
     async def admit(
         self, exchange: Exchange, plan: Plan, principal: Principal, deployment: Deployment
     ) -> Lease | Denied:
         """A lease on what the plan may cost, or why there is none. Unavailable where the ledger is lost and has no substitute."""
         settings = deployment.settings
+        credit = settings.credits
         enforce = settings.limits.enforce_mid_stream and plan.request.stream
-        ask = ask_for(
-            plan, principal, exchange.hold_id, settings.credits, settings.defaults, enforce_mid_stream=enforce
-        )
-        answer, is_local = await self._ask(exchange, ask)
-        if isinstance(answer, Denied):
-            return answer
-        if ask.amount_min_nusd is not None:
-            plan = affordable(plan, answer)
-        covered = first_slice(plan, settings.credits)
-        slice_tokens = settings.credits.lease_output_tokens * plan.request.n
-        credit = Credit(self._ledger, self._local, self._tasks, enforce_tokens=enforce)
-        return Lease(answer, plan, covered, slice_tokens, credit, is_local=is_local)
-
-    async def _ask(self, exchange: Exchange, ask: Ask) -> tuple[Admitted | Denied, bool]:
-        """The answer, and whether it is this worker's own. Who stops waiting for it withdraws the hold that it may be."""
+        covered = first_slice(plan, credit)
+        ask = ask_for(plan, covered, principal, exchange.hold_id, credit, settings.defaults, enforce_mid_stream=enforce)
+        is_local = False
         try:
             answer = await self._ledger.admit(ask)
         except Unavailable:
             if self._local is None:
                 raise
-            return self._local.admit(ask), True
-        except BaseException as error:
+            answer, is_local = self._local.admit(ask), True
+        except BaseException as error:  # nobody waits for the answer any more
             is_hang_up = isinstance(error, asyncio.CancelledError)
             self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
             raise
-        if self._local is not None:
+        if self._local is not None and not is_local:
             self._local.forget()
-        return answer, False
+        if isinstance(answer, Denied):
+            return answer
+        if ask.amount_min_nusd is not None:
+            plan = affordable(plan, answer)
+            covered = first_slice(plan, credit)
+        slice_tokens = credit.lease_output_tokens * plan.request.n
+        return Lease(answer, plan, covered, slice_tokens, self._credit[enforce], is_local=is_local)

@@ -27,9 +27,9 @@ class Detacher:
 
     async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`. If the caller is cancelled meanwhile the work goes on, and the exchange is closed after it."""
-        task = self._tasks.spawn("drain", work)
+        task = self._tasks.spawn("drain", _with_fault_told(work))
         try:
-            return await asyncio.shield(task)
+            answer = await asyncio.shield(task)
         except asyncio.CancelledError:
             if self.closed or self._detached >= MAX_DETACHED:
                 task.cancel()
@@ -39,12 +39,15 @@ class Detacher:
                 exchange.detached = True
                 self._tasks.spawn("drain", self._finish(exchange, task))
             raise
+        if isinstance(answer, Fault):
+            raise answer
+        return answer
 
-    async def _finish(self, exchange: Exchange, task: asyncio.Task[T]) -> None:
+    async def _finish(self, exchange: Exchange, task: asyncio.Task[Any]) -> None:
         try:
             async with asyncio.timeout(MAX_DETACHED_S):
                 await task
-        except (TimeoutError, Fault, asyncio.CancelledError):
+        except (TimeoutError, asyncio.CancelledError):
             pass  # what is known by now is what is settled
         finally:
             self._detached -= 1
@@ -52,3 +55,11 @@ class Detacher:
             if exchange.usage_source == "reported":
                 exchange.usage_source = "drained"
             self._close(exchange)
+
+
+async def _with_fault_told(work: Coroutine[Any, Any, T]) -> T | Fault:
+    """What a provider or a client does wrong is an answer too, and no task's failure."""
+    try:
+        return await work
+    except Fault as fault:
+        return fault

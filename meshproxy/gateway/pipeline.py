@@ -92,8 +92,12 @@ class Gateway:
         if self._recorder.in_flight >= self.deployment.settings.server.max_in_flight:
             return self._shed(exchange)
         self._recorder.begin(exchange)
+        deployment = self.deployment
         try:
-            return await self._serve(exchange, downstream)
+            principal = exchange.principal = await self._authenticator.principal(call.authorization)
+            body = await call.read_body()
+            process = self._process if call.idempotency_key is None else self._process_once
+            return await process(exchange, principal, body, deployment, downstream)
         except Fault as fault:
             return self._refuse(exchange, fault.problem)
         except asyncio.CancelledError:
@@ -129,14 +133,6 @@ class Gateway:
         reply = self._refuse(exchange, overloaded("This instance has too many requests in flight."))
         self._recorder.shed(exchange)
         return reply
-
-    async def _serve(self, exchange: Exchange, downstream: Downstream) -> Reply | None:
-        deployment = self.deployment
-        principal = exchange.principal = await self._authenticator.principal(exchange.call.authorization)
-        body = await exchange.call.read_body()
-        if exchange.call.idempotency_key is None:
-            return await self._process(exchange, principal, body, deployment, downstream)
-        return await self._process_once(exchange, principal, body, deployment, downstream)
 
     async def _process_once(
         self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream

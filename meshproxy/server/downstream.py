@@ -68,7 +68,7 @@ class ClientStream:
     def begin(self, headers: Headers) -> None:
         """Send the head of a 200 event stream."""
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
         self._end_with_this_answer()
         self._send(head(200, [*headers, *framing], keep_alive=self.keep_alive, minor=self._minor))

@@ -5,7 +5,8 @@ leaves in doubt is an UpstreamFault: a proxy that guesses where a message ends h
 """
 
 import re
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from meshproxy.upstream.body import FIELD_TEXT, Body, Chunked, Sized, UntilEof
 from meshproxy.upstream.faults import malformed
@@ -19,7 +20,7 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: " + FIELD_TEXT 
 _BEGINNING = b"HTTP/1."
 
 
-class Head(NamedTuple):
+class Head(Struct):
     """What a head says. Names of headers are lower-case; `keep_alive`: the connection may be used again after the body."""
 
     status: int
@@ -70,20 +71,22 @@ def parse_head(raw: bytes) -> Head:
     headers = field_lines(raw.decode("latin-1"))
     if headers is None:
         raise malformed("the head of its answer has a line that is no header")
-    framing = [item for item in headers if item[0] in _FRAMING]
-    body = _framing(status, is_http_11=is_http_11, headers=framing)
-    keep_alive = not body.until_eof and _keeps_alive(framing, is_http_11=is_http_11)
-    return Head(status, headers, body, keep_alive)
+    codings, lengths, options = [], [], []
+    for name, value in headers:
+        if name == "content-length":
+            lengths.append(value)
+        elif name == "transfer-encoding":
+            codings.append(value.lower())
+        elif name == "connection":
+            options += [option.strip() for option in value.lower().split(",")]
+    body = _framing(status, codings, lengths, is_http_11=is_http_11)
+    is_kept = "close" not in options and (is_http_11 or "keep-alive" in options)  # RFC 9112 section 9.3
+    return Head(status, headers, body, is_kept and not body.until_eof)
 
 
-_FRAMING = frozenset({"content-length", "transfer-encoding", "connection"})
-
-
-def _framing(status: int, *, is_http_11: bool, headers: list[tuple[str, str]]) -> Body:
+def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11: bool) -> Body:
     """RFC 9112 section 6.3, for the answer to a POST."""
-    codings = [value for name, value in headers if name == "transfer-encoding"]
-    lengths = [value for name, value in headers if name == "content-length"]
-    if codings and (lengths or not is_http_11 or [coding.lower() for coding in codings] != ["chunked"]):
+    if codings and (lengths or not is_http_11 or codings != ["chunked"]):
         raise malformed("it says in two ways, or in none that is known, how long its answer is")
     if status < 200 or status in {204, 304}:
         return Sized(0)
@@ -99,9 +102,3 @@ def _length(values: list[str]) -> int:
     if len(values) != 1 or not (values[0].isascii() and values[0].isdigit()) or len(values[0]) > MAX_LENGTH_DIGITS:
         raise malformed("its content-length is no number")
     return int(values[0])
-
-
-def _keeps_alive(headers: list[tuple[str, str]], *, is_http_11: bool) -> bool:
-    """RFC 9112 section 9.3."""
-    options = {option.strip().lower() for name, value in headers if name == "connection" for option in value.split(",")}
-    return "close" not in options and (is_http_11 or "keep-alive" in options)

@@ -38,7 +38,7 @@ def test_a_stream_of_a_model_that_thinks_in_secret_holds_all_it_can_have():
 def test_what_the_ledger_is_asked():
     caller = principal(budgets=Budgets(daily_nusd=5), session=Budgets(total_nusd=6), limits=Limits(burst=3))
     of_plan = plan(b'{"session_id":"s",%b' % BODY[1:])
-    asked = ask_for(of_plan, caller, "h1", Credits(hold_ttl_s=30), Defaults(), enforce_mid_stream=False)
+    asked = ask_for(of_plan, 99, caller, "h1", Credits(hold_ttl_s=30), Defaults(), enforce_mid_stream=False)
     assert ("h1", "acme", "k", "s", 30_000, True) == (
         asked.hold_id,
         asked.account,
@@ -47,18 +47,18 @@ def test_what_the_ledger_is_asked():
         asked.ttl_ms,
         asked.strict,
     )
-    assert (PROMPT_NUSD + 1000 * 10_000, None, 1018) == (asked.amount_nusd, asked.amount_min_nusd, asked.tokens)
+    assert (PROMPT_NUSD + 99 * 10_000, None, 1018) == (asked.amount_nusd, asked.amount_min_nusd, asked.tokens)
     assert (Limits(600, 1_000_000, 3), Limits()) == (asked.key_limits, asked.account_limits)
     assert (Budgets(daily_nusd=5), Budgets(total_nusd=6)) == (asked.budgets, asked.session_budgets)
 
 
 def test_where_tokens_end_streams_only_a_slice_is_reserved():
-    asked = ask_for(plan(), principal(), "h", Credits(), Defaults(), enforce_mid_stream=True)
+    asked = ask_for(plan(), 256, principal(), "h", Credits(), Defaults(), enforce_mid_stream=True)
     assert 18 + 256 == asked.tokens
 
 
 def test_where_output_is_clamped_one_token_is_enough():
-    asked = ask_for(plan(BODY), principal(), "h", Credits(clamp=True), Defaults(), enforce_mid_stream=False)
+    asked = ask_for(plan(BODY), 99, principal(), "h", Credits(clamp=True), Defaults(), enforce_mid_stream=False)
     assert PROMPT_NUSD + 10_000 == asked.amount_min_nusd
 
 
@@ -98,7 +98,7 @@ def test_a_keys_limits_come_before_the_defaults(own, expected):
 
 def test_an_account_has_no_default_limits():
     caller = Principal(principal().key, Account("acme", limits=Limits(requests_per_minute=7)))
-    asked = ask_for(plan(), caller, "h", Credits(), Defaults(), enforce_mid_stream=False)
+    asked = ask_for(plan(), 99, caller, "h", Credits(), Defaults(), enforce_mid_stream=False)
     assert Limits(7) == asked.account_limits
 
 
