@@ -84,7 +84,15 @@ class Attempts:
     async def _attempt(
         self, exchange: Exchange, trial: Trial, attempt: Attempt, plan: Plan, deployment: Deployment
     ) -> Response:
-        response = await self._post(exchange, attempt, plan, deployment)
+        provider = deployment.providers[attempt.upstream]
+        exchange.secrets = provider.secrets
+        body = plan.body_for(attempt)
+        exchange.sent_at = self._clock()
+        if exchange.attempts == 1:
+            exchange.overhead_s = exchange.sent_at - exchange.call.received_at
+        left_s = exchange.call.deadline - exchange.sent_at
+        asked = provider.post(CHAT_PATH, exchange.call.forward, body)
+        response = await (asked if left_s > _patience_s(attempt, deployment) else _within(left_s, asked))
         streamed = plan.request.stream
         try:
             await _accept(response, streamed=streamed)
@@ -96,17 +104,6 @@ class Attempts:
         trial.answered(self._clock() - exchange.sent_at if streamed else None)
         self._recorder.attempted(attempt.upstream, "200")
         return response
-
-    async def _post(self, exchange: Exchange, attempt: Attempt, plan: Plan, deployment: Deployment) -> Response:
-        provider = deployment.providers[attempt.upstream]
-        exchange.secrets = provider.secrets
-        body = plan.body_for(attempt)
-        exchange.sent_at = self._clock()
-        if exchange.attempts == 1:
-            exchange.overhead_s = exchange.sent_at - exchange.call.received_at
-        left_s = exchange.call.deadline - exchange.sent_at
-        asked = provider.post(CHAT_PATH, exchange.call.forward, body)
-        return await (asked if left_s > _patience_s(attempt, deployment) else _within(left_s, asked))
 
     def _hold_s(self, exchange: Exchange, deployment: Deployment) -> float:
         """How long the client's head may wait for the first event: not past its first ping, nor its patience."""

@@ -22,60 +22,33 @@ class Exchange:
     goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours.
     """
 
-    __slots__ = (
-        "attempt",
-        "attempts",
-        "call",
-        "code",
-        "complete",
-        "cost_nusd",
-        "detached",
-        "events",
-        "first_event_at",
-        "hold_id",
-        "last_event_at",
-        "lease",
-        "max_gap_s",
-        "outcome",
-        "overhead_s",
-        "phase",
-        "plan",
-        "principal",
-        "recording",
-        "secrets",
-        "sent_at",
-        "status",
-        "trial",
-        "usage",
-        "usage_source",
-    )
+    phase = "authenticate"
+    principal: Principal | None = None
+    plan: Plan | None = None
+    lease: Lease | None = None
+    attempt: Attempt | None = None
+    attempts = 0
+    secrets: Sequence[str] = ()
+    trial: Trial | None = None
+    detached = False
+    complete = False
+    recording: Recording | None = None
+    status = 0
+    code = ""
+    outcome = "failed"
+    usage = Usage()
+    usage_source: UsageSource = "none"
+    cost_nusd = 0
+    events = 0
+    sent_at = 0.0
+    first_event_at = 0.0
+    last_event_at = 0.0
+    max_gap_s = 0.0
+    overhead_s = 0.0
 
     def __init__(self, call: Call, hold_id: str) -> None:
         self.call = call
         self.hold_id = hold_id
-        self.phase = "authenticate"
-        self.principal: Principal | None = None
-        self.plan: Plan | None = None
-        self.lease: Lease | None = None
-        self.attempt: Attempt | None = None
-        self.attempts = 0
-        self.secrets: Sequence[str] = ()
-        self.trial: Trial | None = None
-        self.detached = False
-        self.complete = False
-        self.recording: Recording | None = None
-        self.status = 0
-        self.code = ""
-        self.outcome = "failed"
-        self.usage = Usage()
-        self.usage_source: UsageSource = "none"
-        self.cost_nusd = 0
-        self.events = 0
-        self.sent_at = 0.0
-        self.first_event_at = 0.0
-        self.last_event_at = 0.0
-        self.max_gap_s = 0.0
-        self.overhead_s = 0.0
 
     def told(self, problem: Problem) -> Problem:
         """A problem as the client may hear of it: without our keys, should the provider's words repeat one."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
+from msgspec.structs import astuple
 
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.spans import Spans
@@ -12,9 +13,9 @@ from meshproxy.money import format_usd
 from meshproxy.telemetry.families import PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Counter, Gauge, Metrics
+from meshproxy.wire.usage import Usage
 
 ROUTE = "/v1/chat/completions"
-TOKEN_TYPES = ("prompt", "completion", "cached", "cache_write", "reasoning", "audio_prompt", "audio_completion")
 
 _log = structlog.get_logger("meshproxy.gateway")
 
@@ -27,7 +28,7 @@ class _OfModel:
         self.first_token = metrics.time_to_first_token.labels(model)
         self.per_token = metrics.time_per_output_token.labels(model)
         self.max_gap = metrics.stream_max_gap.labels(model)
-        self.tokens = tuple((kind, metrics.tokens.labels(model, kind)) for kind in TOKEN_TYPES)
+        self.tokens = [metrics.tokens.labels(model, kind) for kind in Usage.__struct_fields__]
         self.cost = metrics.cost.labels(model)
 
 
@@ -120,8 +121,7 @@ class Recorder:
 
     def _count_usage(self, exchange: Exchange, of_model: _OfModel) -> None:
         self._metrics.settlements.labels(exchange.outcome, exchange.usage_source).inc()
-        for kind, counter in of_model.tokens:
-            amount = getattr(exchange.usage, kind)
+        for counter, amount in zip(of_model.tokens, astuple(exchange.usage), strict=True):
             if amount:
                 counter.inc(amount)
         of_model.cost.inc(exchange.cost_nusd)

@@ -91,7 +91,8 @@ class Histogram:
 
     def observe_traced(self, value: float, trace_id: str | None) -> None:
         """Count one observation, and keep its W3C trace id (32 hex digits; else ignored) as its bucket's exemplar."""
-        self.observe(value)
+        self._counts[bisect_left(self._edges, value)] += 1
+        self._sum += value
         if trace_id is not None and _TRACE_ID.fullmatch(trace_id):
             self._exemplars[bisect_left(self._edges, value)] = Exemplar(trace_id, value, self._clock())
 
