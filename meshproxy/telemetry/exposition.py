@@ -1,33 +1,24 @@
-"""A merged snapshot in Prometheus' text format, or in OpenMetrics with exemplars, written by prometheus_client.
+"""A merged snapshot in Prometheus' text format 0.0.4, or in OpenMetrics 1.0 with exemplars.
 
-It is written in pieces of at most SAMPLES_PER_PIECE lines, because the process that answers a scrape may be the one that
-relays streams: between two pieces the event loop runs.
+The process that answers a scrape may be the one that relays streams, so every LINES_PER_TURN lines the event loop runs.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.exposition import generate_latest as plain_text
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE_OPENMETRICS
-from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_text
-from prometheus_client.registry import Collector
-from prometheus_client.samples import Exemplar
-from prometheus_client.utils import floatToGoString
+from meshproxy.telemetry.snapshot import Exemplar, Series, Snapshot
 
-from meshproxy.telemetry.families import Definition
-from meshproxy.telemetry.snapshot import Family, Series, Snapshot
+LINES_PER_TURN = 200  # less than half a millisecond
 
-SAMPLES_PER_PIECE = 100  # about half a millisecond of rendering
-
-_END = b"# EOF\n"
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def content_type(*, openmetrics: bool) -> str:
     """The Content-Type of what render() gives."""
-    return CONTENT_TYPE_OPENMETRICS if openmetrics else CONTENT_TYPE_PLAIN_0_0_4
+    media_type = "application/openmetrics-text; version=1.0.0" if openmetrics else "text/plain; version=0.0.4"
+    return f"{media_type}; charset=utf-8"
 
 
 def wants_openmetrics(accept: str) -> bool:
@@ -40,88 +31,48 @@ def wants_openmetrics(accept: str) -> bool:
 
 
 async def render(snapshot: Snapshot, *, openmetrics: bool) -> bytes:
-    """The whole text, letting the event loop run between pieces."""
+    """The whole text."""
     text = []
-    for piece in pieces(snapshot, openmetrics=openmetrics):
-        text.append(piece)
-        await asyncio.sleep(0)
-    return b"".join(text)
+    for line in lines(snapshot, openmetrics=openmetrics):
+        text.append(line)
+        if len(text) % LINES_PER_TURN == 0:
+            await asyncio.sleep(0)
+    return "".join(text).encode()
 
 
-def pieces(snapshot: Snapshot, *, openmetrics: bool) -> Iterator[bytes]:
-    """The text, piece by piece."""
+def lines(snapshot: Snapshot, *, openmetrics: bool) -> Iterator[str]:
+    """The text, line by line."""
     for family in snapshot:
-        for index, batch in enumerate(_batches(family)):
-            text = _text(_metric(family, batch), openmetrics=openmetrics)
-            yield text if index == 0 else _without_head(text)
+        definition = family.definition
+        name = definition.name.removesuffix("_total") if openmetrics else definition.name
+        yield f"# HELP {name} {definition.help}\n"
+        yield f"# TYPE {name} {definition.kind}\n"
+        for series in family.series:
+            labels = dict(zip(definition.labels, series.labels, strict=True))
+            if definition.kind == "histogram":
+                yield from _histogram(name, labels, family.edges, series, openmetrics=openmetrics)
+            else:
+                yield f"{definition.name}{_braced(labels)} {series.value / definition.per}\n"
     if openmetrics:
-        yield _END
+        yield "# EOF\n"
 
 
-class _One(Collector):
-    """A registry of one family."""
-
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
-
-    def collect(self) -> Iterable[Metric]:
-        return [self._metric]
-
-
-def _batches(family: Family) -> Iterator[list[Series]]:
-    """A family's series in batches of about SAMPLES_PER_PIECE lines; one empty batch if it has none."""
-    lines = len(family.edges) + 3 if family.definition.kind == "histogram" else 1  # +Inf, _count, _sum
-    size = max(1, SAMPLES_PER_PIECE // lines)
-    for start in range(0, len(family.series) or 1, size):
-        yield family.series[start : start + size]
+def _histogram(
+    name: str, labels: dict[str, str], edges: tuple[float, ...], series: Series, *, openmetrics: bool
+) -> Iterator[str]:
+    """One series: its buckets, cumulative, their count and their sum."""
+    for index, (edge, count) in enumerate(zip((*edges, math.inf), accumulate(series.counts), strict=True)):
+        upper = {"le": "+Inf" if edge == math.inf else f"{float(edge)}"}
+        exemplar = series.exemplars.get(index) if openmetrics else None
+        yield f"{name}_bucket{_braced(labels | upper)} {float(count)}{_mark(exemplar)}\n"
+    yield f"{name}_count{_braced(labels)} {float(sum(series.counts))}\n"
+    yield f"{name}_sum{_braced(labels)} {float(series.value)}\n"
 
 
-def _text(metric: Metric, *, openmetrics: bool) -> bytes:
-    if openmetrics:
-        text: bytes = openmetrics_text(_One(metric))  # type: ignore[no-untyped-call]
-        return text.removesuffix(_END)
-    return plain_text(_One(metric))
+def _mark(exemplar: Exemplar | None) -> str:
+    return "" if exemplar is None else f' # {{trace_id="{exemplar.trace_id}"}} {exemplar.value} {round(exemplar.at, 3)}'
 
 
-def _without_head(text: bytes) -> bytes:
-    """A later piece of a family, without the HELP and TYPE lines that its first piece had."""
-    while text.startswith(b"# "):
-        text = text.partition(b"\n")[2]
-    return text
-
-
-def _metric(family: Family, batch: list[Series]) -> Metric:
-    definition = family.definition
-    match definition.kind:
-        case "counter":
-            counters = CounterMetricFamily(definition.name, definition.help, labels=definition.labels)
-            for series in batch:
-                counters.add_metric(series.labels, _shown(series, definition))
-            return counters
-        case "gauge":
-            gauges = GaugeMetricFamily(definition.name, definition.help, labels=definition.labels)
-            for series in batch:
-                gauges.add_metric(series.labels, _shown(series, definition))
-            return gauges
-        case "histogram":
-            histograms = HistogramMetricFamily(definition.name, definition.help, labels=definition.labels)
-            names = [*map(floatToGoString, family.edges), "+Inf"]
-            for series in batch:
-                histograms.add_metric(series.labels, _buckets(names, series), sum_value=series.value)
-            return histograms
-
-
-def _shown(series: Series, definition: Definition) -> float:
-    return series.value / definition.per if definition.per != 1 else series.value
-
-
-def _buckets(names: list[str], series: Series) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
-    """prometheus_client's buckets, cumulative."""
-    buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
-    for index, (name, count) in enumerate(zip(names, accumulate(series.counts), strict=True)):
-        found = series.exemplars.get(index)
-        if found is None:
-            buckets.append((name, count))
-        else:
-            buckets.append((name, count, Exemplar({"trace_id": found.trace_id}, found.value, round(found.at, 3))))
-    return buckets
+def _braced(labels: dict[str, str]) -> str:
+    told = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in sorted(labels.items()))
+    return f"{{{told}}}" if told else ""
