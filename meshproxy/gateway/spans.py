@@ -3,7 +3,7 @@ under `meshproxy.`. Never a prompt, an answer or a secret.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -12,10 +12,13 @@ from meshproxy.config import Upstream
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.money import NUSD_PER_USD
 from meshproxy.policy.catalog import Attempt
-from meshproxy.telemetry.traces import Tracer
 from meshproxy.wire.chat import ChatRequest
 
-Facts = dict[str, str | bool | int | float]
+if TYPE_CHECKING:
+    from meshproxy.telemetry.otlp import OtlpTracer
+
+Fact = str | bool | int | float
+Facts = dict[str, Fact | None]  # None: not told
 
 SAMPLING: Final = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")  # numbers of a request
 BROKEN: Final = frozenset({"failed", "upstream_failed", "shutdown"})  # ends of a stream that are no client's doing
@@ -25,7 +28,7 @@ FINE: Final = frozenset({"completed", "replayed"})
 class Spans:
     """One span for each request, made at its end. `upstreams`: those of the running configuration."""
 
-    def __init__(self, tracer: Tracer, upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
+    def __init__(self, tracer: "OtlpTracer", upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
         self._tracer = tracer
         self._upstreams = upstreams
 
@@ -40,49 +43,41 @@ class Spans:
             error=_error_of(exchange) if broke else "",
         )
 
-    def _facts(self, exchange: Exchange, route: str) -> Facts:
+    def _facts(self, exchange: Exchange, route: str) -> Mapping[str, Fact]:
+        first_s = exchange.first_event_at - exchange.call.received_at
         facts: Facts = {
             "http.request.method": "POST",
             "http.route": route,
+            "http.response.status_code": exchange.status or None,
             "gen_ai.operation.name": "chat",
+            "gen_ai.response.time_to_first_chunk": first_s if exchange.first_event_at else None,
+            "error.type": _error_of(exchange) or None,
             "meshproxy.request_id": exchange.call.request_id,
             "meshproxy.outcome": exchange.outcome,
             "meshproxy.attempts": exchange.attempts,
         }
-        if exchange.status:
-            facts["http.response.status_code"] = exchange.status
-        if error := _error_of(exchange):
-            facts["error.type"] = error
         if exchange.principal is not None:
-            facts |= {
-                "meshproxy.account": exchange.principal.key.account,
-                "meshproxy.key_id": exchange.principal.key.id,
-            }
+            key = exchange.principal.key
+            facts |= {"meshproxy.account": key.account, "meshproxy.key_id": key.id}
         if exchange.plan is not None:
             facts |= _of_request(exchange.plan.request, exchange.plan.model)
         if exchange.attempt is not None:
             facts |= self._of_attempt(exchange.attempt)
         if exchange.lease is not None:
             facts |= _of_usage(exchange)
-        if exchange.first_event_at:
-            facts["gen_ai.response.time_to_first_chunk"] = exchange.first_event_at - exchange.call.received_at
-        return facts
+        return {name: fact for name, fact in facts.items() if fact is not None}
 
     def _of_attempt(self, attempt: Attempt) -> Facts:
-        facts: Facts = {
+        upstream = self._upstreams().get(attempt.upstream)  # None if a reload took it away meanwhile
+        url = urlsplit(upstream.base_url) if upstream is not None else None
+        return {
             "gen_ai.provider.name": attempt.kind,
             "gen_ai.response.model": attempt.upstream_model,
             "meshproxy.model": attempt.model,
             "meshproxy.upstream": attempt.upstream,
+            "server.address": url and url.hostname,
+            "server.port": url and (url.port or (443 if url.scheme == "https" else 80)),
         }
-        upstream = self._upstreams().get(attempt.upstream)
-        if upstream is not None:  # else a reload took it away meanwhile
-            url = urlsplit(upstream.base_url)
-            facts |= {
-                "server.address": url.hostname or "",
-                "server.port": url.port or (443 if url.scheme == "https" else 80),
-            }
-        return facts
 
 
 def _error_of(exchange: Exchange) -> str:
@@ -91,31 +86,25 @@ def _error_of(exchange: Exchange) -> str:
 
 
 def _of_request(request: ChatRequest, model: str) -> Facts:
-    facts: Facts = {"gen_ai.request.model": model, "gen_ai.request.stream": request.stream}
-    if request.max_tokens is not None:
-        facts["gen_ai.request.max_tokens"] = request.max_tokens
-    if request.n != 1:
-        facts["gen_ai.request.choice.count"] = request.n
-    if request.session_id:
-        facts["gen_ai.conversation.id"] = request.session_id
-    return facts | {
-        f"gen_ai.request.{name}": msgspec.json.decode(request.fields[name])
-        for name in SAMPLING
-        if name in request.fields
+    fields = request.fields
+    return {
+        "gen_ai.request.model": model,
+        "gen_ai.request.stream": request.stream,
+        "gen_ai.request.max_tokens": request.max_tokens,
+        "gen_ai.request.choice.count": request.n if request.n != 1 else None,
+        "gen_ai.conversation.id": request.session_id or None,
+        **{f"gen_ai.request.{name}": msgspec.json.decode(fields[name]) for name in SAMPLING if name in fields},
     }
 
 
 def _of_usage(exchange: Exchange) -> Facts:
     usage = exchange.usage
-    parts: Facts = {
-        "gen_ai.usage.cache_read.input_tokens": usage.cached,
-        "gen_ai.usage.cache_creation.input_tokens": usage.cache_write,
-        "gen_ai.usage.reasoning.output_tokens": usage.reasoning,
-    }
     return {
         "gen_ai.usage.input_tokens": usage.prompt,
         "gen_ai.usage.output_tokens": usage.completion,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached or None,
+        "gen_ai.usage.cache_creation.input_tokens": usage.cache_write or None,
+        "gen_ai.usage.reasoning.output_tokens": usage.reasoning or None,
         "meshproxy.usage_source": exchange.usage_source,
         "meshproxy.cost_usd": exchange.cost_nusd / NUSD_PER_USD,  # to filter and to chart by: bills are made elsewhere
-        **{name: count for name, count in parts.items() if count},
     }

@@ -5,20 +5,15 @@ count whole milliseconds, so under it a lag below 1 ms is noise.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 INTERVAL_S = 0.25
 
 
-async def watch(
-    observe: Callable[[float], None],
-    *,
-    clock: Callable[[], float] | None = None,
-    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-) -> None:
-    """Observe the lag in seconds every INTERVAL_S until cancelled. `clock` is monotonic; the running loop's by default."""
-    now = clock or asyncio.get_running_loop().time
+async def watch(observe: Callable[[float], None]) -> None:
+    """Observe the lag in seconds every INTERVAL_S until cancelled."""
+    now = asyncio.get_running_loop().time
     while True:
         due = now() + INTERVAL_S
-        await sleep(INTERVAL_S)
+        await asyncio.sleep(INTERVAL_S)
         observe(max(0.0, now() - due))

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from meshproxy.telemetry.traces import Attributes
+Attributes = Mapping[str, str | bool | int | float]
 
 EXPORT_TIMEOUT_S = 5.0  # of one batch, retries included
 FLUSH_S = 3.0  # what a collector may cost at the end
@@ -28,8 +28,9 @@ SDK_LOGGERS = (OTLPSpanExporter.__module__, "opentelemetry.sdk._shared_internal"
 
 
 class OtlpTracer:
-    """See telemetry.traces.Tracer. `sample`: the share of traces that begin here; for others it is their parent that decides.
-    `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SERVICE_NAME` and `OTEL_EXPORTER_OTLP_HEADERS` of the environment count.
+    """Takes spans, and sends some of them on a thread of its own. `sample`: the share of traces that begin here; for others it is
+    their parent that decides. `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SERVICE_NAME` and `OTEL_EXPORTER_OTLP_HEADERS` of the environment
+    count.
     """
 
     def __init__(self, endpoint: str, sample: float, version: str) -> None:
@@ -50,7 +51,9 @@ class OtlpTracer:
     def span(
         self, name: str, *, seconds: float, context: Mapping[str, str], describe: Callable[[], Attributes], error: str
     ) -> None:
-        """One span of a server, ending now."""
+        """What has just ended, and took so long. `context`: the headers that may say whose child it is; `describe` is asked only
+        if the span is sampled; `error`: what went wrong on our side, empty if nothing did.
+        """
         ended_ns = time.time_ns()
         span = self._tracer.start_span(
             name,

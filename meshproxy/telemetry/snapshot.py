@@ -5,12 +5,14 @@ every rate over it would be wrong. Gauges of the dead are forgotten. What a work
 with it.
 """
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
+from itertools import chain
 
 import msgspec
 from msgspec import Struct
 
-from meshproxy.telemetry.families import BY_NAME, Definition
+from meshproxy.telemetry.families import BY_NAME, Definition, Merge
 
 
 class Exemplar(Struct, array_like=True, frozen=True):
@@ -47,56 +49,41 @@ class Family(Struct, array_like=True):
 
 Snapshot = list[Family]
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Snapshot)
+_MERGERS: dict[Merge, Callable[[float, float], float]] = {"sum": operator.add, "max": max, "min": min}
 
 
 def encode(snapshot: Snapshot) -> bytes:
     """A snapshot's msgpack."""
-    return _encoder.encode(snapshot)
+    return msgspec.msgpack.encode(snapshot)
 
 
 def decode(data: bytes) -> Snapshot:
     """The snapshot of its msgpack; msgspec.DecodeError if it is none. Families that this build doesn't know are left out."""
-    return [family for family in _decoder.decode(data) if family.name in BY_NAME]
+    return [family for family in msgspec.msgpack.decode(data, type=Snapshot) if family.name in BY_NAME]
 
 
 def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
     """One snapshot of many, none of which is changed. Where two disagree on a histogram's edges the first is believed."""
-    merged: dict[str, tuple[Family, dict[tuple[str, ...], Series]]] = {}
-    for snapshot in snapshots:
-        for family in snapshot:
-            if family.name not in merged:
-                merged[family.name] = (Family(family.name, [], family.edges), {})
-            total, by_labels = merged[family.name]
-            if total.edges == family.edges:
-                _add_family(by_labels, family)
-    for total, by_labels in merged.values():
-        total.series.extend(by_labels.values())
-    return [total for total, _ in merged.values()]
+    merged: dict[str, Family] = {}
+    totals: dict[tuple[str, tuple[str, ...]], Series] = {}
+    for family in chain.from_iterable(snapshots):
+        total = merged.setdefault(family.name, Family(family.name, [], family.edges))
+        for series in family.series if total.edges == family.edges else ():
+            known = totals.get((family.name, series.labels))
+            if known is not None:
+                _add(known, series, family.definition)
+                continue
+            copy = Series(series.labels, series.value, series.counts.copy(), series.exemplars.copy())
+            totals[family.name, series.labels] = copy
+            total.series.append(copy)
+    return list(merged.values())
 
 
-def _add_family(by_labels: dict[tuple[str, ...], Series], family: Family) -> None:
-    for series in family.series:
-        total = by_labels.get(series.labels)
-        if total is None:
-            by_labels[series.labels] = Series(
-                series.labels, series.value, series.counts.copy(), series.exemplars.copy()
-            )
-        else:
-            _add_series(total, series, family.definition)
-
-
-def _add_series(total: Series, series: Series, definition: Definition) -> None:
-    if definition.merge == "sum":
-        total.value += series.value
-    else:
-        total.value = (max if definition.merge == "max" else min)(total.value, series.value)
+def _add(total: Series, series: Series, definition: Definition) -> None:
+    total.value = _MERGERS[definition.merge](total.value, series.value)
     total.counts = [mine + theirs for mine, theirs in zip(total.counts, series.counts, strict=True)]
     for bucket, exemplar in series.exemplars.items():
-        known = total.exemplars.get(bucket)
-        if known is None or known.at < exemplar.at:
-            total.exemplars[bucket] = exemplar
+        total.exemplars[bucket] = max(total.exemplars.get(bucket, exemplar), exemplar, key=lambda one: one.at)
 
 
 class Fleet:

@@ -1,11 +1,12 @@
 """The status page's figures, taken from a merged snapshot, so that the page and Prometheus can't disagree."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from meshproxy.telemetry import families
 from meshproxy.telemetry.families import Definition
-from meshproxy.telemetry.snapshot import Series, Snapshot
+from meshproxy.telemetry.snapshot import Family, Snapshot
 
 TOP_MODELS = 10
 
@@ -34,22 +35,26 @@ class Summary(TypedDict):
 def summarize(snapshot: Snapshot) -> Summary:
     """What the page shows of the counted."""
     found = _Found(snapshot)
+    by_code = found.by(families.REQUESTS, "code")
+    in_flight = found.by(families.IN_FLIGHT, "phase")
     ledger = found.distribution(families.LEDGER_OP_DURATION)
     return {
         "config": {
-            "generation": int(found.gauge(families.CONFIG_GENERATION)),
+            "generation": found.gauge(families.CONFIG_GENERATION),
             "last_reload_successful": found.gauge(families.CONFIG_LAST_RELOAD_SUCCESSFUL) > 0,
         },
-        "requests": _requests(found),
-        "in_flight": {phase: int(found.by(families.IN_FLIGHT, "phase").get(phase, 0)) for phase in families.PHASES},
+        "requests": {
+            "total": sum(by_code.values()),
+            "client_errors": sum(count for code, count in by_code.items() if code.startswith("4")),
+            "server_errors": sum(count for code, count in by_code.items() if code.startswith("5")),
+        },
+        "in_flight": {phase: in_flight[phase] for phase in families.PHASES},
         "request_duration": found.distribution(families.REQUEST_DURATION),
         "time_to_first_token": found.distribution(families.TIME_TO_FIRST_TOKEN),
         "upstreams": _upstreams(found),
         "ledger": {
             "ops": sum(ledger["counts"]),
-            "errors": int(
-                sum(count for kind, count in found.by(families.LEDGER_ERRORS, "kind").items() if kind != "noscript")
-            ),
+            "errors": sum(found.by(families.LEDGER_ERRORS, "kind", lambda labels: labels[0] != "noscript").values()),
             "duration": ledger,
         },
         "models": _models(found),
@@ -58,74 +63,63 @@ def summarize(snapshot: Snapshot) -> Summary:
 
 
 class _Found:
-    """A snapshot's families by definition."""
+    """A snapshot's families by definition, in whole numbers of what each is stored in."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._families = {family.name: family for family in snapshot}
 
-    def series(self, definition: Definition) -> list[Series]:
-        family = self._families.get(definition.name)
-        return family.series if family else []
-
-    def by(self, definition: Definition, label: str) -> dict[str, float]:
-        """Its values added up by one label."""
+    def by(
+        self, definition: Definition, label: str, where: Callable[[tuple[str, ...]], bool] = lambda _labels: True
+    ) -> dict[str, int]:
+        """Its values added up by one label, but for series whose labels aren't `where` they should; 0 for every other."""
         position = definition.labels.index(label)
-        totals: dict[str, float] = defaultdict(float)
-        for series in self.series(definition):
-            totals[series.labels[position]] += series.value / definition.per
+        totals: dict[str, int] = defaultdict(int)
+        for series in self._family(definition).series:
+            if where(series.labels):
+                totals[series.labels[position]] += int(series.value)
         return totals
 
-    def gauge(self, definition: Definition) -> float:
+    def gauge(self, definition: Definition) -> int:
         """The value of a family without labels; 0 if nobody set it."""
-        return next((series.value for series in self.series(definition)), 0)
+        return int(next((series.value for series in self._family(definition).series), 0))
 
     def distribution(self, definition: Definition) -> Distribution:
-        family = self._families.get(definition.name)
-        edges = list(family.edges if family else definition.edges)
-        columns = zip(*(series.counts for series in self.series(definition)), strict=True)
-        return {"edges": edges, "counts": [sum(column) for column in columns] or [0] * (len(edges) + 1)}
+        family = self._family(definition)
+        columns = zip(*(series.counts for series in family.series), strict=True)
+        counts = [sum(column) for column in columns] or [0] * (len(family.edges) + 1)
+        return {"edges": list(family.edges), "counts": counts}
 
-
-def _requests(found: _Found) -> dict[str, int]:
-    by_code = found.by(families.REQUESTS, "code")
-    return {
-        "total": int(sum(by_code.values())),
-        "client_errors": int(sum(count for code, count in by_code.items() if code.startswith("4"))),
-        "server_errors": int(sum(count for code, count in by_code.items() if code.startswith("5"))),
-    }
+    def _family(self, definition: Definition) -> Family:
+        return self._families.get(definition.name) or Family(definition.name, [], definition.edges)
 
 
 def _upstreams(found: _Found) -> list[dict[str, Any]]:
-    """Every upstream that has a breaker. An attempt that the upstream didn't answer with 2xx to 4xx but 429 is an error."""
+    """Every upstream that has a breaker."""
     requests = found.by(families.UPSTREAM_REQUESTS, "upstream")
+    errors = found.by(families.UPSTREAM_REQUESTS, "upstream", lambda labels: _is_error(labels[1]))
     breakers = found.by(families.BREAKER_OPEN, "upstream")
-    errors: dict[str, int] = defaultdict(int)
-    for series in found.series(families.UPSTREAM_REQUESTS):
-        name, code = series.labels
-        if code != "cancelled" and (code == "429" or code[0] not in "234"):
-            errors[name] += int(series.value)
     return [
-        {"name": name, "requests": int(requests[name]), "errors": errors[name], "breaker_open": breakers[name] > 0}
+        {"name": name, "requests": requests[name], "errors": errors[name], "breaker_open": breakers[name] > 0}
         for name in sorted(breakers)
     ]
 
 
+def _is_error(code: str) -> bool:
+    """Whether an attempt wasn't answered with 2xx to 4xx but 429."""
+    return code != "cancelled" and (code == "429" or code[0] not in "234")
+
+
 def _models(found: _Found) -> list[dict[str, Any]]:
-    requests = found.by(families.REQUESTS, "model")
-    tokens = _total_tokens(found)
+    requests = found.by(families.REQUESTS, "model", lambda labels: labels[1] != families.NONE)
+    tokens = found.by(families.TOKENS, "model", lambda labels: labels[1] in {"prompt", "completion"})  # others: parts
     cost = found.by(families.COST, "model")
-    served = sorted((name for name in requests if name != families.NONE), key=lambda name: (-requests[name], name))
+    served = sorted(requests, key=lambda name: (-requests[name], name))[:TOP_MODELS]
     return [
-        {"model": name, "requests": int(requests[name]), "tokens": tokens[name], "cost_usd": f"{cost[name]:.6f}"}
-        for name in served[:TOP_MODELS]
+        {
+            "model": name,
+            "requests": requests[name],
+            "tokens": tokens[name],
+            "cost_usd": f"{cost[name] / families.COST.per:.6f}",
+        }
+        for name in served
     ]
-
-
-def _total_tokens(found: _Found) -> dict[str, int]:
-    """Prompt and completion alone: the other types are parts of them."""
-    totals: dict[str, int] = defaultdict(int)
-    for series in found.series(families.TOKENS):
-        model, kind = series.labels
-        if kind in {"prompt", "completion"}:
-            totals[model] += int(series.value)
-    return totals
