@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from pathlib import Path
+from functools import partial
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -28,16 +28,15 @@ def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> 
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     request_log = RequestLog(sink, settings.log.level, settings.log.format)
-    journal = Path(settings.redis.journal) if settings.redis.journal is not None else None
     keys = secrets_of(settings).upstreams if secrets is None else secrets
-    worker = Worker(settings, keys, request_log, journal)
+    worker = Worker(settings, keys, request_log, settings.redis.journal)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:
         async with with_redis(settings) as standing:
             worker.settings = standing
             await worker.start()
             yield
-            await worker.drain(0)
+            worker.gateway.shut_down()
             await worker.stop()
 
     app = application(worker)
@@ -52,7 +51,7 @@ def application(worker: Worker) -> web.Application:
     )
     app.router.add_post(CHAT_PATH, worker.serve_chat, expect_handler=_not_yet)
     for method, path, function in ROUTES:
-        app.router.add_route(method, path, _bound(worker, function), expect_handler=_not_yet)
+        app.router.add_route(method, path, partial(_answer, worker, function), expect_handler=_not_yet)
     app.router.add_get(openapi.PATH, openapi.handler())
     return app
 
@@ -85,12 +84,8 @@ async def _not_yet(_request: web.Request) -> None:
     """100 Continue is sent when the body is wanted."""
 
 
-def _bound(
-    worker: Worker, function: Callable[[Api, web.Request], Awaitable[web.Response]]
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """The handler of a worker that may not have started yet."""
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        return await function(worker.api, request)
-
-    return handler
+async def _answer(
+    worker: Worker, function: Callable[[Api, web.Request], Awaitable[web.Response]], request: web.Request
+) -> web.StreamResponse:
+    """Answer with a worker that has started since its routes were laid."""
+    return await function(worker.api, request)

@@ -11,7 +11,7 @@ from meshproxy.app.application import application, strictness
 from meshproxy.app.worker import Worker
 from meshproxy.config import Server, Unfit
 from meshproxy.server.listener import Runner
-from meshproxy.server.sites import site
+from meshproxy.server.sites import ProxiedSite, Site
 from meshproxy.server.tls import load_certificate, server_context
 
 LINGER_S = 0.1  # what a connection that was accepted last gets to send its request
@@ -35,8 +35,10 @@ class DataListener:
         await self._runner.setup()
         server = self._runner.server
         assert server is not None  # noqa: S101 - set up a line above
-        proxies = (lambda: self._worker.chat.trusted_proxies) if self._worker.settings.server.proxy_protocol else None
-        self._site = site(self._sock, server, self._tls, proxies)
+        if self._worker.settings.server.proxy_protocol:
+            self._site: Site = ProxiedSite(self._sock, server, self._tls, lambda: self._worker.chat.trusted_proxies)
+        else:
+            self._site = Site(self._sock, server, self._tls)
         await self._site.start()
 
     def reload(self, server: Server) -> None:

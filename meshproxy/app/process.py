@@ -5,14 +5,12 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import structlog
 import uvloop
 from aiohttp import web
-from msgspec import Struct
 
 from meshproxy.app.load import journal_path, load
 from meshproxy.app.notify import READY, STOPPING, notify
@@ -22,7 +20,6 @@ from meshproxy.app.status import Crew, Panel
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
 from meshproxy.config import Secrets, Settings
-from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import create_admin
 from meshproxy.server.sockets import listen, listen_shared, name_of
 from meshproxy.telemetry import logs
@@ -30,14 +27,6 @@ from meshproxy.telemetry.tasks import Tasks
 from meshproxy.version import VERSION
 
 _log = structlog.get_logger("meshproxy.app")
-
-
-class Running(Struct, frozen=True):
-    """A gateway that is up."""
-
-    ledger: Ledger
-    data_address: str
-    admin_address: str
 
 
 def serve(config_path: str) -> int:
@@ -58,24 +47,22 @@ async def run(
     secrets: Secrets,
     *,
     workers: int = 1,
-    on_ready: Callable[[Running], Awaitable[None]] | None = None,
+    on_ready: Callable[[str, str], None] | None = None,
     reload: Read | None = None,
-    journal: Path | None = None,
+    journal: str | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `on_ready` is told of a lone worker; `reload` reads the configuration again on SIGHUP;
-    `journal` is where settlements wait for Redis (None: in memory). OSError if an address is taken, Unfit if the certificate
-    is no use.
+    """Serve until SIGTERM or SIGINT. `on_ready` is told the addresses of data and admin; `reload` reads the configuration again
+    on SIGHUP; `journal` is where settlements wait for Redis (None: in memory). OSError if an address is taken, Unfit if the
+    certificate is no use.
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     address = settings.server.listen
     data = [listen(address)] if workers == 1 else listen_shared(address, workers)
     admin = listen(settings.server.admin_listen)
-    running_at = name_of(data[0]), name_of(admin)
+    addresses = name_of(data[0]), name_of(admin)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(sink.close)
-        standing = Standing(
-            await stack.enter_async_context(with_redis(settings)), secrets, None if journal is None else str(journal)
-        )
+        standing = Standing(await stack.enter_async_context(with_redis(settings)), secrets, journal)
         crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
         runner = web.AppRunner(create_admin(Panel(crew, workers), secrets.admin_token), access_log=None)
         await runner.setup()
@@ -85,11 +72,11 @@ async def run(
         await web.SockSite(runner, admin).start()
         stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None)
         event = "serving" if workers == 1 else "supervising"
-        _log.info(event, data=running_at[0], admin=running_at[1], workers=workers, version=VERSION)
+        _log.info(event, data=addresses[0], admin=addresses[1], workers=workers, version=VERSION)
         await _first(crew.up, stopped)
         notify(READY)
-        if on_ready is not None and isinstance(crew, Serving):
-            await on_ready(Running(crew.worker.ledger, *running_at))
+        if on_ready is not None:
+            on_ready(*addresses)
         await stopped.wait()
         notify(STOPPING)
     _log.info("stopped")

@@ -4,7 +4,6 @@ import asyncio
 import os
 import socket
 import time
-from pathlib import Path
 
 from meshproxy.app.control import Report
 from meshproxy.app.data_listener import DataListener
@@ -26,8 +25,7 @@ class Serving:
         self.up = asyncio.Event()
         self.fleet = Fleet()
         self._request_log = RequestLog(sink, settings.log.level, settings.log.format)
-        journal = None if standing.journal is None else Path(standing.journal)
-        self.worker = Worker(settings, standing.secrets.upstreams, self._request_log, journal)
+        self.worker = Worker(settings, standing.secrets.upstreams, self._request_log, standing.journal)
         self._listener = DataListener(self.worker, sock)
         self._hurried = asyncio.Event()
         self._started_at = time.time()

@@ -63,7 +63,7 @@ class Worker:
     api: Api
 
     def __init__(
-        self, settings: Settings, secrets: Mapping[str, str], request_log: RequestLog, journal_path: Path | None = None
+        self, settings: Settings, secrets: Mapping[str, str], request_log: RequestLog, journal_path: str | None = None
     ) -> None:
         self.settings = settings
         self._secrets = secrets
@@ -153,14 +153,6 @@ class Worker:
             if name not in unchanged:
                 provider.retire()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Let what is in flight end by itself for so long; then end what is left with an error event, and settle everything."""
-        self.gateway.draining = True
-        deadline = time.monotonic() + timeout_s
-        while self.recorder.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 - an event would cost every request
-            await asyncio.sleep(0.05)
-        self.gateway.shut_down()
-
     async def stop(self) -> None:
         """Settle what is unsettled and close every connection."""
         self.stopping = True
@@ -199,11 +191,11 @@ class Worker:
         """The journal on disk; in memory where there is no place for it and none was asked for."""
         redis = self.settings.redis
         try:
-            return Journal(self._journal_path, redis.journal_max_bytes)
+            return Journal(None if self._journal_path is None else Path(self._journal_path), redis.journal_max_bytes)
         except OSError as error:
             if redis.journal is not None:
                 raise
-            _log.warning("journal_in_memory", path=str(self._journal_path), reason=str(error))
+            _log.warning("journal_in_memory", path=self._journal_path, reason=str(error))
             return Journal(None, redis.journal_max_bytes)
 
     def _on_op(self, op: str, seconds: float, error: str | None) -> None:

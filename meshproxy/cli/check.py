@@ -2,7 +2,7 @@
 
 import argparse
 
-from meshproxy import app
+from meshproxy.app.load import load
 from meshproxy.cli.arguments import make_command
 from meshproxy.cli.output import Output
 
@@ -18,5 +18,5 @@ def check(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy check --config meshproxy.toml && systemctl reload meshproxy
     """
-    settings, _ = app.load(args.config)
+    settings, _ = load(args.config)
     out.told({"ok": True, "upstreams": list(settings.upstreams), "models": list(settings.models)}, "ok")

@@ -1,19 +1,19 @@
 """`meshproxy dev`: everything with nothing. A store, a simulated provider and the gateway over them, seeded, in one process."""
 
 import argparse
-import asyncio
 import contextlib
 import os
 import time
 import uuid
 
-from meshproxy import app, config
+from meshproxy import config
 from meshproxy.app.load import secrets_of
+from meshproxy.app.process import run
 from meshproxy.cli.arguments import make_command, port
 from meshproxy.cli.dev_greeting import greeting
 from meshproxy.cli.dev_settings import dev_settings
 from meshproxy.cli.output import Failed, Misused, Output
-from meshproxy.ledger.connection import Unavailable, connect
+from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
@@ -24,8 +24,6 @@ from meshproxy.upstream.simulator import start
 ACCOUNT = "dev"
 CREDIT_USD = "25.00"
 TEMPLATE = "greeter"
-READY_S = 10.0
-POLL_S = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +55,10 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
         settings = dev_settings(redis_url=store.url, simulator_url=simulator.base_url, port=args.port, env=os.environ)
         secret = await seed(settings.redis)
 
-        async def on_ready(running: app.Running) -> None:
-            await until_admitting(running.ledger)
+        def on_ready(data_address: str, admin_address: str) -> None:
             place = {
-                "base_url": f"http://{running.data_address}/v1",
-                "admin_url": f"http://{running.admin_address}/",
+                "base_url": f"http://{data_address}/v1",
+                "admin_url": f"http://{admin_address}/",
                 "redis_url": store.url,
                 "key": secret,
                 "account": ACCOUNT,
@@ -73,20 +70,9 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
             out.told(place, greeting(place))
 
         try:
-            await app.run(settings, secrets_of(settings), on_ready=on_ready)
+            await run(settings, secrets_of(settings), on_ready=on_ready)
         except OSError as error:
             raise Failed("cannot_listen", f"{settings.server.listen}: {error.strerror or error}") from error
-
-
-async def until_admitting(ledger: Ledger) -> None:
-    """Wait until the gateway has its link to the store, which it dials in the background."""
-    until = time.monotonic() + READY_S
-    while time.monotonic() < until:
-        with contextlib.suppress(Unavailable):
-            await ledger.balance(ACCOUNT)
-            return
-        await asyncio.sleep(POLL_S)
-    raise Failed("ledger_unavailable", "the gateway got no link to its store")
 
 
 async def seed(redis: config.Redis) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from meshproxy import app
+from meshproxy.app import process
 from meshproxy.cli.arguments import make_command
 from meshproxy.cli.output import Output
 
@@ -19,4 +19,4 @@ def serve(args: argparse.Namespace, _out: Output) -> int:
     kill -HUP PID       read the configuration again; a bad one changes nothing
     kill -TERM PID      finish the running streams, settle, and exit 0
     """
-    return app.serve(args.config)
+    return process.serve(args.config)

@@ -6,7 +6,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.server.proxy_protocol import NotProxied, read_source
@@ -20,47 +20,28 @@ ACCEPT_PAUSE_S = 0.1  # after accept() failed, as it does when file descriptors 
 MakeProtocol = Callable[..., asyncio.Protocol]  # may be given the source that the PROXY header told
 
 
-class Site(Protocol):
-    """One listening socket at work."""
-
-    async def start(self) -> None:
-        """Accept connections."""
-
-    async def stop(self) -> None:
-        """Accept no more, and close the socket. What was accepted goes on."""
-
-
-def site(
-    sock: socket.socket, make: MakeProtocol, tls: ssl.SSLContext | None, proxies: Callable[[], TrustedProxies] | None
-) -> Site:
-    """The site of a socket. `proxies`: whose PROXY headers are believed (as of now); None if connections have none."""
-    return DirectSite(sock, make, tls) if proxies is None else ProxiedSite(sock, make, tls, proxies)
-
-
-class DirectSite:
-    """Clients, or balancers that speak HTTP alone."""
+class Site:
+    """One listening socket at work, whose connections go straight to the server."""
 
     def __init__(self, sock: socket.socket, make: MakeProtocol, tls: ssl.SSLContext | None) -> None:
         self._sock = sock
         self._make = make
-        self._tls = tls
-        self._server: asyncio.Server | None = None
+        self._tls: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_S if tls is not None else None}
 
     async def start(self) -> None:
-        """See Site."""
-        handshake_s = HANDSHAKE_S if self._tls is not None else None
-        self._server = await asyncio.get_running_loop().create_server(
-            self._make, sock=self._sock, ssl=self._tls, ssl_handshake_timeout=handshake_s, backlog=BACKLOG
-        )
+        """Accept connections."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._make, sock=self._sock, backlog=BACKLOG, **self._tls)
 
     async def stop(self) -> None:
-        """See Site."""
-        if self._server is not None:
-            self._server.close()
+        """Accept no more, and close the socket. What was accepted goes on."""
+        self._server.close()
 
 
-class ProxiedSite:
-    """Balancers that send a PROXY header first, ahead of TLS too. Others are hung up on."""
+class ProxiedSite(Site):
+    """One for balancers that send a PROXY header first, ahead of TLS too. Others are hung up on. `proxies`: whose headers are
+    believed (as of now).
+    """
 
     def __init__(
         self,
@@ -69,24 +50,19 @@ class ProxiedSite:
         tls: ssl.SSLContext | None,
         proxies: Callable[[], TrustedProxies],
     ) -> None:
-        self._sock = sock
-        self._make = make
-        self._tls = tls
+        super().__init__(sock, make, tls)
         self._proxies = proxies
-        self._accepting: asyncio.Task[None] | None = None
         self._arriving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """See Site."""
+        """Accept connections."""
         self._sock.setblocking(False)  # noqa: FBT003 - its only argument
         self._accepting = asyncio.create_task(self._accept(), name="accept")
 
     async def stop(self) -> None:
-        """See Site."""
-        if self._accepting is not None:
-            self._accepting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._accepting
+        """Accept no more, and close the socket."""
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
         self._sock.close()
 
     async def _accept(self) -> None:
@@ -108,18 +84,12 @@ class ProxiedSite:
     async def _arrive(self, connection: socket.socket) -> None:
         """Read the header, and hand the connection over. Whatever fails here is the other side's doing: hang up."""
         loop = asyncio.get_running_loop()
-        handshake_s = HANDSHAKE_S if self._tls is not None else None
-        try:
+        with contextlib.suppress(NotProxied, OSError), contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
             async with asyncio.timeout(PROXY_HEADER_S):
                 source = await read_source(partial(_receive_exactly, loop, connection))
-            await loop.connect_accepted_socket(
-                partial(self._make, source), connection, ssl=self._tls, ssl_handshake_timeout=handshake_s
-            )
-        except (NotProxied, OSError, TimeoutError):
-            connection.close()
-        except BaseException:
-            connection.close()
-            raise
+            await loop.connect_accepted_socket(partial(self._make, source), connection, **self._tls)
+            stack.pop_all()
 
 
 async def _receive_exactly(loop: asyncio.AbstractEventLoop, connection: socket.socket, size: int) -> bytes:

@@ -1,10 +1,9 @@
 """Sockets to listen on: TCP, shared by workers through SO_REUSEPORT, and unix."""
 
-import errno
 import os
 import socket
-import stat
 from pathlib import Path
+from typing import Any
 
 from meshproxy.config import split_address
 
@@ -17,21 +16,13 @@ def listen(address: str, *, shared: bool = False) -> socket.socket:
 
     Raises OSError if the address is taken. A socket file that nobody listens at is replaced.
     """
-    if address.startswith(UNIX_PREFIX):
-        return _unix(Path(address.removeprefix(UNIX_PREFIX)))
-    host, port = split_address(address)
-    family, _, _, _, name = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    family, name = _resolved(address)
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(name)
-        sock.listen(BACKLOG)
-        sock.setblocking(False)  # noqa: FBT003 - its only argument
-    except OSError:
-        sock.close()
-        raise
+        sock = socket.create_server(name, family=family, backlog=BACKLOG, reuse_port=shared, dualstack_ipv6=both)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), address) from error
+    sock.setblocking(False)  # noqa: FBT003 - its only argument
     return sock
 
 
@@ -41,9 +32,7 @@ def listen_shared(address: str, count: int) -> list[socket.socket]:
         return [listen(address)] * count
     listen(address).close()  # SO_REUSEPORT alone would let us share the port with a stranger of the same user
     first = listen(address, shared=True)
-    bound = "[{}]:{}" if first.family == socket.AF_INET6 else "{}:{}"
-    address = bound.format(*first.getsockname()[:2])
-    return [first, *(listen(address, shared=True) for _ in range(count - 1))]
+    return [first, *(listen(name_of(first), shared=True) for _ in range(count - 1))]
 
 
 def name_of(sock: socket.socket) -> str:
@@ -54,24 +43,20 @@ def name_of(sock: socket.socket) -> str:
     return f"{UNIX_PREFIX}{name}"
 
 
-def _unix(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        _remove_stale(path)
-        sock.bind(str(path))
-        sock.listen(BACKLOG)
-        sock.setblocking(False)  # noqa: FBT003 - its only argument
-    except OSError:
-        sock.close()
-        raise
-    return sock
+def _resolved(address: str) -> tuple[socket.AddressFamily, Any]:
+    """The family of an address, and its name as sockets know it."""
+    if address.startswith(UNIX_PREFIX):
+        path = address.removeprefix(UNIX_PREFIX)
+        _remove_stale(Path(path))
+        return socket.AF_UNIX, path
+    host, port = split_address(address)
+    family, _, _, _, name = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return family, name
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket file that a dead process left; OSError if someone still listens there."""
-    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(str(path)) == 0:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), str(path))
-    path.unlink()
+    """Remove a socket file that a dead process left. One that somebody listens at stays, and is in the way."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) != 0:
+                path.unlink()

@@ -324,7 +324,7 @@ async def test_shutdown_tells_the_streams_that_are_left(mesh):
     caller = await mesh.key()
     task = asyncio.create_task(mesh.stream(caller, model="sim/slow"))
     await mesh.until(lambda: any(relay.scanner.events for relay in mesh.worker.live.relays))
-    await mesh.worker.drain(0)
+    mesh.worker.gateway.shut_down()
     answer = await task
     assert "overloaded" == answer.events[-1]["error"]["code"]
     assert "shutdown" == (await mesh.settlement(caller))["outcome"]
