@@ -139,13 +139,22 @@ def haproxy(behind: Upstreams, directory: Path) -> Iterator[Proxy]:
         yield Proxy("haproxy", process, ports[0], ports[1])
 
 
-@contextmanager
-def naive(behind: Upstreams, _directory: Path) -> Iterator[Proxy]:
+def naive(behind: Upstreams, _directory: Path) -> AbstractContextManager[Proxy]:
     """See naive.py."""
+    return _of_ours("naive", "naive aiohttp", behind)
+
+
+def pipe(behind: Upstreams, _directory: Path) -> AbstractContextManager[Proxy]:
+    """See pipe.py."""
+    return _of_ours("pipe", "bare uvloop pipe", behind)
+
+
+@contextmanager
+def _of_ours(module: str, name: str, behind: Upstreams) -> Iterator[Proxy]:
     ports = free_ports(2)
     pairs = [str(port) for pair in zip(ports, (behind.unary, behind.streams), strict=True) for port in pair]
-    with Process([sys.executable, "-m", "benchmarks.naive", *pairs], PROXY_CORE, ports) as process:
-        yield Proxy("naive aiohttp", process, ports[0], ports[1])
+    with Process([sys.executable, "-m", f"benchmarks.{module}", *pairs], PROXY_CORE, ports) as process:
+        yield Proxy(name, process, ports[0], ports[1])
 
 
 @contextmanager
@@ -259,7 +268,7 @@ def program(name: str) -> str:
 
 def available(only: Sequence[str] | None = None) -> list[Start]:
     """What can be started here, or those of it that are named. nginx comes first: the others are compared with it."""
-    found: list[Start] = [nginx, haproxy, meshproxy, naive]
+    found: list[Start] = [nginx, haproxy, meshproxy, naive, pipe]
     if Path(program("litellm")).is_absolute():
         found.append(litellm)
     return [start for start in found if only is None or start.__name__ in only]

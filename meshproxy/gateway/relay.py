@@ -38,8 +38,11 @@ class Relay:
         "_downstream",
         "_drained_bytes",
         "_exchange",
+        "_first_at",
+        "_last_at",
         "_lease",
         "_many_choices",
+        "_max_gap_s",
         "_response",
         "_signal",
         "_unlooked_bytes",
@@ -67,6 +70,8 @@ class Relay:
         self._clock = clock
         self._signal: asyncio.Future[None] | None = None
         self._written_at = clock()
+        self._first_at = self._last_at = 0.0  # of events; 0.0: none yet
+        self._max_gap_s = 0.0
         self._drained_bytes = 0
         self._unlooked_bytes = 0
         self._withheld: bytes | None = None
@@ -88,6 +93,9 @@ class Relay:
                     await self._signal
         finally:
             self._response.close()
+            exchange = self._exchange
+            exchange.first_event_at, exchange.last_event_at = self._first_at, self._last_at
+            exchange.max_gap_s = self._max_gap_s
 
     def data(self, payload: bytes, frame: bytes | None) -> None:
         """Body bytes from upstream; see `upstream.response.Sink`."""
@@ -110,12 +118,10 @@ class Relay:
             self._say_done()
         elif scanner.error is not None:
             self._stop_by_provider()
-        elif self._exchange.detached and self._is_too_much_to_drain(payload):
-            self._response.close()
-            self._finish()
-        elif is_spent or (self._unlooked_bytes >= LOOK_BYTES and self._is_congested()):
-            self._response.pause()
-            self._wake()
+        elif is_spent:
+            self._wait()
+        elif self._unlooked_bytes >= LOOK_BYTES:
+            self._look_at_client()
 
     def end(self) -> None:
         """The upstream's body is complete, which is a good end only if its last event said so."""
@@ -186,8 +192,7 @@ class Relay:
         read brought, for the reading stops.
         """
         self._withheld = (self._withheld or b"") + events
-        self._response.pause()
-        self._wake()
+        self._wait()
 
     def _let_go(self) -> None:
         """There is credit for what was withheld: do all that was put off."""
@@ -210,15 +215,22 @@ class Relay:
             self.outcome = "completed"
             self._downstream.write(DONE)
 
-    def _is_too_much_to_drain(self, payload: bytes) -> bool:
-        """Whether the client has gone and what is read for its usage alone has become too much."""
-        self._drained_bytes += len(payload)
-        return self._drained_bytes > MAX_DRAINED_BYTES
+    def _look_at_client(self) -> None:
+        """Wait for one that doesn't keep up; of one that has gone, read its usage, unless that takes too much."""
+        looked_bytes, self._unlooked_bytes = self._unlooked_bytes, 0
+        if not self._exchange.detached:
+            if self._downstream.congested():
+                self._wait()
+            return
+        self._drained_bytes += looked_bytes
+        if self._drained_bytes > MAX_DRAINED_BYTES:
+            self._response.close()
+            self._finish()
 
-    def _is_congested(self) -> bool:
-        """Whether the client doesn't keep up; it is looked at once in a while."""
-        self._unlooked_bytes = 0
-        return self._downstream.congested()
+    def _wait(self) -> None:
+        """Read on when there is credit, or room."""
+        self._response.pause()
+        self._wake()
 
     def _stop_by_provider(self) -> None:
         problem = upstream_error(
@@ -227,15 +239,14 @@ class Relay:
         self.stop(problem)
 
     def _timed(self, arrived_at: float) -> None:
-        exchange = self._exchange
-        if exchange.first_event_at:
-            gap_s = arrived_at - exchange.last_event_at
-            if gap_s > exchange.max_gap_s:  # noqa: PLR1730 - max() costs as much as all else here
-                exchange.max_gap_s = gap_s
+        if self._first_at:
+            gap_s = arrived_at - self._last_at
+            if gap_s > self._max_gap_s:  # noqa: PLR1730 - max() costs as much as all else here
+                self._max_gap_s = gap_s
         else:
-            exchange.first_event_at = arrived_at
-            exchange.overhead_s += self._clock() - arrived_at
-        exchange.last_event_at = self._written_at = arrived_at
+            self._first_at = arrived_at
+            self._exchange.overhead_s += self._clock() - arrived_at
+        self._last_at = self._written_at = arrived_at
 
     def _finish(self) -> None:
         self.ended = True

@@ -31,10 +31,11 @@ class Body:
     of the connection ends it.
     """
 
-    done = False
-    surplus = False
-    whole = False
+    __slots__ = ("done", "surplus", "whole")
     until_eof = False
+
+    def __init__(self) -> None:
+        self.done = self.surplus = self.whole = False
 
     def decode(self, data: bytes) -> bytes:
         """The payload in `data`, which may be none; UpstreamFault if the framing is broken."""
@@ -44,6 +45,7 @@ class Body:
 class UntilEof(Body):
     """Neither a length nor chunks: the body ends with the connection."""
 
+    __slots__ = ()
     until_eof = True
 
     def decode(self, data: bytes) -> bytes:
@@ -54,7 +56,10 @@ class UntilEof(Body):
 class Sized(Body):
     """A body of `length` bytes."""
 
+    __slots__ = ("_left",)
+
     def __init__(self, length: int) -> None:
+        super().__init__()
         self._left = length
         self.done = length == 0
 
@@ -80,7 +85,10 @@ class _Phase(IntEnum):
 class Chunked(Body):
     """A body in chunks, with extensions and trailers, which are checked and left out."""
 
+    __slots__ = ("_extension_bytes", "_held", "_left", "_phase")
+
     def __init__(self) -> None:
+        super().__init__()
         self._phase = _Phase.SIZE
         self._held = b""  # an unfinished line of the framing
         self._left = 0  # payload bytes that the chunk at hand still lacks

@@ -33,12 +33,34 @@ class Patience(NamedTuple):
 class Connection(asyncio.Protocol):
     """See the charter. `on_idle`: it can be used again. `on_lost`: it is closed, once, whatever the reason."""
 
+    __slots__ = (
+        "_answer",
+        "_body",
+        "_deadline",
+        "_head_reader",
+        "_idle_s",
+        "_keep_alive",
+        "_loop",
+        "_on_idle",
+        "_on_lost",
+        "_patience",
+        "_paused",
+        "_poll",
+        "_response",
+        "_timer",
+        "_transport",
+        "lost",
+        "made",
+        "sink",
+        "usable",
+    )
     sink: Sink
 
     def __init__(
         self, patience: Patience, on_idle: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
     ) -> None:
         self._patience = patience
+        self._idle_s = patience.idle_s
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
@@ -95,7 +117,7 @@ class Connection(asyncio.Protocol):
         """Read on; the provider's silence is counted from now."""
         if self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = False
-            self._deadline = self._loop.time() + self._patience.idle_s
+            self._deadline = self._loop.time() + self._idle_s
             self._transport.resume_reading()
 
     def abort(self, fault: UpstreamFault | None = None) -> None:
@@ -127,7 +149,7 @@ class Connection(asyncio.Protocol):
         if body is None:
             self._receive_head(data)
             return
-        self._deadline = self._loop.time() + self._patience.idle_s
+        self._deadline = self._loop.time() + self._idle_s
         try:
             payload = body.decode(data)
         except UpstreamFault as fault:
@@ -190,7 +212,7 @@ class Connection(asyncio.Protocol):
         self._response = self.sink = response
         self._body = head.body
         self._keep_alive = head.keep_alive
-        self._expect_within(self._patience.idle_s)
+        self._expect_within(self._idle_s)
         answer.set_result(response)
         if rest or head.body.done:
             self.data_received(rest)
@@ -225,7 +247,7 @@ class Connection(asyncio.Protocol):
 
     def _look_at_the_clock(self) -> None:
         if self._paused:
-            self._deadline = self._loop.time() + self._patience.idle_s
+            self._deadline = self._loop.time() + self._idle_s
         if self._loop.time() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._look_at_the_clock)
             return
@@ -233,6 +255,6 @@ class Connection(asyncio.Protocol):
         if self._answer is not None:
             self.abort(faults.silent(self._patience.first_byte_s))
         elif self._body is not None:
-            self.abort(faults.stalled(self._patience.idle_s))
+            self.abort(faults.stalled(self._idle_s))
         else:
             self.abort()  # idle long enough

@@ -6,7 +6,6 @@ for whoever relays writes it after a good end. The format: WHATWG HTML, "Server-
 """
 
 import re
-from collections import deque
 from typing import Any, Final
 
 from msgspec import Raw, Struct
@@ -18,13 +17,13 @@ PING: Final = b": ping\n\n"
 DONE: Final = b"data: [DONE]\n\n"
 
 MAX_EVENT_BYTES: Final = 1_048_576  # an event larger than this is no event of a chat
-MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that what is remembered stays small
-REMEMBERED_EVENTS: Final = 4  # at the end of a stream, where the finish reason is looked for
+MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that the one that is kept stays small
 
 _BOM = b"\xef\xbb\xbf"
 _LF, _CR = b"\n\r"
 _NULL_MEMBER = (b":null", b": null")
-_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"')
+_UNFINISHED = b'"finish_reason":null'  # as OpenAI writes it, and most others
+_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
 
 class _Event(Struct):
@@ -55,10 +54,10 @@ class StreamScanner:
         "_finished",
         "_held",
         "_hide_usage",
-        "_last",
         "_model",
         "_over",
         "_plain",
+        "_sample",
         "done",
         "error",
         "events",
@@ -80,7 +79,7 @@ class StreamScanner:
         self._over = False
         self._envelope = MAX_EVENT_BYTES
         self._finished = False
-        self._last: deque[bytes] = deque(maxlen=REMEMBERED_EVENTS)
+        self._sample = b""  # the first event that isn't large
         self._model: str | None = None
 
     def feed(self, payload: bytes) -> bytes:
@@ -94,7 +93,10 @@ class StreamScanner:
             if size < self._envelope:  # noqa: PLR1730 - min() costs a fifth of the whole call
                 self._envelope = size
             self.tokens += (size - self._envelope) // 4 or 1
-            self._last.append(payload)
+            if self.events == 1:
+                self._sample = payload
+            if payload.rfind(_UNFINISHED) < 0:
+                self._look_for_finish(payload)
             return payload
         return self._scan(payload)
 
@@ -109,14 +111,14 @@ class StreamScanner:
 
     @property
     def complete(self) -> bool:
-        """Whether the stream came to a good end: `[DONE]`, or a finish reason in one of the last events. Ask at the end."""
-        return self.done or self._finished or any(map(_FINISH_REASON.search, self._last))
+        """Whether the stream came to a good end: `[DONE]`, or at least a finish reason. Ask at the end."""
+        return self.done or self._finished
 
     @property
     def reported_model(self) -> str | None:
         """The model that the provider says it used. Decodes an event; ask at the end."""
-        if self._model is None and self._last:
-            members = decode_members(_parse(self._last[-1]).data) or {}
+        if self._model is None and self._sample:
+            members = decode_members(_parse(self._sample).data) or {}
             return decode_text(members.get("model"))
         return self._model
 
@@ -199,10 +201,12 @@ class StreamScanner:
         size = len(event)
         self._envelope = min(self._envelope, size)
         self.tokens += (size - self._envelope) // 4 or 1
-        if size <= MAX_PLAIN_BYTES:
-            self._last.append(event)
-        elif _FINISH_REASON.search(event):
-            self._finished = True
+        if not self._sample and size <= MAX_PLAIN_BYTES:
+            self._sample = event
+        self._look_for_finish(event)
+
+    def _look_for_finish(self, event: bytes) -> None:
+        self._finished = self._finished or _FINISH_REASON.search(event) is not None
 
     def _note_usage(self, members: dict[str, Raw]) -> bool:
         """Note the usage of an event; whether the event has nothing else."""

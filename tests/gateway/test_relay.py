@@ -225,6 +225,8 @@ async def test_times_are_noted(stream):
     for now in (101.0, 101.5, 104.0, 104.1):
         stream.now = now
         stream.says(event("a"))
+    stream.provider.sink.end()
+    await stream.task
     noted = stream.exchange
     assert (101.0, 104.1, 2.5) == (noted.first_event_at, noted.last_event_at, noted.max_gap_s)
 

@@ -269,7 +269,8 @@ class TestTheEnd:
             (HELLO + STOP[:-8], False),
             (HELLO + b"event: x\n" + STOP, True),
             (HELLO + STOP + HELLO * 3, True),
-            (STOP + HELLO * 4, False),
+            (STOP + HELLO * 4, True),
+            (HELLO + STOP.replace(b'":"stop', b'":"'), False),
         ],
     )
     def test_complete(self, stream: bytes, expected: bool):
@@ -286,7 +287,7 @@ class TestTheEnd:
         assert (STOP, b"") == (scanner.finish(), scanner.finish())
 
     def test_the_model_of_a_stream_without_usage(self):
-        assert findings(HELLO + HELLO.replace(b"gpt-4o", b"gpt-4o-mini"))["model"] == "gpt-4o-mini"
+        assert findings(HELLO + HELLO.replace(b"gpt-4o", b"gpt-4o-mini"))["model"] == "gpt-4o"
         assert findings(b"data: x\n\n")["model"] is None
 
 
