@@ -1,7 +1,9 @@
 """Money: integers of nano-USD inside, decimal strings at the edges. No float ever touches an amount."""
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 NUSD_PER_USD = 1_000_000_000
 MAX_NUSD = 9_000_000 * NUSD_PER_USD  # below 2**53, so a Lua number holds any amount exactly
@@ -27,3 +29,10 @@ def format_usd(amount_nusd: int) -> str:
     whole, fraction = divmod(abs(amount_nusd), NUSD_PER_USD)
     digits = f"{fraction:09d}".rstrip("0").ljust(2, "0")
     return f"{'-' if amount_nusd < 0 else ''}{whole}.{digits}"
+
+
+def in_usd(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's fields for people: each amount `X_nusd` is `X_usd`, a decimal string, or None as it was."""
+    amounts = {name: amount for name, amount in fields.items() if name.endswith("_nusd")}
+    told = {name: None if amount is None else format_usd(amount) for name, amount in amounts.items()}
+    return {name.replace("_nusd", "_usd"): told.get(name, value) for name, value in fields.items()}

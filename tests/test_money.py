@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.money import MAX_NUSD, format_usd, parse_usd
+from meshproxy.money import MAX_NUSD, format_usd, in_usd, parse_usd
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,8 @@ def test_any_text_is_an_amount_or_a_value_error(text):
     except ValueError:
         amount = 0
     assert -MAX_NUSD <= amount <= MAX_NUSD
+
+
+def test_a_record_in_usd():
+    fields = {"name": "ci", "total_nusd": 1_500_000_000, "daily_nusd": None, "monthly_nusd": 0}
+    assert {"name": "ci", "total_usd": "1.50", "daily_usd": None, "monthly_usd": "0.00"} == in_usd(fields)

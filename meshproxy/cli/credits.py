@@ -5,7 +5,7 @@ import argparse
 from meshproxy.cli.arguments import add_command, signed_usd
 from meshproxy.cli.books import Books, account, ensure_account, need_account, open_books
 from meshproxy.cli.output import Failed, Misused, Output
-from meshproxy.money import format_usd
+from meshproxy.money import format_usd, in_usd
 
 MAX_NOTE = 512
 
@@ -56,11 +56,5 @@ async def show(args: argparse.Namespace, out: Output) -> None:
 async def credit(books: Books, name: str) -> dict[str, str]:
     """An account's credit in decimal strings of USD: granted = balance + settled, available = balance - held."""
     balance = await books.ledger.balance(name)
-    return {
-        "account": name,
-        "balance_usd": format_usd(balance.balance_nusd),
-        "held_usd": format_usd(balance.held_nusd),
-        "available_usd": format_usd(balance.available_nusd),
-        "granted_usd": format_usd(balance.granted_nusd),
-        "settled_usd": format_usd(balance.settled_nusd),
-    }
+    amounts = ("balance_nusd", "held_nusd", "available_nusd", "granted_nusd", "settled_nusd")
+    return {"account": name, **in_usd({amount: getattr(balance, amount) for amount in amounts})}

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from msgspec.structs import asdict, replace
 
 from meshproxy.cli.arguments import count, usd
-from meshproxy.money import format_usd
+from meshproxy.money import in_usd
 from meshproxy.policy.principal import Account, Budgets, Key, Limits
 
 BUDGETS = ("budget", "budget_daily", "budget_monthly", "session_budget")
@@ -52,21 +52,12 @@ def _with(before: Bounds, **given: int | None) -> Bounds:
     return replace(before, **{name: value for name, value in given.items() if value is not None})
 
 
-def shown_budgets(budgets: Budgets) -> dict[str, str | None]:
-    """Budgets as they are printed: decimal strings of USD."""
-    amounts: dict[str, int | None] = asdict(budgets)
-    return {
-        name.replace("_nusd", "_usd"): None if amount is None else format_usd(amount)
-        for name, amount in amounts.items()
-    }
-
-
 def shown_bounds(key: Key) -> dict[str, Any]:
     """Everything that bounds a key."""
     return {
         "limits": asdict(key.limits),
-        "budgets": shown_budgets(key.budgets),
-        "session_budgets": shown_budgets(key.session),
+        "budgets": in_usd(asdict(key.budgets)),
+        "session_budgets": in_usd(asdict(key.session)),
     }
 
 

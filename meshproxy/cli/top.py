@@ -13,7 +13,7 @@ from meshproxy.cli.arguments import count, make_command
 from meshproxy.cli.books import account, chosen_accounts, open_books
 from meshproxy.cli.output import Output, table
 from meshproxy.cli.usage_tail import Row, Tail
-from meshproxy.money import format_usd
+from meshproxy.money import format_usd, in_usd
 
 COLUMNS = ["account", "model", "requests", "requests_per_minute", "prompt_tokens", "completion_tokens", "cost_usd"]
 CLEAR = "\x1b[H\x1b[2J"  # ECMA-48: cursor home, erase in page
@@ -53,9 +53,7 @@ async def top(args: argparse.Namespace, out: Output) -> None:
 
 def shown(row: Row, minutes: int) -> dict[str, Any]:
     """A row as it is printed."""
-    fields = asdict(row)
-    cost_usd = format_usd(fields.pop("cost_nusd"))
-    return {**fields, "requests_per_minute": round(row.requests / minutes, 1), "cost_usd": cost_usd}
+    return {**in_usd(asdict(row)), "requests_per_minute": round(row.requests / minutes, 1)}
 
 
 def heading(rows: Sequence[Row], minutes: int, left_out: int) -> str:

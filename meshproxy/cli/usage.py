@@ -12,7 +12,7 @@ from meshproxy.cli.arguments import make_command, names, past
 from meshproxy.cli.books import account, chosen_accounts, open_books
 from meshproxy.cli.output import Misused, Output
 from meshproxy.ledger.usage_report import GROUPS, Row, usage
-from meshproxy.money import format_usd
+from meshproxy.money import in_usd
 
 DEFAULT_SPAN_S = 30 * 86_400
 BY = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
@@ -64,5 +64,4 @@ async def report(args: argparse.Namespace, out: Output) -> None:
 def shown(name: str, row: Row, groups: Sequence[str]) -> dict[str, Any]:
     """A row as it is printed."""
     fields = {field: value for field, value in asdict(row).items() if field not in GROUPS or field in groups}
-    cost_usd = format_usd(fields.pop("cost_nusd"))
-    return {"account": name, **fields, "cost_usd": cost_usd}
+    return {"account": name, **in_usd(fields)}

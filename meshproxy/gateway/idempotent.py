@@ -25,6 +25,7 @@ MAX_KEY_CHARS = 255
 POLL_S = 0.05  # how far an attached stream is behind, at most
 TELL_RETRY_S = 0.25
 MAX_TELL_RETRIES = 40  # ten seconds without Redis
+TOO_LARGE = "This request was served, and its answer was too large to be kept for a replay."
 REPLAYED = ("idempotent-replayed", "true")
 
 
@@ -240,38 +241,27 @@ class Idempotence:
         name = call.idempotency_key or ""
         if not 0 < len(name) <= MAX_KEY_CHARS or not name.isprintable():
             raise Fault(Source.CLIENT, invalid(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters."))
-        claiming = self._replays.claim(
-            principal.account.name, principal.key.id, name, body, owner=owner, ttl_ms=running_ttl_ms
-        )
+        account, key_id = principal.account.name, principal.key.id
         try:
-            claim = await claiming
+            claim = await self._replays.claim(account, key_id, name, body, owner=owner, ttl_ms=running_ttl_ms)
         except asyncio.CancelledError:
-            given_up = self._replays.claimed(principal.account.name, principal.key.id, name, owner)
+            given_up = self._replays.claimed(account, key_id, name, owner)
             self._tasks.spawn("idempotency", self._give_up(given_up))
             raise
-        if claim.state == "claimed":
-            return Recording(downstream, claim, self._replays, settings, running_ttl_ms, self._tasks)
-        problem = _objection(claim)
-        if problem is not None:
-            raise Fault(Source.CLIENT, problem)
-        return Replay(claim, self._replays, self._clock)
+        match claim.state:
+            case "claimed":
+                return Recording(downstream, claim, self._replays, settings, running_ttl_ms, self._tasks)
+            case "conflict":
+                raise Fault(Source.CLIENT, idempotency_conflict())
+            case "lost":
+                raise Fault(Source.CLIENT, Problem(409, "idempotency_conflict", TOO_LARGE))
+            case _:
+                return Replay(claim, self._replays, self._clock)
 
     async def _give_up(self, claim: Claim) -> None:
         """Nobody waits for what the claim came to: let the next one have the key. Without Redis, its time to live does that."""
         with contextlib.suppress(Unavailable):
             await self._replays.conclude(claim, "failed", FAILED_TTL_MS)
-
-
-def _objection(claim: Claim) -> Problem | None:
-    if claim.state == "conflict":
-        return idempotency_conflict()
-    if claim.state == "lost":
-        return Problem(
-            409,
-            "idempotency_conflict",
-            "This request was served, and its answer was too large to be kept for a replay.",
-        )
-    return None
 
 
 def _own(headers: Headers, call: Call) -> Headers:

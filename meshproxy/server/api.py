@@ -20,7 +20,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import GROUPS, Row, usage
-from meshproxy.money import format_usd
+from meshproxy.money import format_usd, in_usd
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.body import read_json_body
@@ -95,11 +95,10 @@ class Api:
         """`GET /v1/usage`: the caller's account, grouped as asked."""
         principal = await self._principal(request)
         query = request.query
-        group_by = _groups(query.getall("group_by", []))
+        asked = ",".join(query.getall("group_by", [])).split(",")
+        group_by = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
         since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
-        if since > until:
-            raise Fault(Source.CLIENT, invalid("`since` is after `until`.", param="since"))
         rows = await usage(
             self._store,
             principal.account.name,
@@ -134,12 +133,8 @@ class Api:
                 "held_usd": format_usd(balance.held_nusd),
                 "available_usd": format_usd(balance.available_nusd),
                 "limits": [_limit(bucket) for bucket in balance.buckets],
-                "budgets": _budgets(principal),
-                "spend": {
-                    "day_usd": format_usd(balance.spend.day_nusd),
-                    "month_usd": format_usd(balance.spend.month_nusd),
-                    "total_usd": format_usd(balance.spend.total_nusd),
-                },
+                "budgets": in_usd(asdict(key.budgets)),
+                "spend": in_usd(asdict(balance.spend)),
                 "default_model": key.default_model,
                 "models": key.models,
                 "expires_at": _rfc3339(key.expires_at),
@@ -202,16 +197,6 @@ def _json(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
 
 
-def _groups(values: Sequence[str]) -> list[str]:
-    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
-    unknown = [name for name in names if name not in GROUPS]
-    if unknown:
-        raise Fault(
-            Source.CLIENT, invalid(f"`group_by` takes {', '.join(GROUPS)}; not {unknown[0][:64]!r}.", param="group_by")
-        )
-    return list(dict.fromkeys(names))
-
-
 def _moment(text: str | None, name: str) -> datetime | None:
     """A time of RFC 3339, section 5.6."""
     if text is None:
@@ -227,27 +212,15 @@ def _moment(text: str | None, name: str) -> datetime | None:
 
 
 def _row(row: Row, group_by: Sequence[str]) -> dict[str, Any]:
-    fields = asdict(row)
-    cost_nusd = fields.pop("cost_nusd")
+    fields = in_usd(asdict(row))
     groups = {name: fields.pop(name) for name in GROUPS}
-    return {**{name: groups[name] for name in group_by}, **fields, "cost_usd": format_usd(cost_nusd)}
+    return {**{name: groups[name] for name in group_by}, **fields}
 
 
 def _limit(bucket: BucketState) -> dict[str, Any]:
-    reset = format_reset(bucket.reset_s) if bucket.reset_s is not None else None
-    return {
-        "scope": bucket.scope,
-        "kind": bucket.kind,
-        "limit": bucket.limit,
-        "remaining": bucket.remaining,
-        "reset": reset,
-    }
-
-
-def _budgets(principal: Principal) -> dict[str, str | None]:
-    budgets = principal.key.budgets
-    amounts = {"total": budgets.total_nusd, "daily": budgets.daily_nusd, "monthly": budgets.monthly_nusd}
-    return {f"{name}_usd": None if amount is None else format_usd(amount) for name, amount in amounts.items()}
+    fields = asdict(bucket)
+    reset = format_reset(fields.pop("reset_s"))
+    return {**fields, "reset": reset}
 
 
 def _rfc3339(seconds: float | None) -> str | None:

@@ -131,7 +131,7 @@ class Limit(Struct):
     kind: str
     limit: int
     remaining: int
-    reset: str | None
+    reset: str
 
 
 class Budgets(Struct):

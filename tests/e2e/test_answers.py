@@ -414,6 +414,7 @@ class TestAccounts:
         assert {("key", "requests", 600), ("key", "tokens", 1_000_000)} == {
             (limit["scope"], limit["kind"], limit["limit"]) for limit in told["limits"]
         }
+        assert {"scope", "kind", "limit", "remaining", "reset"} == told["limits"][0].keys()
         running.cancel()
         await mesh.quiet()
 
