@@ -24,7 +24,7 @@ from meshproxy.config import Settings
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.records import Balance
-from meshproxy.ledger.usage_report import recent
+from meshproxy.ledger.store import Store
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Key, Principal
 from meshproxy.server.listener import Runner
@@ -111,6 +111,13 @@ class Answer:
         """What the model said in a stream."""
         chunks = [event for event in self.events if event != "[DONE]" and event.get("choices")]
         return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+
+
+async def usage_events(store: Store, account: str) -> list[dict[str, str]]:
+    """An account's usage stream, oldest first."""
+    entries = await store.execute("XRANGE", AccountKeys(account).usage, "-", "+")
+    events = [[word.decode() for word in flat] for _, flat in entries]
+    return [dict(zip(words[::2], words[1::2], strict=True)) for words in events]
 
 
 class Lines:
@@ -231,7 +238,7 @@ class Mesh:
     async def settlements(self, caller: Caller) -> list[dict[str, str]]:
         """The settled events of an account, oldest first."""
         await self.quiet()
-        events = await recent(self.worker.store, caller.account, 1000)
+        events = await usage_events(self.worker.store, caller.account)
         return [event for event in events if event["event"] == "settled"]
 
     async def settlement(self, caller: Caller) -> dict[str, str]:

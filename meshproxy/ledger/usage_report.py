@@ -1,4 +1,4 @@
-"""What was used: the hourly aggregates that settlements add to, summed and grouped; and the newest events of a stream.
+"""What was used: the hourly aggregates that settlements add to, summed and grouped.
 
 An aggregate is a hash for each account and hour (UTC, by when a request started), whose fields are
 `KEY US MODEL US SESSION US METRIC` (US: the byte 0x1f). A session of `~` holds what came after the hour had too many
@@ -20,7 +20,6 @@ MAX_SPAN = timedelta(days=92)
 MAX_FIELDS = 1_000_000  # that one report adds up
 BATCH_FIELDS = 50_000  # that are read in one go, if they are of several hours
 SLICE = 500  # fields added up before others get their turn, about a millisecond
-MAX_RECENT = 10_000
 
 _METRICS = {
     "requests": "requests",
@@ -86,12 +85,6 @@ async def usage(
     return sorted(rows.values(), key=_order)
 
 
-async def recent(store: Store, account: str, count: int) -> list[dict[str, str]]:
-    """The newest `count` events of an account's usage stream, oldest first, each with its `id`."""
-    entries = await store.execute("XREVRANGE", AccountKeys(account).usage, "+", "-", "COUNT", min(count, MAX_RECENT))
-    return [{"id": name.decode(), **_fields(flat)} for name, flat in reversed(entries)]
-
-
 async def _add(
     rows: dict[Group, Row],
     day: str,
@@ -150,10 +143,6 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 def _order(row: Row) -> tuple[str, ...]:
     return (row.day or "", row.session_id or "", row.model or "", row.key or "")
-
-
-def _fields(flat: list[bytes]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
 
 
 def _invalid(message: str, param: str) -> Fault:

@@ -23,11 +23,10 @@ from meshproxy.config import Redis
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.usage_report import recent
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
 from meshproxy.upstream.simulator import Running, SimulatorSettings, start
-from tests.conftest import Caller
+from tests.conftest import Caller, usage_events
 
 PATIENCE_S = 20.0  # for what should take a second
 ROOT = Path(__file__).parents[2]
@@ -274,7 +273,7 @@ class Site:
         """The settled events of an account, once there are so many; nothing is held then."""
 
         async def events() -> list[dict[str, str]] | None:
-            found = [event for event in await recent(self.store, caller.account, 10_000) if event["event"] == "settled"]
+            found = [event for event in await usage_events(self.store, caller.account) if event["event"] == "settled"]
             return found if len(found) >= count else None
 
         found = await until(events, f"{count} settlements")

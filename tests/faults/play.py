@@ -4,7 +4,7 @@ import asyncio
 import json
 
 from meshproxy.ledger.keyspace import AccountKeys
-from meshproxy.ledger.usage_report import recent
+from tests.conftest import usage_events
 from tests.faults.conftest import PATIENCE_S, SHORT_S
 from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING, length_in
 from tests.faults.table import GENTLE, Outcome
@@ -81,7 +81,7 @@ async def balanced(stage):
 
 async def events_of(stage):
     """What became of holds, oldest first."""
-    events = await recent(stage.mesh.worker.store, stage.caller.account, 1000)
+    events = await usage_events(stage.mesh.worker.store, stage.caller.account)
     return [event for event in events if event["event"] != "grant"]
 
 

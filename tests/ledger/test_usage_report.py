@@ -9,7 +9,7 @@ from meshproxy.errors import Fault
 from meshproxy.ledger import usage_report
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.records import Settlement
-from meshproxy.ledger.usage_report import GROUPS, Row, recent, usage
+from meshproxy.ledger.usage_report import GROUPS, Row, usage
 from meshproxy.wire.usage import Usage
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -146,14 +146,3 @@ async def test_many_hours_are_read_in_several_goes(store, ledger, monkeypatch):
     for hours in range(5):
         await settle(ledger, at=NOON - timedelta(hours=hours))
     assert [row.requests for row in await usage(store, "acme", **DAY)] == [5]
-
-
-async def test_the_newest_events(store, ledger):
-    for model in ("a", "b", "c"):
-        await settle(ledger, model=model)
-    events = await recent(store, "acme", 2)
-    assert [(event["event"], event["model"], event["cost_nusd"]) for event in events] == [
-        ("settled", "b", "700"),
-        ("settled", "c", "700"),
-    ]
-    assert events[0]["id"] < events[1]["id"]

@@ -15,8 +15,7 @@ from meshproxy.errors import UpstreamFault, upstream_error
 from meshproxy.gateway.call import Call
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.store import StoreError, Unavailable
-from meshproxy.ledger.usage_report import recent
-from tests.conftest import HELLO, model
+from tests.conftest import HELLO, model, usage_events
 from tests.money.conftest import figure
 
 MAX_WAITS = 200
@@ -152,7 +151,7 @@ async def check(mesh, caller, client, reply, asked):
     """The books of one request."""
     worker = mesh.worker
     balance = await worker.ledger.balance(caller.account)
-    events = await recent(worker.store, caller.account, 100)
+    events = await usage_events(worker.store, caller.account)
     settled = [event for event in events if event["event"] == "settled"]
     assert 0 == balance.held_nusd
     assert balance.granted_nusd == balance.balance_nusd + balance.settled_nusd
