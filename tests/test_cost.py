@@ -31,7 +31,7 @@ from meshproxy.server.listener import Runner
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.sink import LineSink
 
-REQUEST_BUDGET = 715
+REQUEST_BUDGET = 560
 EVENT_BUDGET = 25  # of an event that comes alone
 CROWDED_EVENT_BUDGET = 20  # of one among CROWD that come in one read
 
@@ -53,7 +53,7 @@ def chunk(payload):
 
 
 EVENT = chunk(
-    b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":" word"}}]}\n\n'
+    b'data: {"id":"c","object":"chunk","choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
 )
 END = (
     chunk(b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":300}}\n\n')

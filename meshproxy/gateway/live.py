@@ -34,7 +34,7 @@ class Live:
             await asyncio.sleep(min(PULSE_S, heartbeat_s / 4, hold_ttl_s / 4))
             now = self._clock()
             for relay in tuple(self.relays):
-                relay.ping_if_silent(now, heartbeat_s)
+                relay.look_after(now, heartbeat_s)
             if now - kept_at >= hold_ttl_s / 3:
                 kept_at = now
                 await self._keep_holds()

@@ -18,6 +18,7 @@ from meshproxy.wire.replies import error_event
 from meshproxy.wire.sse import DONE, PING, StreamScanner
 
 MAX_DRAINED_BYTES = 8_388_608  # read on after the client has gone, to learn what it used
+LAST_BYTE_S = 2.0  # that the end of a body gets behind its [DONE]: then its connection is given up
 LOOK_BYTES = 16_384  # relayed between two looks at how much waits for the client
 OUTCOMES = {
     "insufficient_credits": "insufficient_credits",
@@ -181,9 +182,16 @@ class Relay:
         self.outcome = "shutdown"
         self.stop(problem)
 
-    def ping_if_silent(self, now: float, heartbeat_s: float) -> None:
-        """Keep middleboxes from closing a stream whose upstream is silent."""
-        if not self.ended and now - self._written_at >= heartbeat_s and not self._downstream.congested():
+    def look_after(self, now: float, heartbeat_s: float) -> None:
+        """Keep middleboxes from closing a stream whose upstream is silent. One that has said all isn't waited for."""
+        silent_s = now - self._written_at
+        if self.ended:
+            return
+        if self.outcome == "completed":
+            if silent_s >= LAST_BYTE_S:
+                self._response.close()
+                self._finish()
+        elif silent_s >= heartbeat_s and not self._downstream.congested():
             self._downstream.write(PING)
             self._written_at = now
 
@@ -214,6 +222,7 @@ class Relay:
         if self.outcome != "completed":
             self.outcome = "completed"
             self._downstream.write(DONE)
+            self._written_at = self._clock()
 
     def _look_at_client(self) -> None:
         """Wait for one that doesn't keep up; of one that has gone, read its usage, unless that takes too much."""

@@ -20,7 +20,7 @@ class Looked:
         if self._error is not None:
             raise self._error
 
-    def ping_if_silent(self, now, heartbeat_s):
+    def look_after(self, now, heartbeat_s):
         assert 0.004 == heartbeat_s
         self.pinged.set()
 
