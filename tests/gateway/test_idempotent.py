@@ -16,6 +16,7 @@ from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Account, Key, Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.sse import PING
+from tests.gateway import parts
 
 PRINCIPAL = Principal(Key("k1", "acme", 0.0), Account("acme"))
 HEADERS = [("x-request-id", "r1"), ("content-type", "text/event-stream")]
@@ -48,28 +49,13 @@ class Flaky(Store):
         await self._store.close()
 
 
-class Client:
-    """A `Downstream` that keeps what it gets."""
+class Client(parts.Client):
+    """One that is sent a stream from its head on."""
 
-    def __init__(self):
-        self.headers = None
-        self.body = b""
-        self.is_over = False
+    headers = None
 
     def begin(self, headers):
         self.headers = headers
-
-    def write(self, payload, frame=None):
-        self.body += payload
-
-    def finish(self):
-        self.is_over = True
-
-    def congested(self):
-        return False
-
-    async def drained(self):
-        raise AssertionError("it is never congested")
 
 
 class House:
@@ -154,9 +140,9 @@ async def test_a_stream_is_replayed_byte_by_byte_but_for_its_pings(house):
     await house.tasks.finish(5)
     client = Client()
     assert await house.play(await house.enter("h2"), client) is None
-    assert (b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n", True) == (client.body, client.is_over)
+    assert (b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n", True) == (client.text, client.finished)
     assert ("idempotent-replayed", "true") in client.headers
-    assert b": ping" in house.client.body
+    assert b": ping" in house.client.text
 
 
 async def test_one_that_is_attached_gets_what_comes(house):
@@ -166,11 +152,11 @@ async def test_one_that_is_attached_gets_what_comes(house):
     recording.begin(HEADERS)
     for number in range(5):
         recording.write(b"data: %d\n\n" % number)
-        while not client.body.endswith(b"data: %d\n\n" % number):
+        while not client.text.endswith(b"data: %d\n\n" % number):
             await asyncio.sleep(0)
     recording.conclude(complete=True)
     await asyncio.wait_for(playing, 5)
-    assert (house.client.body, True) == (client.body, client.is_over)
+    assert (house.client.text, True) == (client.text, client.finished)
 
 
 async def test_a_silent_stream_is_kept_open(house):
@@ -181,7 +167,7 @@ async def test_a_silent_stream_is_kept_open(house):
     while client.headers is None:
         await asyncio.sleep(0)
     house.now = 16.0
-    while PING not in client.body:
+    while PING not in client.text:
         await asyncio.sleep(0)
     recording.conclude(complete=True)
     await asyncio.wait_for(playing, 5)
@@ -202,12 +188,12 @@ async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
     playing = asyncio.create_task(house.play(await house.enter("h2"), client))
     recording.begin(HEADERS)
     recording.write(b"data: 1\n\n")
-    while not client.body:
+    while not client.text:
         await asyncio.sleep(0)
     recording.conclude(complete=False)
     await asyncio.wait_for(playing, 5)
-    assert b'"code":"upstream_error"' in client.body
-    assert (True, True) == (client.is_over, b"[DONE]" not in client.body)
+    assert b'"code":"upstream_error"' in client.text
+    assert (True, True) == (client.finished, b"[DONE]" not in client.text)
 
 
 async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
@@ -218,7 +204,7 @@ async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
     await house.tasks.finish(5)
     with pytest.raises(Fault) as caught:
         await house.enter("h2")
-    assert (409, 1200) == (caught.value.problem.status, len(house.client.body))
+    assert (409, 1200) == (caught.value.problem.status, len(house.client.text))
     recording.conclude(complete=True)
     await house.tasks.finish(5)
     with pytest.raises(Fault):
@@ -264,7 +250,7 @@ async def test_an_answer_with_a_hole_in_it_is_never_replayed(house, loss):
     with pytest.raises(Fault) as caught:
         await house.enter("h2")
     assert 409 == caught.value.problem.status
-    assert b"data: 1\n\ndata: 2\n\n" == house.client.body
+    assert b"data: 1\n\ndata: 2\n\n" == house.client.text
 
 
 async def test_the_end_is_told_when_redis_is_back(house):

@@ -73,6 +73,14 @@ def binary(name: str) -> str | None:
     return str(_binary.get_binary_path()) if name == "valkey" else shutil.which("redis-server")
 
 
+def spawn(stack: ExitStack, path: str, *args: object, **options: Any) -> subprocess.Popen[bytes]:
+    """A server's program, killed at the end."""
+    process = subprocess.Popen([path, *map(str, args)], stdout=subprocess.DEVNULL, **options)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
 class FakeStore(Store):
     """fakeredis: another's idea of what Redis does. Each command is a task."""
 
@@ -122,10 +130,8 @@ class Servers:
             pytest.skip(f"no program of {name} here")
         home = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ledger-"))
         address = f"{home}/socket"
-        command = [path, "--port", "0", "--unixsocket", address, "--save", "", "--appendonly", "no", "--dir", home]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        self._stack.callback(process.wait)
-        self._stack.callback(process.terminate)
+        args = ("--port", 0, "--unixsocket", address, "--save", "", "--appendonly", "no", "--dir", home)
+        spawn(self._stack, path, *args)
         wait_until_it_listens(address)
         return f"unix://{address}"
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import subprocess
 from contextlib import ExitStack
 
 import pytest
@@ -14,38 +13,25 @@ from meshproxy.ledger.address import Endpoint
 from meshproxy.ledger.cluster import key_of, key_slot
 from meshproxy.ledger.connection import Unavailable, connect
 from meshproxy.ledger.directory import Directory
-from meshproxy.ledger.embedded import Embedded, get_binary_path
+from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Admitted, Ask, Settlement
 from meshproxy.policy.template import Template
 from meshproxy.wire.usage import Usage
-from tests.ledger.conftest import eventually, free_ports, until
+from tests.ledger.conftest import binary, eventually, free_ports, spawn, until
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))
 pytestmark = pytest.mark.xdist_group("cluster")
 
 
 class Node:
-    def __init__(self, home, port, bus_port):
-        self.home, self.port, self.bus_port = home, port, bus_port
-        self.admin = redis.Redis(port=port)
-        self.process = None
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [
-                get_binary_path(),
-                *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home), "--save", ""),
-                *("--cluster-enabled", "yes", "--cluster-port", str(self.bus_port), "--cluster-node-timeout", "1000"),
-                *("--cluster-require-full-coverage", "no"),
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-
-    def stop(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.admin.close()
+    def __init__(self, stack, home, port, bus_port):
+        self.port, self.bus_port = port, bus_port
+        self.admin = stack.enter_context(redis.Redis(port=port))
+        at = ("--port", port, "--bind", "127.0.0.1", "--dir", home, "--save", "", "--cluster-port", bus_port)
+        cluster = ("--cluster-enabled", "yes", "--cluster-node-timeout", 1000, "--cluster-require-full-coverage", "no")
+        self.start = lambda: spawn(stack, binary("valkey"), *at, *cluster)
+        self.process = self.start()
 
     def knows_all(self):
         info = self.admin.execute_command("CLUSTER", "INFO")
@@ -59,11 +45,8 @@ class Node:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
     ports = free_ports(6)
-    nodes = [Node(tmp_path_factory.mktemp("node"), ports[n], ports[n + 3]) for n in range(3)]
     with ExitStack() as stack:
-        for node in nodes:
-            node.start()
-            stack.callback(node.stop)
+        nodes = [Node(stack, tmp_path_factory.mktemp("node"), ports[n], ports[n + 3]) for n in range(3)]
         for node, slots in zip(nodes, RANGES, strict=True):
             eventually(node.admin.ping)
             node.admin.execute_command("CLUSTER", "ADDSLOTSRANGE", *slots)

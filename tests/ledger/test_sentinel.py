@@ -1,39 +1,32 @@
 """A master that Sentinel names, and the next one after a failover."""
 
 import signal
-import subprocess
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import redis
 
 from meshproxy.config import Redis
 from meshproxy.ledger.connection import Unavailable, connect
-from meshproxy.ledger.embedded import get_binary_path
-from tests.ledger.conftest import eventually, free_ports, until
+from tests.ledger.conftest import binary, eventually, free_ports, spawn, until
 
 pytestmark = pytest.mark.xdist_group("sentinel")
 
 
 @pytest.fixture
 def trio(tmp_path):
-    """Ports of a Sentinel, of the master it watches and of that one's replica; and a way to start a program."""
+    """A Sentinel's port, the master it watches, and the port of that one's replica."""
     sentinel, master, replica = free_ports(3)
     (tmp_path / "sentinel.conf").write_text(
         f"port {sentinel}\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 {master} 1\n"
         "sentinel down-after-milliseconds mymaster 500\nsentinel failover-timeout mymaster 3000\n"
     )
     with ExitStack() as stack:
-
-        def start(*args):
-            process = subprocess.Popen([get_binary_path(), *args], stdout=subprocess.DEVNULL, cwd=tmp_path)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            return process
-
+        start = partial(spawn, stack, binary("valkey"), cwd=tmp_path)
         common = ("--bind", "127.0.0.1", "--save", "", "--repl-diskless-sync-delay", "0")
-        master_process = start("--port", str(master), *common)
-        start("--port", str(replica), "--replicaof", f"127.0.0.1 {master}", *common)
+        master_process = start("--port", master, *common)
+        start("--port", replica, "--replicaof", f"127.0.0.1 {master}", *common)
         admin = stack.enter_context(redis.Redis(port=replica))
         eventually(lambda: admin.info("replication")["master_link_status"] == "up")
         start("sentinel.conf", "--sentinel")

@@ -1,12 +1,11 @@
 """A gateway's spans, as a collector gets them over a socket."""
 
 import asyncio
-import http.server
 import subprocess
 import sys
-import threading
 
 import pytest
+from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
@@ -21,17 +20,17 @@ SAMPLED, UNSAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-01", f"00-{TRACE_ID}-{PARENT_ID
 FAULT = "tracing.endpoint: needs the extra otel (pip install 'meshproxy[otel]')"
 
 
-class Collector(http.server.ThreadingHTTPServer):
-    """Takes OTLP over HTTP. `stuck`: it answers only when the test is over."""
-
-    daemon_threads = True
+class Collector:
+    """Takes OTLP over HTTP, while it isn't `stuck`."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1/traces"
         self.bodies = []
-        self.stuck = False
-        self.asked, self.over = threading.Event(), threading.Event()
+        self.stuck = asyncio.Lock()
+
+    async def take(self, request):
+        async with self.stuck:
+            self.bodies.append(await request.read())
+        return web.Response()
 
     @property
     def resource(self):
@@ -50,34 +49,17 @@ class Collector(http.server.ThreadingHTTPServer):
         ]
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.asked.set()
-        if self.server.stuck:
-            self.server.over.wait(10)
-        self.server.bodies.append(body)
-        self.send_response(200)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
 def _plain(attributes):
     return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in attributes}
 
 
 @pytest.fixture
-def collector():
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.over.set()
-        server.shutdown()
-        thread.join()
+async def collector(aiohttp_server):
+    taking = Collector()
+    app = web.Application()
+    app.router.add_post("/v1/traces", taking.take)
+    taking.url = str((await aiohttp_server(app)).make_url("/v1/traces"))
+    return taking
 
 
 @pytest.fixture
@@ -205,12 +187,11 @@ async def test_what_waits_is_sent_at_the_end(collector):
 
 async def test_a_stuck_collector_holds_nobody_up(collector, monkeypatch):
     monkeypatch.setattr(otlp, "FLUSH_S", 0.05)
-    collector.stuck = True
     tracer = open_tracer(Tracing(endpoint=collector.url), "1")
     tracer.span("chat", seconds=1.0, context={}, describe=dict, error="")
-    async with asyncio.timeout(2):
+    async with collector.stuck, asyncio.timeout(2):
         await tracer.close()
-    assert [] == collector.bodies
+        assert [] == collector.bodies
 
 
 async def test_a_collector_that_is_away_touches_no_request_and_is_told_once(traced, caplog):
