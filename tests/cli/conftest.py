@@ -1,6 +1,9 @@
 import asyncio
 import json
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import redis
@@ -11,6 +14,37 @@ from meshproxy.ledger.connection import connect
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Ask, Settlement
 from meshproxy.wire.usage import Usage
+
+REQUESTS = [  # as `settle` takes them
+    ("acme", "key_1", "a/b", "s1", 1_500_000_000),
+    ("acme", "key_1", "a/b", "s2", 500_000_000),
+    ("acme", "key_2", "c", None, 250_000_000),
+    ("bolt", "key_3", "c", None, 1),
+]
+
+
+@contextmanager
+def started(*args, **options):
+    """A command as a process of its own, gone at the end."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "meshproxy", *args], **{**pipes, **options})
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write a file: its path."""
+
+    def write(text):
+        path = tmp_path / "file"
+        path.write_text(text)
+        return str(path)
+
+    return write
 
 
 @pytest.fixture
@@ -56,6 +90,18 @@ def error(run):
         return json.loads(err)["error"]["code"]
 
     return error
+
+
+@pytest.fixture
+def misuse(run):
+    """Run a command that is wrong usage: what it said."""
+
+    def misuse(*args):
+        code, out, err = run(*args)
+        assert (code, out) == (2, "")
+        return err
+
+    return misuse
 
 
 @pytest.fixture

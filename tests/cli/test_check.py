@@ -1,7 +1,5 @@
 import json
 
-import pytest
-
 from meshproxy.cli.command_line import main
 
 GOOD = """
@@ -14,16 +12,6 @@ upstreams = [ { upstream = "openai", model = "gpt-4o" } ]
 input_usd_per_mtok = "2.50"
 output_usd_per_mtok = "10.00"
 """
-
-
-@pytest.fixture
-def file(tmp_path):
-    def write(text):
-        path = tmp_path / "meshproxy.toml"
-        path.write_text(text)
-        return str(path)
-
-    return write
 
 
 def test_ok(file, capsys, monkeypatch):
@@ -78,9 +66,8 @@ def test_without_a_file_it_is_wrong_usage(capsys, monkeypatch):
     assert "the following arguments are required: --config" in capsys.readouterr().err
 
 
-def test_a_certificate_that_is_no_use(tmp_path, capsys):
-    path = tmp_path / "meshproxy.toml"
-    path.write_text(f'[server]\ntls_cert = "{tmp_path}/none.crt"\ntls_key = "{tmp_path}/none.key"\n')
-    assert main(["check", "--config", str(path)]) == 78
+def test_a_certificate_that_is_no_use(file, tmp_path, capsys):
+    path = file(f'[server]\ntls_cert = "{tmp_path}/none.crt"\ntls_key = "{tmp_path}/none.key"\n')
+    assert main(["check", "--config", path]) == 78
     told = f"server.tls_cert: {tmp_path}/none.crt or {tmp_path}/none.key can't be read (No such file or directory)\n"
     assert capsys.readouterr().err == told

@@ -68,9 +68,8 @@ def test_a_family_alone_is_wrong_usage(capsys):
     assert "create" in capsys.readouterr().err
 
 
-def test_a_bad_configuration_is_78_for_every_command(tmp_path, capsys):
-    path = tmp_path / "bad.toml"
-    path.write_text("[server]\nlisten = 1\n[redis]\nulr = 'x'\n")
-    assert main(["healthcheck", "--config", str(path), "--json"]) == 78
+def test_a_bad_configuration_is_78_for_every_command(file, capsys):
+    path = file("[server]\nlisten = 1\n[redis]\nulr = 'x'\n")
+    assert main(["healthcheck", "--config", path, "--json"]) == 78
     error = json.loads(capsys.readouterr().err)["error"]
     assert (error["code"], len(error["faults"])) == ("unfit_configuration", 2)

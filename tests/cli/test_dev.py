@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
 
 import pytest
 
 from meshproxy.cli import dev_greeting
 from meshproxy.cli.command_line import main
+from tests.cli.conftest import started
 
 ENV = {name: value for name, value in os.environ.items() if name not in {"OPENAI_API_KEY", "OPENROUTER_API_KEY"}}
 PLACE = {
@@ -26,18 +26,6 @@ PLACE = {
     "model": "openai/gpt-4o",
     "models": [],
 }
-
-
-@contextmanager
-def dev(*args):
-    command = [sys.executable, "-m", "meshproxy", "dev", "--port", "0", *args]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def post(place, body):
@@ -60,7 +48,7 @@ def output(*command):
 
 
 def test_everything_works_as_printed():
-    with dev("--json") as process:
+    with started("dev", "--port", "0", "--json", env=ENV) as process:
         place = json.loads(process.stdout.readline())
         assert (place["account"], place["balance_usd"], place["template"]) == ("dev", "25.00", "greeter")
 

@@ -40,13 +40,8 @@ def serving(server):
 
 
 @pytest.fixture
-def config(tmp_path):
-    def write(address):
-        path = tmp_path / "meshproxy.toml"
-        path.write_text(f'[server]\nadmin_listen = "{address}"\nadmin_token = {{ env = "UNUSED" }}\n')
-        return str(path)
-
-    return write
+def config(file):
+    return lambda address: file(f'[server]\nadmin_listen = "{address}"\nadmin_token = {{ env = "UNUSED" }}\n')
 
 
 def test_ready(config, capsys):

@@ -1,11 +1,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 from meshproxy.cli.command_line import main
+from tests.cli.conftest import started
 
 CONFIG = """
 [server]
@@ -25,32 +24,19 @@ output_usd_per_mtok = "10.00"
 """
 
 
-def test_serve_until_sigterm(store_server, tmp_path):
-    path = tmp_path / "meshproxy.toml"
-    path.write_text(CONFIG.format(admin=tmp_path / "admin.sock", redis=store_server))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "meshproxy", "serve"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "MESHPROXY_CONFIG": str(path)},
-    )
-    try:
+def test_serve_until_sigterm(store_server, tmp_path, file):
+    path = file(CONFIG.format(admin=tmp_path / "admin.sock", redis=store_server))
+    with started("serve", env={**os.environ, "MESHPROXY_CONFIG": path}) as process:
         assert json.loads(process.stderr.readline())["event"] == "serving"
         until = time.monotonic() + 10
-        while main(["healthcheck", "--config", str(path)]) != 0:  # it dials the store in the background
+        while main(["healthcheck", "--config", path]) != 0:  # it dials the store in the background
             assert time.monotonic() < until
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
-def test_a_bad_configuration_is_78(tmp_path, capsys):
-    path = tmp_path / "meshproxy.toml"
-    path.write_text("[server]\nlisen = 'x'\nworkers = -1\n")
-    assert main(["serve", "--config", str(path)]) == 78
+def test_a_bad_configuration_is_78(file, capsys):
+    assert main(["serve", "--config", file("[server]\nlisen = 'x'\nworkers = -1\n")]) == 78
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["server.lisen", "server.workers"]
 
 

@@ -1,26 +1,19 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import urllib.request
 
 from meshproxy.cli.command_line import main
+from tests.cli.conftest import started
 
 
 def test_it_serves_until_interrupted():
-    command = [sys.executable, "-m", "meshproxy", "simulate", "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
+    with started("simulate", "--port", "0", "--json") as process:
         base_url = json.loads(process.stdout.readline())["base_url"]
         with urllib.request.urlopen(f"{base_url}/models", timeout=10) as response:
             assert json.load(response)["data"][0]["id"] == "gpt-4o"
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def test_a_port_that_is_taken(capsys):

@@ -8,13 +8,8 @@ PROMPT = {"system": "Be {{ mood }}.", "messages": [{"role": "user", "content": "
 
 
 @pytest.fixture
-def file(tmp_path):
-    def write(fields):
-        path = tmp_path / "template.json"
-        path.write_text(fields if isinstance(fields, str) else json.dumps(fields))
-        return str(path)
-
-    return write
+def file(file):
+    return lambda fields: file(fields if isinstance(fields, str) else json.dumps(fields))
 
 
 def test_put_makes_a_global_template(data, file):

@@ -1,17 +1,9 @@
 import os
 import pty
 import signal
-import subprocess
-import sys
 
 from meshproxy.cli import top
-
-REQUESTS = [
-    ("acme", "key_1", "a/b", "s1", 1_500_000_000),
-    ("acme", "key_1", "a/b", "s2", 500_000_000),
-    ("acme", "key_2", "c", None, 250_000_000),
-    ("bolt", "key_3", "c", None, 1),
-]
+from tests.cli.conftest import REQUESTS, started
 
 
 def test_shows_the_most_expensive_first(settle, data, run):
@@ -42,21 +34,15 @@ def test_of_nothing(run):
 def test_a_terminal_is_refreshed_until_interrupted(settle, store_server):
     settle(*REQUESTS)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "meshproxy", "top", "--interval", "1", "--redis", store_server]
     env = {**os.environ, "COLUMNS": "100", "LINES": "4"}
-    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=env)
-    os.close(theirs)
-    try:
+    with started("top", "--interval", "1", "--redis", store_server, stdout=theirs, env=env) as process:
+        os.close(theirs)
         seen = b""
         while seen.count(top.CLEAR.encode()) < 2:
             seen += os.read(ours, 4096)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-        os.close(ours)
+    os.close(ours)
     first = seen.decode().split(top.CLEAR)[1].splitlines()
     assert first[0] == "last 5 min: 4 requests, 2.250000001 USD    Ctrl-C ends"
     assert [line.split()[:2] for line in first[2:]] == [["account", "model"]]  # four lines fit, one is the prompt's
