@@ -6,7 +6,7 @@ a finished answer at once, a running one as it grows. A request that failed leav
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 from msgspec import Struct
@@ -160,62 +160,57 @@ class Replay:
         self._claim = claim
         self._replays = replays
         self._clock = clock
-        self._read = 0
-        self._head: Head | None = None
-        self._body: list[bytes] = []
-        self._written_at = clock()
 
     async def play(self, call: Call, downstream: Downstream, heartbeat_s: float) -> Reply | None:
         """Give the answer as it comes: a whole one is returned, a stream goes to `downstream`.
 
-        LookupError if the other request failed before anything was sent here.
+        LookupError if the other request failed, or its answer became too large to be kept, before anything was sent here.
         """
-        while True:
-            state, parts = await self._replays.read(self._claim, self._read)
-            for part in parts:
-                self._take(part, call, downstream)
-            if state == "finished":
-                return self._end(call, downstream)
-            if state != "running":
-                self._give_up(call, downstream)
-                return None
-            await self._wait(downstream, heartbeat_s)
-
-    def _take(self, part: bytes, call: Call, downstream: Downstream) -> None:
-        self._read += 1
-        if self._head is None:
-            self._head = msgspec.json.decode(part, type=Head)
-            if self._head.stream:
-                downstream.begin(_own(self._head.headers, call))
-        elif self._head.stream:
-            downstream.write(part)
-            self._written_at = self._clock()
-        else:
-            self._body.append(part)
-
-    def _end(self, call: Call, downstream: Downstream) -> Reply | None:
-        if self._head is None:
-            raise LookupError
-        if not self._head.stream:
-            return Reply(self._head.status, _own(self._head.headers, call), b"".join(self._body))
+        parts = self._parts()
+        head = await _head_of(parts)
+        own = [("x-request-id", call.request_id)]
+        headers = [*own, *(header for header in head.headers if header[0] != "x-request-id"), REPLAYED]
+        if not head.stream:
+            return Reply(head.status, headers, b"".join([part async for part in parts]))
+        downstream.begin(headers)
+        try:
+            await self._relay(parts, downstream, heartbeat_s)
+        except LookupError:
+            problem = upstream_error("The request that this one repeats has failed.", may_have_run=True)
+            downstream.write(error_event(problem, call.request_id))
         downstream.finish()
         return None
 
-    def _give_up(self, call: Call, downstream: Downstream) -> None:
-        """The other request failed, or its answer became too large to be kept."""
-        if self._head is None or not self._head.stream:
-            raise LookupError
-        problem = upstream_error("The request that this one repeats has failed.", may_have_run=True)
-        downstream.write(error_event(problem, call.request_id))
-        downstream.finish()
+    async def _relay(self, parts: AsyncIterator[bytes], downstream: Downstream, heartbeat_s: float) -> None:
+        written_at = self._clock()
+        async for part in parts:
+            if downstream.congested():
+                await downstream.drained()
+            if part or self._clock() - written_at >= heartbeat_s:
+                downstream.write(part or PING)
+                written_at = self._clock()
 
-    async def _wait(self, downstream: Downstream, heartbeat_s: float) -> None:
-        if downstream.congested():
-            await downstream.drained()
-        elif self._head is not None and self._head.stream and self._clock() - self._written_at >= heartbeat_s:
-            downstream.write(PING)
-            self._written_at = self._clock()
-        await asyncio.sleep(POLL_S)
+    async def _parts(self) -> AsyncIterator[bytes]:
+        """The answer's parts as they come, and an empty one whenever there is none yet. LookupError if there will be none."""
+        count = 0
+        while True:
+            state, parts = await self._replays.read(self._claim, count)
+            count += len(parts)
+            for part in parts:
+                yield part
+            if state == "finished":
+                return
+            if state != "running":
+                raise LookupError
+            yield b""
+            await asyncio.sleep(POLL_S)
+
+
+async def _head_of(parts: AsyncIterator[bytes]) -> Head:
+    async for part in parts:
+        if part:
+            return msgspec.json.decode(part, type=Head)
+    raise LookupError
 
 
 class Idempotence:
@@ -262,12 +257,3 @@ class Idempotence:
         """Nobody waits for what the claim came to: let the next one have the key. Without Redis, its time to live does that."""
         with contextlib.suppress(Unavailable):
             await self._replays.conclude(claim, "failed", FAILED_TTL_MS)
-
-
-def _own(headers: Headers, call: Call) -> Headers:
-    """The recorded headers with this request's own id."""
-    return [
-        ("x-request-id", call.request_id),
-        *((name, value) for name, value in headers if name != "x-request-id"),
-        REPLAYED,
-    ]
