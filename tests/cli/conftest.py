@@ -23,6 +23,17 @@ REQUESTS = [  # as `settle` takes them
 ]
 
 
+def leaves(path, parser):
+    """Every parser below `path` that runs something."""
+    parser = next(action for action in parser._actions if action.dest == "==SUPPRESS==").choices[path[-1]]
+    nested = [action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices]
+    if not nested:
+        yield path, parser
+    for action in nested:
+        for name in action.choices:
+            yield from leaves([*path, name], parser)
+
+
 @contextmanager
 def started(*args, **options):
     """A command as a process of its own, gone at the end."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from meshproxy.cli.command_line import COMMANDS, build_parser, main
+from tests.cli.conftest import leaves
 
 
 def meshproxy(*args, **env):
@@ -50,17 +51,6 @@ def test_each_command_has_help_with_examples_and_the_common_flags(name):
     for path, parser in leaves([name], build_parser(name)):
         text = parser.format_help()
         assert (path, "examples:" in text, "--config" in text, "--json" in text) == (path, True, True, True)
-
-
-def leaves(path, parser):
-    """Every parser below `path` that runs something."""
-    parser = next(action for action in parser._actions if action.dest == "==SUPPRESS==").choices[path[-1]]
-    nested = [action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices]
-    if not nested:
-        yield path, parser
-    for action in nested:
-        for name in action.choices:
-            yield from leaves([*path, name], parser)
 
 
 def test_a_family_alone_is_wrong_usage(capsys):

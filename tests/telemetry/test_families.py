@@ -2,58 +2,43 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from meshproxy.config import Buckets
 from meshproxy.telemetry.families import BY_NAME, CLOSED, OWN
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "config.example.toml"
 SOURCE = "".join(path.read_text() for path in sorted((ROOT / "meshproxy").rglob("*.py")))
-PROMISED = [
-    "build_info",
-    "requests_total",
-    "request_duration_seconds",
-    "time_to_first_token_seconds",
-    "time_per_output_token_seconds",
-    "stream_max_gap_seconds",
-    "overhead_seconds",
-    "tokens_total",
-    "cost_usd_total",
-    "rate_limited_total",
-    "credit_rejections_total",
-    "in_flight_requests",
-    "upstream_requests_total",
-    "upstream_breaker_open",
-    "client_disconnects_total",
-    "ledger_op_duration_seconds",
-    "ledger_errors_total",
-    "settlements_total",
-    "event_loop_lag_seconds",
-    "config_generation",
-    "config_last_reload_successful",
-]
-
-PROMISED_LABELS = {
-    "requests_total": ("route", "model", "code", "stream"),
-    "tokens_total": ("model", "type"),
-    "cost_usd_total": ("model",),
-    "rate_limited_total": ("limit",),
-    "credit_rejections_total": ("reason",),
-    "in_flight_requests": ("phase",),
-    "upstream_requests_total": ("upstream", "code"),
-    "upstream_breaker_open": ("upstream",),
-    "client_disconnects_total": ("phase",),
-    "ledger_op_duration_seconds": ("op",),
-    "ledger_errors_total": ("kind",),
-    "settlements_total": ("outcome", "usage_source"),
-}
+PROMISED = """
+build_info version
+requests_total route model code stream
+request_duration_seconds model stream
+time_to_first_token_seconds model
+time_per_output_token_seconds model
+stream_max_gap_seconds model
+overhead_seconds stream
+tokens_total model type
+cost_usd_total model
+rate_limited_total limit
+credit_rejections_total reason
+in_flight_requests phase
+upstream_requests_total upstream code
+upstream_breaker_open upstream
+client_disconnects_total phase
+ledger_op_duration_seconds op
+ledger_errors_total kind
+settlements_total outcome usage_source
+event_loop_lag_seconds
+config_generation
+config_last_reload_successful
+"""
 
 
-def test_every_promised_family_is_there():
-    assert set() == {f"meshproxy_{name}" for name in PROMISED} - BY_NAME.keys()
-
-
-def test_labels_are_as_promised():
-    assert {name: BY_NAME[f"meshproxy_{name}"].labels for name in PROMISED_LABELS} == PROMISED_LABELS
+@pytest.mark.parametrize("line", PROMISED.split("\n")[1:-1])
+def test_a_promised_family_has_the_promised_labels(line):
+    name, *labels = line.split()
+    assert tuple(labels) == BY_NAME[f"meshproxy_{name}"].labels
 
 
 def test_every_label_is_closed():
