@@ -31,6 +31,7 @@ from meshproxy.ledger.local import Instances, LocalAdmission
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Store, Unavailable
 from meshproxy.money import parse_usd
+from meshproxy.policy.access import Access
 from meshproxy.policy.catalog import Catalog
 from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
@@ -92,13 +93,13 @@ class Worker:
             instances = Instances(self.store, boot_id, time.time)
             local = LocalAdmission(parse_usd(redis.local_allowance_usd), instances, time.monotonic)
         self.directory = Directory(self.store, time.monotonic, stale_s=0.0 if local is None else STALE_S)
-        authenticator = Authenticator(self.directory, time.time)
+        self._authenticator = Authenticator(self.directory, access_to(self.settings), time.time, time.monotonic)
         self.gateway = Gateway(
             deployment=deploy(self.settings, self._secrets, generation=generation, providers={}),
             ledger=self.ledger,
             local=local,
             directory=self.directory,
-            authenticator=authenticator,
+            authenticator=self._authenticator,
             idempotence=Idempotence(Replays(self.store), self.tasks, time.monotonic),
             settler=Settler(self.ledger, self.journal, local, self.tasks, time.time, time.monotonic),
             recorder=self.recorder,
@@ -110,7 +111,7 @@ class Worker:
         )
         trusted_proxies = TrustedProxies(self.settings.server.trusted_proxies)
         self.chat = ChatHandler(self.gateway, time.monotonic, trusted_proxies)
-        self.api = Api(self.gateway, authenticator, self.directory, self.ledger, self.store)
+        self.api = Api(self.gateway, self._authenticator, self.directory, self.ledger, self.store, self.chat.client_of)
         self._note_generation(generation)
         self._follow()
         self._watchers = [
@@ -145,6 +146,7 @@ class Worker:
         }
         self.gateway.deployment = deploy(settings, secrets, generation=generation, providers=unchanged)
         self.chat.trusted_proxies = TrustedProxies(settings.server.trusted_proxies)
+        self._authenticator.access = access_to(settings)
         self.settings = settings
         self._secrets = secrets
         self.gateway.health.keep(unchanged)
@@ -215,6 +217,11 @@ class Worker:
     def _note_generation(self, generation: int) -> None:
         self.metrics.config_generation.labels().set(generation)
         self.metrics.config_last_reload_successful.labels().set(1)
+
+
+def access_to(settings: Settings) -> Access:
+    """Who may try to log in."""
+    return Access(settings.server.allowed_clients, settings.server.failed_logins_per_minute)
 
 
 def deploy(

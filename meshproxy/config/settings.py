@@ -68,6 +68,8 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tls_key: str | None = None
     proxy_protocol: bool = False
     trusted_proxies: list[Network] = field(default_factory=lambda: ["127.0.0.0/8"])
+    allowed_clients: list[Network] = field(default_factory=list)
+    failed_logins_per_minute: Natural = 0
     max_body_bytes: Positive = 33_554_432
     header_timeout_s: Seconds = 10
     body_timeout_s: Seconds = 60

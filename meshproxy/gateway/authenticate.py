@@ -1,32 +1,53 @@
-"""Authenticate: who is calling, by the secret they carry."""
+"""Authenticate: who is calling, by the secret they carry and the address they come from."""
 
 from collections.abc import Callable
 
-from meshproxy.errors import Fault, Problem, Source, forbidden, unauthorized
+from meshproxy.errors import Fault, Problem, Source, forbidden, rate_limit_exceeded, unauthorized
 from meshproxy.ledger.directory import Directory
+from meshproxy.policy.access import Access
 from meshproxy.policy.principal import Principal
 from meshproxy.wire.headers import bearer
 
+NO_KEY = unauthorized("Send your key as `Authorization: Bearer rsk_...`.")
+UNKNOWN_KEY = unauthorized("This key is not known.")
+
 
 class Authenticator:
-    """Turns an Authorization header into a Principal, or into a Fault of 401 or 403. `wall_clock` is Unix seconds."""
+    """Turns an Authorization header into a Principal, or into a Fault of 401, 403 or, for who has failed too often, 429.
+    `wall_clock` and `clock` are Unix and monotonic seconds. A reload puts another `access` here.
+    """
 
-    def __init__(self, directory: Directory, wall_clock: Callable[[], float]) -> None:
+    def __init__(
+        self, directory: Directory, access: Access, wall_clock: Callable[[], float], clock: Callable[[], float]
+    ) -> None:
+        self.access = access
         self._directory = directory
         self._wall_clock = wall_clock
+        self._clock = clock
 
-    async def principal(self, authorization: str | None) -> Principal:
-        """The caller, who is active and whose key hasn't expired."""
+    async def principal(self, authorization: str | None, client: str | None) -> Principal:
+        """The caller, who is active and whose key hasn't expired. `client`: their address; None on a unix socket."""
+        access = self.access
+        if not access.is_open:
+            self._let_in(client, access)
         secret = bearer(authorization)
-        if secret is None:
-            raise Fault(Source.CLIENT, unauthorized("Send your key as `Authorization: Bearer rsk_...`."))
-        principal = await self._directory.principal(secret)
+        principal = await self._directory.principal(secret) if secret is not None else None
         if principal is None:
-            raise Fault(Source.CLIENT, unauthorized("This key is not known."))
-        problem = self._objection(principal)
-        if problem is not None:
-            raise Fault(Source.CLIENT, problem)
-        return principal
+            problem = NO_KEY if secret is None else UNKNOWN_KEY
+        elif (objection := self._objection(principal)) is None:
+            return principal
+        else:
+            problem = objection
+        if problem.status == 401:
+            access.failed(client, self._clock())
+        raise Fault(Source.CLIENT, problem)
+
+    def _let_in(self, client: str | None, access: Access) -> None:
+        if not access.admits(client):
+            raise Fault(Source.CLIENT, forbidden("This gateway takes no requests from your address."))
+        wait_s = access.wait_s(client, self._clock())
+        if wait_s:
+            raise Fault(Source.CLIENT, rate_limit_exceeded("Too many failed logins from your address.", wait_s))
 
     def _objection(self, principal: Principal) -> Problem | None:
         key = principal.key

@@ -94,7 +94,7 @@ class Gateway:
         self._recorder.begin(exchange)
         deployment = self.deployment
         try:
-            principal = exchange.principal = await self._authenticator.principal(call.authorization)
+            principal = exchange.principal = await self._authenticator.principal(call.authorization, call.client)
             body = await call.read_body()
             process = self._process if call.idempotency_key is None else self._process_once
             return await process(exchange, principal, body, deployment, downstream)

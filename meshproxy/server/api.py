@@ -34,13 +34,20 @@ class Api:
     """Handlers that answer from the directory and the ledger."""
 
     def __init__(
-        self, gateway: Gateway, authenticator: Authenticator, directory: Directory, ledger: Ledger, store: Store
+        self,
+        gateway: Gateway,
+        authenticator: Authenticator,
+        directory: Directory,
+        ledger: Ledger,
+        store: Store,
+        client_of: Callable[[web.Request], str | None],
     ) -> None:
         self._gateway = gateway
         self._authenticator = authenticator
         self._directory = directory
         self._ledger = ledger
         self._store = store
+        self._client_of = client_of
         self._started = int(time.time())
 
     async def models(self, request: web.Request) -> web.Response:
@@ -142,7 +149,7 @@ class Api:
         )
 
     async def _principal(self, request: web.Request) -> Principal:
-        return await self._authenticator.principal(request.headers.get("authorization"))
+        return await self._authenticator.principal(request.headers.get("authorization"), self._client_of(request))
 
     async def _body(self, request: web.Request) -> bytes:
         return await read_json_body(request, self._gateway.deployment.settings.server)

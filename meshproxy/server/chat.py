@@ -27,6 +27,10 @@ class ChatHandler:
         self._gateway = gateway
         self._clock = clock
 
+    def client_of(self, request: web.BaseRequest) -> str | None:
+        """Who a request of aiohttp's came from."""
+        return self.trusted_proxies.client_of(request.remote, request.headers)
+
     async def serve(self, connection: ClientConnection, fields: dict[str, str]) -> None:
         """Serve a usual request, of these header fields."""
         keep_alive = fields.get("connection", "").lower() != "close"

@@ -8,12 +8,12 @@ written itself.
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 
 from multidict import MultiMapping
 
+from meshproxy.policy.access import Networks
+
 MAX_HOPS = 32  # entries looked at, from the right
-MAX_KNOWN_PEERS = 4096
 
 Headers = Mapping[str, str]  # looked up by lower-case names; a MultiMapping where a name may come twice
 
@@ -25,8 +25,11 @@ class TrustedProxies:
     """The networks whose word on clients is taken. A peer on a unix socket is trusted: the file's permissions let it in."""
 
     def __init__(self, networks: Iterable[str]) -> None:
-        self._networks = [ipaddress.ip_network(network) for network in networks]
-        self.trusts = lru_cache(MAX_KNOWN_PEERS)(self._trusts)
+        self._networks = Networks(networks)
+
+    def trusts(self, address: str | None) -> bool:
+        """Whether an address, in its one spelling, is a trusted proxy's. None: a peer on a unix socket."""
+        return address is None or self._networks.have(address)
 
     def trusts_peer(self, host: str | None) -> bool:
         """Whether the other end of a connection is a trusted proxy. `host`: as the socket tells it."""
@@ -62,12 +65,6 @@ class TrustedProxies:
             if not self.trusts(found):
                 break
         return farthest
-
-    def _trusts(self, peer: str | None) -> bool:
-        if peer is None:
-            return True
-        found = ipaddress.ip_address(peer)
-        return any(found in network for network in self._networks)
 
 
 def address(text: str) -> str | None:

@@ -357,3 +357,31 @@ async def exchange(mesh, lines):
     first, *rest = told.split(b"\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(b": ") for line in rest)}
     return int(first.split()[1]), headers, json.loads(text)
+
+
+async def test_an_address_that_is_not_on_the_list_gets_nothing(start_mesh):
+    mesh = await start_mesh(server={"allowed_clients": ["192.0.2.0/24"]})
+    caller = await mesh.key()
+    inside, outside = (
+        {**caller.auth, "x-forwarded-for": "192.0.2.7"},
+        {**caller.auth, "x-forwarded-for": "198.51.100.1"},
+    )
+    for method, path, body in (("POST", "/v1/chat/completions", b"{}"), ("GET", "/v1/models", b"")):
+        refused = await mesh.request(method, path, headers=outside, data=body)
+        assert (403, "forbidden") == (refused.status, refused.json["error"]["code"])
+        assert 403 != (await mesh.request(method, path, headers=inside, data=body)).status
+
+
+async def test_an_address_that_fails_too_often_has_to_wait(start_mesh):
+    mesh = await start_mesh(server={"failed_logins_per_minute": 2})
+    caller = await mesh.key()
+    wrong = {"authorization": "Bearer rsk_wrong"}
+    assert [401, 401, 429] == [(await mesh.request("GET", "/v1/models", headers=wrong)).status for _ in range(3)]
+    refused = await mesh.chat(caller, messages=HELLO)
+    assert (429, "rate_limit_exceeded", "30") == (
+        refused.status,
+        refused.json["error"]["code"],
+        refused.headers["retry-after"],
+    )
+    elsewhere = {**caller.auth, "x-forwarded-for": "192.0.2.7"}
+    assert 200 == (await mesh.request("GET", "/v1/models", headers=elsewhere)).status

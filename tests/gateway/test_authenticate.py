@@ -3,6 +3,7 @@ from msgspec.structs import replace
 
 from meshproxy.errors import Fault
 from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.policy.access import Access
 from meshproxy.policy.principal import Account, Principal
 from tests.gateway.parts import principal
 
@@ -20,9 +21,10 @@ class Directory:
         return self.known if secret == SECRET else None
 
 
-async def judged(known, authorization=f"Bearer {SECRET}"):
+async def judged(known, authorization=f"Bearer {SECRET}", *, client="192.0.2.1", access=None):
+    authenticator = Authenticator(Directory(known), access or Access(), lambda: NOW, lambda: 5.0)
     try:
-        return await Authenticator(Directory(known), lambda: NOW).principal(authorization)
+        return await authenticator.principal(authorization, client)
     except Fault as fault:
         return fault.problem.status, fault.problem.code
 
@@ -59,3 +61,24 @@ async def test_a_key_that_expires_later():
 @pytest.mark.parametrize("status", ["suspended", "revoked"])
 async def test_an_account_that_may_not(status):
     assert (403, "forbidden") == await judged(Principal(principal().key, Account("acme", status=status)))
+
+
+async def test_an_address_that_is_not_on_the_list():
+    known, access = principal(), Access(["10.0.0.0/8"])
+    assert (403, "forbidden") == await judged(known, access=access)
+    assert known is await judged(known, client="10.1.2.3", access=access)
+    assert known is await judged(known, client=None, access=access)
+
+
+async def test_an_address_that_failed_too_often_waits_even_with_a_key():
+    known, access = principal(), Access(failures_per_minute=2)
+    tries = [await judged(known, authorization, access=access) for authorization in ("Bearer rsk_other", None)]
+    assert [(401, "unauthorized")] * 2 == tries
+    assert (429, "rate_limit_exceeded") == await judged(known, access=access)
+    assert known is await judged(known, client="192.0.2.2", access=access)
+
+
+async def test_a_suspended_key_is_no_failed_login():
+    access = Access(failures_per_minute=1)
+    known = principal(status="suspended")
+    assert [(403, "forbidden")] * 2 == [await judged(known, access=access) for _ in range(2)]
