@@ -38,6 +38,12 @@ fuzz: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.run $(ARGS)
 
+# policy/ and wire/ changed in every small way: which changes does no test notice? Then `.venv/bin/mutmut results`.
+.PHONY: mutants
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'
+	$(BIN)/mutmut run $(ARGS)
+
 # docs/configuration.md, from the typed settings.
 docs: $(STAMP)
 	$(BIN)/python scripts/configuration_doc.py
