@@ -64,15 +64,13 @@ async def put(args: argparse.Namespace, out: Output) -> None:
         before = await _own(books, args.account, args.name)
         now = time.time()
         template = Template(
-            id=str(uuid.uuid4()),
+            id=str(uuid.uuid4()) if before is None else before.id,
             name=args.name,
             owner=args.account,
             is_global=args.account is None,
-            created_at=now,
+            created_at=now if before is None else before.created_at,
             updated_at=now,
         )
-        if before is not None:
-            template = msgspec.structs.replace(template, id=before.id, created_at=before.created_at)
         template = fields.applied_to(template)
         if not await books.directory.put_template(template):
             raise Failed("name_taken", f"another template {args.name} was made just now")

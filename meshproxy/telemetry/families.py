@@ -193,7 +193,7 @@ CONFIG_LAST_RELOAD_SUCCESSFUL = _gauge(
 
 OWN = tuple(family for family in tuple(globals().values()) if isinstance(family, Definition))  # all above
 
-# prometheus_client's names for the process (its ProcessCollector), summed over the workers; the oldest start counts.
+# The names that every Prometheus client library has for the process, summed over the workers; the oldest start counts.
 PROCESS = (
     _counter("process_cpu_seconds_total", "User and system CPU time of all workers in seconds."),
     _gauge("process_resident_memory_bytes", "Resident memory of all workers in bytes."),

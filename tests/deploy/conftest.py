@@ -25,7 +25,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
-from meshproxy.upstream.simulator import Running, SimulatorSettings, start
+from meshproxy.upstream.simulator import Running
 from tests.conftest import Caller, usage_events
 
 PATIENCE_S = 20.0  # for what should take a second
@@ -284,17 +284,9 @@ class Site:
 
 
 @pytest.fixture
-async def provider() -> AsyncIterator[Running]:
-    """A provider whose streams take their time where a model's `tps` says so."""
-    running = await start(settings=SimulatorSettings(tokens_per_second=1e6, first_token_s=0))
-    yield running
-    await running.close()
-
-
-@pytest.fixture
-async def site(store_server: str, provider: Running, tmp_path: Path) -> AsyncIterator[Site]:
+async def site(store_server: str, simulator: Running, tmp_path: Path) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack:
-        site = Site(store_server, provider, tmp_path, stack)
+        site = Site(store_server, simulator, tmp_path, stack)
         await site.open()
         yield site
 
