@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
@@ -16,19 +17,15 @@ from meshproxy.cli.output import Output
 from meshproxy.money import parse_usd
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - it has no public name
+Formatter = partial(
+    argparse.RawDescriptionHelpFormatter, max_help_position=32
+)  # examples and long flags keep their lines
 Run = Callable[[argparse.Namespace, Output], Awaitable[int | None] | int | None]
 
 MAX_COUNT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 
 _DURATION = re.compile(r"(\d{1,6})([smhdw])", re.ASCII)
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help whose examples keep their lines, and whose long flags keep theirs."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
 
 
 def make_command(
