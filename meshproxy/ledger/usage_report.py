@@ -21,19 +21,6 @@ MAX_FIELDS = 1_000_000  # that one report adds up
 BATCH_FIELDS = 50_000  # that are read in one go, if they are of several hours
 SLICE = 500  # fields added up before others get their turn, about a millisecond
 
-_METRICS = {
-    "requests": "requests",
-    "prompt": "prompt_tokens",
-    "completion": "completion_tokens",
-    "cached": "cached_tokens",
-    "cache_write": "cache_write_tokens",
-    "reasoning": "reasoning_tokens",
-    "audio_prompt": "audio_prompt_tokens",
-    "audio_completion": "audio_completion_tokens",
-    "cost": "cost_nusd",
-}
-
-
 Group = tuple[str | None, str | None, str | None, str | None]  # as GROUPS; None: not grouped by
 
 
@@ -53,6 +40,10 @@ class Row(Struct):
     audio_prompt_tokens: int = 0
     audio_completion_tokens: int = 0
     cost_nusd: int = 0
+
+
+# What an aggregate's metrics add up to: they are named without the unit.
+_METRICS = {name.rpartition("_")[0] or name: name for name in Row.__struct_fields__ if name not in GROUPS}
 
 
 async def usage(

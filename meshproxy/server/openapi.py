@@ -11,6 +11,7 @@ import orjson
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from meshproxy.errors import Detail
 from meshproxy.ledger.usage_report import GROUPS
 from meshproxy.policy import template
 from meshproxy.server.api import ROUTES, Api
@@ -24,14 +25,6 @@ PATH = "/openapi.json"
 Usd = Annotated[str, Meta(pattern=r"\A-?[0-9]+\.[0-9]+\Z", description="an exact decimal string in USD")]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_CHARS)]
 _PARAMETER = re.compile(r"\{(\w+)(?::[^}]*)?\}")
-
-
-class Detail(Struct):
-    """One thing wrong with one field of a request."""
-
-    type: str
-    loc: list[str | int]
-    msg: Text
 
 
 class Error(Struct):
