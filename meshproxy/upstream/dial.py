@@ -36,9 +36,22 @@ class Address:
         self.authority = bracketed if self.port == default_port else f"{bracketed}:{self.port}"
 
 
-def verified_context() -> ssl.SSLContext:
+class ClientContext(ssl.SSLContext):
+    """TLS to one provider: a connection resumes the `session` that is here (RFC 8446, section 2.2), if there is one. Event loops
+    have no argument for that, but ask the context for each connection's TLS.
+    """
+
+    session: ssl.SSLSession | None = None
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """The TLS of one connection."""
+        return super().wrap_bio(*args, **{**options, "session": self.session})
+
+
+def verified_context() -> ClientContext:
     """TLS as a client should speak it: certificate and name verified, HTTP/1.1 alone."""
-    context = ssl.create_default_context()
+    context = ClientContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()
     context.set_alpn_protocols(["http/1.1"])
     return context
 
@@ -46,10 +59,11 @@ def verified_context() -> ssl.SSLContext:
 class Dialer:
     """Connects to one address within `timeout_s`: name, TCP and TLS together."""
 
-    def __init__(self, address: Address, timeout_s: float, ssl_context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, address: Address, timeout_s: float, ssl_context: ClientContext | None = None) -> None:
         self._address = address
         self._timeout_s = timeout_s
         self._ssl = (ssl_context or verified_context()) if address.is_tls else None
+        self._latest: ssl.SSLObject | None = None  # of which the next may resume what came with its answers
 
     async def dial(self, connection: Connection) -> None:
         """Connect `connection`; UpstreamFault, always safe to repeat, if that fails."""
@@ -70,8 +84,13 @@ class Dialer:
             found, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S, socket_factory=_socket
         )
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        server_hostname = host if self._ssl is not None else None
-        await loop.create_connection(lambda: connection, sock=sock, ssl=self._ssl, server_hostname=server_hostname)
+        if self._ssl is None:
+            await loop.create_connection(lambda: connection, sock=sock)
+            return
+        if self._latest is not None:
+            self._ssl.session = self._latest.session
+        transport, _ = await loop.create_connection(lambda: connection, sock=sock, ssl=self._ssl, server_hostname=host)
+        self._latest = transport.get_extra_info("ssl_object")
 
 
 def _socket(info: tuple[Any, ...]) -> socket.socket:

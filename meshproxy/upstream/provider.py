@@ -5,14 +5,13 @@ Nothing is repeated once a byte of it was written: a completion that may have ru
 
 import asyncio
 import re
-import ssl
 from collections.abc import Sequence
 
 from meshproxy import config
 from meshproxy.errors import Fault, Source, invalid
 from meshproxy.upstream import faults
 from meshproxy.upstream.connection import Connection, Patience
-from meshproxy.upstream.dial import Address, Dialer
+from meshproxy.upstream.dial import Address, ClientContext, Dialer
 from meshproxy.upstream.pool import Pool
 from meshproxy.upstream.response import Response, Sink
 
@@ -43,7 +42,7 @@ class Provider:
         settings: config.Upstream,
         api_key: str | None,
         *,
-        ssl_context: ssl.SSLContext | None = None,
+        ssl_context: ClientContext | None = None,
         user_agent: str = "meshproxy",
     ) -> None:
         self.name = name

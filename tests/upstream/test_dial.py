@@ -113,6 +113,22 @@ async def test_tls(serve, provide, server_ssl, trusting):
     assert ([b"ok"] * 3, ["http/1.1"]) == (bodies, spoken)
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_the_next_connection_resumes_the_session_of_the_last(serve, provide, server_ssl, trusting, version):
+    resumed = []
+
+    async def script(conversation):
+        resumed.append(conversation.writer.get_extra_info("ssl_object").session_reused)
+        await conversation.answer(ANSWER.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+
+    server_ssl.minimum_version = server_ssl.maximum_version = version
+    server = await serve(script, ssl=server_ssl)
+    provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
+    for _ in range(3):
+        assert b"ok" == await (await provider.post("/x", (), b"{}")).read()
+    assert [False, True, True] == resumed
+
+
 @pytest.mark.parametrize("host, trusted", [("localhost", False), ("127.0.0.1", True)])
 async def test_a_certificate_of_an_unknown_authority_or_for_another_name(
     host, trusted, serve, provide, server_ssl, trusting
