@@ -56,6 +56,31 @@ class Downstream(Protocol):
         """Return when the client has caught up."""
 
 
+class Passing:
+    """A `Downstream` that passes everything on to another: for who wants to have a hand in some of it."""
+
+    __slots__ = ("_downstream",)
+
+    def __init__(self, downstream: Downstream) -> None:
+        self._downstream = downstream
+
+    def begin(self, headers: Headers) -> None:
+        """Send the head of a stream."""
+        self._downstream.begin(headers)
+
+    def finish(self) -> None:
+        """End the body."""
+        self._downstream.finish()
+
+    def congested(self) -> bool:
+        """As the client's side is."""
+        return self._downstream.congested()
+
+    async def drained(self) -> None:
+        """As the client's side is."""
+        await self._downstream.drained()
+
+
 def refusal(problem: Problem, request_id: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
     """The reply that tells a problem in the one envelope."""
     return Reply(

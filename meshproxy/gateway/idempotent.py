@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from meshproxy.config import Idempotency
 from meshproxy.errors import Fault, Problem, Source, idempotency_conflict, invalid, upstream_error
-from meshproxy.gateway.call import Call, Downstream, Headers, Reply
+from meshproxy.gateway.call import Call, Downstream, Headers, Passing, Reply
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays
 from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Principal
@@ -37,7 +37,7 @@ class Head(Struct, frozen=True):
     stream: bool
 
 
-class Recording:
+class Recording(Passing):
     """A `Downstream` that passes everything on and keeps a copy in Redis."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Recording:
         running_ttl_ms: int,
         tasks: Tasks,
     ) -> None:
-        self._downstream = downstream
+        super().__init__(downstream)
         self._claim = claim
         self._replays = replays
         self._settings = settings
@@ -62,7 +62,7 @@ class Recording:
 
     def begin(self, headers: Headers) -> None:
         """Send and keep the head of a stream."""
-        self._downstream.begin(headers)
+        super().begin(headers)
         self._keep(msgspec.json.encode(Head(200, headers, stream=True)))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
@@ -70,18 +70,6 @@ class Recording:
         self._downstream.write(payload, frame)
         if payload != PING:
             self._keep(payload)
-
-    def finish(self) -> None:
-        """End the body."""
-        self._downstream.finish()
-
-    def congested(self) -> bool:
-        """As the client's side is."""
-        return self._downstream.congested()
-
-    async def drained(self) -> None:
-        """As the client's side is."""
-        await self._downstream.drained()
 
     def reply(self, reply: Reply) -> None:
         """Keep a whole answer."""

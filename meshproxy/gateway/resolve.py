@@ -80,7 +80,6 @@ class Plan(Struct, frozen=True):
             self.request,
             model=attempt.upstream_model,
             messages=messages,
-            params={},
             max_tokens=self.imposed_cap,
             cap_field="max_completion_tokens" if attempt.kind == "openai" else "max_tokens",
             native=native,

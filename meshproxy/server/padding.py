@@ -5,7 +5,7 @@ depend on the token.
 What this hides are sizes. It hides neither when an event comes nor how many there are.
 """
 
-from meshproxy.gateway.call import Downstream, Headers
+from meshproxy.gateway.call import Downstream, Passing
 
 STEP_BYTES = 128
 MAX_LEVEL_BYTES = 1024  # larger events (tool calls, logprobs) get to the next multiple of it, and raise nothing
@@ -15,20 +15,16 @@ _SHORTEST = len(_COMMENT % b"")
 _FILLING = b"." * MAX_LEVEL_BYTES
 
 
-class PaddedStream:
+class PaddedStream(Passing):
     """A `Downstream` whose every write is as large as the largest before it, rounded up to a step: of a stream's sizes only
     the few moments are seen at which its largest event grows by a step.
     """
 
-    __slots__ = ("_downstream", "_level")
+    __slots__ = ("_level",)
 
     def __init__(self, downstream: Downstream) -> None:
-        self._downstream = downstream
+        super().__init__(downstream)
         self._level = STEP_BYTES
-
-    def begin(self, headers: Headers) -> None:
-        """Send the head of a stream."""
-        self._downstream.begin(headers)
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:  # noqa: ARG002 - its frame doesn't fit any more
         """Send whole events, and a comment behind them."""
@@ -38,18 +34,6 @@ class PaddedStream:
         else:
             target = self._level = max(self._level, _up(size, STEP_BYTES))
         self._downstream.write(payload + _COMMENT % _FILLING[: target - size])
-
-    def finish(self) -> None:
-        """End the body."""
-        self._downstream.finish()
-
-    def congested(self) -> bool:
-        """As the client's side is."""
-        return self._downstream.congested()
-
-    async def drained(self) -> None:
-        """As the client's side is."""
-        await self._downstream.drained()
 
 
 def _up(size: int, step: int) -> int:

@@ -103,8 +103,8 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
 
     fields: dict[str, Raw]
     messages: bytes | None
-    message_count: int = 0
-    text_only: bool = False
+    message_count: int
+    text_only: bool
     model: str | None = None
     template: str | None = None
     variables: dict[str, str] = msgspec.field(default_factory=dict)
@@ -168,19 +168,18 @@ def encode_upstream(
     *,
     model: str,
     messages: bytes,
-    params: Mapping[str, bytes],
     max_tokens: int | None = None,
     cap_field: str = CAPS[0],
     native: bool = False,
     models: Sequence[str] = (),
 ) -> bytes:
-    """The provider's request body: `model`, `messages` as they are, the request's fields, and `params` where it lacks them.
+    """The provider's request body: `model`, `messages` as they are, and the request's fields.
 
-    A stream always asks for its usage. `max_tokens` is put under every name that the request (or params) used for its cap,
-    else under `cap_field`. `native`: the provider knows `transforms` (OpenRouter). `models`: the fallbacks that it is to walk,
-    in its own names.
+    A stream always asks for its usage. `max_tokens` is put under every name that the request used for its cap, else under
+    `cap_field`. `native`: the provider knows `transforms` (OpenRouter). `models`: the fallbacks that it is to walk, in its own
+    names.
     """
-    fields = _filled(request.fields, params)
+    fields = dict(request.fields)
     if request.stream and not request.include_usage:
         fields["stream_options"] = _asking_for_usage(fields.get("stream_options"))
     if max_tokens is not None:
@@ -240,8 +239,6 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
 
 def _filled(fields: Mapping[str, Raw], params: Mapping[str, bytes]) -> dict[str, Raw]:
     filled = dict(fields)
-    if not params:
-        return filled
     capped = any(name in fields for name in CAPS)
     for name, value in params.items():
         taken = name in fields or name in _RESERVED or (capped and name in CAPS)

@@ -12,11 +12,11 @@ from meshproxy.errors import Detail
 
 MAX_MESSAGE_CHARS = 200
 
-_PATH = re.compile(r" - at `(?:key in )?\$(.*)`$", re.DOTALL)
+_PATH = re.compile(r" - at `\$(.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 _FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
 _MISMATCH = re.compile(r"Expected `(\w+)[^`]*`, got `(\w+)`")
-_BOUND = re.compile(r"Expected `(\w+)[^`]*` (of length )?(<=|>=|<|>|matching) ?")
+_BOUND = re.compile(r"Expected `(\w+)` (of length )?(<=|>=|<|>|matching)")
 
 _TYPES = {
     "str": "string_type",
@@ -57,7 +57,7 @@ def _split(text: str) -> tuple[str, tuple[str | int, ...]]:
     found = _PATH.search(text)
     if found is None:
         return text, ()
-    steps = (int(index) if index else name for name, index in _STEP.findall(found[1]) if name or index)
+    steps = (int(index) if index else name for name, index in _STEP.findall(found[1]))
     return text[: found.start()], tuple(steps)
 
 

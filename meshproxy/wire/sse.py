@@ -102,7 +102,7 @@ class StreamScanner:
 
     def finish(self) -> bytes:
         """The upstream's body has ended: what may still go out, which is an event that only lacks its blank line."""
-        held = bytes(self._held).strip(b"\n")
+        held = bytes(self._held)
         self._held.clear()
         data = _parse(held).data
         if self._over or not (data.startswith(b"[DONE]") or decode_members(data) is not None):
@@ -155,8 +155,6 @@ class StreamScanner:
         end = last + 2 if last >= 0 else 0
         whole = bytes(held[:end])
         del held[:end]
-        while held[:1] == b"\n":
-            del held[:1]
         if len(held) > MAX_EVENT_BYTES:
             raise self._too_large()
         return whole
@@ -184,7 +182,7 @@ class StreamScanner:
             self.done = self._over = True
             return b""
         self.events += 1
-        suspect = parsed.name == b"error" or _bears(parsed.data, b'"error"') or _bears(parsed.data, b'"usage"')
+        suspect = _bears(parsed.data, b'"error"') or _bears(parsed.data, b'"usage"')
         members = decode_members(parsed.data) if suspect else None
         self.error = _error_in(parsed, members)
         if self.error is not None:

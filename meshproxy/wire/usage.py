@@ -67,7 +67,7 @@ def decode_usage(raw: bytes | Raw) -> Usage | None:
     """
     try:
         report = _REPORT.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError):
         return None
     if report is None:
         return None
@@ -101,16 +101,17 @@ def decode_reply(body: bytes) -> Reply:
 def output_bytes(body: bytes) -> int:
     """How much text a whole answer's choices have, in bytes: what an estimate goes by where no usage was reported."""
     choices = decode_value((decode_members(body) or {}).get("choices"))
-    return sum(_text_bytes(choice.get("message")) for choice in choices or () if isinstance(choice, dict))
-
-
-def _text_bytes(value: Any) -> int:
-    """The bytes of every string in a JSON value."""
-    if isinstance(value, str):
-        return len(value.encode("utf-8", "replace"))
-    if isinstance(value, dict):
-        return sum(map(_text_bytes, value.values()))
-    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
+    values = [choice.get("message") for choice in choices or () if isinstance(choice, dict)]
+    size = 0
+    while values:  # no recursion: a provider may nest as deep as it likes
+        value = values.pop()
+        if isinstance(value, str):
+            size += len(value.encode())
+        elif isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+    return size
 
 
 def decode_members(text: bytes | Raw) -> dict[str, Raw] | None:

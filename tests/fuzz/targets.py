@@ -45,9 +45,7 @@ def check_request(data: bytes) -> None:
     messages = request.messages or b"[]"
     assert isinstance(json.loads(messages), list)
     assert estimate_prompt(messages, None, request.message_count) >= 0
-    sent = json.loads(
-        encode_upstream(request, model="m", messages=messages, params={}, max_tokens=7, cap_field="max_tokens")
-    )
+    sent = json.loads(encode_upstream(request, model="m", messages=messages, max_tokens=7, cap_field="max_tokens"))
     assert sent["model"] == "m"
     assert {7} == {sent[name] for name in ("max_tokens", "max_completion_tokens") if name in sent}
     assert not {"template", "variables", "session_id", "transforms", "models"} & sent.keys()

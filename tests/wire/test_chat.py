@@ -1,6 +1,7 @@
 """Requests in and out. What a body may be is in DESIGN section 2, "Request"."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -60,9 +61,9 @@ def complaints(text: bytes) -> list[tuple[str, tuple[str | int, ...]]]:
     return [(detail.type, detail.loc) for detail in refusal(text).details]
 
 
-def sent(request: ChatRequest, **options: Any) -> dict[str, Any]:
-    given = {"model": "gpt-4o", "messages": request.messages or b"[]", "params": {}} | options
-    return json.loads(encode_upstream(request, **given))
+def sent(request: ChatRequest, params: Mapping[str, bytes] | None = None, **options: Any) -> dict[str, Any]:
+    given = {"model": "gpt-4o", "messages": request.messages or b"[]"} | options
+    return json.loads(encode_upstream(with_params(request, params or {}), **given))
 
 
 def raw_fields(request: ChatRequest) -> dict[str, bytes]:
@@ -408,7 +409,7 @@ class TestEncode:
     def test_the_provider_gets_the_bytes_of_messages_and_fields(self):
         request = decode_chat(raw_body(b'"x":[ 1.00 ],"temperature":1.0'))
         expected = b'{"model":"gpt-4o","messages":' + MESSAGES + b',"x":[ 1.00 ],"temperature":1.0}'
-        assert expected == encode_upstream(request, model="gpt-4o", messages=MESSAGES, params={}, native=False)
+        assert expected == encode_upstream(request, model="gpt-4o", messages=MESSAGES, native=False)
 
     def test_mesh_s_own_fields_stay_here(self):
         request = decode_chat(
@@ -444,7 +445,7 @@ class TestEncode:
     def test_what_asks_for_usage_itself_keeps_its_bytes(self):
         options = b'"stream":true,"stream_options":{ "include_usage" : true }'
         expected = b'{"model":"m","messages":' + MESSAGES + b"," + options + b"}"
-        assert expected == encode_upstream(decode_chat(raw_body(options)), model="m", messages=MESSAGES, params={})
+        assert expected == encode_upstream(decode_chat(raw_body(options)), model="m", messages=MESSAGES)
 
     def test_what_is_no_stream_asks_for_nothing(self):
         assert "stream_options" not in sent(decode_chat(body(stream=False)))
@@ -579,9 +580,7 @@ def test_any_values_are_a_request_that_goes_out_whole_or_a_fault(members: dict[s
     request = decoded(json.dumps(members).encode("utf-8", "surrogatepass"))
     if request is None:
         return
-    actual = msgspec.json.decode(
-        encode_upstream(request, model="m", messages=request.messages or b"[]", params={}, native=True)
-    )
+    actual = msgspec.json.decode(encode_upstream(request, model="m", messages=request.messages or b"[]", native=True))
     own = {"template", "variables", "session_id"}
     expected = {name for name, value in members.items() if name not in own and value not in (None, [])}
     assert expected - {"model", "messages"} <= actual.keys()
