@@ -26,7 +26,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="meshproxy beside other proxies.")
     parser.add_argument("--quick", action="store_true", help="within a minute: fewer, shorter cases; nothing written")
     parser.add_argument(
-        "--only", nargs="+", metavar="PROXY", help="nginx, haproxy, meshproxy, naive, pipe, litellm; nothing written"
+        "--only",
+        nargs="+",
+        metavar="PROXY",
+        help="nginx, haproxy, meshproxy, compiled, naive, pipe, litellm; nothing written",
     )
     args = parser.parse_args()
     missing = {PROXY_CORE, OTHER_CORE} - os.sched_getaffinity(0)

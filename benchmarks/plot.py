@@ -58,7 +58,7 @@ def _panel(title: str, values: Mapping[str, float], y: int) -> tuple[list[str], 
         long = max(min(value, longest) * scale, 1.0)
         middle = y + BAR - 4
         told = f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
-        colour = OUR_COLOUR if name == OURS else FAR_COLOUR if value > longest else COLOUR
+        colour = OUR_COLOUR if name.startswith(OURS) else FAR_COLOUR if value > longest else COLOUR
         parts += [
             f'<text x="{MARGIN + 12}" y="{middle}">{escape(name)}</text>',
             f'<rect x="{LABEL_WIDTH}" y="{y}" width="{long:.1f}" height="{BAR}" rx="2" fill="{colour}"/>',

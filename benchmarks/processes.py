@@ -34,6 +34,7 @@ class Process:
         ports: Sequence[int],
         *,
         stderr: Path | None = None,
+        cwd: Path | None = None,
         ready_within_s: float = READY_TIMEOUT_S,
     ) -> None:
         self._ports = ports
@@ -46,6 +47,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
+                cwd=cwd,
             )
 
     def __enter__(self) -> Self:

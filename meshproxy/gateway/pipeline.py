@@ -83,12 +83,13 @@ class Gateway:
         self._spin = spin
         self.health = Health(recorder.breaker_changed, clock, spin)
         self._attempts = Attempts(self.health, recorder, clock)
-        self._hold_ids = (f"{boot_id}{count:x}" for count in itertools.count(1))
+        self._boot_id = boot_id
+        self._count = itertools.count(1)
         self._detacher = Detacher(tasks, self._close)
 
     async def chat(self, call: Call, downstream: Downstream) -> Reply | None:
         """Serve one chat completion. None: the answer was streamed to `downstream`."""
-        exchange = Exchange(call, next(self._hold_ids))
+        exchange = Exchange(call, f"{self._boot_id}{next(self._count):x}")
         if self._recorder.in_flight >= self.deployment.settings.server.max_in_flight:
             return self._shed(exchange)
         self._recorder.begin(exchange)
