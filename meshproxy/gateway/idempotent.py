@@ -166,6 +166,8 @@ class Replay:
         except LookupError:
             problem = upstream_error("The request that this one repeats has failed.", may_have_run=True)
             downstream.write(error_event(problem, call.request_id))
+        except Unavailable as lost:
+            downstream.write(error_event(lost.problem, call.request_id))
         downstream.finish()
         return None
 

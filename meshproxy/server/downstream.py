@@ -47,7 +47,7 @@ class ClientStream:
     the end. `drained` returns when the client has caught up; `is_closing`: whether the gateway won't take another request.
     """
 
-    __slots__ = ("_chunked", "_drained", "_is_closing", "_minor", "_transport", "keep_alive")
+    __slots__ = ("_begun", "_chunked", "_drained", "_is_closing", "_minor", "_transport", "keep_alive")
 
     def __init__(
         self,
@@ -63,10 +63,12 @@ class ClientStream:
         self._is_closing = is_closing
         self._minor = minor
         self._chunked = minor > 0
+        self._begun = False
         self.keep_alive = keep_alive and self._chunked
 
     def begin(self, headers: Headers) -> None:
         """Send the head of a 200 event stream."""
+        self._begun = True
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
         if self._transport is not None and not self._transport.is_closing():
             self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
@@ -96,7 +98,12 @@ class ClientStream:
         await self._drained()
 
     def reply(self, reply: Reply) -> None:
-        """Send a whole answer."""
+        """Send a whole answer. There is no way back from a stream that has begun but to break it off."""
+        if self._begun:
+            self.keep_alive = False
+            if self._transport is not None:
+                self._transport.abort()
+            return
         self._end_with_this_answer()
         if reply.status == 408:  # RFC 9110, section 15.5.9
             self.keep_alive = False

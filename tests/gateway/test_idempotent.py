@@ -196,6 +196,22 @@ async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
     assert (True, True) == (client.finished, b"[DONE]" not in client.text)
 
 
+async def test_a_replay_whose_store_is_lost_halfway_ends_in_an_error(house):
+    recording = await house.enter("h1")
+    client = Client()
+    playing = asyncio.create_task(house.play(await house.enter("h2"), client))
+    recording.begin(HEADERS)
+    recording.write(b"data: 1\n\n")
+    while not client.text:
+        await asyncio.sleep(0)
+    house.store.is_lost = True
+    assert await asyncio.wait_for(playing, 5) is None
+    assert (b"data: 1\n\n", True) == (client.text[:9], client.finished)
+    assert b'"ledger_unavailable"' in client.text
+    house.store.is_lost = False
+    recording.conclude(complete=True)
+
+
 async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
     recording = await house.enter("h1")
     recording.begin(HEADERS)

@@ -26,6 +26,9 @@ class Transport:
     def is_closing(self):
         return self.closing
 
+    def abort(self):
+        self.closing = True
+
 
 @pytest.fixture
 def transport():
@@ -87,6 +90,13 @@ def test_a_whole_answer(transport):
     )
     assert data.endswith(b"\r\n\r\n{}")
     assert client.keep_alive
+
+
+def test_a_stream_that_has_begun_is_broken_off_rather_than_answered_again(transport):
+    client = stream(transport)
+    client.begin([])
+    client.reply(Reply(503, [], b"{}"))
+    assert (1, True, False) == (len(transport.written), transport.closing, client.keep_alive)
 
 
 @pytest.mark.parametrize("options", [{"closing": True}, {"keep_alive": False}])
