@@ -93,7 +93,7 @@ async def test_cancelled_task_frees_the_provider(client, caller, until):
 
 
 async def test_cancelled_before_an_answer_frees_the_provider(client, caller, until):
-    task = asyncio.create_task(client.chat.completions.create(model="late", messages=HELLO))
+    task = asyncio.create_task(client.chat.completions.create(model="sim/stall-head", messages=HELLO))
     await asyncio.to_thread(until, lambda: bool(caller.site.received))
     task.cancel()
     await asyncio.wait([task])
