@@ -96,6 +96,12 @@ async def test_a_proxy_that_lives_keeps_its_holds_past_their_deadline(proxy, boo
     assert STREAMS // 2 * WHOLE_NUSD == balance.settled_nusd
 
 
+async def each_answered(proxy):
+    """Redis holds credit a moment before the gateway hears of it."""
+    while await asyncio.to_thread(proxy.metric, "meshproxy_upstream_requests_total") < STREAMS:
+        await asyncio.sleep(0.01)
+
+
 async def away(valkey, how):
     if how == "frozen":
         valkey.freeze()
@@ -119,6 +125,7 @@ async def test_settlements_while_redis_is_away_are_charged_once_when_it_is_back(
     client = Client(session, proxy, secret)
     running = [asyncio.create_task(client.chat(model="brisk", stream=True)) for _ in range(STREAMS)]
     await books.until(key.account, lambda now: now.held_nusd >= STREAMS * held_at_first(64))
+    await each_answered(proxy)
     await away(valkey, how)
     outcomes = await asyncio.gather(*running)
     assert [True] * STREAMS == [outcome.is_done for outcome in outcomes]
@@ -144,6 +151,7 @@ async def test_the_proxy_killed_while_redis_is_away_replays_at_its_next_start(st
     client = Client(session, proxy, secret)
     running = [asyncio.create_task(client.chat(model="brisk", stream=True)) for _ in range(STREAMS)]
     await books.until(key.account, lambda now: now.held_nusd >= STREAMS * held_at_first(64))
+    await each_answered(proxy)
     valkey.kill()
     await asyncio.gather(*running)
     while proxy.journaled() < STREAMS:
