@@ -5,10 +5,11 @@ nothing in it: no hold, no task, no request in flight.
 import asyncio
 import itertools
 import json
+import random
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import aiohttp
@@ -72,6 +73,17 @@ class Caller:
         self.key = key
         self.account = key.account
         self.auth = {"authorization": f"Bearer {secret}"}
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has, for a program that can't be told to take any: below those that the kernel gives to
+    connections (ip_local_port_range), of which the other tests' thousands would take it meanwhile.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)  # tests seed the other one alike
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Answer:

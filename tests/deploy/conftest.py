@@ -8,7 +8,6 @@ import itertools
 import json
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,7 +25,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
 from meshproxy.upstream.simulator import Running
-from tests.conftest import Caller, usage_events
+from tests.conftest import Caller, free_port, usage_events
 
 PATIENCE_S = 20.0  # for what should take a second
 ROOT = Path(__file__).parents[2]
@@ -57,13 +56,6 @@ output_usd_per_mtok = "10.00"
 """
 
 _accounts = itertools.count(1)
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has, for a program that can't be told to take any."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:

@@ -29,6 +29,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Balance
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Key
+from tests.conftest import free_port
 
 FULL = os.environ.get("MESHPROXY_PROOF") == "full"
 FIGURES = os.environ.get("MESHPROXY_FIGURES")  # a file that takes the figures, if they are wanted
@@ -82,12 +83,6 @@ output_usd_per_mtok = "10.00"
 def scaled(small: int, full: int) -> int:
     """How many: in CI, and where the whole proof was asked for."""
     return full if FULL else small
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Program:
