@@ -59,9 +59,7 @@ class ScriptMissing(StoreError):
 
 
 class Store(ABC):
-    """Redis, whatever stands behind its URL. `on_op` is told of every command once it is over."""
-
-    on_op: OnOp | None = None
+    """Redis, whatever stands behind its URL."""
 
     @property
     @abstractmethod

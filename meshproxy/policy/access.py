@@ -33,8 +33,10 @@ class FailedLogins:
 
     def wait_s(self, address: str, now: float) -> float:
         """How long this address has to wait before it may try again; 0.0 if it may."""
-        excess = self._level(_site(address), now) - self._most + 1 if self._levels else 0.0
-        return max(0.0, excess * 60 / self._most) if self._most else 0.0
+        if not self._levels:
+            return 0.0
+        excess = self._level(_site(address), now) - self._most + 1
+        return max(0.0, excess * 60 / self._most)
 
     def failed(self, address: str, now: float) -> None:
         """A login failed."""

@@ -144,9 +144,9 @@ class ClientConnection(asyncio.Protocol):
         """Time is up: 408 for half a head; nothing for none, for a balancer that connects ahead would take it for an answer."""
         if self._ahead:
             self._transport.write(self._host.too_late())
-        self.close()
+        self.force_close()
 
-    def close(self) -> None:
+    def force_close(self) -> None:
         """Hang up, once what was written is sent."""
         self.deadline = math.inf
         self._transport.close()
@@ -189,7 +189,7 @@ class ClientConnection(asyncio.Protocol):
         elif keep_alive:
             self._await_head()
         else:
-            self.close()
+            self.force_close()
 
     def _await_head(self) -> None:
         self.deadline = self._loop.time() + KEEPALIVE_S

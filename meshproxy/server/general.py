@@ -29,6 +29,11 @@ class Strictness(NamedTuple):
     header_timeout_s: Callable[[], float] = lambda: HEADER_TIMEOUT_S
     on_refused: Callable[[int], None] = lambda _status: None
 
+    def too_late(self) -> bytes:
+        """The answer to a head that didn't come in time."""
+        self.on_refused(TOO_LATE.status)
+        return parting(TOO_LATE)
+
 
 class GeneralConnection(RequestHandler):
     """One client's connection. What the parser refuses is answered in the envelope, and the connection closed. `source`: the
@@ -118,8 +123,7 @@ class GeneralConnection(RequestHandler):
         """408 for half a head; nothing for none, for a balancer that connects ahead would take it for an answer."""
         self._head_timer = None
         if self._head_begun and self.transport is not None:
-            self.transport.write(parting(TOO_LATE))
-            self._strictness.on_refused(TOO_LATE.status)
+            self.transport.write(self._strictness.too_late())
         self.force_close()
 
 

@@ -8,8 +8,7 @@ from aiohttp import web
 from aiohttp.web_request import BaseRequest
 
 from meshproxy.server.connection import LINGER_S, ClientConnection
-from meshproxy.server.downstream import parting
-from meshproxy.server.general import TOO_LATE, GeneralConnection, Strictness
+from meshproxy.server.general import GeneralConnection, Strictness
 from meshproxy.server.proxy_protocol import Source
 from meshproxy.wire.head import MAX_FIELDS, MAX_HEAD_BYTES
 
@@ -54,8 +53,7 @@ class _Server(web.Server):
         return self._chat().serve(connection, fields)
 
     def too_late(self) -> bytes:
-        self._strictness.on_refused(TOO_LATE.status)
-        return parting(TOO_LATE)
+        return self._strictness.too_late()
 
     def look_at_deadlines(self) -> None:
         now = self._loop.time()
@@ -82,7 +80,7 @@ class Runner(web.AppRunner):
         """Close the connections without a request. (aiohttp's own pre_shutdown() also drops bodies that are being sent.)"""
         for connection in self._connections():
             if connection.is_idle:
-                connection.close() if isinstance(connection, ClientConnection) else connection.force_close()
+                connection.force_close()
 
     def busy(self) -> int:
         """How many connections have a request, or an answer that isn't all sent."""

@@ -8,6 +8,7 @@ import re
 from enum import IntEnum
 
 from meshproxy.upstream.faults import malformed
+from meshproxy.wire.head import field_lines
 
 MAX_CHUNK_LINE_BYTES = 4096
 MAX_EXTENSION_BYTES = 65_536  # of one body, all chunks together: extensions carry nothing that we read
@@ -20,7 +21,6 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*
 _EXTENSIONS = rb"(?:[ \t]*+;[ \t]*+" + TOKEN + rb"(?:[ \t]*+=[ \t]*+(?:" + TOKEN + rb"|" + _QUOTED + rb"))?+)*+"
 _PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(" + _EXTENSIONS + rb")\r\n")
-_TRAILERS = re.compile(rb"(?:" + TOKEN + rb":" + FIELD_TEXT + rb"\r\n)*+\r\n")
 
 
 class Body:
@@ -189,7 +189,7 @@ class Chunked(Body):
             if len(data) - position >= MAX_TRAILER_BYTES:
                 raise malformed("its trailers are too long")
             return position
-        if not _TRAILERS.fullmatch(data, position, end):
+        if field_lines("\r\n" + data[position:end].decode("latin-1")) is None:
             raise malformed("its trailers can't be read")
         self.done = True
         return end
