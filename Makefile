@@ -24,7 +24,7 @@ compiled: $(STAMP)
 	@$(BIN)/python scripts/can_compile.py || exit 0; \
 	rm -rf $(COMPILED) && mkdir -p $(COMPILED) && git ls-files -z | xargs -0 cp --parents -t $(COMPILED) && \
 	cd $(COMPILED) && MESHPROXY_COMPILE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace --parallel 2 && \
-	$(CURDIR)/$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e tests/money tests/hostile tests/faults
+	$(CURDIR)/$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_value.py tests/e2e tests/money tests/hostile tests/faults
 
 check: $(STAMP)
 	$(BIN)/ruff check .

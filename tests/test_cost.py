@@ -31,8 +31,8 @@ from meshproxy.server.listener import Runner
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.sink import LineSink
 
-REQUEST_BUDGET = 560
-EVENT_BUDGET = 25  # of an event that comes alone
+REQUEST_BUDGET = 510
+EVENT_BUDGET = 23  # of an event that comes alone
 CROWDED_EVENT_BUDGET = 20  # of one among CROWD that come in one read
 
 WARM_UP = 50

@@ -4,15 +4,14 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from msgspec import Struct
-
 from meshproxy.errors import Problem
+from meshproxy.value import Value
 from meshproxy.wire.replies import envelope, problem_headers
 
 Headers = list[tuple[str, str]]
 
 
-class Call(Struct, frozen=True):
+class Call(Value, frozen=True):
     """One request. `read_body` raises a Fault for a body that is too large or never arrives; `received_at` is monotonic,
     in seconds; `forward` are the client's headers that may go to a provider; `trace_id` is W3C's, 32 hex digits; `client` is the
     client's address.
@@ -29,7 +28,7 @@ class Call(Struct, frozen=True):
     client: str | None = None
 
 
-class Reply(Struct, frozen=True):
+class Reply(Value, frozen=True):
     """A whole answer."""
 
     status: int

@@ -8,6 +8,7 @@ them on, in the frames they arrived in where those hold. What a client doesn't t
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from meshproxy.errors import Problem, UpstreamFault, upstream_error
 from meshproxy.gateway.call import Downstream
@@ -17,9 +18,9 @@ from meshproxy.upstream.response import Response
 from meshproxy.wire.replies import error_event
 from meshproxy.wire.sse import DONE, PING, StreamScanner
 
-MAX_DRAINED_BYTES = 8_388_608  # read on after the client has gone, to learn what it used
-LAST_BYTE_S = 2.0  # that the end of a body gets behind its [DONE]: then its connection is given up
-LOOK_BYTES = 16_384  # relayed between two looks at how much waits for the client
+MAX_DRAINED_BYTES: Final = 8_388_608  # read on after the client has gone, to learn what it used
+LAST_BYTE_S: Final = 2.0  # that the end of a body gets behind its [DONE]: then its connection is given up
+LOOK_BYTES: Final = 16_384  # relayed between two looks at how much waits for the client
 OUTCOMES = {
     "insufficient_credits": "insufficient_credits",
     "spend_limit_exceeded": "insufficient_credits",

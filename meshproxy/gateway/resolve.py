@@ -4,7 +4,6 @@ from collections.abc import Collection
 
 import msgspec
 import orjson
-from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.config import Settings
@@ -18,10 +17,11 @@ from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, render
 from meshproxy.policy.tokens import estimate_prompt, has_media
 from meshproxy.policy.transforms import middle_out
+from meshproxy.value import Value
 from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_params
 
 
-class Plan(Struct, frozen=True):
+class Plan(Value, frozen=True):
     """A request resolved. `prompt_tokens` is an estimate; `prompt_bytes` is None where bytes bound no tokens (images, audio).
 
     `output_cap` is what one choice is expected to have at most, and `output_limit` what it can have, which is more for a stream

@@ -2,9 +2,8 @@
 
 from typing import Literal
 
-from msgspec import Struct
-
 from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.value import Value
 from meshproxy.wire.usage import Usage
 
 NO_LIMITS = Limits()
@@ -16,7 +15,7 @@ Kind = Literal["requests", "tokens"]
 UsageSource = Literal["reported", "estimated", "drained", "none"]
 
 
-class Ask(Struct, frozen=True, kw_only=True):
+class Ask(Value, frozen=True, kw_only=True):
     """A request that wants in. Limits are resolved: None is no limit here, not a default that holds elsewhere.
 
     `amount_min_nusd`: hold less than `amount_nusd`, down to this, rather than deny (None: all or nothing).
@@ -38,7 +37,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     session_budgets: Budgets = NO_BUDGETS
 
 
-class BucketState(Struct, frozen=True):
+class BucketState(Value, frozen=True):
     """One bucket as the decision left it: `limit` a minute, `remaining` (a debt shows as 0), `reset_s` until it is full."""
 
     scope: Scope
@@ -48,7 +47,7 @@ class BucketState(Struct, frozen=True):
     reset_s: float
 
 
-class Admitted(Struct, frozen=True):
+class Admitted(Value, frozen=True):
     """A hold of `amount_nusd` in all, which a clamped ask may find lower than it asked for. `buckets` are as of admission."""
 
     ask: Ask
@@ -62,7 +61,7 @@ class Admitted(Struct, frozen=True):
         return self.ask.hold_id
 
 
-class Denied(Struct, frozen=True):
+class Denied(Value, frozen=True):
     """Why not. `which` names the limit: "key requests", "session daily budget", "credit", "hold" (which is gone: settled, or
     forgotten). `retry_after_s` is exact, and None where waiting doesn't help.
     """
@@ -74,7 +73,7 @@ class Denied(Struct, frozen=True):
     buckets: tuple[BucketState, ...] = ()
 
 
-class Settlement(Struct, frozen=True, kw_only=True):
+class Settlement(Value, frozen=True, kw_only=True):
     """What a request came to. `outcome` is why it ended, a word of a closed set; `price` the prices it was billed by, JSON.
 
     `unheld`: admitted without Redis, and perhaps never held there. It stays with the settlement through every retry.
@@ -96,7 +95,7 @@ class Settlement(Struct, frozen=True, kw_only=True):
     unheld: bool = False
 
 
-class Spend(Struct, frozen=True):
+class Spend(Value, frozen=True):
     """What a key spent: ever, and in this UTC day and month of Redis's clock."""
 
     total_nusd: int = 0
@@ -104,7 +103,7 @@ class Spend(Struct, frozen=True):
     month_nusd: int = 0
 
 
-class Balance(Struct, frozen=True):
+class Balance(Value, frozen=True):
     """An account's credit: granted = balance + settled. `spend` is of the key that was asked for."""
 
     balance_nusd: int

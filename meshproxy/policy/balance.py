@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from itertools import groupby
 
-from msgspec import Struct
-
 from meshproxy.policy.catalog import Attempt
+from meshproxy.value import Value
 
 DECAY_S = 10.0  # a slow answer weighs 1/e of itself after so long, if faster ones came since
 FORGET_S = 60.0  # after so long without an answer nothing is known
 
 
-class Standing(Struct, frozen=True):
+class Standing(Value, frozen=True):
     """How a route does. `latency_s`: the peak EWMA of its time to the first event, 0.0 if unknown; `ejected_s`: how much
     longer it should be left alone, 0.0 if it needn't be; `is_open`: its breaker lets nothing through.
     """

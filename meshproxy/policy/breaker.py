@@ -7,14 +7,13 @@ it or opens it for longer. It reads no clock and draws no number: both come as a
 
 from typing import Literal
 
-from msgspec import Struct
-
 from meshproxy.policy.window import Window
+from meshproxy.value import Value
 
 State = Literal["closed", "open", "half-open"]
 
 
-class Tolerance(Struct, frozen=True, kw_only=True):
+class Tolerance(Value, frozen=True, kw_only=True):
     """What an upstream is forgiven. It opens after `consecutive` failures in a row, or when of at least `least_calls` in about
     `window_s` the share `failing` failed. It stays open for `open_s`, twice as long after each probe that fails, `most_open_s`
     at most, and that times 0.5 to 1.5 by chance. A probe that hasn't come back after `probe_s` is given up.

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.config import Model, Route, Settings
 from meshproxy.errors import Fault, Source, model_not_found
 from meshproxy.policy.pricing import Price, price_of
+from meshproxy.value import Value
 
 MAX_ATTEMPTS = 16  # of one request, however many routes and fallbacks it has
 
@@ -21,7 +21,7 @@ MAX_ATTEMPTS = 16  # of one request, however many routes and fallbacks it has
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
 
 
-class Attempt(Struct, frozen=True):
+class Attempt(Value, frozen=True):
     """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
     it walks itself, in order, each with the price that is due if it is the one that serves. Neighbours of one model that have a
     `weight` are equals. `hidden_reasoning`: output is billed that a stream doesn't show.
@@ -49,7 +49,7 @@ class Attempt(Struct, frozen=True):
         return tuple(native.upstream_model for native in self.natives)
 
 
-class Entry(Struct, frozen=True):
+class Entry(Value, frozen=True):
     """A model of the catalogue. `groups` are its attempts in order; a group of more than one are equals. `fixed` is the
     order when there are no equals.
     """

@@ -2,8 +2,6 @@
 
 import math
 
-from msgspec import Struct
-
 from meshproxy.errors import (
     MAX_RETRY_AFTER_S,
     Problem,
@@ -12,6 +10,7 @@ from meshproxy.errors import (
     provider_not_available,
     upstream_error,
 )
+from meshproxy.value import Value
 from meshproxy.wire.replies import provider_error
 
 DEFAULT_RETRY_AFTER_S = 1.0  # where a provider is full and doesn't say for how long
@@ -29,7 +28,7 @@ _FULL = frozenset(
 _IN_THE_MIDDLE = frozenset({408, 409})  # refused, but who knows after what
 
 
-class Verdict(Struct, frozen=True):
+class Verdict(Value, frozen=True):
     """What the client is told if nothing better comes, and whether the next attempt may be made."""
 
     problem: Problem

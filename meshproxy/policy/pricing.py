@@ -1,9 +1,8 @@
 """What tokens cost: integers of nano-USD, rounded up once, at the end. And which of a provider's numbers can be true."""
 
-from msgspec import Struct
-
 from meshproxy.config import Model
 from meshproxy.money import parse_usd
+from meshproxy.value import Value
 from meshproxy.wire.usage import Usage
 
 TOKENS_PER_PRICE = 1_000_000  # prices are quoted for a million tokens
@@ -11,7 +10,7 @@ MAX_AFFORDABLE_TOKENS = 2**31 - 1  # of a model whose output is free
 PREAMBLE_TOKENS = 1024  # what a provider's chat template may put before the client's own messages
 
 
-class Price(Struct, frozen=True):
+class Price(Value, frozen=True):
     """A model's prices, each in nano-USD per million tokens."""
 
     input: int

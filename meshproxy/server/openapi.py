@@ -17,7 +17,7 @@ from meshproxy.policy import template
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.version import VERSION
-from meshproxy.wire import chat
+from meshproxy.wire.fields import FIELDS
 from meshproxy.wire.replies import MAX_MESSAGE_CHARS
 
 PATH = "/openapi.json"
@@ -178,7 +178,7 @@ REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 502
 def document() -> dict[str, Any]:
     """The whole document."""
     answers = [Completion, ErrorEnvelope, *(kind for _, kind in ANSWERS.values() if kind is not None)]
-    of_chat = {name: kind if name == "messages" else kind | None for name, kind in chat.FIELDS.items()}  # null: absent
+    of_chat = {name: kind if name == "messages" else kind | None for name, kind in FIELDS.items()}  # null: absent
     kinds = [*answers, *of_chat.values(), *template.FIELDS.values()]
     found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     schemas = iter(found)

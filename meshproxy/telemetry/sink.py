@@ -49,8 +49,8 @@ class LineSink:
         self._stream_lock = threading.Lock()
         self._filled = threading.Event()
         self._hurry = threading.Event()
-        self._thread = threading.Thread(target=self._drain, name="log-writer", daemon=True)
-        self._thread.start()
+        self._writer = threading.Thread(target=self._drain, name="log-writer", daemon=True)
+        self._writer.start()
         atexit.register(self.close)
 
     def write(self, line: bytes, *, urgent: bool = False) -> None:
@@ -88,7 +88,7 @@ class LineSink:
             atexit.unregister(self.close)
             self._filled.set()
             self._hurry.set()
-            self._thread.join(CLOSE_TIMEOUT_S)
+            self._writer.join(CLOSE_TIMEOUT_S)
 
     def _drain(self) -> None:
         while not self._closed:

@@ -6,6 +6,7 @@ them. A payload is passed on as it comes: nothing is gathered but an unfinished 
 
 import re
 from enum import IntEnum
+from typing import Final
 
 from meshproxy.upstream.faults import malformed
 from meshproxy.wire.head import field_lines
@@ -19,8 +20,8 @@ FIELD_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+"  # field-content and the spaces around
 
 _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
 _EXTENSIONS = rb"(?:[ \t]*+;[ \t]*+" + TOKEN + rb"(?:[ \t]*+=[ \t]*+(?:" + TOKEN + rb"|" + _QUOTED + rb"))?+)*+"
-_PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(" + _EXTENSIONS + rb")\r\n")
+_PLAIN_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})(" + _EXTENSIONS + rb")\r\n")
 
 
 class Body:
@@ -95,9 +96,20 @@ class Chunked(Body):
         self._extension_bytes = 0
 
     def decode(self, data: bytes) -> bytes:
-        """The payloads of the chunks in `data`, joined. The usual read, whole chunks and nothing else, takes the short way."""
+        """The payloads of the chunks in `data`, joined. The usual read, one whole chunk or some, takes a short way."""
         if self._phase != 0 or self._held:
             return self._decode(data, 0, [])
+        size = len(data)
+        # what it carries if it is one chunk, whose own size has as many digits as that of all of it
+        carried = size - (size.bit_length() + 3) // 4 - 4
+        line = b"%x\r\n" % carried
+        if data.startswith(line) and data.endswith(b"\r\n") and 0 < carried == size - len(line) - 2:
+            self.whole = True
+            return data[len(line) : -2]
+        return self._decode_chunks(data)
+
+    def _decode_chunks(self, data: bytes) -> bytes:
+        """The way of whole chunks and nothing else, for as long as that is what comes."""
         payloads: list[bytes] = []
         position, size = 0, len(data)
         while position < size:

@@ -6,93 +6,34 @@ a client hears of everything that is wrong at once. What the gateway doesn't kno
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Raw
 from msgspec.json import Decoder
 
 from meshproxy.errors import Detail, Fault, Source, invalid
+from meshproxy.value import Value
 from meshproxy.wire.details import detail_of, name_of
+from meshproxy.wire.fields import ALLOWED, DECODERS, MAX_NAME_CHARS, Bulk
 
-MAX_NAME_CHARS = 256  # of a model, a template, a user, a session
-MAX_MODELS = 32  # fallbacks that one request may name
-MAX_TOKENS = 2**31 - 1  # a bound for arithmetic; no model comes near
 MAX_DETAILS = 32  # complaints shown to a client
-MAX_LOOSE_BYTES = (
-    1_048_576  # of variables and what else isn't bulk: millions of members would stall every stream for seconds
-)
+# Of variables and what else isn't bulk: millions of members would stall every stream for seconds.
+MAX_LOOSE_BYTES = 1_048_576
 
-CAPS: Final[tuple[str, ...]] = (
-    "max_completion_tokens",
-    "max_tokens",
-)  # two names of one thing, the one that counts first
+# Two names of one thing, the one that counts first.
+CAPS: Final[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
 
 # Members that a key's or template's params can't set: the request's own shape, and Mesh's own fields.
 _OWN: Final = frozenset({"template", "variables", "session_id", "transforms", "models", "model", "messages"})
 _RESERVED: Final = _OWN | {"stream", "stream_options"}
 
-_Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
-_Label = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
-_Cap = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
-
-
-class _Object(Struct, gc=False):
-    """Any JSON object; its members are skipped."""
-
-
-class _Message(Struct, gc=False):
-    role: str
-    content: str | list[_Object] | None = None
-
-
-class _StreamOptions(Struct, gc=False):
-    include_usage: bool | None = None
-
-
-class _Bulk(Struct, gc=False):
-    """The members that may be large: they are passed on whole, or are lists of what is skipped."""
-
-    messages: Raw = Raw()
-    tools: Raw = Raw()
-    functions: Raw = Raw()
-    response_format: Raw = Raw()
-    prediction: Raw = Raw()
-
-
-FIELDS: Final[dict[str, Any]] = {
-    "frequency_penalty": _Penalty,
-    "max_completion_tokens": _Cap,
-    "max_tokens": _Cap,
-    "messages": list[_Message],
-    "model": _Name,
-    "models": Annotated[list[_Name], Meta(max_length=MAX_MODELS)],
-    "n": Annotated[int, Meta(ge=1, le=128)],
-    "presence_penalty": _Penalty,
-    "seed": Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
-    "session_id": _Label,
-    "stop": str | list[str],
-    "stream": bool,
-    "stream_options": _StreamOptions,
-    "temperature": Annotated[float, Meta(ge=0, le=2)],
-    "template": _Name,
-    "tool_choice": Literal["none", "auto", "required"] | _Object,
-    "tools": list[_Object],
-    "top_p": Annotated[float, Meta(ge=0, le=1)],
-    "transforms": list[Literal["middle-out"]],
-    "user": _Label,
-    "variables": dict[str, str],
-}
-_ALLOWED: Final = {"tool_choice": "none, auto, required or an object", "transforms": "middle-out"}
-
 _MEMBERS: Final = Decoder(dict[str, Raw])
-_BULK: Final = Decoder(_Bulk)
+_BULK: Final = Decoder(Bulk)
 _TEXT: Final = Decoder(str)
-_DECODERS: Final = {name: Decoder(kind | None).decode for name, kind in FIELDS.items()}
 
 
-class ChatRequest(Struct, frozen=True, kw_only=True):
+class ChatRequest(Value, frozen=True):
     """A request that is sound as far as its bytes can tell.
 
     `fields` has every OpenAI and unknown member as its own bytes, in order of arrival, without `model`, `messages` and Mesh's
@@ -105,9 +46,9 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     messages: bytes | None
     message_count: int
     text_only: bool
+    variables: dict[str, str]
     model: str | None = None
     template: str | None = None
-    variables: dict[str, str] = msgspec.field(default_factory=dict)
     session_id: str | None = None
     stream: bool = False
     include_usage: bool = False
@@ -123,7 +64,7 @@ def decode_chat(body: bytes) -> ChatRequest:
     known: dict[str, Any] = {}
     details: list[Detail] = []
     for name, raw in _members(body).items():
-        decode = _DECODERS.get(name)
+        decode = DECODERS.get(name)
         if decode is None:
             fields[name] = raw
             continue
@@ -152,9 +93,9 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
     known: dict[str, Any] = {}
     details: list[Detail] = []
     fields = _filled(request.fields, params)
-    for name in (fields.keys() - request.fields.keys()) & _DECODERS.keys():
+    for name in (fields.keys() - request.fields.keys()) & DECODERS.keys():
         try:
-            known[name] = _DECODERS[name](fields[name])
+            known[name] = DECODERS[name](fields[name])
         except (msgspec.DecodeError, RecursionError) as error:
             details.append(detail_of(error, ("params", name)))
     if details:
@@ -202,7 +143,7 @@ def _members(body: bytes) -> dict[str, Raw]:
             body.decode()
         if len(body) <= MAX_LOOSE_BYTES or _loose_bytes(body) <= MAX_LOOSE_BYTES:
             return _MEMBERS.decode(body)
-        message = f"All but {', '.join(_Bulk.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
+        message = f"All but {', '.join(Bulk.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
         detail = Detail("too_long", ("body",), message)
     except UnicodeDecodeError as error:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
@@ -258,7 +199,7 @@ def _complaints(name: str, raw: Raw, error: Exception) -> Iterator[Detail]:
         return
     detail = detail_of(error, ("body", name))
     if detail.type == "literal_error":
-        detail = Detail(detail.type, detail.loc, f"{detail.msg}: expected {_ALLOWED[name]}")
+        detail = Detail(detail.type, detail.loc, f"{detail.msg}: expected {ALLOWED[name]}")
     yield detail
 
 

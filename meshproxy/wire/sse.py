@@ -19,11 +19,12 @@ DONE: Final = b"data: [DONE]\n\n"
 MAX_EVENT_BYTES: Final = 1_048_576  # an event larger than this is no event of a chat
 MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that the one that is kept stays small
 
-_BOM = b"\xef\xbb\xbf"
-_LF, _CR = b"\n\r"
-_NULL_MEMBER = (b":null", b": null")
-_UNFINISHED = b'"finish_reason":null'  # as OpenAI writes it, and most others
-_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+_BOM: Final = b"\xef\xbb\xbf"
+_LF: Final = 10
+_CR: Final = 13
+_NULL_MEMBER: Final = (b":null", b": null")
+_UNFINISHED: Final = b'"finish_reason":null'  # as OpenAI writes it, and most others
+_FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
 
 class _Event(Struct):

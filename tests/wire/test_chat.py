@@ -125,7 +125,7 @@ class TestDecode:
         ]
 
     def test_what_holds_when_nothing_is_said(self):
-        expected = ChatRequest(fields={}, messages=MESSAGES, message_count=1, text_only=True)
+        expected = ChatRequest(fields={}, messages=MESSAGES, message_count=1, text_only=True, variables={})
         assert expected == decode_chat(b'{"messages":' + MESSAGES + b"}")
 
     @pytest.mark.parametrize(
