@@ -128,10 +128,15 @@ class Core:
         raise RuntimeError(f"there is no {self._name} here")
 
 
+def children(pid: int) -> list[int]:
+    """The processes that one has begun and that still run."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def _family(pid: int) -> Iterator[int]:
     yield pid
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        yield from _family(int(child))
+    for child in children(pid):
+        yield from _family(child)
 
 
 def _cpu_s(pid: int) -> float:

@@ -158,9 +158,9 @@ def _of_ours(module: str, name: str, behind: Upstreams) -> Iterator[Proxy]:
         yield Proxy(name, process, ports[0], ports[1])
 
 
-def meshproxy(behind: Upstreams, directory: Path) -> AbstractContextManager[Proxy]:
+def meshproxy(behind: Upstreams, directory: Path, *, workers: int = 1) -> AbstractContextManager[Proxy]:
     """Everything on: keys, four buckets, credit, usage, metrics, and the log of requests in a file."""
-    return _meshproxy("meshproxy", None, behind, directory)
+    return _meshproxy("meshproxy", None, behind, directory, workers)
 
 
 def compiled(behind: Upstreams, directory: Path) -> AbstractContextManager[Proxy]:
@@ -169,10 +169,10 @@ def compiled(behind: Upstreams, directory: Path) -> AbstractContextManager[Proxy
 
 
 @contextmanager
-def _meshproxy(name: str, tree: Path | None, behind: Upstreams, directory: Path) -> Iterator[Proxy]:
+def _meshproxy(name: str, tree: Path | None, behind: Upstreams, directory: Path, workers: int = 1) -> Iterator[Proxy]:
     port, admin_port, redis_port = free_ports(3)
     conf = directory / f"{name}.toml"
-    conf.write_text(meshproxy_conf(behind, port, admin_port, redis_port))
+    conf.write_text(meshproxy_conf(behind, port, admin_port, redis_port, workers))
     with ExitStack() as stack:
         options = ["--port", str(redis_port), "--save", "", "--bind", "127.0.0.1", "--dir", str(directory)]
         stack.enter_context(Process([program("redis-server"), *options], OTHER_CORE, [redis_port]))
@@ -184,7 +184,7 @@ def _meshproxy(name: str, tree: Path | None, behind: Upstreams, directory: Path)
         yield Proxy("meshproxy" if tree is None else "meshproxy, compiled", process, port, port, *keys)
 
 
-def meshproxy_conf(behind: Upstreams, port: int, admin_port: int, redis_port: int) -> str:
+def meshproxy_conf(behind: Upstreams, port: int, admin_port: int, redis_port: int, workers: int) -> str:
     """A configuration with both upstreams, and a model for each kind of stream."""
     models = [(UNARY_MODEL, "unary"), *((name, "streams") for name in STREAM_MODELS)]
     entries = "".join(
@@ -196,7 +196,7 @@ def meshproxy_conf(behind: Upstreams, port: int, admin_port: int, redis_port: in
 [server]
 listen = "127.0.0.1:{port}"
 admin_listen = "127.0.0.1:{admin_port}"
-workers = 1
+workers = {workers}
 [redis]
 url = "redis://127.0.0.1:{redis_port}/0"
 [defaults]
