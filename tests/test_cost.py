@@ -33,7 +33,7 @@ from meshproxy.telemetry.sink import LineSink
 
 REQUEST_BUDGET = 510
 EVENT_BUDGET = 23  # of an event that comes alone
-CROWDED_EVENT_BUDGET = 20  # of one among CROWD that come in one read
+CROWDED_EVENT_BUDGET = 7  # of one among CROWD that come in one read
 
 WARM_UP = 50
 BATCHES = 7

@@ -127,6 +127,27 @@ class StreamScanner:
         if self._over or not payload:
             return b""
         text = self._whole_events(self._with_lf(payload))
+        out = text if self._are_plain(text) else self._by_event(text)
+        self._plain = not self._held and not self._over
+        return payload if out == payload else out
+
+    def _are_plain(self, text: bytes) -> bool:
+        """Whether these whole events, as they come in a burst, are plain every one of them. If so they are counted."""
+        if not text.startswith(b"data: {") or text.rfind(b'"error"') >= 0 or text.rfind(b'"usage"') >= 0:
+            return False
+        lines = text.split(b"\n")
+        events = lines[:-1:2]
+        count = len(events)
+        if any(lines[1::2]) or text.count(b"\n\ndata: {") != count - 1 or len(text) > MAX_EVENT_BYTES:
+            return False
+        self.events += count
+        for event in events:
+            self._count(event, len(event) + 2)
+        if text.count(_UNFINISHED) < count:
+            self._look_for_finish(text)
+        return True
+
+    def _by_event(self, text: bytes) -> bytes:
         forwarded = []
         start = 0
         while start < len(text) and not self._over:
@@ -136,9 +157,7 @@ class StreamScanner:
             end = text.find(b"\n\n", start) + 2
             forwarded.append(self._event(text[start:end]))
             start = end
-        self._plain = not self._held and not self._over
-        out = b"".join(forwarded)
-        return payload if out == payload else out
+        return b"".join(forwarded)
 
     def _with_lf(self, payload: bytes) -> bytes:
         """CRLF and CR as LF, without waiting for an LF that may follow a CR."""
@@ -150,6 +169,8 @@ class StreamScanner:
     def _whole_events(self, text: bytes) -> bytes:
         """What is held and `text`, up to the last blank line; the rest is held."""
         held = self._held
+        if not held and text.endswith(b"\n\n"):
+            return text
         searched = max(len(held) - 1, 0)
         held += text
         last = held.rfind(b"\n\n", searched)
@@ -167,7 +188,8 @@ class StreamScanner:
             raise self._too_large()
         if _is_plain_event(event, size):
             self.events += 1
-            self._count(event)
+            self._count(event, size)
+            self._look_for_finish(event)
             return event
         if not self._begun:
             self._begun = True
@@ -193,16 +215,16 @@ class StreamScanner:
             return b""
         out = _joined(parsed.lines)
         if not usage_only:
-            self._count(out)
+            self._count(out, len(out))
+            self._look_for_finish(out)
         return out
 
-    def _count(self, event: bytes) -> None:
-        size = len(event)
-        self._envelope = min(self._envelope, size)
+    def _count(self, event: bytes, size: int) -> None:
+        if size < self._envelope:  # noqa: PLR1730 - as in feed()
+            self._envelope = size
         self.tokens += (size - self._envelope) // 4 or 1
         if not self._sample and size <= MAX_PLAIN_BYTES:
             self._sample = event
-        self._look_for_finish(event)
 
     def _look_for_finish(self, event: bytes) -> None:
         self._finished = self._finished or _FINISH_REASON.search(event) is not None
