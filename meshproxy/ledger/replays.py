@@ -37,6 +37,7 @@ class Replays:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._append = Script.load("append")
         self._claim = Script.load("claim")
         self._conclude = Script.load("conclude")
 
@@ -57,9 +58,7 @@ class Replays:
 
     async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int) -> None:
         """Add parts of the answer."""
-        await asyncio.gather(
-            self._store.execute("RPUSH", claim.parts, *parts), self._store.execute("PEXPIRE", claim.parts, ttl_ms)
-        )
+        await self._store.run(self._append, [claim.parts], [ttl_ms, *parts])
 
     async def conclude(self, claim: Claim, state: Conclusion, ttl_ms: int) -> None:
         """Say how far the answer is."""

@@ -36,8 +36,8 @@ CLOSED = {
     "reason": _words("insufficient_credits spend_limit mid_stream"),
     "phase": frozenset(PHASES),
     "op": _words(
-        "admit settle renew balance grant claim conclude put_template delete_template"  # the scripts
-        " GET SET DEL PEXPIRE PING TIME HGET HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE RPUSH SADD SMEMBERS"
+        "admit settle renew balance grant append claim conclude put_template delete_template"  # the scripts
+        " GET SET DEL PING TIME HGET HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE SADD SMEMBERS"
         " XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
     "kind": _words(

@@ -255,7 +255,7 @@ async def test_an_answer_with_a_hole_in_it_is_never_replayed(house, loss):
     if loss == "before":
         house.store.is_lost = True
     else:
-        house.store.loses_replies_of = "RPUSH"
+        house.store.loses_replies_of = "append"
     recording.write(b"data: 1\n\n")
     for _ in range(20):
         await asyncio.sleep(0)
