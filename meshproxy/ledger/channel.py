@@ -1,4 +1,4 @@
-"""A lasting way to one server: a link, and a new one whenever it is lost.
+"""A store that is one server, or a part of one that is many: a link, and a new one whenever it is lost.
 
 While there is no link, commands fail at once: a request should be told `ledger_unavailable` now and not after a time-out. New
 links are dialled with a jittered, bounded backoff that starts afresh only after a link that held.
@@ -11,7 +11,7 @@ from typing import Any
 
 from meshproxy.ledger.address import Endpoint, Login
 from meshproxy.ledger.link import Link, failed
-from meshproxy.ledger.store import Argument, StoreError, Unavailable
+from meshproxy.ledger.store import Argument, Store, StoreError, Unavailable
 
 BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 2.0
@@ -27,7 +27,7 @@ def spawn_plainly(name: str, work: Coroutine[Any, Any, None]) -> "asyncio.Task[N
     return asyncio.create_task(work, name=name)
 
 
-class Channel:
+class Channel(Store):
     """`dial` finds the server and returns a link that is ready for commands, or raises Unavailable."""
 
     def __init__(self, dial: Dial, *, spawn: Spawn = spawn_plainly, on_lost: Callable[[], None] | None = None) -> None:

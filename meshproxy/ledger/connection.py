@@ -16,10 +16,6 @@ from meshproxy.ledger.store import OnOp, Store, StoreError, Unavailable
 __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 
 
-class ServerStore(Channel, Store):
-    """One server, named by its address or by Sentinel: a channel is all it takes."""
-
-
 async def connect(
     settings: config.Redis, *, wait: bool = True, on_op: OnOp | None = None, spawn: Spawn = spawn_plainly
 ) -> Store:
@@ -45,10 +41,10 @@ async def connect(
         return await dial_node(named, master=True)
 
     if address.kind == "cluster":
-        store: ServerStore | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, spawn)
+        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, spawn)
     else:
         one = dial_master if address.kind == "sentinel" else partial(dial_node, address.endpoints[0])
-        store = ServerStore(one, spawn=spawn)
+        store = Channel(one, spawn=spawn)
     if wait:
         await store.open()
     else:
