@@ -14,10 +14,10 @@ FAST_PATH = {
     "wire": "chat head headers replies sse",
     "policy": "access balance breaker budget catalog failover params pricing tokens transforms window",
     "upstream": "body connection http1 pool provider response",
-    "ledger": "cache directory keyspace ledger link records",
+    "ledger": "cache directory keyspace ledger link",
     "telemetry": "metrics sink",
     "gateway": (
-        "admission admitter attempts authenticate call exchange first_event health lease pipeline record relay resolve settlement"
+        "admission admitter attempts authenticate exchange first_event health lease pipeline record relay resolve settlement"
     ),
     "server": "body chat connection downstream request_id",
 }
