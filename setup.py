@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 # from; what msgspec does in C already; what tests take the place of a method in; and what is asked a few times a minute.
 FAST_PATH = {
     ".": "money",
-    "wire": "chat head headers replies sse",
+    "wire": "chat event head headers replies sse",
     "policy": "access balance breaker budget catalog failover params pricing tokens transforms window",
     "upstream": "body connection http1 pool provider response",
     "ledger": "cache directory keyspace ledger link",

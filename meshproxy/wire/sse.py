@@ -8,9 +8,10 @@ for whoever relays writes it after a good end. The format: WHATWG HTML, "Server-
 import re
 from typing import Any, Final
 
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from meshproxy.errors import UpstreamFault, upstream_error
+from meshproxy.wire.event import bears, error_in, is_plain, joined, parse
 from meshproxy.wire.usage import Usage, decode_members, decode_text, decode_usage, decode_value
 
 PING: Final = b": ping\n\n"
@@ -21,19 +22,8 @@ MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that the o
 
 _BOM: Final = b"\xef\xbb\xbf"
 _LF: Final = 10
-_CR: Final = 13
-_NULL_MEMBER: Final = (b":null", b": null")
 _UNFINISHED: Final = b'"finish_reason":null'  # as OpenAI writes it, and most others
 _FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
-
-
-class _Event(Struct):
-    """One parsed event: its data, its `event:` name, and its lines without those that are dropped."""
-
-    data: bytes
-    name: bytes
-    lines: list[bytes]
-    comments: list[bytes]
 
 
 class StreamScanner:
@@ -89,7 +79,7 @@ class StreamScanner:
         UpstreamFault for an event of more than 1 MiB.
         """
         size = len(payload)
-        if self._plain and size <= MAX_PLAIN_BYTES and _is_plain_event(payload, size):
+        if self._plain and size <= MAX_PLAIN_BYTES and is_plain(payload, size):
             self.events += 1
             if size < self._envelope:  # noqa: PLR1730 - min() costs a fifth of the whole call
                 self._envelope = size
@@ -105,7 +95,7 @@ class StreamScanner:
         """The upstream's body has ended: what may still go out, which is an event that only lacks its blank line."""
         held = bytes(self._held)
         self._held.clear()
-        data = _parse(held).data
+        data = parse(held).data
         if self._over or not (data.startswith(b"[DONE]") or decode_members(data) is not None):
             return b""
         return self._event(held + b"\n\n")
@@ -119,7 +109,7 @@ class StreamScanner:
     def reported_model(self) -> str | None:
         """The model that the provider says it used. Decodes an event; ask at the end."""
         if self._model is None and self._sample:
-            members = decode_members(_parse(self._sample).data) or {}
+            members = decode_members(parse(self._sample).data) or {}
             return decode_text(members.get("model"))
         return self._model
 
@@ -143,7 +133,7 @@ class StreamScanner:
         self.events += count
         for event in events:
             self._count(event, len(event) + 2)
-        if text.count(_UNFINISHED) < count:
+        if text.count(_UNFINISHED) < text.count(b'"finish_reason"'):
             self._look_for_finish(text)
         return True
 
@@ -186,7 +176,7 @@ class StreamScanner:
         size = len(event)
         if size > MAX_EVENT_BYTES:
             raise self._too_large()
-        if _is_plain_event(event, size):
+        if is_plain(event, size):
             self.events += 1
             self._count(event, size)
             self._look_for_finish(event)
@@ -198,22 +188,22 @@ class StreamScanner:
         return self._odd_event(event)
 
     def _odd_event(self, event: bytes) -> bytes:
-        parsed = _parse(event)
+        parsed = parse(event)
         if not parsed.data:
-            return _joined(parsed.comments)
+            return joined(parsed.comments)
         if parsed.data.startswith(b"[DONE]"):
             self.done = self._over = True
             return b""
         self.events += 1
-        suspect = _bears(parsed.data, b'"error"') or _bears(parsed.data, b'"usage"')
+        suspect = bears(parsed.data, b'"error"') or bears(parsed.data, b'"usage"')
         members = decode_members(parsed.data) if suspect else None
-        self.error = _error_in(parsed, members)
+        self.error = error_in(parsed, members)
         if self.error is not None:
             self._over = True
         usage_only = members is not None and self._note_usage(members)
         if self.error is not None or (usage_only and self._hide_usage):
             return b""
-        out = _joined(parsed.lines)
+        out = joined(parsed.lines)
         if not usage_only:
             self._count(out, len(out))
             self._look_for_finish(out)
@@ -244,66 +234,3 @@ class StreamScanner:
         self._held.clear()
         problem = upstream_error(f"The provider sent an event of more than {MAX_EVENT_BYTES} bytes.", may_have_run=True)
         return UpstreamFault(problem, safe_to_repeat=False)
-
-
-def _is_plain_event(event: bytes, size: int) -> bool:
-    """Whether this is one whole event of one line of data, with neither usage nor an error in it.
-
-    A quote inside a JSON string is escaped, so text that only speaks of "usage" doesn't look like a member of that name. This
-    runs for every event of every stream: `rfind` and `in` with an integer are what is cheapest on bytes.
-    """
-    return (
-        event.startswith(b"data: {")
-        and event.find(b"\n") == size - 2
-        and event[-1] == _LF
-        and _CR not in event
-        and event.rfind(b'"error"') < 0
-        and ((at := event.rfind(b'"usage"')) < 0 or _only_null(event, b'"usage"', at))
-    )
-
-
-def _bears(text: bytes, member: bytes) -> bool:
-    """Whether a member may be there and not null."""
-    at = text.rfind(member)
-    return at >= 0 and not _only_null(text, member, at)
-
-
-def _only_null(text: bytes, member: bytes, at: int) -> bool:
-    """Whether the member found at `at` is null, and the only one of its name: what some providers put on every event."""
-    return text.startswith(_NULL_MEMBER, at + len(member)) and text.find(member, 0, at) < 0
-
-
-def _parse(event: bytes) -> _Event:
-    data: list[bytes] = []
-    name = b""
-    lines: list[bytes] = []
-    comments: list[bytes] = []
-    for line in event.split(b"\n"):
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value.removeprefix(b" "))
-        elif field == b"event":
-            name = value.strip()
-        elif line.startswith(b":"):
-            comments.append(line)
-        else:
-            continue
-        lines.append(line)
-    return _Event(b"\n".join(data).strip(), name, lines, comments)
-
-
-def _joined(lines: list[bytes]) -> bytes:
-    return b"\n".join(lines) + b"\n\n" if lines else b""
-
-
-def _error_in(event: _Event, members: dict[str, Raw] | None) -> dict[str, Any] | None:
-    """The error of an event: the member `error` (OpenAI, OpenRouter), an object that calls itself one (vLLM), or whatever the
-    data of an `event: error` is.
-    """
-    members = members or {}
-    error = decode_value(members.get("error"))
-    if not error and (event.name == b"error" or decode_text(members.get("object")) == "error"):
-        error = decode_value(event.data) or event.data.decode(errors="replace")
-    if not error:
-        return None
-    return error if isinstance(error, dict) else {"message": str(error)}

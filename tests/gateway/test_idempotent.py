@@ -182,7 +182,8 @@ async def test_a_failure_is_not_replayed_and_the_next_one_runs(house):
     assert isinstance(await house.enter("h2"), Recording)
 
 
-async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
+async def halfway(house):
+    """A recording, a replay that has begun to play it, and who hears that."""
     recording = await house.enter("h1")
     client = Client()
     playing = asyncio.create_task(house.play(await house.enter("h2"), client))
@@ -190,6 +191,11 @@ async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
     recording.write(b"data: 1\n\n")
     while not client.text:
         await asyncio.sleep(0)
+    return recording, playing, client
+
+
+async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
+    recording, playing, client = await halfway(house)
     recording.conclude(complete=False)
     await asyncio.wait_for(playing, 5)
     assert b'"code":"upstream_error"' in client.text
@@ -197,13 +203,7 @@ async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
 
 
 async def test_a_replay_whose_store_is_lost_halfway_ends_in_an_error(house):
-    recording = await house.enter("h1")
-    client = Client()
-    playing = asyncio.create_task(house.play(await house.enter("h2"), client))
-    recording.begin(HEADERS)
-    recording.write(b"data: 1\n\n")
-    while not client.text:
-        await asyncio.sleep(0)
+    recording, playing, client = await halfway(house)
     house.store.is_lost = True
     assert await asyncio.wait_for(playing, 5) is None
     assert (b"data: 1\n\n", True) == (client.text[:9], client.finished)

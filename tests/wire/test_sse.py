@@ -281,6 +281,12 @@ class TestTheEnd:
         assert run([event])[1]["complete"]
         assert not run([event.replace(b'"stop"', b"null")])[1]["complete"]
 
+    def test_two_choices_in_an_event_hide_no_finish_of_another(self):
+        two = HELLO[:-4] + b"," + HELLO[HELLO.index(b"[") + 1 :]
+        assert two.count(b'"finish_reason":null') == 2
+        assert run([two + STOP])[1]["complete"]
+        assert not run([two + HELLO])[1]["complete"]
+
     def test_nothing_is_left_after_the_end(self):
         scanner = StreamScanner(hide_usage=True)
         scanner.feed(STOP[:-1])
