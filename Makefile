@@ -17,15 +17,6 @@ test: $(STAMP) $(NODE_STAMP)
 compat: $(STAMP) $(NODE_STAMP)
 	$(BIN)/python -m pytest tests/compat
 
-# The fast path as C extensions (setup.py), in a copy, and the tests that go through a whole gateway on it.
-COMPILED := build/compiled
-.PHONY: compiled
-compiled: $(STAMP)
-	@$(BIN)/python scripts/can_compile.py || exit 0; \
-	rm -rf $(COMPILED) && mkdir -p $(COMPILED) && git ls-files -z | xargs -0 cp --parents -t $(COMPILED) && \
-	cd $(COMPILED) && MESHPROXY_COMPILE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace --parallel 2 && \
-	$(CURDIR)/$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_value.py tests/e2e tests/money tests/hostile tests/faults
-
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

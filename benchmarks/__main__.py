@@ -29,7 +29,7 @@ def main() -> int:
         "--only",
         nargs="+",
         metavar="PROXY",
-        help="nginx, haproxy, meshproxy, compiled, naive, pipe, litellm; nothing written",
+        help="nginx, haproxy, meshproxy, naive, pipe, litellm; nothing written",
     )
     args = parser.parse_args()
     missing = {PROXY_CORE, OTHER_CORE} - os.sched_getaffinity(0)

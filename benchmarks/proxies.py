@@ -23,7 +23,6 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.policy.principal import Account, Limits
 
-COMPILED = Path(__file__).parent.parent / "build" / "compiled"
 PLENTY = 1_000_000_000
 PLENTY_NUSD = 10**15
 STREAM_MODELS = ("sse-100x10", "sse-100x40", "sse-500x10", "sse-100x0", "sse-2x60000")
@@ -158,30 +157,21 @@ def _of_ours(module: str, name: str, behind: Upstreams) -> Iterator[Proxy]:
         yield Proxy(name, process, ports[0], ports[1])
 
 
-def meshproxy(behind: Upstreams, directory: Path, *, workers: int = 1) -> AbstractContextManager[Proxy]:
-    """Everything on: keys, four buckets, credit, usage, metrics, and the log of requests in a file."""
-    return _meshproxy("meshproxy", None, behind, directory, workers)
-
-
-def compiled(behind: Upstreams, directory: Path) -> AbstractContextManager[Proxy]:
-    """The same with its fast path compiled (`make compiled`)."""
-    return _meshproxy("compiled", COMPILED, behind, directory)
-
-
 @contextmanager
-def _meshproxy(name: str, tree: Path | None, behind: Upstreams, directory: Path, workers: int = 1) -> Iterator[Proxy]:
+def meshproxy(behind: Upstreams, directory: Path, *, workers: int = 1) -> Iterator[Proxy]:
+    """Everything on: keys, four buckets, credit, usage, metrics, and the log of requests in a file."""
     port, admin_port, redis_port = free_ports(3)
-    conf = directory / f"{name}.toml"
+    conf = directory / "meshproxy.toml"
     conf.write_text(meshproxy_conf(behind, port, admin_port, redis_port, workers))
     with ExitStack() as stack:
         options = ["--port", str(redis_port), "--save", "", "--bind", "127.0.0.1", "--dir", str(directory)]
         stack.enter_context(Process([program("redis-server"), *options], OTHER_CORE, [redis_port]))
         keys = asyncio.run(_mint_keys(redis_port))
         argv = [sys.executable, "-m", "meshproxy", "serve", "--config", str(conf)]
-        log = directory / f"{name}.log"
-        process = stack.enter_context(Process(argv, PROXY_CORE, [port, admin_port], stderr=log, cwd=tree))
+        log = directory / "meshproxy.log"
+        process = stack.enter_context(Process(argv, PROXY_CORE, [port, admin_port], stderr=log))
         _wait_until_ready(admin_port)
-        yield Proxy("meshproxy" if tree is None else "meshproxy, compiled", process, port, port, *keys)
+        yield Proxy("meshproxy", process, port, port, *keys)
 
 
 def meshproxy_conf(behind: Upstreams, port: int, admin_port: int, redis_port: int, workers: int) -> str:
@@ -279,8 +269,6 @@ def program(name: str) -> str:
 def available(only: Sequence[str] | None = None) -> list[Start]:
     """What can be started here, or those of it that are named. nginx comes first: the others are compared with it."""
     found: list[Start] = [nginx, haproxy, meshproxy, naive, pipe]
-    if any(COMPILED.rglob("*.so")):
-        found.insert(3, compiled)
     if Path(program("litellm")).is_absolute():
         found.append(litellm)
     return [start for start in found if only is None or start.__name__ in only]
