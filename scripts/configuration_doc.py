@@ -44,7 +44,7 @@ WORDS = {
     "log.format": "one JSON object a line for machines, or coloured lines for people",
     "log.level": "what is less urgent isn't logged",
     "redis.url": "`redis://`, `rediss://` (TLS), `unix://`, `redis+sentinel://h1,h2/mymaster/0`, `redis+cluster://h1,h2`, or "
-    "`embedded`: a server of our own, for trying things out",
+    "`embedded`: a server of our own, for trying things out; or a secret that is such a URL",
     "upstreams.NAME.kind": "`openai`: anything that speaks OpenAI's chat completions; `openrouter` walks `models` and does "
     "`transforms` itself; `simulator`: `meshproxy simulate`",
     "upstreams.NAME.base_url": "with the `/v1`, as an SDK would be given it",
@@ -61,11 +61,16 @@ HEAD = """\
 <!-- Written by scripts/configuration_doc.py (`make docs`) from the typed settings. Don't edit it here. -->
 
 One TOML file, given as `--config FILE` or in `MESHPROXY_CONFIG`. [config.example.toml](../config.example.toml) has every key
-in its place. An unknown key is an error that names the nearest right one, and `meshproxy check --config FILE` tells every
-fault at once. Money is a decimal string, never a float. On SIGHUP the file is read again as a transaction: a bad file changes
-nothing.
+in its place. An unknown key is an error that names the nearest right one, and `meshproxy check --config FILE` shows every
+fault at once, each with the file and line. It builds what `serve` builds: secrets, certificates, the TLS files of `redis.url` and
+the journal's directory are tried, so that a file which `check` accepts can be served, and one which it refuses (exit code 78)
+`serve` refuses likewise, with one worker or several. What is likely a mistake is a warning and no error: a price that looks like
+the price of one token, a `base_url` that ends in an endpoint's path, a model's name with a `*`, a `listen` on every interface in
+plain HTTP with no proxy in `trusted_proxies`. Money is a decimal string, never a float. On SIGHUP the file is read again as a
+transaction: every worker builds it, and only when all could does it hold; a bad file changes nothing.
 
-A secret is `{ env = "NAME" }` or `{ file = "/path" }`: it never stands in the file itself. An entry of a model's `upstreams` is
+A secret is `{ env = "NAME" }` or `{ file = "/path" }`: it never stands in the file itself. `redis.url` and a value of
+`headers` may be secrets too. An entry of a model's `upstreams` is
 `{ upstream = "NAME", model = "the provider's name for it", weight = 1 }`, the weight optional.
 """
 

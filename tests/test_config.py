@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy import config
-from meshproxy.config import Secrets, Unfit, parse, resolve_secrets, split_address
+from meshproxy.config import SecretReader, Secrets, Unfit, parse, split_address
 from meshproxy.money import parse_usd
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
 PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "http://a"\n'
-NO_HEADER = "expected the name of a header that the gateway doesn't send by itself"
+NO_HEADER = "expected the name of a header that is neither a connection's nor one that the gateway sends by itself"
 PRICES = 'input_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
 
 
@@ -96,7 +96,11 @@ def test_nothing_is_the_defaults():
             "[upstreams.a]\nkind = 'opnai'\nbase_url = 'http://a'",
             ["upstreams.a.kind: invalid enum value 'opnai', expected openai or openrouter or simulator"],
         ),
-        (provider('api_key = "sk-1"'), ["upstreams.a.api_key: expected a table"]),
+        (
+            provider('api_key = "sk-1"'),
+            ['upstreams.a.api_key: a secret is not written here: say { env = "NAME" } or { file = "/path" }'],
+        ),
+        (provider("api_key = 1"), ["upstreams.a.api_key: expected a table"]),
         (
             provider("api_key = {}"),
             ['upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }'],
@@ -312,12 +316,13 @@ NAMES = sorted({name for kind in vars(config).values() if isinstance(kind, type)
     )
 )
 def test_any_table_is_settings_or_faults(table):
-    from meshproxy.config.contradictions import contradictions
+    from meshproxy.config.contradictions import contradictions, likely_mistakes
     from meshproxy.config.decoding import _struct
 
     found = []
     settings = _struct(table, config.Settings, "", found)
     found.extend(contradictions(settings))
+    list(likely_mistakes(settings, table))
     assert found or msgspec.convert(table, config.Settings) == settings
 
 
@@ -350,7 +355,11 @@ def secrets(text, env=None, files=None):
             raise content
         return content
 
-    return resolve_secrets(parse(text), env or {}, read_file)
+    reader = SecretReader(env or {}, read_file)
+    found = reader.secrets(parse(text))
+    if reader.faults:
+        raise Unfit(reader.faults)
+    return found
 
 
 ENV, FILE = provider('api_key = { env = "KEY" }'), provider('api_key = { file = "/key" }')

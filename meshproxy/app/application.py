@@ -7,7 +7,7 @@ from functools import partial
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from meshproxy.app.load import secrets_of
+from meshproxy.app.load import filled
 from meshproxy.app.worker import Worker, with_redis
 from meshproxy.config import Settings
 from meshproxy.server import openapi
@@ -28,7 +28,8 @@ def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> 
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     request_log = RequestLog(sink, settings.log.level, settings.log.format)
-    keys = secrets_of(settings).upstreams if secrets is None else secrets
+    settings, found = filled(settings, need_keys=secrets is None)
+    keys = found.upstreams if secrets is None else secrets
     worker = Worker(settings, keys, request_log, settings.redis.journal)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:

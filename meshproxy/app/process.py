@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import structlog
@@ -31,11 +31,21 @@ _log = structlog.get_logger("meshproxy.app")
 
 def serve(config_path: str) -> int:
     """Serve a configuration until SIGTERM or SIGINT; the exit code. Unfit for a configuration that can't be used."""
-    settings, secrets = load(config_path)
+    loaded = load(config_path)
+    settings, secrets = loaded.settings, loaded.secrets
     workers = settings.server.workers or len(os.sched_getaffinity(0))
     journal = None if settings.redis.url == "embedded" else journal_path(settings)
     try:
-        uvloop.run(run(settings, secrets, workers=workers, reload=partial(load, config_path), journal=journal))
+        uvloop.run(
+            run(
+                settings,
+                secrets,
+                workers=workers,
+                reload=partial(load, config_path),
+                journal=journal,
+                warnings=loaded.warnings,
+            )
+        )
     except OSError as error:
         print(f"meshproxy: {error.strerror or error}: {error.filename or settings.server.listen}", file=sys.stderr)  # noqa: T201
         return 1
@@ -50,12 +60,15 @@ async def run(
     on_ready: Callable[[str, str], None] | None = None,
     reload: Read | None = None,
     journal: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Serve until SIGTERM or SIGINT. `on_ready` is told the addresses of data and admin; `reload` reads the configuration again
     on SIGHUP; `journal` is where settlements wait for Redis (None: in memory). OSError if an address is taken, Unfit if the
     certificate is no use.
     """
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
+    for warning in warnings:
+        _log.warning("config_warning", warning=warning)
     address = settings.server.listen
     data = [listen(address)] if workers == 1 else listen_shared(address, workers)
     admin = listen(settings.server.admin_listen)

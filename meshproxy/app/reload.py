@@ -9,10 +9,11 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
+from meshproxy.app.load import Loaded
 from meshproxy.app.notify import READY, notify, reloading
 from meshproxy.config import Secrets, Settings, Unfit
 
-Read = Callable[[], tuple[Settings, Secrets]]
+Read = Callable[[], Loaded]
 
 # What a restart changes, by table: sockets that are bound, connections that are made, histograms that are laid out.
 FIXED: dict[str, tuple[str, ...]] = {
@@ -49,17 +50,19 @@ class Reloader:
         """What holds after `standing`: the next generation; or the same, with all that is wrong in the log."""
         notify(reloading())
         try:
-            wanted, secrets = self._read()
+            loaded = self._read()
         except Unfit as unfit:
             _log.error("reload_failed", faults=unfit.faults)
             return replace(standing, reload_failed=True)
         finally:
             notify(READY)
-        self._settings, held_back = hold_back(self._settings, wanted)
+        for warning in loaded.warnings:
+            _log.warning("config_warning", warning=warning)
+        self._settings, held_back = hold_back(self._settings, loaded.settings)
         for key in held_back:
             _log.warning("reload_needs_restart", key=key)
         settings = replace(self._settings, redis=standing.settings.redis)  # the embedded server has a URL of its own
-        return Standing(settings, secrets, standing.journal, standing.generation + 1)
+        return Standing(settings, loaded.secrets, standing.journal, standing.generation + 1)
 
 
 def hold_back(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 
 from msgspec import Struct
 
-from meshproxy.cli.configuration import load
+from meshproxy.cli.configuration import load_redis
 from meshproxy.cli.output import Failed
+from meshproxy.config import plain
 from meshproxy.ledger.connection import Store, StoreError, Unavailable, connect
 from meshproxy.ledger.directory import Directory, check_account_name
 from meshproxy.ledger.ledger import Ledger
@@ -26,10 +27,10 @@ class Books(Struct, frozen=True):
 @asynccontextmanager
 async def open_books(args: argparse.Namespace) -> AsyncIterator[Books]:
     """The books of the configuration's store, closed at the end. Failed if it can't be reached."""
-    settings = load(args).redis
+    settings = load_redis(args)
     if settings.url == "embedded":
         raise Failed("store_embedded", "an embedded store lives inside `serve` or `dev`; name it with --redis URL")
-    shown = without_password(settings.url)
+    shown = without_password(plain(settings.url))
     try:
         store = await connect(settings)
         try:

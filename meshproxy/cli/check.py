@@ -13,10 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, out: Output) -> None:
-    """Print `ok` and exit 0 if the configuration can be used, secrets and certificate
-    included; else print every fault, one a line, and exit 78.
+    """Print `ok` and exit 0 if the configuration can be served, secrets and the files that it
+    names included, with what is likely a mistake on stderr; else print every fault, one a line,
+    and exit 78.
 
     meshproxy check --config meshproxy.toml && systemctl reload meshproxy
     """
-    settings, _ = load(args.config)
-    out.told({"ok": True, "upstreams": list(settings.upstreams), "models": list(settings.models)}, "ok")
+    loaded = load(args.config)
+    settings, warnings = loaded.settings, loaded.warnings
+    out.warned(warnings)
+    document = {"ok": True, "upstreams": list(settings.upstreams), "models": list(settings.models)}
+    out.told({**document, "warnings": warnings} if warnings else document, "ok")

@@ -1,15 +1,27 @@
 """The configuration that a command's arguments name."""
 
 import argparse
+import os
 
 from msgspec.structs import replace
 
-from meshproxy.app.load import read
-from meshproxy.config import Settings
+from meshproxy.app.load import read, secret_text
+from meshproxy.config import Redis, SecretReader, Settings, Unfit
 
 
 def load(args: argparse.Namespace) -> Settings:
-    """The settings of --config, else the built-in defaults; --redis wins over redis.url. Unfit with every fault."""
-    settings = read(args.config) if args.config else Settings()
+    """The settings of --config, else the built-in defaults. Unfit with every fault."""
+    return read(args.config) if args.config else Settings()
+
+
+def load_redis(args: argparse.Namespace) -> Redis:
+    """The store of --redis, else of the configuration, with its secrets. Unfit with every fault. No other secret is read."""
+    redis = load(args).redis
     url = getattr(args, "redis", None)
-    return settings if url is None else replace(settings, redis=replace(settings.redis, url=url))
+    if url is not None:
+        return replace(redis, url=url, password=None)
+    reader = SecretReader(os.environ, secret_text)
+    redis = reader.redis(redis)
+    if reader.faults:
+        raise Unfit(reader.faults)
+    return redis

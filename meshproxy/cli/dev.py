@@ -7,7 +7,7 @@ import time
 import uuid
 
 from meshproxy import config
-from meshproxy.app.load import secrets_of
+from meshproxy.app.load import filled
 from meshproxy.app.process import run
 from meshproxy.cli.arguments import make_command, port
 from meshproxy.cli.dev_greeting import greeting
@@ -70,7 +70,7 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
             out.told(place, greeting(place))
 
         try:
-            await run(settings, secrets_of(settings), on_ready=on_ready)
+            await run(*filled(settings), on_ready=on_ready)
         except OSError as error:
             raise Failed("cannot_listen", f"{settings.server.listen}: {error.strerror or error}") from error
 

@@ -55,6 +55,12 @@ class Output:
         faults = [f"  {'.'.join(map(str, detail.loc[1:]))}: {detail.msg}" for detail in details]
         self._error(error, [f"meshproxy: {message}", *(faults if len(faults) > 1 else ())])
 
+    def warned(self, warnings: Iterable[str]) -> None:
+        """What is likely a mistake, on stderr, one a line; in JSON it is a part of the result."""
+        if not self.as_json:
+            for warning in warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+
     def unfit(self, faults: Sequence[str]) -> None:
         """Every fault of a configuration, on stderr, one a line."""
         message = f"the configuration has {len(faults)} fault{'s' if len(faults) > 1 else ''}"

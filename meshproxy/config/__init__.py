@@ -5,8 +5,8 @@ Every fault of a text is found and told at once, each with its path and, for an 
 """
 
 from meshproxy.config.addresses import split_address
-from meshproxy.config.api_keys import Secrets, resolve_secrets
-from meshproxy.config.decoding import Unfit, parse
+from meshproxy.config.api_keys import SecretReader, Secrets, plain
+from meshproxy.config.decoding import Decoded, Unfit, decode, parse
 from meshproxy.config.settings import (
     Buckets,
     Credits,
@@ -29,6 +29,7 @@ from meshproxy.config.settings import (
 __all__ = [
     "Buckets",
     "Credits",
+    "Decoded",
     "Defaults",
     "Idempotency",
     "Log",
@@ -38,6 +39,7 @@ __all__ = [
     "Redis",
     "Route",
     "Secret",
+    "SecretReader",
     "Secrets",
     "Server",
     "Settings",
@@ -45,7 +47,8 @@ __all__ = [
     "Tracing",
     "Unfit",
     "Upstream",
+    "decode",
     "parse",
-    "resolve_secrets",
+    "plain",
     "split_address",
 ]

@@ -1,12 +1,14 @@
 """Secrets: where a configuration says they are, and what they must be to be sent in a header."""
 
 from collections.abc import Callable, Mapping
+from urllib.parse import quote
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from meshproxy.config.decoding import Unfit
+from meshproxy.config.addresses import redis_url_fault
 from meshproxy.config.names import under
-from meshproxy.config.settings import Secret, Settings
+from meshproxy.config.settings import Redis, Secret, Settings, Upstream
 
 ReadFile = Callable[[str], str]
 
@@ -21,34 +23,98 @@ class Secrets(Struct, frozen=True):
         return "Secrets()"
 
 
-def resolve_secrets(settings: Settings, env: Mapping[str, str], read_file: ReadFile) -> Secrets:
-    """The secrets that the settings name. Unfit if a variable is unset or a file can't be read: every such fault at once."""
-    faults: list[str] = []
+class SecretReader:
+    """Reads secrets from `env` and files. `faults` has each that can't be had: never its value."""
 
-    def read(path: str, secret: Secret | None) -> str:
+    def __init__(self, env: Mapping[str, str], read_file: ReadFile) -> None:
+        self.faults: list[str] = []
+        self._env = env
+        self._read_file = read_file
+
+    def secrets(self, settings: Settings) -> Secrets:
+        """The API keys and the admin token."""
+        upstreams = {name: upstream for name, upstream in (settings.upstreams or {}).items() if upstream is not None}
+        keys = {
+            name: self._text(f"{under('upstreams', name)}.api_key", each.api_key) for name, each in upstreams.items()
+        }
+        token = self._text("server.admin_token", settings.server.admin_token if settings.server is not None else None)
+        return Secrets({name: key for name, key in keys.items() if key}, token or None)
+
+    def filled(self, settings: Settings) -> Settings:
+        """The settings with the text of each secret that is a part of them: of the store's URL and of the upstreams' headers."""
+        upstreams = {
+            name: self._with_headers(name, upstream) if upstream is not None else upstream
+            for name, upstream in (settings.upstreams or {}).items()
+        }
+        redis = settings.redis if settings.redis is None else self.redis(settings.redis)
+        return replace(settings, upstreams=upstreams, redis=redis)
+
+    def redis(self, redis: Redis) -> Redis:
+        """The same store, with a URL that has the password in it."""
+        url = redis.url
+        if isinstance(url, Secret):
+            url = self._text("redis.url", url, is_sent=False)
+            fault = redis_url_fault(url) if url else None
+            if fault is not None:
+                self.faults.append(f"redis.url: {fault}")
+        if redis.password is None or not url:
+            return replace(redis, url=url)
+        password = self._text("redis.password", redis.password, is_sent=False)
         try:
-            return "" if secret is None else _read(secret, env, read_file)
+            return replace(redis, url=_with_password(url, password), password=None)
         except ValueError as error:
-            faults.append(f"{path}: {error}")
+            self.faults.append(f"redis.password: {error}")
+            return redis
+
+    def _with_headers(self, name: str, upstream: Upstream) -> Upstream:
+        if not upstream.headers:
+            return upstream
+        path = f"{under('upstreams', name)}.headers"
+        headers: dict[str, str | Secret] = {
+            header: self._text(under(path, header), value) if isinstance(value, Secret) else value
+            for header, value in upstream.headers.items()
+        }
+        return replace(upstream, headers=headers)
+
+    def _text(self, path: str, secret: Secret | None, *, is_sent: bool = True) -> str:
+        """The secret, or "" if it is none or can't be had. `is_sent`: in a header."""
+        if secret is None:
             return ""
+        try:
+            value = self._value(secret).strip()
+        except ValueError as error:
+            self.faults.append(f"{path}: {error}")
+            return ""
+        if value and value.isprintable() and (value.isascii() or not is_sent):
+            return value
+        what = "characters that no header may carry" if is_sent else "characters that can't be printed"
+        self.faults.append(f"{path}: the secret is empty or has {what}")
+        return ""
 
-    keys = {
-        name: read(f"{under('upstreams', name)}.api_key", each.api_key) for name, each in settings.upstreams.items()
-    }
-    admin_token = read("server.admin_token", settings.server.admin_token)
-    if faults:
-        raise Unfit(faults)
-    return Secrets({name: key for name, key in keys.items() if key}, admin_token or None)
+    def _value(self, secret: Secret) -> str:
+        """ValueError, without the secret, if it can't be had."""
+        try:
+            return self._env[secret.env] if secret.env is not None else self._read_file(secret.file or "")
+        except KeyError:
+            raise ValueError(f"the environment has no {secret.env}") from None
+        except OSError as error:
+            raise ValueError(f"{secret.file} can't be read ({error.strerror})") from error
 
 
-def _read(secret: Secret, env: Mapping[str, str], read_file: ReadFile) -> str:
-    """The secret; ValueError, without it, if it can't be had."""
-    try:
-        value = (env[secret.env] if secret.env is not None else read_file(secret.file or "")).strip()
-    except KeyError:
-        raise ValueError(f"the environment has no {secret.env}") from None
-    except OSError as error:
-        raise ValueError(f"{secret.file} can't be read ({error.strerror})") from error
-    if not (value and value.isprintable() and value.isascii()):
-        raise ValueError("the secret is empty or has characters that no header may carry")
+def plain(value: str | Secret) -> str:
+    """A text of settings that were `filled`. TypeError for a secret that nobody has read yet."""
+    if isinstance(value, Secret):
+        raise TypeError("a secret of these settings was not read")
     return value
+
+
+def _with_password(url: str, password: str) -> str:
+    """The URL with a password beside its user; ValueError if it has one already."""
+    scheme, separator, rest = url.partition("://")
+    authority, slash, tail = rest.partition("/")
+    userinfo, _, hosts = authority.rpartition("@")
+    if not separator:
+        raise ValueError("the embedded server has none")
+    if ":" in userinfo:
+        raise ValueError("redis.url has one already")
+    return f"{scheme}://{userinfo}:{quote(password, safe='')}@{hosts}{slash}{tail}"

@@ -3,11 +3,25 @@
 A value whose own type is at fault is None here and is passed over: its fault was told already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from meshproxy.config.addresses import is_private
+from meshproxy.config.addresses import is_everywhere, is_private
 from meshproxy.config.names import nearest, under
-from meshproxy.config.settings import Defaults, Model, Server, Settings
+from meshproxy.config.settings import Defaults, Model, Server, Settings, Upstream
+
+# No model costs so little for a million tokens, and for one token none costs so much: o1-pro's output, among the dearest there
+# were, took 600 USD for a million (https://platform.openai.com/docs/pricing), and so 0.0006 for one.
+LEAST_USD_PER_MTOK = 0.001
+PRICES = tuple(name for name in Model.__struct_fields__ if name.endswith("_usd_per_mtok"))
+ENDPOINTS = (
+    "/chat/completions",
+    "/completions",
+    "/responses",
+    "/embeddings",
+    "/models",
+)  # OpenAI's, behind its base URL
+EVERYBODY = frozenset({"0.0.0.0/0", "::/0"})
 
 
 def contradictions(settings: Settings) -> Iterator[str]:
@@ -21,6 +35,55 @@ def contradictions(settings: Settings) -> Iterator[str]:
             yield from _model_faults(model, under("models", name), settings)
     if settings.defaults is not None:
         yield from _default_faults(settings.defaults.model, settings)
+
+
+def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[str]:
+    """What can be served and is hardly meant: each a sentence that begins with its path. `table`: the text's own."""
+    if settings.server is not None:
+        yield from _server_doubts(settings.server)
+    for name, upstream in (settings.upstreams or {}).items():
+        if upstream is not None:
+            yield from _upstream_doubts(upstream, under("upstreams", name))
+    for name, model in (settings.models or {}).items():
+        if model is not None:
+            yield from _model_doubts(model, name)
+    said = table.get("defaults")
+    if isinstance(said, dict) and said.get("model") == Defaults().model not in (settings.models or {}):
+        yield f"defaults.model: no model is named {said['model']}: a request that names none gets 404"
+
+
+def _server_doubts(server: Server) -> Iterator[str]:
+    is_bare = (
+        server.tls_cert is None and not server.allowed_clients and server.trusted_proxies == Server().trusted_proxies
+    )
+    if server.listen is not None and is_everywhere(server.listen) and is_bare:
+        yield (
+            "server.listen: every interface, in plain HTTP, and server.trusted_proxies names no proxy in front: clients' keys"
+            " can be read on the way, and a balancer's own address is taken for theirs"
+        )
+    for index, network in enumerate(server.trusted_proxies or ()):
+        if network in EVERYBODY:
+            yield f"server.trusted_proxies[{index}]: everybody may say which address they come from"
+
+
+def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
+    url = (upstream.base_url or "").rstrip("/")
+    end = next((end for end in ENDPOINTS if url.endswith(end)), None)
+    if end is not None:
+        yield f"{path}.base_url: the gateway adds the path of an endpoint itself: leave {end} out"
+
+
+def _model_doubts(model: Model, name: str) -> Iterator[str]:
+    path = under("models", name)
+    if "*" in name:
+        yield f"{path}: no pattern is matched: this is one model, whose name has a *"
+    for index, route in enumerate(model.upstreams or ()):
+        if route is not None and "*" in (route.model or ""):
+            yield f"{path}.upstreams[{index}].model: no pattern is matched: the upstream is asked for a name with a *"
+    for key in PRICES:
+        usd = getattr(model, key)
+        if usd is not None and 0 < float(usd) < LEAST_USD_PER_MTOK:
+            yield f"{path}.{key}: {usd} USD for a million tokens: is it the price of one token?"
 
 
 def _server_faults(server: Server) -> Iterator[str]:

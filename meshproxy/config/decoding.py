@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
-from meshproxy.config.contradictions import contradictions
-from meshproxy.config.names import nearest, under
-from meshproxy.config.settings import Settings
+from meshproxy.config.contradictions import contradictions, likely_mistakes
+from meshproxy.config.names import lines_of, nearest, under
+from meshproxy.config.settings import Secret, Settings
+
+INSTEAD_OF_TEXT = 'a secret is not written here: say { env = "NAME" } or { file = "/path" }'
 
 
 class Unfit(Exception):
@@ -20,8 +22,27 @@ class Unfit(Exception):
         self.faults = faults
 
 
+class Decoded(Struct, frozen=True):
+    """What a TOML text says. `settings` have None where a value is at fault; `warnings`: what is likely a mistake; `lines`: on
+    which line each key stands. Faults and warnings are sentences that begin with a path.
+    """
+
+    settings: Settings
+    faults: list[str]
+    warnings: list[str]
+    lines: dict[str, int]
+
+
 def parse(text: str) -> Settings:
     """The settings of a TOML text; Unfit with every fault in it."""
+    decoded = decode(text)
+    if decoded.faults:
+        raise Unfit(decoded.faults)
+    return decoded.settings
+
+
+def decode(text: str) -> Decoded:
+    """The settings of a TOML text with every fault in it; Unfit if it is no TOML."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -31,14 +52,12 @@ def parse(text: str) -> Settings:
     faults: list[str] = []
     settings: Settings = _struct(table, Settings, "", faults)
     faults.extend(contradictions(settings))
-    if faults:
-        raise Unfit(faults)
-    return settings
+    return Decoded(settings, faults, list(likely_mistakes(settings, table)), lines_of(text))
 
 
 def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
     """A value of the table as its type wants it; what is at fault comes out as None, and its fault is written down."""
-    kind = _without_none(kind)
+    kind = _chosen(kind, value)
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if isinstance(bare, type) and issubclass(bare, Struct):
         return _struct(value, bare, path, faults)
@@ -54,7 +73,8 @@ def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
 def _struct(value: Any, kind: type[Struct], path: str, faults: list[str]) -> Any:
     """A table with fixed keys. Built unchecked: each of its values was checked alone."""
     if not isinstance(value, dict):
-        faults.append(f"{path}: expected a table")
+        is_text = kind is Secret and isinstance(value, str)
+        faults.append(f"{path}: {INSTEAD_OF_TEXT if is_text else 'expected a table'}")
         return None
     hints = get_type_hints(kind, include_extras=True)
     known: dict[str, Any] = {}
@@ -108,9 +128,12 @@ def _metas(kind: Any) -> tuple[Meta, ...]:
     return getattr(kind, "__metadata__", ())
 
 
-def _without_none(kind: Any) -> Any:
-    """`X | None` becomes X: TOML has no null, so None only means left out."""
-    if get_origin(kind) in {Union, UnionType}:
-        rest = [part for part in get_args(kind) if part is not type(None)]
-        return rest[0] if len(rest) == 1 else kind
-    return kind
+def _chosen(kind: Any, value: Any) -> Any:
+    """The one of several types that a value is decoded as. `X | None` is X: TOML has no null, so None only means left out. Of
+    a text and a secret it is the secret for a table.
+    """
+    if get_origin(kind) not in {Union, UnionType}:
+        return kind
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    tables = [part for part in parts if isinstance(part, type) and issubclass(part, Struct)]
+    return tables[0] if tables and (isinstance(value, dict) or len(parts) == len(tables)) else parts[0]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from meshproxy.config.addresses import address_fault, network_fault, port_fault, redis_url_fault
+from meshproxy.config.addresses import address_fault, network_fault, redis_url_fault, url_fault
 
 MOST = 2**53  # what a Lua number in Redis holds exactly
 
@@ -22,18 +22,18 @@ BaseUrl = Annotated[
     Meta(
         pattern=r"\Ahttps?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*)?\Z",
         description="an http or https URL without user, query and fragment",
-        extra={"fault": port_fault},
+        extra={"fault": url_fault},
     ),
 ]
 Listen = Annotated[str, Meta(extra={"fault": address_fault})]
 Network = Annotated[str, Meta(extra={"fault": network_fault})]
 RedisUrl = Annotated[str, Meta(extra={"fault": redis_url_fault})]
-HeaderName = Annotated[  # RFC 9110, 5.6.2
+HeaderName = Annotated[  # RFC 9110, 5.6.2; those of a connection: 7.6.1
     str,
     Meta(
-        pattern=r"\A(?!(?i:authorization|content-length|content-type|host|transfer-encoding|connection)\Z)"
-        r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z",
-        description="the name of a header that the gateway doesn't send by itself",
+        pattern=r"\A(?!(?i:authorization|content-length|content-type|host|transfer-encoding|connection|proxy-connection"
+        r"|keep-alive|te|trailer|upgrade|http2-settings|expect)\Z)[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z",
+        description="the name of a header that is neither a connection's nor one that the gateway sends by itself",
     ),
 ]
 HeaderValue = Annotated[str, Meta(pattern=r"\A[!-~]([ -~]*[!-~])?\Z", description="what a header can carry")]
@@ -62,7 +62,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     listen: Listen = "127.0.0.1:8080"
     admin_listen: Listen = "127.0.0.1:8081"
-    workers: Natural = 0
+    workers: Annotated[int, Meta(ge=0, le=256)] = 0
     admin_token: Secret | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -96,7 +96,8 @@ class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Redis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[redis]: the one store, and what happens without it."""
 
-    url: RedisUrl = "redis://127.0.0.1:6379/0"
+    url: RedisUrl | Secret = "redis://127.0.0.1:6379/0"
+    password: Secret | None = None
     on_failure: Literal["deny", "local"] = "deny"
     timeout_s: Seconds = 2
     journal: str | None = None
@@ -173,7 +174,7 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_connections: Positive = 1024
     keepalive_s: Seconds = 60
     max_response_bytes: Positive = 33_554_432
-    headers: dict[HeaderName, HeaderValue] = field(default_factory=dict)
+    headers: dict[HeaderName, HeaderValue | Secret] = field(default_factory=dict)
 
 
 class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

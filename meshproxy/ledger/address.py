@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from msgspec import Struct
 
 from meshproxy.config import Unfit
+from meshproxy.config.addresses import MAX_SOCKET_PATH, host_fault
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
@@ -85,6 +86,17 @@ def parse_url(url: str) -> Address:
         raise Unfit([f"redis.url: {error}"]) from None
 
 
+def tls_context(address: Address) -> ssl.SSLContext | None:
+    """The context that an address asks for, if it asks for TLS; Unfit if its files can't be used."""
+    try:
+        return None if address.tls is None else address.tls.context()
+    except ssl.SSLError as error:
+        raise Unfit([f"redis.url: the TLS files can't be used ({(error.reason or 'not PEM').lower()})"]) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no file has such a name"
+        raise Unfit([f"redis.url: the TLS files can't be used ({reason})"]) from error
+
+
 def _parse(url: str) -> Address:
     scheme, _, rest = url.partition("://")
     kind = _KINDS.get(scheme)
@@ -109,14 +121,22 @@ def _parse(url: str) -> Address:
     if kind == "cluster" and login.db:
         raise ValueError("Redis Cluster has no database but 0")
     has_tls = scheme == "rediss" or options.get("tls", "0") not in {"0", "false", ""}
-    tls = Tls(*map(options.get, ("ca_file", "cert_file", "key_file"))) if has_tls else None
+    files = tuple(map(options.get, ("ca_file", "cert_file", "key_file")))
+    if any(files) and not has_tls:
+        raise ValueError("ca_file, cert_file and key_file are for TLS: as rediss://, or with tls=1")
+    if options.get("key_file") and not options.get("cert_file"):
+        raise ValueError("key_file needs a cert_file")
+    tls = Tls(*files) if has_tls else None
     return Address(kind, tuple(endpoints), login, tls, unquote(service))
 
 
 def _socket(hosts: str, path: str) -> Endpoint:
     if hosts or len(path) < 2:
         raise ValueError("a unix socket needs an absolute path, as unix:///run/redis.sock")
-    return Endpoint(path=unquote(path))
+    path = unquote(path)
+    if len(path.encode()) > MAX_SOCKET_PATH or "\0" in path:
+        raise ValueError(f"the path of a unix socket has at most {MAX_SOCKET_PATH} bytes, and no NUL")
+    return Endpoint(path=path)
 
 
 def _endpoint(text: str, default_port: int) -> Endpoint:
@@ -125,7 +145,7 @@ def _endpoint(text: str, default_port: int) -> Endpoint:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if not host:
+    if not host or port == 0 or host_fault(host) is not None:
         raise ValueError("a host and port can't be read (is a character of the password not percent-encoded?)")
     return Endpoint(host, default_port if port is None else port)
 

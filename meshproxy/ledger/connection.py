@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from meshproxy import config
-from meshproxy.ledger.address import Endpoint, Login, parse_url
+from meshproxy.ledger.address import Endpoint, Login, parse_url, tls_context
 from meshproxy.ledger.channel import Channel, Spawn, dial, spawn_plainly
 from meshproxy.ledger.cluster import ClusterStore, ask_once
 from meshproxy.ledger.link import Link, Redirect
@@ -24,11 +24,8 @@ async def connect(
     `wait`: until it answers, raising Unavailable if it doesn't within `timeout_s`; else it is dialled in the background.
     Raises Unfit for a URL or TLS files that can't be used.
     """
-    address, timeout_s = parse_url(settings.url), settings.timeout_s
-    try:
-        tls = address.tls.context() if address.tls is not None else None
-    except OSError as error:
-        raise config.Unfit([f"redis.url: the TLS files can't be used ({error.strerror or error})"]) from error
+    address, timeout_s = parse_url(config.plain(settings.url)), settings.timeout_s
+    tls = tls_context(address)
 
     async def dial_node(
         endpoint: Endpoint, redirect: Redirect | None = None, *, login: Login = address.login, master: bool = False

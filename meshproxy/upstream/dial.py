@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import aiohappyeyeballs
 
+from meshproxy.config.addresses import host_fault
 from meshproxy.upstream import faults
 from meshproxy.upstream.connection import Connection
 
@@ -29,7 +30,14 @@ class Address:
         if url.username is not None or url.query or url.fragment:
             raise ValueError("base_url: no user, query or fragment belongs in it")
         self.is_tls = url.scheme == "https"
-        self.host = url.hostname if ":" in url.hostname else url.hostname.encode("idna").decode("ascii")
+        try:
+            host = url.hostname if ":" in url.hostname else url.hostname.encode("idna").decode("ascii")
+        except UnicodeError as error:
+            raise ValueError(f"base_url: {error}") from error
+        fault = host_fault(host)
+        if fault is not None:
+            raise ValueError(f"base_url: {fault}")
+        self.host = host
         self.port = url.port or default_port
         self.path = url.path.rstrip("/")
         bracketed = f"[{self.host}]" if ":" in self.host else self.host

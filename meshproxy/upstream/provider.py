@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from meshproxy import config
+from meshproxy.config import plain
 from meshproxy.errors import Fault, Source, invalid
 from meshproxy.upstream import faults
 from meshproxy.upstream.connection import Connection, Patience
@@ -123,7 +124,9 @@ class Provider:
 
 def _secrets(settings: config.Upstream, api_key: str | None) -> tuple[str, ...]:
     """What its clients must never see: the key, and whatever else the configuration sends that is long enough to be one."""
-    return tuple(value for value in (api_key or "", *settings.headers.values()) if len(value) >= MIN_SECRET_CHARS)
+    return tuple(
+        value for value in (api_key or "", *map(plain, settings.headers.values())) if len(value) >= MIN_SECRET_CHARS
+    )
 
 
 def _own_headers(settings: config.Upstream, api_key: str | None, user_agent: str) -> dict[str, str]:
@@ -133,7 +136,7 @@ def _own_headers(settings: config.Upstream, api_key: str | None, user_agent: str
     for name, value in settings.headers.items():
         if name.lower() in _FRAMING:
             raise ValueError(f"headers: {name} is not for the configuration to say")
-        own[name.lower()] = value
+        own[name.lower()] = plain(value)
     for name, value in own.items():
         if not _can_be_sent(name, value):
             raise ValueError(f"headers: {name!r} has characters that no header may carry")

@@ -1,5 +1,6 @@
 import pytest
 
+from meshproxy.app.load import Loaded
 from meshproxy.app.reload import FIXED, Reloader, Standing, hold_back
 from meshproxy.config import Secrets, Settings, Unfit, parse
 
@@ -52,7 +53,8 @@ def test_an_unfit_file_changes_nothing():
 
 
 def test_a_good_one_is_the_next_generation_over_the_same_store():
-    read = lambda: (parse("[server]\nlisten = '127.0.0.1:9'\ndrain_s = 1"), Secrets({"a": "b"}))  # noqa: E731
+    wanted = parse("[server]\nlisten = '127.0.0.1:9'\ndrain_s = 1")
+    read = lambda: Loaded(wanted, Secrets({"a": "b"}), [])  # noqa: E731
     reloader = Reloader(Settings(), read)
     first = reloader.next(STANDING)
     assert (8, "/journal", {"a": "b"}) == (first.generation, first.journal, first.secrets.upstreams)

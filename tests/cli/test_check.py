@@ -1,6 +1,37 @@
 import json
+import socket
+from pathlib import Path
+
+import pytest
 
 from meshproxy.cli.command_line import main
+from tests.cli.conftest import started
+
+FILES = Path(__file__).parent.parent / "configurations"
+REFUSED = {
+    "ca-file": ["redis.url"],
+    "certificate": ["server.tls_cert"],
+    "default-model": ["defaults.model"],
+    "empty-label": ["upstreams.local.base_url"],
+    "four-faults": [
+        "server.drain",
+        "models.m.input_usd_per_mtok",
+        "models.m.upstreams[0].upstream",
+        "upstreams.local.api_key",
+    ],
+    "header-te": ["upstreams.local.headers.te"],
+    "journal-nowhere": ["redis.journal"],
+    "redis-port": ["redis.url"],
+    "sentinel-without-service": ["redis.url"],
+}
+WARNED = {
+    "built-in-default-model": "defaults.model",
+    "one-endpoint": "upstreams.local.base_url",
+    "price-of-a-token": "models.m.input_usd_per_mtok",
+}
+LABEL = "a" * 64
+LONG_NAME = ".".join(["a" * 63] * 4)
+LONG_PATH = "/" + "s" * 107
 
 GOOD = """
 [upstreams.openai]
@@ -33,14 +64,16 @@ def test_every_fault_is_told_with_the_nearest_name(file, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     first, second = captured.err.splitlines()
-    assert first == "server.lisen: unknown key, did you mean listen?"
+    assert first.startswith("server.lisen: unknown key, did you mean listen? (")
+    assert first.endswith("/file:2)")
     assert second.startswith("log.level: invalid enum value 'loud'")
 
 
 def test_a_secret_that_cannot_be_had_is_a_fault(file, capsys, monkeypatch):
     monkeypatch.delenv("CHECK_KEY", raising=False)
-    assert main(["check", "--config", file(GOOD)]) == 78
-    assert capsys.readouterr().err == "upstreams.openai.api_key: the environment has no CHECK_KEY\n"
+    path = file(GOOD)
+    assert main(["check", "--config", path]) == 78
+    assert capsys.readouterr().err == f"upstreams.openai.api_key: the environment has no CHECK_KEY ({path}:5)\n"
 
 
 def test_a_secret_file_that_is_not_text_is_a_fault(file, capsys, tmp_path):
@@ -69,5 +102,138 @@ def test_without_a_file_it_is_wrong_usage(capsys, monkeypatch):
 def test_a_certificate_that_is_no_use(file, tmp_path, capsys):
     path = file(f'[server]\ntls_cert = "{tmp_path}/none.crt"\ntls_key = "{tmp_path}/none.key"\n')
     assert main(["check", "--config", path]) == 78
-    told = f"server.tls_cert: {tmp_path}/none.crt or {tmp_path}/none.key can't be read (No such file or directory)\n"
-    assert capsys.readouterr().err == told
+    told = f"server.tls_cert: {tmp_path}/none.crt or {tmp_path}/none.key can't be read (No such file or directory)"
+    assert capsys.readouterr().err == f"{told} ({path}:2)\n"
+
+
+def test_every_file_of_the_cases_is_here():
+    assert {path.stem for path in FILES.iterdir()} == REFUSED.keys() | WARNED.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_file_names_each_key_and_its_line(name, capsys):
+    path = FILES / f"{name}.toml"
+    assert main(["check", "--config", str(path)]) == 78
+    faults = capsys.readouterr().err.splitlines()
+    assert [fault.partition(": ")[0] for fault in faults] == REFUSED[name]
+    lines = path.read_text().splitlines()
+    for fault in faults:
+        key = fault.partition(": ")[0].rpartition(".")[2]
+        number = int(fault.rpartition(":")[2].removesuffix(")"))
+        assert fault.endswith(f"({path}:{number})")
+        assert key in lines[number - 1]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", ["header-te", "journal-nowhere"])
+def test_serve_refuses_what_check_refuses_at_once(name, workers, file):
+    text = (FILES / f"{name}.toml").read_text()
+    with started("serve", "--config", file(f"{text}\n[server]\nworkers = {workers}\n")) as process:
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 78
+    assert [line.partition(": ")[0] for line in err.splitlines()] == REFUSED[name]
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_a_warned_file_is_accepted_with_a_line_that_names_the_key(name, capsys):
+    assert main(["check", "--config", str(FILES / f"{name}.toml")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "ok\n"
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"warning: {WARNED[name]}: ")
+
+
+def test_warnings_are_a_part_of_the_json(capsys):
+    assert main(["check", "--json", "--config", str(FILES / "one-endpoint.toml")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    (warning,) = json.loads(captured.out)["warnings"]
+    assert warning.startswith("upstreams.local.base_url: ")
+
+
+BASE = 'kind = "openai"\nbase_url = "{}"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        *((f"[upstreams.a]\n{BASE.format(url)}", "upstreams.a.base_url") for url in (
+            "http://.example", f"http://{LABEL}.example", f"http://{LONG_NAME}", "http://[::::]/v1", "http://h:0", "http://h:65536",
+            "http://h..", "http://.",
+        )),
+        *((f"[upstreams.a]\n{BASE.format('http://h')}headers = {{ {name} = 'x' }}", f"upstreams.a.headers.{name}") for name in (
+            "Connection", "keep-alive", "Proxy-Connection", "TE", "trailer", "Upgrade", "transfer-encoding", "expect", "Host",
+        )),
+        *((f"[redis]\nurl = '{url}'", "redis.url") for url in (
+            "redis://h:99999", "redis://h:0", "redis://a..b", f"redis://{LABEL}", "redis://a,b", "redis://h/x", "redis+cluster://h/1",
+            "redis+sentinel://a,,b/m", "redis+sentinel://a:x/m", "http://h", "redis://h?x=1", f"unix://{LONG_PATH}",
+            "rediss://h?cert_file=/nonexistent", "rediss://h?ca_file=/dev/null", "redis://h?ca_file=/dev/null", "rediss://h?key_file=/k",
+            "rediss://h?ca_file=%00",
+        )),
+        ("[redis]\njournal = '/dev/null/journal'", "redis.journal"),
+        ("[redis]\njournal = '/proc/journal'", "redis.journal"),
+        ("[server]\nadmin_token = { file = '/nonexistent' }", "server.admin_token"),
+        ("[server]\nlisten = 'nosuch.invalid:1'", "server.listen"),
+        ("[server]\nlisten = '192.0.2.1:1'", "server.listen"),
+        ("[server]\nadmin_listen = 'unix:/nonexistent/admin.sock'", "server.admin_listen"),
+        (f"[server]\nlisten = 'unix:{LONG_PATH}'", "server.listen"),
+        ("[server]\nworkers = 257", "server.workers"),
+        ("[redis]\nurl = { env = 'NO_SUCH_VARIABLE' }", "redis.url"),
+        ("[redis]\npassword = { file = '/nonexistent' }", "redis.password"),
+        ("[redis]\nurl = 'redis://:pw@h'\npassword = { env = 'PATH' }", "redis.password"),
+        ("[redis]\nurl = 'embedded'\npassword = { env = 'PATH' }", "redis.password"),
+        (f"[upstreams.a]\n{BASE.format('http://h')}headers = {{ b = {{ env = 'NO_SUCH' }} }}", "upstreams.a.headers.b"),
+    ],
+)  # fmt: skip
+def test_what_serve_could_not_use_is_refused(text, key, file, capsys):
+    assert main(["check", "--config", file(text)]) == 78
+    (fault,) = capsys.readouterr().err.splitlines()
+    assert fault.startswith(f"{key}: ")
+    assert ":pw@" not in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (f"[upstreams.a]\n{BASE.format('http://h/v1/models/')}", "upstreams.a.base_url"),
+        ("[server]\nlisten = ':8080'", "server.listen"),
+        ("[server]\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0']", "server.trusted_proxies[1]"),
+        (GOOD.replace("openai/gpt-4o", "openai/*").replace("CHECK_KEY", "PATH"), 'models."openai/*"'),
+        (GOOD.replace('"gpt-4o"', '"*"').replace("CHECK_KEY", "PATH"), 'models."openai/gpt-4o".upstreams[0].model'),
+        (
+            GOOD.replace("CHECK_KEY", "PATH") + 'cached_input_usd_per_mtok = "0.00000125"',
+            'models."openai/gpt-4o".cached_input_usd_per_mtok',
+        ),
+    ],
+)
+def test_a_likely_mistake_is_a_warning(text, key, file, capsys):
+    assert main(["check", "--config", file(text)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {key}: ")
+
+
+def test_a_bare_secret_is_told_what_to_write_instead(file, capsys):
+    text = f'[upstreams.a]\n{BASE.format("http://h")}api_key = "sk-hunter2"'
+    assert main(["check", "--config", file(text)]) == 78
+    told = capsys.readouterr().err
+    assert told.startswith(
+        'upstreams.a.api_key: a secret is not written here: say { env = "NAME" } or { file = "/path" }'
+    )
+    assert "hunter2" not in told
+
+
+def test_the_journal_s_probe_leaves_nothing(file, tmp_path):
+    text = f"[redis]\njournal = '{tmp_path}/made/for/it/journal'"
+    assert main(["check", "--config", file(text)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_port_in_use_is_1_and_one_line(file):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for workers in (1, 2):
+            text = f"[server]\nlisten = '{address}'\nadmin_listen = '127.0.0.1:0'\nworkers = {workers}"
+            with started("serve", "--config", file(text)) as process:
+                _, err = process.communicate(timeout=20)
+                assert process.returncode == 1
+            assert err == f"meshproxy: Address already in use: {address}\n"

@@ -1,0 +1,124 @@
+"""What `load` accepts can be served; and secrets that are parts of the settings."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meshproxy.app.load import load
+from meshproxy.app.worker import Worker
+from meshproxy.config import Unfit
+from meshproxy.telemetry.logs import RequestLog
+
+MODEL = 'upstreams = [{ upstream = "u", model = "x" }]\ninput_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
+
+words = st.text("aZ09-_.:%@/[]?=&, \t~é\0", max_size=12)
+hosts = st.sampled_from(["127.0.0.1", "[::1]", "localhost", "a..b", "a" * 64, "[::::]", "host.", ""]) | words
+urls = st.builds(
+    "{}://{}{}{}".format,
+    st.sampled_from(["http", "https", "ftp"]),
+    hosts,
+    st.sampled_from(["", ":0", ":1", ":99999", ":x"]),
+    st.sampled_from(["", "/v1", "/v1/", "/a b", "/?x=1"]) | words,
+)
+stores = st.builds(
+    "{}://{}127.0.0.1{}{}{}".format,
+    st.sampled_from(["redis", "rediss", "redis+sentinel", "redis+cluster", "unix", "http"]),
+    st.sampled_from(["", ":pw@", "user:p%40w@", "p/w@"]),
+    st.sampled_from(["", ":1", ":0", ":x", ":1,127.0.0.1:2"]),
+    st.sampled_from(["", "/", "/0", "/9", "/m", "/m/1", "/x"]),
+    st.sampled_from(["", "?db=1", "?tls=1", "?ca_file=/nonexistent", "?ca_file=%00", "?x=1", "?cert_file=/dev/null"]),
+)
+names = st.sampled_from(["te", "x-a", "Connection", "api-key", "a b", "accept", "HOST"])
+values = st.text("a \t~é\n", max_size=5)
+
+
+def text_of(url, store, headers, host):
+    lines = ", ".join(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in headers.items())
+    return (
+        f'[server]\nlisten = {json.dumps(host + ":0")}\nadmin_listen = "127.0.0.1:0"\n'
+        f"[redis]\nurl = {json.dumps(store)}\ntimeout_s = 0.05\n"
+        f'[upstreams.u]\nkind = "openai"\nbase_url = {json.dumps(url)}\nheaders = {{ {lines} }}\n[models.m]\n{MODEL}'
+    )
+
+
+def accepted(path, text):
+    """The configuration, if it is one that can be served."""
+    path.write_text(text, encoding="utf-8")
+    try:
+        return load(str(path))
+    except Unfit:
+        return None
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(urls, stores, st.dictionaries(names, values, max_size=2), st.sampled_from(["127.0.0.1", "", "[::1]"]))
+async def test_what_is_accepted_starts(tmp_path, url, store, headers, host):
+    loaded = accepted(tmp_path / "some.toml", text_of(url, store, headers, host))
+    if loaded is None:
+        return
+    worker = Worker(loaded.settings, loaded.secrets.upstreams, RequestLog())
+    await worker.start()
+    await worker.stop()
+
+
+def config_file(tmp_path, text):
+    path = tmp_path / "some.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("redis", "expected"),
+    [
+        ("url = { env = 'STORE' }", "redis://bob:pw@h/2"),
+        ("url = { file = '{dir}/url' }", "redis://:other@h"),
+        ("url = 'redis://h/2'\npassword = { env = 'PASSWORD' }", "redis://:p%2F%40%20%C3%A9@h/2"),
+        ("url = 'rediss://bob@h:1?db=3'\npassword = { file = '{dir}/password' }", "rediss://bob:secret@h:1?db=3"),
+        ("url = 'unix:///run/redis.sock'\npassword = { file = '{dir}/password' }", "unix://:secret@/run/redis.sock"),
+    ],
+)
+def test_the_store_s_secrets(tmp_path, monkeypatch, redis, expected):
+    monkeypatch.setenv("STORE", "redis://bob:pw@h/2")
+    monkeypatch.setenv("PASSWORD", "p/@ é")
+    (tmp_path / "url").write_text("redis://:other@h\n")
+    (tmp_path / "password").write_text("secret\n")
+    loaded = load(config_file(tmp_path, "[redis]\n" + redis.replace("{dir}", str(tmp_path))))
+    assert (expected, None) == (loaded.settings.redis.url, loaded.settings.redis.password)
+
+
+def test_a_header_s_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("AZURE_KEY", "hunter2\n")
+    text = '[upstreams.u]\nkind = "openai"\nbase_url = "http://h"\nheaders = { "api-key" = { env = "AZURE_KEY" }, a = "b" }'
+    loaded = load(config_file(tmp_path, text))
+    assert {"api-key": "hunter2", "a": "b"} == loaded.settings.upstreams["u"].headers
+
+
+@pytest.mark.parametrize("value", ["", "a\nb", "é"])
+def test_a_header_s_secret_that_cannot_be_sent_is_not_shown(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("AZURE_KEY", value)
+    text = '[upstreams.u]\nkind = "openai"\nbase_url = "http://h"\nheaders = { "api-key" = { env = "AZURE_KEY" } }'
+    path = config_file(tmp_path, text)
+    with pytest.raises(Unfit) as caught:
+        load(path)
+    expected = f"the secret is empty or has characters that no header may carry ({path}:4)"
+    assert [f"upstreams.u.headers.api-key: {expected}"] == caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("\n[server]\n\nlisen = 1", 4),
+        ("server.lisen = 1", 1),
+        ('[upstreams."a.b"]\nkind = "x"', 2),
+        ("[upstreams . 'a.b']\n'kind' = \"x\"", 2),
+        ('[models.m]\nupstreams = [\n  # first\n  { upstream = "a", model = "x" },\n  { upstrem = "b" },\n]', 5),
+        ('[server]\ntls_cert = """\n[log]\nlevel = 1\n"""\n[log]\nlevel = 2', 7),
+    ],
+)
+def test_a_fault_has_the_line_of_its_key(tmp_path, text, line):
+    path = config_file(tmp_path, text)
+    with pytest.raises(Unfit) as caught:
+        load(path)
+    assert any(fault.endswith(f"({path}:{line})") for fault in caught.value.faults)
