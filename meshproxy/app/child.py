@@ -6,6 +6,7 @@ it went, the worker drains as after SIGTERM and exits.
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ import uvloop
 from meshproxy.app.control import MESSAGES, Ask, Control, Drain, Hurry
 from meshproxy.app.reload import Standing
 from meshproxy.app.serving import Serving
+from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.telemetry import logs
 
 
@@ -32,9 +34,11 @@ async def serve(control_fd: int, listen_fd: int) -> None:
     end = asyncio.Event()
     obeying = asyncio.create_task(_obey(control, serving, end), name="obey")
     await end.wait()
-    await serving.stop()
-    obeying.cancel()
-    sink.close()
+    try:
+        await serving.stop()
+    finally:
+        obeying.cancel()
+        sink.close()
 
 
 async def _obey(control: Control, serving: Serving, end: asyncio.Event) -> None:
@@ -57,4 +61,7 @@ async def _obey(control: Control, serving: Serving, end: asyncio.Event) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2])))
+    try:
+        uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2])))
+    except SettlementsLost:  # the log has them
+        sys.exit(os.EX_IOERR)

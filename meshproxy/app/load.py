@@ -93,9 +93,10 @@ def journal_path(settings: Settings) -> str:
         return settings.redis.journal
     state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     root = Path(state or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "meshproxy")
-    store = hashlib.sha256(plain(settings.redis.url).encode()).hexdigest()[
-        :16
-    ]  # what one Redis is owed is nothing to another
+    address = parse_url(
+        plain(settings.redis.url)
+    ).canonical  # also when it is spelled otherwise, or with another password
+    store = hashlib.sha256(address.encode()).hexdigest()[:16]  # what one Redis is owed is nothing to another
     return str(root / store / "journal")
 
 

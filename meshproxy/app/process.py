@@ -20,6 +20,7 @@ from meshproxy.app.status import Crew, Panel
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
 from meshproxy.config import Secrets, Settings
+from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import create_admin
 from meshproxy.server.sockets import listen, listen_shared, name_of
 from meshproxy.telemetry import logs
@@ -49,6 +50,8 @@ def serve(config_path: str) -> int:
     except OSError as error:
         print(f"meshproxy: {error.strerror or error}: {error.filename or settings.server.listen}", file=sys.stderr)  # noqa: T201
         return 1
+    except SettlementsLost:  # the log has them
+        return os.EX_IOERR
     return 0
 
 

@@ -7,6 +7,7 @@ restarted waits instead of being refused.
 import asyncio
 import contextlib
 import itertools
+import os
 import socket
 import sys
 import time
@@ -17,6 +18,7 @@ import structlog
 from meshproxy.app.control import Ask, Control, Drain, Hurry, Order, Question, Report
 from meshproxy.app.data_listener import wait
 from meshproxy.app.reload import Standing
+from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.snapshot import Fleet
@@ -79,6 +81,7 @@ class Supervisor:
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
+        self._lost = False  # a worker could not keep a settlement
 
     async def start(self) -> None:
         """Begin to serve."""
@@ -109,7 +112,9 @@ class Supervisor:
         ]
 
     async def stop(self) -> None:
-        """Drain every worker and wait for its exit; kill what is still there long after it should be gone."""
+        """Drain every worker and wait for its exit; kill what is still there long after it should be gone. SettlementsLost if one
+        could not keep what was to be charged.
+        """
         server = self.standing.settings.server
         self._stopping.set()
         self._tell_all(Drain())
@@ -121,6 +126,8 @@ class Supervisor:
             _log.error("worker_killed", worker=child.number)
             child.process.kill()
         await asyncio.gather(*self._keepers, return_exceptions=True)
+        if self._lost:
+            raise SettlementsLost
 
     def hurry(self) -> None:
         """End what runs now, and wait for nothing in stop()."""
@@ -140,6 +147,7 @@ class Supervisor:
             child.control.close()
             self._children.pop(child.number, None)
             self.fleet.retire(child.number)
+            self._lost |= code == os.EX_IOERR
             if self._stopping.is_set():
                 return
             _log.error("worker_died" if began else "worker_did_not_start", worker=child.number, exit_code=code)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import random
 import secrets as random_source
 import time
@@ -25,7 +26,7 @@ from meshproxy.gateway.spans import Spans
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
-from meshproxy.ledger.journal import Journal
+from meshproxy.ledger.journal import Journal, SettlementsLost, left_elsewhere
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import Instances, LocalAdmission
 from meshproxy.ledger.replays import Replays
@@ -90,8 +91,13 @@ class Worker:
         self.journal = self._open_journal()
         instances = local = None
         if redis.on_failure == "local":
-            instances = Instances(self.store, boot_id, time.time)
-            local = LocalAdmission(parse_usd(redis.local_allowance_usd), instances, time.monotonic)
+            workers = self.settings.server.workers or len(os.sched_getaffinity(0))
+            instances = Instances(self.store, boot_id, at_least=workers)
+            allowance_nusd = parse_usd(redis.local_allowance_usd)
+            local = LocalAdmission(allowance_nusd, instances, time.monotonic, lambda: self.journal.room_bytes)
+            local.found(self.journal)
+        settler = Settler(self.ledger, self.journal, local, self.tasks, time.time, time.monotonic)
+        self._charge = settler.charge
         self.directory = Directory(self.store, time.monotonic, stale_s=0.0 if local is None else STALE_S)
         self._authenticator = Authenticator(self.directory, access_to(self.settings), time.time, time.monotonic)
         self.gateway = Gateway(
@@ -101,7 +107,7 @@ class Worker:
             directory=self.directory,
             authenticator=self._authenticator,
             idempotence=Idempotence(Replays(self.store), self.tasks, time.monotonic),
-            settler=Settler(self.ledger, self.journal, local, self.tasks, time.time, time.monotonic),
+            settler=settler,
             recorder=self.recorder,
             tasks=self.tasks,
             live=self.live,
@@ -116,7 +122,7 @@ class Worker:
         self._follow()
         self._watchers = [
             asyncio.create_task(self.live.pulse(lambda: self.settings), name="pulse"),
-            asyncio.create_task(self.journal.keep_replaying(self.ledger.settle), name="journal"),
+            asyncio.create_task(self.journal.keep_replaying(self._charge), name="journal"),
             asyncio.create_task(loop_lag.watch(self.metrics.event_loop_lag.labels().observe), name="loop_lag"),
         ]
         if instances is not None:
@@ -156,7 +162,7 @@ class Worker:
                 provider.retire()
 
     async def stop(self) -> None:
-        """Settle what is unsettled and close every connection."""
+        """Settle what is unsettled and close every connection. SettlementsLost, at the end, if something could not be kept."""
         self.stopping = True
         if await self.tasks.finish(SETTLE_GRACE_S):
             await self.tasks.finish(SETTLE_GRACE_S)  # what those that were cancelled had to settle
@@ -165,12 +171,14 @@ class Worker:
         await asyncio.gather(*self._watchers, return_exceptions=True)
         for provider in self.gateway.deployment.providers.values():
             await provider.close()
-        await self.journal.replay(self.ledger.settle)
-        self.journal.close()
+        await self.journal.replay(self._charge)
+        lost = self.journal.close()
         await self.store.close()
         await self._dialling.finish(SETTLE_GRACE_S)
         if self._tracer is not None:
             await self._tracer.close()
+        if lost:
+            raise SettlementsLost(lost)
 
     def not_ready(self) -> list[str]:
         """Why a balancer should send nothing here; empty when it may."""
@@ -192,8 +200,12 @@ class Worker:
     def _open_journal(self) -> Journal:
         """The journal on disk; in memory where there is no place for it and none was asked for."""
         redis = self.settings.redis
+        path = None if self._journal_path is None else Path(self._journal_path)
         try:
-            return Journal(None if self._journal_path is None else Path(self._journal_path), redis.journal_max_bytes)
+            if path is not None and redis.journal is None:
+                for other in left_elsewhere(path):
+                    _log.warning("journal_of_another_redis", path=str(other))
+            return Journal(path, redis.journal_max_bytes)
         except OSError as error:
             if redis.journal is not None:
                 raise

@@ -38,17 +38,17 @@ class Admitter:
         try:
             answer = await self._ledger.admit(ask)
         except Unavailable:
-            if self._local is None:
+            if self._local is None or not self._local.has_room(ask):
                 raise
             answer, is_local = self._local.admit(ask), True
         except BaseException as error:  # nobody waits for the answer any more
             is_hang_up = isinstance(error, asyncio.CancelledError)
             self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
             raise
-        if self._local is not None and not is_local:
-            self._local.forget()
         if isinstance(answer, Denied):
             return answer
+        if self._local is not None and not is_local:
+            self._local.written()
         if ask.amount_min_nusd is not None:
             plan = affordable(plan, answer)
             covered = first_slice(plan, credit)

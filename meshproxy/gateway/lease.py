@@ -142,7 +142,7 @@ class Lease:
     def _extend_locally(self, covered: int) -> Problem | None:
         """Take another slice from what this worker may admit by itself, if it may."""
         more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
-        if self._credit.local is None or not self._credit.local.take(self.hold.ask.account, more_nusd):
+        if self._credit.local is None or not self._credit.local.take(self.hold.ask, more_nusd):
             return ledger_unavailable()
         return None
 

@@ -82,8 +82,8 @@ class Settler:
         if exchange.lease is not None:
             ask = exchange.lease.hold.ask
             settlement = self._settlement(exchange, ask, unheld=exchange.lease.unheld)
-            if exchange.lease.is_local and self._local is not None:
-                self._local.settled(ask, settlement)
+            if self._local is not None:
+                self._local.spent(settlement, 0 if exchange.lease.is_local else exchange.lease.hold.amount_nusd)
             self._tasks.follow(self._ledger.settling(settlement), partial(self._answered, settlement))
 
     def withdraw(self, exchange: Exchange, ask: Ask, *, outcome: str) -> None:
@@ -103,6 +103,15 @@ class Settler:
         failed = answer.cancelled() or answer.exception() is not None
         if failed or not (answer.result() or settlement.unheld):
             self._tasks.spawn("settle", self._insist(settlement, answer))
+        elif self._local is not None:
+            self._local.charged(settlement.hold_id)
+
+    async def charge(self, settlement: Settlement) -> bool:
+        """Settle what the journal kept. Raises Unavailable and StoreError."""
+        settled = await self._ledger.settle(settlement)
+        if self._local is not None:
+            self._local.charged(settlement.hold_id)
+        return settled
 
     async def _insist(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
         """To the ledger, or to disk until it is back. What was sent and never answered may be sent again: it counts once."""
@@ -110,10 +119,10 @@ class Settler:
             try:
                 settled = await answer
             except ScriptMissing:
-                settled = await self._ledger.settle(settlement)
+                settled = await self.charge(settlement)
             if not (settled or settlement.unheld):  # its first time: the ledger has lost the hold, not charged it
                 settlement = replace(settlement, unheld=True)
-                await self._ledger.settle(settlement)
+                await self.charge(settlement)
         except (Unavailable, StoreError):  # lost, or set up wrongly: the charge must outlive both
             await self._journal.append(settlement)
         except asyncio.CancelledError:

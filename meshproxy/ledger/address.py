@@ -9,6 +9,7 @@ After `?`: `db`; `tls=1` for Sentinel and Cluster; `ca_file`, `cert_file`, `key_
 must be percent-encoded. What is wrong with a URL is told without quoting it, for it may hold a password.
 """
 
+import ipaddress
 import ssl
 from typing import Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -76,6 +77,12 @@ class Address(Struct, frozen=True):
     login: Login = Login()
     tls: Tls | None = None
     service: str = ""
+
+    @property
+    def canonical(self) -> str:
+        """The one spelling of this Redis: without credentials and TLS, endpoints in order, loopback by one name."""
+        endpoints = sorted(str(Endpoint(_canonical_host(e.host), e.port, e.path)) for e in self.endpoints)
+        return f"{self.kind} {','.join(endpoints)} {self.service}/{self.login.db}"
 
 
 def parse_url(url: str) -> Address:
@@ -148,6 +155,15 @@ def _endpoint(text: str, default_port: int) -> Endpoint:
     if not host or port == 0 or host_fault(host) is not None:
         raise ValueError("a host and port can't be read (is a character of the password not percent-encoded?)")
     return Endpoint(host, default_port if port is None else port)
+
+
+def _canonical_host(host: str) -> str:
+    """A host's name in lower case, an address in its shortest form (RFC 5952), and `localhost` for loopback."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().rstrip(".")
+    return "localhost" if address.is_loopback else address.compressed
 
 
 def _login(userinfo: str, db: str) -> Login:

@@ -3,15 +3,18 @@ replayed as often as it takes: a settlement that is sent twice is charged once (
 
 Each worker has a file of its own, the first `PATH.N` that nobody has locked; so the file that a dead worker leaves is found
 and replayed by the one that takes its place. What lies in further files that nobody has locked (there were more workers once)
-is moved to the first. A line is the CRC-32 of a settlement's JSON in hex, and that JSON.
+is moved to the first. A line is the CRC-32 of a settlement's JSON in hex, and that JSON, whose `v` is the version of its form.
+
+What can't be kept (no room, or no disk by the end of the process) is logged whole as `settlement_lost`, and counted in `lost`.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,22 +26,38 @@ from meshproxy.ledger.store import StoreError, Unavailable
 MAX_FILES = 256  # workers on one machine
 REPLAY_INTERVAL_S = 0.5
 MAX_LOGGED_BYTES = 4096  # of a line that can't be read
+FORMAT = 1  # of a line's JSON; a line without one is of the first
 
 _log = structlog.get_logger(__name__)
+
+
+class SettlementsLost(Exception):
+    """The process ends, and neither Redis nor the disk took all that was to be charged; the log has what is lost, whole."""
 
 
 class JournalFull(Exception):
     """What is left over from Redis's absence has reached its bound; this settlement is lost, and the log has it."""
 
 
+class _Version(msgspec.Struct):
+    """The version of a line's form."""
+
+    v: int = 1
+
+
 class Journal:
-    """The file of one worker, and what it holds. `path` None: kept in memory alone, and lost with the process."""
+    """The file of one worker, and what it holds. `path` None: kept in memory alone, and lost with the process. `lost` counts
+    the settlements that could not be kept.
+    """
 
     def __init__(self, path: Path | None, max_bytes: int) -> None:
+        self.lost = 0
         self._max_bytes = max_bytes
         self._pending: deque[Settlement] = deque()
         self._size = 0
-        self._unwritten: list[bytes] = []
+        self._unwritten: list[Settlement] = []
+        self._disk_failed = False
+        self._closed = False
         self._writing = asyncio.Lock()
         self._file: int | None = None
         if path is not None:
@@ -47,23 +66,26 @@ class Journal:
     def __len__(self) -> int:
         return len(self._pending)
 
+    def __iter__(self) -> Iterator[Settlement]:
+        return iter(self._pending)
+
+    @property
+    def room_bytes(self) -> int:
+        """How much more it can take; nothing while the disk refuses what it has."""
+        return 0 if self._disk_failed else self._max_bytes - self._size
+
     async def append(self, settlement: Settlement) -> None:
-        """Keep a settlement; on disk when this returns. JournalFull if there is no room."""
+        """Keep a settlement; on disk when this returns. JournalFull if there is no room; OSError if the disk refuses it, which
+        keeps it in memory until the disk takes it.
+        """
         line = _line(settlement)
         if self._size + len(line) > self._max_bytes:
-            _log.error("settlement_lost", settlement=msgspec.to_builtins(settlement))
+            self._lose(settlement)
             raise JournalFull
         self._size += len(line)
         self._pending.append(settlement)
-        self._unwritten.append(line)
-        async with self._writing:
-            lines, self._unwritten = self._unwritten, []
-            if lines and self._file is not None:
-                try:
-                    await asyncio.to_thread(_write_through, self._file, b"".join(lines))
-                except OSError:
-                    self._unwritten = lines + self._unwritten  # it is kept in memory, and the next append tries again
-                    raise
+        self._unwritten.append(settlement)
+        await self._write()
 
     async def replay(self, settle: Callable[[Settlement], Awaitable[bool]]) -> int:
         """Settle what is kept, oldest first, until it is empty or Redis is lost again; how many were. One that Redis refuses
@@ -83,7 +105,11 @@ class Journal:
             count += 1
         async with self._writing:
             if not self._pending and self._size:
-                self._size, self._unwritten = 0, []  # all of it is settled, also what was still on its way to disk
+                self._size, self._unwritten, self._disk_failed = (
+                    0,
+                    [],
+                    False,
+                )  # all is settled, also what is not on disk
                 if self._file is not None:
                     await asyncio.to_thread(_truncate, self._file)
         return count
@@ -95,13 +121,54 @@ class Journal:
                 count = await self.replay(settle)
                 if count:
                     _log.info("journal_replayed", settlements=count, left=len(self._pending))
+            if self._disk_failed:
+                with contextlib.suppress(OSError):
+                    await self._write()
             await asyncio.sleep(REPLAY_INTERVAL_S)
 
-    def close(self) -> None:
-        """Let the next worker have the file."""
+    def close(self) -> int:
+        """Let the next worker have the file, after one last attempt at what the disk hasn't taken. What it still refuses is
+        logged whole; how many settlements were lost in the life of this journal.
+        """
+        if self._closed:
+            return self.lost
+        self._closed = True
+        unkept = list(self._pending) if self._file is None else list(self._not_on_disk())
         if self._file is not None:
+            try:
+                _write_through(self._file, b"".join(map(_line, unkept)))
+                unkept = []
+            except OSError as error:
+                _log.error("journal_not_written", reason=error.strerror, settlements=len(unkept))
             os.close(self._file)
-            self._file = None
+        for settlement in unkept:
+            self._lose(settlement)
+        return self.lost
+
+    async def _write(self) -> None:
+        """Write what isn't on disk yet; what comes together shares an fsync."""
+        async with self._writing:
+            unwritten, self._unwritten = self._unwritten, []
+            if unwritten and self._file is not None:
+                try:
+                    await asyncio.to_thread(_write_through, self._file, b"".join(map(_line, unwritten)))
+                except OSError as error:
+                    self._unwritten = unwritten + self._unwritten
+                    if not self._disk_failed:
+                        _log.error("journal_not_written", reason=error.strerror, settlements=len(self._unwritten))
+                    self._disk_failed = True
+                    raise
+                self._disk_failed = False
+
+    def _not_on_disk(self) -> Iterator[Settlement]:
+        """What waits for Redis and for the disk."""
+        pending = {settlement.hold_id for settlement in self._pending}
+        return (settlement for settlement in self._unwritten if settlement.hold_id in pending)
+
+    def _lose(self, settlement: Settlement) -> None:
+        """Log a settlement that can't be kept, whole, so that it can be booked by hand."""
+        self.lost += 1
+        _log.error("settlement_lost", settlement=msgspec.to_builtins(settlement))
 
     def _open(self, path: Path) -> None:
         """Take the first file that nobody has locked, and into it what lies in further ones; OSError if none can be had."""
@@ -113,7 +180,12 @@ class Journal:
             file = _open_if_free(name)
             if file is None:
                 continue
-            settlements = _read(file)
+            try:
+                settlements = _read(file)
+            except NotImplementedError:
+                _log.warning("journal_of_a_newer_version", path=name)  # whoever wrote it can settle it
+                os.close(file)
+                continue
             self._pending.extend(settlements)
             if self._file is None:
                 self._file = file
@@ -126,6 +198,20 @@ class Journal:
         self._size = os.fstat(self._file).st_size
         if self._pending:
             _log.info("journal_found", settlements=len(self._pending))
+
+
+def left_elsewhere(path: Path) -> list[Path]:
+    """Journals of other Redises beside that at `path` (`STATE/REDIS/journal`) that hold something and that no process has: what
+    is in them is settled only by a worker whose configuration names their Redis, or their path.
+    """
+    found = []
+    for other in sorted(path.parent.parent.glob(f"*/{path.name}.*"))[:MAX_FILES]:
+        if other.parent != path.parent and other.stat().st_size:
+            file = _open_if_free(str(other))
+            if file is not None:
+                os.close(file)
+                found.append(other)
+    return found
 
 
 def _open_if_free(name: str) -> int | None:
@@ -155,16 +241,18 @@ def _read(file: int) -> list[Settlement]:
 
 
 def _line(settlement: Settlement) -> bytes:
-    text = msgspec.json.encode(settlement)
+    text = b'{"v":%d,%b' % (FORMAT, msgspec.json.encode(settlement)[1:])
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
 def _parse(line: bytes) -> Settlement | None:
-    """None for a line that isn't whole."""
+    """The settlement of a line, None if it isn't whole; NotImplementedError for one of a newer form."""
     checksum, _, text = line.partition(b" ")
     try:
         if int(checksum, 16) != zlib.crc32(text):
             return None
+        if msgspec.json.decode(text, type=_Version).v > FORMAT:
+            raise NotImplementedError
         return msgspec.json.decode(text, type=Settlement)
     except (ValueError, msgspec.DecodeError):
         return None

@@ -1,44 +1,52 @@
 """Admission without Redis, for `redis.on_failure = "local"`: each worker enforces its share of every bucket, and admits credit
-on a bounded allowance an account. What is spent so is settled when Redis is back (journal.py).
+on a bounded allowance an account. What is spent so is journaled, and settled when Redis is back (journal.py).
+
+The allowance is refilled by settled money alone: what a request held or cost counts against it until Redis has charged it,
+however often Redis comes and goes meanwhile.
 """
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 
 from msgspec import Struct
 
 from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied, Kind, Scope, Settlement
-from meshproxy.ledger.store import Store, Unavailable
+from meshproxy.ledger.scripts import Script
+from meshproxy.ledger.store import Store, StoreError, Unavailable
 from meshproxy.policy.principal import Limits
 
 MAX_ACCOUNTS = 65_536  # known to one worker while Redis is away; no others are admitted
+BUCKETS_OF_AN_ACCOUNT = 16  # its own and those of some keys; more of them count as further accounts
 BEAT_S = 5.0
-WORKERS = "mesh:workers"  # sorted set: worker by its last heartbeat (Unix seconds)
+KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three heartbeats is gone
+WORKERS = "mesh:workers"  # sorted set: worker by its last heartbeat (Unix seconds, by Redis's clock)
+LINE_BYTES = 1536  # of a settlement in the journal, without its session's name
+SESSION_BYTES = 6  # of one character of it, as JSON
 
 
 class Instances:
-    """How many workers share the Redis, by their heartbeats; the last known number while it is away."""
+    """How many workers share the Redis, by their heartbeats; the last known number while it is away.
 
-    def __init__(self, store: Store, worker: str, wall_clock: Callable[[], float]) -> None:
-        self.count = 1
+    Heartbeats are by Redis's TIME: a host whose clock is wrong is counted as others are, and drops none of them. `at_least`
+    is how many there are on this host, whatever Redis knows.
+    """
+
+    def __init__(self, store: Store, worker: str, at_least: int = 1) -> None:
+        self.count = at_least
         self._store = store
         self._worker = worker
-        self._wall_clock = wall_clock
+        self._at_least = at_least
+        self._beat = Script.load("beat")
 
     async def beat(self) -> None:
         """Run for the life of the worker."""
         while True:
-            now = int(self._wall_clock())
             try:
-                _, _, count = await asyncio.gather(
-                    self._store.execute("ZADD", WORKERS, now, self._worker),
-                    self._store.execute("ZREMRANGEBYSCORE", WORKERS, 0, int(now - 3 * BEAT_S)),
-                    self._store.execute("ZCARD", WORKERS),
-                )
-                self.count = max(int(count), 1)
-            except Unavailable:
+                count = await self._store.run(self._beat, [WORKERS], [self._worker, KEPT_MS])
+                self.count = max(int(count), self._at_least)
+            except (Unavailable, StoreError):
                 pass  # the last known number holds
             await asyncio.sleep(BEAT_S)
 
@@ -65,19 +73,34 @@ class _Bucket(Struct):
 
 
 class LocalAdmission:
-    """What one worker may admit by itself. `clock` is monotonic seconds."""
+    """What one worker may admit by itself. `clock` is monotonic seconds; `room_bytes` is the room left in the journal, which
+    has to take the settlement of everything that is admitted here.
+    """
 
-    def __init__(self, allowance_nusd: int, instances: Instances, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, allowance_nusd: int, instances: Instances, clock: Callable[[], float], room_bytes: Callable[[], int]
+    ) -> None:
         self._allowance_nusd = allowance_nusd
         self._instances = instances
         self._clock = clock
-        self._used_nusd: dict[str, int] = {}
+        self._room_bytes = room_bytes
+        self._owed: dict[
+            str, tuple[str, int]
+        ] = {}  # account and nano-USD by hold id: held, or spent and not charged yet
+        self._used_nusd: dict[str, int] = {}  # the sums of these by account
+        self._reserved: dict[str, int] = {}  # bytes of the journal by hold id, for requests that run
+        self._reserved_bytes = 0
         self._buckets: dict[tuple[str, str, str], _Bucket] = {}
 
+    def has_room(self, ask: Ask) -> bool:
+        """Whether the journal can take the settlement of one more request; without that nothing may be admitted."""
+        return self._reserved_bytes + _line_bytes(ask) <= self._room_bytes()
+
     def admit(self, ask: Ask) -> Admitted | Denied:
-        """Hold the amount from the allowance and take from the local buckets, or say why not."""
+        """Hold the amount from the allowance and take from the local buckets, or return why not."""
         available = self._available(ask.account)
-        is_one_too_many = ask.account not in self._used_nusd and len(self._used_nusd) >= MAX_ACCOUNTS
+        known = max(len(self._used_nusd), len(self._buckets) // BUCKETS_OF_AN_ACCOUNT)
+        is_one_too_many = ask.account not in self._used_nusd and known >= MAX_ACCOUNTS
         if ask.amount_nusd > available or is_one_too_many:
             return Denied("insufficient_credits", "credit", max(available, 0))
         wants = [
@@ -93,26 +116,54 @@ class LocalAdmission:
             )
         for bucket, count in wants:
             bucket.level -= count
-        self.take(ask.account, ask.amount_nusd)
+        self._owe(ask.hold_id, ask.account, ask.amount_nusd)
+        self._reserved[ask.hold_id] = _line_bytes(ask)
+        self._reserved_bytes += _line_bytes(ask)
         states = tuple(bucket.state() for bucket, _ in wants)
         return Admitted(ask, ask.amount_nusd, available - ask.amount_nusd, states)
 
-    def take(self, account: str, amount_nusd: int) -> bool:
-        """Take more of an account's allowance, if it is there."""
-        if amount_nusd > self._available(account):
+    def take(self, ask: Ask, amount_nusd: int) -> bool:
+        """Hold more of the account's allowance for a request, if it is there. Redis may hold the first part of it."""
+        if amount_nusd > self._available(ask.account):
             return False
-        self._used_nusd[account] = self._used_nusd.get(account, 0) + amount_nusd
+        self._owe(ask.hold_id, ask.account, self._owed.get(ask.hold_id, (ask.account, 0))[1] + amount_nusd)
         return True
 
-    def settled(self, ask: Ask, settlement: Settlement) -> None:
-        """A request that was admitted here is over: its allowance is what it really cost."""
-        used = self._used_nusd.get(ask.account, 0)
-        self._used_nusd[ask.account] = max(used + settlement.cost_nusd - ask.amount_nusd, 0)
+    def spent(self, settlement: Settlement, held_by_redis_nusd: int) -> None:
+        """Replace what a request held here by what it cost beyond what Redis holds for it. Redis hasn't charged it yet."""
+        reserved = self._reserved.pop(settlement.hold_id, 0)
+        self._reserved_bytes -= reserved
+        if reserved or settlement.hold_id in self._owed:
+            amount = max(settlement.cost_nusd - held_by_redis_nusd, 0)
+            self._owe(settlement.hold_id, settlement.account, amount)
 
-    def forget(self) -> None:
-        """Redis is back: it admits, and what was spent here is on its way to it."""
-        self._used_nusd.clear()
-        self._buckets.clear()
+    def charged(self, hold_id: str) -> None:
+        """Give back what a request spent here: Redis has charged it, or has it in its own books."""
+        if hold_id in self._owed:
+            self._owe(hold_id, self._owed[hold_id][0], 0)
+
+    def found(self, settlements: Iterable[Settlement]) -> None:
+        """Count what a journal from before this process owes: a restart refills no allowance."""
+        for settlement in settlements:
+            if settlement.unheld:
+                self._owe(settlement.hold_id, settlement.account, settlement.cost_nusd)
+
+    def written(self) -> None:
+        """Drop the local buckets: Redis has written an admission, so it counts again. The allowance stays as it is."""
+        if self._buckets:
+            self._buckets.clear()
+
+    def _owe(self, hold_id: str, account: str, amount_nusd: int) -> None:
+        """Set what one request holds or has spent here."""
+        used = self._used_nusd.get(account, 0) - self._owed.get(hold_id, (account, 0))[1] + amount_nusd
+        if amount_nusd:
+            self._owed[hold_id] = account, amount_nusd
+        else:
+            self._owed.pop(hold_id, None)
+        if used:
+            self._used_nusd[account] = used
+        else:
+            self._used_nusd.pop(account, None)
 
     def _available(self, account: str) -> int:
         return self._allowance_nusd // self._instances.count - self._used_nusd.get(account, 0)
@@ -134,3 +185,8 @@ class LocalAdmission:
         level = full if old is None else min(full, old.level + (now - old.at) * rate)
         bucket = self._buckets[scope, name, kind] = _Bucket(scope, kind, limit, full, rate, level, now)
         return bucket
+
+
+def _line_bytes(ask: Ask) -> int:
+    """The most that a request's settlement takes in the journal."""
+    return LINE_BYTES + SESSION_BYTES * len(ask.session or "")

@@ -64,3 +64,26 @@ def test_an_address_never_shows_its_login():
 
 def test_endpoints_are_named_as_one_would_type_them():
     assert [str(e) for e in (Endpoint("h", 1), Endpoint("::1", 2), Endpoint(path="/s"))] == ["h:1", "[::1]:2", "/s"]
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ("redis://127.0.0.1", "redis://:secret@localhost:6379/0", "rediss://u:p@[::1]/?db=0", "redis://LOCALHOST."),
+        ("redis://Redis.example:6379/2", "redis://:x@redis.example/2"),
+        ("redis+cluster://a:1,b:2", "redis+cluster://:x@b:2,a:1"),
+        ("redis+sentinel://a,b/mymaster", "redis+sentinel://:x@b:26379,a/mymaster/0"),
+        ("unix:///run/redis.sock", "unix://:x@/run/redis.sock?db=0"),
+    ],
+)
+def test_one_redis_has_one_canonical_address(spellings):
+    assert len({parse_url(url).canonical for url in spellings}) == 1
+
+
+def test_other_redises_have_others():
+    urls = ("redis://a", "redis://a/1", "redis://b", "redis://a:1", "redis+cluster://a", "unix:///a", "unix:///b")
+    assert len({parse_url(url).canonical for url in urls}) == len(urls)
+
+
+def test_a_canonical_address_has_no_credentials():
+    assert "secret" not in parse_url("redis://user:secret@host").canonical

@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zlib
+from contextlib import contextmanager
 from functools import partial
 
+import msgspec
 import pytest
+from msgspec import to_builtins
+from structlog.testing import capture_logs
 
 from meshproxy.ledger import journal as module
-from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, _line
+from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, _line, left_elsewhere
 from meshproxy.ledger.store import StoreError, Unavailable
 
 MIB = 1_048_576
@@ -34,6 +39,22 @@ def open_journal(path):
     yield open_one
     for opened in journals:
         opened.close()
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that takes nothing, for as long as the context lasts."""
+
+    @contextmanager
+    def full():
+        def refuse(_file, _data):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.os, "write", refuse)
+            yield
+
+    return full
 
 
 class Book:
@@ -253,6 +274,81 @@ async def test_a_full_disk_keeps_it_in_memory_and_the_file_whole(open_journal, p
     assert b"".join(map(_line, map(settlement, names(3)))) == path.with_suffix(".0").read_bytes()
     book = Book()
     assert 3 == await journal.replay(book.settle)
+
+
+async def test_a_disk_that_stays_full_to_the_end_has_it_logged_whole(open_journal, settlement, full_disk):
+    """And closing gives how many were lost, for the exit code."""
+    journal = open_journal()
+    with full_disk(), pytest.raises(OSError, match="No space"):
+        await journal.append(settlement("h1"))
+    with full_disk(), capture_logs() as logs:
+        assert journal.close() == 1
+    lost = [line["settlement"] for line in logs if line["event"] == "settlement_lost"]
+    assert [to_builtins(settlement("h1"))] == lost
+
+
+async def test_a_disk_with_room_at_the_end_takes_it(open_journal, settlement, full_disk):
+    journal = open_journal()
+    with full_disk(), pytest.raises(OSError, match="No space"):
+        await journal.append(settlement("h1"))
+    assert (journal.room_bytes, journal.close(), len(open_journal())) == (0, 0, 1)
+
+
+async def test_a_disk_with_room_again_takes_it_without_another_append(open_journal, path, settlement, full_disk):
+    journal = open_journal()
+    with full_disk(), pytest.raises(OSError, match="No space"):
+        await journal.append(settlement("h1"))
+    replaying = asyncio.create_task(journal.keep_replaying(Book(lost_after=0).settle))
+    async with asyncio.timeout(10):
+        while not journal.room_bytes:
+            await asyncio.sleep(0.01)
+    replaying.cancel()
+    assert _line(settlement("h1")) == path.with_suffix(".0").read_bytes()
+
+
+async def test_what_was_kept_in_memory_alone_is_logged_at_the_end(settlement):
+    journal = Journal(None, MIB)
+    await journal.append(settlement("h0"))
+    with capture_logs() as logs:
+        assert journal.close() == 1
+    assert [line["settlement"]["hold_id"] for line in logs] == ["h0"]
+
+
+async def test_what_there_is_no_room_for_is_counted_as_lost(open_journal, settlement):
+    journal = open_journal(max_bytes=10)
+    with capture_logs() as logs, pytest.raises(JournalFull):
+        await journal.append(settlement("h0"))
+    assert ([to_builtins(settlement("h0"))], 1) == ([line["settlement"] for line in logs], journal.close())
+
+
+async def test_a_file_of_a_newer_version_is_left_alone_and_named(open_journal, path, settlement):
+    path.parent.mkdir(parents=True)
+    text = b'{"v":2,"hold_id":"h0"}'
+    newer = path.with_suffix(".0")
+    newer.write_bytes(b"%08x %b\n" % (zlib.crc32(text), text))
+    with capture_logs() as logs:
+        journal = open_journal()
+    await journal.append(settlement("h1"))
+    assert ([str(newer)], text) == ([line["path"] for line in logs], newer.read_bytes()[9:-1])
+
+
+async def test_a_line_of_the_first_version_is_read(open_journal, path, settlement):
+    path.parent.mkdir(parents=True)
+    text = msgspec.json.encode(settlement("h0"))
+    path.with_suffix(".0").write_bytes(b"%08x %b\n" % (zlib.crc32(text), text))
+    assert [settlement("h0")] == list(open_journal())
+
+
+async def test_what_other_redises_are_owed_is_named(tmp_path, settlement):
+    mine, other, running = (tmp_path / name / "journal" for name in ("mine", "other", "running"))
+    for path in (mine, other):
+        journal = Journal(path, MIB)
+        await journal.append(settlement())
+        journal.close()
+    journal = Journal(running, MIB)
+    await journal.append(settlement())
+    assert [other.with_suffix(".0")] == left_elsewhere(mine)
+    journal.close()
 
 
 async def test_two_workers_never_share_a_file(open_journal, path, settlement):

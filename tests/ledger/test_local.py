@@ -2,52 +2,40 @@
 
 import asyncio
 import math
+import time
 from contextlib import suppress
 
 import pytest
 
 from meshproxy.ledger import local as module
-from meshproxy.ledger.local import Instances, LocalAdmission
+from meshproxy.ledger.local import LINE_BYTES, WORKERS, Instances, LocalAdmission
 from meshproxy.ledger.records import Admitted, Denied
-from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Limits
-from tests.ledger.conftest import Clock
+from tests.ledger.conftest import PATIENCE_S, FakeStore
 
 DOLLAR = 1_000_000_000
-
-
-class Heartbeats:
-    """A store that has nothing but the workers' heartbeats."""
-
-    def __init__(self, workers=()):
-        self.workers = dict(workers)
-        self.is_lost = False
-
-    async def execute(self, command, _key, *args):
-        if self.is_lost:
-            raise Unavailable("connection", "gone")
-        if command == "ZADD":
-            self.workers[args[1]] = args[0]
-        elif command == "ZREMRANGEBYSCORE":
-            self.workers = {name: at for name, at in self.workers.items() if at > args[1]}
-        return len(self.workers)
+MIB = 1_048_576
 
 
 def instances(count=1):
-    known = Instances(Heartbeats(), "w1", Clock())
-    known.count = count
-    return known
+    return Instances(FakeStore(), "w1", count)
 
 
 @pytest.fixture
 def admission(clock):
-    return LocalAdmission(DOLLAR, instances(), clock)
+    return make_admission(clock)
+
+
+def make_admission(clock, count=1, room_bytes=MIB):
+    return LocalAdmission(DOLLAR, instances(count), clock, lambda: room_bytes)
 
 
 async def beat_once(known):
+    known.count = 0
     beating = asyncio.create_task(known.beat())
-    for _ in range(10):
-        await asyncio.sleep(0)
+    async with asyncio.timeout(PATIENCE_S):
+        while not known.count:
+            await asyncio.sleep(0)
     beating.cancel()
     with suppress(asyncio.CancelledError):
         await beating
@@ -65,22 +53,63 @@ def test_each_account_has_its_own(admission, ask):
     assert isinstance(admission.admit(ask("h2", account="other", amount_nusd=DOLLAR)), Admitted)
 
 
-def test_a_settlement_leaves_what_it_really_cost(admission, ask, settlement):
-    held = ask("h1", amount_nusd=900_000_000)
-    admission.admit(held)
-    admission.settled(held, settlement("h1", cost_nusd=100_000_000))
+def test_a_request_that_is_over_leaves_what_it_really_cost(admission, ask, settlement):
+    admission.admit(ask("h1", amount_nusd=900_000_000))
+    admission.spent(settlement("h1", cost_nusd=100_000_000), 0)
     assert Denied("insufficient_credits", "credit", 900_000_000) == admission.admit(ask("h2", amount_nusd=900_000_001))
     assert isinstance(admission.admit(ask("h3", amount_nusd=900_000_000)), Admitted)
 
 
+def test_a_cost_above_the_hold_comes_out_of_the_allowance_too(admission, ask, settlement):
+    admission.admit(ask("h1", amount_nusd=0))
+    admission.spent(settlement("h1", cost_nusd=DOLLAR), 0)
+    assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denied)
+
+
+def test_only_settled_money_refills_the_allowance(admission, ask, settlement):
+    """Redis may come and go meanwhile: what is spent here is owed until Redis has charged it."""
+    admission.admit(ask("h1", amount_nusd=DOLLAR))
+    admission.spent(settlement("h1", cost_nusd=DOLLAR), 0)
+    admission.written()
+    assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denied)
+    admission.charged("h1")
+    assert isinstance(admission.admit(ask("h2", amount_nusd=DOLLAR)), Admitted)
+
+
+def test_a_restart_refills_no_allowance(admission, ask, settlement):
+    admission.found([settlement("h1", cost_nusd=DOLLAR, unheld=True), settlement("h2", cost_nusd=DOLLAR)])
+    assert isinstance(admission.admit(ask("h3", amount_nusd=1)), Denied)
+    admission.charged("h1")
+    assert isinstance(admission.admit(ask("h3", amount_nusd=DOLLAR)), Admitted)
+
+
 def test_slices_come_out_of_the_same_allowance(admission, ask):
-    admission.admit(ask("h1", amount_nusd=900_000_000))
-    assert [True, True, False] == [admission.take("acme", 50_000_000) for _ in range(3)]
+    first = ask("h1", amount_nusd=900_000_000)
+    admission.admit(first)
+    assert [True, True, False] == [admission.take(first, 50_000_000) for _ in range(3)]
+
+
+def test_slices_of_a_hold_in_redis_are_owed_beyond_what_redis_holds(admission, ask, settlement):
+    held_by_redis = ask("h1", amount_nusd=400)
+    assert admission.take(held_by_redis, DOLLAR)
+    admission.spent(settlement("h1", cost_nusd=1000), 400)
+    assert DOLLAR - 600 == admission.admit(ask("h2", amount_nusd=0)).available_nusd
+
+
+def test_nothing_is_admitted_that_the_journal_has_no_room_for(ask, clock, settlement):
+    admission = make_admission(clock, room_bytes=2 * LINE_BYTES)
+    asks = [ask(f"h{number}") for number in range(3)]
+    for each in asks[:2]:
+        assert admission.has_room(each)
+        admission.admit(each)
+    assert not admission.has_room(asks[2])
+    admission.spent(settlement("h0"), 0)
+    assert admission.has_room(asks[2])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_all_instances_together_give_one_allowance(ask, clock, count):
-    workers = [LocalAdmission(DOLLAR, instances(count), clock) for _ in range(count)]
+    workers = [make_admission(clock, count) for _ in range(count)]
     given = sum(
         isinstance(worker.admit(ask(f"h{number}", amount_nusd=DOLLAR // 50)), Admitted)
         for worker in workers
@@ -92,7 +121,7 @@ def test_all_instances_together_give_one_allowance(ask, clock, count):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_buckets_are_shared_out_among_the_instances(ask, clock, count):
     limits = Limits(requests_per_minute=60, burst=20)
-    workers = [LocalAdmission(DOLLAR, instances(count), clock) for _ in range(count)]
+    workers = [make_admission(clock, count) for _ in range(count)]
 
     def admitted():
         return sum(
@@ -127,9 +156,9 @@ def test_the_longest_wait_is_named(admission, ask):
 def test_a_denial_takes_nothing(admission, ask):
     limits = Limits(requests_per_minute=60, burst=1, tokens_per_minute=100)
     admission.admit(ask("h1", tokens=10, key_limits=limits))
-    before = admission.take("acme", 0), {name: bucket.level for name, bucket in admission._buckets.items()}
+    before = {name: bucket.level for name, bucket in admission._buckets.items()}
     assert isinstance(admission.admit(ask("h2", tokens=10, key_limits=limits)), Denied)
-    assert before == (True, {name: bucket.level for name, bucket in admission._buckets.items()})
+    assert before == {name: bucket.level for name, bucket in admission._buckets.items()}
     assert 100 == admission._used_nusd["acme"]
 
 
@@ -159,23 +188,16 @@ def test_what_is_told_of_the_buckets(admission, ask):
 def test_there_is_a_bound_on_accounts_that_known_ones_do_not_feel(admission, ask, monkeypatch):
     monkeypatch.setattr(module, "MAX_ACCOUNTS", 2)
     for account in ("a", "b"):
-        assert isinstance(admission.admit(ask(account=account)), Admitted)
-    assert isinstance(admission.admit(ask(account="c")), Denied)
-    assert isinstance(admission.admit(ask(account="a")), Admitted)
+        assert isinstance(admission.admit(ask(f"h-{account}", account=account)), Admitted)
+    assert isinstance(admission.admit(ask("h-c", account="c")), Denied)
+    assert isinstance(admission.admit(ask("h-more", account="a")), Admitted)
 
 
-def test_redis_is_back_and_all_is_forgotten(admission, ask):
-    admission.admit(ask("h1", amount_nusd=DOLLAR, key_limits=Limits(requests_per_minute=1)))
-    admission.forget()
-    assert ({}, {}) == (admission._used_nusd, admission._buckets)
-
-
-def test_a_settlement_after_that_leaves_no_credit_behind(admission, ask, settlement):
-    held = ask("h1", amount_nusd=900)
-    admission.admit(held)
-    admission.forget()
-    admission.settled(held, settlement("h1", cost_nusd=100))
-    assert 0 == admission._used_nusd["acme"]
+def test_redis_counts_again_and_local_buckets_are_dropped(admission, ask):
+    limits = Limits(requests_per_minute=1)
+    admission.admit(ask("h1", key_limits=limits))
+    admission.written()
+    assert isinstance(admission.admit(ask("h2", key_limits=limits)), Admitted)
 
 
 def test_levels_are_never_infinite_nor_nan(admission, ask, clock):
@@ -185,18 +207,41 @@ def test_levels_are_never_infinite_nor_nan(admission, ask, clock):
         assert math.isfinite(state.reset_s)
 
 
-async def test_workers_are_counted_by_their_heartbeats():
-    store = Heartbeats({"w2": 995, "w3": 990, "dead": 900})
-    known = Instances(store, "w1", Clock())
-    assert 1 == known.count
+async def test_workers_are_counted_by_their_heartbeats(store):
+    for name in ("w2", "w3"):
+        await beat_once(Instances(store, name))
+    known = Instances(store, "w1")
     await beat_once(known)
-    assert 3 == known.count
+    assert known.count == 3
 
 
-async def test_without_redis_the_last_known_number_holds():
-    store = Heartbeats({"w2": 995})
-    known = Instances(store, "w1", Clock())
-    await beat_once(known)
-    store.is_lost = True
-    await beat_once(known)
-    assert 2 == known.count
+async def test_workers_that_are_gone_are_not_counted(store):
+    await store.execute("ZADD", WORKERS, 1, "dead")
+    for name in ("w2", "w1"):
+        await beat_once(known := Instances(store, name))
+    assert known.count == 2
+
+
+async def test_no_host_clock_decides_who_counts(server_store, monkeypatch):
+    """A worker whose clock is far ahead drops none of the others."""
+    await beat_once(Instances(server_store, "w2"))
+    monkeypatch.setattr(time, "time", lambda: 1e10)
+    await beat_once(known := Instances(server_store, "w1"))
+    assert known.count == 2
+
+
+async def test_there_are_at_least_as_many_as_this_host_has(store):
+    known = Instances(store, "w1", at_least=4)
+    await beat_once(Instances(store, "w2"))
+    assert known.count == 4
+
+
+async def test_without_redis_the_last_known_number_holds(server_store):
+    for name in ("w2", "w1"):
+        await beat_once(known := Instances(server_store, name))
+    await server_store.close()
+    beating = asyncio.create_task(known.beat())
+    await asyncio.sleep(0)
+    assert not beating.done()
+    beating.cancel()
+    assert known.count == 2

@@ -55,7 +55,7 @@ url = "{redis}"
 journal = "{journal}"
 timeout_s = {timeout_s}
 on_failure = "{on_failure}"
-local_allowance_usd = "1.00"
+local_allowance_usd = "{allowance}"
 [defaults]
 model = "fast"
 requests_per_minute = 1000000
@@ -167,7 +167,14 @@ class Proxy:
     """`meshproxy serve`, as it is run."""
 
     def __init__(self, home: Path, **values: Any) -> None:
-        usual = {"workers": 2, "lease": 16, "hold_ttl_s": HOLD_TTL_S, "timeout_s": 2, "on_failure": "deny"}
+        usual = {
+            "workers": 2,
+            "lease": 16,
+            "hold_ttl_s": HOLD_TTL_S,
+            "timeout_s": 2,
+            "on_failure": "deny",
+            "allowance": "1.00",
+        }
         models = {"fast": ("sim", "sim/fast?tokens=8"), **values.pop("models", {})}
         self.port, self.admin_port = free_port(), free_port()
         places = {"port": self.port, "admin_port": self.admin_port, "journal": str(home / "journal" / "settlements")}

@@ -3,6 +3,7 @@ known is charged once, whatever was lost is named, and nothing stays held.
 """
 
 import asyncio
+import os
 import time
 
 import pytest
@@ -204,3 +205,37 @@ async def test_admission_without_redis_is_charged_once_when_it_is_back(start_pro
     settled = await books.events(key.account, "settled")
     assert len(served) == len([event for event in settled if event["hold"] == "none"])
     figure("admitted without Redis", requests=len(served), lost=0, charged_twice=0)
+
+
+async def test_a_redis_that_refuses_writes_costs_no_more_than_the_allowance(start_proxy, books, session, valkey):
+    """It lives and denies another account for its credit: that is no sign that it takes charges again."""
+    allowance_nusd = 2_000_000
+    proxy = start_proxy(models=MODELS, timeout_s=0.5, on_failure="local", allowance="0.002")
+    rich, key = await books.key("acme")
+    poor, _ = await books.key("poor", credit="0.000000001")
+    spender, denied = Client(session, proxy, rich), Client(session, proxy, poor)
+    assert (await spender.chat()).is_whole
+    before = (await books.closed(key.account)).settled_nusd
+    assert valkey.ask("CONFIG", "SET", "maxmemory", "1") == b"+OK"
+    statuses = [(await client.chat(max_tokens=8)).status for _ in range(60) for client in (spender, denied)]
+    assert valkey.ask("CONFIG", "SET", "maxmemory", "0") == b"+OK"
+    served = statuses.count(200)
+    request_nusd = 6 * INPUT_NUSD + 8 * OUTPUT_NUSD
+    assert 0 < served * request_nusd <= allowance_nusd + request_nusd
+    await books.until(key.account, lambda now: now.settled_nusd == before + served * request_nusd)
+
+
+async def test_a_full_disk_at_the_end_loses_nothing_in_silence(start_proxy, books, session, valkey, tmp_path):
+    """What neither Redis nor the disk takes is logged whole, and the exit code tells of it."""
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "settlements.0").symlink_to("/dev/full")
+    proxy = start_proxy(models=MODELS, workers=1, timeout_s=0.5)
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    running = asyncio.create_task(client.chat(stream=True, model="brisk"))
+    await books.until(key.account, lambda now: now.held_nusd > 0)
+    valkey.kill()
+    await running
+    assert await asyncio.to_thread(proxy.stop) == os.EX_IOERR
+    lost = [line["settlement"] for line in proxy.log if line["event"] == "settlement_lost"]
+    assert [(key.id, "acme")] == [(settlement["key_id"], settlement["account"]) for settlement in lost]
