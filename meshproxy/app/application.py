@@ -63,7 +63,9 @@ def strictness(worker: Worker) -> Strictness:
     def on_refused(status: int) -> None:
         worker.metrics.requests.labels(OTHER, NONE, str(status), "false").inc()
 
-    return Strictness(lambda: worker.settings.server.header_timeout_s, on_refused)
+    return Strictness(
+        lambda: worker.settings.server.header_timeout_s, on_refused, lambda: worker.settings.server.write_timeout_s
+    )
 
 
 def _counting(worker: Worker) -> Middleware:

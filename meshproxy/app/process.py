@@ -22,6 +22,8 @@ from meshproxy.app.worker import with_redis
 from meshproxy.config import Secrets, Settings
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import create_admin
+from meshproxy.server.general import Strictness
+from meshproxy.server.listener import Runner
 from meshproxy.server.sockets import listen, listen_shared, name_of
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.tasks import Tasks
@@ -80,7 +82,8 @@ async def run(
         stack.callback(sink.close)
         standing = Standing(await stack.enter_async_context(with_redis(settings)), secrets, journal)
         crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
-        runner = web.AppRunner(create_admin(Panel(crew, workers), secrets.admin_token), access_log=None)
+        panel = create_admin(Panel(crew, workers), secrets.admin_token, settings.server.admin_hosts)
+        runner = Runner(panel, None, _strictness(crew))
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await crew.start()
@@ -96,6 +99,14 @@ async def run(
         await stopped.wait()
         notify(STOPPING)
     _log.info("stopped")
+
+
+def _strictness(crew: Crew) -> Strictness:
+    """How the admin listener treats slow clients."""
+    return Strictness(
+        lambda: crew.standing.settings.server.header_timeout_s,
+        write_timeout_s=lambda: crew.standing.settings.server.write_timeout_s,
+    )
 
 
 def _on_signals(crew: Crew, reloader: Reloader | None) -> asyncio.Event:

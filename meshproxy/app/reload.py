@@ -17,7 +17,7 @@ Read = Callable[[], Loaded]
 
 # What a restart changes, by table: sockets that are bound, connections that are made, histograms that are laid out.
 FIXED: dict[str, tuple[str, ...]] = {
-    "server": ("listen", "admin_listen", "workers", "admin_token", "proxy_protocol", "max_body_bytes"),
+    "server": ("listen", "admin_listen", "workers", "admin_token", "admin_hosts", "proxy_protocol", "max_body_bytes"),
     "redis": tuple(field.name for field in msgspec.structs.fields(Settings().redis)),
     "log": ("format",),
     "metrics": ("buckets",),

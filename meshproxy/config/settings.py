@@ -64,6 +64,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     admin_listen: Listen = "127.0.0.1:8081"
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
     admin_token: Secret | None = None
+    admin_hosts: list[Name] = field(default_factory=list)
     tls_cert: str | None = None
     tls_key: str | None = None
     proxy_protocol: bool = False
@@ -73,6 +74,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_body_bytes: Positive = 33_554_432
     header_timeout_s: Seconds = 10
     body_timeout_s: Seconds = 60
+    write_timeout_s: Seconds = 60
     max_in_flight: Positive = 4096
     heartbeat_s: Seconds = 15
     first_event_hold_s: Annotated[float, Meta(ge=0, le=60)] = 2

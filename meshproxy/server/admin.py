@@ -1,7 +1,8 @@
 """The admin listener: metrics, probes, and the status page. For operators; nothing here needs a key of ours.
 
-With a token set, everything but the probes wants it: `Authorization: Bearer TOKEN`, or Basic with the token as password
-and any user, which is what a browser asks for.
+Without a token it answers only requests whose Host is an IP address, `localhost` or a configured name: a web page that has
+its own name resolve to this address (DNS rebinding) is refused. With a token set, everything but the probes wants it:
+`Authorization: Bearer TOKEN`, or Basic with the token as password and any user, which is what a browser asks for.
 """
 
 import base64
@@ -9,7 +10,7 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from importlib.resources import files
 from typing import Protocol, TypedDict
 
@@ -18,7 +19,8 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from meshproxy.errors import Fault, internal_error, unauthorized
+from meshproxy.errors import Fault, Source, forbidden, internal_error, unauthorized
+from meshproxy.server.client_address import address
 from meshproxy.server.envelope import envelope_errors, problem_response
 from meshproxy.server.request_id import request_id_of
 from meshproxy.telemetry.exposition import content_type, wants_openmetrics
@@ -27,6 +29,7 @@ from meshproxy.telemetry.summary import Summary
 PROBES = frozenset({"/healthz", "/readyz"})
 
 _CHALLENGES = ("Bearer", 'Basic realm="meshproxy admin", charset="UTF-8"')
+_PORT = re.compile(r":[0-9]*\Z")
 _ASSET = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 _log = structlog.get_logger("meshproxy.server")
@@ -65,11 +68,10 @@ class AdminState(Protocol):
         """What the status page shows; fit for JSON."""
 
 
-def create_admin(state: AdminState, token: str | None = None) -> web.Application:
-    """The admin listener's application."""
+def create_admin(state: AdminState, token: str | None = None, hosts: Iterable[str] = ()) -> web.Application:
+    """The admin listener's application. `hosts`: the names, beside `localhost`, that it answers to without a token."""
     middlewares: list[Middleware] = [envelope_errors, _no_bug_in_plain_text]
-    if token is not None:
-        middlewares.append(_guard(token))
+    middlewares.append(_guard(token) if token is not None else _only_for({"localhost", *map(str.lower, hosts)}))
     admin = web.Application(middlewares=middlewares)
     pages = _Pages(state)
     admin.router.add_get("/", pages.page)
@@ -164,6 +166,21 @@ def _guard(token: str) -> Middleware:
         return refusal
 
     return guard
+
+
+def _only_for(names: Collection[str]) -> Middleware:
+    @web.middleware
+    async def only_for(request: web.Request, handler: Handler) -> web.StreamResponse:
+        told = request.headers.getall(hdrs.HOST, [])  # nothing in HTTP/1.0, which no browser speaks
+        if not request.raw_path.startswith("/"):
+            told = [*told, request.host]  # of an absolute target
+        for host in told:
+            name = _PORT.sub("", host).lower()
+            if name not in names and address(name) is None:
+                raise Fault(Source.CLIENT, forbidden("This Host is not one of server.admin_hosts."))
+        return await handler(request)
+
+    return only_for
 
 
 def _offered(request: web.Request) -> bytes:

@@ -67,6 +67,7 @@ class ChatHandler:
         reply = await self._gateway.chat(call, self._padded(stream))
         if reply is not None:
             stream.reply(reply)
+        await request.writer.drain()  # else a client that sends requests and reads no answer would be read on
         return Sent(keep_alive=stream.keep_alive)
 
     def _call(

@@ -53,6 +53,7 @@ class ClientConnection(asyncio.Protocol):
         "_ahead",
         "_body",
         "_host",
+        "_is_held",
         "_is_paused",
         "_is_wanted",
         "_keep_alive",
@@ -80,6 +81,7 @@ class ClientConnection(asyncio.Protocol):
         self._room: asyncio.Future[None] | None = None  # for who waits until the client has caught up
         self._task: asyncio.Task[None] | None = None
         self._is_paused = False
+        self._is_held = False  # whether the next request waits until the client has taken the answers before it
         self._keep_alive = True
         self.peer: str | None = None
         self.deadline = math.inf
@@ -101,7 +103,7 @@ class ClientConnection(asyncio.Protocol):
         """Bytes of a head, of a body, or of what comes behind it."""
         if self._left:
             self._receive_body(data)
-        elif self._task is not None:
+        elif self._task is not None or self._is_held:
             self._ahead += data
             self._pause_if(len(self._ahead) > MAX_AHEAD_BYTES)
         else:
@@ -118,10 +120,13 @@ class ClientConnection(asyncio.Protocol):
         self._room = self._loop.create_future()
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """It does again: go on with the stream, or with the request that came behind what wasn't taken."""
         room, self._room = self._room, None
         if room is not None and not room.done():
             room.set_result(None)
+        if self._is_held:
+            self._is_held = False
+            self._await_head()
 
     # What the listener asks.
 
@@ -134,6 +139,11 @@ class ClientConnection(asyncio.Protocol):
     def is_idle(self) -> bool:
         """Whether neither a request nor a part of one is here."""
         return not (self.busy or self._ahead or self._left)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much was written that the client hasn't taken."""
+        return self._transport.get_write_buffer_size()
 
     def interrupt(self) -> None:
         """Cancel the request that is being answered, if one is."""
@@ -192,10 +202,18 @@ class ClientConnection(asyncio.Protocol):
             self.force_close()
 
     def _await_head(self) -> None:
+        """Begin the next request, which may be here already. A client that sends requests and takes no answers is read no
+        further: what is written to it would grow without end.
+        """
+        if self._room is not None:
+            self._is_held = True
+            self.deadline = math.inf  # the time-out for writing holds
+            return
         self.deadline = self._loop.time() + KEEPALIVE_S
-        self._resume()
         if self._ahead:
             self._receive_head(self._ahead)
+        if len(self._ahead) <= MAX_AHEAD_BYTES:  # else each request would let one more read in
+            self._resume()
 
     def _receive_head(self, data: bytes) -> None:
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
@@ -240,6 +258,8 @@ class ClientConnection(asyncio.Protocol):
     def _hand_over(self, data: bytes) -> None:
         """From here on the connection is aiohttp's."""
         self._host.left(self)
+        self._ahead = b""
+        self._resume()
         other = self._host.others(self._source)
         self._transport.set_protocol(other)
         other.connection_made(self._transport)

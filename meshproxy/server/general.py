@@ -6,7 +6,7 @@ request ends (RFC 9112, section 11.2).
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -20,14 +20,18 @@ from meshproxy.server.proxy_protocol import Source
 from meshproxy.server.request_id import request_id_of
 
 HEADER_TIMEOUT_S = 10.0
+WRITE_TIMEOUT_S = 60.0
 TOO_LATE = request_timeout("The request's head did not come in time.")
 
 
 class Strictness(NamedTuple):
-    """How long a request's head may take, in seconds as of now, and who is told the status of what was no request."""
+    """How long a request's head may take, in seconds as of now, what is called with the status of what was no request, and how
+    long a client may take nothing of what is written to it.
+    """
 
     header_timeout_s: Callable[[], float] = lambda: HEADER_TIMEOUT_S
     on_refused: Callable[[int], None] = lambda _status: None
+    write_timeout_s: Callable[[], float] = lambda: WRITE_TIMEOUT_S
 
     def too_late(self) -> bytes:
         """The answer to a head that didn't come in time."""
@@ -43,7 +47,8 @@ class GeneralConnection(RequestHandler):
     between a connection may be idle.
     """
 
-    __slots__ = ("_head_begun", "_head_timer", "_source", "_strictness")
+    __slots__ = ("_head_begun", "_head_timer", "_source", "_strictness", "_wire")
+    _wire: asyncio.Transport
 
     def __init__(self, server: web.Server, source: Source | None, *, strictness: Strictness, **options: Any) -> None:
         super().__init__(server, **options)
@@ -54,6 +59,7 @@ class GeneralConnection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client is here."""
+        self._wire = cast("asyncio.Transport", transport)  # aiohttp forgets its own when it begins to close
         super().connection_made(transport)
         self._expect_head()
 
@@ -73,6 +79,14 @@ class GeneralConnection(RequestHandler):
         self._expect_nothing()
         super().connection_lost(exc)
 
+    async def start(self) -> None:
+        """Serve requests; close the connection whatever ends this, so that no fault of aiohttp's or ours parks it."""
+        try:
+            await super().start()
+        except Exception:
+            self.logger.exception("a connection's task failed")
+            self.force_close()
+
     @property
     def peername(self) -> Any:
         """Who is at the other end, as sockets tell it."""
@@ -83,6 +97,15 @@ class GeneralConnection(RequestHandler):
         """Whether a request is being answered, or a part of the answer is still ours."""
         transport = self.transport
         return self._request_in_progress or (transport is not None and transport.get_write_buffer_size() > 0)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much was written that the client hasn't taken."""
+        return self._wire.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Hang up at once."""
+        self._wire.abort()
 
     @property
     def is_idle(self) -> bool:

@@ -1,21 +1,29 @@
-"""The data listener: a connection begins as the main job's, and is aiohttp's from its first request for anything else."""
+"""The listeners. A connection of the data listener begins as the main job's, and is aiohttp's from its first request for
+anything else; one of the admin listener is aiohttp's from the beginning.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, cast
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_request import BaseRequest
+from yarl import URL
 
 from meshproxy.server.connection import LINGER_S, ClientConnection
 from meshproxy.server.general import GeneralConnection, Strictness
 from meshproxy.server.proxy_protocol import Source
 from meshproxy.wire.head import MAX_FIELDS, MAX_HEAD_BYTES
 
+Connection = ClientConnection | GeneralConnection
+
 LOOK_S = 0.25  # how late a connection's deadline may be noticed
+WRITES_LOOKED_AT_EACH_S = 1.0  # or sooner, where the time-out is short
 SHUTDOWN_S = 1.0
 
 USUAL = Strictness()
+
+_UNREADABLE = web.RequestKey("unreadable", bool)
 
 
 class Chat(Protocol):
@@ -28,14 +36,16 @@ class Chat(Protocol):
 class _Server(web.Server):
     """Makes protocols for sockets. It is the `Host` of its connections."""
 
-    def __init__(self, handler: Any, chat: Callable[[], Chat], strictness: Strictness, **options: Any) -> None:
+    def __init__(self, handler: Any, chat: Callable[[], Chat] | None, strictness: Strictness, **options: Any) -> None:
         super().__init__(handler, strictness=strictness, **options)
         self.usual: set[ClientConnection] = set()
         self._chat = chat
         self._strictness = strictness
+        self._unsent: dict[Connection, tuple[int, float]] = {}  # bytes, and since when none was taken
+        self._writes_looked_at = 0.0
 
     def __call__(self, source: Source | None = None) -> Any:  # which protocol aiohttp can't say
-        return ClientConnection(self, self._loop, source)
+        return self.others(source) if self._chat is None else ClientConnection(self, self._loop, source)
 
     def others(self, source: Source | None) -> GeneralConnection:
         return GeneralConnection(self, source, loop=self._loop, **self._kwargs)
@@ -50,6 +60,7 @@ class _Server(web.Server):
         self.usual.discard(connection)
 
     def serve(self, connection: ClientConnection, fields: dict[str, str]) -> Coroutine[Any, Any, None]:
+        assert self._chat is not None  # noqa: S101 - else there is no such connection
         return self._chat().serve(connection, fields)
 
     def too_late(self) -> bytes:
@@ -59,14 +70,37 @@ class _Server(web.Server):
         now = self._loop.time()
         for connection in [connection for connection in self.usual if connection.deadline <= now]:
             connection.expire()
+        if now - self._writes_looked_at >= min(WRITES_LOOKED_AT_EACH_S, self._strictness.write_timeout_s() / 4):
+            self._writes_looked_at = now
+            self._look_at_writes(now)
+
+    def all(self) -> "list[Connection]":
+        """Every connection."""
+        return [*self.usual, *cast("list[GeneralConnection]", self.connections)]
+
+    def _look_at_writes(self, now: float) -> None:
+        """Give up every client that has taken nothing for too long of what was written to it: its request is cancelled."""
+        before, self._unsent = self._unsent, {}
+        for connection in self.all():
+            unsent = connection.unsent_bytes
+            if not unsent:
+                continue
+            known, since = before.get(connection, (0, now))
+            if unsent < known:
+                since = now
+            if now - since >= self._strictness.write_timeout_s():
+                connection.abort()
+            else:
+                self._unsent[connection] = unsent, since
 
 
 class Runner(web.AppRunner):
     """Serves an application on any number of sockets, and the chat path beside it: usual requests pass neither router nor
-    middleware. `chat`: who answers them, once there are any. A client that hangs up cancels its handler.
+    middleware. `chat`: who answers them, once there are any; without it every request is the application's. A client that hangs
+    up cancels its handler.
     """
 
-    def __init__(self, app: web.Application, chat: Callable[[], Chat], strictness: Strictness = USUAL) -> None:
+    def __init__(self, app: web.Application, chat: Callable[[], Chat] | None, strictness: Strictness = USUAL) -> None:
         super().__init__(app, shutdown_timeout=SHUTDOWN_S)
         self._chat = chat
         self._strictness = strictness
@@ -99,9 +133,9 @@ class Runner(web.AppRunner):
                 connection.abort()
         await super().cleanup()
 
-    def _connections(self) -> list[ClientConnection | GeneralConnection]:
+    def _connections(self) -> "list[Connection]":
         server = cast("_Server | None", self.server)
-        return [*server.usual, *cast("list[GeneralConnection]", server.connections)] if server is not None else []
+        return server.all() if server is not None else []
 
     async def _make_server(self) -> web.Server:
         await super()._make_server()  # starts the application; the server it makes serves nobody
@@ -109,7 +143,7 @@ class Runner(web.AppRunner):
             self._dispatch,
             self._chat,
             self._strictness,
-            request_factory=self.app._make_request,  # noqa: SLF001 - as AppRunner does
+            request_factory=self._request,
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
@@ -121,16 +155,44 @@ class Runner(web.AppRunner):
         self._looking = asyncio.create_task(_now_and_then(server.look_at_deadlines), name="deadlines")
         return server
 
+    def _request(self, message: Any, *parts: Any) -> web.Request:
+        """A request of what the parser made of the bytes. Whether the host of an absolute target can be decoded
+        (`http://xn--a/` can't, RFC 3492) is found only here, where a ValueError would end the connection's task.
+        """
+        try:
+            return self.app._make_request(message, *parts)  # noqa: SLF001 - as AppRunner does
+        except ValueError:
+            request = self.app._make_request(message._replace(url=URL("/")), *parts)  # noqa: SLF001
+            request[_UNREADABLE] = True
+            return request
+
     async def _dispatch(self, request: BaseRequest) -> web.StreamResponse:
         message = request._message  # noqa: SLF001 - what the parser made of the bytes
+        refusal = _refusal_of(request)
+        if refusal is not None:
+            return request.protocol.handle_error(request, 400, None, refusal)
         if message.upgrade:  # declined; aiohttp's parser drops what came behind it in the same read
             request._message = message._replace(should_close=True)  # noqa: SLF001
-        if message.chunked and request.headers["transfer-encoding"].lower() != "chunked":
-            return request.protocol.handle_error(request, 400, None, "a Transfer-Encoding other than chunked")
         response = await self.app._handle(cast("web.Request", request))  # noqa: SLF001 - what the factory made
         if self.closing:
             response.force_close()
         return response
+
+
+def _refusal_of(request: BaseRequest) -> str | None:
+    """Why a request that the parser let through is refused: it can be read in two ways, or not at all."""
+    headers = request.headers
+    if request.get(_UNREADABLE):
+        return "the host of its target can't be read"
+    coding = headers.get("transfer-encoding")
+    if coding is not None:
+        if request.version < HttpVersion11:  # RFC 9112, section 6.1
+            return "a Transfer-Encoding in HTTP/1.0"
+        if coding.lower() != "chunked":
+            return "a Transfer-Encoding other than chunked"
+    if len(headers.getall("authorization", ())) > 1:  # a proxy in front may have looked at the other one
+        return "more than one Authorization header"
+    return None
 
 
 async def _now_and_then(look: Callable[[], None]) -> None:

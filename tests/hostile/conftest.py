@@ -75,6 +75,17 @@ async def alone(store_server, simulator) -> AsyncIterator:
         yield start
 
 
+@pytest.fixture
+def measured(capsys):
+    """Show a figure, also where a test passes."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            sys.stdout.write(f"  {line}\n")
+
+    return show
+
+
 @asynccontextmanager
 async def running(store_url, simulator, descriptors, tables) -> AsyncIterator[Alone]:
     settings = msgspec.to_builtins(settings_for(store_url, simulator.base_url, **tables))

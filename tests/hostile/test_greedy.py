@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import statistics
-import sys
 import time
 
 import pytest
@@ -24,17 +23,6 @@ IDLE_BYTES = 24_576  # of a connection without a request
 STOPPED_BYTES = 131_072  # of a stream whose client doesn't read: 32 KiB that wait, 16 unlooked at, one read of 64
 REFUSAL_S = 0.05
 GAP_S = 0.15  # of streams that get an event each 20 ms, while others are refused
-
-
-@pytest.fixture
-def measured(capsys):
-    """Show a figure, also where a test passes."""
-
-    def show(line: str) -> None:
-        with capsys.disabled():
-            sys.stdout.write(f"  {line}\n")
-
-    return show
 
 
 async def test_what_an_idle_connection_costs(alone, measured):

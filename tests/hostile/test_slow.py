@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import socket
 
 import pytest
 
+from meshproxy.policy.principal import Limits
 from meshproxy.telemetry.families import NONE, OTHER
+from tests.conftest import HELLO, model
 from tests.hostile.corpus import BODY, END, LENGTH, request
 from tests.hostile.wire import answers_in
 
@@ -99,6 +102,24 @@ async def test_a_large_body_gets_a_second_more_for_each_64_kib(hasty):
     status, _, _ = await _one(reader)
     assert 200 == status
     writer.close()
+
+
+async def test_a_stream_that_nobody_reads_frees_all_that_it_has(start_mesh):
+    """Its slot, its hold and its provider's connection."""
+    models = {"sim/long": model("sim", "sim/fast?tokens=10000")}
+    mesh = await start_mesh(server={"write_timeout_s": SHORT_S}, models=models, send_buffer=4096)
+    caller = await mesh.key(credit="1000", limits=Limits(None, 1_000_000_000))
+    body = json.dumps({"model": "sim/long", "messages": HELLO, "stream": True}).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((mesh.host, mesh.port))
+        client.sendall(request(b"Content-Length: %d" % len(body), body=body).replace(b"KEY", caller.secret.encode()))
+        await mesh.until(lambda: mesh.simulator.journal.open_streams == 1)
+        await mesh.until(lambda: mesh.simulator.journal.open_streams == 0)
+        balance = await mesh.balance(caller)
+    assert balance.held_nusd == 0
+    assert balance.settled_nusd > 0
+    assert ["client_disconnected"] == [line["outcome"] for line in mesh.log.lines]
 
 
 async def _trickle(writer):

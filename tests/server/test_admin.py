@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import re
 
@@ -180,3 +181,42 @@ async def test_the_token_opens(guarded, path, offered):
 
 async def test_the_token_opens_no_path_that_is_not_there(guarded):
     assert (await guarded.get("/nowhere", headers={"authorization": f"Bearer {TOKEN}"})).status == 404
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("127.0.0.1:8081", 200),
+        ("10.1.2.3", 200),
+        ("[::1]:8081", 200),
+        ("localhost:8081", 200),
+        ("LOCALHOST", 200),
+        ("admin.internal:8081", 200),
+        ("evil.example", 403),
+        ("evil.example:8081", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("admin.internal.", 403),
+        ("", 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/metrics", "/status", "/readyz"])
+async def test_without_a_token_only_its_own_names_are_answered(aiohttp_client, state, path, host, status):
+    client = await aiohttp_client(create_admin(state, hosts=["Admin.internal"]))
+    answer = await client.get(path, headers={"host": host})
+    assert answer.status == status
+    if status == 403:
+        assert (await answer.json())["error"]["code"] == "forbidden"
+
+
+async def test_the_host_of_an_absolute_target_counts_too(aiohttp_client, state):
+    client = await aiohttp_client(create_admin(state))
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(b"GET http://evil.example/status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (await reader.readline()).split()[1] == b"403"
+    writer.close()
+
+
+async def test_with_a_token_any_name_will_do(guarded):
+    headers = {"authorization": f"Bearer {TOKEN}", "host": "evil.example"}
+    assert (await guarded.get("/status", headers=headers)).status == 200

@@ -13,23 +13,29 @@ from meshproxy.server.sockets import listen
 GET = b"GET /work HTTP/1.1\r\nhost: m\r\n\r\n"
 CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ncontent-length: 2\r\n\r\n{}"
+LARGE_BYTES = 16_000_000
 
 
 class Served:
     """A listener of ours on a real socket. `refused`: the statuses of what was no request."""
 
-    def __init__(self, header_timeout_s=10.0):
+    def __init__(self, header_timeout_s=10.0, write_timeout_s=60.0, usual=True):
         self.refused = []
         self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
         app = web.Application()
         app.router.add_get("/work", self._work)
         app.router.add_get("/bug", self._bug)
+        app.router.add_get("/large", self._large)
         self.answer_early = False
         app.router.add_post("/v1/chat/completions", self._odd_chat)
-        self.runner = Runner(app, lambda: self, Strictness(lambda: header_timeout_s, self.refused.append))
+        strictness = Strictness(lambda: header_timeout_s, self.refused.append, lambda: write_timeout_s)
+        self.runner = Runner(app, (lambda: self) if usual else None, strictness)
 
     async def _work(self, _request):
         return web.Response(body=b"fine")
+
+    async def _large(self, _request):
+        return web.Response(body=bytes(LARGE_BYTES))
 
     async def _bug(self, _request):
         raise RuntimeError("a bug")
@@ -47,13 +53,20 @@ class Served:
                 await asyncio.Event().wait()
             keep_alive = fields.get("connection") != "close"
             stream = ClientStream(connection.transport, connection.drained, lambda: False, keep_alive=keep_alive)
-            stream.reply(Reply(200, [], b"chat " + body))
+            stream.reply(Reply(200, [], bytes(LARGE_BYTES) if body == b"[1]" else b"chat " + body))
             stays = stream.keep_alive
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
         finally:
             connection.answered(keep_alive=stays)
+
+    async def left(self):
+        """Return when a client has been here and no one is left."""
+        while not self.runner.connected():
+            await asyncio.sleep(0)
+        while self.runner.connected():
+            await asyncio.sleep(0.01)
 
     async def connect(self):
         return await asyncio.open_connection(*self.runner.addresses[0][:2])
@@ -250,3 +263,40 @@ async def test_a_listener_that_closes_says_so(start):
     served = await start()
     served.runner.closing = True
     assert b"connection: close" in (await served.asked(GET)).lower()
+
+
+@pytest.mark.parametrize("ask", [GET.replace(b"/work", b"/large"), POST.replace(b"2\r\n\r\n{}", b"3\r\n\r\n[1]")])
+async def test_a_client_that_takes_nothing_is_given_up(start, ask):
+    served = await start(write_timeout_s=0.2)
+    _, writer = await asyncio.open_connection(*served.runner.addresses[0][:2], limit=1024)
+    writer.write(ask)
+    await asyncio.wait_for(served.left(), 5)
+    writer.close()
+
+
+async def test_a_client_that_takes_its_time_is_waited_for(start):
+    served = await start(write_timeout_s=0.3)
+    reader, writer = await asyncio.open_connection(*served.runner.addresses[0][:2], limit=1024)
+    writer.write(GET.replace(b"/work", b"/large"))
+    left = LARGE_BYTES
+    while left > 0:
+        left -= len(await reader.read(LARGE_BYTES // 16))
+        await asyncio.sleep(0.01)
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "target", [b"http://xn--a/", b"ftp://xn--/", b"http://[::1/", b"http://m:99999/", b"/" + b"a" * 20_000]
+)
+@pytest.mark.parametrize("usual", [True, False])
+async def test_a_target_that_can_not_be_read_parks_no_connection(start, target, usual):
+    served = await start(usual=usual)
+    got = await served.asked(GET.replace(b"/work", target))
+    assert got.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
+    assert "bad_request" == json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"]
+
+
+async def test_without_chat_every_request_is_the_applications(start):
+    served = await start(usual=False)
+    ask = POST.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+    assert (await served.asked(ask)).endswith(b"\r\n\r\nodd {}")

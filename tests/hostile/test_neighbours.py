@@ -1,0 +1,138 @@
+"""What one client may do to others: nothing. Each test attacks a gateway in a process of its own for some seconds, while a
+well-behaved client streams an event each 20 ms and asks for its key each 100 ms: it waits no second longer than it should, gets
+nothing but 200, and the process grows by less than 400 MB.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+
+from meshproxy.policy.principal import Limits
+from tests.conftest import HELLO, model
+from tests.hostile.corpus import request
+
+FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
+MODELS = {"sim/paced": model("sim", "sim/plain?tokens=10000&tps=50")}
+LONGEST_WAIT_S = 1.0
+GROWTH_BYTES = 400_000_000
+LOOK_S = 0.1
+
+
+class Neighbour:
+    """A well-behaved client of a gateway, and what it saw."""
+
+    def __init__(self, gateway, caller):
+        self._gateway = gateway
+        self._caller = caller
+        self.statuses = set()
+        self.longest_s = 0.0
+        self.events = 0
+
+    async def stream(self):
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._gateway.port)
+        writer.write(chat(self._caller, model="sim/paced", stream=True))
+        try:
+            self.statuses.add(int((await reader.readuntil(b"\r\n\r\n")).split()[1]))
+            while True:
+                await self._timed(reader.readuntil(b"\n\n"))
+                self.events += 1
+        finally:
+            writer.close()
+
+    async def ask(self):
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._gateway.port)
+        head = b"GET /v1/key HTTP/1.1\r\nHost: m\r\nAuthorization: Bearer %b\r\n\r\n" % self._caller.secret.encode()
+        try:
+            while True:
+                writer.write(head)
+                answer = await self._timed(reader.readuntil(b"\r\n\r\n"))
+                self.statuses.add(int(answer.split()[1]))
+                await reader.readexactly(int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+                await asyncio.sleep(LOOK_S)
+        finally:
+            writer.close()
+
+    async def _timed(self, wait):
+        began = time.perf_counter()
+        try:
+            return await wait
+        finally:
+            self.longest_s = max(self.longest_s, time.perf_counter() - began)
+
+
+@pytest.fixture
+def unharmed(measured):
+    """Watch a gateway while it is attacked: `async with unharmed(gateway, caller): attack`."""
+
+    @asynccontextmanager
+    async def watch(gateway, caller):
+        neighbour = Neighbour(gateway, caller)
+        tasks = [asyncio.create_task(work) for work in (neighbour.stream(), neighbour.ask())]
+        while neighbour.events < 10:
+            await asyncio.sleep(LOOK_S)
+        before = most = gateway.rss_bytes
+
+        async def look():
+            nonlocal most
+            while True:
+                most = max(most, gateway.rss_bytes)
+                await asyncio.sleep(LOOK_S / 4)
+
+        tasks.append(asyncio.create_task(look()))
+        try:
+            yield neighbour
+            seen = neighbour.events
+            async with asyncio.timeout(10):
+                while neighbour.events < seen + 5:
+                    await asyncio.sleep(LOOK_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        measured(
+            f"another waited {neighbour.longest_s:.2f} s at most, the process grew by {(most - before) / 1e6:.0f} MB"
+        )
+        assert [type(end) for end in ends] == [asyncio.CancelledError] * 3
+        assert neighbour.statuses == {200}
+        assert neighbour.longest_s < LONGEST_WAIT_S
+        assert most - before < GROWTH_BYTES
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        request(b"Content-Length: 2", body=b"{}"),
+        request(b"Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n"),
+        request(method=b"GET", target=b"/v1/key", body=b""),
+    ],
+    ids=["chat", "chat through aiohttp", "key"],
+)
+async def test_requests_without_end_whose_answers_nobody_reads(alone, mesh, unharmed, one):
+    gateway = await alone(models=MODELS)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    many = one * 2000
+    async with unharmed(gateway, caller):
+        clients = [await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024) for _ in range(50)]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(4):
+                await asyncio.gather(*(flood(writer, many) for _, writer in clients))
+        for _, writer in clients:
+            writer.transport.abort()
+
+
+async def flood(writer, data):
+    with contextlib.suppress(ConnectionError):
+        while True:
+            writer.write(data)
+            await writer.drain()
+
+
+def chat(caller, *lines, **fields):
+    body = json.dumps({"model": "sim/plain", "messages": HELLO, **fields}).encode()
+    return request(b"Content-Length: %d" % len(body), *lines, body=body).replace(b"KEY", caller.secret.encode())
