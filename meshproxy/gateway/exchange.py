@@ -14,12 +14,13 @@ from meshproxy.ledger.records import UsageSource
 from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.principal import Principal
 from meshproxy.wire.replies import concealed
-from meshproxy.wire.usage import Usage
+from meshproxy.wire.usage import Refusal, Usage
 
 
 class Exchange:
     """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it
-    goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours.
+    goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours;
+    `refused`: the numbers of its report that can't be true.
     """
 
     phase = "authenticate"
@@ -38,6 +39,7 @@ class Exchange:
     outcome = "failed"
     usage = Usage()
     usage_source: UsageSource = "none"
+    refused: tuple[Refusal, ...] = ()
     cost_nusd = 0
     events = 0
     sent_at = 0.0

@@ -201,7 +201,7 @@ class Gateway:
         if reply.error:
             problem = upstream_error("The provider failed.", may_have_run=True, provider_error=reply.error)
             raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
-        bill(exchange, reply.usage, reply.model, lambda: -(-output_bytes(body) // BYTES_PER_TOKEN))
+        bill(exchange, reply.report, reply.model, lambda: -(-output_bytes(body) // BYTES_PER_TOKEN))
         exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True
@@ -234,7 +234,7 @@ class Gateway:
             self._live.relays.discard(relay)
             exchange.events = scanner.events
             most = lease.bound if relay.short_of_credit else None
-            bill(exchange, scanner.usage, scanner.reported_model, lambda: scanner.tokens, most)
+            bill(exchange, scanner.report, scanner.reported_model, lambda: scanner.tokens, most)
 
     def _told(self, exchange: Exchange) -> Headers:
         """What the gateway says of an answer in headers."""

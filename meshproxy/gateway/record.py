@@ -121,10 +121,27 @@ class Recorder:
 
     def _count_usage(self, exchange: Exchange, of_model: _OfModel) -> None:
         self._metrics.settlements.labels(exchange.outcome, exchange.usage_source).inc()
+        if exchange.refused:
+            self._refused(exchange)
         for counter, amount in zip(of_model.tokens, astuple(exchange.usage), strict=True):
             if amount:
                 counter.inc(amount)
         of_model.cost.inc(exchange.cost_nusd)
+
+    def _refused(self, exchange: Exchange) -> None:
+        """Count and log what a provider reported that can't be true."""
+        upstream = exchange.attempt.upstream if exchange.attempt is not None else ""
+        for reason in dict.fromkeys(refusal.reason for refusal in exchange.refused):
+            self._metrics.usage_refused.labels(upstream, reason).inc()
+            numbers = {refusal.name: refusal.value for refusal in exchange.refused if refusal.reason == reason}
+            _log.warning(
+                "usage_refused",
+                upstream=upstream,
+                reason=reason,
+                numbers=numbers,
+                model=exchange.model,
+                request_id=exchange.call.request_id,
+            )
 
     def _line(self, exchange: Exchange, model: str, stream: bool, now: float) -> dict[str, Any]:  # noqa: FBT001 - a field
         """The log line's fields: never a secret and never a prompt."""

@@ -22,7 +22,7 @@ from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_
 
 
 class Plan(Value, frozen=True):
-    """A request resolved. `prompt_tokens` is an estimate; `prompt_bytes` is None where bytes bound no tokens (images, audio).
+    """A request resolved. `prompt_tokens` is an estimate.
 
     `output_cap` is what one choice is expected to have at most, and `output_limit` what it can have, which is more for a stream
     that is told no cap; `imposed_cap` is the cap that the provider must be told: because the request has none, or because credit
@@ -34,7 +34,6 @@ class Plan(Value, frozen=True):
     attempts: tuple[Attempt, ...]
     messages: bytes
     prompt_tokens: int
-    prompt_bytes: int | None
     output_cap: int
     output_limit: int
     imposed_cap: int | None
@@ -111,7 +110,6 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
         attempts=attempts,
         messages=messages,
         prompt_tokens=estimate_prompt(messages, tools, request.message_count, media=media),
-        prompt_bytes=None if media else len(messages) + len(tools),
         output_cap=cap,
         output_limit=cap if request.max_tokens or imposes else max(sizes),
         imposed_cap=cap if imposes else None,

@@ -10,50 +10,52 @@ import msgspec
 from msgspec.structs import replace
 
 from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Ask, Settlement
 from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
-from meshproxy.policy.catalog import Attempt, served
-from meshproxy.policy.pricing import believable, cost
+from meshproxy.policy.catalog import served
+from meshproxy.policy.pricing import cost
 from meshproxy.telemetry.tasks import Tasks
-from meshproxy.wire.usage import Usage
+from meshproxy.wire.usage import Report, Usage
 
 
 def bill(
     exchange: Exchange,
-    reported: Usage | None,
+    report: Report | None,
     served_model: str | None,
     estimate_output: Callable[[], int],
     most_output: int | None = None,
+    *,
+    outdated: bool = False,
 ) -> None:
-    """Write down usage, its source and the cost: the provider's numbers when they can be believed, else an estimate from the
-    prompt and the output that was seen, which can't be more than was asked for. Where none was seen nothing is charged.
-    Tokens of output past `most_output` aren't charged.
+    """Write down usage, its source and the cost: the provider's numbers where they can be believed, and an estimate from the
+    prompt and the output that was seen in the place of those that are missing. Where nothing was reported and nothing seen
+    nothing is charged. Tokens of output past `most_output` aren't charged. `outdated`: text came after the report, whose
+    output is the least that there was.
     """
     plan, attempt = exchange.plan, exchange.attempt
     if plan is None or attempt is None:
         return
     attempt = exchange.attempt = served(attempt, served_model)
-    if reported is not None and _is_believable(reported, plan, attempt):
-        exchange.usage, exchange.usage_source = reported, "reported"
-    elif output_tokens := estimate_output():
-        completion = min(output_tokens, plan.output_bound)
-        exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens, completion), "estimated"
-    if most_output is not None and exchange.usage.completion > most_output:
-        exchange.usage, exchange.usage_source = Usage(exchange.usage.prompt, most_output), "estimated"
-    exchange.cost_nusd = cost(attempt.price, exchange.usage)
-
-
-def _is_believable(usage: Usage, plan: Plan, attempt: Attempt) -> bool:
-    return believable(
-        usage,
-        prompt_bytes=plan.prompt_bytes,
-        context_window=attempt.context_window,
-        output_cap=attempt.max_output_tokens * plan.request.n,
-    )
+    usage = Usage()
+    if report is not None:
+        usage, exchange.refused = report.settled(attempt.context_window, plan.request.n)
+        exchange.usage_source = "reported"
+    if usage.completion == 0 or outdated:
+        seen = min(estimate_output(), plan.output_bound)
+        if seen > usage.completion:
+            usage = replace(usage, completion=seen)
+            exchange.usage_source = "estimated"
+    if usage.prompt == 0 and (usage.completion or exchange.refused):
+        usage = replace(usage, prompt=plan.prompt_tokens)
+        exchange.usage_source = "estimated"
+    if most_output is not None and usage.completion > most_output:
+        usage = replace(usage, completion=most_output)
+        exchange.usage_source = "estimated"
+    exchange.usage = usage
+    exchange.cost_nusd = cost(attempt.price, usage)
 
 
 class Settler:

@@ -1,4 +1,4 @@
-"""What tokens cost: integers of nano-USD, rounded up once, at the end. And which of a provider's numbers can be true."""
+"""What tokens cost: integers of nano-USD, rounded up once, at the end."""
 
 from meshproxy.config import Model
 from meshproxy.money import parse_usd
@@ -7,7 +7,6 @@ from meshproxy.wire.usage import Usage
 
 TOKENS_PER_PRICE = 1_000_000  # prices are quoted for a million tokens
 MAX_AFFORDABLE_TOKENS = 2**31 - 1  # of a model whose output is free
-PREAMBLE_TOKENS = 1024  # what a provider's chat template may put before the client's own messages
 
 
 class Price(Value, frozen=True):
@@ -68,27 +67,6 @@ def affordable_output(price: Price, prompt_tokens: int, amount_nusd: int) -> int
     if left < 0:
         return 0
     return left // dearest if dearest else MAX_AFFORDABLE_TOKENS
-
-
-def believable(usage: Usage, *, prompt_bytes: int | None, context_window: int, output_cap: int) -> bool:
-    """Whether a provider's report can be true; what can't is refused and estimated.
-
-    The rule: no count is negative, no part is more than its whole, the prompt fits `context_window`, the completion fits
-    `output_cap` (all choices together). `prompt_bytes` is the size of messages and tools as JSON, None where they carry images,
-    audio or files or a provider may have rewritten them: byte-level BPE, which has a token for every single byte (Radford et al.,
-    "Language Models are Unsupervised Multitask Learners", 2.2), never makes more tokens than bytes, and a message's own framing,
-    at most some 16 tokens, is paid for by the 16 bytes of `{"role":"user"},` that JSON needs for it.
-    """
-    return (
-        0 <= usage.cached <= usage.prompt
-        and 0 <= usage.cache_write <= usage.prompt
-        and 0 <= usage.audio_prompt <= usage.prompt
-        and 0 <= usage.reasoning <= usage.completion
-        and 0 <= usage.audio_completion <= usage.completion
-        and usage.prompt <= context_window
-        and usage.completion <= output_cap
-        and (prompt_bytes is None or usage.prompt <= prompt_bytes + PREAMBLE_TOKENS)
-    )
 
 
 def _dearest_prompt(price: Price) -> int:

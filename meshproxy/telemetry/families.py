@@ -25,15 +25,17 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_CREDIT_REASONS = _words("insufficient_credits spend_limit mid_stream")
+
 CLOSED = {
     "route": _words(
         "/v1/chat/completions /v1/models /v1/models/{id} /v1/templates /v1/templates/{name} /v1/usage /v1/key"
     ),
     "code": frozenset(map(str, (*map(int, HTTPStatus), *_UNREGISTERED, *_NO_STATUS))),
     "stream": _words("true false"),
-    "type": _words("prompt completion cached cache_write reasoning audio_prompt audio_completion"),
+    "type": _words("prompt completion cached cache_write reasoning audio_prompt audio_completion cache_write_1h"),
     "limit": _words("key_requests key_tokens account_requests account_tokens"),
-    "reason": _words("insufficient_credits spend_limit mid_stream"),
+    "reason": _CREDIT_REASONS | _words("negative no_number over_window cost"),
     "phase": frozenset(PHASES),
     "op": _words(
         "admit settle renew balance grant append claim conclude put_template delete_template"  # the scripts
@@ -55,7 +57,8 @@ CLOSED = {
 class Definition(Struct, frozen=True):
     """A family: its kind, whole name, help and labels. `edges` are a histogram's upper bounds in its unit; `merge` says
     how the workers' gauges become one; `per`: stored in integers of 1/per, divided when shown; `preset`: every series
-    is there at zero from the start, so that a rate over the first event is right.
+    is there at zero from the start, so that a rate over the first event is right; `only`: those of its last label's words
+    that it has, where other families have more.
     """
 
     kind: Kind
@@ -66,6 +69,7 @@ class Definition(Struct, frozen=True):
     merge: Merge = "sum"
     per: int = 1
     preset: bool = False
+    only: frozenset[str] = frozenset()
 
 
 _counter = partial(Definition, "counter")
@@ -125,6 +129,7 @@ CREDIT_REJECTIONS = _counter(
     "Requests refused with 402, and streams ended (mid_stream) because credit ran out.",
     ("reason",),
     preset=True,
+    only=_CREDIT_REASONS,
 )
 IN_FLIGHT = _gauge("meshproxy_in_flight_requests", "Requests being worked on, by phase.", ("phase",), preset=True)
 IN_FLIGHT_LIMIT = _gauge(
@@ -167,6 +172,11 @@ SETTLEMENTS = _counter(
     "meshproxy_settlements_total",
     "Holds settled, by how the request ended and where its usage came from.",
     ("outcome", "usage_source"),
+)
+USAGE_REFUSED = _counter(
+    "meshproxy_usage_refused_total",
+    "Reports of usage with numbers that can't be true, by upstream and what is wrong with them.",
+    ("upstream", "reason"),
 )
 TASK_FAILURES = _counter(
     "meshproxy_task_failures_total", "Background tasks that raised, by name.", ("task",), preset=True

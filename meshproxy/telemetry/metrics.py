@@ -148,8 +148,10 @@ class FamilyOf(Generic[Child]):
     def preset(self) -> None:
         """Make every series of a family that is to be there from the start."""
         if self.definition.preset:
+            only = self.definition.only
             for values in self._words.combinations(self.definition.labels):
-                self._admitted(values)
+                if not only or values[-1] in only:
+                    self._admitted(values)
 
     def snapshot(self) -> Family:
         """All its series now."""
@@ -203,6 +205,7 @@ class Metrics:
         self.ledger_connected = self._gauges(families.LEDGER_CONNECTED)
         self.journal_pending = self._gauges(families.JOURNAL_PENDING)
         self.settlements = self._counters(families.SETTLEMENTS)
+        self.usage_refused = self._counters(families.USAGE_REFUSED)
         self.task_failures = self._counters(families.TASK_FAILURES)
         self.event_loop_lag = self._histograms(families.EVENT_LOOP_LAG)
         self.config_generation = self._gauges(families.CONFIG_GENERATION)

@@ -12,7 +12,7 @@ from msgspec import Raw
 
 from meshproxy.errors import UpstreamFault, upstream_error
 from meshproxy.wire.event import bears, error_in, is_plain, joined, parse
-from meshproxy.wire.usage import Usage, decode_members, decode_text, decode_usage, decode_value
+from meshproxy.wire.usage import Report, decode_members, decode_text, decode_value, find_report
 
 PING: Final = b": ping\n\n"
 DONE: Final = b"data: [DONE]\n\n"
@@ -29,7 +29,7 @@ _FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 class StreamScanner:
     """One stream's scanner. `hide_usage` holds back the usage-only event, for a client that didn't ask for it.
 
-    `events`: data events seen, without `[DONE]`. `usage`: the last that was reported and can be true. `done`: `[DONE]` was seen.
+    `events`: data events seen, without `[DONE]`. `report`: what was reported, all events together. `done`: `[DONE]` was seen.
     `error`: what the provider sent instead of going on; neither that event nor anything after it is forwarded.
 
     `tokens` estimates the output so far: one for each event, and one for every 4 bytes by which an event is larger than the
@@ -52,14 +52,14 @@ class StreamScanner:
         "done",
         "error",
         "events",
+        "report",
         "tokens",
-        "usage",
     )
 
     def __init__(self, *, hide_usage: bool) -> None:
         self.events = 0
         self.tokens = 0
-        self.usage: Usage | None = None
+        self.report: Report | None = None
         self.done = False
         self.error: dict[str, Any] | None = None
         self._hide_usage = hide_usage
@@ -221,10 +221,10 @@ class StreamScanner:
 
     def _note_usage(self, members: dict[str, Raw]) -> bool:
         """Note the usage of an event; whether the event has nothing else."""
-        usage = members.get("usage")
-        if usage is None or decode_value(usage) is None:
+        report = find_report(members)
+        if report is None:
             return False
-        self.usage = decode_usage(usage) or self.usage
+        self.report = report.over(self.report)
         self._model = decode_text(members.get("model")) or self._model
         return not decode_value(members.get("choices"))
 

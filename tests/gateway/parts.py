@@ -43,7 +43,6 @@ def plan(body: bytes = STREAM, **fields: Any) -> Plan:
         "attempts": (attempt(),),
         "messages": request.messages,
         "prompt_tokens": PROMPT_TOKENS,
-        "prompt_bytes": 1000,
         "output_cap": 1000,
         "output_limit": 1000,
         "imposed_cap": None,

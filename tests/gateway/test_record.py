@@ -1,11 +1,12 @@
 import pytest
+import structlog
 
 from meshproxy.config import Model, Route, Settings, Upstream
 from meshproxy.gateway.record import Recorder
 from meshproxy.ledger.records import Denied
 from meshproxy.telemetry import exposition, snapshot
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.wire.usage import Usage
+from meshproxy.wire.usage import Refusal, Usage
 from tests.gateway.parts import Renewals, exchange, lease, plan, principal
 
 SETTINGS = Settings(
@@ -99,6 +100,24 @@ async def test_the_log_line(recorded):
     }
     (line,) = recorded.log.lines
     assert expected == {name: line[name] for name in expected}
+
+
+async def test_what_was_refused_of_a_report(recorded):
+    made = finished()
+    made.refused = (
+        Refusal("over_window", "prompt", "1000000000"),
+        Refusal("negative", "cached_tokens", "-1"),
+        Refusal("negative", "audio_tokens", "-2"),
+    )
+    recorded.recorder.begin(made)
+    with structlog.testing.capture_logs() as lines:
+        recorded.recorder.end(made)
+    told = {"event": "usage_refused", "log_level": "warning", "upstream": "u", "model": "m", "request_id": "req_1"}
+    assert [
+        {**told, "reason": "over_window", "numbers": {"prompt": "1000000000"}},
+        {**told, "reason": "negative", "numbers": {"cached_tokens": "-1", "audio_tokens": "-2"}},
+    ] == lines
+    assert 1 == await recorded.value('usage_refused_total{reason="negative",upstream="u"}')
 
 
 async def test_a_request_that_was_nobodys(recorded):

@@ -83,7 +83,7 @@ async def test_a_good_end_is_told_once(stream):
     await stream.task
     assert event("a") + LAST + DONE == stream.client.text
     assert ("completed", True, True) == (stream.relay.outcome, stream.client.finished, stream.provider.closed)
-    assert 2 == stream.relay.scanner.usage.completion
+    assert {"prompt": 1, "completion": 2} == stream.relay.scanner.report.counts
 
 
 async def test_the_client_need_not_wait_for_the_end_of_the_body(stream):

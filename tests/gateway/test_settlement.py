@@ -7,7 +7,7 @@ from meshproxy.gateway.settlement import Settler, bill
 from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
 from meshproxy.policy.pricing import price_of
 from meshproxy.telemetry.tasks import Tasks
-from meshproxy.wire.usage import Usage
+from meshproxy.wire.usage import Refusal, Report, Usage
 from tests.gateway.parts import BODY, PROMPT_TOKENS, Renewals, attempt, exchange, lease, plan
 
 CHEAP = price_of(
@@ -15,16 +15,20 @@ CHEAP = price_of(
 )
 
 
-def billed(reported, seen, *, of_plan=None, most=None, served_model=None):
+def report(prompt=0, completion=0, **rest):
+    counts = {"prompt": prompt, "completion": completion, **rest}
+    return Report({kind: count for kind, count in counts.items() if count})
+
+
+def billed(reported, seen, *, of_plan=None, most=None, served_model=None, outdated=False):
     made = exchange(of_plan)
-    bill(made, reported, served_model, lambda: seen, most)
+    bill(made, reported, served_model, lambda: seen, most, outdated=outdated)
     return made.usage, made.usage_source, made.cost_nusd
 
 
 class TestBill:
     def test_the_reported_numbers(self):
-        usage = Usage(prompt=10, completion=20)
-        assert (usage, "reported", 10 * 2_500 + 20 * 10_000) == billed(usage, 99)
+        assert (Usage(10, 20), "reported", 10 * 2_500 + 20 * 10_000) == billed(report(10, 20), 99)
 
     def test_an_estimate_where_nothing_was_reported(self):
         expected = Usage(PROMPT_TOKENS, 7)
@@ -34,34 +38,59 @@ class TestBill:
         assert (Usage(), "none", 0) == billed(None, 0)
 
     @pytest.mark.parametrize(
-        "lie",
+        ("reported", "expected"),
         [
-            Usage(prompt=10**9, completion=1),
-            Usage(prompt=1, completion=10**9),
-            Usage(prompt=-1, completion=1),
-            Usage(prompt=1, completion=1, cached=2),
-            Usage(prompt=1000 + 1024 + 1, completion=1),  # more tokens than the prompt has bytes
+            (report(0, 0), Usage(PROMPT_TOKENS, 7)),  # zeros beside text
+            (report(10, 0), Usage(10, 7)),
+            (report(0, 20), Usage(PROMPT_TOKENS, 20)),
+            (report(10**9, 1), Usage(PROMPT_TOKENS, 1)),
+            (report(10, 10**9), Usage(10, 7)),
+            (report(10, 0, cached=4), Usage(10, 7, cached=4)),
         ],
     )
-    def test_an_estimate_where_what_was_reported_cannot_be_true(self, lie):
-        assert (Usage(PROMPT_TOKENS, 7), "estimated") == billed(lie, 7)[:2]
+    def test_an_estimate_in_the_place_of_what_is_missing_or_cannot_be_true(self, reported, expected):
+        assert (expected, "estimated") == billed(reported, 7)[:2]
+
+    @pytest.mark.parametrize(
+        ("reported", "expected"),
+        [
+            (report(), (Usage(), "reported")),
+            (report(800), (Usage(800), "reported")),
+        ],
+    )
+    def test_no_output_where_there_was_none(self, reported, expected):
+        assert expected == billed(reported, 0)[:2]
+
+    @pytest.mark.parametrize(
+        ("seen", "expected"), [(99, (Usage(10, 99), "estimated")), (3, (Usage(10, 20), "reported"))]
+    )
+    def test_text_that_came_after_the_report_counts(self, seen, expected):
+        assert expected == billed(report(10, 20), seen, outdated=True)[:2]
+
+    def test_more_than_the_request_asked_for_is_believed(self):
+        assert 20_000 == billed(report(500, 20_000), 7, of_plan=plan(output_cap=5, output_limit=5))[0].completion
 
     def test_an_estimate_is_no_more_than_was_asked_for(self):
         assert 5 == billed(None, 1000, of_plan=plan(output_cap=5, output_limit=5))[0].completion
 
     def test_no_more_than_the_most(self):
-        assert (Usage(10, 3), "estimated") == billed(Usage(10, 20), 99, most=3)[:2]
+        assert (Usage(10, 3), "estimated") == billed(report(10, 20), 99, most=3)[:2]
 
     def test_the_fallback_that_served_sets_the_price(self):
         native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
         of_plan = plan(attempts=(attempt(natives=(native,)),))
-        assert 10 * 250 + 20 * 1_000 == billed(Usage(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2]
+        assert 10 * 250 + 20 * 1_000 == billed(report(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2]
 
     def test_nothing_before_there_is_a_plan(self):
         made = exchange()
         made.plan = None
-        bill(made, Usage(1, 1), None, lambda: 1)
+        bill(made, report(1, 1), None, lambda: 1)
         assert (Usage(), 0) == (made.usage, made.cost_nusd)
+
+    def test_what_was_refused_is_kept_for_the_log(self):
+        made = exchange()
+        bill(made, report(10**9, 1), None, lambda: 1)
+        assert (Refusal("over_window", "prompt", "1000000000"),) == made.refused
 
 
 class Books:
@@ -91,7 +120,7 @@ async def settle(books, *, with_lease=True):
     made, tasks = exchange(plan(BODY)), Tasks()
     if with_lease:
         made.lease = lease(Renewals())
-    bill(made, Usage(10, 20), None, lambda: 0)
+    bill(made, report(10, 20), None, lambda: 0)
     made.outcome = "completed"
     Settler(books, books, None, tasks, lambda: 1000.0, lambda: 2.5).settle(made)
     await tasks.finish(1)
