@@ -38,7 +38,7 @@ CLOSED = {
     "reason": _CREDIT_REASONS | _words("negative no_number over_window cost"),
     "phase": frozenset(PHASES),
     "op": _words(
-        "admit settle renew balance grant append claim conclude put_template delete_template"  # the scripts
+        "admit settle renew balance grant append claim conclude beat put_template delete_template"  # the scripts
         " GET SET DEL PING TIME HGET HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE SADD SMEMBERS"
         " XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
