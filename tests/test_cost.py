@@ -31,7 +31,7 @@ from meshproxy.server.listener import Runner
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.sink import LineSink
 
-REQUEST_BUDGET = 510
+REQUEST_BUDGET = 600
 EVENT_BUDGET = 23  # of an event that comes alone
 CROWDED_EVENT_BUDGET = 7  # of one among CROWD that come in one read
 

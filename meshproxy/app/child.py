@@ -48,7 +48,7 @@ async def _obey(control: Control, serving: Serving, end: asyncio.Event) -> None:
             while True:
                 match MESSAGES.decode(await control.receive()):
                     case Ask():
-                        control.send(serving.report())
+                        control.send(await serving.report())
                     case Standing() as standing:
                         await serving.apply(standing)
                         control.send(None)

@@ -50,13 +50,13 @@ class Serving:
             self.worker.reload_failed()
         self.standing = standing
 
-    def report(self) -> Report:
+    async def report(self) -> Report:
         """How the worker is."""
-        return Report(self.worker.metrics.snapshot(), self.worker.not_ready(), self.worker.store.connected)
+        return Report(await self.worker.metrics.snapshot(), self.worker.not_ready(), self.worker.store.connected)
 
     async def reports(self) -> dict[int, Report]:
         """How each worker is that says so in time, by its number."""
-        return {1: self.report()}
+        return {1: await self.report()}
 
     def workers(self) -> list[WorkerStatus]:
         """The workers that are up."""

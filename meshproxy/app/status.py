@@ -21,10 +21,10 @@ class Panel:
         self._size = size
         self._started_at = time.time()
 
-    async def metrics(self, *, openmetrics: bool) -> bytes:
-        """One exposition for all workers."""
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Write one exposition for all workers."""
         await self._reports()
-        return await exposition.render(self._crew.fleet.merged(), openmetrics=openmetrics)
+        return await exposition.render(self._crew.fleet.merged(), accept)
 
     async def ready(self) -> list[str]:
         """Why a balancer should send nothing here: not all serve yet, nobody does, or everybody has a reason."""

@@ -222,9 +222,9 @@ class Worker:
 
     def _follow(self) -> None:
         """Gauges of what is kept elsewhere, read at each scrape."""
-        self.metrics.in_flight_limit.labels().follow(lambda: self.settings.server.max_in_flight)
-        self.metrics.ledger_connected.labels().follow(lambda: self.store.connected)
-        self.metrics.journal_pending.labels().follow(lambda: len(self.journal))
+        self.metrics.in_flight_limit.labels().set_function(lambda: float(self.settings.server.max_in_flight))
+        self.metrics.ledger_connected.labels().set_function(lambda: float(self.store.connected))
+        self.metrics.journal_pending.labels().set_function(lambda: float(len(self.journal)))
 
     def _note_generation(self, generation: int) -> None:
         self.metrics.config_generation.labels().set(generation)

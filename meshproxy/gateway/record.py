@@ -5,6 +5,7 @@ from typing import Any
 
 import structlog
 from msgspec.structs import astuple
+from prometheus_client import Counter, Gauge
 
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.spans import Spans
@@ -12,7 +13,7 @@ from meshproxy.ledger.records import Denied
 from meshproxy.money import format_usd
 from meshproxy.telemetry.families import PHASES
 from meshproxy.telemetry.logs import RequestLog
-from meshproxy.telemetry.metrics import Counter, Gauge, Metrics
+from meshproxy.telemetry.metrics import Metrics
 from meshproxy.wire.usage import Usage
 
 ROUTE = "/v1/chat/completions"

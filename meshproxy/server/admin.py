@@ -23,7 +23,6 @@ from meshproxy.errors import Fault, Source, forbidden, internal_error, unauthori
 from meshproxy.server.client_address import address
 from meshproxy.server.envelope import envelope_errors, problem_response
 from meshproxy.server.request_id import request_id_of
-from meshproxy.telemetry.exposition import content_type, wants_openmetrics
 from meshproxy.telemetry.summary import Summary
 
 PROBES = frozenset({"/healthz", "/readyz"})
@@ -58,8 +57,8 @@ class Status(Summary):
 class AdminState(Protocol):
     """Where the answers come from."""
 
-    async def metrics(self, *, openmetrics: bool) -> bytes:
-        """The exposition of all workers (telemetry.exposition.render)."""
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Write the exposition of all workers, and its Content-Type (telemetry.exposition.render)."""
 
     async def ready(self) -> list[str]:
         """Why no traffic should come here, each a few words such as `draining`; empty: ready."""
@@ -103,9 +102,8 @@ class _Pages:
         return _json(dict(await self._state.status()))
 
     async def metrics(self, request: web.Request) -> web.Response:
-        openmetrics = wants_openmetrics(request.headers.get(hdrs.ACCEPT, ""))
-        text = await self._state.metrics(openmetrics=openmetrics)
-        return web.Response(body=text, headers={hdrs.CONTENT_TYPE: content_type(openmetrics=openmetrics)})
+        text, content_type = await self._state.metrics(request.headers.get(hdrs.ACCEPT, ""))
+        return web.Response(body=text, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def healthz(self, _request: web.Request) -> web.Response:
         return _json({"status": "ok"})

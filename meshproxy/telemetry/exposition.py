@@ -1,78 +1,84 @@
-"""A merged snapshot in Prometheus' text format 0.0.4, or in OpenMetrics 1.0 with exemplars.
+"""A merged snapshot as prometheus-client writes it: Prometheus' text format, or OpenMetrics with exemplars.
 
-The process that answers a scrape may be the one that relays streams, so every LINES_PER_TURN lines the event loop runs.
+The process that answers a scrape may be the one that relays streams, so every SERIES_PER_TURN series the event loop runs.
 """
 
 import asyncio
-import math
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator
 
-from meshproxy.telemetry.snapshot import Exemplar, Series, Snapshot
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
-LINES_PER_TURN = 200  # less than half a millisecond
+from meshproxy.telemetry.snapshot import Family, Series, Snapshot
 
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-
-def content_type(*, openmetrics: bool) -> str:
-    """The Content-Type of what render() gives."""
-    media_type = "application/openmetrics-text; version=1.0.0" if openmetrics else "text/plain; version=0.0.4"
-    return f"{media_type}; charset=utf-8"
+SERIES_PER_TURN = 10  # of a histogram some 200 lines: about a millisecond
+END = b"# EOF\n"
 
 
-def wants_openmetrics(accept: str) -> bool:
-    """Whether an Accept header asks for OpenMetrics 1.0, as Prometheus does by default."""
-    for media_range in accept.split(","):
-        media_type, *parameters = (part.strip().lower() for part in media_range.split(";"))
-        if media_type == "application/openmetrics-text" and "q=0" not in parameters:
-            return True
-    return False
+class MergedMetrics(Collector):
+    """The families of a merged snapshot, for any registry of prometheus-client. `read` gives the snapshot of the moment."""
+
+    def __init__(self, read: Callable[[], Snapshot]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the families as prometheus-client has them."""
+        return (_metric(family, family.series) for family in self._read())
 
 
-async def render(snapshot: Snapshot, *, openmetrics: bool) -> bytes:
-    """The whole text."""
+async def render(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
+    """Write the whole text in the format that an Accept header asks for; and the text's Content-Type."""
+    encode, content_type = choose_encoder(accept)
     text = []
-    for line in lines(snapshot, openmetrics=openmetrics):
-        text.append(line)
-        if len(text) % LINES_PER_TURN == 0:
-            await asyncio.sleep(0)
-    return "".join(text).encode()
-
-
-def lines(snapshot: Snapshot, *, openmetrics: bool) -> Iterator[str]:
-    """The text, line by line."""
     for family in snapshot:
-        definition = family.definition
-        name = definition.name.removesuffix("_total") if openmetrics else definition.name
-        yield f"# HELP {name} {definition.help}\n"
-        yield f"# TYPE {name} {definition.kind}\n"
-        for series in family.series:
-            labels = dict(zip(definition.labels, series.labels, strict=True))
-            if definition.kind == "histogram":
-                yield from _histogram(name, labels, family.edges, series, openmetrics=openmetrics)
-            else:
-                yield f"{definition.name}{_braced(labels)} {series.value / definition.per}\n"
-    if openmetrics:
-        yield "# EOF\n"
+        for start in range(0, len(family.series) or 1, SERIES_PER_TURN):  # one part at least, for its head
+            part = encode(_One(_metric(family, family.series[start : start + SERIES_PER_TURN])))
+            text.append(_without_head(part) if start else part.removesuffix(END))
+            await asyncio.sleep(0)
+    if "openmetrics" in content_type:
+        text.append(END)
+    return b"".join(text), content_type
 
 
-def _histogram(
-    name: str, labels: dict[str, str], edges: tuple[float, ...], series: Series, *, openmetrics: bool
-) -> Iterator[str]:
-    """One series: its buckets, cumulative, their count and their sum."""
-    for index, (edge, count) in enumerate(zip((*edges, math.inf), accumulate(series.counts), strict=True)):
-        upper = {"le": "+Inf" if edge == math.inf else f"{float(edge)}"}
-        exemplar = series.exemplars.get(index) if openmetrics else None
-        yield f"{name}_bucket{_braced(labels | upper)} {float(count)}{_mark(exemplar)}\n"
-    yield f"{name}_count{_braced(labels)} {float(sum(series.counts))}\n"
-    yield f"{name}_sum{_braced(labels)} {float(series.value)}\n"
+class _One(Collector):
+    """One family or a part of it."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._metric
 
 
-def _mark(exemplar: Exemplar | None) -> str:
-    return "" if exemplar is None else f' # {{trace_id="{exemplar.trace_id}"}} {exemplar.value} {round(exemplar.at, 3)}'
+def _without_head(part: bytes) -> bytes:
+    """Leave out the lines of HELP and TYPE, which the family's first part has."""
+    return b"".join(line for line in part.splitlines(keepends=True) if not line.startswith(b"#"))
 
 
-def _braced(labels: dict[str, str]) -> str:
-    told = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in sorted(labels.items()))
-    return f"{{{told}}}" if told else ""
+def _metric(family: Family, series: list[Series]) -> Metric:
+    definition = family.definition
+    about = definition.name, definition.help
+    if definition.kind == "histogram":
+        histogram = HistogramMetricFamily(*about, labels=definition.labels)
+        for one in series:
+            histogram.add_metric(one.labels, list(_buckets(family.edges, one)), one.value)
+        return histogram
+    kind = CounterMetricFamily if definition.kind == "counter" else GaugeMetricFamily
+    metric = kind(*about, labels=definition.labels)
+    for one in series:
+        metric.add_metric(one.labels, one.value / definition.per)
+    return metric
+
+
+def _buckets(edges: Iterable[float], series: Series) -> Iterator[tuple[str, float] | tuple[str, float, Exemplar]]:
+    """Give a histogram's buckets by upper bound, in prometheus-client's words, each with its exemplar if it has one."""
+    bounds = (*map(str, map(float, edges)), "+Inf")
+    for index, (bound, count) in enumerate(zip(bounds, series.counts, strict=True)):
+        found = series.exemplars.get(index)
+        if found is None:
+            yield bound, count
+        else:
+            yield bound, count, Exemplar({"trace_id": found.trace_id}, found.value, found.at)

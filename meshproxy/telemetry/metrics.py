@@ -1,107 +1,31 @@
-"""Counting, where it costs next to nothing: a counter is an attribute, a histogram a list of ints.
+"""Counting with prometheus-client, behind a vocabulary that bounds the labels.
 
-Children are bound once (`family.labels(...)`) and then only added to: no lock (a worker is one thread), no label work, no
-allocation. `labels` is the one place where a label's value is admitted, see families.py.
+Each worker has a registry of its own. `labels` is the one place where a label's value is admitted: see families.py.
 """
 
 import re
-import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Generic, TypeVar
 
-from meshproxy.telemetry import families, process, snapshot
-from meshproxy.telemetry.families import CLOSED, NONE, OTHER, Definition
-from meshproxy.telemetry.snapshot import Exemplar, Family, Series
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-Clock = Callable[[], float]
+from meshproxy.telemetry import families, snapshot
+from meshproxy.telemetry.families import CLOSED, NONE, OTHER, Definition
 
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)  # W3C Trace Context, 3.2.2.3
 
 
-class Counter:
-    """A number that only grows. Family `_cost_usd_total` counts integers of nano-USD (families.Definition.per)."""
-
-    __slots__ = ("labels", "value")
-
-    def __init__(self, labels: tuple[str, ...], _edges: Sequence[float], _clock: Clock) -> None:
-        self.labels = labels
-        self.value: int | float = 0
-
-    def inc(self, amount: float = 1) -> None:
-        """Count `amount` (never negative) more."""
-        self.value += amount
-
-    def series(self) -> Series:
-        """What it holds now."""
-        return Series(self.labels, self.value)
-
-
-class Gauge:
-    """A number that goes up and down, or is read from where it is kept whenever it is asked for."""
-
-    __slots__ = ("_read", "labels", "value")
-
-    def __init__(self, labels: tuple[str, ...], _edges: Sequence[float], _clock: Clock) -> None:
-        self.labels = labels
-        self.value: int | float = 0
-        self._read: Callable[[], float] | None = None
-
-    def follow(self, read: Callable[[], float]) -> None:
-        """From now on it is what `read` says at each snapshot; True is 1."""
-        self._read = read
-
-    def set(self, value: float) -> None:
-        """It is `value` now; True is 1."""
-        self.value = float(value)
-
-    def inc(self, amount: float = 1) -> None:
-        """Add `amount`."""
-        self.value += amount
-
-    def dec(self, amount: float = 1) -> None:
-        """Take `amount` away."""
-        self.value -= amount
-
-    def series(self) -> Series:
-        """What it holds now."""
-        if self._read is not None:
-            self.value = float(self._read())
-        return Series(self.labels, self.value)
-
-
-class Histogram:
-    """How many observations fell below each edge (edges included, as Prometheus' `le`), and their sum."""
-
-    __slots__ = ("_clock", "_counts", "_edges", "_exemplars", "_sum", "labels")
-
-    def __init__(self, labels: tuple[str, ...], edges: Sequence[float], clock: Clock) -> None:
-        self.labels = labels
-        self._edges = edges
-        self._counts = [0] * (len(edges) + 1)
-        self._sum = 0.0
-        self._exemplars: dict[int, Exemplar] = {}
-        self._clock = clock
-
-    def observe(self, value: float) -> None:
-        """Count one observation, in the family's unit."""
-        self._counts[bisect_left(self._edges, value)] += 1
-        self._sum += value
+class TracedHistogram(Histogram):
+    """A histogram that can keep the trace of an observation as an exemplar."""
 
     def observe_traced(self, value: float, trace_id: str | None) -> None:
         """Count one observation, and keep its W3C trace id (32 hex digits; else ignored) as its bucket's exemplar."""
-        self._counts[bisect_left(self._edges, value)] += 1
-        self._sum += value
-        if trace_id is not None and _TRACE_ID.fullmatch(trace_id):
-            self._exemplars[bisect_left(self._edges, value)] = Exemplar(trace_id, value, self._clock())
-
-    def series(self) -> Series:
-        """What it holds now; the lists are its own, so encode it before counting on."""
-        return Series(self.labels, self._sum, self._counts, self._exemplars)
+        traced = trace_id is not None and _TRACE_ID.fullmatch(trace_id)
+        self.observe(value, {"trace_id": trace_id} if traced and trace_id else None)
 
 
-Child = TypeVar("Child", Counter, Gauge, Histogram)
+Metric = TypeVar("Metric", Counter, Gauge, TracedHistogram)
 
 
 class Vocabulary:
@@ -117,32 +41,28 @@ class Vocabulary:
         self._allowed["upstream"] = self._allowed.get("upstream", frozenset[str]()).union(upstreams)
 
     def admit(self, labels: Sequence[str], values: Sequence[str]) -> tuple[str, ...]:
-        """The values, with `other` in the place of each that is not allowed; ValueError if one is missing or too many."""
+        """Return the values, with `other` in the place of each that is not allowed; ValueError if one is missing or too many."""
         return tuple(
             value if value in self._allowed[label] else OTHER for label, value in zip(labels, values, strict=True)
         )
 
     def combinations(self, labels: Sequence[str]) -> Iterable[tuple[str, ...]]:
-        """Every label set there can be, but for those with `other`."""
+        """List every label set there can be, but for those with `other`."""
         return product(*(sorted(self._allowed[label]) for label in labels))
 
 
-class FamilyOf(Generic[Child]):
-    """One family's children. Their number is bounded by its labels' vocabulary."""
+class FamilyOf(Generic[Metric]):
+    """One family of prometheus-client whose labels are admitted by the vocabulary, so that their number is bounded."""
 
-    def __init__(
-        self, kind: type[Child], definition: Definition, words: Vocabulary, edges: Sequence[float], clock: Clock
-    ) -> None:
+    def __init__(self, metric: Metric, definition: Definition, words: Vocabulary) -> None:
         self.definition = definition
-        self._kind: type[Child] = kind
+        self._metric: Metric = metric
         self._words = words
-        self._edges = tuple(edges)
-        self._clock = clock
-        self._children: dict[tuple[str, ...], Child] = {}
+        self._children: dict[tuple[str, ...], Metric] = {}
         self.preset()
 
-    def labels(self, *values: str) -> Child:
-        """The child of these label values, in the definition's order."""
+    def labels(self, *values: str) -> Metric:
+        """Return the child of these label values, in the definition's order."""
         return self._children.get(values) or self._admitted(values)
 
     def preset(self) -> None:
@@ -153,22 +73,16 @@ class FamilyOf(Generic[Child]):
                 if not only or values[-1] in only:
                     self._admitted(values)
 
-    def snapshot(self) -> Family:
-        """All its series now."""
-        return Family(self.definition.name, [child.series() for child in self._children.values()], self._edges)
-
-    def _admitted(self, values: Sequence[str]) -> Child:
+    def _admitted(self, values: Sequence[str]) -> Metric:
         allowed = self._words.admit(self.definition.labels, values)
         child = self._children.get(allowed)
         if child is None:
-            child = self._children[allowed] = self._kind(allowed, self._edges, self._clock)
+            child = self._children[allowed] = self._metric.labels(*allowed) if allowed else self._metric
         return child
 
 
 class Metrics:
-    """All families of one worker. `edges` replaces a histogram's by family name, where it isn't None; `clock` (Unix seconds)
-    dates exemplars.
-    """
+    """All families of one worker. `edges` replaces a histogram's by family name, where it isn't None."""
 
     def __init__(
         self,
@@ -177,12 +91,12 @@ class Metrics:
         *,
         version: str = "unknown",
         edges: Mapping[str, Sequence[float] | None] | None = None,
-        clock: Clock = time.time,
     ) -> None:
         self._words = Vocabulary(models, upstreams, version)
         self._edges = edges or {}
-        self._clock = clock
-        self._families: list[FamilyOf[Counter] | FamilyOf[Gauge] | FamilyOf[Histogram]] = []
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._families: list[FamilyOf[Counter] | FamilyOf[Gauge] | FamilyOf[TracedHistogram]] = []
         self.build_info = self._gauges(families.BUILD_INFO)
         self.workers = self._gauges(families.WORKERS)
         self.requests = self._counters(families.REQUESTS)
@@ -214,27 +128,32 @@ class Metrics:
         self.workers.labels().set(1)
 
     def reconfigure(self, models: Iterable[str], upstreams: Iterable[str]) -> None:
-        """A reload brought new names: admit them. Series of removed ones stay until the process ends."""
+        """Admit the new names of a reload. Series of removed ones stay until the process ends."""
         self._words.extend(models, upstreams)
         for family in self._families:
             family.preset()
 
-    def snapshot(self) -> bytes:
-        """Everything counted so far, and what the system says of this process, as msgpack (snapshot.decode)."""
-        return snapshot.encode([*(family.snapshot() for family in self._families), *process.read()])
+    async def snapshot(self) -> bytes:
+        """Encode everything counted so far, and what the system says of this process, as msgpack (snapshot.decode)."""
+        return snapshot.encode(await snapshot.collected(self._registry))
 
     def _counters(self, definition: Definition) -> FamilyOf[Counter]:
-        family = FamilyOf(Counter, definition, self._words, (), self._clock)
-        self._families.append(family)
-        return family
+        return self._family(definition, Counter(*_arguments(definition), registry=self._registry))
 
     def _gauges(self, definition: Definition) -> FamilyOf[Gauge]:
-        family = FamilyOf(Gauge, definition, self._words, (), self._clock)
+        return self._family(definition, Gauge(*_arguments(definition), registry=self._registry))
+
+    def _histograms(self, definition: Definition) -> FamilyOf[TracedHistogram]:
+        edges = sorted(self._edges.get(definition.name) or definition.edges)
+        return self._family(
+            definition, TracedHistogram(*_arguments(definition), buckets=edges, registry=self._registry)
+        )
+
+    def _family(self, definition: Definition, metric: Metric) -> FamilyOf[Metric]:
+        family = FamilyOf(metric, definition, self._words)
         self._families.append(family)
         return family
 
-    def _histograms(self, definition: Definition) -> FamilyOf[Histogram]:
-        edges = sorted(self._edges.get(definition.name) or definition.edges)
-        family = FamilyOf(Histogram, definition, self._words, edges, self._clock)
-        self._families.append(family)
-        return family
+
+def _arguments(definition: Definition) -> tuple[str, str, tuple[str, ...]]:
+    return definition.name, definition.help, definition.labels

@@ -5,12 +5,15 @@ every rate over it would be wrong. Gauges of the dead are forgotten. What a work
 with it.
 """
 
+import asyncio
 import operator
 from collections.abc import Callable, Iterable
 from itertools import chain
 
 import msgspec
 from msgspec import Struct
+from prometheus_client import Metric
+from prometheus_client.registry import Collector
 
 from meshproxy.telemetry.families import BY_NAME, Definition, Merge
 
@@ -24,13 +27,13 @@ class Exemplar(Struct, array_like=True, frozen=True):
 
 
 class Series(Struct, array_like=True):
-    """One label set's value. For a histogram `value` is the sum, and `counts` are per bucket, not cumulative, the last
-    one being +Inf; `exemplars` are by bucket.
+    """One label set's value. For a histogram `value` is the sum, and `counts` are cumulative (Prometheus' `le`), the last one
+    being +Inf; `exemplars` are by bucket.
     """
 
     labels: tuple[str, ...]
-    value: int | float
-    counts: list[int] = []
+    value: float = 0.0
+    counts: list[float] = []
     exemplars: dict[int, Exemplar] = {}
 
 
@@ -50,6 +53,36 @@ class Family(Struct, array_like=True):
 Snapshot = list[Family]
 
 _MERGERS: dict[Merge, Callable[[float, float], float]] = {"sum": operator.add, "max": max, "min": min}
+
+
+async def collected(registry: Collector) -> Snapshot:
+    """Read every family that families.py knows from a registry. The event loop runs between two families."""
+    found = []
+    for metric in registry.collect():
+        definition = BY_NAME.get(f"{metric.name}_total" if metric.type == "counter" else metric.name)
+        if definition is not None:
+            found.append(_family(definition, metric))
+        await asyncio.sleep(0)
+    return found
+
+
+def _family(definition: Definition, metric: Metric) -> Family:
+    found: dict[tuple[str, ...], Series] = {}
+    edges: dict[float, None] = {}
+    for sample in metric.samples:
+        labels = tuple(sample.labels[name] for name in definition.labels)
+        series = found.setdefault(labels, Series(labels, counts=[], exemplars={}))
+        if sample.name.endswith("_bucket"):
+            edges[float(sample.labels["le"])] = None
+            if sample.exemplar is not None:
+                exemplar = sample.exemplar
+                series.exemplars[len(series.counts)] = Exemplar(
+                    exemplar.labels["trace_id"], exemplar.value, float(exemplar.timestamp or 0.0)
+                )
+            series.counts.append(sample.value)
+        elif not sample.name.endswith(("_count", "_created")):  # the last bucket says the count
+            series.value = sample.value
+    return Family(definition.name, list(found.values()), tuple(edges)[:-1])
 
 
 def encode(snapshot: Snapshot) -> bytes:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypedDict
 
 from meshproxy.telemetry import families
@@ -86,7 +87,8 @@ class _Found:
     def distribution(self, definition: Definition) -> Distribution:
         family = self._family(definition)
         columns = zip(*(series.counts for series in family.series), strict=True)
-        counts = [sum(column) for column in columns] or [0] * (len(family.edges) + 1)
+        cumulative = [int(sum(column)) for column in columns] or [0] * (len(family.edges) + 1)
+        counts = [above - below for below, above in pairwise((0, *cumulative))]
         return {"edges": list(family.edges), "counts": counts}
 
     def _family(self, definition: Definition) -> Family:

@@ -34,7 +34,7 @@ class Recorded:
         self.recorder = Recorder(self.metrics, self.log, lambda: 10.0)
 
     async def value(self, sample):
-        text = (await exposition.render(snapshot.decode(self.metrics.snapshot()), openmetrics=False)).decode()
+        text = (await exposition.render(snapshot.decode(await self.metrics.snapshot()), ""))[0].decode()
         (line,) = [line for line in text.splitlines() if line.startswith(f"meshproxy_{sample} ")]
         return float(line.split()[-1])
 

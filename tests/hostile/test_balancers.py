@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from meshproxy.policy.principal import Limits
+from meshproxy.telemetry.snapshot import decode
 from tests.hostile.corpus import BODY, CASES, END
 
 PATIENCE_S = 10.0
@@ -128,12 +129,12 @@ async def test_what_one_of_them_passes_on_is_read_as_it_was_sent(mesh, tmp_path_
     caller = await mesh.key(credit="100", limits=FREE)
     misread = {}
     async with _running(name.partition("-")[0], config, options, mesh, tmp_path_factory.mktemp("b")) as balancer:
-        before = _counted(mesh)
+        before = await _counted(mesh)
         for case, (data, _) in CASES.items():
             await balancer.send(data.replace(b"KEY", caller.secret.encode()) + END)
             sent_on = await balancer.sent_on()
             await mesh.quiet()
-            now = _counted(mesh)
+            now = await _counted(mesh)
             counted = now - before - Counter({"404": 1})  # the flush
             before = now
             unanswered = Counter({"other": counted["other"]})  # the balancer hung up on what it had begun to send
@@ -145,11 +146,12 @@ async def test_what_one_of_them_passes_on_is_read_as_it_was_sent(mesh, tmp_path_
     assert [] == [entry.raw_body for entry in served if json.loads(entry.raw_body)["messages"] != MESSAGES]
 
 
-def _counted(mesh) -> Counter[str]:
+async def _counted(mesh) -> Counter[str]:
     """The gateway's answers so far, by status."""
     counted: Counter[str] = Counter()
-    for series in mesh.worker.metrics.requests.snapshot().series:
-        counted[series.labels[2]] += int(series.value)
+    for family in decode(await mesh.worker.metrics.snapshot()):
+        for series in family.series if family.name == "meshproxy_requests_total" else ():
+            counted[series.labels[2]] += int(series.value)
     return counted
 
 

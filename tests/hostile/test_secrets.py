@@ -19,6 +19,8 @@ from tests.conftest import PRICE
 from tests.hostile.corpus import CHAT, request
 from tests.hostile.parrot import ANSWER, WAYS, parrot
 
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
 PROVIDER_KEY = "sim-canary-Zy81-provider-key"
 HEADER_KEY = "header-canary-Qk92-provider"
 UNKNOWN = "rsk_canaryUnknownSecret"
@@ -101,7 +103,7 @@ async def test_no_canary_is_where_it_does_not_belong(mesh, caller, bird, log):
     await mesh.quiet()
     told = "".join(f"{dict(answer.headers)}{answer.body.decode()}" for answer in answers)
     logged = log() + json.dumps(mesh.log.lines)
-    metrics = (await exposition.render(snapshot.decode(mesh.worker.metrics.snapshot()), openmetrics=True)).decode()
+    metrics = (await exposition.render(snapshot.decode(await mesh.worker.metrics.snapshot()), OPENMETRICS))[0].decode()
     stored = await _stored(mesh)
     heard = str(bird.heard)
 

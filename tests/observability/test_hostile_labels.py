@@ -9,6 +9,8 @@ import re
 from meshproxy.policy.principal import Limits
 from meshproxy.telemetry import exposition, snapshot
 
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
 ROUNDS = 150  # of twelve requests each
 AT_ONCE = 25
 CHAT = "/v1/chat/completions"
@@ -49,7 +51,7 @@ async def one_of_each(mesh, caller, rng):
 
 async def exposed(mesh):
     await mesh.quiet()
-    text = await exposition.render(snapshot.decode(mesh.worker.metrics.snapshot()), openmetrics=True)
+    text, _ = await exposition.render(snapshot.decode(await mesh.worker.metrics.snapshot()), OPENMETRICS)
     return [line for line in text.decode().splitlines() if not line.startswith("#")]
 
 

@@ -1,3 +1,5 @@
+import asyncio
+
 from meshproxy.telemetry.metrics import Metrics
 from meshproxy.telemetry.snapshot import decode
 from meshproxy.telemetry.summary import TOP_MODELS, summarize
@@ -6,7 +8,7 @@ CHAT = "/v1/chat/completions"
 
 
 def summary(metrics):
-    return summarize(decode(metrics.snapshot()))
+    return summarize(decode(asyncio.run(metrics.snapshot())))
 
 
 def test_nothing_counted_yet():
