@@ -231,7 +231,7 @@ def test_without_the_extra_a_configuration_that_needs_it_is_unfit(monkeypatch, t
     path.write_text('[tracing]\nendpoint = "http://127.0.0.1:4318/v1/traces"\n')
     for command in ("check", "serve"):
         assert 78 == main([command, "--config", str(path)])
-        assert f"{FAULT}\n" == capsys.readouterr().err
+        assert f"{FAULT} ({path}:2)\n" == capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
