@@ -220,6 +220,12 @@ UPSTREAMS = board(
             [(share(rate("meshproxy_upstream_requests_total"), rate("meshproxy_settlements_total")), "attempts")],
             about="More than 1: others stand in. Less: requests end before an attempt.",
         ),
+        lines(
+            "Usage reports refused",
+            [(rate("meshproxy_usage_refused_total", "upstream, reason"), "{{upstream}} {{reason}}")],
+            unit="ops",
+            about="Reports that can't be true; these requests are billed by an estimate.",
+        ),
         lines("Silence within streams", quantiles(FAMILY("stream_max_gap")), unit="s", limit=10),
     ],
 )
