@@ -29,7 +29,9 @@ class Detail(Struct, frozen=True):
 
 
 class Problem(Struct, frozen=True):
-    """What a client is told. `retry_after_s` is exact, in seconds; `may_have_run` says that a retry could pay twice."""
+    """What a client is told. `retry_after_s` is exact, in seconds; `may_have_run` says that a retry could pay twice.
+    `provider_code` and `provider_error` are what the provider said, in its own code and as JSON.
+    """
 
     status: int
     code: str
@@ -39,6 +41,7 @@ class Problem(Struct, frozen=True):
     retry_after_s: float | None = None
     provider_error: Any = None
     may_have_run: bool = False
+    provider_code: str | None = None
 
     @property
     def type(self) -> str:
@@ -71,13 +74,46 @@ class Fault(Exception):
         self.problem = problem
 
 
-class UpstreamFault(Fault):
-    """A provider failed. `safe_to_repeat`: another attempt may be made; `answered` is the status it gave, if it gave one."""
+class Phase(StrEnum):
+    """How far an attempt came before it failed."""
 
-    def __init__(self, problem: Problem, *, safe_to_repeat: bool, answered: int | None = None) -> None:
-        super().__init__(Source.UPSTREAM, problem)
+    CONNECT = "connect"
+    TLS = "tls"
+    WRITE = "write"
+    HEAD = "head"
+    BODY = "body"
+
+
+class UpstreamFault(Fault):
+    """An attempt at a provider failed.
+
+    `safe_to_repeat`: another attempt may be made. `another_model`: an attempt with another model may be made, which may not
+    refuse the request. `answered`: the status that the provider gave, if it gave one. `unreadable`: the provider answered, and
+    the gateway could not read or keep the answer, so that it says nothing against the provider. `phase`, `reason` and `words`
+    (the provider's own) are for the log.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        safe_to_repeat: bool,
+        answered: int | None = None,
+        another_model: bool = False,
+        unreadable: bool = False,
+        phase: Phase = Phase.BODY,
+        reason: str | None = None,
+        words: str | None = None,
+        source: Source = Source.UPSTREAM,
+    ) -> None:
+        super().__init__(source, problem)
         self.safe_to_repeat = safe_to_repeat
         self.answered = answered
+        self.another_model = another_model
+        self.unreadable = unreadable
+        self.phase = phase
+        self.reason = reason
+        self.words = words
 
 
 def unauthorized(message: str) -> Problem:
@@ -140,9 +176,9 @@ def unsupported_media_type(message: str) -> Problem:
     return Problem(415, "unsupported_media_type", message)
 
 
-def invalid(message: str, *details: Detail, param: str | None = None, provider_error: Any = None) -> Problem:
-    """422: the request can't be understood, here or by the provider."""
-    return Problem(422, "validation_error", message, param, details, provider_error=provider_error)
+def invalid(message: str, *details: Detail, param: str | None = None) -> Problem:
+    """422: the request can't be understood."""
+    return Problem(422, "validation_error", message, param, details)
 
 
 def rate_limit_exceeded(message: str, retry_after_s: float) -> Problem:

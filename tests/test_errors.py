@@ -53,7 +53,7 @@ def test_every_problem_says_something():
 
 
 def test_details_and_a_providers_words_are_kept():
-    problem = errors.invalid("m", DETAIL, DETAIL, provider_error={"a": 1})
+    problem = Problem(400, "c", "m", details=(DETAIL, DETAIL), provider_error={"a": 1})
     assert ((DETAIL, DETAIL), {"a": 1}) == (problem.details, problem.provider_error)
 
 

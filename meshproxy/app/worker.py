@@ -112,6 +112,7 @@ class Worker:
             tasks=self.tasks,
             live=self.live,
             clock=time.monotonic,
+            wall_clock=time.time,
             spin=random.random,
             boot_id=boot_id,
         )

@@ -17,35 +17,41 @@ from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
 from meshproxy.policy.budget import RetryBudget
 from meshproxy.policy.catalog import Attempt
-from meshproxy.policy.failover import after_status
+from meshproxy.policy.failover import after_status, foremost
 from meshproxy.upstream.response import Response
+from meshproxy.wire.replies import concealed, without_secrets
 
 CHAT_PATH = "/chat/completions"
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
 
 
 class Attempts:
-    """How this worker makes the attempts of its requests. `clock` is monotonic seconds."""
+    """How this worker makes the attempts of its requests. `clock` is monotonic seconds, `wall_clock` Unix time."""
 
-    def __init__(self, health: Health, recorder: Recorder, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, health: Health, recorder: Recorder, clock: Callable[[], float], wall_clock: Callable[[], float]
+    ) -> None:
         self._health = health
         self._recorder = recorder
         self._clock = clock
+        self._wall_clock = wall_clock
         self._budget = RetryBudget()
 
     async def first_answer(self, exchange: Exchange, plan: Plan, deployment: Deployment) -> Response:
         """The first response that is an answer: 200, and an event stream where one was asked for. Otherwise the Fault of the
-        attempt that ended it. `conclude` the exchange when the answer is over.
+        attempt that matters most. `conclude` the exchange when the answer is over.
         """
         self._budget.deposit(self._clock())
-        failure: UpstreamFault | None = None
+        failures: list[UpstreamFault] = []
+        refused_by: set[str] = set()  # models that aren't asked again, whoever serves them
         for attempt in self._health.order(plan.attempts, plan.request.session_id):
-            if self._clock() >= exchange.call.deadline:
-                raise _too_late(may_have_run=failure is not None and failure.problem.may_have_run)
+            if attempt.model in refused_by:
+                continue
+            self._raise_if_late(exchange, failures)
             trial = self._health.begin(attempt)
             if trial is None:
                 continue
-            if failure is not None and not self._budget.withdraw(self._clock()):
+            if failures and not self._budget.withdraw(self._clock()):
                 trial.abandoned()
                 break
             exchange.trial = trial
@@ -55,23 +61,26 @@ class Attempts:
                 return await self._attempt(exchange, trial, attempt, plan, deployment)
             except UpstreamFault as fault:
                 trial.failed(fault)
-                self._recorder.attempted(attempt.upstream, _label(fault))
-                failure = fault
-                if not _may_go_on(fault, streamed=plan.request.stream):
+                self._note(exchange, attempt, fault)
+                failures.append(fault)
+                if fault.another_model:
+                    refused_by.add(attempt.model)
+                elif not _may_go_on(fault, streamed=plan.request.stream):
                     break
             except Fault as fault:
                 trial.abandoned()
                 if fault.problem.status == 504:
                     self._recorder.attempted(attempt.upstream, "timeout")
                 raise
-        raise failure or self._health.nobody(plan.attempts)
+        raise foremost(failures) if failures else self._health.nobody(plan.attempts)
 
-    @staticmethod
-    def conclude(exchange: Exchange) -> None:
+    def conclude(self, exchange: Exchange) -> None:
         """An exchange is over: what it says of the upstream that served it, if one did."""
         trial = exchange.trial
         if trial is None:
             return
+        if exchange.failure is not None and exchange.attempt is not None:
+            self._recorder.attempt_failed(exchange, exchange.attempt, exchange.failure)
         if exchange.outcome == "completed":
             trial.succeeded()
         elif exchange.outcome == "upstream_failed" or (
@@ -81,21 +90,35 @@ class Attempts:
         else:
             trial.abandoned()
 
+    def _raise_if_late(self, exchange: Exchange, failures: list[UpstreamFault]) -> None:
+        """No attempt begins after the client's deadline."""
+        if self._clock() >= exchange.call.deadline:
+            raise _too_late(may_have_run=any(failure.problem.may_have_run for failure in failures))
+
+    def _note(self, exchange: Exchange, attempt: Attempt, fault: UpstreamFault) -> None:
+        """Count and log an attempt that failed. From here on nothing of it names a secret."""
+        fault.problem = without_secrets(fault.problem, exchange.secrets)
+        fault.words = concealed(fault.words, exchange.secrets)
+        self._recorder.attempted(attempt.upstream, _label(fault))
+        self._recorder.attempt_failed(exchange, attempt, fault)
+
     async def _attempt(
         self, exchange: Exchange, trial: Trial, attempt: Attempt, plan: Plan, deployment: Deployment
     ) -> Response:
         provider = deployment.providers[attempt.upstream]
         exchange.secrets = provider.secrets
         body = plan.body_for(attempt)
+        exchange.response = None
         exchange.sent_at = self._clock()
         if exchange.attempts == 1:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
         left_s = exchange.call.deadline - exchange.sent_at
         asked = provider.post(CHAT_PATH, exchange.call.forward, body)
         response = await (asked if left_s > _patience_s(attempt, deployment) else _within(left_s, asked))
+        exchange.response = response
         streamed = plan.request.stream
         try:
-            await _accept(response, streamed=streamed)
+            await self._accept(response, streamed=streamed)
             if streamed:
                 await first_event(response, self._hold_s(exchange, deployment), self._clock)
         except BaseException:
@@ -104,6 +127,22 @@ class Attempts:
         trial.answered(self._clock() - exchange.sent_at if streamed else None)
         self._recorder.attempted(attempt.upstream, "200")
         return response
+
+    async def _accept(self, response: Response, *, streamed: bool) -> None:
+        """Return if this is an answer; else an UpstreamFault says what the client hears and whether another may be asked."""
+        if response.status != 200:
+            verdict = after_status(
+                response.status,
+                await response.read(),
+                response.header("retry-after"),
+                retry_after_ms=response.header("retry-after-ms"),
+                content_type=response.header("content-type"),
+                now=self._wall_clock(),
+            )
+            raise verdict.fault(response.status)
+        if streamed and not _is_event_stream(response):
+            problem = upstream_error("The provider answered a stream with something else.", may_have_run=True)
+            raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
 
     def _hold_s(self, exchange: Exchange, deployment: Deployment) -> float:
         """How long the client's head may wait for the first event: not past its first ping, nor its patience."""
@@ -136,22 +175,6 @@ def _too_late(*, may_have_run: bool) -> Fault:
 def _may_go_on(fault: UpstreamFault, *, streamed: bool) -> bool:
     """Whether another provider may be asked."""
     return fault.safe_to_repeat or (streamed and fault.answered is None)
-
-
-async def _accept(response: Response, *, streamed: bool) -> None:
-    """Return if this is an answer; else an UpstreamFault says what the client hears and whether another may be asked."""
-    if response.status != 200:
-        verdict = after_status(
-            response.status,
-            await response.read(),
-            response.header("retry-after"),
-            retry_after_ms=response.header("retry-after-ms"),
-            content_type=response.header("content-type"),
-        )
-        raise UpstreamFault(verdict.problem, safe_to_repeat=verdict.try_next, answered=response.status)
-    if streamed and not _is_event_stream(response):
-        problem = upstream_error("The provider answered a stream with something else.", may_have_run=True)
-        raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
 
 
 def _is_event_stream(response: Response) -> bool:

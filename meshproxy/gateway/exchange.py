@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from msgspec.structs import replace
-
-from meshproxy.errors import Problem
+from meshproxy.errors import Problem, UpstreamFault
 from meshproxy.gateway.call import Call
 from meshproxy.gateway.health import Trial
 from meshproxy.gateway.idempotent import Recording
@@ -13,14 +11,16 @@ from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.records import UsageSource
 from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.principal import Principal
-from meshproxy.wire.replies import concealed
+from meshproxy.upstream.response import Response
+from meshproxy.wire.replies import concealed, without_secrets
 from meshproxy.wire.usage import Refusal, Usage
 
 
 class Exchange:
     """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it
-    goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours;
-    `refused`: the numbers of its report that can't be true.
+    goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours; `response`: the last
+    provider's, whose head has come; `refused_by`: the bucket, budget or bound that refused it; `failure`: what broke off an
+    answer that had begun; `refused`: the numbers of its report that can't be true.
     """
 
     phase = "authenticate"
@@ -31,6 +31,9 @@ class Exchange:
     attempts = 0
     secrets: Sequence[str] = ()
     trial: Trial | None = None
+    response: Response | None = None
+    refused_by: str | None = None
+    failure: UpstreamFault | None = None
     detached = False
     complete = False
     recording: Recording | None = None
@@ -53,10 +56,14 @@ class Exchange:
         self.hold_id = hold_id
 
     def told(self, problem: Problem) -> Problem:
-        """A problem as the client may hear of it: without our keys, should the provider's words repeat one."""
-        if problem.provider_error is None:
-            return problem
-        return replace(problem, provider_error=concealed(problem.provider_error, self.secrets))
+        """Return a problem as the client may hear of it: without our keys, should the provider's words repeat one."""
+        return without_secrets(problem, self.secrets)
+
+    def failed(self, fault: UpstreamFault) -> None:
+        """Note what broke off an answer that had begun."""
+        fault.problem = self.told(fault.problem)
+        fault.words = concealed(fault.words, self.secrets)
+        self.failure = fault
 
     @property
     def model(self) -> str:

@@ -3,12 +3,9 @@ nothing can still be asked for elsewhere, or be refused with an honest status.
 """
 
 from collections.abc import Callable
-from typing import Any
-
-import msgspec
 
 from meshproxy.errors import UpstreamFault, upstream_error
-from meshproxy.policy.failover import after_status
+from meshproxy.policy.failover import after_event
 from meshproxy.upstream.response import Response
 from meshproxy.wire.sse import StreamScanner
 
@@ -61,15 +58,4 @@ def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
 def _raise_if_first(scanner: StreamScanner) -> None:
     """Raise if the first event is an error. One that came with events before it is the client's to hear of, however fast."""
     if scanner.error is not None and scanner.events == 1:
-        raise _told(scanner.error)
-
-
-def _told(error: dict[str, Any]) -> UpstreamFault:
-    """An error event instead of the first: as if the provider had answered with the status that the error names, if it does."""
-    code = error.get("code")
-    if isinstance(code, int) and 400 <= code <= 599:
-        body = msgspec.json.encode({"error": error})
-        verdict = after_status(code, body, None, content_type="application/json")
-        return UpstreamFault(verdict.problem, safe_to_repeat=verdict.try_next, answered=code)
-    problem = upstream_error("The provider failed before it began.", may_have_run=True, provider_error=error)
-    return UpstreamFault(problem, safe_to_repeat=True, answered=200)
+        raise after_event(scanner.error, otherwise="The provider failed before it began.")

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable
 
-from meshproxy.errors import Fault, Problem, UpstreamFault, internal_error, overloaded, upstream_error
+from meshproxy.errors import Fault, Problem, UpstreamFault, internal_error, overloaded
 from meshproxy.gateway.admission import limit_headers, refused
 from meshproxy.gateway.admitter import Admitter
 from meshproxy.gateway.attempts import Attempts
@@ -31,6 +31,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Denied
 from meshproxy.money import format_usd
+from meshproxy.policy.failover import after_event
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
@@ -48,8 +49,8 @@ STREAM_HEADERS: Headers = [
 
 
 class Gateway:
-    """The pipeline of one worker. `clock` is monotonic seconds; `spin` gives a random number in [0, 1); `boot_id` makes this
-    worker's hold ids its own.
+    """The pipeline of one worker. `clock` is monotonic seconds, `wall_clock` Unix time; `spin` gives a random number in
+    [0, 1); `boot_id` makes this worker's hold ids its own.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Gateway:
         tasks: Tasks,
         live: Live,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float],
         spin: Callable[[], float],
         boot_id: str,
     ) -> None:
@@ -82,7 +84,7 @@ class Gateway:
         self._clock = clock
         self._spin = spin
         self.health = Health(recorder.breaker_changed, clock, spin)
-        self._attempts = Attempts(self.health, recorder, clock)
+        self._attempts = Attempts(self.health, recorder, clock, wall_clock)
         self._boot_id = boot_id
         self._count = itertools.count(1)
         self._detacher = Detacher(tasks, self._close)
@@ -131,6 +133,7 @@ class Gateway:
         self._recorder.end(exchange)
 
     def _shed(self, exchange: Exchange) -> Reply:
+        exchange.refused_by = "max_in_flight"
         reply = self._refuse(exchange, overloaded("This instance has too many requests in flight."))
         self._recorder.shed(exchange)
         return reply
@@ -166,6 +169,7 @@ class Gateway:
         answer = await self._admitter.admit(exchange, plan, principal, deployment)
         if isinstance(answer, Denied):
             self._recorder.denied(answer)
+            exchange.refused_by = answer.which.replace(" ", "_")
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
         lease = exchange.lease = answer
         plan = exchange.plan = lease.plan
@@ -195,12 +199,15 @@ class Gateway:
 
     async def _answer(self, exchange: Exchange, response: Response) -> Reply:
         """Pass a whole answer on, its bytes unchanged."""
-        body = await response.read()
-        read_at = self._clock()
-        reply = decode_reply(body)
-        if reply.error:
-            problem = upstream_error("The provider failed.", may_have_run=True, provider_error=reply.error)
-            raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
+        try:
+            body = await response.read()
+            read_at = self._clock()
+            reply = decode_reply(body)
+            if reply.error:
+                raise after_event(reply.error, otherwise="The provider failed.")
+        except UpstreamFault as fault:
+            exchange.failed(fault)
+            raise
         bill(exchange, reply.report, reply.model, lambda: -(-output_bytes(body) // BYTES_PER_TOKEN))
         exchange.status = 200
         exchange.outcome = "completed"
@@ -241,8 +248,7 @@ class Gateway:
         return [
             ("x-request-id", exchange.call.request_id),
             *_limits_of(exchange),
-            ("x-mesh-model", exchange.model),
-            ("x-mesh-attempts", str(exchange.attempts)),
+            *_route_of(exchange),
             *_clamp_of(exchange),
         ]
 
@@ -258,6 +264,20 @@ def _outlives(plan: Plan, deployment: Deployment) -> bool:
     """Whether hanging up may leave the provider at work, and its bill growing."""
     draining = deployment.draining
     return bool(draining) and any(attempt.upstream in draining for attempt in plan.attempts)
+
+
+def _route_of(exchange: Exchange) -> Headers:
+    """Which model serves and how many providers were asked, in the gateway's own headers and in those that Mesh's SDKs read."""
+    model, attempts = exchange.model, str(exchange.attempts)
+    headers = [
+        ("x-mesh-model", model),
+        ("x-mesh-attempts", attempts),
+        ("x-resolved-model-id", model),
+        ("x-mesh-routing-attempts", attempts),
+    ]
+    if exchange.attempts > 1 or (exchange.plan is not None and model != exchange.plan.model):
+        headers += [("x-mesh-routing-fallback", "true"), ("x-mesh-routing-model", model)]
+    return headers
 
 
 def _clamp_of(exchange: Exchange) -> Headers:

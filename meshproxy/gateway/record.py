@@ -1,5 +1,6 @@
 """Record: the last phase of every request, its metrics, its one log line, and its span where spans are asked for."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -7,15 +8,19 @@ import structlog
 from msgspec.structs import astuple
 from prometheus_client import Counter, Gauge
 
+from meshproxy.errors import Source, UpstreamFault
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.spans import Spans
 from meshproxy.ledger.records import Denied
 from meshproxy.money import format_usd
+from meshproxy.policy.catalog import Attempt
 from meshproxy.telemetry.families import PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
+from meshproxy.wire.headers import upstream_request_id
 from meshproxy.wire.usage import Usage
 
+MAX_WORDS_CHARS = 500  # of a provider, in one line of the log
 ROUTE = "/v1/chat/completions"
 
 _log = structlog.get_logger("meshproxy.gateway")
@@ -71,8 +76,9 @@ class Recorder:
             self.spans.end(exchange, ROUTE, now)
 
     def shed(self, exchange: Exchange) -> None:
-        """A request was turned away before it counted as in flight."""
+        """Count and log a request that was turned away before it counted as in flight."""
         self._request_counter("none", exchange.status, "false").inc()
+        self._request_log.write(self._line(exchange, "", stream=False, now=self._clock()))
 
     def denied(self, denied: Denied) -> None:
         """The ledger said no."""
@@ -84,6 +90,26 @@ class Recorder:
     def attempted(self, upstream: str, code: str) -> None:
         """A provider answered with a status, or failed without one."""
         self._metrics.upstream_requests.labels(upstream, code).inc()
+
+    def attempt_failed(self, exchange: Exchange, attempt: Attempt, fault: UpstreamFault) -> None:
+        """Log an attempt that failed, and why: its status or the system's reason, and the provider's words."""
+        response = exchange.response
+        ours = fault.source is Source.GATEWAY
+        _log.log(
+            logging.ERROR if ours else logging.WARNING,
+            "attempt_failed",
+            request_id=exchange.call.request_id,
+            upstream=attempt.upstream,
+            model=attempt.model,
+            attempt=exchange.attempts,
+            source=fault.source.value,
+            phase=fault.phase.value,
+            status=response.status if response is not None else fault.answered,
+            reason=fault.reason or fault.problem.message,
+            words=(fault.words or "")[:MAX_WORDS_CHARS] or None,
+            upstream_request_id=upstream_request_id(response.headers) if response is not None else None,
+            duration_ms=_ms(self._clock() - exchange.sent_at),
+        )
 
     def breaker_changed(self, upstream: str, is_open: bool) -> None:  # noqa: FBT001 - the gauge's value
         """An upstream's breaker opened or closed."""
@@ -149,6 +175,7 @@ class Recorder:
         key = exchange.principal.key if exchange.principal is not None else None
         attempt = exchange.attempt
         received_at = exchange.call.received_at
+        response = exchange.response
         return {
             "request_id": exchange.call.request_id,
             "client": exchange.call.client,
@@ -157,6 +184,9 @@ class Recorder:
             "model": model or None,
             "upstream": attempt.upstream if attempt is not None else None,
             "attempts": exchange.attempts,
+            "upstream_status": response.status if response is not None else None,
+            "upstream_request_id": upstream_request_id(response.headers) if response is not None else None,
+            "refused_by": exchange.refused_by,
             "status": exchange.status,
             "code": exchange.code or None,
             "stream": stream,

@@ -14,6 +14,7 @@ from meshproxy.errors import Problem, UpstreamFault, upstream_error
 from meshproxy.gateway.call import Downstream
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Lease
+from meshproxy.policy.failover import in_stream
 from meshproxy.upstream.response import Response
 from meshproxy.wire.replies import error_event
 from meshproxy.wire.sse import DONE, PING, StreamScanner
@@ -141,7 +142,9 @@ class Relay:
             self._say_done()
             self._finish()
         else:
-            self.stop(upstream_error("The provider ended the stream early.", may_have_run=True))
+            problem = upstream_error("The provider ended the stream early.", may_have_run=True)
+            self._exchange.failed(UpstreamFault(problem, safe_to_repeat=False, answered=200))
+            self.stop(problem)
 
     def fail(self, fault: UpstreamFault) -> None:
         """The upstream died or fell silent; after its [DONE] that is nobody's business."""
@@ -150,6 +153,7 @@ class Relay:
         elif self.scanner.done:
             self._finish()
         else:
+            self._exchange.failed(fault)
             self.stop(fault.problem)
 
     def stop(self, problem: Problem) -> None:
@@ -243,10 +247,9 @@ class Relay:
         self._wake()
 
     def _stop_by_provider(self) -> None:
-        problem = upstream_error(
-            "The provider failed in the stream.", may_have_run=True, provider_error=self.scanner.error
-        )
-        self.stop(problem)
+        fault = in_stream(self.scanner.error)
+        self._exchange.failed(fault)
+        self.stop(fault.problem)
 
     def _timed(self, arrived_at: float) -> None:
         if self._first_at:

@@ -27,6 +27,18 @@ SHOWN: Final = frozenset(
     }
 )
 
+# A provider's own name of a request, for its support: OpenAI's and most others', Anthropic's, Azure's, OpenRouter's, Mistral's
+# (Kong) and AWS's. The first that is there counts.
+REQUEST_IDS: Final = (
+    "x-request-id",
+    "request-id",
+    "apim-request-id",
+    "x-generation-id",
+    "mistral-correlation-id",
+    "x-amzn-requestid",
+    "cf-ray",
+)
+
 # RFC 6750, section 2.1, with our own alphabet for the token.
 _BEARER = re.compile(r"(?i:bearer) +(rsk_[A-Za-z0-9_-]{1,124})", re.ASCII)
 # W3C Trace Context, section 3.2: version, trace id, parent id, flags. Ids of zeros alone are invalid.
@@ -95,6 +107,16 @@ def forwarded_headers(headers: Mapping[str, str]) -> Headers:
         if value is not None and _is_plain(value):
             found.append((name, value))
     return found
+
+
+def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:
+    """The provider's own id of a request, from its answer's headers (lower-case names)."""
+    found = dict(headers)
+    for name in REQUEST_IDS:
+        value = found.get(name)
+        if value:
+            return value[:128]
+    return None
 
 
 def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:

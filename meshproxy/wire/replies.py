@@ -9,17 +9,23 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from meshproxy.errors import MAX_RETRY_AFTER_S, Problem
+from meshproxy.value import Value
 
 MAX_MESSAGE_CHARS: Final = 2000
 MAX_PROVIDER_ERROR_BYTES: Final = 8192
 MAX_TITLE_CHARS: Final = 200
 MAX_SCANNED_BYTES: Final = 65_536  # of a provider's HTML
+MAX_CODE_CHARS: Final = 128
+MAX_NESTING: Final = 4  # of objects in which a provider's sentence is looked for
+MAX_SENTENCES: Final = 8  # of a list of complaints
 MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the beginning that all of its kind have
 CONCEALED: Final = "[redacted]"
 
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
+_SAYS: Final = ("message", "msg", "detail", "error", "title", "errors")  # where a sentence is looked for, in this order
 _HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
 
 
@@ -38,7 +44,9 @@ def envelope(problem: Problem, request_id: str) -> bytes:
             for detail in problem.details
         ]
     if problem.retry_after_s is not None and math.isfinite(problem.retry_after_s):
-        error["retry_after_seconds"] = _millis(problem.retry_after_s) / 1000
+        error["retry_after_seconds"] = _whole_seconds(problem.retry_after_s)
+    if problem.provider_code is not None:
+        error["provider_code"] = _text(problem.provider_code)
     if problem.provider_error is not None:
         error["provider_error"] = _bounded(problem.provider_error)
     return msgspec.json.encode({"error": error, "request_id": request_id})
@@ -53,7 +61,7 @@ def problem_headers(problem: Problem) -> list[tuple[str, str]]:
         headers.append(("www-authenticate", "Bearer"))  # RFC 9110, section 11.6.1
     wait_s = problem.retry_after_s
     if wait_s is not None and math.isfinite(wait_s):
-        headers.append(("retry-after", str(max(1, math.ceil(_millis(wait_s) / 1000)))))
+        headers.append(("retry-after", str(_whole_seconds(wait_s))))
         headers.append(("retry-after-ms", str(_millis(wait_s))))
     pays_twice = problem.status >= 500 and problem.may_have_run
     too_long = wait_s is not None and not wait_s <= MAX_RETRY_AFTER_S
@@ -83,16 +91,81 @@ def provider_error(body: bytes, content_type: str | None = None) -> Any:
     return body[: 4 * MAX_MESSAGE_CHARS].decode(errors="replace")[:MAX_MESSAGE_CHARS]
 
 
+class ProviderWords(Value, frozen=True):
+    """What a provider said of its error. `value`: all of it, an object; `message`, `code`, `kind` (its `type`), `param`: what
+    could be found of them, as text. `numeric`: the code is a mere number. `moderated`: it says for which reasons the request was
+    flagged. `wait_s`: the wait that it asks for in its body.
+    """
+
+    value: dict[str, Any] | None = None
+    message: str | None = None
+    code: str | None = None
+    kind: str | None = None
+    param: str | None = None
+    numeric: bool = False
+    moderated: bool = False
+    wait_s: float | None = None
+
+
+def provider_words(value: Any) -> ProviderWords:
+    """Read what a provider said, of which `value` is the decoded JSON or the text.
+
+    The shapes are OpenAI's `{"error": {...}}`, the same as the only item of a list (Gemini), a bare object (vLLM, Mistral), an
+    `error` that is a string (xAI, Ollama), FastAPI's `detail`, and OpenRouter's `metadata.raw` with another provider's error.
+    """
+    if value is None:
+        return ProviderWords()
+    whole = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+    if not isinstance(whole, dict):
+        sentence = _sentence(whole) or str(whole)[:MAX_MESSAGE_CHARS]
+        return ProviderWords({"message": sentence}, sentence)
+    inner = whole["error"] if isinstance(whole.get("error"), dict) else whole
+    found = inner.get("metadata")
+    metadata: dict[str, Any] = found if isinstance(found, dict) else {}
+    code, numeric = _code(inner, whole)
+    words = ProviderWords(
+        whole,
+        _sentence(inner) or _sentence(whole),
+        code,
+        _of_text(inner.get("type")) or _of_text(whole.get("type")),
+        _of_text(inner.get("param")) or _place(inner) or _place(whole),
+        numeric,
+        moderated=bool(metadata.get("reasons") or metadata.get("flagged_input")),
+        wait_s=_wait_of_details(inner.get("details")),
+    )
+    return _with_raw(words, metadata.get("raw"))
+
+
 def concealed(words: Any, secrets: Sequence[str]) -> Any:
-    """A provider's words without any of the secrets, also where they were cut off in the middle of one."""
+    """Return a provider's words without any of the secrets, also where they were cut off in the middle of one."""
+    try:
+        return _concealed(words, secrets)
+    except RecursionError:
+        return CONCEALED
+
+
+def without_secrets(problem: Problem, secrets: Sequence[str]) -> Problem:
+    """Return a problem in which the provider's words name none of the secrets."""
+    if not secrets:
+        return problem
+    return replace(
+        problem,
+        message=concealed(problem.message, secrets),
+        param=concealed(problem.param, secrets),
+        code=concealed(problem.code, secrets),
+        provider_code=concealed(problem.provider_code, secrets),
+        provider_error=concealed(problem.provider_error, secrets),
+    )
+
+
+def _concealed(words: Any, secrets: Sequence[str]) -> Any:
     if isinstance(words, str):
         return _without(words, secrets)
-    try:
-        text = msgspec.json.encode(words).decode()
-    except (TypeError, ValueError, RecursionError):
-        return words
-    clean = _without(text, [msgspec.json.encode(secret).decode()[1:-1] for secret in secrets])
-    return words if clean == text else msgspec.json.decode(clean)
+    if isinstance(words, dict):
+        return {_concealed(name, secrets): _concealed(value, secrets) for name, value in words.items()}
+    if isinstance(words, list):
+        return [_concealed(value, secrets) for value in words]
+    return words
 
 
 def _without(text: str, secrets: Sequence[str]) -> str:
@@ -103,6 +176,76 @@ def _without(text: str, secrets: Sequence[str]) -> str:
     return text
 
 
+def _sentence(value: Any, depth: int = 0) -> str | None:
+    """The first sentence for people in an error's JSON."""
+    if isinstance(value, str):
+        return value.strip()[:MAX_MESSAGE_CHARS] or None
+    if depth >= MAX_NESTING:
+        return None
+    if isinstance(value, list):
+        sentences = [sentence for item in value[:MAX_SENTENCES] if (sentence := _sentence(item, depth + 1))]
+        return "; ".join(sentences)[:MAX_MESSAGE_CHARS] or None
+    if isinstance(value, dict):
+        return next((found for name in _SAYS if (found := _sentence(value.get(name), depth + 1))), None)
+    return None
+
+
+def _code(inner: dict[str, Any], whole: dict[str, Any]) -> tuple[str | None, bool]:
+    """The provider's code, and whether it is a mere number. Google's textual code is called `status`."""
+    for code in (inner.get("code"), whole.get("code")):
+        if isinstance(code, str) and code.strip():
+            return code.strip()[:MAX_CODE_CHARS], code.strip().isdigit()
+        if isinstance(code, int | float) and not isinstance(code, bool):
+            return f"{code:g}"[:MAX_CODE_CHARS], True
+    return _of_text(inner.get("status")), False
+
+
+def _place(value: dict[str, Any]) -> str | None:
+    """The field that FastAPI's `detail` complains of first."""
+    said = value.get("message") if isinstance(value.get("message"), dict) else value
+    detail = said.get("detail")  # type: ignore[union-attr]  # said is a dict either way
+    first = detail[0] if isinstance(detail, list) and detail else None
+    loc = first.get("loc") if isinstance(first, dict) else None
+    steps = [str(step) for step in loc[:MAX_SENTENCES]] if isinstance(loc, list) else []
+    return ".".join(steps[1:] if steps[:1] == ["body"] else steps)[:MAX_CODE_CHARS] or None
+
+
+def _wait_of_details(details: Any) -> float | None:
+    """The `retryDelay` of Google's RetryInfo (google.rpc.RetryInfo in error_details.proto), in seconds."""
+    for detail in details[:MAX_SENTENCES] if isinstance(details, list) else ():
+        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
+        if isinstance(delay, str) and (found := re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)s", delay)):
+            return float(found[1])
+    return None
+
+
+def _with_raw(words: ProviderWords, raw: Any) -> ProviderWords:
+    """Add what the provider behind OpenRouter said, which tells more than `Provider returned error`
+    (https://openrouter.ai/docs/api/reference/errors-and-debugging, "Provider Errors").
+    """
+    if isinstance(raw, str):
+        raw = provider_error(raw.encode(errors="replace"))
+    if raw is None:
+        return words
+    inner = provider_words({"error": raw} if isinstance(raw, str) else raw)
+    if inner.message is None or inner.message == words.message:
+        return words
+    has_code = inner.code is not None and not inner.numeric
+    return replace(
+        words,
+        message=f"{words.message}: {inner.message}"[:MAX_MESSAGE_CHARS] if words.message else inner.message,
+        code=inner.code if has_code else words.code,
+        numeric=False if has_code else words.numeric,
+        kind=words.kind or inner.kind,
+        param=words.param or inner.param,
+        wait_s=words.wait_s if words.wait_s is not None else inner.wait_s,
+    )
+
+
+def _of_text(value: Any) -> str | None:
+    return value.strip()[:MAX_CODE_CHARS] or None if isinstance(value, str) else None
+
+
 def _page(body: bytes) -> str:
     found = _TITLE.search(body)
     title = " ".join(html.unescape(found[1].decode(errors="replace")).split()) if found else ""
@@ -110,14 +253,16 @@ def _page(body: bytes) -> str:
 
 
 def _bounded(value: Any) -> Any:
-    """A provider's words as JSON of at most 8 KiB; if they are more, or no JSON, the beginning of their text."""
+    """A provider's words as a JSON object of at most 8 KiB; if they are more, or no object, an object with their beginning as
+    `message`: Mesh's typed SDKs read nothing but an object there.
+    """
     try:
         encoded = msgspec.json.encode(value)
     except (TypeError, ValueError, RecursionError):
-        return _text(value) if isinstance(value, str) else "unreadable"
-    if len(encoded) <= MAX_PROVIDER_ERROR_BYTES:
+        return {"message": _text(value) if isinstance(value, str) else "unreadable"}
+    if len(encoded) <= MAX_PROVIDER_ERROR_BYTES and isinstance(value, dict):
         return msgspec.Raw(encoded)
-    return _text(value if isinstance(value, str) else encoded.decode())
+    return {"message": _text(value if isinstance(value, str) else encoded.decode())}
 
 
 def _text(value: str) -> str:
@@ -127,6 +272,11 @@ def _text(value: str) -> str:
 
 def _step(step: str | int) -> str | int:
     return step if isinstance(step, int) else _text(step)
+
+
+def _whole_seconds(seconds: float) -> int:
+    """What Retry-After says: whole seconds, rounded up, at least one."""
+    return max(1, math.ceil(_millis(seconds) / 1000))
 
 
 def _millis(seconds: float) -> int:

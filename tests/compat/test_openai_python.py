@@ -227,7 +227,7 @@ ERRORS = [
     ({"extra_body": {"template": "nobody-knows"}}, openai.NotFoundError, 404, "template_not_found"),
     ({"temperature": 3}, openai.UnprocessableEntityError, 422, "validation_error"),
     ({"messages": []}, openai.UnprocessableEntityError, 422, "validation_error"),
-    ({"model": "sim/error-400"}, openai.UnprocessableEntityError, 422, "validation_error"),
+    ({"model": "sim/error-400"}, openai.BadRequestError, 400, "provider_refused"),
     ({"user": "u" * 1_048_576}, openai.APIStatusError, 413, "request_too_large"),
     ({"extra_headers": {"content-type": "text/plain"}}, openai.APIStatusError, 415, "unsupported_media_type"),
     ({"model": "sim/error-500"}, openai.InternalServerError, 502, "upstream_error"),

@@ -131,14 +131,21 @@ CASES = {
     ),
     "invalid": Case(422, "validation_error", openai.UnprocessableEntityError, fields={"temperature": 3}),
     "refused by the provider": Case(
-        422,
-        "validation_error",
-        openai.UnprocessableEntityError,
+        400,
+        "invalid_value",
+        openai.BadRequestError,
         fields={"messages": [{"role": "nobody", "content": "Hi"}]},
         asked=1,
     ),
     "provider says 413": Case(
-        422, "validation_error", openai.UnprocessableEntityError, fields={"model": "sim/error-413"}, asked=1
+        413, "provider_refused", openai.APIStatusError, fields={"model": "sim/error-413"}, asked=1
+    ),
+    "provider says 422": Case(
+        422,
+        "unprocessable_entity",
+        openai.UnprocessableEntityError,
+        fields={"model": "sim/error-422"},
+        asked=1,
     ),
     "rate limit": Case(
         429,
@@ -244,7 +251,7 @@ async def test_over_http(case, refusing):
     else:
         assert 0 <= case.retry_after_ms - int(answer.headers["retry-after-ms"]) < 1000
         assert str(-(-int(answer.headers["retry-after-ms"]) // 1000)) == answer.headers["retry-after"]
-        assert int(answer.headers["retry-after-ms"]) / 1000 == answer.error["retry_after_seconds"]
+        assert int(answer.headers["retry-after"]) == answer.error["retry_after_seconds"]
     after = await refusing.balance(caller)
     assert (before.balance_nusd, before.settled_nusd, 0) == (after.balance_nusd, after.settled_nusd, after.held_nusd)
 
@@ -283,7 +290,7 @@ async def test_the_provider_is_not_quoted_about_our_account(mesh, status):
 async def test_a_web_page_is_told_by_its_title(mesh):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="sim/error-html")
-    assert "A web page: 502 Bad Gateway" == answer.error["provider_error"]
+    assert {"message": "A web page: 502 Bad Gateway"} == answer.error["provider_error"]
 
 
 async def test_a_rate_limit_names_which_and_writes_nothing(mesh):

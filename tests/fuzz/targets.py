@@ -117,7 +117,7 @@ def check_provider_words(data: bytes) -> None:
     """Whatever a provider says with a status can be told, as a body and as one event."""
     status = 100 + (data[0] * 2 if data else 0)
     verdict = after_status(status, data[1:], None)
-    assert verdict.problem.status in {422, 502, 503}
+    assert verdict.problem.status in {400, 403, 404, 413, 422, 502, 503}
     _can_be_told(verdict.problem, verdict.problem.status)
     try:
         decode_reply(data[1:])

@@ -135,7 +135,7 @@ async def test_a_body_that_breaks_off_is_the_fault_it_broke_off_with(upstream, b
         (b'"server_error"', (502, True, 200)),
         (b"502", (502, True, 502)),
         (b"429", (503, True, 429)),
-        (b"400", (422, False, 400)),
+        (b"400", (400, False, 400)),
         (b"404", (502, True, 404)),
         (b"7", (502, True, 200)),
         (b"true", (502, True, 200)),

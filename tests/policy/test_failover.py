@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,15 @@ from meshproxy.errors import (
     provider_not_available,
     upstream_error,
 )
-from meshproxy.policy.failover import Verdict, after_status, asks_to_wait_s, is_unwell, wait_of
+from meshproxy.policy.failover import (
+    Verdict,
+    after_event,
+    after_status,
+    asks_to_wait_s,
+    foremost,
+    is_unwell,
+    wait_of,
+)
 
 BODY = b'{"error": {"message": "words"}}'
 WORDS = {"error": {"message": "words"}}
@@ -24,9 +34,9 @@ def short(verdict):
 @pytest.mark.parametrize(
     "status, expected",
     [
-        (400, (422, "validation_error", False, WORDS, False)),
-        (413, (422, "validation_error", False, WORDS, False)),
-        (422, (422, "validation_error", False, WORDS, False)),
+        (400, (400, "provider_refused", False, WORDS, False)),
+        (413, (413, "provider_refused", False, WORDS, False)),
+        (422, (422, "provider_refused", False, WORDS, False)),
         (401, (502, "upstream_error", False, None, True)),
         (402, (502, "upstream_error", False, None, True)),
         (403, (502, "upstream_error", False, None, True)),
@@ -60,16 +70,23 @@ def test_after_status(status, expected):
 
 
 def test_a_refused_request_in_full():
-    problem = Problem(422, "validation_error", "The provider refused the request.", provider_error="A web page: Oh no")
+    problem = Problem(400, "provider_refused", "A web page: Oh no", provider_error={"message": "A web page: Oh no"})
     page = b"<title>Oh no</title>"
-    assert Verdict(problem, try_next=False) == after_status(400, page, None, content_type="text/html")
+    expected = Verdict(problem, try_next=False, words="A web page: Oh no")
+    assert expected == after_status(400, page, None, content_type="text/html")
 
 
 def test_an_overload_in_full():
-    words = "The provider is overloaded."
-    problem = Problem(502, "upstream_error", words, retry_after_s=0.25, provider_error="A web page: Oh no")
+    page = "A web page: Oh no"
+    problem = Problem(
+        502,
+        "upstream_error",
+        f"The provider is overloaded: {page}",
+        retry_after_s=0.25,
+        provider_error={"message": page},
+    )
     verdict = after_status(503, b"<title>Oh no</title>", "7", retry_after_ms="250", content_type="text/html")
-    assert Verdict(problem, try_next=True) == verdict
+    assert Verdict(problem, try_next=True, words=page) == verdict
 
 
 @pytest.mark.parametrize(
@@ -91,7 +108,7 @@ def test_the_client_is_told_in_words(status, expected):
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 429])
 def test_words_about_our_account_stay_inside(status):
     leak = b'{"error": {"message": "Incorrect API key provided: sk-proj-1234, organization org-5678"}}'
-    told = repr(after_status(status, leak, None))
+    told = repr(after_status(status, leak, None).problem)
     assert ("sk-proj" in told, "org-5678" in told) == (False, False)
 
 
@@ -101,7 +118,8 @@ def test_words_about_our_account_stay_inside(status):
         (429, None, 1.0),
         (429, "0", 1.0),
         (429, "7", 7.0),
-        (429, "3600", 60.0),
+        (429, "3600", 3600.0),
+        (429, "Thu, 01 Jan 1970 00:00:30 GMT", 30.0),
         (503, None, None),
         (503, "2", 2.0),
         (500, "2", None),
@@ -119,26 +137,33 @@ def test_the_wait_is_passed_on(status, retry_after, expected):
         ("5", None, 5.0),
         ("1.5", None, 1.5),
         (" 5 ", None, 5.0),
-        ("60.001", None, 60.0),
+        ("60.001", None, 60.001),
+        ("86401", None, 86400.0),
         ("5", "250", 0.25),
         ("5", "x", 5.0),
-        (None, "120000", 60.0),
+        (None, "120000", 120.0),
         ("-1", None, None),
         ("nan", None, None),
         ("inf", None, None),
         ("1e999", None, None),
-        ("Wed, 21 Oct 2026 07:28:00 GMT", None, None),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", None, 37.0),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", None, 37.0),
+        ("Sun Nov  6 08:49:37 1994", None, 37.0),
+        ("Sun, 06 Nov 1994 08:48:00 GMT", None, 0.0),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", None, 86400.0),
+        ("Wed, 99 Oct 2026 07:28:00 GMT", None, None),
+        ("soon", None, None),
         ("", "", None),
     ],
 )
 def test_wait_of(retry_after, retry_after_ms, expected):
-    assert expected == wait_of(retry_after, retry_after_ms)
+    assert expected == wait_of(retry_after, retry_after_ms, now=784111740.0)
 
 
 @given(st.integers(100, 999), st.binary(max_size=50), st.none() | st.text(max_size=20))
 def test_any_answer_has_a_verdict(status, body, retry_after):
     problem = after_status(status, body, retry_after).problem
-    assert problem.status in {422, 502, 503}
+    assert problem.status in {400, 413, 422, 502, 503}
 
 
 def fault(answered, problem):
@@ -174,3 +199,226 @@ def test_who_asks_to_be_spared_is_spared(answered, retry_after, expected):
 
 def test_what_never_left_the_gateway_spares_nobody():
     assert 0.0 == asks_to_wait_s(fault(None, provider_not_available("no connection is free", 1.0)))
+
+
+def said(status, body, **headers):
+    verdict = after_status(status, json.dumps(body).encode(), headers.get("retry_after"))
+    return verdict.problem, verdict.try_next, verdict.another_model
+
+
+def openai(message, code=None, param=None, kind="invalid_request_error"):
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+TOO_LONG = openai("This model's maximum context length is 8192 tokens.", "context_length_exceeded", "messages")
+TOOLS = {"error": {"message": "No endpoints found that support tool use.", "code": 404}}
+FLAGGED = {
+    "error": {
+        "code": 403,
+        "message": "Your chosen model requires moderation and your input was flagged",
+        "metadata": {"reasons": ["violence"], "flagged_input": "hi"},
+    }
+}
+
+# What providers refuse in a request: the status, code and param that the client gets, and whether another model may take it.
+REFUSED = [
+    pytest.param(400, TOO_LONG, ("context_length_exceeded", "messages", True), id="OpenAI's context length"),
+    pytest.param(
+        400,
+        openai("Unsupported parameter: 'max_tokens'.", "unsupported_parameter", "max_tokens"),
+        ("unsupported_parameter", "max_tokens", True),
+        id="OpenAI's unsupported parameter",
+    ),
+    pytest.param(
+        400,
+        openai("Invalid value: 'nobody'.", "invalid_value", "messages[0].role"),
+        ("invalid_value", "messages[0].role", False),
+        id="OpenAI's invalid value",
+    ),
+    pytest.param(
+        400,
+        openai("The response was filtered.", "content_filter", "prompt", None),
+        ("content_filter", "prompt", False),
+        id="Azure's content filter",
+    ),
+    pytest.param(
+        400,
+        [{"error": {"code": 400, "message": "Please use a valid role.", "status": "INVALID_ARGUMENT"}}],
+        ("provider_refused", None, False),
+        id="Gemini's list",
+    ),
+    pytest.param(
+        400,
+        {
+            "object": "error",
+            "message": '"auto" tool choice requires --enable-auto-tool-choice',
+            "type": "BadRequestError",
+            "code": 400,
+        },
+        ("provider_refused", None, True),
+        id="vLLM's bare object",
+    ),
+    pytest.param(400, {"error": "model is loading"}, ("provider_refused", None, False), id="an error that is a string"),
+    pytest.param(
+        422,
+        {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]},
+        ("provider_refused", "seed", True),
+        id="FastAPI's detail",
+    ),
+    pytest.param(
+        422,
+        {
+            "object": "error",
+            "message": {"detail": [{"loc": ["body", "stop"], "msg": "Bad stop"}]},
+            "type": "invalid_request_error",
+        },
+        ("provider_refused", "stop", False),
+        id="Mistral's detail in the message",
+    ),
+    pytest.param(403, FLAGGED, ("provider_refused", None, False), id="OpenRouter's moderation"),
+    pytest.param(404, TOOLS, ("provider_refused", None, True), id="OpenRouter's endpoints without tools"),
+    pytest.param(404, openai("No such file: f-1", None, "file_id"), ("provider_refused", "file_id", True), id="a file"),
+    pytest.param(
+        400,
+        {"error": {"message": "Provider returned error", "code": 400, "metadata": {"raw": json.dumps(TOO_LONG)}}},
+        ("context_length_exceeded", "messages", True),
+        id="OpenRouter's raw error",
+    ),
+    pytest.param(413, {"error": {"message": "Request too large"}}, ("provider_refused", None, True), id="413"),
+]
+
+
+@pytest.mark.parametrize("status, body, expected", REFUSED)
+def test_a_refusal_of_the_request_keeps_what_the_provider_said(status, body, expected):
+    problem, try_next, another_model = said(status, body)
+    assert (status, *expected, False) == (problem.status, problem.code, problem.param, another_model, try_next)
+
+
+@pytest.mark.parametrize("status, body, expected", REFUSED)
+def test_a_refusal_tells_the_providers_words_as_an_object(status, body, expected):
+    problem, _, _ = said(status, body)
+    said_last = problem.message.rpartition("error: ")[2]
+    assert (dict, True) == (type(problem.provider_error), said_last in json.dumps(body))
+
+
+# What a provider says of the gateway's account or configuration, whatever status it chose for it.
+ABOUT_US = [
+    (401, openai("Incorrect API key provided: sk-x", "invalid_api_key")),
+    (400, {"code": "Client specified an invalid argument", "error": "Incorrect API key provided: xa***."}),
+    (
+        400,
+        [
+            {
+                "error": {
+                    "code": 400,
+                    "message": "API key not valid. Please pass a valid API key.",
+                    "status": "INVALID_ARGUMENT",
+                }
+            }
+        ],
+    ),
+    (400, {"error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the API."}}),
+    (400, {"object": "error", "message": "Invalid model: mistral-huge", "type": "invalid_model", "code": "1500"}),
+    (402, {"error": {"code": 402, "message": "This request requires more credits, or fewer max_tokens."}}),
+    (
+        403,
+        {
+            "error": {
+                "message": "Country, region, or territory not supported",
+                "code": "unsupported_country_region_territory",
+            }
+        },
+    ),
+    (404, openai("The model `gpt-9` does not exist or you do not have access to it.", "model_not_found")),
+    (404, {"error": {"message": "The API deployment for this resource does not exist.", "code": "DeploymentNotFound"}}),
+    (404, {"error": {"message": "No endpoints found matching your data policy.", "code": 404}}),
+    (404, {"error": {"message": "No endpoints found for x/y:free.", "code": 404}}),
+    (404, {"detail": "Not Found"}),
+]
+
+
+@pytest.mark.parametrize("status, body", ABOUT_US)
+def test_a_refusal_of_the_gateway_is_not_the_clients(status, body):
+    problem, try_next, _ = said(status, body)
+    assert (502, "upstream_error", None, True) == (problem.status, problem.code, problem.provider_error, try_next)
+
+
+@pytest.mark.parametrize(
+    "body, retry_after, expected",
+    [
+        (openai("You exceeded your current quota.", "insufficient_quota", kind="insufficient_quota"), None, 600.0),
+        (openai("You exceeded your current quota.", "insufficient_quota"), "1", 600.0),
+        (openai("You exceeded your current quota."), None, 600.0),
+        (openai("Rate limit reached. Please try again in 7m12s."), None, 432.0),
+        (openai("Rate limit reached. Please try again in 250ms."), None, 0.25),
+        (openai("Requests exceeded. Please retry after 60 seconds."), None, 60.0),
+        (openai("Please try again in 20s."), "3", 3.0),
+        (
+            [
+                {
+                    "error": {
+                        "code": 429,
+                        "message": "You exceeded your current quota",
+                        "details": [{"retryDelay": "34.5s"}],
+                    }
+                }
+            ],
+            None,
+            34.5,
+        ),
+    ],
+)
+def test_a_wait_is_honest(body, retry_after, expected):
+    problem, try_next, _ = said(429, body, retry_after=retry_after)
+    assert (503, expected, True) == (problem.status, problem.retry_after_s, try_next)
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        ({"code": 429, "message": "x"}, (503, "provider_not_available", 429)),
+        ({"code": "400", "message": "x"}, (400, "provider_refused", 400)),
+        ({"code": "context_length_exceeded", "message": "x"}, (400, "context_length_exceeded", 400)),
+        ({"type": "overloaded_error", "message": "x"}, (502, "upstream_error", 529)),
+        ({"code": "invalid_api_key", "message": "x"}, (502, "upstream_error", 401)),
+        ({"message": "x"}, (502, "upstream_error", 200)),
+        ("x", (502, "upstream_error", 200)),
+    ],
+)
+def test_an_error_under_a_200_is_taken_for_its_status(error, expected):
+    fault = after_event(error, otherwise="Failed.")
+    assert expected == (fault.problem.status, fault.problem.code, fault.answered)
+
+
+REFUSAL = after_status(400, json.dumps(TOO_LONG).encode(), None).fault(400)
+OTHER_REFUSAL = after_status(400, b'{"error": {"message": "not supported"}}', None).fault(400)
+WAIT = after_status(429, b"", "9").fault(429)
+SHORT_WAIT = after_status(429, b"", "3").fault(429)
+FAILURE = after_status(500, BODY, None).fault(500)
+OURS = after_status(401, b"", None).fault(401)
+
+
+def unreached():
+    return UpstreamFault(upstream_error("refused", may_have_run=False), safe_to_repeat=True)
+
+
+@pytest.mark.parametrize(
+    "faults, expected",
+    [
+        ([REFUSAL, unreached()], REFUSAL),
+        ([REFUSAL, OTHER_REFUSAL], REFUSAL),
+        ([FAILURE, REFUSAL], REFUSAL),
+        ([WAIT, OURS], WAIT),
+        ([WAIT, SHORT_WAIT], SHORT_WAIT),
+        ([SHORT_WAIT, WAIT], SHORT_WAIT),
+        ([OURS, FAILURE, unreached()], FAILURE),
+        ([OURS, unreached()], OURS),
+    ],
+)
+def test_the_fault_that_matters_most_is_told(faults, expected):
+    assert expected is foremost(faults)
+
+
+def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
+    told = foremost([after_status(500, b"", None).fault(500), after_status(429, b"", "9").fault(429)])
+    assert (503, True) == (told.problem.status, told.problem.may_have_run)

@@ -1,0 +1,189 @@
+"""What a provider says no with, and what the client and the operator hear of it: the whole gateway and real sockets."""
+
+from typing import Any
+
+import pytest
+import structlog
+
+from tests.conftest import model
+
+OK = {
+    "id": "chatcmpl-7",
+    "object": "chat.completion",
+    "created": 1764000000,
+    "model": "up-model",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "from elsewhere"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
+}
+TOO_LONG = {
+    "error": {
+        "message": "This model's maximum context length is 8192 tokens.",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": "context_length_exceeded",
+    }
+}
+FLAGGED = {
+    "error": {"code": 403, "message": "Your input was flagged", "metadata": {"reasons": ["violence"]}},
+}
+INVALID = {"error": {"message": "Invalid value: 'nobody'.", "param": "messages[0].role", "code": "invalid_value"}}
+DOWN = {"error": {"message": "The tide gauge is broken", "code": "server_error"}}
+
+
+@pytest.fixture
+async def pair(start_mesh, providers):
+    """A gateway and two providers: the model `m` is served by the first, then by the second; `first` and `second` by each."""
+    first, second = await providers(), await providers()
+    second.answers(200, OK)
+
+    def upstream(url: str) -> dict[str, Any]:
+        return {"kind": "openai", "base_url": url}
+
+    mesh = await start_mesh(
+        upstreams={"one": upstream(first.url), "two": upstream(second.url)},
+        models={"m": model("one", "x", "two", "x"), "first": model("one", "x"), "second": model("two", "x")},
+    )
+    return mesh, first, second
+
+
+async def test_a_refusal_of_the_request_is_told_as_the_provider_said_it(pair):
+    mesh, first, second = pair
+    first.answers(400, TOO_LONG)
+    answer = await mesh.chat(await mesh.key(), model="m")
+    error = answer.error
+    expected = (400, "context_length_exceeded", "messages", "context_length_exceeded", TOO_LONG)
+    told = (answer.status, error["code"], error["param"], error["provider_code"], error["provider_error"])
+    assert (expected, []) == (told, second.asked)
+    assert TOO_LONG["error"]["message"] == error["message"]
+
+
+async def test_what_was_flagged_is_not_asked_elsewhere(pair):
+    mesh, first, second = pair
+    first.answers(403, FLAGGED)
+    answer = await mesh.chat(await mesh.key(), model="m", models=["second"])
+    assert (403, "Your input was flagged", []) == (answer.status, answer.error["message"], second.asked)
+
+
+async def test_a_refusal_of_our_account_is_asked_elsewhere(pair):
+    mesh, first, _ = pair
+    first.answers(401, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}})
+    answer = await mesh.chat(await mesh.key(), model="m")
+    assert (200, "2") == (answer.status, answer.headers["x-mesh-routing-attempts"])
+
+
+@pytest.mark.parametrize(("body", "expected"), [(TOO_LONG, (200, 1)), (INVALID, (400, 0))])
+async def test_another_model_is_asked_for_what_only_this_one_refuses(pair, body, expected):
+    mesh, first, second = pair
+    first.answers(400, body)
+    answer = await mesh.chat(await mesh.key(), model="first", models=["second"])
+    assert expected == (answer.status, len(second.asked))
+
+
+async def test_the_refusal_is_told_and_not_the_last_failure(start_mesh, providers):
+    first = (await providers()).answers(400, TOO_LONG)
+    mesh = await start_mesh(
+        upstreams={"one": {"kind": "openai", "base_url": first.url}},
+        models={"first": model("one", "x"), "gone": model("refused", "x")},
+    )
+    answer = await mesh.chat(await mesh.key(), model="first", models=["gone"])
+    assert (400, "context_length_exceeded") == (answer.status, answer.code)
+
+
+async def test_a_wait_of_more_than_a_minute_is_honest_and_not_worth_a_retry(pair):
+    mesh, first, _ = pair
+    first.answers(429, {"error": {"message": "You exceeded your current quota.", "code": "insufficient_quota"}})
+    answer = await mesh.chat(await mesh.key(), model="first")
+    told = (answer.status, answer.code, answer.error["provider_code"], answer.headers["retry-after"])
+    assert (503, "provider_not_available", "insufficient_quota", "600") == told
+    assert ("false", 600) == (answer.headers["x-should-retry"], answer.error["retry_after_seconds"])
+
+
+async def test_no_secret_of_ours_is_told_wherever_the_provider_says_it(start_mesh, providers):
+    first = await providers()
+    secret = "upstream-secret-9"
+    first.answers(400, {"error": {"message": f"What is {secret}?", "param": secret, "code": secret, "x": [secret]}})
+    upstream = {"kind": "openai", "base_url": first.url, "headers": {"api-key": secret}}
+    mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
+    with structlog.testing.capture_logs() as lines:
+        answer = await mesh.chat(await mesh.key(), model="m")
+    assert (400, False) == (answer.status, secret.encode() in answer.body)
+    assert secret not in repr(lines)
+
+
+async def test_a_200_with_an_error_in_it_is_told_as_its_status(pair):
+    mesh, first, _ = pair
+    first.answers(200, {"error": {"code": 429, "message": "Slow down"}})
+    answer = await mesh.chat(await mesh.key(), model="first")
+    assert (503, "provider_not_available") == (answer.status, answer.code)
+
+
+# Routing.
+
+
+async def test_the_headers_of_a_direct_answer(pair):
+    mesh, _, _ = pair
+    headers = (await mesh.chat(await mesh.key(), model="second")).headers
+    names = ("x-resolved-model-id", "x-mesh-routing-attempts", "x-mesh-routing-fallback", "x-mesh-routing-model")
+    assert ["second", "1", None, None] == [headers.get(name) for name in names]
+
+
+async def test_the_headers_of_a_fallback(pair):
+    mesh, first, _ = pair
+    first.answers(500, DOWN)
+    headers = (await mesh.chat(await mesh.key(), model="first", models=["second"])).headers
+    names = ("x-resolved-model-id", "x-mesh-routing-attempts", "x-mesh-routing-fallback", "x-mesh-routing-model")
+    assert ["second", "2", "true", "second"] == [headers.get(name) for name in names]
+
+
+# The operator's log.
+
+
+async def failed_attempts(mesh, **fields: Any) -> list[dict[str, Any]]:
+    with structlog.testing.capture_logs() as lines:
+        await mesh.chat(await mesh.key(), **fields)
+        await mesh.quiet()
+    return [line for line in lines if line["event"] == "attempt_failed"]
+
+
+async def test_each_failed_attempt_has_a_line_also_where_another_served(pair):
+    mesh, first, _ = pair
+    first.answers(401, {"error": {"message": "Incorrect API key provided"}}, x_request_id="req_up")
+    (line,) = await failed_attempts(mesh, model="m")
+    told = [line[name] for name in ("upstream", "model", "phase", "status", "words", "upstream_request_id")]
+    assert ["one", "m", "head", 401, "Incorrect API key provided", "req_up"] == told
+
+
+async def test_an_answer_that_breaks_off_has_a_line(pair):
+    mesh, first, _ = pair
+    first.answers(200, b'{"id":', content_length="100")
+    (line,) = await failed_attempts(mesh, model="first")
+    assert ("body", 200) == (line["phase"], line["status"])
+
+
+@pytest.mark.parametrize(
+    ("url", "phase", "reason"),
+    [
+        ("http://127.0.0.1:1/v1", "connect", "connection refused (ECONNREFUSED 111)"),
+        ("http://nowhere.invalid/v1", "connect", "unknown host: "),
+    ],
+)
+async def test_a_connection_that_cannot_be_made_says_why(start_mesh, url, phase, reason):
+    mesh = await start_mesh(upstreams={"one": {"kind": "openai", "base_url": url}}, models={"m": model("one", "x")})
+    (line,) = await failed_attempts(mesh, model="m")
+    assert (phase, True, None) == (line["phase"], line["reason"].startswith(reason), line["status"])
+
+
+async def test_the_request_line_tells_the_providers_status_and_id(pair):
+    mesh, first, _ = pair
+    first.answers(400, INVALID, apim_request_id="a-1")
+    await mesh.chat(await mesh.key(), model="first")
+    await mesh.quiet()
+    line = mesh.log.lines[-1]
+    assert (400, "a-1", None) == (line["upstream_status"], line["upstream_request_id"], line["refused_by"])
+
+
+async def test_the_request_line_tells_what_refused_it(mesh):
+    caller = await mesh.key(credit="0")
+    await mesh.chat(caller, model="sim/plain")
+    await mesh.quiet()
+    assert ("credit", None) == (mesh.log.lines[-1]["refused_by"], mesh.log.lines[-1]["upstream_status"])
