@@ -36,8 +36,9 @@ class Error(Struct):
     code: str
     request_id: str
     details: list[Detail] = []
-    retry_after_seconds: float = 0.0
-    provider_error: Any = None
+    retry_after_seconds: int = 0
+    provider_code: Text = ""
+    provider_error: dict[str, Any] = {}
 
 
 class ErrorEnvelope(Struct):
