@@ -18,6 +18,7 @@ from meshproxy.telemetry.families import PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
 from meshproxy.wire.headers import upstream_request_id
+from meshproxy.wire.replies import MAX_QUOTED_BYTES, without_quotes
 from meshproxy.wire.usage import Usage
 
 MAX_WORDS_CHARS = 500  # of a provider, in one line of the log
@@ -105,8 +106,8 @@ class Recorder:
             source=fault.source.value,
             phase=fault.phase.value,
             status=response.status if response is not None else fault.answered,
-            reason=fault.reason or fault.problem.message,
-            words=(fault.words or "")[:MAX_WORDS_CHARS] or None,
+            reason=fault.reason or (fault.problem.message if fault.words is None else None),
+            words=_without_prompt(exchange, fault.words) if fault.words is not None else None,
             upstream_request_id=upstream_request_id(response.headers) if response is not None else None,
             duration_ms=_ms(self._clock() - exchange.sent_at),
         )
@@ -213,6 +214,15 @@ class Recorder:
         if found is None:
             found = self._models[model] = _OfModel(self._metrics, model)
         return found
+
+
+def _without_prompt(exchange: Exchange, words: str) -> str:
+    """A provider's words as they may be logged: bounded, and without what they repeat of the request."""
+    plan = exchange.plan
+    if plan is not None:
+        request = b",".join([*map(bytes, plan.request.fields.values()), plan.messages[:MAX_QUOTED_BYTES]])
+        words = without_quotes(words, request)
+    return words[:MAX_WORDS_CHARS]
 
 
 def _ms(seconds: float) -> float:

@@ -21,10 +21,13 @@ MAX_SCANNED_BYTES: Final = 65_536  # of a provider's HTML
 MAX_CODE_CHARS: Final = 128
 MAX_NESTING: Final = 4  # of objects in which a provider's sentence is looked for
 MAX_SENTENCES: Final = 8  # of a list of complaints
+MAX_QUOTED_BYTES: Final = 131_072  # of a request that is looked for in a provider's words
+MIN_QUOTED_CHARS: Final = 24  # of a longer string of the request: then the rest of the words is left out
 MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the beginning that all of its kind have
 CONCEALED: Final = "[redacted]"
 
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
+_STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be somebody's own words
 _SAYS: Final = ("message", "msg", "detail", "error", "title", "errors")  # where a sentence is looked for, in this order
 _HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
 
@@ -156,6 +159,20 @@ def without_secrets(problem: Problem, secrets: Sequence[str]) -> Problem:
         provider_code=concealed(problem.provider_code, secrets),
         provider_error=concealed(problem.provider_error, secrets),
     )
+
+
+def without_quotes(words: str, request: bytes) -> str:
+    """Return a provider's words without the strings of the request that they repeat, whole or from their beginning, so that no
+    prompt comes into a log. `request` is JSON, of which the first MAX_QUOTED_BYTES are looked through.
+    """
+    for found in _STRING.finditer(request[:MAX_QUOTED_BYTES]):
+        quoted = found[1].decode(errors="replace")
+        for text in {quoted, quoted.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\")}:
+            if text in words:
+                words = words.replace(text, CONCEALED)
+            elif text[:MIN_QUOTED_CHARS] in words:
+                words = words[: words.index(text[:MIN_QUOTED_CHARS])] + CONCEALED
+    return words
 
 
 def _concealed(words: Any, secrets: Sequence[str]) -> Any:

@@ -25,6 +25,7 @@ from meshproxy.wire.replies import (
     error_event,
     problem_headers,
     provider_error,
+    without_quotes,
     without_secrets,
 )
 
@@ -221,3 +222,21 @@ def test_a_problem_names_no_secret_anywhere():
     leak = "say sk-secret-1"
     problem = Problem(400, leak, leak, leak, provider_error={"message": leak}, provider_code=leak)
     assert "sk-secret-1" not in repr(without_secrets(problem, ("sk-secret-1",)))
+
+
+REQUEST = b'[{"role":"user","content":"my secret plan"},'
+REQUEST += b'{"role":"assistant","content":"a plan that is long: step \\"one\\", step two"}]'
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("Invalid value: 'my secret plan'.", "Invalid value: '[redacted]'."),
+        ('Invalid: a plan that is long: step "one", step two', "Invalid: [redacted]"),
+        ("Invalid: a plan that is long: step... (cut off)", "Invalid: [redacted]"),
+        ("Unsupported role: user", "Unsupported role: user"),
+        ("my plan", "my plan"),
+    ],
+)
+def test_a_providers_words_are_logged_without_the_prompt(words, expected):
+    assert expected == without_quotes(words, REQUEST)
