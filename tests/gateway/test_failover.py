@@ -67,7 +67,8 @@ def asked(mesh):
 
 
 def breaker(mesh, upstream="one"):
-    return mesh.worker.metrics.breaker_open.labels(upstream).value
+    (family,) = mesh.worker.metrics.breaker_open.labels(upstream).collect()
+    return family.samples[0].value
 
 
 @pytest.mark.parametrize("stream", [False, True])
