@@ -8,13 +8,13 @@ import msgspec
 from meshproxy.cli.arguments import make_command, port
 from meshproxy.cli.output import Failed, Misused, Output
 from meshproxy.upstream.simulator import SimulatorSettings, start
-from meshproxy.upstream.simulator.behaviour import FAMILIES, PREFIX, TRAITS
+from meshproxy.upstream.simulator.behaviour import DIALECT_NAMES, FAMILIES, PREFIX, TRAITS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`simulate --port N`"""
     make_command(parser, simulate)
-    listed = "\n".join(f"  {PREFIX + name:<26}{what}" for name, what in (TRAITS | FAMILIES).items())
+    listed = "\n".join(f"  {PREFIX + name:<26}{what}" for name, what in (TRAITS | FAMILIES | DIALECT_NAMES).items())
     parser.description = f"{parser.description}\n\n{listed}"
     defaults = SimulatorSettings()
     pace, first_s = defaults.tokens_per_second, defaults.first_token_s

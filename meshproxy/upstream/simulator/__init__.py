@@ -6,7 +6,7 @@ docs/simulator.md lists the names by which a fault is asked for.
 
 A request's way through the files: `app` (routes) > `ask` (what is wanted, or OpenAI's 400) > `behaviour` (which faults) >
 `replies` (what will be said: `prose`, `tools`, `schema`) > `chunks` and `mangle` (the events) > `delivery` (when) > `line`
-(the very bytes on the socket). `journal` remembers what came in and how it ended.
+(the very bytes on the socket). `dialects` has what providers make of all that. `journal` remembers what came in and how it ended.
 """
 
 from meshproxy.upstream.simulator.runner import Running, start

@@ -9,8 +9,9 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from meshproxy.upstream.simulator.ask import Ask, decode_ask
-from meshproxy.upstream.simulator.behaviour import FAMILIES, PREFIX, TRAITS, Behaviour, read_behaviour
+from meshproxy.upstream.simulator.behaviour import DIALECT_NAMES, FAMILIES, PREFIX, TRAITS, Behaviour, read_behaviour
 from meshproxy.upstream.simulator.delivery import Delivery, pace_of
+from meshproxy.upstream.simulator.dialects import PLAIN as OPENAI
 from meshproxy.upstream.simulator.faults import BREAKING, INSTEAD, OUTRIGHT, REDIRECTED, misbehave, refuse_on_demand
 from meshproxy.upstream.simulator.journal import BROKEN, CLIENT_CLOSED, COMPLETED, Entry, Journal
 from meshproxy.upstream.simulator.line import JSON, Line
@@ -21,7 +22,9 @@ from meshproxy.upstream.simulator.settings import SimulatorSettings
 FAULT_HEADER = "x-sim-fault"
 KIND_HEADER = "x-sim-kind"
 PLAIN = TRAITS["plain"]
-MODELS = {"gpt-4o": PLAIN, "gpt-4o-mini": PLAIN} | {PREFIX + name: what for name, what in (TRAITS | FAMILIES).items()}
+MODELS = {"gpt-4o": PLAIN, "gpt-4o-mini": PLAIN} | {
+    PREFIX + name: what for name, what in (TRAITS | FAMILIES | DIALECT_NAMES).items()
+}
 
 # What OpenAI sends beside an answer, for a gateway to keep to itself.
 PROVIDER_HEADERS = (
@@ -109,6 +112,7 @@ class Simulator:
 
     async def _answer(self, request: web.Request, body: bytes, line: Line, entry: Entry) -> str:
         """Answer, and say how it ended."""
+        dialect = OPENAI
         try:
             self._authenticate(request)
             openrouter = self._settings.openrouter or request.headers.get(KIND_HEADER) == "openrouter"
@@ -116,10 +120,13 @@ class Simulator:
             entry.model = ask.model
             if ask.stream:
                 self.journal.streams(entry)
-            model, behaviour = self._choose(ask, request.headers.get(FAULT_HEADER))
+            fault = request.headers.get(FAULT_HEADER)
+            dialect = read_behaviour(ask.model, fault).dialect
+            model, behaviour = self._choose(ask, fault)
+            behaviour.dialect.check(ask.given)
             return await self._reply(line, ask, model, behaviour, entry)
         except Refusal as refusal:
-            await line.answer(refusal.status, [JSON, *refusal.headers], refusal.body())
+            await line.answer(refusal.status, [JSON, *refusal.headers], dialect.error_body(refusal))
             return COMPLETED
 
     async def _reply(self, line: Line, ask: Ask, model: str, behaviour: Behaviour, entry: Entry) -> str:

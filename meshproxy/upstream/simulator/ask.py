@@ -75,7 +75,9 @@ class StreamOptions(Struct, frozen=True):
 
 
 class Ask(Struct, frozen=True, kw_only=True):
-    """A chat completion. `models`: OpenRouter's fallbacks, after `model`. Some fields are checked and change nothing."""
+    """A chat completion. `models`: OpenRouter's fallbacks, after `model`; `given`: the names of all fields that came. Some fields
+    are checked and change nothing.
+    """
 
     model: str
     messages: Annotated[list[Message], Meta(min_length=1)]
@@ -99,11 +101,17 @@ class Ask(Struct, frozen=True, kw_only=True):
     presence_penalty: Penalty = 0
     transforms: list[str] = []
     user: str = ""
+    given: frozenset[str] = frozenset()
 
     @property
     def include_usage(self) -> bool:
         """Whether a chunk of its own tells the usage."""
         return self.stream_options is not None and self.stream_options.include_usage is True
+
+    def cap(self, names: tuple[str, ...]) -> int | None:
+        """The cap under the first of these names that is there."""
+        caps = {"max_completion_tokens": self.max_completion_tokens, "max_tokens": self.max_tokens}
+        return next((caps[name] for name in names if caps[name] is not None), None)
 
     @property
     def last_words(self) -> str:
@@ -126,7 +134,8 @@ def decode_ask(body: bytes, *, openrouter: bool) -> Ask:
     if fields.get("model") is None:
         raise Refusal(400, "you must provide a model parameter")
     try:
-        ask = msgspec.convert({name: value for name, value in fields.items() if value is not None}, Ask)
+        told = {name: value for name, value in fields.items() if value is not None}
+        ask = msgspec.convert({**told, "given": frozenset(fields)}, Ask)
     except msgspec.ValidationError as error:
         raise _refusal_of(error) from None
     for refusal in _contradictions(ask):

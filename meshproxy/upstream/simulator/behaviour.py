@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Meta, Struct
 
+from meshproxy.upstream.simulator.dialects import DIALECTS, PLAIN, Dialect, dialect_name
 from meshproxy.upstream.simulator.refusals import Refusal
 
 PREFIX = "sim/"
@@ -25,6 +26,10 @@ TRAITS: dict[str, str] = {
     "unicode": "emoji, CJK, right-to-left text, lone combining marks",
     "reasoning": "thinks first: delta.reasoning_content and reasoning_tokens",
     "cached": "reports three quarters of the prompt as cached_tokens",
+    "error-context": "refuses a prompt as too long, in the dialect's words",
+    "error-filter": "refuses a prompt for what it says, in the dialect's words",
+    "error-quota": "refuses for want of credit there, in the dialect's words",
+    "error-key": "refuses the key, in the dialect's words",
     "error-html": "502 with an HTML page",
     "not-json": "200 with a body, or events, that are not JSON",
     "empty": "200 with an empty body",
@@ -62,6 +67,7 @@ FAMILIES: dict[str, str] = {
     "flaky-N": "every Nth request answers 500",
     "fail-first-N": "the first N requests answer 503",
 }
+DIALECT_NAMES = {f"dialect-{name}": dialect.about for name, dialect in DIALECTS.items()}
 _FAMILY = re.compile(r"(error)-([45]\d\d)|(tokens)-(\d{1,9})|(flaky|fail-first)-([1-9]\d{0,8})")
 
 
@@ -81,13 +87,19 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Behaviour(Struct, frozen=True):
     """What this answer will be like. `name` is how it was asked for, and what flaky and fail-first count by; `numbers` are those
-    of the families: error, flaky, fail-first.
+    of the families: error, flaky, fail-first; `dialect_name` is one of DIALECTS, or "" for OpenAI's.
     """
 
     name: str
     traits: frozenset[str]
     numbers: dict[str, int]
     options: Options
+    dialect_name: str = ""
+
+    @property
+    def dialect(self) -> Dialect:
+        """How it speaks."""
+        return DIALECTS.get(self.dialect_name, PLAIN)
 
     def one_of(self, traits: Iterable[str]) -> str | None:
         """The first of these that was asked for."""
@@ -107,6 +119,7 @@ def read_behaviour(model: str, header: str | None) -> Behaviour:
         traits=frozenset(names + more) & TRAITS.keys(),
         numbers=numbers,
         options=_options(options | header_options),
+        dialect_name=dialect_name(names + more),
     )
 
 
@@ -131,7 +144,7 @@ def _from_header(header: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _known(name: str) -> bool:
-    return name in TRAITS or _FAMILY.fullmatch(name) is not None
+    return name in TRAITS or name in DIALECT_NAMES or _FAMILY.fullmatch(name) is not None
 
 
 def _options(named: dict[str, str]) -> Options:

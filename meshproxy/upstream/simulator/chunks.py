@@ -1,20 +1,23 @@
-"""A reply as server-sent events, in OpenAI's exact chunk shapes."""
+"""A reply as server-sent events: in OpenAI's exact chunk shapes, or as a dialect changes them."""
 
 from collections.abc import Iterator
 from heapq import merge
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from meshproxy.upstream.simulator.ask import Ask
 from meshproxy.upstream.simulator.behaviour import Behaviour
 from meshproxy.upstream.simulator.completion import BROKEN, logprobs_of
-from meshproxy.upstream.simulator.replies import FINGERPRINT, Choice, Reply
+from meshproxy.upstream.simulator.dialects import PADDING, Dialect, Report, fill, put
+from meshproxy.upstream.simulator.replies import Choice, Reply, Token
 
 DONE = b"data: [DONE]\n\n"
 
 Json = dict[str, Any]
+When = Literal["token", "finish", "own"]
 
 encode = msgspec.json.encode
 
@@ -32,53 +35,100 @@ class EventStream:
 
     def __init__(self, reply: Reply, ask: Ask, behaviour: Behaviour) -> None:
         self._reply = reply
+        self._dialect = reply.dialect
         self._common = _common(reply)
         self._logprobs = ask.logprobs
-        self._tells = ask.include_usage and "no-usage" not in behaviour.traits
-        self._every = "usage-every" in behaviour.traits
-        self._early = self._tells and "usage-early" in behaviour.traits
+        self._reports = _reports(reply.dialect, ask, behaviour)
+        self._null = any(report.asked and report.path == ("usage",) for report in self._reports)  # told null elsewhere
+        self._so_far: dict[int, str] = {}
+        self._padded = 0
 
     def __iter__(self) -> Iterator[Event]:
         choices, spoken = self._reply.choices, 0
+        lead = self._dialect.lead[0].encode()
+        for event in self._dialect.first:
+            yield Event(0, 0, lead + b"data: %b\n\n" % encode(event))
+            lead = b""
         for choice in choices:
-            yield Event(0, 0, self._chunk([_choice(choice.index, _opening(choice))], spoken))
-        for step, tokens, told in merge(*map(self._tokens, choices), key=itemgetter(0)):
-            spoken += tokens
-            yield Event(step, tokens, self._chunk([told], spoken))
+            yield Event(0, 0, lead + self._chunk([_choice(choice.index, _opening(choice))], spoken))
+            lead = b""
+        for step, shown, made, told in merge(*map(self._tokens, choices), key=itemgetter(0)):
+            spoken += made
+            if told is not None:
+                yield Event(step, shown, self._chunk([told], spoken, extra=self._dialect.event if shown else {}))
         step = max(self._reply.steps - 1, 0)
         for choice in choices:
-            finish = _choice(choice.index, {}, finish=choice.finish)
-            yield Event(step, 0, self._chunk([finish], spoken, tell=self._early and choice is choices[-1]))
-        if self._tells and not self._early:
-            yield Event(step, 0, self._chunk([], spoken, tell=True))
+            finish = _choice(choice.index, self._dialect.finish_delta, finish=choice.finish)
+            when: When = "finish" if choice is choices[-1] else "token"
+            yield Event(step, 0, self._chunk([finish], spoken, when, extra=self._dialect.finish_event))
+        if any(report.when == "own" for report in self._reports):
+            yield Event(step, 0, self._chunk([], spoken, "own"))
         yield Event(step, 0, DONE)
 
-    def _tokens(self, choice: Choice) -> Iterator[tuple[int, int, Json]]:
-        """How many tokens came before, how many this is, and a chunk's choice for it. Before a call's arguments comes its name,
-        which is not counted.
+    def _tokens(self, choice: Choice) -> Iterator[tuple[int, int, int, Json | None]]:
+        """How many tokens came before, how many are shown, how many are made, and a chunk's choice for them; None for thoughts
+        that aren't shown. Before a call's arguments comes its name, which is not counted.
         """
         named = 0
-        for step, (kind, text) in enumerate(choice.tokens):
+        for step, made, kind, text in _batches(choice.tokens, self._dialect.batch):
+            if kind == "reasoning_content" and not self._dialect.shows:
+                yield step, 0, made, None
+                continue
             if kind == named and named < len(choice.calls):
                 identity, name = choice.calls[named]
                 function = {"name": name, "arguments": ""}
                 call = {"index": named, "id": identity, "type": "function", "function": function}
-                yield step, 0, _choice(choice.index, {"tool_calls": [call]})
+                yield step, 0, 0, _choice(choice.index, {"tool_calls": [call]})
                 named += 1
-            delta: Json = {"content": text}
-            if kind != "content":
-                arguing = [{"index": kind, "function": {"arguments": text}}]
-                delta = {kind: text} if isinstance(kind, str) else {"tool_calls": arguing}
-            yield step, 1, _choice(choice.index, delta, logprobs=logprobs_of([text]) if self._logprobs else None)
+            logprobs = logprobs_of([text]) if self._logprobs else None
+            delta = {**self._dialect.delta, **self._delta(choice, kind, text)}
+            extra = fill(self._dialect.choice, {"so_far": self._so_far.get(choice.index, "")})
+            yield step, made, made, {**_choice(choice.index, delta, logprobs=logprobs), **extra}
 
-    def _chunk(self, choices: list[Json], spoken: int, *, tell: bool = False) -> bytes:
-        """`tell`: this is the chunk for the usage, which is null in the others, or absent if it isn't told at all."""
+    def _delta(self, choice: Choice, kind: str | int, text: str) -> Json:
+        if kind == "content":
+            self._so_far[choice.index] = self._so_far.get(choice.index, "") + text
+            return {"content": text}
+        if kind == "reasoning_content":
+            thought: Json = fill(self._dialect.thoughts, {"text": text})
+            return thought
+        return {"tool_calls": [{"index": kind, "function": {"arguments": text}}]}
+
+    def _chunk(self, choices: list[Json], spoken: int, when: When = "token", *, extra: Json | None = None) -> bytes:
+        """An event with the reports that are due in it. Where usage comes only once it is null elsewhere."""
         chunk = {**self._common, "choices": choices}
-        if tell or self._every:
-            chunk["usage"] = self._reply.usage(spoken)
-        elif self._tells:
+        if self._null:
             chunk["usage"] = None
+        for report in self._reports:
+            if report.when in {when, "each"}:
+                put(chunk, report.path, self._reply.usage(spoken))
+        if extra:
+            self._padded += 1
+            chunk |= fill(extra, {"padding": PADDING[: 1 + self._padded * 7 % 16]})
         return b"data: %b\n\n" % encode(chunk)
+
+
+def _reports(dialect: Dialect, ask: Ask, behaviour: Behaviour) -> list[Report]:
+    """Where this stream reports its usage."""
+    told = [report for report in dialect.reports if ask.include_usage or not report.asked]
+    if "no-usage" in behaviour.traits:
+        told = []
+    if "usage-early" in behaviour.traits:
+        told = [replace(report, when="finish") for report in told]
+    if "usage-every" in behaviour.traits:
+        told.append(Report(when="each", asked=False))
+    return told
+
+
+def _batches(tokens: list[Token], size: int) -> Iterator[tuple[int, int, str | int, str]]:
+    """Tokens in groups of one kind: the position of the last, how many, the kind, the text."""
+    start = 0
+    while start < len(tokens):
+        kind, end = tokens[start].kind, start + 1
+        while end < len(tokens) and end - start < size and tokens[end].kind == kind:
+            end += 1
+        yield end - 1, end - start, kind, "".join(token.text for token in tokens[start:end])
+        start = end
 
 
 def error_event(reply: Reply) -> bytes:
@@ -93,8 +143,7 @@ def _common(reply: Reply) -> Json:
         "object": "chat.completion.chunk",
         "created": reply.created,
         "model": reply.model,
-        "service_tier": "default",
-        "system_fingerprint": FINGERPRINT,
+        **reply.dialect.common,
     }
 
 

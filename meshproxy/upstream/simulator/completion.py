@@ -7,7 +7,8 @@ import msgspec
 
 from meshproxy.upstream.simulator.ask import Ask
 from meshproxy.upstream.simulator.behaviour import Behaviour
-from meshproxy.upstream.simulator.replies import FINGERPRINT, Choice, Reply
+from meshproxy.upstream.simulator.dialects import Dialect, fill
+from meshproxy.upstream.simulator.replies import Choice, Reply
 
 # How OpenRouter tells, under a 200, that a provider broke while it was answering.
 BROKEN = {"error": {"code": 502, "message": "Provider disconnected unexpectedly"}}
@@ -20,11 +21,12 @@ def completion(reply: Reply, ask: Ask, behaviour: Behaviour) -> bytes:
         "object": "chat.completion",
         "created": reply.created,
         "model": reply.model,
-        "choices": [_choice(choice, logprobs=ask.logprobs) for choice in reply.choices],
+        "choices": [_choice(choice, reply.dialect, logprobs=ask.logprobs) for choice in reply.choices],
     }
     if "no-usage" not in behaviour.traits:
         told["usage"] = reply.usage(reply.tokens)
-    return msgspec.json.encode(told | {"service_tier": "default", "system_fingerprint": FINGERPRINT})
+    whole = msgspec.json.encode(told | reply.dialect.common | reply.dialect.whole)
+    return reply.dialect.lead[1].encode() + whole
 
 
 def logprobs_of(tokens: Sequence[str]) -> dict[str, Any]:
@@ -34,11 +36,12 @@ def logprobs_of(tokens: Sequence[str]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _choice(choice: Choice, *, logprobs: bool) -> dict[str, Any]:
+def _choice(choice: Choice, dialect: Dialect, *, logprobs: bool) -> dict[str, Any]:
     content = None if choice.calls else choice.text("content")
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
-    if thoughts := choice.text("reasoning_content"):
-        message["reasoning_content"] = thoughts
+    thoughts = choice.text("reasoning_content")
+    if thoughts and dialect.shows:
+        message = {**fill(dialect.thoughts, {"text": thoughts}), **message}
     if choice.calls:
         arguments = map(choice.text, range(len(choice.calls)))
         message["tool_calls"] = [
@@ -47,6 +50,7 @@ def _choice(choice: Choice, *, logprobs: bool) -> dict[str, Any]:
             if text
         ]
     return {
+        **{name: fill(member, {"so_far": content}) for name, member in dialect.choice.items()},
         "index": choice.index,
         "message": message,
         "logprobs": logprobs_of([token.text for token in choice.tokens]) if logprobs and content else None,

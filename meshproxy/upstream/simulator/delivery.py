@@ -58,7 +58,10 @@ class Delivery(Struct):
 
     async def run(self) -> None:
         """Returns at the end, good or bad. `ConnectionError`: the client was gone before it."""
-        await (self._stream() if self.ask.stream else self._unstreamed())
+        try:
+            await (self._stream() if self.ask.stream else self._unstreamed())
+        finally:
+            self._bill()
         match self.behaviour.one_of(CUTTING):
             case "stall" | "stall-mid":
                 await self.line.silence()
@@ -70,6 +73,16 @@ class Delivery(Struct):
                 await self.line.garble()
             case _:
                 await self.line.end()
+
+    def _bill(self) -> None:
+        """Note what the provider bills: thoughts that a stream doesn't show come before its first token."""
+        reply = self.reply
+        unseen = reply.thoughts if self.ask.stream and not reply.dialect.shows else 0
+        self.entry.bill(
+            prompt_tokens=reply.prompt_tokens + reply.dialect.citation_tokens,
+            cached_tokens=reply.cached_tokens,
+            completion_tokens=self.entry.tokens + unseen,
+        )
 
     async def _stream(self) -> None:
         whole = EventStream(self.reply, self.ask, self.behaviour)

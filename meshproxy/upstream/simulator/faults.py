@@ -1,11 +1,18 @@
 """Answers that are no answers: what happens instead of a reply."""
 
 from meshproxy.upstream.simulator.behaviour import Behaviour
+from meshproxy.upstream.simulator.dialects import Kind
 from meshproxy.upstream.simulator.journal import Journal
 from meshproxy.upstream.simulator.line import EVENT_STREAM, JSON, PAGE, Line
 from meshproxy.upstream.simulator.mangle import CUTTING
 from meshproxy.upstream.simulator.refusals import on_demand
 
+REFUSALS: dict[str, Kind] = {
+    "error-context": "context",
+    "error-filter": "filter",
+    "error-quota": "quota",
+    "error-key": "key",
+}
 OUTRIGHT = ("error-html", "refuse", "reset")  # OpenRouter would go on to its next model: nothing of an answer was seen
 INSTEAD = ("error-html", "not-json", "empty", "redirect", "refuse", "reset", "stall-head")
 BREAKING = (*CUTTING, "refuse", "reset", "stall-head")  # an answer that has no honest end
@@ -18,6 +25,8 @@ NONSENSE = b"<<this is {not JSON"
 def refuse_on_demand(behaviour: Behaviour, journal: Journal) -> None:
     """Raise the `Refusal` that was asked for: always, every Nth time, or the first N times."""
     numbers, retry_after_s = behaviour.numbers, behaviour.options.retry_after
+    if refused := behaviour.one_of(REFUSALS):
+        raise behaviour.dialect.refusal(REFUSALS[refused])
     if "error" in numbers:
         raise on_demand(numbers["error"], retry_after_s)
     if not numbers.keys() & {"flaky", "fail-first"}:

@@ -23,7 +23,8 @@ TOTALS = ("requests", "streams", COMPLETED, CLIENT_CLOSED, BROKEN, "tokens")
 class Entry(Struct, kw_only=True):
     """One request. `ended`: open, completed, client_closed (before the end), broken (by a fault that was asked for).
 
-    `tokens` and `events` were written to the socket; `status` is 0 until the end, and stays so where no head was sent.
+    `tokens` and `events` were written to the socket; `status` is 0 until the end, and stays so where no head was sent. What the
+    provider bills is `billed`: the prompt and what was read from its cache, and the tokens that were made, shown or not.
     """
 
     number: int
@@ -37,6 +38,16 @@ class Entry(Struct, kw_only=True):
     ended: str = OPEN
     tokens: int = 0
     events: int = 0
+    billed: dict[str, int] = {}
+
+    def bill(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
+        """What this answer costs at its provider, as it is now."""
+        counts = {
+            "prompt_tokens": prompt_tokens,
+            "cached_tokens": cached_tokens,
+            "completion_tokens": completion_tokens,
+        }
+        self.billed = counts
 
     def sent(self, tokens: int) -> None:
         """One more event is out."""

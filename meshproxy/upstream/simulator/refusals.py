@@ -13,9 +13,9 @@ class Refusal(Exception):
     def __init__(
         self,
         status: int,
-        message: str,
+        message: Any,
         *,
-        type: str = "invalid_request_error",  # noqa: A002 - the member's name on the wire
+        type: str | None = "invalid_request_error",  # noqa: A002 - the member's name on the wire
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
@@ -24,9 +24,10 @@ class Refusal(Exception):
         self.status = status
         self.headers = [] if retry_after_s is None else [("retry-after", f"{retry_after_s:g}")]
         self.error: dict[str, Any] = {"message": message, "type": type, "param": param, "code": code}
+        self.more: dict[str, Any] = {}  # members of the error that only some providers have
 
     def body(self) -> bytes:
-        """The JSON that is sent."""
+        """The JSON that OpenAI sends."""
         return msgspec.json.encode({"error": self.error})
 
 

@@ -14,14 +14,16 @@ from msgspec import Struct
 from meshproxy.upstream.simulator import prose
 from meshproxy.upstream.simulator.ask import Ask, Function, ToolChoice
 from meshproxy.upstream.simulator.behaviour import Behaviour
+from meshproxy.upstream.simulator.dialects import Dialect, fill
 from meshproxy.upstream.simulator.refusals import Refusal
 from meshproxy.upstream.simulator.schema import value_for
 from meshproxy.upstream.simulator.tools import called
 
-FINGERPRINT = "fp_simulated01"
 SEEDED_CREATED = 1_735_689_600  # 2025-01-01: with a seed, even the time stands still
 MAX_TOTAL_TOKENS = 131_072  # of all choices together: a bound on memory
 ABSURD_TOKENS = 10**15
+TICKS_PER_USD = 10**10  # xAI's unit of cost
+PROMPT_TICKS, OUTPUT_TICKS = 10_000, 40_000  # a token, at the prices that `meshproxy dev` has: 1 and 4 USD a million
 
 # What becomes of each number of the usage.
 LIES: dict[str, Callable[[int], Any]] = {
@@ -64,6 +66,7 @@ class Reply(Struct):
     prompt_tokens: int
     cached_tokens: int
     told: Callable[[int], Any]
+    dialect: Dialect
 
     @property
     def tokens(self) -> int:
@@ -75,26 +78,37 @@ class Reply(Struct):
         """Tokens of the longest choice: choices are generated side by side."""
         return max(len(choice.tokens) for choice in self.choices)
 
-    def usage(self, completion_tokens: int) -> dict[str, Any]:
-        """OpenAI's usage object after so many tokens."""
-        told = self.told
-        return {
-            "prompt_tokens": told(self.prompt_tokens),
-            "completion_tokens": told(completion_tokens),
-            "total_tokens": told(self.prompt_tokens + completion_tokens),
-            "prompt_tokens_details": {"cached_tokens": told(self.cached_tokens), "audio_tokens": told(0)},
-            "completion_tokens_details": {
-                "reasoning_tokens": told(min(completion_tokens, self.thoughts)),
-                "audio_tokens": told(0),
-                "accepted_prediction_tokens": told(0),
-                "rejected_prediction_tokens": told(0),
-            },
+    def numbers(self, completion_tokens: int) -> dict[str, Any]:
+        """The numbers of a report after so many tokens, under the names that dialects' templates use."""
+        thoughts = min(completion_tokens, self.thoughts)
+        shown, citations = completion_tokens - thoughts, self.dialect.citation_tokens
+        prompt, cached = self.prompt_tokens, self.cached_tokens
+        counts = {
+            "prompt": prompt,
+            "cached": cached,
+            "fresh": prompt - cached,
+            "output": completion_tokens,
+            "thoughts": thoughts,
+            "shown": shown,
+            "citations": citations,
+            "total": prompt + completion_tokens,
+            "shown_total": prompt + shown,
+            "fresh_total": prompt - cached + completion_tokens,
+            "zero": 0,
+            "ticks": prompt * PROMPT_TICKS + completion_tokens * OUTPUT_TICKS,
         }
+        cost = (prompt * PROMPT_TICKS + completion_tokens * OUTPUT_TICKS) / TICKS_PER_USD
+        return {**{name: self.told(count) for name, count in counts.items()}, "cost": cost}
+
+    def usage(self, completion_tokens: int) -> dict[str, Any]:
+        """The dialect's usage object after so many tokens."""
+        usage: dict[str, Any] = fill(self.dialect.usage, self.numbers(completion_tokens))
+        return usage
 
 
 def compose(ask: Ask, model: str, behaviour: Behaviour, now: float) -> Reply:
     """Decide everything. Raises `Refusal` for a tool or a schema that can't be used. `now`: Unix seconds."""
-    prompt_tokens = ask.prompt_tokens
+    prompt_tokens, dialect = ask.prompt_tokens, behaviour.dialect
     choices = [_choice(ask, behaviour, index) for index in range(ask.n)]
     return Reply(
         id=f"chatcmpl-{_random(ask, 'id').getrandbits(116):029x}",
@@ -103,8 +117,9 @@ def compose(ask: Ask, model: str, behaviour: Behaviour, now: float) -> Reply:
         choices=choices,
         thoughts=sum(token.kind == "reasoning_content" for choice in choices for token in choice.tokens),
         prompt_tokens=prompt_tokens,
-        cached_tokens=prompt_tokens * 3 // 4 if "cached" in behaviour.traits else 0,
+        cached_tokens=prompt_tokens * 3 // 4 if "cached" in behaviour.traits or dialect.caches else 0,
         told=LIES.get(behaviour.one_of(LIES) or "", int),
+        dialect=dialect,
     )
 
 
@@ -117,7 +132,7 @@ def _random(ask: Ask, purpose: object) -> Random:
 
 def _choice(ask: Ask, behaviour: Behaviour, index: int) -> Choice:
     rng = _random(ask, index)
-    thoughts = prose.thoughts() if "reasoning" in behaviour.traits else []
+    thoughts = prose.thoughts() if "reasoning" in behaviour.traits or behaviour.dialect.thinks else []
     tokens = [Token("reasoning_content", text) for text in thoughts]
     functions = called(ask)
     for position, function in enumerate(functions):
@@ -125,7 +140,7 @@ def _choice(ask: Ask, behaviour: Behaviour, index: int) -> Choice:
     if not functions:
         tokens += [Token("content", text) for text in _until(ask.stop, _content(ask, behaviour, rng))]
     calls = [(f"call_{rng.getrandbits(96):024x}", function.name) for function in functions]
-    limit = min(ask.max_completion_tokens or ask.max_tokens or MAX_TOTAL_TOKENS, max(MAX_TOTAL_TOKENS // ask.n, 1))
+    limit = min(ask.cap(behaviour.dialect.caps) or MAX_TOTAL_TOKENS, max(MAX_TOTAL_TOKENS // ask.n, 1))
     if len(tokens) > limit:
         return Choice(index, tokens[:limit], calls, "length")
     forced = isinstance(ask.tool_choice, ToolChoice)  # OpenAI then finishes with "stop"

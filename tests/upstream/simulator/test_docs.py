@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from meshproxy.upstream.simulator.behaviour import FAMILIES, PREFIX, TRAITS, Options
+from meshproxy.upstream.simulator.behaviour import DIALECT_NAMES, FAMILIES, PREFIX, TRAITS, Options
 
 PAGE = (Path(__file__).parents[3] / "docs" / "simulator.md").read_text()
 
 
 def test_every_name_is_documented():
     rows = "".join(re.findall(r"^\| (`sim/.*?) \|", PAGE, re.MULTILINE))
-    assert {PREFIX + name for name in TRAITS | FAMILIES} == set(re.findall(r"`(sim/[\w-]+)`", rows))
+    assert {PREFIX + name for name in TRAITS | FAMILIES | DIALECT_NAMES} == set(re.findall(r"`(sim/[\w-]+)`", rows))
 
 
 def test_every_option_is_documented():
