@@ -1,6 +1,7 @@
 """Between the supervisor and a worker: a socket pair with one question and one answer at a time, each a frame of msgpack."""
 
 import asyncio
+import contextlib
 import socket
 from typing import Any
 
@@ -14,6 +15,12 @@ LENGTH_BYTES = 4  # ahead of each frame, big-endian
 
 class Ask(Struct, tag="ask", frozen=True):
     """How are you? The answer is a `Report`."""
+
+
+class Prepare(Struct, tag="prepare", frozen=True):
+    """Build what this needs, and go on as before. The answer is a list of what can't be built."""
+
+    standing: Standing
 
 
 class Report(Struct, frozen=True):
@@ -33,7 +40,8 @@ class Hurry(Struct, tag="hurry", frozen=True):
 
 
 Order = Drain | Hurry
-Question = Standing | Ask  # a Standing holds from now on, and the first one has the worker begin: the answer is None
+# A Standing holds from now on, and the first one has the worker begin. The answer is a list of what keeps it from that.
+Question = Standing | Prepare | Ask
 
 MESSAGES: msgspec.msgpack.Decoder[Question | Order] = msgspec.msgpack.Decoder(Question | Order)
 
@@ -72,6 +80,12 @@ class Control:
             raise ConnectionError("the other end is gone")
         data = msgspec.msgpack.encode(message)
         self._writer.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
+
+    async def sent(self) -> None:
+        """Return when what was sent is on its way: for one who is about to exit."""
+        with contextlib.suppress(ConnectionError):
+            self._writer.close()
+            await self._writer.wait_closed()
 
     async def receive(self) -> bytes:
         """The next frame. ConnectionError if the other end is gone."""

@@ -28,15 +28,19 @@ class DataListener:
         self._worker = worker
         self._sock = sock
         self._tls = server_context(worker.settings.server)
-        self._runner = Runner(application(worker), lambda: worker.chat, strictness(worker))
+        chat = (lambda: worker.chat) if worker.settings.server.fast_path else None
+        self._runner = Runner(application(worker), chat, strictness(worker), worker.loops)
 
     async def start(self) -> None:
         """Accept connections."""
         await self._runner.setup()
         server = self._runner.server
         assert server is not None  # noqa: S101 - set up a line above
+        worker = self._worker
         if self._worker.settings.server.proxy_protocol:
-            self._site: Site = ProxiedSite(self._sock, server, self._tls, lambda: self._worker.chat.trusted_proxies)
+            self._site: Site = ProxiedSite(
+                self._sock, server, self._tls, lambda: self._worker.chat.trusted_proxies, worker.loops
+            )
         else:
             self._site = Site(self._sock, server, self._tls)
         await self._site.start()

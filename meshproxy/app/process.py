@@ -19,7 +19,7 @@ from meshproxy.app.serving import Serving
 from meshproxy.app.status import Crew, Panel
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
-from meshproxy.config import Secrets, Settings
+from meshproxy.config import Secrets, Settings, Unfit
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import create_admin
 from meshproxy.server.general import Strictness
@@ -89,15 +89,21 @@ async def run(
         await crew.start()
         stack.push_async_callback(crew.stop)
         await web.SockSite(runner, admin).start()
-        stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None)
+        tasks = Tasks()
+        stack.push_async_callback(tasks.close)
+        stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None, tasks)
         event = "serving" if workers == 1 else "supervising"
         _log.info(event, data=addresses[0], admin=addresses[1], workers=workers, version=VERSION)
-        await _first(crew.up, stopped)
+        await _first(crew.up, crew.refused, stopped)
+        if crew.refused.is_set():
+            crew.hurry()
+            raise Unfit(crew.faults)
         notify(READY)
         if on_ready is not None:
             on_ready(*addresses)
         await stopped.wait()
         notify(STOPPING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # there is nothing left to reload
     _log.info("stopped")
 
 
@@ -109,28 +115,30 @@ def _strictness(crew: Crew) -> Strictness:
     )
 
 
-def _on_signals(crew: Crew, reloader: Reloader | None) -> asyncio.Event:
-    """Obey signals; the event is set by the first that says to stop, and the second is in a hurry."""
-    loop, stopped, tasks = asyncio.get_running_loop(), asyncio.Event(), Tasks()
+def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks) -> asyncio.Event:
+    """Obey signals; the event is set by the first that says to stop, and the second is in a hurry. A SIGHUP that came before
+    this, or while the file is being read, counts too.
+    """
+    loop, stopped, hangup = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
         if stopped.is_set():
             crew.hurry()
         stopped.set()
 
+    async def reload_when_asked() -> None:
+        while reloader is not None:
+            await hangup.wait()
+            hangup.clear()
+            await reloader.reload(crew)
+
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop)
     if reloader is not None:
-        loop.add_signal_handler(signal.SIGHUP, lambda: tasks.spawn("reload", _reload(crew, reloader)))
+        loop.add_signal_handler(signal.SIGHUP, hangup.set)
+        tasks.keep("reload", reload_when_asked)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     return stopped
-
-
-async def _reload(crew: Crew, reloader: Reloader) -> None:
-    """SIGHUP: every worker swaps in what the file says now, or none does."""
-    standing = reloader.next(crew.standing)
-    await crew.apply(standing)
-    if not standing.reload_failed:
-        _log.info("reloaded", generation=standing.generation)
 
 
 async def _first(*events: asyncio.Event) -> None:

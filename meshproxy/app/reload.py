@@ -1,8 +1,10 @@
-"""SIGHUP, as a transaction: the file is read and checked whole, and only then swapped in; what only a restart can change stays
-as it is, and is named.
+"""SIGHUP, as a transaction: the file is read and checked whole, every worker builds what it needs, and only then it is swapped
+in; what only a restart can change stays as it is, and is named.
 """
 
+import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -17,7 +19,16 @@ Read = Callable[[], Loaded]
 
 # What a restart changes, by table: sockets that are bound, connections that are made, histograms that are laid out.
 FIXED: dict[str, tuple[str, ...]] = {
-    "server": ("listen", "admin_listen", "workers", "admin_token", "admin_hosts", "proxy_protocol", "max_body_bytes"),
+    "server": (
+        "listen",
+        "admin_listen",
+        "workers",
+        "admin_token",
+        "admin_hosts",
+        "proxy_protocol",
+        "fast_path",
+        "max_body_bytes",
+    ),
     "redis": tuple(field.name for field in msgspec.structs.fields(Settings().redis)),
     "log": ("format",),
     "metrics": ("buckets",),
@@ -39,30 +50,56 @@ class Standing(Struct, tag="standing", frozen=True):
     reload_failed: bool = False
 
 
+class Crew(Protocol):
+    """Who serves: one worker or several."""
+
+    standing: Standing
+
+    async def prepare(self, standing: Standing) -> list[str]:
+        """Build what this needs in every worker, and change nothing; what can't be built."""
+
+    async def apply(self, standing: Standing) -> list[str]:
+        """Let this hold from now on, in every worker; what kept one from it."""
+
+
 class Reloader:
-    """Knows what the file said last, and reads what shall hold next."""
+    """Reads the configuration again, and has a crew serve by it: when every worker could build it, or not at all."""
 
     def __init__(self, settings: Settings, read: Read) -> None:
-        self._settings = settings
+        self._settings = settings  # what the file said last
         self._read = read
 
-    def next(self, standing: Standing) -> Standing:
-        """What holds after `standing`: the next generation; or the same, with all that is wrong in the log."""
+    async def reload(self, crew: Crew) -> None:
+        """Swap in what the file says now. A bad file changes nothing, and is in the log with all that is wrong."""
         notify(reloading())
         try:
-            loaded = self._read()
-        except Unfit as unfit:
-            _log.error("reload_failed", faults=unfit.faults)
-            return replace(standing, reload_failed=True)
+            faults = await self._swap(crew)
+            if faults:
+                _log.error("reload_failed", faults=faults)
+                await crew.apply(replace(crew.standing, reload_failed=True))
+            else:
+                _log.info("reloaded", generation=crew.standing.generation)
         finally:
             notify(READY)
-        for warning in loaded.warnings:
-            _log.warning("config_warning", warning=warning)
-        self._settings, held_back = hold_back(self._settings, loaded.settings)
-        for key in held_back:
-            _log.warning("reload_needs_restart", key=key)
-        settings = replace(self._settings, redis=standing.settings.redis)  # the embedded server has a URL of its own
-        return Standing(settings, loaded.secrets, standing.journal, standing.generation + 1)
+
+    async def _swap(self, crew: Crew) -> list[str]:
+        """What keeps the file from being served by; nothing if it is now."""
+        try:
+            loaded = await asyncio.to_thread(self._read)  # it reads files, and a TLS context alone takes 16 ms
+        except Unfit as unfit:
+            return unfit.faults
+        settings, held_back = hold_back(self._settings, loaded.settings)
+        standing = crew.standing
+        served = replace(settings, redis=standing.settings.redis)  # the embedded server has a URL of its own
+        wanted = Standing(served, loaded.secrets, standing.journal, standing.generation + 1)
+        faults = await crew.prepare(wanted) or await crew.apply(wanted)
+        if not faults:
+            self._settings = settings
+            for warning in loaded.warnings:
+                _log.warning("config_warning", warning=warning)
+            for key in held_back:
+                _log.warning("reload_needs_restart", key=key)
+        return faults
 
 
 def hold_back(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:

@@ -8,7 +8,8 @@ import time
 from meshproxy.app.control import Report
 from meshproxy.app.data_listener import DataListener
 from meshproxy.app.reload import Standing
-from meshproxy.app.worker import Worker
+from meshproxy.app.worker import Prepared, Worker
+from meshproxy.config import Unfit
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.logs import RequestLog
@@ -23,6 +24,9 @@ class Serving:
         settings = standing.settings
         self.standing = standing
         self.up = asyncio.Event()
+        self.refused = asyncio.Event()  # never set: start() raises
+        self.faults: list[str] = []
+        self._prepared: Prepared | None = None
         self.fleet = Fleet()
         self._request_log = RequestLog(sink, settings.log.level, settings.log.format)
         self.worker = Worker(settings, standing.secrets.upstreams, self._request_log, standing.journal)
@@ -31,24 +35,47 @@ class Serving:
         self._started_at = time.time()
 
     async def start(self) -> None:
-        """Begin to serve."""
-        await self.worker.start(self.standing.generation)
+        """Begin to serve. Unfit for what a check of the configuration could not know, as a journal whose files are all in use."""
+        try:
+            await self.worker.start(self.standing.generation)
+        except (OSError, ValueError) as error:
+            raise Unfit([str(error)]) from error
         if self.standing.reload_failed:
             self.worker.reload_failed()
         await self._listener.start()
         self.up.set()
 
-    async def apply(self, standing: Standing) -> None:
-        """Let this hold from now on."""
+    async def prepare(self, standing: Standing) -> list[str]:
+        """Build what this needs and serve on as before; what can't be built."""
+        try:
+            # Not in the event loop: a TLS context alone takes 16 ms.
+            self._prepared = await asyncio.to_thread(
+                self.worker.prepare, standing.settings, standing.secrets.upstreams, standing.generation
+            )
+        except Unfit as unfit:
+            return unfit.faults
+        except (OSError, ValueError) as error:
+            return [str(error)]
+        return []
+
+    async def apply(self, standing: Standing) -> list[str]:
+        """Let this hold from now on; what keeps it from that: then everything is as it was."""
         if standing.generation != self.standing.generation:
+            if self._prepared is None or self._prepared.generation != standing.generation:
+                faults = await self.prepare(standing)
+                if faults:
+                    return faults
+            prepared, self._prepared = self._prepared, None
+            assert prepared is not None  # noqa: S101 - prepared a line above
             settings = standing.settings
             self._listener.reload(settings.server)
-            self.worker.reload(settings, standing.secrets.upstreams, standing.generation)
+            self.worker.reload(prepared)
             self._request_log.set_level(settings.log.level)
             logs.set_level(settings.log.level)
         if standing.reload_failed:
             self.worker.reload_failed()
         self.standing = standing
+        return []
 
     async def report(self) -> Report:
         """How the worker is."""

@@ -11,22 +11,25 @@ import os
 import socket
 import sys
 import time
+from functools import partial
 
 import msgspec
 import structlog
 
-from meshproxy.app.control import Ask, Control, Drain, Hurry, Order, Question, Report
+from meshproxy.app.control import Ask, Control, Drain, Hurry, Order, Prepare, Question, Report
 from meshproxy.app.data_listener import wait
 from meshproxy.app.reload import Standing
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.snapshot import Fleet
+from meshproxy.telemetry.tasks import Tasks
 
 STEADY_S = 10.0  # a worker that lived so long has its backoff forgotten
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 10.0
 EXIT_GRACE_S = 30.0  # beyond drain_s, before a worker is killed
+PREPARE_S = 30.0  # what a worker gets to build a configuration: 16 ms for each upstream with TLS
 ANSWER_S = 2.0  # a worker that takes longer to answer is left out of a scrape
 
 _log = structlog.get_logger("meshproxy.app")
@@ -46,17 +49,19 @@ class Child:
     async def spawn(cls, number: int, restarts: int, sock: socket.socket) -> "Child":
         """A new process that is to serve `sock`."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as stack:
+            stack.callback(ours.close)
             fds = theirs.fileno(), sock.fileno()
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "meshproxy.app.child", *map(str, fds), pass_fds=fds
             )
+            stack.pop_all()
         return cls(number, restarts, process, await Control.over(ours))
 
-    async def ask(self, question: Question) -> bytes | None:
+    async def ask(self, question: Question, timeout_s: float = ANSWER_S) -> bytes | None:
         """The answer, still encoded, or None from a worker that is gone or stuck."""
         try:
-            return await asyncio.wait_for(self.control.ask(question), ANSWER_S)
+            return await asyncio.wait_for(self.control.ask(question), timeout_s)
         except (ConnectionError, TimeoutError):
             return None
 
@@ -74,10 +79,13 @@ class Supervisor:
     def __init__(self, standing: Standing, sockets: list[socket.socket]) -> None:
         self.standing = standing
         self.up = asyncio.Event()
+        self.refused = asyncio.Event()  # a worker can't serve this configuration, and none has before
+        self.faults: list[str] = []  # why
         self.fleet = Fleet()
         self._sockets = sockets
         self._children: dict[int, Child] = {}
         self._numbers = itertools.count(1)
+        self._tasks = Tasks()
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -85,13 +93,30 @@ class Supervisor:
 
     async def start(self) -> None:
         """Begin to serve."""
-        self._keepers = [asyncio.create_task(self._keep(sock), name="keep") for sock in self._sockets]
+        self._keepers = [self._tasks.keep("worker-keeper", partial(self._keep, sock)) for sock in self._sockets]
 
-    async def apply(self, standing: Standing) -> None:
-        """Let this hold from now on."""
+    async def prepare(self, standing: Standing) -> list[str]:
+        """Have every worker build what this needs; what one can't build. A worker that doesn't answer counts as one, unless it is
+        gone: the one in its place begins with what holds then.
+        """
+        children = list(self._children.values())
+        answers = await asyncio.gather(*(child.ask(Prepare(standing), PREPARE_S) for child in children))
+        faults: list[str] = []
+        for child, answer in zip(children, answers, strict=True):
+            if answer is not None:
+                faults += [fault for fault in _faults(answer) if fault not in faults]
+            elif child.number in self._children:
+                faults.append(f"worker {child.number} did not answer within {PREPARE_S:g} s")
+        return faults
+
+    async def apply(self, standing: Standing) -> list[str]:
+        """Let this hold from now on. Workers that come later begin with it, so it holds whatever one of these answers."""
         self.standing = standing
         logs.set_level(standing.settings.log.level)
-        await self._ask_all(standing)
+        for number, answer in (await self._ask_all(standing)).items():
+            for fault in _faults(answer):
+                _log.error("worker_not_reloaded", worker=number, fault=fault)
+        return []
 
     async def reports(self) -> dict[int, Report]:
         """How each worker is that says so in time, by its number."""
@@ -141,7 +166,13 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             started_at = time.monotonic()
-            child = await Child.spawn(next(self._numbers), restarts, sock)
+            try:
+                child = await Child.spawn(next(self._numbers), restarts, sock)
+            except OSError as error:  # no memory, processes or descriptors for another one
+                _log.error("worker_not_started", reason=error.strerror or str(error), again_in_s=backoff_s)
+                await wait(self._stopping, backoff_s)
+                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+                continue
             began = await self._brief(child)
             code = await child.process.wait()
             child.control.close()
@@ -149,6 +180,9 @@ class Supervisor:
             self.fleet.retire(child.number)
             self._lost |= code == os.EX_IOERR
             if self._stopping.is_set():
+                return
+            if code == os.EX_CONFIG and not self.up.is_set():
+                self.refused.set()
                 return
             _log.error("worker_died" if began else "worker_did_not_start", worker=child.number, exit_code=code)
             lived_s = time.monotonic() - started_at
@@ -161,7 +195,11 @@ class Supervisor:
         try:
             while told is not self.standing:
                 told = self.standing
-                await child.control.ask(told)
+                faults = _faults(await child.control.ask(told))
+                if faults:
+                    self.faults = faults
+                    _log.error("worker_refused", worker=child.number, faults=faults)
+                    return False
         except ConnectionError:
             return False
         self._children[child.number] = child
@@ -183,3 +221,7 @@ class Supervisor:
             for child, answer in zip(children, answers, strict=True)
             if answer is not None and child.number in self._children
         }
+
+
+def _faults(answer: bytes) -> list[str]:
+    return msgspec.msgpack.decode(answer, type=list[str] | None) or []

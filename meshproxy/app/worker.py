@@ -1,6 +1,5 @@
 """One worker: every part of a gateway in one event loop, wired together, started and ended in order."""
 
-import asyncio
 import gc
 import os
 import random
@@ -8,10 +7,12 @@ import secrets as random_source
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import structlog
 from aiohttp import web
+from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from meshproxy.config import Settings
@@ -54,6 +55,20 @@ SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is 
 _log = structlog.get_logger("meshproxy.app")
 
 
+class Prepared(Struct, frozen=True):
+    """A configuration that a worker has built and doesn't serve by yet."""
+
+    secrets: Mapping[str, str]
+    deployment: Deployment
+    trusted_proxies: TrustedProxies
+    access: Access
+
+    @property
+    def generation(self) -> int:
+        """Of the configuration."""
+        return self.deployment.generation
+
+
 class Worker:
     """See the charter. Everything is made in `start`, in the running loop."""
 
@@ -74,7 +89,8 @@ class Worker:
             settings.models, settings.upstreams, version=VERSION, edges=asdict(settings.metrics.buckets)
         )
         self.tasks = Tasks(self._on_task_failed)
-        self._dialling = Tasks(self._on_task_failed)  # nobody waits for these
+        self.loops = Tasks(self._on_task_failed)  # for life
+        self._dialling = Tasks(self._on_task_failed)  # ended by the store
         self.live = Live(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         self.stopping = False
@@ -121,13 +137,11 @@ class Worker:
         self.api = Api(self.gateway, self._authenticator, self.directory, self.ledger, self.store, self.chat.client_of)
         self._note_generation(generation)
         self._follow()
-        self._watchers = [
-            asyncio.create_task(self.live.pulse(lambda: self.settings), name="pulse"),
-            asyncio.create_task(self.journal.keep_replaying(self._charge), name="journal"),
-            asyncio.create_task(loop_lag.watch(self.metrics.event_loop_lag.labels().observe), name="loop_lag"),
-        ]
+        self.loops.keep("pulse", partial(self.live.pulse, lambda: self.settings), is_vital=True)
+        self.loops.keep("journal", partial(self.journal.keep_replaying, self._charge), is_vital=True)
+        self.loops.keep("loop-lag", partial(loop_lag.watch, self.metrics.event_loop_lag.labels().observe))
         if instances is not None:
-            self._watchers.append(asyncio.create_task(instances.beat(), name="instances"))
+            self.loops.keep("instances", instances.beat)
         gc.collect()
         gc.set_threshold(GC_THRESHOLD, 20, 50)
         gc.freeze()  # what lives for the whole run need not be walked at each collection
@@ -140,24 +154,38 @@ class Worker:
         """A configuration was read and found unfit."""
         self.metrics.config_last_reload_successful.labels().set(0)
 
-    def reload(self, settings: Settings, secrets: Mapping[str, str], generation: int) -> None:
-        """Swap in another configuration: models, prices, upstreams, limits, credit rules, trusted proxies. Requests in flight
-        keep theirs. What only a restart changes is as it was (app.reload).
+    def prepare(self, settings: Settings, secrets: Mapping[str, str], generation: int) -> Prepared:
+        """Build another configuration and go on with this one. It may be called in a thread. Upstreams whose settings and key
+        didn't change keep their providers and connections. Raises ValueError for what can't be built.
         """
         old = self.gateway.deployment
-        self.metrics.reconfigure(settings.models, settings.upstreams)
         unchanged = {
             name: old.providers[name]
             for name, upstream in settings.upstreams.items()
             if old.settings.upstreams.get(name) == upstream and self._secrets.get(name) == secrets.get(name)
         }
-        self.gateway.deployment = deploy(settings, secrets, generation=generation, providers=unchanged)
-        self.chat.trusted_proxies = TrustedProxies(settings.server.trusted_proxies)
-        self._authenticator.access = access_to(settings)
+        return Prepared(
+            secrets,
+            deploy(settings, secrets, generation=generation, providers=unchanged),
+            TrustedProxies(settings.server.trusted_proxies),
+            access_to(settings),
+        )
+
+    def reload(self, prepared: Prepared) -> None:
+        """Swap in another configuration: models, prices, upstreams, limits, credit rules, trusted proxies. Requests in flight
+        keep theirs. What only a restart changes is as it was (app.reload).
+        """
+        old, new = self.gateway.deployment, prepared.deployment
+        settings = new.settings
+        self.metrics.reconfigure(settings.models, settings.upstreams)
+        self.gateway.deployment = new
+        self.chat.trusted_proxies = prepared.trusted_proxies
+        self._authenticator.access = prepared.access
         self.settings = settings
-        self._secrets = secrets
+        self._secrets = prepared.secrets
+        unchanged = [name for name, provider in old.providers.items() if new.providers.get(name) is provider]
         self.gateway.health.keep(unchanged)
-        self._note_generation(generation)
+        self._note_generation(new.generation)
         for name, provider in old.providers.items():
             if name not in unchanged:
                 provider.retire()
@@ -167,15 +195,13 @@ class Worker:
         self.stopping = True
         if await self.tasks.finish(SETTLE_GRACE_S):
             await self.tasks.finish(SETTLE_GRACE_S)  # what those that were cancelled had to settle
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await self.loops.close()
         for provider in self.gateway.deployment.providers.values():
             await provider.close()
         await self.journal.replay(self._charge)
         lost = self.journal.close()
         await self.store.close()
-        await self._dialling.finish(SETTLE_GRACE_S)
+        await self._dialling.close()
         if self._tracer is not None:
             await self._tracer.close()
         if lost:
@@ -188,15 +214,16 @@ class Worker:
             reasons.append("draining")
         if not self.store.connected:
             reasons.append("the ledger can't be reached")
+        reasons += [f"the task {name} keeps failing" for name in sorted(self.loops.failing)]
         return reasons
 
     async def _connect(self) -> Store:
         """The store, up; or on its way, if it isn't there yet: whoever asks meanwhile hears that the ledger can't be reached."""
         try:
-            return await connect(self.settings.redis, on_op=self._on_op, spawn=self._dialling.spawn)
+            return await connect(self.settings.redis, on_op=self._on_op, keep=self._dialling.keep)
         except Unavailable as error:
             _log.error("ledger_unavailable", reason=error.reason)
-            return await connect(self.settings.redis, wait=False, on_op=self._on_op, spawn=self._dialling.spawn)
+            return await connect(self.settings.redis, wait=False, on_op=self._on_op, keep=self._dialling.keep)
 
     def _open_journal(self) -> Journal:
         """The journal on disk; in memory where there is no place for it and none was asked for."""
@@ -209,7 +236,7 @@ class Worker:
             return Journal(path, redis.journal_max_bytes)
         except OSError as error:
             if redis.journal is not None:
-                raise
+                raise OSError(f"redis.journal: {error}") from error
             _log.warning("journal_in_memory", path=self._journal_path, reason=str(error))
             return Journal(None, redis.journal_max_bytes)
 

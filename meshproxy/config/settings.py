@@ -75,6 +75,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     header_timeout_s: Seconds = 10
     body_timeout_s: Seconds = 60
     write_timeout_s: Seconds = 60
+    fast_path: bool = True
     max_in_flight: Positive = 4096
     heartbeat_s: Seconds = 15
     first_event_hold_s: Annotated[float, Meta(ge=0, le=60)] = 2

@@ -22,22 +22,35 @@ class Live:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._kept_at = clock()  # survives a pulse that raises: or no hold would be kept while one relay makes trouble
         self.leases: set[Lease] = set()
         self.relays: set[Relay] = set()
         self.recordings: set[Recording] = set()
 
     async def pulse(self, settings: Callable[[], Settings]) -> None:
-        """Run for the life of the worker, by the settings of the moment."""
-        kept_at = self._clock()
+        """Run for the life of the worker, by the settings of the moment. One relay's or hold's trouble is raised after all the
+        others were looked after.
+        """
         while True:
             heartbeat_s, hold_ttl_s = settings().server.heartbeat_s, settings().credits.hold_ttl_s
             await asyncio.sleep(min(PULSE_S, heartbeat_s / 4, hold_ttl_s / 4))
             now = self._clock()
-            for relay in tuple(self.relays):
-                relay.look_after(now, heartbeat_s)
-            if now - kept_at >= hold_ttl_s / 3:
-                kept_at = now
+            trouble = self._look_after_relays(now, heartbeat_s)
+            if now - self._kept_at >= hold_ttl_s / 3:
+                self._kept_at = now
                 await self._keep_holds()
+            if trouble is not None:
+                raise trouble
+
+    def _look_after_relays(self, now: float, heartbeat_s: float) -> Exception | None:
+        """Look after each; what one of them raised."""
+        trouble: Exception | None = None
+        for relay in tuple(self.relays):
+            try:
+                relay.look_after(now, heartbeat_s)
+            except Exception as error:  # noqa: BLE001 - the pulse is supervised, and raises it
+                trouble = error
+        return trouble
 
     async def _keep_holds(self) -> None:
         """All in one loop turn, so that they share a pipeline."""

@@ -18,22 +18,22 @@ BACKOFF_MAX_S = 2.0
 STEADY_S = 5.0  # a link that held this long was a good one
 CLIENT_NAME = "meshproxy"
 
-Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+Keep = Callable[[str, Callable[[], Coroutine[Any, Any, None]]], "asyncio.Task[None]"]  # run it until it returns
 Dial = Callable[[], Awaitable[Link]]
 
 
-def spawn_plainly(name: str, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-    """A named task; the caller keeps the reference."""
-    return asyncio.create_task(work, name=name)
+def keep_plainly(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
+    """Run it once, for a program that ends soon; the caller keeps the reference."""
+    return asyncio.create_task(work(), name=name)
 
 
 class Channel(Store):
     """`dial` finds the server and returns a link that is ready for commands, or raises Unavailable."""
 
-    def __init__(self, dial: Dial, *, spawn: Spawn = spawn_plainly, on_lost: Callable[[], None] | None = None) -> None:
+    def __init__(self, dial: Dial, *, keep: Keep = keep_plainly, on_lost: Callable[[], None] | None = None) -> None:
         self.trouble: str | None = None  # what went wrong last; None: connected
         self._dial = dial
-        self._spawn = spawn
+        self._keep = keep
         self._on_lost = on_lost
         self._link: Link | None = None
         self._linked_at = 0.0
@@ -65,7 +65,7 @@ class Channel(Store):
     def keep_dialling(self) -> None:
         """Dial in the background until there is a link."""
         if self._dialling is None and not self._closed:
-            self._dialling = self._spawn("ledger-dial", self._dial_until_linked())
+            self._dialling = self._keep("ledger-dial", self._dial_until_linked)
 
     def retire(self) -> None:
         """Hang up once everything asked is answered, and dial no more."""

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from meshproxy.ledger.address import Endpoint
-from meshproxy.ledger.channel import Channel, Spawn, backoff_s
+from meshproxy.ledger.channel import Channel, Keep, backoff_s
 from meshproxy.ledger.link import Link, Pending, Redirect, failed
 from meshproxy.ledger.store import Argument, Store, StoreError, Unavailable
 
@@ -29,11 +29,11 @@ DialNode = Callable[[Endpoint, Redirect | None], Awaitable[Link]]
 class ClusterStore(Store):
     """A cluster, found through any of `seeds`. A command is sent on for `timeout_s` at most."""
 
-    def __init__(self, seeds: Sequence[Endpoint], dial: DialNode, timeout_s: float, spawn: Spawn) -> None:
+    def __init__(self, seeds: Sequence[Endpoint], dial: DialNode, timeout_s: float, keep: Keep) -> None:
         self._seeds = seeds
         self._dial = dial
         self._timeout_s = timeout_s
-        self._spawn = spawn
+        self._keep = keep
         self._trouble = "no master serves this slot"  # or why the map could not be had
         self._channels: dict[Endpoint, Channel] = {}  # of every master
         self._slots: list[Channel | None] = [None] * SLOTS
@@ -64,7 +64,7 @@ class ClusterStore(Store):
         """Fetch the map anew in the background, until every slot has a master with a link."""
         self._stale = True
         if self._mapping is None and not self._closed:
-            self._mapping = self._spawn("ledger-cluster-map", self._map_until_whole())
+            self._mapping = self._keep("ledger-cluster-map", self._map_until_whole)
 
     async def close(self) -> None:
         """Hang up on every node."""
@@ -135,7 +135,7 @@ class ClusterStore(Store):
     async def _open(self, master: Endpoint) -> None:
         """Dial a new master; if it doesn't answer, it is dialled on in the background."""
         dial = partial(self._dial, master, self._redirect)
-        channel = self._channels[master] = Channel(dial, spawn=self._spawn, on_lost=self.keep_dialling)
+        channel = self._channels[master] = Channel(dial, keep=self._keep, on_lost=self.keep_dialling)
         try:
             await channel.open()
         except Unavailable:

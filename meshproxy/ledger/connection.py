@@ -8,7 +8,7 @@ from functools import partial
 
 from meshproxy import config
 from meshproxy.ledger.address import Endpoint, Login, parse_url, tls_context
-from meshproxy.ledger.channel import Channel, Spawn, dial, spawn_plainly
+from meshproxy.ledger.channel import Channel, Keep, dial, keep_plainly
 from meshproxy.ledger.cluster import ClusterStore, ask_once
 from meshproxy.ledger.link import Link, Redirect
 from meshproxy.ledger.store import OnOp, Store, StoreError, Unavailable
@@ -17,7 +17,7 @@ __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 
 
 async def connect(
-    settings: config.Redis, *, wait: bool = True, on_op: OnOp | None = None, spawn: Spawn = spawn_plainly
+    settings: config.Redis, *, wait: bool = True, on_op: OnOp | None = None, keep: Keep = keep_plainly
 ) -> Store:
     """The store behind `settings.url`, of any kind but `embedded` (start that first, and take its URL).
 
@@ -38,10 +38,10 @@ async def connect(
         return await dial_node(named, master=True)
 
     if address.kind == "cluster":
-        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, spawn)
+        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, keep)
     else:
         one = dial_master if address.kind == "sentinel" else partial(dial_node, address.endpoints[0])
-        store = Channel(one, spawn=spawn)
+        store = Channel(one, keep=keep)
     if wait:
         await store.open()
     else:

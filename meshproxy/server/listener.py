@@ -4,6 +4,7 @@ anything else; one of the admin listener is aiohttp's from the beginning.
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion11, web
@@ -13,6 +14,7 @@ from yarl import URL
 from meshproxy.server.connection import LINGER_S, ClientConnection
 from meshproxy.server.general import GeneralConnection, Strictness
 from meshproxy.server.proxy_protocol import Source
+from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.head import MAX_FIELDS, MAX_HEAD_BYTES
 
 Connection = ClientConnection | GeneralConnection
@@ -97,11 +99,18 @@ class _Server(web.Server):
 class Runner(web.AppRunner):
     """Serves an application on any number of sockets, and the chat path beside it: usual requests pass neither router nor
     middleware. `chat`: who answers them, once there are any; without it every request is the application's. A client that hangs
-    up cancels its handler.
+    up cancels its handler. `loops`: what keeps the look at deadlines running.
     """
 
-    def __init__(self, app: web.Application, chat: Callable[[], Chat] | None, strictness: Strictness = USUAL) -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        chat: Callable[[], Chat] | None,
+        strictness: Strictness = USUAL,
+        loops: Tasks | None = None,
+    ) -> None:
         super().__init__(app, shutdown_timeout=SHUTDOWN_S)
+        self._loops = loops if loops is not None else Tasks()
         self._chat = chat
         self._strictness = strictness
         self.closing = False  # whether answers say `Connection: close`
@@ -152,7 +161,7 @@ class Runner(web.AppRunner):
             max_headers=MAX_FIELDS,
             lingering_time=LINGER_S,
         )
-        self._looking = asyncio.create_task(_now_and_then(server.look_at_deadlines), name="deadlines")
+        self._looking = self._loops.keep("deadlines", partial(_now_and_then, server.look_at_deadlines))
         return server
 
     def _request(self, message: Any, *parts: Any) -> web.Request:

@@ -12,6 +12,7 @@ from meshproxy.server.client_address import TrustedProxies
 from meshproxy.server.proxy_protocol import NotProxied, read_source
 from meshproxy.server.sockets import BACKLOG
 from meshproxy.server.tls import HANDSHAKE_S
+from meshproxy.telemetry.tasks import Tasks
 
 PROXY_HEADER_S = 5.0  # for a header that the specification wants sent at once
 MAX_ARRIVING = 1024  # connections whose header hasn't come; more are closed
@@ -40,7 +41,7 @@ class Site:
 
 class ProxiedSite(Site):
     """One for balancers that send a PROXY header first, ahead of TLS too. Others are hung up on. `proxies`: whose headers are
-    believed (as of now).
+    believed (as of now). `loops`: what keeps the accepting running.
     """
 
     def __init__(
@@ -49,15 +50,17 @@ class ProxiedSite(Site):
         make: MakeProtocol,
         tls: ssl.SSLContext | None,
         proxies: Callable[[], TrustedProxies],
+        loops: Tasks,
     ) -> None:
         super().__init__(sock, make, tls)
+        self._loops = loops
         self._proxies = proxies
         self._arriving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Accept connections."""
         self._sock.setblocking(False)  # noqa: FBT003 - its only argument
-        self._accepting = asyncio.create_task(self._accept(), name="accept")
+        self._accepting = self._loops.keep("accept", self._accept)
 
     async def stop(self) -> None:
         """Accept no more, and close the socket."""

@@ -50,7 +50,9 @@ CLOSED = {
         "completed failed client_disconnected insufficient_credits rate_limited upstream_failed abandoned shutdown"
     ),
     "usage_source": _words("reported estimated drained none"),
-    "task": _words("settle renew drain idempotency ledger-dial ledger-cluster-map reload"),
+    "task": _words(
+        "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal instances loop-lag deadlines accept"
+    ),
 }
 
 

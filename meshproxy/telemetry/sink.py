@@ -5,14 +5,16 @@ urgent, or at exit. If whoever reads the pipe stands still, MAX_BUFFERED_BYTES a
 counted: a line says how many when writing goes on. SIGKILL loses one interval of lines. Every line is redacted here, the
 last place before it leaves.
 
-Make it after a fork: a thread doesn't survive one.
+The thread writes to the raw file: whoever holds a buffered one's lock while a reader stands still keeps the interpreter from its
+end. Make it after a fork: a thread doesn't survive one.
 """
 
 import atexit
 import re
 import threading
 from collections.abc import Callable
-from typing import BinaryIO
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 FLUSH_INTERVAL_S = 0.1
 FLUSH_BYTES = 524_288
@@ -39,7 +41,7 @@ class LineSink:
     """Takes whole lines of bytes, newline included, from any thread."""
 
     def __init__(self, stream: BinaryIO, dropped_line: Callable[[int], bytes]) -> None:
-        self._stream = stream
+        self._stream: Any = getattr(stream, "raw", stream)
         self._dropped_line = dropped_line
         self._dropped = 0
         self._lines: list[bytes] = []
@@ -54,7 +56,9 @@ class LineSink:
         atexit.register(self.close)
 
     def write(self, line: bytes, *, urgent: bool = False) -> None:
-        """Buffer a line. It is dropped, and counted, if the buffer is full. After close() it is written at once."""
+        """Buffer a line. It is dropped, and counted, if the buffer is full. After close() it is written at once, or dropped where
+        the thread still waits for the reader.
+        """
         line = redact(line)
         with self._buffer_lock:
             if self._size + len(line) > MAX_BUFFERED_BYTES:
@@ -67,8 +71,8 @@ class LineSink:
             is_full = self._size >= FLUSH_BYTES > self._size - len(line)
         if urgent or is_full:
             self._hurry.set()  # once a batch: waking a thread costs as much as twenty lines
-        if self._closed:
-            self.flush()
+        if self._closed and not self._writer.is_alive():
+            self._write_late()
 
     def flush(self) -> None:
         """Write what is buffered, in the calling thread. Blocks as long as the stream does."""
@@ -90,6 +94,13 @@ class LineSink:
             self._hurry.set()
             self._writer.join(CLOSE_TIMEOUT_S)
 
+    def _write_late(self) -> None:
+        """Write what came after close(), waiting no longer than CLOSE_TIMEOUT_S for a stuck reader: it is waited for once."""
+        self._writer = threading.Thread(target=self.flush, name="log-writer", daemon=True)
+        with suppress(RuntimeError):  # the interpreter is at its end, and starts no thread any more
+            self._writer.start()
+            self._writer.join(CLOSE_TIMEOUT_S)
+
     def _drain(self) -> None:
         while not self._closed:
             self._filled.wait()
@@ -101,8 +112,14 @@ class LineSink:
 
     def _written(self, lines: list[bytes]) -> bool:
         try:
-            self._stream.write(b"".join(lines))
+            left = memoryview(b"".join(lines))
+            while left:
+                left = left[self._stream.write(left) :]
             self._stream.flush()
-        except (OSError, ValueError):  # the reader is gone, or the stream closed: there is nobody to tell
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+        ):  # no reader, a closed stream, or one that would block (None): it is counted
             return False
         return True

@@ -1,4 +1,4 @@
-"""Background tasks by name: the one way to start what outlives the code that starts it.
+"""Background tasks by name: the one way to start what outlives the code that starts it, and to keep a loop running for life.
 
 A spawned task is a task of its own: cancelling whoever spawned it (a handler whose client hung up) doesn't touch it, also
 while it is being awaited through asyncio.shield(). To await one from code that may be cancelled, shield it: `await task`
@@ -16,6 +16,12 @@ T = TypeVar("T")
 
 CANCEL_GRACE_S = 1.0  # what a cancelled task gets to clean up before it is left behind
 
+FIRST_PAUSE_S = 0.1  # before a loop that raised is run again
+MAX_PAUSE_S = 5.0
+MAX_DOUBLINGS = 16
+STEADY_S = 10.0  # a loop that ran so long is well
+FAILING_RUNS = 3  # in a row, before a vital loop counts as failing
+
 _log = structlog.get_logger(__name__)
 
 
@@ -23,7 +29,9 @@ class Tasks:
     """The tasks in flight, each held by a strong reference until it ends. `on_failure` is told the name of each that raised."""
 
     def __init__(self, on_failure: Callable[[str], None] = lambda _: None) -> None:
+        self.failing: set[str] = set()  # the vital ones that don't come back to their work
         self._running: set[asyncio.Future[Any]] = set()
+        self._kept: set[asyncio.Task[None]] = set()
         self._on_failure = on_failure
 
     def __len__(self) -> int:
@@ -35,6 +43,50 @@ class Tasks:
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    def keep(
+        self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_vital: bool = False
+    ) -> asyncio.Task[None]:
+        """Run `work` until it returns, for the life of the process if it never does. When it raises, it is logged and counted
+        under `name`, and run again after a pause that doubles up to MAX_PAUSE_S; a run of STEADY_S begins it anew.
+
+        `is_vital`: `failing` names it once it raised FAILING_RUNS times in a row. It isn't waited for by `finish`: cancel it, or
+        `close`.
+        """
+        task = asyncio.get_running_loop().create_task(self._supervise(name, work, is_vital=is_vital), name=name)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return task
+
+    async def _supervise(self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_vital: bool) -> None:
+        clock = asyncio.get_running_loop().time
+        runs = 0
+        while True:
+            began_at = clock()
+            watch = asyncio.get_running_loop().call_later(STEADY_S, self.failing.discard, name)
+            try:
+                await work()
+            except Exception as error:  # noqa: BLE001 - this is what supervises
+                runs = 1 if clock() - began_at >= STEADY_S else runs + 1
+                pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(runs - 1, MAX_DOUBLINGS))
+                self._on_failure(name)
+                _log.error("task_failed", task=name, runs=runs, again_in_s=pause_s, exc_info=error)
+                if is_vital and runs >= FAILING_RUNS:
+                    self.failing.add(name)
+            else:
+                self.failing.discard(name)
+                return
+            finally:
+                watch.cancel()
+            await asyncio.sleep(pause_s)
+
+    async def close(self) -> None:
+        """Cancel what is kept running."""
+        kept = tuple(self._kept)
+        for task in kept:
+            task.cancel()
+        if kept:
+            await asyncio.wait(kept, timeout=CANCEL_GRACE_S)
 
     def follow(self, future: asyncio.Future[T], then: Callable[[asyncio.Future[T]], None]) -> None:
         """Hold on to what is under way already, and call `then` with it when it is done: a task's promise at half its price."""

@@ -1,4 +1,5 @@
 import pytest
+from structlog.testing import capture_logs
 
 from meshproxy.app.load import Loaded
 from meshproxy.app.reload import FIXED, Reloader, Standing, hold_back
@@ -44,23 +45,74 @@ def test_every_fixed_key_exists():
 STANDING = Standing(parse("[redis]\nurl = 'unix:///embedded'"), Secrets({}), "/journal", 7)
 
 
-def test_an_unfit_file_changes_nothing():
+class Crew:
+    """A crew of one, who can't build what `faults` has."""
+
+    def __init__(self, faults=()):
+        self.standing = STANDING
+        self.faults = list(faults)
+        self.asked = []
+
+    async def prepare(self, standing):
+        self.asked.append(("prepare", standing.generation))
+        return self.faults
+
+    async def apply(self, standing):
+        self.asked.append(("apply", standing.generation))
+        self.standing = standing
+        return []
+
+
+def reads(*texts):
+    """A file that says each of these in turn, then nothing that can be read."""
+    rest = list(texts)
+
     def read():
-        raise Unfit(["server.x: unknown key"])
+        if not rest:
+            raise Unfit(["server.x: unknown key"])
+        return Loaded(parse(rest.pop(0)), Secrets({"a": "b"}), [])
 
-    expected = Standing(STANDING.settings, STANDING.secrets, "/journal", 7, reload_failed=True)
-    assert expected == Reloader(Settings(), read).next(STANDING)
+    return read
 
 
-def test_a_good_one_is_the_next_generation_over_the_same_store():
-    wanted = parse("[server]\nlisten = '127.0.0.1:9'\ndrain_s = 1")
-    read = lambda: Loaded(wanted, Secrets({"a": "b"}), [])  # noqa: E731
-    reloader = Reloader(Settings(), read)
-    first = reloader.next(STANDING)
+async def test_an_unfit_file_changes_nothing():
+    crew = Crew()
+    with capture_logs() as logs:
+        await Reloader(Settings(), reads()).reload(crew)
+    assert Standing(STANDING.settings, STANDING.secrets, "/journal", 7, reload_failed=True) == crew.standing
+    assert [("reload_failed", ["server.x: unknown key"])] == [(line["event"], line["faults"]) for line in logs]
+
+
+async def test_what_a_worker_cannot_build_changes_nothing():
+    crew = Crew(["upstreams.a.headers: no"])
+    with capture_logs() as logs:
+        await Reloader(Settings(), reads("")).reload(crew)
+    assert (7, True) == (crew.standing.generation, crew.standing.reload_failed)
+    assert [("prepare", 8), ("apply", 7)] == crew.asked
+    assert [["upstreams.a.headers: no"]] == [line["faults"] for line in logs if line["event"] == "reload_failed"]
+
+
+async def test_a_good_one_is_the_next_generation_over_the_same_store():
+    crew = Crew()
+    reloader = Reloader(Settings(), reads("[server]\nlisten = '127.0.0.1:9'\ndrain_s = 1", ""))
+    await reloader.reload(crew)
+    first = crew.standing
+    assert [("prepare", 8), ("apply", 8)] == crew.asked
     assert (8, "/journal", {"a": "b"}) == (first.generation, first.journal, first.secrets.upstreams)
     assert ("unix:///embedded", 1, "127.0.0.1:8080") == (
         first.settings.redis.url,
         first.settings.server.drain_s,
         first.settings.server.listen,
     )
-    assert 9 == reloader.next(first).generation
+    await reloader.reload(crew)
+    assert 9 == crew.standing.generation
+
+
+async def test_what_could_not_be_swapped_in_is_not_what_the_next_is_compared_with():
+    crew = Crew(["no"])
+    reloader = Reloader(Settings(), reads("[server]\nlisten = '127.0.0.1:9'", "[server]\nlisten = '127.0.0.1:9'"))
+    await reloader.reload(crew)
+    crew.faults = []
+    with capture_logs() as logs:
+        await reloader.reload(crew)
+    assert ["server.listen"] == [line["key"] for line in logs if line["event"] == "reload_needs_restart"]

@@ -1,6 +1,13 @@
 """What a worker hears that is just starting. The rest of the supervisor's work is tested on processes, in tests/deploy."""
 
+import asyncio
+import contextlib
+import socket
+
+import msgspec
+import pytest
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from meshproxy.app.reload import Standing
 from meshproxy.app.supervisor import Child, Supervisor
@@ -13,14 +20,15 @@ FAILED = replace(FIRST, reload_failed=True)
 class Line:
     """A control that keeps what it is asked, and is told by a test what happens meanwhile."""
 
-    def __init__(self, meanwhile):
+    def __init__(self, meanwhile=lambda: None, faults=()):
         self.asked = []
         self._meanwhile = meanwhile
+        self._answer = msgspec.msgpack.encode(list(faults))
 
     async def ask(self, question):
         self.asked.append(question)
         self._meanwhile()
-        return b"\xc0"
+        return self._answer
 
 
 async def test_a_worker_hears_what_changed_while_it_was_starting():
@@ -50,3 +58,57 @@ async def test_one_who_is_gone_before_it_serves_is_no_worker():
     supervisor = Supervisor(FIRST, [None])
     assert not await supervisor._brief(Child(1, 0, None, Line(gone)))
     assert [] == supervisor.workers()
+
+
+async def test_a_worker_that_cannot_serve_says_why():
+    supervisor = Supervisor(FIRST, [None])
+    assert not await supervisor._brief(Child(1, 0, None, Line(faults=["redis.journal: full"])))
+    assert ["redis.journal: full"] == supervisor.faults
+
+
+async def test_one_worker_s_fault_keeps_all_from_a_configuration():
+    supervisor = Supervisor(FIRST, [None, None])
+    for number, faults in ((1, []), (2, ["upstreams.a: no"])):
+        assert await supervisor._brief(Child(number, 0, None, Line()))
+        supervisor._children[number].control = Line(faults=faults)
+    wanted = replace(FIRST, generation=2)
+    assert ["upstreams.a: no"] == await supervisor.prepare(wanted)
+    assert supervisor.standing is FIRST
+
+
+async def test_a_worker_that_does_not_answer_keeps_all_from_it_too(monkeypatch):
+    monkeypatch.setattr("meshproxy.app.supervisor.PREPARE_S", 0.01)
+
+    class Stuck(Line):
+        async def ask(self, question):
+            await asyncio.Event().wait()
+
+    supervisor = Supervisor(FIRST, [None])
+    assert await supervisor._brief(Child(7, 0, None, Line()))
+    supervisor._children[7].control = Stuck()
+    assert ["worker 7 did not answer within 0.01 s"] == await supervisor.prepare(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("error", "event"), [(OSError(11, "no fork"), "worker_not_started"), (ValueError(), "task_failed")]
+)
+async def test_a_keeper_tries_again_when_no_process_could_be_started(monkeypatch, error, event):
+    tried = asyncio.Event()
+    attempts = []
+
+    async def spawn(*_):
+        attempts.append(None)
+        if len(attempts) == 1:
+            raise error
+        tried.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Child, "spawn", spawn)
+    with capture_logs() as logs, contextlib.closing(socket.socket()) as sock:
+        supervisor = Supervisor(FIRST, [sock])
+        await supervisor.start()
+        await asyncio.wait_for(tried.wait(), 5)
+        for keeper in supervisor._keepers:
+            keeper.cancel()
+        await asyncio.gather(*supervisor._keepers, return_exceptions=True)
+    assert [event] == [line["event"] for line in logs]

@@ -80,7 +80,7 @@ async def mesh(start_mesh, bird):
     upstream = {"kind": "openai", "base_url": bird.url, "headers": {"x-api-key": HEADER_KEY}}
     models = {f"p/{way}": {"upstreams": [{"upstream": "sim", "model": way}], **PRICE} for way in WAYS}
     mesh = await start_mesh(upstreams={"sim": upstream}, models=models)
-    mesh.worker.reload(mesh.worker.settings, {"sim": PROVIDER_KEY}, 2)
+    mesh.worker.reload(mesh.worker.prepare(mesh.worker.settings, {"sim": PROVIDER_KEY}, 2))
     return mesh
 
 

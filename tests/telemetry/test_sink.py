@@ -137,3 +137,42 @@ def test_any_bearer_is_taken_out():
 )
 def test_words_are_left_alone(line):
     assert line == redact(line)
+
+
+def test_a_line_after_close_is_dropped_where_the_reader_stands_still(stream, monkeypatch):
+    monkeypatch.setattr(room, "CLOSE_TIMEOUT_S", 0.01)
+    stream.open.clear()
+    sink = LineSink(stream, lambda _: b"")
+    sink.write(b"one\n", urgent=True)
+    sink.close()
+    sink.write(b"two\n")
+    assert b"" == stream.getvalue()
+    stream.open.set()
+
+
+STUCK = """
+import os, sys
+from meshproxy.telemetry.sink import LineSink
+sink = LineSink(sys.stderr.buffer, lambda _: b"")
+if sys.argv[1] == "ours":
+    sink.write(b"x" * 1_000_000, urgent=True)
+else:
+    os.set_blocking(2, False)
+    os.write(2, b"x" * 1_000_000)
+    os.set_blocking(2, True)
+print("written", flush=True)
+sys.stdin.readline()
+sink.close()
+sink.write(b"stopped")
+sink.write(b"stopped")
+"""
+
+
+@pytest.mark.parametrize("who", ["ours", "another process's"])
+def test_a_process_ends_though_the_reader_of_stderr_stands_still(who):
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", STUCK, who], **pipes) as process:
+        process.stdout.readline()
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert 0 == process.wait(10)

@@ -129,3 +129,95 @@ async def test_finish_does_not_wait_for_ever_on_a_task_that_refuses_to_end(monke
 
 async def test_finish_of_nothing_is_nothing():
     assert await Tasks().finish(0) == 0
+
+
+class Loop:
+    """A loop that raises in its first runs. `again` is set when it has come through."""
+
+    def __init__(self, failures):
+        self.left = failures
+        self.again = asyncio.Event()
+
+    async def __call__(self):
+        if self.left:
+            self.left -= 1
+            raise LookupError("gone")
+        self.again.set()
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr("meshproxy.telemetry.tasks.FIRST_PAUSE_S", 0.0)
+
+
+async def test_a_loop_that_raises_is_logged_counted_and_run_again(no_pause):
+    failed, loop = [], Loop(2)
+    tasks = Tasks(failed.append)
+    with capture_logs() as logs:
+        tasks.keep("pulse", loop)
+        await asyncio.wait_for(loop.again.wait(), 5)
+    assert ["pulse", "pulse"] == failed
+    assert [("task_failed", "error", 1), ("task_failed", "error", 2)] == [
+        (line["event"], line["log_level"], line["runs"]) for line in logs
+    ]
+    await tasks.close()
+
+
+@pytest.mark.parametrize(
+    ("failures", "is_vital", "expected"), [(2, True, set()), (3, True, {"pulse"}), (3, False, set())]
+)
+async def test_a_vital_loop_that_keeps_failing_is_named(no_pause, failures, is_vital, expected):
+    loop = Loop(failures)
+    tasks = Tasks()
+    tasks.keep("pulse", loop, is_vital=is_vital)
+    await asyncio.wait_for(loop.again.wait(), 5)
+    assert expected == tasks.failing
+    await tasks.close()
+
+
+async def test_and_no_more_once_it_runs_steadily(no_pause, monkeypatch):
+    monkeypatch.setattr("meshproxy.telemetry.tasks.STEADY_S", 0.01)
+    loop = Loop(3)
+    tasks = Tasks()
+    tasks.keep("pulse", loop, is_vital=True)
+    await asyncio.wait_for(loop.again.wait(), 5)
+    async with asyncio.timeout(5):
+        while tasks.failing:
+            await asyncio.sleep(0)
+    await tasks.close()
+
+
+async def test_pauses_double_up_to_a_bound(monkeypatch):
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    loop = Loop(12)
+    tasks = Tasks()
+    with monkeypatch.context() as patched:
+        patched.setattr("meshproxy.telemetry.tasks.asyncio.sleep", sleep)
+        tasks.keep("pulse", loop)
+        await asyncio.wait_for(loop.again.wait(), 5)
+    assert [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0] == pauses[:7]
+    assert {5.0} == set(pauses[6:])
+    await tasks.close()
+
+
+async def test_work_that_returns_is_over():
+    async def work():
+        pass
+
+    tasks = Tasks()
+    await tasks.keep("dial", work)
+    assert set() == tasks._kept
+
+
+async def test_close_ends_what_is_kept():
+    loop = Loop(0)
+    tasks = Tasks()
+    task = tasks.keep("pulse", loop)
+    await loop.again.wait()
+    await tasks.close()
+    assert task.cancelled()
