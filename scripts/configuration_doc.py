@@ -35,6 +35,8 @@ SECTIONS: dict[str, type[Struct]] = {
     "tracing": config.Tracing,
     "upstreams.NAME": config.Upstream,
     'models."ID"': config.Model,
+    'models."ID".price_tiers': config.PriceTier,
+    'models."ID".service_tiers.NAME': config.ServiceTier,
 }
 # Where the example's comment stands above the key, or says only what the tables here say anyway.
 WORDS = {
@@ -54,6 +56,8 @@ WORDS = {
     'models."ID".context_window': "prompt and completion together",
     'models."ID".max_output_tokens': "of one choice",
     'models."ID".output_usd_per_mtok': "likewise",
+    'models."ID".above_prompt_tokens': "of how large a prompt on",
+    'models."ID".service_tiers.NAME.price_tiers': "of this service tier; the model's own don't hold for it",
 }
 HEAD = """\
 # Configuration
@@ -100,7 +104,7 @@ def _section(name: str, kind: type[Struct], words: dict[str, str], example: str)
     hints = get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
         default = _default(field) if kind is not config.Buckets else _commented(field.name, example)
-        what = words.get(f"{name}.{field.name}", "")
+        what = words.get(f"{name}.{field.name}", words.get(f'models."ID".{field.name}', "") if "models" in name else "")
         rows.append(f"| `{field.name}` | {_type(hints[field.name])} | {default} | {_cell(what)} |")
     return "\n".join([*rows, ""])
 
@@ -137,9 +141,10 @@ def _type(hint: Any) -> str:
     if origin is list:
         return f"list of {_type(args[0])}"
     if origin is dict:
-        return "table of strings"
+        is_struct = isinstance(args[1], type) and issubclass(args[1], Struct)
+        return f"table of {_type(args[1])}s" if is_struct else "table of strings"
     if isinstance(hint, type) and issubclass(hint, Struct):
-        return hint.__name__.lower()
+        return re.sub(r"\B([A-Z])", r" \1", hint.__name__).lower()
     return {str: "string", bool: "boolean", int: "integer", float: "number"}[hint]
 
 

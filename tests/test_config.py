@@ -229,6 +229,54 @@ def test_what_is_no_price(usd):
     assert ['models.m.input_usd_per_mtok: expected a decimal string in USD, as "2.50"'] == faults(text)
 
 
+TIER = '[[models.m.price_tiers]]\nabove_prompt_tokens = {}\ninput_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
+SERVICE = '[models.m.service_tiers.{}]\ninput_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        TIER.format(1) + TIER.format(2),
+        SERVICE.format("flex"),
+        SERVICE.format("flex") + TIER.format(5).replace("m.price", "m.service_tiers.flex.price"),
+        'markup = "1.05"\ncost_from = "usage.cost"',
+        'field_usd = { plugins = "0.02" }',
+    ],
+)
+def test_prices_beside_those_of_tokens(more):
+    assert ["m"] == list(parse(model(more)).models)
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (
+            TIER.format(2) + TIER.format(2),
+            ["models.m.price_tiers: above_prompt_tokens of each must be more than that of the one before it"],
+        ),
+        (TIER.format(0), ["models.m.price_tiers[0].above_prompt_tokens: expected int >= 1"]),
+        (
+            TIER.format(1) + "[[models.m.price_tiers]]",
+            [
+                "models.m.price_tiers[1].input_usd_per_mtok: required, and missing",
+                "models.m.price_tiers[1].output_usd_per_mtok: required, and missing",
+                "models.m.price_tiers[1].above_prompt_tokens: required, and missing",
+            ],
+        ),
+        (SERVICE.format("default"), ["models.m.service_tiers.default: this tier has the model's own prices"]),
+        (SERVICE.format("flex") + "x = 1", ["models.m.service_tiers.flex.x: unknown key"]),
+        ('markup = "0.00"', ['models.m.markup: expected a decimal string above zero, as "1.05"']),
+        ('markup = "-1"', ['models.m.markup: expected a decimal string above zero, as "1.05"']),
+        ("markup = 1.05", ['models.m.markup: expected a decimal string above zero, as "1.05"']),
+        ('cost_from = "usage"', ["models.m.cost_from: invalid enum value 'usage', expected prices or usage.cost"]),
+        ('request_usd = "-1"', ['models.m.request_usd: expected a decimal string in USD, as "2.50"']),
+        ("field_usd = { plugins = 1 }", ['models.m.field_usd.plugins: expected a decimal string in USD, as "2.50"']),
+    ],
+)
+def test_what_no_tier_fee_or_markup_can_be(more, expected):
+    assert expected == faults(model(more))
+
+
 EDGE = "metrics.buckets.meshproxy_overhead_seconds"
 
 
@@ -431,6 +479,18 @@ SECTIONS = [
     ("upstreams.openai", config.Upstream),
     ('models."openai/gpt-4o"', config.Model),
 ]
+PRICED = [
+    ('[models."openai/gpt-4o".service_tiers.priority]', config.ServiceTier),
+    ('[[models."google/gemini-2.5-pro".price_tiers]]', config.PriceTier),
+]
+
+
+@pytest.mark.parametrize("section, kind", PRICED)
+def test_the_example_shows_what_a_tier_has_beside_the_model_s_prices(section, kind):
+    text = re.split(r"^\[", EXAMPLE.read_text().partition(f"\n{section}")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    mentioned = set(re.findall(r"^(?:# )?(\w+) = ", text, re.MULTILINE))
+    assert mentioned <= set(kind.__struct_fields__)
+    assert set(kind.__struct_fields__) - set(config.Model.__struct_fields__) <= mentioned
 
 
 @pytest.mark.parametrize("section, kind", SECTIONS)

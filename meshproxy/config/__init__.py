@@ -8,6 +8,7 @@ from meshproxy.config.addresses import split_address
 from meshproxy.config.api_keys import SecretReader, Secrets, plain
 from meshproxy.config.decoding import Decoded, Unfit, decode, parse
 from meshproxy.config.settings import (
+    STANDARD_TIERS,
     Buckets,
     Credits,
     Defaults,
@@ -15,11 +16,14 @@ from meshproxy.config.settings import (
     Log,
     Metrics,
     Model,
+    Prices,
+    PriceTier,
     RateLimits,
     Redis,
     Route,
     Secret,
     Server,
+    ServiceTier,
     Settings,
     Stream,
     Tracing,
@@ -27,6 +31,7 @@ from meshproxy.config.settings import (
 )
 
 __all__ = [
+    "STANDARD_TIERS",
     "Buckets",
     "Credits",
     "Decoded",
@@ -35,6 +40,8 @@ __all__ = [
     "Log",
     "Metrics",
     "Model",
+    "PriceTier",
+    "Prices",
     "RateLimits",
     "Redis",
     "Route",
@@ -42,6 +49,7 @@ __all__ = [
     "SecretReader",
     "Secrets",
     "Server",
+    "ServiceTier",
     "Settings",
     "Stream",
     "Tracing",

@@ -8,12 +8,12 @@ from typing import Any
 
 from meshproxy.config.addresses import is_everywhere, is_private
 from meshproxy.config.names import nearest, under
-from meshproxy.config.settings import Defaults, Model, Server, Settings, Upstream
+from meshproxy.config.settings import STANDARD_TIERS, Defaults, Model, Prices, Server, ServiceTier, Settings, Upstream
 
 # No model costs so little for a million tokens, and for one token none costs so much: o1-pro's output, among the dearest there
 # were, took 600 USD for a million (https://platform.openai.com/docs/pricing), and so 0.0006 for one.
 LEAST_USD_PER_MTOK = 0.001
-PRICES = tuple(name for name in Model.__struct_fields__ if name.endswith("_usd_per_mtok"))
+PRICES = Prices.__struct_fields__
 ENDPOINTS = (
     "/chat/completions",
     "/completions",
@@ -80,10 +80,24 @@ def _model_doubts(model: Model, name: str) -> Iterator[str]:
     for index, route in enumerate(model.upstreams or ()):
         if route is not None and "*" in (route.model or ""):
             yield f"{path}.upstreams[{index}].model: no pattern is matched: the upstream is asked for a name with a *"
-    for key in PRICES:
-        usd = getattr(model, key)
-        if usd is not None and 0 < float(usd) < LEAST_USD_PER_MTOK:
-            yield f"{path}.{key}: {usd} USD for a million tokens: is it the price of one token?"
+    for where, prices in _prices_of(model, path):
+        for key in PRICES:
+            usd = getattr(prices, key)
+            if usd is not None and 0 < float(usd) < LEAST_USD_PER_MTOK:
+                yield f"{where}.{key}: {usd} USD for a million tokens: is it the price of one token?"
+
+
+def _prices_of(model: Model, path: str) -> Iterator[tuple[str, Prices]]:
+    """Every table of prices of a model, with its path."""
+    tables: list[tuple[str, Model | ServiceTier]] = [(path, model)]
+    for name, tier in (model.service_tiers or {}).items():
+        if tier is not None:
+            tables.append((under(f"{path}.service_tiers", name), tier))
+    for where, table in tables:
+        yield where, table
+        for index, prices in enumerate(table.price_tiers or ()):
+            if prices is not None:
+                yield f"{where}.price_tiers[{index}]", prices
 
 
 def _server_faults(server: Server) -> Iterator[str]:
@@ -107,6 +121,8 @@ def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
     output, window = model.max_output_tokens, model.context_window
     if output is not None and window is not None and output > window:
         yield f"{path}.max_output_tokens: {output} is more than context_window, {window}"
+    for name in sorted(STANDARD_TIERS & (model.service_tiers or {}).keys()):
+        yield f"{under(f'{path}.service_tiers', name)}: this tier has the model's own prices"
 
 
 def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:

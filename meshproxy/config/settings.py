@@ -10,12 +10,18 @@ from msgspec import Meta, Struct, field
 
 from meshproxy.config.addresses import address_fault, network_fault, redis_url_fault, url_fault
 
+# What OpenAI, Anthropic and Groq call service at a model's ordinary price, and what leaves the choice to the provider.
+STANDARD_TIERS = frozenset({"auto", "default", "standard", "on_demand"})
 MOST = 2**53  # what a Lua number in Redis holds exactly
 
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Natural = Annotated[int, Meta(ge=0, le=MOST)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Usd = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,9})?\Z", description='a decimal string in USD, as "2.50"')]
+Factor = Annotated[
+    str,
+    Meta(pattern=r"\A(?=.*[1-9])[0-9]{1,3}(\.[0-9]{1,9})?\Z", description='a decimal string above zero, as "1.05"'),
+]
 Name = Annotated[str, Meta(pattern=r"\A[!-~]{1,256}\Z", description="1 to 256 characters of ASCII without spaces")]
 BaseUrl = Annotated[
     str,
@@ -188,20 +194,53 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weight: Positive | None = None
 
 
-class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Prices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What tokens cost; a kind without a price of its own costs what its whole costs."""
+
+    input_usd_per_mtok: Usd
+    output_usd_per_mtok: Usd
+    cached_input_usd_per_mtok: Usd | None = None
+    cache_write_usd_per_mtok: Usd | None = None
+    cache_write_1h_usd_per_mtok: Usd | None = None
+    reasoning_usd_per_mtok: Usd | None = None
+    audio_input_usd_per_mtok: Usd | None = None
+    audio_output_usd_per_mtok: Usd | None = None
+
+
+class PriceTier(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[[models."ID".price_tiers]]: the prices of a whole request whose prompt is larger; the largest that applies counts."""
+
+    above_prompt_tokens: Positive
+
+
+def _tiers_fault(tiers: list[PriceTier]) -> str | None:
+    edges = [tier.above_prompt_tokens for tier in tiers]
+    ascend = None in edges or all(a < b for a, b in pairwise(edges))  # None: a fault that was told already
+    return None if ascend else "above_prompt_tokens of each must be more than that of the one before it"
+
+
+PriceTiers = Annotated[list[PriceTier], Meta(max_length=16, extra={"fault": _tiers_fault})]
+
+
+class ServiceTier(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[models."ID".service_tiers.NAME]: the prices of requests that are served in this tier."""
+
+    price_tiers: PriceTiers = field(default_factory=list)
+
+
+class Model(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[models."ID"]: where a model is served, its size and its price."""
 
     upstreams: Annotated[list[Route], Meta(min_length=1)]
     context_window: Positive = 128_000
     max_output_tokens: Positive = 16_384
-    input_usd_per_mtok: Usd
-    output_usd_per_mtok: Usd
-    cached_input_usd_per_mtok: Usd | None = None
-    cache_write_usd_per_mtok: Usd | None = None
-    reasoning_usd_per_mtok: Usd | None = None
     hidden_reasoning: bool = False
-    audio_input_usd_per_mtok: Usd | None = None
-    audio_output_usd_per_mtok: Usd | None = None
+    request_usd: Usd = "0"
+    cost_from: Literal["prices", "usage.cost"] = "prices"
+    markup: Factor = "1.00"
+    field_usd: dict[Name, Usd] = field(default_factory=dict)
+    price_tiers: PriceTiers = field(default_factory=list)
+    service_tiers: dict[Name, ServiceTier] = field(default_factory=dict)
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,6 +10,7 @@ from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.records import UsageSource
 from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.pricing import Price
 from meshproxy.policy.principal import Principal
 from meshproxy.upstream.response import Response
 from meshproxy.wire.replies import concealed, without_secrets
@@ -20,7 +21,8 @@ class Exchange:
     """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it
     goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours; `response`: the last
     provider's, whose head has come; `refused_by`: the bucket, budget or bound that refused it; `failure`: what broke off an
-    answer that had begun; `refused`: the numbers of its report that can't be true.
+    answer that had begun; `refused`: the numbers of its report that can't be true; `price`: what counted in the cost;
+    `unlisted_model`: what the provider says it served, which is none of those that it was asked for.
     """
 
     phase = "authenticate"
@@ -44,6 +46,8 @@ class Exchange:
     usage_source: UsageSource = "none"
     refused: tuple[Refusal, ...] = ()
     cost_nusd = 0
+    price: Price | None = None
+    unlisted_model: str | None = None
     events = 0
     sent_at = 0.0
     first_event_at = 0.0

@@ -151,6 +151,14 @@ class Recorder:
         self._metrics.settlements.labels(exchange.outcome, exchange.usage_source).inc()
         if exchange.refused:
             self._refused(exchange)
+        if exchange.unlisted_model is not None:
+            _log.warning(
+                "served_unlisted_model",
+                upstream=exchange.attempt.upstream if exchange.attempt is not None else "",
+                served=exchange.unlisted_model[:256],
+                billed=exchange.model,
+                request_id=exchange.call.request_id,
+            )
         for counter, amount in zip(of_model.tokens, astuple(exchange.usage), strict=True):
             if amount:
                 counter.inc(amount)

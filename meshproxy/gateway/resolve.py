@@ -10,7 +10,7 @@ from meshproxy.config import Settings
 from meshproxy.errors import Fault, Source, forbidden, invalid, template_not_found
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.ledger.directory import Directory
-from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.catalog import Attempt, priced
 from meshproxy.policy.params import merge_params
 from meshproxy.policy.pricing import Price, affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
@@ -41,11 +41,13 @@ class Plan(Value, frozen=True):
 
     @property
     def prices(self) -> Collection[Price]:
-        """What each attempt that may serve charges, each price once."""
-        attempts = self.attempts
-        if len(attempts) == 1 and not attempts[0].natives:
+        """What each attempt that may serve charges, in the service tier that was asked for and in the standard one, which a
+        provider may serve instead. Each price once.
+        """
+        attempts, tier = self.attempts, self.request.service_tier
+        if len(attempts) == 1 and not attempts[0].natives and tier is None:
             return (attempts[0].price,)
-        return {served.price for served in may_serve(attempts)}
+        return {price for served in may_serve(attempts) for price in (served.price, served.price_in(tier))}
 
     @property
     def output_tokens(self) -> int:
@@ -97,6 +99,7 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
             raise Fault(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
+    attempts = priced(attempts, request.service_tier, request.fields)
     messages = _messages(request, template)
     tools = bytes(request.fields.get("tools", b""))
     media = has_media(messages) if template is not None or not request.text_only else False

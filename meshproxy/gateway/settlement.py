@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,8 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Ask, Settlement
 from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
-from meshproxy.policy.catalog import served
-from meshproxy.policy.pricing import cost
+from meshproxy.policy.catalog import Attempt, may_have_served
+from meshproxy.policy.pricing import billed, cost
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.usage import Report, Usage
 
@@ -38,11 +39,13 @@ def bill(
     plan, attempt = exchange.plan, exchange.attempt
     if plan is None or attempt is None:
         return
-    attempt = exchange.attempt = served(attempt, served_model)
+    candidates = may_have_served(attempt, served_model)
     usage = Usage()
     if report is not None:
-        usage, exchange.refused = report.settled(attempt.context_window, plan.request.n)
+        window = max([candidate.context_window for candidate in candidates])
+        usage, exchange.refused = report.settled(window, plan.request.n)
         exchange.usage_source = "reported"
+    told_usd = report.cost_usd if report is not None else None
     if usage.completion == 0 or outdated:
         seen = min(estimate_output(), plan.output_bound)
         if seen > usage.completion:
@@ -54,8 +57,24 @@ def bill(
     if most_output is not None and usage.completion > most_output:
         usage = replace(usage, completion=most_output)
         exchange.usage_source = "estimated"
+        told_usd = None
     exchange.usage = usage
-    exchange.cost_nusd = cost(attempt.price, usage)
+    _charge(exchange, candidates, report.service_tier if report is not None else None, None if outdated else told_usd)
+    exchange.unlisted_model = served_model if len(candidates) > 1 else None
+
+
+def _charge(exchange: Exchange, candidates: Sequence[Attempt], tier: str | None, told_usd: Decimal | None) -> None:
+    """Write down what the usage costs, at the dearest of the models that may have served: in the service tier that the provider
+    says it has served, else in the one that was asked for.
+    """
+    asked = exchange.plan.request.service_tier if exchange.plan is not None else None
+    dearest = -1
+    for candidate in candidates:
+        price = candidate.price_in(tier, asked)
+        cost_nusd = cost(price, exchange.usage, told_usd)
+        if cost_nusd > dearest:
+            dearest = exchange.cost_nusd = cost_nusd
+            exchange.attempt, exchange.price = candidate, billed(price, exchange.usage, told_usd)
 
 
 class Settler:
@@ -133,6 +152,7 @@ class Settler:
 
     def _settlement(self, exchange: Exchange, ask: Ask, *, unheld: bool) -> Settlement:
         attempt = exchange.attempt
+        price = exchange.price or (attempt.price if attempt is not None else None)
         age_s = self._clock() - exchange.call.received_at
         return Settlement(
             hold_id=ask.hold_id,
@@ -147,6 +167,6 @@ class Settler:
             outcome=exchange.outcome,
             cost_nusd=exchange.cost_nusd,
             started_ms=int((self._wall_clock() - age_s) * 1000),
-            price=msgspec.json.encode(attempt.price).decode() if attempt is not None else "{}",
+            price=msgspec.json.encode(price).decode() if price is not None else "{}",
             unheld=unheld,
         )

@@ -5,17 +5,30 @@ places by it. `models`, the client's fallbacks, is walked here, but for an upstr
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
+from msgspec import Raw
 from msgspec.structs import replace
 
-from meshproxy.config import Model, Route, Settings
-from meshproxy.errors import Fault, Source, model_not_found
-from meshproxy.policy.pricing import Price, price_of
+from meshproxy.config import STANDARD_TIERS, Model, Route, Settings
+from meshproxy.errors import Fault, Source, invalid, model_not_found
+from meshproxy.money import parse_usd
+from meshproxy.policy.pricing import Price, price_of, service_prices
 from meshproxy.value import Value
 
 MAX_ATTEMPTS = 16  # of one request, however many routes and fallbacks it has
+
+# Fields that a provider takes money for beside the tokens, and which kinds of upstream do: OpenRouter's plugins (a web search
+# of Exa's is 4 USD for 1,000 results) and xAI's live search (25 USD for 1,000 sources). What a search by OpenAI's or Perplexity's
+# `web_search_options` adds is in their report, but for a fee for each request.
+EXTRAS: Mapping[str, frozenset[str]] = {
+    "plugins": frozenset({"openai", "openrouter"}),
+    "search_parameters": frozenset({"openai", "openrouter"}),
+    "web_search_options": frozenset({"openrouter"}),
+}
+
+NOTHING = frozenset({b"null", b"[]", b"false"})  # a field that asks for nothing
 
 # gpt-4o-2024-08-06, claude-3-5-sonnet-20241022, gpt-4-0613: providers answer with the dated name of what they serve
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
@@ -24,7 +37,8 @@ _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
 class Attempt(Value, frozen=True):
     """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
     it walks itself, in order, each with the price that is due if it is the one that serves. Neighbours of one model that have a
-    `weight` are equals. `hidden_reasoning`: output is billed that a stream doesn't show.
+    `weight` are equals. `hidden_reasoning`: output is billed that a stream doesn't show. `services` are the prices of service
+    tiers by name, `fees` what a request costs beside its tokens if it has a field of that name.
     """
 
     upstream: str
@@ -37,6 +51,18 @@ class Attempt(Value, frozen=True):
     natives: tuple["Attempt", ...] = ()
     weight: int | None = None
     hidden_reasoning: bool = False
+    services: tuple[tuple[str, Price], ...] = ()
+    fees: tuple[tuple[str, int], ...] = ()
+
+    def price_in(self, *tiers: str | None) -> Price:
+        """The price of the first of these service tiers that is standard or has one; else the standard price."""
+        for tier in tiers:
+            if tier in STANDARD_TIERS:
+                break
+            for name, price in self.services:
+                if name == tier:
+                    return price
+        return self.price
 
     @property
     def share(self) -> int:
@@ -104,16 +130,57 @@ class Catalog:
         return entry
 
 
-def served(attempt: Attempt, reported_model: str | None) -> Attempt:
-    """What has served, and is billed: the native fallback that the reply's `model` names, exactly or with a date; else the
-    attempt itself.
+def may_have_served(attempt: Attempt, reported_model: str | None) -> tuple[Attempt, ...]:
+    """What has served, and is billed: the native fallback that the reply's `model` names, exactly or with a date. All that were
+    asked, where it names none of them; the attempt itself, where there is no `model`.
     """
     if not attempt.natives or reported_model is None:
-        return attempt
+        return (attempt,)
     candidates = (attempt, *attempt.natives)
     exact = (candidate for candidate in candidates if reported_model == candidate.upstream_model)
     dated = (candidate for candidate in candidates if _is_dated(reported_model, candidate.upstream_model))
-    return next(exact, None) or next(dated, attempt)
+    found = next(exact, None) or next(dated, None)
+    return candidates if found is None else (found,)
+
+
+def priced(attempts: tuple[Attempt, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Attempt, ...]:
+    """The attempts with the fees of a request that has these fields.
+
+    Fault of the client, 422: `service_tier` or a field changes the price, and a model that may serve has none for it. A provider
+    that tells what it has charged may be asked for anything.
+    """
+    if tier in STANDARD_TIERS:
+        tier = None
+    extras = EXTRAS.keys() & fields.keys()
+    if tier is None and not extras:
+        for attempt in attempts:
+            if attempt.fees or attempt.natives:
+                break
+        else:
+            return attempts
+    present = {name for name, value in fields.items() if bytes(value) not in NOTHING}
+    return tuple(_priced(attempt, tier, present) for attempt in attempts)
+
+
+def _priced(attempt: Attempt, tier: str | None, fields: set[str]) -> Attempt:
+    if attempt.price.markup is None:
+        if tier is not None and not any(name == tier for name, _ in attempt.services):
+            raise _unpriced(
+                "service_tier", f"The model `{attempt.model}` has no price for the service tier `{tier[:64]}`."
+            )
+        for name in sorted(EXTRAS.keys() & fields):
+            if attempt.kind in EXTRAS[name] and not any(name == field for field, _ in attempt.fees):
+                raise _unpriced(name, f"The model `{attempt.model}` has no price for `{name}`.")
+    fee = sum(amount for name, amount in attempt.fees if name in fields)
+    natives = tuple(_priced(native, tier, fields) for native in attempt.natives)
+    if not fee and natives == attempt.natives:
+        return attempt
+    services = tuple((name, price.with_fee(fee)) for name, price in attempt.services)
+    return replace(attempt, price=attempt.price.with_fee(fee), services=services, natives=natives)
+
+
+def _unpriced(param: str, message: str) -> Fault:
+    return Fault(Source.CLIENT, invalid(message, param=param))
 
 
 def _is_dated(reported: str, name: str) -> bool:
@@ -122,6 +189,8 @@ def _is_dated(reported: str, name: str) -> bool:
 
 def _entry(name: str, model: Model, settings: Settings) -> Entry:
     price = price_of(model)
+    services = service_prices(model)
+    fees = tuple((field, parse_usd(usd)) for field, usd in model.field_usd.items())
 
     def attempt(route: Route) -> Attempt:
         kind = settings.upstreams[route.upstream].kind
@@ -135,6 +204,8 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
             price=price,
             weight=route.weight,
             hidden_reasoning=model.hidden_reasoning,
+            services=services,
+            fees=fees,
         )
 
     groups = tuple(tuple(map(attempt, group)) for group in _groups(model.upstreams))

@@ -1,16 +1,32 @@
-"""What tokens cost: integers of nano-USD, rounded up once, at the end."""
+"""What a request costs: integers of nano-USD, rounded up once, at the end.
 
-from meshproxy.config import Model
+By the prices of its tokens, which may depend on the size of the prompt and on the service tier, and a fee for each request; or by
+the provider's own figure times a markup.
+"""
+
+import math
+from collections.abc import Iterable
+from decimal import Decimal
+from fractions import Fraction
+
+from msgspec.structs import replace
+
+from meshproxy.config import Model, Prices, PriceTier
 from meshproxy.money import parse_usd
 from meshproxy.value import Value
 from meshproxy.wire.usage import Usage
 
 TOKENS_PER_PRICE = 1_000_000  # prices are quoted for a million tokens
 MAX_AFFORDABLE_TOKENS = 2**31 - 1  # of a model whose output is free
+WHOLE_MARKUP = 1_000_000_000  # a markup of 1.00, in billionths
 
 
-class Price(Value, frozen=True):
-    """A model's prices, each in nano-USD per million tokens."""
+class Price(Value, frozen=True, omit_defaults=True):
+    """What a model costs, by token in nano-USD per million. `cache_write_1h`: what is kept for an hour, None as `cache_write`.
+
+    `request` is a fee in nano-USD for each request. `tiers` are the prices of larger prompts: (above so many tokens, price),
+    ascending. `markup` in billionths: the provider's own figure counts, times this; None: these prices do.
+    """
 
     input: int
     output: int
@@ -19,31 +35,50 @@ class Price(Value, frozen=True):
     reasoning: int
     audio_input: int
     audio_output: int
+    cache_write_1h: int | None = None
+    request: int = 0
+    tiers: tuple[tuple[int, "Price"], ...] = ()
+    markup: int | None = None
+
+    def at(self, prompt_tokens: int) -> "Price":
+        """The price of a whole request whose prompt is so large."""
+        found = self
+        for above, price in self.tiers:
+            if prompt_tokens > above:
+                found = price
+        return found
+
+    def with_fee(self, fee_nusd: int) -> "Price":
+        """The price of a request that costs so much more, however many tokens it has."""
+        tiers = tuple((above, price.with_fee(fee_nusd)) for above, price in self.tiers)
+        return replace(self, request=self.request + fee_nusd, tiers=tiers)
 
 
 def price_of(model: Model) -> Price:
-    """The prices of a configured model; a part that has none of its own costs what its whole costs."""
-    whole_input, whole_output = parse_usd(model.input_usd_per_mtok), parse_usd(model.output_usd_per_mtok)
-    return Price(
-        input=whole_input,
-        output=whole_output,
-        cached=_own(model.cached_input_usd_per_mtok, whole_input),
-        cache_write=_own(model.cache_write_usd_per_mtok, whole_input),
-        reasoning=_own(model.reasoning_usd_per_mtok, whole_output),
-        audio_input=_own(model.audio_input_usd_per_mtok, whole_input),
-        audio_output=_own(model.audio_output_usd_per_mtok, whole_output),
-    )
+    """The price of a configured model."""
+    return _price(model, model, model.price_tiers)
 
 
-def cost(price: Price, usage: Usage) -> int:
-    """Nano-USD of a usage. Each part is billed at its own price and taken out of its whole, and no part can be more than what
-    the parts before it left, so overlapping parts are never billed twice.
+def service_prices(model: Model) -> tuple[tuple[str, Price], ...]:
+    """The prices of a configured model's service tiers, by their names."""
+    return tuple((name, _price(model, tier, tier.price_tiers)) for name, tier in model.service_tiers.items())
+
+
+def cost(price: Price, usage: Usage, told_usd: Decimal | None = None) -> int:
+    """Nano-USD of a usage, or of `told_usd`, what the provider says that it cost, where that counts. Each part is billed at its
+    own price and taken out of its whole, and no part can be more than what the parts before it left, so overlapping parts are
+    never billed twice. A request that used nothing costs nothing.
     """
+    if price.markup is not None and told_usd is not None:
+        return math.ceil(Fraction(told_usd) * price.markup)
+    price = price.at(usage.prompt) if price.tiers else price
+    write_1h = usage.cache_write_1h
     prompt = _split(
         usage.prompt,
         price.input,
         (usage.cached, price.cached),
-        (usage.cache_write, price.cache_write),
+        (write_1h, price.cache_write if price.cache_write_1h is None else price.cache_write_1h),
+        (usage.cache_write - write_1h, price.cache_write),
         (usage.audio_prompt, price.audio_input),
     )
     completion = _split(
@@ -52,29 +87,63 @@ def cost(price: Price, usage: Usage) -> int:
         (usage.reasoning, price.reasoning),
         (usage.audio_completion, price.audio_output),
     )
-    return _rounded_up(prompt + completion)
+    fee = price.request if usage.prompt or usage.completion else 0
+    return fee + _rounded_up(prompt + completion)
+
+
+def billed(price: Price, usage: Usage, told_usd: Decimal | None) -> Price:
+    """What a cost was made of, for the record of it: the one price that counted, and the markup only where that did."""
+    applied = price.at(usage.prompt) if price.tiers else price
+    if applied.tiers or (applied.markup is not None and told_usd is None):
+        applied = replace(applied, tiers=(), markup=None if told_usd is None else applied.markup)
+    return applied
 
 
 def hold_amount(price: Price, prompt_tokens: int, output_tokens: int) -> int:
     """Nano-USD that no usage of at most these tokens can exceed: every token at the dearest price it may turn out to have."""
-    return _rounded_up(prompt_tokens * _dearest_prompt(price) + output_tokens * _dearest_output(price))
+    prompt, output = _dearest(price, prompt_tokens)
+    return price.request + _rounded_up(prompt_tokens * prompt + output_tokens * output)
 
 
 def affordable_output(price: Price, prompt_tokens: int, amount_nusd: int) -> int:
     """How many tokens of output `hold_amount` lets this amount pay for beside the prompt; 0 if not even that."""
-    left = amount_nusd * TOKENS_PER_PRICE - prompt_tokens * _dearest_prompt(price)
-    dearest = _dearest_output(price)
+    prompt, output = _dearest(price, prompt_tokens)
+    left = (amount_nusd - price.request) * TOKENS_PER_PRICE - prompt_tokens * prompt
     if left < 0:
         return 0
-    return left // dearest if dearest else MAX_AFFORDABLE_TOKENS
+    return left // output if output else MAX_AFFORDABLE_TOKENS
 
 
-def _dearest_prompt(price: Price) -> int:
-    return max(price.input, price.cached, price.cache_write, price.audio_input)
+def _price(model: Model, prices: Prices, tiers: Iterable[PriceTier]) -> Price:
+    """A part that has no price of its own costs what its whole costs."""
+    whole_input, whole_output = parse_usd(prices.input_usd_per_mtok), parse_usd(prices.output_usd_per_mtok)
+    write_1h = prices.cache_write_1h_usd_per_mtok
+    return Price(
+        input=whole_input,
+        output=whole_output,
+        cached=_own(prices.cached_input_usd_per_mtok, whole_input),
+        cache_write=_own(prices.cache_write_usd_per_mtok, whole_input),
+        reasoning=_own(prices.reasoning_usd_per_mtok, whole_output),
+        audio_input=_own(prices.audio_input_usd_per_mtok, whole_input),
+        audio_output=_own(prices.audio_output_usd_per_mtok, whole_output),
+        cache_write_1h=None if write_1h is None else parse_usd(write_1h),
+        request=parse_usd(model.request_usd),
+        tiers=tuple((tier.above_prompt_tokens, _price(model, tier, ())) for tier in tiers),
+        markup=parse_usd(model.markup) if model.cost_from == "usage.cost" else None,
+    )
 
 
-def _dearest_output(price: Price) -> int:
-    return max(price.output, price.reasoning, price.audio_output)
+def _dearest(price: Price, prompt_tokens: int) -> tuple[int, int]:
+    """What a token of prompt and one of output may cost at most, where the prompt has at most so many."""
+    prompt = max(price.input, price.cached, price.cache_write, price.cache_write_1h or 0, price.audio_input)
+    output = max(price.output, price.reasoning, price.audio_output)
+    for above, tier in price.tiers:
+        if prompt_tokens > above:
+            of_tier = _dearest(tier, prompt_tokens)
+            prompt, output = max(prompt, of_tier[0]), max(output, of_tier[1])
+    if price.markup is not None and price.markup > WHOLE_MARKUP:
+        return -(-prompt * price.markup // WHOLE_MARKUP), -(-output * price.markup // WHOLE_MARKUP)
+    return prompt, output
 
 
 def _own(usd: str | None, whole: int) -> int:
@@ -84,9 +153,10 @@ def _own(usd: str | None, whole: int) -> int:
 def _split(whole: int, price: int, *parts: tuple[int, int]) -> int:
     total = 0
     for tokens, part_price in parts:
-        part = min(tokens, whole)
-        total += part * part_price
-        whole -= part
+        if tokens > 0:
+            part = min(tokens, whole)
+            total += part * part_price
+            whole -= part
     return total + whole * price
 
 

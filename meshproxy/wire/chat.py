@@ -50,6 +50,7 @@ class ChatRequest(Value, frozen=True):
     model: str | None = None
     template: str | None = None
     session_id: str | None = None
+    service_tier: str | None = None
     stream: bool = False
     include_usage: bool = False
     max_tokens: int | None = None
@@ -101,7 +102,10 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
     if details:
         raise _unfit(details)
     cap = known.get(CAPS[0]) or known.get(CAPS[1]) or request.max_tokens
-    return msgspec.structs.replace(request, fields=fields, n=known.get("n") or request.n, max_tokens=cap)
+    tier = known.get("service_tier") or request.service_tier
+    return msgspec.structs.replace(
+        request, fields=fields, n=known.get("n") or request.n, max_tokens=cap, service_tier=tier
+    )
 
 
 def encode_upstream(
@@ -169,6 +173,7 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
         template=known.get("template"),
         variables=known.get("variables") or {},
         session_id=known.get("session_id"),
+        service_tier=known.get("service_tier"),
         stream=known.get("stream", False),
         include_usage=options is not None and options.include_usage is True,
         max_tokens=known.get(CAPS[0]) or known.get(CAPS[1]),

@@ -50,6 +50,7 @@ FIELDS: Final[dict[str, Any]] = {
     "n": Annotated[int, Meta(ge=1, le=128)],
     "presence_penalty": _Penalty,
     "seed": Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
+    "service_tier": _Label,
     "session_id": _Label,
     "stop": str | list[str],
     "stream": bool,

@@ -57,6 +57,38 @@ async def test_cached_tokens_cost_what_they_cost(start_mesh):
     assert 2 * 2_500 + 4 * 1_250 + 8 * 10_000 == await mesh.spent(caller)
 
 
+PRIORITY = {"service_tiers": {"priority": {"input_usd_per_mtok": "5.00", "output_usd_per_mtok": "20.00"}}}
+
+
+async def test_a_service_tier_without_a_price_is_refused(mesh):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="sim/plain", service_tier="priority")
+    error = answer.error
+    assert (422, "validation_error", "service_tier") == (answer.status, error["code"], error["param"])
+    assert ([], 0) == (mesh.received, await mesh.spent(caller))
+
+
+async def test_the_service_tier_that_was_served_is_billed_and_the_one_asked_for_held(start_mesh):
+    mesh = await start_mesh(models={"m": {**model("sim", "sim/plain?tokens=8"), **PRIORITY}})
+    caller = await mesh.key()
+    await mesh.chat(caller, model="m", service_tier="priority", max_tokens=100)  # the simulator serves "default"
+    settled = await mesh.settlement(caller)
+    expected = (REPORTED_NUSD, 18 * 5_000 + 100 * 20_000)
+    assert expected == (int(settled["cost_nusd"]), int(settled["held_nusd"]))
+
+
+async def test_a_large_prompt_has_the_prices_of_its_tier(start_mesh):
+    tier = {"above_prompt_tokens": 5, "input_usd_per_mtok": "5.00", "output_usd_per_mtok": "20.00"}
+    mesh = await start_mesh(
+        models={"m": {**model("sim", "sim/plain?tokens=8"), "price_tiers": [tier], "request_usd": "0.01"}}
+    )
+    caller = await mesh.key()
+    await mesh.chat(caller, model="m")
+    assert 2 * REPORTED_NUSD + 10_000_000 == await mesh.spent(caller)
+    price = json.loads((await mesh.settlement(caller))["price"])
+    assert (5_000_000_000, 10_000_000, None) == (price["input"], price["request"], price.get("tiers"))
+
+
 async def test_a_strict_cap_is_given_to_the_provider(mesh):
     caller = await mesh.key()
     await mesh.chat(caller, model="sim/plain")

@@ -1,5 +1,7 @@
 import asyncio
+from decimal import Decimal
 
+import msgspec
 import pytest
 
 from meshproxy.config import Model, Route
@@ -80,6 +82,38 @@ class TestBill:
         native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
         of_plan = plan(attempts=(attempt(natives=(native,)),))
         assert 10 * 250 + 20 * 1_000 == billed(report(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2]
+
+    def test_a_fallback_that_none_was_asked_for_is_billed_at_the_dearest(self):
+        native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
+        for natives_first in (False, True):
+            asked, other = (native, attempt()) if natives_first else (attempt(), native)
+            made = exchange(plan(attempts=(msgspec.structs.replace(asked, natives=(other,)),)))
+            bill(made, report(10, 20), "a stranger", lambda: 0)
+            told = (made.cost_nusd, made.model, made.unlisted_model)
+            assert (10 * 2_500 + 20 * 10_000, "m", "a stranger") == told
+
+    @pytest.mark.parametrize(
+        ("told", "most", "outdated", "expected"),
+        [
+            ("0.5", None, False, 500_000_000),
+            (None, None, False, 10 * 2_500 + 20 * 10_000),
+            ("0.5", 3, False, 10 * 2_500 + 3 * 10_000),
+            ("0.5", None, True, 10 * 2_500 + 99 * 10_000),
+        ],
+    )
+    def test_the_provider_s_own_figure_counts_for_the_whole_answer(self, told, most, outdated, expected):
+        price = msgspec.structs.replace(attempt().price, markup=1_000_000_000)
+        made = exchange(plan(attempts=(attempt(price=price),)))
+        reported = msgspec.structs.replace(report(10, 20), cost_usd=None if told is None else Decimal(told))
+        bill(made, reported, None, lambda: 99, most, outdated=outdated)
+        assert (expected, expected != 500_000_000) == (made.cost_nusd, made.price.markup is None)
+
+    @pytest.mark.parametrize(("told", "expected"), [(None, 250), ("flex", 250), ("default", 2_500)])
+    def test_the_service_tier_that_was_served_sets_the_price(self, told, expected):
+        body = b'{"service_tier":"flex","messages":[{"role":"user","content":"Hello there"}]}'
+        made = exchange(plan(body, attempts=(attempt(services=(("flex", CHEAP),)),)))
+        bill(made, msgspec.structs.replace(report(10), service_tier=told), None, lambda: 0)
+        assert 10 * expected == made.cost_nusd
 
     def test_nothing_before_there_is_a_plan(self):
         made = exchange()

@@ -4,10 +4,11 @@ from collections import Counter
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec import Raw
 
 from meshproxy.config import parse
 from meshproxy.errors import Fault, Source, model_not_found
-from meshproxy.policy.catalog import Attempt, Catalog, served
+from meshproxy.policy.catalog import Attempt, Catalog, may_have_served, priced
 from meshproxy.policy.pricing import Price
 
 UPSTREAMS = """
@@ -195,36 +196,122 @@ def test_attempts_have_a_maximum():
 @pytest.mark.parametrize(
     "reported, expected",
     [
-        ("or/one", "a/one"),
-        ("or/two", "b/two"),
-        ("or/two-2024-08-06", "b/two"),
-        ("or/two-20240806", "b/two"),
-        ("or/two-0806", "b/two"),
-        ("or/one-2024-08-06", "a/one"),
-        ("or/two-mini", "a/one"),
-        ("or/two-2024-08-06-x", "a/one"),
-        ("or/two-\u0662\u0660\u0662\u0664", "a/one"),
-        ("b/two", "a/one"),
-        ("", "a/one"),
-        (None, "a/one"),
+        ("or/one", ["a/one"]),
+        ("or/two", ["b/two"]),
+        ("or/two-2024-08-06", ["b/two"]),
+        ("or/two-20240806", ["b/two"]),
+        ("or/two-0806", ["b/two"]),
+        ("or/one-2024-08-06", ["a/one"]),
+        ("or/two-mini", ["a/one", "b/two"]),
+        ("or/two-2024-08-06-x", ["a/one", "b/two"]),
+        ("or/two-\u0662\u0660\u0662\u0664", ["a/one", "b/two"]),
+        ("b/two", ["a/one", "b/two"]),
+        ("", ["a/one", "b/two"]),
+        (None, ["a/one"]),
     ],
 )
-def test_the_served_model_is_billed(reported, expected):
+def test_the_served_model_is_billed_and_any_where_it_has_another_name(reported, expected):
     attempt = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
-    assert expected == served(attempt, reported).model
+    assert expected == [candidate.model for candidate in may_have_served(attempt, reported)]
 
 
 def test_the_served_models_price_is_its_own():
     attempt = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
-    assert served(attempt, "or/two").price.input == 2_000_000_000
+    assert [2_000_000_000] == [candidate.price.input for candidate in may_have_served(attempt, "or/two")]
 
 
 def test_an_exact_name_goes_before_a_dated_one():
     models = catalog({"a": [("router", "gpt-4")], "b": [("router", "gpt-4-1106")]})
     attempt = models.attempts("a", ("b",), spin=0.0)[0]
-    assert ("b", "a") == (served(attempt, "gpt-4-1106").model, served(attempt, "gpt-4-0613").model)
+    named = [may_have_served(attempt, name)[0].model for name in ("gpt-4-1106", "gpt-4-0613")]
+    assert ["b", "a"] == named
 
 
 def test_a_provider_without_fallbacks_cannot_choose_the_price():
     attempt = catalog(ROUTED).attempts("c/three", ("a/one",), spin=0.0)[0]
-    assert attempt is served(attempt, "or/one")
+    assert (attempt,) == may_have_served(attempt, "or/one")
+
+
+FLEX = '[models.m.service_tiers.flex]\ninput_usd_per_mtok = "7"\noutput_usd_per_mtok = "8"\n'
+FEES = 'field_usd = { plugins = "0.02", web_search_options = "0.01" }\n'
+TOLD = 'cost_from = "usage.cost"\n'
+
+
+def offered(upstream, more, tier=None, **fields):
+    attempts = catalog({"m": [(upstream, "x")]}, more).attempts("m", spin=0.0)
+    (attempt,) = priced(attempts, tier, {name: Raw(value) for name, value in fields.items()})
+    return attempt
+
+
+@pytest.mark.parametrize("tier", [None, "auto", "default"])
+def test_a_tier_without_a_price_of_its_own_is_free_of_it(tier):
+    assert 1_000_000_000 == offered("openai", FLEX, tier).price_in(tier).input
+
+
+@pytest.mark.parametrize(
+    "asked, told, expected",
+    [
+        ("flex", None, 7),
+        ("flex", "flex", 7),
+        ("flex", "default", 1),
+        ("flex", "standard", 1),
+        ("flex", "another", 7),
+        (None, "flex", 7),
+        ("auto", "flex", 7),
+        (None, "default", 1),
+        (None, "another", 1),
+    ],
+)
+def test_the_tier_that_was_served_is_billed_else_the_one_that_was_asked_for(asked, told, expected):
+    assert expected * 1_000_000_000 == offered("openai", FLEX, asked).price_in(told, asked).input
+
+
+@pytest.mark.parametrize(
+    "upstream, more, tier, fields, param",
+    [
+        ("openai", "", "priority", {}, "service_tier"),
+        ("openai", FLEX, "priority", {}, "service_tier"),
+        ("router", "", None, {"plugins": b'[{"id":"web"}]'}, "plugins"),
+        ("openai", "", None, {"plugins": b'[{"id":"web"}]'}, "plugins"),
+        ("openai", "", None, {"search_parameters": b"{}"}, "search_parameters"),
+        ("router", "", None, {"web_search_options": b"{}"}, "web_search_options"),
+    ],
+)
+def test_what_changes_the_price_and_has_none_is_refused(upstream, more, tier, fields, param):
+    with pytest.raises(Fault) as caught:
+        offered(upstream, more, tier, **fields)
+    problem = caught.value.problem
+    assert (422, "validation_error", param) == (problem.status, problem.code, problem.param)
+
+
+@pytest.mark.parametrize(
+    "upstream, more, tier, fields, fee_nusd",
+    [
+        ("router", FEES, None, {"plugins": b"[{}]"}, 20_000_000),
+        ("router", FEES, None, {"plugins": b"[{}]", "web_search_options": b"{}"}, 30_000_000),
+        ("router", FEES, None, {"plugins": b"null"}, 0),
+        ("router", "", None, {"plugins": b"[]"}, 0),
+        ("openai", "", None, {"web_search_options": b"{}"}, 0),
+        ("openai", FEES, None, {"web_search_options": b"{}"}, 10_000_000),
+        ("openai", FEES + FLEX, "flex", {"web_search_options": b"{}"}, 10_000_000),
+        ("openai", 'request_usd = "1"\n' + FEES, None, {"plugins": b"[{}]"}, 1_020_000_000),
+        ("router", TOLD, "priority", {"plugins": b"[{}]"}, 0),
+    ],
+)
+def test_a_fee_is_of_the_fields_that_a_request_has(upstream, more, tier, fields, fee_nusd):
+    assert fee_nusd == offered(upstream, more, tier, **fields).price_in(tier).request
+
+
+def test_every_model_that_may_serve_needs_a_price():
+    models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
+    asked_for = {"plugins": Raw(b"[{}]")}
+    with pytest.raises(Fault):
+        priced(models.attempts("m", ("a",), spin=0.0), None, asked_for)
+    (alone,) = priced(models.attempts("m", spin=0.0), None, asked_for)
+    assert 20_000_000 == alone.price.request
+
+
+def test_natives_have_their_own_fees():
+    models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
+    (attempt,) = priced(models.attempts("a", ("m",), spin=0.0), None, {"web_search_options": Raw(b"null")})
+    assert attempt == models.attempts("a", ("m",), spin=0.0)[0]

@@ -1,9 +1,12 @@
+from decimal import Decimal
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.config import Model, Route
-from meshproxy.policy.pricing import Price, affordable_output, cost, hold_amount, price_of
+from meshproxy.config import Model, PriceTier, Route, ServiceTier
+from meshproxy.policy.pricing import Price, affordable_output, billed, cost, hold_amount, price_of, service_prices
 from meshproxy.wire.usage import Usage
 
 USD = 1_000_000_000
@@ -47,6 +50,25 @@ def test_a_part_with_a_price_costs_that():
     assert GPT_4O == price_of(own)
 
 
+def test_an_hour_of_cache_a_fee_tiers_and_a_markup():
+    tier = PriceTier(above_prompt_tokens=200_000, input_usd_per_mtok="5", output_usd_per_mtok="15")
+    own = model(
+        cache_write_1h_usd_per_mtok="5", request_usd="0.01", cost_from="usage.cost", markup="1.05", price_tiers=[tier]
+    )
+    fee = {"request": 10_000_000, "markup": 1_050_000_000}
+    dear = Price(5 * USD, 15 * USD, 5 * USD, 5 * USD, 15 * USD, 5 * USD, 15 * USD, **fee)
+    low, high = 2_500_000_000, 10 * USD
+    expected = Price(low, high, low, low, high, low, high, 5 * USD, tiers=((200_000, dear),), **fee)
+    assert expected == price_of(own)
+
+
+def test_the_prices_of_a_service_tier():
+    tier = PriceTier(above_prompt_tokens=9, input_usd_per_mtok="5", output_usd_per_mtok="15")
+    flex = ServiceTier(input_usd_per_mtok="1", output_usd_per_mtok="2", price_tiers=[tier])
+    ((name, price),) = service_prices(model(service_tiers={"flex": flex}, request_usd="0.01"))
+    assert ("flex", USD, 10_000_000, 5 * USD) == (name, price.input, price.request, price.at(10).input)
+
+
 def test_the_smallest_price_is_a_nanodollar_for_a_million_tokens():
     assert price_of(model(input_usd_per_mtok="0.000000001")).input == 1
 
@@ -73,6 +95,77 @@ def test_cost(usage, expected):
     assert expected == cost(GPT_4O, usage)
 
 
+TIERED = Price(1, 2, 1, 1, 2, 1, 2, tiers=((100, Price(*[10] * 7)), (200, Price(*[7] * 7))))
+
+
+@pytest.mark.parametrize("prompt, expected", [(0, 1), (100, 1), (101, 10), (200, 10), (201, 7), (10**6, 7)])
+def test_the_largest_tier_below_the_prompt_counts(prompt, expected):
+    assert expected == TIERED.at(prompt).input
+
+
+def test_a_tier_is_for_the_whole_request():
+    tiered = msgspec.structs.replace(GPT_4O, tiers=((1000, Price(*[USD] * 7)),))
+    assert (1001 + 100) * 1000 == cost(tiered, Usage(prompt=1001, completion=100))
+    assert 1000 * 2500 + 100 * 10_000 == cost(tiered, Usage(prompt=1000, completion=100))
+
+
+@pytest.mark.parametrize(
+    "usage, expected",
+    [
+        (Usage(prompt=1000, cache_write=500, cache_write_1h=200), 500 * 2500 + 300 * 3000 + 200 * 5000),
+        (Usage(prompt=1000, cache_write=500, cache_write_1h=500), 500 * 2500 + 500 * 5000),
+    ],
+)
+def test_what_is_kept_for_an_hour_has_its_own_price(usage, expected):
+    assert expected == cost(msgspec.structs.replace(GPT_4O, cache_write_1h=5 * USD), usage)
+    assert cost(GPT_4O, Usage(prompt=1000, cache_write=500)) == cost(GPT_4O, usage)
+
+
+@pytest.mark.parametrize("usage, expected", [(Usage(), 0), (Usage(prompt=1), 2507), (Usage(completion=1), 10_007)])
+def test_a_request_that_used_something_costs_its_fee(usage, expected):
+    assert expected == cost(msgspec.structs.replace(GPT_4O, request=7), usage)
+
+
+@pytest.mark.parametrize(
+    "markup, told, expected",
+    [
+        ("1.00", "0.00014", 140_000),
+        ("1.05", "0.00014", 147_000),
+        ("1.000000001", "0.00014", 140_001),
+        ("2", "0.0000000001", 1),
+        ("1.05", "0", 0),
+        ("1.05", None, 25_000),
+    ],
+)
+def test_the_provider_s_figure_times_the_markup(markup, told, expected):
+    price = price_of(model(cost_from="usage.cost", markup=markup, request_usd="0"))
+    assert expected == cost(price, Usage(prompt=10), None if told is None else Decimal(told))
+
+
+def test_the_provider_s_figure_is_nothing_to_a_model_with_prices():
+    assert 25_000 == cost(price_of(model()), Usage(prompt=10), Decimal(5))
+
+
+def test_what_was_billed_is_told_without_what_did_not_count():
+    told = price_of(model(cost_from="usage.cost", markup="1.05"))
+    assert msgspec.structs.replace(told, markup=None) == billed(told, Usage(prompt=10), None)
+    assert told == billed(told, Usage(prompt=10), Decimal(1))
+    assert Price(*[10] * 7) == billed(TIERED, Usage(prompt=150), None)
+    assert Price(1, 2, 1, 1, 2, 1, 2) == billed(TIERED, Usage(prompt=1), None)
+
+
+@pytest.mark.parametrize(
+    "prompt, expected", [(100, 1 * 100 + 2 * 10**6), (150, 10 * 150 + 10 * 10**6), (300, 10 * 300 + 10 * 10**6)]
+)
+def test_a_hold_is_at_the_dearest_tier_that_the_prompt_may_reach(prompt, expected):
+    assert -(-expected // 1_000_000) == hold_amount(TIERED, prompt, 10**6)
+
+
+@pytest.mark.parametrize("markup, expected", [("1.10", 27_500), ("0.50", 25_000)])
+def test_a_hold_is_for_the_markup_too(markup, expected):
+    assert expected == hold_amount(price_of(model(cost_from="usage.cost", markup=markup)), 10, 0)
+
+
 @pytest.mark.parametrize("tokens, expected", [(0, 0), (1, 1), (999_999, 1), (1_000_000, 1), (1_000_001, 2)])
 def test_cost_is_rounded_up_once(tokens, expected):
     penny = Price(input=1, output=1, cached=1, cache_write=1, reasoning=1, audio_input=1, audio_output=1)
@@ -80,7 +173,16 @@ def test_cost_is_rounded_up_once(tokens, expected):
 
 
 amounts = st.integers(0, 10**9)
-prices = st.builds(Price, *[st.integers(0, 10**12)] * 7)
+plain_prices = st.builds(Price, *[st.integers(0, 10**12)] * 7)
+prices = st.builds(
+    Price,
+    *[st.integers(0, 10**12)] * 7,
+    cache_write_1h=st.none() | st.integers(0, 10**12),
+    request=st.integers(0, 10**9),
+    tiers=st.lists(st.tuples(st.integers(1, 10**9), plain_prices), max_size=3).map(
+        lambda tiers: tuple(sorted(tiers, key=lambda tier: tier[0]))
+    ),
+)
 usages = st.builds(Usage, *[amounts] * 8)
 
 
@@ -89,7 +191,7 @@ def test_a_hold_bounds_the_cost_of_any_split(price, usage, more_prompt, more_out
     assert hold_amount(price, usage.prompt + more_prompt, usage.completion + more_output) >= cost(price, usage)
 
 
-@given(prices, usages)
+@given(plain_prices, usages)
 def test_cost_is_at_least_the_cheapest_of_every_token(price, usage):
     prompt = usage.prompt * min(price.input, price.cached, price.cache_write, price.audio_input)
     completion = usage.completion * min(price.output, price.reasoning, price.audio_output)
@@ -125,8 +227,14 @@ def test_affordable_output(price, prompt_tokens, amount_nusd, expected):
     assert expected == affordable_output(price, prompt_tokens, amount_nusd)
 
 
-@given(st.builds(Price, *[st.integers(1, 10**12)] * 7), st.integers(0, 10**6), st.integers(0, 10**15))
-def test_what_is_affordable_can_be_held_and_one_token_more_cannot(price, prompt_tokens, amount_nusd):
+@given(
+    st.builds(Price, *[st.integers(1, 10**12)] * 7),
+    st.integers(0, 10**6),
+    st.integers(0, 10**15),
+    st.integers(0, 10**9),
+)
+def test_what_is_affordable_can_be_held_and_one_token_more_cannot(price, prompt_tokens, amount_nusd, fee):
+    price = msgspec.structs.replace(price, request=fee)
     tokens = affordable_output(price, prompt_tokens, amount_nusd)
     assert tokens == 0 or hold_amount(price, prompt_tokens, tokens) <= amount_nusd
     assert hold_amount(price, prompt_tokens, tokens + 1) > amount_nusd
