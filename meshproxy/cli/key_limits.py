@@ -7,9 +7,7 @@ from msgspec.structs import asdict, replace
 
 from meshproxy.cli.arguments import count, usd
 from meshproxy.money import in_usd
-from meshproxy.policy.principal import Account, Budgets, Key, Limits
-
-BUDGETS = ("budget", "budget_daily", "budget_monthly", "session_budget")
+from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits
 
 Bounds = TypeVar("Bounds", Limits, Budgets)
 
@@ -22,15 +20,20 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--burst", metavar="N", type=count, help="requests at once: the bucket's size (default: a minute's)"
     )
-    group.add_argument("--budget", metavar="USD", type=usd, help="what the key may ever spend")
+    group.add_argument("--requests-per-day", metavar="N", type=daily)
+    group.add_argument("--max-parallel", metavar="N", type=count, help="requests that run at the same time")
+    group.add_argument("--budget", metavar="USD", type=usd, help="what the key, or the account, may ever spend")
     group.add_argument("--budget-daily", metavar="USD", type=usd, help="... in a day (UTC)")
     group.add_argument("--budget-monthly", metavar="USD", type=usd, help="... in a month (UTC)")
     group.add_argument("--session-budget", metavar="USD", type=usd, help="what each session_id may spend with the key")
 
 
-def given_budgets(args: argparse.Namespace) -> list[str]:
-    """The budget flags that were used."""
-    return [f"--{name.replace('_', '-')}" for name in BUDGETS if getattr(args, name) is not None]
+def daily(text: str) -> int:
+    """A number of requests a day, on a command line."""
+    number = count(text)
+    if number > MAX_REQUESTS_PER_DAY:
+        raise argparse.ArgumentTypeError(f"{text}: at most {MAX_REQUESTS_PER_DAY}")
+    return number
 
 
 def limits_of(args: argparse.Namespace, before: Limits) -> Limits:
@@ -63,4 +66,9 @@ def shown_bounds(key: Key) -> dict[str, Any]:
 
 def shown_account(account: Account) -> dict[str, Any]:
     """An account's record as it is printed."""
-    return {"account": account.name, "status": account.status, "limits": asdict(account.limits)}
+    return {
+        "account": account.name,
+        "status": account.status,
+        "limits": asdict(account.limits),
+        "budgets": in_usd(asdict(account.budgets)),
+    }

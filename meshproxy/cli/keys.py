@@ -10,7 +10,6 @@ from meshproxy.cli.books import Books, account, need_account, open_books
 from meshproxy.cli.key_limits import (
     add_limit_flags,
     budgets_of,
-    given_budgets,
     limits_of,
     session_budgets_of,
     shown_account,
@@ -210,10 +209,14 @@ async def _key_limits(args: argparse.Namespace, books: Books, out: Output) -> No
 
 
 async def _account_limits(args: argparse.Namespace, books: Books, out: Output) -> None:
-    if given_budgets(args):
-        raise Misused(f"argument {given_budgets(args)[0]}: budgets are of keys; an account has its credit")
+    if args.session_budget is not None:
+        raise Misused("argument --session-budget: sessions have budgets by key")
     before = await need_account(books, args.account)
-    changed = replace(before, limits=limits_of(args, Limits() if args.clear else before.limits))
+    changed = replace(
+        before,
+        limits=limits_of(args, Limits() if args.clear else before.limits),
+        budgets=budgets_of(args, Budgets() if args.clear else before.budgets),
+    )
     if changed != before:
         await books.directory.put_account(changed)
     out.record(shown_account(changed))

@@ -63,6 +63,7 @@ def ask_for(
         account_limits=principal.account.limits,
         budgets=key.budgets,
         session_budgets=key.session,
+        account_budgets=principal.account.budgets,
     )
 
 
@@ -74,6 +75,8 @@ def limits_of(principal: Principal, defaults: Defaults) -> Limits:
         defaults.requests_per_minute if requests is None else requests,
         defaults.tokens_per_minute if tokens is None else tokens,
         own.burst,
+        own.requests_per_day,
+        own.max_parallel,
     )
 
 
@@ -83,11 +86,19 @@ def refused(denied: Denied) -> Problem:
         wait = denied.retry_after_s
         if wait is None:
             return rate_limit_exceeded(f"Rate limit reached: no {denied.which} are allowed.", math.inf)
-        return rate_limit_exceeded(f"Rate limit reached: {denied.which} per minute. Try again in {wait:.3f} s.", wait)
+        limit = (
+            denied.which if denied.which.endswith((" per day", " parallel requests")) else f"{denied.which} per minute"
+        )
+        return rate_limit_exceeded(f"Rate limit reached: {limit}. Try again in {wait:.3f} s.", wait)
+    needed = format_usd(denied.needed_nusd)
     if denied.reason == "spend_limit":
-        return spend_limit_exceeded(f"The {denied.which} is spent.")
+        budget, spent = format_usd(denied.budget_nusd), format_usd(denied.spent_nusd)
+        return spend_limit_exceeded(
+            f"The {denied.which} of {budget} USD leaves too little: {spent} USD spent or held, {needed} USD needed."
+        )
+    available = format_usd(max(denied.available_nusd, 0))
     return insufficient_credits(
-        f"The account has {format_usd(max(denied.available_nusd, 0))} USD available, less than this request may cost."
+        f"The account has {available} USD available, less than this request may cost: {needed} USD needed."
     )
 
 

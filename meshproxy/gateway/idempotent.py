@@ -24,8 +24,9 @@ from meshproxy.wire.sse import PING
 MAX_KEY_CHARS = 255
 POLL_S = 0.05  # how far an attached stream is behind, at most
 TELL_RETRY_S = 0.25
+CHARGED_S = 15.0  # between a settlement and what is told of the answer: ten seconds of retries, and some
 MAX_TELL_RETRIES = 40  # ten seconds without Redis
-TOO_LARGE = "This request was served, and its answer was too large to be kept for a replay."
+TOO_LARGE = "This request was served, and its answer was not kept for a replay: it was too large, or its worker died."
 REPLAYED = ("idempotent-replayed", "true")
 
 
@@ -59,6 +60,16 @@ class Recording(Passing):
         self._size = 0
         self._sending = False
         self._conclusion: Conclusion = "running"
+
+    @property
+    def record(self) -> str:
+        """The key of the record in Redis, which the settlement marks as charged."""
+        return self._claim.record
+
+    @property
+    def ttl_ms(self) -> int:
+        """How long an answer is kept."""
+        return int(self._settings.ttl_s * 1000)
 
     def begin(self, headers: Headers) -> None:
         """Send and keep the head of a stream."""
@@ -182,10 +193,13 @@ class Replay:
 
     async def _parts(self) -> AsyncIterator[bytes]:
         """The answer's parts as they come, and an empty one whenever there is none yet. LookupError if there will be none."""
-        count = 0
+        count, charged_at = 0, None
         while True:
             state, parts = await self._replays.read(self._claim, count)
             count += len(parts)
+            if state == "charged":  # its worker tells next how far the answer is, or is dead
+                charged_at = self._clock() if charged_at is None else charged_at
+                state = "running" if self._clock() - charged_at < CHARGED_S else "lost"
             for part in parts:
                 yield part
             if state == "finished":

@@ -154,6 +154,7 @@ class Settler:
         attempt = exchange.attempt
         price = exchange.price or (attempt.price if attempt is not None else None)
         age_s = self._clock() - exchange.call.received_at
+        recording = exchange.recording
         return Settlement(
             hold_id=ask.hold_id,
             request_id=exchange.call.request_id,
@@ -169,4 +170,9 @@ class Settler:
             started_ms=int((self._wall_clock() - age_s) * 1000),
             price=msgspec.json.encode(price).decode() if price is not None else "{}",
             unheld=unheld,
+            attempts=exchange.attempts,
+            replay=recording.record if recording is not None else None,
+            replay_ttl_ms=recording.ttl_ms if recording is not None else 0,
+            budgets=ask.budgets,
+            account_budgets=ask.account_budgets,
         )

@@ -1,15 +1,17 @@
 -- Admits a request: holds credit and debits buckets, or says why not. Everything is read and decided before anything is
--- written; a denial writes nothing but what release_expired does. Credit comes first, then budgets, then buckets.
--- A hold id that is held already is answered as admitted again and holds nothing more.
+-- written; a denial writes nothing but what release_expired and refill do. Credit comes first, then budgets, then what runs in
+-- parallel and buckets. A hold id that is held already is answered as admitted again and holds nothing more.
 --
--- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 key's bucket, 9 key's spend,
---        10 session's spend (only where the session has budgets)
+-- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend, 9 key's bucket,
+--        10 key's spend, 11 key's running, 12 session's spend (only where the session has budgets)
 -- ARGV   1 hold id, 2 time to live (ms), 3 amount, 4 least amount (nano-USD), 5 strict (1 or 0), 6 tokens, 7 key id,
---        8 session or '', 9-11 key's requests a minute, burst, tokens a minute, 12-14 account's, 15-17 key's budgets:
---        total, day, month (nano-USD), 18-20 session's; -1: no limit
+--        8 session or '', 9-13 key's requests a minute, burst, tokens a minute, requests a day, requests in parallel,
+--        14-18 account's, 19-21 key's budgets: total, day, month (nano-USD), 22-24 session's, 25-27 account's; -1: no limit
 -- reply  1 outcome (0 admitted, 1 insufficient credits, 2 spend limit, 3 rate limit), 2 amount held, 3 available
---        (nano-USD), 4 which budget (1-6) or bucket (1-4), 5 retry after (ms; -1: never), 6-13 remaining and ms until
---        full of the key's requests and tokens, the account's requests and tokens (-1: no limit)
+--        (nano-USD), 4 which budget (1-9: key's, session's, account's) or limit (1-6: buckets as below, 7 key's and 8 account's
+--        requests in parallel), 5 retry after (ms; -1: never), 6 budget, 7 spent or held of it, 8 needed (nano-USD),
+--        9-20 remaining and ms until full of the key's requests and tokens, the account's requests and tokens, the key's and
+--        the account's requests a day (-1: no limit)
 
 -- include: clock
 -- include: calendar
@@ -17,54 +19,90 @@
 -- include: bucket
 -- include: spend
 
+local PARALLEL_RETRY_MS = 1000
+
 local id, amount, least, tokens = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
-release_expired()
+
+local available, credit, short
+local rooms = {}
+
+-- Reads credit and budgets; `short` is the first of them that has too little room.
+local function read_money()
+  local held, settled
+  available, credit, held, settled = credit_room(amount, ARGV[5] == '1')
+  rooms = {
+    { budget_room(KEYS[10], 'key:' .. ARGV[7], 19) },
+    { budget_room(KEYS[12], 'session:' .. ARGV[8], 22) },
+    { budget_room(KEYS[8], held, 25, settled) },
+  }
+  short = nil
+  for scope = 3, 1, -1 do
+    if rooms[scope][1] < least then short = scope end
+  end
+end
+
+local function account_is_full()
+  local most = tonumber(ARGV[18])
+  return most >= 0 and redis.call('HLEN', KEYS[3]) >= most
+end
+
+release_expired(function()
+  read_money()
+  return credit >= least and not short and not account_is_full()
+end)
 
 -- read
 local held_record = redis.call('HGET', KEYS[3], id)
-local available, credit = credit_room(amount, ARGV[5] == '1')
-local key_room, key_budget = budget_room(KEYS[9], 'key:' .. ARGV[7], 15)
-local session_room, session_budget = budget_room(KEYS[10], 'session:' .. ARGV[8], 18)
-local key_fields = redis.call('HMGET', KEYS[8], 'requests', 'tokens')
-local account_fields = redis.call('HMGET', KEYS[7], 'requests', 'tokens')
-local rates = {}
-for index = 9, 14 do rates[index] = tonumber(ARGV[index]) end
-local buckets = {
-  refill(key_fields[1], rates[9], rates[10]), refill(key_fields[2], rates[11], rates[11]),
-  refill(account_fields[1], rates[12], rates[13]), refill(account_fields[2], rates[14], rates[14]),
-}
-local counts = { 1, tokens, 1, tokens }
+read_money()
+local key_requests, key_tokens, key_daily = read_buckets(KEYS[9], 9)
+local account_requests, account_tokens, account_daily = read_buckets(KEYS[7], 14)
+local buckets = { key_requests, key_tokens, account_requests, account_tokens, key_daily, account_daily }
+local counts = { 1, tokens, 1, tokens, 1, 1 }
 
-local function reply(outcome, held, which, retry_ms)
-  local answer = { outcome, held, available, which, retry_ms }
-  for index = 1, 4 do append_state(answer, buckets[index]) end
+local function reply(outcome, held, which, retry_ms, budget, used)
+  local answer = { outcome, held, available, which, retry_ms, budget or 0, used or 0, least }
+  for index = 1, 6 do append_state(answer, buckets[index]) end
   return answer
 end
 
 -- decide
 if held_record then return reply(0, parse_hold(held_record).amount, 0, 0) end
 if credit < least then return reply(1, 0, 0, 0) end
-if key_room < least then return reply(2, 0, key_budget, 0) end
-if session_room < least then return reply(2, 0, 3 + session_budget, 0) end
+if short then
+  local room = rooms[short]
+  return reply(2, 0, 3 * (short - 1) + room[2], 0, room[3], room[4])
+end
 local longest_ms, slowest = 0, 0
-for index = 1, 4 do
+for index = 1, 6 do
   local needed_ms = wait_ms(buckets[index], counts[index])
   if needed_ms > longest_ms then longest_ms, slowest = needed_ms, index end
+end
+if longest_ms < PARALLEL_RETRY_MS then
+  local most = tonumber(ARGV[13])
+  if most >= 0 and redis.call('ZCOUNT', KEYS[11], '(' .. whole(now_ms), '+inf') >= most then
+    longest_ms, slowest = PARALLEL_RETRY_MS, 7
+  elseif account_is_full() then
+    longest_ms, slowest = PARALLEL_RETRY_MS, 8
+  end
 end
 if slowest > 0 then return reply(3, 0, slowest, longest_ms == NEVER and -1 or longest_ms) end
 
 -- write
+local key_room, session_room, account_room = rooms[1][1], rooms[2][1], rooms[3][1]
+local deadline_ms = now_ms + tonumber(ARGV[2])
 local hold = {
-  amount = math.min(amount, credit, key_room, session_room), tokens = tokens, started_ms = now_ms,
-  key_rate = rates[11], account_rate = rates[14], key = ARGV[7], session = ARGV[8],
+  amount = math.min(amount, credit, key_room, session_room, account_room), tokens = tokens, started_ms = now_ms,
+  key_rate = tonumber(ARGV[11]), account_rate = tonumber(ARGV[16]), key = ARGV[7], session = ARGV[8],
   key_budget = key_room < NO_BUDGET and '1' or '0', session_budget = session_room < NO_BUDGET and '1' or '0',
 }
 hold_credit(hold, hold.amount)
 redis.call('HSET', KEYS[3], id, pack_hold(hold))
 redis.call('HDEL', KEYS[5], id)
-redis.call('ZADD', KEYS[4], whole(now_ms + tonumber(ARGV[2])), id)
-for index = 1, 4 do take(buckets[index], counts[index]) end
-save(KEYS[8], buckets[1], buckets[2])
-save(KEYS[7], buckets[3], buckets[4])
+redis.call('ZADD', KEYS[4], whole(deadline_ms), id)
+redis.call('ZREMRANGEBYSCORE', KEYS[11], '-inf', whole(now_ms))
+keep_running(KEYS[11], id, deadline_ms)
+for index = 1, 6 do take(buckets[index], counts[index]) end
+save(KEYS[9], key_requests, key_tokens, key_daily)
+save(KEYS[7], account_requests, account_tokens, account_daily)
 available = available - hold.amount
 return reply(0, hold.amount, 0, 0)

@@ -1,33 +1,35 @@
--- An account's credit, and one key's spend and buckets, after expired holds are released.
+-- An account's credit and spend, and one key's spend and buckets, after expired holds are released.
 --
--- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket; with a key: 8 key's bucket,
---        9 key's spend
--- ARGV   1-3 account's requests a minute, burst, tokens a minute; 4-6 key's (-1: no limit)
--- reply  1 balance, 2 held, 3 granted, 4 settled, 5-7 key's spend: total, day, month (nano-USD, strings), 8-15 remaining
---        and ms until full of the key's requests and tokens, the account's requests and tokens (-1: no limit)
+-- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend; with a key:
+--        9 key's bucket, 10 key's spend, 11 key's running
+-- ARGV   1-5 account's requests a minute, burst, tokens a minute, requests a day, requests in parallel; 6-10 key's (-1: no limit)
+-- reply  1 balance, 2 held, 3 granted, 4 settled, 5-6 account's spend: day, month, 7-9 key's: total, day, month (nano-USD,
+--        strings), 10 the key's last settlement (ms, 0: none), 11 key's and 12 account's requests that run, 13-24 remaining
+--        and ms until full of the key's requests and tokens, the account's requests and tokens, the key's and the account's
+--        requests a day (-1: no limit)
 
 -- include: clock
 -- include: calendar
 -- include: hold
 -- include: bucket
 
-release_expired()
-
-local function read_buckets(key, first)
-  local fields = key and redis.call('HMGET', key, 'requests', 'tokens') or { false, false }
-  local requests, burst, tokens = tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2])
-  return refill(fields[1], requests, burst), refill(fields[2], tokens, tokens)
-end
+release_expired(function() return false end)
 
 local credit = redis.call('HMGET', KEYS[1], 'balance', 'held', 'granted', 'settled')
-local spent = KEYS[9] and redis.call('HMGET', KEYS[9], 'total', 'day:' .. day, 'month:' .. month) or { false, false, false }
+local account = redis.call('HMGET', KEYS[8], 'day:' .. day, 'month:' .. month)
+local key = KEYS[10] and redis.call('HMGET', KEYS[10], 'total', 'day:' .. day, 'month:' .. month, 'used_ms') or {}
 local reply = {}
 for index = 1, 4 do reply[index] = credit[index] or '0' end
-for index = 1, 3 do reply[4 + index] = spent[index] or '0' end
-local key_requests, key_tokens = read_buckets(KEYS[8], 4)
-local account_requests, account_tokens = read_buckets(KEYS[7], 1)
+for index = 1, 2 do reply[4 + index] = account[index] or '0' end
+for index = 1, 4 do reply[6 + index] = key[index] or '0' end
+reply[11] = KEYS[11] and redis.call('ZCOUNT', KEYS[11], '(' .. whole(now_ms), '+inf') or 0
+reply[12] = redis.call('HLEN', KEYS[3])
+local key_requests, key_tokens, key_daily = read_buckets(KEYS[9], 6)
+local account_requests, account_tokens, account_daily = read_buckets(KEYS[7], 1)
 append_state(reply, key_requests)
 append_state(reply, key_tokens)
 append_state(reply, account_requests)
 append_state(reply, account_tokens)
+append_state(reply, key_daily)
+append_state(reply, account_daily)
 return reply

@@ -1,15 +1,24 @@
--- Grants credit, or takes back a grant if the amount is negative, and appends an event.
+-- Grants credit, or takes back a grant if the amount is negative, once for each `ref`; appends to the history and to the usage
+-- stream.
 --
--- KEYS   1 credit, 2 usage
--- ARGV   1 amount (nano-USD), 2 note, 3 the most a balance may be, up or down (nano-USD)
--- reply  1 done (1, or 0: the balance would be past the most), 2 balance (nano-USD)
+-- KEYS   1 credit, 2 usage, 3 account's spend, 4 grants (stream: the history), 5 refs (hash: ref to its amount)
+-- ARGV   1 amount (nano-USD), 2 note, 3 the most a balance may be, up or down (nano-USD), 4 ref or '', 5 actor
+-- reply  1 done (1; 0: the balance would be past the most; 2: granted before under this ref; 3: another amount was granted
+--        under this ref), 2 balance (nano-USD)
 
 -- include: clock
 
+local amount, ref = ARGV[1], ARGV[4]
 local balance = tonumber(redis.call('HGET', KEYS[1], 'balance') or 0)
-if math.abs(balance + tonumber(ARGV[1])) > tonumber(ARGV[3]) then return { 0, balance } end
-balance = redis.call('HINCRBY', KEYS[1], 'balance', ARGV[1])
-redis.call('HINCRBY', KEYS[1], 'granted', ARGV[1])
-redis.call('XADD', KEYS[2], '*', 'event', 'grant', 'amount_nusd', ARGV[1], 'balance_nusd', whole(balance),
-  'note', ARGV[2], 'granted_ms', whole(now_ms))
+local before = ref ~= '' and redis.call('HGET', KEYS[5], ref)
+if before then return { before == amount and 2 or 3, balance } end
+if math.abs(balance + tonumber(amount)) > tonumber(ARGV[3]) then return { 0, balance } end
+balance = redis.call('HINCRBY', KEYS[1], 'balance', amount)
+redis.call('HINCRBY', KEYS[1], 'granted', amount)
+if tonumber(amount) > 0 then redis.call('HSET', KEYS[3], 'topped_nusd', whole(balance)) end
+if ref ~= '' then redis.call('HSET', KEYS[5], ref, amount) end
+local fields = { 'amount_nusd', amount, 'balance_nusd', whole(balance), 'note', ARGV[2], 'granted_ms', whole(now_ms),
+  'ref', ref, 'actor', ARGV[5], 'v', '1' }
+redis.call('XADD', KEYS[4], '*', unpack(fields))
+redis.call('XADD', KEYS[2], '*', 'event', 'grant', unpack(fields))
 return { 1, balance }

@@ -1,8 +1,9 @@
 -- A hold's record: 'AMOUNT TOKENS STARTED_MS KEY_RATE ACCOUNT_RATE BUDGETS KEY SESSION'. The rates are those of the token
 -- buckets that were debited (-1: none); BUDGETS is two digits, whether the key and the session have one. Needs clock.
--- KEYS 1 to 6 of every script: credit, held, holds, deadlines, abandoned, usage.
+-- KEYS 1 to 8 of every script: credit, held, holds, deadlines, abandoned, usage, account's bucket, account's spend.
 local ABANDONED_KEPT_MS = 7 * 86400000
-local RELEASED_A_CALL = 100
+local RELEASED_A_SWEEP = 100
+local MAX_SWEEPS = 100
 
 local function pack_hold(hold)
   return table.concat({
@@ -43,20 +44,30 @@ local function abandon(id, record)
   redis.call('ZADD', KEYS[4], whole(now_ms + ABANDONED_KEPT_MS), id)
   redis.call('XADD', KEYS[6], '*', 'event', 'abandoned', 'hold_id', id, 'key', hold.key, 'session', hold.session,
     'held_nusd', whole(hold.amount), 'tokens', whole(hold.tokens), 'started_ms', whole(hold.started_ms),
-    'abandoned_ms', whole(now_ms))
+    'abandoned_ms', whole(now_ms), 'v', '1')
 end
 
 -- Gives back the credit of holds whose deadline has passed; of their tokens, nothing. The record is kept for a late
--- settlement, under a second deadline at which it is forgotten.
-local function release_expired()
-  local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', whole(now_ms), 'LIMIT', 0, RELEASED_A_CALL)
-  for _, id in ipairs(due) do
-    local record = redis.call('HGET', KEYS[3], id)
-    if record then
-      abandon(id, record)
-    else
-      redis.call('ZREM', KEYS[4], id)
-      redis.call('HDEL', KEYS[5], id)
+-- settlement, under a second deadline at which it is forgotten. A hundred at least, then on until `enough` says so, there are
+-- no more, or ten thousand are released.
+local function release_expired(enough)
+  for _ = 1, MAX_SWEEPS do
+    local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', whole(now_ms), 'LIMIT', 0, RELEASED_A_SWEEP)
+    for _, id in ipairs(due) do
+      local record = redis.call('HGET', KEYS[3], id)
+      if record then
+        abandon(id, record)
+      else
+        redis.call('ZREM', KEYS[4], id)
+        redis.call('HDEL', KEYS[5], id)
+      end
     end
+    if #due < RELEASED_A_SWEEP or enough() then return end
   end
+end
+
+-- Counts a hold of a key as running until a deadline. The set of a key (its hold ids by deadline) lasts as long as its last hold.
+local function keep_running(key, id, deadline_ms)
+  redis.call('ZADD', key, whole(deadline_ms), id)
+  if redis.call('PTTL', key) < deadline_ms - now_ms then redis.call('PEXPIREAT', key, whole(deadline_ms + 1000)) end
 end

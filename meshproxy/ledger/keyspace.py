@@ -11,10 +11,11 @@ class AccountKeys:
     Hashes: `credit` (balance, held, granted, settled: nano-USD), `held` (what each key and session with a budget holds:
     `key:ID`, `session:NAME`), `holds` (hold id to its packed record), `abandoned` (holds released at their deadline, kept for a
     late settlement), `bucket` (the account's buckets), `keys` (key id to the digest its record is stored under), `templates` (id
-    to record, JSON), `template_names` (name to id). Sorted set: `deadlines` (hold id by deadline in ms: of a hold, its release;
-    of an abandoned one, when it is forgotten). Stream: `usage` (one event a settlement). String: `record` (the account's, JSON).
+    to record, JSON), `template_names` (name to id), `spend` (the account's, by day and month), `grant_refs` (ref to amount).
+    Sorted set: `deadlines` (hold id by deadline in ms: of a hold, its release; of an abandoned one, when it is forgotten).
+    Streams: `usage` (one event a settlement), `grants` (one entry a grant). String: `record` (the account's, JSON).
 
-    `books` are the six keys that every script with holds begins with (hold.lua).
+    `books` are the eight keys that every script with holds begins with (hold.lua).
     """
 
     def __init__(self, account: str) -> None:
@@ -28,11 +29,17 @@ class AccountKeys:
         self.abandoned = root + "abandoned"
         self.usage = root + "usage"
         self.bucket = root + "bucket"
+        self.spend = root + "spend"
+        self.grants = root + "grants"
+        self.grant_refs = root + "grant-refs"
         self.record = root + "record"
         self.keys = root + "keys"
         self.templates = root + "templates"
         self.template_names = root + "template-names"
-        self.books = (self.credit, self.held, self.holds, self.deadlines, self.abandoned, self.usage)
+        self.books = (
+            *(self.credit, self.held, self.holds, self.deadlines, self.abandoned, self.usage),
+            *(self.bucket, self.spend),
+        )
 
     def unheld(self, hold_id: str) -> str:
         """String: marks the settlement of a request that was admitted without Redis, so that it is charged once."""
@@ -45,6 +52,15 @@ class AccountKeys:
     def key_spend(self, key_id: str) -> str:
         """Hash: what a key spent and holds: total, by day, by month."""
         return f"{self._root}spend:{key_id}"
+
+    def key_books(self, key_id: str) -> tuple[str, str, str]:
+        """One key's buckets, spend, and running requests (a sorted set: hold id by deadline in ms)."""
+        root = self._root
+        return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"
+
+    def requests(self, day: str) -> str:
+        """Hash: request id to its event in `usage`, of the requests that began on a day, `2026-11-24`."""
+        return f"{self._root}requests:{day}"
 
     def session_spend(self, session: str) -> str:
         """Hash: what a session spent and holds: total, by day, by month."""

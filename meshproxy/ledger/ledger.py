@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.keyspace import ACCOUNTS, AccountKeys
 from meshproxy.ledger.records import (
     NO_BUDGETS,
     NO_LIMITS,
@@ -19,6 +19,8 @@ from meshproxy.ledger.records import (
     Balance,
     BucketState,
     Denied,
+    Grant,
+    Granted,
     Settlement,
     Spend,
 )
@@ -28,19 +30,25 @@ from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
 
 USAGE_EVENTS_KEPT = 1_000_000
+MAX_GRANTS_READ = 1000
 MAX_KNOWN_ACCOUNTS = 4096  # whose keys are kept ready
 
 _NO_LIMIT = -1
+_PAST_MOST, _GRANTED, _GRANTED_BEFORE, _OTHER_AMOUNT = range(4)  # outcomes of grant.lua
 _ADMITTED, _NO_CREDIT, _OVER_BUDGET, _RATE_LIMITED = range(4)  # outcomes of admit.lua and renew.lua; 4 is gone
-_BUDGETS = (
-    "key total budget",
-    "key daily budget",
-    "key monthly budget",
-    "session total budget",
-    "session daily budget",
-    "session monthly budget",
+_BUDGETS = tuple(
+    f"{scope} {period} budget" for scope in ("key", "session", "account") for period in ("total", "daily", "monthly")
 )
-_BUCKETS = ("key requests", "key tokens", "account requests", "account tokens")
+LIMITS = (
+    "key requests",
+    "key tokens",
+    "account requests",
+    "account tokens",
+    "key requests per day",
+    "account requests per day",
+    "key parallel requests",
+    "account parallel requests",
+)  # what a rate_limit denial names, in the order of admit.lua
 
 
 class Ledger:
@@ -74,9 +82,10 @@ class Ledger:
             *_rates(ask.account_limits),
             *_amounts(ask.budgets),
             *_session_amounts(ask),
+            *_amounts(ask.account_budgets),
         ]
         reply = await self._store.run(self._admit, _hold_keys(self._names(ask.account), ask), args)
-        buckets = _buckets(reply, 5, ask.key_limits, ask.account_limits)
+        buckets = _buckets(reply, 8, ask.key_limits, ask.account_limits)
         if reply[0] == _ADMITTED:
             return Admitted(ask, reply[1], reply[2], buckets)
         return _denied(reply, buckets)
@@ -103,6 +112,7 @@ class Ledger:
             int(enforce_tokens),
             *_amounts(ask.budgets),
             *_session_amounts(ask),
+            *_amounts(ask.account_budgets),
         ]
         reply = await self._store.run(self._renew, _hold_keys(self._names(ask.account), ask), args)
         if reply[0] == _ADMITTED:
@@ -144,16 +154,43 @@ class Ledger:
             settlement.outcome,
             settlement.price,
             settlement.started_ms,
+            settlement.attempts,
+            0 if settlement.replay is None else settlement.replay_ttl_ms,
         ]
+        if settlement.budgets != NO_BUDGETS or settlement.account_budgets != NO_BUDGETS:
+            args += [*_amounts(settlement.budgets), *_amounts(settlement.account_budgets)]
         return _settlement_keys(self._names(settlement.account), settlement), args
 
-    async def grant(self, account: str, amount_nusd: int, note: str = "") -> int:
-        """Grant credit, or take some back with a negative amount; the new balance. ValueError past what a balance may be."""
-        keys = self._names(account)
-        done, balance = await self._store.run(self._grant, [keys.credit, keys.usage], [amount_nusd, note, MAX_NUSD])
-        if not done:
+    async def grant(self, account: str, amount_nusd: int, note: str = "", *, ref: str = "", actor: str = "") -> Granted:
+        """Grant credit, or take some back with a negative amount, once for each `ref`; `actor` is who does it.
+
+        ValueError past what a balance may be, and for a `ref` under which another amount was granted.
+        """
+        names = self._names(account)
+        await self._store.execute("SADD", ACCOUNTS, account)
+        keys = [names.credit, names.usage, names.spend, names.grants, names.grant_refs]
+        outcome, balance = await self._store.run(self._grant, keys, [amount_nusd, note, MAX_NUSD, ref, actor])
+        if outcome == _PAST_MOST:
             raise ValueError(f"{account}: a balance of {balance} nano-USD can't be moved by {amount_nusd}")
-        return int(balance)
+        if outcome == _OTHER_AMOUNT:
+            raise ValueError(f"{account}: another amount was granted under the ref {ref!r}")
+        return Granted(balance, is_new=outcome == _GRANTED)
+
+    async def grants(self, account: str, limit: int = MAX_GRANTS_READ) -> list[Grant]:
+        """The latest grants of an account, newest first. Those of versions before the history aren't in it."""
+        entries = await self._store.execute("XREVRANGE", self._names(account).grants, "+", "-", "COUNT", limit)
+        found = [dict(zip(flat[::2], flat[1::2], strict=True)) for _, flat in entries]
+        return [
+            Grant(
+                int(fields[b"amount_nusd"]),
+                int(fields[b"balance_nusd"]),
+                fields[b"note"].decode(),
+                fields[b"ref"].decode(),
+                fields[b"actor"].decode(),
+                int(fields[b"granted_ms"]),
+            )
+            for fields in found
+        ]
 
     async def balance(
         self,
@@ -163,14 +200,22 @@ class Ledger:
         key_limits: Limits = NO_LIMITS,
         account_limits: Limits = NO_LIMITS,
     ) -> Balance:
-        """An account's credit after expired holds are released; with a key, its spend and the state of every bucket."""
+        """An account's credit and spend after expired holds are released; with a key, its spend and the state of every bucket."""
         names = self._names(account)
-        keys = [*names.books, names.bucket]
-        if key_id is not None:
-            keys += [names.key_bucket(key_id), names.key_spend(key_id)]
+        keys = names.books if key_id is None else (*names.books, *names.key_books(key_id))
         reply = await self._store.run(self._balance, keys, [*_rates(account_limits), *_rates(key_limits)])
-        balance, held, granted, settled, *spend = map(int, reply[:7])
-        return Balance(balance, held, granted, settled, Spend(*spend), _buckets(reply, 7, key_limits, account_limits))
+        numbers = list(map(int, reply[:12]))
+        balance, held, granted, settled = numbers[:4]
+        return Balance(
+            balance,
+            held,
+            granted,
+            settled,
+            Spend(*numbers[6:9]),
+            _buckets(reply, 12, key_limits, account_limits),
+            Spend(settled, *numbers[4:6]),
+            *numbers[9:],
+        )
 
     def _names(self, account: str) -> AccountKeys:
         """The account's keys, made once."""
@@ -183,7 +228,7 @@ class Ledger:
 
 
 def _hold_keys(names: AccountKeys, ask: Ask) -> list[str]:
-    keys = [*names.books, names.bucket, names.key_bucket(ask.key_id), names.key_spend(ask.key_id)]
+    keys = [*names.books, *names.key_books(ask.key_id)]
     if ask.session is not None:
         keys.append(names.session_spend(ask.session))
     return keys
@@ -196,22 +241,29 @@ def _hour(hours: int) -> str:
 
 
 def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
-    key_id = settlement.key_id
     hour = _hour(settlement.started_ms // 3_600_000)
-    keys = [*names.books, names.bucket, names.key_bucket(key_id), names.key_spend(key_id)]
-    keys += [names.hour(hour), names.unheld(settlement.hold_id)]
-    if settlement.session is not None:
+    keys = [*names.books, *names.key_books(settlement.key_id)]
+    keys += [names.hour(hour), names.unheld(settlement.hold_id), names.requests(hour[:10])]
+    if settlement.session:
         keys.append(names.session_spend(settlement.session))
+    if settlement.replay is not None:
+        keys.append(settlement.replay)
     return keys
 
 
-def _rates(limits: Limits) -> tuple[int, int, int]:
-    """Requests a minute, burst and tokens a minute, as scripts want them."""
-    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+def _rates(limits: Limits) -> tuple[int, int, int, int, int]:
+    """Requests a minute, burst, tokens a minute, requests a day and in parallel, as scripts want them."""
+    requests, tokens, burst = limits.requests_per_minute, limits.tokens_per_minute, limits.burst
+    daily, parallel = limits.requests_per_day, limits.max_parallel
     if requests is None:
-        return _NO_LIMIT, _NO_LIMIT, _NO_LIMIT if tokens is None else tokens
-    burst = requests if limits.burst is None else limits.burst
-    return requests, burst, _NO_LIMIT if tokens is None else tokens
+        requests = burst = _NO_LIMIT
+    return (
+        requests,
+        requests if burst is None else burst,
+        _NO_LIMIT if tokens is None else tokens,
+        _NO_LIMIT if daily is None else daily,
+        _NO_LIMIT if parallel is None else parallel,
+    )
 
 
 def _amounts(budgets: Budgets) -> tuple[int, int, int]:
@@ -228,13 +280,13 @@ def _session_amounts(ask: Ask) -> tuple[int, int, int]:
 
 
 def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denied:
-    outcome, _, available, which, retry_ms = reply[:5]
+    outcome, _, available, which, retry_ms, budget, spent, needed = reply[:8]
     if outcome == _NO_CREDIT:
-        return Denied("insufficient_credits", "credit", available, None, buckets)
+        return Denied("insufficient_credits", "credit", available, None, buckets, needed)
     if outcome == _OVER_BUDGET:
-        return Denied("spend_limit", _BUDGETS[which - 1], available, None, buckets)
+        return Denied("spend_limit", _BUDGETS[which - 1], available, None, buckets, needed, budget, spent)
     if outcome == _RATE_LIMITED:
-        return Denied("rate_limit", _BUCKETS[which - 1], available, None if retry_ms < 0 else retry_ms / 1000, buckets)
+        return Denied("rate_limit", LIMITS[which - 1], available, None if retry_ms < 0 else retry_ms / 1000, buckets)
     return Denied("gone", "hold", available, None, buckets)
 
 
@@ -249,4 +301,8 @@ def _buckets(reply: Sequence[int], first: int, key: Limits, account: Limits) -> 
         states.append(BucketState("account", "requests", limit, reply[first + 4], reply[first + 5] / 1000))
     if (limit := account.tokens_per_minute) is not None:
         states.append(BucketState("account", "tokens", limit, reply[first + 6], reply[first + 7] / 1000))
+    if (limit := key.requests_per_day) is not None:
+        states.append(BucketState("key", "requests", limit, reply[first + 8], reply[first + 9] / 1000, "day"))
+    if (limit := account.requests_per_day) is not None:
+        states.append(BucketState("account", "requests", limit, reply[first + 10], reply[first + 11] / 1000, "day"))
     return tuple(states)

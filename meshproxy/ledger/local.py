@@ -7,18 +7,20 @@ however often Redis comes and goes meanwhile.
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 
 from msgspec import Struct
 
-from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied, Kind, Scope, Settlement
+from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied, Kind, Period, Scope, Settlement
 from meshproxy.ledger.scripts import Script
 from meshproxy.ledger.store import Store, StoreError, Unavailable
 from meshproxy.policy.principal import Limits
 
 MAX_ACCOUNTS = 65_536  # known to one worker while Redis is away; no others are admitted
 BUCKETS_OF_AN_ACCOUNT = 16  # its own and those of some keys; more of them count as further accounts
+PARALLEL_RETRY_S = 1.0
 BEAT_S = 5.0
 KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three heartbeats is gone
 WORKERS = "mesh:workers"  # sorted set: worker by its last heartbeat (Unix seconds, by Redis's clock)
@@ -56,7 +58,8 @@ class _Bucket(Struct):
 
     scope: Scope
     kind: Kind
-    limit: int  # a minute, of all workers
+    per: Period
+    limit: int  # of all workers
     size: float
     rate: float  # a second
     level: float
@@ -69,7 +72,12 @@ class _Bucket(Struct):
     def state(self) -> BucketState:
         """What is told of it."""
         reset_s = (self.size - self.level) / self.rate
-        return BucketState(self.scope, self.kind, self.limit, max(math.floor(self.level), 0), reset_s)
+        return BucketState(self.scope, self.kind, self.limit, max(math.floor(self.level), 0), reset_s, self.per)
+
+    @property
+    def which(self) -> str:
+        """What a denial calls it."""
+        return f"{self.scope} {self.kind}{' per day' if self.per == 'day' else ''}"
 
 
 class LocalAdmission:
@@ -88,9 +96,10 @@ class LocalAdmission:
             str, tuple[str, int]
         ] = {}  # account and nano-USD by hold id: held, or spent and not charged yet
         self._used_nusd: dict[str, int] = {}  # the sums of these by account
-        self._reserved: dict[str, int] = {}  # bytes of the journal by hold id, for requests that run
-        self._reserved_bytes = 0
-        self._buckets: dict[tuple[str, str, str], _Bucket] = {}
+        self._running: dict[str, Ask] = {}  # by hold id
+        self._parallel: Counter[str] = Counter()  # of these by account, and by `account key`
+        self._reserved_bytes = 0  # of the journal, for these
+        self._buckets: dict[tuple[str, str, str, str], _Bucket] = {}
 
     def has_room(self, ask: Ask) -> bool:
         """Whether the journal can take the settlement of one more request; without that nothing may be admitted."""
@@ -111,13 +120,14 @@ class LocalAdmission:
             ((bucket.wait_s(count), bucket) for bucket, count in wants), default=(0.0, None), key=itemgetter(0)
         )
         if slowest is not None and wait_s > 0:
-            return Denied(
-                "rate_limit", f"{slowest.scope} {slowest.kind}", available, None if wait_s == math.inf else wait_s
-            )
+            return Denied("rate_limit", slowest.which, available, None if wait_s == math.inf else wait_s)
+        if full := self._full(ask):
+            return Denied("rate_limit", full, available, PARALLEL_RETRY_S)
         for bucket, count in wants:
             bucket.level -= count
         self._owe(ask.hold_id, ask.account, ask.amount_nusd)
-        self._reserved[ask.hold_id] = _line_bytes(ask)
+        self._running[ask.hold_id] = ask
+        self._parallel.update(_owners(ask))
         self._reserved_bytes += _line_bytes(ask)
         states = tuple(bucket.state() for bucket, _ in wants)
         return Admitted(ask, ask.amount_nusd, available - ask.amount_nusd, states)
@@ -131,9 +141,14 @@ class LocalAdmission:
 
     def spent(self, settlement: Settlement, held_by_redis_nusd: int) -> None:
         """Replace what a request held here by what it cost beyond what Redis holds for it. Redis hasn't charged it yet."""
-        reserved = self._reserved.pop(settlement.hold_id, 0)
-        self._reserved_bytes -= reserved
-        if reserved or settlement.hold_id in self._owed:
+        ask = self._running.pop(settlement.hold_id, None)
+        if ask is not None:
+            self._reserved_bytes -= _line_bytes(ask)
+            for owner in _owners(ask):
+                self._parallel[owner] -= 1
+                if not self._parallel[owner]:
+                    del self._parallel[owner]
+        if ask is not None or settlement.hold_id in self._owed:
             amount = max(settlement.cost_nusd - held_by_redis_nusd, 0)
             self._owe(settlement.hold_id, settlement.account, amount)
 
@@ -176,15 +191,31 @@ class LocalAdmission:
             yield self._refilled(scope, name, "requests", requests_limit, size), 1
         if tokens_limit is not None:
             yield self._refilled(scope, name, "tokens", tokens_limit, tokens_limit), tokens
+        if (daily := limits.requests_per_day) is not None:
+            yield self._refilled(scope, name, "requests", daily, daily, "day"), 1
 
-    def _refilled(self, scope: Scope, name: str, kind: Kind, limit: int, size: int) -> _Bucket:
+    def _refilled(self, scope: Scope, name: str, kind: Kind, limit: int, size: int, per: Period = "minute") -> _Bucket:
         """A bucket as of now, as large as this worker's share is now."""
         now, sharers = self._clock(), self._instances.count
-        full, rate = max(size / sharers, 1.0), max(limit / sharers, 1.0) / 60
-        old = self._buckets.get((scope, name, kind))
+        full, rate = max(size / sharers, 1.0), max(limit / sharers, 1.0) / (86_400 if per == "day" else 60)
+        old = self._buckets.get((scope, name, kind, per))
         level = full if old is None else min(full, old.level + (now - old.at) * rate)
-        bucket = self._buckets[scope, name, kind] = _Bucket(scope, kind, limit, full, rate, level, now)
+        bucket = self._buckets[scope, name, kind, per] = _Bucket(scope, kind, per, limit, full, rate, level, now)
         return bucket
+
+    def _full(self, ask: Ask) -> str | None:
+        """Which limit of requests in parallel is reached by this worker's share of it: at least one."""
+        account, key = _owners(ask)
+        for which, owner, limits in (("key", key, ask.key_limits), ("account", account, ask.account_limits)):
+            most = limits.max_parallel
+            if most is not None and self._parallel[owner] >= min(most, max(most // self._instances.count, 1)):
+                return f"{which} parallel requests"
+        return None
+
+
+def _owners(ask: Ask) -> tuple[str, str]:
+    """Who a running request counts for: its account, and its key."""
+    return ask.account, f"{ask.account} {ask.key_id}"
 
 
 def _line_bytes(ask: Ask) -> int:

@@ -12,6 +12,7 @@ NO_BUDGETS = Budgets()
 Reason = Literal["rate_limit", "insufficient_credits", "spend_limit", "gone"]
 Scope = Literal["key", "account"]
 Kind = Literal["requests", "tokens"]
+Period = Literal["minute", "day"]
 UsageSource = Literal["reported", "estimated", "drained", "none"]
 
 
@@ -35,16 +36,18 @@ class Ask(Value, frozen=True, kw_only=True):
     account_limits: Limits = NO_LIMITS
     budgets: Budgets = NO_BUDGETS
     session_budgets: Budgets = NO_BUDGETS
+    account_budgets: Budgets = NO_BUDGETS
 
 
 class BucketState(Value, frozen=True):
-    """One bucket as the decision left it: `limit` a minute, `remaining` (a debt shows as 0), `reset_s` until it is full."""
+    """One bucket as the decision left it: `limit` a `per`, `remaining` (a debt shows as 0), `reset_s` until it is full."""
 
     scope: Scope
     kind: Kind
     limit: int
     remaining: int
     reset_s: float
+    per: Period = "minute"
 
 
 class Admitted(Value, frozen=True):
@@ -62,8 +65,9 @@ class Admitted(Value, frozen=True):
 
 
 class Denied(Value, frozen=True):
-    """Why not. `which` names the limit: "key requests", "session daily budget", "credit", "hold" (which is gone: settled, or
-    forgotten). `retry_after_s` is exact, and None where waiting doesn't help.
+    """Why not. `which` names the limit: "key requests", "account requests per day", "key parallel requests", "session daily
+    budget", "credit", "hold" (which is gone: settled, or forgotten). `retry_after_s` is exact, and None where waiting doesn't
+    help. `needed_nusd` is what a hold needs at least; of a budget `spent_nusd` is spent or held.
     """
 
     reason: Reason
@@ -71,12 +75,17 @@ class Denied(Value, frozen=True):
     available_nusd: int
     retry_after_s: float | None = None
     buckets: tuple[BucketState, ...] = ()
+    needed_nusd: int = 0
+    budget_nusd: int = 0
+    spent_nusd: int = 0
 
 
 class Settlement(Value, frozen=True, kw_only=True):
     """What a request came to. `outcome` is why it ended, a word of a closed set; `price` the prices it was billed by, JSON.
 
-    `unheld`: admitted without Redis, and perhaps never held there. It stays with the settlement through every retry.
+    `unheld`: admitted without Redis, and perhaps never held there. It stays with the settlement through every retry. `replay`
+    is the record of the request's Idempotency-Key, and `replay_ttl_ms` how long its answer is kept. The budgets are those that
+    events tell of when a share of them is spent.
     """
 
     hold_id: str
@@ -93,10 +102,15 @@ class Settlement(Value, frozen=True, kw_only=True):
     session: str | None = None
     price: str = "{}"
     unheld: bool = False
+    attempts: int = 0
+    replay: str | None = None
+    replay_ttl_ms: int = 0
+    budgets: Budgets = NO_BUDGETS
+    account_budgets: Budgets = NO_BUDGETS
 
 
 class Spend(Value, frozen=True):
-    """What a key spent: ever, and in this UTC day and month of Redis's clock."""
+    """What a key or an account spent: ever, and in this UTC day and month of Redis's clock."""
 
     total_nusd: int = 0
     day_nusd: int = 0
@@ -104,7 +118,9 @@ class Spend(Value, frozen=True):
 
 
 class Balance(Value, frozen=True):
-    """An account's credit: granted = balance + settled. `spend` is of the key that was asked for."""
+    """An account's credit: granted = balance + settled. Of the key that was asked for: `spend`, `used_ms` (its last settlement,
+    0: none) and how many of its requests run.
+    """
 
     balance_nusd: int
     held_nusd: int
@@ -112,8 +128,30 @@ class Balance(Value, frozen=True):
     settled_nusd: int
     spend: Spend = Spend()
     buckets: tuple[BucketState, ...] = ()
+    account_spend: Spend = Spend()
+    used_ms: int = 0
+    key_running: int = 0
+    account_running: int = 0
 
     @property
     def available_nusd(self) -> int:
         """What new holds may take. Negative where a real cost came out above its hold."""
         return self.balance_nusd - self.held_nusd
+
+
+class Granted(Value, frozen=True):
+    """What a grant came to: the balance now. `is_new`: False where its ref was granted before, so that nothing was added."""
+
+    balance_nusd: int
+    is_new: bool
+
+
+class Grant(Value, frozen=True):
+    """One grant of an account's history: the amount (negative: taken back), the balance after it, when (Unix ms) and by whom."""
+
+    amount_nusd: int
+    balance_nusd: int
+    note: str
+    ref: str
+    actor: str
+    granted_ms: int

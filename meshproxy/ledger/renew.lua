@@ -1,12 +1,13 @@
 -- Renews a hold: raises it to a new total and sets a new deadline. The deadline of a live hold is set whatever is decided,
--- so that its owner can settle; else a denial writes nothing but what release_expired does. A hold that was abandoned
+-- so that its owner can settle; else a denial writes nothing but what release_expired and refill do. A hold that was abandoned
 -- while its owner was stuck is taken back whole, if credit and budgets have room for it. A renewal never lowers a hold.
 --
 -- KEYS   as of admit
 -- ARGV   1 hold id, 2 time to live (ms), 3 total amount (nano-USD), 4 total tokens, 5 strict (1 or 0), 6 enforce tokens
---        (1: deny what the token buckets don't have; 0: debit them into debt), 7-9 key's budgets, 10-12 session's
+--        (1: deny what the token buckets don't have; 0: debit them into debt), 7-9 key's budgets, 10-12 session's,
+--        13-15 account's
 -- reply  1 outcome (as of admit; 4 gone: settled, or never here), 2 amount held, 3 available (nano-USD), 4 which budget
---        (1-6) or bucket (2, 4), 5 retry after (ms)
+--        (1-9) or bucket (2, 4), 5 retry after (ms), 6 budget, 7 spent or held of it, 8 needed (nano-USD)
 
 -- include: clock
 -- include: calendar
@@ -16,34 +17,58 @@
 
 local id, deadline_ms = ARGV[1], now_ms + tonumber(ARGV[2])
 local live = redis.call('HGET', KEYS[3], id)
-if live then redis.call('ZADD', KEYS[4], whole(deadline_ms), id) end
-release_expired()
+local record = live or redis.call('HGET', KEYS[5], id)
+local hold = record and parse_hold(record)
+local covered = live and hold.amount or 0
+local amount = hold and math.max(hold.amount, tonumber(ARGV[3])) or 0
+local more = amount - covered
+local available, credit, short
+local rooms = {}
+
+local function read_money()
+  local held, settled
+  available, credit, held, settled = credit_room(more, ARGV[5] == '1')
+  rooms = {
+    { budget_room(KEYS[10], 'key:' .. hold.key, 7) },
+    { budget_room(KEYS[12], 'session:' .. hold.session, 10) },
+    { budget_room(KEYS[8], held, 13, settled) },
+  }
+  short = nil
+  for scope = 3, 1, -1 do
+    if rooms[scope][1] < more then short = scope end
+  end
+end
+
+if live then
+  redis.call('ZADD', KEYS[4], whole(deadline_ms), id)
+  keep_running(KEYS[11], id, deadline_ms)
+end
+release_expired(function()
+  if not hold then return true end
+  read_money()
+  return credit >= more and not short
+end)
 
 -- read
-local record = live or redis.call('HGET', KEYS[5], id)
-if not record then return { 4, 0, 0, 0, 0 } end
-local hold = parse_hold(record)
-local covered = live and hold.amount or 0
-local amount = math.max(hold.amount, tonumber(ARGV[3]))
-local more, more_tokens = amount - covered, math.max(0, tonumber(ARGV[4]) - hold.tokens)
-local available, credit = credit_room(more, ARGV[5] == '1')
-local key_room, key_budget = budget_room(KEYS[9], 'key:' .. hold.key, 7)
-local session_room, session_budget = budget_room(KEYS[10], 'session:' .. hold.session, 10)
+if not hold or not (live or redis.call('HEXISTS', KEYS[5], id) == 1) then return { 4, 0, 0, 0, 0, 0, 0, 0 } end
+read_money()
+local more_tokens = math.max(0, tonumber(ARGV[4]) - hold.tokens)
 
-local function deny(outcome, which, retry_ms)
-  return { outcome, covered, available, which, retry_ms }
+local function deny(outcome, which, retry_ms, budget, used)
+  return { outcome, covered, available, which, retry_ms, budget or 0, used or 0, more }
 end
 
 -- decide
 if more > 0 then
   if credit < more then return deny(1, 0, 0) end
-  if key_room < more then return deny(2, key_budget, 0) end
-  if session_room < more then return deny(2, 3 + session_budget, 0) end
+  if short then
+    local room = rooms[short]
+    return deny(2, 3 * (short - 1) + room[2], 0, room[3], room[4])
+  end
 end
 if ARGV[6] == '1' and more_tokens > 0 then
-  local key_ms = wait_ms(refill(redis.call('HGET', KEYS[8], 'tokens'), hold.key_rate, hold.key_rate), more_tokens)
-  local account_ms = wait_ms(
-    refill(redis.call('HGET', KEYS[7], 'tokens'), hold.account_rate, hold.account_rate), more_tokens)
+  local key_ms = wait_ms(token_bucket(KEYS[9], hold.key_rate), more_tokens)
+  local account_ms = wait_ms(token_bucket(KEYS[7], hold.account_rate), more_tokens)
   if math.max(key_ms, account_ms) > 0 then
     return deny(3, account_ms > key_ms and 4 or 2, math.max(key_ms, account_ms))
   end
@@ -51,12 +76,13 @@ end
 
 -- write
 hold_credit(hold, more)
-take_tokens(KEYS[8], hold.key_rate, more_tokens)
+take_tokens(KEYS[9], hold.key_rate, more_tokens)
 take_tokens(KEYS[7], hold.account_rate, more_tokens)
 hold.amount, hold.tokens = amount, hold.tokens + more_tokens
 redis.call('HSET', KEYS[3], id, pack_hold(hold))
 if not live then
   redis.call('HDEL', KEYS[5], id)
   redis.call('ZADD', KEYS[4], whole(deadline_ms), id)
+  keep_running(KEYS[11], id, deadline_ms)
 end
-return { 0, amount, available - more, 0, 0 }
+return { 0, amount, available - more, 0, 0, 0, 0, more }

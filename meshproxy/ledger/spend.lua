@@ -1,22 +1,25 @@
 -- Budgets and what counts against them. A spend hash has the fields total, day:DATE and month:MONTH, in nano-USD; days of
 -- months gone by are dropped. Needs clock and calendar.
 local NO_BUDGET = math.huge
+local SHARES = { 50, 80, 100 }
 
 -- The least room under the budgets ARGV[first] to ARGV[first + 2] (total, day, month; -1: none) given what was spent and
--- is held under `field`; and which of the three that is.
-local function budget_room(spend_key, field, first)
+-- what is held (an amount, or a field of KEYS[2]); then which of the three that is, the budget, and what of it is spent or held.
+-- `total` is what was ever spent, where the hash may not know it.
+local function budget_room(spend_key, held, first, total)
   local budgets = { tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2]) }
-  local room, which = NO_BUDGET, 0
-  if math.max(budgets[1], budgets[2], budgets[3]) < 0 then return room, which end
+  local room, which, budget, used = NO_BUDGET, 0, 0, 0
+  if math.max(budgets[1], budgets[2], budgets[3]) < 0 then return room, which, budget, used end
   local spent = redis.call('HMGET', spend_key, 'total', 'day:' .. day, 'month:' .. month)
-  local held = tonumber(redis.call('HGET', KEYS[2], field) or 0)
+  if total then spent[1] = total end
+  if type(held) == 'string' then held = tonumber(redis.call('HGET', KEYS[2], held) or 0) end
   for index = 1, 3 do
-    local left = budgets[index] - tonumber(spent[index] or 0) - held
-    if budgets[index] >= 0 and left < room then
-      room, which = left, index
+    local counted = tonumber(spent[index] or 0) + held
+    if budgets[index] >= 0 and budgets[index] - counted < room then
+      room, which, budget, used = budgets[index] - counted, index, budgets[index], counted
     end
   end
-  return room, which
+  return room, which, budget, used
 end
 
 local function drop_past_days(spend_key)
@@ -25,17 +28,34 @@ local function drop_past_days(spend_key)
   end
 end
 
+-- Adds a cost to a spend hash; what it comes to: ever, this day, this month.
 local function charge(spend_key, cost)
   if redis.call('HEXISTS', spend_key, 'month:' .. month) == 0 then drop_past_days(spend_key) end
-  redis.call('HINCRBY', spend_key, 'total', cost)
-  redis.call('HINCRBY', spend_key, 'day:' .. day, cost)
-  redis.call('HINCRBY', spend_key, 'month:' .. month, cost)
+  return {
+    redis.call('HINCRBY', spend_key, 'total', cost),
+    redis.call('HINCRBY', spend_key, 'day:' .. day, cost),
+    redis.call('HINCRBY', spend_key, 'month:' .. month, cost),
+  }
 end
 
--- What an account has free, and the room for one hold in it: without strict credit, any while something is free.
+-- Appends an event for each share of `budget` that `cost` has carried the spend past: each once, as spend only grows.
+local function note_thresholds(which, key, budget, spent, cost)
+  for _, share in ipairs(SHARES) do
+    local mark = math.ceil(budget * share / 100)
+    if budget > 0 and spent >= mark and spent - cost < mark then
+      redis.call('XADD', KEYS[6], '*', 'event', 'threshold', 'which', which, 'key', key, 'percent', whole(share),
+        'budget_nusd', whole(budget), 'spent_nusd', whole(spent), 'reached_ms', whole(now_ms), 'v', '1')
+    end
+  end
+end
+
+-- What an account has free; the room for one hold in it: without strict credit, any while something is free; what is held; what
+-- was ever settled.
 local function credit_room(amount, strict)
-  local credit = redis.call('HMGET', KEYS[1], 'balance', 'held')
-  local available = tonumber(credit[1] or 0) - tonumber(credit[2] or 0)
-  if not strict and available > 0 then return available, math.max(available, amount) end
-  return available, available
+  local credit = redis.call('HMGET', KEYS[1], 'balance', 'held', 'settled')
+  local held = tonumber(credit[2] or 0)
+  local available = tonumber(credit[1] or 0) - held
+  local room = available
+  if not strict and available > 0 then room = math.max(available, amount) end
+  return available, room, held, tonumber(credit[3] or 0)
 end

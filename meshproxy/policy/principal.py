@@ -8,15 +8,21 @@ from msgspec import Struct
 Status = Literal["active", "suspended", "revoked"]
 
 
-class Limits(Struct, frozen=True, omit_defaults=True):
-    """Buckets of one key or one account. None: the configuration's default for a key, no limit for an account.
+MAX_REQUESTS_PER_DAY = 100_000_000  # a bucket counts in parts of which a day has 86,400,000, below 2**53 in all
 
-    `burst` is the request bucket's size (requests at once); None means a full minute's worth.
+
+class Limits(Struct, frozen=True, omit_defaults=True):
+    """Limits of one key or one account. None: the configuration's default for a key, no limit for an account.
+
+    `burst` is the request bucket's size (requests at once); None means a full minute's worth. `max_parallel` counts the requests
+    that run at the same time.
     """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     burst: int | None = None
+    requests_per_day: int | None = None
+    max_parallel: int | None = None
 
 
 class Budgets(Struct, frozen=True, omit_defaults=True):
@@ -28,11 +34,12 @@ class Budgets(Struct, frozen=True, omit_defaults=True):
 
 
 class Account(Struct, frozen=True, omit_defaults=True):
-    """An account's record in the directory; its balance lives in the ledger."""
+    """An account's record in the directory; its balance lives in the ledger. `budgets` hold for all of its keys together."""
 
     name: str
     status: Status = "active"
     limits: Limits = Limits()
+    budgets: Budgets = Budgets()
 
 
 class Key(Struct, frozen=True, omit_defaults=True):

@@ -34,7 +34,10 @@ CLOSED = {
     "code": frozenset(map(str, (*map(int, HTTPStatus), *_UNREGISTERED, *_NO_STATUS))),
     "stream": _words("true false"),
     "type": _words("prompt completion cached cache_write reasoning audio_prompt audio_completion cache_write_1h"),
-    "limit": _words("key_requests key_tokens account_requests account_tokens"),
+    "limit": _words(
+        "key_requests key_tokens account_requests account_tokens key_requests_per_day account_requests_per_day"
+        " key_parallel_requests account_parallel_requests"
+    ),
     "reason": _CREDIT_REASONS | _words("negative no_number over_window cost"),
     "phase": frozenset(PHASES),
     "op": _words(

@@ -3,8 +3,9 @@ import re
 
 import pytest
 
+LIMITS = ("requests_per_minute", "tokens_per_minute", "burst", "requests_per_day", "max_parallel")
 BOUNDS = {
-    "limits": {"requests_per_minute": None, "tokens_per_minute": None, "burst": None},
+    "limits": dict.fromkeys(LIMITS),
     "budgets": {"total_usd": None, "daily_usd": None, "monthly_usd": None},
     "session_budgets": {"total_usd": None, "daily_usd": None, "monthly_usd": None},
 }
@@ -28,7 +29,7 @@ def test_create_in_text_says_to_keep_it(run):
 
 def test_create_takes_every_limit(data):
     named = "--name ci --default-model a/b --models a/b,c --models d --expires 2099-01-01T00:00:00Z"
-    limits = "--requests-per-minute 60 --tokens-per-minute 5000 --burst 5"
+    limits = "--requests-per-minute 60 --tokens-per-minute 5000 --burst 5 --requests-per-day 9 --max-parallel 2"
     budgets = "--budget 50 --budget-daily 5.5 --budget-monthly 20 --session-budget 0.25"
     flags = f"{named} {limits} {budgets} --param temperature=0.2 --clamp".split()
     made = data("keys", "create", "--account", "acme", *flags)
@@ -42,7 +43,13 @@ def test_create_takes_every_limit(data):
         "models": ["a/b", "c", "d"],
         "params": {"temperature": 0.2},
         "clamp": True,
-        "limits": {"requests_per_minute": 60, "tokens_per_minute": 5000, "burst": 5},
+        "limits": {
+            "requests_per_minute": 60,
+            "tokens_per_minute": 5000,
+            "burst": 5,
+            "requests_per_day": 9,
+            "max_parallel": 2,
+        },
         "budgets": {"total_usd": "50.00", "daily_usd": "5.50", "monthly_usd": "20.00"},
         "session_budgets": {"total_usd": "0.25", "daily_usd": None, "monthly_usd": None},
     }
@@ -124,7 +131,7 @@ def test_limits_of_a_key(data):
     named = {"id": key["id"], "account": "acme"}
     assert data("keys", "limits", key["id"]) == named | BOUNDS | {"limits": BOUNDS["limits"] | {"burst": 3}}
     changed = data("keys", "limits", key["id"], "--requests-per-minute", "9", "--budget-daily", "1")
-    assert changed["limits"] == {"requests_per_minute": 9, "tokens_per_minute": None, "burst": 3}
+    assert changed["limits"] == BOUNDS["limits"] | {"requests_per_minute": 9, "burst": 3}
     assert changed["budgets"] == {"total_usd": None, "daily_usd": "1.00", "monthly_usd": None}
     assert data("keys", "limits", key["id"]) == changed
     cleared = data("keys", "limits", key["id"], "--clear", "--session-budget", "2")
@@ -139,10 +146,12 @@ def test_limits_of_an_account(data, misuse):
     assert changed == {
         "account": "acme",
         "status": "active",
-        "limits": {"requests_per_minute": None, "tokens_per_minute": 1000, "burst": None},
+        "limits": BOUNDS["limits"] | {"tokens_per_minute": 1000},
+        "budgets": BOUNDS["budgets"],
     }
+    assert data("keys", "limits", "--account", "acme", "--budget-monthly", "5")["budgets"]["monthly_usd"] == "5.00"
     assert data("keys", "limits", "--account", "acme", "--clear")["limits"] == BOUNDS["limits"]
-    assert "argument --budget: budgets are of keys" in misuse("keys", "limits", "--account", "acme", "--budget", "1")
+    assert "sessions have budgets by key" in misuse("keys", "limits", "--account", "acme", "--session-budget", "1")
 
 
 def test_a_key_or_an_account_is_wanted(misuse):

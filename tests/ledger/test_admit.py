@@ -1,5 +1,7 @@
 """Admission: what is held and debited, what a denial says, and that it leaves no trace."""
 
+import asyncio
+
 import pytest
 
 from meshproxy.ledger.records import Admitted, BucketState, Denied
@@ -18,12 +20,12 @@ async def test_the_last_credit_can_be_held_and_no_more(ledger, ask, store, snaps
     await ledger.grant("acme", 100)
     assert await ledger.admit(ask("h1")) == Admitted(ask("h1"), 100, 0, ())
     before = await snapshot(store)
-    assert await ledger.admit(ask("h2", amount_nusd=1)) == Denied("insufficient_credits", "credit", 0)
+    assert await ledger.admit(ask("h2", amount_nusd=1)) == Denied("insufficient_credits", "credit", 0, needed_nusd=1)
     assert await snapshot(store) == before
 
 
 async def test_an_account_without_credit_leaves_no_key_behind(ledger, ask, store, snapshot):
-    assert await ledger.admit(ask()) == Denied("insufficient_credits", "credit", 0)
+    assert await ledger.admit(ask()) == Denied("insufficient_credits", "credit", 0, needed_nusd=100)
     assert await snapshot(store) == {}
 
 
@@ -47,9 +49,9 @@ async def test_without_strict_credit_the_last_hold_may_be_too_large(ledger, ask)
     await ledger.grant("acme", 1)
     first, second = ask("h1", strict=False), ask("h2", strict=False)
     assert await ledger.admit(first) == Admitted(first, 100, -99, ())
-    assert await ledger.admit(second) == Denied("insufficient_credits", "credit", -99)
+    assert await ledger.admit(second) == Denied("insufficient_credits", "credit", -99, needed_nusd=100)
     await ledger.grant("acme", 99)
-    assert await ledger.admit(second) == Denied("insufficient_credits", "credit", 0)
+    assert await ledger.admit(second) == Denied("insufficient_credits", "credit", 0, needed_nusd=100)
 
 
 async def test_a_clamped_hold_takes_what_is_left(ledger, ask):
@@ -60,7 +62,7 @@ async def test_a_clamped_hold_takes_what_is_left(ledger, ask):
 
 async def test_a_clamped_hold_is_denied_below_its_least(ledger, ask):
     await ledger.grant("acme", 69)
-    assert await ledger.admit(ask(amount_min_nusd=70)) == Denied("insufficient_credits", "credit", 69)
+    assert await ledger.admit(ask(amount_min_nusd=70)) == Denied("insufficient_credits", "credit", 69, needed_nusd=70)
 
 
 async def test_a_clamped_hold_fits_the_budgets_too(ledger, ask):
@@ -90,13 +92,17 @@ async def test_admitting_again_holds_once(ledger, ask, store, snapshot):
         (Budgets(total_nusd=300, daily_nusd=159, monthly_nusd=160), "daily"),
     ],
 )
-@pytest.mark.parametrize("scope", ["key", "session"])
+@pytest.mark.parametrize("scope", ["key", "session", "account"])
 async def test_a_budget_counts_what_is_spent_and_held(ledger, ask, settlement, store, snapshot, budgets, which, scope):
     await ledger.grant("acme", 1000)
-    owner = {"budgets": budgets} if scope == "key" else {"session": "s1", "session_budgets": budgets}
+    owner = {
+        "key": {"budgets": budgets},
+        "session": {"session": "s1", "session_budgets": budgets},
+        "account": {"account_budgets": budgets},
+    }[scope]
     assert isinstance(await ledger.admit(ask("h1", **owner)), Admitted)
     before = await snapshot(store)
-    denied = Denied("spend_limit", f"{scope} {which} budget", 900)
+    denied = Denied("spend_limit", f"{scope} {which} budget", 900, needed_nusd=100, budget_nusd=159, spent_nusd=100)
     assert await ledger.admit(ask("h2", **owner)) == denied  # 100 held
     assert await snapshot(store) == before
     await ledger.settle(settlement("h1", session=owner.get("session")))
@@ -106,7 +112,8 @@ async def test_a_budget_counts_what_is_spent_and_held(ledger, ask, settlement, s
 
 async def test_a_budget_of_nothing_lets_nothing_be_spent(ledger, ask):
     await ledger.grant("acme", 1000)
-    assert await ledger.admit(ask(budgets=Budgets(total_nusd=0))) == Denied("spend_limit", "key total budget", 1000)
+    denied = await ledger.admit(ask(budgets=Budgets(total_nusd=0)))
+    assert denied == Denied("spend_limit", "key total budget", 1000, needed_nusd=100)
 
 
 async def test_budgets_of_one_key_do_not_bind_another(ledger, ask):
@@ -255,17 +262,18 @@ async def test_expired_holds_give_their_credit_back_to_the_next(ledger, ask, rea
 async def test_a_denial_releases_expired_holds_all_the_same(ledger, ask, read, keys):
     await ledger.grant("acme", 100)
     await ledger.admit(ask("h1", ttl_ms=0))
-    assert await ledger.admit(ask("h2", amount_nusd=101)) == Denied("insufficient_credits", "credit", 100)
+    assert (await ledger.admit(ask("h2", amount_nusd=101))).available_nusd == 100
     assert list(await read.hash(keys.abandoned)) == ["h1"]
 
 
-async def test_a_hundred_holds_are_released_a_call(ledger, ask):
+async def test_a_hundred_holds_are_released_a_call_where_more_are_not_in_the_way(ledger, ask, store, keys):
     await ledger.grant("acme", 100_000)
-    await ledger.admit(ask("first"))
     for number in range(150):
-        await ledger._store.execute("ZADD", "mesh:{acme}:deadlines", 1, f"h{number}")  # long forgotten
+        await store.execute("ZADD", keys.deadlines, 1, f"h{number}")  # long forgotten
+    await ledger.admit(ask("first"))
+    assert await store.execute("ZCARD", keys.deadlines) == 51
     await ledger.balance("acme")
-    assert await ledger._store.execute("ZCARD", "mesh:{acme}:deadlines") == 51
+    assert await store.execute("ZCARD", keys.deadlines) == 1
 
 
 async def test_abandoned_holds_are_forgotten_after_a_week(ledger, ask, settlement, store, read, keys):
@@ -300,3 +308,97 @@ async def test_a_session_may_be_called_anything(ledger, ask, settlement, read, k
     assert (await read.events(keys.usage))[-1]["session"] == session
     await ledger.settle(settlement(session=session))
     assert (await read.hash(keys.session_spend(session)))["total"] == "60"
+
+
+async def test_an_account_s_budget_holds_for_all_its_keys_together(ledger, ask, settlement):
+    await ledger.grant("acme", 1000)
+    budget = {"account_budgets": Budgets(monthly_nusd=150)}
+    await ledger.admit(ask("h1", key_id="k1", **budget))
+    await ledger.settle(settlement("h1", key_id="k1"))
+    assert isinstance(await ledger.admit(ask("h2", key_id="k2", amount_nusd=90, **budget)), Admitted)
+    denied = await ledger.admit(ask("h3", key_id="k3", amount_nusd=1, **budget))
+    assert (denied.which, denied.budget_nusd, denied.spent_nusd) == ("account monthly budget", 150, 150)
+
+
+async def test_requests_a_day_are_counted_over_the_day(ledger, ask, read, keys):
+    await ledger.grant("acme", 1000)
+    limits = {"key_limits": Limits(requests_per_minute=600, requests_per_day=2)}
+    outcomes = [await ledger.admit(ask(f"h{number}", **limits)) for number in range(3)]
+    assert [type(outcome) for outcome in outcomes] == [Admitted, Admitted, Denied]
+    assert outcomes[2].which == "key requests per day"
+    assert 43_190 < outcomes[2].retry_after_s <= 43_200
+    assert outcomes[1].buckets[-1] == BucketState("key", "requests", 2, 0, outcomes[1].buckets[-1].reset_s, "day")
+    await read.age(keys.key_bucket("k1"), 43_200_000)
+    assert isinstance(await ledger.admit(ask("h4", **limits)), Admitted)
+
+
+async def test_a_bucket_of_a_day_lasts_until_it_is_full(ledger, ask, store, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1", account_limits=Limits(requests_per_day=2)))
+    assert 43_190 < await store.execute("TTL", keys.bucket) <= 43_200
+
+
+@pytest.mark.parametrize("scope", ["key", "account"])
+async def test_so_many_requests_run_in_parallel(ledger, ask, settlement, store, snapshot, scope):
+    await ledger.grant("acme", 1000)
+    limits = {f"{scope}_limits": Limits(max_parallel=2)}
+    for number in range(2):
+        assert isinstance(await ledger.admit(ask(f"h{number}", **limits)), Admitted)
+    before = await snapshot(store)
+    denied = await ledger.admit(ask("h2", **limits))
+    assert (denied.reason, denied.which, denied.retry_after_s) == ("rate_limit", f"{scope} parallel requests", 1.0)
+    assert await snapshot(store) == before
+    await ledger.settle(settlement("h0"))
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Admitted)
+
+
+async def test_keys_have_slots_of_their_own_and_share_those_of_the_account(ledger, ask):
+    await ledger.grant("acme", 1000)
+    limits = {"key_limits": Limits(max_parallel=1), "account_limits": Limits(max_parallel=2)}
+    outcomes = [await ledger.admit(ask(f"h-{key}", key_id=key, **limits)) for key in ("k1", "k2", "k3")]
+    assert [type(outcome) for outcome in outcomes] == [Admitted, Admitted, Denied]
+    assert outcomes[2].which == "account parallel requests"
+
+
+@pytest.mark.parametrize("scope", ["key", "account"])
+async def test_the_slot_of_a_dead_worker_is_free_at_its_hold_s_deadline(ledger, ask, scope):
+    await ledger.grant("acme", 1000)
+    limits = {f"{scope}_limits": Limits(max_parallel=1)}
+    await ledger.admit(ask("h1", ttl_ms=0, **limits))
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Admitted)
+
+
+async def test_a_renewed_request_keeps_its_slot(ledger, ask):
+    await ledger.grant("acme", 1000)
+    limits = {"key_limits": Limits(max_parallel=1)}
+    hold = await ledger.admit(ask("h1", ttl_ms=30, **limits))
+    await ledger.renew(hold, amount_nusd=100, ttl_ms=60_000)
+    await asyncio.sleep(0.04)
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Denied)
+
+
+async def test_no_parallel_requests_at_all_are_none(ledger, ask):
+    await ledger.grant("acme", 1000)
+    assert isinstance(await ledger.admit(ask(key_limits=Limits(max_parallel=0))), Denied)
+
+
+@pytest.mark.parametrize("limits", [{}, {"budgets": Budgets(1000)}, {"account_limits": Limits(max_parallel=400)}])
+async def test_hundreds_of_dead_holds_make_no_false_denial(ledger, ask, store, keys, limits):
+    await ledger.grant("acme", 1000)
+    for number in range(350):
+        await ledger.admit(ask(f"dead-{number}", amount_nusd=2, **limits))
+    for number in range(350):
+        await store.execute("ZADD", keys.deadlines, 1, f"dead-{number}")
+    assert isinstance(await ledger.admit(ask("h1", amount_nusd=900, **limits)), Admitted)
+
+
+async def test_a_clock_put_back_makes_no_untrue_wait(ledger, ask, read, keys):
+    """The stored time lies half a minute ahead: the wait told is the wait there is."""
+    await ledger.grant("acme", 1000)
+    limits = {"key_limits": Limits(requests_per_minute=60, burst=1)}
+    await ledger.admit(ask("h1", **limits))
+    await read.age(keys.key_bucket("k1"), -30_000)
+    denied = await ledger.admit(ask("h2", **limits))
+    assert 0 < denied.retry_after_s <= 1.0
+    await read.age(keys.key_bucket("k1"), round(denied.retry_after_s * 1000))
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Admitted)

@@ -80,7 +80,7 @@ async def test_keys_of_every_slot_range(nodes, store):
 async def test_the_ledgers_scripts(store):
     ledger = Ledger(store)
     for account in ("acme", "beta", "gamma", "delta"):
-        assert await ledger.grant(account, 1000) == 1000
+        assert (await ledger.grant(account, 1000)).balance_nusd == 1000
         ask = Ask(hold_id="h1", account=account, key_id="k", session="s", amount_nusd=400, tokens=10, ttl_ms=60_000)
         assert isinstance(await ledger.admit(ask), Admitted)
         settlement = Settlement(

@@ -5,19 +5,55 @@ from datetime import UTC, datetime
 
 import pytest
 
+from meshproxy.ledger.keyspace import ACCOUNTS
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted, Balance, BucketState, Spend
+from meshproxy.ledger.records import Admitted, Balance, BucketState, Grant, Granted, Spend
 from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
 
 
 async def test_a_grant_adds_to_the_balance_and_says_so(ledger, read, keys):
-    assert await ledger.grant("acme", 250, "invoice 7") == 250
-    assert await ledger.grant("acme", -300) == -50
+    assert (await ledger.grant("acme", 250, "invoice 7")).balance_nusd == 250
+    assert (await ledger.grant("acme", -300)).balance_nusd == -50
     assert await read.hash(keys.credit) == {"balance": "-50", "granted": "-50"}
     event = (await read.events(keys.usage))[0]
     assert int(event.pop("granted_ms")) > 0
-    assert event == {"event": "grant", "amount_nusd": "250", "balance_nusd": "250", "note": "invoice 7"}
+    assert event == {
+        "event": "grant", "amount_nusd": "250", "balance_nusd": "250", "note": "invoice 7", "ref": "", "actor": "", "v": "1",
+    }  # fmt: skip
+
+
+async def test_a_grant_counts_once_for_its_ref(ledger):
+    grants = [await ledger.grant("acme", 250, "invoice 7", ref="inv-7", actor="ops") for _ in range(2)]
+    assert grants == [Granted(250, is_new=True), Granted(250, is_new=False)]
+    assert (await ledger.balance("acme")).granted_nusd == 250
+
+
+async def test_a_ref_is_of_one_amount(ledger):
+    await ledger.grant("acme", 250, ref="inv-7")
+    with pytest.raises(ValueError, match="another amount"):
+        await ledger.grant("acme", 251, ref="inv-7")
+    assert (await ledger.balance("acme")).granted_nusd == 250
+
+
+async def test_refs_are_of_one_account(ledger):
+    for account in ("acme", "beta"):
+        assert (await ledger.grant(account, 250, ref="inv-7")).is_new
+
+
+async def test_grants_have_a_history(ledger):
+    await ledger.grant("acme", 250, "invoice 7", ref="inv-7", actor="ops")
+    await ledger.grant("acme", -50, "typed 250, meant 200")
+    latest, first = await ledger.grants("acme")
+    assert first == Grant(250, 250, "invoice 7", "inv-7", "ops", first.granted_ms)
+    assert latest == Grant(-50, 200, "typed 250, meant 200", "", "", latest.granted_ms)
+    assert 1_764_000_000_000 < first.granted_ms <= latest.granted_ms
+    assert await ledger.grants("acme", limit=1) == [latest]
+
+
+async def test_a_grant_makes_its_account_known(ledger, store):
+    await ledger.grant("amce", 25)
+    assert await store.execute("SMEMBERS", ACCOUNTS) == [b"amce"]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -88,7 +124,8 @@ async def test_a_hundred_clients_hold_no_more_than_there_is(server_store, ask, s
     assert len(admitted) == 10
     settled = await asyncio.gather(*(ledger.settle(settlement(hold.hold_id)) for hold in admitted for _ in range(3)))
     assert sum(settled) == 10
-    assert await ledger.balance("acme") == Balance(1050 - 600, 0, 1050, 600)
+    balance = await ledger.balance("acme")
+    assert (balance.balance_nusd, balance.held_nusd, balance.granted_nusd, balance.settled_nusd) == (450, 0, 1050, 600)
 
 
 async def test_a_hundred_clients_stay_in_a_budget_and_a_bucket(server_store, ask):

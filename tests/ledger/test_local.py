@@ -177,6 +177,23 @@ def test_a_limit_of_nothing_lets_nothing_in(admission, ask, limits):
     assert ("rate_limit", None) == (denied.reason, denied.retry_after_s)
 
 
+def test_requests_a_day_are_counted_over_the_day(admission, ask, clock):
+    limits = Limits(requests_per_day=1)
+    admission.admit(ask("h1", key_limits=limits))
+    denied = admission.admit(ask("h2", key_limits=limits))
+    assert ("key requests per day", 86_400.0) == (denied.which, denied.retry_after_s)
+
+
+@pytest.mark.parametrize("scope", ["key", "account"])
+def test_so_many_run_in_parallel(admission, ask, settlement, scope):
+    limits = {f"{scope}_limits": Limits(max_parallel=1)}
+    admission.admit(ask("h1", **limits))
+    denied = admission.admit(ask("h2", **limits))
+    assert (f"{scope} parallel requests", 1.0) == (denied.which, denied.retry_after_s)
+    admission.spent(settlement("h1"), 0)
+    assert isinstance(admission.admit(ask("h2", **limits)), Admitted)
+
+
 def test_what_is_told_of_the_buckets(admission, ask):
     limits = Limits(requests_per_minute=60, tokens_per_minute=600)
     states = admission.admit(ask(tokens=60, key_limits=limits)).buckets

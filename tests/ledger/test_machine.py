@@ -208,7 +208,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.balance += amount
         self.granted += amount
         self.overrun += max(0, -amount)
-        assert self.run(self.ledger.grant("acme", amount)) == self.balance
+        assert self.run(self.ledger.grant("acme", amount)).balance_nusd == self.balance
 
     @rule(later_ms=st.one_of(st.integers(1, 5_000), st.integers(60_000, 90_000_000)))
     def wait(self, later_ms: int) -> None:

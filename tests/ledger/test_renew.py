@@ -45,7 +45,7 @@ async def test_without_credit_the_hold_stays_and_its_deadline_moves(ledger, admi
     before = int(await store.execute("ZSCORE", keys.deadlines, "h1"))
     record = await read.hash(keys.holds)
     denied = await ledger.renew(hold, amount_nusd=251, ttl_ms=500_000)
-    assert denied == Denied("insufficient_credits", "credit", 150)
+    assert denied == Denied("insufficient_credits", "credit", 150, needed_nusd=151)
     assert await read.hash(keys.holds) == record
     assert (await read.hash(keys.credit))["held"] == "100"
     assert int(await store.execute("ZSCORE", keys.deadlines, "h1")) > before + 400_000
@@ -73,9 +73,11 @@ async def test_without_strict_credit_a_hold_grows_while_something_is_free(ledger
 async def test_a_budget_binds_renewals(ledger, admit, fields, which, store, snapshot, keys):
     hold = await admit(**fields)
     before = await snapshot(store)
-    assert await ledger.renew(hold, amount_nusd=150) == Denied("spend_limit", which, 150)
+    denied = await ledger.renew(hold, amount_nusd=150)
+    assert denied == Denied("spend_limit", which, 150, needed_nusd=50, budget_nusd=149, spent_nusd=100)
     after = await snapshot(store)
-    assert {**after, keys.deadlines: None} == {**before, keys.deadlines: None}
+    moved = {keys.deadlines: None, keys.key_books("k1")[2]: None}
+    assert {**after, **moved} == {**before, **moved}
     assert (await ledger.renew(hold, amount_nusd=149)).amount_nusd == 149
 
 
@@ -145,7 +147,8 @@ async def test_an_abandoned_hold_is_taken_back(ledger, admit, read, store, keys,
 async def test_an_abandoned_hold_stays_so_without_credit(ledger, ask, admit, read, keys, settlement):
     hold = await admit(ttl_ms=0)
     await ledger.admit(ask("h2", amount_nusd=200))
-    assert await ledger.renew(hold, amount_nusd=100, ttl_ms=60_000) == Denied("insufficient_credits", "credit", 50)
+    denied = await ledger.renew(hold, amount_nusd=100, ttl_ms=60_000)
+    assert denied == Denied("insufficient_credits", "credit", 50, needed_nusd=100)
     assert list(await read.hash(keys.abandoned)) == ["h1"]
     assert await ledger.settle(settlement()) is True
 

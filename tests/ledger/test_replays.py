@@ -135,3 +135,23 @@ async def test_names_are_digests(claim):
     assert isinstance(made, Claim)
     assert "{acme}" in made.record
     assert "{acme}" in made.parts
+
+
+async def charged(store, found, age_ms=0):
+    """As settle.lua leaves the record, a while ago."""
+    seconds, micros = await store.execute("TIME")
+    at_ms = int(seconds) * 1000 + int(micros) // 1000 - age_ms
+    await store.execute("HSET", found.record, "state", "charged", "charged_ms", at_ms)
+
+
+async def test_a_charged_request_still_runs_until_its_answer_is_told_of(claim, replays, store):
+    first = await claim("h1")
+    await charged(store, first)
+    assert "running" == (await claim("h2")).state
+    await replays.conclude(first, "finished", TTL_MS)
+    assert "finished" == (await claim("h2")).state
+
+
+async def test_a_charged_request_whose_worker_died_is_not_run_again(claim, store):
+    await charged(store, await claim("h1"), age_ms=15_000)
+    assert ["lost", "conflict"] == [(await claim("h2")).state, (await claim("h3", body=b"{}")).state]

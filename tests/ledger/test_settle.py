@@ -51,7 +51,7 @@ async def test_what_never_started_costs_nothing_and_gives_its_tokens_back(ledger
     assert await read.hash(keys.credit) == {"balance": "100", "granted": "100", "held": "0"}
     assert await read.level(keys.key_bucket("k1"), "tokens") == 60
     assert await read.level(keys.key_bucket("k1"), "requests") == 0  # the request's place stays taken
-    assert await read.hash(keys.key_spend("k1")) == {}
+    assert list(await read.hash(keys.key_spend("k1"))) == ["used_ms"]
     assert (await read.events(keys.usage))[-1]["outcome"] == "upstream_failed"
 
 
@@ -90,7 +90,8 @@ async def test_without_a_limit_there_is_no_bucket(ledger, ask, settlement, snaps
     await ledger.admit(ask())
     await ledger.settle(settlement())
     assert sorted(await snapshot(store)) == [
-        "mesh:{acme}:credit", "mesh:{acme}:hour:2025-11-24T16", "mesh:{acme}:spend:k1", "mesh:{acme}:usage",
+        "mesh:accounts", "mesh:{acme}:credit", "mesh:{acme}:grants", "mesh:{acme}:hour:2025-11-24T16",
+        "mesh:{acme}:requests:2025-11-24", "mesh:{acme}:spend", "mesh:{acme}:spend:k1", "mesh:{acme}:usage",
     ]  # fmt: skip
 
 
@@ -98,7 +99,7 @@ async def test_the_event_tells_it_all(ledger, ask, settlement, read, keys):
     await ledger.grant("acme", 1000)
     await ledger.admit(ask(session="s1"))
     usage = Usage(prompt=9, completion=8, cached=7, cache_write=1, reasoning=5, audio_prompt=1, audio_completion=2)
-    await ledger.settle(settlement(usage=usage, session="s1", price='{"input":1}'))
+    await ledger.settle(settlement(usage=usage, session="s1", price='{"input":1}', attempts=2))
     event = (await read.events(keys.usage))[-1]
     assert int(event.pop("settled_ms")) > 1_764_000_000_000
     assert event == {
@@ -107,6 +108,7 @@ async def test_the_event_tells_it_all(ledger, ask, settlement, read, keys):
         "cached_tokens": "7", "cache_write_tokens": "1", "reasoning_tokens": "5", "audio_prompt_tokens": "1",
         "audio_completion_tokens": "2", "cost_nusd": "60", "held_nusd": "100", "usage_source": "reported",
         "outcome": "completed", "hold": "live", "price": '{"input":1}', "started_ms": "1764000000000",
+        "attempts": "2", "waived_nusd": "0", "v": "1",
     }  # fmt: skip
 
 
@@ -142,6 +144,7 @@ async def test_the_key_s_spend_is_kept_by_day_and_month(ledger, ask, settlement,
         await ledger.admit(ask(hold_id))
         await ledger.settle(settlement(hold_id))
     fields = await read.hash(spend)
+    assert int(fields.pop("used_ms")) > 1_764_000_000_000
     today = next(name for name in fields if name.startswith("day:"))
     assert fields == {"total": "125", today: "120", f"month:{today[4:11]}": "120", "month:2020-01": "5"}
 
@@ -225,3 +228,100 @@ async def test_a_full_server_denies_and_still_settles(server_store, ask, settlem
         await server_store.execute("CONFIG", "SET", "maxmemory", "0")
     balance = await ledger.balance("acme")
     assert (balance.balance_nusd, balance.held_nusd) == (940, 0)
+
+
+async def test_a_lowered_limit_holds_while_older_requests_settle(ledger, ask, settlement):
+    """What an older request had reserved of the larger bucket isn't missing in the smaller one."""
+    await ledger.grant("acme", 100_000)
+    old, new = Limits(tokens_per_minute=60_000), Limits(tokens_per_minute=60)
+    for number in range(20):
+        await ledger.admit(ask(f"old-{number}", tokens=1000, key_limits=old))
+    admitted = 0
+    for number in range(20):
+        answer = await ledger.admit(ask(f"new-{number}", tokens=30, key_limits=new))
+        admitted += isinstance(answer, Admitted)
+        await ledger.settle(settlement(f"old-{number}"))
+    assert admitted == 2
+
+
+async def test_a_raised_limit_takes_back_what_was_not_used(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("old", tokens=60, key_limits=Limits(tokens_per_minute=60)))
+    await ledger.admit(ask("new", tokens=0, key_limits=Limits(tokens_per_minute=600)))
+    await ledger.settle(settlement("old"))
+    assert 53 <= await read.level(keys.key_bucket("k1"), "tokens") < 60
+
+
+async def test_a_share_of_a_budget_that_is_spent_is_told_once(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 10_000)
+    budgets = {"budgets": Budgets(total_nusd=100), "account_budgets": Budgets(monthly_nusd=1000)}
+    for number, cost in enumerate((49, 1, 20, 20, 30, 400)):
+        await ledger.admit(ask(f"h{number}", amount_nusd=0))
+        await ledger.settle(settlement(f"h{number}", cost_nusd=cost, **budgets))
+    told = [event for event in await read.events(keys.usage) if event["event"] == "threshold"]
+    assert [(event["which"], event["key"], event["percent"], event["spent_nusd"]) for event in told] == [
+        ("key total budget", "k1", "50", "50"),
+        ("key total budget", "k1", "80", "90"),
+        ("key total budget", "k1", "100", "120"),
+        ("account monthly budget", "", "50", "520"),
+    ]
+
+
+async def test_a_share_of_the_credit_that_is_spent_is_told_once_a_grant(ledger, settlement, read, keys):
+    await ledger.grant("acme", 100)
+    for number, cost in enumerate((50, 10, 50)):
+        await ledger.settle(settlement(f"h{number}", cost_nusd=cost, unheld=True))
+    await ledger.grant("acme", 110)
+    await ledger.settle(settlement("h9", cost_nusd=80, unheld=True))
+    told = [event for event in await read.events(keys.usage) if event["event"] == "threshold"]
+    assert [(event["which"], event["percent"], event["budget_nusd"]) for event in told] == [
+        ("credit", "50", "100"), ("credit", "80", "100"), ("credit", "100", "100"), ("credit", "50", "100"),
+        ("credit", "80", "100"),
+    ]  # fmt: skip
+
+
+async def claimed(store, keys, owner, state="running"):
+    record = keys.replay("k1", "digest")
+    await store.execute("HSET", record, "body", "b", "owner", owner, "state", state)
+    return {"replay": record, "replay_ttl_ms": 60_000}
+
+
+async def test_a_completed_request_settles_its_idempotency_key(ledger, ask, settlement, read, store, keys):
+    """Its worker may die right behind: nobody runs it anew."""
+    await ledger.grant("acme", 1000)
+    record = await claimed(store, keys, "h1")
+    await ledger.admit(ask("h1"))
+    await ledger.settle(settlement("h1", session="s1", **record))
+    assert (await read.hash(record["replay"]))["state"] == "charged"
+    assert 50_000 < await store.execute("PTTL", record["replay"]) <= 60_000
+
+
+async def test_a_failed_request_leaves_its_idempotency_key_as_it_is(ledger, ask, settlement, read, store, keys):
+    await ledger.grant("acme", 1000)
+    record = await claimed(store, keys, "h1")
+    await ledger.admit(ask("h1"))
+    await ledger.settle(settlement("h1", outcome="upstream_failed", **record))
+    assert (await read.hash(record["replay"]))["state"] == "running"
+
+
+@pytest.mark.parametrize("state", ["running", "finished", "charged", "lost"])
+async def test_an_idempotency_key_that_another_request_has_is_charged_to_that_one(
+    ledger, ask, settlement, read, store, keys, state
+):
+    """This one was cut off for longer than its hold lives, and a repeat ran meanwhile."""
+    await ledger.grant("acme", 1000)
+    record = await claimed(store, keys, "h2", state)
+    await ledger.admit(ask("h1"))
+    assert await ledger.settle(settlement("h1", **record)) is True
+    event = (await read.events(keys.usage))[-1]
+    assert (event["cost_nusd"], event["waived_nusd"]) == ("0", "60")
+    assert (await ledger.balance("acme")).balance_nusd == 1000
+
+
+async def test_an_idempotency_key_whose_record_is_gone_is_charged(ledger, ask, settlement, read, keys):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1"))
+    record = keys.replay("k1", "digest")
+    await ledger.settle(settlement("h1", replay=record, replay_ttl_ms=60_000))
+    assert (await read.hash(record))["owner"] == "h1"
+    assert (await ledger.balance("acme")).balance_nusd == 940

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from meshproxy.ledger.ledger import LIMITS
 from meshproxy.telemetry.metrics import Metrics
 from meshproxy.telemetry.snapshot import decode
 
@@ -115,7 +116,7 @@ def test_hostile_labels_grow_nothing(metrics):
 
 
 def test_small_families_start_at_zero(metrics):
-    assert {"key_requests", "key_tokens", "account_requests", "account_tokens"} == {
+    assert {limit.replace(" ", "_") for limit in LIMITS} == {
         limit for (limit,) in values(metrics, "rate_limited_total")
     }
     assert values(metrics, "upstream_breaker_open") == {("openai",): 0}
