@@ -78,6 +78,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     allowed_clients: list[Network] = field(default_factory=list)
     failed_logins_per_minute: Natural = 0
     max_body_bytes: Positive = 33_554_432
+    max_bodies_bytes: Positive = 134_217_728
     header_timeout_s: Seconds = 10
     body_timeout_s: Seconds = 60
     write_timeout_s: Seconds = 60

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from meshproxy.errors import Problem, UpstreamFault
-from meshproxy.gateway.call import Call
+from meshproxy.gateway.call import Call, Room
 from meshproxy.gateway.health import Trial
 from meshproxy.gateway.idempotent import Recording
 from meshproxy.gateway.lease import Lease
@@ -39,6 +39,7 @@ class Exchange:
     detached = False
     complete = False
     recording: Recording | None = None
+    room: Room | None = None
     status = 0
     code = ""
     outcome = "failed"

@@ -14,7 +14,7 @@ from meshproxy.gateway.admission import limit_headers, refused
 from meshproxy.gateway.admitter import Admitter
 from meshproxy.gateway.attempts import Attempts
 from meshproxy.gateway.authenticate import Authenticator
-from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
+from meshproxy.gateway.call import LARGE_BYTES, Bodies, Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
@@ -74,6 +74,7 @@ class Gateway:
         self.deployment = deployment
         self.draining = False
         self._shut_down = False
+        self.bodies = Bodies(lambda: self.deployment.settings.server.max_bodies_bytes)
         self._admitter = Admitter(ledger, local, settler, tasks)
         self._directory = directory
         self._authenticator = authenticator
@@ -98,7 +99,8 @@ class Gateway:
         deployment = self.deployment
         try:
             principal = exchange.principal = await self._authenticator.principal(call.authorization, call.client)
-            body = await call.read_body()
+            room = exchange.room = self.bodies.room(principal.account.name)
+            body = await call.read_body(room.take)
             process = self._process if call.idempotency_key is None else self._process_once
             return await process(exchange, principal, body, deployment, downstream)
         except Fault as fault:
@@ -131,6 +133,8 @@ class Gateway:
             exchange.recording.conclude(complete=exchange.complete)
         self._settler.settle(exchange)
         self._recorder.end(exchange)
+        if exchange.room is not None:
+            exchange.room.leave()
 
     def _shed(self, exchange: Exchange) -> Reply:
         exchange.refused_by = "max_in_flight"
@@ -165,12 +169,18 @@ class Gateway:
     async def _process(
         self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream
     ) -> Reply | None:
-        plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
+        if len(body) > LARGE_BYTES:
+            async with self.bodies.reading:
+                plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
+        else:
+            plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
         answer = await self._admitter.admit(exchange, plan, principal, deployment)
         if isinstance(answer, Denied):
             self._recorder.denied(answer)
             exchange.refused_by = answer.which.replace(" ", "_")
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
+        if exchange.room is not None:
+            exchange.room.shrink(len(body))
         lease = exchange.lease = answer
         plan = exchange.plan = lease.plan
         self._recorder.enter(exchange, "attempt")

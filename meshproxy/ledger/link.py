@@ -6,7 +6,8 @@ and resolves. There is no task and no timer per command: one timer watches the o
 keeps its place in the queue, so that its reply is dropped and not taken for the next one's.
 
 A server that lets its oldest command wait past the deadline is given up with everything that it still owes: replies come in
-order, so nothing behind that command can be answered sooner.
+order, so nothing behind that command can be answered sooner. A loop that was busy for long comes to its timers before its
+sockets, where the reply may lie already: hence a few more turns of it before the server is taken for lost.
 """
 
 import asyncio
@@ -18,6 +19,8 @@ import hiredis
 
 from meshproxy.ledger.store import Argument, OnOp, Unavailable, kind_of, refusal
 
+LOOKS = 3  # turns of the loop between a time-out and giving up, in each of which the socket is read
+LOOK_S = 0.05
 MAX_PENDING = 16_384  # commands without a reply on one socket; a healthy server has some hundreds at most
 
 _NOTHING = object()  # what the parser says when it needs more bytes
@@ -44,6 +47,7 @@ class Link(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._turn_at = 0.0
         self._finishing = False
+        self._looks_left = LOOKS
 
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
         """Queue one command. The future's errors: Unavailable, StoreError."""
@@ -135,6 +139,7 @@ class Link(asyncio.Protocol):
         self._turn_at = self._loop.time()
         self._loop.call_soon(self._flush)
         if self._timer is None:
+            self._looks_left = LOOKS
             self._timer = self._loop.call_at(self._turn_at + self._timeout_s, self._check_oldest)
 
     def _flush(self) -> None:
@@ -147,10 +152,14 @@ class Link(asyncio.Protocol):
         if not self._pending:
             return
         due = self._pending[0][2] + self._timeout_s
-        if due <= self._loop.time():
-            self.lose("timeout", f"no reply within {self._timeout_s:g} s")
-        else:
+        if due > self._loop.time():
+            self._looks_left = LOOKS
             self._timer = self._loop.call_at(due, self._check_oldest)
+        elif self._looks_left:
+            self._looks_left -= 1
+            self._timer = self._loop.call_later(LOOK_S, self._check_oldest)
+        else:
+            self.lose("timeout", f"no reply within {self._timeout_s:g} s")
 
     def _tell(self, op: str, asked_at: float, kind: str | None) -> None:
         if self._on_op is not None:

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from meshproxy.gateway.call import Call, Downstream
 from meshproxy.gateway.pipeline import Gateway
-from meshproxy.server.body import body_of, read_json_body
+from meshproxy.server.body import TakeRoom, body_of, read_json_body
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.server.connection import ClientConnection
 from meshproxy.server.downstream import ClientStream, Sent
@@ -42,7 +42,7 @@ class ChatHandler:
                 request_id(fields.get("x-request-id")) or new_request_id(),
                 fields,
                 connection.peer,
-                lambda: body_of(connection, fields, server),
+                lambda take: body_of(connection, fields, server, take),
             )
             reply = await self._gateway.chat(call, self._padded(stream))
             if reply is not None:
@@ -62,7 +62,10 @@ class ChatHandler:
         )
         server = self._gateway.deployment.settings.server
         call = self._call(
-            request_id_of(request), request.headers, request.remote, lambda: read_json_body(request, server)
+            request_id_of(request),
+            request.headers,
+            request.remote,
+            lambda take: read_json_body(request, server, take),
         )
         reply = await self._gateway.chat(call, self._padded(stream))
         if reply is not None:
@@ -75,7 +78,7 @@ class ChatHandler:
         request_id: str,
         headers: Mapping[str, str],
         peer: str | None,
-        read_body: Callable[[], Awaitable[bytes]],
+        read_body: Callable[[TakeRoom], Awaitable[bytes]],
     ) -> Call:
         received_at = self._clock()
         return Call(

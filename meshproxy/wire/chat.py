@@ -20,6 +20,10 @@ from meshproxy.wire.fields import ALLOWED, DECODERS, MAX_NAME_CHARS, Bulk
 MAX_DETAILS = 32  # complaints shown to a client
 # Of variables and what else isn't bulk: millions of members would stall every stream for seconds.
 MAX_LOOSE_BYTES = 1_048_576
+# Of messages in a body above MAX_LOOSE_BYTES, in their text too: 33 MB of empty messages took 0.2 s. Eight megabytes of JSON as
+# text, more than a model's two million tokens, have fewer.
+MAX_BRACES = 262_144
+MAX_TOOLS_BYTES = 4_194_304  # 33 MB of `{}` took half a second, which every stream waited for
 
 # Two names of one thing, the one that counts first.
 CAPS: Final[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
@@ -61,10 +65,15 @@ class ChatRequest(Value, frozen=True):
 
 def decode_chat(body: bytes) -> ChatRequest:
     """The request in a body. Fault of the client, 422, with a detail for every bad field, for anything else."""
+    return check_members(members_of(body))
+
+
+def check_members(members: Mapping[str, Raw]) -> ChatRequest:
+    """The request that these members make; see `decode_chat`, whose second half this is."""
     fields: dict[str, Raw] = {}
     known: dict[str, Any] = {}
     details: list[Detail] = []
-    for name, raw in _members(body).items():
+    for name, raw in members.items():
         decode = DECODERS.get(name)
         if decode is None:
             fields[name] = raw
@@ -138,17 +147,16 @@ def encode_upstream(
     return msgspec.json.encode(body)
 
 
-def _members(body: bytes) -> dict[str, Raw]:
+def members_of(body: bytes) -> dict[str, Raw]:
     """The members of a JSON object as their own bytes; of two with one name the last wins. The grammar is checked to the
     end, escapes included, but UTF-8 isn't where a value stays raw: hence the decode, for a body that isn't plain ASCII.
     """
     try:
         if not body.isascii():
             body.decode()
-        if len(body) <= MAX_LOOSE_BYTES or _loose_bytes(body) <= MAX_LOOSE_BYTES:
+        detail = _too_long(body) if len(body) > MAX_LOOSE_BYTES else None
+        if detail is None:
             return _MEMBERS.decode(body)
-        message = f"All but {', '.join(Bulk.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
-        detail = Detail("too_long", ("body",), message)
     except UnicodeDecodeError as error:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
@@ -156,9 +164,18 @@ def _members(body: bytes) -> dict[str, Raw]:
     raise _unfit([detail])
 
 
-def _loose_bytes(body: bytes) -> int:
-    bulk = msgspec.structs.astuple(_BULK.decode(body))
-    return len(body) - sum(memoryview(raw).nbytes for raw in bulk)
+def _too_long(body: bytes) -> Detail | None:
+    """What is too large in a large body, of the members whose checks take time by their number of elements."""
+    bulk = _BULK.decode(body)
+    sizes = [memoryview(raw).nbytes for raw in msgspec.structs.astuple(bulk)]
+    if memoryview(bulk.tools).nbytes > MAX_TOOLS_BYTES:
+        return Detail("too_long", ("body", "tools"), f"Tools must fit into {MAX_TOOLS_BYTES} bytes")
+    if bytes(bulk.messages).count(b"{") > MAX_BRACES:
+        return Detail("too_long", ("body", "messages"), f"Messages must have at most {MAX_BRACES} opening braces")
+    if len(body) - sum(sizes) > MAX_LOOSE_BYTES:
+        message = f"All but {', '.join(Bulk.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
+        return Detail("too_long", ("body",), message)
+    return None
 
 
 def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:

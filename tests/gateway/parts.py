@@ -62,7 +62,7 @@ def ask(**fields: Any) -> Ask:
 
 def exchange(of_plan: Plan | None = None) -> Exchange:
     """An exchange that came as far as its attempt."""
-    call = Call(request_id="req_1", authorization=None, read_body=lambda: body_of(BODY), received_at=0.0)
+    call = Call(request_id="req_1", authorization=None, read_body=lambda _take: body_of(BODY), received_at=0.0)
     made = Exchange(call, "h")
     made.plan = of_plan or plan()
     made.attempt = made.plan.attempts[0]

@@ -141,3 +141,12 @@ async def _settled(measure) -> None:
         before = -1
         while before != (before := measure()):
             await asyncio.sleep(0.3)
+
+
+async def test_a_template_larger_than_any_may_be_is_not_taken_apart(mesh):
+    caller = await mesh.key()
+    body = b'{"name":"a","params":{"x":[' + b"{}," * 2_000_000 + b"{}]}}"
+    answer = await mesh.request(
+        "POST", "/v1/templates", data=body, headers={**caller.auth, "content-type": "application/json"}
+    )
+    assert (413, "request_too_large") == (answer.status, answer.code)

@@ -36,4 +36,5 @@ def assert_refused(mesh, answer):
 
 def counted(mesh, status):
     """How often the listener says it refused with this status."""
-    return mesh.worker.metrics.requests.labels(OTHER, NONE, str(status), "false").value
+    (family,) = mesh.worker.metrics.requests.labels(OTHER, NONE, str(status), "false").collect()
+    return family.samples[0].value

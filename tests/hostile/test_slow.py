@@ -3,13 +3,14 @@
 import asyncio
 import json
 import socket
+import time
 
 import pytest
 
 from meshproxy.policy.principal import Limits
-from meshproxy.telemetry.families import NONE, OTHER
 from tests.conftest import HELLO, model
 from tests.hostile.corpus import BODY, END, LENGTH, request
+from tests.hostile.test_requests import counted
 from tests.hostile.wire import answers_in
 
 SHORT_S = 0.1
@@ -27,7 +28,7 @@ async def test_half_a_head_is_given_up(hasty, begun):
     told = json.loads(body)
     assert (408, "request_timeout") == (status, told["error"]["code"])
     assert ("close", told["request_id"]) == (headers["connection"], headers["x-request-id"])
-    assert 1 == hasty.worker.metrics.requests.labels(OTHER, NONE, "408", "false").value
+    assert 1 == counted(hasty, 408)
 
 
 async def test_bytes_that_trickle_in_buy_no_time(hasty):
@@ -135,3 +136,11 @@ async def _one(reader):
         size = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
         (answer,) = answers_in(head + await reader.readexactly(size))
         return answer
+
+
+async def test_a_loop_that_was_busy_does_not_take_redis_for_lost(start_mesh):
+    mesh = await start_mesh(redis={"timeout_s": 0.2})
+    asked = mesh.worker.store.execute("GET", "nothing")
+    time.sleep(0.5)  # all stands still, as while a large body is taken apart
+    assert await asked is None
+    assert mesh.worker.store.connected

@@ -126,7 +126,7 @@ async def request(mesh, cut, *, stream, credit="1.00", idempotent=False, **field
     caller = await mesh.key(credit=credit)
     body = BODY % (fields.get("model", "fast").encode(), b"true" if stream else b"false")
 
-    async def read_body():
+    async def read_body(_take):
         await asyncio.sleep(0)
         return body
 

@@ -388,6 +388,20 @@ class TestBadInput:
         request = decode_chat(body(**{name: bulk}))
         assert len(request.messages or b"") + len(bytes(request.fields.get(name, Raw()))) > 2_097_152
 
+    @pytest.mark.parametrize(
+        "member, value",
+        [
+            ("tools", b"[" + b"{}," * 2_000_000 + b"{}]"),
+            ("messages", b"[" + b'{"role":"user","content":""},' * 300_000 + b'{"role":"user","content":"x"}]'),
+        ],
+    )
+    def test_what_has_millions_of_elements_is_not_taken_apart(self, member: str, value: bytes):
+        members = {"messages": b'[{"role":"user","content":"x"}]', member: value}
+        text = b"{" + b",".join(b'"%b":%b' % (name.encode(), raw) for name, raw in members.items()) + b"}"
+        with pytest.raises(Fault) as caught:
+            decode_chat(text)
+        assert [("too_long", ("body", member))] == [(d.type, d.loc) for d in caught.value.problem.details]
+
     @pytest.mark.parametrize("bulk", [b"[]", b"[" + b"{}," * 400_000 + b"{}]"], ids=["no", "large"])
     def test_all_else_has_a_largest_size(self, bulk: bytes):
         text = b'{"template":"t","tools":' + bulk + b"}"
