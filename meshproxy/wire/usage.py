@@ -75,12 +75,13 @@ _KINDS: Final[Mapping[str, Any]] = {
     "input_tokens": "input",  # Anthropic, and OpenAI's Responses
     "output_tokens": "completion",
     "prompt_tokens_details": _PROMPT_DETAILS,
+    "prompt_token_details": _PROMPT_DETAILS,  # Mistral
     "input_tokens_details": _PROMPT_DETAILS,
     "completion_tokens_details": _COMPLETION_DETAILS,
     "output_tokens_details": _COMPLETION_DETAILS,
     "cached_tokens": "cached",  # Moonshot, Together
     "prompt_cache_hit_tokens": "cached",  # DeepSeek
-    "num_cached_tokens": "cached",
+    "num_cached_tokens": "cached",  # Mistral
     "cache_read_input_tokens": "cache_read",  # Anthropic, as the next two: beside input_tokens
     "cache_creation_input_tokens": "cache_creation",
     "cache_creation": {

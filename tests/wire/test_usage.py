@@ -114,6 +114,11 @@ class TestDialects:
             ),
             pytest.param(told(900, 50, 950, cached_tokens=600), Usage(900, 50, cached=600), id="moonshot"),
             pytest.param(
+                told(900, 50, 950, num_cached_tokens=600, prompt_token_details={"cached_tokens": 600}),
+                Usage(900, 50, cached=600),
+                id="mistral",
+            ),
+            pytest.param(
                 told(20, 50, 70, citation_tokens=7299, num_search_queries=3, reasoning_tokens=7000),
                 Usage(7319, 7050, reasoning=7000),
                 id="perplexity",
