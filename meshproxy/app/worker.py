@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -94,6 +95,8 @@ class Worker:
         self.live = Live(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         self.stopping = False
+        self._had_ledger = settings.redis.on_failure == "local"  # or can do without
+        self._lost_at: dict[str, float] = {}  # by server of the ledger; "": at the start
 
     async def start(self, generation: int = 1) -> None:
         """Connect to Redis, and stand ready for requests. `generation`: of the configuration, which counts reloads."""
@@ -212,18 +215,25 @@ class Worker:
         reasons = []
         if self.gateway.draining or self.stopping:
             reasons.append("draining")
-        if not self.store.connected:
+        self._had_ledger = self._had_ledger or self.store.connected
+        if not self._had_ledger:  # what was there once is no reason: docs/decisions/readiness.md
             reasons.append("the ledger can't be reached")
         reasons += [f"the task {name} keeps failing" for name in sorted(self.loops.failing)]
         return reasons
 
     async def _connect(self) -> Store:
         """The store, up; or on its way, if it isn't there yet: whoever asks meanwhile hears that the ledger can't be reached."""
+        listeners: dict[str, Any] = {
+            "on_op": self._on_op,
+            "keep": self._dialling.keep,
+            "on_change": self._on_ledger_change,
+        }
         try:
-            return await connect(self.settings.redis, on_op=self._on_op, keep=self._dialling.keep)
+            return await connect(self.settings.redis, **listeners)
         except Unavailable as error:
             _log.error("ledger_unavailable", reason=error.reason)
-            return await connect(self.settings.redis, wait=False, on_op=self._on_op, keep=self._dialling.keep)
+            self._lost_at[""] = time.monotonic()
+            return await connect(self.settings.redis, wait=False, **listeners)
 
     def _open_journal(self) -> Journal:
         """The journal on disk; in memory where there is no place for it and none was asked for."""
@@ -244,6 +254,18 @@ class Worker:
         self.metrics.ledger_op_duration.labels(op).observe(seconds)
         if error is not None:
             self.metrics.ledger_errors.labels(error).inc()
+
+    def _on_ledger_change(self, server: str, is_connected: bool, reason: str) -> None:  # noqa: FBT001 - as ledger.store has it
+        """Log each time that a server of the ledger is lost and is back, once."""
+        now = time.monotonic()
+        if is_connected:
+            self._had_ledger = True
+            lost_at = self._lost_at.pop(server, None) or self._lost_at.pop("", None)
+            if lost_at is not None:
+                _log.warning("ledger_back", server=server, away_s=round(now - lost_at, 3))
+        elif server not in self._lost_at:
+            self._lost_at[server] = now
+            _log.error("ledger_lost", server=server, reason=reason)
 
     def _on_task_failed(self, name: str) -> None:
         self.metrics.task_failures.labels(name).inc()

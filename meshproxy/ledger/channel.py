@@ -11,7 +11,7 @@ from typing import Any
 
 from meshproxy.ledger.address import Endpoint, Login
 from meshproxy.ledger.link import Link, failed
-from meshproxy.ledger.store import Argument, Store, StoreError, Unavailable
+from meshproxy.ledger.store import Argument, OnChange, Store, StoreError, Unavailable
 
 BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 2.0
@@ -28,13 +28,25 @@ def keep_plainly(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "a
 
 
 class Channel(Store):
-    """`dial` finds the server and returns a link that is ready for commands, or raises Unavailable."""
+    """`dial` finds the server and returns a link that is ready for commands, or raises Unavailable. `on_change` is called with
+    `name` for every link that is made or lost.
+    """
 
-    def __init__(self, dial: Dial, *, keep: Keep = keep_plainly, on_lost: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        dial: Dial,
+        *,
+        keep: Keep = keep_plainly,
+        on_lost: Callable[[], None] | None = None,
+        name: str = "",
+        on_change: OnChange | None = None,
+    ) -> None:
         self.trouble: str | None = None  # what went wrong last; None: connected
         self._dial = dial
         self._keep = keep
         self._on_lost = on_lost
+        self._name = name
+        self._on_change = on_change
         self._link: Link | None = None
         self._linked_at = 0.0
         self._failures = 0
@@ -87,6 +99,7 @@ class Channel(Store):
     def _adopt(self, link: Link) -> None:
         self._link, self._linked_at, self.trouble = link, asyncio.get_running_loop().time(), None
         link.on_lost = self._lost
+        self._tell(is_connected=True)
         if link.lost is not None:
             self._lost(link)
 
@@ -96,8 +109,15 @@ class Channel(Store):
         if asyncio.get_running_loop().time() - self._linked_at >= STEADY_S:
             self._failures = 0
         self.keep_dialling()
-        if self._on_lost is not None and not self._closed:
+        if self._closed:
+            return
+        self._tell(is_connected=False)
+        if self._on_lost is not None:
             self._on_lost()
+
+    def _tell(self, *, is_connected: bool) -> None:
+        if self._on_change is not None:
+            self._on_change(self._name, is_connected, self.trouble or "")
 
     async def _dial_until_linked(self) -> None:
         while self._link is None:

@@ -16,7 +16,7 @@ from typing import Any
 from meshproxy.ledger.address import Endpoint
 from meshproxy.ledger.channel import Channel, Keep, backoff_s
 from meshproxy.ledger.link import Link, Pending, Redirect, failed
-from meshproxy.ledger.store import Argument, Store, StoreError, Unavailable
+from meshproxy.ledger.store import Argument, OnChange, Store, StoreError, Unavailable
 
 SLOTS = 16_384
 MAX_NODES = 1000  # the specification's own bound on a cluster
@@ -29,11 +29,19 @@ DialNode = Callable[[Endpoint, Redirect | None], Awaitable[Link]]
 class ClusterStore(Store):
     """A cluster, found through any of `seeds`. A command is sent on for `timeout_s` at most."""
 
-    def __init__(self, seeds: Sequence[Endpoint], dial: DialNode, timeout_s: float, keep: Keep) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[Endpoint],
+        dial: DialNode,
+        timeout_s: float,
+        keep: Keep,
+        on_change: OnChange | None = None,
+    ) -> None:
         self._seeds = seeds
         self._dial = dial
         self._timeout_s = timeout_s
         self._keep = keep
+        self._on_change = on_change
         self._trouble = "no master serves this slot"  # or why the map could not be had
         self._channels: dict[Endpoint, Channel] = {}  # of every master
         self._slots: list[Channel | None] = [None] * SLOTS
@@ -135,7 +143,9 @@ class ClusterStore(Store):
     async def _open(self, master: Endpoint) -> None:
         """Dial a new master; if it doesn't answer, it is dialled on in the background."""
         dial = partial(self._dial, master, self._redirect)
-        channel = self._channels[master] = Channel(dial, keep=self._keep, on_lost=self.keep_dialling)
+        channel = self._channels[master] = Channel(
+            dial, keep=self._keep, on_lost=self.keep_dialling, name=str(master), on_change=self._on_change
+        )
         try:
             await channel.open()
         except Unavailable:

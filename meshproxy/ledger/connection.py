@@ -11,13 +11,18 @@ from meshproxy.ledger.address import Endpoint, Login, parse_url, tls_context
 from meshproxy.ledger.channel import Channel, Keep, dial, keep_plainly
 from meshproxy.ledger.cluster import ClusterStore, ask_once
 from meshproxy.ledger.link import Link, Redirect
-from meshproxy.ledger.store import OnOp, Store, StoreError, Unavailable
+from meshproxy.ledger.store import OnChange, OnOp, Store, StoreError, Unavailable
 
 __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 
 
 async def connect(
-    settings: config.Redis, *, wait: bool = True, on_op: OnOp | None = None, keep: Keep = keep_plainly
+    settings: config.Redis,
+    *,
+    wait: bool = True,
+    on_op: OnOp | None = None,
+    keep: Keep = keep_plainly,
+    on_change: OnChange | None = None,
 ) -> Store:
     """The store behind `settings.url`, of any kind but `embedded` (start that first, and take its URL).
 
@@ -38,10 +43,11 @@ async def connect(
         return await dial_node(named, master=True)
 
     if address.kind == "cluster":
-        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, keep)
+        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, keep, on_change)
     else:
         one = dial_master if address.kind == "sentinel" else partial(dial_node, address.endpoints[0])
-        store = Channel(one, keep=keep)
+        name = address.service or str(address.endpoints[0])
+        store = Channel(one, keep=keep, name=name, on_change=on_change)
     if wait:
         await store.open()
     else:

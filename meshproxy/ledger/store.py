@@ -15,6 +15,7 @@ from meshproxy.errors import Fault, Source, ledger_unavailable
 from meshproxy.ledger.scripts import Script
 
 Argument = str | bytes | int
+OnChange = Callable[[str, bool, str], None]  # a server's name, whether there is a connection to it now, and if not why
 OnOp = Callable[[str, float, str | None], None]  # what was asked, seconds, kind of error (None: it went well)
 
 # Replies that time or a failover mends: https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors

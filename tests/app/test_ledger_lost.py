@@ -1,0 +1,70 @@
+"""What the log and the balancer hear when Redis goes away and comes back."""
+
+import contextlib
+
+import pytest
+from structlog.testing import capture_logs
+
+from meshproxy.ledger.embedded import Embedded
+
+NOWHERE = "redis://127.0.0.1:1/0"
+
+
+def about_the_ledger(logs):
+    return [line["event"] for line in logs if line["event"] in {"ledger_lost", "ledger_back", "ledger_unavailable"}]
+
+
+@pytest.fixture
+async def server():
+    async with Embedded() as server:
+        yield server
+
+
+async def end(server):
+    server.process.kill()
+    await server.process.wait()
+    with contextlib.suppress(FileNotFoundError):
+        (server._home / "valkey.sock").unlink()
+
+
+async def test_a_line_when_it_is_lost_and_one_when_it_is_back(start_mesh, server):
+    mesh = await start_mesh(redis={"url": server.url})
+    with capture_logs() as logs:
+        for _ in range(2):
+            await end(server)
+            await mesh.until(lambda: not mesh.worker.store.connected)
+            await server.launch()
+            await mesh.until(lambda: mesh.worker.store.connected)
+    assert ["ledger_lost", "ledger_back"] * 2 == about_the_ledger(logs)
+    path = server.url.removeprefix("unix://")
+    assert {path} == {line["server"] for line in logs if line["event"].startswith("ledger_")}
+    assert all(line["reason"] for line in logs if line["event"] == "ledger_lost")
+
+
+async def test_what_comes_late_is_back_too(start_mesh, server):
+    await end(server)
+    with capture_logs() as logs:
+        mesh = await start_mesh(redis={"url": server.url}, connected=False)
+        assert ["the ledger can't be reached"] == mesh.worker.not_ready()
+        await server.launch()
+        await mesh.until(lambda: mesh.worker.store.connected)
+    assert ["ledger_unavailable", "ledger_back"] == about_the_ledger(logs)
+    assert [] == mesh.worker.not_ready()
+
+
+async def test_who_had_it_once_stays_ready_and_answers_in_the_envelope(start_mesh, server):
+    mesh = await start_mesh(redis={"url": server.url})
+    await end(server)
+    await mesh.until(lambda: not mesh.worker.store.connected)
+    assert [] == mesh.worker.not_ready()
+    answer = await mesh.request("GET", "/v1/key", headers={"authorization": "Bearer rsk_unknown"})
+    assert (503, "ledger_unavailable") == (answer.status, answer.code)
+    assert "retry-after" in answer.headers
+    await server.launch()
+    await mesh.until(lambda: mesh.worker.store.connected)
+
+
+async def test_with_local_it_is_ready_without(start_mesh, tmp_path):
+    redis = {"url": NOWHERE, "on_failure": "local", "journal": str(tmp_path / "journal")}
+    mesh = await start_mesh(redis=redis, connected=False)
+    assert [] == mesh.worker.not_ready()
