@@ -1,7 +1,7 @@
 """The gateway as an aiohttp application: for `serve`, and for whoever wants it in a program of their own."""
 
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
 
 from aiohttp import web
@@ -15,22 +15,25 @@ from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.server.envelope import envelope_errors
 from meshproxy.server.general import Strictness
-from meshproxy.telemetry import logs
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog
 
+HANGUP_POLL_S = 0.25  # how late it is noticed that a client is gone, in a program of one's own
 
-def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> web.Application:
-    """The data listener's application. Redis is connected to, and closed, with the application's own start and end.
 
-    `secrets`: the API key of each upstream by name; by default they are read as the settings say. Raises config.Unfit if one
-    can't be had.
+def create_app(
+    settings: Settings, middlewares: Iterable[Middleware] = (), *, secrets: Mapping[str, str] | None = None
+) -> web.Application:
+    """Make the data listener's application, for a program of one's own. Every request passes through `middlewares`, inside the
+    one that turns what they raise into the error envelope; the answer of the chat path is written to the client as it comes, so
+    that they can refuse, replace or change a request, but not its answer.
+
+    Redis is connected to, and closed, with the application's own start and end. `secrets`: the API key of each upstream by name;
+    by default they are read as the settings say. Raises config.Unfit if one can't be had. Log lines are structlog's events.
     """
-    sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
-    request_log = RequestLog(sink, settings.log.level, settings.log.format)
     settings, found = filled(settings, need_keys=secrets is None)
     keys = found.upstreams if secrets is None else secrets
-    worker = Worker(settings, keys, request_log, settings.redis.journal)
+    worker = Worker(settings, keys, RequestLog(level=settings.log.level), settings.redis.journal)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:
         async with with_redis(settings) as standing:
@@ -40,17 +43,22 @@ def create_app(settings: Settings, secrets: Mapping[str, str] | None = None) -> 
             worker.gateway.shut_down()
             await worker.stop()
 
-    app = application(worker)
+    app = application(worker, partial(_until_hangup, worker.serve_chat), middlewares)
     app.cleanup_ctx.append(lifetime)
     return app
 
 
-def application(worker: Worker) -> web.Application:
-    """Every path over a worker that somebody else starts and stops."""
+def application(
+    worker: Worker, serve_chat: Handler | None = None, middlewares: Iterable[Middleware] = ()
+) -> web.Application:
+    """Every path over a worker that is started and stopped elsewhere. `serve_chat`: the chat path's handler, where it isn't the
+    worker's own.
+    """
     app = web.Application(
-        middlewares=[_counting(worker), envelope_errors], client_max_size=worker.settings.server.max_body_bytes
+        middlewares=[_counting(worker), envelope_errors, *middlewares],
+        client_max_size=worker.settings.server.max_body_bytes,
     )
-    app.router.add_post(CHAT_PATH, worker.serve_chat, expect_handler=_not_yet)
+    app.router.add_post(CHAT_PATH, serve_chat or worker.serve_chat, expect_handler=_not_yet)
     for method, path, function in ROUTES:
         app.router.add_route(method, path, partial(_answer, worker, function), expect_handler=_not_yet)
     app.router.add_get(openapi.PATH, openapi.handler())
@@ -81,6 +89,23 @@ def _counting(worker: Worker) -> Middleware:
         return response
 
     return counting
+
+
+async def _until_hangup(serve: Handler, request: web.Request) -> web.StreamResponse:
+    """Answer, and cancel the handler when its client has hung up, as `handler_cancellation` of an aiohttp runner does: where a
+    runner doesn't, a stream would go on to be paid for that no client reads.
+    """
+    serving = asyncio.ensure_future(serve(request))
+    try:
+        while not serving.done() and request.transport is not None:
+            await asyncio.wait([serving], timeout=HANGUP_POLL_S)
+    finally:
+        if not serving.done():
+            serving.cancel()
+            await asyncio.wait([serving])  # it settles
+    if serving.cancelled():
+        raise ConnectionResetError("the client has hung up")
+    return serving.result()
 
 
 async def _not_yet(_request: web.Request) -> None:

@@ -1,6 +1,7 @@
 """One worker behind its listener: all there is where one is enough, and what each process of a supervisor's runs."""
 
 import asyncio
+import gc
 import os
 import socket
 import time
@@ -15,6 +16,10 @@ from meshproxy.telemetry import logs
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.sink import LineSink
 from meshproxy.telemetry.snapshot import Fleet
+
+GC_THRESHOLD = (
+    20_000  # objects made before the youngest are looked through: a request makes some hundreds and keeps none
+)
 
 
 class Serving:
@@ -43,6 +48,9 @@ class Serving:
         if self.standing.reload_failed:
             self.worker.reload_failed()
         await self._listener.start()
+        gc.collect()
+        gc.set_threshold(GC_THRESHOLD, 20, 50)
+        gc.freeze()  # what lives for the whole run need not be walked at each collection
         self.up.set()
 
     async def prepare(self, standing: Standing) -> list[str]:

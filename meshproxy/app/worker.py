@@ -1,6 +1,5 @@
 """One worker: every part of a gateway in one event loop, wired together, started and ended in order."""
 
-import gc
 import os
 import random
 import secrets as random_source
@@ -48,9 +47,6 @@ from meshproxy.upstream.provider import Provider
 from meshproxy.version import VERSION
 
 STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
-GC_THRESHOLD = (
-    20_000  # objects made before the youngest are looked through: a request makes some hundreds and keeps none
-)
 SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
 
 _log = structlog.get_logger("meshproxy.app")
@@ -145,9 +141,6 @@ class Worker:
         self.loops.keep("loop-lag", partial(loop_lag.watch, self.metrics.event_loop_lag.labels().observe))
         if instances is not None:
             self.loops.keep("instances", instances.beat)
-        gc.collect()
-        gc.set_threshold(GC_THRESHOLD, 20, 50)
-        gc.freeze()  # what lives for the whole run need not be walked at each collection
 
     async def serve_chat(self, request: web.BaseRequest) -> web.StreamResponse:
         """The main job's handler, for a listener that is made before the worker starts."""

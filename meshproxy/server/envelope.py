@@ -17,6 +17,8 @@ from meshproxy.errors import (
 from meshproxy.server.request_id import request_id_of
 from meshproxy.wire.replies import envelope, problem_headers
 
+_CODES = {401: "unauthorized", 403: "forbidden"}  # what a middleware of create_app()'s may raise
+
 _log = structlog.get_logger("meshproxy.server")
 
 
@@ -31,7 +33,7 @@ def problem_response(problem: Problem, request_id: str) -> web.Response:
 
 
 def http_problem(error: web.HTTPException, request: web.BaseRequest) -> Problem:
-    """What aiohttp refused, in our words."""
+    """What aiohttp or a middleware refused, in our words."""
     if error.status == 404:
         return not_found(f"There is nothing at {request.path[:256]}.")
     if error.status == 405:
@@ -40,7 +42,7 @@ def http_problem(error: web.HTTPException, request: web.BaseRequest) -> Problem:
         return request_too_large(request.client_max_size)
     if error.status >= 500:
         return internal_error() if error.status == 500 else overloaded(error.reason)
-    return Problem(error.status, "validation_error", error.reason)
+    return Problem(error.status, _CODES.get(error.status, "validation_error"), error.reason)
 
 
 @web.middleware
