@@ -184,6 +184,7 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_connections: Positive = 1024
     keepalive_s: Seconds = 60
     max_response_bytes: Positive = 33_554_432
+    max_event_bytes: Positive = 16_777_216
     headers: dict[HeaderName, HeaderValue | Secret] = field(default_factory=dict)
 
 

@@ -36,11 +36,11 @@ from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
 from meshproxy.wire.headers import downstream_headers
+from meshproxy.wire.output import answer_tokens, audio_format
 from meshproxy.wire.sse import StreamScanner
-from meshproxy.wire.usage import decode_reply, output_bytes
+from meshproxy.wire.usage import decode_reply
 
 GOING = "The gateway is shutting down."
-BYTES_PER_TOKEN = 4  # of English, for output whose usage nobody reported
 STREAM_HEADERS: Headers = [
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-cache"),
@@ -197,9 +197,9 @@ class Gateway:
         try:
             response = await self._attempts.first_answer(exchange, plan, deployment)
             if plan.request.stream:
-                await self._relay(exchange, plan, response, lease, downstream)
+                await self._relay(exchange, plan, response, lease, deployment, downstream)
                 return None
-            reply = await self._answer(exchange, response)
+            reply = await self._answer(exchange, plan, response)
             if exchange.recording is not None:
                 exchange.recording.reply(reply)
             return reply
@@ -207,7 +207,7 @@ class Gateway:
             self._live.leases.discard(lease)
             lease.end()
 
-    async def _answer(self, exchange: Exchange, response: Response) -> Reply:
+    async def _answer(self, exchange: Exchange, plan: Plan, response: Response) -> Reply:
         """Pass a whole answer on, its bytes unchanged."""
         try:
             body = await response.read()
@@ -218,7 +218,7 @@ class Gateway:
         except UpstreamFault as fault:
             exchange.failed(fault)
             raise
-        bill(exchange, reply.report, reply.model, lambda: -(-output_bytes(body) // BYTES_PER_TOKEN))
+        bill(exchange, reply.report, reply.model, lambda: answer_tokens(body, audio_format(plan.request.fields)))
         exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True
@@ -231,10 +231,21 @@ class Gateway:
         return Reply(200, headers, body)
 
     async def _relay(
-        self, exchange: Exchange, plan: Plan, response: Response, lease: Lease, downstream: Downstream
+        self,
+        exchange: Exchange,
+        plan: Plan,
+        response: Response,
+        lease: Lease,
+        deployment: Deployment,
+        downstream: Downstream,
     ) -> None:
         """Pass a stream on, event by event."""
-        scanner = StreamScanner(hide_usage=not plan.request.include_usage)
+        upstream = exchange.attempt.upstream if exchange.attempt is not None else ""
+        scanner = StreamScanner(
+            hide_usage=not plan.request.include_usage,
+            max_event_bytes=deployment.settings.upstreams[upstream].max_event_bytes,
+            audio_format=audio_format(plan.request.fields),
+        )
         relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
         lease.watch(relay.renewed)
         exchange.status = 200
@@ -251,7 +262,14 @@ class Gateway:
             self._live.relays.discard(relay)
             exchange.events = scanner.events
             most = lease.bound if relay.short_of_credit else None
-            bill(exchange, scanner.report, scanner.reported_model, lambda: scanner.tokens, most)
+            bill(
+                exchange,
+                scanner.report,
+                scanner.reported_model,
+                lambda: scanner.tokens,
+                most,
+                outdated=scanner.outdated,
+            )
 
     def _told(self, exchange: Exchange) -> Headers:
         """What the gateway says of an answer in headers."""

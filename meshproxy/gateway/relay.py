@@ -109,7 +109,7 @@ class Relay:
         except UpstreamFault as fault:
             self.fail(fault)
             return
-        is_spent = scanner.tokens > lease.watermark and lease.spent(scanner.tokens)
+        is_spent = scanner.most > lease.watermark and lease.spent(scanner.tokens)
         if is_spent and scanner.tokens > lease.bound:
             self._withhold(events)
             return

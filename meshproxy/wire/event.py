@@ -1,14 +1,46 @@
 """One event of a provider's stream: whether it is plain, and if not, what its lines say. Nothing of the stream around it."""
 
+import re
 from typing import Any, Final
 
 from msgspec import Raw, Struct
 
+from meshproxy.wire.output import Output, escaped
 from meshproxy.wire.usage import decode_text, decode_value
+
+FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
 _LF: Final = 10
 _CR: Final = 13
 _NULL_MEMBER: Final = (b":null", b": null")
+# OpenAI pads events to hide the length of their text (`stream_options.include_obfuscation` of the API reference).
+_PADDING: Final = b'"obfuscation":"'
+_PADDED_END: Final = re.compile(rb'"obfuscation":"[A-Za-z0-9]*"\}\n\n')
+
+
+class Shape(Struct, frozen=True):
+    """The bytes of a stream's usual event around the one text in it. `padded`: after `after` comes padding of any length."""
+
+    before: bytes
+    after: bytes
+    padded: bool
+
+
+def shape_of(event: bytes, output: Output) -> Shape | None:
+    """Learn the shape of a plain event. None if it has no text or several, or ends its choice."""
+    if len(output.texts) != 1 or output.audio_chars or FINISH_REASON.search(event) is not None:
+        return None
+    text = b'"%b"' % escaped(output.texts[0])
+    at = event.find(text)
+    if at < 0 or event.rfind(text) != at:  # escaped in another way, or also elsewhere: perhaps a copy
+        return None
+    after = event[at + len(text) - 1 :]
+    padding = _PADDED_END.search(after)
+    if padding is None:
+        return Shape(event[: at + 1], after, padded=False)
+    if padding.end() != len(after):
+        return None
+    return Shape(event[: at + 1], after[: padding.start() + len(_PADDING)], padded=True)
 
 
 class Event(Struct):

@@ -1,95 +1,138 @@
 """The scanner of a provider's event stream: what may go to the client now, and what was seen on the way.
 
-Events pass as the very bytes they came in. No JSON is decoded but that of an event which bears usage or an error. Lines end
-in LF; what OpenAI's SDKs choke on (`id:`, `retry:`, an `event:` without data, empty data) is dropped; `[DONE]` is swallowed,
-for whoever relays writes it after a good end. The format: WHATWG HTML, "Server-sent events", 9.2.6.
+Events pass as the very bytes they came in. JSON is decoded of events that bear usage or an error, or whose text can't be found
+otherwise. Lines end in LF; what OpenAI's SDKs choke on (`id:`, `retry:`, an `event:` without data, empty data) is dropped; the
+`[DONE]` is swallowed: the relay writes one after a good end. The format: WHATWG HTML, "Server-sent events", 9.2.6.
 """
 
-import re
 from typing import Any, Final
 
 from msgspec import Raw
 
 from meshproxy.errors import UpstreamFault, upstream_error
-from meshproxy.wire.event import bears, error_in, is_plain, joined, parse
+from meshproxy.wire.event import FINISH_REASON, Shape, bears, error_in, is_plain, joined, parse, shape_of
+from meshproxy.wire.output import audio_tokens, escaped, pieces_tokens, read_output
 from meshproxy.wire.usage import Report, decode_members, decode_text, decode_value, find_report
 
 PING: Final = b": ping\n\n"
 DONE: Final = b"data: [DONE]\n\n"
 
-MAX_EVENT_BYTES: Final = 1_048_576  # an event larger than this is no event of a chat
+MAX_EVENT_BYTES: Final = 16_777_216  # unless the upstream's settings say otherwise: providers send images in events
 MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that the one that is kept stays small
+MAX_UNCOUNTED_BYTES: Final = 4096  # of text
+FIRST_EVENTS: Final = 256  # so many more count, when shapes are learned
+EVENTS_A_LESSON: Final = 8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
 
 _BOM: Final = b"\xef\xbb\xbf"
 _LF: Final = 10
+_CR: Final = 13
 _UNFINISHED: Final = b'"finish_reason":null'  # as OpenAI writes it, and most others
-_FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+_NO_SHAPE: Final = Shape(b"\n", b"\n", padded=False)  # no event begins like it
 
 
 class StreamScanner:
-    """One stream's scanner. `hide_usage` holds back the usage-only event, for a client that didn't ask for it.
+    """One stream's scanner. `hide_usage` holds back the usage-only event, for a client that didn't ask for it;
+    `max_event_bytes` bounds an event, and `audio_format` is the one that was asked for.
 
     `events`: data events seen, without `[DONE]`. `report`: what was reported, all events together. `done`: `[DONE]` was seen.
     `error`: what the provider sent instead of going on; neither that event nor anything after it is forwarded.
 
-    `tokens` estimates the output so far: one for each event, and one for every 4 bytes by which an event is larger than the
-    smallest one seen (its envelope), where that is more. So it is right where an event is one token of ordinary length, about
-    right where a provider puts several tokens of English into one event, up to a third too low for batched Chinese or
-    Japanese (3 bytes a token), and several times too high for escaped text and for logprobs.
+    `tokens` estimates the output so far from its text; `most` is what it can't exceed, and costs nothing to know: text is kept
+    uncounted, up to a bound, until somebody asks. Nearly all events of a stream differ in their text alone, so the bytes around
+    it are learned, and an event of that shape isn't decoded.
     """
 
     __slots__ = (
+        "_after",
+        "_after_size",
+        "_audio_format",
+        "_before",
         "_begun",
+        "_counted",
         "_cr",
-        "_envelope",
         "_finished",
+        "_flush_at",
         "_held",
         "_hide_usage",
+        "_lessons",
+        "_max_event_bytes",
         "_model",
         "_over",
+        "_padded",
+        "_pieces",
         "_plain",
+        "_reported_at",
         "_sample",
+        "_text",
+        "_text_at",
         "done",
         "error",
         "events",
+        "most",
         "report",
-        "tokens",
     )
 
-    def __init__(self, *, hide_usage: bool) -> None:
+    def __init__(
+        self, *, hide_usage: bool, max_event_bytes: int = MAX_EVENT_BYTES, audio_format: str | None = None
+    ) -> None:
         self.events = 0
-        self.tokens = 0
+        self.most = 0
         self.report: Report | None = None
         self.done = False
         self.error: dict[str, Any] | None = None
         self._hide_usage = hide_usage
+        self._max_event_bytes = max_event_bytes
+        self._audio_format = audio_format
         self._begun = False
         self._cr = False  # the last byte was CR, so an LF that follows belongs to it
         self._held = bytearray()  # the beginning of an event
         self._plain = True  # nothing is held and the stream isn't over
         self._over = False
-        self._envelope = MAX_EVENT_BYTES
         self._finished = False
         self._sample = b""  # the first event that isn't large
         self._model: str | None = None
+        self._counted = 0  # tokens of text that isn't kept any more
+        self._text = bytearray()  # uncounted, as JSON writes it
+        self._pieces = 0  # of `_text`
+        self._flush_at = MAX_UNCOUNTED_BYTES  # of `most`
+        self._reported_at = -1  # `_counted` and uncounted bytes when the report came
+        self._lessons = 0
+        self._learn(_NO_SHAPE)
 
     def feed(self, payload: bytes) -> bytes:
         """What may go to the client now: whole events only, and `payload` itself (the same object) when it is nothing else.
 
-        UpstreamFault for an event of more than 1 MiB.
+        UpstreamFault for an event of more than `max_event_bytes`.
         """
-        size = len(payload)
-        if self._plain and size <= MAX_PLAIN_BYTES and is_plain(payload, size):
-            self.events += 1
-            if size < self._envelope:  # noqa: PLR1730 - min() costs a fifth of the whole call
-                self._envelope = size
-            self.tokens += (size - self._envelope) // 4 or 1
-            if self.events == 1:
-                self._sample = payload
-            if payload.rfind(_UNFINISHED) < 0:
-                self._look_for_finish(payload)
-            return payload
+        if self._plain:
+            if self._has_shape(payload):
+                return payload
+            size = len(payload)
+            if size <= MAX_PLAIN_BYTES and is_plain(payload, size):
+                self.events += 1
+                self._read(payload, payload[6:])
+                if payload.rfind(_UNFINISHED) < 0:
+                    self._look_for_finish(payload)
+                return payload
         return self._scan(payload)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether text came after the report."""
+        return self.report is not None and self._reported_at != self._counted + len(self._text)
+
+    @property
+    def tokens(self) -> int:
+        """Estimate the output so far."""
+        if self._text:
+            outdated = self.outdated
+            self._counted += pieces_tokens(bytes(self._text), self._pieces)
+            self._text.clear()
+            self._pieces = 0
+            self._reported_at = -1 if outdated else self._counted
+        self.most = self._counted
+        self._flush_at = self._counted + MAX_UNCOUNTED_BYTES
+        return self._counted
 
     def finish(self) -> bytes:
         """The upstream's body has ended: what may still go out, which is an event that only lacks its blank line."""
@@ -123,19 +166,70 @@ class StreamScanner:
 
     def _are_plain(self, text: bytes) -> bool:
         """Whether these whole events, as they come in a burst, are plain every one of them. If so they are counted."""
+        if self._have_shape(text):
+            return True
         if not text.startswith(b"data: {") or text.rfind(b'"error"') >= 0 or text.rfind(b'"usage"') >= 0:
             return False
         lines = text.split(b"\n")
         events = lines[:-1:2]
         count = len(events)
-        if any(lines[1::2]) or text.count(b"\n\ndata: {") != count - 1 or len(text) > MAX_EVENT_BYTES:
+        if any(lines[1::2]) or text.count(b"\n\ndata: {") != count - 1 or len(text) > self._max_event_bytes:
             return False
-        self.events += count
         for event in events:
-            self._count(event, len(event) + 2)
+            self._count(event + b"\n\n")
         if text.count(_UNFINISHED) < text.count(b'"finish_reason"'):
             self._look_for_finish(text)
         return True
+
+    def _have_shape(self, text: bytes) -> bool:
+        """Whether these are events of the stream's usual shape, every one of them. If so they are counted."""
+        if self._padded or not text.startswith(self._before):
+            return False
+        parts = text.split(self._after)
+        count = len(parts) - 1
+        texts = b"".join(parts).split(self._before)
+        if parts[-1] or texts[0] or len(texts) != count + 1:
+            return False
+        joined_text = b"".join(texts)
+        if (
+            _LF in joined_text
+            or _CR in joined_text
+            or joined_text.count(b'"') != joined_text.count(b'\\"')
+            or joined_text.find(b'\\\\"') >= 0
+        ):
+            return False
+        self.events += count
+        self._add(joined_text, count + 1 - texts.count(b""))
+        return True
+
+    def _has_shape(self, event: bytes) -> bool:
+        """Whether this is one event of the stream's usual shape. If so it is counted. The hot path."""
+        if not event.startswith(self._before):
+            return False
+        start = self._text_at
+        end = event.find(b'"', start)
+        if not event.startswith(self._after, end) or _CR in event:
+            return False
+        size = len(event)
+        if event.find(b"\n") != size - 2:
+            return False
+        if self._padded:
+            if event.find(b'"', end + self._after_size) != size - 4 or not event.endswith(b'"}\n\n'):
+                return False
+        elif size - end != self._after_size:
+            return False
+        self.events += 1
+        if end > start:
+            self._text += event[start:end]
+            self._pieces += 1
+            self.most += end - start
+            if self.most > self._flush_at:
+                self.tokens  # noqa: B018 - counts
+        return True
+
+    def _learn(self, shape: Shape) -> None:
+        self._before, self._after, self._padded = shape.before, shape.after, shape.padded
+        self._text_at, self._after_size = len(shape.before), len(shape.after)
 
     def _by_event(self, text: bytes) -> bytes:
         forwarded = []
@@ -167,18 +261,20 @@ class StreamScanner:
         end = last + 2 if last >= 0 else 0
         whole = bytes(held[:end])
         del held[:end]
-        if len(held) > MAX_EVENT_BYTES:
+        if len(held) > self._max_event_bytes:
             raise self._too_large()
         return whole
 
     def _event(self, event: bytes) -> bytes:
         """What the client gets of one event, which is `event` itself wherever it can be."""
         size = len(event)
-        if size > MAX_EVENT_BYTES:
+        if size > self._max_event_bytes:
             raise self._too_large()
+        if self._has_shape(event):
+            return event
         if is_plain(event, size):
             self.events += 1
-            self._count(event, size)
+            self._read(event, event[6:])
             self._look_for_finish(event)
             return event
         if not self._begun:
@@ -200,24 +296,44 @@ class StreamScanner:
         self.error = error_in(parsed, members)
         if self.error is not None:
             self._over = True
-        usage_only = members is not None and self._note_usage(members)
-        if self.error is not None or (usage_only and self._hide_usage):
-            return b""
-        out = joined(parsed.lines)
-        if not usage_only:
-            self._count(out, len(out))
+        out = joined(parsed.lines) if self.error is None else b""
+        if out:
+            self._read(out, parsed.data)  # before its usage, which is as new as its text
             self._look_for_finish(out)
-        return out
+        usage_only = members is not None and self._note_usage(members)
+        return b"" if usage_only and self._hide_usage else out
 
-    def _count(self, event: bytes, size: int) -> None:
-        if size < self._envelope:  # noqa: PLR1730 - as in feed()
-            self._envelope = size
-        self.tokens += (size - self._envelope) // 4 or 1
-        if not self._sample and size <= MAX_PLAIN_BYTES:
+    def _count(self, event: bytes) -> None:
+        """Count one plain event of a burst."""
+        if not self._has_shape(event):
+            self.events += 1
+            self._read(event, event[6:])
+
+    def _read(self, event: bytes, data: bytes) -> None:
+        """Count the output of an event, whose shape may be the next ones' too."""
+        if not self._sample and len(event) <= MAX_PLAIN_BYTES:
             self._sample = event
+        output = read_output(data)
+        if output.audio_chars:
+            self._counted += audio_tokens(output.audio_chars, self._audio_format)
+            self.most += audio_tokens(output.audio_chars, self._audio_format)
+        if output.texts:
+            self._add(b"".join([escaped(text) for text in output.texts]), output.pieces)
+            if self._lessons * EVENTS_A_LESSON < self.events + FIRST_EVENTS and event.startswith(b"data: {"):
+                self._lessons += 1
+                shape = shape_of(event, output)
+                if shape is not None:
+                    self._learn(shape)
+
+    def _add(self, text: bytes, pieces: int) -> None:
+        self._text += text
+        self._pieces += pieces
+        self.most += len(text)
+        if self.most > self._flush_at:
+            self.tokens  # noqa: B018 - counts
 
     def _look_for_finish(self, event: bytes) -> None:
-        self._finished = self._finished or _FINISH_REASON.search(event) is not None
+        self._finished = self._finished or FINISH_REASON.search(event) is not None
 
     def _note_usage(self, members: dict[str, Raw]) -> bool:
         """Note the usage of an event; whether the event has nothing else."""
@@ -225,6 +341,8 @@ class StreamScanner:
         if report is None:
             return False
         self.report = report.over(self.report)
+        if report.counts_output:
+            self._reported_at = self._counted + len(self._text)
         self._model = decode_text(members.get("model")) or self._model
         return not decode_value(members.get("choices"))
 
@@ -232,5 +350,7 @@ class StreamScanner:
         self._over = True
         self._plain = False
         self._held.clear()
-        problem = upstream_error(f"The provider sent an event of more than {MAX_EVENT_BYTES} bytes.", may_have_run=True)
+        problem = upstream_error(
+            f"The provider sent an event of more than {self._max_event_bytes} bytes.", may_have_run=True
+        )
         return UpstreamFault(problem, safe_to_repeat=False)

@@ -200,22 +200,6 @@ def decode_reply(body: bytes) -> Reply:
     )
 
 
-def output_bytes(body: bytes) -> int:
-    """How much text a whole answer's choices have, in bytes: what an estimate goes by where no usage was reported."""
-    choices = decode_value((decode_members(body) or {}).get("choices"))
-    values = [choice.get("message") for choice in choices or () if isinstance(choice, dict)]
-    size = 0
-    while values:  # no recursion: a provider may nest as deep as it likes
-        value = values.pop()
-        if isinstance(value, str):
-            size += len(value.encode())
-        elif isinstance(value, dict):
-            values += value.values()
-        elif isinstance(value, list):
-            values += value
-    return size
-
-
 def decode_members(text: bytes | Raw) -> dict[str, Raw] | None:
     """The members of a provider's JSON object as JSON, their own bytes where they can be; None if it is anything else."""
     members = _decoded(_MEMBERS, text)

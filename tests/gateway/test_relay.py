@@ -18,19 +18,19 @@ def event(text="x", finish="null"):
 
 LAST = event("", '"stop"')
 USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
-LARGE = event("x" * LOOK_BYTES)  # after so much the client is looked at
+LARGE = event("").replace(b'"m"', b'"' + b"m" * LOOK_BYTES + b'"')  # after so much the client is looked at
 NO_CREDIT = Denied("insufficient_credits", "credit", 0)
 
 
 class Stream:
     """A relay that runs, between a provider and a client."""
 
-    def __init__(self, *, covered=100, slice_tokens=100, hide_usage=True):
+    def __init__(self, *, covered=100, slice_tokens=100, hide_usage=True, max_event_bytes=10_000_000):
         self.provider, self.client, self.ledger = Provider(), Client(), Renewals()
         self.now = 100.0
         self.exchange = exchange(plan())
         self.lease = lease(self.ledger, self.exchange.plan, covered=covered, slice_tokens=slice_tokens)
-        scanner = StreamScanner(hide_usage=hide_usage)
+        scanner = StreamScanner(hide_usage=hide_usage, max_event_bytes=max_event_bytes)
         self.relay = Relay(self.provider, self.client, self.exchange, self.lease, scanner, lambda: self.now)
         self.lease.watch(self.relay.renewed)
         self.task = asyncio.create_task(self.relay.run())
@@ -66,47 +66,47 @@ async def short():
 
 
 async def test_events_go_out_in_the_call_that_brought_them(stream):
-    payload, frame = event("a"), b"%x\r\n" % len(event("a")) + event("a") + b"\r\n"
+    payload, frame = event(" a"), b"%x\r\n" % len(event(" a")) + event(" a") + b"\r\n"
     stream.provider.sink.data(payload, frame)
     assert stream.client.sent[0] is payload
     assert stream.client.frames[0] is frame
 
 
 async def test_a_frame_is_not_used_for_other_bytes_than_its_own(stream):
-    stream.provider.sink.data(event("a") + DONE, b"frame")
-    assert (event("a"), None) == (stream.client.sent[0], stream.client.frames[0])
+    stream.provider.sink.data(event(" a") + DONE, b"frame")
+    assert (event(" a"), None) == (stream.client.sent[0], stream.client.frames[0])
 
 
 async def test_a_good_end_is_told_once(stream):
-    stream.says(event("a"), LAST, USAGE, DONE)
+    stream.says(event(" a"), LAST, USAGE, DONE)
     stream.provider.sink.end()
     await stream.task
-    assert event("a") + LAST + DONE == stream.client.text
+    assert event(" a") + LAST + DONE == stream.client.text
     assert ("completed", True, True) == (stream.relay.outcome, stream.client.finished, stream.provider.closed)
     assert {"prompt": 1, "completion": 2} == stream.relay.scanner.report.counts
 
 
 async def test_the_client_need_not_wait_for_the_end_of_the_body(stream):
-    stream.says(event("a"), DONE)
+    stream.says(event(" a"), DONE)
     assert DONE == stream.client.sent[-1]
 
 
 async def test_what_dies_after_its_done_was_whole(stream):
-    stream.says(event("a"), DONE)
+    stream.says(event(" a"), DONE)
     stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
     assert ("completed", DONE) == (stream.relay.outcome, stream.client.sent[-1])
 
 
 async def test_a_finish_reason_is_a_good_end_without_done(stream):
-    stream.says(event("a"), LAST)
+    stream.says(event(" a"), LAST)
     stream.provider.sink.end()
     await stream.task
     assert ("completed", DONE) == (stream.relay.outcome, stream.client.sent[-1])
 
 
 async def test_an_early_end_is_none(stream):
-    stream.says(event("a"))
+    stream.says(event(" a"))
     stream.provider.sink.end()
     await stream.task
     assert ("upstream_failed", "upstream_error") == (stream.relay.outcome, stream.error["code"])
@@ -114,7 +114,7 @@ async def test_an_early_end_is_none(stream):
 
 
 async def test_a_provider_that_dies_is_told_in_one_last_event(stream):
-    stream.says(event("a"))
+    stream.says(event(" a"))
     stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
     assert ("Gone.", "req_1") == (stream.error["message"], stream.error["request_id"])
@@ -122,21 +122,21 @@ async def test_a_provider_that_dies_is_told_in_one_last_event(stream):
 
 
 async def test_a_provider_that_tells_an_error_is_quoted(stream):
-    stream.says(event("a"), b'data: {"error":{"message":"Overheated"}}\n\n')
+    stream.says(event(" a"), b'data: {"error":{"message":"Overheated"}}\n\n')
     await stream.task
     assert {"message": "Overheated"} == stream.error["provider_error"]
     assert 2 == len(stream.client.sent)
 
 
 async def test_an_event_without_end_is_given_up(stream):
-    stream.says(b"data: " + b"x" * 1_100_000)
+    stream.says(b"data: " + b"x" * 10_000_001)
     await stream.task
     assert "upstream_error" == stream.error["code"]
     assert stream.provider.closed
 
 
 async def test_a_client_that_hangs_up_closes_the_provider(stream):
-    stream.says(event("a"))
+    stream.says(event(" a"))
     stream.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await stream.task
@@ -191,9 +191,9 @@ async def test_a_silent_provider_is_covered_by_pings(stream):
 
 async def test_an_event_puts_the_ping_off(stream):
     stream.now += 10
-    stream.says(event("a"))
+    stream.says(event(" a"))
     stream.relay.look_after(stream.now + 14, 15)
-    assert [event("a")] == stream.client.sent
+    assert [event(" a")] == stream.client.sent
 
 
 async def test_a_full_or_finished_client_gets_no_ping(stream):
@@ -207,7 +207,7 @@ async def test_a_full_or_finished_client_gets_no_ping(stream):
 
 
 async def test_the_end_of_a_body_is_not_waited_for_long_after_done(stream):
-    stream.says(event("a") + DONE)
+    stream.says(event(" a") + DONE)
     stream.relay.look_after(stream.now + LAST_BYTE_S - 0.1, 15)
     assert not stream.relay.ended
     stream.relay.look_after(stream.now + LAST_BYTE_S, 15)
@@ -216,7 +216,7 @@ async def test_the_end_of_a_body_is_not_waited_for_long_after_done(stream):
 
 
 async def test_shutdown_is_told(stream):
-    stream.says(event("a"))
+    stream.says(event(" a"))
     stream.relay.shut_down(overloaded("Closing."))
     await stream.task
     assert ("shutdown", "overloaded") == (stream.relay.outcome, stream.error["code"])
@@ -233,7 +233,7 @@ async def test_an_end_after_the_end_is_nothing(stream):
 async def test_times_are_noted(stream):
     for now in (101.0, 101.5, 104.0, 104.1):
         stream.now = now
-        stream.says(event("a"))
+        stream.says(event(" a"))
     stream.provider.sink.end()
     await stream.task
     noted = stream.exchange
@@ -241,17 +241,17 @@ async def test_times_are_noted(stream):
 
 
 async def test_more_credit_is_asked_for_before_it_is_used_up(short):
-    short.says(*[event("a")] * 2)
+    short.says(*[event(" a")] * 2)
     await turns()
     assert [] == short.ledger.asked
-    short.says(event("a"))
+    short.says(event(" a"))
     await turns()
     assert [18 * 2_500 + 7 * 10_000] == short.ledger.asked
     assert not short.provider.paused
 
 
 async def test_a_stream_past_its_credit_waits_for_more(short):
-    short.says(*[event("a")] * 5)
+    short.says(*[event(" a")] * 5)
     await turns()
     assert short.provider.paused
     await short.ledger.answer()
@@ -259,9 +259,9 @@ async def test_a_stream_past_its_credit_waits_for_more(short):
 
 
 async def test_a_stream_that_outran_its_renewal_asks_again(short):
-    short.says(*[event("a")] * 3)
+    short.says(*[event(" a")] * 3)
     await turns()
-    short.says(*[event("a")] * 5)
+    short.says(*[event(" a")] * 5)
     await short.ledger.answer()
     assert (2, True) == (len(short.ledger.asked), short.provider.paused)
     await short.ledger.answer()
@@ -269,7 +269,7 @@ async def test_a_stream_that_outran_its_renewal_asks_again(short):
 
 
 async def test_a_stream_without_more_credit_ends(short):
-    short.says(*[event("a")] * 5)
+    short.says(*[event(" a")] * 5)
     await turns()
     await short.ledger.answer(NO_CREDIT)
     await short.task
@@ -278,7 +278,7 @@ async def test_a_stream_without_more_credit_ends(short):
 
 
 async def test_credit_does_not_resume_what_waits_for_the_client(short):
-    short.says(*[event("a")] * 5)
+    short.says(*[event(" a")] * 5)
     short.client.full = True
     await turns()
     await short.ledger.answer()
@@ -290,7 +290,7 @@ async def test_credit_does_not_resume_what_waits_for_the_client(short):
 
 async def test_a_client_that_catches_up_does_not_resume_what_waits_for_credit(short):
     short.client.full = True
-    short.says(*[event("a")] * 5)
+    short.says(*[event(" a")] * 5)
     await turns()
     short.client.drain()
     await turns()
@@ -298,15 +298,15 @@ async def test_a_client_that_catches_up_does_not_resume_what_waits_for_credit(sh
 
 
 async def test_what_is_far_past_its_credit_is_kept_back_until_there_is_more(short):
-    short.says(b"".join([event("a")] * 12))
+    short.says(b"".join([event(" a")] * 12))
     await turns()
     assert [] == short.client.sent
     await short.ledger.answer()
-    assert b"".join([event("a")] * 12) == short.client.text
+    assert b"".join([event(" a")] * 12) == short.client.text
 
 
 async def test_a_client_that_is_full_of_what_was_let_go_is_waited_for(short):
-    short.says(b"".join([event("a")] * 12))
+    short.says(b"".join([event(" a")] * 12))
     await turns()
     short.client.full = True
     await short.ledger.answer()
@@ -317,16 +317,16 @@ async def test_a_client_that_is_full_of_what_was_let_go_is_waited_for(short):
 
 
 async def test_what_is_kept_back_is_not_lost_at_the_end(short):
-    short.says(b"".join([event("a")] * 12) + LAST + DONE)
+    short.says(b"".join([event(" a")] * 12) + LAST + DONE)
     short.provider.sink.end()
     await turns()
     await short.ledger.answer()
     await short.task
-    assert b"".join([event("a")] * 12) + LAST + DONE == short.client.text
+    assert b"".join([event(" a")] * 12) + LAST + DONE == short.client.text
 
 
 async def test_what_is_kept_back_is_never_sent_without_credit(short):
-    short.says(b"".join([event("a")] * 12) + DONE)
+    short.says(b"".join([event(" a")] * 12) + DONE)
     await turns()
     await short.ledger.answer(NO_CREDIT)
     await short.task

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.errors import UpstreamFault, upstream_error
+from meshproxy.wire.output import text_tokens
 from meshproxy.wire.sse import DONE, MAX_PLAIN_BYTES, PING, StreamScanner
 from meshproxy.wire.usage import Usage
 
@@ -17,6 +18,8 @@ HELLO = b'data: {"model":"gpt-4o","choices":[{"index":0,"delta":{"content":"Hell
 WORLD = b'data: {"model":"gpt-4o","choices":[{"index":0,"delta":{"content":" world"},"finish_reason":null}]}\n\n'
 STOP = b'data: {"model":"gpt-4o","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = b'data: {"model":"gpt-4o-2024","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2}}\n\n'
+NOTHING = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":0}}\n\n'
+HELLO_AND_USAGE = HELLO.replace(b'"model"', b'"usage":{"prompt_tokens":9,"completion_tokens":1},"model"')
 FAILED = b'data: {"error":{"message":"Overloaded","code":529}}\n\n'
 REPORTED = Usage(prompt=9, completion=2)
 
@@ -28,6 +31,7 @@ def seen(scanner: StreamScanner) -> dict[str, Any]:
         "usage": scanner.report and scanner.report.settled(1000)[0],
         "model": scanner.reported_model,
         "done": scanner.done,
+        "outdated": scanner.outdated,
         "error": scanner.error,
         "complete": scanner.complete,
     }
@@ -62,10 +66,11 @@ class TestWhatGoesOut:
         assert out == HELLO + WORLD + STOP
         assert found == {
             "events": 4,
-            "tokens": 3,
+            "tokens": 2,
             "usage": REPORTED,
             "model": "gpt-4o-2024",
             "done": True,
+            "outdated": False,
             "error": None,
             "complete": True,
         }
@@ -200,6 +205,30 @@ class TestUsage:
         event = b'data: {"usage": {,"error"}\n\n'
         assert event == output(event)
 
+    @pytest.mark.parametrize(
+        ("events", "expected"),
+        [
+            ([HELLO, USAGE], False),
+            ([USAGE, HELLO], True),
+            ([HELLO, USAGE, STOP], False),
+            ([HELLO, USAGE, WORLD, USAGE], False),
+            ([HELLO, USAGE, NOTHING], False),
+            ([NOTHING, HELLO], True),
+            ([HELLO_AND_USAGE], False),
+            ([HELLO_AND_USAGE, WORLD], True),
+            ([HELLO, WORLD], False),
+        ],
+    )
+    def test_a_report_before_the_last_text_is_outdated(self, events: list[bytes], expected: bool):
+        assert findings(b"".join(events))["outdated"] is expected
+
+    def test_counting_makes_no_report_outdated(self):
+        scanner = StreamScanner(hide_usage=True)
+        scanner.feed(HELLO * 9 + USAGE)
+        assert (scanner.tokens, scanner.outdated) == (9, False)
+        scanner.feed(HELLO)
+        assert (scanner.tokens, scanner.outdated) == (10, True)
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -297,48 +326,188 @@ class TestTheEnd:
         assert findings(b"data: x\n\n")["model"] is None
 
 
-class TestTokens:
-    def test_an_event_is_at_least_a_token(self):
-        assert findings(HELLO * 3 + WORLD)["tokens"] == 4
+def chunk(delta: Any, **members: Any) -> bytes:
+    """An event with this delta, and with more members beside `choices` or, by the name `choice`, in its choice."""
+    choice = {"index": 0, "delta": delta, "finish_reason": None, **members.pop("choice", {})}
+    return b"data: " + json.dumps({"id": "c", "model": "m", "choices": [choice], **members}).encode() + b"\n\n"
 
-    def test_what_is_larger_than_the_envelope_counts_by_bytes(self):
-        empty = b'data: {"choices":[{"delta":{"content":""}}]}\n\n'
-        full = empty.replace(b'""', b'"' + b"word" * 10 + b'"')
-        assert findings(empty + full)["tokens"] == 11
+
+def content(*texts: str, **members: Any) -> list[bytes]:
+    return [chunk({"content": text}, **members) for text in texts]
+
+
+WORDS = (" the", " river", " is", " old", ",", " and", " nobody", " knows", " its", " age")
+LOGPROBS = {
+    "choice": {"logprobs": {"content": [{"token": " w", "logprob": -0.3, "bytes": [32], "top_logprobs": []}] * 20}}
+}
+FILTERED = {"choice": {"content_filter_results": {"hate": {"filtered": False, "severity": "safe"}}}}
+SENTENCE = (
+    " In spring the river rises over the lower meadow, and the farmers move their fences to the road."  # 20 tokens
+)
+CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": ""}}
+
+
+def arguments(text: str) -> bytes:
+    return chunk({"tool_calls": [{"index": 0, "function": {"arguments": text}}]})
+
+
+class TestTokens:
+    @pytest.mark.parametrize(
+        ("events", "low", "high"),
+        [
+            pytest.param(content(*WORDS * 3), 30, 30, id="words"),
+            pytest.param([chunk({"role": "assistant", "content": ""}), *content(*WORDS)], 10, 10, id="role event"),
+            pytest.param(content(*WORDS, **FILTERED), 10, 10, id="Azure's filter results"),
+            pytest.param(content(*WORDS, **LOGPROBS), 10, 10, id="logprobs"),
+            pytest.param(
+                [chunk({"content": word}, obfuscation="x" * (at % 7)) for at, word in enumerate(WORDS)],
+                10,
+                10,
+                id="padding",
+            ),
+            pytest.param(
+                [
+                    chunk(
+                        {"content": word},
+                        choice={"message": {"content": "".join(WORDS[: at + 1])}},
+                        citations=["u" * 99],
+                    )
+                    for at, word in enumerate(WORDS)
+                ],
+                *(10, 10),
+                id="Perplexity's cumulative message",
+            ),
+            pytest.param(
+                [
+                    chunk(
+                        {
+                            "content": "",
+                            "reasoning": word,
+                            "reasoning_details": [{"type": "reasoning.text", "text": word}],
+                        }
+                    )
+                    for word in WORDS
+                ],
+                *(10, 10),
+                id="OpenRouter's reasoning_details",
+            ),
+            pytest.param(
+                [chunk({"reasoning_content": word, "reasoning": word}) for word in WORDS], 10, 10, id="both names"
+            ),
+            pytest.param([chunk({"refusal": word}) for word in WORDS], 10, 10, id="refusal"),
+            pytest.param(
+                [
+                    chunk({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": word}]}]})
+                    for word in WORDS
+                ],
+                *(10, 10),
+                id="Mistral's parts",
+            ),
+            pytest.param(
+                [chunk({"tool_calls": [CALL]}), *map(arguments, ('{"', "place", '":"', "x", '"}'))], 6, 8, id="tool"
+            ),
+            pytest.param(
+                [chunk({"function_call": {"name": "f", "arguments": word}}) for word in WORDS], 10, 20, id="function"
+            ),
+            pytest.param(
+                [chunk({"tool_calls": [{**CALL, "extra_content": {"google": {"thought_signature": "Cq1Z" * 1000}}}]})],
+                *(1, 3),
+                id="Gemini's thought signature",
+            ),
+            pytest.param([chunk({"images": [{"image_url": {"url": "iVBORw0K" * 9999}}]})], 0, 0, id="image"),
+            pytest.param(content(SENTENCE * 100), 1700, 2500, id="all in one event"),
+            pytest.param(content(*[SENTENCE] * 80), 1400, 2000, id="equal events"),
+            pytest.param(content(*SENTENCE * 10), 180, 260, id="a character an event"),
+            pytest.param(content(*["春天的河水", "漫过低处的草地，"] * 10), 100, 180, id="Chinese"),
+            pytest.param(content(*[" река"] * 10), 10, 10, id="escaped Cyrillic"),
+            pytest.param(content(*['say "', "yes", '"\n', "or", "\\"] * 4), 20, 20, id="quotes"),
+            pytest.param([event.replace(b'": ', b'":') for event in content(*WORDS)], 10, 10, id="without spaces"),
+        ],
+    )
+    def test_what_the_deltas_say_is_counted(self, events: list[bytes], low: int, high: int):
+        assert low <= run(events)[1]["tokens"] <= high
+        assert run(events) == run([b"".join(events)])
+
+    def test_a_choice_of_an_event_is_a_piece(self):
+        event = b'data: {"choices":[{"delta":{"content":" a"}},{"delta":{"content":" b"}}]}\n\n'
+        assert findings(event * 5)["tokens"] == 10
+
+    @pytest.mark.parametrize(("audio_format", "expected"), [("pcm16", 100), (None, 100), ("wav", 100), ("mp3", 300)])
+    def test_audio_counts_by_its_duration(self, audio_format: str | None, expected: int):
+        scanner = StreamScanner(hide_usage=True, audio_format=audio_format)
+        for _ in range(25):
+            scanner.feed(chunk({"audio": {"id": "a", "data": "A" * 12_800}}))
+        assert scanner.tokens == expected
+
+    @pytest.mark.parametrize("junk", [b'"logprob":NaN', b'"x":"\\ud83d"'])
+    def test_text_beside_what_is_no_json_counts(self, junk: bytes):
+        event = HELLO.replace(b'"index":0', b'"index":0,' + junk)
+        assert (event * 3, 3) == (output(event * 3), findings(event * 3)["tokens"])
+
+    def test_half_an_emoji_counts(self):
+        assert findings(HELLO.replace(b"Hello", b"\\ud83d"))["tokens"] == 1
 
     def test_comments_and_usage_are_no_tokens(self):
         for hide_usage in (True, False):
             found = findings(HELLO + PING + USAGE, hide_usage=hide_usage)
             assert (found["tokens"], found["events"]) == (1, 2)
 
+    def test_nothing_is_counted_before_somebody_asks(self):
+        scanner = StreamScanner(hide_usage=True)
+        for _ in range(3):
+            scanner.feed(HELLO)
+        assert scanner.most == 15
+        assert (scanner.tokens, scanner.most) == (3, 3)
+
+    def test_asking_on_the_way_changes_little(self):
+        scanner = StreamScanner(hide_usage=True)
+        asked = [scanner.tokens for word in WORDS if scanner.feed(content(word)[0])]
+        assert asked == list(range(1, 11))
+
+    def test_a_long_text_is_sampled(self):
+        assert 0.9 < text_tokens(SENTENCE * 5000) / (text_tokens(SENTENCE) * 5000) < 1.1
+
+
+@given(
+    st.lists(st.sampled_from([*WORDS, SENTENCE, "", '"', "\\", "\n", "é", "春", "🚀", "x" * 50]), max_size=60),
+    st.integers(1, 9),
+)
+def test_bursts_count_as_events_alone(texts: list[str], width: int):
+    events = content(*texts)
+    bursts = [b"".join(events[at : at + width]) for at in range(0, len(events), width)]
+    assert run(events) == run(bursts)
+
+
+LIMIT = 200_000
+
 
 class TestBounds:
-    LARGEST = b'data: {"x":"' + b"y" * (1_048_576 - 16) + b'"}\n\n'
+    LARGEST = b'data: {"x":"' + b"y" * (LIMIT - 16) + b'"}\n\n'
 
     @pytest.mark.parametrize("head", [b"", HELLO])
-    @pytest.mark.parametrize("cut", [0, 1, 1000, 1_048_575])
+    @pytest.mark.parametrize("cut", [0, 1, 1000, LIMIT - 1])
     def test_the_largest_event(self, head: bytes, cut: int):
         assert head + self.LARGEST == run([head + self.LARGEST[:cut], self.LARGEST[cut:]])[0]
 
-    @pytest.mark.parametrize("cut", [0, 1, 1000, 1_048_576])
+    @pytest.mark.parametrize("cut", [0, 1, 1000, LIMIT])
     def test_an_event_too_large_is_a_fault(self, cut: int):
         event = self.LARGEST.replace(b"y", b"yz", 1)
-        scanner = StreamScanner(hide_usage=True)
+        scanner = StreamScanner(hide_usage=True, max_event_bytes=LIMIT)
         with pytest.raises(UpstreamFault) as caught:
             [scanner.feed(part) for part in (event[:cut], event[cut:])]
-        problem = upstream_error("The provider sent an event of more than 1048576 bytes.", may_have_run=True)
+        problem = upstream_error(f"The provider sent an event of more than {LIMIT} bytes.", may_have_run=True)
         assert (problem, False) == (caught.value.problem, caught.value.safe_to_repeat)
         assert (scanner.feed(HELLO), scanner.finish()) == (b"", b"")
 
     @pytest.mark.parametrize("end", [b"", b"\n"])
     def test_an_event_that_never_ends_is_a_fault_before_it_does(self, end: bytes):
-        scanner = StreamScanner(hide_usage=True)
+        scanner = StreamScanner(hide_usage=True, max_event_bytes=LIMIT)
         assert b"" == scanner.feed(self.LARGEST[:-2] + b"xx")
         with pytest.raises(UpstreamFault):
             scanner.feed(b"x" + end)
 
     def test_nothing_is_held_of_what_follows_an_error(self):
-        scanner = StreamScanner(hide_usage=True)
+        scanner = StreamScanner(hide_usage=True, max_event_bytes=LIMIT)
         assert [b""] * 4 == [scanner.feed(part) for part in (FAILED, *[b"x" * 500_000] * 3)]
 
     def test_a_large_event_in_one_byte_steps_takes_no_long_time(self):
@@ -389,7 +558,7 @@ def test_any_stream_cut_anywhere_comes_out_as_the_reference_says(pieces: list[by
     stream = b"".join(pieces)
     edges = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
     parts = [stream[start:end] for start, end in itertools.pairwise(edges)]
-    scanner = StreamScanner(hide_usage=True)
+    scanner = StreamScanner(hide_usage=True, max_event_bytes=LIMIT)
     out = b"".join([scanner.feed(part) for part in parts])
     usage = scanner.report and scanner.report.settled(1000)[0]
     assert reference(stream) == (out, scanner.events, usage, scanner.done, scanner.error)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from meshproxy.errors import UpstreamFault, upstream_error
-from meshproxy.wire.usage import Reply, Usage, decode_members, decode_reply, decode_value, find_report, output_bytes
+from meshproxy.wire.usage import Reply, Usage, decode_members, decode_reply, decode_value, find_report
 
 
 def report(**members: Any) -> bytes:
@@ -344,30 +344,3 @@ class TestDecodeReply:
 @pytest.mark.parametrize("raw", [None, b"", b"{", b"x", DEEP])
 def test_what_is_no_json_has_no_value(raw: bytes | None):
     assert decode_value(raw) is None
-
-
-def message(value: Any) -> bytes:
-    return json.dumps({"choices": [{"message": value}]}).encode()
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        (message({"content": "four"}), 4),
-        (message({"content": "\u00e9\u20ac", "refusal": None}), 5),
-        (message({"content": "\U0001f600"}), 4),
-        (message({"role": "ab", "content": [{"text": "cde"}, "f", 7, None, True]}), 6),
-        (message({"tool_calls": [{"function": {"name": "ab", "arguments": "{}"}}]}), 4),
-        (b'{"choices":[{"message":{"content":"ab"}},{"message":{"content":"c"}},{"index":2},"odd"]}', 3),
-        (b'{"choices":[]}', 0),
-        (b'{"choices":null}', 0),
-        (b"{}", 0),
-        (b"[]", 0),
-        (b"\xff", 0),
-        (b'{"choices":"\xff"}', 0),
-        (b'{"choices":[{"message":"\\ud800"}]}', 1),
-        (b'{"error":{"message":"ab"},"choices":[{"logprobs":"cd"}]}', 0),
-    ],
-)
-def test_output_is_the_bytes_of_every_text_in_every_choice(body: bytes, expected: int):
-    assert expected == output_bytes(body)
