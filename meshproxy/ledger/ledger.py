@@ -155,6 +155,7 @@ class Ledger:
             settlement.price,
             settlement.started_ms,
             settlement.attempts,
+            usage.cache_write_1h,
             0 if settlement.replay is None else settlement.replay_ttl_ms,
         ]
         if settlement.budgets != NO_BUDGETS or settlement.account_budgets != NO_BUDGETS:

@@ -11,8 +11,8 @@
 -- ARGV   1 hold id, 2 unheld (1: admitted without Redis, so there may be no hold), 3 events kept in usage, 4 cost
 --        (nano-USD), 5 request id, 6 key id, 7 account, 8 session or '', 9 model, 10 upstream, 11-17 tokens: prompt,
 --        completion, cached, cache write, reasoning, audio prompt, audio completion, 18 usage source, 19 outcome,
---        20 price (JSON), 21 started (ms), 22 attempts, 23 how long a charged record is kept (ms; 0: no Idempotency-Key),
---        24-26 key's budgets: total, day, month, 27-29 account's (-1: none)
+--        20 price (JSON), 21 started (ms), 22 attempts, 23 tokens of cache write that are kept for an hour, 24 how long a
+--        charged record is kept (ms; 0: no Idempotency-Key), 25-27 key's budgets: total, day, month, 28-30 account's (-1: none)
 -- reply  1 settled, 0 settled before or never admitted
 
 -- include: clock
@@ -34,7 +34,7 @@ local BUDGETS = { 'total', 'daily', 'monthly' }
 
 local id, unheld, cost = ARGV[1], ARGV[2] == '1', ARGV[4]
 local session_key = ARGV[8] ~= '' and KEYS[15]
-local replay_key = ARGV[23] ~= '0' and KEYS[#KEYS]
+local replay_key = ARGV[24] ~= '0' and KEYS[#KEYS]
 local live = redis.call('HGET', KEYS[3], id)
 local record = live or redis.call('HGET', KEYS[5], id)
 if unheld then
@@ -64,7 +64,7 @@ if replay_key then
     cost, waived = '0', cost
   elseif ARGV[19] == 'completed' and (not owner or owner == id) and (not state or state == 'running') then
     redis.call('HSET', replay_key, 'owner', id, 'state', 'charged', 'charged_ms', whole(now_ms))
-    redis.call('PEXPIRE', replay_key, ARGV[23])
+    redis.call('PEXPIRE', replay_key, ARGV[24])
   end
 end
 
@@ -80,9 +80,9 @@ if cost ~= '0' then
     charge(session_key, cost)
     redis.call('EXPIRE', session_key, SESSION_KEPT_S)
   end
-  for index = 1, ARGV[24] and 3 or 0 do
-    note_thresholds('key ' .. BUDGETS[index] .. ' budget', ARGV[6], tonumber(ARGV[23 + index]), of_key[index], nusd)
-    note_thresholds('account ' .. BUDGETS[index] .. ' budget', '', tonumber(ARGV[26 + index]), of_account[index], nusd)
+  for index = 1, ARGV[25] and 3 or 0 do
+    note_thresholds('key ' .. BUDGETS[index] .. ' budget', ARGV[6], tonumber(ARGV[24 + index]), of_key[index], nusd)
+    note_thresholds('account ' .. BUDGETS[index] .. ' budget', '', tonumber(ARGV[27 + index]), of_account[index], nusd)
   end
   local topped = tonumber(redis.call('HGET', KEYS[8], 'topped_nusd') or 0)
   note_thresholds('credit', '', topped, topped - balance, nusd)
@@ -95,7 +95,7 @@ local event = redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[3], '*', 'event', 
   'reasoning_tokens', ARGV[15], 'audio_prompt_tokens', ARGV[16], 'audio_completion_tokens', ARGV[17],
   'cost_nusd', cost, 'held_nusd', whole(hold and hold.amount or 0), 'usage_source', ARGV[18], 'outcome', ARGV[19],
   'hold', live and 'live' or record and 'abandoned' or 'none', 'price', ARGV[20], 'started_ms', ARGV[21],
-  'settled_ms', whole(now_ms), 'attempts', ARGV[22], 'waived_nusd', waived, 'v', '1')
+  'settled_ms', whole(now_ms), 'attempts', ARGV[22], 'cache_write_1h_tokens', ARGV[23], 'waived_nusd', waived, 'v', '1')
 local requests = redis.call('HLEN', KEYS[14])
 if requests < REQUESTS_A_DAY then redis.call('HSET', KEYS[14], ARGV[5], event) end
 if requests == 0 then redis.call('EXPIRE', KEYS[14], REQUESTS_KEPT_S) end

@@ -98,14 +98,24 @@ async def test_without_a_limit_there_is_no_bucket(ledger, ask, settlement, snaps
 async def test_the_event_tells_it_all(ledger, ask, settlement, read, keys):
     await ledger.grant("acme", 1000)
     await ledger.admit(ask(session="s1"))
-    usage = Usage(prompt=9, completion=8, cached=7, cache_write=1, reasoning=5, audio_prompt=1, audio_completion=2)
+    usage = Usage(
+        prompt=9,
+        completion=8,
+        cached=7,
+        cache_write=2,
+        reasoning=5,
+        audio_prompt=1,
+        audio_completion=2,
+        cache_write_1h=1,
+    )
     await ledger.settle(settlement(usage=usage, session="s1", price='{"input":1}', attempts=2))
     event = (await read.events(keys.usage))[-1]
     assert int(event.pop("settled_ms")) > 1_764_000_000_000
     assert event == {
         "event": "settled", "hold_id": "h1", "request_id": "req-h1", "key": "k1", "account": "acme", "session": "s1",
         "model": "openai/gpt-4o", "upstream": "openai", "prompt_tokens": "9", "completion_tokens": "8",
-        "cached_tokens": "7", "cache_write_tokens": "1", "reasoning_tokens": "5", "audio_prompt_tokens": "1",
+        "cached_tokens": "7", "cache_write_tokens": "2", "cache_write_1h_tokens": "1",
+        "reasoning_tokens": "5", "audio_prompt_tokens": "1",
         "audio_completion_tokens": "2", "cost_nusd": "60", "held_nusd": "100", "usage_source": "reported",
         "outcome": "completed", "hold": "live", "price": '{"input":1}', "started_ms": "1764000000000",
         "attempts": "2", "waived_nusd": "0", "v": "1",
