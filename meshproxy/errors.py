@@ -4,6 +4,7 @@ A denial is a `Problem` returned as a value. A `Fault` is an exception that carr
 that nobody has to guess whom to blame. The codes are a promise to users: docs/errors.md lists them.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -136,9 +137,11 @@ def spend_limit_exceeded(message: str) -> Problem:
     return Problem(402, "spend_limit_exceeded", message)
 
 
-def model_not_found(model: str) -> Problem:
-    """404: no such model here."""
-    return Problem(404, "model_not_found", f"The model `{model[:128]}` does not exist or is not served here.", "model")
+def model_not_found(model: str, nearest: str | None = None) -> Problem:
+    """404: no such model here. `nearest`: the name of one that there is, for who has mistyped it."""
+    hint = f" Did you mean `{nearest}`?" if nearest else ""
+    message = f"The model `{model[:128]}` does not exist or is not served here.{hint}"
+    return Problem(404, "model_not_found", message, "model")
 
 
 def template_not_found(name: str) -> Problem:
@@ -154,6 +157,12 @@ def not_found(message: str) -> Problem:
 def method_not_allowed(message: str) -> Problem:
     """405"""
     return Problem(405, "method_not_allowed", message)
+
+
+def invalid_api_version(version: str, known: Sequence[str]) -> Problem:
+    """400: a version of the API that there isn't."""
+    message = f"The API version `{version[:32]}` is not known. Known: {', '.join(known)}."
+    return Problem(400, "invalid_api_version", message)
 
 
 def request_timeout(message: str) -> Problem:

@@ -6,6 +6,7 @@ from functools import partial
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from multidict import CIMultiDict
 
 from meshproxy.app.load import filled
 from meshproxy.app.worker import Worker, with_redis
@@ -13,10 +14,14 @@ from meshproxy.config import Settings
 from meshproxy.server import openapi
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
-from meshproxy.server.envelope import envelope_errors
+from meshproxy.server.downstream import Sent
+from meshproxy.server.envelope import PATHS, envelope_errors
 from meshproxy.server.general import Strictness
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog
+from meshproxy.wire.headers import VERSION_HEADER, cors_headers, preflight_headers
+
+HEALTH_PATH = "/health"
 
 HANGUP_POLL_S = 0.25  # how late it is noticed that a client is gone, in a program of one's own
 
@@ -55,12 +60,15 @@ def application(
     worker's own.
     """
     app = web.Application(
-        middlewares=[_counting(worker), envelope_errors, *middlewares],
+        middlewares=[_counting(worker), _for_browsers(worker), envelope_errors, *middlewares],
         client_max_size=worker.settings.server.max_body_bytes,
     )
     app.router.add_post(CHAT_PATH, serve_chat or worker.serve_chat, expect_handler=_not_yet)
     for method, path, function in ROUTES:
-        app.router.add_route(method, path, partial(_answer, worker, function), expect_handler=_not_yet)
+        for one in ("GET", "HEAD") if method == "GET" else (method,):
+            app.router.add_route(one, path, partial(_answer, worker, function), expect_handler=_not_yet)
+    app.router.add_get(HEALTH_PATH, _health)
+    app[PATHS] = (CHAT_PATH, *(path for _, path, _ in ROUTES if "{" not in path))
     app.router.add_get(openapi.PATH, openapi.handler())
     return app
 
@@ -106,6 +114,28 @@ async def _until_hangup(serve: Handler, request: web.Request) -> web.StreamRespo
     if serving.cancelled():
         raise ConnectionResetError("the client has hung up")
     return serving.result()
+
+
+def _for_browsers(worker: Worker) -> Middleware:
+    """Put the version of the API and, for an allowed origin, the headers of CORS on every answer; answer preflight requests."""
+
+    @web.middleware
+    async def for_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
+        headers = cors_headers(request.headers.get("origin"), worker.settings.server.cors_origins)
+        if headers and request.method == "OPTIONS" and "access-control-request-method" in request.headers:
+            asked = request.headers.get("access-control-request-headers")
+            return web.Response(status=204, headers=CIMultiDict([*headers, *preflight_headers(asked), VERSION_HEADER]))
+        response = await handler(request)
+        if not isinstance(response, Sent):
+            response.headers.extend([*headers, VERSION_HEADER])
+        return response
+
+    return for_browsers
+
+
+async def _health(_request: web.Request) -> web.Response:
+    """Answer that the listener is up; whether it is ready is the admin listener's to say."""
+    return web.json_response({"status": "ok"})
 
 
 async def _not_yet(_request: web.Request) -> None:

@@ -42,6 +42,13 @@ HeaderName = Annotated[  # RFC 9110, 5.6.2; those of a connection: 7.6.1
         description="the name of a header that is neither a connection's nor one that the gateway sends by itself",
     ),
 ]
+Origin = Annotated[
+    str,
+    Meta(
+        pattern=r"\A(\*|https?://[A-Za-z0-9.\-\[\]:]{1,255})\Z",
+        description="an origin (RFC 6454), such as https://app.example, or *",
+    ),
+]
 HeaderValue = Annotated[str, Meta(pattern=r"\A[!-~]([ -~]*[!-~])?\Z", description="what a header can carry")]
 
 
@@ -73,6 +80,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     admin_hosts: list[Name] = field(default_factory=list)
     tls_cert: str | None = None
     tls_key: str | None = None
+    cors_origins: list[Origin] = field(default_factory=list)
     proxy_protocol: bool = False
     trusted_proxies: list[Network] = field(default_factory=lambda: ["127.0.0.0/8"])
     allowed_clients: list[Network] = field(default_factory=list)

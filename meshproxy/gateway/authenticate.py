@@ -9,6 +9,9 @@ from meshproxy.policy.principal import Principal
 from meshproxy.wire.headers import bearer
 
 NO_KEY = unauthorized("Send your key as `Authorization: Bearer rsk_...`.")
+OTHER_KEY = unauthorized(
+    "This is not a key of this gateway: its keys begin with `rsk_`. Send one as `Authorization: Bearer rsk_...`."
+)
 UNKNOWN_KEY = unauthorized("This key is not known.")
 
 
@@ -33,7 +36,7 @@ class Authenticator:
         secret = bearer(authorization)
         principal = await self._directory.principal(secret) if secret is not None else None
         if principal is None:
-            problem = NO_KEY if secret is None else UNKNOWN_KEY
+            problem = UNKNOWN_KEY if secret is not None else OTHER_KEY if authorization else NO_KEY
         elif (objection := self._objection(principal)) is None:
             return principal
         else:

@@ -32,6 +32,7 @@ class Call(Value, frozen=True):
     idempotency_key: str | None = None
     trace_id: str | None = None
     deadline: float = math.inf
+    api_version: str | None = None
     client: str | None = None
 
 

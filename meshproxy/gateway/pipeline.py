@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable
 
-from meshproxy.errors import Fault, Problem, UpstreamFault, internal_error, overloaded
+from meshproxy.errors import Fault, Problem, Source, UpstreamFault, internal_error, invalid_api_version, overloaded
 from meshproxy.gateway.admission import limit_headers, refused
 from meshproxy.gateway.admitter import Admitter
 from meshproxy.gateway.attempts import Attempts
@@ -35,7 +35,7 @@ from meshproxy.policy.failover import after_event
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
-from meshproxy.wire.headers import downstream_headers
+from meshproxy.wire.headers import API_VERSIONS, downstream_headers
 from meshproxy.wire.output import answer_tokens, audio_format
 from meshproxy.wire.sse import StreamScanner
 from meshproxy.wire.usage import decode_reply
@@ -99,6 +99,8 @@ class Gateway:
         deployment = self.deployment
         try:
             principal = exchange.principal = await self._authenticator.principal(call.authorization, call.client)
+            if call.api_version is not None and call.api_version not in API_VERSIONS:
+                raise Fault(Source.CLIENT, invalid_api_version(call.api_version, API_VERSIONS))
             room = exchange.room = self.bodies.room(principal.account.name)
             body = await call.read_body(room.take)
             process = self._process if call.idempotency_key is None else self._process_once

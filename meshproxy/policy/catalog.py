@@ -6,6 +6,7 @@ places by it. `models`, the client's fallbacks, is walked here, but for an upstr
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import groupby
 
 from msgspec import Raw
@@ -17,6 +18,8 @@ from meshproxy.money import parse_usd
 from meshproxy.policy.pricing import Price, price_of, service_prices
 from meshproxy.value import Value
 
+MAX_COMPARED_CHARS = 64  # of a name that is not known
+MAX_COMPARED_MODELS = 512
 MAX_ATTEMPTS = 16  # of one request, however many routes and fallbacks it has
 
 # Fields that a provider takes money for beside the tokens, and which kinds of upstream do: OpenRouter's plugins (a web search
@@ -113,6 +116,11 @@ class Catalog:
         """One model, or None if there is no such."""
         return self._entries.get(name)
 
+    def nearest(self, name: str) -> str | None:
+        """Return the model whose name is most like this one; None if none is like it."""
+        found = get_close_matches(name[:MAX_COMPARED_CHARS], self.ids[:MAX_COMPARED_MODELS], n=1)
+        return found[0] if found else None
+
     def attempts(self, model: str, fallbacks: Sequence[str] = (), *, spin: float) -> tuple[Attempt, ...]:
         """Whom to ask, in order; at most MAX_ATTEMPTS. `spin` in [0, 1) decides among equals.
 
@@ -126,7 +134,7 @@ class Catalog:
     def _known(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
-            raise Fault(Source.CLIENT, model_not_found(name))
+            raise Fault(Source.CLIENT, model_not_found(name, self.nearest(name)))
         return entry
 
 

@@ -80,6 +80,8 @@ def check_template(body: bytes, *, partial: bool) -> TemplateFields:
     known: dict[str, Any] = {}
     details: list[Detail] = []
     for name, raw in _members(body).items():
+        if name in _IGNORED:
+            continue
         decode = _DECODERS.get(name)
         if decode is None:
             details.append(_not_a_field(name))
@@ -166,6 +168,7 @@ FIELDS: Final[dict[str, Any]] = {
 _DECODERS: Final = {name: Decoder(kind).decode for name, kind in FIELDS.items()}
 _MEMBERS: Final = Decoder(dict[str, Raw])
 _EMPTY: Final[dict[str, Any]] = {"params": {}, "variables": []}  # what null clears to; None for the others
+_IGNORED: Final = frozenset({"team_id"})  # Mesh's, whose teams are accounts here
 _NOT_WRITTEN: Final = frozenset({"id", "owner", "is_global", "created_at", "updated_at"})
 
 
@@ -215,9 +218,7 @@ def _absences(known: Mapping[str, Any], complained: Collection[str | int]) -> It
 
 
 def _prompt_faults(system: str | None, messages: list[Message] | None) -> Iterator[Detail]:
-    if not system and not messages:
-        yield Detail("missing", ("body", "system"), "A template needs `system` or `messages`")
-    elif (_size(system) or 0) + (_size(messages) or 0) > MAX_PROMPT_BYTES:
+    if (_size(system) or 0) + (_size(messages) or 0) > MAX_PROMPT_BYTES:
         yield Detail("too_long", ("body", "messages"), f"More than {MAX_PROMPT_BYTES} bytes of JSON with `system`")
 
 

@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import GROUPS, Row, usage
 from meshproxy.money import format_usd, in_usd
+from meshproxy.policy.catalog import Entry
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.body import read_json_body
@@ -28,7 +30,13 @@ from meshproxy.wire.headers import format_reset
 
 MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times what a template may have; to take 33 MB apart stalls others for 1.5 s
 DEFAULT_SPAN = timedelta(days=30)
+DEFAULT_PAGE = 50  # models on a page of a search
+MAX_PAGE = 500
+MAX_OFFSET = 1_000_000
 EPOCH = datetime.fromtimestamp(0, UTC)
+
+_FREE = {"true": True, "false": False}
+_SORTS = {"id": "id", "name": "name", "brand": "brand", "context_length": "context_length"}
 
 
 class Api:
@@ -52,18 +60,53 @@ class Api:
         self._started = int(time.time())
 
     async def models(self, request: web.Request) -> web.Response:
-        """`GET /v1/models`: what this key may use."""
+        """`GET /v1/models`: what this key may use; `free=true` or `false`, `provider=`. A bare array for Mesh's SDKs."""
+        return await self._listed(request, free=_FREE.get(request.query.get("free", "")))
+
+    async def free_models(self, request: web.Request) -> web.Response:
+        """`GET /v1/models/free`: those that cost nothing."""
+        return await self._listed(request, free=True)
+
+    async def paid_models(self, request: web.Request) -> web.Response:
+        """`GET /v1/models/paid`: those that cost something."""
+        return await self._listed(request, free=False)
+
+    async def search_models(self, request: web.Request) -> web.Response:
+        """`GET /v1/models/search`: `q=` in id or name, `free=`, `brand=`, `sort=`, `order=`, by pages (`limit=`, `offset=`)."""
         principal = await self._principal(request)
-        ids = [name for name in self._gateway.deployment.catalog.ids if principal.may_use(name)]
-        return _json({"object": "list", "data": [self._model(name) for name in ids]})
+        query = request.query
+        text = query.get("q", "").lower()
+        brands = query.getall("brand", [])
+        found = [
+            model
+            for model in self._models(principal, free=_FREE.get(query.get("free", "")))
+            if text in model["id"].lower() and (not brands or model["brand"] in brands)
+        ]
+        sort = query.get("sort", "id")
+        if sort not in _SORTS:
+            raise Fault(Source.CLIENT, invalid(f"`sort` is one of {', '.join(_SORTS)}.", param="sort"))
+        found.sort(key=lambda model: (model[_SORTS[sort]], model["id"]), reverse=query.get("order") == "desc")
+        limit = _count(query.get("limit"), "limit", default=DEFAULT_PAGE, most=MAX_PAGE)
+        offset = _count(query.get("offset"), "offset", default=0, most=MAX_OFFSET)
+        return _json(
+            {
+                "items": found[offset : offset + limit],
+                "total": len(found),
+                "limit": limit,
+                "offset": offset,
+                "brands": sorted({model["brand"] for model in found}),
+            }
+        )
 
     async def model(self, request: web.Request) -> web.Response:
         """`GET /v1/models/{id}`"""
         principal = await self._principal(request)
         name = request.match_info["id"]
-        if self._gateway.deployment.catalog.model(name) is None or not principal.may_use(name):
-            raise Fault(Source.CLIENT, model_not_found(name))
-        return _json(self._model(name))
+        catalog = self._gateway.deployment.catalog
+        entry = catalog.model(name)
+        if entry is None or not principal.may_use(name):
+            raise Fault(Source.CLIENT, model_not_found(name, catalog.nearest(name)))
+        return _json(self._public(entry))
 
     async def templates(self, request: web.Request) -> web.Response:
         """`GET /v1/templates`: the account's own and the global ones, a bare array."""
@@ -150,6 +193,18 @@ class Api:
             }
         )
 
+    async def balance(self, request: web.Request) -> web.Response:
+        """`GET /v1/balance`: the account's credit, in Mesh's words."""
+        principal = await self._principal(request)
+        balance = await self._ledger.balance(principal.account.name, principal.key.id)
+        return _json(
+            {
+                "balance_usd": format_usd(balance.balance_nusd),
+                "reserved_usd": format_usd(balance.held_nusd),
+                "available_usd": format_usd(balance.available_nusd),
+            }
+        )
+
     async def _principal(self, request: web.Request) -> Principal:
         return await self._authenticator.principal(request.headers.get("authorization"), self._client_of(request))
 
@@ -161,17 +216,50 @@ class Api:
         finally:
             room.leave()
 
-    def _model(self, name: str) -> dict[str, Any]:
-        """OpenAI's model object, and the members that Mesh's SDK needs beside them."""
-        entry = self._gateway.deployment.catalog.model(name)
+    async def _listed(self, request: web.Request, *, free: bool | None) -> web.Response:
+        """Answer with OpenAI's list, or with Mesh's bare array where its SDK asks (X-MeshAPI-SDK)."""
+        models = self._models(await self._principal(request), free=free)
+        provider = request.query.get("provider")
+        if provider is not None:
+            models = [model for model in models if model["provider"] == provider]
+        return _json(models if "x-meshapi-sdk" in request.headers else {"object": "list", "data": models})
+
+    def _models(self, principal: Principal, *, free: bool | None = None) -> list[dict[str, Any]]:
+        """What the key may use, in the catalogue's order: all, or only those that are free or not."""
+        catalog = self._gateway.deployment.catalog
+        entries = [catalog.model(name) for name in catalog.ids if principal.may_use(name)]
+        models = [self._public(entry) for entry in entries if entry is not None]
+        return models if free is None else [model for model in models if model["is_free"] is free]
+
+    def _public(self, entry: Entry) -> dict[str, Any]:
+        """A model's object with OpenAI's members (API reference, "The model object") and Mesh's (ModelInfo of its SDKs)."""
+        price = entry.price
+        brand = entry.id.partition("/")[0]
         return {
-            "id": name,
+            "id": entry.id,
             "object": "model",
             "created": self._started,
-            "owned_by": name.partition("/")[0],
-            "name": name,
-            "context_window": entry.context_window if entry is not None else None,
-            "is_free": entry is not None and not (entry.price.input or entry.price.output),
+            "owned_by": brand,
+            "name": entry.id,
+            "brand": brand,
+            "provider": brand,
+            "model_type": "text",
+            "context_window": entry.context_window,
+            "context_length": entry.context_window,
+            "max_output_tokens": entry.max_output_tokens,
+            "is_free": not (price.input or price.output),
+            "supports_completions_api": True,
+            "pricing": {
+                "pricing_unit": "tokens",
+                "prompt_usd_per_1m": format_usd(price.input),
+                "completion_usd_per_1m": format_usd(price.output),
+                "prompt_usd_per_1k": _per_thousand(price.input),
+                "completion_usd_per_1k": _per_thousand(price.output),
+                "cache_read_input_usd_per_1m": format_usd(price.cached),
+                "cache_write_input_usd_per_1m": format_usd(price.cache_write),
+                "audio_input_usd_per_1m": format_usd(price.audio_input),
+                "audio_output_usd_per_1m": format_usd(price.audio_output),
+            },
         }
 
     async def _found(self, request: web.Request, principal: Principal) -> Template:
@@ -196,6 +284,9 @@ class Api:
 
 ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Response]]], ...] = (
     ("GET", "/v1/models", Api.models),
+    ("GET", "/v1/models/free", Api.free_models),
+    ("GET", "/v1/models/paid", Api.paid_models),
+    ("GET", "/v1/models/search", Api.search_models),
     ("GET", "/v1/models/{id:.+}", Api.model),
     ("GET", "/v1/templates", Api.templates),
     ("POST", "/v1/templates", Api.create_template),
@@ -204,11 +295,25 @@ ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Respons
     ("DELETE", "/v1/templates/{name}", Api.delete_template),
     ("GET", "/v1/usage", Api.usage),
     ("GET", "/v1/key", Api.key),
+    ("GET", "/v1/balance", Api.balance),
 )
 
 
 def _json(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
+
+
+def _per_thousand(nusd_per_mtok: int) -> str:
+    """A price of a million tokens as that of a thousand, exactly."""
+    return f"{Decimal(nusd_per_mtok).scaleb(-12).normalize():f}"
+
+
+def _count(text: str | None, name: str, *, default: int, most: int) -> int:
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and int(text[:9]) <= most):
+        raise Fault(Source.CLIENT, invalid(f"`{name}` is a number from 0 to {most}.", param=name))
+    return int(text[:9])
 
 
 def _moment(text: str | None, name: str) -> datetime | None:

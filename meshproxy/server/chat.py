@@ -14,7 +14,7 @@ from meshproxy.server.connection import ClientConnection
 from meshproxy.server.downstream import ClientStream, Sent
 from meshproxy.server.padding import PaddedStream
 from meshproxy.server.request_id import new_request_id, request_id_of
-from meshproxy.wire.headers import forwarded_headers, patience_s, request_id, trace_id
+from meshproxy.wire.headers import cors_headers, forwarded_headers, patience_s, request_id, trace_id
 
 CHAT_PATH = "/v1/chat/completions"
 
@@ -34,8 +34,14 @@ class ChatHandler:
     async def serve(self, connection: ClientConnection, fields: dict[str, str]) -> None:
         """Serve a usual request, of these header fields."""
         keep_alive = fields.get("connection", "").lower() != "close"
-        stream = ClientStream(connection.transport, connection.drained, self._is_closing, keep_alive=keep_alive)
         server = self._gateway.deployment.settings.server
+        stream = ClientStream(
+            connection.transport,
+            connection.drained,
+            self._is_closing,
+            keep_alive=keep_alive,
+            extra=cors_headers(fields.get("origin"), server.cors_origins),
+        )
         stays = False
         try:
             call = self._call(
@@ -53,14 +59,15 @@ class ChatHandler:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Serve a request of aiohttp's; the answer is written by the time this returns."""
+        server = self._gateway.deployment.settings.server
         stream = ClientStream(
             request.transport,
             request.writer.drain,
             self._is_closing,
             keep_alive=request.keep_alive,
             minor=request.version.minor,
+            extra=cors_headers(request.headers.get("origin"), server.cors_origins),
         )
-        server = self._gateway.deployment.settings.server
         call = self._call(
             request_id_of(request),
             request.headers,
@@ -90,6 +97,7 @@ class ChatHandler:
             idempotency_key=headers.get("idempotency-key"),
             trace_id=trace_id(headers.get("traceparent")),
             deadline=received_at + patience_s(headers.get("x-stainless-read-timeout")),
+            api_version=headers.get("x-mesh-version"),
             client=self.trusted_proxies.client_of(peer, headers),
         )
 

@@ -15,6 +15,7 @@ from aiohttp.helpers import rfc822_formatted_time
 from meshproxy.errors import Problem
 from meshproxy.gateway.call import Headers, Reply
 from meshproxy.server.request_id import new_request_id
+from meshproxy.wire.headers import VERSION_HEADER
 from meshproxy.wire.replies import envelope, problem_headers
 
 MAX_BUFFERED_BYTES = 32_768  # what may wait for a client before reading upstream stops
@@ -44,10 +45,11 @@ class Sent(web.StreamResponse):
 
 class ClientStream:
     """The gateway's `Downstream` over one request's transport. HTTP/1.1 clients get chunks, HTTP/1.0 ones (`minor` 0) read to
-    the end. `drained` returns when the client has caught up; `is_closing`: whether the gateway won't take another request.
+    the end. `drained` returns when the client has caught up; `is_closing`: whether the gateway won't take another request;
+    `extra`: headers for the answer beside the API's version.
     """
 
-    __slots__ = ("_begun", "_chunked", "_drained", "_is_closing", "_minor", "_transport", "keep_alive")
+    __slots__ = ("_begun", "_chunked", "_drained", "_extra", "_is_closing", "_minor", "_transport", "keep_alive")
 
     def __init__(
         self,
@@ -57,8 +59,10 @@ class ClientStream:
         *,
         keep_alive: bool,
         minor: int = 1,
+        extra: Headers | None = None,
     ) -> None:
         self._transport = transport
+        self._extra = [VERSION_HEADER, *extra] if extra else [VERSION_HEADER]
         self._drained = drained
         self._is_closing = is_closing
         self._minor = minor
@@ -73,7 +77,7 @@ class ClientStream:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
         self._end_with_this_answer()
-        self._send(head(200, [*headers, *framing], keep_alive=self.keep_alive, minor=self._minor))
+        self._send(head(200, [*headers, *self._extra, *framing], keep_alive=self.keep_alive, minor=self._minor))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
         """Send body bytes, in the frame they came in where there is one."""
@@ -107,7 +111,7 @@ class ClientStream:
         self._end_with_this_answer()
         if reply.status == 408:  # RFC 9110, section 15.5.9
             self.keep_alive = False
-        headers = [*reply.headers, ("content-length", str(len(reply.body)))]
+        headers = [*reply.headers, *self._extra, ("content-length", str(len(reply.body)))]
         self._send(head(reply.status, headers, keep_alive=self.keep_alive, minor=self._minor) + reply.body)
 
     def _end_with_this_answer(self) -> None:

@@ -62,8 +62,15 @@ class Model(Struct):
     created: int
     owned_by: str
     name: str
-    context_window: int | None
+    brand: str
+    provider: str
+    model_type: str
+    context_window: int
+    context_length: int
+    max_output_tokens: int
     is_free: bool
+    supports_completions_api: bool
+    pricing: dict[str, str]
 
 
 class Models(Struct):
@@ -71,6 +78,24 @@ class Models(Struct):
 
     object: str
     data: list[Model]
+
+
+class ModelsPage(Struct):
+    """A page of a search."""
+
+    items: list[Model]
+    total: int
+    limit: int
+    offset: int
+    brands: list[str]
+
+
+class Balance(Struct):
+    """The account's credit."""
+
+    balance_usd: Usd
+    reserved_usd: Usd
+    available_usd: Usd
 
 
 class Template(Struct):
@@ -164,6 +189,9 @@ class Key(Struct):
 
 ANSWERS: dict[Any, tuple[int, Any]] = {
     Api.models: (200, Models),
+    Api.free_models: (200, Models),
+    Api.paid_models: (200, Models),
+    Api.search_models: (200, ModelsPage),
     Api.model: (200, Model),
     Api.templates: (200, list[Template]),
     Api.create_template: (201, Template),
@@ -172,6 +200,7 @@ ANSWERS: dict[Any, tuple[int, Any]] = {
     Api.delete_template: (204, None),
     Api.usage: (200, Usage),
     Api.key: (200, Key),
+    Api.balance: (200, Balance),
 }
 REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504)
 

@@ -94,8 +94,8 @@ class Metrics:
     ) -> None:
         self._words = Vocabulary(models, upstreams, version)
         self._edges = edges or {}
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._families: list[FamilyOf[Counter] | FamilyOf[Gauge] | FamilyOf[TracedHistogram]] = []
         self.build_info = self._gauges(families.BUILD_INFO)
         self.workers = self._gauges(families.WORKERS)
@@ -135,19 +135,17 @@ class Metrics:
 
     async def snapshot(self) -> bytes:
         """Encode everything counted so far, and what the system says of this process, as msgpack (snapshot.decode)."""
-        return snapshot.encode(await snapshot.collected(self._registry))
+        return snapshot.encode(await snapshot.collected(self.registry))
 
     def _counters(self, definition: Definition) -> FamilyOf[Counter]:
-        return self._family(definition, Counter(*_arguments(definition), registry=self._registry))
+        return self._family(definition, Counter(*_arguments(definition), registry=self.registry))
 
     def _gauges(self, definition: Definition) -> FamilyOf[Gauge]:
-        return self._family(definition, Gauge(*_arguments(definition), registry=self._registry))
+        return self._family(definition, Gauge(*_arguments(definition), registry=self.registry))
 
     def _histograms(self, definition: Definition) -> FamilyOf[TracedHistogram]:
         edges = sorted(self._edges.get(definition.name) or definition.edges)
-        return self._family(
-            definition, TracedHistogram(*_arguments(definition), buckets=edges, registry=self._registry)
-        )
+        return self._family(definition, TracedHistogram(*_arguments(definition), buckets=edges, registry=self.registry))
 
     def _family(self, definition: Definition, metric: Metric) -> FamilyOf[Metric]:
         family = FamilyOf(metric, definition, self._words)

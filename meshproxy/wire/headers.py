@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final, Literal
 
 Headers = list[tuple[str, str]]
@@ -39,11 +39,25 @@ REQUEST_IDS: Final = (
     "cf-ray",
 )
 
+API_VERSIONS: Final = ("2026-08",)  # of Mesh's API, the newest last
+VERSION_HEADER: Final = ("x-mesh-version", API_VERSIONS[-1])
+
+# What a page of another origin may read beside the few headers that are always safe (Fetch Standard, 2.2.2).
+EXPOSED: Final = (
+    "x-request-id, retry-after, retry-after-ms, x-should-retry, idempotent-replayed, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, "
+    "x-mesh-model, x-mesh-attempts, x-mesh-cost, x-mesh-max-tokens, x-mesh-version, "
+    "x-resolved-model-id, x-mesh-routing-attempts, x-mesh-routing-fallback, x-mesh-routing-model"
+)
+ALLOWED_HEADERS: Final = "authorization, content-type, idempotency-key, x-request-id, x-mesh-version, x-meshapi-sdk"
+
 # RFC 6750, section 2.1, with our own alphabet for the token.
 _BEARER = re.compile(r"(?i:bearer) +(rsk_[A-Za-z0-9_-]{1,124})", re.ASCII)
 # W3C Trace Context, section 3.2: version, trace id, parent id, flags. Ids of zeros alone are invalid.
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+_HEADER_LIST = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z, -]{1,1024}", re.ASCII)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
 def bearer(authorization: str | None) -> str | None:
@@ -55,6 +69,27 @@ def bearer(authorization: str | None) -> str | None:
 def request_id(inbound: str | None) -> str | None:
     """A client's request id if it is a valid one."""
     return inbound if inbound is not None and _REQUEST_ID.fullmatch(inbound) else None
+
+
+def cors_headers(origin: str | None, allowed: Collection[str]) -> Headers:
+    """Return what lets a page of `origin` read an answer (Fetch Standard, 3.2), if the origin is one of `allowed` or `*` is."""
+    if origin is None or not allowed or not (origin in allowed or "*" in allowed):
+        return []
+    return [
+        ("access-control-allow-origin", origin),
+        ("access-control-expose-headers", EXPOSED),
+        ("vary", "origin"),
+    ]
+
+
+def preflight_headers(asked: str | None) -> Headers:
+    """Return what a preflight request is told beside `cors_headers`: `asked` are the headers that the page wants to send."""
+    headers = asked if asked is not None and _HEADER_LIST.fullmatch(asked) else ALLOWED_HEADERS
+    return [
+        ("access-control-allow-methods", "GET, HEAD, POST, PATCH, DELETE"),
+        ("access-control-allow-headers", headers),
+        ("access-control-max-age", "7200"),
+    ]
 
 
 def trace_id(traceparent: str | None) -> str | None:

@@ -247,13 +247,15 @@ _matchers = {
     "matches": lambda value, pattern: re.search(pattern, "" if value is MISSING else str(value)) is not None,
     "is": lambda value, kinds: any(KINDS[kind](value) for kind in kinds.split(" or ")),
     "decimal": _is_decimal,
-    "has": lambda value, items: isinstance(value, str | list) and set(items) <= set(_listed(value)),
+    "has": lambda value, items: (
+        isinstance(value, str | list) and {item.lower() for item in items} <= set(_listed(value))
+    ),
     "numbers": lambda value, count: isinstance(value, str) and len(re.findall(r"\d+(?:\.\d+)?", value)) >= count,
 }
 
 
 def _listed(value: str | list[str]) -> list[str]:
-    return value if isinstance(value, list) else [item.strip().lower() for item in value.split(",")]
+    return [item.strip().lower() for item in (value if isinstance(value, list) else value.split(","))]
 
 
 def objects(value: Any) -> Iterator[dict[str, Any]]:

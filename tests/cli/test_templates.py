@@ -104,7 +104,6 @@ def test_render_names_what_is_missing(run, data, file):
         ("{", "Invalid template"),
         ("[]", "Invalid template"),
         ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "Invalid template"),
-        ({}, "`system` or `messages`"),
         ({**PROMPT, "sistem": "x", "model": 5}, "  sistem: No such field\n"),
         ({**PROMPT, "params": {"temperature": 9}}, "temperature"),
     ],

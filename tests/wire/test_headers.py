@@ -62,12 +62,12 @@ class TestBearer:
 
 
 class TestRequestId:
-    @pytest.mark.parametrize("inbound", ["a", "AMZ-amz_059", "x" * 128])
+    @pytest.mark.parametrize("inbound", ["a", "AMZ-amz_059", "order.17:retry-2", "x" * 128])
     def test_a_valid_one_is_kept(self, inbound: str):
         assert inbound == request_id(inbound)
 
     @pytest.mark.parametrize(
-        "inbound", [None, "", "x" * 129, "x" * 10_240, "a b", "a\r\nb: c", "a\n", "é", "a.b", "a/b", "a:b", "\u0661"]
+        "inbound", [None, "", "x" * 129, "x" * 10_240, "a b", "a\r\nb: c", "a\n", "é", "a/b", "\u0661"]
     )
     def test_an_invalid_one_isn_t(self, inbound: str | None):
         assert request_id(inbound) is None
