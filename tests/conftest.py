@@ -32,8 +32,8 @@ from meshproxy.server.listener import Runner
 from meshproxy.server.sockets import listen
 from meshproxy.upstream.simulator import Running, SimulatorSettings, start
 from meshproxy.upstream.simulator.behaviour import TRAITS
+from meshproxy.upstream.simulator.faults import CUTTING
 from meshproxy.upstream.simulator.journal import Entry
-from meshproxy.upstream.simulator.mangle import CUTTING
 
 hypothesis.settings.register_profile(
     "house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -5,11 +5,12 @@ exact as the OpenAI SDKs are strict; the ill-behaved part does, one by one, what
 docs/simulator.md lists the names by which a fault is asked for.
 
 A request's way through the files: `app` (routes) > `ask` (what is wanted, or OpenAI's 400) > `behaviour` (which faults) >
-`replies` (what will be said: `prose`, `tools`, `schema`) > `chunks` and `mangle` (the events) > `delivery` (when) > `line`
-(the very bytes on the socket). `dialects` has what providers make of all that. `journal` remembers what came in and how it ended.
+`replies` (what will be said: `prose`, `schema`) > `chunks` (the answer) > `faults` (what becomes of it) > `delivery` (when) >
+`line` (the very bytes on the socket). `dialects` has what providers make of all that. `journal` remembers what came in and how
+it ended.
 """
 
+from meshproxy.upstream.simulator.behaviour import SimulatorSettings
 from meshproxy.upstream.simulator.runner import Running, start
-from meshproxy.upstream.simulator.settings import SimulatorSettings
 
 __all__ = ["Running", "SimulatorSettings", "start"]

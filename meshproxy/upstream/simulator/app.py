@@ -9,7 +9,15 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from meshproxy.upstream.simulator.ask import Ask, decode_ask
-from meshproxy.upstream.simulator.behaviour import DIALECT_NAMES, FAMILIES, PREFIX, TRAITS, Behaviour, read_behaviour
+from meshproxy.upstream.simulator.behaviour import (
+    DIALECT_NAMES,
+    FAMILIES,
+    PREFIX,
+    TRAITS,
+    Behaviour,
+    SimulatorSettings,
+    read_behaviour,
+)
 from meshproxy.upstream.simulator.delivery import Delivery, pace_of
 from meshproxy.upstream.simulator.dialects import PLAIN as OPENAI
 from meshproxy.upstream.simulator.faults import BREAKING, INSTEAD, OUTRIGHT, REDIRECTED, misbehave, refuse_on_demand
@@ -17,7 +25,6 @@ from meshproxy.upstream.simulator.journal import BROKEN, CLIENT_CLOSED, COMPLETE
 from meshproxy.upstream.simulator.line import JSON, Line
 from meshproxy.upstream.simulator.refusals import Refusal
 from meshproxy.upstream.simulator.replies import SEEDED_CREATED, compose
-from meshproxy.upstream.simulator.settings import SimulatorSettings
 
 FAULT_HEADER = "x-sim-fault"
 KIND_HEADER = "x-sim-kind"

@@ -71,6 +71,20 @@ DIALECT_NAMES = {f"dialect-{name}": dialect.about for name, dialect in DIALECTS.
 _FAMILY = re.compile(r"(error)-([45]\d\d)|(tokens)-(\d{1,9})|(flaky|fail-first)-([1-9]\d{0,8})")
 
 
+class SimulatorSettings(Struct, frozen=True, kw_only=True):
+    """The pace of a fast reader's model, and whose rules hold.
+
+    `api_key`: the only bearer token let in; None lets everyone in. `openrouter`: `models` and `transforms` are understood, as
+    OpenRouter does, instead of being refused, as OpenAI does.
+    """
+
+    tokens_per_second: Annotated[float, Meta(gt=0)] = 40.0
+    first_token_s: Annotated[float, Meta(ge=0)] = 0.3
+    api_key: str | None = None
+    openrouter: bool = False
+    max_body_bytes: Annotated[int, Meta(ge=1)] = 67_108_864
+
+
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
     """Numbers a request may set. `tps`: tokens per second; `ttft`: seconds to the first; `after`: events before the fault;
     `bytes`: size of the huge event; `tag`: nothing, but it keeps two tests' counts (flaky, fail-first) apart.

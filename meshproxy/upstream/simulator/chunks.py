@@ -1,6 +1,6 @@
 """A reply as server-sent events: in OpenAI's exact chunk shapes, or as a dialect changes them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from heapq import merge
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
@@ -10,11 +10,13 @@ from msgspec.structs import replace
 
 from meshproxy.upstream.simulator.ask import Ask
 from meshproxy.upstream.simulator.behaviour import Behaviour
-from meshproxy.upstream.simulator.completion import BROKEN, logprobs_of
 from meshproxy.upstream.simulator.dialects import PADDING, Dialect, Report, fill, put
 from meshproxy.upstream.simulator.replies import Choice, Reply, Token
 
 DONE = b"data: [DONE]\n\n"
+
+# How OpenRouter tells, under a 200, that a provider broke while it was answering.
+BROKEN = {"error": {"code": 502, "message": "Provider disconnected unexpectedly"}}
 
 Json = dict[str, Any]
 When = Literal["token", "finish", "own"]
@@ -155,3 +157,47 @@ def _opening(choice: Choice) -> Json:
     """The first delta, which says whose turn it is."""
     begins = choice.tokens[0].kind if choice.tokens else "content"
     return {"role": "assistant", "content": "" if begins == "content" else None, "refusal": None}
+
+
+def completion(reply: Reply, ask: Ask, behaviour: Behaviour) -> bytes:
+    """The whole body."""
+    told: Json = {
+        "id": reply.id,
+        "object": "chat.completion",
+        "created": reply.created,
+        "model": reply.model,
+        "choices": [_whole_choice(choice, reply.dialect, logprobs=ask.logprobs) for choice in reply.choices],
+    }
+    if "no-usage" not in behaviour.traits:
+        told["usage"] = reply.usage(reply.tokens)
+    whole = encode(told | reply.dialect.common | reply.dialect.whole)
+    return reply.dialect.lead[1].encode() + whole
+
+
+def logprobs_of(tokens: Sequence[str]) -> Json:
+    """OpenAI's logprobs object, with a likelihood that is plausible and always the same."""
+    likely = {"logprob": -0.105, "top_logprobs": []}
+    content = [{"token": token, "bytes": list(token.encode())} | likely for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _whole_choice(choice: Choice, dialect: Dialect, *, logprobs: bool) -> Json:
+    content = None if choice.calls else choice.text("content")
+    message: Json = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    thoughts = choice.text("reasoning_content")
+    if thoughts and dialect.shows:
+        message = {**fill(dialect.thoughts, {"text": thoughts}), **message}
+    if choice.calls:
+        arguments = map(choice.text, range(len(choice.calls)))
+        message["tool_calls"] = [
+            {"id": identity, "type": "function", "function": {"name": name, "arguments": text}}
+            for (identity, name), text in zip(choice.calls, arguments, strict=True)
+            if text
+        ]
+    return {
+        **{name: fill(member, {"so_far": content}) for name, member in dialect.choice.items()},
+        "index": choice.index,
+        "message": message,
+        "logprobs": logprobs_of([token.text for token in choice.tokens]) if logprobs and content else None,
+        "finish_reason": choice.finish,
+    }

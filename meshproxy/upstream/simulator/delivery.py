@@ -12,14 +12,12 @@ import msgspec
 from msgspec import Struct
 
 from meshproxy.upstream.simulator.ask import Ask
-from meshproxy.upstream.simulator.behaviour import Behaviour
-from meshproxy.upstream.simulator.chunks import Event, EventStream, error_event
-from meshproxy.upstream.simulator.completion import BROKEN, completion
+from meshproxy.upstream.simulator.behaviour import Behaviour, SimulatorSettings
+from meshproxy.upstream.simulator.chunks import BROKEN, Event, EventStream, completion, error_event
+from meshproxy.upstream.simulator.faults import CUTTING, mangled
 from meshproxy.upstream.simulator.journal import Entry
 from meshproxy.upstream.simulator.line import EVENT_STREAM, JSON, PAGE, Line
-from meshproxy.upstream.simulator.mangle import CUTTING, mangled
 from meshproxy.upstream.simulator.replies import Reply
-from meshproxy.upstream.simulator.settings import SimulatorSettings
 
 BREATHE_EVERY = 64  # events that needn't be waited for, before other streams get their turn
 

@@ -7,22 +7,28 @@ connection (RFC 9112, section 6). `ConnectionError` says that the client is gone
 
 import asyncio
 import contextlib
+import re
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from aiohttp import HttpVersion11, web
-
-from meshproxy.upstream.simulator.cuts import awkward_pieces, halves
 
 LOOK_S = 0.25  # how often a silent connection looks whether its client is still there
 SPLIT_GAP_S = 0.001  # between two awkward pieces: long enough to be read one by one
 JSON = ("content-type", "application/json")
 EVENT_STREAM = ("content-type", "text/event-stream; charset=utf-8")
 PAGE = ("content-type", "text/html; charset=utf-8")
+
+MAX_CUTS = 64  # a write; a long text would otherwise take minutes
+
+_WIDE = rb"[\xc0-\xf7](?=[\x80-\xbf])"  # the first byte of a UTF-8 character of several
+# After one byte of a chunk's size; within "data", CR LF, an event's end, a UTF-8 character.
+_AWKWARD = re.compile(rb"\A[0-9a-f](?=[0-9a-f])|da(?=ta)|\r(?=\n)|\n(?=\r?\n)|" + _WIDE)
 
 Headers = Sequence[tuple[str, str]]
 
@@ -141,3 +147,19 @@ class Line:
 
 
 _PHRASES = {int(status): status.phrase for status in HTTPStatus}
+
+
+def halves(payload: bytes) -> tuple[bytes, bytes]:
+    """Cut in two: within the first character of several bytes, else in the middle."""
+    wide = re.search(_WIDE, payload)
+    at = wide.end() if wide else len(payload) // 2
+    return payload[:at], payload[at:]
+
+
+def awkward_pieces(frames: bytes) -> Iterator[bytes]:
+    """The same bytes, cut wherever a careless reader would stumble."""
+    start = 0
+    for found in islice(_AWKWARD.finditer(frames), MAX_CUTS):
+        yield frames[start : found.end()]
+        start = found.end()
+    yield frames[start:]

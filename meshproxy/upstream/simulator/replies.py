@@ -17,7 +17,6 @@ from meshproxy.upstream.simulator.behaviour import Behaviour
 from meshproxy.upstream.simulator.dialects import Dialect, fill
 from meshproxy.upstream.simulator.refusals import Refusal
 from meshproxy.upstream.simulator.schema import value_for
-from meshproxy.upstream.simulator.tools import called
 
 SEEDED_CREATED = 1_735_689_600  # 2025-01-01: with a seed, even the time stands still
 MAX_TOTAL_TOKENS = 131_072  # of all choices together: a bound on memory
@@ -134,7 +133,7 @@ def _choice(ask: Ask, behaviour: Behaviour, index: int) -> Choice:
     rng = _random(ask, index)
     thoughts = prose.thoughts() if "reasoning" in behaviour.traits or behaviour.dialect.thinks else []
     tokens = [Token("reasoning_content", text) for text in thoughts]
-    functions = called(ask)
+    functions = _called(ask)
     for position, function in enumerate(functions):
         tokens += [Token(position, text) for text in _arguments(function, rng)]
     if not functions:
@@ -176,3 +175,28 @@ def _until(stop: str | list[str], tokens: list[str]) -> list[str]:
     text = "".join(tokens)
     found = [text.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each and each in text]
     return prose.tokenize(text[: min(found)]) if found else tokens
+
+
+def _called(ask: Ask) -> list[Function]:
+    """The functions to call; none means words. A tool's result, as the last message, is always answered with words."""
+    functions = [tool.function for tool in ask.tools if tool.function is not None]
+    if ask.messages[-1].role == "tool" or ask.tool_choice == "none":
+        return []
+    if isinstance(ask.tool_choice, ToolChoice):
+        return [_named(ask.tool_choice.function.name, functions)]
+    mentioned = [function for function in functions if _as_words(function.name) in _as_words(ask.last_words)]
+    if ask.tool_choice == "required":
+        mentioned = mentioned or functions[:1]
+    return mentioned if ask.parallel_tool_calls else mentioned[:1]
+
+
+def _named(name: str, functions: list[Function]) -> Function:
+    for function in functions:
+        if function.name == name:
+            return function
+    raise Refusal(400, f"Tool choice '{name}' not found in 'tools' parameter.", param="tool_choice")
+
+
+def _as_words(text: str) -> str:
+    """get_weather and "get weather" are the same."""
+    return text.lower().replace("_", " ")

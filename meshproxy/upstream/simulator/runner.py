@@ -3,8 +3,8 @@
 from aiohttp import web
 
 from meshproxy.upstream.simulator.app import Simulator
+from meshproxy.upstream.simulator.behaviour import SimulatorSettings
 from meshproxy.upstream.simulator.journal import Journal
-from meshproxy.upstream.simulator.settings import SimulatorSettings
 
 CLOSE_S = 0.1  # what open streams get before they are cut
 BACKLOG = 1024

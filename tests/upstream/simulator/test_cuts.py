@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.upstream.simulator.cuts import awkward_pieces, halves
+from meshproxy.upstream.simulator.line import awkward_pieces, halves
 
 
 def test_every_awkward_place_is_found():
