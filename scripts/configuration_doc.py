@@ -51,6 +51,8 @@ WORDS = {
     "`transforms` itself; `simulator`: `meshproxy simulate`",
     "upstreams.NAME.base_url": "with the `/v1`, as an SDK would be given it",
     "upstreams.NAME.api_key": "sent as a bearer token; none is sent without",
+    "upstreams.NAME.cap_field": "the one name under which a cap on output goes out, whatever names it came in by. The "
+    "default follows `base_url`: `max_completion_tokens` for OpenAI and Azure, `max_tokens` for all others",
     "upstreams.NAME.connect_timeout_s": "name look-up, TCP and TLS together",
     'models."ID".upstreams': "tried in order; neighbours with a `weight` are equals and take turns by it",
     'models."ID".context_window': "prompt and completion together",

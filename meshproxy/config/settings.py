@@ -188,6 +188,8 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     connect_timeout_s: Seconds = 5
     first_byte_timeout_s: Seconds = 60
     idle_timeout_s: Seconds = 60
+    cap_field: Literal["max_completion_tokens", "max_tokens"] | None = None
+    stream_usage: bool = True
     on_disconnect: Literal["cancel", "drain"] = "cancel"
     max_connections: Positive = 1024
     keepalive_s: Seconds = 60

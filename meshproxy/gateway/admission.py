@@ -5,21 +5,22 @@ import math
 from meshproxy.config import Credits, Defaults
 from meshproxy.errors import Problem, insufficient_credits, rate_limit_exceeded, spend_limit_exceeded
 from meshproxy.gateway.call import Headers
-from meshproxy.gateway.resolve import Plan, may_serve
+from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied, Kind
 from meshproxy.money import format_usd
 from meshproxy.policy.principal import Limits, Principal
 from meshproxy.wire.headers import ratelimit_headers
 
+# Of what an account has, for a hold that doesn't fit and may be smaller: the next requests find something too.
+SHORT_SHARE_PERCENT = 50
+
 
 def first_slice(plan: Plan, credit: Credits) -> int:
-    """Tokens of output that the hold covers at first: a stream's slice, or all that a whole answer may have. So it is too for a
-    stream whose model thinks in secret: what is billed at its end can't be counted on the way.
+    """Tokens of output that the hold covers at first: a stream's slice, or all that may come where that can't be counted on the
+    way. Where credit isn't strict, what is expected is enough.
     """
-    if not plan.request.stream:
-        return plan.output_tokens
-    if any(served.hidden_reasoning for served in may_serve(plan.attempts)):
-        return plan.output_bound
+    if plan.holds_whole:
+        return plan.output_bound if credit.strict else plan.output_tokens
     return min(credit.lease_output_tokens * plan.request.n, plan.output_tokens)
 
 
@@ -28,10 +29,31 @@ def clamps(principal: Principal, credit: Credits) -> bool:
     return credit.clamp if principal.key.clamp is None else principal.key.clamp
 
 
-def affordable(plan: Plan, admitted: Admitted) -> Plan:
-    """The plan within what was held for a whole answer, or what is there at all for a stream, which holds it bit by bit."""
-    free_nusd = admitted.available_nusd if plan.request.stream else 0
-    return plan.clamped_to(admitted.amount_nusd + max(free_nusd, 0))
+def affordable(plan: Plan, admitted: Admitted, *, clamp: bool) -> Plan:
+    """The plan within what was held, or where `clamp` is on what is there at all for a stream, which holds it bit by bit.
+
+    An output that nothing bounds but the model gets a cap where the account has no more than twice what was held, so that a
+    `max_output_tokens` that is too low overdraws no account that is nearly empty.
+    """
+    if not plan.holds_whole:
+        return plan.clamped_to(admitted.amount_nusd + max(admitted.available_nusd, 0)) if clamp else plan
+    held = plan.clamped_to(admitted.amount_nusd)
+    is_bounded = held.clamped or plan.request.max_tokens is not None
+    return held if is_bounded or admitted.available_nusd >= admitted.amount_nusd else held.capped_at(held.output_limit)
+
+
+def _least(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
+    """Tokens of output that have to be covered for the request to be admitted with a cap; None: all or nothing.
+
+    A client's own cap isn't lowered unasked, but for what it has above the model's `max_output_tokens`.
+    """
+    if clamp:
+        return plan.request.n
+    if not (plan.holds_whole and credit.strict):
+        return None
+    if plan.request.max_tokens is None:
+        return min(credit.lease_output_tokens * plan.request.n, plan.output_bound)
+    return plan.output_tokens if plan.output_tokens < plan.output_bound else None
 
 
 def ask_for(
@@ -49,13 +71,16 @@ def ask_for(
     covered.
     """
     key = principal.key
+    clamp = clamps(principal, credit)
+    least = _least(plan, credit, clamp=clamp)
     return Ask(
         hold_id=hold_id,
         account=principal.account.name,
         key_id=key.id,
         session=plan.request.session_id,
         amount_nusd=plan.hold_nusd(covered),
-        amount_min_nusd=plan.hold_nusd(plan.request.n) if clamps(principal, credit) else None,
+        amount_min_nusd=None if least is None else plan.hold_nusd(least),
+        share_percent=SHORT_SHARE_PERCENT if plan.holds_whole and not (clamp and plan.request.max_tokens) else 100,
         tokens=plan.prompt_tokens + (covered if enforce_mid_stream else plan.output_tokens),
         ttl_ms=int(credit.hold_ttl_s * 1000),
         strict=credit.strict,

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from meshproxy.gateway.admission import affordable, ask_for, first_slice
+from meshproxy.gateway.admission import affordable, ask_for, clamps, first_slice
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Credit, Lease
@@ -50,7 +50,7 @@ class Admitter:
         if self._local is not None and not is_local:
             self._local.written()
         if ask.amount_min_nusd is not None:
-            plan = affordable(plan, answer)
+            plan = affordable(plan, answer, clamp=clamps(principal, credit))
             covered = first_slice(plan, credit)
         slice_tokens = credit.lease_output_tokens * plan.request.n
         return Lease(answer, plan, covered, slice_tokens, self._credit[enforce], is_local=is_local)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from meshproxy.errors import Problem, UpstreamFault
 from meshproxy.gateway.call import Call, Room
 from meshproxy.gateway.health import Trial
@@ -59,6 +61,11 @@ class Exchange:
     def __init__(self, call: Call, hold_id: str) -> None:
         self.call = call
         self.hold_id = hold_id
+
+    def keep_within(self, timeout_s: float) -> None:
+        """Give the request a deadline of its own, so many seconds after it came, unless it has an earlier one."""
+        deadline = min(self.call.deadline, self.call.received_at + timeout_s)
+        self.call = replace(self.call, deadline=deadline)
 
     def told(self, problem: Problem) -> Problem:
         """Return a problem as the client may hear of it: without our keys, should the provider's words repeat one."""

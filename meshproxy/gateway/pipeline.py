@@ -176,6 +176,8 @@ class Gateway:
                 plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
         else:
             plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
+        if plan.request.timeout_s is not None:
+            exchange.keep_within(plan.request.timeout_s)
         answer = await self._admitter.admit(exchange, plan, principal, deployment)
         if isinstance(answer, Denied):
             self._recorder.denied(answer)
@@ -311,9 +313,9 @@ def _route_of(exchange: Exchange) -> Headers:
 
 
 def _clamp_of(exchange: Exchange) -> Headers:
-    """x-mesh-max-tokens, where credit was short and the output was capped to what there was."""
+    """x-mesh-max-tokens, where the gateway lowered the output's cap or set one."""
     plan = exchange.plan
-    return [("x-mesh-max-tokens", str(plan.output_cap))] if plan is not None and plan.clamped else []
+    return [("x-mesh-max-tokens", str(plan.imposed_cap))] if plan is not None and plan.imposed_cap is not None else []
 
 
 def _limits_of(exchange: Exchange) -> Headers:

@@ -228,7 +228,7 @@ def _without_prompt(exchange: Exchange, words: str) -> str:
     """A provider's words as they may be logged: bounded, and without what they repeat of the request."""
     plan = exchange.plan
     if plan is not None:
-        request = b",".join([*map(bytes, plan.request.fields.values()), plan.messages[:MAX_QUOTED_BYTES]])
+        request = b",".join([*map(bytes, plan.request.fields.values()), plan.prompt.messages[:MAX_QUOTED_BYTES]])
         words = without_quotes(words, request)
     return words[:MAX_WORDS_CHARS]
 

@@ -7,41 +7,108 @@ import msgspec
 import orjson
 from msgspec.structs import replace
 
-from meshproxy.config import Settings
-from meshproxy.errors import Fault, Source, forbidden, invalid, template_not_found
+from meshproxy.config import Credits, Settings
+from meshproxy.errors import Fault, Problem, Source, forbidden, invalid, template_not_found
 from meshproxy.gateway.call import LARGE_BYTES
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.ledger.directory import Directory
-from meshproxy.policy.catalog import Attempt, priced
+from meshproxy.policy.catalog import Attempt, large_enough, priced
 from meshproxy.policy.params import merge_params
 from meshproxy.policy.pricing import Price, affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
-from meshproxy.policy.template import Template, render
-from meshproxy.policy.tokens import estimate_prompt, has_media
+from meshproxy.policy.template import Template, measure, render
+from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens
 from meshproxy.policy.transforms import middle_out
 from meshproxy.value import Value
-from meshproxy.wire.chat import ChatRequest, check_members, decode_chat, encode_upstream, members_of, with_params
+from meshproxy.wire.chat import (
+    ChatRequest,
+    check_members,
+    decode_chat,
+    encode_upstream,
+    hides_reasoning,
+    members_of,
+    with_params,
+)
+from meshproxy.wire.fields import STEERING
 
 PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, and a millisecond for one of a megabyte
+
+
+class Prompt:
+    """The messages of a request: a template's, then the caller's own bytes. A template is measured here and rendered when a
+    provider is to be asked, so that nothing large is built for a request that isn't admitted. `count` is how many there are,
+    `tokens` their estimate.
+    """
+
+    __slots__ = ("_fitted", "_messages", "_request", "_template", "count", "tokens")
+
+    def __init__(self, request: ChatRequest, template: Template | None, limit_bytes: int) -> None:
+        """Fault of the client: 413 for a template that would be rendered to more than `limit_bytes` with the caller's messages,
+        422 for one that lacks a variable, and for no messages at all.
+        """
+        self._request = request
+        self._template = template
+        self._messages = request.messages if template is None else None
+        self._fitted: dict[int, bytes] = {}
+        self.count = request.message_count
+        own = request.messages or b""
+        self.tokens = estimate_prompt(own, (), self.count, media=not request.text_only)
+        if template is not None:
+            self._measure(template, limit_bytes - len(own))
+        if not self.count:
+            supplier = "The template supplies no messages, so" if template is not None else "Without a template"
+            raise Fault(Source.CLIENT, invalid(f"{supplier} `messages` is required.", param="messages"))
+
+    def _measure(self, template: Template, limit_bytes: int) -> None:
+        plain, longer_bytes = measure(template, self._request.variables)
+        if len(plain) + longer_bytes > limit_bytes:
+            message = f"The template `{template.name}` with these variables makes a prompt larger than the limit."
+            raise Fault(Source.CLIENT, Problem(413, "request_too_large", message, "variables"))
+        self.count += template.message_count
+        self.tokens += estimate_prompt(plain, (), template.message_count) + max(longer_bytes, 0) // BYTES_PER_TOKEN
+
+    @property
+    def messages(self) -> bytes:
+        """The array as JSON. A template is rendered once."""
+        if self._messages is None:
+            self._messages = self._rendered()
+        return self._messages
+
+    def fitted(self, budget_tokens: int) -> bytes:
+        """The messages after middle-out, or their own bytes where they fit as they are. Done once for each budget."""
+        if self.tokens <= budget_tokens:
+            return self.messages
+        if budget_tokens not in self._fitted:
+            self._fitted[budget_tokens] = _fit(self.messages, budget_tokens)
+        return self._fitted[budget_tokens]
+
+    def _rendered(self) -> bytes:
+        own = self._request.messages
+        rendered = b"[]" if self._template is None else orjson.dumps(render(self._template, self._request.variables))
+        if rendered == b"[]":
+            return own or rendered
+        return rendered if own is None else rendered[:-1] + b"," + own.lstrip()[1:]
 
 
 class Plan(Value, frozen=True):
     """A request resolved. `prompt_tokens` is an estimate.
 
-    `output_cap` is what one choice is expected to have at most, and `output_limit` what it can have, which is more for a stream
-    that is told no cap; `imposed_cap` is the cap that the provider must be told: because the request has none, or because credit
-    is short (`clamped`).
+    `output_cap` is what one choice is expected to have at most, which token buckets reserve, and `output_limit` what it can have.
+    `imposed_cap` is the cap that the provider is told in the place of the request's, because credit is short (`clamped`).
+    `holds_whole`: what is billed at its end can't be counted on the way, so that all of it is held from the start: of a whole
+    answer, and of a stream with hidden reasoning.
     """
 
     request: ChatRequest
     model: str
     attempts: tuple[Attempt, ...]
-    messages: bytes
+    prompt: Prompt
     prompt_tokens: int
     output_cap: int
     output_limit: int
-    imposed_cap: int | None
+    imposed_cap: int | None = None
     clamped: bool = False
+    holds_whole: bool = False
 
     @property
     def prices(self) -> Collection[Price]:
@@ -71,22 +138,28 @@ class Plan(Value, frozen=True):
         """The plan with no more output than this amount can pay for, whichever attempt serves."""
         affordable = min(affordable_output(price, self.prompt_tokens, amount_nusd) for price in self.prices)
         cap = max(affordable // self.request.n, 1)
-        if cap >= self.output_cap:
-            return self
-        return replace(self, output_cap=cap, output_limit=cap, imposed_cap=cap, clamped=True)
+        return self if cap >= self.output_limit else self.capped_at(cap)
+
+    def capped_at(self, cap: int) -> "Plan":
+        """The plan with a cap of our own on each choice."""
+        output_cap = min(self.output_cap, cap)
+        return replace(self, output_cap=output_cap, output_limit=cap, imposed_cap=cap, clamped=True)
 
     def body_for(self, attempt: Attempt) -> bytes:
         """The JSON that this attempt's provider is sent."""
         native = attempt.kind == "openrouter"
-        messages = self.messages
         if "middle-out" in self.request.transforms and not native:
-            messages = _fit(messages, attempt.context_window - self.output_cap, self.request.message_count)
+            room_tokens = attempt.context_window - min(self.output_cap, attempt.max_output_tokens)
+            messages = self.prompt.fitted(room_tokens)
+        else:
+            messages = self.prompt.messages
         return encode_upstream(
             self.request,
             model=attempt.upstream_model,
             messages=messages,
             max_tokens=self.imposed_cap,
-            cap_field="max_completion_tokens" if attempt.kind == "openai" else "max_tokens",
+            cap_field=attempt.cap_field,
+            stream_usage=attempt.stream_usage,
             native=native,
             models=attempt.native_models,
         )
@@ -104,22 +177,39 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
     attempts = priced(attempts, request.service_tier, request.fields)
-    messages = _messages(request, template)
-    tools = bytes(request.fields.get("tools", b""))
-    media = has_media(messages) if template is not None or not request.text_only else False
-    credit = deployment.settings.credits
-    sizes = [served.max_output_tokens for served in may_serve(attempts)]
-    cap = min(request.max_tokens, max(sizes)) if request.max_tokens else min(credit.default_output_tokens, *sizes)
-    imposes = request.max_tokens is None and credit.strict and not request.stream
+    prompt = Prompt(request, template, deployment.settings.server.max_body_bytes)
+    others = [bytes(raw) for name, raw in request.fields.items() if name not in STEERING]
+    tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)
+    if request.models and "middle-out" not in request.transforms:
+        attempts = large_enough(attempts, least_tokens(request.messages or b""))
+    return _plan(request, model, attempts, prompt, tokens, deployment.settings.credits)
+
+
+def _plan(
+    request: ChatRequest, model: str, attempts: tuple[Attempt, ...], prompt: Prompt, tokens: int, credit: Credits
+) -> Plan:
+    """The sizes of a request. Its cap may be above a model's `max_output_tokens`, but not above its window; and no prompt is
+    billed for more than the window, since it is refused.
+    """
+    serving = may_serve(attempts)
+    largest = max([served.max_output_tokens for served in serving])
+    window = max([served.context_window for served in serving])
+    if request.max_tokens is None:
+        expected = min(credit.default_output_tokens, *[served.max_output_tokens for served in serving])
+        limit = largest
+    else:
+        expected = min(request.max_tokens, largest)
+        limit = min(request.max_tokens, window)
+    hidden = any(served.hidden_reasoning for served in serving) or hides_reasoning(request)
     return Plan(
         request=request,
         model=model,
         attempts=attempts,
-        messages=messages,
-        prompt_tokens=estimate_prompt(messages, tools, request.message_count, media=media),
-        output_cap=cap,
-        output_limit=cap if request.max_tokens or imposes else max(sizes),
-        imposed_cap=cap if imposes else None,
+        prompt=prompt,
+        prompt_tokens=min(tokens, window),
+        output_cap=expected,
+        output_limit=limit,
+        holds_whole=hidden or not request.stream,
     )
 
 
@@ -159,30 +249,8 @@ def _model(request: ChatRequest, principal: Principal, template: Template | None
     )
 
 
-def _messages(request: ChatRequest, template: Template | None) -> bytes:
-    """Rendered messages, then the caller's own bytes."""
-    if template is None:
-        if request.messages is None:
-            raise Fault(
-                Source.CLIENT,
-                invalid("`messages` is required without a template that supplies them.", param="messages"),
-            )
-        return request.messages
-    rendered = orjson.dumps(render(template, request.variables))
-    if request.messages is None:
-        if rendered == b"[]":
-            raise Fault(
-                Source.CLIENT,
-                invalid("The template supplies no messages, so `messages` is required.", param="messages"),
-            )
-        return rendered
-    return rendered if rendered == b"[]" else rendered[:-1] + b"," + request.messages.lstrip()[1:]
-
-
-def _fit(messages: bytes, budget_tokens: int, count: int) -> bytes:
-    """The messages after middle-out, or their own bytes when they fit as they are."""
-    if estimate_prompt(messages, None, count) <= budget_tokens:
-        return messages
+def _fit(messages: bytes, budget_tokens: int) -> bytes:
+    """The messages after middle-out."""
     try:
         return msgspec.json.encode(middle_out(msgspec.json.decode(messages), budget_tokens))
     except (msgspec.MsgspecError, RecursionError, OverflowError) as error:

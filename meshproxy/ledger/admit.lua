@@ -6,7 +6,8 @@
 --        10 key's spend, 11 key's running, 12 session's spend (only where the session has budgets)
 -- ARGV   1 hold id, 2 time to live (ms), 3 amount, 4 least amount (nano-USD), 5 strict (1 or 0), 6 tokens, 7 key id,
 --        8 session or '', 9-13 key's requests a minute, burst, tokens a minute, requests a day, requests in parallel,
---        14-18 account's, 19-21 key's budgets: total, day, month (nano-USD), 22-24 session's, 25-27 account's; -1: no limit
+--        14-18 account's, 19-21 key's budgets: total, day, month (nano-USD), 22-24 session's, 25-27 account's; -1: no limit;
+--        28 share of the room (percent) that is held where the amount doesn't fit
 -- reply  1 outcome (0 admitted, 1 insufficient credits, 2 spend limit, 3 rate limit), 2 amount held, 3 available
 --        (nano-USD), 4 which budget (1-9: key's, session's, account's) or limit (1-6: buckets as below, 7 key's and 8 account's
 --        requests in parallel), 5 retry after (ms; -1: never), 6 budget, 7 spent or held of it, 8 needed (nano-USD),
@@ -89,9 +90,11 @@ if slowest > 0 then return reply(3, 0, slowest, longest_ms == NEVER and -1 or lo
 
 -- write
 local key_room, session_room, account_room = rooms[1][1], rooms[2][1], rooms[3][1]
+local room = math.min(credit, key_room, session_room, account_room)
+if room < amount then amount = math.max(least, math.floor(room * tonumber(ARGV[28]) / 100)) end
 local deadline_ms = now_ms + tonumber(ARGV[2])
 local hold = {
-  amount = math.min(amount, credit, key_room, session_room, account_room), tokens = tokens, started_ms = now_ms,
+  amount = amount, tokens = tokens, started_ms = now_ms,
   key_rate = tonumber(ARGV[11]), account_rate = tonumber(ARGV[16]), key = ARGV[7], session = ARGV[8],
   key_budget = key_room < NO_BUDGET and '1' or '0', session_budget = session_room < NO_BUDGET and '1' or '0',
 }

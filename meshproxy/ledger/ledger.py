@@ -83,6 +83,7 @@ class Ledger:
             *_amounts(ask.budgets),
             *_session_amounts(ask),
             *_amounts(ask.account_budgets),
+            ask.share_percent,
         ]
         reply = await self._store.run(self._admit, _hold_keys(self._names(ask.account), ask), args)
         buckets = _buckets(reply, 8, ask.key_limits, ask.account_limits)

@@ -19,7 +19,8 @@ UsageSource = Literal["reported", "estimated", "drained", "none"]
 class Ask(Value, frozen=True, kw_only=True):
     """A request that wants in. Limits are resolved: None is no limit here, not a default that holds elsewhere.
 
-    `amount_min_nusd`: hold less than `amount_nusd`, down to this, rather than deny (None: all or nothing).
+    `amount_min_nusd`: hold less than `amount_nusd`, down to this, rather than deny (None: all or nothing). Then no more than
+    `share_percent` of the room that there is is held, but for the least.
     `tokens` is the estimate that the token buckets are debited by until the settlement puts them right.
     """
 
@@ -31,6 +32,7 @@ class Ask(Value, frozen=True, kw_only=True):
     ttl_ms: int
     session: str | None = None
     amount_min_nusd: int | None = None
+    share_percent: int = 100
     strict: bool = True
     key_limits: Limits = NO_LIMITS
     account_limits: Limits = NO_LIMITS

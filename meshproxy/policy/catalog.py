@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import groupby
+from typing import Final
+from urllib.parse import urlsplit
 
 from msgspec import Raw
 from msgspec.structs import replace
 
-from meshproxy.config import STANDARD_TIERS, Model, Route, Settings
+from meshproxy.config import STANDARD_TIERS, Model, Route, Settings, Upstream
 from meshproxy.errors import Fault, Source, invalid, model_not_found
 from meshproxy.money import parse_usd
 from meshproxy.policy.pricing import Price, price_of, service_prices
@@ -32,6 +34,15 @@ EXTRAS: Mapping[str, frozenset[str]] = {
 }
 
 NOTHING = frozenset({b"null", b"[]", b"false"})  # a field that asks for nothing
+# Hosts whose reasoning models refuse `max_tokens` (OpenAI, API reference, "Create chat completion"; Azure OpenAI, "Reasoning
+# models"). All others read `max_tokens`: llama.cpp and Ollama ignore the newer name (ggml-org/llama.cpp#13700; Ollama, "OpenAI
+# compatibility"), Mistral refuses it (BerriAI/litellm#9583), vLLM and OpenRouter take both.
+_NEWER_CAP_HOSTS: Final = (
+    "api.openai.com",
+    ".openai.azure.com",
+    ".cognitiveservices.azure.com",
+    ".services.ai.azure.com",
+)
 
 # gpt-4o-2024-08-06, claude-3-5-sonnet-20241022, gpt-4-0613: providers answer with the dated name of what they serve
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
@@ -41,7 +52,8 @@ class Attempt(Value, frozen=True):
     """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
     it walks itself, in order, each with the price that is due if it is the one that serves. Neighbours of one model that have a
     `weight` are equals. `hidden_reasoning`: output is billed that a stream doesn't show. `services` are the prices of service
-    tiers by name, `fees` what a request costs beside its tokens if it has a field of that name.
+    tiers by name, `fees` what a request costs beside its tokens if it has a field of that name. `cap_field` is
+    the name under which the provider reads a cap on output, `stream_usage` whether it can be asked for the usage of a stream.
     """
 
     upstream: str
@@ -54,6 +66,8 @@ class Attempt(Value, frozen=True):
     natives: tuple["Attempt", ...] = ()
     weight: int | None = None
     hidden_reasoning: bool = False
+    cap_field: str = "max_tokens"
+    stream_usage: bool = True
     services: tuple[tuple[str, Price], ...] = ()
     fees: tuple[tuple[str, int], ...] = ()
 
@@ -138,6 +152,14 @@ class Catalog:
         return entry
 
 
+def large_enough(attempts: tuple[Attempt, ...], tokens: int) -> tuple[Attempt, ...]:
+    """The attempts whose model's window has room for at least so many tokens; all of them if none has, so that the first is
+    asked and its refusal told. A provider that walks fallbacks itself is asked in any case.
+    """
+    fitting = tuple(attempt for attempt in attempts if attempt.context_window >= tokens or attempt.kind == "openrouter")
+    return fitting or attempts
+
+
 def may_have_served(attempt: Attempt, reported_model: str | None) -> tuple[Attempt, ...]:
     """What has served, and is billed: the native fallback that the reply's `model` names, exactly or with a date. All that were
     asked, where it names none of them; the attempt itself, where there is no `model`.
@@ -201,10 +223,10 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
     fees = tuple((field, parse_usd(usd)) for field, usd in model.field_usd.items())
 
     def attempt(route: Route) -> Attempt:
-        kind = settings.upstreams[route.upstream].kind
+        upstream = settings.upstreams[route.upstream]
         return Attempt(
             upstream=route.upstream,
-            kind=kind,
+            kind=upstream.kind,
             upstream_model=route.model,
             model=name,
             context_window=model.context_window,
@@ -214,11 +236,19 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
             hidden_reasoning=model.hidden_reasoning,
             services=services,
             fees=fees,
+            cap_field=upstream.cap_field or _cap_field(upstream),
+            stream_usage=upstream.stream_usage,
         )
 
     groups = tuple(tuple(map(attempt, group)) for group in _groups(model.upstreams))
     fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0] for group in groups)
     return Entry(name, model.context_window, model.max_output_tokens, price, groups, fixed)
+
+
+def _cap_field(upstream: Upstream) -> str:
+    """The name under which a provider that the configuration doesn't describe reads its cap."""
+    host = urlsplit(upstream.base_url).hostname or ""
+    return "max_completion_tokens" if host.endswith(_NEWER_CAP_HOSTS) else "max_tokens"
 
 
 def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:

@@ -7,7 +7,8 @@ from typing import Any, Final
 import msgspec
 
 from meshproxy.errors import Detail, Fault
-from meshproxy.wire.chat import CAPS, decode_chat
+from meshproxy.wire.chat import decode_chat
+from meshproxy.wire.fields import CAPS
 
 # What shapes an answer and nothing else. Who asks, what is asked, how it is delivered and whether the provider keeps it
 # (`user`, `messages`, `model`, `stream`, `store`, `metadata`, ...) is the request's own to say.

@@ -6,6 +6,7 @@ can't create a slot, a message or a role.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
@@ -19,7 +20,7 @@ from meshproxy.errors import Detail, Fault, Source, invalid
 from meshproxy.policy.params import check_params, merge_params
 from meshproxy.wire.details import detail_of, name_of
 
-__all__ = ["Template", "TemplateFields", "check_template", "merge_params", "render", "slots", "to_public"]
+__all__ = ["Template", "TemplateFields", "check_template", "measure", "merge_params", "render", "slots", "to_public"]
 
 GLOBAL_OWNER = "*"  # how a global template's owner reads at the edge: Mesh's SDKs want a string there
 MAX_PROMPT_BYTES = 1_048_576  # of system and messages together, as JSON
@@ -48,6 +49,11 @@ class Template(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str | None = None
     params: dict[str, Any] = msgspec.field(default_factory=dict)
     variables: list[str] = msgspec.field(default_factory=list)
+
+    @property
+    def message_count(self) -> int:
+        """How many messages it renders."""
+        return len(self.messages or ()) + (self.system is not None)
 
 
 class TemplateFields(Struct, frozen=True, kw_only=True):
@@ -118,9 +124,22 @@ def render(template: Template, variables: Mapping[str, str]) -> list[Message]:
     def fill(text: str) -> str:
         return _SLOT.sub(lambda slot: variables[slot[1]], text)
 
-    rendered: list[Message] = [] if template.system is None else [{"role": "system", "content": fill(template.system)}]
-    rendered += [_filled(message, fill) for message in template.messages or ()]
-    return rendered
+    return [_filled(message, fill) for message in _with_system(template)]
+
+
+def measure(template: Template, variables: Mapping[str, str]) -> tuple[bytes, int]:
+    """The messages that `render` gives as JSON, their slots not filled; and by how many bytes filling them makes it longer.
+
+    Costs no more than the template and the variables are long. Fault `validation_error` as from `render`.
+    """
+    counts = Counter(slot[0] for text in _texts(template) for slot in _SLOT.finditer(text))
+    names = {slot: slot.strip("{} \t") for slot in counts}
+    missing = [name for name in dict.fromkeys(names.values()) if name not in variables]
+    if missing:
+        raise _missing(template.name, missing)
+    sizes = {name: len(orjson.dumps(variables[name])) for name in set(names.values())}
+    longer = sum(count * (sizes[names[slot]] - len(orjson.dumps(slot))) for slot, count in counts.items())
+    return orjson.dumps(_with_system(template)), longer
 
 
 def to_public(template: Template) -> dict[str, Any]:
@@ -235,6 +254,11 @@ def _unfit(details: Sequence[Detail]) -> Fault:
     where = name_of(details[0])
     message = f"Invalid template: {where + ': ' if where else ''}{details[0].msg}{more}"
     return Fault(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))
+
+
+def _with_system(template: Template) -> list[Message]:
+    messages = template.messages or []
+    return messages if template.system is None else [{"role": "system", "content": template.system}, *messages]
 
 
 def _texts(template: Template) -> Iterator[str]:

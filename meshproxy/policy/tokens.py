@@ -1,13 +1,18 @@
-"""How many tokens a prompt is likely to have, from the size of its JSON. No tokenizer: this is on every request's path.
+"""Estimate how many tokens a prompt has, from the size of its JSON. No tokenizer: this is on every request's path.
 
 A token per three bytes of JSON, and four for each message. Against OpenAI's o200k_base that was measured as 1.3 to 1.6 times the
 truth for English and code, 1.0 for JSON and digits, 1.6 for Chinese and Japanese, 2.8 for Russian and Hindi, 0.8 for emoji and,
 the worst there is, 0.5 for random base64. Settlement makes it right: the estimate only sizes the hold and what is taken from
 the token buckets.
+
+Media is counted as what it is to a model, whatever shape it comes in: a long string of base64, or a `data:` URL, that is the
+value of anything but a text. A client can pass text off as media so. Then its hold is too small, by no more than one request's
+prompt costs, and the settlement charges what the provider reports.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
 
 BYTES_PER_TOKEN = 3
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and 3 at most of UTF-8
@@ -15,47 +20,148 @@ TOKENS_PER_MESSAGE = 4  # role and delimiters; OpenAI's cookbook counts 3 and 1 
 TOKENS_PER_MEDIA = (
     1700  # an image at high detail: 85 + 170 for each 512 px tile (OpenAI's vision guide), 8 tiles at most, and spare
 )
-BYTES_PER_FILE_TOKEN = 16  # of a base64 document: most of a PDF is fonts and pictures, not text
 
-# Keys of content parts, quotes included: inside a string the quotes would be escaped, so no text can pass for media.
-_MEDIA = (b'"image_url"', b'"input_audio"', b'"file"')
-_DATA_URL = re.compile(rb'"url"\s*+:\s*+"(data:[a-z\\/+.-]++[^"]{0,64}?;base64,[A-Za-z0-9+\\/=_-]*+)"')
-_AUDIO = re.compile(rb'"input_audio"\s*+:\s*+\{[^{}]*?"data"\s*+:\s*+"([A-Za-z0-9+\\/=_-]*+)"')
-_FILE = re.compile(rb'"file_data"\s*+:\s*+"((?:data:[a-z\\/+.-]++;base64,)?[A-Za-z0-9+\\/=_-]*+)"')
-_IMAGE_PART = re.compile(rb'"image_url"\s*+:')
+# Characters of base64 that make a token. Audio: 32 tokens a second (Gemini API, "Audio understanding") at 96 kbit/s. Video: 263
+# a second with its sound (Gemini API, "Token counting") at 400 kbit/s. Text: a token per three bytes. Documents: most of a PDF is
+# fonts and pictures, not text.
+_CHARS_PER_TOKEN: Final = {b"audio": 512, b"video": 256, b"text": 4, b"document": 16}
+_TEXTUAL: Final = (b"text/", b"application/json", b"application/xml", b"application/yaml")
+
+# How base64 of known media begins, for a string that comes without a MIME type: MP3 (with ID3 and without), Ogg, FLAC, WAV and
+# WebP (RIFF: the longer of the two), MP4 and QuickTime, WebM. Images are PNG, JPEG and GIF.
+_MAGIC: Final = (
+    (b"image", (b"iVBORw0KGgo", b"/9j/", b"R0lGOD")),
+    (b"audio", (b"SUQz", b"//uQ", b"//sw", b"//vQ", b"T2dnUw", b"ZkxhQ", b"UklGR")),
+    (b"video", (b"AAAAIGZ0eX", b"AAAAHGZ0eX", b"AAAAGGZ0eX", b"AAAAFGZ0eX", b"GkXfo")),
+)
+
+MIN_MEDIA_CHARS = 1024  # a shorter string costs less as text than any medium
+_CONTEXT_CHARS = 160  # before a string, in which its key and its kind stand
+
+_OPENED_BY: Final = (
+    b":",
+    b"[",
+    b",",
+)  # what stands before a string's opening quote; inside a text that quote is escaped
+_KEY: Final = re.compile(rb'"([^"]*)"\s*:\s*\Z')
+_TEXT_KEYS: Final = frozenset(
+    {b"text", b"content", b"arguments", b"reasoning", b"reasoning_content", b"thinking", b"refusal"}
+)
+_BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\\%"
+_MAX_MIME_CHARS = 256
+
+# Keys of what a provider fetches, or what is too short to be looked for: each is a medium of its own.
+_NAMED: Final = re.compile(rb'"(?:(?:image|video|audio|file)_url|input_audio|file_(?:id|uri)|source)"\s*+:')
+_MUCH_BYTES = 1_048_576
 
 
-def estimate_prompt(messages: bytes, tools: bytes | None, count: int, *, media: bool | None = None) -> int:
-    """Tokens of `count` messages and of tools, each as JSON. Images, audio and files are counted as what they are to a model,
-    not as the text of their base64. `media`: whether there are any, if the caller knows.
+class Weight(NamedTuple):
+    """What a prompt's JSON weighs: the bytes that are text, and the tokens of its media."""
+
+    text_bytes: int
+    media_tokens: int
+
+
+def estimate_prompt(messages: bytes, others: Iterable[bytes], count: int, *, media: bool = True) -> int:
+    """Estimate the tokens of `count` messages and of the request's `others`, such as tools, each as JSON. `media`: whether the
+    messages may have any.
     """
-    size = len(messages) + (len(memoryview(tools)) if tools is not None else 0)
-    if has_media(messages) if media is None else media:
-        return _with_media(messages, size, count)
-    return _text(messages, size) + TOKENS_PER_MESSAGE * count
+    text_bytes, media_tokens = weigh(messages) if media else (len(messages), 0)
+    tokens = _text_tokens(messages, text_bytes) + media_tokens + TOKENS_PER_MESSAGE * count
+    for other in others:
+        text_bytes, media_tokens = weigh(other) if len(other) > MIN_MEDIA_CHARS else (len(other), 0)
+        tokens += _text_tokens(other, text_bytes) + media_tokens
+    return tokens
 
 
-def has_media(messages: bytes) -> bool:
-    """Whether there may be parts whose tokens their bytes don't bound: images, audio, files. May be true of mere text."""
-    return any(messages.rfind(name) >= 0 for name in _MEDIA)  # rfind is the cheapest search that bytes have
+def least_tokens(messages: bytes) -> int:
+    """Tokens that messages without media have at least: for the decision that a model's window is surely too small.
+
+    o200k_base makes a token of 4 to 5 bytes of English, of 6 of the plainest, and of 7 to 9 of Russian or Hindi.
+    """
+    text_bytes, media_tokens = weigh(messages)
+    if media_tokens or b"\\u" in messages:
+        return 0
+    return text_bytes // (6 if messages.isascii() else 9)
 
 
-def _with_media(messages: bytes, size: int, count: int) -> int:
-    images = len(_IMAGE_PART.findall(messages))
-    inline = sum(_lengths(_DATA_URL, messages))
-    sounds = list(_lengths(_AUDIO, messages))
-    files = list(_lengths(_FILE, messages))
-    text = size - inline - sum(sounds) - sum(files)
-    media = TOKENS_PER_MEDIA * (images + len(sounds)) + sum(length // BYTES_PER_FILE_TOKEN for length in files)
-    return _text(messages, text) + TOKENS_PER_MESSAGE * count + media
+def weigh(json: bytes) -> Weight:
+    """Find the media in any JSON. Takes linear time on any bytes."""
+    inline_bytes = media_tokens = inline = named = passed = 0
+    for start, end in _long_strings(json) if len(json) > MIN_MEDIA_CHARS else ():
+        tokens = _media_tokens(json, start, end)
+        if tokens:
+            inline += 1
+            inline_bytes += end - start - 1
+            media_tokens += tokens
+        named += _named(json, passed, start)
+        passed = end
+    named += _named(json, passed, len(json))
+    return Weight(len(json) - inline_bytes, media_tokens + TOKENS_PER_MEDIA * max(named - inline, 0))
 
 
-def _lengths(pattern: re.Pattern[bytes], messages: bytes) -> Iterator[int]:
-    return (match.end(1) - match.start(1) for match in pattern.finditer(messages))
+def _long_strings(json: bytes) -> Iterator[tuple[int, int]]:
+    """The places of the quotes of each long string, by way of the blocks without any quote: one as long as a string must be
+    has such a block in it. Between two strings there may be a long gap, which is no string; it never passes for a medium.
+    """
+    block, size = MIN_MEDIA_CHARS // 2, len(json)
+    at = passed = 0
+    while at < size:
+        if json.find(b'"', at, at + block) >= 0:
+            at += block
+            continue
+        start, end = json.rfind(b'"', passed, at), json.find(b'"', at + block)
+        end = size if end < 0 else end
+        if start >= 0 and end - start > MIN_MEDIA_CHARS:
+            yield start, end
+        at = passed = end
 
 
-def _text(messages: bytes, size: int) -> int:
+def _named(json: bytes, start: int, end: int) -> int:
+    """How many keys between these places name a medium. In much JSON only the usual ones are looked for, which is faster."""
+    if end - start > _MUCH_BYTES:
+        return json.count(b'_url":', start, end)
+    return len(_NAMED.findall(json, start, end))
+
+
+def _media_tokens(json: bytes, start: int, end: int) -> int:
+    """Tokens of the medium that the string between these places is; 0 if it is a text."""
+    before = json[max(start - _CONTEXT_CHARS, 0) : start]
+    if not before.rstrip().endswith(_OPENED_BY):
+        return 0
+    key = _KEY.search(before)
+    if key is not None and key[1] in _TEXT_KEYS:
+        return 0
+    kind = b""
+    begin = start + 1
+    if json.startswith(b"data:", begin):
+        comma = json.find(b",", begin, begin + _MAX_MIME_CHARS)
+        mime = json[begin + 5 : max(comma, begin + 5)].replace(b"\\/", b"/").lower()
+        if not mime.endswith(b";base64"):
+            return 0
+        begin = comma + 1
+        kind = b"text" if mime.startswith(_TEXTUAL) else mime.partition(b"/")[0]
+    if json[begin:end].translate(None, _BASE64):
+        return 0
+    kind = kind or _kind_of(before, json[begin : begin + 16])
+    if kind == b"image":
+        return TOKENS_PER_MEDIA
+    tokens = (end - begin) // _CHARS_PER_TOKEN.get(kind, _CHARS_PER_TOKEN[b"document"])
+    return max(tokens, TOKENS_PER_MEDIA) if kind in {b"audio", b"video"} else max(tokens, 1)
+
+
+def _kind_of(before: bytes, head: bytes) -> bytes:
+    """The kind of base64 without a MIME type, by what stands before it or by how it begins."""
+    kinds = [(before.rfind(kind), kind) for kind in (b"image", b"audio", b"video") if kind in before]
+    if kinds:
+        return max(kinds)[1]
+    if b'"text/' in before:
+        return b"text"
+    return next((kind for kind, heads in _MAGIC if head.startswith(heads)), b"document")
+
+
+def _text_tokens(json: bytes, text_bytes: int) -> int:
     """Tokens of text. Escapes are half text at best, so what merely looks like them can't halve the estimate twice."""
-    if b"\\" in messages and messages.rfind(b"\\u") >= 0:
-        size = max(size - BYTES_OVER_PER_ESCAPE * messages.count(b"\\u"), size // 2)
-    return -(-size // BYTES_PER_TOKEN)
+    if b"\\" in json and json.rfind(b"\\u") >= 0:
+        text_bytes = max(text_bytes - BYTES_OVER_PER_ESCAPE * json.count(b"\\u"), text_bytes // 2)
+    return -(-text_bytes // BYTES_PER_TOKEN)

@@ -3,39 +3,60 @@ their documentation): models attend least to the middle of a long prompt, so tha
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt
+from meshproxy.policy.tokens import BYTES_PER_TOKEN, TOKENS_PER_MESSAGE, weigh
 
 CUT = "\n[...]\n"  # stands where text was taken out
 
 Message = dict[str, Any]
-Count = Callable[[Message], int]
 
 
-def message_tokens(message: Message) -> int:
-    """The estimate of one message; the sum over messages is never less than the estimate of all."""
-    return estimate_prompt(msgspec.json.encode(message), None, 1)
+class Scale(NamedTuple):
+    """How large a message is, and a text in it. Sizes are additive: a message is smaller by what its text is smaller."""
+
+    message: Callable[[Message], int]
+    text: Callable[[str], int]
 
 
-def middle_out(messages: Sequence[Message], budget_tokens: int, count: Count = message_tokens) -> list[Message]:
-    """The messages, made to fit `budget_tokens` by `count`. System messages, the first and the last stay; messages go from the
-    middle outwards, a tool's answer with the call it answers; if that isn't enough, the longest texts lose their middle.
+def message_bytes(message: Message) -> int:
+    """A message's bytes of JSON and a comma, with its media and its framing as so many bytes as their tokens are worth."""
+    own_bytes, media_tokens = weigh(msgspec.json.encode(message))
+    return own_bytes + 1 + (media_tokens + TOKENS_PER_MESSAGE) * BYTES_PER_TOKEN
 
-    What can't be cut, such as images, stays: the result may be over budget still, and is the provider's to refuse.
+
+def text_bytes(text: str) -> int:
+    """The bytes of a text in JSON."""
+    return len(msgspec.json.encode(text)) - 2
+
+
+JSON_BYTES = Scale(message_bytes, text_bytes)
+
+
+def middle_out(messages: Sequence[Message], budget_tokens: int) -> list[Message]:
+    """The messages, made to fit `budget_tokens` by `estimate_prompt`; see `fitted`."""
+    return fitted(messages, budget_tokens * BYTES_PER_TOKEN - 1, JSON_BYTES)  # 1: brackets and commas
+
+
+def fitted(messages: Sequence[Message], budget: int, scale: Scale) -> list[Message]:
+    """The messages, made to fit a budget on a scale. System messages, the first and the last stay; messages go from the middle
+    outwards, a tool's answer with the call it answers; if that isn't enough, the longest texts lose their middle.
+
+    What can't be cut, such as images, stays: the result may be over budget still, and is the provider's to refuse. The time it
+    takes grows with the size of the messages, sorting apart: each text is measured a fixed number of times.
     """
-    sizes = [count(message) for message in messages]
-    dropped = _middle(messages, sizes, budget_tokens)
+    sizes = [scale.message(message) for message in messages]
+    dropped = _middle(messages, sizes, budget)
     kept = [index for index in range(len(messages)) if index not in dropped]
-    excess = sum(sizes[index] for index in kept) - budget_tokens
+    excess = sum(sizes[index] for index in kept) - budget
     shortened: dict[int, Message] = {}
     for index in sorted(kept, key=sizes.__getitem__, reverse=True):
         if excess <= 0:
             break
-        shortened[index] = _shortened(messages[index], sizes[index] - excess, count)
-        excess -= sizes[index] - count(shortened[index])
+        shortened[index], saved = _shortened(messages[index], excess, scale.text)
+        excess -= saved
     return [shortened.get(index, messages[index]) for index in kept]
 
 
@@ -72,43 +93,49 @@ def _outwards(units: Sequence[list[int]]) -> Iterable[list[int]]:
     return (units[at] for at in order)
 
 
-def _shortened(message: Message, tokens: int, count: Count) -> Message:
-    """The message with its longest texts cut until it has at most so many tokens, or no text is left."""
+def _shortened(message: Message, excess: int, size: Callable[[str], int]) -> tuple[Message, int]:
+    """The message with its longest texts cut until it is smaller by `excess` or no text is left, and how much smaller it is."""
     content = message.get("content")
     if isinstance(content, str):
-        return _fit(content, tokens, lambda text: {**message, "content": text}, count)
+        text, saved = _cut(content, excess, size)
+        return {**message, "content": text}, saved
     if not isinstance(content, list):
-        return message
-    texts = [
-        index for index, part in enumerate(content) if isinstance(part, dict) and isinstance(part.get("text"), str)
-    ]
-    for index in sorted(texts, key=lambda at: len(content[at]["text"]), reverse=True):
-        if count(message) <= tokens:
+        return message, 0
+    parts = list(content)
+    texts = [index for index, part in enumerate(parts) if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    total = 0
+    for index in sorted(texts, key=lambda at: len(parts[at]["text"]), reverse=True):
+        if total >= excess:
             break
-        message = _fit(content[index]["text"], tokens, _replacing(message, index), count)
-    return message
+        text, saved = _cut(parts[index]["text"], excess - total, size)
+        parts[index] = {**parts[index], "text": text}
+        total += saved
+    return {**message, "content": parts}, total
 
 
-def _replacing(message: Message, index: int) -> Callable[[str], Message]:
-    """Puts another text into one content part."""
-    before, part, after = message["content"][:index], message["content"][index], message["content"][index + 1 :]
-    return lambda text: {**message, "content": [*before, {**part, "text": text}, *after]}
-
-
-def _fit(text: str, tokens: int, put: Callable[[str], Message], count: Count) -> Message:
-    """The message with as much of the ends of a text that is too long as fits, found by halving; without any if none does."""
-    fits, too_much = 0, min(len(text), tokens * BYTES_PER_TOKEN + 1)
-    while too_much - fits > 1:
-        kept = (fits + too_much) // 2
-        if count(put(_ends(text, kept))) <= tokens:
-            fits = kept
-        else:
-            too_much = kept
-    return put(_ends(text, fits))
-
-
-def _ends(text: str, kept: int) -> str:
-    """So many characters of the text, half from its start and half from its end."""
+def _cut(text: str, excess: int, size: Callable[[str], int]) -> tuple[str, int]:
+    """A text without its middle, smaller by at least `excess` where it has so much, and how much smaller it is."""
     if len(text) <= len(CUT):
-        return text
-    return text[: kept - kept // 2] + CUT + text[len(text) - kept // 2 :]
+        return text, 0
+    whole = size(text)
+    kept, kept_size = _ends(text, whole - excess - size(CUT), size)
+    cut = text[: kept - kept // 2] + CUT + text[len(text) - kept // 2 :]
+    return cut, whole - kept_size - size(CUT)
+
+
+def _ends(text: str, room: int, size: Callable[[str], int]) -> tuple[int, int]:
+    """How many characters, half from the start and half from the end, fit into a room, and how large they are. Found by
+    halving; each step measures only what it adds to what fits, so that all of them together measure the text once.
+    """
+    fits, fits_size = 0, 0
+    too_many = min(len(text), max(room, 0) + 1)  # no character is smaller than 1
+    while too_many - fits > 1:
+        kept = (fits + too_many) // 2
+        start = text[fits - fits // 2 : kept - kept // 2]
+        end = text[len(text) - kept // 2 : len(text) - fits // 2]
+        kept_size = fits_size + size(start) + size(end)
+        if kept_size <= room:
+            fits, fits_size = kept, kept_size
+        else:
+            too_many = kept
+    return fits, fits_size

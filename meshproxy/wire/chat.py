@@ -9,13 +9,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw
 from msgspec.json import Decoder
 
 from meshproxy.errors import Detail, Fault, Source, invalid
 from meshproxy.value import Value
 from meshproxy.wire.details import detail_of, name_of
-from meshproxy.wire.fields import ALLOWED, DECODERS, MAX_NAME_CHARS, Bulk
+from meshproxy.wire.fields import (
+    ALLOWED,
+    CAPS,
+    DECODERS,
+    HIDING,
+    HIDING_MEMBERS,
+    HIDING_UNLESS,
+    MAX_NAME_CHARS,
+    MAX_TOKENS,
+    UNREAD,
+    Bulk,
+)
 
 MAX_DETAILS = 32  # complaints shown to a client
 # Of variables and what else isn't bulk: millions of members would stall every stream for seconds.
@@ -25,12 +36,12 @@ MAX_LOOSE_BYTES = 1_048_576
 MAX_BRACES = 262_144
 MAX_TOOLS_BYTES = 4_194_304  # 33 MB of `{}` took half a second, which every stream waited for
 
-# Two names of one thing, the one that counts first.
-CAPS: Final[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
-
+# Members that don't go out as they came in: Mesh's own fields, and those that are written anew.
+_OWN: Final = frozenset(
+    {"template", "variables", "session_id", "timeout", "transforms", "models", "model", "messages", *CAPS}
+)
 # Members that a key's or template's params can't set: the request's own shape, and Mesh's own fields.
-_OWN: Final = frozenset({"template", "variables", "session_id", "transforms", "models", "model", "messages"})
-_RESERVED: Final = _OWN | {"stream", "stream_options"}
+_RESERVED: Final = _OWN | UNREAD | {"stream", "stream_options"}
 
 _MEMBERS: Final = Decoder(dict[str, Raw])
 _BULK: Final = Decoder(Bulk)
@@ -41,9 +52,9 @@ class ChatRequest(Value, frozen=True):
     """A request that is sound as far as its bytes can tell.
 
     `fields` has every OpenAI and unknown member as its own bytes, in order of arrival, without `model`, `messages` and Mesh's
-    own; known members that are null are dropped. `messages` is the array's bytes as they came, None when there are none (then
-    `template` is given and must supply them); `text_only`: every content is a string. `max_tokens` is what counts:
-    `max_completion_tokens`, else `max_tokens`.
+    own, and without a cap; known members that are null are dropped. `messages` is the array's bytes as they came, None when there
+    are none (then `template` is given and must supply them); `text_only`: every content is a string. `max_tokens` is the
+    effective cap of one choice: the smallest that was given, by whatever name. `timeout_s` is the client's own deadline.
     """
 
     fields: dict[str, Raw]
@@ -58,6 +69,7 @@ class ChatRequest(Value, frozen=True):
     stream: bool = False
     include_usage: bool = False
     max_tokens: int | None = None
+    timeout_s: float | None = None
     n: int = 1
     models: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
@@ -76,7 +88,8 @@ def check_members(members: Mapping[str, Raw]) -> ChatRequest:
     for name, raw in members.items():
         decode = DECODERS.get(name)
         if decode is None:
-            fields[name] = raw
+            if name not in UNREAD:
+                fields[name] = raw
             continue
         try:
             value = decode(raw)
@@ -102,18 +115,37 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
     """
     known: dict[str, Any] = {}
     details: list[Detail] = []
-    fields = _filled(request.fields, params)
-    for name in (fields.keys() - request.fields.keys()) & DECODERS.keys():
+    fields = dict(request.fields)
+    for name, value in params.items():
+        is_cap = name in CAPS and request.max_tokens is None
+        if value == b"null" or name in fields or (name in _RESERVED and not is_cap):
+            continue
+        if not is_cap:
+            fields[name] = Raw(value)
         try:
-            known[name] = DECODERS[name](fields[name])
+            known[name] = DECODERS[name](value) if name in DECODERS else None
         except (msgspec.DecodeError, RecursionError) as error:
             details.append(detail_of(error, ("params", name)))
     if details:
         raise _unfit(details)
-    cap = known.get(CAPS[0]) or known.get(CAPS[1]) or request.max_tokens
+    cap = request.max_tokens or _least_cap(known)
     tier = known.get("service_tier") or request.service_tier
     return msgspec.structs.replace(
         request, fields=fields, n=known.get("n") or request.n, max_tokens=cap, service_tier=tier
+    )
+
+
+def hides_reasoning(request: ChatRequest) -> bool:
+    """Whether the request asks for reasoning that is billed as output and may not be shown."""
+    members = HIDING_MEMBERS & request.fields.keys()
+    if not members:
+        return False
+    try:
+        asked = {name: msgspec.json.decode(request.fields[name]) for name in members}
+    except (msgspec.DecodeError, RecursionError):
+        return True  # nested out of all reason: the provider's to refuse
+    return any(_at(asked, path) == value for path, value in HIDING) or any(
+        _at(asked, path) not in (None, value) for path, value in HIDING_UNLESS
     )
 
 
@@ -124,22 +156,24 @@ def encode_upstream(
     messages: bytes,
     max_tokens: int | None = None,
     cap_field: str = CAPS[0],
+    stream_usage: bool = True,
     native: bool = False,
     models: Sequence[str] = (),
 ) -> bytes:
     """The provider's request body: `model`, `messages` as they are, and the request's fields.
 
-    A stream always asks for its usage. `max_tokens` is put under every name that the request used for its cap, else under
-    `cap_field`. `native`: the provider knows `transforms` (OpenRouter). `models`: the fallbacks that it is to walk, in its own
-    names.
+    The cap goes out once, under `cap_field`: `max_tokens`, or where that is None the request's own. A stream asks for its usage,
+    unless `stream_usage` is off: then the provider refuses `stream_options`, and gets none. `native`: the provider knows
+    `transforms` (OpenRouter). `models`: the fallbacks that it is to walk, in its own names.
     """
-    fields = dict(request.fields)
-    if request.stream and not request.include_usage:
-        fields["stream_options"] = _asking_for_usage(fields.get("stream_options"))
-    if max_tokens is not None:
-        cap = Raw(b"%d" % max_tokens)
-        fields |= dict.fromkeys([name for name in CAPS if name in fields] or [cap_field], cap)
-    body: dict[str, Any] = {"model": model, "messages": Raw(messages), **fields}
+    body: dict[str, Any] = {"model": model, "messages": Raw(messages), **request.fields}
+    if not stream_usage:
+        body.pop("stream_options", None)
+    elif request.stream and not request.include_usage:
+        body["stream_options"] = _asking_for_usage(request.fields.get("stream_options"))
+    cap = max_tokens or request.max_tokens
+    if cap is not None:
+        body[cap_field] = cap
     if models:
         body["models"] = models
     if native and request.transforms:
@@ -185,7 +219,7 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
         fields=fields,
         messages=bytes(known["messages_raw"]) if messages else None,
         message_count=len(messages or ()),
-        text_only=all(type(message.content) is str for message in messages or ()),
+        text_only=all(type(message.content) is str and message.images is UNSET for message in messages or ()),
         model=known.get("model"),
         template=known.get("template"),
         variables=known.get("variables") or {},
@@ -193,21 +227,25 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
         service_tier=known.get("service_tier"),
         stream=known.get("stream", False),
         include_usage=options is not None and options.include_usage is True,
-        max_tokens=known.get(CAPS[0]) or known.get(CAPS[1]),
+        max_tokens=_least_cap(known),
+        timeout_s=known.get("timeout"),
         n=known.get("n", 1),
         models=tuple(known.get("models", ())),
         transforms=tuple(known.get("transforms", ())),
     )
 
 
-def _filled(fields: Mapping[str, Raw], params: Mapping[str, bytes]) -> dict[str, Raw]:
-    filled = dict(fields)
-    capped = any(name in fields for name in CAPS)
-    for name, value in params.items():
-        taken = name in fields or name in _RESERVED or (capped and name in CAPS)
-        if not taken and value != b"null":
-            filled[name] = Raw(value)
-    return filled
+def _least_cap(known: Mapping[str, Any]) -> int | None:
+    """The smallest cap among decoded members, by whatever name; None if there is none."""
+    caps = [known[name] for name in CAPS if name in known and known[name] is not None and known[name] >= 1]
+    return min(*caps, MAX_TOKENS) if caps else None
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    """What stands at a path of members; None where there is nothing."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _asking_for_usage(options: Raw | None) -> Raw:

@@ -89,18 +89,20 @@ async def test_a_large_prompt_has_the_prices_of_its_tier(start_mesh):
     assert (5_000_000_000, 10_000_000, None) == (price["input"], price["request"], price.get("tiers"))
 
 
-async def test_a_strict_cap_is_given_to_the_provider(mesh):
+async def test_without_a_cap_none_is_given_to_the_provider(mesh):
     caller = await mesh.key()
-    await mesh.chat(caller, model="sim/plain")
-    assert 4096 == mesh.sent["max_completion_tokens"]
+    answer = await mesh.chat(caller, model="sim/plain")
+    assert {"model", "messages"} == mesh.sent.keys()
+    assert "x-mesh-max-tokens" not in answer.headers
+    assert str(18 * 2_500 + 16_384 * 10_000) == (await mesh.settlement(caller))["held_nusd"]
 
 
-async def test_a_cap_of_ones_own_is_kept_under_its_name(mesh):
+async def test_one_cap_goes_out_under_the_name_that_the_provider_reads(mesh):
     caller = await mesh.key()
-    for name in ("max_tokens", "max_completion_tokens"):
-        await mesh.chat(caller, model="sim/plain", **{name: 5})
+    for caps in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 9}):
+        await mesh.chat(caller, model="sim/plain", **caps)
     bodies = [json.loads(entry.raw_body) for entry in mesh.received]
-    assert [{"max_tokens": 5}, {"max_completion_tokens": 5}] == [
+    assert [{"max_tokens": 5}] * 3 == [
         {name: value for name, value in body.items() if name.startswith("max_")} for body in bodies
     ]
 
@@ -137,9 +139,9 @@ async def test_messages_and_tools_arrive_as_the_bytes_they_were(mesh):
 async def test_unknown_fields_are_passed_on_and_meshs_own_are_not(mesh):
     caller = await mesh.key()
     fields = {"reasoning_effort": "low", "metadata": {"a": "b"}, "store": False, "made_up": [1, None]}
-    own = {"session_id": "s", "variables": {"a": "b"}, "transforms": [], "models": []}
+    own = {"session_id": "s", "variables": {"a": "b"}, "transforms": [], "models": [], "timeout": 9, "cache": True}
     assert 200 == (await mesh.chat(caller, model="sim/plain", **fields, **own)).status
-    assert {"model", "messages", "max_completion_tokens", *fields} == mesh.sent.keys()
+    assert {"model", "messages", *fields} == mesh.sent.keys()
     assert fields == {name: mesh.sent[name] for name in fields}
 
 

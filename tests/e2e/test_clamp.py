@@ -1,5 +1,8 @@
 """Credit that is short of what a request may cost: refused, or where clamping is asked for, capped to what there is."""
 
+import asyncio
+import json
+
 import openai
 import pytest
 
@@ -22,7 +25,7 @@ async def test_the_cap_is_lowered_to_what_the_account_can_pay_and_told(mesh, fie
     cap = int(answer.headers["x-mesh-max-tokens"])
     assert 200 == answer.status
     assert 0 < cap < 500
-    assert cap == mesh.sent[field]
+    assert cap == mesh.sent["max_tokens"]
     balance = await mesh.balance(caller)
     assert balance.available_nusd >= 0
     assert balance.settled_nusd > 0
@@ -60,3 +63,49 @@ async def test_the_configuration_clamps_for_keys_that_dont_say(start_mesh):
     willing, unwilling = await mesh.key(credit=CREDIT), await mesh.key(credit=CREDIT, clamp=False)
     assert 200 == (await mesh.chat(willing, model="sim/plain", max_tokens=500)).status
     assert 402 == (await mesh.chat(unwilling, model="sim/plain", max_tokens=500)).status
+
+
+async def test_without_a_cap_a_short_account_gets_one_and_is_told(mesh):
+    caller = await mesh.key(credit="0.01")
+    answer = await mesh.chat(caller, model="sim/plain")
+    assert (200, 495) == (answer.status, int(answer.headers["x-mesh-max-tokens"]))
+    assert 495 == mesh.sent["max_tokens"]
+    assert (await mesh.balance(caller)).available_nusd >= 0
+
+
+async def test_an_account_that_can_barely_pay_is_told_the_models_own_cap(mesh):
+    caller = await mesh.key(credit="0.20")
+    answer = await mesh.chat(caller, model="sim/plain")
+    assert "16384" == answer.headers["x-mesh-max-tokens"]
+    assert 16384 == mesh.sent["max_tokens"]
+
+
+async def test_a_cap_above_the_models_own_is_lowered_where_credit_is_short(mesh):
+    rich, poor = await mesh.key(), await mesh.key(credit="0.30")
+    assert "x-mesh-max-tokens" not in (await mesh.chat(rich, model="sim/plain", max_tokens=100_000)).headers
+    answer = await mesh.chat(poor, model="sim/plain", max_tokens=100_000)
+    assert "16384" == answer.headers["x-mesh-max-tokens"]
+    assert [100_000, 16_384] == [json.loads(entry.raw_body)["max_tokens"] for entry in mesh.received]
+
+
+async def test_a_stream_with_hidden_reasoning_is_held_whole(mesh):
+    caller = await mesh.key(credit="0.01")
+    stream = await mesh.stream(caller, model="sim/plain", reasoning={"exclude": True})
+    assert (200, "494") == (stream.status, stream.headers["x-mesh-max-tokens"])
+    assert 494 == mesh.sent["max_tokens"]
+
+
+async def test_an_account_has_room_for_many_whole_answers_at_once(mesh):
+    caller = await mesh.key(credit="5.00")
+    answers = await asyncio.gather(*(mesh.chat(caller, model="sim/plain") for _ in range(10)))
+    assert [200] * 10 == [answer.status for answer in answers]
+    assert [] == [answer for answer in answers if "x-mesh-max-tokens" in answer.headers]
+
+
+async def test_caps_of_two_names_overdraw_nothing(mesh):
+    caller = await mesh.key(credit="0.01")
+    caps = {"max_completion_tokens": 1, "max_tokens": 16_384}
+    answers = await asyncio.gather(*(mesh.chat(caller, model="sim/plain", **caps) for _ in range(50)))
+    assert {200} == {answer.status for answer in answers}
+    assert {1} == {json.loads(entry.raw_body)["max_tokens"] for entry in mesh.received}
+    assert (await mesh.balance(caller)).available_nusd >= 0

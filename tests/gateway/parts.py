@@ -10,7 +10,7 @@ from meshproxy.errors import Problem
 from meshproxy.gateway.call import Call
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Credit, Lease
-from meshproxy.gateway.resolve import Plan
+from meshproxy.gateway.resolve import Plan, Prompt
 from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied
 from meshproxy.policy.catalog import Attempt, Catalog
 from meshproxy.policy.principal import Account, Key, Principal
@@ -41,11 +41,11 @@ def plan(body: bytes = STREAM, **fields: Any) -> Plan:
         "request": request,
         "model": "m",
         "attempts": (attempt(),),
-        "messages": request.messages,
+        "prompt": Prompt(request, None, 2**20),
         "prompt_tokens": PROMPT_TOKENS,
         "output_cap": 1000,
         "output_limit": 1000,
-        "imposed_cap": None,
+        "holds_whole": not request.stream,
     }
     return Plan(**{**usual, **fields})
 

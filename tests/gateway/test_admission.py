@@ -1,13 +1,13 @@
+import json
 import math
 
-import msgspec
 import pytest
 
 from meshproxy.config import Credits, Defaults
 from meshproxy.gateway.admission import affordable, ask_for, clamps, first_slice, limit_headers, limits_of, refused
 from meshproxy.ledger.records import Admitted, Denied
 from meshproxy.policy.principal import Account, Budgets, Limits, Principal
-from tests.gateway.parts import BODY, ask, attempt, bucket, plan, principal
+from tests.gateway.parts import BODY, ask, bucket, plan, principal
 
 PROMPT_NUSD = 18 * 2_500
 
@@ -30,14 +30,41 @@ def test_a_slice_is_no_more_than_the_whole():
     assert 100 == first_slice(plan(output_cap=100), Credits())
 
 
-def test_a_stream_of_a_model_that_thinks_in_secret_holds_all_it_can_have():
-    secretive = msgspec.structs.replace(attempt(), hidden_reasoning=True)
-    assert 4000 == first_slice(plan(attempts=(secretive,), output_limit=4000), Credits())
+def test_what_is_held_whole_holds_all_it_can_have():
+    assert 4000 == first_slice(plan(holds_whole=True, output_limit=4000), Credits())
+    assert 1000 == first_slice(plan(holds_whole=True, output_limit=4000), Credits(strict=False))
+
+
+def request(**fields):
+    return json.dumps({"messages": [{"role": "user", "content": "Hello there"}], **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("of_plan", "credit", "expected"),
+    [
+        (plan(request()), {}, (256, 50)),
+        (plan(request(n=2)), {}, (512, 50)),
+        (plan(request(), output_limit=100), {}, (100, 50)),
+        (plan(request()), {"strict": False}, None),
+        (plan(request(max_tokens=1000)), {}, None),
+        (plan(request(max_tokens=4000), output_limit=4000), {}, (1000, 50)),
+        (plan(request(max_tokens=1000)), {"clamp": True}, (1, 100)),
+        (plan(request()), {"clamp": True}, (1, 50)),
+        (plan(request(stream=True)), {}, None),
+        (plan(request(stream=True), holds_whole=True), {}, (256, 50)),
+        (plan(request(stream=True)), {"clamp": True}, (1, 100)),
+    ],
+)
+def test_how_little_is_enough_and_which_share_is_taken_then(of_plan, credit, expected):
+    asked = ask_for(of_plan, 999, principal(), "h", Credits(**credit), Defaults(), enforce_mid_stream=False)
+    least = None if expected is None else PROMPT_NUSD + expected[0] * 10_000
+    assert least == asked.amount_min_nusd
+    assert expected is None or asked.share_percent == expected[1]
 
 
 def test_what_the_ledger_is_asked():
     caller = principal(budgets=Budgets(daily_nusd=5), session=Budgets(total_nusd=6), limits=Limits(burst=3))
-    of_plan = plan(b'{"session_id":"s",%b' % BODY[1:])
+    of_plan = plan(b'{"session_id":"s","max_tokens":1000,%b' % BODY[1:])
     asked = ask_for(of_plan, 99, caller, "h1", Credits(hold_ttl_s=30), Defaults(), enforce_mid_stream=False)
     assert ("h1", "acme", "k", "s", 30_000, True) == (
         asked.hold_id,
@@ -57,11 +84,6 @@ def test_where_tokens_end_streams_only_a_slice_is_reserved():
     assert 18 + 256 == asked.tokens
 
 
-def test_where_output_is_clamped_one_token_is_enough():
-    asked = ask_for(plan(BODY), 99, principal(), "h", Credits(clamp=True), Defaults(), enforce_mid_stream=False)
-    assert PROMPT_NUSD + 10_000 == asked.amount_min_nusd
-
-
 @pytest.mark.parametrize(
     ("of_key", "of_all", "expected"), [(None, True, True), (False, True, False), (True, False, True)]
 )
@@ -69,19 +91,30 @@ def test_the_key_decides_about_clamping_before_the_configuration(of_key, of_all,
     assert expected == clamps(principal(clamp=of_key), Credits(clamp=of_all))
 
 
-def test_a_plan_is_cut_to_what_was_held():
-    cut = affordable(plan(BODY), Admitted(ask(), PROMPT_NUSD + 42 * 10_000, 10**12, ()))
-    assert (42, 42, 42, True) == (cut.output_cap, cut.output_limit, cut.imposed_cap, cut.clamped)
+def held(tokens, free_tokens=0):
+    """What was admitted: credit for the prompt and so many tokens, and so many more that are free."""
+    return Admitted(ask(), PROMPT_NUSD + tokens * 10_000, free_tokens * 10_000, ())
 
 
-def test_a_stream_may_use_what_is_free_besides():
-    cut = affordable(plan(), Admitted(ask(), PROMPT_NUSD + 42 * 10_000, 58 * 10_000, ()))
-    assert (100, True) == (cut.output_cap, cut.clamped)
-
-
-def test_what_can_be_paid_is_not_cut():
-    whole = plan(BODY)
-    assert whole is affordable(whole, Admitted(ask(), 10**12, 0, ()))
+@pytest.mark.parametrize(
+    ("of_plan", "admitted", "clamp", "expected"),
+    [
+        (plan(request()), held(42, 10**6), False, 42),
+        (plan(request()), held(1000, 10**6), False, None),
+        (plan(request()), held(1000, 1010), False, None),
+        (plan(request()), held(1000, 900), False, 1000),
+        (plan(request(max_tokens=1000)), held(1000), False, None),
+        (plan(request(max_tokens=1000)), held(42), True, 42),
+        (plan(request(max_tokens=4000), output_limit=4000), held(2000), False, 2000),
+        (plan(request(stream=True)), held(42, 58), True, 100),
+        (plan(request(stream=True)), held(42, 58), False, None),
+        (plan(request(stream=True), holds_whole=True), held(42, 58), False, 42),
+    ],
+)
+def test_the_cap_that_fits_what_was_held(of_plan, admitted, clamp, expected):
+    cut = affordable(of_plan, admitted, clamp=clamp)
+    assert (expected, expected is not None) == (cut.imposed_cap, cut.clamped)
+    assert cut.output_limit == (expected or of_plan.output_limit)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from meshproxy.config import Credits, Defaults, Model, Route, Settings, Upstream
+from meshproxy.config import Credits, Defaults, Model, Route, Server, Settings, Upstream
 from meshproxy.errors import Fault
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.resolve import resolve
@@ -12,7 +12,8 @@ from tests.gateway.parts import principal
 
 URL = "http://127.0.0.1:1"
 UPSTREAMS = {
-    "openai": Upstream(kind="openai", base_url=URL),
+    "openai": Upstream(kind="openai", base_url="https://api.openai.com/v1"),
+    "plain": Upstream(kind="openai", base_url=URL, stream_usage=False),
     "router": Upstream(kind="openrouter", base_url=URL),
     "local": Upstream(kind="simulator", base_url=URL),
 }
@@ -27,15 +28,26 @@ def model(*upstreams, size=1000, price="1.00", **fields):
     )
 
 
-def deployment(**credit):
+def deployment(*, server, **credit):
     models = {
         "large": model("openai", size=8000),
         "small": model("local", size=100),
         "dear": model("local", price="9.00"),
+        "secretive": model("local", hidden_reasoning=True),
+        "narrow": model("local", context_window=8192),
+        "narrow too": model("local", context_window=8192),
+        "routed narrow": model("router", context_window=8192),
+        "plain": model("plain"),
         "routed": model("router"),
         "routed too": model("router", price="3.00"),
     }
-    settings = Settings(upstreams=UPSTREAMS, models=models, defaults=Defaults(model="large"), credits=Credits(**credit))
+    settings = Settings(
+        server=server,
+        upstreams=UPSTREAMS,
+        models=models,
+        defaults=Defaults(model="large"),
+        credits=Credits(**credit),
+    )
     return Deployment(1, settings, Catalog(settings), {}, frozenset())
 
 
@@ -44,9 +56,10 @@ class Directory:
         return TEMPLATE if name == "t" else None
 
 
-async def resolved(*, caller=None, credit=None, **fields):
+async def resolved(*, caller=None, credit=None, server=None, **fields):
     body = json.dumps({"messages": HELLO, **fields}).encode()
-    return await resolve(body, caller or principal(), deployment(**(credit or {})), Directory(), 0.0)
+    served = deployment(server=Server(**(server or {})), **(credit or {}))
+    return await resolve(body, caller or principal(), served, Directory(), 0.0)
 
 
 async def sent(**fields):
@@ -83,22 +96,91 @@ async def test_what_cannot_be_resolved(fields, caller, expected):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, (4096, 4096, 4096)),
-        ({"max_tokens": 10}, (10, 10, None)),
-        ({"max_completion_tokens": 10, "max_tokens": 20}, (10, 10, None)),
-        ({"max_tokens": 100_000}, (8000, 8000, None)),
-        ({"stream": True}, (4096, 8000, None)),
-        ({"stream": True, "max_tokens": 10}, (10, 10, None)),
-        ({"model": "small"}, (100, 100, 100)),
-        ({"models": ["small"]}, (100, 100, 100)),
-        ({"models": ["small"], "max_tokens": 5000}, (5000, 5000, None)),
-        ({"models": ["small"], "stream": True}, (100, 8000, None)),
-        ({"credit": {"strict": False}}, (4096, 8000, None)),
+        ({}, (4096, 8000)),
+        ({"max_tokens": 10}, (10, 10)),
+        ({"max_completion_tokens": 10, "max_tokens": 20}, (10, 10)),
+        ({"max_completion_tokens": 20, "max_tokens": 10}, (10, 10)),
+        ({"max_tokens": 100_000}, (8000, 100_000)),
+        ({"max_tokens": 1_000_000}, (8000, 128_000)),
+        ({"stream": True}, (4096, 8000)),
+        ({"stream": True, "max_tokens": 10}, (10, 10)),
+        ({"model": "small"}, (100, 100)),
+        ({"models": ["small"]}, (100, 8000)),
+        ({"models": ["small"], "max_tokens": 5000}, (5000, 5000)),
+        ({"models": ["small"], "stream": True}, (100, 8000)),
+        ({"credit": {"strict": False}}, (4096, 8000)),
     ],
 )
 async def test_how_much_may_be_said(fields, expected):
     plan = await resolved(**fields)
-    assert expected == (plan.output_cap, plan.output_limit, plan.imposed_cap)
+    assert (*expected, None) == (plan.output_cap, plan.output_limit, plan.imposed_cap)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"stream": True}, False),
+        ({"stream": True, "reasoning": {"exclude": True}}, True),
+        ({"stream": True, "model": "secretive"}, True),
+        ({"stream": True, "models": ["secretive"]}, True),
+    ],
+)
+async def test_what_is_held_whole(fields, expected):
+    assert expected == (await resolved(**fields)).holds_whole
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["functions", "response_format", "documents", "chat_template_kwargs", "tools", "prediction", "knowledge"],
+)
+async def test_everything_that_goes_out_counts_towards_the_prompt(member):
+    bare = (await resolved()).prompt_tokens
+    plan = await resolved(**{member: [{"it": " stone" * 9000}]})
+    assert 18_000 <= plan.prompt_tokens - bare < 18_010
+
+
+@pytest.mark.parametrize(
+    "fields", [{"session_id": "s" * 200}, {"cache": ["x" * 900]}, {"user": "u" * 200}, {"stop": "s" * 200}]
+)
+async def test_what_no_model_reads_counts_for_nothing(fields):
+    assert (await resolved()).prompt_tokens == (await resolved(**fields)).prompt_tokens
+
+
+async def test_a_prompt_is_held_for_at_most_the_window():
+    messages = [{"role": "user", "content": "word " * 100_000}]
+    assert 128_000 == (await resolved(messages=messages)).prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "models", "expected"),
+    [
+        (20_000, ["narrow", "large"], ["large"]),
+        (20_000, ["narrow", "narrow too", "large"], ["large"]),
+        (20_000, ["large", "narrow"], ["large"]),
+        (100, ["narrow", "large"], ["narrow", "large"]),
+        (8_000, ["narrow", "large"], ["narrow", "large"]),
+        (20_000, ["narrow", "narrow too"], ["narrow", "narrow too"]),
+        (20_000, ["routed narrow", "large"], ["routed narrow", "large"]),
+    ],
+)
+async def test_fallbacks_whose_window_is_surely_too_small_are_skipped(words, models, expected):
+    messages = [{"role": "user", "content": " river" * words}]
+    plan = await resolved(model=models[0], models=models[1:], messages=messages)
+    assert expected == [attempt.model for attempt in plan.attempts]
+
+
+async def test_what_middle_out_makes_fit_skips_nothing():
+    messages = [{"role": "user", "content": " river" * 20_000}]
+    plan = await resolved(model="narrow", models=["large"], messages=messages, transforms=["middle-out"])
+    assert ["narrow", "large"] == [attempt.model for attempt in plan.attempts]
+    assert len(plan.body_for(plan.attempts[0])) < 8192 * 3 < 120_000 < len(plan.body_for(plan.attempts[1]))
+
+
+async def test_middle_out_is_done_once_for_each_window():
+    messages = [{"role": "user", "content": " river" * 20_000}]
+    plan = await resolved(model="narrow", messages=messages, transforms=["middle-out"])
+    assert plan.prompt.fitted(1000) is plan.prompt.fitted(1000)
 
 
 async def test_the_dearest_that_may_serve_is_held_for():
@@ -109,13 +191,22 @@ async def test_the_dearest_that_may_serve_is_held_for():
 
 
 async def test_the_cap_goes_by_the_name_that_the_provider_knows():
-    assert 4096 == (await sent())["max_completion_tokens"]
-    assert 100 == (await sent(model="small"))["max_tokens"]
+    caps = {"max_completion_tokens": 10, "max_tokens": 20}
+    assert {"max_completion_tokens": 10} == {
+        name: value for name, value in (await sent(**caps)).items() if name in caps
+    }
+    asked = await sent(model="small", **caps)
+    assert {"max_tokens": 10} == {name: value for name, value in asked.items() if name in caps}
+
+
+async def test_nothing_is_put_into_a_request():
+    assert {"model", "messages"} == (await sent()).keys()
+    assert {"model", "messages", "stream"} == (await sent(model="plain", stream=True)).keys()
 
 
 async def test_meshs_own_fields_stay_here_and_openrouters_go_on():
     fields = {"transforms": ["middle-out"], "models": ["routed too"], "session_id": "s"}
-    assert {"model", "messages", "max_completion_tokens"} == (await sent(**fields)).keys()
+    assert {"model", "messages"} == (await sent(**fields)).keys()
     assert (["router-model"], ["middle-out"]) == (
         (body := await sent(model="routed", **fields))["models"],
         body["transforms"],
@@ -127,15 +218,31 @@ async def test_a_template_comes_first():
     assert [{"role": "system", "content": "You are Ada."}, *HELLO] == body["messages"]
 
 
+async def test_a_template_is_rendered_when_a_provider_is_asked():
+    plan = await resolved(template="t", variables={"who": "Ada " * 30_000})
+    assert 40_000 < plan.prompt_tokens < 40_100
+    assert json.loads(plan.prompt.messages)[0]["content"] == f"You are {'Ada ' * 30_000}."
+
+
+@pytest.mark.parametrize("copies", [100, 10_000, 100_000])
+async def test_a_template_bomb_is_refused_before_it_is_built(copies, monkeypatch):
+    bomb = Template(id="t", name="t", created_at=0, updated_at=0, system="{{x}}" * copies)
+    monkeypatch.setattr("tests.gateway.test_resolve.TEMPLATE", bomb)
+    with pytest.raises(Fault) as raised:
+        await resolved(template="t", variables={"x": "y" * (40_000_000 // copies)}, server={"max_body_bytes": 2**25})
+    problem = raised.value.problem
+    assert (413, "request_too_large", "variables") == (problem.status, problem.code, problem.param)
+
+
 async def test_params_fill_what_the_request_lacks():
     plan = await resolved(caller=principal(params={"max_tokens": 7, "n": 2, "seed": 1}), seed=2)
     body = json.loads(plan.body_for(plan.attempts[0]))
-    assert (7, 2, 2, 14) == (body["max_tokens"], body["n"], body["seed"], plan.output_bound)
+    assert (7, 2, 2, 14) == (body["max_completion_tokens"], body["n"], body["seed"], plan.output_bound)
 
 
 async def test_what_is_clamped_is_told_to_the_provider():
     plan = (await resolved(max_tokens=1000)).clamped_to(1_000 * 20 + 1_000 * 5)
-    assert json.loads(plan.body_for(plan.attempts[0]))["max_tokens"] == plan.output_cap < 25
+    assert json.loads(plan.body_for(plan.attempts[0]))["max_completion_tokens"] == plan.output_cap < 25
 
 
 async def test_something_is_always_left_to_say():

@@ -127,7 +127,6 @@ async def test_the_provider_hears_what_the_list_says_and_nothing_else(mesh, call
     assert HEADER_KEY == headers["x-api-key"]
     assert json.loads(body).keys() == BODY.keys() - {"template", "variables", "session_id"} | {
         "model",
-        "max_completion_tokens",
     }
 
 

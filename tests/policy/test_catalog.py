@@ -66,7 +66,7 @@ USD = 1_000_000_000
 @pytest.mark.parametrize(
     "route, more, expected",
     [
-        (("openai", "o"), "", Attempt("openai", "openai", "o", "a/one", 128_000, 16_384, Price(*[USD] * 7))),
+        (("vllm", "o"), "", Attempt("vllm", "openai", "o", "a/one", 128_000, 16_384, Price(*[USD] * 7))),
         (
             ("router", "or/o", 7),
             "context_window = 9\nmax_output_tokens = 8\nreasoning_usd_per_mtok = '2'\nhidden_reasoning = true",
@@ -315,3 +315,31 @@ def test_natives_have_their_own_fees():
     models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
     (attempt,) = priced(models.attempts("a", ("m",), spin=0.0), None, {"web_search_options": Raw(b"null")})
     assert attempt == models.attempts("a", ("m",), spin=0.0)[0]
+
+
+@pytest.mark.parametrize(
+    ("base_url", "line", "expected"),
+    [
+        ("https://api.openai.com/v1", "", "max_completion_tokens"),
+        ("https://x.openai.azure.com/openai/v1", "", "max_completion_tokens"),
+        ("https://x.services.ai.azure.com/openai/v1", "", "max_completion_tokens"),
+        ("https://api.mistral.ai/v1", "", "max_tokens"),
+        ("http://localhost:11434/v1", "", "max_tokens"),
+        ("https://notapi.openai.com.example/v1", "", "max_tokens"),
+        ("https://api.openai.com/v1", 'cap_field = "max_tokens"', "max_tokens"),
+        ("https://api.mistral.ai/v1", 'cap_field = "max_completion_tokens"', "max_completion_tokens"),
+    ],
+)
+def test_the_name_of_the_cap_follows_the_provider(base_url, line, expected):
+    text = f"""
+[upstreams.u]
+kind = "openai"
+base_url = "{base_url}"
+{line}
+[models.m]
+upstreams = [{{ upstream = "u", model = "m" }}]
+input_usd_per_mtok = "1"
+output_usd_per_mtok = "1"
+"""
+    (attempt,) = Catalog(parse(text)).attempts("m", spin=0)
+    assert expected == attempt.cap_field

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.errors import Detail, Fault, Problem, Source
-from meshproxy.policy.template import Template, TemplateFields, check_template, render, slots, to_public
+from meshproxy.policy.template import Template, TemplateFields, check_template, measure, render, slots, to_public
 
 
 def template(**fields):
@@ -421,3 +421,25 @@ def test_a_change_leaves_a_template_of_bounded_size():
 def test_a_template_survives_its_record():
     stored = written(WHOLE).applied_to(template(owner="acme"))
     assert stored == msgspec.json.decode(msgspec.json.encode(stored), type=Template)
+
+
+@pytest.mark.parametrize(
+    ("system", "value"),
+    [
+        ("{{a}}", "x"),
+        ("{{ a\t}} and {{a}}", 'quoted "twice"\n'),
+        ("none", "x"),
+        ("{{a}}" * 100, "é\u0001"),
+        ("{{a}}", ""),
+    ],
+)
+def test_the_size_of_what_is_rendered_is_known_before(system, value):
+    of = template(system=system, messages=[{"role": "user", "content": [{"type": "text", "text": "so {{a}}"}]}])
+    plain, longer = measure(of, {"a": value})
+    assert len(orjson.dumps(render(of, {"a": value}))) == len(plain) + longer
+
+
+def test_what_is_measured_lacks_no_variable():
+    with pytest.raises(Fault) as raised:
+        measure(template(system="{{a}}"), {})
+    assert raised.value.problem.param == "variables"

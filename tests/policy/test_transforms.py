@@ -1,10 +1,12 @@
+import time
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.policy.tokens import estimate_prompt
-from meshproxy.policy.transforms import CUT, message_tokens, middle_out
+from meshproxy.policy.transforms import CUT, Scale, fitted, message_bytes, middle_out
 
 
 def say(role, content, **more):
@@ -17,6 +19,7 @@ def letters(message):
     return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
 
 
+LETTERS = Scale(letters, len)
 SYSTEM = say("system", "ssss")
 TALK = [say("user", text) for text in ("aaaa", "bbbb", "cccc", "dddd", "eeee")]
 A, B, C, D, E = TALK
@@ -36,27 +39,27 @@ A, B, C, D, E = TALK
     ],
 )
 def test_messages_go_from_the_middle_outwards(budget, expected):
-    assert expected == middle_out(TALK, budget, letters)
+    assert expected == fitted(TALK, budget, LETTERS)
 
 
 def test_of_two_in_the_middle_the_earlier_goes_first():
     talk = [say("user", letter) for letter in "abcdef"]
-    fitted = [middle_out(talk, budget, letters) for budget in (5, 4, 3, 2)]
-    assert ["abdef", "abef", "aef", "af"] == ["".join(message["content"] for message in left) for left in fitted]
+    results = [fitted(talk, budget, LETTERS) for budget in (5, 4, 3, 2)]
+    assert ["abdef", "abef", "aef", "af"] == ["".join(message["content"] for message in left) for left in results]
 
 
 def test_system_messages_stay_wherever_they_are():
     developer = say("developer", "vvvv")
-    assert [SYSTEM, A, developer, E] == middle_out([SYSTEM, A, B, developer, C, D, E], 16, letters)
+    assert [SYSTEM, A, developer, E] == fitted([SYSTEM, A, B, developer, C, D, E], 16, LETTERS)
 
 
 def test_a_call_and_its_answers_go_together():
     call = say("assistant", None, tool_calls=[{"id": "1"}, {"id": "2"}])
     answers = [say("tool", "1111", tool_call_id="1"), say("function", "2222", name="f")]
-    assert [A, call, *answers, E] == middle_out([A, B, call, *answers, E], 16, letters)
-    assert [A, D, E] == middle_out([A, call, *answers, D, E], 16, letters)
-    assert [A, E] == middle_out([A, call, *answers, E], 15, letters)
-    assert [A, call, *answers] == middle_out([A, B, C, call, *answers], 12, letters)
+    assert [A, call, *answers, E] == fitted([A, B, call, *answers, E], 16, LETTERS)
+    assert [A, D, E] == fitted([A, call, *answers, D, E], 16, LETTERS)
+    assert [A, E] == fitted([A, call, *answers, E], 15, LETTERS)
+    assert [A, call, *answers] == fitted([A, B, C, call, *answers], 12, LETTERS)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,7 @@ def test_a_call_and_its_answers_go_together():
 def test_a_text_that_is_too_long_loses_its_middle(budget, kept):
     half = len(kept) - len(kept) // 2
     expected = say("user", kept[:half] + CUT + kept[half:])
-    assert [expected] == middle_out([say("user", "0123456789012345")], budget, letters)
+    assert [expected] == fitted([say("user", "0123456789012345")], budget, LETTERS)
 
 
 LONG, CUT_LONG = "x" * 100, "x" * 10 + CUT + "x" * 9
@@ -81,22 +84,22 @@ LONG, CUT_LONG = "x" * 100, "x" * 10 + CUT + "x" * 9
 )
 def test_the_longest_text_is_cut_first(texts, expected):
     budget = sum(map(len, expected))
-    cut = middle_out([say("system", text) for text in texts], budget, letters)
+    cut = fitted([say("system", text) for text in texts], budget, LETTERS)
     parts = [{"type": "text", "text": text} for text in texts]
-    (message,) = middle_out([say("user", parts)], budget, letters)
+    (message,) = fitted([say("user", parts)], budget, LETTERS)
     assert [expected, expected] == [[each["content"] for each in cut], [part["text"] for part in message["content"]]]
 
 
 def test_when_the_longest_has_nothing_left_the_next_is_cut():
-    assert [say("system", CUT), say("system", "y" + CUT)] == middle_out(
-        [say("system", "x" * 100), say("system", "y" * 50)], 1 + 2 * len(CUT), letters
+    assert [say("system", CUT), say("system", "y" + CUT)] == fitted(
+        [say("system", "x" * 100), say("system", "y" * 50)], 1 + 2 * len(CUT), LETTERS
     )
 
 
 def test_the_texts_of_parts_are_cut_and_the_rest_stays():
     picture = {"type": "image_url", "image_url": {"url": "https://a.example"}}
     short, long = {"type": "text", "text": "ab"}, {"type": "text", "text": "x" * 100}
-    (message,) = middle_out([say("user", [picture, short, long])], 2 + 4 + len(CUT), letters)
+    (message,) = fitted([say("user", [picture, short, long])], 2 + 4 + len(CUT), LETTERS)
     assert say("user", [picture, short, {"type": "text", "text": "xx" + CUT + "xx"}]) == message
 
 
@@ -117,7 +120,7 @@ def test_what_cannot_be_cut_stays(content):
 
 def test_the_input_is_left_as_it_was():
     message = say("user", [{"type": "text", "text": "x" * 100}])
-    middle_out([message], 20, letters)
+    fitted([message], 20, LETTERS)
     assert say("user", [{"type": "text", "text": "x" * 100}]) == message
 
 
@@ -137,8 +140,8 @@ talks = st.lists(st.builds(say, st.sampled_from(["system", "user", "assistant", 
 def test_it_fits_unless_nothing_is_left_to_cut(messages, budget):
     result = middle_out(messages, budget)
     widest = "\U00010000" * len(CUT)  # a text no longer than the mark of a cut stays whole, whatever its letters
-    floor = sum(message_tokens(say("x" * 12, [{"type": "text", "text": widest}] * 3)) for _ in result)
-    assert estimate_prompt(msgspec.json.encode(result), None, len(result)) <= max(budget, floor) + 1
+    floor = sum(message_bytes(say("x" * 12, [{"type": "text", "text": widest}] * 3)) // 3 + 1 for _ in result)
+    assert estimate_prompt(msgspec.json.encode(result), (), len(result)) <= max(budget, floor) + 1
 
 
 @given(talks, st.integers(0, 600))
@@ -158,4 +161,20 @@ def test_ten_thousand_messages():
     messages = [say("user", f"message {number}") for number in range(10_000)]
     result = middle_out(messages, 1000)
     assert (messages[0], messages[-1]) == (result[0], result[-1])
-    assert 900 < estimate_prompt(msgspec.json.encode(result), None, len(result)) <= 1000
+    assert 900 < estimate_prompt(msgspec.json.encode(result), (), len(result)) <= 1000
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [say("user", [{"type": "text", "text": "wort " * 8} for _ in range(40_000)])],
+        [say("user", [{"type": "text", "text": "ж" * 800_000}, {"type": "text", "text": "x" * 800_000}])],
+        [say("system", "word " * 20) for _ in range(10_000)],
+    ],
+    ids=["parts", "long texts", "messages"],
+)
+def test_the_time_it_takes_is_linear(messages):
+    started = time.process_time()
+    result = middle_out(messages, 20_000)
+    assert time.process_time() - started < 5  # some 0.3 s on a slow machine; it was minutes
+    assert estimate_prompt(msgspec.json.encode(result), (), len(result)) < 700_000

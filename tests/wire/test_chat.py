@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from meshproxy.errors import Detail, Fault, Problem, Source
-from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, with_params
+from meshproxy.wire.chat import ChatRequest, decode_chat, encode_upstream, hides_reasoning, with_params
 
+CAPS = {"max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict"}
 KNOWN = {
+    *CAPS,
     "frequency_penalty",
-    "max_completion_tokens",
-    "max_tokens",
     "model",
     "models",
     "n",
@@ -28,6 +28,7 @@ KNOWN = {
     "stream_options",
     "temperature",
     "template",
+    "timeout",
     "tool_choice",
     "tools",
     "top_p",
@@ -108,7 +109,7 @@ class TestDecode:
             "s-1",
             True,
             True,
-            20,
+            10,
             2,
             ("a", "b"),
             ("middle-out",),
@@ -117,8 +118,6 @@ class TestDecode:
         assert list(request.fields) == [
             "stream",
             "stream_options",
-            "max_tokens",
-            "max_completion_tokens",
             "n",
             "temperature",
             "logit_bias",
@@ -194,8 +193,6 @@ class TestBounds:
             ("presence_penalty", 2),
             ("n", 1),
             ("n", 128),
-            ("max_tokens", 1),
-            ("max_completion_tokens", 2**31 - 1),
             ("seed", -(2**63)),
             ("seed", 2**63 - 1),
             ("user", "é" * 256),
@@ -211,6 +208,30 @@ class TestBounds:
     )
     def test_within(self, field: str, value: Any):
         assert [field] == list(decode_chat(body(**{field: value})).fields)
+
+    @pytest.mark.parametrize(
+        ("members", "expected"),
+        [
+            ({"max_tokens": 1}, 1),
+            ({"max_completion_tokens": 2**31 - 1}, 2**31 - 1),
+            ({"max_completion_tokens": 1, "max_tokens": 16384}, 1),
+            ({"max_completion_tokens": 16384, "max_tokens": 1}, 1),
+            ({"max_completion_tokens": None, "max_tokens": 5}, 5),
+            ({"max_output_tokens": 7}, 7),
+            ({"max_tokens": 5, "n_predict": 100_000}, 5),
+            ({"max_tokens": 5, "max_new_tokens": 3}, 3),
+            ({"n_predict": -1}, None),
+            ({"max_tokens": 5, "max_output_tokens": 0}, 5),
+            ({}, None),
+        ],
+    )
+    def test_the_smallest_cap_counts_by_whatever_name(self, members: dict[str, Any], expected: int | None):
+        request = decode_chat(body(**members))
+        assert (expected, {}) == (request.max_tokens, raw_fields(request))
+
+    @pytest.mark.parametrize(("value", "expected"), [(1.5, 1.5), (400, 400.0), (None, None)])
+    def test_a_timeout(self, value: Any, expected: float | None):
+        assert decode_chat(body(timeout=value)).timeout_s == expected
 
     def test_within_what_is_the_gateways_own(self):
         request = decode_chat(body(model="m" * 256, template="t" * 256, session_id="s" * 256, models=["m" * 256] * 32))
@@ -232,6 +253,10 @@ class TestBounds:
             ("n", 0, "greater_than_equal"),
             ("n", 129, "less_than_equal"),
             ("n", True, "int_type"),
+            ("timeout", 0, "greater_than"),
+            ("timeout", -1, "greater_than"),
+            ("timeout", "1", "float_type"),
+            ("n_predict", "1", "int_type"),
             ("max_tokens", 0, "greater_than_equal"),
             ("max_tokens", 2**31, "less_than_equal"),
             ("max_tokens", 10**30, "less_than_equal"),
@@ -370,7 +395,7 @@ class TestBadInput:
 
     def test_of_two_members_with_one_name_the_last_wins(self):
         request = decode_chat(raw_body(b'"max_tokens":1,"max_tokens":2,"x":1,"x":2,"model":"a","mod\\u0065l":"b"'))
-        assert (request.max_tokens, request.model, raw_fields(request)) == (2, "b", {"max_tokens": b"2", "x": b"2"})
+        assert (request.max_tokens, request.model, raw_fields(request)) == (2, "b", {"x": b"2"})
 
     def test_huge_numbers_of_unknown_fields_pass_as_they_are(self):
         number = b"9" * 10_000
@@ -427,7 +452,19 @@ class TestEncode:
 
     def test_mesh_s_own_fields_stay_here(self):
         request = decode_chat(
-            body(template="t", variables={"a": "b"}, session_id="s", models=["m"], transforms=["middle-out"], model="x")
+            body(
+                template="t",
+                variables={"a": "b"},
+                session_id="s",
+                timeout=3,
+                cache=True,
+                modality="text",
+                image={"n": 1},
+                async_mode=False,
+                models=["m"],
+                transforms=["middle-out"],
+                model="x",
+            )
         )
         assert {"model", "messages"} == sent(request).keys()
 
@@ -456,6 +493,11 @@ class TestEncode:
     def test_a_stream_always_asks_for_usage(self, options: Any, expected: dict[str, Any]):
         assert expected == sent(decode_chat(body(stream=True, stream_options=options)))["stream_options"]
 
+    @pytest.mark.parametrize("options", [None, {"include_usage": True}])
+    def test_a_provider_that_refuses_stream_options_gets_none(self, options: Any):
+        actual = sent(decode_chat(body(stream=True, stream_options=options)), stream_usage=False)
+        assert {"model", "messages", "stream"} == actual.keys()
+
     def test_what_asks_for_usage_itself_keeps_its_bytes(self):
         options = b'"stream":true,"stream_options":{ "include_usage" : true }'
         expected = b'{"model":"m","messages":' + MESSAGES + b"," + options + b"}"
@@ -471,12 +513,6 @@ class TestEncode:
         assert (actual["temperature"], actual["top_p"], actual["seed"]) == (0.5, 0.25, 7)
         assert "stop" not in actual
 
-    @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-    def test_both_names_of_the_cap_are_one_thing_to_params(self, name: str):
-        actual = sent(decode_chat(body(**{name: 5})), params={"max_tokens": b"9", "max_completion_tokens": b"9"})
-        assert {"model", "messages", name} == actual.keys()
-        assert actual[name] == 5
-
     def test_params_can_t_change_the_shape_of_a_request(self):
         params = dict.fromkeys(
             (
@@ -489,6 +525,8 @@ class TestEncode:
                 "template",
                 "variables",
                 "session_id",
+                "timeout",
+                "cache",
             ),
             b"1",
         )
@@ -501,27 +539,30 @@ class TestEncode:
         ("members", "params", "expected"),
         [
             ({}, {}, {"max_completion_tokens": 7}),
-            ({"max_tokens": 9}, {}, {"max_tokens": 7}),
+            ({"max_tokens": 9}, {}, {"max_completion_tokens": 7}),
             ({"max_completion_tokens": 9}, {}, {"max_completion_tokens": 7}),
-            ({"max_tokens": 9, "max_completion_tokens": 9}, {}, {"max_tokens": 7, "max_completion_tokens": 7}),
-            ({}, {"max_tokens": b"9"}, {"max_tokens": 7}),
+            ({"max_tokens": 9, "max_completion_tokens": 9}, {}, {"max_completion_tokens": 7}),
+            ({"n_predict": 9, "max_output_tokens": 8}, {}, {"max_completion_tokens": 7}),
+            ({}, {"max_tokens": b"9"}, {"max_completion_tokens": 7}),
         ],
     )
-    def test_a_cap_goes_under_the_names_that_were_used(self, members: Any, params: Any, expected: dict[str, int]):
+    def test_one_cap_goes_out_under_one_name(self, members: Any, params: Any, expected: dict[str, int]):
         actual = sent(decode_chat(body(**members)), params=params, max_tokens=7)
-        assert expected == {name: value for name, value in actual.items() if name.startswith("max")}
+        assert expected == {name: value for name, value in actual.items() if "max" in name or "predict" in name}
 
     def test_a_cap_leaves_the_other_fields(self):
         actual = sent(decode_chat(body(x=1, max_tokens=9)), max_tokens=7)
-        assert {"model", "messages", "x", "max_tokens"} == actual.keys()
+        assert {"model", "messages", "x", "max_completion_tokens"} == actual.keys()
 
-    def test_a_cap_of_our_own_goes_where_the_provider_wants_it(self):
-        assert sent(decode_chat(body()), max_tokens=7, cap_field="max_tokens")["max_tokens"] == 7
+    @pytest.mark.parametrize("members", [{"max_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 9}])
+    def test_the_clients_cap_goes_where_the_provider_reads_it(self, members: Any):
+        actual = sent(decode_chat(body(**members)), cap_field="max_tokens")
+        assert ({"model", "messages", "max_tokens"}, 7) == (actual.keys(), actual["max_tokens"])
 
     def test_encoding_twice_gives_the_same(self):
         request = decode_chat(body(stream=True, max_tokens=3))
         assert sent(request, max_tokens=2) == sent(request, max_tokens=2)
-        assert raw_fields(request) == {"stream": b"true", "max_tokens": b"3"}
+        assert raw_fields(request) == {"stream": b"true"}
 
 
 class TestWithParams:
@@ -530,7 +571,7 @@ class TestWithParams:
         assert (request.n, request.max_tokens, raw_fields(request)) == (
             3,
             9,
-            {"n": b"3", "max_tokens": b"9", "x": b"1"},
+            {"n": b"3", "x": b"1"},
         )
 
     def test_the_request_wins(self):
@@ -539,11 +580,12 @@ class TestWithParams:
 
     def test_a_cap_of_the_request_keeps_no_other_param_away(self):
         request = with_params(decode_chat(body(max_tokens=5)), {"temperature": b"1", "n": b"3"})
-        assert {"max_tokens": b"5", "temperature": b"1", "n": b"3"} == raw_fields(request)
+        assert (5, {"temperature": b"1", "n": b"3"}) == (request.max_tokens, raw_fields(request))
 
-    def test_of_two_caps_in_params_the_newer_name_counts(self):
-        request = with_params(decode_chat(body()), {"max_tokens": b"9", "max_completion_tokens": b"7"})
-        assert (7, ["max_tokens", "max_completion_tokens"]) == (request.max_tokens, list(request.fields))
+    @pytest.mark.parametrize(("one", "other"), [(b"9", b"7"), (b"7", b"9")])
+    def test_of_two_caps_in_params_the_smaller_counts(self, one: bytes, other: bytes):
+        request = with_params(decode_chat(body()), {"max_tokens": one, "max_completion_tokens": other})
+        assert (7, {}) == (request.max_tokens, raw_fields(request))
 
     def test_a_param_that_is_nested_too_deeply_is_named(self):
         with pytest.raises(Fault) as caught:
@@ -555,6 +597,35 @@ class TestWithParams:
         with pytest.raises(Fault) as caught:
             with_params(decode_chat(body()), {"n": b"0"})
         assert (Detail("greater_than_equal", ("params", "n"), "Expected int >= 1"),) == caught.value.problem.details
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({}, False),
+        ({"reasoning": {"exclude": True, "effort": "high"}}, True),
+        ({"reasoning": {"exclude": True}}, True),
+        ({"reasoning": {"effort": "low"}}, True),
+        ({"reasoning": {"max_tokens": 2000}}, True),
+        ({"reasoning": {"enabled": True}}, True),
+        ({"reasoning": {"enabled": False}}, False),
+        ({"reasoning": {"effort": "none"}}, False),
+        ({"reasoning": None}, False),
+        ({"reasoning": []}, False),
+        ({"include_reasoning": False}, True),
+        ({"include_reasoning": True}, False),
+        ({"reasoning_effort": "high"}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_format": "hidden"}, True),
+        ({"reasoning_format": "parsed"}, False),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, True),
+        ({"thinking": {"type": "disabled"}}, False),
+        ({"extra_body": {"google": {"thinking_config": {"thinking_budget": 800}}}}, True),
+        ({"extra_body": {"google": {}}}, False),
+    ],
+)
+def test_what_asks_for_reasoning_that_may_be_hidden(members: dict[str, Any], expected: bool):
+    assert expected == hides_reasoning(decode_chat(body(**members)))
 
 
 JSON = st.recursive(
@@ -595,7 +666,7 @@ def test_any_values_are_a_request_that_goes_out_whole_or_a_fault(members: dict[s
     if request is None:
         return
     actual = msgspec.json.decode(encode_upstream(request, model="m", messages=request.messages or b"[]", native=True))
-    own = {"template", "variables", "session_id"}
-    expected = {name for name, value in members.items() if name not in own and value not in (None, [])}
+    own = {"template", "variables", "session_id", "timeout", "cache", "modality", "image", "async_mode"}
+    expected = {name for name, value in members.items() if name not in own | CAPS and value not in (None, [])}
     assert expected - {"model", "messages"} <= actual.keys()
     assert not own & actual.keys()
