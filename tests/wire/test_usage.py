@@ -272,6 +272,44 @@ class TestDialects:
         assert expected == found.service_tier
 
 
+NUMBERS = st.integers(-2, 300) | st.sampled_from([None, 1.5, 12.0, "7", True, [], {}, 10**30, 1e300])
+DETAILS = st.dictionaries(
+    st.sampled_from(["cached_tokens", "cache_write_tokens", "reasoning_tokens", "audio_tokens", "x"]), NUMBERS
+)
+TOLD = st.dictionaries(
+    st.sampled_from(
+        [
+            "prompt_tokens",
+            "completion_tokens",
+            "total_tokens",
+            "input_tokens",
+            "output_tokens",
+            "cached_tokens",
+            "cache_read_input_tokens",
+            "cache_creation_input_tokens",
+            "citation_tokens",
+            "reasoning_tokens",
+            "cost",
+        ]
+    ),
+    NUMBERS,
+)
+
+
+@given(TOLD, DETAILS, DETAILS, st.integers(1, 400), st.integers(1, 3))
+def test_parts_fit_their_wholes_and_wholes_the_window(
+    wholes: dict[str, Any], prompt: dict[str, Any], completion: dict[str, Any], window: int, choices: int
+):
+    report = {**wholes, "prompt_tokens_details": prompt, "completion_tokens_details": completion}
+    found = usage_of(report, window=window, choices=choices)
+    assert found is not None
+    usage = found[0]
+    most = window + window // 20
+    assert 0 <= usage.cache_write_1h <= usage.cache_write <= usage.cached + usage.cache_write <= usage.prompt <= most
+    assert 0 <= max(usage.reasoning, usage.audio_completion) <= usage.completion <= most * choices
+    assert 0 <= usage.audio_prompt <= usage.prompt
+
+
 class TestLooseJson:
     @pytest.mark.parametrize(
         "rest",
