@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from meshproxy import config
 from meshproxy.config import SecretReader, Secrets, Unfit, parse, split_address
+from meshproxy.config.contradictions import likely_mistakes
 from meshproxy.money import parse_usd
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
@@ -277,6 +278,28 @@ def test_what_no_tier_fee_or_markup_can_be(more, expected):
     assert expected == faults(model(more))
 
 
+CHEAP = SERVICE.format("flex").replace('"1"', '"0.0000025"', 1)
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ('cost_from = "usage.cost"', []),
+        (CHEAP, ["models.m.service_tiers.flex.input_usd_per_mtok"]),
+        (TIER.format(1).replace('"1"', '"0.0000025"', 1), ["models.m.price_tiers[0].input_usd_per_mtok"]),
+    ],
+)
+def test_which_prices_are_doubted(more, expected):
+    text = model(more)
+    assert expected == [doubt.partition(": ")[0] for doubt in likely_mistakes(parse(text), tomllib.loads(text))]
+
+
+def test_a_hold_of_nothing_is_doubted():
+    text = model('cost_from = "usage.cost"').replace('output_usd_per_mtok = "1"', 'output_usd_per_mtok = "0"')
+    (doubt,) = likely_mistakes(parse(text), tomllib.loads(text))
+    assert doubt.startswith("models.m.output_usd_per_mtok: ")
+
+
 EDGE = "metrics.buckets.meshproxy_overhead_seconds"
 
 
@@ -364,7 +387,7 @@ NAMES = sorted({name for kind in vars(config).values() if isinstance(kind, type)
     )
 )
 def test_any_table_is_settings_or_faults(table):
-    from meshproxy.config.contradictions import contradictions, likely_mistakes
+    from meshproxy.config.contradictions import contradictions
     from meshproxy.config.decoding import _struct
 
     found = []

@@ -80,6 +80,12 @@ def _model_doubts(model: Model, name: str) -> Iterator[str]:
     for index, route in enumerate(model.upstreams or ()):
         if route is not None and "*" in (route.model or ""):
             yield f"{path}.upstreams[{index}].model: no pattern is matched: the upstream is asked for a name with a *"
+    if (
+        model.cost_from == "usage.cost"
+        and model.output_usd_per_mtok is not None
+        and not float(model.output_usd_per_mtok)
+    ):
+        yield f'{path}.output_usd_per_mtok: with cost_from = "usage.cost" the prices size what is held: 0 holds nothing'
     for where, prices in _prices_of(model, path):
         for key in PRICES:
             usd = getattr(prices, key)

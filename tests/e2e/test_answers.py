@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from meshproxy.money import format_usd
+from meshproxy.upstream.simulator.dialects import DIALECTS
 from tests.conftest import HELLO, model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000
@@ -55,6 +56,34 @@ async def test_cached_tokens_cost_what_they_cost(start_mesh):
     caller = await mesh.key()
     await mesh.chat(caller, model="m")
     assert 2 * 2_500 + 4 * 1_250 + 8 * 10_000 == await mesh.spent(caller)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dialect", [name for name, dialect in DIALECTS.items() if dialect.knows is None])
+async def test_the_bill_is_the_provider_s_in_every_dialect(start_mesh, dialect, stream):
+    mesh = await start_mesh(models={"m": model("sim", f"sim/dialect-{dialect}+fast?tokens=24")})
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="m", stream=stream)
+    assert 200 == answer.status
+    settled = await mesh.settlement(caller)
+    (entry,) = mesh.received
+    assert ("reported", entry.billed) == (
+        settled["usage_source"],
+        {kind: int(settled[kind]) for kind in ("prompt_tokens", "cached_tokens", "completion_tokens")},
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dialect", ["openrouter", "xai"])
+async def test_the_provider_s_own_figure_times_the_markup_is_billed(start_mesh, dialect, stream):
+    own = {**model("sim", f"sim/dialect-{dialect}+fast?tokens=24"), "cost_from": "usage.cost", "markup": "1.10"}
+    mesh = await start_mesh(models={"m": own})
+    caller = await mesh.key()
+    await mesh.chat(caller, model="m", stream=stream, service_tier="priority")
+    (entry,) = mesh.received
+    provider_nusd = entry.billed["prompt_tokens"] * 1_000 + entry.billed["completion_tokens"] * 4_000
+    assert provider_nusd * 11 // 10 == await mesh.spent(caller)
+    assert 1_100_000_000 == json.loads((await mesh.settlement(caller))["price"])["markup"]
 
 
 PRIORITY = {"service_tiers": {"priority": {"input_usd_per_mtok": "5.00", "output_usd_per_mtok": "20.00"}}}

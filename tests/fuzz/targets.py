@@ -121,9 +121,14 @@ def check_provider_words(data: bytes) -> None:
     assert verdict.problem.status in {400, 403, 404, 413, 422, 502, 503}
     _can_be_told(verdict.problem, verdict.problem.status)
     try:
-        decode_reply(data[1:])
+        report = decode_reply(data[1:]).report
     except UpstreamFault as fault:
         _can_be_told(fault.problem, 502)
+        return
+    if report is not None:
+        usage, _ = report.settled(1000)
+        assert 0 <= usage.cached + usage.cache_write <= usage.prompt <= 1050
+        assert 0 <= usage.reasoning <= usage.completion <= 1050
 
 
 def _can_be_told(problem: Problem, status: int) -> None:
