@@ -6,23 +6,37 @@ a finished answer at once, a running one as it grows. A request that failed leav
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import msgspec
 from msgspec import Struct
 
 from meshproxy.config import Idempotency
-from meshproxy.errors import Fault, Problem, Source, idempotency_conflict, invalid, upstream_error
+from meshproxy.errors import (
+    Fault,
+    Problem,
+    Source,
+    idempotency_conflict,
+    invalid,
+    rate_limit_exceeded,
+    upstream_error,
+)
 from meshproxy.gateway.call import Call, Downstream, Headers, Passing, Reply
-from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays
-from meshproxy.ledger.store import Unavailable
+from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
+from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.replies import error_event
 from meshproxy.wire.sse import PING
 
 MAX_KEY_CHARS = 255
-POLL_S = 0.05  # how far an attached stream is behind, at most
+POLL_S = 0.05  # how far an attached stream is behind, at most, where this worker doesn't follow dozens
+MAX_COMMANDS_PER_S = 800  # that a worker asks Redis for the answers which its requests wait for
+MAX_WAITING = 512  # requests of one account, in one worker
+WAITING = "Too many requests of this account wait for the answer of another one."
+WAITING_RETRY_S = 1.0
+PATIENCE_S = 1.0  # between two looks at whether a ping is due
 TELL_RETRY_S = 0.25
 CHARGED_S = 15.0  # between a settlement and what is told of the answer: ten seconds of retries, and some
 MAX_TELL_RETRIES = 40  # ten seconds without Redis
@@ -152,20 +166,151 @@ class Recording(Passing):
             self._conclusion = "lost"
 
 
-class Replay:
-    """The answer of the request that has the key, for one that asks the same."""
+class Answer:
+    """The answer of the request that has a key, read from Redis once for all of this worker's requests that wait for it."""
 
-    def __init__(self, claim: Claim, replays: Replays, clock: Callable[[], float]) -> None:
+    def __init__(self, claim: Claim, body_digest: str, replays: Replays, clock: Callable[[], float]) -> None:
+        self.body_digest = body_digest
+        self.parts: list[bytes] = []
+        self.state: str | None = "running"
+        self.waiting = 0
+        self.is_followed = False
+        self.record = claim.record
         self._claim = claim
         self._replays = replays
         self._clock = clock
+        self._charged_at: float | None = None
+        self._trouble: Fault | StoreError | None = None
+        self._news: asyncio.Future[None] | None = None
 
-    async def play(self, call: Call, downstream: Downstream, heartbeat_s: float) -> Reply | None:
-        """Give the answer as it comes: a whole one is returned, a stream goes to `downstream`.
+    async def follow(self, pause_s: Callable[[], float]) -> None:
+        """Read what comes while there are requests that wait for it; `pause_s`: how long not to ask, as of now."""
+        try:
+            while self.waiting and self.state == "running":
+                state, parts = await self._replays.read(self._claim, len(self.parts))
+                self.parts += parts
+                self.state = self._state_of(state)
+                if parts or self.state != "running":
+                    self._wake()
+                if self.state == "running":
+                    await asyncio.sleep(pause_s())
+        except (Fault, StoreError) as trouble:
+            self._trouble = trouble
+        finally:
+            self._wake()
+
+    async def after(self, count: int, patience_s: float) -> list[bytes] | None:
+        """The parts behind the first `count`, when there are some; none after a while without any. None: that was all.
+
+        LookupError if there will be none, for the request has failed or its record is gone. Raises Unavailable and StoreError.
+        """
+        if len(self.parts) == count and self.state == "running" and self._trouble is None:
+            if self._news is None:
+                self._news = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._news], timeout=patience_s)
+        if len(self.parts) > count:
+            return self.parts[count:]
+        if self._trouble is not None:
+            raise self._trouble
+        if self.state == "running":
+            return []
+        if self.state == "finished":
+            return None
+        raise LookupError
+
+    def _state_of(self, state: str | None) -> str | None:
+        """What the record says; `charged`: its worker tells next how far the answer is, or is dead."""
+        if state != "charged":
+            return state
+        if self._charged_at is None:
+            self._charged_at = self._clock()
+        return "running" if self._clock() - self._charged_at < CHARGED_S else "lost"
+
+    def _wake(self) -> None:
+        news, self._news = self._news, None
+        if news is not None:
+            news.set_result(None)
+
+
+class Answers:
+    """The answers that requests of this worker wait for, by the record of their key. How often Redis is asked is bounded for all
+    of them together, and how many requests of one account wait.
+    """
+
+    def __init__(self, replays: Replays, tasks: Tasks) -> None:
+        self._replays = replays
+        self._tasks = tasks
+        self._followed: dict[str, Answer] = {}
+        self._waiting: Counter[str] = Counter()
+        self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    def followed(self, record: str) -> Answer | None:
+        """The answer that is being read for others, if it is."""
+        return self._followed.get(record)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, record: str) -> AsyncIterator[None]:
+        """Let one request at a time claim a key: those behind it find what it found, and don't ask again."""
+        lock, users = self._turns.get(record) or (asyncio.Lock(), 0)
+        self._turns[record] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._turns.pop(record)
+            if users > 1:
+                self._turns[record] = lock, users - 1
+
+    @contextlib.contextmanager
+    def wait(self, answer: Answer, account: str, most: int) -> Iterator[None]:
+        """Have the answer read meanwhile. Fault of 429 if `most` requests of the account wait already."""
+        if self._waiting[account] >= most:
+            raise Fault(Source.CLIENT, rate_limit_exceeded(WAITING, WAITING_RETRY_S))
+        self._waiting[account] += 1
+        answer.waiting += 1
+        if not answer.is_followed:
+            answer.is_followed = True
+            self._followed.setdefault(answer.record, answer)
+            self._tasks.spawn("idempotency", self._follow(answer))
+        try:
+            yield
+        finally:
+            answer.waiting -= 1
+            self._waiting[account] -= 1
+            if not self._waiting[account]:
+                del self._waiting[account]
+
+    async def _follow(self, answer: Answer) -> None:
+        try:
+            await answer.follow(lambda: max(POLL_S, len(self._followed) * 2 / MAX_COMMANDS_PER_S))
+        finally:
+            answer.is_followed = False
+            if self._followed.get(answer.record) is answer:
+                del self._followed[answer.record]
+
+
+class Replay:
+    """The answer of the request that has the key, for one that asks the same."""
+
+    def __init__(self, answer: Answer, answers: Answers, account: str, clock: Callable[[], float]) -> None:
+        self._answer = answer
+        self._answers = answers
+        self._account = account
+        self._clock = clock
+
+    async def play(
+        self, call: Call, downstream: Downstream, heartbeat_s: float, most_waiting: int = MAX_WAITING
+    ) -> Reply | None:
+        """Give the answer as it comes: a whole one is returned, a stream goes to `downstream`. `most_waiting`: so many requests
+        of one account may wait for answers.
 
         LookupError if the other request failed, or its answer became too large to be kept, before anything was sent here.
         """
-        parts = self._parts()
+        with self._answers.wait(self._answer, self._account, most_waiting):
+            return await self._play(call, downstream, heartbeat_s)
+
+    async def _play(self, call: Call, downstream: Downstream, heartbeat_s: float) -> Reply | None:
+        parts = self._parts(heartbeat_s)
         head = await _head_of(parts)
         own = [("x-request-id", call.request_id)]
         headers = [*own, *(header for header in head.headers if header[0] != "x-request-id"), REPLAYED]
@@ -191,23 +336,15 @@ class Replay:
                 downstream.write(part or PING)
                 written_at = self._clock()
 
-    async def _parts(self) -> AsyncIterator[bytes]:
-        """The answer's parts as they come, and an empty one whenever there is none yet. LookupError if there will be none."""
-        count, charged_at = 0, None
-        while True:
-            state, parts = await self._replays.read(self._claim, count)
+    async def _parts(self, heartbeat_s: float) -> AsyncIterator[bytes]:
+        """The answer's parts as they come, and an empty one now and then while there is none. LookupError if there will be
+        none.
+        """
+        count = 0
+        while (parts := await self._answer.after(count, min(PATIENCE_S, heartbeat_s / 2))) is not None:
             count += len(parts)
-            if state == "charged":  # its worker tells next how far the answer is, or is dead
-                charged_at = self._clock() if charged_at is None else charged_at
-                state = "running" if self._clock() - charged_at < CHARGED_S else "lost"
-            for part in parts:
+            for part in parts or (b"",):
                 yield part
-            if state == "finished":
-                return
-            if state != "running":
-                raise LookupError
-            yield b""
-            await asyncio.sleep(POLL_S)
 
 
 async def _head_of(parts: AsyncIterator[bytes]) -> Head:
@@ -224,6 +361,7 @@ class Idempotence:
         self._replays = replays
         self._tasks = tasks
         self._clock = clock
+        self._answers = Answers(replays, tasks)
 
     async def enter(
         self,
@@ -240,22 +378,28 @@ class Idempotence:
         name = call.idempotency_key or ""
         if not 0 < len(name) <= MAX_KEY_CHARS or not name.isprintable():
             raise Fault(Source.CLIENT, invalid(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters."))
-        account, key_id = principal.account.name, principal.key.id
-        try:
-            claim = await self._replays.claim(account, key_id, name, body, owner=owner, ttl_ms=running_ttl_ms)
-        except asyncio.CancelledError:
-            given_up = self._replays.claimed(account, key_id, name, owner)
-            self._tasks.spawn("idempotency", self._give_up(given_up))
-            raise
+        account = principal.account.name
+        wanted = self._replays.claimed(account, principal.key.id, name, owner)
+        digest = body_digest(body)
+        async with self._answers.turn(wanted.record):
+            answer = self._answers.followed(wanted.record)
+            if answer is not None and answer.state == "running" and answer.body_digest == digest:
+                return Replay(answer, self._answers, account, self._clock)
+            try:
+                claim = await self._replays.claim(wanted, digest, running_ttl_ms)
+            except asyncio.CancelledError:
+                self._tasks.spawn("idempotency", self._give_up(wanted))
+                raise
+            if claim.state in {"running", "finished"}:
+                answer = Answer(claim, digest, self._replays, self._clock)
+                return Replay(answer, self._answers, account, self._clock)
         match claim.state:
             case "claimed":
                 return Recording(downstream, claim, self._replays, settings, running_ttl_ms, self._tasks)
             case "conflict":
                 raise Fault(Source.CLIENT, idempotency_conflict())
-            case "lost":
-                raise Fault(Source.CLIENT, Problem(409, "idempotency_conflict", TOO_LARGE))
             case _:
-                return Replay(claim, self._replays, self._clock)
+                raise Fault(Source.CLIENT, Problem(409, "idempotency_conflict", TOO_LARGE))
 
     async def _give_up(self, claim: Claim) -> None:
         """Nobody waits for what the claim came to: let the next one have the key. Without Redis, its time to live does that."""

@@ -19,7 +19,7 @@ from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.health import Health
-from meshproxy.gateway.idempotent import Idempotence, Recording
+from meshproxy.gateway.idempotent import MAX_WAITING, Idempotence, Recording
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.live import Live
 from meshproxy.gateway.record import Recorder
@@ -164,7 +164,10 @@ class Gateway:
                 self._live.recordings.add(entered)
                 return await self._process(exchange, principal, body, deployment, entered)
             with contextlib.suppress(LookupError):  # that one failed: this may be the first now
-                reply = await entered.play(exchange.call, downstream, settings.server.heartbeat_s)
+                most = max(1, settings.server.max_in_flight // 8)
+                reply = await entered.play(
+                    exchange.call, downstream, settings.server.heartbeat_s, min(MAX_WAITING, most)
+                )
                 exchange.status, exchange.outcome = 200, "replayed"
                 return reply
 

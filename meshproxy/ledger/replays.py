@@ -30,6 +30,7 @@ class Claim(Struct, frozen=True):
     owner: str
     record: str
     parts: str
+    account: str
 
 
 class Replays:
@@ -41,20 +42,20 @@ class Replays:
         self._claim = Script.load("claim")
         self._conclude = Script.load("conclude")
 
-    async def claim(self, account: str, key_id: str, name: str, body: bytes, *, owner: str, ttl_ms: int) -> Claim:
-        """Claim the Idempotency-Key `name` of one key for a request body."""
-        record = self.claimed(account, key_id, name, owner).record
-        digest = hashlib.sha256(body).hexdigest()
-        state, found = await self._store.run(self._claim, [record], [owner, digest, ttl_ms])
+    async def claim(self, wanted: Claim, digest: str, ttl_ms: int) -> Claim:
+        """Claim the Idempotency-Key of a `claimed()` for a request body, by its `body_digest`."""
+        state, found = await self._store.run(self._claim, [wanted.record], [wanted.owner, digest, ttl_ms])
         owner = found.decode()
-        return Claim(_STATES[state], owner, record, AccountKeys(account).replay_parts(owner))
+        return Claim(
+            _STATES[state], owner, wanted.record, AccountKeys(wanted.account).replay_parts(owner), wanted.account
+        )
 
     @staticmethod
     def claimed(account: str, key_id: str, name: str, owner: str) -> Claim:
         """The claim that `owner` has, if it has one."""
         names = AccountKeys(account)
         record = names.replay(key_id, hashlib.sha256(name.encode()).hexdigest())
-        return Claim("claimed", owner, record, names.replay_parts(owner))
+        return Claim("claimed", owner, record, names.replay_parts(owner), account)
 
     async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int) -> None:
         """Add parts of the answer."""
@@ -71,3 +72,8 @@ class Replays:
             self._store.execute("LRANGE", claim.parts, start, -1),
         )
         return (state.decode() if owner == claim.owner.encode() else None), parts
+
+
+def body_digest(body: bytes) -> str:
+    """What is kept of a request's body, to know it again."""
+    return hashlib.sha256(body).hexdigest()

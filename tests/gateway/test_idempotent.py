@@ -1,6 +1,7 @@
 """Idempotency-Key, below HTTP: what is recorded, what is replayed, and what Redis's absence makes of it."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 
@@ -32,8 +33,10 @@ class Flaky(Store):
         self._store = store
         self.is_lost = False
         self.loses_replies_of = None
+        self.asked = Counter()
 
     async def _lost(self, op, command):
+        self.asked[op] += 1
         if self.is_lost:
             raise Unavailable("connection", "gone")
         reply = await self._store.send(op, command)
@@ -317,3 +320,41 @@ async def test_a_reader_hears_that_the_record_is_gone(house):
     await house.store.execute("FLUSHALL")
     with pytest.raises(LookupError):
         await house.play(replay)
+
+
+async def test_one_reader_serves_all_that_wait_and_the_store_is_asked_once(house):
+    recording = await house.enter("h1")
+    before = house.store.asked["claim"]
+    playing = [asyncio.create_task(house.play(await house.enter(f"w{number}"))) for number in range(3)]
+    await asyncio.sleep(0)
+    playing += [asyncio.create_task(house.play(await house.enter(f"x{number}"))) for number in range(50)]
+    recording.reply(Reply(200, [], b"{}"))
+    recording.conclude(complete=True)
+    replies = await asyncio.gather(*playing)
+    assert [b"{}"] * 53 == [reply.body for reply in replies]
+    assert house.store.asked["claim"] - before <= 3
+
+
+async def test_another_body_is_a_conflict_while_others_wait(house):
+    recording = await house.enter("h1")
+    playing = asyncio.create_task(house.play(await house.enter("h2")))
+    await asyncio.sleep(0)
+    with pytest.raises(Fault) as caught:
+        await house.enter("h3", body=b"[]")
+    assert 409 == caught.value.problem.status
+    recording.reply(Reply(200, [], b"{}"))
+    recording.conclude(complete=True)
+    await playing
+
+
+async def test_as_many_of_an_account_wait_as_may(house):
+    recording = await house.enter("h1")
+    playing = asyncio.create_task(house.play(await house.enter("h2")))
+    await asyncio.sleep(0)
+    replay = await house.enter("h3")
+    with pytest.raises(Fault) as caught:
+        await replay.play(call("once", "r3"), Client(), 15, most_waiting=1)
+    assert (429, "rate_limit_exceeded") == (caught.value.problem.status, caught.value.problem.code)
+    recording.reply(Reply(200, [], b"{}"))
+    recording.conclude(complete=True)
+    await playing

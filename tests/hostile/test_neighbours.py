@@ -182,3 +182,30 @@ def sent(gateway, data):
         with contextlib.suppress(ConnectionError):
             client.sendall(data)
         return int(client.recv(12).split()[1])
+
+
+@pytest.mark.parametrize("count, name, status", [(500, "sim/slow", 200), (50, "sim/error-500", 502)])
+async def test_hundreds_that_wait_for_one_idempotency_key(alone, mesh, unharmed, measured, count, name, status):
+    """Redis is asked at most 2,000 times a second in all, also while the request that they wait for fails again and again."""
+    gateway = await alone(models={**MODELS, "sim/slow": model("sim", "sim/plain?tokens=8&ttft=2")})
+    caller = await mesh.key(credit="1000", limits=FREE)
+    store = mesh.worker.store
+    async with unharmed(gateway, caller):
+        waiters = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(count)]
+        began, before = time.perf_counter(), await commands(store)
+        for _, writer in waiters:
+            writer.write(chat(caller, b"Idempotency-Key: one", model=name))
+        statuses = [int((await reader.readuntil(b"\r\n\r\n")).split()[1]) for reader, _ in waiters]
+        each_s = (await commands(store) - before) / (time.perf_counter() - began)
+        for _, writer in waiters:
+            writer.close()
+    measured(f"Redis was asked {each_s:.0f} times a second")
+    assert statuses[0] == status
+    assert set(statuses) <= {status, 503}  # no more is asked of a provider that fails
+    assert each_s < 2000
+
+
+async def commands(store):
+    """How many commands a server has run."""
+    stats = (await store.execute("INFO", "stats")).decode()
+    return int(stats.partition("total_commands_processed:")[2].split()[0])

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from meshproxy.ledger.replays import Claim, Replays
+from meshproxy.ledger.replays import Claim, Replays, body_digest
 
 BODY = b'{"messages": []}'
 TTL_MS = 60_000
@@ -20,7 +20,7 @@ def claim(replays):
     """Claim a key for a body."""
 
     async def make(owner, *, name="once", body=BODY, account="acme", key_id="k1", ttl_ms=TTL_MS):
-        return await replays.claim(account, key_id, name, body, owner=owner, ttl_ms=ttl_ms)
+        return await replays.claim(replays.claimed(account, key_id, name, owner), body_digest(body), ttl_ms)
 
     return make
 
