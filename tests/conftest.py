@@ -313,7 +313,8 @@ async def start_mesh(store_server: str, simulator: Running) -> AsyncIterator[Sta
             worker = Worker(worker_settings, {"sim": "sk-provider"}, log)  # type: ignore[arg-type]
             await worker.start()
             stack.push_async_callback(worker.stop)
-            runner = Runner(application(worker), lambda: worker.chat, strictness(worker), worker.loops)
+            chat = (lambda worker=worker: worker.chat) if worker_settings.server.fast_path else None
+            runner = Runner(application(worker), chat, strictness(worker), worker.loops)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             sock = listen("127.0.0.1:0")

@@ -1,6 +1,7 @@
 """The gateway as an aiohttp application: for `serve`, and for whoever wants it in a program of their own."""
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
 
@@ -19,10 +20,12 @@ from meshproxy.server.envelope import PATHS, envelope_errors
 from meshproxy.server.general import Strictness
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog
+from meshproxy.upstream.dial import descriptor_bound
 from meshproxy.wire.headers import VERSION_HEADER, cors_headers, preflight_headers
 
 HEALTH_PATH = "/health"
 
+UPSTREAM_SHARE = 8  # of all descriptors an eighth is kept for connections to providers, however many clients there are
 HANGUP_POLL_S = 0.25  # how late it is noticed that a client is gone, in a program of one's own
 
 
@@ -74,13 +77,18 @@ def application(
 
 
 def strictness(worker: Worker) -> Strictness:
-    """How the listener treats what isn't a request, and where that is counted."""
+    """How the listener treats what isn't a request, where that is counted, and how many connections it may have."""
 
     def on_refused(status: int) -> None:
         worker.metrics.requests.labels(OTHER, NONE, str(status), "false").inc()
 
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return Strictness(
-        lambda: worker.settings.server.header_timeout_s, on_refused, lambda: worker.settings.server.write_timeout_s
+        lambda: worker.settings.server.header_timeout_s,
+        on_refused,
+        lambda: worker.settings.server.write_timeout_s,
+        descriptor_bound(limit) - limit // UPSTREAM_SHARE,
+        worker.crowded,
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,10 @@ from meshproxy.server.listener import Runner
 from meshproxy.server.sockets import listen, listen_shared, name_of
 from meshproxy.telemetry import logs
 from meshproxy.telemetry.tasks import Tasks
+from meshproxy.upstream.dial import RESERVED_DESCRIPTORS
 from meshproxy.version import VERSION
+
+MOST_DESCRIPTORS = 1_048_576  # of one process, as fs.nr_open has it by default (proc_sys_fs(5))
 
 _log = structlog.get_logger("meshproxy.app")
 
@@ -37,6 +41,7 @@ def serve(config_path: str) -> int:
     loaded = load(config_path)
     settings, secrets = loaded.settings, loaded.secrets
     workers = settings.server.workers or len(os.sched_getaffinity(0))
+    raise_descriptor_limit()
     journal = None if settings.redis.url == "embedded" else journal_path(settings)
     try:
         uvloop.run(
@@ -57,6 +62,17 @@ def serve(config_path: str) -> int:
     return 0
 
 
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of descriptors to the hard one, for this process and its workers: what shells and systemd give by
+    default, 1,024, is some 500 requests (systemd.exec(5), LimitNOFILE=).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it: then what there is counts
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def run(
     settings: Settings,
     secrets: Secrets,
@@ -74,6 +90,10 @@ async def run(
     sink = logs.configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     for warning in warnings:
         _log.warning("config_warning", warning=warning)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = 2 * settings.server.max_in_flight + RESERVED_DESCRIPTORS  # a request has its client and its provider
+    if limit < needed:
+        _log.warning("descriptors_short", limit=limit, needed=needed, key="server.max_in_flight")
     address = settings.server.listen
     data = [listen(address)] if workers == 1 else listen_shared(address, workers)
     admin = listen(settings.server.admin_listen)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import secrets as random_source
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -47,6 +48,7 @@ from meshproxy.upstream.provider import Provider
 from meshproxy.version import VERSION
 
 STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
+CROWDED_QUIET_S = 10.0  # between two lines about descriptors that ran out
 SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
 
 _log = structlog.get_logger("meshproxy.app")
@@ -92,6 +94,8 @@ class Worker:
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         self.stopping = False
         self._had_ledger = settings.redis.on_failure == "local"  # or can do without
+        self._hung_up = 0  # clients, for want of descriptors, since that was logged last
+        self._crowded_quiet_until = 0.0
         self._lost_at: dict[str, float] = {}  # by server of the ledger; "": at the start
 
     async def start(self, generation: int = 1) -> None:
@@ -145,6 +149,21 @@ class Worker:
     async def serve_chat(self, request: web.BaseRequest) -> web.StreamResponse:
         """The main job's handler, for a listener that is made before the worker starts."""
         return await self.chat(request)
+
+    def crowded(self) -> None:
+        """Log that a client was hung up on for want of descriptors: once in CROWDED_QUIET_S, for there may be thousands."""
+        now = time.monotonic()
+        self._hung_up += 1
+        if now >= self._crowded_quiet_until:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            _log.error(
+                "descriptors_exhausted",
+                limit=limit,
+                connections_closed=self._hung_up,
+                raise_it="LimitNOFILE, ulimit -n",
+            )
+            self._crowded_quiet_until = now + CROWDED_QUIET_S
+            self._hung_up = 0
 
     def reload_failed(self) -> None:
         """A configuration was read and found unfit."""

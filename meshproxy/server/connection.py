@@ -30,6 +30,9 @@ class Host(Protocol):
     def header_timeout_s(self) -> float:
         """How long a head may take, as of now."""
 
+    def has_room(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether a new connection may stay."""
+
     def joined(self, connection: "ClientConnection") -> None:
         """A client is here."""
 
@@ -98,6 +101,8 @@ class ClientConnection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.deadline = self._loop.time() + self._host.header_timeout_s()
         self._host.joined(self)
+        if not self._host.has_room(transport):
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a head, of a body, or of what comes behind it."""

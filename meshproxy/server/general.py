@@ -5,6 +5,7 @@ request ends (RFC 9112, section 11.2).
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -25,13 +26,24 @@ TOO_LATE = request_timeout("The request's head did not come in time.")
 
 
 class Strictness(NamedTuple):
-    """How long a request's head may take, in seconds as of now, what is called with the status of what was no request, and how
-    long a client may take nothing of what is written to it.
+    """How long a request's head may take, in seconds as of now, what is called with the status of what was no request, how long a
+    client may take nothing of what is written to it, and the descriptor from which on connections are closed, with what is
+    called then.
     """
 
     header_timeout_s: Callable[[], float] = lambda: HEADER_TIMEOUT_S
     on_refused: Callable[[int], None] = lambda _status: None
     write_timeout_s: Callable[[], float] = lambda: WRITE_TIMEOUT_S
+    max_descriptor: float = math.inf
+    on_crowded: Callable[[], None] = lambda: None
+
+    def has_room(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether a connection may stay. Of one that may not, the descriptor is one of the last: hang up at once."""
+        sock = transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < self.max_descriptor:
+            return True
+        self.on_crowded()
+        return False
 
     def too_late(self) -> bytes:
         """The answer to a head that didn't come in time."""
@@ -62,6 +74,8 @@ class GeneralConnection(RequestHandler):
         self._wire = cast("asyncio.Transport", transport)  # aiohttp forgets its own when it begins to close
         super().connection_made(transport)
         self._expect_head()
+        if not self._strictness.has_room(transport):
+            self._wire.abort()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a head or of a body."""

@@ -1,6 +1,9 @@
 """How a provider is reached: its name looked up anew for every connection, its addresses tried side by side, TLS verified."""
 
 import asyncio
+import errno
+import os
+import resource
 import socket
 import ssl
 from typing import Any
@@ -16,6 +19,9 @@ HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305 section 8
 # What one read may bring, and so what a stream whose client stands still may have in memory beside what waits for the client.
 # Linux doubles it for its own bookkeeping (socket(7)). At a round trip of 100 ms it still lets 300 KB a second through.
 RECEIVE_BUFFER_BYTES = 32_768
+RESERVED_DESCRIPTORS = (
+    64  # for the admin listener, the ledger, the journal and name look-ups, when all others are in use
+)
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -101,8 +107,20 @@ class Dialer:
         self._latest = transport.get_extra_info("ssl_object")
 
 
+def descriptor_bound(limit: int) -> int:
+    """The descriptor from which on no connection to a provider is made, of `limit` (getrlimit(2), RLIMIT_NOFILE). A new one
+    is the lowest that is free (open(2)), so its number says how many are in use.
+    """
+    return limit - min(RESERVED_DESCRIPTORS, limit // 4)
+
+
 def _socket(info: tuple[Any, ...]) -> socket.socket:
-    """A socket with a bounded receive buffer, which has to be set before it connects (tcp(7))."""
+    """A socket with a bounded receive buffer, which has to be set before it connects (tcp(7)). OSError (EMFILE) where the only
+    descriptors left are those reserved for what keeps the gateway itself going.
+    """
     sock = socket.socket(*info[:3])
+    if sock.fileno() >= descriptor_bound(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        sock.close()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
     return sock

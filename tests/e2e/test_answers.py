@@ -506,6 +506,36 @@ class TestAccounts:
         assert balance.balance_nusd >= 0
 
 
+@pytest.mark.parametrize("fast_path", [True, False])
+class TestEitherWay:
+    """What the usual request gets through our own connection, it gets through aiohttp's."""
+
+    async def test_a_whole_answer_and_a_stream(self, start_mesh, fast_path):
+        mesh = await start_mesh(server={"fast_path": fast_path})
+        caller = await mesh.key()
+        answer = await mesh.chat(caller, model="sim/plain")
+        assert (200, format_usd(REPORTED_NUSD)) == (answer.status, answer.headers["x-mesh-cost"])
+        stream = await mesh.stream(caller, model="sim/plain")
+        assert (200, "[DONE]") == (stream.status, stream.events[-1])
+        assert 2 * REPORTED_NUSD == await mesh.spent(caller)
+
+    async def test_a_refusal(self, start_mesh, fast_path):
+        mesh = await start_mesh(server={"fast_path": fast_path})
+        caller = await mesh.key(credit="0")
+        assert (402, "insufficient_credits") == ((answer := await mesh.chat(caller)).status, answer.code)
+        assert (422, "validation_error") == ((answer := await mesh.post(caller, b"{")).status, answer.code)
+
+    async def test_a_hangup(self, start_mesh, fast_path):
+        slow = {"m/slow": model("sim", "sim/plain?tokens=5000&tps=50")}
+        mesh = await start_mesh(server={"fast_path": fast_path}, models=slow)
+        caller = await mesh.key()
+        body = {"model": "m/slow", "messages": HELLO, "stream": True}
+        async with mesh.http.post("/v1/chat/completions", json=body, headers=caller.auth) as answer:
+            await answer.content.readline()
+            answer.close()
+        assert "client_disconnected" == (await mesh.settlement(caller))["outcome"]
+
+
 class TestSdk:
     async def test_a_whole_answer(self, mesh):
         caller = await mesh.key()
