@@ -83,7 +83,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not valid: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return f"TLS handshake failed: {error.reason or 'the connection was closed'}"
+        reason = getattr(error, "reason", None)  # one that no OpenSSL call raised has none
+        return f"TLS handshake failed: {reason or 'the connection was closed'}"
     if isinstance(error, socket.gaierror):
         return f"unknown host: {error.strerror or 'the name has no address'}"
     if isinstance(error, UnicodeError):
