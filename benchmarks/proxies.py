@@ -16,12 +16,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from benchmarks.processes import OTHER_CORE, PROXY_CORE, Process, free_ports
 from meshproxy.config import Redis
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.policy.principal import Account, Limits
+from meshproxy.policy.principal import Limits
 
 PLENTY = 1_000_000_000
 PLENTY_NUSD = 10**15
@@ -207,7 +209,8 @@ async def _mint_keys(redis_port: int) -> tuple[str, str]:
     store = await connect(Redis(url=f"redis://127.0.0.1:{redis_port}/0"))
     directory, ledger = Directory(store), Ledger(store)
     free, _ = await directory.create_key("free")
-    await directory.put_account(Account("free", limits=Limits(PLENTY, PLENTY * 1000)))
+    await directory.ensure_account("free")
+    await directory.change_account("free", lambda account: replace(account, limits=Limits(PLENTY, PLENTY * 1000)))
     bound, _ = await directory.create_key("bound", limits=Limits(requests_per_minute=1, burst=1))
     for account in ("free", "bound"):
         await ledger.grant(account, PLENTY_NUSD)

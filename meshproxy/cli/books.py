@@ -15,6 +15,8 @@ from meshproxy.ledger.directory import Directory, check_account_name
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.policy.principal import Account
 
+ACTOR = "cli"  # who audit events say made a change
+
 
 class Books(Struct, frozen=True):
     """An open store."""
@@ -69,11 +71,7 @@ async def need_account(books: Books, name: str) -> Account:
 
 async def ensure_account(books: Books, name: str) -> Account:
     """An account, made if there is none yet."""
-    found = await books.directory.account(name)
-    if found is None:
-        found = Account(name)
-        await books.directory.put_account(found)
-    return found
+    return await books.directory.ensure_account(name, actor=ACTOR)
 
 
 def without_password(url: str) -> str:

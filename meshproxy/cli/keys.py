@@ -6,7 +6,7 @@ from typing import Any
 from msgspec.structs import asdict, replace
 
 from meshproxy.cli.arguments import Commands, add_command, future, names, param
-from meshproxy.cli.books import Books, account, need_account, open_books
+from meshproxy.cli.books import ACTOR, Books, account, need_account, open_books
 from meshproxy.cli.key_limits import (
     add_limit_flags,
     budgets_of,
@@ -17,7 +17,7 @@ from meshproxy.cli.key_limits import (
 )
 from meshproxy.cli.output import Failed, Misused, Output, rfc3339
 from meshproxy.policy.params import check_params
-from meshproxy.policy.principal import Budgets, Key, Limits, Status
+from meshproxy.policy.principal import Account, Budgets, Key, Limits, Status
 
 COLUMNS = ["id", "account", "name", "hint", "status", "created_at", "expires_at", "models"]
 KEY = "an id, a unique beginning of one, or the secret"
@@ -87,6 +87,7 @@ async def create(args: argparse.Namespace, out: Output) -> None:
     async with open_books(args) as books:
         secret, key = await books.directory.create_key(
             args.account,
+            actor=ACTOR,
             name=args.name,
             expires_at=args.expires,
             default_model=args.default_model,
@@ -182,41 +183,43 @@ def shown(key: Key) -> dict[str, Any]:
 async def _set_status(args: argparse.Namespace, out: Output, status: Status) -> None:
     async with open_books(args) as books:
         if args.account is not None:
-            changed_account = replace(await need_account(books, args.account), status=status)
-            await books.directory.put_account(changed_account)
-            out.record(shown_account(changed_account))
+            found = await books.directory.set_account_status(args.account, status, actor=ACTOR)
+            out.record(shown_account(found or await need_account(books, args.account)))
             return
         key = await need_key(books, args.key)
-        if key.status == "revoked" and status != "revoked":
-            raise Failed("key_revoked", f"{key.id} is revoked, which can't be taken back")
-        changed = replace(key, status=status)
-        await books.directory.update_key(changed)
-        out.record(shown(changed))
+        try:
+            changed = await books.directory.set_key_status(key.id, status, actor=ACTOR)
+        except ValueError as error:
+            raise Failed("key_revoked", str(error)) from error
+        out.record(shown(changed or key))
 
 
 async def _key_limits(args: argparse.Namespace, books: Books, out: Output) -> None:
     before = await need_key(books, args.key)
-    start = replace(before, limits=Limits(), budgets=Budgets(), session=Budgets()) if args.clear else before
-    key = replace(
-        start,
-        limits=limits_of(args, start.limits),
-        budgets=budgets_of(args, start.budgets),
-        session=session_budgets_of(args, start.session),
-    )
-    if key != before:
-        await books.directory.update_key(key)
+
+    def limited(key: Key) -> Key:
+        start = replace(key, limits=Limits(), budgets=Budgets(), session=Budgets()) if args.clear else key
+        return replace(
+            start,
+            limits=limits_of(args, start.limits),
+            budgets=budgets_of(args, start.budgets),
+            session=session_budgets_of(args, start.session),
+        )
+
+    key = await books.directory.change_key(before.id, limited, actor=ACTOR, action="key.limits") or before
     out.record({"id": key.id, "account": key.account, **shown_bounds(key)})
 
 
 async def _account_limits(args: argparse.Namespace, books: Books, out: Output) -> None:
     if args.session_budget is not None:
         raise Misused("argument --session-budget: sessions have budgets by key")
-    before = await need_account(books, args.account)
-    changed = replace(
-        before,
-        limits=limits_of(args, Limits() if args.clear else before.limits),
-        budgets=budgets_of(args, Budgets() if args.clear else before.budgets),
-    )
-    if changed != before:
-        await books.directory.put_account(changed)
-    out.record(shown_account(changed))
+
+    def limited(account: Account) -> Account:
+        return replace(
+            account,
+            limits=limits_of(args, Limits() if args.clear else account.limits),
+            budgets=budgets_of(args, Budgets() if args.clear else account.budgets),
+        )
+
+    changed = await books.directory.change_account(args.account, limited, actor=ACTOR, action="account.limits")
+    out.record(shown_account(changed or await need_account(books, args.account)))

@@ -13,22 +13,30 @@ import re
 import secrets
 import string
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from meshproxy.ledger.cache import Cache
-from meshproxy.ledger.keyspace import ACCOUNTS, KEY_IDS, AccountKeys, key_record
-from meshproxy.ledger.store import Store
-from meshproxy.ledger.templates import Templates, decode
-from meshproxy.policy.principal import Account, Key, Principal
+from meshproxy.ledger.keyspace import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
+from meshproxy.ledger.scripts import Script
+from meshproxy.ledger.store import Store, StoreError
+from meshproxy.ledger.templates import MAX_CHANGES, Templates, decode, encode
+from meshproxy.policy.principal import Account, Key, Principal, Status
 
-__all__ = ["Directory", "check_account_name", "digest_of", "mint_secret"]
+__all__ = ["AuditEvent", "Directory", "check_account_name", "digest_of", "mint_secret"]
 
 TTL_S = 1.0
 MAX_PRINCIPALS = 16_384  # cached in one worker
+MAX_ROTATIONS = 8  # that one look-up follows
+ROTATED = b'{"rotated_to":'  # how the record of a rotated secret begins
+RUNNING = 11  # where balance.lua's reply has how many requests of the account run
 BATCH = 500  # records read in one write
+SCANNED = 1000  # keys of the store that one call looks at when an account is deleted
+AUDIT_KEPT = 100_000  # events, roughly (XADD MAXLEN ~)
 SECRET_PREFIX = "rsk_"  # noqa: S105 - how a secret begins is none
 SECRET_CHARACTERS = 43  # of base 62: 256 bits
 ID_CHARACTERS = 16  # of base 62: 95 bits
@@ -37,7 +45,25 @@ _BASE_62 = string.ascii_letters + string.digits
 _ACCOUNT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 
-Record = TypeVar("Record", Account, Key)
+_ACTIONS: Mapping[Status, str] = {"active": "resume", "suspended": "suspend", "revoked": "revoke"}
+
+
+class AuditEvent(Struct, frozen=True):
+    """A change: who made it, what was done to what, the changed fields as JSON (never a secret), and when (Unix ms)."""
+
+    actor: str
+    action: str
+    target: str
+    account: str
+    detail: str
+    at_ms: int
+
+
+class _Forward(Struct):
+    """What is read of a record that was rotated: where the key's record is now. The rest of it is for older versions."""
+
+    id: str
+    rotated_to: str
 
 
 class Directory:
@@ -60,6 +86,10 @@ class Directory:
         templates = Templates(store, clock, ttl_s=ttl_s, stale_s=stale_s)
         self.template, self.list_templates = templates.find, templates.list
         self.put_template, self.delete_template = templates.put, templates.delete
+        self.change_template = templates.change
+        self._replace = Script.load("replace")
+        self._erase = Script.load("erase")
+        self._balance = Script.load("balance")
         self._principals: Cache[Principal] = Cache(
             self._fetch_principal, clock=clock, ttl_s=ttl_s, stale_s=stale_s, max_weight=MAX_PRINCIPALS
         )
@@ -68,15 +98,15 @@ class Directory:
         """Who calls with this secret, whatever the key's status; None for an unknown one. Raises Unavailable."""
         return await self._principals.get(digest_of(secret))
 
-    async def create_key(self, account: str, **fields: Any) -> tuple[str, Key]:
+    async def create_key(self, account: str, *, actor: str = "", **fields: Any) -> tuple[str, Key]:
         """Mint a key, and its account with its first key. `fields` are the record's own (policy.principal.Key). The secret is in
         this answer and nowhere else.
         """
         check_account_name(account)
         secret, created_at = mint_secret(), self._wall_clock()
-        hint = f"{secret[:8]}...{secret[-4:]}"
-        key = Key("key_" + _random(ID_CHARACTERS), account, created_at, hint=hint, **fields)
+        key = Key("key_" + _random(ID_CHARACTERS), account, created_at, hint=_hint(secret), **fields)
         await self._add(key, digest_of(secret))
+        await self._note(actor, "key.create", key.id, account, _changes(Key(key.id, account, created_at), key))
         return secret, key
 
     async def find_key(self, wanted: str) -> Key | None:
@@ -97,50 +127,203 @@ class Directory:
             digests = list((await self._key_ids("*")).values())
         else:
             digests = await self._store.execute("HVALS", AccountKeys(account).keys)
-        keys = await self._records([key_record(digest.decode()) for digest in digests], Key)
+        records = await self._texts([key_record(digest.decode()) for digest in digests])
+        keys = [decode(record, Key) for record in records if record is not None]
         return sorted(keys, key=lambda key: (key.created_at, key.id))
 
-    async def update_key(self, key: Key) -> bool:
-        """Replace a key's record; False if there is no such key."""
-        digest = await self._store.execute("HGET", KEY_IDS, key.id)
-        if digest is None:
-            return False
-        replaced = await self._store.execute("SET", key_record(digest.decode()), msgspec.json.encode(key), "XX")
-        self._principals.forget(digest.decode())
-        return replaced is not None
+    async def change_key(
+        self, key_id: str, change: Callable[[Key], Key], *, actor: str = "", action: str = "key.update"
+    ) -> Key | None:
+        """Apply a change to a key's record as it is stored now, so that no concurrent change is undone; the new record, None if
+        there is no such key. What `change` raises passes through. A revoked key stays revoked: ValueError for a change of that.
+        """
+        for _ in range(MAX_CHANGES):
+            found = await self._stored(key_id)
+            if found is None:
+                return None
+            digest, record = found
+            key = decode(record, Key)
+            changed = change(key)
+            if key.status == "revoked" and changed.status != "revoked":
+                raise ValueError(f"{key.id} is revoked, which can't be taken back")
+            if changed == key:
+                return key
+            if await self._store.run(self._replace, [key_record(digest)], [record, encode(changed)]):
+                self._principals.clear()
+                await self._note(actor, action, key.id, key.account, _changes(key, changed))
+                return changed
+        raise StoreError("RACE", f"{key_id} was changed by others {MAX_CHANGES} times meanwhile")
+
+    async def set_key_status(self, key_id: str, status: Status, *, actor: str = "") -> Key | None:
+        """Suspend, resume ("active") or revoke a key; None if there is no such key. ValueError for one that is revoked."""
+        action = f"key.{_ACTIONS[status]}"
+        return await self.change_key(key_id, lambda key: replace(key, status=status), actor=actor, action=action)
+
+    async def rotate_key(self, key_id: str, *, grace_s: float = 0, actor: str = "") -> tuple[str, Key] | None:
+        """Give a key a new secret, which is in this answer and nowhere else; None if there is no such key. Its id, limits,
+        budgets and what is spent of them stay. The old secret works for `grace_s` more. ValueError for a revoked key.
+        """
+        for _ in range(MAX_CHANGES):
+            found = await self._stored(key_id)
+            if found is None:
+                return None
+            old, record = found
+            key = decode(record, Key)
+            if key.status == "revoked":
+                raise ValueError(f"{key.id} is revoked, which can't be taken back")
+            secret = mint_secret()
+            new, key = digest_of(secret), replace(key, hint=_hint(secret))
+            await self._store.execute("SET", key_record(new), encode(key))
+            forward = b'{"rotated_to":"%b",%b' % (new.encode(), encode(key)[1:])
+            if await self._store.run(self._replace, [key_record(old)], [record, forward]):
+                break
+            await self._store.execute("DEL", key_record(new))  # the record was changed meanwhile: begin anew with it
+        else:
+            raise StoreError("RACE", f"{key_id} was changed by others {MAX_CHANGES} times meanwhile")
+        await self._store.execute("HSET", KEY_IDS, key.id, new)
+        await self._store.execute("HSET", AccountKeys(key.account).keys, key.id, new)
+        if grace_s > 0:
+            await self._store.execute("PEXPIRE", key_record(old), int(grace_s * 1000))
+        else:
+            await self._store.execute("DEL", key_record(old))
+        self._principals.clear()
+        await self._note(actor, "key.rotate", key.id, key.account, {"grace_s": grace_s})
+        return secret, key
 
     async def account(self, name: str) -> Account | None:
         """An account's record."""
         if not _ACCOUNT_NAME.fullmatch(name):
             return None
         record = await self._store.execute("GET", AccountKeys(name).record)
-        return None if record is None else decode(record, Account)
+        if record is None:  # a grant alone makes an account known too
+            is_known = await self._store.execute("SISMEMBER", ACCOUNTS, name)
+            return Account(name) if is_known else None
+        return decode(record, Account)
 
     async def list_accounts(self) -> list[Account]:
-        """Every account, by name."""
+        """Every account, by name, one included that was only ever granted credit."""
         names = sorted(name.decode() for name in await self._store.execute("SMEMBERS", ACCOUNTS))
-        return await self._records([AccountKeys(name).record for name in names], Account)
+        records = await self._texts([AccountKeys(name).record for name in names])
+        pairs = zip(names, records, strict=True)
+        return [Account(name) if record is None else decode(record, Account) for name, record in pairs]
 
-    async def put_account(self, account: Account) -> None:
-        """Store an account's record, new or not. ValueError for a name that none may have."""
-        check_account_name(account.name)
-        await self._store.execute("SET", AccountKeys(account.name).record, msgspec.json.encode(account))
-        await self._store.execute("SADD", ACCOUNTS, account.name)
+    async def ensure_account(self, name: str, *, actor: str = "") -> Account:
+        """An account, made if there is none. ValueError for a name that none may have."""
+        check_account_name(name)
+        made = await self._store.execute("SET", AccountKeys(name).record, encode(Account(name)), "NX")
+        await self._store.execute("SADD", ACCOUNTS, name)
+        if made is not None:
+            await self._note(actor, "account.create", name, name, {})
+        return await self.account(name) or Account(name)
+
+    async def change_account(
+        self, name: str, change: Callable[[Account], Account], *, actor: str = "", action: str = "account.update"
+    ) -> Account | None:
+        """Apply a change to an account's record as it is stored now; the new record, None if there is no such account."""
+        record_name = AccountKeys(name).record
+        for _ in range(MAX_CHANGES):
+            before = await self.account(name)
+            if before is None:
+                return None
+            record = await self._store.execute("GET", record_name)
+            if record is None:
+                await self.ensure_account(name, actor=actor)
+                continue
+            before = decode(record, Account)
+            changed = change(before)
+            if changed == before:
+                return before
+            if await self._store.run(self._replace, [record_name], [record, encode(changed)]):
+                self._principals.clear()
+                await self._note(actor, action, name, name, _changes(before, changed))
+                return changed
+        raise StoreError("RACE", f"{name} was changed by others {MAX_CHANGES} times meanwhile")
+
+    async def set_account_status(self, name: str, status: Status, *, actor: str = "") -> Account | None:
+        """Suspend or resume ("active") an account, with all its keys; None if there is no such account."""
+        action = f"account.{_ACTIONS[status]}"
+        return await self.change_account(name, lambda found: replace(found, status=status), actor=actor, action=action)
+
+    async def delete_account(self, name: str, *, actor: str = "") -> int | None:
+        """Remove an account with all that Redis has of it: keys, credit, history, usage, templates; how many of Redis's keys
+        that were, None if there is no such account. Its name may be used anew.
+
+        ValueError while requests of it hold credit (suspend it, and try again when they are over).
+        """
+        if await self.account(name) is None:
+            return None
+        names = AccountKeys(name)
+        balance = await self._store.run(self._balance, names.books, [-1] * 10)  # which releases what is expired
+        if balance[RUNNING]:
+            raise ValueError(f"{name} has requests in flight: suspend it, and delete it when they are over")
+        ids = dict(_pairs(await self._store.execute("HGETALL", names.keys)))
+        for key_id, digest in ids.items():
+            await self._store.execute("DEL", key_record(digest.decode()))
+            await self._store.execute("HDEL", KEY_IDS, key_id)
+        removed, cursor = len(ids), b"0"
+        while True:
+            args = (cursor, f"{names.root}*", SCANNED)
+            cursor, count = await self._store.run(self._erase, [names.credit], args)
+            removed += int(count)
+            if cursor == b"0":
+                break
+        await self._store.execute("SREM", ACCOUNTS, name)
         self._principals.clear()
+        await self._note(actor, "account.delete", name, name, {"keys": len(ids)})
+        return removed
+
+    async def audit(self, limit: int = 1000) -> list[AuditEvent]:
+        """The latest changes, newest first."""
+        entries = await self._store.execute("XREVRANGE", AUDIT, "+", "-", "COUNT", limit)
+        events = []
+        for entry_id, flat in entries:
+            fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
+            at_ms = int(entry_id.partition(b"-")[0])
+            del fields["v"]
+            events.append(AuditEvent(**fields, at_ms=at_ms))
+        return events
+
+    async def note(self, actor: str, action: str, target: str, account: str, **detail: Any) -> None:
+        """Append an audit event for a change that was made elsewhere, as a grant is."""
+        await self._note(actor, action, target, account, detail)
+
+    async def _note(self, actor: str, action: str, target: str, account: str, detail: Mapping[str, Any]) -> None:
+        fields = ("actor", actor, "action", action, "target", target, "account", account)
+        text = msgspec.json.encode(detail)
+        await self._store.execute("XADD", AUDIT, "MAXLEN", "~", AUDIT_KEPT, "*", *fields, "detail", text, "v", 1)
 
     async def _add(self, key: Key, digest: str) -> None:
         """The record comes last: a key that this was interrupted in does not work, and listings pass it over."""
         names = AccountKeys(key.account)
-        account = msgspec.json.encode(Account(key.account))
         commands = [
-            self._store.execute("SET", names.record, account, "NX"),
+            self._store.execute("SET", names.record, encode(Account(key.account)), "NX"),
             self._store.execute("SADD", ACCOUNTS, key.account),
             self._store.execute("HSET", KEY_IDS, key.id, digest),
             self._store.execute("HSET", names.keys, key.id, digest),
         ]
         await asyncio.gather(*commands)
-        await self._store.execute("SET", key_record(digest), msgspec.json.encode(key))
+        await self._store.execute("SET", key_record(digest), encode(key))
         self._principals.forget(digest)
+
+    async def _stored(self, key_id: str) -> tuple[str, bytes] | None:
+        """The digest that a key's record is stored under, and the record."""
+        digest = await self._store.execute("HGET", KEY_IDS, key_id)
+        return None if digest is None else await self._follow(digest.decode())
+
+    async def _follow(self, digest: str) -> tuple[str, bytes] | None:
+        """The record under a digest, or the one that it was rotated to, with its digest."""
+        for _ in range(MAX_ROTATIONS):
+            record: bytes | None = await self._store.execute("GET", key_record(digest))
+            if record is None or not record.startswith(ROTATED):
+                return None if record is None else (digest, record)
+            forward = decode(record, _Forward)
+            digest = forward.rotated_to
+            if not await self._store.execute("EXISTS", key_record(digest)):  # rotated again, and past that one's grace
+                found = await self._store.execute("HGET", KEY_IDS, forward.id)
+                if found is None:
+                    return None
+                digest = found.decode()
+        return None
 
     async def _fetch_principal(self, digest: str) -> Principal | None:
         key = await self._key(digest)
@@ -149,8 +332,8 @@ class Directory:
         return Principal(key, await self.account(key.account) or Account(key.account))
 
     async def _key(self, digest: str) -> Key | None:
-        record = await self._store.execute("GET", key_record(digest))
-        return None if record is None else decode(record, Key)
+        found = await self._follow(digest)
+        return None if found is None else decode(found[1], Key)
 
     async def _key_ids(self, pattern: str, enough: int | None = None) -> dict[bytes, bytes]:
         """Digests by key id; stops looking when there are `enough`."""
@@ -162,12 +345,27 @@ class Directory:
             if cursor == b"0" or (enough is not None and len(found) >= enough):
                 return found
 
-    async def _records(self, names: Sequence[str], kind: type[Record]) -> list[Record]:
-        records: list[Record] = []
+    async def _texts(self, names: Sequence[str]) -> list[bytes | None]:
+        """What is stored under these names, None where nothing is."""
+        texts: list[bytes | None] = []
         for first in range(0, len(names), BATCH):
-            replies = await asyncio.gather(*(self._store.execute("GET", name) for name in names[first : first + BATCH]))
-            records += [decode(record, kind) for record in replies if record is not None]
-        return records
+            texts += await asyncio.gather(*(self._store.execute("GET", name) for name in names[first : first + BATCH]))
+        return texts
+
+
+def _changes(before: Struct, after: Struct) -> dict[str, Any]:
+    """The fields that differ, as they are now."""
+    old, new = msgspec.to_builtins(before), msgspec.to_builtins(after)
+    return {name: new.get(name) for name in {**old, **new} if old.get(name) != new.get(name)}
+
+
+def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _hint(secret: str) -> str:
+    """What may be shown of a secret."""
+    return f"{secret[:8]}...{secret[-4:]}"
 
 
 def digest_of(secret: str) -> str:

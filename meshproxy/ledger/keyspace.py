@@ -20,7 +20,7 @@ class AccountKeys:
 
     def __init__(self, account: str) -> None:
         root = f"{PREFIX}{{{account}}}:"
-        self._root = root
+        self.root = root
         self.account = account
         self.credit = root + "credit"
         self.held = root + "held"
@@ -43,44 +43,45 @@ class AccountKeys:
 
     def unheld(self, hold_id: str) -> str:
         """String: marks the settlement of a request that was admitted without Redis, so that it is charged once."""
-        return f"{self._root}unheld:{hold_id}"
+        return f"{self.root}unheld:{hold_id}"
 
     def key_bucket(self, key_id: str) -> str:
         """Hash: one key's buckets."""
-        return f"{self._root}bucket:{key_id}"
+        return f"{self.root}bucket:{key_id}"
 
     def key_spend(self, key_id: str) -> str:
         """Hash: what a key spent and holds: total, by day, by month."""
-        return f"{self._root}spend:{key_id}"
+        return f"{self.root}spend:{key_id}"
 
     def key_books(self, key_id: str) -> tuple[str, str, str]:
         """One key's buckets, spend, and running requests (a sorted set: hold id by deadline in ms)."""
-        root = self._root
+        root = self.root
         return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"
 
     def requests(self, day: str) -> str:
         """Hash: request id to its event in `usage`, of the requests that began on a day, `2026-11-24`."""
-        return f"{self._root}requests:{day}"
+        return f"{self.root}requests:{day}"
 
     def session_spend(self, session: str) -> str:
         """Hash: what a session spent and holds: total, by day, by month."""
-        return f"{self._root}session:{session}"
+        return f"{self.root}session:{session}"
 
     def hour(self, hour: str) -> str:
         """Hash: the aggregates of one hour, `2026-11-24T09`."""
-        return f"{self._root}hour:{hour}"
+        return f"{self.root}hour:{hour}"
 
     def replay(self, key_id: str, digest: str) -> str:
         """Hash: one Idempotency-Key of a key, by its SHA-256: who owns it and how far the answer is."""
-        return f"{self._root}replay:{key_id}:{digest}"
+        return f"{self.root}replay:{key_id}:{digest}"
 
     def replay_parts(self, owner: str) -> str:
         """List: the answer that a request got, for replay."""
-        return f"{self._root}replay-parts:{owner}"
+        return f"{self.root}replay-parts:{owner}"
 
 
 GLOBAL = "*"  # the owner of global templates: no account may have this name
 ACCOUNTS = PREFIX + "accounts"  # set: every account's name
+AUDIT = PREFIX + "audit"  # stream: every change to accounts, keys and credit
 KEY_IDS = PREFIX + "key-ids"  # hash: key id to the digest its record is stored under
 
 

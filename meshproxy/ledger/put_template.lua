@@ -1,10 +1,12 @@
 -- Stores a template's record, and its name as the only one that leads to it.
 --
 -- KEYS   1 the owner's names (hash: name to id), 2 the owner's templates (hash: id to record)
--- ARGV   1 id, 2 name, 3 record, 4 most templates of an owner, 5 most bytes of all an owner's records
--- reply  'stored', or 'taken' (another template has the name) or 'full', having written nothing
+-- ARGV   1 id, 2 name, 3 record, 4 most templates of an owner, 5 most bytes of all an owner's records, 6 the record as it was
+--        read ('': whatever there is)
+-- reply  'stored'; or, having written nothing, 'taken' (another template has the name), 'full' or 'changed' (since it was read)
 
 local id, name, record = ARGV[1], ARGV[2], ARGV[3]
+if ARGV[6] ~= '' and redis.call('HGET', KEYS[2], id) ~= ARGV[6] then return 'changed' end
 
 local holder = redis.call('HGET', KEYS[1], name)
 if holder and holder ~= id then return 'taken' end

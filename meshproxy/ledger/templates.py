@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from meshproxy.errors import Fault, Source, invalid
 from meshproxy.ledger.cache import Cache
@@ -20,6 +21,10 @@ MAX_TEMPLATES = 1000  # of one owner
 MAX_OWNER_BYTES = 16_777_216  # of their JSON
 MAX_CACHED_BYTES = 67_108_864  # of JSON, in one worker
 
+MAX_CHANGES = 16  # attempts to change a record that others change too
+FORMAT = 1  # of a record; one without a version is of the first
+
+_VERSION = re.compile(rb'\{"v":(\d+),')
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _UUID = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
 
@@ -58,14 +63,34 @@ class Templates:
 
         Fault `validation_error` if the owner has as many as are allowed.
         """
-        record = msgspec.json.encode(template)
-        args = (template.id, template.name, record, MAX_TEMPLATES, MAX_OWNER_BYTES)
-        outcome = await self._store.run(self._put, _keys(template), args)
+        return await self._store_as(template) == b"stored"
+
+    async def change(self, template: Template, change: Callable[[Template], Template]) -> Template | None:
+        """Apply a change to the template as it is stored now, so that no concurrent change is undone; the new version, None if
+        it was deleted. ValueError if another of its owner's has the name; Fault as of `put`.
+        """
+        key = _keys(template)[1]
+        for _ in range(MAX_CHANGES):
+            record = await self._store.execute("HGET", key, template.id)
+            if record is None:
+                return None
+            changed = change(decode(record, Template))
+            outcome = await self._store_as(changed, record)
+            if outcome == b"taken":
+                raise ValueError(f"There is a template `{changed.name}` already.")
+            if outcome == b"stored":
+                return changed
+        raise StoreError("RACE", f"{template.id} was changed by others {MAX_CHANGES} times meanwhile")
+
+    async def _store_as(self, template: Template, before: bytes = b"") -> bytes:
+        """The outcome of put_template.lua; Fault if there is no room."""
+        args = (template.id, template.name, encode(template), MAX_TEMPLATES, MAX_OWNER_BYTES, before)
+        outcome = bytes(await self._store.run(self._put, _keys(template), args))
         self._cache.clear()
         if outcome == b"full":
             most = f"{MAX_TEMPLATES} templates and {MAX_OWNER_BYTES} bytes"
             raise Fault(Source.CLIENT, invalid(f"There is no room for this template: {most} in all are the most."))
-        return bool(outcome == b"stored")
+        return outcome
 
     async def delete(self, template: Template) -> bool:
         """Remove a template; False if it was gone already."""
@@ -90,8 +115,17 @@ def _keys(template: Template) -> list[str]:
     return [owner.template_names, owner.templates]
 
 
+def encode(record: Struct) -> bytes:
+    """A record as it is stored: JSON, whose `v` is the version of its form."""
+    text = msgspec.json.encode(record)
+    return b'{"v":%d,%b' % (FORMAT, text[1:])
+
+
 def decode(record: bytes, kind: type[Record]) -> Record:
-    """A record of the directory; StoreError if it is none."""
+    """A record of the directory; StoreError if it is none, or one of a newer version."""
+    version = _VERSION.match(record)
+    if version is not None and int(version[1]) > FORMAT:
+        raise StoreError("RECORD", "a record of the directory is of a newer version")
     try:
         return msgspec.json.decode(record, type=kind)
     except msgspec.DecodeError as error:

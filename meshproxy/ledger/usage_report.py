@@ -8,18 +8,25 @@ sessions to tell apart.
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache, partial
 
+import msgspec
 from msgspec import Struct
 
 from meshproxy.errors import Fault, Source, invalid
 from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.scripts import Script
 from meshproxy.ledger.store import Store
 
+EVENT_DAYS = 8  # that a request is found by its id (settle.lua, REQUESTS_KEPT_S)
+BATCH_ACCOUNTS = 100  # looked through in one go
 GROUPS = ("session_id", "model", "key", "day")
 MAX_SPAN = timedelta(days=92)
 MAX_FIELDS = 1_000_000  # that one report adds up
 BATCH_FIELDS = 50_000  # that are read in one go, if they are of several hours
 SLICE = 500  # fields added up before others get their turn, about a millisecond
+
+_SIZES = cache(partial(Script.load, "sizes"))
 
 Group = tuple[str | None, str | None, str | None, str | None]  # as GROUPS; None: not grouped by
 
@@ -66,7 +73,7 @@ async def usage(
     rows: dict[Group, Row] = {}
     names = AccountKeys(account)
     hours = _hours(since, until)
-    sizes = await asyncio.gather(*(store.execute("HLEN", names.hour(hour)) for hour in hours))
+    sizes = await store.run(_SIZES(), [names.hour(hour) for hour in hours], []) if hours else []
     if sum(sizes) > MAX_FIELDS:
         raise _invalid("There is too much in `since` to `until`: ask for a shorter time.", "since")
     for batch in _batches(dict(zip(hours, sizes, strict=True))):
@@ -74,6 +81,62 @@ async def usage(
         for hour, flat in zip(batch, replies, strict=True):
             await _add(rows, hour[:10], flat, group_by, session_id)
     return sorted(rows.values(), key=_order)
+
+
+class Event(Struct, frozen=True):
+    """What one request used and cost. `outcome` is why it ended; `hold`: `live`, `abandoned` (settled late) or `none`."""
+
+    request_id: str
+    account: str
+    key_id: str
+    session_id: str | None
+    model: str
+    upstream: str
+    attempts: int
+    outcome: str
+    usage_source: str
+    hold: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    reasoning_tokens: int
+    audio_prompt_tokens: int
+    audio_completion_tokens: int
+    cost_nusd: int
+    price: str
+    started_ms: int
+    settled_ms: int
+
+
+async def events(store: Store, account: str, request_ids: Sequence[str], now: datetime) -> list[Event]:
+    """The settled requests of an account among `request_ids`, in their order: of the last days, while the usage stream has
+    them. A request is there as soon as it is settled, a failed one too. `now`: of whose clock the days are.
+    """
+    names = AccountKeys(account)
+    days = [names.requests(f"{_utc(now) - timedelta(days=age):%Y-%m-%d}") for age in range(-1, EVENT_DAYS)]
+    replies = await asyncio.gather(*(store.execute("HMGET", day, *request_ids) for day in days)) if request_ids else []
+    places = [next((place for place in found if place is not None), None) for found in zip(*replies, strict=True)]
+    entries = await asyncio.gather(
+        *(store.execute("XRANGE", names.usage, place, place) for place in places if place is not None)
+    )
+    return [_event(entry[0][1]) for entry in entries if entry]
+
+
+async def find_event(store: Store, accounts: Sequence[str], request_id: str, now: datetime) -> Event | None:
+    """A request's event, whichever of these accounts it is of."""
+    for first in range(0, len(accounts), BATCH_ACCOUNTS):
+        batch = accounts[first : first + BATCH_ACCOUNTS]
+        for found in await asyncio.gather(*(events(store, account, [request_id], now) for account in batch)):
+            if found:
+                return found[0]
+    return None
+
+
+def _event(flat: Sequence[bytes]) -> Event:
+    fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+    renamed = {"key_id": fields["key"], "session_id": fields["session"] or None}
+    return msgspec.convert({"attempts": 0, **fields, **renamed}, Event, strict=False)
 
 
 async def _add(

@@ -134,9 +134,15 @@ class Api:
         principal = await self._principal(request)
         template = await self._own(request, principal)
         fields = check_template(await self._body(request, principal), partial=True)
-        template = msgspec.structs.replace(fields.applied_to(template), updated_at=time.time())
-        await self._put(template)
-        return _json(to_public(template))
+        try:
+            changed = await self._directory.change_template(
+                template, lambda current: msgspec.structs.replace(fields.applied_to(current), updated_at=time.time())
+            )
+        except ValueError as error:
+            raise _name_taken(str(error)) from error
+        if changed is None:
+            raise Fault(Source.CLIENT, template_not_found(template.name))
+        return _json(to_public(changed))
 
     async def delete_template(self, request: web.Request) -> web.Response:
         """`DELETE /v1/templates/{id or name}`"""
@@ -278,8 +284,7 @@ class Api:
 
     async def _put(self, template: Template) -> None:
         if not await self._directory.put_template(template):
-            detail = Detail("name_taken", ("body", "name"), f"There is a template `{template.name}` already.")
-            raise Fault(Source.CLIENT, invalid(detail.msg, detail, param="name"))
+            raise _name_taken(f"There is a template `{template.name}` already.")
 
 
 ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Response]]], ...] = (
@@ -297,6 +302,11 @@ ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Respons
     ("GET", "/v1/key", Api.key),
     ("GET", "/v1/balance", Api.balance),
 )
+
+
+def _name_taken(message: str) -> Fault:
+    detail = Detail("name_taken", ("body", "name"), message)
+    return Fault(Source.CLIENT, invalid(message, detail, param="name"))
 
 
 def _json(value: Any, status: int = 200) -> web.Response:

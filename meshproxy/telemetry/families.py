@@ -42,9 +42,9 @@ CLOSED = {
     "reason": _CREDIT_REASONS | _words("negative no_number over_window cost"),
     "phase": frozenset(PHASES),
     "op": _words(
-        "admit settle renew balance grant append claim conclude beat put_template delete_template"  # the scripts
-        " GET SET DEL PING TIME HGET HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE SADD SMEMBERS"
-        " XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
+        "admit settle renew balance grant append claim conclude beat put_template delete_template replace sizes erase"
+        " GET SET DEL EXISTS PEXPIRE PING TIME HDEL HGET HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE SADD SISMEMBER SMEMBERS"
+        " SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
     "kind": _words(
         "connection timeout overflow protocol closed noscript error"

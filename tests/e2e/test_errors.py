@@ -10,8 +10,9 @@ from typing import Any
 
 import openai
 import pytest
+from msgspec.structs import replace
 
-from meshproxy.policy.principal import Account, Budgets, Key, Limits
+from meshproxy.policy.principal import Budgets, Key, Limits
 from tests.conftest import HELLO, Caller, Mesh, model
 
 ROOT = Path(__file__).parents[2]
@@ -51,22 +52,20 @@ def with_status(status: str) -> Callable[[Mesh], Awaitable[Caller]]:
 
 async def changed(mesh: Mesh, caller: Caller, **changes: Any) -> Caller:
     """The caller after its key's record was changed."""
-    for name, value in changes.items():
-        key = {field: getattr(caller.key, field) for field in caller.key.__struct_fields__} | {name: value}
-        caller.key = type(caller.key)(**key)
-    assert await mesh.worker.directory.update_key(caller.key)
+    caller.key = await mesh.worker.directory.change_key(caller.key.id, lambda key: replace(key, **changes))
     return caller
 
 
 async def of_a_suspended_account(mesh: Mesh) -> Caller:
     caller = await mesh.key()
-    await mesh.worker.directory.put_account(Account(caller.account, status="suspended"))
+    await mesh.worker.directory.set_account_status(caller.account, "suspended")
     return caller
 
 
 async def at_its_limit(mesh: Mesh) -> Caller:
     caller = await mesh.key(limits=Limits(requests_per_minute=6000, burst=1))
-    await mesh.worker.directory.put_account(Account(caller.account, limits=Limits(requests_per_minute=1)))
+    limits = Limits(requests_per_minute=1)
+    await mesh.worker.directory.change_account(caller.account, lambda account: replace(account, limits=limits))
     assert 200 == (await mesh.chat(caller, model="sim/plain")).status
     await mesh.quiet()
     mesh.simulator.journal.clear()
@@ -330,10 +329,7 @@ async def test_a_revocation_holds_within_two_seconds(mesh):
     caller = await mesh.key()
     assert 200 == (await mesh.chat(caller, model="sim/plain")).status
     elsewhere = type(mesh.worker.directory)(mesh.worker.store, time.monotonic)
-    revoked = type(caller.key)(
-        **{**{name: getattr(caller.key, name) for name in caller.key.__struct_fields__}, "status": "revoked"}
-    )
-    assert await elsewhere.update_key(revoked)
+    assert await elsewhere.set_key_status(caller.key.id, "revoked")
     async with asyncio.timeout(2):
         while (await mesh.chat(caller, model="sim/plain")).status != 401:
             pass

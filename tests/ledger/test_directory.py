@@ -3,15 +3,17 @@
 import asyncio
 import hashlib
 import re
+from functools import partial
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from meshproxy.errors import Fault
 from meshproxy.ledger import templates as templates_module
 from meshproxy.ledger.connection import StoreError
-from meshproxy.ledger.directory import Directory, mint_secret
-from meshproxy.ledger.keyspace import AccountKeys, key_record
+from meshproxy.ledger.directory import Directory, digest_of, mint_secret
+from meshproxy.ledger.keyspace import AUDIT, AccountKeys, key_record
 from meshproxy.policy.principal import Account, Budgets, Key, Limits, Principal
 from meshproxy.policy.template import Template
 
@@ -49,9 +51,12 @@ async def test_a_minted_key_and_what_is_kept_of_it(directory, store):
 
 
 async def everything(store):
-    readers = {b"string": "GET", b"hash": "HGETALL", b"set": "SMEMBERS"}
-    names = await store.execute("KEYS", "*")
-    return {name: await store.execute(readers[await store.execute("TYPE", name)], name) for name in names}
+    readers = {b"string": ("GET",), b"hash": ("HGETALL",), b"set": ("SMEMBERS",), b"stream": ("XREVRANGE", "+", "-")}
+    found = {}
+    for name in await store.execute("KEYS", "*"):
+        command, *args = readers[await store.execute("TYPE", name)]
+        found[name] = await store.execute(command, name, *args)
+    return found
 
 
 def test_secrets_differ():
@@ -69,7 +74,8 @@ async def test_an_unknown_secret_leads_nowhere(directory, secret):
 
 
 async def test_a_second_key_leaves_the_account_alone(directory):
-    await directory.put_account(Account("acme", "suspended", Limits(7)))
+    await directory.ensure_account("acme")
+    await directory.change_account("acme", lambda account: replace(account, status="suspended", limits=Limits(7)))
     secret, key = await directory.create_key("acme")
     assert await directory.principal(secret) == Principal(key, Account("acme", "suspended", Limits(7)))
 
@@ -79,8 +85,8 @@ async def test_a_change_is_seen_at_once_here_and_after_the_time_to_live_elsewher
     secret, key = await directory.create_key("acme")
     for each in (directory, elsewhere):
         assert (await each.principal(secret)).key.status == "active"
-    assert await directory.update_key(msgspec.structs.replace(key, status="revoked"))
-    await directory.put_account(Account("acme", "suspended"))
+    await directory.set_key_status(key.id, "revoked")
+    await directory.set_account_status("acme", "suspended")
     seen = await directory.principal(secret)
     assert (seen.key.status, seen.account.status) == ("revoked", "suspended")
     assert (await elsewhere.principal(secret)).key.status == "active"
@@ -96,9 +102,174 @@ async def test_a_new_key_works_although_it_was_tried_before(directory, monkeypat
     assert (await directory.principal("rsk_foretold")).key == key
 
 
-async def test_a_key_that_is_not_there_cannot_be_updated(directory):
-    assert not await directory.update_key(Key("key_none", "acme", 1.0))
-    assert await directory.list_keys() == []
+async def test_what_is_not_there_cannot_be_changed(directory, store, snapshot):
+    assert await directory.change_key("key_none", lambda key: replace(key, name="x")) is None
+    assert await directory.set_key_status("key_none", "revoked") is None
+    assert await directory.rotate_key("key_none") is None
+    assert await directory.change_account("nobody", lambda account: account) is None
+    assert await directory.delete_account("nobody") is None
+    assert await snapshot(store) == {}
+
+
+async def test_no_change_in_flight_undoes_a_revocation(directory, store):
+    """Another revokes between this one's reading and writing."""
+    secret, key = await directory.create_key("acme")
+    elsewhere = Directory(store)
+    revoked = []
+
+    class Slow(Directory):
+        async def _stored(self, key_id):
+            found = await super()._stored(key_id)
+            if not revoked:
+                revoked.append(await elsewhere.set_key_status(key_id, "revoked"))
+            return found
+
+    changed = await Slow(store).change_key(key.id, lambda key: replace(key, limits=Limits(9)))
+    assert (changed.status, changed.limits) == ("revoked", Limits(9))
+    assert (await directory.principal(secret)).key == changed
+
+
+async def test_of_many_changes_at_once_none_is_lost(directory):
+    _, key = await directory.create_key("acme")
+    fields = [{"name": "n"}, {"models": ["m"]}, {"limits": Limits(1)}, {"expires_at": 9.0}, {"default_model": "d"}]
+    await asyncio.gather(*(directory.change_key(key.id, partial(replace, **each)) for each in fields))
+    found = await directory.find_key(key.id)
+    assert (found.name, found.models, found.limits, found.expires_at, found.default_model) == (
+        *("n", ["m"], Limits(1), 9.0, "d"),
+    )
+
+
+async def test_a_revoked_key_stays_revoked(directory):
+    _, key = await directory.create_key("acme")
+    await directory.set_key_status(key.id, "revoked")
+    with pytest.raises(ValueError, match="can't be taken back"):
+        await directory.set_key_status(key.id, "active")
+    with pytest.raises(ValueError, match="can't be taken back"):
+        await directory.rotate_key(key.id)
+    assert (await directory.find_key(key.id)).status == "revoked"
+
+
+async def test_a_rotated_key_has_another_secret_and_is_the_same_key(directory):
+    old, key = await directory.create_key("acme", limits=Limits(7))
+    new, rotated = await directory.rotate_key(key.id)
+    assert rotated == replace(key, hint=rotated.hint)
+    assert rotated.hint.startswith(new[:8])
+    assert await directory.principal(old) is None
+    assert (await directory.principal(new)).key == await directory.find_key(key.id) == rotated
+    assert await directory.list_keys("acme") == [rotated]
+
+
+async def test_both_secrets_work_until_the_grace_has_passed(directory, store):
+    old, key = await directory.create_key("acme")
+    new, rotated = await directory.rotate_key(key.id, grace_s=3600)
+    assert (await directory.principal(old)).key == (await directory.principal(new)).key == rotated
+    assert 3590 < await store.execute("TTL", key_record(digest_of(old))) <= 3600
+    await store.execute("DEL", key_record(digest_of(old)))
+    assert await Directory(store).principal(old) is None
+
+
+async def test_what_changes_changes_for_both_secrets(directory):
+    old, key = await directory.create_key("acme")
+    new, _ = await directory.rotate_key(key.id, grace_s=3600)
+    await directory.set_key_status(key.id, "revoked")
+    assert [(await directory.principal(secret)).key.status for secret in (old, new)] == ["revoked", "revoked"]
+
+
+async def test_the_graces_of_several_rotations_are_each_their_own(directory):
+    first, key = await directory.create_key("acme")
+    second, _ = await directory.rotate_key(key.id, grace_s=3600)
+    third, rotated = await directory.rotate_key(key.id)
+    assert await directory.principal(second) is None
+    assert [(await directory.principal(secret)).key for secret in (first, third)] == [rotated, rotated]
+
+
+async def test_a_rotation_in_flight_undoes_no_revocation(directory, store):
+    _, key = await directory.create_key("acme")
+    results = await asyncio.gather(
+        *(directory.rotate_key(key.id) for _ in range(3)), directory.set_key_status(key.id, "revoked"),
+        return_exceptions=True,
+    )  # fmt: skip
+    assert (await directory.find_key(key.id)).status == "revoked"
+    secrets = [result[0] for result in results if isinstance(result, tuple) and isinstance(result[1], Key)]
+    assert {"revoked"} >= {(await directory.principal(secret)).key.status for secret in secrets[-1:]}
+
+
+async def test_a_record_of_a_newer_version_is_an_error(directory, store):
+    secret, _ = await directory.create_key("acme")
+    await store.execute("SET", key_record(digest_of(secret)), b'{"v":2,"id":"k","account":"acme","created_at":1}')
+    with pytest.raises(StoreError, match="newer version"):
+        await directory.principal(secret)
+
+
+async def test_a_record_without_a_version_is_of_the_first(directory, store):
+    secret, key = await directory.create_key("acme")
+    await store.execute("SET", key_record(digest_of(secret)), msgspec.json.encode(key))
+    assert (await directory.principal(secret)).key == key
+
+
+async def test_every_change_is_an_audit_event(directory):
+    _, key = await directory.create_key("acme", actor="ops", name="ci")
+    await directory.change_key(key.id, lambda key: replace(key, limits=Limits(9)), actor="eve", action="key.limits")
+    await directory.rotate_key(key.id, grace_s=60, actor="eve")
+    await directory.set_key_status(key.id, "suspended", actor="eve")
+    await directory.set_account_status("acme", "suspended", actor="ops")
+    await directory.note("ops", "credit.grant", "acme", "acme", amount_usd="5.00")
+    events = (await directory.audit())[::-1]
+    assert [(event.actor, event.action, event.target, event.account) for event in events] == [
+        ("ops", "key.create", key.id, "acme"),
+        ("eve", "key.limits", key.id, "acme"),
+        ("eve", "key.rotate", key.id, "acme"),
+        ("eve", "key.suspend", key.id, "acme"),
+        ("ops", "account.suspend", "acme", "acme"),
+        ("ops", "credit.grant", "acme", "acme"),
+    ]
+    assert events[1].detail == '{"limits":{"requests_per_minute":9}}'
+    assert events[0].at_ms > 1_764_000_000_000
+    assert [event.action for event in await directory.audit(limit=1)] == ["credit.grant"]
+
+
+async def test_no_audit_event_has_a_secret(directory, store):
+    secret, key = await directory.create_key("acme")
+    new, _ = await directory.rotate_key(key.id)
+    text = str(await store.execute("XRANGE", AUDIT, "-", "+"))
+    assert not [word for word in (secret, new, digest_of(secret), digest_of(new)) if word in text]
+
+
+async def test_what_changes_nothing_is_no_event(directory):
+    _, key = await directory.create_key("acme")
+    await directory.set_key_status(key.id, "active")
+    assert [event.action for event in await directory.audit()] == ["key.create"]
+
+
+async def test_a_deleted_account_leaves_nothing_behind(directory, ledger, ask, settlement, store, snapshot):
+    await directory.create_key("beta")
+    before = await snapshot(store)
+    secret, key = await directory.create_key("acme")
+    await directory.rotate_key(key.id)
+    await directory.put_template(template("greet"))
+    await ledger.grant("acme", 1000, ref="inv-7")
+    await ledger.admit(ask("h1", key_id=key.id, session="s1", key_limits=Limits(9), budgets=Budgets(500)))
+    await ledger.settle(settlement("h1", key_id=key.id, session="s1"))
+    assert await directory.delete_account("acme") > 10
+    left = await snapshot(store)
+    assert {name: left[name] for name in left if name != AUDIT} == {n: before[n] for n in before if n != AUDIT}
+    assert await directory.principal(secret) is None
+    assert await directory.account("acme") is None
+
+
+async def test_an_account_with_requests_in_flight_is_not_deleted(directory, ledger, ask):
+    await directory.create_key("acme")
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1"))
+    with pytest.raises(ValueError, match="in flight"):
+        await directory.delete_account("acme")
+    assert (await ledger.balance("acme")).balance_nusd == 1000
+
+
+async def test_an_account_of_dead_holds_is_deleted(directory, ledger, ask):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1", ttl_ms=0))
+    assert await directory.delete_account("acme")
 
 
 async def test_keys_are_found_by_id_beginning_and_secret(directory):
@@ -127,17 +298,25 @@ async def test_names_that_no_account_may_have(directory, name):
     with pytest.raises(ValueError, match="account's name"):
         await directory.create_key(name)
     with pytest.raises(ValueError, match="account's name"):
-        await directory.put_account(Account(name))
+        await directory.ensure_account(name)
     assert await directory.account(name) is None
     assert await directory.list_accounts() == []
 
 
 async def test_accounts(directory):
     assert await directory.account("acme") is None
-    await directory.put_account(Account("b"))
-    await directory.put_account(Account("acme", limits=Limits(5)))
+    for name in ("b", "acme", "acme"):
+        await directory.ensure_account(name)
+    await directory.change_account("acme", lambda account: replace(account, limits=Limits(5)))
     assert await directory.account("acme") == Account("acme", limits=Limits(5))
     assert await directory.list_accounts() == [Account("acme", limits=Limits(5)), Account("b")]
+
+
+async def test_an_account_that_only_a_grant_made_is_listed(directory, ledger):
+    await ledger.grant("amce", 25)
+    assert await directory.list_accounts() == [Account("amce")]
+    changed = await directory.set_account_status("amce", "suspended")
+    assert changed == await directory.account("amce") == Account("amce", "suspended")
 
 
 async def test_a_record_that_cannot_be_read_is_an_error(directory, store):
@@ -216,6 +395,31 @@ async def test_an_edited_template_is_seen_elsewhere_after_the_time_to_live(direc
     assert await elsewhere.template("acme", "greet") == mine
     clock.now += 1.0
     assert await elsewhere.template("acme", "greet") == edited
+
+
+async def test_of_many_edits_of_a_template_none_is_lost(directory):
+    mine = template("greet")
+    await directory.put_template(mine)
+    fields = [{"system": "other words"}, {"description": "d"}, {"model": "m"}]
+    await asyncio.gather(*(directory.change_template(mine, partial(replace, **each)) for each in fields))
+    found = await directory.template("acme", "greet")
+    assert (found.system, found.description, found.model) == ("other words", "d", "m")
+
+
+async def test_an_edit_brings_no_deleted_template_back(directory):
+    mine = template("greet")
+    await directory.put_template(mine)
+    await directory.delete_template(mine)
+    assert await directory.change_template(mine, partial(replace, system="x")) is None
+    assert await directory.list_templates("acme") == []
+
+
+async def test_an_edit_takes_no_name_from_another(directory):
+    await directory.put_template(template("greet"))
+    other = template("bye", id="11111111-1111-1111-1111-111111111111")
+    await directory.put_template(other)
+    with pytest.raises(ValueError, match="greet"):
+        await directory.change_template(other, partial(replace, name="greet"))
 
 
 async def test_an_owner_has_so_many_templates_and_no_more(directory, monkeypatch):

@@ -9,7 +9,7 @@ from meshproxy.errors import Fault
 from meshproxy.ledger import usage_report
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.records import Settlement
-from meshproxy.ledger.usage_report import GROUPS, Row, usage
+from meshproxy.ledger.usage_report import GROUPS, Event, Row, events, find_event, usage
 from meshproxy.wire.usage import Usage
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -26,12 +26,11 @@ async def settle(ledger, at=NOON, account="acme", **fields):
         "cost_nusd": 700,
         **fields,
     }
+    fields = {"request_id": "r", "outcome": "completed", **fields}
     settlement = Settlement(
-        request_id="r",
         account=account,
         upstream="openai",
         usage_source="reported",
-        outcome="completed",
         started_ms=int(at.timestamp() * 1000),
         unheld=True,
         **fields,
@@ -146,3 +145,47 @@ async def test_many_hours_are_read_in_several_goes(store, ledger, monkeypatch):
     for hours in range(5):
         await settle(ledger, at=NOON - timedelta(hours=hours))
     assert [row.requests for row in await usage(store, "acme", **DAY)] == [5]
+
+
+async def test_a_request_is_found_by_its_id_as_soon_as_it_is_settled(store, ledger):
+    await settle(ledger, request_id="r1", session="s1", attempts=2)
+    await settle(ledger, request_id="r2", cost_nusd=0, outcome="upstream_failed", usage=Usage())
+    await settle(ledger, request_id="r3", account="other")
+    first, failed = await events(store, "acme", ["r1", "none", "r2", "r3"], NOON)
+    assert first == Event(
+        request_id="r1", account="acme", key_id="key_a", session_id="s1", model="gpt", upstream="openai", attempts=2,
+        outcome="completed", usage_source="reported", hold="none", prompt_tokens=10, completion_tokens=5, cached_tokens=3,
+        cache_write_tokens=0, reasoning_tokens=2, audio_prompt_tokens=0, audio_completion_tokens=0, cost_nusd=700,
+        price="{}", started_ms=int(NOON.timestamp() * 1000), settled_ms=first.settled_ms,
+    )  # fmt: skip
+    assert (failed.request_id, failed.outcome, failed.cost_nusd) == ("r2", "upstream_failed", 0)
+    assert await events(store, "acme", [], NOON) == []
+
+
+async def test_a_request_is_found_in_any_account(store, ledger):
+    await settle(ledger, request_id="r1", account="other")
+    assert (await find_event(store, ["acme", "other"], "r1", NOON)).account == "other"
+    assert await find_event(store, ["acme"], "r1", NOON) is None
+
+
+@pytest.mark.parametrize("days, found", [(-1, 1), (0, 1), (7, 1), (8, 0)])
+async def test_requests_are_found_for_some_days(store, ledger, days, found):
+    await settle(ledger, request_id="r1")
+    assert len(await events(store, "acme", ["r1"], NOON + timedelta(days=days))) == found
+
+
+async def test_an_event_that_was_trimmed_is_no_more(store, ledger):
+    await settle(ledger, request_id="r1")
+    await store.execute("XTRIM", AccountKeys("acme").usage, "MAXLEN", 0)
+    assert await events(store, "acme", ["r1"], NOON) == []
+
+
+async def test_hours_are_looked_up_in_one_round_trip(store, ledger, monkeypatch):
+    """Of 720 hours one has anything: two commands."""
+    await settle(ledger)
+    sent = []
+    send = store.send
+    monkeypatch.setattr(store, "send", lambda op, command: (sent.append(op), send(op, command))[1])
+    await usage(store, "acme", since=NOON - timedelta(days=30), until=NOON + timedelta(hours=1))
+    assert [op for op in sent if op != "sizes"] == ["HGETALL"]
+    assert len(sent) <= 3

@@ -4,9 +4,10 @@ import asyncio
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from meshproxy.ledger.records import Admitted, Ask
-from meshproxy.policy.principal import Account, Budgets, Limits
+from meshproxy.policy.principal import Budgets, Limits
 from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, scaled
 
 CLIENTS = scaled(100, 500)
@@ -117,7 +118,9 @@ async def test_a_budget_is_not_exceeded_by_a_crowd(proxy, books, session):
 
 
 async def test_an_accounts_bucket_is_shared_by_its_keys(proxy, books, session):
-    await books.directory.put_account(Account("an-accounts-bucket-is", limits=Limits(requests_per_minute=60, burst=10)))
+    await books.directory.ensure_account("an-accounts-bucket-is")
+    limits = Limits(requests_per_minute=60, burst=10)
+    await books.directory.change_account("an-accounts-bucket-is", lambda account: replace(account, limits=limits))
     keys = [await books.key("an-accounts-bucket-is", "1") for _ in range(4)]
     clients = [Client(session, proxy, secret) for secret, _ in keys]
     began = time.monotonic()
