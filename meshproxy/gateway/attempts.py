@@ -81,7 +81,9 @@ class Attempts:
             return
         if exchange.failure is not None and exchange.attempt is not None:
             self._recorder.attempt_failed(exchange, exchange.attempt, exchange.failure)
-        if exchange.outcome == "completed":
+        if exchange.failure is not None and exchange.failure.unreadable:
+            trial.abandoned()
+        elif exchange.outcome == "completed":
             trial.succeeded()
         elif exchange.outcome == "upstream_failed" or (
             exchange.outcome == "failed" and exchange.code in UPSTREAM_FAILED

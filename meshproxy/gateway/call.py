@@ -21,7 +21,8 @@ NO_ROOM = "Too many large requests are being read here."
 class Call(Value, frozen=True):
     """One request. `read_body` is given what makes room for the body (`Room.take`), and raises a Fault for one that is too large
     or never arrives; `received_at` is monotonic, in seconds; `forward` are the client's headers that may go to a provider;
-    `trace_id` is W3C's, 32 hex digits; `client` is the client's address.
+    `trace_id` is W3C's, 32 hex digits; `client` is the client's address; `sees_usage`: the client
+    reads a stream's usage though it can't ask for it.
     """
 
     request_id: str
@@ -34,6 +35,7 @@ class Call(Value, frozen=True):
     deadline: float = math.inf
     api_version: str | None = None
     client: str | None = None
+    sees_usage: bool = False
 
 
 class Room:

@@ -249,7 +249,7 @@ class Gateway:
         """Pass a stream on, event by event."""
         upstream = exchange.attempt.upstream if exchange.attempt is not None else ""
         scanner = StreamScanner(
-            hide_usage=not plan.request.include_usage,
+            hide_usage=not (plan.request.include_usage or exchange.call.sees_usage),
             max_event_bytes=deployment.settings.upstreams[upstream].max_event_bytes,
             audio_format=audio_format(plan.request.fields),
         )
@@ -268,15 +268,7 @@ class Gateway:
         finally:
             self._live.relays.discard(relay)
             exchange.events = scanner.events
-            most = lease.bound if relay.short_of_credit else None
-            bill(
-                exchange,
-                scanner.report,
-                scanner.reported_model,
-                lambda: scanner.tokens,
-                most,
-                outdated=scanner.outdated,
-            )
+            relay.bill()
 
     def _told(self, exchange: Exchange) -> Headers:
         """What the gateway says of an answer in headers."""

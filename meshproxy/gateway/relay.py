@@ -14,10 +14,12 @@ from meshproxy.errors import Problem, UpstreamFault, upstream_error
 from meshproxy.gateway.call import Downstream
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Lease
+from meshproxy.gateway.settlement import bill
+from meshproxy.money import format_usd
 from meshproxy.policy.failover import in_stream
 from meshproxy.upstream.response import Response
 from meshproxy.wire.replies import error_event
-from meshproxy.wire.sse import DONE, PING, StreamScanner
+from meshproxy.wire.sse import COST, DONE, PING, StreamScanner
 
 MAX_DRAINED_BYTES: Final = 8_388_608  # read on after the client has gone, to learn what it used
 LAST_BYTE_S: Final = 2.0  # that the end of a body gets behind its [DONE]: then its connection is given up
@@ -80,6 +82,7 @@ class Relay:
         self._withheld: bytes | None = None
         self._afterwards: Callable[[], None] | None = None
         self.scanner = scanner
+        scanner.tell_cost = self._cost
         self.ended = False
         self.outcome = "upstream_failed"
 
@@ -177,6 +180,24 @@ class Relay:
             else:
                 self._resume()
 
+    def bill(self) -> None:
+        """Write down what the stream has used and cost so far."""
+        scanner = self.scanner
+        most = self._lease.bound if self.short_of_credit else None
+        bill(
+            self._exchange,
+            scanner.report,
+            scanner.reported_model,
+            lambda: scanner.tokens,
+            most,
+            outdated=scanner.outdated,
+        )
+
+    def _cost(self) -> str:
+        """What the stream costs by now, which is what is charged if nothing more comes."""
+        self.bill()
+        return format_usd(self._exchange.cost_nusd)
+
     @property
     def short_of_credit(self) -> bool:
         """Whether the stream ended for want of credit, or while some of it waited for credit."""
@@ -226,7 +247,8 @@ class Relay:
         """The client needn't wait for the end of the upstream's body."""
         if self.outcome != "completed":
             self.outcome = "completed"
-            self._downstream.write(DONE)
+            cost = self._cost()
+            self._downstream.write(DONE if cost == self.scanner.told_cost else COST % cost.encode() + DONE)
             self._written_at = self._clock()
 
     def _look_at_client(self) -> None:

@@ -99,6 +99,7 @@ class ChatHandler:
             deadline=received_at + patience_s(headers.get("x-stainless-read-timeout")),
             api_version=headers.get("x-mesh-version"),
             client=self.trusted_proxies.client_of(peer, headers),
+            sees_usage="x-meshapi-sdk" in headers,
         )
 
     def _padded(self, stream: ClientStream) -> Downstream:

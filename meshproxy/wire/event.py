@@ -4,6 +4,7 @@ import re
 from typing import Any, Final
 
 from msgspec import Raw, Struct
+from msgspec.json import encode
 
 from meshproxy.wire.output import Output, escaped
 from meshproxy.wire.usage import decode_text, decode_value
@@ -102,6 +103,17 @@ def parse(event: bytes) -> Event:
 def joined(lines: list[bytes]) -> bytes:
     """The event of these lines; nothing where there are none."""
     return b"\n".join(lines) + b"\n\n" if lines else b""
+
+
+def with_cost(event: Event, members: dict[str, Raw], cost_usd: str) -> bytes:
+    """The event with the member `cost` beside its `usage`, a decimal string as Mesh's SDKs read it."""
+    cost = b'"cost":"%b"' % cost_usd.encode()
+    if "cost" not in members and event.data.endswith(b"}"):
+        data = b"%b,%b}" % (event.data[:-1].replace(b"\n", b" "), cost)
+    else:
+        own = [b"%b:%b" % (encode(name), bytes(value)) for name, value in members.items() if name != "cost"]
+        data = b"{%b}" % b",".join([*own, cost])
+    return joined([*(line for line in event.lines if not line.startswith(b"data")), b"data: " + data])
 
 
 def error_in(event: Event, members: dict[str, Raw] | None) -> dict[str, Any] | None:

@@ -5,17 +5,19 @@ otherwise. Lines end in LF; what OpenAI's SDKs choke on (`id:`, `retry:`, an `ev
 `[DONE]` is swallowed: the relay writes one after a good end. The format: WHATWG HTML, "Server-sent events", 9.2.6.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from msgspec import Raw
 
 from meshproxy.errors import UpstreamFault, upstream_error
-from meshproxy.wire.event import FINISH_REASON, Shape, bears, error_in, is_plain, joined, parse, shape_of
+from meshproxy.wire.event import FINISH_REASON, Shape, bears, error_in, is_plain, joined, parse, shape_of, with_cost
 from meshproxy.wire.output import audio_tokens, escaped, pieces_tokens, read_output
 from meshproxy.wire.usage import Report, decode_members, decode_text, decode_value, find_report
 
 PING: Final = b": ping\n\n"
 DONE: Final = b"data: [DONE]\n\n"
+COST: Final = b": x-mesh-cost=%b\n\n"  # a comment: clients that don't look for it don't see it
 
 MAX_EVENT_BYTES: Final = 16_777_216  # unless the upstream's settings say otherwise: providers send images in events
 MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that the one that is kept stays small
@@ -36,6 +38,9 @@ class StreamScanner:
 
     `events`: data events seen, without `[DONE]`. `report`: what was reported, all events together. `done`: `[DONE]` was seen.
     `error`: what the provider sent instead of going on; neither that event nor anything after it is forwarded.
+
+    `tell_cost`: what the answer costs by now, in USD: a client that sees usage is told in the event that has it, once the answer
+    has finished. `told_cost`: what it was told last.
 
     `tokens` estimates the output so far from its text; `most` is what it can't exceed, and costs nothing to know: text is kept
     uncounted, up to a bound, until somebody asks. Nearly all events of a stream differ in their text alone, so the bytes around
@@ -70,6 +75,8 @@ class StreamScanner:
         "events",
         "most",
         "report",
+        "tell_cost",
+        "told_cost",
     )
 
     def __init__(
@@ -78,6 +85,8 @@ class StreamScanner:
         self.events = 0
         self.most = 0
         self.report: Report | None = None
+        self.tell_cost: Callable[[], str] | None = None
+        self.told_cost: str | None = None
         self.done = False
         self.error: dict[str, Any] | None = None
         self._hide_usage = hide_usage
@@ -300,8 +309,17 @@ class StreamScanner:
         if out:
             self._read(out, parsed.data)  # before its usage, which is as new as its text
             self._look_for_finish(out)
-        usage_only = members is not None and self._note_usage(members)
-        return b"" if usage_only and self._hide_usage else out
+        report = find_report(members) if members is not None else None
+        if members is None or report is None:
+            return out
+        self._note_usage(report, members)
+        usage_only = not decode_value(members.get("choices"))
+        if usage_only and self._hide_usage:
+            return b""
+        if out and not self._hide_usage and (usage_only or self._finished) and self.tell_cost is not None:
+            self.told_cost = self.tell_cost()
+            return with_cost(parsed, members, self.told_cost)
+        return out
 
     def _count(self, event: bytes) -> None:
         """Count one plain event of a burst."""
@@ -335,16 +353,11 @@ class StreamScanner:
     def _look_for_finish(self, event: bytes) -> None:
         self._finished = self._finished or FINISH_REASON.search(event) is not None
 
-    def _note_usage(self, members: dict[str, Raw]) -> bool:
-        """Note the usage of an event; whether the event has nothing else."""
-        report = find_report(members)
-        if report is None:
-            return False
+    def _note_usage(self, report: Report, members: dict[str, Raw]) -> None:
         self.report = report.over(self.report)
         if report.counts_output:
             self._reported_at = self._counted + len(self._text)
         self._model = decode_text(members.get("model")) or self._model
-        return not decode_value(members.get("choices"))
 
     def _too_large(self) -> UpstreamFault:
         self._over = True
@@ -353,4 +366,4 @@ class StreamScanner:
         problem = upstream_error(
             f"The provider sent an event of more than {self._max_event_bytes} bytes.", may_have_run=True
         )
-        return UpstreamFault(problem, safe_to_repeat=False)
+        return UpstreamFault(problem, safe_to_repeat=False, unreadable=True)

@@ -1,6 +1,7 @@
 """Mesh's own SDK (`meshapi` on PyPI), for those who come from the hosted API: its base URL has no /v1."""
 
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -39,7 +40,13 @@ def test_stream(client):
     """Of plain words: meshapi 0.1.11 takes a raw U+2028 or U+0085 within an event for the end of a line, and drops the event."""
     whole = client.chat.completions.create(ask(seed=7))
     chunks = list(client.chat.completions.stream(ask(seed=7)))
-    assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    texts = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert whole.choices[0].message.content == "".join(texts)
+
+
+def test_a_stream_tells_its_usage_and_cost(client):
+    chunks = list(client.chat.completions.stream(ask()))
+    assert (chunks[-1].usage.completion_tokens > 0, Decimal(chunks[-1].cost) > 0) == (True, True)
 
 
 def test_templates_from_birth_to_deletion(client, caller):

@@ -7,7 +7,7 @@ import pytest
 from meshproxy.errors import UpstreamFault, overloaded, upstream_error
 from meshproxy.gateway.relay import LAST_BYTE_S, LOOK_BYTES, Relay
 from meshproxy.ledger.records import Denied
-from meshproxy.wire.sse import DONE, PING, StreamScanner
+from meshproxy.wire.sse import COST, DONE, PING, StreamScanner
 from tests.gateway.parts import Client, Provider, Renewals, exchange, lease, plan, turns
 
 
@@ -22,6 +22,11 @@ LARGE = event("").replace(b'"m"', b'"' + b"m" * LOOK_BYTES + b'"')  # after so m
 NO_CREDIT = Denied("insufficient_credits", "credit", 0)
 
 
+def done(cost):
+    """What ends a stream that a client was told no cost of before."""
+    return COST % cost.encode() + DONE
+
+
 class Stream:
     """A relay that runs, between a provider and a client."""
 
@@ -34,6 +39,10 @@ class Stream:
         self.relay = Relay(self.provider, self.client, self.exchange, self.lease, scanner, lambda: self.now)
         self.lease.watch(self.relay.renewed)
         self.task = asyncio.create_task(self.relay.run())
+
+    async def finish(self):
+        self.provider.sink.end()
+        await self.task
 
     def says(self, *payloads):
         for payload in payloads:
@@ -81,28 +90,28 @@ async def test_a_good_end_is_told_once(stream):
     stream.says(event(" a"), LAST, USAGE, DONE)
     stream.provider.sink.end()
     await stream.task
-    assert event(" a") + LAST + DONE == stream.client.text
+    assert event(" a") + LAST + done("0.0000225") == stream.client.text
     assert ("completed", True, True) == (stream.relay.outcome, stream.client.finished, stream.provider.closed)
     assert {"prompt": 1, "completion": 2} == stream.relay.scanner.report.counts
 
 
 async def test_the_client_need_not_wait_for_the_end_of_the_body(stream):
     stream.says(event(" a"), DONE)
-    assert DONE == stream.client.sent[-1]
+    assert done("0.000055") == stream.client.sent[-1]
 
 
 async def test_what_dies_after_its_done_was_whole(stream):
     stream.says(event(" a"), DONE)
     stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
-    assert ("completed", DONE) == (stream.relay.outcome, stream.client.sent[-1])
+    assert ("completed", done("0.000055")) == (stream.relay.outcome, stream.client.sent[-1])
 
 
 async def test_a_finish_reason_is_a_good_end_without_done(stream):
     stream.says(event(" a"), LAST)
     stream.provider.sink.end()
     await stream.task
-    assert ("completed", DONE) == (stream.relay.outcome, stream.client.sent[-1])
+    assert ("completed", done("0.000055")) == (stream.relay.outcome, stream.client.sent[-1])
 
 
 async def test_an_early_end_is_none(stream):
@@ -203,7 +212,7 @@ async def test_a_full_or_finished_client_gets_no_ping(stream):
     stream.says(DONE)
     stream.provider.sink.end()
     stream.relay.look_after(stream.now + 100, 15)
-    assert [DONE] == stream.client.sent
+    assert [done("0.00")] == stream.client.sent
 
 
 async def test_the_end_of_a_body_is_not_waited_for_long_after_done(stream):
@@ -322,7 +331,7 @@ async def test_what_is_kept_back_is_not_lost_at_the_end(short):
     await turns()
     await short.ledger.answer()
     await short.task
-    assert b"".join([event(" a")] * 12) + LAST + DONE == short.client.text
+    assert b"".join([event(" a")] * 12) + LAST + done("0.000165") == short.client.text
 
 
 async def test_what_is_kept_back_is_never_sent_without_credit(short):
@@ -331,3 +340,63 @@ async def test_what_is_kept_back_is_never_sent_without_credit(short):
     await short.ledger.answer(NO_CREDIT)
     await short.task
     assert (1, "insufficient_credits") == (len(short.client.sent), short.error["code"])
+
+
+@pytest.fixture
+async def shown():
+    """One whose client sees usage."""
+    made = Stream(hide_usage=False)
+    await turns()
+    yield made
+    made.task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await made.task
+
+
+PAID = USAGE.replace(b"}}", b'},"cost":"0.0000225"}')  # 1 * 2.50 + 2 * 10.00 USD a million
+
+
+@pytest.mark.parametrize(
+    ("payloads", "expected"),
+    [
+        pytest.param([event(" a"), LAST, USAGE, DONE], event(" a") + LAST + PAID + DONE, id="each alone"),
+        pytest.param([event(" a") + LAST + USAGE + DONE], event(" a") + LAST + PAID + DONE, id="in one read"),
+        pytest.param([USAGE[:20], USAGE[20:] + DONE], PAID + DONE, id="cut"),
+        pytest.param([USAGE.replace(b'"id"', b'"cost":9,"id"') + DONE], PAID + DONE, id="another cost"),
+        pytest.param([b"event: x\n" + USAGE + DONE], b"event: x\n" + PAID + DONE, id="with a name"),
+        pytest.param(
+            [LAST.replace(b'"model"', b'"usage":{"prompt_tokens":1,"completion_tokens":2},"model"'), DONE],
+            LAST.replace(b'"model"', b'"usage":{"prompt_tokens":1,"completion_tokens":2},"model"').replace(
+                b"]}", b'],"cost":"0.0000225"}'
+            )
+            + DONE,
+            id="beside the finish",
+        ),
+        pytest.param([event(" a"), LAST, DONE], event(" a") + LAST + done("0.000055"), id="no report"),
+        pytest.param(
+            [USAGE, event(" a") * 3, LAST, DONE], PAID + event(" a") * 3 + LAST + done("0.0000325"), id="early"
+        ),
+        pytest.param(
+            [USAGE.replace(b":2}", b":1}"), USAGE, DONE],
+            PAID.replace(b":2}", b":1}").replace(b"225", b"125") + PAID + DONE,
+            id="twice",
+        ),
+    ],
+)
+async def test_a_client_that_sees_usage_is_told_the_cost_in_it(shown, payloads, expected):
+    shown.says(*payloads)
+    await shown.finish()
+    assert shown.client.text == expected
+
+
+async def test_what_is_told_is_what_is_charged(shown):
+    shown.says(event(" a"), LAST, USAGE, DONE)
+    await shown.finish()
+    shown.relay.bill()
+    assert shown.exchange.cost_nusd == 22_500
+
+
+async def test_a_stream_that_fails_tells_no_cost(stream):
+    stream.says(event(" a"))
+    await stream.finish()
+    assert b"x-mesh-cost" not in stream.client.text
