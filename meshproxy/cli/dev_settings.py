@@ -7,6 +7,7 @@ import msgspec
 
 from meshproxy.config import Settings
 from meshproxy.upstream.simulator.behaviour import PREFIX, TRAITS
+from meshproxy.upstream.simulator.dialects import DIALECTS
 
 REAL: dict[str, dict[str, Any]] = {
     "openai": {"kind": "openai", "base_url": "https://api.openai.com/v1", "api_key": {"env": "OPENAI_API_KEY"}},
@@ -45,7 +46,7 @@ def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[
         "log": {"format": "console"},
         "redis": {"url": redis_url},
         "defaults": {"model": SIMULATED if real else "openai/gpt-4o"},
-        "upstreams": {"simulator": simulator, **real},
+        "upstreams": {"simulator": simulator, **_dialects(simulator), **real},
         "models": {**_openai_models(list(real)), **_simulated_models()},
     }
     return msgspec.convert(table, Settings)
@@ -53,14 +54,22 @@ def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[
 
 def _simulated_models() -> dict[str, Any]:
     names = {SIMULATED: f"{PREFIX}plain"} | {PREFIX + name: PREFIX + name for name in (*TRAITS, *FAMILY_SAMPLES)}
-    return {
-        name: {
-            "upstreams": [{"upstream": "simulator", "model": model}],
-            "input_usd_per_mtok": "1.00",
-            "output_usd_per_mtok": "4.00",
-        }
-        for name, model in names.items()
-    }
+    plain = {name: _simulated("simulator", model) for name, model in names.items()}
+    for name, dialect in DIALECTS.items():
+        own = f"dialect-{name}"
+        plain[PREFIX + own] = {**_simulated(own if dialect.upstream else "simulator", PREFIX + own), **dialect.model}
+    return plain
+
+
+def _simulated(upstream: str, model: str) -> dict[str, Any]:
+    routes = [{"upstream": upstream, "model": model}]
+    return {"upstreams": routes, "input_usd_per_mtok": "1.00", "output_usd_per_mtok": "4.00"}
+
+
+def _dialects(simulator: dict[str, Any]) -> dict[str, Any]:
+    """The simulator once more for each dialect that needs other settings."""
+    settings = {name: dialect.upstream for name, dialect in DIALECTS.items() if dialect.upstream}
+    return {f"dialect-{name}": {**simulator, **own} for name, own in settings.items()}
 
 
 def _openai_models(real: list[str]) -> dict[str, Any]:

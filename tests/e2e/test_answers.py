@@ -7,7 +7,6 @@ import openai
 import pytest
 
 from meshproxy.money import format_usd
-from meshproxy.upstream.simulator.dialects import DIALECTS
 from tests.conftest import HELLO, model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000
@@ -56,21 +55,6 @@ async def test_cached_tokens_cost_what_they_cost(start_mesh):
     caller = await mesh.key()
     await mesh.chat(caller, model="m")
     assert 2 * 2_500 + 4 * 1_250 + 8 * 10_000 == await mesh.spent(caller)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("dialect", [name for name, dialect in DIALECTS.items() if dialect.knows is None])
-async def test_the_bill_is_the_provider_s_in_every_dialect(start_mesh, dialect, stream):
-    mesh = await start_mesh(models={"m": model("sim", f"sim/dialect-{dialect}+fast?tokens=24")})
-    caller = await mesh.key()
-    answer = await mesh.chat(caller, model="m", stream=stream)
-    assert 200 == answer.status
-    settled = await mesh.settlement(caller)
-    (entry,) = mesh.received
-    assert ("reported", entry.billed) == (
-        settled["usage_source"],
-        {kind: int(settled[kind]) for kind in ("prompt_tokens", "cached_tokens", "completion_tokens")},
-    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -247,11 +231,11 @@ class TestWhoServes:
         assert (200, "2") == (answer.status, answer.headers["x-mesh-attempts"])
         assert REPORTED_NUSD == await mesh.spent(caller)
 
-    @pytest.mark.parametrize("first", ["error-400", "error-422", "error-413"])
-    async def test_nobody_else_when_the_request_is_at_fault(self, start_mesh, first):
-        mesh = await start_mesh(models={"m": model("sim", f"sim/{first}", "sim", "sim/plain")})
+    @pytest.mark.parametrize("status", [400, 422, 413])
+    async def test_nobody_else_when_the_request_is_at_fault(self, start_mesh, status):
+        mesh = await start_mesh(models={"m": model("sim", f"sim/error-{status}", "sim", "sim/plain")})
         caller = await mesh.key()
-        assert 422 == (await mesh.chat(caller, model="m")).status
+        assert status == (await mesh.chat(caller, model="m")).status
         assert 1 == len(mesh.received)
 
     @pytest.mark.parametrize("first", ["refuse", "reset", "die-mid-stream", "not-json"])
@@ -477,7 +461,7 @@ class TestAccounts:
         assert {("key", "requests", 600), ("key", "tokens", 1_000_000)} == {
             (limit["scope"], limit["kind"], limit["limit"]) for limit in told["limits"]
         }
-        assert {"scope", "kind", "limit", "remaining", "reset"} == told["limits"][0].keys()
+        assert {"scope", "kind", "per", "limit", "remaining", "reset"} == told["limits"][0].keys()
         running.cancel()
         await mesh.quiet()
 
