@@ -4,7 +4,7 @@ The dialects are data: `_KINDS` has the names that providers use and what each o
 `Report.settled` adds them up. docs/providers.md has the page that each name is from.
 """
 
-import json
+import re
 from collections.abc import Collection, Mapping
 from decimal import Decimal
 from itertools import chain, combinations
@@ -24,6 +24,13 @@ MAX_TOLD_CHARS: Final = 40
 USD_PER_TICK: Final = Decimal("1e-10")  # docs.x.ai/developers/cost-tracking
 
 _BOM: Final = b"\xef\xbb\xbf"
+_WITHOUT_CONTROLS: Final = bytes(max(byte, 32) for byte in range(256))
+_HALF_A_PAIR: Final = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+_MANY_DIGITS: Final = re.compile(rb"[0-9]{400,}+")  # int() raises ValueError for thousands
+_HUGE: Final = b"%d" % (MAX_COUNT + 1)
 
 
 class Usage(Struct, frozen=True):
@@ -218,30 +225,36 @@ def decode_text(raw: bytes | Raw | None) -> str | None:
 
 
 def _decoded(decoder: Decoder[Any], text: bytes | Raw) -> Any:
-    """A value, or None. What is no JSON by the letter (RFC 8259) is read as the json module reads it: a byte order mark, NaN and
-    Infinity (null here), half of a surrogate pair (`?`), control characters in strings, bytes that aren't UTF-8 (U+FFFD),
-    integers of any length.
-    """
+    """A value, or None; what is no JSON by the letter (RFC 8259) is mended first."""
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if decoder is _MEMBERS and isinstance(error, msgspec.ValidationError):
             return None  # JSON, but no object
+    mended = _mended(bytes(text))
     try:
-        loose = bytes(text).removeprefix(_BOM).decode("utf-8", "replace")
-        value = json.loads(loose, strict=False, parse_constant=_ignore, parse_int=_bounded)
-        return decoder.decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    except (ValueError, msgspec.DecodeError, RecursionError):
+        return decoder.decode(mended)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return decoder.decode(_MANY_DIGITS.sub(_HUGE, mended))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
-def _ignore(_constant: str) -> None:
-    """Read NaN and Infinity as null."""
-
-
-def _bounded(digits: str) -> int:
-    """Read an integer; int() raises ValueError for thousands of digits."""
-    return int(digits[: len(str(MAX_COUNT)) + 1])
+def _mended(text: bytes) -> bytes:
+    """JSON for text that nearly is: without a byte order mark, null for NaN and Infinity, U+FFFD for half a surrogate pair and
+    for bytes that aren't UTF-8, and spaces for control characters. Strings that look like these change too, which is no matter:
+    nothing of this is passed on.
+    """
+    text = text.removeprefix(_BOM).translate(_WITHOUT_CONTROLS)
+    if not text.isascii():
+        text = text.decode("utf-8", "replace").encode()
+    for word in (b"NaN", b"-Infinity", b"Infinity"):
+        text = text.replace(word, b"null")
+    if b"\\ud" in text or b"\\uD" in text:
+        text = _HALF_A_PAIR.sub(rb"\\ufffd", text)
+    return text
 
 
 def _elsewhere(members: Mapping[str, Raw]) -> dict[str, Any] | None:
