@@ -344,7 +344,7 @@ DIALECTS: dict[str, Dialect] = {
             "key": Words(401, "Unauthorized", "unauthorized"),
             "field": Words(422, _FORBIDDEN),
         },
-        upstream={"cap_field": "max_tokens", "stream_usage": False},
+        upstream={"stream_usage": False},
     ),
     "groq": Dialect(
         about="Groq's: usage in x_groq of the last chunk; logprobs and logit_bias are refused",
@@ -364,7 +364,6 @@ DIALECTS: dict[str, Dialect] = {
         common={"system_fingerprint": FINGERPRINT},
         lead=(": keep-alive\n\n", "\n\n"),
         words={"quota": Words(402, "Insufficient Balance", "unknown_error", "invalid_request_error")},
-        upstream={"cap_field": "max_tokens"},
     ),
     "perplexity": Dialect(
         about="Perplexity's: the message so far and the search results in each event, citations beside the usage",
@@ -375,7 +374,6 @@ DIALECTS: dict[str, Dialect] = {
         common={},
         event={"citations": ["https://pages.example/one"] * 8, "search_results": [_PAGE] * 8},
         choice={"message": {"role": "assistant", "content": "$so_far"}},
-        upstream={"cap_field": "max_tokens"},
     ),
     "moonshot": Dialect(
         about="Moonshot's: usage in the last choice",
@@ -386,7 +384,6 @@ DIALECTS: dict[str, Dialect] = {
         words={
             "quota": Words(429, "Your account is suspended, please check your plan.", "exceeded_current_quota_error")
         },
-        upstream={"cap_field": "max_tokens"},
     ),
     "vllm": Dialect(
         about="vLLM's with continuous usage: in each event what there is so far; flat errors",
@@ -406,7 +403,6 @@ DIALECTS: dict[str, Dialect] = {
         usage=_PLAIN_USAGE,
         common={"system_fingerprint": "fp_ollama"},
         error={"error": {"message": "$message", "type": "$type", "param": None, "code": None}},
-        upstream={"cap_field": "max_tokens"},
     ),
     "llamacpp": Dialect(
         about="llama.cpp's: max_tokens alone, as before 2026; timings beside the usage",
@@ -425,7 +421,6 @@ DIALECTS: dict[str, Dialect] = {
             ),
             "key": Words(401, "Invalid API Key", "authentication_error"),
         },
-        upstream={"cap_field": "max_tokens"},
     ),
     "tgi": Dialect(
         about="Text Generation Inference's: an error is a text and a type",
@@ -436,6 +431,5 @@ DIALECTS: dict[str, Dialect] = {
         words={
             "context": Words(422, "Input validation error: `inputs` must have less than 4096 tokens.", "validation")
         },
-        upstream={"cap_field": "max_tokens"},
     ),
 }
