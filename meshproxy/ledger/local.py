@@ -24,7 +24,7 @@ PARALLEL_RETRY_S = 1.0
 BEAT_S = 5.0
 KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three heartbeats is gone
 WORKERS = "mesh:workers"  # sorted set: worker by its last heartbeat (Unix seconds, by Redis's clock)
-LINE_BYTES = 1536  # of a settlement in the journal, without its session's name
+LINE_BYTES = 2048  # of a settlement in the journal, without its session's name
 SESSION_BYTES = 6  # of one character of it, as JSON
 
 

@@ -18,6 +18,7 @@ from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.scripts import Script
 from meshproxy.ledger.store import Store
 
+MAX_EVENTS = 1000  # that are asked for, or read, in one go
 EVENT_DAYS = 8  # that a request is found by its id (settle.lua, REQUESTS_KEPT_S)
 BATCH_ACCOUNTS = 100  # looked through in one go
 GROUPS = ("session_id", "model", "key", "day")
@@ -121,6 +122,19 @@ async def events(store: Store, account: str, request_ids: Sequence[str], now: da
         *(store.execute("XRANGE", names.usage, place, place) for place in places if place is not None)
     )
     return [_event(entry[0][1]) for entry in entries if entry]
+
+
+async def latest_events(store: Store, account: str, since: datetime, limit: int) -> list[Event]:
+    """The latest settled requests of an account, newest first, of those settled from `since` on; `limit` at most."""
+    found: list[Event] = []
+    start, end = str(int(_utc(since).timestamp() * 1000)), "+"
+    while len(found) < limit:
+        entries = await store.execute("XREVRANGE", AccountKeys(account).usage, end, start, "COUNT", MAX_EVENTS)
+        found += [_event(flat) for _, flat in entries if flat[1] == b"settled"]
+        if len(entries) < MAX_EVENTS:
+            break
+        end = f"({entries[-1][0].decode()}"
+    return found[:limit]
 
 
 async def find_event(store: Store, accounts: Sequence[str], request_id: str, now: datetime) -> Event | None:

@@ -5,14 +5,14 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import orjson
 from aiohttp import web
 from msgspec.structs import asdict
 
-from meshproxy.errors import Detail, Fault, Source, forbidden, invalid, model_not_found, template_not_found
+from meshproxy.errors import Detail, Fault, Source, forbidden, invalid, model_not_found, not_found, template_not_found
 from meshproxy.gateway.admission import limits_of
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.pipeline import Gateway
@@ -20,7 +20,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
-from meshproxy.ledger.usage_report import GROUPS, Row, usage
+from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS, Event, Row, events, latest_events, usage
 from meshproxy.money import format_usd, in_usd
 from meshproxy.policy.catalog import Entry
 from meshproxy.policy.principal import Principal
@@ -37,6 +37,14 @@ EPOCH = datetime.fromtimestamp(0, UTC)
 
 _FREE = {"true": True, "false": False}
 _SORTS = {"id": "id", "name": "name", "brand": "brand", "context_length": "context_length"}
+
+
+class EventsAsked(msgspec.Struct):
+    """The body of `POST /v1/usage/events`."""
+
+    request_ids: Annotated[list[str], msgspec.Meta(max_length=MAX_EVENTS)] | None = None
+    since: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_EVENTS)] = 200
 
 
 class Api:
@@ -175,6 +183,30 @@ class Api:
             }
         )
 
+    async def event(self, request: web.Request) -> web.Response:
+        """`GET /v1/usage/events/{request_id}`: what one request of the caller's account used and cost, once it is settled."""
+        principal = await self._principal(request)
+        request_id = request.match_info["request_id"]
+        found = await events(self._store, principal.account.name, [request_id], datetime.now(UTC))
+        if not found:
+            raise Fault(Source.CLIENT, not_found(f"No request `{request_id[:128]}` of this account is settled."))
+        return _json(_shown_event(found[0]))
+
+    async def events(self, request: web.Request) -> web.Response:
+        """`POST /v1/usage/events`: those of `request_ids` in their order, or the latest from `since` on, newest first."""
+        principal = await self._principal(request)
+        try:
+            asked = msgspec.json.decode(await self._body(request, principal), type=EventsAsked)
+        except msgspec.DecodeError as error:
+            raise Fault(Source.CLIENT, invalid(f"The body can't be used: {error}.")) from error
+        name, now = principal.account.name, datetime.now(UTC)
+        if asked.request_ids is not None:
+            found = await events(self._store, name, asked.request_ids, now)
+        else:
+            since = _moment(asked.since, "since") or now - DEFAULT_SPAN
+            found = await latest_events(self._store, name, since, asked.limit)
+        return _json({"object": "list", "events": [_shown_event(event) for event in found]})
+
     async def key(self, request: web.Request) -> web.Response:
         """`GET /v1/key`: the calling key, its account's credit, its limits and its spend."""
         principal = await self._principal(request)
@@ -299,9 +331,20 @@ ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Respons
     ("PATCH", "/v1/templates/{name}", Api.change_template),
     ("DELETE", "/v1/templates/{name}", Api.delete_template),
     ("GET", "/v1/usage", Api.usage),
+    ("GET", "/v1/usage/events/{request_id}", Api.event),
+    ("POST", "/v1/usage/events", Api.events),
     ("GET", "/v1/key", Api.key),
     ("GET", "/v1/balance", Api.balance),
 )
+
+
+def _shown_event(event: Event) -> dict[str, Any]:
+    """What a client is shown of an event: nothing of the upstream and its prices."""
+    fields = in_usd(asdict(event))
+    started, settled = (_rfc3339(fields.pop(name) / 1000) for name in ("started_ms", "settled_ms"))
+    for name in ("upstream", "price", "hold"):
+        del fields[name]
+    return {**fields, "started_at": started, "settled_at": settled}
 
 
 def _name_taken(message: str) -> Fault:

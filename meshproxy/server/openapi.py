@@ -12,7 +12,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from meshproxy.errors import Detail
-from meshproxy.ledger.usage_report import GROUPS
+from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS
 from meshproxy.policy import template
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
@@ -143,11 +143,42 @@ class Usage(Struct):
     data: list[UsageRow]
 
 
+class UsageEvent(Struct):
+    """What one request used and cost."""
+
+    request_id: str
+    account: str
+    key_id: str
+    session_id: str | None
+    model: str
+    attempts: int
+    outcome: str
+    usage_source: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    reasoning_tokens: int
+    audio_prompt_tokens: int
+    audio_completion_tokens: int
+    cost_usd: Usd
+    started_at: str
+    settled_at: str
+
+
+class UsageEvents(Struct):
+    """Several of them."""
+
+    object: str
+    events: list[UsageEvent]
+
+
 class Limit(Struct):
     """A bucket."""
 
     scope: str
     kind: str
+    per: str
     limit: int
     remaining: int
     reset: str
@@ -199,8 +230,15 @@ ANSWERS: dict[Any, tuple[int, Any]] = {
     Api.change_template: (200, Template),
     Api.delete_template: (204, None),
     Api.usage: (200, Usage),
+    Api.event: (200, UsageEvent),
+    Api.events: (200, UsageEvents),
     Api.key: (200, Key),
     Api.balance: (200, Balance),
+}
+_BODIES: dict[Any, str] = {
+    Api.create_template: "TemplateRequest",
+    Api.change_template: "TemplateChange",
+    Api.events: "EventsRequest",
 }
 REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504)
 
@@ -219,6 +257,14 @@ def document() -> dict[str, Any]:
         "ChatRequest": {"type": "object", "properties": of_chat},
         "TemplateRequest": {**change, "required": ["name"]},
         "TemplateChange": change,
+        "EventsRequest": {
+            "type": "object",
+            "properties": {
+                "request_ids": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_EVENTS},
+                "since": {"type": ["string", "null"], "format": "date-time"},
+                "limit": {"type": "integer", "minimum": 1, "maximum": MAX_EVENTS},
+            },
+        },
     }
     schemas_json = orjson.dumps({**components, **requests})
     return {
@@ -270,7 +316,7 @@ def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
             "responses": {str(status): {"description": "Success", **content}, **refusals},
         }
         if method in {"POST", "PATCH"}:
-            operation["requestBody"] = _body("TemplateRequest" if method == "POST" else "TemplateChange")
+            operation["requestBody"] = _body(_BODIES[function])
         paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = operation
     return paths
 

@@ -30,7 +30,7 @@ _CREDIT_REASONS = _words("insufficient_credits spend_limit mid_stream")
 CLOSED = {
     "route": _words(
         "/v1/chat/completions /v1/models /v1/models/free /v1/models/paid /v1/models/search /v1/models/{id}"
-        " /v1/templates /v1/templates/{name} /v1/usage /v1/key /v1/balance /health"
+        " /v1/templates /v1/templates/{name} /v1/usage /v1/usage/events /v1/usage/events/{request_id} /v1/key /v1/balance /health"
     ),
     "code": frozenset(map(str, (*map(int, HTTPStatus), *_UNREGISTERED, *_NO_STATUS))),
     "stream": _words("true false"),

@@ -8,7 +8,9 @@ from operator import itemgetter
 
 import openai
 import pytest
+from msgspec.structs import replace
 
+from meshproxy.policy.principal import Limits
 from tests.conftest import HELLO, PRICE, model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000  # what the simulator reports of HELLO and eight tokens
@@ -353,3 +355,41 @@ def _post(caller, body, version="1.1"):
         f"content-type: application/json\r\ncontent-length: {len(data)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + data
+
+
+@pytest.mark.parametrize("name", ["plain", "die-mid-stream", "refuse", "error-500", "error-400", "mangled-json"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_slot_is_free_however_a_request_ends(mesh, name, stream):
+    caller = await mesh.key(limits=Limits(max_parallel=1))
+    for _ in range(3):
+        answer = await mesh.chat(caller, model=f"sim/{name}", stream=stream)
+        assert answer.status != 429
+        await mesh.quiet()
+
+
+async def test_a_slot_is_free_when_its_client_has_hung_up(mesh):
+    caller = await mesh.key(limits=Limits(max_parallel=1))
+    running = asyncio.create_task(mesh.stream(caller, model="sim/stall-mid"))
+    await mesh.until(lambda: len(mesh.received) == 1)
+    busy = await mesh.stream(caller, model="sim/plain")
+    assert (429, "rate_limit_exceeded", "1") == (busy.status, busy.code, busy.headers["retry-after"])
+    assert "parallel" in busy.error["message"]
+    running.cancel()
+    await asyncio.wait([running])
+    await mesh.quiet()
+    assert 200 == (await mesh.stream(caller, model="sim/plain")).status
+
+
+async def test_an_account_s_slots_are_shared_by_its_keys(mesh):
+    caller = await mesh.key()
+    other = await mesh.key(caller.account)
+    await mesh.worker.directory.change_account(
+        caller.account, lambda account: replace(account, limits=Limits(max_parallel=1))
+    )
+    running = asyncio.create_task(mesh.stream(caller, model="sim/stall-mid"))
+    await mesh.until(lambda: len(mesh.received) == 1)
+    assert 429 == (await mesh.stream(other, model="sim/plain")).status
+    running.cancel()
+    await asyncio.wait([running])
+    await mesh.quiet()
+    assert 200 == (await mesh.stream(other, model="sim/plain")).status
