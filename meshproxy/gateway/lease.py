@@ -6,12 +6,13 @@ relay stops reading until it does.
 import asyncio
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from meshproxy.errors import Problem, ledger_unavailable
-from meshproxy.gateway.admission import refused
 from meshproxy.gateway.resolve import Plan
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
-from meshproxy.ledger.records import Admitted
+from meshproxy.ledger.records import NO_LIMITS, Admitted, Ask, Denied
 from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.telemetry.tasks import Tasks
 
@@ -37,8 +38,8 @@ class Lease:
     """One hold and the output tokens it covers, of the `plan` that it was admitted with.
 
     `is_local`: admitted without Redis. `unheld`: the settlement can't count on a hold, because it was local or because the
-    ledger has none any more (it lost data, or this worker was stuck past every deadline). `watermark`: the tokens of output past
-    which `spent` has to be asked.
+    ledger has lost it (data, or this worker was stuck past every deadline) and admitted none anew. `watermark`: the tokens of
+    output past which `spent` has to be asked.
     """
 
     __slots__ = (
@@ -71,11 +72,11 @@ class Lease:
         self._used = 0
         self._renewing = False
         self._over = False
-        self._on_change: Callable[[Problem | None], None] = _ignore
+        self._on_change: Callable[[Denied | Problem | None], None] = _ignore
         self.watermark = self._renew_at()
 
-    def watch(self, on_change: Callable[[Problem | None], None]) -> None:
-        """Call this with None when a renewal came back, or with the problem that refused it."""
+    def watch(self, on_change: Callable[[Denied | Problem | None], None]) -> None:
+        """Call this with None when a renewal came back, or with what refused it."""
         self._on_change = on_change
 
     @property
@@ -104,7 +105,9 @@ class Lease:
     async def keep(self) -> None:
         """Put the deadline off, so that the hold outlives a slow request."""
         if not self.is_local:
-            await self._renew(self.hold.amount_nusd, self.covered)
+            denied = await self._renew(self.hold.amount_nusd, self.covered)
+            if denied is not None:
+                self._on_change(denied)
 
     def end(self) -> None:
         """The request is over: ask for nothing more."""
@@ -113,7 +116,7 @@ class Lease:
 
     async def _extend(self) -> None:
         """Ask for another slice. However it goes, the stream hears of it: it may be waiting."""
-        problem: Problem | None = ledger_unavailable()
+        problem: Denied | Problem | None = ledger_unavailable()
         try:
             problem = await self._ask_for_slice()
         finally:
@@ -122,8 +125,9 @@ class Lease:
                 self.spent(self._used)  # more may have come meanwhile than was asked for
             self._on_change(problem)
 
-    async def _ask_for_slice(self) -> Problem | None:
+    async def _ask_for_slice(self) -> Denied | Problem | None:
         """Ask until there is an answer."""
+        problem: Denied | Problem | None
         for _ in range(MAX_RENEW_RETRIES):
             covered = min(self._used + self._slice, self._cap)
             try:
@@ -146,21 +150,40 @@ class Lease:
             return ledger_unavailable()
         return None
 
-    async def _renew(self, amount_nusd: int, covered: int) -> Problem | None:
+    async def _renew(self, amount_nusd: int, covered: int) -> Denied | None:
+        """Renew the hold, or admit another where the ledger has none any more. None: it is held."""
+        tokens = self.plan.prompt_tokens + covered
         answer = await self._credit.ledger.renew(
             self.hold,
             amount_nusd=amount_nusd,
-            tokens=self.plan.prompt_tokens + covered,
+            tokens=tokens,
             enforce_tokens=self._credit.enforce_tokens,
         )
-        if isinstance(answer, Admitted):
-            self.hold = answer
-            return None
-        if answer.which != "hold":
-            return refused(answer)
-        self.unheld = True
+        if isinstance(answer, Denied) and answer.which == "hold":
+            self.unheld = True
+            if self._over:
+                return None
+            answer = await self._credit.ledger.admit(_anew(self.hold.ask, amount_nusd, tokens))
+        if isinstance(answer, Denied):
+            return answer
+        self.hold = replace(answer, ask=self.hold.ask, buckets=self.hold.buckets)
+        self.unheld = False
         return None
 
 
-def _ignore(_problem: Problem | None) -> None:
+def _anew(ask: Ask, amount_nusd: int, tokens: int) -> Ask:
+    """What the ledger is asked in place of a hold that it has lost: credit and budgets have to pay for all of it, and its limits
+    are those of a request that was admitted already.
+    """
+    return replace(
+        ask,
+        amount_nusd=amount_nusd,
+        amount_min_nusd=None,
+        tokens=tokens,
+        key_limits=NO_LIMITS,
+        account_limits=NO_LIMITS,
+    )
+
+
+def _ignore(_refusal: Denied | Problem | None) -> None:
     """Nobody watches."""

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from meshproxy.errors import Problem, UpstreamFault, upstream_error
+from meshproxy.errors import Problem, UpstreamFault, insufficient_credits, upstream_error
+from meshproxy.gateway.admission import refused
 from meshproxy.gateway.call import Downstream
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.settlement import bill
+from meshproxy.ledger.records import Denied
 from meshproxy.money import format_usd
 from meshproxy.policy.failover import in_stream
 from meshproxy.upstream.response import Response
@@ -24,6 +26,7 @@ from meshproxy.wire.sse import COST, DONE, PING, StreamScanner
 MAX_DRAINED_BYTES: Final = 8_388_608  # read on after the client has gone, to learn what it used
 LAST_BYTE_S: Final = 2.0  # that the end of a body gets behind its [DONE]: then its connection is given up
 LOOK_BYTES: Final = 16_384  # relayed between two looks at how much waits for the client
+CREDIT_RAN_OUT: Final = "Credit ran out in the middle of the answer: the account has {} USD available when it is paid."
 OUTCOMES = {
     "insufficient_credits": "insufficient_credits",
     "spend_limit_exceeded": "insufficient_credits",
@@ -168,11 +171,14 @@ class Relay:
         self._finish()
         self._response.close()
 
-    def renewed(self, refusal: Problem | None) -> None:
+    def renewed(self, refusal: Denied | Problem | None) -> None:
         """A renewal came back: go on, unless credit is out or the client is what is waited for."""
-        if refusal is not None:
-            self.outcome = OUTCOMES.get(refusal.code, "failed")
-            self.stop(refusal)
+        if refusal is not None and not self.ended:
+            problem = refused(refusal) if isinstance(refusal, Denied) else refusal
+            self.outcome = OUTCOMES.get(problem.code, "failed")
+            if isinstance(refusal, Denied) and refusal.reason == "insufficient_credits":
+                problem = insufficient_credits(CREDIT_RAN_OUT.format(format_usd(self._left_nusd(refusal))))
+            self.stop(problem)
         elif not self.ended:
             self._let_go()
             if self._downstream.congested():
@@ -192,6 +198,12 @@ class Relay:
             most,
             outdated=scanner.outdated,
         )
+
+    def _left_nusd(self, denied: Denied) -> int:
+        """What the account has available when this stream, which ends now, is settled."""
+        self.bill()
+        held_nusd = 0 if self._lease.unheld else self._lease.hold.amount_nusd
+        return denied.available_nusd + held_nusd - self._exchange.cost_nusd
 
     def _cost(self) -> str:
         """What the stream costs by now, which is what is charged if nothing more comes."""

@@ -10,6 +10,8 @@ import openai
 import pytest
 from msgspec.structs import replace
 
+from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
 from tests.conftest import HELLO, PRICE, model
 
@@ -393,3 +395,41 @@ async def test_an_account_s_slots_are_shared_by_its_keys(mesh):
     await asyncio.wait([running])
     await mesh.quiet()
     assert 200 == (await mesh.stream(other, model="sim/plain")).status
+
+
+LEASED = {"credits": {"lease_output_tokens": 8}, "models": {"sim/slow": model("sim", "sim/plain?tokens=60&tps=200")}}
+
+
+async def _lose_holds(mesh, caller):
+    """As a failover may: the grants are there, and the holds aren't."""
+    keys, store = AccountKeys(caller.account), mesh.worker.store
+    await store.execute("DEL", keys.holds, keys.deadlines, keys.held)
+    await store.execute("HSET", keys.credit, "held", "0")
+
+
+@pytest.mark.parametrize(
+    ("taken", "last", "outcome"),
+    [("0", "[DONE]", "completed"), ("-24.9999", "insufficient_credits", "insufficient_credits")],
+)
+async def test_a_stream_whose_hold_is_lost_needs_credit_for_another(start_mesh, taken, last, outcome):
+    mesh = await start_mesh(**LEASED)
+    caller = await mesh.key()
+    running = asyncio.create_task(mesh.stream(caller, model="sim/slow"))
+    await mesh.until(lambda: any(relay.scanner.events > 2 for relay in mesh.worker.live.relays))
+    await _lose_holds(mesh, caller)
+    if parse_usd(taken):
+        await mesh.worker.ledger.grant(caller.account, parse_usd(taken))
+    answer = await running
+    end = answer.events[-1]
+    assert (last, outcome) == (end if end == "[DONE]" else end["error"]["code"], mesh.log.lines[-1]["outcome"])
+    assert int((await mesh.settlement(caller))["cost_nusd"]) == await mesh.spent(caller) > 0
+
+
+async def test_a_stream_that_ends_for_want_of_credit_says_what_the_key_s_page_says(start_mesh):
+    mesh = await start_mesh(**LEASED)
+    caller = await mesh.key(credit="0.0004")
+    error = (await mesh.stream(caller, model="sim/slow")).events[-1]["error"]
+    await mesh.quiet()
+    key = await mesh.get(caller, "/v1/key")
+    assert "insufficient_credits" == error["code"]
+    assert key["available_usd"] in error["message"].split()

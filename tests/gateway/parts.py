@@ -70,16 +70,23 @@ def exchange(of_plan: Plan | None = None) -> Exchange:
 
 
 class Renewals:
-    """A ledger that renews as it is told, when it is told. `asked`: the totals, in nano-USD."""
+    """A ledger that renews as it is told, when it is told. `asked`: the totals, in nano-USD; `anew`: asks for another hold."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.anew: list[Ask] = []
         self._answers: list[asyncio.Future[Admitted | Denied]] = []
 
     async def renew(self, hold: Admitted, *, amount_nusd: int, tokens: int, enforce_tokens: bool) -> Admitted | Denied:
         self.asked.append(amount_nusd)
         self._answers.append(asyncio.get_running_loop().create_future())
         return await self._answers[-1]
+
+    async def admit(self, asked: Ask) -> Admitted | Denied:
+        self.anew.append(asked)
+        return await self.renew(
+            Admitted(asked, 0, 0, ()), amount_nusd=asked.amount_nusd, tokens=asked.tokens, enforce_tokens=False
+        )
 
     async def answer(self, answer: Admitted | Denied | Exception | None = None) -> None:
         """Answer the last renewal, well unless otherwise said, and let it be heard."""

@@ -8,6 +8,7 @@ from tests.gateway.parts import Renewals, ask, lease, plan, turns
 
 PROMPT_NUSD = 18 * 2_500
 TOKEN_NUSD = 10_000
+GONE = Denied("gone", "hold", 0)
 
 
 @pytest.fixture
@@ -84,30 +85,70 @@ async def test_where_all_is_covered_nothing_is_asked_for(ledger):
 
 
 @pytest.mark.parametrize(
-    ("denied", "code"),
+    "denied",
     [
-        (Denied("insufficient_credits", "credit", 5), "insufficient_credits"),
-        (Denied("spend_limit", "key daily budget", 5), "spend_limit_exceeded"),
-        (Denied("rate_limit", "key tokens", 5, 1.0), "rate_limit_exceeded"),
+        Denied("insufficient_credits", "credit", 5),
+        Denied("spend_limit", "key daily budget", 5),
+        Denied("rate_limit", "key tokens", 5, 1.0),
     ],
 )
-async def test_a_refusal_is_told(ledger, denied, code):
+async def test_a_refusal_is_told(ledger, denied):
     held = lease(ledger)
     heard = []
     held.watch(heard.append)
     held.spent(60)
     await turns()
     await ledger.answer(denied)
-    assert [code] == [problem.code for problem in heard]
+    assert [denied] == heard
     assert 100 == held.covered
 
 
-async def test_a_hold_that_is_gone_is_settled_without_one(ledger):
+async def test_a_hold_that_is_gone_is_admitted_anew(ledger):
+    held = lease(ledger)
+    heard = []
+    held.watch(heard.append)
+    held.spent(60)
+    await turns()
+    await ledger.answer(GONE)
+    assert (True, 100, []) == (held.unheld, held.covered, heard)
+    await ledger.answer()
+    assert (False, 160, [None]) == (held.unheld, held.covered, heard)
+    (asked,) = ledger.anew
+    assert ("h", PROMPT_NUSD + 160 * TOKEN_NUSD, None) == (asked.hold_id, asked.amount_nusd, asked.amount_min_nusd)
+
+
+async def test_a_hold_that_is_gone_and_refused_anew_is_settled_without_one(ledger):
+    held = lease(ledger)
+    heard = []
+    held.watch(heard.append)
+    held.spent(60)
+    await turns()
+    await ledger.answer(GONE)
+    denied = Denied("insufficient_credits", "credit", 5)
+    await ledger.answer(denied)
+    assert (True, 100, [denied]) == (held.unheld, held.covered, heard)
+
+
+async def test_no_hold_is_admitted_for_a_request_that_is_over(ledger):
     held = lease(ledger)
     held.spent(60)
     await turns()
-    await ledger.answer(Denied("gone", "hold", 0))
-    assert (True, 160) == (held.unheld, held.covered)
+    held.end()
+    await ledger.answer(GONE)
+    assert (True, []) == (held.unheld, ledger.anew)
+
+
+async def test_a_hold_that_is_gone_is_noticed_when_it_is_kept_alive(ledger):
+    held = lease(ledger)
+    heard = []
+    held.watch(heard.append)
+    task = Tasks().spawn("keep", held.keep())
+    await turns()
+    await ledger.answer(GONE)
+    denied = Denied("insufficient_credits", "credit", 5)
+    await ledger.answer(denied)
+    await task
+    assert [denied] == heard
 
 
 async def test_without_a_ledger_it_is_asked_again(ledger, monkeypatch):
