@@ -24,6 +24,7 @@ class Exchange:
     goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours; `response`: the last
     provider's, whose head has come; `refused_by`: the bucket, budget or bound that refused it; `failure`: what broke off an
     answer that had begun; `refused`: the numbers of its report that can't be true; `price`: what counted in the cost;
+    `asked`: the attempt as it was made, where `attempt` is by now the fallback of the provider's own that served;
     `unlisted_model`: what the provider says it served, which is none of those that it was asked for.
     """
 
@@ -32,6 +33,7 @@ class Exchange:
     plan: Plan | None = None
     lease: Lease | None = None
     attempt: Attempt | None = None
+    asked: Attempt | None = None
     attempts = 0
     secrets: Sequence[str] = ()
     trial: Trial | None = None

@@ -33,12 +33,13 @@ def bill(
 ) -> None:
     """Write down usage, its source and the cost: the provider's numbers where they can be believed, and an estimate from the
     prompt and the output that was seen in the place of those that are missing. Where nothing was reported and nothing seen
-    nothing is charged. Tokens of output past `most_output` aren't charged. `outdated`: text came after the report, whose
-    output is the least that there was.
+    nothing is charged. May be called again as more is seen. Tokens of output past `most_output` aren't charged.
+    `outdated`: text came after the report, whose output is the least that there was.
     """
-    plan, attempt = exchange.plan, exchange.attempt
+    plan, attempt = exchange.plan, exchange.asked or exchange.attempt
     if plan is None or attempt is None:
         return
+    exchange.asked = attempt
     candidates = may_have_served(attempt, served_model)
     usage = Usage()
     if report is not None:

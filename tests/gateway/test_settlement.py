@@ -92,6 +92,13 @@ class TestBill:
             told = (made.cost_nusd, made.model, made.unlisted_model)
             assert (10 * 2_500 + 20 * 10_000, "m", "a stranger") == told
 
+    def test_what_a_stream_costs_so_far_changes_nothing_of_what_it_costs(self):
+        native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
+        made = exchange(plan(attempts=(attempt(natives=(native,)),)))
+        for served_model, expected in (("cheap-1", "cheap"), ("a stranger", "m"), ("cheap-1", "cheap")):
+            bill(made, report(10, 20), served_model, lambda: 0)
+            assert (expected, expected == "m") == (made.model, made.unlisted_model is not None)
+
     @pytest.mark.parametrize(
         ("told", "most", "outdated", "expected"),
         [
