@@ -11,6 +11,7 @@ end. Make it after a fork: a thread doesn't survive one.
 
 import atexit
 import re
+import select
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -114,12 +115,13 @@ class LineSink:
         try:
             left = memoryview(b"".join(lines))
             while left:
-                left = left[self._stream.write(left) :]
+                count = self._stream.write(left)
+                if (
+                    count is None
+                ):  # it doesn't block, and is full: another process that shares the file has seen to that
+                    select.select([], [self._stream], [], FLUSH_INTERVAL_S)
+                left = left[count or 0 :]
             self._stream.flush()
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-        ):  # no reader, a closed stream, or one that would block (None): it is counted
+        except (OSError, ValueError):  # the reader is gone, or the stream closed: the lines are counted
             return False
         return True

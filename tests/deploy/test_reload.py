@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from meshproxy.ledger.journal import MAX_FILES
 from tests.deploy.conftest import until
 
 MODES = pytest.mark.parametrize("workers", [1, 2])
@@ -205,3 +207,20 @@ async def test_a_reader_of_stderr_that_stands_still_does_not_keep_it_from_its_en
         if process.returncode is None:
             process.kill()
         await process.communicate()
+
+
+@MODES
+async def test_what_only_a_worker_finds_ends_them_all_with_78_at_once(site, tmp_path, workers):
+    """A journal whose files are all another gateway's: nothing that a check could know."""
+    gateway = site.configure(workers=workers)
+    journal = tmp_path / "journal"
+    gateway.path.write_text(gateway.path.read_text().replace("[redis]", f'[redis]\njournal = "{journal}"'))
+    with contextlib.ExitStack() as stack:
+        for number in range(MAX_FILES):
+            file = stack.enter_context(Path(f"{journal}.{number}").open("wb"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        await gateway.start()
+        site.stack.push_async_callback(gateway.end)
+        assert 78 == await gateway.exit(10)
+    (fault,) = gateway.noise
+    assert fault == f"redis.journal: {journal}: all {MAX_FILES} files are in use\n"

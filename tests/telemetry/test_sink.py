@@ -176,3 +176,24 @@ def test_a_process_ends_though_the_reader_of_stderr_stands_still(who):
         process.stdin.write(b"\n")
         process.stdin.flush()
         assert 0 == process.wait(10)
+
+
+NOT_BLOCKING = """
+import os, sys
+from meshproxy.telemetry.sink import LineSink
+os.set_blocking(2, False)
+sink = LineSink(sys.stderr.buffer, lambda _: b"")
+for number in range(10_000):
+    sink.write(b"%099d\\n" % number, urgent=True)
+print("written", flush=True)
+sys.stdin.readline()
+sink.close()
+"""
+
+
+def test_a_stream_that_does_not_block_loses_nothing():
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", NOT_BLOCKING], **pipes) as process:
+        process.stdout.readline()  # far more is written by then than the pipe takes
+        _, err = process.communicate(b"\n", timeout=10)
+    assert list(range(10_000)) == [int(line) for line in err.splitlines()]
