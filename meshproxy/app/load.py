@@ -51,7 +51,10 @@ def read(path: str) -> Settings:
 
 def load(path: str) -> Loaded:
     """The configuration of a TOML file; Unfit with all that keeps it from being served, each with the line it is about."""
-    decoded = decode(_text_of(path))
+    try:
+        decoded = decode(_text_of(path))
+    except Unfit as unfit:
+        raise Unfit([fault if path in fault else f"{fault} ({path})" for fault in unfit.faults]) from unfit
     reader = SecretReader(os.environ, secret_text)
     secrets = reader.secrets(decoded.settings)
     settings = reader.filled(decoded.settings)

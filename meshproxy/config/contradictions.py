@@ -3,8 +3,10 @@
 A value whose own type is at fault is None here and is passed over: its fault was told already.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from meshproxy.config.addresses import is_everywhere, is_private
 from meshproxy.config.names import nearest, under
@@ -14,13 +16,19 @@ from meshproxy.config.settings import STANDARD_TIERS, Defaults, Model, Prices, S
 # were, took 600 USD for a million (https://platform.openai.com/docs/pricing), and so 0.0006 for one.
 LEAST_USD_PER_MTOK = 0.001
 PRICES = Prices.__struct_fields__
-ENDPOINTS = (
-    "/chat/completions",
-    "/completions",
-    "/responses",
-    "/embeddings",
-    "/models",
-)  # OpenAI's, behind its base URL
+# What OpenAI's API has behind its base URL.
+ENDPOINTS = ("/chat/completions", "/completions", "/responses", "/embeddings", "/models")
+# Hosts that serve nothing without this path; their pages are in docs/providers.md.
+PATHS = {
+    "api.openai.com": "/v1",
+    "openrouter.ai": "/api/v1",
+    "api.anthropic.com": "/v1",
+    "api.x.ai": "/v1",
+    "api.mistral.ai": "/v1",
+    "api.groq.com": "/openai/v1",
+}
+LEAST_SECRET_CHARS = 8
+_SECRET_HEADER = re.compile(r"(?i)key|token|secret")
 EVERYBODY = frozenset({"0.0.0.0/0", "::/0"})
 
 
@@ -64,6 +72,8 @@ def _server_doubts(server: Server) -> Iterator[str]:
     for index, network in enumerate(server.trusted_proxies or ()):
         if network in EVERYBODY:
             yield f"server.trusted_proxies[{index}]: everybody may say which address they come from"
+    if "*" in (server.cors_origins or ()):
+        yield "server.cors_origins: every page on the web may send requests with the keys that its visitors give it"
 
 
 def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
@@ -71,6 +81,13 @@ def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
     end = next((end for end in ENDPOINTS if url.endswith(end)), None)
     if end is not None:
         yield f"{path}.base_url: the gateway adds the path of an endpoint itself: leave {end} out"
+    parts = urlsplit(url)
+    wanted = PATHS.get(parts.hostname or "")
+    if wanted is not None and not parts.path.startswith(wanted):
+        yield f"{path}.base_url: {parts.hostname} has its API at {wanted}"
+    for name, value in (upstream.headers or {}).items():
+        if isinstance(value, str) and _SECRET_HEADER.search(name) and len(value) >= LEAST_SECRET_CHARS:
+            yield f'{under(f"{path}.headers", name)}: a secret in plain text? {{ env = "NAME" }} keeps it out of the file'
 
 
 def _model_doubts(model: Model, name: str) -> Iterator[str]:

@@ -13,25 +13,41 @@ from meshproxy.telemetry.logs import RequestLog
 
 MODEL = 'upstreams = [{ upstream = "u", model = "x" }]\ninput_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
 
+
+def mostly(good, wild):
+    """What is right seven times in eight: a file with many values, each of them wild, is hardly ever accepted."""
+    return st.sampled_from(range(8)).flatmap(lambda number: wild if number == 5 else good)
+
+
 words = st.text("aZ09-_.:%@/[]?=&, \t~é\0", max_size=12)
-hosts = st.sampled_from(["127.0.0.1", "[::1]", "localhost", "a..b", "a" * 64, "[::::]", "host.", ""]) | words
+labels = st.text("aZ0-_", min_size=1, max_size=63)
+hosts = mostly(
+    st.lists(labels, min_size=1, max_size=4).map(".".join) | st.sampled_from(["127.0.0.1", "[::1]", "host."]),
+    st.sampled_from(["a..b", "a" * 64, "[::::]", ""]) | words,
+)
 urls = st.builds(
     "{}://{}{}{}".format,
-    st.sampled_from(["http", "https", "ftp"]),
+    mostly(st.sampled_from(["http", "https"]), st.just("ftp")),
     hosts,
-    st.sampled_from(["", ":0", ":1", ":99999", ":x"]),
-    st.sampled_from(["", "/v1", "/v1/", "/a b", "/?x=1"]) | words,
+    mostly(st.sampled_from(["", ":1", ":65535"]), st.sampled_from([":0", ":99999", ":x"])),
+    mostly(st.sampled_from(["", "/v1", "/v1/", "/~a/%20;b"]), st.sampled_from(["/a b", "/?x=1"]) | words),
 )
 stores = st.builds(
     "{}://{}127.0.0.1{}{}{}".format,
-    st.sampled_from(["redis", "rediss", "redis+sentinel", "redis+cluster", "unix", "http"]),
-    st.sampled_from(["", ":pw@", "user:p%40w@", "p/w@"]),
-    st.sampled_from(["", ":1", ":0", ":x", ":1,127.0.0.1:2"]),
-    st.sampled_from(["", "/", "/0", "/9", "/m", "/m/1", "/x"]),
-    st.sampled_from(["", "?db=1", "?tls=1", "?ca_file=/nonexistent", "?ca_file=%00", "?x=1", "?cert_file=/dev/null"]),
+    mostly(st.sampled_from(["redis", "rediss", "redis+cluster", "redis+sentinel"]), st.sampled_from(["unix", "http"])),
+    mostly(st.sampled_from(["", ":pw@", "user:p%40w@"]), st.just("p/w@")),
+    mostly(st.sampled_from(["", ":1"]), st.sampled_from([":0", ":x", ":1,127.0.0.1:2"])),
+    mostly(st.sampled_from(["", "/", "/0"]), st.sampled_from(["/9", "/m", "/m/1", "/x"])),
+    mostly(
+        st.sampled_from(["", "?tls=1"]),
+        st.sampled_from(["?db=1", "?ca_file=/nonexistent", "?ca_file=%00", "?x=1", "?cert_file=/dev/null"]),
+    ),
 )
-names = st.sampled_from(["te", "x-a", "Connection", "api-key", "a b", "accept", "HOST"])
-values = st.text("a \t~é\n", max_size=5)
+names = mostly(
+    st.sampled_from(["x-a", "api-key", "accept", "proxy-authorization"]),
+    st.sampled_from(["te", "Connection", "a b", "HOST"]),
+)
+values = mostly(st.text("a ~0", min_size=1, max_size=5).map(str.strip).filter(bool), st.text("a \t~é\n", max_size=5))
 
 
 def text_of(url, store, headers, host):
@@ -52,7 +68,7 @@ def accepted(path, text):
         return None
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(urls, stores, st.dictionaries(names, values, max_size=2), st.sampled_from(["127.0.0.1", "", "[::1]"]))
 async def test_what_is_accepted_starts(tmp_path, url, store, headers, host):
     loaded = accepted(tmp_path / "some.toml", text_of(url, store, headers, host))

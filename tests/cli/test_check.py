@@ -196,6 +196,19 @@ def test_what_serve_could_not_use_is_refused(text, key, file, capsys):
     ("text", "key"),
     [
         (f"[upstreams.a]\n{BASE.format('http://h/v1/models/')}", "upstreams.a.base_url"),
+        (f"[upstreams.a]\n{BASE.format('https://api.openai.com')}", "upstreams.a.base_url"),
+        (f"[upstreams.a]\n{BASE.format('https://api.groq.com/v1')}", "upstreams.a.base_url"),
+        (
+            f"[upstreams.a]\n{BASE.format('http://h')}headers = {{ api-key = 'hunter2hunter2' }}",
+            "upstreams.a.headers.api-key",
+        ),
+        ("[server]\ncors_origins = ['*']", "server.cors_origins"),
+        (
+            GOOD.replace("CHECK_KEY", "PATH")
+            + '[[models."openai/gpt-4o".price_tiers]]\nabove_prompt_tokens = 1\n'
+            + 'input_usd_per_mtok = "0.000005"\noutput_usd_per_mtok = "10"',
+            'models."openai/gpt-4o".price_tiers[0].input_usd_per_mtok',
+        ),
         ("[server]\nlisten = ':8080'", "server.listen"),
         ("[server]\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0']", "server.trusted_proxies[1]"),
         (GOOD.replace("openai/gpt-4o", "openai/*").replace("CHECK_KEY", "PATH"), 'models."openai/*"'),
@@ -210,6 +223,16 @@ def test_a_likely_mistake_is_a_warning(text, key, file, capsys):
     assert main(["check", "--config", file(text)]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {key}: ")
+    assert "hunter2" not in line
+
+
+def test_what_is_no_toml_has_the_file_and_the_line(file, capsys):
+    path = file("[server]\nlisten 1")
+    assert main(["check", "--config", path]) == 78
+    told = capsys.readouterr().err
+    assert told.startswith("not TOML: ")
+    assert "line 2" in told
+    assert told.endswith(f"({path})\n")
 
 
 def test_a_bare_secret_is_told_what_to_write_instead(file, capsys):
