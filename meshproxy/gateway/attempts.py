@@ -7,6 +7,7 @@ again unless the provider itself said that it failed. A stream that died before 
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from typing import TypeVar
 
 from meshproxy.errors import Fault, Source, UpstreamFault, gateway_timeout, upstream_error
 from meshproxy.gateway.deployment import Deployment
@@ -20,6 +21,8 @@ from meshproxy.policy.catalog import Attempt
 from meshproxy.policy.failover import after_status, foremost
 from meshproxy.upstream.response import Response
 from meshproxy.wire.replies import concealed, without_secrets
+
+Result = TypeVar("Result")
 
 CHAT_PATH = "/chat/completions"
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
@@ -36,6 +39,7 @@ class Attempts:
         self._clock = clock
         self._wall_clock = wall_clock
         self._budget = RetryBudget()
+        self._building = asyncio.Lock()
 
     async def first_answer(self, exchange: Exchange, plan: Plan, deployment: Deployment) -> Response:
         """The first response that is an answer: 200, and an event stream where one was asked for. Otherwise the Fault of the
@@ -109,14 +113,14 @@ class Attempts:
     ) -> Response:
         provider = deployment.providers[attempt.upstream]
         exchange.secrets = provider.secrets
-        body = plan.body_for(attempt)
+        body = await self._built(plan, attempt) if plan.is_slow_to_build(attempt) else plan.body_for(attempt)
         exchange.response = None
         exchange.sent_at = self._clock()
         if exchange.attempts == 1:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
         left_s = exchange.call.deadline - exchange.sent_at
         asked = provider.post(CHAT_PATH, exchange.call.forward, body)
-        response = await (asked if left_s > _patience_s(attempt, deployment) else _within(left_s, asked))
+        response = await (asked if left_s > _patience_s(attempt, deployment) else within(left_s, asked))
         exchange.response = response
         streamed = plan.request.stream
         try:
@@ -129,6 +133,11 @@ class Attempts:
         trial.answered(self._clock() - exchange.sent_at if streamed else None)
         self._recorder.attempted(attempt.upstream, "200")
         return response
+
+    async def _built(self, plan: Plan, attempt: Attempt) -> bytes:
+        """Build a body in a thread, one at a time: others' streams go on, and few intermediate copies are there together."""
+        async with self._building:
+            return await asyncio.to_thread(plan.body_for, attempt)
 
     async def _accept(self, response: Response, *, streamed: bool) -> None:
         """Return if this is an answer; else an UpstreamFault says what the client hears and whether another may be asked."""
@@ -158,19 +167,19 @@ def _patience_s(attempt: Attempt, deployment: Deployment) -> float:
     return settings.connect_timeout_s + settings.first_byte_timeout_s
 
 
-async def _within(left_s: float, asked: Coroutine[None, None, Response]) -> Response:
-    """The answer, if it begins in the time that the client gives. That it doesn't isn't the provider's fault: a client that
-    gives no time to anyone must not open a breaker.
+async def within(left_s: float, answering: Coroutine[None, None, Result]) -> Result:
+    """Wait for an answer, or its body, as long as the client gives it time. That it takes longer isn't the provider's fault: a
+    client that gives no time to anyone must not open a breaker. Fault of the client, 504, when the time is over.
     """
     try:
         async with asyncio.timeout(left_s):
-            return await asked
+            return await answering
     except TimeoutError as error:
         raise _too_late(may_have_run=True) from error
 
 
 def _too_late(*, may_have_run: bool) -> Fault:
-    message = "The time that the client gives an answer was over before one began."
+    message = "The time that the client gives an answer is over."
     return Fault(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
 
 

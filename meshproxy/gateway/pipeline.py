@@ -12,7 +12,7 @@ from collections.abc import Callable
 from meshproxy.errors import Fault, Problem, Source, UpstreamFault, internal_error, invalid_api_version, overloaded
 from meshproxy.gateway.admission import limit_headers, refused
 from meshproxy.gateway.admitter import Admitter
-from meshproxy.gateway.attempts import Attempts
+from meshproxy.gateway.attempts import Attempts, within
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.call import LARGE_BYTES, Bodies, Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
@@ -190,6 +190,8 @@ class Gateway:
             exchange.room.shrink(len(body))
         lease = exchange.lease = answer
         plan = exchange.plan = lease.plan
+        if exchange.room is not None and plan.prompt.template_bytes > LARGE_BYTES:
+            await exchange.room.take(len(body) + plan.prompt.template_bytes)
         self._recorder.enter(exchange, "attempt")
         work = self._respond(exchange, plan, lease, deployment, downstream)
         if exchange.recording is not None or _outlives(plan, deployment):
@@ -217,7 +219,9 @@ class Gateway:
     async def _answer(self, exchange: Exchange, plan: Plan, response: Response) -> Reply:
         """Pass a whole answer on, its bytes unchanged."""
         try:
-            body = await response.read()
+            reading = response.read()
+            in_time = exchange.call.deadline - self._clock()
+            body = await (reading if plan.request.timeout_s is None else within(in_time, reading))
             read_at = self._clock()
             reply = decode_reply(body)
             if reply.error:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from meshproxy.config import Credits, Settings
 from meshproxy.errors import Fault, Problem, Source, forbidden, invalid, template_not_found
-from meshproxy.gateway.call import LARGE_BYTES
+from meshproxy.gateway.call import LARGE_BYTES, SMALL_BYTES
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.ledger.directory import Directory
 from meshproxy.policy.catalog import Attempt, large_enough, priced
@@ -37,10 +37,10 @@ PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, and a millisecond for one
 class Prompt:
     """The messages of a request: a template's, then the caller's own bytes. A template is measured here and rendered when a
     provider is to be asked, so that nothing large is built for a request that isn't admitted. `count` is how many there are,
-    `tokens` their estimate.
+    `tokens` their estimate, `template_bytes` the size of the template's as JSON.
     """
 
-    __slots__ = ("_fitted", "_messages", "_request", "_template", "count", "tokens")
+    __slots__ = ("_fitted", "_messages", "_request", "_template", "count", "template_bytes", "tokens")
 
     def __init__(self, request: ChatRequest, template: Template | None, limit_bytes: int) -> None:
         """Fault of the client: 413 for a template that would be rendered to more than `limit_bytes` with the caller's messages,
@@ -51,6 +51,7 @@ class Prompt:
         self._messages = request.messages if template is None else None
         self._fitted: dict[int, bytes] = {}
         self.count = request.message_count
+        self.template_bytes = 0
         own = request.messages or b""
         self.tokens = estimate_prompt(own, (), self.count, media=not request.text_only)
         if template is not None:
@@ -61,7 +62,8 @@ class Prompt:
 
     def _measure(self, template: Template, limit_bytes: int) -> None:
         plain, longer_bytes = measure(template, self._request.variables)
-        if len(plain) + longer_bytes > limit_bytes:
+        self.template_bytes = len(plain) + longer_bytes
+        if self.template_bytes > limit_bytes:
             message = f"The template `{template.name}` with these variables makes a prompt larger than the limit."
             raise Fault(Source.CLIENT, Problem(413, "request_too_large", message, "variables"))
         self.count += template.message_count
@@ -73,6 +75,11 @@ class Prompt:
         if self._messages is None:
             self._messages = self._rendered()
         return self._messages
+
+    @property
+    def size(self) -> int:
+        """Bytes of the array as JSON, rendered or not."""
+        return len(self._request.messages or b"") + self.template_bytes
 
     def fitted(self, budget_tokens: int) -> bytes:
         """The messages after middle-out, or their own bytes where they fit as they are. Done once for each budget."""
@@ -144,6 +151,12 @@ class Plan(Value, frozen=True):
         """The plan with a cap of our own on each choice."""
         output_cap = min(self.output_cap, cap)
         return replace(self, output_cap=output_cap, output_limit=cap, imposed_cap=cap, clamped=True)
+
+    def is_slow_to_build(self, attempt: Attempt) -> bool:
+        """Whether `body_for` may take more than some milliseconds: for middle-out over much text, and for a large template."""
+        prompt = self.prompt
+        is_cut = "middle-out" in self.request.transforms and attempt.kind != "openrouter"
+        return prompt.template_bytes > LARGE_BYTES or (is_cut and prompt.size > SMALL_BYTES)
 
     def body_for(self, attempt: Attempt) -> bytes:
         """The JSON that this attempt's provider is sent."""

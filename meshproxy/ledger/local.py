@@ -110,7 +110,8 @@ class LocalAdmission:
         available = self._available(ask.account)
         known = max(len(self._used_nusd), len(self._buckets) // BUCKETS_OF_AN_ACCOUNT)
         is_one_too_many = ask.account not in self._used_nusd and known >= MAX_ACCOUNTS
-        if ask.amount_nusd > available or is_one_too_many:
+        amount_nusd = ask.amount_within(available)
+        if amount_nusd is None or is_one_too_many:
             return Denied("insufficient_credits", "credit", max(available, 0))
         wants = [
             *self._wants("key", ask.key_id, ask.key_limits, ask.tokens),
@@ -125,12 +126,12 @@ class LocalAdmission:
             return Denied("rate_limit", full, available, PARALLEL_RETRY_S)
         for bucket, count in wants:
             bucket.level -= count
-        self._owe(ask.hold_id, ask.account, ask.amount_nusd)
+        self._owe(ask.hold_id, ask.account, amount_nusd)
         self._running[ask.hold_id] = ask
         self._parallel.update(_owners(ask))
         self._reserved_bytes += _line_bytes(ask)
         states = tuple(bucket.state() for bucket, _ in wants)
-        return Admitted(ask, ask.amount_nusd, available - ask.amount_nusd, states)
+        return Admitted(ask, amount_nusd, available - amount_nusd, states)
 
     def take(self, ask: Ask, amount_nusd: int) -> bool:
         """Hold more of the account's allowance for a request, if it is there. Redis may hold the first part of it."""

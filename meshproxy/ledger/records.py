@@ -40,6 +40,14 @@ class Ask(Value, frozen=True, kw_only=True):
     session_budgets: Budgets = NO_BUDGETS
     account_budgets: Budgets = NO_BUDGETS
 
+    def amount_within(self, room_nusd: int) -> int | None:
+        """What is held where there is so much room; None where it is too little. `admit.lua` has the same rule."""
+        if self.amount_nusd <= room_nusd:
+            return self.amount_nusd
+        if self.amount_min_nusd is None or self.amount_min_nusd > room_nusd:
+            return None
+        return max(self.amount_min_nusd, room_nusd * self.share_percent // 100)
+
 
 class BucketState(Value, frozen=True):
     """One bucket as the decision left it: `limit` a `per`, `remaining` (a debt shows as 0), `reset_s` until it is full."""

@@ -396,3 +396,22 @@ def test_every_code_is_documented_and_no_other():
     assert len(documented) == len(set(documented))
     assert {code for _, code in told} == {code for _, code in documented}
     assert {pair for pair in told if pair[0] != "status"} <= set(documented)
+
+
+@pytest.mark.parametrize("model_name", ["sim/stall-head", "sim/stall"])
+async def test_a_requests_own_deadline_ends_it(mesh, model_name):
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model=model_name, timeout=0.3)
+    assert (504, "gateway_timeout") == (answer.status, answer.code)
+    assert 0 == await mesh.spent(caller)
+    assert "timeout" not in mesh.sent
+
+
+async def test_a_deadline_that_is_met_changes_nothing(mesh):
+    caller = await mesh.key()
+    assert 200 == (await mesh.chat(caller, model="sim/plain", timeout=9)).status
+
+
+async def test_a_deadline_of_none_is_refused(mesh):
+    answer = await mesh.chat(await mesh.key(), model="sim/plain", timeout=0)
+    assert (422, "timeout") == (answer.status, answer.error["param"])

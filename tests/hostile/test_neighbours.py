@@ -209,3 +209,47 @@ async def commands(store):
     """How many commands a server has run."""
     stats = (await store.execute("INFO", "stats")).decode()
     return int(stats.partition("total_commands_processed:")[2].split()[0])
+
+
+async def templated(mesh, caller, copies):
+    """Give the caller's account a template of so many slots."""
+    body = json.dumps({"name": "bomb", "system": "{{a}}" * copies})
+    headers = {"content-type": "application/json", **caller.auth}
+    assert (await mesh.request("POST", "/v1/templates", data=body, headers=headers)).status == 201
+
+
+@pytest.mark.parametrize(
+    ("credit", "copies", "value_bytes", "statuses"),
+    [("0", 200_000, 900_000, {413}), ("0", 100_000, 300, {402}), ("1000", 100_000, 300, {200})],
+    ids=["180 GB", "30 MB without credit", "30 MB"],
+)
+async def test_templates_whose_rendering_is_large(alone, mesh, unharmed, credit, copies, value_bytes, statuses):
+    gateway = await alone(models=MODELS)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    attacker = await mesh.key(credit=credit, limits=FREE)
+    await templated(mesh, attacker, copies)
+    one = chat(attacker, template="bomb", variables={"a": "x" * value_bytes}, max_tokens=5)
+    async with unharmed(gateway, caller):
+        answers = await asyncio.gather(*(asyncio.to_thread(sent, gateway, one) for _ in range(20)))
+    assert set(answers) <= statuses | {503}
+
+
+PARTS = [{"type": "text", "text": "some words to be cut, and others"}]
+
+
+@pytest.mark.parametrize(
+    ("credit", "parts", "statuses"),
+    [("0", 100_000, {402}), ("1000", 15_000, {200}), ("1000", 200_000, {200})],
+    ids=["10 MB without credit", "840 KB", "12 MB"],
+)
+async def test_middle_out_over_thousands_of_parts(alone, mesh, unharmed, credit, parts, statuses):
+    small = {**model("sim", "sim/plain?tokens=8"), "context_window": 32_000, "max_output_tokens": 64}
+    gateway = await alone(models={**MODELS, "small": small})
+    caller = await mesh.key(credit="1000", limits=FREE)
+    attacker = await mesh.key(credit=credit, limits=FREE)
+    one = chat(
+        attacker, model="small", messages=[{"role": "user", "content": PARTS * parts}], transforms=["middle-out"]
+    )
+    async with unharmed(gateway, caller):
+        answers = await asyncio.gather(*(asyncio.to_thread(sent, gateway, one) for _ in range(10)))
+    assert set(answers) <= statuses | {503}

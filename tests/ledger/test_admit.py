@@ -60,6 +60,14 @@ async def test_a_clamped_hold_takes_what_is_left(ledger, ask):
     assert await ledger.admit(clamped) == Admitted(clamped, 70, 0, ())
 
 
+@pytest.mark.parametrize(("granted", "held"), [(100, 100), (99, 49), (60, 30), (50, 30), (30, 30)])
+async def test_a_hold_that_does_not_fit_takes_a_share_and_at_least_its_least(ledger, ask, granted, held):
+    await ledger.grant("acme", granted)
+    shared = ask(amount_nusd=100, amount_min_nusd=30, share_percent=50)
+    assert await ledger.admit(shared) == Admitted(shared, held, granted - held, ())
+    assert shared.amount_within(granted) == held
+
+
 async def test_a_clamped_hold_is_denied_below_its_least(ledger, ask):
     await ledger.grant("acme", 69)
     assert await ledger.admit(ask(amount_min_nusd=70)) == Denied("insufficient_credits", "credit", 69, needed_nusd=70)

@@ -48,6 +48,12 @@ def test_an_allowance_is_held_and_never_exceeded(admission, ask):
     assert Denied("insufficient_credits", "credit", 0) == denied
 
 
+@pytest.mark.parametrize(("least", "held"), [(None, None), (DOLLAR + 1, None), (DOLLAR, DOLLAR), (1, DOLLAR // 2)])
+def test_a_hold_that_does_not_fit_may_be_smaller(admission, ask, least, held):
+    answer = admission.admit(ask("h1", amount_nusd=2 * DOLLAR, amount_min_nusd=least, share_percent=50))
+    assert held == getattr(answer, "amount_nusd", None)
+
+
 def test_each_account_has_its_own(admission, ask):
     admission.admit(ask("h1", amount_nusd=DOLLAR))
     assert isinstance(admission.admit(ask("h2", account="other", amount_nusd=DOLLAR)), Admitted)
