@@ -102,7 +102,6 @@ hold_credit(hold, hold.amount)
 redis.call('HSET', KEYS[3], id, pack_hold(hold))
 redis.call('HDEL', KEYS[5], id)
 redis.call('ZADD', KEYS[4], whole(deadline_ms), id)
-redis.call('ZREMRANGEBYSCORE', KEYS[11], '-inf', whole(now_ms))
 keep_running(KEYS[11], id, deadline_ms)
 for index = 1, 6 do take(buckets[index], counts[index]) end
 save(KEYS[9], key_requests, key_tokens, key_daily)

@@ -2,6 +2,7 @@
 -- buckets that were debited (-1: none); BUDGETS is two digits, whether the key and the session have one. Needs clock.
 -- KEYS 1 to 8 of every script: credit, held, holds, deadlines, abandoned, usage, account's bucket, account's spend.
 local ABANDONED_KEPT_MS = 7 * 86400000
+local RUNNING_KEPT_MS = 300000
 local RELEASED_A_SWEEP = 100
 local MAX_SWEEPS = 100
 
@@ -66,8 +67,12 @@ local function release_expired(enough)
   end
 end
 
--- Counts a hold of a key as running until a deadline. The set of a key (its hold ids by deadline) lasts as long as its last hold.
+-- Counts a hold of a key as running until a deadline. The set of a key (its hold ids by deadline) outlives its last hold by some
+-- minutes; each time that its end is put off, those that died are taken out.
 local function keep_running(key, id, deadline_ms)
   redis.call('ZADD', key, whole(deadline_ms), id)
-  if redis.call('PTTL', key) < deadline_ms - now_ms then redis.call('PEXPIREAT', key, whole(deadline_ms + 1000)) end
+  if redis.call('PTTL', key) < deadline_ms - now_ms then
+    redis.call('PEXPIREAT', key, whole(deadline_ms + RUNNING_KEPT_MS))
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now_ms))
+  end
 end

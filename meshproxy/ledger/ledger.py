@@ -21,6 +21,7 @@ from meshproxy.ledger.records import (
     Denied,
     Grant,
     Granted,
+    KeyUse,
     Settlement,
     Spend,
 )
@@ -31,6 +32,7 @@ from meshproxy.policy.principal import Budgets, Limits
 
 USAGE_EVENTS_KEPT = 1_000_000
 MAX_GRANTS_READ = 1000
+BATCH_KEYS = 500  # asked for in one write
 MAX_KNOWN_ACCOUNTS = 4096  # whose keys are kept ready
 
 _NO_LIMIT = -1
@@ -218,6 +220,28 @@ class Ledger:
             Spend(settled, *numbers[4:6]),
             *numbers[9:],
         )
+
+    async def key_spends(self, account: str, key_ids: Sequence[str]) -> list[KeyUse]:
+        """What keys of an account spent, and when each was last used, in their order: for a list of keys beside their budgets."""
+        names = self._names(account)
+        seconds, _ = await self._store.execute("TIME")
+        day = time.strftime("%Y-%m-%d", time.gmtime(int(seconds)))
+        fields = ("total", f"day:{day}", f"month:{day[:7]}", "used_ms")
+        uses: list[KeyUse] = []
+        for first in range(0, len(key_ids), BATCH_KEYS):
+            batch = key_ids[first : first + BATCH_KEYS]
+            spends = (self._store.execute("HMGET", names.key_books(key_id)[1], *fields) for key_id in batch)
+            for found in await asyncio.gather(*spends):
+                *spent, used_ms = (int(value or 0) for value in found)
+                uses.append(KeyUse(Spend(*spent), used_ms))
+        return uses
+
+    async def balances(self, accounts: Sequence[str]) -> list[Balance]:
+        """The balances of accounts, in their order: for a list of accounts."""
+        found: list[Balance] = []
+        for first in range(0, len(accounts), BATCH_KEYS):
+            found += await asyncio.gather(*map(self.balance, accounts[first : first + BATCH_KEYS]))
+        return found
 
     def _names(self, account: str) -> AccountKeys:
         """The account's keys, made once."""

@@ -165,3 +165,10 @@ class Grant(Value, frozen=True):
     ref: str
     actor: str
     granted_ms: int
+
+
+class KeyUse(Value, frozen=True):
+    """What a key spent, and when its last request was settled (Unix ms; 0: none was)."""
+
+    spend: Spend
+    used_ms: int

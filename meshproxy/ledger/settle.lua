@@ -74,8 +74,7 @@ if cost ~= '0' then
   local nusd = tonumber(cost)
   local balance = redis.call('HINCRBY', KEYS[1], 'balance', '-' .. cost)
   local settled = redis.call('HINCRBY', KEYS[1], 'settled', cost)
-  local of_account, of_key = charge(KEYS[8], cost), charge(KEYS[10], cost)
-  of_account[1] = settled
+  local of_account, of_key = charge(KEYS[8], cost, settled), charge(KEYS[10], cost)
   if session_key and (not hold or hold.session_budget == '1') then
     charge(session_key, cost)
     redis.call('EXPIRE', session_key, SESSION_KEPT_S)

@@ -28,14 +28,13 @@ local function drop_past_days(spend_key)
   end
 end
 
--- Adds a cost to a spend hash; what it comes to: ever, this day, this month.
-local function charge(spend_key, cost)
-  if redis.call('HEXISTS', spend_key, 'month:' .. month) == 0 then drop_past_days(spend_key) end
-  return {
-    redis.call('HINCRBY', spend_key, 'total', cost),
-    redis.call('HINCRBY', spend_key, 'day:' .. day, cost),
-    redis.call('HINCRBY', spend_key, 'month:' .. month, cost),
-  }
+-- Adds a cost to a spend hash; what it comes to: ever, this day, this month. `total`: what it comes to ever, where the hash need
+-- not know it.
+local function charge(spend_key, cost, total)
+  local of_month = redis.call('HINCRBY', spend_key, 'month:' .. month, cost)
+  if of_month == tonumber(cost) then drop_past_days(spend_key) end
+  total = total or redis.call('HINCRBY', spend_key, 'total', cost)
+  return { total, redis.call('HINCRBY', spend_key, 'day:' .. day, cost), of_month }
 end
 
 -- Appends an event for each share of `budget` that `cost` has carried the spend past: each once, as spend only grows.

@@ -7,7 +7,7 @@ import pytest
 
 from meshproxy.ledger.keyspace import ACCOUNTS
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted, Balance, BucketState, Grant, Granted, Spend
+from meshproxy.ledger.records import Admitted, Balance, BucketState, Grant, Granted, KeyUse, Spend
 from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
 
@@ -136,3 +136,32 @@ async def test_a_hundred_clients_stay_in_a_budget_and_a_bucket(server_store, ask
         asks = [ask(f"{fit}-{number}", key_id=f"k{fit}", **fields) for number in range(100)]
         answers = await asyncio.gather(*(ledger.admit(each) for each in asks))
         assert sum(isinstance(answer, Admitted) for answer in answers) == fit
+
+
+async def test_keys_are_told_with_what_they_spent_and_when(ledger, ask, settlement):
+    await ledger.grant("acme", 1000)
+    await ledger.admit(ask("h1"))
+    await ledger.settle(settlement("h1"))
+    used, unused = await ledger.key_spends("acme", ["k1", "k2"])
+    assert (used.spend, unused) == (Spend(60, 60, 60), KeyUse(Spend(), 0))
+    assert used.used_ms > 1_764_000_000_000
+    balance = await ledger.balance("acme", "k1")
+    assert (balance.spend, balance.used_ms, balance.account_spend) == (
+        Spend(60, 60, 60),
+        used.used_ms,
+        Spend(60, 60, 60),
+    )
+
+
+async def test_balances_of_many_accounts(ledger):
+    for number in range(3):
+        await ledger.grant(f"a{number}", number + 1)
+    assert [found.balance_nusd for found in await ledger.balances(["a0", "a2", "nobody"])] == [1, 3, 0]
+
+
+async def test_what_runs_is_told(ledger, ask, settlement):
+    await ledger.grant("acme", 1000)
+    for number, key in enumerate(("k1", "k1", "k2")):
+        await ledger.admit(ask(f"h{number}", key_id=key))
+    balance = await ledger.balance("acme", "k1")
+    assert (balance.key_running, balance.account_running) == (2, 3)
