@@ -143,6 +143,7 @@ class Worker:
         self.loops.keep("pulse", partial(self.live.pulse, lambda: self.settings), is_vital=True)
         self.loops.keep("journal", partial(self.journal.keep_replaying, self._charge), is_vital=True)
         self.loops.keep("loop-lag", partial(loop_lag.watch, self.metrics.event_loop_lag.labels().observe))
+        self.loops.keep("refusals", self.ledger.note_refusals)
         if instances is not None:
             self.loops.keep("instances", instances.beat)
 

@@ -70,6 +70,10 @@ class AccountKeys:
         """Hash: the aggregates of one hour, `2026-11-24T09`."""
         return f"{self.root}hour:{hour}"
 
+    def refused(self, hour: str) -> str:
+        """Hash: how many requests were refused in each minute of an hour, `2026-11-24T09`."""
+        return f"{self.root}refused:{hour}"
+
     def replay(self, key_id: str, digest: str) -> str:
         """Hash: one Idempotency-Key of a key, by its SHA-256: who owns it and how far the answer is."""
         return f"{self.root}replay:{key_id}:{digest}"

@@ -5,7 +5,9 @@ A denial is a value. What Redis does wrong arrives as the Store's Fault.
 """
 
 import asyncio
+import contextlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -26,12 +28,15 @@ from meshproxy.ledger.records import (
     Spend,
 )
 from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Argument, Store
+from meshproxy.ledger.store import Argument, Store, Unavailable
 from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
 
 USAGE_EVENTS_KEPT = 1_000_000
 MAX_GRANTS_READ = 1000
+MAX_REFUSED_ACCOUNTS = 4096  # whose refusals are counted in one second
+NOTE_REFUSALS_S = 1.0
+REFUSED_KEPT_S = 86_400
 BATCH_KEYS = 500  # asked for in one write
 MAX_KNOWN_ACCOUNTS = 4096  # whose keys are kept ready
 
@@ -67,6 +72,7 @@ class Ledger:
         self._grant = Script.load("grant")
         self._balance = Script.load("balance")
         self._known: dict[str, AccountKeys] = {}
+        self._refused: Counter[str] = Counter()  # by account, since they were last noted
 
     async def admit(self, ask: Ask) -> Admitted | Denied:
         """Hold credit for a request and debit its buckets, or say why not. Safe to repeat with the same hold id."""
@@ -91,6 +97,8 @@ class Ledger:
         buckets = _buckets(reply, 8, ask.key_limits, ask.account_limits)
         if reply[0] == _ADMITTED:
             return Admitted(ask, reply[1], reply[2], buckets)
+        if ask.account in self._refused or len(self._refused) < MAX_REFUSED_ACCOUNTS:
+            self._refused[ask.account] += 1
         return _denied(reply, buckets)
 
     async def renew(
@@ -221,6 +229,40 @@ class Ledger:
             *numbers[9:],
         )
 
+    async def note_refusals(self) -> None:
+        """Add the refusals of this process to those in Redis, each second, for the life of the worker. A refusal itself writes
+        nothing; what Redis can't take is not counted.
+        """
+        while True:
+            await asyncio.sleep(NOTE_REFUSALS_S)
+            refused, self._refused = self._refused, Counter()
+            minute = int(time.time()) // 60
+            for account, count in refused.items():
+                key = self._names(account).refused(_hour(minute // 60))
+                with contextlib.suppress(Unavailable):
+                    await asyncio.gather(
+                        self._store.execute("HINCRBY", key, minute % 60, count),
+                        self._store.execute("EXPIRE", key, REFUSED_KEPT_S),
+                    )
+
+    async def refusals(self, accounts: Sequence[str], minutes: int) -> list[int]:
+        """How many requests of accounts the ledger refused (402, 429) in the last minutes, in their order; a day is known."""
+        now = int(time.time()) // 60
+        first = now - min(minutes, REFUSED_KEPT_S // 60) + 1
+        hours = range(first // 60, now // 60 + 1)
+        found: list[int] = []
+        for at in range(0, len(accounts), BATCH_KEYS):
+            batch = [self._names(account) for account in accounts[at : at + BATCH_KEYS]]
+            replies = await asyncio.gather(
+                *(self._store.execute("HGETALL", names.refused(_hour(hour))) for names in batch for hour in hours)
+            )
+            for place in range(len(batch)):
+                of_account = replies[place * len(hours) : (place + 1) * len(hours)]
+                found.append(
+                    sum(_counts_since(first, hour, flat) for hour, flat in zip(hours, of_account, strict=True))
+                )
+        return found
+
     async def key_spends(self, account: str, key_ids: Sequence[str]) -> list[KeyUse]:
         """What keys of an account spent, and when each was last used, in their order: for a list of keys beside their budgets."""
         names = self._names(account)
@@ -275,6 +317,13 @@ def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
     if settlement.replay is not None:
         keys.append(settlement.replay)
     return keys
+
+
+def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:
+    """The sum of an hour's counts by minute, from minute `first` of the epoch on."""
+    return sum(
+        int(count) for minute, count in zip(flat[::2], flat[1::2], strict=True) if hour * 60 + int(minute) >= first
+    )
 
 
 def _rates(limits: Limits) -> tuple[int, int, int, int, int]:

@@ -43,8 +43,8 @@ CLOSED = {
     "phase": frozenset(PHASES),
     "op": _words(
         "admit settle renew balance grant append claim conclude beat put_template delete_template replace sizes erase"
-        " GET SET DEL EXISTS PEXPIRE PING TIME HDEL HGET HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE SADD SISMEMBER SMEMBERS"
-        " SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
+        " GET SET DEL EXISTS EXPIRE PEXPIRE PING TIME HDEL HGET HINCRBY HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE"
+        " SADD SISMEMBER SMEMBERS SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
     "kind": _words(
         "connection timeout overflow protocol closed noscript error"
@@ -55,7 +55,8 @@ CLOSED = {
     ),
     "usage_source": _words("reported estimated drained none"),
     "task": _words(
-        "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal instances loop-lag deadlines accept"
+        "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal refusals instances loop-lag"
+        " deadlines accept"
     ),
 }
 

@@ -10,6 +10,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Admitted, Balance, BucketState, Grant, Granted, KeyUse, Spend
 from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
+from tests.ledger.conftest import PATIENCE_S
 
 
 async def test_a_grant_adds_to_the_balance_and_says_so(ledger, read, keys):
@@ -165,3 +166,23 @@ async def test_what_runs_is_told(ledger, ask, settlement):
         await ledger.admit(ask(f"h{number}", key_id=key))
     balance = await ledger.balance("acme", "k1")
     assert (balance.key_running, balance.account_running) == (2, 3)
+
+
+async def test_refusals_are_counted_by_account(ledger, ask, monkeypatch):
+    monkeypatch.setattr("meshproxy.ledger.ledger.NOTE_REFUSALS_S", 0)
+    for account in ("acme", "acme", "beta"):
+        await ledger.admit(ask(account=account))
+    noting = asyncio.create_task(ledger.note_refusals())
+    async with asyncio.timeout(PATIENCE_S):
+        while await ledger.refusals(["acme", "nobody", "beta"], 5) != [2, 0, 1]:
+            await asyncio.sleep(0)
+    noting.cancel()
+
+
+async def test_refusals_of_long_ago_are_not_counted(ledger, store, keys, monkeypatch):
+    now = 1_764_000_000 // 3600 * 3600 + 120  # two minutes past an hour
+    monkeypatch.setattr("meshproxy.ledger.ledger.time.time", lambda: now)
+    for hour, minute, count in ((0, 2, 1), (0, 0, 2), (-1, 59, 4), (-1, 57, 8)):
+        name = f"{datetime.fromtimestamp(now + hour * 3600, UTC):%Y-%m-%dT%H}"
+        await store.execute("HSET", keys.refused(name), minute, count)
+    assert [await ledger.refusals(["acme"], minutes) for minutes in (1, 3, 4, 60)] == [[1], [3], [7], [15]]
