@@ -64,6 +64,7 @@ class Attempts:
             try:
                 return await self._attempt(exchange, trial, attempt, plan, deployment)
             except UpstreamFault as fault:
+                exchange.is_at_work = False
                 trial.failed(fault)
                 self._note(exchange, attempt, fault)
                 failures.append(fault)
@@ -119,7 +120,7 @@ class Attempts:
         if exchange.attempts == 1:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
         left_s = exchange.call.deadline - exchange.sent_at
-        asked = provider.post(CHAT_PATH, exchange.call.forward, body)
+        asked = provider.post(CHAT_PATH, exchange.call.forward, body, exchange.sent)
         response = await (asked if left_s > _patience_s(attempt, deployment) else within(left_s, asked))
         exchange.response = response
         streamed = plan.request.stream

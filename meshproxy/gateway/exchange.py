@@ -23,7 +23,8 @@ class Exchange:
     """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it
     goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours; `response`: the last
     provider's, whose head has come; `refused_by`: the bucket, budget or bound that refused it; `failure`: what broke off an
-    answer that had begun; `refused`: the numbers of its report that can't be true; `price`: what counted in the cost;
+    answer that had begun; `is_at_work`: a provider was sent all of the request and hasn't failed; `refused`: the numbers of
+    its report that can't be true; `price`: what counted in the cost;
     `asked`: the attempt as it was made, where `attempt` is by now the fallback of the provider's own that served;
     `unlisted_model`: what the provider says it served, which is none of those that it was asked for.
     """
@@ -42,6 +43,7 @@ class Exchange:
     failure: UpstreamFault | None = None
     detached = False
     complete = False
+    is_at_work = False
     recording: Recording | None = None
     room: Room | None = None
     status = 0
@@ -73,8 +75,13 @@ class Exchange:
         """Return a problem as the client may hear of it: without our keys, should the provider's words repeat one."""
         return without_secrets(problem, self.secrets)
 
+    def sent(self) -> None:
+        """Note that a provider was sent all of the request, and so may bill its prompt."""
+        self.is_at_work = True
+
     def failed(self, fault: UpstreamFault) -> None:
         """Note what broke off an answer that had begun."""
+        self.is_at_work = False
         fault.problem = self.told(fault.problem)
         fault.words = concealed(fault.words, self.secrets)
         self.failure = fault

@@ -25,7 +25,7 @@ from meshproxy.gateway.live import Live
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.relay import Relay
 from meshproxy.gateway.resolve import Plan, resolve
-from meshproxy.gateway.settlement import Settler, bill
+from meshproxy.gateway.settlement import Settler, bill, bill_prompt
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
@@ -129,6 +129,8 @@ class Gateway:
 
     def _close(self, exchange: Exchange) -> None:
         """The end of every request: settle, then count and log."""
+        if exchange.outcome == "client_disconnected" and exchange.is_at_work and exchange.usage_source == "none":
+            bill_prompt(exchange)
         self._attempts.conclude(exchange)
         if exchange.recording is not None:
             self._live.recordings.discard(exchange.recording)

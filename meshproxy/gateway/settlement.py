@@ -64,6 +64,17 @@ def bill(
     exchange.unlisted_model = served_model if len(candidates) > 1 else None
 
 
+def bill_prompt(exchange: Exchange) -> None:
+    """Write down the prompt of a request whose client hung up before anything was known: its provider, which has it and may
+    have worked on it, bills that at least.
+    """
+    plan, attempt = exchange.plan, exchange.attempt
+    if plan is None or attempt is None:
+        return
+    exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens), "estimated"
+    _charge(exchange, (attempt,), None, None)
+
+
 def _charge(exchange: Exchange, candidates: Sequence[Attempt], tier: str | None, told_usd: Decimal | None) -> None:
     """Write down what the usage costs, at the dearest of the models that may have served: in the service tier that the provider
     says it has served, else in the one that was asked for.

@@ -5,7 +5,7 @@ Nothing is repeated once a byte of it was written: a completion that may have ru
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from meshproxy import config
 from meshproxy.config import plain
@@ -57,8 +57,11 @@ class Provider:
         dialer = Dialer(self._address, settings.connect_timeout_s, ssl_context)
         self._pool = Pool(dialer.dial, patience, limit=settings.max_connections, wait_s=settings.connect_timeout_s)
 
-    async def post(self, path: str, headers: Sequence[tuple[str, str]], body: bytes) -> Response:
-        """Send one request and wait for the head of its answer, whatever its status. `path` goes after the base URL's own.
+    async def post(
+        self, path: str, headers: Sequence[tuple[str, str]], body: bytes, on_sent: Callable[[], None] | None = None
+    ) -> Response:
+        """Send one request and wait for the head of its answer, whatever its status. `path` goes after the base URL's own;
+        `on_sent` is called when the request was written.
 
         UpstreamFault if no answer came; Fault of the client for headers that can't be sent. If the awaiting task is
         cancelled the connection is closed at once.
@@ -72,6 +75,8 @@ class Provider:
             answer = connection.send(request)
         if connection is None or answer is None:
             raise faults.unreachable(ConnectionResetError())
+        if on_sent is not None:
+            on_sent()
         try:
             return await answer
         except asyncio.CancelledError:

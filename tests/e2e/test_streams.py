@@ -16,6 +16,7 @@ from meshproxy.policy.principal import Limits
 from tests.conftest import HELLO, PRICE, model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000  # what the simulator reports of HELLO and eight tokens
+PROMPT_NUSD = 18 * 2_500  # the estimate of HELLO
 HELD_NUSD = 18 * 2_500 + 256 * 10_000  # the estimate of HELLO, and a slice of output
 SEED = 7
 HARMLESS = ("burst", "split", "crlf", "comments", "ids", "bom", "eof-delimited", "content-length-stream", "usage-every")
@@ -211,15 +212,38 @@ async def test_a_client_that_hangs_up_stops_the_provider_at_once(mesh):
     assert "client_disconnected" == mesh.log.lines[-1]["outcome"]
 
 
-async def test_a_client_that_hangs_up_before_the_answer_pays_nothing(mesh):
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("trait", ["stall-head", "stall"])
+async def test_a_client_that_hangs_up_before_the_answer_pays_its_prompt(mesh, trait, stream):
     caller = await mesh.key()
-    task = asyncio.create_task(mesh.stream(caller, model="sim/stall-head"))
+    task = asyncio.create_task(mesh.chat(caller, model=f"sim/{trait}", stream=stream))
     await mesh.until(lambda: len(mesh.received) == 1)
     task.cancel()
     (entry,) = mesh.received
     await mesh.until(lambda: entry.ended == "client_closed")
     settled = await mesh.settlement(caller)
-    assert ("client_disconnected", "none", "0") == (settled["outcome"], settled["usage_source"], settled["cost_nusd"])
+    assert ("client_disconnected", "estimated") == (settled["outcome"], settled["usage_source"])
+    assert ("18", "0", str(PROMPT_NUSD)) == (
+        settled["prompt_tokens"],
+        settled["completion_tokens"],
+        settled["cost_nusd"],
+    )
+
+
+async def test_a_client_that_hangs_up_before_its_request_is_sent_pays_nothing(start_mesh):
+    """The provider's port takes connections and says nothing of TLS."""
+    silent = await asyncio.start_server(lambda reader, _: reader.read(), "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    mesh = await start_mesh(
+        upstreams={"far": {"kind": "openai", "base_url": f"https://127.0.0.1:{port}/v1"}},
+        models={"far": model("far", "m")},
+    )
+    caller = await mesh.key()
+    task = asyncio.create_task(mesh.chat(caller, model="far"))
+    await mesh.until(lambda: bool(mesh.worker.live.leases))
+    task.cancel()
+    assert ("none", "0") == itemgetter("usage_source", "cost_nusd")(await mesh.settlement(caller))
+    silent.close()
 
 
 async def test_a_client_that_does_not_read_holds_the_provider_back_and_may_then_be_gone(start_mesh):

@@ -9,6 +9,7 @@ from tests.faults.conftest import PATIENCE_S, SHORT_S
 from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING, length_in
 from tests.faults.table import GENTLE, Outcome
 
+PROMPT_NUSD = 45_000  # the estimate of its 18 tokens
 FULL_NUSD = 255_000  # 6 tokens of prompt and 24 of output
 
 
@@ -90,7 +91,7 @@ def line_of(line):
 
 
 def charge_of(cost_nusd):
-    return {0: "nothing", FULL_NUSD: "all"}.get(cost_nusd, "a part")
+    return {0: "nothing", PROMPT_NUSD: "the prompt", FULL_NUSD: "all"}.get(cost_nusd, "a part")
 
 
 def heard(got):

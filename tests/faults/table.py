@@ -28,7 +28,7 @@ OUTCOMES = {
     "unheard": Outcome("broken", ("completed", 200, "reported"), "settled", "all"),
     "no request": Outcome("broken", None, "", "nothing"),
     "gone": Outcome("broken", ("client_disconnected", 0, "none"), "", "nothing"),
-    "gone, held": Outcome("broken", ("client_disconnected", 0, "none"), "settled", "nothing"),
+    "gone, held": Outcome("broken", ("client_disconnected", 0, "estimated"), "settled", "the prompt"),
     "gone, abandoned": Outcome("broken", ("client_disconnected", 0, "none"), "abandoned", "nothing"),
     "kept": Outcome("broken", ("client_disconnected", 200, "drained"), "settled", "all"),
     "gone midway": Outcome("broken", ("client_disconnected", 200, "estimated"), "settled", "a part"),
