@@ -26,6 +26,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _CREDIT_REASONS = _words("insufficient_credits spend_limit mid_stream")
+_REFUSAL_REASONS = _words("negative no_number over_window cost")
 
 CLOSED = {
     "route": _words(
@@ -39,7 +40,7 @@ CLOSED = {
         "key_requests key_tokens account_requests account_tokens key_requests_per_day account_requests_per_day"
         " key_parallel_requests account_parallel_requests"
     ),
-    "reason": _CREDIT_REASONS | _words("negative no_number over_window cost"),
+    "reason": _CREDIT_REASONS | _REFUSAL_REASONS,
     "phase": frozenset(PHASES),
     "op": _words(
         "admit settle renew balance grant append claim conclude beat put_template delete_template replace sizes erase"
@@ -184,6 +185,8 @@ USAGE_REFUSED = _counter(
     "meshproxy_usage_refused_total",
     "Reports of usage with numbers that can't be true, by upstream and what is wrong with them.",
     ("upstream", "reason"),
+    preset=True,
+    only=_REFUSAL_REASONS,
 )
 TASK_FAILURES = _counter(
     "meshproxy_task_failures_total", "Background tasks that raised, by name.", ("task",), preset=True
