@@ -186,8 +186,8 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     base_url: BaseUrl
     api_key: Secret | None = None
     connect_timeout_s: Seconds = 5
-    first_byte_timeout_s: Seconds = 60
-    idle_timeout_s: Seconds = 60
+    first_byte_timeout_s: Seconds = 600
+    idle_timeout_s: Seconds = 300
     cap_field: Literal["max_completion_tokens", "max_tokens"] | None = None
     stream_usage: bool = True
     on_disconnect: Literal["cancel", "drain"] = "cancel"

@@ -6,24 +6,28 @@ again unless the provider itself said that it failed. A stream that died before 
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from meshproxy.errors import Fault, Source, UpstreamFault, gateway_timeout, upstream_error
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.first_event import first_event
+from meshproxy.gateway.first_event import beginning, first_bytes, first_event
 from meshproxy.gateway.health import Health, Trial
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
 from meshproxy.policy.budget import RetryBudget
 from meshproxy.policy.catalog import Attempt
-from meshproxy.policy.failover import after_status, foremost
+from meshproxy.policy.failover import after_event, after_status, foremost
 from meshproxy.upstream.response import Response
+from meshproxy.wire.convert import as_stream, form_of
 from meshproxy.wire.replies import concealed, without_secrets
+from meshproxy.wire.usage import decode_reply
 
 Result = TypeVar("Result")
 
+PULSE_S = 1.0  # by which a ping may be late, with some to spare (Live)
 CHAT_PATH = "/chat/completions"
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
 
@@ -45,6 +49,7 @@ class Attempts:
         """The first response that is an answer: 200, and an event stream where one was asked for. Otherwise the Fault of the
         attempt that matters most. `conclude` the exchange when the answer is over.
         """
+        exchange.deadline = _deadline(exchange, plan, deployment)
         self._budget.deposit(self._clock())
         failures: list[UpstreamFault] = []
         refused_by: set[str] = set()  # models that aren't asked again, whoever serves them
@@ -90,6 +95,8 @@ class Attempts:
             trial.abandoned()
         elif exchange.outcome == "completed":
             trial.succeeded()
+        elif exchange.failure is not None and exchange.failure.unreadable:
+            trial.abandoned()
         elif exchange.outcome == "upstream_failed" or (
             exchange.outcome == "failed" and exchange.code in UPSTREAM_FAILED
         ):
@@ -99,8 +106,8 @@ class Attempts:
 
     def _raise_if_late(self, exchange: Exchange, failures: list[UpstreamFault]) -> None:
         """No attempt begins after the client's deadline."""
-        if self._clock() >= exchange.call.deadline:
-            raise _too_late(may_have_run=any(failure.problem.may_have_run for failure in failures))
+        if self._clock() >= exchange.deadline:
+            raise too_late(may_have_run=any(failure.problem.may_have_run for failure in failures))
 
     def _note(self, exchange: Exchange, attempt: Attempt, fault: UpstreamFault) -> None:
         """Count and log an attempt that failed. From here on nothing of it names a secret."""
@@ -119,15 +126,18 @@ class Attempts:
         exchange.sent_at = self._clock()
         if exchange.attempts == 1:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
-        left_s = exchange.call.deadline - exchange.sent_at
+        left_s = exchange.deadline - exchange.sent_at
+        if exchange.detachable and not plan.request.stream:
+            left_s = math.inf  # the client is told in time, and the answer is still read: see Detacher
         asked = provider.post(CHAT_PATH, exchange.call.forward, body, exchange.sent)
         response = await (asked if left_s > _patience_s(attempt, deployment) else within(left_s, asked))
         exchange.response = response
         streamed = plan.request.stream
         try:
-            await self._accept(response, streamed=streamed)
+            if response.status != 200:
+                raise await self._refusal(response)
             if streamed:
-                await first_event(response, self._hold_s(exchange, deployment), self._clock)
+                response = await self._stream_of(response, self._hold_s(exchange, deployment))
         except BaseException:
             response.close()
             raise
@@ -140,26 +150,60 @@ class Attempts:
         async with self._building:
             return await asyncio.to_thread(plan.body_for, attempt)
 
-    async def _accept(self, response: Response, *, streamed: bool) -> None:
-        """Return if this is an answer; else an UpstreamFault says what the client hears and whether another may be asked."""
-        if response.status != 200:
-            verdict = after_status(
-                response.status,
-                await response.read(),
-                response.header("retry-after"),
-                retry_after_ms=response.header("retry-after-ms"),
-                content_type=response.header("content-type"),
-                now=self._wall_clock(),
-            )
-            raise verdict.fault(response.status)
-        if streamed and not _is_event_stream(response):
+    async def _refusal(self, response: Response) -> UpstreamFault:
+        """What the client hears of an answer that is none, and whether another may be asked."""
+        verdict = after_status(
+            response.status,
+            await response.read(),
+            response.header("retry-after"),
+            retry_after_ms=response.header("retry-after-ms"),
+            content_type=response.header("content-type"),
+            now=self._wall_clock(),
+        )
+        return verdict.fault(response.status)
+
+    async def _stream_of(self, response: Response, hold_s: float) -> Response:
+        """The response as an event stream, of which the first event has come or was waited for long enough. What it is its first
+        bytes say: labels are wrong more often (docs/providers.md).
+        """
+        is_labelled = _is_labelled(response)
+        if not is_labelled:
+            await first_bytes(response)
+        form = form_of(beginning(response))
+        if form == "other" and not is_labelled:
             problem = upstream_error("The provider answered a stream with something else.", may_have_run=True)
-            raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
+            raise UpstreamFault(problem, safe_to_repeat=False, answered=200, unreadable=True)
+        if form == "json":
+            return await _converted(response)
+        try:
+            await first_event(response, hold_s, self._clock)
+        except UpstreamFault:
+            if form_of(beginning(response)) != "json":
+                raise
+            return await _converted(response)
+        return response
 
     def _hold_s(self, exchange: Exchange, deployment: Deployment) -> float:
         """How long the client's head may wait for the first event: not past its first ping, nor its patience."""
         server = deployment.settings.server
-        return min(server.first_event_hold_s, server.heartbeat_s, exchange.call.deadline - self._clock())
+        return min(server.first_event_hold_s, server.heartbeat_s, exchange.deadline - self._clock())
+
+
+def outlives(plan: Plan, deployment: Deployment) -> bool:
+    """Whether hanging up may leave the provider at work, and its bill growing."""
+    draining = deployment.draining
+    return bool(draining) and any(attempt.upstream in draining for attempt in plan.attempts)
+
+
+def _deadline(exchange: Exchange, plan: Plan, deployment: Deployment) -> float:
+    """When an answer must have begun: by the request's own deadline, and while its client waits. A client's patience is with
+    silence (httpx's read timeout), and a stream that gets pings in time isn't silent.
+    """
+    call = exchange.call
+    gets_pings = (
+        plan.request.stream and deployment.settings.server.heartbeat_s + PULSE_S < call.deadline - call.received_at
+    )
+    return exchange.deadline if gets_pings else min(exchange.deadline, call.deadline)
 
 
 def _patience_s(attempt: Attempt, deployment: Deployment) -> float:
@@ -176,10 +220,11 @@ async def within(left_s: float, answering: Coroutine[None, None, Result]) -> Res
         async with asyncio.timeout(left_s):
             return await answering
     except TimeoutError as error:
-        raise _too_late(may_have_run=True) from error
+        raise too_late(may_have_run=True) from error
 
 
-def _too_late(*, may_have_run: bool) -> Fault:
+def too_late(*, may_have_run: bool) -> Fault:
+    """504: the client's time is over, which is no provider's fault."""
     message = "The time that the client gives an answer is over."
     return Fault(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
 
@@ -189,8 +234,17 @@ def _may_go_on(fault: UpstreamFault, *, streamed: bool) -> bool:
     return fault.safe_to_repeat or (streamed and fault.answered is None)
 
 
-def _is_event_stream(response: Response) -> bool:
+def _is_labelled(response: Response) -> bool:
     return (response.header("content-type") or "").partition(";")[0].strip().lower() == "text/event-stream"
+
+
+async def _converted(response: Response) -> Response:
+    """A whole answer in the place of a stream, as the stream that it would have been."""
+    body = await response.read()
+    reply = decode_reply(body)
+    if reply.error:
+        raise after_event(reply.error, otherwise="The provider failed.")
+    return Response.whole(200, response.headers, as_stream(body))
 
 
 def _label(fault: UpstreamFault) -> str:

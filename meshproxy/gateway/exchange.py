@@ -1,11 +1,11 @@
 """The record of one request from arrival to log line: each phase writes down what it learned, the last one reads it all."""
 
+import math
 from collections.abc import Sequence
-
-from msgspec.structs import replace
 
 from meshproxy.errors import Problem, UpstreamFault
 from meshproxy.gateway.call import Call, Room
+from meshproxy.gateway.first_event import Opening
 from meshproxy.gateway.health import Trial
 from meshproxy.gateway.idempotent import Recording
 from meshproxy.gateway.lease import Lease
@@ -20,12 +20,14 @@ from meshproxy.wire.usage import Refusal, Usage
 
 
 class Exchange:
-    """One request. Times are monotonic seconds, 0.0 while they haven't come. `detached`: its client has gone, and it
-    goes on; `complete`: the whole answer was got; `secrets`: what the upstream at work knows of ours; `response`: the last
-    provider's, whose head has come; `refused_by`: the bucket, budget or bound that refused it; `failure`: what broke off an
-    answer that had begun; `is_at_work`: a provider was sent all of the request and hasn't failed; `refused`: the numbers of
-    its report that can't be true; `price`: what counted in the cost;
-    `asked`: the attempt as it was made, where `attempt` is by now the fallback of the provider's own that served;
+    """One request. Times are monotonic seconds, 0.0 while they haven't come. `detachable`: it can go on without its client;
+    `detached`: its client has gone, and it goes on; `complete`: the whole answer was got; `secrets`: what the upstream at
+    work knows of ours; `response`: the last provider's, whose head has come; `refused_by`: the bucket, budget or bound that
+    refused it; `failure`: what broke off an answer that had begun; `is_at_work`: a provider was sent all of the
+    request and hasn't failed; `opening`: a stream's client before an answer;
+    `deadline`: when an answer must have begun; `refused`: the numbers of its report that can't be true; `price`: what
+    counted in the cost; `asked`: the attempt as it was made, where
+    `attempt` is by now the fallback of the provider's own that served;
     `unlisted_model`: what the provider says it served, which is none of those that it was asked for.
     """
 
@@ -41,6 +43,9 @@ class Exchange:
     response: Response | None = None
     refused_by: str | None = None
     failure: UpstreamFault | None = None
+    opening: Opening | None = None
+    deadline = math.inf
+    detachable = False
     detached = False
     complete = False
     is_at_work = False
@@ -67,9 +72,8 @@ class Exchange:
         self.hold_id = hold_id
 
     def keep_within(self, timeout_s: float) -> None:
-        """Give the request a deadline of its own, so many seconds after it came, unless it has an earlier one."""
-        deadline = min(self.call.deadline, self.call.received_at + timeout_s)
-        self.call = replace(self.call, deadline=deadline)
+        """Give the request a deadline of its own, so many seconds after it came."""
+        self.deadline = min(self.deadline, self.call.received_at + timeout_s)
 
     def told(self, problem: Problem) -> Problem:
         """Return a problem as the client may hear of it: without our keys, should the provider's words repeat one."""

@@ -4,12 +4,17 @@ nothing can still be asked for elsewhere, or be refused with an honest status.
 
 from collections.abc import Callable
 
-from meshproxy.errors import UpstreamFault, upstream_error
+from meshproxy.errors import Problem, UpstreamFault, upstream_error
+from meshproxy.gateway.call import Downstream, Headers
 from meshproxy.policy.failover import after_event
 from meshproxy.upstream.response import Response
-from meshproxy.wire.sse import StreamScanner
+from meshproxy.wire.convert import LOOK_BYTES as FORM_BYTES
+from meshproxy.wire.convert import form_of
+from meshproxy.wire.replies import error_event
+from meshproxy.wire.sse import PING, StreamScanner
 
 LOOK_BYTES = 2048  # of one look for an event
+LONG_S = 3600.0  # longer than any idle_timeout_s that makes sense; then it is looked again
 
 
 async def first_event(response: Response, hold_s: float, clock: Callable[[], float]) -> None:
@@ -32,6 +37,62 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
         if scanner.events or scanner.done or left_s <= 0:
             return
         await response.hear(left_s)
+
+
+class Opening:
+    """A stream's client until a provider's answer begins. From `heartbeat_s` of silence on it gets its head and pings; what goes
+    wrong after that is told in an error event. `headers` gives those of the moment; `on_begin` is called with the early head.
+    """
+
+    __slots__ = ("_clock", "_downstream", "_headers", "_on_begin", "_written_at", "begun", "waits")
+
+    def __init__(
+        self,
+        downstream: Downstream,
+        headers: Callable[[], Headers],
+        on_begin: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.begun = False
+        self.waits = True  # no answer has begun
+        self._downstream = downstream
+        self._headers = headers
+        self._on_begin = on_begin
+        self._clock = clock
+        self._written_at = clock()
+
+    def look_after(self, now: float, heartbeat_s: float) -> None:
+        """Ping the client if it has heard nothing for too long."""
+        if not self.waits or now - self._written_at < heartbeat_s or self._downstream.congested():
+            return
+        if not self.begun:
+            self.begun = True
+            self._downstream.begin(self._headers())
+            self._on_begin()
+        self._downstream.write(PING)
+        self._written_at = now
+
+    def end(self, problem: Problem, request_id: str) -> None:
+        """End a stream that has begun and to which no answer came."""
+        self.waits = False
+        self._downstream.write(error_event(problem, request_id))
+        self._downstream.finish()
+
+
+def beginning(response: Response) -> bytes:
+    """The first bytes of a body, as far as they have come."""
+    found = b""
+    for payload in response.early():
+        found += payload[:FORM_BYTES]
+        if len(found) >= FORM_BYTES:
+            break
+    return found
+
+
+async def first_bytes(response: Response) -> None:
+    """Return when enough of a body has come to tell its form, or when it is over. The connection's patience bounds the wait."""
+    while response.goes_on and form_of(beginning(response)) is None:
+        await response.hear(LONG_S)
 
 
 def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:

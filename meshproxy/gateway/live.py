@@ -7,6 +7,7 @@ import structlog
 
 from meshproxy.config import Settings
 from meshproxy.errors import Fault
+from meshproxy.gateway.first_event import Opening
 from meshproxy.gateway.idempotent import Recording
 from meshproxy.gateway.lease import Lease
 from meshproxy.gateway.relay import Relay
@@ -18,12 +19,13 @@ _log = structlog.get_logger("meshproxy.gateway")
 
 
 class Live:
-    """The leases, relays and recordings of this worker. Nothing here costs a timer a request."""
+    """The leases, openings, relays and recordings of this worker. Nothing here costs a timer a request."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._kept_at = clock()  # survives a pulse that raises: or no hold would be kept while one relay makes trouble
         self.leases: set[Lease] = set()
+        self.openings: set[Opening] = set()
         self.relays: set[Relay] = set()
         self.recordings: set[Recording] = set()
 
@@ -45,7 +47,8 @@ class Live:
     def _look_after_relays(self, now: float, heartbeat_s: float) -> Exception | None:
         """Look after each; what one of them raised."""
         trouble: Exception | None = None
-        for relay in tuple(self.relays):
+        silent: tuple[Opening | Relay, ...] = (*self.openings, *self.relays)
+        for relay in silent:
             try:
                 relay.look_after(now, heartbeat_s)
             except Exception as error:  # noqa: BLE001 - the pulse is supervised, and raises it

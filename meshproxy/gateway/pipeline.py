@@ -9,15 +9,25 @@ import contextlib
 import itertools
 from collections.abc import Callable
 
-from meshproxy.errors import Fault, Problem, Source, UpstreamFault, internal_error, invalid_api_version, overloaded
+from meshproxy.errors import (
+    Fault,
+    Problem,
+    Source,
+    UpstreamFault,
+    internal_error,
+    invalid_api_version,
+    overloaded,
+    upstream_error,
+)
 from meshproxy.gateway.admission import limit_headers, refused
 from meshproxy.gateway.admitter import Admitter
-from meshproxy.gateway.attempts import Attempts, within
+from meshproxy.gateway.attempts import Attempts, outlives, within
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.call import LARGE_BYTES, Bodies, Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
+from meshproxy.gateway.first_event import Opening
 from meshproxy.gateway.health import Health
 from meshproxy.gateway.idempotent import MAX_WAITING, Idempotence, Recording
 from meshproxy.gateway.lease import Lease
@@ -31,16 +41,18 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Denied
 from meshproxy.money import format_usd
-from meshproxy.policy.failover import after_event
+from meshproxy.policy.failover import after_event, in_stream
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
+from meshproxy.wire.convert import LOOK_BYTES, as_whole, form_of
 from meshproxy.wire.headers import API_VERSIONS, downstream_headers
 from meshproxy.wire.output import answer_tokens, audio_format
 from meshproxy.wire.sse import StreamScanner
 from meshproxy.wire.usage import decode_reply
 
 GOING = "The gateway is shutting down."
+JSON_HEADERS: Headers = [("content-type", "application/json")]
 STREAM_HEADERS: Headers = [
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-cache"),
@@ -88,7 +100,7 @@ class Gateway:
         self._attempts = Attempts(self.health, recorder, clock, wall_clock)
         self._boot_id = boot_id
         self._count = itertools.count(1)
-        self._detacher = Detacher(tasks, self._close)
+        self._detacher = Detacher(tasks, self._close, clock)
 
     async def chat(self, call: Call, downstream: Downstream) -> Reply | None:
         """Serve one chat completion. None: the answer was streamed to `downstream`."""
@@ -109,7 +121,7 @@ class Gateway:
             return self._refuse(exchange, fault.problem)
         except asyncio.CancelledError:
             exchange.outcome = "shutdown" if self._shut_down else "client_disconnected"
-            if self._shut_down and exchange.phase != "stream":
+            if self._shut_down and (exchange.phase != "stream" or _waits(exchange)):
                 return self._refuse(exchange, overloaded(GOING, may_have_run=exchange.attempts > 0))
             raise
         except Exception as error:  # noqa: BLE001 - the one place: whatever else goes wrong is ours, and the client is told
@@ -140,7 +152,7 @@ class Gateway:
         if exchange.room is not None:
             exchange.room.leave()
 
-    def _shed(self, exchange: Exchange) -> Reply:
+    def _shed(self, exchange: Exchange) -> Reply | None:
         exchange.refused_by = "max_in_flight"
         reply = self._refuse(exchange, overloaded("This instance has too many requests in flight."))
         self._recorder.shed(exchange)
@@ -196,7 +208,7 @@ class Gateway:
             await exchange.room.take(len(body) + plan.prompt.template_bytes)
         self._recorder.enter(exchange, "attempt")
         work = self._respond(exchange, plan, lease, deployment, downstream)
-        if exchange.recording is not None or _outlives(plan, deployment):
+        if exchange.recording is not None or outlives(plan, deployment):
             return await self._detacher.run(exchange, work)
         return await work
 
@@ -206,10 +218,11 @@ class Gateway:
         """Everything behind admission; its hold is kept alive meanwhile."""
         self._live.leases.add(lease)
         try:
-            response = await self._attempts.first_answer(exchange, plan, deployment)
             if plan.request.stream:
+                response = await self._first_answer(exchange, plan, deployment, downstream)
                 await self._relay(exchange, plan, response, lease, deployment, downstream)
                 return None
+            response = await self._attempts.first_answer(exchange, plan, deployment)
             reply = await self._answer(exchange, plan, response)
             if exchange.recording is not None:
                 exchange.recording.reply(reply)
@@ -218,13 +231,34 @@ class Gateway:
             self._live.leases.discard(lease)
             lease.end()
 
-    async def _answer(self, exchange: Exchange, plan: Plan, response: Response) -> Reply:
-        """Pass a whole answer on, its bytes unchanged."""
+    async def _first_answer(
+        self, exchange: Exchange, plan: Plan, deployment: Deployment, downstream: Downstream
+    ) -> Response:
+        """The answer that a stream is made of, whose client gets pings while it has to wait for it."""
+        opening = exchange.opening = Opening(
+            downstream,
+            lambda: [*STREAM_HEADERS, *self._told(exchange)],
+            lambda: self._recorder.enter(exchange, "stream"),
+            self._clock,
+        )
+        self._live.openings.add(opening)
         try:
-            reading = response.read()
-            in_time = exchange.call.deadline - self._clock()
-            body = await (reading if plan.request.timeout_s is None else within(in_time, reading))
+            response = await self._attempts.first_answer(exchange, plan, deployment)
+            opening.waits = False
+            return response
+        finally:
+            self._live.openings.discard(opening)
+
+    async def _answer(self, exchange: Exchange, plan: Plan, response: Response) -> Reply:
+        """Pass a whole answer on, its bytes unchanged unless it came as an event stream."""
+        try:
+            if plan.request.timeout_s is None or exchange.detachable:
+                body = await response.read()
+            else:
+                body = await within(exchange.deadline - self._clock(), response.read())
             read_at = self._clock()
+            if body[:1] != b"{" and form_of(body[:LOOK_BYTES]) == "stream":
+                body = _assembled(body)
             reply = decode_reply(body)
             if reply.error:
                 raise after_event(reply.error, otherwise="The provider failed.")
@@ -236,7 +270,7 @@ class Gateway:
         exchange.outcome = "completed"
         exchange.complete = True
         headers = [
-            *downstream_headers(response.headers),
+            *_json_headers(response),
             *self._told(exchange),
             ("x-mesh-cost", format_usd(exchange.cost_nusd)),
         ]
@@ -262,10 +296,11 @@ class Gateway:
         relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
         lease.watch(relay.renewed)
         exchange.status = 200
-        self._recorder.enter(exchange, "stream")
-        downstream.begin(
-            [*downstream_headers(response.headers, without=STREAM_HEADERS), *STREAM_HEADERS, *self._told(exchange)]
-        )
+        if exchange.opening is None or not exchange.opening.begun:
+            self._recorder.enter(exchange, "stream")
+            downstream.begin(
+                [*downstream_headers(response.headers, without=STREAM_HEADERS), *STREAM_HEADERS, *self._told(exchange)]
+            )
         self._live.relays.add(relay)
         try:
             await relay.run()
@@ -285,18 +320,41 @@ class Gateway:
             *_clamp_of(exchange),
         ]
 
-    def _refuse(self, exchange: Exchange, problem: Problem, headers: Headers | None = None) -> Reply:
-        exchange.status = problem.status
+    def _refuse(self, exchange: Exchange, problem: Problem, headers: Headers | None = None) -> Reply | None:
+        """Tell the client of a problem: in a reply, or in an event where a stream's head is out."""
         exchange.code = problem.code
-        return refusal(
-            exchange.told(problem), exchange.call.request_id, _limits_of(exchange) if headers is None else headers
-        )
+        request_id, told = exchange.call.request_id, exchange.told(problem)
+        opening = exchange.opening
+        if opening is not None and opening.begun and opening.waits:
+            exchange.status = 200
+            opening.end(told, request_id)
+            return None
+        exchange.status = problem.status
+        return refusal(told, request_id, _limits_of(exchange) if headers is None else headers)
 
 
-def _outlives(plan: Plan, deployment: Deployment) -> bool:
-    """Whether hanging up may leave the provider at work, and its bill growing."""
-    draining = deployment.draining
-    return bool(draining) and any(attempt.upstream in draining for attempt in plan.attempts)
+def _waits(exchange: Exchange) -> bool:
+    """Whether a stream's client has got its head, and waits for an answer to begin."""
+    return exchange.opening is not None and exchange.opening.waits
+
+
+def _assembled(stream: bytes) -> bytes:
+    """A whole answer from an event stream in its place; UpstreamFault if that failed or broke off."""
+    body, error, is_finished = as_whole(stream)
+    if error is not None:
+        raise in_stream(error)
+    if not is_finished:
+        problem = upstream_error("The provider ended the stream early.", may_have_run=True)
+        raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
+    return body
+
+
+def _json_headers(response: Response) -> Headers:
+    """The provider's headers for a whole answer, which is JSON whatever they say."""
+    content_type = response.header("content-type") or ""
+    if content_type == "application/json" or "json" in content_type.lower():
+        return downstream_headers(response.headers)
+    return [*downstream_headers(response.headers, without=JSON_HEADERS), *JSON_HEADERS]
 
 
 def _route_of(exchange: Exchange) -> Headers:

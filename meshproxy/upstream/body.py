@@ -5,15 +5,20 @@ them. A payload is passed on as it comes: nothing is gathered but an unfinished 
 """
 
 import re
+import zlib
 from enum import IntEnum
 from typing import Final
 
-from meshproxy.upstream.faults import malformed
+from meshproxy.upstream.faults import malformed, unreadable
 from meshproxy.wire.head import field_lines
 
 MAX_CHUNK_LINE_BYTES = 4096
 MAX_EXTENSION_BYTES = 65_536  # of one body, all chunks together: extensions carry nothing that we read
 MAX_TRAILER_BYTES = 16_384
+# What one read of a compressed body may grow to: as much as the largest event. Deflate reaches 1032:1 (zlib.net, "Technical
+# Details"), and 64 KiB are a usual read.
+MAX_INFLATED_BYTES = 16_777_216
+INFLATED: Final = frozenset({"gzip", "x-gzip", "deflate"})  # RFC 9110 section 8.4.1
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # RFC 9110 section 5.6.2
 FIELD_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+"  # field-content and the spaces around it, section 5.5
@@ -32,11 +37,10 @@ class Body:
     of the connection ends it.
     """
 
-    __slots__ = ("done", "surplus", "whole")
-    until_eof = False
+    __slots__ = ("done", "surplus", "until_eof", "whole")
 
     def __init__(self) -> None:
-        self.done = self.surplus = self.whole = False
+        self.done = self.surplus = self.whole = self.until_eof = False
 
     def decode(self, data: bytes) -> bytes:
         """The payload in `data`, which may be none; UpstreamFault if the framing is broken."""
@@ -47,7 +51,10 @@ class UntilEof(Body):
     """Neither a length nor chunks: the body ends with the connection."""
 
     __slots__ = ()
-    until_eof = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.until_eof = True
 
     def decode(self, data: bytes) -> bytes:
         """Everything is payload."""
@@ -205,3 +212,63 @@ class Chunked(Body):
             raise malformed("its trailers can't be read")
         self.done = True
         return end
+
+
+class Inflated(Body):
+    """A body in gzip or deflate that was sent though identity was asked for: its payload is what it inflates to.
+
+    `framing` is how the compressed bytes are told from what is around them.
+    """
+
+    __slots__ = ("_begun", "_decompressor", "_framing")
+
+    def __init__(self, framing: Body) -> None:
+        super().__init__()
+        self._framing = framing
+        self._decompressor = zlib.decompressobj(_ANY_HEADER)
+        self._begun = False
+        self.done = framing.done
+        self.until_eof = framing.until_eof
+
+    def decode(self, data: bytes) -> bytes:
+        """The inflated payload; UpstreamFault if it is none, or if it grows beyond bounds."""
+        packed = self._framing.decode(data)
+        self.done, self.surplus = self._framing.done, self._framing.surplus
+        if not packed:
+            return b""
+        try:
+            return self._inflate(packed)
+        except zlib.error as error:
+            raise unreadable("its compression is broken") from error
+
+    def _inflate(self, packed: bytes) -> bytes:
+        if not self._begun:
+            self._begun = True
+            if not _has_header(packed):
+                self._decompressor = zlib.decompressobj(
+                    -zlib.MAX_WBITS
+                )  # deflate without zlib's header, as some send it
+        pieces = []
+        left = MAX_INFLATED_BYTES
+        while packed:
+            piece = self._decompressor.decompress(packed, left)
+            pieces.append(piece)
+            left -= len(piece)
+            if self._decompressor.unconsumed_tail or left <= 0:
+                raise unreadable("it inflates to more than is allowed")
+            packed = self._decompressor.unused_data
+            if packed:  # another member (RFC 1952 section 2.2), or padding that nobody needs
+                if not packed.startswith(b"\x1f\x8b"):
+                    break
+                self._decompressor = zlib.decompressobj(_ANY_HEADER)
+        return b"".join(pieces)
+
+
+_ANY_HEADER: Final = zlib.MAX_WBITS | 32  # gzip's or zlib's, found out by itself (zlib.net/manual.html, inflateInit2)
+
+
+def _has_header(packed: bytes) -> bool:
+    """Whether this begins as gzip (RFC 1952) or zlib (RFC 1950, section 2.2)."""
+    return packed[:1] == b"\x1f" or (
+        packed[0] & 0x0F == 8 and (len(packed) < 2 or int.from_bytes(packed[:2]) % 31 == 0)
+    )

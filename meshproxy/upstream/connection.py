@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 from meshproxy.errors import UpstreamFault
 from meshproxy.upstream import faults
-from meshproxy.upstream.body import Body
+from meshproxy.upstream.body import INFLATED, Body, Inflated
 from meshproxy.upstream.http1 import Head, HeadReader
 from meshproxy.upstream.response import Response, Sink
 
@@ -206,15 +206,14 @@ class Connection(asyncio.Protocol):
     def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
         response = Response(head.status, head.headers, self, self._patience.max_response_bytes)
         coding = response.header("content-encoding")
-        if coding is not None and coding.lower() not in IDENTITY:
-            raise faults.encoded(coding)
+        body = head.body if coding is None else _decoded(head.body, coding, response)
         self._answer = None
         self._response = self.sink = response
-        self._body = head.body
+        self._body = body
         self._keep_alive = head.keep_alive
         self._expect_within(self._idle_s)
         answer.set_result(response)
-        if rest or head.body.done:
+        if rest or body.done:
             self.data_received(rest)
 
     def _finish(self) -> None:
@@ -258,3 +257,14 @@ class Connection(asyncio.Protocol):
             self.abort(faults.stalled(self._idle_s))
         else:
             self.abort()  # idle long enough
+
+
+def _decoded(body: Body, coding: str, response: Response) -> Body:
+    """The body without its content coding, which the response then has no longer; UpstreamFault for one that can't be undone."""
+    name = coding.strip().lower()
+    if name in IDENTITY:
+        return body
+    if name not in INFLATED:
+        raise faults.encoded(coding)
+    response.headers = [header for header in response.headers if header[0] != "content-encoding"]
+    return Inflated(body)

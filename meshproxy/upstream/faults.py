@@ -51,6 +51,11 @@ def encoded(coding: str) -> UpstreamFault:
     return _after_sending(message, unreadable=True)
 
 
+def unreadable(what: str) -> UpstreamFault:
+    """The body can't be read by the gateway: `what` completes the sentence."""
+    return _after_sending(f"The provider's answer can't be read: {what}.", unreadable=True)
+
+
 def silent(timeout_s: float) -> UpstreamFault:
     """No head of an answer within `timeout_s` of the request."""
     return _too_late(f"The provider did not begin to answer within {timeout_s:g} seconds.", Phase.HEAD)

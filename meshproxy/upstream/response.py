@@ -49,16 +49,23 @@ class Response:
     It is its own connection's sink until `relay` or `read` names another.
     """
 
-    def __init__(self, status: int, headers: list[tuple[str, str]], flow: Flow, max_bytes: int) -> None:
+    def __init__(self, status: int, headers: list[tuple[str, str]], flow: Flow | None, max_bytes: int) -> None:
         self.status = status
         self.headers = headers
-        self._flow: Flow | None = flow
+        self._flow = flow
         self._max_bytes = max_bytes
         self._early: list[tuple[bytes, bytes | None]] = []
         self._early_bytes = 0
         self._fault: UpstreamFault | None = None
         self._listener: asyncio.Future[None] | None = None
         self._closed = False
+
+    @classmethod
+    def whole(cls, status: int, headers: list[tuple[str, str]], body: bytes) -> "Response":
+        """A response that is all here, without a connection."""
+        made = cls(status, headers, None, len(body))
+        made.data(body, None)
+        return made
 
     def header(self, name: str) -> str | None:
         """The first value of the header `name` (lower-case)."""

@@ -28,15 +28,16 @@ SHOWN: Final = frozenset(
 )
 
 # A provider's own name of a request, for its support: OpenAI's and most others', Anthropic's, Azure's, OpenRouter's, Mistral's
-# (Kong) and AWS's. The first that is there counts.
-REQUEST_IDS: Final = (
-    "x-request-id",
-    "request-id",
-    "apim-request-id",
-    "x-generation-id",
-    "mistral-correlation-id",
-    "x-amzn-requestid",
-    "cf-ray",
+# and AWS's.
+REQUEST_IDS: Final = frozenset(
+    {
+        "apim-request-id",
+        "mistral-correlation-id",
+        "request-id",
+        "x-amzn-requestid",
+        "x-generation-id",
+        "x-request-id",
+    }
 )
 
 API_VERSIONS: Final = ("2026-08",)  # of Mesh's API, the newest last
@@ -146,10 +147,8 @@ def forwarded_headers(headers: Mapping[str, str]) -> Headers:
 
 def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:
     """The provider's own id of a request, from its answer's headers (lower-case names)."""
-    found = dict(headers)
-    for name in REQUEST_IDS:
-        value = found.get(name)
-        if value:
+    for name, value in headers:
+        if name in REQUEST_IDS and value:
             return value[:128]
     return None
 

@@ -199,7 +199,7 @@ def decode_reply(body: bytes) -> Reply:
     members = decode_members(body)
     if members is None:
         problem = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
-        raise UpstreamFault(problem, safe_to_repeat=False)
+        raise UpstreamFault(problem, safe_to_repeat=False, unreadable=bool(body.strip()))
     return Reply(
         report=find_report(members),
         model=decode_text(members.get("model")),

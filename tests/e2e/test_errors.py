@@ -192,7 +192,6 @@ CASES = {
             "reset",
             "not-json",
             "empty",
-            "gzip",
             "die-mid-stream",
             "reset-mid-stream",
             "bad-chunk",

@@ -1,5 +1,8 @@
 """What a provider says no with, and what the client and the operator hear of it: the whole gateway and real sockets."""
 
+import asyncio
+import json
+import zlib
 from typing import Any
 
 import pytest
@@ -187,3 +190,175 @@ async def test_the_request_line_tells_what_refused_it(mesh):
     await mesh.chat(caller, model="sim/plain")
     await mesh.quiet()
     assert ("credit", None) == (mesh.log.lines[-1]["refused_by"], mesh.log.lines[-1]["upstream_status"])
+
+
+# Formalities: what was paid for is not lost for its label.
+
+CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "up-model"}
+EVENTS = [
+    {**CHUNK, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
+    {**CHUNK, "choices": [{"index": 0, "delta": {"content": "from elsewhere"}, "finish_reason": None}]},
+    {**CHUNK, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    {**CHUNK, "choices": [], "usage": OK["usage"]},
+]
+STREAM = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in EVENTS) + b"data: [DONE]\n\n"
+WHOLE = json.dumps(OK).encode()
+
+
+def packed(coding: str, body: bytes) -> bytes:
+    """A body in one of HTTP's content codings."""
+    compressor = zlib.compressobj(wbits={"gzip": 31, "deflate": 15, "raw": -15}[coding])
+    return compressor.compress(body) + compressor.flush()
+
+
+FORMS = [
+    pytest.param(STREAM, {"content_type": ""}, id="a stream without a label"),
+    pytest.param(STREAM, {"content_type": "text/plain; charset=utf-8"}, id="a stream as text"),
+    pytest.param(STREAM, {"content_type": "application/json"}, id="a stream as JSON"),
+    pytest.param(b"\xef\xbb\xbf" + STREAM, {"content_type": "text/event-stream"}, id="a stream with a BOM"),
+    pytest.param(WHOLE, {}, id="JSON"),
+    pytest.param(WHOLE, {"content_type": "text/event-stream"}, id="JSON as a stream"),
+    pytest.param(WHOLE, {"content_type": ""}, id="JSON without a label"),
+    pytest.param(packed("gzip", STREAM), {"content_encoding": "gzip", "content_type": "text/event-stream"}, id="gzip"),
+    pytest.param(packed("gzip", WHOLE), {"content_encoding": "x-gzip"}, id="JSON in gzip"),
+    pytest.param(packed("deflate", WHOLE), {"content_encoding": "deflate"}, id="JSON in deflate"),
+    pytest.param(packed("raw", WHOLE), {"content_encoding": "deflate"}, id="JSON in bare deflate"),
+]
+
+
+@pytest.mark.parametrize(("body", "headers"), FORMS)
+async def test_whatever_comes_is_streamed_to_who_asked_for_a_stream(pair, body, headers):
+    mesh, first, _ = pair
+    first.answers(200, body, **headers)
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="first")
+    assert ("from elsewhere", "[DONE]") == (answer.text, answer.events[-1])
+    event = await mesh.settlement(caller)
+    assert ("9", "3", "reported") == (event["prompt_tokens"], event["completion_tokens"], event["usage_source"])
+
+
+@pytest.mark.parametrize(("body", "headers"), FORMS)
+async def test_whatever_comes_is_whole_for_who_asked_for_it_whole(pair, body, headers):
+    mesh, first, _ = pair
+    first.answers(200, body, **headers)
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="first")
+    told = (answer.headers["content-type"], answer.headers.get("content-encoding"))
+    assert ("from elsewhere", ("application/json", None)) == (answer.json["choices"][0]["message"]["content"], told)
+    assert "3" == (await mesh.settlement(caller))["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"<html>", {"content_type": "text/html"}),
+        (b"x", {"content_encoding": "br"}),
+        (packed("gzip", b"x" * 20_000_000), {"content_encoding": "gzip"}),
+        (packed("gzip", WHOLE)[:20] + b"broken" * 9, {"content_encoding": "gzip"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_cannot_be_read_is_told_and_opens_no_breaker(pair, body, headers, stream):
+    mesh, first, _ = pair
+    first.answers(200, body, **headers)
+    caller = await mesh.key()
+    for _ in range(11):
+        answer = await mesh.chat(caller, model="first", stream=stream)
+    error = answer.error if answer.status != 200 else answer.events[-1]["error"]
+    assert ("upstream_error", 11) == (error["code"], len(first.asked))
+
+
+async def test_an_answer_too_large_to_keep_opens_no_breaker(start_mesh, providers):
+    first = (await providers()).answers(200, OK)
+    upstream = {"kind": "openai", "base_url": first.url, "max_response_bytes": 100}
+    mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
+    caller = await mesh.key()
+    assert [502] * 11 == [(await mesh.chat(caller, model="m")).status for _ in range(11)]
+    assert 11 == len(first.asked)
+
+
+# Silence.
+
+
+@pytest.fixture
+async def silent_pair(start_mesh, providers):
+    """As `pair`, with a heartbeat of 50 ms."""
+    first, second = await providers(), await providers()
+    second.answers(200, STREAM, content_type="text/event-stream")
+    mesh = await start_mesh(
+        server={"heartbeat_s": 0.05},
+        upstreams={name: {"kind": "openai", "base_url": p.url} for name, p in (("one", first), ("two", second))},
+        models={"m": model("one", "x", "two", "x"), "first": model("one", "x")},
+    )
+    return mesh, first, second
+
+
+async def test_a_silent_provider_s_client_gets_a_head_and_pings(silent_pair):
+    mesh, first, _ = silent_pair
+    first.answers(200, STREAM, delay_s=0.4, content_type="text/event-stream")
+    answer = await mesh.stream(await mesh.key(), model="first")
+    assert (200, "text/event-stream; charset=utf-8") == (answer.status, answer.headers["content-type"])
+    assert answer.body.startswith(b": ping\n\n: ping\n\n")
+    assert ("from elsewhere", "[DONE]") == (answer.text, answer.events[-1])
+
+
+async def test_what_fails_behind_pings_is_told_in_an_event(silent_pair):
+    mesh, first, _ = silent_pair
+    first.answers(400, TOO_LONG, delay_s=0.3)
+    answer = await mesh.stream(await mesh.key(), model="m")
+    (event,) = answer.events
+    assert (200, "context_length_exceeded") == (answer.status, event["error"]["code"])
+    await mesh.quiet()
+    assert (200, "context_length_exceeded") == (mesh.log.lines[-1]["status"], mesh.log.lines[-1]["code"])
+
+
+async def test_another_is_asked_behind_pings(silent_pair):
+    mesh, first, _ = silent_pair
+    first.answers(500, DOWN, delay_s=0.3)
+    answer = await mesh.stream(await mesh.key(), model="m")
+    assert (b": ping\n\n", "from elsewhere") == (answer.body[:8], answer.text)
+
+
+async def test_pings_keep_a_client_whose_patience_is_short(silent_pair):
+    mesh, first, _ = silent_pair
+    first.answers(200, STREAM, delay_s=1.5, content_type="text/event-stream")
+    answer = await mesh.chat(await mesh.key(), model="first", stream=True, headers={"x-stainless-read-timeout": "1.2"})
+    assert "[DONE]" == answer.events[-1]
+
+
+async def test_a_whole_answer_gets_no_pings(silent_pair):
+    mesh, first, _ = silent_pair
+    first.answers(200, OK, delay_s=0.3)
+    assert OK == (await mesh.chat(await mesh.key(), model="first")).json
+
+
+async def test_a_shut_down_tells_who_still_waits_for_an_answer(silent_pair):
+    mesh, first, _ = silent_pair
+    first.answers(200, STREAM, delay_s=5)
+    asking = asyncio.create_task(mesh.stream(await mesh.key(), model="first"))
+    await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.openings))
+    mesh.worker.gateway.shut_down()
+    (handler,) = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "ChatHandler.serve"]
+    handler.cancel()
+    assert "overloaded" == (await asking).events[-1]["error"]["code"]
+
+
+async def test_a_client_that_hangs_up_on_pings_leaves_nothing(silent_pair):
+    mesh, first, _ = silent_pair
+    first.answers(200, STREAM, delay_s=5)
+    asking = asyncio.create_task(mesh.stream(await mesh.key(), model="first"))
+    await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.openings))
+    asking.cancel()
+    await mesh.quiet()
+    assert (set(), "client_disconnected") == (mesh.worker.live.openings, mesh.log.lines[-1]["outcome"])
+
+
+async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(start_mesh, providers):
+    first = (await providers()).answers(200, OK, delay_s=0.5)
+    upstream = {"kind": "openai", "base_url": first.url, "on_disconnect": "drain"}
+    mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="m", headers={"x-stainless-read-timeout": "0.1"})
+    assert (504, "gateway_timeout", "false") == (answer.status, answer.code, answer.headers["x-should-retry"])
+    event = await mesh.settlement(caller)
+    assert ("3", "drained") == (event["completion_tokens"], event["usage_source"])

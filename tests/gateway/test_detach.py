@@ -1,6 +1,7 @@
 """Work that outlives its client: what it used is written down before its exchange is closed, however it ends."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -37,7 +38,7 @@ async def tasks():
 
 @pytest.fixture
 def detacher(tasks, closed):
-    return Detacher(tasks, closed)
+    return Detacher(tasks, closed, time.monotonic)
 
 
 async def _no_body():

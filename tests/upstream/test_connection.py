@@ -277,9 +277,9 @@ async def test_an_answer_before_the_request_was_all_read(serve, provide):
     assert ([(413, b"no")] * 2, 2) == (answers, server.connections)
 
 
-async def test_a_compressed_answer_is_refused(serve, provide):
+async def test_an_answer_compressed_in_a_way_that_is_not_known_is_refused(serve, provide):
     async def script(conversation):
-        await conversation.answer(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\nxx")
+        await conversation.answer(b"HTTP/1.1 200 OK\r\ncontent-encoding: br\r\ncontent-length: 2\r\n\r\nxx")
         await conversation.until_closed()
 
     server = await serve(script)

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshproxy.wire.convert import as_stream, as_whole, form_of
+
+CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+
+
+def stream(*events, end="data: [DONE]\n\n"):
+    return ("".join(f"data: {json.dumps(event)}\n\n" for event in events) + end).encode()
+
+
+def delta(index=0, finish_reason=None, **members):
+    return {**CHUNK, "choices": [{"index": index, "delta": members, "finish_reason": finish_reason}]}
+
+
+@pytest.mark.parametrize(
+    ("beginning", "expected"),
+    [
+        (b"", None),
+        (b" \n", None),
+        (b"\xef\xbb\xbf", None),
+        (b"da", None),
+        (b"data: {", "stream"),
+        (b"\xef\xbb\xbfdata:", "stream"),
+        (b": PROCESSING", "stream"),
+        (b"event: x", "stream"),
+        (b"\n\nretry: 1", "stream"),
+        (b" {", "json"),
+        (b"\xef\xbb\xbf{", "json"),
+        (b"<html>", "other"),
+        (b"database", "other"),
+        (b"[1]", "other"),
+    ],
+)
+def test_the_first_bytes_tell_the_form(beginning, expected):
+    assert expected == form_of(beginning)
+
+
+def test_a_whole_answer_as_a_stream():
+    call = {"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": "tide", "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    whole = {**CHUNK, "object": "chat.completion", "choices": [choice], "usage": {"total_tokens": 3}}
+    events = as_stream(json.dumps(whole).encode()).decode().removesuffix("\n\n").split("\n\n")
+    streamed = {**message, "tool_calls": [{"index": 0, **call}]}
+    first = {"index": 0, "finish_reason": "stop", "logprobs": None, "delta": streamed}
+    assert [
+        {**CHUNK, "choices": [first]},
+        {**CHUNK, "choices": [], "usage": {"total_tokens": 3}},
+    ] == [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert "data: [DONE]" == events[-1]
+
+
+def test_a_stream_as_a_whole_answer():
+    body = stream(
+        delta(role="assistant", content=""),
+        delta(reasoning_content="hm"),
+        delta(content="high "),
+        delta(content="tide"),
+        delta(tool_calls=[{"index": 0, "id": "t", "type": "function", "function": {"name": "f", "arguments": '{"a"'}}]),
+        delta(tool_calls=[{"index": 0, "function": {"arguments": ":1}"}}]),
+        delta(finish_reason="tool_calls"),
+        {**CHUNK, "choices": [], "usage": {"total_tokens": 3}},
+    )
+    whole, error, is_finished = as_whole(body)
+    call = {"id": "t", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    message = {"role": "assistant", "content": "high tide", "reasoning_content": "hm", "tool_calls": [call]}
+    assert json.loads(whole) == {
+        **CHUNK,
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}],
+        "usage": {"total_tokens": 3},
+    }
+    assert (None, True) == (error, is_finished)
+
+
+def test_choices_side_by_side():
+    body = stream(delta(1, content="b"), delta(0, content="a"), delta(1, "stop"), delta(0, "stop"))
+    choices = json.loads(as_whole(body)[0])["choices"]
+    assert [(0, "a"), (1, "b")] == [(choice["index"], choice["message"]["content"]) for choice in choices]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_line_ends(line_end):
+    body = stream(delta(content="a"), delta(content="b")).replace(b"\n", line_end.encode())
+    assert "ab" == json.loads(as_whole(body)[0])["choices"][0]["message"]["content"]
+
+
+def test_a_stream_that_broke_off_is_not_whole():
+    assert not as_whole(stream(delta(content="a"), end=""))[2]
+
+
+def test_a_stream_with_an_error_in_it():
+    assert {"message": "no"} == as_whole(stream(delta(content="a"), {"error": {"message": "no"}}))[1]
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes(body):
+    as_whole(body)
+    as_stream(body)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+    )
+)
+def test_any_deltas(value):
+    as_whole(stream({**CHUNK, "choices": value}, {**CHUNK, "choices": [{"delta": value}, {"delta": {"a": value}}]}))
+    as_whole(stream(*[{**CHUNK, "choices": [{"delta": {"a": value}, "logprobs": value}]}] * 2))
+
+
+def test_many_deltas_take_a_time_that_is_linear():
+    whole, _, _ = as_whole(stream(*[delta(content="x" * 10)] * 20_000))
+    assert 200_000 == len(json.loads(whole)["choices"][0]["message"]["content"])
