@@ -8,7 +8,19 @@ import time
 
 import pytest
 
-from tests.money.conftest import HOLD_TTL_S, INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, full_only, scaled
+from tests.conftest import free_port
+from tests.money.conftest import (
+    HOLD_TTL_S,
+    INPUT_NUSD,
+    OUTPUT_NUSD,
+    PATIENCE_S,
+    POLL_S,
+    PROMPT_ESTIMATE,
+    Client,
+    figure,
+    full_only,
+    scaled,
+)
 
 STREAMS = scaled(100, 200)
 TOKENS = 60
@@ -239,3 +251,33 @@ async def test_a_full_disk_at_the_end_loses_nothing_in_silence(start_proxy, book
     assert await asyncio.to_thread(proxy.stop) == os.EX_IOERR
     lost = [line["settlement"] for line in proxy.log if line["event"] == "settlement_lost"]
     assert [(key.id, "acme")] == [(settlement["key_id"], settlement["account"]) for settlement in lost]
+
+
+async def test_a_journal_is_found_by_another_spelling_of_the_url(
+    start_proxy, session, valkey, books, tmp_path, monkeypatch
+):
+    """What another spelling of the same Redis is owed is settled; what another Redis is owed is named."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    proxy = start_proxy(models=MODELS, workers=1, timeout_s=0.5)
+    config = proxy.config.read_text()
+
+    def restart(url):
+        lines = [line for line in config.splitlines() if not line.startswith("journal = ")]
+        proxy.stop()
+        proxy.config.write_text("\n".join(lines).replace(valkey.url, url))
+        proxy.start()
+
+    restart(f"redis://127.0.0.1:{valkey.port}")
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    running = asyncio.create_task(client.chat(stream=True, model="brisk"))
+    await books.until(key.account, lambda now: now.held_nusd > 0)
+    valkey.kill()
+    await running
+    await asyncio.to_thread(restart, f"redis://localhost:{free_port()}/0")
+    async with asyncio.timeout(PATIENCE_S):
+        while not any(line["event"] == "journal_of_another_redis" for line in proxy.log):
+            await asyncio.sleep(POLL_S)
+    await asyncio.to_thread(valkey.start)
+    await asyncio.to_thread(restart, f"redis://LOCALHOST:{valkey.port}/0")
+    await books.until(key.account, lambda now: now.settled_nusd > 0)
