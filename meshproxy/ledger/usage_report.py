@@ -8,7 +8,7 @@ sessions to tell apart.
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import msgspec
 from msgspec import Struct
@@ -181,14 +181,20 @@ async def _add(
         setattr(row, name, getattr(row, name) + int(flat[at + 1]))
 
 
-def _hours(since: datetime, until: datetime) -> list[str]:
+def _hours(since: datetime, until: datetime) -> tuple[str, ...]:
     start, end = _utc(since), _utc(until)
     if end < start:
         raise _invalid("`since` is after `until`.", "since")
     if end - start > MAX_SPAN:
         raise _invalid(f"`since` to `until` spans more than {MAX_SPAN.days} days.", "since")
     first = start.replace(minute=0, second=0, microsecond=0)
-    return [f"{first + timedelta(hours=n):%Y-%m-%dT%H}" for n in range(-(-(end - first) // timedelta(hours=1)))]
+    return _named(first, -(-(end - first) // timedelta(hours=1)))
+
+
+@lru_cache(8)
+def _named(first: datetime, count: int) -> tuple[str, ...]:
+    """The names of so many hours; the same for each account of a report over many."""
+    return tuple(f"{first + timedelta(hours=n):%Y-%m-%dT%H}" for n in range(count))
 
 
 def _utc(moment: datetime) -> datetime:
