@@ -86,11 +86,11 @@ async def list_templates(args: argparse.Namespace, out: Output) -> None:
     async with open_books(args) as books:
         if args.account is not None:
             await need_account(books, args.account)
-            found = await books.directory.list_templates(args.account)
+            found = [each async for each in books.directory.list_templates(args.account)]
         else:
-            found = await books.directory.list_templates(GLOBAL)
+            found = [each async for each in books.directory.list_templates(GLOBAL)]
             for owner in await books.directory.list_accounts():
-                found += [each for each in await books.directory.list_templates(owner.name) if not each.is_global]
+                found += [each async for each in books.directory.list_templates(owner.name) if not each.is_global]
     out.rows([to_public(template) for template in found], COLUMNS, empty="no templates")
 
 

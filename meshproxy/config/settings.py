@@ -152,6 +152,8 @@ class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     ttl_s: Seconds = 3600
     max_bytes: Positive = 1_048_576
+    max_account_bytes: Positive = 268_435_456
+    max_keys: Positive = 100_000
 
 
 class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

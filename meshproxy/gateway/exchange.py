@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 from meshproxy.errors import Problem, UpstreamFault
-from meshproxy.gateway.call import Call, Room
+from meshproxy.gateway.bounds import Room
+from meshproxy.gateway.call import Call
 from meshproxy.gateway.first_event import Opening
 from meshproxy.gateway.health import Trial
 from meshproxy.gateway.idempotent import Recording

@@ -22,6 +22,7 @@ from meshproxy.errors import (
     rate_limit_exceeded,
     upstream_error,
 )
+from meshproxy.gateway.bounds import Turns
 from meshproxy.gateway.call import Call, Downstream, Headers, Passing, Reply
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
 from meshproxy.ledger.store import StoreError, Unavailable
@@ -36,6 +37,8 @@ MAX_COMMANDS_PER_S = 800  # that a worker asks Redis for the answers which its r
 MAX_WAITING = 512  # requests of one account, in one worker
 WAITING = "Too many requests of this account wait for the answer of another one."
 WAITING_RETRY_S = 1.0
+FULL = "This account has as many Idempotency-Keys and answers kept as it may: send this without one, or when some have ended."
+FULL_RETRY_S = 60.0
 PATIENCE_S = 1.0  # between two looks at whether a ping is due
 TELL_RETRY_S = 0.25
 CHARGED_S = 15.0  # between a settlement and what is told of the answer: ten seconds of retries, and some
@@ -242,24 +245,11 @@ class Answers:
         self._tasks = tasks
         self._followed: dict[str, Answer] = {}
         self._waiting: Counter[str] = Counter()
-        self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
+        self.turns = Turns()  # to claim a key: those behind find what the first found, and don't ask again
 
     def followed(self, record: str) -> Answer | None:
         """The answer that is being read for others, if it is."""
         return self._followed.get(record)
-
-    @contextlib.asynccontextmanager
-    async def turn(self, record: str) -> AsyncIterator[None]:
-        """Let one request at a time claim a key: those behind it find what it found, and don't ask again."""
-        lock, users = self._turns.get(record) or (asyncio.Lock(), 0)
-        self._turns[record] = lock, users + 1
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._turns.pop(record)
-            if users > 1:
-                self._turns[record] = lock, users - 1
 
     @contextlib.contextmanager
     def wait(self, answer: Answer, account: str, most: int) -> Iterator[None]:
@@ -381,12 +371,18 @@ class Idempotence:
         account = principal.account.name
         wanted = self._replays.claimed(account, principal.key.id, name, owner)
         digest = body_digest(body)
-        async with self._answers.turn(wanted.record):
+        async with self._answers.turns.turn(wanted.record):
             answer = self._answers.followed(wanted.record)
             if answer is not None and answer.state == "running" and answer.body_digest == digest:
                 return Replay(answer, self._answers, account, self._clock)
             try:
-                claim = await self._replays.claim(wanted, digest, running_ttl_ms)
+                claim = await self._replays.claim(
+                    wanted,
+                    digest,
+                    running_ttl_ms,
+                    most_keys=settings.max_keys,
+                    most_bytes=settings.max_account_bytes,
+                )
             except asyncio.CancelledError:
                 self._tasks.spawn("idempotency", self._give_up(wanted))
                 raise
@@ -398,6 +394,8 @@ class Idempotence:
                 return Recording(downstream, claim, self._replays, settings, running_ttl_ms, self._tasks)
             case "conflict":
                 raise Fault(Source.CLIENT, idempotency_conflict())
+            case "full":
+                raise Fault(Source.CLIENT, rate_limit_exceeded(FULL, FULL_RETRY_S))
             case _:
                 raise Fault(Source.CLIENT, Problem(409, "idempotency_conflict", TOO_LARGE))
 

@@ -23,7 +23,8 @@ from meshproxy.gateway.admission import limit_headers, refused
 from meshproxy.gateway.admitter import Admitter
 from meshproxy.gateway.attempts import Attempts, outlives, within
 from meshproxy.gateway.authenticate import Authenticator
-from meshproxy.gateway.call import LARGE_BYTES, Bodies, Call, Downstream, Headers, Reply, refusal
+from meshproxy.gateway.bounds import LARGE_BYTES, Bodies, Turns, Visits
+from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
 from meshproxy.gateway.exchange import Exchange
@@ -87,6 +88,8 @@ class Gateway:
         self.draining = False
         self._shut_down = False
         self.bodies = Bodies(lambda: self.deployment.settings.server.max_bodies_bytes)
+        self.visits = Visits(clock)
+        self.turns = Turns()
         self._admitter = Admitter(ledger, local, settler, tasks)
         self._directory = directory
         self._authenticator = authenticator

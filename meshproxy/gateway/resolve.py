@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from meshproxy.config import Credits, Settings
 from meshproxy.errors import Fault, Problem, Source, forbidden, invalid, template_not_found
-from meshproxy.gateway.call import LARGE_BYTES, SMALL_BYTES
+from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.ledger.directory import Directory
 from meshproxy.policy.catalog import Attempt, large_enough, priced

@@ -1,10 +1,19 @@
 -- Adds parts of the answer to a request with an Idempotency-Key. They never lie there without an end of life.
 --
--- KEYS   1 parts of the answer
--- ARGV   1 time to live (ms), 2... parts
+-- KEYS   1 parts of the answer, 2 sizes of the account's answers
+-- ARGV   1 time to live (ms), 2 owner, 3... parts
 -- reply  how many parts there are now
 
+-- include: keep
+
 local count
-for index = 2, #ARGV do count = redis.call('RPUSH', KEYS[1], ARGV[index]) end
+local bytes = 0
+for index = 3, #ARGV do
+  count = redis.call('RPUSH', KEYS[1], ARGV[index])
+  bytes = bytes + #ARGV[index]
+end
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
+redis.call('HINCRBY', KEYS[2], ARGV[2], bytes)
+redis.call('HINCRBY', KEYS[2], 'total', bytes)
+keep_for(KEYS[2], ARGV[1])
 return count

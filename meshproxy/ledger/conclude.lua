@@ -1,11 +1,17 @@
 -- Notes how a request with an Idempotency-Key ended, or that it still runs. Only its owner may.
 --
--- KEYS   1 record, 2 parts of the answer
+-- KEYS   1 record, 2 parts of the answer, 3 the account's owners, 4 sizes of their answers
 -- ARGV   1 owner, 2 state (running, finished, lost or failed), 3 time to live (ms)
 -- reply  1 noted, 0 the record is somebody else's by now
+
+-- include: clock
+-- include: keep
 
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
+redis.call('ZADD', KEYS[3], whole(now_ms + tonumber(ARGV[3])), ARGV[1])
+keep_for(KEYS[3], ARGV[3])
+keep_for(KEYS[4], ARGV[3])
 return 1

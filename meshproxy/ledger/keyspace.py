@@ -2,7 +2,10 @@
 a slot of Redis Cluster.
 """
 
+import hashlib
+
 PREFIX = "mesh:"
+MAX_SESSION_BYTES = 64  # of a session's name in a key; four times a name's 256 characters would be a KiB
 
 
 class AccountKeys:
@@ -63,8 +66,10 @@ class AccountKeys:
         return f"{self.root}requests:{day}"
 
     def session_spend(self, session: str) -> str:
-        """Hash: what a session spent and holds: total, by day, by month."""
-        return f"{self.root}session:{session}"
+        """Hash: what a session spent and holds: total, by day, by month. A long name is told by its SHA-256."""
+        name = session.encode(errors="surrogatepass")
+        short = session if len(name) <= MAX_SESSION_BYTES else f"sha256:{hashlib.sha256(name).hexdigest()}"
+        return f"{self.root}session:{short}"
 
     def hour(self, hour: str) -> str:
         """Hash: the aggregates of one hour, `2026-11-24T09`."""
@@ -77,6 +82,16 @@ class AccountKeys:
     def replay(self, key_id: str, digest: str) -> str:
         """Hash: one Idempotency-Key of a key, by its SHA-256: who owns it and how far the answer is."""
         return f"{self.root}replay:{key_id}:{digest}"
+
+    @property
+    def replays(self) -> str:
+        """Sorted set: the owners of its Idempotency-Keys, by when their records end (Unix ms)."""
+        return f"{self.root}replays"
+
+    @property
+    def replay_sizes(self) -> str:
+        """Hash: the bytes of the answers that are kept for replay, by owner, and their `total`."""
+        return f"{self.root}replay-sizes"
 
     def replay_parts(self, owner: str) -> str:
         """List: the answer that a request got, for replay."""

@@ -13,14 +13,14 @@ from msgspec import Struct
 
 from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Store
+from meshproxy.ledger.store import Argument, Store
 
-State = Literal["claimed", "running", "finished", "lost", "conflict"]
+State = Literal["claimed", "running", "finished", "lost", "conflict", "full"]
 Conclusion = Literal["running", "finished", "lost", "failed"]
 
 FAILED_TTL_MS = 10_000  # long enough for whoever is attached to hear of it
 
-_STATES: tuple[State, ...] = ("claimed", "running", "finished", "lost", "conflict")
+_STATES: tuple[State, ...] = ("claimed", "running", "finished", "lost", "conflict", "full")
 
 
 class Claim(Struct, frozen=True):
@@ -42,13 +42,16 @@ class Replays:
         self._claim = Script.load("claim")
         self._conclude = Script.load("conclude")
 
-    async def claim(self, wanted: Claim, digest: str, ttl_ms: int) -> Claim:
-        """Claim the Idempotency-Key of a `claimed()` for a request body, by its `body_digest`."""
-        state, found = await self._store.run(self._claim, [wanted.record], [wanted.owner, digest, ttl_ms])
+    async def claim(self, wanted: Claim, digest: str, ttl_ms: int, *, most_keys: int, most_bytes: int) -> Claim:
+        """Claim the Idempotency-Key of a `claimed()` for a request body, by its `body_digest`. `most_keys`, `most_bytes`: of one
+        account; where it has as many, the state is `full`.
+        """
+        names = AccountKeys(wanted.account)
+        keys = [wanted.record, names.replays, names.replay_sizes]
+        args: list[Argument] = [wanted.owner, digest, ttl_ms, most_keys, most_bytes]
+        state, found = await self._store.run(self._claim, keys, args)
         owner = found.decode()
-        return Claim(
-            _STATES[state], owner, wanted.record, AccountKeys(wanted.account).replay_parts(owner), wanted.account
-        )
+        return Claim(_STATES[state], owner, wanted.record, names.replay_parts(owner), wanted.account)
 
     @staticmethod
     def claimed(account: str, key_id: str, name: str, owner: str) -> Claim:
@@ -59,11 +62,14 @@ class Replays:
 
     async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int) -> None:
         """Add parts of the answer."""
-        await self._store.run(self._append, [claim.parts], [ttl_ms, *parts])
+        keys = [claim.parts, AccountKeys(claim.account).replay_sizes]
+        await self._store.run(self._append, keys, [ttl_ms, claim.owner, *parts])
 
     async def conclude(self, claim: Claim, state: Conclusion, ttl_ms: int) -> None:
         """Say how far the answer is."""
-        await self._store.run(self._conclude, [claim.record, claim.parts], [claim.owner, state, ttl_ms])
+        names = AccountKeys(claim.account)
+        keys = [claim.record, claim.parts, names.replays, names.replay_sizes]
+        await self._store.run(self._conclude, keys, [claim.owner, state, ttl_ms])
 
     async def read(self, claim: Claim, start: int) -> tuple[str | None, list[bytes]]:
         """The state, and every part from `start` on: after `finished` there are no more. None: the record is gone."""

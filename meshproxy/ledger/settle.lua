@@ -30,9 +30,13 @@ local REQUESTS_A_DAY = 200000
 local METRICS = {
   'prompt', 'completion', 'cached', 'cache_write', 'reasoning', 'audio_prompt', 'audio_completion',
 }
+-- Of a request that used nothing, whoever sends many of them shouldn't fill Redis with names: a longer one is told as '~'.
+local MAX_FREE_SESSION_BYTES = 64
 local BUDGETS = { 'total', 'daily', 'monthly' }
 
 local id, unheld, cost = ARGV[1], ARGV[2] == '1', ARGV[4]
+local session = ARGV[8]
+if #session > MAX_FREE_SESSION_BYTES and cost == '0' and ARGV[11] == '0' and ARGV[12] == '0' then session = '~' end
 local session_key = ARGV[8] ~= '' and KEYS[15]
 local replay_key = ARGV[24] ~= '0' and KEYS[#KEYS]
 local live = redis.call('HGET', KEYS[3], id)
@@ -89,7 +93,7 @@ end
 
 -- the event
 local event = redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[3], '*', 'event', 'settled', 'hold_id', id,
-  'request_id', ARGV[5], 'key', ARGV[6], 'account', ARGV[7], 'session', ARGV[8], 'model', ARGV[9], 'upstream', ARGV[10],
+  'request_id', ARGV[5], 'key', ARGV[6], 'account', ARGV[7], 'session', session, 'model', ARGV[9], 'upstream', ARGV[10],
   'prompt_tokens', ARGV[11], 'completion_tokens', ARGV[12], 'cached_tokens', ARGV[13], 'cache_write_tokens', ARGV[14],
   'reasoning_tokens', ARGV[15], 'audio_prompt_tokens', ARGV[16], 'audio_completion_tokens', ARGV[17],
   'cost_nusd', cost, 'held_nusd', whole(hold and hold.amount or 0), 'usage_source', ARGV[18], 'outcome', ARGV[19],
@@ -101,7 +105,7 @@ if requests == 0 then redis.call('EXPIRE', KEYS[14], REQUESTS_KEPT_S) end
 
 -- the hour
 local fields = redis.call('HLEN', KEYS[12])
-local session = fields >= HOUR_MAX_FIELDS and '~' or ARGV[8]
+if fields >= HOUR_MAX_FIELDS then session = '~' end
 local prefix = ARGV[6] .. '\31' .. ARGV[9] .. '\31' .. session .. '\31'
 redis.call('HINCRBY', KEYS[12], prefix .. 'requests', 1)
 for index, metric in ipairs(METRICS) do

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 import msgspec
@@ -19,6 +19,7 @@ Record = TypeVar("Record")
 
 MAX_TEMPLATES = 1000  # of one owner
 MAX_OWNER_BYTES = 16_777_216  # of their JSON
+LISTED_TOGETHER = 8  # of up to a megabyte each
 MAX_CACHED_BYTES = 67_108_864  # of JSON, in one worker
 
 MAX_CHANGES = 16  # attempts to change a record that others change too
@@ -49,14 +50,26 @@ class Templates:
         """The account's own template of this name or UUID, else the global one."""
         return await self._cache.get((account, name_or_id)) if _NAME.fullmatch(name_or_id) else None
 
-    async def list(self, account: str) -> list[Template]:
-        """The account's own and the global ones, by name."""
-        owners = dict.fromkeys((account, GLOBAL))
-        replies = await asyncio.gather(
-            *(self._store.execute("HVALS", AccountKeys(owner).templates) for owner in owners)
+    async def list(self, account: str) -> AsyncIterator[Template]:
+        """The account's own and the global ones, by name. Only one of them is taken apart at a time, and the loop turns between:
+        all together are 32 MB at most.
+        """
+        owners = [AccountKeys(owner) for owner in dict.fromkeys((account, GLOBAL))]
+        names = await asyncio.gather(*(self._store.execute("HGETALL", owner.template_names) for owner in owners))
+        found = sorted(
+            (name, is_global, id_)
+            for is_global, flat in enumerate(names)
+            for name, id_ in zip(flat[::2], flat[1::2], strict=True)
         )
-        templates = [decode(record, Template) for records in replies for record in records]
-        return sorted(templates, key=lambda template: (template.name, template.is_global))
+        for first in range(0, len(found), LISTED_TOGETHER):
+            some = found[first : first + LISTED_TOGETHER]
+            records = await asyncio.gather(
+                *(self._store.execute("HGET", owners[is_global].templates, id_) for _, is_global, id_ in some)
+            )
+            for record in records:
+                if record is not None:  # deleted meanwhile
+                    yield decode(record, Template)
+                    await asyncio.sleep(0)
 
     async def put(self, template: Template) -> bool:
         """Store a new template or a new version of one; False if another of this owner's has the name.

@@ -15,6 +15,7 @@ from msgspec.structs import asdict
 from meshproxy.errors import Detail, Fault, Source, forbidden, invalid, model_not_found, not_found, template_not_found
 from meshproxy.gateway.admission import limits_of
 from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.bounds import MAX_IN_TURN
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
@@ -26,6 +27,7 @@ from meshproxy.policy.catalog import Entry
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.body import read_json_body
+from meshproxy.server.request_id import request_id_of
 from meshproxy.wire.headers import format_reset
 
 MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times what a template may have; to take 33 MB apart stalls others for 1.5 s
@@ -33,6 +35,8 @@ DEFAULT_SPAN = timedelta(days=30)
 DEFAULT_PAGE = 50  # models on a page of a search
 MAX_PAGE = 500
 MAX_OFFSET = 1_000_000
+LIST_VISITS = 20.0  # what a list of templates, 32 MB of JSON at most, counts for
+VISIT_SPAN = timedelta(days=1)  # of a report, whose hours are a command each, counts for one
 EPOCH = datetime.fromtimestamp(0, UTC)
 
 _FREE = {"true": True, "false": False}
@@ -119,8 +123,16 @@ class Api:
     async def templates(self, request: web.Request) -> web.Response:
         """`GET /v1/templates`: the account's own and the global ones, a bare array."""
         principal = await self._principal(request)
-        found = await self._directory.list_templates(principal.account.name)
-        return _json([to_public(template) for template in found])
+        account = principal.account.name
+        self._gateway.visits.count(account, LIST_VISITS)
+        async with self._gateway.turns.turn(account, MAX_IN_TURN):
+            shown = [orjson.dumps(to_public(each)) async for each in self._directory.list_templates(account)]
+            response = web.Response(body=b"[%b]" % b",".join(shown), content_type="application/json")
+            shown.clear()
+            response.headers["x-request-id"] = request_id_of(request)
+            await response.prepare(request)
+            await response.write_eof()  # in turn: what a client doesn't take is in memory
+        return response
 
     async def create_template(self, request: web.Request) -> web.Response:
         """`POST /v1/templates`"""
@@ -165,14 +177,17 @@ class Api:
         group_by = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
         since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
-        rows = await usage(
-            self._store,
-            principal.account.name,
-            group_by=group_by,
-            session_id=query.get("session_id"),
-            since=since,
-            until=until,
-        )
+        account = principal.account.name
+        self._gateway.visits.count(account, max(0.0, (until - since) / VISIT_SPAN))
+        async with self._gateway.turns.turn(account, MAX_IN_TURN):
+            rows = await usage(
+                self._store,
+                account,
+                group_by=group_by,
+                session_id=query.get("session_id"),
+                since=since,
+                until=until,
+            )
         return _json(
             {
                 "object": "list",
@@ -244,7 +259,9 @@ class Api:
         )
 
     async def _principal(self, request: web.Request) -> Principal:
-        return await self._authenticator.principal(request.headers.get("authorization"), self._client_of(request))
+        principal = await self._authenticator.principal(request.headers.get("authorization"), self._client_of(request))
+        self._gateway.visits.count(principal.account.name)
+        return principal
 
     async def _body(self, request: web.Request, principal: Principal) -> bytes:
         room = self._gateway.bodies.room(principal.account.name)
@@ -315,6 +332,7 @@ class Api:
         return template
 
     async def _put(self, template: Template) -> None:
+        self._gateway.visits.count(template.owner or "", LIST_VISITS)  # all of the owner's are looked at
         if not await self._directory.put_template(template):
             raise _name_taken(f"There is a template `{template.name}` already.")
 

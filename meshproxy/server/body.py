@@ -7,13 +7,13 @@ from aiohttp import web
 
 from meshproxy.config import Server
 from meshproxy.errors import Fault, Source, invalid, request_timeout, request_too_large, unsupported_media_type
-from meshproxy.gateway.call import SMALL_BYTES
+from meshproxy.gateway.bounds import SMALL_BYTES
 from meshproxy.server.connection import ClientConnection
 
 SLOWEST_BYTES_PER_S = 65_536  # a body's time grows by a second for as much of its length: half a megabit
 
 
-TakeRoom = Callable[[int], Awaitable[None]]  # of gateway.call.Room
+TakeRoom = Callable[[int], Awaitable[None]]  # of gateway.bounds.Room
 CHUNKED_BYTES = (
     1_048_576  # for which a body of unknown length takes room at first; one that is larger, for the most it may be
 )

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from meshproxy.errors import Fault
-from meshproxy.gateway import call
-from meshproxy.gateway.call import LARGE_BYTES, SMALL_BYTES, Bodies
+from meshproxy.gateway import bounds
+from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES, Bodies
 
 MB = 1_000_000
 MOST = 10 * MB
@@ -91,7 +91,7 @@ async def test_what_was_admitted_and_is_large_is_counted_to_its_end(bodies):
 
 
 async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatch):
-    monkeypatch.setattr(call, "ROOM_WAIT_S", 0.01)
+    monkeypatch.setattr(bounds, "ROOM_WAIT_S", 0.01)
     await taken(bodies, 5 * MB)
     with pytest.raises(Fault) as caught:
         await taken(bodies, 5 * MB)

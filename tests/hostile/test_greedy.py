@@ -150,3 +150,41 @@ async def test_a_template_larger_than_any_may_be_is_not_taken_apart(mesh):
         "POST", "/v1/templates", data=body, headers={**caller.auth, "content-type": "application/json"}
     )
     assert (413, "request_too_large") == (answer.status, answer.code)
+
+
+@pytest.mark.parametrize(
+    "fields, credit",
+    [({"model": "sim/error-422"}, "1"), ({"model": "sim/plain"}, "0"), ({"model": "nothing/here"}, "1")],
+    ids=["by the provider", "for want of credit", "for its model"],
+)
+@pytest.mark.parametrize("key", [False, True], ids=["", "with Idempotency-Keys"])
+async def test_what_a_refused_request_leaves_in_redis(mesh, measured, fields, credit, key):
+    """With the longest session's name, however many there are: less than a KiB each."""
+    caller = await mesh.key(credit=credit, limits=FREE)
+    store, count = mesh.worker.store, 300
+
+    async def refused(number):
+        session = f"{number:06}".ljust(256, "\N{GRINNING FACE}")
+        headers = {"x-request-id": session[:6].ljust(128, "r")}
+        if key:
+            headers["idempotency-key"] = session[:6].ljust(255, "k")
+        return (await mesh.chat(caller, session_id=session, headers=headers, **fields)).status
+
+    await refused(0)
+    await mesh.quiet()
+    before = await used(store)
+    statuses = {await refused(number) for number in range(1, count + 1)}
+    await mesh.quiet()
+    each = (await used(store) - before) / count
+    measured(f"a refused request leaves {each:.0f} bytes in Redis")
+    assert statuses.isdisjoint({200})
+    assert each < 1024
+    for name in await store.execute("KEYS", f"mesh:{{{caller.account}}}:*"):
+        kind = name.rpartition(b"}:")[2].partition(b":")[0]
+        if kind not in {b"credit", b"record", b"keys", b"usage", b"grants", b"grant", b"spend", b"refs"}:
+            assert await store.execute("PTTL", name) > 0, name  # the others are few, or have a largest size
+
+
+async def used(store) -> int:
+    memory = (await store.execute("INFO", "memory")).decode()
+    return int(memory.partition("used_memory:")[2].split()[0])

@@ -253,3 +253,45 @@ async def test_middle_out_over_thousands_of_parts(alone, mesh, unharmed, credit,
     async with unharmed(gateway, caller):
         answers = await asyncio.gather(*(asyncio.to_thread(sent, gateway, one) for _ in range(10)))
     assert set(answers) <= statuses | {503}
+
+
+async def test_many_lists_of_many_templates(alone, mesh, unharmed):
+    gateway = await alone(models=MODELS)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    other = await mesh.key(credit="0")
+    for number in range(15):
+        fields = {"name": f"t{number}", "system": "{{ a }}" + "x" * 1_000_000}
+        answer = await mesh.request("POST", "/v1/templates", json=fields, headers=other.auth)
+        assert answer.status == 201
+    ask = request(b"Connection: close", method=b"GET", target=b"/v1/templates", body=b"")
+    async with unharmed(gateway, caller):
+        statuses = await asyncio.gather(
+            *(asyncio.to_thread(sent, gateway, ask.replace(b"KEY", other.secret.encode())) for _ in range(30))
+        )
+    assert set(statuses) <= {200, 429}
+    assert 200 in statuses
+
+
+async def test_many_reports_of_long_times(alone, mesh, unharmed):
+    gateway = await alone(models=MODELS)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    other = await mesh.key(credit="0")
+    target = b"/v1/usage?since=2026-08-01&until=2026-10-31"
+    ask = request(method=b"GET", target=target, body=b"").replace(b"KEY", other.secret.encode())
+    before = await commands(mesh.worker.store)
+    async with unharmed(gateway, caller):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(3):
+                await asyncio.gather(*(asked_again(gateway, ask) for _ in range(20)))
+    assert await commands(mesh.worker.store) - before < 60_000
+
+
+async def asked_again(gateway, ask):
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    try:
+        while True:
+            writer.write(ask)
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.001)
+    finally:
+        writer.close()

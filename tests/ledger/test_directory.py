@@ -343,8 +343,8 @@ async def test_own_templates_come_before_global_ones(directory):
     assert await directory.template("acme", "greet") == mine
     assert await directory.template("beta", "greet") == shared
     assert await directory.template("acme", shared.id) == shared
-    assert await directory.list_templates("acme") == [other, mine, shared]
-    assert await directory.list_templates("beta") == [other, shared]
+    assert [each async for each in directory.list_templates("acme")] == [other, mine, shared]
+    assert [each async for each in directory.list_templates("beta")] == [other, shared]
 
 
 async def test_a_name_belongs_to_one_template_of_an_owner(directory):
@@ -360,7 +360,7 @@ async def test_a_name_belongs_to_one_template_of_an_owner(directory):
 async def test_one_of_many_who_want_a_name_gets_it(directory):
     rivals = [template("greet", id=f"{n:08d}-1111-1111-1111-111111111111") for n in range(20)]
     assert sorted(await asyncio.gather(*map(directory.put_template, rivals))) == [False] * 19 + [True]
-    assert len(await directory.list_templates("acme")) == 1
+    assert len([each async for each in directory.list_templates("acme")]) == 1
 
 
 async def test_a_renamed_template_leaves_its_old_name(directory):
@@ -411,7 +411,7 @@ async def test_an_edit_brings_no_deleted_template_back(directory):
     await directory.put_template(mine)
     await directory.delete_template(mine)
     assert await directory.change_template(mine, partial(replace, system="x")) is None
-    assert await directory.list_templates("acme") == []
+    assert [each async for each in directory.list_templates("acme")] == []
 
 
 async def test_an_edit_takes_no_name_from_another(directory):
@@ -430,7 +430,7 @@ async def test_an_owner_has_so_many_templates_and_no_more(directory, monkeypatch
         await directory.put_template(template("c"))
     assert caught.value.problem.code == "validation_error"
     assert await directory.put_template(template("a", system="a new version fits"))
-    assert [each.name for each in await directory.list_templates("acme")] == ["a", "b"]
+    assert [each.name async for each in directory.list_templates("acme")] == ["a", "b"]
 
 
 async def test_an_owners_templates_have_so_many_bytes_and_no_more(directory, monkeypatch):

@@ -19,8 +19,11 @@ def replays(store):
 def claim(replays):
     """Claim a key for a body."""
 
-    async def make(owner, *, name="once", body=BODY, account="acme", key_id="k1", ttl_ms=TTL_MS):
-        return await replays.claim(replays.claimed(account, key_id, name, owner), body_digest(body), ttl_ms)
+    async def make(
+        owner, *, name="once", body=BODY, account="acme", key_id="k1", ttl_ms=TTL_MS, most_keys=100, most_bytes=1000
+    ):
+        wanted = replays.claimed(account, key_id, name, owner)
+        return await replays.claim(wanted, body_digest(body), ttl_ms, most_keys=most_keys, most_bytes=most_bytes)
 
     return make
 
@@ -155,3 +158,26 @@ async def test_a_charged_request_still_runs_until_its_answer_is_told_of(claim, r
 async def test_a_charged_request_whose_worker_died_is_not_run_again(claim, store):
     await charged(store, await claim("h1"), age_ms=15_000)
     assert ["lost", "conflict"] == [(await claim("h2")).state, (await claim("h3", body=b"{}")).state]
+
+
+async def test_an_account_has_so_many_keys_and_another_has_its_own(claim):
+    for number in range(3):
+        assert "claimed" == (await claim(f"h{number}", name=f"n{number}", most_keys=3)).state
+    assert "full" == (await claim("h3", name="n3", most_keys=3)).state
+    assert "running" == (await claim("h4", name="n0", most_keys=3)).state
+    assert "claimed" == (await claim("h5", name="n3", account="other", most_keys=3)).state
+
+
+async def test_an_account_has_so_many_bytes(claim, replays):
+    first = await claim("h1", name="n1", most_bytes=10)
+    await replays.append(first, [b"123456", b"7890"], TTL_MS)
+    assert "full" == (await claim("h2", name="n2", most_bytes=10)).state
+    assert "claimed" == (await claim("h3", name="n3", most_bytes=11)).state
+
+
+async def test_what_has_ended_is_counted_no_more(claim, replays):
+    first = await claim("h1", name="n1", most_keys=1)
+    await replays.append(first, [b"x" * 1000], TTL_MS)
+    await replays.conclude(first, "failed", 1)
+    await asyncio.sleep(0.01)
+    assert "claimed" == (await claim("h2", name="n2", most_keys=1)).state
