@@ -192,7 +192,7 @@ class Client:
 
 
 def client_for(case: dict[str, Any], site: Site, gateway: Gateway) -> Client:
-    key, account = case.get("key"), f"contract-{case['name'].replace('.', '-')}"
+    key, account = case.get("key"), f"contract-{[each['name'] for each in CASES].index(case['name'])}"
     if isinstance(key, list):
         return Client(case, site.key_by_command(gateway, account, case.get("credit"), key))
     if key is not None:
