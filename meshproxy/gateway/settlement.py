@@ -43,7 +43,9 @@ def bill(
     candidates = may_have_served(attempt, served_model)
     usage = Usage()
     if report is not None:
-        window = max([candidate.context_window for candidate in candidates])
+        window = attempt.context_window
+        if attempt.natives:
+            window = max(candidate.context_window for candidate in candidates)
         usage, exchange.refused = report.settled(window, plan.request.n)
         exchange.usage_source = "reported"
     told_usd = report.cost_usd if report is not None else None

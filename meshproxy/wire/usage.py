@@ -203,7 +203,7 @@ def decode_reply(body: bytes) -> Reply:
     return Reply(
         report=find_report(members),
         model=decode_text(members.get("model")),
-        error=decode_value(members.get("error")),
+        error=decode_value(members["error"]) if "error" in members else None,
     )
 
 
@@ -220,7 +220,7 @@ def decode_value(raw: bytes | Raw | None) -> Any:
 
 def decode_text(raw: bytes | Raw | None) -> str | None:
     """A provider's JSON string; None for anything else."""
-    value = decode_value(raw)
+    value = None if raw is None else _decoded(_ANYTHING, raw)
     return value if isinstance(value, str) else None
 
 
