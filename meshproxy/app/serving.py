@@ -6,6 +6,8 @@ import os
 import socket
 import time
 
+import structlog
+
 from meshproxy.app.control import Report
 from meshproxy.app.data_listener import DataListener
 from meshproxy.app.reload import Standing
@@ -20,6 +22,8 @@ from meshproxy.telemetry.snapshot import Fleet
 GC_THRESHOLD = (
     20_000  # objects made before the youngest are looked through: a request makes some hundreds and keeps none
 )
+
+_log = structlog.get_logger("meshproxy.app")
 
 
 class Serving:
@@ -54,7 +58,7 @@ class Serving:
         self.up.set()
 
     async def prepare(self, standing: Standing) -> list[str]:
-        """Build what this needs and serve on as before; what can't be built."""
+        """Build what this needs and serve on as before; what can't be built. Whatever goes wrong, a reload ends no worker."""
         try:
             # Not in the event loop: a TLS context alone takes 16 ms.
             self._prepared = await asyncio.to_thread(
@@ -64,6 +68,9 @@ class Serving:
             return unfit.faults
         except (OSError, ValueError) as error:
             return [str(error)]
+        except Exception as error:  # noqa: BLE001 - a bug of ours: reported to the supervisor as a fault, with a traceback here
+            _log.error("prepare_failed", exc_info=error)
+            return [f"it can't be built ({type(error).__name__})"]
         return []
 
     async def apply(self, standing: Standing) -> list[str]:

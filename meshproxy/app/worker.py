@@ -39,10 +39,9 @@ from meshproxy.policy.catalog import Catalog
 from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
-from meshproxy.telemetry import loop_lag
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.telemetry.tasks import Tasks
+from meshproxy.telemetry.tasks import Tasks, watch_lag
 from meshproxy.telemetry.traces import open_tracer
 from meshproxy.upstream.provider import Provider
 from meshproxy.version import VERSION
@@ -142,7 +141,7 @@ class Worker:
         self._follow()
         self.loops.keep("pulse", partial(self.live.pulse, lambda: self.settings), is_vital=True)
         self.loops.keep("journal", partial(self.journal.keep_replaying, self._charge), is_vital=True)
-        self.loops.keep("loop-lag", partial(loop_lag.watch, self.metrics.event_loop_lag.labels().observe))
+        self.loops.keep("loop-lag", partial(watch_lag, self.metrics.event_loop_lag.labels().observe))
         self.loops.keep("refusals", self.ledger.note_refusals)
         if instances is not None:
             self.loops.keep("instances", instances.beat)

@@ -22,6 +22,8 @@ MAX_DOUBLINGS = 16
 STEADY_S = 10.0  # a loop that ran so long is well
 FAILING_RUNS = 3  # in a row, before a vital loop counts as failing
 
+LAG_INTERVAL_S = 0.25
+
 _log = structlog.get_logger(__name__)
 
 
@@ -118,3 +120,16 @@ class Tasks:
         if error is not None:
             self._on_failure(task.get_name())
             _log.error("task_failed", task=task.get_name(), exc_info=error)
+
+
+async def watch_lag(observe: Callable[[float], None]) -> None:
+    """Observe how late the event loop wakes, in seconds, every LAG_INTERVAL_S until cancelled.
+
+    Whatever holds the loop up (a long render, a slow regex, a starved CPU) delays every stream by as much. uvloop's timers
+    count whole milliseconds, so under it a lag below 1 ms is noise.
+    """
+    now = asyncio.get_running_loop().time
+    while True:
+        due = now() + LAG_INTERVAL_S
+        await asyncio.sleep(LAG_INTERVAL_S)
+        observe(max(0.0, now() - due))

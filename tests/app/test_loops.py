@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
+from meshproxy.app import worker
 from meshproxy.gateway.live import Live
 from meshproxy.ledger import connection
 from meshproxy.ledger.channel import Channel
@@ -12,13 +13,12 @@ from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.local import Instances
 from meshproxy.ledger.store import Unavailable
 from meshproxy.server.listener import _Server
-from meshproxy.telemetry import loop_lag
 
 LOOPS = {
     "pulse": (Live, "pulse"),
     "journal": (Journal, "keep_replaying"),
     "instances": (Instances, "beat"),
-    "loop-lag": (loop_lag, "watch"),
+    "loop-lag": (worker, "watch_lag"),
     "deadlines": (_Server, "look_at_deadlines"),
 }
 

@@ -1,10 +1,17 @@
+import gc
+import io
+
 import pytest
 from structlog.testing import capture_logs
 
 from meshproxy.app.load import Loaded
 from meshproxy.app.reload import FIXED, Reloader, Standing, hold_back
+from meshproxy.app.serving import Serving
 from meshproxy.config import Secrets, Settings, Unfit, parse
+from meshproxy.server.sockets import listen
+from meshproxy.telemetry.sink import LineSink
 
+PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "{}"\n'
 TLS = '[server]\ntls_cert = "/c"\ntls_key = "/k"\n'
 
 
@@ -116,3 +123,29 @@ async def test_what_could_not_be_swapped_in_is_not_what_the_next_is_compared_wit
     with capture_logs() as logs:
         await reloader.reload(crew)
     assert ["server.listen"] == [line["key"] for line in logs if line["event"] == "reload_needs_restart"]
+
+
+async def test_a_bug_of_ours_in_a_build_ends_no_worker(monkeypatch, store_server):
+    thresholds = gc.get_threshold()
+    settings = parse(f"[redis]\nurl = '{store_server}'\n" + PROVIDER.format("http://one"))
+    with listen("127.0.0.1:0") as sock:
+        serving = Serving(Standing(settings, Secrets({})), sock, LineSink(io.BytesIO(), lambda _: b""))
+        await serving.start()
+        try:
+            wanted = Standing(parse(PROVIDER.format("http://two")), Secrets({}), generation=2)
+            with monkeypatch.context() as patched, capture_logs() as logs:
+                patched.setattr("meshproxy.app.worker.deploy", lambda *_, **__: None + 1)
+                assert ["it can't be built (TypeError)"] == await serving.prepare(wanted)
+                assert ["it can't be built (TypeError)"] == await serving.apply(wanted)
+            assert {"prepare_failed"} == {line["event"] for line in logs}
+            assert 1 == serving.standing.generation
+            assert [] == await serving.apply(wanted)
+            assert (2, "http://two") == (
+                serving.standing.generation,
+                serving.worker.gateway.deployment.settings.upstreams["a"].base_url,
+            )
+        finally:
+            serving.hurry()
+            await serving.stop()
+            gc.unfreeze()
+            gc.set_threshold(*thresholds)

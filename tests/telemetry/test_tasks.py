@@ -1,10 +1,11 @@
 import asyncio
 import gc
+import time
 
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.telemetry.tasks import Tasks
+from meshproxy.telemetry.tasks import Tasks, watch_lag
 
 
 async def fail():
@@ -221,3 +222,15 @@ async def test_close_ends_what_is_kept():
     await loop.again.wait()
     await tasks.close()
     assert task.cancelled()
+
+
+async def test_lag_is_how_late_the_loop_woke(monkeypatch):
+    monkeypatch.setattr("meshproxy.telemetry.tasks.LAG_INTERVAL_S", 0.01)
+    seen = []
+    watching = asyncio.create_task(watch_lag(seen.append))
+    await asyncio.sleep(0)
+    time.sleep(0.1)  # the whole loop
+    while not seen:
+        await asyncio.sleep(0)
+    watching.cancel()
+    assert 0.08 < seen[0] < 5
