@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 from meshproxy.errors import (
     Fault,
@@ -268,7 +269,8 @@ class Gateway:
         except UpstreamFault as fault:
             exchange.failed(fault)
             raise
-        bill(exchange, reply.report, reply.model, lambda: answer_tokens(body, audio_format(plan.request.fields)))
+        seen = partial(answer_tokens, body, audio_format(plan.request.fields))
+        bill(exchange, reply.report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1])
         exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True

@@ -196,6 +196,7 @@ class Relay:
             scanner.reported_model,
             lambda: scanner.tokens,
             most,
+            audio_output=lambda: scanner.audio_tokens,
             outdated=scanner.outdated,
         )
 

@@ -29,12 +29,14 @@ def bill(
     estimate_output: Callable[[], int],
     most_output: int | None = None,
     *,
+    audio_output: Callable[[], int] | None = None,
     outdated: bool = False,
 ) -> None:
     """Write down usage, its source and the cost: the provider's numbers where they can be believed, and an estimate from the
     prompt and the output that was seen in the place of those that are missing. Where nothing was reported and nothing seen
     nothing is charged. May be called again as more is seen. Tokens of output past `most_output` aren't charged.
-    `outdated`: text came after the report, whose output is the least that there was.
+    `outdated`: text came after the report, whose output is the least that there was. `audio_output` estimates how much of the
+    output was audio, which has a price of its own.
     """
     plan, attempt = exchange.plan, exchange.asked or exchange.attempt
     if plan is None or attempt is None:
@@ -52,13 +54,15 @@ def bill(
     if usage.completion == 0 or outdated:
         seen = min(estimate_output(), plan.output_bound)
         if seen > usage.completion:
-            usage = replace(usage, completion=seen)
+            audio = min(audio_output(), seen) if audio_output is not None else 0
+            usage = replace(usage, completion=seen, audio_completion=max(usage.audio_completion, audio))
             exchange.usage_source = "estimated"
     if usage.prompt == 0 and (usage.completion or exchange.refused):
         usage = replace(usage, prompt=plan.prompt_tokens)
         exchange.usage_source = "estimated"
     if most_output is not None and usage.completion > most_output:
-        usage = replace(usage, completion=most_output)
+        audio = min(usage.audio_completion, most_output)
+        usage = replace(usage, completion=most_output, audio_completion=audio)
         exchange.usage_source = "estimated"
         told_usd = None
     exchange.usage = usage

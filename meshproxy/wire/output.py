@@ -101,13 +101,14 @@ def read_output(data: bytes) -> Output:
     return output
 
 
-def answer_tokens(body: bytes, asked_audio: str | None) -> int:
-    """Estimate the output of a whole answer; `asked_audio` is the format of audio that was asked for."""
+def answer_tokens(body: bytes, asked_audio: str | None) -> tuple[int, int]:
+    """Estimate the output of a whole answer, and how much of it is audio; `asked_audio` is the format that was asked for."""
     output = Output([])
     for choice in _choices(body):
         if choice.message is not None:
             _read_delta(choice.message, output)
-    return sum(map(text_tokens, output.texts)) + audio_tokens(output.audio_chars, asked_audio)
+    audio = audio_tokens(output.audio_chars, asked_audio)
+    return sum(map(text_tokens, output.texts)) + audio, audio
 
 
 def text_tokens(text: str) -> int:

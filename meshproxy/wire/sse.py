@@ -42,9 +42,9 @@ class StreamScanner:
     `tell_cost`: what the answer costs by now, in USD: a client that sees usage is told in the event that has it, once the answer
     has finished. `told_cost`: what it was told last.
 
-    `tokens` estimates the output so far from its text; `most` is what it can't exceed, and costs nothing to know: text is kept
-    uncounted, up to a bound, until somebody asks. Nearly all events of a stream differ in their text alone, so the bytes around
-    it are learned, and an event of that shape isn't decoded.
+    `tokens` estimates the output from its text and, `audio_tokens` of it, from the duration of its audio; `most` is what it
+    can't exceed, and costs nothing to know: text is kept uncounted, up to a bound, until somebody asks. Nearly all events of a
+    stream differ in their text alone, so the bytes around it are learned, and an event of that shape isn't decoded.
     """
 
     __slots__ = (
@@ -70,6 +70,7 @@ class StreamScanner:
         "_sample",
         "_text",
         "_text_at",
+        "audio_tokens",
         "done",
         "error",
         "events",
@@ -83,6 +84,7 @@ class StreamScanner:
         self, *, hide_usage: bool, max_event_bytes: int = MAX_EVENT_BYTES, audio_format: str | None = None
     ) -> None:
         self.events = 0
+        self.audio_tokens = 0
         self.most = 0
         self.report: Report | None = None
         self.tell_cost: Callable[[], str] | None = None
@@ -333,8 +335,10 @@ class StreamScanner:
             self._sample = event
         output = read_output(data)
         if output.audio_chars:
-            self._counted += audio_tokens(output.audio_chars, self._audio_format)
-            self.most += audio_tokens(output.audio_chars, self._audio_format)
+            audio = audio_tokens(output.audio_chars, self._audio_format)
+            self.audio_tokens += audio
+            self._counted += audio
+            self.most += audio
         if output.texts:
             self._add(b"".join([escaped(text) for text in output.texts]), output.pieces)
             if self._lessons * EVENTS_A_LESSON < self.events + FIRST_EVENTS and event.startswith(b"data: {"):

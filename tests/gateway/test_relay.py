@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import re
 
 import pytest
 
@@ -400,3 +401,38 @@ async def test_a_stream_that_fails_tells_no_cost(stream):
     stream.says(event(" a"))
     await stream.finish()
     assert b"x-mesh-cost" not in stream.client.text
+
+
+FILTERED = (
+    b'"content_filter_results":{"hate":{"filtered":false,"severity":"safe"},"violence":{"filtered":false}},"index"'
+)
+LOGPROBS = b'"logprobs":{"content":[%b]},"index"' % b",".join([b'{"token":" w","logprob":-0.3,"bytes":[32,116]}'] * 20)
+
+
+@pytest.mark.parametrize(
+    "payloads",
+    [
+        pytest.param([event(" word")] * 400, id="a token an event"),
+        pytest.param([event(" word").replace(b'"index"', FILTERED)] * 400, id="filter results"),
+        pytest.param([event(" word").replace(b'"index"', LOGPROBS)] * 400, id="logprobs"),
+        pytest.param([event(" word" * 40)] * 10, id="forty tokens an event"),
+        pytest.param([event(" word" * 400)], id="all in an event"),
+        pytest.param([event(" word") * 400], id="all in a read"),
+        pytest.param([event(" word") * 150] * 3, id="some in a read"),
+        pytest.param([event(letter) for letter in " word" * 400], id="a letter an event"),
+    ],
+)
+async def test_no_more_than_a_slice_past_the_hold_goes_out_whatever_the_events(stream, payloads):
+    bound = stream.lease.bound
+    for payload in payloads:
+        stream.says(payload)
+        if stream.provider.paused:
+            break
+    await turns()
+    await stream.ledger.answer(NO_CREDIT)
+    await stream.task
+    texts = json.loads(b"[" + b",".join(re.findall(rb'"content":("[^"]*")', stream.client.text)) + b"]")
+    words = "".join(texts).count(" word")
+    assert words <= bound
+    stream.relay.bill()
+    assert words <= stream.exchange.usage.completion <= bound

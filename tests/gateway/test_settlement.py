@@ -36,6 +36,15 @@ class TestBill:
         expected = Usage(PROMPT_TOKENS, 7)
         assert (expected, "estimated", PROMPT_TOKENS * 2_500 + 7 * 10_000) == billed(None, 7)
 
+    @pytest.mark.parametrize(
+        ("most", "expected"),
+        [(None, Usage(PROMPT_TOKENS, 7, audio_completion=5)), (3, Usage(PROMPT_TOKENS, 3, audio_completion=3))],
+    )
+    def test_audio_is_estimated_as_audio(self, most, expected):
+        made = exchange()
+        bill(made, None, None, lambda: 7, most, audio_output=lambda: 5)
+        assert (expected, "estimated") == (made.usage, made.usage_source)
+
     def test_nothing_where_nothing_was_seen(self):
         assert (Usage(), "none", 0) == billed(None, 0)
 

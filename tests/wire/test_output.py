@@ -38,11 +38,15 @@ def message(value: Any) -> bytes:
     ],
 )
 def test_what_a_model_wrote_is_counted(body: bytes, expected: int):
-    assert answer_tokens(body, None) == expected
+    assert answer_tokens(body, None)[0] == expected
+
+
+def test_how_much_of_it_is_audio_is_told():
+    assert answer_tokens(message({"audio": {"data": "A" * 32_000, "transcript": " a b"}}), "pcm16") == (12, 10)
 
 
 def test_deep_nesting_ends():
-    assert answer_tokens(message({"content": json.loads("[" * 200 + "]" * 200)}), None) == 0
+    assert answer_tokens(message({"content": json.loads("[" * 200 + "]" * 200)}), None) == (0, 0)
 
 
 def test_a_long_text_is_sampled():

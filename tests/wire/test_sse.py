@@ -437,7 +437,7 @@ class TestTokens:
         scanner = StreamScanner(hide_usage=True, audio_format=audio_format)
         for _ in range(25):
             scanner.feed(chunk({"audio": {"id": "a", "data": "A" * 12_800}}))
-        assert scanner.tokens == expected
+        assert scanner.tokens == scanner.audio_tokens == expected
 
     @pytest.mark.parametrize("junk", [b'"logprob":NaN', b'"x":"\\ud83d"'])
     def test_text_beside_what_is_no_json_counts(self, junk: bytes):
