@@ -92,6 +92,11 @@ class Exchange:
         self.failure = fault
 
     @property
+    def account(self) -> str:
+        """The account's name; empty before it is known."""
+        return self.principal.account.name if self.principal is not None else ""
+
+    @property
     def model(self) -> str:
         """The catalogue id of the model that serves, or was asked for; empty before it is known."""
         if self.attempt is not None:

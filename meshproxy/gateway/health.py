@@ -1,26 +1,46 @@
 """How this worker's upstreams are doing: who is asked, who is spared, and what each attempt says of whom it asked.
 
 All of it belongs to a route, an upstream with its name for the model: latency, load, rate limits and failures differ by model,
-and a request that makes one model fail must not close the others to everybody. What is kept is bounded by the configuration.
+and a request that makes one model fail must not close the others to everybody. Nor may one account close a model to the others:
+what a request itself may have caused counts in full against its account alone, and for at most OF_ONE_ACCOUNT failures against
+the route. What is kept is bounded by the configuration and MAX_ACCOUNTS.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 from meshproxy.errors import Fault, Source, UpstreamFault, provider_not_available
 from meshproxy.policy.balance import PeakEwma, Standing, arrange
-from meshproxy.policy.breaker import Breaker
+from meshproxy.policy.breaker import Breaker, Tolerance
 from meshproxy.policy.catalog import Attempt
-from meshproxy.policy.failover import asks_to_wait_s, is_unwell
+from meshproxy.policy.failover import asks_to_wait_s, is_unwell, may_be_the_request
 
 UNWELL_S = 10.0  # a failure counts as an answer that took so long, lest who fails fast look fast
 OUTLIER_FAILURES = 3  # in a row on one route, before its breaker opens: its equals are asked first for OUTLIER_S
 OUTLIER_S = 5.0
+# Of the failures that open a route's breaker to all, within its window: half of what it takes, so that others must fail too.
+OF_ONE_ACCOUNT = 5
+MAX_ACCOUNTS = 64  # whose failures are remembered on one route; the one that began first is forgotten
+WINDOW_S = Tolerance().window_s
+FORGET_ACCOUNT_S = 120.0  # after its last failure
+
+
+class Failures:
+    """One account's failures on a route. `counted`: those that counted against the route since `since`, monotonic seconds."""
+
+    __slots__ = ("breaker", "counted", "last_at", "since")
+
+    def __init__(self, now: float) -> None:
+        self.breaker = Breaker()
+        self.counted = 0
+        self.since = self.last_at = now
 
 
 class Route:
-    """One upstream's one model. `ejected_until` is monotonic seconds; `is_open`: whether its breaker isn't closed."""
+    """One upstream's one model. `ejected_until` is monotonic seconds; `is_open`: whether its breaker isn't closed; `accounts`:
+    those that failed lately, each with a breaker of its own.
+    """
 
-    __slots__ = ("breaker", "ejected_until", "failures", "in_flight", "is_open", "latency")
+    __slots__ = ("accounts", "breaker", "ejected_until", "failures", "in_flight", "is_open", "latency")
 
     def __init__(self) -> None:
         self.breaker = Breaker()
@@ -29,10 +49,56 @@ class Route:
         self.in_flight = 0
         self.failures = 0  # in a row
         self.ejected_until = 0.0
+        self.accounts: dict[str, Failures] = {}
 
-    def standing(self, now: float) -> Standing:
+    def retry_after_s(self, account: str, now: float) -> float:
+        """Seconds until this account's requests may be let through."""
+        own = self.accounts.get(account)
+        wait_s = self.breaker.retry_after_s(now)
+        return wait_s if own is None else max(wait_s, own.breaker.retry_after_s(now))
+
+    def breakers(self, account: str, now: float) -> tuple[Breaker, ...] | None:
+        """The breakers that a request of this account is the probe of; None if one of them doesn't let it through."""
+        own = self.accounts.get(account)
+        probes: list[Breaker] = []
+        for breaker in (self.breaker,) if own is None else (own.breaker, self.breaker):
+            is_closed = breaker.state(now) == "closed"
+            if not breaker.allows(now):
+                for probe in probes:
+                    probe.abandoned()
+                return None
+            if not is_closed:
+                probes.append(breaker)
+        return tuple(probes)
+
+    def count(self, account: str, now: float, spin: float) -> bool:
+        """Count a failure that a request of this account may have caused. Return whether it counts against the route too."""
+        own = self.accounts.get(account)
+        if own is None:
+            if len(self.accounts) >= MAX_ACCOUNTS:
+                del self.accounts[next(iter(self.accounts))]
+            own = self.accounts[account] = Failures(now)
+        own.last_at = now
+        own.breaker.failed(now, spin)
+        if now - own.since >= WINDOW_S:
+            own.since, own.counted = now, 0
+        own.counted += 1
+        return own.counted <= OF_ONE_ACCOUNT
+
+    def forget(self, now: float) -> bool:
+        """Forget the accounts that haven't failed for long. Return whether any was forgotten."""
+        gone = [name for name, own in self.accounts.items() if now - own.last_at >= FORGET_ACCOUNT_S]
+        for name in gone:
+            del self.accounts[name]
+        return bool(gone)
+
+    def is_open_to_any(self, now: float) -> bool:
+        """Whether its breaker or that of any account isn't closed."""
+        return self.is_open or any(own.breaker.state(now) != "closed" for own in self.accounts.values())
+
+    def standing(self, account: str, now: float) -> Standing:
         """How it does."""
-        is_open = self.is_open and self.breaker.retry_after_s(now) > 0.0
+        is_open = (self.is_open or account in self.accounts) and self.retry_after_s(account, now) > 0.0
         return Standing(self.latency.read(now), self.in_flight, max(0.0, self.ejected_until - now), is_open)
 
 
@@ -59,13 +125,16 @@ class Trial:
     then do nothing.
     """
 
-    __slots__ = ("_health", "_is_over", "_is_probe", "_route", "_upstream")
+    __slots__ = ("_account", "_health", "_is_over", "_probes", "_route", "_upstream")
 
-    def __init__(self, health: "Health", upstream: Upstream, route: Route, *, is_probe: bool) -> None:
+    def __init__(
+        self, health: "Health", upstream: Upstream, route: Route, account: str, probes: tuple[Breaker, ...]
+    ) -> None:
         self._health = health
         self._upstream = upstream
         self._route = route
-        self._is_probe = is_probe
+        self._account = account
+        self._probes = probes
         self._is_over = False
         route.in_flight += 1
 
@@ -76,17 +145,21 @@ class Trial:
         now = self._health.clock()
         if latency_s is not None:
             self._route.latency.observe(latency_s, now)
-        if self._is_probe:
-            self._is_probe = False
-            self._route.breaker.succeeded(now)
+        if self._probes:
+            probes, self._probes = self._probes, ()
+            for breaker in probes:
+                breaker.succeeded(now)
             self._health.note(self._upstream, self._route, now)
 
     def succeeded(self) -> None:
         """The answer was whole."""
         if self._ends():
-            self._route.failures = 0
-            if not self._route.is_open:
-                self._route.breaker.succeeded(self._health.clock())
+            route = self._route
+            route.failures = 0
+            if not route.is_open:
+                route.breaker.succeeded(self._health.clock())
+            if route.accounts and (own := route.accounts.get(self._account)) is not None:
+                own.breaker.succeeded(self._health.clock())
 
     def failed(self, fault: UpstreamFault) -> None:
         """There was no answer, or it was none."""
@@ -95,29 +168,33 @@ class Trial:
             route = self._route
             route.ejected_until = max(route.ejected_until, self._health.clock() + wait_s)
         if is_unwell(fault):
-            self.broke_off()
+            self.broke_off(by_request=may_be_the_request(fault))
         elif fault.answered is not None:
             self.answered(None)
             self.abandoned()
         else:
             self.abandoned()
 
-    def broke_off(self) -> None:
-        """It failed by the upstream's own fault."""
+    def broke_off(self, *, by_request: bool = True) -> None:
+        """It failed by the upstream's own fault, as far as can be told. `by_request`: the request itself may be to blame."""
         if self._ends():
             health, route = self._health, self._route
-            now = health.clock()
+            now, spin = health.clock(), health.spin()
             route.latency.observe(UNWELL_S, now)
             route.failures += 1
             if route.failures >= OUTLIER_FAILURES:
                 route.ejected_until = max(route.ejected_until, now + OUTLIER_S)
-            route.breaker.failed(now, health.spin())
+            if not by_request or route.count(self._account, now, spin):
+                route.breaker.failed(now, spin)
+            elif route.breaker in self._probes:
+                route.breaker.abandoned()
             health.note(self._upstream, route, now)
 
     def abandoned(self) -> None:
         """It ended without saying anything of the upstream."""
-        if self._ends() and self._is_probe:
-            self._route.breaker.abandoned()
+        if self._ends():
+            for breaker in self._probes:
+                breaker.abandoned()
 
     def _ends(self) -> bool:
         if self._is_over:
@@ -140,25 +217,29 @@ class Health:
         self._on_change = on_change
         self._upstreams: dict[str, Upstream] = {}
 
-    def order(self, attempts: Sequence[Attempt], session: str | None) -> Sequence[Attempt]:
-        """The attempts in the order to make them."""
+    def order(self, attempts: Sequence[Attempt], session: str | None, account: str = "") -> Sequence[Attempt]:
+        """The attempts in the order to make them for this account."""
         if len(attempts) == 1:
             return attempts
         now = self.clock()
-        return arrange(attempts, lambda attempt: self._standing(attempt, now), session)
+        return arrange(attempts, lambda attempt: self._route(attempt).standing(account, now), session)
 
-    def begin(self, attempt: Attempt) -> Trial | None:
-        """Begin an attempt; None if the route's breaker is open, or half-open with its probe under way."""
+    def begin(self, attempt: Attempt, account: str = "") -> Trial | None:
+        """Begin an attempt; None if the route's breaker, or this account's, is open, or half-open with its probe under way."""
         upstream = self._upstream(attempt.upstream)
         route = upstream.route(attempt.upstream_model)
-        if route.is_open and not route.breaker.allows(self.clock()):
-            return None
-        return Trial(self, upstream, route, is_probe=route.is_open)
+        if not route.is_open and not route.accounts:
+            return Trial(self, upstream, route, account, ())
+        now = self.clock()
+        if route.forget(now):
+            self.note(upstream, route, now)
+        probes = route.breakers(account, now)
+        return None if probes is None else Trial(self, upstream, route, account, probes)
 
-    def nobody(self, attempts: Iterable[Attempt]) -> Fault:
+    def nobody(self, attempts: Iterable[Attempt], account: str = "") -> Fault:
         """What is told when every breaker is open: come back when the first one may be probed."""
         now = self.clock()
-        wait_s = min((self._route(attempt).breaker.retry_after_s(now) for attempt in attempts), default=0.0)
+        wait_s = min((self._route(attempt).retry_after_s(account, now) for attempt in attempts), default=0.0)
         return Fault(Source.UPSTREAM, provider_not_available("Every provider of this model is failing.", wait_s))
 
     def keep(self, names: Iterable[str]) -> None:
@@ -171,14 +252,11 @@ class Health:
     def note(self, upstream: Upstream, route: Route, now: float) -> None:
         """A route's breaker may have changed: tell, if the upstream is still in use and none or the first of its is open now."""
         route.is_open = route.breaker.state(now) != "closed"
-        is_open = any(other.is_open for other in upstream.routes.values())
+        is_open = any(other.is_open_to_any(now) for other in upstream.routes.values())
         if is_open != upstream.is_open:
             upstream.is_open = is_open
             if self._upstreams.get(upstream.name) is upstream:
                 self._on_change(upstream.name, is_open)
-
-    def _standing(self, attempt: Attempt, now: float) -> Standing:
-        return self._route(attempt).standing(now)
 
     def _route(self, attempt: Attempt) -> Route:
         return self._upstream(attempt.upstream).route(attempt.upstream_model)

@@ -212,6 +212,32 @@ async def test_clients_that_hang_up_open_no_breaker(start):
     assert 0 == route.in_flight
 
 
+@pytest.mark.parametrize("bad", ["sim/error-500", "sim/refuse", "sim/die-mid-stream"])
+async def test_one_accounts_failures_leave_the_model_to_the_others(start, bad):
+    mesh = await start(m=("one", bad))
+    poisoner, other = await mesh.key(), await mesh.key()
+    got = [(await mesh.chat(poisoner, model="m")).status for _ in range(11)]
+    assert ([502] * 10, 503) == (got[:10], got[10])
+    assert 502 == (await mesh.chat(other, model="m")).status
+    assert 11 == len(mesh.received)
+
+
+async def test_two_accounts_failures_close_it_to_all(start):
+    mesh = await start(m=("one", "sim/error-500"))
+    for caller in (await mesh.key(), await mesh.key()):
+        for _ in range(5):
+            await mesh.chat(caller, model="m")
+    assert 503 == (await mesh.chat(await mesh.key(), model="m")).status
+
+
+async def test_connections_that_cannot_be_made_close_it_to_all(start):
+    mesh = await start(m=("refused", "x"))
+    caller = await mesh.key()
+    for _ in range(10):
+        await mesh.chat(caller, model="m")
+    assert 503 == (await mesh.chat(await mesh.key(), model="m")).status
+
+
 async def test_an_open_breaker_is_passed_over(start):
     mesh = await start(bad=("one", "sim/error-500"), m=("one", "sim/error-500", "two", GOOD))
     caller = await mesh.key()

@@ -224,3 +224,29 @@ def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_not
         trial.failed(DEAD)
     assert [("a", True), ("a", False)] == worker.changes
     assert worker.health.begin(A) is not None
+
+
+def test_an_accounts_failures_are_forgotten(worker):
+    for _ in range(10):
+        trial = worker.health.begin(A, "poisoner")
+        trial.broke_off()
+    assert worker.health.begin(A, "poisoner") is None
+    assert worker.changes[-1] == (A.upstream, True)
+    worker.now += 121
+    worker.health.begin(A, "other").succeeded()
+    assert worker.changes[-1] == (A.upstream, False)
+
+
+def test_a_poisoner_beside_who_succeeds_opens_nothing_to_others(worker):
+    for _ in range(40):
+        trial = worker.health.begin(A, "poisoner")
+        if trial is not None:
+            trial.broke_off()
+        worker.health.begin(A, "other").succeeded()
+
+
+def test_the_accounts_that_are_remembered_are_bounded(worker):
+    for name in ["first"] * 10 + [f"account-{number}" for number in range(64)]:
+        worker.health.begin(A, name).broke_off()
+        worker.health.begin(A, "good").succeeded()
+    assert worker.health.begin(A, "first") is not None
