@@ -112,7 +112,7 @@ class LocalAdmission:
         is_one_too_many = ask.account not in self._used_nusd and known >= MAX_ACCOUNTS
         amount_nusd = ask.amount_within(available)
         if amount_nusd is None or is_one_too_many:
-            return Denied("insufficient_credits", "credit", max(available, 0))
+            return Denied("insufficient_credits", "credit", max(available, 0), needed_nusd=ask.amount_nusd)
         wants = [
             *self._wants("key", ask.key_id, ask.key_limits, ask.tokens),
             *self._wants("account", ask.account, ask.account_limits, ask.tokens),

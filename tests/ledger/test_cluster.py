@@ -112,6 +112,18 @@ async def test_the_directory(store):
     template = Template(id="t", name="greet", owner="acme", system="hi", created_at=1.0, updated_at=1.0)
     assert await directory.put_template(template)
     assert await directory.template("acme", "greet") == template
+    old, (new, rotated) = secret, await directory.rotate_key(key.id, grace_s=60)
+    assert [(await directory.principal(each)).key for each in (old, new)] == [rotated, rotated]
+
+
+@pytest.mark.parametrize("account", ["acme", "beta", "gamma", "delta"])
+async def test_a_deleted_account_leaves_nothing_on_any_node(nodes, store, account):
+    directory, ledger = Directory(store), Ledger(store)
+    await directory.create_key(account)
+    await ledger.grant(account, 1000, ref="inv-7")
+    assert await directory.delete_account(account)
+    left = [name for node in nodes for name in node.admin.keys("*")]
+    assert left == [b"mesh:audit"]
 
 
 async def test_a_slot_that_moved_is_followed(nodes, store):

@@ -45,7 +45,7 @@ def test_an_allowance_is_held_and_never_exceeded(admission, ask):
     assert DOLLAR - 400_000_000 == admission.admit(ask("h1", amount_nusd=400_000_000)).available_nusd
     assert isinstance(admission.admit(ask("h2", amount_nusd=600_000_000)), Admitted)
     denied = admission.admit(ask("h3", amount_nusd=1))
-    assert Denied("insufficient_credits", "credit", 0) == denied
+    assert Denied("insufficient_credits", "credit", 0, needed_nusd=1) == denied
 
 
 @pytest.mark.parametrize(("least", "held"), [(None, None), (DOLLAR + 1, None), (DOLLAR, DOLLAR), (1, DOLLAR // 2)])
@@ -62,7 +62,12 @@ def test_each_account_has_its_own(admission, ask):
 def test_a_request_that_is_over_leaves_what_it_really_cost(admission, ask, settlement):
     admission.admit(ask("h1", amount_nusd=900_000_000))
     admission.spent(settlement("h1", cost_nusd=100_000_000), 0)
-    assert Denied("insufficient_credits", "credit", 900_000_000) == admission.admit(ask("h2", amount_nusd=900_000_001))
+    denied = admission.admit(ask("h2", amount_nusd=900_000_001))
+    assert ("insufficient_credits", 900_000_000, 900_000_001) == (
+        denied.reason,
+        denied.available_nusd,
+        denied.needed_nusd,
+    )
     assert isinstance(admission.admit(ask("h3", amount_nusd=900_000_000)), Admitted)
 
 

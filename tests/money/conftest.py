@@ -53,6 +53,7 @@ level = "warning"
 [redis]
 url = "{redis}"
 journal = "{journal}"
+journal_max_bytes = {journal_max_bytes}
 timeout_s = {timeout_s}
 on_failure = "{on_failure}"
 local_allowance_usd = "{allowance}"
@@ -174,6 +175,7 @@ class Proxy:
             "timeout_s": 2,
             "on_failure": "deny",
             "allowance": "1.00",
+            "journal_max_bytes": 1 << 26,
         }
         models = {"fast": ("sim", "sim/fast?tokens=8"), **values.pop("models", {})}
         self.port, self.admin_port = free_port(), free_port()

@@ -281,3 +281,21 @@ async def test_a_journal_is_found_by_another_spelling_of_the_url(
     await asyncio.to_thread(valkey.start)
     await asyncio.to_thread(restart, f"redis://LOCALHOST:{valkey.port}/0")
     await books.until(key.account, lambda now: now.settled_nusd > 0)
+
+
+async def test_a_full_journal_denies(start_proxy, books, session, valkey):
+    """Nothing is admitted whose settlement might not be kept: what was served is charged."""
+    proxy = start_proxy(models=MODELS, workers=1, timeout_s=0.5, on_failure="local", journal_max_bytes=5000)
+    secret, key = await books.key("acme")
+    client = Client(session, proxy, secret)
+    assert (await client.chat()).is_whole
+    before = (await books.closed(key.account)).settled_nusd
+    valkey.kill()
+    outcomes = [await client.chat(max_tokens=8) for _ in range(12)]
+    served = sum(outcome.is_whole for outcome in outcomes)
+    assert 0 < served < 12
+    assert {"ledger_unavailable"} == {outcome.code for outcome in outcomes if not outcome.is_whole}
+    await asyncio.to_thread(valkey.start)
+    cost = served * (6 * INPUT_NUSD + 8 * OUTPUT_NUSD)
+    assert before + cost == (await books.until(key.account, lambda now: now.settled_nusd >= before + cost)).settled_nusd
+    assert not [line for line in proxy.log if line["event"] == "settlement_lost"]
