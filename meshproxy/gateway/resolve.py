@@ -17,7 +17,7 @@ from meshproxy.policy.params import merge_params
 from meshproxy.policy.pricing import Price, affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, measure, render
-from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens
+from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens, likely_tokens, weigh
 from meshproxy.policy.transforms import middle_out
 from meshproxy.value import Value
 from meshproxy.wire.chat import (
@@ -29,7 +29,7 @@ from meshproxy.wire.chat import (
     members_of,
     with_params,
 )
-from meshproxy.wire.fields import STEERING
+from meshproxy.wire.fields import MAX_TOKENS, STEERING
 
 PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, and a millisecond for one of a megabyte
 
@@ -141,6 +141,17 @@ class Plan(Value, frozen=True):
         """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
         return max([hold_amount(price, self.prompt_tokens, output_tokens) for price in self.prices])
 
+    def likely_prompt_tokens(self) -> int:
+        """The tokens of the prompt as they are billed where no provider reports them: closer to the truth than what is held, and
+        slower to know. Media is estimated as it is held.
+        """
+        texts = [self.prompt.messages, *others_of(self.request)]
+        if any(weigh(text).media_tokens for text in texts):
+            return self.prompt_tokens
+        return min(
+            likely_tokens(texts, self.prompt.count), max(served.context_window for served in may_serve(self.attempts))
+        )
+
     def clamped_to(self, amount_nusd: int) -> "Plan":
         """The plan with no more output than this amount can pay for, whichever attempt serves."""
         affordable = min(affordable_output(price, self.prompt_tokens, amount_nusd) for price in self.prices)
@@ -191,11 +202,16 @@ async def resolve(body: bytes, principal: Principal, deployment: Deployment, dir
     request = with_params(request, params) if params else request
     attempts = priced(attempts, request.service_tier, request.fields)
     prompt = Prompt(request, template, deployment.settings.server.max_body_bytes)
-    others = [bytes(raw) for name, raw in request.fields.items() if name not in STEERING]
+    others = others_of(request)
     tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)
     if request.models and "middle-out" not in request.transforms:
         attempts = large_enough(attempts, least_tokens(request.messages or b""))
     return _plan(request, model, attempts, prompt, tokens, deployment.settings.credits)
+
+
+def others_of(request: ChatRequest) -> list[bytes]:
+    """What a request says to a model beside its messages: the JSON of tools, schemas, and of every field that isn't known."""
+    return [bytes(raw) for name, raw in request.fields.items() if name not in STEERING]
 
 
 def _plan(
@@ -204,16 +220,17 @@ def _plan(
     """The sizes of a request. Its cap may be above a model's `max_output_tokens`, but not above its window; and no prompt is
     billed for more than the window, since it is refused.
     """
-    serving = may_serve(attempts)
-    largest = max([served.max_output_tokens for served in serving])
-    window = max([served.context_window for served in serving])
+    largest = window = 0
+    smallest, hidden = MAX_TOKENS, False
+    for served in may_serve(attempts):
+        largest, window = max(largest, served.max_output_tokens), max(window, served.context_window)
+        smallest, hidden = min(smallest, served.max_output_tokens), hidden or served.hidden_reasoning
     if request.max_tokens is None:
-        expected = min(credit.default_output_tokens, *[served.max_output_tokens for served in serving])
+        expected = min(credit.default_output_tokens, smallest)
         limit = largest
     else:
         expected = min(request.max_tokens, largest)
         limit = min(request.max_tokens, window)
-    hidden = any(served.hidden_reasoning for served in serving) or hides_reasoning(request)
     return Plan(
         request=request,
         model=model,
@@ -222,7 +239,7 @@ def _plan(
         prompt_tokens=min(tokens, window),
         output_cap=expected,
         output_limit=limit,
-        holds_whole=hidden or not request.stream,
+        holds_whole=not request.stream or hidden or hides_reasoning(request),
     )
 
 

@@ -58,7 +58,7 @@ def bill(
             usage = replace(usage, completion=seen, audio_completion=max(usage.audio_completion, audio))
             exchange.usage_source = "estimated"
     if usage.prompt == 0 and (usage.completion or exchange.refused):
-        usage = replace(usage, prompt=plan.prompt_tokens)
+        usage = replace(usage, prompt=plan.likely_prompt_tokens())
         exchange.usage_source = "estimated"
     if most_output is not None and usage.completion > most_output:
         audio = min(usage.audio_completion, most_output)

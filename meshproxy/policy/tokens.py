@@ -14,9 +14,12 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
+from meshproxy.wire.output import text_tokens
+
 BYTES_PER_TOKEN = 3
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and 3 at most of UTF-8
 TOKENS_PER_MESSAGE = 4  # role and delimiters; OpenAI's cookbook counts 3 and 1 for a name
+TOKENS_PER_PROMPT = 3  # every reply is primed (OpenAI's cookbook, "How to count tokens")
 TOKENS_PER_MEDIA = (
     1700  # an image at high detail: 85 + 170 for each 512 px tile (OpenAI's vision guide), 8 tiles at most, and spare
 )
@@ -49,6 +52,10 @@ _TEXT_KEYS: Final = frozenset(
 )
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\\%"
 _MAX_MIME_CHARS = 256
+MAX_SAMPLED_BYTES = 65_536  # of JSON that is longer, so many are looked at, in as many places as SAMPLES
+SAMPLES = 4
+_FRAMING: Final = re.compile(r'\{\s*"role"\s*:\s*"\w+"\s*,\s*"content"\s*:\s*"|"\s*\}\s*[,\]]|^\s*\[\s*')
+_ESCAPE: Final = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 # Keys of what a provider fetches, or what is too short to be looked for: each is a medium of its own.
 _NAMED: Final = re.compile(rb'"(?:(?:image|video|audio|file)_url|input_audio|file_(?:id|uri)|source)"\s*+:')
@@ -83,6 +90,25 @@ def least_tokens(messages: bytes) -> int:
     if media_tokens or b"\\u" in messages:
         return 0
     return text_bytes // (6 if messages.isascii() else 9)
+
+
+def likely_tokens(texts: Iterable[bytes], count: int) -> int:
+    """Estimate what providers bill for JSON without media, `count` messages of it: 0.8 to 1.4 times o200k_base's number. This
+    looks at samples of the words, and costs some milliseconds at most.
+    """
+    return sum(map(_words, texts)) + TOKENS_PER_MESSAGE * count + TOKENS_PER_PROMPT
+
+
+def _words(json: bytes) -> int:
+    """Tokens of the words in JSON, without the framing of its messages."""
+    size = len(json)
+    if size > MAX_SAMPLED_BYTES:
+        width = MAX_SAMPLED_BYTES // SAMPLES
+        step = (size - width) // (SAMPLES - 1)
+        sampled = sum(_words(json[at * step : at * step + width]) for at in range(SAMPLES))
+        return sampled * size // MAX_SAMPLED_BYTES
+    text = _FRAMING.sub("", json.decode(errors="ignore"))
+    return text_tokens(_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), text) if "\\u" in text else text)
 
 
 def weigh(json: bytes) -> Weight:

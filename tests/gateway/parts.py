@@ -19,7 +19,8 @@ from meshproxy.wire.chat import decode_chat
 
 BODY = b'{"messages":[{"role":"user","content":"Hello there"}]}'
 STREAM = b'{"stream":true,"messages":[{"role":"user","content":"Hello there"}]}'
-PROMPT_TOKENS = 18
+PROMPT_TOKENS = 18  # held
+BILLED_PROMPT_TOKENS = 9  # where no provider reports them
 
 
 async def body_of(body: bytes) -> bytes:

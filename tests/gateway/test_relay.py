@@ -98,21 +98,21 @@ async def test_a_good_end_is_told_once(stream):
 
 async def test_the_client_need_not_wait_for_the_end_of_the_body(stream):
     stream.says(event(" a"), DONE)
-    assert done("0.000055") == stream.client.sent[-1]
+    assert done("0.0000325") == stream.client.sent[-1]
 
 
 async def test_what_dies_after_its_done_was_whole(stream):
     stream.says(event(" a"), DONE)
     stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
-    assert ("completed", done("0.000055")) == (stream.relay.outcome, stream.client.sent[-1])
+    assert ("completed", done("0.0000325")) == (stream.relay.outcome, stream.client.sent[-1])
 
 
 async def test_a_finish_reason_is_a_good_end_without_done(stream):
     stream.says(event(" a"), LAST)
     stream.provider.sink.end()
     await stream.task
-    assert ("completed", done("0.000055")) == (stream.relay.outcome, stream.client.sent[-1])
+    assert ("completed", done("0.0000325")) == (stream.relay.outcome, stream.client.sent[-1])
 
 
 async def test_an_early_end_is_none(stream):
@@ -332,7 +332,7 @@ async def test_what_is_kept_back_is_not_lost_at_the_end(short):
     await turns()
     await short.ledger.answer()
     await short.task
-    assert b"".join([event(" a")] * 12) + LAST + done("0.000165") == short.client.text
+    assert b"".join([event(" a")] * 12) + LAST + done("0.0001425") == short.client.text
 
 
 async def test_what_is_kept_back_is_never_sent_without_credit(short):
@@ -373,7 +373,7 @@ PAID = USAGE.replace(b"}}", b'},"cost":"0.0000225"}')  # 1 * 2.50 + 2 * 10.00 US
             + DONE,
             id="beside the finish",
         ),
-        pytest.param([event(" a"), LAST, DONE], event(" a") + LAST + done("0.000055"), id="no report"),
+        pytest.param([event(" a"), LAST, DONE], event(" a") + LAST + done("0.0000325"), id="no report"),
         pytest.param(
             [USAGE, event(" a") * 3, LAST, DONE], PAID + event(" a") * 3 + LAST + done("0.0000325"), id="early"
         ),

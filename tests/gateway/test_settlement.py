@@ -10,7 +10,7 @@ from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
 from meshproxy.policy.pricing import price_of
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.wire.usage import Refusal, Report, Usage
-from tests.gateway.parts import BODY, PROMPT_TOKENS, Renewals, attempt, exchange, lease, plan
+from tests.gateway.parts import BILLED_PROMPT_TOKENS, BODY, Renewals, attempt, exchange, lease, plan
 
 CHEAP = price_of(
     Model(upstreams=[Route(upstream="u", model="m")], input_usd_per_mtok="0.25", output_usd_per_mtok="1.00")
@@ -33,12 +33,15 @@ class TestBill:
         assert (Usage(10, 20), "reported", 10 * 2_500 + 20 * 10_000) == billed(report(10, 20), 99)
 
     def test_an_estimate_where_nothing_was_reported(self):
-        expected = Usage(PROMPT_TOKENS, 7)
-        assert (expected, "estimated", PROMPT_TOKENS * 2_500 + 7 * 10_000) == billed(None, 7)
+        expected = Usage(BILLED_PROMPT_TOKENS, 7)
+        assert (expected, "estimated", BILLED_PROMPT_TOKENS * 2_500 + 7 * 10_000) == billed(None, 7)
 
     @pytest.mark.parametrize(
         ("most", "expected"),
-        [(None, Usage(PROMPT_TOKENS, 7, audio_completion=5)), (3, Usage(PROMPT_TOKENS, 3, audio_completion=3))],
+        [
+            (None, Usage(BILLED_PROMPT_TOKENS, 7, audio_completion=5)),
+            (3, Usage(BILLED_PROMPT_TOKENS, 3, audio_completion=3)),
+        ],
     )
     def test_audio_is_estimated_as_audio(self, most, expected):
         made = exchange()
@@ -51,10 +54,10 @@ class TestBill:
     @pytest.mark.parametrize(
         ("reported", "expected"),
         [
-            (report(0, 0), Usage(PROMPT_TOKENS, 7)),  # zeros beside text
+            (report(0, 0), Usage(BILLED_PROMPT_TOKENS, 7)),  # zeros beside text
             (report(10, 0), Usage(10, 7)),
-            (report(0, 20), Usage(PROMPT_TOKENS, 20)),
-            (report(10**9, 1), Usage(PROMPT_TOKENS, 1)),
+            (report(0, 20), Usage(BILLED_PROMPT_TOKENS, 20)),
+            (report(10**9, 1), Usage(BILLED_PROMPT_TOKENS, 1)),
             (report(10, 10**9), Usage(10, 7)),
             (report(10, 0, cached=4), Usage(10, 7, cached=4)),
         ],

@@ -38,7 +38,8 @@ PATIENCE_S = 30.0
 POLL_S = 0.02
 HELLO = [{"role": "user", "content": "Hello there"}]
 INPUT_NUSD, OUTPUT_NUSD = 2_500, 10_000  # a token
-PROMPT_ESTIMATE = 19  # what HELLO is taken for, which is held; the provider counts 6
+PROMPT_ESTIMATE = 19  # what is held for HELLO; the provider counts 6
+PROMPT_BILLED = 9  # where no provider reports it
 HOLD_TTL_S = 2.0
 
 CONFIG = """

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, scaled
+from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, PROMPT_BILLED, Client, figure, scaled
 
 REPEATS = scaled(50, 100)
 TOKENS = 12
@@ -120,6 +120,6 @@ async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, sessi
     assert {"estimated"} == {event["usage_source"] for event in settled}
     for event in settled:
         assert 0 < int(event["cost_nusd"]) <= int(event["held_nusd"])
-        assert PROMPT_ESTIMATE == int(event["prompt_tokens"])
+        assert PROMPT_BILLED == int(event["prompt_tokens"])
         assert 4 <= int(event["completion_tokens"]) <= 20
     figure("lies about usage", lies=len(LIES), requests=len(settled), above_the_hold=0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.policy.tokens import TOKENS_PER_MEDIA, estimate_prompt, least_tokens, weigh
+from meshproxy.policy.tokens import TOKENS_PER_MEDIA, estimate_prompt, least_tokens, likely_tokens, weigh
 
 PICTURE = base64.b64encode(bytes(range(256)) * 400).decode()  # 136,536 characters
 DATA = "AAAA" * 1_000_000
@@ -159,3 +159,42 @@ def test_hostile_bytes_are_weighed_in_linear_time(hostile):
     started = time.process_time()
     weigh(hostile * (HUGE // len(hostile)))
     assert time.process_time() - started < 2  # some 0.2 s on a slow machine
+
+
+def said(*texts, ascii_only=False, spaced=False):
+    separators = (", ", ": ") if spaced else (",", ":")
+    messages = [{"role": "user", "content": text} for text in texts]
+    return json.dumps(messages, ensure_ascii=ascii_only, separators=separators).encode()
+
+
+ENGLISH = "The harbour was quiet that morning, and the boats lay still on the water. "  # 16 tokens
+RUSSIAN = "Привет, как дела? "  # 5 tokens, and 1 between two of them
+
+
+@pytest.mark.parametrize(
+    ("messages", "count", "truth"),
+    [
+        (said("hi"), 1, 8),
+        (said("hi", spaced=True), 1, 8),
+        (said(*["hi"] * 100), 100, 503),
+        (said(*["hi"] * 100, spaced=True), 100, 503),
+        (said(" river" * 20_000), 1, 20_007),
+        (said(ENGLISH * 500), 1, 8007),
+        (said(RUSSIAN * 500), 1, 3007),
+        (said(RUSSIAN * 500, ascii_only=True), 1, 3007),
+    ],
+)
+def test_what_is_billed_without_a_report_is_near_the_truth(messages, count, truth):
+    assert 0.7 <= likely_tokens([messages], count) / truth <= 1.5
+
+
+def test_tools_are_billed_too():
+    tools = json.dumps([{"name": "look_up", "description": " stone" * 90_000}]).encode()
+    assert 0.95 <= likely_tokens([said("hi"), tools], 1) / 90_040 <= 1.05
+
+
+@pytest.mark.parametrize("hostile", ["\\u0416", '"}],', '{"role":"user","content":"', " ", '{"role"'])
+def test_any_size_is_sampled_in_the_same_time(hostile):
+    started = time.process_time()
+    likely_tokens([(hostile * (HUGE // len(hostile))).encode()], 1)
+    assert time.process_time() - started < 1  # some 0.02 s on a slow machine
