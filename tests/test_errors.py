@@ -16,6 +16,7 @@ FAMILY = [
     (errors.template_not_found("m"), 404, "template_not_found", "not_found_error", "template", None, False),
     (errors.not_found("m"), 404, "not_found", "not_found_error", None, None, False),
     (errors.method_not_allowed("m"), 405, "method_not_allowed", "invalid_request_error", None, None, False),
+    (errors.invalid_api_version("v", ["w"]), 400, "invalid_api_version", "invalid_request_error", None, None, False),
     (errors.request_timeout("m"), 408, "request_timeout", "invalid_request_error", None, None, False),
     (errors.idempotency_conflict(), 409, "idempotency_conflict", "conflict_error", None, None, False),
     (errors.request_too_large(9), 413, "request_too_large", "invalid_request_error", None, None, False),

@@ -5,13 +5,16 @@ import os
 
 from msgspec.structs import replace
 
-from meshproxy.app.load import read, secret_text
 from meshproxy.config import Redis, SecretReader, Settings, Unfit
 
 
 def load(args: argparse.Namespace) -> Settings:
     """The settings of --config, else the built-in defaults. Unfit with every fault."""
-    return read(args.config) if args.config else Settings()
+    if not args.config:
+        return Settings()
+    from meshproxy.app.load import read  # noqa: PLC0415 - help needs none of what a file is checked with
+
+    return read(args.config)
 
 
 def load_redis(args: argparse.Namespace) -> Redis:
@@ -20,6 +23,8 @@ def load_redis(args: argparse.Namespace) -> Redis:
     url = getattr(args, "redis", None)
     if url is not None:
         return replace(redis, url=url, password=None)
+    from meshproxy.app.load import secret_text  # noqa: PLC0415 - as above
+
     reader = SecretReader(os.environ, secret_text)
     redis = reader.redis(redis)
     if reader.faults:

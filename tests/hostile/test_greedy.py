@@ -82,7 +82,8 @@ async def test_requests_in_a_row_are_answered_in_a_row(mesh):
     answers = answers_in(await mesh.raw(many + ask + END))
     assert [404] * 1000 + [200, 404] == [status for status, _, _ in answers]
     told = [json.loads(body)["error"]["message"] for _, _, body in answers[:1000]]
-    assert [f"There is nothing at /{number}." for number in range(1000)] == told
+    hint = "Chat completions are served at POST /v1/chat/completions."
+    assert [f"There is nothing at /{number}. {hint}" for number in range(1000)] == told
 
 
 async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh, measured):

@@ -115,6 +115,8 @@ class _Sampler:
         properties = schema.get("properties", {})
         if not all(isinstance(name, str) for name in required):
             raise TypeError("required is not a list of strings")
+        if not isinstance(properties, Mapping):
+            raise TypeError("properties is not an object")
         wanted = [name for name in properties if name in required or not self._sparing(depth)]
         made = {name: self.value(properties[name], depth + 1) for name in wanted}
         return made | {name: "" for name in required if name not in made}
