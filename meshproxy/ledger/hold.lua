@@ -72,7 +72,7 @@ end
 local function keep_running(key, id, deadline_ms)
   redis.call('ZADD', key, whole(deadline_ms), id)
   if redis.call('PTTL', key) < deadline_ms - now_ms then
-    redis.call('PEXPIREAT', key, whole(deadline_ms + RUNNING_KEPT_MS))
+    redis.call('PEXPIRE', key, whole(deadline_ms - now_ms + RUNNING_KEPT_MS))
     redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now_ms))
   end
 end

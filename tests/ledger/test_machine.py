@@ -39,9 +39,10 @@ end
 """
 START_MS = 1_764_028_000_000  # 2025-11-24, so that a few days cross into December
 KEYS = AccountKeys("acme")
-KEY_LIMITS = Limits(requests_per_minute=30, tokens_per_minute=600, burst=4)
-ACCOUNT_LIMITS = Limits(requests_per_minute=60, tokens_per_minute=900)
+KEY_LIMITS = Limits(requests_per_minute=30, tokens_per_minute=600, burst=4, max_parallel=2)
+ACCOUNT_LIMITS = Limits(requests_per_minute=60, tokens_per_minute=900, max_parallel=3)
 KEY_BUDGETS = Budgets(total_nusd=7_000, daily_nusd=3_000, monthly_nusd=5_000)
+ACCOUNT_BUDGETS = Budgets(total_nusd=12_000, daily_nusd=4_000, monthly_nusd=8_000)
 SESSION_BUDGETS = Budgets(total_nusd=3_000, daily_nusd=2_000)
 UNIT = 60_000
 
@@ -129,6 +130,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.abandoned: dict[str, Hold] = {}
         self.done: list[Settlement] = []
         self.spends = {"key:k1": Spend(), "key:k2": Spend(), "session:s1": Spend(), "session:s2": Spend()}
+        self.account_spend = Spend()
         self.requests = {"k1": Bucket(30, 4), "k2": Bucket(30, 4), "account": Bucket(60, 60)}
         self.tokens = {"k1": Bucket(600, 600), "k2": Bucket(600, 600), "account": Bucket(900, 900)}
         self.set_clock(0)
@@ -168,6 +170,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for owner in owners(ask):
             scope = owner.partition(":")[0]
             rooms[scope] = self.spends[owner].room(budgets[scope], self.date, self.held(owner))
+        rooms["account"] = self.account_spend.room(ask.account_budgets, self.date, self.held())
         return rooms
 
     def buckets(self, ask: Ask) -> list[tuple[str, Bucket, int]]:
@@ -236,6 +239,7 @@ class LedgerMachine(RuleBasedStateMachine):
             account_limits=ACCOUNT_LIMITS,
             budgets=KEY_BUDGETS,
             session_budgets=SESSION_BUDGETS,
+            account_budgets=ACCOUNT_BUDGETS,
         )
         self.settle_releases()
         before = self.snapshot()
@@ -253,12 +257,17 @@ class LedgerMachine(RuleBasedStateMachine):
     def decide(self, ask: Ask) -> Any:
         least = ask.amount_nusd if ask.amount_min_nusd is None else ask.amount_min_nusd
         rooms = self.room(ask)
-        for name in ("credit", "key", "session"):
+        for name in ("credit", "key", "session", "account"):
             if rooms.get(name, least) < least:
                 return ("insufficient_credits" if name == "credit" else "spend_limit", name, None)
         wait_ms, which = max(
             ((bucket.wait_ms(count), name) for name, bucket, count in self.buckets(ask)), key=lambda pair: pair[0]
         )
+        running = [hold.ask.key_id for hold in self.live.values()]
+        if wait_ms < 1000 and running.count(ask.key_id) >= KEY_LIMITS.max_parallel:
+            return ("rate_limit", "key", 1.0)
+        if wait_ms < 1000 and len(running) >= ACCOUNT_LIMITS.max_parallel:
+            return ("rate_limit", "account", 1.0)
         if wait_ms > 0:
             return ("rate_limit", which.split()[0], wait_ms / 1000)
         return min(ask.amount_nusd, *rooms.values())
@@ -309,7 +318,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def decide_renewal(self, hold: Hold, more: int, enforced_tokens: int) -> str | None:
         rooms = self.room(hold.ask)
-        for name in ("credit", "key", "session"):
+        for name in ("credit", "key", "session", "account"):
             if more > 0 and rooms.get(name, more) < more:
                 return "insufficient_credits" if name == "credit" else "spend_limit"
         waits = [bucket.wait_ms(enforced_tokens) for _, bucket, _ in self.buckets(hold.ask)[1::2]]
@@ -342,6 +351,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if settlement.cost_nusd:
             for owner in owners(hold.ask):
                 self.spends[owner].charge(self.date, settlement.cost_nusd)
+            self.account_spend.charge(self.date, settlement.cost_nusd)
         self.take_tokens(hold.ask, prompt - hold.tokens)
         self.done.append(settlement)
 
@@ -370,6 +380,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert balance.spend.total_nusd == spend.total
         assert balance.spend.day_nusd == spend.days.get(self.date, 0)
         assert balance.spend.month_nusd == spend.months.get(self.date[:7], 0)
+        assert balance.account_spend.day_nusd == self.account_spend.days.get(self.date, 0)
+        assert balance.account_spend.month_nusd == self.account_spend.months.get(self.date[:7], 0)
+        running = [hold.ask.key_id for hold in self.live.values()]
+        assert (balance.key_running, balance.account_running) == (running.count("k1"), len(running))
 
     @invariant()
     def no_more_is_held_than_there_is(self) -> None:
