@@ -29,7 +29,8 @@ class DataListener:
         self._sock = sock
         self._tls = server_context(worker.settings.server)
         chat = (lambda: worker.chat) if worker.settings.server.fast_path else None
-        self._runner = Runner(application(worker), chat, strictness(worker), worker.loops)
+        self._strictness = strictness(worker)
+        self._runner = Runner(application(worker), chat, self._strictness, worker.loops)
 
     async def start(self) -> None:
         """Accept connections."""
@@ -39,7 +40,12 @@ class DataListener:
         worker = self._worker
         if self._worker.settings.server.proxy_protocol:
             self._site: Site = ProxiedSite(
-                self._sock, server, self._tls, lambda: self._worker.chat.trusted_proxies, worker.loops
+                self._sock,
+                server,
+                self._tls,
+                lambda: worker.chat.trusted_proxies,
+                worker.loops,
+                self._strictness.has_room,
             )
         else:
             self._site = Site(self._sock, server, self._tls)

@@ -30,8 +30,8 @@ class Host(Protocol):
     def header_timeout_s(self) -> float:
         """How long a head may take, as of now."""
 
-    def has_room(self, transport: asyncio.BaseTransport) -> bool:
-        """Whether a new connection may stay."""
+    def has_room(self, descriptor: int) -> bool:
+        """Whether a new connection, of this descriptor, may stay."""
 
     def joined(self, connection: "ClientConnection") -> None:
         """A client is here."""
@@ -101,7 +101,7 @@ class ClientConnection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.deadline = self._loop.time() + self._host.header_timeout_s()
         self._host.joined(self)
-        if not self._host.has_room(transport):
+        if sock is not None and not self._host.has_room(sock.fileno()):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:

@@ -37,10 +37,9 @@ class Strictness(NamedTuple):
     max_descriptor: float = math.inf
     on_crowded: Callable[[], None] = lambda: None
 
-    def has_room(self, transport: asyncio.BaseTransport) -> bool:
+    def has_room(self, descriptor: int) -> bool:
         """Whether a connection may stay. Of one that may not, the descriptor is one of the last: hang up at once."""
-        sock = transport.get_extra_info("socket")
-        if sock is None or sock.fileno() < self.max_descriptor:
+        if descriptor < self.max_descriptor:
             return True
         self.on_crowded()
         return False
@@ -74,7 +73,8 @@ class GeneralConnection(RequestHandler):
         self._wire = cast("asyncio.Transport", transport)  # aiohttp forgets its own when it begins to close
         super().connection_made(transport)
         self._expect_head()
-        if not self._strictness.has_room(transport):
+        sock = transport.get_extra_info("socket")
+        if sock is not None and not self._strictness.has_room(sock.fileno()):
             self._wire.abort()
 
     def data_received(self, data: bytes) -> None:

@@ -55,8 +55,8 @@ class _Server(web.Server):
     def header_timeout_s(self) -> float:
         return self._strictness.header_timeout_s()
 
-    def has_room(self, transport: asyncio.BaseTransport) -> bool:
-        return self._strictness.has_room(transport)
+    def has_room(self, descriptor: int) -> bool:
+        return self._strictness.has_room(descriptor)
 
     def joined(self, connection: ClientConnection) -> None:
         self.usual.add(connection)

@@ -41,7 +41,8 @@ class Site:
 
 class ProxiedSite(Site):
     """One for balancers that send a PROXY header first, ahead of TLS too. Others are hung up on. `proxies`: whose headers are
-    believed (as of now). `loops`: what keeps the accepting running.
+    believed (as of now). `loops`: what keeps the accepting running; `has_room`: whether a connection
+    of this descriptor may stay.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class ProxiedSite(Site):
         tls: ssl.SSLContext | None,
         proxies: Callable[[], TrustedProxies],
         loops: Tasks,
+        has_room: Callable[[int], bool],
     ) -> None:
         super().__init__(sock, make, tls)
         self._loops = loops
+        self._has_room = has_room
         self._proxies = proxies
         self._arriving: set[asyncio.Task[None]] = set()
 
@@ -77,7 +80,8 @@ class ProxiedSite(Site):
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             host = peer[0] if isinstance(peer, tuple) else None
-            if len(self._arriving) >= MAX_ARRIVING or not self._proxies().trusts_peer(host):
+            is_welcome = self._proxies().trusts_peer(host) and self._has_room(connection.fileno())
+            if len(self._arriving) >= MAX_ARRIVING or not is_welcome:
                 connection.close()
                 continue
             arrival = asyncio.create_task(self._arrive(connection), name="arrive")

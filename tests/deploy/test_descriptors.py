@@ -1,6 +1,7 @@
 """File descriptors: as many as there may be are used, and where they run out all the same only newcomers notice."""
 
 import asyncio
+import contextlib
 import resource
 import socket
 from pathlib import Path
@@ -84,3 +85,13 @@ async def test_when_they_run_out_the_admin_listener_answers_and_requests_that_ar
                     break
             except OSError:
                 await asyncio.sleep(0.05)
+
+
+async def test_connections_without_their_proxy_header_leave_the_admin_listener_its_own(site):
+    gateway = await started(site, FEW, FEW, max_in_flight=40, proxy_protocol=True)
+    host, port = gateway.listen.split(":")
+    with contextlib.ExitStack() as crowd:
+        for _ in range(2 * FEW):
+            crowd.enter_context(socket.create_connection((host, int(port))))
+        await until(lambda: gateway.logged("descriptors_exhausted"), "the line")
+        assert 200 == await site.probe(gateway)
