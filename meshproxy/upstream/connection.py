@@ -49,6 +49,7 @@ class Connection(asyncio.Protocol):
         "_response",
         "_timer",
         "_transport",
+        "carried_by",
         "lost",
         "made",
         "sink",
@@ -66,6 +67,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = self._loop.create_future()
         self.made = False  # whether it ever was connected
+        self.carried_by: asyncio.Transport | None = None  # what TLS goes over, whose unsent bytes TLS doesn't tell
         self.usable = False  # idle and, as far as was heard, alive
         self._transport: asyncio.Transport | None = None
         self._poll = select.poll()
@@ -225,7 +227,8 @@ class Connection(asyncio.Protocol):
         response.detach()
         self.resume()
         self._response = self._body = None
-        if not self._keep_alive or body.surplus or transport.is_closing() or transport.get_write_buffer_size():
+        unsent = transport.get_write_buffer_size() or (self.carried_by and self.carried_by.get_write_buffer_size())
+        if not self._keep_alive or body.surplus or transport.is_closing() or unsent:
             self.abort()
         else:
             self.usable = True

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import aiohappyeyeballs
 
 from meshproxy.config.addresses import host_fault
+from meshproxy.errors import Phase
 from meshproxy.upstream import faults
 from meshproxy.upstream.connection import Connection
 
@@ -103,7 +104,20 @@ class Dialer:
             return
         if self._latest is not None:
             self._ssl.session = self._latest.session
-        transport, _ = await loop.create_connection(lambda: connection, sock=sock, ssl=self._ssl, server_hostname=host)
+        # TLS on a transport of our own: what it still has to send is not told by the one above it (Connection.carried_by).
+        carrier, _ = await loop.create_connection(asyncio.Protocol, sock=sock)
+        try:
+            transport = await loop.start_tls(carrier, connection, self._ssl, server_hostname=host)
+        except (OSError, ssl.SSLError) as error:
+            carrier.abort()
+            raise faults.unreachable(error, Phase.TLS) from error
+        except BaseException:
+            carrier.abort()
+            raise
+        if transport is None:
+            raise faults.unreachable(ConnectionResetError(), Phase.TLS)
+        connection.carried_by = carrier
+        connection.connection_made(transport)
         self._latest = transport.get_extra_info("ssl_object")
 
 

@@ -1,13 +1,15 @@
 """Reaching a provider: addresses, names, TLS, and what each failure is called."""
 
 import asyncio
+import errno
 import socket
 import ssl
 
 import pytest
 import trustme
 
-from meshproxy.errors import UpstreamFault
+from meshproxy.errors import Phase, Source, UpstreamFault
+from meshproxy.policy.failover import is_unwell
 from meshproxy.upstream import faults
 from meshproxy.upstream.dial import Address, verified_context
 
@@ -207,3 +209,35 @@ async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(
     begun.set()
     fault = await sink.over
     assert (outcome, b"hello") == (fault and fault.problem.code, sink.payload)
+
+
+async def test_over_tls_no_connection_is_kept_whose_request_is_still_being_sent(serve, provide, server_ssl, trusting):
+    async def script(conversation):
+        await conversation.reader.readuntil(b"\r\n\r\n")
+        conversation.writer.write(ANSWER)  # and the body is never read
+        await asyncio.Event().wait()
+
+    server = await serve(script, ssl=server_ssl)
+    url = server.url.replace("http://127.0.0.1", "https://localhost")
+    provider = provide(url, ssl_context=trusting, first_byte_timeout_s=2)
+    for _ in range(2):
+        response = await provider.post("/x", (), b"x" * 16_000_000)
+        assert b"ok" == await response.read()
+    assert 2 == server.connections
+
+
+async def test_a_certificate_that_is_not_trusted_is_told_as_such(serve, provide, server_ssl):
+    async def script(conversation):
+        await conversation.until_closed()
+
+    server = await serve(script, ssl=server_ssl)
+    with pytest.raises(UpstreamFault) as caught:
+        await provide(server.url.replace("http://127.0.0.1", "https://localhost")).post("/x", (), b"{}")
+    assert (Phase.TLS, True) == (caught.value.phase, caught.value.reason.startswith("certificate not valid: "))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL])
+def test_what_this_host_lacks_is_not_the_providers_fault(number):
+    fault = faults.unreachable(OSError(number, "out"))
+    told = (fault.source, fault.problem.code, is_unwell(fault), errno.errorcode[number] in fault.reason)
+    assert (Source.GATEWAY, "overloaded", False, True) == told
