@@ -12,6 +12,8 @@ SMALL_BYTES = 65_536  # a body up to this is read without asking for room
 LARGE_BYTES = 1_048_576  # a body above this has room to its request's end, and is taken apart when no other is
 ROOM_WAIT_S = 10.0
 MAX_WAITING_BODIES = 1024
+MIN_UNADMITTED = 64
+TOO_MANY_UNADMITTED = "Too many requests of this account wait to be admitted."
 NO_ROOM = "Too many large requests are being read here."
 VISITS_PER_S = 200.0  # of one account in one worker, to other paths than the chat; one that is work counts for several
 VISITS_AT_ONCE = 1000.0
@@ -25,11 +27,12 @@ IN_TURN_RETRY_S = 1.0
 class Room:
     """What one request's body takes of its worker's memory: counted while it is read, and to the request's end if it is large."""
 
-    __slots__ = ("_bodies", "account", "size")
+    __slots__ = ("_bodies", "account", "is_counted", "size")
 
     def __init__(self, bodies: "Bodies", account: str) -> None:
         self._bodies = bodies
         self.account = account
+        self.is_counted = True  # among its account's requests that aren't admitted
         self.size = 0
 
     async def take(self, size: int) -> None:
@@ -41,28 +44,45 @@ class Room:
         """The body is read, and admitted: count only what it has, and nothing if that isn't large."""
         if self.size:
             self._bodies.give_back(self, size if size > LARGE_BYTES else 0)
+        self._bodies.count_out(self)
 
     def leave(self) -> None:
         """The body is needed no more."""
         if self.size:
             self._bodies.give_back(self, 0)
+        self._bodies.count_out(self)
 
 
 class Bodies:
     """The memory that the bodies of one worker's requests may take together. An account has half of it at most, so that it leaves
-    some to others; one body has room whatever its size, if there is no other. `most_bytes`: of all, as of now.
+    some to others; one body has room whatever its size, if there is no other. `most_bytes`: of all, as of now; `most_requests`:
+    of one account's that may be here and not admitted, for a body that doesn't come or another request's answer.
     """
 
-    def __init__(self, most_bytes: Callable[[], int]) -> None:
+    def __init__(self, most_bytes: Callable[[], int], most_requests: Callable[[], int]) -> None:
         self.reading = asyncio.Lock()  # held while a large body is taken apart: between two of them the loop turns
         self._most_bytes = most_bytes
+        self._most_requests = most_requests
+        self._unadmitted: dict[str, int] = {}
         self._taken = 0
         self._by_account: dict[str, int] = {}
         self._waiting: dict[asyncio.Future[None], tuple[Room, int]] = {}
 
     def room(self, account: str) -> Room:
-        """Room for one request of an account; empty at first."""
+        """Room for one request of an account; empty at first. Fault `overloaded` if too many of the account's are here."""
+        count = self._unadmitted.get(account, 0)
+        if count >= self._most_requests():
+            raise Fault(Source.GATEWAY, overloaded(TOO_MANY_UNADMITTED))
+        self._unadmitted[account] = count + 1
         return Room(self, account)
+
+    def count_out(self, room: Room) -> None:
+        """Count a request no more that is admitted, or over."""
+        if room.is_counted:
+            room.is_counted = False
+            left = self._unadmitted.pop(room.account) - 1
+            if left:
+                self._unadmitted[room.account] = left
 
     async def take(self, room: Room, size: int) -> None:
         """Give a room so many bytes, in turn; see Room.take."""

@@ -24,7 +24,7 @@ from meshproxy.gateway.admission import limit_headers, refused
 from meshproxy.gateway.admitter import Admitter
 from meshproxy.gateway.attempts import Attempts, outlives, within
 from meshproxy.gateway.authenticate import Authenticator
-from meshproxy.gateway.bounds import LARGE_BYTES, Bodies, Turns, Visits
+from meshproxy.gateway.bounds import LARGE_BYTES, MIN_UNADMITTED, Bodies, Turns, Visits
 from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
 from meshproxy.gateway.deployment import Deployment
 from meshproxy.gateway.detach import Detacher
@@ -88,7 +88,10 @@ class Gateway:
         self.deployment = deployment
         self.draining = False
         self._shut_down = False
-        self.bodies = Bodies(lambda: self.deployment.settings.server.max_bodies_bytes)
+        self.bodies = Bodies(
+            lambda: self.deployment.settings.server.max_bodies_bytes,
+            lambda: max(MIN_UNADMITTED, self.deployment.settings.server.max_in_flight // 2),
+        )
         self.visits = Visits(clock)
         self.turns = Turns()
         self._admitter = Admitter(ledger, local, settler, tasks)

@@ -14,7 +14,7 @@ MOST = 10 * MB
 
 @pytest.fixture
 def bodies():
-    return Bodies(lambda: MOST)
+    return Bodies(lambda: MOST, lambda: 2000)
 
 
 async def taken(bodies, *sizes, account="a"):
@@ -96,3 +96,18 @@ async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatc
     with pytest.raises(Fault) as caught:
         await taken(bodies, 5 * MB)
     assert (503, "overloaded") == (caught.value.problem.status, caught.value.problem.code)
+
+
+async def test_of_one_account_so_many_requests_are_here_without_being_admitted():
+    bodies = Bodies(lambda: MOST, lambda: 2)
+    first, second = bodies.room("a"), bodies.room("a")
+    with pytest.raises(Fault) as caught:
+        bodies.room("a")
+    assert (503, "overloaded") == (caught.value.problem.status, caught.value.problem.code)
+    bodies.room("b")
+    first.shrink(10)
+    first.leave()
+    third = bodies.room("a")
+    for room in (second, third):
+        room.leave()
+    bodies.room("a")

@@ -75,6 +75,20 @@ async def test_refusals_are_quick_and_what_was_admitted_keeps_its_pace(alone, me
     assert max(gaps) < GAP_S
 
 
+async def test_bodies_that_never_come_leave_room_for_others(start_mesh):
+    mesh = await start_mesh(server={"max_in_flight": 200})
+    caller, other = await mesh.key(limits=FREE), await mesh.key(credit="0")
+    half = request(LENGTH, body=b"{").replace(b"KEY", other.secret.encode())
+    clients = [await asyncio.open_connection(mesh.host, mesh.port) for _ in range(200)]
+    for _, writer in clients:
+        writer.write(half)
+    await mesh.until(lambda: len([line for line in mesh.log.lines if line["status"] == 503]) == 100)
+    assert 100 == mesh.worker.recorder.in_flight
+    assert 200 == (await mesh.chat(caller, model="sim/plain")).status
+    for _, writer in clients:
+        writer.transport.abort()
+
+
 async def test_requests_in_a_row_are_answered_in_a_row(mesh):
     caller = await mesh.key(limits=FREE)
     many = b"".join(request(method=b"GET", target=b"/%d" % number, body=b"") for number in range(1000))
