@@ -242,7 +242,7 @@ class Proxy:
     def journaled(self) -> int:
         """Settlements on disk."""
         files = Path(self.journal).parent.glob("*")
-        return sum(path.read_bytes().count(b"\n") for path in files)
+        return sum(path.read_bytes().count(b"\n") for path in files if path.is_file())
 
 
 class Outcome:

@@ -237,20 +237,22 @@ async def test_a_redis_that_refuses_writes_costs_no_more_than_the_allowance(star
     await books.until(key.account, lambda now: now.settled_nusd == before + served * request_nusd)
 
 
-async def test_a_full_disk_at_the_end_loses_nothing_in_silence(start_proxy, books, session, valkey, tmp_path):
-    """What neither Redis nor the disk takes is logged whole, and the exit code tells of it."""
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_full_disk_at_the_end_loses_nothing_in_silence(start_proxy, books, session, valkey, tmp_path, workers):
+    """What neither Redis nor the disk takes is logged whole, and the exit code tells of it. One worker's disk is full."""
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / "settlements.0").symlink_to("/dev/full")
-    proxy = start_proxy(models=MODELS, workers=1, timeout_s=0.5)
+    proxy = start_proxy(models=MODELS, workers=workers, timeout_s=0.5)
     secret, key = await books.key("acme")
     client = Client(session, proxy, secret)
-    running = asyncio.create_task(client.chat(stream=True, model="brisk"))
-    await books.until(key.account, lambda now: now.held_nusd > 0)
+    running = [asyncio.create_task(client.chat(stream=True, model="brisk")) for _ in range(20)]
+    await books.until(key.account, lambda now: now.held_nusd >= 20 * held_at_first(16))
     valkey.kill()
-    await running
+    await asyncio.gather(*running)
     assert await asyncio.to_thread(proxy.stop) == os.EX_IOERR
     lost = [line["settlement"] for line in proxy.log if line["event"] == "settlement_lost"]
-    assert [(key.id, "acme")] == [(settlement["key_id"], settlement["account"]) for settlement in lost]
+    assert {(key.id, "acme")} == {(settlement["key_id"], settlement["account"]) for settlement in lost}
+    assert 20 == len(lost) + proxy.journaled()
 
 
 async def test_a_journal_is_found_by_another_spelling_of_the_url(

@@ -123,3 +123,16 @@ async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, sessi
         assert PROMPT_BILLED == int(event["prompt_tokens"])
         assert 4 <= int(event["completion_tokens"]) <= 20
     figure("lies about usage", lies=len(LIES), requests=len(settled), above_the_hold=0)
+
+
+async def test_a_worker_that_dies_right_behind_its_settlement_is_not_followed_by_a_second_charge(proxy, books, session):
+    """What a settlement leaves of the record, and nothing after it: the answer is lost, and was paid for."""
+    secret, key = await books.key("behind-its-settlement")
+    client = Client(session, proxy, secret)
+    assert (await client.chat(idempotency_key="once")).is_whole
+    await books.closed(key.account)
+    (record,) = await books.store.execute("KEYS", f"mesh:{{{key.account}}}:replay:*")
+    await books.store.execute("HSET", record, "state", "charged", "charged_ms", 1)
+    repeated = await client.chat(idempotency_key="once")
+    assert (409, "idempotency_conflict") == (repeated.status, repeated.code)
+    assert 1 == len(await books.events(key.account, "settled"))
