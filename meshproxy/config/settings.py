@@ -164,6 +164,8 @@ class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     meshproxy_time_per_output_token_seconds: Edges | None = None
     meshproxy_stream_max_gap_seconds: Edges | None = None
     meshproxy_overhead_seconds: Edges | None = None
+    meshproxy_upstream_time_to_first_token_seconds: Edges | None = None
+    meshproxy_upstream_request_duration_seconds: Edges | None = None
     meshproxy_ledger_op_duration_seconds: Edges | None = None
     meshproxy_event_loop_lag_seconds: Edges | None = None
 

@@ -53,11 +53,12 @@ class Attempts:
         self._budget.deposit(self._clock())
         failures: list[UpstreamFault] = []
         refused_by: set[str] = set()  # models that aren't asked again, whoever serves them
-        for attempt in self._health.order(plan.attempts, plan.request.session_id, exchange.account):
+        account = exchange.account
+        for attempt in self._health.order(plan.attempts, plan.request.session_id, account):
             if attempt.model in refused_by:
                 continue
             self._raise_if_late(exchange, failures)
-            trial = self._health.begin(attempt, exchange.account)
+            trial = self._health.begin(attempt, account)
             if trial is None:
                 continue
             if failures and not self._budget.withdraw(self._clock()):
@@ -82,7 +83,7 @@ class Attempts:
                 if fault.problem.status == 504:
                     self._recorder.attempted(attempt.upstream, "timeout")
                 raise
-        raise foremost(failures) if failures else self._health.nobody(plan.attempts, exchange.account)
+        raise foremost(failures) if failures else self._health.nobody(plan.attempts, account)
 
     def conclude(self, exchange: Exchange) -> None:
         """An exchange is over: what it says of the upstream that served it, if one did."""

@@ -39,6 +39,14 @@ class _OfModel:
         self.cost = metrics.cost.labels(model)
 
 
+class _OfUpstream:
+    """One upstream's metrics, bound once."""
+
+    def __init__(self, metrics: Metrics, upstream: str) -> None:
+        self.duration = metrics.upstream_duration.labels(upstream)
+        self.first_token = metrics.upstream_first_token.labels(upstream)
+
+
 class Recorder:
     """Counts requests in and out. `clock` is monotonic seconds."""
 
@@ -49,6 +57,7 @@ class Recorder:
         self._request_log = request_log
         self._clock = clock
         self._models: dict[str, _OfModel] = {}
+        self._upstreams: dict[str, _OfUpstream] = {}
         self._requests: dict[tuple[str, int, str], Counter] = {}
         self._phases: dict[str, Gauge] = {phase: metrics.in_flight.labels(phase) for phase in PHASES}
         self._overhead = {stream: metrics.overhead.labels(stream) for stream in ("true", "false")}
@@ -129,8 +138,12 @@ class Recorder:
         received_at = exchange.call.received_at
         of_model = self._of_model(model)
         of_model.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
-        if exchange.sent_at:
+        if exchange.sent_at and exchange.attempt is not None:
             self._overhead[stream].observe(exchange.overhead_s)
+            of_upstream = self._upstreams.get(exchange.attempt.upstream) or self._of_upstream(exchange.attempt.upstream)
+            of_upstream.duration.observe(now - exchange.sent_at)
+            if exchange.first_event_at:
+                of_upstream.first_token.observe(exchange.first_event_at - exchange.sent_at)
         if exchange.first_event_at:
             self._count_stream(exchange, of_model, received_at)
         if exchange.outcome == "client_disconnected":
@@ -216,6 +229,10 @@ class Recorder:
         if counter is None:
             counter = self._requests[key] = self._metrics.requests.labels(ROUTE, model, str(status), stream)
         return counter
+
+    def _of_upstream(self, upstream: str) -> _OfUpstream:
+        made = self._upstreams[upstream] = _OfUpstream(self._metrics, upstream)
+        return made
 
     def _of_model(self, model: str) -> _OfModel:
         found = self._models.get(model)

@@ -150,6 +150,18 @@ UPSTREAM_REQUESTS = _counter(
     "Attempts at an upstream, by HTTP status, or by what happened when there was none.",
     ("upstream", "code"),
 )
+UPSTREAM_TIME_TO_FIRST_TOKEN = _histogram(
+    "meshproxy_upstream_time_to_first_token_seconds",
+    "From the request sent to the upstream that served to the first event of its stream.",
+    ("upstream",),
+    (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120),
+)
+UPSTREAM_REQUEST_DURATION = _histogram(
+    "meshproxy_upstream_request_duration_seconds",
+    "From the request sent to the upstream that was asked last to the end of its answer.",
+    ("upstream",),
+    (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600),
+)
 BREAKER_OPEN = _gauge(
     "meshproxy_upstream_breaker_open",
     "1 while the upstream's circuit breaker is open in any worker.",

@@ -112,6 +112,8 @@ class Metrics:
         self.in_flight = self._gauges(families.IN_FLIGHT)
         self.in_flight_limit = self._gauges(families.IN_FLIGHT_LIMIT)
         self.upstream_requests = self._counters(families.UPSTREAM_REQUESTS)
+        self.upstream_first_token = self._histograms(families.UPSTREAM_TIME_TO_FIRST_TOKEN)
+        self.upstream_duration = self._histograms(families.UPSTREAM_REQUEST_DURATION)
         self.breaker_open = self._gauges(families.BREAKER_OPEN)
         self.client_disconnects = self._counters(families.CLIENT_DISCONNECTS)
         self.ledger_op_duration = self._histograms(families.LEDGER_OP_DURATION)

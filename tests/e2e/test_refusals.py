@@ -362,3 +362,20 @@ async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(s
     assert (504, "gateway_timeout", "false") == (answer.status, answer.code, answer.headers["x-should-retry"])
     event = await mesh.settlement(caller)
     assert ("3", "drained") == (event["completion_tokens"], event["usage_source"])
+
+
+async def test_the_time_of_an_answer_is_counted_by_the_upstream_that_gave_it(pair):
+    mesh, first, second = pair
+    first.answers(500, DOWN)
+    second.answers(200, STREAM, content_type="text/event-stream")
+    assert "[DONE]" == (await mesh.stream(await mesh.key(), model="m")).events[-1]
+    await mesh.quiet()
+    metrics = mesh.worker.metrics
+    families = (metrics.upstream_first_token, metrics.upstream_duration)
+    counts = [_count_of(family.labels(upstream)) for family in families for upstream in ("one", "two")]
+    assert [0, 1, 0, 1] == counts
+
+
+def _count_of(histogram):
+    (family,) = histogram.collect()
+    return next(sample.value for sample in family.samples if sample.name.endswith("_count"))

@@ -24,6 +24,8 @@ rate_limited_total limit
 credit_rejections_total reason
 in_flight_requests phase
 upstream_requests_total upstream code
+upstream_time_to_first_token_seconds upstream
+upstream_request_duration_seconds upstream
 upstream_breaker_open upstream
 client_disconnects_total phase
 ledger_op_duration_seconds op
