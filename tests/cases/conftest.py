@@ -34,23 +34,13 @@ T = TypeVar("T")
 Tables = dict[str, dict[str, Any]]  # a configuration: its tables by dotted name
 
 
-def red(file: str) -> set[str]:
-    """The names of a file's cases that fail today, from red.txt."""
-    lines = (FOLDER / "red.txt").read_text().splitlines()
-    named = (line.split(": ", 1) for line in lines if line and not line.startswith("#"))
-    return {name for of, name in named if of == file}
-
-
 def parameters(file: str) -> list[Any]:
-    """Each case as a parameter of a test; those that fail today are expected to."""
-    cases = json.loads((FOLDER / f"{file}.json").read_text())["cases"]
-    failing = red(file)
-    assert failing <= {case["name"] for case in cases}, "red.txt names a case that isn't there"
-    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason="red.txt")
-    return [pytest.param(case, id=case["name"], marks=[mark] if case["name"] in failing else []) for case in cases]
+    """Each case of a file as a parameter of a test."""
+    return [pytest.param(case, id=case["name"]) for case in load(file)]
 
 
 def load(file: str) -> list[dict[str, Any]]:
+    """The cases of a file."""
     return json.loads((FOLDER / f"{file}.json").read_text())["cases"]
 
 

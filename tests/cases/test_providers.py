@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from meshproxy.config.settings import Upstream
 from tests.cases.conftest import PATIENCE_S, POLL_S, Caller, Exchange, Site, Tables, exchange, load, parameters, refused
 from tests.cases.provider import CAPS, Player, expand
 from tests.conftest import free_port
@@ -326,3 +327,9 @@ async def judge(run: Run, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", parameters("providers"))
 async def test_case(case: dict[str, Any], site: Site, tables: dict[str, Tables]) -> None:
     await judge(await run(case, site, tables), case["expect"])
+
+
+def test_reasoning_models_have_time_by_default() -> None:
+    upstream = Upstream(kind="openai", base_url="http://127.0.0.1:1/v1")
+    assert upstream.first_byte_timeout_s >= 300
+    assert upstream.idle_timeout_s >= 120
