@@ -77,7 +77,7 @@ def bill_prompt(exchange: Exchange) -> None:
     plan, attempt = exchange.plan, exchange.attempt
     if plan is None or attempt is None:
         return
-    exchange.usage, exchange.usage_source = Usage(plan.prompt_tokens), "estimated"
+    exchange.usage, exchange.usage_source = Usage(plan.likely_prompt_tokens()), "estimated"
     _charge(exchange, (attempt,), None, None)
 
 
