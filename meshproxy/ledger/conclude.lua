@@ -11,6 +11,15 @@ if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
+if ARGV[2] == 'failed' then -- it ends in seconds, and counts no more
+  local size = redis.call('HGET', KEYS[4], ARGV[1])
+  if size then
+    redis.call('HINCRBY', KEYS[4], 'total', '-' .. size)
+    redis.call('HDEL', KEYS[4], ARGV[1])
+  end
+  redis.call('ZREM', KEYS[3], ARGV[1])
+  return 1
+end
 redis.call('ZADD', KEYS[3], whole(now_ms + tonumber(ARGV[3])), ARGV[1])
 keep_for(KEYS[3], ARGV[3])
 keep_for(KEYS[4], ARGV[3])

@@ -21,7 +21,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
-from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS, Event, Row, events, latest_events, usage
+from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS, MAX_SPAN, Event, Row, events, latest_events, usage
 from meshproxy.money import format_usd, in_usd
 from meshproxy.policy.catalog import Entry
 from meshproxy.policy.principal import Principal
@@ -178,7 +178,7 @@ class Api:
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
         since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
         account = principal.account.name
-        self._gateway.visits.count(account, max(0.0, (until - since) / VISIT_SPAN))
+        self._gateway.visits.count(account, min(max(0.0, (until - since) / VISIT_SPAN), MAX_SPAN / VISIT_SPAN))
         async with self._gateway.turns.turn(account, MAX_IN_TURN):
             rows = await usage(
                 self._store,
