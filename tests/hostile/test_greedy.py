@@ -45,7 +45,7 @@ async def test_what_an_idle_connection_costs(alone, measured):
 
 
 async def test_what_a_stream_costs_whose_client_does_not_read(alone, mesh, measured):
-    gateway = await alone(models=MEASURED)
+    gateway = await alone(models=MEASURED, server={"header_timeout_s": 60})  # they send one after the other
     caller = await mesh.key(credit="1000", limits=FREE)
     count = 50
     before = gateway.rss_bytes
