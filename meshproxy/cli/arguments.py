@@ -7,7 +7,6 @@ import re
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,6 +14,7 @@ import msgspec
 
 from meshproxy.cli.output import Output
 from meshproxy.money import parse_usd
+from meshproxy.times import parse_moment, parse_span
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - it has no public name
 Formatter = partial(
@@ -23,9 +23,6 @@ Formatter = partial(
 Run = Callable[[argparse.Namespace, Output], Awaitable[int | None] | int | None]
 
 MAX_COUNT = 2**53 - 1  # the largest integer that a Lua number holds exactly
-
-_DURATION = re.compile(r"(\d{1,6})([smhdw])", re.ASCII)
-_UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def make_command(
@@ -123,6 +120,19 @@ def future(text: str) -> float:
     return moment
 
 
+def moment(text: str) -> float:
+    """Unix seconds of an RFC 3339 time, past ones too, or of a duration such as 30d from now."""
+    return _moment(text, 1)
+
+
+def span(text: str) -> int:
+    """Seconds of a duration such as 24h."""
+    try:
+        return parse_span(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _whole(text: str, least: int, most: int) -> int:
     if not (text.isascii() and text.isdigit()) or not least <= int(text[:20]) <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
@@ -130,17 +140,7 @@ def _whole(text: str, least: int, most: int) -> int:
 
 
 def _moment(text: str, direction: int) -> float:
-    duration = _DURATION.fullmatch(text)
-    if duration:
-        return time.time() + direction * int(duration[1]) * _UNIT_S[duration[2]]
     try:
-        moment = datetime.fromisoformat(text)
+        return parse_moment(text, time.time(), direction)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a time such as 2026-11-24T09:00:00Z nor a duration such as 30d, 24h, 15m"
-        ) from error
-    if moment.tzinfo is None:
-        if len(text) > len("2026-11-24"):
-            raise argparse.ArgumentTypeError(f"{text!r} needs its time zone, such as Z")
-        moment = moment.replace(tzinfo=UTC)  # a bare day begins at midnight UTC, as the aggregates' days do
-    return moment.timestamp()
+        raise argparse.ArgumentTypeError(str(error)) from error

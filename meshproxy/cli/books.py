@@ -1,34 +1,23 @@
-"""The store that a command works on: its directory of accounts, keys and templates, and its ledger."""
+"""The store that a command works on, and the desk over it."""
 
 import argparse
+import getpass
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from msgspec import Struct
-
 from meshproxy.cli.configuration import load_redis
 from meshproxy.cli.output import Failed
 from meshproxy.config import plain
-from meshproxy.ledger.connection import Store, StoreError, Unavailable, connect
+from meshproxy.ledger.connection import StoreError, Unavailable, connect
+from meshproxy.ledger.desk import Desk
 from meshproxy.ledger.directory import Directory, check_account_name
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.policy.principal import Account
-
-ACTOR = "cli"  # who audit events say made a change
-
-
-class Books(Struct, frozen=True):
-    """An open store."""
-
-    store: Store
-    directory: Directory
-    ledger: Ledger
 
 
 @asynccontextmanager
-async def open_books(args: argparse.Namespace) -> AsyncIterator[Books]:
-    """The books of the configuration's store, closed at the end. Failed if it can't be reached."""
+async def open_desk(args: argparse.Namespace) -> AsyncIterator[Desk]:
+    """The desk over the configuration's store, closed at the end. Failed if it can't be reached."""
     settings = load_redis(args)
     if settings.url == "embedded":
         raise Failed("store_embedded", "an embedded store lives inside `serve` or `dev`; name it with --redis URL")
@@ -36,13 +25,21 @@ async def open_books(args: argparse.Namespace) -> AsyncIterator[Books]:
     try:
         store = await connect(settings)
         try:
-            yield Books(store, Directory(store), Ledger(store))
+            yield Desk(store, Directory(store), Ledger(store), actor())
         finally:
             await store.close()
     except Unavailable as error:
         raise Failed(error.problem.code, f"{shown}: {error.reason}") from error
     except StoreError as error:
         raise Failed("store_error", f"{shown}: {error}") from error
+
+
+def actor() -> str:
+    """Who audit events say made a change: the command line, and its user where the system knows one."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (OSError, KeyError):  # a container's user may have no name
+        return "cli"
 
 
 def account(text: str) -> str:
@@ -52,26 +49,6 @@ def account(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
-
-
-async def chosen_accounts(books: Books, name: str | None) -> list[str]:
-    """The one account asked for, which must exist, or all."""
-    if name is not None:
-        return [(await need_account(books, name)).name]
-    return [found.name for found in await books.directory.list_accounts()]
-
-
-async def need_account(books: Books, name: str) -> Account:
-    """An account that exists; Failed if it doesn't."""
-    found = await books.directory.account(name)
-    if found is None:
-        raise Failed("account_not_found", f"there is no account {name}")
-    return found
-
-
-async def ensure_account(books: Books, name: str) -> Account:
-    """An account, made if there is none yet."""
-    return await books.directory.ensure_account(name, actor=ACTOR)
 
 
 def without_password(url: str) -> str:

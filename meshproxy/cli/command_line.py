@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from meshproxy.cli.arguments import Formatter
 from meshproxy.cli.output import Failed, Misused, Output
@@ -29,10 +30,12 @@ COMMANDS = {
     "check": "tell every fault of a configuration",
     "simulate": "run the simulated provider alone",
     "healthcheck": "ask a running gateway whether it is ready",
-    "keys": "mint API keys, look at them, limit, suspend and revoke them",
+    "keys": "mint API keys, look at them, change, rotate, limit, suspend and revoke them",
+    "accounts": "list accounts, limit, suspend and delete them",
     "credits": "grant prepaid credit and see what is left of it",
     "templates": "store prompt templates and try them",
     "usage": "requests, tokens and cost by session, model, key or day",
+    "requests": "find what became of one request by its id",
     "top": "watch requests, tokens and cost as they happen",
 }
 
@@ -54,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = build_parser(argv[0] if argv else "").parse_args(argv)
-    except SystemExit as stop:  # argparse has said why: help, or wrong usage
+    except SystemExit as stop:  # help, or the version
         return int(stop.code or 0)
+    except _WrongUsage as error:
+        return _misused(error.parser, str(error), as_json="--json" in argv)
     if args.run is None:
         args.parser.print_help(sys.stderr)
         return EX_USAGE
@@ -63,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args, out)
     except Misused as error:
-        args.parser.print_usage(sys.stderr)
-        out.failed("usage", str(error))
-        return EX_USAGE
+        return _misused(args.parser, str(error), as_json=args.json)
     except Unfit as error:
         out.unfit(error.faults)
         return EX_CONFIG
@@ -80,9 +83,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EX_FAILED
 
 
+class _WrongUsage(Exception):
+    """An argument list that argparse can't read."""
+
+    def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
+        super().__init__(message)
+        self.parser = parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises where argparse prints and exits, so that --json holds for wrong usage too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _WrongUsage(self, message)
+
+
 def build_parser(wanted: str) -> argparse.ArgumentParser:
     """The parser, with the arguments of the family `wanted` and only the names of all the others."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="meshproxy",
         usage="meshproxy [-h] [--version] COMMAND ...",
         description="An edge proxy for LLM traffic: keys, rate limits, prepaid credit, streams relayed untouched.",
@@ -100,6 +118,14 @@ def build_parser(wanted: str) -> argparse.ArgumentParser:
         if name == wanted:
             importlib.import_module(f"meshproxy.cli.{name}").add_arguments(family)
     return parser
+
+
+def _misused(parser: argparse.ArgumentParser, message: str, *, as_json: bool) -> int:
+    """Print what is wrong with an argument list; the exit code."""
+    if not as_json:
+        parser.print_usage(sys.stderr)
+    Output(as_json=as_json).failed("usage", message)
+    return EX_USAGE
 
 
 def _run(args: argparse.Namespace, out: Output) -> int:

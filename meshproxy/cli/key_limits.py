@@ -1,19 +1,16 @@
-"""The limits and budgets of a key or an account, as flags, as records and as they are shown."""
+"""The limits and budgets of a key or an account, as flags."""
 
 import argparse
-from typing import Any, TypeVar
-
-from msgspec.structs import asdict, replace
 
 from meshproxy.cli.arguments import count, usd
-from meshproxy.money import in_usd
-from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits
+from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits
 
-Bounds = TypeVar("Bounds", Limits, Budgets)
+BUDGETS = {"budget": "total_nusd", "budget_daily": "daily_nusd", "budget_monthly": "monthly_nusd"}
 
 
-def add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `keys create` and `keys limits` share."""
+def add_limit_flags(parser: argparse.ArgumentParser, *, of_account: bool = False) -> None:
+    """The flags that `keys create`, `keys limits` and `accounts limits` share."""
+    whose = "all keys of the account together" if of_account else "the key, or the account,"
     group = parser.add_argument_group("limits")
     group.add_argument("--requests-per-minute", metavar="N", type=count)
     group.add_argument("--tokens-per-minute", metavar="N", type=count)
@@ -22,10 +19,13 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--requests-per-day", metavar="N", type=daily)
     group.add_argument("--max-parallel", metavar="N", type=count, help="requests that run at the same time")
-    group.add_argument("--budget", metavar="USD", type=usd, help="what the key, or the account, may ever spend")
+    group.add_argument("--budget", metavar="USD", type=usd, help=f"what {whose} may ever spend")
     group.add_argument("--budget-daily", metavar="USD", type=usd, help="... in a day (UTC)")
     group.add_argument("--budget-monthly", metavar="USD", type=usd, help="... in a month (UTC)")
-    group.add_argument("--session-budget", metavar="USD", type=usd, help="what each session_id may spend with the key")
+    if not of_account:
+        group.add_argument(
+            "--session-budget", metavar="USD", type=usd, help="what each session_id may spend with the key"
+        )
 
 
 def daily(text: str) -> int:
@@ -36,39 +36,20 @@ def daily(text: str) -> int:
     return number
 
 
-def limits_of(args: argparse.Namespace, before: Limits) -> Limits:
-    """The limits that the flags set, over those that held before."""
-    return _with(before, **{name: getattr(args, name) for name in Limits.__struct_fields__})
+def limits_of(args: argparse.Namespace) -> dict[str, int | None]:
+    """The limits that the flags name."""
+    return _given({name: getattr(args, name) for name in Limits.__struct_fields__})
 
 
-def budgets_of(args: argparse.Namespace, before: Budgets) -> Budgets:
-    """The key's budgets that the flags set, over those that held before."""
-    return _with(before, total_nusd=args.budget, daily_nusd=args.budget_daily, monthly_nusd=args.budget_monthly)
+def budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
+    """The budgets that the flags name."""
+    return _given({field: getattr(args, flag) for flag, field in BUDGETS.items()})
 
 
-def session_budgets_of(args: argparse.Namespace, before: Budgets) -> Budgets:
-    """The budgets of each session that the flags set, over those that held before."""
-    return _with(before, total_nusd=args.session_budget)
+def session_budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
+    """The budgets of each session that the flags name."""
+    return _given({"total_nusd": args.session_budget})
 
 
-def _with(before: Bounds, **given: int | None) -> Bounds:
-    return replace(before, **{name: value for name, value in given.items() if value is not None})
-
-
-def shown_bounds(key: Key) -> dict[str, Any]:
-    """Everything that bounds a key."""
-    return {
-        "limits": asdict(key.limits),
-        "budgets": in_usd(asdict(key.budgets)),
-        "session_budgets": in_usd(asdict(key.session)),
-    }
-
-
-def shown_account(account: Account) -> dict[str, Any]:
-    """An account's record as it is printed."""
-    return {
-        "account": account.name,
-        "status": account.status,
-        "limits": asdict(account.limits),
-        "budgets": in_usd(asdict(account.budgets)),
-    }
+def _given(flags: dict[str, int | None]) -> dict[str, int | None]:
+    return {name: value for name, value in flags.items() if value is not None}

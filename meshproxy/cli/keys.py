@@ -3,33 +3,34 @@
 import argparse
 from typing import Any
 
-from msgspec.structs import asdict, replace
+from msgspec import UNSET
 
-from meshproxy.cli.arguments import Commands, add_command, future, names, param
-from meshproxy.cli.books import ACTOR, Books, account, need_account, open_books
-from meshproxy.cli.key_limits import (
-    add_limit_flags,
-    budgets_of,
-    limits_of,
-    session_budgets_of,
-    shown_account,
-    shown_bounds,
-)
-from meshproxy.cli.output import Failed, Misused, Output, rfc3339
+from meshproxy.cli.arguments import Commands, add_command, count, future, moment, names, param, span
+from meshproxy.cli.books import account, open_desk
+from meshproxy.cli.key_limits import add_limit_flags, budgets_of, limits_of, session_budgets_of
+from meshproxy.cli.output import Misused, Output
+from meshproxy.ledger.desk import Bounds, Desk, KeyChange
 from meshproxy.policy.params import check_params
-from meshproxy.policy.principal import Account, Budgets, Key, Limits, Status
+from meshproxy.policy.principal import Status
 
-COLUMNS = ["id", "account", "name", "hint", "status", "created_at", "expires_at", "models"]
+COLUMNS = ["id", "account", "name", "hint", "status", "expires_at", "models", "spend_usd", "budget_usd", "last_used_at"]
 KEY = "an id, a unique beginning of one, or the secret"
+ONCE = "The key is shown this once. Store it now."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`keys create|list|show|suspend|resume|revoke|limits`"""
+    """`keys create|list|show|update|rotate|suspend|resume|revoke|limits`"""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_create(commands)
     listing = add_command(commands, "list", list_keys)
     listing.add_argument("--account", metavar="NAME", type=account, help="of this account alone")
+    listing.add_argument("--limit", metavar="N", type=count, help="at most so many (default: all)")
+    listing.add_argument("--after", metavar="ID", default="", help="those that follow this key")
     add_command(commands, "show", show).add_argument("key", metavar="KEY", help=KEY)
+    _add_update(commands)
+    rotating = add_command(commands, "rotate", rotate)
+    rotating.add_argument("key", metavar="KEY", help=KEY)
+    rotating.add_argument("--grace", metavar="SPAN", type=span, default=0, help="how long the old secret works: 24h")
     _add_target(add_command(commands, "suspend", suspend))
     _add_target(add_command(commands, "resume", resume))
     revoking = add_command(commands, "revoke", revoke)
@@ -46,11 +47,27 @@ def _add_create(commands: Commands) -> None:
     creating.add_argument("--account", metavar="NAME", type=account, required=True, help="made if it doesn't exist")
     creating.add_argument("--name", default="", help="what the key is for")
     creating.add_argument("--default-model", metavar="MODEL", help="for requests that name none")
-    creating.add_argument(
-        "--models", metavar="MODEL[,...]", type=names, action="extend", help="the only ones it may use"
-    )
     creating.add_argument("--expires", metavar="WHEN", type=future, help="a time in RFC 3339, or 30d, 12h from now")
-    creating.add_argument(
+    _add_fields(creating)
+
+
+def _add_update(commands: Commands) -> None:
+    updating = add_command(commands, "update", update)
+    updating.add_argument("key", metavar="KEY", help=KEY)
+    updating.add_argument("--name", help="what the key is for")
+    default = updating.add_mutually_exclusive_group()
+    default.add_argument("--default-model", metavar="MODEL", help="for requests that name none")
+    default.add_argument("--no-default-model", action="store_true")
+    expiry = updating.add_mutually_exclusive_group()
+    expiry.add_argument("--expires", metavar="WHEN", type=moment, help="a time in RFC 3339, or 30d, 12h from now")
+    expiry.add_argument("--no-expiry", action="store_true")
+    updating.add_argument("--any-model", action="store_true", help="lift the restriction to --models")
+    _add_fields(updating)
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", metavar="MODEL[,...]", type=names, action="extend", help="the only ones it may use")
+    parser.add_argument(
         "--param",
         metavar="NAME=JSON",
         type=param,
@@ -58,12 +75,12 @@ def _add_create(commands: Commands) -> None:
         default=[],
         help="a request field for requests that lack it, such as temperature=0.2",
     )
-    creating.add_argument(
+    parser.add_argument(
         "--clamp",
         action=argparse.BooleanOptionalAction,
         help="shorten answers to what the credit allows, not refuse them (default: credits.clamp)",
     )
-    add_limit_flags(creating)
+    add_limit_flags(parser)
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -82,36 +99,31 @@ async def create(args: argparse.Namespace, out: Output) -> None:
     """
     if args.default_model and args.models and args.default_model not in args.models:
         raise Misused(f"argument --default-model: {args.default_model} is not among --models")
-    for fault in check_params(dict(args.param), ()):
-        raise Misused(f"argument --param: {'.'.join(map(str, fault.loc))}: {fault.msg}")
-    async with open_books(args) as books:
-        secret, key = await books.directory.create_key(
-            args.account,
-            actor=ACTOR,
-            name=args.name,
-            expires_at=args.expires,
-            default_model=args.default_model,
-            models=args.models,
-            params=dict(args.param),
-            limits=limits_of(args, Limits()),
-            budgets=budgets_of(args, Budgets()),
-            session=session_budgets_of(args, Budgets()),
-            clamp=args.clamp,
-        )
-    out.record({"key": secret, **shown(key)}, note="The key is shown this once. Store it now.")
+    change = KeyChange(
+        name=args.name,
+        expires_at=args.expires,
+        default_model=args.default_model,
+        models=args.models,
+        params=_params(args),
+        clamp=args.clamp,
+        bounds=_bounds(args),
+    )
+    async with open_desk(args) as desk:
+        made = await desk.create_key(args.account, change)
+    out.record(made, note=ONCE)
 
 
 async def list_keys(args: argparse.Namespace, out: Output) -> None:
-    """List keys, of one account or of all.
+    """List keys, of one account or of all, with what they spent and when they were used last.
 
     meshproxy keys list
     meshproxy keys list --account acme --json
+    meshproxy keys list --limit 100 --after key_3f2aXq
     """
-    async with open_books(args) as books:
-        if args.account is not None:
-            await need_account(books, args.account)
-        keys = await books.directory.list_keys(args.account)
-    out.rows([shown(key) for key in keys], COLUMNS, empty="no keys")
+    async with open_desk(args) as desk:
+        keys = await desk.keys(args.account, limit=args.limit, after=args.after)
+    rows = [{**key, "spend_usd": key["spend"]["total_usd"], "budget_usd": key["budgets"]["total_usd"]} for key in keys]
+    out.rows(keys if out.as_json else rows, COLUMNS, empty="no keys")
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
@@ -119,8 +131,42 @@ async def show(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy keys show key_3f2a                          any unique beginning of an id
     """
-    async with open_books(args) as books:
-        out.record(shown(await need_key(books, args.key)))
+    async with open_desk(args) as desk:
+        out.record(await desk.key(args.key))
+
+
+async def update(args: argparse.Namespace, out: Output) -> None:
+    """Change a key; its secret goes on working, and what isn't named stays as it is.
+
+    meshproxy keys update key_3f2a --name "nightly jobs"
+    meshproxy keys update key_3f2a --models openai/gpt-4o-mini --expires 30d
+    meshproxy keys update key_3f2a --any-model --no-expiry
+    """
+    params = _params(args)
+    change = KeyChange(
+        name=UNSET if args.name is None else args.name,
+        models=None if args.any_model else args.models or UNSET,
+        default_model=None if args.no_default_model else args.default_model or UNSET,
+        expires_at=None if args.no_expiry else UNSET if args.expires is None else args.expires,
+        params=params or UNSET,
+        clamp=UNSET if args.clamp is None else args.clamp,
+        bounds=_bounds(args),
+    )
+    if change == KeyChange():
+        raise Misused("nothing to change is named")
+    async with open_desk(args) as desk:
+        out.record(await desk.change_key(args.key, change))
+
+
+async def rotate(args: argparse.Namespace, out: Output) -> None:
+    """Give a key a new secret, shown this once; its id, limits, budgets and spend stay.
+
+    meshproxy keys rotate key_3f2a                        the old secret ends now
+    meshproxy keys rotate key_3f2a --grace 24h            both work for a day
+    """
+    async with open_desk(args) as desk:
+        rotated = await desk.rotate_key(args.key, args.grace)
+    out.record(rotated, note=ONCE)
 
 
 async def suspend(args: argparse.Namespace, out: Output) -> None:
@@ -157,69 +203,41 @@ async def limits(args: argparse.Namespace, out: Output) -> None:
     meshproxy keys limits key_3f2a --clear --budget 100   nothing but a budget
     meshproxy keys limits --account acme --tokens-per-minute 500000
     """
-    async with open_books(args) as books:
+    if args.account is not None and args.session_budget is not None:
+        raise Misused("argument --session-budget: sessions have budgets by key")
+    bounds = _bounds(args)
+    async with open_desk(args) as desk:
         if args.account is not None:
-            await _account_limits(args, books, out)
+            out.record(await desk.account_limits(args.account, bounds))
         else:
-            await _key_limits(args, books, out)
+            out.record(await _key_limits(desk, args.key, bounds))
 
 
-async def need_key(books: Books, wanted: str) -> Key:
-    """The one key that an id, a unique beginning of one, or a secret means."""
-    key = await books.directory.find_key(wanted)
-    if key is None:
-        shown_as = "with this secret" if wanted.startswith("rsk_") else wanted
-        raise Failed("key_not_found", f"there is no key {shown_as}, or more than one")
-    return key
-
-
-def shown(key: Key) -> dict[str, Any]:
-    """A key as it is printed. It never had its secret."""
-    fields = {"id": key.id, "account": key.account, "name": key.name, **asdict(key), **shown_bounds(key)}
-    del fields["session"]
-    return fields | {"created_at": rfc3339(key.created_at), "expires_at": rfc3339(key.expires_at)}
+async def _key_limits(desk: Desk, wanted: str, bounds: Bounds) -> dict[str, Any]:
+    key = await desk.change_key(wanted, KeyChange(bounds=bounds), action="key.limits")
+    return {name: key[name] for name in ("id", "account", "limits", "budgets", "session_budgets")}
 
 
 async def _set_status(args: argparse.Namespace, out: Output, status: Status) -> None:
-    async with open_books(args) as books:
+    async with open_desk(args) as desk:
         if args.account is not None:
-            found = await books.directory.set_account_status(args.account, status, actor=ACTOR)
-            out.record(shown_account(found or await need_account(books, args.account)))
-            return
-        key = await need_key(books, args.key)
-        try:
-            changed = await books.directory.set_key_status(key.id, status, actor=ACTOR)
-        except ValueError as error:
-            raise Failed("key_revoked", str(error)) from error
-        out.record(shown(changed or key))
+            out.record(await desk.set_account_status(args.account, status))
+        else:
+            out.record(await desk.set_key_status(args.key, status))
 
 
-async def _key_limits(args: argparse.Namespace, books: Books, out: Output) -> None:
-    before = await need_key(books, args.key)
-
-    def limited(key: Key) -> Key:
-        start = replace(key, limits=Limits(), budgets=Budgets(), session=Budgets()) if args.clear else key
-        return replace(
-            start,
-            limits=limits_of(args, start.limits),
-            budgets=budgets_of(args, start.budgets),
-            session=session_budgets_of(args, start.session),
-        )
-
-    key = await books.directory.change_key(before.id, limited, actor=ACTOR, action="key.limits") or before
-    out.record({"id": key.id, "account": key.account, **shown_bounds(key)})
+def _bounds(args: argparse.Namespace) -> Bounds:
+    return Bounds(
+        limits=limits_of(args),
+        budgets=budgets_of(args),
+        session=session_budgets_of(args),
+        clear=getattr(args, "clear", False),
+    )
 
 
-async def _account_limits(args: argparse.Namespace, books: Books, out: Output) -> None:
-    if args.session_budget is not None:
-        raise Misused("argument --session-budget: sessions have budgets by key")
-
-    def limited(account: Account) -> Account:
-        return replace(
-            account,
-            limits=limits_of(args, Limits() if args.clear else account.limits),
-            budgets=budgets_of(args, Budgets() if args.clear else account.budgets),
-        )
-
-    changed = await books.directory.change_account(args.account, limited, actor=ACTOR, action="account.limits")
-    out.record(shown_account(changed or await need_account(books, args.account)))
+def _params(args: argparse.Namespace) -> dict[str, Any]:
+    """The params that the flags name; Misused for what no request may have."""
+    params = dict(args.param)
+    for fault in check_params(params, ()):
+        raise Misused(f"argument --param: {'.'.join(map(str, fault.loc))}: {fault.msg}")
+    return params

@@ -6,7 +6,6 @@ Times are RFC 3339 in UTC and amounts decimal strings in both.
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from msgspec.structs import asdict
@@ -68,11 +67,6 @@ class Output:
 
     def _error(self, error: Mapping[str, Any], lines: Iterable[str]) -> None:
         print(_json({"error": error}) if self.as_json else "\n".join(lines), file=sys.stderr)
-
-
-def rfc3339(moment: float | None) -> str | None:
-    """`2026-11-24T09:00:00Z` of Unix seconds."""
-    return None if moment is None else datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:

@@ -2,18 +2,15 @@
 
 import argparse
 import sys
-import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from meshproxy.cli.arguments import add_command, variable
-from meshproxy.cli.books import Books, account, ensure_account, need_account, open_books
+from meshproxy.cli.books import account, open_desk
 from meshproxy.cli.output import Failed, Output
-from meshproxy.ledger.keyspace import GLOBAL
-from meshproxy.policy.template import Template, check_template, render, to_public
+from meshproxy.policy.template import check_template, render, to_public
 
 COLUMNS = ["name", "owner", "model", "variables", "updated_at", "id"]
 SET_HERE = ("id", "owner", "is_global", "created_at", "updated_at")  # what `show` prints and no file sets
@@ -58,23 +55,8 @@ async def put(args: argparse.Namespace, out: Output) -> None:
     echo '{"system": "Greet {{ name }}."}' | meshproxy templates put greeter --file - --account acme
     """
     fields = check_template(_body(args.name, _read(args.file)), partial=False)
-    async with open_books(args) as books:
-        if args.account is not None:
-            await ensure_account(books, args.account)
-        before = await _own(books, args.account, args.name)
-        now = time.time()
-        template = Template(
-            id=str(uuid.uuid4()) if before is None else before.id,
-            name=args.name,
-            owner=args.account,
-            is_global=args.account is None,
-            created_at=now if before is None else before.created_at,
-            updated_at=now,
-        )
-        template = fields.applied_to(template)
-        if not await books.directory.put_template(template):
-            raise Failed("name_taken", f"another template {args.name} was made just now")
-    out.record(to_public(template))
+    async with open_desk(args) as desk:
+        out.record(await desk.put_template(args.account, args.name, fields))
 
 
 async def list_templates(args: argparse.Namespace, out: Output) -> None:
@@ -83,15 +65,8 @@ async def list_templates(args: argparse.Namespace, out: Output) -> None:
     meshproxy templates list                            of every account, and the global ones
     meshproxy templates list --account acme             those that acme can use
     """
-    async with open_books(args) as books:
-        if args.account is not None:
-            await need_account(books, args.account)
-            found = [each async for each in books.directory.list_templates(args.account)]
-        else:
-            found = [each async for each in books.directory.list_templates(GLOBAL)]
-            for owner in await books.directory.list_accounts():
-                found += [each async for each in books.directory.list_templates(owner.name) if not each.is_global]
-    out.rows([to_public(template) for template in found], COLUMNS, empty="no templates")
+    async with open_desk(args) as desk:
+        out.rows(await desk.templates(args.account), COLUMNS, empty="no templates")
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
@@ -99,8 +74,8 @@ async def show(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy templates show greeter --json > greeter.json
     """
-    async with open_books(args) as books:
-        out.record(to_public(await _need(books, args.account, args.name)))
+    async with open_desk(args) as desk:
+        out.record(to_public(await desk.template(args.account, args.name)))
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
@@ -108,11 +83,8 @@ async def delete(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy templates delete greeter --account acme
     """
-    async with open_books(args) as books:
-        template = await _own(books, args.account, args.name)
-        if template is None or not await books.directory.delete_template(template):
-            raise _absent(args.account, args.name)
-    out.record({"id": template.id, "name": template.name, "deleted": True})
+    async with open_desk(args) as desk:
+        out.record(await desk.delete_template(args.account, args.name))
 
 
 async def render_one(args: argparse.Namespace, out: Output) -> None:
@@ -121,29 +93,10 @@ async def render_one(args: argparse.Namespace, out: Output) -> None:
     meshproxy templates render greeter --var name=Ada
     meshproxy templates render greeter --account acme --var name=Ada --json
     """
-    async with open_books(args) as books:
-        template = await _need(books, args.account, args.name)
+    async with open_desk(args) as desk:
+        template = await desk.template(args.account, args.name)
     messages = render(template, dict(args.var))
     out.told(messages, "\n".join(map(_readable, messages)))
-
-
-async def _need(books: Books, owner: str | None, name: str) -> Template:
-    """The template that a request of this account would get, or the global one."""
-    template = await books.directory.template(owner or GLOBAL, name)
-    if template is None:
-        raise _absent(owner, name)
-    return template
-
-
-async def _own(books: Books, owner: str | None, name: str) -> Template | None:
-    """The template of this name or id that is the owner's, not one that it may only use."""
-    template = await books.directory.template(owner or GLOBAL, name)
-    return template if template is not None and template.owner == owner else None
-
-
-def _absent(owner: str | None, name: str) -> Failed:
-    whose = "global template" if owner is None else f"template of {owner}"
-    return Failed("template_not_found", f"there is no {whose} {name}")
 
 
 def _readable(message: dict[str, Any]) -> str:

@@ -10,12 +10,15 @@ from typing import Any
 from msgspec.structs import asdict
 
 from meshproxy.cli.arguments import count, make_command
-from meshproxy.cli.books import account, chosen_accounts, open_books
+from meshproxy.cli.books import account, open_desk
 from meshproxy.cli.output import Output, table
-from meshproxy.cli.usage_tail import Row, Tail
+from meshproxy.cli.usage_tail import Row, Tail, with_refusals
 from meshproxy.money import format_usd, in_usd
 
-COLUMNS = ["account", "model", "requests", "requests_per_minute", "prompt_tokens", "completion_tokens", "cost_usd"]
+COLUMNS = [
+    *("account", "model", "requests", "requests_per_minute", "refused"),
+    *("prompt_tokens", "completion_tokens", "cost_usd"),
+]
 CLEAR = "\x1b[H\x1b[2J"  # ECMA-48: cursor home, erase in page
 
 
@@ -29,22 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def top(args: argparse.Namespace, out: Output) -> None:
-    """Requests, tokens and cost of the last minutes by account and model, from the usage streams.
+    """Requests, refusals, tokens and cost of the last minutes by account and model, the most expensive first.
 
     meshproxy top                             refresh every two seconds, until Ctrl-C
     meshproxy top --account acme --minutes 15
     meshproxy top --once --json               one snapshot for a script
     """
     nothing = f"nothing was settled in the last {args.minutes} min"
-    async with open_books(args) as books:
-        tail = Tail(books.store, await chosen_accounts(books, args.account), args.minutes * 60)
+    async with open_desk(args) as desk:
+        tail = Tail(desk.store, await desk.account_names(args.account), args.minutes * 60)
         while True:
-            used = await tail.read()
+            refused = await desk.ledger.refusals(tail.accounts, args.minutes)
+            used = with_refusals(await tail.read(), dict(zip(tail.accounts, refused, strict=True)))
             rows = [shown(row, args.minutes) for row in used]
             if args.once or args.json or not sys.stdout.isatty():
                 out.rows(rows, COLUMNS, empty=nothing)
                 return
-            lines = [heading(used, args.minutes, tail.accounts_left_out), ""]
+            lines = [heading(used, args.minutes), ""]
             lines += table(rows, COLUMNS) if rows else [nothing]
             size = shutil.get_terminal_size()
             print(CLEAR + "\n".join(line[: size.columns] for line in lines[: size.lines - 1]), flush=True)
@@ -56,8 +60,8 @@ def shown(row: Row, minutes: int) -> dict[str, Any]:
     return {**in_usd(asdict(row)), "requests_per_minute": round(row.requests / minutes, 1)}
 
 
-def heading(rows: Sequence[Row], minutes: int, left_out: int) -> str:
+def heading(rows: Sequence[Row], minutes: int) -> str:
     """A line of sums."""
     requests, cost = sum(row.requests for row in rows), format_usd(sum(row.cost_nusd for row in rows))
-    more = f"    {left_out} accounts are not shown; name one with --account" if left_out else ""
-    return f"last {minutes} min: {requests} requests, {cost} USD    Ctrl-C ends{more}"
+    refused = sum(row.refused for row in rows)
+    return f"last {minutes} min: {requests} requests, {refused} refused, {cost} USD    Ctrl-C ends"

@@ -1,22 +1,22 @@
 """`meshproxy usage`: what was used and what it cost, from the hourly aggregates."""
 
 import argparse
+import asyncio
+import csv
+import io
+import sys
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec.structs import asdict
-
 from meshproxy.cli.arguments import make_command, names, past
-from meshproxy.cli.books import account, chosen_accounts, open_books
+from meshproxy.cli.books import account, open_desk
 from meshproxy.cli.output import Misused, Output
-from meshproxy.ledger.usage_report import GROUPS, Row, usage
-from meshproxy.money import in_usd
+from meshproxy.ledger.desk import BY, NUMBERS, USAGE_SPAN_S
+from meshproxy.ledger.usage_report import GROUPS
 
-DEFAULT_SPAN_S = 30 * 86_400
-BY = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
 SHOWN = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "cost_usd")
+PATIENCE_S = 1.0  # before a line says that the report takes a while
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session", metavar="ID", help="this session_id alone")
     parser.add_argument("--since", metavar="WHEN", type=past, help="a time in RFC 3339, or 24h, 7d ago (default: 30d)")
     parser.add_argument("--until", metavar="WHEN", type=past, help="likewise (default: now)")
+    parser.add_argument("--format", choices=("text", "json", "csv"), default="text", help="json is --json")
 
 
 async def report(args: argparse.Namespace, out: Output) -> None:
@@ -36,32 +37,40 @@ async def report(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy usage                                     every account, the last 30 days
     meshproxy usage --account acme --by model --since 24h
-    meshproxy usage --by day,model --since 2026-11-01 --until 2026-12-01 --json
+    meshproxy usage --by day,model --since 2026-11-01 --until 2026-12-01 --format csv
     meshproxy usage --account acme --by session --session support-4711
     """
     until = time.time() if args.until is None else args.until
-    since = until - DEFAULT_SPAN_S if args.since is None else args.since
+    since = until - USAGE_SPAN_S if args.since is None else args.since
     if since > until:
         raise Misused("argument --since: after --until")
     if unknown := set(args.by) - BY.keys():
         raise Misused(f"argument --by: {min(unknown)!r} is none of {', '.join(BY)}")
     groups = [name for name in GROUPS if name in {BY[word] for word in args.by}]
-    rows: list[dict[str, Any]] = []
-    async with open_books(args) as books:
-        for name in await chosen_accounts(books, args.account):
-            found = await usage(
-                books.store,
-                name,
-                group_by=groups,
-                session_id=args.session,
-                since=datetime.fromtimestamp(since, UTC),
-                until=datetime.fromtimestamp(until, UTC),
-            )
-            rows += [shown(name, row, groups) for row in found]
-    out.rows(rows, ["account", *groups, *SHOWN], empty="nothing was used")
+    async with open_desk(args) as desk:
+        working = asyncio.create_task(_say_working())
+        try:
+            rows = await desk.usage(args.account, group_by=groups, session_id=args.session, since=since, until=until)
+        finally:
+            working.cancel()
+    if args.format == "csv":
+        sys.stdout.write(as_csv(rows, ["account", *groups, *NUMBERS]))
+        return
+    shown = Output(as_json=out.as_json or args.format == "json")
+    shown.rows(rows, ["account", *groups, *SHOWN], empty="nothing was used")
 
 
-def shown(name: str, row: Row, groups: Sequence[str]) -> dict[str, Any]:
-    """A row as it is printed."""
-    fields = {field: value for field, value in asdict(row).items() if field not in GROUPS or field in groups}
-    return {"account": name, **in_usd(fields)}
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows under a line of their columns, as RFC 4180 has it but with lines that end as a shell's do."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+async def _say_working() -> None:
+    """Print to a terminal's stderr that there is much to add up, if it takes longer than a second."""
+    await asyncio.sleep(PATIENCE_S)
+    if sys.stderr.isatty():
+        print("adding up the hours of every account ...", file=sys.stderr, flush=True)

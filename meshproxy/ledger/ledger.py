@@ -58,6 +58,10 @@ LIMITS = (
 )  # what a rate_limit denial names, in the order of admit.lua
 
 
+class RefTaken(ValueError):
+    """Another amount was granted under the same ref."""
+
+
 class Ledger:
     """Holds, settlements and balances of every account over one store. `usage_events_kept` bounds each account's usage
     stream, roughly (XADD MAXLEN ~).
@@ -176,7 +180,7 @@ class Ledger:
     async def grant(self, account: str, amount_nusd: int, note: str = "", *, ref: str = "", actor: str = "") -> Granted:
         """Grant credit, or take some back with a negative amount, once for each `ref`; `actor` is who does it.
 
-        ValueError past what a balance may be, and for a `ref` under which another amount was granted.
+        ValueError past what a balance may be; RefTaken for a `ref` under which another amount was granted.
         """
         names = self._names(account)
         await self._store.execute("SADD", ACCOUNTS, account)
@@ -185,7 +189,7 @@ class Ledger:
         if outcome == _PAST_MOST:
             raise ValueError(f"{account}: a balance of {balance} nano-USD can't be moved by {amount_nusd}")
         if outcome == _OTHER_AMOUNT:
-            raise ValueError(f"{account}: another amount was granted under the ref {ref!r}")
+            raise RefTaken(f"{account}: another amount was granted under the ref {ref!r}")
         return Granted(balance, is_new=outcome == _GRANTED)
 
     async def grants(self, account: str, limit: int = MAX_GRANTS_READ) -> list[Grant]:

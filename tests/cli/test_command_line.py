@@ -63,3 +63,21 @@ def test_a_bad_configuration_is_78_for_every_command(file, capsys):
     assert main(["healthcheck", "--config", path, "--json"]) == 78
     error = json.loads(capsys.readouterr().err)["error"]
     assert (error["code"], len(error["faults"])) == ("unfit_configuration", 2)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "credits grant acme abc --json",
+        "credits grant acme 0 --json",
+        "keys create --json",
+        "severe --json",
+        "usage --by weather --json",
+        "accounts delete acme --json",
+    ],
+)
+def test_wrong_usage_is_json_with_json(capsys, args):
+    assert main(args.split()) == 2
+    captured = capsys.readouterr()
+    error = json.loads(captured.err)["error"]
+    assert (captured.out, error["code"], bool(error["message"])) == ("", "usage", True)

@@ -68,3 +68,24 @@ def test_a_store_that_is_not_there(tmp_path, capsys):
 def test_an_embedded_store_is_out_of_reach(capsys):
     assert main(["credits", "show", "acme", "--redis", "embedded"]) == 1
     assert "--redis URL" in capsys.readouterr().err
+
+
+def test_a_ref_counts_once(data, error):
+    first = data("credits", "grant", "acme", "25", "--ref", "invoice-7", "--note", "paid")
+    again = data("credits", "grant", "acme", "25", "--ref", "invoice-7")
+    assert [told["balance_usd"] for told in (first, again)] == ["25.00", "25.00"]
+    assert [told["granted_now_usd"] for told in (first, again)] == ["25.00", "0.00"]
+    assert error("credits", "grant", "acme", "26", "--ref", "invoice-7") == "ref_taken"
+
+
+def test_history(data):
+    data("credits", "grant", "acme", "25", "--ref", "invoice-7", "--note", "paid")
+    data("credits", "grant", "acme", "-1.5")
+    newest, oldest = data("credits", "history", "acme")
+    assert (newest["amount_usd"], newest["balance_usd"], newest["note"], newest["ref"]) == ("-1.50", "23.50", "", "")
+    assert (oldest["amount_usd"], oldest["note"], oldest["ref"]) == ("25.00", "paid", "invoice-7")
+    assert oldest["granted_at"].endswith("Z")
+
+
+def test_history_of_nobody(error):
+    assert error("credits", "history", "nobody") == "account_not_found"

@@ -156,3 +156,65 @@ def test_limits_of_an_account(data, misuse):
 
 def test_a_key_or_an_account_is_wanted(misuse):
     assert "one of the arguments KEY --account is required" in misuse("keys", "suspend")
+
+
+def test_update_changes_what_is_named(data, store):
+    key = data("keys", "create", "--account", "acme", "--name", "ci", "--burst", "5")
+    changed = data(*f"keys update {key['id']} --models a,b --default-model a --expires 2099-01-01 --budget 3".split())
+    assert (changed["name"], changed["models"], changed["default_model"]) == ("ci", ["a", "b"], "a")
+    assert (changed["expires_at"], changed["budgets"]["total_usd"]) == ("2099-01-01T00:00:00Z", "3.00")
+    assert changed["limits"]["burst"] == 5
+    assert data("keys", "show", key["key"])["id"] == key["id"]
+    lifted = data("keys", "update", key["id"], "--any-model", "--no-expiry", "--no-default-model", "--name", "x")
+    assert [lifted[name] for name in ("models", "expires_at", "default_model", "name")] == [None, None, None, "x"]
+
+
+def test_update_may_end_a_key_at_once(data):
+    key = data("keys", "create", "--account", "acme")
+    assert data("keys", "update", key["id"], "--expires", "2020-01-01")["expires_at"] == "2020-01-01T00:00:00Z"
+
+
+def test_update_keeps_the_default_among_the_models(data, error):
+    key = data("keys", "create", "--account", "acme", "--default-model", "a")
+    assert error("keys", "update", key["id"], "--models", "b") == "validation_error"
+
+
+def test_update_of_nothing_is_wrong_usage(misuse):
+    assert "nothing to change" in misuse("keys", "update", "key_1")
+
+
+def test_rotate_gives_the_same_key_another_secret(data, error):
+    key = data("keys", "create", "--account", "acme", "--budget", "5")
+    rotated = data("keys", "rotate", key["id"])
+    assert (rotated["id"], rotated["account"], rotated["budgets"]) == (key["id"], "acme", key["budgets"])
+    assert rotated["key"] != key["key"]
+    assert data("keys", "show", rotated["key"])["id"] == key["id"]
+    assert error("keys", "show", key["key"]) == "key_not_found"
+
+
+def test_rotate_with_a_grace_leaves_the_old_secret_for_a_while(data, store):
+    key = data("keys", "create", "--account", "acme")
+    rotated = data("keys", "rotate", key["id"], "--grace", "1h")
+    assert [data("keys", "show", secret)["id"] for secret in (key["key"], rotated["key"])] == [key["id"]] * 2
+    old = f"mesh:key:{hashlib.sha256(key['key'].encode()).hexdigest()}"
+    assert 3500 < store.ttl(old) <= 3600
+
+
+def test_a_revoked_key_is_not_rotated(data, error):
+    key = data("keys", "create", "--account", "acme")
+    data("keys", "revoke", key["id"])
+    assert error("keys", "rotate", key["id"]) == "key_revoked"
+
+
+def test_list_tells_what_keys_spent(settle, data):
+    key = data("keys", "create", "--account", "acme", "--budget", "5")
+    settle(("acme", key["id"], "a/b", None, 1_500_000_000))
+    (row,) = data("keys", "list")
+    assert (row["spend"]["total_usd"], row["spend"]["day_usd"], row["budgets"]["total_usd"]) == ("1.50", "1.50", "5.00")
+    assert row["last_used_at"] >= row["created_at"]
+
+
+def test_list_by_pages(data):
+    ids = [data("keys", "create", "--account", name)["id"] for name in ("a", "b", "c")]
+    pages = [[key["id"] for key in data("keys", "list", "--limit", "2", *after)] for after in ([], ["--after", ids[1]])]
+    assert pages == [ids[:2], ids[2:]]

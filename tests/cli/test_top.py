@@ -1,6 +1,7 @@
 import os
 import pty
 import signal
+import time
 
 from meshproxy.cli import top
 from tests.cli.conftest import REQUESTS, started
@@ -23,6 +24,7 @@ def test_shows_the_most_expensive_first(settle, data, run):
         "prompt_tokens": 20,
         "completion_tokens": 10,
         "cost_usd": "2.00",
+        "refused": 0,
     }
     assert run("top", "--once")[1].splitlines()[1].split()[:3] == ["acme", "a/b", "2"]
 
@@ -44,5 +46,26 @@ def test_a_terminal_is_refreshed_until_interrupted(settle, store_server):
         assert process.wait(20) == 130
     os.close(ours)
     first = seen.decode().split(top.CLEAR)[1].splitlines()
-    assert first[0] == "last 5 min: 4 requests, 2.250000001 USD    Ctrl-C ends"
+    assert first[0] == "last 5 min: 4 requests, 0 refused, 2.250000001 USD    Ctrl-C ends"
     assert [line.split()[:2] for line in first[2:]] == [["account", "model"]]  # four lines fit, one is the prompt's
+
+
+def test_refusals_are_told_once_an_account(settle, data, store):
+    settle(*REQUESTS)
+    now = time.time()
+    hour = time.strftime("%Y-%m-%dT%H", time.gmtime(now))
+    for account, count in (("acme", 7), ("flood", 900)):
+        store.sadd("mesh:accounts", account)
+        store.hset(f"mesh:{{{account}}}:refused:{hour}", int(now) // 60 % 60, count)
+    assert [(row["account"], row["model"], row["refused"]) for row in data("top")] == [
+        ("acme", "a/b", 7),
+        ("acme", "c", 0),
+        ("bolt", "c", 0),
+        ("flood", "", 900),
+    ]
+
+
+def test_the_one_that_spends_most_of_many_accounts_is_first(settle, data):
+    settle(*((f"a{number:03}", "k", "m", None, 5 if number == 698 else 1) for number in range(700)))
+    rows = data("top")
+    assert (len(rows), rows[0]["account"], rows[0]["cost_usd"]) == (700, "a698", "0.000000005")

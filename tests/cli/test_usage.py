@@ -64,3 +64,14 @@ def test_bad_arguments(misuse, error):
     words = "argument --by: 'hour' is none of session, model, key, day"
     assert words in misuse("usage", "--by", "day,hour")
     assert error("usage", "--account", "nobody") == "account_not_found"
+
+
+def test_as_csv(settle, run):
+    settle(*REQUESTS)
+    code, out, err = run("usage", "--account", "acme", "--by", "model", "--format", "csv")
+    head, *lines = [line.split(",") for line in out.splitlines()]
+    assert (code, err, head[:3], head[-1]) == (0, "", ["account", "model", "requests"], "cost_usd")
+    assert [(line[0], line[1], line[2], line[-1]) for line in lines] == [
+        ("acme", "a/b", "2", "2.00"),
+        ("acme", "c", "1", "0.25"),
+    ]

@@ -46,11 +46,20 @@ async def test_each_reading_adds_what_is_new(link, settled):
     assert await tail.read() == [Row("bolt", "m", 1, 10, 5, 50), Row("acme", "m", 2, 20, 10, 11)]
 
 
-async def test_it_is_bounded(link, settled, monkeypatch):
-    monkeypatch.setattr(usage_tail, "MAX_ACCOUNTS", 1)
-    monkeypatch.setattr(usage_tail, "MAX_EVENTS_READ", 2)
+async def test_more_than_one_batch_is_read(link, settled, monkeypatch):
+    monkeypatch.setattr(usage_tail, "BATCH_EVENTS", 2)
+    monkeypatch.setattr(usage_tail, "BATCH_ACCOUNTS", 1)
     for cost in (1, 10, 100):
         settled("acme", "m", cost_nusd=cost)
-    tail = Tail(link, ["acme", "bolt"], 60)
-    assert await tail.read() == [Row("acme", "m", 2, 20, 10, 110)]
-    assert (tail.accounts, tail.accounts_left_out) == (["acme"], 1)
+    settled("bolt", "m")
+    assert await Tail(link, ["acme", "bolt"], 60).read() == [
+        Row("acme", "m", 3, 30, 15, 111),
+        Row("bolt", "m", 1, 10, 5, 1),
+    ]
+
+
+async def test_it_is_bounded(link, settled, monkeypatch):
+    monkeypatch.setattr(usage_tail, "MAX_SUMS", 1)
+    settled("acme", "m", cost_nusd=5)
+    settled("acme", "n", cost_nusd=5)
+    assert await Tail(link, ["acme"], 60).read() == [Row("acme", "m", 1, 10, 5, 5)]

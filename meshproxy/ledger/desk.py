@@ -1,0 +1,527 @@
+"""What operators do with accounts, keys, credit, usage and templates: the one code behind the commands and the admin API.
+
+Each method answers with what is shown, fit for JSON: amounts as decimal strings in USD, times as RFC 3339. What can't be done
+is a Fault of the client's, whose codes docs/errors.md lists. Each change is an audit event by `actor`.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import asdict, replace
+
+from meshproxy.errors import Detail, Fault, Problem, Source, invalid
+from meshproxy.ledger.directory import Directory, check_account_name
+from meshproxy.ledger.keyspace import GLOBAL
+from meshproxy.ledger.ledger import Ledger, RefTaken
+from meshproxy.ledger.records import Balance, KeyUse
+from meshproxy.ledger.store import Store
+from meshproxy.ledger.usage_report import EVENT_DAYS, GROUPS, MAX_FIELDS, Event, Row, find_event, usage
+from meshproxy.money import format_usd, in_usd
+from meshproxy.policy.params import check_params
+from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits, Status
+from meshproxy.policy.template import Template, TemplateFields, to_public
+from meshproxy.times import DAY_S, rfc3339
+
+MAX_NAME = 256
+MAX_NOTE = 512
+MAX_REF = 128
+MAX_MODELS = 1000
+MAX_LIMIT = 2**53 - 1  # the largest integer that a Lua number holds exactly
+MAX_GRACE_S = 90 * DAY_S
+USAGE_SPAN_S = 30 * DAY_S  # of a report that names no time
+REPORTED_AT_ONCE = 16  # accounts, in a report over many
+NUMBERS = tuple(name for name in in_usd(asdict(Row())) if name not in GROUPS)  # of a row of a report
+BY = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
+
+Record = TypeVar("Record")
+Bound = TypeVar("Bound", Limits, Budgets)
+
+
+class Bounds(Struct, frozen=True, kw_only=True):
+    """Changes to limits and budgets, by field of policy.principal's; None takes one away. `clear`: all others first."""
+
+    limits: dict[str, int | None] = {}
+    budgets: dict[str, int | None] = {}
+    session: dict[str, int | None] = {}
+    clear: bool = False
+
+
+class KeyChange(Struct, frozen=True, kw_only=True):
+    """What is to be different about a key. UNSET: as it was."""
+
+    name: str | UnsetType = UNSET
+    models: list[str] | UnsetType | None = UNSET
+    default_model: str | UnsetType | None = UNSET
+    expires_at: float | UnsetType | None = UNSET
+    params: dict[str, Any] | UnsetType = UNSET
+    clamp: bool | UnsetType | None = UNSET
+    status: Status | UnsetType = UNSET
+    bounds: Bounds = Bounds()
+
+    def applied_to(self, key: Key) -> Key:
+        """The key with these changes. Fault `validation_error` for what a key can't be."""
+        fields = ("name", "models", "default_model", "expires_at", "params", "clamp", "status")
+        given = {name: value for name in fields if (value := getattr(self, name)) is not UNSET}
+        given["limits"] = _changed(Limits() if self.bounds.clear else key.limits, self.bounds.limits)
+        given["budgets"] = _changed(Budgets() if self.bounds.clear else key.budgets, self.bounds.budgets)
+        given["session"] = _changed(Budgets() if self.bounds.clear else key.session, self.bounds.session)
+        changed = replace(key, **given)
+        details = list(_key_faults(changed))
+        if details:
+            raise _unfit(details)
+        return changed
+
+
+class Desk:
+    """The operations. `actor` is who audit events say made a change; `clock` is Unix time in seconds."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Directory,
+        ledger: Ledger,
+        actor: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store = store
+        self.directory = directory
+        self.ledger = ledger
+        self._actor = actor
+        self._clock = clock
+
+    def of(self, actor: str) -> "Desk":
+        """The same desk, with another one at it."""
+        return Desk(self.store, self.directory, self.ledger, actor, self._clock)
+
+    # keys
+
+    async def create_key(self, account: str, change: KeyChange) -> dict[str, Any]:
+        """Mint a key, and its account with its first: the only answer with the secret, as `key`."""
+        _check_account_name(account)
+        draft = change.applied_to(Key("", account, 0))
+        fields = {name: value for name, value in _fields(draft) if name not in {"id", "account", "created_at", "hint"}}
+        secret, key = await self.directory.create_key(account, actor=self._actor, **fields)
+        return {"key": secret, **shown_key(key)}
+
+    async def keys(
+        self, account: str | None = None, *, limit: int | None = None, after: str = ""
+    ) -> list[dict[str, Any]]:
+        """Keys of one account or of all, oldest first, with what they spent: at most `limit`, those after the key `after`."""
+        if account is not None:
+            await self._need_account(account)
+        found = _page(await self.directory.list_keys(account), limit, after, lambda key: key.id)
+        uses: dict[str, KeyUse] = {}
+        by_account: dict[str, list[str]] = {}
+        for key in found:
+            by_account.setdefault(key.account, []).append(key.id)
+        for name, ids in by_account.items():
+            uses |= zip(ids, await self.ledger.key_spends(name, ids), strict=True)
+        return [shown_key(key, uses[key.id]) for key in found]
+
+    async def key(self, wanted: str) -> dict[str, Any]:
+        """Everything about a key but its secret. `wanted`: an id, a beginning that no other id has, or the secret."""
+        key = await self._need_key(wanted)
+        return shown_key(key, (await self.ledger.key_spends(key.account, [key.id]))[0])
+
+    async def change_key(self, wanted: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
+        """Change what is given, whatever others change meanwhile."""
+        key = await self._need_key(wanted)
+        try:
+            changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
+        except ValueError as error:
+            raise _refused(409, "key_revoked", str(error)) from error
+        return shown_key(changed or key)
+
+    async def set_key_status(self, wanted: str, status: Status) -> dict[str, Any]:
+        """Suspend, resume or revoke a key."""
+        key = await self._need_key(wanted)
+        try:
+            changed = await self.directory.set_key_status(key.id, status, actor=self._actor)
+        except ValueError as error:
+            raise _refused(409, "key_revoked", str(error)) from error
+        return shown_key(changed or key)
+
+    async def rotate_key(self, wanted: str, grace_s: float = 0) -> dict[str, Any]:
+        """Give a key a new secret, which is in this answer alone; the old one works for `grace_s` more."""
+        if not 0 <= grace_s <= MAX_GRACE_S:
+            raise _refused(422, "validation_error", f"The grace is at most {MAX_GRACE_S // DAY_S} days.")
+        key = await self._need_key(wanted)
+        try:
+            rotated = await self.directory.rotate_key(key.id, grace_s=grace_s, actor=self._actor)
+        except ValueError as error:
+            raise _refused(409, "key_revoked", str(error)) from error
+        if rotated is None:
+            raise _no_key(wanted)
+        secret, changed = rotated
+        until = rfc3339(self._clock() + grace_s) if grace_s else None
+        return {"key": secret, **shown_key(changed), "old_key_works_until": until}
+
+    # accounts and credit
+
+    async def accounts(self, *, limit: int | None = None, after: str = "") -> list[dict[str, Any]]:
+        """Accounts by name, with their credit: at most `limit`, those after the name `after`."""
+        found = _page(await self.directory.list_accounts(), limit, after, lambda account: account.name)
+        balances = await self.ledger.balances([account.name for account in found])
+        return [
+            {**shown_credit(account.name, balance), **_bounds_of_account(account), "spend": _spend(balance)}
+            for account, balance in zip(found, balances, strict=True)
+        ]
+
+    async def account_names(self, account: str | None = None) -> list[str]:
+        """The one account asked for, which must exist, or all."""
+        if account is not None:
+            return [(await self._need_account(account)).name]
+        return [found.name for found in await self.directory.list_accounts()]
+
+    async def account(self, name: str) -> dict[str, Any]:
+        """Everything about an account: credit, limits, budgets, spend, what runs, and how many keys it has."""
+        account = await self._need_account(name)
+        balance = await self.ledger.balance(name)
+        return {
+            **shown_credit(name, balance),
+            **_bounds_of_account(account),
+            "spend": _spend(balance),
+            "running": balance.account_running,
+            "keys": len(await self.directory.list_keys(name)),
+        }
+
+    async def account_limits(self, name: str, bounds: Bounds, status: Status | UnsetType = UNSET) -> dict[str, Any]:
+        """Show an account's limits and budgets, after changing those that are given."""
+        if bounds.session:
+            raise _unfit([Detail("extra_forbidden", ("body", "session_budget"), "Sessions have budgets by key")])
+
+        def change(account: Account) -> Account:
+            return replace(
+                account,
+                limits=_changed(Limits() if bounds.clear else account.limits, bounds.limits),
+                budgets=_changed(Budgets() if bounds.clear else account.budgets, bounds.budgets),
+                status=account.status if status is UNSET else status,
+            )
+
+        changed = await self.directory.change_account(name, change, actor=self._actor, action="account.limits")
+        return {"account": name, **_bounds_of_account(changed or await self._need_account(name))}
+
+    async def set_account_status(self, name: str, status: Status) -> dict[str, Any]:
+        """Suspend or resume an account with all its keys."""
+        changed = await self.directory.set_account_status(name, status, actor=self._actor)
+        return {"account": name, **_bounds_of_account(changed or await self._need_account(name))}
+
+    async def delete_account(self, name: str) -> dict[str, Any]:
+        """Remove an account with all that Redis has of it, for ever."""
+        await self._need_account(name)
+        try:
+            removed = await self.directory.delete_account(name, actor=self._actor)
+        except ValueError as error:
+            raise _refused(409, "account_busy", str(error)) from error
+        return {"account": name, "deleted": True, "records": removed or 0}
+
+    async def credit(self, name: str) -> dict[str, Any]:
+        """What an account has, holds and may spend."""
+        await self._need_account(name)
+        return shown_credit(name, await self.ledger.balance(name))
+
+    async def grant(self, name: str, amount_nusd: int, note: str = "", ref: str = "") -> dict[str, Any]:
+        """Add credit, or take it back; once for each `ref`. An account that doesn't exist is made."""
+        _check_account_name(name)
+        details = [
+            Detail("string_too_long", ("body", field), f"At most {most} characters")
+            for field, text, most in (("note", note, MAX_NOTE), ("ref", ref, MAX_REF))
+            if len(text) > most
+        ]
+        if amount_nusd == 0:
+            details.append(Detail("value_error", ("body", "amount_usd"), "There is nothing to grant"))
+        if details:
+            raise _unfit(details)
+        await self.directory.ensure_account(name, actor=self._actor)
+        amount_usd = format_usd(amount_nusd)
+        try:
+            granted = await self.ledger.grant(name, amount_nusd, note, ref=ref, actor=self._actor)
+        except RefTaken as error:
+            raise _refused(409, "ref_taken", str(error)) from error
+        except ValueError as error:
+            raise _refused(422, "balance_out_of_range", f"no balance may be so large: {amount_usd} USD") from error
+        if granted.is_new:
+            await self.directory.note(
+                self._actor, "credit.grant", name, name, amount_usd=amount_usd, ref=ref, note=note
+            )
+        shown = shown_credit(name, await self.ledger.balance(name))
+        return {**shown, "granted_now_usd": amount_usd if granted.is_new else "0.00"}
+
+    async def grants(self, name: str) -> list[dict[str, Any]]:
+        """The grants of an account, newest first."""
+        await self._need_account(name)
+        return [
+            {
+                "amount_usd": format_usd(grant.amount_nusd),
+                "balance_usd": format_usd(grant.balance_nusd),
+                "note": grant.note,
+                "ref": grant.ref,
+                "actor": grant.actor,
+                "granted_at": rfc3339(grant.granted_ms / 1000),
+            }
+            for grant in await self.ledger.grants(name)
+        ]
+
+    # usage
+
+    async def usage(
+        self,
+        account: str | None = None,
+        *,
+        group_by: Sequence[str] = (),
+        session_id: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Requests, tokens and cost by account and whatever `group_by` names (`session` is `session_id`)."""
+        until = self._clock() if until is None else until
+        since = until - USAGE_SPAN_S if since is None else since
+        wanted = {BY.get(name, name) for name in group_by}
+        groups = [name for name in GROUPS if name in wanted] + sorted(wanted - set(GROUPS))
+        names = await self.account_names(account)
+        rows: list[dict[str, Any]] = []
+        for first in range(0, len(names), REPORTED_AT_ONCE):
+            batch = names[first : first + REPORTED_AT_ONCE]
+            reports = await asyncio.gather(
+                *(
+                    usage(
+                        self.store,
+                        name,
+                        group_by=groups,
+                        session_id=session_id,
+                        since=datetime.fromtimestamp(since, UTC),
+                        until=datetime.fromtimestamp(until, UTC),
+                    )
+                    for name in batch
+                )
+            )
+            for name, report in zip(batch, reports, strict=True):
+                rows += [_shown_row(name, row, groups) for row in report]
+            if len(rows) > MAX_FIELDS:
+                raise _refused(422, "validation_error", "There is too much in this report: name an account.")
+        return rows
+
+    async def request(self, request_id: str) -> dict[str, Any]:
+        """What became of one request: who made it, what served it, why it ended and what it cost."""
+        event = await find_event(
+            self.store, await self.account_names(), request_id, datetime.fromtimestamp(self._clock(), UTC)
+        )
+        if event is None:
+            raise _refused(
+                404,
+                "request_not_found",
+                f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that was refused with 401, "
+                "402, 403 or 429 is in the log alone",
+            )
+        return shown_event(event)
+
+    async def audit(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The latest changes, newest first."""
+        return [
+            {
+                "at": rfc3339(event.at_ms / 1000),
+                "actor": event.actor,
+                "action": event.action,
+                "target": event.target,
+                "account": event.account,
+                "detail": msgspec.json.decode(event.detail),
+            }
+            for event in await self.directory.audit(limit)
+        ]
+
+    # templates
+
+    async def put_template(self, owner: str | None, name: str, fields: TemplateFields) -> dict[str, Any]:
+        """Create a template, or replace all of one but its id; `owner` None: a global one."""
+        if owner is not None:
+            _check_account_name(owner)
+            await self.directory.ensure_account(owner, actor=self._actor)
+        before = await self.own_template(owner, name)
+        now = self._clock()
+        template = Template(
+            id=str(uuid.uuid4()) if before is None else before.id,
+            name=name,
+            owner=owner,
+            is_global=owner is None,
+            created_at=now if before is None else before.created_at,
+            updated_at=now,
+        )
+        template = fields.applied_to(template)
+        if not await self.directory.put_template(template):
+            raise _refused(409, "name_taken", f"another template {name} was made just now")
+        await self.directory.note(self._actor, "template.put", template.id, owner or "", name=name)
+        return to_public(template)
+
+    async def templates(self, owner: str | None = None) -> list[dict[str, Any]]:
+        """The templates that an account can use; without one, all there are."""
+        if owner is not None:
+            await self._need_account(owner)
+            return [to_public(each) async for each in self.directory.list_templates(owner)]
+        return [to_public(each) async for each in self._all_templates()]
+
+    async def template(self, owner: str | None, name: str) -> Template:
+        """The template that a request of this account would get, or the global one."""
+        template = await self.directory.template(owner or GLOBAL, name)
+        if template is None:
+            raise _no_template(owner, name)
+        return template
+
+    async def own_template(self, owner: str | None, name: str) -> Template | None:
+        """The template of this name or id that is the owner's, not one that it may only use."""
+        template = await self.directory.template(owner or GLOBAL, name)
+        return template if template is not None and template.owner == owner else None
+
+    async def delete_template(self, owner: str | None, name: str) -> dict[str, Any]:
+        """Delete a template of this very owner."""
+        template = await self.own_template(owner, name)
+        if template is None or not await self.directory.delete_template(template):
+            raise _no_template(owner, name)
+        await self.directory.note(self._actor, "template.delete", template.id, owner or "", name=template.name)
+        return {"id": template.id, "name": template.name, "deleted": True}
+
+    async def _all_templates(self) -> AsyncIterator[Template]:
+        async for each in self.directory.list_templates(GLOBAL):
+            yield each
+        for owner in await self.directory.list_accounts():
+            async for each in self.directory.list_templates(owner.name):
+                if not each.is_global:
+                    yield each
+
+    async def _need_account(self, name: str) -> Account:
+        found = await self.directory.account(name)
+        if found is None:
+            raise _refused(404, "account_not_found", f"there is no account {name[:80]}")
+        return found
+
+    async def _need_key(self, wanted: str) -> Key:
+        key = await self.directory.find_key(wanted)
+        if key is None:
+            raise _no_key(wanted)
+        return key
+
+
+def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
+    """A key as it is shown; `use`: with what it spent, and when it was used last."""
+    shown = {
+        "id": key.id,
+        "account": key.account,
+        "name": key.name,
+        "hint": key.hint,
+        "status": key.status,
+        "created_at": rfc3339(key.created_at),
+        "expires_at": rfc3339(key.expires_at),
+        "default_model": key.default_model,
+        "models": key.models,
+        "params": key.params,
+        "clamp": key.clamp,
+        **shown_bounds(key),
+    }
+    if use is not None:
+        shown["spend"] = in_usd(asdict(use.spend))
+        shown["last_used_at"] = rfc3339(use.used_ms / 1000) if use.used_ms else None
+    return shown
+
+
+def shown_bounds(key: Key) -> dict[str, Any]:
+    """Everything that bounds a key."""
+    return {
+        "limits": asdict(key.limits),
+        "budgets": in_usd(asdict(key.budgets)),
+        "session_budgets": in_usd(asdict(key.session)),
+    }
+
+
+def shown_credit(name: str, balance: Balance) -> dict[str, str]:
+    """An account's credit: granted = balance + settled, available = balance - held."""
+    amounts = ("balance_nusd", "held_nusd", "available_nusd", "granted_nusd", "settled_nusd")
+    return {"account": name, **in_usd({amount: getattr(balance, amount) for amount in amounts})}
+
+
+def shown_event(event: Event) -> dict[str, Any]:
+    """A settled request as it is shown to operators."""
+    fields = in_usd(asdict(event))
+    started_ms, settled_ms = fields.pop("started_ms"), fields.pop("settled_ms")
+    fields["price"] = msgspec.json.decode(fields["price"] or "{}")
+    return {
+        **fields,
+        "started_at": rfc3339(started_ms / 1000),
+        "settled_at": rfc3339(settled_ms / 1000),
+        "duration_ms": settled_ms - started_ms,
+    }
+
+
+def _bounds_of_account(account: Account) -> dict[str, Any]:
+    return {
+        "status": account.status,
+        "limits": asdict(account.limits),
+        "budgets": in_usd(asdict(account.budgets)),
+    }
+
+
+def _spend(balance: Balance) -> dict[str, Any]:
+    return in_usd(asdict(balance.account_spend))
+
+
+def _shown_row(name: str, row: Row, groups: Sequence[str]) -> dict[str, Any]:
+    fields = {field: value for field, value in asdict(row).items() if field not in GROUPS or field in groups}
+    return {"account": name, **in_usd(fields)}
+
+
+def _fields(record: Struct) -> Iterable[tuple[str, Any]]:
+    return ((name, getattr(record, name)) for name in record.__struct_fields__)
+
+
+def _page(records: list[Record], limit: int | None, after: str, name: Callable[[Record], str]) -> list[Record]:
+    """At most `limit` of the records, those behind the one named `after`; from the beginning if it isn't there."""
+    start = next((place + 1 for place, record in enumerate(records) if after and name(record) == after), 0)
+    return records[start:] if limit is None else records[start : start + limit]
+
+
+def _changed(before: Bound, given: dict[str, int | None]) -> Bound:
+    return replace(before, **given)
+
+
+def _key_faults(key: Key) -> Iterable[Detail]:
+    """What a key can't be."""
+    if len(key.name) > MAX_NAME:
+        yield Detail("string_too_long", ("body", "name"), f"At most {MAX_NAME} characters")
+    if key.models is not None and not (key.models and all(key.models) and len(key.models) <= MAX_MODELS):
+        yield Detail("value_error", ("body", "models"), f"1 to {MAX_MODELS} names, or null for all models")
+    if key.default_model is not None and key.models is not None and key.default_model not in key.models:
+        yield Detail("value_error", ("body", "default_model"), f"{key.default_model[:128]} is not among the models")
+    if key.limits.requests_per_day is not None and key.limits.requests_per_day > MAX_REQUESTS_PER_DAY:
+        yield Detail("value_error", ("body", "requests_per_day"), f"At most {MAX_REQUESTS_PER_DAY}")
+    yield from check_params(key.params, ("body", "params"))
+
+
+def _check_account_name(name: str) -> None:
+    try:
+        check_account_name(name)
+    except ValueError as error:
+        raise _unfit([Detail("value_error", ("body", "account"), str(error))]) from error
+
+
+def _unfit(details: Sequence[Detail]) -> Fault:
+    first = details[0]
+    param = str(first.loc[-1])
+    return Fault(Source.CLIENT, invalid(f"`{param}`: {first.msg}.", *details, param=param))
+
+
+def _no_key(wanted: str) -> Fault:
+    shown = "with this secret" if wanted.startswith("rsk_") else wanted[:80]
+    return _refused(404, "key_not_found", f"there is no key {shown}, or more than one")
+
+
+def _no_template(owner: str | None, name: str) -> Fault:
+    whose = "global template" if owner is None else f"template of {owner}"
+    return _refused(404, "template_not_found", f"there is no {whose} {name[:128]}")
+
+
+def _refused(status: int, code: str, message: str) -> Fault:
+    return Fault(Source.CLIENT, Problem(status, code, message))
