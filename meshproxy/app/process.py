@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 import structlog
@@ -21,7 +21,11 @@ from meshproxy.app.status import Crew, Panel
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
 from meshproxy.config import Secrets, Settings, Unfit
+from meshproxy.ledger.connection import connect
+from meshproxy.ledger.desk import Desk
+from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
+from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import create_admin
 from meshproxy.server.general import Strictness
 from meshproxy.server.listener import Runner
@@ -102,7 +106,8 @@ async def run(
         stack.callback(sink.close)
         standing = Standing(await stack.enter_async_context(with_redis(settings)), secrets, journal)
         crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
-        panel = create_admin(Panel(crew, workers), secrets.admin_token, settings.server.admin_hosts)
+        desk = await stack.enter_async_context(_open_desk(standing)) if secrets.admin_token is not None else None
+        panel = create_admin(Panel(crew, workers), secrets.admin_token, settings.server.admin_hosts, desk)
         runner = Runner(panel, None, _strictness(crew))
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -125,6 +130,18 @@ async def run(
         notify(STOPPING)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # there is nothing left to reload
     _log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _open_desk(standing: Standing) -> AsyncIterator[Desk]:
+    """The desk of the admin API, over a connection of its own that is made in the background."""
+    dialling = Tasks()
+    store = await connect(standing.settings.redis, wait=False, keep=dialling.keep)
+    try:
+        yield Desk(store, Directory(store), Ledger(store), "admin")
+    finally:
+        await store.close()
+        await dialling.close()
 
 
 def _strictness(crew: Crew) -> Strictness:

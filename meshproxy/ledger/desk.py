@@ -79,7 +79,9 @@ class KeyChange(Struct, frozen=True, kw_only=True):
 
 
 class Desk:
-    """The operations. `actor` is who audit events say made a change; `clock` is Unix time in seconds."""
+    """The operations. `actor` is who audit events say made a change; `clock` is Unix time in seconds; `whole_ids`: neither the
+    beginning of a key's id nor its secret names it.
+    """
 
     def __init__(
         self,
@@ -88,16 +90,19 @@ class Desk:
         ledger: Ledger,
         actor: str,
         clock: Callable[[], float] = time.time,
+        *,
+        whole_ids: bool = False,
     ) -> None:
         self.store = store
         self.directory = directory
         self.ledger = ledger
         self._actor = actor
         self._clock = clock
+        self._whole_ids = whole_ids
 
-    def of(self, actor: str) -> "Desk":
+    def of(self, actor: str, *, whole_ids: bool = False) -> "Desk":
         """The same desk, with another one at it."""
-        return Desk(self.store, self.directory, self.ledger, actor, self._clock)
+        return Desk(self.store, self.directory, self.ledger, actor, self._clock, whole_ids=whole_ids)
 
     # keys
 
@@ -283,7 +288,9 @@ class Desk:
         until = self._clock() if until is None else until
         since = until - USAGE_SPAN_S if since is None else since
         wanted = {BY.get(name, name) for name in group_by}
-        groups = [name for name in GROUPS if name in wanted] + sorted(wanted - set(GROUPS))
+        if unknown := wanted - set(GROUPS):
+            raise _refused(422, "validation_error", f"`group_by` takes {', '.join(BY)}, not `{min(unknown)[:64]}`.")
+        groups = [name for name in GROUPS if name in wanted]
         names = await self.account_names(account)
         rows: list[dict[str, Any]] = []
         for first in range(0, len(names), REPORTED_AT_ONCE):
@@ -401,7 +408,7 @@ class Desk:
 
     async def _need_key(self, wanted: str) -> Key:
         key = await self.directory.find_key(wanted)
-        if key is None:
+        if key is None or (self._whole_ids and wanted != key.id):
             raise _no_key(wanted)
         return key
 

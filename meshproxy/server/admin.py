@@ -1,4 +1,4 @@
-"""The admin listener: metrics, probes, and the status page. For operators; nothing here needs a key of ours.
+"""The admin listener: metrics, probes, the status page and the admin API. For operators; nothing here needs a key of ours.
 
 Without a token it answers only requests whose Host is an IP address, `localhost` or a configured name: a web page that has
 its own name resolve to this address (DNS rebinding) is refused. With a token set, everything but the probes wants it:
@@ -20,6 +20,8 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from meshproxy.errors import Fault, Source, forbidden, internal_error, unauthorized
+from meshproxy.ledger.desk import Desk
+from meshproxy.server.admin_api import add_routes
 from meshproxy.server.client_address import address
 from meshproxy.server.envelope import envelope_errors, problem_response
 from meshproxy.server.request_id import request_id_of
@@ -67,8 +69,12 @@ class AdminState(Protocol):
         """What the status page shows; fit for JSON."""
 
 
-def create_admin(state: AdminState, token: str | None = None, hosts: Iterable[str] = ()) -> web.Application:
-    """The admin listener's application. `hosts`: the names, beside `localhost`, that it answers to without a token."""
+def create_admin(
+    state: AdminState, token: str | None = None, hosts: Iterable[str] = (), desk: Desk | None = None
+) -> web.Application:
+    """The admin listener's application. `hosts`: the names, beside `localhost`, that it answers to without a token; `desk`: what
+    the admin API works on, which there is with a token alone.
+    """
     middlewares: list[Middleware] = [envelope_errors, _no_bug_in_plain_text]
     middlewares.append(_guard(token) if token is not None else _only_for({"localhost", *map(str.lower, hosts)}))
     admin = web.Application(middlewares=middlewares)
@@ -78,6 +84,8 @@ def create_admin(state: AdminState, token: str | None = None, hosts: Iterable[st
     admin.router.add_get("/metrics", pages.metrics)
     admin.router.add_get("/healthz", pages.healthz)
     admin.router.add_get("/readyz", pages.readyz)
+    if desk is not None and token is not None:
+        add_routes(admin, desk)
     return admin
 
 

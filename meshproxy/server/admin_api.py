@@ -1,0 +1,442 @@
+"""`/admin/v1/...` on the admin listener: what the commands do, over HTTP, through the same desk. It wants the admin token.
+
+A browser that has the token sends it wherever a page tells it to, so a change that another origin asks for is refused.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+import orjson
+from aiohttp import web
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from meshproxy.errors import Detail, Fault, Source, forbidden, invalid, request_timeout, unsupported_media_type
+from meshproxy.ledger.desk import MAX_LIMIT, MAX_NAME, MAX_NOTE, MAX_REF, Bounds, Desk, KeyChange
+from meshproxy.money import parse_usd
+from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
+from meshproxy.policy.template import check_template, to_public
+from meshproxy.server.request_id import request_id_of
+from meshproxy.times import parse_moment, parse_span
+from meshproxy.version import VERSION
+from meshproxy.wire.details import detail_of, name_of
+
+ROOT = "/admin/v1"
+OPENAPI_PATH = f"{ROOT}/openapi.json"
+DEFAULT_PAGE = 1000
+MAX_PAGE = 1000
+MAX_AUDIT = 1000
+BODY_TIMEOUT_S = 30.0
+SAFE = frozenset({"GET", "HEAD"})  # RFC 9110, 9.2.1
+SAME_SITE = frozenset({"same-origin", "none"})  # Fetch Metadata, 2.4: of the page itself, or typed by the user
+
+_PARAMETER = re.compile(r"\{(\w+)\}")
+
+Whole = Annotated[int, Meta(ge=1, le=MAX_LIMIT)]
+Daily = Annotated[int, Meta(ge=1, le=MAX_REQUESTS_PER_DAY)]
+Usd = str | int | float  # a decimal string, or a number that is read as it was written
+Body = TypeVar("Body", bound=Struct)
+
+
+class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits and budgets in USD; null takes one away."""
+
+    requests_per_minute: Whole | UnsetType | None = UNSET
+    tokens_per_minute: Whole | UnsetType | None = UNSET
+    burst: Whole | UnsetType | None = UNSET
+    requests_per_day: Daily | UnsetType | None = UNSET
+    max_parallel: Whole | UnsetType | None = UNSET
+    budget_usd: Usd | UnsetType | None = UNSET
+    budget_daily_usd: Usd | UnsetType | None = UNSET
+    budget_monthly_usd: Usd | UnsetType | None = UNSET
+
+    def bounds(self) -> Bounds:
+        """As the desk takes them. Fault `validation_error` for a budget that is no amount."""
+        return Bounds(
+            limits=_given({name: getattr(self, name) for name in Limits.__struct_fields__}),
+            budgets=_budgets(
+                total_nusd=("budget_usd", self.budget_usd),
+                daily_nusd=("budget_daily_usd", self.budget_daily_usd),
+                monthly_nusd=("budget_monthly_usd", self.budget_monthly_usd),
+            ),
+        )
+
+
+class AccountPatch(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is to be different about an account."""
+
+    status: Literal["active", "suspended"] | UnsetType = UNSET
+
+
+class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What may be said of a key; null takes away. `expires_at`: an RFC 3339 time, or a span such as `30d`."""
+
+    name: Annotated[str, Meta(max_length=MAX_NAME)] | UnsetType = UNSET
+    models: list[str] | UnsetType | None = UNSET
+    default_model: str | UnsetType | None = UNSET
+    expires_at: str | UnsetType | None = UNSET
+    params: dict[str, Any] | UnsetType = UNSET
+    clamp: bool | UnsetType | None = UNSET
+    session_budget_usd: Usd | UnsetType | None = UNSET
+
+    def change(self, status: Status | UnsetType = UNSET) -> KeyChange:
+        """As the desk takes it. Fault `validation_error` for a time or an amount that is none."""
+        bounds = self.bounds()
+        session = _budgets(total_nusd=("session_budget_usd", self.session_budget_usd))
+        return KeyChange(
+            name=self.name,
+            models=self.models,
+            default_model=self.default_model,
+            expires_at=_moment("expires_at", self.expires_at) if isinstance(self.expires_at, str) else self.expires_at,
+            params=self.params,
+            clamp=self.clamp,
+            status=status,
+            bounds=msgspec.structs.replace(bounds, session=session),
+        )
+
+
+class NewKey(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A key to be made, and its account with its first."""
+
+    account: str
+
+
+class KeyPatch(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is to be different about a key."""
+
+    status: Status | UnsetType = UNSET
+
+
+class Rotation(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long the old secret works, such as `24h`; without it not at all."""
+
+    grace: str | None = None
+
+
+class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
+    """Credit in USD (negative: taken back), once for each `ref`."""
+
+    amount_usd: Usd
+    ref: Annotated[str, Meta(max_length=MAX_REF)] = ""
+    note: Annotated[str, Meta(max_length=MAX_NOTE)] = ""
+
+
+class AdminApi:
+    """The handlers. Each answers with what the command of the same name prints with --json."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._openapi = orjson.dumps(document())
+
+    async def keys(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/keys`: keys, oldest first, with spend and last use; `account=`, `limit=`, `after=` an id."""
+        limit, after = _page(request)
+        return _listed(request, await self._desk.keys(request.query.get("account"), limit=limit, after=after), limit)
+
+    async def create_key(self, request: web.Request) -> web.Response:
+        """`POST /admin/v1/keys`: a new key; `key`, the secret, is in this answer alone."""
+        body = await _read(request, NewKey)
+        return _json(await self._at(request).create_key(body.account, body.change()), 201)
+
+    async def key(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/keys/{id}`: everything about a key but its secret."""
+        return _json(await self._at(request).key(request.match_info["id"]))
+
+    async def change_key(self, request: web.Request) -> web.Response:
+        """`PATCH /admin/v1/keys/{id}`: change what is given and nothing else."""
+        body = await _read(request, KeyPatch)
+        return _json(await self._at(request).change_key(request.match_info["id"], body.change(body.status)))
+
+    async def revoke_key(self, request: web.Request) -> web.Response:
+        """`DELETE /admin/v1/keys/{id}`: revoke a key for ever; its record stays."""
+        return _json(await self._at(request).set_key_status(request.match_info["id"], "revoked"))
+
+    async def rotate_key(self, request: web.Request) -> web.Response:
+        """`POST /admin/v1/keys/{id}/rotate`: a new secret for the same key, in this answer alone."""
+        body = await _read(request, Rotation, optional=True)
+        try:
+            grace_s = parse_span(body.grace) if body.grace else 0
+        except ValueError as error:
+            raise _unfit("grace", str(error)) from error
+        return _json(await self._at(request).rotate_key(request.match_info["id"], grace_s))
+
+    async def accounts(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/accounts`: accounts by name with credit, limits and spend; `limit=`, `after=` a name."""
+        limit, after = _page(request)
+        return _listed(request, await self._desk.accounts(limit=limit, after=after), limit, "account")
+
+    async def account(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/accounts/{name}`: everything about an account."""
+        return _json(await self._desk.account(request.match_info["name"]))
+
+    async def change_account(self, request: web.Request) -> web.Response:
+        """`PATCH /admin/v1/accounts/{name}`: change its limits, its budgets or its status."""
+        body = await _read(request, AccountPatch)
+        return _json(await self._at(request).account_limits(request.match_info["name"], body.bounds(), body.status))
+
+    async def delete_account(self, request: web.Request) -> web.Response:
+        """`DELETE /admin/v1/accounts/{name}`: remove an account with all there is of it."""
+        return _json(await self._at(request).delete_account(request.match_info["name"]))
+
+    async def grants(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/accounts/{name}/grants`: its grants, newest first."""
+        return _json(await self._desk.grants(request.match_info["name"]))
+
+    async def grant(self, request: web.Request) -> web.Response:
+        """`POST /admin/v1/accounts/{name}/grants`: add credit; the same `ref` again counts once and is 200."""
+        body = await _read(request, NewGrant)
+        amount_nusd = _amount("amount_usd", body.amount_usd, signed=True)
+        granted = await self._at(request).grant(request.match_info["name"], amount_nusd, body.note, body.ref)
+        return _json(granted, 200 if granted["granted_now_usd"] == "0.00" else 201)
+
+    async def usage(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/usage`: rows of requests, tokens and cost, for `account=`, by `group_by=`, from `since=` to `until=`."""
+        query = request.query
+        words = [word.strip() for word in ",".join(query.getall("group_by", [])).split(",") if word.strip()]
+        since, until = (_moment(name, query[name], -1) if name in query else None for name in ("since", "until"))
+        rows = await self._desk.usage(
+            query.get("account"), group_by=words, session_id=query.get("session_id"), since=since, until=until
+        )
+        return _json(rows)
+
+    async def request(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/requests/{request_id}`: what became of one request."""
+        return _json(await self._desk.request(request.match_info["request_id"]))
+
+    async def audit(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/audit`: the latest changes, newest first; `limit=`."""
+        return _json(await self._desk.audit(_count(request, "limit", MAX_AUDIT, MAX_AUDIT)))
+
+    async def templates(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/templates`: all templates; `account=`: those that it can use."""
+        return _json(await self._desk.templates(request.query.get("account")))
+
+    async def put_template(self, request: web.Request) -> web.Response:
+        """`POST /admin/v1/templates`: create or replace a global template, or one of `account=`."""
+        fields = check_template(await _body(request), partial=False)
+        name = fields.name if isinstance(fields.name, str) else ""
+        return _json(await self._at(request).put_template(request.query.get("account"), name, fields), 201)
+
+    async def template(self, request: web.Request) -> web.Response:
+        """`GET /admin/v1/templates/{name}`: a template by name or id; `account=`: as it finds it."""
+        return _json(to_public(await self._desk.template(request.query.get("account"), request.match_info["name"])))
+
+    async def delete_template(self, request: web.Request) -> web.Response:
+        """`DELETE /admin/v1/templates/{name}`: delete a global template, or one of `account=`."""
+        return _json(await self._at(request).delete_template(request.query.get("account"), request.match_info["name"]))
+
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """`GET /admin/v1/openapi.json`: this API as an OpenAPI 3.1 document."""
+        return web.Response(body=self._openapi, content_type="application/json")
+
+    def _at(self, request: web.Request) -> Desk:
+        """The desk with this client at it."""
+        return self._desk.of(f"admin:{request.remote}" if request.remote else "admin", whole_ids=True)
+
+
+Handler = Callable[[AdminApi, web.Request], Awaitable[web.Response]]
+
+ROUTES: tuple[tuple[str, str, Handler, type[Struct] | None], ...] = (
+    ("GET", f"{ROOT}/keys", AdminApi.keys, None),
+    ("POST", f"{ROOT}/keys", AdminApi.create_key, NewKey),
+    ("GET", f"{ROOT}/keys/{{id}}", AdminApi.key, None),
+    ("PATCH", f"{ROOT}/keys/{{id}}", AdminApi.change_key, KeyPatch),
+    ("DELETE", f"{ROOT}/keys/{{id}}", AdminApi.revoke_key, None),
+    ("POST", f"{ROOT}/keys/{{id}}/rotate", AdminApi.rotate_key, Rotation),
+    ("GET", f"{ROOT}/accounts", AdminApi.accounts, None),
+    ("GET", f"{ROOT}/accounts/{{name}}", AdminApi.account, None),
+    ("PATCH", f"{ROOT}/accounts/{{name}}", AdminApi.change_account, AccountPatch),
+    ("DELETE", f"{ROOT}/accounts/{{name}}", AdminApi.delete_account, None),
+    ("GET", f"{ROOT}/accounts/{{name}}/grants", AdminApi.grants, None),
+    ("POST", f"{ROOT}/accounts/{{name}}/grants", AdminApi.grant, NewGrant),
+    ("GET", f"{ROOT}/usage", AdminApi.usage, None),
+    ("GET", f"{ROOT}/requests/{{request_id}}", AdminApi.request, None),
+    ("GET", f"{ROOT}/audit", AdminApi.audit, None),
+    ("GET", f"{ROOT}/templates", AdminApi.templates, None),
+    ("POST", f"{ROOT}/templates", AdminApi.put_template, None),
+    ("GET", f"{ROOT}/templates/{{name}}", AdminApi.template, None),
+    ("DELETE", f"{ROOT}/templates/{{name}}", AdminApi.delete_template, None),
+    ("GET", OPENAPI_PATH, AdminApi.openapi, None),
+)
+LISTS = frozenset({"keys", "accounts", "grants", "usage", "audit", "templates"})  # operations that answer with an array
+CREATES = frozenset({"create_key", "put_template"})  # ... with 201
+QUERIES = {
+    "keys": ("account", "limit", "after"),
+    "accounts": ("limit", "after"),
+    "usage": ("account", "group_by", "session_id", "since", "until"),
+    "audit": ("limit",),
+    **dict.fromkeys(("templates", "put_template", "template", "delete_template"), ("account",)),
+}
+REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 500, 503)
+
+
+def add_routes(app: web.Application, desk: Desk) -> None:
+    """Add every path to the admin listener's application."""
+    api = AdminApi(desk)
+    for method, path, function, _ in ROUTES:
+        for one in SAFE if method == "GET" else (method,):
+            app.router.add_route(one, path, _bound(api, function))
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document, whose request bodies are those that the handlers decode by."""
+    kinds = [kind for _, _, _, kind in ROUTES if kind is not None]
+    _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    error = {"type": "object", "required": ["error", "request_id"], "properties": {"error": {"type": "object"}}}
+    paths: dict[str, Any] = {}
+    for method, path, function, kind in ROUTES:
+        paths.setdefault(path, {})[method.lower()] = _operation(path, function, kind)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "meshproxy admin", "version": VERSION},
+        "paths": paths,
+        "security": [{"token": []}],
+        "components": {
+            "schemas": {**components, "Error": error},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(path: str, function: Handler, kind: type[Struct] | None) -> dict[str, Any]:
+    name = function.__name__
+    answer: dict[str, Any] = {"application/json": {"schema": {"type": "array" if name in LISTS else "object"}}}
+    refusal: dict[str, Any] = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    successes = ("200", "201") if name == "grant" else ("201",) if name in CREATES else ("200",)
+    parameters: list[dict[str, Any]] = [
+        {"name": each, "in": "path", "required": True, "schema": {"type": "string"}}
+        for each in _PARAMETER.findall(path)
+    ]
+    parameters += [{"name": each, "in": "query", "schema": {"type": "string"}} for each in QUERIES.get(name, ())]
+    operation: dict[str, Any] = {
+        "summary": (function.__doc__ or "").partition(": ")[2].strip(),
+        "operationId": name,
+        "parameters": parameters,
+        "responses": {
+            **{status: {"description": "Success", "content": answer} for status in successes},
+            **{str(status): {"description": "An error", "content": refusal} for status in REFUSALS},
+        },
+    }
+    if kind is not None:
+        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+        operation["requestBody"] = {
+            "required": kind is not Rotation,
+            "content": {"application/json": {"schema": schema}},
+        }
+    elif name == "put_template":
+        named: dict[str, Any] = {"type": "object", "required": ["name"]}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": named}}}
+    return operation
+
+
+def _bound(api: AdminApi, function: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handler(request: web.Request) -> web.Response:
+        if request.method not in SAFE:
+            _refuse_other_origins(request)
+        response = await function(api, request)
+        response.headers["cache-control"] = "no-store"
+        response.headers["x-request-id"] = request_id_of(request)
+        return response
+
+    return handler
+
+
+def _refuse_other_origins(request: web.Request) -> None:
+    """Fault `forbidden` for a change that a page from elsewhere makes a browser ask for."""
+    site = request.headers.get("sec-fetch-site", "none")
+    origin = request.headers.get("origin")
+    if site not in SAME_SITE or (origin is not None and urlsplit(origin).netloc != request.host):
+        raise Fault(Source.CLIENT, forbidden("Another origin's page can't change anything here."))
+
+
+async def _read(request: web.Request, kind: type[Body], *, optional: bool = False) -> Body:
+    """A body of a kind. Fault `validation_error` that names what is wrong with it."""
+    text = await _body(request)
+    try:
+        return msgspec.json.decode(b"{}" if optional and not text else text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        detail = detail_of(error, ("body",))
+        name = name_of(detail)
+        message = f"`{name}`: {detail.msg}." if name else f"The body can't be used: {detail.msg}."
+        raise Fault(Source.CLIENT, invalid(message, detail, param=name or None)) from error
+
+
+async def _body(request: web.Request) -> bytes:
+    if request.body_exists and request.content_type != "application/json":
+        raise Fault(Source.CLIENT, unsupported_media_type("Send the body as `content-type: application/json`."))
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise Fault(Source.CLIENT, request_timeout(f"The body didn't arrive within {BODY_TIMEOUT_S:g} s.")) from error
+
+
+def _page(request: web.Request) -> tuple[int, str]:
+    return _count(request, "limit", DEFAULT_PAGE, MAX_PAGE), request.query.get("after", "")
+
+
+def _listed(request: web.Request, rows: list[dict[str, Any]], limit: int, name: str = "id") -> web.Response:
+    """A page, with the address of the next in its `Link` header (RFC 8288) where there may be one."""
+    response = _json(rows)
+    if len(rows) == limit:
+        following = request.rel_url.update_query(limit=str(limit), after=rows[-1][name])
+        response.headers["link"] = f'<{following}>; rel="next"'
+    return response
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
+
+
+def _given(fields: dict[str, Any]) -> dict[str, int | None]:
+    return {name: value for name, value in fields.items() if value is not UNSET}
+
+
+def _budgets(**given: tuple[str, Usd | UnsetType | None]) -> dict[str, int | None]:
+    budgets: dict[str, int | None] = {}
+    for field, (name, amount) in given.items():
+        if amount is None:
+            budgets[field] = None
+        elif not isinstance(amount, UnsetType):
+            budgets[field] = _amount(name, amount)
+    return budgets
+
+
+def _amount(name: str, amount: Usd, *, signed: bool = False) -> int:
+    """Nano-USD. A float's shortest text is what the client wrote, to 15 digits, so nothing is computed with it."""
+    try:
+        amount_nusd = parse_usd(amount if isinstance(amount, str) else repr(amount).removesuffix(".0"))
+        if amount_nusd < 0 and not signed:
+            raise ValueError(f"{amount!r} is negative")
+    except ValueError as error:
+        raise _unfit(name, str(error)) from error
+    return amount_nusd
+
+
+def _moment(name: str, text: str, direction: int = 1) -> float:
+    try:
+        moment = parse_moment(text.replace(" ", "+"), time.time(), direction)
+        if not 0 <= moment < 253_402_300_800:  # the year 10000
+            raise ValueError(f"{text!r} is not between 1970 and 9999")
+    except (ValueError, OverflowError) as error:
+        raise _unfit(name, str(error)) from error
+    return moment
+
+
+def _count(request: web.Request, name: str, default: int, most: int) -> int:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
+        raise _unfit(name, f"It is a number from 1 to {most}")
+    return int(text[:9])
+
+
+def _unfit(name: str, message: str) -> Fault:
+    return Fault(
+        Source.CLIENT, invalid(f"`{name}`: {message}.", Detail("value_error", ("body", name), message), param=name)
+    )

@@ -1,0 +1,206 @@
+import re
+
+import pytest
+import redis
+
+from meshproxy import config
+from meshproxy.ledger.connection import connect
+from meshproxy.ledger.desk import Desk
+from meshproxy.ledger.directory import Directory
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.server.admin import create_admin
+from meshproxy.server.admin_api import OPENAPI_PATH, ROUTES, document
+
+TOKEN = "the-operators-token"
+AUTH = {"authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture
+async def desk(store_server):
+    with redis.Redis.from_url(store_server) as client:
+        client.flushall()
+    store = await connect(config.Redis(url=store_server))
+    yield Desk(store, Directory(store), Ledger(store), "admin")
+    await store.close()
+
+
+@pytest.fixture
+async def client(aiohttp_client, desk):
+    return await aiohttp_client(create_admin(None, TOKEN, desk=desk))
+
+
+@pytest.fixture
+def api(client):
+    """Ask the admin API: the status and the JSON of its answer."""
+
+    async def ask(method, path, body=None, **headers):
+        answer = await client.request(method, f"/admin/v1{path}", json=body, headers={**AUTH, **headers})
+        return answer.status, await answer.json()
+
+    return ask
+
+
+async def test_create_a_key_and_see_it(api):
+    body = {
+        "account": "acme",
+        "name": "ci",
+        "models": ["a", "b"],
+        "requests_per_minute": 60,
+        "burst": 5,
+        "max_parallel": 2,
+        "budget_monthly_usd": "20.5",
+        "session_budget_usd": 1,
+        "expires_at": "2099-01-01T00:00:00Z",
+    }
+    status, made = await api("POST", "/keys", body)
+    assert (status, made["account"], made["name"], made["models"]) == (201, "acme", "ci", ["a", "b"])
+    assert (made["limits"]["burst"], made["limits"]["max_parallel"]) == (5, 2)
+    assert (made["budgets"]["monthly_usd"], made["session_budgets"]["total_usd"]) == ("20.50", "1.00")
+    secret = made.pop("key")
+    assert re.fullmatch(r"rsk_[A-Za-z0-9]{43}", secret)
+    status, shown = await api("GET", f"/keys/{made['id']}")
+    assert (status, {name: shown[name] for name in made}) == (200, made)
+    status, listed = await api("GET", "/keys?account=acme")
+    assert (status, [key["id"] for key in listed]) == (200, [made["id"]])
+    assert secret not in str(shown) + str(listed)
+
+
+async def test_change_what_is_given(api):
+    _, made = await api("POST", "/keys", {"account": "acme", "name": "ci", "burst": 5, "models": ["a"]})
+    status, changed = await api("PATCH", f"/keys/{made['id']}", {"models": None, "burst": None, "max_parallel": 3})
+    assert (status, changed["name"], changed["models"], changed["limits"]["burst"]) == (200, "ci", None, None)
+    assert changed["limits"]["max_parallel"] == 3
+    status, changed = await api("PATCH", f"/keys/{made['id']}", {"status": "suspended", "expires_at": "30d"})
+    assert (changed["status"], changed["expires_at"] is not None) == ("suspended", True)
+
+
+async def test_revoke_rotate_and_revoked_for_ever(api):
+    _, made = await api("POST", "/keys", {"account": "acme"})
+    status, rotated = await api("POST", f"/keys/{made['id']}/rotate", {"grace": "1h"})
+    assert (status, rotated["id"], rotated["key"] != made["key"]) == (200, made["id"], True)
+    assert (await api("POST", f"/keys/{made['id']}/rotate"))[0] == 200
+    status, gone = await api("DELETE", f"/keys/{made['id']}")
+    assert (status, gone["status"]) == (200, "revoked")
+    status, answer = await api("PATCH", f"/keys/{made['id']}", {"status": "active"})
+    assert (status, answer["error"]["code"]) == (409, "key_revoked")
+
+
+async def test_neither_the_beginning_of_an_id_nor_a_secret_names_a_key(api):
+    _, made = await api("POST", "/keys", {"account": "acme"})
+    answers = [await api("DELETE", f"/keys/{name}") for name in (made["id"][:12], made["key"])]
+    assert [(status, body["error"]["code"]) for status, body in answers] == [(404, "key_not_found")] * 2
+
+
+async def test_accounts_grants_and_audit(api):
+    grants = "/accounts/acme/grants"
+    status, granted = await api("POST", grants, {"amount_usd": "25.10", "ref": "inv-1", "note": "paid"})
+    assert (status, granted["balance_usd"]) == (201, "25.10")
+    status, again = await api("POST", grants, {"amount_usd": 25.1, "ref": "inv-1"})
+    assert (status, again["balance_usd"]) == (200, "25.10")
+    status, (grant,) = await api("GET", grants)
+    assert (grant["amount_usd"], grant["ref"], grant["note"], grant["actor"]) == (
+        "25.10",
+        "inv-1",
+        "paid",
+        "admin:127.0.0.1",
+    )
+    status, account = await api("GET", "/accounts/acme")
+    assert [account[name] for name in ("balance_usd", "held_usd", "available_usd")] == ["25.10", "0.00", "25.10"]
+    status, (listed,) = await api("GET", "/accounts")
+    assert (listed["account"], listed["available_usd"]) == ("acme", "25.10")
+    status, changed = await api("PATCH", "/accounts/acme", {"budget_monthly_usd": "5", "status": "suspended"})
+    assert (changed["budgets"]["monthly_usd"], changed["status"]) == ("5.00", "suspended")
+    status, events = await api("GET", "/audit?limit=10")
+    assert [event["action"] for event in events] == ["account.limits", "credit.grant", "account.create"]
+    status, gone = await api("DELETE", "/accounts/acme")
+    assert (status, gone["deleted"]) == (200, True)
+    assert (await api("GET", "/accounts/acme"))[0] == 404
+
+
+async def test_pages_name_the_next(client, api):
+    for name in ("a", "b", "c"):
+        await api("POST", f"/accounts/{name}/grants", {"amount_usd": "1"})
+    first = await client.get("/admin/v1/accounts?limit=2", headers=AUTH)
+    assert [each["account"] for each in await first.json()] == ["a", "b"]
+    following = re.fullmatch(r'<(.+)>; rel="next"', first.headers["link"])[1]
+    second = await client.get(following, headers=AUTH)
+    assert ([each["account"] for each in await second.json()], second.headers.get("link")) == (["c"], None)
+
+
+async def test_templates(api):
+    body = {"name": "greeter", "system": "Greet {{ name }}."}
+    status, made = await api("POST", "/templates?account=acme", body)
+    assert (status, made["owner"], made["system"]) == (201, "acme", "Greet {{ name }}.")
+    assert [each["name"] for each in (await api("GET", "/templates"))[1]] == ["greeter"]
+    assert (await api("GET", "/templates/greeter?account=acme"))[1]["id"] == made["id"]
+    assert (await api("GET", "/templates/greeter"))[0] == 404
+    assert (await api("DELETE", "/templates/greeter?account=acme"))[1]["deleted"] is True
+
+
+@pytest.mark.parametrize(
+    "method, path, body, status, code",
+    [
+        ("POST", "/keys", {}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "a{b}"}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "brust": 1}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "burst": 0}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "models": []}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "params": {"messages": []}}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "budget_usd": "-1"}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "budget_usd": 1e-20}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "expires_at": "tomorrow"}, 422, "validation_error"),
+        ("POST", "/keys", {"account": "acme", "expires_at": "9999-12-31T23:59:59-23:00"}, 422, "validation_error"),
+        ("POST", "/accounts/acme/grants", {"amount_usd": "abc"}, 422, "validation_error"),
+        ("POST", "/accounts/acme/grants", {"amount_usd": "0"}, 422, "validation_error"),
+        ("POST", "/accounts/acme/grants", {"amount_usd": "9000001"}, 422, "validation_error"),
+        ("POST", "/accounts/a*b/grants", {"amount_usd": "1"}, 422, "validation_error"),
+        ("GET", "/accounts/nobody", None, 404, "account_not_found"),
+        ("PATCH", "/accounts/nobody", {}, 404, "account_not_found"),
+        ("GET", "/accounts/nobody/grants", None, 404, "account_not_found"),
+        ("GET", "/keys?account=nobody", None, 404, "account_not_found"),
+        ("GET", "/keys?limit=0", None, 422, "validation_error"),
+        ("GET", "/keys/key_none", None, 404, "key_not_found"),
+        ("GET", "/usage?account=nobody", None, 404, "account_not_found"),
+        ("GET", "/usage?group_by=weather", None, 422, "validation_error"),
+        ("GET", "/usage?since=yesterday", None, 422, "validation_error"),
+        ("GET", "/requests/none", None, 404, "request_not_found"),
+        ("GET", "/nowhere", None, 404, "not_found"),
+        ("PUT", "/keys", {}, 405, "method_not_allowed"),
+    ],
+)
+async def test_what_cant_be_is_refused_in_the_envelope(api, method, path, body, status, code):
+    answered, answer = await api(method, path, body)
+    assert (answered, answer["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("authorization", ["", "Bearer another", "Basic YTpi"])
+async def test_everything_wants_the_token(client, authorization):
+    for method, path, _, _ in ROUTES:
+        answer = await client.request(method, path, headers={"authorization": authorization})
+        assert (answer.status, (await answer.json())["error"]["code"]) == (401, "unauthorized")
+
+
+async def test_without_a_token_there_is_none(aiohttp_client, desk):
+    client = await aiohttp_client(create_admin(None, None, desk=desk))
+    assert (await client.get("/admin/v1/keys")).status == 404
+
+
+@pytest.mark.parametrize(
+    "headers", [{"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}, {"origin": "https://evil.example"}]
+)
+async def test_another_origins_page_changes_nothing(api, headers):
+    status, answer = await api("POST", "/keys", {"account": "acme"}, **headers)
+    assert (status, answer["error"]["code"]) == (403, "forbidden")
+    assert (await api("GET", "/accounts"))[1] == []
+
+
+async def test_a_body_is_json(client):
+    answer = await client.post("/admin/v1/keys", data="account=acme", headers={**AUTH, "content-type": "text/plain"})
+    assert (answer.status, (await answer.json())["error"]["code"]) == (415, "unsupported_media_type")
+
+
+async def test_the_description_has_every_path(client):
+    answer = await (await client.get(OPENAPI_PATH, headers=AUTH)).json()
+    assert answer == document()
+    described = {(method.upper(), path) for path, methods in answer["paths"].items() for method in methods}
+    assert described == {(method, path) for method, path, _, _ in ROUTES}
