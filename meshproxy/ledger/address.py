@@ -1,4 +1,4 @@
-"""Where Redis is: the URL of `redis.url`, taken apart. Pure.
+"""Parse `redis.url`. redis-py reads the credentials, host and port; Sentinel, Cluster and our options are not in its grammar.
 
     redis://[user:password@]host[:port][/db]            rediss:// the same over TLS, verified
     unix://[user:password@]/path[?db=0]
@@ -12,9 +12,11 @@ must be percent-encoded. What is wrong with a URL is told without quoting it, fo
 import ipaddress
 import ssl
 from typing import Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from msgspec import Struct
+from redis.asyncio.connection import ConnectKwargs
+from redis.asyncio.connection import parse_url as read_url
 
 from meshproxy.config import Unfit
 from meshproxy.config.addresses import MAX_SOCKET_PATH, host_fault
@@ -111,7 +113,7 @@ def _parse(url: str) -> Address:
         raise ValueError(f"its scheme is none of {', '.join(_KINDS)}")
     rest, _, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
-    userinfo, _, hosts = authority.rpartition("@")
+    userinfo, at, hosts = authority.rpartition("@")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if not options.keys() <= _OPTIONS:
         raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
@@ -119,12 +121,17 @@ def _parse(url: str) -> Address:
     if kind == "sentinel" and not service:
         raise ValueError("Sentinel needs the name of the master, as redis+sentinel://host/mymaster/0")
     if scheme == "unix":
-        endpoints, db = [_socket(hosts, slash + path)], ""
+        reads, endpoints, db = [_read(f"{userinfo}{at}localhost")], [_socket(hosts, slash + path)], ""
     else:
-        endpoints = [_endpoint(host, SENTINEL_PORT if kind == "sentinel" else REDIS_PORT) for host in hosts.split(",")]
+        default_port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT
+        reads = [_read(f"{userinfo}{at}{host}") for host in hosts.split(",")]
+        endpoints = [Endpoint(read["host"], read.get("port", default_port)) for read in reads]
     if kind == "server" and len(endpoints) > 1:
         raise ValueError("one server has one host (redis+sentinel and redis+cluster take several)")
-    login = _login(userinfo, options.get("db", db))
+    db = options.get("db", db)
+    if db and not (db.isascii() and db.isdigit()):
+        raise ValueError("the database is a number")
+    login = Login(reads[0].get("username"), reads[0].get("password"), int(db or 0))
     if kind == "cluster" and login.db:
         raise ValueError("Redis Cluster has no database but 0")
     has_tls = scheme == "rediss" or options.get("tls", "0") not in {"0", "false", ""}
@@ -146,15 +153,16 @@ def _socket(hosts: str, path: str) -> Endpoint:
     return Endpoint(path=path)
 
 
-def _endpoint(text: str, default_port: int) -> Endpoint:
+def _read(authority: str) -> ConnectKwargs:
+    """Read user, password, host and port. ValueError without redis-py's words, which may quote a part of a password."""
     try:
-        parts = urlsplit(f"//{text}")
-        host, port = parts.hostname, parts.port
+        read = read_url(f"redis://{authority}")
     except ValueError:
-        host, port = None, None
-    if not host or port == 0 or host_fault(host) is not None:
+        read = {}
+    is_port_0 = authority.endswith("0") and authority.rstrip("0").endswith(":")  # redis-py takes it for no port
+    if "host" not in read or is_port_0 or host_fault(read["host"]) is not None:
         raise ValueError("a host and port can't be read (is a character of the password not percent-encoded?)")
-    return Endpoint(host, default_port if port is None else port)
+    return read
 
 
 def _canonical_host(host: str) -> str:
@@ -164,10 +172,3 @@ def _canonical_host(host: str) -> str:
     except ValueError:
         return host.lower().rstrip(".")
     return "localhost" if address.is_loopback else address.compressed
-
-
-def _login(userinfo: str, db: str) -> Login:
-    username, _, password = userinfo.partition(":")
-    if db and not (db.isascii() and db.isdigit()):
-        raise ValueError("the database is a number")
-    return Login(unquote(username) or None, unquote(password) or None, int(db or 0))

@@ -7,11 +7,15 @@ links are dialled with a jittered, bounded backoff that starts afresh only after
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
-from meshproxy.ledger.address import Endpoint, Login
+import redis
+from redis.asyncio.connection import AbstractConnection
+
+from meshproxy.ledger.address import Endpoint
 from meshproxy.ledger.link import Link, failed
-from meshproxy.ledger.store import Argument, OnChange, Store, StoreError, Unavailable
+from meshproxy.ledger.store import Argument, OnChange, Store, Unavailable
 
 BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 2.0
@@ -140,51 +144,48 @@ def backoff_s(failures: int) -> float:
 
 
 async def dial(
-    endpoint: Endpoint, login: Login, tls: Any, make: Callable[[], Link], *, timeout_s: float, master: bool = False
+    server: AbstractConnection, endpoint: Endpoint, make: Callable[[], Link], *, timeout_s: float, master: bool = False
 ) -> Link:
-    """Connect, log in and check that the server answers; Unavailable otherwise. `master`: a replica won't do."""
-    link = make()
+    """Have redis-py connect and log in, check that the server answers, and return a link that has taken the socket over.
+
+    `master`: a replica won't do. Raises Unavailable.
+    """
     try:
         async with asyncio.timeout(timeout_s):
-            await _connect(endpoint, tls, link)
-            await _greet(link, login, master=master)
-    except TimeoutError:
+            await server.connect()  # type: ignore[no-untyped-call]
+            with suppress(redis.ResponseError):  # a name is a courtesy: some users may not set one
+                await _ask(server, "CLIENT", "SETNAME", CLIENT_NAME)
+            await _ask(server, "PING")
+            if master and (await _ask(server, "ROLE"))[0] != b"master":
+                raise redis.ConnectionError(f"{endpoint} is a replica")
+        link = make()
+        link.take_over(taken_from(server))
+    except (TimeoutError, redis.TimeoutError):
         reason = f"{endpoint} did not answer within {timeout_s:g} s"
-    except (OSError, UnicodeError, StoreError) as error:
-        reason = f"{endpoint}: {error}"
-    except Unavailable as error:
-        reason = f"{endpoint}: {error.reason}"
-    except BaseException:
-        link.lose("connection", "dialling was given up")
-        raise
+    except redis.RedisError as error:
+        reason = _plain(error, server)
     else:
         return link
-    link.lose("connection", reason)
-    raise Unavailable("connection", reason)
+    finally:
+        await server.disconnect(nowait=True)  # closes a socket that no link has taken over
+    raise Unavailable("connection", reason if str(endpoint) in reason else f"{endpoint}: {reason}")
 
 
-async def _connect(endpoint: Endpoint, tls: Any, link: Link) -> None:
-    loop = asyncio.get_running_loop()
-    if endpoint.path:
-        await loop.create_unix_connection(lambda: link, endpoint.path)
-    else:
-        await loop.create_connection(lambda: link, endpoint.host, endpoint.port, ssl=tls)
+async def _ask(server: AbstractConnection, *command: str) -> Any:
+    await server.send_command(*command)
+    return await server.read_response()
 
 
-async def _greet(link: Link, login: Login, *, master: bool) -> None:
-    if login.password is not None:
-        user = () if login.username is None else (login.username,)
-        try:
-            await link.send("AUTH", ("AUTH", *user, login.password))
-        except StoreError as error:  # old servers quote what they don't understand
-            raise StoreError(error.kind, f"the login was refused ({error.kind})") from None
-    named = link.send("CLIENT", ("CLIENT", "SETNAME", CLIENT_NAME))
-    selected = link.send("SELECT", ("SELECT", login.db)) if login.db else None
-    role = link.send("ROLE", ("ROLE",)) if master else None
-    alive = link.send("PING", ("PING",))
-    await asyncio.wait([named])  # a name is a courtesy: some users may not set one
-    if selected is not None:
-        await selected
-    if role is not None and (await role)[0] != b"master":
-        raise Unavailable("readonly", "the server is a replica")
-    await alive
+def taken_from(server: AbstractConnection) -> asyncio.StreamWriter:
+    """Take the socket of redis-py's connection, which from then on has none. `_writer` is the one private name in use."""
+    writer, server._writer = server._writer, None  # noqa: SLF001 - redis-py has no public way to hand a socket over
+    if writer is None:
+        raise redis.ConnectionError("redis-py has no open socket")
+    return writer
+
+
+def _plain(error: redis.RedisError, server: AbstractConnection) -> str:
+    """An error's text, without what an old server quotes of a login that it doesn't understand."""
+    refusal = error if isinstance(error, redis.ResponseError) else error.__cause__
+    is_quoting = isinstance(refusal, redis.ResponseError) and server.password is not None
+    return "the login or the database was refused" if is_quoting else str(error)

@@ -7,21 +7,19 @@ resharding"). A MOVED or a lost link also has the map fetched anew, until every 
 
 import asyncio
 import random
-import re
-from binascii import crc_hqx
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
+
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
+from redis.crc import key_slot
 
 from meshproxy.ledger.address import Endpoint
 from meshproxy.ledger.channel import Channel, Keep, backoff_s
 from meshproxy.ledger.link import Link, Pending, Redirect, failed
 from meshproxy.ledger.store import Argument, OnChange, Store, StoreError, Unavailable
 
-SLOTS = 16_384
 MAX_NODES = 1000  # the specification's own bound on a cluster
-
-_TAG = re.compile(rb"\{([^}]*)\}")
 
 DialNode = Callable[[Endpoint, Redirect | None], Awaitable[Link]]
 
@@ -124,7 +122,11 @@ class ClusterStore(Store):
 
     async def _ranges(self, endpoint: Endpoint) -> list[tuple[int, int, Endpoint]]:
         """First slot, last slot and master of every range, as this node sees them."""
-        reply = await ask_once(self._dial(endpoint, None), "CLUSTER", "SLOTS")
+        link = await self._dial(endpoint, None)
+        try:
+            reply = await link.send("CLUSTER", ("CLUSTER", "SLOTS"))
+        finally:
+            link.lose("closed", "what was asked is answered")
         # a node that doesn't know its own address leaves the host empty
         return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
 
@@ -159,18 +161,3 @@ def key_of(command: tuple[Argument, ...]) -> bytes | None:
         return None
     key = command[at]
     return key if isinstance(key, bytes) else str(key).encode()
-
-
-def key_slot(key: bytes) -> int:
-    """A key's slot: of its hash tag, if it has one (Redis cluster specification, "Hash tags")."""
-    tag = _TAG.search(key)
-    return crc_hqx((tag and tag[1]) or key, 0) % SLOTS
-
-
-async def ask_once(dialling: Awaitable[Link], *command: str) -> Any:
-    """The reply to one command over a link of its own."""
-    link = await dialling
-    try:
-        return await link.send(command[0], command)
-    finally:
-        link.lose("closed", "what was asked is answered")

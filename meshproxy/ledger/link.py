@@ -43,6 +43,7 @@ class Link(asyncio.Protocol):
         self._reader = hiredis.Reader(notEnoughData=_NOTHING)
         self._pending: deque[Pending] = deque()
         self._outgoing: list[bytes] = []
+        self._writer: asyncio.StreamWriter | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._turn_at = 0.0
@@ -97,6 +98,12 @@ class Link(asyncio.Protocol):
         self._finishing = True
         if not self._pending:
             self.lose("closed", "the server isn't needed any more")
+
+    def take_over(self, writer: asyncio.StreamWriter) -> None:
+        """Take over an open socket. Its StreamWriter is kept, for one that is collected closes its socket."""
+        self._writer = writer
+        writer.transport.set_protocol(self)
+        self.connection_made(writer.transport)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is open."""

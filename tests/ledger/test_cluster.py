@@ -6,11 +6,11 @@ from contextlib import ExitStack
 
 import pytest
 import redis
-from redis import crc
+from redis.crc import key_slot
 
 from meshproxy.config import Redis
 from meshproxy.ledger.address import Endpoint
-from meshproxy.ledger.cluster import key_of, key_slot
+from meshproxy.ledger.cluster import key_of
 from meshproxy.ledger.connection import Unavailable, connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
@@ -215,10 +215,3 @@ async def test_a_server_without_cluster_mode_is_told():
 )
 def test_which_key_decides(command, expected):
     assert key_of(command) == expected
-
-
-@pytest.mark.parametrize(
-    "key", [b"a", b"{a}b", b"b{a}", b"{}{a}", b"{a{b}c}", b"{a", b"a}{", b"", b"mesh:{acme}:hour:x"]
-)
-def test_a_slot_is_the_one_that_redis_means(key):
-    assert crc.key_slot(key) == key_slot(key)

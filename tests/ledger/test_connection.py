@@ -1,16 +1,18 @@
 """Commands and replies stay in step, and trouble comes as one of two exceptions, soon."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
 
 import pytest
+from redis.asyncio import UnixDomainSocketConnection
 
 from meshproxy.config import Redis, Unfit
 from meshproxy.errors import Fault, Source
 from meshproxy.ledger import link as link_module
-from meshproxy.ledger.channel import BACKOFF_MAX_S, BACKOFF_MIN_S, backoff_s
+from meshproxy.ledger.channel import BACKOFF_MAX_S, BACKOFF_MIN_S, backoff_s, taken_from
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.link import Link
@@ -305,8 +307,60 @@ async def test_a_wrong_password_is_told_without_it(caplog):
         path = server.url.removeprefix("unix://")
         with pytest.raises(Unavailable) as caught:
             await connect(Redis(url=f"unix://:hunter2@{path}"))
-    assert "WRONGPASS" in caught.value.reason
+    assert "invalid username-password pair" in caught.value.reason
     assert "hunter2" not in caught.value.reason + repr(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize("scheme", ["redis", "unix"])
+async def test_a_server_that_quotes_a_login_is_not_quoted(tmp_path, scheme):
+    """Before 6.0 an unknown command's arguments are in the error."""
+
+    async def refuse(reader, writer):
+        command = await reader.read(1000)
+        quoted = b" ".join(command.split(b"\r\n")[2::2])
+        writer.write(b"-ERR unknown command, with args beginning with: %s\r\n" % quoted)
+        await reader.read()
+        writer.close()
+
+    if scheme == "unix":
+        old = await asyncio.start_unix_server(refuse, tmp_path / "old")
+        url = f"unix://:hunter2@{tmp_path}/old"
+    else:
+        old = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        url = f"redis://:hunter2@127.0.0.1:{old.sockets[0].getsockname()[1]}"
+    with pytest.raises(Unavailable) as caught:
+        await connect(Redis(url=url))
+    assert ("refused" in caught.value.reason, "hunter2" in caught.value.reason) == (True, False)
+    old.close()
+    await old.wait_closed()
+
+
+async def test_a_user_that_may_not_set_a_name(server):
+    store = await connect(Redis(url=server.url))
+    await store.execute("ACL", "SETUSER", "bob", "on", ">pw", "~*", "+@all", "-client")
+    await store.close()
+    named = await connect(Redis(url=server.url.replace("unix://", "unix://bob:pw@")))
+    assert await named.execute("ACL", "WHOAMI") == b"bob"
+    await named.close()
+
+
+async def test_a_database_that_the_server_does_not_have(server):
+    with pytest.raises(Unavailable) as caught:
+        await connect(Redis(url=server.url + "?db=99"))
+    assert "DB index is out of range" in caught.value.reason
+
+
+async def test_redis_py_hands_its_socket_over(server):
+    """By `_writer`, the one private name of redis-py that is used: this test is to fail when redis-py changes it."""
+    opened = UnixDomainSocketConnection(path=server.url.removeprefix("unix://"))
+    await opened.connect()
+    link = Link(timeout_s=5)
+    link.take_over(taken_from(opened))
+    assert not opened.is_connected
+    del opened
+    gc.collect()
+    assert await link.send("PING", ("PING",)) == b"PONG"
+    link.lose("closed", "the test is over")
 
 
 async def test_no_server_is_a_fault_at_once_or_later_as_wished(tmp_path):

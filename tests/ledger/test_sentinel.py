@@ -1,5 +1,6 @@
 """A master that Sentinel names, and the next one after a failover."""
 
+import asyncio
 import signal
 from contextlib import ExitStack
 from functools import partial
@@ -55,3 +56,22 @@ async def test_a_master_that_nobody_knows():
     with pytest.raises(Unavailable) as caught:
         await connect(Redis(url=f"redis+sentinel://127.0.0.1:{free_ports(1)[0]}/mymaster"))
     assert "no Sentinel names a master mymaster" in caught.value.reason
+
+
+async def test_sentinels_that_say_nothing_are_asked_once_each():
+    """redis-py's default is to ask a dead one four times, with pauses between."""
+    calls = []
+
+    async def say_nothing(reader, writer):
+        calls.append(1)
+        await reader.read()
+        writer.close()
+
+    mute = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    host = f"127.0.0.1:{mute.sockets[0].getsockname()[1]}"
+    started = asyncio.get_running_loop().time()
+    with pytest.raises(Unavailable):
+        await connect(Redis(url=f"redis+sentinel://{host},{host}/mymaster", timeout_s=0.1))
+    assert (len(calls), 0.15 < asyncio.get_running_loop().time() - started < 1) == (2, True)
+    mute.close()
+    await mute.wait_closed()

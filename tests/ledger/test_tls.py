@@ -63,6 +63,18 @@ async def test_an_unknown_authority(port):
     assert "certificate verify failed" in caught.value.reason
 
 
+async def test_a_ca_file_is_trusted_alone(port, ca_file, tmp_path, monkeypatch):
+    """Not beside the system's authorities, which redis-py would add."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca_file))
+    system = await connect(Redis(url=f"rediss://localhost:{port}"))
+    await system.close()
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    with pytest.raises(Unavailable) as caught:
+        await connect(Redis(url=f"rediss://localhost:{port}?ca_file={other}"))
+    assert "certificate verify failed" in caught.value.reason
+
+
 async def test_another_name(port, ca_file):
     with pytest.raises(Unavailable) as caught:
         await connect(Redis(url=f"rediss://127.0.0.1:{port}?ca_file={ca_file}"))
