@@ -16,6 +16,7 @@ from meshproxy.value import Value
 
 MAX_MESSAGE_CHARS: Final = 2000
 MAX_PROVIDER_ERROR_BYTES: Final = 8192
+MAX_PROVIDER_ERROR_DEPTH: Final = 100  # clients' decoders read hundreds at least: CPython 3.11's json 995
 MAX_TITLE_CHARS: Final = 200
 MAX_SCANNED_BYTES: Final = 65_536  # of a provider's HTML
 MAX_CODE_CHARS: Final = 128
@@ -29,6 +30,8 @@ CONCEALED: Final = "[redacted]"
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
 _STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be somebody's own words
 _SAYS: Final = ("message", "msg", "detail", "error", "title", "errors")  # where a sentence is looked for, in this order
+_BRACKET: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # or a string, whose brackets are none
+_STEPS: Final = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
 
 
@@ -271,15 +274,28 @@ def _page(body: bytes) -> str:
 
 def _bounded(value: Any) -> Any:
     """A provider's words as a JSON object of at most 8 KiB; if they are more, or no object, an object with their beginning as
-    `message`: Mesh's typed SDKs read nothing but an object there.
+    `message`: Mesh's typed SDKs read nothing but an object there. Too deep is the same on every interpreter, whatever its limit.
     """
     try:
         encoded = msgspec.json.encode(value)
     except (TypeError, ValueError, RecursionError):
         return {"message": _text(value) if isinstance(value, str) else "unreadable"}
+    if _depth(encoded[:MAX_PROVIDER_ERROR_BYTES]) > MAX_PROVIDER_ERROR_DEPTH:
+        return {"message": "unreadable"}
     if len(encoded) <= MAX_PROVIDER_ERROR_BYTES and isinstance(value, dict):
         return msgspec.Raw(encoded)
     return {"message": _text(value if isinstance(value, str) else encoded.decode())}
+
+
+def _depth(encoded: bytes) -> int:
+    """Count how deep objects and arrays stand in each other in the beginning of a JSON text."""
+    if encoded.count(b"[") + encoded.count(b"{") <= MAX_PROVIDER_ERROR_DEPTH:
+        return 0  # shallow enough, whatever the strings hold
+    deepest = depth = 0
+    for token in _BRACKET.finditer(encoded):
+        depth += _STEPS.get(token[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _text(value: str) -> str:

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from tests.conftest import HELLO, Caller, Mesh, StartMesh, model
 from tests.faults.phases import SCRIPTS
 from tests.faults.proxy import FaultProxy
-from tests.faults.table import SECURED, Case, expected_of
+from tests.faults.table import OUTCOMES, SECURED, Case, expected_of
 from tests.faults.teller import Teller
 
 SHORT_S = 0.2  # the gateway's time-outs where a case comes down to one, and the life of a hold that nobody settles
@@ -152,8 +152,10 @@ async def teller():
 def terms(case: Case) -> Terms:
     """Those of one fault."""
     timeout_s = SHORT_S if case[2] == "blackhole" else LONG_S
-    ttl_s = SHORT_S if expected_of(case).hold == "abandoned" else LONG_S
-    return Terms(timeout_s, timeout_s, timeout_s, ttl_s, secured=case[0] in SECURED)
+    expected = expected_of(case)
+    upstream_s = LONG_S if expected == OUTCOMES["whole"] else timeout_s
+    ttl_s = SHORT_S if expected.hold == "abandoned" else LONG_S
+    return Terms(timeout_s, upstream_s, timeout_s, ttl_s, secured=case[0] in SECURED)
 
 
 @pytest.fixture

@@ -32,6 +32,10 @@ from meshproxy.wire.replies import (
 DEEP = functools.reduce(lambda inner, _: [inner], range(5000), [])
 
 
+def nested(levels: int) -> dict[str, Any]:
+    return functools.reduce(lambda inner, _: {"a": inner}, range(levels - 1), {})
+
+
 def told(problem: Problem) -> dict[str, Any]:
     return json.loads(envelope(problem, "req_1"))
 
@@ -83,6 +87,10 @@ class TestEnvelope:
             ({"a": "\ud800"}, {"message": "unreadable"}),
             ({"a": object()}, {"message": "unreadable"}),
             pytest.param(DEEP, {"message": "unreadable"}, id="deep"),
+            pytest.param(nested(100), nested(100), id="as deep as may be"),
+            pytest.param(nested(101), {"message": "unreadable"}, id="one deeper"),
+            pytest.param({"m": '[{\\"' * 200}, {"m": '[{\\"' * 200}, id="brackets in a text"),
+            pytest.param({"m": "[" * 9000}, {"message": '{"m":"' + "[" * 1994}, id="brackets in a long text"),
             pytest.param({"m": "x" * 8184}, {"m": "x" * 8184}, id="8 KiB"),
             pytest.param({"m": "x" * 8185}, {"message": '{"m":"' + "x" * 1994}, id="more than 8 KiB"),
             pytest.param("x" * 2001, {"message": "x" * 2000}, id="a long text"),
