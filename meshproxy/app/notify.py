@@ -7,6 +7,7 @@ import time
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
+MAX_STATUS_CHARS = 1000  # the whole datagram is lost where it is larger than the socket takes
 
 
 def notify(*states: str) -> None:
@@ -23,3 +24,8 @@ def notify(*states: str) -> None:
 def reloading() -> str:
     """The state of a reload that begins now; READY ends it. Type=notify-reload wants the time with it."""
     return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
+
+
+def status(text: str) -> str:
+    """One line that `systemctl status` shows."""
+    return "STATUS=" + " ".join(text.split())[:MAX_STATUS_CHARS]

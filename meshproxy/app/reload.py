@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.app.load import Loaded
-from meshproxy.app.notify import READY, notify, reloading
+from meshproxy.app.notify import READY, notify, reloading, status
 from meshproxy.config import Secrets, Settings, Unfit
 
 Read = Callable[[], Loaded]
@@ -72,15 +72,18 @@ class Reloader:
     async def reload(self, crew: Crew) -> None:
         """Swap in what the file says now. A bad file changes nothing, and is in the log with all that is wrong."""
         notify(reloading())
+        outcome = "reload failed, see the log"
         try:
             faults = await self._swap(crew)
             if faults:
                 _log.error("reload_failed", faults=faults)
+                outcome = f"reload failed, generation {crew.standing.generation} goes on: {'; '.join(faults)}"
                 await crew.apply(replace(crew.standing, reload_failed=True))
             else:
                 _log.info("reloaded", generation=crew.standing.generation)
+                outcome = f"reloaded, generation {crew.standing.generation}"
         finally:
-            notify(READY)
+            notify(READY, status(outcome))
 
     async def _swap(self, crew: Crew) -> list[str]:
         """What keeps the file from being served by; nothing if it is now."""

@@ -14,7 +14,7 @@ NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 def require_extra(tracing: Tracing) -> None:
     """Unfit if spans are asked for and what sends them isn't installed."""
     if tracing.endpoint is not None and not all(map(_is_installed, NEEDED)):
-        raise Unfit(["tracing.endpoint: needs the extra otel (pip install 'meshproxy[otel]')"])
+        raise Unfit(["tracing.endpoint: needs the extra otel (in a checkout: pip install '.[otel]')"])
 
 
 def open_tracer(tracing: Tracing, version: str) -> "OtlpTracer | None":

@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from meshproxy.app.notify import READY, STOPPING, notify, reloading
+from meshproxy.app.notify import READY, STOPPING, notify, reloading, status
 
 
 def listening(name):
@@ -38,3 +38,11 @@ def test_without_systemd_nothing_happens(monkeypatch, address):
     if address is not None:
         monkeypatch.setenv("NOTIFY_SOCKET", address)
     notify(READY)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("up", "STATUS=up"), ("a\nREADY=1", "STATUS=a READY=1"), ("x" * 2000, "STATUS=" + "x" * 1000)],
+)
+def test_a_status_is_one_short_line(text, expected):
+    assert expected == status(text)

@@ -79,6 +79,12 @@ def test_the_unit_waits_for_the_drain():
     assert int(times["TimeoutStopSec"]) >= parse("").server.drain_s + 60
 
 
+def test_a_reload_of_the_unit_is_a_signal_and_needs_no_credential():
+    lines = UNIT.read_text().splitlines()
+    assert ["ExecReload=/bin/kill -HUP $MAINPID"] == [line for line in lines if line.startswith("ExecReload=")]
+    assert [] == [line for line in lines if line.startswith("LoadCredential")]
+
+
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_a_manifest_is_as_its_schema_says(path):
     for document in yaml.safe_load_all(path.read_text()):

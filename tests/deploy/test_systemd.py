@@ -26,7 +26,12 @@ def notifications(tmp_path):
 
 
 async def heard(sock):
-    return (await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 4096), 10)).decode().split("\n")[0]
+    return (await told(sock))[0]
+
+
+async def told(sock):
+    """The lines of the next datagram."""
+    return (await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 4096), 10)).decode().split("\n")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -37,7 +42,14 @@ async def test_each_state_is_told_when_it_holds(site, notifications, tmp_path, w
     assert "READY=1" == await heard(notifications)
     await until(lambda: site.ready(gateway), "readiness")
     gateway.signal(signal.SIGHUP)
-    assert ["RELOADING=1", "READY=1"] == [await heard(notifications), await heard(notifications)]
+    assert "RELOADING=1" == await heard(notifications)
+    assert ["READY=1", "STATUS=reloaded, generation 2"] == await told(notifications)
+    gateway.path.write_text(gateway.path.read_text().replace('"2.50"', '"-2.50"', 1))
+    gateway.signal(signal.SIGHUP)
+    assert "RELOADING=1" == await heard(notifications)
+    ready, status = await told(notifications)
+    cause = 'reload failed, generation 2 goes on: models."openai/gpt-4o".input_usd_per_mtok: '
+    assert ("READY=1", True) == (ready, status.startswith(f"STATUS={cause}"))
     gateway.signal(signal.SIGTERM)
     assert "STOPPING=1" == await heard(notifications)
     assert 0 == await gateway.exit()

@@ -17,7 +17,7 @@ from meshproxy.telemetry.traces import open_tracer, require_extra
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
 SAMPLED, UNSAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-01", f"00-{TRACE_ID}-{PARENT_ID}-00"
-FAULT = "tracing.endpoint: needs the extra otel (pip install 'meshproxy[otel]')"
+FAULT = "tracing.endpoint: needs the extra otel (in a checkout: pip install '.[otel]')"
 
 
 class Collector:
