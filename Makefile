@@ -38,7 +38,7 @@ fuzz: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.run $(ARGS)
 
-# policy/ and wire/ changed in every small way: which changes does no test notice? Then `.venv/bin/mutmut results`.
+# policy/, http1/ and openai/ changed in every small way: which changes does no test notice? Then `.venv/bin/mutmut results`.
 .PHONY: mutants
 mutants: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'

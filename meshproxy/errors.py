@@ -1,7 +1,7 @@
-"""The closed family of errors: what a client is told (`Problem`), and what goes wrong in here (`Fault`).
+"""The closed family of errors: what a client is told (`ErrorResponse`), and what goes wrong in here (`GatewayError`).
 
-A denial is a `Problem` returned as a value. A `Fault` is an exception that carries one, with the source it came from, so
-that nobody has to guess whom to blame. The codes are a promise to users: docs/errors.md lists them.
+A denial is an `ErrorResponse` returned as a value. A `GatewayError` is an exception that carries one, with the source it came
+from, so that nobody has to guess whom to blame. The codes are a promise to users: docs/errors.md lists them.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Detail(Struct, frozen=True):
     msg: str
 
 
-class Problem(Struct, frozen=True):
+class ErrorResponse(Struct, frozen=True):
     """What a client is told. `retry_after_s` is exact, in seconds; `may_have_run` says that a retry could pay twice.
     `provider_code` and `provider_error` are what the provider said, in its own code and as JSON.
     """
@@ -66,10 +66,10 @@ _TYPES = {
 }
 
 
-class Fault(Exception):
+class GatewayError(Exception):
     """Something broke. `source` says whose side; `problem` is what the client hears of it."""
 
-    def __init__(self, source: Source, problem: Problem) -> None:
+    def __init__(self, source: Source, problem: ErrorResponse) -> None:
         super().__init__(problem.message)
         self.source = source
         self.problem = problem
@@ -85,7 +85,7 @@ class Phase(StrEnum):
     BODY = "body"
 
 
-class UpstreamFault(Fault):
+class UpstreamError(GatewayError):
     """An attempt at a provider failed.
 
     `safe_to_repeat`: another attempt may be made. `another_model`: an attempt with another model may be made, which may not
@@ -96,7 +96,7 @@ class UpstreamFault(Fault):
 
     def __init__(
         self,
-        problem: Problem,
+        problem: ErrorResponse,
         *,
         safe_to_repeat: bool,
         answered: int | None = None,
@@ -117,111 +117,111 @@ class UpstreamFault(Fault):
         self.words = words
 
 
-def unauthorized(message: str) -> Problem:
+def unauthorized(message: str) -> ErrorResponse:
     """401: a key that is missing, malformed, unknown, revoked or expired."""
-    return Problem(401, "unauthorized", message)
+    return ErrorResponse(401, "unauthorized", message)
 
 
-def forbidden(message: str, param: str | None = None) -> Problem:
+def forbidden(message: str, param: str | None = None) -> ErrorResponse:
     """403: a suspended key or account, or something that this key may not use."""
-    return Problem(403, "forbidden", message, param)
+    return ErrorResponse(403, "forbidden", message, param)
 
 
-def insufficient_credits(message: str) -> Problem:
+def insufficient_credits(message: str) -> ErrorResponse:
     """402: the hold doesn't fit what the account has left."""
-    return Problem(402, "insufficient_credits", message)
+    return ErrorResponse(402, "insufficient_credits", message)
 
 
-def spend_limit_exceeded(message: str) -> Problem:
+def spend_limit_exceeded(message: str) -> ErrorResponse:
     """402: a budget of the key or the session is spent."""
-    return Problem(402, "spend_limit_exceeded", message)
+    return ErrorResponse(402, "spend_limit_exceeded", message)
 
 
-def model_not_found(model: str, nearest: str | None = None) -> Problem:
+def model_not_found(model: str, nearest: str | None = None) -> ErrorResponse:
     """404: no such model here. `nearest`: the name of one that there is, for who has mistyped it."""
     hint = f" Did you mean `{nearest}`?" if nearest else ""
     message = f"The model `{model[:128]}` does not exist or is not served here.{hint}"
-    return Problem(404, "model_not_found", message, "model")
+    return ErrorResponse(404, "model_not_found", message, "model")
 
 
-def template_not_found(name: str) -> Problem:
+def template_not_found(name: str) -> ErrorResponse:
     """404: no such template among the account's own and the global ones."""
-    return Problem(404, "template_not_found", f"There is no template `{name[:128]}`.", "template")
+    return ErrorResponse(404, "template_not_found", f"There is no template `{name[:128]}`.", "template")
 
 
-def not_found(message: str) -> Problem:
+def not_found(message: str) -> ErrorResponse:
     """404: no such path or thing."""
-    return Problem(404, "not_found", message)
+    return ErrorResponse(404, "not_found", message)
 
 
-def method_not_allowed(message: str) -> Problem:
+def method_not_allowed(message: str) -> ErrorResponse:
     """405"""
-    return Problem(405, "method_not_allowed", message)
+    return ErrorResponse(405, "method_not_allowed", message)
 
 
-def invalid_api_version(version: str, known: Sequence[str]) -> Problem:
+def invalid_api_version(version: str, known: Sequence[str]) -> ErrorResponse:
     """400: a version of the API that there isn't."""
     message = f"The API version `{version[:32]}` is not known. Known: {', '.join(known)}."
-    return Problem(400, "invalid_api_version", message)
+    return ErrorResponse(400, "invalid_api_version", message)
 
 
-def request_timeout(message: str) -> Problem:
+def request_timeout(message: str) -> ErrorResponse:
     """408: the client took too long to send its request."""
-    return Problem(408, "request_timeout", message)
+    return ErrorResponse(408, "request_timeout", message)
 
 
-def idempotency_conflict() -> Problem:
+def idempotency_conflict() -> ErrorResponse:
     """409: one Idempotency-Key, two bodies."""
-    return Problem(409, "idempotency_conflict", "This Idempotency-Key was used before with another request body.")
+    return ErrorResponse(409, "idempotency_conflict", "This Idempotency-Key was used before with another request body.")
 
 
-def request_too_large(limit_bytes: int) -> Problem:
+def request_too_large(limit_bytes: int) -> ErrorResponse:
     """413"""
-    return Problem(413, "request_too_large", f"The request body is larger than {limit_bytes} bytes.")
+    return ErrorResponse(413, "request_too_large", f"The request body is larger than {limit_bytes} bytes.")
 
 
-def unsupported_media_type(message: str) -> Problem:
+def unsupported_media_type(message: str) -> ErrorResponse:
     """415"""
-    return Problem(415, "unsupported_media_type", message)
+    return ErrorResponse(415, "unsupported_media_type", message)
 
 
-def invalid(message: str, *details: Detail, param: str | None = None) -> Problem:
+def invalid(message: str, *details: Detail, param: str | None = None) -> ErrorResponse:
     """422: the request can't be understood."""
-    return Problem(422, "validation_error", message, param, details)
+    return ErrorResponse(422, "validation_error", message, param, details)
 
 
-def rate_limit_exceeded(message: str, retry_after_s: float) -> Problem:
+def rate_limit_exceeded(message: str, retry_after_s: float) -> ErrorResponse:
     """429: a bucket is empty for `retry_after_s` more seconds."""
-    return Problem(429, "rate_limit_exceeded", message, retry_after_s=retry_after_s)
+    return ErrorResponse(429, "rate_limit_exceeded", message, retry_after_s=retry_after_s)
 
 
-def upstream_error(message: str, *, may_have_run: bool, provider_error: Any = None) -> Problem:
+def upstream_error(message: str, *, may_have_run: bool, provider_error: Any = None) -> ErrorResponse:
     """502: the provider refused, reset, failed or talked nonsense."""
-    return Problem(502, "upstream_error", message, provider_error=provider_error, may_have_run=may_have_run)
+    return ErrorResponse(502, "upstream_error", message, provider_error=provider_error, may_have_run=may_have_run)
 
 
-def provider_not_available(message: str, retry_after_s: float) -> Problem:
+def provider_not_available(message: str, retry_after_s: float) -> ErrorResponse:
     """503: every attempt's breaker is open, or the provider says 429."""
-    return Problem(503, "provider_not_available", message, retry_after_s=retry_after_s)
+    return ErrorResponse(503, "provider_not_available", message, retry_after_s=retry_after_s)
 
 
-def overloaded(message: str, retry_after_s: float = 1.0, *, may_have_run: bool = False) -> Problem:
+def overloaded(message: str, retry_after_s: float = 1.0, *, may_have_run: bool = False) -> ErrorResponse:
     """503: too many requests in flight here, or this instance is draining."""
-    return Problem(503, "overloaded", message, retry_after_s=retry_after_s, may_have_run=may_have_run)
+    return ErrorResponse(503, "overloaded", message, retry_after_s=retry_after_s, may_have_run=may_have_run)
 
 
-def ledger_unavailable(retry_after_s: float = 1.0) -> Problem:
+def ledger_unavailable(retry_after_s: float = 1.0) -> ErrorResponse:
     """503: Redis is lost, so nothing can be admitted."""
-    return Problem(503, "ledger_unavailable", "The ledger can't be reached.", retry_after_s=retry_after_s)
+    return ErrorResponse(503, "ledger_unavailable", "The ledger can't be reached.", retry_after_s=retry_after_s)
 
 
-def gateway_timeout(message: str, *, may_have_run: bool) -> Problem:
+def gateway_timeout(message: str, *, may_have_run: bool) -> ErrorResponse:
     """504: the provider took too long to connect, to begin or to go on."""
-    return Problem(504, "gateway_timeout", message, may_have_run=may_have_run)
+    return ErrorResponse(504, "gateway_timeout", message, may_have_run=may_have_run)
 
 
-def internal_error() -> Problem:
+def internal_error() -> ErrorResponse:
     """500: our own fault. There should be none."""
-    return Problem(
+    return ErrorResponse(
         500, "internal_error", "The gateway failed. The request id finds the reason in its log.", may_have_run=True
     )

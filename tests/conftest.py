@@ -23,17 +23,15 @@ from meshproxy.app.application import application, strictness
 from meshproxy.app.worker import Worker
 from meshproxy.config import Settings
 from meshproxy.ledger.embedded import Embedded
-from meshproxy.ledger.keyspace import AccountKeys
-from meshproxy.ledger.records import Balance
+from meshproxy.ledger.records import AccountKeys, Balance
 from meshproxy.ledger.store import Store
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Key, Principal
-from meshproxy.server.listener import Runner
-from meshproxy.server.sockets import listen
-from meshproxy.upstream.simulator import Running, SimulatorSettings, start
-from meshproxy.upstream.simulator.behaviour import TRAITS
-from meshproxy.upstream.simulator.faults import CUTTING
-from meshproxy.upstream.simulator.journal import Entry
+from meshproxy.server.listener import Runner, listen
+from meshproxy.simulator import Running, SimulatorSettings, start
+from meshproxy.simulator.behaviour import TRAITS
+from meshproxy.simulator.delivery import CUTTING
+from meshproxy.simulator.journal import Entry
 
 hypothesis.settings.register_profile(
     "house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

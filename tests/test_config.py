@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy import config
-from meshproxy.config import SecretReader, Secrets, Unfit, parse, split_address
-from meshproxy.config.contradictions import likely_mistakes
+from meshproxy.config import ConfigError, SecretReader, Secrets, parse, split_address
+from meshproxy.config.load import likely_mistakes
 from meshproxy.money import parse_usd
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
@@ -19,7 +19,7 @@ PRICES = 'input_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
 
 
 def faults(text):
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         parse(text)
     assert str(caught.value) == "\n".join(caught.value.faults)
     return caught.value.faults
@@ -185,7 +185,7 @@ def test_base_url(url, expected):
 def _faults_or_none(text):
     try:
         parse(text)
-    except Unfit as unfit:
+    except ConfigError as unfit:
         return unfit.faults
     return None
 
@@ -387,8 +387,7 @@ NAMES = sorted({name for kind in vars(config).values() if isinstance(kind, type)
     )
 )
 def test_any_table_is_settings_or_faults(table):
-    from meshproxy.config.contradictions import contradictions
-    from meshproxy.config.decoding import _struct
+    from meshproxy.config.load import _struct, contradictions
 
     found = []
     settings = _struct(table, config.Settings, "", found)
@@ -429,7 +428,7 @@ def secrets(text, env=None, files=None):
     reader = SecretReader(env or {}, read_file)
     found = reader.secrets(parse(text))
     if reader.faults:
-        raise Unfit(reader.faults)
+        raise ConfigError(reader.faults)
     return found
 
 
@@ -466,14 +465,14 @@ BAD = "upstreams.a.api_key: the secret is empty or has characters that no header
     ],
 )
 def test_secrets_that_cannot_be_had(text, env, files, expected):
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         secrets(text, env, files)
     assert [expected] == caught.value.faults
 
 
 def test_every_missing_secret_is_told_at_once():
     two = ENV + '\n[upstreams."b/c"]\nkind = "openai"\nbase_url = "http://b"\napi_key = { env = "OTHER" }\n'
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         secrets(two)
     expected = [
         "upstreams.a.api_key: the environment has no KEY",
@@ -547,7 +546,7 @@ TOKEN = '[server]\nadmin_token = { env = "TOKEN" }\n'
 
 def test_the_admin_token_is_a_secret_like_others():
     assert Secrets({}, "t0ken") == secrets(TOKEN, {"TOKEN": " t0ken\n"})
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         secrets(TOKEN + ENV)
     expected = ["upstreams.a.api_key: the environment has no KEY", "server.admin_token: the environment has no TOKEN"]
     assert expected == caught.value.faults

@@ -28,8 +28,7 @@ from meshproxy.app.application import application
 from meshproxy.app.worker import Worker
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.server.listener import Runner
-from meshproxy.telemetry.logs import RequestLog
-from meshproxy.telemetry.sink import LineSink
+from meshproxy.telemetry.logs import LineSink, RequestLog
 
 REQUEST_BUDGET = 600
 EVENT_BUDGET = 23  # of an event that comes alone

@@ -1,7 +1,7 @@
 import pytest
 
 from meshproxy import errors
-from meshproxy.errors import Detail, Fault, Problem, Source, UpstreamFault
+from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source, UpstreamError
 
 DETAIL = Detail("missing", ("body", "messages"), "Field required")
 
@@ -43,7 +43,7 @@ def test_the_family_is_whole():
     makers = {
         name
         for name, member in vars(errors).items()
-        if callable(member) and getattr(member, "__annotations__", {}).get("return") is Problem
+        if callable(member) and getattr(member, "__annotations__", {}).get("return") is ErrorResponse
     }
     covered = {"invalid" if problem.code == "validation_error" else problem.code for problem, *_ in FAMILY}
     assert makers == covered
@@ -54,7 +54,7 @@ def test_every_problem_says_something():
 
 
 def test_details_and_a_providers_words_are_kept():
-    problem = Problem(400, "c", "m", details=(DETAIL, DETAIL), provider_error={"a": 1})
+    problem = ErrorResponse(400, "c", "m", details=(DETAIL, DETAIL), provider_error={"a": 1})
     assert ((DETAIL, DETAIL), {"a": 1}) == (problem.details, problem.provider_error)
 
 
@@ -65,16 +65,16 @@ def test_a_name_that_is_not_found_is_not_echoed_without_end(maker):
 
 def test_a_fault_carries_its_source_and_its_problem():
     problem = errors.not_found("gone")
-    fault = Fault(Source.CLIENT, problem)
+    fault = GatewayError(Source.CLIENT, problem)
     assert (Source.CLIENT, problem, "gone") == (fault.source, fault.problem, str(fault))
 
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_an_upstream_fault_says_whether_another_may_be_asked(safe):
     problem = errors.upstream_error("reset", may_have_run=not safe)
-    fault = UpstreamFault(problem, safe_to_repeat=safe)
+    fault = UpstreamError(problem, safe_to_repeat=safe)
     assert (Source.UPSTREAM, problem, safe) == (fault.source, fault.problem, fault.safe_to_repeat)
 
 
 def test_an_unlisted_status_has_a_type_too():
-    assert Problem(418, "teapot", "m").type == "api_error"
+    assert ErrorResponse(418, "teapot", "m").type == "api_error"

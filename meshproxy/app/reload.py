@@ -1,9 +1,17 @@
-"""SIGHUP, as a transaction: the file is read and checked whole, every worker builds what it needs, and only then it is swapped
-in; what only a restart can change stays as it is, and is named.
+"""What `check`, `serve` and a reload read: a file's settings, its secrets and the other files that it names. All that serving
+would build of them is built here first, so that what is accepted can be served.
 """
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import hashlib
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -11,9 +19,219 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from meshproxy.app.load import Loaded
-from meshproxy.app.notify import READY, notify, reloading, status
-from meshproxy.config import Secrets, Settings, Unfit
+from meshproxy.config import (
+    ConfigError,
+    Redis,
+    SecretReader,
+    Secrets,
+    Server,
+    Settings,
+    Upstream,
+    decode,
+    plain,
+    split_address,
+)
+from meshproxy.config.load import line_of, under
+from meshproxy.ledger.address import parse_url, tls_context
+from meshproxy.ledger.journal import MAX_FILES
+from meshproxy.server.listener import UNIX_PREFIX, server_context
+from meshproxy.telemetry.traces import require_extra
+from meshproxy.upstream.provider import Provider
+
+
+class Loaded(Struct, frozen=True):
+    """A configuration that can be served. `settings` have the texts of their secrets; `warnings`: what is likely a mistake."""
+
+    settings: Settings
+    secrets: Secrets
+    warnings: list[str]
+
+
+def read(path: str) -> Settings:
+    """The settings of a TOML file, without its secrets; ConfigError with every fault, also if it can't be read."""
+    decoded = decode(_text_of(path))
+    if decoded.faults:
+        raise ConfigError(decoded.faults)
+    return decoded.settings
+
+
+def load(path: str) -> Loaded:
+    """The configuration of a TOML file; ConfigError with all that keeps it from being served, each with the line it is about."""
+    try:
+        decoded = decode(_text_of(path))
+    except ConfigError as unfit:
+        raise ConfigError([fault if path in fault else f"{fault} ({path})" for fault in unfit.faults]) from unfit
+    reader = SecretReader(os.environ, secret_text)
+    secrets = reader.secrets(decoded.settings)
+    settings = reader.filled(decoded.settings)
+    faults = [*decoded.faults, *reader.faults]
+    faults += list(unservable(settings, secrets, faults))
+
+    def placed(told: str) -> str:
+        line = line_of(told, decoded.lines)
+        return told if line is None else f"{told} ({path}:{line})"
+
+    if faults:
+        raise ConfigError([placed(fault) for fault in faults])
+    return Loaded(settings, secrets, [placed(warning) for warning in decoded.warnings])
+
+
+def unservable(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
+    """Build what serving builds, and give each fault. Sections with a fault among those `known` can't be built, and are not."""
+
+    def is_whole(path: str) -> bool:
+        return not any(fault.startswith(path) and fault[len(path) :][:1] in {":", ".", "["} for fault in known)
+
+    if is_whole("server"):
+        yield from _server_faults(settings.server)
+    if is_whole("redis"):
+        yield from _redis_faults(settings.redis)
+    if is_whole("tracing"):
+        yield from _faults_of(lambda: require_extra(settings.tracing))
+    for name, upstream in (settings.upstreams or {}).items():
+        path = under("upstreams", name)
+        if is_whole(path):
+            yield from _upstream_faults(path, name, upstream, secrets)
+
+
+def journal_path(settings: Settings) -> str:
+    """Where settlements wait for Redis: redis.journal, else a place of this Redis's own under the state directory that systemd
+    (STATE_DIRECTORY) or the XDG base directories give.
+    """
+    if settings.redis.journal is not None:
+        return settings.redis.journal
+    state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    root = Path(state or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "meshproxy")
+    address = parse_url(
+        plain(settings.redis.url)
+    ).canonical  # also when it is spelled otherwise, or with another password
+    store = hashlib.sha256(address.encode()).hexdigest()[:16]  # what one Redis is owed is nothing to another
+    return str(root / store / "journal")
+
+
+def filled(settings: Settings, *, need_keys: bool = True) -> tuple[Settings, Secrets]:
+    """The settings with the texts of their secrets, and the secrets beside them; ConfigError if one can't be had. Without
+    `need_keys` the upstreams' API keys are not read.
+    """
+    reader = SecretReader(os.environ, secret_text)
+    secrets = reader.secrets(settings) if need_keys else Secrets({})
+    settings = reader.filled(settings)
+    if reader.faults:
+        raise ConfigError(reader.faults)
+    return settings, secrets
+
+
+def secret_text(path: str) -> str:
+    """A secret's file. Bytes that are no text become characters that a `SecretReader` refuses."""
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: can't be read ({error.strerror})"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: not UTF-8"]) from error
+
+
+def _faults_of(*builders: Callable[[], object]) -> Iterator[str]:
+    """What the builders refuse."""
+    for build in builders:
+        try:
+            build()
+        except ConfigError as unfit:
+            yield from unfit.faults
+
+
+def _server_faults(server: Server) -> Iterator[str]:
+    yield from _faults_of(lambda: server_context(server))
+    for key in ("listen", "admin_listen"):
+        address = getattr(server, key)
+        if address is None:
+            continue
+        try:
+            _try_host(address)
+        except OSError as error:
+            yield f"server.{key}: {address} can't be listened at ({error.strerror or error})"
+
+
+def _try_host(address: str) -> None:
+    """OSError if this machine has no such address, or no such directory for a socket. The port is not touched: it may be ours."""
+    if address.startswith(UNIX_PREFIX):
+        os.stat(Path(address.removeprefix(UNIX_PREFIX)).parent)  # noqa: PTH116 - as it raises
+        return
+    host, _ = split_address(address)
+    found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, name = found[0]
+    with socket.socket(family, kind, protocol) as sock:
+        sock.bind(name)
+
+
+def _redis_faults(redis: Redis) -> Iterator[str]:
+    url = plain(redis.url)
+    if url != "embedded":
+        yield from _faults_of(lambda: tls_context(parse_url(url)))
+    if redis.journal is not None:
+        try:
+            _try_journal(Path(redis.journal))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            yield f"redis.journal: {redis.journal} can't be written ({reason})"
+
+
+def _try_journal(path: Path) -> None:
+    """OSError if a journal can't be kept here. What is made for the attempt is taken away again."""
+    with ExitStack() as stack:
+        for directory in reversed([parent for parent in path.parents if not parent.exists()]):
+            directory.mkdir(mode=0o700)
+            stack.callback(_remove_if_empty, directory)
+        for number in range(MAX_FILES):
+            name = Path(f"{path}.{number}")
+            if not name.exists():
+                break
+            os.close(os.open(name, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC))
+        with tempfile.TemporaryFile(dir=path.parent, prefix=path.name):
+            pass
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):  # somebody has begun to use it meanwhile
+        directory.rmdir()
+
+
+def _upstream_faults(path: str, name: str, upstream: Upstream, secrets: Secrets) -> Iterator[str]:
+    try:
+        Provider(name, upstream, secrets.upstreams.get(name))
+    except ValueError as error:
+        yield f"{path}.{error}"
+
+
+READY = "READY=1"
+STOPPING = "STOPPING=1"
+MAX_STATUS_CHARS = 1000  # the whole datagram is lost where it is larger than the socket takes
+
+
+def notify(*states: str) -> None:
+    """Send states to whoever started us and asked for them; do nothing if nobody did."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    name = f"\0{address[1:]}" if address.startswith("@") else address  # @: an abstract socket
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(name)
+        sock.sendall("\n".join(states).encode())
+
+
+def reloading() -> str:
+    """The state of a reload that begins now; READY ends it. Type=notify-reload wants the time with it."""
+    return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
+
+
+def status(text: str) -> str:
+    """One line that `systemctl status` shows."""
+    return "STATUS=" + " ".join(text.split())[:MAX_STATUS_CHARS]
+
 
 Read = Callable[[], Loaded]
 
@@ -38,7 +256,7 @@ FIXED: dict[str, tuple[str, ...]] = {
 _log = structlog.get_logger("meshproxy.app")
 
 
-class Standing(Struct, tag="standing", frozen=True):
+class RunningConfig(Struct, tag="standing", frozen=True):
     """What holds: a configuration, and the path where settlements wait for Redis (None: in memory). `generation` counts the
     configurations that were swapped in; `reload_failed`: a newer one was unfit.
     """
@@ -53,12 +271,12 @@ class Standing(Struct, tag="standing", frozen=True):
 class Crew(Protocol):
     """Who serves: one worker or several."""
 
-    standing: Standing
+    standing: RunningConfig
 
-    async def prepare(self, standing: Standing) -> list[str]:
+    async def prepare(self, standing: RunningConfig) -> list[str]:
         """Build what this needs in every worker, and change nothing; what can't be built."""
 
-    async def apply(self, standing: Standing) -> list[str]:
+    async def apply(self, standing: RunningConfig) -> list[str]:
         """Let this hold from now on, in every worker; what kept one from it."""
 
 
@@ -89,12 +307,12 @@ class Reloader:
         """What keeps the file from being served by; nothing if it is now."""
         try:
             loaded = await asyncio.to_thread(self._read)  # it reads files, and a TLS context alone takes 16 ms
-        except Unfit as unfit:
+        except ConfigError as unfit:
             return unfit.faults
         settings, held_back = hold_back(self._settings, loaded.settings)
         standing = crew.standing
         served = replace(settings, redis=standing.settings.redis)  # the embedded server has a URL of its own
-        wanted = Standing(served, loaded.secrets, standing.journal, standing.generation + 1)
+        wanted = RunningConfig(served, loaded.secrets, standing.journal, standing.generation + 1)
         faults = await crew.prepare(wanted) or await crew.apply(wanted)
         if not faults:
             self._settings = settings

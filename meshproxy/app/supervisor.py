@@ -16,13 +16,13 @@ from functools import partial
 import msgspec
 import structlog
 
-from meshproxy.app.control import Ask, Control, Drain, Hurry, Order, Prepare, Question, Report
-from meshproxy.app.data_listener import wait
-from meshproxy.app.reload import Standing
+from meshproxy.app.application import wait
+from meshproxy.app.reload import RunningConfig
+from meshproxy.app.worker_process import Control, Drain, Hurry, Order, Prepare, Question, Report, ReportRequest
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import WorkerStatus
-from meshproxy.telemetry import logs
-from meshproxy.telemetry.snapshot import Fleet
+from meshproxy.telemetry.exposition import MergedMetrics
+from meshproxy.telemetry.logs import set_level
 from meshproxy.telemetry.tasks import Tasks
 
 STEADY_S = 10.0  # a worker that lived so long has its backoff forgotten
@@ -35,7 +35,7 @@ ANSWER_S = 2.0  # a worker that takes longer to answer is left out of a scrape
 _log = structlog.get_logger("meshproxy.app")
 
 
-class Child:
+class WorkerProcess:
     """One worker process and the line to it."""
 
     def __init__(self, number: int, restarts: int, process: asyncio.subprocess.Process, control: Control) -> None:
@@ -46,14 +46,14 @@ class Child:
         self.control = control
 
     @classmethod
-    async def spawn(cls, number: int, restarts: int, sock: socket.socket) -> "Child":
+    async def spawn(cls, number: int, restarts: int, sock: socket.socket) -> "WorkerProcess":
         """A new process that is to serve `sock`."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as stack:
             stack.callback(ours.close)
             fds = theirs.fileno(), sock.fileno()
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "meshproxy.app.child", *map(str, fds), pass_fds=fds
+                sys.executable, "-m", "meshproxy.app.worker_process", *map(str, fds), pass_fds=fds
             )
             stack.pop_all()
         return cls(number, restarts, process, await Control.over(ours))
@@ -76,14 +76,14 @@ class Supervisor:
     that are gone.
     """
 
-    def __init__(self, standing: Standing, sockets: list[socket.socket]) -> None:
+    def __init__(self, standing: RunningConfig, sockets: list[socket.socket]) -> None:
         self.standing = standing
         self.up = asyncio.Event()
         self.refused = asyncio.Event()  # a worker can't serve this configuration, and none has before
         self.faults: list[str] = []  # why
-        self.fleet = Fleet()
+        self.fleet = MergedMetrics()
         self._sockets = sockets
-        self._children: dict[int, Child] = {}
+        self._children: dict[int, WorkerProcess] = {}
         self._numbers = itertools.count(1)
         self._tasks = Tasks()
         self._keepers: list[asyncio.Task[None]] = []
@@ -95,7 +95,7 @@ class Supervisor:
         """Begin to serve."""
         self._keepers = [self._tasks.keep("worker-keeper", partial(self._keep, sock)) for sock in self._sockets]
 
-    async def prepare(self, standing: Standing) -> list[str]:
+    async def prepare(self, standing: RunningConfig) -> list[str]:
         """Have every worker build what this needs; what one can't build. A worker that doesn't answer counts as one, unless it is
         gone: the one in its place begins with what holds then.
         """
@@ -109,10 +109,10 @@ class Supervisor:
                 faults.append(f"worker {child.number} did not answer within {PREPARE_S:g} s")
         return faults
 
-    async def apply(self, standing: Standing) -> list[str]:
+    async def apply(self, standing: RunningConfig) -> list[str]:
         """Let this hold from now on. Workers that come later begin with it, so it holds whatever one of these answers."""
         self.standing = standing
-        logs.set_level(standing.settings.log.level)
+        set_level(standing.settings.log.level)
         for number, answer in (await self._ask_all(standing)).items():
             for fault in _faults(answer):
                 _log.error("worker_not_reloaded", worker=number, fault=fault)
@@ -120,7 +120,7 @@ class Supervisor:
 
     async def reports(self) -> dict[int, Report]:
         """How each worker is that says so in time, by its number."""
-        answers = await self._ask_all(Ask())
+        answers = await self._ask_all(ReportRequest())
         return {number: msgspec.msgpack.decode(answer, type=Report) for number, answer in answers.items()}
 
     def workers(self) -> list[WorkerStatus]:
@@ -167,7 +167,7 @@ class Supervisor:
                 return
             started_at = time.monotonic()
             try:
-                child = await Child.spawn(next(self._numbers), restarts, sock)
+                child = await WorkerProcess.spawn(next(self._numbers), restarts, sock)
             except OSError as error:  # no memory, processes or descriptors for another one
                 _log.error("worker_not_started", reason=error.strerror or str(error), again_in_s=backoff_s)
                 await wait(self._stopping, backoff_s)
@@ -189,7 +189,7 @@ class Supervisor:
             backoff_s = FIRST_BACKOFF_S if lived_s >= STEADY_S else min(backoff_s * 2, MAX_BACKOFF_S)
             await wait(self._stopping, backoff_s)
 
-    async def _brief(self, child: Child) -> bool:
+    async def _brief(self, child: WorkerProcess) -> bool:
         """Have a worker begin with what holds, which may change meanwhile; False if it is gone before it serves."""
         told = None
         try:

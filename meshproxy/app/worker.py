@@ -18,13 +18,12 @@ from msgspec.structs import asdict, replace
 
 from meshproxy.config import Settings
 from meshproxy.gateway.authenticate import Authenticator
-from meshproxy.gateway.deployment import Deployment
-from meshproxy.gateway.idempotent import Idempotence
-from meshproxy.gateway.live import Live
+from meshproxy.gateway.exchange import ActiveConfig
+from meshproxy.gateway.idempotency import Idempotence
+from meshproxy.gateway.in_flight import Live
 from meshproxy.gateway.pipeline import Gateway
-from meshproxy.gateway.record import Recorder
-from meshproxy.gateway.settlement import Settler
-from meshproxy.gateway.spans import Spans
+from meshproxy.gateway.record import Recorder, Spans
+from meshproxy.gateway.settle import Settler
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
@@ -34,8 +33,8 @@ from meshproxy.ledger.local import Instances, LocalAdmission
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Store, Unavailable
 from meshproxy.money import parse_usd
-from meshproxy.policy.access import Access
 from meshproxy.policy.catalog import Catalog
+from meshproxy.policy.principal import Access
 from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
@@ -57,14 +56,14 @@ class Prepared(Struct, frozen=True):
     """A configuration that a worker has built and doesn't serve by yet."""
 
     secrets: Mapping[str, str]
-    deployment: Deployment
+    active: ActiveConfig
     trusted_proxies: TrustedProxies
     access: Access
 
     @property
     def generation(self) -> int:
         """Of the configuration."""
-        return self.deployment.generation
+        return self.active.generation
 
 
 class Worker:
@@ -119,7 +118,7 @@ class Worker:
         self.directory = Directory(self.store, time.monotonic, stale_s=0.0 if local is None else STALE_S)
         self._authenticator = Authenticator(self.directory, access_to(self.settings), time.time, time.monotonic)
         self.gateway = Gateway(
-            deployment=deploy(self.settings, self._secrets, generation=generation, providers={}),
+            active=deploy(self.settings, self._secrets, generation=generation, providers={}),
             ledger=self.ledger,
             local=local,
             directory=self.directory,
@@ -173,7 +172,7 @@ class Worker:
         """Build another configuration and go on with this one. It may be called in a thread. Upstreams whose settings and key
         didn't change keep their providers and connections. Raises ValueError for what can't be built.
         """
-        old = self.gateway.deployment
+        old = self.gateway.active
         unchanged = {
             name: old.providers[name]
             for name, upstream in settings.upstreams.items()
@@ -190,10 +189,10 @@ class Worker:
         """Swap in another configuration: models, prices, upstreams, limits, credit rules, trusted proxies. Requests in flight
         keep theirs. What only a restart changes is as it was (app.reload).
         """
-        old, new = self.gateway.deployment, prepared.deployment
+        old, new = self.gateway.active, prepared.active
         settings = new.settings
         self.metrics.reconfigure(settings.models, settings.upstreams)
-        self.gateway.deployment = new
+        self.gateway.active = new
         self.chat.trusted_proxies = prepared.trusted_proxies
         self._authenticator.access = prepared.access
         self.settings = settings
@@ -211,7 +210,7 @@ class Worker:
         if await self.tasks.finish(SETTLE_GRACE_S):
             await self.tasks.finish(SETTLE_GRACE_S)  # what those that were cancelled had to settle
         await self.loops.close()
-        for provider in self.gateway.deployment.providers.values():
+        for provider in self.gateway.active.providers.values():
             await provider.close()
         await self.journal.replay(self._charge)
         lost = self.journal.close()
@@ -300,14 +299,14 @@ def access_to(settings: Settings) -> Access:
 
 def deploy(
     settings: Settings, secrets: Mapping[str, str], *, generation: int, providers: Mapping[str, Provider]
-) -> Deployment:
+) -> ActiveConfig:
     """A deployment of these settings. `providers`: those whose settings didn't change, with their open connections."""
     made = {
         name: providers.get(name) or Provider(name, upstream, secrets.get(name), user_agent=f"meshproxy/{VERSION}")
         for name, upstream in settings.upstreams.items()
     }
     draining = frozenset(name for name, upstream in settings.upstreams.items() if upstream.on_disconnect == "drain")
-    return Deployment(generation, settings, Catalog(settings), made, draining)
+    return ActiveConfig(generation, settings, Catalog(settings), made, draining)
 
 
 @asynccontextmanager

@@ -2,10 +2,9 @@
 
 import argparse
 
-from meshproxy.cli.arguments import add_command, count
+from meshproxy.cli.arguments import Misused, Output, add_command, count
 from meshproxy.cli.books import account, open_desk
-from meshproxy.cli.key_limits import add_limit_flags, budgets_of, limits_of
-from meshproxy.cli.output import Misused, Output
+from meshproxy.cli.keys import add_limit_flags, budgets_of, limits_of
 from meshproxy.ledger.desk import Bounds
 
 COLUMNS = ["account", "status", "balance_usd", "held_usd", "available_usd", "spent_today_usd", "spent_month_usd"]

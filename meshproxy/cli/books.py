@@ -6,8 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from meshproxy.cli.configuration import load_redis
-from meshproxy.cli.output import Failed
+from meshproxy.cli.arguments import Failed, load_redis
 from meshproxy.config import plain
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.desk import Desk

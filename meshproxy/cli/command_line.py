@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from meshproxy.cli.arguments import Formatter
-from meshproxy.cli.output import Failed, Misused, Output
-from meshproxy.config import Unfit
-from meshproxy.errors import Fault
+from meshproxy.cli.arguments import Failed, Formatter, Misused, Output
+from meshproxy.config import ConfigError
+from meshproxy.errors import GatewayError
 from meshproxy.version import VERSION
 
 EX_FAILED = 1
@@ -38,6 +37,8 @@ COMMANDS = {
     "requests": "find what became of one request by its id",
     "top": "watch requests, tokens and cost as they happen",
 }
+
+PROCESSES = frozenset({"serve", "check", "simulate"})  # the commands in cli/run.py
 
 EXAMPLES = """\
 examples:
@@ -69,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args, out)
     except Misused as error:
         return _misused(args.parser, str(error), as_json=args.json)
-    except Unfit as error:
+    except ConfigError as error:
         out.unfit(error.faults)
         return EX_CONFIG
     except Failed as error:
         out.failed(error.code, str(error))
-    except Fault as error:
+    except GatewayError as error:
         out.failed(error.problem.code, error.problem.message, error.problem.details)
     except BrokenPipeError:  # `meshproxy usage | head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,7 +117,7 @@ def build_parser(wanted: str) -> argparse.ArgumentParser:
         )
         family.set_defaults(parser=family)
         if name == wanted:
-            importlib.import_module(f"meshproxy.cli.{name}").add_arguments(family)
+            _add_arguments(name, family)
     return parser
 
 
@@ -126,6 +127,14 @@ def _misused(parser: argparse.ArgumentParser, message: str, *, as_json: bool) ->
         parser.print_usage(sys.stderr)
     Output(as_json=as_json).failed("usage", message)
     return EX_USAGE
+
+
+def _add_arguments(name: str, family: argparse.ArgumentParser) -> None:
+    """Add a command's arguments; its module is imported only now, so that each command starts with what it needs."""
+    if name in PROCESSES:
+        getattr(importlib.import_module("meshproxy.cli.run"), f"add_{name}")(family)
+    else:
+        importlib.import_module(f"meshproxy.cli.{name}").add_arguments(family)
 
 
 def _run(args: argparse.Namespace, out: Output) -> int:

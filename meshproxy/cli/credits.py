@@ -2,9 +2,8 @@
 
 import argparse
 
-from meshproxy.cli.arguments import add_command, signed_usd
+from meshproxy.cli.arguments import Misused, Output, add_command, signed_usd
 from meshproxy.cli.books import account, open_desk
-from meshproxy.cli.output import Misused, Output
 from meshproxy.ledger.desk import MAX_NOTE, MAX_REF
 
 COLUMNS = ["granted_at", "amount_usd", "balance_usd", "ref", "note", "actor"]

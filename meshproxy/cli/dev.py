@@ -1,25 +1,174 @@
-"""`meshproxy dev`: everything with nothing. A store, a simulated provider and the gateway over them, seeded, in one process."""
+"""The configuration of `meshproxy dev`: a simulated provider, and the real ones whose keys the environment has."""
 
 import argparse
 import contextlib
 import os
 import time
 import uuid
+from collections.abc import Mapping
+from string import Template as TextTemplate
+from typing import Any
+
+import msgspec
 
 from meshproxy import config
-from meshproxy.app.load import filled
-from meshproxy.app.process import run
-from meshproxy.cli.arguments import make_command, port
-from meshproxy.cli.dev_greeting import greeting
-from meshproxy.cli.dev_settings import dev_settings
-from meshproxy.cli.output import Failed, Misused, Output
+from meshproxy.app.reload import filled
+from meshproxy.app.serve import run
+from meshproxy.cli.arguments import Failed, Misused, Output, make_command, port
+from meshproxy.config import Settings
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.money import parse_usd
 from meshproxy.policy.template import Template
-from meshproxy.upstream.simulator import start
+from meshproxy.simulator import start
+from meshproxy.simulator.behaviour import PREFIX, TRAITS
+from meshproxy.simulator.dialects import DIALECTS
+
+REAL: dict[str, dict[str, Any]] = {
+    "openai": {"kind": "openai", "base_url": "https://api.openai.com/v1", "api_key": {"env": "OPENAI_API_KEY"}},
+    "openrouter": {
+        "kind": "openrouter",
+        "base_url": "https://openrouter.ai/api/v1",
+        "api_key": {"env": "OPENROUTER_API_KEY"},
+    },
+}
+SIMULATED = "sim/default"
+FAMILY_SAMPLES = ("error-400", "error-429", "error-500", "error-503", "tokens-200", "flaky-2", "fail-first-1")
+
+# The providers' list prices in USD per million tokens (input, cached input, output), with the context and the longest
+# answer, as published for these models; a deployment writes down its own.
+_OPENAI: dict[str, tuple[str, str, str, int, int]] = {
+    "openai/gpt-4o": ("2.50", "1.25", "10.00", 128_000, 16_384),
+    "openai/gpt-4o-mini": ("0.15", "0.075", "0.60", 128_000, 16_384),
+    "openai/gpt-4.1": ("2.00", "0.50", "8.00", 1_047_576, 32_768),
+    "openai/gpt-4.1-mini": ("0.40", "0.10", "1.60", 1_047_576, 32_768),
+}
+_SIMULATED_OPENAI = ("openai/gpt-4o", "openai/gpt-4o-mini")
+
+
+def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[str, str]) -> Settings:
+    """Settings for a gateway on `port` and the next; both are free ones if it is 0."""
+    real = {name: provider for name, provider in REAL.items() if env.get(provider["api_key"]["env"])}
+    # Time-outs are short: whoever tries sim/stall wants to see it end.
+    simulator = {"kind": "simulator", "base_url": simulator_url, "first_byte_timeout_s": 10, "idle_timeout_s": 10}
+    table = {
+        "server": {
+            "listen": f"127.0.0.1:{port}",
+            "admin_listen": f"127.0.0.1:{port and port + 1}",
+            "workers": 1,
+            "drain_s": 2,
+        },
+        "log": {"format": "console"},
+        "redis": {"url": redis_url},
+        "defaults": {"model": SIMULATED if real else "openai/gpt-4o"},
+        "upstreams": {"simulator": simulator, **_dialects(simulator), **real},
+        "models": {**_openai_models(list(real)), **_simulated_models()},
+    }
+    return msgspec.convert(table, Settings)
+
+
+def _simulated_models() -> dict[str, Any]:
+    names = {SIMULATED: f"{PREFIX}plain"} | {PREFIX + name: PREFIX + name for name in (*TRAITS, *FAMILY_SAMPLES)}
+    plain = {name: _simulated("simulator", model) for name, model in names.items()}
+    for name, dialect in DIALECTS.items():
+        own = f"dialect-{name}"
+        plain[PREFIX + own] = {**_simulated(own if dialect.upstream else "simulator", PREFIX + own), **dialect.model}
+    return plain
+
+
+def _simulated(upstream: str, model: str) -> dict[str, Any]:
+    routes = [{"upstream": upstream, "model": model}]
+    return {"upstreams": routes, "input_usd_per_mtok": "1.00", "output_usd_per_mtok": "4.00"}
+
+
+def _dialects(simulator: dict[str, Any]) -> dict[str, Any]:
+    """The simulator once more for each dialect that needs other settings."""
+    settings = {name: dialect.upstream for name, dialect in DIALECTS.items() if dialect.upstream}
+    return {f"dialect-{name}": {**simulator, **own} for name, own in settings.items()}
+
+
+def _openai_models(real: list[str]) -> dict[str, Any]:
+    """Served by the providers that are there, OpenAI first; some of them by the simulator if none is."""
+    return {
+        name: {
+            "upstreams": [_route(upstream, name) for upstream in real or ["simulator"]],
+            "context_window": context_window,
+            "max_output_tokens": max_output_tokens,
+            "input_usd_per_mtok": input_usd,
+            "cached_input_usd_per_mtok": cached_usd,
+            "output_usd_per_mtok": output_usd,
+        }
+        for name, (input_usd, cached_usd, output_usd, context_window, max_output_tokens) in _OPENAI.items()
+        if real or name in _SIMULATED_OPENAI
+    }
+
+
+def _route(upstream: str, name: str) -> dict[str, str]:
+    """OpenRouter names models as we do; the others leave out who made them."""
+    return {"upstream": upstream, "model": name if upstream == "openrouter" else name.partition("/")[2]}
+
+
+SHOWN = 5  # models that are named
+
+GREETING = TextTemplate("""\
+meshproxy is up.
+
+  data      $base_url
+  admin     $admin_url
+  store     $redis_url
+  key       $key
+  account   $account, with $balance_usd USD
+  template  $template
+  models    $shown
+            and $more more that misbehave: meshproxy simulate --help tells how
+
+# curl
+curl -s $base_url/chat/completions \\
+  -H 'Authorization: Bearer $key' \\
+  -H 'Content-Type: application/json' \\
+  -d '{"model": "$model", "messages": [{"role": "user", "content": "Say hello."}]}'
+
+# curl, streaming
+curl -sN $base_url/chat/completions \\
+  -H 'Authorization: Bearer $key' \\
+  -H 'Content-Type: application/json' \\
+  -d '{"model": "$model", "messages": [{"role": "user", "content": "Say hello."}], "stream": true}'
+
+# curl, a stored template
+curl -s $base_url/chat/completions \\
+  -H 'Authorization: Bearer $key' \\
+  -H 'Content-Type: application/json' \\
+  -d '{"template": "$template", "variables": {"name": "Ada"}}'
+
+# Python: pip install openai
+from openai import OpenAI
+client = OpenAI(base_url="$base_url", api_key="$key")
+stream = client.chat.completions.create(
+    model="$model", messages=[{"role": "user", "content": "Say hello."}], stream=True)
+for chunk in stream:
+    print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+# Node: npm install openai, and save as hello.mjs
+import OpenAI from "openai";
+const client = new OpenAI({ baseURL: "$base_url", apiKey: "$key" });
+const stream = await client.chat.completions.create({
+  model: "$model", messages: [{ role: "user", content: "Say hello." }], stream: true });
+for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");
+
+# the commands, on this store
+meshproxy usage --by model --redis $redis_url
+meshproxy top --redis $redis_url
+
+Ctrl-C ends it; nothing is kept.""")
+
+
+def greeting(place: dict[str, Any]) -> str:
+    """The whole text. `place`: where the gateway is and what it was seeded with, as `dev --json` prints it."""
+    models = place["models"]
+    return GREETING.substitute(place, shown=", ".join(models[:SHOWN]), more=len(models) - SHOWN)
+
 
 ACCOUNT = "dev"
 CREDIT_USD = "25.00"

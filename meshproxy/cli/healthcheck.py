@@ -6,9 +6,7 @@ import argparse
 import http.client
 import socket
 
-from meshproxy.cli.arguments import make_command
-from meshproxy.cli.configuration import load
-from meshproxy.cli.output import Failed, Output
+from meshproxy.cli.arguments import Failed, Output, load_settings, make_command
 from meshproxy.config import split_address
 
 TIMEOUT_S = 2.0
@@ -26,7 +24,7 @@ def healthcheck(args: argparse.Namespace, out: Output) -> None:
     meshproxy healthcheck --config meshproxy.toml
     HEALTHCHECK CMD ["meshproxy", "healthcheck"]        in a Dockerfile
     """
-    address = load(args).server.admin_listen
+    address = load_settings(args).server.admin_listen
     try:
         status = ready_status(address)
     except (OSError, http.client.HTTPException) as error:

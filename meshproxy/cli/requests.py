@@ -2,9 +2,8 @@
 
 import argparse
 
-from meshproxy.cli.arguments import add_command
+from meshproxy.cli.arguments import Output, add_command
 from meshproxy.cli.books import open_desk
-from meshproxy.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

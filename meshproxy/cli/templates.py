@@ -7,9 +7,8 @@ from typing import Any
 
 import msgspec
 
-from meshproxy.cli.arguments import add_command, variable
+from meshproxy.cli.arguments import Failed, Output, add_command, variable
 from meshproxy.cli.books import account, open_desk
-from meshproxy.cli.output import Failed, Output
 from meshproxy.policy.template import check_template, render, to_public
 
 COLUMNS = ["name", "owner", "model", "variables", "updated_at", "id"]

@@ -1,4 +1,8 @@
-"""`meshproxy top`: who uses what, as it happens."""
+"""The newest events of the usage streams, for `top`: what was settled in the last minutes, account by account.
+
+Everything is bounded: so many accounts at a time, so many events a reading, so many sums kept. Events are added up by SLOT_S, so
+that the window moves by that much.
+"""
 
 import argparse
 import asyncio
@@ -7,13 +11,104 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import asdict
 
-from meshproxy.cli.arguments import count, make_command
+from meshproxy.cli.arguments import Output, count, make_command, table
 from meshproxy.cli.books import account, open_desk
-from meshproxy.cli.output import Output, table
-from meshproxy.cli.usage_tail import Row, Tail, with_refusals
+from meshproxy.ledger.connection import Store
+from meshproxy.ledger.records import AccountKeys
 from meshproxy.money import format_usd, in_usd
+
+SLOT_S = 5
+BATCH_ACCOUNTS = 500  # read in one write
+BATCH_EVENTS = 1_000  # read of one account at a time
+MAX_EVENTS_READ = 50_000  # of one account in one reading; the rest comes with the next
+MAX_SUMS = 500_000
+
+
+class Row(Struct):
+    """What an account did with a model: in the window, or in one request. `refused` counts all of the account's requests that
+    were refused in the window (402, 429), and is in its first row alone; `model` is empty where nothing was settled.
+    """
+
+    account: str
+    model: str
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_nusd: int = 0
+    refused: int = 0
+
+    def add(self, other: "Row") -> None:
+        """Count it in."""
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.cost_nusd += other.cost_nusd
+
+
+class Tail:
+    """Follows the streams of some accounts and remembers `window_s` of them."""
+
+    def __init__(self, store: Store, accounts: Sequence[str], window_s: int) -> None:
+        self.accounts = list(accounts)
+        self._store = store
+        self._window_ms = window_s * 1000
+        self._last_ids: dict[str, str] = {}
+        self._sums: dict[tuple[int, str, str], Row] = {}  # by slot, account and model
+
+    async def read(self) -> list[Row]:
+        """What the window holds now by account and model, the most expensive first."""
+        seconds, micros = await self._store.execute("TIME")
+        since_ms = int(seconds) * 1000 + int(micros) // 1000 - self._window_ms
+        for first in range(0, len(self.accounts), BATCH_ACCOUNTS):
+            batch = self.accounts[first : first + BATCH_ACCOUNTS]
+            await asyncio.gather(*(self._follow(account, since_ms) for account in batch))
+        oldest = since_ms // (SLOT_S * 1000)
+        self._sums = {key: row for key, row in self._sums.items() if key[0] >= oldest}
+        rows: dict[tuple[str, str], Row] = {}
+        for (_, name, model), used in self._sums.items():
+            rows.setdefault((name, model), Row(name, model)).add(used)
+        return sorted(rows.values(), key=order)
+
+    async def _follow(self, account: str, since_ms: int) -> None:
+        """Add what an account's stream has that is new."""
+        for _ in range(MAX_EVENTS_READ // BATCH_EVENTS):
+            last = self._last_ids.get(account)
+            start = f"({last}" if last is not None else str(since_ms)
+            entries = await self._store.execute("XRANGE", AccountKeys(account).usage, start, "+", "COUNT", BATCH_EVENTS)
+            self._remember(account, entries, since_ms)
+            if len(entries) < BATCH_EVENTS:
+                break
+
+    def _remember(self, account: str, entries: Sequence[Any], since_ms: int) -> None:
+        if entries:
+            self._last_ids[account] = entries[-1][0].decode()
+        for _, flat in entries:
+            fields = dict(zip(flat[::2], flat[1::2], strict=True))
+            if fields[b"event"] != b"settled":
+                continue
+            settled_ms, model = int(fields[b"settled_ms"]), fields[b"model"].decode()
+            counts = (int(fields[name]) for name in (b"prompt_tokens", b"completion_tokens", b"cost_nusd"))
+            key = (settled_ms // (SLOT_S * 1000), account, model)
+            if settled_ms >= since_ms and (key in self._sums or len(self._sums) < MAX_SUMS):
+                self._sums.setdefault(key, Row(account, model)).add(Row(account, model, 1, *counts))
+
+
+def with_refusals(rows: Sequence[Row], refused: dict[str, int]) -> list[Row]:
+    """The rows with each account's refusals in its first, and a row for an account that was only refused."""
+    left = {account: count for account, count in refused.items() if count}
+    for row in rows:
+        row.refused = left.pop(row.account, 0)
+    only = [Row(account, "", refused=count) for account, count in left.items()]
+    return sorted([*rows, *only], key=order)
+
+
+def order(row: Row) -> tuple[int, int, int, str, str]:
+    """What spends most first."""
+    return (-row.cost_nusd, -row.requests, -row.refused, row.account, row.model)
+
 
 COLUMNS = [
     *("account", "model", "requests", "requests_per_minute", "refused"),

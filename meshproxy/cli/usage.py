@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meshproxy.cli.arguments import make_command, names, past
+from meshproxy.cli.arguments import Misused, Output, make_command, names, past
 from meshproxy.cli.books import account, open_desk
-from meshproxy.cli.output import Misused, Output
 from meshproxy.ledger.desk import BY, NUMBERS, USAGE_SPAN_S
 from meshproxy.ledger.usage_report import GROUPS
 

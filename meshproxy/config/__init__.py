@@ -4,9 +4,8 @@ read secret files, so that a configuration can be checked anywhere.
 Every fault of a text is found and told at once, each with its path and, for an unknown key, the nearest right name.
 """
 
-from meshproxy.config.addresses import split_address
-from meshproxy.config.api_keys import SecretReader, Secrets, plain
-from meshproxy.config.decoding import Decoded, Unfit, decode, parse
+from meshproxy.config.load import ConfigError, Decoded, decode, parse
+from meshproxy.config.secrets import SecretReader, Secrets, plain
 from meshproxy.config.settings import (
     STANDARD_TIERS,
     Buckets,
@@ -28,11 +27,13 @@ from meshproxy.config.settings import (
     Stream,
     Tracing,
     Upstream,
+    split_address,
 )
 
 __all__ = [
     "STANDARD_TIERS",
     "Buckets",
+    "ConfigError",
     "Credits",
     "Decoded",
     "Defaults",
@@ -53,7 +54,6 @@ __all__ = [
     "Settings",
     "Stream",
     "Tracing",
-    "Unfit",
     "Upstream",
     "decode",
     "parse",

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-from meshproxy.errors import Fault, Problem, Source, forbidden, rate_limit_exceeded, unauthorized
+from meshproxy.errors import ErrorResponse, GatewayError, Source, forbidden, rate_limit_exceeded, unauthorized
 from meshproxy.ledger.directory import Directory
-from meshproxy.policy.access import Access
-from meshproxy.policy.principal import Principal
-from meshproxy.wire.headers import bearer
+from meshproxy.openai.headers import bearer
+from meshproxy.policy.principal import Access, Principal
 
 NO_KEY = unauthorized("Send your key as `Authorization: Bearer rsk_...`.")
 OTHER_KEY = unauthorized(
@@ -16,7 +15,7 @@ UNKNOWN_KEY = unauthorized("This key is not known.")
 
 
 class Authenticator:
-    """Turns an Authorization header into a Principal, or into a Fault of 401, 403 or, for who has failed too often, 429.
+    """Turns an Authorization header into a Principal, or into a GatewayError of 401, 403 or, for who has failed too often, 429.
     `wall_clock` and `clock` are Unix and monotonic seconds. A reload puts another `access` here.
     """
 
@@ -43,16 +42,16 @@ class Authenticator:
             problem = objection
         if problem.status == 401:
             access.failed(client, self._clock())
-        raise Fault(Source.CLIENT, problem)
+        raise GatewayError(Source.CLIENT, problem)
 
     def _let_in(self, client: str | None, access: Access) -> None:
         if not access.admits(client):
-            raise Fault(Source.CLIENT, forbidden("This gateway takes no requests from your address."))
+            raise GatewayError(Source.CLIENT, forbidden("This gateway takes no requests from your address."))
         wait_s = access.wait_s(client, self._clock())
         if wait_s:
-            raise Fault(Source.CLIENT, rate_limit_exceeded("Too many failed logins from your address.", wait_s))
+            raise GatewayError(Source.CLIENT, rate_limit_exceeded("Too many failed logins from your address.", wait_s))
 
-    def _objection(self, principal: Principal) -> Problem | None:
+    def _objection(self, principal: Principal) -> ErrorResponse | None:
         key = principal.key
         if key.status == "revoked":
             return unauthorized("This key was revoked.")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from meshproxy.errors import Fault, Source, overloaded, rate_limit_exceeded
+from meshproxy.errors import GatewayError, Source, overloaded, rate_limit_exceeded
 
 SMALL_BYTES = 65_536  # a body up to this is read without asking for room
 LARGE_BYTES = 1_048_576  # a body above this has room to its request's end, and is taken apart when no other is
@@ -36,7 +36,7 @@ class Room:
         self.size = 0
 
     async def take(self, size: int) -> None:
-        """Have room for a body of `size` bytes, when there is some. Fault `overloaded` if there is none in time."""
+        """Have room for a body of `size` bytes, when there is some. GatewayError `overloaded` if there is none in time."""
         if size > max(self.size, SMALL_BYTES):
             await self._bodies.take(self, size)
 
@@ -69,10 +69,10 @@ class Bodies:
         self._waiting: dict[asyncio.Future[None], tuple[Room, int]] = {}
 
     def room(self, account: str) -> Room:
-        """Room for one request of an account; empty at first. Fault `overloaded` if too many of the account's are here."""
+        """Room for one request of an account; empty at first. GatewayError `overloaded` if too many of the account's are here."""
         count = self._unadmitted.get(account, 0)
         if count >= self._most_requests():
-            raise Fault(Source.GATEWAY, overloaded(TOO_MANY_UNADMITTED))
+            raise GatewayError(Source.GATEWAY, overloaded(TOO_MANY_UNADMITTED))
         self._unadmitted[account] = count + 1
         return Room(self, account)
 
@@ -90,7 +90,7 @@ class Bodies:
             self._give(room, size)
             return
         if len(self._waiting) >= MAX_WAITING_BODIES:
-            raise Fault(Source.GATEWAY, overloaded(NO_ROOM))
+            raise GatewayError(Source.GATEWAY, overloaded(NO_ROOM))
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[turn] = room, size
         self._let_in()
@@ -98,7 +98,7 @@ class Bodies:
             async with asyncio.timeout(ROOM_WAIT_S):
                 await turn
         except TimeoutError as error:
-            raise Fault(Source.GATEWAY, overloaded(NO_ROOM)) from error
+            raise GatewayError(Source.GATEWAY, overloaded(NO_ROOM)) from error
         finally:
             if self._waiting.pop(turn, None) is not None:
                 self._let_in()
@@ -152,10 +152,10 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, name: str, most: int | None = None) -> AsyncIterator[None]:
-        """Wait for one's turn. Fault of 429 if `most` are there already."""
+        """Wait for one's turn. GatewayError of 429 if `most` are there already."""
         lock, users = self._turns.get(name) or (asyncio.Lock(), 0)
         if most is not None and users >= most:
-            raise Fault(Source.CLIENT, rate_limit_exceeded(TOO_MANY_IN_TURN, IN_TURN_RETRY_S))
+            raise GatewayError(Source.CLIENT, rate_limit_exceeded(TOO_MANY_IN_TURN, IN_TURN_RETRY_S))
         self._turns[name] = lock, users + 1
         try:
             async with lock:
@@ -176,13 +176,13 @@ class Visits:
         self._spent: dict[str, tuple[float, float]] = {}  # visits that aren't made good yet, and when
 
     def count(self, account: str, visits: float = 1.0) -> None:
-        """Count one, or one that is as much work as several. Fault of 429 if the account has had too many."""
+        """Count one, or one that is as much work as several. GatewayError of 429 if the account has had too many."""
         now = self._clock()
         spent, at = self._spent.get(account, (0.0, now))
         spent = max(0.0, spent - (now - at) * VISITS_PER_S)
         if spent + visits > VISITS_AT_ONCE:
             wait_s = (spent + visits - VISITS_AT_ONCE) / VISITS_PER_S
-            raise Fault(Source.CLIENT, rate_limit_exceeded(TOO_MANY_VISITS, wait_s))
+            raise GatewayError(Source.CLIENT, rate_limit_exceeded(TOO_MANY_VISITS, wait_s))
         if len(self._spent) >= MAX_ACCOUNTS:
             self._spent.clear()
         self._spent[account] = spent + visits, now

@@ -1,23 +1,156 @@
-"""The record of one request from arrival to log line: each phase writes down what it learned, the last one reads it all."""
+"""What one generation of the configuration means to the pipeline. A reload builds another and swaps it in whole; requests
+in flight keep the one they began with.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from meshproxy.errors import Problem, UpstreamFault
+from msgspec import Struct
+
+from meshproxy.config import Settings
+from meshproxy.errors import (
+    ErrorResponse,
+    UpstreamError,
+    insufficient_credits,
+    rate_limit_exceeded,
+    spend_limit_exceeded,
+)
 from meshproxy.gateway.bounds import Room
-from meshproxy.gateway.call import Call
-from meshproxy.gateway.first_event import Opening
-from meshproxy.gateway.health import Trial
-from meshproxy.gateway.idempotent import Recording
-from meshproxy.gateway.lease import Lease
-from meshproxy.gateway.resolve import Plan
-from meshproxy.ledger.records import UsageSource
-from meshproxy.policy.catalog import Attempt
+from meshproxy.ledger.records import Denial, UsageSource
+from meshproxy.money import format_usd
+from meshproxy.openai.errors import concealed, envelope, problem_headers, without_secrets
+from meshproxy.openai.usage import Refusal, Usage
+from meshproxy.policy.catalog import Candidate, Catalog
 from meshproxy.policy.pricing import Price
 from meshproxy.policy.principal import Principal
+from meshproxy.upstream.provider import Provider
 from meshproxy.upstream.response import Response
-from meshproxy.wire.replies import concealed, without_secrets
-from meshproxy.wire.usage import Refusal, Usage
+
+if TYPE_CHECKING:
+    from meshproxy.gateway.admit import Lease
+    from meshproxy.gateway.attempts import Opening
+    from meshproxy.gateway.health import Attempt
+    from meshproxy.gateway.idempotency import Recording
+    from meshproxy.gateway.resolve import Plan
+
+
+class ActiveConfig(Struct, frozen=True):
+    """Settings, the catalogue of models built from them, and a connection pool for each upstream. `draining` are the
+    upstreams that are read to the end when a client hangs up.
+    """
+
+    generation: int
+    settings: Settings
+    catalog: Catalog
+    providers: Mapping[str, Provider]
+    draining: frozenset[str]
+
+
+Headers = list[tuple[str, str]]
+
+
+class Call(Struct, frozen=True):
+    """One request. `read_body` is given what makes room for the body (`Room.take`), and raises a GatewayError for one that is
+    too large or never arrives; `received_at` is monotonic, in seconds; `forward` are the client's headers that may go to a
+    provider; `trace_id` is W3C's, 32 hex digits; `client` is the client's address; `sees_usage`: the client
+    reads a stream's usage though it can't ask for it.
+    """
+
+    request_id: str
+    authorization: str | None
+    read_body: Callable[[Callable[[int], Awaitable[None]]], Awaitable[bytes]]
+    received_at: float
+    forward: Sequence[tuple[str, str]] = ()
+    idempotency_key: str | None = None
+    trace_id: str | None = None
+    deadline: float = math.inf
+    api_version: str | None = None
+    client: str | None = None
+    sees_usage: bool = False
+
+
+class Reply(Struct, frozen=True):
+    """A whole answer."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class Downstream(Protocol):
+    """The client's side of a stream. Nothing here blocks or raises for a client that has gone: its handler is cancelled."""
+
+    def begin(self, headers: Headers) -> None:
+        """Send the head of a 200 event stream."""
+
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:
+        """Send body bytes; `frame` is the same payload already in chunk framing (RFC 9112, section 7.1), if there is one."""
+
+    def finish(self) -> None:
+        """End the body."""
+
+    def congested(self) -> bool:
+        """Whether more waits for this client than should."""
+
+    async def drained(self) -> None:
+        """Return when the client has caught up."""
+
+
+class Passing:
+    """A `Downstream` that passes everything on to another: for who wants to have a hand in some of it."""
+
+    __slots__ = ("_downstream",)
+
+    def __init__(self, downstream: Downstream) -> None:
+        self._downstream = downstream
+
+    def begin(self, headers: Headers) -> None:
+        """Send the head of a stream."""
+        self._downstream.begin(headers)
+
+    def finish(self) -> None:
+        """End the body."""
+        self._downstream.finish()
+
+    def congested(self) -> bool:
+        """As the client's side is."""
+        return self._downstream.congested()
+
+    async def drained(self) -> None:
+        """As the client's side is."""
+        await self._downstream.drained()
+
+
+def refusal(problem: ErrorResponse, request_id: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
+    """The reply that tells a problem in the one envelope."""
+    return Reply(
+        problem.status,
+        [("x-request-id", request_id), *problem_headers(problem), *headers],
+        envelope(problem, request_id),
+    )
+
+
+def refused(denied: Denial) -> ErrorResponse:
+    """What the client is told of a denial."""
+    if denied.reason == "rate_limit":
+        wait = denied.retry_after_s
+        if wait is None:
+            return rate_limit_exceeded(f"Rate limit reached: no {denied.which} are allowed.", math.inf)
+        limit = (
+            denied.which if denied.which.endswith((" per day", " parallel requests")) else f"{denied.which} per minute"
+        )
+        return rate_limit_exceeded(f"Rate limit reached: {limit}. Try again in {wait:.3f} s.", wait)
+    needed = format_usd(denied.needed_nusd)
+    if denied.reason == "spend_limit":
+        budget, spent = format_usd(denied.budget_nusd), format_usd(denied.spent_nusd)
+        return spend_limit_exceeded(
+            f"The {denied.which} of {budget} USD leaves too little: {spent} USD spent or held, {needed} USD needed."
+        )
+    available = format_usd(max(denied.available_nusd, 0))
+    return insufficient_credits(
+        f"The account has {available} USD available, less than this request may cost: {needed} USD needed."
+    )
 
 
 class Exchange:
@@ -28,29 +161,29 @@ class Exchange:
     request and hasn't failed; `opening`: a stream's client before an answer;
     `deadline`: when an answer must have begun; `refused`: the numbers of its report that can't be true; `price`: what
     counted in the cost; `asked`: the attempt as it was made, where
-    `attempt` is by now the fallback of the provider's own that served;
+    `candidate` is by now the fallback of the provider's own that served;
     `unlisted_model`: what the provider says it served, which is none of those that it was asked for.
     """
 
     phase = "authenticate"
     principal: Principal | None = None
-    plan: Plan | None = None
-    lease: Lease | None = None
-    attempt: Attempt | None = None
-    asked: Attempt | None = None
+    plan: "Plan | None" = None
+    lease: "Lease | None" = None
+    candidate: Candidate | None = None
+    asked: Candidate | None = None
     attempts = 0
     secrets: Sequence[str] = ()
-    trial: Trial | None = None
+    attempt: "Attempt | None" = None
     response: Response | None = None
     refused_by: str | None = None
-    failure: UpstreamFault | None = None
-    opening: Opening | None = None
+    failure: UpstreamError | None = None
+    opening: "Opening | None" = None
     deadline = math.inf
     detachable = False
     detached = False
     complete = False
     is_at_work = False
-    recording: Recording | None = None
+    recording: "Recording | None" = None
     room: Room | None = None
     status = 0
     code = ""
@@ -76,7 +209,7 @@ class Exchange:
         """Give the request a deadline of its own, so many seconds after it came."""
         self.deadline = min(self.deadline, self.call.received_at + timeout_s)
 
-    def told(self, problem: Problem) -> Problem:
+    def told(self, problem: ErrorResponse) -> ErrorResponse:
         """Return a problem as the client may hear of it: without our keys, should the provider's words repeat one."""
         return without_secrets(problem, self.secrets)
 
@@ -84,7 +217,7 @@ class Exchange:
         """Note that a provider was sent all of the request, and so may bill its prompt."""
         self.is_at_work = True
 
-    def failed(self, fault: UpstreamFault) -> None:
+    def failed(self, fault: UpstreamError) -> None:
         """Note what broke off an answer that had begun."""
         self.is_at_work = False
         fault.problem = self.told(fault.problem)
@@ -99,6 +232,6 @@ class Exchange:
     @property
     def model(self) -> str:
         """The catalogue id of the model that serves, or was asked for; empty before it is known."""
-        if self.attempt is not None:
-            return self.attempt.model
+        if self.candidate is not None:
+            return self.candidate.model
         return self.plan.model if self.plan is not None else ""

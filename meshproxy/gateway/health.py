@@ -8,11 +8,10 @@ the route. What is kept is bounded by the configuration and MAX_ACCOUNTS.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from meshproxy.errors import Fault, Source, UpstreamFault, provider_not_available
-from meshproxy.policy.balance import PeakEwma, Standing, arrange
-from meshproxy.policy.breaker import Breaker, Tolerance
-from meshproxy.policy.catalog import Attempt
+from meshproxy.errors import GatewayError, Source, UpstreamError, provider_not_available
+from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.failover import asks_to_wait_s, is_unwell, may_be_the_request
+from meshproxy.policy.route_health import Breaker, PeakEwma, RouteHealth, Tolerance, arrange
 
 UNWELL_S = 10.0  # a failure counts as an answer that took so long, lest who fails fast look fast
 OUTLIER_FAILURES = 3  # in a row on one route, before its breaker opens: its equals are asked first for OUTLIER_S
@@ -96,10 +95,10 @@ class Route:
         """Whether its breaker or that of any account isn't closed."""
         return self.is_open or any(own.breaker.state(now) != "closed" for own in self.accounts.values())
 
-    def standing(self, account: str, now: float) -> Standing:
+    def standing(self, account: str, now: float) -> RouteHealth:
         """How it does."""
         is_open = (self.is_open or account in self.accounts) and self.retry_after_s(account, now) > 0.0
-        return Standing(self.latency.read(now), self.in_flight, max(0.0, self.ejected_until - now), is_open)
+        return RouteHealth(self.latency.read(now), self.in_flight, max(0.0, self.ejected_until - now), is_open)
 
 
 class Upstream:
@@ -120,7 +119,7 @@ class Upstream:
         return found
 
 
-class Trial:
+class Attempt:
     """One attempt, for what can be learned from it. The first of `succeeded`, `failed` and `abandoned` ends it, and the others
     then do nothing.
     """
@@ -161,7 +160,7 @@ class Trial:
             if route.accounts and (own := route.accounts.get(self._account)) is not None:
                 own.breaker.succeeded(self._health.clock())
 
-    def failed(self, fault: UpstreamFault) -> None:
+    def failed(self, fault: UpstreamError) -> None:
         """There was no answer, or it was none."""
         wait_s = asks_to_wait_s(fault)
         if wait_s:
@@ -217,30 +216,30 @@ class Health:
         self._on_change = on_change
         self._upstreams: dict[str, Upstream] = {}
 
-    def order(self, attempts: Sequence[Attempt], session: str | None, account: str = "") -> Sequence[Attempt]:
+    def order(self, attempts: Sequence[Candidate], session: str | None, account: str = "") -> Sequence[Candidate]:
         """The attempts in the order to make them for this account."""
         if len(attempts) == 1:
             return attempts
         now = self.clock()
-        return arrange(attempts, lambda attempt: self._route(attempt).standing(account, now), session)
+        return arrange(attempts, lambda candidate: self._route(candidate).standing(account, now), session)
 
-    def begin(self, attempt: Attempt, account: str = "") -> Trial | None:
+    def begin(self, candidate: Candidate, account: str = "") -> Attempt | None:
         """Begin an attempt; None if the route's breaker, or this account's, is open, or half-open with its probe under way."""
-        upstream = self._upstream(attempt.upstream)
-        route = upstream.route(attempt.upstream_model)
+        upstream = self._upstream(candidate.upstream)
+        route = upstream.route(candidate.upstream_model)
         if not route.is_open and not route.accounts:
-            return Trial(self, upstream, route, account, ())
+            return Attempt(self, upstream, route, account, ())
         now = self.clock()
         if route.forget(now):
             self.note(upstream, route, now)
         probes = route.breakers(account, now)
-        return None if probes is None else Trial(self, upstream, route, account, probes)
+        return None if probes is None else Attempt(self, upstream, route, account, probes)
 
-    def nobody(self, attempts: Iterable[Attempt], account: str = "") -> Fault:
+    def nobody(self, attempts: Iterable[Candidate], account: str = "") -> GatewayError:
         """What is told when every breaker is open: come back when the first one may be probed."""
         now = self.clock()
-        wait_s = min((self._route(attempt).retry_after_s(account, now) for attempt in attempts), default=0.0)
-        return Fault(Source.UPSTREAM, provider_not_available("Every provider of this model is failing.", wait_s))
+        wait_s = min((self._route(candidate).retry_after_s(account, now) for candidate in attempts), default=0.0)
+        return GatewayError(Source.UPSTREAM, provider_not_available("Every provider of this model is failing.", wait_s))
 
     def keep(self, names: Iterable[str]) -> None:
         """A reload: forget all upstreams but these, whose settings didn't change."""
@@ -258,8 +257,8 @@ class Health:
             if self._upstreams.get(upstream.name) is upstream:
                 self._on_change(upstream.name, is_open)
 
-    def _route(self, attempt: Attempt) -> Route:
-        return self._upstream(attempt.upstream).route(attempt.upstream_model)
+    def _route(self, candidate: Candidate) -> Route:
+        return self._upstream(candidate.upstream).route(candidate.upstream_model)
 
     def _upstream(self, name: str) -> Upstream:
         found = self._upstreams.get(name)

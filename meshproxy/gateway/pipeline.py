@@ -11,47 +11,41 @@ from collections.abc import Callable
 from functools import partial
 
 from meshproxy.errors import (
-    Fault,
-    Problem,
+    ErrorResponse,
+    GatewayError,
     Source,
-    UpstreamFault,
+    UpstreamError,
     internal_error,
     invalid_api_version,
     overloaded,
     upstream_error,
 )
-from meshproxy.gateway.admission import limit_headers, refused
-from meshproxy.gateway.admitter import Admitter
-from meshproxy.gateway.attempts import Attempts, outlives, within
+from meshproxy.gateway.admit import Admitter, Lease, limit_headers
+from meshproxy.gateway.attempts import Attempts, Opening, outlives, within
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.bounds import LARGE_BYTES, MIN_UNADMITTED, Bodies, Turns, Visits
-from meshproxy.gateway.call import Call, Downstream, Headers, Reply, refusal
-from meshproxy.gateway.deployment import Deployment
-from meshproxy.gateway.detach import Detacher
-from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.first_event import Opening
+from meshproxy.gateway.exchange import ActiveConfig, Call, Downstream, Exchange, Headers, Reply, refusal, refused
 from meshproxy.gateway.health import Health
-from meshproxy.gateway.idempotent import MAX_WAITING, Idempotence, Recording
-from meshproxy.gateway.lease import Lease
-from meshproxy.gateway.live import Live
+from meshproxy.gateway.idempotency import MAX_WAITING, Idempotence, Recording
+from meshproxy.gateway.in_flight import Detacher, Live
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.relay import Relay
 from meshproxy.gateway.resolve import Plan, resolve
-from meshproxy.gateway.settlement import Settler, bill, bill_prompt
+from meshproxy.gateway.settle import Settler, bill, bill_prompt
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
-from meshproxy.ledger.records import Denied
+from meshproxy.ledger.records import Denial
 from meshproxy.money import format_usd
+from meshproxy.openai.event_stream import StreamScanner
+from meshproxy.openai.events import LOOK_BYTES, as_whole, form_of
+from meshproxy.openai.headers import API_VERSIONS, downstream_headers
+from meshproxy.openai.output import answer_tokens, audio_format
+from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.failover import after_event, in_stream
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
-from meshproxy.wire.convert import LOOK_BYTES, as_whole, form_of
-from meshproxy.wire.headers import API_VERSIONS, downstream_headers
-from meshproxy.wire.output import answer_tokens, audio_format
-from meshproxy.wire.sse import StreamScanner
-from meshproxy.wire.usage import decode_reply
 
 GOING = "The gateway is shutting down."
 JSON_HEADERS: Headers = [("content-type", "application/json")]
@@ -70,7 +64,7 @@ class Gateway:
     def __init__(
         self,
         *,
-        deployment: Deployment,
+        active: ActiveConfig,
         ledger: Ledger,
         local: LocalAdmission | None,
         directory: Directory,
@@ -85,12 +79,12 @@ class Gateway:
         spin: Callable[[], float],
         boot_id: str,
     ) -> None:
-        self.deployment = deployment
+        self.active = active
         self.draining = False
         self._shut_down = False
         self.bodies = Bodies(
-            lambda: self.deployment.settings.server.max_bodies_bytes,
-            lambda: max(MIN_UNADMITTED, self.deployment.settings.server.max_in_flight // 2),
+            lambda: self.active.settings.server.max_bodies_bytes,
+            lambda: max(MIN_UNADMITTED, self.active.settings.server.max_in_flight // 2),
         )
         self.visits = Visits(clock)
         self.turns = Turns()
@@ -112,19 +106,19 @@ class Gateway:
     async def chat(self, call: Call, downstream: Downstream) -> Reply | None:
         """Serve one chat completion. None: the answer was streamed to `downstream`."""
         exchange = Exchange(call, f"{self._boot_id}{next(self._count):x}")
-        if self._recorder.in_flight >= self.deployment.settings.server.max_in_flight:
+        if self._recorder.in_flight >= self.active.settings.server.max_in_flight:
             return self._shed(exchange)
         self._recorder.begin(exchange)
-        deployment = self.deployment
+        active = self.active
         try:
             principal = exchange.principal = await self._authenticator.principal(call.authorization, call.client)
             if call.api_version is not None and call.api_version not in API_VERSIONS:
-                raise Fault(Source.CLIENT, invalid_api_version(call.api_version, API_VERSIONS))
+                raise GatewayError(Source.CLIENT, invalid_api_version(call.api_version, API_VERSIONS))
             room = exchange.room = self.bodies.room(principal.account.name)
             body = await call.read_body(room.take)
             process = self._process if call.idempotency_key is None else self._process_once
-            return await process(exchange, principal, body, deployment, downstream)
-        except Fault as fault:
+            return await process(exchange, principal, body, active, downstream)
+        except GatewayError as fault:
             return self._refuse(exchange, fault.problem)
         except asyncio.CancelledError:
             exchange.outcome = "shutdown" if self._shut_down else "client_disconnected"
@@ -166,10 +160,10 @@ class Gateway:
         return reply
 
     async def _process_once(
-        self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream
+        self, exchange: Exchange, principal: Principal, body: bytes, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
         """The first request of an Idempotency-Key is processed; the others get what it gets."""
-        settings = deployment.settings
+        settings = active.settings
         while True:
             entered = await self._idempotence.enter(
                 exchange.call,
@@ -183,7 +177,7 @@ class Gateway:
             if isinstance(entered, Recording):
                 exchange.recording = entered
                 self._live.recordings.add(entered)
-                return await self._process(exchange, principal, body, deployment, entered)
+                return await self._process(exchange, principal, body, active, entered)
             with contextlib.suppress(LookupError):  # that one failed: this may be the first now
                 most = max(1, settings.server.max_in_flight // 8)
                 reply = await entered.play(
@@ -193,17 +187,17 @@ class Gateway:
                 return reply
 
     async def _process(
-        self, exchange: Exchange, principal: Principal, body: bytes, deployment: Deployment, downstream: Downstream
+        self, exchange: Exchange, principal: Principal, body: bytes, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
         if len(body) > LARGE_BYTES:
             async with self.bodies.reading:
-                plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
+                plan = exchange.plan = await resolve(body, principal, active, self._directory, self._spin())
         else:
-            plan = exchange.plan = await resolve(body, principal, deployment, self._directory, self._spin())
+            plan = exchange.plan = await resolve(body, principal, active, self._directory, self._spin())
         if plan.request.timeout_s is not None:
             exchange.keep_within(plan.request.timeout_s)
-        answer = await self._admitter.admit(exchange, plan, principal, deployment)
-        if isinstance(answer, Denied):
+        answer = await self._admitter.admit(exchange, plan, principal, active)
+        if isinstance(answer, Denial):
             self._recorder.denied(answer)
             exchange.refused_by = answer.which.replace(" ", "_")
             return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
@@ -214,22 +208,22 @@ class Gateway:
         if exchange.room is not None and plan.prompt.template_bytes > LARGE_BYTES:
             await exchange.room.take(len(body) + plan.prompt.template_bytes)
         self._recorder.enter(exchange, "attempt")
-        work = self._respond(exchange, plan, lease, deployment, downstream)
-        if exchange.recording is not None or outlives(plan, deployment):
+        work = self._respond(exchange, plan, lease, active, downstream)
+        if exchange.recording is not None or outlives(plan, active):
             return await self._detacher.run(exchange, work)
         return await work
 
     async def _respond(
-        self, exchange: Exchange, plan: Plan, lease: Lease, deployment: Deployment, downstream: Downstream
+        self, exchange: Exchange, plan: Plan, lease: Lease, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
         """Everything behind admission; its hold is kept alive meanwhile."""
         self._live.leases.add(lease)
         try:
             if plan.request.stream:
-                response = await self._first_answer(exchange, plan, deployment, downstream)
-                await self._relay(exchange, plan, response, lease, deployment, downstream)
+                response = await self._first_answer(exchange, plan, active, downstream)
+                await self._relay(exchange, plan, response, lease, active, downstream)
                 return None
-            response = await self._attempts.first_answer(exchange, plan, deployment)
+            response = await self._attempts.first_answer(exchange, plan, active)
             reply = await self._answer(exchange, plan, response)
             if exchange.recording is not None:
                 exchange.recording.reply(reply)
@@ -239,7 +233,7 @@ class Gateway:
             lease.end()
 
     async def _first_answer(
-        self, exchange: Exchange, plan: Plan, deployment: Deployment, downstream: Downstream
+        self, exchange: Exchange, plan: Plan, active: ActiveConfig, downstream: Downstream
     ) -> Response:
         """The answer that a stream is made of, whose client gets pings while it has to wait for it."""
         opening = exchange.opening = Opening(
@@ -250,7 +244,7 @@ class Gateway:
         )
         self._live.openings.add(opening)
         try:
-            response = await self._attempts.first_answer(exchange, plan, deployment)
+            response = await self._attempts.first_answer(exchange, plan, active)
             opening.waits = False
             return response
         finally:
@@ -269,7 +263,7 @@ class Gateway:
             reply = decode_reply(body)
             if reply.error:
                 raise after_event(reply.error, otherwise="The provider failed.")
-        except UpstreamFault as fault:
+        except UpstreamError as fault:
             exchange.failed(fault)
             raise
         seen = partial(answer_tokens, body, audio_format(plan.request.fields))
@@ -291,14 +285,14 @@ class Gateway:
         plan: Plan,
         response: Response,
         lease: Lease,
-        deployment: Deployment,
+        active: ActiveConfig,
         downstream: Downstream,
     ) -> None:
         """Pass a stream on, event by event."""
-        upstream = exchange.attempt.upstream if exchange.attempt is not None else ""
+        upstream = exchange.candidate.upstream if exchange.candidate is not None else ""
         scanner = StreamScanner(
             hide_usage=not (plan.request.include_usage or exchange.call.sees_usage),
-            max_event_bytes=deployment.settings.upstreams[upstream].max_event_bytes,
+            max_event_bytes=active.settings.upstreams[upstream].max_event_bytes,
             audio_format=audio_format(plan.request.fields),
         )
         relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
@@ -328,7 +322,7 @@ class Gateway:
             *_clamp_of(exchange),
         ]
 
-    def _refuse(self, exchange: Exchange, problem: Problem, headers: Headers | None = None) -> Reply | None:
+    def _refuse(self, exchange: Exchange, problem: ErrorResponse, headers: Headers | None = None) -> Reply | None:
         """Tell the client of a problem: in a reply, or in an event where a stream's head is out."""
         exchange.code = problem.code
         request_id, told = exchange.call.request_id, exchange.told(problem)
@@ -347,13 +341,13 @@ def _waits(exchange: Exchange) -> bool:
 
 
 def _assembled(stream: bytes) -> bytes:
-    """A whole answer from an event stream in its place; UpstreamFault if that failed or broke off."""
+    """A whole answer from an event stream in its place; UpstreamError if that failed or broke off."""
     body, error, is_finished = as_whole(stream)
     if error is not None:
         raise in_stream(error)
     if not is_finished:
         problem = upstream_error("The provider ended the stream early.", may_have_run=True)
-        raise UpstreamFault(problem, safe_to_repeat=False, answered=200)
+        raise UpstreamError(problem, safe_to_repeat=False, answered=200)
     return body
 
 

@@ -1,25 +1,126 @@
-"""Record: the last phase of every request, its metrics, its one log line, and its span where spans are asked for."""
+"""What a span says of a request, in the names of OpenTelemetry's semantic conventions for HTTP and generative AI, and in our own
+under `meshproxy.`. Never a prompt, an answer or a secret.
+"""
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
+import msgspec
 import structlog
 from msgspec.structs import astuple
 from prometheus_client import Counter, Gauge
 
-from meshproxy.errors import Source, UpstreamFault
+from meshproxy.config import Upstream
+from meshproxy.errors import Source, UpstreamError
 from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.spans import Spans
-from meshproxy.ledger.records import Denied
-from meshproxy.money import format_usd
-from meshproxy.policy.catalog import Attempt
+from meshproxy.ledger.records import Denial
+from meshproxy.money import NUSD_PER_USD, format_usd
+from meshproxy.openai.errors import MAX_QUOTED_BYTES, without_quotes
+from meshproxy.openai.headers import upstream_request_id
+from meshproxy.openai.request import ChatRequest
+from meshproxy.openai.usage import Usage
+from meshproxy.policy.catalog import Candidate
 from meshproxy.telemetry.families import PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.wire.headers import upstream_request_id
-from meshproxy.wire.replies import MAX_QUOTED_BYTES, without_quotes
-from meshproxy.wire.usage import Usage
+
+if TYPE_CHECKING:
+    from meshproxy.telemetry.otlp import OtlpTracer
+
+Fact = str | bool | int | float
+Facts = dict[str, Fact | None]  # None: not told
+
+SAMPLING: Final = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")  # numbers of a request
+BROKEN: Final = frozenset({"failed", "upstream_failed", "shutdown"})  # ends of a stream that are no client's doing
+FINE: Final = frozenset({"completed", "replayed"})
+
+
+class Spans:
+    """One span for each request, made at its end. `upstreams`: those of the running configuration."""
+
+    def __init__(self, tracer: "OtlpTracer", upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
+        self._tracer = tracer
+        self._upstreams = upstreams
+
+    def end(self, exchange: Exchange, route: str, now: float) -> None:
+        """A request is over. `now` is monotonic seconds."""
+        broke = exchange.status >= 500 or (exchange.status == 200 and exchange.outcome in BROKEN)
+        self._tracer.span(
+            f"chat {exchange.model}".rstrip(),
+            seconds=now - exchange.call.received_at,
+            context=dict(exchange.call.forward),
+            describe=lambda: self._facts(exchange, route),
+            error=_error_of(exchange) if broke else "",
+        )
+
+    def _facts(self, exchange: Exchange, route: str) -> Mapping[str, Fact]:
+        first_s = exchange.first_event_at - exchange.call.received_at
+        facts: Facts = {
+            "http.request.method": "POST",
+            "http.route": route,
+            "http.response.status_code": exchange.status or None,
+            "gen_ai.operation.name": "chat",
+            "gen_ai.response.time_to_first_chunk": first_s if exchange.first_event_at else None,
+            "error.type": _error_of(exchange) or None,
+            "meshproxy.request_id": exchange.call.request_id,
+            "meshproxy.outcome": exchange.outcome,
+            "meshproxy.attempts": exchange.attempts,
+        }
+        if exchange.principal is not None:
+            key = exchange.principal.key
+            facts |= {"meshproxy.account": key.account, "meshproxy.key_id": key.id}
+        if exchange.plan is not None:
+            facts |= _of_request(exchange.plan.request, exchange.plan.model)
+        if exchange.candidate is not None:
+            facts |= self._of_attempt(exchange.candidate)
+        if exchange.lease is not None:
+            facts |= _of_usage(exchange)
+        return {name: fact for name, fact in facts.items() if fact is not None}
+
+    def _of_attempt(self, candidate: Candidate) -> Facts:
+        upstream = self._upstreams().get(candidate.upstream)  # None if a reload took it away meanwhile
+        url = urlsplit(upstream.base_url) if upstream is not None else None
+        return {
+            "gen_ai.provider.name": candidate.kind,
+            "gen_ai.response.model": candidate.upstream_model,
+            "meshproxy.model": candidate.model,
+            "meshproxy.upstream": candidate.upstream,
+            "server.address": url and url.hostname,
+            "server.port": url and (url.port or (443 if url.scheme == "https" else 80)),
+        }
+
+
+def _error_of(exchange: Exchange) -> str:
+    """The code that the client was told, else the way the request ended; empty if it ended well."""
+    return exchange.code or ("" if exchange.outcome in FINE else exchange.outcome)
+
+
+def _of_request(request: ChatRequest, model: str) -> Facts:
+    fields = request.fields
+    return {
+        "gen_ai.request.model": model,
+        "gen_ai.request.stream": request.stream,
+        "gen_ai.request.max_tokens": request.max_tokens,
+        "gen_ai.request.choice.count": request.n if request.n != 1 else None,
+        "gen_ai.conversation.id": request.session_id or None,
+        **{f"gen_ai.request.{name}": msgspec.json.decode(fields[name]) for name in SAMPLING if name in fields},
+    }
+
+
+def _of_usage(exchange: Exchange) -> Facts:
+    usage = exchange.usage
+    return {
+        "gen_ai.usage.input_tokens": usage.prompt,
+        "gen_ai.usage.output_tokens": usage.completion,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached or None,
+        "gen_ai.usage.cache_creation.input_tokens": usage.cache_write or None,
+        "gen_ai.usage.reasoning.output_tokens": usage.reasoning or None,
+        "meshproxy.usage_source": exchange.usage_source,
+        "meshproxy.cost_usd": exchange.cost_nusd / NUSD_PER_USD,  # to filter and to chart by: bills are made elsewhere
+    }
+
 
 MAX_WORDS_CHARS = 500  # of a provider, in one line of the log
 ROUTE = "/v1/chat/completions"
@@ -90,7 +191,7 @@ class Recorder:
         self._request_counter("none", exchange.status, "false").inc()
         self._request_log.write(self._line(exchange, "", stream=False, now=self._clock()))
 
-    def denied(self, denied: Denied) -> None:
+    def denied(self, denied: Denial) -> None:
         """The ledger said no."""
         if denied.reason == "rate_limit":
             self._metrics.rate_limited.labels(denied.which.replace(" ", "_")).inc()
@@ -101,7 +202,7 @@ class Recorder:
         """A provider answered with a status, or failed without one."""
         self._metrics.upstream_requests.labels(upstream, code).inc()
 
-    def attempt_failed(self, exchange: Exchange, attempt: Attempt, fault: UpstreamFault) -> None:
+    def attempt_failed(self, exchange: Exchange, candidate: Candidate, fault: UpstreamError) -> None:
         """Log an attempt that failed, and why: its status or the system's reason, and the provider's words."""
         response = exchange.response
         ours = fault.source is Source.GATEWAY
@@ -109,9 +210,9 @@ class Recorder:
             logging.ERROR if ours else logging.WARNING,
             "attempt_failed",
             request_id=exchange.call.request_id,
-            upstream=attempt.upstream,
-            model=attempt.model,
-            attempt=exchange.attempts,
+            upstream=candidate.upstream,
+            model=candidate.model,
+            candidate=exchange.attempts,
             source=fault.source.value,
             phase=fault.phase.value,
             status=response.status if response is not None else fault.answered,
@@ -138,9 +239,11 @@ class Recorder:
         received_at = exchange.call.received_at
         of_model = self._of_model(model)
         of_model.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
-        if exchange.sent_at and exchange.attempt is not None:
+        if exchange.sent_at and exchange.candidate is not None:
             self._overhead[stream].observe(exchange.overhead_s)
-            of_upstream = self._upstreams.get(exchange.attempt.upstream) or self._of_upstream(exchange.attempt.upstream)
+            of_upstream = self._upstreams.get(exchange.candidate.upstream) or self._of_upstream(
+                exchange.candidate.upstream
+            )
             of_upstream.duration.observe(now - exchange.sent_at)
             if exchange.first_event_at:
                 of_upstream.first_token.observe(exchange.first_event_at - exchange.sent_at)
@@ -167,7 +270,7 @@ class Recorder:
         if exchange.unlisted_model is not None:
             _log.warning(
                 "served_unlisted_model",
-                upstream=exchange.attempt.upstream if exchange.attempt is not None else "",
+                upstream=exchange.candidate.upstream if exchange.candidate is not None else "",
                 served=exchange.unlisted_model[:256],
                 billed=exchange.model,
                 request_id=exchange.call.request_id,
@@ -179,7 +282,7 @@ class Recorder:
 
     def _refused(self, exchange: Exchange) -> None:
         """Count and log what a provider reported that can't be true."""
-        upstream = exchange.attempt.upstream if exchange.attempt is not None else ""
+        upstream = exchange.candidate.upstream if exchange.candidate is not None else ""
         for reason in dict.fromkeys(refusal.reason for refusal in exchange.refused):
             self._metrics.usage_refused.labels(upstream, reason).inc()
             numbers = {refusal.name: refusal.value for refusal in exchange.refused if refusal.reason == reason}
@@ -195,7 +298,7 @@ class Recorder:
     def _line(self, exchange: Exchange, model: str, stream: bool, now: float) -> dict[str, Any]:  # noqa: FBT001 - a field
         """The log line's fields: never a secret and never a prompt."""
         key = exchange.principal.key if exchange.principal is not None else None
-        attempt = exchange.attempt
+        candidate = exchange.candidate
         received_at = exchange.call.received_at
         response = exchange.response
         return {
@@ -204,7 +307,7 @@ class Recorder:
             "key_id": key.id if key is not None else None,
             "account": key.account if key is not None else None,
             "model": model or None,
-            "upstream": attempt.upstream if attempt is not None else None,
+            "upstream": candidate.upstream if candidate is not None else None,
             "attempts": exchange.attempts,
             "upstream_status": response.status if response is not None else None,
             "upstream_request_id": upstream_request_id(response.headers) if response is not None else None,

@@ -10,18 +10,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from meshproxy.errors import Problem, UpstreamFault, insufficient_credits, upstream_error
-from meshproxy.gateway.admission import refused
-from meshproxy.gateway.call import Downstream
-from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.lease import Lease
-from meshproxy.gateway.settlement import bill
-from meshproxy.ledger.records import Denied
+from meshproxy.errors import ErrorResponse, UpstreamError, insufficient_credits, upstream_error
+from meshproxy.gateway.admit import Lease
+from meshproxy.gateway.exchange import Downstream, Exchange, refused
+from meshproxy.gateway.settle import bill
+from meshproxy.ledger.records import Denial
 from meshproxy.money import format_usd
+from meshproxy.openai.errors import error_event
+from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
 from meshproxy.policy.failover import in_stream
 from meshproxy.upstream.response import Response
-from meshproxy.wire.replies import error_event
-from meshproxy.wire.sse import COST, DONE, PING, StreamScanner
 
 MAX_DRAINED_BYTES: Final = 8_388_608  # read on after the client has gone, to learn what it used
 LAST_BYTE_S: Final = 2.0  # that the end of a body gets behind its [DONE]: then its connection is given up
@@ -112,7 +110,7 @@ class Relay:
         scanner, lease = self.scanner, self._lease
         try:
             events = scanner.feed(payload)
-        except UpstreamFault as fault:
+        except UpstreamError as fault:
             self.fail(fault)
             return
         is_spent = scanner.most > lease.watermark and lease.spent(scanner.tokens)
@@ -149,10 +147,10 @@ class Relay:
             self._finish()
         else:
             problem = upstream_error("The provider ended the stream early.", may_have_run=True)
-            self._exchange.failed(UpstreamFault(problem, safe_to_repeat=False, answered=200))
+            self._exchange.failed(UpstreamError(problem, safe_to_repeat=False, answered=200))
             self.stop(problem)
 
-    def fail(self, fault: UpstreamFault) -> None:
+    def fail(self, fault: UpstreamError) -> None:
         """The upstream died or fell silent; after its [DONE] that is nobody's business."""
         if self._withheld is not None:
             self._afterwards = partial(self.fail, fault)
@@ -162,7 +160,7 @@ class Relay:
             self._exchange.failed(fault)
             self.stop(fault.problem)
 
-    def stop(self, problem: Problem) -> None:
+    def stop(self, problem: ErrorResponse) -> None:
         """End the stream here, telling the client why: an error event, never a silent success and never [DONE]."""
         if self.ended:
             return
@@ -171,12 +169,12 @@ class Relay:
         self._finish()
         self._response.close()
 
-    def renewed(self, refusal: Denied | Problem | None) -> None:
+    def renewed(self, refusal: Denial | ErrorResponse | None) -> None:
         """A renewal came back: go on, unless credit is out or the client is what is waited for."""
         if refusal is not None and not self.ended:
-            problem = refused(refusal) if isinstance(refusal, Denied) else refusal
+            problem = refused(refusal) if isinstance(refusal, Denial) else refusal
             self.outcome = OUTCOMES.get(problem.code, "failed")
-            if isinstance(refusal, Denied) and refusal.reason == "insufficient_credits":
+            if isinstance(refusal, Denial) and refusal.reason == "insufficient_credits":
                 problem = insufficient_credits(CREDIT_RAN_OUT.format(format_usd(self._left_nusd(refusal))))
             self.stop(problem)
         elif not self.ended:
@@ -200,7 +198,7 @@ class Relay:
             outdated=scanner.outdated,
         )
 
-    def _left_nusd(self, denied: Denied) -> int:
+    def _left_nusd(self, denied: Denial) -> int:
         """What the account has available when this stream, which ends now, is settled."""
         self.bill()
         held_nusd = 0 if self._lease.unheld else self._lease.hold.amount_nusd
@@ -216,7 +214,7 @@ class Relay:
         """Whether the stream ended for want of credit, or while some of it waited for credit."""
         return self.outcome == "insufficient_credits" or self._withheld is not None
 
-    def shut_down(self, problem: Problem) -> None:
+    def shut_down(self, problem: ErrorResponse) -> None:
         """The gateway can't wait any longer for this stream."""
         self.outcome = "shutdown"
         self.stop(problem)

@@ -5,22 +5,17 @@ from collections.abc import Collection
 
 import msgspec
 import orjson
+from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.config import Credits, Settings
-from meshproxy.errors import Fault, Problem, Source, forbidden, invalid, template_not_found
+from meshproxy.errors import ErrorResponse, GatewayError, Source, forbidden, invalid, template_not_found
 from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES
-from meshproxy.gateway.deployment import Deployment
+from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.ledger.directory import Directory
-from meshproxy.policy.catalog import Attempt, large_enough, priced
-from meshproxy.policy.params import merge_params
-from meshproxy.policy.pricing import Price, affordable_output, hold_amount
-from meshproxy.policy.principal import Principal
-from meshproxy.policy.template import Template, measure, render
-from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens, likely_tokens, weigh
-from meshproxy.policy.transforms import middle_out
-from meshproxy.value import Value
-from meshproxy.wire.chat import (
+from meshproxy.openai.request import (
+    MAX_TOKENS,
+    STEERING,
     ChatRequest,
     check_members,
     decode_chat,
@@ -29,7 +24,12 @@ from meshproxy.wire.chat import (
     members_of,
     with_params,
 )
-from meshproxy.wire.fields import MAX_TOKENS, STEERING
+from meshproxy.policy.catalog import Candidate, large_enough, priced
+from meshproxy.policy.middle_out import middle_out
+from meshproxy.policy.pricing import Price, affordable_output, hold_amount
+from meshproxy.policy.principal import Principal
+from meshproxy.policy.template import Template, measure, merge_params, render
+from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens, likely_tokens, weigh
 
 PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, and a millisecond for one of a megabyte
 
@@ -43,8 +43,8 @@ class Prompt:
     __slots__ = ("_fitted", "_messages", "_request", "_template", "count", "template_bytes", "tokens")
 
     def __init__(self, request: ChatRequest, template: Template | None, limit_bytes: int) -> None:
-        """Fault of the client: 413 for a template that would be rendered to more than `limit_bytes` with the caller's messages,
-        422 for one that lacks a variable, and for no messages at all.
+        """GatewayError of the client: 413 for a template that would be rendered to more than `limit_bytes` with the caller's
+        messages, 422 for one that lacks a variable, and for no messages at all.
         """
         self._request = request
         self._template = template
@@ -58,14 +58,14 @@ class Prompt:
             self._measure(template, limit_bytes - len(own))
         if not self.count:
             supplier = "The template supplies no messages, so" if template is not None else "Without a template"
-            raise Fault(Source.CLIENT, invalid(f"{supplier} `messages` is required.", param="messages"))
+            raise GatewayError(Source.CLIENT, invalid(f"{supplier} `messages` is required.", param="messages"))
 
     def _measure(self, template: Template, limit_bytes: int) -> None:
         plain, longer_bytes = measure(template, self._request.variables)
         self.template_bytes = len(plain) + longer_bytes
         if self.template_bytes > limit_bytes:
             message = f"The template `{template.name}` with these variables makes a prompt larger than the limit."
-            raise Fault(Source.CLIENT, Problem(413, "request_too_large", message, "variables"))
+            raise GatewayError(Source.CLIENT, ErrorResponse(413, "request_too_large", message, "variables"))
         self.count += template.message_count
         self.tokens += estimate_prompt(plain, (), template.message_count) + max(longer_bytes, 0) // BYTES_PER_TOKEN
 
@@ -97,7 +97,7 @@ class Prompt:
         return rendered if own is None else rendered[:-1] + b"," + own.lstrip()[1:]
 
 
-class Plan(Value, frozen=True):
+class Plan(Struct, frozen=True):
     """A request resolved. `prompt_tokens` is an estimate.
 
     `output_cap` is what one choice is expected to have at most, which token buckets reserve, and `output_limit` what it can have.
@@ -108,7 +108,7 @@ class Plan(Value, frozen=True):
 
     request: ChatRequest
     model: str
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[Candidate, ...]
     prompt: Prompt
     prompt_tokens: int
     output_cap: int
@@ -163,50 +163,50 @@ class Plan(Value, frozen=True):
         output_cap = min(self.output_cap, cap)
         return replace(self, output_cap=output_cap, output_limit=cap, imposed_cap=cap, clamped=True)
 
-    def is_slow_to_build(self, attempt: Attempt) -> bool:
+    def is_slow_to_build(self, candidate: Candidate) -> bool:
         """Whether `body_for` may take more than some milliseconds: for middle-out over much text, and for a large template."""
         prompt = self.prompt
-        is_cut = "middle-out" in self.request.transforms and attempt.kind != "openrouter"
+        is_cut = "middle-out" in self.request.transforms and candidate.kind != "openrouter"
         return prompt.template_bytes > LARGE_BYTES or (is_cut and prompt.size > SMALL_BYTES)
 
-    def body_for(self, attempt: Attempt) -> bytes:
+    def body_for(self, candidate: Candidate) -> bytes:
         """The JSON that this attempt's provider is sent."""
-        native = attempt.kind == "openrouter"
+        native = candidate.kind == "openrouter"
         if "middle-out" in self.request.transforms and not native:
-            room_tokens = attempt.context_window - min(self.output_cap, attempt.max_output_tokens)
+            room_tokens = candidate.context_window - min(self.output_cap, candidate.max_output_tokens)
             messages = self.prompt.fitted(room_tokens)
         else:
             messages = self.prompt.messages
         return encode_upstream(
             self.request,
-            model=attempt.upstream_model,
+            model=candidate.upstream_model,
             messages=messages,
             max_tokens=self.imposed_cap,
-            cap_field=attempt.cap_field,
-            stream_usage=attempt.stream_usage,
+            cap_field=candidate.cap_field,
+            stream_usage=candidate.stream_usage,
             native=native,
-            models=attempt.native_models,
+            models=candidate.native_models,
         )
 
 
-async def resolve(body: bytes, principal: Principal, deployment: Deployment, directory: Directory, spin: float) -> Plan:
-    """The plan for a request's body; a Fault says what is wrong with it."""
+async def resolve(body: bytes, principal: Principal, active: ActiveConfig, directory: Directory, spin: float) -> Plan:
+    """The plan for a request's body; a GatewayError says what is wrong with it."""
     request = decode_chat(body) if len(body) <= LARGE_BYTES else await _decode_large(body)
     template = await _template(request.template, principal, directory) if request.template is not None else None
-    model = _model(request, principal, template, deployment.settings)
-    attempts = deployment.catalog.attempts(model, request.models, spin=spin)
+    model = _model(request, principal, template, active.settings)
+    attempts = active.catalog.attempts(model, request.models, spin=spin)
     for name in (model, *request.models):
         if not principal.may_use(name):
-            raise Fault(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
+            raise GatewayError(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
     attempts = priced(attempts, request.service_tier, request.fields)
-    prompt = Prompt(request, template, deployment.settings.server.max_body_bytes)
+    prompt = Prompt(request, template, active.settings.server.max_body_bytes)
     others = others_of(request)
     tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)
     if request.models and "middle-out" not in request.transforms:
         attempts = large_enough(attempts, least_tokens(request.messages or b""))
-    return _plan(request, model, attempts, prompt, tokens, deployment.settings.credits)
+    return _plan(request, model, attempts, prompt, tokens, active.settings.credits)
 
 
 def others_of(request: ChatRequest) -> list[bytes]:
@@ -215,7 +215,7 @@ def others_of(request: ChatRequest) -> list[bytes]:
 
 
 def _plan(
-    request: ChatRequest, model: str, attempts: tuple[Attempt, ...], prompt: Prompt, tokens: int, credit: Credits
+    request: ChatRequest, model: str, attempts: tuple[Candidate, ...], prompt: Prompt, tokens: int, credit: Credits
 ) -> Plan:
     """The sizes of a request. Its cap may be above a model's `max_output_tokens`, but not above its window; and no prompt is
     billed for more than the window, since it is refused.
@@ -256,16 +256,16 @@ async def _decode_large(body: bytes) -> ChatRequest:
     return request
 
 
-def may_serve(attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+def may_serve(attempts: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     """Every attempt, and the fallbacks that a provider walks itself."""
-    natives = [native for attempt in attempts for native in attempt.natives]
+    natives = [native for candidate in attempts for native in candidate.natives]
     return (*attempts, *natives) if natives else attempts
 
 
 async def _template(name: str, principal: Principal, directory: Directory) -> Template:
     template = await directory.template(principal.account.name, name)
     if template is None:
-        raise Fault(Source.CLIENT, template_not_found(name))
+        raise GatewayError(Source.CLIENT, template_not_found(name))
     return template
 
 
@@ -284,4 +284,6 @@ def _fit(messages: bytes, budget_tokens: int) -> bytes:
     try:
         return msgspec.json.encode(middle_out(msgspec.json.decode(messages), budget_tokens))
     except (msgspec.MsgspecError, RecursionError, OverflowError) as error:
-        raise Fault(Source.CLIENT, invalid("`messages` can't be taken apart to fit.", param="messages")) from error
+        raise GatewayError(
+            Source.CLIENT, invalid("`messages` can't be taken apart to fit.", param="messages")
+        ) from error

@@ -18,8 +18,8 @@ from msgspec import Struct
 from redis.asyncio.connection import ConnectKwargs
 from redis.asyncio.connection import parse_url as read_url
 
-from meshproxy.config import Unfit
-from meshproxy.config.addresses import MAX_SOCKET_PATH, host_fault
+from meshproxy.config import ConfigError
+from meshproxy.config.settings import MAX_SOCKET_PATH, host_fault
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
@@ -88,22 +88,24 @@ class Address(Struct, frozen=True):
 
 
 def parse_url(url: str) -> Address:
-    """The address of a URL; Unfit for anything else."""
+    """The address of a URL; ConfigError for anything else."""
     try:
         return _parse(url)
     except ValueError as error:
-        raise Unfit([f"redis.url: {error}"]) from None
+        raise ConfigError([f"redis.url: {error}"]) from None
 
 
 def tls_context(address: Address) -> ssl.SSLContext | None:
-    """The context that an address asks for, if it asks for TLS; Unfit if its files can't be used."""
+    """The context that an address asks for, if it asks for TLS; ConfigError if its files can't be used."""
     try:
         return None if address.tls is None else address.tls.context()
     except ssl.SSLError as error:
-        raise Unfit([f"redis.url: the TLS files can't be used ({(error.reason or 'not PEM').lower()})"]) from error
+        raise ConfigError(
+            [f"redis.url: the TLS files can't be used ({(error.reason or 'not PEM').lower()})"]
+        ) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no file has such a name"
-        raise Unfit([f"redis.url: the TLS files can't be used ({reason})"]) from error
+        raise ConfigError([f"redis.url: the TLS files can't be used ({reason})"]) from error
 
 
 def _parse(url: str) -> Address:

@@ -1,12 +1,14 @@
-"""How a URL becomes a `Store`: one server, the master that Sentinel names, or a cluster.
+"""Redis Cluster: a channel to every master, and the map from slots to channels.
 
-redis-py opens and logs in every socket (TLS, AUTH, SELECT) and asks Sentinel for the master. A request's commands then go over
-our own link: docs/decisions/link.md.
+A command goes to the master of its first key's slot; the keys of a script share a hash tag, so one key tells. MOVED and ASK
+send it on with the same future: the server that answers so has run nothing (Redis cluster specification, "Redirection and
+resharding"). A MOVED or a lost link also has the map fetched anew, until every slot has a master with a link.
 """
 
 import asyncio
+import random
 import ssl
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +17,167 @@ from redis.asyncio import ConnectionPool, Redis, Sentinel, SSLConnection
 from redis.asyncio.connection import AbstractConnection, Connection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
+from redis.crc import key_slot
 
 from meshproxy import config
 from meshproxy.ledger.address import Endpoint, Login, parse_url, tls_context
-from meshproxy.ledger.channel import Channel, Keep, dial, keep_plainly
-from meshproxy.ledger.cluster import ClusterStore
-from meshproxy.ledger.link import Link, Redirect
-from meshproxy.ledger.store import OnChange, OnOp, Store, StoreError, Unavailable
+from meshproxy.ledger.link import (
+    Channel,
+    Keep,
+    Pending,
+    Redirect,
+    RedisConnection,
+    backoff_s,
+    dial,
+    failed,
+    keep_plainly,
+)
+from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, StoreError, Unavailable
+
+MAX_NODES = 1000  # the specification's own bound on a cluster
+
+DialNode = Callable[[Endpoint, Redirect | None], Awaitable[RedisConnection]]
+
+
+class ClusterStore(Store):
+    """A cluster, found through any of `seeds`. A command is sent on for `timeout_s` at most."""
+
+    def __init__(
+        self,
+        seeds: Sequence[Endpoint],
+        dial: DialNode,
+        timeout_s: float,
+        keep: Keep,
+        on_change: OnChange | None = None,
+    ) -> None:
+        self._seeds = seeds
+        self._dial = dial
+        self._timeout_s = timeout_s
+        self._keep = keep
+        self._on_change = on_change
+        self._trouble = "no master serves this slot"  # or why the map could not be had
+        self._channels: dict[Endpoint, Channel] = {}  # of every master
+        self._slots: list[Channel | None] = [None] * SLOTS
+        self._mapping: asyncio.Task[None] | None = None
+        self._stale = False
+        self._closed = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether every slot has a master with a link."""
+        return None not in self._slots and all(channel.connected for channel in self._channels.values())
+
+    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
+        """Queue one command on the link to its key's master; fails at once without one."""
+        key = key_of(command)
+        channel = next(iter(self._channels.values()), None) if key is None else self._slots[key_slot(key)]
+        if channel is None:
+            return failed(Unavailable("connection", self._trouble))
+        return channel.send(op, command)
+
+    async def open(self) -> None:
+        """Fetch the map and dial every master; Unavailable if nobody has a map."""
+        await self._map()
+        if not self.connected:
+            self.keep_dialling()
+
+    def keep_dialling(self) -> None:
+        """Fetch the map anew in the background, until every slot has a master with a link."""
+        self._stale = True
+        if self._mapping is None and not self._closed:
+            self._mapping = self._keep("ledger-cluster-map", self._map_until_whole)
+
+    async def close(self) -> None:
+        """Hang up on every node."""
+        self._closed = True
+        if self._mapping is not None:
+            self._mapping.cancel()
+            await asyncio.wait([self._mapping])
+        for channel in self._channels.values():
+            await channel.close()
+
+    def _redirect(self, message: str, pending: Pending) -> bool:
+        """Send on what a node answered with `MOVED slot host:port` or `ASK slot host:port`; False if we can't."""
+        kind, _, target = message.split(" ")
+        host, _, port = target.rpartition(":")
+        channel = self._channels.get(Endpoint(host, int(port)))
+        if kind == "MOVED":
+            self.keep_dialling()
+        overdue = asyncio.get_running_loop().time() - pending[2] > self._timeout_s
+        if overdue or channel is None or channel.link is None:
+            return False
+        channel.link.resend(pending, asking=kind == "ASK")
+        return True
+
+    async def _map_until_whole(self) -> None:
+        failures = 0
+        while self._stale or not self.connected:
+            self._stale = False
+            try:
+                await self._map()
+            except Unavailable as error:
+                self._trouble = error.reason
+            await asyncio.sleep(backoff_s(failures))
+            failures += 1
+        self._mapping = None
+
+    async def _map(self) -> None:
+        """Take over the map of the first node that gives one. Masters with a link are asked first, in any order, for one may be
+        cut off from the rest.
+        """
+        linked = [endpoint for endpoint, channel in self._channels.items() if channel.connected]
+        random.shuffle(linked)
+        reasons = []
+        for endpoint in (*linked, *self._seeds):
+            try:
+                return await self._adopt(await self._ranges(endpoint))
+            except (Unavailable, StoreError) as error:
+                reasons.append(str(error))
+        raise Unavailable("clusterdown", "; ".join(reasons))
+
+    async def _ranges(self, endpoint: Endpoint) -> list[tuple[int, int, Endpoint]]:
+        """First slot, last slot and master of every range, as this node sees them."""
+        link = await self._dial(endpoint, None)
+        try:
+            reply = await link.send("CLUSTER", ("CLUSTER", "SLOTS"))
+        finally:
+            link.lose("closed", "what was asked is answered")
+        # a node that doesn't know its own address leaves the host empty
+        return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
+
+    async def _adopt(self, ranges: list[tuple[int, int, Endpoint]]) -> None:
+        masters = {master for _, _, master in ranges}
+        if not 0 < len(masters) <= MAX_NODES:
+            raise Unavailable("clusterdown", f"the map names {len(masters)} masters")
+        await asyncio.gather(*(self._open(master) for master in masters - self._channels.keys()))
+        slots: list[Channel | None] = [None] * SLOTS
+        for first, last, master in ranges:
+            slots[first : last + 1] = [self._channels[master]] * (last + 1 - first)
+        self._slots = slots
+        for gone in self._channels.keys() - masters:
+            self._channels.pop(gone).retire()
+
+    async def _open(self, master: Endpoint) -> None:
+        """Dial a new master; if it doesn't answer, it is dialled on in the background."""
+        dial = partial(self._dial, master, self._redirect)
+        channel = self._channels[master] = Channel(
+            dial, keep=self._keep, on_lost=self.keep_dialling, name=str(master), on_change=self._on_change
+        )
+        try:
+            await channel.open()
+        except Unavailable:
+            channel.keep_dialling()
+
+
+def key_of(command: tuple[Argument, ...]) -> bytes | None:
+    """The key that decides where a command of ours goes; None if it has none, and any node will do."""
+    at = 3 if command[0] in {"EVAL", "EVALSHA"} else 1
+    if len(command) <= at:
+        return None
+    key = command[at]
+    return key if isinstance(key, bytes) else str(key).encode()
+
 
 __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 
@@ -37,19 +193,21 @@ async def connect(
     """Return the store behind `settings.url`, of any kind but `embedded` (start that first, and take its URL).
 
     `wait`: until it answers, raising Unavailable if it doesn't within `timeout_s`; else it is dialled in the background.
-    Raises Unfit for a URL or TLS files that can't be used.
+    Raises ConfigError for a URL or TLS files that can't be used.
     """
     address, timeout_s = parse_url(config.plain(settings.url)), settings.timeout_s
     options = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "protocol": 2, "driver_info": None}
     tls = tls_context(address)
 
-    async def dial_node(endpoint: Endpoint, redirect: Redirect | None = None, *, master: bool = False) -> Link:
+    async def dial_node(
+        endpoint: Endpoint, redirect: Redirect | None = None, *, master: bool = False
+    ) -> RedisConnection:
         server = connection(endpoint, address.login, tls, options)
         return await dial(
-            server, endpoint, partial(Link, timeout_s, on_op, redirect), timeout_s=timeout_s, master=master
+            server, endpoint, partial(RedisConnection, timeout_s, on_op, redirect), timeout_s=timeout_s, master=master
         )
 
-    async def dial_master() -> Link:
+    async def dial_master() -> RedisConnection:
         return await dial_node(await discover(sentinel, address.service), master=True)
 
     if address.kind == "cluster":

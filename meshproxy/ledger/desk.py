@@ -1,7 +1,7 @@
 """What operators do with accounts, keys, credit, usage and templates: the one code behind the commands and the admin API.
 
 Each method answers with what is shown, fit for JSON: amounts as decimal strings in USD, times as RFC 3339. What can't be done
-is a Fault of the client's, whose codes docs/errors.md lists. Each change is an audit event by `actor`.
+is a GatewayError of the client's, whose codes docs/errors.md lists. Each change is an audit event by `actor`.
 """
 
 import asyncio
@@ -15,17 +15,15 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
-from meshproxy.errors import Detail, Fault, Problem, Source, invalid
+from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source, invalid
 from meshproxy.ledger.directory import Directory, check_account_name
-from meshproxy.ledger.keyspace import GLOBAL
 from meshproxy.ledger.ledger import Ledger, RefTaken
-from meshproxy.ledger.records import Balance, KeyUse
+from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import EVENT_DAYS, GROUPS, MAX_FIELDS, Event, Row, find_event, usage
 from meshproxy.money import format_usd, in_usd
-from meshproxy.policy.params import check_params
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits, Status
-from meshproxy.policy.template import Template, TemplateFields, to_public
+from meshproxy.policy.template import Template, TemplateFields, check_params, to_public
 from meshproxy.times import DAY_S, rfc3339
 
 MAX_NAME = 256
@@ -65,7 +63,7 @@ class KeyChange(Struct, frozen=True, kw_only=True):
     bounds: Bounds = Bounds()
 
     def applied_to(self, key: Key) -> Key:
-        """The key with these changes. Fault `validation_error` for what a key can't be."""
+        """The key with these changes. GatewayError `validation_error` for what a key can't be."""
         fields = ("name", "models", "default_model", "expires_at", "params", "clamp", "status")
         given = {name: value for name in fields if (value := getattr(self, name)) is not UNSET}
         given["limits"] = _changed(Limits() if self.bounds.clear else key.limits, self.bounds.limits)
@@ -514,21 +512,21 @@ def _check_account_name(name: str) -> None:
         raise _unfit([Detail("value_error", ("body", "account"), str(error))]) from error
 
 
-def _unfit(details: Sequence[Detail]) -> Fault:
+def _unfit(details: Sequence[Detail]) -> GatewayError:
     first = details[0]
     param = str(first.loc[-1])
-    return Fault(Source.CLIENT, invalid(f"`{param}`: {first.msg}.", *details, param=param))
+    return GatewayError(Source.CLIENT, invalid(f"`{param}`: {first.msg}.", *details, param=param))
 
 
-def _no_key(wanted: str) -> Fault:
+def _no_key(wanted: str) -> GatewayError:
     shown = "with this secret" if wanted.startswith("rsk_") else wanted[:80]
     return _refused(404, "key_not_found", f"there is no key {shown}, or more than one")
 
 
-def _no_template(owner: str | None, name: str) -> Fault:
+def _no_template(owner: str | None, name: str) -> GatewayError:
     whose = "global template" if owner is None else f"template of {owner}"
     return _refused(404, "template_not_found", f"there is no {whose} {name[:128]}")
 
 
-def _refused(status: int, code: str, message: str) -> Fault:
-    return Fault(Source.CLIENT, Problem(status, code, message))
+def _refused(status: int, code: str, message: str) -> GatewayError:
+    return GatewayError(Source.CLIENT, ErrorResponse(status, code, message))

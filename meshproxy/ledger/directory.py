@@ -20,11 +20,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from meshproxy.ledger.cache import Cache
-from meshproxy.ledger.keyspace import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
-from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Store, StoreError
-from meshproxy.ledger.templates import MAX_CHANGES, Templates, decode, encode
+from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
+from meshproxy.ledger.store import Script, Store, StoreError
+from meshproxy.ledger.templates import MAX_CHANGES, Cache, Templates, decode, encode
 from meshproxy.policy.principal import Account, Key, Principal, Status
 
 __all__ = ["AuditEvent", "Directory", "check_account_name", "digest_of", "mint_secret"]

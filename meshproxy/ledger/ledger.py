@@ -1,7 +1,7 @@
 """The ledger: credit and buckets in two phases. A request is admitted with a hold, renews it while it runs, and is settled
 once, whatever becomes of it. Each step is one script, one round trip, and atomic; docs/ledger.md tells the model.
 
-A denial is a value. What Redis does wrong arrives as the Store's Fault.
+A denial is a value. What Redis does wrong arrives as the Store's GatewayError.
 """
 
 import asyncio
@@ -12,23 +12,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from meshproxy.ledger.keyspace import ACCOUNTS, AccountKeys
 from meshproxy.ledger.records import (
+    ACCOUNTS,
     NO_BUDGETS,
     NO_LIMITS,
-    Admitted,
-    Ask,
+    AccountKeys,
     Balance,
     BucketState,
-    Denied,
+    Denial,
     Grant,
     Granted,
+    Hold,
+    HoldRequest,
     KeyUse,
     Settlement,
     Spend,
 )
-from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Argument, Store, Unavailable
+from meshproxy.ledger.store import Argument, Script, Store, Unavailable
 from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
 
@@ -78,7 +78,7 @@ class Ledger:
         self._known: dict[str, AccountKeys] = {}
         self._refused: Counter[str] = Counter()  # by account, since they were last noted
 
-    async def admit(self, ask: Ask) -> Admitted | Denied:
+    async def admit(self, ask: HoldRequest) -> Hold | Denial:
         """Hold credit for a request and debit its buckets, or say why not. Safe to repeat with the same hold id."""
         least = ask.amount_nusd if ask.amount_min_nusd is None else ask.amount_min_nusd
         args: list[Argument] = [
@@ -100,20 +100,20 @@ class Ledger:
         reply = await self._store.run(self._admit, _hold_keys(self._names(ask.account), ask), args)
         buckets = _buckets(reply, 8, ask.key_limits, ask.account_limits)
         if reply[0] == _ADMITTED:
-            return Admitted(ask, reply[1], reply[2], buckets)
+            return Hold(ask, reply[1], reply[2], buckets)
         if ask.account in self._refused or len(self._refused) < MAX_REFUSED_ACCOUNTS:
             self._refused[ask.account] += 1
         return _denied(reply, buckets)
 
     async def renew(
         self,
-        hold: Admitted,
+        hold: Hold,
         *,
         amount_nusd: int,
         tokens: int | None = None,
         ttl_ms: int | None = None,
         enforce_tokens: bool = False,
-    ) -> Admitted | Denied:
+    ) -> Hold | Denial:
         """Raise a hold to a new total of credit and tokens (never lower it), and put its deadline `ttl_ms` from now; None is
         as it was asked for. Denied: it stays as it was, with the new deadline. Tokens are debited into debt unless enforced.
         """
@@ -131,7 +131,7 @@ class Ledger:
         ]
         reply = await self._store.run(self._renew, _hold_keys(self._names(ask.account), ask), args)
         if reply[0] == _ADMITTED:
-            return Admitted(ask, reply[1], reply[2], hold.buckets)
+            return Hold(ask, reply[1], reply[2], hold.buckets)
         return _denied(reply, ())
 
     async def settle(self, settlement: Settlement) -> bool:
@@ -299,7 +299,7 @@ class Ledger:
         return names
 
 
-def _hold_keys(names: AccountKeys, ask: Ask) -> list[str]:
+def _hold_keys(names: AccountKeys, ask: HoldRequest) -> list[str]:
     keys = [*names.books, *names.key_books(ask.key_id)]
     if ask.session is not None:
         keys.append(names.session_spend(ask.session))
@@ -354,19 +354,19 @@ def _amounts(budgets: Budgets) -> tuple[int, int, int]:
     )
 
 
-def _session_amounts(ask: Ask) -> tuple[int, int, int]:
+def _session_amounts(ask: HoldRequest) -> tuple[int, int, int]:
     return _amounts(NO_BUDGETS if ask.session is None else ask.session_budgets)
 
 
-def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denied:
+def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denial:
     outcome, _, available, which, retry_ms, budget, spent, needed = reply[:8]
     if outcome == _NO_CREDIT:
-        return Denied("insufficient_credits", "credit", available, None, buckets, needed)
+        return Denial("insufficient_credits", "credit", available, None, buckets, needed)
     if outcome == _OVER_BUDGET:
-        return Denied("spend_limit", _BUDGETS[which - 1], available, None, buckets, needed, budget, spent)
+        return Denial("spend_limit", _BUDGETS[which - 1], available, None, buckets, needed, budget, spent)
     if outcome == _RATE_LIMITED:
-        return Denied("rate_limit", LIMITS[which - 1], available, None if retry_ms < 0 else retry_ms / 1000, buckets)
-    return Denied("gone", "hold", available, None, buckets)
+        return Denial("rate_limit", LIMITS[which - 1], available, None if retry_ms < 0 else retry_ms / 1000, buckets)
+    return Denial("gone", "hold", available, None, buckets)
 
 
 def _buckets(reply: Sequence[int], first: int, key: Limits, account: Limits) -> tuple[BucketState, ...]:

@@ -13,9 +13,8 @@ from operator import itemgetter
 
 from msgspec import Struct
 
-from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied, Kind, Period, Scope, Settlement
-from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Store, StoreError, Unavailable
+from meshproxy.ledger.records import BucketState, Denial, Hold, HoldRequest, Kind, Period, Scope, Settlement
+from meshproxy.ledger.store import Script, Store, StoreError, Unavailable
 from meshproxy.policy.principal import Limits
 
 MAX_ACCOUNTS = 65_536  # known to one worker while Redis is away; no others are admitted
@@ -96,23 +95,23 @@ class LocalAdmission:
             str, tuple[str, int]
         ] = {}  # account and nano-USD by hold id: held, or spent and not charged yet
         self._used_nusd: dict[str, int] = {}  # the sums of these by account
-        self._running: dict[str, Ask] = {}  # by hold id
+        self._running: dict[str, HoldRequest] = {}  # by hold id
         self._parallel: Counter[str] = Counter()  # of these by account, and by `account key`
         self._reserved_bytes = 0  # of the journal, for these
         self._buckets: dict[tuple[str, str, str, str], _Bucket] = {}
 
-    def has_room(self, ask: Ask) -> bool:
+    def has_room(self, ask: HoldRequest) -> bool:
         """Whether the journal can take the settlement of one more request; without that nothing may be admitted."""
         return self._reserved_bytes + _line_bytes(ask) <= self._room_bytes()
 
-    def admit(self, ask: Ask) -> Admitted | Denied:
+    def admit(self, ask: HoldRequest) -> Hold | Denial:
         """Hold the amount from the allowance and take from the local buckets, or return why not."""
         available = self._available(ask.account)
         known = max(len(self._used_nusd), len(self._buckets) // BUCKETS_OF_AN_ACCOUNT)
         is_one_too_many = ask.account not in self._used_nusd and known >= MAX_ACCOUNTS
         amount_nusd = ask.amount_within(available)
         if amount_nusd is None or is_one_too_many:
-            return Denied("insufficient_credits", "credit", max(available, 0), needed_nusd=ask.amount_nusd)
+            return Denial("insufficient_credits", "credit", max(available, 0), needed_nusd=ask.amount_nusd)
         wants = [
             *self._wants("key", ask.key_id, ask.key_limits, ask.tokens),
             *self._wants("account", ask.account, ask.account_limits, ask.tokens),
@@ -121,9 +120,9 @@ class LocalAdmission:
             ((bucket.wait_s(count), bucket) for bucket, count in wants), default=(0.0, None), key=itemgetter(0)
         )
         if slowest is not None and wait_s > 0:
-            return Denied("rate_limit", slowest.which, available, None if wait_s == math.inf else wait_s)
+            return Denial("rate_limit", slowest.which, available, None if wait_s == math.inf else wait_s)
         if full := self._full(ask):
-            return Denied("rate_limit", full, available, PARALLEL_RETRY_S)
+            return Denial("rate_limit", full, available, PARALLEL_RETRY_S)
         for bucket, count in wants:
             bucket.level -= count
         self._owe(ask.hold_id, ask.account, amount_nusd)
@@ -131,9 +130,9 @@ class LocalAdmission:
         self._parallel.update(_owners(ask))
         self._reserved_bytes += _line_bytes(ask)
         states = tuple(bucket.state() for bucket, _ in wants)
-        return Admitted(ask, amount_nusd, available - amount_nusd, states)
+        return Hold(ask, amount_nusd, available - amount_nusd, states)
 
-    def take(self, ask: Ask, amount_nusd: int) -> bool:
+    def take(self, ask: HoldRequest, amount_nusd: int) -> bool:
         """Hold more of the account's allowance for a request, if it is there. Redis may hold the first part of it."""
         if amount_nusd > self._available(ask.account):
             return False
@@ -204,7 +203,7 @@ class LocalAdmission:
         bucket = self._buckets[scope, name, kind, per] = _Bucket(scope, kind, per, limit, full, rate, level, now)
         return bucket
 
-    def _full(self, ask: Ask) -> str | None:
+    def _full(self, ask: HoldRequest) -> str | None:
         """Which limit of requests in parallel is reached by this worker's share of it: at least one."""
         account, key = _owners(ask)
         for which, owner, limits in (("key", key, ask.key_limits), ("account", account, ask.account_limits)):
@@ -214,11 +213,11 @@ class LocalAdmission:
         return None
 
 
-def _owners(ask: Ask) -> tuple[str, str]:
+def _owners(ask: HoldRequest) -> tuple[str, str]:
     """Who a running request counts for: its account, and its key."""
     return ask.account, f"{ask.account} {ask.key_id}"
 
 
-def _line_bytes(ask: Ask) -> int:
+def _line_bytes(ask: HoldRequest) -> int:
     """The most that a request's settlement takes in the journal."""
     return LINE_BYTES + SESSION_BYTES * len(ask.session or "")

@@ -11,9 +11,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from meshproxy.ledger.keyspace import AccountKeys
-from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Argument, Store
+from meshproxy.ledger.records import AccountKeys
+from meshproxy.ledger.store import Argument, Script, Store
 
 State = Literal["claimed", "running", "finished", "lost", "conflict", "full"]
 Conclusion = Literal["running", "finished", "lost", "failed"]

@@ -1,18 +1,50 @@
-"""What the rest of the ledger knows of Redis: commands go in, replies come out, and two kinds of trouble.
+"""Lua scripts: text that lies beside this module as `NAME.lua`, called by the SHA-1 that EVALSHA wants.
 
-`Unavailable` is a fault of the gateway's: the store is lost, slow, full, or in the middle of a failover. Everything foreign is
-translated to it once, here. `StoreError` is a bug or a wrong set-up (WRONGTYPE, NOPERM, a script's own error).
-
-No command is ever sent twice by a store: one whose reply was lost may have run, and only the ledger knows what may be repeated.
+A line `-- include: NAME` is replaced by the text of `NAME.lua`, so that scripts can share functions although Redis knows
+no modules. Nothing is read at import: whoever composes the ledger loads its scripts once.
 """
 
 import asyncio
+import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import Any
 
-from meshproxy.errors import Fault, Source, ledger_unavailable
-from meshproxy.ledger.scripts import Script
+from msgspec import Struct
+
+from meshproxy.errors import GatewayError, Source, ledger_unavailable
+
+_INCLUDE = re.compile(r"^-- include: ([a-z0-9_]+)[ \t]*$", re.MULTILINE)
+
+
+class Script(Struct, frozen=True):
+    """One script, whole: its name for metrics and messages, its text, and the SHA-1 (hex) that Redis knows it by."""
+
+    name: str
+    text: str
+    sha: str
+
+    @classmethod
+    def of(cls, name: str, text: str) -> "Script":
+        """The script of a text that is at hand."""
+        return cls(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+    @classmethod
+    def load(cls, name: str) -> "Script":
+        """The script in `NAME.lua` with its includes; FileNotFoundError if one is missing."""
+        return cls.of(name, expand(_read(name), _read))
+
+
+def expand(text: str, read: Callable[[str], str]) -> str:
+    """A script's text with each include replaced by what `read` says that it is. What is included includes nothing."""
+    return _INCLUDE.sub(lambda line: read(line[1]).rstrip("\n"), text)
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath("scripts", f"{name}.lua").read_text(encoding="utf-8")
+
 
 Argument = str | bytes | int
 OnChange = Callable[[str, bool, str], None]  # a server's name, whether there is a connection to it now, and if not why
@@ -34,7 +66,7 @@ PASSING = frozenset({
 })  # fmt: skip
 
 
-class Unavailable(Fault):
+class Unavailable(GatewayError):
     """The store can't be used now.
 
     `kind` is one of a closed set, for metrics; `reason`, which is also its text, is for logs and bears no secret.

@@ -1,19 +1,106 @@
-"""Where templates are kept: one hash of records by id and one of ids by name, for each owner and for the global ones."""
+"""A bounded, short-lived memory of lookups in the store, so that a busy key costs a fetch a second and not one a request.
+
+What is found and what is not are remembered apart: a flood of names that don't exist pushes out each other and nothing else.
+Age counts from the moment a fetch was asked for, so an entry is never older than its time to live.
+"""
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
-from typing import TypeVar
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from meshproxy.errors import Fault, Source, invalid
-from meshproxy.ledger.cache import Cache
-from meshproxy.ledger.keyspace import GLOBAL, AccountKeys
-from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Store, StoreError
+from meshproxy.errors import GatewayError, Source, invalid
+from meshproxy.ledger.records import GLOBAL, AccountKeys
+from meshproxy.ledger.store import Script, Store, StoreError, Unavailable
 from meshproxy.policy.template import Template
+
+MAX_UNKNOWN = 1024  # names remembered as not there
+
+Value = TypeVar("Value")
+
+
+class Cache(Generic[Value]):
+    """`fetch` asks the store for one key's value; None: there is none. Its weight counts towards `max_weight`.
+
+    `stale_s`: while the store is unavailable, values this much older than `ttl_s` are still given out.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[Any], Awaitable[Value | None]],
+        *,
+        clock: Callable[[], float],
+        ttl_s: float,
+        max_weight: int,
+        stale_s: float = 0.0,
+        weigh: Callable[[Value], int] = lambda _: 1,
+    ) -> None:
+        self._fetch = fetch
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self._max_weight = max_weight
+        self._stale_s = stale_s
+        self._weigh = weigh
+        self._weight = 0
+        self._known: OrderedDict[Hashable, tuple[float, Value, int]] = OrderedDict()  # fresh until, value, weight
+        self._unknown: OrderedDict[Hashable, float] = OrderedDict()  # fresh until
+        self._changes = 0  # of which this worker knows
+
+    async def get(self, key: Hashable) -> Value | None:
+        """The remembered value while it is fresh, else the fetched one. Raises what the fetch raises."""
+        now, changes = self._clock(), self._changes
+        entry = self._known.get(key)
+        if entry is not None and entry[0] > now:
+            self._known.move_to_end(key)
+            return entry[1]
+        if self._unknown.get(key, 0.0) > now:
+            return None
+        try:
+            value = await self._fetch(key)
+        except Unavailable:
+            entry = self._known.get(key)
+            if entry is not None and entry[0] + self._stale_s > self._clock():
+                return entry[1]
+            raise
+        if changes == self._changes:  # else the fetch may have seen the old state
+            self._keep(key, value, now + self._ttl_s)
+        return value
+
+    def forget(self, key: Hashable) -> None:
+        """It changed: ask the store next time."""
+        self._changes += 1
+        self._drop(key)
+
+    def clear(self) -> None:
+        """Anything may have changed."""
+        self._changes += 1
+        self._known.clear()
+        self._unknown.clear()
+        self._weight = 0
+
+    def _keep(self, key: Hashable, value: Value | None, fresh_until: float) -> None:
+        self._drop(key)
+        if value is None:
+            self._unknown[key] = fresh_until
+            if len(self._unknown) > MAX_UNKNOWN:
+                self._unknown.popitem(last=False)
+            return
+        weight = self._weigh(value)
+        self._known[key] = (fresh_until, value, weight)
+        self._weight += weight
+        while self._weight > self._max_weight:
+            self._weight -= self._known.popitem(last=False)[1][2]
+
+    def _drop(self, key: Hashable) -> None:
+        self._unknown.pop(key, None)
+        entry = self._known.pop(key, None)
+        if entry is not None:
+            self._weight -= entry[2]
+
 
 Record = TypeVar("Record")
 
@@ -74,13 +161,13 @@ class Templates:
     async def put(self, template: Template) -> bool:
         """Store a new template or a new version of one; False if another of this owner's has the name.
 
-        Fault `validation_error` if the owner has as many as are allowed.
+        GatewayError `validation_error` if the owner has as many as are allowed.
         """
         return await self._store_as(template) == b"stored"
 
     async def change(self, template: Template, change: Callable[[Template], Template]) -> Template | None:
         """Apply a change to the template as it is stored now, so that no concurrent change is undone; the new version, None if
-        it was deleted. ValueError if another of its owner's has the name; Fault as of `put`.
+        it was deleted. ValueError if another of its owner's has the name; GatewayError as of `put`.
         """
         key = _keys(template)[1]
         for _ in range(MAX_CHANGES):
@@ -96,13 +183,15 @@ class Templates:
         raise StoreError("RACE", f"{template.id} was changed by others {MAX_CHANGES} times meanwhile")
 
     async def _store_as(self, template: Template, before: bytes = b"") -> bytes:
-        """The outcome of put_template.lua; Fault if there is no room."""
+        """The outcome of put_template.lua; GatewayError if there is no room."""
         args = (template.id, template.name, encode(template), MAX_TEMPLATES, MAX_OWNER_BYTES, before)
         outcome = bytes(await self._store.run(self._put, _keys(template), args))
         self._cache.clear()
         if outcome == b"full":
             most = f"{MAX_TEMPLATES} templates and {MAX_OWNER_BYTES} bytes"
-            raise Fault(Source.CLIENT, invalid(f"There is no room for this template: {most} in all are the most."))
+            raise GatewayError(
+                Source.CLIENT, invalid(f"There is no room for this template: {most} in all are the most.")
+            )
         return outcome
 
     async def delete(self, template: Template) -> bool:

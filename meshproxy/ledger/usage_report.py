@@ -13,10 +13,9 @@ from functools import cache, lru_cache, partial
 import msgspec
 from msgspec import Struct
 
-from meshproxy.errors import Fault, Source, invalid
-from meshproxy.ledger.keyspace import AccountKeys
-from meshproxy.ledger.scripts import Script
-from meshproxy.ledger.store import Store
+from meshproxy.errors import GatewayError, Source, invalid
+from meshproxy.ledger.records import AccountKeys
+from meshproxy.ledger.store import Script, Store
 
 MAX_EVENTS = 1000  # that are asked for, or read, in one go
 EVENT_DAYS = 8  # that a request is found by its id (settle.lua, REQUESTS_KEPT_S)
@@ -65,7 +64,7 @@ async def usage(
 ) -> list[Row]:
     """The sums of every hour that `since` to `until` touches, ordered by day, session, model and key as far as grouped by.
 
-    Naive times are UTC. Fault `validation_error` for an unknown group, a span that is negative or longer
+    Naive times are UTC. GatewayError `validation_error` for an unknown group, a span that is negative or longer
     than 92 days, and one that has too much in it.
     """
     unknown = [name for name in group_by if name not in GROUPS]
@@ -219,5 +218,5 @@ def _order(row: Row) -> tuple[str, ...]:
     return (row.day or "", row.session_id or "", row.model or "", row.key or "")
 
 
-def _invalid(message: str, param: str) -> Fault:
-    return Fault(Source.CLIENT, invalid(message, param=param))
+def _invalid(message: str, param: str) -> GatewayError:
+    return GatewayError(Source.CLIENT, invalid(message, param=param))

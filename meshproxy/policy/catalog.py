@@ -11,14 +11,13 @@ from itertools import groupby
 from typing import Final
 from urllib.parse import urlsplit
 
-from msgspec import Raw
+from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from meshproxy.config import STANDARD_TIERS, Model, Route, Settings, Upstream
-from meshproxy.errors import Fault, Source, invalid, model_not_found
+from meshproxy.errors import GatewayError, Source, invalid, model_not_found
 from meshproxy.money import parse_usd
 from meshproxy.policy.pricing import Price, price_of, service_prices
-from meshproxy.value import Value
 
 MAX_COMPARED_CHARS = 64  # of a name that is not known
 MAX_COMPARED_MODELS = 512
@@ -48,7 +47,7 @@ _NEWER_CAP_HOSTS: Final = (
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
 
 
-class Attempt(Value, frozen=True):
+class Candidate(Struct, frozen=True):
     """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
     it walks itself, in order, each with the price that is due if it is the one that serves. Neighbours of one model that have a
     `weight` are equals. `hidden_reasoning`: output is billed that a stream doesn't show. `services` are the prices of service
@@ -63,7 +62,7 @@ class Attempt(Value, frozen=True):
     context_window: int
     max_output_tokens: int
     price: Price
-    natives: tuple["Attempt", ...] = ()
+    natives: tuple["Candidate", ...] = ()
     weight: int | None = None
     hidden_reasoning: bool = False
     cap_field: str = "max_tokens"
@@ -92,7 +91,7 @@ class Attempt(Value, frozen=True):
         return tuple(native.upstream_model for native in self.natives)
 
 
-class Entry(Value, frozen=True):
+class Entry(Struct, frozen=True):
     """A model of the catalogue. `groups` are its attempts in order; a group of more than one are equals. `fixed` is the
     order when there are no equals.
     """
@@ -101,18 +100,18 @@ class Entry(Value, frozen=True):
     context_window: int
     max_output_tokens: int
     price: Price
-    groups: tuple[tuple[Attempt, ...], ...]
-    fixed: tuple[Attempt, ...] | None
+    groups: tuple[tuple[Candidate, ...], ...]
+    fixed: tuple[Candidate, ...] | None
 
-    def walk(self, spin: float) -> tuple[Attempt, ...]:
+    def walk(self, spin: float) -> tuple[Candidate, ...]:
         """The attempts in the order that `spin`, in [0, 1), gives to equals."""
         if self.fixed is not None:
             return self.fixed
-        return tuple(attempt for group in self.groups for attempt in _drawn(group, spin))
+        return tuple(candidate for group in self.groups for candidate in _drawn(group, spin))
 
-    def through(self, upstream: str) -> Attempt | None:
+    def through(self, upstream: str) -> Candidate | None:
         """The first attempt that goes through this upstream."""
-        return next((attempt for group in self.groups for attempt in group if attempt.upstream == upstream), None)
+        return next((candidate for group in self.groups for candidate in group if candidate.upstream == upstream), None)
 
 
 class Catalog:
@@ -135,10 +134,10 @@ class Catalog:
         found = get_close_matches(name[:MAX_COMPARED_CHARS], self.ids[:MAX_COMPARED_MODELS], n=1)
         return found[0] if found else None
 
-    def attempts(self, model: str, fallbacks: Sequence[str] = (), *, spin: float) -> tuple[Attempt, ...]:
+    def attempts(self, model: str, fallbacks: Sequence[str] = (), *, spin: float) -> tuple[Candidate, ...]:
         """Whom to ask, in order; at most MAX_ATTEMPTS. `spin` in [0, 1) decides among equals.
 
-        Fault `model_not_found` if `model` or a fallback isn't in the catalogue.
+        GatewayError `model_not_found` if `model` or a fallback isn't in the catalogue.
         """
         entry = self._known(model)
         if not fallbacks:
@@ -148,69 +147,71 @@ class Catalog:
     def _known(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
-            raise Fault(Source.CLIENT, model_not_found(name, self.nearest(name)))
+            raise GatewayError(Source.CLIENT, model_not_found(name, self.nearest(name)))
         return entry
 
 
-def large_enough(attempts: tuple[Attempt, ...], tokens: int) -> tuple[Attempt, ...]:
+def large_enough(attempts: tuple[Candidate, ...], tokens: int) -> tuple[Candidate, ...]:
     """The attempts whose model's window has room for at least so many tokens; all of them if none has, so that the first is
     asked and its refusal told. A provider that walks fallbacks itself is asked in any case.
     """
-    fitting = tuple(attempt for attempt in attempts if attempt.context_window >= tokens or attempt.kind == "openrouter")
+    fitting = tuple(
+        candidate for candidate in attempts if candidate.context_window >= tokens or candidate.kind == "openrouter"
+    )
     return fitting or attempts
 
 
-def may_have_served(attempt: Attempt, reported_model: str | None) -> tuple[Attempt, ...]:
+def may_have_served(candidate: Candidate, reported_model: str | None) -> tuple[Candidate, ...]:
     """What has served, and is billed: the native fallback that the reply's `model` names, exactly or with a date. All that were
     asked, where it names none of them; the attempt itself, where there is no `model`.
     """
-    if not attempt.natives or reported_model is None:
-        return (attempt,)
-    candidates = (attempt, *attempt.natives)
+    if not candidate.natives or reported_model is None:
+        return (candidate,)
+    candidates = (candidate, *candidate.natives)
     exact = (candidate for candidate in candidates if reported_model == candidate.upstream_model)
     dated = (candidate for candidate in candidates if _is_dated(reported_model, candidate.upstream_model))
     found = next(exact, None) or next(dated, None)
     return candidates if found is None else (found,)
 
 
-def priced(attempts: tuple[Attempt, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Attempt, ...]:
+def priced(attempts: tuple[Candidate, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Candidate, ...]:
     """The attempts with the fees of a request that has these fields.
 
-    Fault of the client, 422: `service_tier` or a field changes the price, and a model that may serve has none for it. A provider
-    that tells what it has charged may be asked for anything.
+    GatewayError of the client, 422: `service_tier` or a field changes the price, and a model that may serve has none for it. A
+    provider that tells what it has charged may be asked for anything.
     """
     if tier in STANDARD_TIERS:
         tier = None
     extras = EXTRAS.keys() & fields.keys()
     if tier is None and not extras:
-        for attempt in attempts:
-            if attempt.fees or attempt.natives:
+        for candidate in attempts:
+            if candidate.fees or candidate.natives:
                 break
         else:
             return attempts
     present = {name for name, value in fields.items() if bytes(value) not in NOTHING}
-    return tuple(_priced(attempt, tier, present) for attempt in attempts)
+    return tuple(_priced(candidate, tier, present) for candidate in attempts)
 
 
-def _priced(attempt: Attempt, tier: str | None, fields: set[str]) -> Attempt:
-    if attempt.price.markup is None:
-        if tier is not None and not any(name == tier for name, _ in attempt.services):
+def _priced(candidate: Candidate, tier: str | None, fields: set[str]) -> Candidate:
+    if candidate.price.markup is None:
+        if tier is not None and not any(name == tier for name, _ in candidate.services):
             raise _unpriced(
-                "service_tier", f"The model `{attempt.model}` has no price for the service tier `{tier[:64]}`."
+                "service_tier", f"The model `{candidate.model}` has no price for the service tier `{tier[:64]}`."
             )
         for name in sorted(EXTRAS.keys() & fields):
-            if attempt.kind in EXTRAS[name] and not any(name == field for field, _ in attempt.fees):
-                raise _unpriced(name, f"The model `{attempt.model}` has no price for `{name}`.")
-    fee = sum(amount for name, amount in attempt.fees if name in fields)
-    natives = tuple(_priced(native, tier, fields) for native in attempt.natives)
-    if not fee and natives == attempt.natives:
-        return attempt
-    services = tuple((name, price.with_fee(fee)) for name, price in attempt.services)
-    return replace(attempt, price=attempt.price.with_fee(fee), services=services, natives=natives)
+            if candidate.kind in EXTRAS[name] and not any(name == field for field, _ in candidate.fees):
+                raise _unpriced(name, f"The model `{candidate.model}` has no price for `{name}`.")
+    fee = sum(amount for name, amount in candidate.fees if name in fields)
+    natives = tuple(_priced(native, tier, fields) for native in candidate.natives)
+    if not fee and natives == candidate.natives:
+        return candidate
+    services = tuple((name, price.with_fee(fee)) for name, price in candidate.services)
+    return replace(candidate, price=candidate.price.with_fee(fee), services=services, natives=natives)
 
 
-def _unpriced(param: str, message: str) -> Fault:
-    return Fault(Source.CLIENT, invalid(message, param=param))
+def _unpriced(param: str, message: str) -> GatewayError:
+    return GatewayError(Source.CLIENT, invalid(message, param=param))
 
 
 def _is_dated(reported: str, name: str) -> bool:
@@ -222,9 +223,9 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
     services = service_prices(model)
     fees = tuple((field, parse_usd(usd)) for field, usd in model.field_usd.items())
 
-    def attempt(route: Route) -> Attempt:
+    def candidate(route: Route) -> Candidate:
         upstream = settings.upstreams[route.upstream]
-        return Attempt(
+        return Candidate(
             upstream=route.upstream,
             kind=upstream.kind,
             upstream_model=route.model,
@@ -240,7 +241,7 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
             stream_usage=upstream.stream_usage,
         )
 
-    groups = tuple(tuple(map(attempt, group)) for group in _groups(model.upstreams))
+    groups = tuple(tuple(map(candidate, group)) for group in _groups(model.upstreams))
     fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0] for group in groups)
     return Entry(name, model.context_window, model.max_output_tokens, price, groups, fixed)
 
@@ -260,13 +261,13 @@ def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:
             yield from ([route] for route in neighbours)
 
 
-def _drawn(group: Iterable[Attempt], spin: float) -> Iterable[Attempt]:
+def _drawn(group: Iterable[Candidate], spin: float) -> Iterable[Candidate]:
     """The group in an order drawn by weight without replacement. One random number is enough: what it says beyond the choice
     of the first is uniform again, and chooses the second. (Weights past 2**53 in all are rounded: the last may be overshot.)
     """
     rest = list(group)
     while len(rest) > 1:
-        point = spin * sum(attempt.share for attempt in rest)
+        point = spin * sum(candidate.share for candidate in rest)
         index = 0
         while index < len(rest) - 1 and point >= rest[index].share:
             point -= rest[index].share
@@ -277,23 +278,23 @@ def _drawn(group: Iterable[Attempt], spin: float) -> Iterable[Attempt]:
     yield rest[0]
 
 
-def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Attempt, ...]:
+def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, ...]:
     """The attempts of each entry in turn. An openrouter upstream is asked once for all that it serves: the first attempt there
     carries the later entries' models, and their own attempts there are left out.
     """
-    attempts: list[Attempt] = []
+    attempts: list[Candidate] = []
     covered: set[tuple[str, str]] = set()
     for position, entry in enumerate(entries):
-        for attempt in entry.walk(spin):
-            if (attempt.upstream, attempt.model) in covered:
+        for candidate in entry.walk(spin):
+            if (candidate.upstream, candidate.model) in covered:
                 continue
-            natives = _natives(attempt, entries[position + 1 :])
+            natives = _natives(candidate, entries[position + 1 :])
             covered.update((native.upstream, native.model) for native in natives)
-            attempts.append(replace(attempt, natives=natives) if natives else attempt)
+            attempts.append(replace(candidate, natives=natives) if natives else candidate)
     return tuple(attempts[:MAX_ATTEMPTS])
 
 
-def _natives(attempt: Attempt, later: Iterable[Entry]) -> tuple[Attempt, ...]:
-    if attempt.kind != "openrouter":
+def _natives(candidate: Candidate, later: Iterable[Entry]) -> tuple[Candidate, ...]:
+    if candidate.kind != "openrouter":
         return ()
-    return tuple(native for entry in later if (native := entry.through(attempt.upstream)) is not None)
+    return tuple(native for entry in later if (native := entry.through(candidate.upstream)) is not None)

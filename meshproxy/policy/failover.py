@@ -11,11 +11,18 @@ from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
+from msgspec import Struct
 from msgspec.structs import replace
 
-from meshproxy.errors import MAX_RETRY_AFTER_S, Phase, Problem, UpstreamFault, provider_not_available, upstream_error
-from meshproxy.value import Value
-from meshproxy.wire.replies import ProviderWords, provider_error, provider_words
+from meshproxy.errors import (
+    MAX_RETRY_AFTER_S,
+    ErrorResponse,
+    Phase,
+    UpstreamError,
+    provider_not_available,
+    upstream_error,
+)
+from meshproxy.openai.errors import ProviderWords, provider_error, provider_words
 
 DEFAULT_RETRY_AFTER_S: Final = 1.0  # where a provider is full and doesn't say for how long
 # Where our account there has run out: longer than any SDK waits by itself, for only its owner can change that.
@@ -93,19 +100,19 @@ _STATUS_OF: Final = {
 }
 
 
-class Verdict(Value, frozen=True):
+class Verdict(Struct, frozen=True):
     """What the client is told if nothing better comes; whether the next attempt may be made, or only one with another model.
     `words`: what the provider said, for the log.
     """
 
-    problem: Problem
+    problem: ErrorResponse
     try_next: bool
     another_model: bool = False
     words: str | None = None
 
-    def fault(self, answered: int) -> UpstreamFault:
+    def fault(self, answered: int) -> UpstreamError:
         """The fault of an attempt that was answered with this status."""
-        return UpstreamFault(
+        return UpstreamError(
             self.problem,
             safe_to_repeat=self.try_next,
             another_model=self.another_model,
@@ -129,7 +136,7 @@ def after_status(
     return _verdict(status, words, wait_of(retry_after, retry_after_ms, now))
 
 
-def after_event(error: Any, *, otherwise: str) -> UpstreamFault:
+def after_event(error: Any, *, otherwise: str) -> UpstreamError:
     """Judge an error that came with status 200, in the place of an answer: as if the provider had answered with the status that
     the error names or its code is known for. `otherwise`: the message for one that has neither.
     """
@@ -138,17 +145,17 @@ def after_event(error: Any, *, otherwise: str) -> UpstreamFault:
     if status is not None:
         return _verdict(status, words, None).fault(status)
     problem = _quoted(upstream_error(otherwise, may_have_run=True), words)
-    return UpstreamFault(problem, safe_to_repeat=True, answered=200, words=words.message)
+    return UpstreamError(problem, safe_to_repeat=True, answered=200, words=words.message)
 
 
-def in_stream(error: Any) -> UpstreamFault:
+def in_stream(error: Any) -> UpstreamError:
     """Judge an error behind the first event of a stream."""
     words = provider_words(error)
     problem = _quoted(upstream_error("The provider failed in the stream.", may_have_run=True), words)
-    return UpstreamFault(problem, safe_to_repeat=False, answered=200, words=words.message)
+    return UpstreamError(problem, safe_to_repeat=False, answered=200, words=words.message)
 
 
-def is_unwell(fault: UpstreamFault) -> bool:
+def is_unwell(fault: UpstreamError) -> bool:
     """Whether a fault speaks against the upstream itself: it couldn't be reached, fell silent, broke off or failed. That it has
     no capacity, or refuses this request or our account, doesn't; neither does what never left the gateway, nor an answer
     that the gateway can't read.
@@ -160,17 +167,17 @@ def is_unwell(fault: UpstreamFault) -> bool:
     return fault.answered >= 500 or fault.answered == 200
 
 
-def may_be_the_request(fault: UpstreamFault) -> bool:
+def may_be_the_request(fault: UpstreamError) -> bool:
     """Whether the request itself may have caused the fault, so that it says less of how others' requests will do."""
     return fault.phase not in {Phase.CONNECT, Phase.TLS}
 
 
-def asks_to_wait_s(fault: UpstreamFault) -> float:
+def asks_to_wait_s(fault: UpstreamError) -> float:
     """For how long the upstream should be spared, by its own word; at most MAX_RETRY_AFTER_S, 0.0 if it didn't ask."""
     return min(fault.problem.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if fault.answered is not None else 0.0
 
 
-def foremost(faults: Sequence[UpstreamFault]) -> UpstreamFault:
+def foremost(faults: Sequence[UpstreamError]) -> UpstreamError:
     """The fault to tell of, of all that a request met: a refusal of the request before a wait, a wait before a failure, a failure
     before a refusal of the gateway, and that before a connection that couldn't be made. Of equal ones the last, but the first
     refusal, which is by the model that was asked for, and the shortest wait. A client's retry may pay twice if any attempt may
@@ -205,7 +212,7 @@ def _verdict(status: int, words: ProviderWords, wait_s: float | None) -> Verdict
     if status == 429:
         return Verdict(_limited(words, wait_s), try_next=True, words=words.message)
     if status in _FULL:
-        full = Problem(502, "upstream_error", "The provider is overloaded.", retry_after_s=wait_s)
+        full = ErrorResponse(502, "upstream_error", "The provider is overloaded.", retry_after_s=wait_s)
         return Verdict(_quoted(full, words), try_next=True, words=words.message)
     if status >= 500 or status in _IN_THE_MIDDLE:
         failed = upstream_error(f"The provider failed with status {status}.", may_have_run=True)
@@ -251,7 +258,7 @@ def _is_about_a_field(words: ProviderWords) -> bool:
 def _refused(status: int, words: ProviderWords) -> Verdict:
     """The request was refused, in the provider's own words and with its own status, code and param."""
     code = words.code if words.code is not None and not words.numeric and _CODE.fullmatch(words.code) else None
-    problem = Problem(
+    problem = ErrorResponse(
         status,
         code or "provider_refused",
         words.message or "The provider refused the request.",
@@ -278,7 +285,7 @@ def _another_may_take_it(status: int, words: ProviderWords) -> bool:
     )
 
 
-def _limited(words: ProviderWords, wait_s: float | None) -> Problem:
+def _limited(words: ProviderWords, wait_s: float | None) -> ErrorResponse:
     """The provider has no capacity for us: for a moment, or until somebody pays. Its words may name our organisation."""
     if wait_s is None:
         wait_s = words.wait_s if words.wait_s is not None else _spoken_wait_s(words.message or "")
@@ -292,7 +299,7 @@ def _limited(words: ProviderWords, wait_s: float | None) -> Problem:
     return replace(problem, provider_code=words.code)
 
 
-def _quoted(problem: Problem, words: ProviderWords) -> Problem:
+def _quoted(problem: ErrorResponse, words: ProviderWords) -> ErrorResponse:
     """A problem with what the provider said of it."""
     message = problem.message if words.message is None else f"{problem.message.removesuffix('.')}: {words.message}"
     return replace(problem, message=message, provider_code=words.code, provider_error=words.value)
@@ -305,7 +312,7 @@ def _status_of(words: ProviderWords) -> int | None:
     return next((status for status in known if status is not None), None)
 
 
-def _weight(index: int, fault: UpstreamFault) -> tuple[int, float, int]:
+def _weight(index: int, fault: UpstreamError) -> tuple[int, float, int]:
     problem = fault.problem
     if problem.status < 500:
         return 4, 0.0, -index

@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.config import Model, Prices, PriceTier
 from meshproxy.money import parse_usd
-from meshproxy.value import Value
-from meshproxy.wire.usage import Usage
+from meshproxy.openai.usage import Usage
 
 TOKENS_PER_PRICE = 1_000_000  # prices are quoted for a million tokens
 MAX_AFFORDABLE_TOKENS = 2**31 - 1  # of a model whose output is free
 WHOLE_MARKUP = 1_000_000_000  # a markup of 1.00, in billionths
 
 
-class Price(Value, frozen=True, omit_defaults=True):
+class Price(Struct, frozen=True, omit_defaults=True):
     """What a model costs, by token in nano-USD per million. `cache_write_1h`: what is kept for an hour, None as `cache_write`.
 
     `request` is a fee in nano-USD for each request. `tiers` are the prices of larger prompts: (above so many tokens, price),

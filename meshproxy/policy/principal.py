@@ -1,5 +1,9 @@
 """Who is calling, and what they may do and spend."""
 
+import ipaddress
+from collections import OrderedDict
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
@@ -74,3 +78,79 @@ class Principal(Struct, frozen=True):
     def may_use(self, model: str) -> bool:
         """Whether the key's list of models lets this one through."""
         return self.key.models is None or model in self.key.models
+
+
+MAX_KNOWN = 4096  # addresses whose answer, or whose failures, are kept; then the eldest are forgotten
+SITE_BITS = 64  # of IPv6: what one customer of a network has at least (RFC 6177)
+
+
+class Networks:
+    """A set of networks."""
+
+    def __init__(self, networks: Iterable[str]) -> None:
+        self._networks = [ipaddress.ip_network(network) for network in networks]
+        self.have = lru_cache(MAX_KNOWN)(self._have)
+
+    def __bool__(self) -> bool:
+        return bool(self._networks)
+
+    def _have(self, address: str) -> bool:
+        found = ipaddress.ip_address(address)
+        return any(found in network for network in self._networks)
+
+
+class FailedLogins:
+    """How often addresses failed: a bucket each, of `per_minute` failures, which empties in a minute. 0: nobody counts."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._most = per_minute
+        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()  # failures, and as of when
+
+    def wait_s(self, address: str, now: float) -> float:
+        """How long this address has to wait before it may try again; 0.0 if it may."""
+        if not self._levels:
+            return 0.0
+        excess = self._level(_site(address), now) - self._most + 1
+        return max(0.0, excess * 60 / self._most)
+
+    def failed(self, address: str, now: float) -> None:
+        """A login failed."""
+        if self._most:
+            site = _site(address)
+            self._levels[site] = (self._level(site, now) + 1, now)
+            self._levels.move_to_end(site)
+            if len(self._levels) > MAX_KNOWN:
+                self._levels.popitem(last=False)
+
+    def _level(self, site: str, now: float) -> float:
+        level, at = self._levels.get(site, (0.0, now))
+        return max(0.0, level - (now - at) * self._most / 60)
+
+
+class Access:
+    """What one configuration asks of an address. None is a client on a unix socket, whom the file's permissions let in."""
+
+    def __init__(self, allowed: Iterable[str] = (), failures_per_minute: int = 0) -> None:
+        self._allowed = Networks(allowed)
+        self._failed_logins = FailedLogins(failures_per_minute)
+        self.is_open = not (self._allowed or failures_per_minute)  # nothing is asked of anybody
+
+    def admits(self, address: str | None) -> bool:
+        """Whether it is on the list, if there is one."""
+        return not self._allowed or address is None or self._allowed.have(address)
+
+    def wait_s(self, address: str | None, now: float) -> float:
+        """How long it has to wait before it may try to log in; 0.0 if it may."""
+        return 0.0 if address is None else self._failed_logins.wait_s(address, now)
+
+    def failed(self, address: str | None, now: float) -> None:
+        """It tried in vain."""
+        if address is not None:
+            self._failed_logins.failed(address, now)
+
+
+def _site(address: str) -> str:
+    """The address, or of IPv6 its network: who has one address there has them all."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address, SITE_BITS), strict=False).network_address)

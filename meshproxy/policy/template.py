@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -16,9 +17,9 @@ import orjson
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
-from meshproxy.errors import Detail, Fault, Source, invalid
-from meshproxy.policy.params import check_params, merge_params
-from meshproxy.wire.details import detail_of, name_of
+from meshproxy.errors import Detail, GatewayError, Source, invalid
+from meshproxy.openai.errors import detail_of, name_of
+from meshproxy.openai.request import CAPS, decode_chat
 
 __all__ = ["Template", "TemplateFields", "check_template", "measure", "merge_params", "render", "slots", "to_public"]
 
@@ -68,8 +69,8 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
     variables: list[str] | UnsetType = UNSET
 
     def applied_to(self, template: Template) -> Template:
-        """The template with these fields. Fault `validation_error` if that would leave it without a prompt, or with too large
-        a one.
+        """The template with these fields. GatewayError `validation_error` if that would leave it without a prompt, or with too
+        large a one.
         """
         changes = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
         changed = msgspec.structs.replace(template, **changes)
@@ -80,8 +81,8 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
 
 
 def check_template(body: bytes, *, partial: bool) -> TemplateFields:
-    """The fields in the body of a POST, or of a PATCH (`partial`), where null clears. Fault `validation_error` with a detail
-    for everything that is wrong.
+    """The fields in the body of a POST, or of a PATCH (`partial`), where null clears. GatewayError `validation_error` with a
+    detail for everything that is wrong.
     """
     known: dict[str, Any] = {}
     details: list[Detail] = []
@@ -115,7 +116,7 @@ def slots(template: Template) -> list[str]:
 def render(template: Template, variables: Mapping[str, str]) -> list[Message]:
     """The template's messages, `system` first, with every slot filled; variables that no slot asks for are ignored.
 
-    Fault `validation_error` naming every slot that has no variable.
+    GatewayError `validation_error` naming every slot that has no variable.
     """
     missing = [name for name in slots(template) if name not in variables]
     if missing:
@@ -130,7 +131,7 @@ def render(template: Template, variables: Mapping[str, str]) -> list[Message]:
 def measure(template: Template, variables: Mapping[str, str]) -> tuple[bytes, int]:
     """The messages that `render` gives as JSON, their slots not filled; and by how many bytes filling them makes it longer.
 
-    Costs no more than the template and the variables are long. Fault `validation_error` as from `render`.
+    Costs no more than the template and the variables are long. GatewayError `validation_error` as from `render`.
     """
     counts = Counter(slot[0] for text in _texts(template) for slot in _SLOT.finditer(text))
     names = {slot: slot.strip("{} \t") for slot in counts}
@@ -249,11 +250,11 @@ def _size(value: Any) -> int | None:
         return None
 
 
-def _unfit(details: Sequence[Detail]) -> Fault:
+def _unfit(details: Sequence[Detail]) -> GatewayError:
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     where = name_of(details[0])
     message = f"Invalid template: {where + ': ' if where else ''}{details[0].msg}{more}"
-    return Fault(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))
+    return GatewayError(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))
 
 
 def _with_system(template: Template) -> list[Message]:
@@ -294,14 +295,77 @@ def _filled_part(part: Any, fill: Callable[[str], str]) -> Any:
     return part
 
 
-def _missing(template: str, names: list[str]) -> Fault:
+def _missing(template: str, names: list[str]) -> GatewayError:
     listed = ", ".join(f"`{name}`" for name in names)
     details = [Detail("missing", ("body", "variables", name), "Field required") for name in names]
     words = "variable" if len(names) == 1 else "variables"
-    return Fault(
+    return GatewayError(
         Source.CLIENT, invalid(f"The template `{template}` needs the {words} {listed}.", *details, param="variables")
     )
 
 
 def _rfc3339(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# What shapes an answer and nothing else. Who asks, what is asked, how it is delivered and whether the provider keeps it
+# (`user`, `messages`, `model`, `stream`, `store`, `metadata`, ...) is the request's own to say.
+ALLOWED: Final = frozenset(
+    {
+        "audio",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "min_p",
+        "modalities",
+        "n",
+        "parallel_tool_calls",
+        "presence_penalty",
+        "provider",
+        "reasoning",
+        "reasoning_effort",
+        "repetition_penalty",
+        "response_format",
+        "seed",
+        "service_tier",
+        "stop",
+        "temperature",
+        "tool_choice",
+        "tools",
+        "top_a",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+        "verbosity",
+    }
+)
+
+_NONE: Final[Mapping[str, bytes]] = MappingProxyType({})
+_ANY_MESSAGES: Final = [{"role": "user"}]
+
+
+def check_params(params: Mapping[str, Any], loc: tuple[str, ...]) -> Iterator[Detail]:
+    """What is wrong with params that stand at `loc`: names that none may have, and values that no request may have."""
+    for name in params:
+        if name not in ALLOWED:
+            yield Detail("extra_forbidden", (*loc, name[:64]), "Not a request parameter that can be stored")
+    known = {name: value for name, value in params.items() if name in ALLOWED}
+    try:
+        decode_chat(msgspec.json.encode({"messages": _ANY_MESSAGES, **known}))
+    except GatewayError as fault:
+        for detail in fault.problem.details:
+            yield Detail(detail.type, (*loc, *detail.loc[1:]), detail.msg)
+
+
+def merge_params(key: Mapping[str, Any], template: Mapping[str, Any] | None) -> Mapping[str, bytes]:
+    """The params of a key over those of a template, each value as JSON; of the two names of the output cap one is enough."""
+    if not template:
+        return _encoded(key) if key else _NONE
+    capped = any(name in key for name in CAPS)
+    return _encoded({**{name: value for name, value in template.items() if not (capped and name in CAPS)}, **key})
+
+
+def _encoded(params: Mapping[str, Any]) -> dict[str, bytes]:
+    return {name: msgspec.json.encode(value) for name, value in params.items() if value is not None}

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from meshproxy.wire.output import text_tokens
+from meshproxy.openai.output import text_tokens
 
 BYTES_PER_TOKEN = 3
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and 3 at most of UTF-8

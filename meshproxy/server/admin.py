@@ -19,13 +19,13 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from meshproxy.errors import Fault, Source, forbidden, internal_error, unauthorized
+from meshproxy.errors import GatewayError, Source, forbidden, internal_error, unauthorized
 from meshproxy.ledger.desk import Desk
 from meshproxy.server.admin_api import add_routes
+from meshproxy.server.chat import request_id_of
 from meshproxy.server.client_address import address
-from meshproxy.server.envelope import envelope_errors, problem_response
-from meshproxy.server.request_id import request_id_of
-from meshproxy.telemetry.summary import Summary
+from meshproxy.server.errors import envelope_errors, problem_response
+from meshproxy.telemetry.exposition import Summary
 
 PROBES = frozenset({"/healthz", "/readyz"})
 
@@ -148,7 +148,7 @@ async def _no_bug_in_plain_text(request: web.Request, handler: Handler) -> web.S
     """A bug of the state's answers in the envelope too."""
     try:
         return await handler(request)
-    except (web.HTTPException, Fault):
+    except (web.HTTPException, GatewayError):
         raise
     except Exception:  # noqa: BLE001 - the last resort: it is logged, and answered in JSON
         request_id = request_id_of(request)
@@ -183,7 +183,7 @@ def _only_for(names: Collection[str]) -> Middleware:
         for host in told:
             name = _PORT.sub("", host).lower()
             if name not in names and address(name) is None:
-                raise Fault(Source.CLIENT, forbidden("This Host is not one of server.admin_hosts."))
+                raise GatewayError(Source.CLIENT, forbidden("This Host is not one of server.admin_hosts."))
         return await handler(request)
 
     return only_for

@@ -15,15 +15,15 @@ import orjson
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from meshproxy.errors import Detail, Fault, Source, forbidden, invalid, request_timeout, unsupported_media_type
+from meshproxy.errors import Detail, GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
 from meshproxy.ledger.desk import MAX_LIMIT, MAX_NAME, MAX_NOTE, MAX_REF, Bounds, Desk, KeyChange
 from meshproxy.money import parse_usd
+from meshproxy.openai.errors import detail_of, name_of
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
 from meshproxy.policy.template import check_template, to_public
-from meshproxy.server.request_id import request_id_of
+from meshproxy.server.chat import request_id_of
 from meshproxy.times import parse_moment, parse_span
 from meshproxy.version import VERSION
-from meshproxy.wire.details import detail_of, name_of
 
 ROOT = "/admin/v1"
 OPENAPI_PATH = f"{ROOT}/openapi.json"
@@ -55,7 +55,7 @@ class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budget_monthly_usd: Usd | UnsetType | None = UNSET
 
     def bounds(self) -> Bounds:
-        """As the desk takes them. Fault `validation_error` for a budget that is no amount."""
+        """As the desk takes them. GatewayError `validation_error` for a budget that is no amount."""
         return Bounds(
             limits=_given({name: getattr(self, name) for name in Limits.__struct_fields__}),
             budgets=_budgets(
@@ -84,7 +84,7 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
     session_budget_usd: Usd | UnsetType | None = UNSET
 
     def change(self, status: Status | UnsetType = UNSET) -> KeyChange:
-        """As the desk takes it. Fault `validation_error` for a time or an amount that is none."""
+        """As the desk takes it. GatewayError `validation_error` for a time or an amount that is none."""
         bounds = self.bounds()
         session = _budgets(total_nusd=("session_budget_usd", self.session_budget_usd))
         return KeyChange(
@@ -346,15 +346,15 @@ def _bound(api: AdminApi, function: Handler) -> Callable[[web.Request], Awaitabl
 
 
 def _refuse_other_origins(request: web.Request) -> None:
-    """Fault `forbidden` for a change that a page from elsewhere makes a browser ask for."""
+    """GatewayError `forbidden` for a change that a page from elsewhere makes a browser ask for."""
     site = request.headers.get("sec-fetch-site", "none")
     origin = request.headers.get("origin")
     if site not in SAME_SITE or (origin is not None and urlsplit(origin).netloc != request.host):
-        raise Fault(Source.CLIENT, forbidden("Another origin's page can't change anything here."))
+        raise GatewayError(Source.CLIENT, forbidden("Another origin's page can't change anything here."))
 
 
 async def _read(request: web.Request, kind: type[Body], *, optional: bool = False) -> Body:
-    """A body of a kind. Fault `validation_error` that names what is wrong with it."""
+    """A body of a kind. GatewayError `validation_error` that names what is wrong with it."""
     text = await _body(request)
     try:
         return msgspec.json.decode(b"{}" if optional and not text else text, type=kind)
@@ -362,17 +362,19 @@ async def _read(request: web.Request, kind: type[Body], *, optional: bool = Fals
         detail = detail_of(error, ("body",))
         name = name_of(detail)
         message = f"`{name}`: {detail.msg}." if name else f"The body can't be used: {detail.msg}."
-        raise Fault(Source.CLIENT, invalid(message, detail, param=name or None)) from error
+        raise GatewayError(Source.CLIENT, invalid(message, detail, param=name or None)) from error
 
 
 async def _body(request: web.Request) -> bytes:
     if request.body_exists and request.content_type != "application/json":
-        raise Fault(Source.CLIENT, unsupported_media_type("Send the body as `content-type: application/json`."))
+        raise GatewayError(Source.CLIENT, unsupported_media_type("Send the body as `content-type: application/json`."))
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()
     except TimeoutError as error:
-        raise Fault(Source.CLIENT, request_timeout(f"The body didn't arrive within {BODY_TIMEOUT_S:g} s.")) from error
+        raise GatewayError(
+            Source.CLIENT, request_timeout(f"The body didn't arrive within {BODY_TIMEOUT_S:g} s.")
+        ) from error
 
 
 def _page(request: web.Request) -> tuple[int, str]:
@@ -380,7 +382,7 @@ def _page(request: web.Request) -> tuple[int, str]:
 
 
 def _listed(request: web.Request, rows: list[dict[str, Any]], limit: int, name: str = "id") -> web.Response:
-    """A page, with the address of the next in its `Link` header (RFC 8288) where there may be one."""
+    """A page, with the address of the next in its `RedisConnection` header (RFC 8288) where there may be one."""
     response = _json(rows)
     if len(rows) == limit:
         following = request.rel_url.update_query(limit=str(limit), after=rows[-1][name])
@@ -436,7 +438,7 @@ def _count(request: web.Request, name: str, default: int, most: int) -> int:
     return int(text[:9])
 
 
-def _unfit(name: str, message: str) -> Fault:
-    return Fault(
+def _unfit(name: str, message: str) -> GatewayError:
+    return GatewayError(
         Source.CLIENT, invalid(f"`{name}`: {message}.", Detail("value_error", ("body", name), message), param=name)
     )

@@ -12,8 +12,17 @@ import orjson
 from aiohttp import web
 from msgspec.structs import asdict
 
-from meshproxy.errors import Detail, Fault, Source, forbidden, invalid, model_not_found, not_found, template_not_found
-from meshproxy.gateway.admission import limits_of
+from meshproxy.errors import (
+    Detail,
+    GatewayError,
+    Source,
+    forbidden,
+    invalid,
+    model_not_found,
+    not_found,
+    template_not_found,
+)
+from meshproxy.gateway.admit import limits_of
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.bounds import MAX_IN_TURN
 from meshproxy.gateway.pipeline import Gateway
@@ -23,12 +32,11 @@ from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS, MAX_SPAN, Event, Row, events, latest_events, usage
 from meshproxy.money import format_usd, in_usd
+from meshproxy.openai.headers import format_reset
 from meshproxy.policy.catalog import Entry
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
-from meshproxy.server.body import read_json_body
-from meshproxy.server.request_id import request_id_of
-from meshproxy.wire.headers import format_reset
+from meshproxy.server.chat import read_json_body, request_id_of
 
 MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times what a template may have; to take 33 MB apart stalls others for 1.5 s
 DEFAULT_SPAN = timedelta(days=30)
@@ -96,7 +104,7 @@ class Api:
         ]
         sort = query.get("sort", "id")
         if sort not in _SORTS:
-            raise Fault(Source.CLIENT, invalid(f"`sort` is one of {', '.join(_SORTS)}.", param="sort"))
+            raise GatewayError(Source.CLIENT, invalid(f"`sort` is one of {', '.join(_SORTS)}.", param="sort"))
         found.sort(key=lambda model: (model[_SORTS[sort]], model["id"]), reverse=query.get("order") == "desc")
         limit = _count(query.get("limit"), "limit", default=DEFAULT_PAGE, most=MAX_PAGE)
         offset = _count(query.get("offset"), "offset", default=0, most=MAX_OFFSET)
@@ -114,10 +122,10 @@ class Api:
         """`GET /v1/models/{id}`"""
         principal = await self._principal(request)
         name = request.match_info["id"]
-        catalog = self._gateway.deployment.catalog
+        catalog = self._gateway.active.catalog
         entry = catalog.model(name)
         if entry is None or not principal.may_use(name):
-            raise Fault(Source.CLIENT, model_not_found(name, catalog.nearest(name)))
+            raise GatewayError(Source.CLIENT, model_not_found(name, catalog.nearest(name)))
         return _json(self._public(entry))
 
     async def templates(self, request: web.Request) -> web.Response:
@@ -161,7 +169,7 @@ class Api:
         except ValueError as error:
             raise _name_taken(str(error)) from error
         if changed is None:
-            raise Fault(Source.CLIENT, template_not_found(template.name))
+            raise GatewayError(Source.CLIENT, template_not_found(template.name))
         return _json(to_public(changed))
 
     async def delete_template(self, request: web.Request) -> web.Response:
@@ -204,7 +212,7 @@ class Api:
         request_id = request.match_info["request_id"]
         found = await events(self._store, principal.account.name, [request_id], datetime.now(UTC))
         if not found:
-            raise Fault(Source.CLIENT, not_found(f"No request `{request_id[:128]}` of this account is settled."))
+            raise GatewayError(Source.CLIENT, not_found(f"No request `{request_id[:128]}` of this account is settled."))
         return _json(_shown_event(found[0]))
 
     async def events(self, request: web.Request) -> web.Response:
@@ -213,7 +221,7 @@ class Api:
         try:
             asked = msgspec.json.decode(await self._body(request, principal), type=EventsAsked)
         except msgspec.DecodeError as error:
-            raise Fault(Source.CLIENT, invalid(f"The body can't be used: {error}.")) from error
+            raise GatewayError(Source.CLIENT, invalid(f"The body can't be used: {error}.")) from error
         name, now = principal.account.name, datetime.now(UTC)
         if asked.request_ids is not None:
             found = await events(self._store, name, asked.request_ids, now)
@@ -226,7 +234,7 @@ class Api:
         """`GET /v1/key`: the calling key, its account's credit, its limits and its spend."""
         principal = await self._principal(request)
         key, account = principal.key, principal.account
-        limits = limits_of(principal, self._gateway.deployment.settings.defaults)
+        limits = limits_of(principal, self._gateway.active.settings.defaults)
         balance = await self._ledger.balance(account.name, key.id, key_limits=limits, account_limits=account.limits)
         return _json(
             {
@@ -266,7 +274,7 @@ class Api:
     async def _body(self, request: web.Request, principal: Principal) -> bytes:
         room = self._gateway.bodies.room(principal.account.name)
         try:
-            settings = self._gateway.deployment.settings.server
+            settings = self._gateway.active.settings.server
             return await read_json_body(request, settings, room.take, MAX_TEMPLATE_BODY_BYTES)
         finally:
             room.leave()
@@ -281,7 +289,7 @@ class Api:
 
     def _models(self, principal: Principal, *, free: bool | None = None) -> list[dict[str, Any]]:
         """What the key may use, in the catalogue's order: all, or only those that are free or not."""
-        catalog = self._gateway.deployment.catalog
+        catalog = self._gateway.active.catalog
         entries = [catalog.model(name) for name in catalog.ids if principal.may_use(name)]
         models = [self._public(entry) for entry in entries if entry is not None]
         return models if free is None else [model for model in models if model["is_free"] is free]
@@ -321,14 +329,14 @@ class Api:
         name = request.match_info["name"]
         template = await self._directory.template(principal.account.name, name)
         if template is None:
-            raise Fault(Source.CLIENT, template_not_found(name))
+            raise GatewayError(Source.CLIENT, template_not_found(name))
         return template
 
     async def _own(self, request: web.Request, principal: Principal) -> Template:
         """The template, if it is the caller's to change: global ones are the operators'."""
         template = await self._found(request, principal)
         if template.is_global:
-            raise Fault(Source.CLIENT, forbidden("Global templates can't be changed with a key."))
+            raise GatewayError(Source.CLIENT, forbidden("Global templates can't be changed with a key."))
         return template
 
     async def _put(self, template: Template) -> None:
@@ -365,9 +373,9 @@ def _shown_event(event: Event) -> dict[str, Any]:
     return {**fields, "started_at": started, "settled_at": settled}
 
 
-def _name_taken(message: str) -> Fault:
+def _name_taken(message: str) -> GatewayError:
     detail = Detail("name_taken", ("body", "name"), message)
-    return Fault(Source.CLIENT, invalid(message, detail, param="name"))
+    return GatewayError(Source.CLIENT, invalid(message, detail, param="name"))
 
 
 def _json(value: Any, status: int = 200) -> web.Response:
@@ -383,7 +391,7 @@ def _count(text: str | None, name: str, *, default: int, most: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and int(text[:9]) <= most):
-        raise Fault(Source.CLIENT, invalid(f"`{name}` is a number from 0 to {most}.", param=name))
+        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is a number from 0 to {most}.", param=name))
     return int(text[:9])
 
 
@@ -395,9 +403,9 @@ def _moment(text: str | None, name: str) -> datetime | None:
         moment = datetime.fromisoformat(text.replace(" ", "+"))
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError) as error:
-        raise Fault(Source.CLIENT, invalid(f"`{name}` is not an RFC 3339 time.", param=name)) from error
+        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is not an RFC 3339 time.", param=name)) from error
     if moment < EPOCH:
-        raise Fault(Source.CLIENT, invalid(f"`{name}` is before 1970.", param=name))
+        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is before 1970.", param=name))
     return moment
 
 

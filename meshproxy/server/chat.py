@@ -1,20 +1,291 @@
-"""`POST /v1/chat/completions`: from a request to the gateway's `Call` and back to the socket. The usual request comes from a
-`ClientConnection`, any other through aiohttp.
-"""
+"""The id of a request: the client's, when it is a valid one, else a new one."""
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from http import HTTPStatus
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time
 
-from meshproxy.gateway.call import Call, Downstream
+from meshproxy.config import Server
+from meshproxy.errors import (
+    ErrorResponse,
+    GatewayError,
+    Source,
+    invalid,
+    request_timeout,
+    request_too_large,
+    unsupported_media_type,
+)
+from meshproxy.gateway.bounds import SMALL_BYTES
+from meshproxy.gateway.exchange import Call, Downstream, Headers, Passing, Reply
 from meshproxy.gateway.pipeline import Gateway
-from meshproxy.server.body import TakeRoom, body_of, read_json_body
+from meshproxy.openai.errors import envelope, problem_headers
+from meshproxy.openai.headers import VERSION_HEADER, cors_headers, forwarded_headers, patience_s, request_id, trace_id
+from meshproxy.openai.headers import request_id as valid_request_id
 from meshproxy.server.client_address import TrustedProxies
-from meshproxy.server.connection import ClientConnection
-from meshproxy.server.downstream import ClientStream, Sent
-from meshproxy.server.padding import PaddedStream
-from meshproxy.server.request_id import new_request_id, request_id_of
-from meshproxy.wire.headers import cors_headers, forwarded_headers, patience_s, request_id, trace_id
+from meshproxy.server.fast_path import ClientConnection
+
+_KEY = web.RequestKey("request_id", str)
+
+
+def request_id_of(request: web.BaseRequest) -> str:
+    """The request's id, the same at every call."""
+    found = request.get(_KEY)
+    if found is None:
+        found = request[_KEY] = valid_request_id(request.headers.get("x-request-id")) or new_request_id()
+    return found
+
+
+def new_request_id() -> str:
+    """An id that no other request has."""
+    return f"req_{random.getrandbits(96):024x}"
+
+
+STEP_BYTES = 128
+MAX_LEVEL_BYTES = 1024  # larger events (tool calls, logprobs) get to the next multiple of it, and raise nothing
+
+_COMMENT = b": %b\n\n"
+_SHORTEST = len(_COMMENT % b"")
+_FILLING = b"." * MAX_LEVEL_BYTES
+
+
+class PaddedStream(Passing):
+    """A `Downstream` whose every write is as large as the largest before it, rounded up to a step: of a stream's sizes only
+    the few moments are seen at which its largest event grows by a step.
+    """
+
+    __slots__ = ("_level",)
+
+    def __init__(self, downstream: Downstream) -> None:
+        super().__init__(downstream)
+        self._level = STEP_BYTES
+
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:  # noqa: ARG002 - its frame doesn't fit any more
+        """Send whole events, and a comment behind them."""
+        size = len(payload) + _SHORTEST
+        if size > MAX_LEVEL_BYTES:
+            target = _up(size, MAX_LEVEL_BYTES)
+        else:
+            target = self._level = max(self._level, _up(size, STEP_BYTES))
+        self._downstream.write(payload + _COMMENT % _FILLING[: target - size])
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+MAX_BUFFERED_BYTES = 32_768  # what may wait for a client before reading upstream stops
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class Sent(web.StreamResponse):
+    """A response that has been written already."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._keep = keep_alive
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the connection stays open."""
+        return self._keep
+
+    async def prepare(self, _request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Nothing is left to send."""
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to send."""
+
+
+class ClientStream:
+    """The gateway's `Downstream` over one request's transport. HTTP/1.1 clients get chunks, HTTP/1.0 ones (`minor` 0) read to
+    the end. `drained` returns when the client has caught up; `is_closing`: whether the gateway won't take another request;
+    `extra`: headers for the answer beside the API's version.
+    """
+
+    __slots__ = ("_begun", "_chunked", "_drained", "_extra", "_is_closing", "_minor", "_transport", "keep_alive")
+
+    def __init__(
+        self,
+        transport: asyncio.Transport | None,
+        drained: Callable[[], Awaitable[None]],
+        is_closing: Callable[[], bool],
+        *,
+        keep_alive: bool,
+        minor: int = 1,
+        extra: Headers | None = None,
+    ) -> None:
+        self._transport = transport
+        self._extra = [VERSION_HEADER, *extra] if extra else [VERSION_HEADER]
+        self._drained = drained
+        self._is_closing = is_closing
+        self._minor = minor
+        self._chunked = minor > 0
+        self._begun = False
+        self.keep_alive = keep_alive and self._chunked
+
+    def begin(self, headers: Headers) -> None:
+        """Send the head of a 200 event stream."""
+        self._begun = True
+        framing = [("transfer-encoding", "chunked")] if self._chunked else []
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
+        self._end_with_this_answer()
+        self._send(head(200, [*headers, *self._extra, *framing], keep_alive=self.keep_alive, minor=self._minor))
+
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:
+        """Send body bytes, in the frame they came in where there is one."""
+        if not self._chunked:
+            frame = payload
+        elif frame is None:
+            frame = b"%x\r\n%b\r\n" % (len(payload), payload)
+        self._send(frame)
+
+    def finish(self) -> None:
+        """End the body."""
+        if self._chunked:
+            self._send(b"0\r\n\r\n")
+
+    def congested(self) -> bool:
+        """Whether more waits for this client than `MAX_BUFFERED_BYTES`."""
+        transport = self._transport
+        return transport is not None and transport.get_write_buffer_size() > MAX_BUFFERED_BYTES
+
+    async def drained(self) -> None:
+        """Return when the client has taken enough; its connection holds the flow-control state."""
+        await self._drained()
+
+    def reply(self, reply: Reply) -> None:
+        """Send a whole answer. There is no way back from a stream that has begun but to break it off."""
+        if self._begun:
+            self.keep_alive = False
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        self._end_with_this_answer()
+        if reply.status == 408:  # RFC 9110, section 15.5.9
+            self.keep_alive = False
+        headers = [*reply.headers, *self._extra, ("content-length", str(len(reply.body)))]
+        self._send(head(reply.status, headers, keep_alive=self.keep_alive, minor=self._minor) + reply.body)
+
+    def _end_with_this_answer(self) -> None:
+        """Say `Connection: close` where the gateway won't take another request."""
+        if self._is_closing():
+            self.keep_alive = False
+
+    def _send(self, data: bytes) -> None:
+        """Write, unless the client has gone: then its handler is being cancelled already."""
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+
+
+def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, minor: int = 1) -> bytes:
+    """A response head. Header names and values must be clean of CR, LF and NUL: both ours and the filtered ones of providers
+    are (RFC 9110, section 5.5).
+    """
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}", f"date: {rfc822_formatted_time()}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if not keep_alive:
+        lines.append("connection: close")
+    elif minor == 0:
+        lines.append("connection: keep-alive")
+    return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+
+
+def parting(problem: ErrorResponse) -> bytes:
+    """The whole last answer on a connection."""
+    request_id = new_request_id()
+    body = envelope(problem, request_id)
+    headers = [("x-request-id", request_id), *problem_headers(problem), ("content-length", str(len(body)))]
+    return head(problem.status, headers, keep_alive=False) + body
+
+
+SLOWEST_BYTES_PER_S = 65_536  # a body's time grows by a second for as much of its length: half a megabit
+
+
+TakeRoom = Callable[[int], Awaitable[None]]  # of gateway.bounds.Room
+CHUNKED_BYTES = (
+    1_048_576  # for which a body of unknown length takes room at first; one that is larger, for the most it may be
+)
+
+
+async def body_of(connection: ClientConnection, fields: Mapping[str, str], server: Server, take: TakeRoom) -> bytes:
+    """The body of a usual request, of these header fields."""
+    timeout_s = _time_for(fields, server, server.max_body_bytes)
+    length = int(fields["content-length"])
+    if length > SMALL_BYTES:
+        await take(length)
+    try:
+        return await connection.body(timeout_s)
+    except TimeoutError as error:
+        raise _too_slow() from error
+
+
+async def read_json_body(
+    request: web.BaseRequest, server: Server, take: TakeRoom, most_bytes: int | None = None
+) -> bytes:
+    """The body of a request of aiohttp's. `most_bytes`: where less than `server.max_body_bytes` is enough."""
+    most_bytes = server.max_body_bytes if most_bytes is None else min(most_bytes, server.max_body_bytes)
+    timeout_s = _time_for(request.headers, server, most_bytes)
+    length = request.content_length
+    if length is not None:
+        await take(length)
+    _continue(request)
+    taken = most_bytes if length is not None else SMALL_BYTES
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            while chunk := await request.content.readany():
+                body += chunk
+                if len(body) <= taken:
+                    continue
+                if len(body) > most_bytes:
+                    raise GatewayError(Source.CLIENT, request_too_large(most_bytes))
+                taken = most_bytes if taken >= CHUNKED_BYTES else min(CHUNKED_BYTES, most_bytes)
+                await take(taken)
+            return bytes(body)
+    except TimeoutError as error:
+        raise _too_slow() from error
+    except web.RequestPayloadError as error:
+        raise GatewayError(Source.CLIENT, invalid("The request's body is broken.")) from error
+
+
+def _time_for(headers: Mapping[str, str], server: Server, most_bytes: int) -> float:
+    """How many seconds it may take, if its headers are right."""
+    encoding = headers.get("content-encoding")
+    if encoding is not None and encoding.lower() != "identity":
+        raise GatewayError(
+            Source.CLIENT, unsupported_media_type("Send the body as it is: no content-encoding is taken here.")
+        )
+    content_type = headers.get("content-type", "application/json")
+    if content_type != "application/json" and not _is_json(content_type):
+        raise GatewayError(Source.CLIENT, unsupported_media_type("Send the body as `content-type: application/json`."))
+    length = int(headers.get("content-length", 0))
+    if length > most_bytes:
+        raise GatewayError(Source.CLIENT, request_too_large(most_bytes))
+    return server.body_timeout_s + length / SLOWEST_BYTES_PER_S
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def _too_slow() -> GatewayError:
+    return GatewayError(Source.CLIENT, request_timeout("The request's body did not come in time."))
+
+
+def _continue(request: web.BaseRequest) -> None:
+    """Answer `Expect: 100-continue` (RFC 9110, section 10.1.1) before the body is awaited."""
+    if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
 
 CHAT_PATH = "/v1/chat/completions"
 
@@ -34,7 +305,7 @@ class ChatHandler:
     async def serve(self, connection: ClientConnection, fields: dict[str, str]) -> None:
         """Serve a usual request, of these header fields."""
         keep_alive = fields.get("connection", "").lower() != "close"
-        server = self._gateway.deployment.settings.server
+        server = self._gateway.active.settings.server
         stream = ClientStream(
             connection.transport,
             connection.drained,
@@ -59,7 +330,7 @@ class ChatHandler:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Serve a request of aiohttp's; the answer is written by the time this returns."""
-        server = self._gateway.deployment.settings.server
+        server = self._gateway.active.settings.server
         stream = ClientStream(
             request.transport,
             request.writer.drain,
@@ -103,7 +374,7 @@ class ChatHandler:
         )
 
     def _padded(self, stream: ClientStream) -> Downstream:
-        return PaddedStream(stream) if self._gateway.deployment.settings.stream.padding else stream
+        return PaddedStream(stream) if self._gateway.active.settings.stream.padding else stream
 
     def _is_closing(self) -> bool:
         return self._gateway.draining

@@ -1,21 +1,216 @@
-"""The listeners. A connection of the data listener begins as the main job's, and is aiohttp's from its first request for
-anything else; one of the admin listener is aiohttp's from the beginning.
+"""TLS on the data listener. One context for the listener's life: a renewed certificate is loaded into it, and the next
+handshake shows it.
 """
 
 import asyncio
+import contextlib
+import os
+import socket
+import ssl
 from collections.abc import Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion11, web
 from aiohttp.web_request import BaseRequest
 from yarl import URL
 
-from meshproxy.server.connection import LINGER_S, ClientConnection
-from meshproxy.server.general import GeneralConnection, Strictness
-from meshproxy.server.proxy_protocol import Source
+from meshproxy.config import ConfigError, Server, split_address
+from meshproxy.http1.heads import MAX_FIELDS, MAX_HEAD_BYTES
+from meshproxy.server.client_address import NotProxied, Source, TrustedProxies, read_source
+from meshproxy.server.errors import GeneralConnection, Strictness
+from meshproxy.server.fast_path import LINGER_S, ClientConnection
 from meshproxy.telemetry.tasks import Tasks
-from meshproxy.wire.head import MAX_FIELDS, MAX_HEAD_BYTES
+
+HANDSHAKE_S = 10.0
+
+
+def server_context(server: Server) -> ssl.SSLContext | None:
+    """The context that the settings ask for, if they ask for one; ConfigError if the files are no use."""
+    if server.tls_cert is None or server.tls_key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    load_certificate(context, server)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, server: Server) -> None:
+    """Show this certificate from now on; ConfigError, and nothing has changed, if the files are no use."""
+    if server.tls_cert is None or server.tls_key is None:
+        return
+    try:
+        context.load_cert_chain(server.tls_cert, server.tls_key, password=_no_password)
+    except ssl.SSLError as error:
+        raise ConfigError([f"server.tls_cert: {server.tls_cert} and {server.tls_key}: {_words(error)}"]) from error
+    except OSError as error:
+        raise ConfigError(
+            [f"server.tls_cert: {server.tls_cert} or {server.tls_key} can't be read ({error.strerror})"]
+        ) from error
+    except ValueError as error:
+        raise ConfigError([f"server.tls_key: {error}"]) from error
+
+
+def _no_password() -> str:
+    """OpenSSL would ask on the terminal."""
+    raise ValueError("a key with a password can't be used")
+
+
+def _words(error: ssl.SSLError) -> str:
+    return (error.reason or "not PEM").replace("_", " ").lower()
+
+
+BACKLOG = 4096
+UNIX_PREFIX = "unix:"
+
+
+def listen(address: str, *, shared: bool = False) -> socket.socket:
+    """A listening socket at `HOST:PORT`, `[V6]:PORT` or `unix:/path`. `shared`: others may listen at the same port.
+
+    Raises OSError if the address is taken. A socket file that nobody listens at is replaced.
+    """
+    family, name = _resolved(address)
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    try:
+        sock = socket.create_server(name, family=family, backlog=BACKLOG, reuse_port=shared, dualstack_ipv6=both)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), address) from error
+    sock.setblocking(False)  # noqa: FBT003 - its only argument
+    return sock
+
+
+def listen_shared(address: str, count: int) -> list[socket.socket]:
+    """One socket for each of `count` workers: the kernel deals connections out among them. A unix socket is one for all."""
+    if address.startswith(UNIX_PREFIX):
+        return [listen(address)] * count
+    listen(address).close()  # SO_REUSEPORT alone would let us share the port with a stranger of the same user
+    first = listen(address, shared=True)
+    return [first, *(listen(name_of(first), shared=True) for _ in range(count - 1))]
+
+
+def name_of(sock: socket.socket) -> str:
+    """The address of a listening socket as configurations write it."""
+    name = sock.getsockname()
+    if isinstance(name, tuple):
+        return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+    return f"{UNIX_PREFIX}{name}"
+
+
+def _resolved(address: str) -> tuple[socket.AddressFamily, Any]:
+    """The family of an address, and its name as sockets know it."""
+    if address.startswith(UNIX_PREFIX):
+        path = address.removeprefix(UNIX_PREFIX)
+        _remove_stale(Path(path))
+        return socket.AF_UNIX, path
+    host, port = split_address(address)
+    family, _, _, _, name = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return family, name
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket file that a dead process left. One that somebody listens at stays, and is in the way."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) != 0:
+                path.unlink()
+
+
+PROXY_HEADER_S = 5.0  # for a header that the specification wants sent at once
+MAX_ARRIVING = 1024  # connections whose header hasn't come; more are closed
+ACCEPT_PAUSE_S = 0.1  # after accept() failed, as it does when file descriptors run out
+
+MakeProtocol = Callable[..., asyncio.Protocol]  # may be given the source that the PROXY header told
+
+
+class Site:
+    """One listening socket at work, whose connections go straight to the server."""
+
+    def __init__(self, sock: socket.socket, make: MakeProtocol, tls: ssl.SSLContext | None) -> None:
+        self._sock = sock
+        self._make = make
+        self._tls: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_S if tls is not None else None}
+
+    async def start(self) -> None:
+        """Accept connections."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._make, sock=self._sock, backlog=BACKLOG, **self._tls)
+
+    async def stop(self) -> None:
+        """Accept no more, and close the socket. What was accepted goes on."""
+        self._server.close()
+
+
+class ProxiedSite(Site):
+    """One for balancers that send a PROXY header first, ahead of TLS too. Others are hung up on. `proxies`: whose headers are
+    believed (as of now). `loops`: what keeps the accepting running; `has_room`: whether a connection
+    of this descriptor may stay.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        make: MakeProtocol,
+        tls: ssl.SSLContext | None,
+        proxies: Callable[[], TrustedProxies],
+        loops: Tasks,
+        has_room: Callable[[int], bool],
+    ) -> None:
+        super().__init__(sock, make, tls)
+        self._loops = loops
+        self._has_room = has_room
+        self._proxies = proxies
+        self._arriving: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Accept connections."""
+        self._sock.setblocking(False)  # noqa: FBT003 - its only argument
+        self._accepting = self._loops.keep("accept", self._accept)
+
+    async def stop(self) -> None:
+        """Accept no more, and close the socket."""
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
+        self._sock.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, peer = await loop.sock_accept(self._sock)
+            except OSError:
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
+            host = peer[0] if isinstance(peer, tuple) else None
+            is_welcome = self._proxies().trusts_peer(host) and self._has_room(connection.fileno())
+            if len(self._arriving) >= MAX_ARRIVING or not is_welcome:
+                connection.close()
+                continue
+            arrival = asyncio.create_task(self._arrive(connection), name="arrive")
+            self._arriving.add(arrival)
+            arrival.add_done_callback(self._arriving.discard)
+
+    async def _arrive(self, connection: socket.socket) -> None:
+        """Read the header, and hand the connection over. Whatever fails here is the other side's doing: hang up."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(NotProxied, OSError), contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
+            async with asyncio.timeout(PROXY_HEADER_S):
+                source = await read_source(partial(_receive_exactly, loop, connection))
+            await loop.connect_accepted_socket(partial(self._make, source), connection, **self._tls)
+            stack.pop_all()
+
+
+async def _receive_exactly(loop: asyncio.AbstractEventLoop, connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        received = await loop.sock_recv(connection, size - len(data))
+        if not received:
+            raise NotProxied("the connection ended in its header")
+        data += received
+    return data
+
 
 Connection = ClientConnection | GeneralConnection
 

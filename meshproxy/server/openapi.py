@@ -13,12 +13,12 @@ from msgspec import Meta, Struct
 
 from meshproxy.errors import Detail
 from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS
+from meshproxy.openai.errors import MAX_MESSAGE_CHARS
+from meshproxy.openai.request import FIELDS
 from meshproxy.policy import template
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.version import VERSION
-from meshproxy.wire.fields import FIELDS
-from meshproxy.wire.replies import MAX_MESSAGE_CHARS
 
 PATH = "/openapi.json"
 

@@ -1,24 +1,274 @@
-"""A merged snapshot as prometheus-client writes it: Prometheus' text format, or OpenMetrics with exemplars.
+"""What one worker has counted, as bytes; and how many workers' counts become one answer.
 
-The process that answers a scrape may be the one that relays streams, so every SERIES_PER_TURN series the event loop runs.
+Counters and histograms add up, also over workers that died: a sum that fell would look to Prometheus like a restart, and
+every rate over it would be wrong. Gauges of the dead are forgotten. What a worker counted after its last report is lost
+with it.
 """
 
 import asyncio
+import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, pairwise
+from typing import Any, TypedDict
 
-from prometheus_client import Metric
+import msgspec
+from msgspec import Struct
+from prometheus_client import Metric, samples
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Exemplar
 
-from meshproxy.telemetry.snapshot import Family, Series, Snapshot
+from meshproxy.telemetry import families
+from meshproxy.telemetry.families import BY_NAME, Definition, Merge
+
+
+class Exemplar(Struct, array_like=True, frozen=True):
+    """The last traced observation of a bucket; `at` in Unix seconds."""
+
+    trace_id: str
+    value: float
+    at: float
+
+
+class Series(Struct, array_like=True):
+    """One label set's value. For a histogram `value` is the sum, and `counts` are cumulative (Prometheus' `le`), the last one
+    being +Inf; `exemplars` are by bucket.
+    """
+
+    labels: tuple[str, ...]
+    value: float = 0.0
+    counts: list[float] = []
+    exemplars: dict[int, Exemplar] = {}
+
+
+class Family(Struct, array_like=True):
+    """All series of one family."""
+
+    name: str
+    series: list[Series]
+    edges: tuple[float, ...] = ()
+
+    @property
+    def definition(self) -> Definition:
+        """Its entry in families.py; KeyError for a name that is not there."""
+        return BY_NAME[self.name]
+
+
+Snapshot = list[Family]
+
+_MERGERS: dict[Merge, Callable[[float, float], float]] = {"sum": operator.add, "max": max, "min": min}
+
+
+async def collected(registry: Collector) -> Snapshot:
+    """Read every family that families.py knows from a registry. The event loop runs between two families."""
+    found = []
+    for metric in registry.collect():
+        definition = BY_NAME.get(f"{metric.name}_total" if metric.type == "counter" else metric.name)
+        if definition is not None:
+            found.append(_family(definition, metric))
+        await asyncio.sleep(0)
+    return found
+
+
+def _family(definition: Definition, metric: Metric) -> Family:
+    found: dict[tuple[str, ...], Series] = {}
+    edges: dict[float, None] = {}
+    for sample in metric.samples:
+        labels = tuple(sample.labels[name] for name in definition.labels)
+        series = found.setdefault(labels, Series(labels, counts=[], exemplars={}))
+        if sample.name.endswith("_bucket"):
+            edges[float(sample.labels["le"])] = None
+            if sample.exemplar is not None:
+                exemplar = sample.exemplar
+                series.exemplars[len(series.counts)] = Exemplar(
+                    exemplar.labels["trace_id"], exemplar.value, float(exemplar.timestamp or 0.0)
+                )
+            series.counts.append(sample.value)
+        elif not sample.name.endswith(("_count", "_created")):  # the last bucket says the count
+            series.value = sample.value
+    return Family(definition.name, list(found.values()), tuple(edges)[:-1])
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """A snapshot's msgpack."""
+    return msgspec.msgpack.encode(snapshot)
+
+
+def decode(data: bytes) -> Snapshot:
+    """The snapshot of its msgpack; msgspec.DecodeError if it is none. Families that this build doesn't know are left out."""
+    return [family for family in msgspec.msgpack.decode(data, type=Snapshot) if family.name in BY_NAME]
+
+
+def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
+    """One snapshot of many, none of which is changed. Where two disagree on a histogram's edges the first is believed."""
+    merged: dict[str, Family] = {}
+    totals: dict[tuple[str, tuple[str, ...]], Series] = {}
+    for family in chain.from_iterable(snapshots):
+        total = merged.setdefault(family.name, Family(family.name, [], family.edges))
+        for series in family.series if total.edges == family.edges else ():
+            known = totals.get((family.name, series.labels))
+            if known is not None:
+                _add(known, series, family.definition)
+                continue
+            copy = Series(series.labels, series.value, series.counts.copy(), series.exemplars.copy())
+            totals[family.name, series.labels] = copy
+            total.series.append(copy)
+    return list(merged.values())
+
+
+def _add(total: Series, series: Series, definition: Definition) -> None:
+    total.value = _MERGERS[definition.merge](total.value, series.value)
+    total.counts = [mine + theirs for mine, theirs in zip(total.counts, series.counts, strict=True)]
+    for bucket, exemplar in series.exemplars.items():
+        total.exemplars[bucket] = max(total.exemplars.get(bucket, exemplar), exemplar, key=lambda one: one.at)
+
+
+class MergedMetrics:
+    """The last report of every worker, and what the dead ones left. One entry a living worker: bounded by their number."""
+
+    def __init__(self) -> None:
+        self._alive: dict[int, Snapshot] = {}
+        self._departed: Snapshot = []
+
+    def report(self, worker: int, data: bytes) -> None:
+        """Take a worker's snapshot() in; `worker` is a number that is never used again after retire(), such as a pid."""
+        self._alive[worker] = decode(data)
+
+    def retire(self, worker: int) -> None:
+        """A worker is gone: keep what it counted, forget its gauges. Twice, or for one that never reported: nothing."""
+        last = self._alive.pop(worker, [])
+        counted = [family for family in last if family.definition.kind != "gauge"]
+        self._departed = merge([self._departed, counted])
+
+    def merged(self) -> Snapshot:
+        """One snapshot for all, in the order of the first reports' families."""
+        return merge([*self._alive.values(), self._departed])
+
+
+TOP_MODELS = 10
+
+
+class Distribution(TypedDict):
+    """A histogram over all its labels, growing from the process's start; counts are per bucket, the last one +Inf."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class Summary(TypedDict):
+    """Counters since the start. The page makes rates and percentiles from two polls."""
+
+    config: dict[str, Any]  # generation, last_reload_successful
+    requests: dict[str, int]  # total, client_errors (4xx), server_errors (5xx)
+    in_flight: dict[str, int]  # by phase
+    request_duration: Distribution
+    time_to_first_token: Distribution
+    upstreams: list[dict[str, Any]]  # name, requests, errors, breaker_open
+    ledger: dict[str, Any]  # ops, errors, duration: Distribution
+    models: list[dict[str, Any]]  # the TOP_MODELS by requests: model, requests, tokens, cost_usd
+    event_loop_lag: Distribution
+
+
+def summarize(snapshot: Snapshot) -> Summary:
+    """What the page shows of the counted."""
+    found = _Found(snapshot)
+    by_code = found.by(families.REQUESTS, "code")
+    in_flight = found.by(families.IN_FLIGHT, "phase")
+    ledger = found.distribution(families.LEDGER_OP_DURATION)
+    return {
+        "config": {
+            "generation": found.gauge(families.CONFIG_GENERATION),
+            "last_reload_successful": found.gauge(families.CONFIG_LAST_RELOAD_SUCCESSFUL) > 0,
+        },
+        "requests": {
+            "total": sum(by_code.values()),
+            "client_errors": sum(count for code, count in by_code.items() if code.startswith("4")),
+            "server_errors": sum(count for code, count in by_code.items() if code.startswith("5")),
+        },
+        "in_flight": {phase: in_flight[phase] for phase in families.PHASES},
+        "request_duration": found.distribution(families.REQUEST_DURATION),
+        "time_to_first_token": found.distribution(families.TIME_TO_FIRST_TOKEN),
+        "upstreams": _upstreams(found),
+        "ledger": {
+            "ops": sum(ledger["counts"]),
+            "errors": sum(found.by(families.LEDGER_ERRORS, "kind", lambda labels: labels[0] != "noscript").values()),
+            "duration": ledger,
+        },
+        "models": _models(found),
+        "event_loop_lag": found.distribution(families.EVENT_LOOP_LAG),
+    }
+
+
+class _Found:
+    """A snapshot's families by definition, in whole numbers of what each is stored in."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._families = {family.name: family for family in snapshot}
+
+    def by(
+        self, definition: Definition, label: str, where: Callable[[tuple[str, ...]], bool] = lambda _labels: True
+    ) -> dict[str, int]:
+        """Its values added up by one label, but for series whose labels aren't `where` they should; 0 for every other."""
+        position = definition.labels.index(label)
+        totals: dict[str, int] = defaultdict(int)
+        for series in self._family(definition).series:
+            if where(series.labels):
+                totals[series.labels[position]] += int(series.value)
+        return totals
+
+    def gauge(self, definition: Definition) -> int:
+        """The value of a family without labels; 0 if nobody set it."""
+        return int(next((series.value for series in self._family(definition).series), 0))
+
+    def distribution(self, definition: Definition) -> Distribution:
+        family = self._family(definition)
+        columns = zip(*(series.counts for series in family.series), strict=True)
+        cumulative = [int(sum(column)) for column in columns] or [0] * (len(family.edges) + 1)
+        counts = [above - below for below, above in pairwise((0, *cumulative))]
+        return {"edges": list(family.edges), "counts": counts}
+
+    def _family(self, definition: Definition) -> Family:
+        return self._families.get(definition.name) or Family(definition.name, [], definition.edges)
+
+
+def _upstreams(found: _Found) -> list[dict[str, Any]]:
+    """Every upstream that has a breaker."""
+    requests = found.by(families.UPSTREAM_REQUESTS, "upstream")
+    errors = found.by(families.UPSTREAM_REQUESTS, "upstream", lambda labels: _is_error(labels[1]))
+    breakers = found.by(families.BREAKER_OPEN, "upstream")
+    return [
+        {"name": name, "requests": requests[name], "errors": errors[name], "breaker_open": breakers[name] > 0}
+        for name in sorted(breakers)
+    ]
+
+
+def _is_error(code: str) -> bool:
+    """Whether an attempt wasn't answered with 2xx to 4xx but 429."""
+    return code != "cancelled" and (code == "429" or code[0] not in "234")
+
+
+def _models(found: _Found) -> list[dict[str, Any]]:
+    requests = found.by(families.REQUESTS, "model", lambda labels: labels[1] != families.NONE)
+    tokens = found.by(families.TOKENS, "model", lambda labels: labels[1] in {"prompt", "completion"})  # others: parts
+    cost = found.by(families.COST, "model")
+    served = sorted(requests, key=lambda name: (-requests[name], name))[:TOP_MODELS]
+    return [
+        {
+            "model": name,
+            "requests": requests[name],
+            "tokens": tokens[name],
+            "cost_usd": f"{cost[name] / families.COST.per:.6f}",
+        }
+        for name in served
+    ]
+
 
 SERIES_PER_TURN = 10  # of a histogram some 200 lines: about a millisecond
 END = b"# EOF\n"
 
 
-class MergedMetrics(Collector):
+class MetricsCollector(Collector):
     """The families of a merged snapshot, for any registry of prometheus-client. `read` gives the snapshot of the moment."""
 
     def __init__(self, read: Callable[[], Snapshot]) -> None:
@@ -73,7 +323,9 @@ def _metric(family: Family, series: list[Series]) -> Metric:
     return metric
 
 
-def _buckets(edges: Iterable[float], series: Series) -> Iterator[tuple[str, float] | tuple[str, float, Exemplar]]:
+def _buckets(
+    edges: Iterable[float], series: Series
+) -> Iterator[tuple[str, float] | tuple[str, float, samples.Exemplar]]:
     """Give a histogram's buckets by upper bound, in prometheus-client's words, each with its exemplar if it has one."""
     bounds = (*map(str, map(float, edges)), "+Inf")
     for index, (bound, count) in enumerate(zip(bounds, series.counts, strict=True)):
@@ -81,4 +333,4 @@ def _buckets(edges: Iterable[float], series: Series) -> Iterator[tuple[str, floa
         if found is None:
             yield bound, count
         else:
-            yield bound, count, Exemplar({"trace_id": found.trace_id}, found.value, found.at)
+            yield bound, count, samples.Exemplar({"trace_id": found.trace_id}, found.value, found.at)

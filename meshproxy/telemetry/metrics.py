@@ -10,7 +10,8 @@ from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from meshproxy.telemetry import families, snapshot
+from meshproxy.telemetry import families
+from meshproxy.telemetry.exposition import collected, encode
 from meshproxy.telemetry.families import CLOSED, NONE, OTHER, Definition
 
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)  # W3C Trace Context, 3.2.2.3
@@ -136,8 +137,8 @@ class Metrics:
             family.preset()
 
     async def snapshot(self) -> bytes:
-        """Encode everything counted so far, and what the system says of this process, as msgpack (snapshot.decode)."""
-        return snapshot.encode(await snapshot.collected(self.registry))
+        """Encode everything counted so far, and what the system says of this process, as msgpack (decode)."""
+        return encode(await collected(self.registry))
 
     def _counters(self, definition: Definition) -> FamilyOf[Counter]:
         return self._family(definition, Counter(*_arguments(definition), registry=self.registry))

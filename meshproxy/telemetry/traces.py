@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from meshproxy.config import Tracing, Unfit
+from meshproxy.config import ConfigError, Tracing
 
 if TYPE_CHECKING:
     from meshproxy.telemetry.otlp import OtlpTracer
@@ -12,13 +12,13 @@ NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 
 
 def require_extra(tracing: Tracing) -> None:
-    """Unfit if spans are asked for and what sends them isn't installed."""
+    """ConfigError if spans are asked for and what sends them isn't installed."""
     if tracing.endpoint is not None and not all(map(_is_installed, NEEDED)):
-        raise Unfit(["tracing.endpoint: needs the extra otel (in a checkout: pip install '.[otel]')"])
+        raise ConfigError(["tracing.endpoint: needs the extra otel (in a checkout: pip install '.[otel]')"])
 
 
 def open_tracer(tracing: Tracing, version: str) -> "OtlpTracer | None":
-    """The tracer that the settings ask for; None if they ask for none. Unfit without the extra."""
+    """The tracer that the settings ask for; None if they ask for none. ConfigError without the extra."""
     if tracing.endpoint is None:
         return None
     require_extra(tracing)

@@ -12,10 +12,10 @@ import ssl
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
-from meshproxy.errors import UpstreamFault
-from meshproxy.upstream import faults
-from meshproxy.upstream.body import INFLATED, Body, Inflated
-from meshproxy.upstream.http1 import Head, HeadReader
+from meshproxy.errors import UpstreamError
+from meshproxy.http1.framing import INFLATED, Body, Inflated
+from meshproxy.http1.heads import Head, HeadReader
+from meshproxy.upstream import response as faults
 from meshproxy.upstream.response import Response, Sink
 
 IDENTITY = frozenset({"", "identity"})
@@ -83,7 +83,7 @@ class Connection(asyncio.Protocol):
     # The exchange, as its user sees it.
 
     def send(self, request: list[bytes]) -> "asyncio.Future[Response] | None":
-        """Write a request; the future brings its answer or an UpstreamFault. None if the connection was dead before."""
+        """Write a request; the future brings its answer or an UpstreamError. None if the connection was dead before."""
         transport = self._transport
         if transport is None or not self.usable or transport.is_closing():
             return None
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
             self._deadline = self._loop.time() + self._idle_s
             self._transport.resume_reading()
 
-    def abort(self, fault: UpstreamFault | None = None) -> None:
+    def abort(self, fault: UpstreamError | None = None) -> None:
         """Close the socket at once. Whoever awaits a head or takes a body hears of `fault`, or nothing more if there is none."""
         self.usable = False
         answer, self._answer = self._answer, None
@@ -154,7 +154,7 @@ class Connection(asyncio.Protocol):
         self._deadline = self._loop.time() + self._idle_s
         try:
             payload = body.decode(data)
-        except UpstreamFault as fault:
+        except UpstreamError as fault:
             self.abort(fault)
             return
         if payload:
@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
         except ssl.SSLError as error:
             return isinstance(error, ssl.SSLZeroReturnError)
 
-    def _loss(self) -> UpstreamFault:
+    def _loss(self) -> UpstreamError:
         return faults.cut_off() if self._answer is None else faults.unanswered()
 
     # Head, body, end.
@@ -202,7 +202,7 @@ class Connection(asyncio.Protocol):
             result = self._head_reader.feed(data)
             if result is not None:
                 self._begin_body(answer, *result)
-        except UpstreamFault as fault:
+        except UpstreamError as fault:
             self.abort(fault)
 
     def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
@@ -263,7 +263,7 @@ class Connection(asyncio.Protocol):
 
 
 def _decoded(body: Body, coding: str, response: Response) -> Body:
-    """The body without its content coding, which the response then has no longer; UpstreamFault for one that can't be undone."""
+    """The body without its content coding, which the response then has no longer; UpstreamError for one that can't be undone."""
     name = coding.strip().lower()
     if name in IDENTITY:
         return body

@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 
 from meshproxy import config
 from meshproxy.config import plain
-from meshproxy.errors import Fault, Source, invalid
-from meshproxy.upstream import faults
+from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.upstream.connection import Connection, Patience
-from meshproxy.upstream.dial import Address, ClientContext, Dialer
-from meshproxy.upstream.pool import Pool
-from meshproxy.upstream.response import Response, Sink
+from meshproxy.upstream.pool import Address, ClientContext, Dialer, Pool
+from meshproxy.upstream.response import Response, Sink, unreachable
 
 __all__ = ["Provider", "Response", "Sink"]
 
@@ -63,7 +61,7 @@ class Provider:
         """Send one request and wait for the head of its answer, whatever its status. `path` goes after the base URL's own;
         `on_sent` is called when the request was written.
 
-        UpstreamFault if no answer came; Fault of the client for headers that can't be sent. If the awaiting task is
+        UpstreamError if no answer came; GatewayError of the client for headers that can't be sent. If the awaiting task is
         cancelled the connection is closed at once.
         """
         request = self._request(path, headers, body)
@@ -74,7 +72,7 @@ class Provider:
             connection = await self._pool.open()
             answer = connection.send(request)
         if connection is None or answer is None:
-            raise faults.unreachable(ConnectionResetError())
+            raise unreachable(ConnectionResetError())
         if on_sent is not None:
             on_sent()
         try:
@@ -123,7 +121,7 @@ class Provider:
         """One header of the caller's. It may neither break out of its line nor say again what the provider's own say."""
         lower = name.lower()
         if not _can_be_sent(name, value) or lower in _FRAMING or lower in self._own_headers:
-            raise Fault(Source.CLIENT, invalid(f"The header {name[:64]!r} can't be passed on."))
+            raise GatewayError(Source.CLIENT, invalid(f"The header {name[:64]!r} can't be passed on."))
         return f"{lower}: {value}\r\n"
 
 

@@ -1,13 +1,144 @@
-"""An answer that has begun: its status, its headers, and its body pushed to a `Sink` or read whole.
+"""What a provider can do wrong on the wire, each in words for the client and with its two verdicts.
 
-Until someone takes the body, what arrives is kept here, and reading stops when that is more than `MAX_EARLY_BYTES`.
+`may_have_run` (in the problem): the provider may have done the work, so a client that repeats could pay twice.
+`safe_to_repeat` (on the fault): we may ask again ourselves, because not one byte of the request was sent.
 """
 
 import asyncio
-from typing import Protocol
+import errno
+import os
+import socket
+import ssl
+from typing import Final, Protocol
 
-from meshproxy.errors import UpstreamFault
-from meshproxy.upstream import faults
+from meshproxy.errors import (
+    Phase,
+    Source,
+    UpstreamError,
+    gateway_timeout,
+    overloaded,
+    provider_not_available,
+    upstream_error,
+)
+from meshproxy.http1.framing import after_sending
+
+POOL_RETRY_AFTER_S = 1.0
+# What this host lacks, not the provider: descriptors, memory, local ports (socket(2), connect(2)).
+_OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+
+
+def cut_off() -> UpstreamError:
+    """The connection was lost in the middle of a body."""
+    return after_sending("The provider closed the connection in the middle of its answer.")
+
+
+def unanswered() -> UpstreamError:
+    """The connection was lost after the request was written and before an answer began."""
+    return after_sending("The provider closed the connection without an answer.", phase=Phase.HEAD)
+
+
+def too_large(limit_bytes: int) -> UpstreamError:
+    """The whole body is larger than may be kept in memory."""
+    return after_sending(f"The provider's answer is larger than {limit_bytes} bytes.", unreadable=True)
+
+
+def encoded(coding: str) -> UpstreamError:
+    """The body is compressed in a way that the gateway can't read, though it was asked for as it is."""
+    message = f"The provider answered with content-encoding {coding[:64]!r}, which it wasn't asked for."
+    return after_sending(message, unreadable=True)
+
+
+def silent(timeout_s: float) -> UpstreamError:
+    """No head of an answer within `timeout_s` of the request."""
+    return _too_late(f"The provider did not begin to answer within {timeout_s:g} seconds.", Phase.HEAD)
+
+
+def stalled(timeout_s: float) -> UpstreamError:
+    """Not one byte of the body for `timeout_s`."""
+    return _too_late(f"The provider sent nothing for {timeout_s:g} seconds in the middle of its answer.", Phase.BODY)
+
+
+def connect_timeout(timeout_s: float) -> UpstreamError:
+    """No connection within `timeout_s`."""
+    problem = gateway_timeout(
+        f"The provider could not be connected to within {timeout_s:g} seconds.", may_have_run=False
+    )
+    return UpstreamError(problem, safe_to_repeat=True, phase=Phase.CONNECT, reason="time-out")
+
+
+def unreachable(error: Exception, phase: Phase = Phase.CONNECT) -> UpstreamError:
+    """No connection at all: its name, its port or its certificate. Our network's addresses stay in the cause, for the log."""
+    if _is_ours(error):
+        problem = overloaded("The gateway can't open another connection.")
+        return UpstreamError(problem, safe_to_repeat=True, phase=phase, reason=reason_of(error), source=Source.GATEWAY)
+    problem = upstream_error(f"The provider can't be reached: {_told(error)}.", may_have_run=False)
+    return UpstreamError(problem, safe_to_repeat=True, phase=phase, reason=reason_of(error))
+
+
+def reason_of(error: BaseException) -> str:
+    """The cause of a failed connection in words, with the system's name and number of it where it has one."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not valid: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        reason = getattr(error, "reason", None)  # one that no OpenSSL call raised has none
+        return f"TLS handshake failed: {reason or 'the connection was closed'}"
+    if isinstance(error, socket.gaierror):
+        return f"unknown host: {error.strerror or 'the name has no address'}"
+    if isinstance(error, UnicodeError):
+        return "unknown host: the name isn't valid"
+    if isinstance(error, OSError) and error.errno is not None:
+        name = errno.errorcode.get(error.errno, "errno")
+        return f"{os.strerror(error.errno).lower()} ({name} {error.errno})"
+    return "the connection failed"
+
+
+def exhausted(limit: int) -> UpstreamError:
+    """All `limit` connections are in use and none became free in time."""
+    message = f"All {limit} connections to the provider are in use."
+    return UpstreamError(provider_not_available(message, POOL_RETRY_AFTER_S), safe_to_repeat=True, phase=Phase.CONNECT)
+
+
+def closing() -> UpstreamError:
+    """Our side is being shut down; the request was not sent."""
+    return UpstreamError(overloaded("The gateway is shutting down."), safe_to_repeat=True, phase=Phase.CONNECT)
+
+
+def dropped() -> UpstreamError:
+    """The connection was closed by us with a request on it."""
+    return after_sending("The gateway closed its connection to the provider.")
+
+
+def _too_late(message: str, phase: Phase) -> UpstreamError:
+    return UpstreamError(
+        gateway_timeout(message, may_have_run=True), safe_to_repeat=False, phase=phase, reason="time-out"
+    )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this host is out of something. A resolver that can't open a socket says only that it knows no such name, so a
+    socket is tried.
+    """
+    if isinstance(error, socket.gaierror):
+        try:
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+        except OSError as out:
+            return out.errno in _OURS
+        return False
+    return isinstance(error, OSError) and error.errno in _OURS
+
+
+def _told(error: Exception) -> str:
+    """The cause as a client may hear of it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate isn't valid ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return "the TLS handshake failed"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return "its name can't be resolved"
+    if isinstance(error, ConnectionRefusedError):
+        return "the connection was refused"
+    return "the connection failed"
+
 
 MAX_EARLY_BYTES = 65_536
 
@@ -24,7 +155,7 @@ class Sink(Protocol):
     def end(self) -> None:
         """The body is whole."""
 
-    def fail(self, fault: UpstreamFault) -> None:
+    def fail(self, fault: UpstreamError) -> None:
         """The body will never be whole."""
 
 
@@ -56,7 +187,7 @@ class Response:
         self._max_bytes = max_bytes
         self._early: list[tuple[bytes, bytes | None]] = []
         self._early_bytes = 0
-        self._fault: UpstreamFault | None = None
+        self._fault: UpstreamError | None = None
         self._listener: asyncio.Future[None] | None = None
         self._closed = False
 
@@ -75,7 +206,7 @@ class Response:
         return None
 
     async def read(self) -> bytes:
-        """The whole body; UpstreamFault if it breaks off or is larger than the settings allow."""
+        """The whole body; UpstreamError if it breaks off or is larger than the settings allow."""
         if self._flow is None and self._fault is None and self._early_bytes <= self._max_bytes:  # it came with its head
             return b"".join([payload for payload, _ in self._early])
         whole = _Whole(self, self._max_bytes)
@@ -101,7 +232,7 @@ class Response:
         return self._flow is None
 
     @property
-    def fault(self) -> UpstreamFault | None:
+    def fault(self) -> UpstreamError | None:
         """What broke the body off before anyone took it."""
         return self._fault
 
@@ -168,7 +299,7 @@ class Response:
         """The body was whole before anyone wanted it; being detached says so."""
         self._tell()
 
-    def fail(self, fault: UpstreamFault) -> None:
+    def fail(self, fault: UpstreamError) -> None:
         """The body broke off before anyone wanted it."""
         self._fault = fault
         self._tell()
@@ -193,7 +324,7 @@ class _Whole:
         self._left -= len(payload)
         if self._left < 0:
             self._response.close()
-            self.fail(faults.too_large(self._max_bytes))
+            self.fail(too_large(self._max_bytes))
         else:
             self._pieces.append(payload)
 
@@ -201,6 +332,6 @@ class _Whole:
         if not self.result.done():
             self.result.set_result(b"".join(self._pieces))
 
-    def fail(self, fault: UpstreamFault) -> None:
+    def fail(self, fault: UpstreamError) -> None:
         if not self.result.done():
             self.result.set_exception(fault)

@@ -6,7 +6,7 @@ import socket
 import msgspec
 import pytest
 
-from meshproxy.app.control import MESSAGES, Ask, Control
+from meshproxy.app.worker_process import MESSAGES, Control, ReportRequest
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ async def pair():
 
 async def test_a_question_gets_its_answer(pair):
     supervisor, worker = pair
-    asking = asyncio.create_task(supervisor.ask(Ask()))
-    assert Ask() == MESSAGES.decode(await worker.receive())
+    asking = asyncio.create_task(supervisor.ask(ReportRequest()))
+    assert ReportRequest() == MESSAGES.decode(await worker.receive())
     worker.send(7)
     assert 7 == msgspec.msgpack.decode(await asking)
 
@@ -29,8 +29,8 @@ async def test_a_question_gets_its_answer(pair):
 async def test_the_answer_that_nobody_waited_for_is_not_taken_for_the_next(pair):
     supervisor, worker = pair
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(supervisor.ask(Ask()), 0.01)
-    asking = asyncio.create_task(supervisor.ask(Ask()))
+        await asyncio.wait_for(supervisor.ask(ReportRequest()), 0.01)
+    asking = asyncio.create_task(supervisor.ask(ReportRequest()))
     await worker.receive()
     worker.send("late")
     await worker.receive()
@@ -43,4 +43,4 @@ async def test_one_who_is_gone_is_told_as_such_however_often_one_asks(pair):
     worker.close()
     for _ in range(3):
         with pytest.raises(ConnectionError):
-            await supervisor.ask(Ask())
+            await supervisor.ask(ReportRequest())

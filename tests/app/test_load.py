@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshproxy.app.load import load
+from meshproxy.app.reload import load
 from meshproxy.app.worker import Worker
-from meshproxy.config import Unfit
+from meshproxy.config import ConfigError
 from meshproxy.telemetry.logs import RequestLog
 
 MODEL = 'upstreams = [{ upstream = "u", model = "x" }]\ninput_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
@@ -64,7 +64,7 @@ def accepted(path, text):
     path.write_text(text, encoding="utf-8")
     try:
         return load(str(path))
-    except Unfit:
+    except ConfigError:
         return None
 
 
@@ -116,7 +116,7 @@ def test_a_header_s_secret_that_cannot_be_sent_is_not_shown(tmp_path, monkeypatc
     monkeypatch.setenv("AZURE_KEY", value)
     text = '[upstreams.u]\nkind = "openai"\nbase_url = "http://h"\nheaders = { "api-key" = { env = "AZURE_KEY" } }'
     path = config_file(tmp_path, text)
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         load(path)
     expected = f"the secret is empty or has characters that no header may carry ({path}:4)"
     assert [f"upstreams.u.headers.api-key: {expected}"] == caught.value.faults
@@ -135,6 +135,6 @@ def test_a_header_s_secret_that_cannot_be_sent_is_not_shown(tmp_path, monkeypatc
 )
 def test_a_fault_has_the_line_of_its_key(tmp_path, text, line):
     path = config_file(tmp_path, text)
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         load(path)
     assert any(fault.endswith(f"({path}:{line})") for fault in caught.value.faults)

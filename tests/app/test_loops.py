@@ -6,10 +6,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from meshproxy.app import worker
-from meshproxy.gateway.live import Live
+from meshproxy.gateway.in_flight import Live
 from meshproxy.ledger import connection
-from meshproxy.ledger.channel import Channel
 from meshproxy.ledger.journal import Journal
+from meshproxy.ledger.link import Channel
 from meshproxy.ledger.local import Instances
 from meshproxy.ledger.store import Unavailable
 from meshproxy.server.listener import _Server

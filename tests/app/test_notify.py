@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from meshproxy.app.notify import READY, STOPPING, notify, reloading, status
+from meshproxy.app.reload import READY, STOPPING, notify, reloading, status
 
 
 def listening(name):

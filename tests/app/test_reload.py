@@ -4,12 +4,11 @@ import io
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.app.load import Loaded
-from meshproxy.app.reload import FIXED, Reloader, Standing, hold_back
-from meshproxy.app.serving import Serving
-from meshproxy.config import Secrets, Settings, Unfit, parse
-from meshproxy.server.sockets import listen
-from meshproxy.telemetry.sink import LineSink
+from meshproxy.app.reload import FIXED, Loaded, Reloader, RunningConfig, hold_back
+from meshproxy.app.worker_process import Serving
+from meshproxy.config import ConfigError, Secrets, Settings, parse
+from meshproxy.server.listener import listen
+from meshproxy.telemetry.logs import LineSink
 
 PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "{}"\n'
 TLS = '[server]\ntls_cert = "/c"\ntls_key = "/k"\n'
@@ -49,7 +48,7 @@ def test_every_fixed_key_exists():
     assert all(hasattr(getattr(settings, table), name) for table, names in FIXED.items() for name in names)
 
 
-STANDING = Standing(parse("[redis]\nurl = 'unix:///embedded'"), Secrets({}), "/journal", 7)
+STANDING = RunningConfig(parse("[redis]\nurl = 'unix:///embedded'"), Secrets({}), "/journal", 7)
 
 
 class Crew:
@@ -76,7 +75,7 @@ def reads(*texts):
 
     def read():
         if not rest:
-            raise Unfit(["server.x: unknown key"])
+            raise ConfigError(["server.x: unknown key"])
         return Loaded(parse(rest.pop(0)), Secrets({"a": "b"}), [])
 
     return read
@@ -86,7 +85,7 @@ async def test_an_unfit_file_changes_nothing():
     crew = Crew()
     with capture_logs() as logs:
         await Reloader(Settings(), reads()).reload(crew)
-    assert Standing(STANDING.settings, STANDING.secrets, "/journal", 7, reload_failed=True) == crew.standing
+    assert RunningConfig(STANDING.settings, STANDING.secrets, "/journal", 7, reload_failed=True) == crew.standing
     assert [("reload_failed", ["server.x: unknown key"])] == [(line["event"], line["faults"]) for line in logs]
 
 
@@ -129,10 +128,10 @@ async def test_a_bug_of_ours_in_a_build_ends_no_worker(monkeypatch, store_server
     thresholds = gc.get_threshold()
     settings = parse(f"[redis]\nurl = '{store_server}'\n" + PROVIDER.format("http://one"))
     with listen("127.0.0.1:0") as sock:
-        serving = Serving(Standing(settings, Secrets({})), sock, LineSink(io.BytesIO(), lambda _: b""))
+        serving = Serving(RunningConfig(settings, Secrets({})), sock, LineSink(io.BytesIO(), lambda _: b""))
         await serving.start()
         try:
-            wanted = Standing(parse(PROVIDER.format("http://two")), Secrets({}), generation=2)
+            wanted = RunningConfig(parse(PROVIDER.format("http://two")), Secrets({}), generation=2)
             with monkeypatch.context() as patched, capture_logs() as logs:
                 patched.setattr("meshproxy.app.worker.deploy", lambda *_, **__: None + 1)
                 assert ["it can't be built (TypeError)"] == await serving.prepare(wanted)
@@ -142,7 +141,7 @@ async def test_a_bug_of_ours_in_a_build_ends_no_worker(monkeypatch, store_server
             assert [] == await serving.apply(wanted)
             assert (2, "http://two") == (
                 serving.standing.generation,
-                serving.worker.gateway.deployment.settings.upstreams["a"].base_url,
+                serving.worker.gateway.active.settings.upstreams["a"].base_url,
             )
         finally:
             serving.hurry()

@@ -4,21 +4,20 @@ import asyncio
 
 import pytest
 
-from meshproxy.app.control import Report
-from meshproxy.app.status import Panel
-from meshproxy.telemetry import snapshot
-from meshproxy.telemetry.snapshot import Fleet
+from meshproxy.app.serve import Panel
+from meshproxy.app.worker_process import Report
+from meshproxy.telemetry.exposition import MergedMetrics, encode
 
 DRAINING, NO_LEDGER = "draining", "the ledger can't be reached"
 
 
 class Crew:
     def __init__(self, not_ready, *, up=True):
-        self.fleet = Fleet()
+        self.fleet = MergedMetrics()
         self.up = asyncio.Event()
         if up:
             self.up.set()
-        self._reports = {n: Report(snapshot.encode([]), reasons, connected=True) for n, reasons in enumerate(not_ready)}
+        self._reports = {n: Report(encode([]), reasons, connected=True) for n, reasons in enumerate(not_ready)}
 
     async def reports(self):
         return self._reports

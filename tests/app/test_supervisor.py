@@ -9,11 +9,11 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from meshproxy.app.reload import Standing
-from meshproxy.app.supervisor import Child, Supervisor
+from meshproxy.app.reload import RunningConfig
+from meshproxy.app.supervisor import Supervisor, WorkerProcess
 from meshproxy.config import Secrets, Settings
 
-FIRST = Standing(Settings(), Secrets({}))
+FIRST = RunningConfig(Settings(), Secrets({}))
 FAILED = replace(FIRST, reload_failed=True)
 
 
@@ -38,16 +38,16 @@ async def test_a_worker_hears_what_changed_while_it_was_starting():
         supervisor.standing = FAILED
 
     line = Line(a_reload_fails)
-    assert await supervisor._brief(Child(1, 0, None, line))
+    assert await supervisor._brief(WorkerProcess(1, 0, None, line))
     assert [FIRST, FAILED] == line.asked
     assert supervisor.up.is_set()
 
 
 async def test_not_all_are_up_before_the_last_is():
     supervisor = Supervisor(FIRST, [None, None])
-    assert await supervisor._brief(Child(1, 0, None, Line(lambda: None)))
+    assert await supervisor._brief(WorkerProcess(1, 0, None, Line(lambda: None)))
     assert not supervisor.up.is_set()
-    assert await supervisor._brief(Child(2, 0, None, Line(lambda: None)))
+    assert await supervisor._brief(WorkerProcess(2, 0, None, Line(lambda: None)))
     assert supervisor.up.is_set()
 
 
@@ -56,20 +56,20 @@ async def test_one_who_is_gone_before_it_serves_is_no_worker():
         raise ConnectionError
 
     supervisor = Supervisor(FIRST, [None])
-    assert not await supervisor._brief(Child(1, 0, None, Line(gone)))
+    assert not await supervisor._brief(WorkerProcess(1, 0, None, Line(gone)))
     assert [] == supervisor.workers()
 
 
 async def test_a_worker_that_cannot_serve_says_why():
     supervisor = Supervisor(FIRST, [None])
-    assert not await supervisor._brief(Child(1, 0, None, Line(faults=["redis.journal: full"])))
+    assert not await supervisor._brief(WorkerProcess(1, 0, None, Line(faults=["redis.journal: full"])))
     assert ["redis.journal: full"] == supervisor.faults
 
 
 async def test_one_worker_s_fault_keeps_all_from_a_configuration():
     supervisor = Supervisor(FIRST, [None, None])
     for number, faults in ((1, []), (2, ["upstreams.a: no"])):
-        assert await supervisor._brief(Child(number, 0, None, Line()))
+        assert await supervisor._brief(WorkerProcess(number, 0, None, Line()))
         supervisor._children[number].control = Line(faults=faults)
     wanted = replace(FIRST, generation=2)
     assert ["upstreams.a: no"] == await supervisor.prepare(wanted)
@@ -84,7 +84,7 @@ async def test_a_worker_that_does_not_answer_keeps_all_from_it_too(monkeypatch):
             await asyncio.Event().wait()
 
     supervisor = Supervisor(FIRST, [None])
-    assert await supervisor._brief(Child(7, 0, None, Line()))
+    assert await supervisor._brief(WorkerProcess(7, 0, None, Line()))
     supervisor._children[7].control = Stuck()
     assert ["worker 7 did not answer within 0.01 s"] == await supervisor.prepare(FIRST)
 
@@ -103,7 +103,7 @@ async def test_a_keeper_tries_again_when_no_process_could_be_started(monkeypatch
         tried.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(Child, "spawn", spawn)
+    monkeypatch.setattr(WorkerProcess, "spawn", spawn)
     with capture_logs() as logs, contextlib.closing(socket.socket()) as sock:
         supervisor = Supervisor(FIRST, [sock])
         await supervisor.start()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 import pytest
 
-from meshproxy.config import Redis, Unfit, parse
+from meshproxy.config import ConfigError, Redis, parse
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
@@ -81,7 +81,7 @@ def refused(tables: Tables) -> str:
     """Why a configuration can't be used; empty if it can."""
     try:
         parse(toml(tables))
-    except Unfit as unfit:
+    except ConfigError as unfit:
         return str(unfit)
     return ""
 

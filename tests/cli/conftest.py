@@ -12,8 +12,8 @@ from meshproxy import config
 from meshproxy.cli.command_line import main
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Ask, Settlement
-from meshproxy.wire.usage import Usage
+from meshproxy.ledger.records import HoldRequest, Settlement
+from meshproxy.openai.usage import Usage
 
 REQUESTS = [  # as `settle` takes them
     ("acme", "key_1", "a/b", "s1", 1_500_000_000),
@@ -126,7 +126,7 @@ def settle(store, store_server):
             await ledger.grant(account, 100_000_000_000)
         for number, (account, key, model, session, cost) in enumerate(requests):
             held = {"hold_id": f"hold-{number}", "account": account, "key_id": key, "session": session}
-            await ledger.admit(Ask(**held, amount_nusd=0, tokens=0, ttl_ms=1000, strict=True))
+            await ledger.admit(HoldRequest(**held, amount_nusd=0, tokens=0, ttl_ms=1000, strict=True))
             assert await ledger.settle(
                 Settlement(
                     **held,

@@ -1,6 +1,5 @@
 """Exit codes and help, as a shell sees them."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -46,8 +45,6 @@ def test_help_needs_no_heavy_library():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_with_examples_and_the_common_flags(name):
-    if importlib.util.find_spec(f"meshproxy.cli.{name}") is None:
-        pytest.fail(f"no module for {name}")
     for path, parser in leaves([name], build_parser(name)):
         text = parser.format_help()
         assert (path, "examples:" in text, "--config" in text, "--json" in text) == (path, True, True, True)

@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-from meshproxy.cli import dev_greeting
+from meshproxy.cli import dev as dev_greeting
 from meshproxy.cli.command_line import main
 from tests.cli.conftest import started
 

@@ -1,7 +1,7 @@
-from meshproxy.cli.dev_settings import dev_settings
+from meshproxy.cli.dev import dev_settings
 from meshproxy.config import Secret
-from meshproxy.upstream.simulator.behaviour import TRAITS
-from meshproxy.upstream.simulator.dialects import DIALECTS
+from meshproxy.simulator.behaviour import TRAITS
+from meshproxy.simulator.dialects import DIALECTS
 
 
 def settings(**env):

@@ -1,6 +1,6 @@
 import json
 
-from meshproxy.cli.output import Output
+from meshproxy.cli.arguments import Output
 from meshproxy.times import rfc3339
 
 ROWS = [{"model": "a/b", "requests": 12, "cost_usd": "1.50"}, {"model": "c", "requests": 3, "cost_usd": None}]

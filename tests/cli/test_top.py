@@ -3,7 +3,7 @@ import pty
 import signal
 import time
 
-from meshproxy.cli import top
+from meshproxy.cli.top import CLEAR
 from tests.cli.conftest import REQUESTS, started
 
 
@@ -40,12 +40,12 @@ def test_a_terminal_is_refreshed_until_interrupted(settle, store_server):
     with started("top", "--interval", "1", "--redis", store_server, stdout=theirs, env=env) as process:
         os.close(theirs)
         seen = b""
-        while seen.count(top.CLEAR.encode()) < 2:
+        while seen.count(CLEAR.encode()) < 2:
             seen += os.read(ours, 4096)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     os.close(ours)
-    first = seen.decode().split(top.CLEAR)[1].splitlines()
+    first = seen.decode().split(CLEAR)[1].splitlines()
     assert first[0] == "last 5 min: 4 requests, 0 refused, 2.250000001 USD    Ctrl-C ends"
     assert [line.split()[:2] for line in first[2:]] == [["account", "model"]]  # four lines fit, one is the prompt's
 

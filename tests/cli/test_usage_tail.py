@@ -1,8 +1,8 @@
 import pytest
 
 from meshproxy import config
-from meshproxy.cli import usage_tail
-from meshproxy.cli.usage_tail import Row, Tail
+from meshproxy.cli import top as usage_tail
+from meshproxy.cli.top import Row, Tail
 from meshproxy.ledger.connection import connect
 
 

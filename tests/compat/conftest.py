@@ -26,9 +26,9 @@ from meshproxy.ledger.records import Balance
 from meshproxy.ledger.store import Store
 from meshproxy.money import parse_usd
 from meshproxy.policy.template import Template
-from meshproxy.upstream.simulator import Running, SimulatorSettings, start
-from meshproxy.upstream.simulator.behaviour import TRAITS
-from meshproxy.upstream.simulator.journal import Entry
+from meshproxy.simulator import Running, SimulatorSettings, start
+from meshproxy.simulator.behaviour import TRAITS
+from meshproxy.simulator.journal import Entry
 
 PATIENCE_S = 20.0  # for what should take milliseconds
 PRICES = 'input_usd_per_mtok = "2.50"\noutput_usd_per_mtok = "10.00"\n'

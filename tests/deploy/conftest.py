@@ -24,7 +24,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
-from meshproxy.upstream.simulator import Running
+from meshproxy.simulator import Running
 from tests.conftest import Caller, free_port, usage_events
 
 PATIENCE_S = 20.0  # for what should take a second

@@ -92,8 +92,8 @@ def test_a_manifest_is_as_its_schema_says(path):
             assert {"apiVersion", "kind", "metadata", "spec"} == document.keys()
             continue
         kind = document["kind"]
-        if kind in {"Deployment", "Service"}:  # kustomize writes the selector
-            document["spec"].setdefault("selector", {"matchLabels": {}} if kind == "Deployment" else {})
+        if kind in {"ActiveConfig", "Service"}:  # kustomize writes the selector
+            document["spec"].setdefault("selector", {"matchLabels": {}} if kind == "ActiveConfig" else {})
         kubernetes_validate.validate(document, "1.31", strict=True)
 
 
@@ -112,7 +112,7 @@ def test_kustomize_renders_what_the_schemas_accept():
             kubernetes_validate.validate(document, "1.31", strict=True)
     kinds = {document["kind"] for document in documents}
     assert {
-        *("ConfigMap", "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service"),
+        *("ConfigMap", "ActiveConfig", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service"),
         *("ServiceAccount", "ServiceMonitor"),
     } == kinds
 
@@ -120,8 +120,8 @@ def test_kustomize_renders_what_the_schemas_accept():
 def test_everything_selects_the_same_pods():
     documents = rendered()
     by_kind = {document["kind"]: document for document in documents}
-    labels = by_kind["Deployment"]["spec"]["template"]["metadata"]["labels"]
-    selectors = [by_kind[kind]["spec"]["selector"]["matchLabels"] for kind in ("Deployment", "PodDisruptionBudget")]
+    labels = by_kind["ActiveConfig"]["spec"]["template"]["metadata"]["labels"]
+    selectors = [by_kind[kind]["spec"]["selector"]["matchLabels"] for kind in ("ActiveConfig", "PodDisruptionBudget")]
     selectors += [document["spec"]["selector"] for document in documents if document["kind"] == "Service"]
     assert [labels] * 4 == selectors
     monitor = by_kind["ServiceMonitor"]["spec"]["selector"]["matchLabels"]

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 import trustme
 
-from meshproxy.server.proxy_protocol import SIGNATURE
+from meshproxy.server.client_address import SIGNATURE
 from tests.deploy.conftest import free_port, until
 
 MODES = pytest.mark.parametrize("workers", [1, 2])

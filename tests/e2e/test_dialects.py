@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from meshproxy.config import parse
-from meshproxy.upstream.simulator.dialects import DIALECTS
+from meshproxy.simulator.dialects import DIALECTS
 from tests.conftest import HELLO, Caller, Mesh, StartMesh, model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "providers.md").read_text()

@@ -10,7 +10,7 @@ import openai
 import pytest
 from msgspec.structs import replace
 
-from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.records import AccountKeys
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
 from tests.conftest import HELLO, PRICE, model

@@ -90,7 +90,7 @@ class Stage:
     async def nothing_left(self, before: dict[str, int]) -> None:
         """Return when there is no more than before; an idle connection is no leak."""
         await self.mesh.until(lambda: self.mesh.worker.store.connected)
-        for provider in self.mesh.worker.gateway.deployment.providers.values():
+        for provider in self.mesh.worker.gateway.active.providers.values():
             provider.retire()
         await self.until(before, self.held)
         assert [] == [line for line in self.said if line["event"] in OURS_TO_MEND]
@@ -161,7 +161,7 @@ def terms(case: Case) -> Terms:
 @pytest.fixture
 async def stage(wires, start_mesh: StartMesh, simulator, monkeypatch, terms: Terms) -> Stage:
     monkeypatch.setattr("meshproxy.ledger.journal.REPLAY_INTERVAL_S", 0.05)
-    for room in ("connection", "listener"):
+    for room in ("fast_path", "listener"):
         monkeypatch.setattr(f"meshproxy.server.{room}.LINGER_S", SHORT_S)
     origin = (
         f"https://127.0.0.1:{wires['handshake'].port}"

@@ -1,8 +1,8 @@
 """The phases of a request on each leg: where in the bytes a fault strikes."""
 
-from meshproxy.ledger.keyspace import key_record
-from meshproxy.ledger.scripts import Script
-from tests.faults.proxy import Fault, Position
+from meshproxy.ledger.records import key_record
+from meshproxy.ledger.store import Script
+from tests.faults.proxy import GatewayError, Position
 
 HEAD_END = b"\r\n\r\n"
 WAITING = "waiting for the answer"  # struck when the provider has the request, wherever the bytes are
@@ -50,33 +50,33 @@ def at_the_end(seen: bytes) -> int | None:
     return len(before + found) if found else None
 
 
-def call(command: str, mode: str) -> Fault:
+def call(command: str, mode: str) -> GatewayError:
     """In the call of a script, or of what else has a mark, ten bytes into that: it never runs."""
 
     def at(seen: bytes) -> int | None:
         before, found, _ = seen.partition(MARKS[command])
         return len(before) + 10 if found else None
 
-    return Fault(mode, "target", at)
+    return GatewayError(mode, "target", at)
 
 
-def reply(command: str, mode: str, at: int) -> Fault:
+def reply(command: str, mode: str, at: int) -> GatewayError:
     """In the reply to a command, which has run."""
-    return Fault(mode, "caller", lambda _: at, after=MARKS[command])
+    return GatewayError(mode, "caller", lambda _: at, after=MARKS[command])
 
 
 HTTP = {
-    "connected": Fault,
-    "in the request's head": lambda mode: Fault(mode, "target", lambda _: 40),
-    "in the request's body": lambda mode: Fault(mode, "target", behind_head(10)),
-    "behind the request": lambda mode: Fault(mode, "target", whole_request),
-    "before the answer": lambda mode: Fault(mode, "caller", lambda _: 0),
-    "in the answer's head": lambda mode: Fault(mode, "caller", lambda _: 40),
-    "behind the answer's head": lambda mode: Fault(mode, "caller", behind_head(0)),
-    "in the answer's body": lambda mode: Fault(mode, "caller", in_the_middle),
-    "at the answer's end": lambda mode: Fault(mode, "caller", at_the_end),
+    "connected": GatewayError,
+    "in the request's head": lambda mode: GatewayError(mode, "target", lambda _: 40),
+    "in the request's body": lambda mode: GatewayError(mode, "target", behind_head(10)),
+    "behind the request": lambda mode: GatewayError(mode, "target", whole_request),
+    "before the answer": lambda mode: GatewayError(mode, "caller", lambda _: 0),
+    "in the answer's head": lambda mode: GatewayError(mode, "caller", lambda _: 40),
+    "behind the answer's head": lambda mode: GatewayError(mode, "caller", behind_head(0)),
+    "in the answer's body": lambda mode: GatewayError(mode, "caller", in_the_middle),
+    "at the answer's end": lambda mode: GatewayError(mode, "caller", at_the_end),
 }
-REDIS = {"connected": lambda mode: Fault(mode, lasting=True)} | {
+REDIS = {"connected": lambda mode: GatewayError(mode, lasting=True)} | {
     f"{command}, {place}": fault
     for command in MARKS
     for place, fault in {
@@ -86,9 +86,9 @@ REDIS = {"connected": lambda mode: Fault(mode, lasting=True)} | {
     }.items()
 }
 HANDSHAKE = {
-    "in the client's hello": lambda mode: Fault(mode, "target", lambda _: 40),
-    "before the server's hello": lambda mode: Fault(mode, "caller", lambda _: 0),
-    "in the server's hello": lambda mode: Fault(mode, "caller", lambda _: 40),
+    "in the client's hello": lambda mode: GatewayError(mode, "target", lambda _: 40),
+    "before the server's hello": lambda mode: GatewayError(mode, "caller", lambda _: 0),
+    "in the server's hello": lambda mode: GatewayError(mode, "caller", lambda _: 40),
 }
 TLS = ("before the answer", "in the answer's head", "in the answer's body", "at the answer's end")
 PHASES = {

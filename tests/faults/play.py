@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.ledger.records import AccountKeys
 from tests.conftest import usage_events
 from tests.faults.conftest import PATIENCE_S, SHORT_S
 from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING, length_in

@@ -26,7 +26,7 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Position = Callable[[bytes], int | None]
 
 
-class Fault(NamedTuple):
+class GatewayError(NamedTuple):
     """What is done, and where: in the bytes `towards` one end, at the position that `at` finds in all that were seen since the
     fault was set, or None while it isn't there. Without `at` it is done to a connection as soon as it is made. `after`: look
     only once these bytes have gone the other way. `lasting`: done to every connection, and not once.
@@ -50,7 +50,7 @@ class FaultProxy:
     """
 
     def __init__(self, *, gateway: str) -> None:
-        self.fault: Fault | None = None
+        self.fault: GatewayError | None = None
         self.struck = 0
         self.gateway = gateway
         self._pairs: dict[asyncio.Task[None], _Pair] = {}
@@ -80,7 +80,7 @@ class FaultProxy:
         for pair in list(self._pairs.values()):
             await pair.strike(mode, towards)
 
-    def take(self) -> Fault | None:
+    def take(self) -> GatewayError | None:
         """The fault, which is to be done now."""
         fault = self.fault
         self.struck += 1
@@ -106,7 +106,7 @@ class _Pair:
         self._ends = {"caller": caller, "target": target}
         self._silent = False
         self._passed: dict[str, bytes] = {"caller": b"", "target": b""}
-        self._of: Fault | None = None
+        self._of: GatewayError | None = None
 
     async def run(self) -> None:
         try:

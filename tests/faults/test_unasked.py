@@ -59,7 +59,7 @@ async def test_a_client_that_goes_before_the_first_event_ends_the_attempt(stage,
 @pytest.mark.parametrize("how", ["an answer", "an end"])
 async def test_what_an_idle_connection_brings_is_nobodys_answer(how, stage, teller):
     """Also in the turn in which the next request takes it, before the loop has looked at the socket."""
-    provider = stage.mesh.worker.gateway.deployment.providers["teller"]
+    provider = stage.mesh.worker.gateway.active.providers["teller"]
     teller.says, teller.ends = [answer([b"first"], "length", stream=False)], "silence"
     assert b"first" == await (await provider.post("/x", (), b"{}")).read()
     teller.says = [answer([b"second"], "length", stream=False)]

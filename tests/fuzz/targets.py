@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from meshproxy.config import Settings, Unfit, parse
-from meshproxy.errors import Fault, Problem, UpstreamFault
+from meshproxy.config import ConfigError, Settings, parse
+from meshproxy.errors import ErrorResponse, GatewayError, UpstreamError
+from meshproxy.http1.heads import HeadReader
+from meshproxy.openai.errors import envelope, error_event
+from meshproxy.openai.event_stream import StreamScanner
+from meshproxy.openai.request import decode_chat, encode_upstream
+from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.failover import after_status
 from meshproxy.policy.template import Template, check_template, render, slots
 from meshproxy.policy.tokens import estimate_prompt
-from meshproxy.upstream.http1 import HeadReader
-from meshproxy.wire.chat import decode_chat, encode_upstream
-from meshproxy.wire.replies import envelope, error_event
-from meshproxy.wire.sse import StreamScanner
-from meshproxy.wire.usage import decode_reply
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_PIECES = 64
@@ -39,7 +39,7 @@ def check_request(data: bytes) -> None:
     """Any body is a request or one complaint, and a request goes out as it came in."""
     try:
         request = decode_chat(data)
-    except Fault as fault:
+    except GatewayError as fault:
         _can_be_told(fault.problem, 422)
         return
     messages = request.messages or b"[]"
@@ -59,7 +59,7 @@ def check_templates(data: bytes) -> None:
     try:
         fields = check_template(written, partial=False)
         template = fields.applied_to(Template(id="i", name="", created_at=0, updated_at=0))
-    except Fault as fault:
+    except GatewayError as fault:
         _can_be_told(fault.problem, 422)
         return
     variables = dict.fromkeys(slots(template), value.decode("latin-1"))
@@ -70,7 +70,7 @@ def check_templates(data: bytes) -> None:
     if variables and value:
         try:
             render(template, {})
-        except Fault as fault:
+        except GatewayError as fault:
             _can_be_told(fault.problem, 422)
         else:
             raise AssertionError("a missing variable went unnoticed")
@@ -105,7 +105,7 @@ def check_configuration(data: bytes) -> None:
     faults: list[str] = []
     try:
         settings = parse(text)
-    except Unfit as unfit:
+    except ConfigError as unfit:
         faults = unfit.faults
     else:
         assert settings == msgspec.convert(msgspec.to_builtins(settings), Settings)
@@ -122,7 +122,7 @@ def check_provider_words(data: bytes) -> None:
     _can_be_told(verdict.problem, verdict.problem.status)
     try:
         report = decode_reply(data[1:]).report
-    except UpstreamFault as fault:
+    except UpstreamError as fault:
         _can_be_told(fault.problem, 502)
         return
     if report is not None:
@@ -131,7 +131,7 @@ def check_provider_words(data: bytes) -> None:
         assert 0 <= usage.reasoning <= usage.completion <= 1050
 
 
-def _can_be_told(problem: Problem, status: int) -> None:
+def _can_be_told(problem: ErrorResponse, status: int) -> None:
     assert status == problem.status
     told = json.loads(envelope(problem, "req_1"))
     assert {"error", "request_id"} == told.keys()
@@ -149,7 +149,7 @@ def _scanned(pieces: list[bytes], *, hide_usage: bool) -> tuple[bytes, bool]:
         for piece in pieces:
             out += scanner.feed(piece)
         out += scanner.finish()
-    except UpstreamFault:
+    except UpstreamError:
         return out, True
     assert scanner.tokens >= 0
     assert scanner.events >= 0
@@ -175,7 +175,7 @@ def _read(pieces: list[bytes]) -> object:
                 body = head.body
             if not body.done:
                 payload += body.decode(piece)
-    except UpstreamFault:
+    except UpstreamError:
         return None
     if body is None or head is None:
         return "no head"

@@ -6,16 +6,15 @@ import asyncio
 from typing import Any
 
 from meshproxy.config import Model, Route, Settings, Upstream
-from meshproxy.errors import Problem
-from meshproxy.gateway.call import Call
-from meshproxy.gateway.exchange import Exchange
-from meshproxy.gateway.lease import Credit, Lease
+from meshproxy.errors import ErrorResponse
+from meshproxy.gateway.admit import Credit, Lease
+from meshproxy.gateway.exchange import Call, Exchange
 from meshproxy.gateway.resolve import Plan, Prompt
-from meshproxy.ledger.records import Admitted, Ask, BucketState, Denied
-from meshproxy.policy.catalog import Attempt, Catalog
+from meshproxy.ledger.records import BucketState, Denial, Hold, HoldRequest
+from meshproxy.openai.request import decode_chat
+from meshproxy.policy.catalog import Candidate, Catalog
 from meshproxy.policy.principal import Account, Key, Principal
 from meshproxy.telemetry.tasks import Tasks
-from meshproxy.wire.chat import decode_chat
 
 BODY = b'{"messages":[{"role":"user","content":"Hello there"}]}'
 STREAM = b'{"stream":true,"messages":[{"role":"user","content":"Hello there"}]}'
@@ -27,7 +26,7 @@ async def body_of(body: bytes) -> bytes:
     return body
 
 
-def attempt(**fields: Any) -> Attempt:
+def candidate(**fields: Any) -> Candidate:
     """An attempt at 2.50 and 10.00 USD a million tokens."""
     model = Model(upstreams=[Route(upstream="u", model="m")], input_usd_per_mtok="2.50", output_usd_per_mtok="10.00")
     settings = Settings(upstreams={"u": Upstream(kind="openai", base_url="http://127.0.0.1:1")}, models={"m": model})
@@ -41,7 +40,7 @@ def plan(body: bytes = STREAM, **fields: Any) -> Plan:
     usual: dict[str, Any] = {
         "request": request,
         "model": "m",
-        "attempts": (attempt(),),
+        "attempts": (candidate(),),
         "prompt": Prompt(request, None, 2**20),
         "prompt_tokens": PROMPT_TOKENS,
         "output_cap": 1000,
@@ -55,8 +54,8 @@ def principal(**fields: Any) -> Principal:
     return Principal(Key(id="k", account="acme", created_at=0, **fields), Account("acme"))
 
 
-def ask(**fields: Any) -> Ask:
-    return Ask(
+def ask(**fields: Any) -> HoldRequest:
+    return HoldRequest(
         **{"hold_id": "h", "account": "acme", "key_id": "k", "amount_nusd": 1, "tokens": 1, "ttl_ms": 1, **fields}
     )
 
@@ -66,7 +65,7 @@ def exchange(of_plan: Plan | None = None) -> Exchange:
     call = Call(request_id="req_1", authorization=None, read_body=lambda _take: body_of(BODY), received_at=0.0)
     made = Exchange(call, "h")
     made.plan = of_plan or plan()
-    made.attempt = made.plan.attempts[0]
+    made.candidate = made.plan.attempts[0]
     return made
 
 
@@ -75,26 +74,26 @@ class Renewals:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
-        self.anew: list[Ask] = []
-        self._answers: list[asyncio.Future[Admitted | Denied]] = []
+        self.anew: list[HoldRequest] = []
+        self._answers: list[asyncio.Future[Hold | Denial]] = []
 
-    async def renew(self, hold: Admitted, *, amount_nusd: int, tokens: int, enforce_tokens: bool) -> Admitted | Denied:
+    async def renew(self, hold: Hold, *, amount_nusd: int, tokens: int, enforce_tokens: bool) -> Hold | Denial:
         self.asked.append(amount_nusd)
         self._answers.append(asyncio.get_running_loop().create_future())
         return await self._answers[-1]
 
-    async def admit(self, asked: Ask) -> Admitted | Denied:
+    async def admit(self, asked: HoldRequest) -> Hold | Denial:
         self.anew.append(asked)
         return await self.renew(
-            Admitted(asked, 0, 0, ()), amount_nusd=asked.amount_nusd, tokens=asked.tokens, enforce_tokens=False
+            Hold(asked, 0, 0, ()), amount_nusd=asked.amount_nusd, tokens=asked.tokens, enforce_tokens=False
         )
 
-    async def answer(self, answer: Admitted | Denied | Exception | None = None) -> None:
+    async def answer(self, answer: Hold | Denial | Exception | None = None) -> None:
         """Answer the last renewal, well unless otherwise said, and let it be heard."""
         if isinstance(answer, Exception):
             self._answers[-1].set_exception(answer)
         else:
-            self._answers[-1].set_result(answer or Admitted(ask(), self.asked[-1], 0, ()))
+            self._answers[-1].set_result(answer or Hold(ask(), self.asked[-1], 0, ()))
         await turns()
 
 
@@ -106,7 +105,7 @@ async def turns(count: int = 6) -> None:
 
 def lease(ledger: Renewals, of_plan: Plan | None = None, *, covered: int = 100, slice_tokens: int = 100) -> Lease:
     credit = Credit(ledger, None, Tasks(), enforce_tokens=False)  # type: ignore[arg-type]
-    return Lease(Admitted(ask(), 1, 0, ()), of_plan or plan(), covered, slice_tokens, credit, is_local=False)
+    return Lease(Hold(ask(), 1, 0, ()), of_plan or plan(), covered, slice_tokens, credit, is_local=False)
 
 
 class Client:
@@ -173,5 +172,5 @@ def bucket(**fields: Any) -> BucketState:
     return BucketState(**{**usual, **fields})
 
 
-def problem(code: str) -> Problem:
-    return Problem(402, code, "No more.")
+def problem(code: str) -> ErrorResponse:
+    return ErrorResponse(402, code, "No more.")

@@ -4,8 +4,9 @@ import math
 import pytest
 
 from meshproxy.config import Credits, Defaults
-from meshproxy.gateway.admission import affordable, ask_for, clamps, first_slice, limit_headers, limits_of, refused
-from meshproxy.ledger.records import Admitted, Denied
+from meshproxy.gateway.admit import affordable, ask_for, clamps, first_slice, limit_headers, limits_of
+from meshproxy.gateway.exchange import refused
+from meshproxy.ledger.records import Denial, Hold
 from meshproxy.policy.principal import Account, Budgets, Limits, Principal
 from tests.gateway.parts import BODY, ask, bucket, plan, principal
 
@@ -93,7 +94,7 @@ def test_the_key_decides_about_clamping_before_the_configuration(of_key, of_all,
 
 def held(tokens, free_tokens=0):
     """What was admitted: credit for the prompt and so many tokens, and so many more that are free."""
-    return Admitted(ask(), PROMPT_NUSD + tokens * 10_000, free_tokens * 10_000, ())
+    return Hold(ask(), PROMPT_NUSD + tokens * 10_000, free_tokens * 10_000, ())
 
 
 @pytest.mark.parametrize(
@@ -138,25 +139,25 @@ def test_an_account_has_no_default_limits():
 @pytest.mark.parametrize(
     ("denied", "status", "code", "words", "wait"),
     [
-        (Denied("rate_limit", "key requests", 0, 0.25), 429, "rate_limit_exceeded", "key requests per minute", 0.25),
-        (Denied("rate_limit", "key tokens", 0, None), 429, "rate_limit_exceeded", "no key tokens", math.inf),
+        (Denial("rate_limit", "key requests", 0, 0.25), 429, "rate_limit_exceeded", "key requests per minute", 0.25),
+        (Denial("rate_limit", "key tokens", 0, None), 429, "rate_limit_exceeded", "no key tokens", math.inf),
         (
-            Denied("spend_limit", "account daily budget", 0, needed_nusd=3000, budget_nusd=2000, spent_nusd=1000),
+            Denial("spend_limit", "account daily budget", 0, needed_nusd=3000, budget_nusd=2000, spent_nusd=1000),
             402,
             "spend_limit_exceeded",
             "account daily budget of 0.000002 USD leaves too little: 0.000001 USD spent or held, 0.000003 USD needed",
             None,
         ),
         (
-            Denied("rate_limit", "key requests per day", 0, 9),
+            Denial("rate_limit", "key requests per day", 0, 9),
             429,
             "rate_limit_exceeded",
             "key requests per day. Try",
             9,
         ),
-        (Denied("rate_limit", "key parallel requests", 0, 1), 429, "rate_limit_exceeded", "parallel requests. Try", 1),
-        (Denied("insufficient_credits", "credit", 5 * 10**8), 402, "insufficient_credits", "0.50 USD", None),
-        (Denied("insufficient_credits", "credit", -1), 402, "insufficient_credits", "0.00 USD", None),
+        (Denial("rate_limit", "key parallel requests", 0, 1), 429, "rate_limit_exceeded", "parallel requests. Try", 1),
+        (Denial("insufficient_credits", "credit", 5 * 10**8), 402, "insufficient_credits", "0.50 USD", None),
+        (Denial("insufficient_credits", "credit", -1), 402, "insufficient_credits", "0.00 USD", None),
     ],
 )
 def test_what_a_denial_says(denied, status, code, words, wait):

@@ -1,10 +1,9 @@
 import pytest
 from msgspec.structs import replace
 
-from meshproxy.errors import Fault
+from meshproxy.errors import GatewayError
 from meshproxy.gateway.authenticate import Authenticator
-from meshproxy.policy.access import Access
-from meshproxy.policy.principal import Account, Principal
+from meshproxy.policy.principal import Access, Account, Principal
 from tests.gateway.parts import principal
 
 SECRET = "rsk_" + "x" * 43
@@ -25,7 +24,7 @@ async def judged(known, authorization=f"Bearer {SECRET}", *, client="192.0.2.1",
     authenticator = Authenticator(Directory(known), access or Access(), lambda: NOW, lambda: 5.0)
     try:
         return await authenticator.principal(authorization, client)
-    except Fault as fault:
+    except GatewayError as fault:
         return fault.problem.status, fault.problem.code
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from meshproxy.errors import Fault
+from meshproxy.errors import GatewayError
 from meshproxy.gateway import bounds
 from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES, Bodies
 
@@ -93,7 +93,7 @@ async def test_what_was_admitted_and_is_large_is_counted_to_its_end(bodies):
 async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatch):
     monkeypatch.setattr(bounds, "ROOM_WAIT_S", 0.01)
     await taken(bodies, 5 * MB)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await taken(bodies, 5 * MB)
     assert (503, "overloaded") == (caught.value.problem.status, caught.value.problem.code)
 
@@ -101,7 +101,7 @@ async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatc
 async def test_of_one_account_so_many_requests_are_here_without_being_admitted():
     bodies = Bodies(lambda: MOST, lambda: 2)
     first, second = bodies.room("a"), bodies.room("a")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         bodies.room("a")
     assert (503, "overloaded") == (caught.value.problem.status, caught.value.problem.code)
     bodies.room("b")

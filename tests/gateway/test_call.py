@@ -1,7 +1,7 @@
 import json
 
 from meshproxy.errors import overloaded
-from meshproxy.gateway.call import refusal
+from meshproxy.gateway.exchange import refusal
 
 
 def test_a_refusal_is_the_envelope_and_its_headers():

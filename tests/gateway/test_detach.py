@@ -5,11 +5,10 @@ import time
 
 import pytest
 
-from meshproxy.errors import Fault, Source, overloaded
-from meshproxy.gateway import detach as module
-from meshproxy.gateway.call import Call
-from meshproxy.gateway.detach import Detacher
-from meshproxy.gateway.exchange import Exchange
+from meshproxy.errors import GatewayError, Source, overloaded
+from meshproxy.gateway import in_flight as module
+from meshproxy.gateway.exchange import Call, Exchange
+from meshproxy.gateway.in_flight import Detacher
 from meshproxy.telemetry.tasks import Tasks
 
 
@@ -91,10 +90,10 @@ async def test_the_result_comes_through(detacher, closed):
 
 
 async def test_so_does_a_fault(detacher):
-    work = Work(error=Fault(Source.GATEWAY, overloaded("no")))
+    work = Work(error=GatewayError(Source.GATEWAY, overloaded("no")))
     handler = await begun(detacher, work)
     work.go_on.set()
-    with pytest.raises(Fault):
+    with pytest.raises(GatewayError):
         await handler
 
 
@@ -108,7 +107,7 @@ async def test_it_goes_on_when_the_client_has_gone(detacher, closed, tasks):
 
 
 async def test_what_fails_behind_the_client_is_closed_too(detacher, closed, tasks):
-    work = Work(error=Fault(Source.UPSTREAM, overloaded("no")))
+    work = Work(error=GatewayError(Source.UPSTREAM, overloaded("no")))
     await hang_up(await begun(detacher, work))
     work.go_on.set()
     await tasks.finish(5)

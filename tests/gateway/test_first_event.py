@@ -8,8 +8,8 @@ import time
 import pytest
 
 from meshproxy import config
-from meshproxy.errors import UpstreamFault
-from meshproxy.gateway.first_event import first_event
+from meshproxy.errors import UpstreamError
+from meshproxy.gateway.attempts import first_event
 from meshproxy.upstream.provider import Provider
 
 EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
@@ -111,7 +111,7 @@ async def test_a_body_that_is_over_but_has_something_is_the_relays(upstream, bod
 @pytest.mark.parametrize("body", [b"", b"\n\n", b": PROCESSING\n\n", b"event: x\n\n"])
 async def test_a_body_that_is_over_with_nothing_in_it_is_a_fault(upstream, body):
     response = await upstream.answer(body, then="end")
-    with pytest.raises(UpstreamFault) as raised:
+    with pytest.raises(UpstreamError) as raised:
         await begins(response)
     fault = raised.value
     assert (502, True, 200) == (fault.problem.status, fault.safe_to_repeat, fault.answered)
@@ -123,7 +123,7 @@ async def test_a_body_that_breaks_off_is_the_fault_it_broke_off_with(upstream, b
     task = asyncio.create_task(begins(response))
     await asyncio.sleep(0)
     upstream.pieces.put_nowait("reset")
-    with pytest.raises(UpstreamFault) as raised:
+    with pytest.raises(UpstreamError) as raised:
         await task
     assert raised.value.answered is None
 
@@ -144,7 +144,7 @@ async def test_a_body_that_breaks_off_is_the_fault_it_broke_off_with(upstream, b
 @pytest.mark.parametrize("then", ["hold", "end"])
 async def test_an_error_event_is_taken_for_the_status_that_it_names(upstream, code, expected, then):
     response = await upstream.answer(ERROR % code, then=then)
-    with pytest.raises(UpstreamFault) as raised:
+    with pytest.raises(UpstreamError) as raised:
         await begins(response)
     fault = raised.value
     assert expected == (fault.problem.status, fault.safe_to_repeat, fault.answered)

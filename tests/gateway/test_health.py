@@ -2,24 +2,24 @@
 
 import pytest
 
-from meshproxy.errors import UpstreamFault, gateway_timeout, overloaded, provider_not_available, upstream_error
+from meshproxy.errors import UpstreamError, gateway_timeout, overloaded, provider_not_available, upstream_error
 from meshproxy.gateway.health import Health
-from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.pricing import Price
 
 PRICE = Price(0, 0, 0, 0, 0, 0, 0)
-DEAD = UpstreamFault(upstream_error("reset", may_have_run=True), safe_to_repeat=False)
-SILENT = UpstreamFault(gateway_timeout("silent", may_have_run=True), safe_to_repeat=False)
-NO_SLOT = UpstreamFault(overloaded("no connection is free"), safe_to_repeat=True)
-FULL = UpstreamFault(provider_not_available("full", 7.0), safe_to_repeat=True, answered=429)
-REFUSED = UpstreamFault(upstream_error("not found", may_have_run=False), safe_to_repeat=True, answered=404)
+DEAD = UpstreamError(upstream_error("reset", may_have_run=True), safe_to_repeat=False)
+SILENT = UpstreamError(gateway_timeout("silent", may_have_run=True), safe_to_repeat=False)
+NO_SLOT = UpstreamError(overloaded("no connection is free"), safe_to_repeat=True)
+FULL = UpstreamError(provider_not_available("full", 7.0), safe_to_repeat=True, answered=429)
+REFUSED = UpstreamError(upstream_error("not found", may_have_run=False), safe_to_repeat=True, answered=404)
 
 
-def attempt(upstream, model="gpt", weight=None):
-    return Attempt(upstream, "openai", model, "m", 1, 1, PRICE, weight=weight)
+def candidate(upstream, model="gpt", weight=None):
+    return Candidate(upstream, "openai", model, "m", 1, 1, PRICE, weight=weight)
 
 
-A, B = attempt("a"), attempt("b")
+A, B = candidate("a"), candidate("b")
 
 
 class Worker:
@@ -30,18 +30,18 @@ class Worker:
         self.changes = []
         self.health = Health(lambda *change: self.changes.append(change), lambda: self.now, lambda: 0.5)
 
-    def begin(self, attempt=A):
-        trial = self.health.begin(attempt)
-        assert trial is not None
-        return trial
+    def begin(self, candidate=A):
+        attempt = self.health.begin(candidate)
+        assert attempt is not None
+        return attempt
 
-    def open(self, attempt=A):
+    def open(self, candidate=A):
         """Open a breaker; it may be probed in five seconds."""
         for _ in range(10):
-            self.begin(attempt).failed(DEAD)
+            self.begin(candidate).failed(DEAD)
 
     def order(self, *attempts, session=None):
-        return "".join(attempt.upstream for attempt in self.health.order(attempts, session))
+        return "".join(candidate.upstream for candidate in self.health.order(attempts, session))
 
     @property
     def in_flight(self):
@@ -56,8 +56,8 @@ def worker():
 @pytest.mark.parametrize("fault", [DEAD, SILENT])
 def test_failures_in_a_row_open_the_breaker_which_is_told_once(worker, fault):
     trials = [worker.begin() for _ in range(12)]
-    for trial in trials:
-        trial.failed(fault)
+    for attempt in trials:
+        attempt.failed(fault)
     assert [("a", True)] == worker.changes
     assert worker.health.begin(A) is None
     assert 0 == worker.in_flight
@@ -71,20 +71,20 @@ def test_what_isnt_the_upstreams_fault_opens_nothing(worker, fault):
 
 
 def test_a_trial_ends_once(worker):
-    trial = worker.begin()
-    trial.succeeded()
+    attempt = worker.begin()
+    attempt.succeeded()
     for _ in range(9):
-        trial.broke_off()
-        trial.failed(DEAD)
-        trial.abandoned()
+        attempt.broke_off()
+        attempt.failed(DEAD)
+        attempt.abandoned()
     assert ([], 0) == (worker.changes, worker.in_flight)
 
 
 def test_streams_that_begin_well_and_die_open_the_breaker(worker):
     for _ in range(10):
-        trial = worker.begin()
-        trial.answered(0.2)
-        trial.broke_off()
+        attempt = worker.begin()
+        attempt.answered(0.2)
+        attempt.broke_off()
     assert [("a", True)] == worker.changes
 
 
@@ -117,7 +117,7 @@ def test_a_probe_that_is_refused_shows_that_the_upstream_is_there(worker, fault)
     assert [("a", True), ("a", False)] == worker.changes
 
 
-@pytest.mark.parametrize("end", [lambda trial: trial.abandoned(), lambda trial: trial.failed(NO_SLOT)])
+@pytest.mark.parametrize("end", [lambda attempt: attempt.abandoned(), lambda attempt: attempt.failed(NO_SLOT)])
 def test_a_probe_that_says_nothing_makes_room_for_the_next(worker, end):
     worker.open()
     worker.now += 5.0
@@ -170,7 +170,7 @@ def test_who_is_full_is_asked_last_for_as_long_as_it_asks(worker):
 
 def test_who_is_full_for_one_model_serves_the_others(worker):
     worker.begin().failed(FULL)
-    assert "ab" == worker.order(attempt("a", "other"), B)
+    assert "ab" == worker.order(candidate("a", "other"), B)
 
 
 def test_an_outlier_is_asked_last_until_it_has_rested(worker):
@@ -183,13 +183,13 @@ def test_an_outlier_is_asked_last_until_it_has_rested(worker):
 
 def test_a_success_between_failures_makes_no_outlier(worker):
     for fails in (True, True, False, True, True):
-        trial = worker.begin()
-        trial.failed(DEAD) if fails else trial.succeeded()
+        attempt = worker.begin()
+        attempt.failed(DEAD) if fails else attempt.succeeded()
     assert "ab" == worker.order(A, B)
 
 
 def test_the_slower_and_the_busier_of_two_equals_goes_second(worker):
-    a, b = attempt("a", weight=1), attempt("b", weight=1)
+    a, b = candidate("a", weight=1), candidate("b", weight=1)
     worker.begin(a).answered(1.0)
     worker.begin(b).answered(0.2)
     assert "ba" == worker.order(a, b)
@@ -199,11 +199,11 @@ def test_the_slower_and_the_busier_of_two_equals_goes_second(worker):
 
 
 def test_who_fails_fast_doesnt_look_fast(worker):
-    a, b = attempt("a", weight=1), attempt("b", weight=1)
+    a, b = candidate("a", weight=1), candidate("b", weight=1)
     for one in (a, b):
-        trial = worker.begin(one)
-        trial.answered(1.0)
-        trial.succeeded()
+        attempt = worker.begin(one)
+        attempt.answered(1.0)
+        attempt.succeeded()
     worker.begin(a).failed(DEAD)
     assert "ba" == worker.order(a, b)
 
@@ -220,16 +220,16 @@ def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_not
     late = [worker.begin() for _ in range(10)]
     worker.open()
     worker.health.keep([])
-    for trial in late:
-        trial.failed(DEAD)
+    for attempt in late:
+        attempt.failed(DEAD)
     assert [("a", True), ("a", False)] == worker.changes
     assert worker.health.begin(A) is not None
 
 
 def test_an_accounts_failures_are_forgotten(worker):
     for _ in range(10):
-        trial = worker.health.begin(A, "poisoner")
-        trial.broke_off()
+        attempt = worker.health.begin(A, "poisoner")
+        attempt.broke_off()
     assert worker.health.begin(A, "poisoner") is None
     assert worker.changes[-1] == (A.upstream, True)
     worker.now += 121
@@ -239,9 +239,9 @@ def test_an_accounts_failures_are_forgotten(worker):
 
 def test_a_poisoner_beside_who_succeeds_opens_nothing_to_others(worker):
     for _ in range(40):
-        trial = worker.health.begin(A, "poisoner")
-        if trial is not None:
-            trial.broke_off()
+        attempt = worker.health.begin(A, "poisoner")
+        if attempt is not None:
+            attempt.broke_off()
         worker.health.begin(A, "other").succeeded()
 
 

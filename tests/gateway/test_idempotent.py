@@ -7,16 +7,16 @@ import pytest
 
 from meshproxy import config
 from meshproxy.config import Idempotency
-from meshproxy.errors import Fault
-from meshproxy.gateway import idempotent as module
-from meshproxy.gateway.call import Call, Reply
-from meshproxy.gateway.idempotent import Idempotence, Recording, Replay
+from meshproxy.errors import GatewayError
+from meshproxy.gateway import idempotency as module
+from meshproxy.gateway.exchange import Call, Reply
+from meshproxy.gateway.idempotency import Idempotence, Recording, Replay
 from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Unavailable
+from meshproxy.openai.event_stream import PING
 from meshproxy.policy.principal import Account, Key, Principal
 from meshproxy.telemetry.tasks import Tasks
-from meshproxy.wire.sse import PING
 from tests.gateway import parts
 
 PRINCIPAL = Principal(Key("k1", "acme", 0.0), Account("acme"))
@@ -102,7 +102,7 @@ async def house(monkeypatch, store_server):
 
 @pytest.mark.parametrize("name", ["", "x" * 256, "a\nb", "a\x00", "\x7f"])
 async def test_unusable_keys_are_refused(house, name):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await house.enter("h1", name=name)
     assert 422 == caught.value.problem.status
 
@@ -114,7 +114,7 @@ async def test_every_other_key_will_do(house, name):
 
 async def test_another_body_is_a_conflict(house):
     await house.enter("h1")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await house.enter("h2", body=b"[]")
     assert (409, "idempotency_conflict") == (caught.value.problem.status, caught.value.problem.code)
 
@@ -221,12 +221,12 @@ async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
     for _ in range(3):
         recording.write(b"x" * 400)
     await house.tasks.finish(5)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await house.enter("h2")
     assert (409, 1200) == (caught.value.problem.status, len(house.client.text))
     recording.conclude(complete=True)
     await house.tasks.finish(5)
-    with pytest.raises(Fault):
+    with pytest.raises(GatewayError):
         await house.enter("h3")
 
 
@@ -245,7 +245,7 @@ async def test_keeping_it_alive_does_not_bring_back_what_was_lost(house):
     recording.write(b"x" * 1001)
     await house.tasks.finish(5)
     await recording.keep_alive()
-    with pytest.raises(Fault):
+    with pytest.raises(GatewayError):
         await house.enter("h2")
 
 
@@ -266,7 +266,7 @@ async def test_an_answer_with_a_hole_in_it_is_never_replayed(house, loss):
     recording.write(b"data: 2\n\n")
     recording.conclude(complete=True)
     await house.tasks.finish(5)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await house.enter("h2")
     assert 409 == caught.value.problem.status
     assert b"data: 1\n\ndata: 2\n\n" == house.client.text
@@ -339,7 +339,7 @@ async def test_another_body_is_a_conflict_while_others_wait(house):
     recording = await house.enter("h1")
     playing = asyncio.create_task(house.play(await house.enter("h2")))
     await asyncio.sleep(0)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await house.enter("h3", body=b"[]")
     assert 409 == caught.value.problem.status
     recording.reply(Reply(200, [], b"{}"))
@@ -352,7 +352,7 @@ async def test_as_many_of_an_account_wait_as_may(house):
     playing = asyncio.create_task(house.play(await house.enter("h2")))
     await asyncio.sleep(0)
     replay = await house.enter("h3")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await replay.play(call("once", "r3"), Client(), 15, most_waiting=1)
     assert (429, "rate_limit_exceeded") == (caught.value.problem.status, caught.value.problem.code)
     recording.reply(Reply(200, [], b"{}"))

@@ -1,14 +1,14 @@
 import pytest
 
-from meshproxy.gateway.lease import Credit, Lease
-from meshproxy.ledger.records import Admitted, Denied
+from meshproxy.gateway.admit import Credit, Lease
+from meshproxy.ledger.records import Denial, Hold
 from meshproxy.ledger.store import Unavailable
 from meshproxy.telemetry.tasks import Tasks
 from tests.gateway.parts import Renewals, ask, lease, plan, turns
 
 PROMPT_NUSD = 18 * 2_500
 TOKEN_NUSD = 10_000
-GONE = Denied("gone", "hold", 0)
+GONE = Denial("gone", "hold", 0)
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ async def test_where_all_is_covered_nothing_is_asked_for(ledger):
 @pytest.mark.parametrize(
     "denied",
     [
-        Denied("insufficient_credits", "credit", 5),
-        Denied("spend_limit", "key daily budget", 5),
-        Denied("rate_limit", "key tokens", 5, 1.0),
+        Denial("insufficient_credits", "credit", 5),
+        Denial("spend_limit", "key daily budget", 5),
+        Denial("rate_limit", "key tokens", 5, 1.0),
     ],
 )
 async def test_a_refusal_is_told(ledger, denied):
@@ -124,7 +124,7 @@ async def test_a_hold_that_is_gone_and_refused_anew_is_settled_without_one(ledge
     held.spent(60)
     await turns()
     await ledger.answer(GONE)
-    denied = Denied("insufficient_credits", "credit", 5)
+    denied = Denial("insufficient_credits", "credit", 5)
     await ledger.answer(denied)
     assert (True, 100, [denied]) == (held.unheld, held.covered, heard)
 
@@ -145,14 +145,14 @@ async def test_a_hold_that_is_gone_is_noticed_when_it_is_kept_alive(ledger):
     task = Tasks().spawn("keep", held.keep())
     await turns()
     await ledger.answer(GONE)
-    denied = Denied("insufficient_credits", "credit", 5)
+    denied = Denial("insufficient_credits", "credit", 5)
     await ledger.answer(denied)
     await task
     assert [denied] == heard
 
 
 async def test_without_a_ledger_it_is_asked_again(ledger, monkeypatch):
-    monkeypatch.setattr("meshproxy.gateway.lease.RENEW_RETRY_S", 0)
+    monkeypatch.setattr("meshproxy.gateway.admit.RENEW_RETRY_S", 0)
     held = lease(ledger)
     held.spent(60)
     await turns()
@@ -172,7 +172,7 @@ async def test_without_a_ledger_the_local_allowance_pays(ledger):
 
     local = Local()
     credit = Credit(ledger, local, Tasks(), enforce_tokens=False)
-    held = Lease(Admitted(ask(), 1, 0, ()), plan(), 100, 100, credit, is_local=False)
+    held = Lease(Hold(ask(), 1, 0, ()), plan(), 100, 100, credit, is_local=False)
     held.spent(60)
     await turns()
     await ledger.answer(Unavailable("timeout", "no reply"))

@@ -4,8 +4,8 @@ import contextlib
 import pytest
 
 from meshproxy.config import Credits, Server, Settings
-from meshproxy.errors import Fault, Source, ledger_unavailable
-from meshproxy.gateway.live import Live
+from meshproxy.errors import GatewayError, Source, ledger_unavailable
+from meshproxy.gateway.in_flight import Live
 
 
 class Looked:
@@ -46,7 +46,7 @@ async def test_holds_are_kept_and_silent_streams_pinged(live):
 
 
 async def test_one_that_fails_does_not_stop_the_pulse(live):
-    failing, other = Looked(Fault(Source.GATEWAY, ledger_unavailable())), Looked()
+    failing, other = Looked(GatewayError(Source.GATEWAY, ledger_unavailable())), Looked()
     live.leases |= {failing, other}
     async with asyncio.timeout(5):
         await failing.kept.wait()

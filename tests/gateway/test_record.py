@@ -3,10 +3,10 @@ import structlog
 
 from meshproxy.config import Model, Route, Settings, Upstream
 from meshproxy.gateway.record import Recorder
-from meshproxy.ledger.records import Denied
-from meshproxy.telemetry import exposition, snapshot
+from meshproxy.ledger.records import Denial
+from meshproxy.openai.usage import Refusal, Usage
+from meshproxy.telemetry.exposition import decode, render
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.wire.usage import Refusal, Usage
 from tests.gateway.parts import Renewals, exchange, lease, plan, principal
 
 SETTINGS = Settings(
@@ -34,7 +34,7 @@ class Recorded:
         self.recorder = Recorder(self.metrics, self.log, lambda: 10.0)
 
     async def value(self, sample):
-        text = (await exposition.render(snapshot.decode(await self.metrics.snapshot()), ""))[0].decode()
+        text = (await render(decode(await self.metrics.snapshot()), ""))[0].decode()
         (line,) = [line for line in text.splitlines() if line.startswith(f"meshproxy_{sample} ")]
         return float(line.split()[-1])
 
@@ -122,7 +122,7 @@ async def test_what_was_refused_of_a_report(recorded):
 
 async def test_a_request_that_was_nobodys(recorded):
     made = exchange()
-    made.plan = made.attempt = None
+    made.plan = made.candidate = None
     made.status, made.code = 401, "unauthorized"
     recorded.recorder.begin(made)
     recorded.recorder.end(made)
@@ -134,9 +134,9 @@ async def test_a_request_that_was_nobodys(recorded):
 @pytest.mark.parametrize(
     ("denied", "sample"),
     [
-        (Denied("rate_limit", "key requests", 0), 'rate_limited_total{limit="key_requests"}'),
-        (Denied("insufficient_credits", "credit", 0), 'credit_rejections_total{reason="insufficient_credits"}'),
-        (Denied("spend_limit", "key daily budget", 0), 'credit_rejections_total{reason="spend_limit"}'),
+        (Denial("rate_limit", "key requests", 0), 'rate_limited_total{limit="key_requests"}'),
+        (Denial("insufficient_credits", "credit", 0), 'credit_rejections_total{reason="insufficient_credits"}'),
+        (Denial("spend_limit", "key daily budget", 0), 'credit_rejections_total{reason="spend_limit"}'),
     ],
 )
 async def test_a_denial(recorded, denied, sample):

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from meshproxy.errors import UpstreamFault, overloaded, upstream_error
+from meshproxy.errors import UpstreamError, overloaded, upstream_error
 from meshproxy.gateway.relay import LAST_BYTE_S, LOOK_BYTES, Relay
-from meshproxy.ledger.records import Denied
-from meshproxy.wire.sse import COST, DONE, PING, StreamScanner
+from meshproxy.ledger.records import Denial
+from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
 from tests.gateway.parts import Client, Provider, Renewals, exchange, lease, plan, turns
 
 
@@ -20,7 +20,7 @@ def event(text="x", finish="null"):
 LAST = event("", '"stop"')
 USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
 LARGE = event("").replace(b'"m"', b'"' + b"m" * LOOK_BYTES + b'"')  # after so much the client is looked at
-NO_CREDIT = Denied("insufficient_credits", "credit", 0)
+NO_CREDIT = Denial("insufficient_credits", "credit", 0)
 
 
 def done(cost):
@@ -103,7 +103,7 @@ async def test_the_client_need_not_wait_for_the_end_of_the_body(stream):
 
 async def test_what_dies_after_its_done_was_whole(stream):
     stream.says(event(" a"), DONE)
-    stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
+    stream.provider.sink.fail(UpstreamError(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
     assert ("completed", done("0.0000325")) == (stream.relay.outcome, stream.client.sent[-1])
 
@@ -125,7 +125,7 @@ async def test_an_early_end_is_none(stream):
 
 async def test_a_provider_that_dies_is_told_in_one_last_event(stream):
     stream.says(event(" a"))
-    stream.provider.sink.fail(UpstreamFault(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
+    stream.provider.sink.fail(UpstreamError(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
     assert ("Gone.", "req_1") == (stream.error["message"], stream.error["request_id"])
     assert ("upstream_failed", "upstream_error") == (stream.relay.outcome, stream.exchange.code)

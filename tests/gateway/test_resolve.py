@@ -3,8 +3,8 @@ import json
 import pytest
 
 from meshproxy.config import Credits, Defaults, Model, Route, Server, Settings, Upstream
-from meshproxy.errors import Fault
-from meshproxy.gateway.deployment import Deployment
+from meshproxy.errors import GatewayError
+from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.gateway.resolve import resolve
 from meshproxy.policy.catalog import Catalog
 from meshproxy.policy.template import Template
@@ -28,7 +28,7 @@ def model(*upstreams, size=1000, price="1.00", **fields):
     )
 
 
-def deployment(*, server, **credit):
+def active(*, server, **credit):
     models = {
         "large": model("openai", size=8000),
         "small": model("local", size=100),
@@ -48,7 +48,7 @@ def deployment(*, server, **credit):
         defaults=Defaults(model="large"),
         credits=Credits(**credit),
     )
-    return Deployment(1, settings, Catalog(settings), {}, frozenset())
+    return ActiveConfig(1, settings, Catalog(settings), {}, frozenset())
 
 
 class Directory:
@@ -58,7 +58,7 @@ class Directory:
 
 async def resolved(*, caller=None, credit=None, server=None, **fields):
     body = json.dumps({"messages": HELLO, **fields}).encode()
-    served = deployment(server=Server(**(server or {})), **(credit or {}))
+    served = active(server=Server(**(server or {})), **(credit or {}))
     return await resolve(body, caller or principal(), served, Directory(), 0.0)
 
 
@@ -88,7 +88,7 @@ async def test_the_model_of_the_request_the_key_the_template_and_the_defaults():
     ],
 )
 async def test_what_cannot_be_resolved(fields, caller, expected):
-    with pytest.raises(Fault) as raised:
+    with pytest.raises(GatewayError) as raised:
         await resolved(caller=caller, **fields)
     assert expected == (raised.value.problem.status, raised.value.problem.code)
 
@@ -167,13 +167,13 @@ async def test_a_prompt_is_held_for_at_most_the_window():
 async def test_fallbacks_whose_window_is_surely_too_small_are_skipped(words, models, expected):
     messages = [{"role": "user", "content": " river" * words}]
     plan = await resolved(model=models[0], models=models[1:], messages=messages)
-    assert expected == [attempt.model for attempt in plan.attempts]
+    assert expected == [candidate.model for candidate in plan.attempts]
 
 
 async def test_what_middle_out_makes_fit_skips_nothing():
     messages = [{"role": "user", "content": " river" * 20_000}]
     plan = await resolved(model="narrow", models=["large"], messages=messages, transforms=["middle-out"])
-    assert ["narrow", "large"] == [attempt.model for attempt in plan.attempts]
+    assert ["narrow", "large"] == [candidate.model for candidate in plan.attempts]
     assert len(plan.body_for(plan.attempts[0])) < 8192 * 3 < 120_000 < len(plan.body_for(plan.attempts[1]))
 
 
@@ -228,7 +228,7 @@ async def test_a_template_is_rendered_when_a_provider_is_asked():
 async def test_a_template_bomb_is_refused_before_it_is_built(copies, monkeypatch):
     bomb = Template(id="t", name="t", created_at=0, updated_at=0, system="{{x}}" * copies)
     monkeypatch.setattr("tests.gateway.test_resolve.TEMPLATE", bomb)
-    with pytest.raises(Fault) as raised:
+    with pytest.raises(GatewayError) as raised:
         await resolved(template="t", variables={"x": "y" * (40_000_000 // copies)}, server={"max_body_bytes": 2**25})
     problem = raised.value.problem
     assert (413, "request_too_large", "variables") == (problem.status, problem.code, problem.param)

@@ -5,12 +5,12 @@ import msgspec
 import pytest
 
 from meshproxy.config import Model, Route
-from meshproxy.gateway.settlement import Settler, bill
+from meshproxy.gateway.settle import Settler, bill
 from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
+from meshproxy.openai.usage import Refusal, Report, Usage
 from meshproxy.policy.pricing import price_of
 from meshproxy.telemetry.tasks import Tasks
-from meshproxy.wire.usage import Refusal, Report, Usage
-from tests.gateway.parts import BILLED_PROMPT_TOKENS, BODY, Renewals, attempt, exchange, lease, plan
+from tests.gateway.parts import BILLED_PROMPT_TOKENS, BODY, Renewals, candidate, exchange, lease, plan
 
 CHEAP = price_of(
     Model(upstreams=[Route(upstream="u", model="m")], input_usd_per_mtok="0.25", output_usd_per_mtok="1.00")
@@ -91,22 +91,22 @@ class TestBill:
         assert (Usage(10, 3), "estimated") == billed(report(10, 20), 99, most=3)[:2]
 
     def test_the_fallback_that_served_sets_the_price(self):
-        native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
-        of_plan = plan(attempts=(attempt(natives=(native,)),))
+        native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
+        of_plan = plan(attempts=(candidate(natives=(native,)),))
         assert 10 * 250 + 20 * 1_000 == billed(report(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2]
 
     def test_a_fallback_that_none_was_asked_for_is_billed_at_the_dearest(self):
-        native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
+        native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
         for natives_first in (False, True):
-            asked, other = (native, attempt()) if natives_first else (attempt(), native)
+            asked, other = (native, candidate()) if natives_first else (candidate(), native)
             made = exchange(plan(attempts=(msgspec.structs.replace(asked, natives=(other,)),)))
             bill(made, report(10, 20), "a stranger", lambda: 0)
             told = (made.cost_nusd, made.model, made.unlisted_model)
             assert (10 * 2_500 + 20 * 10_000, "m", "a stranger") == told
 
     def test_what_a_stream_costs_so_far_changes_nothing_of_what_it_costs(self):
-        native = attempt(model="cheap", upstream_model="cheap-1", price=CHEAP)
-        made = exchange(plan(attempts=(attempt(natives=(native,)),)))
+        native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
+        made = exchange(plan(attempts=(candidate(natives=(native,)),)))
         for served_model, expected in (("cheap-1", "cheap"), ("a stranger", "m"), ("cheap-1", "cheap")):
             bill(made, report(10, 20), served_model, lambda: 0)
             assert (expected, expected == "m") == (made.model, made.unlisted_model is not None)
@@ -121,8 +121,8 @@ class TestBill:
         ],
     )
     def test_the_provider_s_own_figure_counts_for_the_whole_answer(self, told, most, outdated, expected):
-        price = msgspec.structs.replace(attempt().price, markup=1_000_000_000)
-        made = exchange(plan(attempts=(attempt(price=price),)))
+        price = msgspec.structs.replace(candidate().price, markup=1_000_000_000)
+        made = exchange(plan(attempts=(candidate(price=price),)))
         reported = msgspec.structs.replace(report(10, 20), cost_usd=None if told is None else Decimal(told))
         bill(made, reported, None, lambda: 99, most, outdated=outdated)
         assert (expected, expected != 500_000_000) == (made.cost_nusd, made.price.markup is None)
@@ -130,7 +130,7 @@ class TestBill:
     @pytest.mark.parametrize(("told", "expected"), [(None, 250), ("flex", 250), ("default", 2_500)])
     def test_the_service_tier_that_was_served_sets_the_price(self, told, expected):
         body = b'{"service_tier":"flex","messages":[{"role":"user","content":"Hello there"}]}'
-        made = exchange(plan(body, attempts=(attempt(services=(("flex", CHEAP),)),)))
+        made = exchange(plan(body, attempts=(candidate(services=(("flex", CHEAP),)),)))
         bill(made, msgspec.structs.replace(report(10), service_tier=told), None, lambda: 0)
         assert 10 * expected == made.cost_nusd
 

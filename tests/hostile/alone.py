@@ -13,12 +13,11 @@ import sys
 import msgspec
 import uvloop
 
-from meshproxy.app.data_listener import DataListener
+from meshproxy.app.application import DataListener
 from meshproxy.app.worker import Worker
 from meshproxy.config import Settings
-from meshproxy.server.sockets import listen
-from meshproxy.telemetry import logs
-from meshproxy.telemetry.logs import RequestLog
+from meshproxy.server.listener import listen
+from meshproxy.telemetry.logs import RequestLog, configure
 
 
 def living(worker: Worker) -> dict[str, int]:
@@ -37,7 +36,7 @@ def living(worker: Worker) -> dict[str, int]:
 
 
 async def main(told) -> None:
-    logs.configure("error", "json", sys.stderr.buffer)
+    configure("error", "json", sys.stderr.buffer)
     worker = Worker(msgspec.convert(told["settings"], Settings), {"sim": "sk-provider"}, RequestLog(level="error"))
     await worker.start()
     sock = listen("127.0.0.1:0")

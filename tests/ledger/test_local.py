@@ -9,7 +9,7 @@ import pytest
 
 from meshproxy.ledger import local as module
 from meshproxy.ledger.local import LINE_BYTES, WORKERS, Instances, LocalAdmission
-from meshproxy.ledger.records import Admitted, Denied
+from meshproxy.ledger.records import Denial, Hold
 from meshproxy.policy.principal import Limits
 from tests.ledger.conftest import PATIENCE_S, FakeStore
 
@@ -43,9 +43,9 @@ async def beat_once(known):
 
 def test_an_allowance_is_held_and_never_exceeded(admission, ask):
     assert DOLLAR - 400_000_000 == admission.admit(ask("h1", amount_nusd=400_000_000)).available_nusd
-    assert isinstance(admission.admit(ask("h2", amount_nusd=600_000_000)), Admitted)
+    assert isinstance(admission.admit(ask("h2", amount_nusd=600_000_000)), Hold)
     denied = admission.admit(ask("h3", amount_nusd=1))
-    assert Denied("insufficient_credits", "credit", 0, needed_nusd=1) == denied
+    assert Denial("insufficient_credits", "credit", 0, needed_nusd=1) == denied
 
 
 @pytest.mark.parametrize(("least", "held"), [(None, None), (DOLLAR + 1, None), (DOLLAR, DOLLAR), (1, DOLLAR // 2)])
@@ -56,7 +56,7 @@ def test_a_hold_that_does_not_fit_may_be_smaller(admission, ask, least, held):
 
 def test_each_account_has_its_own(admission, ask):
     admission.admit(ask("h1", amount_nusd=DOLLAR))
-    assert isinstance(admission.admit(ask("h2", account="other", amount_nusd=DOLLAR)), Admitted)
+    assert isinstance(admission.admit(ask("h2", account="other", amount_nusd=DOLLAR)), Hold)
 
 
 def test_a_request_that_is_over_leaves_what_it_really_cost(admission, ask, settlement):
@@ -68,13 +68,13 @@ def test_a_request_that_is_over_leaves_what_it_really_cost(admission, ask, settl
         denied.available_nusd,
         denied.needed_nusd,
     )
-    assert isinstance(admission.admit(ask("h3", amount_nusd=900_000_000)), Admitted)
+    assert isinstance(admission.admit(ask("h3", amount_nusd=900_000_000)), Hold)
 
 
 def test_a_cost_above_the_hold_comes_out_of_the_allowance_too(admission, ask, settlement):
     admission.admit(ask("h1", amount_nusd=0))
     admission.spent(settlement("h1", cost_nusd=DOLLAR), 0)
-    assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denied)
+    assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denial)
 
 
 def test_only_settled_money_refills_the_allowance(admission, ask, settlement):
@@ -82,16 +82,16 @@ def test_only_settled_money_refills_the_allowance(admission, ask, settlement):
     admission.admit(ask("h1", amount_nusd=DOLLAR))
     admission.spent(settlement("h1", cost_nusd=DOLLAR), 0)
     admission.written()
-    assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denied)
+    assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denial)
     admission.charged("h1")
-    assert isinstance(admission.admit(ask("h2", amount_nusd=DOLLAR)), Admitted)
+    assert isinstance(admission.admit(ask("h2", amount_nusd=DOLLAR)), Hold)
 
 
 def test_a_restart_refills_no_allowance(admission, ask, settlement):
     admission.found([settlement("h1", cost_nusd=DOLLAR, unheld=True), settlement("h2", cost_nusd=DOLLAR)])
-    assert isinstance(admission.admit(ask("h3", amount_nusd=1)), Denied)
+    assert isinstance(admission.admit(ask("h3", amount_nusd=1)), Denial)
     admission.charged("h1")
-    assert isinstance(admission.admit(ask("h3", amount_nusd=DOLLAR)), Admitted)
+    assert isinstance(admission.admit(ask("h3", amount_nusd=DOLLAR)), Hold)
 
 
 def test_slices_come_out_of_the_same_allowance(admission, ask):
@@ -122,7 +122,7 @@ def test_nothing_is_admitted_that_the_journal_has_no_room_for(ask, clock, settle
 def test_all_instances_together_give_one_allowance(ask, clock, count):
     workers = [make_admission(clock, count) for _ in range(count)]
     given = sum(
-        isinstance(worker.admit(ask(f"h{number}", amount_nusd=DOLLAR // 50)), Admitted)
+        isinstance(worker.admit(ask(f"h{number}", amount_nusd=DOLLAR // 50)), Hold)
         for worker in workers
         for number in range(60)
     )
@@ -136,7 +136,7 @@ def test_buckets_are_shared_out_among_the_instances(ask, clock, count):
 
     def admitted():
         return sum(
-            isinstance(worker.admit(ask("h", amount_nusd=0, key_limits=limits)), Admitted)
+            isinstance(worker.admit(ask("h", amount_nusd=0, key_limits=limits)), Hold)
             for worker in workers
             for _ in range(100)
         )
@@ -154,7 +154,7 @@ def test_the_wait_is_exact(admission, ask, clock):
     denied = admission.admit(ask("h2", account_limits=limits))
     assert ("rate_limit", "account requests", 2.0) == (denied.reason, denied.which, denied.retry_after_s)
     clock.now += 2.0
-    assert isinstance(admission.admit(ask("h3", account_limits=limits)), Admitted)
+    assert isinstance(admission.admit(ask("h3", account_limits=limits)), Hold)
 
 
 def test_the_longest_wait_is_named(admission, ask):
@@ -168,18 +168,18 @@ def test_a_denial_takes_nothing(admission, ask):
     limits = Limits(requests_per_minute=60, burst=1, tokens_per_minute=100)
     admission.admit(ask("h1", tokens=10, key_limits=limits))
     before = {name: bucket.level for name, bucket in admission._buckets.items()}
-    assert isinstance(admission.admit(ask("h2", tokens=10, key_limits=limits)), Denied)
+    assert isinstance(admission.admit(ask("h2", tokens=10, key_limits=limits)), Denial)
     assert before == {name: bucket.level for name, bucket in admission._buckets.items()}
     assert 100 == admission._used_nusd["acme"]
 
 
 def test_more_tokens_than_a_bucket_holds_get_through_when_it_is_full(admission, ask, clock):
     limits = Limits(tokens_per_minute=60)
-    assert isinstance(admission.admit(ask("h1", tokens=90, key_limits=limits)), Admitted)
+    assert isinstance(admission.admit(ask("h1", tokens=90, key_limits=limits)), Hold)
     denied = admission.admit(ask("h2", tokens=90, key_limits=limits))
     assert 90.0 == denied.retry_after_s
     clock.now += 90
-    assert isinstance(admission.admit(ask("h3", tokens=90, key_limits=limits)), Admitted)
+    assert isinstance(admission.admit(ask("h3", tokens=90, key_limits=limits)), Hold)
 
 
 @pytest.mark.parametrize("limits", [Limits(requests_per_minute=0), Limits(tokens_per_minute=0)])
@@ -202,7 +202,7 @@ def test_so_many_run_in_parallel(admission, ask, settlement, scope):
     denied = admission.admit(ask("h2", **limits))
     assert (f"{scope} parallel requests", 1.0) == (denied.which, denied.retry_after_s)
     admission.spent(settlement("h1"), 0)
-    assert isinstance(admission.admit(ask("h2", **limits)), Admitted)
+    assert isinstance(admission.admit(ask("h2", **limits)), Hold)
 
 
 def test_what_is_told_of_the_buckets(admission, ask):
@@ -216,16 +216,16 @@ def test_what_is_told_of_the_buckets(admission, ask):
 def test_there_is_a_bound_on_accounts_that_known_ones_do_not_feel(admission, ask, monkeypatch):
     monkeypatch.setattr(module, "MAX_ACCOUNTS", 2)
     for account in ("a", "b"):
-        assert isinstance(admission.admit(ask(f"h-{account}", account=account)), Admitted)
-    assert isinstance(admission.admit(ask("h-c", account="c")), Denied)
-    assert isinstance(admission.admit(ask("h-more", account="a")), Admitted)
+        assert isinstance(admission.admit(ask(f"h-{account}", account=account)), Hold)
+    assert isinstance(admission.admit(ask("h-c", account="c")), Denial)
+    assert isinstance(admission.admit(ask("h-more", account="a")), Hold)
 
 
 def test_redis_counts_again_and_local_buckets_are_dropped(admission, ask):
     limits = Limits(requests_per_minute=1)
     admission.admit(ask("h1", key_limits=limits))
     admission.written()
-    assert isinstance(admission.admit(ask("h2", key_limits=limits)), Admitted)
+    assert isinstance(admission.admit(ask("h2", key_limits=limits)), Hold)
 
 
 def test_levels_are_never_infinite_nor_nan(admission, ask, clock):

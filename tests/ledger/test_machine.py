@@ -23,13 +23,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from meshproxy.ledger import scripts
-from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted, Ask, Denied, Settlement
-from meshproxy.ledger.scripts import Script
+from meshproxy.ledger.records import AccountKeys, Denial, Hold, HoldRequest, Settlement
+from meshproxy.ledger.store import Script, _read, expand
+from meshproxy.openai.usage import Usage
 from meshproxy.policy.principal import Budgets, Limits
-from meshproxy.wire.usage import Usage
 
 CLOCK = """
 local now_ms = tonumber(redis.call('GET', 'clock'))
@@ -51,8 +49,8 @@ tokens = st.integers(0, 1_200)
 
 
 def on_the_store_s_clock(name: str) -> Script:
-    read = lambda name: CLOCK if name == "clock" else scripts._read(name)  # noqa: E731
-    return Script.of(name, scripts.expand(read(name), read))
+    read = lambda name: CLOCK if name == "clock" else _read(name)  # noqa: E731
+    return Script.of(name, expand(read(name), read))
 
 
 @dataclass
@@ -83,8 +81,8 @@ class Bucket:
 
 @dataclass
 class Hold:
-    ask: Ask
-    admitted: Admitted
+    ask: HoldRequest
+    admitted: Hold
     amount: int
     tokens: int
     deadline_ms: int
@@ -163,7 +161,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if hold.deadline_ms <= self.now_ms:
                 self.abandoned[hold_id] = self.live.pop(hold_id)
 
-    def room(self, ask: Ask) -> dict[str, int]:
+    def room(self, ask: HoldRequest) -> dict[str, int]:
         """Free credit, and the room under each budget."""
         rooms = {"credit": self.balance - self.held()}
         budgets = {"key": ask.budgets, "session": ask.session_budgets}
@@ -173,7 +171,7 @@ class LedgerMachine(RuleBasedStateMachine):
         rooms["account"] = self.account_spend.room(ask.account_budgets, self.date, self.held())
         return rooms
 
-    def buckets(self, ask: Ask) -> list[tuple[str, Bucket, int]]:
+    def buckets(self, ask: HoldRequest) -> list[tuple[str, Bucket, int]]:
         found = [
             ("key requests", self.requests[ask.key_id], 1),
             ("key tokens", self.tokens[ask.key_id], ask.tokens),
@@ -184,7 +182,7 @@ class LedgerMachine(RuleBasedStateMachine):
             bucket.refill(self.now_ms)
         return found
 
-    def take_tokens(self, ask: Ask, count: int) -> None:
+    def take_tokens(self, ask: HoldRequest, count: int) -> None:
         for _, bucket, _ in self.buckets(ask)[1::2]:
             bucket.take(count)
 
@@ -226,7 +224,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ttl_ms=st.integers(1, 20_000),
     )
     def admit(self, key: str, session: str | None, amount: int, least: int | None, tokens: int, ttl_ms: int) -> None:
-        ask = Ask(
+        ask = HoldRequest(
             hold_id=f"h{next(self.ids)}",
             account="acme",
             key_id=key,
@@ -245,7 +243,7 @@ class LedgerMachine(RuleBasedStateMachine):
         before = self.snapshot()
         answer = self.run(self.ledger.admit(ask))
         expected = self.decide(ask)
-        if isinstance(answer, Denied):
+        if isinstance(answer, Denial):
             assert expected == (answer.reason, answer.which.split()[0], answer.retry_after_s)
             assert self.snapshot() == before
         else:
@@ -254,7 +252,7 @@ class LedgerMachine(RuleBasedStateMachine):
             for _, bucket, count in self.buckets(ask):
                 bucket.take(count)
 
-    def decide(self, ask: Ask) -> Any:
+    def decide(self, ask: HoldRequest) -> Any:
         least = ask.amount_nusd if ask.amount_min_nusd is None else ask.amount_min_nusd
         rooms = self.room(ask)
         for name in ("credit", "key", "session", "account"):
@@ -307,7 +305,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 enforce_tokens=enforce,
             )
         )
-        if isinstance(answer, Denied):
+        if isinstance(answer, Denial):
             assert expected == answer.reason
             return
         assert (expected, answer.amount_nusd) == (None, total)
@@ -426,7 +424,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert bucket.taken * UNIT <= bucket.size * UNIT + bucket.rate * (self.now_ms - START_MS)
 
 
-def owners(ask: Ask) -> list[str]:
+def owners(ask: HoldRequest) -> list[str]:
     return [f"key:{ask.key_id}", *([f"session:{ask.session}"] if ask.session else [])]
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from meshproxy.ledger.records import Admitted, Denied
+from meshproxy.ledger.records import Denial, Hold
+from meshproxy.openai.usage import Usage
 from meshproxy.policy.principal import Budgets, Limits
-from meshproxy.wire.usage import Usage
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def admit(ledger, ask):
 async def test_a_hold_grows_to_the_new_total(ledger, admit, read, keys):
     hold = await admit(budgets=Budgets(total_nusd=300), session="s1", session_budgets=Budgets(total_nusd=300))
     renewed = await ledger.renew(hold, amount_nusd=180)
-    assert renewed == Admitted(hold.ask, 180, 70, ())
+    assert renewed == Hold(hold.ask, 180, 70, ())
     assert await read.hash(keys.credit) == {"balance": "250", "granted": "250", "held": "180"}
     assert await read.hash(keys.held) == {"key:k1": "180", "session:s1": "180"}
 
@@ -45,7 +45,7 @@ async def test_without_credit_the_hold_stays_and_its_deadline_moves(ledger, admi
     before = int(await store.execute("ZSCORE", keys.deadlines, "h1"))
     record = await read.hash(keys.holds)
     denied = await ledger.renew(hold, amount_nusd=251, ttl_ms=500_000)
-    assert denied == Denied("insufficient_credits", "credit", 150, needed_nusd=151)
+    assert denied == Denial("insufficient_credits", "credit", 150, needed_nusd=151)
     assert await read.hash(keys.holds) == record
     assert (await read.hash(keys.credit))["held"] == "100"
     assert int(await store.execute("ZSCORE", keys.deadlines, "h1")) > before + 400_000
@@ -54,13 +54,13 @@ async def test_without_credit_the_hold_stays_and_its_deadline_moves(ledger, admi
 async def test_an_overdrawn_account_s_holds_can_still_be_kept(ledger, admit):
     hold = await admit()
     await ledger.grant("acme", -1000)
-    assert await ledger.renew(hold, amount_nusd=100) == Admitted(hold.ask, 100, -850, ())
+    assert await ledger.renew(hold, amount_nusd=100) == Hold(hold.ask, 100, -850, ())
 
 
 async def test_without_strict_credit_a_hold_grows_while_something_is_free(ledger, admit):
     hold = await admit(strict=False)
     assert (await ledger.renew(hold, amount_nusd=900)).available_nusd == -650
-    assert isinstance(await ledger.renew(hold, amount_nusd=901), Denied)
+    assert isinstance(await ledger.renew(hold, amount_nusd=901), Denial)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ async def test_a_budget_binds_renewals(ledger, admit, fields, which, store, snap
     hold = await admit(**fields)
     before = await snapshot(store)
     denied = await ledger.renew(hold, amount_nusd=150)
-    assert denied == Denied("spend_limit", which, 150, needed_nusd=50, budget_nusd=149, spent_nusd=100)
+    assert denied == Denial("spend_limit", which, 150, needed_nusd=50, budget_nusd=149, spent_nusd=100)
     after = await snapshot(store)
     moved = {keys.deadlines: None, keys.key_books("k1")[2]: None}
     assert {**after, **moved} == {**before, **moved}
@@ -115,7 +115,7 @@ async def test_a_settled_hold_is_gone(ledger, admit, settlement, store, snapshot
     hold = await admit()
     await ledger.settle(settlement())
     before = await snapshot(store)
-    assert await ledger.renew(hold, amount_nusd=120) == Denied("gone", "hold", 0)
+    assert await ledger.renew(hold, amount_nusd=120) == Denial("gone", "hold", 0)
     assert await snapshot(store) == before
 
 
@@ -131,7 +131,7 @@ async def test_an_abandoned_hold_is_taken_back(ledger, admit, read, store, keys,
     hold = await admit(ttl_ms=0, budgets=Budgets(total_nusd=300), key_limits=Limits(tokens_per_minute=60))
     await ledger.balance("acme")
     assert (await read.hash(keys.credit))["held"] == "0"
-    assert await ledger.renew(hold, amount_nusd=120, ttl_ms=60_000) == Admitted(hold.ask, 120, 130, hold.buckets)
+    assert await ledger.renew(hold, amount_nusd=120, ttl_ms=60_000) == Hold(hold.ask, 120, 130, hold.buckets)
     assert (await read.hash(keys.credit))["held"] == "120"
     assert await read.hash(keys.held) == {"key:k1": "120"}
     assert (list(await read.hash(keys.holds)), await read.hash(keys.abandoned)) == (["h1"], {})
@@ -148,7 +148,7 @@ async def test_an_abandoned_hold_stays_so_without_credit(ledger, ask, admit, rea
     hold = await admit(ttl_ms=0)
     await ledger.admit(ask("h2", amount_nusd=200))
     denied = await ledger.renew(hold, amount_nusd=100, ttl_ms=60_000)
-    assert denied == Denied("insufficient_credits", "credit", 50, needed_nusd=100)
+    assert denied == Denial("insufficient_credits", "credit", 50, needed_nusd=100)
     assert list(await read.hash(keys.abandoned)) == ["h1"]
     assert await ledger.settle(settlement()) is True
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from meshproxy.ledger import scripts
-from meshproxy.ledger.scripts import Script, expand
+from meshproxy.ledger import store
+from meshproxy.ledger.store import Script, expand
 
 
 def test_an_include_is_replaced_by_its_text():
@@ -27,7 +27,7 @@ def test_backslashes_of_an_included_text_stay():
 
 def test_what_is_included_includes_nothing():
     """Else it would go to Redis as a comment."""
-    folder = Path(scripts.__file__).parent
+    folder = Path(store.__file__).parent / "scripts"
     included = {name for path in folder.glob("*.lua") for name in re.findall("-- include: (.*)", path.read_text())}
     assert {"bucket", "clock"} <= included
     assert [] == [name for name in included if "-- include" in (folder / f"{name}.lua").read_text()]

@@ -4,9 +4,9 @@ import pytest
 
 from meshproxy.ledger.connection import Unavailable
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted
+from meshproxy.ledger.records import Hold
+from meshproxy.openai.usage import Usage
 from meshproxy.policy.principal import Budgets, Limits
-from meshproxy.wire.usage import Usage
 
 
 async def test_the_real_cost_is_charged_and_the_hold_released(ledger, ask, settlement, read, keys, store):
@@ -227,7 +227,7 @@ async def test_a_full_server_denies_and_still_settles(server_store, ask, settlem
     """The first write of a settlement is a removal: after that, Redis no longer refuses a script for want of memory."""
     ledger = Ledger(server_store)
     await ledger.grant("acme", 1000)
-    assert isinstance(await ledger.admit(ask("h1")), Admitted)
+    assert isinstance(await ledger.admit(ask("h1")), Hold)
     await server_store.execute("CONFIG", "SET", "maxmemory", "1")
     try:
         with pytest.raises(Unavailable) as refusal:
@@ -249,7 +249,7 @@ async def test_a_lowered_limit_holds_while_older_requests_settle(ledger, ask, se
     admitted = 0
     for number in range(20):
         answer = await ledger.admit(ask(f"new-{number}", tokens=30, key_limits=new))
-        admitted += isinstance(answer, Admitted)
+        admitted += isinstance(answer, Hold)
         await ledger.settle(settlement(f"old-{number}"))
     assert admitted == 2
 

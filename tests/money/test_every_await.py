@@ -11,9 +11,9 @@ import types
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.errors import UpstreamFault, upstream_error
-from meshproxy.gateway.call import Call
-from meshproxy.ledger.keyspace import AccountKeys
+from meshproxy.errors import UpstreamError, upstream_error
+from meshproxy.gateway.exchange import Call
+from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.store import StoreError, Unavailable
 from tests.conftest import HELLO, model, usage_events
 from tests.money.conftest import figure
@@ -84,7 +84,7 @@ WAYS = {
     "bug": lambda: RuntimeError("injected"),
     "ledger": lambda: Unavailable("timeout", "injected"),
     "refusal": lambda: StoreError("WRONGTYPE", "injected"),
-    "provider": lambda: UpstreamFault(upstream_error("injected", may_have_run=True), safe_to_repeat=False),
+    "provider": lambda: UpstreamError(upstream_error("injected", may_have_run=True), safe_to_repeat=False),
 }
 KINDS = {
     "unary": {"stream": False},

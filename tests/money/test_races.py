@@ -6,7 +6,7 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from meshproxy.ledger.records import Admitted, Ask
+from meshproxy.ledger.records import Hold, HoldRequest
 from meshproxy.policy.principal import Budgets, Limits
 from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, PROMPT_ESTIMATE, Client, figure, scaled
 
@@ -158,11 +158,11 @@ async def test_what_an_admission_costs(proxy, books, session):
 async def admission_us(ledger, number):
     """One admission, alone on its connection."""
     limits = Limits(requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000)
-    ask = Ask(
+    ask = HoldRequest(
         hold_id=f"a{number}", account="probe", key_id="k1", amount_nusd=1, tokens=1, ttl_ms=60_000, key_limits=limits
     )
     began = time.perf_counter()
-    assert isinstance(await ledger.admit(ask), Admitted)
+    assert isinstance(await ledger.admit(ask), Hold)
     return (time.perf_counter() - began) * 1e6
 
 

@@ -14,9 +14,9 @@ from meshproxy import config
 from meshproxy.ledger.connection import Unavailable, connect
 from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import Admitted, Ask, Settlement
+from meshproxy.ledger.records import Hold, HoldRequest, Settlement
 from meshproxy.ledger.store import StoreError
-from meshproxy.wire.usage import Usage
+from meshproxy.openai.usage import Usage
 from tests.money.conftest import PATIENCE_S, figure, full_only
 
 DOC = Path(__file__).parents[2] / "docs" / "ledger.md"
@@ -103,13 +103,13 @@ class House:
     async def begin(self):
         await self.ledger.grant("acme", GRANTED)
         self.to_renew = await self.ledger.admit(ask("renewed"))
-        assert isinstance(await self.ledger.admit(ask("settled")), Admitted)
+        assert isinstance(await self.ledger.admit(ask("settled")), Hold)
 
     async def admit(self):
-        assert isinstance(await self.ledger.admit(ask("admitted")), Admitted)
+        assert isinstance(await self.ledger.admit(ask("admitted")), Hold)
 
     async def renew(self):
-        assert isinstance(await self.ledger.renew(self.to_renew, amount_nusd=RAISED), Admitted)
+        assert isinstance(await self.ledger.renew(self.to_renew, amount_nusd=RAISED), Hold)
 
     async def settle(self):
         """As the gateway does: what can't be settled goes to the journal."""
@@ -137,7 +137,7 @@ class House:
 
 
 def ask(hold_id):
-    return Ask(hold_id=hold_id, account="acme", key_id="k1", amount_nusd=AMOUNT, tokens=1, ttl_ms=60_000)
+    return HoldRequest(hold_id=hold_id, account="acme", key_id="k1", amount_nusd=AMOUNT, tokens=1, ttl_ms=60_000)
 
 
 def settlement(hold_id):

@@ -7,7 +7,7 @@ import random
 import re
 
 from meshproxy.policy.principal import Limits
-from meshproxy.telemetry import exposition, snapshot
+from meshproxy.telemetry.exposition import decode, render
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -51,7 +51,7 @@ async def one_of_each(mesh, caller, rng):
 
 async def exposed(mesh):
     await mesh.quiet()
-    text, _ = await exposition.render(snapshot.decode(await mesh.worker.metrics.snapshot()), OPENMETRICS)
+    text, _ = await render(decode(await mesh.worker.metrics.snapshot()), OPENMETRICS)
     return [line for line in text.decode().splitlines() if not line.startswith("#")]
 
 

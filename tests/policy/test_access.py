@@ -1,6 +1,6 @@
 import pytest
 
-from meshproxy.policy.access import MAX_KNOWN, Access, FailedLogins, Networks
+from meshproxy.policy.principal import MAX_KNOWN, Access, FailedLogins, Networks
 
 ADDRESS = "192.0.2.1"
 

@@ -6,28 +6,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.policy.balance import PeakEwma, Standing, arrange
-from meshproxy.policy.catalog import Attempt
+from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.pricing import Price
+from meshproxy.policy.route_health import PeakEwma, RouteHealth, arrange
 
 PRICE = Price(0, 0, 0, 0, 0, 0, 0)
-OPEN = Standing(is_open=True)
+OPEN = RouteHealth(is_open=True)
 
 
-def attempt(name, weight=None, model="a/one"):
-    return Attempt(name, "openai", "one", model, 1, 1, PRICE, weight=weight)
+def candidate(name, weight=None, model="a/one"):
+    return Candidate(name, "openai", "one", model, 1, 1, PRICE, weight=weight)
 
 
 def equals(**weights):
-    return [attempt(name, weight) for name, weight in weights.items()]
+    return [candidate(name, weight) for name, weight in weights.items()]
 
 
 def ejected(seconds):
-    return Standing(ejected_s=seconds)
+    return RouteHealth(ejected_s=seconds)
 
 
 def names(attempts, session=None, **standings):
-    return "".join(a.upstream for a in arrange(attempts, lambda a: standings.get(a.upstream, Standing()), session))
+    return "".join(a.upstream for a in arrange(attempts, lambda a: standings.get(a.upstream, RouteHealth()), session))
 
 
 # Who is passed over.
@@ -46,7 +46,7 @@ def names(attempts, session=None, **standings):
     ],
 )
 def test_routes_without_equals_keep_their_order_but_for_those_that_ask_to_be_spared(standings, expected):
-    assert expected == names([attempt(name) for name in "abc"], **standings)
+    assert expected == names([candidate(name) for name in "abc"], **standings)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_of_three_equals_one_is_ejected():
 
 
 def test_the_ejected_are_asked_after_the_fallbacks():
-    attempts = [*equals(a=1, b=1), attempt("f"), attempt("m", model="b/two")]
+    attempts = [*equals(a=1, b=1), candidate("f"), candidate("m", model="b/two")]
     assert "bfma" == names(attempts, a=ejected(1))
     assert "abmf" == names(attempts, f=ejected(1))
 
 
 def test_the_equals_of_two_models_are_not_equals():
-    attempts = [attempt("a", 1), attempt("b", 1, model="b/two")]
-    assert "ab" == names(attempts, a=Standing(in_flight=100))
+    attempts = [candidate("a", 1), candidate("b", 1, model="b/two")]
+    assert "ab" == names(attempts, a=RouteHealth(in_flight=100))
 
 
 # Which of two goes first.
@@ -87,19 +87,19 @@ def test_the_equals_of_two_models_are_not_equals():
 @pytest.mark.parametrize(
     "a, b, expected",
     [
-        (Standing(), Standing(), "ab"),
-        (Standing(in_flight=1), Standing(), "ab"),
-        (Standing(in_flight=2), Standing(), "ba"),
-        (Standing(in_flight=12), Standing(in_flight=11), "ab"),
-        (Standing(in_flight=12), Standing(in_flight=10), "ba"),
-        (Standing(1.0), Standing(0.51), "ab"),
-        (Standing(1.0), Standing(0.5), "ab"),
-        (Standing(1.0), Standing(0.49), "ba"),
-        (Standing(9.0), Standing(), "ab"),
-        (Standing(), Standing(0.1), "ab"),
-        (Standing(in_flight=5), Standing(0.1), "ba"),
-        (Standing(0.1, in_flight=5), Standing(), "ba"),
-        (Standing(1.0, in_flight=1), Standing(0.9), "ba"),
+        (RouteHealth(), RouteHealth(), "ab"),
+        (RouteHealth(in_flight=1), RouteHealth(), "ab"),
+        (RouteHealth(in_flight=2), RouteHealth(), "ba"),
+        (RouteHealth(in_flight=12), RouteHealth(in_flight=11), "ab"),
+        (RouteHealth(in_flight=12), RouteHealth(in_flight=10), "ba"),
+        (RouteHealth(1.0), RouteHealth(0.51), "ab"),
+        (RouteHealth(1.0), RouteHealth(0.5), "ab"),
+        (RouteHealth(1.0), RouteHealth(0.49), "ba"),
+        (RouteHealth(9.0), RouteHealth(), "ab"),
+        (RouteHealth(), RouteHealth(0.1), "ab"),
+        (RouteHealth(in_flight=5), RouteHealth(0.1), "ba"),
+        (RouteHealth(0.1, in_flight=5), RouteHealth(), "ba"),
+        (RouteHealth(1.0, in_flight=1), RouteHealth(0.9), "ba"),
     ],
 )
 def test_the_second_of_equals_goes_first_only_if_it_is_better_off(a, b, expected):
@@ -109,12 +109,12 @@ def test_the_second_of_equals_goes_first_only_if_it_is_better_off(a, b, expected
 @pytest.mark.parametrize(
     "a, b, expected",
     [
-        (Standing(in_flight=9), Standing(), "ab"),
-        (Standing(in_flight=11), Standing(), "ba"),
-        (Standing(in_flight=18), Standing(in_flight=1), "ab"),
-        (Standing(in_flight=19), Standing(in_flight=1), "ba"),
-        (Standing(1.0), Standing(0.17), "ab"),
-        (Standing(1.0), Standing(0.16), "ba"),
+        (RouteHealth(in_flight=9), RouteHealth(), "ab"),
+        (RouteHealth(in_flight=11), RouteHealth(), "ba"),
+        (RouteHealth(in_flight=18), RouteHealth(in_flight=1), "ab"),
+        (RouteHealth(in_flight=19), RouteHealth(in_flight=1), "ba"),
+        (RouteHealth(1.0), RouteHealth(0.17), "ab"),
+        (RouteHealth(1.0), RouteHealth(0.16), "ba"),
     ],
 )
 def test_load_is_seen_by_weight(a, b, expected):
@@ -122,7 +122,7 @@ def test_load_is_seen_by_weight(a, b, expected):
 
 
 def test_only_the_two_that_were_drawn_are_compared():
-    assert "acb" == names(equals(a=1, c=1, b=1), a=Standing(0.5), c=Standing(0.4), b=Standing(0.001))
+    assert "acb" == names(equals(a=1, c=1, b=1), a=RouteHealth(0.5), c=RouteHealth(0.4), b=RouteHealth(0.001))
 
 
 # Sessions.
@@ -130,7 +130,7 @@ def test_only_the_two_that_were_drawn_are_compared():
 
 def test_a_session_stays_where_it_is_whatever_was_drawn():
     drawn = [equals(a=1, b=1, c=1), equals(c=1, b=1, a=1), equals(b=1, a=1, c=1)]
-    busy = {"a": Standing(9.0, 50)}
+    busy = {"a": RouteHealth(9.0, 50)}
     assert 1 == len({names(attempts, "s1", **standings) for attempts in drawn for standings in ({}, busy)})
 
 
@@ -156,14 +156,14 @@ def test_a_sessions_upstream_that_asks_to_be_spared_is_spared():
 
 @given(
     st.lists(st.tuples(st.none() | st.integers(1, 9), st.sampled_from(["x", "y"])), max_size=8),
-    st.lists(st.builds(Standing, st.floats(0, 9), st.integers(0, 9), st.floats(0, 9), st.booleans()), max_size=8),
+    st.lists(st.builds(RouteHealth, st.floats(0, 9), st.integers(0, 9), st.floats(0, 9), st.booleans()), max_size=8),
     st.none() | st.text(max_size=3),
 )
 def test_all_but_the_open_are_asked_once(routes, standings, session):
-    attempts = [attempt(str(index), weight, model) for index, (weight, model) in enumerate(routes)]
+    attempts = [candidate(str(index), weight, model) for index, (weight, model) in enumerate(routes)]
     known = dict(zip((a.upstream for a in attempts), standings, strict=False))
-    arranged = arrange(attempts, lambda a: known.get(a.upstream, Standing()), session)
-    usable = [a for a in attempts if not known.get(a.upstream, Standing()).is_open]
+    arranged = arrange(attempts, lambda a: known.get(a.upstream, RouteHealth()), session)
+    usable = [a for a in attempts if not known.get(a.upstream, RouteHealth()).is_open]
     assert sorted(a.upstream for a in usable) == sorted(a.upstream for a in arranged)
 
 
@@ -210,7 +210,7 @@ def shares(rate, weights, latencies, requests=4000):
             else:
                 in_flight[name] -= 1
         drawn = sorted(equals(**weights), key=lambda a: chance.expovariate(a.weight))
-        standings = {one: Standing(ewmas[one].read(now), in_flight[one]) for one in weights}
+        standings = {one: RouteHealth(ewmas[one].read(now), in_flight[one]) for one in weights}
         name = names(drawn, **standings)[0]
         went[name] += 1
         in_flight[name] += 1

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from meshproxy.policy.breaker import Breaker, Tolerance
+from meshproxy.policy.route_health import Breaker, Tolerance
 
 T0 = 1000.0
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.policy.budget import RetryBudget
+from meshproxy.policy.route_health import RetryBudget
 
 
 def withdrawn(budget, now, tries):

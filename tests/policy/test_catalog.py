@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from meshproxy.config import parse
-from meshproxy.errors import Fault, Source, model_not_found
-from meshproxy.policy.catalog import Attempt, Catalog, may_have_served, priced
+from meshproxy.errors import GatewayError, Source, model_not_found
+from meshproxy.policy.catalog import Candidate, Catalog, may_have_served, priced
 from meshproxy.policy.pricing import Price
 
 UPSTREAMS = """
@@ -44,7 +44,7 @@ def catalog(models, more=""):
 
 def asked(attempts):
     """The attempts, short: where, under which name, with which natives."""
-    return [(attempt.upstream, attempt.upstream_model, *attempt.native_models) for attempt in attempts]
+    return [(candidate.upstream, candidate.upstream_model, *candidate.native_models) for candidate in attempts]
 
 
 A = {"a/one": [("openai", "one"), ("vllm", "one-local")]}
@@ -66,11 +66,11 @@ USD = 1_000_000_000
 @pytest.mark.parametrize(
     "route, more, expected",
     [
-        (("vllm", "o"), "", Attempt("vllm", "openai", "o", "a/one", 128_000, 16_384, Price(*[USD] * 7))),
+        (("vllm", "o"), "", Candidate("vllm", "openai", "o", "a/one", 128_000, 16_384, Price(*[USD] * 7))),
         (
             ("router", "or/o", 7),
             "context_window = 9\nmax_output_tokens = 8\nreasoning_usd_per_mtok = '2'\nhidden_reasoning = true",
-            Attempt(
+            Candidate(
                 upstream="router",
                 kind="openrouter",
                 upstream_model="or/o",
@@ -96,8 +96,8 @@ def test_an_attempt_knows_all_that_its_model_is(route, more, expected):
 
 @pytest.mark.parametrize("weight, expected", [(None, 1), (1, 1), (7, 7)])
 def test_a_share_is_the_weight_if_there_is_one(weight, expected):
-    attempt = Attempt("openai", "openai", "o", "a/one", 1, 1, Price(*[USD] * 7), weight=weight)
-    assert expected == attempt.share
+    candidate = Candidate("openai", "openai", "o", "a/one", 1, 1, Price(*[USD] * 7), weight=weight)
+    assert expected == candidate.share
 
 
 def test_ids_are_whole_with_their_slashes():
@@ -107,7 +107,7 @@ def test_ids_are_whole_with_their_slashes():
 
 @pytest.mark.parametrize("model, fallbacks, missing", [("x/y", (), "x/y"), ("a/one", ("a/one", "x/y"), "x/y")])
 def test_an_unknown_model_is_named(model, fallbacks, missing):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         catalog(A).attempts(model, fallbacks, spin=0.0)
     assert (Source.CLIENT, model_not_found(missing)) == (caught.value.source, caught.value.problem)
 
@@ -123,19 +123,20 @@ def test_an_unknown_model_is_named(model, fallbacks, missing):
 )
 def test_weights_balance_neighbours(spin, expected):
     models = catalog({"m": [("openai", "first"), ("openai", "w1", 1), ("vllm", "w3", 3), ("vllm", "last")]})
-    names = [attempt.upstream_model for attempt in models.attempts("m", spin=spin)]
+    names = [candidate.upstream_model for candidate in models.attempts("m", spin=spin)]
     assert ["first", *expected, "last"] == names
 
 
 def test_weighted_routes_apart_are_no_neighbours():
     models = catalog({"m": [("openai", "a", 1), ("openai", "b"), ("vllm", "c", 9)]})
-    assert ["a", "b", "c"] == [attempt.upstream_model for attempt in models.attempts("m", spin=0.99)]
+    assert ["a", "b", "c"] == [candidate.upstream_model for candidate in models.attempts("m", spin=0.99)]
 
 
 def test_the_draw_is_by_weight_at_every_place():
     models = catalog({"m": [("openai", "a", 1), ("openai", "b", 2), ("openai", "c", 3)]})
     orders = Counter(
-        "".join(attempt.upstream_model for attempt in models.attempts("m", spin=step / 6000)) for step in range(6000)
+        "".join(candidate.upstream_model for candidate in models.attempts("m", spin=step / 6000))
+        for step in range(6000)
     )
     expected = {"abc": 400, "acb": 600, "bac": 500, "bca": 1500, "cab": 1000, "cba": 2000}
     assert expected == {order: round(count, -2) for order, count in orders.items()}
@@ -144,14 +145,14 @@ def test_the_draw_is_by_weight_at_every_place():
 @pytest.mark.parametrize("spin, expected", [(0.0, "abc"), (0.3, "bca"), (0.7, "cba")])
 def test_a_spin_says_the_whole_order(spin, expected):
     models = catalog({"m": [("openai", "a", 1), ("openai", "b", 2), ("openai", "c", 3)]})
-    assert expected == "".join(attempt.upstream_model for attempt in models.attempts("m", spin=spin))
+    assert expected == "".join(candidate.upstream_model for candidate in models.attempts("m", spin=spin))
 
 
 @given(st.lists(st.integers(1, 2**53), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
 @example([3, 2**53, 2**52], math.nextafter(1, 0))
 def test_every_route_is_drawn_once_whatever_the_spin(weights, spin):
     models = catalog({"m": [("openai", str(index), weight) for index, weight in enumerate(weights)]})
-    drawn = sorted(attempt.upstream_model for attempt in models.attempts("m", spin=spin))
+    drawn = sorted(candidate.upstream_model for candidate in models.attempts("m", spin=spin))
     assert [str(index) for index in range(len(weights))] == drawn
 
 
@@ -165,7 +166,7 @@ def test_fallbacks_are_walked_after_the_models_own_routes():
 def test_equals_change_places_in_fallbacks_too(spin, expected):
     models = catalog({"m": [("openai", "a", 1), ("vllm", "b", 1)], "n": [("openai", "c", 1), ("vllm", "d", 1)]})
     attempts = models.attempts("m", ("n",), spin=spin)
-    assert expected == "".join(attempt.upstream_model for attempt in attempts)
+    assert expected == "".join(candidate.upstream_model for candidate in attempts)
 
 
 def test_openrouter_gets_the_fallbacks_it_serves_in_its_own_names():
@@ -211,25 +212,25 @@ def test_attempts_have_a_maximum():
     ],
 )
 def test_the_served_model_is_billed_and_any_where_it_has_another_name(reported, expected):
-    attempt = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
-    assert expected == [candidate.model for candidate in may_have_served(attempt, reported)]
+    candidate = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
+    assert expected == [candidate.model for candidate in may_have_served(candidate, reported)]
 
 
 def test_the_served_models_price_is_its_own():
-    attempt = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
-    assert [2_000_000_000] == [candidate.price.input for candidate in may_have_served(attempt, "or/two")]
+    candidate = catalog(ROUTED).attempts("a/one", ("b/two",), spin=0.0)[0]
+    assert [2_000_000_000] == [candidate.price.input for candidate in may_have_served(candidate, "or/two")]
 
 
 def test_an_exact_name_goes_before_a_dated_one():
     models = catalog({"a": [("router", "gpt-4")], "b": [("router", "gpt-4-1106")]})
-    attempt = models.attempts("a", ("b",), spin=0.0)[0]
-    named = [may_have_served(attempt, name)[0].model for name in ("gpt-4-1106", "gpt-4-0613")]
+    candidate = models.attempts("a", ("b",), spin=0.0)[0]
+    named = [may_have_served(candidate, name)[0].model for name in ("gpt-4-1106", "gpt-4-0613")]
     assert ["b", "a"] == named
 
 
 def test_a_provider_without_fallbacks_cannot_choose_the_price():
-    attempt = catalog(ROUTED).attempts("c/three", ("a/one",), spin=0.0)[0]
-    assert (attempt,) == may_have_served(attempt, "or/one")
+    candidate = catalog(ROUTED).attempts("c/three", ("a/one",), spin=0.0)[0]
+    assert (candidate,) == may_have_served(candidate, "or/one")
 
 
 FLEX = '[models.m.service_tiers.flex]\ninput_usd_per_mtok = "7"\noutput_usd_per_mtok = "8"\n'
@@ -239,8 +240,8 @@ TOLD = 'cost_from = "usage.cost"\n'
 
 def offered(upstream, more, tier=None, **fields):
     attempts = catalog({"m": [(upstream, "x")]}, more).attempts("m", spin=0.0)
-    (attempt,) = priced(attempts, tier, {name: Raw(value) for name, value in fields.items()})
-    return attempt
+    (candidate,) = priced(attempts, tier, {name: Raw(value) for name, value in fields.items()})
+    return candidate
 
 
 @pytest.mark.parametrize("tier", [None, "auto", "default"])
@@ -278,7 +279,7 @@ def test_the_tier_that_was_served_is_billed_else_the_one_that_was_asked_for(aske
     ],
 )
 def test_what_changes_the_price_and_has_none_is_refused(upstream, more, tier, fields, param):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         offered(upstream, more, tier, **fields)
     problem = caught.value.problem
     assert (422, "validation_error", param) == (problem.status, problem.code, problem.param)
@@ -305,7 +306,7 @@ def test_a_fee_is_of_the_fields_that_a_request_has(upstream, more, tier, fields,
 def test_every_model_that_may_serve_needs_a_price():
     models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
     asked_for = {"plugins": Raw(b"[{}]")}
-    with pytest.raises(Fault):
+    with pytest.raises(GatewayError):
         priced(models.attempts("m", ("a",), spin=0.0), None, asked_for)
     (alone,) = priced(models.attempts("m", spin=0.0), None, asked_for)
     assert 20_000_000 == alone.price.request
@@ -313,8 +314,8 @@ def test_every_model_that_may_serve_needs_a_price():
 
 def test_natives_have_their_own_fees():
     models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
-    (attempt,) = priced(models.attempts("a", ("m",), spin=0.0), None, {"web_search_options": Raw(b"null")})
-    assert attempt == models.attempts("a", ("m",), spin=0.0)[0]
+    (candidate,) = priced(models.attempts("a", ("m",), spin=0.0), None, {"web_search_options": Raw(b"null")})
+    assert candidate == models.attempts("a", ("m",), spin=0.0)[0]
 
 
 @pytest.mark.parametrize(
@@ -341,5 +342,5 @@ upstreams = [{{ upstream = "u", model = "m" }}]
 input_usd_per_mtok = "1"
 output_usd_per_mtok = "1"
 """
-    (attempt,) = Catalog(parse(text)).attempts("m", spin=0)
-    assert expected == attempt.cap_field
+    (candidate,) = Catalog(parse(text)).attempts("m", spin=0)
+    assert expected == candidate.cap_field

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.errors import (
-    Problem,
-    UpstreamFault,
+    ErrorResponse,
+    UpstreamError,
     gateway_timeout,
     overloaded,
     provider_not_available,
@@ -70,7 +70,9 @@ def test_after_status(status, expected):
 
 
 def test_a_refused_request_in_full():
-    problem = Problem(400, "provider_refused", "A web page: Oh no", provider_error={"message": "A web page: Oh no"})
+    problem = ErrorResponse(
+        400, "provider_refused", "A web page: Oh no", provider_error={"message": "A web page: Oh no"}
+    )
     page = b"<title>Oh no</title>"
     expected = Verdict(problem, try_next=False, words="A web page: Oh no")
     assert expected == after_status(400, page, None, content_type="text/html")
@@ -78,7 +80,7 @@ def test_a_refused_request_in_full():
 
 def test_an_overload_in_full():
     page = "A web page: Oh no"
-    problem = Problem(
+    problem = ErrorResponse(
         502,
         "upstream_error",
         f"The provider is overloaded: {page}",
@@ -167,7 +169,7 @@ def test_any_answer_has_a_verdict(status, body, retry_after):
 
 
 def fault(answered, problem):
-    return UpstreamFault(problem, safe_to_repeat=True, answered=answered)
+    return UpstreamError(problem, safe_to_repeat=True, answered=answered)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +401,7 @@ OURS = after_status(401, b"", None).fault(401)
 
 
 def unreached():
-    return UpstreamFault(upstream_error("refused", may_have_run=False), safe_to_repeat=True)
+    return UpstreamError(upstream_error("refused", may_have_run=False), safe_to_repeat=True)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
 from meshproxy.errors import Detail
-from meshproxy.policy.params import check_params, merge_params
+from meshproxy.policy.template import check_params, merge_params
 
 LOC = ("body", "params")
 

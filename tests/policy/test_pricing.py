@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.config import Model, PriceTier, Route, ServiceTier
+from meshproxy.openai.usage import Usage
 from meshproxy.policy.pricing import Price, affordable_output, billed, cost, hold_amount, price_of, service_prices
-from meshproxy.wire.usage import Usage
 
 USD = 1_000_000_000
 GPT_4O = Price(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.errors import Detail, Fault, Problem, Source
+from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source
 from meshproxy.policy.template import Template, TemplateFields, check_template, measure, render, slots, to_public
 
 
@@ -81,9 +81,9 @@ def test_rendering_leaves_the_template_as_it_was():
 
 
 def test_every_missing_variable_is_named_at_once():
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         render(template(system="{{a}} {{b}} {{c}} {{a}}"), {"b": "x"})
-    expected = Problem(
+    expected = ErrorResponse(
         422,
         "validation_error",
         "The template `greeter` needs the variables `a`, `c`.",
@@ -97,7 +97,7 @@ def test_every_missing_variable_is_named_at_once():
 
 
 def test_one_missing_variable_is_one():
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         render(template(system="{{a}}"), {})
     assert "The template `greeter` needs the variable `a`." == caught.value.problem.message
 
@@ -150,7 +150,7 @@ def written(body, *, partial=False):
 
 
 def complaints(body, *, partial=False):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=partial)
     problem = caught.value.problem
     assert (Source.CLIENT, 422, "validation_error") == (caught.value.source, problem.status, problem.code)
@@ -337,7 +337,7 @@ def test_a_prompt_that_is_wrong_is_not_missing_too(field, expected):
     ],
 )
 def test_the_client_is_told_in_words(body, words, param):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=False)
     problem = caught.value.problem
     assert (f"Invalid template: {words}", param) == (problem.message, problem.param)
@@ -395,7 +395,7 @@ def test_hostile_bodies_are_refused(body, partial):
     st.booleans(),
 )
 def test_nothing_but_faults_comes_of_any_body(body, partial):
-    with contextlib.suppress(Fault):
+    with contextlib.suppress(GatewayError):
         check_template(body, partial=partial)
 
 
@@ -412,7 +412,7 @@ def test_applying_nothing_changes_nothing():
 
 def test_a_change_leaves_a_template_of_bounded_size():
     big = template(system="s", messages=[{"role": "user", "content": "x" * 600_000}])
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         TemplateFields(system="x" * 600_000).applied_to(big)
     (detail,) = caught.value.problem.details
     assert ("too_long", ("body", "messages")) == (detail.type, detail.loc)
@@ -440,6 +440,6 @@ def test_the_size_of_what_is_rendered_is_known_before(system, value):
 
 
 def test_what_is_measured_lacks_no_variable():
-    with pytest.raises(Fault) as raised:
+    with pytest.raises(GatewayError) as raised:
         measure(template(system="{{a}}"), {})
     assert raised.value.problem.param == "variables"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshproxy.policy.middle_out import CUT, Scale, fitted, message_bytes, middle_out
 from meshproxy.policy.tokens import estimate_prompt
-from meshproxy.policy.transforms import CUT, Scale, fitted, message_bytes, middle_out
 
 
 def say(role, content, **more):

@@ -1,6 +1,6 @@
 import pytest
 
-from meshproxy.policy.window import Window
+from meshproxy.policy.route_health import Window
 
 
 def counted(*events, now):

@@ -5,12 +5,10 @@ import re
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.errors import Fault, Source, ledger_unavailable
+from meshproxy.errors import GatewayError, Source, ledger_unavailable
 from meshproxy.server.admin import create_admin
-from meshproxy.telemetry import exposition
+from meshproxy.telemetry.exposition import decode, render, summarize
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.telemetry.snapshot import decode
-from meshproxy.telemetry.summary import summarize
 
 TOKEN = "a token, with ünicode"
 
@@ -22,7 +20,7 @@ class State:
         self.trouble = None
 
     async def metrics(self, accept):
-        return await exposition.render(decode(await self.counted.snapshot()), accept)
+        return await render(decode(await self.counted.snapshot()), accept)
 
     async def ready(self):
         return self.not_ready
@@ -141,7 +139,7 @@ async def test_head_is_allowed(client):
 
 
 async def test_a_fault_of_the_state_is_told_as_what_it_is(client, state):
-    state.trouble = Fault(Source.GATEWAY, ledger_unavailable())
+    state.trouble = GatewayError(Source.GATEWAY, ledger_unavailable())
     answer = await client.get("/status")
     assert (answer.status, (await answer.json())["error"]["code"]) == (503, "ledger_unavailable")
 

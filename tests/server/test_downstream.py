@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
-from meshproxy.gateway.call import Reply
-from meshproxy.server.downstream import MAX_BUFFERED_BYTES, ClientStream, Sent, head
+from meshproxy.gateway.exchange import Reply
+from meshproxy.server.chat import MAX_BUFFERED_BYTES, ClientStream, Sent, head
 
 
 class Transport:

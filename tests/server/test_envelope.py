@@ -3,11 +3,11 @@ import json
 import pytest
 from aiohttp import web
 
-from meshproxy.errors import Fault, Source, overloaded, request_timeout
-from meshproxy.server.envelope import envelope_errors, problem_response
+from meshproxy.errors import GatewayError, Source, overloaded, request_timeout
+from meshproxy.server.errors import envelope_errors, problem_response
 
 RAISED = {
-    "fault": Fault(Source.GATEWAY, overloaded("Full.")),
+    "fault": GatewayError(Source.GATEWAY, overloaded("Full.")),
     "gone": web.HTTPNotFound(),
     "large": web.HTTPRequestEntityTooLarge(10, 11),
     "odd": web.HTTPUnsupportedMediaType(),

@@ -4,11 +4,10 @@ import json
 import pytest
 from aiohttp import web
 
-from meshproxy.gateway.call import Reply
-from meshproxy.server.downstream import ClientStream
-from meshproxy.server.general import Strictness
-from meshproxy.server.listener import Runner
-from meshproxy.server.sockets import listen
+from meshproxy.gateway.exchange import Reply
+from meshproxy.server.chat import ClientStream
+from meshproxy.server.errors import Strictness
+from meshproxy.server.listener import Runner, listen
 
 GET = b"GET /work HTTP/1.1\r\nhost: m\r\n\r\n"
 CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"

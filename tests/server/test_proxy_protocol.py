@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.server.proxy_protocol import MAX_V2_BYTES, SIGNATURE, NotProxied, read_source
+from meshproxy.server.client_address import MAX_V2_BYTES, SIGNATURE, NotProxied, read_source
 
 
 class Wire:

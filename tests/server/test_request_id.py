@@ -3,7 +3,7 @@ import re
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from meshproxy.server.request_id import request_id_of
+from meshproxy.server.chat import request_id_of
 
 
 @pytest.mark.parametrize("given", ["a", "A-z_09", "x" * 128])

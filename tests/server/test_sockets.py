@@ -3,7 +3,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from meshproxy.server.sockets import listen, listen_shared, name_of
+from meshproxy.server.listener import listen, listen_shared, name_of
 
 
 @pytest.fixture

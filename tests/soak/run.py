@@ -25,7 +25,7 @@ from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Limits
-from meshproxy.upstream.simulator import SimulatorSettings, start
+from meshproxy.simulator import SimulatorSettings, start
 from tests.conftest import HELLO, model
 from tests.hostile.conftest import Alone, running
 from tests.hostile.corpus import CASES, END, request

@@ -7,9 +7,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
-from meshproxy.telemetry import exposition
+from meshproxy.telemetry.exposition import SERIES_PER_TURN, MetricsCollector, decode, merge, render
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.telemetry.snapshot import decode, merge
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -27,7 +26,7 @@ def snapshot():
 
 
 def text(snapshot, openmetrics):
-    rendered, _ = asyncio.run(exposition.render(snapshot, OPENMETRICS if openmetrics else ""))
+    rendered, _ = asyncio.run(render(snapshot, OPENMETRICS if openmetrics else ""))
     return rendered.decode()
 
 
@@ -88,18 +87,18 @@ async def test_render_lets_the_loop_run_meanwhile():
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    await exposition.render(found, "")
+    await render(found, "")
     counting.cancel()
-    assert turns >= sum(-(-len(family.series) // exposition.SERIES_PER_TURN) for family in found)
+    assert turns >= sum(-(-len(family.series) // SERIES_PER_TURN) for family in found)
 
 
 async def test_a_family_in_several_parts_has_one_head():
     metrics = Metrics(MODELS)
     for model in MODELS:
         metrics.cost.labels(model).inc()
-    rendered, _ = await exposition.render(decode(await metrics.snapshot()), OPENMETRICS)
+    rendered, _ = await render(decode(await metrics.snapshot()), OPENMETRICS)
     assert rendered.count(b"# TYPE meshproxy_cost_usd counter") == 1
-    assert rendered.count(b"\nmeshproxy_cost_usd_total{") == len(MODELS) > exposition.SERIES_PER_TURN
+    assert rendered.count(b"\nmeshproxy_cost_usd_total{") == len(MODELS) > SERIES_PER_TURN
 
 
 @pytest.mark.parametrize(
@@ -116,13 +115,13 @@ async def test_a_family_in_several_parts_has_one_head():
     ],
 )
 async def test_the_format_is_what_accept_asks_for(accept, expected):
-    _, content_type = await exposition.render([], accept)
+    _, content_type = await render([], accept)
     assert content_type.startswith(expected + ";")
 
 
 def test_another_registry_can_have_the_merged_families(snapshot):
     registry = CollectorRegistry()
-    registry.register(exposition.MergedMetrics(lambda: snapshot))
+    registry.register(MetricsCollector(lambda: snapshot))
     assert registry.get_sample_value("meshproxy_build_info", {"version": "1.2.3"}) == 1
 
 

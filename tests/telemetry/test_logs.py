@@ -7,8 +7,7 @@ import warnings
 import pytest
 import structlog
 
-from meshproxy.telemetry import logs
-from meshproxy.telemetry.logs import RequestLog, configure
+from meshproxy.telemetry.logs import LEVELS, RequestLog, configure
 
 FIELDS = {
     "request_id": "req_1",
@@ -218,4 +217,4 @@ def test_in_the_consoles_format_a_request_is_an_event(start):
     sink, text = start(form="console")
     RequestLog(sink, "info", "console").write(FIELDS)
     assert "request_id=req_1" in text()
-    assert logs.LEVELS["info"] == logging.INFO
+    assert LEVELS["info"] == logging.INFO

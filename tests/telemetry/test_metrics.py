@@ -5,8 +5,8 @@ import time
 import pytest
 
 from meshproxy.ledger.ledger import LIMITS
+from meshproxy.telemetry.exposition import decode
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.telemetry.snapshot import decode
 
 CHAT = "/v1/chat/completions"
 TRACE = "0af7651916cd43dd8448eb211c80319c"

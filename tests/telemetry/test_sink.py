@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from meshproxy.telemetry import sink as room
-from meshproxy.telemetry.sink import LineSink, redact
+from meshproxy.telemetry import logs as room
+from meshproxy.telemetry.logs import LineSink, redact
 
 SECRET = b"rsk_0123456789abcdef"
 PROVIDER = b"sk-proj-0123456789_abcdef"
@@ -98,7 +98,7 @@ def test_a_reader_that_is_gone_stops_nobody(sink, stream):
 
 def test_lines_are_written_at_exit():
     program = (
-        "import sys\nfrom meshproxy.telemetry.sink import LineSink\n"
+        "import sys\nfrom meshproxy.telemetry.logs import LineSink\n"
         "LineSink(sys.stdout.buffer, lambda n: b'').write(b'last words\\n')"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=dict(os.environ))
@@ -152,7 +152,7 @@ def test_a_line_after_close_is_dropped_where_the_reader_stands_still(stream, mon
 
 STUCK = """
 import os, sys
-from meshproxy.telemetry.sink import LineSink
+from meshproxy.telemetry.logs import LineSink
 sink = LineSink(sys.stderr.buffer, lambda _: b"")
 if sys.argv[1] == "ours":
     sink.write(b"x" * 1_000_000, urgent=True)
@@ -180,7 +180,7 @@ def test_a_process_ends_though_the_reader_of_stderr_stands_still(who):
 
 NOT_BLOCKING = """
 import os, sys
-from meshproxy.telemetry.sink import LineSink
+from meshproxy.telemetry.logs import LineSink
 os.set_blocking(2, False)
 sink = LineSink(sys.stderr.buffer, lambda _: b"")
 for number in range(10_000):

@@ -3,8 +3,8 @@ import asyncio
 import msgspec
 import pytest
 
+from meshproxy.telemetry.exposition import Exemplar, Family, MergedMetrics, Series, decode, encode, merge
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.telemetry.snapshot import Exemplar, Family, Fleet, Series, decode, encode, merge
 
 MODEL = "openai/gpt-4o"
 
@@ -80,7 +80,7 @@ def test_merge_believes_the_first_edges():
 
 
 def test_fleet_counts_on_when_a_worker_dies_and_another_takes_its_place():
-    fleet = Fleet()
+    fleet = MergedMetrics()
     fleet.report(1, worker(3, lag=[1]))
     fleet.report(1, worker(5, lag=[1]))
     fleet.report(2, worker(2))
@@ -96,4 +96,4 @@ def test_fleet_counts_on_when_a_worker_dies_and_another_takes_its_place():
 
 
 def test_fleet_of_nobody_is_empty():
-    assert Fleet().merged() == []
+    assert MergedMetrics().merged() == []

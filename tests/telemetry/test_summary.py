@@ -1,8 +1,7 @@
 import asyncio
 
+from meshproxy.telemetry.exposition import TOP_MODELS, decode, summarize
 from meshproxy.telemetry.metrics import Metrics
-from meshproxy.telemetry.snapshot import decode
-from meshproxy.telemetry.summary import TOP_MODELS, summarize
 
 CHAT = "/v1/chat/completions"
 

@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from meshproxy.cli.command_line import main
-from meshproxy.config import Settings, Tracing, Unfit, parse
+from meshproxy.config import ConfigError, Settings, Tracing, parse
 from meshproxy.telemetry import otlp
 from meshproxy.telemetry.traces import open_tracer, require_extra
 
@@ -224,7 +224,7 @@ def test_without_the_extra_a_configuration_that_needs_it_is_unfit(monkeypatch, t
     monkeypatch.delitem(sys.modules, "opentelemetry.sdk.trace")
     monkeypatch.setitem(sys.modules, missing, None)
     require_extra(Tracing())
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         open_tracer(Tracing(endpoint="http://127.0.0.1:4318/v1/traces"), "1")
     assert [FAULT] == caught.value.faults
     path = tmp_path / "meshproxy.toml"
@@ -246,6 +246,6 @@ def test_without_the_extra_a_configuration_that_needs_it_is_unfit(monkeypatch, t
     ],
 )
 def test_what_is_no_such_setting_is_told(line, fault):
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(ConfigError) as caught:
         parse(f"[tracing]\n{line}\n")
     assert [fault] == caught.value.faults

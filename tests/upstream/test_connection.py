@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from meshproxy.errors import UpstreamFault
+from meshproxy.errors import UpstreamError
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 SIZED = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"
@@ -101,7 +101,7 @@ async def test_a_request_that_was_written_is_not_repeated(serve, provide):
 
     provider = provide((await serve(script)).url)
     await (await provider.post("/x", (), b"{}")).read()
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provider.post("/x", (), b"{}")
     assert (FAILED, 2) == (verdict(caught.value), len(requests))
 
@@ -114,7 +114,7 @@ async def test_lost_before_a_head(begun, end, serve, provide):
         await getattr(conversation, end)()
 
     provider = provide((await serve(script)).url)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provider.post("/x", (), b"{}")
     assert FAILED == verdict(caught.value)
 
@@ -170,7 +170,7 @@ async def test_a_broken_head_closes_the_connection(serve, provide):
         await conversation.until_closed()
 
     server = await serve(script)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provide(server.url).post("/x", (), b"{}")
     assert FAILED == verdict(caught.value)
     await asyncio.gather(*server.tasks)
@@ -182,7 +182,7 @@ async def test_no_head_in_time(serve, provide):
         await conversation.until_closed()
 
     server = await serve(script)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provide(server.url, first_byte_timeout_s=0.05).post("/x", (), b"{}")
     assert TOO_LATE == verdict(caught.value)
     await asyncio.gather(*server.tasks)
@@ -241,7 +241,7 @@ async def test_a_body_that_goes_on_has_all_the_time(serve, provide, record):
     sink = record()
     (await slow.post("/slow", (), b"{}")).relay(sink)
     for _ in range(8):
-        with pytest.raises(UpstreamFault):
+        with pytest.raises(UpstreamError):
             await (await pacer.post("/pacer", (), b"{}")).read()
         turns.put_nowait(None)
     assert (None, b"hello wo") == (await sink.over, sink.payload)
@@ -283,7 +283,7 @@ async def test_an_answer_compressed_in_a_way_that_is_not_known_is_refused(serve,
         await conversation.until_closed()
 
     server = await serve(script)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provide(server.url).post("/x", (), b"{}")
     assert FAILED == verdict(caught.value)
     await asyncio.gather(*server.tasks)

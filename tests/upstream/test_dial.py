@@ -8,10 +8,10 @@ import ssl
 import pytest
 import trustme
 
-from meshproxy.errors import Phase, Source, UpstreamFault
+from meshproxy.errors import Phase, Source, UpstreamError
 from meshproxy.policy.failover import is_unwell
-from meshproxy.upstream import faults
-from meshproxy.upstream.dial import Address, verified_context
+from meshproxy.upstream.pool import Address, verified_context
+from meshproxy.upstream.response import unreachable
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -72,7 +72,7 @@ async def test_a_name_with_addresses_that_refuse_is_reached_at_the_one_that_answ
 
 
 async def test_a_port_that_refuses(provide, unused_tcp_port):
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provide(f"http://127.0.0.1:{unused_tcp_port}").post("/x", (), b"{}")
     problem = caught.value.problem
     assert (502, "upstream_error", False, True, "The provider can't be reached: the connection was refused.") == (
@@ -93,7 +93,7 @@ async def test_a_port_that_refuses(provide, unused_tcp_port):
     ],
 )
 def test_failures_are_told_without_the_networks_addresses(error, words):
-    fault = faults.unreachable(error)
+    fault = unreachable(error)
     assert (f"The provider can't be reached: {words}.", False, True) == (
         fault.problem.message,
         fault.problem.may_have_run,
@@ -138,7 +138,7 @@ async def test_a_certificate_of_an_unknown_authority_or_for_another_name(
     server = await serve(lambda conversation: conversation.until_closed(), ssl=server_ssl)
     context = trusting if trusted else None
     provider = provide(server.url.replace("http://127.0.0.1", f"https://{host}"), ssl_context=context)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provider.post("/x", (), b"{}")
     assert (False, True, True) == (
         caught.value.problem.may_have_run,
@@ -149,14 +149,14 @@ async def test_a_certificate_of_an_unknown_authority_or_for_another_name(
 
 async def test_tls_to_a_port_that_speaks_none(serve, provide):
     server = await serve(lambda conversation: conversation.send(b"220 smtp.example ESMTP\r\n"))
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provide(server.url.replace("http:", "https:")).post("/x", (), b"{}")
     assert (502, True) == (caught.value.problem.status, caught.value.safe_to_repeat)
 
 
 async def test_a_handshake_that_never_ends_is_a_connect_timeout(serve, provide):
     server = await serve(lambda conversation: conversation.until_closed())
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provide(server.url.replace("http:", "https:"), connect_timeout_s=0.1).post("/x", (), b"{}")
     await asyncio.gather(*server.tasks)
     assert (504, "gateway_timeout", False, True) == (
@@ -231,13 +231,13 @@ async def test_a_certificate_that_is_not_trusted_is_told_as_such(serve, provide,
         await conversation.until_closed()
 
     server = await serve(script, ssl=server_ssl)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provide(server.url.replace("http://127.0.0.1", "https://localhost")).post("/x", (), b"{}")
     assert (Phase.TLS, True) == (caught.value.phase, caught.value.reason.startswith("certificate not valid: "))
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL])
 def test_what_this_host_lacks_is_not_the_providers_fault(number):
-    fault = faults.unreachable(OSError(number, "out"))
+    fault = unreachable(OSError(number, "out"))
     told = (fault.source, fault.problem.code, is_unwell(fault), errno.errorcode[number] in fault.reason)
     assert (Source.GATEWAY, "overloaded", False, True) == told

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from meshproxy.errors import UpstreamFault
+from meshproxy.errors import UpstreamError
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"
 
@@ -63,7 +63,7 @@ async def test_who_waits_too_long_is_told_that_the_provider_is_not_available(ser
     provider = provide((await serve(script)).url, max_connections=1, connect_timeout_s=0.05)
     first = asyncio.create_task(whole(provider, "/1"))
     release = await script.asked.get()
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provider.post("/2", (), b"{}")
     problem = caught.value.problem
     assert (503, "provider_not_available", 1.0, True) == (
@@ -156,7 +156,7 @@ async def test_the_connection_used_last_is_used_first(serve, provide, held):
 async def test_a_connection_that_fails_gives_its_slot_back(provide, unused_tcp_port):
     provider = provide(f"http://127.0.0.1:{unused_tcp_port}", max_connections=1)
     for _ in range(3):
-        with pytest.raises(UpstreamFault) as caught:
+        with pytest.raises(UpstreamError) as caught:
             await provider.post("/x", (), b"{}")
         assert "upstream_error" == caught.value.problem.code
     assert 0 == len(provider._pool._live)
@@ -179,7 +179,7 @@ async def test_closing_ends_everything(serve, provide, held, record):
     await until_waiting(provider, 1)
     await provider.close()
     outcomes = await asyncio.gather(reading, waiting, return_exceptions=True)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await provider.post("/4", (), b"{}")
     assert ["upstream_error", "overloaded", "overloaded"] == [fault.problem.code for fault in (*outcomes, caught.value)]
     assert ("fail", "upstream_error") == sink.last
@@ -192,6 +192,6 @@ async def test_closing_while_a_connection_is_made(serve, provide):
     post = asyncio.create_task(provider.post("/x", (), b"{}"))
     await asyncio.sleep(0)
     await provider.close()
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await post
     assert ("overloaded", True) == (caught.value.problem.code, caught.value.safe_to_repeat)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from meshproxy import config
-from meshproxy.errors import Fault, Source, UpstreamFault
+from meshproxy.errors import GatewayError, Source, UpstreamError
 from meshproxy.upstream.connection import Connection
 from meshproxy.upstream.provider import Provider
 
@@ -97,7 +97,7 @@ async def test_bodies_of_any_size(size, asked, provide):
     ],
 )
 async def test_headers_that_are_not_passed_on(name, value, asked, provide):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(GatewayError) as caught:
         await whole(provide(asked.url), headers=[("x-fine", "1"), (name, value)])
     assert (Source.CLIENT, "validation_error", 0) == (caught.value.source, caught.value.problem.code, asked.connections)
 
@@ -161,7 +161,7 @@ async def test_the_key_is_in_no_fault(serve, provide, unused_tcp_port):
     server = await serve(script)
     words = []
     for url in (server.url, f"http://127.0.0.1:{unused_tcp_port}", f"https://{server.url[7:]}"):
-        with pytest.raises(UpstreamFault) as caught:
+        with pytest.raises(UpstreamError) as caught:
             await provide(url, connect_timeout_s=0.1).post("/x", (), b"{}")
         words.append(f"{caught.value!r} {caught.value.problem} {caught.value.__cause__!r}")
     assert [False] * 3 == ["canary" in text for text in words]

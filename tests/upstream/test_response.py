@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from meshproxy.errors import UpstreamFault
+from meshproxy.errors import UpstreamError
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -178,7 +178,7 @@ async def test_a_body_that_is_read_whole_is_bounded(framed, serve, provide):
 
     server = await serve(script)
     response = await provide(server.url, max_response_bytes=2000).post("/x", (), b"{}")
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await response.read()
     assert ("upstream_error", True, False) == (
         caught.value.problem.code,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.wire.convert import as_stream, as_whole, form_of
+from meshproxy.openai.events import as_stream, as_whole, form_of
 
 CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meshproxy.wire.output import answer_tokens, audio_format, text_tokens
+from meshproxy.openai.output import answer_tokens, audio_format, text_tokens
 
 SENTENCE = " In spring the river rises over the lower meadow, and the farmers move their fences to the road."
 

@@ -1,0 +1,233 @@
+"""What the admin listener tells of whoever serves: one worker in this process, or several in their own."""
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from meshproxy.app.reload import READY, STOPPING, Read, Reloader, RunningConfig, journal_path, load, notify
+from meshproxy.app.supervisor import Supervisor
+from meshproxy.app.worker import with_redis
+from meshproxy.app.worker_process import Report, Serving
+from meshproxy.config import ConfigError, Secrets, Settings
+from meshproxy.ledger.connection import connect
+from meshproxy.ledger.desk import Desk
+from meshproxy.ledger.directory import Directory
+from meshproxy.ledger.journal import SettlementsLost
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.server.admin import Status, create_admin
+from meshproxy.server.errors import Strictness
+from meshproxy.server.listener import Runner, listen, listen_shared, name_of
+from meshproxy.telemetry.exposition import render, summarize
+from meshproxy.telemetry.logs import configure
+from meshproxy.telemetry.tasks import Tasks
+from meshproxy.upstream.pool import RESERVED_DESCRIPTORS
+from meshproxy.version import VERSION
+
+Crew = Serving | Supervisor
+
+
+class Panel:
+    """server.admin.AdminState over a crew. `size`: how many workers it should have."""
+
+    def __init__(self, crew: Crew, size: int) -> None:
+        self._crew = crew
+        self._size = size
+        self._started_at = time.time()
+
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Write one exposition for all workers."""
+        await self._reports()
+        return await render(self._crew.fleet.merged(), accept)
+
+    async def ready(self) -> list[str]:
+        """Why a balancer should send nothing here: not all serve yet, nobody does, or everybody has a reason."""
+        return self._reasons(await self._reports())
+
+    async def status(self) -> Status:
+        """The status page's figures."""
+        reports = await self._reports()
+        return {
+            **summarize(self._crew.fleet.merged()),
+            "version": VERSION,
+            "uptime_s": time.time() - self._started_at,
+            "not_ready": self._reasons(reports),
+            "max_in_flight": self._crew.standing.settings.server.max_in_flight * self._size,
+            "ledger_state": "up" if any(report.connected for report in reports) else "down",
+            "workers": self._crew.workers(),
+        }
+
+    def _reasons(self, reports: list[Report]) -> list[str]:
+        if (
+            not self._crew.up.is_set()
+        ):  # the kernel deals connections out to every socket, also to one without its worker yet
+            return ["starting"]
+        if any(not report.not_ready for report in reports):
+            return []
+        return sorted({reason for report in reports for reason in report.not_ready}) or ["no worker is up"]
+
+    async def _reports(self) -> list[Report]:
+        reports = await self._crew.reports()
+        for number, report in reports.items():
+            self._crew.fleet.report(number, report.snapshot)
+        return list(reports.values())
+
+
+MOST_DESCRIPTORS = 1_048_576  # of one process, as fs.nr_open has it by default (proc_sys_fs(5))
+
+_log = structlog.get_logger("meshproxy.app")
+
+
+def serve(config_path: str) -> int:
+    """Serve a configuration until SIGTERM or SIGINT; the exit code. ConfigError for a configuration that can't be used."""
+    loaded = load(config_path)
+    settings, secrets = loaded.settings, loaded.secrets
+    workers = settings.server.workers or len(os.sched_getaffinity(0))
+    raise_descriptor_limit()
+    journal = None if settings.redis.url == "embedded" else journal_path(settings)
+    try:
+        uvloop.run(
+            run(
+                settings,
+                secrets,
+                workers=workers,
+                reload=partial(load, config_path),
+                journal=journal,
+                warnings=loaded.warnings,
+            )
+        )
+    except OSError as error:
+        print(f"meshproxy: {error.strerror or error}: {error.filename or settings.server.listen}", file=sys.stderr)  # noqa: T201
+        return 1
+    except SettlementsLost:  # the log has them
+        return os.EX_IOERR
+    return 0
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of descriptors to the hard one, for this process and its workers: what shells and systemd give by
+    default, 1,024, is some 500 requests (systemd.exec(5), LimitNOFILE=).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it: then what there is counts
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def run(
+    settings: Settings,
+    secrets: Secrets,
+    *,
+    workers: int = 1,
+    on_ready: Callable[[str, str], None] | None = None,
+    reload: Read | None = None,
+    journal: str | None = None,
+    warnings: Sequence[str] = (),
+) -> None:
+    """Serve until SIGTERM or SIGINT. `on_ready` is told the addresses of data and admin; `reload` reads the configuration again
+    on SIGHUP; `journal` is where settlements wait for Redis (None: in memory). OSError if an address is taken, ConfigError if the
+    certificate is no use.
+    """
+    sink = configure(settings.log.level, settings.log.format, sys.stderr.buffer)
+    for warning in warnings:
+        _log.warning("config_warning", warning=warning)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = 2 * settings.server.max_in_flight + RESERVED_DESCRIPTORS  # a request has its client and its provider
+    if limit < needed:
+        _log.warning("descriptors_short", limit=limit, needed=needed, key="server.max_in_flight")
+    address = settings.server.listen
+    data = [listen(address)] if workers == 1 else listen_shared(address, workers)
+    admin = listen(settings.server.admin_listen)
+    addresses = name_of(data[0]), name_of(admin)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(sink.close)
+        standing = RunningConfig(await stack.enter_async_context(with_redis(settings)), secrets, journal)
+        crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
+        desk = await stack.enter_async_context(_open_desk(standing)) if secrets.admin_token is not None else None
+        panel = create_admin(Panel(crew, workers), secrets.admin_token, settings.server.admin_hosts, desk)
+        runner = Runner(panel, None, _strictness(crew))
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await crew.start()
+        stack.push_async_callback(crew.stop)
+        await web.SockSite(runner, admin).start()
+        tasks = Tasks()
+        stack.push_async_callback(tasks.close)
+        stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None, tasks)
+        event = "serving" if workers == 1 else "supervising"
+        _log.info(event, data=addresses[0], admin=addresses[1], workers=workers, version=VERSION)
+        await _first(crew.up, crew.refused, stopped)
+        if crew.refused.is_set():
+            crew.hurry()
+            raise ConfigError(crew.faults)
+        notify(READY)
+        if on_ready is not None:
+            on_ready(*addresses)
+        await stopped.wait()
+        notify(STOPPING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # there is nothing left to reload
+    _log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _open_desk(standing: RunningConfig) -> AsyncIterator[Desk]:
+    """The desk of the admin API, over a connection of its own that is made in the background."""
+    dialling = Tasks()
+    store = await connect(standing.settings.redis, wait=False, keep=dialling.keep)
+    try:
+        yield Desk(store, Directory(store), Ledger(store), "admin")
+    finally:
+        await store.close()
+        await dialling.close()
+
+
+def _strictness(crew: Crew) -> Strictness:
+    """How the admin listener treats slow clients."""
+    return Strictness(
+        lambda: crew.standing.settings.server.header_timeout_s,
+        write_timeout_s=lambda: crew.standing.settings.server.write_timeout_s,
+    )
+
+
+def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks) -> asyncio.Event:
+    """Obey signals; the event is set by the first that says to stop, and the second is in a hurry. A SIGHUP that came before
+    this, or while the file is being read, counts too.
+    """
+    loop, stopped, hangup = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def stop() -> None:
+        if stopped.is_set():
+            crew.hurry()
+        stopped.set()
+
+    async def reload_when_asked() -> None:
+        while reloader is not None:
+            await hangup.wait()
+            hangup.clear()
+            await reloader.reload(crew)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop)
+    if reloader is not None:
+        loop.add_signal_handler(signal.SIGHUP, hangup.set)
+        tasks.keep("reload", reload_when_asked)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    return stopped
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Return when one of the events is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()

@@ -1,0 +1,367 @@
+"""How faults name keys: where one stands in the file, and which right one is nearest to a wrong one."""
+
+import difflib
+import json
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from meshproxy.config.settings import (
+    STANDARD_TIERS,
+    Defaults,
+    Model,
+    Prices,
+    Secret,
+    Server,
+    ServiceTier,
+    Settings,
+    Upstream,
+    is_everywhere,
+    is_private,
+)
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_DOTTED = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
+_KEY = re.compile(rf"[ \t]*({_DOTTED})[ \t]*=")
+_HEADER = re.compile(rf"[ \t]*(\[\[?[ \t]*{_DOTTED}[ \t]*\]?\])[ \t]*(?:#.*)?")
+_LONG_QUOTE = re.compile(r"\"\"\"|'''")
+
+
+def under(path: str, key: str) -> str:
+    """The path of a key in the table at `path`, quoted where TOML would quote it."""
+    name = key if _BARE_KEY.fullmatch(key) else json.dumps(key)
+    return f"{path}.{name}" if path else name
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`, did you mean NAME?`, or nothing if no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def lines_of(text: str) -> dict[str, int]:
+    """The line on which each table, key and listed inline table of a TOML text begins, by its path.
+
+    It reads line by line, and knows nothing of what stands inside an inline table: for that, `line_of` gives the line of the
+    nearest key around it.
+    """
+    lines: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+    table = key = ""
+    quote: str | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if quote is None:
+            if header := _HEADER.fullmatch(line):
+                table = _path(header[1])
+                if header[1].startswith("[["):
+                    seen[table] += 1
+                    table = f"{table}[{seen[table] - 1}]"
+                lines.setdefault(table, number)
+            elif found := _KEY.match(line):
+                key = f"{table}.{_path(f'{found[1]} = 0')}".removeprefix(".")
+                lines.setdefault(key, number)
+            elif line.lstrip().startswith("{"):
+                lines.setdefault(f"{key}[{seen[key]}]", number)
+                seen[key] += 1
+        for mark in _LONG_QUOTE.findall(line):
+            quote = mark if quote is None else None if mark == quote else quote
+    return lines
+
+
+def line_of(fault: str, lines: Mapping[str, int]) -> int | None:
+    """The line that a fault, which begins with its path, is about; None if nothing of that path is in the file."""
+    near = [path for path in lines if fault.startswith(path) and fault[len(path) :][:1] in {":", ".", "["}]
+    return lines[max(near, key=len)] if near else None
+
+
+def _path(toml: str) -> str:
+    """The path of the only key in one line of TOML, however it is quoted."""
+    path, value = "", tomllib.loads(toml)
+    while isinstance(value, dict) and value:
+        ((key, inner),) = value.items()
+        path = under(path, key)
+        value = _only(inner)
+    return path
+
+
+def _only(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+# No model costs so little for a million tokens, and for one token none costs so much: o1-pro's output, among the dearest there
+# were, took 600 USD for a million (https://platform.openai.com/docs/pricing), and so 0.0006 for one.
+LEAST_USD_PER_MTOK = 0.001
+PRICES = Prices.__struct_fields__
+# What OpenAI's API has behind its base URL.
+ENDPOINTS = ("/chat/completions", "/completions", "/responses", "/embeddings", "/models")
+# Hosts that serve nothing without this path; their pages are in docs/providers.md.
+PATHS = {
+    "api.openai.com": "/v1",
+    "openrouter.ai": "/api/v1",
+    "api.anthropic.com": "/v1",
+    "api.x.ai": "/v1",
+    "api.mistral.ai": "/v1",
+    "api.groq.com": "/openai/v1",
+}
+LEAST_SECRET_CHARS = 8
+_SECRET_HEADER = re.compile(r"(?i)key|token|secret")
+EVERYBODY = frozenset({"0.0.0.0/0", "::/0"})
+
+
+def contradictions(settings: Settings) -> Iterator[str]:
+    """Each a sentence that begins with its path."""
+    if settings.server is not None:
+        yield from _server_faults(settings.server)
+    if settings.redis is not None and settings.redis.on_failure == "local" and settings.redis.journal is None:
+        yield 'redis.journal: on_failure = "local" needs a file to journal settlements in'
+    for name, model in (settings.models or {}).items():
+        if model is not None:
+            yield from _model_faults(model, under("models", name), settings)
+    if settings.defaults is not None:
+        yield from _default_faults(settings.defaults.model, settings)
+
+
+def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[str]:
+    """What can be served and is hardly meant: each a sentence that begins with its path. `table`: the text's own."""
+    if settings.server is not None:
+        yield from _server_doubts(settings.server)
+    for name, upstream in (settings.upstreams or {}).items():
+        if upstream is not None:
+            yield from _upstream_doubts(upstream, under("upstreams", name))
+    for name, model in (settings.models or {}).items():
+        if model is not None:
+            yield from _model_doubts(model, name)
+    said = table.get("defaults")
+    if isinstance(said, dict) and said.get("model") == Defaults().model not in (settings.models or {}):
+        yield f"defaults.model: no model is named {said['model']}: a request that names none gets 404"
+
+
+def _server_doubts(server: Server) -> Iterator[str]:
+    is_bare = (
+        server.tls_cert is None and not server.allowed_clients and server.trusted_proxies == Server().trusted_proxies
+    )
+    if server.listen is not None and is_everywhere(server.listen) and is_bare:
+        yield (
+            "server.listen: every interface, in plain HTTP, and server.trusted_proxies names no proxy in front: clients' keys"
+            " can be read on the way, and a balancer's own address is taken for theirs"
+        )
+    for index, network in enumerate(server.trusted_proxies or ()):
+        if network in EVERYBODY:
+            yield f"server.trusted_proxies[{index}]: everybody may say which address they come from"
+    if "*" in (server.cors_origins or ()):
+        yield "server.cors_origins: every page on the web may send requests with the keys that its visitors give it"
+
+
+def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
+    url = (upstream.base_url or "").rstrip("/")
+    end = next((end for end in ENDPOINTS if url.endswith(end)), None)
+    if end is not None:
+        yield f"{path}.base_url: the gateway adds the path of an endpoint itself: leave {end} out"
+    parts = urlsplit(url)
+    wanted = PATHS.get(parts.hostname or "")
+    if wanted is not None and not parts.path.startswith(wanted):
+        yield f"{path}.base_url: {parts.hostname} has its API at {wanted}"
+    for name, value in (upstream.headers or {}).items():
+        if isinstance(value, str) and _SECRET_HEADER.search(name) and len(value) >= LEAST_SECRET_CHARS:
+            yield f'{under(f"{path}.headers", name)}: a secret in plain text? {{ env = "NAME" }} keeps it out of the file'
+
+
+def _model_doubts(model: Model, name: str) -> Iterator[str]:
+    path = under("models", name)
+    if "*" in name:
+        yield f"{path}: no pattern is matched: this is one model, whose name has a *"
+    for index, route in enumerate(model.upstreams or ()):
+        if route is not None and "*" in (route.model or ""):
+            yield f"{path}.upstreams[{index}].model: no pattern is matched: the upstream is asked for a name with a *"
+    if (
+        model.cost_from == "usage.cost"
+        and model.output_usd_per_mtok is not None
+        and not float(model.output_usd_per_mtok)
+    ):
+        yield f'{path}.output_usd_per_mtok: with cost_from = "usage.cost" the prices size what is held: 0 holds nothing'
+    for where, prices in _prices_of(model, path):
+        for key in PRICES:
+            usd = getattr(prices, key)
+            if usd is not None and 0 < float(usd) < LEAST_USD_PER_MTOK:
+                yield f"{where}.{key}: {usd} USD for a million tokens: is it the price of one token?"
+
+
+def _prices_of(model: Model, path: str) -> Iterator[tuple[str, Prices]]:
+    """Every table of prices of a model, with its path."""
+    tables: list[tuple[str, Model | ServiceTier]] = [(path, model)]
+    for name, tier in (model.service_tiers or {}).items():
+        if tier is not None:
+            tables.append((under(f"{path}.service_tiers", name), tier))
+    for where, table in tables:
+        yield where, table
+        for index, prices in enumerate(table.price_tiers or ()):
+            if prices is not None:
+                yield f"{where}.price_tiers[{index}]", prices
+
+
+def _server_faults(server: Server) -> Iterator[str]:
+    admin = server.admin_listen
+    if admin is not None:
+        if server.listen == admin and not admin.endswith(":0"):
+            yield "server.admin_listen: the same as server.listen"
+        elif server.admin_token is None and not is_private(admin):
+            yield f"server.admin_listen: others can reach {admin}: it needs a server.admin_token"
+    if (server.tls_cert is None) != (server.tls_key is None):
+        here, missing = ("tls_cert", "tls_key") if server.tls_key is None else ("tls_key", "tls_cert")
+        yield f"server.{missing}: needed beside server.{here}"
+
+
+def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
+    upstreams = settings.upstreams or {}
+    for index, route in enumerate(model.upstreams or ()):
+        if route is not None and route.upstream is not None and route.upstream not in upstreams:
+            told = f"no upstream is named {route.upstream}{nearest(route.upstream, upstreams)}"
+            yield f"{path}.upstreams[{index}].upstream: {told}"
+    output, window = model.max_output_tokens, model.context_window
+    if output is not None and window is not None and output > window:
+        yield f"{path}.max_output_tokens: {output} is more than context_window, {window}"
+    for name in sorted(STANDARD_TIERS & (model.service_tiers or {}).keys()):
+        yield f"{under(f'{path}.service_tiers', name)}: this tier has the model's own prices"
+
+
+def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:
+    """The built-in default may be missing: then a request has to name its model."""
+    models = settings.models or {}
+    if model is not None and model != Defaults().model and model not in models:
+        yield f"defaults.model: no model is named {model}{nearest(model, models)}"
+
+
+INSTEAD_OF_TEXT = 'a secret is not written here: say { env = "NAME" } or { file = "/path" }'
+
+
+class ConfigError(Exception):
+    """A configuration that can't be used. `faults`: every one, each a sentence that begins with its path."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class Decoded(Struct, frozen=True):
+    """What a TOML text says. `settings` have None where a value is at fault; `warnings`: what is likely a mistake; `lines`: on
+    which line each key stands. Faults and warnings are sentences that begin with a path.
+    """
+
+    settings: Settings
+    faults: list[str]
+    warnings: list[str]
+    lines: dict[str, int]
+
+
+def parse(text: str) -> Settings:
+    """The settings of a TOML text; ConfigError with every fault in it."""
+    decoded = decode(text)
+    if decoded.faults:
+        raise ConfigError(decoded.faults)
+    return decoded.settings
+
+
+def decode(text: str) -> Decoded:
+    """The settings of a TOML text with every fault in it; ConfigError if it is no TOML."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"not TOML: {error}"]) from error
+    except RecursionError as error:
+        raise ConfigError(["not TOML: nested too deeply"]) from error
+    faults: list[str] = []
+    settings: Settings = _struct(table, Settings, "", faults)
+    faults.extend(contradictions(settings))
+    return Decoded(settings, faults, list(likely_mistakes(settings, table)), lines_of(text))
+
+
+def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
+    """A value of the table as its type wants it; what is at fault comes out as None, and its fault is written down."""
+    kind = _chosen(kind, value)
+    bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if isinstance(bare, type) and issubclass(bare, Struct):
+        return _struct(value, bare, path, faults)
+    if get_origin(bare) is dict and isinstance(value, dict):
+        return _mapping(value, bare, path, faults)
+    if get_origin(bare) is list and isinstance(value, list) and value:
+        item_kind = get_args(bare)[0]
+        items = [_decoded(item, item_kind, f"{path}[{index}]", faults) for index, item in enumerate(value)]
+        return items if None in items else _leaf(items, kind, path, faults)
+    return _leaf(value, kind, path, faults)
+
+
+def _struct(value: Any, kind: type[Struct], path: str, faults: list[str]) -> Any:
+    """A table with fixed keys. Built unchecked: each of its values was checked alone."""
+    if not isinstance(value, dict):
+        is_text = kind is Secret and isinstance(value, str)
+        faults.append(f"{path}: {INSTEAD_OF_TEXT if is_text else 'expected a table'}")
+        return None
+    hints = get_type_hints(kind, include_extras=True)
+    known: dict[str, Any] = {}
+    for key, item in value.items():
+        if key in hints:
+            known[key] = _decoded(item, hints[key], under(path, key), faults)
+        else:
+            faults.append(f"{under(path, key)}: unknown key{nearest(key, hints)}")
+    for item in msgspec.structs.fields(kind):
+        if item.required and item.name not in value:
+            faults.append(f"{under(path, item.name)}: required, and missing")
+            known[item.name] = None
+    try:
+        return kind(**known)
+    except ValueError as error:
+        faults.append(f"{path}: {error}")
+        return None
+
+
+def _mapping(table: dict[str, Any], kind: Any, path: str, faults: list[str]) -> dict[str, Any]:
+    """A table whose keys are the user's own names."""
+    name_kind, item_kind = get_args(kind)
+    for name in table:
+        _leaf(name, name_kind, under(path, name), faults)
+    return {name: _decoded(item, item_kind, under(path, name), faults) for name, item in table.items()}
+
+
+def _leaf(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
+    try:
+        value = msgspec.convert(value, kind)
+        fault = next(filter(None, (meta.extra["fault"](value) for meta in _metas(kind) if meta.extra)), None)
+    except msgspec.ValidationError as error:
+        fault = _complaint(str(error), kind)
+    if fault is None:
+        return value
+    faults.append(f"{path}: {fault}")
+    return None
+
+
+def _complaint(message: str, kind: Any) -> str:
+    """A sentence of msgspec's in our users' words; the type's own words where it says what was expected."""
+    for meta in _metas(kind):
+        if meta.description:
+            return f"expected {meta.description}"
+    words = message.replace("`object`", "a table").replace("`array`", "a list").replace("`", "")
+    choices = f", expected {' or '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+    return words[0].lower() + words[1:] + choices
+
+
+def _metas(kind: Any) -> tuple[Meta, ...]:
+    return getattr(kind, "__metadata__", ())
+
+
+def _chosen(kind: Any, value: Any) -> Any:
+    """The one of several types that a value is decoded as. `X | None` is X: TOML has no null, so None only means left out. Of
+    a text and a secret it is the secret for a table.
+    """
+    if get_origin(kind) not in {Union, UnionType}:
+        return kind
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    tables = [part for part in parts if isinstance(part, type) and issubclass(part, Struct)]
+    return tables[0] if tables and (isinstance(value, dict) or len(parts) == len(tables)) else parts[0]

@@ -1,0 +1,119 @@
+"""Secrets: where a configuration says they are, and what they must be to be sent in a header."""
+
+from collections.abc import Callable, Mapping
+from urllib.parse import quote
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from meshproxy.config.load import under
+from meshproxy.config.settings import Redis, Secret, Settings, Upstream, redis_url_fault
+
+ReadFile = Callable[[str], str]
+
+
+class Secrets(Struct, frozen=True):
+    """The API key of each upstream that has one, by upstream, and what the admin listener asks for. Never shown."""
+
+    upstreams: dict[str, str]
+    admin_token: str | None = None
+
+    def __repr__(self) -> str:
+        return "Secrets()"
+
+
+class SecretReader:
+    """Reads secrets from `env` and files. `faults` has each that can't be had: never its value."""
+
+    def __init__(self, env: Mapping[str, str], read_file: ReadFile) -> None:
+        self.faults: list[str] = []
+        self._env = env
+        self._read_file = read_file
+
+    def secrets(self, settings: Settings) -> Secrets:
+        """The API keys and the admin token."""
+        upstreams = {name: upstream for name, upstream in (settings.upstreams or {}).items() if upstream is not None}
+        keys = {
+            name: self._text(f"{under('upstreams', name)}.api_key", each.api_key) for name, each in upstreams.items()
+        }
+        token = self._text("server.admin_token", settings.server.admin_token if settings.server is not None else None)
+        return Secrets({name: key for name, key in keys.items() if key}, token or None)
+
+    def filled(self, settings: Settings) -> Settings:
+        """The settings with the text of each secret that is a part of them: of the store's URL and of the upstreams' headers."""
+        upstreams = {
+            name: self._with_headers(name, upstream) if upstream is not None else upstream
+            for name, upstream in (settings.upstreams or {}).items()
+        }
+        redis = settings.redis if settings.redis is None else self.redis(settings.redis)
+        return replace(settings, upstreams=upstreams, redis=redis)
+
+    def redis(self, redis: Redis) -> Redis:
+        """The same store, with a URL that has the password in it."""
+        url = redis.url
+        if isinstance(url, Secret):
+            url = self._text("redis.url", url, is_sent=False)
+            fault = redis_url_fault(url) if url else None
+            if fault is not None:
+                self.faults.append(f"redis.url: {fault}")
+        if redis.password is None or not url:
+            return replace(redis, url=url)
+        password = self._text("redis.password", redis.password, is_sent=False)
+        try:
+            return replace(redis, url=_with_password(url, password), password=None)
+        except ValueError as error:
+            self.faults.append(f"redis.password: {error}")
+            return redis
+
+    def _with_headers(self, name: str, upstream: Upstream) -> Upstream:
+        if not upstream.headers:
+            return upstream
+        path = f"{under('upstreams', name)}.headers"
+        headers: dict[str, str | Secret] = {
+            header: self._text(under(path, header), value) if isinstance(value, Secret) else value
+            for header, value in upstream.headers.items()
+        }
+        return replace(upstream, headers=headers)
+
+    def _text(self, path: str, secret: Secret | None, *, is_sent: bool = True) -> str:
+        """The secret, or "" if it is none or can't be had. `is_sent`: in a header."""
+        if secret is None:
+            return ""
+        try:
+            value = self._value(secret).strip()
+        except ValueError as error:
+            self.faults.append(f"{path}: {error}")
+            return ""
+        if value and value.isprintable() and (value.isascii() or not is_sent):
+            return value
+        what = "characters that no header may carry" if is_sent else "characters that can't be printed"
+        self.faults.append(f"{path}: the secret is empty or has {what}")
+        return ""
+
+    def _value(self, secret: Secret) -> str:
+        """ValueError, without the secret, if it can't be had."""
+        try:
+            return self._env[secret.env] if secret.env is not None else self._read_file(secret.file or "")
+        except KeyError:
+            raise ValueError(f"the environment has no {secret.env}") from None
+        except OSError as error:
+            raise ValueError(f"{secret.file} can't be read ({error.strerror})") from error
+
+
+def plain(value: str | Secret) -> str:
+    """A text of settings that were `filled`. TypeError for a secret that nobody has read yet."""
+    if isinstance(value, Secret):
+        raise TypeError("a secret of these settings was not read")
+    return value
+
+
+def _with_password(url: str, password: str) -> str:
+    """The URL with a password beside its user; ValueError if it has one already."""
+    scheme, separator, rest = url.partition("://")
+    authority, slash, tail = rest.partition("/")
+    userinfo, _, hosts = authority.rpartition("@")
+    if not separator:
+        raise ValueError("the embedded server has none")
+    if ":" in userinfo:
+        raise ValueError("redis.url has one already")
+    return f"{scheme}://{userinfo}:{quote(password, safe='')}@{hosts}{slash}{tail}"

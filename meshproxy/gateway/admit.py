@@ -1,0 +1,336 @@
+"""Admit: one round trip that takes a request's place in the buckets and holds its credit, or says why not."""
+
+import asyncio
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from meshproxy.config import Credits, Defaults
+from meshproxy.errors import ErrorResponse, ledger_unavailable
+from meshproxy.gateway.exchange import ActiveConfig, Exchange, Headers
+from meshproxy.gateway.resolve import Plan
+from meshproxy.gateway.settle import Settler
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.local import LocalAdmission
+from meshproxy.ledger.records import NO_LIMITS, BucketState, Denial, Hold, HoldRequest, Kind
+from meshproxy.ledger.store import StoreError, Unavailable
+from meshproxy.openai.headers import ratelimit_headers
+from meshproxy.policy.principal import Limits, Principal
+from meshproxy.telemetry.tasks import Tasks
+
+# Of what an account has, for a hold that doesn't fit and may be smaller: the next requests find something too.
+SHORT_SHARE_PERCENT = 50
+
+
+def first_slice(plan: Plan, credit: Credits) -> int:
+    """Tokens of output that the hold covers at first: a stream's slice, or all that may come where that can't be counted on the
+    way. Where credit isn't strict, what is expected is enough.
+    """
+    if plan.holds_whole:
+        return plan.output_bound if credit.strict else plan.output_tokens
+    return min(credit.lease_output_tokens * plan.request.n, plan.output_tokens)
+
+
+def clamps(principal: Principal, credit: Credits) -> bool:
+    """Whether a request that the account can't pay in full is cut short instead of refused."""
+    return credit.clamp if principal.key.clamp is None else principal.key.clamp
+
+
+def affordable(plan: Plan, admitted: Hold, *, clamp: bool) -> Plan:
+    """The plan within what was held, or where `clamp` is on what is there at all for a stream, which holds it bit by bit.
+
+    An output that nothing bounds but the model gets a cap where the account has no more than twice what was held, so that a
+    `max_output_tokens` that is too low overdraws no account that is nearly empty.
+    """
+    if not plan.holds_whole:
+        return plan.clamped_to(admitted.amount_nusd + max(admitted.available_nusd, 0)) if clamp else plan
+    held = plan.clamped_to(admitted.amount_nusd)
+    is_bounded = held.clamped or plan.request.max_tokens is not None
+    return held if is_bounded or admitted.available_nusd >= admitted.amount_nusd else held.capped_at(held.output_limit)
+
+
+def _least(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
+    """Tokens of output that have to be covered for the request to be admitted with a cap; None: all or nothing.
+
+    A client's own cap isn't lowered unasked, but for what it has above the model's `max_output_tokens`.
+    """
+    if clamp:
+        return plan.request.n
+    if not (plan.holds_whole and credit.strict):
+        return None
+    if plan.request.max_tokens is None:
+        return min(credit.lease_output_tokens * plan.request.n, plan.output_bound)
+    return plan.output_tokens if plan.output_tokens < plan.output_bound else None
+
+
+def ask_for(
+    plan: Plan,
+    covered: int,
+    principal: Principal,
+    hold_id: str,
+    credit: Credits,
+    defaults: Defaults,
+    *,
+    enforce_mid_stream: bool,
+) -> HoldRequest:
+    """What the ledger is asked: to hold the prompt and the `covered` first tokens of output. Tokens are reserved by estimate: the
+    prompt and all the output that may come, or where token buckets are enforced in the stream (`enforce_mid_stream`) what is
+    covered.
+    """
+    key = principal.key
+    clamp = clamps(principal, credit)
+    least = _least(plan, credit, clamp=clamp)
+    return HoldRequest(
+        hold_id=hold_id,
+        account=principal.account.name,
+        key_id=key.id,
+        session=plan.request.session_id,
+        amount_nusd=plan.hold_nusd(covered),
+        amount_min_nusd=None if least is None else plan.hold_nusd(least),
+        share_percent=SHORT_SHARE_PERCENT if plan.holds_whole and not (clamp and plan.request.max_tokens) else 100,
+        tokens=plan.prompt_tokens + (covered if enforce_mid_stream else plan.output_tokens),
+        ttl_ms=int(credit.hold_ttl_s * 1000),
+        strict=credit.strict,
+        key_limits=limits_of(principal, defaults),
+        account_limits=principal.account.limits,
+        budgets=key.budgets,
+        session_budgets=key.session,
+        account_budgets=principal.account.budgets,
+    )
+
+
+def limits_of(principal: Principal, defaults: Defaults) -> Limits:
+    """The key's own limits, and the configuration's where it has none."""
+    own = principal.key.limits
+    requests, tokens = own.requests_per_minute, own.tokens_per_minute
+    return Limits(
+        defaults.requests_per_minute if requests is None else requests,
+        defaults.tokens_per_minute if tokens is None else tokens,
+        own.burst,
+        own.requests_per_day,
+        own.max_parallel,
+    )
+
+
+def limit_headers(buckets: tuple[BucketState, ...]) -> Headers:
+    """x-ratelimit-* of the tightest bucket of each kind, requests before tokens."""
+    tightest: dict[Kind, BucketState] = {}
+    for bucket in buckets:
+        other = tightest.get(bucket.kind)
+        if other is None or bucket.remaining < other.remaining:
+            tightest[bucket.kind] = bucket
+    headers: Headers = []
+    for kind, bucket in tightest.items():
+        headers += ratelimit_headers(kind, bucket.limit, bucket.remaining, bucket.reset_s)
+    return headers
+
+
+RENEW_RETRY_S = 0.25
+MAX_RENEW_RETRIES = 40  # ten seconds: then a stream without credit and without a ledger ends
+
+
+class Credit:
+    """Where holds come from and what they are renewed by. `local` is None where Redis's absence denies; `enforce_tokens`:
+    token buckets end streams too.
+    """
+
+    __slots__ = ("enforce_tokens", "ledger", "local", "tasks")
+
+    def __init__(self, ledger: Ledger, local: LocalAdmission | None, tasks: Tasks, *, enforce_tokens: bool) -> None:
+        self.ledger = ledger
+        self.local = local
+        self.tasks = tasks
+        self.enforce_tokens = enforce_tokens
+
+
+class Lease:
+    """One hold and the output tokens it covers, of the `plan` that it was admitted with.
+
+    `is_local`: admitted without Redis. `unheld`: the settlement can't count on a hold, because it was local or because the
+    ledger has lost it (data, or this worker was stuck past every deadline) and admitted none anew. `watermark`: the tokens of
+    output past which `spent` has to be asked.
+    """
+
+    __slots__ = (
+        "_cap",
+        "_credit",
+        "_on_change",
+        "_over",
+        "_renewing",
+        "_slice",
+        "_used",
+        "covered",
+        "hold",
+        "is_local",
+        "plan",
+        "unheld",
+        "watermark",
+    )
+
+    def __init__(
+        self, hold: Hold, plan: Plan, covered: int, slice_tokens: int, credit: Credit, *, is_local: bool
+    ) -> None:
+        self.hold = hold
+        self.plan = plan
+        self.covered = covered
+        self.is_local = is_local
+        self.unheld = is_local
+        self._cap = plan.output_bound
+        self._slice = slice_tokens
+        self._credit = credit
+        self._used = 0
+        self._renewing = False
+        self._over = False
+        self._on_change: Callable[[Denial | ErrorResponse | None], None] = _ignore
+        self.watermark = self._renew_at()
+
+    def watch(self, on_change: Callable[[Denial | ErrorResponse | None], None]) -> None:
+        """Call this with None when a renewal came back, or with what refused it."""
+        self._on_change = on_change
+
+    @property
+    def bound(self) -> int:
+        """The most output tokens that the client gets on this hold, and is charged if it gets no other: a slice past it."""
+        return self.covered + self._slice
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether more output was seen than the hold covers."""
+        return self._used > self.covered < self._cap
+
+    def spent(self, tokens: int) -> bool:
+        """Note how many tokens of output were seen so far; whether the hold is used up."""
+        self._used = tokens
+        if tokens > self.watermark and not self._renewing and self.covered < self._cap:
+            self._renewing = True
+            self.watermark = self.covered
+            self._credit.tasks.spawn("renew", self._extend())
+        return tokens > self.covered < self._cap
+
+    def _renew_at(self) -> int:
+        """Half a slice before the end of what is covered; never, where that is all there can be."""
+        return self.covered - self._slice // 2 if self.covered < self._cap else self._cap
+
+    async def keep(self) -> None:
+        """Put the deadline off, so that the hold outlives a slow request."""
+        if not self.is_local:
+            denied = await self._renew(self.hold.amount_nusd, self.covered)
+            if denied is not None:
+                self._on_change(denied)
+
+    def end(self) -> None:
+        """The request is over: ask for nothing more."""
+        self._over = True
+        self._on_change = _ignore
+
+    async def _extend(self) -> None:
+        """Ask for another slice. However it goes, the stream hears of it: it may be waiting."""
+        problem: Denial | ErrorResponse | None = ledger_unavailable()
+        try:
+            problem = await self._ask_for_slice()
+        finally:
+            self._renewing = False
+            if problem is None and not self._over:
+                self.spent(self._used)  # more may have come meanwhile than was asked for
+            self._on_change(problem)
+
+    async def _ask_for_slice(self) -> Denial | ErrorResponse | None:
+        """Ask until there is an answer."""
+        problem: Denial | ErrorResponse | None
+        for _ in range(MAX_RENEW_RETRIES):
+            covered = min(self._used + self._slice, self._cap)
+            try:
+                problem = await self._renew(self.plan.hold_nusd(covered), covered)
+                break
+            except (Unavailable, StoreError):
+                problem = self._extend_locally(covered)
+                if problem is None or self._over:
+                    break
+                await asyncio.sleep(RENEW_RETRY_S)
+        if problem is None:
+            self.covered = covered
+            self.watermark = self._renew_at()
+        return problem
+
+    def _extend_locally(self, covered: int) -> ErrorResponse | None:
+        """Take another slice from what this worker may admit by itself, if it may."""
+        more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
+        if self._credit.local is None or not self._credit.local.take(self.hold.ask, more_nusd):
+            return ledger_unavailable()
+        return None
+
+    async def _renew(self, amount_nusd: int, covered: int) -> Denial | None:
+        """Renew the hold, or admit another where the ledger has none any more. None: it is held."""
+        tokens = self.plan.prompt_tokens + covered
+        answer = await self._credit.ledger.renew(
+            self.hold,
+            amount_nusd=amount_nusd,
+            tokens=tokens,
+            enforce_tokens=self._credit.enforce_tokens,
+        )
+        if isinstance(answer, Denial) and answer.which == "hold":
+            self.unheld = True
+            if self._over:
+                return None
+            answer = await self._credit.ledger.admit(_anew(self.hold.ask, amount_nusd, tokens))
+        if isinstance(answer, Denial):
+            return answer
+        self.hold = replace(answer, ask=self.hold.ask, buckets=self.hold.buckets)
+        self.unheld = False
+        return None
+
+
+def _anew(ask: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
+    """What the ledger is asked in place of a hold that it has lost: credit and budgets have to pay for all of it, and its limits
+    are those of a request that was admitted already.
+    """
+    return replace(
+        ask,
+        amount_nusd=amount_nusd,
+        amount_min_nusd=None,
+        tokens=tokens,
+        key_limits=NO_LIMITS,
+        account_limits=NO_LIMITS,
+    )
+
+
+def _ignore(_refusal: Denial | ErrorResponse | None) -> None:
+    """Nobody watches."""
+
+
+class Admitter:
+    """Admits the requests of one worker. `local` is None where Redis's absence denies."""
+
+    def __init__(self, ledger: Ledger, local: LocalAdmission | None, settler: Settler, tasks: Tasks) -> None:
+        self._ledger = ledger
+        self._local = local
+        self._settler = settler
+        self._credit = {enforce: Credit(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)}
+
+    async def admit(self, exchange: Exchange, plan: Plan, principal: Principal, active: ActiveConfig) -> Lease | Denial:
+        """A lease on what the plan may cost, or why there is none. Unavailable where the ledger is lost and has no substitute."""
+        settings = active.settings
+        credit = settings.credits
+        enforce = settings.limits.enforce_mid_stream and plan.request.stream
+        covered = first_slice(plan, credit)
+        ask = ask_for(plan, covered, principal, exchange.hold_id, credit, settings.defaults, enforce_mid_stream=enforce)
+        is_local = False
+        try:
+            answer = await self._ledger.admit(ask)
+        except Unavailable:
+            if self._local is None or not self._local.has_room(ask):
+                raise
+            answer, is_local = self._local.admit(ask), True
+        except BaseException as error:  # nobody waits for the answer any more
+            is_hang_up = isinstance(error, asyncio.CancelledError)
+            self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
+            raise
+        if isinstance(answer, Denial):
+            return answer
+        if self._local is not None and not is_local:
+            self._local.written()
+        if ask.amount_min_nusd is not None:
+            plan = affordable(plan, answer, clamp=clamps(principal, credit))
+            covered = first_slice(plan, credit)
+        slice_tokens = credit.lease_output_tokens * plan.request.n
+        return Lease(answer, plan, covered, slice_tokens, self._credit[enforce], is_local=is_local)

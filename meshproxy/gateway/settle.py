@@ -1,0 +1,196 @@
+"""Settle: what a request used and cost, once, when it is over, whichever way it went."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import partial
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from meshproxy.gateway.exchange import Exchange
+from meshproxy.ledger.journal import Journal
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.local import LocalAdmission
+from meshproxy.ledger.records import HoldRequest, Settlement
+from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
+from meshproxy.openai.usage import Report, Usage
+from meshproxy.policy.catalog import Candidate, may_have_served
+from meshproxy.policy.pricing import billed, cost
+from meshproxy.telemetry.tasks import Tasks
+
+
+def bill(
+    exchange: Exchange,
+    report: Report | None,
+    served_model: str | None,
+    estimate_output: Callable[[], int],
+    most_output: int | None = None,
+    *,
+    audio_output: Callable[[], int] | None = None,
+    outdated: bool = False,
+) -> None:
+    """Write down usage, its source and the cost: the provider's numbers where they can be believed, and an estimate from the
+    prompt and the output that was seen in the place of those that are missing. Where nothing was reported and nothing seen
+    nothing is charged. May be called again as more is seen. Tokens of output past `most_output` aren't charged.
+    `outdated`: text came after the report, whose output is the least that there was. `audio_output` estimates how much of the
+    output was audio, which has a price of its own.
+    """
+    plan, candidate = exchange.plan, exchange.asked or exchange.candidate
+    if plan is None or candidate is None:
+        return
+    exchange.asked = candidate
+    candidates = may_have_served(candidate, served_model)
+    usage = Usage()
+    if report is not None:
+        window = candidate.context_window
+        if candidate.natives:
+            window = max(candidate.context_window for candidate in candidates)
+        usage, exchange.refused = report.settled(window, plan.request.n)
+        exchange.usage_source = "reported"
+    told_usd = report.cost_usd if report is not None else None
+    if usage.completion == 0 or outdated:
+        seen = min(estimate_output(), plan.output_bound)
+        if seen > usage.completion:
+            audio = min(audio_output(), seen) if audio_output is not None else 0
+            usage = replace(usage, completion=seen, audio_completion=max(usage.audio_completion, audio))
+            exchange.usage_source = "estimated"
+    if usage.prompt == 0 and (usage.completion or exchange.refused):
+        usage = replace(usage, prompt=plan.likely_prompt_tokens())
+        exchange.usage_source = "estimated"
+    if most_output is not None and usage.completion > most_output:
+        audio = min(usage.audio_completion, most_output)
+        usage = replace(usage, completion=most_output, audio_completion=audio)
+        exchange.usage_source = "estimated"
+        told_usd = None
+    exchange.usage = usage
+    _charge(exchange, candidates, report.service_tier if report is not None else None, None if outdated else told_usd)
+    exchange.unlisted_model = served_model if len(candidates) > 1 else None
+
+
+def bill_prompt(exchange: Exchange) -> None:
+    """Write down the prompt of a request whose client hung up before anything was known: its provider, which has it and may
+    have worked on it, bills that at least.
+    """
+    plan, candidate = exchange.plan, exchange.candidate
+    if plan is None or candidate is None:
+        return
+    exchange.usage, exchange.usage_source = Usage(plan.likely_prompt_tokens()), "estimated"
+    _charge(exchange, (candidate,), None, None)
+
+
+def _charge(exchange: Exchange, candidates: Sequence[Candidate], tier: str | None, told_usd: Decimal | None) -> None:
+    """Write down what the usage costs, at the dearest of the models that may have served: in the service tier that the provider
+    says it has served, else in the one that was asked for.
+    """
+    asked = exchange.plan.request.service_tier if exchange.plan is not None else None
+    dearest = -1
+    for candidate in candidates:
+        price = candidate.price_in(tier, asked)
+        cost_nusd = cost(price, exchange.usage, told_usd)
+        if cost_nusd > dearest:
+            dearest = exchange.cost_nusd = cost_nusd
+            exchange.candidate, exchange.price = candidate, billed(price, exchange.usage, told_usd)
+
+
+class Settler:
+    """Sends each settlement on its way, which its request's end can't cancel and which shutdown waits for.
+    `wall_clock` and `clock` are Unix and monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        journal: Journal,
+        local: LocalAdmission | None,
+        tasks: Tasks,
+        wall_clock: Callable[[], float],
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger = ledger
+        self._journal = journal
+        self._local = local
+        self._tasks = tasks
+        self._wall_clock = wall_clock
+        self._clock = clock
+
+    def settle(self, exchange: Exchange) -> None:
+        """Settle the exchange's hold, if it has one. Returns at once."""
+        if exchange.lease is not None:
+            ask = exchange.lease.hold.ask
+            settlement = self._settlement(exchange, ask, unheld=exchange.lease.unheld)
+            if self._local is not None:
+                self._local.spent(settlement, 0 if exchange.lease.is_local else exchange.lease.hold.amount_nusd)
+            self._tasks.follow(self._ledger.settling(settlement), partial(self._answered, settlement))
+
+    def withdraw(self, exchange: Exchange, ask: HoldRequest, *, outcome: str) -> None:
+        """Nobody waits for the answer to `ask` any more: release its hold, if it came to one. Returns at once.
+
+        Commands keep their order, so the hold is there by then. Where they can't be sent, the hold's deadline releases it.
+        """
+        settlement = replace(self._settlement(exchange, ask, unheld=False), outcome=outcome)
+        self._tasks.spawn("settle", self._release(settlement))
+
+    async def _release(self, settlement: Settlement) -> None:
+        with contextlib.suppress(Unavailable):
+            await self._ledger.settle(settlement)
+
+    def _answered(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
+        """Charged, which is nearly always all; else the charge goes the long way."""
+        failed = answer.cancelled() or answer.exception() is not None
+        if failed or not (answer.result() or settlement.unheld):
+            self._tasks.spawn("settle", self._insist(settlement, answer))
+        elif self._local is not None:
+            self._local.charged(settlement.hold_id)
+
+    async def charge(self, settlement: Settlement) -> bool:
+        """Settle what the journal kept. Raises Unavailable and StoreError."""
+        settled = await self._ledger.settle(settlement)
+        if self._local is not None:
+            self._local.charged(settlement.hold_id)
+        return settled
+
+    async def _insist(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
+        """To the ledger, or to disk until it is back. What was sent and never answered may be sent again: it counts once."""
+        try:
+            try:
+                settled = await answer
+            except ScriptMissing:
+                settled = await self.charge(settlement)
+            if not (settled or settlement.unheld):  # its first time: the ledger has lost the hold, not charged it
+                settlement = replace(settlement, unheld=True)
+                await self.charge(settlement)
+        except (Unavailable, StoreError):  # lost, or set up wrongly: the charge must outlive both
+            await self._journal.append(settlement)
+        except asyncio.CancelledError:
+            await self._journal.append(settlement)
+            raise
+
+    def _settlement(self, exchange: Exchange, ask: HoldRequest, *, unheld: bool) -> Settlement:
+        candidate = exchange.candidate
+        price = exchange.price or (candidate.price if candidate is not None else None)
+        age_s = self._clock() - exchange.call.received_at
+        recording = exchange.recording
+        return Settlement(
+            hold_id=ask.hold_id,
+            request_id=exchange.call.request_id,
+            account=ask.account,
+            key_id=ask.key_id,
+            session=ask.session,
+            model=exchange.model,
+            upstream=candidate.upstream if candidate is not None else "",
+            usage=exchange.usage,
+            usage_source=exchange.usage_source,
+            outcome=exchange.outcome,
+            cost_nusd=exchange.cost_nusd,
+            started_ms=int((self._wall_clock() - age_s) * 1000),
+            price=msgspec.json.encode(price).decode() if price is not None else "{}",
+            unheld=unheld,
+            attempts=exchange.attempts,
+            replay=recording.record if recording is not None else None,
+            replay_ttl_ms=recording.ttl_ms if recording is not None else 0,
+            budgets=ask.budgets,
+            account_budgets=ask.account_budgets,
+        )

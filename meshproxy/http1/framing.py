@@ -1,0 +1,298 @@
+"""How the bytes of a response's body are told from their framing (RFC 9112 sections 6 and 7). No I/O.
+
+Each kind of framing is a `Body` that is fed what the socket gave, in pieces of any size, and answers with the payload in
+them. A payload is passed on as it comes: nothing is gathered but an unfinished line of the framing itself.
+"""
+
+import re
+import zlib
+from enum import IntEnum
+from typing import Final
+
+from meshproxy.errors import Phase, UpstreamError, upstream_error
+
+# One field line (RFC 9112, section 5) with the line end before it; the one behind it is looked at and left for the next. No
+# control characters, no folding, no space before the colon.
+_FIELD = re.compile(r"\r\n([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)(?=\r\n)")
+MAX_CHUNK_LINE_BYTES = 4096
+MAX_EXTENSION_BYTES = 65_536  # of one body, all chunks together: extensions carry nothing that we read
+MAX_TRAILER_BYTES = 16_384
+# What one read of a compressed body may grow to: as much as the largest event. Deflate reaches 1032:1 (zlib.net, "Technical
+# Details"), and 64 KiB are a usual read.
+MAX_INFLATED_BYTES = 16_777_216
+INFLATED: Final = frozenset({"gzip", "x-gzip", "deflate"})  # RFC 9110 section 8.4.1
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # RFC 9110 section 5.6.2
+FIELD_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+"  # field-content and the spaces around it, section 5.5
+
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_EXTENSIONS = rb"(?:[ \t]*+;[ \t]*+" + TOKEN + rb"(?:[ \t]*+=[ \t]*+(?:" + TOKEN + rb"|" + _QUOTED + rb"))?+)*+"
+_PLAIN_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
+_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})(" + _EXTENSIONS + rb")\r\n")
+
+
+class Body:
+    """The framing of one body.
+
+    `done`: the framing says that the body is whole. `surplus`: bytes came after that. `whole`: what was fed last was whole
+    chunks and nothing else, so that it can be passed on as it is to someone who is sent chunks. `until_eof`: only the end
+    of the connection ends it.
+    """
+
+    __slots__ = ("done", "surplus", "until_eof", "whole")
+
+    def __init__(self) -> None:
+        self.done = self.surplus = self.whole = self.until_eof = False
+
+    def decode(self, data: bytes) -> bytes:
+        """The payload in `data`, which may be none; UpstreamError if the framing is broken."""
+        raise NotImplementedError
+
+
+class UntilEof(Body):
+    """Neither a length nor chunks: the body ends with the connection."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.until_eof = True
+
+    def decode(self, data: bytes) -> bytes:
+        """Everything is payload."""
+        return data
+
+
+class Sized(Body):
+    """A body of `length` bytes."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._left = length
+        self.done = length == 0
+
+    def decode(self, data: bytes) -> bytes:
+        """Everything is payload up to the length."""
+        self._left -= len(data)
+        if self._left > 0:
+            return data
+        self.done = True
+        if self._left == 0:
+            return data
+        self.surplus = True
+        return data[: self._left]
+
+
+class _Phase(IntEnum):
+    SIZE = 0
+    PAYLOAD = 1
+    CRLF = 2
+    TRAILERS = 3
+
+
+class Chunked(Body):
+    """A body in chunks, with extensions and trailers, which are checked and left out."""
+
+    __slots__ = ("_extension_bytes", "_held", "_left", "_phase")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase = _Phase.SIZE
+        self._held = b""  # an unfinished line of the framing
+        self._left = 0  # payload bytes that the chunk at hand still lacks
+        self._extension_bytes = 0
+
+    def decode(self, data: bytes) -> bytes:
+        """The payloads of the chunks in `data`, joined. The usual read, one whole chunk or some, takes a short way."""
+        if self._phase != 0 or self._held:
+            return self._decode(data, 0, [])
+        size = len(data)
+        # what it carries if it is one chunk, whose own size has as many digits as that of all of it
+        carried = size - (size.bit_length() + 3) // 4 - 4
+        line = b"%x\r\n" % carried
+        if data.startswith(line) and data.endswith(b"\r\n") and 0 < carried == size - len(line) - 2:
+            self.whole = True
+            return data[len(line) : -2]
+        return self._decode_chunks(data)
+
+    def _decode_chunks(self, data: bytes) -> bytes:
+        """The way of whole chunks and nothing else, for as long as that is what comes."""
+        payloads: list[bytes] = []
+        position, size = 0, len(data)
+        while position < size:
+            line = _PLAIN_SIZE.match(data, position)
+            if line is None:
+                return self._decode(data, position, payloads)
+            start = line.end()
+            end = start + int(line[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                return self._decode(data, position, payloads)
+            payloads.append(data[start:end])
+            position = end + 2
+        self.whole = True
+        return payloads[0] if len(payloads) == 1 else b"".join(payloads)
+
+    def _decode(self, data: bytes, position: int, payloads: list[bytes]) -> bytes:
+        """The long way, from `position` on."""
+        self.whole = self._phase == _Phase.SIZE and not self._held
+        if self._held:
+            data, self._held = self._held + data, b""
+        while not self.done:
+            after = self._advance(data, position, payloads)
+            if after == position:
+                break
+            position = after
+        self.whole = self.whole and self._phase == _Phase.SIZE and position == len(data)
+        if self.done:
+            self.surplus = position < len(data)
+        else:
+            self._held = data[position:]
+        return b"".join(payloads)
+
+    def _advance(self, data: bytes, position: int, payloads: list[bytes]) -> int:
+        """Take one piece of the framing at `position`; where the next begins, or `position` if it isn't all there."""
+        if self._phase == _Phase.PAYLOAD:
+            return self._take_payload(data, position, payloads)
+        if self._phase == _Phase.SIZE:
+            return self._take_size(data, position)
+        if self._phase == _Phase.CRLF:
+            return self._take_crlf(data, position)
+        return self._take_trailers(data, position)
+
+    def _take_size(self, data: bytes, position: int) -> int:
+        if data.find(b"\n", position, position + MAX_CHUNK_LINE_BYTES) < 0:
+            if len(data) - position >= MAX_CHUNK_LINE_BYTES:
+                raise malformed("a chunk's first line is too long")
+            return position
+        line = _SIZE.match(data, position)
+        if line is None:
+            raise malformed("a chunk doesn't begin with its size")
+        self._count_extension(len(line[2]))
+        self._left = int(line[1], 16)
+        self._phase = _Phase.PAYLOAD if self._left else _Phase.TRAILERS
+        return line.end()
+
+    def _count_extension(self, size_bytes: int) -> None:
+        if not size_bytes:
+            return
+        self.whole = False
+        self._extension_bytes += size_bytes
+        if self._extension_bytes > MAX_EXTENSION_BYTES:
+            raise malformed("too many chunk extensions")
+
+    def _take_payload(self, data: bytes, position: int, payloads: list[bytes]) -> int:
+        piece = data[position : position + self._left]
+        if not piece:
+            return position
+        payloads.append(piece)
+        self._left -= len(piece)
+        if self._left == 0:
+            self._phase = _Phase.CRLF
+        return position + len(piece)
+
+    def _take_crlf(self, data: bytes, position: int) -> int:
+        ending = data[position : position + 2]
+        if not b"\r\n".startswith(ending):
+            raise malformed("a chunk is longer than its size")
+        if len(ending) < 2:
+            return position
+        self._phase = _Phase.SIZE
+        return position + 2
+
+    def _take_trailers(self, data: bytes, position: int) -> int:
+        if data.startswith(b"\r\n", position):
+            self.done = True
+            return position + 2
+        end = data.find(b"\r\n\r\n", position, position + MAX_TRAILER_BYTES) + 4
+        if end < position + 4:
+            if len(data) - position >= MAX_TRAILER_BYTES:
+                raise malformed("its trailers are too long")
+            return position
+        if field_lines("\r\n" + data[position:end].decode("latin-1")) is None:
+            raise malformed("its trailers can't be read")
+        self.done = True
+        return end
+
+
+class Inflated(Body):
+    """A body in gzip or deflate that was sent though identity was asked for: its payload is what it inflates to.
+
+    `framing` is how the compressed bytes are told from what is around them.
+    """
+
+    __slots__ = ("_begun", "_decompressor", "_framing")
+
+    def __init__(self, framing: Body) -> None:
+        super().__init__()
+        self._framing = framing
+        self._decompressor = zlib.decompressobj(_ANY_HEADER)
+        self._begun = False
+        self.done = framing.done
+        self.until_eof = framing.until_eof
+
+    def decode(self, data: bytes) -> bytes:
+        """The inflated payload; UpstreamError if it is none, or if it grows beyond bounds."""
+        packed = self._framing.decode(data)
+        self.done, self.surplus = self._framing.done, self._framing.surplus
+        if not packed:
+            return b""
+        try:
+            return self._inflate(packed)
+        except zlib.error as error:
+            raise unreadable("its compression is broken") from error
+
+    def _inflate(self, packed: bytes) -> bytes:
+        if not self._begun:
+            self._begun = True
+            if not _has_header(packed):
+                self._decompressor = zlib.decompressobj(
+                    -zlib.MAX_WBITS
+                )  # deflate without zlib's header, as some send it
+        pieces = []
+        left = MAX_INFLATED_BYTES
+        while packed:
+            piece = self._decompressor.decompress(packed, left)
+            pieces.append(piece)
+            left -= len(piece)
+            if self._decompressor.unconsumed_tail or left <= 0:
+                raise unreadable("it inflates to more than is allowed")
+            packed = self._decompressor.unused_data
+            if packed:  # another member (RFC 1952 section 2.2), or padding that nobody needs
+                if not packed.startswith(b"\x1f\x8b"):
+                    break
+                self._decompressor = zlib.decompressobj(_ANY_HEADER)
+        return b"".join(pieces)
+
+
+_ANY_HEADER: Final = zlib.MAX_WBITS | 32  # gzip's or zlib's, found out by itself (zlib.net/manual.html, inflateInit2)
+
+
+def _has_header(packed: bytes) -> bool:
+    """Whether this begins as gzip (RFC 1952) or zlib (RFC 1950, section 2.2)."""
+    return packed[:1] == b"\x1f" or (
+        packed[0] & 0x0F == 8 and (len(packed) < 2 or int.from_bytes(packed[:2]) % 31 == 0)
+    )
+
+
+def field_lines(head: str) -> list[tuple[str, str]] | None:
+    """The fields of a head with its first and its empty line, names in lower case, if every other line is one."""
+    fields = [(name.lower(), value.rstrip(" \t")) for name, value in _FIELD.findall(head)]
+    return fields if len(fields) == head.count("\r\n") - 2 else None
+
+
+def after_sending(message: str, *, phase: Phase = Phase.BODY, unreadable: bool = False) -> UpstreamError:
+    """Report what went wrong after the request was sent: the provider may have done the work."""
+    problem = upstream_error(message, may_have_run=True)
+    return UpstreamError(problem, safe_to_repeat=False, phase=phase, unreadable=unreadable)
+
+
+def malformed(what: str) -> UpstreamError:
+    """The answer is none that RFC 9112 allows: `what` completes the sentence."""
+    return after_sending(f"The provider broke the HTTP protocol: {what}.")
+
+
+def unreadable(what: str) -> UpstreamError:
+    """The body can't be read by the gateway: `what` completes the sentence."""
+    return after_sending(f"The provider's answer can't be read: {what}.", unreadable=True)

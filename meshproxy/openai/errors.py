@@ -1,0 +1,390 @@
+"""What a typed decoder complains of, as the details that a client is shown.
+
+The types are those of pydantic (`missing`, `string_type`, `greater_than_equal`, ...), which Mesh's SDKs know. A decoder stops
+at its first complaint, so whoever wants all of them decodes each field alone.
+"""
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct, ValidationError
+from msgspec.structs import replace
+
+from meshproxy.errors import MAX_RETRY_AFTER_S, Detail, ErrorResponse
+
+MAX_DETAIL_CHARS = 200
+
+_PATH = re.compile(r" - at `\$(.*)`$", re.DOTALL)
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+_FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
+_MISMATCH = re.compile(r"Expected `(\w+)[^`]*`, got `(\w+)`")
+_BOUND = re.compile(r"Expected `(\w+)` (of length )?(<=|>=|<|>|matching)")
+
+_TYPES = {
+    "str": "string_type",
+    "int": "int_type",
+    "float": "float_type",
+    "bool": "bool_type",
+    "array": "list_type",
+    "object": "dict_type",
+}
+_BOUNDS = {
+    "<=": "less_than_equal",
+    ">=": "greater_than_equal",
+    "<": "less_than",
+    ">": "greater_than",
+    "matching": "string_pattern_mismatch",
+}
+
+
+def detail_of(error: Exception, loc: tuple[str | int, ...]) -> Detail:
+    """The detail of a complaint about the value at `loc`: msgspec's `DecodeError` or Python's `RecursionError`."""
+    if isinstance(error, RecursionError):
+        return Detail("json_invalid", loc, "JSON is nested too deeply")
+    text, path = _split(str(error))
+    field = _FIELD.match(text)
+    if field:
+        kind, message = ("missing", "Field required") if "missing" in field[1] else ("extra_forbidden", "No such field")
+        return Detail(kind, (*loc, *path, field[2]), message)
+    return Detail(_type_of(error, text), (*loc, *path), _readable(text))
+
+
+def name_of(detail: Detail) -> str:
+    """The place of a detail inside the body as OpenAI writes it: `messages[0].role`; empty for the body itself."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail.loc[1:])
+    return "".join(steps).removeprefix(".")
+
+
+def _split(text: str) -> tuple[str, tuple[str | int, ...]]:
+    found = _PATH.search(text)
+    if found is None:
+        return text, ()
+    steps = (int(index) if index else name for name, index in _STEP.findall(found[1]))
+    return text[: found.start()], tuple(steps)
+
+
+def _type_of(error: Exception, text: str) -> str:
+    if mismatch := _MISMATCH.match(text):
+        expected, got = mismatch.groups()
+        return "int_from_float" if (expected, got) == ("int", "float") else _TYPES.get(expected, "value_error")
+    if bound := _BOUND.match(text):
+        expected, length, sign = bound.groups()
+        if not length:
+            return _BOUNDS[sign]
+        return ("string_" if expected == "str" else "") + ("too_long" if sign.startswith("<") else "too_short")
+    if text.startswith("Invalid enum value"):
+        return "literal_error"
+    if "out of range" in text:
+        return "number_out_of_range"
+    return "value_error" if isinstance(error, ValidationError) else "json_invalid"
+
+
+def _readable(text: str) -> str:
+    return text.replace("`", "").replace(" | ", " or ")[:MAX_DETAIL_CHARS]
+
+
+MAX_MESSAGE_CHARS: Final = 2000
+MAX_PROVIDER_ERROR_BYTES: Final = 8192
+MAX_PROVIDER_ERROR_DEPTH: Final = 100  # clients' decoders read hundreds at least: CPython 3.11's json 995
+MAX_TITLE_CHARS: Final = 200
+MAX_SCANNED_BYTES: Final = 65_536  # of a provider's HTML
+MAX_CODE_CHARS: Final = 128
+MAX_NESTING: Final = 4  # of objects in which a provider's sentence is looked for
+MAX_SENTENCES: Final = 8  # of a list of complaints
+MAX_QUOTED_BYTES: Final = 131_072  # of a request that is looked for in a provider's words
+MIN_QUOTED_CHARS: Final = 24  # of a longer string of the request: then the rest of the words is left out
+MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the beginning that all of its kind have
+CONCEALED: Final = "[redacted]"
+
+_TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
+_STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be somebody's own words
+_SAYS: Final = ("message", "msg", "detail", "error", "title", "errors")  # where a sentence is looked for, in this order
+_BRACKET: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # or a string, whose brackets are none
+_STEPS: Final = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
+_HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
+
+
+def envelope(problem: ErrorResponse, request_id: str) -> bytes:
+    """The JSON body of an error, which both OpenAI's and Mesh's SDKs read."""
+    error: dict[str, Any] = {
+        "message": _text(problem.message),
+        "type": problem.type,
+        "param": None if problem.param is None else _text(problem.param),
+        "code": problem.code,
+        "request_id": request_id,
+    }
+    if problem.details:
+        error["details"] = [
+            {"type": detail.type, "loc": [_step(step) for step in detail.loc], "msg": _text(detail.msg)}
+            for detail in problem.details
+        ]
+    if problem.retry_after_s is not None and math.isfinite(problem.retry_after_s):
+        error["retry_after_seconds"] = _whole_seconds(problem.retry_after_s)
+    if problem.provider_code is not None:
+        error["provider_code"] = _text(problem.provider_code)
+    if problem.provider_error is not None:
+        error["provider_error"] = _bounded(problem.provider_error)
+    return msgspec.json.encode({"error": error, "request_id": request_id})
+
+
+def problem_headers(problem: ErrorResponse) -> list[tuple[str, str]]:
+    """The headers that belong to an error's body. `x-should-retry` is what OpenAI's SDKs obey: a retry must not pay twice, wait
+    for more than a minute, or repeat what can't succeed (they would repeat a 409).
+    """
+    headers = [("content-type", "application/json")]
+    if problem.status == 401:
+        headers.append(("www-authenticate", "Bearer"))  # RFC 9110, section 11.6.1
+    wait_s = problem.retry_after_s
+    if wait_s is not None and math.isfinite(wait_s):
+        headers.append(("retry-after", str(_whole_seconds(wait_s))))
+        headers.append(("retry-after-ms", str(_millis(wait_s))))
+    pays_twice = problem.status >= 500 and problem.may_have_run
+    too_long = wait_s is not None and not wait_s <= MAX_RETRY_AFTER_S
+    if pays_twice or too_long or problem.status == 409:
+        headers.append(("x-should-retry", "false"))
+    return headers
+
+
+def error_event(problem: ErrorResponse, request_id: str) -> bytes:
+    """An error as the last event of a stream. JSON has no raw line ends, so nothing in it can begin another event."""
+    return b"data: " + envelope(problem, request_id) + b"\n\n"
+
+
+def provider_error(body: bytes, content_type: str | None = None) -> Any:
+    """What a provider said of its error: the JSON value of its body, else the beginning of its text; a web page's title. None
+    for an empty body.
+    """
+    if not body.strip():
+        return None
+    if len(body) <= MAX_PROVIDER_ERROR_BYTES:
+        try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass
+    if "html" in (content_type or "").lower() or _HTML.match(body):
+        return _page(body[:MAX_SCANNED_BYTES])
+    return body[: 4 * MAX_MESSAGE_CHARS].decode(errors="replace")[:MAX_MESSAGE_CHARS]
+
+
+class ProviderWords(Struct, frozen=True):
+    """What a provider said of its error. `value`: all of it, an object; `message`, `code`, `kind` (its `type`), `param`: what
+    could be found of them, as text. `numeric`: the code is a mere number. `moderated`: it says for which reasons the request was
+    flagged. `wait_s`: the wait that it asks for in its body.
+    """
+
+    value: dict[str, Any] | None = None
+    message: str | None = None
+    code: str | None = None
+    kind: str | None = None
+    param: str | None = None
+    numeric: bool = False
+    moderated: bool = False
+    wait_s: float | None = None
+
+
+def provider_words(value: Any) -> ProviderWords:
+    """Read what a provider said, of which `value` is the decoded JSON or the text.
+
+    The shapes are OpenAI's `{"error": {...}}`, the same as the only item of a list (Gemini), a bare object (vLLM, Mistral), an
+    `error` that is a string (xAI, Ollama), FastAPI's `detail`, and OpenRouter's `metadata.raw` with another provider's error.
+    """
+    if value is None:
+        return ProviderWords()
+    whole = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+    if not isinstance(whole, dict):
+        sentence = _sentence(whole) or str(whole)[:MAX_MESSAGE_CHARS]
+        return ProviderWords({"message": sentence}, sentence)
+    inner = whole["error"] if isinstance(whole.get("error"), dict) else whole
+    found = inner.get("metadata")
+    metadata: dict[str, Any] = found if isinstance(found, dict) else {}
+    code, numeric = _code(inner, whole)
+    words = ProviderWords(
+        whole,
+        _sentence(inner) or _sentence(whole),
+        code,
+        _of_text(inner.get("type")) or _of_text(whole.get("type")),
+        _of_text(inner.get("param")) or _place(inner) or _place(whole),
+        numeric,
+        moderated=bool(metadata.get("reasons") or metadata.get("flagged_input")),
+        wait_s=_wait_of_details(inner.get("details")),
+    )
+    return _with_raw(words, metadata.get("raw"))
+
+
+def concealed(words: Any, secrets: Sequence[str]) -> Any:
+    """Return a provider's words without any of the secrets, also where they were cut off in the middle of one."""
+    try:
+        return _concealed(words, secrets)
+    except RecursionError:
+        return CONCEALED
+
+
+def without_secrets(problem: ErrorResponse, secrets: Sequence[str]) -> ErrorResponse:
+    """Return a problem in which the provider's words name none of the secrets."""
+    if not secrets:
+        return problem
+    return replace(
+        problem,
+        message=concealed(problem.message, secrets),
+        param=concealed(problem.param, secrets),
+        code=concealed(problem.code, secrets),
+        provider_code=concealed(problem.provider_code, secrets),
+        provider_error=concealed(problem.provider_error, secrets),
+    )
+
+
+def without_quotes(words: str, request: bytes) -> str:
+    """Return a provider's words without the strings of the request that they repeat, whole or from their beginning, so that no
+    prompt comes into a log. `request` is JSON, of which the first MAX_QUOTED_BYTES are looked through.
+    """
+    for found in _STRING.finditer(request[:MAX_QUOTED_BYTES]):
+        quoted = found[1].decode(errors="replace")
+        for text in {quoted, quoted.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\")}:
+            if text in words:
+                words = words.replace(text, CONCEALED)
+            elif text[:MIN_QUOTED_CHARS] in words:
+                words = words[: words.index(text[:MIN_QUOTED_CHARS])] + CONCEALED
+    return words
+
+
+def _concealed(words: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(words, str):
+        return _without(words, secrets)
+    if isinstance(words, dict):
+        return {_concealed(name, secrets): _concealed(value, secrets) for name, value in words.items()}
+    if isinstance(words, list):
+        return [_concealed(value, secrets) for value in words]
+    return words
+
+
+def _without(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, CONCEALED)
+        shown = next((size for size in range(len(secret) - 1, MAX_SHOWN_CHARS, -1) if text.endswith(secret[:size])), 0)
+        text = text[:-shown] + CONCEALED if shown else text
+    return text
+
+
+def _sentence(value: Any, depth: int = 0) -> str | None:
+    """The first sentence for people in an error's JSON."""
+    if isinstance(value, str):
+        return value.strip()[:MAX_MESSAGE_CHARS] or None
+    if depth >= MAX_NESTING:
+        return None
+    if isinstance(value, list):
+        sentences = [sentence for item in value[:MAX_SENTENCES] if (sentence := _sentence(item, depth + 1))]
+        return "; ".join(sentences)[:MAX_MESSAGE_CHARS] or None
+    if isinstance(value, dict):
+        return next((found for name in _SAYS if (found := _sentence(value.get(name), depth + 1))), None)
+    return None
+
+
+def _code(inner: dict[str, Any], whole: dict[str, Any]) -> tuple[str | None, bool]:
+    """The provider's code, and whether it is a mere number. Google's textual code is called `status`."""
+    for code in (inner.get("code"), whole.get("code")):
+        if isinstance(code, str) and code.strip():
+            return code.strip()[:MAX_CODE_CHARS], code.strip().isdigit()
+        if isinstance(code, int | float) and not isinstance(code, bool):
+            return f"{code:g}"[:MAX_CODE_CHARS], True
+    return _of_text(inner.get("status")), False
+
+
+def _place(value: dict[str, Any]) -> str | None:
+    """The field that FastAPI's `detail` complains of first."""
+    said = value.get("message") if isinstance(value.get("message"), dict) else value
+    detail = said.get("detail")  # type: ignore[union-attr]  # said is a dict either way
+    first = detail[0] if isinstance(detail, list) and detail else None
+    loc = first.get("loc") if isinstance(first, dict) else None
+    steps = [str(step) for step in loc[:MAX_SENTENCES]] if isinstance(loc, list) else []
+    return ".".join(steps[1:] if steps[:1] == ["body"] else steps)[:MAX_CODE_CHARS] or None
+
+
+def _wait_of_details(details: Any) -> float | None:
+    """The `retryDelay` of Google's RetryInfo (google.rpc.RetryInfo in error_details.proto), in seconds."""
+    for detail in details[:MAX_SENTENCES] if isinstance(details, list) else ():
+        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
+        if isinstance(delay, str) and (found := re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)s", delay)):
+            return float(found[1])
+    return None
+
+
+def _with_raw(words: ProviderWords, raw: Any) -> ProviderWords:
+    """Add what the provider behind OpenRouter said, which tells more than `Provider returned error`
+    (https://openrouter.ai/docs/api/reference/errors-and-debugging, "Provider Errors").
+    """
+    if isinstance(raw, str):
+        raw = provider_error(raw.encode(errors="replace"))
+    if raw is None:
+        return words
+    inner = provider_words({"error": raw} if isinstance(raw, str) else raw)
+    if inner.message is None or inner.message == words.message:
+        return words
+    has_code = inner.code is not None and not inner.numeric
+    return replace(
+        words,
+        message=f"{words.message}: {inner.message}"[:MAX_MESSAGE_CHARS] if words.message else inner.message,
+        code=inner.code if has_code else words.code,
+        numeric=False if has_code else words.numeric,
+        kind=words.kind or inner.kind,
+        param=words.param or inner.param,
+        wait_s=words.wait_s if words.wait_s is not None else inner.wait_s,
+    )
+
+
+def _of_text(value: Any) -> str | None:
+    return value.strip()[:MAX_CODE_CHARS] or None if isinstance(value, str) else None
+
+
+def _page(body: bytes) -> str:
+    found = _TITLE.search(body)
+    title = " ".join(html.unescape(found[1].decode(errors="replace")).split()) if found else ""
+    return f"A web page: {title[:MAX_TITLE_CHARS]}" if title else "A web page without a title"
+
+
+def _bounded(value: Any) -> Any:
+    """A provider's words as a JSON object of at most 8 KiB; if they are more, or no object, an object with their beginning as
+    `message`: Mesh's typed SDKs read nothing but an object there. Too deep is the same on every interpreter, whatever its limit.
+    """
+    try:
+        encoded = msgspec.json.encode(value)
+    except (TypeError, ValueError, RecursionError):
+        return {"message": _text(value) if isinstance(value, str) else "unreadable"}
+    if _depth(encoded[:MAX_PROVIDER_ERROR_BYTES]) > MAX_PROVIDER_ERROR_DEPTH:
+        return {"message": "unreadable"}
+    if len(encoded) <= MAX_PROVIDER_ERROR_BYTES and isinstance(value, dict):
+        return msgspec.Raw(encoded)
+    return {"message": _text(value if isinstance(value, str) else encoded.decode())}
+
+
+def _depth(encoded: bytes) -> int:
+    """Count how deep objects and arrays stand in each other in the beginning of a JSON text."""
+    if encoded.count(b"[") + encoded.count(b"{") <= MAX_PROVIDER_ERROR_DEPTH:
+        return 0  # shallow enough, whatever the strings hold
+    deepest = depth = 0
+    for token in _BRACKET.finditer(encoded):
+        depth += _STEPS.get(token[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _text(value: str) -> str:
+    """At most so many characters, of which each can be encoded."""
+    return value[:MAX_MESSAGE_CHARS].encode(errors="replace").decode()
+
+
+def _step(step: str | int) -> str | int:
+    return step if isinstance(step, int) else _text(step)
+
+
+def _whole_seconds(seconds: float) -> int:
+    """What Retry-After says: whole seconds, rounded up, at least one."""
+    return max(1, math.ceil(_millis(seconds) / 1000))
+
+
+def _millis(seconds: float) -> int:
+    """Milliseconds, rounded up; what is less than a microsecond is only a float's error."""
+    return max(0, math.ceil(round(seconds * 1000, 3)))

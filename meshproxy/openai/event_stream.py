@@ -1,0 +1,373 @@
+"""The scanner of a provider's event stream: what may go to the client now, and what was seen on the way.
+
+Events pass as the very bytes they came in. JSON is decoded of events that bear usage or an error, or whose text can't be found
+otherwise. Lines end in LF; what OpenAI's SDKs choke on (`id:`, `retry:`, an `event:` without data, empty data) is dropped; the
+`[DONE]` is swallowed: the relay writes one after a good end. The format: WHATWG HTML, "Server-sent events", 9.2.6.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from msgspec import Raw
+
+from meshproxy.errors import UpstreamError, upstream_error
+from meshproxy.openai.events import FINISH_REASON, Shape, bears, error_in, is_plain, joined, parse, shape_of, with_cost
+from meshproxy.openai.output import audio_tokens, escaped, pieces_tokens, read_output
+from meshproxy.openai.usage import Report, decode_members, decode_text, decode_value, find_report
+
+PING: Final = b": ping\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+COST: Final = b": x-mesh-cost=%b\n\n"  # a comment: clients that don't look for it don't see it
+
+MAX_EVENT_BYTES: Final = 16_777_216  # unless the upstream's settings say otherwise: providers send images in events
+MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that the one that is kept stays small
+MAX_UNCOUNTED_BYTES: Final = 4096  # of text
+FIRST_EVENTS: Final = 256  # so many more count, when shapes are learned
+EVENTS_A_LESSON: Final = 8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
+
+_BOM: Final = b"\xef\xbb\xbf"
+_LF: Final = 10
+_CR: Final = 13
+_UNFINISHED: Final = b'"finish_reason":null'  # as OpenAI writes it, and most others
+_NO_SHAPE: Final = Shape(b"\n", b"\n", padded=False)  # no event begins like it
+
+
+class StreamScanner:
+    """One stream's scanner. `hide_usage` holds back the usage-only event, for a client that didn't ask for it;
+    `max_event_bytes` bounds an event, and `audio_format` is the one that was asked for.
+
+    `events`: data events seen, without `[DONE]`. `report`: what was reported, all events together. `done`: `[DONE]` was seen.
+    `error`: what the provider sent instead of going on; neither that event nor anything after it is forwarded.
+
+    `tell_cost`: what the answer costs by now, in USD: a client that sees usage is told in the event that has it, once the answer
+    has finished. `told_cost`: what it was told last.
+
+    `tokens` estimates the output from its text and, `audio_tokens` of it, from the duration of its audio; `most` is what it
+    can't exceed, and costs nothing to know: text is kept uncounted, up to a bound, until somebody asks. Nearly all events of a
+    stream differ in their text alone, so the bytes around it are learned, and an event of that shape isn't decoded.
+    """
+
+    __slots__ = (
+        "_after",
+        "_after_size",
+        "_audio_format",
+        "_before",
+        "_begun",
+        "_counted",
+        "_cr",
+        "_finished",
+        "_flush_at",
+        "_held",
+        "_hide_usage",
+        "_lessons",
+        "_max_event_bytes",
+        "_model",
+        "_over",
+        "_padded",
+        "_pieces",
+        "_plain",
+        "_reported_at",
+        "_sample",
+        "_text",
+        "_text_at",
+        "audio_tokens",
+        "done",
+        "error",
+        "events",
+        "most",
+        "report",
+        "tell_cost",
+        "told_cost",
+    )
+
+    def __init__(
+        self, *, hide_usage: bool, max_event_bytes: int = MAX_EVENT_BYTES, audio_format: str | None = None
+    ) -> None:
+        self.events = 0
+        self.audio_tokens = 0
+        self.most = 0
+        self.report: Report | None = None
+        self.tell_cost: Callable[[], str] | None = None
+        self.told_cost: str | None = None
+        self.done = False
+        self.error: dict[str, Any] | None = None
+        self._hide_usage = hide_usage
+        self._max_event_bytes = max_event_bytes
+        self._audio_format = audio_format
+        self._begun = False
+        self._cr = False  # the last byte was CR, so an LF that follows belongs to it
+        self._held = bytearray()  # the beginning of an event
+        self._plain = True  # nothing is held and the stream isn't over
+        self._over = False
+        self._finished = False
+        self._sample = b""  # the first event that isn't large
+        self._model: str | None = None
+        self._counted = 0  # tokens of text that isn't kept any more
+        self._text = bytearray()  # uncounted, as JSON writes it
+        self._pieces = 0  # of `_text`
+        self._flush_at = MAX_UNCOUNTED_BYTES  # of `most`
+        self._reported_at = -1  # `_counted` and uncounted bytes when the report came
+        self._lessons = 0
+        self._learn(_NO_SHAPE)
+
+    def feed(self, payload: bytes) -> bytes:
+        """What may go to the client now: whole events only, and `payload` itself (the same object) when it is nothing else.
+
+        UpstreamError for an event of more than `max_event_bytes`.
+        """
+        if self._plain:
+            if self._has_shape(payload):
+                return payload
+            size = len(payload)
+            if size <= MAX_PLAIN_BYTES and is_plain(payload, size):
+                self.events += 1
+                self._read(payload, payload[6:])
+                if payload.rfind(_UNFINISHED) < 0:
+                    self._look_for_finish(payload)
+                return payload
+        return self._scan(payload)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether text came after the report."""
+        return self.report is not None and self._reported_at != self._counted + len(self._text)
+
+    @property
+    def tokens(self) -> int:
+        """Estimate the output so far."""
+        if self._text:
+            outdated = self.outdated
+            self._counted += pieces_tokens(bytes(self._text), self._pieces)
+            self._text.clear()
+            self._pieces = 0
+            self._reported_at = -1 if outdated else self._counted
+        self.most = self._counted
+        self._flush_at = self._counted + MAX_UNCOUNTED_BYTES
+        return self._counted
+
+    def finish(self) -> bytes:
+        """The upstream's body has ended: what may still go out, which is an event that only lacks its blank line."""
+        held = bytes(self._held)
+        self._held.clear()
+        data = parse(held).data
+        if self._over or not (data.startswith(b"[DONE]") or decode_members(data) is not None):
+            return b""
+        return self._event(held + b"\n\n")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stream came to a good end: `[DONE]`, or at least a finish reason. Ask at the end."""
+        return self.done or self._finished
+
+    @property
+    def reported_model(self) -> str | None:
+        """The model that the provider says it used. Decodes an event; ask at the end."""
+        if self._model is None and self._sample:
+            members = decode_members(parse(self._sample).data) or {}
+            return decode_text(members.get("model"))
+        return self._model
+
+    def _scan(self, payload: bytes) -> bytes:
+        if self._over or not payload:
+            return b""
+        text = self._whole_events(self._with_lf(payload))
+        out = text if self._are_plain(text) else self._by_event(text)
+        self._plain = not self._held and not self._over
+        return payload if out == payload else out
+
+    def _are_plain(self, text: bytes) -> bool:
+        """Whether these whole events, as they come in a burst, are plain every one of them. If so they are counted."""
+        if self._have_shape(text):
+            return True
+        if not text.startswith(b"data: {") or text.rfind(b'"error"') >= 0 or text.rfind(b'"usage"') >= 0:
+            return False
+        lines = text.split(b"\n")
+        events = lines[:-1:2]
+        count = len(events)
+        if any(lines[1::2]) or text.count(b"\n\ndata: {") != count - 1 or len(text) > self._max_event_bytes:
+            return False
+        for event in events:
+            self._count(event + b"\n\n")
+        if text.count(_UNFINISHED) < text.count(b'"finish_reason"'):
+            self._look_for_finish(text)
+        return True
+
+    def _have_shape(self, text: bytes) -> bool:
+        """Whether these are events of the stream's usual shape, every one of them. If so they are counted."""
+        if self._padded or not text.startswith(self._before):
+            return False
+        parts = text.split(self._after)
+        count = len(parts) - 1
+        texts = b"".join(parts).split(self._before)
+        if parts[-1] or texts[0] or len(texts) != count + 1:
+            return False
+        joined_text = b"".join(texts)
+        if (
+            _LF in joined_text
+            or _CR in joined_text
+            or joined_text.count(b'"') != joined_text.count(b'\\"')
+            or joined_text.find(b'\\\\"') >= 0
+        ):
+            return False
+        self.events += count
+        self._add(joined_text, count + 1 - texts.count(b""))
+        return True
+
+    def _has_shape(self, event: bytes) -> bool:
+        """Whether this is one event of the stream's usual shape. If so it is counted. The hot path."""
+        if not event.startswith(self._before):
+            return False
+        start = self._text_at
+        end = event.find(b'"', start)
+        if not event.startswith(self._after, end) or _CR in event:
+            return False
+        size = len(event)
+        if event.find(b"\n") != size - 2:
+            return False
+        if self._padded:
+            if event.find(b'"', end + self._after_size) != size - 4 or not event.endswith(b'"}\n\n'):
+                return False
+        elif size - end != self._after_size:
+            return False
+        self.events += 1
+        if end > start:
+            self._text += event[start:end]
+            self._pieces += 1
+            self.most += end - start
+            if self.most > self._flush_at:
+                self.tokens  # noqa: B018 - counts
+        return True
+
+    def _learn(self, shape: Shape) -> None:
+        self._before, self._after, self._padded = shape.before, shape.after, shape.padded
+        self._text_at, self._after_size = len(shape.before), len(shape.after)
+
+    def _by_event(self, text: bytes) -> bytes:
+        forwarded = []
+        start = 0
+        while start < len(text) and not self._over:
+            if text[start] == _LF:
+                start += 1
+                continue
+            end = text.find(b"\n\n", start) + 2
+            forwarded.append(self._event(text[start:end]))
+            start = end
+        return b"".join(forwarded)
+
+    def _with_lf(self, payload: bytes) -> bytes:
+        """CRLF and CR as LF, without waiting for an LF that may follow a CR."""
+        if self._cr and payload.startswith(b"\n"):
+            payload = payload[1:]
+        self._cr = payload.endswith(b"\r")
+        return payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in payload else payload
+
+    def _whole_events(self, text: bytes) -> bytes:
+        """What is held and `text`, up to the last blank line; the rest is held."""
+        held = self._held
+        if not held and text.endswith(b"\n\n"):
+            return text
+        searched = max(len(held) - 1, 0)
+        held += text
+        last = held.rfind(b"\n\n", searched)
+        end = last + 2 if last >= 0 else 0
+        whole = bytes(held[:end])
+        del held[:end]
+        if len(held) > self._max_event_bytes:
+            raise self._too_large()
+        return whole
+
+    def _event(self, event: bytes) -> bytes:
+        """What the client gets of one event, which is `event` itself wherever it can be."""
+        size = len(event)
+        if size > self._max_event_bytes:
+            raise self._too_large()
+        if self._has_shape(event):
+            return event
+        if is_plain(event, size):
+            self.events += 1
+            self._read(event, event[6:])
+            self._look_for_finish(event)
+            return event
+        if not self._begun:
+            self._begun = True
+            if not self.events:
+                event = event.removeprefix(_BOM)
+        return self._odd_event(event)
+
+    def _odd_event(self, event: bytes) -> bytes:
+        parsed = parse(event)
+        if not parsed.data:
+            return joined(parsed.comments)
+        if parsed.data.startswith(b"[DONE]"):
+            self.done = self._over = True
+            return b""
+        self.events += 1
+        suspect = bears(parsed.data, b'"error"') or bears(parsed.data, b'"usage"')
+        members = decode_members(parsed.data) if suspect else None
+        self.error = error_in(parsed, members)
+        if self.error is not None:
+            self._over = True
+        out = joined(parsed.lines) if self.error is None else b""
+        if out:
+            self._read(out, parsed.data)  # before its usage, which is as new as its text
+            self._look_for_finish(out)
+        report = find_report(members) if members is not None else None
+        if members is None or report is None:
+            return out
+        self._note_usage(report, members)
+        usage_only = not decode_value(members.get("choices"))
+        if usage_only and self._hide_usage:
+            return b""
+        if out and not self._hide_usage and (usage_only or self._finished) and self.tell_cost is not None:
+            self.told_cost = self.tell_cost()
+            return with_cost(parsed, members, self.told_cost)
+        return out
+
+    def _count(self, event: bytes) -> None:
+        """Count one plain event of a burst."""
+        if not self._has_shape(event):
+            self.events += 1
+            self._read(event, event[6:])
+
+    def _read(self, event: bytes, data: bytes) -> None:
+        """Count the output of an event, whose shape may be the next ones' too."""
+        if not self._sample and len(event) <= MAX_PLAIN_BYTES:
+            self._sample = event
+        output = read_output(data)
+        if output.audio_chars:
+            audio = audio_tokens(output.audio_chars, self._audio_format)
+            self.audio_tokens += audio
+            self._counted += audio
+            self.most += audio
+        if output.texts:
+            self._add(b"".join([escaped(text) for text in output.texts]), output.pieces)
+            if self._lessons * EVENTS_A_LESSON < self.events + FIRST_EVENTS and event.startswith(b"data: {"):
+                self._lessons += 1
+                shape = shape_of(event, output)
+                if shape is not None:
+                    self._learn(shape)
+
+    def _add(self, text: bytes, pieces: int) -> None:
+        self._text += text
+        self._pieces += pieces
+        self.most += len(text)
+        if self.most > self._flush_at:
+            self.tokens  # noqa: B018 - counts
+
+    def _look_for_finish(self, event: bytes) -> None:
+        self._finished = self._finished or FINISH_REASON.search(event) is not None
+
+    def _note_usage(self, report: Report, members: dict[str, Raw]) -> None:
+        self.report = report.over(self.report)
+        if report.counts_output:
+            self._reported_at = self._counted + len(self._text)
+        self._model = decode_text(members.get("model")) or self._model
+
+    def _too_large(self) -> UpstreamError:
+        self._over = True
+        self._plain = False
+        self._held.clear()
+        problem = upstream_error(
+            f"The provider sent an event of more than {self._max_event_bytes} bytes.", may_have_run=True
+        )
+        return UpstreamError(problem, safe_to_repeat=False, unreadable=True)

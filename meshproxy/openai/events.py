@@ -1,0 +1,270 @@
+"""One event of a provider's stream: whether it is plain, and if not, what its lines say. Nothing of the stream around it."""
+
+import json
+import re
+from typing import Any, Final, Literal
+
+from msgspec import Raw, Struct
+from msgspec.json import encode
+
+from meshproxy.openai.output import Output, escaped
+from meshproxy.openai.usage import decode_members, decode_text, decode_value
+
+FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+
+_LF: Final = 10
+_CR: Final = 13
+_NULL_MEMBER: Final = (b":null", b": null")
+# OpenAI pads events to hide the length of their text (`stream_options.include_obfuscation` of the API reference).
+_PADDING: Final = b'"obfuscation":"'
+_PADDED_END: Final = re.compile(rb'"obfuscation":"[A-Za-z0-9]*"\}\n\n')
+
+
+class Shape(Struct, frozen=True):
+    """The bytes of a stream's usual event around the one text in it. `padded`: after `after` comes padding of any length."""
+
+    before: bytes
+    after: bytes
+    padded: bool
+
+
+def shape_of(event: bytes, output: Output) -> Shape | None:
+    """Learn the shape of a plain event. None if it has no text or several, or ends its choice."""
+    if len(output.texts) != 1 or output.audio_chars or FINISH_REASON.search(event) is not None:
+        return None
+    text = b'"%b"' % escaped(output.texts[0])
+    at = event.find(text)
+    if at < 0 or event.rfind(text) != at:  # escaped in another way, or also elsewhere: perhaps a copy
+        return None
+    after = event[at + len(text) - 1 :]
+    padding = _PADDED_END.search(after)
+    if padding is None:
+        return Shape(event[: at + 1], after, padded=False)
+    if padding.end() != len(after):
+        return None
+    return Shape(event[: at + 1], after[: padding.start() + len(_PADDING)], padded=True)
+
+
+class Event(Struct):
+    """One parsed event: its data, its `event:` name, and its lines without those that are dropped."""
+
+    data: bytes
+    name: bytes
+    lines: list[bytes]
+    comments: list[bytes]
+
+
+def is_plain(event: bytes, size: int) -> bool:
+    """Whether this is one whole event of one line of data, with neither usage nor an error in it.
+
+    A quote inside a JSON string is escaped, so text that only speaks of "usage" doesn't look like a member of that name. This
+    runs for every event of every stream: `rfind` and `in` with an integer are what is cheapest on bytes.
+    """
+    return (
+        event.startswith(b"data: {")
+        and event.find(b"\n") == size - 2
+        and event[-1] == _LF
+        and _CR not in event
+        and event.rfind(b'"error"') < 0
+        and ((at := event.rfind(b'"usage"')) < 0 or _only_null(event, b'"usage"', at))
+    )
+
+
+def bears(text: bytes, member: bytes) -> bool:
+    """Whether a member may be there and not null."""
+    at = text.rfind(member)
+    return at >= 0 and not _only_null(text, member, at)
+
+
+def _only_null(text: bytes, member: bytes, at: int) -> bool:
+    """Whether the member found at `at` is null, and the only one of its name: what some providers put on every event."""
+    return text.startswith(_NULL_MEMBER, at + len(member)) and text.find(member, 0, at) < 0
+
+
+def parse(event: bytes) -> Event:
+    """An event of whole lines that end in LF."""
+    data: list[bytes] = []
+    name = b""
+    lines: list[bytes] = []
+    comments: list[bytes] = []
+    for line in event.split(b"\n"):
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value.removeprefix(b" "))
+        elif field == b"event":
+            name = value.strip()
+        elif line.startswith(b":"):
+            comments.append(line)
+        else:
+            continue
+        lines.append(line)
+    return Event(b"\n".join(data).strip(), name, lines, comments)
+
+
+def joined(lines: list[bytes]) -> bytes:
+    """The event of these lines; nothing where there are none."""
+    return b"\n".join(lines) + b"\n\n" if lines else b""
+
+
+def with_cost(event: Event, members: dict[str, Raw], cost_usd: str) -> bytes:
+    """The event with the member `cost` beside its `usage`, a decimal string as Mesh's SDKs read it."""
+    cost = b'"cost":"%b"' % cost_usd.encode()
+    if "cost" not in members and event.data.endswith(b"}"):
+        data = b"%b,%b}" % (event.data[:-1].replace(b"\n", b" "), cost)
+    else:
+        own = [b"%b:%b" % (encode(name), bytes(value)) for name, value in members.items() if name != "cost"]
+        data = b"{%b}" % b",".join([*own, cost])
+    return joined([*(line for line in event.lines if not line.startswith(b"data")), b"data: " + data])
+
+
+def error_in(event: Event, members: dict[str, Raw] | None) -> dict[str, Any] | None:
+    """The error of an event: the member `error` (OpenAI, OpenRouter), an object that calls itself one (vLLM), or whatever the
+    data of an `event: error` is.
+    """
+    members = members or {}
+    error = decode_value(members.get("error"))
+    if not error and (event.name == b"error" or decode_text(members.get("object")) == "error"):
+        error = decode_value(event.data) or event.data.decode(errors="replace")
+    if not error:
+        return None
+    return error if isinstance(error, dict) else {"message": str(error)}
+
+
+LOOK_BYTES: Final = 64  # of a body, to tell its form
+
+_BOM: Final = b"\xef\xbb\xbf"
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")  # how a line of an event stream begins
+_ONCE: Final = frozenset({"role", "id", "type", "name", "object", "format", "index"})  # said whole, however often
+
+Form = Literal["stream", "json", "other"]
+
+
+def form_of(beginning: bytes) -> Form | None:
+    """Tell a body's form from its first bytes, whatever its content-type says; None while there are too few."""
+    text = beginning.removeprefix(_BOM).lstrip()
+    if text.startswith(b"{"):
+        return "json"
+    if text.startswith(_FIELDS):
+        return "stream"
+    return None if any(field.startswith(text) for field in _FIELDS) else "other"
+
+
+def as_stream(body: bytes) -> bytes:
+    """Return the events of a whole answer: one with all choices, one with the usage, and `[DONE]`."""
+    members = {name: decode_value(raw) for name, raw in (decode_members(body) or {}).items()}
+    usage = members.pop("usage", None)
+    choices = members.pop("choices", None)
+    deltas = [_delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    chunk = {**members, "object": "chat.completion.chunk", "choices": deltas}
+    events = [chunk] if usage is None else [chunk, {**chunk, "choices": [], "usage": usage}]
+    return b"".join([*(b"data: " + _encoded(event) + b"\n\n" for event in events), b"data: [DONE]\n\n"])
+
+
+def as_whole(body: bytes) -> tuple[bytes, Any, bool]:
+    """Return the whole answer that an event stream adds up to, the error in it, and whether it came to its end."""
+    whole: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    done = False
+    for event in body.removeprefix(_BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
+        parsed = parse(event)
+        if parsed.data.startswith(b"[DONE]"):
+            done = True
+            break
+        members = decode_members(parsed.data)
+        if members is None:
+            continue
+        error = error_in(parsed, members)
+        if error is not None:
+            return b"", error, False
+        values = {name: decode_value(raw) for name, raw in members.items()}
+        for choice in _dicts(values.pop("choices", None)):
+            _add_choice(choices, choice)
+        whole.update({name: value for name, value in values.items() if value is not None})
+    finished = done or any(choice.get("finish_reason") for choice in choices.values())
+    whole["object"] = "chat.completion"
+    whole["choices"] = [_finished(choice) for _, choice in sorted(choices.items())]
+    return _encoded(whole), None, finished
+
+
+class _Pieces(list[str]):
+    """A string that grows."""
+
+
+def _add_choice(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> None:
+    index = choice.get("index")
+    index = index if isinstance(index, int) else 0
+    known = choices.setdefault(index, {"index": index, "message": {"role": "assistant", "content": None}})
+    for name, value in choice.items():
+        if name == "delta" and isinstance(value, dict):
+            _merge(known["message"], value)
+        elif name == "logprobs" and isinstance(value, dict):
+            known["logprobs"] = known.get("logprobs") or {}
+            _merge(known["logprobs"], value)
+        elif value is not None and name != "delta":
+            known[name] = value
+
+
+def _merge(known: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Add a delta: texts grow, lists grow or are merged by their items' `index`, objects are merged."""
+    for name, value in delta.items():
+        old = known.get(name)
+        if value is None:
+            known.setdefault(name, None)
+        elif isinstance(value, str) and name not in _ONCE:
+            if not isinstance(old, _Pieces):
+                known[name] = old = _Pieces()
+            old.append(value)
+        elif isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value)
+        elif isinstance(value, dict):
+            known[name] = {}
+            _merge(known[name], value)
+        elif isinstance(value, list):
+            if not isinstance(old, list) or isinstance(old, _Pieces):
+                known[name] = old = []
+            _extend(old, value)
+        else:
+            known[name] = value
+
+
+def _extend(known: list[Any], items: list[Any]) -> None:
+    places = {item["index"]: item for item in known if isinstance(item, dict) and isinstance(item.get("index"), int)}
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get("index"), int):
+            place = places.get(item["index"])
+            if place is None:
+                place = places[item["index"]] = {}
+                known.append(place)
+            _merge(place, item)
+        else:
+            known.append(item)
+
+
+def _finished(value: Any) -> Any:
+    """What was gathered, as JSON's own types. The `index` of a tool call is one of streams alone."""
+    if isinstance(value, _Pieces):
+        return "".join(value)
+    if isinstance(value, dict):
+        found = {name: _finished(item) for name, item in value.items()}
+        for call in _dicts(found.get("tool_calls")):
+            call.pop("index", None)
+        return found
+    return [_finished(item) for item in value] if isinstance(value, list) else value
+
+
+def _delta(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice.get("message")
+    delta = dict(message) if isinstance(message, dict) else {}
+    calls = _dicts(delta.get("tool_calls"))
+    if calls:
+        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+    return {**{name: value for name, value in choice.items() if name != "message"}, "delta": delta}
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _encoded(value: Any) -> bytes:
+    """JSON in ASCII: lone surrogates stay what they were, and nothing in it can end an event."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")

@@ -1,0 +1,380 @@
+"""What each member of a chat completion request may be: its type and its bounds, which are OpenAI's
+("Create chat completion", API reference) and ours.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec.json import Decoder
+
+from meshproxy.errors import Detail, GatewayError, Source, invalid
+from meshproxy.openai.errors import detail_of, name_of
+
+MAX_NAME_CHARS = 256  # of a model, a template, a user, a session
+MAX_MODELS = 32  # fallbacks that one request may name
+MAX_TOKENS = 2**31 - 1  # a bound for arithmetic; no model comes near
+
+_Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+_Label = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+_Cap = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class _Object(Struct, gc=False):
+    """Any JSON object; its members are skipped."""
+
+
+class _Message(Struct, gc=False):
+    role: str
+    content: str | list[_Object] | None = None
+    images: Raw | UnsetType = UNSET  # beside the text, as base64 (Ollama, "Generate a chat completion")
+
+
+class _StreamOptions(Struct, gc=False):
+    include_usage: bool | None = None
+
+
+class Bulk(Struct, gc=False):
+    """The members that may be large: they are passed on whole, or are lists of what is skipped."""
+
+    messages: Raw = Raw()
+    tools: Raw = Raw()
+    functions: Raw = Raw()
+    response_format: Raw = Raw()
+    prediction: Raw = Raw()
+
+
+FIELDS: Final[dict[str, Any]] = {
+    "frequency_penalty": _Penalty,
+    "max_completion_tokens": _Cap,
+    "max_new_tokens": int,
+    "max_output_tokens": int,
+    "max_tokens": _Cap,
+    "messages": list[_Message],
+    "model": _Name,
+    "models": Annotated[list[_Name], Meta(max_length=MAX_MODELS)],
+    "n": Annotated[int, Meta(ge=1, le=128)],
+    "n_predict": int,
+    "presence_penalty": _Penalty,
+    "seed": Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
+    "service_tier": _Label,
+    "session_id": _Label,
+    "stop": str | list[str],
+    "stream": bool,
+    "stream_options": _StreamOptions,
+    "temperature": Annotated[float, Meta(ge=0, le=2)],
+    "template": _Name,
+    "timeout": Annotated[float, Meta(gt=0)],
+    "tool_choice": Literal["none", "auto", "required"] | _Object,
+    "tools": list[_Object],
+    "top_p": Annotated[float, Meta(ge=0, le=1)],
+    "transforms": list[Literal["middle-out"]],
+    "user": _Label,
+    "variables": dict[str, str],
+}
+
+# Names of the cap on output. One effective cap goes out under one of the first two. The others are read too, because a provider
+# that knows one lets it win: llama.cpp reads `n_predict` before `max_tokens` (tools/server/README.md), Text Generation Inference
+# has `max_new_tokens`, and OpenAI's Responses API `max_output_tokens`. Of those a value below 1 is no cap (llama.cpp's -1).
+CAPS: Final[tuple[str, ...]] = (
+    "max_completion_tokens",
+    "max_tokens",
+    "max_output_tokens",
+    "max_new_tokens",
+    "n_predict",
+)
+
+# Members of Mesh's own requests that neither the gateway nor a provider reads (Mesh's SDKs, "chat.completions.create").
+UNREAD: Final = frozenset({"async_mode", "cache", "image", "modality"})
+
+# Members that steer an answer and are no part of its prompt.
+STEERING: Final = FIELDS.keys() - {"messages", "tools"}
+
+# Ways in which a client asks for reasoning that is billed and may not be shown: where in a request, and the value that asks for
+# it, or in HIDING_UNLESS the only one that doesn't. (OpenRouter, "Reasoning Tokens"; OpenAI, "Reasoning models": never shown;
+# Groq, "Reasoning"; Anthropic, "OpenAI SDK compatibility" and "Extended thinking"; Gemini API, "OpenAI compatibility".)
+HIDING: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
+    (("reasoning", "exclude"), True),
+    (("reasoning", "enabled"), True),
+    (("include_reasoning",), False),
+    (("reasoning_format",), "hidden"),
+)
+HIDING_UNLESS: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
+    (("reasoning", "effort"), "none"),
+    (("reasoning", "max_tokens"), 0),
+    (("reasoning_effort",), "none"),
+    (("thinking", "type"), "disabled"),
+    (("thinking_config",), {}),
+    (("google", "thinking_config"), {}),
+    (("extra_body", "google", "thinking_config"), {}),
+)
+HIDING_MEMBERS: Final = frozenset(path[0] for path, _ in HIDING + HIDING_UNLESS)
+
+# What to say of the members that take a choice of words.
+ALLOWED: Final = {"tool_choice": "none, auto, required or an object", "transforms": "middle-out"}
+
+DECODERS: Final = {name: Decoder(kind | None).decode for name, kind in FIELDS.items()}
+
+
+MAX_DETAILS = 32  # complaints shown to a client
+# Of variables and what else isn't bulk: millions of members would stall every stream for seconds.
+MAX_LOOSE_BYTES = 1_048_576
+# Of messages in a body above MAX_LOOSE_BYTES, in their text too: 33 MB of empty messages took 0.2 s. Eight megabytes of JSON as
+# text, more than a model's two million tokens, have fewer.
+MAX_BRACES = 262_144
+MAX_TOOLS_BYTES = 4_194_304  # 33 MB of `{}` took half a second, which every stream waited for
+
+# Members that don't go out as they came in: Mesh's own fields, and those that are written anew.
+_OWN: Final = frozenset(
+    {"template", "variables", "session_id", "timeout", "transforms", "models", "model", "messages", *CAPS}
+)
+# Members that a key's or template's params can't set: the request's own shape, and Mesh's own fields.
+_RESERVED: Final = _OWN | UNREAD | {"stream", "stream_options"}
+
+_MEMBERS: Final = Decoder(dict[str, Raw])
+_BULK: Final = Decoder(Bulk)
+_TEXT: Final = Decoder(str)
+
+
+class ChatRequest(Struct, frozen=True):
+    """A request that is sound as far as its bytes can tell.
+
+    `fields` has every OpenAI and unknown member as its own bytes, in order of arrival, without `model`, `messages` and Mesh's
+    own, and without a cap; known members that are null are dropped. `messages` is the array's bytes as they came, None when there
+    are none (then `template` is given and must supply them); `text_only`: every content is a string. `max_tokens` is the
+    effective cap of one choice: the smallest that was given, by whatever name. `timeout_s` is the client's own deadline.
+    """
+
+    fields: dict[str, Raw]
+    messages: bytes | None
+    message_count: int
+    text_only: bool
+    variables: dict[str, str]
+    model: str | None = None
+    template: str | None = None
+    session_id: str | None = None
+    service_tier: str | None = None
+    stream: bool = False
+    include_usage: bool = False
+    max_tokens: int | None = None
+    timeout_s: float | None = None
+    n: int = 1
+    models: tuple[str, ...] = ()
+    transforms: tuple[str, ...] = ()
+
+
+def decode_chat(body: bytes) -> ChatRequest:
+    """The request in a body. GatewayError of the client, 422, with a detail for every bad field, for anything else."""
+    return check_members(members_of(body))
+
+
+def check_members(members: Mapping[str, Raw]) -> ChatRequest:
+    """The request that these members make; see `decode_chat`, whose second half this is."""
+    fields: dict[str, Raw] = {}
+    known: dict[str, Any] = {}
+    details: list[Detail] = []
+    for name, raw in members.items():
+        decode = DECODERS.get(name)
+        if decode is None:
+            if name not in UNREAD:
+                fields[name] = raw
+            continue
+        try:
+            value = decode(raw)
+        except (msgspec.DecodeError, RecursionError) as error:
+            details.extend(_complaints(name, raw, error))
+            continue
+        if value is not None:
+            known[name] = value
+            if name not in _OWN:
+                fields[name] = raw
+            elif name == "messages":
+                known["messages_raw"] = raw
+    if not known.get("messages") and "template" not in known:
+        details.extend(_missing_messages(details))
+    if details:
+        raise _unfit(details)
+    return _request(fields, known)
+
+
+def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatRequest:
+    """The request with the params (name to JSON bytes) of a key or template in the fields that it lacks, so that `n` and
+    `max_tokens` are what the provider will be asked for. GatewayError of the client, 422, for a param that isn't right.
+    """
+    known: dict[str, Any] = {}
+    details: list[Detail] = []
+    fields = dict(request.fields)
+    for name, value in params.items():
+        is_cap = name in CAPS and request.max_tokens is None
+        if value == b"null" or name in fields or (name in _RESERVED and not is_cap):
+            continue
+        if not is_cap:
+            fields[name] = Raw(value)
+        try:
+            known[name] = DECODERS[name](value) if name in DECODERS else None
+        except (msgspec.DecodeError, RecursionError) as error:
+            details.append(detail_of(error, ("params", name)))
+    if details:
+        raise _unfit(details)
+    cap = request.max_tokens or _least_cap(known)
+    tier = known.get("service_tier") or request.service_tier
+    return msgspec.structs.replace(
+        request, fields=fields, n=known.get("n") or request.n, max_tokens=cap, service_tier=tier
+    )
+
+
+def hides_reasoning(request: ChatRequest) -> bool:
+    """Whether the request asks for reasoning that is billed as output and may not be shown."""
+    members = HIDING_MEMBERS & request.fields.keys()
+    if not members:
+        return False
+    try:
+        asked = {name: msgspec.json.decode(request.fields[name]) for name in members}
+    except (msgspec.DecodeError, RecursionError):
+        return True  # nested out of all reason: the provider's to refuse
+    return any(_at(asked, path) == value for path, value in HIDING) or any(
+        _at(asked, path) not in (None, value) for path, value in HIDING_UNLESS
+    )
+
+
+def encode_upstream(
+    request: ChatRequest,
+    *,
+    model: str,
+    messages: bytes,
+    max_tokens: int | None = None,
+    cap_field: str = CAPS[0],
+    stream_usage: bool = True,
+    native: bool = False,
+    models: Sequence[str] = (),
+) -> bytes:
+    """The provider's request body: `model`, `messages` as they are, and the request's fields.
+
+    The cap goes out once, under `cap_field`: `max_tokens`, or where that is None the request's own. A stream asks for its usage,
+    unless `stream_usage` is off: then the provider refuses `stream_options`, and gets none. `native`: the provider knows
+    `transforms` (OpenRouter). `models`: the fallbacks that it is to walk, in its own names.
+    """
+    body: dict[str, Any] = {"model": model, "messages": Raw(messages), **request.fields}
+    if not stream_usage:
+        body.pop("stream_options", None)
+    elif request.stream and not request.include_usage:
+        body["stream_options"] = _asking_for_usage(request.fields.get("stream_options"))
+    cap = max_tokens or request.max_tokens
+    if cap is not None:
+        body[cap_field] = cap
+    if models:
+        body["models"] = models
+    if native and request.transforms:
+        body["transforms"] = request.transforms
+    return msgspec.json.encode(body)
+
+
+def members_of(body: bytes) -> dict[str, Raw]:
+    """The members of a JSON object as their own bytes; of two with one name the last wins. The grammar is checked to the
+    end, escapes included, but UTF-8 isn't where a value stays raw: hence the decode, for a body that isn't plain ASCII.
+    """
+    try:
+        if not body.isascii():
+            body.decode()
+        detail = _too_long(body) if len(body) > MAX_LOOSE_BYTES else None
+        if detail is None:
+            return _MEMBERS.decode(body)
+    except UnicodeDecodeError as error:
+        detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
+    except (msgspec.DecodeError, RecursionError) as error:
+        detail = detail_of(error, ("body",))
+    raise _unfit([detail])
+
+
+def _too_long(body: bytes) -> Detail | None:
+    """What is too large in a large body, of the members whose checks take time by their number of elements."""
+    bulk = _BULK.decode(body)
+    sizes = [memoryview(raw).nbytes for raw in msgspec.structs.astuple(bulk)]
+    if memoryview(bulk.tools).nbytes > MAX_TOOLS_BYTES:
+        return Detail("too_long", ("body", "tools"), f"Tools must fit into {MAX_TOOLS_BYTES} bytes")
+    if bytes(bulk.messages).count(b"{") > MAX_BRACES:
+        return Detail("too_long", ("body", "messages"), f"Messages must have at most {MAX_BRACES} opening braces")
+    if len(body) - sum(sizes) > MAX_LOOSE_BYTES:
+        message = f"All but {', '.join(Bulk.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
+        return Detail("too_long", ("body",), message)
+    return None
+
+
+def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
+    options = known.get("stream_options")
+    messages = known.get("messages")
+    return ChatRequest(
+        fields=fields,
+        messages=bytes(known["messages_raw"]) if messages else None,
+        message_count=len(messages or ()),
+        text_only=all(type(message.content) is str and message.images is UNSET for message in messages or ()),
+        model=known.get("model"),
+        template=known.get("template"),
+        variables=known.get("variables") or {},
+        session_id=known.get("session_id"),
+        service_tier=known.get("service_tier"),
+        stream=known.get("stream", False),
+        include_usage=options is not None and options.include_usage is True,
+        max_tokens=_least_cap(known),
+        timeout_s=known.get("timeout"),
+        n=known.get("n", 1),
+        models=tuple(known.get("models", ())),
+        transforms=tuple(known.get("transforms", ())),
+    )
+
+
+def _least_cap(known: Mapping[str, Any]) -> int | None:
+    """The smallest cap among decoded members, by whatever name; None if there is none."""
+    caps = [known[name] for name in CAPS if name in known and known[name] is not None and known[name] >= 1]
+    return min(*caps, MAX_TOKENS) if caps else None
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    """What stands at a path of members; None where there is nothing."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _asking_for_usage(options: Raw | None) -> Raw:
+    members = {} if options is None else _MEMBERS.decode(options)
+    return Raw(msgspec.json.encode(members | {"include_usage": Raw(b"true")}))
+
+
+def _complaints(name: str, raw: Raw, error: Exception) -> Iterator[Detail]:
+    if name == "variables" and isinstance(error, msgspec.ValidationError):
+        yield from _bad_variables(raw, error)
+        return
+    detail = detail_of(error, ("body", name))
+    if detail.type == "literal_error":
+        detail = Detail(detail.type, detail.loc, f"{detail.msg}: expected {ALLOWED[name]}")
+    yield detail
+
+
+def _bad_variables(raw: Raw, error: msgspec.ValidationError) -> Iterator[Detail]:
+    """A detail for each: a decoder of a dict doesn't tell which member is wrong."""
+    try:
+        members = _MEMBERS.decode(raw)
+    except msgspec.ValidationError:
+        yield detail_of(error, ("body", "variables"))
+        return
+    for name, value in members.items():
+        try:
+            _TEXT.decode(value)
+        except msgspec.ValidationError as wrong:
+            yield detail_of(wrong, ("body", "variables", name[:MAX_NAME_CHARS]))
+
+
+def _missing_messages(details: list[Detail]) -> Iterator[Detail]:
+    if not any(detail.loc[1] in {"messages", "template"} for detail in details):
+        yield Detail("missing", ("body", "messages"), "Field required: give messages, or a template that has some")
+
+
+def _unfit(details: list[Detail]) -> GatewayError:
+    first, *others = details
+    where = name_of(first)
+    more = f" (and {len(others)} more)" if others else ""
+    message = f"Invalid request: {where + ': ' if where else ''}{first.msg}{more}"
+    return GatewayError(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))

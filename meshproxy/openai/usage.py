@@ -1,0 +1,402 @@
+"""Read what a provider reports that an answer used, in whatever dialect, and decide which of its numbers can be true.
+
+The dialects are data: `_KINDS` has the names that providers use and what each of them counts. `find_report` reads the numbers,
+`Report.settled` adds them up. docs/providers.md has the page that each name is from.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from decimal import Decimal
+from itertools import chain, combinations
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.json import Decoder
+
+from meshproxy.errors import UpstreamError, upstream_error
+
+MAX_COUNT: Final = 2**53  # what a Lua number in Redis holds exactly
+MAX_COST_USD: Final = 1000  # of one request, by the provider's own figure: more is a mistake in its unit
+MAX_COST_DECIMALS: Final = 30
+WINDOW_SLACK: Final = 20  # a twentieth more than the window passes: 128k is often 131,072, and 1M 1,048,576
+MAX_TOLD_CHARS: Final = 40
+USD_PER_TICK: Final = Decimal("1e-10")  # docs.x.ai/developers/cost-tracking
+
+_BOM: Final = b"\xef\xbb\xbf"
+_WITHOUT_CONTROLS: Final = bytes(max(byte, 32) for byte in range(256))
+_HALF_A_PAIR: Final = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+_MANY_DIGITS: Final = re.compile(rb"[0-9]{400,}+")  # int() raises ValueError for thousands
+_HUGE: Final = b"%d" % (MAX_COUNT + 1)
+
+
+class Usage(Struct, frozen=True):
+    """Tokens of one request. `cached`, `cache_write` and `audio_prompt` are parts of `prompt`; `reasoning` and
+    `audio_completion` are parts of `completion` (OpenAI, "The usage object" of the chat completion reference);
+    `cache_write_1h` is the part of `cache_write` that is kept for an hour (Anthropic, "Prompt caching").
+    """
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+    audio_prompt: int = 0
+    audio_completion: int = 0
+    cache_write_1h: int = 0
+
+    @property
+    def total(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt + self.completion
+
+
+class Refusal(NamedTuple):
+    """A number of a report that can't be true. `reason`: negative, no_number, over_window, cost."""
+
+    reason: str
+    name: str
+    value: str
+
+
+# What each member of a usage object counts. A dict is for the members of an object.
+_PROMPT_DETAILS: Final = {
+    "cached_tokens": "cached",
+    "cache_write_tokens": "cache_write",  # OpenRouter
+    "cache_creation_tokens": "cache_write",  # LiteLLM
+    "cache_creation_input_tokens": "cache_write",  # Alibaba's Model Studio
+    "cache_creation_token_details": {
+        "ephemeral_5m_input_tokens": "cache_write_5m",
+        "ephemeral_1h_input_tokens": "cache_write_1h",
+    },
+    "audio_tokens": "audio_prompt",
+}
+_COMPLETION_DETAILS: Final = {"reasoning_tokens": "reasoning", "audio_tokens": "audio_completion"}
+_KINDS: Final[Mapping[str, Any]] = {
+    "prompt_tokens": "prompt",
+    "completion_tokens": "completion",
+    "total_tokens": "total",
+    "input_tokens": "input",  # Anthropic, and OpenAI's Responses
+    "output_tokens": "completion",
+    "prompt_tokens_details": _PROMPT_DETAILS,
+    "prompt_token_details": _PROMPT_DETAILS,  # Mistral
+    "input_tokens_details": _PROMPT_DETAILS,
+    "completion_tokens_details": _COMPLETION_DETAILS,
+    "output_tokens_details": _COMPLETION_DETAILS,
+    "cached_tokens": "cached",  # Moonshot, Together
+    "prompt_cache_hit_tokens": "cached",  # DeepSeek
+    "num_cached_tokens": "cached",  # Mistral
+    "cache_read_input_tokens": "cache_read",  # Anthropic, as the next two: beside input_tokens
+    "cache_creation_input_tokens": "cache_creation",
+    "cache_creation": {
+        "ephemeral_5m_input_tokens": "cache_write_5m",
+        "ephemeral_1h_input_tokens": "cache_write_1h",
+    },
+    "citation_tokens": "citation",  # Perplexity: beside the prompt, and in no total
+    "reasoning_tokens": "reasoning",  # Perplexity
+}
+
+
+class Report(Struct, frozen=True):
+    """What a provider said of one answer, as it was said: `counts` has the numbers above zero by kind, `refused` what is no
+    count. `cost_usd` is the provider's own figure, `service_tier` what it says it has served.
+    """
+
+    counts: dict[str, int]
+    refused: tuple[Refusal, ...] = ()
+    cost_usd: Decimal | None = None
+    service_tier: str | None = None
+
+    @property
+    def counts_output(self) -> bool:
+        """Whether it says how much output there was, so that it is as new as the text before it."""
+        counts = self.counts
+        return "completion" in counts or counts.get("total", 0) > counts.get("prompt", 0) + counts.get("input", 0)
+
+    def over(self, older: "Report | None") -> "Report":
+        """Add what only an older report of the same answer has: zeros and gaps don't beat numbers."""
+        if older is None:
+            return self
+        return Report(
+            older.counts | self.counts,
+            self.refused or older.refused,
+            older.cost_usd if self.cost_usd is None else self.cost_usd,
+            self.service_tier or older.service_tier,
+        )
+
+    def settled(self, context_window: int, choices: int = 1) -> tuple[Usage, tuple[Refusal, ...]]:
+        """The tokens by kind, and what was refused. A whole that is 0 wasn't reported, or can't be true.
+
+        No number may exceed the window, of which each choice has one for its output.
+        """
+        window = context_window + context_window // WINDOW_SLACK
+        plain = self._plain(window)
+        if plain is not None:
+            return plain, ()
+        bounds = {"total": window * (1 + choices), "completion": window * choices, "reasoning": window * choices}
+        refused = list(self.refused)
+        counts = {}
+        for kind, count in self.counts.items():
+            if count <= bounds.get(kind, window):
+                counts[kind] = count
+            else:
+                refused.append(Refusal("over_window", kind, str(count)))
+        return _added_up(counts, window, window * choices, refused), tuple(refused)
+
+    def _plain(self, window: int) -> Usage | None:
+        """The usage of a report without parts, oddities and other names, as most are."""
+        counts = self.counts
+        if self.refused or "prompt" not in counts or "completion" not in counts:
+            return None
+        prompt, completion = counts["prompt"], counts["completion"]
+        wholes = 2
+        if "total" in counts:
+            wholes = 3
+            if counts["total"] != prompt + completion:
+                return None
+        return Usage(prompt, completion) if len(counts) == wholes and prompt <= window >= completion else None
+
+
+class Reply(Struct, frozen=True):
+    """What the gateway reads of a whole (unary) answer. `error` is what some providers send with a 200 (OpenRouter)."""
+
+    report: Report | None = None
+    model: str | None = None
+    error: Any = None
+
+
+_MEMBERS: Final = Decoder(dict[str, Raw])
+_ANYTHING: Final = Decoder()
+_NUMBERS: Final = Decoder(float_hook=Decimal)
+
+
+def find_report(members: Mapping[str, Raw]) -> Report | None:
+    """The report in the members of a whole answer or of an event: `usage`, Groq's `x_groq.usage` or Moonshot's
+    `choices[0].usage`. None: there is none.
+    """
+    usage = _decoded(_NUMBERS, members["usage"]) if "usage" in members else None
+    if not isinstance(usage, dict):
+        usage = _elsewhere(members)
+        if usage is None:
+            return None
+    counts: dict[str, int] = {}
+    refused: list[Refusal] = []
+    _note(usage, _KINDS, counts, refused)
+    has_cost = "cost" in usage or "cost_in_usd_ticks" in usage
+    cost_usd = _cost_usd(usage, refused) if has_cost else None
+    tier = decode_text(members["service_tier"]) if "service_tier" in members else None
+    if tier is None and "service_tier" in usage:
+        told = usage["service_tier"]
+        tier = told if isinstance(told, str) else None
+    return Report(counts, tuple(refused), cost_usd, tier)
+
+
+def decode_reply(body: bytes) -> Reply:
+    """Usage, model and error of a whole answer; UpstreamError if it is no JSON object."""
+    members = decode_members(body)
+    if members is None:
+        problem = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
+        raise UpstreamError(problem, safe_to_repeat=False, unreadable=bool(body.strip()))
+    return Reply(
+        report=find_report(members),
+        model=decode_text(members.get("model")),
+        error=decode_value(members["error"]) if "error" in members else None,
+    )
+
+
+def decode_members(text: bytes | Raw) -> dict[str, Raw] | None:
+    """The members of a provider's JSON object as JSON, their own bytes where they can be; None if it is anything else."""
+    members = _decoded(_MEMBERS, text)
+    return members if isinstance(members, dict) else None
+
+
+def decode_value(raw: bytes | Raw | None) -> Any:
+    """A provider's JSON value; None for what is none."""
+    return None if raw is None else _decoded(_ANYTHING, raw)
+
+
+def decode_text(raw: bytes | Raw | None) -> str | None:
+    """A provider's JSON string; None for anything else."""
+    value = None if raw is None else _decoded(_ANYTHING, raw)
+    return value if isinstance(value, str) else None
+
+
+def _decoded(decoder: Decoder[Any], text: bytes | Raw) -> Any:
+    """A value, or None; what is no JSON by the letter (RFC 8259) is mended first."""
+    try:
+        return decoder.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if decoder is _MEMBERS and isinstance(error, msgspec.ValidationError):
+            return None  # JSON, but no object
+    mended = _mended(bytes(text))
+    try:
+        return decoder.decode(mended)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return decoder.decode(_MANY_DIGITS.sub(_HUGE, mended))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _mended(text: bytes) -> bytes:
+    """JSON for text that nearly is: without a byte order mark, null for NaN and Infinity, U+FFFD for half a surrogate pair and
+    for bytes that aren't UTF-8, and spaces for control characters. Strings that look like these change too, which is no matter:
+    nothing of this is passed on.
+    """
+    text = text.removeprefix(_BOM).translate(_WITHOUT_CONTROLS)
+    if not text.isascii():
+        text = text.decode("utf-8", "replace").encode()
+    for word in (b"NaN", b"-Infinity", b"Infinity"):
+        text = text.replace(word, b"null")
+    if b"\\ud" in text or b"\\uD" in text:
+        text = _HALF_A_PAIR.sub(rb"\\ufffd", text)
+    return text
+
+
+def _elsewhere(members: Mapping[str, Raw]) -> dict[str, Any] | None:
+    """The usage object in an unusual place."""
+    if "x_groq" in members:
+        usage = _member(_decoded(_NUMBERS, members["x_groq"]), "usage")
+        if isinstance(usage, dict):
+            return usage
+    if "choices" in members and b'"usage"' in bytes(members["choices"]):
+        choices = _decoded(_NUMBERS, members["choices"])
+        for choice in choices if isinstance(choices, list) else ():
+            usage = _member(choice, "usage")
+            if isinstance(usage, dict):
+                return usage
+    return None
+
+
+def _member(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _note(values: dict[str, Any], kinds: Mapping[str, Any], counts: dict[str, int], refused: list[Refusal]) -> None:
+    """Write down the numbers above zero. Where two names of one kind differ, the larger counts."""
+    for name, value in values.items():
+        if not value or name not in kinds:
+            continue
+        kind = kinds[name]
+        if type(kind) is not str:
+            if isinstance(value, dict):
+                _note(value, kind, counts, refused)
+            continue
+        count = value if type(value) is int and 0 < value < MAX_COUNT else _count(value)
+        if count is None:
+            reason = "negative" if isinstance(value, int | Decimal) and value < 0 else "no_number"
+            refused.append(Refusal(reason, name, _short(value)))
+        elif kind not in counts or count > counts[kind]:
+            counts[kind] = count
+
+
+def _count(value: Any) -> int | None:
+    """A count of tokens of unusual size, or as a float that is whole; None for what is no count."""
+    if type(value) not in {int, Decimal} or value < 0:
+        return None
+    if value >= MAX_COUNT:
+        return MAX_COUNT
+    whole = int(value)
+    return whole if whole == value else None
+
+
+def _cost_usd(usage: dict[str, Any], refused: list[Refusal]) -> Decimal | None:
+    """What the provider says that the answer cost: xAI's `cost_in_usd_ticks`; OpenRouter's `cost`, to which the upstream's own
+    bill is added where that is sent to the operator (`is_byok`); Perplexity's `cost.total_cost`. None: it doesn't say, or
+    that can't be true.
+    """
+    ticks = usage.get("cost_in_usd_ticks")
+    if ticks is not None:
+        return _usd(ticks, "cost_in_usd_ticks", refused, USD_PER_TICK)
+    told = usage.get("cost")
+    cost = _usd(_member(told, "total_cost") if isinstance(told, dict) else told, "cost", refused)
+    upstream = _member(usage.get("cost_details"), "upstream_inference_cost") if usage.get("is_byok") is True else None
+    if cost is None or upstream is None:
+        return cost
+    return cost + (_usd(upstream, "upstream_inference_cost", refused) or 0)
+
+
+def _usd(value: Any, name: str, refused: list[Refusal], unit: Decimal = Decimal(1)) -> Decimal | None:
+    """An amount in USD; None where there is none or it can't be true, which is written down."""
+    if value is None:
+        return None
+    if type(value) in {int, Decimal} and 0 <= value <= MAX_COST_USD / unit:
+        amount: Decimal = value * unit
+        exponent = amount.as_tuple().exponent
+        if isinstance(exponent, int) and exponent >= -MAX_COST_DECIMALS:
+            return amount
+    refused.append(Refusal("cost", name, _short(value)))
+    return None
+
+
+def _added_up(counts: dict[str, int], window: int, most_output: int, refused: list[Refusal]) -> Usage:
+    """The usage of counts within their bounds. Parts that stand beside their whole are added to it: what explains by how much
+    `total_tokens` exceeds prompt and completion (xAI's reasoning), what is larger than its whole (Anthropic's cache), and what
+    a dialect always counts so. What the total has beyond that is output (Gemini's thoughts) or what wasn't reported at all.
+    """
+    count = counts.get
+    prompt, completion, total = max(count("prompt", 0), count("input", 0)), count("completion", 0), count("total", 0)
+    cached = max(count("cached", 0), count("cache_read", 0))
+    write_1h = count("cache_write_1h", 0)
+    write = max(count("cache_write", 0), count("cache_creation", 0), count("cache_write_5m", 0) + write_1h)
+    reasoning, citation = count("reasoning", 0), count("citation", 0)
+
+    by_anthropic = ("cache_read" in counts or "cache_creation" in counts) and ("prompt" not in counts or not total)
+    beside = _explained(total - prompt - completion, reasoning, cached + write, citation)
+    if cached + write and ("cache" in beside or by_anthropic or cached + write > prompt):
+        if prompt + cached + write <= window:
+            prompt += cached + write
+        elif cached + write > prompt:
+            refused.append(Refusal("over_window", "cached", str(cached + write)))
+            cached = write = 0
+    if reasoning and ("reasoning" in beside or citation or reasoning > completion):
+        if completion + reasoning <= most_output:
+            completion += reasoning
+        elif reasoning > completion:
+            refused.append(Refusal("over_window", "reasoning", str(reasoning)))
+            reasoning = 0
+    if prompt + citation <= window:
+        prompt += citation
+    else:
+        refused.append(Refusal("over_window", "citation", str(citation)))
+
+    rest = total - prompt - completion
+    if rest > 0 and prompt and completion + rest <= most_output:
+        reasoning += rest if completion and not reasoning else 0
+        completion += rest
+    elif rest > 0 and completion and not prompt and rest <= window:
+        prompt = rest
+    audio_prompt, audio_completion = count("audio_prompt", 0), count("audio_completion", 0)
+    return Usage(
+        prompt=prompt,
+        completion=completion,
+        cached=cached,
+        cache_write=write,
+        reasoning=reasoning,
+        audio_prompt=audio_prompt if audio_prompt <= prompt else 0,
+        audio_completion=audio_completion if audio_completion <= completion else 0,
+        cache_write_1h=min(write_1h, write),
+    )
+
+
+def _explained(gap: int, reasoning: int, cache: int, citation: int) -> Collection[str]:
+    """The parts that together are what a total has more than its wholes; none where no choice of them is."""
+    parts = [
+        (name, size) for name, size in (("reasoning", reasoning), ("cache", cache), ("citation", citation)) if size
+    ]
+    if gap > 0:
+        for chosen in chain.from_iterable(combinations(parts, length) for length in range(1, len(parts) + 1)):
+            if sum(size for _, size in chosen) == gap:
+                return [name for name, _ in chosen]
+    return ()
+
+
+def _short(value: Any) -> str:
+    """A value for the log, which may be of any size."""
+    if isinstance(value, dict | list):
+        return type(value).__name__
+    return str(max(min(value, MAX_COUNT), -MAX_COUNT) if type(value) is int else value)[:MAX_TOLD_CHARS]

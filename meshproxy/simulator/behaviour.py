@@ -1,0 +1,168 @@
+"""Which faults a request asks for: by its model (`sim/split+unicode?tokens=200&tps=100`) or by the header `x-sim-fault`
+(`split, unicode, tokens=200`), or by both at once.
+
+Any model whose name doesn't begin with `sim/` is a well-behaved one.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Annotated
+from urllib.parse import parse_qsl
+
+import msgspec
+from msgspec import Meta, Struct
+
+from meshproxy.simulator.dialects import DIALECTS, PLAIN, Dialect, dialect_name
+from meshproxy.simulator.request import Refusal
+
+PREFIX = "sim/"
+MAX_TOKENS = 32_768
+
+TRAITS: dict[str, str] = {
+    "plain": "behaves well, at the settings' pace",
+    "fast": "behaves well, without any delay",
+    "slow": "one token a second",
+    "burst": "every event of the stream in one write",
+    "unicode": "emoji, CJK, right-to-left text, lone combining marks",
+    "reasoning": "thinks first: delta.reasoning_content and reasoning_tokens",
+    "cached": "reports three quarters of the prompt as cached_tokens",
+    "error-context": "refuses a prompt as too long, in the dialect's words",
+    "error-filter": "refuses a prompt for what it says, in the dialect's words",
+    "error-quota": "refuses for want of credit there, in the dialect's words",
+    "error-key": "refuses the key, in the dialect's words",
+    "error-html": "502 with an HTML page",
+    "not-json": "200 with a body, or events, that are not JSON",
+    "empty": "200 with an empty body",
+    "redirect": "302 to /_sim/redirected",
+    "refuse": "closes the connection without an answer",
+    "reset": "resets the connection (RST) after the request",
+    "stall-head": "reads the request and never answers",
+    "stall": "sends the head, then nothing, forever",
+    "stall-mid": "falls silent after `after` events",
+    "die-mid-stream": "closes the socket after `after` events, the body unfinished",
+    "reset-mid-stream": "resets the connection (RST) after `after` events",
+    "error-mid-stream": "an OpenRouter-like error event after `after` events, then the end",
+    "end-early": "a clean end after `after` events, without [DONE] or usage",
+    "bad-chunk": "breaks the chunked coding after `after` events",
+    "no-usage": "never reports usage",
+    "usage-negative": "reports negative usage",
+    "usage-absurd": "reports usage of 10^15 tokens",
+    "usage-string": "reports usage as strings",
+    "usage-early": "reports usage in the last choice's finishing chunk, not in one of its own",
+    "usage-every": "reports running usage in every chunk, asked or not",
+    "split": "cuts the stream at awkward bytes, across chunks and across writes",
+    "crlf": "ends lines with CR LF",
+    "comments": "': OPENROUTER PROCESSING' between events",
+    "ids": "id:, retry: and event: lines, some with no data",
+    "bom": "begins the stream with a byte order mark",
+    "huge-event": "one event of `bytes` bytes (2 MiB)",
+    "gzip": "a gzip body, whatever accept-encoding said",
+    "eof-delimited": "HTTP/1.0 style: the connection's end is the body's end",
+    "content-length-stream": "a stream with a content-length instead of chunks",
+    "wrong-content-type": "the right body as text/html",
+}
+FAMILIES: dict[str, str] = {
+    "error-STATUS": "answers STATUS (400 to 599) with OpenAI's words; 429, 503 and 529 carry retry-after",
+    "tokens-N": "exactly N tokens, as the option tokens=N",
+    "flaky-N": "every Nth request answers 500",
+    "fail-first-N": "the first N requests answer 503",
+}
+DIALECT_NAMES = {f"dialect-{name}": dialect.about for name, dialect in DIALECTS.items()}
+_FAMILY = re.compile(r"(error)-([45]\d\d)|(tokens)-(\d{1,9})|(flaky|fail-first)-([1-9]\d{0,8})")
+
+
+class SimulatorSettings(Struct, frozen=True, kw_only=True):
+    """The pace of a fast reader's model, and whose rules hold.
+
+    `api_key`: the only bearer token let in; None lets everyone in. `openrouter`: `models` and `transforms` are understood, as
+    OpenRouter does, instead of being refused, as OpenAI does.
+    """
+
+    tokens_per_second: Annotated[float, Meta(gt=0)] = 40.0
+    first_token_s: Annotated[float, Meta(ge=0)] = 0.3
+    api_key: str | None = None
+    openrouter: bool = False
+    max_body_bytes: Annotated[int, Meta(ge=1)] = 67_108_864
+
+
+class Options(Struct, frozen=True, forbid_unknown_fields=True):
+    """Numbers a request may set. `tps`: tokens per second; `ttft`: seconds to the first; `after`: events before the fault;
+    `bytes`: size of the huge event; `tag`: nothing, but it keeps two tests' counts (flaky, fail-first) apart.
+    """
+
+    tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
+    tps: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    ttft: Annotated[float, Meta(ge=0, le=86400)] | None = None
+    after: Annotated[int, Meta(ge=0)] = 3
+    retry_after: Annotated[float, Meta(ge=0)] = 1
+    bytes: Annotated[int, Meta(ge=1, le=67_108_864)] = 2_097_152
+    tag: str = ""
+
+
+class Behaviour(Struct, frozen=True):
+    """What this answer will be like. `name` is how it was asked for, and what flaky and fail-first count by; `numbers` are those
+    of the families: error, flaky, fail-first; `dialect_name` is one of DIALECTS, or "" for OpenAI's.
+    """
+
+    name: str
+    traits: frozenset[str]
+    numbers: dict[str, int]
+    options: Options
+    dialect_name: str = ""
+
+    @property
+    def dialect(self) -> Dialect:
+        """How it speaks."""
+        return DIALECTS.get(self.dialect_name, PLAIN)
+
+    def one_of(self, traits: Iterable[str]) -> str | None:
+        """The first of these that was asked for."""
+        return next((trait for trait in traits if trait in self.traits), None)
+
+
+def read_behaviour(model: str, header: str | None) -> Behaviour:
+    """Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown header value or a bad option."""
+    names, options = _from_model(model)
+    more, header_options = _from_header(header or "")
+    families = [found for found in map(_FAMILY.fullmatch, names + more) if found]
+    numbers = {kind: int(number) for kind, number in (filter(None, found.groups()) for found in families)}
+    if "tokens" in numbers:
+        options = {"tokens": str(numbers["tokens"])} | options
+    return Behaviour(
+        name=f"{model} {header or ''}",
+        traits=frozenset(names + more) & TRAITS.keys(),
+        numbers=numbers,
+        options=_options(options | header_options),
+        dialect_name=dialect_name(names + more),
+    )
+
+
+def _from_model(model: str) -> tuple[list[str], dict[str, str]]:
+    if not model.startswith(PREFIX):
+        return [], {}
+    names, _, query = model.removeprefix(PREFIX).partition("?")
+    listed = names.split("+")
+    if not all(map(_known, listed)):
+        message = f"The model `{model[:128]}` does not exist or you do not have access to it."
+        raise Refusal(404, message, code="model_not_found")
+    return listed, dict(parse_qsl(query, keep_blank_values=True))
+
+
+def _from_header(header: str) -> tuple[list[str], dict[str, str]]:
+    words = [word.strip().removeprefix(PREFIX) for word in header.split(",") if word.strip()]
+    names = [word for word in words if "=" not in word]
+    for name in names:
+        if not _known(name):
+            raise Refusal(400, f"Unknown x-sim-fault: '{name[:64]}'.", param="x-sim-fault")
+    return names, dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def _known(name: str) -> bool:
+    return name in TRAITS or name in DIALECT_NAMES or _FAMILY.fullmatch(name) is not None
+
+
+def _options(named: dict[str, str]) -> Options:
+    try:
+        return msgspec.convert(named, Options, strict=False)
+    except msgspec.ValidationError as error:
+        raise Refusal(400, f"Bad simulator option: {error}.", param="model") from None

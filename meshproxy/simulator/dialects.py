@@ -1,0 +1,435 @@
+"""What providers make of OpenAI's format: a table of dialects, and what fills it in.
+
+A dialect is data: which names of the cap it reads, which fields it refuses, what its events, its usage and its errors look like.
+In templates "$name" stands for a value: numbers of the usage (`Reply.numbers`), `$text` and `$so_far` of an event, members of an
+error. docs/providers.md has the page that each fact is from.
+"""
+
+import re
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct, field
+
+from meshproxy.simulator.request import Refusal
+
+Json = dict[str, Any]
+Kind = Literal["context", "filter", "quota", "key", "field"]
+
+FINGERPRINT = "fp_simulated01"
+PADDING = "xQ3JXdhVOWfbZAVaBSo63bbHQ8TGV6IvPV75z"  # OpenAI's obfuscation: letters that mean nothing
+SIGNATURE = "EjQKMgEMOdbHJChLX75QUCJjyYlm" * 100  # Gemini's thought signatures have some thousand characters
+_SAFE = {name: {"filtered": False, "severity": "safe"} for name in ("hate", "self_harm", "sexual", "violence")}
+_PAGE = {"title": "A page", "url": "https://pages.example/one", "date": "2026-01-01", "snippet": "What it says. " * 8}
+_NAME = re.compile(r"dialect-([a-z]+)")
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """Where a stream reports its usage. `when`: in an event of its own without choices, in the last choice's finishing event, or
+    in each event, as far as it has come. `asked`: only if `stream_options.include_usage` is there.
+    """
+
+    path: tuple[str | int, ...] = ("usage",)
+    when: Literal["own", "finish", "each"] = "own"
+    asked: bool = True
+
+
+class Words(Struct, frozen=True):
+    """What is said for one kind of refusal. `more`: members beside those of the error's template."""
+
+    status: int
+    message: Any
+    type: str | None = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+    more: Json = {}
+
+
+_FULL_USAGE: Json = {
+    "prompt_tokens": "$prompt",
+    "completion_tokens": "$output",
+    "total_tokens": "$total",
+    "prompt_tokens_details": {"cached_tokens": "$cached", "audio_tokens": "$zero"},
+    "completion_tokens_details": {
+        "reasoning_tokens": "$thoughts",
+        "audio_tokens": "$zero",
+        "accepted_prediction_tokens": "$zero",
+        "rejected_prediction_tokens": "$zero",
+    },
+}
+_PLAIN_USAGE: Json = {"prompt_tokens": "$prompt", "completion_tokens": "$output", "total_tokens": "$total"}
+_TOO_LONG = "This model's maximum context length is 8192 tokens. However, your messages resulted in 20007 tokens."
+_FILTERED = "The response was filtered due to the prompt triggering the content management policy."
+_QUOTA = "You exceeded your current quota, please check your plan and billing details."
+_KEY = "Incorrect API key provided: sk-s****fake."
+_OPENAI_WORDS: dict[Kind, Words] = {
+    "context": Words(400, _TOO_LONG, code="context_length_exceeded", param="messages"),
+    "filter": Words(400, _FILTERED, code="content_filter", param="prompt"),
+    "quota": Words(429, _QUOTA, "insufficient_quota", "insufficient_quota"),
+    "key": Words(401, _KEY, code="invalid_api_key"),
+    "field": Words(400, "Unsupported parameter: '$param'.", code="unsupported_parameter", param="$param"),
+}
+
+
+_OPENAI_ERROR = {"error": {"message": "$message", "type": "$type", "param": "$param", "code": "$code"}}
+
+
+class Dialect(Struct, frozen=True, kw_only=True):
+    """How one provider speaks. `knows`: the only fields it takes; `refuses`: fields it doesn't. `batch`: tokens an event.
+    `shows`: its thoughts are in the answer. `lead`: what comes before the first byte of a stream, and of a whole answer.
+    `upstream`, `model`: the settings that a gateway needs for it.
+    """
+
+    about: str
+    caps: tuple[str, ...] = ("max_completion_tokens", "max_tokens")
+    knows: frozenset[str] | None = None
+    refuses: tuple[str, ...] = ()
+    thinks: bool = False
+    shows: bool = True
+    caches: bool = False
+    citation_tokens: int = 0
+    batch: int = 1
+    usage: Json = field(default_factory=lambda: _FULL_USAGE)
+    reports: tuple[Report, ...] = (Report(),)
+    common: Json = field(default_factory=lambda: {"service_tier": "default", "system_fingerprint": FINGERPRINT})
+    first: tuple[Json, ...] = ()
+    lead: tuple[str, str] = ("", "")
+    event: Json = {}
+    choice: Json = {}
+    delta: Json = {}
+    thoughts: Json = field(default_factory=lambda: {"reasoning_content": "$text"})
+    finish_event: Json = {}
+    finish_delta: Json = {}
+    whole: Json = {}
+    error: Any = field(default_factory=lambda: _OPENAI_ERROR)
+    words: dict[Kind, Words] = {}
+    upstream: Json = {}
+    model: Json = {}
+
+    def check(self, given: frozenset[str]) -> None:
+        """Raise the `Refusal` of the first field that this provider doesn't take."""
+        unknown = given - self.knows if self.knows is not None else given.intersection(self.refuses)
+        if unknown:
+            raise self.refusal("field", param=min(unknown))
+
+    def refusal(self, kind: Kind, param: str | None = None) -> Refusal:
+        """What it says to one kind of bad request."""
+        words = self.words.get(kind) or _OPENAI_WORDS[kind]
+        values = {"param": param}
+        refusal = Refusal(
+            words.status,
+            fill(words.message, values),
+            type=words.type,
+            param=fill(words.param, values),
+            code=words.code,
+        )
+        refusal.more = words.more
+        return refusal
+
+    def error_body(self, refusal: Refusal) -> bytes:
+        """A refusal in its shape."""
+        told = fill(self.error, {**refusal.error, "status": refusal.status})
+        if refusal.more and isinstance(told.get("error"), dict):
+            told["error"] |= refusal.more
+        return msgspec.json.encode(told)
+
+
+def fill(template: Any, values: Json) -> Any:
+    """A template with each "$name" replaced; within a longer text, by the value as text."""
+    if isinstance(template, str):
+        if template.startswith("$") and template[1:] in values:
+            return values[template[1:]]
+        return (
+            re.sub(r"\$([a-z_]+)", lambda found: str(values.get(found[1], found[0])), template)
+            if "$" in template
+            else template
+        )
+    if isinstance(template, dict):
+        return {name: fill(member, values) for name, member in template.items()}
+    return [fill(item, values) for item in template] if isinstance(template, list | tuple) else template
+
+
+def put(chunk: Json, path: tuple[str | int, ...], value: Any) -> None:
+    """Put a value at a path. What has no choices has no place for a choice's members."""
+    *way, last = path
+    place: Any = chunk
+    for step in way:
+        if isinstance(step, int):
+            if not place:
+                return
+            place = place[step]
+        else:
+            place = place.setdefault(step, {})
+    place[last] = value
+
+
+def dialect_name(names: list[str]) -> str:
+    """The dialect among the names of a behaviour; "" for none."""
+    return next((found[1] for found in map(_NAME.fullmatch, names) if found and found[1] in DIALECTS), "")
+
+
+PLAIN = Dialect(about="OpenAI's")
+
+_BESIDE: Json = {
+    **_PLAIN_USAGE,
+    "completion_tokens": "$shown",
+    "prompt_tokens_details": {"cached_tokens": "$cached", "text_tokens": "$prompt", "image_tokens": "$zero"},
+    "completion_tokens_details": {"reasoning_tokens": "$thoughts", "audio_tokens": "$zero"},
+    "num_sources_used": "$zero",
+    "cost_in_usd_ticks": "$ticks",
+}
+_OPENROUTER_USAGE: Json = {
+    **_FULL_USAGE,
+    "cost": "$cost",
+    "is_byok": False,
+    "cost_details": {"upstream_inference_cost": None},
+}
+_CITED: Json = {
+    "prompt_tokens": "$prompt",
+    "completion_tokens": "$shown",
+    "total_tokens": "$shown_total",
+    "search_context_size": "low",
+    "citation_tokens": "$citations",
+    "num_search_queries": 3,
+    "reasoning_tokens": "$thoughts",
+}
+_MISTRAL_FIELDS = frozenset(
+    {
+        *(
+            "model",
+            "messages",
+            "temperature",
+            "top_p",
+            "max_tokens",
+            "stream",
+            "stop",
+            "random_seed",
+            "tools",
+            "tool_choice",
+        ),
+        *("response_format", "presence_penalty", "frequency_penalty", "n", "safe_prompt", "parallel_tool_calls"),
+        *("prediction", "prompt_mode", "reasoning_effort", "metadata"),
+    }
+)
+_FORBIDDEN = {
+    "detail": [{"type": "extra_forbidden", "loc": ["body", "$param"], "msg": "Extra inputs are not permitted"}]
+}
+_FLAT: Json = {"object": "error", "message": "$message", "type": "$type", "param": None, "code": "$code"}
+
+DIALECTS: dict[str, Dialect] = {
+    "openai": Dialect(about="OpenAI's, with obfuscation in each event", event={"obfuscation": "$padding"}),
+    "azure": Dialect(
+        about="Azure OpenAI's: content filter results on each event, and before the first",
+        first=(
+            {
+                "choices": [],
+                "created": 0,
+                "id": "",
+                "model": "",
+                "object": "",
+                "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}],
+            },
+        ),
+        common={"system_fingerprint": FINGERPRINT},
+        choice={"content_filter_results": _SAFE},
+        whole={"prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}]},
+        words={
+            "filter": Words(
+                400,
+                _FILTERED,
+                None,
+                "content_filter",
+                "prompt",
+                {"status": 400, "innererror": {"code": "ResponsibleAIPolicyViolation", "content_filter_result": _SAFE}},
+            ),
+            "key": Words(401, "Access denied due to invalid subscription key or wrong API endpoint.", None, "401"),
+        },
+    ),
+    "openrouter": Dialect(
+        about="OpenRouter's: thoughts twice, usage with its cost unasked, errors with a number",
+        thinks=True,
+        thoughts={
+            "content": "",
+            "reasoning": "$text",
+            "reasoning_details": [
+                {"type": "reasoning.text", "text": "$text", "format": "anthropic-claude-v1", "index": 0}
+            ],
+        },
+        common={"provider": "Simulated"},
+        delta={"role": "assistant"},
+        choice={"native_finish_reason": None},
+        usage=_OPENROUTER_USAGE,
+        reports=(Report(asked=False),),
+        lead=(": OPENROUTER PROCESSING\n\n", ""),
+        error={"error": {"code": "$status", "message": "$message"}},
+        words={
+            "filter": Words(
+                403,
+                "Your chosen model requires moderation and your input was flagged",
+                more={"metadata": {"reasons": ["violence"], "flagged_input": "hi", "provider_name": "Simulated"}},
+            ),
+            "quota": Words(402, "This request requires more credits, or fewer max_tokens."),
+            "key": Words(401, "User not found."),
+        },
+    ),
+    "anthropic": Dialect(
+        about="Anthropic's, as gateways translate it: the cached prompt beside prompt_tokens",
+        caches=True,
+        usage={
+            **_PLAIN_USAGE,
+            "prompt_tokens": "$fresh",
+            "total_tokens": "$fresh_total",
+            "prompt_tokens_details": {"cached_tokens": "$cached"},
+            "completion_tokens_details": None,
+        },
+        common={},
+        error={"error": {"type": "$type", "message": "$message"}},
+        words={
+            "context": Words(400, "input length and `max_tokens` exceed context limit: 143653 + 64000 > 200000"),
+            "quota": Words(400, "Your credit balance is too low to access the Anthropic API."),
+            "key": Words(401, "invalid x-api-key", "authentication_error"),
+        },
+    ),
+    "gemini": Dialect(
+        about="Gemini's: thoughts only in total_tokens, a dozen tokens an event, running usage, errors in a list",
+        thinks=True,
+        shows=False,
+        batch=12,
+        usage={**_PLAIN_USAGE, "completion_tokens": "$shown"},
+        reports=(Report(when="each"),),
+        common={},
+        delta={"role": "assistant"},
+        finish_delta={"extra_content": {"google": {"thought_signature": SIGNATURE}}},
+        error=[{"error": {"code": "$status", "message": "$message", "status": "$code"}}],
+        words={
+            "context": Words(
+                400, "The input token count (1200000) exceeds the maximum (1048576).", code="INVALID_ARGUMENT"
+            ),
+            "quota": Words(429, "You exceeded your current quota.", code="RESOURCE_EXHAUSTED"),
+            "key": Words(400, "API key not valid. Please pass a valid API key.", code="INVALID_ARGUMENT"),
+        },
+        model={"hidden_reasoning": True},
+    ),
+    "xai": Dialect(
+        about="xAI's: reasoning_tokens beside completion_tokens, the cost in ticks, errors of two strings",
+        thinks=True,
+        shows=False,
+        usage=_BESIDE,
+        reports=(Report(when="finish", asked=False),),
+        common={"system_fingerprint": FINGERPRINT},
+        error={"code": "$type", "error": "$message"},
+        words={
+            "context": Words(400, _TOO_LONG, "Client specified an invalid argument"),
+            "filter": Words(403, "Content violates usage guidelines.", "The caller does not have permission"),
+            "quota": Words(
+                429, "Your team has either used all available credits or reached its limit.", "Resource exhausted"
+            ),
+            "key": Words(400, "Incorrect API key provided: xa***ke.", "Client specified an invalid argument"),
+        },
+        model={"hidden_reasoning": True},
+    ),
+    "mistral": Dialect(
+        about="Mistral's: any field that it doesn't know is a 422, stream_options and max_completion_tokens among them",
+        caps=("max_tokens",),
+        knows=_MISTRAL_FIELDS,
+        usage=_PLAIN_USAGE,
+        reports=(Report(when="finish", asked=False),),
+        common={},
+        error=_FLAT,
+        words={
+            "context": Words(
+                400, "Prompt contains 66385 tokens, too large for model with 32768 maximum context length"
+            ),
+            "quota": Words(402, "Payment required", "subscription_error"),
+            "key": Words(401, "Unauthorized", "unauthorized"),
+            "field": Words(422, _FORBIDDEN),
+        },
+        upstream={"stream_usage": False},
+    ),
+    "groq": Dialect(
+        about="Groq's: usage in x_groq of the last chunk; logprobs and logit_bias are refused",
+        refuses=("logprobs", "top_logprobs", "logit_bias"),
+        usage={**_PLAIN_USAGE, "queue_time": 0.01, "prompt_time": 0.002, "completion_time": 0.1, "total_time": 0.102},
+        reports=(Report(), Report(path=("x_groq", "usage"), when="finish", asked=False)),
+        common={"system_fingerprint": FINGERPRINT},
+        thoughts={"reasoning": "$text"},
+        words={"field": Words(400, "property '$param' is unsupported", param="$param")},
+    ),
+    "deepseek": Dialect(
+        about="DeepSeek's: hits and misses of the cache, comments and empty lines while one waits",
+        caps=("max_tokens",),
+        thinks=True,
+        caches=True,
+        usage={**_FULL_USAGE, "prompt_cache_hit_tokens": "$cached", "prompt_cache_miss_tokens": "$fresh"},
+        common={"system_fingerprint": FINGERPRINT},
+        lead=(": keep-alive\n\n", "\n\n"),
+        words={"quota": Words(402, "Insufficient Balance", "unknown_error", "invalid_request_error")},
+    ),
+    "perplexity": Dialect(
+        about="Perplexity's: the message so far and the search results in each event, citations beside the usage",
+        caps=("max_tokens",),
+        citation_tokens=300,
+        usage=_CITED,
+        reports=(Report(when="each", asked=False),),
+        common={},
+        event={"citations": ["https://pages.example/one"] * 8, "search_results": [_PAGE] * 8},
+        choice={"message": {"role": "assistant", "content": "$so_far"}},
+    ),
+    "moonshot": Dialect(
+        about="Moonshot's: usage in the last choice",
+        caps=("max_tokens",),
+        usage={**_PLAIN_USAGE, "cached_tokens": "$cached"},
+        reports=(Report(path=("choices", 0, "usage"), when="finish", asked=False),),
+        common={"system_fingerprint": FINGERPRINT},
+        words={
+            "quota": Words(429, "Your account is suspended, please check your plan.", "exceeded_current_quota_error")
+        },
+    ),
+    "vllm": Dialect(
+        about="vLLM's with continuous usage: in each event what there is so far; flat errors",
+        usage={**_PLAIN_USAGE, "prompt_tokens_details": None},
+        reports=(Report(when="each"), Report()),
+        common={"prompt_logprobs": None},
+        choice={"stop_reason": None},
+        error={**_FLAT, "code": "$status"},
+        words={kind: msgspec.structs.replace(words, type="BadRequestError") for kind, words in _OPENAI_WORDS.items()},
+    ),
+    "ollama": Dialect(
+        about="Ollama's: max_completion_tokens is ignored, thoughts come as reasoning",
+        caps=("max_tokens",),
+        thinks=True,
+        thoughts={"content": "", "reasoning": "$text"},
+        delta={"role": "assistant"},
+        usage=_PLAIN_USAGE,
+        common={"system_fingerprint": "fp_ollama"},
+        error={"error": {"message": "$message", "type": "$type", "param": None, "code": None}},
+    ),
+    "llamacpp": Dialect(
+        about="llama.cpp's: max_tokens alone, as before 2026; timings beside the usage",
+        caps=("max_tokens",),
+        usage=_PLAIN_USAGE,
+        common={"system_fingerprint": "b6000-simulated"},
+        finish_event={"timings": {"prompt_n": 8, "prompt_ms": 31.2, "predicted_n": 60, "predicted_ms": 610.5}},
+        whole={"timings": {"prompt_n": 8, "prompt_ms": 31.2, "predicted_n": 60, "predicted_ms": 610.5}},
+        error={"error": {"code": "$status", "message": "$message", "type": "$type"}},
+        words={
+            "context": Words(
+                400,
+                "the request exceeds the available context size, try increasing it",
+                "exceed_context_size_error",
+                more={"n_prompt_tokens": 13392, "n_ctx": 8192},
+            ),
+            "key": Words(401, "Invalid API Key", "authentication_error"),
+        },
+    ),
+    "tgi": Dialect(
+        about="Text Generation Inference's: an error is a text and a type",
+        caps=("max_tokens",),
+        usage=_PLAIN_USAGE,
+        common={"system_fingerprint": "3.0.0-simulated"},
+        error={"error": "$message", "error_type": "$type"},
+        words={
+            "context": Words(422, "Input validation error: `inputs` must have less than 4096 tokens.", "validation")
+        },
+    ),
+}

@@ -1,1 +1,0 @@
-"""Pure: bytes to types and back."""

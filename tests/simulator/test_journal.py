@@ -1,0 +1,81 @@
+"""What the simulator remembers, and that it remembers no more than it may."""
+
+import json
+from types import SimpleNamespace
+
+from meshproxy.simulator.journal import (
+    COMPLETED,
+    MAX_BODY_BYTES,
+    MAX_COUNTED,
+    MAX_ENTRIES,
+    MAX_KEPT_BYTES,
+    ExchangeLog,
+)
+
+HELLO = [{"role": "user", "content": "Hello"}]
+REQUEST = SimpleNamespace(method="POST", path_qs="/v1/chat/completions", raw_headers=[(b"X-A", b"1")])
+
+
+async def test_received_requests_can_be_read_and_cleared(http):
+    body = b'{"model": "sim/fast?tokens=4",  "messages": [{"role":"user","content":"hi"}], "stream": true}'
+    async with http.post("/v1/chat/completions", data=body, headers={"X-Canary": "here"}) as answer:
+        await answer.read()
+    async with http.get("/_sim/requests") as answer:
+        (entry,) = json.loads(await answer.read())["requests"]
+    assert (body.decode(), json.loads(body)) == (entry["body_text"], entry["body"])
+    assert ("completed", 200, 4, 7, True) == tuple(
+        entry[name] for name in ("ended", "status", "tokens", "events", "stream")
+    )
+    assert ["X-Canary", "here"] in entry["headers"]
+    async with http.delete("/_sim/requests") as answer:
+        assert 204 == answer.status
+    async with http.get("/_sim/requests") as answer:
+        assert {"requests": []} == json.loads(await answer.read())
+
+
+async def test_stats_tell_what_is_open(wire, http):
+    wire.ask(model="sim/fast+stall", stream=True)
+    await wire.until(b"\r\n\r\n")
+    async with http.get("/_sim/stats") as answer:
+        stats = json.loads(await answer.read())
+    assert (1, 1, 1) == (stats["open_streams"], stats["open_requests"], stats["totals"]["streams"])
+
+
+async def test_models_are_listed_with_what_they_do(sdk):
+    models = {model.id: model async for model in sdk.models.list()}
+    assert {"gpt-4o", "sim/fast", "sim/die-mid-stream", "sim/error-STATUS"} <= set(models)
+    assert "a byte order mark" in models["sim/bom"].description
+    assert "openai/gpt-4o" == (await sdk.models.retrieve("openai/gpt-4o")).id
+
+
+async def test_healthz(http):
+    async with http.get("/healthz") as answer:
+        assert (200, {"status": "ok"}) == (answer.status, json.loads(await answer.read()))
+
+
+def test_the_journal_forgets_the_oldest():
+    journal = ExchangeLog()
+    for _ in range(MAX_ENTRIES + 5):
+        journal.close(journal.open(REQUEST, b"{}"), COMPLETED)
+    assert (MAX_ENTRIES, 5) == (len(journal.entries), journal.entries[0].number)
+    assert MAX_ENTRIES + 5 == journal.totals[COMPLETED]
+
+
+def test_the_journal_keeps_bodies_within_a_bound():
+    journal = ExchangeLog()
+    for _ in range(100):
+        journal.open(REQUEST, b"x" * (MAX_BODY_BYTES + 1))
+    assert MAX_KEPT_BYTES == sum(len(entry.raw_body) for entry in journal.entries)
+
+
+def test_counts_are_bounded_too():
+    journal = ExchangeLog()
+    assert [1, 2] == [journal.count("0"), journal.count("0")]
+    for name in range(1, MAX_COUNTED + 1):
+        journal.count(str(name))
+    assert 1 == journal.count("0")
+
+
+def test_what_is_no_json_is_told_as_text():
+    entry = ExchangeLog().open(REQUEST, b"\xff{")
+    assert (None, "\ufffd{") == (entry.told()["body"], entry.told()["body_text"])
