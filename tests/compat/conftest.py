@@ -38,10 +38,13 @@ MODELS = {
     "falls-over": [("refused", "gpt-4o"), ("simulated", "gpt-4o")],
     "gone": [("refused", "gpt-4o")],
     "late": [("impatient", "sim/stall-head")],
+    # A breaker for each client:
+    **{f"late-{number}": [("impatient", f"sim/stall-head?tag={number}")] for number in range(20)},
+    **{f"dies-{number}": [("simulated", f"sim/die-mid-stream?tag={number}")] for number in range(20)},
     **{f"sim/{trait}": [("simulated", f"sim/{trait}")] for trait in TRAITS},
     **{
         f"sim/{name}": [("simulated", f"sim/{name}")]
-        for name in ("error-400", "error-429", "error-500", "fail-first-1")
+        for name in ("error-400", "error-429", "error-500", "fail-first-1", "dialect-openai+error-context")
     },
 }
 
@@ -71,12 +74,13 @@ class Background:
 class Site:
     """What runs: the gateway's address, and the store and the provider to look into."""
 
-    def __init__(self, background: Background, store: Store, simulator: Running, base_url: str) -> None:
+    def __init__(self, background: Background, store: Store, simulator: Running, base_url: str, log: Path) -> None:
         self.base_url = base_url
         self.directory = Directory(store)
         self.ledger = Ledger(store)
         self.run = background.run
         self._simulator = simulator
+        self._log = log
 
     def key(self, credit: str = "25.00", **fields: Any) -> "Caller":
         """Mint a key of a new account, which has so much credit."""
@@ -88,6 +92,12 @@ class Site:
     def put_template(self, account: str, **fields: Any) -> None:
         template = Template(id=str(uuid.uuid4()), owner=account, created_at=0.0, updated_at=0.0, **fields)
         assert self.run(self.directory.put_template(template))
+
+    def statuses(self, account: str) -> list[int]:
+        """What the account's requests were answered with, in order, by the gateway's log."""
+        lines = self._log.read_text().splitlines()
+        told = [json.loads(line) for line in lines if f'"{account}"' in line and line.endswith("}")]
+        return [line["status"] for line in told if line["event"] == "request" and line["account"] == account]
 
     @property
     def received(self) -> list[Entry]:
@@ -145,7 +155,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     try:
         until(lambda: _address(log) is not None or gateway.poll() is not None)
         assert gateway.poll() is None, log.read_text()
-        yield Site(background, store, simulator, f"http://{_address(log)}/v1")
+        yield Site(background, store, simulator, f"http://{_address(log)}/v1", log)
     finally:
         gateway.send_signal(signal.SIGTERM)
         gateway.wait(PATIENCE_S)

@@ -99,4 +99,4 @@ async def test_cancelled_before_an_answer_frees_the_provider(client, caller, unt
     await asyncio.wait([task])
     (entry,) = caller.site.received
     await asyncio.to_thread(until, lambda: entry.ended == "client_closed")
-    assert 0 == (await asyncio.to_thread(caller.settled)).settled_nusd
+    assert 9 * 2_500 == (await asyncio.to_thread(caller.settled)).settled_nusd  # the prompt, which the provider bills

@@ -1,5 +1,5 @@
 """npm's `openai`, three major versions of it: 4 has a transport of its own (node-fetch), 6 is the last for Node 20, and 7 asks
-for Node 22 but runs on 20 as far as is used here. One process per version runs every scenario of node/scenarios.mjs.
+for Node 22 but runs on 20 as far as is used here. One process per version runs every scenario of clients/node/scenarios.mjs.
 """
 
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from meshproxy.policy.principal import Limits
 
-NODE_DIR = Path(__file__).parent / "node"
+NODE_DIR = Path(__file__).parent / "clients" / "node"
 PACKAGES = ["openai-v4", "openai-v6", "openai-v7"]
 PATIENCE_S = 60.0
 
