@@ -87,13 +87,14 @@ def refused(tables: Tables) -> str:
 
 
 class Gateway:
-    """`meshproxy serve`. `url` is its data listener's."""
+    """`meshproxy serve`. `url` is its data listener's, `admin` its admin listener's, `config` its file."""
 
     def __init__(self, folder: Path, redis_url: str, tables: Tables) -> None:
         server = {"listen": "127.0.0.1:0", "admin_listen": "127.0.0.1:0", "workers": 1, "drain_s": 1}
         redis = {"url": redis_url, "journal": str(folder / "journal")}
         whole = {**tables, "server": {**server, **tables.get("server", {})}, "redis": redis}
-        (folder / "meshproxy.toml").write_text(toml(whole))
+        self.config = folder / "meshproxy.toml"
+        self.config.write_text(toml(whole))
         self._log = folder / "log"
         command = [sys.executable, "-m", "meshproxy", "serve", "--config", str(folder / "meshproxy.toml")]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MESHPROXY")}
@@ -105,13 +106,21 @@ class Gateway:
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(POLL_S)
         self.url = f"http://{ready[0]['data']}"
+        self.admin = f"http://{ready[0]['admin']}"
 
     def lines(self) -> list[dict[str, Any]]:
         """The log so far."""
         whole = self._log.read_bytes().rpartition(b"\n")[0].splitlines()
         return [json.loads(line) for line in whole if line.startswith(b"{")]
 
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
+        if self._process.poll() is not None:
+            return
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(PATIENCE_S)
