@@ -1,8 +1,11 @@
-"""Redis Cluster: a channel to every master, and the map from slots to channels.
+"""Turn a URL into a `Store`: one server, the master that Sentinel names, or a cluster.
 
-A command goes to the master of its first key's slot; the keys of a script share a hash tag, so one key tells. MOVED and ASK
-send it on with the same future: the server that answers so has run nothing (Redis cluster specification, "Redirection and
-resharding"). A MOVED or a lost link also has the map fetched anew, until every slot has a master with a link.
+redis-py opens and logs in every socket (TLS, AUTH, SELECT), and asks Sentinel for the master and a Cluster for its map. A
+request's commands then go over our own link: docs/decisions/link.md.
+
+In a cluster a command goes to the master of its first key's slot; the keys of a script share a hash tag, so one key decides.
+MOVED and ASK send it on with the same future: the server that answers so has run nothing (Redis cluster specification,
+"Redirection and resharding"). A MOVED or a lost link also has the map fetched anew, until every slot has a master with a link.
 """
 
 import asyncio
@@ -13,10 +16,8 @@ from functools import partial
 from typing import Any
 
 import redis
-from redis.asyncio import ConnectionPool, Redis, Sentinel, SSLConnection
-from redis.asyncio.connection import AbstractConnection, Connection, UnixDomainSocketConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from msgspec.structs import asdict
+from redis.asyncio import ConnectionPool, Redis, Sentinel, SSLConnection, UnixDomainSocketConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
 from redis.crc import key_slot
 
@@ -35,9 +36,11 @@ from meshproxy.ledger.link import (
 )
 from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, StoreError, Unavailable
 
+__all__ = ["Store", "StoreError", "Unavailable", "connect"]
+
 MAX_NODES = 1000  # the specification's own bound on a cluster
 
-DialNode = Callable[[Endpoint, Redirect | None], Awaitable[RedisConnection]]
+DialNode = Callable[[Endpoint, Redirect], Awaitable[RedisConnection]]
 
 
 class ClusterStore(Store):
@@ -47,12 +50,14 @@ class ClusterStore(Store):
         self,
         seeds: Sequence[Endpoint],
         dial: DialNode,
+        pool: Callable[[Endpoint], ConnectionPool],
         timeout_s: float,
         keep: Keep,
         on_change: OnChange | None = None,
     ) -> None:
         self._seeds = seeds
         self._dial = dial
+        self._pool = pool
         self._timeout_s = timeout_s
         self._keep = keep
         self._on_change = on_change
@@ -132,17 +137,16 @@ class ClusterStore(Store):
         for endpoint in (*linked, *self._seeds):
             try:
                 return await self._adopt(await self._ranges(endpoint))
-            except (Unavailable, StoreError) as error:
-                reasons.append(str(error))
+            except redis.RedisError as error:
+                reasons.append(f"{endpoint}: {error}")
+            except Unavailable as error:
+                reasons.append(error.reason)
         raise Unavailable("clusterdown", "; ".join(reasons))
 
     async def _ranges(self, endpoint: Endpoint) -> list[tuple[int, int, Endpoint]]:
         """First slot, last slot and master of every range, as this node sees them."""
-        link = await self._dial(endpoint, None)
-        try:
-            reply = await link.send("CLUSTER", ("CLUSTER", "SLOTS"))
-        finally:
-            link.lose("closed", "what was asked is answered")
+        async with Redis.from_pool(self._pool(endpoint)) as client:
+            reply = await client.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
         # a node that doesn't know its own address leaves the host empty
         return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
 
@@ -179,9 +183,6 @@ def key_of(command: tuple[Argument, ...]) -> bytes | None:
     return key if isinstance(key, bytes) else str(key).encode()
 
 
-__all__ = ["Store", "StoreError", "Unavailable", "connect"]
-
-
 async def connect(
     settings: config.Redis,
     *,
@@ -196,27 +197,25 @@ async def connect(
     Raises ConfigError for a URL or TLS files that can't be used.
     """
     address, timeout_s = parse_url(config.plain(settings.url)), settings.timeout_s
-    options = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "protocol": 2, "driver_info": None}
-    tls = tls_context(address)
+    pool = partial(_pool, login=address.login, tls=tls_context(address), timeout_s=timeout_s)
 
-    async def dial_node(
-        endpoint: Endpoint, redirect: Redirect | None = None, *, master: bool = False
-    ) -> RedisConnection:
-        server = connection(endpoint, address.login, tls, options)
-        return await dial(
-            server, endpoint, partial(RedisConnection, timeout_s, on_op, redirect), timeout_s=timeout_s, master=master
-        )
+    async def dial_node(node: Endpoint, redirect: Redirect | None = None, *, master: bool = False) -> RedisConnection:
+        server = pool(node).make_connection()  # type: ignore[no-untyped-call]
+        link = partial(RedisConnection, timeout_s, on_op, redirect)
+        return await dial(server, node, link, timeout_s=timeout_s, master=master)
 
     async def dial_master() -> RedisConnection:
         return await dial_node(await discover(sentinel, address.service), master=True)
 
     if address.kind == "cluster":
-        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, timeout_s, keep, on_change)
+        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, pool, timeout_s, keep, on_change)
+    elif address.kind == "sentinel":
+        sentinel = Sentinel([])  # type: ignore[no-untyped-call]
+        sentinel.sentinels = [Redis.from_pool(pool(endpoint, login=Login())) for endpoint in address.endpoints]
+        store = Channel(dial_master, keep=keep, name=address.service, on_change=on_change)
     else:
-        sentinel = _sentinel(address.endpoints, tls, options)
-        one = dial_master if address.kind == "sentinel" else partial(dial_node, address.endpoints[0])
-        name = address.service or str(address.endpoints[0])
-        store = Channel(one, keep=keep, name=name, on_change=on_change)
+        server = address.endpoints[0]
+        store = Channel(partial(dial_node, server), keep=keep, name=str(server), on_change=on_change)
     if wait:
         await store.open()
     else:
@@ -232,28 +231,15 @@ class TlsConnection(SSLConnection):
         self.ssl_context.context = context
 
 
-def connection(
-    endpoint: Endpoint, login: Login, tls: ssl.SSLContext | None, options: dict[str, Any]
-) -> AbstractConnection:
-    """Return redis-py's connection to a server, which isn't open yet and never retries."""
-    options = options | {"username": login.username, "password": login.password, "db": login.db}
+def _pool(endpoint: Endpoint, login: Login, tls: ssl.SSLContext | None, timeout_s: float) -> ConnectionPool:
+    """Return redis-py's pool for one server. Without a `retry` its connections and clients try everything once."""
+    options = asdict(login) | {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    options |= {"protocol": 2, "driver_info": None}  # as old servers have it
     if endpoint.path:
-        return UnixDomainSocketConnection(path=endpoint.path, **options)
-    if tls is None:
-        return Connection(host=endpoint.host, port=endpoint.port, **options)
-    return TlsConnection(host=endpoint.host, port=endpoint.port, context=tls, **options)
-
-
-def _sentinel(endpoints: Sequence[Endpoint], tls: ssl.SSLContext | None, options: dict[str, Any]) -> Sentinel:
-    """Return redis-py's client of several Sentinels. Each is asked once: its default is to ask a dead one for seconds."""
-    options = options | {"retry": Retry(NoBackoff(), 0)}
+        return ConnectionPool(UnixDomainSocketConnection, path=endpoint.path, **options)
     if tls is not None:
         options |= {"connection_class": TlsConnection, "context": tls}
-    sentinel = Sentinel([])  # type: ignore[no-untyped-call]
-    sentinel.sentinels = [
-        Redis.from_pool(ConnectionPool(host=endpoint.host, port=endpoint.port, **options)) for endpoint in endpoints
-    ]
-    return sentinel
+    return ConnectionPool(host=endpoint.host, port=endpoint.port, **options)
 
 
 async def discover(sentinel: Sentinel, service: str) -> Endpoint:

@@ -104,11 +104,12 @@ class RedisConnection(asyncio.Protocol):
         if not self._pending:
             self.lose("closed", "the server isn't needed any more")
 
-    def take_over(self, writer: asyncio.StreamWriter) -> None:
-        """Take over an open socket. Its StreamWriter is kept, for one that is collected closes its socket."""
-        self._writer = writer
-        writer.transport.set_protocol(self)
-        self.connection_made(writer.transport)
+    def take_over(self, server: AbstractConnection) -> None:
+        """Take the open socket of redis-py's connection, which from then on has none."""
+        # Of redis-py's names `_writer` alone is private. The StreamWriter is kept: one that is collected closes its socket.
+        self._writer, server._writer = server._writer, None  # noqa: SLF001 - there is no public way to hand a socket over
+        self._writer.transport.set_protocol(self)  # type: ignore[union-attr]
+        self.connection_made(self._writer.transport)  # type: ignore[union-attr]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is open."""
@@ -338,7 +339,7 @@ async def dial(
             if master and (await _ask(server, "ROLE"))[0] != b"master":
                 raise redis.ConnectionError(f"{endpoint} is a replica")
         link = make()
-        link.take_over(taken_from(server))
+        link.take_over(server)
     except (TimeoutError, redis.TimeoutError):
         reason = f"{endpoint} did not answer within {timeout_s:g} s"
     except redis.RedisError as error:
@@ -353,14 +354,6 @@ async def dial(
 async def _ask(server: AbstractConnection, *command: str) -> Any:
     await server.send_command(*command)
     return await server.read_response()
-
-
-def taken_from(server: AbstractConnection) -> asyncio.StreamWriter:
-    """Take the socket of redis-py's connection, which from then on has none. `_writer` is the one private name in use."""
-    writer, server._writer = server._writer, None  # noqa: SLF001 - redis-py has no public way to hand a socket over
-    if writer is None:
-        raise redis.ConnectionError("redis-py has no open socket")
-    return writer
 
 
 def _plain(error: redis.RedisError, server: AbstractConnection) -> str:

@@ -204,6 +204,22 @@ async def test_a_server_without_cluster_mode_is_told():
     assert "cluster support disabled" in caught.value.reason
 
 
+@pytest.mark.parametrize("endpoint_type", ["ip", "unknown-endpoint"])
+async def test_a_node_that_does_not_name_its_host_and_wants_a_password(endpoint_type):
+    """Its map has an empty or a null host: the one that it was asked at."""
+    port, bus_port = free_ports(2)
+    cluster = ("--cluster-enabled", "yes", "--cluster-port", str(bus_port), "--protected-mode", "no")
+    async with Embedded("--port", str(port), "--bind", "127.0.0.1", *cluster):
+        with redis.Redis(port=port) as admin:
+            admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            admin.config_set("cluster-preferred-endpoint-type", endpoint_type)
+            eventually(lambda: b"cluster_state:ok" in admin.execute_command("CLUSTER", "INFO"))
+            admin.config_set("requirepass", "geheim")
+        store = await connect(Redis(url=f"redis+cluster://:geheim@127.0.0.1:{port}"))
+        assert await store.execute("SET", "x", 1) == b"OK"
+        await store.close()
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [

@@ -14,7 +14,7 @@ from meshproxy.errors import GatewayError, Source
 from meshproxy.ledger import link as link_module
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.embedded import Embedded
-from meshproxy.ledger.link import BACKOFF_MAX_S, BACKOFF_MIN_S, RedisConnection, backoff_s, taken_from
+from meshproxy.ledger.link import BACKOFF_MAX_S, BACKOFF_MIN_S, RedisConnection, backoff_s
 from meshproxy.ledger.store import Script
 from tests.ledger.conftest import until
 
@@ -354,7 +354,7 @@ async def test_redis_py_hands_its_socket_over(server):
     opened = UnixDomainSocketConnection(path=server.url.removeprefix("unix://"))
     await opened.connect()
     link = RedisConnection(timeout_s=5)
-    link.take_over(taken_from(opened))
+    link.take_over(opened)
     assert not opened.is_connected
     del opened
     gc.collect()
