@@ -1,4 +1,8 @@
-"""Admit: one round trip that takes a request's place in the buckets and holds its credit, or says why not."""
+"""Admit: take a request's place in the rate-limit buckets and hold its credit, in one round trip, or return a `Denial`.
+
+A request that is admitted has a `Lease`: the hold and the output tokens that it covers. A stream's lease is renewed
+slice by slice in the background; a renewal is retried at most `MAX_RENEW_RETRIES` times.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -18,13 +22,16 @@ from meshproxy.openai.headers import ratelimit_headers
 from meshproxy.policy.principal import Limits, Principal
 from meshproxy.telemetry.tasks import Tasks
 
-# Of what an account has, for a hold that doesn't fit and may be smaller: the next requests find something too.
+# The share of the available credit that a hold takes where the full amount doesn't fit, so that later requests find
+# some.
 SHORT_SHARE_PERCENT = 50
 
 
 def first_slice(plan: Plan, credit: Credits) -> int:
-    """Tokens of output that the hold covers at first: a stream's slice, or all that may come where that can't be counted on the
-    way. Where credit isn't strict, what is expected is enough.
+    """Return the output tokens that the hold covers at first.
+
+    A stream begins with one slice. An output that can't be counted while it streams (`holds_whole`) is covered whole;
+    without strict credit, as far as it is expected.
     """
     if plan.holds_whole:
         return plan.output_bound if credit.strict else plan.output_tokens
@@ -32,15 +39,15 @@ def first_slice(plan: Plan, credit: Credits) -> int:
 
 
 def clamps(principal: Principal, credit: Credits) -> bool:
-    """Whether a request that the account can't pay in full is cut short instead of refused."""
+    """Return whether a request that the account can't pay in full is cut short instead of refused."""
     return credit.clamp if principal.key.clamp is None else principal.key.clamp
 
 
 def affordable(plan: Plan, admitted: Hold, *, clamp: bool) -> Plan:
-    """The plan within what was held, or where `clamp` is on what is there at all for a stream, which holds it bit by bit.
+    """Return the plan capped at what was held; with `clamp`, a stream's plan capped at the credit available.
 
-    An output that nothing bounds but the model gets a cap where the account has no more than twice what was held, so that a
-    `max_output_tokens` that is too low overdraws no account that is nearly empty.
+    An output that only the model bounds gets a cap where less than the held amount is still available. Otherwise a
+    configured `max_output_tokens` that is too low could overdraw an account that is nearly empty.
     """
     if not plan.holds_whole:
         return plan.clamped_to(admitted.amount_nusd + max(admitted.available_nusd, 0)) if clamp else plan
@@ -50,9 +57,9 @@ def affordable(plan: Plan, admitted: Hold, *, clamp: bool) -> Plan:
 
 
 def _least(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
-    """Tokens of output that have to be covered for the request to be admitted with a cap; None: all or nothing.
+    """Return the least output tokens to cover for the request to be admitted with a cap; None: all or nothing.
 
-    A client's own cap isn't lowered unasked, but for what it has above the model's `max_output_tokens`.
+    A client's own cap is lowered only by `clamp`, or to the model's `max_output_tokens` where it is above that.
     """
     if clamp:
         return plan.request.n
@@ -73,9 +80,10 @@ def ask_for(
     *,
     enforce_mid_stream: bool,
 ) -> HoldRequest:
-    """What the ledger is asked: to hold the prompt and the `covered` first tokens of output. Tokens are reserved by estimate: the
-    prompt and all the output that may come, or where token buckets are enforced in the stream (`enforce_mid_stream`) what is
-    covered.
+    """Build the hold request: the cost of the prompt and of the first `covered` tokens of output.
+
+    Tokens are reserved by estimate: the prompt and all output that may come. Where token buckets are enforced
+    mid-stream (`enforce_mid_stream`), only the `covered` output is reserved.
     """
     key = principal.key
     clamp = clamps(principal, credit)
@@ -100,7 +108,7 @@ def ask_for(
 
 
 def limits_of(principal: Principal, defaults: Defaults) -> Limits:
-    """The key's own limits, and the configuration's where it has none."""
+    """Return the key's own limits, with the configuration's defaults where it has none."""
     own = principal.key.limits
     requests, tokens = own.requests_per_minute, own.tokens_per_minute
     return Limits(
@@ -113,7 +121,7 @@ def limits_of(principal: Principal, defaults: Defaults) -> Limits:
 
 
 def limit_headers(buckets: tuple[BucketState, ...]) -> Headers:
-    """x-ratelimit-* of the tightest bucket of each kind, requests before tokens."""
+    """Return `x-ratelimit-*` for the tightest bucket of each kind, requests before tokens."""
     tightest: dict[Kind, BucketState] = {}
     for bucket in buckets:
         other = tightest.get(bucket.kind)
@@ -126,12 +134,12 @@ def limit_headers(buckets: tuple[BucketState, ...]) -> Headers:
 
 
 RENEW_RETRY_S = 0.25
-MAX_RENEW_RETRIES = 40  # ten seconds: then a stream without credit and without a ledger ends
+MAX_RENEW_RETRIES = 40  # ten seconds; after that a stream that has neither credit nor a ledger ends
 
 
 class Credit:
-    """Where holds come from and what they are renewed by. `local` is None where Redis's absence denies; `enforce_tokens`:
-    token buckets end streams too.
+    """Where holds are taken and renewed. `local` is None where a lost Redis denies (`redis.on_failure`).
+    `enforce_tokens`: an empty token bucket ends a stream too.
     """
 
     __slots__ = ("enforce_tokens", "ledger", "local", "tasks")
@@ -144,11 +152,11 @@ class Credit:
 
 
 class Lease:
-    """One hold and the output tokens it covers, of the `plan` that it was admitted with.
+    """One hold, the output tokens it covers, and the plan that was admitted with it.
 
-    `is_local`: admitted without Redis. `unheld`: the settlement can't count on a hold, because it was local or because the
-    ledger has lost it (data, or this worker was stuck past every deadline) and admitted none anew. `watermark`: the tokens of
-    output past which `spent` has to be asked.
+    `is_local`: admitted without Redis. `unheld`: the settlement can't rely on a hold, because it was local, or because
+    the ledger has lost it (lost data, or this worker was stuck past the deadline) and denied a new one. `watermark`:
+    the output tokens above which the relay has to call `spent`.
     """
 
     __slots__ = (
@@ -185,12 +193,12 @@ class Lease:
         self.watermark = self._renew_at()
 
     def watch(self, on_change: Callable[[Denial | ErrorResponse | None], None]) -> None:
-        """Call this with None when a renewal came back, or with what refused it."""
+        """Set the callback of renewals: it is given None when one succeeds, or what refused it."""
         self._on_change = on_change
 
     @property
     def bound(self) -> int:
-        """The most output tokens that the client gets on this hold, and is charged if it gets no other: a slice past it."""
+        """The most output tokens that the client gets, and pays for, before a renewal: one slice more than is covered."""
         return self.covered + self._slice
 
     @property
@@ -199,7 +207,7 @@ class Lease:
         return self._used > self.covered < self._cap
 
     def spent(self, tokens: int) -> bool:
-        """Note how many tokens of output were seen so far; whether the hold is used up."""
+        """Record the output tokens seen so far and renew in time. Return whether they exceed what the hold covers."""
         self._used = tokens
         if tokens > self.watermark and not self._renewing and self.covered < self._cap:
             self._renewing = True
@@ -208,34 +216,34 @@ class Lease:
         return tokens > self.covered < self._cap
 
     def _renew_at(self) -> int:
-        """Half a slice before the end of what is covered; never, where that is all there can be."""
+        """Return the output tokens at which to renew: half a slice before the covered end, or never if all is covered."""
         return self.covered - self._slice // 2 if self.covered < self._cap else self._cap
 
     async def keep(self) -> None:
-        """Put the deadline off, so that the hold outlives a slow request."""
+        """Extend the hold's deadline, so that it outlives a slow request."""
         if not self.is_local:
             denied = await self._renew(self.hold.amount_nusd, self.covered)
             if denied is not None:
                 self._on_change(denied)
 
     def end(self) -> None:
-        """The request is over: ask for nothing more."""
+        """End the lease: the request is over, so renew nothing more."""
         self._over = True
         self._on_change = _ignore
 
     async def _extend(self) -> None:
-        """Ask for another slice. However it goes, the stream hears of it: it may be waiting."""
+        """Hold another slice and notify the stream of the result, even after an exception: it may be waiting."""
         problem: Denial | ErrorResponse | None = ledger_unavailable()
         try:
             problem = await self._ask_for_slice()
         finally:
             self._renewing = False
             if problem is None and not self._over:
-                self.spent(self._used)  # more may have come meanwhile than was asked for
+                self.spent(self._used)  # more output may have come in the meantime than the new slice covers
             self._on_change(problem)
 
     async def _ask_for_slice(self) -> Denial | ErrorResponse | None:
-        """Ask until there is an answer."""
+        """Renew until the ledger answers, at most `MAX_RENEW_RETRIES` times. Return None on success, else the refusal."""
         problem: Denial | ErrorResponse | None
         for _ in range(MAX_RENEW_RETRIES):
             covered = min(self._used + self._slice, self._cap)
@@ -253,14 +261,16 @@ class Lease:
         return problem
 
     def _extend_locally(self, covered: int) -> ErrorResponse | None:
-        """Take another slice from what this worker may admit by itself, if it may."""
+        """Take the cost of another slice from this worker's local allowance; return an error response if too little is
+        left.
+        """
         more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
         if self._credit.local is None or not self._credit.local.take(self.hold.ask, more_nusd):
             return ledger_unavailable()
         return None
 
     async def _renew(self, amount_nusd: int, covered: int) -> Denial | None:
-        """Renew the hold, or admit another where the ledger has none any more. None: it is held."""
+        """Renew the hold, or admit a new one where the ledger has lost it. Return None on success."""
         tokens = self.plan.prompt_tokens + covered
         answer = await self._credit.ledger.renew(
             self.hold,
@@ -281,8 +291,10 @@ class Lease:
 
 
 def _anew(ask: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
-    """What the ledger is asked in place of a hold that it has lost: credit and budgets have to pay for all of it, and its limits
-    are those of a request that was admitted already.
+    """Build the request for a hold in place of a lost one.
+
+    Credit and budgets must cover the full amount. Rate limits are left out: the request has already counted against
+    them.
     """
     return replace(
         ask,
@@ -295,11 +307,11 @@ def _anew(ask: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
 
 
 def _ignore(_refusal: Denial | ErrorResponse | None) -> None:
-    """Nobody watches."""
+    """Do nothing: the callback of a lease that no stream watches."""
 
 
 class Admitter:
-    """Admits the requests of one worker. `local` is None where Redis's absence denies."""
+    """Admits the requests of one worker. `local` is None where a lost Redis denies."""
 
     def __init__(self, ledger: Ledger, local: LocalAdmission | None, settler: Settler, tasks: Tasks) -> None:
         self._ledger = ledger
@@ -308,7 +320,9 @@ class Admitter:
         self._credit = {enforce: Credit(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)}
 
     async def admit(self, exchange: Exchange, plan: Plan, principal: Principal, active: ActiveConfig) -> Lease | Denial:
-        """A lease on what the plan may cost, or why there is none. Unavailable where the ledger is lost and has no substitute."""
+        """Return a lease on what the plan may cost, or the denial. Raises Unavailable if neither Redis nor `local` can
+        admit.
+        """
         settings = active.settings
         credit = settings.credits
         enforce = settings.limits.enforce_mid_stream and plan.request.stream
@@ -321,7 +335,7 @@ class Admitter:
             if self._local is None or not self._local.has_room(ask):
                 raise
             answer, is_local = self._local.admit(ask), True
-        except BaseException as error:  # nobody waits for the answer any more
+        except BaseException as error:  # the ledger may still admit: release that hold
             is_hang_up = isinstance(error, asyncio.CancelledError)
             self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
             raise

@@ -1,5 +1,9 @@
-"""The wait between a provider's head and its first event: as long as the client's head is held back, a stream that comes to
-nothing can still be asked for elsewhere, or be refused with an honest status.
+"""Attempts: send a request to one candidate after the other until one answers.
+
+While no head was sent to the client, a stream that fails before its first event can be retried elsewhere or refused
+with a true status: `first_event` waits for that event, for a bounded time. From `heartbeat_s` on, `Opening` sends the
+client a 200 head and pings; an error after that becomes an error event. Retries are bounded by the plan's candidates, a
+retry budget and the deadline.
 """
 
 import asyncio
@@ -22,14 +26,14 @@ from meshproxy.policy.failover import after_event, after_status, foremost
 from meshproxy.policy.route_health import RetryBudget
 from meshproxy.upstream.response import Response
 
-LOOK_BYTES = 2048  # of one look for an event
-LONG_S = 3600.0  # longer than any idle_timeout_s that makes sense; then it is looked again
+LOOK_BYTES = 2048  # bytes scanned at a time while looking for the first event
+LONG_S = 3600.0  # longer than any sensible idle_timeout_s; then the wait starts again
 
 
 async def first_event(response: Response, hold_s: float, clock: Callable[[], float]) -> None:
-    """Return as soon as an event has arrived, or when none has for `hold_s`. Nothing of the body is taken.
+    """Return when an event has arrived, or after `hold_s` without one. No bytes of the body are consumed.
 
-    UpstreamError if the stream broke off, ended, or told of an error before any event.
+    Raises UpstreamError if the stream broke off, ended or reported an error before any event.
     """
     scanner = StreamScanner(hide_usage=False)
     until = clock() + hold_s
@@ -49,8 +53,10 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
 
 
 class Opening:
-    """A stream's client until a provider's answer begins. From `heartbeat_s` of silence on it gets its head and pings; what goes
-    wrong after that is told in an error event. `headers` gives those of the moment; `on_begin` is called with the early head.
+    """The client's side of a stream until a provider's answer begins.
+
+    After `heartbeat_s` of silence the client gets its head and pings; a later failure is sent as an error event.
+    `headers` returns the head's current headers; `on_begin` is called when the head is sent early.
     """
 
     __slots__ = ("_clock", "_downstream", "_headers", "_on_begin", "_written_at", "begun", "waits")
@@ -71,7 +77,7 @@ class Opening:
         self._written_at = clock()
 
     def look_after(self, now: float, heartbeat_s: float) -> None:
-        """Ping the client if it has heard nothing for too long."""
+        """Ping the client if nothing was sent to it for `heartbeat_s`; before the first ping, send the head."""
         if not self.waits or now - self._written_at < heartbeat_s or self._downstream.congested():
             return
         if not self.begun:
@@ -82,14 +88,14 @@ class Opening:
         self._written_at = now
 
     def end(self, problem: ErrorResponse, request_id: str) -> None:
-        """End a stream that has begun and to which no answer came."""
+        """End a stream whose head was sent but for which no answer came, with an error event."""
         self.waits = False
         self._downstream.write(error_event(problem, request_id))
         self._downstream.finish()
 
 
 def beginning(response: Response) -> bytes:
-    """The first bytes of a body, as far as they have come."""
+    """Return the first bytes of a body, as far as they have arrived, without consuming them."""
     found = b""
     for payload in response.early():
         found += payload[:FORM_BYTES]
@@ -99,13 +105,13 @@ def beginning(response: Response) -> bytes:
 
 
 async def first_bytes(response: Response) -> None:
-    """Return when enough of a body has come to tell its form, or when it is over. The connection's patience bounds the wait."""
+    """Return when enough of a body has arrived to recognise its form, or it is over. The idle timeout bounds the wait."""
     while response.goes_on and form_of(beginning(response)) is None:
         await response.hear(LONG_S)
 
 
 def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:
-    """Feed as much of a payload as it takes to see an event: the relay reads all of it again."""
+    """Feed the scanner only as much of a payload as it takes to see an event: the relay scans all of it again."""
     for at in range(0, len(payload), LOOK_BYTES):
         if scanner.events or scanner.done:
             return
@@ -113,7 +119,7 @@ def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:
 
 
 def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
-    """The stream is over, or as long as may wait: raise unless there is something in it for the client."""
+    """Raise if a stream that is over, or that may be held back no longer, has nothing for the client."""
     if response.ended and response.fault is None:
         scanner.finish()
     _raise_if_first(scanner)
@@ -126,20 +132,20 @@ def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
 
 
 def _raise_if_first(scanner: StreamScanner) -> None:
-    """Raise if the first event is an error. One that came with events before it is the client's to hear of, however fast."""
+    """Raise if the first event is an error. An error after other events is for the client, however fast it came."""
     if scanner.error is not None and scanner.events == 1:
         raise after_event(scanner.error, otherwise="The provider failed before it began.")
 
 
 Result = TypeVar("Result")
 
-PULSE_S = 1.0  # by which a ping may be late, with some to spare (Live)
+PULSE_S = 1.0  # by which a ping may be late (see `Live`), with a margin
 CHAT_PATH = "/chat/completions"
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
 
 
 class Attempts:
-    """How this worker makes the attempts of its requests. `clock` is monotonic seconds, `wall_clock` Unix time."""
+    """Makes the attempts of one worker's requests. `clock` is monotonic seconds, `wall_clock` Unix time in seconds."""
 
     def __init__(
         self, health: Health, recorder: Recorder, clock: Callable[[], float], wall_clock: Callable[[], float]
@@ -152,13 +158,14 @@ class Attempts:
         self._building = asyncio.Lock()
 
     async def first_answer(self, exchange: Exchange, plan: Plan, active: ActiveConfig) -> Response:
-        """The first response that is an answer: 200, and an event stream where one was asked for. Otherwise the GatewayError
-        of the attempt that matters most. `conclude` the exchange when the answer is over.
+        """Return the first response that is an answer: status 200, and an event stream where one was requested.
+
+        Raises the most relevant of the attempts' errors if none succeeds. Call `conclude` when the answer is over.
         """
         exchange.deadline = _deadline(exchange, plan, active)
         self._budget.deposit(self._clock())
         failures: list[UpstreamError] = []
-        refused_by: set[str] = set()  # models that aren't asked again, whoever serves them
+        refused_by: set[str] = set()  # models that refused: not retried at any upstream
         account = exchange.account
         for candidate in self._health.order(plan.attempts, plan.request.session_id, account):
             if candidate.model in refused_by:
@@ -192,7 +199,7 @@ class Attempts:
         raise foremost(failures) if failures else self._health.nobody(plan.attempts, account)
 
     def conclude(self, exchange: Exchange) -> None:
-        """An exchange is over: what it says of the upstream that served it, if one did."""
+        """Report to the upstream's health how the exchange ended, if an upstream served it."""
         attempt = exchange.attempt
         if attempt is None:
             return
@@ -212,12 +219,12 @@ class Attempts:
             attempt.abandoned()
 
     def _raise_if_late(self, exchange: Exchange, failures: list[UpstreamError]) -> None:
-        """No attempt begins after the client's deadline."""
+        """Raise 504 if the client's deadline has passed: no attempt begins after it."""
         if self._clock() >= exchange.deadline:
             raise too_late(may_have_run=any(failure.problem.may_have_run for failure in failures))
 
     def _note(self, exchange: Exchange, candidate: Candidate, fault: UpstreamError) -> None:
-        """Count and log an attempt that failed. From here on nothing of it names a secret."""
+        """Remove secrets from the error of a failed attempt, then count and log it."""
         fault.problem = without_secrets(fault.problem, exchange.secrets)
         fault.words = concealed(fault.words, exchange.secrets)
         self._recorder.attempted(candidate.upstream, _label(fault))
@@ -235,7 +242,7 @@ class Attempts:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
         left_s = exchange.deadline - exchange.sent_at
         if exchange.detachable and not plan.request.stream:
-            left_s = math.inf  # the client is told in time, and the answer is still read: see Detacher
+            left_s = math.inf  # the client gets its 504 in time, and the answer is still read: see `Detacher`
         asked = provider.post(CHAT_PATH, exchange.call.forward, body, exchange.sent)
         response = await (asked if left_s > _patience_s(candidate, active) else within(left_s, asked))
         exchange.response = response
@@ -253,12 +260,14 @@ class Attempts:
         return response
 
     async def _built(self, plan: Plan, candidate: Candidate) -> bytes:
-        """Build a body in a thread, one at a time: others' streams go on, and few intermediate copies are there together."""
+        """Build a large body in a thread, so that streams go on; one at a time, to bound the memory of intermediate
+        copies.
+        """
         async with self._building:
             return await asyncio.to_thread(plan.body_for, candidate)
 
     async def _refusal(self, response: Response) -> UpstreamError:
-        """What the client hears of an answer that is none, and whether another may be asked."""
+        """Translate a non-200 response into the client's error, which says whether another candidate may be tried."""
         verdict = after_status(
             response.status,
             await response.read(),
@@ -270,8 +279,9 @@ class Attempts:
         return verdict.fault(response.status)
 
     async def _stream_of(self, response: Response, hold_s: float) -> Response:
-        """The response as an event stream, of which the first event has come or was waited for long enough. What it is its first
-        bytes say: labels are wrong more often (docs/providers.md).
+        """Return the response as an event stream whose first event has arrived, or was waited for long enough.
+
+        The first bytes decide what the body is, since content types are wrong more often (docs/providers.md).
         """
         is_labelled = _is_labelled(response)
         if not is_labelled:
@@ -291,20 +301,24 @@ class Attempts:
         return response
 
     def _hold_s(self, exchange: Exchange, active: ActiveConfig) -> float:
-        """How long the client's head may wait for the first event: not past its first ping, nor its patience."""
+        """Return the seconds that the client's head may be held back for the first event: not past its first ping or
+        deadline.
+        """
         server = active.settings.server
         return min(server.first_event_hold_s, server.heartbeat_s, exchange.deadline - self._clock())
 
 
 def outlives(plan: Plan, active: ActiveConfig) -> bool:
-    """Whether hanging up may leave the provider at work, and its bill growing."""
+    """Return whether an upstream of this plan is drained: after a hang-up it may go on working, and billing."""
     draining = active.draining
     return bool(draining) and any(candidate.upstream in draining for candidate in plan.attempts)
 
 
 def _deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> float:
-    """When an answer must have begun: by the request's own deadline, and while its client waits. A client's patience is with
-    silence (httpx's read timeout), and a stream that gets pings in time isn't silent.
+    """Return when an answer must have begun, in monotonic seconds: the request's own deadline, or the client's if
+    earlier.
+
+    The client's timeout is one of silence (httpx's read timeout), so it doesn't bound a stream that gets pings in time.
     """
     call = exchange.call
     gets_pings = plan.request.stream and active.settings.server.heartbeat_s + PULSE_S < call.deadline - call.received_at
@@ -312,14 +326,15 @@ def _deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> float:
 
 
 def _patience_s(candidate: Candidate, active: ActiveConfig) -> float:
-    """After so long an attempt has failed by itself if no answer began."""
+    """Return the seconds after which an attempt fails by itself if no answer began."""
     settings = active.settings.upstreams[candidate.upstream]
     return settings.connect_timeout_s + settings.first_byte_timeout_s
 
 
 async def within(left_s: float, answering: Coroutine[None, None, Result]) -> Result:
-    """Wait for an answer, or its body, as long as the client gives it time. That it takes longer isn't the provider's fault: a
-    client that gives no time to anyone must not open a breaker. GatewayError of the client, 504, when the time is over.
+    """Wait for an answer, or for its body, at most `left_s` seconds. Raises the client's GatewayError 504 after that.
+
+    The client is its source, so that a short deadline of a client opens no breaker.
     """
     try:
         async with asyncio.timeout(left_s):
@@ -329,13 +344,13 @@ async def within(left_s: float, answering: Coroutine[None, None, Result]) -> Res
 
 
 def too_late(*, may_have_run: bool) -> GatewayError:
-    """504: the client's time is over, which is no provider's fault."""
+    """Return the 504 for a client's deadline that has passed; the source is the client, not the provider."""
     message = "The time that the client gives an answer is over."
     return GatewayError(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
 
 
 def _may_go_on(fault: UpstreamError, *, streamed: bool) -> bool:
-    """Whether another provider may be asked."""
+    """Return whether another candidate may be tried after this error."""
     return fault.safe_to_repeat or (streamed and fault.answered is None)
 
 
@@ -344,7 +359,7 @@ def _is_labelled(response: Response) -> bool:
 
 
 async def _converted(response: Response) -> Response:
-    """A whole answer in the place of a stream, as the stream that it would have been."""
+    """Convert a whole answer into the event stream that was requested."""
     body = await response.read()
     reply = decode_reply(body)
     if reply.error:
@@ -353,7 +368,7 @@ async def _converted(response: Response) -> Response:
 
 
 def _label(fault: UpstreamError) -> str:
-    """How an attempt that failed is counted."""
+    """Return the code under which a failed attempt is counted."""
     if fault.answered is not None:
         return str(fault.answered) if fault.answered != 200 else "protocol_error"
     if fault.problem.status == 504:

@@ -1,4 +1,4 @@
-"""Authenticate: who is calling, by the secret they carry and the address they come from."""
+"""Authenticate: find the caller by the secret in the request and check the address it comes from."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,10 @@ UNKNOWN_KEY = unauthorized("This key is not known.")
 
 
 class Authenticator:
-    """Turns an Authorization header into a Principal, or into a GatewayError of 401, 403 or, for who has failed too often, 429.
-    `wall_clock` and `clock` are Unix and monotonic seconds. A reload puts another `access` here.
+    """Turns an `Authorization` header into a `Principal`.
+
+    It raises a GatewayError: 401 or 403, or 429 for an address with too many failed logins. `wall_clock` is Unix time
+    and `clock` monotonic time, in seconds. A reload replaces `access`.
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class Authenticator:
         self._clock = clock
 
     async def principal(self, authorization: str | None, client: str | None) -> Principal:
-        """The caller, who is active and whose key hasn't expired. `client`: their address; None on a unix socket."""
+        """Return the caller, active and with a key that hasn't expired. `client`: its address; None on a unix socket."""
         access = self.access
         if not access.is_open:
             self._let_in(client, access)

@@ -1,5 +1,6 @@
-"""What one generation of the configuration means to the pipeline. A reload builds another and swaps it in whole; requests
-in flight keep the one they began with.
+"""The pipeline's types: `ActiveConfig`, and for one request `Call`, `Exchange`, `Downstream` and `Reply`.
+
+A reload builds another `ActiveConfig` and swaps it in whole; a request in flight keeps the one it began with.
 """
 
 import math
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 
 
 class ActiveConfig(Struct, frozen=True):
-    """Settings, the catalogue of models built from them, and a connection pool for each upstream. `draining` are the
-    upstreams that are read to the end when a client hangs up.
+    """The configuration in force: settings, the model catalogue built from them, and a connection pool for each
+    upstream.
+
+    `draining`: the upstreams whose answers are read to the end when a client hangs up.
     """
 
     generation: int
@@ -51,10 +54,12 @@ Headers = list[tuple[str, str]]
 
 
 class Call(Struct, frozen=True):
-    """One request. `read_body` is given what makes room for the body (`Room.take`), and raises a GatewayError for one that is
-    too large or never arrives; `received_at` is monotonic, in seconds; `forward` are the client's headers that may go to a
-    provider; `trace_id` is W3C's, 32 hex digits; `client` is the client's address; `sees_usage`: the client
-    reads a stream's usage though it can't ask for it.
+    """One request as the server received it.
+
+    `read_body` takes a function that reserves memory (`Room.take`), and raises a GatewayError for a body that is too
+    large or never arrives. `received_at` and `deadline` are monotonic seconds. `forward`: the client's headers that may
+    go to a provider. `trace_id`: W3C Trace Context's, 32 hex digits. `client`: the client's address. `sees_usage`: the
+    client reads a stream's usage though it can't request it.
     """
 
     request_id: str
@@ -71,7 +76,7 @@ class Call(Struct, frozen=True):
 
 
 class Reply(Struct, frozen=True):
-    """A whole answer."""
+    """A whole answer to the client."""
 
     status: int
     headers: Headers
@@ -79,7 +84,9 @@ class Reply(Struct, frozen=True):
 
 
 class Downstream(Protocol):
-    """The client's side of a stream. Nothing here blocks or raises for a client that has gone: its handler is cancelled."""
+    """The client's side of a stream. No method blocks on or raises for a client that has gone: its handler is
+    cancelled.
+    """
 
     def begin(self, headers: Headers) -> None:
         """Send the head of a 200 event stream."""
@@ -91,14 +98,14 @@ class Downstream(Protocol):
         """End the body."""
 
     def congested(self) -> bool:
-        """Whether more waits for this client than should."""
+        """Return whether more bytes wait for this client than should."""
 
     async def drained(self) -> None:
         """Return when the client has caught up."""
 
 
 class Passing:
-    """A `Downstream` that passes everything on to another: for who wants to have a hand in some of it."""
+    """A `Downstream` that passes everything on to another: a base for classes that change a part of it."""
 
     __slots__ = ("_downstream",)
 
@@ -114,16 +121,16 @@ class Passing:
         self._downstream.finish()
 
     def congested(self) -> bool:
-        """As the client's side is."""
+        """Return whether the client's side is congested."""
         return self._downstream.congested()
 
     async def drained(self) -> None:
-        """As the client's side is."""
+        """Return when the client's side has caught up."""
         await self._downstream.drained()
 
 
 def refusal(problem: ErrorResponse, request_id: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
-    """The reply that tells a problem in the one envelope."""
+    """Build the reply that carries an error response in the envelope."""
     return Reply(
         problem.status,
         [("x-request-id", request_id), *problem_headers(problem), *headers],
@@ -132,7 +139,7 @@ def refusal(problem: ErrorResponse, request_id: str, headers: Sequence[tuple[str
 
 
 def refused(denied: Denial) -> ErrorResponse:
-    """What the client is told of a denial."""
+    """Return the error response for a denial."""
     if denied.reason == "rate_limit":
         wait = denied.retry_after_s
         if wait is None:
@@ -154,15 +161,21 @@ def refused(denied: Denial) -> ErrorResponse:
 
 
 class Exchange:
-    """One request. Times are monotonic seconds, 0.0 while they haven't come. `detachable`: it can go on without its client;
-    `detached`: its client has gone, and it goes on; `complete`: the whole answer was got; `secrets`: what the upstream at
-    work knows of ours; `response`: the last provider's, whose head has come; `refused_by`: the bucket, budget or bound that
-    refused it; `failure`: what broke off an answer that had begun; `is_at_work`: a provider was sent all of the
-    request and hasn't failed; `opening`: a stream's client before an answer;
-    `deadline`: when an answer must have begun; `refused`: the numbers of its report that can't be true; `price`: what
-    counted in the cost; `asked`: the attempt as it was made, where
-    `candidate` is by now the fallback of the provider's own that served;
-    `unlisted_model`: what the provider says it served, which is none of those that it was asked for.
+    """One request's state on its way through the pipeline. Times are monotonic seconds; 0.0 means not yet.
+
+    - `asked`: the candidate as it was attempted; `candidate` becomes the provider's own fallback that served.
+    - `complete`: the whole answer was received.
+    - `deadline`: when an answer must have begun.
+    - `detachable`, `detached`: it can go on without its client; its client has gone and it goes on.
+    - `failure`: what broke off an answer that had begun.
+    - `is_at_work`: all of the request was sent to a provider, which hasn't failed.
+    - `opening`: a stream's client side before an answer.
+    - `price`: the price that decided the cost.
+    - `refused`: the numbers of the provider's report that can't be true.
+    - `refused_by`: the bucket, budget or bound that refused the request.
+    - `response`: the last provider's response whose head has arrived.
+    - `secrets`: our secrets that the current upstream knows.
+    - `unlisted_model`: the model that the provider names as served, if it is none of those requested.
     """
 
     phase = "authenticate"
@@ -206,19 +219,19 @@ class Exchange:
         self.hold_id = hold_id
 
     def keep_within(self, timeout_s: float) -> None:
-        """Give the request a deadline of its own, so many seconds after it came."""
+        """Give the request its own deadline: `timeout_s` seconds after it was received."""
         self.deadline = min(self.deadline, self.call.received_at + timeout_s)
 
     def told(self, problem: ErrorResponse) -> ErrorResponse:
-        """Return a problem as the client may hear of it: without our keys, should the provider's words repeat one."""
+        """Return an error response without our secrets, in case the provider's message repeats one."""
         return without_secrets(problem, self.secrets)
 
     def sent(self) -> None:
-        """Note that a provider was sent all of the request, and so may bill its prompt."""
+        """Record that all of the request was sent to a provider, which may therefore bill its prompt."""
         self.is_at_work = True
 
     def failed(self, fault: UpstreamError) -> None:
-        """Note what broke off an answer that had begun."""
+        """Record the error that broke off an answer that had begun."""
         self.is_at_work = False
         fault.problem = self.told(fault.problem)
         fault.words = concealed(fault.words, self.secrets)
@@ -226,12 +239,12 @@ class Exchange:
 
     @property
     def account(self) -> str:
-        """The account's name; empty before it is known."""
+        """The account's name; empty before authentication."""
         return self.principal.account.name if self.principal is not None else ""
 
     @property
     def model(self) -> str:
-        """The catalogue id of the model that serves, or was asked for; empty before it is known."""
+        """The catalogue id of the model that serves, or else was requested; empty before it is known."""
         if self.candidate is not None:
             return self.candidate.model
         return self.plan.model if self.plan is not None else ""
