@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-NODE := tests/compat/clients/node
+CLIENTS := tests/compat/clients
+NODE := $(CLIENTS)/node
 NODE_STAMP := $(NODE)/node_modules/.package-lock.json
 
 .PHONY: dev test compat check docs clean
@@ -13,9 +14,13 @@ dev: $(STAMP)
 test: $(STAMP) $(NODE_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The clients that applications use, against a gateway of their own. `test` has those that install in seconds; this has all.
+# The clients that applications use, against a gateway of their own. `test` has those that install in seconds; this has all,
+# where the compilers of Go, Java (Maven) and Rust are.
 compat: $(STAMP) $(NODE_STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,compat]'
+	@if command -v go >/dev/null; then cd $(CLIENTS)/go && go build -o driver .; else echo "no go"; fi
+	@if command -v mvn >/dev/null; then cd $(CLIENTS)/java && mvn -q -B package; else echo "no mvn"; fi
+	@if command -v cargo >/dev/null; then cd $(CLIENTS)/rust && cargo build --locked --quiet; else echo "no cargo"; fi
 	MESHPROXY_COMPAT=1 $(BIN)/python -m pytest tests/compat -rs
 
 check: $(STAMP)
@@ -59,4 +64,4 @@ $(NODE_STAMP): $(NODE)/package.json $(NODE)/package-lock.json
 	else echo "npm is not installed: the tests of Node clients will be skipped"; fi
 
 clean:
-	rm -rf .venv $(NODE)/node_modules build dist *.egg-info
+	rm -rf .venv $(NODE)/node_modules $(CLIENTS)/go/driver $(CLIENTS)/java/target $(CLIENTS)/rust/target build dist *.egg-info

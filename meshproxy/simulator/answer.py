@@ -77,7 +77,7 @@ _SENTENCE_TOKENS = _cut(
     "If you close the connection now, I will notice and stop.",
     "A good answer is short; a good test is long.",
     "Numbers are honest when two people count them.",
-    "CompletionRequest me twice with the same seed and I will repeat myself.",
+    "Ask me twice with the same seed and I will repeat myself.",
     "Every stream ends; the careful ones say so.",
     "What is held must be settled, said the clerk, and closed the book.",
     "Between the mountains a road winds down to a town of nine bridges.",

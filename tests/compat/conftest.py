@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ MODELS = {
     "falls-over": [("refused", "gpt-4o"), ("simulated", "gpt-4o")],
     "gone": [("refused", "gpt-4o")],
     "late": [("impatient", "sim/stall-head")],
+    "paced": [("simulated", "sim/tokens-8?tps=40")],
     # A breaker for each client:
     **{f"late-{number}": [("impatient", f"sim/stall-head?tag={number}")] for number in range(20)},
     **{f"dies-{number}": [("simulated", f"sim/die-mid-stream?tag={number}")] for number in range(20)},
@@ -139,14 +141,21 @@ class Caller:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def page_port() -> int:
+    """A free port, where a page of an origin that the gateway knows may be served."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, page_port: int) -> Iterator[Site]:
     """The store, the provider and the gateway; the gateway must end with exit code 0."""
     background, embedded = Background(), Embedded()
     background.run(embedded.start())
     simulator = background.run(start(settings=SimulatorSettings(tokens_per_second=1e6, first_token_s=0)))
     store = background.run(connect(Redis(url=embedded.url)))
     folder = tmp_path_factory.mktemp("compat")
-    (folder / "meshproxy.toml").write_text(configuration(embedded.url, simulator.base_url))
+    (folder / "meshproxy.toml").write_text(configuration(embedded.url, simulator.base_url, page_port))
     log = folder / "gateway.log"
     with log.open("wb") as stderr:
         gateway = subprocess.Popen(
@@ -181,7 +190,7 @@ def patiently() -> Callable[[Callable[[], bool]], None]:
     return until
 
 
-def configuration(redis_url: str, provider_url: str) -> str:
+def configuration(redis_url: str, provider_url: str, page_port: int) -> str:
     """The gateway's TOML: a provider that is well, one that is given no time, and one that isn't there."""
     models = "".join(f'[models."{name}"]\nupstreams = [{_routes(routes)}]\n{PRICES}' for name, routes in MODELS.items())
     return f"""
@@ -191,6 +200,7 @@ admin_listen = "127.0.0.1:0"
 workers = 1
 max_body_bytes = 1048576
 drain_s = 1
+cors_origins = ["http://localhost:{page_port}"]
 [redis]
 url = "{redis_url}"
 [upstreams.simulated]

@@ -5,6 +5,7 @@ that take long to build run under `make compat` alone; a client that isn't insta
 docs/clients.md is this table in words, with what is particular about each.
 """
 
+import importlib.util
 import json
 import os
 import select
@@ -32,14 +33,16 @@ TWENTY = "Answer in 20 tokens, please."
 class Client:
     """A client, and what it is known to do differently.
 
-    `needs`: what must be there to run it. `heavy`: under `make compat` alone. `obeys`: it doesn't repeat a request whose answer
-    says `x-should-retry: false`. `code`, `event_code`: its errors, and those of an event in a stream, have the gateway's code.
+    `needs`, `module`: the path in its folder, and the Python package, without which it can't run. `heavy`: under `make compat`
+    alone. `obeys`: it doesn't repeat a request whose answer says `x-should-retry: false`. `code`, `event_code`: its errors, and
+    those of an event in a stream, have the gateway's code.
     """
 
     name: str
     folder: str
     command: tuple[str, ...]
-    needs: tuple[Path, ...] = ()
+    needs: str = ""
+    module: str = ""
     heavy: bool = False
     obeys: bool = True
     code: bool = True
@@ -47,12 +50,15 @@ class Client:
 
 
 def node(name: str, **known: Any) -> Client:
-    package = FOLDER / "node" / "node_modules" / name
-    return Client(name, "node", ("node", "driver.mjs", name), (package,), **known)
+    return Client(name, "node", ("node", "driver.mjs", name), needs=f"node_modules/{name}", **known)
 
 
 def python(name: str, module: str, **known: Any) -> Client:
-    return Client(name, "python", (sys.executable, "-W", "ignore", "driver.py", name), (Path(module),), **known)
+    return Client(name, "python", (sys.executable, "-W", "ignore", "driver.py", name), module=module, **known)
+
+
+def built(name: str, folder: str, *command: str, needs: str, **known: Any) -> Client:
+    return Client(name, folder, command, needs=needs, heavy=True, **known)
 
 
 CLIENTS = [
@@ -65,6 +71,9 @@ CLIENTS = [
     node("openai-v6"),
     node("openai-v7"),
     node("ai", obeys=False),
+    built("openai-go", "go", "./driver", needs="driver"),
+    built("openai-java", "java", "java", "-cp", "target/classes:target/lib/*", "Driver", needs="target/lib"),
+    built("async-openai", "rust", "target/debug/driver", needs="target/debug/driver", obeys=False),
 ]
 
 
@@ -109,12 +118,13 @@ def missing(client: Client) -> str | None:
     if client.heavy and "MESHPROXY_COMPAT" not in os.environ:
         return "is run by `make compat` alone"
     program = client.command[0]
-    if shutil.which(program, path=f"{FOLDER / client.folder}:{os.environ['PATH']}") is None:
+    if "/" not in program and shutil.which(program) is None:
         return f"needs {program}"
-    if client.folder == "python":
-        found = subprocess.run([program, "-c", f"import {client.needs[0]}"], capture_output=True, check=False)
-        return None if found.returncode == 0 else f"needs the package {client.needs[0]}"
-    return next((f"needs {need}: `make compat` installs it" for need in client.needs if not need.exists()), None)
+    if client.module and importlib.util.find_spec(client.module) is None:
+        return f"needs the package {client.module}"
+    if client.needs and not (FOLDER / client.folder / client.needs).exists():
+        return f"needs clients/{client.folder}/{client.needs}, which `make compat` makes where its compiler is"
+    return None
 
 
 @pytest.fixture(scope="module", params=CLIENTS, ids=lambda client: client.name)
