@@ -1,18 +1,19 @@
--- Admits a request: holds credit and debits buckets, or says why not. Everything is read and decided before anything is
--- written; a denial writes nothing but what release_expired and refill do. Credit comes first, then budgets, then what runs in
--- parallel and buckets. A hold id that is held already is answered as admitted again and holds nothing more.
+-- Admits a request: holds credit and debits the buckets, or denies it with a reason. The script reads everything and decides
+-- before it writes. A denial writes nothing except what release_expired and refill write. Credit is checked first, then budgets,
+-- then buckets and parallel requests, of which the longest wait is reported. A hold id that is held already is answered as
+-- admitted, and nothing more is held.
 --
 -- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend, 9 key's bucket,
---        10 key's spend, 11 key's running, 12 session's spend (only where the session has budgets)
+--        10 key's spend, 11 key's running, 12 session's spend (only for a request with a session)
 -- ARGV   1 hold id, 2 time to live (ms), 3 amount, 4 least amount (nano-USD), 5 strict (1 or 0), 6 tokens, 7 key id,
---        8 session or '', 9-13 key's requests a minute, burst, tokens a minute, requests a day, requests in parallel,
+--        8 session or '', 9-13 key's requests per minute, burst, tokens per minute, requests per day, parallel requests,
 --        14-18 account's, 19-21 key's budgets: total, day, month (nano-USD), 22-24 session's, 25-27 account's; -1: no limit;
 --        28 share of the room (percent) that is held where the amount doesn't fit
 -- reply  1 outcome (0 admitted, 1 insufficient credits, 2 spend limit, 3 rate limit), 2 amount held, 3 available
---        (nano-USD), 4 which budget (1-9: key's, session's, account's) or limit (1-6: buckets as below, 7 key's and 8 account's
---        requests in parallel), 5 retry after (ms; -1: never), 6 budget, 7 spent or held of it, 8 needed (nano-USD),
---        9-20 remaining and ms until full of the key's requests and tokens, the account's requests and tokens, the key's and
---        the account's requests a day (-1: no limit)
+--        (nano-USD), 4 which budget (1-9: key's, session's, account's) or limit (1-6: buckets in the order of 9-20, 7 key's and
+--        8 account's parallel requests), 5 retry after (ms; -1: never), 6 budget, 7 spent or held of it, 8 needed (nano-USD),
+--        9-20 remaining count and ms until full of six buckets: key's requests, key's tokens, account's requests, account's
+--        tokens (per minute), key's requests, account's requests (per day); -1: no limit
 
 -- include: clock
 -- include: calendar
@@ -27,7 +28,7 @@ local id, amount, least, tokens = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]),
 local available, credit, short
 local rooms = {}
 
--- Reads credit and budgets; `short` is the first of them that has too little room.
+-- Reads credit and budgets. Sets `short` to the first scope (1 key, 2 session, 3 account) with too little room.
 local function read_money()
   local held, settled
   available, credit, held, settled = credit_room(amount, ARGV[5] == '1')

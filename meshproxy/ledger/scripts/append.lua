@@ -1,7 +1,7 @@
--- Adds parts of the answer to a request with an Idempotency-Key. They never lie there without an end of life.
+-- Appends parts of the answer to a request with an Idempotency-Key. Every write also sets the time to live.
 --
--- KEYS   1 parts of the answer, 2 sizes of the account's answers
--- ARGV   1 time to live (ms), 2 owner, 3... parts
+-- KEYS   1 parts of the answer (list), 2 sizes of the account's answers (hash)
+-- ARGV   1 time to live (ms), 2 owner (hold id), 3... parts
 -- reply  how many parts there are now
 
 -- include: keep

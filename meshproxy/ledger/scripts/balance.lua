@@ -1,12 +1,12 @@
--- An account's credit and spend, and one key's spend and buckets, after expired holds are released.
+-- Reads an account's credit and spend, and one key's spend and buckets. Releases expired holds first.
 --
 -- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend; with a key:
 --        9 key's bucket, 10 key's spend, 11 key's running
--- ARGV   1-5 account's requests a minute, burst, tokens a minute, requests a day, requests in parallel; 6-10 key's (-1: no limit)
+-- ARGV   1-5 account's requests per minute, burst, tokens per minute, requests per day, parallel requests; 6-10 key's
+--        (-1: no limit)
 -- reply  1 balance, 2 held, 3 granted, 4 settled, 5-6 account's spend: day, month, 7-9 key's: total, day, month (nano-USD,
---        strings), 10 the key's last settlement (ms, 0: none), 11 key's and 12 account's requests that run, 13-24 remaining
---        and ms until full of the key's requests and tokens, the account's requests and tokens, the key's and the account's
---        requests a day (-1: no limit)
+--        strings), 10 time of the key's last settlement (Unix ms, 0: none), 11 key's and 12 account's running requests,
+--        13-24 remaining count and ms until full of six buckets, as 9-20 of admit.lua (-1: no limit)
 
 -- include: clock
 -- include: calendar

@@ -1,8 +1,9 @@
--- Counts the workers that share this Redis, by their heartbeats. Redis's TIME is the clock, so no host's own matters.
+-- Records a worker's heartbeat and counts the workers that share this Redis. The clock is Redis's TIME, so the clocks of the
+-- workers' hosts don't matter.
 --
--- KEYS   1 workers (sorted set: worker by its last heartbeat, Unix seconds)
--- ARGV   1 worker, 2 how long one counts after its last heartbeat (ms)
--- reply  how many workers there are, this one included
+-- KEYS   1 workers (sorted set: worker id by its last heartbeat, Unix seconds)
+-- ARGV   1 worker id, 2 how long a worker counts after its last heartbeat (ms)
+-- reply  how many workers there are, including this one
 
 -- include: clock
 

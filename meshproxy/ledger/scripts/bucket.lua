@@ -1,14 +1,16 @@
--- Token buckets. One is a field 'LEVEL AT' of a hash: AT in ms, LEVEL in parts of which a limit of R a period refills R a
--- millisecond, so that no step ever rounds: sixty-thousandths for what is counted by the minute, MS_A_DAY-ths by the day. A level
--- below zero is a debt. A missing field is a full bucket. `tokens_rate` is the tokens a minute of the latest admission: what
--- settles is put right at the rate of today and not of its hold. Needs clock.
+-- Token buckets. Each bucket is a field 'LEVEL AT' of a hash. AT is the time of the last write, in ms. LEVEL is in
+-- fractions of the counted unit, so that a limit of R per period refills exactly R fractions per millisecond and never
+-- rounds: 1/60000 for limits per minute, 1/86400000 for limits per day. A negative level is a debt. A missing field is
+-- a full bucket. The field `tokens_rate` holds the tokens per minute of the latest admission: a settlement corrects the
+-- bucket at this rate, not at the rate of its hold. Needs clock.
 local MS_A_MINUTE = 60000
 local MS_A_DAY = 86400000
 local KEPT_MS = 120000
 local NEVER = math.huge
 
--- The bucket of `key` whose field has `value`, refilled up to now_ms, never above its size of today; false if there is no limit
--- (a negative rate). A time in the future (Redis's clock was put back) is written anew as now, or waits would be untrue until then.
+-- Returns the bucket stored as `value`, refilled up to now_ms and never above its current size; false if there is no
+-- limit (a negative rate). A time in the future (Redis's clock was set back) is rewritten as now: otherwise reported
+-- waits would be wrong until that time.
 local function refill(key, name, value, rate, size, period_ms)
   if rate < 0 then return false end
   local full = size * period_ms
@@ -22,8 +24,8 @@ local function refill(key, name, value, rate, size, period_ms)
   return bucket
 end
 
--- The three buckets of a hash: requests and tokens a minute, requests a day. ARGV[first] on: requests a minute, burst, tokens
--- a minute, requests a day (-1: no limit).
+-- Returns three buckets of a hash: requests per minute, tokens per minute, requests per day. ARGV from `first` on:
+-- requests per minute, burst, tokens per minute, requests per day (-1: no limit).
 local function read_buckets(key, first)
   local fields = key and redis.call('HMGET', key, 'requests', 'tokens', 'day') or { false, false, false }
   local requests, burst = tonumber(ARGV[first]), tonumber(ARGV[first + 1])
@@ -38,7 +40,7 @@ local function ms_until(bucket, level)
   return math.max(0, math.ceil((level - bucket.level) / bucket.rate))
 end
 
--- How long until the bucket lets `count` through. More than it can hold gets through when it is full.
+-- Returns the ms until the bucket admits `count`. A count above the bucket's size is admitted when the bucket is full.
 local function wait_ms(bucket, count)
   if not bucket then return 0 end
   if bucket.rate == 0 then return NEVER end
@@ -53,7 +55,7 @@ local function pack_bucket(bucket)
   return whole(bucket.level) .. ' ' .. whole(now_ms)
 end
 
--- Writes the buckets of a hash, which lasts until they are full again, two minutes at least.
+-- Writes the buckets of a hash. The hash expires when all are full again, after two minutes at the earliest.
 local function save(key, requests, tokens, daily)
   local kept_ms, fields = KEPT_MS, {}
   for _, bucket in pairs({ requests or nil, tokens or nil, daily or nil }) do
@@ -70,7 +72,7 @@ local function save(key, requests, tokens, daily)
   redis.call('PEXPIRE', key, whole(kept_ms))
 end
 
--- The token bucket that a hold of `rate` was taken from, at the rate of today; false if there was none.
+-- Returns the token bucket that a hold with `rate` was taken from, at its current rate; false if the hold took none.
 local function token_bucket(key, rate)
   if rate <= 0 then return false end
   local fields = redis.call('HMGET', key, 'tokens', 'tokens_rate')
@@ -78,8 +80,9 @@ local function token_bucket(key, rate)
   return refill(key, 'tokens', fields[1], today, today, MS_A_MINUTE)
 end
 
--- Takes `count` from a token bucket, gives back if negative: it may go into debt, never above its size. Nothing is given back to
--- a bucket that was made smaller since: what was taken from the larger one isn't missing in it.
+-- Takes `count` from a token bucket, or gives back if `count` is negative. The level may become a debt, but never
+-- exceeds the size. If the bucket was made smaller since the hold, nothing is given back: the hold was taken from the
+-- larger bucket, so the smaller one lacks nothing.
 local function take_tokens(key, rate, count)
   local bucket = count ~= 0 and token_bucket(key, rate)
   if not bucket or (count < 0 and bucket.rate < rate) then return end
@@ -89,7 +92,7 @@ local function take_tokens(key, rate, count)
   if redis.call('PTTL', key) < kept_ms then redis.call('PEXPIRE', key, whole(kept_ms)) end
 end
 
--- Appends what is left and the ms until full; both -1 where there is no limit.
+-- Appends the remaining count and the ms until full to the reply; both are -1 where there is no limit.
 local function append_state(reply, bucket)
   reply[#reply + 1] = bucket and math.max(0, math.floor(bucket.level / bucket.unit)) or -1
   reply[#reply + 1] = bucket and ms_until(bucket, bucket.full) or -1

@@ -1,6 +1,6 @@
--- day, month: the UTC date of now_ms as '2026-11-24' and '2026-11', without os.date, which scripts can't call.
--- The arithmetic is Howard Hinnant's civil_from_days ("chrono-Compatible Low-Level Date Algorithms"): years begin on
--- 1 March, in eras of 400 years. Needs clock.
+-- Sets day and month: the UTC date of now_ms as '2026-11-24' and '2026-11'. Scripts can't call os.date. The arithmetic
+-- is Howard Hinnant's civil_from_days ("chrono-Compatible Low-Level Date Algorithms"): years begin on 1 March, in eras
+-- of 400 years. Needs clock.
 local function civil(days)
   local shifted = days + 719468
   local era = math.floor(shifted / 146097)

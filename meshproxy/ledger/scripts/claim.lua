@@ -1,13 +1,13 @@
--- Claims an Idempotency-Key for a request, or says what became of the request that has it. One that failed leaves the key
--- free again.
+-- Claims an Idempotency-Key for a request, or returns the state of the request that owns it. A failed request frees its key.
 --
--- KEYS   1 record, 2 the account's owners (sorted set, by when their records end), 3 sizes of their answers (hash, and `total`)
--- ARGV   1 owner (a request's hold id), 2 digest of the body, 3 time to live (ms), 4 most records of an account, 5 most bytes
--- reply  1 state (0 claimed, 1 running, 2 finished, 3 finished and its answer not kept, 4 another body, 5 the account has as many
---        as it may), 2 owner
+-- KEYS   1 record, 2 the account's owners (sorted set: hold id by when its record ends), 3 sizes of their answers (hash: hold
+--        id to bytes, and `total`)
+-- ARGV   1 owner (the request's hold id), 2 digest of the body, 3 time to live (ms), 4 most records of an account, 5 most bytes
+-- reply  1 state (0 claimed, 1 running, 2 finished, 3 finished but its answer is not kept, 4 claimed with another body, 5 the
+--        account has reached ARGV 4 or 5), 2 owner
 --
--- A record is `charged` from its settlement (settle.lua) until its owner has said how far the answer is. Where it doesn't, its
--- worker died in between: the answer is lost, and was paid for.
+-- settle.lua marks a record `charged`; its owner then writes how the answer ended. If the owner doesn't within CHARGED_MS, its
+-- worker has died: the answer is lost although it was paid for.
 
 -- include: clock
 -- include: keep

@@ -1,8 +1,8 @@
--- Notes how a request with an Idempotency-Key ended, or that it still runs. Only its owner may.
+-- Records that a request with an Idempotency-Key has ended, and how, or that it still runs. Only the record's owner may do so.
 --
 -- KEYS   1 record, 2 parts of the answer, 3 the account's owners, 4 sizes of their answers
 -- ARGV   1 owner, 2 state (running, finished, lost or failed), 3 time to live (ms)
--- reply  1 noted, 0 the record is somebody else's by now
+-- reply  1 recorded, 0 the record has another owner now
 
 -- include: clock
 -- include: keep
@@ -11,7 +11,7 @@ if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-if ARGV[2] == 'failed' then -- it ends in seconds, and counts no more
+if ARGV[2] == 'failed' then -- the record expires within seconds and no longer counts
   local size = redis.call('HGET', KEYS[4], ARGV[1])
   if size then
     redis.call('HINCRBY', KEYS[4], 'total', '-' .. size)

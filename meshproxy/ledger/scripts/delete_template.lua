@@ -1,4 +1,4 @@
--- Removes a template and its name.
+-- Deletes a template and its name.
 --
 -- KEYS   1 the owner's names (hash: name to id), 2 the owner's templates (hash: id to record)
 -- ARGV   1 id

@@ -1,10 +1,10 @@
--- Grants credit, or takes back a grant if the amount is negative, once for each `ref`; appends to the history and to the usage
--- stream.
+-- Grants credit, or takes credit back if the amount is negative. A `ref` is applied once. Appends to the history of grants and
+-- to the usage stream.
 --
 -- KEYS   1 credit, 2 usage, 3 account's spend, 4 grants (stream: the history), 5 refs (hash: ref to its amount)
--- ARGV   1 amount (nano-USD), 2 note, 3 the most a balance may be, up or down (nano-USD), 4 ref or '', 5 actor
--- reply  1 done (1; 0: the balance would be past the most; 2: granted before under this ref; 3: another amount was granted
---        under this ref), 2 balance (nano-USD)
+-- ARGV   1 amount (nano-USD), 2 note, 3 largest absolute balance allowed (nano-USD), 4 ref or '', 5 actor
+-- reply  1 outcome (1 granted, 0 the balance would exceed ARGV 3, 2 this ref was granted before, 3 this ref was granted with
+--        another amount), 2 balance (nano-USD)
 
 -- include: clock
 

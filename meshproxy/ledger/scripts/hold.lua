@@ -1,5 +1,6 @@
--- A hold's record: 'AMOUNT TOKENS STARTED_MS KEY_RATE ACCOUNT_RATE BUDGETS KEY SESSION'. The rates are those of the token
--- buckets that were debited (-1: none); BUDGETS is two digits, whether the key and the session have one. Needs clock.
+-- A hold's record is 'AMOUNT TOKENS STARTED_MS KEY_RATE ACCOUNT_RATE BUDGETS KEY SESSION'. The rates are the tokens per minute
+-- of the buckets that were debited (-1: none). BUDGETS is two digits: 1 if the key, then if the session, has a budget.
+-- Needs clock.
 -- KEYS 1 to 8 of every script: credit, held, holds, deadlines, abandoned, usage, account's bucket, account's spend.
 local ABANDONED_KEPT_MS = 7 * 86400000
 local RUNNING_KEPT_MS = 300000
@@ -29,7 +30,8 @@ local function add_held(field, amount)
   end
 end
 
--- Holds `amount` more for the account, and for the key and the session where they have budgets; less if negative.
+-- Adds `amount` (negative: subtracts) to what the account holds, and to what its key and session hold where they have
+-- budgets.
 local function hold_credit(hold, amount)
   if amount == 0 then return end
   redis.call('HINCRBY', KEYS[1], 'held', whole(amount))
@@ -48,9 +50,9 @@ local function abandon(id, record)
     'abandoned_ms', whole(now_ms), 'v', '1')
 end
 
--- Gives back the credit of holds whose deadline has passed; of their tokens, nothing. The record is kept for a late
--- settlement, under a second deadline at which it is forgotten. A hundred at least, then on until `enough` says so, there are
--- no more, or ten thousand are released.
+-- Releases the credit of holds whose deadline has passed; their tokens stay debited. The record is kept for a late
+-- settlement until a second deadline, then deleted. Releases up to RELEASED_A_SWEEP holds a sweep. Ends when `enough`
+-- returns true, when no expired hold is left, or after MAX_SWEEPS sweeps.
 local function release_expired(enough)
   for _ = 1, MAX_SWEEPS do
     local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', whole(now_ms), 'LIMIT', 0, RELEASED_A_SWEEP)
@@ -67,8 +69,8 @@ local function release_expired(enough)
   end
 end
 
--- Counts a hold of a key as running until a deadline. The set of a key (its hold ids by deadline) outlives its last hold by some
--- minutes; each time that its end is put off, those that died are taken out.
+-- Counts a hold as running for its key until a deadline. The key's set (hold ids by deadline) outlives its last hold by
+-- RUNNING_KEPT_MS. Each time the set's expiry is extended, holds past their deadline are removed from it.
 local function keep_running(key, id, deadline_ms)
   redis.call('ZADD', key, whole(deadline_ms), id)
   if redis.call('PTTL', key) < deadline_ms - now_ms then

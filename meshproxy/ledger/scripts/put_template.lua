@@ -1,9 +1,10 @@
--- Stores a template's record, and its name as the only one that leads to it.
+-- Stores a template's record and makes its name the only one that maps to its id.
 --
 -- KEYS   1 the owner's names (hash: name to id), 2 the owner's templates (hash: id to record)
--- ARGV   1 id, 2 name, 3 record, 4 most templates of an owner, 5 most bytes of all an owner's records, 6 the record as it was
---        read ('': whatever there is)
--- reply  'stored'; or, having written nothing, 'taken' (another template has the name), 'full' or 'changed' (since it was read)
+-- ARGV   1 id, 2 name, 3 record, 4 most templates of an owner, 5 most bytes of all records of an owner, 6 the record as it was
+--        read ('': don't compare)
+-- reply  'stored'; or, with nothing written: 'taken' (another template has the name), 'full' (ARGV 4 or 5 is reached),
+--        'changed' (the stored record isn't ARGV 6)
 
 local id, name, record = ARGV[1], ARGV[2], ARGV[3]
 if ARGV[6] ~= '' and redis.call('HGET', KEYS[2], id) ~= ARGV[6] then return 'changed' end

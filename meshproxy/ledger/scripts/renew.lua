@@ -1,13 +1,14 @@
--- Renews a hold: raises it to a new total and sets a new deadline. The deadline of a live hold is set whatever is decided,
--- so that its owner can settle; else a denial writes nothing but what release_expired and refill do. A hold that was abandoned
--- while its owner was stuck is taken back whole, if credit and budgets have room for it. A renewal never lowers a hold.
+-- Renews a hold: raises it to a new total and sets a new deadline. A live hold gets the new deadline whatever is decided, so
+-- that its owner can still settle it. Apart from that, a denial writes nothing except what release_expired and refill write. A
+-- hold that was abandoned while its owner was stuck is held anew in full, if credit and budgets have room for it. A renewal
+-- never lowers a hold.
 --
--- KEYS   as of admit
+-- KEYS   as in admit.lua
 -- ARGV   1 hold id, 2 time to live (ms), 3 total amount (nano-USD), 4 total tokens, 5 strict (1 or 0), 6 enforce tokens
 --        (1: deny what the token buckets don't have; 0: debit them into debt), 7-9 key's budgets, 10-12 session's,
 --        13-15 account's
--- reply  1 outcome (as of admit; 4 gone: settled, or never here), 2 amount held, 3 available (nano-USD), 4 which budget
---        (1-9) or bucket (2, 4), 5 retry after (ms), 6 budget, 7 spent or held of it, 8 needed (nano-USD)
+-- reply  1 outcome (as in admit.lua; 4 gone: settled, or never held here), 2 amount held, 3 available (nano-USD), 4 which
+--        budget (1-9) or bucket (2, 4), 5 retry after (ms), 6 budget, 7 spent or held of it, 8 needed (nano-USD)
 
 -- include: clock
 -- include: calendar

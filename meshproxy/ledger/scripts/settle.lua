@@ -1,17 +1,18 @@
--- Settles a hold once: releases it, charges what the request really cost, puts the token buckets right, appends an event
--- and adds to the hour's aggregates. The balance may go below zero: the work is done. The second settlement of an id
--- writes nothing. A hold that was abandoned is settled late: charged alike, with nothing left to release.
+-- Settles a hold once: releases it, charges the actual cost, corrects the token buckets, appends an event and adds to the
+-- hour's aggregates. The balance may become negative, because the work is done. A second settlement of the same id writes
+-- nothing. An abandoned hold is settled late: the charge is the same, and there is nothing left to release.
 --
--- A request with an Idempotency-Key settles its record too, so that no death of its worker makes a repeat run and cost anew: a
--- completed one marks it charged. If another request has the record by now, that one is charged, and this one is not.
+-- The settlement of a request with an Idempotency-Key also updates the key's record: a completed request marks it charged. So
+-- a repeat can't run and cost again even if the worker dies now. If another request owns the record by now, that request is
+-- charged and this one is not.
 --
 -- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend, 9 key's bucket,
---        10 key's spend, 11 key's running, 12 hour, 13 marker of a settlement without a hold, 14 requests of the day, then, as
---        far as there are: session's spend, record of the Idempotency-Key
+--        10 key's spend, 11 key's running, 12 hour, 13 marker of a settlement without a hold, 14 requests of the day, then, if
+--        they exist: session's spend, record of the Idempotency-Key
 -- ARGV   1 hold id, 2 unheld (1: admitted without Redis, so there may be no hold), 3 events kept in usage, 4 cost
 --        (nano-USD), 5 request id, 6 key id, 7 account, 8 session or '', 9 model, 10 upstream, 11-17 tokens: prompt,
 --        completion, cached, cache write, reasoning, audio prompt, audio completion, 18 usage source, 19 outcome,
---        20 price (JSON), 21 started (ms), 22 attempts, 23 tokens of cache write that are kept for an hour, 24 how long a
+--        20 price (JSON), 21 start time (Unix ms), 22 attempts, 23 cache-write tokens that are cached for an hour, 24 how long a
 --        charged record is kept (ms; 0: no Idempotency-Key), 25-27 key's budgets: total, day, month, 28-30 account's (-1: none)
 -- reply  1 settled, 0 settled before or never admitted
 
@@ -30,7 +31,8 @@ local REQUESTS_A_DAY = 200000
 local METRICS = {
   'prompt', 'completion', 'cached', 'cache_write', 'reasoning', 'audio_prompt', 'audio_completion',
 }
--- Of a request that used nothing, whoever sends many of them shouldn't fill Redis with names: a longer one is told as '~'.
+-- Bound on the session's name in the event of a request that used nothing: free requests must not fill Redis with long
+-- names. A longer name is stored as '~'.
 local MAX_FREE_SESSION_BYTES = 64
 local BUDGETS = { 'total', 'daily', 'monthly' }
 
@@ -47,7 +49,7 @@ elseif not record then
   return 0
 end
 
--- the hold: removals go first, which Redis lets through even when its memory is full, and then what follows them
+-- the hold: removals come first, because Redis accepts them even when its memory is full
 local hold = record and parse_hold(record)
 if hold then
   local used = tonumber(ARGV[11]) + tonumber(ARGV[12])

@@ -1,8 +1,8 @@
--- How many fields hashes have, in one round trip.
+-- Returns the sizes of several hashes in one round trip.
 --
 -- KEYS   hashes
 -- ARGV   none
--- reply  the size of each, 0 where there is none
+-- reply  the number of fields of each hash, 0 if it doesn't exist
 
 local sizes = {}
 for index, key in ipairs(KEYS) do sizes[index] = redis.call('HLEN', key) end

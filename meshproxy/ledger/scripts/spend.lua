@@ -1,11 +1,11 @@
--- Budgets and what counts against them. A spend hash has the fields total, day:DATE and month:MONTH, in nano-USD; days of
--- months gone by are dropped. Needs clock and calendar.
+-- Budgets and the spend that counts against them. A spend hash has the fields total, day:DATE and month:MONTH, in
+-- nano-USD. Days of earlier months are deleted. Needs clock and calendar.
 local NO_BUDGET = math.huge
 local SHARES = { 50, 80, 100 }
 
--- The least room under the budgets ARGV[first] to ARGV[first + 2] (total, day, month; -1: none) given what was spent and
--- what is held (an amount, or a field of KEYS[2]); then which of the three that is, the budget, and what of it is spent or held.
--- `total` is what was ever spent, where the hash may not know it.
+-- Returns the smallest room under the budgets ARGV[first] to ARGV[first + 2] (total, day, month; -1: none), which of
+-- the three has it (1 to 3), that budget, and how much of it is spent or held. `held` is an amount, or the name of a
+-- field of KEYS[2]. `total` replaces the hash's own total where the hash may lack it.
 local function budget_room(spend_key, held, first, total)
   local budgets = { tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2]) }
   local room, which, budget, used = NO_BUDGET, 0, 0, 0
@@ -28,8 +28,8 @@ local function drop_past_days(spend_key)
   end
 end
 
--- Adds a cost to a spend hash; what it comes to: ever, this day, this month. `total`: what it comes to ever, where the hash need
--- not know it.
+-- Adds a cost to a spend hash. Returns the new sums: total, day, month. `total` is the new total where the hash doesn't
+-- keep it.
 local function charge(spend_key, cost, total)
   local of_month = redis.call('HINCRBY', spend_key, 'month:' .. month, cost)
   if of_month == tonumber(cost) then drop_past_days(spend_key) end
@@ -37,7 +37,8 @@ local function charge(spend_key, cost, total)
   return { total, redis.call('HINCRBY', spend_key, 'day:' .. day, cost), of_month }
 end
 
--- Appends an event for each share of `budget` that `cost` has carried the spend past: each once, as spend only grows.
+-- Appends an event for each share of `budget` that `cost` made the spend cross. Each share has one event, because spend
+-- only grows.
 local function note_thresholds(which, key, budget, spent, cost)
   for _, share in ipairs(SHARES) do
     local mark = math.ceil(budget * share / 100)
@@ -48,8 +49,8 @@ local function note_thresholds(which, key, budget, spent, cost)
   end
 end
 
--- What an account has free; the room for one hold in it: without strict credit, any while something is free; what is held; what
--- was ever settled.
+-- Returns four amounts: what is available, the room for one hold, what is held, what was ever settled. Without strict
+-- credit, any hold fits while something is available.
 local function credit_room(amount, strict)
   local credit = redis.call('HMGET', KEYS[1], 'balance', 'held', 'settled')
   local held = tonumber(credit[2] or 0)
