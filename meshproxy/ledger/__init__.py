@@ -1,1 +1,1 @@
-"""Redis: admission, settlement, and the directory of keys and templates."""
+"""The ledger in Redis: admission, settlement, journal, usage, and the directory of accounts, keys and templates."""

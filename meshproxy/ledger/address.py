@@ -1,12 +1,12 @@
-"""Parse `redis.url`. redis-py reads the credentials, host and port; Sentinel, Cluster and our options are not in its grammar.
+"""Parse `redis.url`. redis-py reads credentials, host and port; its grammar lacks Sentinel, Cluster and our options.
 
     redis://[user:password@]host[:port][/db]            rediss:// the same over TLS, verified
     unix://[user:password@]/path[?db=0]
     redis+sentinel://[user:password@]host[:port],.../service[/db]
     redis+cluster://[user:password@]host[:port],...
 
-After `?`: `db`; `tls=1` for Sentinel and Cluster; `ca_file`, `cert_file`, `key_file` with TLS. A password with one of `/?#@%`
-must be percent-encoded. What is wrong with a URL is told without quoting it, for it may hold a password.
+After `?`: `db`; `tls=1` for Sentinel and Cluster; `ca_file`, `cert_file`, `key_file` with TLS. A password with one of
+`/?#@%` must be percent-encoded. Error messages never quote the URL, because it may contain a password.
 """
 
 import ipaddress
@@ -46,14 +46,16 @@ class Endpoint(Struct, frozen=True):
 
 
 class Tls(Struct, frozen=True):
-    """Files of PEM; None: the system's authorities, and no certificate of our own."""
+    """PEM files. None: the system's authorities, and no client certificate."""
 
     ca_file: str | None = None
     cert_file: str | None = None
     key_file: str | None = None
 
     def context(self) -> ssl.SSLContext:
-        """A context that verifies certificate and host name. Reads the files; OSError if they can't be used."""
+        """Make an SSL context that verifies certificate and host name. Reads the files; raises OSError if they can't be
+        used.
+        """
         context = ssl.create_default_context(cafile=self.ca_file)
         if self.cert_file is not None:
             context.load_cert_chain(self.cert_file, self.key_file)
@@ -61,7 +63,7 @@ class Tls(Struct, frozen=True):
 
 
 class Login(Struct, frozen=True):
-    """Who we are to the server. Never shown."""
+    """The credentials and the database. The `repr` shows no credentials."""
 
     username: str | None = None
     password: str | None = None
@@ -72,7 +74,7 @@ class Login(Struct, frozen=True):
 
 
 class Address(Struct, frozen=True):
-    """A URL, taken apart. `service` is Sentinel's name for the master."""
+    """A parsed URL. `service` is Sentinel's name for the master."""
 
     kind: Literal["server", "sentinel", "cluster"]
     endpoints: tuple[Endpoint, ...]
@@ -82,13 +84,13 @@ class Address(Struct, frozen=True):
 
     @property
     def canonical(self) -> str:
-        """The one spelling of this Redis: without credentials and TLS, endpoints in order, loopback by one name."""
+        """One spelling for each Redis: without credentials and TLS, endpoints sorted, loopback always `localhost`."""
         endpoints = sorted(str(Endpoint(_canonical_host(e.host), e.port, e.path)) for e in self.endpoints)
         return f"{self.kind} {','.join(endpoints)} {self.service}/{self.login.db}"
 
 
 def parse_url(url: str) -> Address:
-    """The address of a URL; ConfigError for anything else."""
+    """Parse a Redis URL. Raises ConfigError if it is invalid."""
     try:
         return _parse(url)
     except ValueError as error:
@@ -96,7 +98,7 @@ def parse_url(url: str) -> Address:
 
 
 def tls_context(address: Address) -> ssl.SSLContext | None:
-    """The context that an address asks for, if it asks for TLS; ConfigError if its files can't be used."""
+    """Make the SSL context of an address, None without TLS. Raises ConfigError if its files can't be used."""
     try:
         return None if address.tls is None else address.tls.context()
     except ssl.SSLError as error:
@@ -156,19 +158,21 @@ def _socket(hosts: str, path: str) -> Endpoint:
 
 
 def _read(authority: str) -> ConnectKwargs:
-    """Read user, password, host and port. ValueError without redis-py's words, which may quote a part of a password."""
+    """Read user, password, host and port. Raises ValueError without redis-py's message, which may quote a part of a
+    password.
+    """
     try:
         read = read_url(f"redis://{authority}")
     except ValueError:
         read = {}
-    is_port_0 = authority.endswith("0") and authority.rstrip("0").endswith(":")  # redis-py takes it for no port
+    is_port_0 = authority.endswith("0") and authority.rstrip("0").endswith(":")  # redis-py reads port 0 as no port
     if "host" not in read or is_port_0 or host_fault(read["host"]) is not None:
         raise ValueError("a host and port can't be read (is a character of the password not percent-encoded?)")
     return read
 
 
 def _canonical_host(host: str) -> str:
-    """A host's name in lower case, an address in its shortest form (RFC 5952), and `localhost` for loopback."""
+    """Return a host name in lower case, an address in its shortest form (RFC 5952), and `localhost` for loopback."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -1,11 +1,13 @@
-"""Turn a URL into a `Store`: one server, the master that Sentinel names, or a cluster.
+"""`connect` opens the Store behind `redis.url`: one server, the master that Sentinel names, or a Cluster.
 
-redis-py opens and logs in every socket (TLS, AUTH, SELECT), and asks Sentinel for the master and a Cluster for its map. A
-request's commands then go over our own link: docs/decisions/link.md.
+redis-py opens and logs in every socket (TLS, AUTH, SELECT), and asks Sentinel for the master and a Cluster for its map.
+A request's commands then go over our own connection: docs/decisions/link.md.
 
-In a cluster a command goes to the master of its first key's slot; the keys of a script share a hash tag, so one key decides.
-MOVED and ASK send it on with the same future: the server that answers so has run nothing (Redis cluster specification,
-"Redirection and resharding"). A MOVED or a lost link also has the map fetched anew, until every slot has a master with a link.
+`ClusterStore` has a channel to every master and a map from slots to channels. A command goes to the master of its first
+key's slot; the keys of a script share a hash tag, so the first key decides. MOVED and ASK redirect the command with the
+same future: the server that replies so has executed nothing (Redis cluster specification, "Redirection and
+resharding"). A MOVED or a lost connection also starts a refresh of the map, repeated until every slot has a connected
+master.
 """
 
 import asyncio
@@ -38,13 +40,13 @@ from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, StoreError, 
 
 __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 
-MAX_NODES = 1000  # the specification's own bound on a cluster
+MAX_NODES = 1000  # the specification's bound on a cluster
 
 DialNode = Callable[[Endpoint, Redirect], Awaitable[RedisConnection]]
 
 
 class ClusterStore(Store):
-    """A cluster, found through any of `seeds`. A command is sent on for `timeout_s` at most."""
+    """A Store over a cluster, found through any of `seeds`. A command is redirected for `timeout_s` at most."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class ClusterStore(Store):
         self._timeout_s = timeout_s
         self._keep = keep
         self._on_change = on_change
-        self._trouble = "no master serves this slot"  # or why the map could not be had
+        self._trouble = "no master serves this slot"  # or why the map could not be fetched
         self._channels: dict[Endpoint, Channel] = {}  # of every master
         self._slots: list[Channel | None] = [None] * SLOTS
         self._mapping: asyncio.Task[None] | None = None
@@ -70,11 +72,11 @@ class ClusterStore(Store):
 
     @property
     def connected(self) -> bool:
-        """Whether every slot has a master with a link."""
+        """Whether every slot has a connected master."""
         return None not in self._slots and all(channel.connected for channel in self._channels.values())
 
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
-        """Queue one command on the link to its key's master; fails at once without one."""
+        """Queue one command on the connection to its key's master. Fails at once without a connection."""
         key = key_of(command)
         channel = next(iter(self._channels.values()), None) if key is None else self._slots[key_slot(key)]
         if channel is None:
@@ -82,19 +84,19 @@ class ClusterStore(Store):
         return channel.send(op, command)
 
     async def open(self) -> None:
-        """Fetch the map and dial every master; Unavailable if nobody has a map."""
+        """Fetch the map and dial every master. Raises Unavailable if no node has a map."""
         await self._map()
         if not self.connected:
             self.keep_dialling()
 
     def keep_dialling(self) -> None:
-        """Fetch the map anew in the background, until every slot has a master with a link."""
+        """Fetch the map in the background until every slot has a connected master."""
         self._stale = True
         if self._mapping is None and not self._closed:
             self._mapping = self._keep("ledger-cluster-map", self._map_until_whole)
 
     async def close(self) -> None:
-        """Hang up on every node."""
+        """Close the connections to all nodes, for good."""
         self._closed = True
         if self._mapping is not None:
             self._mapping.cancel()
@@ -103,7 +105,7 @@ class ClusterStore(Store):
             await channel.close()
 
     def _redirect(self, message: str, pending: Pending) -> bool:
-        """Send on what a node answered with `MOVED slot host:port` or `ASK slot host:port`; False if we can't."""
+        """Follow a reply `MOVED slot host:port` or `ASK slot host:port`; return False if that is impossible."""
         kind, _, target = message.split(" ")
         host, _, port = target.rpartition(":")
         channel = self._channels.get(Endpoint(host, int(port)))
@@ -128,8 +130,9 @@ class ClusterStore(Store):
         self._mapping = None
 
     async def _map(self) -> None:
-        """Take over the map of the first node that gives one. Masters with a link are asked first, in any order, for one may be
-        cut off from the rest.
+        """Take over the map of the first node that returns one.
+
+        Connected masters are asked first, in random order, because one of them may be cut off from the rest.
         """
         linked = [endpoint for endpoint, channel in self._channels.items() if channel.connected]
         random.shuffle(linked)
@@ -144,10 +147,10 @@ class ClusterStore(Store):
         raise Unavailable("clusterdown", "; ".join(reasons))
 
     async def _ranges(self, endpoint: Endpoint) -> list[tuple[int, int, Endpoint]]:
-        """First slot, last slot and master of every range, as this node sees them."""
+        """Return the first slot, last slot and master of every range, as this node knows them."""
         async with Redis.from_pool(self._pool(endpoint)) as client:
             reply = await client.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
-        # a node that doesn't know its own address leaves the host empty
+        # a node that doesn't know its own address returns an empty host
         return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
 
     async def _adopt(self, ranges: list[tuple[int, int, Endpoint]]) -> None:
@@ -163,7 +166,7 @@ class ClusterStore(Store):
             self._channels.pop(gone).retire()
 
     async def _open(self, master: Endpoint) -> None:
-        """Dial a new master; if it doesn't answer, it is dialled on in the background."""
+        """Dial a new master; keep dialling in the background if it doesn't answer."""
         dial = partial(self._dial, master, self._redirect)
         channel = self._channels[master] = Channel(
             dial, keep=self._keep, on_lost=self.keep_dialling, name=str(master), on_change=self._on_change
@@ -175,7 +178,7 @@ class ClusterStore(Store):
 
 
 def key_of(command: tuple[Argument, ...]) -> bytes | None:
-    """The key that decides where a command of ours goes; None if it has none, and any node will do."""
+    """Return the key that decides which node takes a command; None if it has no key and any node can take it."""
     at = 3 if command[0] in {"EVAL", "EVALSHA"} else 1
     if len(command) <= at:
         return None
@@ -191,10 +194,10 @@ async def connect(
     keep: Keep = keep_plainly,
     on_change: OnChange | None = None,
 ) -> Store:
-    """Return the store behind `settings.url`, of any kind but `embedded` (start that first, and take its URL).
+    """Return the store behind `settings.url`. For an `embedded` server, start it first and pass its URL.
 
-    `wait`: until it answers, raising Unavailable if it doesn't within `timeout_s`; else it is dialled in the background.
-    Raises ConfigError for a URL or TLS files that can't be used.
+    `wait`: wait until the store answers, and raise Unavailable if it doesn't within `timeout_s`; otherwise dial in the
+    background. Raises ConfigError for a URL or TLS files that can't be used.
     """
     address, timeout_s = parse_url(config.plain(settings.url)), settings.timeout_s
     pool = partial(_pool, login=address.login, tls=tls_context(address), timeout_s=timeout_s)
@@ -224,7 +227,7 @@ async def connect(
 
 
 class TlsConnection(SSLConnection):
-    """redis-py's, with a context of ours: it trusts `ca_file` alone, and redis-py's trusts the system's authorities besides."""
+    """redis-py's TLS connection with our SSL context: it trusts `ca_file` only, not the system's authorities too."""
 
     def __init__(self, *, context: ssl.SSLContext, **options: Any) -> None:
         super().__init__(**options)
@@ -243,7 +246,7 @@ def _pool(endpoint: Endpoint, login: Login, tls: ssl.SSLContext | None, timeout_
 
 
 async def discover(sentinel: Sentinel, service: str) -> Endpoint:
-    """Return the master that the first Sentinel to see it alive names; Unavailable if none does."""
+    """Return the master named by the first Sentinel that sees it alive. Raises Unavailable if none does."""
     try:
         return Endpoint(*await sentinel.discover_master(service))
     except redis.RedisError as error:

@@ -1,7 +1,8 @@
-"""What operators do with accounts, keys, credit, usage and templates: the one code behind the commands and the admin API.
+"""Operators' work with accounts, keys, credit, usage and templates, for the commands and for the admin API.
 
-Each method answers with what is shown, fit for JSON: amounts as decimal strings in USD, times as RFC 3339. What can't be done
-is a GatewayError of the client's, whose codes docs/errors.md lists. Each change is an audit event by `actor`.
+Each method returns what is shown, ready for JSON: amounts are decimal strings in USD, times are RFC 3339. What can't be
+done raises a GatewayError with source `client`; docs/errors.md lists the codes. Each change appends an audit event by
+`actor`.
 """
 
 import asyncio
@@ -32,9 +33,9 @@ MAX_REF = 128
 MAX_MODELS = 1000
 MAX_LIMIT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 MAX_GRACE_S = 90 * DAY_S
-USAGE_SPAN_S = 30 * DAY_S  # of a report that names no time
-REPORTED_AT_ONCE = 16  # accounts, in a report over many
-NUMBERS = tuple(name for name in in_usd(asdict(Row())) if name not in GROUPS)  # of a row of a report
+USAGE_SPAN_S = 30 * DAY_S  # of a report without `since`
+REPORTED_AT_ONCE = 16  # accounts of a report that are read in parallel
+NUMBERS = tuple(name for name in in_usd(asdict(Row())) if name not in GROUPS)  # the numeric fields of a report's row
 BY = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
 
 Record = TypeVar("Record")
@@ -42,7 +43,9 @@ Bound = TypeVar("Bound", Limits, Budgets)
 
 
 class Bounds(Struct, frozen=True, kw_only=True):
-    """Changes to limits and budgets, by field of policy.principal's; None takes one away. `clear`: all others first."""
+    """Changes to limits and budgets, by field of policy.principal's records. None removes one. `clear` removes all
+    others first.
+    """
 
     limits: dict[str, int | None] = {}
     budgets: dict[str, int | None] = {}
@@ -51,7 +54,7 @@ class Bounds(Struct, frozen=True, kw_only=True):
 
 
 class KeyChange(Struct, frozen=True, kw_only=True):
-    """What is to be different about a key. UNSET: as it was."""
+    """Changes to a key. UNSET leaves a field as it was."""
 
     name: str | UnsetType = UNSET
     models: list[str] | UnsetType | None = UNSET
@@ -63,7 +66,7 @@ class KeyChange(Struct, frozen=True, kw_only=True):
     bounds: Bounds = Bounds()
 
     def applied_to(self, key: Key) -> Key:
-        """The key with these changes. GatewayError `validation_error` for what a key can't be."""
+        """Return the key with these changes. Raises GatewayError `validation_error` if the result isn't a valid key."""
         fields = ("name", "models", "default_model", "expires_at", "params", "clamp", "status")
         given = {name: value for name in fields if (value := getattr(self, name)) is not UNSET}
         given["limits"] = _changed(Limits() if self.bounds.clear else key.limits, self.bounds.limits)
@@ -77,8 +80,10 @@ class KeyChange(Struct, frozen=True, kw_only=True):
 
 
 class Desk:
-    """The operations. `actor` is who audit events say made a change; `clock` is Unix time in seconds; `whole_ids`: neither the
-    beginning of a key's id nor its secret names it.
+    """The operations.
+
+    `actor` is recorded in audit events. `clock` is Unix time in seconds. `whole_ids`: find keys by their complete id
+    only, not by the beginning of an id or by the secret.
     """
 
     def __init__(
@@ -99,13 +104,13 @@ class Desk:
         self._whole_ids = whole_ids
 
     def of(self, actor: str, *, whole_ids: bool = False) -> "Desk":
-        """The same desk, with another one at it."""
+        """Return this desk for another actor."""
         return Desk(self.store, self.directory, self.ledger, actor, self._clock, whole_ids=whole_ids)
 
     # keys
 
     async def create_key(self, account: str, change: KeyChange) -> dict[str, Any]:
-        """Mint a key, and its account with its first: the only answer with the secret, as `key`."""
+        """Mint a key, and create its account if there is none. Only this result contains the secret, as `key`."""
         _check_account_name(account)
         draft = change.applied_to(Key("", account, 0))
         fields = {name: value for name, value in _fields(draft) if name not in {"id", "account", "created_at", "hint"}}
@@ -115,7 +120,10 @@ class Desk:
     async def keys(
         self, account: str | None = None, *, limit: int | None = None, after: str = ""
     ) -> list[dict[str, Any]]:
-        """Keys of one account or of all, oldest first, with what they spent: at most `limit`, those after the key `after`."""
+        """Return the keys of one account or of all, oldest first, with their spend.
+
+        At most `limit` keys, those after the key id `after`.
+        """
         if account is not None:
             await self._need_account(account)
         found = _page(await self.directory.list_keys(account), limit, after, lambda key: key.id)
@@ -128,12 +136,14 @@ class Desk:
         return [shown_key(key, uses[key.id]) for key in found]
 
     async def key(self, wanted: str) -> dict[str, Any]:
-        """Everything about a key but its secret. `wanted`: an id, a beginning that no other id has, or the secret."""
+        """Return a key without its secret. `wanted` is an id, an unambiguous beginning of an id, or the secret."""
         key = await self._need_key(wanted)
         return shown_key(key, (await self.ledger.key_spends(key.account, [key.id]))[0])
 
     async def change_key(self, wanted: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
-        """Change what is given, whatever others change meanwhile."""
+        """Change the given fields of a key, preserving concurrent changes. 409 `key_revoked` if it would undo a
+        revocation.
+        """
         key = await self._need_key(wanted)
         try:
             changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
@@ -151,7 +161,7 @@ class Desk:
         return shown_key(changed or key)
 
     async def rotate_key(self, wanted: str, grace_s: float = 0) -> dict[str, Any]:
-        """Give a key a new secret, which is in this answer alone; the old one works for `grace_s` more."""
+        """Give a key a new secret, which only this result contains. The old secret works for `grace_s` more."""
         if not 0 <= grace_s <= MAX_GRACE_S:
             raise _refused(422, "validation_error", f"The grace is at most {MAX_GRACE_S // DAY_S} days.")
         key = await self._need_key(wanted)
@@ -168,7 +178,7 @@ class Desk:
     # accounts and credit
 
     async def accounts(self, *, limit: int | None = None, after: str = "") -> list[dict[str, Any]]:
-        """Accounts by name, with their credit: at most `limit`, those after the name `after`."""
+        """Return accounts by name, with their credit: at most `limit`, those after the name `after`."""
         found = _page(await self.directory.list_accounts(), limit, after, lambda account: account.name)
         balances = await self.ledger.balances([account.name for account in found])
         return [
@@ -177,13 +187,13 @@ class Desk:
         ]
 
     async def account_names(self, account: str | None = None) -> list[str]:
-        """The one account asked for, which must exist, or all."""
+        """Return the given account's name, or all names. 404 `account_not_found` if the account doesn't exist."""
         if account is not None:
             return [(await self._need_account(account)).name]
         return [found.name for found in await self.directory.list_accounts()]
 
     async def account(self, name: str) -> dict[str, Any]:
-        """Everything about an account: credit, limits, budgets, spend, what runs, and how many keys it has."""
+        """Return an account: credit, limits, budgets, spend, running requests and the number of keys."""
         account = await self._need_account(name)
         balance = await self.ledger.balance(name)
         return {
@@ -195,7 +205,7 @@ class Desk:
         }
 
     async def account_limits(self, name: str, bounds: Bounds, status: Status | UnsetType = UNSET) -> dict[str, Any]:
-        """Show an account's limits and budgets, after changing those that are given."""
+        """Change the given limits, budgets and status of an account, and return all of them."""
         if bounds.session:
             raise _unfit([Detail("extra_forbidden", ("body", "session_budget"), "Sessions have budgets by key")])
 
@@ -211,12 +221,14 @@ class Desk:
         return {"account": name, **_bounds_of_account(changed or await self._need_account(name))}
 
     async def set_account_status(self, name: str, status: Status) -> dict[str, Any]:
-        """Suspend or resume an account with all its keys."""
+        """Suspend or resume an account, and with it all its keys."""
         changed = await self.directory.set_account_status(name, status, actor=self._actor)
         return {"account": name, **_bounds_of_account(changed or await self._need_account(name))}
 
     async def delete_account(self, name: str) -> dict[str, Any]:
-        """Remove an account with all that Redis has of it, for ever."""
+        """Delete an account and everything that Redis has of it. This can't be undone. 409 `account_busy` while it
+        holds credit.
+        """
         await self._need_account(name)
         try:
             removed = await self.directory.delete_account(name, actor=self._actor)
@@ -225,12 +237,14 @@ class Desk:
         return {"account": name, "deleted": True, "records": removed or 0}
 
     async def credit(self, name: str) -> dict[str, Any]:
-        """What an account has, holds and may spend."""
+        """Return an account's balance, held and available credit."""
         await self._need_account(name)
         return shown_credit(name, await self.ledger.balance(name))
 
     async def grant(self, name: str, amount_nusd: int, note: str = "", ref: str = "") -> dict[str, Any]:
-        """Add credit, or take it back; once for each `ref`. An account that doesn't exist is made."""
+        """Add credit, or take it back with a negative amount, once for each `ref`. Creates the account if it doesn't
+        exist.
+        """
         _check_account_name(name)
         details = [
             Detail("string_too_long", ("body", field), f"At most {most} characters")
@@ -257,7 +271,7 @@ class Desk:
         return {**shown, "granted_now_usd": amount_usd if granted.is_new else "0.00"}
 
     async def grants(self, name: str) -> list[dict[str, Any]]:
-        """The grants of an account, newest first."""
+        """Return the grants of an account, newest first."""
         await self._need_account(name)
         return [
             {
@@ -282,7 +296,9 @@ class Desk:
         since: float | None = None,
         until: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Requests, tokens and cost by account and whatever `group_by` names (`session` is `session_id`)."""
+        """Return requests, tokens and cost by account and by `group_by` (`session` is `session_id`). Times are Unix
+        seconds.
+        """
         until = self._clock() if until is None else until
         since = until - USAGE_SPAN_S if since is None else since
         wanted = {BY.get(name, name) for name in group_by}
@@ -313,7 +329,9 @@ class Desk:
         return rows
 
     async def request(self, request_id: str) -> dict[str, Any]:
-        """What became of one request: who made it, what served it, why it ended and what it cost."""
+        """Return one settled request: its caller, upstream, outcome and cost. 404 `request_not_found` if it isn't
+        settled.
+        """
         event = await find_event(
             self.store, await self.account_names(), request_id, datetime.fromtimestamp(self._clock(), UTC)
         )
@@ -327,7 +345,7 @@ class Desk:
         return shown_event(event)
 
     async def audit(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The latest changes, newest first."""
+        """Return the latest changes, newest first."""
         return [
             {
                 "at": rfc3339(event.at_ms / 1000),
@@ -343,7 +361,9 @@ class Desk:
     # templates
 
     async def put_template(self, owner: str | None, name: str, fields: TemplateFields) -> dict[str, Any]:
-        """Create a template, or replace all of one but its id; `owner` None: a global one."""
+        """Create a template, or replace everything of an existing one except its id. `owner` None: a global
+        template.
+        """
         if owner is not None:
             _check_account_name(owner)
             await self.directory.ensure_account(owner, actor=self._actor)
@@ -364,26 +384,26 @@ class Desk:
         return to_public(template)
 
     async def templates(self, owner: str | None = None) -> list[dict[str, Any]]:
-        """The templates that an account can use; without one, all there are."""
+        """Return the templates that an account can use, or all templates."""
         if owner is not None:
             await self._need_account(owner)
             return [to_public(each) async for each in self.directory.list_templates(owner)]
         return [to_public(each) async for each in self._all_templates()]
 
     async def template(self, owner: str | None, name: str) -> Template:
-        """The template that a request of this account would get, or the global one."""
+        """Return the template that a request of this account would use, or the global one."""
         template = await self.directory.template(owner or GLOBAL, name)
         if template is None:
             raise _no_template(owner, name)
         return template
 
     async def own_template(self, owner: str | None, name: str) -> Template | None:
-        """The template of this name or id that is the owner's, not one that it may only use."""
+        """Return the template of this name or id only if `owner` owns it."""
         template = await self.directory.template(owner or GLOBAL, name)
         return template if template is not None and template.owner == owner else None
 
     async def delete_template(self, owner: str | None, name: str) -> dict[str, Any]:
-        """Delete a template of this very owner."""
+        """Delete a template that `owner` owns."""
         template = await self.own_template(owner, name)
         if template is None or not await self.directory.delete_template(template):
             raise _no_template(owner, name)
@@ -412,7 +432,7 @@ class Desk:
 
 
 def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
-    """A key as it is shown; `use`: with what it spent, and when it was used last."""
+    """Return a key as it is shown; with `use`, also its spend and its last use."""
     shown = {
         "id": key.id,
         "account": key.account,
@@ -434,7 +454,7 @@ def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
 
 
 def shown_bounds(key: Key) -> dict[str, Any]:
-    """Everything that bounds a key."""
+    """Return a key's limits and budgets."""
     return {
         "limits": asdict(key.limits),
         "budgets": in_usd(asdict(key.budgets)),
@@ -443,13 +463,13 @@ def shown_bounds(key: Key) -> dict[str, Any]:
 
 
 def shown_credit(name: str, balance: Balance) -> dict[str, str]:
-    """An account's credit: granted = balance + settled, available = balance - held."""
+    """Return an account's credit: granted = balance + settled, available = balance - held."""
     amounts = ("balance_nusd", "held_nusd", "available_nusd", "granted_nusd", "settled_nusd")
     return {"account": name, **in_usd({amount: getattr(balance, amount) for amount in amounts})}
 
 
 def shown_event(event: Event) -> dict[str, Any]:
-    """A settled request as it is shown to operators."""
+    """Return a settled request as it is shown to operators."""
     fields = in_usd(asdict(event))
     started_ms, settled_ms = fields.pop("started_ms"), fields.pop("settled_ms")
     fields["price"] = msgspec.json.decode(fields["price"] or "{}")
@@ -483,7 +503,7 @@ def _fields(record: Struct) -> Iterable[tuple[str, Any]]:
 
 
 def _page(records: list[Record], limit: int | None, after: str, name: Callable[[Record], str]) -> list[Record]:
-    """At most `limit` of the records, those behind the one named `after`; from the beginning if it isn't there."""
+    """Return at most `limit` of the records after the one named `after`, or from the first if none has that name."""
     start = next((place + 1 for place, record in enumerate(records) if after and name(record) == after), 0)
     return records[start:] if limit is None else records[start : start + limit]
 
@@ -493,7 +513,7 @@ def _changed(before: Bound, given: dict[str, int | None]) -> Bound:
 
 
 def _key_faults(key: Key) -> Iterable[Detail]:
-    """What a key can't be."""
+    """Yield what is invalid about a key."""
     if len(key.name) > MAX_NAME:
         yield Detail("string_too_long", ("body", "name"), f"At most {MAX_NAME} characters")
     if key.models is not None and not (key.models and all(key.models) and len(key.models) <= MAX_MODELS):

@@ -1,10 +1,10 @@
-"""Who exists: accounts, keys and templates, kept in Redis as JSON and looked up through a cache in the worker.
+"""Accounts, keys and templates: stored in Redis as JSON, and looked up through a cache in each worker.
 
-A key's secret is stored nowhere. Its record lies under the SHA-256 of the secret, so looking it up compares nothing that a clock
-could measure, and whoever reads the store can't call as anybody. A secret has 256 random bits: it needs no slow hash.
+A key's secret isn't stored. Its record is stored under the SHA-256 of the secret, so a look-up has no comparison whose
+time could leak, and reading the store yields no secret. A secret has 256 random bits, so it needs no slow hash.
 
-What changes here (a revocation, a limit, a template) is seen by every worker within `ttl_s`, by this one at once. Records are
-returned whatever their status: policy decides.
+A change here (a revocation, a limit, a template) is seen by every worker within `ttl_s`, and by this one at once.
+Look-ups return records of every status: policy decides what a status permits.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ __all__ = ["AuditEvent", "Directory", "check_account_name", "digest_of", "mint_s
 
 TTL_S = 1.0
 MAX_PRINCIPALS = 16_384  # cached in one worker
-MAX_ROTATIONS = 8  # that one look-up follows
-ROTATED = b'{"rotated_to":'  # how the record of a rotated secret begins
-RUNNING = 11  # where balance.lua's reply has how many requests of the account run
-BATCH = 500  # records read in one write
-SCANNED = 1000  # keys of the store that one call looks at when an account is deleted
+MAX_ROTATIONS = 8  # followed in one look-up
+ROTATED = b'{"rotated_to":'  # the first bytes of the record of a rotated secret
+RUNNING = 11  # index in balance.lua's reply: the account's running requests
+BATCH = 500  # records whose commands share one write
+SCANNED = 1000  # keys of the store that one call scans when an account is deleted
 AUDIT_KEPT = 100_000  # events, roughly (XADD MAXLEN ~)
-SECRET_PREFIX = "rsk_"  # noqa: S105 - how a secret begins is none
+SECRET_PREFIX = "rsk_"  # noqa: S105 - a prefix is not a secret
 SECRET_CHARACTERS = 43  # of base 62: 256 bits
 ID_CHARACTERS = 16  # of base 62: 95 bits
 
@@ -47,7 +47,7 @@ _ACTIONS: Mapping[Status, str] = {"active": "resume", "suspended": "suspend", "r
 
 
 class AuditEvent(Struct, frozen=True):
-    """A change: who made it, what was done to what, the changed fields as JSON (never a secret), and when (Unix ms)."""
+    """One change: actor, action, target, account, changed fields as JSON (never a secret), and time (Unix ms)."""
 
     actor: str
     action: str
@@ -58,16 +58,18 @@ class AuditEvent(Struct, frozen=True):
 
 
 class _Forward(Struct):
-    """What is read of a record that was rotated: where the key's record is now. The rest of it is for older versions."""
+    """The fields read from the record of a rotated secret: `rotated_to` is where the key's record is. The others are
+    for older versions.
+    """
 
     id: str
     rotated_to: str
 
 
 class Directory:
-    """Lookups and changes. `clock` is monotonic, `wall_clock` Unix time, both in seconds.
+    """Look-ups and changes. `clock` is monotonic, `wall_clock` is Unix time, both in seconds.
 
-    `stale_s`: how much longer than `ttl_s` a known key or template is served while the store is unavailable.
+    `stale_s`: how much longer than `ttl_s` a cached key or template is served while the store is unavailable.
     """
 
     def __init__(
@@ -93,12 +95,15 @@ class Directory:
         )
 
     async def principal(self, secret: str) -> Principal | None:
-        """Who calls with this secret, whatever the key's status; None for an unknown one. Raises Unavailable."""
+        """Return the caller with this secret, whatever the key's status; None if the secret is unknown. Raises
+        Unavailable.
+        """
         return await self._principals.get(digest_of(secret))
 
     async def create_key(self, account: str, *, actor: str = "", **fields: Any) -> tuple[str, Key]:
-        """Mint a key, and its account with its first key. `fields` are the record's own (policy.principal.Key). The secret is in
-        this answer and nowhere else.
+        """Mint a key, and create its account if there is none. `fields` are those of policy.principal.Key.
+
+        Returns the secret, which is stored nowhere, and the key. Raises ValueError for an invalid account name.
         """
         check_account_name(account)
         secret, created_at = mint_secret(), self._wall_clock()
@@ -108,7 +113,9 @@ class Directory:
         return secret, key
 
     async def find_key(self, wanted: str) -> Key | None:
-        """The key of an id, of a beginning that no other id has, or of a secret; None if there is none or more than one."""
+        """Find a key by id, by an unambiguous beginning of an id, or by secret. Return None if there is none or more
+        than one.
+        """
         if wanted.startswith(SECRET_PREFIX):
             return await self._key(digest_of(wanted))
         if not _ID.fullmatch(wanted):
@@ -120,7 +127,7 @@ class Directory:
         return None if digest is None else await self._key(digest.decode())
 
     async def list_keys(self, account: str | None = None) -> list[Key]:
-        """The keys of one account or of all, oldest first."""
+        """Return the keys of one account or of all, oldest first."""
         if account is None:
             digests = list((await self._key_ids("*")).values())
         else:
@@ -132,8 +139,10 @@ class Directory:
     async def change_key(
         self, key_id: str, change: Callable[[Key], Key], *, actor: str = "", action: str = "key.update"
     ) -> Key | None:
-        """Apply a change to a key's record as it is stored now, so that no concurrent change is undone; the new record, None if
-        there is no such key. What `change` raises passes through. A revoked key stays revoked: ValueError for a change of that.
+        """Apply a change to a key's record as it is stored now, so that no concurrent change is undone.
+
+        Returns the new record, or None if there is no such key. Exceptions of `change` pass through. Raises ValueError
+        if the change would undo a revocation.
         """
         for _ in range(MAX_CHANGES):
             found = await self._stored(key_id)
@@ -153,13 +162,18 @@ class Directory:
         raise StoreError("RACE", f"{key_id} was changed by others {MAX_CHANGES} times meanwhile")
 
     async def set_key_status(self, key_id: str, status: Status, *, actor: str = "") -> Key | None:
-        """Suspend, resume ("active") or revoke a key; None if there is no such key. ValueError for one that is revoked."""
+        """Suspend, resume ("active") or revoke a key. Return None if there is no such key. Raises ValueError for a
+        revoked key.
+        """
         action = f"key.{_ACTIONS[status]}"
         return await self.change_key(key_id, lambda key: replace(key, status=status), actor=actor, action=action)
 
     async def rotate_key(self, key_id: str, *, grace_s: float = 0, actor: str = "") -> tuple[str, Key] | None:
-        """Give a key a new secret, which is in this answer and nowhere else; None if there is no such key. Its id, limits,
-        budgets and what is spent of them stay. The old secret works for `grace_s` more. ValueError for a revoked key.
+        """Give a key a new secret. The old secret works for `grace_s` more. The key's id, limits, budgets and spend
+        stay.
+
+        Returns the secret, which is stored nowhere, and the key; None if there is no such key. Raises ValueError for a
+        revoked key.
         """
         for _ in range(MAX_CHANGES):
             found = await self._stored(key_id)
@@ -175,7 +189,9 @@ class Directory:
             forward = b'{"rotated_to":"%b",%b' % (new.encode(), encode(key)[1:])
             if await self._store.run(self._replace, [key_record(old)], [record, forward]):
                 break
-            await self._store.execute("DEL", key_record(new))  # the record was changed meanwhile: begin anew with it
+            await self._store.execute(
+                "DEL", key_record(new)
+            )  # the record was changed concurrently: start again with the new one
         else:
             raise StoreError("RACE", f"{key_id} was changed by others {MAX_CHANGES} times meanwhile")
         await self._store.execute("HSET", KEY_IDS, key.id, new)
@@ -189,24 +205,24 @@ class Directory:
         return secret, key
 
     async def account(self, name: str) -> Account | None:
-        """An account's record."""
+        """Return an account's record, or None if there is no such account."""
         if not _ACCOUNT_NAME.fullmatch(name):
             return None
         record = await self._store.execute("GET", AccountKeys(name).record)
-        if record is None:  # a grant alone makes an account known too
+        if record is None:  # an account that was only granted credit has no record
             is_known = await self._store.execute("SISMEMBER", ACCOUNTS, name)
             return Account(name) if is_known else None
         return decode(record, Account)
 
     async def list_accounts(self) -> list[Account]:
-        """Every account, by name, one included that was only ever granted credit."""
+        """Return all accounts by name, including those that were only granted credit."""
         names = sorted(name.decode() for name in await self._store.execute("SMEMBERS", ACCOUNTS))
         records = await self._texts([AccountKeys(name).record for name in names])
         pairs = zip(names, records, strict=True)
         return [Account(name) if record is None else decode(record, Account) for name, record in pairs]
 
     async def ensure_account(self, name: str, *, actor: str = "") -> Account:
-        """An account, made if there is none. ValueError for a name that none may have."""
+        """Return an account, created if there is none. Raises ValueError for an invalid name."""
         check_account_name(name)
         made = await self._store.execute("SET", AccountKeys(name).record, encode(Account(name)), "NX")
         await self._store.execute("SADD", ACCOUNTS, name)
@@ -217,7 +233,9 @@ class Directory:
     async def change_account(
         self, name: str, change: Callable[[Account], Account], *, actor: str = "", action: str = "account.update"
     ) -> Account | None:
-        """Apply a change to an account's record as it is stored now; the new record, None if there is no such account."""
+        """Apply a change to an account's record as it is stored now. Return the new record, or None if there is no such
+        account.
+        """
         record_name = AccountKeys(name).record
         for _ in range(MAX_CHANGES):
             before = await self.account(name)
@@ -238,20 +256,21 @@ class Directory:
         raise StoreError("RACE", f"{name} was changed by others {MAX_CHANGES} times meanwhile")
 
     async def set_account_status(self, name: str, status: Status, *, actor: str = "") -> Account | None:
-        """Suspend or resume ("active") an account, with all its keys; None if there is no such account."""
+        """Suspend or resume ("active") an account and all its keys. Return None if there is no such account."""
         action = f"account.{_ACTIONS[status]}"
         return await self.change_account(name, lambda found: replace(found, status=status), actor=actor, action=action)
 
     async def delete_account(self, name: str, *, actor: str = "") -> int | None:
-        """Remove an account with all that Redis has of it: keys, credit, history, usage, templates; how many of Redis's keys
-        that were, None if there is no such account. Its name may be used anew.
+        """Delete an account and everything that Redis has of it: keys, credit, history, usage, templates. Its name can
+        be used again.
 
-        ValueError while requests of it hold credit (suspend it, and try again when they are over).
+        Returns the number of deleted Redis keys, or None if there is no such account. Raises ValueError while requests
+        of it hold credit: suspend the account, and delete it when they have ended.
         """
         if await self.account(name) is None:
             return None
         names = AccountKeys(name)
-        balance = await self._store.run(self._balance, names.books, [-1] * 10)  # which releases what is expired
+        balance = await self._store.run(self._balance, names.books, [-1] * 10)  # also releases expired holds
         if balance[RUNNING]:
             raise ValueError(f"{name} has requests in flight: suspend it, and delete it when they are over")
         ids = dict(_pairs(await self._store.execute("HGETALL", names.keys)))
@@ -271,7 +290,7 @@ class Directory:
         return removed
 
     async def audit(self, limit: int = 1000) -> list[AuditEvent]:
-        """The latest changes, newest first."""
+        """Return the latest changes, newest first."""
         entries = await self._store.execute("XREVRANGE", AUDIT, "+", "-", "COUNT", limit)
         events = []
         for entry_id, flat in entries:
@@ -282,7 +301,7 @@ class Directory:
         return events
 
     async def note(self, actor: str, action: str, target: str, account: str, **detail: Any) -> None:
-        """Append an audit event for a change that was made elsewhere, as a grant is."""
+        """Append an audit event for a change made elsewhere, for example a grant."""
         await self._note(actor, action, target, account, detail)
 
     async def _note(self, actor: str, action: str, target: str, account: str, detail: Mapping[str, Any]) -> None:
@@ -291,7 +310,9 @@ class Directory:
         await self._store.execute("XADD", AUDIT, "MAXLEN", "~", AUDIT_KEPT, "*", *fields, "detail", text, "v", 1)
 
     async def _add(self, key: Key, digest: str) -> None:
-        """The record comes last: a key that this was interrupted in does not work, and listings pass it over."""
+        """Store a new key. Its record is written last: if this is interrupted, the key doesn't work and listings skip
+        it.
+        """
         names = AccountKeys(key.account)
         commands = [
             self._store.execute("SET", names.record, encode(Account(key.account)), "NX"),
@@ -304,19 +325,19 @@ class Directory:
         self._principals.forget(digest)
 
     async def _stored(self, key_id: str) -> tuple[str, bytes] | None:
-        """The digest that a key's record is stored under, and the record."""
+        """Return the digest that a key's record is stored under, and the record."""
         digest = await self._store.execute("HGET", KEY_IDS, key_id)
         return None if digest is None else await self._follow(digest.decode())
 
     async def _follow(self, digest: str) -> tuple[str, bytes] | None:
-        """The record under a digest, or the one that it was rotated to, with its digest."""
+        """Return the digest and record of a key, following rotations from `digest`."""
         for _ in range(MAX_ROTATIONS):
             record: bytes | None = await self._store.execute("GET", key_record(digest))
             if record is None or not record.startswith(ROTATED):
                 return None if record is None else (digest, record)
             forward = decode(record, _Forward)
             digest = forward.rotated_to
-            if not await self._store.execute("EXISTS", key_record(digest)):  # rotated again, and past that one's grace
+            if not await self._store.execute("EXISTS", key_record(digest)):  # rotated again, and that grace has ended
                 found = await self._store.execute("HGET", KEY_IDS, forward.id)
                 if found is None:
                     return None
@@ -334,7 +355,7 @@ class Directory:
         return None if found is None else decode(found[1], Key)
 
     async def _key_ids(self, pattern: str, enough: int | None = None) -> dict[bytes, bytes]:
-        """Digests by key id; stops looking when there are `enough`."""
+        """Return digests by key id. Stops once `enough` are found."""
         found: dict[bytes, bytes] = {}
         cursor: bytes = b"0"
         while True:
@@ -344,7 +365,7 @@ class Directory:
                 return found
 
     async def _texts(self, names: Sequence[str]) -> list[bytes | None]:
-        """What is stored under these names, None where nothing is."""
+        """Return the values of these names, None for those that don't exist."""
         texts: list[bytes | None] = []
         for first in range(0, len(names), BATCH):
             texts += await asyncio.gather(*(self._store.execute("GET", name) for name in names[first : first + BATCH]))
@@ -352,7 +373,7 @@ class Directory:
 
 
 def _changes(before: Struct, after: Struct) -> dict[str, Any]:
-    """The fields that differ, as they are now."""
+    """Return the fields that differ, with their new values."""
     old, new = msgspec.to_builtins(before), msgspec.to_builtins(after)
     return {name: new.get(name) for name in {**old, **new} if old.get(name) != new.get(name)}
 
@@ -362,22 +383,22 @@ def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _hint(secret: str) -> str:
-    """What may be shown of a secret."""
+    """Return the part of a secret that may be shown."""
     return f"{secret[:8]}...{secret[-4:]}"
 
 
 def digest_of(secret: str) -> str:
-    """What a key's record is stored under: the SHA-256 of its secret, in hex."""
+    """Return the SHA-256 (hex) of a secret, under which its key's record is stored."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def mint_secret() -> str:
-    """A new secret."""
+    """Return a new secret."""
     return SECRET_PREFIX + _random(SECRET_CHARACTERS)
 
 
 def check_account_name(name: str) -> None:
-    """ValueError unless an account may have this name: it stands in key names, paths and logs."""
+    """Raise ValueError unless the name is a valid account name: it appears in key names, paths and logs."""
     if not _ACCOUNT_NAME.fullmatch(name):
         raise ValueError(
             f"{name[:80]!r}: an account's name has 1 to 64 letters, digits, `_`, `.` and `-`, and begins with a letter or digit"

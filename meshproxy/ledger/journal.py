@@ -1,11 +1,12 @@
-"""Settlements that Redis couldn't take, on disk until it can. Append-only, fsynced before an append is over, bounded, and
-replayed as often as it takes: a settlement that is sent twice is charged once (settle.lua).
+"""The journal keeps settlements on disk while Redis can't take them. It is append-only, bounded, and fsynced before
+`append` returns. Replay may send a settlement twice: it is charged once (settle.lua).
 
-Each worker has a file of its own, the first `PATH.N` that nobody has locked; so the file that a dead worker leaves is found
-and replayed by the one that takes its place. What lies in further files that nobody has locked (there were more workers once)
-is moved to the first. A line is the CRC-32 of a settlement's JSON in hex, and that JSON, whose `v` is the version of its form.
+Each worker has its own file: the first `PATH.N` that isn't locked. So the file of a dead worker is found and replayed
+by its successor. The contents of further unlocked files (of a time with more workers) are moved to the first. A line is
+the CRC-32 of a settlement's JSON in hex and that JSON, whose `v` is the version of the format.
 
-What can't be kept (no room, or no disk by the end of the process) is logged whole as `settlement_lost`, and counted in `lost`.
+A settlement that can't be kept (no room, or no disk until the process ends) is logged whole as `settlement_lost` and
+counted in `lost`.
 """
 
 import asyncio
@@ -25,29 +26,31 @@ from meshproxy.ledger.store import StoreError, Unavailable
 
 MAX_FILES = 256  # workers on one machine
 REPLAY_INTERVAL_S = 0.5
-MAX_LOGGED_BYTES = 4096  # of a line that can't be read
-FORMAT = 1  # of a line's JSON; a line without one is of the first
+MAX_LOGGED_BYTES = 4096  # of an unreadable line
+FORMAT = 1  # version of a line's JSON; a line without `v` is version 1
 
 _log = structlog.get_logger(__name__)
 
 
 class SettlementsLost(Exception):
-    """The process ends, and neither Redis nor the disk took all that was to be charged; the log has what is lost, whole."""
+    """The process ends with settlements that neither Redis nor the disk took. The log has each of them whole."""
 
 
 class JournalFull(Exception):
-    """What is left over from Redis's absence has reached its bound; this settlement is lost, and the log has it."""
+    """The journal has reached its bound. This settlement is lost; the log has it whole."""
 
 
 class _Version(msgspec.Struct):
-    """The version of a line's form."""
+    """The format version of a line."""
 
     v: int = 1
 
 
 class Journal:
-    """The file of one worker, and what it holds. `path` None: kept in memory alone, and lost with the process. `lost` counts
-    the settlements that could not be kept.
+    """The file of one worker and the settlements in it.
+
+    `path` None: settlements are kept in memory only and are lost with the process. `lost` counts the settlements that
+    could not be kept.
     """
 
     def __init__(self, path: Path | None, max_bytes: int) -> None:
@@ -71,12 +74,14 @@ class Journal:
 
     @property
     def room_bytes(self) -> int:
-        """How much more it can take; nothing while the disk refuses what it has."""
+        """How many more bytes fit; 0 while the disk refuses writes."""
         return 0 if self._disk_failed else self._max_bytes - self._size
 
     async def append(self, settlement: Settlement) -> None:
-        """Keep a settlement; on disk when this returns. JournalFull if there is no room; OSError if the disk refuses it, which
-        keeps it in memory until the disk takes it.
+        """Keep a settlement. When this returns, it is on disk.
+
+        Raises JournalFull if there is no room. Raises OSError if the disk refuses it: it is then kept in memory until
+        the disk takes it.
         """
         line = _line(settlement)
         if self._size + len(line) > self._max_bytes:
@@ -88,8 +93,9 @@ class Journal:
         await self._write()
 
     async def replay(self, settle: Callable[[Settlement], Awaitable[bool]]) -> int:
-        """Settle what is kept, oldest first, until it is empty or Redis is lost again; how many were. One that Redis refuses
-        goes to the end, and is tried again the next time.
+        """Settle what is kept, oldest first, until nothing is left or Redis is lost. Return how many were settled.
+
+        A settlement that Redis refuses moves to the end and is tried again in the next replay.
         """
         count = 0
         while self._pending:
@@ -109,13 +115,13 @@ class Journal:
                     0,
                     [],
                     False,
-                )  # all is settled, also what is not on disk
+                )  # all are settled, also those that aren't on disk
                 if self._file is not None:
                     await asyncio.to_thread(_truncate, self._file)
         return count
 
     async def keep_replaying(self, settle: Callable[[Settlement], Awaitable[bool]]) -> None:
-        """Run for the life of the worker."""
+        """Replay whenever settlements are pending, for the life of the worker."""
         while True:
             if self._pending:
                 count = await self.replay(settle)
@@ -127,8 +133,9 @@ class Journal:
             await asyncio.sleep(REPLAY_INTERVAL_S)
 
     def close(self) -> int:
-        """Let the next worker have the file, after one last attempt at what the disk hasn't taken. What it still refuses is
-        logged whole; how many settlements were lost in the life of this journal.
+        """Write what the disk hasn't taken yet, then unlock the file for the next worker.
+
+        What the disk still refuses is logged whole. Returns how many settlements this journal has lost.
         """
         if self._closed:
             return self.lost
@@ -146,7 +153,7 @@ class Journal:
         return self.lost
 
     async def _write(self) -> None:
-        """Write what isn't on disk yet; what comes together shares an fsync."""
+        """Write what isn't on disk yet. Settlements that arrive together share one fsync."""
         async with self._writing:
             unwritten, self._unwritten = self._unwritten, []
             if unwritten and self._file is not None:
@@ -161,17 +168,19 @@ class Journal:
                 self._disk_failed = False
 
     def _not_on_disk(self) -> Iterator[Settlement]:
-        """What waits for Redis and for the disk."""
+        """Return the pending settlements that aren't on disk."""
         pending = {settlement.hold_id for settlement in self._pending}
         return (settlement for settlement in self._unwritten if settlement.hold_id in pending)
 
     def _lose(self, settlement: Settlement) -> None:
-        """Log a settlement that can't be kept, whole, so that it can be booked by hand."""
+        """Log a settlement whole, because it can't be kept: an operator can charge it by hand."""
         self.lost += 1
         _log.error("settlement_lost", settlement=msgspec.to_builtins(settlement))
 
     def _open(self, path: Path) -> None:
-        """Take the first file that nobody has locked, and into it what lies in further ones; OSError if none can be had."""
+        """Lock the first free file, and move the contents of further free files into it. Raises OSError if no file is
+        free.
+        """
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number in range(MAX_FILES):
             name = f"{path}.{number}"
@@ -183,7 +192,7 @@ class Journal:
             try:
                 settlements = _read(file)
             except NotImplementedError:
-                _log.warning("journal_of_a_newer_version", path=name)  # whoever wrote it can settle it
+                _log.warning("journal_of_a_newer_version", path=name)  # only the newer version can settle it
                 os.close(file)
                 continue
             self._pending.extend(settlements)
@@ -201,8 +210,9 @@ class Journal:
 
 
 def left_elsewhere(path: Path) -> list[Path]:
-    """Journals of other Redises beside that at `path` (`STATE/REDIS/journal`) that hold something and that no process has: what
-    is in them is settled only by a worker whose configuration names their Redis, or their path.
+    """Find unlocked, non-empty journals of other Redis servers beside the one at `path` (`STATE/REDIS/journal`).
+
+    Their settlements are made only by a worker whose configuration names their Redis or their path.
     """
     found = []
     for other in sorted(path.parent.parent.glob(f"*/{path.name}.*"))[:MAX_FILES]:
@@ -225,7 +235,9 @@ def _open_if_free(name: str) -> int | None:
 
 
 def _read(file: int) -> list[Settlement]:
-    """What a file holds. A line that a crash cut short is taken away, or the next one would be part of it."""
+    """Read the settlements of a file. Removes an incomplete last line, which a crash left, so that the next line isn't
+    appended to it.
+    """
     data = os.pread(file, os.fstat(file).st_size, 0)
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -246,7 +258,7 @@ def _line(settlement: Settlement) -> bytes:
 
 
 def _parse(line: bytes) -> Settlement | None:
-    """The settlement of a line, None if it isn't whole; NotImplementedError for one of a newer form."""
+    """Parse a line. Return None if it is damaged. Raises NotImplementedError for a newer format."""
     checksum, _, text = line.partition(b" ")
     try:
         if int(checksum, 16) != zlib.crc32(text):
@@ -259,7 +271,7 @@ def _parse(line: bytes) -> Settlement | None:
 
 
 def _write_through(file: int, data: bytes) -> None:
-    """OSError, leaving the file as it was, if it can't be written."""
+    """Append to a file and fsync it. If this raises OSError, the file is as it was."""
     size = os.fstat(file).st_size
     try:
         while data:

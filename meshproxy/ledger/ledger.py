@@ -1,7 +1,9 @@
-"""The ledger: credit and buckets in two phases. A request is admitted with a hold, renews it while it runs, and is settled
-once, whatever becomes of it. Each step is one script, one round trip, and atomic; docs/ledger.md tells the model.
+"""Credit and token buckets in two phases: a hold at admission, and one settlement, however the request ends.
 
-A denial is a value. What Redis does wrong arrives as the Store's GatewayError.
+A hold is renewed while its request runs. Each step is one atomic script and one round trip. docs/ledger.md describes
+the model.
+
+A denial is a value. Errors of Redis are raised as the Store's Unavailable and StoreError.
 """
 
 import asyncio
@@ -34,15 +36,17 @@ from meshproxy.policy.principal import Budgets, Limits
 
 USAGE_EVENTS_KEPT = 1_000_000
 MAX_GRANTS_READ = 1000
-MAX_REFUSED_ACCOUNTS = 4096  # whose refusals are counted in one second
+MAX_REFUSED_ACCOUNTS = 4096  # whose refusals one worker counts between two writes
 NOTE_REFUSALS_S = 1.0
 REFUSED_KEPT_S = 86_400
-BATCH_KEYS = 500  # asked for in one write
-MAX_KNOWN_ACCOUNTS = 4096  # whose keys are kept ready
+BATCH_KEYS = 500  # keys whose commands share one write
+MAX_KNOWN_ACCOUNTS = 4096  # whose key names are cached
 
 _NO_LIMIT = -1
 _PAST_MOST, _GRANTED, _GRANTED_BEFORE, _OTHER_AMOUNT = range(4)  # outcomes of grant.lua
-_ADMITTED, _NO_CREDIT, _OVER_BUDGET, _RATE_LIMITED = range(4)  # outcomes of admit.lua and renew.lua; 4 is gone
+_ADMITTED, _NO_CREDIT, _OVER_BUDGET, _RATE_LIMITED = range(
+    4
+)  # outcomes of admit.lua and renew.lua; renew.lua adds 4: gone
 _BUDGETS = tuple(
     f"{scope} {period} budget" for scope in ("key", "session", "account") for period in ("total", "daily", "monthly")
 )
@@ -55,7 +59,7 @@ LIMITS = (
     "account requests per day",
     "key parallel requests",
     "account parallel requests",
-)  # what a rate_limit denial names, in the order of admit.lua
+)  # names of limits in a rate_limit denial, in the order of admit.lua
 
 
 class RefTaken(ValueError):
@@ -63,8 +67,9 @@ class RefTaken(ValueError):
 
 
 class Ledger:
-    """Holds, settlements and balances of every account over one store. `usage_events_kept` bounds each account's usage
-    stream, roughly (XADD MAXLEN ~).
+    """Holds, settlements, grants and balances of all accounts in one store.
+
+    `usage_events_kept` bounds each account's usage stream approximately (XADD MAXLEN ~).
     """
 
     def __init__(self, store: Store, *, usage_events_kept: int = USAGE_EVENTS_KEPT) -> None:
@@ -76,10 +81,12 @@ class Ledger:
         self._grant = Script.load("grant")
         self._balance = Script.load("balance")
         self._known: dict[str, AccountKeys] = {}
-        self._refused: Counter[str] = Counter()  # by account, since they were last noted
+        self._refused: Counter[str] = Counter()  # by account, since the last write to Redis
 
     async def admit(self, ask: HoldRequest) -> Hold | Denial:
-        """Hold credit for a request and debit its buckets, or say why not. Safe to repeat with the same hold id."""
+        """Hold credit for a request and debit its buckets, or return the denial. Repeating it with the same hold id is
+        safe.
+        """
         least = ask.amount_nusd if ask.amount_min_nusd is None else ask.amount_min_nusd
         args: list[Argument] = [
             ask.hold_id,
@@ -114,8 +121,10 @@ class Ledger:
         ttl_ms: int | None = None,
         enforce_tokens: bool = False,
     ) -> Hold | Denial:
-        """Raise a hold to a new total of credit and tokens (never lower it), and put its deadline `ttl_ms` from now; None is
-        as it was asked for. Denied: it stays as it was, with the new deadline. Tokens are debited into debt unless enforced.
+        """Raise a hold to a new total of credit and tokens, and set its deadline to `ttl_ms` from now.
+
+        None keeps the value of the hold request. A hold is never lowered. A denied hold keeps its amount and gets the
+        new deadline. Tokens beyond a bucket's level become its debt, unless `enforce_tokens` denies them.
         """
         ask = hold.ask
         args: list[Argument] = [
@@ -135,15 +144,20 @@ class Ledger:
         return _denied(reply, ())
 
     async def settle(self, settlement: Settlement) -> bool:
-        """Charge what a request cost, once. False: settled before, or never admitted; nothing was charged now."""
+        """Charge the cost of a request once. Return False if nothing was charged: it was settled before, or never
+        admitted.
+        """
         return bool(await self._store.run(self._settle, *self._charge(settlement)))
 
     def settling(self, settlement: Settlement) -> "asyncio.Future[Any]":
-        """The same, sent now, for who won't wait; what is truthy was charged now. ScriptMissing: `settle` it."""
+        """Send the settlement now and return the future of its reply, for a caller that doesn't wait.
+
+        A truthy reply means that it was charged now. If the future raises ScriptMissing, call `settle`.
+        """
         return self._store.call(self._settle, *self._charge(settlement))
 
     def _charge(self, settlement: Settlement) -> tuple[list[str], list[Argument]]:
-        """The keys and arguments of settle.lua."""
+        """Return the keys and arguments of settle.lua."""
         if settlement.cost_nusd < 0:
             raise ValueError(f"{settlement.hold_id}: a cost of {settlement.cost_nusd} nano-USD would be a gift")
         usage = settlement.usage
@@ -178,9 +192,10 @@ class Ledger:
         return _settlement_keys(self._names(settlement.account), settlement), args
 
     async def grant(self, account: str, amount_nusd: int, note: str = "", *, ref: str = "", actor: str = "") -> Granted:
-        """Grant credit, or take some back with a negative amount, once for each `ref`; `actor` is who does it.
+        """Grant credit, or take credit back with a negative amount, once for each `ref`. `actor` is recorded as who did
+        it.
 
-        ValueError past what a balance may be; RefTaken for a `ref` under which another amount was granted.
+        Raises ValueError if the balance would exceed MAX_NUSD, and RefTaken if another amount was granted under `ref`.
         """
         names = self._names(account)
         await self._store.execute("SADD", ACCOUNTS, account)
@@ -193,7 +208,7 @@ class Ledger:
         return Granted(balance, is_new=outcome == _GRANTED)
 
     async def grants(self, account: str, limit: int = MAX_GRANTS_READ) -> list[Grant]:
-        """The latest grants of an account, newest first. Those of versions before the history aren't in it."""
+        """Return the latest grants of an account, newest first. Grants of versions that kept no history are missing."""
         entries = await self._store.execute("XREVRANGE", self._names(account).grants, "+", "-", "COUNT", limit)
         found = [dict(zip(flat[::2], flat[1::2], strict=True)) for _, flat in entries]
         return [
@@ -216,7 +231,10 @@ class Ledger:
         key_limits: Limits = NO_LIMITS,
         account_limits: Limits = NO_LIMITS,
     ) -> Balance:
-        """An account's credit and spend after expired holds are released; with a key, its spend and the state of every bucket."""
+        """Release expired holds and return an account's credit and spend.
+
+        With a key, the result also has the key's spend and all buckets.
+        """
         names = self._names(account)
         keys = names.books if key_id is None else (*names.books, *names.key_books(key_id))
         reply = await self._store.run(self._balance, keys, [*_rates(account_limits), *_rates(key_limits)])
@@ -234,8 +252,9 @@ class Ledger:
         )
 
     async def note_refusals(self) -> None:
-        """Add the refusals of this process to those in Redis, each second, for the life of the worker. A refusal itself writes
-        nothing; what Redis can't take is not counted.
+        """Write this process's counts of refused requests to Redis each second, until cancelled.
+
+        A refusal itself writes nothing. Counts that Redis can't take are dropped.
         """
         while True:
             await asyncio.sleep(NOTE_REFUSALS_S)
@@ -250,7 +269,9 @@ class Ledger:
                     )
 
     async def refusals(self, accounts: Sequence[str], minutes: int) -> list[int]:
-        """How many requests of accounts the ledger refused (402, 429) in the last minutes, in their order; a day is known."""
+        """Return how many requests of each account the ledger refused (402, 429) in the last `minutes` (at most a
+        day).
+        """
         now = int(time.time()) // 60
         first = now - min(minutes, REFUSED_KEPT_S // 60) + 1
         hours = range(first // 60, now // 60 + 1)
@@ -268,7 +289,7 @@ class Ledger:
         return found
 
     async def key_spends(self, account: str, key_ids: Sequence[str]) -> list[KeyUse]:
-        """What keys of an account spent, and when each was last used, in their order: for a list of keys beside their budgets."""
+        """Return the spend and the time of last use of an account's keys, in the order of `key_ids`."""
         names = self._names(account)
         seconds, _ = await self._store.execute("TIME")
         day = time.strftime("%Y-%m-%d", time.gmtime(int(seconds)))
@@ -283,14 +304,14 @@ class Ledger:
         return uses
 
     async def balances(self, accounts: Sequence[str]) -> list[Balance]:
-        """The balances of accounts, in their order: for a list of accounts."""
+        """Return the balances of accounts, in their order."""
         found: list[Balance] = []
         for first in range(0, len(accounts), BATCH_KEYS):
             found += await asyncio.gather(*map(self.balance, accounts[first : first + BATCH_KEYS]))
         return found
 
     def _names(self, account: str) -> AccountKeys:
-        """The account's keys, made once."""
+        """Return the names of the account's keys in Redis, cached."""
         names = self._known.get(account)
         if names is None:
             if len(self._known) >= MAX_KNOWN_ACCOUNTS:
@@ -308,7 +329,7 @@ def _hold_keys(names: AccountKeys, ask: HoldRequest) -> list[str]:
 
 @lru_cache(48)
 def _hour(hours: int) -> str:
-    """The hour that is so many hours after the epoch, as keys name it."""
+    """Format an hour, given as hours since the epoch, as key names spell it."""
     return time.strftime("%Y-%m-%dT%H", time.gmtime(hours * 3600))
 
 
@@ -324,14 +345,14 @@ def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
 
 
 def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:
-    """The sum of an hour's counts by minute, from minute `first` of the epoch on."""
+    """Sum an hour's counts by minute, from the minute `first` (since the epoch) on."""
     return sum(
         int(count) for minute, count in zip(flat[::2], flat[1::2], strict=True) if hour * 60 + int(minute) >= first
     )
 
 
 def _rates(limits: Limits) -> tuple[int, int, int, int, int]:
-    """Requests a minute, burst, tokens a minute, requests a day and in parallel, as scripts want them."""
+    """Return requests per minute, burst, tokens per minute, requests per day and parallel requests, for scripts."""
     requests, tokens, burst = limits.requests_per_minute, limits.tokens_per_minute, limits.burst
     daily, parallel = limits.requests_per_day, limits.max_parallel
     if requests is None:
@@ -370,7 +391,7 @@ def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denial:
 
 
 def _buckets(reply: Sequence[int], first: int, key: Limits, account: Limits) -> tuple[BucketState, ...]:
-    """The states of the buckets that have a limit, from pairs of remaining and ms until full."""
+    """Return the states of the buckets that have a limit, from pairs of remaining and ms until full."""
     states = []
     if (limit := key.requests_per_minute) is not None:
         states.append(BucketState("key", "requests", limit, reply[first], reply[first + 1] / 1000))

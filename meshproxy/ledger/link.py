@@ -1,13 +1,16 @@
-"""One socket to one Redis server. Requests are pipelined: what one turn of the event loop asks goes out in one write, many
-turns may be in flight, and replies resolve futures in the order of the requests (RESP2 has no other order).
+"""The connection to one Redis server: `RedisConnection`, a pipelined socket, and `Channel`, which keeps one open.
 
-The life of a command: `send` packs it and queues its future; the flush at the end of the turn writes; `data_received` parses
-and resolves. There is no task and no timer per command: one timer watches the oldest. A future that its waiter cancelled
-keeps its place in the queue, so that its reply is dropped and not taken for the next one's.
+Commands are pipelined. The commands of one turn of the event loop go out in one write, several writes may be in flight,
+and replies resolve futures in the order of the commands (RESP2 has no other order).
 
-A server that lets its oldest command wait past the deadline is given up with everything that it still owes: replies come in
-order, so nothing behind that command can be answered sooner. A loop that was busy for long comes to its timers before its
-sockets, where the reply may lie already: hence a few more turns of it before the server is taken for lost.
+The way of a command: `send` packs it and queues its future, the flush at the end of the turn writes it, and
+`data_received` parses the reply and resolves the future. A command has no task and no timer of its own: one timer
+watches the oldest command. A cancelled future keeps its place in the queue, so that its reply is dropped and not taken
+for the next command's.
+
+If the oldest command has no reply by its deadline, the connection is closed and all pending commands fail: replies come
+in order, so no later command can be answered sooner. After a long block the event loop runs timers before it reads
+sockets, where the reply may wait already. So the connection is closed only after `LOOKS` more turns of the loop.
 """
 
 import asyncio
@@ -24,19 +27,19 @@ from redis.asyncio.connection import AbstractConnection
 from meshproxy.ledger.address import Endpoint
 from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, Unavailable, kind_of, refusal
 
-LOOKS = 3  # turns of the loop between a time-out and giving up, in each of which the socket is read
+LOOKS = 3  # turns of the event loop between a time-out and closing the connection; each reads the socket
 LOOK_S = 0.05
 MAX_PENDING = 16_384  # commands without a reply on one socket; a healthy server has some hundreds at most
 
-_NOTHING = object()  # what the parser says when it needs more bytes
+_NOTHING = object()  # returned by the parser when it needs more bytes
 
-# a future, what it is for, when it was asked (loop time), the request's bytes
+# future, operation name, time it was queued (loop time), packed command
 Pending = tuple["asyncio.Future[Any]", str, float, bytes]
-Redirect = Callable[[str, Pending], bool]  # a MOVED or ASK reply and what it answers; True if it was sent on elsewhere
+Redirect = Callable[[str, Pending], bool]  # a MOVED or ASK reply and its command; True if sent to another server
 
 
 class RedisConnection(asyncio.Protocol):
-    """A connected socket. `on_lost` is called once, after everything pending was failed."""
+    """A connected socket. `on_lost` is called once, after all pending commands have failed."""
 
     def __init__(self, timeout_s: float, on_op: OnOp | None = None, redirect: Redirect | None = None) -> None:
         self.on_lost: Callable[[RedisConnection], None] | None = None
@@ -56,7 +59,7 @@ class RedisConnection(asyncio.Protocol):
         self._looks_left = LOOKS
 
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
-        """Queue one command. The future's errors: Unavailable, StoreError."""
+        """Queue one command and return the future of its reply. The future raises Unavailable or StoreError."""
         if self.lost is not None:
             return failed(Unavailable(self.lost.kind, self.lost.reason))
         if len(self._pending) >= MAX_PENDING:
@@ -70,7 +73,7 @@ class RedisConnection(asyncio.Protocol):
         return future
 
     def resend(self, pending: Pending, *, asking: bool) -> None:
-        """Queue what another server sent here, right after ASKING where that server said so."""
+        """Queue a command that another server redirected here, preceded by ASKING where that server's reply was ASK."""
         if self.lost is not None:
             _fail(pending[0], Unavailable(self.lost.kind, self.lost.reason))
             return
@@ -82,7 +85,7 @@ class RedisConnection(asyncio.Protocol):
         self._pending.append(pending)
 
     def lose(self, kind: str, reason: str) -> None:
-        """Give the socket up: everything pending fails now."""
+        """Close the socket and fail all pending commands."""
         if self.lost is not None:
             return
         self.lost = Unavailable(kind, reason)
@@ -99,28 +102,28 @@ class RedisConnection(asyncio.Protocol):
             self.on_lost(self)
 
     def finish(self) -> None:
-        """Close the socket as soon as everything asked is answered."""
+        """Close the socket as soon as every pending command is answered."""
         self._finishing = True
         if not self._pending:
             self.lose("closed", "the server isn't needed any more")
 
     def take_over(self, server: AbstractConnection) -> None:
-        """Take the open socket of redis-py's connection, which from then on has none."""
+        """Take over an open socket. Keep its StreamWriter: a garbage-collected writer closes its socket."""
         # Of redis-py's names `_writer` alone is private. The StreamWriter is kept: one that is collected closes its socket.
         self._writer, server._writer = server._writer, None  # noqa: SLF001 - there is no public way to hand a socket over
         self._writer.transport.set_protocol(self)  # type: ignore[union-attr]
         self.connection_made(self._writer.transport)  # type: ignore[union-attr]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The socket is open."""
+        """Keep the transport of the open socket."""
         self._transport = transport  # type: ignore[assignment]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The socket is closed."""
+        """Fail all pending commands: the socket is closed."""
         self.lose("connection", f"the connection was lost ({exc or 'closed by the server'})")
 
     def data_received(self, data: bytes) -> None:
-        """Resolve the futures of every whole reply in `data` and in what was left before."""
+        """Resolve the futures of all complete replies in the bytes received so far."""
         pending, gets = self._pending, self._reader.gets
         self._reader.feed(data)
         try:
@@ -180,7 +183,7 @@ class RedisConnection(asyncio.Protocol):
 
 
 def failed(error: Exception) -> "asyncio.Future[Any]":
-    """A future that has failed already."""
+    """Return a future that has failed already."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     _fail(future, error)
     return future
@@ -189,26 +192,28 @@ def failed(error: Exception) -> "asyncio.Future[Any]":
 def _fail(future: "asyncio.Future[Any]", error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-        future.exception()  # counts as seen: a waiter that went away is no reason for asyncio to complain
+        future.exception()  # marks the exception as retrieved, so that asyncio doesn't warn if the waiter is gone
 
 
 BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 2.0
-STEADY_S = 5.0  # a link that held this long was a good one
+STEADY_S = 5.0  # a connection that lasted this long resets the backoff
 CLIENT_NAME = "meshproxy"
 
-Keep = Callable[[str, Callable[[], Coroutine[Any, Any, None]]], "asyncio.Task[None]"]  # run it until it returns
+Keep = Callable[[str, Callable[[], Coroutine[Any, Any, None]]], "asyncio.Task[None]"]  # starts a supervised, named task
 Dial = Callable[[], Awaitable[RedisConnection]]
 
 
 def keep_plainly(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
-    """Run it once, for a program that ends soon; the caller keeps the reference."""
+    """Run the coroutine in an unsupervised task, for a program that ends soon. The caller keeps the reference."""
     return asyncio.create_task(work(), name=name)
 
 
 class Channel(Store):
-    """`dial` finds the server and returns a link that is ready for commands, or raises Unavailable. `on_change` is called with
-    `name` for every link that is made or lost.
+    """A Store over one connection, which is dialled again whenever it is lost.
+
+    `dial` finds the server and returns a connection that is ready for commands, or raises Unavailable. `on_change` is
+    called with `name` for every connection made or lost.
     """
 
     def __init__(
@@ -220,7 +225,7 @@ class Channel(Store):
         name: str = "",
         on_change: OnChange | None = None,
     ) -> None:
-        self.trouble: str | None = None  # what went wrong last; None: connected
+        self.trouble: str | None = None  # the last error; None: connected
         self._dial = dial
         self._keep = keep
         self._on_lost = on_lost
@@ -234,11 +239,11 @@ class Channel(Store):
 
     @property
     def connected(self) -> bool:
-        """Whether there is a link."""
+        """Whether there is a connection."""
         return self._link is not None
 
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
-        """Queue one command, or fail at once."""
+        """Queue one command, or fail at once without a connection."""
         link = self._link
         if link is None:
             return failed(Unavailable("connection", self.trouble or "not connected"))
@@ -246,20 +251,20 @@ class Channel(Store):
 
     @property
     def link(self) -> RedisConnection | None:
-        """The link of this moment, if there is one."""
+        """The current connection, if there is one."""
         return self._link
 
     async def open(self) -> None:
-        """Dial once; Unavailable if that fails."""
+        """Dial once. Raises Unavailable if that fails."""
         self._adopt(await self._dial())
 
     def keep_dialling(self) -> None:
-        """Dial in the background until there is a link."""
+        """Dial in the background until there is a connection."""
         if self._dialling is None and not self._closed:
             self._dialling = self._keep("ledger-dial", self._dial_until_linked)
 
     def retire(self) -> None:
-        """Hang up once everything asked is answered, and dial no more."""
+        """Close the connection once every pending command is answered, and stop dialling."""
         self._closed = True
         if self._dialling is not None:
             self._dialling.cancel()
@@ -267,7 +272,7 @@ class Channel(Store):
             self._link.finish()
 
     async def close(self) -> None:
-        """Hang up for good."""
+        """Close the connection and stop dialling, for good."""
         self._closed = True
         if self._dialling is not None:
             self._dialling.cancel()
@@ -313,7 +318,7 @@ class Channel(Store):
 
 
 def backoff_s(failures: int) -> float:
-    """How long to wait before the next attempt: doubling, bounded, and spread so that workers don't come all at once."""
+    """Return the delay before the next attempt: doubling, bounded, and random so that workers spread out."""
     bound = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0 ** min(failures, 16))
     return bound * random.uniform(0.5, 1.0)  # noqa: S311 - jitter is no secret
 
@@ -326,14 +331,14 @@ async def dial(
     timeout_s: float,
     master: bool = False,
 ) -> RedisConnection:
-    """Have redis-py connect and log in, check that the server answers, and return a link that has taken the socket over.
+    """Have redis-py connect and log in, check that the server answers, and return a connection over its socket.
 
-    `master`: a replica won't do. Raises Unavailable.
+    `master`: refuse a replica. Raises Unavailable.
     """
     try:
         async with asyncio.timeout(timeout_s):
             await server.connect()  # type: ignore[no-untyped-call]
-            with suppress(redis.ResponseError):  # a name is a courtesy: some users may not set one
+            with suppress(redis.ResponseError):  # the name is optional: some users may not set one
                 await _ask(server, "CLIENT", "SETNAME", CLIENT_NAME)
             await _ask(server, "PING")
             if master and (await _ask(server, "ROLE"))[0] != b"master":
@@ -347,7 +352,7 @@ async def dial(
     else:
         return link
     finally:
-        await server.disconnect(nowait=True)  # closes a socket that no link has taken over
+        await server.disconnect(nowait=True)  # closes the socket if no connection has taken it over
     raise Unavailable("connection", reason if str(endpoint) in reason else f"{endpoint}: {reason}")
 
 
@@ -357,7 +362,7 @@ async def _ask(server: AbstractConnection, *command: str) -> Any:
 
 
 def _plain(error: redis.RedisError, server: AbstractConnection) -> str:
-    """An error's text, without what an old server quotes of a login that it doesn't understand."""
+    """Return an error's text, without what an old server may quote of a login that it doesn't understand."""
     refusal = error if isinstance(error, redis.ResponseError) else error.__cause__
     is_quoting = isinstance(refusal, redis.ResponseError) and server.password is not None
     return "the login or the database was refused" if is_quoting else str(error)

@@ -1,8 +1,10 @@
-"""Admission without Redis, for `redis.on_failure = "local"`: each worker enforces its share of every bucket, and admits credit
-on a bounded allowance an account. What is spent so is journaled, and settled when Redis is back (journal.py).
+"""Admission without Redis, for `redis.on_failure = "local"`.
 
-The allowance is refilled by settled money alone: what a request held or cost counts against it until Redis has charged it,
-however often Redis comes and goes meanwhile.
+Each worker enforces its share of every bucket, and admits requests on a bounded allowance of credit for each account.
+Their settlements go to the journal until Redis is back (journal.py).
+
+Only settled money refills the allowance: what a request held or cost counts against it until Redis has charged it,
+however often Redis is lost and found in between.
 """
 
 import asyncio
@@ -17,21 +19,22 @@ from meshproxy.ledger.records import BucketState, Denial, Hold, HoldRequest, Kin
 from meshproxy.ledger.store import Script, Store, StoreError, Unavailable
 from meshproxy.policy.principal import Limits
 
-MAX_ACCOUNTS = 65_536  # known to one worker while Redis is away; no others are admitted
-BUCKETS_OF_AN_ACCOUNT = 16  # its own and those of some keys; more of them count as further accounts
+MAX_ACCOUNTS = 65_536  # known to one worker while Redis is lost; further accounts are denied
+BUCKETS_OF_AN_ACCOUNT = 16  # its own and those of some keys; more buckets count as further accounts
 PARALLEL_RETRY_S = 1.0
 BEAT_S = 5.0
-KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three heartbeats is gone
-WORKERS = "mesh:workers"  # sorted set: worker by its last heartbeat (Unix seconds, by Redis's clock)
-LINE_BYTES = 2048  # of a settlement in the journal, without its session's name
-SESSION_BYTES = 6  # of one character of it, as JSON
+KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three heartbeats is no longer counted
+WORKERS = "mesh:workers"  # sorted set: worker id by its last heartbeat (Unix seconds, Redis's clock)
+LINE_BYTES = 2048  # bound on a settlement's line in the journal, without the session's name
+SESSION_BYTES = 6  # bound on one character of the session's name, as JSON
 
 
 class Instances:
-    """How many workers share the Redis, by their heartbeats; the last known number while it is away.
+    """The number of workers that share the Redis, counted by heartbeats. While Redis is lost, the last known number
+    holds.
 
-    Heartbeats are by Redis's TIME: a host whose clock is wrong is counted as others are, and drops none of them. `at_least`
-    is how many there are on this host, whatever Redis knows.
+    Heartbeats use Redis's TIME, so a host with a wrong clock is counted like the others and removes none of them.
+    `at_least` is the number of workers on this host: the count is never lower.
     """
 
     def __init__(self, store: Store, worker: str, at_least: int = 1) -> None:
@@ -42,7 +45,7 @@ class Instances:
         self._beat = Script.load("beat")
 
     async def beat(self) -> None:
-        """Run for the life of the worker."""
+        """Send heartbeats, for the life of the worker."""
         while True:
             try:
                 count = await self._store.run(self._beat, [WORKERS], [self._worker, KEPT_MS])
@@ -53,35 +56,37 @@ class Instances:
 
 
 class _Bucket(Struct):
-    """A worker's share of a token bucket, at a moment of its clock."""
+    """A worker's share of a token bucket, at the time `at` of its clock."""
 
     scope: Scope
     kind: Kind
     per: Period
-    limit: int  # of all workers
+    limit: int  # shared by all workers
     size: float
-    rate: float  # a second
+    rate: float  # per second
     level: float
     at: float
 
     def wait_s(self, count: int) -> float:
-        """How long until it lets `count` through. More than it can hold gets through when it is full."""
+        """Return the seconds until the bucket admits `count`. A count above its size is admitted when it is full."""
         return math.inf if self.limit == 0 else max(min(count, self.size) - self.level, 0.0) / self.rate
 
     def state(self) -> BucketState:
-        """What is told of it."""
+        """Return the state that is shown to clients."""
         reset_s = (self.size - self.level) / self.rate
         return BucketState(self.scope, self.kind, self.limit, max(math.floor(self.level), 0), reset_s, self.per)
 
     @property
     def which(self) -> str:
-        """What a denial calls it."""
+        """The bucket's name in a denial."""
         return f"{self.scope} {self.kind}{' per day' if self.per == 'day' else ''}"
 
 
 class LocalAdmission:
-    """What one worker may admit by itself. `clock` is monotonic seconds; `room_bytes` is the room left in the journal, which
-    has to take the settlement of everything that is admitted here.
+    """What one worker may admit by itself.
+
+    `clock` is monotonic, in seconds. `room_bytes` returns the room left in the journal, which must fit the settlement
+    of everything admitted here.
     """
 
     def __init__(
@@ -93,19 +98,19 @@ class LocalAdmission:
         self._room_bytes = room_bytes
         self._owed: dict[
             str, tuple[str, int]
-        ] = {}  # account and nano-USD by hold id: held, or spent and not charged yet
-        self._used_nusd: dict[str, int] = {}  # the sums of these by account
+        ] = {}  # account and nano-USD by hold id: held, or spent and not yet charged
+        self._used_nusd: dict[str, int] = {}  # the sums of `_owed` by account
         self._running: dict[str, HoldRequest] = {}  # by hold id
-        self._parallel: Counter[str] = Counter()  # of these by account, and by `account key`
-        self._reserved_bytes = 0  # of the journal, for these
+        self._parallel: Counter[str] = Counter()  # running requests by account, and by `account key`
+        self._reserved_bytes = 0  # journal bytes reserved for the running requests
         self._buckets: dict[tuple[str, str, str, str], _Bucket] = {}
 
     def has_room(self, ask: HoldRequest) -> bool:
-        """Whether the journal can take the settlement of one more request; without that nothing may be admitted."""
+        """Return whether the journal has room for one more settlement. Without room, no request may be admitted."""
         return self._reserved_bytes + _line_bytes(ask) <= self._room_bytes()
 
     def admit(self, ask: HoldRequest) -> Hold | Denial:
-        """Hold the amount from the allowance and take from the local buckets, or return why not."""
+        """Hold the amount from the allowance and debit the local buckets, or return the denial."""
         available = self._available(ask.account)
         known = max(len(self._used_nusd), len(self._buckets) // BUCKETS_OF_AN_ACCOUNT)
         is_one_too_many = ask.account not in self._used_nusd and known >= MAX_ACCOUNTS
@@ -133,14 +138,16 @@ class LocalAdmission:
         return Hold(ask, amount_nusd, available - amount_nusd, states)
 
     def take(self, ask: HoldRequest, amount_nusd: int) -> bool:
-        """Hold more of the account's allowance for a request, if it is there. Redis may hold the first part of it."""
+        """Hold more of the account's allowance for a request, if it is available. Redis may hold the first part of
+        it.
+        """
         if amount_nusd > self._available(ask.account):
             return False
         self._owe(ask.hold_id, ask.account, self._owed.get(ask.hold_id, (ask.account, 0))[1] + amount_nusd)
         return True
 
     def spent(self, settlement: Settlement, held_by_redis_nusd: int) -> None:
-        """Replace what a request held here by what it cost beyond what Redis holds for it. Redis hasn't charged it yet."""
+        """Replace what a request held here by its cost beyond what Redis holds for it. Redis hasn't charged it yet."""
         ask = self._running.pop(settlement.hold_id, None)
         if ask is not None:
             self._reserved_bytes -= _line_bytes(ask)
@@ -153,23 +160,25 @@ class LocalAdmission:
             self._owe(settlement.hold_id, settlement.account, amount)
 
     def charged(self, hold_id: str) -> None:
-        """Give back what a request spent here: Redis has charged it, or has it in its own books."""
+        """Return a request's amount to the allowance: Redis has charged it, or has a hold for it."""
         if hold_id in self._owed:
             self._owe(hold_id, self._owed[hold_id][0], 0)
 
     def found(self, settlements: Iterable[Settlement]) -> None:
-        """Count what a journal from before this process owes: a restart refills no allowance."""
+        """Count what an earlier process's journal owes: a restart must not refill the allowance."""
         for settlement in settlements:
             if settlement.unheld:
                 self._owe(settlement.hold_id, settlement.account, settlement.cost_nusd)
 
     def written(self) -> None:
-        """Drop the local buckets: Redis has written an admission, so it counts again. The allowance stays as it is."""
+        """Drop the local buckets: Redis has written an admission, so its buckets are in force again. The allowance
+        stays as it is.
+        """
         if self._buckets:
             self._buckets.clear()
 
     def _owe(self, hold_id: str, account: str, amount_nusd: int) -> None:
-        """Set what one request holds or has spent here."""
+        """Set the amount that one request holds or has spent here."""
         used = self._used_nusd.get(account, 0) - self._owed.get(hold_id, (account, 0))[1] + amount_nusd
         if amount_nusd:
             self._owed[hold_id] = account, amount_nusd
@@ -184,7 +193,7 @@ class LocalAdmission:
         return self._allowance_nusd // self._instances.count - self._used_nusd.get(account, 0)
 
     def _wants(self, scope: Scope, name: str, limits: Limits, tokens: int) -> Iterator[tuple[_Bucket, int]]:
-        """The buckets that there are, and what is taken from each."""
+        """Yield the buckets that have a limit, and what is taken from each."""
         requests_limit, tokens_limit = limits.requests_per_minute, limits.tokens_per_minute
         if requests_limit is not None:
             size = requests_limit if limits.burst is None else limits.burst
@@ -195,7 +204,7 @@ class LocalAdmission:
             yield self._refilled(scope, name, "requests", daily, daily, "day"), 1
 
     def _refilled(self, scope: Scope, name: str, kind: Kind, limit: int, size: int, per: Period = "minute") -> _Bucket:
-        """A bucket as of now, as large as this worker's share is now."""
+        """Return a bucket refilled up to now, sized to this worker's current share."""
         now, sharers = self._clock(), self._instances.count
         full, rate = max(size / sharers, 1.0), max(limit / sharers, 1.0) / (86_400 if per == "day" else 60)
         old = self._buckets.get((scope, name, kind, per))
@@ -204,7 +213,9 @@ class LocalAdmission:
         return bucket
 
     def _full(self, ask: HoldRequest) -> str | None:
-        """Which limit of requests in parallel is reached by this worker's share of it: at least one."""
+        """Return the limit on parallel requests that this worker's share has reached, None if none. A share is at least
+        one.
+        """
         account, key = _owners(ask)
         for which, owner, limits in (("key", key, ask.key_limits), ("account", account, ask.account_limits)):
             most = limits.max_parallel
@@ -214,10 +225,10 @@ class LocalAdmission:
 
 
 def _owners(ask: HoldRequest) -> tuple[str, str]:
-    """Who a running request counts for: its account, and its key."""
+    """Return the two names that a running request counts for: its account and its key."""
     return ask.account, f"{ask.account} {ask.key_id}"
 
 
 def _line_bytes(ask: HoldRequest) -> int:
-    """The most that a request's settlement takes in the journal."""
+    """Return the most bytes that a request's settlement takes in the journal."""
     return LINE_BYTES + SESSION_BYTES * len(ask.session or "")

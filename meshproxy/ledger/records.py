@@ -1,4 +1,6 @@
-"""What goes into the ledger and what comes out. Amounts are nano-USD, spans of time are seconds unless the name says ms."""
+"""The ledger's records and the names of its keys in Redis. Amounts are nano-USD; durations are seconds unless the name
+says ms.
+"""
 
 import hashlib
 from typing import Literal
@@ -19,11 +21,11 @@ UsageSource = Literal["reported", "estimated", "drained", "none"]
 
 
 class HoldRequest(Struct, frozen=True, kw_only=True):
-    """A request that wants in. Limits are resolved: None is no limit here, not a default that holds elsewhere.
+    """A request for a hold. Limits are resolved already: None means no limit, not a default.
 
-    `amount_min_nusd`: hold less than `amount_nusd`, down to this, rather than deny (None: all or nothing). Then no more than
-    `share_percent` of the room that there is is held, but for the least.
-    `tokens` is the estimate that the token buckets are debited by until the settlement puts them right.
+    `amount_min_nusd`: hold less than `amount_nusd` if it doesn't fit, but at least this (None: all or nothing). A
+    lowered hold takes at most `share_percent` of the available room, but at least the minimum. `tokens` is the estimate
+    that the token buckets are debited by; the settlement corrects it.
     """
 
     hold_id: str
@@ -43,7 +45,9 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
     account_budgets: Budgets = NO_BUDGETS
 
     def amount_within(self, room_nusd: int) -> int | None:
-        """What is held where there is so much room; None where it is too little. `admit.lua` has the same rule."""
+        """Return the amount to hold where `room_nusd` is available, None if too little is. `admit.lua` has the same
+        rule.
+        """
         if self.amount_nusd <= room_nusd:
             return self.amount_nusd
         if self.amount_min_nusd is None or self.amount_min_nusd > room_nusd:
@@ -52,7 +56,10 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
 
 
 class BucketState(Struct, frozen=True):
-    """One bucket as the decision left it: `limit` a `per`, `remaining` (a debt shows as 0), `reset_s` until it is full."""
+    """One bucket after the decision.
+
+    `limit` is per `per`; `remaining` shows a debt as 0; `reset_s` is the time until it is full.
+    """
 
     scope: Scope
     kind: Kind
@@ -63,7 +70,9 @@ class BucketState(Struct, frozen=True):
 
 
 class Hold(Struct, frozen=True):
-    """A hold of `amount_nusd` in all, which a clamped ask may find lower than it asked for. `buckets` are as of admission."""
+    """A hold of `amount_nusd` in all. It may be lower than requested if the request has a minimum. `buckets` are as of
+    admission.
+    """
 
     ask: HoldRequest
     amount_nusd: int
@@ -72,14 +81,17 @@ class Hold(Struct, frozen=True):
 
     @property
     def hold_id(self) -> str:
-        """The id it is renewed and settled by."""
+        """The id by which the hold is renewed and settled."""
         return self.ask.hold_id
 
 
 class Denial(Struct, frozen=True):
-    """Why not. `which` names the limit: "key requests", "account requests per day", "key parallel requests", "session daily
-    budget", "credit", "hold" (which is gone: settled, or forgotten). `retry_after_s` is exact, and None where waiting doesn't
-    help. `needed_nusd` is what a hold needs at least; of a budget `spent_nusd` is spent or held.
+    """Why a hold is denied.
+
+    `which` names the limit: "key requests", "account requests per day", "key parallel requests", "session daily
+    budget", "credit", or "hold" (the hold is gone: settled or forgotten). `retry_after_s` is exact, and None where
+    waiting doesn't help. `needed_nusd` is the least amount that a hold needs. `spent_nusd` is what is spent or held of
+    `budget_nusd`.
     """
 
     reason: Reason
@@ -93,11 +105,12 @@ class Denial(Struct, frozen=True):
 
 
 class Settlement(Struct, frozen=True, kw_only=True):
-    """What a request came to. `outcome` is why it ended, a word of a closed set; `price` the prices it was billed by, JSON.
+    """What a request used and cost. `outcome` is why it ended, from a closed set. `price` is JSON: the prices it was
+    billed by.
 
-    `unheld`: admitted without Redis, and perhaps never held there. It stays with the settlement through every retry. `replay`
-    is the record of the request's Idempotency-Key, and `replay_ttl_ms` how long its answer is kept. The budgets are those that
-    events tell of when a share of them is spent.
+    `unheld`: admitted without Redis, so that Redis may have no hold of it; this stays true through every retry.
+    `replay` is the record of the request's Idempotency-Key; `replay_ttl_ms` is how long its answer is kept. The budgets
+    are those whose thresholds append events to the usage stream.
     """
 
     hold_id: str
@@ -122,7 +135,7 @@ class Settlement(Struct, frozen=True, kw_only=True):
 
 
 class Spend(Struct, frozen=True):
-    """What a key or an account spent: ever, and in this UTC day and month of Redis's clock."""
+    """What a key or an account has spent: in total, and in this UTC day and month of Redis's clock."""
 
     total_nusd: int = 0
     day_nusd: int = 0
@@ -130,8 +143,10 @@ class Spend(Struct, frozen=True):
 
 
 class Balance(Struct, frozen=True):
-    """An account's credit: granted = balance + settled. Of the key that was asked for: `spend`, `used_ms` (its last settlement,
-    0: none) and how many of its requests run.
+    """An account's credit: granted = balance + settled.
+
+    Of the requested key: `spend`, `used_ms` (its last settlement, Unix ms, 0: none) and `key_running`, its running
+    requests.
     """
 
     balance_nusd: int
@@ -147,19 +162,21 @@ class Balance(Struct, frozen=True):
 
     @property
     def available_nusd(self) -> int:
-        """What new holds may take. Negative where a real cost came out above its hold."""
+        """The credit that new holds may take. Negative where an actual cost exceeded its hold."""
         return self.balance_nusd - self.held_nusd
 
 
 class Granted(Struct, frozen=True):
-    """What a grant came to: the balance now. `is_new`: False where its ref was granted before, so that nothing was added."""
+    """The result of a grant: the balance now. `is_new` is False where its ref was granted before, so that nothing was
+    added.
+    """
 
     balance_nusd: int
     is_new: bool
 
 
 class Grant(Struct, frozen=True):
-    """One grant of an account's history: the amount (negative: taken back), the balance after it, when (Unix ms) and by whom."""
+    """One grant of an account's history: amount (negative: taken back), balance after it, time (Unix ms) and actor."""
 
     amount_nusd: int
     balance_nusd: int
@@ -170,27 +187,28 @@ class Grant(Struct, frozen=True):
 
 
 class KeyUse(Struct, frozen=True):
-    """What a key spent, and when its last request was settled (Unix ms; 0: none was)."""
+    """What a key has spent, and when its last request was settled (Unix ms; 0: never)."""
 
     spend: Spend
     used_ms: int
 
 
 PREFIX = "mesh:"
-MAX_SESSION_BYTES = 64  # of a session's name in a key; four times a name's 256 characters would be a KiB
+MAX_SESSION_BYTES = 64  # bound on a session's name in a key's name: 256 characters may be 1 KiB
 
 
 class AccountKeys:
-    """The keys of one account.
+    """The names of one account's keys in Redis.
 
     Hashes: `credit` (balance, held, granted, settled: nano-USD), `held` (what each key and session with a budget holds:
-    `key:ID`, `session:NAME`), `holds` (hold id to its packed record), `abandoned` (holds released at their deadline, kept for a
-    late settlement), `bucket` (the account's buckets), `keys` (key id to the digest its record is stored under), `templates` (id
-    to record, JSON), `template_names` (name to id), `spend` (the account's, by day and month), `grant_refs` (ref to amount).
-    Sorted set: `deadlines` (hold id by deadline in ms: of a hold, its release; of an abandoned one, when it is forgotten).
-    Streams: `usage` (one event a settlement), `grants` (one entry a grant). String: `record` (the account's, JSON).
+    `key:ID`, `session:NAME`), `holds` (hold id to its packed record), `abandoned` (holds released at their deadline,
+    kept for a late settlement), `bucket` (the account's buckets), `keys` (key id to the digest its record is stored
+    under), `templates` (id to record, JSON), `template_names` (name to id), `spend` (the account's, by day and month),
+    `grant_refs` (ref to amount). Sorted set: `deadlines` (hold id by deadline in ms: a hold is released then, an
+    abandoned hold is forgotten then). Streams: `usage` (one event per settlement), `grants` (one entry per grant).
+    String: `record` (the account's, JSON).
 
-    `books` are the eight keys that every script with holds begins with (hold.lua).
+    `books` are the eight keys that every script with holds takes first (hold.lua).
     """
 
     def __init__(self, account: str) -> None:
@@ -217,65 +235,67 @@ class AccountKeys:
         )
 
     def unheld(self, hold_id: str) -> str:
-        """String: marks the settlement of a request that was admitted without Redis, so that it is charged once."""
+        """Name the string that marks a request admitted without Redis as settled, so that it is charged once."""
         return f"{self.root}unheld:{hold_id}"
 
     def key_bucket(self, key_id: str) -> str:
-        """Hash: one key's buckets."""
+        """Name the hash of one key's buckets."""
         return f"{self.root}bucket:{key_id}"
 
     def key_spend(self, key_id: str) -> str:
-        """Hash: what a key spent and holds: total, by day, by month."""
+        """Name the hash of a key's spend: total, by day, by month."""
         return f"{self.root}spend:{key_id}"
 
     def key_books(self, key_id: str) -> tuple[str, str, str]:
-        """One key's buckets, spend, and running requests (a sorted set: hold id by deadline in ms)."""
+        """Name one key's buckets, spend, and running requests (a sorted set: hold id by deadline in ms)."""
         root = self.root
         return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"
 
     def requests(self, day: str) -> str:
-        """Hash: request id to its event in `usage`, of the requests that began on a day, `2026-11-24`."""
+        """Name the hash from request id to its event in `usage`, of the requests that began on a day (`2026-11-24`)."""
         return f"{self.root}requests:{day}"
 
     def session_spend(self, session: str) -> str:
-        """Hash: what a session spent and holds: total, by day, by month. A long name is told by its SHA-256."""
+        """Name the hash of a session's spend: total, by day, by month. A long session name is replaced by its
+        SHA-256.
+        """
         name = session.encode(errors="surrogatepass")
         short = session if len(name) <= MAX_SESSION_BYTES else f"sha256:{hashlib.sha256(name).hexdigest()}"
         return f"{self.root}session:{short}"
 
     def hour(self, hour: str) -> str:
-        """Hash: the aggregates of one hour, `2026-11-24T09`."""
+        """Name the hash of one hour's aggregates (`2026-11-24T09`)."""
         return f"{self.root}hour:{hour}"
 
     def refused(self, hour: str) -> str:
-        """Hash: how many requests were refused in each minute of an hour, `2026-11-24T09`."""
+        """Name the hash of refused requests by minute of an hour (`2026-11-24T09`)."""
         return f"{self.root}refused:{hour}"
 
     def replay(self, key_id: str, digest: str) -> str:
-        """Hash: one Idempotency-Key of a key, by its SHA-256: who owns it and how far the answer is."""
+        """Name the hash of one Idempotency-Key of a key, by its SHA-256: its owner and the state of the answer."""
         return f"{self.root}replay:{key_id}:{digest}"
 
     @property
     def replays(self) -> str:
-        """Sorted set: the owners of its Idempotency-Keys, by when their records end (Unix ms)."""
+        """The sorted set of the owners of Idempotency-Keys, by when their records end (Unix ms)."""
         return f"{self.root}replays"
 
     @property
     def replay_sizes(self) -> str:
-        """Hash: the bytes of the answers that are kept for replay, by owner, and their `total`."""
+        """The hash of the bytes of the answers kept for replay, by owner, and their `total`."""
         return f"{self.root}replay-sizes"
 
     def replay_parts(self, owner: str) -> str:
-        """List: the answer that a request got, for replay."""
+        """Name the list of the parts of an answer kept for replay."""
         return f"{self.root}replay-parts:{owner}"
 
 
 GLOBAL = "*"  # the owner of global templates: no account may have this name
 ACCOUNTS = PREFIX + "accounts"  # set: every account's name
-AUDIT = PREFIX + "audit"  # stream: every change to accounts, keys and credit
+AUDIT = PREFIX + "audit"  # stream of the changes to accounts, keys, credit and templates
 KEY_IDS = PREFIX + "key-ids"  # hash: key id to the digest its record is stored under
 
 
 def key_record(digest: str) -> str:
-    """String: a key's directory record, JSON, by the SHA-256 (hex) of its secret."""
+    """Name the string of a key's directory record (JSON), by the SHA-256 (hex) of its secret."""
     return f"{PREFIX}key:{digest}"

@@ -1,7 +1,7 @@
-"""Idempotency keys: which request has one, and the answer it got, part by part, for whoever asks the same again.
+"""Idempotency-Keys: which request owns a key, and the parts of its answer, for repeats of the request.
 
-A record says who owns the key and how far the answer is; the parts of the answer are a list of its own, named by the owner, so
-that a reader never mixes two answers. Both vanish after their time to live, a running request's sooner than an answer's.
+A record has the key's owner and the state of the answer. The parts are a separate list named by the owner, so that a
+reader never mixes two answers. Both expire; a running request's expire sooner than a finished answer's.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from meshproxy.ledger.store import Argument, Script, Store
 State = Literal["claimed", "running", "finished", "lost", "conflict", "full"]
 Conclusion = Literal["running", "finished", "lost", "failed"]
 
-FAILED_TTL_MS = 10_000  # long enough for whoever is attached to hear of it
+FAILED_TTL_MS = 10_000  # long enough for attached readers to see the failure
 
 _STATES: tuple[State, ...] = ("claimed", "running", "finished", "lost", "conflict", "full")
 
 
 class Claim(Struct, frozen=True):
-    """What became of a claim: `state`, and the owner's id, which is the claimant's own if it was `claimed`."""
+    """The result of a claim: its state, and the owner's hold id (the claimant's own if the state is `claimed`)."""
 
     state: State
     owner: str
@@ -33,7 +33,7 @@ class Claim(Struct, frozen=True):
 
 
 class Replays:
-    """The records of every account over one store."""
+    """The Idempotency-Keys of all accounts in one store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -42,8 +42,9 @@ class Replays:
         self._conclude = Script.load("conclude")
 
     async def claim(self, wanted: Claim, digest: str, ttl_ms: int, *, most_keys: int, most_bytes: int) -> Claim:
-        """Claim the Idempotency-Key of a `claimed()` for a request body, by its `body_digest`. `most_keys`, `most_bytes`: of one
-        account; where it has as many, the state is `full`.
+        """Claim the Idempotency-Key of `wanted` (made by `claimed`) for a request body with this `body_digest`.
+
+        `most_keys` and `most_bytes` bound one account; an account that has reached either gets the state `full`.
         """
         names = AccountKeys(wanted.account)
         keys = [wanted.record, names.replays, names.replay_sizes]
@@ -54,24 +55,26 @@ class Replays:
 
     @staticmethod
     def claimed(account: str, key_id: str, name: str, owner: str) -> Claim:
-        """The claim that `owner` has, if it has one."""
+        """Make the claim as it would be if `owner` has the key."""
         names = AccountKeys(account)
         record = names.replay(key_id, hashlib.sha256(name.encode()).hexdigest())
         return Claim("claimed", owner, record, names.replay_parts(owner), account)
 
     async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int) -> None:
-        """Add parts of the answer."""
+        """Append parts of the answer."""
         keys = [claim.parts, AccountKeys(claim.account).replay_sizes]
         await self._store.run(self._append, keys, [ttl_ms, claim.owner, *parts])
 
     async def conclude(self, claim: Claim, state: Conclusion, ttl_ms: int) -> None:
-        """Say how far the answer is."""
+        """Record the state of the answer."""
         names = AccountKeys(claim.account)
         keys = [claim.record, claim.parts, names.replays, names.replay_sizes]
         await self._store.run(self._conclude, keys, [claim.owner, state, ttl_ms])
 
     async def read(self, claim: Claim, start: int) -> tuple[str | None, list[bytes]]:
-        """The state, and every part from `start` on: after `finished` there are no more. None: the record is gone."""
+        """Return the state, and every part from `start` on. After `finished` no parts follow. State None: the record is
+        gone.
+        """
         (owner, state), parts = await asyncio.gather(
             self._store.execute("HMGET", claim.record, "owner", "state"),
             self._store.execute("LRANGE", claim.parts, start, -1),
@@ -80,5 +83,5 @@ class Replays:
 
 
 def body_digest(body: bytes) -> str:
-    """What is kept of a request's body, to know it again."""
+    """Return the SHA-256 (hex) that identifies a request's body."""
     return hashlib.sha256(body).hexdigest()

@@ -1,7 +1,8 @@
-"""Lua scripts: text that lies beside this module as `NAME.lua`, called by the SHA-1 that EVALSHA wants.
+"""The interface to Redis that the ledger is written against: `Store`, its Lua scripts and its errors.
 
-A line `-- include: NAME` is replaced by the text of `NAME.lua`, so that scripts can share functions although Redis knows
-no modules. Nothing is read at import: whoever composes the ledger loads its scripts once.
+Scripts lie as `NAME.lua` in `scripts/` and are called by the SHA-1 that EVALSHA takes. A line `-- include: NAME` is
+replaced by the text of `NAME.lua`, because Redis scripts can't import modules. No file is read at import: the objects
+of the ledger load their scripts when they are made.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ _INCLUDE = re.compile(r"^-- include: ([a-z0-9_]+)[ \t]*$", re.MULTILINE)
 
 
 class Script(Struct, frozen=True):
-    """One script, whole: its name for metrics and messages, its text, and the SHA-1 (hex) that Redis knows it by."""
+    """One script with its includes: the name for metrics and messages, the text, and its SHA-1 (hex)."""
 
     name: str
     text: str
@@ -28,17 +29,17 @@ class Script(Struct, frozen=True):
 
     @classmethod
     def of(cls, name: str, text: str) -> "Script":
-        """The script of a text that is at hand."""
+        """Make the script of a given text."""
         return cls(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
     @classmethod
     def load(cls, name: str) -> "Script":
-        """The script in `NAME.lua` with its includes; FileNotFoundError if one is missing."""
+        """Load the script in `NAME.lua` with its includes. Raises FileNotFoundError if a file is missing."""
         return cls.of(name, expand(_read(name), _read))
 
 
 def expand(text: str, read: Callable[[str], str]) -> str:
-    """A script's text with each include replaced by what `read` says that it is. What is included includes nothing."""
+    """Replace each include in a script's text by `read(NAME)`. Included files can't include others."""
     return _INCLUDE.sub(lambda line: read(line[1]).rstrip("\n"), text)
 
 
@@ -47,12 +48,13 @@ def _read(name: str) -> str:
 
 
 Argument = str | bytes | int
-OnChange = Callable[[str, bool, str], None]  # a server's name, whether there is a connection to it now, and if not why
-OnOp = Callable[[str, float, str | None], None]  # what was asked, seconds, kind of error (None: it went well)
+OnChange = Callable[[str, bool, str], None]  # server name, whether it is connected now, reason if not
+OnOp = Callable[[str, float, str | None], None]  # operation, seconds, kind of error (None: success)
 
-# Replies that time or a failover mends: https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
+# Error replies that end by themselves, after some time or a failover:
+# https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
 PASSING = frozenset({
-    "ASK",  # with MOVED: a slot went to a node that isn't known yet; nothing has run
+    "ASK",  # like MOVED: the slot is on a node that isn't known yet; nothing was executed
     "BUSY",  # a script runs too long
     "CLUSTERDOWN",
     "LOADING",  # the data set is read from disk
@@ -69,7 +71,8 @@ PASSING = frozenset({
 class Unavailable(GatewayError):
     """The store can't be used now.
 
-    `kind` is one of a closed set, for metrics; `reason`, which is also its text, is for logs and bears no secret.
+    `kind` is from a closed set, for metrics. `reason` is for logs and contains no secret; it is also the exception's
+    text.
     """
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -80,7 +83,9 @@ class Unavailable(GatewayError):
 
 
 class StoreError(Exception):
-    """The store understood, and refused: a bug here or a wrong set-up there. `kind` is its first word."""
+    """An error reply that waiting doesn't resolve: a bug here or a wrong set-up of the server. `kind` is the reply's
+    first word.
+    """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -88,11 +93,11 @@ class StoreError(Exception):
 
 
 class ScriptMissing(StoreError):
-    """NOSCRIPT: the server lost its scripts, or never had this one."""
+    """NOSCRIPT: the server doesn't have the script."""
 
 
 class Store(ABC):
-    """Redis, whatever stands behind its URL."""
+    """Redis behind any kind of URL: a server, Sentinel or Cluster."""
 
     @property
     @abstractmethod
@@ -101,25 +106,31 @@ class Store(ABC):
 
     @abstractmethod
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
-        """Queue one command; `op` is its name for metrics. It is sent even if nobody awaits the reply."""
+        """Queue one command and return the future of its reply. It is sent even if the future is never awaited. `op` is
+        its name for metrics.
+        """
 
     @abstractmethod
     async def close(self) -> None:
-        """Fail what is pending and let go of every socket."""
+        """Fail all pending commands and close every socket."""
 
     def execute(self, *args: Argument) -> "asyncio.Future[Any]":
-        """Queue one command and await its reply (bytes, int, list or None). Raises Unavailable and StoreError.
+        """Queue one command and return the future of its reply (bytes, int, list or None). It raises Unavailable and
+        StoreError.
 
-        Commands issued in one turn of the event loop share a write. Await them after issuing them all, or gather them.
+        Commands issued in one turn of the event loop share one write: issue them all before awaiting them, or gather
+        them.
         """
         return self.send(str(args[0]), args)
 
     def call(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> "asyncio.Future[Any]":
-        """Call a script by its SHA-1; ScriptMissing where the server doesn't know it yet."""
+        """Call a script by its SHA-1. The future raises ScriptMissing if the server doesn't have the script."""
         return self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        """Run a script by its SHA-1, and by its text where the server doesn't know it yet."""
+        """Run a script by its SHA-1, or by its text if the server doesn't have it. Raises Unavailable and
+        StoreError.
+        """
         try:
             return await self.call(script, keys, args)
         except ScriptMissing:
@@ -127,7 +138,7 @@ class Store(ABC):
 
 
 def refusal(message: str) -> Unavailable | StoreError:
-    """The exception for an error reply, which begins with its kind in capitals."""
+    """Make the exception for an error reply. Its first word, in capitals, is the kind."""
     kind = message.split(" ", 1)[0]
     if kind in PASSING:
         return Unavailable(kind.lower(), message)
@@ -137,7 +148,7 @@ def refusal(message: str) -> Unavailable | StoreError:
 
 
 def kind_of(error: Unavailable | StoreError) -> str:
-    """A word of a closed set for metrics."""
+    """Return an error's label for metrics, from a closed set."""
     if isinstance(error, Unavailable):
         return error.kind
     return "noscript" if isinstance(error, ScriptMissing) else "error"

@@ -1,7 +1,8 @@
-"""A bounded, short-lived memory of lookups in the store, so that a busy key costs a fetch a second and not one a request.
+"""Templates in the store, and `Cache`: a bounded, short-lived cache of look-ups.
 
-What is found and what is not are remembered apart: a flood of names that don't exist pushes out each other and nothing else.
-Age counts from the moment a fetch was asked for, so an entry is never older than its time to live.
+With it a busy key costs one fetch per second, not one per request. Found and missing names are cached apart: a flood of
+names that don't exist evicts only other such names. An entry's age counts from the start of its fetch, so an entry is
+never older than its time to live.
 """
 
 import asyncio
@@ -18,15 +19,17 @@ from meshproxy.ledger.records import GLOBAL, AccountKeys
 from meshproxy.ledger.store import Script, Store, StoreError, Unavailable
 from meshproxy.policy.template import Template
 
-MAX_UNKNOWN = 1024  # names remembered as not there
+MAX_UNKNOWN = 1024  # names cached as missing
 
 Value = TypeVar("Value")
 
 
 class Cache(Generic[Value]):
-    """`fetch` asks the store for one key's value; None: there is none. Its weight counts towards `max_weight`.
+    """A cache of look-ups. `fetch` returns one key's value from the store, None if there is none. `weigh` gives a
+    value's weight.
 
-    `stale_s`: while the store is unavailable, values this much older than `ttl_s` are still given out.
+    The weights of all values stay within `max_weight`. `stale_s`: while the store is unavailable, values this much
+    older than `ttl_s` are still returned.
     """
 
     def __init__(
@@ -48,10 +51,10 @@ class Cache(Generic[Value]):
         self._weight = 0
         self._known: OrderedDict[Hashable, tuple[float, Value, int]] = OrderedDict()  # fresh until, value, weight
         self._unknown: OrderedDict[Hashable, float] = OrderedDict()  # fresh until
-        self._changes = 0  # of which this worker knows
+        self._changes = 0  # count of invalidations
 
     async def get(self, key: Hashable) -> Value | None:
-        """The remembered value while it is fresh, else the fetched one. Raises what the fetch raises."""
+        """Return the cached value while it is fresh, else fetch it. Raises what the fetch raises."""
         now, changes = self._clock(), self._changes
         entry = self._known.get(key)
         if entry is not None and entry[0] > now:
@@ -66,17 +69,17 @@ class Cache(Generic[Value]):
             if entry is not None and entry[0] + self._stale_s > self._clock():
                 return entry[1]
             raise
-        if changes == self._changes:  # else the fetch may have seen the old state
+        if changes == self._changes:  # otherwise the fetch may have seen the old state
             self._keep(key, value, now + self._ttl_s)
         return value
 
     def forget(self, key: Hashable) -> None:
-        """It changed: ask the store next time."""
+        """Drop one key's entry: the next `get` fetches it."""
         self._changes += 1
         self._drop(key)
 
     def clear(self) -> None:
-        """Anything may have changed."""
+        """Drop all entries."""
         self._changes += 1
         self._known.clear()
         self._unknown.clear()
@@ -105,12 +108,12 @@ class Cache(Generic[Value]):
 Record = TypeVar("Record")
 
 MAX_TEMPLATES = 1000  # of one owner
-MAX_OWNER_BYTES = 16_777_216  # of their JSON
-LISTED_TOGETHER = 8  # of up to a megabyte each
+MAX_OWNER_BYTES = 16_777_216  # of one owner's templates, as JSON
+LISTED_TOGETHER = 8  # templates read together, of up to a megabyte each
 MAX_CACHED_BYTES = 67_108_864  # of JSON, in one worker
 
 MAX_CHANGES = 16  # attempts to change a record that others change too
-FORMAT = 1  # of a record; one without a version is of the first
+FORMAT = 1  # version of a record's format; a record without `v` is version 1
 
 _VERSION = re.compile(rb'\{"v":(\d+),')
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -118,7 +121,7 @@ _UUID = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
 
 
 class Templates:
-    """The templates of a store, cached as the directory's keys are. `clock` is monotonic, in seconds."""
+    """The templates of a store, cached like the directory's keys. `clock` is monotonic, in seconds."""
 
     def __init__(self, store: Store, clock: Callable[[], float], *, ttl_s: float, stale_s: float) -> None:
         self._store = store
@@ -134,12 +137,13 @@ class Templates:
         )
 
     async def find(self, account: str, name_or_id: str) -> Template | None:
-        """The account's own template of this name or UUID, else the global one."""
+        """Return the account's own template of this name or UUID, else the global one."""
         return await self._cache.get((account, name_or_id)) if _NAME.fullmatch(name_or_id) else None
 
     async def list(self, account: str) -> AsyncIterator[Template]:
-        """The account's own and the global ones, by name. Only one of them is taken apart at a time, and the loop turns between:
-        all together are 32 MB at most.
+        """Yield the account's own templates and the global ones, by name.
+
+        Decodes one template at a time and yields to the event loop between them: all together may be 32 MB.
         """
         owners = [AccountKeys(owner) for owner in dict.fromkeys((account, GLOBAL))]
         names = await asyncio.gather(*(self._store.execute("HGETALL", owner.template_names) for owner in owners))
@@ -154,20 +158,22 @@ class Templates:
                 *(self._store.execute("HGET", owners[is_global].templates, id_) for _, is_global, id_ in some)
             )
             for record in records:
-                if record is not None:  # deleted meanwhile
+                if record is not None:  # None: deleted meanwhile
                     yield decode(record, Template)
                     await asyncio.sleep(0)
 
     async def put(self, template: Template) -> bool:
-        """Store a new template or a new version of one; False if another of this owner's has the name.
+        """Store a new template or a new version of one. Return False if another template of this owner has the name.
 
-        GatewayError `validation_error` if the owner has as many as are allowed.
+        Raises GatewayError `validation_error` if the owner has reached its bounds.
         """
         return await self._store_as(template) == b"stored"
 
     async def change(self, template: Template, change: Callable[[Template], Template]) -> Template | None:
-        """Apply a change to the template as it is stored now, so that no concurrent change is undone; the new version, None if
-        it was deleted. ValueError if another of its owner's has the name; GatewayError as of `put`.
+        """Apply a change to the template as it is stored now, so that no concurrent change is undone.
+
+        Returns the new version, or None if the template was deleted. Raises ValueError if another template of its owner
+        has the name, and GatewayError as `put` does.
         """
         key = _keys(template)[1]
         for _ in range(MAX_CHANGES):
@@ -183,7 +189,7 @@ class Templates:
         raise StoreError("RACE", f"{template.id} was changed by others {MAX_CHANGES} times meanwhile")
 
     async def _store_as(self, template: Template, before: bytes = b"") -> bytes:
-        """The outcome of put_template.lua; GatewayError if there is no room."""
+        """Return the outcome of put_template.lua. Raises GatewayError if there is no room."""
         args = (template.id, template.name, encode(template), MAX_TEMPLATES, MAX_OWNER_BYTES, before)
         outcome = bytes(await self._store.run(self._put, _keys(template), args))
         self._cache.clear()
@@ -195,7 +201,7 @@ class Templates:
         return outcome
 
     async def delete(self, template: Template) -> bool:
-        """Remove a template; False if it was gone already."""
+        """Delete a template. Return False if there was none."""
         removed = await self._store.run(self._delete, _keys(template), [template.id])
         self._cache.clear()
         return bool(removed)
@@ -218,13 +224,13 @@ def _keys(template: Template) -> list[str]:
 
 
 def encode(record: Struct) -> bytes:
-    """A record as it is stored: JSON, whose `v` is the version of its form."""
+    """Encode a record as it is stored: JSON, whose `v` is the version of its format."""
     text = msgspec.json.encode(record)
     return b'{"v":%d,%b' % (FORMAT, text[1:])
 
 
 def decode(record: bytes, kind: type[Record]) -> Record:
-    """A record of the directory; StoreError if it is none, or one of a newer version."""
+    """Decode a record of the directory. Raises StoreError if it is invalid or of a newer version."""
     version = _VERSION.match(record)
     if version is not None and int(version[1]) > FORMAT:
         raise StoreError("RECORD", "a record of the directory is of a newer version")

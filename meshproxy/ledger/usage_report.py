@@ -1,8 +1,7 @@
-"""What was used: the hourly aggregates that settlements add to, summed and grouped.
+"""Usage reports: the hourly aggregates and the events that settlements write, summed and looked up.
 
-An aggregate is a hash for each account and hour (UTC, by when a request started), whose fields are
-`KEY US MODEL US SESSION US METRIC` (US: the byte 0x1f). A session of `~` holds what came after the hour had too many
-sessions to tell apart.
+An aggregate is a hash for each account and hour (UTC, of a request's start), with fields `KEY US MODEL US SESSION US
+METRIC` (US: the byte 0x1f). The session `~` holds the requests after an hour reached its bound on fields.
 """
 
 import asyncio
@@ -17,22 +16,22 @@ from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.store import Script, Store
 
-MAX_EVENTS = 1000  # that are asked for, or read, in one go
-EVENT_DAYS = 8  # that a request is found by its id (settle.lua, REQUESTS_KEPT_S)
-BATCH_ACCOUNTS = 100  # looked through in one go
+MAX_EVENTS = 1000  # asked for, or read, in one round trip
+EVENT_DAYS = 8  # for which a request is found by its id (settle.lua, REQUESTS_KEPT_S)
+BATCH_ACCOUNTS = 100  # searched in one round trip
 GROUPS = ("session_id", "model", "key", "day")
 MAX_SPAN = timedelta(days=92)
-MAX_FIELDS = 1_000_000  # that one report adds up
-BATCH_FIELDS = 50_000  # that are read in one go, if they are of several hours
-SLICE = 500  # fields added up before others get their turn, about a millisecond
+MAX_FIELDS = 1_000_000  # that one report sums
+BATCH_FIELDS = 50_000  # that are read in one round trip, if they are of several hours
+SLICE = 500  # fields summed between two turns of the event loop, about a millisecond
 
 _SIZES = cache(partial(Script.load, "sizes"))
 
-Group = tuple[str | None, str | None, str | None, str | None]  # as GROUPS; None: not grouped by
+Group = tuple[str | None, str | None, str | None, str | None]  # values in the order of GROUPS; None: not grouped by
 
 
 class Row(Struct):
-    """One group's sums. What isn't grouped by is None, as is the session of requests without one."""
+    """The sums of one group. A field that isn't grouped by is None, and so is the session of requests without one."""
 
     session_id: str | None = None
     model: str | None = None
@@ -49,7 +48,7 @@ class Row(Struct):
     cost_nusd: int = 0
 
 
-# What an aggregate's metrics add up to: they are named without the unit.
+# From an aggregate's metric, named without its unit, to the row's field.
 _METRICS = {name.rpartition("_")[0] or name: name for name in Row.__struct_fields__ if name not in GROUPS}
 
 
@@ -62,10 +61,10 @@ async def usage(
     since: datetime,
     until: datetime,
 ) -> list[Row]:
-    """The sums of every hour that `since` to `until` touches, ordered by day, session, model and key as far as grouped by.
+    """Sum every hour that `since` to `until` touches, ordered by day, session, model and key as far as grouped by.
 
-    Naive times are UTC. GatewayError `validation_error` for an unknown group, a span that is negative or longer
-    than 92 days, and one that has too much in it.
+    Naive times are UTC. Raises GatewayError `validation_error` for an unknown group, a span that is negative or longer
+    than 92 days, and a report with too many fields.
     """
     unknown = [name for name in group_by if name not in GROUPS]
     if unknown:
@@ -84,7 +83,9 @@ async def usage(
 
 
 class Event(Struct, frozen=True):
-    """What one request used and cost. `outcome` is why it ended; `hold`: `live`, `abandoned` (settled late) or `none`."""
+    """What one request used and cost. `outcome` is why it ended. `hold` is `live`, `abandoned` (settled late) or
+    `none`.
+    """
 
     request_id: str
     account: str
@@ -110,8 +111,10 @@ class Event(Struct, frozen=True):
 
 
 async def events(store: Store, account: str, request_ids: Sequence[str], now: datetime) -> list[Event]:
-    """The settled requests of an account among `request_ids`, in their order: of the last days, while the usage stream has
-    them. A request is there as soon as it is settled, a failed one too. `now`: of whose clock the days are.
+    """Return the settled requests of an account among `request_ids`, in their order.
+
+    Requests of the last EVENT_DAYS are found while the usage stream has them. A request is found as soon as it is
+    settled, whether it succeeded or failed. `now` gives the current day.
     """
     names = AccountKeys(account)
     days = [names.requests(f"{_utc(now) - timedelta(days=age):%Y-%m-%d}") for age in range(-1, EVENT_DAYS)]
@@ -124,7 +127,7 @@ async def events(store: Store, account: str, request_ids: Sequence[str], now: da
 
 
 async def latest_events(store: Store, account: str, since: datetime, limit: int) -> list[Event]:
-    """The latest settled requests of an account, newest first, of those settled from `since` on; `limit` at most."""
+    """Return an account's settled requests since `since`, newest first, at most `limit`."""
     found: list[Event] = []
     start, end = str(int(_utc(since).timestamp() * 1000)), "+"
     while len(found) < limit:
@@ -137,7 +140,7 @@ async def latest_events(store: Store, account: str, since: datetime, limit: int)
 
 
 async def find_event(store: Store, accounts: Sequence[str], request_id: str, now: datetime) -> Event | None:
-    """A request's event, whichever of these accounts it is of."""
+    """Find a request's event in any of these accounts."""
     for first in range(0, len(accounts), BATCH_ACCOUNTS):
         batch = accounts[first : first + BATCH_ACCOUNTS]
         for found in await asyncio.gather(*(events(store, account, [request_id], now) for account in batch)):
@@ -192,7 +195,7 @@ def _hours(since: datetime, until: datetime) -> tuple[str, ...]:
 
 @lru_cache(8)
 def _named(first: datetime, count: int) -> tuple[str, ...]:
-    """The names of so many hours; the same for each account of a report over many."""
+    """Return the names of `count` hours. Cached, because a report over many accounts uses the same hours."""
     return tuple(f"{first + timedelta(hours=n):%Y-%m-%dT%H}" for n in range(count))
 
 
@@ -201,7 +204,7 @@ def _utc(moment: datetime) -> datetime:
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The hours that have anything, as many together as may be read in one go."""
+    """Yield the non-empty hours in batches that may be read in one round trip."""
     batch: list[str] = []
     fields = 0
     for hour, size in sizes.items():
