@@ -34,9 +34,7 @@ from meshproxy.config import (
 from meshproxy.config.load import line_of, under
 from meshproxy.ledger.address import parse_url, tls_context
 from meshproxy.ledger.journal import MAX_FILES
-from meshproxy.server.listener import UNIX_PREFIX, server_context
 from meshproxy.telemetry.traces import require_extra
-from meshproxy.upstream.provider import Provider
 
 
 class Loaded(Struct, frozen=True):
@@ -145,6 +143,8 @@ def _faults_of(*builders: Callable[[], object]) -> Iterator[str]:
 
 
 def _server_faults(server: Server) -> Iterator[str]:
+    from meshproxy.server.listener import server_context  # noqa: PLC0415 - aiohttp; a health check reads a file without it
+
     yield from _faults_of(lambda: server_context(server))
     for key in ("listen", "admin_listen"):
         address = getattr(server, key)
@@ -158,8 +158,8 @@ def _server_faults(server: Server) -> Iterator[str]:
 
 def _try_host(address: str) -> None:
     """OSError if this machine has no such address, or no such directory for a socket. The port is not touched: it may be ours."""
-    if address.startswith(UNIX_PREFIX):
-        os.stat(Path(address.removeprefix(UNIX_PREFIX)).parent)  # noqa: PTH116 - as it raises
+    if address.startswith("unix:"):
+        os.stat(Path(address.removeprefix("unix:")).parent)  # noqa: PTH116 - as it raises
         return
     host, _ = split_address(address)
     found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -201,6 +201,8 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def _upstream_faults(path: str, name: str, upstream: Upstream, secrets: Secrets) -> Iterator[str]:
+    from meshproxy.upstream.provider import Provider  # noqa: PLC0415 - as above
+
     try:
         Provider(name, upstream, secrets.upstreams.get(name))
     except ValueError as error:

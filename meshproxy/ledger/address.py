@@ -11,15 +11,16 @@ After `?`: `db`; `tls=1` for Sentinel and Cluster; `ca_file`, `cert_file`, `key_
 
 import ipaddress
 import ssl
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import parse_qsl, unquote
 
 from msgspec import Struct
-from redis.asyncio.connection import ConnectKwargs
-from redis.asyncio.connection import parse_url as read_url
 
 from meshproxy.config import ConfigError
 from meshproxy.config.settings import MAX_SOCKET_PATH, host_fault
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import ConnectKwargs
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
@@ -157,10 +158,12 @@ def _socket(hosts: str, path: str) -> Endpoint:
     return Endpoint(path=path)
 
 
-def _read(authority: str) -> ConnectKwargs:
+def _read(authority: str) -> "ConnectKwargs":
     """Read user, password, host and port. Raises ValueError without redis-py's message, which may quote a part of a
     password.
     """
+    from redis.asyncio.connection import parse_url as read_url  # noqa: PLC0415 - it takes a while; a health check reads no URL
+
     try:
         read = read_url(f"redis://{authority}")
     except ValueError:

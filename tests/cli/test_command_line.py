@@ -43,6 +43,20 @@ def test_help_needs_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_a_health_check_with_a_file_needs_no_heavy_library(tmp_path):
+    """It runs every few seconds in each container."""
+    file = tmp_path / "meshproxy.toml"
+    file.write_text(f'[server]\nadmin_listen = "unix:{tmp_path}/nobody.sock"\n')
+    code = (
+        "import sys; from meshproxy.cli.command_line import main; main(sys.argv[1:]);"
+        "print(sorted({'aiohttp', 'redis', 'prometheus_client'} & set(sys.modules)))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "healthcheck", "--config", file], capture_output=True, text=True, check=True
+    )
+    assert ("doesn't answer" in ran.stderr, ran.stdout) == (True, "[]\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_with_examples_and_the_common_flags(name):
     for path, parser in leaves([name], build_parser(name)):
