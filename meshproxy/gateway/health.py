@@ -1,9 +1,9 @@
-"""How this worker's upstreams are doing: who is asked, who is spared, and what each attempt says of whom it asked.
+"""Health of this worker's upstreams: which to try, which to avoid, and what each attempt shows about its upstream.
 
-All of it belongs to a route, an upstream with its name for the model: latency, load, rate limits and failures differ by model,
-and a request that makes one model fail must not close the others to everybody. Nor may one account close a model to the others:
-what a request itself may have caused counts in full against its account alone, and for at most OF_ONE_ACCOUNT failures against
-the route. What is kept is bounded by the configuration and MAX_ACCOUNTS.
+All state belongs to a route, which is one upstream's one model: latency, load, rate limits and failures differ by
+model, and a request that makes one model fail must not close the others. Nor may one account close a model to other
+accounts: a failure that the request itself may have caused counts in full against its account, and at most
+`OF_ONE_ACCOUNT` times against the route. Memory is bounded by the configuration's routes and `MAX_ACCOUNTS`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,18 +13,21 @@ from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.failover import asks_to_wait_s, is_unwell, may_be_the_request
 from meshproxy.policy.route_health import Breaker, PeakEwma, RouteHealth, Tolerance, arrange
 
-UNWELL_S = 10.0  # a failure counts as an answer that took so long, lest who fails fast look fast
-OUTLIER_FAILURES = 3  # in a row on one route, before its breaker opens: its equals are asked first for OUTLIER_S
+UNWELL_S = 10.0  # a failure counts as an answer with this latency; else an upstream that fails fast looks fast
+OUTLIER_FAILURES = 3  # in a row on one route; below the breaker's count. Its equals are preferred for OUTLIER_S
 OUTLIER_S = 5.0
-# Of the failures that open a route's breaker to all, within its window: half of what it takes, so that others must fail too.
+# The failures of one account that count against a route within the breaker's window: half of what opens it, so that
+# other accounts' requests must fail too.
 OF_ONE_ACCOUNT = 5
-MAX_ACCOUNTS = 64  # whose failures are remembered on one route; the one that began first is forgotten
+MAX_ACCOUNTS = 64  # of which failures are remembered on one route; beyond that the oldest is forgotten
 WINDOW_S = Tolerance().window_s
-FORGET_ACCOUNT_S = 120.0  # after its last failure
+FORGET_ACCOUNT_S = 120.0  # after the account's last failure
 
 
 class Failures:
-    """One account's failures on a route. `counted`: those that counted against the route since `since`, monotonic seconds."""
+    """One account's failures on a route. `counted`: those counted against the route since `since`, in monotonic
+    seconds.
+    """
 
     __slots__ = ("breaker", "counted", "last_at", "since")
 
@@ -35,8 +38,10 @@ class Failures:
 
 
 class Route:
-    """One upstream's one model. `ejected_until` is monotonic seconds; `is_open`: whether its breaker isn't closed; `accounts`:
-    those that failed lately, each with a breaker of its own.
+    """The state of one upstream's one model.
+
+    `ejected_until` is monotonic seconds. `is_open`: the route's breaker isn't closed. `accounts`: those that failed
+    lately, each with its own breaker.
     """
 
     __slots__ = ("accounts", "breaker", "ejected_until", "failures", "in_flight", "is_open", "latency")
@@ -51,13 +56,13 @@ class Route:
         self.accounts: dict[str, Failures] = {}
 
     def retry_after_s(self, account: str, now: float) -> float:
-        """Seconds until this account's requests may be let through."""
+        """Return the seconds until this account's requests may be let through."""
         own = self.accounts.get(account)
         wait_s = self.breaker.retry_after_s(now)
         return wait_s if own is None else max(wait_s, own.breaker.retry_after_s(now))
 
     def breakers(self, account: str, now: float) -> tuple[Breaker, ...] | None:
-        """The breakers that a request of this account is the probe of; None if one of them doesn't let it through."""
+        """Return the breakers that a request of this account probes; None if one of them doesn't let it through."""
         own = self.accounts.get(account)
         probes: list[Breaker] = []
         for breaker in (self.breaker,) if own is None else (own.breaker, self.breaker):
@@ -92,17 +97,17 @@ class Route:
         return bool(gone)
 
     def is_open_to_any(self, now: float) -> bool:
-        """Whether its breaker or that of any account isn't closed."""
+        """Return whether the route's breaker, or the breaker of any account, isn't closed."""
         return self.is_open or any(own.breaker.state(now) != "closed" for own in self.accounts.values())
 
     def standing(self, account: str, now: float) -> RouteHealth:
-        """How it does."""
+        """Return the route's health as this account sees it."""
         is_open = (self.is_open or account in self.accounts) and self.retry_after_s(account, now) > 0.0
         return RouteHealth(self.latency.read(now), self.in_flight, max(0.0, self.ejected_until - now), is_open)
 
 
 class Upstream:
-    """One upstream's routes, by its names of their models. `is_open`: whether any of their breakers is, as was last told."""
+    """One upstream's routes, by its own model names. `is_open`: whether any breaker was open when last reported."""
 
     __slots__ = ("is_open", "name", "routes")
 
@@ -112,7 +117,7 @@ class Upstream:
         self.routes: dict[str, Route] = {}
 
     def route(self, model: str) -> Route:
-        """The route to one of its models."""
+        """Return the route to one of the upstream's models."""
         found = self.routes.get(model)
         if found is None:
             found = self.routes[model] = Route()
@@ -120,8 +125,9 @@ class Upstream:
 
 
 class Attempt:
-    """One attempt, for what can be learned from it. The first of `succeeded`, `failed` and `abandoned` ends it, and the others
-    then do nothing.
+    """One attempt, from which its route's health is learned.
+
+    The first call of `succeeded`, `failed`, `broke_off` or `abandoned` ends it; later ones do nothing.
     """
 
     __slots__ = ("_account", "_health", "_is_over", "_probes", "_route", "_upstream")
@@ -138,8 +144,9 @@ class Attempt:
         route.in_flight += 1
 
     def answered(self, latency_s: float | None) -> None:
-        """It begins to answer as it should, which is all that a probe is to find out: a stream may go on for minutes.
-        `latency_s` is told of streams alone: a whole answer's time is that of its length.
+        """Record that the answer has begun: probes succeed now, since a stream may go on for minutes.
+
+        `latency_s` is given for streams only: a whole answer takes longer the longer it is.
         """
         now = self._health.clock()
         if latency_s is not None:
@@ -151,7 +158,7 @@ class Attempt:
             self._health.note(self._upstream, self._route, now)
 
     def succeeded(self) -> None:
-        """The answer was whole."""
+        """Record that the answer was complete."""
         if self._ends():
             route = self._route
             route.failures = 0
@@ -161,7 +168,7 @@ class Attempt:
                 own.breaker.succeeded(self._health.clock())
 
     def failed(self, fault: UpstreamError) -> None:
-        """There was no answer, or it was none."""
+        """Record an error in place of an answer."""
         wait_s = asks_to_wait_s(fault)
         if wait_s:
             route = self._route
@@ -175,7 +182,7 @@ class Attempt:
             self.abandoned()
 
     def broke_off(self, *, by_request: bool = True) -> None:
-        """It failed by the upstream's own fault, as far as can be told. `by_request`: the request itself may be to blame."""
+        """Record a failure of the upstream. `by_request`: the request itself may have caused it."""
         if self._ends():
             health, route = self._health, self._route
             now, spin = health.clock(), health.spin()
@@ -190,7 +197,7 @@ class Attempt:
             health.note(self._upstream, route, now)
 
     def abandoned(self) -> None:
-        """It ended without saying anything of the upstream."""
+        """End an attempt that shows nothing about the upstream."""
         if self._ends():
             for breaker in self._probes:
                 breaker.abandoned()
@@ -204,8 +211,10 @@ class Attempt:
 
 
 class Health:
-    """The registry of one worker. `on_change` hears of each breaker that opens or closes; `clock` is monotonic seconds; `spin`
-    gives a random number in [0, 1).
+    """The health of one worker's upstreams.
+
+    `on_change` is called with an upstream's name and whether it has an open breaker, when that changes. `clock` is
+    monotonic seconds; `spin` returns a random number in [0, 1).
     """
 
     def __init__(
@@ -217,14 +226,16 @@ class Health:
         self._upstreams: dict[str, Upstream] = {}
 
     def order(self, attempts: Sequence[Candidate], session: str | None, account: str = "") -> Sequence[Candidate]:
-        """The attempts in the order to make them for this account."""
+        """Return the candidates in the order to try them for this account."""
         if len(attempts) == 1:
             return attempts
         now = self.clock()
         return arrange(attempts, lambda candidate: self._route(candidate).standing(account, now), session)
 
     def begin(self, candidate: Candidate, account: str = "") -> Attempt | None:
-        """Begin an attempt; None if the route's breaker, or this account's, is open, or half-open with its probe under way."""
+        """Begin an attempt; None if the breaker of the route or the account is open, or half-open with a probe under
+        way.
+        """
         upstream = self._upstream(candidate.upstream)
         route = upstream.route(candidate.upstream_model)
         if not route.is_open and not route.accounts:
@@ -236,20 +247,23 @@ class Health:
         return None if probes is None else Attempt(self, upstream, route, account, probes)
 
     def nobody(self, attempts: Iterable[Candidate], account: str = "") -> GatewayError:
-        """What is told when every breaker is open: come back when the first one may be probed."""
+        """Return the 503 for when every breaker is open; its `Retry-After` is when the first may be probed."""
         now = self.clock()
         wait_s = min((self._route(candidate).retry_after_s(account, now) for candidate in attempts), default=0.0)
         return GatewayError(Source.UPSTREAM, provider_not_available("Every provider of this model is failing.", wait_s))
 
     def keep(self, names: Iterable[str]) -> None:
-        """A reload: forget all upstreams but these, whose settings didn't change."""
+        """Forget all upstreams but `names`, those whose settings a reload left unchanged."""
         kept = frozenset(names)
         for name in [name for name in self._upstreams if name not in kept]:
             if self._upstreams.pop(name).is_open:
                 self._on_change(name, False)  # noqa: FBT003 - closed
 
     def note(self, upstream: Upstream, route: Route, now: float) -> None:
-        """A route's breaker may have changed: tell, if the upstream is still in use and none or the first of its is open now."""
+        """Update the upstream's state when a route's breaker may have changed, and call `on_change` if it differs.
+
+        An upstream that a reload has removed isn't reported.
+        """
         route.is_open = route.breaker.state(now) != "closed"
         is_open = any(other.is_open_to_any(now) for other in upstream.routes.values())
         if is_open != upstream.is_open:

@@ -1,7 +1,9 @@
-"""Idempotency-Key: the same key and body attach to the running request or get the finished answer again, charged once.
+"""Idempotency-Key: a repeat with the same key and body gets the answer of the first request, which is charged once.
 
-The first request records what its client is sent, behind its back and within a bound. Those that come later read the record:
-a finished answer at once, a running one as it grows. A request that failed leaves nothing: whoever repeats it runs it anew.
+The first request records in Redis what its client is sent, in the background and within a bound (`max_bytes`). A repeat
+reads the record: a finished answer at once, a running one as it grows. A failed request leaves no record, so a repeat
+runs anew. A record's state goes from `running` to `finished`, `failed` or `lost` (no replay possible); `charged` is set
+at settlement.
 """
 
 import asyncio
@@ -32,23 +34,23 @@ from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 
 MAX_KEY_CHARS = 255
-POLL_S = 0.05  # how far an attached stream is behind, at most, where this worker doesn't follow dozens
-MAX_COMMANDS_PER_S = 800  # that a worker asks Redis for the answers which its requests wait for
-MAX_WAITING = 512  # requests of one account, in one worker
+POLL_S = 0.05  # the most that a replayed stream lags behind, unless this worker follows dozens of records
+MAX_COMMANDS_PER_S = 800  # of one worker to Redis, for reading the answers that its requests wait for
+MAX_WAITING = 512  # requests of one account that wait in one worker
 WAITING = "Too many requests of this account wait for the answer of another one."
 WAITING_RETRY_S = 1.0
 FULL = "This account has as many Idempotency-Keys and answers kept as it may: send this without one, or when some have ended."
 FULL_RETRY_S = 60.0
 PATIENCE_S = 1.0  # between two looks at whether a ping is due
 TELL_RETRY_S = 0.25
-CHARGED_S = 15.0  # between a settlement and what is told of the answer: ten seconds of retries, and some
+CHARGED_S = 15.0  # from a settlement to the record's final state: ten seconds of retries and a margin
 MAX_TELL_RETRIES = 40  # ten seconds without Redis
 TOO_LARGE = "This request was served, and its answer was not kept for a replay: it was too large, or its worker died."
 REPLAYED = ("idempotent-replayed", "true")
 
 
 class Head(Struct, frozen=True):
-    """The first part of a recorded answer."""
+    """The first part of a recorded answer, as JSON."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -56,7 +58,7 @@ class Head(Struct, frozen=True):
 
 
 class Recording(Passing):
-    """A `Downstream` that passes everything on and keeps a copy in Redis."""
+    """A `Downstream` that passes everything on and records it in Redis."""
 
     def __init__(
         self,
@@ -80,32 +82,32 @@ class Recording(Passing):
 
     @property
     def record(self) -> str:
-        """The key of the record in Redis, which the settlement marks as charged."""
+        """The record's key in Redis, which the settlement marks as charged."""
         return self._claim.record
 
     @property
     def ttl_ms(self) -> int:
-        """How long an answer is kept."""
+        """How long an answer is kept, in milliseconds."""
         return int(self._settings.ttl_s * 1000)
 
     def begin(self, headers: Headers) -> None:
-        """Send and keep the head of a stream."""
+        """Send and record the head of a stream."""
         super().begin(headers)
         self._keep(msgspec.json.encode(Head(200, headers, stream=True)))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
-        """Send and keep body bytes."""
+        """Send body bytes and record them, except pings."""
         self._downstream.write(payload, frame)
         if payload != PING:
             self._keep(payload)
 
     def reply(self, reply: Reply) -> None:
-        """Keep a whole answer."""
+        """Record a whole answer."""
         self._keep(msgspec.json.encode(Head(reply.status, reply.headers, stream=False)))
         self._keep(reply.body)
 
     def conclude(self, *, complete: bool) -> None:
-        """The request is over: what was kept is its answer, or is worth nothing."""
+        """Set the record's final state: `finished` if the answer is complete and was kept, else `failed` or `lost`."""
         if not complete:
             self._conclusion = "failed"
         elif self._conclusion == "running":
@@ -113,7 +115,7 @@ class Recording(Passing):
         self._send()
 
     async def keep_alive(self) -> None:
-        """Put the record's end off while the request runs."""
+        """Extend the record's time to live while the request runs."""
         if self._conclusion == "running":
             await self._replays.conclude(self._claim, "running", self._running_ttl_ms)
 
@@ -133,7 +135,7 @@ class Recording(Passing):
             self._tasks.spawn("idempotency", self._send_all())
 
     async def _send_all(self) -> None:
-        """One batch after the other; what comes meanwhile makes the next."""
+        """Send recorded parts in batches, then the final state; what arrives in the meantime makes the next batch."""
         told: Conclusion = "running"
         try:
             await self._send_parts()
@@ -149,10 +151,10 @@ class Recording(Passing):
                 parts, self._unsent = self._unsent, []
                 await self._replays.append(self._claim, parts, self._running_ttl_ms)
         except Unavailable:
-            self._lose()  # perhaps it has these parts, perhaps not: an answer with a hole in it must not be replayed
+            self._lose()  # Redis may or may not have these parts: an answer with a gap must not be replayed
 
     async def _tell(self, conclusion: Conclusion) -> None:
-        """Say it until it is heard; at last the record's own end says that a repeat may run anew."""
+        """Write the final state, with retries; if all fail, the record expires and a repeat may run anew."""
         ttl_ms = FAILED_TTL_MS if conclusion == "failed" else int(self._settings.ttl_s * 1000)
         for _ in range(MAX_TELL_RETRIES):
             try:
@@ -163,14 +165,14 @@ class Recording(Passing):
                 return
 
     def _lose(self) -> None:
-        """The answer can't be replayed."""
+        """Drop the recorded parts: the answer can't be replayed."""
         self._unsent.clear()
         if self._conclusion != "failed":
             self._conclusion = "lost"
 
 
 class Answer:
-    """The answer of the request that has a key, read from Redis once for all of this worker's requests that wait for it."""
+    """The recorded answer of the first request, read from Redis once for all requests of this worker that wait."""
 
     def __init__(self, claim: Claim, body_digest: str, replays: Replays, clock: Callable[[], float]) -> None:
         self.body_digest = body_digest
@@ -187,7 +189,7 @@ class Answer:
         self._news: asyncio.Future[None] | None = None
 
     async def follow(self, pause_s: Callable[[], float]) -> None:
-        """Read what comes while there are requests that wait for it; `pause_s`: how long not to ask, as of now."""
+        """Read new parts while requests wait for them. `pause_s` returns the current pause between two reads."""
         try:
             while self.waiting and self.state == "running":
                 state, parts = await self._replays.read(self._claim, len(self.parts))
@@ -203,9 +205,10 @@ class Answer:
             self._wake()
 
     async def after(self, count: int, patience_s: float) -> list[bytes] | None:
-        """The parts behind the first `count`, when there are some; none after a while without any. None: that was all.
+        """Return the parts after the first `count`; an empty list after `patience_s` without new ones; None at the end.
 
-        LookupError if there will be none, for the request has failed or its record is gone. Raises Unavailable and StoreError.
+        Raises LookupError if no more will come because the request failed or its record is gone; Unavailable and
+        StoreError.
         """
         if len(self.parts) == count and self.state == "running" and self._trouble is None:
             if self._news is None:
@@ -222,7 +225,9 @@ class Answer:
         raise LookupError
 
     def _state_of(self, state: str | None) -> str | None:
-        """What the record says; `charged`: its worker tells next how far the answer is, or is dead."""
+        """Return the record's state, with `charged` resolved: `running` for at most CHARGED_S, then `lost`, for its
+        worker died.
+        """
         if state != "charged":
             return state
         if self._charged_at is None:
@@ -236,8 +241,9 @@ class Answer:
 
 
 class Answers:
-    """The answers that requests of this worker wait for, by the record of their key. How often Redis is asked is bounded for all
-    of them together, and how many requests of one account wait.
+    """The answers that requests of this worker wait for, by record key.
+
+    Commands to Redis are bounded for all of them together, and waiting requests for each account.
     """
 
     def __init__(self, replays: Replays, tasks: Tasks) -> None:
@@ -245,15 +251,17 @@ class Answers:
         self._tasks = tasks
         self._followed: dict[str, Answer] = {}
         self._waiting: Counter[str] = Counter()
-        self.turns = Turns()  # to claim a key: those behind find what the first found, and don't ask again
+        self.turns = Turns()  # taken to claim a key: who waits finds the first one's result
 
     def followed(self, record: str) -> Answer | None:
-        """The answer that is being read for others, if it is."""
+        """Return the answer that is already being read for other requests, if there is one."""
         return self._followed.get(record)
 
     @contextlib.contextmanager
     def wait(self, answer: Answer, account: str, most: int) -> Iterator[None]:
-        """Have the answer read meanwhile. GatewayError of 429 if `most` requests of the account wait already."""
+        """Have the answer read while the block runs. Raises GatewayError 429 if `most` requests of the account wait
+        already.
+        """
         if self._waiting[account] >= most:
             raise GatewayError(Source.CLIENT, rate_limit_exceeded(WAITING, WAITING_RETRY_S))
         self._waiting[account] += 1
@@ -280,7 +288,7 @@ class Answers:
 
 
 class Replay:
-    """The answer of the request that has the key, for one that asks the same."""
+    """The answer of the first request, for a repeat of it."""
 
     def __init__(self, answer: Answer, answers: Answers, account: str, clock: Callable[[], float]) -> None:
         self._answer = answer
@@ -291,10 +299,10 @@ class Replay:
     async def play(
         self, call: Call, downstream: Downstream, heartbeat_s: float, most_waiting: int = MAX_WAITING
     ) -> Reply | None:
-        """Give the answer as it comes: a whole one is returned, a stream goes to `downstream`. `most_waiting`: so many requests
-        of one account may wait for answers.
+        """Pass the answer on: return a whole one, write a stream to `downstream`.
 
-        LookupError if the other request failed, or its answer became too large to be kept, before anything was sent here.
+        At most `most_waiting` requests of one account may wait. Raises LookupError, before anything was sent here, if
+        the first request failed or its answer became too large to keep.
         """
         with self._answers.wait(self._answer, self._account, most_waiting):
             return await self._play(call, downstream, heartbeat_s)
@@ -327,8 +335,9 @@ class Replay:
                 written_at = self._clock()
 
     async def _parts(self, heartbeat_s: float) -> AsyncIterator[bytes]:
-        """The answer's parts as they come, and an empty one now and then while there is none. LookupError if there will be
-        none.
+        """Yield the answer's parts as they come, and an empty one at intervals without any, so that pings are sent.
+
+        Raises LookupError if no more will come.
         """
         count = 0
         while (parts := await self._answer.after(count, min(PATIENCE_S, heartbeat_s / 2))) is not None:
@@ -345,7 +354,7 @@ async def _head_of(parts: AsyncIterator[bytes]) -> Head:
 
 
 class Idempotence:
-    """Decides whether a request is the first of its key. `settings` are those of the moment."""
+    """Decides whether a request is the first of its key."""
 
     def __init__(self, replays: Replays, tasks: Tasks, clock: Callable[[], float]) -> None:
         self._replays = replays
@@ -364,8 +373,10 @@ class Idempotence:
         running_ttl_ms: int,
         owner: str,
     ) -> Recording | Replay:
-        """A Recording for the first, a Replay for every other. GatewayError of 409 for another body, of 422 for an unusable
-        key.
+        """Return a `Recording` for the first request of a key, a `Replay` for a repeat.
+
+        Raises GatewayError: 409 for another body or an answer that wasn't kept, 422 for an unusable key, 429 for an
+        account whose keys and answers reach their bound.
         """
         name = call.idempotency_key or ""
         if not 0 < len(name) <= MAX_KEY_CHARS or not name.isprintable():
@@ -404,6 +415,6 @@ class Idempotence:
                 raise GatewayError(Source.CLIENT, ErrorResponse(409, "idempotency_conflict", TOO_LARGE))
 
     async def _give_up(self, claim: Claim) -> None:
-        """Nobody waits for what the claim came to: let the next one have the key. Without Redis, its time to live does that."""
+        """Release a claim whose request was cancelled. If Redis is lost, the claim expires by its time to live."""
         with contextlib.suppress(Unavailable):
             await self._replays.conclude(claim, "failed", FAILED_TTL_MS)

@@ -1,4 +1,7 @@
-"""What is in flight, and the one pulse that looks after all of it: holds are kept alive, silent streams get their ping."""
+"""Requests in flight: one periodic pulse that renews holds and pings silent streams, and work that outlives its client.
+
+At most `MAX_DETACHED` requests of one worker go on without their client, each for at most `MAX_DETACHED_S`.
+"""
 
 import asyncio
 import math
@@ -17,25 +20,25 @@ from meshproxy.gateway.relay import Relay
 from meshproxy.ledger.store import StoreError
 from meshproxy.telemetry.tasks import Tasks
 
-PULSE_S = 0.5  # how late a ping may be
+PULSE_S = 0.5  # the most that a ping may be late
 
 _log = structlog.get_logger("meshproxy.gateway")
 
 
 class Live:
-    """The leases, openings, relays and recordings of this worker. Nothing here costs a timer a request."""
+    """The leases, openings, relays and recordings of this worker, served by one timer instead of one for each request."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._kept_at = clock()  # survives a pulse that raises: or no hold would be kept while one relay makes trouble
+        self._kept_at = clock()  # outlives a `pulse` that raises: a failing relay must not stop renewals
         self.leases: set[Lease] = set()
         self.openings: set[Opening] = set()
         self.relays: set[Relay] = set()
         self.recordings: set[Recording] = set()
 
     async def pulse(self, settings: Callable[[], Settings]) -> None:
-        """Run for the life of the worker, by the settings of the moment. One relay's or hold's trouble is raised after all the
-        others were looked after.
+        """Run for the life of the worker, reading the current settings each time. An error of one relay or hold is
+        raised only after all others were served.
         """
         while True:
             heartbeat_s, hold_ttl_s = settings().server.heartbeat_s, settings().credits.hold_ttl_s
@@ -49,47 +52,47 @@ class Live:
                 raise trouble
 
     def _look_after_relays(self, now: float, heartbeat_s: float) -> Exception | None:
-        """Look after each; what one of them raised."""
+        """Serve every opening and relay; return the last exception raised, if any."""
         trouble: Exception | None = None
         silent: tuple[Opening | Relay, ...] = (*self.openings, *self.relays)
         for relay in silent:
             try:
                 relay.look_after(now, heartbeat_s)
-            except Exception as error:  # noqa: BLE001 - the pulse is supervised, and raises it
+            except Exception as error:  # noqa: BLE001 - returned, and raised by the supervised pulse
                 trouble = error
         return trouble
 
     async def _keep_holds(self) -> None:
-        """All in one loop turn, so that they share a pipeline."""
+        """Renew all holds and records in one turn of the event loop, so that their commands share one write."""
         keeping = [*(lease.keep() for lease in self.leases), *(recording.keep_alive() for recording in self.recordings)]
         results = await asyncio.gather(*keeping, return_exceptions=True)
         refused = [result for result in results if isinstance(result, StoreError)]
-        if refused:  # one account's trouble is no reason to let go of the others
+        if refused:  # a refusal for one account must not release the others
             _log.error("holds_not_kept", holds=len(refused), reason=str(refused[0]))
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, GatewayError | StoreError):
                 raise result
 
 
-MAX_DETACHED = 256  # in one worker; beyond that a hang-up cancels
+MAX_DETACHED = 256  # in one worker; beyond that a hang-up cancels the request
 MAX_DETACHED_S = 120.0
 
 T = TypeVar("T")
 
 
 class Detacher:
-    """Runs what may outlive its request. `close` ends an exchange whose client has gone."""
+    """Runs work that may outlive its request. `close` ends an exchange whose client has gone."""
 
     def __init__(self, tasks: Tasks, close: Callable[[Exchange], None], clock: Callable[[], float]) -> None:
         self._clock = clock
         self._tasks = tasks
         self._close = close
         self._detached = 0
-        self.closed = False  # whether a hang-up cancels
+        self.closed = False  # true: a hang-up cancels the request
 
     async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`. If the caller is cancelled or the client's time is over the work goes on, and the exchange is
-        closed after it.
+        """Return the result of `work`. If the caller is cancelled, or its deadline passes, the work goes on and then
+        the exchange is closed.
         """
         exchange.detachable = True
         task = self._tasks.spawn("drain", _with_fault_told(work))
@@ -111,14 +114,14 @@ class Detacher:
         return answer
 
     def _left_s(self, exchange: Exchange) -> float | None:
-        """The time that the client gives a whole answer. A stream keeps its deadline itself: see Attempts."""
+        """Return the seconds until a whole answer's deadline; None for a stream, whose deadline `Attempts` keeps."""
         plan, deadline = exchange.plan, min(exchange.deadline, exchange.call.deadline)
         if plan is None or plan.request.stream or deadline == math.inf:
             return None
         return max(deadline - self._clock(), 0.0)
 
     def _detach(self, exchange: Exchange, task: asyncio.Task[Any]) -> bool:
-        """Let the work go on without its client, if that is still allowed."""
+        """Let the work go on without its client; return False if that isn't allowed."""
         if self.closed or self._detached >= MAX_DETACHED:
             return False
         if not task.done():
@@ -128,7 +131,7 @@ class Detacher:
         return True
 
     async def _cancel(self, task: asyncio.Task[Any]) -> None:
-        """Cancel, and wait for it to write down what was used, before the exchange is closed."""
+        """Cancel the work and wait until it has recorded what was used, before the exchange is closed."""
         task.cancel()
         await asyncio.wait([task])
 
@@ -137,7 +140,7 @@ class Detacher:
             async with asyncio.timeout(MAX_DETACHED_S):
                 await task
         except (TimeoutError, asyncio.CancelledError):
-            pass  # what is known by now is what is settled
+            pass  # settle what is known by now
         finally:
             self._detached -= 1
             exchange.outcome = "client_disconnected"
@@ -147,7 +150,7 @@ class Detacher:
 
 
 async def _with_fault_told(work: Coroutine[Any, Any, T]) -> T | GatewayError:
-    """What a provider or a client does wrong is an answer too, and no task's failure."""
+    """Return a GatewayError instead of raising it: an error of a client or a provider is no failure of the task."""
     try:
         return await work
     except GatewayError as fault:

@@ -1,7 +1,7 @@
-"""The path of one request, top to bottom: authenticate, resolve, admit, attempt, relay or answer, settle.
+"""The path of one request, in order: authenticate, resolve, admit, attempt, relay or answer, settle.
 
-A denial comes back as a value, a fault as an exception; either way the client gets the envelope, the hold is settled, and the
-request ends in one log line.
+A denial is returned as a value, an error raised as an exception. Either way the client gets the envelope, the hold is
+settled, and one log line is written.
 """
 
 import asyncio
@@ -57,8 +57,10 @@ STREAM_HEADERS: Headers = [
 
 
 class Gateway:
-    """The pipeline of one worker. `clock` is monotonic seconds, `wall_clock` Unix time; `spin` gives a random number in
-    [0, 1); `boot_id` makes this worker's hold ids its own.
+    """The pipeline of one worker.
+
+    `clock` is monotonic seconds, `wall_clock` Unix time in seconds. `spin` returns a random number in [0, 1). `boot_id`
+    makes this worker's hold ids unique.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class Gateway:
         self._detacher = Detacher(tasks, self._close, clock)
 
     async def chat(self, call: Call, downstream: Downstream) -> Reply | None:
-        """Serve one chat completion. None: the answer was streamed to `downstream`."""
+        """Serve one chat completion. Return None if the answer was streamed to `downstream`."""
         exchange = Exchange(call, f"{self._boot_id}{next(self._count):x}")
         if self._recorder.in_flight >= self.active.settings.server.max_in_flight:
             return self._shed(exchange)
@@ -125,7 +127,7 @@ class Gateway:
             if self._shut_down and (exchange.phase != "stream" or _waits(exchange)):
                 return self._refuse(exchange, overloaded(GOING, may_have_run=exchange.attempts > 0))
             raise
-        except Exception as error:  # noqa: BLE001 - the one place: whatever else goes wrong is ours, and the client is told
+        except Exception as error:  # noqa: BLE001 - a bug of ours: logged, and answered with 500
             self._recorder.bug(exchange, error)
             return self._refuse(exchange, internal_error())
         finally:
@@ -133,15 +135,17 @@ class Gateway:
                 self._close(exchange)
 
     def shut_down(self) -> None:
-        """The end has come: streams get their terminal event now. From here on a request that is cancelled is told so instead
-        of being taken for one whose client hung up, and nothing outlives its client.
+        """End all streams now, each with an error event.
+
+        From here on a cancelled request is answered as shut down, not taken for a hang-up, and no work outlives its
+        client.
         """
         self.draining = self._shut_down = self._detacher.closed = True
         for relay in tuple(self._live.relays):
             relay.shut_down(overloaded(GOING, may_have_run=True))
 
     def _close(self, exchange: Exchange) -> None:
-        """The end of every request: settle, then count and log."""
+        """End a request: settle it, then count and log it."""
         if exchange.outcome == "client_disconnected" and exchange.is_at_work and exchange.usage_source == "none":
             bill_prompt(exchange)
         self._attempts.conclude(exchange)
@@ -162,7 +166,7 @@ class Gateway:
     async def _process_once(
         self, exchange: Exchange, principal: Principal, body: bytes, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
-        """The first request of an Idempotency-Key is processed; the others get what it gets."""
+        """Process the first request of an Idempotency-Key; replay its answer to the others."""
         settings = active.settings
         while True:
             entered = await self._idempotence.enter(
@@ -178,7 +182,7 @@ class Gateway:
                 exchange.recording = entered
                 self._live.recordings.add(entered)
                 return await self._process(exchange, principal, body, active, entered)
-            with contextlib.suppress(LookupError):  # that one failed: this may be the first now
+            with contextlib.suppress(LookupError):  # the first one failed: this request may now be the first
                 most = max(1, settings.server.max_in_flight // 8)
                 reply = await entered.play(
                     exchange.call, downstream, settings.server.heartbeat_s, min(MAX_WAITING, most)
@@ -216,7 +220,7 @@ class Gateway:
     async def _respond(
         self, exchange: Exchange, plan: Plan, lease: Lease, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
-        """Everything behind admission; its hold is kept alive meanwhile."""
+        """Run the request after admission; its hold is kept alive meanwhile."""
         self._live.leases.add(lease)
         try:
             if plan.request.stream:
@@ -235,7 +239,7 @@ class Gateway:
     async def _first_answer(
         self, exchange: Exchange, plan: Plan, active: ActiveConfig, downstream: Downstream
     ) -> Response:
-        """The answer that a stream is made of, whose client gets pings while it has to wait for it."""
+        """Return the response to stream from; the client gets pings while it waits for it."""
         opening = exchange.opening = Opening(
             downstream,
             lambda: [*STREAM_HEADERS, *self._told(exchange)],
@@ -251,7 +255,7 @@ class Gateway:
             self._live.openings.discard(opening)
 
     async def _answer(self, exchange: Exchange, plan: Plan, response: Response) -> Reply:
-        """Pass a whole answer on, its bytes unchanged unless it came as an event stream."""
+        """Pass a whole answer on. Its bytes are unchanged, unless it came as an event stream."""
         try:
             if plan.request.timeout_s is None or exchange.detachable:
                 body = await response.read()
@@ -314,7 +318,7 @@ class Gateway:
             relay.bill()
 
     def _told(self, exchange: Exchange) -> Headers:
-        """What the gateway says of an answer in headers."""
+        """Return the gateway's own headers for an answer."""
         return [
             ("x-request-id", exchange.call.request_id),
             *_limits_of(exchange),
@@ -323,7 +327,7 @@ class Gateway:
         ]
 
     def _refuse(self, exchange: Exchange, problem: ErrorResponse, headers: Headers | None = None) -> Reply | None:
-        """Tell the client of a problem: in a reply, or in an event where a stream's head is out."""
+        """Send the client an error response: as a reply, or as an event where the stream's head was already sent."""
         exchange.code = problem.code
         request_id, told = exchange.call.request_id, exchange.told(problem)
         opening = exchange.opening
@@ -336,12 +340,14 @@ class Gateway:
 
 
 def _waits(exchange: Exchange) -> bool:
-    """Whether a stream's client has got its head, and waits for an answer to begin."""
+    """Return whether a stream's client waits for an answer to begin."""
     return exchange.opening is not None and exchange.opening.waits
 
 
 def _assembled(stream: bytes) -> bytes:
-    """A whole answer from an event stream in its place; UpstreamError if that failed or broke off."""
+    """Assemble a whole answer from an event stream that came in its place. Raises UpstreamError if that failed or broke
+    off.
+    """
     body, error, is_finished = as_whole(stream)
     if error is not None:
         raise in_stream(error)
@@ -352,7 +358,7 @@ def _assembled(stream: bytes) -> bytes:
 
 
 def _json_headers(response: Response) -> Headers:
-    """The provider's headers for a whole answer, which is JSON whatever they say."""
+    """Return the provider's headers for a whole answer, with JSON as the content type whatever the provider sent."""
     content_type = response.header("content-type") or ""
     if content_type == "application/json" or "json" in content_type.lower():
         return downstream_headers(response.headers)
@@ -360,7 +366,7 @@ def _json_headers(response: Response) -> Headers:
 
 
 def _route_of(exchange: Exchange) -> Headers:
-    """Which model serves and how many providers were asked, in the gateway's own headers and in those that Mesh's SDKs read."""
+    """Return the serving model and the number of attempts, as the gateway's own headers and as those of Mesh's SDKs."""
     model, attempts = exchange.model, str(exchange.attempts)
     headers = [
         ("x-mesh-model", model),
@@ -374,11 +380,11 @@ def _route_of(exchange: Exchange) -> Headers:
 
 
 def _clamp_of(exchange: Exchange) -> Headers:
-    """x-mesh-max-tokens, where the gateway lowered the output's cap or set one."""
+    """Return `x-mesh-max-tokens` where the gateway lowered the output's cap or set one."""
     plan = exchange.plan
     return [("x-mesh-max-tokens", str(plan.imposed_cap))] if plan is not None and plan.imposed_cap is not None else []
 
 
 def _limits_of(exchange: Exchange) -> Headers:
-    """x-ratelimit-* as of the admission, if it came that far."""
+    """Return `x-ratelimit-*` as of admission, if the request was admitted."""
     return limit_headers(exchange.lease.hold.buckets) if exchange.lease is not None else []

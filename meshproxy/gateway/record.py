@@ -1,5 +1,7 @@
-"""What a span says of a request, in the names of OpenTelemetry's semantic conventions for HTTP and generative AI, and in our own
-under `meshproxy.`. Never a prompt, an answer or a secret.
+"""Records of requests: the log line, metrics and span of each, and a line for each failed attempt.
+
+Spans use the names of OpenTelemetry's semantic conventions for HTTP and generative AI, and our own under `meshproxy.`.
+None of these records contains a prompt, an answer or a secret.
 """
 
 import logging
@@ -31,22 +33,22 @@ if TYPE_CHECKING:
     from meshproxy.telemetry.otlp import OtlpTracer
 
 Fact = str | bool | int | float
-Facts = dict[str, Fact | None]  # None: not told
+Facts = dict[str, Fact | None]  # None: left out
 
 SAMPLING: Final = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")  # numbers of a request
-BROKEN: Final = frozenset({"failed", "upstream_failed", "shutdown"})  # ends of a stream that are no client's doing
+BROKEN: Final = frozenset({"failed", "upstream_failed", "shutdown"})  # outcomes that the client didn't cause
 FINE: Final = frozenset({"completed", "replayed"})
 
 
 class Spans:
-    """One span for each request, made at its end. `upstreams`: those of the running configuration."""
+    """Emits one span for each request, at its end. `upstreams` returns those of the running configuration."""
 
     def __init__(self, tracer: "OtlpTracer", upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
         self._tracer = tracer
         self._upstreams = upstreams
 
     def end(self, exchange: Exchange, route: str, now: float) -> None:
-        """A request is over. `now` is monotonic seconds."""
+        """Emit the span of a finished request. `now` is monotonic seconds."""
         broke = exchange.status >= 500 or (exchange.status == 200 and exchange.outcome in BROKEN)
         self._tracer.span(
             f"chat {exchange.model}".rstrip(),
@@ -81,7 +83,7 @@ class Spans:
         return {name: fact for name, fact in facts.items() if fact is not None}
 
     def _of_attempt(self, candidate: Candidate) -> Facts:
-        upstream = self._upstreams().get(candidate.upstream)  # None if a reload took it away meanwhile
+        upstream = self._upstreams().get(candidate.upstream)  # None if a reload has removed it
         url = urlsplit(upstream.base_url) if upstream is not None else None
         return {
             "gen_ai.provider.name": candidate.kind,
@@ -94,7 +96,7 @@ class Spans:
 
 
 def _error_of(exchange: Exchange) -> str:
-    """The code that the client was told, else the way the request ended; empty if it ended well."""
+    """Return the error code that the client got, else the outcome; empty if the request ended well."""
     return exchange.code or ("" if exchange.outcome in FINE else exchange.outcome)
 
 
@@ -119,18 +121,18 @@ def _of_usage(exchange: Exchange) -> Facts:
         "gen_ai.usage.cache_creation.input_tokens": usage.cache_write or None,
         "gen_ai.usage.reasoning.output_tokens": usage.reasoning or None,
         "meshproxy.usage_source": exchange.usage_source,
-        "meshproxy.cost_usd": exchange.cost_nusd / NUSD_PER_USD,  # to filter and to chart by: bills are made elsewhere
+        "meshproxy.cost_usd": exchange.cost_nusd / NUSD_PER_USD,  # for charts, never for bills
     }
 
 
-MAX_WORDS_CHARS = 500  # of a provider, in one line of the log
+MAX_WORDS_CHARS = 500  # of a provider's message, in one log line
 ROUTE = "/v1/chat/completions"
 
 _log = structlog.get_logger("meshproxy.gateway")
 
 
 class _OfModel:
-    """One model's metrics, bound once."""
+    """One model's metrics with their labels bound once."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.duration = {stream: metrics.request_duration.labels(model, stream) for stream in ("true", "false")}
@@ -142,7 +144,7 @@ class _OfModel:
 
 
 class _OfUpstream:
-    """One upstream's metrics, bound once."""
+    """One upstream's metrics with their labels bound once."""
 
     def __init__(self, metrics: Metrics, upstream: str) -> None:
         self.duration = metrics.upstream_duration.labels(upstream)
@@ -150,7 +152,7 @@ class _OfUpstream:
 
 
 class Recorder:
-    """Counts requests in and out. `clock` is monotonic seconds."""
+    """Counts and logs the requests of one worker. `clock` is monotonic seconds."""
 
     def __init__(self, metrics: Metrics, request_log: RequestLog, clock: Callable[[], float]) -> None:
         self.in_flight = 0
@@ -169,18 +171,18 @@ class Recorder:
         self._overhead = {stream: metrics.overhead.labels(stream) for stream in ("true", "false")}
 
     def begin(self, exchange: Exchange) -> None:
-        """A request came in."""
+        """Count a request as in flight."""
         self.in_flight += 1
         self._phases[exchange.phase] += 1
 
     def enter(self, exchange: Exchange, phase: str) -> None:
-        """A request goes on to another phase."""
+        """Move a request to another phase."""
         self._phases[exchange.phase] -= 1
         exchange.phase = phase
         self._phases[phase] += 1
 
     def end(self, exchange: Exchange) -> None:
-        """A request is over: count it and log it."""
+        """Count and log a request that is over."""
         self.in_flight -= 1
         self._phases[exchange.phase] -= 1
         now = self._clock()
@@ -192,23 +194,23 @@ class Recorder:
             self.spans.end(exchange, ROUTE, now)
 
     def shed(self, exchange: Exchange) -> None:
-        """Count and log a request that was turned away before it counted as in flight."""
+        """Count and log a request that was refused before it counted as in flight."""
         self._request_counter("none", exchange.status, "false").inc()
         self._request_log.write(self._line(exchange, "", stream=False, now=self._clock()))
 
     def denied(self, denied: Denial) -> None:
-        """The ledger said no."""
+        """Count a denial of the ledger."""
         if denied.reason == "rate_limit":
             self._metrics.rate_limited.labels(denied.which.replace(" ", "_")).inc()
         else:
             self._metrics.credit_rejections.labels(denied.reason).inc()
 
     def attempted(self, upstream: str, code: str) -> None:
-        """A provider answered with a status, or failed without one."""
+        """Count a provider's answer by its status, or by the kind of failure without one."""
         self._metrics.upstream_requests.labels(upstream, code).inc()
 
     def attempt_failed(self, exchange: Exchange, candidate: Candidate, fault: UpstreamError) -> None:
-        """Log an attempt that failed, and why: its status or the system's reason, and the provider's words."""
+        """Log a failed attempt and its cause: the status or the operating system's reason, and the provider's message."""
         response = exchange.response
         ours = fault.source is Source.GATEWAY
         _log.log(
@@ -228,7 +230,7 @@ class Recorder:
         )
 
     def breaker_changed(self, upstream: str, is_open: bool) -> None:  # noqa: FBT001 - the gauge's value
-        """An upstream's breaker opened or closed."""
+        """Set the gauge and log that an upstream's breaker opened or closed."""
         self._metrics.breaker_open.labels(upstream).set(is_open)
         if is_open:
             _log.warning("breaker_opened", upstream=upstream)
@@ -236,7 +238,7 @@ class Recorder:
             _log.info("breaker_closed", upstream=upstream)
 
     def bug(self, exchange: Exchange, error: BaseException) -> None:
-        """Something went wrong that nobody foresaw."""
+        """Log an unexpected exception with its traceback."""
         _log.error("bug", request_id=exchange.call.request_id, exc_info=error)
 
     def _count(self, exchange: Exchange, model: str, stream: str, now: float) -> None:
@@ -286,7 +288,7 @@ class Recorder:
         of_model.cost.inc(exchange.cost_nusd)
 
     def _refused(self, exchange: Exchange) -> None:
-        """Count and log what a provider reported that can't be true."""
+        """Count and log the reported numbers of a provider that can't be true."""
         upstream = exchange.candidate.upstream if exchange.candidate is not None else ""
         for reason in dict.fromkeys(refusal.reason for refusal in exchange.refused):
             self._metrics.usage_refused.labels(upstream, reason).inc()
@@ -301,7 +303,7 @@ class Recorder:
             )
 
     def _line(self, exchange: Exchange, model: str, stream: bool, now: float) -> dict[str, Any]:  # noqa: FBT001 - a field
-        """The log line's fields: never a secret and never a prompt."""
+        """Return the log line's fields: never a secret and never a prompt."""
         key = exchange.principal.key if exchange.principal is not None else None
         candidate = exchange.candidate
         received_at = exchange.call.received_at
@@ -350,7 +352,7 @@ class Recorder:
 
 
 def _without_prompt(exchange: Exchange, words: str) -> str:
-    """A provider's words as they may be logged: bounded, and without what they repeat of the request."""
+    """Return a provider's message for the log: shortened, and without what it quotes of the request."""
     plan = exchange.plan
     if plan is not None:
         request = b",".join([*map(bytes, plan.request.fields.values()), plan.prompt.messages[:MAX_QUOTED_BYTES]])

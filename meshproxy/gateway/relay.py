@@ -1,8 +1,9 @@
-"""Relay: an upstream's events go to the client as they come, in the call that brought them.
+"""Relay: pass an upstream's events to the client in the call that delivered them.
 
-There is no queue and no task between the two sockets: the upstream's protocol calls `data`, which scans the bytes and writes
-them on, in the frames they arrived in where those hold. What a client doesn't take in time stops the reading upstream
-(backpressure); credit is renewed behind the stream's back and never awaited while some is left.
+There is no queue and no task between the two sockets. The upstream's protocol calls `data`, which scans the bytes and
+writes them to the client, in the frames in which they arrived where possible. A client that falls behind pauses the
+reading upstream (backpressure). Credit is renewed in the background and awaited only when it is used up. A relay
+withholds at most what one read brought, and after a hang-up reads at most `MAX_DRAINED_BYTES`.
 """
 
 import asyncio
@@ -21,9 +22,9 @@ from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
 from meshproxy.policy.failover import in_stream
 from meshproxy.upstream.response import Response
 
-MAX_DRAINED_BYTES: Final = 8_388_608  # read on after the client has gone, to learn what it used
-LAST_BYTE_S: Final = 2.0  # that the end of a body gets behind its [DONE]: then its connection is given up
-LOOK_BYTES: Final = 16_384  # relayed between two looks at how much waits for the client
+MAX_DRAINED_BYTES: Final = 8_388_608  # read after the client has gone, to learn the usage
+LAST_BYTE_S: Final = 2.0  # for the end of a body after `[DONE]`; then its connection is closed
+LOOK_BYTES: Final = 16_384  # relayed between two checks of the client's backlog
 CREDIT_RAN_OUT: Final = "Credit ran out in the middle of the answer: the account has {} USD available when it is paid."
 OUTCOMES = {
     "insufficient_credits": "insufficient_credits",
@@ -33,9 +34,9 @@ OUTCOMES = {
 
 
 class Relay:
-    """One stream from an upstream's response to its client. It is the upstream's `Sink`.
+    """One stream from an upstream's response to its client. It implements the upstream's `Sink`.
 
-    `run` returns when the stream has ended, whichever way; `outcome` then says which.
+    `run` returns when the stream has ended, however it ended; `outcome` then says how.
     """
 
     __slots__ = (
@@ -76,7 +77,7 @@ class Relay:
         self._clock = clock
         self._signal: asyncio.Future[None] | None = None
         self._written_at = clock()
-        self._first_at = self._last_at = 0.0  # of events; 0.0: none yet
+        self._first_at = self._last_at = 0.0  # times of events; 0.0: none yet
         self._max_gap_s = 0.0
         self._drained_bytes = 0
         self._unlooked_bytes = 0
@@ -88,7 +89,7 @@ class Relay:
         self.outcome = "upstream_failed"
 
     async def run(self) -> None:
-        """Relay until the end; a cancellation closes the upstream's socket at once."""
+        """Relay until the end. A cancellation closes the upstream's connection at once."""
         try:
             self._response.relay(self)
             while not self.ended:
@@ -96,7 +97,7 @@ class Relay:
                 if self._downstream.congested():
                     await self._downstream.drained()
                 else:
-                    self._resume()  # the client may have caught up before anyone looked
+                    self._resume()  # the client may have caught up before `congested` was checked
                     await self._signal
         finally:
             self._response.close()
@@ -105,7 +106,7 @@ class Relay:
             exchange.max_gap_s = self._max_gap_s
 
     def data(self, payload: bytes, frame: bytes | None) -> None:
-        """Body bytes from upstream; see `upstream.response.Sink`."""
+        """Process body bytes from upstream; see `upstream.response.Sink`."""
         arrived_at = self._clock()
         scanner, lease = self.scanner, self._lease
         try:
@@ -131,7 +132,7 @@ class Relay:
             self._look_at_client()
 
     def end(self) -> None:
-        """The upstream's body is complete, which is a good end only if its last event said so."""
+        """End the stream at the end of the upstream's body: a success only if the last event was final."""
         if self.ended:
             return
         if self._withheld is not None:
@@ -151,7 +152,7 @@ class Relay:
             self.stop(problem)
 
     def fail(self, fault: UpstreamError) -> None:
-        """The upstream died or fell silent; after its [DONE] that is nobody's business."""
+        """End the stream after the upstream failed. Ignore errors after `[DONE]`: the stream is complete."""
         if self._withheld is not None:
             self._afterwards = partial(self.fail, fault)
         elif self.scanner.done:
@@ -161,7 +162,7 @@ class Relay:
             self.stop(fault.problem)
 
     def stop(self, problem: ErrorResponse) -> None:
-        """End the stream here, telling the client why: an error event, never a silent success and never [DONE]."""
+        """End the stream early with an error event, never with `[DONE]` or without a reason."""
         if self.ended:
             return
         self._exchange.code = problem.code
@@ -170,7 +171,7 @@ class Relay:
         self._response.close()
 
     def renewed(self, refusal: Denial | ErrorResponse | None) -> None:
-        """A renewal came back: go on, unless credit is out or the client is what is waited for."""
+        """Continue after a renewal of the hold, or stop if it was refused."""
         if refusal is not None and not self.ended:
             problem = refused(refusal) if isinstance(refusal, Denial) else refusal
             self.outcome = OUTCOMES.get(problem.code, "failed")
@@ -180,12 +181,12 @@ class Relay:
         elif not self.ended:
             self._let_go()
             if self._downstream.congested():
-                self._wake()  # to wait for the client, which is full of what was let go
+                self._wake()  # `run` then waits for the client, which has the withheld events to read
             else:
                 self._resume()
 
     def bill(self) -> None:
-        """Write down what the stream has used and cost so far."""
+        """Record what the stream has used and cost so far."""
         scanner = self.scanner
         most = self._lease.bound if self.short_of_credit else None
         bill(
@@ -199,28 +200,31 @@ class Relay:
         )
 
     def _left_nusd(self, denied: Denial) -> int:
-        """What the account has available when this stream, which ends now, is settled."""
+        """Return what the account will have available once this stream, which ends now, is settled."""
         self.bill()
         held_nusd = 0 if self._lease.unheld else self._lease.hold.amount_nusd
         return denied.available_nusd + held_nusd - self._exchange.cost_nusd
 
     def _cost(self) -> str:
-        """What the stream costs by now, which is what is charged if nothing more comes."""
+        """Return the cost so far, as a decimal string in USD: the charge if nothing more comes."""
         self.bill()
         return format_usd(self._exchange.cost_nusd)
 
     @property
     def short_of_credit(self) -> bool:
-        """Whether the stream ended for want of credit, or while some of it waited for credit."""
+        """Whether the stream ended for lack of credit, or while events waited for credit."""
         return self.outcome == "insufficient_credits" or self._withheld is not None
 
     def shut_down(self, problem: ErrorResponse) -> None:
-        """The gateway can't wait any longer for this stream."""
+        """End the stream because the gateway shuts down."""
         self.outcome = "shutdown"
         self.stop(problem)
 
     def look_after(self, now: float, heartbeat_s: float) -> None:
-        """Keep middleboxes from closing a stream whose upstream is silent. One that has said all isn't waited for."""
+        """Ping a client whose upstream is silent, so that no proxy between closes its connection.
+
+        A stream whose answer is complete ends LAST_BYTE_S later, even if the upstream's body hasn't.
+        """
         silent_s = now - self._written_at
         if self.ended:
             return
@@ -233,14 +237,15 @@ class Relay:
             self._written_at = now
 
     def _withhold(self, events: bytes) -> None:
-        """More than a slice past the hold has come: the client gets it when there is credit for it. It is at most what one
-        read brought, for the reading stops.
+        """Keep events from the client until there is credit: they go more than a slice past the hold.
+
+        They are at most what one read brought, since reading pauses.
         """
         self._withheld = (self._withheld or b"") + events
         self._wait()
 
     def _let_go(self) -> None:
-        """There is credit for what was withheld: do all that was put off."""
+        """Send the withheld events once there is credit, and do what was put off with them."""
         if self._withheld is None or self._lease.exhausted:
             return
         events, self._withheld = self._withheld, None
@@ -255,7 +260,7 @@ class Relay:
             self._afterwards()
 
     def _say_done(self) -> None:
-        """The client needn't wait for the end of the upstream's body."""
+        """Complete the answer for the client without waiting for the end of the upstream's body."""
         if self.outcome != "completed":
             self.outcome = "completed"
             cost = self._cost()
@@ -263,7 +268,7 @@ class Relay:
             self._written_at = self._clock()
 
     def _look_at_client(self) -> None:
-        """Wait for one that doesn't keep up; of one that has gone, read its usage, unless that takes too much."""
+        """Pause for a client that falls behind. After a hang-up, read on for the usage, up to MAX_DRAINED_BYTES."""
         looked_bytes, self._unlooked_bytes = self._unlooked_bytes, 0
         if not self._exchange.detached:
             if self._downstream.congested():
@@ -275,7 +280,7 @@ class Relay:
             self._finish()
 
     def _wait(self) -> None:
-        """Read on when there is credit, or room."""
+        """Pause reading until there is credit, or the client catches up."""
         self._response.pause()
         self._wake()
 
@@ -287,7 +292,7 @@ class Relay:
     def _timed(self, arrived_at: float) -> None:
         if self._first_at:
             gap_s = arrived_at - self._last_at
-            if gap_s > self._max_gap_s:  # noqa: PLR1730 - max() costs as much as all else here
+            if gap_s > self._max_gap_s:  # noqa: PLR1730 - max() costs as much as the rest of this method
                 self._max_gap_s = gap_s
         else:
             self._first_at = arrived_at

@@ -1,4 +1,4 @@
-"""Resolve: from what the client wrote to what a provider is asked: template, model, parameters, sizes."""
+"""Resolve: turn the client's request into a plan: template, model, parameters, candidates and sizes."""
 
 import asyncio
 from collections.abc import Collection
@@ -31,20 +31,22 @@ from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, measure, merge_params, render
 from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens, likely_tokens, weigh
 
-PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, and a millisecond for one of a megabyte
+PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, one for a megabyte
 
 
 class Prompt:
-    """The messages of a request: a template's, then the caller's own bytes. A template is measured here and rendered when a
-    provider is to be asked, so that nothing large is built for a request that isn't admitted. `count` is how many there are,
-    `tokens` their estimate, `template_bytes` the size of the template's as JSON.
+    """The messages of a request: a template's, then the caller's own bytes.
+
+    A template is measured here, but rendered only when an attempt needs it: a request that isn't admitted builds
+    nothing large. `count` is the number of messages, `tokens` their estimate, `template_bytes` the size of the
+    template's part as JSON.
     """
 
     __slots__ = ("_fitted", "_messages", "_request", "_template", "count", "template_bytes", "tokens")
 
     def __init__(self, request: ChatRequest, template: Template | None, limit_bytes: int) -> None:
-        """GatewayError of the client: 413 for a template that would be rendered to more than `limit_bytes` with the caller's
-        messages, 422 for one that lacks a variable, and for no messages at all.
+        """Measure the messages. Raises the client's GatewayError: 413 if the rendered template and the caller's
+        messages exceed `limit_bytes`, 422 if the template lacks a variable or there are no messages at all.
         """
         self._request = request
         self._template = template
@@ -71,18 +73,18 @@ class Prompt:
 
     @property
     def messages(self) -> bytes:
-        """The array as JSON. A template is rendered once."""
+        """The array of messages as JSON. A template is rendered once."""
         if self._messages is None:
             self._messages = self._rendered()
         return self._messages
 
     @property
     def size(self) -> int:
-        """Bytes of the array as JSON, rendered or not."""
+        """The bytes of the array as JSON, rendered or not."""
         return len(self._request.messages or b"") + self.template_bytes
 
     def fitted(self, budget_tokens: int) -> bytes:
-        """The messages after middle-out, or their own bytes where they fit as they are. Done once for each budget."""
+        """Return the messages after middle-out, or unchanged where they fit. Computed once for each budget."""
         if self.tokens <= budget_tokens:
             return self.messages
         if budget_tokens not in self._fitted:
@@ -98,12 +100,12 @@ class Prompt:
 
 
 class Plan(Struct, frozen=True):
-    """A request resolved. `prompt_tokens` is an estimate.
+    """A resolved request. `prompt_tokens` is an estimate.
 
-    `output_cap` is what one choice is expected to have at most, which token buckets reserve, and `output_limit` what it can have.
-    `imposed_cap` is the cap that the provider is told in the place of the request's, because credit is short (`clamped`).
-    `holds_whole`: what is billed at its end can't be counted on the way, so that all of it is held from the start: of a whole
-    answer, and of a stream with hidden reasoning.
+    `output_cap` is the most that one choice is expected to have, which token buckets reserve; `output_limit` is the
+    most it can have. `imposed_cap` is the cap sent to the provider in place of the request's, because credit is short
+    (`clamped`). `holds_whole`: the billed output can't be counted while it streams, so all of it is held from the
+    start. That is so for a whole answer, and for a stream with hidden reasoning.
     """
 
     request: ChatRequest
@@ -119,8 +121,8 @@ class Plan(Struct, frozen=True):
 
     @property
     def prices(self) -> Collection[Price]:
-        """What each attempt that may serve charges, in the service tier that was asked for and in the standard one, which a
-        provider may serve instead. Each price once.
+        """The prices of each candidate that may serve, each once: in the requested service tier, and in the standard
+        tier, which a provider may serve instead.
         """
         attempts, tier = self.attempts, self.request.service_tier
         if len(attempts) == 1 and not attempts[0].natives and tier is None:
@@ -129,21 +131,23 @@ class Plan(Struct, frozen=True):
 
     @property
     def output_tokens(self) -> int:
-        """What all choices together are expected to have at most."""
+        """The most output tokens expected of all choices together."""
         return self.output_cap * self.request.n
 
     @property
     def output_bound(self) -> int:
-        """What all choices together can have."""
+        """The most output tokens that all choices together can have."""
         return self.output_limit * self.request.n
 
     def hold_nusd(self, output_tokens: int) -> int:
-        """What the prompt and so many tokens of output can cost at most, in nano-USD, whichever attempt serves."""
+        """Return the most that the prompt and `output_tokens` can cost, in nano-USD, whichever candidate serves."""
         return max([hold_amount(price, self.prompt_tokens, output_tokens) for price in self.prices])
 
     def likely_prompt_tokens(self) -> int:
-        """The tokens of the prompt as they are billed where no provider reports them: closer to the truth than what is held, and
-        slower to know. Media is estimated as it is held.
+        """Return the prompt tokens to bill where no provider reports them: more accurate than the held estimate, and
+        slower.
+
+        Media is estimated as it is for the hold.
         """
         texts = [self.prompt.messages, *others_of(self.request)]
         if any(weigh(text).media_tokens for text in texts):
@@ -153,24 +157,24 @@ class Plan(Struct, frozen=True):
         )
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
-        """The plan with no more output than this amount can pay for, whichever attempt serves."""
+        """Return the plan with no more output than `amount_nusd` can pay for, whichever candidate serves."""
         affordable = min(affordable_output(price, self.prompt_tokens, amount_nusd) for price in self.prices)
         cap = max(affordable // self.request.n, 1)
         return self if cap >= self.output_limit else self.capped_at(cap)
 
     def capped_at(self, cap: int) -> "Plan":
-        """The plan with a cap of our own on each choice."""
+        """Return the plan with the gateway's own cap on each choice."""
         output_cap = min(self.output_cap, cap)
         return replace(self, output_cap=output_cap, output_limit=cap, imposed_cap=cap, clamped=True)
 
     def is_slow_to_build(self, candidate: Candidate) -> bool:
-        """Whether `body_for` may take more than some milliseconds: for middle-out over much text, and for a large template."""
+        """Return whether `body_for` may take several milliseconds: for middle-out over much text, or a large template."""
         prompt = self.prompt
         is_cut = "middle-out" in self.request.transforms and candidate.kind != "openrouter"
         return prompt.template_bytes > LARGE_BYTES or (is_cut and prompt.size > SMALL_BYTES)
 
     def body_for(self, candidate: Candidate) -> bytes:
-        """The JSON that this attempt's provider is sent."""
+        """Return the JSON body to send to this candidate's provider."""
         native = candidate.kind == "openrouter"
         if "middle-out" in self.request.transforms and not native:
             room_tokens = candidate.context_window - min(self.output_cap, candidate.max_output_tokens)
@@ -190,7 +194,10 @@ class Plan(Struct, frozen=True):
 
 
 async def resolve(body: bytes, principal: Principal, active: ActiveConfig, directory: Directory, spin: float) -> Plan:
-    """The plan for a request's body; a GatewayError says what is wrong with it."""
+    """Return the plan for a request's body. Raises a GatewayError that says what is wrong with the request.
+
+    `spin` is a random number in [0, 1) that decides among equal routes.
+    """
     request = decode_chat(body) if len(body) <= LARGE_BYTES else await _decode_large(body)
     template = await _template(request.template, principal, directory) if request.template is not None else None
     model = _model(request, principal, template, active.settings)
@@ -210,15 +217,17 @@ async def resolve(body: bytes, principal: Principal, active: ActiveConfig, direc
 
 
 def others_of(request: ChatRequest) -> list[bytes]:
-    """What a request says to a model beside its messages: the JSON of tools, schemas, and of every field that isn't known."""
+    """Return the JSON of what counts towards the prompt beside the messages: tools, schemas, and every unknown field."""
     return [bytes(raw) for name, raw in request.fields.items() if name not in STEERING]
 
 
 def _plan(
     request: ChatRequest, model: str, attempts: tuple[Candidate, ...], prompt: Prompt, tokens: int, credit: Credits
 ) -> Plan:
-    """The sizes of a request. Its cap may be above a model's `max_output_tokens`, but not above its window; and no prompt is
-    billed for more than the window, since it is refused.
+    """Compute a request's sizes.
+
+    A request's cap may exceed a model's `max_output_tokens`, but not its context window. No prompt is billed for more
+    than the window, since a larger one is refused.
     """
     largest = window = 0
     smallest, hidden = MAX_TOKENS, False
@@ -244,8 +253,10 @@ def _plan(
 
 
 async def _decode_large(body: bytes) -> ChatRequest:
-    """The request in a large body, taken apart in two steps with a pause around each: what others do takes several turns of the
-    loop (one for each answer of Redis, for example), and mustn't meet a step in every turn.
+    """Decode a large body in two steps with a pause around each.
+
+    Another request needs several turns of the event loop (one for each answer of Redis, for example), and must not wait
+    for a step in every one.
     """
     pause_s = len(body) * PAUSE_S_PER_BYTE
     await asyncio.sleep(pause_s)
@@ -257,7 +268,7 @@ async def _decode_large(body: bytes) -> ChatRequest:
 
 
 def may_serve(attempts: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
-    """Every attempt, and the fallbacks that a provider walks itself."""
+    """Return every candidate, and the fallbacks that a provider walks itself."""
     natives = [native for candidate in attempts for native in candidate.natives]
     return (*attempts, *natives) if natives else attempts
 
@@ -270,7 +281,7 @@ async def _template(name: str, principal: Principal, directory: Directory) -> Te
 
 
 def _model(request: ChatRequest, principal: Principal, template: Template | None, settings: Settings) -> str:
-    """The request's model, else the key's, else the template's, else the configuration's."""
+    """Return the request's model, else the key's, else the template's, else the configuration's."""
     return (
         request.model
         or principal.key.default_model
@@ -280,7 +291,7 @@ def _model(request: ChatRequest, principal: Principal, template: Template | None
 
 
 def _fit(messages: bytes, budget_tokens: int) -> bytes:
-    """The messages after middle-out."""
+    """Return the messages after middle-out."""
     try:
         return msgspec.json.encode(middle_out(msgspec.json.decode(messages), budget_tokens))
     except (msgspec.MsgspecError, RecursionError, OverflowError) as error:

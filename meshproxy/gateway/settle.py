@@ -1,4 +1,7 @@
-"""Settle: what a request used and cost, once, when it is over, whichever way it went."""
+"""Settle: compute what a request used and cost, and charge it once when it is over, however it ended.
+
+A charge that the ledger doesn't take is kept in the journal on disk until the ledger is back.
+"""
 
 import asyncio
 import contextlib
@@ -32,11 +35,12 @@ def bill(
     audio_output: Callable[[], int] | None = None,
     outdated: bool = False,
 ) -> None:
-    """Write down usage, its source and the cost: the provider's numbers where they can be believed, and an estimate from the
-    prompt and the output that was seen in the place of those that are missing. Where nothing was reported and nothing seen
-    nothing is charged. May be called again as more is seen. Tokens of output past `most_output` aren't charged.
-    `outdated`: text came after the report, whose output is the least that there was. `audio_output` estimates how much of the
-    output was audio, which has a price of its own.
+    """Record usage, its source and the cost on the exchange. May be called again as more output arrives.
+
+    The provider's numbers are used where they are plausible; missing ones are estimated from the prompt and the output
+    seen. If nothing was reported and nothing seen, nothing is charged. Output tokens past `most_output` aren't charged.
+    `outdated`: text came after the report, so its output is a lower bound. `audio_output` estimates how much of the
+    output was audio, which has its own price.
     """
     plan, candidate = exchange.plan, exchange.asked or exchange.candidate
     if plan is None or candidate is None:
@@ -71,8 +75,9 @@ def bill(
 
 
 def bill_prompt(exchange: Exchange) -> None:
-    """Write down the prompt of a request whose client hung up before anything was known: its provider, which has it and may
-    have worked on it, bills that at least.
+    """Record the prompt's cost for a request whose client hung up before anything was known.
+
+    Its provider has the prompt and may have worked on it, so it bills at least that.
     """
     plan, candidate = exchange.plan, exchange.candidate
     if plan is None or candidate is None:
@@ -82,8 +87,9 @@ def bill_prompt(exchange: Exchange) -> None:
 
 
 def _charge(exchange: Exchange, candidates: Sequence[Candidate], tier: str | None, told_usd: Decimal | None) -> None:
-    """Write down what the usage costs, at the dearest of the models that may have served: in the service tier that the provider
-    says it has served, else in the one that was asked for.
+    """Record the cost of the usage at the dearest of the models that may have served.
+
+    The price is that of the service tier that the provider names, else of the requested tier.
     """
     asked = exchange.plan.request.service_tier if exchange.plan is not None else None
     dearest = -1
@@ -96,8 +102,9 @@ def _charge(exchange: Exchange, candidates: Sequence[Candidate], tier: str | Non
 
 
 class Settler:
-    """Sends each settlement on its way, which its request's end can't cancel and which shutdown waits for.
-    `wall_clock` and `clock` are Unix and monotonic seconds.
+    """Sends settlements in the background: a request's end can't cancel one, and shutdown waits for them.
+
+    `wall_clock` is Unix time, `clock` monotonic time, in seconds.
     """
 
     def __init__(
@@ -126,9 +133,10 @@ class Settler:
             self._tasks.follow(self._ledger.settling(settlement), partial(self._answered, settlement))
 
     def withdraw(self, exchange: Exchange, ask: HoldRequest, *, outcome: str) -> None:
-        """Nobody waits for the answer to `ask` any more: release its hold, if it came to one. Returns at once.
+        """Release the hold of a request that was cancelled before the ledger answered `ask`. Returns at once.
 
-        Commands keep their order, so the hold is there by then. Where they can't be sent, the hold's deadline releases it.
+        Commands keep their order, so the hold exists by then. If the command can't be sent, the hold's deadline
+        releases it.
         """
         settlement = replace(self._settlement(exchange, ask, unheld=False), outcome=outcome)
         self._tasks.spawn("settle", self._release(settlement))
@@ -138,7 +146,7 @@ class Settler:
             await self._ledger.settle(settlement)
 
     def _answered(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
-        """Charged, which is nearly always all; else the charge goes the long way."""
+        """Handle the ledger's answer: charged in nearly every case, else retry in the background."""
         failed = answer.cancelled() or answer.exception() is not None
         if failed or not (answer.result() or settlement.unheld):
             self._tasks.spawn("settle", self._insist(settlement, answer))
@@ -146,23 +154,23 @@ class Settler:
             self._local.charged(settlement.hold_id)
 
     async def charge(self, settlement: Settlement) -> bool:
-        """Settle what the journal kept. Raises Unavailable and StoreError."""
+        """Settle an entry of the journal; return whether it was charged. Raises Unavailable and StoreError."""
         settled = await self._ledger.settle(settlement)
         if self._local is not None:
             self._local.charged(settlement.hold_id)
         return settled
 
     async def _insist(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
-        """To the ledger, or to disk until it is back. What was sent and never answered may be sent again: it counts once."""
+        """Charge again, or write to the journal until the ledger is back. A repeated settlement counts once."""
         try:
             try:
                 settled = await answer
             except ScriptMissing:
                 settled = await self.charge(settlement)
-            if not (settled or settlement.unheld):  # its first time: the ledger has lost the hold, not charged it
+            if not (settled or settlement.unheld):  # not charged before: the ledger has lost the hold
                 settlement = replace(settlement, unheld=True)
                 await self.charge(settlement)
-        except (Unavailable, StoreError):  # lost, or set up wrongly: the charge must outlive both
+        except (Unavailable, StoreError):  # Redis is lost or misconfigured: the charge must survive both
             await self._journal.append(settlement)
         except asyncio.CancelledError:
             await self._journal.append(settlement)
