@@ -1,7 +1,8 @@
-"""Which provider is asked for a model, in which order, and which of them has served.
+"""The model catalogue: which candidates may serve a model, in which order, and which of them has served.
 
-Built once for each configuration. A model's routes are tried in order; neighbours that carry a weight are equals, and change
-places by it. `models`, the client's fallbacks, is walked here, but for an upstream of kind `openrouter`, which does so itself.
+Built once for each configuration. A model's routes are tried in order; neighbours with a weight are equals, whose order
+is drawn by weight. The client's fallbacks (`models`) are walked here, except by an upstream of kind `openrouter`, which
+walks them itself. A request has at most `MAX_ATTEMPTS` candidates.
 """
 
 import re
@@ -19,20 +20,20 @@ from meshproxy.errors import GatewayError, Source, invalid, model_not_found
 from meshproxy.money import parse_usd
 from meshproxy.policy.pricing import Price, price_of, service_prices
 
-MAX_COMPARED_CHARS = 64  # of a name that is not known
+MAX_COMPARED_CHARS = 64  # of an unknown name, when the nearest is looked for
 MAX_COMPARED_MODELS = 512
-MAX_ATTEMPTS = 16  # of one request, however many routes and fallbacks it has
+MAX_ATTEMPTS = 16  # candidates of one request, however many routes and fallbacks it has
 
-# Fields that a provider takes money for beside the tokens, and which kinds of upstream do: OpenRouter's plugins (a web search
-# of Exa's is 4 USD for 1,000 results) and xAI's live search (25 USD for 1,000 sources). What a search by OpenAI's or Perplexity's
-# `web_search_options` adds is in their report, but for a fee for each request.
+# Fields that a provider charges for beside tokens, and the kinds of upstream that do: OpenRouter's plugins (an Exa web
+# search is 4 USD for 1,000 results) and xAI's live search (25 USD for 1,000 sources). The tokens of a search by
+# OpenAI's or Perplexity's `web_search_options` are in their usage reports, but a fee for each request isn't.
 EXTRAS: Mapping[str, frozenset[str]] = {
     "plugins": frozenset({"openai", "openrouter"}),
     "search_parameters": frozenset({"openai", "openrouter"}),
     "web_search_options": frozenset({"openrouter"}),
 }
 
-NOTHING = frozenset({b"null", b"[]", b"false"})  # a field that asks for nothing
+NOTHING = frozenset({b"null", b"[]", b"false"})  # values by which a field asks for nothing
 # Hosts whose reasoning models refuse `max_tokens` (OpenAI, API reference, "Create chat completion"; Azure OpenAI, "Reasoning
 # models"). All others read `max_tokens`: llama.cpp and Ollama ignore the newer name (ggml-org/llama.cpp#13700; Ollama, "OpenAI
 # compatibility"), Mistral refuses it (BerriAI/litellm#9583), vLLM and OpenRouter take both.
@@ -48,11 +49,15 @@ _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})", re.ASCII)
 
 
 class Candidate(Struct, frozen=True):
-    """One provider to ask: `upstream_model` is its own name for `model`, the catalogue's id. `natives` are the fallbacks that
-    it walks itself, in order, each with the price that is due if it is the one that serves. Neighbours of one model that have a
-    `weight` are equals. `hidden_reasoning`: output is billed that a stream doesn't show. `services` are the prices of service
-    tiers by name, `fees` what a request costs beside its tokens if it has a field of that name. `cap_field` is
-    the name under which the provider reads a cap on output, `stream_usage` whether it can be asked for the usage of a stream.
+    """One upstream and model to try: `upstream_model` is the upstream's name for `model`, the catalogue's id.
+
+    - `natives`: the fallbacks that the provider walks itself, in order, each with the price due if it serves.
+    - `weight`: neighbours of one model that have a weight are equals.
+    - `hidden_reasoning`: a stream doesn't show all of the output that is billed.
+    - `services`: the prices of service tiers, by name.
+    - `fees`: what a request costs in nano-USD beside its tokens, by the name of the field that causes it.
+    - `cap_field`: the name under which the provider reads a cap on output.
+    - `stream_usage`: whether the provider accepts a request for a stream's usage.
     """
 
     upstream: str
@@ -71,7 +76,7 @@ class Candidate(Struct, frozen=True):
     fees: tuple[tuple[str, int], ...] = ()
 
     def price_in(self, *tiers: str | None) -> Price:
-        """The price of the first of these service tiers that is standard or has one; else the standard price."""
+        """Return the price of the first of these service tiers that is standard or priced; else the standard price."""
         for tier in tiers:
             if tier in STANDARD_TIERS:
                 break
@@ -82,18 +87,18 @@ class Candidate(Struct, frozen=True):
 
     @property
     def share(self) -> int:
-        """Its weight among equals; 1 for one that has none."""
+        """The weight among equals; 1 without one."""
         return self.weight or 1
 
     @property
     def native_models(self) -> tuple[str, ...]:
-        """The `models` to send upstream, in its own names, without the attempt's own model."""
+        """The `models` to send upstream, by its own names, without the candidate's own model."""
         return tuple(native.upstream_model for native in self.natives)
 
 
 class Entry(Struct, frozen=True):
-    """A model of the catalogue. `groups` are its attempts in order; a group of more than one are equals. `fixed` is the
-    order when there are no equals.
+    """A model of the catalogue. `groups` are its candidates in order; those of one group are equals. `fixed` is the
+    order where no group has more than one.
     """
 
     id: str
@@ -104,13 +109,13 @@ class Entry(Struct, frozen=True):
     fixed: tuple[Candidate, ...] | None
 
     def walk(self, spin: float) -> tuple[Candidate, ...]:
-        """The attempts in the order that `spin`, in [0, 1), gives to equals."""
+        """Return the candidates in order; `spin`, a random number in [0, 1), decides among equals."""
         if self.fixed is not None:
             return self.fixed
         return tuple(candidate for group in self.groups for candidate in _drawn(group, spin))
 
     def through(self, upstream: str) -> Candidate | None:
-        """The first attempt that goes through this upstream."""
+        """Return the first candidate of this upstream."""
         return next((candidate for group in self.groups for candidate in group if candidate.upstream == upstream), None)
 
 
@@ -122,22 +127,22 @@ class Catalog:
 
     @property
     def ids(self) -> list[str]:
-        """Every model's id, as configured."""
+        """Every model's id, in the configuration's order."""
         return list(self._entries)
 
     def model(self, name: str) -> Entry | None:
-        """One model, or None if there is no such."""
+        """Return one model, or None if it isn't configured."""
         return self._entries.get(name)
 
     def nearest(self, name: str) -> str | None:
-        """Return the model whose name is most like this one; None if none is like it."""
+        """Return the model id most similar to this name; None if none is similar."""
         found = get_close_matches(name[:MAX_COMPARED_CHARS], self.ids[:MAX_COMPARED_MODELS], n=1)
         return found[0] if found else None
 
     def attempts(self, model: str, fallbacks: Sequence[str] = (), *, spin: float) -> tuple[Candidate, ...]:
-        """Whom to ask, in order; at most MAX_ATTEMPTS. `spin` in [0, 1) decides among equals.
+        """Return the candidates to try, in order; at most MAX_ATTEMPTS. `spin`, random in [0, 1), decides among equals.
 
-        GatewayError `model_not_found` if `model` or a fallback isn't in the catalogue.
+        Raises GatewayError `model_not_found` if `model` or a fallback isn't in the catalogue.
         """
         entry = self._known(model)
         if not fallbacks:
@@ -152,8 +157,10 @@ class Catalog:
 
 
 def large_enough(attempts: tuple[Candidate, ...], tokens: int) -> tuple[Candidate, ...]:
-    """The attempts whose model's window has room for at least so many tokens; all of them if none has, so that the first is
-    asked and its refusal told. A provider that walks fallbacks itself is asked in any case.
+    """Return the candidates whose context window has room for at least `tokens`.
+
+    If none has, all are returned, so that the client gets the first one's refusal. A provider that walks fallbacks
+    itself is always kept.
     """
     fitting = tuple(
         candidate for candidate in attempts if candidate.context_window >= tokens or candidate.kind == "openrouter"
@@ -162,8 +169,10 @@ def large_enough(attempts: tuple[Candidate, ...], tokens: int) -> tuple[Candidat
 
 
 def may_have_served(candidate: Candidate, reported_model: str | None) -> tuple[Candidate, ...]:
-    """What has served, and is billed: the native fallback that the reply's `model` names, exactly or with a date. All that were
-    asked, where it names none of them; the attempt itself, where there is no `model`.
+    """Return the candidates that may have served, of which the dearest is billed.
+
+    That is the native fallback that the reply's `model` names, exactly or with a date; all that were requested if it
+    names none of them; the candidate itself if the reply has no `model`.
     """
     if not candidate.natives or reported_model is None:
         return (candidate,)
@@ -175,10 +184,10 @@ def may_have_served(candidate: Candidate, reported_model: str | None) -> tuple[C
 
 
 def priced(attempts: tuple[Candidate, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Candidate, ...]:
-    """The attempts with the fees of a request that has these fields.
+    """Return the candidates with the fees of a request that has these fields.
 
-    GatewayError of the client, 422: `service_tier` or a field changes the price, and a model that may serve has none for it. A
-    provider that tells what it has charged may be asked for anything.
+    Raises the client's GatewayError, 422, if `service_tier` or a field changes the price and a model that may serve has
+    no price for it. A provider whose own cost figure is billed is exempt.
     """
     if tier in STANDARD_TIERS:
         tier = None
@@ -247,13 +256,13 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
 
 
 def _cap_field(upstream: Upstream) -> str:
-    """The name under which a provider that the configuration doesn't describe reads its cap."""
+    """Return the name under which a provider reads its cap, by its host."""
     host = urlsplit(upstream.base_url).hostname or ""
     return "max_completion_tokens" if host.endswith(_NEWER_CAP_HOSTS) else "max_tokens"
 
 
 def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:
-    """Weighted neighbours together, every other route alone."""
+    """Yield weighted neighbours together, every other route alone."""
     for weighted, neighbours in groupby(routes, key=lambda route: route.weight is not None):
         if weighted:
             yield list(neighbours)
@@ -262,8 +271,10 @@ def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:
 
 
 def _drawn(group: Iterable[Candidate], spin: float) -> Iterable[Candidate]:
-    """The group in an order drawn by weight without replacement. One random number is enough: what it says beyond the choice
-    of the first is uniform again, and chooses the second. (Weights past 2**53 in all are rounded: the last may be overshot.)
+    """Yield the group in an order drawn by weight, without replacement.
+
+    One random number is enough: its remainder after the first choice is uniform again and makes the second. (Weights
+    that sum to more than 2**53 are rounded, so the last draw may overshoot.)
     """
     rest = list(group)
     while len(rest) > 1:
@@ -279,8 +290,10 @@ def _drawn(group: Iterable[Candidate], spin: float) -> Iterable[Candidate]:
 
 
 def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, ...]:
-    """The attempts of each entry in turn. An openrouter upstream is asked once for all that it serves: the first attempt there
-    carries the later entries' models, and their own attempts there are left out.
+    """Return the candidates of each entry in turn.
+
+    An openrouter upstream is tried once for all that it serves: its first candidate carries the later entries' models,
+    and their own candidates there are left out.
     """
     attempts: list[Candidate] = []
     covered: set[tuple[str, str]] = set()

@@ -1,8 +1,8 @@
-"""What a provider's refusal means: what the client is told of it, and whether another provider or another model may be asked.
+"""Classify a provider's refusal: the client's error, and whether another provider or another model may be tried.
 
-A refusal is about the request, which the client can mend, or about the gateway's account and configuration at the provider,
-which it can't. Statuses alone don't tell: the rules below go by the provider's code and words too, and docs/errors.md names the
-pages that they are from.
+A refusal is about the request, which the client can change, or about the gateway's account or configuration at the
+provider, which it can't. The status alone doesn't show which, so these rules read the provider's code and message too.
+docs/errors.md names the pages they come from.
 """
 
 import math
@@ -24,14 +24,14 @@ from meshproxy.errors import (
 )
 from meshproxy.openai.errors import ProviderWords, provider_error, provider_words
 
-DEFAULT_RETRY_AFTER_S: Final = 1.0  # where a provider is full and doesn't say for how long
-# Where our account there has run out: longer than any SDK waits by itself, for only its owner can change that.
+DEFAULT_RETRY_AFTER_S: Final = 1.0  # where a provider has no capacity and gives no wait
+# Where our quota at the provider is spent: longer than any SDK waits by itself, since only the account's owner can act.
 QUOTA_RETRY_AFTER_S: Final = 600.0
-MAX_WAIT_S: Final = 86_400.0  # that a provider may ask for: limits by day are the longest
+MAX_WAIT_S: Final = 86_400.0  # the longest wait taken from a provider: its longest limits are by day
 
 _REFUSED_REQUEST = frozenset({400, 413, 422})
 _MAY_BE_ABOUT_US = frozenset({400, 422})
-_REFUSED_US = {  # our account or our configuration there, which the caller can do nothing about
+_REFUSED_US = {  # about our account or configuration, which the caller can't change
     401: "The provider refused the gateway's credentials.",
     402: "The provider refused the gateway's account.",
     403: "The provider refused the gateway.",
@@ -40,7 +40,7 @@ _REFUSED_US = {  # our account or our configuration there, which the caller can 
 _FULL = frozenset(
     {503, 529}
 )  # RFC 9110, 15.6.4, and Anthropic's and Cloudflare's word for overloaded: nothing was done
-_IN_THE_MIDDLE = frozenset({408, 409})  # refused, but who knows after what
+_IN_THE_MIDDLE = frozenset({408, 409})  # refused, perhaps after some work was done
 
 _MODERATED = frozenset(
     {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation"}
@@ -88,7 +88,7 @@ _DURATION = re.compile(r"([\d.]+) ?(ms|mil|[smhd])", re.IGNORECASE)
 _UNIT_S = {"ms": 0.001, "mil": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _CODE = re.compile(r"[A-Za-z0-9_.:/-]{1,128}", re.ASCII)
 
-# The status that an error without one is taken for, by its code or type: as an event of a stream, or under a 200.
+# The status assumed for an error that came without one, in a stream's event or under a 200, by its code or type.
 _STATUS_OF: Final = {
     **dict.fromkeys((*_MODERATED, *_TOO_LONG, "invalid_request_error", "invalid_prompt", "badrequesterror"), 400),
     **dict.fromkeys((*_NO_CREDENTIALS,), 401),
@@ -101,8 +101,10 @@ _STATUS_OF: Final = {
 
 
 class Verdict(Struct, frozen=True):
-    """What the client is told if nothing better comes; whether the next attempt may be made, or only one with another model.
-    `words`: what the provider said, for the log.
+    """The client's error if no other attempt succeeds, and which attempts may follow: any, or only one with another
+    model.
+
+    `words`: the provider's message, for the log.
     """
 
     problem: ErrorResponse
@@ -111,7 +113,7 @@ class Verdict(Struct, frozen=True):
     words: str | None = None
 
     def fault(self, answered: int) -> UpstreamError:
-        """The fault of an attempt that was answered with this status."""
+        """Return the error of an attempt that was answered with this status."""
         return UpstreamError(
             self.problem,
             safe_to_repeat=self.try_next,
@@ -131,14 +133,16 @@ def after_status(
     content_type: str | None = None,
     now: float = 0.0,
 ) -> Verdict:
-    """Judge an answer whose status isn't 200. `now` is Unix time, for a Retry-After that is a date."""
+    """Classify an answer whose status isn't 200. `now` is Unix time in seconds, for a Retry-After that is a date."""
     words = provider_words(provider_error(body, content_type))
     return _verdict(status, words, wait_of(retry_after, retry_after_ms, now))
 
 
 def after_event(error: Any, *, otherwise: str) -> UpstreamError:
-    """Judge an error that came with status 200, in the place of an answer: as if the provider had answered with the status that
-    the error names or its code is known for. `otherwise`: the message for one that has neither.
+    """Classify an error that came with status 200 in place of an answer.
+
+    It is treated as if it had the status that it names, or that its code implies. `otherwise`: the message for one with
+    neither.
     """
     words = provider_words(error if isinstance(error, dict) else {"error": error})
     status = _status_of(words)
@@ -149,16 +153,17 @@ def after_event(error: Any, *, otherwise: str) -> UpstreamError:
 
 
 def in_stream(error: Any) -> UpstreamError:
-    """Judge an error behind the first event of a stream."""
+    """Return the error of a stream whose provider failed after the first event."""
     words = provider_words(error)
     problem = _quoted(upstream_error("The provider failed in the stream.", may_have_run=True), words)
     return UpstreamError(problem, safe_to_repeat=False, answered=200, words=words.message)
 
 
 def is_unwell(fault: UpstreamError) -> bool:
-    """Whether a fault speaks against the upstream itself: it couldn't be reached, fell silent, broke off or failed. That it has
-    no capacity, or refuses this request or our account, doesn't; neither does what never left the gateway, nor an answer
-    that the gateway can't read.
+    """Return whether an error shows that the upstream itself is failing: unreachable, silent, broken off or failed.
+
+    A lack of capacity, a refusal of the request or our account, an error inside the gateway, and an answer that the
+    gateway can't read don't.
     """
     if fault.unreadable:
         return False
@@ -168,20 +173,21 @@ def is_unwell(fault: UpstreamError) -> bool:
 
 
 def may_be_the_request(fault: UpstreamError) -> bool:
-    """Whether the request itself may have caused the fault, so that it says less of how others' requests will do."""
+    """Return whether the request itself may have caused the error, which then says less about other requests."""
     return fault.phase not in {Phase.CONNECT, Phase.TLS}
 
 
 def asks_to_wait_s(fault: UpstreamError) -> float:
-    """For how long the upstream should be spared, by its own word; at most MAX_RETRY_AFTER_S, 0.0 if it didn't ask."""
+    """Return the seconds that the upstream asks to be left alone, at most MAX_RETRY_AFTER_S; 0.0 if it doesn't ask."""
     return min(fault.problem.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if fault.answered is not None else 0.0
 
 
 def foremost(faults: Sequence[UpstreamError]) -> UpstreamError:
-    """The fault to tell of, of all that a request met: a refusal of the request before a wait, a wait before a failure, a failure
-    before a refusal of the gateway, and that before a connection that couldn't be made. Of equal ones the last, but the first
-    refusal, which is by the model that was asked for, and the shortest wait. A client's retry may pay twice if any attempt may
-    have run.
+    """Return the error to report to the client, out of all its attempts.
+
+    The order: a refusal of the request, a request to wait, a failure, a refusal of the gateway, a failed connection.
+    Among equals the last counts, but the first refusal (it is by the model that was requested), and the shortest wait.
+    `may_have_run` is set if any attempt may have run, since a client's retry may then pay twice.
     """
     _, chosen = max(enumerate(faults), key=lambda numbered: _weight(*numbered))
     problem = chosen.problem
@@ -191,8 +197,9 @@ def foremost(faults: Sequence[UpstreamError]) -> UpstreamError:
 
 
 def wait_of(retry_after: str | None, retry_after_ms: str | None = None, now: float = 0.0) -> float | None:
-    """Seconds that a provider asks to wait, at most MAX_WAIT_S; None if it doesn't say. `now` is Unix time, for a date
-    (RFC 9110, section 10.2.3); one that is past asks for no wait.
+    """Return the seconds that a provider asks to wait, at most MAX_WAIT_S; None if it gives none.
+
+    `now` is Unix time, for a date (RFC 9110, section 10.2.3); a date in the past means no wait.
     """
     for text, per_second in ((retry_after_ms, 1000), (retry_after, 1)):
         wait = _number(text)
@@ -218,13 +225,15 @@ def _verdict(status: int, words: ProviderWords, wait_s: float | None) -> Verdict
         failed = upstream_error(f"The provider failed with status {status}.", may_have_run=True)
         return Verdict(_quoted(failed, words), try_next=True, words=words.message)
     nonsense = f"The provider answered with status {status}, which makes no sense here."
-    accepted = 200 <= status < 300  # whatever it did, it did it: another would do it again
+    accepted = 200 <= status < 300  # it may have done the work, and another provider would do it again
     problem = _quoted(upstream_error(nonsense, may_have_run=accepted), words)
     return Verdict(problem, try_next=not accepted, words=words.message)
 
 
 def _about_us(status: int, words: ProviderWords) -> int | None:
-    """Which of _REFUSED_US is meant, if the refusal is about the gateway's account or configuration at the provider."""
+    """Return the status of _REFUSED_US that applies; None if the refusal is not about the gateway's account or
+    configuration.
+    """
     code, said = (words.code or "").lower(), words.message or ""
     if status == 403:
         return None if _is_moderated(words) else 403
@@ -251,12 +260,12 @@ def _is_moderated(words: ProviderWords) -> bool:
 
 
 def _is_about_a_field(words: ProviderWords) -> bool:
-    """Whether it names a field that the client chose, which the model's name isn't."""
+    """Return whether the refusal names a field that the client chose, other than the model."""
     return words.param not in {None, "model"} and (words.code or "").lower() not in _UNKNOWN_MODEL
 
 
 def _refused(status: int, words: ProviderWords) -> Verdict:
-    """The request was refused, in the provider's own words and with its own status, code and param."""
+    """Return the refusal of a request, with the provider's own message, status, code and param."""
     code = words.code if words.code is not None and not words.numeric and _CODE.fullmatch(words.code) else None
     problem = ErrorResponse(
         status,
@@ -270,8 +279,10 @@ def _refused(status: int, words: ProviderWords) -> Verdict:
 
 
 def _another_may_take_it(status: int, words: ProviderWords) -> bool:
-    """Whether another model may take what this one refused: it is too long for it, or uses what it doesn't support. What was
-    flagged isn't offered elsewhere, and what is malformed would be refused everywhere.
+    """Return whether another model may accept the request: it is too long for this one, or uses what this one doesn't
+    support.
+
+    A flagged request isn't offered elsewhere, and a malformed one would be refused everywhere.
     """
     if _is_moderated(words):
         return False
@@ -286,7 +297,10 @@ def _another_may_take_it(status: int, words: ProviderWords) -> bool:
 
 
 def _limited(words: ProviderWords, wait_s: float | None) -> ErrorResponse:
-    """The provider has no capacity for us: for a moment, or until somebody pays. Its words may name our organisation."""
+    """Return the error for a provider without capacity for us: for a while, or until the quota is paid for.
+
+    The provider's message is left out, since it may name our organisation.
+    """
     if wait_s is None:
         wait_s = words.wait_s if words.wait_s is not None else _spoken_wait_s(words.message or "")
     by_code = (words.code or "").lower() in _OUT_OF_QUOTA or (words.kind or "").lower() in _OUT_OF_QUOTA
@@ -300,7 +314,7 @@ def _limited(words: ProviderWords, wait_s: float | None) -> ErrorResponse:
 
 
 def _quoted(problem: ErrorResponse, words: ProviderWords) -> ErrorResponse:
-    """A problem with what the provider said of it."""
+    """Return an error response with the provider's code and message added."""
     message = problem.message if words.message is None else f"{problem.message.removesuffix('.')}: {words.message}"
     return replace(problem, message=message, provider_code=words.code, provider_error=words.value)
 
@@ -324,7 +338,9 @@ def _weight(index: int, fault: UpstreamError) -> tuple[int, float, int]:
 
 
 def _spoken_wait_s(message: str) -> float | None:
-    """`Please try again in 7m12s.` (OpenAI, Groq), `Please retry in 34.07s.` (Gemini), `retry after 60 seconds` (Azure)."""
+    """Return the wait named in a message: `Please try again in 7m12s.` (OpenAI, Groq), `Please retry in 34.07s.`
+    (Gemini), `retry after 60 seconds` (Azure).
+    """
     found = _WAIT_WORDS.search(message)
     if found is None:
         return None
@@ -333,7 +349,7 @@ def _spoken_wait_s(message: str) -> float | None:
 
 
 def _date(text: str | None) -> float | None:
-    """Unix time of an HTTP date (RFC 9110, section 5.6.7)."""
+    """Return the Unix time of an HTTP date (RFC 9110, section 5.6.7)."""
     if not text or len(text) > 64:
         return None
     try:
@@ -343,7 +359,7 @@ def _date(text: str | None) -> float | None:
 
 
 def _number(text: str | None) -> float | None:
-    """A count that is finite and not negative."""
+    """Return a number that is finite and not negative."""
     try:
         number = float(text) if text is not None else math.nan
     except ValueError:

@@ -1,5 +1,7 @@
-"""`transforms`: making a prompt fit. The one there is, `middle-out`, is OpenRouter's by name and meaning ("Message Transforms" in
-their documentation): models attend least to the middle of a long prompt, so that is what goes.
+"""`transforms`: shorten a prompt to fit a model's window.
+
+The only transform is OpenRouter's `middle-out` ("Message Transforms" in their documentation): models attend least to
+the middle of a long prompt, so that is cut.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,26 +11,28 @@ import msgspec
 
 from meshproxy.policy.tokens import BYTES_PER_TOKEN, TOKENS_PER_MESSAGE, weigh
 
-CUT = "\n[...]\n"  # stands where text was taken out
+CUT = "\n[...]\n"  # marks where text was taken out
 
 Message = dict[str, Any]
 
 
 class Scale(NamedTuple):
-    """How large a message is, and a text in it. Sizes are additive: a message is smaller by what its text is smaller."""
+    """How the size of a message, and of a text in it, is measured. Sizes are additive: a message shrinks by as much as
+    its text.
+    """
 
     message: Callable[[Message], int]
     text: Callable[[str], int]
 
 
 def message_bytes(message: Message) -> int:
-    """A message's bytes of JSON and a comma, with its media and its framing as so many bytes as their tokens are worth."""
+    """Return a message's size: its JSON and a comma, where media and framing count by their tokens."""
     own_bytes, media_tokens = weigh(msgspec.json.encode(message))
     return own_bytes + 1 + (media_tokens + TOKENS_PER_MESSAGE) * BYTES_PER_TOKEN
 
 
 def text_bytes(text: str) -> int:
-    """The bytes of a text in JSON."""
+    """Return the bytes of a text in JSON."""
     return len(msgspec.json.encode(text)) - 2
 
 
@@ -36,16 +40,18 @@ JSON_BYTES = Scale(message_bytes, text_bytes)
 
 
 def middle_out(messages: Sequence[Message], budget_tokens: int) -> list[Message]:
-    """The messages, made to fit `budget_tokens` by `estimate_prompt`; see `fitted`."""
-    return fitted(messages, budget_tokens * BYTES_PER_TOKEN - 1, JSON_BYTES)  # 1: brackets and commas
+    """Return the messages shortened to `budget_tokens`, as `estimate_prompt` counts them; see `fitted`."""
+    return fitted(messages, budget_tokens * BYTES_PER_TOKEN - 1, JSON_BYTES)  # 1: the array's brackets, less one comma
 
 
 def fitted(messages: Sequence[Message], budget: int, scale: Scale) -> list[Message]:
-    """The messages, made to fit a budget on a scale. System messages, the first and the last stay; messages go from the middle
-    outwards, a tool's answer with the call it answers; if that isn't enough, the longest texts lose their middle.
+    """Return the messages shortened to a budget on a scale.
 
-    What can't be cut, such as images, stays: the result may be over budget still, and is the provider's to refuse. The time it
-    takes grows with the size of the messages, sorting apart: each text is measured a fixed number of times.
+    System messages, the first and the last message stay. Messages are dropped from the middle outwards, a tool's answer
+    together with its call. If that isn't enough, the longest texts lose their middle.
+
+    Images and the like can't be cut, so the result may still exceed the budget; then the provider refuses it. Apart
+    from sorting, the time is linear in the size of the messages: each text is measured a fixed number of times.
     """
     sizes = [scale.message(message) for message in messages]
     dropped = _middle(messages, sizes, budget)
@@ -61,7 +67,9 @@ def fitted(messages: Sequence[Message], budget: int, scale: Scale) -> list[Messa
 
 
 def _middle(messages: Sequence[Message], sizes: Sequence[int], budget_tokens: int) -> set[int]:
-    """Which messages go: units from the middle outwards, until the rest fits or only the first and the last are left."""
+    """Return the indices to drop: units from the middle outwards, until the rest fits or only the first and the last
+    are left.
+    """
     units = _units(messages)
     excess = sum(sizes) - budget_tokens
     dropped: set[int] = set()
@@ -74,7 +82,9 @@ def _middle(messages: Sequence[Message], sizes: Sequence[int], budget_tokens: in
 
 
 def _units(messages: Iterable[Message]) -> list[list[int]]:
-    """Indices of messages that go together: an assistant's call and its tools' answers. System messages are in none."""
+    """Return the indices of messages that belong together: an assistant's call and its tools' answers. System messages
+    are left out.
+    """
     units: list[list[int]] = []
     for index, message in enumerate(messages):
         role = message.get("role")
@@ -88,13 +98,13 @@ def _units(messages: Iterable[Message]) -> list[list[int]]:
 
 
 def _outwards(units: Sequence[list[int]]) -> Iterable[list[int]]:
-    """From the middle to both sides in turn, the earlier side first."""
+    """Return the units from the middle to both sides in turn, the earlier side first."""
     order = sorted(range(len(units)), key=lambda at: abs(2 * at - len(units) + 1))
     return (units[at] for at in order)
 
 
 def _shortened(message: Message, excess: int, size: Callable[[str], int]) -> tuple[Message, int]:
-    """The message with its longest texts cut until it is smaller by `excess` or no text is left, and how much smaller it is."""
+    """Cut a message's longest texts until it is smaller by `excess` or no text is left; return it and the size saved."""
     content = message.get("content")
     if isinstance(content, str):
         text, saved = _cut(content, excess, size)
@@ -114,7 +124,7 @@ def _shortened(message: Message, excess: int, size: Callable[[str], int]) -> tup
 
 
 def _cut(text: str, excess: int, size: Callable[[str], int]) -> tuple[str, int]:
-    """A text without its middle, smaller by at least `excess` where it has so much, and how much smaller it is."""
+    """Return a text without its middle, smaller by at least `excess` if possible, and the size saved."""
     if len(text) <= len(CUT):
         return text, 0
     whole = size(text)
@@ -124,8 +134,9 @@ def _cut(text: str, excess: int, size: Callable[[str], int]) -> tuple[str, int]:
 
 
 def _ends(text: str, room: int, size: Callable[[str], int]) -> tuple[int, int]:
-    """How many characters, half from the start and half from the end, fit into a room, and how large they are. Found by
-    halving; each step measures only what it adds to what fits, so that all of them together measure the text once.
+    """Return how many characters, half from the start and half from the end, fit into `room`, and their size.
+
+    Found by bisection. Each step measures only the text it adds, so all steps together measure the text once.
     """
     fits, fits_size = 0, 0
     too_many = min(len(text), max(room, 0) + 1)  # no character is smaller than 1

@@ -1,7 +1,7 @@
-"""What a request costs: integers of nano-USD, rounded up once, at the end.
+"""The cost of a request, in integer nano-USD, rounded up once at the end.
 
-By the prices of its tokens, which may depend on the size of the prompt and on the service tier, and a fee for each request; or by
-the provider's own figure times a markup.
+It is computed from token prices, which may depend on the prompt's size and the service tier, and a fee for each
+request; or from the provider's own figure times a markup.
 """
 
 import math
@@ -22,10 +22,11 @@ WHOLE_MARKUP = 1_000_000_000  # a markup of 1.00, in billionths
 
 
 class Price(Struct, frozen=True, omit_defaults=True):
-    """What a model costs, by token in nano-USD per million. `cache_write_1h`: what is kept for an hour, None as `cache_write`.
+    """A model's prices, in nano-USD per million tokens.
 
-    `request` is a fee in nano-USD for each request. `tiers` are the prices of larger prompts: (above so many tokens, price),
-    ascending. `markup` in billionths: the provider's own figure counts, times this; None: these prices do.
+    `cache_write_1h`: for a cache entry kept for an hour; None: as `cache_write`. `request`: a fee for each request, in
+    nano-USD. `tiers`: the prices of larger prompts, as (above this many prompt tokens, price), ascending. `markup`, in
+    billionths: bill the provider's own figure times this; None: bill these prices.
     """
 
     input: int
@@ -41,7 +42,7 @@ class Price(Struct, frozen=True, omit_defaults=True):
     markup: int | None = None
 
     def at(self, prompt_tokens: int) -> "Price":
-        """The price of a whole request whose prompt is so large."""
+        """Return the price of a whole request whose prompt has this many tokens."""
         found = self
         for above, price in self.tiers:
             if prompt_tokens > above:
@@ -49,25 +50,26 @@ class Price(Struct, frozen=True, omit_defaults=True):
         return found
 
     def with_fee(self, fee_nusd: int) -> "Price":
-        """The price of a request that costs so much more, however many tokens it has."""
+        """Return the price with a higher fee for each request."""
         tiers = tuple((above, price.with_fee(fee_nusd)) for above, price in self.tiers)
         return replace(self, request=self.request + fee_nusd, tiers=tiers)
 
 
 def price_of(model: Model) -> Price:
-    """The price of a configured model."""
+    """Return the price of a configured model."""
     return _price(model, model, model.price_tiers)
 
 
 def service_prices(model: Model) -> tuple[tuple[str, Price], ...]:
-    """The prices of a configured model's service tiers, by their names."""
+    """Return the prices of a configured model's service tiers, by name."""
     return tuple((name, _price(model, tier, tier.price_tiers)) for name, tier in model.service_tiers.items())
 
 
 def cost(price: Price, usage: Usage, told_usd: Decimal | None = None) -> int:
-    """Nano-USD of a usage, or of `told_usd`, what the provider says that it cost, where that counts. Each part is billed at its
-    own price and taken out of its whole, and no part can be more than what the parts before it left, so overlapping parts are
-    never billed twice. A request that used nothing costs nothing.
+    """Return the cost of a usage in nano-USD, or of `told_usd`, the provider's own figure, where that is billed.
+
+    Each part (cached, reasoning, ...) is billed at its own price and subtracted from its whole. No part can exceed what
+    the parts before it left, so overlapping parts are never billed twice. A request that used nothing costs nothing.
     """
     if price.markup is not None and told_usd is not None:
         return math.ceil(Fraction(told_usd) * price.markup)
@@ -92,7 +94,9 @@ def cost(price: Price, usage: Usage, told_usd: Decimal | None = None) -> int:
 
 
 def billed(price: Price, usage: Usage, told_usd: Decimal | None) -> Price:
-    """What a cost was made of, for the record of it: the one price that counted, and the markup only where that did."""
+    """Return the price that a cost was computed from, for its record: a single tier, with the markup only if it
+    applied.
+    """
     applied = price.at(usage.prompt) if price.tiers else price
     if applied.tiers or (applied.markup is not None and told_usd is None):
         applied = replace(applied, tiers=(), markup=None if told_usd is None else applied.markup)
@@ -100,13 +104,13 @@ def billed(price: Price, usage: Usage, told_usd: Decimal | None) -> Price:
 
 
 def hold_amount(price: Price, prompt_tokens: int, output_tokens: int) -> int:
-    """Nano-USD that no usage of at most these tokens can exceed: every token at the dearest price it may turn out to have."""
+    """Return the nano-USD that no usage of at most these tokens can exceed: every token at its highest possible price."""
     prompt, output = _dearest(price, prompt_tokens)
     return price.request + _rounded_up(prompt_tokens * prompt + output_tokens * output)
 
 
 def affordable_output(price: Price, prompt_tokens: int, amount_nusd: int) -> int:
-    """How many tokens of output `hold_amount` lets this amount pay for beside the prompt; 0 if not even that."""
+    """Return the output tokens that `amount_nusd` can hold beside the prompt; 0 if it can't hold the prompt."""
     prompt, output = _dearest(price, prompt_tokens)
     left = (amount_nusd - price.request) * TOKENS_PER_PRICE - prompt_tokens * prompt
     if left < 0:
@@ -115,7 +119,7 @@ def affordable_output(price: Price, prompt_tokens: int, amount_nusd: int) -> int
 
 
 def _price(model: Model, prices: Prices, tiers: Iterable[PriceTier]) -> Price:
-    """A part that has no price of its own costs what its whole costs."""
+    """Build a price; a part without a price of its own costs what its whole costs."""
     whole_input, whole_output = parse_usd(prices.input_usd_per_mtok), parse_usd(prices.output_usd_per_mtok)
     write_1h = prices.cache_write_1h_usd_per_mtok
     return Price(
@@ -134,7 +138,7 @@ def _price(model: Model, prices: Prices, tiers: Iterable[PriceTier]) -> Price:
 
 
 def _dearest(price: Price, prompt_tokens: int) -> tuple[int, int]:
-    """What a token of prompt and one of output may cost at most, where the prompt has at most so many."""
+    """Return the highest price of a prompt token and of an output token, for a prompt of at most `prompt_tokens`."""
     prompt = max(price.input, price.cached, price.cache_write, price.cache_write_1h or 0, price.audio_input)
     output = max(price.output, price.reasoning, price.audio_output)
     for above, tier in price.tiers:

@@ -1,4 +1,4 @@
-"""Who is calling, and what they may do and spend."""
+"""The caller: the records of keys and accounts, their limits and budgets, and which addresses may connect and log in."""
 
 import ipaddress
 from collections import OrderedDict
@@ -12,14 +12,14 @@ from msgspec import Struct
 Status = Literal["active", "suspended", "revoked"]
 
 
-MAX_REQUESTS_PER_DAY = 100_000_000  # a bucket counts in parts of which a day has 86,400,000, below 2**53 in all
+MAX_REQUESTS_PER_DAY = 100_000_000  # a bucket counts a request as 86,400,000 parts: below 2**53 in all
 
 
 class Limits(Struct, frozen=True, omit_defaults=True):
     """Limits of one key or one account. None: the configuration's default for a key, no limit for an account.
 
-    `burst` is the request bucket's size (requests at once); None means a full minute's worth. `max_parallel` counts the requests
-    that run at the same time.
+    `burst`: the size of the request bucket, in requests; None: one minute's worth. `max_parallel`: requests that may
+    run at the same time.
     """
 
     requests_per_minute: int | None = None
@@ -30,7 +30,7 @@ class Limits(Struct, frozen=True, omit_defaults=True):
 
 
 class Budgets(Struct, frozen=True, omit_defaults=True):
-    """What may be spent at most, in nano-USD; None: no budget. Days and months are UTC."""
+    """The most that may be spent, in nano-USD; None: no budget. Days and months are UTC."""
 
     total_nusd: int | None = None
     daily_nusd: int | None = None
@@ -38,7 +38,7 @@ class Budgets(Struct, frozen=True, omit_defaults=True):
 
 
 class Account(Struct, frozen=True, omit_defaults=True):
-    """An account's record in the directory; its balance lives in the ledger. `budgets` hold for all of its keys together."""
+    """An account's record in the directory; its balance is in the ledger. `budgets` apply to all of its keys together."""
 
     name: str
     status: Status = "active"
@@ -47,10 +47,10 @@ class Account(Struct, frozen=True, omit_defaults=True):
 
 
 class Key(Struct, frozen=True, omit_defaults=True):
-    """A key's record in the directory. The secret itself is nowhere: records are found by its SHA-256.
+    """A key's record in the directory. The secret isn't stored: records are found by its SHA-256.
 
-    `models` lists the only models the key may use (None: all); `params` are request fields (temperature, ...) that hold
-    where the request doesn't say; `session` is a budget for each session_id; times are Unix seconds.
+    `models`: the only models the key may use (None: all). `params`: request fields (temperature, ...) that apply where
+    the request doesn't set them. `session`: a budget for each session_id. Times are Unix seconds.
     """
 
     id: str
@@ -76,16 +76,16 @@ class Principal(Struct, frozen=True):
     account: Account
 
     def may_use(self, model: str) -> bool:
-        """Whether the key's list of models lets this one through."""
+        """Return whether the key may use this model."""
         return self.key.models is None or model in self.key.models
 
 
-MAX_KNOWN = 4096  # addresses whose answer, or whose failures, are kept; then the eldest are forgotten
-SITE_BITS = 64  # of IPv6: what one customer of a network has at least (RFC 6177)
+MAX_KNOWN = 4096  # addresses of which results or failures are kept; beyond that the oldest are dropped
+SITE_BITS = 64  # of IPv6: the least that one customer of a network gets (RFC 6177)
 
 
 class Networks:
-    """A set of networks."""
+    """A set of IP networks."""
 
     def __init__(self, networks: Iterable[str]) -> None:
         self._networks = [ipaddress.ip_network(network) for network in networks]
@@ -100,21 +100,23 @@ class Networks:
 
 
 class FailedLogins:
-    """How often addresses failed: a bucket each, of `per_minute` failures, which empties in a minute. 0: nobody counts."""
+    """Counts failed logins by address: a leaky bucket of `per_minute` failures each, which drains in a minute. 0: don't
+    count.
+    """
 
     def __init__(self, per_minute: int) -> None:
         self._most = per_minute
-        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()  # failures, and as of when
+        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (failures, counted at) by site
 
     def wait_s(self, address: str, now: float) -> float:
-        """How long this address has to wait before it may try again; 0.0 if it may."""
+        """Return the seconds until this address may try again; 0.0 if it may now."""
         if not self._levels:
             return 0.0
         excess = self._level(_site(address), now) - self._most + 1
         return max(0.0, excess * 60 / self._most)
 
     def failed(self, address: str, now: float) -> None:
-        """A login failed."""
+        """Count a failed login."""
         if self._most:
             site = _site(address)
             self._levels[site] = (self._level(site, now) + 1, now)
@@ -128,29 +130,31 @@ class FailedLogins:
 
 
 class Access:
-    """What one configuration asks of an address. None is a client on a unix socket, whom the file's permissions let in."""
+    """One configuration's rules about client addresses. The address None is a client on a unix socket: file permissions
+    admit it.
+    """
 
     def __init__(self, allowed: Iterable[str] = (), failures_per_minute: int = 0) -> None:
         self._allowed = Networks(allowed)
         self._failed_logins = FailedLogins(failures_per_minute)
-        self.is_open = not (self._allowed or failures_per_minute)  # nothing is asked of anybody
+        self.is_open = not (self._allowed or failures_per_minute)  # no rule applies to any address
 
     def admits(self, address: str | None) -> bool:
-        """Whether it is on the list, if there is one."""
+        """Return whether the address is in the list of allowed networks, or there is no list."""
         return not self._allowed or address is None or self._allowed.have(address)
 
     def wait_s(self, address: str | None, now: float) -> float:
-        """How long it has to wait before it may try to log in; 0.0 if it may."""
+        """Return the seconds until the address may try to log in; 0.0 if it may now."""
         return 0.0 if address is None else self._failed_logins.wait_s(address, now)
 
     def failed(self, address: str | None, now: float) -> None:
-        """It tried in vain."""
+        """Count a failed login of the address."""
         if address is not None:
             self._failed_logins.failed(address, now)
 
 
 def _site(address: str) -> str:
-    """The address, or of IPv6 its network: who has one address there has them all."""
+    """Return the address, or an IPv6 address's network: its customer controls all addresses in it."""
     if ":" not in address:
         return address
     return str(ipaddress.ip_network((address, SITE_BITS), strict=False).network_address)

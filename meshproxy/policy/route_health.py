@@ -1,4 +1,10 @@
-"""Calls, and how many of them were of a kind, over about the last so many seconds: what a rate is taken from."""
+"""The health of routes: sliding windows, the retry budget, circuit breakers, latency, and the order in which candidates
+are tried.
+
+A breaker is closed, open or half-open: enough failures open it, it lets one probe through after a time (half-open), and
+the probe's success closes it. Times are monotonic seconds that never go back; the state of each object has a fixed
+size.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,8 +18,9 @@ from meshproxy.policy.catalog import Candidate
 
 
 class Window:
-    """Two fixed windows of `width_s`, of which the elder counts for as much of it as still lies in the sliding one. Times are
-    monotonic seconds and never go back.
+    """Counts calls, and those that were marked, over about the last `width_s` seconds.
+
+    Two fixed windows are kept; the elder counts by the share of it that still lies in the sliding window.
     """
 
     __slots__ = ("_began", "_elder", "_elder_marked", "_now", "_width_s", "_younger", "_younger_marked")
@@ -23,7 +30,7 @@ class Window:
         self.forget()
 
     def forget(self) -> None:
-        """As if nothing had been counted."""
+        """Reset all counts."""
         self._began = self._now = 0.0
         self._elder = self._elder_marked = self._younger = self._younger_marked = 0
 
@@ -34,26 +41,26 @@ class Window:
         self._younger_marked += marked
 
     def advance(self, now: float) -> None:
-        """Slide on to `now`."""
+        """Slide the window on to `now`."""
         if now - self._began >= self._width_s:
             self._turn(now)
         self._now = now
 
     @property
     def calls(self) -> float:
-        """All that were counted."""
+        """The calls counted in the window."""
         return self._younger + self._elder * self._share()
 
     @property
     def marked(self) -> float:
-        """Those of the kind."""
+        """The marked calls counted in the window."""
         return self._younger_marked + self._elder_marked * self._share()
 
     def _share(self) -> float:
         return 1.0 - (self._now - self._began) / self._width_s
 
     def _turn(self, now: float) -> None:
-        """Begin a new window; the one before is the elder unless it is over for longer than a window."""
+        """Begin a new window. The last one becomes the elder, unless it ended more than a window ago."""
         adjacent = now - self._began < 2 * self._width_s
         self._elder, self._elder_marked = (self._younger, self._younger_marked) if adjacent else (0, 0)
         self._younger = self._younger_marked = 0
@@ -61,12 +68,12 @@ class Window:
 
 
 SHARE = 0.2  # extra attempts for each request
-FLOOR = 10.0  # extra attempts in a window that need no requests behind them, so that a quiet worker can fail over too
+FLOOR = 10.0  # extra attempts in a window without requests, so that a quiet worker can fail over too
 WINDOW_S = 10.0
 
 
 class RetryBudget:
-    """One worker's budget, over about the last `window_s`."""
+    """Bounds one worker's extra attempts, over about the last `window_s`, to a share of its requests plus a floor."""
 
     __slots__ = ("_floor", "_share", "_window")
 
@@ -76,11 +83,11 @@ class RetryBudget:
         self._window = Window(window_s)
 
     def deposit(self, now: float) -> None:
-        """A request makes its first attempt."""
+        """Count a request's first attempt."""
         self._window.add(now, marked=False)
 
     def withdraw(self, now: float) -> bool:
-        """Whether a request may make another attempt; a yes counts as one."""
+        """Return whether a request may make another attempt, and count the attempt if so."""
         window = self._window
         window.advance(now)
         extra = window.marked
@@ -94,9 +101,11 @@ State = Literal["closed", "open", "half-open"]
 
 
 class Tolerance(Struct, frozen=True, kw_only=True):
-    """What an upstream is forgiven. It opens after `consecutive` failures in a row, or when of at least `least_calls` in about
-    `window_s` the share `failing` failed. It stays open for `open_s`, twice as long after each probe that fails, `most_open_s`
-    at most, and that times 0.5 to 1.5 by chance. A probe that hasn't come back after `probe_s` is given up.
+    """When a breaker opens, and for how long.
+
+    It opens after `consecutive` failures in a row, or when the share `failing` of at least `least_calls` calls in about
+    `window_s` has failed. It stays open for `open_s`, doubled after each failed probe up to `most_open_s`, times a
+    random 0.5 to 1.5. A probe without result after `probe_s` is given up.
     """
 
     consecutive: int = 10
@@ -109,7 +118,7 @@ class Tolerance(Struct, frozen=True, kw_only=True):
 
 
 class Breaker:
-    """The breaker of one route. What answers late, from before it opened, changes nothing while it is open."""
+    """A circuit breaker. While it is open, late results of requests from before it opened change nothing."""
 
     __slots__ = ("_in_a_row", "_open_s", "_probe_until", "_state", "_tolerance", "_until", "_window")
 
@@ -125,13 +134,15 @@ class Breaker:
         self._close()
 
     def state(self, now: float) -> State:
-        """What it would do with a request."""
+        """Return the state, as it would apply to a request now."""
         if self._state == "open" and now >= self._until:
             return "half-open"
         return self._state
 
     def allows(self, now: float) -> bool:
-        """Whether a request may go to the upstream. In half-open a yes makes it the probe: say how it ended."""
+        """Return whether a request may go to the upstream. If half-open, it becomes the probe, whose result must be
+        reported.
+        """
         if self._state == "closed":
             return True
         if now < (self._until if self._state == "open" else self._probe_until):
@@ -141,11 +152,11 @@ class Breaker:
         return True
 
     def retry_after_s(self, now: float) -> float:
-        """Seconds until it may allow something; 0.0 if it does already."""
+        """Return the seconds until a request may be allowed; 0.0 if one may be now."""
         return max(0.0, (self._until if self._state == "open" else self._probe_until) - now)
 
     def succeeded(self, now: float) -> None:
-        """A request was answered as it should be."""
+        """Record a successful request; a probe's success closes the breaker."""
         if self._state == "closed":
             self._in_a_row = 0
             self._window.add(now, marked=False)
@@ -153,8 +164,9 @@ class Breaker:
             self._close()
 
     def failed(self, now: float, spin: float = 0.5) -> None:
-        """A request failed by the upstream's fault. `spin` in [0, 1) spreads how long it stays open, so that not all
-        instances probe at once.
+        """Record a failure of the upstream.
+
+        `spin`, random in [0, 1), spreads how long the breaker stays open, so that not all instances probe at once.
         """
         if self._state == "closed":
             self._in_a_row += 1
@@ -166,7 +178,7 @@ class Breaker:
             self._open(now, spin)
 
     def abandoned(self) -> None:
-        """A request ended without saying anything of the upstream: the client hung up. A probe's place is free again."""
+        """Record a request that shows nothing about the upstream, such as a hang-up. Another request may be the probe."""
         self._probe_until = 0.0
 
     def _has_enough(self) -> bool:
@@ -188,13 +200,15 @@ class Breaker:
         self._window.forget()
 
 
-DECAY_S = 10.0  # a slow answer weighs 1/e of itself after so long, if faster ones came since
-FORGET_S = 60.0  # after so long without an answer nothing is known
+DECAY_S = 10.0  # the weight of a slow answer falls to 1/e in this time, if faster ones follow
+FORGET_S = 60.0  # a latency older than this is unknown
 
 
 class RouteHealth(Struct, frozen=True):
-    """How a route does. `latency_s`: the peak EWMA of its time to the first event, 0.0 if unknown; `ejected_s`: how much
-    longer it should be left alone, 0.0 if it needn't be; `is_open`: its breaker lets nothing through.
+    """The health of one route, as the order of candidates depends on it.
+
+    `latency_s`: the peak EWMA of its time to the first event, 0.0 if unknown. `ejected_s`: the seconds for which it is
+    still avoided, 0.0 if it isn't. `is_open`: its breaker lets nothing through.
     """
 
     latency_s: float = 0.0
@@ -207,7 +221,8 @@ RouteHealthOf = Callable[[Candidate], RouteHealth]
 
 
 class PeakEwma:
-    """A latency that believes a slow answer at once and a fast one slowly, so that trouble is seen early (Finagle's Peak EWMA).
+    """A latency average that rises at once and falls gradually, to detect trouble early (Finagle's Peak EWMA).
+
     Times are monotonic seconds.
     """
 
@@ -218,7 +233,7 @@ class PeakEwma:
         self._at = -math.inf
 
     def observe(self, seconds: float, now: float) -> None:
-        """An answer took so long."""
+        """Record the time that an answer took, in seconds."""
         if seconds >= self._value_s or now - self._at >= FORGET_S:
             self._value_s = seconds
         else:
@@ -227,16 +242,18 @@ class PeakEwma:
         self._at = now
 
     def read(self, now: float) -> float:
-        """The latency, or 0.0 if it isn't known."""
+        """Return the latency in seconds, or 0.0 if it isn't known."""
         return self._value_s if now - self._at < FORGET_S else 0.0
 
 
 def arrange(attempts: Sequence[Candidate], standing_of: RouteHealthOf, session: str | None) -> list[Candidate]:
-    """The attempts in the order to try them. Each group of equals keeps its place; those whose breaker is open are left out,
-    and those that were ejected go to the end, as a last resort, the first to come back first.
+    """Return the candidates in the order to try them.
 
-    Of a group never more than half are ejected or open together, as long as ejecting is a choice: load that half of them
-    can't carry would only bring the others down. A route without equals may be, for there is a fallback or there is no other.
+    Each group of equals keeps its place. Those whose breaker is open are left out. Ejected ones go to the end, as a
+    last resort, the first to return first.
+
+    At most half of a group is ejected or open together, as long as ejecting is a choice: fewer than half couldn't carry
+    the load, and would fail too. A route without equals may be ejected, since there is a fallback or no other choice.
     """
     willing: list[Candidate] = []
     ejected: list[tuple[float, Candidate]] = []
@@ -254,7 +271,7 @@ _Pairs = list[tuple[Candidate, RouteHealth]]
 
 
 def _groups(attempts: Iterable[Candidate]) -> Iterable[list[Candidate]]:
-    """Weighted neighbours of one model together, every other attempt alone."""
+    """Yield weighted neighbours of one model together, every other candidate alone."""
     for (_, weighted), neighbours in groupby(
         attempts, key=lambda candidate: (candidate.model, candidate.weight is not None)
     ):
@@ -271,7 +288,9 @@ def _longest_ejected(pairs: _Pairs, most: int) -> _Pairs:
 
 
 def _ordered(pairs: _Pairs, session: str | None) -> list[Candidate]:
-    """By affinity to the session, where there is one; else as drawn, but that the second goes first if it is better off."""
+    """Return a group's order: by affinity to the session if there is one, else as drawn, with the second first if it is
+    less loaded.
+    """
     if len(pairs) < 2:
         return [candidate for candidate, _ in pairs]
     if session is not None:
@@ -282,9 +301,11 @@ def _ordered(pairs: _Pairs, session: str | None) -> list[Candidate]:
 
 
 def _is_worse(pairs: _Pairs) -> bool:
-    """Power of two choices: both were drawn by weight, and the first is kept unless the second, with this request on top, would
-    still be better off. So among equals that do equally well the weights alone decide. (Mitzenmacher, "The Power of Two
-    Choices in Randomized Load Balancing", 2001; load as latency times requests in flight: Finagle.)
+    """Return whether the first candidate of two is more loaded than the second would be with this request added.
+
+    This is the power of two choices: both were drawn by weight, so among equally healthy ones the weights alone decide.
+    (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001; load as latency times requests in
+    flight: Finagle.)
     """
     (first, now), (second, then) = pairs[:2]
     mean = sum(candidate.share for candidate, _ in pairs) / len(pairs)
@@ -297,9 +318,11 @@ def _is_worse(pairs: _Pairs) -> bool:
 
 
 def _distance(session: str, candidate: Candidate) -> float:
-    """Weighted rendezvous hashing: the nearest serves the session, everywhere and without anything to remember; when it is
-    away the next nearest does, and no other session moves. (Thaler and Ravishankar, 1998; the weights: Schindelhauer and
-    Schomaker, "Weighted distributed hash tables", 2005.)
+    """Return a candidate's distance to a session by weighted rendezvous hashing; the nearest serves the session.
+
+    All instances agree without stored state. When the nearest is unavailable the next one serves, and no other session
+    moves. (Thaler and Ravishankar, 1998; the weights: Schindelhauer and Schomaker, "Weighted distributed hash tables",
+    2005.)
     """
     name = f"{session}\0{candidate.upstream}\0{candidate.upstream_model}"
     digest = blake2b(name.encode(), digest_size=8).digest()

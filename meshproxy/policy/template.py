@@ -1,8 +1,9 @@
-"""Stored prompt templates: what one may be, its slots, and how a request's variables fill them.
+"""Stored prompt templates and params: their validation, their slots, and how a request's variables fill them.
 
-A slot is `{{ name }}` (spaces and tabs trimmed, name `[A-Za-z0-9_]+`) in `system`, in a message's string content, or in the
-`text` of a content part; nowhere else. All slots of a text are filled in one pass, so a value is never scanned again and
-can't create a slot, a message or a role.
+A slot is `{{ name }}` (spaces and tabs trimmed, name `[A-Za-z0-9_]+`) in `system`, in a message's string content, or in
+the `text` of a content part; nowhere else. All slots of a text are filled in one pass, so a value is never scanned
+again and can't create a slot, a message or a role. A template has at most `MAX_PROMPT_BYTES` of messages and
+`MAX_PARAMS_BYTES` of params.
 """
 
 import re
@@ -23,10 +24,10 @@ from meshproxy.openai.request import CAPS, decode_chat
 
 __all__ = ["Template", "TemplateFields", "check_template", "measure", "merge_params", "render", "slots", "to_public"]
 
-GLOBAL_OWNER = "*"  # how a global template's owner reads at the edge: Mesh's SDKs want a string there
+GLOBAL_OWNER = "*"  # a global template's owner in responses: Mesh's SDKs require a string
 MAX_PROMPT_BYTES = 1_048_576  # of system and messages together, as JSON
 MAX_PARAMS_BYTES = 262_144  # room for tools
-MAX_DETAILS = 32  # complaints shown to a client
+MAX_DETAILS = 32  # details in one error
 
 _SLOT = re.compile(r"\{\{[ \t]*+([A-Za-z0-9_]++)[ \t]*+\}\}")
 
@@ -34,8 +35,10 @@ Message = dict[str, Any]
 
 
 class Template(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A template's record in the directory. `owner` is an account, or None for a global one; `variables` are the names its
-    author declared, slots or not; times are Unix seconds.
+    """A template's record in the directory.
+
+    `owner` is an account, or None for a global template. `variables` are the names its author declared, with or without
+    a slot. Times are Unix seconds.
     """
 
     id: str
@@ -53,12 +56,12 @@ class Template(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def message_count(self) -> int:
-        """How many messages it renders."""
+        """The number of messages that the template renders."""
         return len(self.messages or ()) + (self.system is not None)
 
 
 class TemplateFields(Struct, frozen=True, kw_only=True):
-    """What a client may write of a template. UNSET: not mentioned; None or empty: cleared."""
+    """The fields of a template that a client may write. UNSET: not given; None or empty: cleared."""
 
     name: str | UnsetType = UNSET
     description: str | UnsetType | None = UNSET
@@ -69,8 +72,8 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
     variables: list[str] | UnsetType = UNSET
 
     def applied_to(self, template: Template) -> Template:
-        """The template with these fields. GatewayError `validation_error` if that would leave it without a prompt, or with too
-        large a one.
+        """Return the template with these fields. Raises GatewayError `validation_error` if its prompt then is too
+        large.
         """
         changes = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
         changed = msgspec.structs.replace(template, **changes)
@@ -81,8 +84,9 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
 
 
 def check_template(body: bytes, *, partial: bool) -> TemplateFields:
-    """The fields in the body of a POST, or of a PATCH (`partial`), where null clears. GatewayError `validation_error` with a
-    detail for everything that is wrong.
+    """Decode the fields in the body of a POST, or of a PATCH (`partial`), where null clears.
+
+    Raises GatewayError `validation_error` with a detail for every error.
     """
     known: dict[str, Any] = {}
     details: list[Detail] = []
@@ -109,14 +113,14 @@ def check_template(body: bytes, *, partial: bool) -> TemplateFields:
 
 
 def slots(template: Template) -> list[str]:
-    """The names of a template's slots, each once, in order of appearance."""
+    """Return the names of a template's slots, each once, in order of appearance."""
     return list(dict.fromkeys(name for text in _texts(template) for name in _SLOT.findall(text)))
 
 
 def render(template: Template, variables: Mapping[str, str]) -> list[Message]:
-    """The template's messages, `system` first, with every slot filled; variables that no slot asks for are ignored.
+    """Return the template's messages, `system` first, with every slot filled. Variables without a slot are ignored.
 
-    GatewayError `validation_error` naming every slot that has no variable.
+    Raises GatewayError `validation_error` that names every slot without a variable.
     """
     missing = [name for name in slots(template) if name not in variables]
     if missing:
@@ -129,9 +133,9 @@ def render(template: Template, variables: Mapping[str, str]) -> list[Message]:
 
 
 def measure(template: Template, variables: Mapping[str, str]) -> tuple[bytes, int]:
-    """The messages that `render` gives as JSON, their slots not filled; and by how many bytes filling them makes it longer.
+    """Return the messages as JSON with unfilled slots, and the bytes by which filling them makes that longer.
 
-    Costs no more than the template and the variables are long. GatewayError `validation_error` as from `render`.
+    Takes time linear in the template and the variables. Raises GatewayError `validation_error` as `render` does.
     """
     counts = Counter(slot[0] for text in _texts(template) for slot in _SLOT.finditer(text))
     names = {slot: slot.strip("{} \t") for slot in counts}
@@ -144,7 +148,9 @@ def measure(template: Template, variables: Mapping[str, str]) -> tuple[bytes, in
 
 
 def to_public(template: Template) -> dict[str, Any]:
-    """A template as `/v1/templates` shows it: times in RFC 3339, `variables` its slots and then what else was declared."""
+    """Return a template as `/v1/templates` shows it: times in RFC 3339; `variables` are its slots, then other declared
+    names.
+    """
     return {
         "id": template.id,
         "name": template.name,
@@ -174,7 +180,7 @@ class _Message(Struct, forbid_unknown_fields=True):
     name: str | None = None
 
 
-# A name stands in a path: one that is a UUID would be taken for an id, and `.` and `..` would be taken for nothing.
+# A name is part of a path: a UUID would be read as an id, and `.` and `..` would be resolved away.
 _Name = Annotated[str, Meta(pattern=rf"\A(?!{_UUID}\Z|\.\.?\Z)[A-Za-z0-9_.-]{{1,128}}\Z")]
 FIELDS: Final[dict[str, Any]] = {
     "name": _Name,
@@ -187,7 +193,7 @@ FIELDS: Final[dict[str, Any]] = {
 }
 _DECODERS: Final = {name: Decoder(kind).decode for name, kind in FIELDS.items()}
 _MEMBERS: Final = Decoder(dict[str, Raw])
-_EMPTY: Final[dict[str, Any]] = {"params": {}, "variables": []}  # what null clears to; None for the others
+_EMPTY: Final[dict[str, Any]] = {"params": {}, "variables": []}  # the cleared value, where it isn't None
 _IGNORED: Final = frozenset({"team_id"})  # Mesh's, whose teams are accounts here
 _NOT_WRITTEN: Final = frozenset({"id", "owner", "is_global", "created_at", "updated_at"})
 
@@ -210,7 +216,7 @@ def _not_a_field(name: str) -> Detail:
 
 
 def _faults_within(name: str, value: Any) -> Iterator[Detail]:
-    """What a field's type can't tell."""
+    """Yield the errors of a field that its type doesn't exclude."""
     size = _size(value)
     if size is None:
         yield Detail("value_error", ("body", name), "Nested too deeply, or has a number of more than 64 bits")
@@ -243,7 +249,7 @@ def _prompt_faults(system: str | None, messages: list[Message] | None) -> Iterat
 
 
 def _size(value: Any) -> int | None:
-    """Bytes of a value's JSON; None if it can't be written as deep down as a reply or a provider's request has it."""
+    """Return the bytes of a value's JSON; None if it can't be encoded at the depth of a reply or a provider's request."""
     try:
         return len(orjson.dumps([[[[value]]]])) - 8
     except TypeError:  # orjson.JSONEncodeError: past 254 levels, or an integer of more than 64 bits
@@ -263,7 +269,7 @@ def _with_system(template: Template) -> list[Message]:
 
 
 def _texts(template: Template) -> Iterator[str]:
-    """Every text that may have slots."""
+    """Yield every text that may have slots."""
     if template.system is not None:
         yield template.system
     for message in template.messages or ():
@@ -308,8 +314,8 @@ def _rfc3339(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-# What shapes an answer and nothing else. Who asks, what is asked, how it is delivered and whether the provider keeps it
-# (`user`, `messages`, `model`, `stream`, `store`, `metadata`, ...) is the request's own to say.
+# Params that shape an answer and nothing else. Who asks, what is asked, how it is delivered and whether the provider
+# keeps it (`user`, `messages`, `model`, `stream`, `store`, `metadata`, ...) is set by the request alone.
 ALLOWED: Final = frozenset(
     {
         "audio",
@@ -347,7 +353,7 @@ _ANY_MESSAGES: Final = [{"role": "user"}]
 
 
 def check_params(params: Mapping[str, Any], loc: tuple[str, ...]) -> Iterator[Detail]:
-    """What is wrong with params that stand at `loc`: names that none may have, and values that no request may have."""
+    """Yield the errors of stored params at `loc`: names that can't be stored, and values that no request may have."""
     for name in params:
         if name not in ALLOWED:
             yield Detail("extra_forbidden", (*loc, name[:64]), "Not a request parameter that can be stored")
@@ -360,7 +366,10 @@ def check_params(params: Mapping[str, Any], loc: tuple[str, ...]) -> Iterator[De
 
 
 def merge_params(key: Mapping[str, Any], template: Mapping[str, Any] | None) -> Mapping[str, bytes]:
-    """The params of a key over those of a template, each value as JSON; of the two names of the output cap one is enough."""
+    """Return the params of a key merged over those of a template, each value as JSON.
+
+    A key's output cap replaces the template's, whatever the two are called.
+    """
     if not template:
         return _encoded(key) if key else _NONE
     capped = any(name in key for name in CAPS)

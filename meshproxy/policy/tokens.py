@@ -1,13 +1,13 @@
-"""Estimate how many tokens a prompt has, from the size of its JSON. No tokenizer: this is on every request's path.
+"""Estimate a prompt's tokens from the size of its JSON. No tokenizer is used: this runs for every request.
 
-A token per three bytes of JSON, and four for each message. Against OpenAI's o200k_base that was measured as 1.3 to 1.6 times the
-truth for English and code, 1.0 for JSON and digits, 1.6 for Chinese and Japanese, 2.8 for Russian and Hindi, 0.8 for emoji and,
-the worst there is, 0.5 for random base64. Settlement makes it right: the estimate only sizes the hold and what is taken from
-the token buckets.
+A token is three bytes of JSON; each message adds four tokens. Measured against OpenAI's o200k_base, the estimate is 1.3
+to 1.6 times the true count for English and code, 1.0 for JSON and digits, 1.6 for Chinese and Japanese, 2.8 for Russian
+and Hindi, 0.8 for emoji and, in the worst case, 0.5 for random base64. It only sizes the hold and what is reserved in
+the token buckets; settlement corrects it.
 
-Media is counted as what it is to a model, whatever shape it comes in: a long string of base64, or a `data:` URL, that is the
-value of anything but a text. A client can pass text off as media so. Then its hold is too small, by no more than one request's
-prompt costs, and the settlement charges what the provider reports.
+Media counts as what it is to a model, in any request shape: it is a long base64 string, or a `data:` URL, as the value
+of anything but a text. A client can disguise text as media. Then its hold is too small, by at most the cost of one
+request's prompt, and the settlement still charges what the provider reports.
 """
 
 import re
@@ -17,61 +17,63 @@ from typing import Final, NamedTuple
 from meshproxy.openai.output import text_tokens
 
 BYTES_PER_TOKEN = 3
-BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and 3 at most of UTF-8
+BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and at most 3 of UTF-8
 TOKENS_PER_MESSAGE = 4  # role and delimiters; OpenAI's cookbook counts 3 and 1 for a name
 TOKENS_PER_PROMPT = 3  # every reply is primed (OpenAI's cookbook, "How to count tokens")
 TOKENS_PER_MEDIA = (
     1700  # an image at high detail: 85 + 170 for each 512 px tile (OpenAI's vision guide), 8 tiles at most, and spare
 )
 
-# Characters of base64 that make a token. Audio: 32 tokens a second (Gemini API, "Audio understanding") at 96 kbit/s. Video: 263
-# a second with its sound (Gemini API, "Token counting") at 400 kbit/s. Text: a token per three bytes. Documents: most of a PDF is
-# fonts and pictures, not text.
+# Base64 characters per token. Audio: 32 tokens a second (Gemini API, "Audio understanding") at 96 kbit/s. Video: 263 a
+# second with its sound (Gemini API, "Token counting") at 400 kbit/s. Text: a token per three bytes. Documents: most of
+# a PDF is fonts and pictures, not text.
 _CHARS_PER_TOKEN: Final = {b"audio": 512, b"video": 256, b"text": 4, b"document": 16}
 _TEXTUAL: Final = (b"text/", b"application/json", b"application/xml", b"application/yaml")
 
-# How base64 of known media begins, for a string that comes without a MIME type: MP3 (with ID3 and without), Ogg, FLAC, WAV and
-# WebP (RIFF: the longer of the two), MP4 and QuickTime, WebM. Images are PNG, JPEG and GIF.
+# The first base64 characters of known media, for strings without a MIME type: MP3 (with ID3 and without), Ogg, FLAC,
+# WAV and WebP (RIFF: counted as audio, the longer of the two), MP4 and QuickTime, WebM. Images are PNG, JPEG and GIF.
 _MAGIC: Final = (
     (b"image", (b"iVBORw0KGgo", b"/9j/", b"R0lGOD")),
     (b"audio", (b"SUQz", b"//uQ", b"//sw", b"//vQ", b"T2dnUw", b"ZkxhQ", b"UklGR")),
     (b"video", (b"AAAAIGZ0eX", b"AAAAHGZ0eX", b"AAAAGGZ0eX", b"AAAAFGZ0eX", b"GkXfo")),
 )
 
-MIN_MEDIA_CHARS = 1024  # a shorter string costs less as text than any medium
-_CONTEXT_CHARS = 160  # before a string, in which its key and its kind stand
+MIN_MEDIA_CHARS = 1024  # a shorter string costs less as text than as any media
+_CONTEXT_CHARS = 160  # before a string, where its key and its kind are looked for
 
 _OPENED_BY: Final = (
     b":",
     b"[",
     b",",
-)  # what stands before a string's opening quote; inside a text that quote is escaped
+)  # what precedes a string's opening quote; inside a text that quote is escaped
 _KEY: Final = re.compile(rb'"([^"]*)"\s*:\s*\Z')
 _TEXT_KEYS: Final = frozenset(
     {b"text", b"content", b"arguments", b"reasoning", b"reasoning_content", b"thinking", b"refusal"}
 )
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\\%"
 _MAX_MIME_CHARS = 256
-MAX_SAMPLED_BYTES = 65_536  # of JSON that is longer, so many are looked at, in as many places as SAMPLES
+MAX_SAMPLED_BYTES = 65_536  # of longer JSON, this much is sampled, at SAMPLES places
 SAMPLES = 4
 _FRAMING: Final = re.compile(r'\{\s*"role"\s*:\s*"\w+"\s*,\s*"content"\s*:\s*"|"\s*\}\s*[,\]]|^\s*\[\s*')
 _ESCAPE: Final = re.compile(r"\\u([0-9a-fA-F]{4})")
 
-# Keys of what a provider fetches, or what is too short to be looked for: each is a medium of its own.
+# Keys of media that the provider fetches, or that is too short to be found as a long string: each counts as one item of
+# media.
 _NAMED: Final = re.compile(rb'"(?:(?:image|video|audio|file)_url|input_audio|file_(?:id|uri)|source)"\s*+:')
 _MUCH_BYTES = 1_048_576
 
 
 class Weight(NamedTuple):
-    """What a prompt's JSON weighs: the bytes that are text, and the tokens of its media."""
+    """The weight of a prompt's JSON: the bytes that are text, and the tokens of its media."""
 
     text_bytes: int
     media_tokens: int
 
 
 def estimate_prompt(messages: bytes, others: Iterable[bytes], count: int, *, media: bool = True) -> int:
-    """Estimate the tokens of `count` messages and of the request's `others`, such as tools, each as JSON. `media`: whether the
-    messages may have any.
+    """Estimate the tokens of `count` messages and of the request's `others`, such as tools, each as JSON.
+
+    `media`: whether the messages may contain media.
     """
     text_bytes, media_tokens = weigh(messages) if media else (len(messages), 0)
     tokens = _text_tokens(messages, text_bytes) + media_tokens + TOKENS_PER_MESSAGE * count
@@ -82,9 +84,10 @@ def estimate_prompt(messages: bytes, others: Iterable[bytes], count: int, *, med
 
 
 def least_tokens(messages: bytes) -> int:
-    """Tokens that messages without media have at least: for the decision that a model's window is surely too small.
+    """Return a lower bound of the tokens of messages: for the decision that a model's window is surely too small.
 
-    o200k_base makes a token of 4 to 5 bytes of English, of 6 of the plainest, and of 7 to 9 of Russian or Hindi.
+    0 if they contain media or escapes. o200k_base makes a token of 4 to 5 bytes of English, of 6 of the plainest, and
+    of 7 to 9 of Russian or Hindi.
     """
     text_bytes, media_tokens = weigh(messages)
     if media_tokens or b"\\u" in messages:
@@ -93,14 +96,16 @@ def least_tokens(messages: bytes) -> int:
 
 
 def likely_tokens(texts: Iterable[bytes], count: int) -> int:
-    """Estimate what providers bill for JSON without media, `count` messages of it: 0.8 to 1.4 times o200k_base's number. This
-    looks at samples of the words, and costs some milliseconds at most.
+    """Estimate the tokens that providers bill for JSON without media, with `count` messages: 0.8 to 1.4 times
+    o200k_base's count.
+
+    Samples the words, in some milliseconds at most.
     """
     return sum(map(_words, texts)) + TOKENS_PER_MESSAGE * count + TOKENS_PER_PROMPT
 
 
 def _words(json: bytes) -> int:
-    """Tokens of the words in JSON, without the framing of its messages."""
+    """Estimate the tokens of the words in JSON, without the framing of its messages."""
     size = len(json)
     if size > MAX_SAMPLED_BYTES:
         width = MAX_SAMPLED_BYTES // SAMPLES
@@ -127,8 +132,10 @@ def weigh(json: bytes) -> Weight:
 
 
 def _long_strings(json: bytes) -> Iterator[tuple[int, int]]:
-    """The places of the quotes of each long string, by way of the blocks without any quote: one as long as a string must be
-    has such a block in it. Between two strings there may be a long gap, which is no string; it never passes for a medium.
+    """Yield the positions of the quotes around each long string.
+
+    It looks for blocks without a quote: every string that is long enough contains one. A long gap between two strings
+    is found too, though it is no string; it is never taken for media.
     """
     block, size = MIN_MEDIA_CHARS // 2, len(json)
     at = passed = 0
@@ -144,14 +151,16 @@ def _long_strings(json: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _named(json: bytes, start: int, end: int) -> int:
-    """How many keys between these places name a medium. In much JSON only the usual ones are looked for, which is faster."""
+    """Count the keys between these positions that name media. In much JSON only `_url` keys are looked for, which is
+    faster.
+    """
     if end - start > _MUCH_BYTES:
         return json.count(b'_url":', start, end)
     return len(_NAMED.findall(json, start, end))
 
 
 def _media_tokens(json: bytes, start: int, end: int) -> int:
-    """Tokens of the medium that the string between these places is; 0 if it is a text."""
+    """Return the tokens of the media in the string between these positions; 0 if it is text."""
     before = json[max(start - _CONTEXT_CHARS, 0) : start]
     if not before.rstrip().endswith(_OPENED_BY):
         return 0
@@ -177,7 +186,7 @@ def _media_tokens(json: bytes, start: int, end: int) -> int:
 
 
 def _kind_of(before: bytes, head: bytes) -> bytes:
-    """The kind of base64 without a MIME type, by what stands before it or by how it begins."""
+    """Return the kind of base64 without a MIME type, by what precedes it or by its first characters."""
     kinds = [(before.rfind(kind), kind) for kind in (b"image", b"audio", b"video") if kind in before]
     if kinds:
         return max(kinds)[1]
@@ -187,7 +196,9 @@ def _kind_of(before: bytes, head: bytes) -> bytes:
 
 
 def _text_tokens(json: bytes, text_bytes: int) -> int:
-    """Tokens of text. Escapes are half text at best, so what merely looks like them can't halve the estimate twice."""
+    """Estimate the tokens of text. Escapes count as half at most, so that text which only looks escaped can't lower it
+    further.
+    """
     if b"\\" in json and json.rfind(b"\\u") >= 0:
         text_bytes = max(text_bytes - BYTES_OVER_PER_ESCAPE * json.count(b"\\u"), text_bytes // 2)
     return -(-text_bytes // BYTES_PER_TOKEN)
