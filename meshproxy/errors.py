@@ -1,7 +1,8 @@
-"""The closed family of errors: what a client is told (`ErrorResponse`), and what goes wrong in here (`GatewayError`).
+"""The closed family of errors: `ErrorResponse`, the error that a client gets, and `GatewayError`, the exception that
+carries it.
 
-A denial is an `ErrorResponse` returned as a value. A `GatewayError` is an exception that carries one, with the source it came
-from, so that nobody has to guess whom to blame. The codes are a promise to users: docs/errors.md lists them.
+A denial is an `ErrorResponse` returned as a value. A `GatewayError` has the `Source` that caused it: client, upstream
+or gateway. The codes are a promise to users: docs/errors.md lists them.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from typing import Any
 
 from msgspec import Struct
 
-MAX_RETRY_AFTER_S = 60.0  # the OpenAI SDKs sleep as told up to a minute and ignore what is longer
+MAX_RETRY_AFTER_S = 60.0  # the OpenAI SDKs obey waits up to a minute and ignore longer ones
 
 
 class Source(StrEnum):
-    """Who caused a fault."""
+    """The side that caused an error."""
 
     CLIENT = "client"
     UPSTREAM = "upstream"
@@ -22,7 +23,7 @@ class Source(StrEnum):
 
 
 class Detail(Struct, frozen=True):
-    """One thing wrong with one field of a request."""
+    """One error in one field of a request: pydantic's type, the path of the field, and a message."""
 
     type: str
     loc: tuple[str | int, ...]
@@ -30,8 +31,10 @@ class Detail(Struct, frozen=True):
 
 
 class ErrorResponse(Struct, frozen=True):
-    """What a client is told. `retry_after_s` is exact, in seconds; `may_have_run` says that a retry could pay twice.
-    `provider_code` and `provider_error` are what the provider said, in its own code and as JSON.
+    """The error that a client gets. `retry_after_s` is exact, in seconds.
+
+    `may_have_run`: a provider may have done the work, so a retry could pay twice. `provider_code` and `provider_error`
+    are the provider's own code and its error as JSON.
     """
 
     status: int
@@ -46,7 +49,7 @@ class ErrorResponse(Struct, frozen=True):
 
     @property
     def type(self) -> str:
-        """OpenAI's word for the kind of error, which their SDKs show beside the code."""
+        """OpenAI's name for the kind of error, which their SDKs show beside the code."""
         return _TYPES.get(self.status, "api_error")
 
 
@@ -67,7 +70,7 @@ _TYPES = {
 
 
 class GatewayError(Exception):
-    """Something broke. `source` says whose side; `problem` is what the client hears of it."""
+    """A request failed. `source` is the side that caused it; `problem` is the error response for the client."""
 
     def __init__(self, source: Source, problem: ErrorResponse) -> None:
         super().__init__(problem.message)
@@ -76,7 +79,7 @@ class GatewayError(Exception):
 
 
 class Phase(StrEnum):
-    """How far an attempt came before it failed."""
+    """The phase in which an attempt failed."""
 
     CONNECT = "connect"
     TLS = "tls"
@@ -88,10 +91,10 @@ class Phase(StrEnum):
 class UpstreamError(GatewayError):
     """An attempt at a provider failed.
 
-    `safe_to_repeat`: another attempt may be made. `another_model`: an attempt with another model may be made, which may not
-    refuse the request. `answered`: the status that the provider gave, if it gave one. `unreadable`: the provider answered, and
-    the gateway could not read or keep the answer, so that it says nothing against the provider. `phase`, `reason` and `words`
-    (the provider's own) are for the log.
+    `safe_to_repeat`: another attempt may be made. `another_model`: only an attempt with another model may be made,
+    since this one refuses the request. `answered`: the provider's status, if it gave one. `unreadable`: the provider
+    answered, but the gateway could not read or keep the answer, so the provider isn't at fault. `phase`, `reason` and
+    `words` (the provider's message) are for the log.
     """
 
     def __init__(
@@ -118,110 +121,112 @@ class UpstreamError(GatewayError):
 
 
 def unauthorized(message: str) -> ErrorResponse:
-    """401: a key that is missing, malformed, unknown, revoked or expired."""
+    """Build 401: a key that is missing, malformed, unknown, revoked or expired."""
     return ErrorResponse(401, "unauthorized", message)
 
 
 def forbidden(message: str, param: str | None = None) -> ErrorResponse:
-    """403: a suspended key or account, or something that this key may not use."""
+    """Build 403: a suspended key or account, or something that this key may not use."""
     return ErrorResponse(403, "forbidden", message, param)
 
 
 def insufficient_credits(message: str) -> ErrorResponse:
-    """402: the hold doesn't fit what the account has left."""
+    """Build 402: the hold doesn't fit the account's available credit."""
     return ErrorResponse(402, "insufficient_credits", message)
 
 
 def spend_limit_exceeded(message: str) -> ErrorResponse:
-    """402: a budget of the key or the session is spent."""
+    """Build 402: a budget of the key, the session or the account leaves too little."""
     return ErrorResponse(402, "spend_limit_exceeded", message)
 
 
 def model_not_found(model: str, nearest: str | None = None) -> ErrorResponse:
-    """404: no such model here. `nearest`: the name of one that there is, for who has mistyped it."""
+    """Build 404: no such model here. `nearest`: the most similar model id, for a typing error."""
     hint = f" Did you mean `{nearest}`?" if nearest else ""
     message = f"The model `{model[:128]}` does not exist or is not served here.{hint}"
     return ErrorResponse(404, "model_not_found", message, "model")
 
 
 def template_not_found(name: str) -> ErrorResponse:
-    """404: no such template among the account's own and the global ones."""
+    """Build 404: no such template among the account's own and the global ones."""
     return ErrorResponse(404, "template_not_found", f"There is no template `{name[:128]}`.", "template")
 
 
 def not_found(message: str) -> ErrorResponse:
-    """404: no such path or thing."""
+    """Build 404: no such path or object."""
     return ErrorResponse(404, "not_found", message)
 
 
 def method_not_allowed(message: str) -> ErrorResponse:
-    """405"""
+    """Build 405: the path has other methods."""
     return ErrorResponse(405, "method_not_allowed", message)
 
 
 def invalid_api_version(version: str, known: Sequence[str]) -> ErrorResponse:
-    """400: a version of the API that there isn't."""
+    """Build 400: an unknown version of the API."""
     message = f"The API version `{version[:32]}` is not known. Known: {', '.join(known)}."
     return ErrorResponse(400, "invalid_api_version", message)
 
 
 def request_timeout(message: str) -> ErrorResponse:
-    """408: the client took too long to send its request."""
+    """Build 408: the client took too long to send its request."""
     return ErrorResponse(408, "request_timeout", message)
 
 
 def idempotency_conflict() -> ErrorResponse:
-    """409: one Idempotency-Key, two bodies."""
+    """Build 409: the same Idempotency-Key came with another body."""
     return ErrorResponse(409, "idempotency_conflict", "This Idempotency-Key was used before with another request body.")
 
 
 def request_too_large(limit_bytes: int) -> ErrorResponse:
-    """413"""
+    """Build 413: the body exceeds the limit."""
     return ErrorResponse(413, "request_too_large", f"The request body is larger than {limit_bytes} bytes.")
 
 
 def unsupported_media_type(message: str) -> ErrorResponse:
-    """415"""
+    """Build 415: the body's content type isn't accepted."""
     return ErrorResponse(415, "unsupported_media_type", message)
 
 
 def invalid(message: str, *details: Detail, param: str | None = None) -> ErrorResponse:
-    """422: the request can't be understood."""
+    """Build 422: the request is invalid; `details` names each error."""
     return ErrorResponse(422, "validation_error", message, param, details)
 
 
 def rate_limit_exceeded(message: str, retry_after_s: float) -> ErrorResponse:
-    """429: a bucket is empty for `retry_after_s` more seconds."""
+    """Build 429: a bucket is empty for `retry_after_s` more seconds."""
     return ErrorResponse(429, "rate_limit_exceeded", message, retry_after_s=retry_after_s)
 
 
 def upstream_error(message: str, *, may_have_run: bool, provider_error: Any = None) -> ErrorResponse:
-    """502: the provider refused, reset, failed or talked nonsense."""
+    """Build 502: the provider refused, reset, failed or sent an invalid answer."""
     return ErrorResponse(502, "upstream_error", message, provider_error=provider_error, may_have_run=may_have_run)
 
 
 def provider_not_available(message: str, retry_after_s: float) -> ErrorResponse:
-    """503: every attempt's breaker is open, or the provider says 429."""
+    """Build 503: the breaker of every candidate is open, or the provider answers 429."""
     return ErrorResponse(503, "provider_not_available", message, retry_after_s=retry_after_s)
 
 
 def overloaded(message: str, retry_after_s: float = 1.0, *, may_have_run: bool = False) -> ErrorResponse:
-    """503: too many requests in flight here, or this instance is draining."""
+    """Build 503: too many requests in flight here, or this instance is draining."""
     return ErrorResponse(503, "overloaded", message, retry_after_s=retry_after_s, may_have_run=may_have_run)
 
 
 def ledger_unavailable(retry_after_s: float = 1.0) -> ErrorResponse:
-    """503: Redis is lost, so nothing can be admitted."""
+    """Build 503: Redis is lost, so no request can be admitted."""
     return ErrorResponse(503, "ledger_unavailable", "The ledger can't be reached.", retry_after_s=retry_after_s)
 
 
 def gateway_timeout(message: str, *, may_have_run: bool) -> ErrorResponse:
-    """504: the provider took too long to connect, to begin or to go on."""
+    """Build 504: the provider took too long to connect, to begin or to continue, or the request's own deadline has
+    passed.
+    """
     return ErrorResponse(504, "gateway_timeout", message, may_have_run=may_have_run)
 
 
 def internal_error() -> ErrorResponse:
-    """500: our own fault. There should be none."""
+    """Build 500: a bug of the gateway."""
     return ErrorResponse(
         500, "internal_error", "The gateway failed. The request id finds the reason in its log.", may_have_run=True
     )

@@ -1,4 +1,4 @@
-"""Money: integers of nano-USD inside, decimal strings at the edges. No float ever touches an amount."""
+"""Money: integers of nano-USD inside, decimal strings at the edges. No amount is ever a float."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,10 @@ _DECIMAL = re.compile(r"(-?)(\d{1,12})(?:\.(\d{1,9}))?", re.ASCII)
 
 
 def parse_usd(text: str) -> int:
-    """Nano-USD of a decimal string such as `25.00`; ValueError for anything else, exponents and signs of `+` included."""
+    """Parse a decimal string in USD, such as `25.00`, into nano-USD.
+
+    Raises ValueError for anything else, an exponent or a `+` included, and above MAX_NUSD.
+    """
     match = _DECIMAL.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a decimal amount in USD with at most 9 decimals")
@@ -25,14 +28,16 @@ def parse_usd(text: str) -> int:
 
 @lru_cache(1024)
 def format_usd(amount_nusd: int) -> str:
-    """The decimal string of an amount in nano-USD: at least two decimals, at most nine, no trailing zeros past two."""
+    """Format nano-USD as a decimal string in USD: at least two decimals, at most nine, no trailing zeros past two."""
     whole, fraction = divmod(abs(amount_nusd), NUSD_PER_USD)
     digits = f"{fraction:09d}".rstrip("0").ljust(2, "0")
     return f"{'-' if amount_nusd < 0 else ''}{whole}.{digits}"
 
 
 def in_usd(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's fields for people: each amount `X_nusd` is `X_usd`, a decimal string, or None as it was."""
+    """Return a record's fields for display: each amount `X_nusd` becomes `X_usd`, a decimal string, or None if it was
+    None.
+    """
     amounts = {name: amount for name, amount in fields.items() if name.endswith("_nusd")}
     told = {name: None if amount is None else format_usd(amount) for name, amount in amounts.items()}
     return {name.replace("_nusd", "_usd"): told.get(name, value) for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""Times: Unix seconds inside, RFC 3339 in UTC and spans such as `24h` at the edges."""
+"""Times: Unix seconds inside; RFC 3339 in UTC, and spans such as `24h`, at the edges."""
 
 import re
 from datetime import UTC, datetime
@@ -11,12 +11,12 @@ _DATE_CHARS = len("2026-11-24")
 
 
 def rfc3339(moment: float | None) -> str | None:
-    """Format Unix seconds as `2026-11-24T09:00:00Z`."""
+    """Format Unix seconds as `2026-11-24T09:00:00Z`; None stays None."""
     return None if moment is None else datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_span(text: str) -> int:
-    """Seconds of `30d`, `24h`, `15m`, `10s`, `2w`; ValueError for anything else."""
+    """Parse `30d`, `24h`, `15m`, `10s` or `2w` into seconds. Raises ValueError for anything else."""
     span = _SPAN.fullmatch(text)
     if span is None:
         raise ValueError(f"{text!r} is not a duration such as 30d, 24h, 15m")
@@ -24,7 +24,10 @@ def parse_span(text: str) -> int:
 
 
 def parse_moment(text: str, now: float, direction: int = 1) -> float:
-    """Unix seconds of an RFC 3339 time, or of a span after `now` (`direction` 1) or before it (-1); ValueError else."""
+    """Parse an RFC 3339 time, or a span after `now` (`direction` 1) or before it (-1), into Unix seconds.
+
+    Raises ValueError for anything else, and for a time of day without a time zone.
+    """
     if _SPAN.fullmatch(text):
         return now + direction * parse_span(text)
     try:

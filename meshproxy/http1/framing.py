@@ -1,7 +1,8 @@
-"""How the bytes of a response's body are told from their framing (RFC 9112 sections 6 and 7). No I/O.
+"""Framing of HTTP/1.1 message bodies (RFC 9112, sections 6 and 7), and of header field lines. No I/O.
 
-Each kind of framing is a `Body` that is fed what the socket gave, in pieces of any size, and answers with the payload in
-them. A payload is passed on as it comes: nothing is gathered but an unfinished line of the framing itself.
+Each kind of framing is a `Body`: it is fed what the socket delivered, in pieces of any size, and returns the payload in
+them. A payload is returned as it comes; only an unfinished line of the framing itself is kept, and its length is
+bounded. A chunked body goes through the states of `_Phase`.
 """
 
 import re
@@ -11,14 +12,14 @@ from typing import Final
 
 from meshproxy.errors import Phase, UpstreamError, upstream_error
 
-# One field line (RFC 9112, section 5) with the line end before it; the one behind it is looked at and left for the next. No
+# One field line (RFC 9112, section 5) with the line end before it; the line end after it is left for the next match. No
 # control characters, no folding, no space before the colon.
 _FIELD = re.compile(r"\r\n([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)(?=\r\n)")
 MAX_CHUNK_LINE_BYTES = 4096
-MAX_EXTENSION_BYTES = 65_536  # of one body, all chunks together: extensions carry nothing that we read
+MAX_EXTENSION_BYTES = 65_536  # of one body, all chunks together; the gateway reads no extension
 MAX_TRAILER_BYTES = 16_384
-# What one read of a compressed body may grow to: as much as the largest event. Deflate reaches 1032:1 (zlib.net, "Technical
-# Details"), and 64 KiB are a usual read.
+# The most that one read of a compressed body may inflate to: as much as the largest event. Deflate reaches 1032:1
+# (zlib.net, "Technical Details"), and a read is usually 64 KiB.
 MAX_INFLATED_BYTES = 16_777_216
 INFLATED: Final = frozenset({"gzip", "x-gzip", "deflate"})  # RFC 9110 section 8.4.1
 
@@ -34,9 +35,9 @@ _SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})(" + _EXTENSIONS + rb")\r\n")
 class Body:
     """The framing of one body.
 
-    `done`: the framing says that the body is whole. `surplus`: bytes came after that. `whole`: what was fed last was whole
-    chunks and nothing else, so that it can be passed on as it is to someone who is sent chunks. `until_eof`: only the end
-    of the connection ends it.
+    `done`: the body is complete. `surplus`: bytes came after its end. `whole`: the last piece fed was whole chunks and
+    nothing else, so it can be passed on unchanged to a peer that is sent chunks. `until_eof`: the body ends only with
+    the connection.
     """
 
     __slots__ = ("done", "surplus", "until_eof", "whole")
@@ -45,12 +46,12 @@ class Body:
         self.done = self.surplus = self.whole = self.until_eof = False
 
     def decode(self, data: bytes) -> bytes:
-        """The payload in `data`, which may be none; UpstreamError if the framing is broken."""
+        """Return the payload in `data`, which may be empty. Raises UpstreamError if the framing is broken."""
         raise NotImplementedError
 
 
 class UntilEof(Body):
-    """Neither a length nor chunks: the body ends with the connection."""
+    """A body with neither a length nor chunks: it ends with the connection."""
 
     __slots__ = ()
 
@@ -59,12 +60,12 @@ class UntilEof(Body):
         self.until_eof = True
 
     def decode(self, data: bytes) -> bytes:
-        """Everything is payload."""
+        """Return `data`: all of it is payload."""
         return data
 
 
 class Sized(Body):
-    """A body of `length` bytes."""
+    """A body with a Content-Length."""
 
     __slots__ = ("_left",)
 
@@ -74,7 +75,7 @@ class Sized(Body):
         self.done = length == 0
 
     def decode(self, data: bytes) -> bytes:
-        """Everything is payload up to the length."""
+        """Return `data` up to the body's length."""
         self._left -= len(data)
         if self._left > 0:
             return data
@@ -93,7 +94,7 @@ class _Phase(IntEnum):
 
 
 class Chunked(Body):
-    """A body in chunks, with extensions and trailers, which are checked and left out."""
+    """A body in chunks (RFC 9112, section 7.1). Extensions and trailers are checked and dropped."""
 
     __slots__ = ("_extension_bytes", "_held", "_left", "_phase")
 
@@ -101,15 +102,17 @@ class Chunked(Body):
         super().__init__()
         self._phase = _Phase.SIZE
         self._held = b""  # an unfinished line of the framing
-        self._left = 0  # payload bytes that the chunk at hand still lacks
+        self._left = 0  # payload bytes missing from the current chunk
         self._extension_bytes = 0
 
     def decode(self, data: bytes) -> bytes:
-        """The payloads of the chunks in `data`, joined. The usual read, one whole chunk or some, takes a short way."""
+        """Return the payloads of the chunks in `data`, joined. The usual read, one or several whole chunks, takes a
+        fast path.
+        """
         if self._phase != 0 or self._held:
             return self._decode(data, 0, [])
         size = len(data)
-        # what it carries if it is one chunk, whose own size has as many digits as that of all of it
+        # the payload's size if `data` is one chunk: its size line has as many hex digits as that of the whole read
         carried = size - (size.bit_length() + 3) // 4 - 4
         line = b"%x\r\n" % carried
         if data.startswith(line) and data.endswith(b"\r\n") and 0 < carried == size - len(line) - 2:
@@ -118,7 +121,7 @@ class Chunked(Body):
         return self._decode_chunks(data)
 
     def _decode_chunks(self, data: bytes) -> bytes:
-        """The way of whole chunks and nothing else, for as long as that is what comes."""
+        """Decode whole chunks, and change to `_decode` at the first thing that isn't one."""
         payloads: list[bytes] = []
         position, size = 0, len(data)
         while position < size:
@@ -135,7 +138,7 @@ class Chunked(Body):
         return payloads[0] if len(payloads) == 1 else b"".join(payloads)
 
     def _decode(self, data: bytes, position: int, payloads: list[bytes]) -> bytes:
-        """The long way, from `position` on."""
+        """Decode any framing, from `position` on."""
         self.whole = self._phase == _Phase.SIZE and not self._held
         if self._held:
             data, self._held = self._held + data, b""
@@ -152,7 +155,9 @@ class Chunked(Body):
         return b"".join(payloads)
 
     def _advance(self, data: bytes, position: int, payloads: list[bytes]) -> int:
-        """Take one piece of the framing at `position`; where the next begins, or `position` if it isn't all there."""
+        """Process one piece of the framing at `position`. Return where the next begins, or `position` if this one is
+        incomplete.
+        """
         if self._phase == _Phase.PAYLOAD:
             return self._take_payload(data, position, payloads)
         if self._phase == _Phase.SIZE:
@@ -217,9 +222,9 @@ class Chunked(Body):
 
 
 class Inflated(Body):
-    """A body in gzip or deflate that was sent though identity was asked for: its payload is what it inflates to.
+    """A body in gzip or deflate, sent although identity was requested: its payload is the inflated data.
 
-    `framing` is how the compressed bytes are told from what is around them.
+    `framing` is the framing of the compressed bytes.
     """
 
     __slots__ = ("_begun", "_decompressor", "_framing")
@@ -233,7 +238,7 @@ class Inflated(Body):
         self.until_eof = framing.until_eof
 
     def decode(self, data: bytes) -> bytes:
-        """The inflated payload; UpstreamError if it is none, or if it grows beyond bounds."""
+        """Return the inflated payload. Raises UpstreamError if it is corrupt or larger than MAX_INFLATED_BYTES."""
         packed = self._framing.decode(data)
         self.done, self.surplus = self._framing.done, self._framing.surplus
         if not packed:
@@ -249,7 +254,7 @@ class Inflated(Body):
             if not _has_header(packed):
                 self._decompressor = zlib.decompressobj(
                     -zlib.MAX_WBITS
-                )  # deflate without zlib's header, as some send it
+                )  # deflate without zlib's header, as some servers send it
         pieces = []
         left = MAX_INFLATED_BYTES
         while packed:
@@ -259,40 +264,40 @@ class Inflated(Body):
             if self._decompressor.unconsumed_tail or left <= 0:
                 raise unreadable("it inflates to more than is allowed")
             packed = self._decompressor.unused_data
-            if packed:  # another member (RFC 1952 section 2.2), or padding that nobody needs
+            if packed:  # another member (RFC 1952 section 2.2), or padding, which is ignored
                 if not packed.startswith(b"\x1f\x8b"):
                     break
                 self._decompressor = zlib.decompressobj(_ANY_HEADER)
         return b"".join(pieces)
 
 
-_ANY_HEADER: Final = zlib.MAX_WBITS | 32  # gzip's or zlib's, found out by itself (zlib.net/manual.html, inflateInit2)
+_ANY_HEADER: Final = zlib.MAX_WBITS | 32  # detects gzip's or zlib's header (zlib.net/manual.html, inflateInit2)
 
 
 def _has_header(packed: bytes) -> bool:
-    """Whether this begins as gzip (RFC 1952) or zlib (RFC 1950, section 2.2)."""
+    """Return whether the data begins as gzip (RFC 1952) or zlib (RFC 1950, section 2.2)."""
     return packed[:1] == b"\x1f" or (
         packed[0] & 0x0F == 8 and (len(packed) < 2 or int.from_bytes(packed[:2]) % 31 == 0)
     )
 
 
 def field_lines(head: str) -> list[tuple[str, str]] | None:
-    """The fields of a head with its first and its empty line, names in lower case, if every other line is one."""
+    """Return the fields of a head, first and empty line included, with lower-case names; None if a line isn't a field."""
     fields = [(name.lower(), value.rstrip(" \t")) for name, value in _FIELD.findall(head)]
     return fields if len(fields) == head.count("\r\n") - 2 else None
 
 
 def after_sending(message: str, *, phase: Phase = Phase.BODY, unreadable: bool = False) -> UpstreamError:
-    """Report what went wrong after the request was sent: the provider may have done the work."""
+    """Build the error for a failure after the request was sent: the provider may have done the work."""
     problem = upstream_error(message, may_have_run=True)
     return UpstreamError(problem, safe_to_repeat=False, phase=phase, unreadable=unreadable)
 
 
 def malformed(what: str) -> UpstreamError:
-    """The answer is none that RFC 9112 allows: `what` completes the sentence."""
+    """Build the error for an answer that RFC 9112 doesn't allow. `what` completes the sentence."""
     return after_sending(f"The provider broke the HTTP protocol: {what}.")
 
 
 def unreadable(what: str) -> UpstreamError:
-    """The body can't be read by the gateway: `what` completes the sentence."""
+    """Build the error for a body that the gateway can't read. `what` completes the sentence."""
     return after_sending(f"The provider's answer can't be read: {what}.", unreadable=True)

@@ -1,4 +1,8 @@
-"""Heads of HTTP/1.1 messages, read in the one way that RFC 9112 leaves open: what isn't plainly right is None."""
+"""Heads of HTTP/1.1 messages: a request's usual head for the fast path, and every response's head (RFC 9112). No I/O.
+
+Parsing is strict: a request head that is unusual in any way gives None, and a response head that is invalid raises
+UpstreamError. Heads are bounded in bytes, fields and interim answers.
+"""
 
 import re
 
@@ -15,8 +19,9 @@ _CONNECTION = frozenset({"keep-alive", "close"})
 
 
 def usual_head(head: bytes, request_line: bytes) -> dict[str, str] | None:
-    """The fields of the head that nearly every client sends, by lower-case name: of this request line (which ends in CRLF), in
-    ASCII, with a host and its body's length, and no field twice. Any other is for a parser of all of HTTP to judge.
+    """Return the fields of a usual request head by lower-case name; None for any other, which needs a full HTTP parser.
+
+    Usual is: this request line (which ends in CRLF), ASCII, a host, the body's length, and no field twice.
     """
     if not (head.startswith(request_line) and head.endswith(b"\r\n\r\n") and head.isascii()):
         return None
@@ -35,7 +40,7 @@ def usual_head(head: bytes, request_line: bytes) -> dict[str, str] | None:
 
 
 def may_become_usual(beginning: bytes, request_line: bytes) -> bool:
-    """Whether a head that begins like this, and isn't all there, may still be one for this request line."""
+    """Return whether an incomplete head may still become a usual one for this request line."""
     return len(beginning) <= MAX_HEAD_BYTES and beginning.startswith(request_line[: len(beginning)])
 
 
@@ -44,15 +49,15 @@ def _is_length(text: str) -> bool:
 
 
 MAX_RESPONSE_HEAD_BYTES = 65_536
-MAX_INTERIM_HEADS = 16  # 1xx answers before the final one
+MAX_INTERIM_HEADS = 16  # 1xx responses before the final one
 
-# Status codes outside 100..599 are invalid (RFC 9110 section 15). The space before an empty reason is often left out.
+# Status codes outside 100..599 are invalid (RFC 9110, section 15). Some servers omit the space before an empty reason.
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: " + FIELD_TEXT + rb")?\r\n")
 _BEGINNING = b"HTTP/1."
 
 
 class Head(Struct):
-    """What a head says. Names of headers are lower-case; `keep_alive`: the connection may be used again after the body."""
+    """A response's head. Header names are lower-case; `keep_alive`: the connection may be used again after the body."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -61,14 +66,16 @@ class Head(Struct):
 
 
 class HeadReader:
-    """Gathers bytes until a final response's head is whole. Can be used again after each one."""
+    """Collects bytes until a final response's head is complete. Can be reused for the next response."""
 
     def __init__(self) -> None:
         self._held = b""
         self._interim = 0
 
     def feed(self, data: bytes) -> tuple[Head, bytes] | None:
-        """The head and the bytes after it, or None until there is enough; UpstreamError if it never can be a head."""
+        """Return the head and the bytes after it; None until it is complete. Raises UpstreamError for what can't be a
+        head.
+        """
         if self._held:
             data = self._held + data
         while (end := data.find(b"\r\n\r\n", 0, MAX_RESPONSE_HEAD_BYTES)) >= 0:
@@ -94,7 +101,7 @@ class HeadReader:
 
 
 def parse_head(raw: bytes) -> Head:
-    """Read one head, from the status line to the empty line."""
+    """Parse one head, from the status line to the empty line. Raises UpstreamError if it is invalid."""
     status_line = _STATUS_LINE.match(raw)
     if status_line is None:
         raise malformed("its answer has no valid status line")
@@ -116,7 +123,7 @@ def parse_head(raw: bytes) -> Head:
 
 
 def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11: bool) -> Body:
-    """RFC 9112 section 6.3, for the answer to a POST."""
+    """Return the body's framing for the response to a POST (RFC 9112, section 6.3)."""
     if codings and (lengths or not is_http_11 or codings != ["chunked"]):
         raise malformed("it says in two ways, or in none that is known, how long its answer is")
     if status < 200 or status in {204, 304}:
@@ -129,7 +136,7 @@ def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11:
 
 
 def _length(values: list[str]) -> int:
-    """One number, of decimal digits."""
+    """Return the one Content-Length, of decimal digits."""
     if len(values) != 1 or not (values[0].isascii() and values[0].isdigit()) or len(values[0]) > MAX_LENGTH_DIGITS:
         raise malformed("its content-length is no number")
     return int(values[0])

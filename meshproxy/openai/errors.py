@@ -1,7 +1,9 @@
-"""What a typed decoder complains of, as the details that a client is shown.
+"""Errors as clients read them and as providers write them: validation details, the envelope, and parsing of a
+provider's error.
 
-The types are those of pydantic (`missing`, `string_type`, `greater_than_equal`, ...), which Mesh's SDKs know. A decoder stops
-at its first complaint, so whoever wants all of them decodes each field alone.
+Detail types are pydantic's (`missing`, `string_type`, `greater_than_equal`, ...), which Mesh's SDKs know. A decoder
+stops at its first error, so a caller that wants all of them decodes each field alone. Everything of a provider's is
+bounded in size and depth, and the gateway's secrets are removed before it is sent or logged.
 """
 
 import html
@@ -42,7 +44,9 @@ _BOUNDS = {
 
 
 def detail_of(error: Exception, loc: tuple[str | int, ...]) -> Detail:
-    """The detail of a complaint about the value at `loc`: msgspec's `DecodeError` or Python's `RecursionError`."""
+    """Return the detail for a decoding error of the value at `loc`: msgspec's `DecodeError` or Python's
+    `RecursionError`.
+    """
     if isinstance(error, RecursionError):
         return Detail("json_invalid", loc, "JSON is nested too deeply")
     text, path = _split(str(error))
@@ -54,7 +58,7 @@ def detail_of(error: Exception, loc: tuple[str | int, ...]) -> Detail:
 
 
 def name_of(detail: Detail) -> str:
-    """The place of a detail inside the body as OpenAI writes it: `messages[0].role`; empty for the body itself."""
+    """Return the path of a detail inside the body as OpenAI writes it: `messages[0].role`; empty for the body itself."""
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail.loc[1:])
     return "".join(steps).removeprefix(".")
 
@@ -89,27 +93,27 @@ def _readable(text: str) -> str:
 
 MAX_MESSAGE_CHARS: Final = 2000
 MAX_PROVIDER_ERROR_BYTES: Final = 8192
-MAX_PROVIDER_ERROR_DEPTH: Final = 100  # clients' decoders read hundreds at least: CPython 3.11's json 995
+MAX_PROVIDER_ERROR_DEPTH: Final = 100  # clients' decoders read hundreds of levels: CPython 3.11's json 995
 MAX_TITLE_CHARS: Final = 200
 MAX_SCANNED_BYTES: Final = 65_536  # of a provider's HTML
 MAX_CODE_CHARS: Final = 128
-MAX_NESTING: Final = 4  # of objects in which a provider's sentence is looked for
-MAX_SENTENCES: Final = 8  # of a list of complaints
-MAX_QUOTED_BYTES: Final = 131_072  # of a request that is looked for in a provider's words
-MIN_QUOTED_CHARS: Final = 24  # of a longer string of the request: then the rest of the words is left out
-MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the beginning that all of its kind have
+MAX_NESTING: Final = 4  # levels of objects in which a provider's message is looked for
+MAX_SENTENCES: Final = 8  # items of a list of errors
+MAX_QUOTED_BYTES: Final = 131_072  # of a request whose strings are removed from a provider's message
+MIN_QUOTED_CHARS: Final = 24  # of a string's start: a message that quotes it is cut off there
+MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the prefix that all of its kind share
 CONCEALED: Final = "[redacted]"
 
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
-_STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be somebody's own words
-_SAYS: Final = ("message", "msg", "detail", "error", "title", "errors")  # where a sentence is looked for, in this order
-_BRACKET: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # or a string, whose brackets are none
+_STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be part of a prompt
+_SAYS: Final = ("message", "msg", "detail", "error", "title", "errors")  # where a message is looked for, in this order
+_BRACKET: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # a string, or a bracket outside one
 _STEPS: Final = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
 
 
 def envelope(problem: ErrorResponse, request_id: str) -> bytes:
-    """The JSON body of an error, which both OpenAI's and Mesh's SDKs read."""
+    """Build the JSON body of an error, which both OpenAI's and Mesh's SDKs read."""
     error: dict[str, Any] = {
         "message": _text(problem.message),
         "type": problem.type,
@@ -132,8 +136,10 @@ def envelope(problem: ErrorResponse, request_id: str) -> bytes:
 
 
 def problem_headers(problem: ErrorResponse) -> list[tuple[str, str]]:
-    """The headers that belong to an error's body. `x-should-retry` is what OpenAI's SDKs obey: a retry must not pay twice, wait
-    for more than a minute, or repeat what can't succeed (they would repeat a 409).
+    """Build the headers of an error response.
+
+    OpenAI's SDKs obey `x-should-retry`: a retry must not pay twice, wait for more than a minute, or repeat what can't
+    succeed (they would retry a 409).
     """
     headers = [("content-type", "application/json")]
     if problem.status == 401:
@@ -150,13 +156,13 @@ def problem_headers(problem: ErrorResponse) -> list[tuple[str, str]]:
 
 
 def error_event(problem: ErrorResponse, request_id: str) -> bytes:
-    """An error as the last event of a stream. JSON has no raw line ends, so nothing in it can begin another event."""
+    """Build the error event that ends a stream. JSON has no raw line ends, so nothing in it can begin another event."""
     return b"data: " + envelope(problem, request_id) + b"\n\n"
 
 
 def provider_error(body: bytes, content_type: str | None = None) -> Any:
-    """What a provider said of its error: the JSON value of its body, else the beginning of its text; a web page's title. None
-    for an empty body.
+    """Decode a provider's error body: its JSON value, else the beginning of its text, or a web page's title. None if
+    empty.
     """
     if not body.strip():
         return None
@@ -171,9 +177,11 @@ def provider_error(body: bytes, content_type: str | None = None) -> Any:
 
 
 class ProviderWords(Struct, frozen=True):
-    """What a provider said of its error. `value`: all of it, an object; `message`, `code`, `kind` (its `type`), `param`: what
-    could be found of them, as text. `numeric`: the code is a mere number. `moderated`: it says for which reasons the request was
-    flagged. `wait_s`: the wait that it asks for in its body.
+    """A provider's error, parsed.
+
+    `value`: all of it, as an object. `message`, `code`, `kind` (its `type`), `param`: the text found for each.
+    `numeric`: the code is a mere number. `moderated`: it gives reasons for which the request was flagged. `wait_s`: the
+    wait it asks for in its body.
     """
 
     value: dict[str, Any] | None = None
@@ -187,10 +195,11 @@ class ProviderWords(Struct, frozen=True):
 
 
 def provider_words(value: Any) -> ProviderWords:
-    """Read what a provider said, of which `value` is the decoded JSON or the text.
+    """Parse a provider's error; `value` is its decoded JSON or its text.
 
-    The shapes are OpenAI's `{"error": {...}}`, the same as the only item of a list (Gemini), a bare object (vLLM, Mistral), an
-    `error` that is a string (xAI, Ollama), FastAPI's `detail`, and OpenRouter's `metadata.raw` with another provider's error.
+    The shapes are OpenAI's `{"error": {...}}`, the same as the only item of a list (Gemini), a bare object (vLLM,
+    Mistral), an `error` that is a string (xAI, Ollama), FastAPI's `detail`, and OpenRouter's `metadata.raw` with
+    another provider's error.
     """
     if value is None:
         return ProviderWords()
@@ -216,7 +225,7 @@ def provider_words(value: Any) -> ProviderWords:
 
 
 def concealed(words: Any, secrets: Sequence[str]) -> Any:
-    """Return a provider's words without any of the secrets, also where they were cut off in the middle of one."""
+    """Return a provider's words without the secrets, including one that is cut off at the end of a text."""
     try:
         return _concealed(words, secrets)
     except RecursionError:
@@ -224,7 +233,7 @@ def concealed(words: Any, secrets: Sequence[str]) -> Any:
 
 
 def without_secrets(problem: ErrorResponse, secrets: Sequence[str]) -> ErrorResponse:
-    """Return a problem in which the provider's words name none of the secrets."""
+    """Return an error response in which the provider's words contain none of the secrets."""
     if not secrets:
         return problem
     return replace(
@@ -238,8 +247,9 @@ def without_secrets(problem: ErrorResponse, secrets: Sequence[str]) -> ErrorResp
 
 
 def without_quotes(words: str, request: bytes) -> str:
-    """Return a provider's words without the strings of the request that they repeat, whole or from their beginning, so that no
-    prompt comes into a log. `request` is JSON, of which the first MAX_QUOTED_BYTES are looked through.
+    """Return a provider's message without the request's strings that it quotes, in whole or from their beginning.
+
+    This keeps prompts out of the log. `request` is JSON, of which the first MAX_QUOTED_BYTES are searched.
     """
     for found in _STRING.finditer(request[:MAX_QUOTED_BYTES]):
         quoted = found[1].decode(errors="replace")
@@ -270,7 +280,7 @@ def _without(text: str, secrets: Sequence[str]) -> str:
 
 
 def _sentence(value: Any, depth: int = 0) -> str | None:
-    """The first sentence for people in an error's JSON."""
+    """Return the first human-readable message in an error's JSON."""
     if isinstance(value, str):
         return value.strip()[:MAX_MESSAGE_CHARS] or None
     if depth >= MAX_NESTING:
@@ -284,7 +294,7 @@ def _sentence(value: Any, depth: int = 0) -> str | None:
 
 
 def _code(inner: dict[str, Any], whole: dict[str, Any]) -> tuple[str | None, bool]:
-    """The provider's code, and whether it is a mere number. Google's textual code is called `status`."""
+    """Return the provider's code, and whether it is a mere number. Google's textual code is called `status`."""
     for code in (inner.get("code"), whole.get("code")):
         if isinstance(code, str) and code.strip():
             return code.strip()[:MAX_CODE_CHARS], code.strip().isdigit()
@@ -294,7 +304,7 @@ def _code(inner: dict[str, Any], whole: dict[str, Any]) -> tuple[str | None, boo
 
 
 def _place(value: dict[str, Any]) -> str | None:
-    """The field that FastAPI's `detail` complains of first."""
+    """Return the first field named in FastAPI's `detail`."""
     said = value.get("message") if isinstance(value.get("message"), dict) else value
     detail = said.get("detail")  # type: ignore[union-attr]  # said is a dict either way
     first = detail[0] if isinstance(detail, list) and detail else None
@@ -304,7 +314,7 @@ def _place(value: dict[str, Any]) -> str | None:
 
 
 def _wait_of_details(details: Any) -> float | None:
-    """The `retryDelay` of Google's RetryInfo (google.rpc.RetryInfo in error_details.proto), in seconds."""
+    """Return the `retryDelay` of Google's RetryInfo in seconds (google.rpc.RetryInfo in error_details.proto)."""
     for detail in details[:MAX_SENTENCES] if isinstance(details, list) else ():
         delay = detail.get("retryDelay") if isinstance(detail, dict) else None
         if isinstance(delay, str) and (found := re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)s", delay)):
@@ -313,8 +323,9 @@ def _wait_of_details(details: Any) -> float | None:
 
 
 def _with_raw(words: ProviderWords, raw: Any) -> ProviderWords:
-    """Add what the provider behind OpenRouter said, which tells more than `Provider returned error`
-    (https://openrouter.ai/docs/api/reference/errors-and-debugging, "Provider Errors").
+    """Add the message of the provider behind OpenRouter, which says more than `Provider returned error`.
+
+    Source: https://openrouter.ai/docs/api/reference/errors-and-debugging, "Provider Errors".
     """
     if isinstance(raw, str):
         raw = provider_error(raw.encode(errors="replace"))
@@ -346,8 +357,10 @@ def _page(body: bytes) -> str:
 
 
 def _bounded(value: Any) -> Any:
-    """A provider's words as a JSON object of at most 8 KiB; if they are more, or no object, an object with their beginning as
-    `message`: Mesh's typed SDKs read nothing but an object there. Too deep is the same on every interpreter, whatever its limit.
+    """Return a provider's error as a JSON object of at most 8 KiB.
+
+    If it is larger, or no object, its beginning becomes the `message` of one, since Mesh's typed SDKs read only an
+    object there. The limit of depth is our own, so that it is the same on every interpreter.
     """
     try:
         encoded = msgspec.json.encode(value)
@@ -361,9 +374,9 @@ def _bounded(value: Any) -> Any:
 
 
 def _depth(encoded: bytes) -> int:
-    """Count how deep objects and arrays stand in each other in the beginning of a JSON text."""
+    """Return the depth of nested objects and arrays in the beginning of a JSON text; 0 if it can't exceed the limit."""
     if encoded.count(b"[") + encoded.count(b"{") <= MAX_PROVIDER_ERROR_DEPTH:
-        return 0  # shallow enough, whatever the strings hold
+        return 0  # too few brackets to exceed the limit
     deepest = depth = 0
     for token in _BRACKET.finditer(encoded):
         depth += _STEPS.get(token[0], 0)
@@ -372,7 +385,7 @@ def _depth(encoded: bytes) -> int:
 
 
 def _text(value: str) -> str:
-    """At most so many characters, of which each can be encoded."""
+    """Return at most MAX_MESSAGE_CHARS characters, all of them encodable."""
     return value[:MAX_MESSAGE_CHARS].encode(errors="replace").decode()
 
 
@@ -381,10 +394,10 @@ def _step(step: str | int) -> str | int:
 
 
 def _whole_seconds(seconds: float) -> int:
-    """What Retry-After says: whole seconds, rounded up, at least one."""
+    """Return the value of Retry-After: whole seconds, rounded up, at least one."""
     return max(1, math.ceil(_millis(seconds) / 1000))
 
 
 def _millis(seconds: float) -> int:
-    """Milliseconds, rounded up; what is less than a microsecond is only a float's error."""
+    """Return milliseconds, rounded up; less than a microsecond over is taken for a float's error."""
     return max(0, math.ceil(round(seconds * 1000, 3)))

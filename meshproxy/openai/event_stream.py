@@ -1,8 +1,10 @@
-"""The scanner of a provider's event stream: what may go to the client now, and what was seen on the way.
+"""The scanner of a provider's event stream: it returns what may go to the client, and records usage, errors and output
+on the way.
 
-Events pass as the very bytes they came in. JSON is decoded of events that bear usage or an error, or whose text can't be found
-otherwise. Lines end in LF; what OpenAI's SDKs choke on (`id:`, `retry:`, an `event:` without data, empty data) is dropped; the
-`[DONE]` is swallowed: the relay writes one after a good end. The format: WHATWG HTML, "Server-sent events", 9.2.6.
+Events pass as the very bytes they came in. JSON is decoded only of events with usage or an error, or whose text can't
+be found otherwise. Line ends become LF. Lines that OpenAI's SDKs can't handle (`id:`, `retry:`, an `event:` without
+data, empty data) are dropped, and so is `[DONE]`: the relay writes its own after a good end. An incomplete event is
+kept, up to `max_event_bytes`. The format: WHATWG HTML, "Server-sent events", 9.2.6.
 """
 
 from collections.abc import Callable
@@ -17,34 +19,40 @@ from meshproxy.openai.usage import Report, decode_members, decode_text, decode_v
 
 PING: Final = b": ping\n\n"
 DONE: Final = b"data: [DONE]\n\n"
-COST: Final = b": x-mesh-cost=%b\n\n"  # a comment: clients that don't look for it don't see it
+COST: Final = b": x-mesh-cost=%b\n\n"  # a comment: clients ignore it unless they look for it
 
-MAX_EVENT_BYTES: Final = 16_777_216  # unless the upstream's settings say otherwise: providers send images in events
-MAX_PLAIN_BYTES: Final = 16_384  # larger ones take the slow path, so that the one that is kept stays small
+MAX_EVENT_BYTES: Final = 16_777_216  # the default of the upstream's settings: providers send images in events
+MAX_PLAIN_BYTES: Final = 16_384  # larger events take the slow path, so that the kept sample stays small
 MAX_UNCOUNTED_BYTES: Final = 4096  # of text
-FIRST_EVENTS: Final = 256  # so many more count, when shapes are learned
+FIRST_EVENTS: Final = 256  # added to the events seen when the share of lessons is computed
 EVENTS_A_LESSON: Final = 8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
 
 _BOM: Final = b"\xef\xbb\xbf"
 _LF: Final = 10
 _CR: Final = 13
 _UNFINISHED: Final = b'"finish_reason":null'  # as OpenAI writes it, and most others
-_NO_SHAPE: Final = Shape(b"\n", b"\n", padded=False)  # no event begins like it
+_NO_SHAPE: Final = Shape(b"\n", b"\n", padded=False)  # matches no event
 
 
 class StreamScanner:
-    """One stream's scanner. `hide_usage` holds back the usage-only event, for a client that didn't ask for it;
-    `max_event_bytes` bounds an event, and `audio_format` is the one that was asked for.
+    """Scans one stream.
 
-    `events`: data events seen, without `[DONE]`. `report`: what was reported, all events together. `done`: `[DONE]` was seen.
-    `error`: what the provider sent instead of going on; neither that event nor anything after it is forwarded.
+    `hide_usage`: hold back the usage-only event, for a client that didn't request it. `max_event_bytes` bounds one
+    event; `audio_format` is the requested format of audio.
 
-    `tell_cost`: what the answer costs by now, in USD: a client that sees usage is told in the event that has it, once the answer
-    has finished. `told_cost`: what it was told last.
+    - `events`: data events seen, without `[DONE]`.
+    - `report`: the usage reported, all events merged.
+    - `done`: `[DONE]` was seen.
+    - `error`: the provider's error; neither its event nor anything after it is forwarded.
+    - `tell_cost`: returns the cost so far in USD, for the usage event of a client that sees usage, once the answer has
+      finished.
+    - `told_cost`: the cost last written.
+    - `tokens`: the output estimated from its text and the duration of its audio; `audio_tokens` is the audio's part.
+    - `most`: an upper bound of `tokens` that costs nothing: text is kept uncounted, up to a bound, until `tokens` is
+      read.
 
-    `tokens` estimates the output from its text and, `audio_tokens` of it, from the duration of its audio; `most` is what it
-    can't exceed, and costs nothing to know: text is kept uncounted, up to a bound, until somebody asks. Nearly all events of a
-    stream differ in their text alone, so the bytes around it are learned, and an event of that shape isn't decoded.
+    Nearly all events of a stream differ only in their text. So the bytes around the text are learned, and an event of
+    that shape isn't decoded.
     """
 
     __slots__ = (
@@ -95,25 +103,26 @@ class StreamScanner:
         self._max_event_bytes = max_event_bytes
         self._audio_format = audio_format
         self._begun = False
-        self._cr = False  # the last byte was CR, so an LF that follows belongs to it
-        self._held = bytearray()  # the beginning of an event
+        self._cr = False  # the last byte was CR: an LF that follows is part of it
+        self._held = bytearray()  # an incomplete event
         self._plain = True  # nothing is held and the stream isn't over
         self._over = False
         self._finished = False
         self._sample = b""  # the first event that isn't large
         self._model: str | None = None
-        self._counted = 0  # tokens of text that isn't kept any more
-        self._text = bytearray()  # uncounted, as JSON writes it
-        self._pieces = 0  # of `_text`
-        self._flush_at = MAX_UNCOUNTED_BYTES  # of `most`
+        self._counted = 0  # tokens of text that was counted and dropped
+        self._text = bytearray()  # uncounted text, JSON-escaped
+        self._pieces = 0  # pieces in `_text`
+        self._flush_at = MAX_UNCOUNTED_BYTES  # the value of `most` at which the text is counted
         self._reported_at = -1  # `_counted` and uncounted bytes when the report came
         self._lessons = 0
         self._learn(_NO_SHAPE)
 
     def feed(self, payload: bytes) -> bytes:
-        """What may go to the client now: whole events only, and `payload` itself (the same object) when it is nothing else.
+        """Return what may go to the client now: whole events only; `payload` itself (the same object) where it is
+        unchanged.
 
-        UpstreamError for an event of more than `max_event_bytes`.
+        Raises UpstreamError for an event of more than `max_event_bytes`.
         """
         if self._plain:
             if self._has_shape(payload):
@@ -134,7 +143,7 @@ class StreamScanner:
 
     @property
     def tokens(self) -> int:
-        """Estimate the output so far."""
+        """The estimated output tokens so far."""
         if self._text:
             outdated = self.outdated
             self._counted += pieces_tokens(bytes(self._text), self._pieces)
@@ -146,7 +155,7 @@ class StreamScanner:
         return self._counted
 
     def finish(self) -> bytes:
-        """The upstream's body has ended: what may still go out, which is an event that only lacks its blank line."""
+        """End the scan with the upstream's body. Return a last event that only lacks its blank line, else nothing."""
         held = bytes(self._held)
         self._held.clear()
         data = parse(held).data
@@ -156,12 +165,12 @@ class StreamScanner:
 
     @property
     def complete(self) -> bool:
-        """Whether the stream came to a good end: `[DONE]`, or at least a finish reason. Ask at the end."""
+        """Whether the stream ended well: with `[DONE]`, or at least a finish reason. Valid at the end."""
         return self.done or self._finished
 
     @property
     def reported_model(self) -> str | None:
-        """The model that the provider says it used. Decodes an event; ask at the end."""
+        """The model that the provider names. Decodes an event; valid at the end."""
         if self._model is None and self._sample:
             members = decode_members(parse(self._sample).data) or {}
             return decode_text(members.get("model"))
@@ -176,7 +185,7 @@ class StreamScanner:
         return payload if out == payload else out
 
     def _are_plain(self, text: bytes) -> bool:
-        """Whether these whole events, as they come in a burst, are plain every one of them. If so they are counted."""
+        """Return whether all of these whole events, which arrived in a burst, are plain. If so, count them."""
         if self._have_shape(text):
             return True
         if not text.startswith(b"data: {") or text.rfind(b'"error"') >= 0 or text.rfind(b'"usage"') >= 0:
@@ -193,7 +202,7 @@ class StreamScanner:
         return True
 
     def _have_shape(self, text: bytes) -> bool:
-        """Whether these are events of the stream's usual shape, every one of them. If so they are counted."""
+        """Return whether all of these events have the stream's usual shape. If so, count them."""
         if self._padded or not text.startswith(self._before):
             return False
         parts = text.split(self._after)
@@ -214,7 +223,7 @@ class StreamScanner:
         return True
 
     def _has_shape(self, event: bytes) -> bool:
-        """Whether this is one event of the stream's usual shape. If so it is counted. The hot path."""
+        """Return whether this is one event of the stream's usual shape. If so, count it. The hot path."""
         if not event.startswith(self._before):
             return False
         start = self._text_at
@@ -255,14 +264,14 @@ class StreamScanner:
         return b"".join(forwarded)
 
     def _with_lf(self, payload: bytes) -> bytes:
-        """CRLF and CR as LF, without waiting for an LF that may follow a CR."""
+        """Return the payload with CRLF and CR replaced by LF, without waiting for an LF that may follow a CR."""
         if self._cr and payload.startswith(b"\n"):
             payload = payload[1:]
         self._cr = payload.endswith(b"\r")
         return payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in payload else payload
 
     def _whole_events(self, text: bytes) -> bytes:
-        """What is held and `text`, up to the last blank line; the rest is held."""
+        """Return what is held and `text`, up to the last blank line; hold the rest."""
         held = self._held
         if not held and text.endswith(b"\n\n"):
             return text
@@ -277,7 +286,7 @@ class StreamScanner:
         return whole
 
     def _event(self, event: bytes) -> bytes:
-        """What the client gets of one event, which is `event` itself wherever it can be."""
+        """Return what the client gets of one event: `event` itself wherever possible."""
         size = len(event)
         if size > self._max_event_bytes:
             raise self._too_large()
@@ -309,7 +318,7 @@ class StreamScanner:
             self._over = True
         out = joined(parsed.lines) if self.error is None else b""
         if out:
-            self._read(out, parsed.data)  # before its usage, which is as new as its text
+            self._read(out, parsed.data)  # before its usage, which includes this text
             self._look_for_finish(out)
         report = find_report(members) if members is not None else None
         if members is None or report is None:
@@ -330,7 +339,7 @@ class StreamScanner:
             self._read(event, event[6:])
 
     def _read(self, event: bytes, data: bytes) -> None:
-        """Count the output of an event, whose shape may be the next ones' too."""
+        """Count an event's output, and learn its shape for the events after it."""
         if not self._sample and len(event) <= MAX_PLAIN_BYTES:
             self._sample = event
         output = read_output(data)

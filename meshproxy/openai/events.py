@@ -1,4 +1,8 @@
-"""One event of a provider's stream: whether it is plain, and if not, what its lines say. Nothing of the stream around it."""
+"""One event of a provider's stream: its classification and its parts; and conversion between whole answers and event
+streams.
+
+No state of a stream is kept here: see `event_stream`.
+"""
 
 import json
 import re
@@ -21,7 +25,7 @@ _PADDED_END: Final = re.compile(rb'"obfuscation":"[A-Za-z0-9]*"\}\n\n')
 
 
 class Shape(Struct, frozen=True):
-    """The bytes of a stream's usual event around the one text in it. `padded`: after `after` comes padding of any length."""
+    """The bytes of a stream's usual event around its one text. `padded`: padding of any length follows `after`."""
 
     before: bytes
     after: bytes
@@ -34,7 +38,7 @@ def shape_of(event: bytes, output: Output) -> Shape | None:
         return None
     text = b'"%b"' % escaped(output.texts[0])
     at = event.find(text)
-    if at < 0 or event.rfind(text) != at:  # escaped in another way, or also elsewhere: perhaps a copy
+    if at < 0 or event.rfind(text) != at:  # escaped in another way, or in the event twice, perhaps as a copy
         return None
     after = event[at + len(text) - 1 :]
     padding = _PADDED_END.search(after)
@@ -46,7 +50,7 @@ def shape_of(event: bytes, output: Output) -> Shape | None:
 
 
 class Event(Struct):
-    """One parsed event: its data, its `event:` name, and its lines without those that are dropped."""
+    """One parsed event: its data, its `event:` name, its lines without the dropped ones, and its comments."""
 
     data: bytes
     name: bytes
@@ -55,10 +59,10 @@ class Event(Struct):
 
 
 def is_plain(event: bytes, size: int) -> bool:
-    """Whether this is one whole event of one line of data, with neither usage nor an error in it.
+    """Return whether this is one whole event, of one data line, with neither usage nor an error.
 
-    A quote inside a JSON string is escaped, so text that only speaks of "usage" doesn't look like a member of that name. This
-    runs for every event of every stream: `rfind` and `in` with an integer are what is cheapest on bytes.
+    A quote inside a JSON string is escaped, so a text that mentions "usage" doesn't look like a member of that name.
+    This runs for every event of every stream: `rfind`, and `in` with an integer, are the cheapest operations on bytes.
     """
     return (
         event.startswith(b"data: {")
@@ -71,18 +75,18 @@ def is_plain(event: bytes, size: int) -> bool:
 
 
 def bears(text: bytes, member: bytes) -> bool:
-    """Whether a member may be there and not null."""
+    """Return whether a member may be present and not null."""
     at = text.rfind(member)
     return at >= 0 and not _only_null(text, member, at)
 
 
 def _only_null(text: bytes, member: bytes, at: int) -> bool:
-    """Whether the member found at `at` is null, and the only one of its name: what some providers put on every event."""
+    """Return whether the member at `at` is null and alone of its name: some providers write that in every event."""
     return text.startswith(_NULL_MEMBER, at + len(member)) and text.find(member, 0, at) < 0
 
 
 def parse(event: bytes) -> Event:
-    """An event of whole lines that end in LF."""
+    """Parse an event of whole lines that end in LF."""
     data: list[bytes] = []
     name = b""
     lines: list[bytes] = []
@@ -102,12 +106,12 @@ def parse(event: bytes) -> Event:
 
 
 def joined(lines: list[bytes]) -> bytes:
-    """The event of these lines; nothing where there are none."""
+    """Join these lines into an event; empty if there are none."""
     return b"\n".join(lines) + b"\n\n" if lines else b""
 
 
 def with_cost(event: Event, members: dict[str, Raw], cost_usd: str) -> bytes:
-    """The event with the member `cost` beside its `usage`, a decimal string as Mesh's SDKs read it."""
+    """Return the event with a member `cost` beside its `usage`: a decimal string in USD, as Mesh's SDKs read it."""
     cost = b'"cost":"%b"' % cost_usd.encode()
     if "cost" not in members and event.data.endswith(b"}"):
         data = b"%b,%b}" % (event.data[:-1].replace(b"\n", b" "), cost)
@@ -118,8 +122,8 @@ def with_cost(event: Event, members: dict[str, Raw], cost_usd: str) -> bytes:
 
 
 def error_in(event: Event, members: dict[str, Raw] | None) -> dict[str, Any] | None:
-    """The error of an event: the member `error` (OpenAI, OpenRouter), an object that calls itself one (vLLM), or whatever the
-    data of an `event: error` is.
+    """Return the error of an event: its member `error` (OpenAI, OpenRouter), an object whose `object` is `error`
+    (vLLM), or the data of an `event: error`. None without one.
     """
     members = members or {}
     error = decode_value(members.get("error"))
@@ -130,17 +134,17 @@ def error_in(event: Event, members: dict[str, Raw] | None) -> dict[str, Any] | N
     return error if isinstance(error, dict) else {"message": str(error)}
 
 
-LOOK_BYTES: Final = 64  # of a body, to tell its form
+LOOK_BYTES: Final = 64  # of a body, enough to recognise its form
 
 _BOM: Final = b"\xef\xbb\xbf"
-_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")  # how a line of an event stream begins
-_ONCE: Final = frozenset({"role", "id", "type", "name", "object", "format", "index"})  # said whole, however often
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")  # the beginnings of an event stream's lines
+_ONCE: Final = frozenset({"role", "id", "type", "name", "object", "format", "index"})  # sent whole, even if repeated
 
 Form = Literal["stream", "json", "other"]
 
 
 def form_of(beginning: bytes) -> Form | None:
-    """Tell a body's form from its first bytes, whatever its content-type says; None while there are too few."""
+    """Return a body's form by its first bytes, whatever its content type; None while there are too few."""
     text = beginning.removeprefix(_BOM).lstrip()
     if text.startswith(b"{"):
         return "json"
@@ -150,7 +154,7 @@ def form_of(beginning: bytes) -> Form | None:
 
 
 def as_stream(body: bytes) -> bytes:
-    """Return the events of a whole answer: one with all choices, one with the usage, and `[DONE]`."""
+    """Convert a whole answer into events: one with all choices, one with the usage, and `[DONE]`."""
     members = {name: decode_value(raw) for name, raw in (decode_members(body) or {}).items()}
     usage = members.pop("usage", None)
     choices = members.pop("choices", None)
@@ -161,7 +165,9 @@ def as_stream(body: bytes) -> bytes:
 
 
 def as_whole(body: bytes) -> tuple[bytes, Any, bool]:
-    """Return the whole answer that an event stream adds up to, the error in it, and whether it came to its end."""
+    """Merge an event stream into the whole answer it adds up to. Return that, the error in it, and whether it is
+    complete.
+    """
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
     done = False
@@ -187,7 +193,7 @@ def as_whole(body: bytes) -> tuple[bytes, Any, bool]:
 
 
 class _Pieces(list[str]):
-    """A string that grows."""
+    """A string that grows by pieces."""
 
 
 def _add_choice(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> None:
@@ -205,7 +211,7 @@ def _add_choice(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> N
 
 
 def _merge(known: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Add a delta: texts grow, lists grow or are merged by their items' `index`, objects are merged."""
+    """Merge a delta: texts are appended, lists are appended or merged by their items' `index`, objects are merged."""
     for name, value in delta.items():
         old = known.get(name)
         if value is None:
@@ -241,7 +247,7 @@ def _extend(known: list[Any], items: list[Any]) -> None:
 
 
 def _finished(value: Any) -> Any:
-    """What was gathered, as JSON's own types. The `index` of a tool call is one of streams alone."""
+    """Return the merged value as plain JSON types. A tool call's `index` is dropped: only streams have it."""
     if isinstance(value, _Pieces):
         return "".join(value)
     if isinstance(value, dict):
@@ -266,5 +272,5 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _encoded(value: Any) -> bytes:
-    """JSON in ASCII: lone surrogates stay what they were, and nothing in it can end an event."""
+    """Encode JSON in ASCII: lone surrogates are kept as they are, and nothing in it can end an event."""
     return json.dumps(value, separators=(",", ":")).encode("ascii")

@@ -1,4 +1,6 @@
-"""Header values in and out: who is calling, what may go to a provider, what may come back from one."""
+"""Header values of requests and responses: credentials, ids, what may go to a provider, and what may come back from
+one.
+"""
 
 import math
 import re
@@ -7,14 +9,14 @@ from typing import Final, Literal
 
 Headers = list[tuple[str, str]]
 
-MAX_VALUE_CHARS: Final = 1024  # of a header that is passed on
+MAX_VALUE_CHARS: Final = 1024  # of a header value that is passed on
 MAX_RESET_S: Final = 31_536_000.0
 
-# What a client may tell a provider: OpenRouter's attribution, W3C trace context, OpenAI's beta switches.
+# The client's headers that go to a provider: OpenRouter's attribution, W3C trace context, OpenAI's beta switches.
 FORWARDED: Final = ("http-referer", "x-title", "traceparent", "tracestate", "openai-beta")
 
-# What a provider may tell a client. A list of what is let out, for nobody knows what a provider will think of (alt-svc,
-# clear-site-data, ...); hop-by-hop headers, cookies, request ids, rate limits and organisations are on no such list.
+# The provider's headers that go to a client. An allow-list, since providers may send any header (alt-svc,
+# clear-site-data, ...). Hop-by-hop headers, cookies, request ids, rate limits and organisations are not on it.
 SHOWN: Final = frozenset(
     {
         "content-encoding",
@@ -27,8 +29,8 @@ SHOWN: Final = frozenset(
     }
 )
 
-# A provider's own name of a request, for its support: OpenAI's and most others', Anthropic's, Azure's, OpenRouter's, Mistral's
-# and AWS's.
+# A provider's own request id, for its support: of OpenAI and most others, Anthropic, Azure, OpenRouter, Mistral and
+# AWS.
 REQUEST_IDS: Final = frozenset(
     {
         "apim-request-id",
@@ -43,7 +45,7 @@ REQUEST_IDS: Final = frozenset(
 API_VERSIONS: Final = ("2026-08",)  # of Mesh's API, the newest last
 VERSION_HEADER: Final = ("x-mesh-version", API_VERSIONS[-1])
 
-# What a page of another origin may read beside the few headers that are always safe (Fetch Standard, 2.2.2).
+# The headers that a page of another origin may read beside those that are always safe (Fetch Standard, 2.2.2).
 EXPOSED: Final = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, idempotent-replayed, "
     "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
@@ -62,18 +64,22 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
 def bearer(authorization: str | None) -> str | None:
-    """The secret in `Bearer rsk_...`; None for anything else. The scheme's case doesn't matter (RFC 9110, section 11.1)."""
+    """Return the secret in `Bearer rsk_...`; None for anything else. The scheme's case doesn't matter (RFC 9110,
+    section 11.1).
+    """
     found = _BEARER.fullmatch(authorization or "")
     return found[1] if found else None
 
 
 def request_id(inbound: str | None) -> str | None:
-    """A client's request id if it is a valid one."""
+    """Return a client's request id if it is valid, else None."""
     return inbound if inbound is not None and _REQUEST_ID.fullmatch(inbound) else None
 
 
 def cors_headers(origin: str | None, allowed: Collection[str]) -> Headers:
-    """Return what lets a page of `origin` read an answer (Fetch Standard, 3.2), if the origin is one of `allowed` or `*` is."""
+    """Return the headers that let a page of `origin` read an answer, if `allowed` has the origin or `*` (Fetch
+    Standard, 3.2).
+    """
     if origin is None or not allowed or not (origin in allowed or "*" in allowed):
         return []
     return [
@@ -84,7 +90,9 @@ def cors_headers(origin: str | None, allowed: Collection[str]) -> Headers:
 
 
 def preflight_headers(asked: str | None) -> Headers:
-    """Return what a preflight request is told beside `cors_headers`: `asked` are the headers that the page wants to send."""
+    """Return the headers for a preflight request, beside `cors_headers`. `asked`: the headers that the page wants to
+    send.
+    """
     headers = asked if asked is not None and _HEADER_LIST.fullmatch(asked) else ALLOWED_HEADERS
     return [
         ("access-control-allow-methods", "GET, HEAD, POST, PATCH, DELETE"),
@@ -94,14 +102,15 @@ def preflight_headers(asked: str | None) -> Headers:
 
 
 def trace_id(traceparent: str | None) -> str | None:
-    """The trace id of a W3C `traceparent`, 32 hex digits; None for one that is missing or malformed."""
+    """Return the trace id of a W3C `traceparent`, 32 hex digits; None if it is missing or malformed."""
     found = _TRACEPARENT.fullmatch(traceparent) if traceparent is not None else None
     return found[1] if found else None
 
 
 def patience_s(read_timeout: str | None) -> float:
-    """Seconds that a client waits for an answer to begin, from what OpenAI's Python SDK says of itself in
-    `x-stainless-read-timeout`; infinity if it doesn't, or not in numbers.
+    """Return the seconds that a client waits for an answer to begin; infinity if unknown.
+
+    OpenAI's Python SDK sends its read timeout in `x-stainless-read-timeout`.
     """
     if read_timeout is None:
         return math.inf
@@ -113,7 +122,7 @@ def patience_s(read_timeout: str | None) -> float:
 
 
 def format_reset(seconds: float) -> str:
-    """A time to wait as OpenAI writes it, rounded up: `120ms` below a second, `1s`, `6m0s`, `1h0m0s`; `0s` for none."""
+    """Format a wait as OpenAI does, rounded up: `120ms` below a second, `1s`, `6m0s`, `1h0m0s`; `0s` for none."""
     if not seconds > 0:
         return "0s"
     millis = math.ceil(round(min(seconds, MAX_RESET_S) * 1000, 3))
@@ -127,7 +136,7 @@ def format_reset(seconds: float) -> str:
 
 
 def ratelimit_headers(kind: Literal["requests", "tokens"], limit: int, remaining: int, reset_s: float) -> Headers:
-    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of a bucket. One in debt has 0 remaining."""
+    """Build `x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of a bucket. A bucket in debt has 0 remaining."""
     return [
         (f"x-ratelimit-limit-{kind}", str(limit)),
         (f"x-ratelimit-remaining-{kind}", str(remaining) if remaining > 0 else "0"),
@@ -136,7 +145,7 @@ def ratelimit_headers(kind: Literal["requests", "tokens"], limit: int, remaining
 
 
 def forwarded_headers(headers: Mapping[str, str]) -> Headers:
-    """The client's headers that a provider may see. `headers` is looked up by lower-case names."""
+    """Return the client's headers that a provider may see. `headers` has lower-case names."""
     found = []
     for name in FORWARDED:
         value = headers.get(name)
@@ -146,7 +155,7 @@ def forwarded_headers(headers: Mapping[str, str]) -> Headers:
 
 
 def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:
-    """The provider's own id of a request, from its answer's headers (lower-case names)."""
+    """Return the provider's own request id from its response headers (lower-case names)."""
     for name, value in headers:
         if name in REQUEST_IDS and value:
             return value[:128]
@@ -154,17 +163,17 @@ def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:
 
 
 def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:
-    """The provider's headers (lower-case names) that the client may see, except those that `without` sets itself."""
+    """Return the provider's headers (lower-case names) that the client may see, except those named in `without`."""
     kept_inside = {name for name, _ in without}
     shown = []
     for name, value in headers:
         if name in SHOWN and _is_plain(value):
             shown.append((name, value))
-        elif name == "connection" and value != "keep-alive":  # names hop-by-hop headers: RFC 9110, section 7.6.1
+        elif name == "connection" and value != "keep-alive":  # it names hop-by-hop headers: RFC 9110, section 7.6.1
             kept_inside.update(token.strip().lower() for token in value.split(","))
     return [header for header in shown if header[0] not in kept_inside] if kept_inside else shown
 
 
 def _is_plain(value: str) -> bool:
-    """Printable ASCII of a sane length: nothing that could end a header or begin another."""
+    """Return whether a value is printable ASCII of bounded length, which can't end a header or begin another."""
     return len(value) <= MAX_VALUE_CHARS and value.isascii() and value.isprintable()

@@ -1,7 +1,8 @@
-"""Estimate the tokens of output that nobody reported: what an event's deltas say, and how many tokens that is.
+"""Estimate output tokens that no provider reported: find the text in an event's deltas, and count its tokens.
 
-Only what a model writes counts: content, reasoning, refusals, names and arguments of tool calls, once each. What surrounds it
-(content filters, logprobs, obfuscation, signatures, citations, a cumulative `message`) doesn't, whatever its size.
+Only what a model writes counts, once each: content, reasoning, refusals, and the names and arguments of tool calls.
+What surrounds it (content filters, logprobs, obfuscation, signatures, citations, a cumulative `message`) doesn't,
+whatever its size.
 """
 
 import contextlib
@@ -16,24 +17,24 @@ from msgspec.json import Decoder
 
 from meshproxy.openai.usage import decode_members, decode_value
 
-MAX_SAMPLED_CHARS: Final = 16_384  # of a text that is longer, so much is looked at
+MAX_SAMPLED_CHARS: Final = 16_384  # of a longer text, this much is sampled
 SAMPLES: Final = 4
-MAX_PARTS: Final = 10_000  # of one delta's content: what has more is not read to its end
-# Events whose number is this close to the estimate of their text, as a factor, are taken for one token each.
+MAX_PARTS: Final = 10_000  # of one delta's content; the rest isn't read
+# If the number of events is within these factors of the estimate of their text, each is taken for one token.
 FEWEST, MOST = 0.75, 1.6
 
 AUDIO_TOKEN_S: Final = (
     0.05  # developers.openai.com/api/docs/guides/realtime-costs: an assistant's audio is a token for 50 ms
 )
-# Bytes a second of what `audio.format` may ask for. PCM has 24,000 samples of 16 bits (OpenAI's audio guide); the others are
-# compressed, and by how much isn't promised: these are the usual rates for speech.
+# Bytes per second of each `audio.format`. PCM has 24,000 samples of 16 bits (OpenAI's audio guide). The others are
+# compressed at a rate that isn't promised: these are the usual rates for speech.
 _AUDIO_BYTES_S: Final = {"pcm16": 48_000, "wav": 48_000, "flac": 24_000, "mp3": 16_000, "aac": 16_000, "opus": 4_000}
 _BASE64: Final = 3 / 4
 
-# Each match is about one token of OpenAI's o200k_base. Measured on texts of some thousand tokens, estimate by truth: English 1.0
-# to 1.1, German and Finnish 0.8 to 1.0, French, Spanish, Vietnamese and Hebrew 1.0, Polish and Turkish 0.9, Russian 0.8 to 1.3,
-# Arabic 0.8 to 1.1, Hindi 1.0, Bengali, Tamil and Thai 0.9, Korean 1.0, Chinese 1.0 to 1.4, Japanese 0.9 to 1.1, Python 1.1,
-# JSON, HTML and tables 1.1, LaTeX 0.9, digits 1.0, base64 0.8, emoji 0.9 to 1.2.
+# Each match is about one token of OpenAI's o200k_base. Measured on texts of some thousand tokens, estimate by true
+# count: English 1.0 to 1.1, German and Finnish 0.8 to 1.0, French, Spanish, Vietnamese and Hebrew 1.0, Polish and
+# Turkish 0.9, Russian 0.8 to 1.3, Arabic 0.8 to 1.1, Hindi 1.0, Bengali, Tamil and Thai 0.9, Korean 1.0, Chinese 1.0 to
+# 1.4, Japanese 0.9 to 1.1, Python 1.1, JSON, HTML and tables 1.1, LaTeX 0.9, digits 1.0, base64 0.8, emoji 0.9 to 1.2.
 _TOKEN: Final = re.compile(
     r"""
       \ ?[A-Z\u00c0-\u00de]?[a-z\u00df-\u00ff\u01a0-\u01b0\u1ea0-\u1ef9]{1,8}
@@ -52,7 +53,7 @@ _TOKEN: Final = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_ASTRAL: Final = re.compile("[\U00010000-\U0010ffff]")  # mostly emoji: three tokens for two
+_ASTRAL: Final = re.compile("[\U00010000-\U0010ffff]")  # mostly emoji, which are three tokens for two characters
 
 
 class _Delta(Struct):
@@ -79,11 +80,13 @@ class _Audio(Struct):
 
 
 _AUDIO: Final = Decoder(_Audio)
-_CHUNK: Final = Decoder(_Chunk)  # what isn't named is skipped
+_CHUNK: Final = Decoder(_Chunk)  # other members are skipped
 
 
 class Output(Struct):
-    """What a model wrote in one event: `texts`, of how many choices (`pieces`), and seconds of audio in base64 characters."""
+    """The output of one event: `texts`, how many choices they are from (`pieces`), and the length of its audio in
+    base64.
+    """
 
     texts: list[str]
     pieces: int = 0
@@ -91,7 +94,7 @@ class Output(Struct):
 
 
 def read_output(data: bytes) -> Output:
-    """Read the deltas of an event's data. What isn't JSON, or no chunk of a chat, has no output."""
+    """Read the deltas of an event's data. Anything but a chat chunk has no output."""
     output = Output([])
     for choice in _choices(data):
         if choice.delta is not None:
@@ -102,7 +105,7 @@ def read_output(data: bytes) -> Output:
 
 
 def answer_tokens(body: bytes, asked_audio: str | None) -> tuple[int, int]:
-    """Estimate the output of a whole answer, and how much of it is audio; `asked_audio` is the format that was asked for."""
+    """Estimate a whole answer's output tokens, and the audio's part. `asked_audio` is the requested format of audio."""
     output = Output([])
     for choice in _choices(body):
         if choice.message is not None:
@@ -112,7 +115,7 @@ def answer_tokens(body: bytes, asked_audio: str | None) -> tuple[int, int]:
 
 
 def text_tokens(text: str) -> int:
-    """Estimate the tokens of a text. Of a long one, samples are counted."""
+    """Estimate the tokens of a text. A long text is sampled."""
     size = len(text)
     if size > MAX_SAMPLED_CHARS:
         width = MAX_SAMPLED_CHARS // SAMPLES
@@ -124,13 +127,13 @@ def text_tokens(text: str) -> int:
 
 
 def pieces_tokens(raw: bytes, pieces: int) -> int:
-    """Estimate the tokens of text that came in so many pieces. `raw` is the inside of a JSON string.
+    """Estimate the tokens of a text that came in `pieces` pieces. `raw` is the inside of a JSON string.
 
-    A provider that sends a token an event says exactly how many there are; one that sends more or less is found out by the text.
+    A provider that sends one token in each event gives the exact count; the text shows whether it does.
     """
     text = raw.decode(errors="replace")
     if "\\" in text:
-        with contextlib.suppress(ValueError):  # a broken escape counts as what it looks like
+        with contextlib.suppress(ValueError):  # a broken escape counts as its characters
             text = json.loads(f'"{text}"', strict=False)
     tokens = text_tokens(text)
     return pieces if tokens * FEWEST <= pieces <= tokens * MOST else tokens
@@ -143,7 +146,7 @@ def audio_tokens(base64_chars: int, audio_format: str | None) -> int:
 
 
 def audio_format(fields: Mapping[str, bytes | Raw]) -> str | None:
-    """Read which format of audio a request asks for, from the JSON of its fields."""
+    """Return the format of audio that a request asks for, from its fields' JSON."""
     if "audio" not in fields:
         return None
     try:
@@ -153,7 +156,7 @@ def audio_format(fields: Mapping[str, bytes | Raw]) -> str | None:
 
 
 def escaped(text: str) -> bytes:
-    """The inside of a text's JSON string."""
+    """Return a text as the inside of a JSON string."""
     try:
         return msgspec.json.encode(text)[1:-1]
     except UnicodeEncodeError:  # a lone surrogate
@@ -161,12 +164,12 @@ def escaped(text: str) -> bytes:
 
 
 def _choices(data: bytes) -> list[_Choice]:
-    """Decode the choices of an event or an answer; the odd ones are left out."""
+    """Decode the choices of an event or an answer; malformed ones are left out."""
     try:
         return _CHUNK.decode(data).choices or []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
-    values = decode_value((decode_members(data) or {}).get("choices"))  # reads what is nearly JSON too
+    values = decode_value((decode_members(data) or {}).get("choices"))  # reads slightly invalid JSON too
     choices = []
     for value in values if isinstance(values, list) else ():
         with contextlib.suppress(msgspec.ValidationError):
@@ -184,7 +187,7 @@ def _read_delta(delta: _Delta, output: Output) -> None:
     thoughts = delta.reasoning_content
     if thoughts:
         _read_parts(thoughts, output.texts)
-    if delta.reasoning and delta.reasoning != thoughts:  # some send the same under both names
+    if delta.reasoning and delta.reasoning != thoughts:  # some providers send the same text under both names
         _read_parts(delta.reasoning, output.texts)
     if delta.refusal:
         _read_parts(delta.refusal, output.texts)
@@ -195,7 +198,7 @@ def _read_delta(delta: _Delta, output: Output) -> None:
 
 
 def _read_parts(value: Any, texts: list[str]) -> None:
-    """Read a text, or parts of content that have texts (Mistral's `text` and `thinking`), in whatever depth."""
+    """Read a text, or content parts that have texts (Mistral's `text` and `thinking`), at any depth."""
     values = [value]
     for _ in range(MAX_PARTS):
         if not values:
@@ -226,7 +229,7 @@ def _read_calls(delta: _Delta, texts: list[str]) -> None:
 
 
 def _read_audio(audio: Any, output: Output) -> None:
-    """Read audio and what it says, which providers bill as text of its own."""
+    """Read audio and its transcript, which providers bill as text."""
     if isinstance(audio, dict):
         data, transcript = audio.get("data"), audio.get("transcript")
         if isinstance(data, str):

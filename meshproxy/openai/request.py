@@ -1,5 +1,8 @@
-"""What each member of a chat completion request may be: its type and its bounds, which are OpenAI's
-("Create chat completion", API reference) and ours.
+"""The chat completion request: the types and bounds of its members, its decoding, and the encoding of the provider's
+body.
+
+The types and bounds are OpenAI's ("Create chat completion", API reference) and ours. Bodies are bounded by bytes and by
+the number of elements, since checks of very many elements would stall other requests.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +40,7 @@ class _StreamOptions(Struct, gc=False):
 
 
 class Bulk(Struct, gc=False):
-    """The members that may be large: they are passed on whole, or are lists of what is skipped."""
+    """The members that may be large: each is passed on whole, or is a list whose items are skipped."""
 
     messages: Raw = Raw()
     tools: Raw = Raw()
@@ -75,9 +78,10 @@ FIELDS: Final[dict[str, Any]] = {
     "variables": dict[str, str],
 }
 
-# Names of the cap on output. One effective cap goes out under one of the first two. The others are read too, because a provider
-# that knows one lets it win: llama.cpp reads `n_predict` before `max_tokens` (tools/server/README.md), Text Generation Inference
-# has `max_new_tokens`, and OpenAI's Responses API `max_output_tokens`. Of those a value below 1 is no cap (llama.cpp's -1).
+# Names of the output cap. One effective cap is sent, under one of the first two. The others are read too, because a
+# provider that knows one gives it precedence: llama.cpp reads `n_predict` before `max_tokens` (tools/server/README.md),
+# Text Generation Inference has `max_new_tokens`, and OpenAI's Responses API `max_output_tokens`. In those a value below
+# 1 is no cap (llama.cpp's -1).
 CAPS: Final[tuple[str, ...]] = (
     "max_completion_tokens",
     "max_tokens",
@@ -89,12 +93,13 @@ CAPS: Final[tuple[str, ...]] = (
 # Members of Mesh's own requests that neither the gateway nor a provider reads (Mesh's SDKs, "chat.completions.create").
 UNREAD: Final = frozenset({"async_mode", "cache", "image", "modality"})
 
-# Members that steer an answer and are no part of its prompt.
+# Members that control an answer and aren't part of its prompt.
 STEERING: Final = FIELDS.keys() - {"messages", "tools"}
 
-# Ways in which a client asks for reasoning that is billed and may not be shown: where in a request, and the value that asks for
-# it, or in HIDING_UNLESS the only one that doesn't. (OpenRouter, "Reasoning Tokens"; OpenAI, "Reasoning models": never shown;
-# Groq, "Reasoning"; Anthropic, "OpenAI SDK compatibility" and "Extended thinking"; Gemini API, "OpenAI compatibility".)
+# Members by which a client asks for reasoning that is billed and may not be shown: the path in a request and the value
+# that asks for it, or in HIDING_UNLESS the only value that doesn't. (OpenRouter, "Reasoning Tokens"; OpenAI, "Reasoning
+# models": never shown; Groq, "Reasoning"; Anthropic, "OpenAI SDK compatibility" and "Extended thinking"; Gemini API,
+# "OpenAI compatibility".)
 HIDING: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
     (("reasoning", "exclude"), True),
     (("reasoning", "enabled"), True),
@@ -112,25 +117,25 @@ HIDING_UNLESS: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
 )
 HIDING_MEMBERS: Final = frozenset(path[0] for path, _ in HIDING + HIDING_UNLESS)
 
-# What to say of the members that take a choice of words.
+# The allowed values in the error messages of enumerated members.
 ALLOWED: Final = {"tool_choice": "none, auto, required or an object", "transforms": "middle-out"}
 
 DECODERS: Final = {name: Decoder(kind | None).decode for name, kind in FIELDS.items()}
 
 
-MAX_DETAILS = 32  # complaints shown to a client
-# Of variables and what else isn't bulk: millions of members would stall every stream for seconds.
+MAX_DETAILS = 32  # details in one error
+# Of variables and everything else that isn't bulk: millions of members would stall every stream for seconds.
 MAX_LOOSE_BYTES = 1_048_576
-# Of messages in a body above MAX_LOOSE_BYTES, in their text too: 33 MB of empty messages took 0.2 s. Eight megabytes of JSON as
-# text, more than a model's two million tokens, have fewer.
+# Opening braces in the messages of a body above MAX_LOOSE_BYTES, those in texts included: 33 MB of empty messages took
+# 0.2 s. Eight megabytes of JSON as text, more than a model's two million tokens, have fewer.
 MAX_BRACES = 262_144
 MAX_TOOLS_BYTES = 4_194_304  # 33 MB of `{}` took half a second, which every stream waited for
 
-# Members that don't go out as they came in: Mesh's own fields, and those that are written anew.
+# Members that aren't passed on unchanged: Mesh's own fields, and those that are rewritten.
 _OWN: Final = frozenset(
     {"template", "variables", "session_id", "timeout", "transforms", "models", "model", "messages", *CAPS}
 )
-# Members that a key's or template's params can't set: the request's own shape, and Mesh's own fields.
+# Members that a key's or template's params can't set: they belong to the request itself, or are Mesh's own.
 _RESERVED: Final = _OWN | UNREAD | {"stream", "stream_options"}
 
 _MEMBERS: Final = Decoder(dict[str, Raw])
@@ -139,12 +144,15 @@ _TEXT: Final = Decoder(str)
 
 
 class ChatRequest(Struct, frozen=True):
-    """A request that is sound as far as its bytes can tell.
+    """A valid request.
 
-    `fields` has every OpenAI and unknown member as its own bytes, in order of arrival, without `model`, `messages` and Mesh's
-    own, and without a cap; known members that are null are dropped. `messages` is the array's bytes as they came, None when there
-    are none (then `template` is given and must supply them); `text_only`: every content is a string. `max_tokens` is the
-    effective cap of one choice: the smallest that was given, by whatever name. `timeout_s` is the client's own deadline.
+    - `fields`: every OpenAI or unknown member as its own bytes, in order of arrival, without `model`, `messages`, caps
+      and Mesh's own fields. Known members that are null are dropped.
+    - `messages`: the array's bytes as they came; None if there are none (then `template` is given and must supply
+      them).
+    - `text_only`: the content of every message is a string.
+    - `max_tokens`: the effective cap of one choice: the smallest given, by whatever name.
+    - `timeout_s`: the client's own deadline, in seconds.
     """
 
     fields: dict[str, Raw]
@@ -166,12 +174,12 @@ class ChatRequest(Struct, frozen=True):
 
 
 def decode_chat(body: bytes) -> ChatRequest:
-    """The request in a body. GatewayError of the client, 422, with a detail for every bad field, for anything else."""
+    """Decode a request body. Raises the client's GatewayError, 422, with a detail for every bad field."""
     return check_members(members_of(body))
 
 
 def check_members(members: Mapping[str, Raw]) -> ChatRequest:
-    """The request that these members make; see `decode_chat`, whose second half this is."""
+    """Check the members of a request and build it; the second half of `decode_chat`."""
     fields: dict[str, Raw] = {}
     known: dict[str, Any] = {}
     details: list[Detail] = []
@@ -200,8 +208,10 @@ def check_members(members: Mapping[str, Raw]) -> ChatRequest:
 
 
 def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatRequest:
-    """The request with the params (name to JSON bytes) of a key or template in the fields that it lacks, so that `n` and
-    `max_tokens` are what the provider will be asked for. GatewayError of the client, 422, for a param that isn't right.
+    """Return the request with the params of a key or template (name to JSON bytes) in the fields that it lacks.
+
+    `n` and `max_tokens` then match what the provider is sent. Raises the client's GatewayError, 422, for an invalid
+    param.
     """
     known: dict[str, Any] = {}
     details: list[Detail] = []
@@ -226,14 +236,14 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
 
 
 def hides_reasoning(request: ChatRequest) -> bool:
-    """Whether the request asks for reasoning that is billed as output and may not be shown."""
+    """Return whether the request asks for reasoning that is billed as output and may not be shown."""
     members = HIDING_MEMBERS & request.fields.keys()
     if not members:
         return False
     try:
         asked = {name: msgspec.json.decode(request.fields[name]) for name in members}
     except (msgspec.DecodeError, RecursionError):
-        return True  # nested out of all reason: the provider's to refuse
+        return True  # nested too deeply to read; the provider may refuse it
     return any(_at(asked, path) == value for path, value in HIDING) or any(
         _at(asked, path) not in (None, value) for path, value in HIDING_UNLESS
     )
@@ -250,11 +260,11 @@ def encode_upstream(
     native: bool = False,
     models: Sequence[str] = (),
 ) -> bytes:
-    """The provider's request body: `model`, `messages` as they are, and the request's fields.
+    """Build the provider's request body: `model`, `messages` unchanged, and the request's fields.
 
-    The cap goes out once, under `cap_field`: `max_tokens`, or where that is None the request's own. A stream asks for its usage,
-    unless `stream_usage` is off: then the provider refuses `stream_options`, and gets none. `native`: the provider knows
-    `transforms` (OpenRouter). `models`: the fallbacks that it is to walk, in its own names.
+    The cap is sent once, under `cap_field`: `max_tokens`, or if that is None the request's own. A stream asks for its
+    usage, unless `stream_usage` is off because the provider refuses `stream_options`. `native`: the provider knows
+    `transforms` (OpenRouter). `models`: the fallbacks that the provider walks, by its own names.
     """
     body: dict[str, Any] = {"model": model, "messages": Raw(messages), **request.fields}
     if not stream_usage:
@@ -272,8 +282,10 @@ def encode_upstream(
 
 
 def members_of(body: bytes) -> dict[str, Raw]:
-    """The members of a JSON object as their own bytes; of two with one name the last wins. The grammar is checked to the
-    end, escapes included, but UTF-8 isn't where a value stays raw: hence the decode, for a body that isn't plain ASCII.
+    """Return the members of a JSON object as their own bytes; a repeated name's last value wins.
+
+    The grammar is checked to the end, escapes included. UTF-8 isn't checked where a value stays raw: hence the decode
+    of a body that isn't plain ASCII.
     """
     try:
         if not body.isascii():
@@ -289,7 +301,7 @@ def members_of(body: bytes) -> dict[str, Raw]:
 
 
 def _too_long(body: bytes) -> Detail | None:
-    """What is too large in a large body, of the members whose checks take time by their number of elements."""
+    """Return the error of a large body whose members have too many elements to check in time; None if there is none."""
     bulk = _BULK.decode(body)
     sizes = [memoryview(raw).nbytes for raw in msgspec.structs.astuple(bulk)]
     if memoryview(bulk.tools).nbytes > MAX_TOOLS_BYTES:
@@ -326,13 +338,13 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
 
 
 def _least_cap(known: Mapping[str, Any]) -> int | None:
-    """The smallest cap among decoded members, by whatever name; None if there is none."""
+    """Return the smallest cap among decoded members, by whatever name; None if there is none."""
     caps = [known[name] for name in CAPS if name in known and known[name] is not None and known[name] >= 1]
     return min(*caps, MAX_TOKENS) if caps else None
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:
-    """What stands at a path of members; None where there is nothing."""
+    """Return the value at a path of members; None if there is none."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
@@ -354,7 +366,7 @@ def _complaints(name: str, raw: Raw, error: Exception) -> Iterator[Detail]:
 
 
 def _bad_variables(raw: Raw, error: msgspec.ValidationError) -> Iterator[Detail]:
-    """A detail for each: a decoder of a dict doesn't tell which member is wrong."""
+    """Yield a detail for each bad variable: the decoder of a dict doesn't name the bad member."""
     try:
         members = _MEMBERS.decode(raw)
     except msgspec.ValidationError:

@@ -1,7 +1,8 @@
-"""Read what a provider reports that an answer used, in whatever dialect, and decide which of its numbers can be true.
+"""Read the usage that a provider reports, in any dialect, and decide which of its numbers are plausible.
 
-The dialects are data: `_KINDS` has the names that providers use and what each of them counts. `find_report` reads the numbers,
-`Report.settled` adds them up. docs/providers.md has the page that each name is from.
+The dialects are data: `_KINDS` maps each name that a provider uses to what it counts. `find_report` reads the numbers,
+`Report.settled` adds them up. docs/providers.md names the page for each. Counts are bounded by `MAX_COUNT` and the
+model's window.
 """
 
 import re
@@ -17,9 +18,9 @@ from msgspec.json import Decoder
 from meshproxy.errors import UpstreamError, upstream_error
 
 MAX_COUNT: Final = 2**53  # what a Lua number in Redis holds exactly
-MAX_COST_USD: Final = 1000  # of one request, by the provider's own figure: more is a mistake in its unit
+MAX_COST_USD: Final = 1000  # of one request, by the provider's own figure; more is a wrong unit
 MAX_COST_DECIMALS: Final = 30
-WINDOW_SLACK: Final = 20  # a twentieth more than the window passes: 128k is often 131,072, and 1M 1,048,576
+WINDOW_SLACK: Final = 20  # a count may exceed the window by a twentieth: 128k is often 131,072, and 1M 1,048,576
 MAX_TOLD_CHARS: Final = 40
 USD_PER_TICK: Final = Decimal("1e-10")  # docs.x.ai/developers/cost-tracking
 
@@ -34,9 +35,11 @@ _HUGE: Final = b"%d" % (MAX_COUNT + 1)
 
 
 class Usage(Struct, frozen=True):
-    """Tokens of one request. `cached`, `cache_write` and `audio_prompt` are parts of `prompt`; `reasoning` and
-    `audio_completion` are parts of `completion` (OpenAI, "The usage object" of the chat completion reference);
-    `cache_write_1h` is the part of `cache_write` that is kept for an hour (Anthropic, "Prompt caching").
+    """The tokens of one request.
+
+    `cached`, `cache_write` and `audio_prompt` are parts of `prompt`; `reasoning` and `audio_completion` are parts of
+    `completion` (OpenAI, "The usage object" of the chat completion reference). `cache_write_1h` is the part of
+    `cache_write` that is kept for an hour (Anthropic, "Prompt caching").
     """
 
     prompt: int = 0
@@ -50,19 +53,19 @@ class Usage(Struct, frozen=True):
 
     @property
     def total(self) -> int:
-        """Prompt and completion together."""
+        """The tokens of prompt and completion together."""
         return self.prompt + self.completion
 
 
 class Refusal(NamedTuple):
-    """A number of a report that can't be true. `reason`: negative, no_number, over_window, cost."""
+    """A reported number that can't be true. `reason`: negative, no_number, over_window, cost."""
 
     reason: str
     name: str
     value: str
 
 
-# What each member of a usage object counts. A dict is for the members of an object.
+# What each member of a usage object counts; a dict is for the members of a nested object.
 _PROMPT_DETAILS: Final = {
     "cached_tokens": "cached",
     "cache_write_tokens": "cache_write",  # OpenRouter
@@ -89,20 +92,22 @@ _KINDS: Final[Mapping[str, Any]] = {
     "cached_tokens": "cached",  # Moonshot, Together
     "prompt_cache_hit_tokens": "cached",  # DeepSeek
     "num_cached_tokens": "cached",  # Mistral
-    "cache_read_input_tokens": "cache_read",  # Anthropic, as the next two: beside input_tokens
+    "cache_read_input_tokens": "cache_read",  # Anthropic, as the next two: not included in input_tokens
     "cache_creation_input_tokens": "cache_creation",
     "cache_creation": {
         "ephemeral_5m_input_tokens": "cache_write_5m",
         "ephemeral_1h_input_tokens": "cache_write_1h",
     },
-    "citation_tokens": "citation",  # Perplexity: beside the prompt, and in no total
+    "citation_tokens": "citation",  # Perplexity: not included in the prompt or the total
     "reasoning_tokens": "reasoning",  # Perplexity
 }
 
 
 class Report(Struct, frozen=True):
-    """What a provider said of one answer, as it was said: `counts` has the numbers above zero by kind, `refused` what is no
-    count. `cost_usd` is the provider's own figure, `service_tier` what it says it has served.
+    """A provider's report on one answer, as sent.
+
+    `counts`: the numbers above zero, by kind. `refused`: what is no count. `cost_usd`: the provider's own figure.
+    `service_tier`: the tier that the provider names as served.
     """
 
     counts: dict[str, int]
@@ -112,12 +117,12 @@ class Report(Struct, frozen=True):
 
     @property
     def counts_output(self) -> bool:
-        """Whether it says how much output there was, so that it is as new as the text before it."""
+        """Whether the report counts output, so that it covers the text before it."""
         counts = self.counts
         return "completion" in counts or counts.get("total", 0) > counts.get("prompt", 0) + counts.get("input", 0)
 
     def over(self, older: "Report | None") -> "Report":
-        """Add what only an older report of the same answer has: zeros and gaps don't beat numbers."""
+        """Return this report with what only an older one of the same answer has: zeros and gaps don't replace numbers."""
         if older is None:
             return self
         return Report(
@@ -128,9 +133,9 @@ class Report(Struct, frozen=True):
         )
 
     def settled(self, context_window: int, choices: int = 1) -> tuple[Usage, tuple[Refusal, ...]]:
-        """The tokens by kind, and what was refused. A whole that is 0 wasn't reported, or can't be true.
+        """Return the tokens by kind, and the refused numbers. A whole of 0 wasn't reported, or isn't plausible.
 
-        No number may exceed the window, of which each choice has one for its output.
+        No number may exceed the window; each choice has a window for its output.
         """
         window = context_window + context_window // WINDOW_SLACK
         plain = self._plain(window)
@@ -147,7 +152,7 @@ class Report(Struct, frozen=True):
         return _added_up(counts, window, window * choices, refused), tuple(refused)
 
     def _plain(self, window: int) -> Usage | None:
-        """The usage of a report without parts, oddities and other names, as most are."""
+        """Return the usage of a report with only prompt, completion and a matching total, as most are; else None."""
         counts = self.counts
         if self.refused or "prompt" not in counts or "completion" not in counts:
             return None
@@ -161,7 +166,7 @@ class Report(Struct, frozen=True):
 
 
 class Reply(Struct, frozen=True):
-    """What the gateway reads of a whole (unary) answer. `error` is what some providers send with a 200 (OpenRouter)."""
+    """The parts of a whole answer that the gateway reads. `error`: some providers send one with a 200 (OpenRouter)."""
 
     report: Report | None = None
     model: str | None = None
@@ -174,8 +179,9 @@ _NUMBERS: Final = Decoder(float_hook=Decimal)
 
 
 def find_report(members: Mapping[str, Raw]) -> Report | None:
-    """The report in the members of a whole answer or of an event: `usage`, Groq's `x_groq.usage` or Moonshot's
-    `choices[0].usage`. None: there is none.
+    """Return the report in the members of a whole answer or an event; None if there is none.
+
+    It is `usage`, Groq's `x_groq.usage` or Moonshot's `choices[0].usage`.
     """
     usage = _decoded(_NUMBERS, members["usage"]) if "usage" in members else None
     if not isinstance(usage, dict):
@@ -195,7 +201,7 @@ def find_report(members: Mapping[str, Raw]) -> Report | None:
 
 
 def decode_reply(body: bytes) -> Reply:
-    """Usage, model and error of a whole answer; UpstreamError if it is no JSON object."""
+    """Decode usage, model and error of a whole answer. Raises UpstreamError if it is no JSON object."""
     members = decode_members(body)
     if members is None:
         problem = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
@@ -208,24 +214,24 @@ def decode_reply(body: bytes) -> Reply:
 
 
 def decode_members(text: bytes | Raw) -> dict[str, Raw] | None:
-    """The members of a provider's JSON object as JSON, their own bytes where they can be; None if it is anything else."""
+    """Decode the members of a provider's JSON object, as their own bytes where possible; None for anything else."""
     members = _decoded(_MEMBERS, text)
     return members if isinstance(members, dict) else None
 
 
 def decode_value(raw: bytes | Raw | None) -> Any:
-    """A provider's JSON value; None for what is none."""
+    """Decode a provider's JSON value; None for anything else."""
     return None if raw is None else _decoded(_ANYTHING, raw)
 
 
 def decode_text(raw: bytes | Raw | None) -> str | None:
-    """A provider's JSON string; None for anything else."""
+    """Decode a provider's JSON string; None for anything else."""
     value = None if raw is None else _decoded(_ANYTHING, raw)
     return value if isinstance(value, str) else None
 
 
 def _decoded(decoder: Decoder[Any], text: bytes | Raw) -> Any:
-    """A value, or None; what is no JSON by the letter (RFC 8259) is mended first."""
+    """Decode a value, or return None. Text that isn't valid JSON (RFC 8259) is repaired first."""
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -243,9 +249,11 @@ def _decoded(decoder: Decoder[Any], text: bytes | Raw) -> Any:
 
 
 def _mended(text: bytes) -> bytes:
-    """JSON for text that nearly is: without a byte order mark, null for NaN and Infinity, U+FFFD for half a surrogate pair and
-    for bytes that aren't UTF-8, and spaces for control characters. Strings that look like these change too, which is no matter:
-    nothing of this is passed on.
+    """Repair text that is nearly JSON.
+
+    A byte order mark is removed, NaN and Infinity become null, half a surrogate pair and bytes that aren't UTF-8 become
+    U+FFFD, and control characters become spaces. Strings that look like these change too; that does no harm, since the
+    result isn't passed on.
     """
     text = text.removeprefix(_BOM).translate(_WITHOUT_CONTROLS)
     if not text.isascii():
@@ -258,7 +266,7 @@ def _mended(text: bytes) -> bytes:
 
 
 def _elsewhere(members: Mapping[str, Raw]) -> dict[str, Any] | None:
-    """The usage object in an unusual place."""
+    """Return the usage object from an unusual place."""
     if "x_groq" in members:
         usage = _member(_decoded(_NUMBERS, members["x_groq"]), "usage")
         if isinstance(usage, dict):
@@ -277,7 +285,7 @@ def _member(value: Any, name: str) -> Any:
 
 
 def _note(values: dict[str, Any], kinds: Mapping[str, Any], counts: dict[str, int], refused: list[Refusal]) -> None:
-    """Write down the numbers above zero. Where two names of one kind differ, the larger counts."""
+    """Collect the numbers above zero. Where two names of one kind differ, the larger counts."""
     for name, value in values.items():
         if not value or name not in kinds:
             continue
@@ -295,7 +303,7 @@ def _note(values: dict[str, Any], kinds: Mapping[str, Any], counts: dict[str, in
 
 
 def _count(value: Any) -> int | None:
-    """A count of tokens of unusual size, or as a float that is whole; None for what is no count."""
+    """Return an unusually large count, or one written as a whole float; None for what is no count."""
     if type(value) not in {int, Decimal} or value < 0:
         return None
     if value >= MAX_COUNT:
@@ -305,9 +313,10 @@ def _count(value: Any) -> int | None:
 
 
 def _cost_usd(usage: dict[str, Any], refused: list[Refusal]) -> Decimal | None:
-    """What the provider says that the answer cost: xAI's `cost_in_usd_ticks`; OpenRouter's `cost`, to which the upstream's own
-    bill is added where that is sent to the operator (`is_byok`); Perplexity's `cost.total_cost`. None: it doesn't say, or
-    that can't be true.
+    """Return the provider's own cost figure in USD; None if it gives none or it can't be true.
+
+    It is xAI's `cost_in_usd_ticks`; OpenRouter's `cost`, plus the upstream's own bill where that goes to the operator
+    (`is_byok`); or Perplexity's `cost.total_cost`.
     """
     ticks = usage.get("cost_in_usd_ticks")
     if ticks is not None:
@@ -321,7 +330,7 @@ def _cost_usd(usage: dict[str, Any], refused: list[Refusal]) -> Decimal | None:
 
 
 def _usd(value: Any, name: str, refused: list[Refusal], unit: Decimal = Decimal(1)) -> Decimal | None:
-    """An amount in USD; None where there is none or it can't be true, which is written down."""
+    """Return an amount in USD; None if there is none, or if it can't be true, which is added to `refused`."""
     if value is None:
         return None
     if type(value) in {int, Decimal} and 0 <= value <= MAX_COST_USD / unit:
@@ -334,9 +343,12 @@ def _usd(value: Any, name: str, refused: list[Refusal], unit: Decimal = Decimal(
 
 
 def _added_up(counts: dict[str, int], window: int, most_output: int, refused: list[Refusal]) -> Usage:
-    """The usage of counts within their bounds. Parts that stand beside their whole are added to it: what explains by how much
-    `total_tokens` exceeds prompt and completion (xAI's reasoning), what is larger than its whole (Anthropic's cache), and what
-    a dialect always counts so. What the total has beyond that is output (Gemini's thoughts) or what wasn't reported at all.
+    """Return the usage of counts within their bounds.
+
+    Parts that a dialect counts beside their whole are added to it. Those are the parts that explain by how much
+    `total_tokens` exceeds prompt and completion (xAI's reasoning), a part larger than its whole (Anthropic's cache),
+    and what a dialect always counts so. The total's remainder is output (Gemini's thoughts), or the whole that wasn't
+    reported.
     """
     count = counts.get
     prompt, completion, total = max(count("prompt", 0), count("input", 0)), count("completion", 0), count("total", 0)
@@ -384,7 +396,7 @@ def _added_up(counts: dict[str, int], window: int, most_output: int, refused: li
 
 
 def _explained(gap: int, reasoning: int, cache: int, citation: int) -> Collection[str]:
-    """The parts that together are what a total has more than its wholes; none where no choice of them is."""
+    """Return the parts whose sum is exactly the gap between a total and its wholes; none if no choice of parts is."""
     parts = [
         (name, size) for name, size in (("reasoning", reasoning), ("cache", cache), ("citation", citation)) if size
     ]
@@ -396,7 +408,7 @@ def _explained(gap: int, reasoning: int, cache: int, citation: int) -> Collectio
 
 
 def _short(value: Any) -> str:
-    """A value for the log, which may be of any size."""
+    """Return a value of any size, shortened for the log."""
     if isinstance(value, dict | list):
         return type(value).__name__
     return str(max(min(value, MAX_COUNT), -MAX_COUNT) if type(value) is int else value)[:MAX_TOLD_CHARS]
