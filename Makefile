@@ -1,7 +1,9 @@
 # Two commands are enough: `make dev` runs the whole thing, `make test` tests it.
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCK := deploy/requirements-dev.lock
 CLIENTS := tests/compat/clients
 NODE := $(CLIENTS)/node
 NODE_STAMP := $(NODE)/node_modules/.package-lock.json
@@ -54,9 +56,19 @@ mutants: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python scripts/configuration_doc.py
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+# What is installed here, by CI and in the image, to the hash. After a change of pyproject.toml: `make lock`; for newer versions of
+# all: `make lock ARGS=--upgrade`.
+.PHONY: lock
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+lock:
+	[ -x $(BIN)/uv ] || $(MAKE) $(STAMP)
+	$(COMPILE) $(ARGS) --extra dev --output-file $(LOCK) pyproject.toml >/dev/null
+	echo 'setuptools>=77' | $(COMPILE) --extra otel --constraint $(LOCK) --output-file deploy/requirements.lock pyproject.toml - >/dev/null
+
+$(STAMP): pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
 $(NODE_STAMP): $(NODE)/package.json $(NODE)/package-lock.json
@@ -64,4 +76,4 @@ $(NODE_STAMP): $(NODE)/package.json $(NODE)/package-lock.json
 	else echo "npm is not installed: the tests of Node clients will be skipped"; fi
 
 clean:
-	rm -rf .venv $(NODE)/node_modules $(CLIENTS)/go/driver $(CLIENTS)/java/target $(CLIENTS)/rust/target build dist *.egg-info
+	rm -rf .venv .venv-* $(NODE)/node_modules $(CLIENTS)/go/driver $(CLIENTS)/java/target $(CLIENTS)/rust/target build dist *.egg-info

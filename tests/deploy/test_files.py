@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from meshproxy.config import parse
 from tests.deploy.conftest import ROOT, program, tell
@@ -92,8 +94,8 @@ def test_a_manifest_is_as_its_schema_says(path):
             assert {"apiVersion", "kind", "metadata", "spec"} == document.keys()
             continue
         kind = document["kind"]
-        if kind in {"ActiveConfig", "Service"}:  # kustomize writes the selector
-            document["spec"].setdefault("selector", {"matchLabels": {}} if kind == "ActiveConfig" else {})
+        if kind in {"Deployment", "Service"}:  # kustomize writes the selector
+            document["spec"].setdefault("selector", {"matchLabels": {}} if kind == "Deployment" else {})
         kubernetes_validate.validate(document, "1.31", strict=True)
 
 
@@ -112,7 +114,7 @@ def test_kustomize_renders_what_the_schemas_accept():
             kubernetes_validate.validate(document, "1.31", strict=True)
     kinds = {document["kind"] for document in documents}
     assert {
-        *("ConfigMap", "ActiveConfig", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service"),
+        *("ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy", "PodDisruptionBudget", "Service"),
         *("ServiceAccount", "ServiceMonitor"),
     } == kinds
 
@@ -120,15 +122,66 @@ def test_kustomize_renders_what_the_schemas_accept():
 def test_everything_selects_the_same_pods():
     documents = rendered()
     by_kind = {document["kind"]: document for document in documents}
-    labels = by_kind["ActiveConfig"]["spec"]["template"]["metadata"]["labels"]
-    selectors = [by_kind[kind]["spec"]["selector"]["matchLabels"] for kind in ("ActiveConfig", "PodDisruptionBudget")]
+    labels = by_kind["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    selectors = [by_kind[kind]["spec"]["selector"]["matchLabels"] for kind in ("Deployment", "PodDisruptionBudget")]
     selectors += [document["spec"]["selector"] for document in documents if document["kind"] == "Service"]
-    assert [labels] * 4 == selectors
+    selectors.append(by_kind["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"])
+    assert [labels] * 5 == selectors
     monitor = by_kind["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
     services = [document for document in documents if document["kind"] == "Service"]
     assert ["meshproxy-admin"] == [
         s["metadata"]["name"] for s in services if monitor.items() <= s["metadata"]["labels"].items()
     ]
+
+
+def test_the_network_policy_has_the_ports_that_are_used_and_redis_is_still_another_s_pod():
+    (policy,) = (document for document in rendered() if document["kind"] == "NetworkPolicy")
+    ingress = [[port["port"] for port in rule["ports"]] for rule in policy["spec"]["ingress"]]
+    egress = [[port["port"] for port in rule["ports"]] for rule in policy["spec"]["egress"]]
+    assert ([["http"], ["admin"]], [[53, 53], [6379], [443]]) == (ingress, egress)
+    (redis,) = policy["spec"]["egress"][1]["to"]
+    assert {"matchExpressions"} == redis["podSelector"].keys()
+
+
+def test_secrets_are_files_of_the_secret_and_none_is_in_the_config_map():
+    settings = parse((KUBERNETES / "meshproxy.toml").read_text())
+    secrets = [settings.server.admin_token, settings.redis.password]
+    secrets += [upstream.api_key for upstream in settings.upstreams.values()]
+    told = (KUBERNETES / "kustomization.yaml").read_text()
+    files = [Path(secret.file) for secret in secrets]
+    assert [Path("/run/secrets/meshproxy")] * 3 == [path.parent for path in files]
+    assert [] == [path.name for path in files if f"--from-file={path.name}" not in told]
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"), [("requirements.lock", ("otel",)), ("requirements-dev.lock", ("otel", "dev"))]
+)
+def test_a_lock_has_all_that_the_project_asks_for_by_hash_and_names_no_host(name, extras):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    wanted += [line for extra in extras for line in project["project"]["optional-dependencies"][extra]]
+    entries = re.findall(r"^([^\s#].*?) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", lock(name), re.MULTILINE)
+    assert lock(name) == "".join(f"{line} \\\n{hashes}" for line, hashes in entries)
+    versions = versions_in(name)
+    unmet = [
+        line
+        for line in wanted
+        for requirement in [Requirement(line)]
+        if requirement.name not in versions or versions[requirement.name] not in requirement.specifier
+    ]
+    assert [] == unmet, "make lock"
+
+
+def test_the_image_has_the_versions_that_are_tested():
+    assert versions_in("requirements.lock").items() <= versions_in("requirements-dev.lock").items()
+
+
+def lock(name):
+    return (DEPLOY / name).read_text()
+
+
+def versions_in(name):
+    return dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", lock(name), re.MULTILINE))
 
 
 def test_a_pod_has_the_time_to_drain():
@@ -154,7 +207,7 @@ def test_hadolint_accepts_the_dockerfile():
 
 
 def test_the_image_has_what_it_copies_and_runs_as_nobody():
-    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    lines = dockerfile().splitlines()
     copied = [
         word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
     ]
@@ -168,18 +221,18 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody():
 
 
 def test_compose_mounts_what_there_is():
-    compose = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
-    mounts = [volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", ())]
+    site = yaml.safe_load(compose())
+    mounts = [volume.split(":")[0] for service in site["services"].values() for volume in service.get("volumes", ())]
     assert [] == [
         path for path in mounts if path.startswith(".") and not (DEPLOY / "compose" / path).resolve().exists()
     ]
     named = {path for path in mounts if not path.startswith(".")}
-    assert set(compose["volumes"]) == named
+    assert set(site["volumes"]) == named
     assert {"meshproxy-1", "meshproxy-2", "provider", "haproxy", "valkey", "prometheus", "grafana"} == set(
-        compose["services"]
+        site["services"]
     )
     for name in ("meshproxy-1", "meshproxy-2"):
-        service = compose["services"][name]
+        service = site["services"][name]
         assert (True, ["ALL"], "11m") == (service["read_only"], service["cap_drop"], service["stop_grace_period"])
 
 
@@ -203,6 +256,19 @@ def test_no_file_names_a_registry_s_host():
         if "." in image.partition("/")[0].partition(":")[0]
     ]
     assert [] == named
+
+
+def test_every_image_has_a_version():
+    images = re.findall(r"^\s*(?:image:|ARG PYTHON=)\s*(\S+)", compose() + dockerfile(), re.MULTILINE)
+    assert [] == [image for image in images if not re.search(r":[0-9v]", image) and image != "meshproxy"]
+
+
+def compose():
+    return (DEPLOY / "compose" / "compose.yaml").read_text()
+
+
+def dockerfile():
+    return (DEPLOY / "Dockerfile").read_text()
 
 
 def test_every_alert_has_its_page():
