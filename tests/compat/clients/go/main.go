@@ -95,7 +95,7 @@ func (a ask) tools() said {
 func told(err error) said {
 	var answered *openai.Error
 	if errors.As(err, &answered) {
-		return said{"status": answered.StatusCode, "code": answered.Code, "message": err.Error()}
+		return said{"status": answered.StatusCode, "code": answered.Code, "message": err.Error(), "inside": answered.Message}
 	}
 	return said{"status": nil, "code": nil, "message": err.Error()}
 }
