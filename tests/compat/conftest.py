@@ -32,13 +32,15 @@ from meshproxy.simulator.behaviour import TRAITS
 from meshproxy.simulator.journal import Entry
 
 PATIENCE_S = 20.0  # for what should take milliseconds
-PRICES = 'input_usd_per_mtok = "2.50"\noutput_usd_per_mtok = "10.00"\n'
+PRICES = 'input_usd_per_mtok = "2.50"\noutput_usd_per_mtok = "10.00"\ncontext_window = 128000\n'
+FREE = 'input_usd_per_mtok = "0"\noutput_usd_per_mtok = "0"\n'
 MODELS = {
     "openai/gpt-4o": [("simulated", "gpt-4o")],
     "vendor/family/model:free": [("simulated", "sim/tokens-8")],
     "falls-over": [("refused", "gpt-4o"), ("simulated", "gpt-4o")],
     "gone": [("refused", "gpt-4o")],
     "late": [("impatient", "sim/stall-head")],
+    "free": [("simulated", "gpt-4o")],
     "paced": [("simulated", "sim/tokens-8?tps=40")],
     # A breaker for each client:
     **{f"late-{number}": [("impatient", f"sim/stall-head?tag={number}")] for number in range(20)},
@@ -192,7 +194,10 @@ def patiently() -> Callable[[Callable[[], bool]], None]:
 
 def configuration(redis_url: str, provider_url: str, page_port: int) -> str:
     """The gateway's TOML: a provider that is well, one that is given no time, and one that isn't there."""
-    models = "".join(f'[models."{name}"]\nupstreams = [{_routes(routes)}]\n{PRICES}' for name, routes in MODELS.items())
+    models = "".join(
+        f'[models."{name}"]\nupstreams = [{_routes(routes)}]\n{FREE if name == "free" else PRICES}'
+        for name, routes in MODELS.items()
+    )
     return f"""
 [server]
 listen = "127.0.0.1:0"

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
+import httpx
 import pytest
+
+from meshproxy.policy.principal import Limits
 
 meshapi = pytest.importorskip("meshapi", reason="meshapi is not installed")
 
@@ -14,11 +17,13 @@ from meshapi import (  # noqa: E402 - after the skip
     CreateTemplateParams,
     MeshAPI,
     MeshAPIError,
+    ModelSearchParams,
+    Tool,
     UpdateTemplateParams,
 )
 
 
-def ask(words: str = "Hello there", **fields: Any) -> ChatCompletionParams:
+def ask(words: Any = "Hello there", **fields: Any) -> ChatCompletionParams:
     return ChatCompletionParams(
         **{"model": "openai/gpt-4o", "messages": [ChatMessage(role="user", content=words)], **fields}
     )
@@ -61,6 +66,92 @@ def test_templates_from_birth_to_deletion(client, caller):
     assert "You help Ada." == caller.sent["messages"][0]["content"]
     client.templates.delete(made.id)
     assert [] == client.templates.list()
+
+
+def test_template_with_a_name_alone(client):
+    made = client.templates.create(CreateTemplateParams(name="bare"))
+    assert ("bare", None, []) == (made.name, made.system, made.variables)
+    assert "bare" == client.templates.get(made.id).name
+
+
+def test_tools_and_their_result(client):
+    tool = Tool.model_validate({"type": "function", "function": {"name": "get_weather", "parameters": {}}})
+    question = "Use get_weather for Oslo."
+    message = client.chat.completions.create(ask(question, tools=[tool])).choices[0].message
+    (call,) = message.tool_calls
+    result = ChatMessage(role="tool", tool_call_id=call.id, content="rain")
+    asked = ChatMessage(role="assistant", tool_calls=message.tool_calls)
+    history = [ChatMessage(role="user", content=question), asked, result]
+    assert "stop" == client.chat.completions.create(ask(messages=history)).choices[0].finish_reason
+
+
+def test_streamed_tool_call(client):
+    tool = Tool.model_validate({"type": "function", "function": {"name": "get_weather", "parameters": {}}})
+    chunks = list(
+        client.chat.completions.stream(ask("Use get_weather for Oslo.", tools=[tool], tool_choice="required"))
+    )
+    calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    assert "get_weather" in str(calls[0])
+
+
+def test_multimodal_input(client, caller):
+    parts = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
+    ]
+    reply = client.chat.completions.create(ask(parts))
+    assert "What is this?" in reply.choices[0].message.content
+    assert parts[1]["image_url"]["url"] == caller.sent["messages"][0]["content"][1]["image_url"]["url"]
+
+
+def test_models_tell_their_context_and_prices(client):
+    model = {model.id: model for model in client.models.list()}["openai/gpt-4o"]
+    assert (128_000, False) == (model.context_length, model.is_free)
+    assert Decimal("2.50") == Decimal(model.pricing.prompt_usd_per_1m)
+    assert Decimal("10.00") == Decimal(model.pricing.completion_usd_per_1m)
+    assert model == client.models.get("openai/gpt-4o")
+
+
+def test_free_and_paid_models_are_two_halves(client):
+    free, paid = client.models.free(), client.models.paid()
+    assert (["free"], {True}, {False}) == (
+        [model.id for model in free],
+        {model.is_free for model in free},
+        {model.is_free for model in paid},
+    )
+    assert {model.id for model in client.models.list()} == {model.id for model in [*free, *paid]}
+
+
+def test_search_for_models(client):
+    page = client.models.search(ModelSearchParams(q="gpt", limit=1, offset=0))
+    assert (1, 1, 0, ["openai/gpt-4o"]) == (page.total, page.limit, page.offset, [model.id for model in page.items])
+
+
+def test_429_tells_a_whole_number_of_seconds(caller):
+    limited = caller.site.key(limits=Limits(requests_per_minute=40, burst=1))
+    base_url = caller.site.base_url.removesuffix("/v1")
+    with MeshAPI(base_url=base_url, token=limited.secret, max_retries=0) as client:
+        client.chat.completions.create(ask())
+        with pytest.raises(MeshAPIError) as caught:
+            client.chat.completions.create(ask())
+    assert (429, int, 2) == (
+        caught.value.status,
+        type(caught.value.retry_after_seconds),
+        caught.value.retry_after_seconds,
+    )
+    limited.settled()
+
+
+def test_balance_while_a_stream_runs(client, caller):
+    """`reserved_usd` is what the stream holds, and `available_usd` the rest."""
+    stream = client.chat.completions.stream(ask(model="sim/slow"))
+    next(stream)
+    headers = {"authorization": f"Bearer {caller.secret}"}
+    told = httpx.get(f"{caller.site.base_url}/balance", headers=headers).json()
+    balance, reserved, available = (Decimal(told[f"{name}_usd"]) for name in ("balance", "reserved", "available"))
+    stream.close()
+    assert reserved > 0
+    assert balance - reserved == available
 
 
 @pytest.mark.parametrize(
