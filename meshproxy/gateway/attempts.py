@@ -22,7 +22,7 @@ from meshproxy.openai.events import LOOK_BYTES as FORM_BYTES
 from meshproxy.openai.events import as_stream, form_of
 from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.catalog import Candidate
-from meshproxy.policy.failover import after_event, after_status, foremost
+from meshproxy.policy.failover import after_event, after_status, foremost, is_refusal
 from meshproxy.policy.route_health import RetryBudget
 from meshproxy.upstream.response import Response
 
@@ -174,7 +174,7 @@ class Attempts:
             attempt = self._health.begin(candidate, account)
             if attempt is None:
                 continue
-            if failures and not self._budget.withdraw(self._clock()):
+            if not all(map(is_refusal, failures)) and not self._budget.withdraw(self._clock()):
                 attempt.abandoned()
                 break
             exchange.attempt = attempt

@@ -51,14 +51,24 @@ _TOO_LONG = frozenset(
 _UNKNOWN_MODEL = frozenset({"model_not_found", "unknown_model", "invalid_model", "deploymentnotfound"})
 _NO_CREDENTIALS = frozenset({"invalid_api_key", "invalid_authentication", "authentication_error"})
 _OUT_OF_QUOTA = frozenset(
-    {"insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "billing_not_active"}
+    {
+        "insufficient_quota",
+        "insufficient_balance",
+        "credit_balance_exhausted",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "billing_error",  # docs.anthropic.com/en/api/errors
+        "exceeded_current_quota_error",  # platform.moonshot.ai/docs, "Error codes"
+    }
 )
 
 _MODERATED_WORDS = re.compile(
     r"\bflagged\b|moderation|content (?:management )?policy|violates? .{0,40}guidelines", re.IGNORECASE
 )
 _TOO_LONG_WORDS = re.compile(
-    r"context (?:length|window|size)|maximum (?:\w+ )?(?:length|tokens)|too (?:long|large|many tokens)",
+    r"context (?:length|window|size|limit)|maximum (?:\w+ )?(?:length|tokens)|too (?:long|large|many tokens)|"
+    r"\btokens?\b.{0,80}(?:exceeds?|(?:more|less|fewer) than|at most|<)|"
+    r"(?:exceeds?|(?:more|less|fewer) than|at most).{0,80}\btokens?\b|reduce the length",
     re.IGNORECASE,
 )
 _UNSUPPORTED_WORDS = re.compile(
@@ -71,7 +81,8 @@ _CREDENTIAL_WORDS = re.compile(
     re.IGNORECASE,
 )
 _CREDIT_WORDS = re.compile(
-    r"credit balance|insufficient (?:credits?|balance|funds|quota)|exceeded your current quota|billing hard limit",
+    r"credit balance|(?:insufficient|all available) (?:credits?|balance|funds|quota)|exceeded your current quota|"
+    r"billing (?:hard limit|details)|(?:spend(?:ing)?|api usage) limit",
     re.IGNORECASE,
 )
 _MODEL_WORDS = re.compile(
@@ -170,6 +181,13 @@ def is_unwell(fault: UpstreamError) -> bool:
     if fault.answered is None:
         return fault.problem.status != 503  # no connection was free, or the gateway is shutting down
     return fault.answered >= 500 or fault.answered == 200
+
+
+def is_refusal(fault: UpstreamError) -> bool:
+    """Whether the provider refused and did nothing, so that asking another one is no repetition: its account of ours or its
+    configuration is wrong (401 to 404, a redirect), or another model may take the request.
+    """
+    return fault.another_model or (fault.answered is not None and 300 <= fault.answered <= 404)
 
 
 def may_be_the_request(fault: UpstreamError) -> bool:

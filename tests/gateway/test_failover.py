@@ -321,11 +321,24 @@ async def test_equals_share_the_work(start):
 
 
 async def test_second_attempts_are_a_fifth_of_the_load_and_a_few(start):
-    mesh = await start(m=("one", "sim/error-401", "two", GOOD))
+    mesh = await start(m=("one", "sim/error-408", "two", GOOD))
     caller = await mesh.key()
     got = [(await mesh.chat(caller, model="m")).status for _ in range(30)]
     assert (16, 14) == (got.count(200), got.count(502))
     assert 46 == len(mesh.received)
+
+
+@pytest.mark.parametrize("refusal", ["sim/error-401", "sim/error-402", "sim/error-403", "sim/error-404"])
+async def test_the_budget_doesnt_bound_what_a_refusal_of_the_gateway_sends_elsewhere(start, refusal):
+    mesh = await start(m=("one", refusal, "two", GOOD))
+    caller = await mesh.key()
+    assert [200] * 30 == [(await mesh.chat(caller, model="m")).status for _ in range(30)]
+
+
+async def test_the_budget_doesnt_bound_what_another_model_may_take(start):
+    mesh = await start(m=("one", "sim/error-413"), n=("two", GOOD))
+    caller = await mesh.key()
+    assert [200] * 30 == [(await mesh.chat(caller, model="m", models=["n"])).status for _ in range(30)]
 
 
 async def test_attempts_share_the_clients_deadline(start):

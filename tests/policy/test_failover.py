@@ -224,6 +224,19 @@ FLAGGED = {
 
 # What providers refuse in a request: the status, code and param that the client gets, and whether another model may take it.
 REFUSED = [
+    *(
+        pytest.param(400, openai(words, None), ("provider_refused", None, True), id=f"too long: {words[:40]}")
+        for words in (
+            "input length and `max_tokens` exceed context limit: 198000 + 8192 > 200000, decrease input length",
+            "prompt is too long: 210000 tokens > 200000 maximum",
+            "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+            "Input validation error: `inputs` must have less than 1024 tokens. Given: 3000",
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8193",
+            "The prompt has 9000 tokens, which is more than the 8192 that the model takes.",
+            "Requested tokens (5000) exceed the limit of 4096 for this model.",
+            "Please reduce the length of the messages or completion.",
+        )
+    ),
     pytest.param(400, TOO_LONG, ("context_length_exceeded", "messages", True), id="OpenAI's context length"),
     pytest.param(
         400,
@@ -351,6 +364,19 @@ def test_a_refusal_of_the_gateway_is_not_the_clients(status, body):
         (openai("You exceeded your current quota.", "insufficient_quota", kind="insufficient_quota"), None, 600.0),
         (openai("You exceeded your current quota.", "insufficient_quota"), "1", 600.0),
         (openai("You exceeded your current quota."), None, 600.0),
+        (openai("Your account is suspended, please check your plan and billing details."), None, 600.0),
+        (openai("Paused.", None, kind="exceeded_current_quota_error"), None, 600.0),
+        (
+            {
+                "code": "Some resource has been exhausted",
+                "error": "Your team 5a has either used all available credits or reached its monthly spending limit.",
+            },
+            None,
+            600.0,
+        ),
+        (openai("Spend limit reached for this key."), None, 600.0),
+        (openai("Quota exceeded for requests a minute. Please retry in 34.5s."), None, 34.5),
+        (openai("Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'."), None, 1.0),
         (openai("Rate limit reached. Please try again in 7m12s."), None, 432.0),
         (openai("Rate limit reached. Please try again in 250ms."), None, 0.25),
         (openai("Requests exceeded. Please retry after 60 seconds."), None, 60.0),
