@@ -1,8 +1,7 @@
-"""The closed family of errors: `ErrorResponse`, the error that a client gets, and `GatewayError`, the exception that
-carries it.
+"""The closed family of errors: `ErrorResponse`, which a client gets, and `GatewayError`, the exception that carries it.
 
-A denial is an `ErrorResponse` returned as a value. A `GatewayError` has the `Source` that caused it: client, upstream
-or gateway. The codes are a promise to users: docs/errors.md lists them.
+Expected refusals are `ErrorResponse` values. A `GatewayError` has the `Source` that caused it: client, upstream or
+gateway. The codes are a promise to users: docs/errors.md lists them.
 """
 
 from collections.abc import Sequence
@@ -219,9 +218,7 @@ def ledger_unavailable(retry_after_s: float = 1.0) -> ErrorResponse:
 
 
 def gateway_timeout(message: str, *, may_have_run: bool) -> ErrorResponse:
-    """Build 504: the provider took too long to connect, to begin or to continue, or the request's own deadline has
-    passed.
-    """
+    """Build 504: the provider took too long to connect, begin or continue, or the client's deadline has passed."""
     return ErrorResponse(504, "gateway_timeout", message, may_have_run=may_have_run)
 
 

@@ -22,8 +22,7 @@ from meshproxy.openai.headers import ratelimit_headers
 from meshproxy.policy.principal import Limits, Principal
 from meshproxy.telemetry.tasks import Tasks
 
-# The share of the available credit that a hold takes where the full amount doesn't fit, so that later requests find
-# some.
+# The share of the available credit that a hold takes if its full amount doesn't fit, so that later requests find some.
 SHORT_SHARE_PERCENT = 50
 
 
@@ -261,9 +260,7 @@ class Lease:
         return problem
 
     def _extend_locally(self, covered: int) -> ErrorResponse | None:
-        """Take the cost of another slice from this worker's local allowance; return an error response if too little is
-        left.
-        """
+        """Take another slice's cost from the local allowance; return an error response if too little is left."""
         more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
         if self._credit.local is None or not self._credit.local.take(self.hold.ask, more_nusd):
             return ledger_unavailable()
@@ -320,7 +317,7 @@ class Admitter:
         self._credit = {enforce: Credit(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)}
 
     async def admit(self, exchange: Exchange, plan: Plan, principal: Principal, active: ActiveConfig) -> Lease | Denial:
-        """Return a lease on what the plan may cost, or the denial. Raises Unavailable if neither Redis nor `local` can
+        """Return a lease on what the plan may cost, or the denial. Raises Unavailable if neither ledger nor `local` can
         admit.
         """
         settings = active.settings

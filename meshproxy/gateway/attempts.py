@@ -260,9 +260,7 @@ class Attempts:
         return response
 
     async def _built(self, plan: Plan, candidate: Candidate) -> bytes:
-        """Build a large body in a thread, so that streams go on; one at a time, to bound the memory of intermediate
-        copies.
-        """
+        """Build a large body in a thread, so that streams go on; one at a time, to bound memory."""
         async with self._building:
             return await asyncio.to_thread(plan.body_for, candidate)
 
@@ -301,9 +299,7 @@ class Attempts:
         return response
 
     def _hold_s(self, exchange: Exchange, active: ActiveConfig) -> float:
-        """Return the seconds that the client's head may be held back for the first event: not past its first ping or
-        deadline.
-        """
+        """Return the seconds to hold the client's head back for the first event: to its first ping or deadline at most."""
         server = active.settings.server
         return min(server.first_event_hold_s, server.heartbeat_s, exchange.deadline - self._clock())
 
@@ -315,8 +311,7 @@ def outlives(plan: Plan, active: ActiveConfig) -> bool:
 
 
 def _deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> float:
-    """Return when an answer must have begun, in monotonic seconds: the request's own deadline, or the client's if
-    earlier.
+    """Return when an answer must have begun, in monotonic seconds: by the request's or the client's deadline.
 
     The client's timeout is one of silence (httpx's read timeout), so it doesn't bound a stream that gets pings in time.
     """

@@ -37,8 +37,8 @@ class Room:
         self.size = 0
 
     async def take(self, size: int) -> None:
-        """Reserve memory for a body of `size` bytes, waiting for it. Raises GatewayError `overloaded` if none is free
-        in time.
+        """Reserve memory for a body of `size` bytes, and wait for it. Raises GatewayError `overloaded` after
+        ROOM_WAIT_S.
         """
         if size > max(self.size, SMALL_BYTES):
             await self._bodies.take(self, size)
@@ -74,7 +74,7 @@ class Bodies:
         self._waiting: dict[asyncio.Future[None], tuple[Room, int]] = {}
 
     def room(self, account: str) -> Room:
-        """Return an empty `Room` for one request. Raises GatewayError `overloaded` if too many of the account's are
+        """Return an empty `Room` for a request. Raises GatewayError `overloaded` if too many of the account wait
         unadmitted.
         """
         count = self._unadmitted.get(account, 0)

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 
 class ActiveConfig(Struct, frozen=True):
-    """The configuration in force: settings, the model catalogue built from them, and a connection pool for each
-    upstream.
+    """The configuration in force: settings, model catalogue, and a connection pool for each upstream.
 
     `draining`: the upstreams whose answers are read to the end when a client hangs up.
     """
@@ -84,9 +83,7 @@ class Reply(Struct, frozen=True):
 
 
 class Downstream(Protocol):
-    """The client's side of a stream. No method blocks on or raises for a client that has gone: its handler is
-    cancelled.
-    """
+    """The client's side of a stream. No method blocks or raises for a client that has gone: its handler is cancelled."""
 
     def begin(self, headers: Headers) -> None:
         """Send the head of a 200 event stream."""

@@ -25,9 +25,7 @@ FORGET_ACCOUNT_S = 120.0  # after the account's last failure
 
 
 class Failures:
-    """One account's failures on a route. `counted`: those counted against the route since `since`, in monotonic
-    seconds.
-    """
+    """One account's failures on a route. `counted`: those counted against the route since `since` (monotonic seconds)."""
 
     __slots__ = ("breaker", "counted", "last_at", "since")
 
@@ -233,9 +231,7 @@ class Health:
         return arrange(attempts, lambda candidate: self._route(candidate).standing(account, now), session)
 
     def begin(self, candidate: Candidate, account: str = "") -> Attempt | None:
-        """Begin an attempt; None if the breaker of the route or the account is open, or half-open with a probe under
-        way.
-        """
+        """Begin an attempt; None if the breaker of the route or the account is open, or half-open with a probe out."""
         upstream = self._upstream(candidate.upstream)
         route = upstream.route(candidate.upstream_model)
         if not route.is_open and not route.accounts:

@@ -1,9 +1,9 @@
 """Idempotency-Key: a repeat with the same key and body gets the answer of the first request, which is charged once.
 
 The first request records in Redis what its client is sent, in the background and within a bound (`max_bytes`). A repeat
-reads the record: a finished answer at once, a running one as it grows. A failed request leaves no record, so a repeat
-runs anew. A record's state goes from `running` to `finished`, `failed` or `lost` (no replay possible); `charged` is set
-at settlement.
+reads the record: a finished answer at once, a running one as it grows. A record's state is `running`, then `finished`,
+`lost` (the answer can't be replayed) or `failed` (the key is free, so a repeat runs anew); `charged` is set at
+settlement.
 """
 
 import asyncio
@@ -225,9 +225,7 @@ class Answer:
         raise LookupError
 
     def _state_of(self, state: str | None) -> str | None:
-        """Return the record's state, with `charged` resolved: `running` for at most CHARGED_S, then `lost`, for its
-        worker died.
-        """
+        """Return the record's state; `charged` counts as `running` for CHARGED_S, then as `lost`: its worker has died."""
         if state != "charged":
             return state
         if self._charged_at is None:
@@ -259,7 +257,7 @@ class Answers:
 
     @contextlib.contextmanager
     def wait(self, answer: Answer, account: str, most: int) -> Iterator[None]:
-        """Have the answer read while the block runs. Raises GatewayError 429 if `most` requests of the account wait
+        """Have the answer read while the block runs. Raises GatewayError 429 if `most` of the account's requests wait
         already.
         """
         if self._waiting[account] >= most:

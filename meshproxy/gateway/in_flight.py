@@ -37,8 +37,8 @@ class Live:
         self.recordings: set[Recording] = set()
 
     async def pulse(self, settings: Callable[[], Settings]) -> None:
-        """Run for the life of the worker, reading the current settings each time. An error of one relay or hold is
-        raised only after all others were served.
+        """Run for the life of the worker, by the current settings. An error of one relay or hold is raised after
+        serving all.
         """
         while True:
             heartbeat_s, hold_ttl_s = settings().server.heartbeat_s, settings().credits.hold_ttl_s
@@ -91,8 +91,10 @@ class Detacher:
         self.closed = False  # true: a hang-up cancels the request
 
     async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `work`. If the caller is cancelled, or its deadline passes, the work goes on and then
-        the exchange is closed.
+        """Return the result of `work`. If the caller is cancelled or its deadline passes, the work goes on without the
+        client.
+
+        The exchange is closed when the work ends.
         """
         exchange.detachable = True
         task = self._tasks.spawn("drain", _with_fault_told(work))

@@ -345,9 +345,7 @@ def _waits(exchange: Exchange) -> bool:
 
 
 def _assembled(stream: bytes) -> bytes:
-    """Assemble a whole answer from an event stream that came in its place. Raises UpstreamError if that failed or broke
-    off.
-    """
+    """Assemble a whole answer from an event stream in its place. Raises UpstreamError if that failed or broke off."""
     body, error, is_finished = as_whole(stream)
     if error is not None:
         raise in_stream(error)

@@ -163,9 +163,8 @@ class Recorder:
         self._models: dict[str, _OfModel] = {}
         self._upstreams: dict[str, _OfUpstream] = {}
         self._requests: dict[tuple[str, int, str], Counter] = {}
-        self._phases = dict.fromkeys(
-            PHASES, 0
-        )  # requests in each phase; read when metrics are, which costs a request less
+        # Requests in each phase. A scrape reads them, so that a request needn't set gauges.
+        self._phases = dict.fromkeys(PHASES, 0)
         for phase in PHASES:
             metrics.in_flight.labels(phase).set_function(partial(self._phases.__getitem__, phase))
         self._overhead = {stream: metrics.overhead.labels(stream) for stream in ("true", "false")}

@@ -45,8 +45,10 @@ class Prompt:
     __slots__ = ("_fitted", "_messages", "_request", "_template", "count", "template_bytes", "tokens")
 
     def __init__(self, request: ChatRequest, template: Template | None, limit_bytes: int) -> None:
-        """Measure the messages. Raises the client's GatewayError: 413 if the rendered template and the caller's
-        messages exceed `limit_bytes`, 422 if the template lacks a variable or there are no messages at all.
+        """Measure the messages.
+
+        Raises the client's GatewayError: 413 if the rendered template and the caller's messages exceed `limit_bytes`,
+        422 if the template lacks a variable or there are no messages at all.
         """
         self._request = request
         self._template = template
@@ -121,8 +123,9 @@ class Plan(Struct, frozen=True):
 
     @property
     def prices(self) -> Collection[Price]:
-        """The prices of each candidate that may serve, each once: in the requested service tier, and in the standard
-        tier, which a provider may serve instead.
+        """The prices of each candidate that may serve, in the requested service tier and the standard one; each once.
+
+        A provider may serve the standard tier instead of the requested one.
         """
         attempts, tier = self.attempts, self.request.service_tier
         if len(attempts) == 1 and not attempts[0].natives and tier is None:
@@ -144,10 +147,9 @@ class Plan(Struct, frozen=True):
         return max([hold_amount(price, self.prompt_tokens, output_tokens) for price in self.prices])
 
     def likely_prompt_tokens(self) -> int:
-        """Return the prompt tokens to bill where no provider reports them: more accurate than the held estimate, and
-        slower.
+        """Return the prompt tokens to bill where no provider reports them. Media is estimated as for the hold.
 
-        Media is estimated as it is for the hold.
+        The result is more accurate than the held estimate, and slower to compute.
         """
         texts = [self.prompt.messages, *others_of(self.request)]
         if any(weigh(text).media_tokens for text in texts):

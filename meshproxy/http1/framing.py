@@ -106,9 +106,7 @@ class Chunked(Body):
         self._extension_bytes = 0
 
     def decode(self, data: bytes) -> bytes:
-        """Return the payloads of the chunks in `data`, joined. The usual read, one or several whole chunks, takes a
-        fast path.
-        """
+        """Return the payloads of the chunks in `data`, joined. The usual read, of whole chunks, takes a fast path."""
         if self._phase != 0 or self._held:
             return self._decode(data, 0, [])
         size = len(data)
@@ -155,9 +153,7 @@ class Chunked(Body):
         return b"".join(payloads)
 
     def _advance(self, data: bytes, position: int, payloads: list[bytes]) -> int:
-        """Process one piece of the framing at `position`. Return where the next begins, or `position` if this one is
-        incomplete.
-        """
+        """Process one piece of the framing at `position`. Return where the next begins; `position` if it is incomplete."""
         if self._phase == _Phase.PAYLOAD:
             return self._take_payload(data, position, payloads)
         if self._phase == _Phase.SIZE:
@@ -252,9 +248,8 @@ class Inflated(Body):
         if not self._begun:
             self._begun = True
             if not _has_header(packed):
-                self._decompressor = zlib.decompressobj(
-                    -zlib.MAX_WBITS
-                )  # deflate without zlib's header, as some servers send it
+                # deflate without zlib's header, as some servers send it
+                self._decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
         pieces = []
         left = MAX_INFLATED_BYTES
         while packed:

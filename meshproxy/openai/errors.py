@@ -1,9 +1,8 @@
-"""Errors as clients read them and as providers write them: validation details, the envelope, and parsing of a
-provider's error.
+"""Errors as clients read them and as providers write them: details, the envelope, and parsing of a provider's error.
 
 Detail types are pydantic's (`missing`, `string_type`, `greater_than_equal`, ...), which Mesh's SDKs know. A decoder
-stops at its first error, so a caller that wants all of them decodes each field alone. Everything of a provider's is
-bounded in size and depth, and the gateway's secrets are removed before it is sent or logged.
+stops at its first error, so a caller that wants all of them decodes each field alone. What is kept of a provider's
+error is bounded in size and depth. `without_secrets` and `without_quotes` clean it for clients and logs.
 """
 
 import html
@@ -44,9 +43,7 @@ _BOUNDS = {
 
 
 def detail_of(error: Exception, loc: tuple[str | int, ...]) -> Detail:
-    """Return the detail for a decoding error of the value at `loc`: msgspec's `DecodeError` or Python's
-    `RecursionError`.
-    """
+    """Return the detail for an error in decoding the value at `loc`: msgspec's `DecodeError`, or `RecursionError`."""
     if isinstance(error, RecursionError):
         return Detail("json_invalid", loc, "JSON is nested too deeply")
     text, path = _split(str(error))
@@ -161,9 +158,7 @@ def error_event(problem: ErrorResponse, request_id: str) -> bytes:
 
 
 def provider_error(body: bytes, content_type: str | None = None) -> Any:
-    """Decode a provider's error body: its JSON value, else the beginning of its text, or a web page's title. None if
-    empty.
-    """
+    """Decode a provider's error body: its JSON, else the beginning of its text or a web page's title; None if empty."""
     if not body.strip():
         return None
     if len(body) <= MAX_PROVIDER_ERROR_BYTES:

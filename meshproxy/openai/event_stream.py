@@ -1,5 +1,4 @@
-"""The scanner of a provider's event stream: it returns what may go to the client, and records usage, errors and output
-on the way.
+"""The scanner of a provider's event stream: it returns what may go to the client, and records usage, errors and output.
 
 Events pass as the very bytes they came in. JSON is decoded only of events with usage or an error, or whose text can't
 be found otherwise. Line ends become LF. Lines that OpenAI's SDKs can't handle (`id:`, `retry:`, an `event:` without
@@ -119,7 +118,7 @@ class StreamScanner:
         self._learn(_NO_SHAPE)
 
     def feed(self, payload: bytes) -> bytes:
-        """Return what may go to the client now: whole events only; `payload` itself (the same object) where it is
+        """Return what may go to the client now: whole events only; `payload` itself (the same object) if it is
         unchanged.
 
         Raises UpstreamError for an event of more than `max_event_bytes`.

@@ -1,5 +1,4 @@
-"""One event of a provider's stream: its classification and its parts; and conversion between whole answers and event
-streams.
+"""One event of a provider's stream: its kind and its parts; and conversion between whole answers and event streams.
 
 No state of a stream is kept here: see `event_stream`.
 """
@@ -122,8 +121,10 @@ def with_cost(event: Event, members: dict[str, Raw], cost_usd: str) -> bytes:
 
 
 def error_in(event: Event, members: dict[str, Raw] | None) -> dict[str, Any] | None:
-    """Return the error of an event: its member `error` (OpenAI, OpenRouter), an object whose `object` is `error`
-    (vLLM), or the data of an `event: error`. None without one.
+    """Return the error of an event; None without one.
+
+    It is the member `error` (OpenAI, OpenRouter), an object whose `object` is `error` (vLLM), or the data of an `event:
+    error`.
     """
     members = members or {}
     error = decode_value(members.get("error"))
@@ -165,9 +166,7 @@ def as_stream(body: bytes) -> bytes:
 
 
 def as_whole(body: bytes) -> tuple[bytes, Any, bool]:
-    """Merge an event stream into the whole answer it adds up to. Return that, the error in it, and whether it is
-    complete.
-    """
+    """Merge an event stream into a whole answer. Return it, the error in the stream, and whether it is complete."""
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
     done = False

@@ -1,6 +1,4 @@
-"""Header values of requests and responses: credentials, ids, what may go to a provider, and what may come back from
-one.
-"""
+"""Header values of requests and responses: credentials, ids, and what may pass to and from a provider."""
 
 import math
 import re
@@ -64,9 +62,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
 def bearer(authorization: str | None) -> str | None:
-    """Return the secret in `Bearer rsk_...`; None for anything else. The scheme's case doesn't matter (RFC 9110,
-    section 11.1).
-    """
+    """Return the secret in `Bearer rsk_...`; None for anything else. The scheme's case is ignored (RFC 9110, 11.1)."""
     found = _BEARER.fullmatch(authorization or "")
     return found[1] if found else None
 
@@ -77,8 +73,9 @@ def request_id(inbound: str | None) -> str | None:
 
 
 def cors_headers(origin: str | None, allowed: Collection[str]) -> Headers:
-    """Return the headers that let a page of `origin` read an answer, if `allowed` has the origin or `*` (Fetch
-    Standard, 3.2).
+    """Return the headers that let a page of `origin` read an answer, if it is allowed (Fetch Standard, 3.2).
+
+    `allowed` lists origins; `*` allows any.
     """
     if origin is None or not allowed or not (origin in allowed or "*" in allowed):
         return []
@@ -90,9 +87,7 @@ def cors_headers(origin: str | None, allowed: Collection[str]) -> Headers:
 
 
 def preflight_headers(asked: str | None) -> Headers:
-    """Return the headers for a preflight request, beside `cors_headers`. `asked`: the headers that the page wants to
-    send.
-    """
+    """Return the headers for a preflight request beside `cors_headers`. `asked`: the headers that the page would send."""
     headers = asked if asked is not None and _HEADER_LIST.fullmatch(asked) else ALLOWED_HEADERS
     return [
         ("access-control-allow-methods", "GET, HEAD, POST, PATCH, DELETE"),

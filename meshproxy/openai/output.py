@@ -23,9 +23,8 @@ MAX_PARTS: Final = 10_000  # of one delta's content; the rest isn't read
 # If the number of events is within these factors of the estimate of their text, each is taken for one token.
 FEWEST, MOST = 0.75, 1.6
 
-AUDIO_TOKEN_S: Final = (
-    0.05  # developers.openai.com/api/docs/guides/realtime-costs: an assistant's audio is a token for 50 ms
-)
+# An assistant's audio is a token for 50 ms (developers.openai.com/api/docs/guides/realtime-costs).
+AUDIO_TOKEN_S: Final = 0.05
 # Bytes per second of each `audio.format`. PCM has 24,000 samples of 16 bits (OpenAI's audio guide). The others are
 # compressed at a rate that isn't promised: these are the usual rates for speech.
 _AUDIO_BYTES_S: Final = {"pcm16": 48_000, "wav": 48_000, "flac": 24_000, "mp3": 16_000, "aac": 16_000, "opus": 4_000}
@@ -84,9 +83,7 @@ _CHUNK: Final = Decoder(_Chunk)  # other members are skipped
 
 
 class Output(Struct):
-    """The output of one event: `texts`, how many choices they are from (`pieces`), and the length of its audio in
-    base64.
-    """
+    """The output of one event: `texts`, the number of choices they are from (`pieces`), and the audio's base64 length."""
 
     texts: list[str]
     pieces: int = 0

@@ -1,5 +1,4 @@
-"""The chat completion request: the types and bounds of its members, its decoding, and the encoding of the provider's
-body.
+"""The chat completion request: types and bounds of its members, its decoding, and the encoding of a provider's body.
 
 The types and bounds are OpenAI's ("Create chat completion", API reference) and ours. Bodies are bounded by bytes and by
 the number of elements, since checks of very many elements would stall other requests.

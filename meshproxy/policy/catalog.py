@@ -97,8 +97,10 @@ class Candidate(Struct, frozen=True):
 
 
 class Entry(Struct, frozen=True):
-    """A model of the catalogue. `groups` are its candidates in order; those of one group are equals. `fixed` is the
-    order where no group has more than one.
+    """A model of the catalogue.
+
+    `groups` are its candidates in order; those of one group are equals. `fixed` is the order where no group has more
+    than one.
     """
 
     id: str

@@ -37,9 +37,8 @@ _REFUSED_US = {  # about our account or configuration, which the caller can't ch
     403: "The provider refused the gateway.",
     404: "The provider doesn't serve what the gateway asked for.",
 }
-_FULL = frozenset(
-    {503, 529}
-)  # RFC 9110, 15.6.4, and Anthropic's and Cloudflare's word for overloaded: nothing was done
+# RFC 9110, section 15.6.4, and what Anthropic and Cloudflare send when overloaded: no work was done.
+_FULL = frozenset({503, 529})
 _IN_THE_MIDDLE = frozenset({408, 409})  # refused, perhaps after some work was done
 
 _MODERATED = frozenset(
@@ -112,8 +111,7 @@ _STATUS_OF: Final = {
 
 
 class Verdict(Struct, frozen=True):
-    """The client's error if no other attempt succeeds, and which attempts may follow: any, or only one with another
-    model.
+    """The client's error if no other attempt succeeds, and which attempts may follow: any, or one with another model.
 
     `words`: the provider's message, for the log.
     """
@@ -249,9 +247,7 @@ def _verdict(status: int, words: ProviderWords, wait_s: float | None) -> Verdict
 
 
 def _about_us(status: int, words: ProviderWords) -> int | None:
-    """Return the status of _REFUSED_US that applies; None if the refusal is not about the gateway's account or
-    configuration.
-    """
+    """Return which of _REFUSED_US applies, if the refusal is about the gateway's account or configuration; else None."""
     code, said = (words.code or "").lower(), words.message or ""
     if status == 403:
         return None if _is_moderated(words) else 403
@@ -297,8 +293,7 @@ def _refused(status: int, words: ProviderWords) -> Verdict:
 
 
 def _another_may_take_it(status: int, words: ProviderWords) -> bool:
-    """Return whether another model may accept the request: it is too long for this one, or uses what this one doesn't
-    support.
+    """Return whether another model may accept the request: it is too long for this one, or needs a missing feature.
 
     A flagged request isn't offered elsewhere, and a malformed one would be refused everywhere.
     """
@@ -356,8 +351,9 @@ def _weight(index: int, fault: UpstreamError) -> tuple[int, float, int]:
 
 
 def _spoken_wait_s(message: str) -> float | None:
-    """Return the wait named in a message: `Please try again in 7m12s.` (OpenAI, Groq), `Please retry in 34.07s.`
-    (Gemini), `retry after 60 seconds` (Azure).
+    """Return the seconds to wait that a message names; None if it names none.
+
+    `Please try again in 7m12s.` (OpenAI, Groq), `Please retry in 34.07s.` (Gemini), `retry after 60 seconds` (Azure).
     """
     found = _WAIT_WORDS.search(message)
     if found is None:

@@ -17,9 +17,7 @@ Message = dict[str, Any]
 
 
 class Scale(NamedTuple):
-    """How the size of a message, and of a text in it, is measured. Sizes are additive: a message shrinks by as much as
-    its text.
-    """
+    """How messages and texts are measured. Sizes are additive: a message shrinks by as much as its text."""
 
     message: Callable[[Message], int]
     text: Callable[[str], int]
@@ -67,8 +65,8 @@ def fitted(messages: Sequence[Message], budget: int, scale: Scale) -> list[Messa
 
 
 def _middle(messages: Sequence[Message], sizes: Sequence[int], budget_tokens: int) -> set[int]:
-    """Return the indices to drop: units from the middle outwards, until the rest fits or only the first and the last
-    are left.
+    """Return the indices to drop: units from the middle outwards, until the rest fits or only the first and last are
+    left.
     """
     units = _units(messages)
     excess = sum(sizes) - budget_tokens
@@ -82,9 +80,7 @@ def _middle(messages: Sequence[Message], sizes: Sequence[int], budget_tokens: in
 
 
 def _units(messages: Iterable[Message]) -> list[list[int]]:
-    """Return the indices of messages that belong together: an assistant's call and its tools' answers. System messages
-    are left out.
-    """
+    """Return the indices of messages that belong together: a call and its tools' answers. System messages are left out."""
     units: list[list[int]] = []
     for index, message in enumerate(messages):
         role = message.get("role")

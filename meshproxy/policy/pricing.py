@@ -94,9 +94,7 @@ def cost(price: Price, usage: Usage, told_usd: Decimal | None = None) -> int:
 
 
 def billed(price: Price, usage: Usage, told_usd: Decimal | None) -> Price:
-    """Return the price that a cost was computed from, for its record: a single tier, with the markup only if it
-    applied.
-    """
+    """Return the price that a cost was computed from, for its record: one tier, and the markup only if it applied."""
     applied = price.at(usage.prompt) if price.tiers else price
     if applied.tiers or (applied.markup is not None and told_usd is None):
         applied = replace(applied, tiers=(), markup=None if told_usd is None else applied.markup)

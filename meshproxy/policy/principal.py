@@ -100,9 +100,7 @@ class Networks:
 
 
 class FailedLogins:
-    """Counts failed logins by address: a leaky bucket of `per_minute` failures each, which drains in a minute. 0: don't
-    count.
-    """
+    """Counts failed logins by address, in a leaky bucket that drains `per_minute` failures a minute. 0: don't count."""
 
     def __init__(self, per_minute: int) -> None:
         self._most = per_minute
@@ -130,8 +128,9 @@ class FailedLogins:
 
 
 class Access:
-    """One configuration's rules about client addresses. The address None is a client on a unix socket: file permissions
-    admit it.
+    """One configuration's rules about client addresses.
+
+    The address None is a client on a unix socket, which file permissions admit.
     """
 
     def __init__(self, allowed: Iterable[str] = (), failures_per_minute: int = 0) -> None:

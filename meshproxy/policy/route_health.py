@@ -1,8 +1,7 @@
-"""The health of routes: sliding windows, the retry budget, circuit breakers, latency, and the order in which candidates
-are tried.
+"""The health of routes: retry budget, circuit breakers, latency, and the order in which candidates are tried.
 
 A breaker is closed, open or half-open: enough failures open it, it lets one probe through after a time (half-open), and
-the probe's success closes it. Times are monotonic seconds that never go back; the state of each object has a fixed
+the probe's success closes it. Times are monotonic seconds that never go back. The state of each object has a fixed
 size.
 """
 
@@ -140,9 +139,7 @@ class Breaker:
         return self._state
 
     def allows(self, now: float) -> bool:
-        """Return whether a request may go to the upstream. If half-open, it becomes the probe, whose result must be
-        reported.
-        """
+        """Return whether a request may go to the upstream. In half-open it becomes the probe: report its result."""
         if self._state == "closed":
             return True
         if now < (self._until if self._state == "open" else self._probe_until):
@@ -288,9 +285,7 @@ def _longest_ejected(pairs: _Pairs, most: int) -> _Pairs:
 
 
 def _ordered(pairs: _Pairs, session: str | None) -> list[Candidate]:
-    """Return a group's order: by affinity to the session if there is one, else as drawn, with the second first if it is
-    less loaded.
-    """
+    """Return a group's order: by affinity to the session, else as drawn, with the second first if it is less loaded."""
     if len(pairs) < 2:
         return [candidate for candidate, _ in pairs]
     if session is not None:

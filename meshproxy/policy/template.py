@@ -72,7 +72,7 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
     variables: list[str] | UnsetType = UNSET
 
     def applied_to(self, template: Template) -> Template:
-        """Return the template with these fields. Raises GatewayError `validation_error` if its prompt then is too
+        """Return the template with these fields. Raises GatewayError `validation_error` if its prompt is then too
         large.
         """
         changes = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
@@ -148,9 +148,7 @@ def measure(template: Template, variables: Mapping[str, str]) -> tuple[bytes, in
 
 
 def to_public(template: Template) -> dict[str, Any]:
-    """Return a template as `/v1/templates` shows it: times in RFC 3339; `variables` are its slots, then other declared
-    names.
-    """
+    """Return a template as `/v1/templates` shows it: times in RFC 3339; `variables` are its slots, then other names."""
     return {
         "id": template.id,
         "name": template.name,

@@ -20,9 +20,8 @@ BYTES_PER_TOKEN = 3
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and at most 3 of UTF-8
 TOKENS_PER_MESSAGE = 4  # role and delimiters; OpenAI's cookbook counts 3 and 1 for a name
 TOKENS_PER_PROMPT = 3  # every reply is primed (OpenAI's cookbook, "How to count tokens")
-TOKENS_PER_MEDIA = (
-    1700  # an image at high detail: 85 + 170 for each 512 px tile (OpenAI's vision guide), 8 tiles at most, and spare
-)
+# An image at high detail: 85 + 170 for each 512 px tile (OpenAI's vision guide), 8 tiles at most, and a margin.
+TOKENS_PER_MEDIA = 1700
 
 # Base64 characters per token. Audio: 32 tokens a second (Gemini API, "Audio understanding") at 96 kbit/s. Video: 263 a
 # second with its sound (Gemini API, "Token counting") at 400 kbit/s. Text: a token per three bytes. Documents: most of
@@ -41,11 +40,8 @@ _MAGIC: Final = (
 MIN_MEDIA_CHARS = 1024  # a shorter string costs less as text than as any media
 _CONTEXT_CHARS = 160  # before a string, where its key and its kind are looked for
 
-_OPENED_BY: Final = (
-    b":",
-    b"[",
-    b",",
-)  # what precedes a string's opening quote; inside a text that quote is escaped
+# What precedes a string's opening quote. Inside a text that quote is escaped.
+_OPENED_BY: Final = (b":", b"[", b",")
 _KEY: Final = re.compile(rb'"([^"]*)"\s*:\s*\Z')
 _TEXT_KEYS: Final = frozenset(
     {b"text", b"content", b"arguments", b"reasoning", b"reasoning_content", b"thinking", b"refusal"}
@@ -96,10 +92,9 @@ def least_tokens(messages: bytes) -> int:
 
 
 def likely_tokens(texts: Iterable[bytes], count: int) -> int:
-    """Estimate the tokens that providers bill for JSON without media, with `count` messages: 0.8 to 1.4 times
-    o200k_base's count.
+    """Estimate the tokens that providers bill for JSON without media, with `count` messages.
 
-    Samples the words, in some milliseconds at most.
+    The result is 0.8 to 1.4 times o200k_base's count. It samples the words, in some milliseconds at most.
     """
     return sum(map(_words, texts)) + TOKENS_PER_MESSAGE * count + TOKENS_PER_PROMPT
 
@@ -151,9 +146,7 @@ def _long_strings(json: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _named(json: bytes, start: int, end: int) -> int:
-    """Count the keys between these positions that name media. In much JSON only `_url` keys are looked for, which is
-    faster.
-    """
+    """Count the keys between these positions that name media. In much JSON only `_url` keys count, which is faster."""
     if end - start > _MUCH_BYTES:
         return json.count(b'_url":', start, end)
     return len(_NAMED.findall(json, start, end))
@@ -196,9 +189,7 @@ def _kind_of(before: bytes, head: bytes) -> bytes:
 
 
 def _text_tokens(json: bytes, text_bytes: int) -> int:
-    """Estimate the tokens of text. Escapes count as half at most, so that text which only looks escaped can't lower it
-    further.
-    """
+    """Estimate the tokens of text. Escapes lower the result by half at most, since text may only look escaped."""
     if b"\\" in json and json.rfind(b"\\u") >= 0:
         text_bytes = max(text_bytes - BYTES_OVER_PER_ESCAPE * json.count(b"\\u"), text_bytes // 2)
     return -(-text_bytes // BYTES_PER_TOKEN)
