@@ -1,7 +1,8 @@
-"""The typed settings, and how TOML text becomes them. Pure: whoever calls hands in the text, the environment and a way to
-read secret files, so that a configuration can be checked anywhere.
+"""The typed settings, and how they are decoded from TOML text.
 
-Every fault of a text is found and told at once, each with its path and, for an unknown key, the nearest right name.
+The room is pure: the caller passes in the text, the environment and a function that reads secret files, so a
+configuration can be checked anywhere. All faults of a text are found at once, each with its path and, for an unknown
+key, the nearest known name.
 """
 
 from meshproxy.config.load import ConfigError, Decoded, decode, parse

@@ -1,4 +1,8 @@
-"""How faults name keys: where one stands in the file, and which right one is nearest to a wrong one."""
+"""Decode TOML text to `Settings`, with every fault and every likely mistake.
+
+A fault or warning is a sentence that begins with the path of its key. `lines_of` and `line_of` find its line in the
+text. `contradictions` are faults between keys; `likely_mistakes` are warnings.
+"""
 
 import difflib
 import json
@@ -36,22 +40,21 @@ _LONG_QUOTE = re.compile(r"\"\"\"|'''")
 
 
 def under(path: str, key: str) -> str:
-    """The path of a key in the table at `path`, quoted where TOML would quote it."""
+    """Return the path of a key in the table at `path`, quoted where TOML needs quotes."""
     name = key if _BARE_KEY.fullmatch(key) else json.dumps(key)
     return f"{path}.{name}" if path else name
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`, did you mean NAME?`, or nothing if no name is near."""
+    """Return `, did you mean NAME?`, or an empty string if no name is near."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f", did you mean {near[0]}?" if near else ""
 
 
 def lines_of(text: str) -> dict[str, int]:
-    """The line on which each table, key and listed inline table of a TOML text begins, by its path.
+    """Return the line on which each table, key and inline table in a list begins, by its path.
 
-    It reads line by line, and knows nothing of what stands inside an inline table: for that, `line_of` gives the line of the
-    nearest key around it.
+    It reads line by line and doesn't look into inline tables: `line_of` gives the line of the nearest key around them.
     """
     lines: dict[str, int] = {}
     seen: Counter[str] = Counter()
@@ -77,13 +80,13 @@ def lines_of(text: str) -> dict[str, int]:
 
 
 def line_of(fault: str, lines: Mapping[str, int]) -> int | None:
-    """The line that a fault, which begins with its path, is about; None if nothing of that path is in the file."""
+    """Return the line that a fault is about; None if the text has nothing of the path that the fault begins with."""
     near = [path for path in lines if fault.startswith(path) and fault[len(path) :][:1] in {":", ".", "["}]
     return lines[max(near, key=len)] if near else None
 
 
 def _path(toml: str) -> str:
-    """The path of the only key in one line of TOML, however it is quoted."""
+    """Return the path of the only key in one line of TOML, however it is quoted."""
     path, value = "", tomllib.loads(toml)
     while isinstance(value, dict) and value:
         ((key, inner),) = value.items()
@@ -96,13 +99,13 @@ def _only(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-# No model costs so little for a million tokens, and for one token none costs so much: o1-pro's output, among the dearest there
-# were, took 600 USD for a million (https://platform.openai.com/docs/pricing), and so 0.0006 for one.
+# A price below this is likely per token, not per million: o1-pro's output, one of the most expensive, cost 600 USD per
+# million (https://platform.openai.com/docs/pricing), so 0.0006 per token. No model is so cheap per million.
 LEAST_USD_PER_MTOK = 0.001
 PRICES = Prices.__struct_fields__
-# What OpenAI's API has behind its base URL.
+# Paths of OpenAI's API that must not be part of a base URL.
 ENDPOINTS = ("/chat/completions", "/completions", "/responses", "/embeddings", "/models")
-# Hosts that serve nothing without this path; their pages are in docs/providers.md.
+# Hosts that serve nothing without this path. docs/providers.md links their pages.
 PATHS = {
     "api.openai.com": "/v1",
     "openrouter.ai": "/api/v1",
@@ -117,7 +120,7 @@ EVERYBODY = frozenset({"0.0.0.0/0", "::/0"})
 
 
 def contradictions(settings: Settings) -> Iterator[str]:
-    """Each a sentence that begins with its path."""
+    """Yield the faults between keys."""
     if settings.server is not None:
         yield from _server_faults(settings.server)
     if settings.redis is not None and settings.redis.on_failure == "local" and settings.redis.journal is None:
@@ -130,7 +133,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
 
 
 def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[str]:
-    """What can be served and is hardly meant: each a sentence that begins with its path. `table`: the text's own."""
+    """Yield warnings about what can be served but is likely a mistake. `table` is the decoded TOML."""
     if settings.server is not None:
         yield from _server_doubts(settings.server)
     for name, upstream in (settings.upstreams or {}).items():
@@ -195,7 +198,7 @@ def _model_doubts(model: Model, name: str) -> Iterator[str]:
 
 
 def _prices_of(model: Model, path: str) -> Iterator[tuple[str, Prices]]:
-    """Every table of prices of a model, with its path."""
+    """Yield every table of prices of a model, with its path."""
     tables: list[tuple[str, Model | ServiceTier]] = [(path, model)]
     for name, tier in (model.service_tiers or {}).items():
         if tier is not None:
@@ -233,7 +236,9 @@ def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
 
 
 def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:
-    """The built-in default may be missing: then a request has to name its model."""
+    """Check the default model. The built-in default may be missing from `models`: then a request has to name its
+    model.
+    """
     models = settings.models or {}
     if model is not None and model != Defaults().model and model not in models:
         yield f"defaults.model: no model is named {model}{nearest(model, models)}"
@@ -243,7 +248,7 @@ INSTEAD_OF_TEXT = 'a secret is not written here: say { env = "NAME" } or { file 
 
 
 class ConfigError(Exception):
-    """A configuration that can't be used. `faults`: every one, each a sentence that begins with its path."""
+    """A configuration that can't be used. `faults` lists every fault."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
@@ -251,9 +256,7 @@ class ConfigError(Exception):
 
 
 class Decoded(Struct, frozen=True):
-    """What a TOML text says. `settings` have None where a value is at fault; `warnings`: what is likely a mistake; `lines`: on
-    which line each key stands. Faults and warnings are sentences that begin with a path.
-    """
+    """A decoded TOML text: settings (None where a value is at fault), faults, warnings, and each key's line."""
 
     settings: Settings
     faults: list[str]
@@ -262,7 +265,7 @@ class Decoded(Struct, frozen=True):
 
 
 def parse(text: str) -> Settings:
-    """The settings of a TOML text; ConfigError with every fault in it."""
+    """Return the settings of a TOML text. Raises ConfigError with every fault."""
     decoded = decode(text)
     if decoded.faults:
         raise ConfigError(decoded.faults)
@@ -270,7 +273,9 @@ def parse(text: str) -> Settings:
 
 
 def decode(text: str) -> Decoded:
-    """The settings of a TOML text with every fault in it; ConfigError if it is no TOML."""
+    """Return the settings of a TOML text together with its faults and warnings. Raises ConfigError if the text isn't
+    TOML.
+    """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -284,7 +289,7 @@ def decode(text: str) -> Decoded:
 
 
 def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
-    """A value of the table as its type wants it; what is at fault comes out as None, and its fault is written down."""
+    """Decode a value to its type. If it is at fault, append to `faults` and return None."""
     kind = _chosen(kind, value)
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if isinstance(bare, type) and issubclass(bare, Struct):
@@ -299,7 +304,7 @@ def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
 
 
 def _struct(value: Any, kind: type[Struct], path: str, faults: list[str]) -> Any:
-    """A table with fixed keys. Built unchecked: each of its values was checked alone."""
+    """Decode a table with fixed keys. The struct is built unchecked, because each value was checked on its own."""
     if not isinstance(value, dict):
         is_text = kind is Secret and isinstance(value, str)
         faults.append(f"{path}: {INSTEAD_OF_TEXT if is_text else 'expected a table'}")
@@ -323,7 +328,7 @@ def _struct(value: Any, kind: type[Struct], path: str, faults: list[str]) -> Any
 
 
 def _mapping(table: dict[str, Any], kind: Any, path: str, faults: list[str]) -> dict[str, Any]:
-    """A table whose keys are the user's own names."""
+    """Decode a table whose keys are the user's own names."""
     name_kind, item_kind = get_args(kind)
     for name in table:
         _leaf(name, name_kind, under(path, name), faults)
@@ -343,7 +348,7 @@ def _leaf(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
 
 
 def _complaint(message: str, kind: Any) -> str:
-    """A sentence of msgspec's in our users' words; the type's own words where it says what was expected."""
+    """Rewrite msgspec's message in TOML's terms; prefer the type's own description of what is expected."""
     for meta in _metas(kind):
         if meta.description:
             return f"expected {meta.description}"
@@ -357,8 +362,9 @@ def _metas(kind: Any) -> tuple[Meta, ...]:
 
 
 def _chosen(kind: Any, value: Any) -> Any:
-    """The one of several types that a value is decoded as. `X | None` is X: TOML has no null, so None only means left out. Of
-    a text and a secret it is the secret for a table.
+    """Choose the type of a union that a value is decoded as.
+
+    `X | None` is X: TOML has no null, so None only means left out. Of text and Secret, a table chooses Secret.
     """
     if get_origin(kind) not in {Union, UnionType}:
         return kind

@@ -1,4 +1,4 @@
-"""Secrets: where a configuration says they are, and what they must be to be sent in a header."""
+"""Read the secrets that a configuration refers to, and check that they can be used."""
 
 from collections.abc import Callable, Mapping
 from urllib.parse import quote
@@ -13,7 +13,9 @@ ReadFile = Callable[[str], str]
 
 
 class Secrets(Struct, frozen=True):
-    """The API key of each upstream that has one, by upstream, and what the admin listener asks for. Never shown."""
+    """The API key of each upstream that has one, by upstream, and the token of the admin listener. The `repr` shows
+    none of them.
+    """
 
     upstreams: dict[str, str]
     admin_token: str | None = None
@@ -23,7 +25,9 @@ class Secrets(Struct, frozen=True):
 
 
 class SecretReader:
-    """Reads secrets from `env` and files. `faults` has each that can't be had: never its value."""
+    """Reads secrets from `env` and from files. `faults` lists each secret that can't be read or used, never with its
+    value.
+    """
 
     def __init__(self, env: Mapping[str, str], read_file: ReadFile) -> None:
         self.faults: list[str] = []
@@ -31,7 +35,7 @@ class SecretReader:
         self._read_file = read_file
 
     def secrets(self, settings: Settings) -> Secrets:
-        """The API keys and the admin token."""
+        """Read the API keys and the admin token."""
         upstreams = {name: upstream for name, upstream in (settings.upstreams or {}).items() if upstream is not None}
         keys = {
             name: self._text(f"{under('upstreams', name)}.api_key", each.api_key) for name, each in upstreams.items()
@@ -40,7 +44,7 @@ class SecretReader:
         return Secrets({name: key for name, key in keys.items() if key}, token or None)
 
     def filled(self, settings: Settings) -> Settings:
-        """The settings with the text of each secret that is a part of them: of the store's URL and of the upstreams' headers."""
+        """Return the settings with the secrets that are part of them: in redis.url and in the upstreams' headers."""
         upstreams = {
             name: self._with_headers(name, upstream) if upstream is not None else upstream
             for name, upstream in (settings.upstreams or {}).items()
@@ -49,7 +53,7 @@ class SecretReader:
         return replace(settings, upstreams=upstreams, redis=redis)
 
     def redis(self, redis: Redis) -> Redis:
-        """The same store, with a URL that has the password in it."""
+        """Return the Redis settings with a URL that contains the password."""
         url = redis.url
         if isinstance(url, Secret):
             url = self._text("redis.url", url, is_sent=False)
@@ -76,7 +80,7 @@ class SecretReader:
         return replace(upstream, headers=headers)
 
     def _text(self, path: str, secret: Secret | None, *, is_sent: bool = True) -> str:
-        """The secret, or "" if it is none or can't be had. `is_sent`: in a header."""
+        """Return the secret, or "" if there is none or it can't be used. `is_sent`: it must be valid in a header."""
         if secret is None:
             return ""
         try:
@@ -91,7 +95,7 @@ class SecretReader:
         return ""
 
     def _value(self, secret: Secret) -> str:
-        """ValueError, without the secret, if it can't be had."""
+        """Return the raw secret. Raises ValueError, without the secret, if it can't be read."""
         try:
             return self._env[secret.env] if secret.env is not None else self._read_file(secret.file or "")
         except KeyError:
@@ -101,14 +105,14 @@ class SecretReader:
 
 
 def plain(value: str | Secret) -> str:
-    """A text of settings that were `filled`. TypeError for a secret that nobody has read yet."""
+    """Return a text of settings that were `filled`. Raises TypeError for a secret that hasn't been read."""
     if isinstance(value, Secret):
         raise TypeError("a secret of these settings was not read")
     return value
 
 
 def _with_password(url: str, password: str) -> str:
-    """The URL with a password beside its user; ValueError if it has one already."""
+    """Return the URL with a password after its user. Raises ValueError if the URL has one already."""
     scheme, separator, rest = url.partition("://")
     authority, slash, tail = rest.partition("/")
     userinfo, _, hosts = authority.rpartition("@")

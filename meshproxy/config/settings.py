@@ -1,4 +1,8 @@
-"""Addresses: the listeners' (`HOST:PORT`, `[IPV6]:PORT`, `:PORT` for every interface, `unix:/path`), networks and URLs."""
+"""The typed settings, one struct for each table of the TOML, and the checks of their values.
+
+Addresses of listeners are `HOST:PORT`, `[IPV6]:PORT`, `:PORT` (every interface) or `unix:/path`. The `*_fault`
+functions return what is wrong with a value, None if it is valid. docs/configuration.md is made from these structs.
+"""
 
 import ipaddress
 import re
@@ -18,7 +22,9 @@ _HOST = re.compile(r"[A-Za-z0-9._-]*")
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `127.0.0.1:8080`, `[::1]:8080` or `:8080` (every interface); ValueError for anything else."""
+    """Split `127.0.0.1:8080`, `[::1]:8080` or `:8080` (every interface) into host and port. Raises ValueError for
+    anything else.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{address!r} is not HOST:PORT")
@@ -32,7 +38,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def address_fault(address: str) -> str | None:
-    """What is wrong with a listener's address; None if nothing is."""
+    """Return what is wrong with a listener's address, None if it is valid."""
     if address.startswith("unix:"):
         if not address.startswith("unix:/") or "\0" in address:
             return f"{address!r} needs an absolute path"
@@ -46,7 +52,9 @@ def address_fault(address: str) -> str | None:
 
 
 def is_private(address: str) -> bool:
-    """Whether only this machine can reach a listener's address: loopback, or a socket file. What can't be told is not."""
+    """Return whether only this machine can reach a listener: loopback or a socket file. False for an invalid
+    address.
+    """
     if address.startswith("unix:"):
         return True
     try:
@@ -57,16 +65,16 @@ def is_private(address: str) -> bool:
 
 
 def is_everywhere(address: str) -> bool:
-    """Whether a listener's address is every interface of the machine."""
+    """Return whether a listener's address is every interface of the machine."""
     try:
         host, _ = split_address(address)
     except ValueError:
         return False
-    return host in {"", "0.0.0.0", "::"}  # noqa: S104 - what is asked for
+    return host in {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
 
 
 def network_fault(text: str) -> str | None:
-    """What is wrong with a network, or one address; None if nothing is."""
+    """Return what is wrong with a network or a single address, None if it is valid."""
     try:
         ipaddress.ip_network(text)
     except ValueError:
@@ -75,7 +83,7 @@ def network_fault(text: str) -> str | None:
 
 
 def url_fault(url: str) -> str | None:
-    """What is wrong with an HTTP URL's host or port; None if nothing is."""
+    """Return what is wrong with an HTTP URL's host or port, None if they are valid."""
     try:
         parts = urlsplit(url)
         if parts.port == 0:
@@ -86,7 +94,9 @@ def url_fault(url: str) -> str | None:
 
 
 def host_fault(host: str) -> str | None:
-    """What is wrong with a host's name or address; None if nothing is. One dot at the end is the root (RFC 1034, 3.1)."""
+    """Return what is wrong with a host name or address, None if it is valid. One final dot is the root (RFC 1034,
+    3.1).
+    """
     if ":" in host:
         try:
             ipaddress.IPv6Address(host.partition("%")[0])
@@ -102,7 +112,9 @@ def host_fault(host: str) -> str | None:
 
 
 def redis_url_fault(url: str) -> str | None:
-    """What is wrong with the scheme of redis.url; None if nothing is. The rest, which isn't shown, may hold a password."""
+    """Return what is wrong with the scheme of redis.url, None if it is valid. The rest isn't shown: it may contain a
+    password.
+    """
     if url == "embedded" or url.startswith(REDIS_SCHEMES):
         return None
     return f"its scheme is none of {', '.join(REDIS_SCHEMES)}, nor is it embedded"
@@ -115,9 +127,9 @@ def _ipv6(host: str, address: str) -> str:
         raise ValueError(f"{address!r}: {host!r} is not an IPv6 address") from error
 
 
-# What OpenAI, Anthropic and Groq call service at a model's ordinary price, and what leaves the choice to the provider.
+# Service tiers at a model's ordinary price (OpenAI, Anthropic, Groq), and those that leave the choice to the provider.
 STANDARD_TIERS = frozenset({"auto", "default", "standard", "on_demand"})
-MOST = 2**53  # what a Lua number in Redis holds exactly
+MOST = 2**53  # the largest integer that a Lua number in Redis holds exactly
 
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Natural = Annotated[int, Meta(ge=0, le=MOST)]
@@ -139,7 +151,7 @@ BaseUrl = Annotated[
 Listen = Annotated[str, Meta(extra={"fault": address_fault})]
 Network = Annotated[str, Meta(extra={"fault": network_fault})]
 RedisUrl = Annotated[str, Meta(extra={"fault": redis_url_fault})]
-HeaderName = Annotated[  # RFC 9110, 5.6.2; those of a connection: 7.6.1
+HeaderName = Annotated[  # syntax: RFC 9110, 5.6.2; a connection's headers: 7.6.1
     str,
     Meta(
         pattern=r"\A(?!(?i:authorization|content-length|content-type|host|transfer-encoding|connection|proxy-connection"
@@ -217,7 +229,7 @@ class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Redis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[redis]: the one store, and what happens without it."""
+    """[redis]: the store, and the behaviour without it."""
 
     url: RedisUrl | Secret = "redis://127.0.0.1:6379/0"
     password: Secret | None = None
@@ -229,7 +241,7 @@ class Redis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Defaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[defaults]: what holds for a key that doesn't say."""
+    """[defaults]: values for keys that don't set their own."""
 
     model: str = "openai/gpt-4o"
     requests_per_minute: Positive = 600
@@ -253,7 +265,7 @@ class RateLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[idempotency]: how long and how large an answer is kept for replay."""
+    """[idempotency]: how long and up to which size an answer is kept for replay."""
 
     ttl_s: Seconds = 3600
     max_bytes: Positive = 1_048_576
@@ -262,7 +274,7 @@ class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[metrics.buckets]: the upper edges of a histogram, by family, in the place of its own (telemetry/families.py)."""
+    """[metrics.buckets]: the upper edges of a histogram, by family, instead of those in telemetry/families.py."""
 
     meshproxy_request_duration_seconds: Edges | None = None
     meshproxy_time_to_first_token_seconds: Edges | None = None
@@ -282,14 +294,14 @@ class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[tracing]: spans for an OpenTelemetry collector; needs the extra `otel`."""
+    """[tracing]: spans for an OpenTelemetry collector. Needs the extra `otel`."""
 
     endpoint: BaseUrl | None = None
     sample: Annotated[float, Meta(ge=0, le=1)] = 1.0
 
 
 class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[upstreams.NAME]: one provider and the patience it is given."""
+    """[upstreams.NAME]: one provider, its time-outs and its bounds."""
 
     kind: Literal["openai", "openrouter", "simulator"]
     base_url: BaseUrl
@@ -308,7 +320,7 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of a model's `upstreams`: tried in order; `weight` balances neighbours that carry one."""
+    """One entry of a model's `upstreams`, tried in order. `weight` balances neighbouring entries that have one."""
 
     upstream: str
     model: Name
@@ -316,7 +328,7 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Prices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What tokens cost; a kind without a price of its own costs what its whole costs."""
+    """Prices of tokens by kind. A kind without a price costs the same as the kind it is a part of."""
 
     input_usd_per_mtok: Usd
     output_usd_per_mtok: Usd
@@ -329,14 +341,16 @@ class Prices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class PriceTier(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[[models."ID".price_tiers]]: the prices of a whole request whose prompt is larger; the largest that applies counts."""
+    """[[models."ID".price_tiers]]: prices of a whole request with a larger prompt. The largest tier that applies is
+    used.
+    """
 
     above_prompt_tokens: Positive
 
 
 def _tiers_fault(tiers: list[PriceTier]) -> str | None:
     edges = [tier.above_prompt_tokens for tier in tiers]
-    ascend = None in edges or all(a < b for a, b in pairwise(edges))  # None: a fault that was told already
+    ascend = None in edges or all(a < b for a, b in pairwise(edges))  # None: at fault, and reported already
     return None if ascend else "above_prompt_tokens of each must be more than that of the one before it"
 
 
@@ -350,7 +364,7 @@ class ServiceTier(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Model(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[models."ID"]: where a model is served, its size and its price."""
+    """[models."ID"]: the upstreams, size and prices of a model."""
 
     upstreams: Annotated[list[Route], Meta(min_length=1)]
     context_window: Positive = 128_000
@@ -365,7 +379,7 @@ class Model(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The whole configuration, decoded and without contradictions."""
+    """The whole configuration, decoded and free of contradictions."""
 
     server: Server = field(default_factory=Server)
     stream: Stream = field(default_factory=Stream)

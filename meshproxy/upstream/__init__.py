@@ -1,1 +1,1 @@
-"""The HTTP client side: connections to providers, and the simulated one."""
+"""The HTTP client side: connections to providers."""

@@ -1,9 +1,10 @@
-"""One connection to a provider: an asyncio.Protocol that writes a request and pushes its answer, one exchange at a time.
+"""One connection to a provider: an asyncio.Protocol that writes a request and pushes its answer.
 
-idle -> awaiting the head -> in the body -> idle again, or closed. A connection that hears anything while idle, or more than
-the answer's framing allows, is closed and never used again: those bytes would be taken for the next customer's answer.
+One exchange at a time. States: idle, awaiting the head, in the body, then idle again or closed. A connection that
+receives anything while idle, or more than the answer's framing allows, is closed and never reused: those bytes would be
+taken for the next request's answer.
 
-Time is watched by one timer, which is armed again when it fires and not when a byte arrives.
+One timer watches the deadline. It is re-armed when it fires, not when bytes arrive.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ IDENTITY = frozenset({"", "identity"})
 
 
 class Patience(NamedTuple):
-    """How long a provider may be silent, in seconds, and how large an answer may be that is kept whole."""
+    """How long a provider may be silent, in seconds, and the largest answer that is kept whole."""
 
     first_byte_s: float
     idle_s: float
@@ -31,7 +32,9 @@ class Patience(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """See the charter. `on_idle`: it can be used again. `on_lost`: it is closed, once, whatever the reason."""
+    """One connection. `on_idle` is called when it can be used again; `on_lost` is called once, when it is closed for
+    any reason.
+    """
 
     __slots__ = (
         "_answer",
@@ -66,9 +69,11 @@ class Connection(asyncio.Protocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = self._loop.create_future()
-        self.made = False  # whether it ever was connected
-        self.carried_by: asyncio.Transport | None = None  # what TLS goes over, whose unsent bytes TLS doesn't tell
-        self.usable = False  # idle and, as far as was heard, alive
+        self.made = False  # whether it was ever connected
+        self.carried_by: asyncio.Transport | None = (
+            None  # TCP transport below TLS, which doesn't report its unsent bytes
+        )
+        self.usable = False  # idle and not known to be closed
         self._transport: asyncio.Transport | None = None
         self._poll = select.poll()
         self._head_reader = HeadReader()
@@ -80,10 +85,12 @@ class Connection(asyncio.Protocol):
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    # The exchange, as its user sees it.
+    # Called by the provider and the response.
 
     def send(self, request: list[bytes]) -> "asyncio.Future[Response] | None":
-        """Write a request; the future brings its answer or an UpstreamError. None if the connection was dead before."""
+        """Write a request. The returned future yields its answer or raises UpstreamError. None if the connection was
+        dead already.
+        """
         transport = self._transport
         if transport is None or not self.usable or transport.is_closing():
             return None
@@ -91,7 +98,7 @@ class Connection(asyncio.Protocol):
             transport.write(request[0])
         else:
             transport.writelines(request)
-        if transport.is_closing():  # the very first write failed: nothing was sent
+        if transport.is_closing():  # the first write failed: nothing was sent
             return None
         self.usable = False
         self._answer = self._loop.create_future()
@@ -99,31 +106,33 @@ class Connection(asyncio.Protocol):
         return self._answer
 
     def heard_something(self) -> bool:
-        """Whether the idle socket has an end, a reset or bytes that the event loop has not brought yet."""
+        """Return whether the idle socket has an end, a reset or bytes that the event loop hasn't delivered yet."""
         return bool(self._poll.poll(0))
 
     def abandon(self, answer: "asyncio.Future[Response]") -> None:
-        """Whoever awaited `answer` is gone. Closes this connection only if that exchange still has it."""
+        """Give up an `answer` that nothing awaits any more. Closes this connection only if that exchange still uses
+        it.
+        """
         if answer is self._answer:
             self.abort()
         elif not answer.cancelled() and answer.exception() is None:
             answer.result().close()
 
     def pause(self) -> None:
-        """Read no more from the socket."""
+        """Stop reading from the socket."""
         if not self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read on; the provider's silence is counted from now."""
+        """Continue reading. The time-out for silence starts anew."""
         if self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = False
             self._deadline = self._loop.time() + self._idle_s
             self._transport.resume_reading()
 
     def abort(self, fault: UpstreamError | None = None) -> None:
-        """Close the socket at once. Whoever awaits a head or takes a body hears of `fault`, or nothing more if there is none."""
+        """Close the socket at once, and pass `fault` to the pending answer or to the sink of the body."""
         self.usable = False
         answer, self._answer = self._answer, None
         response, self._response, self._body = self._response, None, None
@@ -136,17 +145,17 @@ class Connection(asyncio.Protocol):
         elif answer is not None and not answer.done():
             answer.set_exception(fault or faults.dropped())
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ready for the first request."""
+        """Become idle, ready for the first request."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
         self.made = self.usable = True
         self._expect_within(self._patience.keepalive_s)
 
     def data_received(self, data: bytes) -> None:
-        """The hot path: one call for each read of a body."""
+        """Decode a read and push it to the sink. This is the hot path: one call for each read of a body."""
         body = self._body
         if body is None:
             self._receive_head(data)
@@ -163,14 +172,16 @@ class Connection(asyncio.Protocol):
             self._finish()
 
     def eof_received(self) -> None:
-        """The provider ends the connection, and the body with it if nothing else can. asyncio then closes the transport."""
+        """End a body that only the end of the connection delimits; fail any other exchange. asyncio then closes the
+        transport.
+        """
         if self._body is not None and self._body.until_eof and self._said_goodbye():
             self._finish()
         else:
             self.abort(self._loss())
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # that it is lost says enough
-        """Everything ends here, once."""
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 # the state decides which error it is
+        """Fail what is pending and report the loss, once."""
         self._transport = None
         self.abort(self._loss())
         if self._timer is not None:
@@ -180,8 +191,10 @@ class Connection(asyncio.Protocol):
         self._on_lost(self)
 
     def _said_goodbye(self) -> bool:
-        """Whether the end is the provider's own. Under TLS a mere end of TCP could be anyone's (RFC 9112 section 9.8)."""
-        assert self._transport is not None  # noqa: S101  # only asked from within the transport's call
+        """Return whether the provider itself ended the connection. Under TLS a bare end of TCP may be forged (RFC 9112,
+        9.8).
+        """
+        assert self._transport is not None  # noqa: S101 # only called from within the transport's callback
         tls = self._transport.get_extra_info("ssl_object")
         try:
             return tls is None or tls.read(1) == b""
@@ -195,7 +208,7 @@ class Connection(asyncio.Protocol):
 
     def _receive_head(self, data: bytes) -> None:
         answer = self._answer
-        if answer is None or answer.done():  # idle, closing, or nobody waits any more
+        if answer is None or answer.done():  # idle, closing, or the request was cancelled
             self.abort()
             return
         try:
@@ -219,7 +232,7 @@ class Connection(asyncio.Protocol):
             self.data_received(rest)
 
     def _finish(self) -> None:
-        """The body is whole: give the connection back first, so that whoever hears of the end can use it."""
+        """End a complete exchange. The connection is given back first, so that the sink's `end` may use it again."""
         response, body, transport = self._response, self._body, self._transport
         assert response is not None  # noqa: S101  # set and unset with the body
         assert body is not None  # noqa: S101
@@ -239,7 +252,7 @@ class Connection(asyncio.Protocol):
     # Time.
 
     def _expect_within(self, timeout_s: float) -> None:
-        """Something must happen within `timeout_s`. The timer that runs is left alone unless it would fire too late."""
+        """Set the deadline to `timeout_s` from now. A running timer is replaced only if it would fire too late."""
         self._deadline = deadline = self._loop.time() + timeout_s
         if self._timer is not None:
             if self._timer.when() <= deadline:
@@ -259,11 +272,13 @@ class Connection(asyncio.Protocol):
         elif self._body is not None:
             self.abort(faults.stalled(self._idle_s))
         else:
-            self.abort()  # idle long enough
+            self.abort()  # idle for keepalive_s
 
 
 def _decoded(body: Body, coding: str, response: Response) -> Body:
-    """The body without its content coding, which the response then has no longer; UpstreamError for one that can't be undone."""
+    """Return the body with its content coding undone, and drop that header. Raises UpstreamError for an unknown
+    coding.
+    """
     name = coding.strip().lower()
     if name in IDENTITY:
         return body

@@ -1,4 +1,9 @@
-"""How a provider is reached: its name looked up anew for every connection, its addresses tried side by side, TLS verified."""
+"""Connections to one provider: `Dialer` opens them, and `Pool` keeps and hands them out.
+
+Each dial resolves the name anew, tries the addresses side by side (RFC 8305), and verifies TLS. A pool has at most
+`limit` connections. Idle ones are reused, the latest first. A request that finds none free waits in line for at most
+`wait_s`.
+"""
 
 import asyncio
 import errno
@@ -19,17 +24,17 @@ from meshproxy.upstream.connection import Connection, Patience
 from meshproxy.upstream.response import closing, connect_timeout, dropped, exhausted, unreachable
 
 HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305 section 8
-# What one read may bring, and so what a stream whose client stands still may have in memory beside what waits for the client.
-# Linux doubles it for its own bookkeeping (socket(7)). At a round trip of 100 ms it still lets 300 KB a second through.
+# The most that one read returns, and so what a stream with a stalled client may hold in memory beside its queued
+# output. Linux doubles it for bookkeeping (socket(7)). At a round trip of 100 ms it still allows 300 KB per second.
 RECEIVE_BUFFER_BYTES = 32_768
-RESERVED_DESCRIPTORS = (
-    64  # for the admin listener, the ledger, the journal and name look-ups, when all others are in use
-)
+RESERVED_DESCRIPTORS = 64  # kept for the admin listener, the ledger, the journal and name look-ups
 _PORTS = {"http": 80, "https": 443}
 
 
 class Address:
-    """Where a base URL points. `authority` is what the Host header says; `path` is the prefix of every path."""
+    """A parsed base URL. `authority` is the Host header; `path` is the prefix of every request's path. Raises
+    ValueError.
+    """
 
     def __init__(self, base_url: str) -> None:
         url = urlsplit(base_url)
@@ -54,19 +59,20 @@ class Address:
 
 
 class ClientContext(ssl.SSLContext):
-    """TLS to one provider: a connection resumes the `session` that is here (RFC 8446, section 2.2), if there is one. Event loops
-    have no argument for that, but ask the context for each connection's TLS.
+    """A TLS context that resumes `session`, if set, in each new connection (RFC 8446, 2.2).
+
+    Event loops have no argument for a session, but they ask the context for each connection's TLS object.
     """
 
     session: ssl.SSLSession | None = None
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
-        """The TLS of one connection."""
+        """Make the TLS object of one connection."""
         return super().wrap_bio(*args, **{**options, "session": self.session})
 
 
 def verified_context() -> ClientContext:
-    """TLS as a client should speak it: certificate and name verified, HTTP/1.1 alone."""
+    """Make a TLS context that verifies certificate and name and offers HTTP/1.1 only."""
     context = ClientContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_default_certs()
     context.set_alpn_protocols(["http/1.1"])
@@ -74,16 +80,16 @@ def verified_context() -> ClientContext:
 
 
 class Dialer:
-    """Connects to one address within `timeout_s`: name, TCP and TLS together."""
+    """Connects to one address. Name look-up, TCP and TLS together may take `timeout_s`."""
 
     def __init__(self, address: Address, timeout_s: float, ssl_context: ClientContext | None = None) -> None:
         self._address = address
         self._timeout_s = timeout_s
         self._ssl = (ssl_context or verified_context()) if address.is_tls else None
-        self._latest: ssl.SSLObject | None = None  # of which the next may resume what came with its answers
+        self._latest: ssl.SSLObject | None = None  # the next connection resumes its session
 
     async def dial(self, connection: Connection) -> None:
-        """Connect `connection`; UpstreamError, always safe to repeat, if that fails."""
+        """Connect `connection`. Raises UpstreamError, always safe to repeat."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._connect(connection)
@@ -96,7 +102,7 @@ class Dialer:
         loop = asyncio.get_running_loop()
         host, port = self._address.host, self._address.port
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-        # Not create_connection(happy_eyeballs_delay=...): uvloop has no such argument.
+        # Not create_connection(happy_eyeballs_delay=...): uvloop doesn't have that argument.
         sock = await aiohappyeyeballs.start_connection(
             found, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S, socket_factory=_socket
         )
@@ -106,7 +112,8 @@ class Dialer:
             return
         if self._latest is not None:
             self._ssl.session = self._latest.session
-        # TLS on a transport of our own: what it still has to send is not told by the one above it (Connection.carried_by).
+        # TLS over a transport of our own, because the TLS transport doesn't report unsent bytes
+        # (Connection.carried_by).
         carrier, _ = await loop.create_connection(asyncio.Protocol, sock=sock)
         try:
             transport = await loop.start_tls(carrier, connection, self._ssl, server_hostname=host)
@@ -124,15 +131,18 @@ class Dialer:
 
 
 def descriptor_bound(limit: int) -> int:
-    """The descriptor from which on no connection to a provider is made, of `limit` (getrlimit(2), RLIMIT_NOFILE). A new one
-    is the lowest that is free (open(2)), so its number says how many are in use.
+    """Return the descriptor number from which on no connection to a provider is opened.
+
+    `limit` is RLIMIT_NOFILE (getrlimit(2)). A new descriptor is the lowest free number (open(2)), so it shows how many
+    are in use.
     """
     return limit - min(RESERVED_DESCRIPTORS, limit // 4)
 
 
 def _socket(info: tuple[Any, ...]) -> socket.socket:
-    """A socket with a bounded receive buffer, which has to be set before it connects (tcp(7)). OSError (EMFILE) where the only
-    descriptors left are those reserved for what keeps the gateway itself going.
+    """Make a socket with a bounded receive buffer, which must be set before connecting (tcp(7)).
+
+    Raises OSError (EMFILE) where only the reserved descriptors are left.
     """
     sock = socket.socket(*info[:3])
     if sock.fileno() >= descriptor_bound(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
@@ -143,7 +153,7 @@ def _socket(info: tuple[Any, ...]) -> socket.socket:
 
 
 class Pool:
-    """See the charter. `dial` connects a connection or raises; `wait_s`: how long to wait in line."""
+    """Connections to one provider, see the charter. `dial` connects a connection or raises."""
 
     def __init__(
         self, dial: Callable[[Connection], Awaitable[None]], patience: Patience, *, limit: int, wait_s: float
@@ -159,7 +169,7 @@ class Pool:
         self._retired = False
 
     def take(self) -> Connection | None:
-        """An idle connection that seems alive. Those that turn out to be stale are closed on the way."""
+        """Return an idle connection that seems alive, or None. Stale ones found on the way are closed."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable and not connection.heard_something():
@@ -168,7 +178,9 @@ class Pool:
         return None
 
     async def open(self) -> Connection:
-        """A fresh connection, or if there is no slot the first that becomes free; UpstreamError, always safe to repeat."""
+        """Return a new connection or, at the limit, the first that becomes free. Raises UpstreamError, always safe to
+        repeat.
+        """
         if self._closed:
             raise closing()
         connection = self._new() or await self._stand_in_line()
@@ -186,14 +198,14 @@ class Pool:
         return connection
 
     def retire(self) -> None:
-        """Keep nothing idle from now on."""
+        """Close idle connections, and keep none from now on."""
         self._retired = True
         for connection in tuple(self._idle):
             connection.abort()
         self._idle.clear()
 
     async def close(self) -> None:
-        """Close every connection, busy ones too, and wait until the sockets are gone."""
+        """Close every connection, including busy ones, and wait until the sockets are closed."""
         self._closed = True
         for waiter in self._line:
             if not waiter.done():
@@ -226,7 +238,7 @@ class Pool:
             raise
 
     def _leave_line(self, waiter: asyncio.Future[Connection]) -> None:
-        """What was handed to someone who had just given up goes to the next."""
+        """Remove a waiter that gave up. A connection that it was just given goes to the next waiter."""
         if waiter in self._line:
             self._line.remove(waiter)
         if waiter.cancelled() or not waiter.done() or waiter.exception() is not None:
@@ -238,7 +250,7 @@ class Pool:
             self._freed(connection)
 
     def _freed(self, connection: Connection) -> None:
-        """An exchange is over and its connection can be used again."""
+        """Hand on or keep a connection whose exchange is over."""
         if self._closed:
             connection.abort()
         elif self._hand_over(connection):
@@ -249,7 +261,7 @@ class Pool:
             self._idle.append(connection)
 
     def _lost(self, connection: Connection) -> None:
-        """A connection is no more; its slot goes to the first in line."""
+        """Remove a closed connection. The first waiter in line gets its slot."""
         if connection not in self._live:
             return
         self._live.remove(connection)

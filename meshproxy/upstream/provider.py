@@ -1,6 +1,6 @@
-"""One configured provider: requests written as HTTP/1.1, over connections that are kept. The room's front door.
+"""One configured provider: writes requests as HTTP/1.1 over pooled connections. The entry point of `upstream`.
 
-Nothing is repeated once a byte of it was written: a completion that may have run is paid for.
+A request is never repeated once a byte of it was written: a completion that may have run is paid for.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from meshproxy.upstream.response import Response, Sink, unreachable
 __all__ = ["Provider", "Response", "Sink"]
 
 MAX_JOINED_BYTES = 65_536  # a head and a body up to this size are copied into one write
-MAX_DEAD_CONNECTIONS = 3  # found closed one after the other before a byte was written
+MAX_DEAD_CONNECTIONS = 3  # found closed in a row before a byte was written
 MAX_KNOWN_PATHS = 16
-MIN_SECRET_CHARS = 8  # placeholders, such as those that local models are given, are shorter
+MIN_SECRET_CHARS = 8  # shorter values are placeholders, such as local models take
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -30,9 +30,8 @@ _FRAMING = frozenset(
 
 
 class Provider:
-    """Posts to one upstream. `ssl_context` takes the place of the verified default.
-
-    ValueError for settings that no request could carry.
+    """Posts requests to one upstream. `ssl_context` replaces the verified default. Raises ValueError for settings that
+    can't be sent.
     """
 
     def __init__(
@@ -58,11 +57,11 @@ class Provider:
     async def post(
         self, path: str, headers: Sequence[tuple[str, str]], body: bytes, on_sent: Callable[[], None] | None = None
     ) -> Response:
-        """Send one request and wait for the head of its answer, whatever its status. `path` goes after the base URL's own;
-        `on_sent` is called when the request was written.
+        """Send one request and return its answer once the head has arrived, whatever the status.
 
-        UpstreamError if no answer came; GatewayError of the client for headers that can't be sent. If the awaiting task is
-        cancelled the connection is closed at once.
+        `path` is appended to the base URL's path. `on_sent` is called when the request is written. Raises UpstreamError
+        if no answer came, and GatewayError (client) for headers that can't be sent. Cancelling the awaiting task closes
+        the connection at once.
         """
         request = self._request(path, headers, body)
         connection, answer = self._send_on_idle(request)
@@ -82,11 +81,13 @@ class Provider:
             raise
 
     def retire(self) -> None:
-        """Keep no connection: idle ones are closed now, busy ones when their answers are whole. Requests may still come."""
+        """Keep no connections: close idle ones now and busy ones after their answers. Further requests are still
+        possible.
+        """
         self._pool.retire()
 
     async def close(self) -> None:
-        """Close every connection. Answers that are under way fail."""
+        """Close every connection. Answers in progress fail."""
         await self._pool.close()
 
     def _send_on_idle(self, request: list[bytes]) -> tuple[Connection | None, "asyncio.Future[Response] | None"]:
@@ -99,14 +100,14 @@ class Provider:
         return connection, answer
 
     def _request(self, path: str, headers: Sequence[tuple[str, str]], body: bytes) -> list[bytes]:
-        """The bytes of a request, in one piece if they are few."""
+        """Return the bytes of a request: one piece if it is small, else head and body."""
         begin = self._heads.get(path) or self._begin(path)
         lines = "".join([self._line(name, value) for name, value in headers]).encode("latin-1") if headers else b""
         head = b"%b%bcontent-length: %d\r\n\r\n" % (begin, lines, len(body))
         return [head + body] if len(body) < MAX_JOINED_BYTES else [head, body]
 
     def _begin(self, path: str) -> bytes:
-        """The lines that are the same for every request to `path`."""
+        """Return the lines that are the same for every request to `path`."""
         target = self._address.path + path
         if not _PATH.fullmatch(target):
             raise ValueError(f"{target!r} can't be asked for")
@@ -118,7 +119,9 @@ class Provider:
         return begin
 
     def _line(self, name: str, value: str) -> str:
-        """One header of the caller's. It may neither break out of its line nor say again what the provider's own say."""
+        """Format one of the caller's headers. It must not break out of its line nor repeat one of the provider's own
+        headers.
+        """
         lower = name.lower()
         if not _can_be_sent(name, value) or lower in _FRAMING or lower in self._own_headers:
             raise GatewayError(Source.CLIENT, invalid(f"The header {name[:64]!r} can't be passed on."))
@@ -126,7 +129,7 @@ class Provider:
 
 
 def _secrets(settings: config.Upstream, api_key: str | None) -> tuple[str, ...]:
-    """What its clients must never see: the key, and whatever else the configuration sends that is long enough to be one."""
+    """Return what clients must never see: the API key, and configured header values long enough to be secrets."""
     return tuple(
         value for value in (api_key or "", *map(plain, settings.headers.values())) if len(value) >= MIN_SECRET_CHARS
     )

@@ -1,7 +1,11 @@
-"""What a provider can do wrong on the wire, each in words for the client and with its two verdicts.
+"""`Response`, one answer of a provider, and the errors of a provider on the wire.
 
-`may_have_run` (in the problem): the provider may have done the work, so a client that repeats could pay twice.
-`safe_to_repeat` (on the fault): we may ask again ourselves, because not one byte of the request was sent.
+Each error has a message for the client and two verdicts. `may_have_run` (in the error response): the provider may have
+done the work, so a client that repeats could pay twice. `safe_to_repeat` (in the error): the gateway may repeat the
+request itself, because no byte of it was sent.
+
+A body is pushed to a sink. Until `relay` or `read` sets one, the response keeps up to MAX_EARLY_BYTES and then pauses
+the socket.
 """
 
 import asyncio
@@ -23,43 +27,43 @@ from meshproxy.errors import (
 from meshproxy.http1.framing import after_sending
 
 POOL_RETRY_AFTER_S = 1.0
-# What this host lacks, not the provider: descriptors, memory, local ports (socket(2), connect(2)).
+# Resources that this host lacks, not the provider: descriptors, memory, local ports (socket(2), connect(2)).
 _OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
 
 def cut_off() -> UpstreamError:
-    """The connection was lost in the middle of a body."""
+    """Make the error for a connection lost in the middle of a body."""
     return after_sending("The provider closed the connection in the middle of its answer.")
 
 
 def unanswered() -> UpstreamError:
-    """The connection was lost after the request was written and before an answer began."""
+    """Make the error for a connection lost after the request was written and before the answer's head."""
     return after_sending("The provider closed the connection without an answer.", phase=Phase.HEAD)
 
 
 def too_large(limit_bytes: int) -> UpstreamError:
-    """The whole body is larger than may be kept in memory."""
+    """Make the error for a body that is larger than may be kept in memory."""
     return after_sending(f"The provider's answer is larger than {limit_bytes} bytes.", unreadable=True)
 
 
 def encoded(coding: str) -> UpstreamError:
-    """The body is compressed in a way that the gateway can't read, though it was asked for as it is."""
+    """Make the error for a body in a content coding that the gateway can't decode and didn't ask for."""
     message = f"The provider answered with content-encoding {coding[:64]!r}, which it wasn't asked for."
     return after_sending(message, unreadable=True)
 
 
 def silent(timeout_s: float) -> UpstreamError:
-    """No head of an answer within `timeout_s` of the request."""
+    """Make the error for no head of an answer within `timeout_s` of the request."""
     return _too_late(f"The provider did not begin to answer within {timeout_s:g} seconds.", Phase.HEAD)
 
 
 def stalled(timeout_s: float) -> UpstreamError:
-    """Not one byte of the body for `timeout_s`."""
+    """Make the error for no byte of the body for `timeout_s`."""
     return _too_late(f"The provider sent nothing for {timeout_s:g} seconds in the middle of its answer.", Phase.BODY)
 
 
 def connect_timeout(timeout_s: float) -> UpstreamError:
-    """No connection within `timeout_s`."""
+    """Make the error for no connection within `timeout_s`."""
     problem = gateway_timeout(
         f"The provider could not be connected to within {timeout_s:g} seconds.", may_have_run=False
     )
@@ -67,7 +71,9 @@ def connect_timeout(timeout_s: float) -> UpstreamError:
 
 
 def unreachable(error: Exception, phase: Phase = Phase.CONNECT) -> UpstreamError:
-    """No connection at all: its name, its port or its certificate. Our network's addresses stay in the cause, for the log."""
+    """Make the error for a failed connection: name, port or certificate. Internal addresses stay in its cause, for the
+    log.
+    """
     if _is_ours(error):
         problem = overloaded("The gateway can't open another connection.")
         return UpstreamError(problem, safe_to_repeat=True, phase=phase, reason=reason_of(error), source=Source.GATEWAY)
@@ -76,11 +82,11 @@ def unreachable(error: Exception, phase: Phase = Phase.CONNECT) -> UpstreamError
 
 
 def reason_of(error: BaseException) -> str:
-    """The cause of a failed connection in words, with the system's name and number of it where it has one."""
+    """Describe the cause of a failed connection, with the system's error name and number where there are any."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not valid: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        reason = getattr(error, "reason", None)  # one that no OpenSSL call raised has none
+        reason = getattr(error, "reason", None)  # only errors of OpenSSL calls have a reason
         return f"TLS handshake failed: {reason or 'the connection was closed'}"
     if isinstance(error, socket.gaierror):
         return f"unknown host: {error.strerror or 'the name has no address'}"
@@ -93,18 +99,18 @@ def reason_of(error: BaseException) -> str:
 
 
 def exhausted(limit: int) -> UpstreamError:
-    """All `limit` connections are in use and none became free in time."""
+    """Make the error for all `limit` connections being in use for too long."""
     message = f"All {limit} connections to the provider are in use."
     return UpstreamError(provider_not_available(message, POOL_RETRY_AFTER_S), safe_to_repeat=True, phase=Phase.CONNECT)
 
 
 def closing() -> UpstreamError:
-    """Our side is being shut down; the request was not sent."""
+    """Make the error for a request that wasn't sent because the gateway is shutting down."""
     return UpstreamError(overloaded("The gateway is shutting down."), safe_to_repeat=True, phase=Phase.CONNECT)
 
 
 def dropped() -> UpstreamError:
-    """The connection was closed by us with a request on it."""
+    """Make the error for a connection that the gateway itself closed with a request on it."""
     return after_sending("The gateway closed its connection to the provider.")
 
 
@@ -115,8 +121,9 @@ def _too_late(message: str, phase: Phase) -> UpstreamError:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether this host is out of something. A resolver that can't open a socket says only that it knows no such name, so a
-    socket is tried.
+    """Return whether this host lacks a resource.
+
+    A resolver that can't open a socket only reports an unknown name, so this function tries to open one.
     """
     if isinstance(error, socket.gaierror):
         try:
@@ -128,7 +135,7 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _told(error: Exception) -> str:
-    """The cause as a client may hear of it."""
+    """Describe the cause as the client may see it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate isn't valid ({error.verify_message})"
     if isinstance(error, ssl.SSLError):
@@ -144,40 +151,40 @@ MAX_EARLY_BYTES = 65_536
 
 
 class Sink(Protocol):
-    """Where a streamed body goes. Called from the event loop as bytes arrive, and not once more after `Response.close()`.
+    """The receiver of a streamed body. It is called from the event loop as bytes arrive, and never after
+    `Response.close()`.
 
-    Exactly one of `end` and `fail` comes last. A sink may pause, resume and close its response from within a call.
+    The last call is either `end` or `fail`. A sink may pause, resume and close its response from within a call.
     """
 
     def data(self, payload: bytes, frame: bytes | None) -> None:
-        """Body bytes, never none. `frame`: the very object read from the socket, if it was whole chunks and nothing else."""
+        """Take body bytes, at least one. `frame` is the object read from the socket, if it was exactly whole chunks."""
 
     def end(self) -> None:
-        """The body is whole."""
+        """Note that the body is complete."""
 
     def fail(self, fault: UpstreamError) -> None:
-        """The body will never be whole."""
+        """Note that the body broke off."""
 
 
 class Flow(Protocol):
-    """What a response needs of its connection while the body isn't whole."""
+    """The part of a connection that a response uses while its body isn't complete."""
 
     sink: Sink
 
     def pause(self) -> None:
-        """Read no more from the socket."""
+        """Stop reading from the socket."""
 
     def resume(self) -> None:
-        """Read on."""
+        """Continue reading."""
 
     def abort(self) -> None:
         """Close the socket at once."""
 
 
 class Response:
-    """One answer of a provider. Names of headers are lower-case.
-
-    It is its own connection's sink until `relay` or `read` names another.
+    """One answer of a provider. Header names are lower-case. It is its connection's sink until `relay` or `read` sets
+    another.
     """
 
     def __init__(self, status: int, headers: list[tuple[str, str]], flow: Flow | None, max_bytes: int) -> None:
@@ -193,21 +200,23 @@ class Response:
 
     @classmethod
     def whole(cls, status: int, headers: list[tuple[str, str]], body: bytes) -> "Response":
-        """A response that is all here, without a connection."""
+        """Make a complete response without a connection."""
         made = cls(status, headers, None, len(body))
         made.data(body, None)
         return made
 
     def header(self, name: str) -> str | None:
-        """The first value of the header `name` (lower-case)."""
+        """Return the first value of the header `name` (lower-case)."""
         for key, value in self.headers:
             if key == name:
                 return value
         return None
 
     async def read(self) -> bytes:
-        """The whole body; UpstreamError if it breaks off or is larger than the settings allow."""
-        if self._flow is None and self._fault is None and self._early_bytes <= self._max_bytes:  # it came with its head
+        """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow."""
+        if (
+            self._flow is None and self._fault is None and self._early_bytes <= self._max_bytes
+        ):  # the body came with its head
             return b"".join([payload for payload, _ in self._early])
         whole = _Whole(self, self._max_bytes)
         self.relay(whole)
@@ -218,26 +227,26 @@ class Response:
             raise
 
     def early(self, since: int = 0) -> list[bytes]:
-        """What of the body has arrived before anyone took it, from the piece with the number `since` on."""
+        """Return the pieces of the body that arrived before a sink was set, from number `since` on."""
         return [payload for payload, _ in self._early[since:]]
 
     @property
     def goes_on(self) -> bool:
-        """Whether more of the body may come before it is taken: it isn't over, and no more has come than is kept."""
+        """Whether more of the body may arrive before a sink is set: it isn't over and isn't paused."""
         return self._flow is not None and self._early_bytes <= MAX_EARLY_BYTES
 
     @property
     def ended(self) -> bool:
-        """Whether the body is over: whole, or broken off by `fault`."""
+        """Whether the body is over: complete, or broken off by `fault`."""
         return self._flow is None
 
     @property
     def fault(self) -> UpstreamError | None:
-        """What broke the body off before anyone took it."""
+        """What broke the body off before a sink was set."""
         return self._fault
 
     async def hear(self, timeout_s: float) -> None:
-        """Return when another piece of the body or its end has come, or after `timeout_s`. One caller at a time."""
+        """Wait for another piece of the body or its end, at most `timeout_s`. One caller at a time."""
         loop = asyncio.get_running_loop()
         self._listener = loop.create_future()
         timer = loop.call_later(timeout_s, self._tell)
@@ -248,7 +257,9 @@ class Response:
             self._listener = None
 
     def relay(self, sink: Sink) -> None:
-        """Push the body to `sink` from now on. What has arrived is pushed, end or failure included, before this returns."""
+        """Push the body to `sink` from now on. What has arrived is pushed before this returns, including the end or
+        failure.
+        """
         if self._early_bytes > MAX_EARLY_BYTES:
             self.resume()
         early, self._early, self._early_bytes = self._early, [], 0
@@ -266,17 +277,21 @@ class Response:
             sink.end()
 
     def pause(self) -> None:
-        """Read no more from the socket. What was read before still comes. Not counted as the provider's silence."""
+        """Stop reading from the socket. Bytes read before still arrive. The pause doesn't count as the provider's
+        silence.
+        """
         if self._flow is not None:
             self._flow.pause()
 
     def resume(self) -> None:
-        """Read on after `pause`."""
+        """Continue reading after `pause`."""
         if self._flow is not None:
             self._flow.resume()
 
     def close(self) -> None:
-        """Want no more. An unfinished answer's socket is closed at once, so that the provider stops; else does nothing."""
+        """Give up the rest of the body. Closes the socket of an unfinished answer at once, so that the provider
+        stops.
+        """
         self._closed = True
         self._early.clear()
         flow, self._flow = self._flow, None
@@ -284,11 +299,11 @@ class Response:
             flow.abort()
 
     def detach(self) -> None:
-        """For the connection: the exchange is over, and the connection no longer this response's to touch."""
+        """Release the connection (called by it): the exchange is over."""
         self._flow = None
 
     def data(self, payload: bytes, frame: bytes | None) -> None:
-        """Keep what arrives before anyone wants it."""
+        """Keep body bytes that arrive before a sink is set."""
         self._early.append((payload, frame))
         self._early_bytes += len(payload)
         if self._early_bytes > MAX_EARLY_BYTES:
@@ -296,22 +311,22 @@ class Response:
         self._tell()
 
     def end(self) -> None:
-        """The body was whole before anyone wanted it; being detached says so."""
+        """Note that the body is complete before a sink is set."""
         self._tell()
 
     def fail(self, fault: UpstreamError) -> None:
-        """The body broke off before anyone wanted it."""
+        """Note that the body broke off before a sink was set."""
         self._fault = fault
         self._tell()
 
     def _tell(self) -> None:
-        """Wake who listens."""
+        """Wake the listener of `hear`."""
         if self._listener is not None and not self._listener.done():
             self._listener.set_result(None)
 
 
 class _Whole:
-    """The sink that `Response.read` waits for."""
+    """The sink behind `Response.read`."""
 
     def __init__(self, response: Response, max_bytes: int) -> None:
         self.result: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -320,7 +335,7 @@ class _Whole:
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
 
-    def data(self, payload: bytes, frame: bytes | None) -> None:  # noqa: ARG002  # frames are for those who relay
+    def data(self, payload: bytes, frame: bytes | None) -> None:  # noqa: ARG002 # only a relay uses frames
         self._left -= len(payload)
         if self._left < 0:
             self._response.close()
