@@ -70,9 +70,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = self._loop.create_future()
         self.made = False  # whether it was ever connected
-        self.carried_by: asyncio.Transport | None = (
-            None  # TCP transport below TLS, which doesn't report its unsent bytes
-        )
+        self.carried_by: asyncio.Transport | None = None  # the TCP transport below TLS; only it knows unsent bytes
         self.usable = False  # idle and not known to be closed
         self._transport: asyncio.Transport | None = None
         self._poll = select.poll()

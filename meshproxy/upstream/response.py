@@ -232,7 +232,7 @@ class Response:
 
     @property
     def goes_on(self) -> bool:
-        """Whether more of the body may arrive before a sink is set: it isn't over and isn't paused."""
+        """Whether more of the body may arrive unasked: it isn't over, and at most MAX_EARLY_BYTES are kept."""
         return self._flow is not None and self._early_bytes <= MAX_EARLY_BYTES
 
     @property
