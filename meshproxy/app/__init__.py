@@ -1,1 +1,1 @@
-"""The composition root: the one place that reads files, environment and clock, and puts the rooms together."""
+"""The composition root: the only place that reads files, environment and clock, and connects the other packages."""

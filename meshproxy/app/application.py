@@ -1,4 +1,7 @@
-"""The gateway as an aiohttp application: for `serve`, and for whoever wants it in a program of their own."""
+"""The gateway as an aiohttp application, and `DataListener`, which serves it on a socket and drains it.
+
+`create_app` is for programs of others: it changes nothing of its host. `serve` uses `application` and `DataListener`.
+"""
 
 import asyncio
 import contextlib
@@ -27,19 +30,22 @@ from meshproxy.upstream.pool import descriptor_bound
 
 HEALTH_PATH = "/health"
 
-UPSTREAM_SHARE = 8  # of all descriptors an eighth is kept for connections to providers, however many clients there are
-HANGUP_POLL_S = 0.25  # how late it is noticed that a client is gone, in a program of one's own
+UPSTREAM_SHARE = 8  # an eighth of all descriptors is kept for connections to providers, however many clients there are
+HANGUP_POLL_S = 0.25  # how often a host program's connection is checked for a hang-up
 
 
 def create_app(
     settings: Settings, middlewares: Iterable[Middleware] = (), *, secrets: Mapping[str, str] | None = None
 ) -> web.Application:
-    """Make the data listener's application, for a program of one's own. Every request passes through `middlewares`, inside the
-    one that turns what they raise into the error envelope; the answer of the chat path is written to the client as it comes, so
-    that they can refuse, replace or change a request, but not its answer.
+    """Make the data listener's application for use in another program.
 
-    Redis is connected to, and closed, with the application's own start and end. `secrets`: the API key of each upstream by name;
-    by default they are read as the settings say. Raises config.Unfit if one can't be had. Log lines are structlog's events.
+    Every request passes through `middlewares`, inside the middleware that turns exceptions into the error envelope. The
+    chat path writes its answer to the client as it arrives, so a middleware can refuse, replace or change a request,
+    but not its answer.
+
+    Redis is connected and closed with the application's startup and cleanup. `secrets`: the API key of each upstream by
+    name; by default they are read as the settings say. Raises ConfigError if one can't be read. Log lines are structlog
+    events.
     """
     settings, found = filled(settings, need_keys=secrets is None)
     keys = found.upstreams if secrets is None else secrets
@@ -61,8 +67,8 @@ def create_app(
 def application(
     worker: Worker, serve_chat: Handler | None = None, middlewares: Iterable[Middleware] = ()
 ) -> web.Application:
-    """Every path over a worker that is started and stopped elsewhere. `serve_chat`: the chat path's handler, where it isn't the
-    worker's own.
+    """Make the application over a worker that is started and stopped elsewhere. `serve_chat` replaces the worker's chat
+    handler.
     """
     app = web.Application(
         middlewares=[_counting(worker), _for_browsers(worker), envelope_errors, *middlewares],
@@ -79,7 +85,7 @@ def application(
 
 
 def strictness(worker: Worker) -> Strictness:
-    """How the listener treats what isn't a request, where that is counted, and how many connections it may have."""
+    """Return how the listener treats invalid requests, where it counts them, and how many connections it accepts."""
 
     def on_refused(status: int) -> None:
         worker.metrics.requests.labels(OTHER, NONE, str(status), "false").inc()
@@ -95,7 +101,7 @@ def strictness(worker: Worker) -> Strictness:
 
 
 def _counting(worker: Worker) -> Middleware:
-    """Counts what is answered beside the main job, which counts itself."""
+    """Make the middleware that counts requests other than chat completions, which count themselves."""
 
     @web.middleware
     async def counting(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -110,8 +116,9 @@ def _counting(worker: Worker) -> Middleware:
 
 
 async def _until_hangup(serve: Handler, request: web.Request) -> web.StreamResponse:
-    """Answer, and cancel the handler when its client has hung up, as `handler_cancellation` of an aiohttp runner does: where a
-    runner doesn't, a stream would go on to be paid for that no client reads.
+    """Answer, and cancel the handler when its client has hung up, as aiohttp's `handler_cancellation` does.
+
+    Without this, a host program's runner may let a stream go on to be paid for that no client reads.
     """
     serving = asyncio.ensure_future(serve(request))
     try:
@@ -120,14 +127,14 @@ async def _until_hangup(serve: Handler, request: web.Request) -> web.StreamRespo
     finally:
         if not serving.done():
             serving.cancel()
-            await asyncio.wait([serving])  # it settles
+            await asyncio.wait([serving])  # wait for its settlement
     if serving.cancelled():
         raise ConnectionResetError("the client has hung up")
     return serving.result()
 
 
 def _for_browsers(worker: Worker) -> Middleware:
-    """Put the version of the API and, for an allowed origin, the headers of CORS on every answer; answer preflight requests."""
+    """Make the middleware that adds the API's version and CORS headers, and answers preflight requests."""
 
     @web.middleware
     async def for_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -144,24 +151,24 @@ def _for_browsers(worker: Worker) -> Middleware:
 
 
 async def _health(_request: web.Request) -> web.Response:
-    """Answer that the listener is up; whether it is ready is the admin listener's to say."""
+    """Answer that the listener is up. Readiness is reported by the admin listener."""
     return web.json_response({"status": "ok"})
 
 
 async def _not_yet(_request: web.Request) -> None:
-    """100 Continue is sent when the body is wanted."""
+    """Do nothing on `Expect: 100-continue`: 100 Continue is sent when the body is read."""
 
 
 async def _answer(
     worker: Worker, function: Callable[[Api, web.Request], Awaitable[web.Response]], request: web.Request
 ) -> web.StreamResponse:
-    """Answer with a worker that has started since its routes were laid."""
+    """Call an API function with the worker's API, which exists only once the worker has started."""
     return await function(worker.api, request)
 
 
-LINGER_S = 0.1  # what a connection that was accepted last gets to send its request
-POLL_S = 0.02  # how often a drain looks whether it is done; an event would cost every request
-GOODBYE_S = 2.0  # what the last errors and terminal events get to leave
+LINGER_S = 0.1  # how long the last accepted connection gets to send its request
+POLL_S = 0.02  # how often a drain checks whether it is done; an event would cost every request
+GOODBYE_S = 2.0  # how long the last errors and terminal events get to be sent
 
 _log = structlog.get_logger("meshproxy.app")
 
@@ -181,7 +188,7 @@ class DataListener:
         """Accept connections."""
         await self._runner.setup()
         server = self._runner.server
-        assert server is not None  # noqa: S101 - set up a line above
+        assert server is not None  # noqa: S101 - made by setup()
         worker = self._worker
         if self._worker.settings.server.proxy_protocol:
             self._site: Site = ProxiedSite(
@@ -197,7 +204,7 @@ class DataListener:
         await self._site.start()
 
     def reload(self, server: Server) -> None:
-        """Show another certificate from now on. It was checked a moment ago; if it is no use by now, the old one stays."""
+        """Use another certificate from now on. It was checked before; if it can't be loaded now, the old one stays."""
         if self._tls is None:
             return
         try:
@@ -206,9 +213,11 @@ class DataListener:
             _log.error("certificate_not_loaded", faults=unfit.faults)
 
     async def drain(self, hurry: asyncio.Event) -> None:
-        """SIGTERM: not ready at once; accept until the balancer has noticed; then let what runs come to its end, up to drain_s;
-        then tell the rest that it is over. Answers say `Connection: close` from the beginning, so that clients which a
-        balancer's health checks don't move come back through it. `hurry`: wait for nothing and nobody.
+        """Stop serving gracefully, on SIGTERM.
+
+        First become not ready, and accept connections until the balancer has noticed. Then let running requests end,
+        for at most drain_s. Then end the rest. Answers say `Connection: close` from the beginning, so that clients
+        without a balancer's health checks come back through the balancer. `hurry` skips all waits.
         """
         worker, server = self._worker, self._worker.settings.server
         _log.info("draining", in_flight=worker.recorder.in_flight)
@@ -222,7 +231,7 @@ class DataListener:
         await self._end()
 
     async def _end(self) -> None:
-        """Streams get their terminal event, whole answers become errors, and all of it gets a moment to be sent."""
+        """End streams with a terminal event and whole answers with an error, and give them time to be sent."""
         left = self._worker.recorder.in_flight
         if left:
             _log.warning("drain_cut_short", in_flight=left)
@@ -240,13 +249,13 @@ class DataListener:
 
 
 async def wait(event: asyncio.Event, timeout_s: float) -> None:
-    """Return when the event is set, or time is up."""
+    """Wait for the event, at most `timeout_s`."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), timeout_s)
 
 
 async def _until(condition: Callable[[], bool], timeout_s: float, hurry: asyncio.Event | None = None) -> None:
-    """Return when the condition holds, time is up, or there is a hurry."""
+    """Wait until the condition holds or `hurry` is set, at most `timeout_s`."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout_s
     while not condition() and clock() < deadline and not (hurry is not None and hurry.is_set()):  # noqa: ASYNC110 - see POLL_S

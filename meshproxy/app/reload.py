@@ -1,5 +1,8 @@
-"""What `check`, `serve` and a reload read: a file's settings, its secrets and the other files that it names. All that serving
-would build of them is built here first, so that what is accepted can be served.
+"""Load a configuration and reload it: for `check`, `serve` and SIGHUP.
+
+`load` reads the settings, their secrets and the other files that they name, and builds everything that serving builds,
+so that what it accepts can be served. `Reloader` swaps in a new configuration: in every worker, or in none. `notify`
+reports states to systemd (sd_notify(3)).
 """
 
 import asyncio
@@ -38,7 +41,7 @@ from meshproxy.telemetry.traces import require_extra
 
 
 class Loaded(Struct, frozen=True):
-    """A configuration that can be served. `settings` have the texts of their secrets; `warnings`: what is likely a mistake."""
+    """A configuration that can be served. `settings` contain the secrets' texts; `warnings` are likely mistakes."""
 
     settings: Settings
     secrets: Secrets
@@ -46,7 +49,9 @@ class Loaded(Struct, frozen=True):
 
 
 def read(path: str) -> Settings:
-    """The settings of a TOML file, without its secrets; ConfigError with every fault, also if it can't be read."""
+    """Return the settings of a TOML file, without its secrets. Raises ConfigError with every fault, also if the file
+    can't be read.
+    """
     decoded = decode(_text_of(path))
     if decoded.faults:
         raise ConfigError(decoded.faults)
@@ -54,7 +59,9 @@ def read(path: str) -> Settings:
 
 
 def load(path: str) -> Loaded:
-    """The configuration of a TOML file; ConfigError with all that keeps it from being served, each with the line it is about."""
+    """Load the configuration of a TOML file. Raises ConfigError with everything that prevents serving it, each fault
+    with its line.
+    """
     try:
         decoded = decode(_text_of(path))
     except ConfigError as unfit:
@@ -75,7 +82,9 @@ def load(path: str) -> Loaded:
 
 
 def unservable(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
-    """Build what serving builds, and give each fault. Sections with a fault among those `known` can't be built, and are not."""
+    """Build what serving builds, and yield each fault. Sections with a fault in `known` can't be built, and are
+    skipped.
+    """
 
     def is_whole(path: str) -> bool:
         return not any(fault.startswith(path) and fault[len(path) :][:1] in {":", ".", "["} for fault in known)
@@ -93,23 +102,23 @@ def unservable(settings: Settings, secrets: Secrets, known: list[str]) -> Iterat
 
 
 def journal_path(settings: Settings) -> str:
-    """Where settlements wait for Redis: redis.journal, else a place of this Redis's own under the state directory that systemd
-    (STATE_DIRECTORY) or the XDG base directories give.
+    """Return the path of the journal: redis.journal, else a path for this Redis in the state directory.
+
+    The state directory is systemd's STATE_DIRECTORY, else one by the XDG base directories.
     """
     if settings.redis.journal is not None:
         return settings.redis.journal
     state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     root = Path(state or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "meshproxy")
-    address = parse_url(
-        plain(settings.redis.url)
-    ).canonical  # also when it is spelled otherwise, or with another password
-    store = hashlib.sha256(address.encode()).hexdigest()[:16]  # what one Redis is owed is nothing to another
+    address = parse_url(plain(settings.redis.url)).canonical  # the same for every spelling and password
+    store = hashlib.sha256(address.encode()).hexdigest()[:16]  # one Redis must not be sent another's settlements
     return str(root / store / "journal")
 
 
 def filled(settings: Settings, *, need_keys: bool = True) -> tuple[Settings, Secrets]:
-    """The settings with the texts of their secrets, and the secrets beside them; ConfigError if one can't be had. Without
-    `need_keys` the upstreams' API keys are not read.
+    """Return the settings with their secrets' texts, and the secrets. Raises ConfigError if one can't be read.
+
+    Without `need_keys` the upstreams' API keys aren't read.
     """
     reader = SecretReader(os.environ, secret_text)
     secrets = reader.secrets(settings) if need_keys else Secrets({})
@@ -120,7 +129,7 @@ def filled(settings: Settings, *, need_keys: bool = True) -> tuple[Settings, Sec
 
 
 def secret_text(path: str) -> str:
-    """A secret's file. Bytes that are no text become characters that a `SecretReader` refuses."""
+    """Read a secret's file. Bytes that aren't UTF-8 become characters that a `SecretReader` refuses."""
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
@@ -134,7 +143,7 @@ def _text_of(path: str) -> str:
 
 
 def _faults_of(*builders: Callable[[], object]) -> Iterator[str]:
-    """What the builders refuse."""
+    """Call the builders and yield the faults that they raise."""
     for build in builders:
         try:
             build()
@@ -157,9 +166,11 @@ def _server_faults(server: Server) -> Iterator[str]:
 
 
 def _try_host(address: str) -> None:
-    """OSError if this machine has no such address, or no such directory for a socket. The port is not touched: it may be ours."""
+    """Raise OSError if this machine lacks the address, or the socket's directory. The port isn't bound: it may be in
+    use by us.
+    """
     if address.startswith("unix:"):
-        os.stat(Path(address.removeprefix("unix:")).parent)  # noqa: PTH116 - as it raises
+        os.stat(Path(address.removeprefix("unix:")).parent)  # noqa: PTH116 - for its OSError
         return
     host, _ = split_address(address)
     found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -181,7 +192,7 @@ def _redis_faults(redis: Redis) -> Iterator[str]:
 
 
 def _try_journal(path: Path) -> None:
-    """OSError if a journal can't be kept here. What is made for the attempt is taken away again."""
+    """Raise OSError if a journal can't be kept here. What the attempt creates is removed again."""
     with ExitStack() as stack:
         for directory in reversed([parent for parent in path.parents if not parent.exists()]):
             directory.mkdir(mode=0o700)
@@ -196,7 +207,7 @@ def _try_journal(path: Path) -> None:
 
 
 def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):  # somebody has begun to use it meanwhile
+    with suppress(OSError):  # in use by now
         directory.rmdir()
 
 
@@ -211,11 +222,11 @@ def _upstream_faults(path: str, name: str, upstream: Upstream, secrets: Secrets)
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
-MAX_STATUS_CHARS = 1000  # the whole datagram is lost where it is larger than the socket takes
+MAX_STATUS_CHARS = 1000  # a datagram larger than the socket takes is lost whole
 
 
 def notify(*states: str) -> None:
-    """Send states to whoever started us and asked for them; do nothing if nobody did."""
+    """Send states to the service manager (NOTIFY_SOCKET). Does nothing without one."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
@@ -226,18 +237,18 @@ def notify(*states: str) -> None:
 
 
 def reloading() -> str:
-    """The state of a reload that begins now; READY ends it. Type=notify-reload wants the time with it."""
+    """Return the state of a reload that begins now; READY ends it. Type=notify-reload requires the time in it."""
     return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
 
 
 def status(text: str) -> str:
-    """One line that `systemctl status` shows."""
+    """Return the state that `systemctl status` shows as one line."""
     return "STATUS=" + " ".join(text.split())[:MAX_STATUS_CHARS]
 
 
 Read = Callable[[], Loaded]
 
-# What a restart changes, by table: sockets that are bound, connections that are made, histograms that are laid out.
+# Keys that only a restart changes, by table: bound sockets, made connections, histograms' layouts.
 FIXED: dict[str, tuple[str, ...]] = {
     "server": (
         "listen",
@@ -259,8 +270,10 @@ _log = structlog.get_logger("meshproxy.app")
 
 
 class RunningConfig(Struct, tag="standing", frozen=True):
-    """What holds: a configuration, and the path where settlements wait for Redis (None: in memory). `generation` counts the
-    configurations that were swapped in; `reload_failed`: a newer one was unfit.
+    """The configuration in force, and the journal's path (None: in memory).
+
+    `generation` counts the configurations that were swapped in. `reload_failed`: a newer configuration could not be
+    used.
     """
 
     settings: Settings
@@ -271,26 +284,28 @@ class RunningConfig(Struct, tag="standing", frozen=True):
 
 
 class Crew(Protocol):
-    """Who serves: one worker or several."""
+    """The worker or workers that serve."""
 
     standing: RunningConfig
 
     async def prepare(self, standing: RunningConfig) -> list[str]:
-        """Build what this needs in every worker, and change nothing; what can't be built."""
+        """Build what this configuration needs in every worker, without changing anything. Return what can't be
+        built.
+        """
 
     async def apply(self, standing: RunningConfig) -> list[str]:
-        """Let this hold from now on, in every worker; what kept one from it."""
+        """Put this configuration in force in every worker. Return what prevented a worker from it."""
 
 
 class Reloader:
-    """Reads the configuration again, and has a crew serve by it: when every worker could build it, or not at all."""
+    """Reads the configuration again and puts it in force in all workers, or in none if one of them can't build it."""
 
     def __init__(self, settings: Settings, read: Read) -> None:
-        self._settings = settings  # what the file said last
+        self._settings = settings  # as last read and put in force
         self._read = read
 
     async def reload(self, crew: Crew) -> None:
-        """Swap in what the file says now. A bad file changes nothing, and is in the log with all that is wrong."""
+        """Put the file's present configuration in force. A bad file changes nothing; the log has every fault."""
         notify(reloading())
         outcome = "reload failed, see the log"
         try:
@@ -306,14 +321,14 @@ class Reloader:
             notify(READY, status(outcome))
 
     async def _swap(self, crew: Crew) -> list[str]:
-        """What keeps the file from being served by; nothing if it is now."""
+        """Load, prepare and apply the file. Return what prevents it, nothing on success."""
         try:
-            loaded = await asyncio.to_thread(self._read)  # it reads files, and a TLS context alone takes 16 ms
+            loaded = await asyncio.to_thread(self._read)  # reads files, and a TLS context alone takes 16 ms
         except ConfigError as unfit:
             return unfit.faults
         settings, held_back = hold_back(self._settings, loaded.settings)
         standing = crew.standing
-        served = replace(settings, redis=standing.settings.redis)  # the embedded server has a URL of its own
+        served = replace(settings, redis=standing.settings.redis)  # the embedded server's URL is not in the file
         wanted = RunningConfig(served, loaded.secrets, standing.journal, standing.generation + 1)
         faults = await crew.prepare(wanted) or await crew.apply(wanted)
         if not faults:
@@ -326,10 +341,10 @@ class Reloader:
 
 
 def hold_back(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
-    """`wanted`, with what only a restart changes as it is in `running`; and the keys that differ there."""
+    """Return `wanted` with the keys that only a restart changes as in `running`, and those of them that differ."""
     fixed = dict(FIXED)
     if (running.server.tls_cert is None) != (wanted.server.tls_cert is None):
-        fixed["server"] += ("tls_cert", "tls_key")  # a certificate may move, but TLS isn't turned on or off
+        fixed["server"] += ("tls_cert", "tls_key")  # a certificate may change, but TLS can't be turned on or off
     tables, held_back = {}, []
     for table, names in fixed.items():
         kept = {name: getattr(getattr(running, table), name) for name in names}

@@ -1,4 +1,8 @@
-"""What the admin listener tells of whoever serves: one worker in this process, or several in their own."""
+"""`serve`: run the gateway until a signal, with one worker in this process or several in their own.
+
+`run` opens the listeners, starts the workers and the admin listener, and obeys signals. `Panel` gives the admin
+listener its figures.
+"""
 
 import asyncio
 import contextlib
@@ -37,7 +41,7 @@ Crew = Serving | Supervisor
 
 
 class Panel:
-    """server.admin.AdminState over a crew. `size`: how many workers it should have."""
+    """The server.admin.AdminState of a crew. `size` is how many workers it should have."""
 
     def __init__(self, crew: Crew, size: int) -> None:
         self._crew = crew
@@ -45,16 +49,18 @@ class Panel:
         self._started_at = time.time()
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:
-        """Write one exposition for all workers."""
+        """Render one exposition for all workers."""
         await self._reports()
         return await render(self._crew.fleet.merged(), accept)
 
     async def ready(self) -> list[str]:
-        """Why a balancer should send nothing here: not all serve yet, nobody does, or everybody has a reason."""
+        """Return why a balancer should send nothing here: not all workers have started, none is up, or none is
+        ready.
+        """
         return self._reasons(await self._reports())
 
     async def status(self) -> Status:
-        """The status page's figures."""
+        """Return the status page's figures."""
         reports = await self._reports()
         return {
             **summarize(self._crew.fleet.merged()),
@@ -69,7 +75,7 @@ class Panel:
     def _reasons(self, reports: list[Report]) -> list[str]:
         if (
             not self._crew.up.is_set()
-        ):  # the kernel deals connections out to every socket, also to one without its worker yet
+        ):  # the kernel gives connections to every socket, even to one whose worker isn't up yet
             return ["starting"]
         if any(not report.not_ready for report in reports):
             return []
@@ -82,13 +88,15 @@ class Panel:
         return list(reports.values())
 
 
-MOST_DESCRIPTORS = 1_048_576  # of one process, as fs.nr_open has it by default (proc_sys_fs(5))
+MOST_DESCRIPTORS = 1_048_576  # of one process: fs.nr_open's default (proc_sys_fs(5))
 
 _log = structlog.get_logger("meshproxy.app")
 
 
 def serve(config_path: str) -> int:
-    """Serve a configuration until SIGTERM or SIGINT; the exit code. ConfigError for a configuration that can't be used."""
+    """Serve a configuration until SIGTERM or SIGINT, and return the exit code. Raises ConfigError if it can't be
+    used.
+    """
     loaded = load(config_path)
     settings, secrets = loaded.settings, loaded.secrets
     workers = settings.server.workers or len(os.sched_getaffinity(0))
@@ -114,13 +122,14 @@ def serve(config_path: str) -> int:
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the soft limit of descriptors to the hard one, for this process and its workers: what shells and systemd give by
-    default, 1,024, is some 500 requests (systemd.exec(5), LimitNOFILE=).
+    """Raise the soft limit of descriptors to the hard one, for this process and its workers.
+
+    Shells and systemd give 1,024 by default, enough for some 500 requests (systemd.exec(5), LimitNOFILE=).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it: then what there is counts
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it: then the limit stays
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -134,15 +143,17 @@ async def run(
     journal: str | None = None,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `on_ready` is told the addresses of data and admin; `reload` reads the configuration again
-    on SIGHUP; `journal` is where settlements wait for Redis (None: in memory). OSError if an address is taken, ConfigError if the
-    certificate is no use.
+    """Serve until SIGTERM or SIGINT.
+
+    `on_ready` is called with the addresses of data and admin. `reload` reads the configuration again on SIGHUP.
+    `journal` is the journal's path (None: in memory). Raises OSError if an address is taken, and ConfigError if the
+    configuration can't be served.
     """
     sink = configure(settings.log.level, settings.log.format, sys.stderr.buffer)
     for warning in warnings:
         _log.warning("config_warning", warning=warning)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    needed = 2 * settings.server.max_in_flight + RESERVED_DESCRIPTORS  # a request has its client and its provider
+    needed = 2 * settings.server.max_in_flight + RESERVED_DESCRIPTORS  # a client's and a provider's per request
     if limit < needed:
         _log.warning("descriptors_short", limit=limit, needed=needed, key="server.max_in_flight")
     address = settings.server.listen
@@ -175,13 +186,13 @@ async def run(
             on_ready(*addresses)
         await stopped.wait()
         notify(STOPPING)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # there is nothing left to reload
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # nothing is left to reload
     _log.info("stopped")
 
 
 @contextlib.asynccontextmanager
 async def _open_desk(standing: RunningConfig) -> AsyncIterator[Desk]:
-    """The desk of the admin API, over a connection of its own that is made in the background."""
+    """Open the admin API's desk over its own connection to Redis, which is made in the background."""
     dialling = Tasks()
     store = await connect(standing.settings.redis, wait=False, keep=dialling.keep)
     try:
@@ -192,7 +203,7 @@ async def _open_desk(standing: RunningConfig) -> AsyncIterator[Desk]:
 
 
 def _strictness(crew: Crew) -> Strictness:
-    """How the admin listener treats slow clients."""
+    """Return how the admin listener treats slow clients."""
     return Strictness(
         lambda: crew.standing.settings.server.header_timeout_s,
         write_timeout_s=lambda: crew.standing.settings.server.write_timeout_s,
@@ -200,8 +211,10 @@ def _strictness(crew: Crew) -> Strictness:
 
 
 def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks) -> asyncio.Event:
-    """Obey signals; the event is set by the first that says to stop, and the second is in a hurry. A SIGHUP that came before
-    this, or while the file is being read, counts too.
+    """Install the signal handlers. The returned event is set by the first SIGTERM or SIGINT; the second one hurries the
+    crew.
+
+    A SIGHUP that arrived before this, or while the file is being read, counts too.
     """
     loop, stopped, hangup = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
@@ -226,7 +239,7 @@ def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks) -> asyncio.
 
 
 async def _first(*events: asyncio.Event) -> None:
-    """Return when one of the events is set."""
+    """Wait until one of the events is set."""
     waits = [asyncio.create_task(event.wait()) for event in events]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:

@@ -1,6 +1,6 @@
-"""Several workers under one roof: a process for each, which this one starts, restarts, questions and ends.
+"""The supervisor of several workers: it starts a process for each, restarts it, queries it and ends it.
 
-The supervisor serves no request. It holds the listening sockets, so that a connection that arrives while its worker is being
+The supervisor serves no request. It holds the listening sockets, so that a connection that arrives while its worker is
 restarted waits instead of being refused.
 """
 
@@ -25,18 +25,18 @@ from meshproxy.telemetry.exposition import MergedMetrics
 from meshproxy.telemetry.logs import set_level
 from meshproxy.telemetry.tasks import Tasks
 
-STEADY_S = 10.0  # a worker that lived so long has its backoff forgotten
+STEADY_S = 10.0  # a worker that lived this long resets its backoff
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 10.0
 EXIT_GRACE_S = 30.0  # beyond drain_s, before a worker is killed
-PREPARE_S = 30.0  # what a worker gets to build a configuration: 16 ms for each upstream with TLS
+PREPARE_S = 30.0  # how long a worker may take to build a configuration: 16 ms for each upstream with TLS
 ANSWER_S = 2.0  # a worker that takes longer to answer is left out of a scrape
 
 _log = structlog.get_logger("meshproxy.app")
 
 
 class WorkerProcess:
-    """One worker process and the line to it."""
+    """One worker process and the control socket to it."""
 
     def __init__(self, number: int, restarts: int, process: asyncio.subprocess.Process, control: Control) -> None:
         self.number = number
@@ -47,7 +47,7 @@ class WorkerProcess:
 
     @classmethod
     async def spawn(cls, number: int, restarts: int, sock: socket.socket) -> "WorkerProcess":
-        """A new process that is to serve `sock`."""
+        """Start a process that will serve `sock`."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as stack:
             stack.callback(ours.close)
@@ -59,27 +59,27 @@ class WorkerProcess:
         return cls(number, restarts, process, await Control.over(ours))
 
     async def ask(self, question: Question, timeout_s: float = ANSWER_S) -> bytes | None:
-        """The answer, still encoded, or None from a worker that is gone or stuck."""
+        """Return the answer, still encoded; None if the worker is gone or doesn't answer in time."""
         try:
             return await asyncio.wait_for(self.control.ask(question), timeout_s)
         except (ConnectionError, TimeoutError):
             return None
 
     def tell(self, order: Order) -> None:
-        """Give an order. One who is gone needs none."""
+        """Send an order. Does nothing if the worker is gone."""
         with contextlib.suppress(ConnectionError):
             self.control.send(order)
 
 
 class Supervisor:
-    """Keeps one worker for each listening socket alive. `up` is set once all are up; `fleet` has what was counted, also by those
-    that are gone.
+    """Keeps one worker alive for each listening socket. `up` is set once all are up. `fleet` has the metrics of all
+    workers, also of those that ended.
     """
 
     def __init__(self, standing: RunningConfig, sockets: list[socket.socket]) -> None:
         self.standing = standing
         self.up = asyncio.Event()
-        self.refused = asyncio.Event()  # a worker can't serve this configuration, and none has before
+        self.refused = asyncio.Event()  # a worker can't serve this configuration, and none has served it before
         self.faults: list[str] = []  # why
         self.fleet = MergedMetrics()
         self._sockets = sockets
@@ -92,12 +92,14 @@ class Supervisor:
         self._lost = False  # a worker could not keep a settlement
 
     async def start(self) -> None:
-        """Begin to serve."""
+        """Start the workers and keep them alive."""
         self._keepers = [self._tasks.keep("worker-keeper", partial(self._keep, sock)) for sock in self._sockets]
 
     async def prepare(self, standing: RunningConfig) -> list[str]:
-        """Have every worker build what this needs; what one can't build. A worker that doesn't answer counts as one, unless it is
-        gone: the one in its place begins with what holds then.
+        """Have every worker build what this needs, and return what can't be built.
+
+        A worker that doesn't answer is a fault, unless it has ended: its successor begins with the configuration then
+        in force.
         """
         children = list(self._children.values())
         answers = await asyncio.gather(*(child.ask(Prepare(standing), PREPARE_S) for child in children))
@@ -110,7 +112,7 @@ class Supervisor:
         return faults
 
     async def apply(self, standing: RunningConfig) -> list[str]:
-        """Let this hold from now on. Workers that come later begin with it, so it holds whatever one of these answers."""
+        """Put this configuration in force. Later workers begin with it, so a worker's faults are only logged."""
         self.standing = standing
         set_level(standing.settings.log.level)
         for number, answer in (await self._ask_all(standing)).items():
@@ -119,12 +121,12 @@ class Supervisor:
         return []
 
     async def reports(self) -> dict[int, Report]:
-        """How each worker is that says so in time, by its number."""
+        """Return the reports of the workers that answer in time, by number."""
         answers = await self._ask_all(ReportRequest())
         return {number: msgspec.msgpack.decode(answer, type=Report) for number, answer in answers.items()}
 
     def workers(self) -> list[WorkerStatus]:
-        """The workers that are up."""
+        """List the workers that are up."""
         state = "draining" if self._stopping.is_set() else "running"
         return [
             {
@@ -137,15 +139,16 @@ class Supervisor:
         ]
 
     async def stop(self) -> None:
-        """Drain every worker and wait for its exit; kill what is still there long after it should be gone. SettlementsLost if one
-        could not keep what was to be charged.
+        """Drain every worker and wait for its exit. Kill those that remain after drain_s + EXIT_GRACE_S.
+
+        Raises SettlementsLost if a worker could not keep a settlement.
         """
         server = self.standing.settings.server
         self._stopping.set()
         self._tell_all(Drain())
         await wait(self._hurried, server.drain_grace_s)
         for sock in self._sockets:
-            sock.close()  # as the workers do with theirs: connections are refused, and not left to wait for nobody
+            sock.close()  # as the workers close theirs: connections are refused instead of waiting in vain
         _, late = await asyncio.wait(self._keepers, timeout=server.drain_s + EXIT_GRACE_S)
         for child in self._children.values() if late else ():
             _log.error("worker_killed", worker=child.number)
@@ -155,7 +158,7 @@ class Supervisor:
             raise SettlementsLost
 
     def hurry(self) -> None:
-        """End what runs now, and wait for nothing in stop()."""
+        """End what runs now, and skip the waits of stop()."""
         self._hurried.set()
         self._tell_all(Hurry())
 
@@ -168,7 +171,7 @@ class Supervisor:
             started_at = time.monotonic()
             try:
                 child = await WorkerProcess.spawn(next(self._numbers), restarts, sock)
-            except OSError as error:  # no memory, processes or descriptors for another one
+            except OSError as error:  # no memory, processes or descriptors left
                 _log.error("worker_not_started", reason=error.strerror or str(error), again_in_s=backoff_s)
                 await wait(self._stopping, backoff_s)
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
@@ -190,7 +193,9 @@ class Supervisor:
             await wait(self._stopping, backoff_s)
 
     async def _brief(self, child: WorkerProcess) -> bool:
-        """Have a worker begin with what holds, which may change meanwhile; False if it is gone before it serves."""
+        """Have a worker begin with the configuration in force, which may change meanwhile. Return False if it ends
+        before it serves.
+        """
         told = None
         try:
             while told is not self.standing:

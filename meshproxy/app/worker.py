@@ -1,4 +1,4 @@
-"""One worker: every part of a gateway in one event loop, wired together, started and ended in order."""
+"""One worker: all parts of a gateway in one event loop. `Worker` makes, connects, starts and stops them in order."""
 
 import os
 import random
@@ -45,15 +45,15 @@ from meshproxy.telemetry.traces import open_tracer
 from meshproxy.upstream.provider import Provider
 from meshproxy.version import VERSION
 
-STALE_S = 3600.0  # how long known keys and templates hold while Redis is away, where requests are admitted all the same
-CROWDED_QUIET_S = 10.0  # between two lines about descriptors that ran out
-SETTLE_GRACE_S = 10.0  # what settlements get at the end, when every request is over
+STALE_S = 3600.0  # how long known keys and templates are used while Redis is lost, with on_failure = "local"
+CROWDED_QUIET_S = 10.0  # between two log lines about exhausted descriptors
+SETTLE_GRACE_S = 10.0  # how long settlements may take at the end, when every request is over
 
 _log = structlog.get_logger("meshproxy.app")
 
 
 class Prepared(Struct, frozen=True):
-    """A configuration that a worker has built and doesn't serve by yet."""
+    """A configuration that a worker has built and doesn't serve yet."""
 
     secrets: Mapping[str, str]
     active: ActiveConfig
@@ -62,12 +62,12 @@ class Prepared(Struct, frozen=True):
 
     @property
     def generation(self) -> int:
-        """Of the configuration."""
+        """The configuration's generation."""
         return self.active.generation
 
 
 class Worker:
-    """See the charter. Everything is made in `start`, in the running loop."""
+    """One worker. `start` makes all its parts, in the running loop."""
 
     store: Store
     ledger: Ledger
@@ -86,18 +86,18 @@ class Worker:
             settings.models, settings.upstreams, version=VERSION, edges=asdict(settings.metrics.buckets)
         )
         self.tasks = Tasks(self._on_task_failed)
-        self.loops = Tasks(self._on_task_failed)  # for life
-        self._dialling = Tasks(self._on_task_failed)  # ended by the store
+        self.loops = Tasks(self._on_task_failed)  # loops, cancelled in `stop`
+        self._dialling = Tasks(self._on_task_failed)  # the store's dialling, ended by its close
         self.live = Live(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         self.stopping = False
-        self._had_ledger = settings.redis.on_failure == "local"  # or can do without
-        self._hung_up = 0  # clients, for want of descriptors, since that was logged last
+        self._had_ledger = settings.redis.on_failure == "local"  # or doesn't need it
+        self._hung_up = 0  # connections closed for lack of descriptors, since that was last logged
         self._crowded_quiet_until = 0.0
-        self._lost_at: dict[str, float] = {}  # by server of the ledger; "": at the start
+        self._lost_at: dict[str, float] = {}  # by the ledger's server; "": at the start
 
     async def start(self, generation: int = 1) -> None:
-        """Connect to Redis, and stand ready for requests. `generation`: of the configuration, which counts reloads."""
+        """Connect to Redis and become ready for requests. `generation` is the configuration's, which counts reloads."""
         redis = self.settings.redis
         boot_id = random_source.token_hex(6)
         self._tracer = open_tracer(self.settings.tracing, VERSION)
@@ -146,11 +146,11 @@ class Worker:
             self.loops.keep("instances", instances.beat)
 
     async def serve_chat(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The main job's handler, for a listener that is made before the worker starts."""
+        """Handle a chat completion. For a listener that is made before the worker has started."""
         return await self.chat(request)
 
     def crowded(self) -> None:
-        """Log that a client was hung up on for want of descriptors: once in CROWDED_QUIET_S, for there may be thousands."""
+        """Log that a connection was closed for lack of descriptors, once per CROWDED_QUIET_S."""
         now = time.monotonic()
         self._hung_up += 1
         if now >= self._crowded_quiet_until:
@@ -165,12 +165,14 @@ class Worker:
             self._hung_up = 0
 
     def reload_failed(self) -> None:
-        """A configuration was read and found unfit."""
+        """Set the metric of a failed reload."""
         self.metrics.config_last_reload_successful.labels().set(0)
 
     def prepare(self, settings: Settings, secrets: Mapping[str, str], generation: int) -> Prepared:
-        """Build another configuration and go on with this one. It may be called in a thread. Upstreams whose settings and key
-        didn't change keep their providers and connections. Raises ValueError for what can't be built.
+        """Build another configuration without serving it. It may be called in a thread.
+
+        Upstreams with unchanged settings and key keep their providers and connections. Raises ValueError for what can't
+        be built.
         """
         old = self.gateway.active
         unchanged = {
@@ -186,8 +188,9 @@ class Worker:
         )
 
     def reload(self, prepared: Prepared) -> None:
-        """Swap in another configuration: models, prices, upstreams, limits, credit rules, trusted proxies. Requests in flight
-        keep theirs. What only a restart changes is as it was (app.reload).
+        """Swap in another configuration: models, prices, upstreams, limits, credit rules, trusted proxies.
+
+        Requests in flight keep theirs. Keys that only a restart changes are already as before (app.reload.hold_back).
         """
         old, new = self.gateway.active, prepared.active
         settings = new.settings
@@ -205,10 +208,12 @@ class Worker:
                 provider.retire()
 
     async def stop(self) -> None:
-        """Settle what is unsettled and close every connection. SettlementsLost, at the end, if something could not be kept."""
+        """Settle what is unsettled and close every connection. Raises SettlementsLost at the end if a settlement could
+        not be kept.
+        """
         self.stopping = True
         if await self.tasks.finish(SETTLE_GRACE_S):
-            await self.tasks.finish(SETTLE_GRACE_S)  # what those that were cancelled had to settle
+            await self.tasks.finish(SETTLE_GRACE_S)  # the settlements of cancelled tasks
         await self.loops.close()
         for provider in self.gateway.active.providers.values():
             await provider.close()
@@ -222,18 +227,20 @@ class Worker:
             raise SettlementsLost(lost)
 
     def not_ready(self) -> list[str]:
-        """Why a balancer should send nothing here; empty when it may."""
+        """Return why a balancer should send nothing here; empty if it may."""
         reasons = []
         if self.gateway.draining or self.stopping:
             reasons.append("draining")
         self._had_ledger = self._had_ledger or self.store.connected
-        if not self._had_ledger:  # what was there once is no reason: docs/decisions/readiness.md
+        if not self._had_ledger:  # once connected, a lost ledger is no reason: docs/decisions/readiness.md
             reasons.append("the ledger can't be reached")
         reasons += [f"the task {name} keeps failing" for name in sorted(self.loops.failing)]
         return reasons
 
     async def _connect(self) -> Store:
-        """The store, up; or on its way, if it isn't there yet: whoever asks meanwhile hears that the ledger can't be reached."""
+        """Return the store, connected if possible. Otherwise it is dialled in the background, and calls raise
+        Unavailable meanwhile.
+        """
         listeners: dict[str, Any] = {
             "on_op": self._on_op,
             "keep": self._dialling.keep,
@@ -247,7 +254,7 @@ class Worker:
             return await connect(self.settings.redis, wait=False, **listeners)
 
     def _open_journal(self) -> Journal:
-        """The journal on disk; in memory where there is no place for it and none was asked for."""
+        """Open the journal on disk; in memory where the disk refuses it and redis.journal isn't set."""
         redis = self.settings.redis
         path = None if self._journal_path is None else Path(self._journal_path)
         try:
@@ -267,7 +274,7 @@ class Worker:
             self.metrics.ledger_errors.labels(error).inc()
 
     def _on_ledger_change(self, server: str, is_connected: bool, reason: str) -> None:  # noqa: FBT001 - as ledger.store has it
-        """Log each time that a server of the ledger is lost and is back, once."""
+        """Log once each time that a server of the ledger is lost, and when it is back."""
         now = time.monotonic()
         if is_connected:
             self._had_ledger = True
@@ -282,7 +289,7 @@ class Worker:
         self.metrics.task_failures.labels(name).inc()
 
     def _follow(self) -> None:
-        """Gauges of what is kept elsewhere, read at each scrape."""
+        """Set up the gauges that are read from elsewhere at each scrape."""
         self.metrics.in_flight_limit.labels().set_function(lambda: float(self.settings.server.max_in_flight))
         self.metrics.ledger_connected.labels().set_function(lambda: float(self.store.connected))
         self.metrics.journal_pending.labels().set_function(lambda: float(len(self.journal)))
@@ -293,14 +300,16 @@ class Worker:
 
 
 def access_to(settings: Settings) -> Access:
-    """Who may try to log in."""
+    """Return the rules on who may try to authenticate."""
     return Access(settings.server.allowed_clients, settings.server.failed_logins_per_minute)
 
 
 def deploy(
     settings: Settings, secrets: Mapping[str, str], *, generation: int, providers: Mapping[str, Provider]
 ) -> ActiveConfig:
-    """A deployment of these settings. `providers`: those whose settings didn't change, with their open connections."""
+    """Make an active configuration of these settings. `providers` are unchanged ones, kept with their open
+    connections.
+    """
     made = {
         name: providers.get(name) or Provider(name, upstream, secrets.get(name), user_agent=f"meshproxy/{VERSION}")
         for name, upstream in settings.upstreams.items()
@@ -311,7 +320,9 @@ def deploy(
 
 @asynccontextmanager
 async def with_redis(settings: Settings) -> AsyncIterator[Settings]:
-    """The settings with a URL that can be connected to: the embedded server runs within, if that is what they ask for."""
+    """Yield the settings with a URL that can be connected to. Runs the embedded server meanwhile, if they ask for
+    it.
+    """
     if settings.redis.url != "embedded":
         yield settings
         return

@@ -1,4 +1,8 @@
-"""Between the supervisor and a worker: a socket pair with one question and one answer at a time, each a frame of msgpack."""
+"""A worker as a process of its own, and the protocol between it and the supervisor.
+
+The supervisor and a worker share a socket pair. Each message is a frame: its length, then msgpack. One question is
+answered at a time; orders have no answer. `Serving` is a worker with its listener, also used alone in one process.
+"""
 
 import asyncio
 import contextlib
@@ -24,21 +28,21 @@ from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry.exposition import MergedMetrics
 from meshproxy.telemetry.logs import LineSink, RequestLog, configure, set_level
 
-LENGTH_BYTES = 4  # ahead of each frame, big-endian
+LENGTH_BYTES = 4  # before each frame, big-endian
 
 
 class ReportRequest(Struct, tag="ask", frozen=True):
-    """How are you? The answer is a `Report`."""
+    """Asks for a `Report`."""
 
 
 class Prepare(Struct, tag="prepare", frozen=True):
-    """Build what this needs, and go on as before. The answer is a list of what can't be built."""
+    """Asks to build what this configuration needs, without serving it. The answer lists what can't be built."""
 
     standing: RunningConfig
 
 
 class Report(Struct, frozen=True):
-    """How a worker is: its metrics (telemetry.snapshot), why it isn't ready, and whether it has the ledger."""
+    """A worker's state: its metrics (Metrics.snapshot), why it isn't ready, and whether the ledger is connected."""
 
     snapshot: bytes
     not_ready: list[str]
@@ -46,22 +50,22 @@ class Report(Struct, frozen=True):
 
 
 class Drain(Struct, tag="drain", frozen=True):
-    """Stop being ready, let what runs end, and exit. There is no answer."""
+    """Orders to become not ready, let running requests end, and exit."""
 
 
 class Hurry(Struct, tag="hurry", frozen=True):
-    """End what runs now. There is no answer."""
+    """Orders to end running requests now."""
 
 
 Order = Drain | Hurry
-# A Standing holds from now on, and the first one has the worker begin. The answer is a list of what keeps it from that.
+# A RunningConfig is to be put in force; the first one starts the worker. The answer lists what prevents that.
 Question = RunningConfig | Prepare | ReportRequest
 
 MESSAGES: msgspec.msgpack.Decoder[Question | Order] = msgspec.msgpack.Decoder(Question | Order)
 
 
 class Control:
-    """One end of the pair."""
+    """One end of the socket pair."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -71,13 +75,13 @@ class Control:
 
     @classmethod
     async def over(cls, sock: socket.socket) -> "Control":
-        """The end that `sock` is."""
+        """Make the end over `sock`."""
         return cls(*await asyncio.open_connection(sock=sock))
 
     async def ask(self, question: Question) -> bytes:
-        """The answer to a question, still encoded. ConnectionError if the other end is gone.
+        """Send a question and return the answer, still encoded. Raises ConnectionError if the other end is gone.
 
-        Whoever stops waiting leaves an answer behind, which the next one takes away first.
+        A caller that stops waiting leaves its answer behind; the next call reads and drops that answer first.
         """
         async with self._asking:
             if self._answer is not None:
@@ -96,13 +100,13 @@ class Control:
         self._writer.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
     async def sent(self) -> None:
-        """Return when what was sent is on its way: for one who is about to exit."""
+        """Wait until everything sent is written, before exiting."""
         with contextlib.suppress(ConnectionError):
             self._writer.close()
             await self._writer.wait_closed()
 
     async def receive(self) -> bytes:
-        """The next frame. ConnectionError if the other end is gone."""
+        """Return the next frame. Raises ConnectionError if the other end is gone."""
         try:
             length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
             return await self._reader.readexactly(length)
@@ -110,19 +114,21 @@ class Control:
             raise ConnectionError("the other end is gone") from error
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket."""
         self._writer.close()
 
 
-GC_THRESHOLD = (
-    20_000  # objects made before the youngest are looked through: a request makes some hundreds and keeps none
-)
+# Objects made before the youngest generation is collected: a request makes some hundreds and keeps none.
+GC_THRESHOLD = 20_000
 
 _log = structlog.get_logger("meshproxy.app")
 
 
 class Serving:
-    """Serves a socket. `up` is set once it does; `fleet` has what was counted. ConfigError if the certificate is no use."""
+    """One worker that serves a socket. `up` is set once it does; `fleet` has its metrics.
+
+    Raises ConfigError if the certificate can't be used.
+    """
 
     def __init__(self, standing: RunningConfig, sock: socket.socket, sink: LineSink) -> None:
         settings = standing.settings
@@ -139,8 +145,8 @@ class Serving:
         self._started_at = time.time()
 
     async def start(self) -> None:
-        """Begin to serve. ConfigError for what a check of the configuration could not know, as a journal whose files are all
-        in use.
+        """Start serving. Raises ConfigError for what checking the configuration can't find, such as a journal whose
+        files are all in use.
         """
         try:
             await self.worker.start(self.standing.generation)
@@ -151,11 +157,13 @@ class Serving:
         await self._listener.start()
         gc.collect()
         gc.set_threshold(GC_THRESHOLD, 20, 50)
-        gc.freeze()  # what lives for the whole run need not be walked at each collection
+        gc.freeze()  # objects that live for the whole run needn't be scanned at each collection
         self.up.set()
 
     async def prepare(self, standing: RunningConfig) -> list[str]:
-        """Build what this needs and serve on as before; what can't be built. Whatever goes wrong, a reload ends no worker."""
+        """Build what this needs without serving it, and return what can't be built. No error of a reload ends a
+        worker.
+        """
         try:
             # Not in the event loop: a TLS context alone takes 16 ms.
             self._prepared = await asyncio.to_thread(
@@ -165,20 +173,20 @@ class Serving:
             return unfit.faults
         except (OSError, ValueError) as error:
             return [str(error)]
-        except Exception as error:  # noqa: BLE001 - a bug of ours: reported to the supervisor as a fault, with a traceback here
+        except Exception as error:  # noqa: BLE001 - a bug: reported to the supervisor as a fault, with a traceback here
             _log.error("prepare_failed", exc_info=error)
             return [f"it can't be built ({type(error).__name__})"]
         return []
 
     async def apply(self, standing: RunningConfig) -> list[str]:
-        """Let this hold from now on; what keeps it from that: then everything is as it was."""
+        """Put this configuration in force. If something prevents that, return it and change nothing."""
         if standing.generation != self.standing.generation:
             if self._prepared is None or self._prepared.generation != standing.generation:
                 faults = await self.prepare(standing)
                 if faults:
                     return faults
             prepared, self._prepared = self._prepared, None
-            assert prepared is not None  # noqa: S101 - prepared a line above
+            assert prepared is not None  # noqa: S101 - prepared above
             settings = standing.settings
             self._listener.reload(settings.server)
             self.worker.reload(prepared)
@@ -190,30 +198,30 @@ class Serving:
         return []
 
     async def report(self) -> Report:
-        """How the worker is."""
+        """Return the worker's report."""
         return Report(await self.worker.metrics.snapshot(), self.worker.not_ready(), self.worker.store.connected)
 
     async def reports(self) -> dict[int, Report]:
-        """How each worker is that says so in time, by its number."""
+        """Return the worker's report by its number, as a supervisor does for several."""
         return {1: await self.report()}
 
     def workers(self) -> list[WorkerStatus]:
-        """The workers that are up."""
+        """List the worker, as a supervisor does for several."""
         state = "draining" if self.worker.stopping else "running"
         return [{"pid": os.getpid(), "state": state, "uptime_s": time.time() - self._started_at, "restarts": 0}]
 
     async def stop(self) -> None:
-        """Drain, settle and end."""
+        """Drain, settle and close everything."""
         await self._listener.drain(self._hurried)
         await self._listener.close()
         await self.worker.stop()
 
     def hurry(self) -> None:
-        """End what runs now, and wait for nothing in stop()."""
+        """End what runs now, and skip the waits of stop()."""
         self._hurried.set()
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the supervisor gets them too, and says what is to be done
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the supervisor gets them too, and sends orders
 
 if __name__ == "__main__":
     for signum in SIGNALS:
@@ -221,8 +229,9 @@ if __name__ == "__main__":
 
 
 async def serve(control_fd: int, listen_fd: int) -> int:
-    """Serve until the supervisor says to drain, or is gone; the exit code: 78 (EX_CONFIG) for a configuration that can't be
-    served, whose faults the supervisor was sent.
+    """Serve until the supervisor orders to drain, or is gone. Return the exit code.
+
+    The code is 78 (EX_CONFIG) for a configuration that can't be served; its faults are sent to the supervisor.
     """
     control = await Control.over(socket.socket(fileno=control_fd))
     standing = msgspec.msgpack.decode(await control.receive(), type=RunningConfig)
@@ -248,7 +257,7 @@ async def serve(control_fd: int, listen_fd: int) -> int:
 
 
 async def _obey(control: Control, serving: Serving, end: asyncio.Event) -> None:
-    """Answer questions and obey orders for as long as there is a supervisor."""
+    """Answer questions and obey orders until the supervisor is gone."""
     try:
         with contextlib.suppress(ConnectionError):
             while True:

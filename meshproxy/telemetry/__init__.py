@@ -1,1 +1,1 @@
-"""Metrics, logs and background tasks."""
+"""Metrics, logs, spans and supervised background tasks."""

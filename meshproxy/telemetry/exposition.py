@@ -1,8 +1,8 @@
-"""What one worker has counted, as bytes; and how many workers' counts become one answer.
+"""One worker's counts as a snapshot, the merged snapshot of all workers, and its two forms: exposition and status page.
 
-Counters and histograms add up, also over workers that died: a sum that fell would look to Prometheus like a restart, and
-every rate over it would be wrong. Gauges of the dead are forgotten. What a worker counted after its last report is lost
-with it.
+Counters and histograms are summed, including those of workers that ended: Prometheus would take a falling sum for a
+restart, and every rate over it would be wrong. Gauges of ended workers are dropped. What a worker counted after its
+last report is lost with it.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from meshproxy.telemetry.families import BY_NAME, Definition, Merge
 
 
 class Exemplar(Struct, array_like=True, frozen=True):
-    """The last traced observation of a bucket; `at` in Unix seconds."""
+    """The last traced observation of a bucket. `at` is Unix seconds."""
 
     trace_id: str
     value: float
@@ -32,8 +32,10 @@ class Exemplar(Struct, array_like=True, frozen=True):
 
 
 class Series(Struct, array_like=True):
-    """One label set's value. For a histogram `value` is the sum, and `counts` are cumulative (Prometheus' `le`), the last one
-    being +Inf; `exemplars` are by bucket.
+    """The value of one label set.
+
+    For a histogram `value` is the sum; `counts` are cumulative (Prometheus' `le`), the last one +Inf; `exemplars` are
+    by bucket index.
     """
 
     labels: tuple[str, ...]
@@ -51,7 +53,7 @@ class Family(Struct, array_like=True):
 
     @property
     def definition(self) -> Definition:
-        """Its entry in families.py; KeyError for a name that is not there."""
+        """The family's entry in families.py. Raises KeyError for an unknown name."""
         return BY_NAME[self.name]
 
 
@@ -61,7 +63,7 @@ _MERGERS: dict[Merge, Callable[[float, float], float]] = {"sum": operator.add, "
 
 
 async def collected(registry: Collector) -> Snapshot:
-    """Read every family that families.py knows from a registry. The event loop runs between two families."""
+    """Read every family of families.py from a registry. The event loop runs between two families."""
     found = []
     for metric in registry.collect():
         definition = BY_NAME.get(f"{metric.name}_total" if metric.type == "counter" else metric.name)
@@ -85,23 +87,25 @@ def _family(definition: Definition, metric: Metric) -> Family:
                     exemplar.labels["trace_id"], exemplar.value, float(exemplar.timestamp or 0.0)
                 )
             series.counts.append(sample.value)
-        elif not sample.name.endswith(("_count", "_created")):  # the last bucket says the count
+        elif not sample.name.endswith(("_count", "_created")):  # the last bucket has the count
             series.value = sample.value
     return Family(definition.name, list(found.values()), tuple(edges)[:-1])
 
 
 def encode(snapshot: Snapshot) -> bytes:
-    """A snapshot's msgpack."""
+    """Encode a snapshot as msgpack."""
     return msgspec.msgpack.encode(snapshot)
 
 
 def decode(data: bytes) -> Snapshot:
-    """The snapshot of its msgpack; msgspec.DecodeError if it is none. Families that this build doesn't know are left out."""
+    """Decode a snapshot from msgpack, without families that this build doesn't know. Raises msgspec.DecodeError."""
     return [family for family in msgspec.msgpack.decode(data, type=Snapshot) if family.name in BY_NAME]
 
 
 def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """One snapshot of many, none of which is changed. Where two disagree on a histogram's edges the first is believed."""
+    """Merge snapshots into a new one. Of histograms with different edges, only those with the edges of the first are
+    counted.
+    """
     merged: dict[str, Family] = {}
     totals: dict[tuple[str, tuple[str, ...]], Series] = {}
     for family in chain.from_iterable(snapshots):
@@ -125,24 +129,26 @@ def _add(total: Series, series: Series, definition: Definition) -> None:
 
 
 class MergedMetrics:
-    """The last report of every worker, and what the dead ones left. One entry a living worker: bounded by their number."""
+    """The last report of every living worker, and the sum of those that ended. Its size is bounded by the number of
+    workers.
+    """
 
     def __init__(self) -> None:
         self._alive: dict[int, Snapshot] = {}
         self._departed: Snapshot = []
 
     def report(self, worker: int, data: bytes) -> None:
-        """Take a worker's snapshot() in; `worker` is a number that is never used again after retire(), such as a pid."""
+        """Store a worker's snapshot(). `worker` is a number that is never reused after retire(), for example a pid."""
         self._alive[worker] = decode(data)
 
     def retire(self, worker: int) -> None:
-        """A worker is gone: keep what it counted, forget its gauges. Twice, or for one that never reported: nothing."""
+        """Keep the counts of a worker that ended, and drop its gauges. Does nothing for an unknown worker."""
         last = self._alive.pop(worker, [])
         counted = [family for family in last if family.definition.kind != "gauge"]
         self._departed = merge([self._departed, counted])
 
     def merged(self) -> Snapshot:
-        """One snapshot for all, in the order of the first reports' families."""
+        """Merge all reports into one snapshot, families in the order of the first report."""
         return merge([*self._alive.values(), self._departed])
 
 
@@ -150,14 +156,14 @@ TOP_MODELS = 10
 
 
 class Distribution(TypedDict):
-    """A histogram over all its labels, growing from the process's start; counts are per bucket, the last one +Inf."""
+    """A histogram summed over all its labels, since the process started. Counts are per bucket, the last one +Inf."""
 
     edges: list[float]
     counts: list[int]
 
 
 class Summary(TypedDict):
-    """Counters since the start. The page makes rates and percentiles from two polls."""
+    """The status page's figures: counters since the start. The page computes rates and percentiles from two polls."""
 
     config: dict[str, Any]  # generation, last_reload_successful
     requests: dict[str, int]  # total, client_errors (4xx), server_errors (5xx)
@@ -171,7 +177,7 @@ class Summary(TypedDict):
 
 
 def summarize(snapshot: Snapshot) -> Summary:
-    """What the page shows of the counted."""
+    """Compute the status page's figures from a snapshot."""
     found = _Found(snapshot)
     by_code = found.by(families.REQUESTS, "code")
     in_flight = found.by(families.IN_FLIGHT, "phase")
@@ -201,7 +207,7 @@ def summarize(snapshot: Snapshot) -> Summary:
 
 
 class _Found:
-    """A snapshot's families by definition, in whole numbers of what each is stored in."""
+    """A snapshot's families by definition. Values are whole numbers in the stored unit."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._families = {family.name: family for family in snapshot}
@@ -209,7 +215,7 @@ class _Found:
     def by(
         self, definition: Definition, label: str, where: Callable[[tuple[str, ...]], bool] = lambda _labels: True
     ) -> dict[str, int]:
-        """Its values added up by one label, but for series whose labels aren't `where` they should; 0 for every other."""
+        """Sum a family's values by one label. `where` filters series by their labels; other label values count 0."""
         position = definition.labels.index(label)
         totals: dict[str, int] = defaultdict(int)
         for series in self._family(definition).series:
@@ -218,7 +224,7 @@ class _Found:
         return totals
 
     def gauge(self, definition: Definition) -> int:
-        """The value of a family without labels; 0 if nobody set it."""
+        """Return the value of a family without labels, 0 if it isn't set."""
         return int(next((series.value for series in self._family(definition).series), 0))
 
     def distribution(self, definition: Definition) -> Distribution:
@@ -233,7 +239,7 @@ class _Found:
 
 
 def _upstreams(found: _Found) -> list[dict[str, Any]]:
-    """Every upstream that has a breaker."""
+    """List every upstream that has a breaker."""
     requests = found.by(families.UPSTREAM_REQUESTS, "upstream")
     errors = found.by(families.UPSTREAM_REQUESTS, "upstream", lambda labels: _is_error(labels[1]))
     breakers = found.by(families.BREAKER_OPEN, "upstream")
@@ -244,13 +250,15 @@ def _upstreams(found: _Found) -> list[dict[str, Any]]:
 
 
 def _is_error(code: str) -> bool:
-    """Whether an attempt wasn't answered with 2xx to 4xx but 429."""
+    """Return whether an attempt counts as an error: 429, or anything but 2xx to 4xx and `cancelled`."""
     return code != "cancelled" and (code == "429" or code[0] not in "234")
 
 
 def _models(found: _Found) -> list[dict[str, Any]]:
     requests = found.by(families.REQUESTS, "model", lambda labels: labels[1] != families.NONE)
-    tokens = found.by(families.TOKENS, "model", lambda labels: labels[1] in {"prompt", "completion"})  # others: parts
+    tokens = found.by(
+        families.TOKENS, "model", lambda labels: labels[1] in {"prompt", "completion"}
+    )  # others are parts
     cost = found.by(families.COST, "model")
     served = sorted(requests, key=lambda name: (-requests[name], name))[:TOP_MODELS]
     return [
@@ -264,27 +272,27 @@ def _models(found: _Found) -> list[dict[str, Any]]:
     ]
 
 
-SERIES_PER_TURN = 10  # of a histogram some 200 lines: about a millisecond
+SERIES_PER_TURN = 10  # rendered between two turns of the event loop: 200 lines of a histogram, about 1 ms
 END = b"# EOF\n"
 
 
 class MetricsCollector(Collector):
-    """The families of a merged snapshot, for any registry of prometheus-client. `read` gives the snapshot of the moment."""
+    """A merged snapshot as a Collector for any registry of prometheus-client. `read` returns the current snapshot."""
 
     def __init__(self, read: Callable[[], Snapshot]) -> None:
         self._read = read
 
     def collect(self) -> Iterator[Metric]:
-        """Give the families as prometheus-client has them."""
+        """Yield the families as prometheus-client's metrics."""
         return (_metric(family, family.series) for family in self._read())
 
 
 async def render(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
-    """Write the whole text in the format that an Accept header asks for; and the text's Content-Type."""
+    """Render a snapshot in the format that an Accept header asks for. Return the text and its Content-Type."""
     encode, content_type = choose_encoder(accept)
     text = []
     for family in snapshot:
-        for start in range(0, len(family.series) or 1, SERIES_PER_TURN):  # one part at least, for its head
+        for start in range(0, len(family.series) or 1, SERIES_PER_TURN):  # at least one part, for HELP and TYPE
             part = encode(_One(_metric(family, family.series[start : start + SERIES_PER_TURN])))
             text.append(_without_head(part) if start else part.removesuffix(END))
             await asyncio.sleep(0)
@@ -294,7 +302,7 @@ async def render(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
 
 
 class _One(Collector):
-    """One family or a part of it."""
+    """A Collector of one family or a part of it."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
@@ -304,7 +312,7 @@ class _One(Collector):
 
 
 def _without_head(part: bytes) -> bytes:
-    """Leave out the lines of HELP and TYPE, which the family's first part has."""
+    """Remove the lines of HELP and TYPE: the family's first part has them."""
     return b"".join(line for line in part.splitlines(keepends=True) if not line.startswith(b"#"))
 
 
@@ -326,7 +334,7 @@ def _metric(family: Family, series: list[Series]) -> Metric:
 def _buckets(
     edges: Iterable[float], series: Series
 ) -> Iterator[tuple[str, float] | tuple[str, float, samples.Exemplar]]:
-    """Give a histogram's buckets by upper bound, in prometheus-client's words, each with its exemplar if it has one."""
+    """Yield a histogram's buckets by upper bound as prometheus-client takes them, with exemplars."""
     bounds = (*map(str, map(float, edges)), "+Inf")
     for index, (bound, count) in enumerate(zip(bounds, series.counts, strict=True)):
         found = series.exemplars.get(index)

@@ -1,7 +1,7 @@
-"""Every metric family, and the closed set each label is drawn from. Data alone: metrics.py counts, exposition.py renders.
+"""Every metric family, and the closed set of values of each label. Only data: metrics.py counts, exposition.py renders.
 
-A label's value comes from the configuration (`model`, `upstream`) or from a set written here. Whatever else is offered
-becomes `other`, so nothing that a client or a provider sends can make a series.
+A label's value comes from the configuration (`model`, `upstream`) or from a set written here. Any other value becomes
+`other`, so no input from a client or a provider can create a series.
 """
 
 from functools import partial
@@ -14,11 +14,11 @@ Kind = Literal["counter", "gauge", "histogram"]
 Merge = Literal["sum", "max", "min"]
 
 OTHER = "other"
-NONE = "none"  # the model of a request that has none: a refused key, GET /v1/models
+NONE = "none"  # the `model` label of a request without one: a refused key, GET /v1/models
 PHASES = ("authenticate", "resolve", "admit", "attempt", "stream", "settle")
 
 _UNREGISTERED = (499, 520, 521, 522, 523, 524, 525, 526, 529, 530)  # nginx's, Cloudflare's, and "overloaded"
-_NO_STATUS = ("connect_error", "timeout", "reset", "protocol_error", "cancelled")  # an attempt that got no answer
+_NO_STATUS = ("connect_error", "timeout", "reset", "protocol_error", "cancelled")  # attempts without an answer
 
 
 def _words(text: str) -> frozenset[str]:
@@ -63,10 +63,12 @@ CLOSED = {
 
 
 class Definition(Struct, frozen=True):
-    """A family: its kind, whole name, help and labels. `edges` are a histogram's upper bounds in its unit; `merge` says
-    how the workers' gauges become one; `per`: stored in integers of 1/per, divided when shown; `preset`: every series
-    is there at zero from the start, so that a rate over the first event is right; `only`: those of its last label's words
-    that it has, where other families have more.
+    """A metric family: kind, full name, help and labels.
+
+    `edges`: a histogram's upper bounds, in its unit. `merge`: how the workers' gauges are merged. `per`: values are
+    stored as integers of 1/per and divided when shown. `preset`: every series exists at zero from the start, so that a
+    rate over the first event is right. `only`: the words that the last label has in this family, where its closed set
+    has more.
     """
 
     kind: Kind
@@ -84,7 +86,7 @@ _counter = partial(Definition, "counter")
 _gauge = partial(Definition, "gauge")
 _histogram = partial(Definition, "histogram")
 
-# Edges hold the usual objectives exactly (.5, 1, 2, 5, 10, 30 s), so that a ratio of buckets is a service level.
+# Edges include the usual objectives exactly (.5, 1, 2, 5, 10, 30 s), so that a ratio of buckets is a service level.
 BUILD_INFO = _gauge("meshproxy_build_info", "Always 1; the label tells the version.", ("version",), merge="max")
 WORKERS = _gauge("meshproxy_workers", "Worker processes that answered this scrape.", preset=True)
 REQUESTS = _counter(
@@ -223,9 +225,10 @@ CONFIG_LAST_RELOAD_SUCCESSFUL = _gauge(
     preset=True,
 )
 
-OWN = tuple(family for family in tuple(globals().values()) if isinstance(family, Definition))  # all above
+OWN = tuple(family for family in tuple(globals().values()) if isinstance(family, Definition))  # all definitions above
 
-# The names that every Prometheus client library has for the process, summed over the workers; the oldest start counts.
+# Standard process metrics of Prometheus client libraries, summed over the workers; the start is that of the oldest
+# worker.
 PROCESS = (
     _counter("process_cpu_seconds_total", "User and system CPU time of all workers in seconds."),
     _gauge("process_resident_memory_bytes", "Resident memory of all workers in bytes."),

@@ -1,12 +1,11 @@
-"""Where log lines go: a bounded buffer, emptied by a thread of its own, so that a stuck pipe never stops the event loop.
+"""Log lines: rendered, redacted, and written by a thread, so that a blocked pipe never stops the event loop.
 
-The thread writes FLUSH_INTERVAL_S after the first line of a batch, or at once when FLUSH_BYTES are waiting, when a line is
-urgent, or at exit. If whoever reads the pipe stands still, MAX_BUFFERED_BYTES are kept, and what comes then is dropped and
-counted: a line says how many when writing goes on. SIGKILL loses one interval of lines. Every line is redacted here, the
-last place before it leaves.
+The thread writes FLUSH_INTERVAL_S after the first line of a batch, or at once when FLUSH_BYTES are waiting, when a line
+is urgent, or at exit. If the pipe's reader stalls, MAX_BUFFERED_BYTES are kept; further lines are dropped and counted,
+and a line reports the count when writing continues. SIGKILL loses one interval of lines.
 
-The thread writes to the raw file: whoever holds a buffered one's lock while a reader stands still keeps the interpreter from its
-end. Make it after a fork: a thread doesn't survive one.
+The thread writes to the raw file: a thread blocked with a buffered file's lock would keep the interpreter from exiting.
+Make a sink after forking, because threads don't survive a fork.
 """
 
 import atexit
@@ -28,10 +27,10 @@ from structlog.typing import EventDict, WrappedLogger
 FLUSH_INTERVAL_S = 0.1
 FLUSH_BYTES = 524_288
 MAX_BUFFERED_BYTES = 4_194_304
-CLOSE_TIMEOUT_S = 2.0  # what a stuck reader may cost at exit
+CLOSE_TIMEOUT_S = 2.0  # longest wait for a stalled reader at exit
 
-# Keys of ours (rsk_...), of OpenAI and OpenRouter (sk-...), and whatever stood in an Authorization header. `sk-` counts only
-# where a word begins (task-1 is no key), and a word also begins behind a JSON escape or a colour of the console.
+# Keys of ours (rsk_...), of OpenAI and OpenRouter (sk-...), and bearer tokens. `sk-` counts only at the start of a word
+# (task-1 is no key). A word also starts after a JSON escape or a colour code of the console.
 _SECRET = re.compile(
     rb"rsk_[A-Za-z0-9_-]{4,}"
     rb"|(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9a-f]{4})|(?<=[0-9]m))sk-[A-Za-z0-9_-]{8,}"
@@ -40,14 +39,16 @@ _SECRET = re.compile(
 
 
 def redact(line: bytes) -> bytes:
-    """The line without anything that looks like a secret."""
+    """Replace everything in a line that looks like a secret."""
     if b"sk" in line or b"earer " in line:
         return _SECRET.sub(b"[redacted]", line)
     return line
 
 
 class LineSink:
-    """Takes whole lines of bytes, newline included, from any thread."""
+    """Writes whole lines of bytes, newline included, from any thread. Every line is redacted here, just before it
+    leaves.
+    """
 
     def __init__(self, stream: BinaryIO, dropped_line: Callable[[int], bytes]) -> None:
         self._stream: Any = getattr(stream, "raw", stream)
@@ -65,8 +66,9 @@ class LineSink:
         atexit.register(self.close)
 
     def write(self, line: bytes, *, urgent: bool = False) -> None:
-        """Buffer a line. It is dropped, and counted, if the buffer is full. After close() it is written at once, or dropped where
-        the thread still waits for the reader.
+        """Buffer a line. If the buffer is full, the line is dropped and counted.
+
+        After close() it is written at once, or dropped while the thread still waits for the reader.
         """
         line = redact(line)
         with self._buffer_lock:
@@ -79,12 +81,12 @@ class LineSink:
             self._size += len(line)
             is_full = self._size >= FLUSH_BYTES > self._size - len(line)
         if urgent or is_full:
-            self._hurry.set()  # once a batch: waking a thread costs as much as twenty lines
+            self._hurry.set()  # once per batch: waking a thread costs as much as twenty lines
         if self._closed and not self._writer.is_alive():
             self._write_late()
 
     def flush(self) -> None:
-        """Write what is buffered, in the calling thread. Blocks as long as the stream does."""
+        """Write the buffered lines in the calling thread. Blocks as long as the stream does."""
         with self._stream_lock:
             with self._buffer_lock:
                 lines, self._lines, self._size = self._lines, [], 0
@@ -95,7 +97,7 @@ class LineSink:
                 self._dropped += dropped + len(lines)
 
     def close(self) -> None:
-        """Write the rest and end the thread, waiting no longer than CLOSE_TIMEOUT_S for a stuck reader."""
+        """Write the rest and end the thread, waiting at most CLOSE_TIMEOUT_S for a stalled reader."""
         if not self._closed:
             self._closed = True
             atexit.unregister(self.close)
@@ -104,9 +106,9 @@ class LineSink:
             self._writer.join(CLOSE_TIMEOUT_S)
 
     def _write_late(self) -> None:
-        """Write what came after close(), waiting no longer than CLOSE_TIMEOUT_S for a stuck reader: it is waited for once."""
+        """Write the lines that came after close(), waiting once, at most CLOSE_TIMEOUT_S, for a stalled reader."""
         self._writer = threading.Thread(target=self.flush, name="log-writer", daemon=True)
-        with suppress(RuntimeError):  # the interpreter is at its end, and starts no thread any more
+        with suppress(RuntimeError):  # the interpreter is exiting and starts no more threads
             self._writer.start()
             self._writer.join(CLOSE_TIMEOUT_S)
 
@@ -115,22 +117,20 @@ class LineSink:
             self._filled.wait()
             self._hurry.wait(FLUSH_INTERVAL_S)
             self._hurry.clear()
-            self._filled.clear()  # before the buffer is taken: a line that comes after it sets it anew
+            self._filled.clear()  # cleared before the buffer is taken: a later line sets it again
             self.flush()
-        self.flush()  # what came while the last batch was being written
+        self.flush()  # lines that came during the last write
 
     def _written(self, lines: list[bytes]) -> bool:
         try:
             left = memoryview(b"".join(lines))
             while left:
                 count = self._stream.write(left)
-                if (
-                    count is None
-                ):  # it doesn't block, and is full: another process that shares the file has seen to that
+                if count is None:  # the file is non-blocking and full: another process that shares it has set that
                     select.select([], [self._stream], [], FLUSH_INTERVAL_S)
                 left = left[count or 0 :]
             self._stream.flush()
-        except (OSError, ValueError):  # the reader is gone, or the stream closed: the lines are counted
+        except (OSError, ValueError):  # the reader is gone or the stream closed: the caller counts the lines
             return False
         return True
 
@@ -149,8 +149,8 @@ _Render = Callable[[str, EventDict], bytes]
 
 
 def configure(level: Level, format: Format, stream: BinaryIO) -> LineSink:  # noqa: A002 - the configuration's word
-    """Send every log of the process to `stream`, from `level` up. May be called again, as after a reload; close() the
-    sink that it replaces.
+    """Send every log of the process to `stream`, from `level` up. May be called again; then close() the sink that it
+    replaces.
     """
     render = _renderer(format, colors=stream.isatty())
     sink = LineSink(stream, lambda count: render("warning", {"event": "log_lines_dropped", "count": count}))
@@ -166,19 +166,21 @@ def configure(level: Level, format: Format, stream: BinaryIO) -> LineSink:  # no
     )
     logging.basicConfig(level=LEVELS[level], handlers=[_Records(sink, render)], force=True)
     logging.captureWarnings(capture=True)
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # RequestLog has that line, and more of it
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # RequestLog writes that line with more fields
     return sink
 
 
 def set_level(level: Level) -> None:
-    """Log from another level up, from now on."""
+    """Change the lowest level that is logged, from now on."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]))
     logging.getLogger().setLevel(LEVELS[level])
 
 
 class RequestLog:
-    """Writes the one line of each request. Without a sink (inside another program), or in the console's format, it is an
-    event of structlog's like any other. `clock` gives Unix seconds.
+    """Writes one line per request.
+
+    Without a sink (inside another program), or in the console format, the line is a structlog event like any other.
+    `clock` returns Unix seconds.
     """
 
     def __init__(
@@ -195,11 +197,11 @@ class RequestLog:
         self._prefix = ""
 
     def set_level(self, level: Level) -> None:
-        """Write from another level up, from now on."""
+        """Change the lowest level that is written, from now on."""
         self._level = LEVELS[level]
 
     def write(self, fields: dict[str, Any]) -> None:
-        """Log a request that ended, with its `status`; a warning for what the client will take for our failure."""
+        """Log a finished request with its `status`: as a warning from 500 on, else as info."""
         level: Level = "warning" if fields["status"] >= 500 else "info"
         if LEVELS[level] < self._level:
             return
@@ -211,7 +213,7 @@ class RequestLog:
         self._sink.write(head.encode() + to_json(fields)[1:] + b"\n")
 
     def _timestamp(self) -> str:
-        """As _now(), formatting the seconds once a second."""
+        """Return the time as _now() does, formatting the seconds once a second."""
         second, ms = divmod(int(self._clock() * 1000), 1000)
         if second != self._second:
             self._second = second
@@ -220,7 +222,9 @@ class RequestLog:
 
 
 def to_json(fields: dict[str, Any]) -> bytes:
-    """One object of JSON without a newline in it. What JSON can't say (objects, lone surrogates, huge integers) is spelled."""
+    """Encode one JSON object without newlines. Values that JSON lacks (objects, lone surrogates, huge integers) become
+    text.
+    """
     try:
         return orjson.dumps(fields, default=repr)
     except TypeError:
@@ -228,12 +232,12 @@ def to_json(fields: dict[str, Any]) -> bytes:
 
 
 def _now() -> str:
-    """Now, as RFC 3339 in UTC with milliseconds."""
+    """Return the current time as RFC 3339 in UTC with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 class _Lines:
-    """structlog's innermost logger: takes a rendered line."""
+    """structlog's innermost logger, which takes rendered lines."""
 
     def __init__(self, sink: LineSink, name: str | None = None) -> None:
         self._sink = sink
@@ -246,7 +250,7 @@ class _Lines:
 
 
 class _Records(logging.Handler):
-    """The standard library's records (aiohttp, asyncio, warnings) in the same format."""
+    """A handler for the standard library's records (aiohttp, asyncio, warnings), in the same format."""
 
     def __init__(self, sink: LineSink, render: _Render) -> None:
         super().__init__()
@@ -256,7 +260,7 @@ class _Records(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             event: EventDict = {"event": record.getMessage(), "logger": record.name}
-        except (TypeError, ValueError):  # arguments that don't fit the format
+        except (TypeError, ValueError):  # arguments that don't match the format
             event = {"event": str(record.msg), "logger": record.name}
         if record.exc_info:
             event["exc_info"] = record.exc_info

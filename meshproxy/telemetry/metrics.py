@@ -1,6 +1,7 @@
 """Counting with prometheus-client, behind a vocabulary that bounds the labels.
 
-Each worker has a registry of its own. `labels` is the one place where a label's value is admitted: see families.py.
+Each worker has its own registry. `FamilyOf.labels` is the only place where a label's value is admitted: see
+families.py.
 """
 
 import re
@@ -18,10 +19,10 @@ _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)  # W3C Trace Context, 3.2.2.3
 
 
 class TracedHistogram(Histogram):
-    """A histogram that can keep the trace of an observation as an exemplar."""
+    """A histogram that can keep the trace id of an observation as an exemplar."""
 
     def observe_traced(self, value: float, trace_id: str | None) -> None:
-        """Count one observation, and keep its W3C trace id (32 hex digits; else ignored) as its bucket's exemplar."""
+        """Count one observation. A valid W3C trace id (32 hex digits) becomes its bucket's exemplar."""
         traced = trace_id is not None and _TRACE_ID.fullmatch(trace_id)
         self.observe(value, {"trace_id": trace_id} if traced and trace_id else None)
 
@@ -30,30 +31,30 @@ Metric = TypeVar("Metric", Counter, Gauge, TracedHistogram)
 
 
 class Vocabulary:
-    """Which values each label may have: the configuration's models and upstreams, and the closed sets of families.py."""
+    """The values that each label may have: the configured models and upstreams, and the closed sets of families.py."""
 
     def __init__(self, models: Iterable[str], upstreams: Iterable[str], version: str) -> None:
         self._allowed: dict[str, frozenset[str]] = {**CLOSED, "version": frozenset({version})}
         self.extend(models, upstreams)
 
     def extend(self, models: Iterable[str], upstreams: Iterable[str]) -> None:
-        """Admit a new configuration's names beside the old ones: a counter of a model that was removed stays."""
+        """Admit a new configuration's names beside the old ones: the counters of a removed model stay."""
         self._allowed["model"] = self._allowed.get("model", frozenset({NONE})).union(models)
         self._allowed["upstream"] = self._allowed.get("upstream", frozenset[str]()).union(upstreams)
 
     def admit(self, labels: Sequence[str], values: Sequence[str]) -> tuple[str, ...]:
-        """Return the values, with `other` in the place of each that is not allowed; ValueError if one is missing or too many."""
+        """Return the values, with `other` for each that is not allowed. Raises ValueError if the count is wrong."""
         return tuple(
             value if value in self._allowed[label] else OTHER for label, value in zip(labels, values, strict=True)
         )
 
     def combinations(self, labels: Sequence[str]) -> Iterable[tuple[str, ...]]:
-        """List every label set there can be, but for those with `other`."""
+        """List every possible label set, except those with `other`."""
         return product(*(sorted(self._allowed[label]) for label in labels))
 
 
 class FamilyOf(Generic[Metric]):
-    """One family of prometheus-client whose labels are admitted by the vocabulary, so that their number is bounded."""
+    """One family of prometheus-client. The vocabulary admits its label values, so that their number is bounded."""
 
     def __init__(self, metric: Metric, definition: Definition, words: Vocabulary) -> None:
         self.definition = definition
@@ -67,7 +68,7 @@ class FamilyOf(Generic[Metric]):
         return self._children.get(values) or self._admitted(values)
 
     def preset(self) -> None:
-        """Make every series of a family that is to be there from the start."""
+        """Create every series of a family that exists from the start."""
         if self.definition.preset:
             only = self.definition.only
             for values in self._words.combinations(self.definition.labels):
@@ -83,7 +84,7 @@ class FamilyOf(Generic[Metric]):
 
 
 class Metrics:
-    """All families of one worker. `edges` replaces a histogram's by family name, where it isn't None."""
+    """All families of one worker. `edges` replaces a histogram's edges by family name, where it isn't None."""
 
     def __init__(
         self,
@@ -131,13 +132,13 @@ class Metrics:
         self.workers.labels().set(1)
 
     def reconfigure(self, models: Iterable[str], upstreams: Iterable[str]) -> None:
-        """Admit the new names of a reload. Series of removed ones stay until the process ends."""
+        """Admit the new names of a reload. Series of removed names stay until the process ends."""
         self._words.extend(models, upstreams)
         for family in self._families:
             family.preset()
 
     async def snapshot(self) -> bytes:
-        """Encode everything counted so far, and what the system says of this process, as msgpack (decode)."""
+        """Encode all counts and the system's figures of this process as msgpack (see exposition.decode)."""
         return encode(await collected(self.registry))
 
     def _counters(self, definition: Definition) -> FamilyOf[Counter]:

@@ -1,7 +1,7 @@
-"""The tracer that sends over OTLP/HTTP, by OpenTelemetry's own SDK. Imported only where an endpoint is set.
+"""The tracer that exports spans over OTLP/HTTP with OpenTelemetry's SDK. It is imported only where an endpoint is set.
 
-The SDK keeps at most 2,048 spans waiting and drops what is more; its thread sends them by the hundred. What a collector does
-or doesn't do touches no request, and is logged at most once a minute.
+The SDK queues at most 2,048 spans, drops more, and sends them by the hundred on its own thread. A failing collector
+affects no request, and is logged at most once a minute.
 """
 
 import asyncio
@@ -22,15 +22,16 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 Attributes = Mapping[str, str | bool | int | float]
 
 EXPORT_TIMEOUT_S = 5.0  # of one batch, retries included
-FLUSH_S = 3.0  # what a collector may cost at the end
-QUIET_S = 60.0  # between two lines of the SDK's in our log
+FLUSH_S = 3.0  # longest wait for the collector at the end
+QUIET_S = 60.0  # between two lines of the SDK in our log
 SDK_LOGGERS = (OTLPSpanExporter.__module__, "opentelemetry.sdk._shared_internal")  # failed exports, dropped spans
 
 
 class OtlpTracer:
-    """Takes spans, and sends some of them on a thread of its own. `sample`: the share of traces that begin here; for others it is
-    their parent that decides. `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SERVICE_NAME` and `OTEL_EXPORTER_OTLP_HEADERS` of the environment
-    count.
+    """Takes spans and exports sampled ones on the SDK's thread.
+
+    `sample` is the share of traces that begin here; for others the parent decides. The environment's
+    `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SERVICE_NAME` and `OTEL_EXPORTER_OTLP_HEADERS` apply.
     """
 
     def __init__(self, endpoint: str, sample: float, version: str) -> None:
@@ -51,8 +52,10 @@ class OtlpTracer:
     def span(
         self, name: str, *, seconds: float, context: Mapping[str, str], describe: Callable[[], Attributes], error: str
     ) -> None:
-        """What has just ended, and took so long. `context`: the headers that may say whose child it is; `describe` is asked only
-        if the span is sampled; `error`: what went wrong on our side, empty if nothing did.
+        """Record a span that has just ended and took `seconds`.
+
+        `context`: headers that may name its parent. `describe` is called only if the span is sampled. `error`: what
+        went wrong on our side, "" if nothing.
         """
         ended_ns = time.time_ns()
         span = self._tracer.start_span(
@@ -68,7 +71,9 @@ class OtlpTracer:
         span.end(ended_ns)
 
     async def close(self) -> None:
-        """Send what waits, for at most FLUSH_S. The thread is a daemon: no collector keeps the process from its end."""
+        """Send the queued spans for at most FLUSH_S. The thread is a daemon, so a collector can't keep the process from
+        exiting.
+        """
         flush = threading.Thread(target=self._provider.shutdown, name="traces-flush", daemon=True)
         flush.start()
         await asyncio.to_thread(flush.join, FLUSH_S)
@@ -77,13 +82,13 @@ class OtlpTracer:
 
 
 class _Quiet(logging.Filter):
-    """Lets one record through every QUIET_S."""
+    """A filter that passes one record per QUIET_S."""
 
     def __init__(self) -> None:
         super().__init__()
         self._next_at = 0.0
 
-    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002 - whatever it says
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002 - all records alike
         now = time.monotonic()
         if now < self._next_at:
             return False

@@ -1,8 +1,8 @@
-"""Background tasks by name: the one way to start what outlives the code that starts it, and to keep a loop running for life.
+"""Supervised background tasks: start what outlives its caller, keep loops running, and watch the event loop's lag.
 
-A spawned task is a task of its own: cancelling whoever spawned it (a handler whose client hung up) doesn't touch it, also
-while it is being awaited through asyncio.shield(). To await one from code that may be cancelled, shield it: `await task`
-alone passes the cancellation on. There are at most a few per request in flight, which `server.max_in_flight` bounds.
+A spawned task is independent: cancelling the caller (a handler whose client hung up) doesn't cancel it, not even while
+the caller awaits it through asyncio.shield(). Code that may be cancelled must use the shield: `await task` alone passes
+the cancellation on. Each request in flight has a few tasks at most, and `server.max_in_flight` bounds the requests.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ import structlog
 
 T = TypeVar("T")
 
-CANCEL_GRACE_S = 1.0  # what a cancelled task gets to clean up before it is left behind
+CANCEL_GRACE_S = 1.0  # how long a cancelled task may clean up before it is abandoned
 
-FIRST_PAUSE_S = 0.1  # before a loop that raised is run again
+FIRST_PAUSE_S = 0.1  # before a loop that raised is restarted
 MAX_PAUSE_S = 5.0
 MAX_DOUBLINGS = 16
-STEADY_S = 10.0  # a loop that ran so long is well
-FAILING_RUNS = 3  # in a row, before a vital loop counts as failing
+STEADY_S = 10.0  # a run this long resets the pause
+FAILING_RUNS = 3  # in a row, until a vital loop counts as failing
 
 LAG_INTERVAL_S = 0.25
 
@@ -28,10 +28,12 @@ _log = structlog.get_logger(__name__)
 
 
 class Tasks:
-    """The tasks in flight, each held by a strong reference until it ends. `on_failure` is told the name of each that raised."""
+    """The running tasks, each held by a strong reference until it ends. `on_failure` is called with the name of each
+    that raises.
+    """
 
     def __init__(self, on_failure: Callable[[str], None] = lambda _: None) -> None:
-        self.failing: set[str] = set()  # the vital ones that don't come back to their work
+        self.failing: set[str] = set()  # vital loops that keep raising
         self._running: set[asyncio.Future[Any]] = set()
         self._kept: set[asyncio.Task[None]] = set()
         self._on_failure = on_failure
@@ -40,7 +42,7 @@ class Tasks:
         return len(self._running)
 
     def spawn(self, name: str, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start `coro`. Its failure is logged and counted under `name` (a fixed word such as `settle`), never lost."""
+        """Start `coro`. If it raises, that is logged and counted under `name`, a fixed word such as `settle`."""
         task = asyncio.get_running_loop().create_task(coro, name=name)
         self._running.add(task)
         task.add_done_callback(self._ended)
@@ -49,11 +51,10 @@ class Tasks:
     def keep(
         self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_vital: bool = False
     ) -> asyncio.Task[None]:
-        """Run `work` until it returns, for the life of the process if it never does. When it raises, it is logged and counted
-        under `name`, and run again after a pause that doubles up to MAX_PAUSE_S; a run of STEADY_S begins it anew.
+        """Run `work` until it returns. If it raises, log and count that under `name`, and run it again after a pause.
 
-        `is_vital`: `failing` names it once it raised FAILING_RUNS times in a row. It isn't waited for by `finish`: cancel it, or
-        `close`.
+        The pause doubles up to MAX_PAUSE_S, and starts anew after a run of STEADY_S. `is_vital`: `failing` contains the
+        name once it has raised FAILING_RUNS times in a row. `finish` doesn't wait for it: cancel the task, or `close`.
         """
         task = asyncio.get_running_loop().create_task(self._supervise(name, work, is_vital=is_vital), name=name)
         self._kept.add(task)
@@ -68,7 +69,7 @@ class Tasks:
             watch = asyncio.get_running_loop().call_later(STEADY_S, self.failing.discard, name)
             try:
                 await work()
-            except Exception as error:  # noqa: BLE001 - this is what supervises
+            except Exception as error:  # noqa: BLE001 - the supervisor
                 runs = 1 if clock() - began_at >= STEADY_S else runs + 1
                 pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(runs - 1, MAX_DOUBLINGS))
                 self._on_failure(name)
@@ -83,7 +84,7 @@ class Tasks:
             await asyncio.sleep(pause_s)
 
     async def close(self) -> None:
-        """Cancel what is kept running."""
+        """Cancel the loops started by `keep`."""
         kept = tuple(self._kept)
         for task in kept:
             task.cancel()
@@ -91,12 +92,16 @@ class Tasks:
             await asyncio.wait(kept, timeout=CANCEL_GRACE_S)
 
     def follow(self, future: asyncio.Future[T], then: Callable[[asyncio.Future[T]], None]) -> None:
-        """Hold on to what is under way already, and call `then` with it when it is done: a task's promise at half its price."""
+        """Keep a reference to a running future, and call `then` with it when it is done. Cheaper than a task by
+        half.
+        """
         self._running.add(future)
         future.add_done_callback(partial(self._followed, then))
 
     async def finish(self, timeout_s: float) -> int:
-        """Wait for every task, those spawned meanwhile included; cancel what still runs after `timeout_s`. Gives how many."""
+        """Wait for every spawned task, including later ones. Cancel what still runs after `timeout_s`; return how
+        many.
+        """
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_s
         while self._running and clock() < deadline:
@@ -116,7 +121,7 @@ class Tasks:
         self._running.discard(task)
         if task.cancelled():
             return
-        error = task.exception()  # asking marks it as retrieved
+        error = task.exception()  # also marks it as retrieved
         if error is not None:
             self._on_failure(task.get_name())
             _log.error("task_failed", task=task.get_name(), exc_info=error)
@@ -125,8 +130,8 @@ class Tasks:
 async def watch_lag(observe: Callable[[float], None]) -> None:
     """Observe how late the event loop wakes, in seconds, every LAG_INTERVAL_S until cancelled.
 
-    Whatever holds the loop up (a long render, a slow regex, a starved CPU) delays every stream by as much. uvloop's timers
-    count whole milliseconds, so under it a lag below 1 ms is noise.
+    Anything that blocks the loop (a long render, a slow regex, a starved CPU) delays every stream as long. uvloop's
+    timers count whole milliseconds, so under it a lag below 1 ms is noise.
     """
     now = asyncio.get_running_loop().time
     while True:

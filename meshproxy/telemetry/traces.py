@@ -1,4 +1,4 @@
-"""Spans for an OpenTelemetry collector, for those who ask for them: nothing of OpenTelemetry is imported until then."""
+"""Spans for an OpenTelemetry collector. OpenTelemetry is imported only if `tracing.endpoint` is set."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -12,17 +12,17 @@ NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 
 
 def require_extra(tracing: Tracing) -> None:
-    """ConfigError if spans are asked for and what sends them isn't installed."""
+    """Raise ConfigError if spans are configured but the packages that send them aren't installed."""
     if tracing.endpoint is not None and not all(map(_is_installed, NEEDED)):
         raise ConfigError(["tracing.endpoint: needs the extra otel (in a checkout: pip install '.[otel]')"])
 
 
 def open_tracer(tracing: Tracing, version: str) -> "OtlpTracer | None":
-    """The tracer that the settings ask for; None if they ask for none. ConfigError without the extra."""
+    """Make the configured tracer; None if none is configured. Raises ConfigError without the extra."""
     if tracing.endpoint is None:
         return None
     require_extra(tracing)
-    from meshproxy.telemetry.otlp import OtlpTracer  # noqa: PLC0415 - where it is asked for, and installed
+    from meshproxy.telemetry.otlp import OtlpTracer  # noqa: PLC0415 - an optional extra
 
     return OtlpTracer(tracing.endpoint, tracing.sample, version)
 
@@ -30,5 +30,5 @@ def open_tracer(tracing: Tracing, version: str) -> "OtlpTracer | None":
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is its package
+    except ModuleNotFoundError:  # its package is missing too
         return False
