@@ -233,6 +233,10 @@ class Attempts:
     async def _attempt(
         self, exchange: Exchange, attempt: Attempt, candidate: Candidate, plan: Plan, active: ActiveConfig
     ) -> Response:
+        """Make one attempt and return its response.
+
+        Raises UpstreamError for a refusal or a failure, and the client's GatewayError 504 if its deadline passes.
+        """
         provider = active.providers[candidate.upstream]
         exchange.secrets = provider.secrets
         body = await self._built(plan, candidate) if plan.is_slow_to_build(candidate) else plan.body_for(candidate)

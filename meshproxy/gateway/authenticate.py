@@ -47,6 +47,7 @@ class Authenticator:
         raise GatewayError(Source.CLIENT, problem)
 
     def _let_in(self, client: str | None, access: Access) -> None:
+        """Raise 403 for an address that isn't allowed, 429 for one with too many failed logins."""
         if not access.admits(client):
             raise GatewayError(Source.CLIENT, forbidden("This gateway takes no requests from your address."))
         wait_s = access.wait_s(client, self._clock())
@@ -54,6 +55,7 @@ class Authenticator:
             raise GatewayError(Source.CLIENT, rate_limit_exceeded("Too many failed logins from your address.", wait_s))
 
     def _objection(self, principal: Principal) -> ErrorResponse | None:
+        """Return the error response for a key or an account that may not be used; None if both may."""
         key = principal.key
         if key.status == "revoked":
             return unauthorized("This key was revoked.")

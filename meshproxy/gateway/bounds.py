@@ -117,6 +117,7 @@ class Bodies:
             self._let_in()
 
     def _give(self, room: Room, size: int) -> None:
+        """Set a room's size, and update the totals."""
         more, room.size = size - room.size, size
         self._taken += more
         left = self._by_account.get(room.account, 0) + more

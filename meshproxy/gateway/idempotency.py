@@ -120,6 +120,7 @@ class Recording(Passing):
             await self._replays.conclude(self._claim, "running", self._running_ttl_ms)
 
     def _keep(self, part: bytes) -> None:
+        """Record a part; drop the record if it exceeds `max_bytes`."""
         self._size += len(part)
         if self._conclusion != "running":
             return

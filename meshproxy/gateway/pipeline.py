@@ -158,6 +158,7 @@ class Gateway:
             exchange.room.leave()
 
     def _shed(self, exchange: Exchange) -> Reply | None:
+        """Refuse a request beyond `max_in_flight`, before it counts as in flight."""
         exchange.refused_by = "max_in_flight"
         reply = self._refuse(exchange, overloaded("This instance has too many requests in flight."))
         self._recorder.shed(exchange)
@@ -193,6 +194,7 @@ class Gateway:
     async def _process(
         self, exchange: Exchange, principal: Principal, body: bytes, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
+        """Resolve and admit a request, then answer it."""
         if len(body) > LARGE_BYTES:
             async with self.bodies.reading:
                 plan = exchange.plan = await resolve(body, principal, active, self._directory, self._spin())

@@ -59,6 +59,7 @@ class Spans:
         )
 
     def _facts(self, exchange: Exchange, route: str) -> Mapping[str, Fact]:
+        """Return the span's attributes, without those that are None."""
         first_s = exchange.first_event_at - exchange.call.received_at
         facts: Facts = {
             "http.request.method": "POST",
@@ -241,6 +242,7 @@ class Recorder:
         _log.error("bug", request_id=exchange.call.request_id, exc_info=error)
 
     def _count(self, exchange: Exchange, model: str, stream: str, now: float) -> None:
+        """Count a finished request."""
         self._request_counter(model, exchange.status, stream).inc()
         received_at = exchange.call.received_at
         of_model = self._of_model(model)

@@ -285,11 +285,13 @@ class Relay:
         self._wake()
 
     def _stop_by_provider(self) -> None:
+        """End the stream with the error that the provider sent in it."""
         fault = in_stream(self.scanner.error)
         self._exchange.failed(fault)
         self.stop(fault.problem)
 
     def _timed(self, arrived_at: float) -> None:
+        """Record when events arrived: the first, the last, and the longest gap."""
         if self._first_at:
             gap_s = arrived_at - self._last_at
             if gap_s > self._max_gap_s:  # noqa: PLR1730 - max() costs as much as the rest of this method
@@ -305,9 +307,11 @@ class Relay:
         self._wake()
 
     def _resume(self) -> None:
+        """Read on from upstream, unless the stream waits for credit."""
         if not self._lease.exhausted:
             self._response.resume()
 
     def _wake(self) -> None:
+        """Wake `run`, to check the client and the end of the stream."""
         if self._signal is not None and not self._signal.done():
             self._signal.set_result(None)

@@ -276,6 +276,7 @@ def may_serve(attempts: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
 
 
 async def _template(name: str, principal: Principal, directory: Directory) -> Template:
+    """Return the named template. Raises the client's GatewayError 404 if there is none."""
     template = await directory.template(principal.account.name, name)
     if template is None:
         raise GatewayError(Source.CLIENT, template_not_found(name))

@@ -177,6 +177,7 @@ class Settler:
             raise
 
     def _settlement(self, exchange: Exchange, ask: HoldRequest, *, unheld: bool) -> Settlement:
+        """Build the settlement of an exchange."""
         candidate = exchange.candidate
         price = exchange.price or (candidate.price if candidate is not None else None)
         age_s = self._clock() - exchange.call.received_at

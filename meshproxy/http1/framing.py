@@ -87,6 +87,8 @@ class Sized(Body):
 
 
 class _Phase(IntEnum):
+    """The next part of a chunked body: a chunk's size line, its payload, the CRLF after that, or the trailers."""
+
     SIZE = 0
     PAYLOAD = 1
     CRLF = 2

@@ -176,6 +176,7 @@ class StreamScanner:
         return self._model
 
     def _scan(self, payload: bytes) -> bytes:
+        """Return what may go to the client of a payload that isn't one plain event."""
         if self._over or not payload:
             return b""
         text = self._whole_events(self._with_lf(payload))
@@ -251,6 +252,7 @@ class StreamScanner:
         self._text_at, self._after_size = len(shape.before), len(shape.after)
 
     def _by_event(self, text: bytes) -> bytes:
+        """Scan whole events one by one."""
         forwarded = []
         start = 0
         while start < len(text) and not self._over:
@@ -303,6 +305,9 @@ class StreamScanner:
         return self._odd_event(event)
 
     def _odd_event(self, event: bytes) -> bytes:
+        """Return what the client gets of an event that isn't plain: comments, the end, an error, usage, or unusual
+        lines.
+        """
         parsed = parse(event)
         if not parsed.data:
             return joined(parsed.comments)
@@ -366,6 +371,7 @@ class StreamScanner:
         self._finished = self._finished or FINISH_REASON.search(event) is not None
 
     def _note_usage(self, report: Report, members: dict[str, Raw]) -> None:
+        """Merge a report, and note how much text it covers."""
         self.report = report.over(self.report)
         if report.counts_output:
             self._reported_at = self._counted + len(self._text)

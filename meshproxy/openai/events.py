@@ -196,6 +196,7 @@ class _Pieces(list[str]):
 
 
 def _add_choice(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> None:
+    """Merge a choice of one event into the choices so far."""
     index = choice.get("index")
     index = index if isinstance(index, int) else 0
     known = choices.setdefault(index, {"index": index, "message": {"role": "assistant", "content": None}})
@@ -233,6 +234,7 @@ def _merge(known: dict[str, Any], delta: dict[str, Any]) -> None:
 
 
 def _extend(known: list[Any], items: list[Any]) -> None:
+    """Extend a list; an item with an `index` is merged into the known item of that index."""
     places = {item["index"]: item for item in known if isinstance(item, dict) and isinstance(item.get("index"), int)}
     for item in items:
         if isinstance(item, dict) and isinstance(item.get("index"), int):
@@ -258,6 +260,7 @@ def _finished(value: Any) -> Any:
 
 
 def _delta(choice: dict[str, Any]) -> dict[str, Any]:
+    """Return a whole answer's choice as a streamed one."""
     message = choice.get("message")
     delta = dict(message) if isinstance(message, dict) else {}
     calls = _dicts(delta.get("tool_calls"))

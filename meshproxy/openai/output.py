@@ -175,6 +175,7 @@ def _choices(data: bytes) -> list[_Choice]:
 
 
 def _read_delta(delta: _Delta, output: Output) -> None:
+    """Collect the texts and the audio of a delta."""
     content = delta.content
     if type(content) is str:
         if content:
@@ -211,6 +212,7 @@ def _read_parts(value: Any, texts: list[str]) -> None:
 
 
 def _read_calls(delta: _Delta, texts: list[str]) -> None:
+    """Collect the names and arguments of tool calls."""
     calls = delta.tool_calls if isinstance(delta.tool_calls, list) else []
     functions = [delta.function_call]
     functions += [call.get("function") or call.get("custom") for call in calls if isinstance(call, dict)]

@@ -350,11 +350,13 @@ def _at(value: Any, path: Sequence[str]) -> Any:
 
 
 def _asking_for_usage(options: Raw | None) -> Raw:
+    """Return `stream_options` with `include_usage` set."""
     members = {} if options is None else _MEMBERS.decode(options)
     return Raw(msgspec.json.encode(members | {"include_usage": Raw(b"true")}))
 
 
 def _complaints(name: str, raw: Raw, error: Exception) -> Iterator[Detail]:
+    """Yield the details of a member that can't be decoded."""
     if name == "variables" and isinstance(error, msgspec.ValidationError):
         yield from _bad_variables(raw, error)
         return

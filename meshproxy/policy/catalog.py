@@ -205,6 +205,7 @@ def priced(attempts: tuple[Candidate, ...], tier: str | None, fields: Mapping[st
 
 
 def _priced(candidate: Candidate, tier: str | None, fields: set[str]) -> Candidate:
+    """Return one candidate with the fees of these fields, its native fallbacks included."""
     if candidate.price.markup is None:
         if tier is not None and not any(name == tier for name, _ in candidate.services):
             raise _unpriced(
@@ -310,6 +311,7 @@ def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, .
 
 
 def _natives(candidate: Candidate, later: Iterable[Entry]) -> tuple[Candidate, ...]:
+    """Return the later entries that this candidate's provider can walk itself."""
     if candidate.kind != "openrouter":
         return ()
     return tuple(native for entry in later if (native := entry.through(candidate.upstream)) is not None)

@@ -226,6 +226,7 @@ def wait_of(retry_after: str | None, retry_after_ms: str | None = None, now: flo
 
 
 def _verdict(status: int, words: ProviderWords, wait_s: float | None) -> Verdict:
+    """Classify an answer by its status, the provider's words and the wait that it asks for."""
     if status in _REFUSED_US or status in _REFUSED_REQUEST:
         blamed = _about_us(status, words)
         if blamed is None:
@@ -333,6 +334,7 @@ def _quoted(problem: ErrorResponse, words: ProviderWords) -> ErrorResponse:
 
 
 def _status_of(words: ProviderWords) -> int | None:
+    """Return the status that an error names, or that its code or type implies; None without either."""
     if words.numeric and words.code is not None and words.code.isdigit() and 400 <= int(words.code) <= 599:
         return int(words.code)
     known = (_STATUS_OF.get((name or "").lower()) for name in (words.code, words.kind))
@@ -340,6 +342,7 @@ def _status_of(words: ProviderWords) -> int | None:
 
 
 def _weight(index: int, fault: UpstreamError) -> tuple[int, float, int]:
+    """Return the sort key of an error: `foremost` chooses the greatest."""
     problem = fault.problem
     if problem.status < 500:
         return 4, 0.0, -index

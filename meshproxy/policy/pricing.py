@@ -153,6 +153,7 @@ def _own(usd: str | None, whole: int) -> int:
 
 
 def _split(whole: int, price: int, *parts: tuple[int, int]) -> int:
+    """Return the cost of `whole` tokens in millionths of a nano-USD; each part (tokens, price) has its own price."""
     total = 0
     for tokens, part_price in parts:
         if tokens > 0:

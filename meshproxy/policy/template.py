@@ -235,6 +235,7 @@ def _message_faults(messages: Iterable[Message]) -> Iterator[Detail]:
 
 
 def _absences(known: Mapping[str, Any], complained: Collection[str | int]) -> Iterator[Detail]:
+    """Yield the errors of a POST that lacks a name, or whose prompt is too large."""
     if "name" not in known and "name" not in complained:
         yield Detail("missing", ("body", "name"), "Field required")
     if not {"system", "messages"} & set(complained):
@@ -262,6 +263,7 @@ def _unfit(details: Sequence[Detail]) -> GatewayError:
 
 
 def _with_system(template: Template) -> list[Message]:
+    """Return the template's messages, with `system` first."""
     messages = template.messages or []
     return messages if template.system is None else [{"role": "system", "content": template.system}, *messages]
 
