@@ -32,6 +32,7 @@ from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS, MAX_SPAN, Event, Row, events, latest_events, usage
 from meshproxy.money import format_usd, in_usd
+from meshproxy.openai.errors import detail_of, name_of
 from meshproxy.openai.headers import format_reset
 from meshproxy.policy.catalog import Entry
 from meshproxy.policy.principal import Principal
@@ -220,8 +221,12 @@ class Api:
         principal = await self._principal(request)
         try:
             asked = msgspec.json.decode(await self._body(request, principal), type=EventsAsked)
-        except msgspec.DecodeError as error:
-            raise GatewayError(Source.CLIENT, invalid(f"The body can't be used: {error}.")) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            detail = detail_of(error, ("body",))
+            param = name_of(detail) or None
+            raise GatewayError(
+                Source.CLIENT, invalid(f"The body can't be used: {detail.msg}.", detail, param=param)
+            ) from error
         name, now = principal.account.name, datetime.now(UTC)
         if asked.request_ids is not None:
             found = await events(self._store, name, asked.request_ids, now)

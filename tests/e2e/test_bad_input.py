@@ -99,6 +99,17 @@ async def test_a_bad_body(mesh, name):
     assert [] == mesh.received
 
 
+@pytest.mark.parametrize("path", ["/v1/templates", "/v1/usage/events"])
+@pytest.mark.parametrize(
+    "data", [("[" * DEEP).encode(), b'{"since":' + b"[" * DEEP, b'{"since":"\xed\xa0\x80"}', b"[]"]
+)
+async def test_a_bad_body_elsewhere(mesh, path, data):
+    caller = await mesh.key()
+    told = {"content-type": "application/json", **caller.auth}
+    answer = await mesh.request("POST", path, data=data, headers=told)
+    assert (422, "validation_error") == (answer.status, answer.code)
+
+
 async def test_everything_that_is_wrong_is_told(mesh):
     caller = await mesh.key()
     answer = await mesh.post(caller, body(temperature="3", user="1", messages='[{"content":"hi"}]').encode())

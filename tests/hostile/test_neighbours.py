@@ -184,6 +184,44 @@ def sent(gateway, data):
         return int(client.recv(12).split()[1])
 
 
+MUCH_BYTES = 5_000_000
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", b"GET /", b"GET / HTTP/1.1\r\nHost: m\r\nX-A: "],
+    ids=["no request", "a long target", "a long header"],
+)
+async def test_heads_that_never_end(alone, mesh, unharmed, begun):
+    gateway = await alone(models=MODELS)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    async with unharmed(gateway, caller):
+        ends = await asyncio.gather(*(asyncio.to_thread(told, gateway, begun + b"a" * MUCH_BYTES) for _ in range(100)))
+    assert set(ends) <= {b"HTTP/1.0 400", b""}  # or the connection was closed ahead of all the bytes
+
+
+def told(gateway, data):
+    """The beginning of what came back, which may be nothing."""
+    with gateway.connect() as client, contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):
+            client.sendall(data)
+        return client.recv(12)
+    return b""
+
+
+@pytest.mark.parametrize("target", [b"/v1/chat/completions", b"/v1/templates"])
+@pytest.mark.parametrize("chunk", [b"1\r\n \r\n", b"1;a=" + b"b" * 999 + b"\r\n \r\n"], ids=["small", "extended"])
+async def test_bodies_that_are_framing_for_the_most_part(alone, mesh, unharmed, target, chunk):
+    gateway = await alone(models=MODELS)
+    caller = await mesh.key(credit="1000", limits=FREE)
+    broke = await mesh.key(credit="0", limits=FREE)
+    many = chunk * (MUCH_BYTES // len(chunk))
+    data = request(b"Transfer-Encoding: chunked", target=target, body=many).replace(b"KEY", broke.secret.encode())
+    async with unharmed(gateway, caller):
+        ends = await asyncio.gather(*(asyncio.to_thread(told, gateway, data) for _ in range(25)))
+    assert set(ends) <= {b"HTTP/1.1 422", b""}
+
+
 @pytest.mark.parametrize("count, name, status", [(500, "sim/slow", 200), (50, "sim/error-500", 502)])
 async def test_hundreds_that_wait_for_one_idempotency_key(alone, mesh, unharmed, measured, count, name, status):
     """Redis is asked at most 2,000 times a second in all, also while the request that they wait for fails again and again."""

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from meshproxy.gateway.exchange import Reply
 from meshproxy.server.chat import ClientStream
-from meshproxy.server.errors import Strictness
+from meshproxy.server.errors import Strictness, envelope_errors
 from meshproxy.server.listener import Runner, listen
 
 GET = b"GET /work HTTP/1.1\r\nhost: m\r\n\r\n"
@@ -21,7 +21,7 @@ class Served:
     def __init__(self, header_timeout_s=10.0, write_timeout_s=60.0, usual=True):
         self.refused = []
         self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
-        app = web.Application()
+        app = web.Application(middlewares=[envelope_errors])
         app.router.add_get("/work", self._work)
         app.router.add_get("/bug", self._bug)
         app.router.add_get("/large", self._large)
@@ -193,6 +193,19 @@ async def test_what_is_no_request_is_answered_in_the_envelope_and_hung_up_on(sta
     assert told["error"]["code"] == "bad_request"
     assert told["request_id"].encode() in head
     assert [400] == served.refused
+
+
+@pytest.mark.parametrize(
+    "size, count, status",
+    [(1, 4000, b"200"), (64, 4000, b"200"), (1, 12_000, b"422"), (16, 14_000, b"422")],
+)
+async def test_a_body_of_small_chunks_is_taken_up_to_a_bound(start, size, count, status):
+    served = await start()
+    chunk = b"%x\r\n%b\r\n" % (size, b"x" * size)
+    got = await served.asked(
+        CHUNKED.replace(b"2\r\n{}\r\n", chunk * count).replace(b"host: m", b"host: m\r\nconnection: close")
+    )
+    assert got.split()[1] == status
 
 
 async def test_a_bug_is_answered_in_the_envelope(start, caplog):
