@@ -18,7 +18,7 @@ TOO_MANY_UNADMITTED = "Too many requests of this account wait to be admitted."
 NO_ROOM = "Too many large requests are being read here."
 VISITS_PER_S = 200.0  # of one account in one worker, to paths other than chat; costly ones count as several
 VISITS_AT_ONCE = 1000.0
-MAX_ACCOUNTS = 10_000  # of which visits are remembered
+MAX_ACCOUNTS = 10_000  # accounts whose visits are counted; beyond that all counts are dropped
 MAX_IN_TURN = 32  # requests that wait for one name
 TOO_MANY_VISITS = "Too many requests of this account to other paths than the chat."
 TOO_MANY_IN_TURN = "Too many requests of this account wait for each other."
@@ -74,7 +74,7 @@ class Bodies:
         self._waiting: dict[asyncio.Future[None], tuple[Room, int]] = {}
 
     def room(self, account: str) -> Room:
-        """Return an empty `Room` for a request. Raises GatewayError `overloaded` if too many of the account wait
+        """Return an empty `Room` for a request. Raises GatewayError `overloaded` if the account has too many
         unadmitted.
         """
         count = self._unadmitted.get(account, 0)

@@ -19,7 +19,7 @@ OUTLIER_S = 5.0
 # The failures of one account that count against a route within the breaker's window: half of what opens it, so that
 # other accounts' requests must fail too.
 OF_ONE_ACCOUNT = 5
-MAX_ACCOUNTS = 64  # of which failures are remembered on one route; beyond that the oldest is forgotten
+MAX_ACCOUNTS = 64  # accounts whose failures a route remembers; beyond that the oldest is forgotten
 WINDOW_S = Tolerance().window_s
 FORGET_ACCOUNT_S = 120.0  # after the account's last failure
 
@@ -144,7 +144,7 @@ class Attempt:
     def answered(self, latency_s: float | None) -> None:
         """Record that the answer has begun: probes succeed now, since a stream may go on for minutes.
 
-        `latency_s` is given for streams only: a whole answer takes longer the longer it is.
+        `latency_s` is given for streams only: the time of a whole answer depends on its length.
         """
         now = self._health.clock()
         if latency_s is not None:

@@ -221,7 +221,7 @@ class Relay:
         self.stop(problem)
 
     def look_after(self, now: float, heartbeat_s: float) -> None:
-        """Ping a client whose upstream is silent, so that no proxy between closes its connection.
+        """Ping a client whose upstream is silent, so that no proxy on the way closes the connection.
 
         A stream whose answer is complete ends LAST_BYTE_S later, even if the upstream's body hasn't.
         """

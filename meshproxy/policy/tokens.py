@@ -19,7 +19,7 @@ from meshproxy.openai.output import text_tokens
 BYTES_PER_TOKEN = 3
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and at most 3 of UTF-8
 TOKENS_PER_MESSAGE = 4  # role and delimiters; OpenAI's cookbook counts 3 and 1 for a name
-TOKENS_PER_PROMPT = 3  # every reply is primed (OpenAI's cookbook, "How to count tokens")
+TOKENS_PER_PROMPT = 3  # every prompt ends with tokens that prime the reply (OpenAI's cookbook, "How to count tokens")
 # An image at high detail: 85 + 170 for each 512 px tile (OpenAI's vision guide), 8 tiles at most, and a margin.
 TOKENS_PER_MEDIA = 1700
 
