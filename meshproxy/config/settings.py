@@ -274,7 +274,7 @@ class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[metrics.buckets]: the upper edges of a histogram, by family, instead of those in telemetry/families.py."""
+    """[metrics.buckets]: the upper edges of a histogram, by family, instead of its own (telemetry/families.py)."""
 
     meshproxy_request_duration_seconds: Edges | None = None
     meshproxy_time_to_first_token_seconds: Edges | None = None

@@ -1,1 +1,1 @@
-"""aiohttp's server side: handlers, the error envelope, admin pages, workers."""
+"""The client's side: the listener, the chat path, the API's other paths, errors, and the admin listener."""

@@ -1,8 +1,9 @@
-"""The admin listener: metrics, probes, the status page and the admin API. For operators; nothing here needs a key of ours.
+"""The admin listener's application: metrics, probes, the status page and the admin API. No request here needs a
+client's key.
 
-Without a token it answers only requests whose Host is an IP address, `localhost` or a configured name: a web page that has
-its own name resolve to this address (DNS rebinding) is refused. With a token set, everything but the probes wants it:
-`Authorization: Bearer TOKEN`, or Basic with the token as password and any user, which is what a browser asks for.
+Without a token it answers only requests whose Host is an IP address, `localhost` or a configured name. So it refuses a
+web page whose own name resolves to this address (DNS rebinding). With a token, everything except the probes requires
+it: `Authorization: Bearer TOKEN`, or Basic with any user and the token as password, which browsers ask for.
 """
 
 import base64
@@ -46,34 +47,36 @@ class WorkerStatus(TypedDict):
 
 
 class Status(Summary):
-    """What GET /status answers: the counted, and what the state knows beside it."""
+    """The body of GET /status: the summary of the metrics, and the state of the process."""
 
     version: str
     uptime_s: float
-    not_ready: list[str]  # why not ready; empty: ready
+    not_ready: list[str]  # reasons; empty: ready
     max_in_flight: int
     ledger_state: str  # "up", "down", or "local" (redis.on_failure)
     workers: list[WorkerStatus]
 
 
 class AdminState(Protocol):
-    """Where the answers come from."""
+    """The source of the admin listener's answers."""
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:
-        """Write the exposition of all workers, and its Content-Type (telemetry.exposition.render)."""
+        """Return the exposition of all workers and its Content-Type (telemetry.exposition.render)."""
 
     async def ready(self) -> list[str]:
-        """Why no traffic should come here, each a few words such as `draining`; empty: ready."""
+        """Return why no traffic should come here, each a few words such as `draining`; empty: ready."""
 
     async def status(self) -> Status:
-        """What the status page shows; fit for JSON."""
+        """Return what the status page shows, ready for JSON."""
 
 
 def create_admin(
     state: AdminState, token: str | None = None, hosts: Iterable[str] = (), desk: Desk | None = None
 ) -> web.Application:
-    """The admin listener's application. `hosts`: the names, beside `localhost`, that it answers to without a token; `desk`: what
-    the admin API works on, which there is with a token alone.
+    """Make the admin listener's application.
+
+    `hosts`: names, besides `localhost`, that it answers to without a token. `desk`: what the admin API works on; the
+    API exists only with a token.
     """
     middlewares: list[Middleware] = [envelope_errors, _no_bug_in_plain_text]
     middlewares.append(_guard(token) if token is not None else _only_for({"localhost", *map(str.lower, hosts)}))
@@ -90,7 +93,7 @@ def create_admin(
 
 
 class _Pages:
-    """The handlers."""
+    """The handlers of the pages and probes."""
 
     def __init__(self, state: AdminState) -> None:
         self._state = state
@@ -133,7 +136,7 @@ def _json(body: dict[str, object], status: int = 200) -> web.Response:
 
 
 def _content_security_policy(html: bytes) -> str:
-    """Only the page's own script and style, by their hashes (CSP Level 3, 6.7.3), and requests to where it came from."""
+    """Allow only the page's own script and style, by their hashes (CSP Level 3, 6.7.3), and requests to its origin."""
     allowed = {"script": "'none'", "style": "'none'"}
     for kind, text in _ASSET.findall(html):
         allowed[kind.decode()] = f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
@@ -145,12 +148,12 @@ def _content_security_policy(html: bytes) -> str:
 
 @web.middleware
 async def _no_bug_in_plain_text(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A bug of the state's answers in the envelope too."""
+    """Answer an unexpected exception in the envelope, with 500."""
     try:
         return await handler(request)
     except (web.HTTPException, GatewayError):
         raise
-    except Exception:  # noqa: BLE001 - the last resort: it is logged, and answered in JSON
+    except Exception:  # noqa: BLE001 - logged, and answered in JSON
         request_id = request_id_of(request)
         _log.exception("admin_failed", path=request.path, request_id=request_id)
         return problem_response(internal_error(), request_id)
@@ -177,9 +180,9 @@ def _guard(token: str) -> Middleware:
 def _only_for(names: Collection[str]) -> Middleware:
     @web.middleware
     async def only_for(request: web.Request, handler: Handler) -> web.StreamResponse:
-        told = request.headers.getall(hdrs.HOST, [])  # nothing in HTTP/1.0, which no browser speaks
+        told = request.headers.getall(hdrs.HOST, [])  # absent in HTTP/1.0, which no browser speaks
         if not request.raw_path.startswith("/"):
-            told = [*told, request.host]  # of an absolute target
+            told = [*told, request.host]  # the host of an absolute target
         for host in told:
             name = _PORT.sub("", host).lower()
             if name not in names and address(name) is None:
@@ -190,7 +193,7 @@ def _only_for(names: Collection[str]) -> Middleware:
 
 
 def _offered(request: web.Request) -> bytes:
-    """The token of a request's Authorization header; empty for none."""
+    """Return the token of a request's Authorization header, b"" if there is none."""
     scheme, _, credentials = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer":
         return credentials.strip().encode("utf-8", "surrogateescape")

@@ -1,6 +1,7 @@
-"""`/admin/v1/...` on the admin listener: what the commands do, over HTTP, through the same desk. It wants the admin token.
+"""`/admin/v1/...` on the admin listener: the commands' operations over HTTP, by the same Desk. It requires the admin
+token.
 
-A browser that has the token sends it wherever a page tells it to, so a change that another origin asks for is refused.
+A browser that has the token sends it with requests from any page, so a change requested by another origin is refused.
 """
 
 import asyncio
@@ -32,18 +33,18 @@ MAX_PAGE = 1000
 MAX_AUDIT = 1000
 BODY_TIMEOUT_S = 30.0
 SAFE = frozenset({"GET", "HEAD"})  # RFC 9110, 9.2.1
-SAME_SITE = frozenset({"same-origin", "none"})  # Fetch Metadata, 2.4: of the page itself, or typed by the user
+SAME_SITE = frozenset({"same-origin", "none"})  # Fetch Metadata, 2.4: from the page itself, or typed by the user
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
 Whole = Annotated[int, Meta(ge=1, le=MAX_LIMIT)]
 Daily = Annotated[int, Meta(ge=1, le=MAX_REQUESTS_PER_DAY)]
-Usd = str | int | float  # a decimal string, or a number that is read as it was written
+Usd = str | int | float  # a decimal string, or a number that is parsed from its text
 Body = TypeVar("Body", bound=Struct)
 
 
 class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits and budgets in USD; null takes one away."""
+    """Limits and budgets in USD; null removes one."""
 
     requests_per_minute: Whole | UnsetType | None = UNSET
     tokens_per_minute: Whole | UnsetType | None = UNSET
@@ -55,7 +56,7 @@ class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budget_monthly_usd: Usd | UnsetType | None = UNSET
 
     def bounds(self) -> Bounds:
-        """As the desk takes them. GatewayError `validation_error` for a budget that is no amount."""
+        """Convert to the desk's Bounds. Raises GatewayError `validation_error` for an invalid budget."""
         return Bounds(
             limits=_given({name: getattr(self, name) for name in Limits.__struct_fields__}),
             budgets=_budgets(
@@ -67,13 +68,13 @@ class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class AccountPatch(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is to be different about an account."""
+    """Changes to an account. Fields that are left out stay."""
 
     status: Literal["active", "suspended"] | UnsetType = UNSET
 
 
 class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What may be said of a key; null takes away. `expires_at`: an RFC 3339 time, or a span such as `30d`."""
+    """The fields of a key; null removes one. `expires_at`: an RFC 3339 time, or a span such as `30d`."""
 
     name: Annotated[str, Meta(max_length=MAX_NAME)] | UnsetType = UNSET
     models: list[str] | UnsetType | None = UNSET
@@ -84,7 +85,7 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
     session_budget_usd: Usd | UnsetType | None = UNSET
 
     def change(self, status: Status | UnsetType = UNSET) -> KeyChange:
-        """As the desk takes it. GatewayError `validation_error` for a time or an amount that is none."""
+        """Convert to the desk's KeyChange. Raises GatewayError `validation_error` for an invalid time or amount."""
         bounds = self.bounds()
         session = _budgets(total_nusd=("session_budget_usd", self.session_budget_usd))
         return KeyChange(
@@ -100,25 +101,25 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class NewKey(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A key to be made, and its account with its first."""
+    """A new key. Its account is created if there is none."""
 
     account: str
 
 
 class KeyPatch(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is to be different about a key."""
+    """Changes to a key. Fields that are left out stay."""
 
     status: Status | UnsetType = UNSET
 
 
 class Rotation(Struct, frozen=True, forbid_unknown_fields=True):
-    """How long the old secret works, such as `24h`; without it not at all."""
+    """How long the old secret still works, such as `24h`. Without it, the old secret stops working at once."""
 
     grace: str | None = None
 
 
 class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
-    """Credit in USD (negative: taken back), once for each `ref`."""
+    """Credit in USD (negative: taken back), applied once for each `ref`."""
 
     amount_usd: Usd
     ref: Annotated[str, Meta(max_length=MAX_REF)] = ""
@@ -126,7 +127,7 @@ class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdminApi:
-    """The handlers. Each answers with what the command of the same name prints with --json."""
+    """The handlers. Each answers with what the corresponding command prints with --json."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -138,25 +139,25 @@ class AdminApi:
         return _listed(request, await self._desk.keys(request.query.get("account"), limit=limit, after=after), limit)
 
     async def create_key(self, request: web.Request) -> web.Response:
-        """`POST /admin/v1/keys`: a new key; `key`, the secret, is in this answer alone."""
+        """`POST /admin/v1/keys`: create a key; only this answer contains the secret, as `key`."""
         body = await _read(request, NewKey)
         return _json(await self._at(request).create_key(body.account, body.change()), 201)
 
     async def key(self, request: web.Request) -> web.Response:
-        """`GET /admin/v1/keys/{id}`: everything about a key but its secret."""
+        """`GET /admin/v1/keys/{id}`: a key without its secret."""
         return _json(await self._at(request).key(request.match_info["id"]))
 
     async def change_key(self, request: web.Request) -> web.Response:
-        """`PATCH /admin/v1/keys/{id}`: change what is given and nothing else."""
+        """`PATCH /admin/v1/keys/{id}`: change the given fields only."""
         body = await _read(request, KeyPatch)
         return _json(await self._at(request).change_key(request.match_info["id"], body.change(body.status)))
 
     async def revoke_key(self, request: web.Request) -> web.Response:
-        """`DELETE /admin/v1/keys/{id}`: revoke a key for ever; its record stays."""
+        """`DELETE /admin/v1/keys/{id}`: revoke a key for good; its record stays."""
         return _json(await self._at(request).set_key_status(request.match_info["id"], "revoked"))
 
     async def rotate_key(self, request: web.Request) -> web.Response:
-        """`POST /admin/v1/keys/{id}/rotate`: a new secret for the same key, in this answer alone."""
+        """`POST /admin/v1/keys/{id}/rotate`: give a key a new secret, which only this answer contains."""
         body = await _read(request, Rotation, optional=True)
         try:
             grace_s = parse_span(body.grace) if body.grace else 0
@@ -170,16 +171,16 @@ class AdminApi:
         return _listed(request, await self._desk.accounts(limit=limit, after=after), limit, "account")
 
     async def account(self, request: web.Request) -> web.Response:
-        """`GET /admin/v1/accounts/{name}`: everything about an account."""
+        """`GET /admin/v1/accounts/{name}`: an account with credit, limits, budgets and spend."""
         return _json(await self._desk.account(request.match_info["name"]))
 
     async def change_account(self, request: web.Request) -> web.Response:
-        """`PATCH /admin/v1/accounts/{name}`: change its limits, its budgets or its status."""
+        """`PATCH /admin/v1/accounts/{name}`: change its limits, budgets or status."""
         body = await _read(request, AccountPatch)
         return _json(await self._at(request).account_limits(request.match_info["name"], body.bounds(), body.status))
 
     async def delete_account(self, request: web.Request) -> web.Response:
-        """`DELETE /admin/v1/accounts/{name}`: remove an account with all there is of it."""
+        """`DELETE /admin/v1/accounts/{name}`: delete an account and everything stored for it."""
         return _json(await self._at(request).delete_account(request.match_info["name"]))
 
     async def grants(self, request: web.Request) -> web.Response:
@@ -187,14 +188,14 @@ class AdminApi:
         return _json(await self._desk.grants(request.match_info["name"]))
 
     async def grant(self, request: web.Request) -> web.Response:
-        """`POST /admin/v1/accounts/{name}/grants`: add credit; the same `ref` again counts once and is 200."""
+        """`POST /admin/v1/accounts/{name}/grants`: add credit; a repeated `ref` changes nothing and is answered 200."""
         body = await _read(request, NewGrant)
         amount_nusd = _amount("amount_usd", body.amount_usd, signed=True)
         granted = await self._at(request).grant(request.match_info["name"], amount_nusd, body.note, body.ref)
         return _json(granted, 200 if granted["granted_now_usd"] == "0.00" else 201)
 
     async def usage(self, request: web.Request) -> web.Response:
-        """`GET /admin/v1/usage`: rows of requests, tokens and cost, for `account=`, by `group_by=`, from `since=` to `until=`."""
+        """`GET /admin/v1/usage`: requests, tokens, cost; `account=`, `group_by=`, `session_id=`, `since=`, `until=`."""
         query = request.query
         words = [word.strip() for word in ",".join(query.getall("group_by", [])).split(",") if word.strip()]
         since, until = (_moment(name, query[name], -1) if name in query else None for name in ("since", "until"))
@@ -204,7 +205,7 @@ class AdminApi:
         return _json(rows)
 
     async def request(self, request: web.Request) -> web.Response:
-        """`GET /admin/v1/requests/{request_id}`: what became of one request."""
+        """`GET /admin/v1/requests/{request_id}`: one settled request."""
         return _json(await self._desk.request(request.match_info["request_id"]))
 
     async def audit(self, request: web.Request) -> web.Response:
@@ -212,21 +213,21 @@ class AdminApi:
         return _json(await self._desk.audit(_count(request, "limit", MAX_AUDIT, MAX_AUDIT)))
 
     async def templates(self, request: web.Request) -> web.Response:
-        """`GET /admin/v1/templates`: all templates; `account=`: those that it can use."""
+        """`GET /admin/v1/templates`: all templates; with `account=`, those that the account can use."""
         return _json(await self._desk.templates(request.query.get("account")))
 
     async def put_template(self, request: web.Request) -> web.Response:
-        """`POST /admin/v1/templates`: create or replace a global template, or one of `account=`."""
+        """`POST /admin/v1/templates`: create or replace a global template, or with `account=` one of that account."""
         fields = check_template(await _body(request), partial=False)
         name = fields.name if isinstance(fields.name, str) else ""
         return _json(await self._at(request).put_template(request.query.get("account"), name, fields), 201)
 
     async def template(self, request: web.Request) -> web.Response:
-        """`GET /admin/v1/templates/{name}`: a template by name or id; `account=`: as it finds it."""
+        """`GET /admin/v1/templates/{name}`: a template by name or id; with `account=`, as that account finds it."""
         return _json(to_public(await self._desk.template(request.query.get("account"), request.match_info["name"])))
 
     async def delete_template(self, request: web.Request) -> web.Response:
-        """`DELETE /admin/v1/templates/{name}`: delete a global template, or one of `account=`."""
+        """`DELETE /admin/v1/templates/{name}`: delete a global template, or with `account=` one of that account."""
         return _json(await self._at(request).delete_template(request.query.get("account"), request.match_info["name"]))
 
     async def openapi(self, _request: web.Request) -> web.Response:
@@ -234,7 +235,7 @@ class AdminApi:
         return web.Response(body=self._openapi, content_type="application/json")
 
     def _at(self, request: web.Request) -> Desk:
-        """The desk with this client at it."""
+        """Return the desk with this client as actor."""
         return self._desk.of(f"admin:{request.remote}" if request.remote else "admin", whole_ids=True)
 
 
@@ -262,8 +263,8 @@ ROUTES: tuple[tuple[str, str, Handler, type[Struct] | None], ...] = (
     ("DELETE", f"{ROOT}/templates/{{name}}", AdminApi.delete_template, None),
     ("GET", OPENAPI_PATH, AdminApi.openapi, None),
 )
-LISTS = frozenset({"keys", "accounts", "grants", "usage", "audit", "templates"})  # operations that answer with an array
-CREATES = frozenset({"create_key", "put_template"})  # ... with 201
+LISTS = frozenset({"keys", "accounts", "grants", "usage", "audit", "templates"})  # operations whose answer is an array
+CREATES = frozenset({"create_key", "put_template"})  # operations answered with 201
 QUERIES = {
     "keys": ("account", "limit", "after"),
     "accounts": ("limit", "after"),
@@ -283,7 +284,7 @@ def add_routes(app: web.Application, desk: Desk) -> None:
 
 
 def document() -> dict[str, Any]:
-    """The OpenAPI document, whose request bodies are those that the handlers decode by."""
+    """Build the OpenAPI document. Its request bodies are generated from the types that the handlers decode."""
     kinds = [kind for _, _, _, kind in ROUTES if kind is not None]
     _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     error = {"type": "object", "required": ["error", "request_id"], "properties": {"error": {"type": "object"}}}
@@ -346,7 +347,7 @@ def _bound(api: AdminApi, function: Handler) -> Callable[[web.Request], Awaitabl
 
 
 def _refuse_other_origins(request: web.Request) -> None:
-    """GatewayError `forbidden` for a change that a page from elsewhere makes a browser ask for."""
+    """Raise GatewayError `forbidden` for a change that another origin's page made a browser send."""
     site = request.headers.get("sec-fetch-site", "none")
     origin = request.headers.get("origin")
     if site not in SAME_SITE or (origin is not None and urlsplit(origin).netloc != request.host):
@@ -354,7 +355,7 @@ def _refuse_other_origins(request: web.Request) -> None:
 
 
 async def _read(request: web.Request, kind: type[Body], *, optional: bool = False) -> Body:
-    """A body of a kind. GatewayError `validation_error` that names what is wrong with it."""
+    """Decode a body. Raises GatewayError `validation_error` that names what is wrong with it."""
     text = await _body(request)
     try:
         return msgspec.json.decode(b"{}" if optional and not text else text, type=kind)
@@ -382,7 +383,7 @@ def _page(request: web.Request) -> tuple[int, str]:
 
 
 def _listed(request: web.Request, rows: list[dict[str, Any]], limit: int, name: str = "id") -> web.Response:
-    """A page, with the address of the next in its `RedisConnection` header (RFC 8288) where there may be one."""
+    """Answer with a page; its `Link` header (RFC 8288) has the next page's address if there may be one."""
     response = _json(rows)
     if len(rows) == limit:
         following = request.rel_url.update_query(limit=str(limit), after=rows[-1][name])
@@ -409,7 +410,9 @@ def _budgets(**given: tuple[str, Usd | UnsetType | None]) -> dict[str, int | Non
 
 
 def _amount(name: str, amount: Usd, *, signed: bool = False) -> int:
-    """Nano-USD. A float's shortest text is what the client wrote, to 15 digits, so nothing is computed with it."""
+    """Parse an amount to nano-USD. A float's shortest text is what the client wrote (to 15 digits), so no arithmetic is
+    done on it.
+    """
     try:
         amount_nusd = parse_usd(amount if isinstance(amount, str) else repr(amount).removesuffix(".0"))
         if amount_nusd < 0 and not signed:

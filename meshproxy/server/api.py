@@ -39,13 +39,13 @@ from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.chat import read_json_body, request_id_of
 
-MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times what a template may have; to take 33 MB apart stalls others for 1.5 s
+MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times a template's bound; decoding 33 MB would stall others for 1.5 s
 DEFAULT_SPAN = timedelta(days=30)
 DEFAULT_PAGE = 50  # models on a page of a search
 MAX_PAGE = 500
 MAX_OFFSET = 1_000_000
-LIST_VISITS = 20.0  # what a list of templates, 32 MB of JSON at most, counts for
-VISIT_SPAN = timedelta(days=1)  # of a report, whose hours are a command each, counts for one
+LIST_VISITS = 20.0  # visits that a list of templates counts for: up to 32 MB of JSON
+VISIT_SPAN = timedelta(days=1)  # a report counts one visit per such span, as each hour takes a command
 EPOCH = datetime.fromtimestamp(0, UTC)
 
 _FREE = {"true": True, "false": False}
@@ -61,7 +61,7 @@ class EventsAsked(msgspec.Struct):
 
 
 class Api:
-    """Handlers that answer from the directory and the ledger."""
+    """The handlers, which answer from the directory and the ledger."""
 
     def __init__(
         self,
@@ -81,19 +81,21 @@ class Api:
         self._started = int(time.time())
 
     async def models(self, request: web.Request) -> web.Response:
-        """`GET /v1/models`: what this key may use; `free=true` or `false`, `provider=`. A bare array for Mesh's SDKs."""
+        """`GET /v1/models`: the models this key may use; `free=true` or `false`, `provider=`. A bare array for Mesh's
+        SDKs.
+        """
         return await self._listed(request, free=_FREE.get(request.query.get("free", "")))
 
     async def free_models(self, request: web.Request) -> web.Response:
-        """`GET /v1/models/free`: those that cost nothing."""
+        """`GET /v1/models/free`: the models that cost nothing."""
         return await self._listed(request, free=True)
 
     async def paid_models(self, request: web.Request) -> web.Response:
-        """`GET /v1/models/paid`: those that cost something."""
+        """`GET /v1/models/paid`: the models that cost something."""
         return await self._listed(request, free=False)
 
     async def search_models(self, request: web.Request) -> web.Response:
-        """`GET /v1/models/search`: `q=` in id or name, `free=`, `brand=`, `sort=`, `order=`, by pages (`limit=`, `offset=`)."""
+        """`GET /v1/models/search`: `q=` in id or name, `free=`, `brand=`, `sort=`, `order=`, `limit=`, `offset=`."""
         principal = await self._principal(request)
         query = request.query
         text = query.get("q", "").lower()
@@ -130,7 +132,7 @@ class Api:
         return _json(self._public(entry))
 
     async def templates(self, request: web.Request) -> web.Response:
-        """`GET /v1/templates`: the account's own and the global ones, a bare array."""
+        """`GET /v1/templates`: the account's own templates and the global ones, as a bare array."""
         principal = await self._principal(request)
         account = principal.account.name
         self._gateway.visits.count(account, LIST_VISITS)
@@ -140,7 +142,7 @@ class Api:
             shown.clear()
             response.headers["x-request-id"] = request_id_of(request)
             await response.prepare(request)
-            await response.write_eof()  # in turn: what a client doesn't take is in memory
+            await response.write_eof()  # within the turn: what a client doesn't read stays in memory
         return response
 
     async def create_template(self, request: web.Request) -> web.Response:
@@ -179,7 +181,7 @@ class Api:
         return web.Response(status=204)
 
     async def usage(self, request: web.Request) -> web.Response:
-        """`GET /v1/usage`: the caller's account, grouped as asked."""
+        """`GET /v1/usage`: the caller's account, grouped by `group_by=`."""
         principal = await self._principal(request)
         query = request.query
         asked = ",".join(query.getall("group_by", [])).split(",")
@@ -208,7 +210,7 @@ class Api:
         )
 
     async def event(self, request: web.Request) -> web.Response:
-        """`GET /v1/usage/events/{request_id}`: what one request of the caller's account used and cost, once it is settled."""
+        """`GET /v1/usage/events/{request_id}`: usage and cost of one of the account's requests, once it is settled."""
         principal = await self._principal(request)
         request_id = request.match_info["request_id"]
         found = await events(self._store, principal.account.name, [request_id], datetime.now(UTC))
@@ -217,7 +219,7 @@ class Api:
         return _json(_shown_event(found[0]))
 
     async def events(self, request: web.Request) -> web.Response:
-        """`POST /v1/usage/events`: those of `request_ids` in their order, or the latest from `since` on, newest first."""
+        """`POST /v1/usage/events`: those of `request_ids` in their order, or the latest since `since`, newest first."""
         principal = await self._principal(request)
         try:
             asked = msgspec.json.decode(await self._body(request, principal), type=EventsAsked)
@@ -260,7 +262,7 @@ class Api:
         )
 
     async def balance(self, request: web.Request) -> web.Response:
-        """`GET /v1/balance`: the account's credit, in Mesh's words."""
+        """`GET /v1/balance`: the account's credit, with Mesh's field names."""
         principal = await self._principal(request)
         balance = await self._ledger.balance(principal.account.name, principal.key.id)
         return _json(
@@ -285,7 +287,7 @@ class Api:
             room.leave()
 
     async def _listed(self, request: web.Request, *, free: bool | None) -> web.Response:
-        """Answer with OpenAI's list, or with Mesh's bare array where its SDK asks (X-MeshAPI-SDK)."""
+        """Answer with OpenAI's list, or with a bare array for Mesh's SDKs (X-MeshAPI-SDK)."""
         models = self._models(await self._principal(request), free=free)
         provider = request.query.get("provider")
         if provider is not None:
@@ -293,14 +295,18 @@ class Api:
         return _json(models if "x-meshapi-sdk" in request.headers else {"object": "list", "data": models})
 
     def _models(self, principal: Principal, *, free: bool | None = None) -> list[dict[str, Any]]:
-        """What the key may use, in the catalogue's order: all, or only those that are free or not."""
+        """List the models that the key may use, in the catalogue's order. `free`: only those that are free, or
+        aren't.
+        """
         catalog = self._gateway.active.catalog
         entries = [catalog.model(name) for name in catalog.ids if principal.may_use(name)]
         models = [self._public(entry) for entry in entries if entry is not None]
         return models if free is None else [model for model in models if model["is_free"] is free]
 
     def _public(self, entry: Entry) -> dict[str, Any]:
-        """A model's object with OpenAI's members (API reference, "The model object") and Mesh's (ModelInfo of its SDKs)."""
+        """Make a model's object with OpenAI's fields (API reference, "The model object") and Mesh's (its SDKs'
+        ModelInfo).
+        """
         price = entry.price
         brand = entry.id.partition("/")[0]
         return {
@@ -338,14 +344,14 @@ class Api:
         return template
 
     async def _own(self, request: web.Request, principal: Principal) -> Template:
-        """The template, if it is the caller's to change: global ones are the operators'."""
+        """Return a template that the caller may change. Raises 403 for a global one, which only operators change."""
         template = await self._found(request, principal)
         if template.is_global:
             raise GatewayError(Source.CLIENT, forbidden("Global templates can't be changed with a key."))
         return template
 
     async def _put(self, template: Template) -> None:
-        self._gateway.visits.count(template.owner or "", LIST_VISITS)  # all of the owner's are looked at
+        self._gateway.visits.count(template.owner or "", LIST_VISITS)  # the script reads all templates of the owner
         if not await self._directory.put_template(template):
             raise _name_taken(f"There is a template `{template.name}` already.")
 
@@ -370,7 +376,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Respons
 
 
 def _shown_event(event: Event) -> dict[str, Any]:
-    """What a client is shown of an event: nothing of the upstream and its prices."""
+    """Return an event as a client sees it: without the upstream and its prices."""
     fields = in_usd(asdict(event))
     started, settled = (_rfc3339(fields.pop(name) / 1000) for name in ("started_ms", "settled_ms"))
     for name in ("upstream", "price", "hold"):
@@ -388,7 +394,7 @@ def _json(value: Any, status: int = 200) -> web.Response:
 
 
 def _per_thousand(nusd_per_mtok: int) -> str:
-    """A price of a million tokens as that of a thousand, exactly."""
+    """Convert a price per million tokens to one per thousand, exactly."""
     return f"{Decimal(nusd_per_mtok).scaleb(-12).normalize():f}"
 
 
@@ -401,7 +407,7 @@ def _count(text: str | None, name: str, *, default: int, most: int) -> int:
 
 
 def _moment(text: str | None, name: str) -> datetime | None:
-    """A time of RFC 3339, section 5.6."""
+    """Parse an RFC 3339 time (section 5.6)."""
     if text is None:
         return None
     try:

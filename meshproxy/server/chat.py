@@ -1,4 +1,8 @@
-"""The id of a request: the client's, when it is a valid one, else a new one."""
+"""The chat path between the client's connection and the gateway: reads requests, and writes answers to the transport.
+
+`ChatHandler` serves requests of both connections, the fast path's and aiohttp's. `ClientStream` is the gateway's
+`Downstream`; `PaddedStream` hides the sizes of its events. A body is read within a time and memory bound.
+"""
 
 import asyncio
 import random
@@ -32,7 +36,7 @@ _KEY = web.RequestKey("request_id", str)
 
 
 def request_id_of(request: web.BaseRequest) -> str:
-    """The request's id, the same at every call."""
+    """Return the request's id, the same at each call: the client's x-request-id if it is valid, else a new one."""
     found = request.get(_KEY)
     if found is None:
         found = request[_KEY] = valid_request_id(request.headers.get("x-request-id")) or new_request_id()
@@ -40,12 +44,12 @@ def request_id_of(request: web.BaseRequest) -> str:
 
 
 def new_request_id() -> str:
-    """An id that no other request has."""
+    """Make an id from 96 random bits."""
     return f"req_{random.getrandbits(96):024x}"
 
 
 STEP_BYTES = 128
-MAX_LEVEL_BYTES = 1024  # larger events (tool calls, logprobs) get to the next multiple of it, and raise nothing
+MAX_LEVEL_BYTES = 1024  # larger events (tool calls, logprobs) are padded to its next multiple and don't raise the level
 
 _COMMENT = b": %b\n\n"
 _SHORTEST = len(_COMMENT % b"")
@@ -53,8 +57,9 @@ _FILLING = b"." * MAX_LEVEL_BYTES
 
 
 class PaddedStream(Passing):
-    """A `Downstream` whose every write is as large as the largest before it, rounded up to a step: of a stream's sizes only
-    the few moments are seen at which its largest event grows by a step.
+    """A `Downstream` that pads every write to the size of the largest before it, rounded up to a step.
+
+    So of a stream's sizes, an observer sees only the few moments at which its largest event grows by a step.
     """
 
     __slots__ = ("_level",)
@@ -63,8 +68,8 @@ class PaddedStream(Passing):
         super().__init__(downstream)
         self._level = STEP_BYTES
 
-    def write(self, payload: bytes, frame: bytes | None = None) -> None:  # noqa: ARG002 - its frame doesn't fit any more
-        """Send whole events, and a comment behind them."""
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:  # noqa: ARG002 - a frame's size is wrong with padding
+        """Send whole events, padded by a comment."""
         size = len(payload) + _SHORTEST
         if size > MAX_LEVEL_BYTES:
             target = _up(size, MAX_LEVEL_BYTES)
@@ -77,7 +82,7 @@ def _up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-MAX_BUFFERED_BYTES = 32_768  # what may wait for a client before reading upstream stops
+MAX_BUFFERED_BYTES = 32_768  # bytes that may wait for a client before reading from the upstream stops
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
@@ -95,17 +100,19 @@ class Sent(web.StreamResponse):
         return self._keep
 
     async def prepare(self, _request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Nothing is left to send."""
+        """Do nothing: everything is sent."""
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to send."""
+        """Do nothing: everything is sent."""
 
 
 class ClientStream:
-    """The gateway's `Downstream` over one request's transport. HTTP/1.1 clients get chunks, HTTP/1.0 ones (`minor` 0) read to
-    the end. `drained` returns when the client has caught up; `is_closing`: whether the gateway won't take another request;
-    `extra`: headers for the answer beside the API's version.
+    """The gateway's `Downstream` over one request's transport.
+
+    HTTP/1.1 clients get chunks; HTTP/1.0 clients (`minor` 0) read until the end of the connection. `drained` returns
+    when the client has caught up. `is_closing`: whether the gateway won't take another request. `extra`: headers
+    besides the API's version.
     """
 
     __slots__ = ("_begun", "_chunked", "_drained", "_extra", "_is_closing", "_minor", "_transport", "keep_alive")
@@ -139,7 +146,7 @@ class ClientStream:
         self._send(head(200, [*headers, *self._extra, *framing], keep_alive=self.keep_alive, minor=self._minor))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
-        """Send body bytes, in the frame they came in where there is one."""
+        """Send body bytes, in `frame` (whole chunks) if there is one."""
         if not self._chunked:
             frame = payload
         elif frame is None:
@@ -152,16 +159,16 @@ class ClientStream:
             self._send(b"0\r\n\r\n")
 
     def congested(self) -> bool:
-        """Whether more waits for this client than `MAX_BUFFERED_BYTES`."""
+        """Return whether more than `MAX_BUFFERED_BYTES` wait for this client."""
         transport = self._transport
         return transport is not None and transport.get_write_buffer_size() > MAX_BUFFERED_BYTES
 
     async def drained(self) -> None:
-        """Return when the client has taken enough; its connection holds the flow-control state."""
+        """Wait until the client has caught up. The connection holds the flow-control state."""
         await self._drained()
 
     def reply(self, reply: Reply) -> None:
-        """Send a whole answer. There is no way back from a stream that has begun but to break it off."""
+        """Send a whole answer. If a stream has begun, no other answer is possible: break the connection off."""
         if self._begun:
             self.keep_alive = False
             if self._transport is not None:
@@ -174,20 +181,22 @@ class ClientStream:
         self._send(head(reply.status, headers, keep_alive=self.keep_alive, minor=self._minor) + reply.body)
 
     def _end_with_this_answer(self) -> None:
-        """Say `Connection: close` where the gateway won't take another request."""
+        """Choose `Connection: close` if the gateway won't take another request."""
         if self._is_closing():
             self.keep_alive = False
 
     def _send(self, data: bytes) -> None:
-        """Write, unless the client has gone: then its handler is being cancelled already."""
+        """Write, unless the client has gone; its handler is then being cancelled already."""
         transport = self._transport
         if transport is not None and not transport.is_closing():
             transport.write(data)
 
 
 def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, minor: int = 1) -> bytes:
-    """A response head. Header names and values must be clean of CR, LF and NUL: both ours and the filtered ones of providers
-    are (RFC 9110, section 5.5).
+    """Format a response head.
+
+    Header names and values must be free of CR, LF and NUL (RFC 9110, 5.5): our own and the filtered ones of providers
+    are.
     """
     lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}", f"date: {rfc822_formatted_time()}"]
     lines += [f"{name}: {value}" for name, value in headers]
@@ -199,24 +208,23 @@ def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, m
 
 
 def parting(problem: ErrorResponse) -> bytes:
-    """The whole last answer on a connection."""
+    """Format a complete error response, the last one on a connection."""
     request_id = new_request_id()
     body = envelope(problem, request_id)
     headers = [("x-request-id", request_id), *problem_headers(problem), ("content-length", str(len(body)))]
     return head(problem.status, headers, keep_alive=False) + body
 
 
-SLOWEST_BYTES_PER_S = 65_536  # a body's time grows by a second for as much of its length: half a megabit
+SLOWEST_BYTES_PER_S = 65_536  # adds a second to a body's time for each of these bytes: half a megabit per second
 
 
 TakeRoom = Callable[[int], Awaitable[None]]  # of gateway.bounds.Room
-CHUNKED_BYTES = (
-    1_048_576  # for which a body of unknown length takes room at first; one that is larger, for the most it may be
-)
+# A body of unknown length reserves memory for this much first; a larger one then for the largest body allowed.
+CHUNKED_BYTES = 1_048_576
 
 
 async def body_of(connection: ClientConnection, fields: Mapping[str, str], server: Server, take: TakeRoom) -> bytes:
-    """The body of a usual request, of these header fields."""
+    """Read the body of a fast-path request with these header fields."""
     timeout_s = _time_for(fields, server, server.max_body_bytes)
     length = int(fields["content-length"])
     if length > SMALL_BYTES:
@@ -230,7 +238,9 @@ async def body_of(connection: ClientConnection, fields: Mapping[str, str], serve
 async def read_json_body(
     request: web.BaseRequest, server: Server, take: TakeRoom, most_bytes: int | None = None
 ) -> bytes:
-    """The body of a request of aiohttp's. `most_bytes`: where less than `server.max_body_bytes` is enough."""
+    """Read the body of an aiohttp request. `most_bytes`: a lower bound than `server.max_body_bytes`, where that is
+    enough.
+    """
     most_bytes = server.max_body_bytes if most_bytes is None else min(most_bytes, server.max_body_bytes)
     timeout_s = _time_for(request.headers, server, most_bytes)
     length = request.content_length
@@ -257,7 +267,7 @@ async def read_json_body(
 
 
 def _time_for(headers: Mapping[str, str], server: Server, most_bytes: int) -> float:
-    """How many seconds it may take, if its headers are right."""
+    """Return how many seconds a body may take. Raises GatewayError if its headers are invalid."""
     encoding = headers.get("content-encoding")
     if encoding is not None and encoding.lower() != "identity":
         raise GatewayError(
@@ -282,7 +292,7 @@ def _too_slow() -> GatewayError:
 
 
 def _continue(request: web.BaseRequest) -> None:
-    """Answer `Expect: 100-continue` (RFC 9110, section 10.1.1) before the body is awaited."""
+    """Answer `Expect: 100-continue` (RFC 9110, 10.1.1) before waiting for the body."""
     if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -291,19 +301,19 @@ CHAT_PATH = "/v1/chat/completions"
 
 
 class ChatHandler:
-    """The handler of the main job. `clock` is monotonic seconds."""
+    """The handler of chat completions. `clock` is monotonic, in seconds."""
 
     def __init__(self, gateway: Gateway, clock: Callable[[], float], trusted_proxies: TrustedProxies) -> None:
-        self.trusted_proxies = trusted_proxies  # a reload puts others here
+        self.trusted_proxies = trusted_proxies  # replaced by a reload
         self._gateway = gateway
         self._clock = clock
 
     def client_of(self, request: web.BaseRequest) -> str | None:
-        """Who a request of aiohttp's came from."""
+        """Return the client address of an aiohttp request."""
         return self.trusted_proxies.client_of(request.remote, request.headers)
 
     async def serve(self, connection: ClientConnection, fields: dict[str, str]) -> None:
-        """Serve a usual request, of these header fields."""
+        """Serve a fast-path request with these header fields."""
         keep_alive = fields.get("connection", "").lower() != "close"
         server = self._gateway.active.settings.server
         stream = ClientStream(
@@ -329,7 +339,7 @@ class ChatHandler:
             connection.answered(keep_alive=stays)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Serve a request of aiohttp's; the answer is written by the time this returns."""
+        """Serve an aiohttp request. The answer is written when this returns."""
         server = self._gateway.active.settings.server
         stream = ClientStream(
             request.transport,
@@ -348,7 +358,7 @@ class ChatHandler:
         reply = await self._gateway.chat(call, self._padded(stream))
         if reply is not None:
             stream.reply(reply)
-        await request.writer.drain()  # else a client that sends requests and reads no answer would be read on
+        await request.writer.drain()  # otherwise the answers to a client that reads none would pile up
         return Sent(keep_alive=stream.keep_alive)
 
     def _call(

@@ -1,5 +1,7 @@
-"""The PROXY protocol, versions 1 and 2 (HAProxy's doc/proxy-protocol.txt): a header before everything else on a connection, in
-which the balancer says who its client is.
+"""The client's address: from a PROXY header, from `X-Forwarded-For` or `Forwarded`, else the peer's.
+
+The PROXY protocol, versions 1 and 2 (HAProxy's doc/proxy-protocol.txt), is a header before everything else on a
+connection, in which a balancer names its client. `TrustedProxies` decides which proxies' headers are believed.
 """
 
 import ipaddress
@@ -26,13 +28,14 @@ Source = tuple[str, int]
 
 
 class NotProxied(Exception):
-    """A connection that doesn't begin with a PROXY header."""
+    """The connection doesn't begin with a valid PROXY header."""
 
 
 async def read_source(receive: Receive) -> Source | None:
-    """The client's address and port, or None where the proxy speaks for itself (health checks) or doesn't know.
+    """Read a PROXY header. Return the client's address and port, or None for the proxy's own connections and unknown
+    clients.
 
-    `receive(n)` gives exactly n bytes, or raises. Nothing beyond the header is taken. Raises NotProxied.
+    `receive(n)` returns exactly n bytes, or raises. Nothing beyond the header is read. Raises NotProxied.
     """
     start = await receive(SHORTEST)
     if start.startswith(SIGNATURE):
@@ -43,7 +46,7 @@ async def read_source(receive: Receive) -> Source | None:
 
 
 async def _read_v1(line: bytes, receive: Receive) -> Source | None:
-    """One line of text, whose end nothing foretells: byte by byte."""
+    """Read a line of text byte by byte, because its length isn't announced."""
     while not line.endswith(b"\r\n"):
         if len(line) >= MAX_V1_BYTES:
             raise NotProxied("version 1: the line is too long")
@@ -85,26 +88,28 @@ _V4_WITH_PORT = re.compile(r"([0-9.]+):[0-9]+")
 
 
 class TrustedProxies:
-    """The networks whose word on clients is taken. A peer on a unix socket is trusted: the file's permissions let it in."""
+    """The networks of proxies whose headers are believed. A peer on a unix socket is trusted: the file's permissions
+    let it connect.
+    """
 
     def __init__(self, networks: Iterable[str]) -> None:
         self._networks = Networks(networks)
 
     def trusts(self, address: str | None) -> bool:
-        """Whether an address, in its one spelling, is a trusted proxy's. None: a peer on a unix socket."""
+        """Return whether a normalized address is a trusted proxy's. None is a peer on a unix socket."""
         return address is None or self._networks.have(address)
 
     def trusts_peer(self, host: str | None) -> bool:
-        """Whether the other end of a connection is a trusted proxy. `host`: as the socket tells it."""
+        """Return whether a connection's peer is a trusted proxy. `host` is as the socket spells it."""
         return self.trusts(address(host) if host else None)
 
     def client_of(self, peer: str | None, headers: Headers) -> str | None:
-        """The client's address. `peer`: the other end of the connection; None or empty on a unix socket.
+        """Return the client's address. `peer` is the connection's other end, None or "" on a unix socket.
 
-        Where both headers are there and tell different clients, a client may have sent the one that the proxy doesn't write:
-        neither is believed.
+        If both headers are present and name different clients, neither is believed: the client may have sent the one
+        that the proxy doesn't write.
         """
-        if peer and ":" in peer:  # IPv4 is told in its one spelling by every socket
+        if peer and ":" in peer:  # sockets spell IPv4 in one way only
             peer = address(peer)
         if "x-forwarded-for" not in headers and "forwarded" not in headers:
             return peer or None
@@ -118,12 +123,12 @@ class TrustedProxies:
         return told.pop() if len(told) == 1 else peer
 
     def _first_stranger(self, peer: str | None, hops: Sequence[str]) -> str | None:
-        """The rightmost address that no trusted proxy has; the farthest one known if all have."""
+        """Return the rightmost address that isn't a trusted proxy's; if all are, the leftmost known address."""
         farthest = peer
         for hop in reversed(hops[-MAX_HOPS:]):
             found = address(hop)
             if found is None:
-                return farthest  # `unknown`, an obfuscated name, or nonsense: nobody knows what is behind
+                return farthest  # `unknown`, an obfuscated name or nonsense: what is behind it is unknown
             farthest = found
             if not self.trusts(found):
                 break
@@ -131,9 +136,7 @@ class TrustedProxies:
 
 
 def address(text: str) -> str | None:
-    """One address in its one spelling: without port, brackets and zone, and IPv4 where it was mapped into IPv6; None for
-    anything else.
-    """
+    """Normalize an address: without port, brackets and zone, IPv4-mapped IPv6 as IPv4. Return None if it is invalid."""
     text = text.strip().strip('"')
     if text.startswith("["):
         text = text[1:].partition("]")[0]
@@ -149,7 +152,7 @@ def address(text: str) -> str | None:
 
 
 def _listed(headers: Headers, name: str) -> list[str]:
-    """A list header's elements, over all its lines (RFC 9110, section 5.3)."""
+    """Return a list header's elements from all its lines (RFC 9110, 5.3)."""
     if name not in headers:
         return []
     lines = headers.getall(name) if isinstance(headers, MultiMapping) else [headers[name]]
@@ -157,6 +160,6 @@ def _listed(headers: Headers, name: str) -> list[str]:
 
 
 def _for(element: str) -> str:
-    """The node of a Forwarded element; empty if it names none."""
+    """Return the `for` node of a Forwarded element, "" if it has none."""
     found = _FOR.search(element)
     return found[1] if found is not None else ""

@@ -1,4 +1,8 @@
-"""The one envelope for everything that goes wrong outside the main job: paths, methods, bodies, bugs."""
+"""The error envelope for everything outside the chat path, and `GeneralConnection`, aiohttp's protocol with our bounds.
+
+Unknown paths, wrong methods, invalid bodies, invalid HTTP and bugs are all answered in the envelope. A connection is
+closed if a head takes too long, or if it has one of the last descriptors.
+"""
 
 import asyncio
 import math
@@ -30,15 +34,15 @@ from meshproxy.server.chat import parting, request_id_of
 from meshproxy.server.client_address import Source
 
 MAIN_PATH = "/v1/chat/completions"
-MAX_COMPARED_CHARS = 128  # of a path that isn't there
-PATHS = web.AppKey("paths", tuple[str, ...])  # those that a caller may have meant
-_CODES = {401: "unauthorized", 403: "forbidden"}  # what a middleware of create_app()'s may raise
+MAX_COMPARED_CHARS = 128  # of an unknown path
+PATHS = web.AppKey("paths", tuple[str, ...])  # paths that a 404 may suggest
+_CODES = {401: "unauthorized", 403: "forbidden"}  # what a middleware of create_app() may raise
 
 _log = structlog.get_logger("meshproxy.server")
 
 
 def problem_response(problem: ErrorResponse, request_id: str) -> web.Response:
-    """A problem as an aiohttp response."""
+    """Make the aiohttp response of an error response."""
     headers = dict(problem_headers(problem))
     headers["x-request-id"] = request_id
     response = web.Response(status=problem.status, headers=headers, body=envelope(problem, request_id))
@@ -48,7 +52,7 @@ def problem_response(problem: ErrorResponse, request_id: str) -> web.Response:
 
 
 def http_problem(error: web.HTTPException, request: web.BaseRequest) -> ErrorResponse:
-    """What aiohttp or a middleware refused, in our words."""
+    """Convert an error of aiohttp or of a middleware to an error response."""
     if error.status == 404:
         return not_found(f"There is nothing at {request.path[:256]}.{_hint(request)}")
     if error.status == 405:
@@ -62,7 +66,7 @@ def http_problem(error: web.HTTPException, request: web.BaseRequest) -> ErrorRes
 
 
 def _hint(request: web.BaseRequest) -> str:
-    """Name the nearest path that there is, where the application has told its paths: by its end, else by its letters."""
+    """Suggest the nearest path that exists, by its end, else by its letters. "" if the application has no PATHS."""
     if not isinstance(request, web.Request) or PATHS not in request.app:
         return ""
     path = request.path[:MAX_COMPARED_CHARS].rstrip("/")
@@ -75,7 +79,7 @@ def _hint(request: web.BaseRequest) -> str:
 
 @web.middleware
 async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Whatever a handler raises becomes an envelope."""
+    """Answer whatever a handler raises in the envelope."""
     request_id = request_id_of(request)
     try:
         response = await handler(request)
@@ -105,9 +109,11 @@ MAX_FRAMING_BYTES = 32_768
 
 
 class Strictness(NamedTuple):
-    """How long a request's head may take, in seconds as of now, what is called with the status of what was no request, how long a
-    client may take nothing of what is written to it, and the descriptor from which on connections are closed, with what is
-    called then.
+    """A listener's bounds on its connections.
+
+    `header_timeout_s`: how long a head may take. `on_refused`: called with the status of an answer to invalid HTTP.
+    `write_timeout_s`: how long a client may take nothing of what is written to it. `max_descriptor`: connections from
+    this descriptor on are closed, and `on_crowded` is called.
     """
 
     header_timeout_s: Callable[[], float] = lambda: HEADER_TIMEOUT_S
@@ -117,25 +123,24 @@ class Strictness(NamedTuple):
     on_crowded: Callable[[], None] = lambda: None
 
     def has_room(self, descriptor: int) -> bool:
-        """Whether a connection may stay. Of one that may not, the descriptor is one of the last: hang up at once."""
+        """Return whether a connection with this descriptor may stay. If not, it must be closed at once."""
         if descriptor < self.max_descriptor:
             return True
         self.on_crowded()
         return False
 
     def too_late(self) -> bytes:
-        """The answer to a head that didn't come in time."""
+        """Return the answer to a head that didn't arrive in time, and count it."""
         self.on_refused(TOO_LATE.status)
         return parting(TOO_LATE)
 
 
 class GeneralConnection(RequestHandler):
-    """One client's connection. What the parser refuses is answered in the envelope, and the connection closed. `source`: the
-    client that a PROXY header told.
+    """One client's connection served by aiohttp. `source`: the client named by a PROXY header.
 
-    A head has to come within a time: from the connection's beginning for the first, from its first byte for the others. In
-    between a connection may be idle. What comes behind a refused head is dropped unread. A body whose framing is too much
-    of it is refused.
+    Input that the parser refuses is answered in the envelope, the connection is closed, and what follows a refused head
+    is dropped unread. So is a body with too much framing. A head must arrive in time: the first one counted from the
+    start of the connection, the others from their first byte. Between requests a connection may be idle.
     """
 
     __slots__ = (
@@ -158,11 +163,11 @@ class GeneralConnection(RequestHandler):
         self._head_begun = False
         self._is_refused = False
         self._body: StreamReader | None = None  # of the newest request
-        self._body_received = 0  # bytes of it, with what frames them
+        self._body_received = 0  # its bytes received, framing included
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client is here."""
-        self._wire = cast("asyncio.Transport", transport)  # aiohttp forgets its own when it begins to close
+        """Await the first head; close the connection at once if there is no room."""
+        self._wire = cast("asyncio.Transport", transport)  # aiohttp drops its own reference when it begins to close
         super().connection_made(transport)
         self._expect_head()
         sock = transport.get_extra_info("socket")
@@ -170,13 +175,14 @@ class GeneralConnection(RequestHandler):
             self._wire.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a head or of a body, or none: aiohttp asks so for what it has kept."""
+        """Take bytes of a head or of a body, piece by piece. aiohttp passes none to have its kept bytes processed."""
         for at in range(0, len(data) or 1, PIECE_BYTES):
             if self._is_refused:
                 return
             self._receive(data[at : at + PIECE_BYTES])
 
     def _receive(self, data: bytes) -> None:
+        """Pass bytes to aiohttp, and keep the head's time."""
         known = self._request_count
         super().data_received(data)
         if self._request_count != known:
@@ -190,28 +196,32 @@ class GeneralConnection(RequestHandler):
                 self._expect_head()
 
     def _look_at_newest(self) -> None:
+        """Note the body of the newest request, and whether its head was refused."""
         message, self._body = self._messages[-1]
         self._body_received = 0
-        fault = getattr(message, "exc", None)  # of what aiohttp's parser refused
+        fault = getattr(message, "exc", None)  # set if aiohttp's parser refused the head
         if isinstance(fault, BaseException):
             self._is_refused = True
-            fault.__traceback__ = None  # its frames hold what was read, and the fault again
+            fault.__traceback__ = None  # its frames hold the bytes read, and the exception itself
 
     def _count_framing(self, body: StreamReader, received: int) -> None:
+        """Refuse a body whose framing is more than MAX_FRAMING_BYTES and an eighth of its data."""
         self._body_received += received
         if self._body_received - body.total_bytes > MAX_FRAMING_BYTES + body.total_bytes // 8:
             self._is_refused = True
             body.set_exception(web.RequestPayloadError("its chunks are too small"))
-            body.feed_eof()  # else aiohttp reads on after the answer
+            body.feed_eof()  # otherwise aiohttp reads on after the answer
             self.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The client is gone."""
+        """Cancel the head's time: the client is gone."""
         self._expect_nothing()
         super().connection_lost(exc)
 
     async def start(self) -> None:
-        """Serve requests; close the connection whatever ends this, so that no fault of aiohttp's or ours parks it."""
+        """Serve requests. Close the connection if aiohttp's task raises, because aiohttp would leave it open and
+        unserved.
+        """
         try:
             await super().start()
         except Exception:
@@ -220,38 +230,38 @@ class GeneralConnection(RequestHandler):
 
     @property
     def peername(self) -> Any:
-        """Who is at the other end, as sockets tell it."""
+        """The client's address and port as sockets return them."""
         return self._source or super().peername
 
     @property
     def busy(self) -> bool:
-        """Whether a request is being answered, or a part of the answer is still ours."""
+        """Whether a request is being answered, or a part of the answer isn't sent."""
         transport = self.transport
         return self._request_in_progress or (transport is not None and transport.get_write_buffer_size() > 0)
 
     @property
     def unsent_bytes(self) -> int:
-        """How much was written that the client hasn't taken."""
+        """Bytes written that the client hasn't taken."""
         return self._wire.get_write_buffer_size()
 
     def abort(self) -> None:
-        """Hang up at once."""
+        """Close the connection at once."""
         self._wire.abort()
 
     @property
     def is_idle(self) -> bool:
-        """Whether neither a request nor a part of one is here."""
+        """Whether no request, not even a part of one, has been received."""
         return not (self.busy or self._messages or self._head_begun)
 
     def interrupt(self) -> None:
-        """Cancel the request that is being answered, if one is."""
+        """Cancel the request that is being answered, if there is one."""
         if self._request_in_progress and self._task_handler is not None:
             self._task_handler.cancel()
 
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """Answer bytes that are no HTTP request (400), or a handler's bug (500)."""
+        """Answer invalid HTTP (400) or a handler's bug (500)."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
         if status >= 500:
@@ -274,7 +284,10 @@ class GeneralConnection(RequestHandler):
             self._head_begun = False
 
     def _give_head_up(self) -> None:
-        """408 for half a head; nothing for none, for a balancer that connects ahead would take it for an answer."""
+        """Close a connection whose head is late: with 408 if it has begun.
+
+        Nothing is sent if it hasn't begun: a balancer that connects ahead of requests would take the 408 for an answer.
+        """
         self._head_timer = None
         if self._head_begun and self.transport is not None:
             self.transport.write(self._strictness.too_late())

@@ -1,9 +1,10 @@
-"""One client's connection for as long as it asks for the main job in the usual form, which nearly every client does for life.
+"""A client's connection as long as it sends chat completions in the usual form, which nearly every client always does.
 
-head -> body and answer, side by side -> head again, or closed. The first head of any other form (wire.head) hands the
-connection over, as it is, to aiohttp's protocol, which knows all of HTTP: nothing is refused here.
+States: awaiting a head; then body and answer, side by side; then a head again, or closed. The first head of any other
+form (http1.heads) hands the connection over, as it is, to aiohttp's protocol, which handles all of HTTP: nothing is
+refused here.
 
-There is a task for each request, and no timer: the listener looks at all connections' deadlines now and then.
+Each request has a task, and none has a timer: the listener checks the deadlines of all connections regularly.
 """
 
 import asyncio
@@ -17,40 +18,41 @@ from meshproxy.http1.heads import MAX_HEAD_BYTES, may_become_usual, usual_head
 from meshproxy.server.client_address import Source
 
 REQUEST_LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
-KEEPALIVE_S = 3630.0  # longer than any balancer's, lest one sends a request into a connection that closes
-LINGER_S = (
-    10.0  # read on after an answer to half a body: closed at once, the answer would be lost in a reset (RFC 9112, 9.6)
-)
-MAX_AHEAD_BYTES = 65_536  # read of a body that nobody wants yet, or of requests behind the one being answered
+KEEPALIVE_S = 3630.0  # longer than any balancer's: else a balancer may send a request on a closing connection
+# Read on after answering half a body: closed at once, the answer would be lost in a reset (RFC 9112, 9.6).
+LINGER_S = 10.0
+MAX_AHEAD_BYTES = 65_536  # of a body that isn't wanted yet, or of requests behind the current one
 
 
 class Host(Protocol):
-    """The listener, as its connections know it."""
+    """The listener, as its connections use it."""
 
     def header_timeout_s(self) -> float:
-        """How long a head may take, as of now."""
+        """Return how long a head may take."""
 
     def has_room(self, descriptor: int) -> bool:
-        """Whether a new connection, of this descriptor, may stay."""
+        """Return whether a new connection with this descriptor may stay."""
 
     def joined(self, connection: "ClientConnection") -> None:
-        """A client is here."""
+        """Add a new connection."""
 
     def left(self, connection: "ClientConnection") -> None:
-        """It is gone, or somebody else's."""
+        """Remove a connection that is closed or handed over."""
 
     def others(self, source: Source | None) -> asyncio.Protocol:
-        """Who serves a connection that asks for anything unusual."""
+        """Return the protocol for a connection whose request is unusual."""
 
     def serve(self, connection: "ClientConnection", fields: dict[str, str]) -> Coroutine[Any, Any, None]:
-        """Answer one request, and say so (`answered`) however it went."""
+        """Answer one request, and call `answered` whatever happened."""
 
     def too_late(self) -> bytes:
-        """The answer to a head that didn't come in time."""
+        """Return the answer to a head that didn't arrive in time."""
 
 
 class ClientConnection(asyncio.Protocol):
-    """See the charter. `source`: the client that a PROXY header told. `deadline`: loop time after which to `expire` it."""
+    """One connection. `source`: the client named by a PROXY header. `deadline`: the loop time after which to `expire`
+    it.
+    """
 
     __slots__ = (
         "_ahead",
@@ -76,12 +78,12 @@ class ClientConnection(asyncio.Protocol):
         self._host = host
         self._loop = loop
         self._source = source
-        self._ahead = b""  # of a head that isn't all there, or of what comes behind a request
+        self._ahead = b""  # an incomplete head, or what follows a request
         self._body: list[bytes] = []
-        self._left = 0  # bytes of the body that haven't come
-        self._is_wanted = False  # whether the rest of the body is
-        self._whole: asyncio.Future[None] | None = None  # for who waits until the body is whole
-        self._room: asyncio.Future[None] | None = None  # for who waits until the client has caught up
+        self._left = 0  # bytes of the body not received yet
+        self._is_wanted = False  # whether the handler waits for the body
+        self._whole: asyncio.Future[None] | None = None  # resolved when the body is complete
+        self._room: asyncio.Future[None] | None = None  # resolved when the client has caught up
         self._task: asyncio.Task[None] | None = None
         self._is_paused = False
         self._is_held = False  # whether the next request waits until the client has taken the answers before it
@@ -89,10 +91,10 @@ class ClientConnection(asyncio.Protocol):
         self.peer: str | None = None
         self.deadline = math.inf
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client is here."""
+        """Await the first head; close the connection at once if there is no room."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         name = self._source or transport.get_extra_info("peername")
         self.peer = name[0] if isinstance(name, tuple) else None
@@ -105,7 +107,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a head, of a body, or of what comes behind it."""
+        """Take bytes of a head, of a body, or of what follows it."""
         if self._left:
             self._receive_body(data)
         elif self._task is not None or self._is_held:
@@ -114,18 +116,18 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._receive_head(self._ahead + data)
 
-    def connection_lost(self, exc: BaseException | None) -> None:  # noqa: ARG002 - that it is lost says enough
-        """The client is gone: nobody waits for the answer."""
+    def connection_lost(self, exc: BaseException | None) -> None:  # noqa: ARG002 - the reason doesn't matter
+        """Cancel the request: the client is gone."""
         self._host.left(self)
         if self._task is not None:
             self._task.cancel()
 
     def pause_writing(self) -> None:
-        """The client doesn't keep up."""
+        """Note that the client doesn't keep up."""
         self._room = self._loop.create_future()
 
     def resume_writing(self) -> None:
-        """It does again: go on with the stream, or with the request that came behind what wasn't taken."""
+        """Continue the stream, or the next request that waited for the client."""
         room, self._room = self._room, None
         if room is not None and not room.done():
             room.set_result(None)
@@ -133,57 +135,60 @@ class ClientConnection(asyncio.Protocol):
             self._is_held = False
             self._await_head()
 
-    # What the listener asks.
+    # Called by the listener.
 
     @property
     def busy(self) -> bool:
-        """Whether a request is being answered, or a part of the answer is still ours."""
+        """Whether a request is being answered, or a part of the answer isn't sent."""
         return self._task is not None or self._transport.get_write_buffer_size() > 0
 
     @property
     def is_idle(self) -> bool:
-        """Whether neither a request nor a part of one is here."""
+        """Whether no request, not even a part of one, has been received."""
         return not (self.busy or self._ahead or self._left)
 
     @property
     def unsent_bytes(self) -> int:
-        """How much was written that the client hasn't taken."""
+        """Bytes written that the client hasn't taken."""
         return self._transport.get_write_buffer_size()
 
     def interrupt(self) -> None:
-        """Cancel the request that is being answered, if one is."""
+        """Cancel the request that is being answered, if there is one."""
         if self._task is not None:
             self._task.cancel()
 
     def expire(self) -> None:
-        """Time is up: 408 for half a head; nothing for none, for a balancer that connects ahead would take it for an answer."""
+        """Close a connection whose head is late: with 408 if it has begun.
+
+        Nothing is sent if it hasn't begun: a balancer that connects ahead of requests would take the 408 for an answer.
+        """
         if self._ahead:
             self._transport.write(self._host.too_late())
         self.force_close()
 
     def force_close(self) -> None:
-        """Hang up, once what was written is sent."""
+        """Close the connection once everything written is sent."""
         self.deadline = math.inf
         self._transport.close()
 
     def abort(self) -> None:
-        """Hang up at once."""
+        """Close the connection at once."""
         self._transport.abort()
 
-    # What the request's handler asks.
+    # Called by the request's handler.
 
     @property
     def transport(self) -> asyncio.Transport:
-        """The way back to the client."""
+        """The transport to the client."""
         return self._transport
 
     async def drained(self) -> None:
-        """Return when the client has caught up."""
+        """Wait until the client has caught up."""
         if self._room is not None:
             await self._room
 
     async def body(self, timeout_s: float) -> bytes:
-        """The request's body; TimeoutError if the rest of it doesn't come in time."""
+        """Return the request's body. Raises TimeoutError if the rest doesn't arrive in time."""
         self._is_wanted = True
         if self._left:
             self._resume()
@@ -194,7 +199,7 @@ class ClientConnection(asyncio.Protocol):
         return body[0] if len(body) == 1 else b"".join(body)
 
     def answered(self, *, keep_alive: bool) -> None:
-        """The answer is written: go on with what was sent behind the request. What is left of its body is let run out."""
+        """Continue with the next request, after an answer. The rest of an unread body is read and dropped first."""
         self._task = None
         self._keep_alive = keep_alive
         if self._left:
@@ -207,17 +212,19 @@ class ClientConnection(asyncio.Protocol):
             self.force_close()
 
     def _await_head(self) -> None:
-        """Begin the next request, which may be here already. A client that sends requests and takes no answers is read no
-        further: what is written to it would grow without end.
+        """Await the next request, which may be received already.
+
+        Stop reading from a client that sends requests and takes no answers: what is written to it would grow without
+        bound.
         """
         if self._room is not None:
             self._is_held = True
-            self.deadline = math.inf  # the time-out for writing holds
+            self.deadline = math.inf  # the write time-out applies
             return
         self.deadline = self._loop.time() + KEEPALIVE_S
         if self._ahead:
             self._receive_head(self._ahead)
-        if len(self._ahead) <= MAX_AHEAD_BYTES:  # else each request would let one more read in
+        if len(self._ahead) <= MAX_AHEAD_BYTES:  # otherwise each request would let one more be read
             self._resume()
 
     def _receive_head(self, data: bytes) -> None:
@@ -234,7 +241,7 @@ class ClientConnection(asyncio.Protocol):
         self._hand_over(data)
 
     def _begin(self, fields: dict[str, str], rest: bytes) -> None:
-        """A request is here: its answer may begin before its body is."""
+        """Start the handler of a request. Its answer may begin before its body is complete."""
         length = int(fields["content-length"])
         body = rest if len(rest) <= length else rest[:length]
         self._left = length - len(body)
@@ -261,7 +268,7 @@ class ClientConnection(asyncio.Protocol):
                 whole.set_result(None)
 
     def _hand_over(self, data: bytes) -> None:
-        """From here on the connection is aiohttp's."""
+        """Give the connection to aiohttp's protocol, for good."""
         self._host.left(self)
         self._ahead = b""
         self._resume()
@@ -270,7 +277,7 @@ class ClientConnection(asyncio.Protocol):
         other.connection_made(self._transport)
         other.data_received(data)
 
-    def _pause_if(self, is_too_much: bool) -> None:  # noqa: FBT001 - the condition of its name
+    def _pause_if(self, is_too_much: bool) -> None:  # noqa: FBT001 - the condition in its name
         if is_too_much and not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
@@ -278,5 +285,5 @@ class ClientConnection(asyncio.Protocol):
     def _resume(self) -> None:
         if self._is_paused:
             self._is_paused = False
-            with suppress(RuntimeError):  # it is closing
+            with suppress(RuntimeError):  # closing already
                 self._transport.resume_reading()

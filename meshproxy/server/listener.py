@@ -1,5 +1,7 @@
-"""TLS on the data listener. One context for the listener's life: a renewed certificate is loaded into it, and the next
-handshake shows it.
+"""The listeners: sockets, TLS, PROXY headers, and `Runner`, which serves an application and the fast path on them.
+
+One TLS context lasts for the listener's life: a renewed certificate is loaded into it, and the next handshake uses it.
+The server checks all connections' deadlines every LOOK_S.
 """
 
 import asyncio
@@ -27,7 +29,9 @@ HANDSHAKE_S = 10.0
 
 
 def server_context(server: Server) -> ssl.SSLContext | None:
-    """The context that the settings ask for, if they ask for one; ConfigError if the files are no use."""
+    """Make the TLS context that the settings ask for, None without TLS. Raises ConfigError if the files can't be
+    used.
+    """
     if server.tls_cert is None or server.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -38,7 +42,7 @@ def server_context(server: Server) -> ssl.SSLContext | None:
 
 
 def load_certificate(context: ssl.SSLContext, server: Server) -> None:
-    """Show this certificate from now on; ConfigError, and nothing has changed, if the files are no use."""
+    """Use this certificate from now on. If the files can't be used, raises ConfigError and changes nothing."""
     if server.tls_cert is None or server.tls_key is None:
         return
     try:
@@ -54,7 +58,7 @@ def load_certificate(context: ssl.SSLContext, server: Server) -> None:
 
 
 def _no_password() -> str:
-    """OpenSSL would ask on the terminal."""
+    """Raise: without this callback OpenSSL would ask on the terminal."""
     raise ValueError("a key with a password can't be used")
 
 
@@ -67,9 +71,10 @@ UNIX_PREFIX = "unix:"
 
 
 def listen(address: str, *, shared: bool = False) -> socket.socket:
-    """A listening socket at `HOST:PORT`, `[V6]:PORT` or `unix:/path`. `shared`: others may listen at the same port.
+    """Open a listening socket at `HOST:PORT`, `[V6]:PORT` or `unix:/path`. `shared`: other sockets may listen at the
+    same port.
 
-    Raises OSError if the address is taken. A socket file that nobody listens at is replaced.
+    Raises OSError if the address is taken. A socket file without a listener is replaced.
     """
     family, name = _resolved(address)
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
@@ -82,16 +87,18 @@ def listen(address: str, *, shared: bool = False) -> socket.socket:
 
 
 def listen_shared(address: str, count: int) -> list[socket.socket]:
-    """One socket for each of `count` workers: the kernel deals connections out among them. A unix socket is one for all."""
+    """Open one socket for each of `count` workers; the kernel distributes connections. A unix socket is shared by
+    all.
+    """
     if address.startswith(UNIX_PREFIX):
         return [listen(address)] * count
-    listen(address).close()  # SO_REUSEPORT alone would let us share the port with a stranger of the same user
+    listen(address).close()  # SO_REUSEPORT alone would let us share the port with another program of the same user
     first = listen(address, shared=True)
     return [first, *(listen(name_of(first), shared=True) for _ in range(count - 1))]
 
 
 def name_of(sock: socket.socket) -> str:
-    """The address of a listening socket as configurations write it."""
+    """Return the address of a listening socket as configurations spell it."""
     name = sock.getsockname()
     if isinstance(name, tuple):
         return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
@@ -99,7 +106,7 @@ def name_of(sock: socket.socket) -> str:
 
 
 def _resolved(address: str) -> tuple[socket.AddressFamily, Any]:
-    """The family of an address, and its name as sockets know it."""
+    """Return an address's family and its name for sockets."""
     if address.startswith(UNIX_PREFIX):
         path = address.removeprefix(UNIX_PREFIX)
         _remove_stale(Path(path))
@@ -110,22 +117,22 @@ def _resolved(address: str) -> tuple[socket.AddressFamily, Any]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket file that a dead process left. One that somebody listens at stays, and is in the way."""
+    """Remove a socket file that no process listens at."""
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) != 0:
                 path.unlink()
 
 
-PROXY_HEADER_S = 5.0  # for a header that the specification wants sent at once
-MAX_ARRIVING = 1024  # connections whose header hasn't come; more are closed
-ACCEPT_PAUSE_S = 0.1  # after accept() failed, as it does when file descriptors run out
+PROXY_HEADER_S = 5.0  # the specification wants the header sent at once
+MAX_ARRIVING = 1024  # connections whose header hasn't arrived; more are closed
+ACCEPT_PAUSE_S = 0.1  # after accept() failed, for example for lack of descriptors
 
-MakeProtocol = Callable[..., asyncio.Protocol]  # may be given the source that the PROXY header told
+MakeProtocol = Callable[..., asyncio.Protocol]  # may take the source from a PROXY header
 
 
 class Site:
-    """One listening socket at work, whose connections go straight to the server."""
+    """A listening socket whose connections go straight to the server."""
 
     def __init__(self, sock: socket.socket, make: MakeProtocol, tls: ssl.SSLContext | None) -> None:
         self._sock = sock
@@ -138,14 +145,15 @@ class Site:
         self._server = await loop.create_server(self._make, sock=self._sock, backlog=BACKLOG, **self._tls)
 
     async def stop(self) -> None:
-        """Accept no more, and close the socket. What was accepted goes on."""
+        """Accept no more connections and close the socket. Accepted ones continue."""
         self._server.close()
 
 
 class ProxiedSite(Site):
-    """One for balancers that send a PROXY header first, ahead of TLS too. Others are hung up on. `proxies`: whose headers are
-    believed (as of now). `loops`: what keeps the accepting running; `has_room`: whether a connection
-    of this descriptor may stay.
+    """A listening socket for balancers that send a PROXY header first, before TLS. Other connections are closed.
+
+    `proxies`: whose headers are believed. `loops` keeps accepting running. `has_room`: whether a connection with this
+    descriptor may stay.
     """
 
     def __init__(
@@ -169,7 +177,7 @@ class ProxiedSite(Site):
         self._accepting = self._loops.keep("accept", self._accept)
 
     async def stop(self) -> None:
-        """Accept no more, and close the socket."""
+        """Accept no more connections and close the socket."""
         self._accepting.cancel()
         await asyncio.wait([self._accepting])
         self._sock.close()
@@ -192,7 +200,7 @@ class ProxiedSite(Site):
             arrival.add_done_callback(self._arriving.discard)
 
     async def _arrive(self, connection: socket.socket) -> None:
-        """Read the header, and hand the connection over. Whatever fails here is the other side's doing: hang up."""
+        """Read the header and hand the connection to the server. Any failure is the peer's: close the connection."""
         loop = asyncio.get_running_loop()
         with contextlib.suppress(NotProxied, OSError), contextlib.ExitStack() as stack:
             stack.callback(connection.close)
@@ -215,7 +223,7 @@ async def _receive_exactly(loop: asyncio.AbstractEventLoop, connection: socket.s
 Connection = ClientConnection | GeneralConnection
 
 LOOK_S = 0.25  # how late a connection's deadline may be noticed
-WRITES_LOOKED_AT_EACH_S = 1.0  # or sooner, where the time-out is short
+WRITES_LOOKED_AT_EACH_S = 1.0  # or more often, if the time-out is short
 SHUTDOWN_S = 1.0
 
 USUAL = Strictness()
@@ -224,24 +232,24 @@ _UNREADABLE = web.RequestKey("unreadable", bool)
 
 
 class Chat(Protocol):
-    """Who answers the usual requests."""
+    """The handler of fast-path requests."""
 
     def serve(self, connection: ClientConnection, fields: dict[str, str]) -> Coroutine[Any, Any, None]:
-        """Answer one request, and tell its connection."""
+        """Answer one request, and call the connection's `answered`."""
 
 
 class _Server(web.Server):
-    """Makes protocols for sockets. It is the `Host` of its connections."""
+    """Makes protocols for accepted sockets. It is the `Host` of its fast-path connections."""
 
     def __init__(self, handler: Any, chat: Callable[[], Chat] | None, strictness: Strictness, **options: Any) -> None:
         super().__init__(handler, strictness=strictness, **options)
         self.usual: set[ClientConnection] = set()
         self._chat = chat
         self._strictness = strictness
-        self._unsent: dict[Connection, tuple[int, float]] = {}  # bytes, and since when none was taken
+        self._unsent: dict[Connection, tuple[int, float]] = {}  # unsent bytes, and since when none of them was taken
         self._writes_looked_at = 0.0
 
-    def __call__(self, source: Source | None = None) -> Any:  # which protocol aiohttp can't say
+    def __call__(self, source: Source | None = None) -> Any:  # aiohttp's type knows only its own protocol
         return self.others(source) if self._chat is None else ClientConnection(self, self._loop, source)
 
     def others(self, source: Source | None) -> GeneralConnection:
@@ -260,7 +268,7 @@ class _Server(web.Server):
         self.usual.discard(connection)
 
     def serve(self, connection: ClientConnection, fields: dict[str, str]) -> Coroutine[Any, Any, None]:
-        assert self._chat is not None  # noqa: S101 - else there is no such connection
+        assert self._chat is not None  # noqa: S101 - without it there are no such connections
         return self._chat().serve(connection, fields)
 
     def too_late(self) -> bytes:
@@ -275,11 +283,11 @@ class _Server(web.Server):
             self._look_at_writes(now)
 
     def all(self) -> "list[Connection]":
-        """Every connection."""
+        """List every connection."""
         return [*self.usual, *cast("list[GeneralConnection]", self.connections)]
 
     def _look_at_writes(self, now: float) -> None:
-        """Give up every client that has taken nothing for too long of what was written to it: its request is cancelled."""
+        """Abort the connection of every client that has taken nothing for write_timeout_s. This cancels its request."""
         before, self._unsent = self._unsent, {}
         for connection in self.all():
             unsent = connection.unsent_bytes
@@ -295,9 +303,10 @@ class _Server(web.Server):
 
 
 class Runner(web.AppRunner):
-    """Serves an application on any number of sockets, and the chat path beside it: usual requests pass neither router nor
-    middleware. `chat`: who answers them, once there are any; without it every request is the application's. A client that hangs
-    up cancels its handler. `loops`: what keeps the look at deadlines running.
+    """Serves an application on any number of sockets, and fast-path requests without its router and middlewares.
+
+    `chat` returns the handler of fast-path requests; without it the application serves every request. A client's
+    hang-up cancels its handler. `loops` keeps the check of deadlines running.
     """
 
     def __init__(
@@ -314,17 +323,19 @@ class Runner(web.AppRunner):
         self.closing = False  # whether answers say `Connection: close`
 
     def connected(self) -> int:
-        """How many connections there are."""
+        """Return the number of connections."""
         return len(self._connections())
 
     def close_idle(self) -> None:
-        """Close the connections without a request. (aiohttp's own pre_shutdown() also drops bodies that are being sent.)"""
+        """Close the connections without a request. aiohttp's own pre_shutdown() also drops bodies that are being
+        sent.
+        """
         for connection in self._connections():
             if connection.is_idle:
                 connection.force_close()
 
     def busy(self) -> int:
-        """How many connections have a request, or an answer that isn't all sent."""
+        """Return the number of connections with a request, or with an answer that isn't completely sent."""
         return sum(connection.busy for connection in self._connections())
 
     def interrupt(self) -> None:
@@ -333,7 +344,7 @@ class Runner(web.AppRunner):
             connection.interrupt()
 
     async def cleanup(self) -> None:
-        """Stop listening, and hang up on everybody."""
+        """Stop listening and close all connections."""
         if self.server is not None:
             self._looking.cancel()
             for connection in tuple(cast("_Server", self.server).usual):
@@ -345,7 +356,7 @@ class Runner(web.AppRunner):
         return server.all() if server is not None else []
 
     async def _make_server(self) -> web.Server:
-        await super()._make_server()  # starts the application; the server it makes serves nobody
+        await super()._make_server()  # starts the application; the server it makes is unused
         server = _Server(
             self._dispatch,
             self._chat,
@@ -363,8 +374,10 @@ class Runner(web.AppRunner):
         return server
 
     def _request(self, message: Any, *parts: Any) -> web.Request:
-        """A request of what the parser made of the bytes. Whether the host of an absolute target can be decoded
-        (`http://xn--a/` can't, RFC 3492) is found only here, where a ValueError would end the connection's task.
+        """Make a request from the parser's message.
+
+        Only here is the host of an absolute target decoded. An invalid one (`http://xn--a/`, RFC 3492) raises a
+        ValueError, which would end the connection's task; such a request is marked unreadable instead.
         """
         try:
             return self.app._make_request(message, *parts)  # noqa: SLF001 - as AppRunner does
@@ -374,20 +387,20 @@ class Runner(web.AppRunner):
             return request
 
     async def _dispatch(self, request: BaseRequest) -> web.StreamResponse:
-        message = request._message  # noqa: SLF001 - what the parser made of the bytes
+        message = request._message  # noqa: SLF001 - the parser's message
         refusal = _refusal_of(request)
         if refusal is not None:
             return request.protocol.handle_error(request, 400, None, refusal)
-        if message.upgrade:  # declined; aiohttp's parser drops what came behind it in the same read
+        if message.upgrade:  # declined; aiohttp's parser drops what followed in the same read
             request._message = message._replace(should_close=True)  # noqa: SLF001
-        response = await self.app._handle(cast("web.Request", request))  # noqa: SLF001 - what the factory made
+        response = await self.app._handle(cast("web.Request", request))  # noqa: SLF001 - made by the factory
         if self.closing:
             response.force_close()
         return response
 
 
 def _refusal_of(request: BaseRequest) -> str | None:
-    """Why a request that the parser let through is refused: it can be read in two ways, or not at all."""
+    """Return why a request that the parser accepted is refused: it is ambiguous or unreadable. None if it isn't."""
     headers = request.headers
     if request.get(_UNREADABLE):
         return "the host of its target can't be read"
@@ -397,7 +410,7 @@ def _refusal_of(request: BaseRequest) -> str | None:
             return "a Transfer-Encoding in HTTP/1.0"
         if coding.lower() != "chunked":
             return "a Transfer-Encoding other than chunked"
-    if len(headers.getall("authorization", ())) > 1:  # a proxy in front may have looked at the other one
+    if len(headers.getall("authorization", ())) > 1:  # a proxy in front may have checked the other one
         return "more than one Authorization header"
     return None
 

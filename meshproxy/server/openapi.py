@@ -1,6 +1,6 @@
 """`GET /openapi.json`: this API as an OpenAPI 3.1 document, generated from the types that requests are decoded by.
 
-What a provider answers is OpenAI's and not ours, so it is described no further than the gateway reads it.
+A provider's answer is OpenAI's format, so it is described only as far as the gateway reads it.
 """
 
 import re
@@ -28,7 +28,7 @@ _PARAMETER = re.compile(r"\{(\w+)(?::[^}]*)?\}")
 
 
 class Error(Struct):
-    """What went wrong; see docs/errors.md for the codes."""
+    """An error. docs/errors.md lists the codes."""
 
     message: Text
     type: str
@@ -42,14 +42,14 @@ class Error(Struct):
 
 
 class ErrorEnvelope(Struct):
-    """Every error's body."""
+    """The body of every error."""
 
     error: Error
     request_id: str
 
 
 class Completion(Struct):
-    """A provider's answer, byte for byte."""
+    """A provider's answer, unchanged."""
 
     choices: list[dict[str, Any]]
 
@@ -74,14 +74,14 @@ class Model(Struct):
 
 
 class Models(Struct):
-    """All of them."""
+    """All models that this key may use."""
 
     object: str
     data: list[Model]
 
 
 class ModelsPage(Struct):
-    """A page of a search."""
+    """One page of a search."""
 
     items: list[Model]
     total: int
@@ -99,7 +99,7 @@ class Balance(Struct):
 
 
 class Template(Struct):
-    """A stored prompt."""
+    """A stored prompt template."""
 
     id: str
     name: str
@@ -134,7 +134,7 @@ class UsageRow(Struct):
 
 
 class Usage(Struct):
-    """What the account has used."""
+    """The account's usage."""
 
     object: str
     account: str
@@ -167,14 +167,14 @@ class UsageEvent(Struct):
 
 
 class UsageEvents(Struct):
-    """Several of them."""
+    """Several settled requests."""
 
     object: str
     events: list[UsageEvent]
 
 
 class Limit(Struct):
-    """A bucket."""
+    """One rate limit and its state."""
 
     scope: str
     kind: str
@@ -185,7 +185,7 @@ class Limit(Struct):
 
 
 class Budgets(Struct):
-    """What may be spent at most; null: no budget."""
+    """The most that may be spent; null: no budget."""
 
     total_usd: Usd | None
     daily_usd: Usd | None
@@ -193,7 +193,7 @@ class Budgets(Struct):
 
 
 class Spend(Struct):
-    """What was spent."""
+    """The amounts spent."""
 
     day_usd: Usd
     month_usd: Usd
@@ -244,7 +244,7 @@ REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 502
 
 
 def document() -> dict[str, Any]:
-    """The whole document."""
+    """Build the document."""
     answers = [Completion, ErrorEnvelope, *(kind for _, kind in ANSWERS.values() if kind is not None)]
     of_chat = {name: kind if name == "messages" else kind | None for name, kind in FIELDS.items()}  # null: absent
     kinds = [*answers, *of_chat.values(), *template.FIELDS.values()]
@@ -280,7 +280,7 @@ def document() -> dict[str, Any]:
 
 
 def handler() -> Any:
-    """The handler of `PATH`; it needs no key, for there is nothing in it that the documentation doesn't have."""
+    """Make the handler of `PATH`. It requires no key: the document contains only what is documented publicly."""
     body = orjson.dumps(document())
 
     async def openapi(_request: web.Request) -> web.Response:
@@ -343,6 +343,6 @@ def _body(name: str) -> dict[str, Any]:
 
 
 def _summary(function: Any) -> str:
-    """The first line of a handler's docstring, behind its path."""
+    """Return the first line of a handler's docstring, without its path."""
     first = (function.__doc__ or "").strip().splitlines()[0]
     return first.partition(": ")[2] or first
