@@ -102,9 +102,10 @@ async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamR
 HEADER_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 60.0
 TOO_LATE = request_timeout("The request's head did not come in time.")
-PIECE_BYTES = 16_384  # parsed at a time: a fault or a body of tiny chunks is noticed before 256 KiB of it are parsed
-# What the framing of a chunked body may take, and one byte more for each eight of content (a chunk of 64 bytes has six). A
-# chunk costs microseconds to parse, however small it is: 25 bodies of 6 MB in chunks of a byte kept others waiting for 20 s.
+PIECE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
+# Bound on the framing of a chunked body, plus one byte for each eight of content (a chunk of 64 bytes has six). Each
+# chunk costs microseconds to parse, even a tiny one: 25 bodies of 6 MB in chunks of one byte delayed other requests by
+# 20 s.
 MAX_FRAMING_BYTES = 32_768
 
 
@@ -219,9 +220,7 @@ class GeneralConnection(RequestHandler):
         super().connection_lost(exc)
 
     async def start(self) -> None:
-        """Serve requests. Close the connection if aiohttp's task raises, because aiohttp would leave it open and
-        unserved.
-        """
+        """Serve requests. Close the connection if aiohttp's task raises: otherwise it would stay open, unserved."""
         try:
             await super().start()
         except Exception:
