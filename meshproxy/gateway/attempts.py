@@ -330,8 +330,9 @@ def _patience_s(candidate: Candidate, active: ActiveConfig) -> float:
     return settings.connect_timeout_s + settings.first_byte_timeout_s
 
 
-async def within(left_s: float, answering: Coroutine[None, None, Result]) -> Result:
-    """Wait for an answer, or for its body, at most `left_s` seconds. Raises the client's GatewayError 504 after that.
+async def within(left_s: float | None, answering: Coroutine[None, None, Result]) -> Result:
+    """Wait for an answer, or for its body, at most `left_s` seconds; None is for ever. Raises the client's GatewayError 504
+    after that.
 
     The client is its source, so that a short deadline of a client opens no breaker.
     """

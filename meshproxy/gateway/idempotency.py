@@ -24,6 +24,7 @@ from meshproxy.errors import (
     rate_limit_exceeded,
     upstream_error,
 )
+from meshproxy.gateway.attempts import within
 from meshproxy.gateway.bounds import Turns
 from meshproxy.gateway.exchange import Call, Downstream, Headers, Passing, Reply
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
@@ -296,19 +297,25 @@ class Replay:
         self._clock = clock
 
     async def play(
-        self, call: Call, downstream: Downstream, heartbeat_s: float, most_waiting: int = MAX_WAITING
+        self,
+        call: Call,
+        downstream: Downstream,
+        heartbeat_s: float,
+        most_waiting: int = MAX_WAITING,
+        left_s: float | None = None,
     ) -> Reply | None:
         """Pass the answer on: return a whole one, write a stream to `downstream`.
 
-        At most `most_waiting` requests of one account may wait. Raises LookupError, before anything was sent here, if
-        the first request failed or its answer became too large to keep.
+        At most `most_waiting` requests of one account may wait, each at most `left_s` seconds for the answer to begin
+        (then GatewayError 504). Raises LookupError, before anything was sent here, if the first request failed or its
+        answer became too large to keep.
         """
         with self._answers.wait(self._answer, self._account, most_waiting):
-            return await self._play(call, downstream, heartbeat_s)
+            return await self._play(call, downstream, heartbeat_s, left_s)
 
-    async def _play(self, call: Call, downstream: Downstream, heartbeat_s: float) -> Reply | None:
+    async def _play(self, call: Call, downstream: Downstream, heartbeat_s: float, left_s: float | None) -> Reply | None:
         parts = self._parts(heartbeat_s)
-        head = await _head_of(parts)
+        head = await within(left_s, _head_of(parts))
         own = [("x-request-id", call.request_id)]
         headers = [*own, *(header for header in head.headers if header[0] != "x-request-id"), REPLAYED]
         if not head.stream:

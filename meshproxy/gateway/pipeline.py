@@ -7,6 +7,7 @@ settled, and one log line is written.
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -41,6 +42,7 @@ from meshproxy.openai.event_stream import StreamScanner
 from meshproxy.openai.events import LOOK_BYTES, as_whole, form_of
 from meshproxy.openai.headers import API_VERSIONS, downstream_headers
 from meshproxy.openai.output import answer_tokens, audio_format
+from meshproxy.openai.request import decode_timeout_s
 from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.failover import after_event, in_stream
 from meshproxy.policy.principal import Principal
@@ -184,10 +186,11 @@ class Gateway:
                 self._live.recordings.add(entered)
                 return await self._process(exchange, principal, body, active, entered)
             with contextlib.suppress(LookupError):  # the first one failed: this request may now be the first
-                most = max(1, settings.server.max_in_flight // 8)
-                reply = await entered.play(
-                    exchange.call, downstream, settings.server.heartbeat_s, min(MAX_WAITING, most)
-                )
+                most = min(MAX_WAITING, max(1, settings.server.max_in_flight // 8))
+                if (timeout_s := decode_timeout_s(body)) is not None:
+                    exchange.keep_within(timeout_s)
+                left_s = exchange.deadline - self._clock() if math.isfinite(exchange.deadline) else None
+                reply = await entered.play(exchange.call, downstream, settings.server.heartbeat_s, most, left_s)
                 exchange.status, exchange.outcome = 200, "replayed"
                 return reply
 

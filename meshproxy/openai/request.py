@@ -142,6 +142,21 @@ _BULK: Final = Decoder(Bulk)
 _TEXT: Final = Decoder(str)
 
 
+class _Deadline(Struct, gc=False):
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+
+
+_DEADLINE = Decoder(_Deadline)
+
+
+def decode_timeout_s(body: bytes) -> float | None:
+    """Return the `timeout` of a body that nothing else is needed of; None where there is none that is valid."""
+    try:
+        return _DEADLINE.decode(body).timeout
+    except (msgspec.MsgspecError, ValueError):
+        return None
+
+
 class ChatRequest(Struct, frozen=True):
     """A valid request.
 

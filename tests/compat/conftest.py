@@ -41,6 +41,7 @@ MODELS = {
     "gone": [("refused", "gpt-4o")],
     "late": [("impatient", "sim/stall-head")],
     "free": [("simulated", "gpt-4o")],
+    "begins-late": [("simulated", "sim/tokens-8?ttft=2")],
     "paced": [("simulated", "sim/tokens-8?tps=40")],
     # A breaker for each client:
     **{f"late-{number}": [("impatient", f"sim/stall-head?tag={number}")] for number in range(20)},

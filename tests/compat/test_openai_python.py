@@ -350,6 +350,26 @@ def test_idempotency_key_answers_twice_and_charges_once(client, caller):
     assert 1 == len(caller.site.received)
 
 
+def test_repeats_of_a_running_request_keep_their_own_timeout(client, caller, until):
+    """The provider needs two seconds. Who gives it 0.2 is told so each time, until the answer is there, which is charged once."""
+
+    def ask() -> int:
+        try:
+            client.chat.completions.create(
+                model="begins-late",
+                messages=HELLO,
+                extra_body={"timeout": 0.2},
+                extra_headers={"idempotency-key": "patient"},
+            )
+        except openai.InternalServerError as error:
+            return error.status_code
+        return 200
+
+    assert [504, 504] == [ask(), ask()]
+    until(lambda: ask() == 200)
+    assert 1 == len(caller.site.received)
+
+
 @pytest.mark.parametrize("model", ["sim/error-mid-stream", "sim/die-mid-stream"])
 def test_stream_that_fails_raises(client, model):
     stream = client.chat.completions.create(model=model, messages=HELLO, stream=True)

@@ -75,8 +75,8 @@ class House:
             call(name), PRINCIPAL, body, self.client, settings=settings, running_ttl_ms=60_000, owner=owner
         )
 
-    async def play(self, replay, client=None, heartbeat_s=15):
-        return await replay.play(call("once", "r2"), client or Client(), heartbeat_s)
+    async def play(self, replay, client=None, heartbeat_s=15, **more):
+        return await replay.play(call("once", "r2"), client or Client(), heartbeat_s, **more)
 
 
 def call(name, request_id="r1"):
@@ -131,6 +131,14 @@ async def test_a_whole_answer_is_replayed_with_the_repeats_own_id(house):
         ("content-type", "application/json"),
         ("idempotent-replayed", "true"),
     ] == reply.headers
+
+
+async def test_a_repeat_waits_no_longer_than_its_own_deadline(house):
+    recording = await house.enter("h1")
+    with pytest.raises(GatewayError) as caught:
+        await house.play(await house.enter("h2"), left_s=0.01)
+    recording.conclude(complete=False)
+    assert (504, "gateway_timeout") == (caught.value.problem.status, caught.value.problem.code)
 
 
 async def test_a_stream_is_replayed_byte_by_byte_but_for_its_pings(house):
