@@ -209,8 +209,6 @@ class Attempts:
             attempt.abandoned()
         elif exchange.outcome == "completed":
             attempt.succeeded()
-        elif exchange.failure is not None and exchange.failure.unreadable:
-            attempt.abandoned()
         elif exchange.outcome == "upstream_failed" or (
             exchange.outcome == "failed" and exchange.code in UPSTREAM_FAILED
         ):

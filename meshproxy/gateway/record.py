@@ -219,7 +219,7 @@ class Recorder:
             request_id=exchange.call.request_id,
             upstream=candidate.upstream,
             model=candidate.model,
-            candidate=exchange.attempts,
+            attempt=exchange.attempts,
             source=fault.source.value,
             phase=fault.phase.value,
             status=response.status if response is not None else fault.answered,
