@@ -152,6 +152,7 @@ def _faults_of(*builders: Callable[[], object]) -> Iterator[str]:
 
 
 def _server_faults(server: Server) -> Iterator[str]:
+    """Check the TLS files and that both listeners' addresses exist."""
     from meshproxy.server.listener import server_context  # noqa: PLC0415 - aiohttp; a health check reads a file without it
 
     yield from _faults_of(lambda: server_context(server))
@@ -180,6 +181,7 @@ def _try_host(address: str) -> None:
 
 
 def _redis_faults(redis: Redis) -> Iterator[str]:
+    """Check the Redis URL, its TLS files and the journal's place."""
     url = plain(redis.url)
     if url != "embedded":
         yield from _faults_of(lambda: tls_context(parse_url(url)))

@@ -116,7 +116,7 @@ def serve(config_path: str) -> int:
     except OSError as error:
         print(f"meshproxy: {error.strerror or error}: {error.filename or settings.server.listen}", file=sys.stderr)  # noqa: T201
         return 1
-    except SettlementsLost:  # the log has them
+    except SettlementsLost:  # they are in the log
         return os.EX_IOERR
     return 0
 

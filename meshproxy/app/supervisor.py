@@ -80,7 +80,7 @@ class Supervisor:
         self.standing = standing
         self.up = asyncio.Event()
         self.refused = asyncio.Event()  # a worker can't serve this configuration, and none has served it before
-        self.faults: list[str] = []  # why
+        self.faults: list[str] = []  # what can't be served
         self.fleet = MergedMetrics()
         self._sockets = sockets
         self._children: dict[int, WorkerProcess] = {}

@@ -93,7 +93,7 @@ class Control:
             return answer
 
     def send(self, message: Any) -> None:
-        """Send one frame. ConnectionError if the other end is known to be gone."""
+        """Send one frame. Raises ConnectionError if the other end is known to be gone."""
         if self._writer.is_closing():
             raise ConnectionError("the other end is gone")
         data = msgspec.msgpack.encode(message)
@@ -279,6 +279,6 @@ async def _obey(control: Control, serving: Serving, end: asyncio.Event) -> None:
 if __name__ == "__main__":
     try:
         code = uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2])))
-    except SettlementsLost:  # the log has them
+    except SettlementsLost:  # they are in the log
         code = os.EX_IOERR
     sys.exit(code)

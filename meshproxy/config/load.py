@@ -148,6 +148,7 @@ def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[st
 
 
 def _server_doubts(server: Server) -> Iterator[str]:
+    """Warn of plain HTTP on every interface, of trusting any proxy, and of allowing every origin."""
     is_bare = (
         server.tls_cert is None and not server.allowed_clients and server.trusted_proxies == Server().trusted_proxies
     )
@@ -164,6 +165,7 @@ def _server_doubts(server: Server) -> Iterator[str]:
 
 
 def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
+    """Warn of a base URL with an endpoint's path or without the API's, and of secrets in plain text."""
     url = (upstream.base_url or "").rstrip("/")
     end = next((end for end in ENDPOINTS if url.endswith(end)), None)
     if end is not None:
@@ -178,6 +180,7 @@ def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
 
 
 def _model_doubts(model: Model, name: str) -> Iterator[str]:
+    """Warn of names with a `*`, of prices that hold nothing, and of prices per token."""
     path = under("models", name)
     if "*" in name:
         yield f"{path}: no pattern is matched: this is one model, whose name has a *"
@@ -211,6 +214,7 @@ def _prices_of(model: Model, path: str) -> Iterator[tuple[str, Prices]]:
 
 
 def _server_faults(server: Server) -> Iterator[str]:
+    """Check that the listeners differ, that a public admin listener has a token, and that TLS has both files."""
     admin = server.admin_listen
     if admin is not None:
         if server.listen == admin and not admin.endswith(":0"):
@@ -223,6 +227,7 @@ def _server_faults(server: Server) -> Iterator[str]:
 
 
 def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
+    """Check a model's upstreams, its output bound and its service tiers."""
     upstreams = settings.upstreams or {}
     for index, route in enumerate(model.upstreams or ()):
         if route is not None and route.upstream is not None and route.upstream not in upstreams:
@@ -336,6 +341,7 @@ def _mapping(table: dict[str, Any], kind: Any, path: str, faults: list[str]) -> 
 
 
 def _leaf(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
+    """Decode a value without parts, and run its own check."""
     try:
         value = msgspec.convert(value, kind)
         fault = next(filter(None, (meta.extra["fault"](value) for meta in _metas(kind) if meta.extra)), None)

@@ -216,13 +216,13 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[stream]"""
+    """[stream]: what streams look like to an observer of the network."""
 
     padding: bool = False
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[log]"""
+    """[log]: level and format of the log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
@@ -259,7 +259,7 @@ class Credits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class RateLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[limits]"""
+    """[limits]: how rate limits apply to streams."""
 
     enforce_mid_stream: bool = False
 
@@ -288,7 +288,7 @@ class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[metrics]"""
+    """[metrics]: the histograms' edges."""
 
     buckets: Buckets = field(default_factory=Buckets)
 

@@ -112,6 +112,7 @@ def tls_context(address: Address) -> ssl.SSLContext | None:
 
 
 def _parse(url: str) -> Address:
+    """Parse a Redis URL. Raises ValueError, without quoting the URL."""
     scheme, _, rest = url.partition("://")
     kind = _KINDS.get(scheme)
     if kind is None:

@@ -118,6 +118,7 @@ class ClusterStore(Store):
         return True
 
     async def _map_until_whole(self) -> None:
+        """Refresh the map, with backoff, until every slot has a connected master."""
         failures = 0
         while self._stale or not self.connected:
             self._stale = False
@@ -154,6 +155,7 @@ class ClusterStore(Store):
         return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
 
     async def _adopt(self, ranges: list[tuple[int, int, Endpoint]]) -> None:
+        """Connect new masters, switch to the new map, and retire the channels of masters that are gone."""
         masters = {master for _, _, master in ranges}
         if not 0 < len(masters) <= MAX_NODES:
             raise Unavailable("clusterdown", f"the map names {len(masters)} masters")

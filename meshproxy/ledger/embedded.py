@@ -93,6 +93,7 @@ class Embedded:
             )
 
     async def _answering(self) -> None:
+        """Wait until the server answers. Raises ChildProcessError if it has ended."""
         while True:
             try:
                 store = await connect(Redis(url=self.url, timeout_s=START_S))

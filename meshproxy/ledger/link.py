@@ -164,6 +164,7 @@ class RedisConnection(asyncio.Protocol):
             self._transport.write(outgoing[0] if len(outgoing) == 1 else b"".join(outgoing))
 
     def _check_oldest(self) -> None:
+        """Close the connection if its oldest command is overdue after LOOKS looks; otherwise re-arm the timer."""
         self._timer = None
         if not self._pending:
             return
@@ -288,6 +289,7 @@ class Channel(Store):
             self._lost(link)
 
     def _lost(self, link: RedisConnection) -> None:
+        """Dial again after a loss. The backoff starts anew if the connection lasted STEADY_S."""
         self._link = None
         self.trouble = link.lost.reason if link.lost is not None else None
         if asyncio.get_running_loop().time() - self._linked_at >= STEADY_S:
@@ -304,6 +306,7 @@ class Channel(Store):
             self._on_change(self._name, is_connected, self.trouble or "")
 
     async def _dial_until_linked(self) -> None:
+        """Dial, with backoff, until there is a connection."""
         while self._link is None:
             await asyncio.sleep(backoff_s(self._failures))
             self._failures += 1

@@ -64,7 +64,7 @@ PASSING = frozenset({
     "NOREPLICAS",  # fewer than min-replicas-to-write
     "OOM",  # maxmemory is reached
     "READONLY",  # this is a replica now
-    "TRYAGAIN",  # a slot is on the move
+    "TRYAGAIN",  # a slot is being migrated
 })  # fmt: skip
 
 

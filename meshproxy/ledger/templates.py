@@ -86,6 +86,7 @@ class Cache(Generic[Value]):
         self._weight = 0
 
     def _keep(self, key: Hashable, value: Value | None, fresh_until: float) -> None:
+        """Cache a value or its absence, evicting the least recently used."""
         self._drop(key)
         if value is None:
             self._unknown[key] = fresh_until
@@ -207,6 +208,7 @@ class Templates:
         return bool(removed)
 
     async def _fetch(self, key: tuple[str, str]) -> Template | None:
+        """Read a template by UUID or name: the account's own, else the global one."""
         account, name_or_id = key
         owners = [AccountKeys(account), AccountKeys(GLOBAL)]
         if _UUID.fullmatch(name_or_id):

@@ -160,6 +160,7 @@ async def _no_bug_in_plain_text(request: web.Request, handler: Handler) -> web.S
 
 
 def _guard(token: str) -> Middleware:
+    """Make the middleware that requires the token, except for the probes."""
     expected = token.encode()
 
     @web.middleware
@@ -178,6 +179,8 @@ def _guard(token: str) -> Middleware:
 
 
 def _only_for(names: Collection[str]) -> Middleware:
+    """Make the middleware that refuses a Host that is neither an IP address nor one of `names`."""
+
     @web.middleware
     async def only_for(request: web.Request, handler: Handler) -> web.StreamResponse:
         told = request.headers.getall(hdrs.HOST, [])  # absent in HTTP/1.0, which no browser speaks

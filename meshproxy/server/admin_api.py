@@ -304,6 +304,7 @@ def document() -> dict[str, Any]:
 
 
 def _operation(path: str, function: Handler, kind: type[Struct] | None) -> dict[str, Any]:
+    """Build a path's operation. Its summary is the handler's docstring after the path."""
     name = function.__name__
     answer: dict[str, Any] = {"application/json": {"schema": {"type": "array" if name in LISTS else "object"}}}
     refusal: dict[str, Any] = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
@@ -335,6 +336,8 @@ def _operation(path: str, function: Handler, kind: type[Struct] | None) -> dict[
 
 
 def _bound(api: AdminApi, function: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Bind a handler to the API. It adds the request's id, forbids caching, and refuses other origins' changes."""
+
     async def handler(request: web.Request) -> web.Response:
         if request.method not in SAFE:
             _refuse_other_origins(request)
@@ -367,6 +370,7 @@ async def _read(request: web.Request, kind: type[Body], *, optional: bool = Fals
 
 
 async def _body(request: web.Request) -> bytes:
+    """Read a body within BODY_TIMEOUT_S."""
     if request.body_exists and request.content_type != "application/json":
         raise GatewayError(Source.CLIENT, unsupported_media_type("Send the body as `content-type: application/json`."))
     try:

@@ -122,7 +122,7 @@ class Api:
         )
 
     async def model(self, request: web.Request) -> web.Response:
-        """`GET /v1/models/{id}`"""
+        """`GET /v1/models/{id}`: one model that this key may use."""
         principal = await self._principal(request)
         name = request.match_info["id"]
         catalog = self._gateway.active.catalog
@@ -146,7 +146,7 @@ class Api:
         return response
 
     async def create_template(self, request: web.Request) -> web.Response:
-        """`POST /v1/templates`"""
+        """`POST /v1/templates`: create a template of the account."""
         principal = await self._principal(request)
         fields = check_template(await self._body(request, principal), partial=False)
         now = time.time()
@@ -157,11 +157,11 @@ class Api:
         return _json(to_public(template), status=201)
 
     async def template(self, request: web.Request) -> web.Response:
-        """`GET /v1/templates/{id or name}`"""
+        """`GET /v1/templates/{id or name}`: the account's own template, else the global one."""
         return _json(to_public(await self._found(request, await self._principal(request))))
 
     async def change_template(self, request: web.Request) -> web.Response:
-        """`PATCH /v1/templates/{id or name}`"""
+        """`PATCH /v1/templates/{id or name}`: change the given fields of the account's own template."""
         principal = await self._principal(request)
         template = await self._own(request, principal)
         fields = check_template(await self._body(request, principal), partial=True)
@@ -176,7 +176,7 @@ class Api:
         return _json(to_public(changed))
 
     async def delete_template(self, request: web.Request) -> web.Response:
-        """`DELETE /v1/templates/{id or name}`"""
+        """`DELETE /v1/templates/{id or name}`: delete the account's own template."""
         await self._directory.delete_template(await self._own(request, await self._principal(request)))
         return web.Response(status=204)
 

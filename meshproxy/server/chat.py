@@ -218,7 +218,7 @@ def parting(problem: ErrorResponse) -> bytes:
 SLOWEST_BYTES_PER_S = 65_536  # adds a second to a body's time for each of these bytes: half a megabit per second
 
 
-TakeRoom = Callable[[int], Awaitable[None]]  # of gateway.bounds.Room
+TakeRoom = Callable[[int], Awaitable[None]]  # gateway.bounds.Room.take: reserves memory for so many bytes
 # A body of unknown length reserves memory for this much first; a larger one then for the largest body allowed.
 CHUNKED_BYTES = 1_048_576
 
@@ -368,6 +368,7 @@ class ChatHandler:
         peer: str | None,
         read_body: Callable[[TakeRoom], Awaitable[bytes]],
     ) -> Call:
+        """Make the gateway's Call of a request. `peer` is the connection's other end, None on a unix socket."""
         received_at = self._clock()
         return Call(
             request_id=request_id,

@@ -65,6 +65,7 @@ async def _read_v1(line: bytes, receive: Receive) -> Source | None:
 
 
 async def _read_v2(start: bytes, receive: Receive) -> Source | None:
+    """Read a binary header. `start` is its first SHORTEST bytes."""
     fixed = start + await receive(_FIXED.size - len(start))
     _, version_and_command, family, length = _FIXED.unpack(fixed)
     if version_and_command not in {0x20, 0x21} or length > MAX_V2_BYTES:

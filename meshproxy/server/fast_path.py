@@ -228,6 +228,7 @@ class ClientConnection(asyncio.Protocol):
             self._resume()
 
     def _receive_head(self, data: bytes) -> None:
+        """Start the request if the head is complete and usual; keep an incomplete one; hand over any other."""
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         if end > 3:
             fields = usual_head(data[:end], REQUEST_LINE)
@@ -252,6 +253,7 @@ class ClientConnection(asyncio.Protocol):
         self._task = self._loop.create_task(self._host.serve(self, fields))
 
     def _receive_body(self, data: bytes) -> None:
+        """Keep bytes of the body, and wake the handler when it is complete. Drop them after the answer."""
         if len(data) > self._left:
             data, self._ahead = data[: self._left], data[self._left :]
         self._left -= len(data)

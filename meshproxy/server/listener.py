@@ -183,6 +183,7 @@ class ProxiedSite(Site):
         self._sock.close()
 
     async def _accept(self) -> None:
+        """Accept connections of trusted proxies. Others are closed, as are those beyond MAX_ARRIVING."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -356,6 +357,7 @@ class Runner(web.AppRunner):
         return server.all() if server is not None else []
 
     async def _make_server(self) -> web.Server:
+        """Replace aiohttp's server by ours, with our bounds, and start the check of deadlines."""
         await super()._make_server()  # starts the application; the server it makes is unused
         server = _Server(
             self._dispatch,
@@ -387,6 +389,7 @@ class Runner(web.AppRunner):
             return request
 
     async def _dispatch(self, request: BaseRequest) -> web.StreamResponse:
+        """Refuse an ambiguous request, or pass it to the application."""
         message = request._message  # noqa: SLF001 - the parser's message
         refusal = _refusal_of(request)
         if refusal is not None:

@@ -290,6 +290,7 @@ def handler() -> Any:
 
 
 def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
+    """Describe every path of the data listener."""
     error = {"application/json": {"schema": shapes[str(ErrorEnvelope)]}}
     refusals = {str(status): {"description": "An error", "content": error} for status in REFUSALS}
     completion = {
@@ -322,6 +323,7 @@ def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(path: str, function: Any) -> list[dict[str, Any]]:
+    """Describe a path's parameters and, for /v1/usage, those of its query."""
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PARAMETER.findall(path)

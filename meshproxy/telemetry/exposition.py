@@ -74,6 +74,7 @@ async def collected(registry: Collector) -> Snapshot:
 
 
 def _family(definition: Definition, metric: Metric) -> Family:
+    """Convert one of prometheus-client's metrics to a Family."""
     found: dict[tuple[str, ...], Series] = {}
     edges: dict[float, None] = {}
     for sample in metric.samples:
@@ -255,6 +256,7 @@ def _is_error(code: str) -> bool:
 
 
 def _models(found: _Found) -> list[dict[str, Any]]:
+    """List the models with most requests."""
     requests = found.by(families.REQUESTS, "model", lambda labels: labels[1] != families.NONE)
     tokens = found.by(
         families.TOKENS, "model", lambda labels: labels[1] in {"prompt", "completion"}
@@ -317,6 +319,7 @@ def _without_head(part: bytes) -> bytes:
 
 
 def _metric(family: Family, series: list[Series]) -> Metric:
+    """Convert a Family, with these series of it, to one of prometheus-client's metrics."""
     definition = family.definition
     about = definition.name, definition.help
     if definition.kind == "histogram":

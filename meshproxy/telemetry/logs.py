@@ -122,6 +122,7 @@ class LineSink:
         self.flush()  # lines that came during the last write
 
     def _written(self, lines: list[bytes]) -> bool:
+        """Write lines to the stream, and return whether that succeeded."""
         try:
             left = memoryview(b"".join(lines))
             while left:
@@ -283,6 +284,7 @@ def _json(method: str, event: EventDict) -> bytes:
 
 
 def _console(*, colors: bool) -> _Render:
+    """Make the renderer for people. Unencodable characters are escaped."""
     renderer = structlog.dev.ConsoleRenderer(
         colors=colors, exception_formatter=structlog.dev.plain_traceback, pad_event_to=0, sort_keys=False
     )

@@ -62,6 +62,7 @@ class Tasks:
         return task
 
     async def _supervise(self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_vital: bool) -> None:
+        """Run `work` again after each exception, until it returns."""
         clock = asyncio.get_running_loop().time
         runs = 0
         while True:

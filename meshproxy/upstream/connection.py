@@ -205,6 +205,7 @@ class Connection(asyncio.Protocol):
     # Head, body, end.
 
     def _receive_head(self, data: bytes) -> None:
+        """Feed the head reader, and begin the body once the head is complete."""
         answer = self._answer
         if answer is None or answer.done():  # idle, closing, or the request was cancelled
             self.abort()
@@ -217,6 +218,7 @@ class Connection(asyncio.Protocol):
             self.abort(fault)
 
     def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
+        """Make the response, resolve the request's future, and decode what arrived behind the head."""
         response = Response(head.status, head.headers, self, self._patience.max_response_bytes)
         coding = response.header("content-encoding")
         body = head.body if coding is None else _decoded(head.body, coding, response)
@@ -247,7 +249,7 @@ class Connection(asyncio.Protocol):
             self._on_idle(self)
         self.sink.end()
 
-    # Time.
+    # Deadlines.
 
     def _expect_within(self, timeout_s: float) -> None:
         """Set the deadline to `timeout_s` from now. A running timer is replaced only if it would fire too late."""
@@ -259,6 +261,7 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_at(deadline, self._look_at_the_clock)
 
     def _look_at_the_clock(self) -> None:
+        """Act on a passed deadline: fail a silent exchange, or close an idle connection. Re-arm the timer otherwise."""
         if self._paused:
             self._deadline = self._loop.time() + self._idle_s
         if self._loop.time() < self._deadline:

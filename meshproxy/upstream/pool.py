@@ -99,6 +99,7 @@ class Dialer:
             raise unreachable(error) from error
 
     async def _connect(self, connection: Connection) -> None:
+        """Resolve the name, connect to the first address that answers, and negotiate TLS."""
         loop = asyncio.get_running_loop()
         host, port = self._address.host, self._address.port
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
@@ -225,6 +226,7 @@ class Pool:
         return connection
 
     async def _stand_in_line(self) -> Connection:
+        """Wait for a connection that becomes free. Raises UpstreamError after wait_s."""
         waiter: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         self._line.append(waiter)
         try:

@@ -136,6 +136,7 @@ def _secrets(settings: config.Upstream, api_key: str | None) -> tuple[str, ...]:
 
 
 def _own_headers(settings: config.Upstream, api_key: str | None, user_agent: str) -> dict[str, str]:
+    """Return the headers that every request has, by lower-case name. Raises ValueError for those that can't be sent."""
     own = {"user-agent": user_agent, "accept-encoding": "identity", "content-type": "application/json"}
     if api_key is not None:
         own["authorization"] = f"Bearer {api_key}"
