@@ -1,7 +1,7 @@
 """`connect` opens the Store behind `redis.url`: one server, the master that Sentinel names, or a Cluster.
 
-redis-py opens and logs in every socket (TLS, AUTH, SELECT), and asks Sentinel for the master and a Cluster for its map.
-A request's commands then go over our own connection: docs/decisions/link.md.
+redis-py opens and logs in every socket (TLS, AUTH, SELECT). Over its connections Sentinel is asked for the master and a
+Cluster for its map; a request's commands go over our own connection: docs/decisions/link.md.
 
 `ClusterStore` has a channel to every master and a map from slots to channels. A command goes to the master of its first
 key's slot; the keys of a script share a hash tag, so the first key decides. MOVED and ASK redirect the command with the
@@ -17,9 +17,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-import redis
 from msgspec.structs import asdict
-from redis.asyncio import ConnectionPool, Redis, Sentinel, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
 from redis.crc import key_slot
 
@@ -31,10 +30,12 @@ from meshproxy.ledger.link import (
     Pending,
     Redirect,
     RedisConnection,
+    ask,
     backoff_s,
     dial,
     failed,
     keep_plainly,
+    opened,
 )
 from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, StoreError, Unavailable
 
@@ -43,6 +44,7 @@ __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 MAX_NODES = 1000  # the specification's bound on a cluster
 
 DialNode = Callable[[Endpoint, Redirect], Awaitable[RedisConnection]]
+AskNode = Callable[..., Awaitable[Any]]  # an endpoint and a command: its reply, over a connection of redis-py's
 
 
 class ClusterStore(Store):
@@ -52,14 +54,14 @@ class ClusterStore(Store):
         self,
         seeds: Sequence[Endpoint],
         dial: DialNode,
-        pool: Callable[[Endpoint], ConnectionPool],
+        ask_node: AskNode,
         timeout_s: float,
         keep: Keep,
         on_change: OnChange | None = None,
     ) -> None:
         self._seeds = seeds
         self._dial = dial
-        self._pool = pool
+        self._ask_node = ask_node
         self._timeout_s = timeout_s
         self._keep = keep
         self._on_change = on_change
@@ -141,16 +143,13 @@ class ClusterStore(Store):
         for endpoint in (*linked, *self._seeds):
             try:
                 return await self._adopt(await self._ranges(endpoint))
-            except redis.RedisError as error:
-                reasons.append(f"{endpoint}: {error}")
             except Unavailable as error:
                 reasons.append(error.reason)
         raise Unavailable("clusterdown", "; ".join(reasons))
 
     async def _ranges(self, endpoint: Endpoint) -> list[tuple[int, int, Endpoint]]:
         """Return the first slot, last slot and master of every range, as this node knows them."""
-        async with Redis.from_pool(self._pool(endpoint)) as client:
-            reply = await client.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
+        reply = await self._ask_node(endpoint, "CLUSTER", "SLOTS")
         # a node that doesn't know its own address returns an empty host
         return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
 
@@ -202,21 +201,24 @@ async def connect(
     background. Raises ConfigError for a URL or TLS files that can't be used.
     """
     address, timeout_s = parse_url(config.plain(settings.url)), settings.timeout_s
-    pool = partial(_pool, login=address.login, tls=tls_context(address), timeout_s=timeout_s)
+    connection = partial(_connection, login=address.login, tls=tls_context(address), timeout_s=timeout_s)
 
     async def dial_node(node: Endpoint, redirect: Redirect | None = None, *, master: bool = False) -> RedisConnection:
-        server = pool(node).make_connection()  # type: ignore[no-untyped-call]
-        link = partial(RedisConnection, timeout_s, on_op, redirect)
-        return await dial(server, node, link, timeout_s=timeout_s, master=master)
+        make = partial(RedisConnection, timeout_s, on_op, redirect)
+        return await dial(node, connection(node), make, master=master)
+
+    async def ask_node(node: Endpoint, *command: str, **options: Any) -> Any:
+        server = connection(node, **options)
+        async with opened(node, server):
+            return await ask(server, *command)
 
     async def dial_master() -> RedisConnection:
-        return await dial_node(await discover(sentinel, address.service), master=True)
+        ask_sentinel = partial(ask_node, login=Login())
+        return await dial_node(await discover(address.endpoints, ask_sentinel, address.service), master=True)
 
     if address.kind == "cluster":
-        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, pool, timeout_s, keep, on_change)
+        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, ask_node, timeout_s, keep, on_change)
     elif address.kind == "sentinel":
-        sentinel = Sentinel([])  # type: ignore[no-untyped-call]
-        sentinel.sentinels = [Redis.from_pool(pool(endpoint, login=Login())) for endpoint in address.endpoints]
         store = Channel(dial_master, keep=keep, name=address.service, on_change=on_change)
     else:
         server = address.endpoints[0]
@@ -228,30 +230,29 @@ async def connect(
     return store
 
 
-class TlsConnection(SSLConnection):
-    """redis-py's TLS connection with our SSL context: it trusts `ca_file` only, not the system's authorities too."""
-
-    def __init__(self, *, context: ssl.SSLContext, **options: Any) -> None:
-        super().__init__(**options)
-        self.ssl_context.context = context
-
-
-def _pool(endpoint: Endpoint, login: Login, tls: ssl.SSLContext | None, timeout_s: float) -> ConnectionPool:
-    """Return redis-py's pool for one server. Without a `retry` its connections and clients try everything once."""
+def _connection(endpoint: Endpoint, login: Login, tls: ssl.SSLContext | None, timeout_s: float) -> AbstractConnection:
+    """Return redis-py's connection to a server, not yet open. Without a `retry` it tries everything once."""
     options = asdict(login) | {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     options |= {"protocol": 2, "driver_info": None}  # as old servers have it
     if endpoint.path:
-        return ConnectionPool(UnixDomainSocketConnection, path=endpoint.path, **options)
-    if tls is not None:
-        options |= {"connection_class": TlsConnection, "context": tls}
-    return ConnectionPool(host=endpoint.host, port=endpoint.port, **options)
+        return UnixDomainSocketConnection(path=endpoint.path, **options)
+    if tls is None:
+        return Connection(host=endpoint.host, port=endpoint.port, **options)
+    server = SSLConnection(host=endpoint.host, port=endpoint.port, **options)
+    server.ssl_context.context = tls  # it trusts ca_file alone, redis-py's own the system's authorities besides
+    return server
 
 
-async def discover(sentinel: Sentinel, service: str) -> Endpoint:
-    """Return the master named by the first Sentinel that sees it alive. Raises Unavailable if none does."""
-    try:
-        return Endpoint(*await sentinel.discover_master(service))
-    except redis.RedisError as error:
-        raise Unavailable("connection", f"no Sentinel names a master {service} ({error})") from None
-    finally:
-        await asyncio.gather(*(client.aclose() for client in sentinel.sentinels), return_exceptions=True)
+async def discover(sentinels: Sequence[Endpoint], ask_node: AskNode, service: str) -> Endpoint:
+    """Return the master that the first Sentinel to know one names. Raises Unavailable if none does."""
+    reasons = []
+    for sentinel in sentinels:
+        try:
+            named = await ask_node(sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+        except Unavailable as error:
+            reasons.append(error.reason)
+        else:
+            if named is not None:
+                return Endpoint(named[0].decode(), int(named[1]))
+            reasons.append(f"{sentinel} doesn't know it")
+    raise Unavailable("connection", f"no Sentinel names a master {service} ({'; '.join(reasons)})")

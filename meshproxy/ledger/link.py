@@ -16,8 +16,8 @@ sockets, where the reply may wait already. So the connection is closed only afte
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import hiredis
@@ -327,45 +327,54 @@ def backoff_s(failures: int) -> float:
 
 
 async def dial(
-    server: AbstractConnection,
-    endpoint: Endpoint,
-    make: Callable[[], RedisConnection],
-    *,
-    timeout_s: float,
-    master: bool = False,
+    endpoint: Endpoint, server: AbstractConnection, make: Callable[[], RedisConnection], *, master: bool = False
 ) -> RedisConnection:
-    """Have redis-py connect and log in, check that the server answers, and return a connection over its socket.
+    """Check that a server answers, and return a link that has taken over the socket which redis-py opened.
 
-    `master`: refuse a replica. Raises Unavailable.
+    `master`: a replica won't do. Raises Unavailable.
     """
+    async with opened(endpoint, server):
+        with suppress(redis.ResponseError):  # a name is a courtesy: some users may not set one
+            await ask(server, "CLIENT", "SETNAME", CLIENT_NAME)
+        await ask(server, "PING")
+        if master and (await ask(server, "ROLE"))[0] != b"master":
+            raise redis.ConnectionError("the server is a replica")
+        link = make()
+        link.take_over(server)
+    return link
+
+
+@asynccontextmanager
+async def opened(endpoint: Endpoint, server: AbstractConnection) -> AsyncIterator[None]:
+    """Have redis-py connect and log in, and close a socket in the end that no link has taken over.
+
+    Raises Unavailable for whatever redis-py raises, and when all of it takes longer than the connection's time-out.
+    """
+    timeout_s, is_open = server.socket_timeout, False
     try:
         async with asyncio.timeout(timeout_s):
             await server.connect()  # type: ignore[no-untyped-call]
-            with suppress(redis.ResponseError):  # the name is optional: some users may not set one
-                await _ask(server, "CLIENT", "SETNAME", CLIENT_NAME)
-            await _ask(server, "PING")
-            if master and (await _ask(server, "ROLE"))[0] != b"master":
-                raise redis.ConnectionError(f"{endpoint} is a replica")
-        link = make()
-        link.take_over(server)
+            is_open = True
+            yield
     except (TimeoutError, redis.TimeoutError):
         reason = f"{endpoint} did not answer within {timeout_s:g} s"
     except redis.RedisError as error:
-        reason = _plain(error, server)
+        reason = str(error) if is_open else _plain(error, server)
     else:
-        return link
+        return
     finally:
-        await server.disconnect(nowait=True)  # closes the socket if no connection has taken it over
+        await server.disconnect(nowait=True)
     raise Unavailable("connection", reason if str(endpoint) in reason else f"{endpoint}: {reason}")
 
 
-async def _ask(server: AbstractConnection, *command: str) -> Any:
+async def ask(server: AbstractConnection, *command: str) -> Any:
+    """Return the reply to one command, over redis-py's open connection."""
     await server.send_command(*command)
     return await server.read_response()
 
 
 def _plain(error: redis.RedisError, server: AbstractConnection) -> str:
-    """Return an error's text, without what an old server may quote of a login that it doesn't understand."""
+    """Return an error's text, without what an old server quotes of a login that it doesn't understand."""
     refusal = error if isinstance(error, redis.ResponseError) else error.__cause__
     is_quoting = isinstance(refusal, redis.ResponseError) and server.password is not None
     return "the login or the database was refused" if is_quoting else str(error)

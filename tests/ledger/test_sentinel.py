@@ -59,7 +59,7 @@ async def test_a_master_that_nobody_knows():
 
 
 async def test_sentinels_that_say_nothing_are_asked_once_each():
-    """redis-py's default is to ask a dead one four times, with pauses between."""
+    """Without redis-py's retries, whose pauses would be longer than a request may wait."""
     calls = []
 
     async def say_nothing(reader, writer):
