@@ -54,9 +54,7 @@ class Panel:
         return await render(self._crew.fleet.merged(), accept)
 
     async def ready(self) -> list[str]:
-        """Return why a balancer should send nothing here: not all workers have started, none is up, or none is
-        ready.
-        """
+        """Return why a balancer should send nothing here: workers are still starting, none is up, or none is ready."""
         return self._reasons(await self._reports())
 
     async def status(self) -> Status:

@@ -329,8 +329,9 @@ class Desk:
         return rows
 
     async def request(self, request_id: str) -> dict[str, Any]:
-        """Return one settled request: its caller, upstream, outcome and cost. 404 `request_not_found` if it isn't
-        settled.
+        """Return one settled request: its caller, upstream, outcome and cost.
+
+        404 `request_not_found` if it wasn't settled in the last EVENT_DAYS days.
         """
         event = await find_event(
             self.store, await self.account_names(), request_id, datetime.fromtimestamp(self._clock(), UTC)

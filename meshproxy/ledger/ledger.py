@@ -269,9 +269,7 @@ class Ledger:
                     )
 
     async def refusals(self, accounts: Sequence[str], minutes: int) -> list[int]:
-        """Return how many requests of each account the ledger refused (402, 429) in the last `minutes` (at most a
-        day).
-        """
+        """Count each account's requests that the ledger refused (402, 429) in the last `minutes`, at most a day."""
         now = int(time.time()) // 60
         first = now - min(minutes, REFUSED_KEPT_S // 60) + 1
         hours = range(first // 60, now // 60 + 1)

@@ -304,9 +304,7 @@ class Api:
         return models if free is None else [model for model in models if model["is_free"] is free]
 
     def _public(self, entry: Entry) -> dict[str, Any]:
-        """Make a model's object with OpenAI's fields (API reference, "The model object") and Mesh's (its SDKs'
-        ModelInfo).
-        """
+        """Make a model's object with OpenAI's fields (API reference, "The model object") and Mesh's (ModelInfo)."""
         price = entry.price
         brand = entry.id.partition("/")[0]
         return {

@@ -216,7 +216,7 @@ class _Found:
     def by(
         self, definition: Definition, label: str, where: Callable[[tuple[str, ...]], bool] = lambda _labels: True
     ) -> dict[str, int]:
-        """Sum a family's values by one label. `where` filters series by their labels; other label values count 0."""
+        """Sum a family's values by one label. `where` filters series by their labels. A missing label value is 0."""
         position = definition.labels.index(label)
         totals: dict[str, int] = defaultdict(int)
         for series in self._family(definition).series:
