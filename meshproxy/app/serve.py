@@ -71,9 +71,8 @@ class Panel:
         }
 
     def _reasons(self, reports: list[Report]) -> list[str]:
-        if (
-            not self._crew.up.is_set()
-        ):  # the kernel gives connections to every socket, even to one whose worker isn't up yet
+        # the kernel gives connections to every socket, even to one whose worker isn't up yet
+        if not self._crew.up.is_set():
             return ["starting"]
         if any(not report.not_ready for report in reports):
             return []

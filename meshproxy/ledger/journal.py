@@ -111,11 +111,8 @@ class Journal:
             count += 1
         async with self._writing:
             if not self._pending and self._size:
-                self._size, self._unwritten, self._disk_failed = (
-                    0,
-                    [],
-                    False,
-                )  # all are settled, also those that aren't on disk
+                # all are settled, also those that aren't on disk
+                self._size, self._unwritten, self._disk_failed = 0, [], False
                 if self._file is not None:
                     await asyncio.to_thread(_truncate, self._file)
         return count

@@ -108,8 +108,8 @@ class RedisConnection(asyncio.Protocol):
             self.lose("closed", "the server isn't needed any more")
 
     def take_over(self, server: AbstractConnection) -> None:
-        """Take over an open socket. Keep its StreamWriter: a garbage-collected writer closes its socket."""
-        # Of redis-py's names `_writer` alone is private. The StreamWriter is kept: one that is collected closes its socket.
+        """Take the socket of redis-py's connection. Keep its StreamWriter: a garbage-collected one closes its socket."""
+        # `_writer` is the only private name of redis-py in use.
         self._writer, server._writer = server._writer, None  # noqa: SLF001 - there is no public way to hand a socket over
         self._writer.transport.set_protocol(self)  # type: ignore[union-attr]
         self.connection_made(self._writer.transport)  # type: ignore[union-attr]

@@ -96,9 +96,8 @@ class LocalAdmission:
         self._instances = instances
         self._clock = clock
         self._room_bytes = room_bytes
-        self._owed: dict[
-            str, tuple[str, int]
-        ] = {}  # account and nano-USD by hold id: held, or spent and not yet charged
+        # account and nano-USD by hold id: held, or spent and not yet charged
+        self._owed: dict[str, tuple[str, int]] = {}
         self._used_nusd: dict[str, int] = {}  # the sums of `_owed` by account
         self._running: dict[str, HoldRequest] = {}  # by hold id
         self._parallel: Counter[str] = Counter()  # running requests by account, and by `account key`

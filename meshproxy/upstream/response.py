@@ -214,9 +214,8 @@ class Response:
 
     async def read(self) -> bytes:
         """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow."""
-        if (
-            self._flow is None and self._fault is None and self._early_bytes <= self._max_bytes
-        ):  # the body came with its head
+        # usual for small answers: the body came with its head
+        if self._flow is None and self._fault is None and self._early_bytes <= self._max_bytes:
             return b"".join([payload for payload, _ in self._early])
         whole = _Whole(self, self._max_bytes)
         self.relay(whole)
