@@ -82,6 +82,82 @@ MONEY = board(
     models=True,
 )
 
+A, BALANCE = S + ',account=~"$account"', "meshproxy_account_balance_usd"
+REFUSED_A = A + ',code=~"402|429"'
+DAYS = f"min by (account) ({BALANCE}{{{A}}}) / (86400 * {rate('meshproxy_account_cost_usd_total', 'account', A)} > 0)"
+TENANTS = board(
+    "tenants",
+    "Tenants",
+    'Accounts, one by one. Needs `[metrics] accounts = "all"`.',
+    [
+        figure("Accounts", f"count(count by (account) (meshproxy_account_requests_total{{{S}}}))", width=6),
+        figure("Requests", rate("meshproxy_account_requests_total", where=A), unit="reqps", width=6),
+        figure(
+            "Refused",
+            rate("meshproxy_account_requests_total", where=A + ',code=~"402|429"'),
+            unit="reqps",
+            width=6,
+            about="402 and 429.",
+        ),
+        figure(
+            "Below 1 USD",
+            f"count(min by (account) ({BALANCE}{{{A}}}) < 1) or vector(0)",
+            width=6,
+            about="Accounts whose credit is nearly spent.",
+            steps=((None, GREEN), (1, YELLOW)),
+        ),
+        lines(
+            "Spend by account",
+            [(f"topk(10, 3600 * {rate('meshproxy_account_cost_usd_total', 'account', A)})", "{{account}}")],
+            unit="currencyUSD",
+            stacked=True,
+            about="USD an hour, of the ten that spend most.",
+        ),
+        bars(
+            "Spent, by account",
+            f"topk(10, sum by (account) (increase(meshproxy_account_cost_usd_total{{{A}}}[$__range])))",
+            "{{account}}",
+            unit="currencyUSD",
+            about="Over the time shown.",
+        ),
+        lines(
+            "Requests by account",
+            [(f"topk(10, {rate('meshproxy_account_requests_total', 'account', A)})", "{{account}}")],
+            unit="reqps",
+            stacked=True,
+        ),
+        lines(
+            "Refusals by account",
+            [
+                (
+                    f"topk(10, {rate('meshproxy_account_requests_total', 'account, code', REFUSED_A)})",
+                    "{{account}} {{code}}",
+                )
+            ],
+            unit="reqps",
+            about="402: no credit or budget left. 429: a bucket is empty. A tenant that floods stands out here.",
+        ),
+        lines(
+            "Balance",
+            [(f"bottomk(10, min by (account) ({BALANCE}{{{A}}}))", "{{account}}")],
+            unit="currencyUSD",
+            about="The ten that have least.",
+        ),
+        lines(
+            "Days until empty",
+            [
+                (
+                    f"bottomk(10, {DAYS})",
+                    "{{account}}",
+                )
+            ],
+            unit="d",
+            about="At the rate of now.",
+        ),
+    ],
+    accounts=True,
+)
+
 LIMITS = board(
     "limits",
     "Limits",

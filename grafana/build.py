@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from books import LEDGER, LIMITS, MONEY, PROCESS
+from books import LEDGER, LIMITS, MONEY, PROCESS, TENANTS
 from service import LATENCY, SLO, TRAFFIC, UPSTREAMS
 
-BOARDS = (SLO, TRAFFIC, LATENCY, UPSTREAMS, MONEY, LIMITS, LEDGER, PROCESS)
+BOARDS = (SLO, TRAFFIC, LATENCY, UPSTREAMS, MONEY, TENANTS, LIMITS, LEDGER, PROCESS)
 
 
 def build(directory: Path) -> None:

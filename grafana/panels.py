@@ -106,11 +106,15 @@ def bars(title: str, query: str, legend: str, *, unit: str = "short", about: str
     return _panel("bargauge", title, about, width, 8, [(query, legend)], {"unit": unit, "min": 0}, options)
 
 
-def board(name: str, title: str, about: str, panels: Sequence[Panel], *, models: bool = False) -> dict[str, Any]:
+def board(
+    name: str, title: str, about: str, panels: Sequence[Panel], *, models: bool = False, accounts: bool = False
+) -> dict[str, Any]:
     """A dashboard: its panels laid out left to right, in rows as high as their highest."""
     variables = [_variable("job", "meshproxy_build_info"), _variable("instance", 'meshproxy_build_info{job=~"$job"}')]
     if models:
         variables.append(_variable("model", 'meshproxy_requests_total{job=~"$job"}'))
+    if accounts:
+        variables.append(_variable("account", 'meshproxy_account_requests_total{job=~"$job"}'))
     return {
         "uid": f"meshproxy-{name}",
         "title": f"meshproxy / {title}",

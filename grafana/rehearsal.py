@@ -236,6 +236,7 @@ def filled(expr: str) -> str:
         ("$job", ".+"),
         ("$instance", ".+"),
         ("$model", ".+"),
+        ("$account", ".+"),
     ):
         expr = expr.replace(variable, value)
     return expr

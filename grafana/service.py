@@ -226,6 +226,28 @@ UPSTREAMS = board(
             unit="ops",
             about="Reports that can't be true; these requests are billed by an estimate.",
         ),
+        lines(
+            "State",
+            [
+                (
+                    f'max by (upstream, state) (meshproxy_upstream_state{{{S},state!="serving"}}) > 0',
+                    "{{upstream}} {{state}}",
+                )
+            ],
+            most=1,
+            about="ejected: asked after its equals, for it fails; open: not asked at all. Nothing here: all serve.",
+        ),
+        lines(
+            "First token by upstream, p95",
+            [(quantile(0.95, FAMILY("upstream_time_to_first_token"), "upstream"), "{{upstream}}")],
+            unit="s",
+            about="The slow member of a pair stands above its equals.",
+        ),
+        lines(
+            "Whole answer by upstream, p95",
+            [(quantile(0.95, FAMILY("upstream_request_duration"), "upstream"), "{{upstream}}")],
+            unit="s",
+        ),
         lines("Silence within streams", quantiles(FAMILY("stream_max_gap")), unit="s", limit=10),
     ],
 )

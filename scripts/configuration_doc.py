@@ -31,6 +31,7 @@ SECTIONS: dict[str, type[Struct]] = {
     "credits": config.Credits,
     "limits": config.RateLimits,
     "idempotency": config.Idempotency,
+    "metrics": config.Metrics,
     "metrics.buckets": config.Buckets,
     "tracing": config.Tracing,
     "upstreams.NAME": config.Upstream,
@@ -106,6 +107,8 @@ def _section(name: str, kind: type[Struct], words: dict[str, str], example: str)
     rows = [f"## [{name}]\n", *_told_above(kind), "| key | type | default | |", "|---|---|---|---|"]
     hints = get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
+        if field.type is config.Buckets:  # it has a section of its own
+            continue
         default = _default(field) if kind is not config.Buckets else _commented(field.name, example)
         what = words.get(f"{name}.{field.name}", words.get(f'models."ID".{field.name}', "") if "models" in name else "")
         rows.append(f"| `{field.name}` | {_type(hints[field.name])} | {default} | {_cell(what)} |")

@@ -264,7 +264,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     ),
     "redis": tuple(field.name for field in msgspec.structs.fields(Settings().redis)),
     "log": ("format",),
-    "metrics": ("buckets",),
+    "metrics": ("buckets", "accounts", "accounts_max"),
     "tracing": ("endpoint", "sample"),
 }
 

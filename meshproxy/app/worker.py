@@ -1,5 +1,7 @@
 """One worker: all parts of a gateway in one event loop. `Worker` makes, connects, starts and stops them in order."""
 
+import asyncio
+import contextlib
 import os
 import random
 import resource
@@ -22,7 +24,7 @@ from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.gateway.idempotency import Idempotence
 from meshproxy.gateway.in_flight import Live
 from meshproxy.gateway.pipeline import Gateway
-from meshproxy.gateway.record import Recorder, Spans
+from meshproxy.gateway.record import Accounts, Recorder, Spans
 from meshproxy.gateway.settle import Settler
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
@@ -38,6 +40,7 @@ from meshproxy.policy.principal import Access
 from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
+from meshproxy.telemetry.families import CLOSED
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
 from meshproxy.telemetry.tasks import Tasks, watch_lag
@@ -46,6 +49,8 @@ from meshproxy.upstream.provider import Provider
 from meshproxy.version import VERSION
 
 STALE_S = 3600.0  # how long known keys and templates are used while Redis is lost, with on_failure = "local"
+NEW_ACCOUNTS_S = 1.0  # between two looks for an account that is new in the metrics
+BALANCES_EVERY = 10  # looks, all balances are read
 CROWDED_QUIET_S = 10.0  # between two log lines about exhausted descriptors
 SETTLE_GRACE_S = 10.0  # how long settlements may take at the end, when every request is over
 
@@ -90,6 +95,8 @@ class Worker:
         self._dialling = Tasks(self._on_task_failed)  # the store's dialling, ended by its close
         self.live = Live(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
+        if settings.metrics.accounts == "all":
+            self.recorder.accounts = Accounts(self.metrics, settings.metrics.accounts_max)
         self.stopping = False
         self._had_ledger = settings.redis.on_failure == "local"  # or doesn't need it
         self._hung_up = 0  # connections closed for lack of descriptors, since that was last logged
@@ -114,6 +121,7 @@ class Worker:
             local = LocalAdmission(allowance_nusd, instances, time.monotonic, lambda: self.journal.room_bytes)
             local.found(self.journal)
         settler = Settler(self.ledger, self.journal, local, self.tasks, time.time, time.monotonic)
+        self._settler = settler
         self._charge = settler.charge
         self.directory = Directory(self.store, time.monotonic, stale_s=0.0 if local is None else STALE_S)
         self._authenticator = Authenticator(self.directory, access_to(self.settings), time.time, time.monotonic)
@@ -144,6 +152,8 @@ class Worker:
         self.loops.keep("refusals", self.ledger.note_refusals)
         if instances is not None:
             self.loops.keep("instances", instances.beat)
+        if self.recorder.accounts is not None:
+            self.loops.keep("balances", partial(self._watch_balances, self.recorder.accounts))
 
     async def serve_chat(self, request: web.BaseRequest) -> web.StreamResponse:
         """Handle a chat completion. For a listener that is made before the worker has started."""
@@ -203,6 +213,7 @@ class Worker:
         unchanged = [name for name, provider in old.providers.items() if new.providers.get(name) is provider]
         self.gateway.health.keep(unchanged)
         self._note_generation(new.generation)
+        self._follow_upstreams()
         for name, provider in old.providers.items():
             if name not in unchanged:
                 provider.retire()
@@ -293,6 +304,29 @@ class Worker:
         self.metrics.in_flight_limit.labels().set_function(lambda: float(self.settings.server.max_in_flight))
         self.metrics.ledger_connected.labels().set_function(lambda: float(self.store.connected))
         self.metrics.journal_pending.labels().set_function(lambda: float(len(self.journal)))
+        self.metrics.in_flight.labels("settle").set_function(lambda: float(self._settler.under_way))
+        self._follow_upstreams()
+
+    def _follow_upstreams(self) -> None:
+        """Gauges of what each upstream is for the next request; one that a reload removed is in no state."""
+        for name in self.settings.upstreams:
+            for state in CLOSED["state"]:
+                gauge = self.metrics.upstream_state.labels(name, state)
+                gauge.set_function(partial(self._is_in_state, name, state))
+
+    def _is_in_state(self, upstream: str, state: str) -> float:
+        return float(upstream in self.settings.upstreams and self.gateway.health.state(upstream) == state)
+
+    async def _watch_balances(self, accounts: Accounts) -> None:
+        """Show the balances of the accounts that have metrics: all of them again when there is a new one."""
+        while True:
+            names = list(accounts.names)
+            with contextlib.suppress(Unavailable):
+                accounts.note_balances(await self.ledger.account_balances(names))
+            for _ in range(BALANCES_EVERY):
+                await asyncio.sleep(NEW_ACCOUNTS_S)
+                if len(accounts.names) > len(names):
+                    break
 
     def _note_generation(self, generation: int) -> None:
         self.metrics.config_generation.labels().set(generation)

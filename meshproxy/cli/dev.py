@@ -54,6 +54,7 @@ def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[
     # Time-outs are short: whoever tries sim/stall wants to see it end.
     simulator = {"kind": "simulator", "base_url": simulator_url, "first_byte_timeout_s": 10, "idle_timeout_s": 10}
     table = {
+        "metrics": {"accounts": "all"},
         "server": {
             "listen": f"127.0.0.1:{port}",
             "admin_listen": f"127.0.0.1:{port and port + 1}",

@@ -288,8 +288,10 @@ class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[metrics]: the histograms' edges."""
+    """[metrics]: what is counted by account."""
 
+    accounts: Literal["off", "all"] = "off"
+    accounts_max: Positive = 1000
     buckets: Buckets = field(default_factory=Buckets)
 
 

@@ -7,6 +7,7 @@ accounts: a failure that the request itself may have caused counts in full again
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from meshproxy.errors import GatewayError, Source, UpstreamError, provider_not_available
 from meshproxy.policy.catalog import Candidate
@@ -22,6 +23,9 @@ OF_ONE_ACCOUNT = 5
 MAX_ACCOUNTS = 64  # accounts whose failures a route remembers; beyond that the oldest is forgotten
 WINDOW_S = Tolerance().window_s
 FORGET_ACCOUNT_S = 120.0  # after the account's last failure
+
+
+State = Literal["serving", "ejected", "open"]
 
 
 class Failures:
@@ -241,6 +245,18 @@ class Health:
             self.note(upstream, route, now)
         probes = route.breakers(account, now)
         return None if probes is None else Attempt(self, upstream, route, account, probes)
+
+    def state(self, name: str) -> State:
+        """What an upstream is for the next request: `open` while a breaker of it is, `ejected` while one of its routes is asked
+        after its equals, else `serving`.
+        """
+        upstream, now = self._upstreams.get(name), self.clock()
+        if upstream is None:
+            return "serving"
+        routes = upstream.routes.values()
+        if any(route.is_open_to_any(now) for route in routes):
+            return "open"
+        return "ejected" if any(route.ejected_until > now for route in routes) else "serving"
 
     def nobody(self, attempts: Iterable[Candidate], account: str = "") -> GatewayError:
         """Return the 503 for when every breaker is open; its `Retry-After` is when the first may be probed."""

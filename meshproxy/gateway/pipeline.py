@@ -198,6 +198,7 @@ class Gateway:
         self, exchange: Exchange, principal: Principal, body: bytes, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
         """Resolve and admit a request, then answer it."""
+        self._recorder.enter(exchange, "resolve")
         if len(body) > LARGE_BYTES:
             async with self.bodies.reading:
                 plan = exchange.plan = await resolve(body, principal, active, self._directory, self._spin())
@@ -205,6 +206,7 @@ class Gateway:
             plan = exchange.plan = await resolve(body, principal, active, self._directory, self._spin())
         if plan.request.timeout_s is not None:
             exchange.keep_within(plan.request.timeout_s)
+        self._recorder.enter(exchange, "admit")
         answer = await self._admitter.admit(exchange, plan, principal, active)
         if isinstance(answer, Denial):
             self._recorder.denied(answer)

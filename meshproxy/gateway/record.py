@@ -152,12 +152,37 @@ class _OfUpstream:
         self.first_token = metrics.upstream_first_token.labels(upstream)
 
 
+class Accounts:
+    """The metrics of accounts, for the first `most` that make requests in this worker; all others are counted as `other`.
+    `names` are those that have theirs.
+    """
+
+    def __init__(self, metrics: Metrics, most: int) -> None:
+        self.names: dict[str, None] = {}
+        self._metrics = metrics
+        self._most = most
+
+    def count(self, account: str, status: int, cost_nusd: int) -> None:
+        """Count a request of an account."""
+        if account not in self.names and self._metrics.add_account(account, self._most):
+            self.names[account] = None
+        self._metrics.account_requests.labels(account, str(status)).inc()
+        if cost_nusd:
+            self._metrics.account_cost.labels(account).inc(cost_nusd)
+
+    def note_balances(self, balances: Mapping[str, int]) -> None:
+        """Show the balances of accounts, in nano-USD."""
+        for account, balance_nusd in balances.items():
+            self._metrics.account_balance.labels(account).set(balance_nusd)
+
+
 class Recorder:
     """Counts and logs the requests of one worker. `clock` is monotonic seconds."""
 
     def __init__(self, metrics: Metrics, request_log: RequestLog, clock: Callable[[], float]) -> None:
         self.in_flight = 0
         self.spans: Spans | None = None
+        self.accounts: Accounts | None = None
         self._metrics = metrics
         self._request_log = request_log
         self._clock = clock
@@ -190,6 +215,8 @@ class Recorder:
         model = exchange.model
         self._count(exchange, model or "none", stream, now)
         self._request_log.write(self._line(exchange, model, stream == "true", now))
+        if self.accounts is not None and exchange.principal is not None:
+            self.accounts.count(exchange.account, exchange.status, exchange.cost_nusd)
         if self.spans is not None:
             self.spans.end(exchange, ROUTE, now)
 

@@ -122,6 +122,7 @@ class Settler:
         self._tasks = tasks
         self._wall_clock = wall_clock
         self._clock = clock
+        self.under_way = 0  # settlements that are sent and not answered
 
     def settle(self, exchange: Exchange) -> None:
         """Settle the exchange's hold, if it has one. Returns at once."""
@@ -130,6 +131,7 @@ class Settler:
             settlement = self._settlement(exchange, ask, unheld=exchange.lease.unheld)
             if self._local is not None:
                 self._local.spent(settlement, 0 if exchange.lease.is_local else exchange.lease.hold.amount_nusd)
+            self.under_way += 1
             self._tasks.follow(self._ledger.settling(settlement), partial(self._answered, settlement))
 
     def withdraw(self, exchange: Exchange, ask: HoldRequest, *, outcome: str) -> None:
@@ -150,7 +152,9 @@ class Settler:
         failed = answer.cancelled() or answer.exception() is not None
         if failed or not (answer.result() or settlement.unheld):
             self._tasks.spawn("settle", self._insist(settlement, answer))
-        elif self._local is not None:
+            return
+        self.under_way -= 1
+        if self._local is not None:
             self._local.charged(settlement.hold_id)
 
     async def charge(self, settlement: Settlement) -> bool:
@@ -175,6 +179,8 @@ class Settler:
         except asyncio.CancelledError:
             await self._journal.append(settlement)
             raise
+        finally:
+            self.under_way -= 1
 
     def _settlement(self, exchange: Exchange, ask: HoldRequest, *, unheld: bool) -> Settlement:
         """Build the settlement of an exchange."""

@@ -301,6 +301,17 @@ class Ledger:
                 uses.append(KeyUse(Spend(*spent), used_ms))
         return uses
 
+    async def account_balances(self, accounts: Sequence[str]) -> dict[str, int]:
+        """The balance of each account in nano-USD, with all its holds: one field read, cheap enough for each few seconds."""
+        found: dict[str, int] = {}
+        for first in range(0, len(accounts), BATCH_KEYS):
+            batch = accounts[first : first + BATCH_KEYS]
+            replies = await asyncio.gather(
+                *(self._store.execute("HGET", self._names(account).credit, "balance") for account in batch)
+            )
+            found |= {account: int(reply or 0) for account, reply in zip(batch, replies, strict=True)}
+        return found
+
     async def balances(self, accounts: Sequence[str]) -> list[Balance]:
         """Return the balances of accounts, in their order."""
         found: list[Balance] = []

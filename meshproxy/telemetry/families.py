@@ -55,9 +55,10 @@ CLOSED = {
         "completed failed client_disconnected insufficient_credits rate_limited upstream_failed abandoned shutdown"
     ),
     "usage_source": _words("reported estimated drained none"),
+    "state": _words("serving ejected open"),
     "task": _words(
         "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal refusals instances loop-lag"
-        " deadlines accept"
+        " deadlines accept balances"
     ),
 }
 
@@ -164,6 +165,13 @@ UPSTREAM_REQUEST_DURATION = _histogram(
     ("upstream",),
     (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600),
 )
+UPSTREAM_STATE = _gauge(
+    "meshproxy_upstream_state",
+    "1 while the upstream is in this state in any worker: serving, ejected (asked after its equals) or open (its breaker is).",
+    ("upstream", "state"),
+    merge="max",
+    preset=True,
+)
 BREAKER_OPEN = _gauge(
     "meshproxy_upstream_breaker_open",
     "1 while the upstream's circuit breaker is open in any worker.",
@@ -223,6 +231,25 @@ CONFIG_LAST_RELOAD_SUCCESSFUL = _gauge(
     "1 if the last attempt to load a configuration succeeded in every worker.",
     merge="min",
     preset=True,
+)
+
+ACCOUNT_REQUESTS = _counter(
+    "meshproxy_account_requests_total",
+    "Requests answered, by account and HTTP status; with metrics.accounts alone.",
+    ("account", "code"),
+)
+ACCOUNT_COST = _counter(
+    "meshproxy_account_cost_usd_total",
+    "Cost settled in USD, by account; with metrics.accounts alone.",
+    ("account",),
+    per=1_000_000_000,
+)
+ACCOUNT_BALANCE = _gauge(
+    "meshproxy_account_balance_usd",
+    "Credit in USD of the accounts that made requests, read from the ledger every few seconds; with metrics.accounts alone.",
+    ("account",),
+    merge="min",
+    per=1_000_000_000,
 )
 
 OWN = tuple(family for family in tuple(globals().values()) if isinstance(family, Definition))  # all definitions above

@@ -34,13 +34,21 @@ class Vocabulary:
     """The values that each label may have: the configured models and upstreams, and the closed sets of families.py."""
 
     def __init__(self, models: Iterable[str], upstreams: Iterable[str], version: str) -> None:
-        self._allowed: dict[str, frozenset[str]] = {**CLOSED, "version": frozenset({version})}
+        self._allowed: dict[str, frozenset[str] | set[str]] = {**CLOSED, "version": frozenset({version})}
+        self._accounts: set[str] = set()
+        self._allowed["account"] = self._accounts
         self.extend(models, upstreams)
 
     def extend(self, models: Iterable[str], upstreams: Iterable[str]) -> None:
         """Admit a new configuration's names beside the old ones: the counters of a removed model stay."""
-        self._allowed["model"] = self._allowed.get("model", frozenset({NONE})).union(models)
-        self._allowed["upstream"] = self._allowed.get("upstream", frozenset[str]()).union(upstreams)
+        self._allowed["model"] = frozenset({NONE}).union(self._allowed.get("model", ()), models)
+        self._allowed["upstream"] = frozenset[str]().union(self._allowed.get("upstream", ()), upstreams)
+
+    def add_account(self, name: str, most: int) -> bool:
+        """Admit an account's name, unless there are `most` already. Return whether it is admitted now."""
+        if name not in self._accounts and len(self._accounts) < most:
+            self._accounts.add(name)
+        return name in self._accounts
 
     def admit(self, labels: Sequence[str], values: Sequence[str]) -> tuple[str, ...]:
         """Return the values, with `other` for each that is not allowed. Raises ValueError if the count is wrong."""
@@ -116,6 +124,7 @@ class Metrics:
         self.upstream_requests = self._counters(families.UPSTREAM_REQUESTS)
         self.upstream_first_token = self._histograms(families.UPSTREAM_TIME_TO_FIRST_TOKEN)
         self.upstream_duration = self._histograms(families.UPSTREAM_REQUEST_DURATION)
+        self.upstream_state = self._gauges(families.UPSTREAM_STATE)
         self.breaker_open = self._gauges(families.BREAKER_OPEN)
         self.client_disconnects = self._counters(families.CLIENT_DISCONNECTS)
         self.ledger_op_duration = self._histograms(families.LEDGER_OP_DURATION)
@@ -128,6 +137,9 @@ class Metrics:
         self.event_loop_lag = self._histograms(families.EVENT_LOOP_LAG)
         self.config_generation = self._gauges(families.CONFIG_GENERATION)
         self.config_last_reload_successful = self._gauges(families.CONFIG_LAST_RELOAD_SUCCESSFUL)
+        self.account_requests = self._counters(families.ACCOUNT_REQUESTS)
+        self.account_cost = self._counters(families.ACCOUNT_COST)
+        self.account_balance = self._gauges(families.ACCOUNT_BALANCE)
         self.build_info.labels(version).set(1)
         self.workers.labels().set(1)
 
@@ -136,6 +148,10 @@ class Metrics:
         self._words.extend(models, upstreams)
         for family in self._families:
             family.preset()
+
+    def add_account(self, name: str, most: int) -> bool:
+        """Let an account have series of its own, if `most` don't have theirs. Return whether it has."""
+        return self._words.add_account(name, most)
 
     async def snapshot(self) -> bytes:
         """Encode all counts and the system's figures of this process as msgpack (see exposition.decode)."""

@@ -429,3 +429,69 @@ async def test_log_refused_by(operator, create):
     assert [answer.status for answer in answers] == [200, 429]
     (line,) = await operator.logged(answers[1].headers["x-request-id"], "request")
     assert line["refused_by"] == "key_requests"
+
+
+# the metrics
+
+
+async def metrics_of(operator: Operator) -> str:
+    url = f"{operator.gateway.admin}/metrics"
+    return (await exchange(url, "GET", headers={"authorization": f"Bearer {TOKEN}"}, body=None)).text
+
+
+async def shows(operator: Operator, *lines: str) -> None:
+    """Each beginning of a line is in the metrics, within the time that a change may take."""
+    deadline = time.monotonic() + HOLDS_S
+    while missing := [line for line in lines if f"\n{line}" not in await metrics_of(operator)]:
+        assert time.monotonic() < deadline, missing
+        await asyncio.sleep(0.1)
+
+
+async def test_metrics_by_upstream(operator, create):
+    assert (await operator.ask(create()["key"], "m/short", stream=True)).status == 200
+    await shows(
+        operator,
+        'meshproxy_upstream_time_to_first_token_seconds_count{upstream="short"} ',
+        'meshproxy_upstream_request_duration_seconds_count{upstream="short"} ',
+        'meshproxy_upstream_state{state="serving",upstream="short"} 1.0',
+    )
+
+
+async def test_metrics_ejected_member_of_a_pair(site, tmp_path_factory, create):
+    tables = configured(site, tmp_path_factory.mktemp("pair"))
+    routes = [{"upstream": name, "model": "up-model", "weight": 1} for name in ("good", "bad")]
+    tables['models."m/pair"'] = {"upstreams": routes, "context_window": 128_000, **PRICES}
+    operator = Operator(site.gateway("operators-pair", tables))
+    key = create()
+    answers = [(await operator.ask(key["key"], "m/pair")).status for _ in range(20)]
+    assert answers == [200] * 20
+    await shows(
+        operator,
+        'meshproxy_upstream_state{state="ejected",upstream="bad"} 1.0',
+        'meshproxy_upstream_state{state="serving",upstream="good"} 1.0',
+        'meshproxy_upstream_breaker_open{upstream="bad"} 0.0',
+    )
+
+
+async def test_metrics_accounts_off(operator, create, account):
+    assert (await operator.ask(create()["key"])).status == 200
+    text = await metrics_of(operator)
+    assert (account in text, "meshproxy_account_requests_total{" in text) == (False, False)
+
+
+async def test_metrics_accounts_all(site, tmp_path_factory, create, account):
+    tables = configured(site, tmp_path_factory.mktemp("accounts"))
+    tables["metrics"] = {"accounts": "all", "accounts_max": 1}
+    operator = Operator(site.gateway("operators-accounts", tables))
+    key = create()
+    another = operator.data("keys", "create", "--account", f"{account}-b")
+    operator.data("credits", "grant", f"{account}-b", "1")
+    assert [(await operator.ask(each["key"])).status for each in (key, another)] == [200, 200]
+    await shows(
+        operator,
+        f'meshproxy_account_requests_total{{account="{account}",code="200"}} 1.0',
+        f'meshproxy_account_cost_usd_total{{account="{account}"}} 0.000147',
+        f'meshproxy_account_balance_usd{{account="{account}"}} 999.999852',
+        'meshproxy_account_requests_total{account="other",code="200"} 1.0',
+    )
+    assert f"{account}-b" not in await metrics_of(operator)

@@ -25,7 +25,7 @@ def test_the_files_are_what_the_script_writes(tmp_path):
 
 
 def test_there_is_one_for_each_question():
-    names = ["latency", "ledger", "limits", "money", "process", "slo", "traffic", "upstreams"]
+    names = ["latency", "ledger", "limits", "money", "process", "slo", "tenants", "traffic", "upstreams"]
     assert names == [path.stem for path in FILES]
     assert [f"meshproxy-{name}" for name in names] == [board["uid"] for board in BOARDS]
 

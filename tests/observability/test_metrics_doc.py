@@ -34,7 +34,7 @@ def test_edges_are_told(definition):
 
 
 def test_every_label_is_told():
-    of_the_configuration = {"model", "upstream", "version"}
+    of_the_configuration = {"model", "upstream", "version", "account"}
     labels = {label for definition in OWN for label in definition.labels}
     assert labels == of_the_configuration | (TWO.keys() & CLOSED.keys())
 

@@ -27,6 +27,10 @@ upstream_requests_total upstream code
 upstream_time_to_first_token_seconds upstream
 upstream_request_duration_seconds upstream
 upstream_breaker_open upstream
+upstream_state upstream state
+account_requests_total account code
+account_cost_usd_total account
+account_balance_usd account
 client_disconnects_total phase
 ledger_op_duration_seconds op
 ledger_errors_total kind
@@ -44,7 +48,7 @@ def test_a_promised_family_has_the_promised_labels(line):
 
 
 def test_every_label_is_closed():
-    of_the_configuration = {"model", "upstream", "version"}
+    of_the_configuration = {"model", "upstream", "version", "account"}
     assert set() == {label for definition in OWN for label in definition.labels} - CLOSED.keys() - of_the_configuration
 
 
