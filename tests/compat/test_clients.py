@@ -8,6 +8,7 @@ docs/clients.md is this table in words, with what is particular about each.
 import importlib.util
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import pytest
 from meshproxy.policy.principal import Limits
 
 FOLDER = Path(__file__).parent / "clients"
-DOCS = Path(__file__).parents[2] / "docs" / "clients.md"
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0
 WAIT_S = 1.5  # a bucket of 40 a minute, refilled by one
 TWENTY = "Answer in 20 tokens, please."
@@ -135,6 +136,29 @@ def ask(request: pytest.FixtureRequest, site: Any) -> Iterator[Driver]:
     driver = Driver(request.param, site)
     yield driver
     driver.close()
+
+
+DECLARED = {
+    "python": ("pyproject.toml", r'"{}(?:\[\w+\])?==([\d.]+)"'),
+    "node": ("tests/compat/clients/node/package.json", r'"{}": "(?:npm:openai@)?([\d.]+)"'),
+    "go": ("tests/compat/clients/go/go.mod", r"{} v([\d.]+)"),
+    "java": ("tests/compat/clients/java/pom.xml", r"<artifactId>{}</artifactId>\s*<version>([\d.]+)"),
+    "rust": ("tests/compat/clients/rust/Cargo.toml", r'{} = \{{ version = "=([\d.]+)"'),
+}
+PACKAGES = {
+    "langchain": "langchain-openai",
+    "pydantic-ai": "pydantic-ai-slim",
+    "openai-go": "github.com/openai/openai-go/v3",
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
+def test_the_docs_name_each_client_and_its_version(client):
+    package = PACKAGES.get(client.name, client.name)
+    file, pattern = DECLARED[client.folder]
+    found = re.search(pattern.format(package), (ROOT / file).read_text())
+    told = {"openai-java": "com.openai:openai-java"}.get(package, re.sub(r"^openai-v\d$", "openai", package))
+    assert f"`{told}` {found[1]}" in (ROOT / "docs" / "clients.md").read_text()
 
 
 def test_unary(ask, caller):
