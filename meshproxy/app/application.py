@@ -67,9 +67,7 @@ def create_app(
 def application(
     worker: Worker, serve_chat: Handler | None = None, middlewares: Iterable[Middleware] = ()
 ) -> web.Application:
-    """Make the application over a worker that is started and stopped elsewhere. `serve_chat` replaces the worker's chat
-    handler.
-    """
+    """Make the application over a worker that is started elsewhere. `serve_chat` replaces its chat handler."""
     app = web.Application(
         middlewares=[_counting(worker), _for_browsers(worker), envelope_errors, *middlewares],
         client_max_size=worker.settings.server.max_body_bytes,

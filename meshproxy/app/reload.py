@@ -49,9 +49,7 @@ class Loaded(Struct, frozen=True):
 
 
 def read(path: str) -> Settings:
-    """Return the settings of a TOML file, without its secrets. Raises ConfigError with every fault, also if the file
-    can't be read.
-    """
+    """Return the settings of a TOML file, without its secrets. Raises ConfigError with every fault."""
     decoded = decode(_text_of(path))
     if decoded.faults:
         raise ConfigError(decoded.faults)
@@ -59,9 +57,7 @@ def read(path: str) -> Settings:
 
 
 def load(path: str) -> Loaded:
-    """Load the configuration of a TOML file. Raises ConfigError with everything that prevents serving it, each fault
-    with its line.
-    """
+    """Load the configuration of a TOML file. Raises ConfigError with all that prevents serving it, with lines."""
     try:
         decoded = decode(_text_of(path))
     except ConfigError as unfit:
@@ -82,9 +78,7 @@ def load(path: str) -> Loaded:
 
 
 def unservable(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
-    """Build what serving builds, and yield each fault. Sections with a fault in `known` can't be built, and are
-    skipped.
-    """
+    """Build what serving builds, and yield each fault. Sections with a fault in `known` are skipped."""
 
     def is_whole(path: str) -> bool:
         return not any(fault.startswith(path) and fault[len(path) :][:1] in {":", ".", "["} for fault in known)
@@ -167,9 +161,7 @@ def _server_faults(server: Server) -> Iterator[str]:
 
 
 def _try_host(address: str) -> None:
-    """Raise OSError if this machine lacks the address, or the socket's directory. The port isn't bound: it may be in
-    use by us.
-    """
+    """Raise OSError if this machine lacks the address or the socket's directory. The port may be ours: not bound."""
     if address.startswith("unix:"):
         os.stat(Path(address.removeprefix("unix:")).parent)  # noqa: PTH116 - for its OSError
         return
@@ -291,9 +283,7 @@ class Crew(Protocol):
     standing: RunningConfig
 
     async def prepare(self, standing: RunningConfig) -> list[str]:
-        """Build what this configuration needs in every worker, without changing anything. Return what can't be
-        built.
-        """
+        """Build what this configuration needs in every worker, changing nothing. Return what can't be built."""
 
     async def apply(self, standing: RunningConfig) -> list[str]:
         """Put this configuration in force in every worker. Return what prevented a worker from it."""

@@ -91,9 +91,7 @@ _log = structlog.get_logger("meshproxy.app")
 
 
 def serve(config_path: str) -> int:
-    """Serve a configuration until SIGTERM or SIGINT, and return the exit code. Raises ConfigError if it can't be
-    used.
-    """
+    """Serve a configuration until SIGTERM or SIGINT; return the exit code. Raises ConfigError if it can't."""
     loaded = load(config_path)
     settings, secrets = loaded.settings, loaded.secrets
     workers = settings.server.workers or len(os.sched_getaffinity(0))

@@ -193,9 +193,7 @@ class Supervisor:
             await wait(self._stopping, backoff_s)
 
     async def _brief(self, child: WorkerProcess) -> bool:
-        """Have a worker begin with the configuration in force, which may change meanwhile. Return False if it ends
-        before it serves.
-        """
+        """Have a worker begin with the configuration in force, even if that changes. Return False if it ends first."""
         told = None
         try:
             while told is not self.standing:

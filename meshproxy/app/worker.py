@@ -219,9 +219,7 @@ class Worker:
                 provider.retire()
 
     async def stop(self) -> None:
-        """Settle what is unsettled and close every connection. Raises SettlementsLost at the end if a settlement could
-        not be kept.
-        """
+        """Settle the rest and close every connection. Raises SettlementsLost, last, if some couldn't be kept."""
         self.stopping = True
         if await self.tasks.finish(SETTLE_GRACE_S):
             await self.tasks.finish(SETTLE_GRACE_S)  # the settlements of cancelled tasks
@@ -249,9 +247,7 @@ class Worker:
         return reasons
 
     async def _connect(self) -> Store:
-        """Return the store, connected if possible. Otherwise it is dialled in the background, and calls raise
-        Unavailable meanwhile.
-        """
+        """Return the store. A Redis that doesn't answer is dialled in the background; calls raise Unavailable."""
         listeners: dict[str, Any] = {
             "on_op": self._on_op,
             "keep": self._dialling.keep,
@@ -341,9 +337,7 @@ def access_to(settings: Settings) -> Access:
 def deploy(
     settings: Settings, secrets: Mapping[str, str], *, generation: int, providers: Mapping[str, Provider]
 ) -> ActiveConfig:
-    """Make an active configuration of these settings. `providers` are unchanged ones, kept with their open
-    connections.
-    """
+    """Make an active configuration of these settings. `providers` are unchanged ones, kept with their connections."""
     made = {
         name: providers.get(name) or Provider(name, upstream, secrets.get(name), user_agent=f"meshproxy/{VERSION}")
         for name, upstream in settings.upstreams.items()
@@ -354,9 +348,7 @@ def deploy(
 
 @asynccontextmanager
 async def with_redis(settings: Settings) -> AsyncIterator[Settings]:
-    """Yield the settings with a URL that can be connected to. Runs the embedded server meanwhile, if they ask for
-    it.
-    """
+    """Yield settings with a URL to connect to. Runs the embedded server meanwhile, if they ask for it."""
     if settings.redis.url != "embedded":
         yield settings
         return

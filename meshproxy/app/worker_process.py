@@ -145,9 +145,7 @@ class Serving:
         self._started_at = time.time()
 
     async def start(self) -> None:
-        """Start serving. Raises ConfigError for what checking the configuration can't find, such as a journal whose
-        files are all in use.
-        """
+        """Start serving. Raises ConfigError for what can't be checked ahead, such as a journal without a free file."""
         try:
             await self.worker.start(self.standing.generation)
         except (OSError, ValueError) as error:
@@ -161,9 +159,7 @@ class Serving:
         self.up.set()
 
     async def prepare(self, standing: RunningConfig) -> list[str]:
-        """Build what this needs without serving it, and return what can't be built. No error of a reload ends a
-        worker.
-        """
+        """Build what this needs without serving it; return what can't be built. Errors here never end the worker."""
         try:
             # Not in the event loop: a TLS context alone takes 16 ms.
             self._prepared = await asyncio.to_thread(

@@ -241,9 +241,7 @@ def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
 
 
 def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:
-    """Check the default model. The built-in default may be missing from `models`: then a request has to name its
-    model.
-    """
+    """Check the default model. If the built-in default is missing from `models`, requests have to name a model."""
     models = settings.models or {}
     if model is not None and model != Defaults().model and model not in models:
         yield f"defaults.model: no model is named {model}{nearest(model, models)}"
@@ -278,9 +276,7 @@ def parse(text: str) -> Settings:
 
 
 def decode(text: str) -> Decoded:
-    """Return the settings of a TOML text together with its faults and warnings. Raises ConfigError if the text isn't
-    TOML.
-    """
+    """Return the settings of a TOML text, with its faults and warnings. Raises ConfigError if it isn't TOML."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -13,9 +13,7 @@ ReadFile = Callable[[str], str]
 
 
 class Secrets(Struct, frozen=True):
-    """The API key of each upstream that has one, by upstream, and the token of the admin listener. The `repr` shows
-    none of them.
-    """
+    """The upstreams' API keys, by upstream, and the admin listener's token. The `repr` shows none of them."""
 
     upstreams: dict[str, str]
     admin_token: str | None = None
@@ -25,9 +23,7 @@ class Secrets(Struct, frozen=True):
 
 
 class SecretReader:
-    """Reads secrets from `env` and from files. `faults` lists each secret that can't be read or used, never with its
-    value.
-    """
+    """Reads secrets from `env` and files. `faults` lists those that can't be read or used, without their values."""
 
     def __init__(self, env: Mapping[str, str], read_file: ReadFile) -> None:
         self.faults: list[str] = []

@@ -22,9 +22,7 @@ _HOST = re.compile(r"[A-Za-z0-9._-]*")
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Split `127.0.0.1:8080`, `[::1]:8080` or `:8080` (every interface) into host and port. Raises ValueError for
-    anything else.
-    """
+    """Split `127.0.0.1:8080`, `[::1]:8080` or `:8080` (every interface) into host and port; else raise ValueError."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{address!r} is not HOST:PORT")
@@ -52,9 +50,7 @@ def address_fault(address: str) -> str | None:
 
 
 def is_private(address: str) -> bool:
-    """Return whether only this machine can reach a listener: loopback or a socket file. False for an invalid
-    address.
-    """
+    """Return whether only this machine can reach a listener: loopback or a socket file. False if it is invalid."""
     if address.startswith("unix:"):
         return True
     try:
@@ -94,9 +90,7 @@ def url_fault(url: str) -> str | None:
 
 
 def host_fault(host: str) -> str | None:
-    """Return what is wrong with a host name or address, None if it is valid. One final dot is the root (RFC 1034,
-    3.1).
-    """
+    """Return what is wrong with a host name or address, None if valid. A final dot is the root (RFC 1034, 3.1)."""
     if ":" in host:
         try:
             ipaddress.IPv6Address(host.partition("%")[0])
@@ -112,9 +106,7 @@ def host_fault(host: str) -> str | None:
 
 
 def redis_url_fault(url: str) -> str | None:
-    """Return what is wrong with the scheme of redis.url, None if it is valid. The rest isn't shown: it may contain a
-    password.
-    """
+    """Return what is wrong with redis.url's scheme, None if it is valid. The rest may contain a password."""
     if url == "embedded" or url.startswith(REDIS_SCHEMES):
         return None
     return f"its scheme is none of {', '.join(REDIS_SCHEMES)}, nor is it embedded"
@@ -343,9 +335,7 @@ class Prices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class PriceTier(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[[models."ID".price_tiers]]: prices of a whole request with a larger prompt. The largest tier that applies is
-    used.
-    """
+    """[[models."ID".price_tiers]]: prices of a whole request with a larger prompt. The largest that applies counts."""
 
     above_prompt_tokens: Positive
 

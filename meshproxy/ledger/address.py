@@ -54,9 +54,7 @@ class Tls(Struct, frozen=True):
     key_file: str | None = None
 
     def context(self) -> ssl.SSLContext:
-        """Make an SSL context that verifies certificate and host name. Reads the files; raises OSError if they can't be
-        used.
-        """
+        """Make an SSL context that verifies certificate and host name. Raises OSError if a file can't be used."""
         context = ssl.create_default_context(cafile=self.ca_file)
         if self.cert_file is not None:
             context.load_cert_chain(self.cert_file, self.key_file)
@@ -160,9 +158,7 @@ def _socket(hosts: str, path: str) -> Endpoint:
 
 
 def _read(authority: str) -> "ConnectKwargs":
-    """Read user, password, host and port. Raises ValueError without redis-py's message, which may quote a part of a
-    password.
-    """
+    """Read user, password, host and port. Raises ValueError without redis-py's message, which may quote a password."""
     from redis.asyncio.connection import parse_url as read_url  # noqa: PLC0415 - it takes a while; a health check reads no URL
 
     try:

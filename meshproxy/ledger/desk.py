@@ -43,9 +43,7 @@ Bound = TypeVar("Bound", Limits, Budgets)
 
 
 class Bounds(Struct, frozen=True, kw_only=True):
-    """Changes to limits and budgets, by field of policy.principal's records. None removes one. `clear` removes all
-    others first.
-    """
+    """Changes to limits and budgets, by field of policy.principal's records. None removes one; `clear` all, first."""
 
     limits: dict[str, int | None] = {}
     budgets: dict[str, int | None] = {}
@@ -141,9 +139,7 @@ class Desk:
         return shown_key(key, (await self.ledger.key_spends(key.account, [key.id]))[0])
 
     async def change_key(self, wanted: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
-        """Change the given fields of a key, preserving concurrent changes. 409 `key_revoked` if it would undo a
-        revocation.
-        """
+        """Change the given fields of a key, preserving concurrent changes. 409 `key_revoked` for un-revoking."""
         key = await self._need_key(wanted)
         try:
             changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
@@ -226,9 +222,7 @@ class Desk:
         return {"account": name, **_bounds_of_account(changed or await self._need_account(name))}
 
     async def delete_account(self, name: str) -> dict[str, Any]:
-        """Delete an account and everything that Redis has of it. This can't be undone. 409 `account_busy` while it
-        holds credit.
-        """
+        """Delete an account and everything that Redis has of it, for good. 409 `account_busy` while it holds credit."""
         await self._need_account(name)
         try:
             removed = await self.directory.delete_account(name, actor=self._actor)
@@ -242,9 +236,7 @@ class Desk:
         return shown_credit(name, await self.ledger.balance(name))
 
     async def grant(self, name: str, amount_nusd: int, note: str = "", ref: str = "") -> dict[str, Any]:
-        """Add credit, or take it back with a negative amount, once for each `ref`. Creates the account if it doesn't
-        exist.
-        """
+        """Add credit, or take it back with a negative amount, once for each `ref`. Creates a missing account."""
         _check_account_name(name)
         details = [
             Detail("string_too_long", ("body", field), f"At most {most} characters")
@@ -296,7 +288,7 @@ class Desk:
         since: float | None = None,
         until: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Return requests, tokens and cost by account and by `group_by` (`session` is `session_id`). Times are Unix
+        """Return requests, tokens, cost by account and `group_by` (`session` is `session_id`). Times are Unix
         seconds.
         """
         until = self._clock() if until is None else until
@@ -362,9 +354,7 @@ class Desk:
     # templates
 
     async def put_template(self, owner: str | None, name: str, fields: TemplateFields) -> dict[str, Any]:
-        """Create a template, or replace everything of an existing one except its id. `owner` None: a global
-        template.
-        """
+        """Create a template, or replace everything of an existing one but its id. `owner` None: a global template."""
         if owner is not None:
             _check_account_name(owner)
             await self.directory.ensure_account(owner, actor=self._actor)

@@ -58,9 +58,7 @@ class AuditEvent(Struct, frozen=True):
 
 
 class _Forward(Struct):
-    """The fields read from the record of a rotated secret: `rotated_to` is where the key's record is. The others are
-    for older versions.
-    """
+    """The fields read from a rotated secret's record: `rotated_to` is the key's present digest."""
 
     id: str
     rotated_to: str
@@ -95,9 +93,7 @@ class Directory:
         )
 
     async def principal(self, secret: str) -> Principal | None:
-        """Return the caller with this secret, whatever the key's status; None if the secret is unknown. Raises
-        Unavailable.
-        """
+        """Return the caller with this secret, whatever the key's status; None if it is unknown. Raises Unavailable."""
         return await self._principals.get(digest_of(secret))
 
     async def create_key(self, account: str, *, actor: str = "", **fields: Any) -> tuple[str, Key]:
@@ -113,9 +109,7 @@ class Directory:
         return secret, key
 
     async def find_key(self, wanted: str) -> Key | None:
-        """Find a key by id, by an unambiguous beginning of an id, or by secret. Return None if there is none or more
-        than one.
-        """
+        """Find a key by id, by an unambiguous beginning of an id, or by secret. None if there is none or several."""
         if wanted.startswith(SECRET_PREFIX):
             return await self._key(digest_of(wanted))
         if not _ID.fullmatch(wanted):
@@ -162,9 +156,7 @@ class Directory:
         raise StoreError("RACE", f"{key_id} was changed by others {MAX_CHANGES} times meanwhile")
 
     async def set_key_status(self, key_id: str, status: Status, *, actor: str = "") -> Key | None:
-        """Suspend, resume ("active") or revoke a key. Return None if there is no such key. Raises ValueError for a
-        revoked key.
-        """
+        """Suspend, resume ("active") or revoke a key. None: no such key. Raises ValueError if it is revoked."""
         action = f"key.{_ACTIONS[status]}"
         return await self.change_key(key_id, lambda key: replace(key, status=status), actor=actor, action=action)
 
@@ -233,9 +225,7 @@ class Directory:
     async def change_account(
         self, name: str, change: Callable[[Account], Account], *, actor: str = "", action: str = "account.update"
     ) -> Account | None:
-        """Apply a change to an account's record as it is stored now. Return the new record, or None if there is no such
-        account.
-        """
+        """Apply a change to an account's record as stored now. Return the new record, None: no such account."""
         record_name = AccountKeys(name).record
         for _ in range(MAX_CHANGES):
             before = await self.account(name)
@@ -310,9 +300,7 @@ class Directory:
         await self._store.execute("XADD", AUDIT, "MAXLEN", "~", AUDIT_KEPT, "*", *fields, "detail", text, "v", 1)
 
     async def _add(self, key: Key, digest: str) -> None:
-        """Store a new key. Its record is written last: if this is interrupted, the key doesn't work and listings skip
-        it.
-        """
+        """Store a new key, its record last: if this is interrupted, the key doesn't work and listings skip it."""
         names = AccountKeys(key.account)
         commands = [
             self._store.execute("SET", names.record, encode(Account(key.account)), "NX"),

@@ -175,9 +175,7 @@ class Journal:
         _log.error("settlement_lost", settlement=msgspec.to_builtins(settlement))
 
     def _open(self, path: Path) -> None:
-        """Lock the first free file, and move the contents of further free files into it. Raises OSError if no file is
-        free.
-        """
+        """Lock the first free file, and move other free files' contents into it. Raises OSError if none is free."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number in range(MAX_FILES):
             name = f"{path}.{number}"
@@ -232,9 +230,7 @@ def _open_if_free(name: str) -> int | None:
 
 
 def _read(file: int) -> list[Settlement]:
-    """Read the settlements of a file. Removes an incomplete last line, which a crash left, so that the next line isn't
-    appended to it.
-    """
+    """Read a file's settlements. Removes an incomplete last line (of a crash), lest the next be appended to it."""
     data = os.pread(file, os.fstat(file).st_size, 0)
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):

@@ -84,9 +84,7 @@ class Ledger:
         self._refused: Counter[str] = Counter()  # by account, since the last write to Redis
 
     async def admit(self, ask: HoldRequest) -> Hold | Denial:
-        """Hold credit for a request and debit its buckets, or return the denial. Repeating it with the same hold id is
-        safe.
-        """
+        """Hold credit for a request and debit its buckets, or return the denial. Safe to repeat with its hold id."""
         least = ask.amount_nusd if ask.amount_min_nusd is None else ask.amount_min_nusd
         args: list[Argument] = [
             ask.hold_id,
@@ -144,9 +142,7 @@ class Ledger:
         return _denied(reply, ())
 
     async def settle(self, settlement: Settlement) -> bool:
-        """Charge the cost of a request once. Return False if nothing was charged: it was settled before, or never
-        admitted.
-        """
+        """Charge a request's cost once. False: nothing was charged, it was settled before or never admitted."""
         return bool(await self._store.run(self._settle, *self._charge(settlement)))
 
     def settling(self, settlement: Settlement) -> "asyncio.Future[Any]":

@@ -137,9 +137,7 @@ class LocalAdmission:
         return Hold(ask, amount_nusd, available - amount_nusd, states)
 
     def take(self, ask: HoldRequest, amount_nusd: int) -> bool:
-        """Hold more of the account's allowance for a request, if it is available. Redis may hold the first part of
-        it.
-        """
+        """Hold more of the account's allowance for a request, if available. Redis may hold the first part of it."""
         if amount_nusd > self._available(ask.account):
             return False
         self._owe(ask.hold_id, ask.account, self._owed.get(ask.hold_id, (ask.account, 0))[1] + amount_nusd)
@@ -170,9 +168,7 @@ class LocalAdmission:
                 self._owe(settlement.hold_id, settlement.account, settlement.cost_nusd)
 
     def written(self) -> None:
-        """Drop the local buckets: Redis has written an admission, so its buckets are in force again. The allowance
-        stays as it is.
-        """
+        """Drop the local buckets but not the allowance: Redis has written an admission, so its buckets are in force."""
         if self._buckets:
             self._buckets.clear()
 
@@ -212,9 +208,7 @@ class LocalAdmission:
         return bucket
 
     def _full(self, ask: HoldRequest) -> str | None:
-        """Return the limit on parallel requests that this worker's share has reached, None if none. A share is at least
-        one.
-        """
+        """Return the parallel limit of which this worker's share (at least one) is reached, None if none is."""
         account, key = _owners(ask)
         for which, owner, limits in (("key", key, ask.key_limits), ("account", account, ask.account_limits)):
             most = limits.max_parallel

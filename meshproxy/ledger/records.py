@@ -45,9 +45,7 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
     account_budgets: Budgets = NO_BUDGETS
 
     def amount_within(self, room_nusd: int) -> int | None:
-        """Return the amount to hold where `room_nusd` is available, None if too little is. `admit.lua` has the same
-        rule.
-        """
+        """Return the amount to hold in a room of `room_nusd`, None if that is too small. `admit.lua` does the same."""
         if self.amount_nusd <= room_nusd:
             return self.amount_nusd
         if self.amount_min_nusd is None or self.amount_min_nusd > room_nusd:
@@ -70,9 +68,7 @@ class BucketState(Struct, frozen=True):
 
 
 class Hold(Struct, frozen=True):
-    """A hold of `amount_nusd` in all. It may be lower than requested if the request has a minimum. `buckets` are as of
-    admission.
-    """
+    """A hold of `amount_nusd` in all, lower than requested where the request allows it. `buckets`: as of admission."""
 
     ask: HoldRequest
     amount_nusd: int
@@ -167,9 +163,7 @@ class Balance(Struct, frozen=True):
 
 
 class Granted(Struct, frozen=True):
-    """The result of a grant: the balance now. `is_new` is False where its ref was granted before, so that nothing was
-    added.
-    """
+    """The result of a grant: the balance now. `is_new` False: its ref was granted before, and nothing was added."""
 
     balance_nusd: int
     is_new: bool
@@ -256,9 +250,7 @@ class AccountKeys:
         return f"{self.root}requests:{day}"
 
     def session_spend(self, session: str) -> str:
-        """Name the hash of a session's spend: total, by day, by month. A long session name is replaced by its
-        SHA-256.
-        """
+        """Name the hash of a session's spend: total, by day, by month. A long name is replaced by its SHA-256."""
         name = session.encode(errors="surrogatepass")
         short = session if len(name) <= MAX_SESSION_BYTES else f"sha256:{hashlib.sha256(name).hexdigest()}"
         return f"{self.root}session:{short}"

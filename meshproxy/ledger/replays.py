@@ -72,9 +72,7 @@ class Replays:
         await self._store.run(self._conclude, keys, [claim.owner, state, ttl_ms])
 
     async def read(self, claim: Claim, start: int) -> tuple[str | None, list[bytes]]:
-        """Return the state, and every part from `start` on. After `finished` no parts follow. State None: the record is
-        gone.
-        """
+        """Return the state and the parts from `start` on. No parts follow `finished`. None: the record is gone."""
         (owner, state), parts = await asyncio.gather(
             self._store.execute("HMGET", claim.record, "owner", "state"),
             self._store.execute("LRANGE", claim.parts, start, -1),

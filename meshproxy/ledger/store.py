@@ -83,9 +83,7 @@ class Unavailable(GatewayError):
 
 
 class StoreError(Exception):
-    """An error reply that waiting doesn't resolve: a bug here or a wrong set-up of the server. `kind` is the reply's
-    first word.
-    """
+    """An error reply that waiting doesn't resolve: a bug here or a wrong set-up there. `kind` is its first word."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -106,9 +104,7 @@ class Store(ABC):
 
     @abstractmethod
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
-        """Queue one command and return the future of its reply. It is sent even if the future is never awaited. `op` is
-        its name for metrics.
-        """
+        """Queue one command; return the future of its reply. It is sent even if not awaited. `op` is for metrics."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -128,9 +124,7 @@ class Store(ABC):
         return self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        """Run a script by its SHA-1, or by its text if the server doesn't have it. Raises Unavailable and
-        StoreError.
-        """
+        """Run a script by its SHA-1, or by its text if the server lacks it. Raises Unavailable and StoreError."""
         try:
             return await self.call(script, keys, args)
         except ScriptMissing:

@@ -83,9 +83,7 @@ async def usage(
 
 
 class Event(Struct, frozen=True):
-    """What one request used and cost. `outcome` is why it ended. `hold` is `live`, `abandoned` (settled late) or
-    `none`.
-    """
+    """What one request used and cost, and why it ended. `hold` is `live`, `abandoned` (settled late) or `none`."""
 
     request_id: str
     account: str

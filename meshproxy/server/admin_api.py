@@ -414,9 +414,7 @@ def _budgets(**given: tuple[str, Usd | UnsetType | None]) -> dict[str, int | Non
 
 
 def _amount(name: str, amount: Usd, *, signed: bool = False) -> int:
-    """Parse an amount to nano-USD. A float's shortest text is what the client wrote (to 15 digits), so no arithmetic is
-    done on it.
-    """
+    """Parse an amount to nano-USD. A float is parsed from its shortest text, which is what the client wrote."""
     try:
         amount_nusd = parse_usd(amount if isinstance(amount, str) else repr(amount).removesuffix(".0"))
         if amount_nusd < 0 and not signed:

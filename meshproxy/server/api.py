@@ -81,9 +81,7 @@ class Api:
         self._started = int(time.time())
 
     async def models(self, request: web.Request) -> web.Response:
-        """`GET /v1/models`: the models this key may use; `free=true` or `false`, `provider=`. A bare array for Mesh's
-        SDKs.
-        """
+        """`GET /v1/models`: the models this key may use; `free=`, `provider=`. A bare array for Mesh's SDKs."""
         return await self._listed(request, free=_FREE.get(request.query.get("free", "")))
 
     async def free_models(self, request: web.Request) -> web.Response:
@@ -295,9 +293,7 @@ class Api:
         return _json(models if "x-meshapi-sdk" in request.headers else {"object": "list", "data": models})
 
     def _models(self, principal: Principal, *, free: bool | None = None) -> list[dict[str, Any]]:
-        """List the models that the key may use, in the catalogue's order. `free`: only those that are free, or
-        aren't.
-        """
+        """List the models that the key may use, in the catalogue's order. `free` filters by whether they are."""
         catalog = self._gateway.active.catalog
         entries = [catalog.model(name) for name in catalog.ids if principal.may_use(name)]
         models = [self._public(entry) for entry in entries if entry is not None]

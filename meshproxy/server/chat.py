@@ -238,9 +238,7 @@ async def body_of(connection: ClientConnection, fields: Mapping[str, str], serve
 async def read_json_body(
     request: web.BaseRequest, server: Server, take: TakeRoom, most_bytes: int | None = None
 ) -> bytes:
-    """Read the body of an aiohttp request. `most_bytes`: a lower bound than `server.max_body_bytes`, where that is
-    enough.
-    """
+    """Read the body of an aiohttp request. `most_bytes` may lower the bound of `server.max_body_bytes`."""
     most_bytes = server.max_body_bytes if most_bytes is None else min(most_bytes, server.max_body_bytes)
     timeout_s = _time_for(request.headers, server, most_bytes)
     length = request.content_length

@@ -89,9 +89,7 @@ _V4_WITH_PORT = re.compile(r"([0-9.]+):[0-9]+")
 
 
 class TrustedProxies:
-    """The networks of proxies whose headers are believed. A peer on a unix socket is trusted: the file's permissions
-    let it connect.
-    """
+    """The networks of proxies whose headers are believed. Peers on a unix socket are trusted: its file let them in."""
 
     def __init__(self, networks: Iterable[str]) -> None:
         self._networks = Networks(networks)

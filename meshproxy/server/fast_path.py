@@ -50,9 +50,7 @@ class Host(Protocol):
 
 
 class ClientConnection(asyncio.Protocol):
-    """One connection. `source`: the client named by a PROXY header. `deadline`: the loop time after which to `expire`
-    it.
-    """
+    """One connection. `source`: the client named by a PROXY header. `deadline`: the loop time to `expire` it at."""
 
     __slots__ = (
         "_ahead",

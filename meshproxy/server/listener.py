@@ -29,9 +29,7 @@ HANDSHAKE_S = 10.0
 
 
 def server_context(server: Server) -> ssl.SSLContext | None:
-    """Make the TLS context that the settings ask for, None without TLS. Raises ConfigError if the files can't be
-    used.
-    """
+    """Make the TLS context of the settings, None without TLS. Raises ConfigError if the files can't be used."""
     if server.tls_cert is None or server.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -87,9 +85,7 @@ def listen(address: str, *, shared: bool = False) -> socket.socket:
 
 
 def listen_shared(address: str, count: int) -> list[socket.socket]:
-    """Open one socket for each of `count` workers; the kernel distributes connections. A unix socket is shared by
-    all.
-    """
+    """Open one socket for each of `count` workers; the kernel distributes connections. Unix sockets are shared."""
     if address.startswith(UNIX_PREFIX):
         return [listen(address)] * count
     listen(address).close()  # SO_REUSEPORT alone would let us share the port with another program of the same user
@@ -328,9 +324,7 @@ class Runner(web.AppRunner):
         return len(self._connections())
 
     def close_idle(self) -> None:
-        """Close the connections without a request. aiohttp's own pre_shutdown() also drops bodies that are being
-        sent.
-        """
+        """Close the connections without a request. aiohttp's pre_shutdown() would also drop bodies being sent."""
         for connection in self._connections():
             if connection.is_idle:
                 connection.force_close()

@@ -104,9 +104,7 @@ def decode(data: bytes) -> Snapshot:
 
 
 def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """Merge snapshots into a new one. Of histograms with different edges, only those with the edges of the first are
-    counted.
-    """
+    """Merge snapshots into a new one. Histograms whose edges differ from the first's are left out."""
     merged: dict[str, Family] = {}
     totals: dict[tuple[str, tuple[str, ...]], Series] = {}
     for family in chain.from_iterable(snapshots):
@@ -130,9 +128,7 @@ def _add(total: Series, series: Series, definition: Definition) -> None:
 
 
 class MergedMetrics:
-    """The last report of every living worker, and the sum of those that ended. Its size is bounded by the number of
-    workers.
-    """
+    """The last report of every living worker (bounded by their number), and the sum of those that ended."""
 
     def __init__(self) -> None:
         self._alive: dict[int, Snapshot] = {}
@@ -258,9 +254,8 @@ def _is_error(code: str) -> bool:
 def _models(found: _Found) -> list[dict[str, Any]]:
     """List the models with most requests."""
     requests = found.by(families.REQUESTS, "model", lambda labels: labels[1] != families.NONE)
-    tokens = found.by(
-        families.TOKENS, "model", lambda labels: labels[1] in {"prompt", "completion"}
-    )  # others are parts
+    # the other types are parts of these two
+    tokens = found.by(families.TOKENS, "model", lambda labels: labels[1] in {"prompt", "completion"})
     cost = found.by(families.COST, "model")
     served = sorted(requests, key=lambda name: (-requests[name], name))[:TOP_MODELS]
     return [

@@ -46,9 +46,7 @@ def redact(line: bytes) -> bytes:
 
 
 class LineSink:
-    """Writes whole lines of bytes, newline included, from any thread. Every line is redacted here, just before it
-    leaves.
-    """
+    """Writes whole lines of bytes, newline included, from any thread. Every line is redacted here, at the end."""
 
     def __init__(self, stream: BinaryIO, dropped_line: Callable[[int], bytes]) -> None:
         self._stream: Any = getattr(stream, "raw", stream)
@@ -150,9 +148,7 @@ _Render = Callable[[str, EventDict], bytes]
 
 
 def configure(level: Level, format: Format, stream: BinaryIO) -> LineSink:  # noqa: A002 - the configuration's word
-    """Send every log of the process to `stream`, from `level` up. May be called again; then close() the sink that it
-    replaces.
-    """
+    """Send every log of the process to `stream`, from `level` up. To change it, call again and close() the old sink."""
     render = _renderer(format, colors=stream.isatty())
     sink = LineSink(stream, lambda count: render("warning", {"event": "log_lines_dropped", "count": count}))
     structlog.configure(
@@ -223,9 +219,7 @@ class RequestLog:
 
 
 def to_json(fields: dict[str, Any]) -> bytes:
-    """Encode one JSON object without newlines. Values that JSON lacks (objects, lone surrogates, huge integers) become
-    text.
-    """
+    """Encode one JSON object without newlines. What JSON lacks (objects, lone surrogates, huge integers) is text."""
     try:
         return orjson.dumps(fields, default=repr)
     except TypeError:

@@ -71,9 +71,7 @@ class OtlpTracer:
         span.end(ended_ns)
 
     async def close(self) -> None:
-        """Send the queued spans for at most FLUSH_S. The thread is a daemon, so a collector can't keep the process from
-        exiting.
-        """
+        """Send the queued spans for at most FLUSH_S. The thread is a daemon: a collector can't delay the exit."""
         flush = threading.Thread(target=self._provider.shutdown, name="traces-flush", daemon=True)
         flush.start()
         await asyncio.to_thread(flush.join, FLUSH_S)

@@ -28,9 +28,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Tasks:
-    """The running tasks, each held by a strong reference until it ends. `on_failure` is called with the name of each
-    that raises.
-    """
+    """The running tasks, each held by a strong reference. `on_failure` is called with the name of each that raises."""
 
     def __init__(self, on_failure: Callable[[str], None] = lambda _: None) -> None:
         self.failing: set[str] = set()  # vital loops that keep raising
@@ -93,16 +91,12 @@ class Tasks:
             await asyncio.wait(kept, timeout=CANCEL_GRACE_S)
 
     def follow(self, future: asyncio.Future[T], then: Callable[[asyncio.Future[T]], None]) -> None:
-        """Keep a reference to a running future, and call `then` with it when it is done. Cheaper than a task by
-        half.
-        """
+        """Keep a reference to a running future, and call `then` with it when it is done. Half the cost of a task."""
         self._running.add(future)
         future.add_done_callback(partial(self._followed, then))
 
     async def finish(self, timeout_s: float) -> int:
-        """Wait for every spawned task, including later ones. Cancel what still runs after `timeout_s`; return how
-        many.
-        """
+        """Wait for every spawned task, also later ones. Cancel what runs after `timeout_s`, and return how many."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_s
         while self._running and clock() < deadline:

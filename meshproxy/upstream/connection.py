@@ -32,9 +32,7 @@ class Patience(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """One connection. `on_idle` is called when it can be used again; `on_lost` is called once, when it is closed for
-    any reason.
-    """
+    """One connection. `on_idle` is called when it can be used again; `on_lost` is called once, when it is closed."""
 
     __slots__ = (
         "_answer",
@@ -86,9 +84,7 @@ class Connection(asyncio.Protocol):
     # Called by the provider and the response.
 
     def send(self, request: list[bytes]) -> "asyncio.Future[Response] | None":
-        """Write a request. The returned future yields its answer or raises UpstreamError. None if the connection was
-        dead already.
-        """
+        """Write a request; return the future of its answer or UpstreamError. None if the connection was dead."""
         transport = self._transport
         if transport is None or not self.usable or transport.is_closing():
             return None
@@ -108,9 +104,7 @@ class Connection(asyncio.Protocol):
         return bool(self._poll.poll(0))
 
     def abandon(self, answer: "asyncio.Future[Response]") -> None:
-        """Give up an `answer` that nothing awaits any more. Closes this connection only if that exchange still uses
-        it.
-        """
+        """Give up an `answer` that isn't awaited any more. Closes the connection only if that exchange uses it."""
         if answer is self._answer:
             self.abort()
         elif not answer.cancelled() and answer.exception() is None:
@@ -170,9 +164,7 @@ class Connection(asyncio.Protocol):
             self._finish()
 
     def eof_received(self) -> None:
-        """End a body that only the end of the connection delimits; fail any other exchange. asyncio then closes the
-        transport.
-        """
+        """End a body that only the connection's end delimits; fail any other exchange. asyncio then closes."""
         if self._body is not None and self._body.until_eof and self._said_goodbye():
             self._finish()
         else:
@@ -189,7 +181,7 @@ class Connection(asyncio.Protocol):
         self._on_lost(self)
 
     def _said_goodbye(self) -> bool:
-        """Return whether the provider itself ended the connection. Under TLS a bare end of TCP may be forged (RFC 9112,
+        """Return whether the provider ended the connection. A bare end of TCP under TLS may be forged (RFC 9112,
         9.8).
         """
         assert self._transport is not None  # noqa: S101 # only called from within the transport's callback
@@ -277,9 +269,7 @@ class Connection(asyncio.Protocol):
 
 
 def _decoded(body: Body, coding: str, response: Response) -> Body:
-    """Return the body with its content coding undone, and drop that header. Raises UpstreamError for an unknown
-    coding.
-    """
+    """Return the body with its content coding undone, and drop that header. Raises UpstreamError if unknown."""
     name = coding.strip().lower()
     if name in IDENTITY:
         return body

@@ -32,9 +32,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class Address:
-    """A parsed base URL. `authority` is the Host header; `path` is the prefix of every request's path. Raises
-    ValueError.
-    """
+    """A parsed base URL, or ValueError. `authority` is the Host header; `path` is the prefix of requests' paths."""
 
     def __init__(self, base_url: str) -> None:
         url = urlsplit(base_url)
@@ -179,9 +177,7 @@ class Pool:
         return None
 
     async def open(self) -> Connection:
-        """Return a new connection or, at the limit, the first that becomes free. Raises UpstreamError, always safe to
-        repeat.
-        """
+        """Return a new connection or, at the limit, the first that becomes free; or raise UpstreamError, repeatable."""
         if self._closed:
             raise closing()
         connection = self._new() or await self._stand_in_line()

@@ -30,9 +30,7 @@ _FRAMING = frozenset(
 
 
 class Provider:
-    """Posts requests to one upstream. `ssl_context` replaces the verified default. Raises ValueError for settings that
-    can't be sent.
-    """
+    """Posts requests to one upstream. `ssl_context` replaces the default. Raises ValueError for bad settings."""
 
     def __init__(
         self,
@@ -81,9 +79,7 @@ class Provider:
             raise
 
     def retire(self) -> None:
-        """Keep no connections: close idle ones now and busy ones after their answers. Further requests are still
-        possible.
-        """
+        """Close idle connections now, and busy ones after their answers. Further requests are still possible."""
         self._pool.retire()
 
     async def close(self) -> None:
@@ -119,9 +115,7 @@ class Provider:
         return begin
 
     def _line(self, name: str, value: str) -> str:
-        """Format one of the caller's headers. It must not break out of its line nor repeat one of the provider's own
-        headers.
-        """
+        """Format one of the caller's headers. It must neither break its line nor repeat one of the provider's own."""
         lower = name.lower()
         if not _can_be_sent(name, value) or lower in _FRAMING or lower in self._own_headers:
             raise GatewayError(Source.CLIENT, invalid(f"The header {name[:64]!r} can't be passed on."))

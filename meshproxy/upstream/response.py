@@ -71,9 +71,7 @@ def connect_timeout(timeout_s: float) -> UpstreamError:
 
 
 def unreachable(error: Exception, phase: Phase = Phase.CONNECT) -> UpstreamError:
-    """Make the error for a failed connection: name, port or certificate. Internal addresses stay in its cause, for the
-    log.
-    """
+    """Make the error for a failed connection: name, port or certificate. Internal addresses stay in its cause."""
     if _is_ours(error):
         problem = overloaded("The gateway can't open another connection.")
         return UpstreamError(problem, safe_to_repeat=True, phase=phase, reason=reason_of(error), source=Source.GATEWAY)
@@ -183,9 +181,7 @@ class Flow(Protocol):
 
 
 class Response:
-    """One answer of a provider. Header names are lower-case. It is its connection's sink until `relay` or `read` sets
-    another.
-    """
+    """One answer of a provider. Header names are lower-case. It is its own sink until `relay` or `read` sets one."""
 
     def __init__(self, status: int, headers: list[tuple[str, str]], flow: Flow | None, max_bytes: int) -> None:
         self.status = status
@@ -256,9 +252,7 @@ class Response:
             self._listener = None
 
     def relay(self, sink: Sink) -> None:
-        """Push the body to `sink` from now on. What has arrived is pushed before this returns, including the end or
-        failure.
-        """
+        """Push the body to `sink` from now on. What has arrived, even its end, is pushed before this returns."""
         if self._early_bytes > MAX_EARLY_BYTES:
             self.resume()
         early, self._early, self._early_bytes = self._early, [], 0
@@ -276,9 +270,7 @@ class Response:
             sink.end()
 
     def pause(self) -> None:
-        """Stop reading from the socket. Bytes read before still arrive. The pause doesn't count as the provider's
-        silence.
-        """
+        """Stop reading from the socket. Bytes already read still arrive. A pause isn't the provider's silence."""
         if self._flow is not None:
             self._flow.pause()
 
@@ -288,9 +280,7 @@ class Response:
             self._flow.resume()
 
     def close(self) -> None:
-        """Give up the rest of the body. Closes the socket of an unfinished answer at once, so that the provider
-        stops.
-        """
+        """Give up the rest of the body. An unfinished answer's socket is closed at once, so that the provider stops."""
         self._closed = True
         self._early.clear()
         flow, self._flow = self._flow, None
