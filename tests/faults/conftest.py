@@ -178,6 +178,9 @@ async def stage(wires, start_mesh: StartMesh, simulator, monkeypatch, terms: Ter
         models={
             "brisk": model("wired", "sim/plain?tokens=24&tps=2000"),
             "paced": model("wired", "sim/plain?tokens=24&tps=400"),
+            "slow": model(
+                "wired", "sim/plain?tokens=24&tps=100"
+            ),  # a busy machine is late, and still in the middle of it
             "pondering": model("wired", "sim/plain?tokens=24&tps=400&ttft=0.1"),
             **terms.models,
         },

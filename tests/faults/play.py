@@ -37,7 +37,9 @@ async def struck(stage, leg, phase, mode, *, stream):
         await wire.strike(mode, "caller")
         return await stage.ask(stream=stream, patience_s=patience_s)
     if phase == WAITING:
-        asked = asyncio.create_task(stage.ask("pondering", stream=stream, patience_s=patience_s))
+        asked = asyncio.create_task(
+            stage.ask(model_of(leg, phase, stream=stream), stream=stream, patience_s=patience_s)
+        )
         await mesh.until(lambda: mesh.received)
         await wire.strike(mode, "target")
         return await asked
@@ -47,12 +49,20 @@ async def struck(stage, leg, phase, mode, *, stream):
         await mesh.until(lambda: not mesh.worker.store.connected)
         if mode in GENTLE:
             await mesh.until(lambda: mesh.worker.store.connected)
-    # A provider that answers at once may have begun before it notices the end of its caller: on CPython 3.12 and later aiohttp's
-    # server does, since it starts its handlers eagerly.
-    model = "pondering" if (leg, phase) == ("upstream", "behind the request") else ""
-    got = await stage.ask(model, stream=stream, patience_s=patience_s)
+    got = await stage.ask(model_of(leg, phase, stream=stream), stream=stream, patience_s=patience_s)
     await mesh.until(lambda: wire.struck)
     return got
+
+
+def model_of(leg, phase, *, stream):
+    """The model whose provider is at that phase for long enough; the usual one is "".
+
+    A provider that answers at once may have begun before it notices the end of its caller: on CPython 3.12 and later aiohttp's
+    server does, since it starts its handlers eagerly.
+    """
+    if phase == WAITING or (leg, phase) == ("upstream", "behind the request"):
+        return "pondering"
+    return "slow" if stream and phase == "in the answer's body" else ""
 
 
 async def written(stage, got):

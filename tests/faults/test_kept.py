@@ -3,8 +3,8 @@
 import pytest
 
 from tests.faults.conftest import Terms
-from tests.faults.phases import IDLE, WAITING
-from tests.faults.play import FULL_NUSD, balanced, heard, struck, written
+from tests.faults.phases import IDLE
+from tests.faults.play import FULL_NUSD, balanced, heard, model_of, struck, written
 from tests.faults.table import KEPT, OUTCOMES, SHAPES, TABLE, word_of
 
 CASES = [
@@ -28,7 +28,7 @@ async def test_a_reset_has_its_outcome_and_leaves_nothing(stage, kept_by, leg, p
     outcome = OUTCOMES[word_of(KEPT.get((leg, phase), TABLE[leg, phase][0]), shape)]
     assert outcome == await written(stage, heard(got))
     if kept_by != "drain":
-        model = "pondering" if phase == WAITING else ""
+        model = model_of(leg, phase, stream=shape == "stream")
         assert "200" == heard(await stage.ask(model, stream=shape == "stream"))
         paid_in_vain = (await balanced(stage)).settled_nusd - FULL_NUSD
         assert (outcome.charge == "a part") == (paid_in_vain > 0)

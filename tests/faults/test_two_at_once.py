@@ -26,7 +26,7 @@ async def test_two_faults_have_their_outcome_and_leave_nothing(stage, first, sec
     before = stage.held()
     for leg, phase, mode in (first, second):
         stage.wires[leg].fault = PHASES[leg][phase](mode) if phase != THEN else None
-    asked = asyncio.create_task(stage.ask(stream=shape == "stream"))
+    asked = asyncio.create_task(stage.ask("slow" if shape == "stream" else "", stream=shape == "stream"))
     for leg, phase, mode in (first, second):
         if phase == THEN:
             await stage.wires[leg].strike(mode, "target")
