@@ -38,7 +38,8 @@ def trio(tmp_path):
 
 async def test_the_master_is_found_and_after_its_death_the_next(trio):
     sentinel, master_process, replica = trio
-    store = await connect(Redis(url=f"redis+sentinel://127.0.0.1:1,127.0.0.1:{sentinel}/mymaster/2"))
+    nobody, no_sentinel = "127.0.0.1:1", f"127.0.0.1:{replica}"
+    store = await connect(Redis(url=f"redis+sentinel://{nobody},{no_sentinel},127.0.0.1:{sentinel}/mymaster/2"))
     assert await store.execute("SET", "x", 1) == b"OK"
     assert await store.execute("WAIT", 1, 1000) == 1
     master_process.send_signal(signal.SIGKILL)
