@@ -72,13 +72,14 @@ in its place. An unknown key is an error that names the nearest right one, and `
 fault at once, each with the file and line. It builds what `serve` builds: secrets, certificates, the TLS files of `redis.url` and
 the journal's directory are tried, so that a file which `check` accepts can be served, and one which it refuses (exit code 78)
 `serve` refuses likewise, with one worker or several. What is likely a mistake is a warning and no error: a price that looks like
-the price of one token, a `base_url` that ends in an endpoint's path or lacks its host's, a secret in
-`headers` in plain text, a model's name with a `*`, a `listen` on every interface in plain HTTP with no proxy in
-`trusted_proxies`. Money is a decimal string, never a float. On SIGHUP the file is read again as a transaction: every worker
-builds it, and only when all could does it hold; a bad file changes nothing.
+the price of one token, or that no model has, a `base_url` that ends in an endpoint's path, lacks its host's, is the gateway's own
+or is plain HTTP where TLS was meant, a `markup` that counts for nothing, a secret in `headers` in plain text, a model's name with
+a `*`, a `listen` on every interface in plain HTTP with no proxy in `trusted_proxies`. Money is a decimal string, never a float.
+On SIGHUP the file is read again as a transaction: every worker builds it, and only when all could does it hold; a bad file
+changes nothing.
 
-A secret is `{ env = "NAME" }` or `{ file = "/path" }`: it never stands in the file itself. `redis.url` and a value of
-`headers` may be secrets too. An entry of a model's `upstreams` is
+A secret is `{ env = "NAME" }` or `{ file = "/path" }`, a regular file of at most 64 KiB: it never stands in the file itself.
+`redis.url` and a value of `headers` may be secrets too. An entry of a model's `upstreams` is
 `{ upstream = "NAME", model = "the provider's name for it", weight = 1 }`, the weight optional.
 """
 

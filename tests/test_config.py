@@ -15,6 +15,7 @@ from meshproxy.money import parse_usd
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
 PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "http://a"\n'
 NO_HEADER = "expected the name of a header that is neither a connection's nor one that the gateway sends by itself"
+LABEL = "a label of its host's name has 1 to 63 letters, digits, - and _ (RFC 1035, 2.3.4)"
 PRICES = 'input_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
 
 
@@ -50,8 +51,8 @@ def test_nothing_is_the_defaults():
         ("[server]\nworkers = -1", ["server.workers: expected int >= 0"]),
         ("[server]\nworkers = true", ["server.workers: expected int, got bool"]),
         ("[server]\nmax_in_flight = 0", ["server.max_in_flight: expected int >= 1"]),
-        ("[server]\nheartbeat_s = 0", ["server.heartbeat_s: expected float > 0.0"]),
-        ("[server]\nheartbeat_s = nan", ["server.heartbeat_s: expected float > 0.0"]),
+        ("[server]\nheartbeat_s = 0", ["server.heartbeat_s: expected float >= 0.001"]),
+        ("[server]\nheartbeat_s = nan", ["server.heartbeat_s: expected float >= 0.001"]),
         ("[server]\nheartbeat_s = inf", ["server.heartbeat_s: expected float <= 86400.0"]),
         ("[server]\ndrain_s = -1", ["server.drain_s: expected float >= 0.0"]),
         ("[server]\nlisten = '8080'", ["server.listen: '8080' is not HOST:PORT"]),
@@ -117,6 +118,25 @@ def test_nothing_is_the_defaults():
                 'upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }',
             ],
         ),
+        ("[server]\nlisten = 'a..b:1'", [f"server.listen: 'a..b:1': {LABEL}"]),
+        ("[server]\nlisten = '127.0.0.256:1'", ["server.listen: '127.0.0.256:1': its host is not an IPv4 address"]),
+        ("[server]\nadmin_hosts = ['http://a']", ["server.admin_hosts[0]: expected a host's name without a port"]),
+        ("[server]\nadmin_hosts = ['a:1']", ["server.admin_hosts[0]: expected a host's name without a port"]),
+        ("[server]\nadmin_hosts = ['a', '*']", ["server.admin_hosts[1]: expected a host's name without a port"]),
+        ("[server]\ncors_origins = ['https://a:99999']", ["server.cors_origins[0]: Port out of range 0-65535"]),
+        ("[server]\ncors_origins = ['https://a:443']", ["server.cors_origins[0]: browsers send https://a"]),
+        ("[server]\ncors_origins = ['http://App:80']", ["server.cors_origins[0]: browsers send http://app"]),
+        ("[redis]\njournal = ''", ["redis.journal: expected the path of a file"]),
+        ("[redis]\njournal = '/a/'", ["redis.journal: expected the path of a file"]),
+        ('[redis]\njournal = "/a\\u0000"', ["redis.journal: expected the path of a file"]),
+        (provider('headers = { Content-Encoding = "gzip" }'), [f"upstreams.a.headers.Content-Encoding: {NO_HEADER}"]),
+        (
+            provider('headers = { X-A = "1", x-a = "2" }'),
+            [
+                "upstreams.a.headers.X-A: this header is there twice",
+                "upstreams.a.headers.x-a: this header is there twice",
+            ],
+        ),
         (provider("headers = { a = 1 }"), ["upstreams.a.headers.a: expected what a header can carry"]),
         (provider('headers = { "a b" = "c" }'), [f'upstreams.a.headers."a b": {NO_HEADER}']),
         (provider(r'headers = { a = "b\r\nc: d" }'), ["upstreams.a.headers.a: expected what a header can carry"]),
@@ -148,7 +168,7 @@ def test_faults(text, expected):
     assert expected == faults(text)
 
 
-@pytest.mark.parametrize("text", ["x", "a = 1\na = 2", "a = " + "[" * 10_000, "[a", 'a = "\x00"'])
+@pytest.mark.parametrize("text", ["x", "a = 1\na = 2", "a = " + "9" * 5000, "a = " + "[" * 10_000, "[a", 'a = "\x00"'])
 def test_what_is_no_toml(text):
     (fault,) = faults(text)
     assert fault.startswith("not TOML: ")
@@ -173,6 +193,12 @@ def test_what_is_no_toml(text):
         ("http://a/é", "expected"),
         ("http://a:99999", "Port out of range 0-65535"),
         ("http://a:0", "there is no port 0"),
+        ("http://127.0.0.256", "its host is not an IPv4 address"),
+        ("http://1.2.3.4.5", "its host is not an IPv4 address"),
+        ("http://256.1", "its host is not an IPv4 address"),
+        ("http://127.1", None),
+        ("http://2130706433", None),
+        ("http://4.example.", None),
     ],
 )
 def test_base_url(url, expected):
@@ -278,6 +304,27 @@ def test_what_no_tier_fee_or_markup_can_be(more, expected):
     assert expected == faults(model(more))
 
 
+@pytest.mark.parametrize(
+    "server, url, is_doubted",
+    [
+        ("", "https://a.example/v1", False),
+        ("", "http://127.0.0.1:8080/v1", True),
+        ("", "http://localhost:8081", True),
+        ("listen = ':80'\n", "http://[::1]:80", True),
+        ("listen = '10.0.0.1:80'\n", "http://127.0.0.1:80", False),
+        ("", "http://10.0.0.1:8080", False),
+        ("", "https://a.example/v1/v1", True),
+        ("", "https://a.example/v1/chat", True),
+        ("", "http://api.openai.com/v1", True),
+        ("", "http://a.example:443/v1", True),
+    ],
+)
+def test_which_base_urls_are_doubted(server, url, is_doubted):
+    text = f"[server]\n{server}{PROVIDER.replace('http://a', url, 1)}"
+    doubts = [told.partition(": ")[0] for told in likely_mistakes(parse(text), tomllib.loads(text))]
+    assert ("upstreams.a.base_url" in doubts) == is_doubted
+
+
 CHEAP = SERVICE.format("flex").replace('"1"', '"0.0000025"', 1)
 
 
@@ -285,6 +332,10 @@ CHEAP = SERVICE.format("flex").replace('"1"', '"0.0000025"', 1)
     "more, expected",
     [
         ('cost_from = "usage.cost"', []),
+        ('cost_from = "usage.cost"\nmarkup = "1.05"', []),
+        ('markup = "1.05"', ["models.m.markup"]),
+        ('cached_input_usd_per_mtok = "1.01"', ["models.m.cached_input_usd_per_mtok"]),
+        ('reasoning_usd_per_mtok = "10001"', ["models.m.reasoning_usd_per_mtok"]),
         (CHEAP, ["models.m.service_tiers.flex.input_usd_per_mtok"]),
         (TIER.format(1).replace('"1"', '"0.0000025"', 1), ["models.m.price_tiers[0].input_usd_per_mtok"]),
     ],

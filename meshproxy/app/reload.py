@@ -7,15 +7,18 @@ reports states to systemd (sd_notify(3)).
 
 import asyncio
 import contextlib
+import errno
 import hashlib
+import ipaddress
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -38,6 +41,8 @@ from meshproxy.config.load import line_of, under
 from meshproxy.ledger.address import parse_url, tls_context
 from meshproxy.ledger.journal import MAX_FILES
 from meshproxy.telemetry.traces import require_extra
+
+MAX_SECRET_BYTES = 65_536
 
 
 class Loaded(Struct, frozen=True):
@@ -123,13 +128,29 @@ def filled(settings: Settings, *, need_keys: bool = True) -> tuple[Settings, Sec
 
 
 def secret_text(path: str) -> str:
-    """Read a secret's file. Bytes that aren't UTF-8 become characters that a `SecretReader` refuses."""
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    """Read a secret's file. Bytes that aren't UTF-8 become characters that a `SecretReader` refuses. Raises OSError for
+    what is no file or too large for a secret.
+    """
+    require_file(path)
+    with open(path, "rb") as file:  # noqa: PTH123 - to read no more than this of it
+        data = file.read(MAX_SECRET_BYTES + 1)
+    if len(data) > MAX_SECRET_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_SECRET_BYTES} bytes")
+    return data.decode(errors="replace")
+
+
+def require_file(path: str) -> None:
+    """Raise OSError if there is no regular file: to read a FIFO or a device may take for ever."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 - for its OSError
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
 
 
 def _text_of(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError([f"{path}: can't be read ({error.strerror})"]) from error
     except UnicodeDecodeError as error:
@@ -149,7 +170,12 @@ def _server_faults(server: Server) -> Iterator[str]:
     """Check the TLS files and that both listeners' addresses exist."""
     from meshproxy.server.listener import server_context  # noqa: PLC0415 - aiohttp; a health check reads a file without it
 
-    yield from _faults_of(lambda: server_context(server))
+    unfit = [*_file_faults("server.tls_cert", server.tls_cert), *_file_faults("server.tls_key", server.tls_key)]
+    yield from unfit or _faults_of(lambda: server_context(server))
+    if server.listen is not None and server.admin_listen is not None:
+        with suppress(OSError):  # told below
+            if _claim_the_same(server.listen, server.admin_listen):
+                yield "server.admin_listen: the same as server.listen"
     for key in ("listen", "admin_listen"):
         address = getattr(server, key)
         if address is None:
@@ -163,20 +189,52 @@ def _server_faults(server: Server) -> Iterator[str]:
 def _try_host(address: str) -> None:
     """Raise OSError if this machine lacks the address or the socket's directory. The port may be ours: not bound."""
     if address.startswith("unix:"):
-        os.stat(Path(address.removeprefix("unix:")).parent)  # noqa: PTH116 - for its OSError
+        path = Path(address.removeprefix("unix:"))
+        os.stat(path.parent)  # noqa: PTH116 - for its OSError
+        if path.exists() and not path.is_socket():
+            raise OSError(errno.EEXIST, "something that is no socket is there")
         return
-    host, _ = split_address(address)
-    found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, name = found[0]
+    family, kind, protocol, _, name = _resolved(address)
     with socket.socket(family, kind, protocol) as sock:
-        sock.bind(name)
+        sock.bind((name[0], 0, *name[2:]))
+
+
+def _resolved(address: str) -> tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]:
+    """Return the family, kind, protocol and name of the socket that listens at `HOST:PORT`. Raises OSError."""
+    host, port = split_address(address)
+    return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
+def _claim_the_same(one: str, other: str) -> bool:
+    """Return whether two listeners need the same port or socket file, however their addresses are spelled."""
+    paths = [address.removeprefix("unix:") for address in (one, other) if address.startswith("unix:")]
+    if paths:
+        return len(paths) == 2 and os.path.realpath(paths[0]) == os.path.realpath(paths[1])
+    (host, port), (other_host, other_port) = (_resolved(address)[4][:2] for address in (one, other))
+    if port == 0 or port != other_port:
+        return False
+    first, second = ipaddress.ip_address(host.partition("%")[0]), ipaddress.ip_address(other_host.partition("%")[0])
+    return first == second or any(
+        a.is_unspecified and a.version >= b.version  # one at :: takes IPv4 too
+        for a, b in ((first, second), (second, first))
+    )
+
+
+def _file_faults(key: str, path: str | None) -> Iterator[str]:
+    try:
+        if path is not None:
+            require_file(path)
+    except OSError as error:
+        yield f"{key}: {path} can't be read ({error.strerror})"
+    except ValueError:  # a NUL in it
+        yield f"{key}: no file has such a name"
 
 
 def _redis_faults(redis: Redis) -> Iterator[str]:
     """Check the Redis URL, its TLS files and the journal's place."""
     url = plain(redis.url)
     if url != "embedded":
-        yield from _faults_of(lambda: tls_context(parse_url(url)))
+        yield from _faults_of(lambda: _try_tls(url))
     if redis.journal is not None:
         try:
             _try_journal(Path(redis.journal))
@@ -185,8 +243,19 @@ def _redis_faults(redis: Redis) -> Iterator[str]:
             yield f"redis.journal: {redis.journal} can't be written ({reason})"
 
 
+def _try_tls(url: str) -> None:
+    """Raise ConfigError if the URL can't be read, or the files that it names."""
+    address = parse_url(url)
+    for path in (address.tls.ca_file, address.tls.cert_file, address.tls.key_file) if address.tls is not None else ():
+        for fault in _file_faults("redis.url", path):
+            raise ConfigError([fault])
+    tls_context(address)
+
+
 def _try_journal(path: Path) -> None:
     """Raise OSError if a journal can't be kept here. What the attempt creates is removed again."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, "it is a directory: name a file in it")
     with ExitStack() as stack:
         for directory in reversed([parent for parent in path.parents if not parent.exists()]):
             directory.mkdir(mode=0o700)

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from meshproxy.config.settings import (
+    DEFAULT_PORTS,
     STANDARD_TIERS,
     Defaults,
     Model,
@@ -29,6 +30,7 @@ from meshproxy.config.settings import (
     Upstream,
     is_everywhere,
     is_private,
+    split_address,
 )
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -102,9 +104,10 @@ def _only(value: Any) -> Any:
 # A price below this is likely per token, not per million: o1-pro's output, one of the most expensive, cost 600 USD per
 # million (https://platform.openai.com/docs/pricing), so 0.0006 per token. No model is so cheap per million.
 LEAST_USD_PER_MTOK = 0.001
+MOST_USD_PER_MTOK = 10_000
 PRICES = Prices.__struct_fields__
 # Paths of OpenAI's API that must not be part of a base URL.
-ENDPOINTS = ("/chat/completions", "/completions", "/responses", "/embeddings", "/models")
+ENDPOINTS = ("/chat/completions", "/completions", "/chat", "/responses", "/embeddings", "/models")
 # Hosts that serve nothing without this path. docs/providers.md links their pages.
 PATHS = {
     "api.openai.com": "/v1",
@@ -125,6 +128,9 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield from _server_faults(settings.server)
     if settings.redis is not None and settings.redis.on_failure == "local" and settings.redis.journal is None:
         yield 'redis.journal: on_failure = "local" needs a file to journal settlements in'
+    for name, upstream in (settings.upstreams or {}).items():
+        if upstream is not None:
+            yield from _header_faults(upstream.headers or {}, f"{under('upstreams', name)}.headers")
     for name, model in (settings.models or {}).items():
         if model is not None:
             yield from _model_faults(model, under("models", name), settings)
@@ -138,7 +144,7 @@ def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[st
         yield from _server_doubts(settings.server)
     for name, upstream in (settings.upstreams or {}).items():
         if upstream is not None:
-            yield from _upstream_doubts(upstream, under("upstreams", name))
+            yield from _upstream_doubts(upstream, under("upstreams", name), settings.server)
     for name, model in (settings.models or {}).items():
         if model is not None:
             yield from _model_doubts(model, name)
@@ -164,8 +170,10 @@ def _server_doubts(server: Server) -> Iterator[str]:
         yield "server.cors_origins: every page on the web may send requests with the keys that its visitors give it"
 
 
-def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
-    """Warn of a base URL with an endpoint's path or without the API's, and of secrets in plain text."""
+def _upstream_doubts(upstream: Upstream, path: str, server: Server | None) -> Iterator[str]:
+    """Warn of a base URL with an endpoint's path, without the API's, of the gateway itself or in plain HTTP, and of secrets
+    in plain text.
+    """
     url = (upstream.base_url or "").rstrip("/")
     end = next((end for end in ENDPOINTS if url.endswith(end)), None)
     if end is not None:
@@ -174,9 +182,23 @@ def _upstream_doubts(upstream: Upstream, path: str) -> Iterator[str]:
     wanted = PATHS.get(parts.hostname or "")
     if wanted is not None and not parts.path.startswith(wanted):
         yield f"{path}.base_url: {parts.hostname} has its API at {wanted}"
+    if "/v1/v1" in parts.path:
+        yield f"{path}.base_url: /v1 is in it twice"
+    if parts.scheme == "http" and (wanted is not None or parts.port == DEFAULT_PORTS["https"]):
+        yield f"{path}.base_url: plain HTTP to {parts.netloc}: https:// was meant?"
+    if upstream.base_url is not None and server is not None and _is_own(server, parts.hostname or "", parts.port):
+        yield f"{path}.base_url: the gateway's own address: its requests come back to it"
     for name, value in (upstream.headers or {}).items():
         if isinstance(value, str) and _SECRET_HEADER.search(name) and len(value) >= LEAST_SECRET_CHARS:
             yield f'{under(f"{path}.headers", name)}: a secret in plain text? {{ env = "NAME" }} keeps it out of the file'
+
+
+def _is_own(server: Server, host: str, port: int | None) -> bool:
+    """Return whether a listener of the gateway has this port, on an address of this machine."""
+    own = [address for address in (server.listen, server.admin_listen) if address and not address.startswith("unix:")]
+    return is_private(f"[{host}]:1" if ":" in host else f"{host}:1") and any(
+        split_address(address)[1] == port and (is_private(address) or is_everywhere(address)) for address in own
+    )
 
 
 def _model_doubts(model: Model, name: str) -> Iterator[str]:
@@ -193,11 +215,22 @@ def _model_doubts(model: Model, name: str) -> Iterator[str]:
         and not float(model.output_usd_per_mtok)
     ):
         yield f'{path}.output_usd_per_mtok: with cost_from = "usage.cost" the prices size what is held: 0 holds nothing'
+    if model.cost_from == "prices" and model.markup is not None and float(model.markup) != 1:
+        yield f'{path}.markup: it counts only with cost_from = "usage.cost"'
     for where, prices in _prices_of(model, path):
-        for key in PRICES:
-            usd = getattr(prices, key)
-            if usd is not None and 0 < float(usd) < LEAST_USD_PER_MTOK:
-                yield f"{where}.{key}: {usd} USD for a million tokens: is it the price of one token?"
+        yield from _price_doubts(prices, where)
+
+
+def _price_doubts(prices: Prices, where: str) -> Iterator[str]:
+    for key in PRICES:
+        usd = getattr(prices, key)
+        if usd is not None and 0 < float(usd) < LEAST_USD_PER_MTOK:
+            yield f"{where}.{key}: {usd} USD for a million tokens: is it the price of one token?"
+        if usd is not None and float(usd) > MOST_USD_PER_MTOK:
+            yield f"{where}.{key}: {usd} USD for a million tokens: no model costs so much"
+    cached, whole = prices.cached_input_usd_per_mtok, prices.input_usd_per_mtok
+    if cached is not None and whole is not None and float(cached) > float(whole):
+        yield f"{where}.cached_input_usd_per_mtok: more than input_usd_per_mtok: a cache makes tokens cheaper"
 
 
 def _prices_of(model: Model, path: str) -> Iterator[tuple[str, Prices]]:
@@ -224,6 +257,14 @@ def _server_faults(server: Server) -> Iterator[str]:
     if (server.tls_cert is None) != (server.tls_key is None):
         here, missing = ("tls_cert", "tls_key") if server.tls_key is None else ("tls_key", "tls_cert")
         yield f"server.{missing}: needed beside server.{here}"
+
+
+def _header_faults(headers: Mapping[str, object], path: str) -> Iterator[str]:
+    """Check that no header is there twice: names are the same in any case (RFC 9110, 5.1)."""
+    counted = Counter(name.lower() for name in headers)
+    for name in headers:
+        if counted[name.lower()] > 1:
+            yield f"{under(path, name)}: this header is there twice"
 
 
 def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
@@ -281,6 +322,8 @@ def decode(text: str) -> Decoded:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not TOML: {error}"]) from error
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise ConfigError(["not TOML: an integer is too long"]) from error
     except RecursionError as error:
         raise ConfigError(["not TOML: nested too deeply"]) from error
     faults: list[str] = []

@@ -16,6 +16,8 @@ REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis
 
 MAX_LABEL = 63  # of a host's name; RFC 1035, section 2.3.4
 MAX_HOST = 253  # in text, of the 255 octets that RFC 1035, section 2.3.4, gives to a name on the wire
+MAX_IPV4_DIGITS = 10  # of 2**32 - 1
+DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_SOCKET_PATH = 107  # sun_path and its NUL; unix(7)
 
 _HOST = re.compile(r"[A-Za-z0-9._-]*")
@@ -32,6 +34,9 @@ def split_address(address: str) -> tuple[str, int]:
         raise ValueError(f"{address!r}: an IPv6 address goes in brackets")
     if _HOST.fullmatch(host) is None:
         raise ValueError(f"{address!r} is not HOST:PORT")
+    fault = host_fault(host) if host else None
+    if fault is not None:
+        raise ValueError(f"{address!r}: {fault}")
     return host, int(port)
 
 
@@ -102,7 +107,38 @@ def host_fault(host: str) -> str | None:
         return f"a label of its host's name has 1 to {MAX_LABEL} letters, digits, - and _ (RFC 1035, 2.3.4)"
     if len(name) > MAX_HOST:
         return f"its host's name has more than {MAX_HOST} characters (RFC 1035, 2.3.4)"
-    return None
+    return "its host is not an IPv4 address" if _ends_in_number(name) and not _is_ipv4(name) else None
+
+
+def _ends_in_number(name: str) -> bool:
+    """Return whether a host can only be an IPv4 address: no top-level domain is a number (RFC 3696, 2)."""
+    return name.rpartition(".")[2].isdigit()
+
+
+def _is_ipv4(name: str) -> bool:
+    """Return whether `inet_aton` takes it: up to four numbers, of which the last is all the remaining bytes
+    (inet_aton(3)).
+    """
+    parts = name.split(".")
+    if len(parts) > 4 or not all(part.isdigit() and len(part) <= MAX_IPV4_DIGITS for part in parts):
+        return False
+    *bytes_, rest = map(int, parts)
+    return all(byte < 256 for byte in bytes_) and rest < 256 ** (4 - len(bytes_))
+
+
+def origin_fault(origin: str) -> str | None:
+    """Return what is wrong with an origin, None if a browser may send it: in lower case, without the scheme's own port
+    (RFC 6454, 6.2).
+    """
+    if origin == "*":
+        return None
+    fault = url_fault(origin)
+    if fault is not None:
+        return fault
+    parts = urlsplit(origin)
+    own = DEFAULT_PORTS[parts.scheme]
+    sent = origin.lower().removesuffix(f":{own}" if parts.port == own else "")
+    return None if origin == sent else f"browsers send {sent}"
 
 
 def redis_url_fault(url: str) -> str | None:
@@ -126,6 +162,7 @@ MOST = 2**53  # the largest integer that a Lua number in Redis holds exactly
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Natural = Annotated[int, Meta(ge=0, le=MOST)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Duration = Annotated[float, Meta(ge=0.001, le=86400)]  # of a timer: a shorter one keeps a loop busy, or always fires
 Usd = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,9})?\Z", description='a decimal string in USD, as "2.50"')]
 Factor = Annotated[
     str,
@@ -140,6 +177,11 @@ BaseUrl = Annotated[
         extra={"fault": url_fault},
     ),
 ]
+HostName = Annotated[
+    str,
+    Meta(pattern=r"\A[A-Za-z0-9._-]+\Z", description="a host's name without a port", extra={"fault": host_fault}),
+]
+JournalPath = Annotated[str, Meta(pattern=r"\A[^\0]*[^\0/]\Z", description="the path of a file")]
 Listen = Annotated[str, Meta(extra={"fault": address_fault})]
 Network = Annotated[str, Meta(extra={"fault": network_fault})]
 RedisUrl = Annotated[str, Meta(extra={"fault": redis_url_fault})]
@@ -147,7 +189,7 @@ HeaderName = Annotated[  # syntax: RFC 9110, 5.6.2; a connection's headers: 7.6.
     str,
     Meta(
         pattern=r"\A(?!(?i:authorization|content-length|content-type|host|transfer-encoding|connection|proxy-connection"
-        r"|keep-alive|te|trailer|upgrade|http2-settings|expect)\Z)[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z",
+        r"|keep-alive|te|trailer|upgrade|http2-settings|expect|content-encoding|content-range)\Z)[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z",
         description="the name of a header that is neither a connection's nor one that the gateway sends by itself",
     ),
 ]
@@ -156,6 +198,7 @@ Origin = Annotated[
     Meta(
         pattern=r"\A(\*|https?://[A-Za-z0-9.\-\[\]:]{1,255})\Z",
         description="an origin (RFC 6454), such as https://app.example, or *",
+        extra={"fault": origin_fault},
     ),
 ]
 HeaderValue = Annotated[str, Meta(pattern=r"\A[!-~]([ -~]*[!-~])?\Z", description="what a header can carry")]
@@ -186,7 +229,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     admin_listen: Listen = "127.0.0.1:8081"
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
     admin_token: Secret | None = None
-    admin_hosts: list[Name] = field(default_factory=list)
+    admin_hosts: list[HostName] = field(default_factory=list)
     tls_cert: str | None = None
     tls_key: str | None = None
     cors_origins: list[Origin] = field(default_factory=list)
@@ -196,12 +239,12 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     failed_logins_per_minute: Natural = 0
     max_body_bytes: Positive = 33_554_432
     max_bodies_bytes: Positive = 134_217_728
-    header_timeout_s: Seconds = 10
-    body_timeout_s: Seconds = 60
-    write_timeout_s: Seconds = 60
+    header_timeout_s: Duration = 10
+    body_timeout_s: Duration = 60
+    write_timeout_s: Duration = 60
     fast_path: bool = True
     max_in_flight: Positive = 4096
-    heartbeat_s: Seconds = 15
+    heartbeat_s: Duration = 15
     first_event_hold_s: Annotated[float, Meta(ge=0, le=60)] = 2
     drain_s: Annotated[float, Meta(ge=0, le=86400)] = 600
     drain_grace_s: Annotated[float, Meta(ge=0, le=3600)] = 0
@@ -226,8 +269,8 @@ class Redis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     url: RedisUrl | Secret = "redis://127.0.0.1:6379/0"
     password: Secret | None = None
     on_failure: Literal["deny", "local"] = "deny"
-    timeout_s: Seconds = 2
-    journal: str | None = None
+    timeout_s: Duration = 2
+    journal: JournalPath | None = None
     journal_max_bytes: Positive = 67_108_864
     local_allowance_usd: Usd = "1.00"
 
@@ -246,7 +289,7 @@ class Credits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     strict: bool = True
     default_output_tokens: Positive = 4096
     lease_output_tokens: Positive = 256
-    hold_ttl_s: Seconds = 60
+    hold_ttl_s: Duration = 60
     clamp: bool = False
 
 
@@ -259,7 +302,7 @@ class RateLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[idempotency]: how long and up to which size an answer is kept for replay."""
 
-    ttl_s: Seconds = 3600
+    ttl_s: Duration = 3600
     max_bytes: Positive = 1_048_576
     max_account_bytes: Positive = 268_435_456
     max_keys: Positive = 100_000
@@ -300,14 +343,14 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kind: Literal["openai", "openrouter", "simulator"]
     base_url: BaseUrl
     api_key: Secret | None = None
-    connect_timeout_s: Seconds = 5
-    first_byte_timeout_s: Seconds = 600
-    idle_timeout_s: Seconds = 300
+    connect_timeout_s: Duration = 5
+    first_byte_timeout_s: Duration = 600
+    idle_timeout_s: Duration = 300
     cap_field: Literal["max_completion_tokens", "max_tokens"] | None = None
     stream_usage: bool = True
     on_disconnect: Literal["cancel", "drain"] = "cancel"
     max_connections: Positive = 1024
-    keepalive_s: Seconds = 60
+    keepalive_s: Duration = 60
     max_response_bytes: Positive = 33_554_432
     max_event_bytes: Positive = 16_777_216
     headers: dict[HeaderName, HeaderValue | Secret] = field(default_factory=dict)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
+MAX_DB_DIGITS = 9  # Redis takes no number above 2**31 - 1
 
 _OPTIONS = {"db", "tls", "ca_file", "cert_file", "key_file"}
 _KINDS: dict[str, Literal["server", "sentinel", "cluster"]] = {
@@ -118,9 +119,7 @@ def _parse(url: str) -> Address:
     rest, _, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     userinfo, at, hosts = authority.rpartition("@")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if not options.keys() <= _OPTIONS:
-        raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
+    options = _read_options(query)
     service, db = path.partition("/")[::2] if kind == "sentinel" else ("", path)
     if kind == "sentinel" and not service:
         raise ValueError("Sentinel needs the name of the master, as redis+sentinel://host/mymaster/0")
@@ -132,10 +131,7 @@ def _parse(url: str) -> Address:
         endpoints = [Endpoint(read["host"], read.get("port", default_port)) for read in reads]
     if kind == "server" and len(endpoints) > 1:
         raise ValueError("one server has one host (redis+sentinel and redis+cluster take several)")
-    db = options.get("db", db)
-    if db and not (db.isascii() and db.isdigit()):
-        raise ValueError("the database is a number")
-    login = Login(reads[0].get("username"), reads[0].get("password"), int(db or 0))
+    login = Login(reads[0].get("username"), reads[0].get("password"), _database(db, options.get("db", db)))
     if kind == "cluster" and login.db:
         raise ValueError("Redis Cluster has no database but 0")
     has_tls = scheme == "rediss" or options.get("tls", "0") not in {"0", "false", ""}
@@ -146,6 +142,24 @@ def _parse(url: str) -> Address:
         raise ValueError("key_file needs a cert_file")
     tls = Tls(*files) if has_tls else None
     return Address(kind, tuple(endpoints), login, tls, unquote(service))
+
+
+def _read_options(query: str) -> dict[str, str]:
+    said = parse_qsl(query, keep_blank_values=True)
+    options = dict(said)
+    if not options.keys() <= _OPTIONS:
+        raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
+    if len(options) < len(said):
+        raise ValueError("an option is there twice")
+    return options
+
+
+def _database(in_path: str, in_options: str) -> int:
+    if in_path and in_path != in_options:
+        raise ValueError("the path and the option db say different databases")
+    if in_options and not (in_options.isascii() and in_options.isdigit() and len(in_options) <= MAX_DB_DIGITS):
+        raise ValueError(f"the database is a number of at most {MAX_DB_DIGITS} digits")
+    return int(in_options or 0)
 
 
 def _socket(hosts: str, path: str) -> Endpoint:

@@ -1,6 +1,7 @@
 """What `load` accepts can be served; and secrets that are parts of the settings."""
 
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -138,3 +139,81 @@ def test_a_fault_has_the_line_of_its_key(tmp_path, text, line):
     with pytest.raises(ConfigError) as caught:
         load(path)
     assert any(fault.endswith(f"({path}:{line})") for fault in caught.value.faults)
+
+
+def unfit(tmp_path, text):
+    """The keys of a configuration's faults."""
+    with pytest.raises(ConfigError) as caught:
+        load(config_file(tmp_path, text))
+    return [fault.partition(": ")[0] for fault in caught.value.faults]
+
+
+UPSTREAM = '[upstreams.u]\nkind = "openai"\nbase_url = "http://h"\n'
+KEY = UPSTREAM + 'api_key = {{ file = "{}" }}'
+
+
+@pytest.mark.parametrize("name", ["{}/fifo", "{}", "/dev/zero"])
+@pytest.mark.parametrize(
+    "text, keys",
+    [
+        (KEY, ["upstreams.u.api_key"]),
+        (UPSTREAM + 'headers = {{ x-a = {{ file = "{}" }} }}', ["upstreams.u.headers.x-a"]),
+        ('[redis]\nurl = {{ file = "{}" }}', ["redis.url"]),
+        ('[server]\ntls_cert = "{0}"\ntls_key = "{0}"', ["server.tls_cert", "server.tls_key"]),
+        ('[redis]\nurl = "rediss://h?ca_file={}"', ["redis.url"]),
+    ],
+)
+def test_what_is_no_file_is_not_read(tmp_path, name, text, keys):
+    os.mkfifo(tmp_path / "fifo")
+    assert unfit(tmp_path, text.format(name.format(tmp_path))) == keys
+
+
+def test_a_secret_is_no_large_file(tmp_path):
+    (tmp_path / "large").write_text("a" * 70_000)
+    assert unfit(tmp_path, KEY.format(tmp_path / "large")) == ["upstreams.u.api_key"]
+
+
+@pytest.mark.parametrize(
+    "listen, admin",
+    [
+        ("localhost:1", "127.0.0.1:1"),
+        ("0.0.0.0:1", "127.0.0.1:1"),
+        ("[::]:1", "127.0.0.1:1"),
+        ("127.0.0.1:1", "127.1:1"),
+        (":1", "127.0.0.1:1"),
+        ("unix:{}/a", "unix:{}/./a"),
+    ],
+)
+def test_listeners_that_claim_the_same(tmp_path, listen, admin):
+    text = f'[server]\nlisten = "{listen}"\nadmin_listen = "{admin}"\nadmin_token = {{ file = "{tmp_path}/token" }}'
+    (tmp_path / "token").write_text("a")
+    assert unfit(tmp_path, text.replace("{}", str(tmp_path))) == ["server.admin_listen"]
+
+
+@pytest.mark.parametrize(
+    "listen, admin",
+    [
+        ("127.0.0.1:1", "127.0.0.2:1"),
+        ("127.0.0.1:0", "127.0.0.1:0"),
+        ("0.0.0.0:1", "127.0.0.1:2"),
+        ("unix:{}/a", "unix:{}/b"),
+    ],
+)
+def test_listeners_that_do_not(tmp_path, listen, admin):
+    text = f'[server]\nlisten = "{listen}"\nadmin_listen = "{admin}"'
+    assert load(config_file(tmp_path, text.replace("{}", str(tmp_path))))
+
+
+@pytest.mark.parametrize("name", ["", "/some.toml"])
+def test_a_socket_where_something_else_is(tmp_path, name):
+    assert unfit(tmp_path, f'[server]\nlisten = "unix:{tmp_path}{name}"') == ["server.listen"]
+
+
+def test_a_directory_is_no_journal(tmp_path):
+    assert unfit(tmp_path, f'[redis]\njournal = "{tmp_path}"') == ["redis.journal"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_bytes(b"\xef\xbb\xbf[log]\r\nlevel = 'debug'\r\n")
+    assert "debug" == load(str(path)).settings.log.level

@@ -10,7 +10,7 @@ from tests.cli.conftest import started
 FILES = Path(__file__).parent.parent / "configurations"
 REFUSED = {
     "ca-file": ["redis.url"],
-    "certificate": ["server.tls_cert"],
+    "certificate": ["server.tls_cert", "server.tls_key"],
     "default-model": ["defaults.model"],
     "empty-label": ["upstreams.local.base_url"],
     "four-faults": [
@@ -102,8 +102,11 @@ def test_without_a_file_it_is_wrong_usage(capsys, monkeypatch):
 def test_a_certificate_that_is_no_use(file, tmp_path, capsys):
     path = file(f'[server]\ntls_cert = "{tmp_path}/none.crt"\ntls_key = "{tmp_path}/none.key"\n')
     assert main(["check", "--config", path]) == 78
-    told = f"server.tls_cert: {tmp_path}/none.crt or {tmp_path}/none.key can't be read (No such file or directory)"
-    assert capsys.readouterr().err == f"{told} ({path}:2)\n"
+    told = [
+        f"server.tls_{end}: {tmp_path}/none.{name} can't be read (No such file or directory) ({path}:{line})"
+        for end, name, line in (("cert", "crt", 2), ("key", "key", 3))
+    ]
+    assert capsys.readouterr().err.splitlines() == told
 
 
 def test_every_file_of_the_cases_is_here():
