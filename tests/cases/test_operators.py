@@ -187,7 +187,7 @@ async def test_keys_update_models(operator, create):
 
 async def test_keys_update_expires(operator, create):
     key = create()
-    soon = datetime.now(UTC) + timedelta(seconds=2)
+    soon = datetime.now(UTC) + timedelta(seconds=6)
     operator.data("keys", "update", key["id"], "--expires", soon.isoformat())
     assert (await operator.ask(key["key"])).status == 200
     assert (await operator.becomes(key["key"], 401)).error["code"] == "unauthorized"
