@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from meshproxy.errors import UpstreamError, upstream_error
 from meshproxy.openai.events import FINISH_REASON, Shape, bears, error_in, is_plain, joined, parse, shape_of, with_cost
-from meshproxy.openai.output import audio_tokens, escaped, pieces_tokens, read_output
+from meshproxy.openai.output import audio_tokens, escaped, pieces_tokens, read_output, text_tokens
 from meshproxy.openai.usage import Report, decode_members, decode_text, decode_value, find_report
 
 PING: Final = b": ping\n\n"
@@ -57,6 +57,7 @@ class StreamScanner:
     __slots__ = (
         "_after",
         "_after_size",
+        "_audio_chars",
         "_audio_format",
         "_before",
         "_begun",
@@ -68,6 +69,7 @@ class StreamScanner:
         "_hide_usage",
         "_lessons",
         "_max_event_bytes",
+        "_messages",
         "_model",
         "_over",
         "_padded",
@@ -110,6 +112,8 @@ class StreamScanner:
         self._sample = b""  # the first event that isn't large
         self._model: str | None = None
         self._counted = 0  # tokens of text that was counted and dropped
+        self._audio_chars = 0  # base64 characters of audio
+        self._messages: list[str] = []  # the last whole messages, counted if nothing else is
         self._text = bytearray()  # uncounted text, JSON-escaped
         self._pieces = 0  # pieces in `_text`
         self._flush_at = MAX_UNCOUNTED_BYTES  # the value of `most` at which the text is counted
@@ -149,9 +153,9 @@ class StreamScanner:
             self._text.clear()
             self._pieces = 0
             self._reported_at = -1 if outdated else self._counted
-        self.most = self._counted
-        self._flush_at = self._counted + MAX_UNCOUNTED_BYTES
-        return self._counted
+        self.most = self._counted or sum(map(text_tokens, self._messages))
+        self._flush_at = self.most + MAX_UNCOUNTED_BYTES
+        return self.most
 
     def finish(self) -> bytes:
         """End the scan with the upstream's body. Return a last event that only lacks its blank line, else nothing."""
@@ -348,10 +352,14 @@ class StreamScanner:
             self._sample = event
         output = read_output(data)
         if output.audio_chars:
-            audio = audio_tokens(output.audio_chars, self._audio_format)
+            self._audio_chars += output.audio_chars
+            audio = audio_tokens(self._audio_chars, self._audio_format) - self.audio_tokens
             self.audio_tokens += audio
             self._counted += audio
             self.most += audio
+        if output.messages and not output.texts and not self._counted and not self._text:
+            self._messages = output.messages
+            self.most = max(self.most, sum(map(len, output.messages)))
         if output.texts:
             self._add(b"".join([escaped(text) for text in output.texts]), output.pieces)
             if self._lessons * EVENTS_A_LESSON < self.events + FIRST_EVENTS and event.startswith(b"data: {"):

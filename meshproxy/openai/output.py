@@ -59,6 +59,8 @@ class _Delta(Struct):
     content: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
+    reasoning_details: Any = None  # the same in parts (OpenRouter), or alone (MiniMax)
+    thinking: Any = None
     refusal: Any = None
     tool_calls: Any = None
     function_call: Any = None
@@ -68,6 +70,7 @@ class _Delta(Struct):
 class _Choice(Struct):
     delta: _Delta | None = None  # of an event
     message: _Delta | None = None  # of a whole answer, and a copy in some providers' events
+    text: Any = None  # of a legacy completion, and a copy in some providers' events (Together)
 
 
 class _Chunk(Struct):
@@ -83,21 +86,31 @@ _CHUNK: Final = Decoder(_Chunk)  # other members are skipped
 
 
 class Output(Struct):
-    """The output of one event: `texts`, the number of choices they are from (`pieces`), and the audio's base64 length."""
+    """The output of one event: `texts`, the number of choices they are from (`pieces`), and the audio's base64 length.
+
+    `messages` are the texts of whole messages: a copy, unless the stream has no other text.
+    """
 
     texts: list[str]
     pieces: int = 0
     audio_chars: int = 0
+    messages: list[str] = []
 
 
 def read_output(data: bytes) -> Output:
     """Read the deltas of an event's data. Anything but a chat chunk has no output."""
     output = Output([])
     for choice in _choices(data):
+        before = len(output.texts)
         if choice.delta is not None:
-            before = len(output.texts)
             _read_delta(choice.delta, output)
-            output.pieces += len(output.texts) > before
+        if choice.text and len(output.texts) == before:
+            _read_parts(choice.text, output.texts)
+        if choice.message is not None:
+            message = Output([])
+            _read_delta(choice.message, message)
+            output.messages += message.texts
+        output.pieces += len(output.texts) > before
     return output
 
 
@@ -107,6 +120,8 @@ def answer_tokens(body: bytes, asked_audio: str | None) -> tuple[int, int]:
     for choice in _choices(body):
         if choice.message is not None:
             _read_delta(choice.message, output)
+        elif choice.text:
+            _read_parts(choice.text, output.texts)
     audio = audio_tokens(output.audio_chars, asked_audio)
     return sum(map(text_tokens, output.texts)) + audio, audio
 
@@ -187,6 +202,8 @@ def _read_delta(delta: _Delta, output: Output) -> None:
         _read_parts(thoughts, output.texts)
     if delta.reasoning and delta.reasoning != thoughts:  # some providers send the same text under both names
         _read_parts(delta.reasoning, output.texts)
+    if not thoughts and not delta.reasoning and (delta.reasoning_details or delta.thinking):
+        _read_parts(delta.reasoning_details or delta.thinking, output.texts)
     if delta.refusal:
         _read_parts(delta.refusal, output.texts)
     if delta.tool_calls is not None or delta.function_call is not None:
@@ -208,7 +225,7 @@ def _read_parts(value: Any, texts: list[str]) -> None:
         elif isinstance(value, list):
             values += reversed(value)
         elif isinstance(value, dict):
-            values += [value[name] for name in ("thinking", "text") if name in value]
+            values += [value[name] for name in ("thinking", "summary", "text") if name in value]
 
 
 def _read_calls(delta: _Delta, texts: list[str]) -> None:

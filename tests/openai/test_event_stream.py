@@ -394,6 +394,31 @@ class TestTokens:
             pytest.param(
                 [chunk({"reasoning_content": word, "reasoning": word}) for word in WORDS], 10, 10, id="both names"
             ),
+            *(
+                pytest.param(
+                    [
+                        chunk({"content": "", "reasoning_details": [{"type": kind, member: word, "data": "g" * 99}]})
+                        for word in WORDS
+                    ],
+                    *(10, 10),
+                    id=f"details alone: {kind}",
+                )
+                for kind, member in (("reasoning.text", "text"), ("reasoning.summary", "summary"))
+            ),
+            pytest.param([chunk({"thinking": word}) for word in WORDS], 10, 10, id="thinking"),
+            pytest.param([chunk({}, choice={"text": word}) for word in WORDS], 10, 10, id="text"),
+            pytest.param([chunk({"content": word}, choice={"text": word}) for word in WORDS], 10, 10, id="text beside"),
+            pytest.param(
+                [chunk({}, choice={"message": {"content": "".join(WORDS[: at + 1])}}) for at in range(10)],
+                *(10, 10),
+                id="cumulative message alone",
+            ),
+            pytest.param([chunk({}, choice={"message": {"content": SENTENCE}})], 18, 24, id="whole message alone"),
+            pytest.param(
+                [*content(*WORDS), chunk({"content": ""}, choice={"message": {"content": SENTENCE}})],
+                *(10, 10),
+                id="whole message at the end",
+            ),
             pytest.param([chunk({"refusal": word}) for word in WORDS], 10, 10, id="refusal"),
             pytest.param(
                 [
@@ -438,6 +463,13 @@ class TestTokens:
         for _ in range(25):
             scanner.feed(chunk({"audio": {"id": "a", "data": "A" * 12_800}}))
         assert scanner.tokens == scanner.audio_tokens == expected
+
+    @pytest.mark.parametrize("chars", [64, 400, 1281, 6400])
+    def test_audio_in_small_events_counts_as_in_large_ones(self, chars: int):
+        scanner = StreamScanner(hide_usage=True, audio_format="pcm16")
+        for _ in range(320_000 // chars):
+            scanner.feed(chunk({"audio": {"id": "a", "data": "A" * chars}}))
+        assert 99 <= scanner.tokens == scanner.audio_tokens <= 100
 
     @pytest.mark.parametrize("junk", [b'"logprob":NaN', b'"x":"\\ud83d"'])
     def test_text_beside_what_is_no_json_counts(self, junk: bytes):
