@@ -101,7 +101,7 @@ def check_template(body: bytes, *, partial: bool) -> TemplateFields:
             decode(raw)
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, RecursionError) as error:
-            details.append(detail_of(error, ("body", name)))
+            details.append(_in_words(detail_of(error, ("body", name))))
         else:
             known[name] = _EMPTY.get(name) if value is None else value
             details.extend(_faults_within(name, value))
@@ -194,6 +194,19 @@ _MEMBERS: Final = Decoder(dict[str, Raw])
 _EMPTY: Final[dict[str, Any]] = {"params": {}, "variables": []}  # the cleared value, where it isn't None
 _IGNORED: Final = frozenset({"team_id"})  # Mesh's, whose teams are accounts here
 _NOT_WRITTEN: Final = frozenset({"id", "owner", "is_global", "created_at", "updated_at"})
+
+
+# What a pattern means, for people.
+_PATTERNS: Final = {
+    "name": "A name has 1 to 128 of A-Z a-z 0-9 _ . - and is no UUID",
+    "variables": "A variable's name has 1 to 128 of A-Z a-z 0-9 _",
+}
+
+
+def _in_words(detail: Detail) -> Detail:
+    if detail.type != "string_pattern_mismatch":
+        return detail
+    return Detail(detail.type, detail.loc, _PATTERNS[str(detail.loc[1])])
 
 
 def _members(body: bytes) -> dict[str, Raw]:

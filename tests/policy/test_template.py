@@ -220,6 +220,14 @@ def test_a_prompt_has_a_largest_size():
 UUID = "550e8400-e29b-41d4-a716-0459abcdef59"
 
 
+@pytest.mark.parametrize(("field", "value"), [("name", "a b"), ("variables", ["a b"])])
+def test_a_pattern_is_told_in_words(field, value):
+    body = json.dumps({"name": "a", "system": "x", field: value}).encode()
+    with pytest.raises(GatewayError) as caught:
+        check_template(body, partial=False)
+    assert "1 to 128 of A-Z a-z 0-9 _" in caught.value.problem.message
+
+
 @pytest.mark.parametrize(
     "field, value, expected",
     [
