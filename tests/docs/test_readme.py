@@ -25,6 +25,14 @@ def test_every_configuration_shown_is_one(page):
         assert parse(shown) != Settings()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_import_of_ours_that_is_shown_works(page):
+    for line in re.findall(
+        r"^(from meshproxy\S* import .*|import meshproxy.*)$", page.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        exec(line, {})
+
+
 def _leads_somewhere(target: Path, anchor: str) -> bool:
     if not target.exists():
         return False
