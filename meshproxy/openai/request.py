@@ -4,7 +4,8 @@ The types and bounds are OpenAI's ("Create chat completion", API reference) and 
 the number of elements, since checks of very many elements would stall other requests.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -49,6 +50,7 @@ class Bulk(Struct, gc=False):
 
 
 FIELDS: Final[dict[str, Any]] = {
+    "best_of": Annotated[int, Meta(ge=1, le=128)],
     "frequency_penalty": _Penalty,
     "max_completion_tokens": _Cap,
     "max_new_tokens": int,
@@ -88,6 +90,13 @@ CAPS: Final[tuple[str, ...]] = (
     "max_new_tokens",
     "n_predict",
 )
+# Other spellings of such names, without underscores and in lower case: Ollama's `num_predict`, Gemini's `maxOutputTokens`,
+# Anthropic's `max_tokens_to_sample`, Llama's `max_gen_len` (Amazon Bedrock, "Inference parameters"), and what is like them.
+_CAP_NAME: Final = re.compile(
+    r"(?:max|num|n)(?:new|output|completion|gen|generated|generation|response)?(?:tokens(?:to(?:sample|generate))?|predict)|"
+    r"max(?:new|output|completion|gen|generated|generation|response)len(?:gth)?"
+)
+MAX_CAP_NAME_CHARS = 32
 
 # Members of Mesh's own requests that neither the gateway nor a provider reads (Mesh's SDKs, "chat.completions.create").
 UNREAD: Final = frozenset({"async_mode", "cache", "image", "modality"})
@@ -138,6 +147,8 @@ _OWN: Final = frozenset(
 _RESERVED: Final = _OWN | UNREAD | {"stream", "stream_options"}
 
 _MEMBERS: Final = Decoder(dict[str, Raw])
+_COUNT: Final = Decoder(int | None).decode
+_DECODED: Final = DECODERS.keys() | {"messages_raw"}  # what `check_members` knows of a request but caps by other names
 _BULK: Final = Decoder(Bulk)
 _TEXT: Final = Decoder(str)
 
@@ -198,7 +209,7 @@ def check_members(members: Mapping[str, Raw]) -> ChatRequest:
     known: dict[str, Any] = {}
     details: list[Detail] = []
     for name, raw in members.items():
-        decode = DECODERS.get(name)
+        decode = DECODERS.get(name) or _cap_decoder(name)
         if decode is None:
             if name not in UNREAD:
                 fields[name] = raw
@@ -245,7 +256,7 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
     cap = request.max_tokens or _least_cap(known)
     tier = known.get("service_tier") or request.service_tier
     return msgspec.structs.replace(
-        request, fields=fields, n=known.get("n") or request.n, max_tokens=cap, service_tier=tier
+        request, fields=fields, n=max(known.get("n") or 1, request.n), max_tokens=cap, service_tier=tier
     )
 
 
@@ -331,6 +342,8 @@ def _too_long(body: bytes) -> Detail | None:
 def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
     options = known.get("stream_options")
     messages = known.get("messages")
+    for name in known.keys() - _DECODED:  # caps by other names
+        del fields[name]
     return ChatRequest(
         fields=fields,
         messages=bytes(known["messages_raw"]) if messages else None,
@@ -345,7 +358,7 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
         include_usage=options is not None and options.include_usage is True,
         max_tokens=_least_cap(known),
         timeout_s=known.get("timeout"),
-        n=known.get("n", 1),
+        n=max(known.get("n", 1), known.get("best_of", 1)),
         models=tuple(known.get("models", ())),
         transforms=tuple(known.get("transforms", ())),
     )
@@ -353,8 +366,15 @@ def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
 
 def _least_cap(known: Mapping[str, Any]) -> int | None:
     """Return the smallest cap among decoded members, by whatever name; None if there is none."""
-    caps = [known[name] for name in CAPS if name in known and known[name] is not None and known[name] >= 1]
+    names = {*CAPS, *(known.keys() - _DECODED)}
+    caps = [known[name] for name in names if known.get(name) is not None and known[name] >= 1]
     return min(*caps, MAX_TOKENS) if caps else None
+
+
+def _cap_decoder(name: str) -> Callable[[Raw], Any] | None:
+    """Return the decoder of a member that FIELDS doesn't have, if it is named as a cap on output."""
+    is_cap = len(name) <= MAX_CAP_NAME_CHARS and _CAP_NAME.fullmatch(name.replace("_", "").lower()) is not None
+    return _COUNT if is_cap else None
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:

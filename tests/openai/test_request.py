@@ -222,12 +222,45 @@ class TestBounds:
             ({"max_tokens": 5, "max_new_tokens": 3}, 3),
             ({"n_predict": -1}, None),
             ({"max_tokens": 5, "max_output_tokens": 0}, 5),
+            *(
+                ({"max_tokens": cap, name: other}, 1)
+                for name in (
+                    *(
+                        "num_predict",
+                        "maxOutputTokens",
+                        "max_tokens_to_sample",
+                        "max_gen_len",
+                        "maxTokens",
+                        "num_tokens",
+                    ),
+                    *("max_completion_length", "max_generated_tokens", "MaxNewTokens", "n_tokens"),
+                )
+                for cap, other in ((1, 16384), (16384, 1), (1, -1))
+            ),
+            ({"maxOutputTokens": 9, "num_predict": 7, "max_output_tokens": None}, 7),
             ({}, None),
         ],
     )
     def test_the_smallest_cap_counts_by_whatever_name(self, members: dict[str, Any], expected: int | None):
         request = decode_chat(body(**members))
         assert (expected, {}) == (request.max_tokens, raw_fields(request))
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("max_prompt_tokens", "max_thinking_tokens", "max_tool_calls", "max_length", "truncate_prompt_tokens"),
+            *("min_tokens", "max_context_length", "tokens", "max_" + "tokens" * 9),
+        ],
+    )
+    def test_what_is_no_cap_on_output_is_left(self, name: str):
+        request = decode_chat(body(**{name: 5}))
+        assert (None, {name: b"5"}) == (request.max_tokens, raw_fields(request))
+
+    @pytest.mark.parametrize(
+        ("members", "expected"), [({"best_of": 8}, 8), ({"n": 2, "best_of": 5}, 5), ({"n": 3, "best_of": None}, 3)]
+    )
+    def test_every_choice_that_is_generated_counts(self, members: dict[str, Any], expected: int):
+        assert expected == decode_chat(body(**members)).n
 
     @pytest.mark.parametrize(("value", "expected"), [(1.5, 1.5), (400, 400.0), (None, None)])
     def test_a_timeout(self, value: Any, expected: float | None):
@@ -257,6 +290,8 @@ class TestBounds:
             ("timeout", -1, "greater_than"),
             ("timeout", "1", "float_type"),
             ("n_predict", "1", "int_type"),
+            ("maxOutputTokens", "16384", "int_type"),
+            ("best_of", 0, "greater_than_equal"),
             ("max_tokens", 0, "greater_than_equal"),
             ("max_tokens", 2**31, "less_than_equal"),
             ("max_tokens", 10**30, "less_than_equal"),
