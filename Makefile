@@ -18,7 +18,7 @@ test: $(STAMP) $(NODE_STAMP)
 
 # The rooms that run in a minute, for a second interpreter: `make quick PYTHON=python3.13 VENV=.venv-3.13`.
 .PHONY: quick
-ROOMS := $(wildcard $(addprefix tests/,faults gateway http1 ledger openai policy server telemetry upstream wire test_*.py))
+ROOMS := $(wildcard $(addprefix tests/,faults gateway http1 ledger openai policy server telemetry upstream simulator test_*.py))
 quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ROOMS)
 
