@@ -328,7 +328,9 @@ def _patience_s(candidate: Candidate, active: ActiveConfig) -> float:
     return settings.connect_timeout_s + settings.first_byte_timeout_s
 
 
-async def within(left_s: float | None, answering: Coroutine[None, None, Result]) -> Result:
+async def within(
+    left_s: float | None, answering: Coroutine[None, None, Result], *, may_have_run: bool = True
+) -> Result:
     """Wait for an answer, or for its body, at most `left_s` seconds; None is for ever. Raises the client's GatewayError 504
     after that.
 
@@ -338,7 +340,7 @@ async def within(left_s: float | None, answering: Coroutine[None, None, Result])
         async with asyncio.timeout(left_s):
             return await answering
     except TimeoutError as error:
-        raise too_late(may_have_run=True) from error
+        raise too_late(may_have_run=may_have_run) from error
 
 
 def too_late(*, may_have_run: bool) -> GatewayError:

@@ -315,7 +315,7 @@ class Replay:
 
     async def _play(self, call: Call, downstream: Downstream, heartbeat_s: float, left_s: float | None) -> Reply | None:
         parts = self._parts(heartbeat_s)
-        head = await within(left_s, _head_of(parts))
+        head = await within(left_s, _head_of(parts), may_have_run=False)
         own = [("x-request-id", call.request_id)]
         headers = [*own, *(header for header in head.headers if header[0] != "x-request-id"), REPLAYED]
         if not head.stream:

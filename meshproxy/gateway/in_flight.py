@@ -104,9 +104,11 @@ class Detacher:
         except TimeoutError:
             if not limit.expired():
                 raise
-            if not self._detach(exchange, task):
+            goes_on = self._detach(exchange, task)
+            if not goes_on:
                 await self._cancel(task)
-            raise too_late(may_have_run=True) from None
+            # A repeat with the same Idempotency-Key finds the work that goes on: it has nothing done twice.
+            raise too_late(may_have_run=not (goes_on and exchange.recording is not None)) from None
         except asyncio.CancelledError:
             if not self._detach(exchange, task):
                 await self._cancel(task)

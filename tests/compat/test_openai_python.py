@@ -9,6 +9,7 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -348,6 +349,15 @@ def test_idempotency_key_answers_twice_and_charges_once(client, caller):
         ask("Something else")
     assert "idempotency_conflict" == caught.value.code
     assert 1 == len(caller.site.received)
+
+
+def test_with_an_idempotency_key_the_sdk_asks_until_the_answer_is_there(client, caller):
+    raw = client.with_options(timeout=1.5, max_retries=2).chat.completions.with_raw_response.create(
+        model="begins-late", messages=HELLO, extra_headers={"idempotency-key": "impatient"}
+    )
+    assert (True, "true") == (raw.retries_taken > 0, raw.headers["idempotent-replayed"])
+    assert 1 == len(caller.site.received)
+    assert parse_usd(raw.headers["x-mesh-cost"]) == caller.settled().settled_nusd
 
 
 def test_repeats_of_a_running_request_keep_their_own_timeout(client, caller, until):
