@@ -141,6 +141,7 @@ Result = TypeVar("Result")
 
 PULSE_S = 1.0  # by which a ping may be late (see `Live`), with a margin
 CHAT_PATH = "/chat/completions"
+ANSWERED = frozenset({200, 201, 202, 203})  # RFC 9110, section 15.3: those that have what was asked for, or may
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
 
 
@@ -250,7 +251,7 @@ class Attempts:
         exchange.response = response
         streamed = plan.request.stream
         try:
-            if response.status != 200:
+            if response.status not in ANSWERED:
                 raise await self._refusal(response)
             if streamed:
                 response = await self._stream_of(response, self._hold_s(exchange, active))

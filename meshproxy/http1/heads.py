@@ -136,7 +136,8 @@ def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11:
 
 
 def _length(values: list[str]) -> int:
-    """Return the one Content-Length, of decimal digits."""
-    if len(values) != 1 or not (values[0].isascii() and values[0].isdigit()) or len(values[0]) > MAX_LENGTH_DIGITS:
+    """Return the Content-Length, of decimal digits. Equal ones are one (RFC 9112, section 6.3, item 5)."""
+    length, *others = {value.strip(" \t") for listed in values for value in listed.split(",")}
+    if others or not (length.isascii() and length.isdigit()) or len(length) > MAX_LENGTH_DIGITS:
         raise malformed("its content-length is no number")
-    return int(values[0])
+    return int(length)

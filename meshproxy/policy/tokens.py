@@ -162,7 +162,7 @@ def _media_tokens(json: bytes, start: int, end: int) -> int:
         return 0
     kind = b""
     begin = start + 1
-    if json.startswith(b"data:", begin):
+    if json[begin : begin + 5].lower() == b"data:":  # in either case (RFC 3986, section 3.1)
         comma = json.find(b",", begin, begin + _MAX_MIME_CHARS)
         mime = json[begin + 5 : max(comma, begin + 5)].replace(b"\\/", b"/").lower()
         if not mime.endswith(b";base64"):

@@ -113,6 +113,17 @@ async def test_no_secret_of_ours_is_told_wherever_the_provider_says_it(start_mes
     assert secret not in repr(lines)
 
 
+@pytest.mark.parametrize("status", [201, 202, 203])
+async def test_an_answer_with_another_status_of_success_is_an_answer(pair, status):
+    mesh, first, _ = pair
+    first.answers(status, OK)
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="first")
+    assert (200, OK) == (answer.status, json.loads(answer.body))
+    settled = await mesh.settlement(caller)
+    assert ("9", "3") == (settled["prompt_tokens"], settled["completion_tokens"])
+
+
 async def test_a_200_with_an_error_in_it_is_told_as_its_status(pair):
     mesh, first, _ = pair
     first.answers(200, {"error": {"code": 429, "message": "Slow down"}})

@@ -51,6 +51,7 @@ def url(kind, data):
     [
         (url("image_url", f"data:image/png;base64,{DATA}"), 1700, 1800),
         (url("image_url", f"data:image/svg+xml;charset=utf-8;base64,{DATA}"), 1700, 1800),
+        (url("image_url", f"DATA:image/PNG;BASE64,{DATA}"), 1700, 1800),
         ({"type": "image_url", "image_url": f"data:image/jpeg;base64,{DATA}"}, 1700, 1800),
         ({"type": "input_image", "image_url": f"data:image/webp;base64,{DATA}"}, 1700, 1800),
         (url("video_url", f"data:video/mp4;base64,{DATA}"), 10_000, 20_000),

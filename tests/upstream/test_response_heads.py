@@ -64,6 +64,8 @@ BROKEN = {
     "both framings, turned": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n",
     "two lengths": HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
     "list of lengths": HEAD + b"Content-Length: 5, 6\r\n\r\n",
+    "equal lengths of two spellings": HEAD + b"Content-Length: 5\r\nContent-Length: 05\r\n\r\n",
+    "list with a gap": HEAD + b"Content-Length: 5,,5\r\n\r\n",
     "signed length": HEAD + b"Content-Length: +5\r\n\r\n",
     "negative length": HEAD + b"Content-Length: -5\r\n\r\n",
     "hex length": HEAD + b"Content-Length: 0x5\r\n\r\n",
@@ -118,6 +120,11 @@ def test_no_cuts_change_the_outcome(name, cuts, tail):
     edges = sorted({0, len(wire), *(cut for cut in cuts if cut < len(wire))})
     pieces = [wire[start:end] for start, end in itertools.pairwise(edges)]
     assert outcome([wire]) == outcome(pieces)
+
+
+@pytest.mark.parametrize("lengths", [b"Content-Length: 5\r\nContent-Length: 5", b"Content-Length: 5, 5 ,5"])
+def test_equal_lengths_are_one(lengths):
+    assert (b"hello", True, False) == outcome([HEAD + lengths + b"\r\n\r\nhello"])[2:5]
 
 
 @pytest.mark.parametrize("name", BROKEN)
