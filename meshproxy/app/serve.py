@@ -11,18 +11,22 @@ import resource
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from typing import Any
 
 import structlog
 import uvloop
 from aiohttp import web
+from msgspec.structs import asdict
 
 from meshproxy.app.reload import READY, STOPPING, Read, Reloader, RunningConfig, journal_path, load, notify
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
 from meshproxy.app.worker_process import Report, Serving
 from meshproxy.config import ConfigError, Secrets, Settings
+from meshproxy.gateway.record import MAX_FAILURES, Failure
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.desk import Desk
 from meshproxy.ledger.directory import Directory
@@ -31,13 +35,49 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import Status, create_admin
 from meshproxy.server.errors import Strictness
 from meshproxy.server.listener import Runner, listen, listen_shared, name_of
-from meshproxy.telemetry.exposition import render, summarize
+from meshproxy.telemetry.exposition import Summary, render, summarize
 from meshproxy.telemetry.logs import configure
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.pool import RESERVED_DESCRIPTORS
 from meshproxy.version import VERSION
 
 Crew = Serving | Supervisor
+HISTORY_S = 3600.0  # that the status page shows
+POINT_S = 20.0  # between two points of it
+
+
+class History:
+    """The last hour of an instance, a point each POINT_S: kept here, so that the status page shows it from the first second."""
+
+    def __init__(self) -> None:
+        self.points: deque[dict[str, Any]] = deque(maxlen=int(HISTORY_S / POINT_S))
+        self._last: Summary | None = None
+
+    def note(self, at: float, summary: Summary) -> None:
+        """Add a point for the time since the last one. The first call only begins."""
+        last, self._last = self._last, summary
+        if last is None:
+            return
+        counts = {name: max(0, count - last["requests"].get(name, 0)) for name, count in summary["requests"].items()}
+        duration = summary["request_duration"]
+        pairs = zip(duration["counts"], last["request_duration"]["counts"], strict=True)
+        since = [max(0, now - then) for now, then in pairs]
+        edges = duration["edges"]
+        self.points.append(
+            {"at": at, **counts, "p50": quantile(edges, since, 0.5), "p99": quantile(edges, since, 0.99)}
+        )
+
+
+def quantile(edges: Sequence[float], counts: Sequence[int], share: float) -> float | None:
+    """The quantile of a histogram's counts, linear within a bucket, as Prometheus' histogram_quantile(); None of nothing."""
+    wanted, below, low = share * sum(counts), 0, 0.0
+    if not wanted:
+        return None
+    for edge, count in zip(edges, counts, strict=False):
+        if count and below + count >= wanted:
+            return low + (edge - low) * (wanted - below) / count
+        below, low = below + count, edge
+    return low
 
 
 class Panel:
@@ -47,6 +87,14 @@ class Panel:
         self._crew = crew
         self._size = size
         self._started_at = time.time()
+        self._history = History()
+
+    async def remember(self) -> None:
+        """Keep the last hour, for the life of the process."""
+        while True:
+            await self._reports()
+            self._history.note(time.time(), summarize(self._crew.fleet.merged()))
+            await asyncio.sleep(POINT_S)
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:
         """Render one exposition for all workers."""
@@ -68,6 +116,9 @@ class Panel:
             "max_in_flight": self._crew.standing.settings.server.max_in_flight * self._size,
             "ledger_state": "up" if any(report.connected for report in reports) else "down",
             "workers": self._crew.workers(),
+            "history": list(self._history.points),
+            "failures": _latest(reports),
+            "last_errors": _last_errors(reports),
         }
 
     def _reasons(self, reports: list[Report]) -> list[str]:
@@ -83,6 +134,22 @@ class Panel:
         for number, report in reports.items():
             self._crew.fleet.report(number, report.snapshot)
         return list(reports.values())
+
+
+def _latest(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """The latest failures of all workers, newest first."""
+    failures = sorted((each for report in reports for each in report.failures), key=lambda each: -each.at)
+    return [asdict(failure) for failure in failures[:MAX_FAILURES]]
+
+
+def _last_errors(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
+    """The last error of each upstream, in whichever worker."""
+    last: dict[str, Failure] = {}
+    for report in reports:
+        for name, failure in report.last_errors.items():
+            if name not in last or failure.at > last[name].at:
+                last[name] = failure
+    return {name: asdict(failure) for name, failure in last.items()}
 
 
 MOST_DESCRIPTORS = 1_048_576  # of one process: fs.nr_open's default (proc_sys_fs(5))
@@ -160,7 +227,8 @@ async def run(
         standing = RunningConfig(await stack.enter_async_context(with_redis(settings)), secrets, journal)
         crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
         desk = await stack.enter_async_context(_open_desk(standing)) if secrets.admin_token is not None else None
-        panel = create_admin(Panel(crew, workers), secrets.admin_token, settings.server.admin_hosts, desk)
+        state = Panel(crew, workers)
+        panel = create_admin(state, secrets.admin_token, settings.server.admin_hosts, desk)
         runner = Runner(panel, None, _strictness(crew))
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -169,6 +237,7 @@ async def run(
         await web.SockSite(runner, admin).start()
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
+        tasks.keep("history", state.remember)
         stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None, tasks)
         event = "serving" if workers == 1 else "supervising"
         _log.info(event, data=addresses[0], admin=addresses[1], workers=workers, version=VERSION)

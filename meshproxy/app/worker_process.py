@@ -23,6 +23,7 @@ from meshproxy.app.application import DataListener
 from meshproxy.app.reload import RunningConfig
 from meshproxy.app.worker import Prepared, Worker
 from meshproxy.config import ConfigError
+from meshproxy.gateway.record import Failure
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry.exposition import MergedMetrics
@@ -42,11 +43,15 @@ class Prepare(Struct, tag="prepare", frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """A worker's state: its metrics (Metrics.snapshot), why it isn't ready, and whether the ledger is connected."""
+    """A worker's state: its metrics (Metrics.snapshot), why it isn't ready, whether the ledger is connected, and the latest
+    failures.
+    """
 
     snapshot: bytes
     not_ready: list[str]
     connected: bool
+    failures: list[Failure] = []
+    last_errors: dict[str, Failure] = {}
 
 
 class Drain(Struct, tag="drain", frozen=True):
@@ -195,7 +200,14 @@ class Serving:
 
     async def report(self) -> Report:
         """Return the worker's report."""
-        return Report(await self.worker.metrics.snapshot(), self.worker.not_ready(), self.worker.store.connected)
+        recorder = self.worker.recorder
+        return Report(
+            await self.worker.metrics.snapshot(),
+            self.worker.not_ready(),
+            self.worker.store.connected,
+            list(recorder.failures),
+            recorder.last_errors,
+        )
 
     async def reports(self) -> dict[int, Report]:
         """Return the worker's report by its number, as a supervisor does for several."""

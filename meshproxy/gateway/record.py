@@ -5,6 +5,8 @@ None of these records contains a prompt, an answer or a secret.
 """
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import structlog
+from msgspec import Struct
 from msgspec.structs import astuple
 from prometheus_client import Counter
 
@@ -126,6 +129,7 @@ def _of_usage(exchange: Exchange) -> Facts:
     }
 
 
+MAX_FAILURES = 50  # that a worker remembers for the status page
 MAX_WORDS_CHARS = 500  # of a provider's message, in one log line
 ROUTE = "/v1/chat/completions"
 
@@ -176,6 +180,18 @@ class Accounts:
             self._metrics.account_balance.labels(account).set(balance_nusd)
 
 
+class Failure(Struct, frozen=True):
+    """A request that failed, or an attempt at an upstream: for the status page. `at` is Unix seconds."""
+
+    at: float
+    request_id: str
+    account: str
+    model: str
+    upstream: str
+    status: int
+    code: str
+
+
 class Recorder:
     """Counts and logs the requests of one worker. `clock` is monotonic seconds."""
 
@@ -183,6 +199,8 @@ class Recorder:
         self.in_flight = 0
         self.spans: Spans | None = None
         self.accounts: Accounts | None = None
+        self.failures: deque[Failure] = deque(maxlen=MAX_FAILURES)
+        self.last_errors: dict[str, Failure] = {}  # by upstream
         self._metrics = metrics
         self._request_log = request_log
         self._clock = clock
@@ -215,6 +233,11 @@ class Recorder:
         model = exchange.model
         self._count(exchange, model or "none", stream, now)
         self._request_log.write(self._line(exchange, model, stream == "true", now))
+        if exchange.status >= 500 or exchange.outcome == "upstream_failed":
+            upstream = exchange.candidate.upstream if exchange.candidate is not None else ""
+            self.failures.append(
+                _failure(exchange, model, upstream, exchange.status, exchange.code or exchange.outcome)
+            )
         if self.accounts is not None and exchange.principal is not None:
             self.accounts.count(exchange.account, exchange.status, exchange.cost_nusd)
         if self.spans is not None:
@@ -239,6 +262,9 @@ class Recorder:
     def attempt_failed(self, exchange: Exchange, candidate: Candidate, fault: UpstreamError) -> None:
         """Log a failed attempt and its cause: the status or the operating system's reason, and the provider's message."""
         response = exchange.response
+        status = response.status if response is not None else fault.answered or 0
+        said = fault.reason or fault.problem.code
+        self.last_errors[candidate.upstream] = _failure(exchange, candidate.model, candidate.upstream, status, said)
         ours = fault.source is Source.GATEWAY
         _log.log(
             logging.ERROR if ours else logging.WARNING,
@@ -386,6 +412,10 @@ def _without_prompt(exchange: Exchange, words: str) -> str:
         request = b",".join([*map(bytes, plan.request.fields.values()), plan.prompt.messages[:MAX_QUOTED_BYTES]])
         words = without_quotes(words, request)
     return words[:MAX_WORDS_CHARS]
+
+
+def _failure(exchange: Exchange, model: str, upstream: str, status: int, code: str) -> Failure:
+    return Failure(time.time(), exchange.call.request_id, exchange.account, model, upstream, status, code[:200])
 
 
 def _ms(seconds: float) -> float:

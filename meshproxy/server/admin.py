@@ -13,7 +13,7 @@ import hmac
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from importlib.resources import files
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import orjson
 import structlog
@@ -55,6 +55,9 @@ class Status(Summary):
     max_in_flight: int
     ledger_state: str  # "up", "down", or "local" (redis.on_failure)
     workers: list[WorkerStatus]
+    history: list[dict[str, Any]]  # the last hour: at (Unix seconds), requests by kind, p50 and p99 of the request time
+    failures: list[dict[str, Any]]  # the latest requests that failed, newest first
+    last_errors: dict[str, dict[str, Any]]  # of each upstream
 
 
 class AdminState(Protocol):

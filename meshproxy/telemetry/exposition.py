@@ -163,11 +163,13 @@ class Summary(TypedDict):
     """The status page's figures: counters since the start. The page computes rates and percentiles from two polls."""
 
     config: dict[str, Any]  # generation, last_reload_successful
-    requests: dict[str, int]  # total, client_errors (4xx), server_errors (5xx)
+    requests: dict[str, int]  # total, client_errors (4xx), server_errors (5xx), unpaid (402), limited (429)
     in_flight: dict[str, int]  # by phase
     request_duration: Distribution
     time_to_first_token: Distribution
-    upstreams: list[dict[str, Any]]  # name, requests, errors, breaker_open
+    upstreams: list[
+        dict[str, Any]
+    ]  # name, requests, errors, breaker_open, state, first_token and duration: Distribution
     ledger: dict[str, Any]  # ops, errors, duration: Distribution
     models: list[dict[str, Any]]  # the TOP_MODELS by requests: model, requests, tokens, cost_usd
     event_loop_lag: Distribution
@@ -188,6 +190,8 @@ def summarize(snapshot: Snapshot) -> Summary:
             "total": sum(by_code.values()),
             "client_errors": sum(count for code, count in by_code.items() if code.startswith("4")),
             "server_errors": sum(count for code, count in by_code.items() if code.startswith("5")),
+            "unpaid": by_code["402"],
+            "limited": by_code["429"],
         },
         "in_flight": {phase: in_flight[phase] for phase in families.PHASES},
         "request_duration": found.distribution(families.REQUEST_DURATION),
@@ -224,12 +228,19 @@ class _Found:
         """Return the value of a family without labels, 0 if it isn't set."""
         return int(next((series.value for series in self._family(definition).series), 0))
 
-    def distribution(self, definition: Definition) -> Distribution:
+    def distribution(self, definition: Definition, label: str | None = None) -> Distribution:
+        """Return a histogram over all its series, or over those whose first label has this value."""
         family = self._family(definition)
-        columns = zip(*(series.counts for series in family.series), strict=True)
-        cumulative = [int(sum(column)) for column in columns] or [0] * (len(family.edges) + 1)
+        chosen = [series for series in family.series if label is None or series.labels[0] == label]
+        columns = zip(*(series.counts for series in chosen), strict=True)
+        edges = family.edges or definition.edges
+        cumulative = [int(sum(column)) for column in columns] or [0] * (len(edges) + 1)
         counts = [above - below for below, above in pairwise((0, *cumulative))]
-        return {"edges": list(family.edges), "counts": counts}
+        return {"edges": list(edges), "counts": counts}
+
+    def series(self, definition: Definition) -> list[Series]:
+        """Return a family's series."""
+        return self._family(definition).series
 
     def _family(self, definition: Definition) -> Family:
         return self._families.get(definition.name) or Family(definition.name, [], definition.edges)
@@ -240,8 +251,17 @@ def _upstreams(found: _Found) -> list[dict[str, Any]]:
     requests = found.by(families.UPSTREAM_REQUESTS, "upstream")
     errors = found.by(families.UPSTREAM_REQUESTS, "upstream", lambda labels: _is_error(labels[1]))
     breakers = found.by(families.BREAKER_OPEN, "upstream")
+    states = {series.labels for series in found.series(families.UPSTREAM_STATE) if series.value > 0}
     return [
-        {"name": name, "requests": requests[name], "errors": errors[name], "breaker_open": breakers[name] > 0}
+        {
+            "name": name,
+            "requests": requests[name],
+            "errors": errors[name],
+            "breaker_open": breakers[name] > 0,
+            "state": next((state for state in ("open", "ejected") if (name, state) in states), "serving"),
+            "first_token": found.distribution(families.UPSTREAM_TIME_TO_FIRST_TOKEN, name),
+            "duration": found.distribution(families.UPSTREAM_REQUEST_DURATION, name),
+        }
         for name in sorted(breakers)
     ]
 

@@ -12,9 +12,11 @@ def summary(metrics):
 
 def test_nothing_counted_yet():
     found = summary(Metrics(["m"], ["up"]))
-    assert found["requests"] == {"total": 0, "client_errors": 0, "server_errors": 0}
+    assert found["requests"] == {"total": 0, "client_errors": 0, "server_errors": 0, "unpaid": 0, "limited": 0}
     assert (found["models"], sum(found["request_duration"]["counts"])) == ([], 0)
-    assert found["upstreams"] == [{"name": "up", "requests": 0, "errors": 0, "breaker_open": False}]
+    (upstream,) = found["upstreams"]
+    counted = [upstream[name] for name in ("name", "requests", "errors", "breaker_open", "state")]
+    assert (counted, sum(upstream["first_token"]["counts"])) == (["up", 0, 0, False, "serving"], 0)
     assert len(found["request_duration"]["edges"]) + 1 == len(found["request_duration"]["counts"])
 
 
@@ -30,7 +32,7 @@ def test_requests_in_flight_and_config():
     metrics.config_generation.labels().set(4)
     metrics.config_last_reload_successful.labels().set(True)
     found = summary(metrics)
-    assert found["requests"] == {"total": 9, "client_errors": 3, "server_errors": 1}
+    assert found["requests"] == {"total": 9, "client_errors": 3, "server_errors": 1, "unpaid": 0, "limited": 2}
     assert found["in_flight"] == {"authenticate": 0, "resolve": 0, "admit": 0, "attempt": 0, "stream": 3, "settle": 0}
     assert found["config"] == {"generation": 4, "last_reload_successful": True}
 
@@ -40,10 +42,12 @@ def test_upstream_errors():
     for code in ("200", "400", "404", "429", "500", "timeout", "connect_error", "cancelled"):
         metrics.upstream_requests.labels("a", code).inc()
     metrics.breaker_open.labels("b").set(1)
-    assert summary(metrics)["upstreams"] == [
-        {"name": "a", "requests": 8, "errors": 4, "breaker_open": False},
-        {"name": "b", "requests": 0, "errors": 0, "breaker_open": True},
-    ]
+    metrics.upstream_state.labels("a", "ejected").set(1)
+    metrics.upstream_first_token.labels("a").observe(0.03)
+    found = summary(metrics)["upstreams"]
+    counted = [[each[name] for name in ("name", "requests", "errors", "breaker_open", "state")] for each in found]
+    assert counted == [["a", 8, 4, False, "ejected"], ["b", 0, 0, True, "serving"]]
+    assert [sum(each["first_token"]["counts"]) for each in found] == [1, 0]
 
 
 def test_the_top_models():
