@@ -31,6 +31,7 @@ _HALF_A_PAIR: Final = re.compile(
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 _MANY_DIGITS: Final = re.compile(rb"[0-9]{400,}+")  # int() raises ValueError for thousands
+_DIGITS: Final = re.compile(r"[0-9]{1,16}(?:\.[0-9]{1,16})?", re.ASCII)  # as protobuf writes 64-bit integers in JSON
 _HUGE: Final = b"%d" % (MAX_COUNT + 1)
 
 
@@ -76,6 +77,8 @@ _PROMPT_DETAILS: Final = {
         "ephemeral_1h_input_tokens": "cache_write_1h",
     },
     "audio_tokens": "audio_prompt",
+    "image_tokens": "image",
+    "video_tokens": "video",
 }
 _COMPLETION_DETAILS: Final = {"reasoning_tokens": "reasoning", "audio_tokens": "audio_completion"}
 _KINDS: Final[Mapping[str, Any]] = {
@@ -100,6 +103,7 @@ _KINDS: Final[Mapping[str, Any]] = {
     },
     "citation_tokens": "citation",  # Perplexity: not included in the prompt or the total
     "reasoning_tokens": "reasoning",  # Perplexity
+    "tool_use_prompt_tokens": "tool_use",  # Gemini's, as gateways name it
 }
 
 
@@ -294,12 +298,19 @@ def _note(values: dict[str, Any], kinds: Mapping[str, Any], counts: dict[str, in
             if isinstance(value, dict):
                 _note(value, kind, counts, refused)
             continue
-        count = value if type(value) is int and 0 < value < MAX_COUNT else _count(value)
+        count = value if type(value) is int and 0 < value < MAX_COUNT else _count(_number(value))
+        if count == 0:
+            continue
         if count is None:
             reason = "negative" if isinstance(value, int | Decimal) and value < 0 else "no_number"
             refused.append(Refusal(reason, name, _short(value)))
         elif kind not in counts or count > counts[kind]:
             counts[kind] = count
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a string of digits spells; any other value as it is."""
+    return Decimal(value) if type(value) is str and _DIGITS.fullmatch(value) else value
 
 
 def _count(value: Any) -> int | None:
@@ -333,6 +344,7 @@ def _usd(value: Any, name: str, refused: list[Refusal], unit: Decimal = Decimal(
     """Return an amount in USD; None if there is none, or if it can't be true, which is added to `refused`."""
     if value is None:
         return None
+    value = _number(value)
     if type(value) in {int, Decimal} and 0 <= value <= MAX_COST_USD / unit:
         amount: Decimal = value * unit
         exponent = amount.as_tuple().exponent
@@ -358,7 +370,9 @@ def _added_up(counts: dict[str, int], window: int, most_output: int, refused: li
     reasoning, citation = count("reasoning", 0), count("citation", 0)
 
     by_anthropic = ("cache_read" in counts or "cache_creation" in counts) and ("prompt" not in counts or not total)
-    beside = _explained(total - prompt - completion, reasoning, cached + write, citation)
+    in_prompt = count("image", 0) + count("video", 0) + count("tool_use", 0)
+    parts = {"reasoning": reasoning, "cache": cached + write, "citation": citation, "prompt": in_prompt}
+    beside = _explained(total - prompt - completion, parts)
     if cached + write and ("cache" in beside or by_anthropic or cached + write > prompt):
         if prompt + cached + write <= window:
             prompt += cached + write
@@ -371,10 +385,11 @@ def _added_up(counts: dict[str, int], window: int, most_output: int, refused: li
         elif reasoning > completion:
             refused.append(Refusal("over_window", "reasoning", str(reasoning)))
             reasoning = 0
-    if prompt + citation <= window:
-        prompt += citation
+    more_prompt = citation + in_prompt * ("prompt" in beside)
+    if prompt + more_prompt <= window:
+        prompt += more_prompt
     else:
-        refused.append(Refusal("over_window", "citation", str(citation)))
+        refused.append(Refusal("over_window", "citation" if citation else "prompt", str(more_prompt)))
 
     rest = total - prompt - completion
     if rest > 0 and prompt and completion + rest <= most_output:
@@ -395,12 +410,10 @@ def _added_up(counts: dict[str, int], window: int, most_output: int, refused: li
     )
 
 
-def _explained(gap: int, reasoning: int, cache: int, citation: int) -> Collection[str]:
+def _explained(gap: int, sizes: Mapping[str, int]) -> Collection[str]:
     """Return the parts whose sum is exactly the gap between a total and its wholes; none if no choice of parts is."""
-    parts = [
-        (name, size) for name, size in (("reasoning", reasoning), ("cache", cache), ("citation", citation)) if size
-    ]
     if gap > 0:
+        parts = [part for part in sizes.items() if part[1]]
         for chosen in chain.from_iterable(combinations(parts, length) for length in range(1, len(parts) + 1)):
             if sum(size for _, size in chosen) == gap:
                 return [name for name, _ in chosen]

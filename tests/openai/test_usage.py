@@ -56,6 +56,23 @@ class TestDialects:
                 id="openai",
             ),
             pytest.param(
+                told("900", "50", "950", **prompt_parts(cached_tokens="600")), Usage(900, 50, cached=600), id="strings"
+            ),
+            *(
+                pytest.param(told(300, 50, 1050, **parts), Usage(1000, 50), id=f"beside the prompt: {parts}")
+                for parts in (
+                    prompt_parts(image_tokens=700),
+                    prompt_parts(text_tokens=300, image_tokens=200, video_tokens=500),
+                    {"tool_use_prompt_tokens": 700},
+                )
+            ),
+            pytest.param(told(1000, 50, 1050, **prompt_parts(image_tokens=700)), Usage(1000, 50), id="image within"),
+            pytest.param(
+                told(300, 50, 1050, **prompt_parts(image_tokens=200)),
+                Usage(300, 750, reasoning=700),
+                id="image, and thoughts",
+            ),
+            pytest.param(
                 told(10, 8, 18, cost=0.1, **prompt_parts(cached_tokens=4, cache_write_tokens=6)),
                 Usage(10, 8, cached=4, cache_write=6),
                 id="openrouter",
@@ -163,7 +180,9 @@ class TestDialects:
         [
             (told(-5, 50), Usage(0, 50), "negative"),
             (told(900, -1.0), Usage(900, 0), "negative"),
-            (told("900", 50), Usage(0, 50), "no_number"),
+            (told("9oo", 50), Usage(0, 50), "no_number"),
+            (told("-900", 50), Usage(0, 50), "no_number"),
+            (told("9" * 40, 50), Usage(0, 50), "no_number"),
             (told(900.5, 50), Usage(0, 50), "no_number"),
             (told(True, 50), Usage(0, 50), "no_number"),
             (told({"a": 1}, 50), Usage(0, 50), "no_number"),
@@ -240,7 +259,10 @@ class TestDialects:
             ({"cost_in_usd_ticks": 37_756_000}, "0.0037756"),
             ({"cost": None}, None),
             ({"cost": -0.1}, None),
-            ({"cost": "0.1"}, None),
+            ({"cost": "0.1"}, "0.1"),
+            ({"cost": {"total_cost": "0.25"}}, "0.25"),
+            ({"cost": "1e9"}, None),
+            ({"cost": "n/a"}, None),
             ({"cost": 1e9}, None),
             ({"cost_in_usd_ticks": 10**20}, None),
             ({}, None),
