@@ -128,8 +128,9 @@ def filled(settings: Settings, *, need_keys: bool = True) -> tuple[Settings, Sec
 
 
 def secret_text(path: str) -> str:
-    """Read a secret's file. Bytes that aren't UTF-8 become characters that a `SecretReader` refuses. Raises OSError for
-    what is no file or too large for a secret.
+    """Read a secret's file. Raises OSError if it isn't a regular file or is too large for a secret.
+
+    Bytes that aren't UTF-8 become characters that a `SecretReader` refuses.
     """
     require_file(path)
     with open(path, "rb") as file:  # noqa: PTH123 - to read no more than this of it
@@ -140,7 +141,7 @@ def secret_text(path: str) -> str:
 
 
 def require_file(path: str) -> None:
-    """Raise OSError if there is no regular file: to read a FIFO or a device may take for ever."""
+    """Raise OSError if the path isn't a regular file: reading a FIFO or a device may never end."""
     mode = os.stat(path).st_mode  # noqa: PTH116 - for its OSError
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -173,7 +174,7 @@ def _server_faults(server: Server) -> Iterator[str]:
     unfit = [*_file_faults("server.tls_cert", server.tls_cert), *_file_faults("server.tls_key", server.tls_key)]
     yield from unfit or _faults_of(lambda: server_context(server))
     if server.listen is not None and server.admin_listen is not None:
-        with suppress(OSError):  # told below
+        with suppress(OSError):  # reported below
             if _claim_the_same(server.listen, server.admin_listen):
                 yield "server.admin_listen: the same as server.listen"
     for key in ("listen", "admin_listen"):

@@ -171,8 +171,9 @@ def _server_doubts(server: Server) -> Iterator[str]:
 
 
 def _upstream_doubts(upstream: Upstream, path: str, server: Server | None) -> Iterator[str]:
-    """Warn of a base URL with an endpoint's path, without the API's, of the gateway itself or in plain HTTP, and of secrets
-    in plain text.
+    """Warn of a suspicious base URL, and of secrets in plain text.
+
+    Suspicious is one with an endpoint's path, without the API's path, of the gateway itself, or in plain HTTP.
     """
     url = (upstream.base_url or "").rstrip("/")
     end = next((end for end in ENDPOINTS if url.endswith(end)), None)

@@ -116,9 +116,7 @@ def _ends_in_number(name: str) -> bool:
 
 
 def _is_ipv4(name: str) -> bool:
-    """Return whether `inet_aton` takes it: up to four numbers, of which the last is all the remaining bytes
-    (inet_aton(3)).
-    """
+    """Return whether inet_aton(3) accepts a name: up to four numbers, the last of which is all remaining bytes."""
     parts = name.split(".")
     if len(parts) > 4 or not all(part.isdigit() and len(part) <= MAX_IPV4_DIGITS for part in parts):
         return False
@@ -127,8 +125,9 @@ def _is_ipv4(name: str) -> bool:
 
 
 def origin_fault(origin: str) -> str | None:
-    """Return what is wrong with an origin, None if a browser may send it: in lower case, without the scheme's own port
-    (RFC 6454, 6.2).
+    """Return what is wrong with an origin, None if a browser may send it.
+
+    A browser sends it in lower case, without the scheme's default port (RFC 6454, 6.2).
     """
     if origin == "*":
         return None
