@@ -28,6 +28,7 @@ from msgspec.structs import replace
 from meshproxy.config import (
     ConfigError,
     Redis,
+    Secret,
     SecretReader,
     Secrets,
     Server,
@@ -345,6 +346,60 @@ class RunningConfig(Struct, tag="standing", frozen=True):
     journal: str | None = None
     generation: int = 1
     reload_failed: bool = False
+
+
+class Watch:
+    """The configuration's file, and the secrets and certificates that it names, as they were when last looked at."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._files = files_of(path)
+        self._served = self._latest = self._signs()
+
+    def changed(self) -> bool:
+        """Return whether a file differs from what was served, and has been as it is since the call before: so that none is read
+        while it is being written.
+        """
+        before, self._latest = self._latest, self._signs()
+        if self._latest == self._served or self._latest != before:
+            return False
+        self._files = files_of(self._path)
+        self._served = self._latest = self._signs()
+        return True
+
+    def _signs(self) -> list[tuple[int, int, int] | None]:
+        """What tells one version of each file from another; of a link, that of its target, as Kubernetes swaps them."""
+        return [_sign(path) for path in self._files]
+
+
+def files_of(path: str) -> list[str]:
+    """The configuration's file, and the files of secrets and certificates that it names, if it can be read."""
+    with contextlib.suppress(ConfigError):
+        settings = read(path)
+        certificate = (settings.server.tls_cert, settings.server.tls_key)
+        return [path, *(file for file in certificate if file is not None), *_secret_files(settings)]
+    return [path]
+
+
+def _secret_files(value: object) -> Iterator[str]:
+    """The files of every secret in a configuration."""
+    if isinstance(value, Secret):
+        if value.file is not None:
+            yield value.file
+    elif isinstance(value, Struct):
+        for name in value.__struct_fields__:
+            yield from _secret_files(getattr(value, name))
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _secret_files(each)
+
+
+def _sign(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a path as the configuration has it
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class Crew(Protocol):

@@ -21,7 +21,7 @@ import uvloop
 from aiohttp import web
 from msgspec.structs import asdict
 
-from meshproxy.app.reload import READY, STOPPING, Read, Reloader, RunningConfig, journal_path, load, notify
+from meshproxy.app.reload import READY, STOPPING, Read, Reloader, RunningConfig, Watch, journal_path, load, notify
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
 from meshproxy.app.worker_process import Report, Serving
@@ -42,6 +42,7 @@ from meshproxy.upstream.pool import RESERVED_DESCRIPTORS
 from meshproxy.version import VERSION
 
 Crew = Serving | Supervisor
+WATCH_S = 1.0  # between two looks at the files of the configuration
 HISTORY_S = 3600.0  # that the status page shows
 POINT_S = 20.0  # between two points of it
 
@@ -157,8 +158,11 @@ MOST_DESCRIPTORS = 1_048_576  # of one process: fs.nr_open's default (proc_sys_f
 _log = structlog.get_logger("meshproxy.app")
 
 
-def serve(config_path: str) -> int:
-    """Serve a configuration until SIGTERM or SIGINT; return the exit code. Raises ConfigError if it can't."""
+def serve(config_path: str, *, watch: bool = False) -> int:
+    """Serve a configuration until SIGTERM or SIGINT; return the exit code. Raises ConfigError if it can't.
+
+    `watch`: reload when a file of it changes, too.
+    """
     loaded = load(config_path)
     settings, secrets = loaded.settings, loaded.secrets
     workers = settings.server.workers or len(os.sched_getaffinity(0))
@@ -173,6 +177,7 @@ def serve(config_path: str) -> int:
                 reload=partial(load, config_path),
                 journal=journal,
                 warnings=loaded.warnings,
+                watch=Watch(config_path) if watch else None,
             )
         )
     except OSError as error:
@@ -204,10 +209,12 @@ async def run(
     reload: Read | None = None,
     journal: str | None = None,
     warnings: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    `on_ready` is called with the addresses of data and admin. `reload` reads the configuration again on SIGHUP.
+    `on_ready` is called with the addresses of data and admin. `reload` reads the configuration again on SIGHUP, and when
+    `watch` sees a change.
     `journal` is the journal's path (None: in memory). Raises OSError if an address is taken, and ConfigError if the
     configuration can't be served.
     """
@@ -238,7 +245,7 @@ async def run(
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
         tasks.keep("history", state.remember)
-        stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None, tasks)
+        stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None, tasks, watch)
         event = "serving" if workers == 1 else "supervising"
         _log.info(event, data=addresses[0], admin=addresses[1], workers=workers, version=VERSION)
         await _first(crew.up, crew.refused, stopped)
@@ -274,7 +281,7 @@ def _strictness(crew: Crew) -> Strictness:
     )
 
 
-def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks) -> asyncio.Event:
+def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks, watch: Watch | None) -> asyncio.Event:
     """Install the signal handlers. The returned event is set by the first SIGTERM or SIGINT; the second one hurries the
     crew.
 
@@ -298,8 +305,18 @@ def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks) -> asyncio.
     if reloader is not None:
         loop.add_signal_handler(signal.SIGHUP, hangup.set)
         tasks.keep("reload", reload_when_asked)
+        if watch is not None:
+            tasks.keep("watch", partial(_look, watch, hangup))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     return stopped
+
+
+async def _look(watch: Watch, changed: asyncio.Event) -> None:
+    """Set the event each time that a watched file has changed."""
+    while True:
+        await asyncio.sleep(WATCH_S)
+        if await asyncio.to_thread(watch.changed):
+            changed.set()
 
 
 async def _first(*events: asyncio.Event) -> None:

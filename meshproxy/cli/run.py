@@ -34,6 +34,9 @@ def check(args: argparse.Namespace, out: Output) -> None:
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """`serve --config FILE`"""
     make_command(parser, serve, configured=True)
+    parser.add_argument(
+        "--watch", action="store_true", help="reload when the file, or a secret or certificate that it names, changes"
+    )
 
 
 def serve(args: argparse.Namespace, _out: Output) -> int:
@@ -43,7 +46,7 @@ def serve(args: argparse.Namespace, _out: Output) -> int:
     kill -HUP PID       read the configuration again; a bad one changes nothing
     kill -TERM PID      finish the running streams, settle, and exit 0
     """
-    return process.serve(args.config)
+    return process.serve(args.config, watch=args.watch)
 
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:

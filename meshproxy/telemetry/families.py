@@ -58,7 +58,7 @@ CLOSED = {
     "state": _words("serving ejected open"),
     "task": _words(
         "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal refusals instances loop-lag"
-        " deadlines accept balances history"
+        " deadlines accept balances history watch"
     ),
 }
 

@@ -89,14 +89,14 @@ def refused(tables: Tables) -> str:
 class Gateway:
     """`meshproxy serve`. `url` is its data listener's, `admin` its admin listener's, `config` its file."""
 
-    def __init__(self, folder: Path, redis_url: str, tables: Tables) -> None:
+    def __init__(self, folder: Path, redis_url: str, tables: Tables, flags: tuple[str, ...] = ()) -> None:
         server = {"listen": "127.0.0.1:0", "admin_listen": "127.0.0.1:0", "workers": 1, "drain_s": 1}
         redis = {"url": redis_url, "journal": str(folder / "journal")}
         whole = {**tables, "server": {**server, **tables.get("server", {})}, "redis": redis}
         self.config = folder / "meshproxy.toml"
         self.config.write_text(toml(whole))
         self._log = folder / "log"
-        command = [sys.executable, "-m", "meshproxy", "serve", "--config", str(folder / "meshproxy.toml")]
+        command = [sys.executable, "-m", "meshproxy", "serve", "--config", str(folder / "meshproxy.toml"), *flags]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MESHPROXY")}
         with self._log.open("wb") as stderr:
             self._process = subprocess.Popen(command, stderr=stderr, env=environment)
@@ -191,12 +191,12 @@ class Site:
         self.provider.players[name] = Player(does, then)
         return self.provider.base_url(name)
 
-    def gateway(self, name: str, tables: Tables) -> Gateway:
+    def gateway(self, name: str, tables: Tables, *flags: str) -> Gateway:
         """The gateway of a name, which is started with these tables if it isn't there."""
         if name not in self._gateways:
             folder = self._home / name
             folder.mkdir()
-            gateway = Gateway(folder, self._redis.url, tables)
+            gateway = Gateway(folder, self._redis.url, tables, flags)
             self._stack.callback(gateway.stop)
             self._gateways[name] = gateway
         return self._gateways[name]
