@@ -7,7 +7,7 @@ import sys
 def main() -> int:
     """Run one command; the process's exit code.
 
-    SIGHUP waits from here on until `serve` can reload (app/process.py): by default it ends a process.
+    SIGHUP waits from here on until `serve` can reload (app/serve.py): by default it ends a process.
     """
     if sys.argv[1:2] == ["serve"]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})

@@ -27,6 +27,7 @@ SENTINEL_PORT = 26379
 MAX_DB_DIGITS = 9  # Redis takes no number above 2**31 - 1
 
 _OPTIONS = {"db", "tls", "ca_file", "cert_file", "key_file"}
+_SWITCH = {"0": False, "1": True, "false": False, "true": True}
 _KINDS: dict[str, Literal["server", "sentinel", "cluster"]] = {
     "redis": "server",
     "rediss": "server",
@@ -58,8 +59,13 @@ class Tls(Struct, frozen=True):
         """Make an SSL context that verifies certificate and host name. Raises OSError if a file can't be used."""
         context = ssl.create_default_context(cafile=self.ca_file)
         if self.cert_file is not None:
-            context.load_cert_chain(self.cert_file, self.key_file)
+            context.load_cert_chain(self.cert_file, self.key_file, password=_no_password)
         return context
+
+
+def _no_password() -> str:
+    """Refuse a key with a password: OpenSSL would ask for it on the terminal."""
+    raise ValueError("a key with a password can't be used")
 
 
 class Login(Struct, frozen=True):
@@ -106,7 +112,7 @@ def tls_context(address: Address) -> ssl.SSLContext | None:
             [f"redis.url: the TLS files can't be used ({(error.reason or 'not PEM').lower()})"]
         ) from error
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no file has such a name"
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError([f"redis.url: the TLS files can't be used ({reason})"]) from error
 
 
@@ -134,7 +140,7 @@ def _parse(url: str) -> Address:
     login = Login(reads[0].get("username"), reads[0].get("password"), _database(db, options.get("db", db)))
     if kind == "cluster" and login.db:
         raise ValueError("Redis Cluster has no database but 0")
-    has_tls = scheme == "rediss" or options.get("tls", "0") not in {"0", "false", ""}
+    has_tls = _has_tls(scheme, options.get("tls"))
     files = tuple(map(options.get, ("ca_file", "cert_file", "key_file")))
     if any(files) and not has_tls:
         raise ValueError("ca_file, cert_file and key_file are for TLS: as rediss://, or with tls=1")
@@ -142,6 +148,16 @@ def _parse(url: str) -> Address:
         raise ValueError("key_file needs a cert_file")
     tls = Tls(*files) if has_tls else None
     return Address(kind, tuple(endpoints), login, tls, unquote(service))
+
+
+def _has_tls(scheme: str, option: str | None) -> bool:
+    if option is None:
+        return scheme == "rediss"
+    if option not in _SWITCH:
+        raise ValueError(f"tls is one of {', '.join(_SWITCH)}")
+    if (scheme == "unix" and _SWITCH[option]) or (scheme == "rediss" and not _SWITCH[option]):
+        raise ValueError(f"{scheme}:// and tls={option} contradict each other")
+    return _SWITCH[option]
 
 
 def _read_options(query: str) -> dict[str, str]:

@@ -77,7 +77,9 @@ class ClientConnection(asyncio.Protocol):
         self._loop = loop
         self._source = source
         self._ahead = b""  # an incomplete head, or what follows a request
-        self._body: list[bytes] = []
+        self._body: bytes | bytearray = (
+            b""  # one buffer: a list of a client's tiny pieces would take many times as much
+        )
         self._left = 0  # bytes of the body not received yet
         self._is_wanted = False  # whether the handler waits for the body
         self._whole: asyncio.Future[None] | None = None  # resolved when the body is complete
@@ -193,15 +195,15 @@ class ClientConnection(asyncio.Protocol):
             self._whole = self._loop.create_future()
             async with asyncio.timeout(timeout_s):
                 await self._whole
-        body, self._body = self._body, []
-        return body[0] if len(body) == 1 else b"".join(body)
+        body, self._body = self._body, b""
+        return bytes(body)
 
     def answered(self, *, keep_alive: bool) -> None:
         """Continue with the next request, after an answer. The rest of an unread body is read and dropped first."""
         self._task = None
         self._keep_alive = keep_alive
         if self._left:
-            self._body, self._is_wanted = [], True
+            self._body, self._is_wanted = b"", True
             self.deadline = self._loop.time() + LINGER_S
             self._resume()
         elif keep_alive:
@@ -245,7 +247,7 @@ class ClientConnection(asyncio.Protocol):
         body = rest if len(rest) <= length else rest[:length]
         self._left = length - len(body)
         self._ahead = rest[length:]
-        self._body = [body]
+        self._body = body
         self._is_wanted = False
         self.deadline = math.inf
         self._task = self._loop.create_task(self._host.serve(self, fields))
@@ -259,9 +261,11 @@ class ClientConnection(asyncio.Protocol):
             if not self._left:
                 self.answered(keep_alive=self._keep_alive)
             return
-        self._body.append(data)
+        if isinstance(self._body, bytes):
+            self._body = bytearray(self._body)
+        self._body += data
         if self._left:
-            self._pause_if(not self._is_wanted and sum(map(len, self._body)) > MAX_AHEAD_BYTES)
+            self._pause_if(not self._is_wanted and len(self._body) > MAX_AHEAD_BYTES)
         elif self._whole is not None:
             whole, self._whole = self._whole, None
             if not whole.done():

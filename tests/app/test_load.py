@@ -4,6 +4,13 @@ import json
 import os
 
 import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -171,6 +178,22 @@ def test_what_is_no_file_is_not_read(tmp_path, name, text, keys):
 def test_a_secret_is_no_large_file(tmp_path):
     (tmp_path / "large").write_text("a" * 70_000)
     assert unfit(tmp_path, KEY.format(tmp_path / "large")) == ["upstreams.u.api_key"]
+
+
+@pytest.mark.parametrize(
+    "text, keys",
+    [
+        ('[server]\ntls_cert = "{0}/crt"\ntls_key = "{0}/key"', ["server.tls_key"]),
+        ('[redis]\nurl = "rediss://h?cert_file={0}/crt&key_file={0}/key"', ["redis.url"]),
+    ],
+)
+def test_a_key_with_a_password_is_not_asked_for_on_the_terminal(tmp_path, text, keys):
+    certificate = trustme.CA().issue_cert("h")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "crt")
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"a"))
+    (tmp_path / "key").write_bytes(locked)
+    assert unfit(tmp_path, text.format(tmp_path)) == keys
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import asyncio
 import json
+import tracemalloc
+from unittest.mock import Mock
 
 import pytest
 from aiohttp import web
@@ -7,6 +9,7 @@ from aiohttp import web
 from meshproxy.gateway.exchange import Reply
 from meshproxy.server.chat import ClientStream
 from meshproxy.server.errors import Strictness, envelope_errors
+from meshproxy.server.fast_path import ClientConnection
 from meshproxy.server.listener import Runner, listen
 
 GET = b"GET /work HTTP/1.1\r\nhost: m\r\n\r\n"
@@ -151,6 +154,22 @@ async def test_a_large_body_in_pieces(start):
     writer.write(POST)
     await answers(reader, b"chat " + body, b"chat {}")
     writer.close()
+
+
+async def test_a_body_in_tiny_pieces_takes_no_more_memory(start):
+    """A client that sends two bytes at a time, however fast this machine is: the pieces come straight to the connection."""
+    served = await start()
+    connection = ClientConnection(served.runner.server, asyncio.get_running_loop(), None)
+    connection.connection_made(Mock(get_extra_info=Mock(return_value=None), get_write_buffer_size=Mock(return_value=0)))
+    connection.data_received(POST.replace(b"content-length: 2\r\n\r\n{}", b"content-length: 200001\r\n\r\n"))
+    await asyncio.sleep(0)
+    tracemalloc.start()
+    for _ in range(100_000):
+        connection.data_received(bytes(2))
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    connection.connection_lost(None)
+    assert grown < 400_000
 
 
 @pytest.mark.parametrize("keep_alive", [True, False])
