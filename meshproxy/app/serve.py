@@ -27,8 +27,8 @@ from meshproxy.app.worker import with_redis
 from meshproxy.app.worker_process import Report, Serving
 from meshproxy.config import ConfigError, Secrets, Settings
 from meshproxy.gateway.record import MAX_FAILURES, Failure
-from meshproxy.ledger.connection import connect
-from meshproxy.ledger.desk import Desk
+from meshproxy.ledger.connection import StoreError, Unavailable, connect
+from meshproxy.ledger.desk import Desk, store_doubts
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
@@ -252,6 +252,8 @@ async def run(
         if crew.refused.is_set():
             crew.hurry()
             raise ConfigError(crew.faults)
+        if settings.redis.url != "embedded":
+            tasks.spawn("store", _doubt_store(crew.standing))
         notify(READY)
         if on_ready is not None:
             on_ready(*addresses)
@@ -271,6 +273,17 @@ async def _open_desk(standing: RunningConfig) -> AsyncIterator[Desk]:
     finally:
         await store.close()
         await dialling.close()
+
+
+async def _doubt_store(standing: RunningConfig) -> None:
+    """Warn of a Redis that isn't set up for money, once at the start."""
+    with contextlib.suppress(Unavailable, StoreError):
+        store = await connect(standing.settings.redis)
+        try:
+            for doubt in await store_doubts(store):
+                _log.warning("redis_doubtful", warning=doubt)
+        finally:
+            await store.close()
 
 
 def _strictness(crew: Crew) -> Strictness:

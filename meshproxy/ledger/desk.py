@@ -20,7 +20,7 @@ from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source, invali
 from meshproxy.ledger.directory import Directory, check_account_name
 from meshproxy.ledger.ledger import Ledger, RefTaken
 from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
-from meshproxy.ledger.store import Store
+from meshproxy.ledger.store import Store, StoreError
 from meshproxy.ledger.usage_report import EVENT_DAYS, GROUPS, MAX_FIELDS, Event, Row, find_event, usage
 from meshproxy.money import format_usd, in_usd
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits, Status
@@ -420,6 +420,32 @@ class Desk:
         if key is None or (self._whole_ids and wanted != key.id):
             raise _no_key(wanted)
         return key
+
+
+async def store_doubts(store: Store) -> list[str]:
+    """What Redis is set up for that doesn't go with money in it: it may evict keys, or forgets all in a restart. What it doesn't
+    tell (a managed Redis may refuse CONFIG) is no doubt.
+    """
+    doubts = []
+    memory = _info(await store.execute("INFO", "memory"))
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction" and memory.get("maxmemory", "0") != "0":
+        doubts.append(f"maxmemory-policy is {policy}: Redis may evict balances and keys; set noeviction")
+    persistence = _info(await store.execute("INFO", "persistence"))
+    if persistence.get("aof_enabled") == "0":
+        try:
+            save = dict([await store.execute("CONFIG", "GET", "save")])
+        except StoreError:
+            save = {}
+        if save.get(b"save") == b"":
+            doubts.append("appendonly is no and save is empty: a restart of Redis forgets all credit and keys")
+    return doubts
+
+
+def _info(reply: bytes) -> dict[str, str]:
+    """The fields of INFO's reply."""
+    lines = (line.partition(":") for line in reply.decode().splitlines() if not line.startswith("#"))
+    return {name: value for name, _, value in lines}
 
 
 def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ CLOSED = {
     "phase": frozenset(PHASES),
     "op": _words(
         "admit settle renew balance grant append claim conclude beat put_template delete_template replace sizes erase"
-        " GET SET DEL EXISTS EXPIRE PEXPIRE PING TIME HDEL HGET HINCRBY HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE"
+        " CONFIG INFO GET SET DEL EXISTS EXPIRE PEXPIRE PING TIME HDEL HGET HINCRBY HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE"
         " SADD SISMEMBER SMEMBERS SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
     "kind": _words(
@@ -58,7 +58,7 @@ CLOSED = {
     "state": _words("serving ejected open"),
     "task": _words(
         "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal refusals instances loop-lag"
-        " deadlines accept balances history watch"
+        " deadlines accept balances history watch store"
     ),
 }
 

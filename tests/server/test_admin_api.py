@@ -5,7 +5,7 @@ import redis
 
 from meshproxy import config
 from meshproxy.ledger.connection import connect
-from meshproxy.ledger.desk import Desk
+from meshproxy.ledger.desk import Desk, store_doubts
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import create_admin
@@ -204,3 +204,28 @@ async def test_the_description_has_every_path(client):
     assert answer == document()
     described = {(method.upper(), path) for path, methods in answer["paths"].items() for method in methods}
     assert described == {(method, path) for method, path, _, _ in ROUTES}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"maxmemory": "0", "maxmemory-policy": "allkeys-lru", "save": "3600 1"}, []),
+        ({"maxmemory": "1gb", "maxmemory-policy": "noeviction", "save": "3600 1"}, []),
+        (
+            {"maxmemory": "1gb", "maxmemory-policy": "allkeys-lru", "save": "3600 1"},
+            ["maxmemory-policy is allkeys-lru"],
+        ),
+        ({"maxmemory": "0", "maxmemory-policy": "noeviction", "save": ""}, ["appendonly is no"]),
+    ],
+)
+async def test_a_store_that_may_forget_money_is_doubted(desk, store_server, settings, words):
+    with redis.Redis.from_url(store_server, decode_responses=True) as client:
+        before = {name: client.config_get(name)[name] for name in settings}
+        for name, value in settings.items():
+            client.config_set(name, value)
+        try:
+            doubts = await store_doubts(desk.store)
+        finally:
+            for name, value in before.items():
+                client.config_set(name, value)
+    assert [doubt.partition(":")[0].partition(" and ")[0] for doubt in doubts] == words
