@@ -187,9 +187,13 @@ def unsupported_media_type(message: str) -> ErrorResponse:
     return ErrorResponse(415, "unsupported_media_type", message)
 
 
-def invalid(message: str, *details: Detail, param: str | None = None) -> ErrorResponse:
-    """Build 422: the request is invalid; `details` names each error."""
-    return ErrorResponse(422, "validation_error", message, param, details)
+def invalid(message: str, *details: Detail, param: str | None = None, place: str = "body") -> ErrorResponse:
+    """Build 422: the request is invalid; `details` names each error.
+
+    Without details one is made of the message and `param`, which is in `place`: `body`, `query` or `header`.
+    """
+    loc = (place,) if param is None else (place, param)
+    return ErrorResponse(422, "validation_error", message, param, details or (Detail("value_error", loc, message),))
 
 
 def rate_limit_exceeded(message: str, retry_after_s: float) -> ErrorResponse:

@@ -77,7 +77,7 @@ def application(
         for one in ("GET", "HEAD") if method == "GET" else (method,):
             app.router.add_route(one, path, partial(_answer, worker, function), expect_handler=_not_yet)
     app.router.add_get(HEALTH_PATH, _health)
-    app[PATHS] = (CHAT_PATH, *(path for _, path, _ in ROUTES if "{" not in path))
+    app[PATHS] = (CHAT_PATH, *(path for _, path, _ in ROUTES if "{" not in path), HEALTH_PATH, openapi.PATH)
     app.router.add_get(openapi.PATH, openapi.handler())
     return app
 

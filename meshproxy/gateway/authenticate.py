@@ -2,14 +2,25 @@
 
 from collections.abc import Callable
 
-from meshproxy.errors import ErrorResponse, GatewayError, Source, forbidden, rate_limit_exceeded, unauthorized
+from meshproxy.errors import (
+    ErrorResponse,
+    GatewayError,
+    Source,
+    forbidden,
+    invalid_api_version,
+    rate_limit_exceeded,
+    unauthorized,
+)
 from meshproxy.ledger.directory import Directory
-from meshproxy.openai.headers import bearer
+from meshproxy.openai.headers import API_VERSIONS, bearer
 from meshproxy.policy.principal import Access, Principal
 
 NO_KEY = unauthorized("Send your key as `Authorization: Bearer rsk_...`.")
 OTHER_KEY = unauthorized(
     "This is not a key of this gateway: its keys begin with `rsk_`. Send one as `Authorization: Bearer rsk_...`."
+)
+WRONGLY_SENT = unauthorized(
+    "The key is not sent as it should be. Send `Authorization: Bearer rsk_...`, and nothing more."
 )
 UNKNOWN_KEY = unauthorized("This key is not known.")
 
@@ -37,7 +48,7 @@ class Authenticator:
         secret = bearer(authorization)
         principal = await self._directory.principal(secret) if secret is not None else None
         if principal is None:
-            problem = UNKNOWN_KEY if secret is not None else OTHER_KEY if authorization else NO_KEY
+            problem = UNKNOWN_KEY if secret is not None else _unreadable(authorization)
         elif (objection := self._objection(principal)) is None:
             return principal
         else:
@@ -66,3 +77,16 @@ class Authenticator:
         if principal.account.status != "active":
             return forbidden("This account is suspended.")
         return None
+
+
+def _unreadable(authorization: str | None) -> ErrorResponse:
+    """Return the error response for an `Authorization` header without a key that can be looked up."""
+    if not authorization:
+        return NO_KEY
+    return WRONGLY_SENT if "rsk_" in authorization else OTHER_KEY
+
+
+def check_version(version: str) -> None:
+    """Raise GatewayError `invalid_api_version` if the request relies on a version of Mesh's API that there isn't."""
+    if version not in API_VERSIONS:
+        raise GatewayError(Source.CLIENT, invalid_api_version(version, API_VERSIONS))

@@ -386,9 +386,8 @@ class Idempotence:
         """
         name = call.idempotency_key or ""
         if not 0 < len(name) <= MAX_KEY_CHARS or not name.isprintable():
-            raise GatewayError(
-                Source.CLIENT, invalid(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters.")
-            )
+            message = f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters."
+            raise GatewayError(Source.CLIENT, invalid(message, param="idempotency-key", place="header"))
         account = principal.account.name
         wanted = self._replays.claimed(account, principal.key.id, name, owner)
         digest = body_digest(body)

@@ -14,16 +14,14 @@ from functools import partial
 from meshproxy.errors import (
     ErrorResponse,
     GatewayError,
-    Source,
     UpstreamError,
     internal_error,
-    invalid_api_version,
     overloaded,
     upstream_error,
 )
 from meshproxy.gateway.admit import Admitter, Lease, limit_headers
 from meshproxy.gateway.attempts import Attempts, Opening, outlives, within
-from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.authenticate import Authenticator, check_version
 from meshproxy.gateway.bounds import LARGE_BYTES, MIN_UNADMITTED, Bodies, Turns, Visits
 from meshproxy.gateway.exchange import ActiveConfig, Call, Downstream, Exchange, Headers, Reply, refusal, refused
 from meshproxy.gateway.health import Health
@@ -40,7 +38,7 @@ from meshproxy.ledger.records import Denial
 from meshproxy.money import format_usd
 from meshproxy.openai.event_stream import StreamScanner
 from meshproxy.openai.events import LOOK_BYTES, as_whole, form_of
-from meshproxy.openai.headers import API_VERSIONS, downstream_headers
+from meshproxy.openai.headers import downstream_headers
 from meshproxy.openai.output import answer_tokens, audio_format
 from meshproxy.openai.request import decode_timeout_s
 from meshproxy.openai.usage import decode_reply
@@ -116,8 +114,8 @@ class Gateway:
         active = self.active
         try:
             principal = exchange.principal = await self._authenticator.principal(call.authorization, call.client)
-            if call.api_version is not None and call.api_version not in API_VERSIONS:
-                raise GatewayError(Source.CLIENT, invalid_api_version(call.api_version, API_VERSIONS))
+            if call.api_version is not None:
+                check_version(call.api_version)
             room = exchange.room = self.bodies.room(principal.account.name)
             body = await call.read_body(room.take)
             process = self._process if call.idempotency_key is None else self._process_once

@@ -220,4 +220,4 @@ def _order(row: Row) -> tuple[str, ...]:
 
 
 def _invalid(message: str, param: str) -> GatewayError:
-    return GatewayError(Source.CLIENT, invalid(message, param=param))
+    return GatewayError(Source.CLIENT, invalid(message, param=param, place="query"))

@@ -137,9 +137,10 @@ class Catalog:
         return self._entries.get(name)
 
     def nearest(self, name: str) -> str | None:
-        """Return the model id most similar to this name; None if none is similar."""
-        found = get_close_matches(name[:MAX_COMPARED_CHARS], self.ids[:MAX_COMPARED_MODELS], n=1)
-        return found[0] if found else None
+        """Return the model id most similar to this name, whatever its case; None if none is similar."""
+        ids = {name.casefold(): name for name in self.ids[:MAX_COMPARED_MODELS]}
+        found = get_close_matches(name[:MAX_COMPARED_CHARS].casefold(), ids, n=1)
+        return ids[found[0]] if found else None
 
     def attempts(self, model: str, fallbacks: Sequence[str] = (), *, spin: float) -> tuple[Candidate, ...]:
         """Return the candidates to try, in order; at most MAX_ATTEMPTS. `spin`, random in [0, 1), decides among equals.

@@ -49,6 +49,13 @@ class Price(Struct, frozen=True, omit_defaults=True):
                 found = price
         return found
 
+    @property
+    def is_free(self) -> bool:
+        """Return whether no request costs anything, whatever it uses. The provider's own figure may be anything."""
+        parts = (self.input, self.output, self.cached, self.cache_write, self.reasoning, self.audio_input)
+        more = (self.audio_output, self.cache_write_1h, self.request, self.markup)
+        return not any((*parts, *more)) and all(price.is_free for _, price in self.tiers)
+
     def with_fee(self, fee_nusd: int) -> "Price":
         """Return the price with a higher fee for each request."""
         tiers = tuple((above, price.with_fee(fee_nusd)) for above, price in self.tiers)

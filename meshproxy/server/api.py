@@ -2,10 +2,10 @@
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import orjson
@@ -23,7 +23,7 @@ from meshproxy.errors import (
     template_not_found,
 )
 from meshproxy.gateway.admit import limits_of
-from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.authenticate import Authenticator, check_version
 from meshproxy.gateway.bounds import MAX_IN_TURN
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.ledger.directory import Directory
@@ -43,12 +43,15 @@ MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times a template's bound; decoding 3
 DEFAULT_SPAN = timedelta(days=30)
 DEFAULT_PAGE = 50  # models on a page of a search
 MAX_PAGE = 500
+DEFAULT_EVENTS = 200
 MAX_OFFSET = 1_000_000
 LIST_VISITS = 20.0  # visits that a list of templates counts for: up to 32 MB of JSON
 VISIT_SPAN = timedelta(days=1)  # a report counts one visit per such span, as each hour takes a command
 EPOCH = datetime.fromtimestamp(0, UTC)
 
-_FREE = {"true": True, "false": False}
+_FREE = {"": None, "true": True, "1": True, "false": False, "0": False}  # "True" is how Python's requests spell it
+_T = TypeVar("_T")
+_ORDERS = {"asc": False, "desc": True}
 _SORTS = {"id": "id", "name": "name", "brand": "brand", "context_length": "context_length"}
 
 
@@ -57,7 +60,7 @@ class EventsAsked(msgspec.Struct):
 
     request_ids: Annotated[list[str], msgspec.Meta(max_length=MAX_EVENTS)] | None = None
     since: str | None = None
-    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_EVENTS)] = 200
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_EVENTS)] | None = None
 
 
 class Api:
@@ -82,7 +85,7 @@ class Api:
 
     async def models(self, request: web.Request) -> web.Response:
         """`GET /v1/models`: the models this key may use; `free=`, `provider=`. A bare array for Mesh's SDKs."""
-        return await self._listed(request, free=_FREE.get(request.query.get("free", "")))
+        return await self._listed(request, free=_one_of(request.query, "free", _FREE))
 
     async def free_models(self, request: web.Request) -> web.Response:
         """`GET /v1/models/free`: the models that cost nothing."""
@@ -96,17 +99,15 @@ class Api:
         """`GET /v1/models/search`: `q=` in id or name, `free=`, `brand=`, `sort=`, `order=`, `limit=`, `offset=`."""
         principal = await self._principal(request)
         query = request.query
-        text = query.get("q", "").lower()
+        text = query.get("q", "").strip().lower()
         brands = query.getall("brand", [])
         found = [
             model
-            for model in self._models(principal, free=_FREE.get(query.get("free", "")))
+            for model in self._models(principal, free=_one_of(query, "free", _FREE))
             if text in model["id"].lower() and (not brands or model["brand"] in brands)
         ]
-        sort = query.get("sort", "id")
-        if sort not in _SORTS:
-            raise GatewayError(Source.CLIENT, invalid(f"`sort` is one of {', '.join(_SORTS)}.", param="sort"))
-        found.sort(key=lambda model: (model[_SORTS[sort]], model["id"]), reverse=query.get("order") == "desc")
+        sort, reverse = _one_of(query, "sort", _SORTS, "id"), _one_of(query, "order", _ORDERS, "asc")
+        found.sort(key=lambda model: (model[sort], model["id"]), reverse=reverse)
         limit = _count(query.get("limit"), "limit", default=DEFAULT_PAGE, most=MAX_PAGE)
         offset = _count(query.get("offset"), "offset", default=0, most=MAX_OFFSET)
         return _json(
@@ -231,8 +232,8 @@ class Api:
         if asked.request_ids is not None:
             found = await events(self._store, name, asked.request_ids, now)
         else:
-            since = _moment(asked.since, "since") or now - DEFAULT_SPAN
-            found = await latest_events(self._store, name, since, asked.limit)
+            since = _moment(asked.since, "since", place="body") or now - DEFAULT_SPAN
+            found = await latest_events(self._store, name, since, asked.limit or DEFAULT_EVENTS)
         return _json({"object": "list", "events": [_shown_event(event) for event in found]})
 
     async def key(self, request: web.Request) -> web.Response:
@@ -274,6 +275,8 @@ class Api:
     async def _principal(self, request: web.Request) -> Principal:
         principal = await self._authenticator.principal(request.headers.get("authorization"), self._client_of(request))
         self._gateway.visits.count(principal.account.name)
+        if (version := request.headers.get("x-mesh-version")) is not None:
+            check_version(version)
         return principal
 
     async def _body(self, request: web.Request, principal: Principal) -> bytes:
@@ -315,7 +318,7 @@ class Api:
             "context_window": entry.context_window,
             "context_length": entry.context_window,
             "max_output_tokens": entry.max_output_tokens,
-            "is_free": not (price.input or price.output),
+            "is_free": price.is_free,
             "supports_completions_api": True,
             "pricing": {
                 "pricing_unit": "tokens",
@@ -392,15 +395,27 @@ def _per_thousand(nusd_per_mtok: int) -> str:
     return f"{Decimal(nusd_per_mtok).scaleb(-12).normalize():f}"
 
 
+def _one_of(query: Mapping[str, str], name: str, known: Mapping[str, _T], default: str = "") -> _T:
+    """Return what a query parameter stands for. Raises GatewayError `validation_error` for an unknown value."""
+    said = query.get(name, default).lower()
+    if said not in known:
+        raise _not_in_query(f"`{name}` is one of {', '.join(filter(None, known))}.", name)
+    return known[said]
+
+
+def _not_in_query(message: str, name: str) -> GatewayError:
+    return GatewayError(Source.CLIENT, invalid(message, param=name, place="query"))
+
+
 def _count(text: str | None, name: str, *, default: int, most: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and int(text[:9]) <= most):
-        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is a number from 0 to {most}.", param=name))
+        raise _not_in_query(f"`{name}` is a number from 0 to {most}.", name)
     return int(text[:9])
 
 
-def _moment(text: str | None, name: str) -> datetime | None:
+def _moment(text: str | None, name: str, place: str = "query") -> datetime | None:
     """Parse an RFC 3339 time (section 5.6)."""
     if text is None:
         return None
@@ -408,9 +423,11 @@ def _moment(text: str | None, name: str) -> datetime | None:
         moment = datetime.fromisoformat(text.replace(" ", "+"))
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError) as error:
-        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is not an RFC 3339 time.", param=name)) from error
+        raise GatewayError(
+            Source.CLIENT, invalid(f"`{name}` is not an RFC 3339 time.", param=name, place=place)
+        ) from error
     if moment < EPOCH:
-        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is before 1970.", param=name))
+        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is before 1970.", param=name, place=place))
     return moment
 
 

@@ -35,6 +35,7 @@ from meshproxy.server.client_address import Source
 
 MAIN_PATH = "/v1/chat/completions"
 MAX_COMPARED_CHARS = 128  # of an unknown path
+LIKENESS = 0.8  # of the path that a 404 suggests: `/v1/messages` is 0.76 like `/v1/usage`
 PATHS = web.AppKey("paths", tuple[str, ...])  # paths that a 404 may suggest
 _CODES = {401: "unauthorized", 403: "forbidden"}  # what a middleware of create_app() may raise
 
@@ -72,7 +73,7 @@ def _hint(request: web.BaseRequest) -> str:
     path = request.path[:MAX_COMPARED_CHARS].rstrip("/")
     known = request.app[PATHS]
     by_end = (name for name in known if path.endswith(name.removeprefix("/v1")))
-    nearest = next(by_end, None) or next(iter(get_close_matches(path, known, n=1, cutoff=0.75)), None)
+    nearest = next(by_end, None) or next(iter(get_close_matches(path, known, n=1, cutoff=LIKENESS)), None)
     hint = "" if nearest in {None, MAIN_PATH} else f" The nearest is {nearest}."
     return f"{hint} Chat completions are served at POST {MAIN_PATH}."
 

@@ -4,10 +4,9 @@ It exists so that the gateway can be tried, tested and measured without an accou
 exact as the OpenAI SDKs are strict; the ill-behaved part does, one by one, what providers and networks do in production.
 docs/simulator.md lists the names by which a fault is asked for.
 
-A request's way through the files: `app` (routes) > `ask` (what is wanted, or OpenAI's 400) > `behaviour` (which faults) >
-`replies` (what will be said: `prose`, `schema`) > `chunks` (the answer) > `faults` (what becomes of it) > `delivery` (when) >
-`line` (the very bytes on the socket). `dialects` has what providers make of all that. `journal` remembers what came in and how
-it ended.
+A request's way through the files: `server` (routes) > `request` (what is wanted, or OpenAI's 400) > `behaviour` (which faults) >
+`answer` (what is said, in words or by a schema) > `stream` (its chunks) > `delivery` (when, and the bytes on the socket).
+`dialects` has what providers make of all that. `journal` remembers what came in and how it ended.
 """
 
 from meshproxy.simulator.behaviour import SimulatorSettings

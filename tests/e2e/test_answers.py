@@ -477,6 +477,12 @@ class TestAccounts:
         answer = await mesh.request("GET", "/v1/models/sim/fast", headers=few.auth)
         assert (404, "model_not_found") == (answer.status, answer.code)
 
+    @pytest.mark.parametrize("said", ["true", "True", "TRUE", "1"])
+    async def test_free_is_read_however_a_client_spells_it(self, mesh, said):
+        caller = await mesh.key()
+        free = await mesh.get(caller, "/v1/models/free")
+        assert free == await mesh.get(caller, f"/v1/models?free={said}")
+
     async def test_a_thousand_requests_at_once_never_overdraw(self, start_mesh):
         mesh = await start_mesh(defaults={"requests_per_minute": 100_000, "tokens_per_minute": 100_000_000})
         one = 18 * 2_500 + 8 * 10_000  # held; charged is less

@@ -388,6 +388,63 @@ async def test_paths_and_methods(mesh, method, path, status, code):
         assert "allow" in answer.headers
 
 
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("/healthz", "/health"),
+        ("/health/", "/health"),
+        ("/v1/openapi.json", "/openapi.json"),
+        ("/models", "/v1/models"),
+        ("/v1/keys", "/v1/key"),
+    ],
+)
+async def test_an_unknown_path_is_told_the_nearest(mesh, path, nearest):
+    answer = await mesh.request("GET", path)
+    assert f" The nearest is {nearest}. " in answer.error["message"]
+
+
+async def test_a_path_like_no_other_is_told_none(mesh):
+    assert "nearest" not in (await mesh.request("POST", "/v1/messages")).error["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/free", "/v1/templates", "/v1/usage", "/v1/key", "/v1/balance"]
+)
+async def test_an_unknown_version_is_refused_on_every_path(mesh, path):
+    headers = {**(await mesh.key()).auth, "x-mesh-version": "1999-01"}
+    answer = await mesh.request("GET", path, headers=headers)
+    assert (400, "invalid_api_version") == (answer.status, answer.code)
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("/v1/models?free=maybe", "free"),
+        ("/v1/models/search?free=2", "free"),
+        ("/v1/models/search?order=up", "order"),
+        ("/v1/models/search?limit=x", "limit"),
+        ("/v1/usage?group_by=colour", "group_by"),
+        ("/v1/usage?since=yesterday", "since"),
+    ],
+)
+async def test_a_parameter_that_makes_no_sense_is_named_in_details(mesh, query, param):
+    answer = await mesh.request("GET", query, headers=(await mesh.key()).auth)
+    told = (answer.status, answer.error["param"], [detail["loc"] for detail in answer.error["details"]])
+    assert (422, param, [["query", param]]) == told
+
+
+async def test_a_tier_without_a_price_is_named_in_details(mesh):
+    answer = await mesh.chat(await mesh.key(), model="sim/plain", service_tier="priority")
+    assert [["body", "service_tier"]] == [detail["loc"] for detail in answer.error["details"]]
+
+
+@pytest.mark.parametrize("authorization", ["{key}", "Token {key}", "Bearer {key} {key}", 'Bearer "{key}"'])
+async def test_a_key_that_is_sent_wrongly_is_told_how(mesh, authorization):
+    secret = (await mesh.key()).auth["authorization"].removeprefix("Bearer ")
+    answer = await mesh.request("GET", "/v1/key", headers={"authorization": authorization.format(key=secret)})
+    assert (401, False) == (answer.status, "not a key of this gateway" in answer.error["message"])
+
+
 def test_every_code_is_documented_and_no_other():
     documented = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
     source = "".join(path.read_text() for path in (ROOT / "meshproxy").rglob("*.py"))

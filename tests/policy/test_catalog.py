@@ -105,6 +105,11 @@ def test_ids_are_whole_with_their_slashes():
     assert (["a/one", "b/two", "c/three"], "b/two", None) == (models.ids, models.model("b/two").id, models.model("two"))
 
 
+@pytest.mark.parametrize("name", ["A/One", "A/ONE", "a/On"])
+def test_the_nearest_model_is_found_whatever_its_case(name):
+    assert "a/one" == catalog(ROUTED).nearest(name)
+
+
 @pytest.mark.parametrize("model, fallbacks, missing", [("x/y", (), "x/y"), ("a/one", ("a/one", "x/y"), "x/y")])
 def test_an_unknown_model_is_named(model, fallbacks, missing):
     with pytest.raises(GatewayError) as caught:

@@ -238,3 +238,18 @@ def test_what_is_affordable_can_be_held_and_one_token_more_cannot(price, prompt_
     tokens = affordable_output(price, prompt_tokens, amount_nusd)
     assert tokens == 0 or hold_amount(price, prompt_tokens, tokens) <= amount_nusd
     assert hold_amount(price, prompt_tokens, tokens + 1) > amount_nusd
+
+
+@pytest.mark.parametrize(
+    ("prices", "expected"),
+    [
+        ({}, True),
+        ({"output_usd_per_mtok": "1"}, False),
+        ({"reasoning_usd_per_mtok": "1"}, False),
+        ({"request_usd": "0.01"}, False),
+        ({"cost_from": "usage.cost"}, False),
+        ({"price_tiers": [PriceTier(above_prompt_tokens=9, input_usd_per_mtok="1", output_usd_per_mtok="0")]}, False),
+    ],
+)
+def test_a_model_is_free_if_nothing_of_it_costs(prices, expected):
+    assert expected is price_of(model(**{"input_usd_per_mtok": "0", "output_usd_per_mtok": "0", **prices})).is_free
