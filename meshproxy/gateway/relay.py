@@ -41,6 +41,7 @@ class Relay:
 
     __slots__ = (
         "_afterwards",
+        "_choices",
         "_clock",
         "_downstream",
         "_drained_bytes",
@@ -48,7 +49,6 @@ class Relay:
         "_first_at",
         "_last_at",
         "_lease",
-        "_many_choices",
         "_max_gap_s",
         "_response",
         "_signal",
@@ -73,7 +73,7 @@ class Relay:
         self._downstream = downstream
         self._exchange = exchange
         self._lease = lease
-        self._many_choices = exchange.plan is not None and exchange.plan.request.n > 1
+        self._choices = 1 if exchange.plan is None else exchange.plan.request.n
         self._clock = clock
         self._signal: asyncio.Future[None] | None = None
         self._written_at = clock()
@@ -143,13 +143,17 @@ class Relay:
             self._downstream.write(rest)
         if self.scanner.error is not None:
             self._stop_by_provider()
-        elif self.scanner.done or (self.scanner.complete and not self._many_choices):
+        elif self.scanner.done or (self.scanner.complete and self._all_ended()):
             self._say_done()
             self._finish()
         else:
             problem = upstream_error("The provider ended the stream early.", may_have_run=True)
             self._exchange.failed(UpstreamError(problem, safe_to_repeat=False, answered=200))
             self.stop(problem)
+
+    def _all_ended(self) -> bool:
+        """Return whether each choice that was asked for has ended, in a stream of which one has."""
+        return self._choices == 1 or self.scanner.ended_choices >= self._choices
 
     def fail(self, fault: UpstreamError) -> None:
         """End the stream after the upstream failed. Ignore errors after `[DONE]`: the stream is complete."""

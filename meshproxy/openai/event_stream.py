@@ -24,6 +24,7 @@ MAX_EVENT_BYTES: Final = 16_777_216  # the default of the upstream's settings: p
 MAX_PLAIN_BYTES: Final = 16_384  # larger events take the slow path, so that the kept sample stays small
 MAX_UNCOUNTED_BYTES: Final = 4096  # of text
 FIRST_EVENTS: Final = 256  # added to the events seen when the share of lessons is computed
+MAX_ENDINGS: Final = 128  # events with a finish reason that are kept: one for each choice that a request may ask for
 EVENTS_A_LESSON: Final = 8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
 
 _BOM: Final = b"\xef\xbb\xbf"
@@ -63,6 +64,7 @@ class StreamScanner:
         "_begun",
         "_counted",
         "_cr",
+        "_endings",
         "_finished",
         "_flush_at",
         "_held",
@@ -109,6 +111,7 @@ class StreamScanner:
         self._plain = True  # nothing is held and the stream isn't over
         self._over = False
         self._finished = False
+        self._endings: list[bytes] = []  # events with a finish reason
         self._sample = b""  # the first event that isn't large
         self._model: str | None = None
         self._counted = 0  # tokens of text that was counted and dropped
@@ -170,6 +173,17 @@ class StreamScanner:
     def complete(self) -> bool:
         """Whether the stream ended well: with `[DONE]`, or at least a finish reason. Valid at the end."""
         return self.done or self._finished
+
+    @property
+    def ended_choices(self) -> int:
+        """The number of choices that have a finish reason. Decodes their last events; read it at the end."""
+        indexes = set()
+        for event in self._endings[:MAX_ENDINGS]:
+            choices = decode_value((decode_members(parse(event).data) or {}).get("choices"))
+            for choice in choices if isinstance(choices, list) else ():
+                if isinstance(choice, dict) and choice.get("finish_reason"):
+                    indexes.add(str(choice.get("index")))
+        return len(indexes)
 
     @property
     def reported_model(self) -> str | None:
@@ -375,8 +389,12 @@ class StreamScanner:
         if self.most > self._flush_at:
             self.tokens  # noqa: B018 - counts
 
-    def _look_for_finish(self, event: bytes) -> None:
-        self._finished = self._finished or FINISH_REASON.search(event) is not None
+    def _look_for_finish(self, text: bytes) -> None:
+        if FINISH_REASON.search(text) is not None:
+            self._finished = True
+            if len(self._endings) < MAX_ENDINGS:
+                events = [event for event in text.split(b"\n\n") if FINISH_REASON.search(event) is not None]
+                self._endings += [event for event in events if len(event) <= MAX_PLAIN_BYTES]
 
     def _note_usage(self, report: Report, members: dict[str, Raw]) -> None:
         """Merge a report, and note how much text it covers."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -304,6 +305,17 @@ class TestTheEnd:
     )
     def test_complete(self, stream: bytes, expected: bool):
         assert expected is run([stream])[1]["complete"]
+
+    @pytest.mark.parametrize(
+        ("indexes", "expected"), [([], 0), ([0], 1), ([0, 0, 0], 1), ([0, 1], 2), ([2, 0, 1, 1], 3), (range(200), 128)]
+    )
+    def test_the_choices_that_have_ended_are_counted(self, indexes: Sequence[int], expected: int):
+        ends = [STOP.replace(b'"index":0', b'"index":%d' % index) for index in indexes]
+        for payloads in (ends, [HELLO + b"".join(ends) + HELLO]):
+            scanner = StreamScanner(hide_usage=True)
+            for payload in payloads:
+                scanner.feed(payload)
+            assert expected == scanner.ended_choices
 
     def test_a_large_last_event_is_looked_at_too(self):
         event = STOP.replace(b'"delta":{}', b'"delta":{"content":"' + b"x" * MAX_PLAIN_BYTES + b'"}')
