@@ -40,7 +40,7 @@ async def test_limits_are_told(mesh):
     )
 
 
-@pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd", "usage-string"])
+@pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd"])
 async def test_unbelievable_usage_is_estimated_within_the_hold(mesh, trait):
     caller = await mesh.key()
     await mesh.chat(caller, model=f"sim/{trait}", max_tokens=10)
@@ -48,6 +48,12 @@ async def test_unbelievable_usage_is_estimated_within_the_hold(mesh, trait):
     assert ("estimated", "9") == (settled["usage_source"], settled["prompt_tokens"])
     assert 1 <= int(settled["completion_tokens"]) <= 10
     assert 0 < int(settled["cost_nusd"]) <= int(settled["held_nusd"])
+
+
+async def test_usage_in_strings_is_believed(mesh):
+    caller = await mesh.key()
+    await mesh.chat(caller, model="sim/usage-string")
+    assert "reported" == (await mesh.settlement(caller))["usage_source"]
 
 
 async def test_cached_tokens_cost_what_they_cost(start_mesh):

@@ -90,7 +90,7 @@ async def test_usage_in_the_finishing_chunk_counts_and_the_chunk_is_kept(mesh):
     assert "reported" == (await mesh.settlement(caller))["usage_source"]
 
 
-@pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd", "usage-string"])
+@pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd"])
 async def test_usage_that_cannot_be_believed_is_estimated(mesh, trait):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model=f"sim/{trait}")
