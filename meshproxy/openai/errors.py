@@ -16,6 +16,7 @@ from msgspec import Struct, ValidationError
 from msgspec.structs import replace
 
 from meshproxy.errors import MAX_RETRY_AFTER_S, Detail, ErrorResponse
+from meshproxy.openai.usage import decode_value
 
 MAX_DETAIL_CHARS = 200
 
@@ -90,6 +91,7 @@ def _readable(text: str) -> str:
 
 MAX_MESSAGE_CHARS: Final = 2000
 MAX_PROVIDER_ERROR_BYTES: Final = 8192
+MAX_DECODED_BYTES: Final = 262_144  # of a provider's error: validators echo the prompt that they refuse
 MAX_PROVIDER_ERROR_DEPTH: Final = 100  # clients' decoders read hundreds of levels: CPython 3.11's json 995
 MAX_TITLE_CHARS: Final = 200
 MAX_SCANNED_BYTES: Final = 65_536  # of a provider's HTML
@@ -103,7 +105,11 @@ CONCEALED: Final = "[redacted]"
 
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
 _STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be part of a prompt
-_SAYS: Final = ("message", "msg", "detail", "error", "title", "errors")  # where a message is looked for, in this order
+# Where a message is looked for, in this order. `error_description`: RFC 6749, section 5.2.
+_SAYS: Final = (
+    *("message", "msg", "detail", "error_description", "error"),
+    *("title", "errors", "text", "description", "reason"),
+)
 _BRACKET: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)  # a string, or a bracket outside one
 _STEPS: Final = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
@@ -158,14 +164,16 @@ def error_event(problem: ErrorResponse, request_id: str) -> bytes:
 
 
 def provider_error(body: bytes, content_type: str | None = None) -> Any:
-    """Decode a provider's error body: its JSON, else the beginning of its text or a web page's title; None if empty."""
+    """Decode a provider's error body: its JSON, else the beginning of its text or a web page's title; None if empty.
+
+    JSON is read as generously as an answer: a byte order mark, NaN and lone surrogates are forgiven.
+    """
     if not body.strip():
         return None
-    if len(body) <= MAX_PROVIDER_ERROR_BYTES:
-        try:
-            return msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            pass
+    if len(body) <= MAX_DECODED_BYTES:
+        value = decode_value(body)
+        if value is not None or body.strip() == b"null":
+            return value
     if "html" in (content_type or "").lower() or _HTML.match(body):
         return _page(body[:MAX_SCANNED_BYTES])
     return body[: 4 * MAX_MESSAGE_CHARS].decode(errors="replace")[:MAX_MESSAGE_CHARS]

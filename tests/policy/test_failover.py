@@ -450,3 +450,23 @@ def test_the_fault_that_matters_most_is_told(faults, expected):
 def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
     told = foremost([after_status(500, b"", None).fault(500), after_status(429, b"", "9").fault(429)])
     assert (503, True) == (told.problem.status, told.problem.may_have_run)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": {"text": "Too many words."}}},
+        {"error": {"description": "Too many words."}},
+        {"error": {"code": "x", "reason": "Too many words."}},
+        {"error": "invalid_request", "error_description": "Too many words."},
+        {"error": {"message": "Too many words.", "input": "y" * 100_000}},
+    ],
+)
+def test_a_providers_words_are_found_in_every_shape(body):
+    assert "Too many words." in (after_status(400, json.dumps(body).encode(), None).words or "")
+
+
+def test_a_long_echo_of_the_request_hides_neither_code_nor_param():
+    error = {"code": "context_length_exceeded", "param": "messages", "message": "Too long: " + "y" * 100_000}
+    problem = after_status(400, json.dumps({"error": error}).encode(), None).problem
+    assert ("context_length_exceeded", "messages") == (problem.code, problem.param)
