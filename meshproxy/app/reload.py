@@ -248,6 +248,9 @@ def _redis_faults(redis: Redis) -> Iterator[str]:
 def _try_tls(url: str) -> None:
     """Raise ConfigError if the URL can't be read, or the files that it names."""
     address = parse_url(url)
+    for endpoint in address.endpoints:
+        if endpoint.path and Path(endpoint.path).exists() and not Path(endpoint.path).is_socket():
+            raise ConfigError([f"redis.url: {endpoint.path} is no socket"])
     for path in (address.tls.ca_file, address.tls.cert_file, address.tls.key_file) if address.tls is not None else ():
         for fault in _file_faults("redis.url", path):
             raise ConfigError([fault])

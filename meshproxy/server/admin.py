@@ -32,6 +32,7 @@ PROBES = frozenset({"/healthz", "/readyz"})
 
 _CHALLENGES = ("Bearer", 'Basic realm="meshproxy admin", charset="UTF-8"')
 _PORT = re.compile(r":[0-9]*\Z")
+_IP = re.compile(r"\[[0-9a-f:.]+\]|[0-9.]+")
 _ASSET = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 _log = structlog.get_logger("meshproxy.server")
@@ -191,7 +192,7 @@ def _only_for(names: Collection[str]) -> Middleware:
             told = [*told, request.host]  # the host of an absolute target
         for host in told:
             name = _PORT.sub("", host).lower()
-            if name not in names and address(name) is None:
+            if name not in names and (_IP.fullmatch(name) is None or address(name) is None):
                 raise GatewayError(Source.CLIENT, forbidden("This Host is not one of server.admin_hosts."))
         return await handler(request)
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.web_request import BaseRequest
 from yarl import URL
 
@@ -225,7 +225,7 @@ SHUTDOWN_S = 1.0
 
 USUAL = Strictness()
 
-_UNREADABLE = web.RequestKey("unreadable", bool)
+_UNREADABLE = web.RequestKey("unreadable", str)
 
 
 class Chat(Protocol):
@@ -376,10 +376,14 @@ class Runner(web.AppRunner):
         ValueError, which would end the connection's task; such a request is marked unreadable instead.
         """
         try:
+            if message.version < HttpVersion10:  # a request line without a version, which the parser takes for HTTP/0.9
+                request = self.app._make_request(message._replace(version=HttpVersion10), *parts)  # noqa: SLF001
+                request[_UNREADABLE] = "HTTP/0.9"
+                return request
             return self.app._make_request(message, *parts)  # noqa: SLF001 - as AppRunner does
         except ValueError:
             request = self.app._make_request(message._replace(url=URL("/")), *parts)  # noqa: SLF001
-            request[_UNREADABLE] = True
+            request[_UNREADABLE] = "the host of its target can't be read"
             return request
 
     async def _dispatch(self, request: BaseRequest) -> web.StreamResponse:
@@ -399,8 +403,8 @@ class Runner(web.AppRunner):
 def _refusal_of(request: BaseRequest) -> str | None:
     """Return why a request that the parser accepted is refused: it is ambiguous or unreadable. None if it isn't."""
     headers = request.headers
-    if request.get(_UNREADABLE):
-        return "the host of its target can't be read"
+    if _UNREADABLE in request:
+        return str(request[_UNREADABLE])
     coding = headers.get("transfer-encoding")
     if coding is not None:
         if request.version < HttpVersion11:  # RFC 9112, section 6.1

@@ -232,6 +232,11 @@ def test_a_socket_where_something_else_is(tmp_path, name):
     assert unfit(tmp_path, f'[server]\nlisten = "unix:{tmp_path}{name}"') == ["server.listen"]
 
 
+@pytest.mark.parametrize("name", ["", "/some.toml"])
+def test_a_redis_socket_where_something_else_is(tmp_path, name):
+    assert unfit(tmp_path, f'[redis]\nurl = "unix://{tmp_path}{name}"') == ["redis.url"]
+
+
 def test_a_directory_is_no_journal(tmp_path):
     assert unfit(tmp_path, f'[redis]\njournal = "{tmp_path}"') == ["redis.journal"]
 

@@ -196,6 +196,7 @@ START_LINES = {
     "unknown-method": (request(LENGTH, method=b"BREW"), REFUSED),
     "endless-method": (request(LENGTH, method=b"A" * 100_000), REFUSED),
     "http-0.9": (b"GET /end\r\n", REFUSED),
+    "http-0.9-alone": (b"GET /end\r\n\r\n", REFUSED),
     "http-1": (request(LENGTH, version=b"HTTP/1"), REFUSED),
     "http-1.2": (request(LENGTH, version=b"HTTP/1.2"), REFUSED),
     "http-1.10": (request(LENGTH, version=b"HTTP/1.10"), REFUSED),

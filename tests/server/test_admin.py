@@ -194,6 +194,8 @@ async def test_the_token_opens_no_path_that_is_not_there(guarded):
         ("evil.example:8081", 403),
         ("127.0.0.1.evil.example", 403),
         ("localhost.evil.example", 403),
+        ("[::1].evil.example", 403),
+        ("[::1", 403),
         ("admin.internal.", 403),
         ("", 403),
     ],
