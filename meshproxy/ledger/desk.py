@@ -159,7 +159,8 @@ class Desk:
     async def rotate_key(self, wanted: str, grace_s: float = 0) -> dict[str, Any]:
         """Give a key a new secret, which only this result contains. The old secret works for `grace_s` more."""
         if not 0 <= grace_s <= MAX_GRACE_S:
-            raise _refused(422, "validation_error", f"The grace is at most {MAX_GRACE_S // DAY_S} days.")
+            message = f"The grace is at most {MAX_GRACE_S // DAY_S} days."
+            raise GatewayError(Source.CLIENT, invalid(message, param="grace"))
         key = await self._need_key(wanted)
         try:
             rotated = await self.directory.rotate_key(key.id, grace_s=grace_s, actor=self._actor)
@@ -295,7 +296,8 @@ class Desk:
         since = until - USAGE_SPAN_S if since is None else since
         wanted = {BY.get(name, name) for name in group_by}
         if unknown := wanted - set(GROUPS):
-            raise _refused(422, "validation_error", f"`group_by` takes {', '.join(BY)}, not `{min(unknown)[:64]}`.")
+            message = f"`group_by` takes {', '.join(GROUPS)}, not `{min(unknown)[:64]}`."
+            raise GatewayError(Source.CLIENT, invalid(message, param="group_by", place="query"))
         groups = [name for name in GROUPS if name in wanted]
         names = await self.account_names(account)
         rows: list[dict[str, Any]] = []
@@ -317,7 +319,8 @@ class Desk:
             for name, report in zip(batch, reports, strict=True):
                 rows += [_shown_row(name, row, groups) for row in report]
             if len(rows) > MAX_FIELDS:
-                raise _refused(422, "validation_error", "There is too much in this report: name an account.")
+                message = "There is too much in this report: name an account."
+                raise GatewayError(Source.CLIENT, invalid(message, param="account", place="query"))
         return rows
 
     async def request(self, request_id: str) -> dict[str, Any]:

@@ -76,11 +76,11 @@ class AccountPatch(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=
 class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The fields of a key; null removes one. `expires_at`: an RFC 3339 time, or a span such as `30d`."""
 
-    name: Annotated[str, Meta(max_length=MAX_NAME)] | UnsetType = UNSET
+    name: Annotated[str, Meta(max_length=MAX_NAME)] | UnsetType | None = UNSET
     models: list[str] | UnsetType | None = UNSET
     default_model: str | UnsetType | None = UNSET
     expires_at: str | UnsetType | None = UNSET
-    params: dict[str, Any] | UnsetType = UNSET
+    params: dict[str, Any] | UnsetType | None = UNSET
     clamp: bool | UnsetType | None = UNSET
     session_budget_usd: Usd | UnsetType | None = UNSET
 
@@ -89,11 +89,11 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
         bounds = self.bounds()
         session = _budgets(total_nusd=("session_budget_usd", self.session_budget_usd))
         return KeyChange(
-            name=self.name,
+            name="" if self.name is None else self.name,
             models=self.models,
             default_model=self.default_model,
             expires_at=_moment("expires_at", self.expires_at) if isinstance(self.expires_at, str) else self.expires_at,
-            params=self.params,
+            params={} if self.params is None else self.params,
             clamp=self.clamp,
             status=status,
             bounds=msgspec.structs.replace(bounds, session=session),
@@ -122,8 +122,8 @@ class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
     """Credit in USD (negative: taken back), applied once for each `ref`."""
 
     amount_usd: Usd
-    ref: Annotated[str, Meta(max_length=MAX_REF)] = ""
-    note: Annotated[str, Meta(max_length=MAX_NOTE)] = ""
+    ref: Annotated[str, Meta(max_length=MAX_REF)] | None = None
+    note: Annotated[str, Meta(max_length=MAX_NOTE)] | None = None
 
 
 class AdminApi:
@@ -191,7 +191,9 @@ class AdminApi:
         """`POST /admin/v1/accounts/{name}/grants`: add credit; a repeated `ref` changes nothing and is answered 200."""
         body = await _read(request, NewGrant)
         amount_nusd = _amount("amount_usd", body.amount_usd, signed=True)
-        granted = await self._at(request).grant(request.match_info["name"], amount_nusd, body.note, body.ref)
+        granted = await self._at(request).grant(
+            request.match_info["name"], amount_nusd, body.note or "", body.ref or ""
+        )
         return _json(granted, 200 if granted["granted_now_usd"] == "0.00" else 201)
 
     async def usage(self, request: web.Request) -> web.Response:

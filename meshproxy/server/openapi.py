@@ -262,7 +262,7 @@ def document() -> dict[str, Any]:
             "properties": {
                 "request_ids": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_EVENTS},
                 "since": {"type": ["string", "null"], "format": "date-time"},
-                "limit": {"type": "integer", "minimum": 1, "maximum": MAX_EVENTS},
+                "limit": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_EVENTS},
             },
         },
     }

@@ -74,6 +74,34 @@ async def test_change_what_is_given(api):
     assert (changed["status"], changed["expires_at"] is not None) == ("suspended", True)
 
 
+async def test_null_takes_away_whatever_it_is(api):
+    given = {"name": "ci", "params": {"temperature": 0.5}, "clamp": True, "default_model": "a", "expires_at": "30d"}
+    _, made = await api("POST", "/keys", {"account": "acme", **given})
+    status, changed = await api("PATCH", f"/keys/{made['id']}", dict.fromkeys(given))
+    cleared = {"name": "", "params": {}, "clamp": None, "default_model": None, "expires_at": None}
+    assert (200, cleared) == (status, {name: changed[name] for name in given})
+
+
+async def test_null_is_no_ref_and_no_note(api):
+    status, _ = await api("POST", "/accounts/acme/grants", {"amount_usd": "1", "ref": None, "note": None})
+    _, history = await api("GET", "/accounts/acme/grants")
+    assert (201, "", "") == (status, history[0]["ref"], history[0]["note"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [
+        ("POST", "/keys/{id}/rotate", {"grace": "91d"}, "grace"),
+        ("GET", "/usage?group_by=weather", None, "group_by"),
+        ("GET", "/keys?limit=0", None, "limit"),
+    ],
+)
+async def test_a_fault_names_its_parameter_in_details(api, method, path, body, param):
+    _, made = await api("POST", "/keys", {"account": "acme"})
+    _, told = await api(method, path.format(id=made["id"]), body)
+    assert (param, param) == (told["error"]["param"], told["error"]["details"][0]["loc"][-1])
+
+
 async def test_revoke_rotate_and_revoked_for_ever(api):
     _, made = await api("POST", "/keys", {"account": "acme"})
     status, rotated = await api("POST", f"/keys/{made['id']}/rotate", {"grace": "1h"})
