@@ -51,7 +51,8 @@ _MAX_MIME_CHARS = 256
 MAX_SAMPLED_BYTES = 65_536  # of longer JSON, this much is sampled, at SAMPLES places
 SAMPLES = 4
 _FRAMING: Final = re.compile(r'\{\s*"role"\s*:\s*"\w+"\s*,\s*"content"\s*:\s*"|"\s*\}\s*[,\]]|^\s*\[\s*')
-_ESCAPE: Final = re.compile(r"\\u([0-9a-fA-F]{4})")
+_ESCAPE: Final = re.compile(r'\\(?:u([0-9a-fA-F]{4})|(["\\/bfnrt]))')
+_ESCAPED: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}  # the others are themselves
 
 # Keys of media that the provider fetches, or that is too short to be found as a long string: each counts as one item of
 # media.
@@ -108,7 +109,13 @@ def _words(json: bytes) -> int:
         sampled = sum(_words(json[at * step : at * step + width]) for at in range(SAMPLES))
         return sampled * size // MAX_SAMPLED_BYTES
     text = _FRAMING.sub("", json.decode(errors="ignore"))
-    return text_tokens(_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), text) if "\\u" in text else text)
+    return text_tokens(_ESCAPE.sub(_unescaped, text) if "\\" in text else text)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """Return the character of an escape of JSON."""
+    code, letter = escape.groups()
+    return chr(int(code, 16)) if code else _ESCAPED.get(letter, letter)
 
 
 def weigh(json: bytes) -> Weight:

@@ -183,6 +183,10 @@ RUSSIAN = "Привет, как дела? "  # 5 tokens, and 1 between two of th
         (said(ENGLISH * 500), 1, 8007),
         (said(RUSSIAN * 500), 1, 3007),
         (said(RUSSIAN * 500, ascii_only=True), 1, 3007),
+        (said("\tif x:\n\t\ty\n" * 200), 1, 1207),
+        (said("a\\b\\c\r\n" * 100), 1, 507),
+        (said('say "yes" and "no"\n' * 100), 1, 807),
+        (said("a" + "\n" * 40 + "b"), 1, 10),
     ],
 )
 def test_what_is_billed_without_a_report_is_near_the_truth(messages, count, truth):
