@@ -104,10 +104,10 @@ HEADER_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 60.0
 TOO_LATE = request_timeout("The request's head did not come in time.")
 PIECE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
-# Bound on the framing of a chunked body, plus one byte for each eight of content (a chunk of 64 bytes has six). Each
+# Bound on the framing of a chunked body, plus one byte for each 32 of content (a chunk of 200 bytes has six). Each
 # chunk costs microseconds to parse, even a tiny one: 25 bodies of 6 MB in chunks of one byte delayed other requests by
 # 20 s.
-MAX_FRAMING_BYTES = 32_768
+MAX_FRAMING_BYTES = 16_384
 
 
 class Strictness(NamedTuple):
@@ -207,9 +207,9 @@ class GeneralConnection(RequestHandler):
             fault.__traceback__ = None  # its frames hold the bytes read, and the exception itself
 
     def _count_framing(self, body: StreamReader, received: int) -> None:
-        """Refuse a body whose framing is more than MAX_FRAMING_BYTES and an eighth of its data."""
+        """Refuse a body whose framing is more than MAX_FRAMING_BYTES and a part of its data."""
         self._body_received += received
-        if self._body_received - body.total_bytes > MAX_FRAMING_BYTES + body.total_bytes // 8:
+        if self._body_received - body.total_bytes > MAX_FRAMING_BYTES + body.total_bytes // 32:
             self._is_refused = True
             body.set_exception(web.RequestPayloadError("its chunks are too small"))
             body.feed_eof()  # otherwise aiohttp reads on after the answer
