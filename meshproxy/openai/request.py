@@ -113,6 +113,7 @@ HIDING: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
     (("reasoning", "enabled"), True),
     (("include_reasoning",), False),
     (("reasoning_format",), "hidden"),
+    (("prompt_mode",), "reasoning"),  # Mistral, "Reasoning"
 )
 HIDING_UNLESS: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
     (("reasoning", "effort"), "none"),
@@ -122,6 +123,10 @@ HIDING_UNLESS: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
     (("thinking_config",), {}),
     (("google", "thinking_config"), {}),
     (("extra_body", "google", "thinking_config"), {}),
+    (("enable_thinking",), False),  # Alibaba's Model Studio, "Deep thinking", as the next
+    (("thinking_budget",), 0),
+    (("chat_template_kwargs", "enable_thinking"), False),  # vLLM, "Reasoning Outputs": Qwen's and DeepSeek's templates
+    (("chat_template_kwargs", "thinking"), False),
 )
 HIDING_MEMBERS: Final = frozenset(path[0] for path, _ in HIDING + HIDING_UNLESS)
 

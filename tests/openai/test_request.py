@@ -657,6 +657,14 @@ class TestWithParams:
         ({"thinking": {"type": "disabled"}}, False),
         ({"extra_body": {"google": {"thinking_config": {"thinking_budget": 800}}}}, True),
         ({"extra_body": {"google": {}}}, False),
+        ({"enable_thinking": True}, True),
+        ({"enable_thinking": False, "thinking_budget": 0}, False),
+        ({"thinking_budget": 900}, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"chat_template_kwargs": {"thinking": True}}, True),
+        ({"chat_template_kwargs": {"enable_thinking": False, "add_generation_prompt": True}}, False),
+        ({"prompt_mode": "reasoning"}, True),
+        ({"prompt_mode": None}, False),
     ],
 )
 def test_what_asks_for_reasoning_that_may_be_hidden(members: dict[str, Any], expected: bool):
