@@ -131,6 +131,7 @@ Formatter = partial(
 Run = Callable[[argparse.Namespace, Output], Awaitable[int | None] | int | None]
 
 MAX_COUNT = 2**53 - 1  # the largest integer that a Lua number holds exactly
+DAY_MIN = 1440
 
 
 def make_command(
@@ -183,6 +184,11 @@ def signed_usd(text: str) -> int:
 def count(text: str) -> int:
     """A whole number of at least 1."""
     return _whole(text, 1, MAX_COUNT)
+
+
+def minutes(text: str) -> int:
+    """A number of minutes up to a day, for which refusals are counted."""
+    return _whole(text, 1, DAY_MIN)
 
 
 def port(text: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from meshproxy.cli.arguments import Output, count, make_command, table
+from meshproxy.cli.arguments import Output, count, make_command, minutes, table
 from meshproxy.cli.books import account, open_desk
 from meshproxy.ledger.connection import Store
 from meshproxy.ledger.records import AccountKeys
@@ -121,7 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`top`"""
     make_command(parser, top, on_store=True)
     parser.add_argument("--account", metavar="NAME", type=account, help="this account alone (default: every account)")
-    parser.add_argument("--minutes", metavar="N", type=count, default=5, help="how far to look back (default: 5)")
+    parser.add_argument(
+        "--minutes", metavar="N", type=minutes, default=5, help="how far to look back, at most 1440 (default: 5)"
+    )
     parser.add_argument("--interval", metavar="S", type=count, default=2, help="seconds between refreshes (default: 2)")
     parser.add_argument("--once", action="store_true", help="print one table and exit; --json and pipes do so anyway")
 

@@ -203,7 +203,7 @@ async def resolve(body: bytes, principal: Principal, active: ActiveConfig, direc
     request = decode_chat(body) if len(body) <= LARGE_BYTES else await _decode_large(body)
     template = await _template(request.template, principal, directory) if request.template is not None else None
     model = _model(request, principal, template, active.settings)
-    attempts = active.catalog.attempts(model, request.models, spin=spin)
+    attempts = active.catalog.attempts(model, request.models, spin=spin, allowed=principal.key.models)
     for name in (model, *request.models):
         if not principal.may_use(name):
             raise GatewayError(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))

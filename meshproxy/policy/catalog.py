@@ -136,26 +136,33 @@ class Catalog:
         """Return one model, or None if it isn't configured."""
         return self._entries.get(name)
 
-    def nearest(self, name: str) -> str | None:
-        """Return the model id most similar to this name, whatever its case; None if none is similar."""
-        ids = {name.casefold(): name for name in self.ids[:MAX_COMPARED_MODELS]}
+    def nearest(self, name: str, allowed: Sequence[str] | None = None) -> str | None:
+        """Return the model id most similar to this name, whatever its case; None if none is similar.
+
+        `allowed`: those that the key may use; None: all.
+        """
+        known = self.ids if allowed is None else [each for each in allowed if each in self._entries]
+        ids = {each.casefold(): each for each in known[:MAX_COMPARED_MODELS]}
         found = get_close_matches(name[:MAX_COMPARED_CHARS].casefold(), ids, n=1)
         return ids[found[0]] if found else None
 
-    def attempts(self, model: str, fallbacks: Sequence[str] = (), *, spin: float) -> tuple[Candidate, ...]:
+    def attempts(
+        self, model: str, fallbacks: Sequence[str] = (), *, spin: float, allowed: Sequence[str] | None = None
+    ) -> tuple[Candidate, ...]:
         """Return the candidates to try, in order; at most MAX_ATTEMPTS. `spin`, random in [0, 1), decides among equals.
 
-        Raises GatewayError `model_not_found` if `model` or a fallback isn't in the catalogue.
+        Raises GatewayError `model_not_found` if `model` or a fallback isn't in the catalogue; it names the nearest of
+        those that are `allowed`.
         """
-        entry = self._known(model)
+        entry = self._known(model, allowed)
         if not fallbacks:
             return entry.walk(spin)[:MAX_ATTEMPTS]
-        return _with_fallbacks([self._known(name) for name in dict.fromkeys((model, *fallbacks))], spin)
+        return _with_fallbacks([self._known(name, allowed) for name in dict.fromkeys((model, *fallbacks))], spin)
 
-    def _known(self, name: str) -> Entry:
+    def _known(self, name: str, allowed: Sequence[str] | None) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
-            raise GatewayError(Source.CLIENT, model_not_found(name, self.nearest(name)))
+            raise GatewayError(Source.CLIENT, model_not_found(name, self.nearest(name, allowed)))
         return entry
 
 

@@ -127,7 +127,7 @@ class Api:
         catalog = self._gateway.active.catalog
         entry = catalog.model(name)
         if entry is None or not principal.may_use(name):
-            raise GatewayError(Source.CLIENT, model_not_found(name, catalog.nearest(name)))
+            raise GatewayError(Source.CLIENT, model_not_found(name, catalog.nearest(name, principal.key.models)))
         return _json(self._public(entry))
 
     async def templates(self, request: web.Request) -> web.Response:

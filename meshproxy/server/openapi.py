@@ -16,7 +16,7 @@ from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS
 from meshproxy.openai.errors import MAX_MESSAGE_CHARS
 from meshproxy.openai.request import FIELDS
 from meshproxy.policy import template
-from meshproxy.server.api import ROUTES, Api
+from meshproxy.server.api import MAX_OFFSET, MAX_PAGE, ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.version import VERSION
 
@@ -322,21 +322,42 @@ def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
     return paths
 
 
+_TEXT: dict[str, Any] = {"type": "string"}
+_MOMENT: dict[str, Any] = {"type": "string", "format": "date-time"}
+_FREE: dict[str, Any] = {"enum": ["true", "false", "1", "0"]}
+_QUERIES: dict[Any, dict[str, dict[str, Any]]] = {
+    Api.models: {"free": _FREE, "provider": _TEXT},
+    Api.free_models: {"provider": _TEXT},
+    Api.paid_models: {"provider": _TEXT},
+    Api.search_models: {
+        "q": _TEXT,
+        "free": _FREE,
+        "brand": {"type": "array", "items": _TEXT},
+        "sort": {"enum": ["id", "name", "brand", "context_length"]},
+        "order": {"enum": ["asc", "desc"]},
+        "limit": {"type": "integer", "minimum": 0, "maximum": MAX_PAGE},
+        "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
+    },
+    Api.usage: {
+        "group_by": {"type": "array", "items": {"enum": list(GROUPS)}},
+        "session_id": _TEXT,
+        "since": _MOMENT,
+        "until": _MOMENT,
+    },
+}
+
+
 def _parameters(path: str, function: Any) -> list[dict[str, Any]]:
-    """Describe a path's parameters and, for /v1/usage, those of its query."""
+    """Describe a path's parameters and those of its query."""
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PARAMETER.findall(path)
     ]
-    if function is not Api.usage:
-        return in_path
-    groups = {"type": "array", "items": {"enum": list(GROUPS)}}
-    moment = {"type": "string", "format": "date-time"}
-    query = {"group_by": groups, "session_id": {"type": "string"}, "since": moment, "until": moment}
-    return [
-        {"name": name, "in": "query", "schema": schema, "style": "form", "explode": False}
-        for name, schema in query.items()
+    in_query = [
+        {"name": name, "in": "query", "schema": schema, "style": "form", "explode": name == "brand"}
+        for name, schema in _QUERIES.get(function, {}).items()
     ]
+    return in_path + in_query
 
 
 def _body(name: str) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def test_good_values(parse, text, expected):
         (arguments.count, "9007199254740992", "not a whole number from 1"),
         (arguments.count, "٣", "not a whole number from 1"),
         (arguments.count, "9" * 5000, "not a whole number from 1"),
+        (arguments.minutes, "0", "not a whole number from 1 to 1440"),
+        (arguments.minutes, "1441", "not a whole number from 1 to 1440"),
         (arguments.port, "65536", "not a whole number from 0 to 65535"),
         (arguments.port, "http", "not a whole number from 0 to 65535"),
         (arguments.names, "a,,b", "empty name"),

@@ -483,6 +483,15 @@ class TestAccounts:
         answer = await mesh.request("GET", "/v1/models/sim/fast", headers=few.auth)
         assert (404, "model_not_found") == (answer.status, answer.code)
 
+    @pytest.mark.parametrize("asked", ["sim/plain2", "sim/fastt"])
+    async def test_a_key_is_told_of_models_that_it_may_use_alone(self, mesh, asked):
+        few = await mesh.key(models=["sim/plain"])
+        listed = await mesh.request("GET", f"/v1/models/{asked}", headers=few.auth)
+        chat = await mesh.chat(few, model=asked)
+        told = {"sim/plain2": [True, True], "sim/fastt": [False, False]}[asked]
+        assert told == ["`sim/plain`" in answer.error["message"] for answer in (listed, chat)]
+        assert "`sim/fast`" not in listed.text + chat.text
+
     @pytest.mark.parametrize("said", ["true", "True", "TRUE", "1"])
     async def test_free_is_read_however_a_client_spells_it(self, mesh, said):
         caller = await mesh.key()

@@ -27,6 +27,22 @@ async def test_every_path_is_described_and_the_description_needs_no_key(mesh):
     assert {("POST", "/v1/chat/completions"), *routes} == described
 
 
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("/v1/models", {"free", "provider"}),
+        ("/v1/models/free", {"provider"}),
+        ("/v1/models/paid", {"provider"}),
+        ("/v1/models/search", {"q", "free", "brand", "sort", "order", "limit", "offset"}),
+        ("/v1/usage", {"group_by", "session_id", "since", "until"}),
+        ("/v1/key", set()),
+    ],
+)
+def test_the_parameters_of_a_query_are_described(path, names):
+    described = document()["paths"][path]["get"]["parameters"]
+    assert names == {each["name"] for each in described if each["in"] == "query"}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
 async def test_what_is_made_up_from_the_description_is_answered_as_it_says(alone, mesh, tmp_path):
     gateway = await alone(models={"openai/gpt-4o": model("sim", "sim/fast?tokens=2")})
