@@ -1,3 +1,5 @@
-"""The commands. One file a family, imported only when that family is asked for: `meshproxy --help` and a health check
-must not wait for libraries they don't use. A command's docstring is its help; what it finds `output` alone prints.
+"""The commands: one file for each family of commands.
+
+A family's module is imported only when it is used, so that `meshproxy --help` and health checks load no other
+libraries. A command's docstring is its help text. Only `Output` prints results.
 """

@@ -1,4 +1,4 @@
-"""`meshproxy accounts`: who pays, with their credit, limits and budgets."""
+"""`meshproxy accounts`: list, change and delete accounts, with their credit, limits and budgets."""
 
 import argparse
 
@@ -13,7 +13,7 @@ AUDITED = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`accounts list|show|limits|suspend|resume|delete|audit`"""
+    """Add the arguments of `accounts list|show|limits|suspend|resume|delete|audit`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     listing = add_command(commands, "list", list_accounts)
     listing.add_argument("--limit", metavar="N", type=count, help="at most so many (default: all)")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def list_accounts(args: argparse.Namespace, out: Output) -> None:
-    """List accounts with their credit and spend, those included that a grant alone has made.
+    """List accounts with their credit and spend, including accounts without keys.
 
     meshproxy accounts list
     meshproxy accounts list --json | jq -r '.[] | select(.available_usd | tonumber < 1) | .account'
@@ -80,7 +80,7 @@ async def suspend(args: argparse.Namespace, out: Output) -> None:
 
 
 async def resume(args: argparse.Namespace, out: Output) -> None:
-    """Let a suspended account in again.
+    """Accept a suspended account's requests again.
 
     meshproxy accounts resume acme
     """
@@ -89,7 +89,7 @@ async def resume(args: argparse.Namespace, out: Output) -> None:
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
-    """Remove an account with all there is of it: keys, credit, history, usage, templates.
+    """Delete an account with all its data: keys, credit, history, usage, templates.
 
     meshproxy accounts delete acme --yes
     """

@@ -1,6 +1,7 @@
-"""How results look: JSON, one document a line, or aligned text. The one place in the commands that prints.
+"""Arguments and results of commands.
 
-Times are RFC 3339 in UTC and amounts decimal strings in both.
+Results are JSON, one document a line, or aligned text. `Output` is the only place in the commands that prints. Times
+are RFC 3339 in UTC and amounts decimal strings in both formats.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from meshproxy.times import parse_moment, parse_span
 
 
 class Failed(Exception):
-    """A command could not do what it was asked; `code` is for machines, the message for people."""
+    """A command failed. `code` is for programs, the message for people."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -33,32 +34,32 @@ class Failed(Exception):
 
 
 class Misused(Exception):
-    """The arguments contradict each other in a way that argparse can't see."""
+    """The arguments contradict each other in a way that argparse can't detect."""
 
 
 class Output:
-    """Where a command's result goes."""
+    """Prints a command's results and errors, as JSON or as text."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
 
     def told(self, document: Any, text: str) -> None:
-        """One JSON document on one line, or the same in words; at once, for commands that go on for long."""
+        """Print one JSON document on one line, or the same as text, at once: for commands that run for a long time."""
         print(_json(document) if self.as_json else text, flush=True)
 
     def record(self, record: Mapping[str, Any], *, note: str = "") -> None:
-        """One thing. In text a nested table's names are joined (`limits.burst`), and `note` follows."""
+        """Print one object. In text, names of nested members are joined (`limits.burst`), and `note` is appended."""
         flat = list(_flat(record))
         width = max(len(name) for name, _ in flat)
         lines = [f"{name:<{width}}  {_text(value)}" for name, value in flat]
         self.told(record, "\n".join([*lines, "", note] if note else lines))
 
     def rows(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
-        """Many things: in JSON all they have, in text the named columns."""
+        """Print a list of objects: in JSON with all their members, in text with the named columns."""
         self.told(rows, "\n".join(table(rows, columns)) if rows else empty)
 
     def failed(self, code: str, message: str, details: Sequence[Detail] = ()) -> None:
-        """Why the command failed, on stderr, with each thing that is wrong on its own line."""
+        """Print to stderr why the command failed, with each fault on its own line."""
         error: dict[str, Any] = {"message": message, "code": code}
         if details:
             error["details"] = [asdict(detail) for detail in details]
@@ -66,13 +67,13 @@ class Output:
         self._error(error, [f"meshproxy: {message}", *(faults if len(faults) > 1 else ())])
 
     def warned(self, warnings: Iterable[str]) -> None:
-        """What is likely a mistake, on stderr, one a line; in JSON it is a part of the result."""
+        """Print likely mistakes to stderr, one a line. In JSON they are part of the result."""
         if not self.as_json:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr)
 
     def unfit(self, faults: Sequence[str]) -> None:
-        """Every fault of a configuration, on stderr, one a line."""
+        """Print every fault of a configuration to stderr, one a line."""
         message = f"the configuration has {len(faults)} fault{'s' if len(faults) > 1 else ''}"
         self._error({"message": message, "code": "unfit_configuration", "faults": list(faults)}, faults)
 
@@ -81,7 +82,7 @@ class Output:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
-    """The named columns in aligned lines under a head; one of numbers is aligned right."""
+    """Return the named columns as aligned lines under a heading. Columns of numbers are aligned right."""
     aligned = []
     for column in columns:
         cells = [_text(row.get(column)) for row in rows]
@@ -96,7 +97,7 @@ def _json(value: Any) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether a cell reads as a number, or is empty among numbers."""
+    """Return whether a cell reads as a number or is empty. Empty cells don't change a column's alignment."""
     return cell == "-" or cell.removeprefix("-").replace(".", "", 1).isdigit()
 
 
@@ -109,7 +110,9 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 
 def _text(value: Any) -> str:
-    """One cell. Control characters are escaped: names come from users, and a terminal obeys what it is sent."""
+    """Return a cell as text. Control characters are escaped, because names come from users and a terminal executes
+    control characters.
+    """
     match value:
         case None | "" | [] | {}:
             text = "-"
@@ -137,8 +140,10 @@ DAY_MIN = 1440
 def make_command(
     parser: argparse.ArgumentParser, run: Run, *, configured: bool = False, on_store: bool = False
 ) -> None:
-    """Make `parser` a command that runs `run`, whose docstring is the help: what it does, and after an empty line examples.
-    `configured`: it makes no sense without a configuration; `on_store`: it takes --redis.
+    """Make `parser` a command that runs `run`.
+
+    The docstring of `run` is the help text: what the command does, then an empty line and examples. `configured`: the
+    command requires a configuration. `on_store`: it takes --redis.
     """
     parser.description, _, examples = (inspect.getdoc(run) or "").partition("\n\n")
     parser.epilog = f"examples:\n{textwrap.indent(examples, '  ')}"
@@ -158,7 +163,7 @@ def make_command(
 
 
 def add_command(commands: Commands, name: str, run: Run) -> argparse.ArgumentParser:
-    """One command of a family that works on the store."""
+    """Add one command of a family that uses the store."""
     summary = (inspect.getdoc(run) or "").partition(".")[0]
     parser = commands.add_parser(name, help=summary[:1].lower() + summary[1:], formatter_class=Formatter)
     make_command(parser, run, on_store=True)
@@ -166,7 +171,7 @@ def add_command(commands: Commands, name: str, run: Run) -> argparse.ArgumentPar
 
 
 def usd(text: str) -> int:
-    """Nano-USD of a decimal amount that is not negative."""
+    """Return the nano-USD of a decimal amount that is not negative."""
     amount_nusd = signed_usd(text)
     if amount_nusd < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is negative")
@@ -174,7 +179,7 @@ def usd(text: str) -> int:
 
 
 def signed_usd(text: str) -> int:
-    """Nano-USD of a decimal amount."""
+    """Return the nano-USD of a decimal amount."""
     try:
         return parse_usd(text.removeprefix("$"))
     except ValueError as error:
@@ -182,7 +187,7 @@ def signed_usd(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     return _whole(text, 1, MAX_COUNT)
 
 
@@ -192,12 +197,12 @@ def minutes(text: str) -> int:
 
 
 def port(text: str) -> int:
-    """A TCP port; 0 lets the system choose."""
+    """Parse a TCP port; 0 lets the system choose one."""
     return _whole(text, 0, 65535)
 
 
 def names(text: str) -> list[str]:
-    """`a,b` as a list; use it with action="extend" so that the flag may be repeated."""
+    """Split `a,b` into a list. Use it with action="extend" so that the flag may be repeated."""
     found = [name.strip() for name in text.split(",")]
     if not all(found):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name in it")
@@ -205,7 +210,7 @@ def names(text: str) -> list[str]:
 
 
 def variable(text: str) -> tuple[str, str]:
-    """`NAME=TEXT`, the value of a template's slot."""
+    """Parse `NAME=TEXT`, the value of a template's slot."""
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"\w+", name, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -213,7 +218,7 @@ def variable(text: str) -> tuple[str, str]:
 
 
 def param(text: str) -> tuple[str, Any]:
-    """`NAME=JSON`, as temperature=0.2."""
+    """Parse `NAME=JSON`, such as temperature=0.2."""
     name, value = variable(text)
     try:
         return name, msgspec.json.decode(value)
@@ -222,12 +227,12 @@ def param(text: str) -> tuple[str, Any]:
 
 
 def past(text: str) -> float:
-    """Unix seconds of an RFC 3339 time, or of a duration such as 24h before now."""
+    """Return the Unix seconds of an RFC 3339 time, or of a duration before now such as 24h."""
     return _moment(text, -1)
 
 
 def future(text: str) -> float:
-    """Unix seconds of an RFC 3339 time that is still to come, or of a duration such as 30d from now."""
+    """Return the Unix seconds of a future RFC 3339 time, or of a duration from now such as 30d."""
     moment = _moment(text, 1)
     if moment <= time.time():
         raise argparse.ArgumentTypeError(f"{text!r} is not in the future")
@@ -235,12 +240,12 @@ def future(text: str) -> float:
 
 
 def moment(text: str) -> float:
-    """Unix seconds of an RFC 3339 time, past ones too, or of a duration such as 30d from now."""
+    """Return the Unix seconds of any RFC 3339 time, or of a duration from now such as 30d."""
     return _moment(text, 1)
 
 
 def span(text: str) -> int:
-    """Seconds of a duration such as 24h."""
+    """Return the seconds of a duration such as 24h."""
     try:
         return parse_span(text)
     except ValueError as error:
@@ -261,7 +266,7 @@ def _moment(text: str, direction: int) -> float:
 
 
 def load_settings(args: argparse.Namespace) -> Settings:
-    """The settings of --config, else the built-in defaults. ConfigError with every fault."""
+    """Load the settings of --config, else the built-in defaults. Raises ConfigError with every fault."""
     if not args.config:
         return Settings()
     from meshproxy.app.reload import read  # noqa: PLC0415 - help needs none of what a file is checked with
@@ -270,8 +275,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
 
 
 def load_redis(args: argparse.Namespace) -> Redis:
-    """The store of --redis, else of the configuration, with its secrets. ConfigError with every fault. No other secret is
-    read.
+    """Load the store's settings from --redis, else from the configuration. Raises ConfigError with every fault. No
+    secrets other than the store's are read.
     """
     redis = load_settings(args).redis
     url = getattr(args, "redis", None)

@@ -1,4 +1,4 @@
-"""The store that a command works on, and the desk over it."""
+"""The store and the desk (its operations) that a command uses."""
 
 import argparse
 import getpass
@@ -16,7 +16,9 @@ from meshproxy.ledger.ledger import Ledger
 
 @asynccontextmanager
 async def open_desk(args: argparse.Namespace) -> AsyncIterator[Desk]:
-    """The desk over the configuration's store, closed at the end. Failed if it can't be reached."""
+    """Open the desk over the configuration's store, and close it at the end. Raises Failed if the store can't be
+    reached.
+    """
     settings = load_redis(args)
     if settings.url == "embedded":
         raise Failed("store_embedded", "an embedded store lives inside `serve` or `dev`; name it with --redis URL")
@@ -34,7 +36,7 @@ async def open_desk(args: argparse.Namespace) -> AsyncIterator[Desk]:
 
 
 def actor() -> str:
-    """Who audit events say made a change: the command line, and its user where the system knows one."""
+    """Return the name for audit events: the command line, with its user if the system has a name for it."""
     try:
         return f"cli:{getpass.getuser()}"
     except (OSError, KeyError):  # a container's user may have no name
@@ -42,7 +44,7 @@ def actor() -> str:
 
 
 def account(text: str) -> str:
-    """An account's name, on a command line."""
+    """Parse an account's name."""
     try:
         check_account_name(text)
     except ValueError as error:
@@ -51,5 +53,5 @@ def account(text: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """A URL that may be shown."""
+    """Return a URL without its password, for messages."""
     return re.sub(r"(?<=://)[^/@]*@", "", url)

@@ -1,7 +1,7 @@
-"""From an argument list to an exit code.
+"""Run a command from an argument list and return its exit code.
 
-0: done. 1: it failed. 2: wrong usage. 78: the configuration is bad (EX_CONFIG of sysexits.h). What went wrong is on
-stderr, in plain words or, with --json, as `{"error": {...}}`.
+0: done. 1: failed. 2: wrong usage. 78: the configuration is invalid (EX_CONFIG of sysexits.h). Errors are printed to
+stderr as text or, with --json, as `{"error": {...}}`.
 """
 
 import argparse
@@ -54,7 +54,7 @@ exit codes: 0 done, 1 failed, 2 wrong usage, 78 bad configuration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code."""
+    """Run one command and return the process's exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = build_parser(argv[0] if argv else "").parse_args(argv)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _WrongUsage(Exception):
-    """An argument list that argparse can't read."""
+    """argparse can't parse an argument list."""
 
     def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
         super().__init__(message)
@@ -93,14 +93,14 @@ class _WrongUsage(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises where argparse prints and exits, so that --json holds for wrong usage too."""
+    """A parser that raises an exception where argparse prints and exits, so that --json also applies to wrong usage."""
 
     def error(self, message: str) -> NoReturn:
         raise _WrongUsage(self, message)
 
 
 def build_parser(wanted: str) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the family `wanted` and only the names of all the others."""
+    """Build the parser, with the arguments of the family `wanted` and only the names of the other families."""
     parser = _Parser(
         prog="meshproxy",
         usage="meshproxy [-h] [--version] COMMAND ...",
@@ -122,7 +122,7 @@ def build_parser(wanted: str) -> argparse.ArgumentParser:
 
 
 def _misused(parser: argparse.ArgumentParser, message: str, *, as_json: bool) -> int:
-    """Print what is wrong with an argument list; the exit code."""
+    """Print what is wrong with an argument list, and return the exit code."""
     if not as_json:
         parser.print_usage(sys.stderr)
     Output(as_json=as_json).failed("usage", message)
@@ -130,7 +130,7 @@ def _misused(parser: argparse.ArgumentParser, message: str, *, as_json: bool) ->
 
 
 def _add_arguments(name: str, family: argparse.ArgumentParser) -> None:
-    """Add a command's arguments; its module is imported only now, so that each command starts with what it needs."""
+    """Add a command's arguments. Its module is imported only now, so that a command loads only what it uses."""
     if name in PROCESSES:
         getattr(importlib.import_module("meshproxy.cli.run"), f"add_{name}")(family)
     else:

@@ -1,4 +1,4 @@
-"""`meshproxy credits`: prepaid credit of accounts."""
+"""`meshproxy credits`: grant and show accounts' prepaid credit."""
 
 import argparse
 
@@ -10,7 +10,7 @@ COLUMNS = ["granted_at", "amount_usd", "balance_usd", "ref", "note", "actor"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`credits grant|show|history`"""
+    """Add the arguments of `credits grant|show|history`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     granting = add_command(commands, "grant", grant)
     granting.add_argument("account", metavar="ACCOUNT", type=account)
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def grant(args: argparse.Namespace, out: Output) -> None:
-    """Add credit to an account, which is made if it doesn't exist.
+    """Add credit to an account, which is created if it doesn't exist.
 
     meshproxy credits grant acme 25.00 --ref invoice-1204
     meshproxy credits grant acme -5.00 --note "typed 30, meant 25"
@@ -41,7 +41,7 @@ async def grant(args: argparse.Namespace, out: Output) -> None:
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
-    """Show what an account has, holds and may spend.
+    """Show an account's balance, held and available credit.
 
     meshproxy credits show acme
     meshproxy credits show acme --json | jq -r .available_usd

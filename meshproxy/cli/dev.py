@@ -1,4 +1,6 @@
-"""The configuration of `meshproxy dev`: a simulated provider, and the real ones whose keys the environment has."""
+"""`meshproxy dev`: run a gateway with a simulated provider, and with the real providers whose keys are in the
+environment.
+"""
 
 import argparse
 import contextlib
@@ -49,7 +51,7 @@ _SIMULATED_OPENAI = ("openai/gpt-4o", "openai/gpt-4o-mini")
 
 
 def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[str, str]) -> Settings:
-    """Settings for a gateway on `port` and the next; both are free ones if it is 0."""
+    """Return settings for a gateway on `port` and `port` + 1; if `port` is 0, both are free ports."""
     real = {name: provider for name, provider in REAL.items() if env.get(provider["api_key"]["env"])}
     # Time-outs are short: whoever tries sim/stall wants to see it end.
     simulator = {"kind": "simulator", "base_url": simulator_url, "first_byte_timeout_s": 10, "idle_timeout_s": 10}
@@ -85,13 +87,15 @@ def _simulated(upstream: str, model: str) -> dict[str, Any]:
 
 
 def _dialects(simulator: dict[str, Any]) -> dict[str, Any]:
-    """The simulator once more for each dialect that needs other settings."""
+    """Return one simulated upstream for each dialect that needs other settings."""
     settings = {name: dialect.upstream for name, dialect in DIALECTS.items() if dialect.upstream}
     return {f"dialect-{name}": {**simulator, **own} for name, own in settings.items()}
 
 
 def _openai_models(real: list[str]) -> dict[str, Any]:
-    """Served by the providers that are there, OpenAI first; some of them by the simulator if none is."""
+    """Return OpenAI's models, served by the real providers that are available, OpenAI first. If none is, the simulator
+    serves some.
+    """
     return {
         name: {
             "upstreams": [_route(upstream, name) for upstream in real or ["simulator"]],
@@ -107,7 +111,7 @@ def _openai_models(real: list[str]) -> dict[str, Any]:
 
 
 def _route(upstream: str, name: str) -> dict[str, str]:
-    """OpenRouter names models as we do; the others leave out who made them."""
+    """Return a model's name at a provider. OpenRouter uses the same names; other providers leave out the maker."""
     return {"upstream": upstream, "model": name if upstream == "openrouter" else name.partition("/")[2]}
 
 
@@ -166,7 +170,7 @@ Ctrl-C ends it; nothing is kept.""")
 
 
 def greeting(place: dict[str, Any]) -> str:
-    """The whole text. `place`: where the gateway is and what it was seeded with, as `dev --json` prints it."""
+    """Return the text that `dev` prints. `place`: the gateway's addresses and data, as `dev --json` prints them."""
     models = place["models"]
     return GREETING.substitute(place, shown=", ".join(models[:SHOWN]), more=len(models) - SHOWN)
 
@@ -177,7 +181,7 @@ TEMPLATE = "greeter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`dev [--port N]`"""
+    """Add the arguments of `dev [--port N]`."""
     make_command(parser, dev)
     parser.add_argument(
         "--port", metavar="N", type=port, default=8080, help="metrics are on the next (default: 8080; 0: any free ones)"
@@ -226,7 +230,7 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
 
 
 async def seed(redis: config.Redis) -> str:
-    """An account with a key, credit and a template; the key's secret."""
+    """Create an account with a key, credit and a template; return the key's secret."""
     store = await connect(redis)
     try:
         directory = Directory(store)
@@ -239,7 +243,7 @@ async def seed(redis: config.Redis) -> str:
 
 
 def greeter(now: float) -> Template:
-    """A global template with one slot."""
+    """Return a global template with one slot."""
     return Template(
         id=str(uuid.uuid4()),
         name=TEMPLATE,

@@ -1,5 +1,6 @@
-"""`meshproxy healthcheck`: for a container's HEALTHCHECK. It runs every few seconds, so it loads no HTTP library
-but the standard one.
+"""`meshproxy healthcheck`, for a container's HEALTHCHECK.
+
+It runs every few seconds, so it loads no HTTP library except the standard one.
 """
 
 import argparse
@@ -14,7 +15,7 @@ REQUEST = b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`healthcheck`"""
+    """Add the arguments of `healthcheck`."""
     make_command(parser, healthcheck)
 
 
@@ -35,7 +36,7 @@ def healthcheck(args: argparse.Namespace, out: Output) -> None:
 
 
 def ready_status(address: str) -> int:
-    """The status that GET /readyz gets at an address as configurations write it."""
+    """Return the status of GET /readyz at an address in the configuration's format."""
     with _connection(address) as connection:
         connection.sendall(REQUEST)
         response = http.client.HTTPResponse(connection)

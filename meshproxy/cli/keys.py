@@ -1,4 +1,4 @@
-"""The limits and budgets of a key or an account, as flags."""
+"""`meshproxy keys`, and the flags for limits and budgets that `accounts` uses too."""
 
 import argparse
 from typing import Any
@@ -27,7 +27,7 @@ BUDGETS = {"budget": "total_nusd", "budget_daily": "daily_nusd", "budget_monthly
 
 
 def add_limit_flags(parser: argparse.ArgumentParser, *, of_account: bool = False) -> None:
-    """The flags that `keys create`, `keys limits` and `accounts limits` share."""
+    """Add the flags that `keys create`, `keys limits` and `accounts limits` share."""
     whose = "all keys of the account together" if of_account else "the key, or the account,"
     group = parser.add_argument_group("limits")
     group.add_argument("--requests-per-minute", metavar="N", type=count)
@@ -47,7 +47,7 @@ def add_limit_flags(parser: argparse.ArgumentParser, *, of_account: bool = False
 
 
 def daily(text: str) -> int:
-    """A number of requests a day, on a command line."""
+    """Parse a number of requests a day."""
     number = count(text)
     if number > MAX_REQUESTS_PER_DAY:
         raise argparse.ArgumentTypeError(f"{text}: at most {MAX_REQUESTS_PER_DAY}")
@@ -55,17 +55,17 @@ def daily(text: str) -> int:
 
 
 def limits_of(args: argparse.Namespace) -> dict[str, int | None]:
-    """The limits that the flags name."""
+    """Return the limits that the flags name."""
     return _given({name: getattr(args, name) for name in Limits.__struct_fields__})
 
 
 def budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
-    """The budgets that the flags name."""
+    """Return the budgets that the flags name."""
     return _given({field: getattr(args, flag) for flag, field in BUDGETS.items()})
 
 
 def session_budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
-    """The budgets of each session that the flags name."""
+    """Return the budgets for each session that the flags name."""
     return _given({"total_nusd": args.session_budget})
 
 
@@ -79,7 +79,7 @@ ONCE = "The key is shown this once. Store it now."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`keys create|list|show|update|rotate|suspend|resume|revoke|limits`"""
+    """Add the arguments of `keys create|list|show|update|rotate|suspend|resume|revoke|limits`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_create(commands)
     listing = add_command(commands, "list", list_keys)
@@ -150,7 +150,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 async def create(args: argparse.Namespace, out: Output) -> None:
-    """Mint a key; its secret is shown this once.
+    """Create a key and print its secret, which is not shown again.
 
     meshproxy keys create --account acme
     meshproxy keys create --account acme --name ci --expires 30d --budget 50 --budget-daily 5
@@ -174,7 +174,7 @@ async def create(args: argparse.Namespace, out: Output) -> None:
 
 
 async def list_keys(args: argparse.Namespace, out: Output) -> None:
-    """List keys, of one account or of all, with what they spent and when they were used last.
+    """List the keys of one account or of all, with their spend and last use.
 
     meshproxy keys list
     meshproxy keys list --account acme --json
@@ -187,7 +187,7 @@ async def list_keys(args: argparse.Namespace, out: Output) -> None:
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
-    """Show everything about a key but its secret.
+    """Show everything about a key except its secret.
 
     meshproxy keys show key_3f2a                          any unique beginning of an id
     """
@@ -196,7 +196,7 @@ async def show(args: argparse.Namespace, out: Output) -> None:
 
 
 async def update(args: argparse.Namespace, out: Output) -> None:
-    """Change a key; its secret goes on working, and what isn't named stays as it is.
+    """Change the settings of a key that flags name; its secret stays valid.
 
     meshproxy keys update key_3f2a --name "nightly jobs"
     meshproxy keys update key_3f2a --models openai/gpt-4o-mini --expires 30d
@@ -219,7 +219,7 @@ async def update(args: argparse.Namespace, out: Output) -> None:
 
 
 async def rotate(args: argparse.Namespace, out: Output) -> None:
-    """Give a key a new secret, shown this once; its id, limits, budgets and spend stay.
+    """Create a new secret for a key and print it this once; the id, limits, budgets and spend stay.
 
     meshproxy keys rotate key_3f2a                        the old secret ends now
     meshproxy keys rotate key_3f2a --grace 24h            both work for a day
@@ -230,7 +230,7 @@ async def rotate(args: argparse.Namespace, out: Output) -> None:
 
 
 async def suspend(args: argparse.Namespace, out: Output) -> None:
-    """Refuse a key, or a whole account, until it is resumed.
+    """Refuse a key's or an account's requests until it is resumed.
 
     meshproxy keys suspend key_3f2a
     meshproxy keys suspend --account acme                 every key of the account at once
@@ -239,7 +239,7 @@ async def suspend(args: argparse.Namespace, out: Output) -> None:
 
 
 async def resume(args: argparse.Namespace, out: Output) -> None:
-    """Let a suspended key or account in again.
+    """Accept the requests of a suspended key or account again.
 
     meshproxy keys resume key_3f2a
     meshproxy keys resume --account acme
@@ -248,7 +248,7 @@ async def resume(args: argparse.Namespace, out: Output) -> None:
 
 
 async def revoke(args: argparse.Namespace, out: Output) -> None:
-    """Refuse a key for ever.
+    """Refuse a key's requests for ever.
 
     meshproxy keys revoke key_3f2a                        suspend can be taken back
     """
@@ -296,7 +296,7 @@ def _bounds(args: argparse.Namespace) -> Bounds:
 
 
 def _params(args: argparse.Namespace) -> dict[str, Any]:
-    """The params that the flags name; Misused for what no request may have."""
+    """Return the params that the flags name. Raises Misused for fields that no request may have."""
     params = dict(args.param)
     for fault in check_params(params, ()):
         raise Misused(f"argument --param: {'.'.join(map(str, fault.loc))}: {fault.msg}")

@@ -1,4 +1,4 @@
-"""`meshproxy requests`: one request by its id."""
+"""`meshproxy requests`: show one request by its id."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from meshproxy.cli.books import open_desk
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`requests show`"""
+    """Add the arguments of `requests show`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     add_command(commands, "show", show).add_argument(
         "request_id", metavar="REQUEST_ID", help="x-request-id of its answer"
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
-    """Show what became of a request: who made it, what served it, how it ended, what it used and cost.
+    """Show one request: its key, model and upstream, how it ended, what it used and cost.
 
     meshproxy requests show 018f2c6e-7a31
     meshproxy requests show 018f2c6e-7a31 --json | jq -r .cost_usd

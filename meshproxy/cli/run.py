@@ -1,4 +1,4 @@
-"""`meshproxy check`: would this configuration serve?"""
+"""`meshproxy check`, `serve` and `simulate`."""
 
 import argparse
 import asyncio
@@ -13,7 +13,7 @@ from meshproxy.simulator.behaviour import DIALECT_NAMES, FAMILIES, PREFIX, TRAIT
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
-    """`check --config FILE`"""
+    """Add the arguments of `check --config FILE`."""
     make_command(parser, check, configured=True)
 
 
@@ -32,7 +32,7 @@ def check(args: argparse.Namespace, out: Output) -> None:
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    """`serve --config FILE`"""
+    """Add the arguments of `serve --config FILE`."""
     make_command(parser, serve, configured=True)
     parser.add_argument(
         "--watch", action="store_true", help="reload when the file, or a secret or certificate that it names, changes"
@@ -50,7 +50,7 @@ def serve(args: argparse.Namespace, _out: Output) -> int:
 
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
-    """`simulate --port N`"""
+    """Add the arguments of `simulate --port N`."""
     make_command(parser, simulate)
     listed = "\n".join(f"  {PREFIX + name:<26}{what}" for name, what in (TRAITS | FAMILIES | DIALECT_NAMES).items())
     parser.description = f"{parser.description}\n\n{listed}"
@@ -74,8 +74,8 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 async def simulate(args: argparse.Namespace, out: Output) -> None:
-    """Serve OpenAI's chat completions from a simulated provider, until interrupted. Any model is served;
-    these misbehave, alone or joined by +, and take options as in sim/slow?tokens=5:
+    """Serve OpenAI's chat completions from a simulated provider, until interrupted. Any model is served. The models
+    below cause faults, alone or joined by +, and take options as in sim/slow?tokens=5:
 
     meshproxy simulate --port 9100
     meshproxy simulate --port 9100 --tokens-per-second 5 --first-token 2

@@ -1,4 +1,4 @@
-"""`meshproxy templates`: stored prompts of accounts, and the global ones that every account may use."""
+"""`meshproxy templates`: stored prompts of accounts, and global ones for all accounts."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ SET_HERE = ("id", "owner", "is_global", "created_at", "updated_at")  # what `sho
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`templates put|list|show|delete|render`"""
+    """Add the arguments of `templates put|list|show|delete|render`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     putting = add_command(commands, "put", put)
     putting.add_argument("name", metavar="NAME")
@@ -48,7 +48,7 @@ def _add_owner(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 
 async def put(args: argparse.Namespace, out: Output) -> None:
-    """Create a template, or replace all of one but its id.
+    """Create a template, or replace all of it except its id.
 
     meshproxy templates put greeter --file greeter.json
     echo '{"system": "Greet {{ name }}."}' | meshproxy templates put greeter --file - --account acme
@@ -59,7 +59,7 @@ async def put(args: argparse.Namespace, out: Output) -> None:
 
 
 async def list_templates(args: argparse.Namespace, out: Output) -> None:
-    """List what an account can use, or everything.
+    """List the templates that an account can use, or all templates.
 
     meshproxy templates list                            of every account, and the global ones
     meshproxy templates list --account acme             those that acme can use
@@ -78,7 +78,7 @@ async def show(args: argparse.Namespace, out: Output) -> None:
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
-    """Delete a template of this very owner.
+    """Delete the template of exactly this owner.
 
     meshproxy templates delete greeter --account acme
     """
@@ -112,7 +112,7 @@ def _read(path: str) -> bytes:
 
 
 def _body(name: str, text: bytes) -> bytes:
-    """A file's JSON under the name of the command line, without what `show` adds."""
+    """Return a file's JSON with the name from the command line, without the members that only `show` adds."""
     try:
         fields: dict[str, Any] = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

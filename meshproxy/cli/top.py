@@ -1,7 +1,7 @@
-"""The newest events of the usage streams, for `top`: what was settled in the last minutes, account by account.
+"""`meshproxy top`: what was settled in the last minutes, from the usage streams of the accounts.
 
-Everything is bounded: so many accounts at a time, so many events a reading, so many sums kept. Events are added up by SLOT_S, so
-that the window moves by that much.
+Everything is bounded: the accounts read at a time, the events read at a time, the sums kept. Events are summed by
+SLOT_S, so the window moves in steps of that length.
 """
 
 import argparse
@@ -28,8 +28,10 @@ MAX_SUMS = 500_000
 
 
 class Row(Struct):
-    """What an account did with a model: in the window, or in one request. `refused` counts all of the account's requests that
-    were refused in the window (402, 429), and is in its first row alone; `model` is empty where nothing was settled.
+    """The sums of an account and model, in the window or of one request.
+
+    `refused` counts all of the account's requests that were refused in the window (402, 429). It is set only in the
+    account's first row. `model` is empty if nothing was settled.
     """
 
     account: str
@@ -41,7 +43,7 @@ class Row(Struct):
     refused: int = 0
 
     def add(self, other: "Row") -> None:
-        """Count it in."""
+        """Add another row's counts."""
         self.requests += other.requests
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
@@ -49,7 +51,7 @@ class Row(Struct):
 
 
 class Tail:
-    """Follows the streams of some accounts and remembers `window_s` of them."""
+    """Reads the streams of some accounts and keeps the last `window_s` of them."""
 
     def __init__(self, store: Store, accounts: Sequence[str], window_s: int) -> None:
         self.accounts = list(accounts)
@@ -59,7 +61,7 @@ class Tail:
         self._sums: dict[tuple[int, str, str], Row] = {}  # by slot, account and model
 
     async def read(self) -> list[Row]:
-        """What the window holds now by account and model, the most expensive first."""
+        """Return the window's sums by account and model, the most expensive first."""
         seconds, micros = await self._store.execute("TIME")
         since_ms = int(seconds) * 1000 + int(micros) // 1000 - self._window_ms
         for first in range(0, len(self.accounts), BATCH_ACCOUNTS):
@@ -73,7 +75,7 @@ class Tail:
         return sorted(rows.values(), key=order)
 
     async def _follow(self, account: str, since_ms: int) -> None:
-        """Add what an account's stream has that is new."""
+        """Add the new events of an account's stream."""
         for _ in range(MAX_EVENTS_READ // BATCH_EVENTS):
             last = self._last_ids.get(account)
             start = f"({last}" if last is not None else str(since_ms)
@@ -97,7 +99,9 @@ class Tail:
 
 
 def with_refusals(rows: Sequence[Row], refused: dict[str, int]) -> list[Row]:
-    """The rows with each account's refusals in its first, and a row for an account that was only refused."""
+    """Return the rows with each account's refusals in its first row, and with a row for each account that was only
+    refused.
+    """
     left = {account: count for account, count in refused.items() if count}
     for row in rows:
         row.refused = left.pop(row.account, 0)
@@ -106,7 +110,7 @@ def with_refusals(rows: Sequence[Row], refused: dict[str, int]) -> list[Row]:
 
 
 def order(row: Row) -> tuple[int, int, int, str, str]:
-    """What spends most first."""
+    """Return a sort key: the highest cost first."""
     return (-row.cost_nusd, -row.requests, -row.refused, row.account, row.model)
 
 
@@ -118,7 +122,7 @@ CLEAR = "\x1b[H\x1b[2J"  # ECMA-48: cursor home, erase in page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`top`"""
+    """Add the arguments of `top`."""
     make_command(parser, top, on_store=True)
     parser.add_argument("--account", metavar="NAME", type=account, help="this account alone (default: every account)")
     parser.add_argument(
@@ -129,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def top(args: argparse.Namespace, out: Output) -> None:
-    """Requests, refusals, tokens and cost of the last minutes by account and model, the most expensive first.
+    """Show requests, refusals, tokens and cost of the last minutes by account and model, the most expensive first.
 
     meshproxy top                             refresh every two seconds, until Ctrl-C
     meshproxy top --account acme --minutes 15
@@ -153,12 +157,12 @@ async def top(args: argparse.Namespace, out: Output) -> None:
 
 
 def shown(row: Row, minutes: int) -> dict[str, Any]:
-    """A row as it is printed."""
+    """Return a row as it is printed."""
     return {**in_usd(asdict(row)), "requests_per_minute": round(row.requests / minutes, 1)}
 
 
 def heading(rows: Sequence[Row], minutes: int) -> str:
-    """A line of sums."""
+    """Return a line of sums."""
     requests, cost = sum(row.requests for row in rows), format_usd(sum(row.cost_nusd for row in rows))
     refused = sum(row.refused for row in rows)
     return f"last {minutes} min: {requests} requests, {refused} refused, {cost} USD    Ctrl-C ends"

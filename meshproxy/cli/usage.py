@@ -1,4 +1,4 @@
-"""`meshproxy usage`: what was used and what it cost, from the hourly aggregates."""
+"""`meshproxy usage`: report usage and cost from the hourly aggregates."""
 
 import argparse
 import asyncio
@@ -19,7 +19,7 @@ PATIENCE_S = 1.0  # before a line says that the report takes a while
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`usage`"""
+    """Add the arguments of `usage`."""
     make_command(parser, report, on_store=True)
     parser.add_argument("--account", metavar="NAME", type=account, help="this account alone (default: every account)")
     parser.add_argument(
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def report(args: argparse.Namespace, out: Output) -> None:
-    """Requests, tokens and cost of accounts. Whole hours (UTC), by when requests started; 92 days at most.
+    """Show requests, tokens and cost of accounts. Whole hours (UTC) by the requests' start; 92 days at most.
 
     meshproxy usage                                     every account, the last 30 days
     meshproxy usage --account acme --by model --since 24h
@@ -60,7 +60,7 @@ async def report(args: argparse.Namespace, out: Output) -> None:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows under a line of their columns, as RFC 4180 has it but with lines that end as a shell's do."""
+    """Return rows as CSV with a header line (RFC 4180, but lines end with LF, as shells expect)."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -69,7 +69,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 async def _say_working() -> None:
-    """Print to a terminal's stderr that there is much to add up, if it takes longer than a second."""
+    """If the report takes longer than a second, print to a terminal's stderr that it is being computed."""
     await asyncio.sleep(PATIENCE_S)
     if sys.stderr.isatty():
         print("adding up the hours of every account ...", file=sys.stderr, flush=True)

@@ -1,12 +1,13 @@
-"""A provider of our own: a real HTTP server that speaks OpenAI's chat completions and fails on demand.
+"""A simulated provider: an HTTP server that implements OpenAI's chat completions and fails on demand.
 
-It exists so that the gateway can be tried, tested and measured without an account anywhere. The well-behaved part is as
-exact as the OpenAI SDKs are strict; the ill-behaved part does, one by one, what providers and networks do in production.
-docs/simulator.md lists the names by which a fault is asked for.
+It allows the gateway to be tried, tested and measured without an account at a provider. Without faults its answers are
+as exact as OpenAI's SDKs require. Each fault does one thing that providers and networks do in production.
+docs/simulator.md lists the names of the faults.
 
-A request's way through the files: `server` (routes) > `request` (what is wanted, or OpenAI's 400) > `behaviour` (which faults) >
-`answer` (what is said, in words or by a schema) > `stream` (its chunks) > `delivery` (when, and the bytes on the socket).
-`dialects` has what providers make of all that. `journal` remembers what came in and how it ended.
+A request's way through the files: `server` (routes) > `request` (the decoded request, or OpenAI's 400) > `behaviour`
+(which faults) > `answer` (the text or JSON of the answer) > `stream` (its chunks) > `delivery` (timing, and the bytes
+on the socket). `dialects` describes how providers differ from OpenAI. `journal` records the requests and how each
+ended.
 """
 
 from meshproxy.simulator.behaviour import SimulatorSettings

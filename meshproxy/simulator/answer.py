@@ -1,7 +1,7 @@
-"""The words of the simulated model: sentences of our own, cut into tokens once, and strung together as long as is asked.
+"""Answers of the simulated model: fixed sentences, cut into tokens and joined to the requested length.
 
-A token is a word of at most twelve letters with the space before it, or one sign. The tokens of a text, put together, are
-that text to the byte.
+A token is a word of at most twelve letters with the space before it, or one sign. The tokens of a text, joined, are
+that text byte for byte.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ _ASKED = re.compile(r"\b(\d{1,5}) (?:words|tokens)\b")
 
 
 def tokenize(text: str) -> list[str]:
-    """Cut a text into tokens; nothing is lost."""
+    """Cut a text into tokens without losing a character."""
     return _TOKEN.findall(text)
 
 
 def answer(rng: Random, words: str, tokens: int | None, *, unicode: bool) -> list[str]:
-    """A friendly reply to `words`: exactly `tokens` long, or as long as they ask ("in 200 words"), or whole sentences of about
-    sixty tokens.
+    """Return a friendly reply to `words`: exactly `tokens` long, or as long as they ask ("in 200 words"), or whole
+    sentences of about sixty tokens.
     """
     asked = _ASKED.search(words)
     if tokens is None and asked:
@@ -45,7 +45,7 @@ def answer(rng: Random, words: str, tokens: int | None, *, unicode: bool) -> lis
 
 
 def thinking() -> list[str]:
-    """What a reasoning model says to itself first."""
+    """Return a reasoning model's thoughts before its answer."""
     return tokenize(_THOUGHTS)
 
 
@@ -57,7 +57,7 @@ def _opening(rng: Random, words: str) -> str:
 
 
 def _sentences(rng: Random, *, unicode: bool) -> Iterator[list[str]]:
-    """All of them in some order, and then again in another."""
+    """Yield all sentences in a shuffled order, then again in another order."""
     sentences = _UNICODE_TOKENS if unicode else _SENTENCE_TOKENS
     while True:
         yield from rng.sample(sentences, len(sentences))
@@ -113,14 +113,16 @@ LIES: dict[str, Callable[[int], Any]] = {
 
 
 class Token(NamedTuple):
-    """`kind`: where it goes: "reasoning_content", "content", or the position of the call whose arguments it is of."""
+    """A token. `kind` is its field: "reasoning_content", "content", or the index of the tool call whose arguments it
+    belongs to.
+    """
 
     kind: str | int
     text: str
 
 
 class Choice(Struct):
-    """One of `n` answers: thoughts, then either content or the arguments of calls. `calls`: an id and a name each."""
+    """One of `n` answers: thoughts, then either content or arguments of tool calls. `calls`: an id and a name each."""
 
     index: int
     tokens: list[Token]
@@ -128,13 +130,13 @@ class Choice(Struct):
     finish: str
 
     def text(self, kind: str | int) -> str:
-        """All tokens of one kind."""
+        """Return the text of all tokens of one kind."""
         return "".join(token.text for token in self.tokens if token.kind == kind)
 
 
 class ComposedReply(Struct):
-    """A whole answer. `model`: echoed as it was asked for; `thoughts`: how many of the tokens are; `told`: what a number of the
-    usage is reported as.
+    """A whole answer. `model`: the requested model; `thoughts`: how many of its tokens are thoughts; `told`: how each
+    number of the usage is reported.
     """
 
     id: str
@@ -149,16 +151,16 @@ class ComposedReply(Struct):
 
     @property
     def tokens(self) -> int:
-        """completion_tokens: as many as there are deltas with something in them."""
+        """Return completion_tokens: the number of deltas with content."""
         return sum(len(choice.tokens) for choice in self.choices)
 
     @property
     def steps(self) -> int:
-        """Tokens of the longest choice: choices are generated side by side."""
+        """Return the number of tokens of the longest choice: choices are generated in parallel."""
         return max(len(choice.tokens) for choice in self.choices)
 
     def numbers(self, completion_tokens: int) -> dict[str, Any]:
-        """The numbers of a report after so many tokens, under the names that dialects' templates use."""
+        """Return the numbers of a usage report after so many tokens, under the names that dialects' templates use."""
         thoughts = min(completion_tokens, self.thoughts)
         shown, citations = completion_tokens - thoughts, self.dialect.citation_tokens
         prompt, cached = self.prompt_tokens, self.cached_tokens
@@ -180,13 +182,13 @@ class ComposedReply(Struct):
         return {**{name: self.told(count) for name, count in counts.items()}, "cost": cost}
 
     def usage(self, completion_tokens: int) -> dict[str, Any]:
-        """The dialect's usage object after so many tokens."""
+        """Return the dialect's usage object after so many tokens."""
         usage: dict[str, Any] = fill(self.dialect.usage, self.numbers(completion_tokens))
         return usage
 
 
 def compose(ask: CompletionRequest, model: str, behaviour: Behaviour, now: float) -> ComposedReply:
-    """Decide everything. Raises `Refusal` for a tool or a schema that can't be used. `now`: Unix seconds."""
+    """Compose the whole answer. `now`: Unix seconds. Raises `Refusal` for a tool or a schema that can't be used."""
     prompt_tokens, dialect = ask.prompt_tokens, behaviour.dialect
     choices = [_choice(ask, behaviour, index) for index in range(ask.n)]
     return ComposedReply(
@@ -251,14 +253,16 @@ def _as_json(value: Any) -> list[str]:
 
 
 def _until(stop: str | list[str], tokens: list[str]) -> list[str]:
-    """The tokens before the first stop sequence; the stop itself is not said."""
+    """Return the tokens before the first stop sequence, without the sequence itself."""
     text = "".join(tokens)
     found = [text.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each and each in text]
     return tokenize(text[: min(found)]) if found else tokens
 
 
 def _called(ask: CompletionRequest) -> list[Function]:
-    """The functions to call; none means words. A tool's result, as the last message, is always answered with words."""
+    """Return the functions to call; none means a text answer. If the last message is a tool's result, the answer is
+    always text.
+    """
     functions = [tool.function for tool in ask.tools if tool.function is not None]
     if ask.messages[-1].role == "tool" or ask.tool_choice == "none":
         return []
@@ -278,5 +282,5 @@ def _named(name: str, functions: list[Function]) -> Function:
 
 
 def _as_words(text: str) -> str:
-    """get_weather and "get weather" are the same."""
+    """Return a function's name as words, so that get_weather and "get weather" are equal."""
     return text.lower().replace("_", " ")

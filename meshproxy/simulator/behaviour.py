@@ -1,7 +1,7 @@
-"""Which faults a request asks for: by its model (`sim/split+unicode?tokens=200&tps=100`) or by the header `x-sim-fault`
-(`split, unicode, tokens=200`), or by both at once.
+"""The faults that a request asks for.
 
-Any model whose name doesn't begin with `sim/` is a well-behaved one.
+By its model (`sim/split+unicode?tokens=200&tps=100`), by the header `x-sim-fault` (`split, unicode, tokens=200`), or by
+both. A model whose name doesn't begin with `sim/` has no faults.
 """
 
 import re
@@ -72,10 +72,10 @@ _FAMILY = re.compile(r"(error)-([45]\d\d)|(tokens)-(\d{1,9})|(flaky|fail-first)-
 
 
 class SimulatorSettings(Struct, frozen=True, kw_only=True):
-    """The pace of a fast reader's model, and whose rules hold.
+    """The simulator's pace and rules.
 
-    `api_key`: the only bearer token let in; None lets everyone in. `openrouter`: `models` and `transforms` are understood, as
-    OpenRouter does, instead of being refused, as OpenAI does.
+    `api_key`: the only accepted bearer token; None accepts all. `openrouter`: `models` and `transforms` are supported,
+    as by OpenRouter, and not refused, as by OpenAI.
     """
 
     tokens_per_second: Annotated[float, Meta(gt=0)] = 40.0
@@ -86,8 +86,10 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True):
 
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
-    """Numbers a request may set. `tps`: tokens per second; `ttft`: seconds to the first; `after`: events before the fault;
-    `bytes`: size of the huge event; `tag`: nothing, but it keeps two tests' counts (flaky, fail-first) apart.
+    """Numbers that a request may set.
+
+    `tps`: tokens per second; `ttft`: seconds to the first token; `after`: events before the fault; `bytes`: size of the
+    huge event; `tag`: no effect, but it separates the counts (flaky, fail-first) of two tests.
     """
 
     tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
@@ -100,8 +102,10 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Behaviour(Struct, frozen=True):
-    """What this answer will be like. `name` is how it was asked for, and what flaky and fail-first count by; `numbers` are those
-    of the families: error, flaky, fail-first; `dialect_name` is one of DIALECTS, or "" for OpenAI's.
+    """The faults and options of one answer.
+
+    `name` is the requested name; flaky and fail-first count by it. `numbers` are those of the families error, flaky and
+    fail-first. `dialect_name` is one of DIALECTS, or "" for OpenAI's.
     """
 
     name: str
@@ -112,16 +116,18 @@ class Behaviour(Struct, frozen=True):
 
     @property
     def dialect(self) -> Dialect:
-        """How it speaks."""
+        """Return the provider's dialect."""
         return DIALECTS.get(self.dialect_name, PLAIN)
 
     def one_of(self, traits: Iterable[str]) -> str | None:
-        """The first of these that was asked for."""
+        """Return the first of these names that was requested."""
         return next((trait for trait in traits if trait in self.traits), None)
 
 
 def read_behaviour(model: str, header: str | None) -> Behaviour:
-    """Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown header value or a bad option."""
+    """Read the behaviour that a request asks for. Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown
+    header value or a bad option.
+    """
     names, options = _from_model(model)
     more, header_options = _from_header(header or "")
     families = [found for found in map(_FAMILY.fullmatch, names + more) if found]
