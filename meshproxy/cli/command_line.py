@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = build_parser(argv[0] if argv else "").parse_args(argv)
-    except SystemExit as stop:  # help, or the version
+    except SystemExit as stop:  # --help or --version
         return int(stop.code or 0)
     except _WrongUsage as error:
         return _misused(error.parser, str(error), as_json="--json" in argv)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.failed(error.code, str(error))
     except GatewayError as error:
         out.failed(error.problem.code, error.problem.message, error.problem.details)
-    except BrokenPipeError:  # `meshproxy usage | head`: the reader has had enough
+    except BrokenPipeError:  # `meshproxy usage | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return EX_INTERRUPTED

@@ -40,7 +40,7 @@ SIMULATED = "sim/default"
 FAMILY_SAMPLES = ("error-400", "error-429", "error-500", "error-503", "tokens-200", "flaky-2", "fail-first-1")
 
 # The providers' list prices in USD per million tokens (input, cached input, output), with the context and the longest
-# answer, as published for these models; a deployment writes down its own.
+# answer, as published for these models. Real configurations set their own prices.
 _OPENAI: dict[str, tuple[str, str, str, int, int]] = {
     "openai/gpt-4o": ("2.50", "1.25", "10.00", 128_000, 16_384),
     "openai/gpt-4o-mini": ("0.15", "0.075", "0.60", 128_000, 16_384),
@@ -53,7 +53,7 @@ _SIMULATED_OPENAI = ("openai/gpt-4o", "openai/gpt-4o-mini")
 def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[str, str]) -> Settings:
     """Return settings for a gateway on `port` and `port` + 1; if `port` is 0, both are free ports."""
     real = {name: provider for name, provider in REAL.items() if env.get(provider["api_key"]["env"])}
-    # Time-outs are short: whoever tries sim/stall wants to see it end.
+    # Time-outs are short, so that a trial of sim/stall ends soon.
     simulator = {"kind": "simulator", "base_url": simulator_url, "first_byte_timeout_s": 10, "idle_timeout_s": 10}
     table = {
         "metrics": {"accounts": "all"},

@@ -12,7 +12,7 @@ from meshproxy.cli.books import account, open_desk
 from meshproxy.policy.template import check_template, render, to_public
 
 COLUMNS = ["name", "owner", "model", "variables", "updated_at", "id"]
-SET_HERE = ("id", "owner", "is_global", "created_at", "updated_at")  # what `show` prints and no file sets
+SET_HERE = ("id", "owner", "is_global", "created_at", "updated_at")  # members that `show` adds and no file sets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,5 +116,5 @@ def _body(name: str, text: bytes) -> bytes:
     try:
         fields: dict[str, Any] = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return text  # check_template says what is wrong
+        return text  # check_template reports the fault
     return msgspec.json.encode({**{key: raw for key, raw in fields.items() if key not in SET_HERE}, "name": name})

@@ -21,9 +21,9 @@ from meshproxy.ledger.records import AccountKeys
 from meshproxy.money import format_usd, in_usd
 
 SLOT_S = 5
-BATCH_ACCOUNTS = 500  # read in one write
-BATCH_EVENTS = 1_000  # read of one account at a time
-MAX_EVENTS_READ = 50_000  # of one account in one reading; the rest comes with the next
+BATCH_ACCOUNTS = 500  # accounts read in one write
+BATCH_EVENTS = 1_000  # events read of one account at a time
+MAX_EVENTS_READ = 50_000  # events of one account in one reading; the rest is read next time
 MAX_SUMS = 500_000
 
 

@@ -15,7 +15,7 @@ from meshproxy.ledger.desk import BY, NUMBERS, USAGE_SPAN_S
 from meshproxy.ledger.usage_report import GROUPS
 
 SHOWN = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "cost_usd")
-PATIENCE_S = 1.0  # before a line says that the report takes a while
+PATIENCE_S = 1.0  # seconds before a line says that the report takes a while
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -98,13 +98,16 @@ _UNICODE_TOKENS = _cut(
 )
 
 
-SEEDED_CREATED = 1_735_689_600  # 2025-01-01: with a seed, even the time stands still
+SEEDED_CREATED = 1_735_689_600  # 2025-01-01: with a seed the time is constant too
 MAX_TOTAL_TOKENS = 131_072  # of all choices together: a bound on memory
 ABSURD_TOKENS = 10**15
 TICKS_PER_USD = 10**10  # xAI's unit of cost
-PROMPT_TICKS, OUTPUT_TICKS = 10_000, 40_000  # a token, at the prices that `meshproxy dev` has: 1 and 4 USD a million
+PROMPT_TICKS, OUTPUT_TICKS = (
+    10_000,
+    40_000,
+)  # for a token, at the prices that `meshproxy dev` has: 1 and 4 USD a million
 
-# What becomes of each number of the usage.
+# How the usage faults change each number of the usage.
 LIES: dict[str, Callable[[int], Any]] = {
     "usage-negative": lambda tokens: -tokens - 1,
     "usage-absurd": lambda tokens: tokens + ABSURD_TOKENS,

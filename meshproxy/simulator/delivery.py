@@ -1,8 +1,8 @@
-"""The connection an answer goes out on, to the byte.
+"""Send an answer on its connection, byte by byte.
 
-aiohttp reads the requests; answers are written on its transport by hand, since most of what a simulated provider has to do
-wrong is what a well-made server library refuses to do. A body's end is told by chunks, by a length, or by the end of the
-connection (RFC 9112, section 6). `ConnectionError` says that the client is gone.
+aiohttp parses the requests. Answers are written directly to its transport, because an HTTP server library refuses to
+send the invalid answers that this module has to send. A body ends by chunks, by a length, or with the connection (RFC
+9112, section 6). `ConnectionError` means that the client has closed the connection.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from meshproxy.simulator.journal import Entry, ExchangeLog
 from meshproxy.simulator.request import CompletionRequest, on_demand
 from meshproxy.simulator.stream import BROKEN, Event, EventStream, completion, error_event
 
-LOOK_S = 0.25  # how often a silent connection looks whether its client is still there
-SPLIT_GAP_S = 0.001  # between two awkward pieces: long enough to be read one by one
+LOOK_S = 0.25  # between checks of whether a silent connection's client is still there
+SPLIT_GAP_S = 0.001  # between two pieces: long enough for the client to read them one by one
 JSON = ("content-type", "application/json")
 EVENT_STREAM = ("content-type", "text/event-stream; charset=utf-8")
 PAGE = ("content-type", "text/html; charset=utf-8")
 
-MAX_CUTS = 64  # a write; a long text would otherwise take minutes
+MAX_CUTS = 64  # in one write; a long text would otherwise take minutes
 
-_WIDE = rb"[\xc0-\xf7](?=[\x80-\xbf])"  # the first byte of a UTF-8 character of several
+_WIDE = rb"[\xc0-\xf7](?=[\x80-\xbf])"  # the first byte of a multi-byte UTF-8 character
 # After one byte of a chunk's size; within "data", CR LF, an event's end, a UTF-8 character.
 _AWKWARD = re.compile(rb"\A[0-9a-f](?=[0-9a-f])|da(?=ta)|\r(?=\n)|\n(?=\r?\n)|" + _WIDE)
 
@@ -45,7 +45,7 @@ Headers = Sequence[tuple[str, str]]
 
 
 class Written(web.StreamResponse):
-    """Tells aiohttp that the answer is on the wire already, and whether the connection goes on."""
+    """Tells aiohttp that the answer has been written already, and whether the connection stays open."""
 
     def __init__(self, status: int, *, keep_alive: bool) -> None:
         super().__init__(status=status)
@@ -53,18 +53,18 @@ class Written(web.StreamResponse):
 
     @property
     def keep_alive(self) -> bool:
-        """Whether another request may follow."""
+        """Return whether another request may follow on the connection."""
         return self._goes_on
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the answer has been written."""
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to do."""
+        """Do nothing: the answer has been written."""
 
 
 class Line:
-    """One request's answer. `status`: as sent, 0 before."""
+    """One request's answer on the wire. `status`: the status that was sent, 0 before."""
 
     def __init__(self, request: web.Request, headers: Headers) -> None:
         self._transport = request.transport
@@ -77,17 +77,18 @@ class Line:
         self.status = 0
 
     def written(self) -> Written:
-        """What the handler returns to aiohttp."""
+        """Return the response object that the handler returns to aiohttp."""
         return Written(self.status, keep_alive=self._keep_alive and self.status > 0)
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
-        """A whole answer in one write."""
+        """Send a whole answer in one write."""
         self.head(status, headers, length=len(body))
         await self.write(body)
 
     def head(self, status: int, headers: Headers, *, length: int | None = None, chunked: bool = True) -> None:
-        """The head, sent with what is written next. The body's end is told by its length, else by chunks, which HTTP/1.0 doesn't
-        know, else by the end of the connection.
+        """Queue the head, which is sent with the next write.
+
+        The body ends by its length if it has one, else by chunks, or for HTTP/1.0 with the connection.
         """
         self.status = status
         self._chunked = length is None and chunked and self._modern
@@ -103,31 +104,31 @@ class Line:
         self._held = f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}\r\n{lines}\r\n".encode("latin-1")
 
     async def write(self, *payloads: bytes) -> None:
-        """Pieces of the body in one write, each a chunk of its own where there are chunks."""
+        """Send pieces of the body in one write. With chunked coding each piece is a chunk."""
         await self._send(b"".join(map(self._framed, payloads)))
 
     async def write_split(self, payload: bytes) -> None:
-        """A piece of the body in two chunks and many writes."""
+        """Send a piece of the body in two chunks and many writes."""
         for piece in awkward_pieces(b"".join(map(self._framed, halves(payload)))):
             await self._send(piece)
             await asyncio.sleep(SPLIT_GAP_S)
 
     async def end(self) -> None:
-        """The honest end of the body."""
+        """End the body correctly."""
         await self._send(b"0\r\n\r\n" if self._chunked else b"")
 
     async def garble(self) -> None:
-        """Bytes where a chunk's size should be, and the end of the connection."""
+        """Send invalid bytes instead of a chunk's size, and close the connection."""
         await self._send(b"this is no chunk size\r\n")
         self.close()
 
     def close(self) -> None:
-        """The connection's end, whatever is unfinished."""
+        """Close the connection, even if the body is unfinished."""
         self._keep_alive = False
         self._connected().close()
 
     def reset(self) -> None:
-        """RST instead of FIN: what lingers is thrown away (socket(7), SO_LINGER with a time of zero)."""
+        """Send RST instead of FIN: SO_LINGER with a time of zero discards unsent data (socket(7))."""
         self._keep_alive = False
         transport = self._connected()
         connection: Any = transport.get_extra_info("socket")
@@ -136,7 +137,7 @@ class Line:
         transport.abort()
 
     async def silence(self) -> None:
-        """Nothing more, until the client gives up: then `ConnectionError`."""
+        """Send nothing more until the client closes the connection; then raise `ConnectionError`."""
         self._keep_alive = False
         while self._connected():  # noqa: ASYNC110 - only where handlers are not cancelled does it take a look
             await asyncio.sleep(LOOK_S)
@@ -161,14 +162,14 @@ _PHRASES = {int(status): status.phrase for status in HTTPStatus}
 
 
 def halves(payload: bytes) -> tuple[bytes, bytes]:
-    """Cut in two: within the first character of several bytes, else in the middle."""
+    """Cut a body in two: within its first multi-byte character if it has one, else in the middle."""
     wide = re.search(_WIDE, payload)
     at = wide.end() if wide else len(payload) // 2
     return payload[:at], payload[at:]
 
 
 def awkward_pieces(frames: bytes) -> Iterator[bytes]:
-    """The same bytes, cut wherever a careless reader would stumble."""
+    """Cut bytes into pieces at the places where a careless parser fails."""
     start = 0
     for found in islice(_AWKWARD.finditer(frames), MAX_CUTS):
         yield frames[start : found.end()]
@@ -192,9 +193,9 @@ REFUSALS: dict[str, Kind] = {
     "error-quota": "quota",
     "error-key": "key",
 }
-OUTRIGHT = ("error-html", "refuse", "reset")  # OpenRouter would go on to its next model: nothing of an answer was seen
+OUTRIGHT = ("error-html", "refuse", "reset")  # OpenRouter tries its next model after these
 INSTEAD = ("error-html", "not-json", "empty", "redirect", "refuse", "reset", "stall-head")
-BREAKING = (*CUTTING, "refuse", "reset", "stall-head")  # an answer that has no honest end
+BREAKING = (*CUTTING, "refuse", "reset", "stall-head")  # the answer has no correct end
 REDIRECTED = "/_sim/redirected"
 
 HTML = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\r\n"
@@ -202,7 +203,7 @@ NONSENSE = b"<<this is {not JSON"
 
 
 def refuse_on_demand(behaviour: Behaviour, journal: ExchangeLog) -> None:
-    """Raise the `Refusal` that was asked for: always, every Nth time, or the first N times."""
+    """Raise the requested `Refusal`: always, every Nth time, or the first N times."""
     numbers, retry_after_s = behaviour.numbers, behaviour.options.retry_after
     if refused := behaviour.one_of(REFUSALS):
         raise behaviour.dialect.refusal(REFUSALS[refused])
@@ -218,7 +219,7 @@ def refuse_on_demand(behaviour: Behaviour, journal: ExchangeLog) -> None:
 
 
 async def misbehave(fault: str, line: Line, *, stream: bool) -> None:
-    """One of `INSTEAD`."""
+    """Do one of `INSTEAD`."""
     kind = EVENT_STREAM if stream else JSON
     match fault:
         case "error-html":
@@ -238,7 +239,9 @@ async def misbehave(fault: str, line: Line, *, stream: bool) -> None:
 
 
 def mangled(events: Iterable[Event], behaviour: Behaviour, last_words: bytes) -> Iterable[Event]:
-    """The events as they will be sent, those after a cut left out. `last_words`: the event that error-mid-stream ends with."""
+    """Return the events as they will be sent, without those after a cut. `last_words`: the event with which
+    error-mid-stream ends.
+    """
     traits, options = behaviour.traits, behaviour.options
     if "huge-event" in traits:
         events = _with_huge_event(events, options.bytes)
@@ -256,7 +259,7 @@ def mangled(events: Iterable[Event], behaviour: Behaviour, last_words: bytes) ->
 
 
 def _with_huge_event(events: Iterable[Event], size: int) -> Iterator[Event]:
-    """The second token's chunk grows to `size` bytes by a member that no client asked for."""
+    """Grow the second token's chunk to `size` bytes by an unknown member."""
     tokens = 0
     for event in events:
         tokens += event.tokens
@@ -276,7 +279,7 @@ def _commented(number: int, payload: bytes) -> bytes:
 
 
 def _identified(number: int, payload: bytes) -> bytes:
-    """Names and numbers on every event, and at the start three fields with no data beside them."""
+    """Add ids and event names to every event, and three fields without data at the start."""
     bare = b"" if number else b"retry: 3000\n\nevent: ping\n\nid: start\n\n"
     return b"%bevent: message\nid: %d\n%b" % (bare, number, payload)
 
@@ -293,7 +296,7 @@ _CHANGES = {"comments": _commented, "ids": _identified, "crlf": _with_crlf, "bom
 
 
 def _across_chunks(events: Iterable[Event]) -> Iterator[Event]:
-    """The last byte of each event travels with the next one: no chunk ends where an event does."""
+    """Send the last byte of each event with the next one, so that no chunk ends where an event ends."""
     held, step = b"", 0
     for step, tokens, payload in events:
         whole = held + payload
@@ -303,7 +306,7 @@ def _across_chunks(events: Iterable[Event]) -> Iterator[Event]:
 
 
 def _zipped(events: Iterable[Event]) -> Iterator[Event]:
-    """One gzip stream, flushed at every event so that none has to wait for the next."""
+    """Compress the events as one gzip stream, flushed after each event so that none is delayed."""
     press = zlib.compressobj(wbits=31)
     step = 0
     for step, tokens, payload in events:
@@ -311,22 +314,22 @@ def _zipped(events: Iterable[Event]) -> Iterator[Event]:
     yield Event(step, 0, press.flush())
 
 
-BREATHE_EVERY = 64  # events that needn't be waited for, before other streams get their turn
+BREATHE_EVERY = 64  # events sent without a wait before other streams get their turn
 
 
 class Pace(Struct, frozen=True):
-    """Seconds to the first token, and from one to the next."""
+    """Seconds to the first token, and from each token to the next."""
 
     first_s: float
     interval_s: float
 
     def due_s(self, step: int) -> float:
-        """When a token is due, in seconds after the start."""
+        """Return the seconds after the start at which a token is due."""
         return self.first_s + step * self.interval_s
 
 
 def pace_of(behaviour: Behaviour, settings: SimulatorSettings) -> Pace:
-    """Options before traits, traits before settings."""
+    """Return the pace: from the options, else from the behaviour's names, else from the settings."""
     first_s, interval_s = settings.first_token_s, 1 / settings.tokens_per_second
     if "fast" in behaviour.traits:
         first_s, interval_s = 0.0, 0.0
@@ -337,7 +340,7 @@ def pace_of(behaviour: Behaviour, settings: SimulatorSettings) -> Pace:
 
 
 class Delivery(Struct):
-    """One reply on its way, the way the request wants it and the way its behaviour spoils it."""
+    """Sends one reply in the form that the request asks for, with the faults of its behaviour."""
 
     line: Line
     reply: ComposedReply
@@ -347,7 +350,9 @@ class Delivery(Struct):
     entry: Entry
 
     async def run(self) -> None:
-        """Returns at the end, good or bad. `ConnectionError`: the client was gone before it."""
+        """Send the answer to its end, correct or not. Raises `ConnectionError` if the client closed the connection
+        before.
+        """
         try:
             await (self._stream() if self.ask.stream else self._unstreamed())
         finally:
@@ -365,7 +370,7 @@ class Delivery(Struct):
                 await self.line.end()
 
     def _bill(self) -> None:
-        """Note what the provider bills: thoughts that a stream doesn't show come before its first token."""
+        """Record what the provider bills. Thoughts that a stream doesn't show are generated before its first token."""
         reply = self.reply
         unseen = reply.thoughts if self.ask.stream and not reply.dialect.shows else 0
         self.entry.bill(

@@ -1,8 +1,8 @@
-"""What providers make of OpenAI's format: a table of dialects, and what fills it in.
+"""Dialects: how providers differ from OpenAI's format, as a table, and the functions that apply it.
 
-A dialect is data: which names of the cap it reads, which fields it refuses, what its events, its usage and its errors look like.
-In templates "$name" stands for a value: numbers of the usage (`Reply.numbers`), `$text` and `$so_far` of an event, members of an
-error. docs/providers.md has the page that each fact is from.
+A dialect is data: the names of the cap that it reads, the fields that it refuses, and templates of its events, usage
+and errors. In a template "$name" stands for a value: a number of the usage (`Reply.numbers`), `$text` or `$so_far` of
+an event, or a member of an error. docs/providers.md cites the page for each fact.
 """
 
 import re
@@ -17,16 +17,18 @@ Json = dict[str, Any]
 Kind = Literal["context", "filter", "quota", "key", "field"]
 
 FINGERPRINT = "fp_simulated01"
-PADDING = "xQ3JXdhVOWfbZAVaBSo63bbHQ8TGV6IvPV75z"  # OpenAI's obfuscation: letters that mean nothing
-SIGNATURE = "EjQKMgEMOdbHJChLX75QUCJjyYlm" * 100  # Gemini's thought signatures have some thousand characters
+PADDING = "xQ3JXdhVOWfbZAVaBSo63bbHQ8TGV6IvPV75z"  # OpenAI's obfuscation: random letters
+SIGNATURE = "EjQKMgEMOdbHJChLX75QUCJjyYlm" * 100  # Gemini's thought signatures have some thousands of characters
 _SAFE = {name: {"filtered": False, "severity": "safe"} for name in ("hate", "self_harm", "sexual", "violence")}
 _PAGE = {"title": "A page", "url": "https://pages.example/one", "date": "2026-01-01", "snippet": "What it says. " * 8}
 _NAME = re.compile(r"dialect-([a-z]+)")
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """Where a stream reports its usage. `when`: in an event of its own without choices, in the last choice's finishing event, or
-    in each event, as far as it has come. `asked`: only if `stream_options.include_usage` is there.
+    """Where a stream reports its usage.
+
+    `when`: in an event of its own without choices, in the finishing event of the last choice, or in each event, as a
+    running total. `asked`: only with `stream_options.include_usage`.
     """
 
     path: tuple[str | int, ...] = ("usage",)
@@ -35,7 +37,7 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 class Words(Struct, frozen=True):
-    """What is said for one kind of refusal. `more`: members beside those of the error's template."""
+    """The text of one kind of refusal. `more`: members in addition to those of the error's template."""
 
     status: int
     message: Any
@@ -75,8 +77,10 @@ _OPENAI_ERROR = {"error": {"message": "$message", "type": "$type", "param": "$pa
 
 
 class Dialect(Struct, frozen=True, kw_only=True):
-    """How one provider speaks. `knows`: the only fields it takes; `refuses`: fields it doesn't. `batch`: tokens an event.
-    `shows`: its thoughts are in the answer. `lead`: what comes before the first byte of a stream, and of a whole answer.
+    """One provider's format.
+
+    `knows`: the only fields that it accepts; `refuses`: fields that it refuses. `batch`: tokens in an event. `shows`:
+    the answer includes its thoughts. `lead`: bytes before the first event of a stream, and before a whole answer.
     `upstream`, `model`: the settings that a gateway needs for it.
     """
 
@@ -107,13 +111,13 @@ class Dialect(Struct, frozen=True, kw_only=True):
     model: Json = {}
 
     def check(self, given: frozenset[str]) -> None:
-        """Raise the `Refusal` of the first field that this provider doesn't take."""
+        """Raise the `Refusal` of the first field that this provider doesn't accept."""
         unknown = given - self.knows if self.knows is not None else given.intersection(self.refuses)
         if unknown:
             raise self.refusal("field", param=min(unknown))
 
     def refusal(self, kind: Kind, param: str | None = None) -> Refusal:
-        """What it says to one kind of bad request."""
+        """Return the provider's refusal for one kind of bad request."""
         words = self.words.get(kind) or _OPENAI_WORDS[kind]
         values = {"param": param}
         refusal = Refusal(
@@ -127,7 +131,7 @@ class Dialect(Struct, frozen=True, kw_only=True):
         return refusal
 
     def error_body(self, refusal: Refusal) -> bytes:
-        """A refusal in its shape."""
+        """Return a refusal in the provider's format."""
         told = fill(self.error, {**refusal.error, "status": refusal.status})
         if refusal.more and isinstance(told.get("error"), dict):
             told["error"] |= refusal.more
@@ -135,7 +139,7 @@ class Dialect(Struct, frozen=True, kw_only=True):
 
 
 def fill(template: Any, values: Json) -> Any:
-    """A template with each "$name" replaced; within a longer text, by the value as text."""
+    """Return a template with each "$name" replaced: by the value itself, or by its text within a longer text."""
     if isinstance(template, str):
         if template.startswith("$") and template[1:] in values:
             return values[template[1:]]
@@ -150,7 +154,7 @@ def fill(template: Any, values: Json) -> Any:
 
 
 def put(chunk: Json, path: tuple[str | int, ...], value: Any) -> None:
-    """Put a value at a path. What has no choices has no place for a choice's members."""
+    """Set a value at a path. Skip a choice's member if there are no choices."""
     *way, last = path
     place: Any = chunk
     for step in way:
@@ -164,7 +168,7 @@ def put(chunk: Json, path: tuple[str | int, ...], value: Any) -> None:
 
 
 def dialect_name(names: list[str]) -> str:
-    """The dialect among the names of a behaviour; "" for none."""
+    """Return the dialect among the names of a behaviour, or ""."""
     return next((found[1] for found in map(_NAME.fullmatch, names) if found and found[1] in DIALECTS), "")
 
 

@@ -1,6 +1,6 @@
-"""What the simulator has received and how each request ended: for tests to look at, over HTTP or in the process.
+"""Records of the requests that the simulator received and of how each ended, for tests to read.
 
-Bounded in number and in bytes: the oldest are forgotten first.
+The records are bounded in number and in bytes: the oldest are dropped first.
 """
 
 from collections import deque
@@ -12,19 +12,20 @@ from aiohttp import web
 from msgspec import Struct
 
 MAX_ENTRIES = 1_000
-MAX_BODY_BYTES = 1_048_576  # of one body: what is longer is kept up to here
+MAX_BODY_BYTES = 1_048_576  # of one body; a longer one is cut
 MAX_KEPT_BYTES = 67_108_864  # of all bodies together
-MAX_COUNTED = 1_000  # names of flaky and fail-first behaviours
+MAX_COUNTED = 1_000  # counted names of flaky and fail-first behaviours
 
 OPEN, COMPLETED, CLIENT_CLOSED, BROKEN = "open", "completed", "client_closed", "broken"
 TOTALS = ("requests", "streams", COMPLETED, CLIENT_CLOSED, BROKEN, "tokens")
 
 
 class Entry(Struct, kw_only=True):
-    """One request. `ended`: open, completed, client_closed (before the end), broken (by a fault that was asked for).
+    """One request.
 
-    `tokens` and `events` were written to the socket; `status` is 0 until the end, and stays so where no head was sent. What the
-    provider bills is `billed`: the prompt and what was read from its cache, and the tokens that were made, shown or not.
+    `ended`: open, completed, client_closed (before the end) or broken (by a requested fault). `tokens` and `events`
+    were written to the socket. `status` is 0 until the end, and stays 0 if no head was sent. `billed` is what the
+    provider bills: the prompt with its cached tokens, and the generated tokens, shown or not.
     """
 
     number: int
@@ -41,7 +42,7 @@ class Entry(Struct, kw_only=True):
     billed: dict[str, int] = {}
 
     def bill(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
-        """What this answer costs at its provider, as it is now."""
+        """Record what this answer costs at its provider so far."""
         counts = {
             "prompt_tokens": prompt_tokens,
             "cached_tokens": cached_tokens,
@@ -50,18 +51,18 @@ class Entry(Struct, kw_only=True):
         self.billed = counts
 
     def sent(self, tokens: int) -> None:
-        """One more event is out."""
+        """Count one more event as sent."""
         self.tokens += tokens
         self.events += 1
 
     def told(self) -> dict[str, Any]:
-        """The entry as JSON: `body` decoded where it is JSON, `body_text` as it came."""
+        """Return the entry as JSON: `body` decoded if it is JSON, `body_text` as received."""
         shown = {name: getattr(self, name) for name in self.__struct_fields__ if name != "raw_body"}
         return shown | {"body": _decoded(self.raw_body), "body_text": self.raw_body.decode(errors="replace")}
 
 
 class ExchangeLog:
-    """The last requests, the totals since it was cleared, and how often each flaky behaviour was asked for."""
+    """The last requests, totals since they were cleared, and how often each flaky behaviour was requested."""
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque()
@@ -71,14 +72,14 @@ class ExchangeLog:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything but what is open."""
+        """Delete all records except those of open requests."""
         self.entries.clear()
         self.totals = dict.fromkeys(TOTALS, 0)
         self._counted: dict[str, int] = {}
         self._kept_bytes = 0
 
     def open(self, request: web.Request, body: bytes) -> Entry:
-        """Note a request that has come."""
+        """Record a request that has arrived."""
         entry = Entry(
             number=next(self._numbers),
             method=request.method,
@@ -92,13 +93,13 @@ class ExchangeLog:
         return entry
 
     def streams(self, entry: Entry) -> None:
-        """Note that it is a stream."""
+        """Record that the request's answer is a stream."""
         entry.stream = True
         self.totals["streams"] += 1
         self.open_streams += 1
 
     def close(self, entry: Entry, ended: str) -> None:
-        """Note how a request ended."""
+        """Record how a request ended."""
         entry.ended = ended
         self.open_requests -= 1
         self.open_streams -= entry.stream
@@ -106,7 +107,7 @@ class ExchangeLog:
         self.totals[ended] += 1
 
     def count(self, name: str) -> int:
-        """How often this has been counted, now included."""
+        """Count this name once more and return its count."""
         counted = self._counted.pop(name, 0) + 1
         if len(self._counted) >= MAX_COUNTED:
             del self._counted[next(iter(self._counted))]

@@ -1,8 +1,9 @@
-"""JSON values that fit a JSON Schema: for structured output and for the arguments of tools.
+"""Decode a request, or refuse it as OpenAI does; and make JSON values that fit a JSON Schema.
 
-Understood: type (also a list of types), enum, const, properties, required, items, prefixItems, anyOf, oneOf, allOf, $ref within
-the document ($defs, definitions, "#"), the usual bounds, and common formats. Not understood: pattern, not, if/then/else,
-patternProperties; a schema that depends on them may get a value that doesn't fit.
+Values are for structured output and for the arguments of tools. Supported: type (also a list of types), enum, const,
+properties, required, items, prefixItems, anyOf, oneOf, allOf, $ref within the document ($defs, definitions, "#"), the
+usual bounds, and common formats. Not supported: pattern, not, if/then/else, patternProperties; for a schema that
+depends on them the value may not fit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,10 @@ from msgspec import Meta, Struct
 
 from meshproxy.openai.errors import detail_of, name_of
 
-MAX_DEPTH = 6  # past it, only what is required
-MAX_VALUES = 2_000  # a bound on the size of what is made: past it, as past the depth
+MAX_DEPTH = 6  # deeper values have only required members
+MAX_VALUES = 2_000  # a bound on a value's size; beyond it only required members
 HARD_DEPTH = 40  # a schema that requires itself has no finite value; null ends it
-HARD_VALUES = 20_000  # nor is a long array of long arrays worth its memory
+HARD_VALUES = 20_000  # a bound on memory, for long arrays of long arrays
 
 FORMATS = {
     "date": "2025-03-14",
@@ -38,7 +39,7 @@ Schema = Mapping[str, Any]
 
 
 def value_for(schema: Schema, rng: Random) -> Any:
-    """A value for the schema. Raises `ValueError` for what is no schema."""
+    """Return a value for the schema. Raises `ValueError` if it isn't a schema."""
     try:
         return _Sampler(schema, rng).value(schema, 0)
     except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
@@ -80,7 +81,7 @@ class _Sampler:
         return depth > MAX_DEPTH or self._made > MAX_VALUES
 
     def _resolved(self, schema: Schema) -> Schema:
-        """Follow references, merge allOf, pick a branch of anyOf and oneOf."""
+        """Follow references, merge allOf, and choose a branch of anyOf and oneOf."""
         for _ in range(HARD_DEPTH):
             if isinstance(schema.get("$ref"), str):
                 schema = _without(schema, "$ref") | self._referred(schema["$ref"])
@@ -160,7 +161,7 @@ def _without(schema: Schema, *names: str) -> dict[str, Any]:
 
 
 class Refusal(Exception):
-    """An answer that is an error: status, the four members of OpenAI's error object, and how long to wait, if that is told."""
+    """An error answer: its status, the four members of OpenAI's error object, and the wait if there is one."""
 
     def __init__(
         self,
@@ -179,12 +180,12 @@ class Refusal(Exception):
         self.more: dict[str, Any] = {}  # members of the error that only some providers have
 
     def body(self) -> bytes:
-        """The JSON that OpenAI sends."""
+        """Return the JSON that OpenAI sends."""
         return msgspec.json.encode({"error": self.error})
 
 
 def on_demand(status: int, retry_after_s: float) -> Refusal:
-    """What `sim/error-STATUS` answers."""
+    """Return the answer of `sim/error-STATUS`."""
     message, kind, code = _WORDS.get(status, _BROKEN if status >= 500 else _REFUSED)
     return Refusal(status, message, type=kind, code=code, retry_after_s=retry_after_s if status in _RETRIABLE else None)
 
@@ -215,7 +216,7 @@ Cap = Annotated[int, Meta(ge=1, le=2**53)]
 
 
 class Message(Struct, frozen=True):
-    """One message. `content`: the text, or parts, some of which have a `text`."""
+    """One message. `content`: text, or parts of which some have a `text`."""
 
     role: Literal["system", "assistant", "user", "function", "tool", "developer"]
     content: str | list[dict[str, Any]] | None = None
@@ -223,55 +224,57 @@ class Message(Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """The content, or its text parts one after another."""
+        """Return the content, or its text parts joined."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part["text"] for part in self.content or () if isinstance(part.get("text"), str))
 
 
 class Function(Struct, frozen=True):
-    """What a tool calls, or the one that `tool_choice` names. `parameters`: a JSON Schema."""
+    """The function of a tool, or the one that `tool_choice` names. `parameters`: a JSON Schema."""
 
     name: str
     parameters: dict[str, Any] | None = None
 
 
 class Tool(Struct, frozen=True):
-    """A tool; without `function` for the kinds that are never called here."""
+    """A tool. Kinds that the simulator never calls have no `function`."""
 
     type: str = ""
     function: Function | None = None
 
 
 class ToolChoice(Struct, frozen=True):
-    """The one tool that has to be called."""
+    """The one tool that must be called."""
 
     function: Function
 
 
 class JsonSchema(Struct, frozen=True):
-    """What a structured answer has to fit."""
+    """The schema of a structured answer."""
 
     name: str
     schema: dict[str, Any] | None = None
 
 
 class ResponseFormat(Struct, frozen=True):
-    """Words, or JSON."""
+    """The format of the answer: text or JSON."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
 
 
 class StreamOptions(Struct, frozen=True):
-    """Whether a stream tells its usage."""
+    """Whether a stream reports its usage."""
 
     include_usage: bool | None = None
 
 
 class CompletionRequest(Struct, frozen=True, kw_only=True):
-    """A chat completion. `models`: OpenRouter's fallbacks, after `model`; `given`: the names of all fields that came. Some fields
-    are checked and change nothing.
+    """A chat completion request.
+
+    `models`: OpenRouter's fallbacks, after `model`. `given`: the names of all fields of the request. Some fields are
+    checked but have no effect.
     """
 
     model: str
@@ -300,28 +303,28 @@ class CompletionRequest(Struct, frozen=True, kw_only=True):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a chunk of its own tells the usage."""
+        """Return whether a chunk of its own reports the usage."""
         return self.stream_options is not None and self.stream_options.include_usage is True
 
     def cap(self, names: tuple[str, ...]) -> int | None:
-        """The cap under the first of these names that is there."""
+        """Return the cap under the first of these names that is present."""
         caps = {"max_completion_tokens": self.max_completion_tokens, "max_tokens": self.max_tokens}
         return next((caps[name] for name in names if caps[name] is not None), None)
 
     @property
     def last_words(self) -> str:
-        """The text of the last user message, else of the last message."""
+        """Return the text of the last user message, else of the last message."""
         users = [message for message in self.messages if message.role == "user"]
         return (users or self.messages)[-1].text
 
     @property
     def prompt_tokens(self) -> int:
-        """Per message: a quarter of the UTF-8 bytes of its text, rounded up, and 3."""
+        """Return for each message a quarter of the UTF-8 bytes of its text, rounded up, plus 3."""
         return sum(-(-len(message.text.encode()) // 4) + 3 for message in self.messages)
 
 
 def decode_request(body: bytes, *, openrouter: bool) -> CompletionRequest:
-    """Raises `Refusal` (400) for what OpenAI would refuse."""
+    """Decode a request. Raises `Refusal` (400) for what OpenAI would refuse."""
     fields = _members(body)
     for name in MESHS_OWN:
         if name in fields and not (openrouter and name in OPENROUTERS):
@@ -357,7 +360,7 @@ _CODES = {
 
 
 def _refusal_of(error: msgspec.ValidationError) -> Refusal:
-    """OpenAI's code and place of what a type complains of."""
+    """Return OpenAI's error for a field that a type refuses."""
     detail = detail_of(error, ("body",))
     kind = "integer" if detail.msg.startswith("Expected int ") else "decimal"
     code = _CODES.get(detail.type, "invalid_type").format(kind=kind)
@@ -365,7 +368,7 @@ def _refusal_of(error: msgspec.ValidationError) -> Refusal:
 
 
 def _contradictions(ask: CompletionRequest) -> Iterator[Refusal]:
-    """What is only right beside, or without, something else."""
+    """Yield refusals of fields that need, or exclude, another field."""
     for index, message in enumerate(ask.messages):
         place = f"messages[{index}]"
         if message.content is None and message.role != "assistant":

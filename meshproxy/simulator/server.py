@@ -1,4 +1,4 @@
-"""The simulator's application: its routes, and a chat completion's way from its body to its end."""
+"""The simulator's application: its routes, and the handling of a chat completion."""
 
 import contextlib
 import hmac
@@ -41,7 +41,7 @@ MODELS = {"gpt-4o": PLAIN, "gpt-4o-mini": PLAIN} | {
     PREFIX + name: what for name, what in (TRAITS | FAMILIES | DIALECT_NAMES).items()
 }
 
-# What OpenAI sends beside an answer, for a gateway to keep to itself.
+# Headers that OpenAI sends with an answer, and that a gateway must not pass on.
 PROVIDER_HEADERS = (
     ("server", "meshproxy-simulator"),
     ("openai-version", "2020-10-01"),
@@ -55,14 +55,14 @@ PROVIDER_HEADERS = (
 
 
 class Simulator:
-    """One provider: its settings and what it remembers."""
+    """One simulated provider: its settings and its records."""
 
     def __init__(self, settings: SimulatorSettings) -> None:
         self.journal = ExchangeLog()
         self._settings = settings
 
     def application(self) -> web.Application:
-        """Run it with `handler_cancellation=True`, so that a hang-up is noticed at once."""
+        """Build the application. Run it with `handler_cancellation=True`, so that hang-ups are noticed at once."""
         app = web.Application(middlewares=[_tell_as_openai], client_max_size=self._settings.max_body_bytes)
         for prefix in ("/v1", ""):
             app.router.add_post(f"{prefix}/chat/completions", self.chat)
@@ -76,7 +76,7 @@ class Simulator:
         return app
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions"""
+        """Answer POST /v1/chat/completions."""
         body = await request.read()
         entry = self.journal.open(request, body)
         ended = CLIENT_CLOSED
@@ -84,49 +84,51 @@ class Simulator:
         try:
             ended = await self._answer(request, body, line, entry)
         except ConnectionError:
-            pass  # the client is gone, and has been told nothing more
+            pass  # the client is gone: no answer can be sent
         finally:
             entry.status = line.status
             self.journal.close(entry, ended)
         return line.written()
 
     async def models(self, request: web.Request) -> web.Response:
-        """GET /v1/models: two plain ones, and every fault by name with what it does; families as a pattern."""
+        """Answer GET /v1/models: two models without faults, and every fault with its description. A family is listed as
+        a pattern.
+        """
         self._authenticate(request)
         return web.json_response({"object": "list", "data": [_model(name) for name in MODELS]})
 
     async def model(self, request: web.Request) -> web.Response:
-        """GET /v1/models/{id}"""
+        """Answer GET /v1/models/{id}."""
         self._authenticate(request)
         read_behaviour(request.match_info["id"], None)
         return web.json_response(_model(request.match_info["id"]))
 
     async def health(self, _request: web.Request) -> web.Response:
-        """GET /healthz"""
+        """Answer GET /healthz."""
         return web.json_response({"status": "ok"})
 
     async def requests(self, _request: web.Request) -> web.Response:
-        """GET /_sim/requests: what was received, oldest first, for tests in any language to ask."""
+        """Answer GET /_sim/requests: the received requests, oldest first."""
         return web.json_response({"requests": [entry.told() for entry in self.journal.entries]})
 
     async def forget(self, _request: web.Request) -> web.Response:
-        """DELETE /_sim/requests"""
+        """Answer DELETE /_sim/requests."""
         self.journal.clear()
         return web.Response(status=204)
 
     async def stats(self, _request: web.Request) -> web.Response:
-        """GET /_sim/stats"""
+        """Answer GET /_sim/stats."""
         journal = self.journal
         open_now = {"open_requests": journal.open_requests, "open_streams": journal.open_streams}
         return web.json_response({**open_now, "totals": journal.totals})
 
     async def redirected(self, request: web.Request) -> web.Response:
-        """Nobody should come here: a gateway never follows a redirect. Whoever does is noted."""
+        """Record a client that followed a redirect. A gateway must never do so."""
         self.journal.close(self.journal.open(request, await request.read()), COMPLETED)
         return web.json_response({"redirected": True})
 
     async def _answer(self, request: web.Request, body: bytes, line: Line, entry: Entry) -> str:
-        """Answer, and say how it ended."""
+        """Answer, and return how the request ended."""
         dialect = OPENAI
         try:
             self._authenticate(request)
@@ -154,7 +156,9 @@ class Simulator:
         return BROKEN if behaviour.one_of(BREAKING) else COMPLETED
 
     def _choose(self, ask: CompletionRequest, header: str | None) -> tuple[str, Behaviour]:
-        """The model that serves: the first that doesn't fail, or else the last. Only OpenRouter's requests have several."""
+        """Return the model that serves: the first that doesn't fail, else the last. Only OpenRouter's requests have
+        several.
+        """
         *others, last = (ask.model, *ask.models)
         for model in others:
             with contextlib.suppress(Refusal):
@@ -175,12 +179,12 @@ class Simulator:
         if scheme.lower() != "bearer":
             raise Refusal(401, "You didn't provide an API key. Send it as `Authorization: Bearer YOUR_KEY`.")
         if not hmac.compare_digest(token.encode(errors="replace"), self._settings.api_key.encode()):
-            shown = f"{token[:4]}****{token[-4:]}" if len(token) > 12 else "****"  # as much of it as OpenAI shows
+            shown = f"{token[:4]}****{token[-4:]}" if len(token) > 12 else "****"  # OpenAI shows this much of a key
             raise Refusal(401, f"Incorrect API key provided: {shown}.", code="invalid_api_key")
 
 
 def _model(name: str) -> dict[str, Any]:
-    """OpenAI's model object, and a description, as OpenRouter's has."""
+    """Return OpenAI's model object, with a description as OpenRouter's has."""
     about = {"created": SEEDED_CREATED, "owned_by": "simulator", "description": MODELS.get(name, PLAIN)}
     return {"id": name, "object": "model", **about}
 
@@ -189,7 +193,7 @@ def _model(name: str) -> dict[str, Any]:
 async def _tell_as_openai(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Whatever aiohttp would refuse in plain text is refused in OpenAI's words."""
+    """Answer with OpenAI's error object where aiohttp would answer in plain text."""
     called = f"{request.method} {request.path[:256]}"
     try:
         return await handler(request)
@@ -205,12 +209,12 @@ async def _tell_as_openai(
     return web.Response(status=refusal.status, body=refusal.body(), content_type="application/json")
 
 
-CLOSE_S = 0.1  # what open streams get before they are cut
+CLOSE_S = 0.1  # time for open streams to end before they are cut
 BACKLOG = 1024
 
 
 class Running:
-    """A simulator that listens. `base_url` is what an OpenAI client is given."""
+    """A simulator that listens. `base_url` is the base URL for an OpenAI client."""
 
     def __init__(self, runner: web.AppRunner, host: str, journal: ExchangeLog) -> None:
         self._runner = runner
@@ -220,17 +224,17 @@ class Running:
 
     @property
     def base_url(self) -> str:
-        """With the /v1 that OpenAI's own has."""
+        """Return the base URL, with /v1 as OpenAI's has."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}/v1"
 
     async def close(self) -> None:
-        """Stop listening and cut what is open."""
+        """Stop listening and close open connections."""
         await self._runner.cleanup()
 
 
 async def start(host: str = "127.0.0.1", port: int = 0, settings: SimulatorSettings | None = None) -> Running:
-    """Listen, on any free port if it is 0. Raises `OSError` where that can't be done."""
+    """Listen on `port`; 0 means any free port. Raises `OSError` if it can't listen."""
     simulator = Simulator(settings or SimulatorSettings())
     runner = web.AppRunner(
         simulator.application(), handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_S

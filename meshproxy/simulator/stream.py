@@ -1,4 +1,4 @@
-"""A reply as server-sent events: in OpenAI's exact chunk shapes, or as a dialect changes them."""
+"""A reply as server-sent events, in OpenAI's chunk format or as a dialect changes it."""
 
 from collections.abc import Iterator, Sequence
 from heapq import merge
@@ -15,7 +15,7 @@ from meshproxy.simulator.request import CompletionRequest
 
 DONE = b"data: [DONE]\n\n"
 
-# How OpenRouter tells, under a 200, that a provider broke while it was answering.
+# OpenRouter's error, with status 200, for a provider that failed while it was answering.
 BROKEN = {"error": {"code": 502, "message": "Provider disconnected unexpectedly"}}
 
 Json = dict[str, Any]
@@ -25,7 +25,9 @@ encode = msgspec.json.encode
 
 
 class Event(NamedTuple):
-    """Bytes to send. `step`: due when so many tokens have followed the first one; `tokens`: how many it bears."""
+    """Bytes to send. `step`: the event is due this many tokens after the first one; `tokens`: the tokens that it
+    contains.
+    """
 
     step: int
     tokens: int
@@ -41,7 +43,7 @@ class EventStream:
         self._common = _common(reply)
         self._logprobs = ask.logprobs
         self._reports = _reports(reply.dialect, ask, behaviour)
-        self._null = any(report.asked and report.path == ("usage",) for report in self._reports)  # told null elsewhere
+        self._null = any(report.asked and report.path == ("usage",) for report in self._reports)  # null in other chunks
         self._so_far: dict[int, str] = {}
         self._padded = 0
 
@@ -68,8 +70,10 @@ class EventStream:
         yield Event(step, 0, DONE)
 
     def _tokens(self, choice: Choice) -> Iterator[tuple[int, int, int, Json | None]]:
-        """How many tokens came before, how many are shown, how many are made, and a chunk's choice for them; None for thoughts
-        that aren't shown. Before a call's arguments comes its name, which is not counted.
+        """Yield for each token: how many tokens came before, how many are shown, how many are generated, and its choice
+        in a chunk.
+
+        The choice is None for thoughts that aren't shown. A call's name comes before its arguments, and is not counted.
         """
         named = 0
         for step, made, kind, text in _batches(choice.tokens, self._dialect.batch):
@@ -97,7 +101,7 @@ class EventStream:
         return {"tool_calls": [{"index": kind, "function": {"arguments": text}}]}
 
     def _chunk(self, choices: list[Json], spoken: int, when: When = "token", *, extra: Json | None = None) -> bytes:
-        """An event with the reports that are due in it. Where usage comes only once it is null elsewhere."""
+        """Return an event with the usage reports that are due in it; others have a null usage if `_null` is set."""
         chunk = {**self._common, "choices": choices}
         if self._null:
             chunk["usage"] = None
@@ -111,7 +115,7 @@ class EventStream:
 
 
 def _reports(dialect: Dialect, ask: CompletionRequest, behaviour: Behaviour) -> list[Report]:
-    """Where this stream reports its usage."""
+    """Return the usage reports that this stream contains."""
     told = [report for report in dialect.reports if ask.include_usage or not report.asked]
     if "no-usage" in behaviour.traits:
         told = []
@@ -123,7 +127,7 @@ def _reports(dialect: Dialect, ask: CompletionRequest, behaviour: Behaviour) -> 
 
 
 def _batches(tokens: list[Token], size: int) -> Iterator[tuple[int, int, str | int, str]]:
-    """Tokens in groups of one kind: the position of the last, how many, the kind, the text."""
+    """Yield tokens in groups of one kind: the index of the last, their number, the kind, the text."""
     start = 0
     while start < len(tokens):
         kind, end = tokens[start].kind, start + 1
@@ -134,7 +138,7 @@ def _batches(tokens: list[Token], size: int) -> Iterator[tuple[int, int, str | i
 
 
 def error_event(reply: ComposedReply) -> bytes:
-    """How OpenRouter tells that a stream broke after it had begun."""
+    """Return OpenRouter's error event for a stream that broke after it had begun."""
     choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
     return b"data: %b\n\n" % encode(_common(reply) | {"choices": [choice]} | BROKEN)
 
@@ -154,13 +158,13 @@ def _choice(index: int, delta: Json, *, logprobs: Json | None = None, finish: st
 
 
 def _opening(choice: Choice) -> Json:
-    """The first delta, which says whose turn it is."""
+    """Return the first delta, which has the role."""
     begins = choice.tokens[0].kind if choice.tokens else "content"
     return {"role": "assistant", "content": "" if begins == "content" else None, "refusal": None}
 
 
 def completion(reply: ComposedReply, ask: CompletionRequest, behaviour: Behaviour) -> bytes:
-    """The whole body."""
+    """Return the whole body."""
     told: Json = {
         "id": reply.id,
         "object": "chat.completion",
@@ -175,7 +179,7 @@ def completion(reply: ComposedReply, ask: CompletionRequest, behaviour: Behaviou
 
 
 def logprobs_of(tokens: Sequence[str]) -> Json:
-    """OpenAI's logprobs object, with a likelihood that is plausible and always the same."""
+    """Return OpenAI's logprobs object, with a plausible and constant likelihood."""
     likely = {"logprob": -0.105, "top_logprobs": []}
     content = [{"token": token, "bytes": list(token.encode())} | likely for token in tokens]
     return {"content": content, "refusal": None}
