@@ -21,7 +21,7 @@ from meshproxy.config import ConfigError, Server, Settings
 from meshproxy.openai.headers import VERSION_HEADER, cors_headers, preflight_headers
 from meshproxy.server import openapi
 from meshproxy.server.api import ROUTES, Api
-from meshproxy.server.chat import CHAT_PATH, Sent
+from meshproxy.server.chat import CHAT_PATH, Sent, request_id_of
 from meshproxy.server.errors import PATHS, Strictness, envelope_errors
 from meshproxy.server.listener import ProxiedSite, Runner, Site, load_certificate, server_context
 from meshproxy.telemetry.families import NONE, OTHER
@@ -139,7 +139,8 @@ def _for_browsers(worker: Worker) -> Middleware:
         headers = cors_headers(request.headers.get("origin"), worker.settings.server.cors_origins)
         if headers and request.method == "OPTIONS" and "access-control-request-method" in request.headers:
             asked = request.headers.get("access-control-request-headers")
-            return web.Response(status=204, headers=CIMultiDict([*headers, *preflight_headers(asked), VERSION_HEADER]))
+            told = [*headers, *preflight_headers(asked), VERSION_HEADER, ("x-request-id", request_id_of(request))]
+            return web.Response(status=204, headers=CIMultiDict(told))
         response = await handler(request)
         if not isinstance(response, Sent):
             response.headers.extend([*headers, VERSION_HEADER])

@@ -8,6 +8,7 @@ done raises a GatewayError with source `client`; docs/errors.md lists the codes.
 import asyncio
 import time
 import uuid
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -120,11 +121,16 @@ class Desk:
     ) -> list[dict[str, Any]]:
         """Return the keys of one account or of all, oldest first, with their spend.
 
-        At most `limit` keys, those after the key id `after`.
+        At most `limit` keys, those after the key id `after`. Raises GatewayError `key_not_found` if there is no such
+        key.
         """
         if account is not None:
             await self._need_account(account)
-        found = _page(await self.directory.list_keys(account), limit, after, lambda key: key.id)
+        known = await self.directory.list_keys(account)
+        ids = [key.id for key in known]
+        if after and after not in ids:
+            raise _no_key(after)
+        found = _page(known, ids.index(after) + 1 if after else 0, limit)
         uses: dict[str, KeyUse] = {}
         by_account: dict[str, list[str]] = {}
         for key in found:
@@ -176,7 +182,8 @@ class Desk:
 
     async def accounts(self, *, limit: int | None = None, after: str = "") -> list[dict[str, Any]]:
         """Return accounts by name, with their credit: at most `limit`, those after the name `after`."""
-        found = _page(await self.directory.list_accounts(), limit, after, lambda account: account.name)
+        known = await self.directory.list_accounts()
+        found = _page(known, bisect_right([account.name for account in known], after), limit)
         balances = await self.ledger.balances([account.name for account in found])
         return [
             {**shown_credit(account.name, balance), **_bounds_of_account(account), "spend": _spend(balance)}
@@ -522,9 +529,8 @@ def _fields(record: Struct) -> Iterable[tuple[str, Any]]:
     return ((name, getattr(record, name)) for name in record.__struct_fields__)
 
 
-def _page(records: list[Record], limit: int | None, after: str, name: Callable[[Record], str]) -> list[Record]:
-    """Return at most `limit` of the records after the one named `after`, or from the first if none has that name."""
-    start = next((place + 1 for place, record in enumerate(records) if after and name(record) == after), 0)
+def _page(records: list[Record], start: int, limit: int | None) -> list[Record]:
+    """Return at most `limit` of the records from `start` on."""
     return records[start:] if limit is None else records[start : start + limit]
 
 

@@ -403,6 +403,13 @@ async def test_an_unknown_path_is_told_the_nearest(mesh, path, nearest):
     assert f" The nearest is {nearest}. " in answer.error["message"]
 
 
+async def test_the_answer_to_a_preflight_has_the_requests_id(start_mesh):
+    mesh = await start_mesh(server={"cors_origins": ["https://app.example"]})
+    headers = {"origin": "https://app.example", "access-control-request-method": "POST", "x-request-id": "page.1"}
+    answer = await mesh.request("OPTIONS", "/v1/chat/completions", headers=headers)
+    assert (204, "page.1") == (answer.status, answer.headers["x-request-id"])
+
+
 async def test_a_path_like_no_other_is_told_none(mesh):
     assert "nearest" not in (await mesh.request("POST", "/v1/messages")).error["message"]
 

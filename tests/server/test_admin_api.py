@@ -119,6 +119,19 @@ async def test_neither_the_beginning_of_an_id_nor_a_secret_names_a_key(api):
     assert [(status, body["error"]["code"]) for status, body in answers] == [(404, "key_not_found")] * 2
 
 
+async def test_a_page_after_a_key_that_is_gone_is_no_first_page(api):
+    await api("POST", "/keys", {"account": "acme"})
+    status, told = await api("GET", "/keys?after=key_gone")
+    assert (404, "key_not_found") == (status, told["error"]["code"])
+
+
+async def test_a_page_after_an_account_that_is_gone_goes_on_by_name(api):
+    for name in ("a", "c"):
+        await api("POST", f"/accounts/{name}/grants", {"amount_usd": "1"})
+    _, listed = await api("GET", "/accounts?after=b")
+    assert ["c"] == [account["account"] for account in listed]
+
+
 async def test_accounts_grants_and_audit(api):
     grants = "/accounts/acme/grants"
     status, granted = await api("POST", grants, {"amount_usd": "25.10", "ref": "inv-1", "note": "paid"})
