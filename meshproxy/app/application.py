@@ -95,6 +95,7 @@ def strictness(worker: Worker) -> Strictness:
         lambda: worker.settings.server.write_timeout_s,
         descriptor_bound(limit) - limit // UPSTREAM_SHARE,
         worker.crowded,
+        (VERSION_HEADER,),
     )
 
 

@@ -115,7 +115,7 @@ class Strictness(NamedTuple):
 
     `header_timeout_s`: how long a head may take. `on_refused`: called with the status of an answer to invalid HTTP.
     `write_timeout_s`: how long a client may take nothing of what is written to it. `max_descriptor`: connections from
-    this descriptor on are closed, and `on_crowded` is called.
+    this descriptor on are closed, and `on_crowded` is called. `headers` are added to the answer to invalid HTTP.
     """
 
     header_timeout_s: Callable[[], float] = lambda: HEADER_TIMEOUT_S
@@ -123,6 +123,7 @@ class Strictness(NamedTuple):
     write_timeout_s: Callable[[], float] = lambda: WRITE_TIMEOUT_S
     max_descriptor: float = math.inf
     on_crowded: Callable[[], None] = lambda: None
+    headers: tuple[tuple[str, str], ...] = ()
 
     def has_room(self, descriptor: int) -> bool:
         """Return whether a connection with this descriptor may stay. If not, it must be closed at once."""
@@ -271,6 +272,7 @@ class GeneralConnection(RequestHandler):
             problem = ErrorResponse(status, "bad_request", _in_words(exc, message))
             self._strictness.on_refused(status)
         response = problem_response(problem, request_id_of(request))
+        response.headers.extend(self._strictness.headers)
         response.force_close()
         return response
 

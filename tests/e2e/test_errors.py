@@ -410,6 +410,13 @@ async def test_the_answer_to_a_preflight_has_the_requests_id(start_mesh):
     assert (204, "page.1") == (answer.status, answer.headers["x-request-id"])
 
 
+async def test_the_answer_to_invalid_http_has_the_version(mesh):
+    caller = await mesh.key()
+    twice = [("authorization", "Bearer x"), ("authorization", caller.auth["authorization"])]
+    answer = await mesh.request("GET", "/v1/models", headers=twice)
+    assert (400, "bad_request", "2026-08") == (answer.status, answer.code, answer.headers.get("x-mesh-version"))
+
+
 async def test_a_path_like_no_other_is_told_none(mesh):
     assert "nearest" not in (await mesh.request("POST", "/v1/messages")).error["message"]
 
