@@ -148,10 +148,18 @@ async def test_tls_behind_the_proxy_protocol(site, tls):
 
 async def test_a_certificate_that_is_no_use_is_a_fault(site, tmp_path):
     (tmp_path / "x.pem").write_text("nonsense")
-    gateway = site.configure(tls_cert=str(tmp_path / "x.pem"), tls_key=str(tmp_path / "none"))
+    gateway = site.configure(tls_cert=str(tmp_path / "x.pem"), tls_key=str(tmp_path / "x.pem"))
     await gateway.start()
     assert 78 == await gateway.exit()
     assert gateway.noise[0].startswith(f"server.tls_cert: {tmp_path}/x.pem"), gateway.noise
+
+
+async def test_a_key_that_is_not_there_is_a_fault(site, tmp_path):
+    (tmp_path / "x.pem").write_text("nonsense")
+    gateway = site.configure(tls_cert=str(tmp_path / "x.pem"), tls_key=str(tmp_path / "none"))
+    await gateway.start()
+    assert 78 == await gateway.exit()
+    assert gateway.noise[0].startswith(f"server.tls_key: {tmp_path}/none"), gateway.noise
 
 
 @MODES

@@ -92,7 +92,7 @@ class Stage:
         await self.mesh.until(lambda: self.mesh.worker.store.connected)
         for provider in self.mesh.worker.gateway.active.providers.values():
             provider.retire()
-        await self.until(before, self.held)
+        await self.until({}, lambda: {name: count for name, count in self.held().items() if count > before[name]})
         assert [] == [line for line in self.said if line["event"] in OURS_TO_MEND]
 
     async def until(self, expected: Any, look: Any) -> None:
