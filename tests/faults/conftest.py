@@ -92,7 +92,10 @@ class Stage:
         await self.mesh.until(lambda: self.mesh.worker.store.connected)
         for provider in self.mesh.worker.gateway.active.providers.values():
             provider.retire()
-        await self.until({}, lambda: {name: count for name, count in self.held().items() if count > before[name]})
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        while (held := self.held()) != before and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.005)
+        assert {} == {name: count for name, count in held.items() if count > before[name]}
         assert [] == [line for line in self.said if line["event"] in OURS_TO_MEND]
 
     async def until(self, expected: Any, look: Any) -> None:
