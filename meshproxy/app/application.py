@@ -22,7 +22,7 @@ from meshproxy.openai.headers import VERSION_HEADER, cors_headers, preflight_hea
 from meshproxy.server import openapi
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH, Sent, request_id_of
-from meshproxy.server.errors import PATHS, Strictness, envelope_errors
+from meshproxy.server.errors import PATHS, ConnectionLimits, envelope_errors
 from meshproxy.server.listener import ProxiedSite, Runner, Site, load_certificate, server_context
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog
@@ -82,14 +82,14 @@ def application(
     return app
 
 
-def strictness(worker: Worker) -> Strictness:
+def strictness(worker: Worker) -> ConnectionLimits:
     """Return how the listener treats invalid requests, where it counts them, and how many connections it accepts."""
 
     def on_refused(status: int) -> None:
         worker.metrics.requests.labels(OTHER, NONE, str(status), "false").inc()
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return Strictness(
+    return ConnectionLimits(
         lambda: worker.settings.server.header_timeout_s,
         on_refused,
         lambda: worker.settings.server.write_timeout_s,

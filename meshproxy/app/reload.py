@@ -72,7 +72,7 @@ def load(path: str) -> Loaded:
     secrets = reader.secrets(decoded.settings)
     settings = reader.filled(decoded.settings)
     faults = [*decoded.faults, *reader.faults]
-    faults += list(unservable(settings, secrets, faults))
+    faults += list(build_faults(settings, secrets, faults))
 
     def placed(told: str) -> str:
         line = line_of(told, decoded.lines)
@@ -83,7 +83,7 @@ def load(path: str) -> Loaded:
     return Loaded(settings, secrets, [placed(warning) for warning in decoded.warnings])
 
 
-def unservable(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
+def build_faults(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
     """Build what serving builds, and yield each fault. Sections with a fault in `known` are skipped."""
 
     def is_whole(path: str) -> bool:

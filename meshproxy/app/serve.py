@@ -1,6 +1,6 @@
 """`serve`: run the gateway until a signal, with one worker in this process or several in their own.
 
-`run` opens the listeners, starts the workers and the admin listener, and obeys signals. `Panel` gives the admin
+`run` opens the listeners, starts the workers and the admin listener, and obeys signals. `AdminFigures` gives the admin
 listener its figures.
 """
 
@@ -33,7 +33,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import Status, create_admin
-from meshproxy.server.errors import Strictness
+from meshproxy.server.errors import ConnectionLimits
 from meshproxy.server.listener import Runner, listen, listen_shared, name_of
 from meshproxy.telemetry.exposition import Summary, render, summarize
 from meshproxy.telemetry.logs import configure
@@ -81,7 +81,7 @@ def quantile(edges: Sequence[float], counts: Sequence[int], share: float) -> flo
     return low
 
 
-class Panel:
+class AdminFigures:
     """The server.admin.AdminState of a crew. `size` is how many workers it should have."""
 
     def __init__(self, crew: Crew, size: int) -> None:
@@ -234,7 +234,7 @@ async def run(
         standing = RunningConfig(await stack.enter_async_context(with_redis(settings)), secrets, journal)
         crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
         desk = await stack.enter_async_context(_open_desk(standing)) if secrets.admin_token is not None else None
-        state = Panel(crew, workers)
+        state = AdminFigures(crew, workers)
         panel = create_admin(state, secrets.admin_token, settings.server.admin_hosts, desk)
         runner = Runner(panel, None, _strictness(crew))
         await runner.setup()
@@ -286,9 +286,9 @@ async def _doubt_store(standing: RunningConfig) -> None:
             await store.close()
 
 
-def _strictness(crew: Crew) -> Strictness:
+def _strictness(crew: Crew) -> ConnectionLimits:
     """Return how the admin listener treats slow clients."""
-    return Strictness(
+    return ConnectionLimits(
         lambda: crew.standing.settings.server.header_timeout_s,
         write_timeout_s=lambda: crew.standing.settings.server.write_timeout_s,
     )

@@ -21,15 +21,15 @@ from msgspec.structs import asdict, replace
 from meshproxy.config import Settings
 from meshproxy.gateway.authenticate import Authenticator
 from meshproxy.gateway.exchange import ActiveConfig
-from meshproxy.gateway.idempotency import Idempotence
-from meshproxy.gateway.in_flight import Live
+from meshproxy.gateway.idempotency import IdempotencyKeys
+from meshproxy.gateway.in_flight import InFlight
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.gateway.record import Accounts, Recorder, Spans
 from meshproxy.gateway.settle import Settler
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
-from meshproxy.ledger.journal import Journal, SettlementsLost, left_elsewhere
+from meshproxy.ledger.journal import Journal, SettlementsLost, other_journals
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import Instances, LocalAdmission
 from meshproxy.ledger.replays import Replays
@@ -93,7 +93,7 @@ class Worker:
         self.tasks = Tasks(self._on_task_failed)
         self.loops = Tasks(self._on_task_failed)  # loops, cancelled in `stop`
         self._dialling = Tasks(self._on_task_failed)  # the store's dialling, ended by its close
-        self.live = Live(time.monotonic)
+        self.live = InFlight(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         if settings.metrics.accounts == "all":
             self.recorder.accounts = Accounts(self.metrics, settings.metrics.accounts_max)
@@ -131,7 +131,7 @@ class Worker:
             local=local,
             directory=self.directory,
             authenticator=self._authenticator,
-            idempotence=Idempotence(Replays(self.store), self.tasks, time.monotonic),
+            idempotence=IdempotencyKeys(Replays(self.store), self.tasks, time.monotonic),
             settler=settler,
             recorder=self.recorder,
             tasks=self.tasks,
@@ -266,7 +266,7 @@ class Worker:
         path = None if self._journal_path is None else Path(self._journal_path)
         try:
             if path is not None and redis.journal is None:
-                for other in left_elsewhere(path):
+                for other in other_journals(path):
                     _log.warning("journal_of_another_redis", path=str(other))
             return Journal(path, redis.journal_max_bytes)
         except OSError as error:

@@ -119,7 +119,7 @@ PATHS = {
 }
 LEAST_SECRET_CHARS = 8
 _SECRET_HEADER = re.compile(r"(?i)key|token|secret")
-EVERYBODY = frozenset({"0.0.0.0/0", "::/0"})
+ANY_NETWORK = frozenset({"0.0.0.0/0", "::/0"})
 
 
 def contradictions(settings: Settings) -> Iterator[str]:
@@ -141,19 +141,19 @@ def contradictions(settings: Settings) -> Iterator[str]:
 def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[str]:
     """Yield warnings about what can be served but is likely a mistake. `table` is the decoded TOML."""
     if settings.server is not None:
-        yield from _server_doubts(settings.server)
+        yield from _server_warnings(settings.server)
     for name, upstream in (settings.upstreams or {}).items():
         if upstream is not None:
-            yield from _upstream_doubts(upstream, under("upstreams", name), settings.server)
+            yield from _upstream_warnings(upstream, under("upstreams", name), settings.server)
     for name, model in (settings.models or {}).items():
         if model is not None:
-            yield from _model_doubts(model, name)
+            yield from _model_warnings(model, name)
     said = table.get("defaults")
     if isinstance(said, dict) and said.get("model") == Defaults().model not in (settings.models or {}):
         yield f"defaults.model: no model is named {said['model']}: a request that names none gets 404"
 
 
-def _server_doubts(server: Server) -> Iterator[str]:
+def _server_warnings(server: Server) -> Iterator[str]:
     """Warn of plain HTTP on every interface, of trusting any proxy, and of allowing every origin."""
     is_bare = (
         server.tls_cert is None and not server.allowed_clients and server.trusted_proxies == Server().trusted_proxies
@@ -164,13 +164,13 @@ def _server_doubts(server: Server) -> Iterator[str]:
             " can be read on the way, and a balancer's own address is taken for theirs"
         )
     for index, network in enumerate(server.trusted_proxies or ()):
-        if network in EVERYBODY:
+        if network in ANY_NETWORK:
             yield f"server.trusted_proxies[{index}]: everybody may say which address they come from"
     if "*" in (server.cors_origins or ()):
         yield "server.cors_origins: every page on the web may send requests with the keys that its visitors give it"
 
 
-def _upstream_doubts(upstream: Upstream, path: str, server: Server | None) -> Iterator[str]:
+def _upstream_warnings(upstream: Upstream, path: str, server: Server | None) -> Iterator[str]:
     """Warn of a suspicious base URL, and of secrets in plain text.
 
     Suspicious is one with an endpoint's path, without the API's path, of the gateway itself, or in plain HTTP.
@@ -202,7 +202,7 @@ def _is_own(server: Server, host: str, port: int | None) -> bool:
     )
 
 
-def _model_doubts(model: Model, name: str) -> Iterator[str]:
+def _model_warnings(model: Model, name: str) -> Iterator[str]:
     """Warn of names with a `*`, of prices that hold nothing, and of prices per token."""
     path = under("models", name)
     if "*" in name:

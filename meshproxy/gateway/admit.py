@@ -37,7 +37,7 @@ def first_slice(plan: Plan, credit: Credits) -> int:
     return min(credit.lease_output_tokens * plan.request.n, plan.output_tokens)
 
 
-def clamps(principal: Principal, credit: Credits) -> bool:
+def may_clamp(principal: Principal, credit: Credits) -> bool:
     """Return whether a request that the account can't pay in full is cut short instead of refused."""
     return credit.clamp if principal.key.clamp is None else principal.key.clamp
 
@@ -55,7 +55,7 @@ def affordable(plan: Plan, admitted: Hold, *, clamp: bool) -> Plan:
     return held if is_bounded or admitted.available_nusd >= admitted.amount_nusd else held.capped_at(held.output_limit)
 
 
-def _least(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
+def _minimum_output(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
     """Return the least output tokens to cover for the request to be admitted with a cap; None: all or nothing.
 
     A client's own cap is lowered only by `clamp`, or to the model's `max_output_tokens` where it is above that.
@@ -69,7 +69,7 @@ def _least(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
     return plan.output_tokens if plan.output_tokens < plan.output_bound else None
 
 
-def ask_for(
+def make_hold_request(
     plan: Plan,
     covered: int,
     principal: Principal,
@@ -85,8 +85,8 @@ def ask_for(
     mid-stream (`enforce_mid_stream`), only the `covered` output is reserved.
     """
     key = principal.key
-    clamp = clamps(principal, credit)
-    least = _least(plan, credit, clamp=clamp)
+    clamp = may_clamp(principal, credit)
+    least = _minimum_output(plan, credit, clamp=clamp)
     return HoldRequest(
         hold_id=hold_id,
         account=principal.account.name,
@@ -234,14 +234,14 @@ class Lease:
         """Hold another slice and notify the stream of the result, even after an exception: it may be waiting."""
         problem: Denial | ErrorResponse | None = ledger_unavailable()
         try:
-            problem = await self._ask_for_slice()
+            problem = await self._renew_slice()
         finally:
             self._renewing = False
             if problem is None and not self._over:
                 self.spent(self._used)  # more output may have come in the meantime than the new slice covers
             self._on_change(problem)
 
-    async def _ask_for_slice(self) -> Denial | ErrorResponse | None:
+    async def _renew_slice(self) -> Denial | ErrorResponse | None:
         """Renew until the ledger answers, at most `MAX_RENEW_RETRIES` times. Return None on success, else the refusal."""
         problem: Denial | ErrorResponse | None
         for _ in range(MAX_RENEW_RETRIES):
@@ -279,7 +279,7 @@ class Lease:
             self.unheld = True
             if self._over:
                 return None
-            answer = await self._credit.ledger.admit(_anew(self.hold.ask, amount_nusd, tokens))
+            answer = await self._credit.ledger.admit(_replacement(self.hold.ask, amount_nusd, tokens))
         if isinstance(answer, Denial):
             return answer
         self.hold = replace(answer, ask=self.hold.ask, buckets=self.hold.buckets)
@@ -287,7 +287,7 @@ class Lease:
         return None
 
 
-def _anew(ask: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
+def _replacement(ask: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
     """Build the request for a hold in place of a lost one.
 
     Credit and budgets must cover the full amount. Rate limits are left out: the request has already counted against
@@ -324,7 +324,9 @@ class Admitter:
         credit = settings.credits
         enforce = settings.limits.enforce_mid_stream and plan.request.stream
         covered = first_slice(plan, credit)
-        ask = ask_for(plan, covered, principal, exchange.hold_id, credit, settings.defaults, enforce_mid_stream=enforce)
+        ask = make_hold_request(
+            plan, covered, principal, exchange.hold_id, credit, settings.defaults, enforce_mid_stream=enforce
+        )
         is_local = False
         try:
             answer = await self._ledger.admit(ask)
@@ -341,7 +343,7 @@ class Admitter:
         if self._local is not None and not is_local:
             self._local.written()
         if ask.amount_min_nusd is not None:
-            plan = affordable(plan, answer, clamp=clamps(principal, credit))
+            plan = affordable(plan, answer, clamp=may_clamp(principal, credit))
             covered = first_slice(plan, credit)
         slice_tokens = credit.lease_output_tokens * plan.request.n
         return Lease(answer, plan, covered, slice_tokens, self._credit[enforce], is_local=is_local)

@@ -1,7 +1,7 @@
 """Attempts: send a request to one candidate after the other until one answers.
 
 While no head was sent to the client, a stream that fails before its first event can be retried elsewhere or refused
-with a true status: `first_event` waits for that event, for a bounded time. From `heartbeat_s` on, `Opening` sends the
+with a true status: `first_event` waits for that event, for a bounded time. From `heartbeat_s` on, `EarlyHead` sends the
 client a 200 head and pings; an error after that becomes an error event. Retries are bounded by the plan's candidates, a
 retry budget and the deadline.
 """
@@ -16,18 +16,18 @@ from meshproxy.gateway.exchange import ActiveConfig, Downstream, Exchange, Heade
 from meshproxy.gateway.health import Attempt, Health
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
-from meshproxy.openai.errors import concealed, error_event, without_secrets
+from meshproxy.openai.errors import conceal_secrets, error_event, without_secrets
 from meshproxy.openai.event_stream import PING, StreamScanner
 from meshproxy.openai.events import LOOK_BYTES as FORM_BYTES
 from meshproxy.openai.events import as_stream, form_of
 from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.catalog import Candidate
-from meshproxy.policy.failover import after_event, after_status, foremost, is_refusal
+from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal
 from meshproxy.policy.route_health import RetryBudget
 from meshproxy.upstream.response import Response
 
 LOOK_BYTES = 2048  # bytes scanned at a time while looking for the first event
-LONG_S = 3600.0  # longer than any sensible idle_timeout_s; then the wait starts again
+MAX_HEAR_S = 3600.0  # longer than any sensible idle_timeout_s; then the wait starts again
 
 
 async def first_event(response: Response, hold_s: float, clock: Callable[[], float]) -> None:
@@ -43,7 +43,7 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
             _look_for_event(payload, scanner)
             heard += 1
         if not response.goes_on:
-            _come_to_nothing(response, scanner)
+            _raise_if_empty(response, scanner)
             return
         _raise_if_first(scanner)
         left_s = until - clock()
@@ -52,7 +52,7 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
         await response.hear(left_s)
 
 
-class Opening:
+class EarlyHead:
     """The client's side of a stream until a provider's answer begins.
 
     After `heartbeat_s` of silence the client gets its head and pings; a later failure is sent as an error event.
@@ -76,7 +76,7 @@ class Opening:
         self._clock = clock
         self._written_at = clock()
 
-    def look_after(self, now: float, heartbeat_s: float) -> None:
+    def ping_if_silent(self, now: float, heartbeat_s: float) -> None:
         """Ping the client if nothing was sent to it for `heartbeat_s`; before the first ping, send the head."""
         if not self.waits or now - self._written_at < heartbeat_s or self._downstream.congested():
             return
@@ -107,7 +107,7 @@ def beginning(response: Response) -> bytes:
 async def first_bytes(response: Response) -> None:
     """Return when enough of a body has arrived to recognise its form, or it is over. The idle timeout bounds the wait."""
     while response.goes_on and form_of(beginning(response)) is None:
-        await response.hear(LONG_S)
+        await response.hear(MAX_HEAR_S)
 
 
 def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:
@@ -118,7 +118,7 @@ def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:
         scanner.feed(payload[at : at + LOOK_BYTES])
 
 
-def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
+def _raise_if_empty(response: Response, scanner: StreamScanner) -> None:
     """Raise if a stream that is over, or that may be held back no longer, has nothing for the client."""
     if response.ended and response.fault is None:
         scanner.finish()
@@ -134,12 +134,12 @@ def _come_to_nothing(response: Response, scanner: StreamScanner) -> None:
 def _raise_if_first(scanner: StreamScanner) -> None:
     """Raise if the first event is an error. An error after other events is for the client, however fast it came."""
     if scanner.error is not None and scanner.events == 1:
-        raise after_event(scanner.error, otherwise="The provider failed before it began.")
+        raise classify_error(scanner.error, otherwise="The provider failed before it began.")
 
 
 Result = TypeVar("Result")
 
-PULSE_S = 1.0  # by which a ping may be late (see `Live`), with a margin
+PULSE_S = 1.0  # by which a ping may be late (see `InFlight`), with a margin
 CHAT_PATH = "/chat/completions"
 ANSWERED = frozenset({200, 201, 202, 203})  # RFC 9110, section 15.3: those that have what was asked for, or may
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
@@ -168,7 +168,7 @@ class Attempts:
         failures: list[UpstreamError] = []
         refused_by: set[str] = set()  # models that refused: not retried at any upstream
         account = exchange.account
-        for candidate in self._health.order(plan.attempts, plan.request.session_id, account):
+        for candidate in self._health.order(plan.candidates, plan.request.session_id, account):
             if candidate.model in refused_by:
                 continue
             self._raise_if_late(exchange, failures)
@@ -190,14 +190,14 @@ class Attempts:
                 failures.append(fault)
                 if fault.another_model:
                     refused_by.add(candidate.model)
-                elif not _may_go_on(fault, streamed=plan.request.stream):
+                elif not _may_try_next(fault, streamed=plan.request.stream):
                     break
             except GatewayError as fault:
                 attempt.abandoned()
                 if fault.problem.status == 504:
                     self._recorder.attempted(candidate.upstream, "timeout")
                 raise
-        raise foremost(failures) if failures else self._health.nobody(plan.attempts, account)
+        raise error_to_report(failures) if failures else self._health.nobody(plan.candidates, account)
 
     def conclude(self, exchange: Exchange) -> None:
         """Report to the upstream's health how the exchange ended, if an upstream served it."""
@@ -225,7 +225,7 @@ class Attempts:
     def _note(self, exchange: Exchange, candidate: Candidate, fault: UpstreamError) -> None:
         """Remove secrets from the error of a failed attempt, then count and log it."""
         fault.problem = without_secrets(fault.problem, exchange.secrets)
-        fault.words = concealed(fault.words, exchange.secrets)
+        fault.words = conceal_secrets(fault.words, exchange.secrets)
         self._recorder.attempted(candidate.upstream, _label(fault))
         self._recorder.attempt_failed(exchange, candidate, fault)
 
@@ -247,7 +247,7 @@ class Attempts:
         if exchange.detachable and not plan.request.stream:
             left_s = math.inf  # the client gets its 504 in time, and the answer is still read: see `Detacher`
         asked = provider.post(CHAT_PATH, exchange.call.forward, body, exchange.sent)
-        response = await (asked if left_s > _patience_s(candidate, active) else within(left_s, asked))
+        response = await (asked if left_s > _attempt_timeout_s(candidate, active) else within(left_s, asked))
         exchange.response = response
         streamed = plan.request.stream
         try:
@@ -269,7 +269,7 @@ class Attempts:
 
     async def _refusal(self, response: Response) -> UpstreamError:
         """Translate a non-200 response into the client's error, which says whether another candidate may be tried."""
-        verdict = after_status(
+        verdict = classify_status(
             response.status,
             await response.read(),
             response.header("retry-after"),
@@ -307,10 +307,10 @@ class Attempts:
         return min(server.first_event_hold_s, server.heartbeat_s, exchange.deadline - self._clock())
 
 
-def outlives(plan: Plan, active: ActiveConfig) -> bool:
+def may_drain(plan: Plan, active: ActiveConfig) -> bool:
     """Return whether an upstream of this plan is drained: after a hang-up it may go on working, and billing."""
     draining = active.draining
-    return bool(draining) and any(candidate.upstream in draining for candidate in plan.attempts)
+    return bool(draining) and any(candidate.upstream in draining for candidate in plan.candidates)
 
 
 def _deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> float:
@@ -323,7 +323,7 @@ def _deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> float:
     return exchange.deadline if gets_pings else min(exchange.deadline, call.deadline)
 
 
-def _patience_s(candidate: Candidate, active: ActiveConfig) -> float:
+def _attempt_timeout_s(candidate: Candidate, active: ActiveConfig) -> float:
     """Return the seconds after which an attempt fails by itself if no answer began."""
     settings = active.settings.upstreams[candidate.upstream]
     return settings.connect_timeout_s + settings.first_byte_timeout_s
@@ -350,7 +350,7 @@ def too_late(*, may_have_run: bool) -> GatewayError:
     return GatewayError(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
 
 
-def _may_go_on(fault: UpstreamError, *, streamed: bool) -> bool:
+def _may_try_next(fault: UpstreamError, *, streamed: bool) -> bool:
     """Return whether another candidate may be tried after this error."""
     return fault.safe_to_repeat or (streamed and fault.answered is None)
 
@@ -364,7 +364,7 @@ async def _converted(response: Response) -> Response:
     body = await response.read()
     reply = decode_reply(body)
     if reply.error:
-        raise after_event(reply.error, otherwise="The provider failed.")
+        raise classify_error(reply.error, otherwise="The provider failed.")
     return Response.whole(200, response.headers, as_stream(body))
 
 

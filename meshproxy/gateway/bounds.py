@@ -25,12 +25,12 @@ TOO_MANY_IN_TURN = "Too many requests of this account wait for each other."
 IN_TURN_RETRY_S = 1.0
 
 
-class Room:
+class BodyReservation:
     """The memory that one request's body takes: counted while it is read, and until the request ends if it is large."""
 
     __slots__ = ("_bodies", "account", "is_counted", "size")
 
-    def __init__(self, bodies: "Bodies", account: str) -> None:
+    def __init__(self, bodies: "BodyMemory", account: str) -> None:
         self._bodies = bodies
         self.account = account
         self.is_counted = True  # counted among its account's requests that aren't admitted yet
@@ -56,7 +56,7 @@ class Room:
         self._bodies.count_out(self)
 
 
-class Bodies:
+class BodyMemory:
     """The memory that the bodies of one worker's requests may take together.
 
     An account gets at most half of it. A single body always fits if there is no other. `most_bytes`: the current limit
@@ -71,19 +71,19 @@ class Bodies:
         self._unadmitted: dict[str, int] = {}
         self._taken = 0
         self._by_account: dict[str, int] = {}
-        self._waiting: dict[asyncio.Future[None], tuple[Room, int]] = {}
+        self._waiting: dict[asyncio.Future[None], tuple[BodyReservation, int]] = {}
 
-    def room(self, account: str) -> Room:
-        """Return an empty `Room` for a request. Raises GatewayError `overloaded` if the account has too many
+    def room(self, account: str) -> BodyReservation:
+        """Return an empty `BodyReservation` for a request. Raises GatewayError `overloaded` if the account has too many
         unadmitted.
         """
         count = self._unadmitted.get(account, 0)
         if count >= self._most_requests():
             raise GatewayError(Source.GATEWAY, overloaded(TOO_MANY_UNADMITTED))
         self._unadmitted[account] = count + 1
-        return Room(self, account)
+        return BodyReservation(self, account)
 
-    def count_out(self, room: Room) -> None:
+    def count_out(self, room: BodyReservation) -> None:
         """Stop counting a request as unadmitted: it was admitted, or is over."""
         if room.is_counted:
             room.is_counted = False
@@ -91,8 +91,8 @@ class Bodies:
             if left:
                 self._unadmitted[room.account] = left
 
-    async def take(self, room: Room, size: int) -> None:
-        """Give a room `size` bytes, in order of arrival; see `Room.take`."""
+    async def take(self, room: BodyReservation, size: int) -> None:
+        """Give a room `size` bytes, in order of arrival; see `BodyReservation.take`."""
         if not self._waiting and self._fits(room, size):
             self._give(room, size)
             return
@@ -110,13 +110,13 @@ class Bodies:
             if self._waiting.pop(turn, None) is not None:
                 self._let_in()
 
-    def give_back(self, room: Room, size: int) -> None:
+    def give_back(self, room: BodyReservation, size: int) -> None:
         """Reduce a room to `size` bytes."""
         self._give(room, size)
         if self._waiting:
             self._let_in()
 
-    def _give(self, room: Room, size: int) -> None:
+    def _give(self, room: BodyReservation, size: int) -> None:
         """Set a room's size, and update the totals."""
         more, room.size = size - room.size, size
         self._taken += more
@@ -126,15 +126,15 @@ class Bodies:
         else:
             self._by_account.pop(room.account, None)
 
-    def _fits(self, room: Room, size: int) -> bool:
+    def _fits(self, room: BodyReservation, size: int) -> bool:
         """Return whether a room may have `size` bytes: they are free, and within the account's share."""
         return self._is_free(room, size) and self._is_within_share(room, size)
 
-    def _is_free(self, room: Room, size: int) -> bool:
+    def _is_free(self, room: BodyReservation, size: int) -> bool:
         others = self._taken - room.size
         return not others or others + size <= self._most_bytes()
 
-    def _is_within_share(self, room: Room, size: int) -> bool:
+    def _is_within_share(self, room: BodyReservation, size: int) -> bool:
         others = self._by_account.get(room.account, 0) - room.size
         return not others or others + size <= self._most_bytes() // 2
 
@@ -154,7 +154,7 @@ class Bodies:
             turn.set_result(None)
 
 
-class Turns:
+class NamedLocks:
     """A lock for each name, kept only while it is used."""
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ class Turns:
                 self._turns[name] = lock, users - 1
 
 
-class Visits:
+class PathLimiter:
     """Limits an account's requests to paths other than chat completions, which no bucket of the ledger counts.
 
     `clock` is monotonic seconds.

@@ -17,10 +17,10 @@ from meshproxy.errors import (
     rate_limit_exceeded,
     spend_limit_exceeded,
 )
-from meshproxy.gateway.bounds import Room
+from meshproxy.gateway.bounds import BodyReservation
 from meshproxy.ledger.records import Denial, UsageSource
 from meshproxy.money import format_usd
-from meshproxy.openai.errors import concealed, envelope, problem_headers, without_secrets
+from meshproxy.openai.errors import conceal_secrets, envelope, error_headers, without_secrets
 from meshproxy.openai.usage import Refusal, Usage
 from meshproxy.policy.catalog import Candidate, Catalog
 from meshproxy.policy.pricing import Price
@@ -30,7 +30,7 @@ from meshproxy.upstream.response import Response
 
 if TYPE_CHECKING:
     from meshproxy.gateway.admit import Lease
-    from meshproxy.gateway.attempts import Opening
+    from meshproxy.gateway.attempts import EarlyHead
     from meshproxy.gateway.health import Attempt
     from meshproxy.gateway.idempotency import Recording
     from meshproxy.gateway.resolve import Plan
@@ -55,7 +55,7 @@ Headers = list[tuple[str, str]]
 class Call(Struct, frozen=True):
     """One request as the server received it.
 
-    `read_body` takes a function that reserves memory (`Room.take`), and raises a GatewayError for a body that is too
+    `read_body` takes a function that reserves memory (`BodyReservation.take`), and raises a GatewayError for a body that is too
     large or never arrives. `received_at` and `deadline` are monotonic seconds. `forward`: the client's headers that may
     go to a provider. `trace_id`: W3C Trace Context's, 32 hex digits. `client`: the client's address. `sees_usage`: the
     client reads a stream's usage though it can't request it.
@@ -101,7 +101,7 @@ class Downstream(Protocol):
         """Return when the client has caught up."""
 
 
-class Passing:
+class DownstreamWrapper:
     """A `Downstream` that passes everything on to another: a base for classes that change a part of it."""
 
     __slots__ = ("_downstream",)
@@ -130,7 +130,7 @@ def refusal(problem: ErrorResponse, request_id: str, headers: Sequence[tuple[str
     """Build the reply that carries an error response in the envelope."""
     return Reply(
         problem.status,
-        [("x-request-id", request_id), *problem_headers(problem), *headers],
+        [("x-request-id", request_id), *error_headers(problem), *headers],
         envelope(problem, request_id),
     )
 
@@ -187,14 +187,14 @@ class Exchange:
     response: Response | None = None
     refused_by: str | None = None
     failure: UpstreamError | None = None
-    opening: "Opening | None" = None
+    opening: "EarlyHead | None" = None
     deadline = math.inf
     detachable = False
     detached = False
     complete = False
     is_at_work = False
     recording: "Recording | None" = None
-    room: Room | None = None
+    room: BodyReservation | None = None
     status = 0
     code = ""
     outcome = "failed"
@@ -231,7 +231,7 @@ class Exchange:
         """Record the error that broke off an answer that had begun."""
         self.is_at_work = False
         fault.problem = self.told(fault.problem)
-        fault.words = concealed(fault.words, self.secrets)
+        fault.words = conceal_secrets(fault.words, self.secrets)
         self.failure = fault
 
     @property

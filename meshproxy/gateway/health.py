@@ -11,8 +11,8 @@ from typing import Literal
 
 from meshproxy.errors import GatewayError, Source, UpstreamError, provider_not_available
 from meshproxy.policy.catalog import Candidate
-from meshproxy.policy.failover import asks_to_wait_s, is_unwell, may_be_the_request
-from meshproxy.policy.route_health import Breaker, PeakEwma, RouteHealth, Tolerance, arrange
+from meshproxy.policy.failover import is_upstream_failure, may_be_the_request, requested_wait_s
+from meshproxy.policy.route_health import Breaker, BreakerSettings, PeakEwma, RouteHealth, arrange
 
 UNWELL_S = 10.0  # a failure counts as an answer with this latency; else an upstream that fails fast looks fast
 OUTLIER_FAILURES = 3  # in a row on one route; below the breaker's count. Its equals are preferred for OUTLIER_S
@@ -21,7 +21,7 @@ OUTLIER_S = 5.0
 # other accounts' requests must fail too.
 OF_ONE_ACCOUNT = 5
 MAX_ACCOUNTS = 64  # accounts whose failures a route remembers; beyond that the oldest is forgotten
-WINDOW_S = Tolerance().window_s
+WINDOW_S = BreakerSettings().window_s
 FORGET_ACCOUNT_S = 120.0  # after the account's last failure
 
 
@@ -171,11 +171,11 @@ class Attempt:
 
     def failed(self, fault: UpstreamError) -> None:
         """Record an error in place of an answer."""
-        wait_s = asks_to_wait_s(fault)
+        wait_s = requested_wait_s(fault)
         if wait_s:
             route = self._route
             route.ejected_until = max(route.ejected_until, self._health.clock() + wait_s)
-        if is_unwell(fault):
+        if is_upstream_failure(fault):
             self.broke_off(by_request=may_be_the_request(fault))
         elif fault.answered is not None:
             self.answered(None)
@@ -227,12 +227,12 @@ class Health:
         self._on_change = on_change
         self._upstreams: dict[str, Upstream] = {}
 
-    def order(self, attempts: Sequence[Candidate], session: str | None, account: str = "") -> Sequence[Candidate]:
+    def order(self, candidates: Sequence[Candidate], session: str | None, account: str = "") -> Sequence[Candidate]:
         """Return the candidates in the order to try them for this account."""
-        if len(attempts) == 1:
-            return attempts
+        if len(candidates) == 1:
+            return candidates
         now = self.clock()
-        return arrange(attempts, lambda candidate: self._route(candidate).standing(account, now), session)
+        return arrange(candidates, lambda candidate: self._route(candidate).standing(account, now), session)
 
     def begin(self, candidate: Candidate, account: str = "") -> Attempt | None:
         """Begin an attempt; None if the breaker of the route or the account is open, or half-open with a probe out."""
@@ -258,10 +258,10 @@ class Health:
             return "open"
         return "ejected" if any(route.ejected_until > now for route in routes) else "serving"
 
-    def nobody(self, attempts: Iterable[Candidate], account: str = "") -> GatewayError:
+    def nobody(self, candidates: Iterable[Candidate], account: str = "") -> GatewayError:
         """Return the 503 for when every breaker is open; its `Retry-After` is when the first may be probed."""
         now = self.clock()
-        wait_s = min((self._route(candidate).retry_after_s(account, now) for candidate in attempts), default=0.0)
+        wait_s = min((self._route(candidate).retry_after_s(account, now) for candidate in candidates), default=0.0)
         return GatewayError(Source.UPSTREAM, provider_not_available("Every provider of this model is failing.", wait_s))
 
     def keep(self, names: Iterable[str]) -> None:

@@ -25,8 +25,8 @@ from meshproxy.errors import (
     upstream_error,
 )
 from meshproxy.gateway.attempts import within
-from meshproxy.gateway.bounds import Turns
-from meshproxy.gateway.exchange import Call, Downstream, Headers, Passing, Reply
+from meshproxy.gateway.bounds import NamedLocks
+from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Headers, Reply
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
 from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.openai.errors import error_event
@@ -58,7 +58,7 @@ class Head(Struct, frozen=True):
     stream: bool
 
 
-class Recording(Passing):
+class Recording(DownstreamWrapper):
     """A `Downstream` that passes everything on and records it in Redis."""
 
     def __init__(
@@ -126,7 +126,7 @@ class Recording(Passing):
         if self._conclusion != "running":
             return
         if self._size > self._settings.max_bytes:
-            self._lose()
+            self._mark_lost()
         else:
             self._unsent.append(part)
         self._send()
@@ -153,7 +153,7 @@ class Recording(Passing):
                 parts, self._unsent = self._unsent, []
                 await self._replays.append(self._claim, parts, self._running_ttl_ms)
         except Unavailable:
-            self._lose()  # Redis may or may not have these parts: an answer with a gap must not be replayed
+            self._mark_lost()  # Redis may or may not have these parts: an answer with a gap must not be replayed
 
     async def _tell(self, conclusion: Conclusion) -> None:
         """Write the final state, with retries; if all fail, the record expires and a repeat may run anew."""
@@ -166,7 +166,7 @@ class Recording(Passing):
             else:
                 return
 
-    def _lose(self) -> None:
+    def _mark_lost(self) -> None:
         """Drop the recorded parts: the answer can't be replayed."""
         self._unsent.clear()
         if self._conclusion != "failed":
@@ -206,8 +206,8 @@ class Answer:
         finally:
             self._wake()
 
-    async def after(self, count: int, patience_s: float) -> list[bytes] | None:
-        """Return the parts after the first `count`; an empty list after `patience_s` without new ones; None at the end.
+    async def after(self, count: int, client_timeout_s: float) -> list[bytes] | None:
+        """Return the parts after the first `count`; an empty list after `client_timeout_s` without new ones; None at the end.
 
         Raises LookupError if no more will come because the request failed or its record is gone; Unavailable and
         StoreError.
@@ -215,7 +215,7 @@ class Answer:
         if len(self.parts) == count and self.state == "running" and self._trouble is None:
             if self._news is None:
                 self._news = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._news], timeout=patience_s)
+            await asyncio.wait([self._news], timeout=client_timeout_s)
         if len(self.parts) > count:
             return self.parts[count:]
         if self._trouble is not None:
@@ -251,7 +251,7 @@ class Answers:
         self._tasks = tasks
         self._followed: dict[str, Answer] = {}
         self._waiting: Counter[str] = Counter()
-        self.turns = Turns()  # taken to claim a key: who waits finds the first one's result
+        self.turns = NamedLocks()  # taken to claim a key: who waits finds the first one's result
 
     def followed(self, record: str) -> Answer | None:
         """Return the answer that is already being read for other requests, if there is one."""
@@ -359,7 +359,7 @@ async def _head_of(parts: AsyncIterator[bytes]) -> Head:
     raise LookupError
 
 
-class Idempotence:
+class IdempotencyKeys:
     """Decides whether a request is the first of its key."""
 
     def __init__(self, replays: Replays, tasks: Tasks, clock: Callable[[], float]) -> None:

@@ -13,7 +13,7 @@ import structlog
 from meshproxy.config import Settings
 from meshproxy.errors import GatewayError
 from meshproxy.gateway.admit import Lease
-from meshproxy.gateway.attempts import Opening, too_late
+from meshproxy.gateway.attempts import EarlyHead, too_late
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.idempotency import Recording
 from meshproxy.gateway.relay import Relay
@@ -25,14 +25,14 @@ PULSE_S = 0.5  # the most that a ping may be late
 _log = structlog.get_logger("meshproxy.gateway")
 
 
-class Live:
+class InFlight:
     """The leases, openings, relays and recordings of this worker, served by one timer instead of one for each request."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._kept_at = clock()  # outlives a `pulse` that raises: a failing relay must not stop renewals
         self.leases: set[Lease] = set()
-        self.openings: set[Opening] = set()
+        self.openings: set[EarlyHead] = set()
         self.relays: set[Relay] = set()
         self.recordings: set[Recording] = set()
 
@@ -54,10 +54,10 @@ class Live:
     def _look_after_relays(self, now: float, heartbeat_s: float) -> Exception | None:
         """Serve every opening and relay; return the last exception raised, if any."""
         trouble: Exception | None = None
-        silent: tuple[Opening | Relay, ...] = (*self.openings, *self.relays)
+        silent: tuple[EarlyHead | Relay, ...] = (*self.openings, *self.relays)
         for relay in silent:
             try:
-                relay.look_after(now, heartbeat_s)
+                relay.ping_if_silent(now, heartbeat_s)
             except Exception as error:  # noqa: BLE001 - returned, and raised by the supervised pulse
                 trouble = error
         return trouble
@@ -97,7 +97,7 @@ class Detacher:
         The exchange is closed when the work ends.
         """
         exchange.detachable = True
-        task = self._tasks.spawn("drain", _with_fault_told(work))
+        task = self._tasks.spawn("drain", _error_as_value(work))
         try:
             async with asyncio.timeout(self._left_s(exchange)) as limit:
                 answer = await asyncio.shield(task)
@@ -153,7 +153,7 @@ class Detacher:
             self._close(exchange)
 
 
-async def _with_fault_told(work: Coroutine[Any, Any, T]) -> T | GatewayError:
+async def _error_as_value(work: Coroutine[Any, Any, T]) -> T | GatewayError:
     """Return a GatewayError instead of raising it: an error of a client or a provider is no failure of the task."""
     try:
         return await work

@@ -20,13 +20,13 @@ from meshproxy.errors import (
     upstream_error,
 )
 from meshproxy.gateway.admit import Admitter, Lease, limit_headers
-from meshproxy.gateway.attempts import Attempts, Opening, outlives, within
+from meshproxy.gateway.attempts import Attempts, EarlyHead, may_drain, within
 from meshproxy.gateway.authenticate import Authenticator, check_version
-from meshproxy.gateway.bounds import LARGE_BYTES, MIN_UNADMITTED, Bodies, Turns, Visits
+from meshproxy.gateway.bounds import LARGE_BYTES, MIN_UNADMITTED, BodyMemory, NamedLocks, PathLimiter
 from meshproxy.gateway.exchange import ActiveConfig, Call, Downstream, Exchange, Headers, Reply, refusal, refused
 from meshproxy.gateway.health import Health
-from meshproxy.gateway.idempotency import MAX_WAITING, Idempotence, Recording
-from meshproxy.gateway.in_flight import Detacher, Live
+from meshproxy.gateway.idempotency import MAX_WAITING, IdempotencyKeys, Recording
+from meshproxy.gateway.in_flight import Detacher, InFlight
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.relay import Relay
 from meshproxy.gateway.resolve import Plan, resolve
@@ -42,12 +42,12 @@ from meshproxy.openai.headers import downstream_headers
 from meshproxy.openai.output import answer_tokens, audio_format
 from meshproxy.openai.request import decode_timeout_s
 from meshproxy.openai.usage import decode_reply
-from meshproxy.policy.failover import after_event, in_stream
+from meshproxy.policy.failover import classify_error, in_stream
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
 
-GOING = "The gateway is shutting down."
+SHUTTING_DOWN = "The gateway is shutting down."
 JSON_HEADERS: Headers = [("content-type", "application/json")]
 STREAM_HEADERS: Headers = [
     ("content-type", "text/event-stream; charset=utf-8"),
@@ -71,11 +71,11 @@ class Gateway:
         local: LocalAdmission | None,
         directory: Directory,
         authenticator: Authenticator,
-        idempotence: Idempotence,
+        idempotence: IdempotencyKeys,
         settler: Settler,
         recorder: Recorder,
         tasks: Tasks,
-        live: Live,
+        live: InFlight,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         spin: Callable[[], float],
@@ -84,12 +84,12 @@ class Gateway:
         self.active = active
         self.draining = False
         self._shut_down = False
-        self.bodies = Bodies(
+        self.bodies = BodyMemory(
             lambda: self.active.settings.server.max_bodies_bytes,
             lambda: max(MIN_UNADMITTED, self.active.settings.server.max_in_flight // 2),
         )
-        self.visits = Visits(clock)
-        self.turns = Turns()
+        self.visits = PathLimiter(clock)
+        self.turns = NamedLocks()
         self._admitter = Admitter(ledger, local, settler, tasks)
         self._directory = directory
         self._authenticator = authenticator
@@ -125,7 +125,7 @@ class Gateway:
         except asyncio.CancelledError:
             exchange.outcome = "shutdown" if self._shut_down else "client_disconnected"
             if self._shut_down and (exchange.phase != "stream" or _waits(exchange)):
-                return self._refuse(exchange, overloaded(GOING, may_have_run=exchange.attempts > 0))
+                return self._refuse(exchange, overloaded(SHUTTING_DOWN, may_have_run=exchange.attempts > 0))
             raise
         except Exception as error:  # noqa: BLE001 - a bug of ours: logged, and answered with 500
             self._recorder.bug(exchange, error)
@@ -142,7 +142,7 @@ class Gateway:
         """
         self.draining = self._shut_down = self._detacher.closed = True
         for relay in tuple(self._live.relays):
-            relay.shut_down(overloaded(GOING, may_have_run=True))
+            relay.shut_down(overloaded(SHUTTING_DOWN, may_have_run=True))
 
     def _close(self, exchange: Exchange) -> None:
         """End a request: settle it, then count and log it."""
@@ -218,7 +218,7 @@ class Gateway:
             await exchange.room.take(len(body) + plan.prompt.template_bytes)
         self._recorder.enter(exchange, "attempt")
         work = self._respond(exchange, plan, lease, active, downstream)
-        if exchange.recording is not None or outlives(plan, active):
+        if exchange.recording is not None or may_drain(plan, active):
             return await self._detacher.run(exchange, work)
         return await work
 
@@ -245,7 +245,7 @@ class Gateway:
         self, exchange: Exchange, plan: Plan, active: ActiveConfig, downstream: Downstream
     ) -> Response:
         """Return the response to stream from; the client gets pings while it waits for it."""
-        opening = exchange.opening = Opening(
+        opening = exchange.opening = EarlyHead(
             downstream,
             lambda: [*STREAM_HEADERS, *self._told(exchange)],
             lambda: self._recorder.enter(exchange, "stream"),
@@ -271,7 +271,7 @@ class Gateway:
                 body = _assembled(body)
             reply = decode_reply(body)
             if reply.error:
-                raise after_event(reply.error, otherwise="The provider failed.")
+                raise classify_error(reply.error, otherwise="The provider failed.")
         except UpstreamError as fault:
             exchange.failed(fault)
             raise

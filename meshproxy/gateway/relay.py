@@ -123,13 +123,13 @@ class Relay:
             self._timed(arrived_at)
         self._unlooked_bytes += len(payload)
         if scanner.done:
-            self._say_done()
+            self._complete()
         elif scanner.error is not None:
             self._stop_by_provider()
         elif is_spent:
             self._wait()
         elif self._unlooked_bytes >= LOOK_BYTES:
-            self._look_at_client()
+            self._check_backlog()
 
     def end(self) -> None:
         """End the stream at the end of the upstream's body: a success only if the last event was final."""
@@ -144,7 +144,7 @@ class Relay:
         if self.scanner.error is not None:
             self._stop_by_provider()
         elif self.scanner.done or (self.scanner.complete and self._all_ended()):
-            self._say_done()
+            self._complete()
             self._finish()
         else:
             problem = upstream_error("The provider ended the stream early.", may_have_run=True)
@@ -183,7 +183,7 @@ class Relay:
                 problem = insufficient_credits(CREDIT_RAN_OUT.format(format_usd(self._left_nusd(refusal))))
             self.stop(problem)
         elif not self.ended:
-            self._let_go()
+            self._release_withheld()
             if self._downstream.congested():
                 self._wake()  # `run` then waits for the client, which has the withheld events to read
             else:
@@ -224,7 +224,7 @@ class Relay:
         self.outcome = "shutdown"
         self.stop(problem)
 
-    def look_after(self, now: float, heartbeat_s: float) -> None:
+    def ping_if_silent(self, now: float, heartbeat_s: float) -> None:
         """Ping a client whose upstream is silent, so that no proxy on the way closes the connection.
 
         A stream whose answer is complete ends LAST_BYTE_S later, even if the upstream's body hasn't.
@@ -248,7 +248,7 @@ class Relay:
         self._withheld = (self._withheld or b"") + events
         self._wait()
 
-    def _let_go(self) -> None:
+    def _release_withheld(self) -> None:
         """Send the withheld events once there is credit, and do what was put off with them."""
         if self._withheld is None or self._lease.exhausted:
             return
@@ -257,13 +257,13 @@ class Relay:
             self._downstream.write(events)
             self._timed(self._clock())
         if self.scanner.done:
-            self._say_done()
+            self._complete()
         elif self.scanner.error is not None:
             self._stop_by_provider()
         if self._afterwards is not None:
             self._afterwards()
 
-    def _say_done(self) -> None:
+    def _complete(self) -> None:
         """Complete the answer for the client without waiting for the end of the upstream's body."""
         if self.outcome != "completed":
             self.outcome = "completed"
@@ -271,7 +271,7 @@ class Relay:
             self._downstream.write(DONE if cost == self.scanner.told_cost else COST % cost.encode() + DONE)
             self._written_at = self._clock()
 
-    def _look_at_client(self) -> None:
+    def _check_backlog(self) -> None:
         """Pause for a client that falls behind. After a hang-up, read on for the usage, up to MAX_DRAINED_BYTES."""
         looked_bytes, self._unlooked_bytes = self._unlooked_bytes, 0
         if not self._exchange.detached:

@@ -112,7 +112,7 @@ class Plan(Struct, frozen=True):
 
     request: ChatRequest
     model: str
-    attempts: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
     prompt: Prompt
     prompt_tokens: int
     output_cap: int
@@ -127,10 +127,10 @@ class Plan(Struct, frozen=True):
 
         A provider may serve the standard tier instead of the requested one.
         """
-        attempts, tier = self.attempts, self.request.service_tier
-        if len(attempts) == 1 and not attempts[0].natives and tier is None:
-            return (attempts[0].price,)
-        return {price for served in may_serve(attempts) for price in (served.price, served.price_in(tier))}
+        candidates, tier = self.candidates, self.request.service_tier
+        if len(candidates) == 1 and not candidates[0].natives and tier is None:
+            return (candidates[0].price,)
+        return {price for served in may_serve(candidates) for price in (served.price, served.price_in(tier))}
 
     @property
     def output_tokens(self) -> int:
@@ -155,7 +155,7 @@ class Plan(Struct, frozen=True):
         if any(weigh(text).media_tokens for text in texts):
             return self.prompt_tokens
         return min(
-            likely_tokens(texts, self.prompt.count), max(served.context_window for served in may_serve(self.attempts))
+            likely_tokens(texts, self.prompt.count), max(served.context_window for served in may_serve(self.candidates))
         )
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
@@ -203,19 +203,19 @@ async def resolve(body: bytes, principal: Principal, active: ActiveConfig, direc
     request = decode_chat(body) if len(body) <= LARGE_BYTES else await _decode_large(body)
     template = await _template(request.template, principal, directory) if request.template is not None else None
     model = _model(request, principal, template, active.settings)
-    attempts = active.catalog.attempts(model, request.models, spin=spin, allowed=principal.key.models)
+    candidates = active.catalog.candidates(model, request.models, spin=spin, allowed=principal.key.models)
     for name in (model, *request.models):
         if not principal.may_use(name):
             raise GatewayError(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
-    attempts = priced(attempts, request.service_tier, request.fields)
+    candidates = priced(candidates, request.service_tier, request.fields)
     prompt = Prompt(request, template, active.settings.server.max_body_bytes)
     others = others_of(request)
     tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)
     if request.models and "middle-out" not in request.transforms:
-        attempts = large_enough(attempts, least_tokens(request.messages or b""))
-    return _plan(request, model, attempts, prompt, tokens, active.settings.credits)
+        candidates = large_enough(candidates, least_tokens(request.messages or b""))
+    return _plan(request, model, candidates, prompt, tokens, active.settings.credits)
 
 
 def others_of(request: ChatRequest) -> list[bytes]:
@@ -224,7 +224,7 @@ def others_of(request: ChatRequest) -> list[bytes]:
 
 
 def _plan(
-    request: ChatRequest, model: str, attempts: tuple[Candidate, ...], prompt: Prompt, tokens: int, credit: Credits
+    request: ChatRequest, model: str, candidates: tuple[Candidate, ...], prompt: Prompt, tokens: int, credit: Credits
 ) -> Plan:
     """Compute a request's sizes.
 
@@ -233,7 +233,7 @@ def _plan(
     """
     largest = window = 0
     smallest, hidden = MAX_TOKENS, False
-    for served in may_serve(attempts):
+    for served in may_serve(candidates):
         largest, window = max(largest, served.max_output_tokens), max(window, served.context_window)
         smallest, hidden = min(smallest, served.max_output_tokens), hidden or served.hidden_reasoning
     if request.max_tokens is None:
@@ -245,7 +245,7 @@ def _plan(
     return Plan(
         request=request,
         model=model,
-        attempts=attempts,
+        candidates=candidates,
         prompt=prompt,
         prompt_tokens=min(tokens, window),
         output_cap=expected,
@@ -269,10 +269,10 @@ async def _decode_large(body: bytes) -> ChatRequest:
     return request
 
 
-def may_serve(attempts: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+def may_serve(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     """Return every candidate, and the fallbacks that a provider walks itself."""
-    natives = [native for candidate in attempts for native in candidate.natives]
-    return (*attempts, *natives) if natives else attempts
+    natives = [native for candidate in candidates for native in candidate.natives]
+    return (*candidates, *natives) if natives else candidates
 
 
 async def _template(name: str, principal: Principal, directory: Directory) -> Template:

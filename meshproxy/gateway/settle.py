@@ -132,7 +132,7 @@ class Settler:
             if self._local is not None:
                 self._local.spent(settlement, 0 if exchange.lease.is_local else exchange.lease.hold.amount_nusd)
             self.under_way += 1
-            self._tasks.follow(self._ledger.settling(settlement), partial(self._answered, settlement))
+            self._tasks.follow(self._ledger.send_settlement(settlement), partial(self._answered, settlement))
 
     def withdraw(self, exchange: Exchange, ask: HoldRequest, *, outcome: str) -> None:
         """Release the hold of a request that was cancelled before the ledger answered `ask`. Returns at once.
@@ -151,7 +151,7 @@ class Settler:
         """Handle the ledger's answer: charged in nearly every case, else retry in the background."""
         failed = answer.cancelled() or answer.exception() is not None
         if failed or not (answer.result() or settlement.unheld):
-            self._tasks.spawn("settle", self._insist(settlement, answer))
+            self._tasks.spawn("settle", self._charge_or_journal(settlement, answer))
             return
         self.under_way -= 1
         if self._local is not None:
@@ -164,7 +164,7 @@ class Settler:
             self._local.charged(settlement.hold_id)
         return settled
 
-    async def _insist(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
+    async def _charge_or_journal(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
         """Charge again, or write to the journal until the ledger is back. A repeated settlement counts once."""
         try:
             try:

@@ -18,7 +18,7 @@ _UNUSUAL = frozenset({"transfer-encoding", "expect", "upgrade"})
 _CONNECTION = frozenset({"keep-alive", "close"})
 
 
-def usual_head(head: bytes, request_line: bytes) -> dict[str, str] | None:
+def parse_usual_head(head: bytes, request_line: bytes) -> dict[str, str] | None:
     """Return the fields of a usual request head by lower-case name; None for any other, which needs a full HTTP parser.
 
     Usual is: this request line (which ends in CRLF), ASCII, a host, the body's length, and no field twice.

@@ -85,7 +85,7 @@ class Journal:
         """
         line = _line(settlement)
         if self._size + len(line) > self._max_bytes:
-            self._lose(settlement)
+            self._mark_lost(settlement)
             raise JournalFull
         self._size += len(line)
         self._pending.append(settlement)
@@ -146,7 +146,7 @@ class Journal:
                 _log.error("journal_not_written", reason=error.strerror, settlements=len(unkept))
             os.close(self._file)
         for settlement in unkept:
-            self._lose(settlement)
+            self._mark_lost(settlement)
         return self.lost
 
     async def _write(self) -> None:
@@ -169,7 +169,7 @@ class Journal:
         pending = {settlement.hold_id for settlement in self._pending}
         return (settlement for settlement in self._unwritten if settlement.hold_id in pending)
 
-    def _lose(self, settlement: Settlement) -> None:
+    def _mark_lost(self, settlement: Settlement) -> None:
         """Log a settlement whole, because it can't be kept: an operator can charge it by hand."""
         self.lost += 1
         _log.error("settlement_lost", settlement=msgspec.to_builtins(settlement))
@@ -204,7 +204,7 @@ class Journal:
             _log.info("journal_found", settlements=len(self._pending))
 
 
-def left_elsewhere(path: Path) -> list[Path]:
+def other_journals(path: Path) -> list[Path]:
     """Find unlocked, non-empty journals of other Redis servers beside the one at `path` (`STATE/REDIS/journal`).
 
     Their settlements are made only by a worker whose configuration names their Redis or their path.

@@ -145,7 +145,7 @@ class Ledger:
         """Charge a request's cost once. False: nothing was charged, it was settled before or never admitted."""
         return bool(await self._store.run(self._settle, *self._charge(settlement)))
 
-    def settling(self, settlement: Settlement) -> "asyncio.Future[Any]":
+    def send_settlement(self, settlement: Settlement) -> "asyncio.Future[Any]":
         """Send the settlement now and return the future of its reply, for a caller that doesn't wait.
 
         A truthy reply means that it was charged now. If the future raises ScriptMissing, call `settle`.

@@ -117,8 +117,8 @@ class LocalAdmission:
         if amount_nusd is None or is_one_too_many:
             return Denial("insufficient_credits", "credit", max(available, 0), needed_nusd=ask.amount_nusd)
         wants = [
-            *self._wants("key", ask.key_id, ask.key_limits, ask.tokens),
-            *self._wants("account", ask.account, ask.account_limits, ask.tokens),
+            *self._debits("key", ask.key_id, ask.key_limits, ask.tokens),
+            *self._debits("account", ask.account, ask.account_limits, ask.tokens),
         ]
         wait_s, slowest = max(
             ((bucket.wait_s(count), bucket) for bucket, count in wants), default=(0.0, None), key=itemgetter(0)
@@ -187,7 +187,7 @@ class LocalAdmission:
     def _available(self, account: str) -> int:
         return self._allowance_nusd // self._instances.count - self._used_nusd.get(account, 0)
 
-    def _wants(self, scope: Scope, name: str, limits: Limits, tokens: int) -> Iterator[tuple[_Bucket, int]]:
+    def _debits(self, scope: Scope, name: str, limits: Limits, tokens: int) -> Iterator[tuple[_Bucket, int]]:
         """Yield the buckets that have a limit, and what is taken from each."""
         requests_limit, tokens_limit = limits.requests_per_minute, limits.tokens_per_minute
         if requests_limit is not None:

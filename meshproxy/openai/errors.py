@@ -101,7 +101,7 @@ MAX_SENTENCES: Final = 8  # items of a list of errors
 MAX_QUOTED_BYTES: Final = 131_072  # of a request whose strings are removed from a provider's message
 MIN_QUOTED_CHARS: Final = 24  # of a string's start: a message that quotes it is cut off there
 MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the prefix that all of its kind share
-CONCEALED: Final = "[redacted]"
+REDACTED: Final = "[redacted]"
 
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
 _STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be part of a prompt
@@ -138,7 +138,7 @@ def envelope(problem: ErrorResponse, request_id: str) -> bytes:
     return msgspec.json.encode({"error": error, "request_id": request_id})
 
 
-def problem_headers(problem: ErrorResponse) -> list[tuple[str, str]]:
+def error_headers(problem: ErrorResponse) -> list[tuple[str, str]]:
     """Build the headers of an error response.
 
     OpenAI's SDKs obey `x-should-retry`: a retry must not pay twice, wait for more than a minute, or repeat what can't
@@ -227,12 +227,12 @@ def provider_words(value: Any) -> ProviderWords:
     return _with_raw(words, metadata.get("raw"))
 
 
-def concealed(words: Any, secrets: Sequence[str]) -> Any:
+def conceal_secrets(words: Any, secrets: Sequence[str]) -> Any:
     """Return a provider's words without the secrets, including one that is cut off at the end of a text."""
     try:
         return _concealed(words, secrets)
     except RecursionError:
-        return CONCEALED
+        return REDACTED
 
 
 def without_secrets(problem: ErrorResponse, secrets: Sequence[str]) -> ErrorResponse:
@@ -241,11 +241,11 @@ def without_secrets(problem: ErrorResponse, secrets: Sequence[str]) -> ErrorResp
         return problem
     return replace(
         problem,
-        message=concealed(problem.message, secrets),
-        param=concealed(problem.param, secrets),
-        code=concealed(problem.code, secrets),
-        provider_code=concealed(problem.provider_code, secrets),
-        provider_error=concealed(problem.provider_error, secrets),
+        message=conceal_secrets(problem.message, secrets),
+        param=conceal_secrets(problem.param, secrets),
+        code=conceal_secrets(problem.code, secrets),
+        provider_code=conceal_secrets(problem.provider_code, secrets),
+        provider_error=conceal_secrets(problem.provider_error, secrets),
     )
 
 
@@ -258,9 +258,9 @@ def without_quotes(words: str, request: bytes) -> str:
         quoted = found[1].decode(errors="replace")
         for text in {quoted, quoted.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\")}:
             if text in words:
-                words = words.replace(text, CONCEALED)
+                words = words.replace(text, REDACTED)
             elif text[:MIN_QUOTED_CHARS] in words:
-                words = words[: words.index(text[:MIN_QUOTED_CHARS])] + CONCEALED
+                words = words[: words.index(text[:MIN_QUOTED_CHARS])] + REDACTED
     return words
 
 
@@ -276,9 +276,9 @@ def _concealed(words: Any, secrets: Sequence[str]) -> Any:
 
 def _without(text: str, secrets: Sequence[str]) -> str:
     for secret in secrets:
-        text = text.replace(secret, CONCEALED)
+        text = text.replace(secret, REDACTED)
         shown = next((size for size in range(len(secret) - 1, MAX_SHOWN_CHARS, -1) if text.endswith(secret[:size])), 0)
-        text = text[:-shown] + CONCEALED if shown else text
+        text = text[:-shown] + REDACTED if shown else text
     return text
 
 

@@ -12,7 +12,17 @@ from typing import Any, Final
 from msgspec import Raw
 
 from meshproxy.errors import UpstreamError, upstream_error
-from meshproxy.openai.events import FINISH_REASON, Shape, bears, error_in, is_plain, joined, parse, shape_of, with_cost
+from meshproxy.openai.events import (
+    FINISH_REASON,
+    Shape,
+    error_in,
+    is_plain,
+    joined,
+    may_have,
+    parse,
+    shape_of,
+    with_cost,
+)
 from meshproxy.openai.output import audio_tokens, escaped, pieces_tokens, read_output, text_tokens
 from meshproxy.openai.usage import Report, decode_members, decode_text, decode_value, find_report
 
@@ -25,7 +35,9 @@ MAX_PLAIN_BYTES: Final = 16_384  # larger events take the slow path, so that the
 MAX_UNCOUNTED_BYTES: Final = 4096  # of text
 FIRST_EVENTS: Final = 256  # added to the events seen when the share of lessons is computed
 MAX_ENDINGS: Final = 128  # events with a finish reason that are kept: one for each choice that a request may ask for
-EVENTS_A_LESSON: Final = 8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
+EVENTS_PER_LESSON: Final = (
+    8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
+)
 
 _BOM: Final = b"\xef\xbb\xbf"
 _LF: Final = 10
@@ -320,9 +332,9 @@ class StreamScanner:
             self._begun = True
             if not self.events:
                 event = event.removeprefix(_BOM)
-        return self._odd_event(event)
+        return self._unusual_event(event)
 
-    def _odd_event(self, event: bytes) -> bytes:
+    def _unusual_event(self, event: bytes) -> bytes:
         """Return what the client gets of an event that isn't plain: comments, the end, an error, usage, or unusual
         lines.
         """
@@ -333,7 +345,7 @@ class StreamScanner:
             self.done = self._over = True
             return b""
         self.events += 1
-        suspect = bears(parsed.data, b'"error"') or bears(parsed.data, b'"usage"')
+        suspect = may_have(parsed.data, b'"error"') or may_have(parsed.data, b'"usage"')
         members = decode_members(parsed.data) if suspect else None
         self.error = error_in(parsed, members)
         if self.error is not None:
@@ -376,7 +388,7 @@ class StreamScanner:
             self.most = max(self.most, sum(map(len, output.messages)))
         if output.texts:
             self._add(b"".join([escaped(text) for text in output.texts]), output.pieces)
-            if self._lessons * EVENTS_A_LESSON < self.events + FIRST_EVENTS and event.startswith(b"data: {"):
+            if self._lessons * EVENTS_PER_LESSON < self.events + FIRST_EVENTS and event.startswith(b"data: {"):
                 self._lessons += 1
                 shape = shape_of(event, output)
                 if shape is not None:

@@ -73,7 +73,7 @@ def is_plain(event: bytes, size: int) -> bool:
     )
 
 
-def bears(text: bytes, member: bytes) -> bool:
+def may_have(text: bytes, member: bytes) -> bool:
     """Return whether a member may be present and not null."""
     at = text.rfind(member)
     return at >= 0 and not _only_null(text, member, at)

@@ -102,7 +102,7 @@ def trace_id(traceparent: str | None) -> str | None:
     return found[1] if found else None
 
 
-def patience_s(read_timeout: str | None) -> float:
+def client_timeout_s(read_timeout: str | None) -> float:
     """Return the seconds that a client waits for an answer to begin; infinity if unknown.
 
     OpenAI's Python SDK sends its read timeout in `x-stainless-read-timeout`.

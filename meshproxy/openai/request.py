@@ -39,7 +39,7 @@ class _StreamOptions(Struct, gc=False):
     include_usage: bool | None = None
 
 
-class Bulk(Struct, gc=False):
+class LargeMembers(Struct, gc=False):
     """The members that may be large: each is passed on whole, or is a list whose items are skipped."""
 
     messages: Raw = Raw()
@@ -154,7 +154,7 @@ _RESERVED: Final = _OWN | UNREAD | {"stream", "stream_options"}
 _MEMBERS: Final = Decoder(dict[str, Raw])
 _COUNT: Final = Decoder(int | None).decode
 _DECODED: Final = DECODERS.keys() | {"messages_raw"}  # what `check_members` knows of a request but caps by other names
-_BULK: Final = Decoder(Bulk)
+_BULK: Final = Decoder(LargeMembers)
 _TEXT: Final = Decoder(str)
 
 
@@ -339,7 +339,7 @@ def _too_long(body: bytes) -> Detail | None:
     if bytes(bulk.messages).count(b"{") > MAX_BRACES:
         return Detail("too_long", ("body", "messages"), f"Messages must have at most {MAX_BRACES} opening braces")
     if len(body) - sum(sizes) > MAX_LOOSE_BYTES:
-        message = f"All but {', '.join(Bulk.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
+        message = f"All but {', '.join(LargeMembers.__struct_fields__)} must fit into {MAX_LOOSE_BYTES} bytes"
         return Detail("too_long", ("body",), message)
     return None
 

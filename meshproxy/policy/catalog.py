@@ -146,7 +146,7 @@ class Catalog:
         found = get_close_matches(name[:MAX_COMPARED_CHARS].casefold(), ids, n=1)
         return ids[found[0]] if found else None
 
-    def attempts(
+    def candidates(
         self, model: str, fallbacks: Sequence[str] = (), *, spin: float, allowed: Sequence[str] | None = None
     ) -> tuple[Candidate, ...]:
         """Return the candidates to try, in order; at most MAX_ATTEMPTS. `spin`, random in [0, 1), decides among equals.
@@ -166,16 +166,16 @@ class Catalog:
         return entry
 
 
-def large_enough(attempts: tuple[Candidate, ...], tokens: int) -> tuple[Candidate, ...]:
+def large_enough(candidates: tuple[Candidate, ...], tokens: int) -> tuple[Candidate, ...]:
     """Return the candidates whose context window has room for at least `tokens`.
 
     If none has, all are returned, so that the client gets the first one's refusal. A provider that walks fallbacks
     itself is always kept.
     """
     fitting = tuple(
-        candidate for candidate in attempts if candidate.context_window >= tokens or candidate.kind == "openrouter"
+        candidate for candidate in candidates if candidate.context_window >= tokens or candidate.kind == "openrouter"
     )
-    return fitting or attempts
+    return fitting or candidates
 
 
 def may_have_served(candidate: Candidate, reported_model: str | None) -> tuple[Candidate, ...]:
@@ -193,7 +193,7 @@ def may_have_served(candidate: Candidate, reported_model: str | None) -> tuple[C
     return candidates if found is None else (found,)
 
 
-def priced(attempts: tuple[Candidate, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Candidate, ...]:
+def priced(candidates: tuple[Candidate, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Candidate, ...]:
     """Return the candidates with the fees of a request that has these fields.
 
     Raises the client's GatewayError, 422, if `service_tier` or a field changes the price and a model that may serve has
@@ -203,13 +203,13 @@ def priced(attempts: tuple[Candidate, ...], tier: str | None, fields: Mapping[st
         tier = None
     extras = EXTRAS.keys() & fields.keys()
     if tier is None and not extras:
-        for candidate in attempts:
+        for candidate in candidates:
             if candidate.fees or candidate.natives:
                 break
         else:
-            return attempts
+            return candidates
     present = {name for name, value in fields.items() if bytes(value) not in NOTHING}
-    return tuple(_priced(candidate, tier, present) for candidate in attempts)
+    return tuple(_priced(candidate, tier, present) for candidate in candidates)
 
 
 def _priced(candidate: Candidate, tier: str | None, fields: set[str]) -> Candidate:
@@ -306,7 +306,7 @@ def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, .
     An openrouter upstream is tried once for all that it serves: its first candidate carries the later entries' models,
     and their own candidates there are left out.
     """
-    attempts: list[Candidate] = []
+    candidates: list[Candidate] = []
     covered: set[tuple[str, str]] = set()
     for position, entry in enumerate(entries):
         for candidate in entry.walk(spin):
@@ -314,8 +314,8 @@ def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, .
                 continue
             natives = _natives(candidate, entries[position + 1 :])
             covered.update((native.upstream, native.model) for native in natives)
-            attempts.append(replace(candidate, natives=natives) if natives else candidate)
-    return tuple(attempts[:MAX_ATTEMPTS])
+            candidates.append(replace(candidate, natives=natives) if natives else candidate)
+    return tuple(candidates[:MAX_ATTEMPTS])
 
 
 def _natives(candidate: Candidate, later: Iterable[Entry]) -> tuple[Candidate, ...]:

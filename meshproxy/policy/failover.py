@@ -38,8 +38,8 @@ _REFUSED_US = {  # about our account or configuration, which the caller can't ch
     404: "The provider doesn't serve what the gateway asked for.",
 }
 # RFC 9110, section 15.6.4, and what Anthropic and Cloudflare send when overloaded: no work was done.
-_FULL = frozenset({503, 529})
-_IN_THE_MIDDLE = frozenset({408, 409})  # refused, perhaps after some work was done
+_NO_CAPACITY = frozenset({503, 529})
+_MAY_HAVE_RUN = frozenset({408, 409})  # refused, perhaps after some work was done
 
 _MODERATED = frozenset(
     {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation"}
@@ -133,7 +133,7 @@ class Verdict(Struct, frozen=True):
         )
 
 
-def after_status(
+def classify_status(
     status: int,
     body: bytes,
     retry_after: str | None,
@@ -147,7 +147,7 @@ def after_status(
     return _verdict(status, words, wait_of(retry_after, retry_after_ms, now))
 
 
-def after_event(error: Any, *, otherwise: str) -> UpstreamError:
+def classify_error(error: Any, *, otherwise: str) -> UpstreamError:
     """Classify an error that came with status 200 in place of an answer.
 
     It is treated as if it had the status that it names, or that its code implies. `otherwise`: the message for one with
@@ -168,7 +168,7 @@ def in_stream(error: Any) -> UpstreamError:
     return UpstreamError(problem, safe_to_repeat=False, answered=200, words=words.message)
 
 
-def is_unwell(fault: UpstreamError) -> bool:
+def is_upstream_failure(fault: UpstreamError) -> bool:
     """Return whether an error shows that the upstream itself is failing: unreachable, silent, broken off or failed.
 
     A lack of capacity, a refusal of the request or our account, an error inside the gateway, and an answer that the
@@ -193,12 +193,12 @@ def may_be_the_request(fault: UpstreamError) -> bool:
     return fault.phase not in {Phase.CONNECT, Phase.TLS}
 
 
-def asks_to_wait_s(fault: UpstreamError) -> float:
+def requested_wait_s(fault: UpstreamError) -> float:
     """Return the seconds that the upstream asks to be left alone, at most MAX_RETRY_AFTER_S; 0.0 if it doesn't ask."""
     return min(fault.problem.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if fault.answered is not None else 0.0
 
 
-def foremost(faults: Sequence[UpstreamError]) -> UpstreamError:
+def error_to_report(faults: Sequence[UpstreamError]) -> UpstreamError:
     """Return the error to report to the client, out of all its attempts.
 
     The order: a refusal of the request, a request to wait, a failure, a refusal of the gateway, a failed connection.
@@ -235,10 +235,10 @@ def _verdict(status: int, words: ProviderWords, wait_s: float | None) -> Verdict
         return Verdict(problem, try_next=True, words=words.message)
     if status == 429:
         return Verdict(_limited(words, wait_s), try_next=True, words=words.message)
-    if status in _FULL:
+    if status in _NO_CAPACITY:
         full = ErrorResponse(502, "upstream_error", "The provider is overloaded.", retry_after_s=wait_s)
         return Verdict(_quoted(full, words), try_next=True, words=words.message)
-    if status >= 500 or status in _IN_THE_MIDDLE:
+    if status >= 500 or status in _MAY_HAVE_RUN:
         failed = upstream_error(f"The provider failed with status {status}.", may_have_run=True)
         return Verdict(_quoted(failed, words), try_next=True, words=words.message)
     nonsense = f"The provider answered with status {status}, which makes no sense here."
@@ -342,7 +342,7 @@ def _status_of(words: ProviderWords) -> int | None:
 
 
 def _weight(index: int, fault: UpstreamError) -> tuple[int, float, int]:
-    """Return the sort key of an error: `foremost` chooses the greatest."""
+    """Return the sort key of an error: `error_to_report` chooses the greatest."""
     problem = fault.problem
     if problem.status < 500:
         return 4, 0.0, -index

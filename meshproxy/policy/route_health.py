@@ -99,7 +99,7 @@ class RetryBudget:
 State = Literal["closed", "open", "half-open"]
 
 
-class Tolerance(Struct, frozen=True, kw_only=True):
+class BreakerSettings(Struct, frozen=True, kw_only=True):
     """When a breaker opens, and for how long.
 
     It opens after `consecutive` failures in a row, or when the share `failing` of at least `least_calls` calls in about
@@ -127,8 +127,8 @@ class Breaker:
     _open_s: float
     _in_a_row: int
 
-    def __init__(self, tolerance: Tolerance | None = None) -> None:
-        self._tolerance = tolerance or Tolerance()
+    def __init__(self, tolerance: BreakerSettings | None = None) -> None:
+        self._tolerance = tolerance or BreakerSettings()
         self._window = Window(self._tolerance.window_s)
         self._close()
 
@@ -243,7 +243,7 @@ class PeakEwma:
         return self._value_s if now - self._at < FORGET_S else 0.0
 
 
-def arrange(attempts: Sequence[Candidate], standing_of: RouteHealthOf, session: str | None) -> list[Candidate]:
+def arrange(candidates: Sequence[Candidate], standing_of: RouteHealthOf, session: str | None) -> list[Candidate]:
     """Return the candidates in the order to try them.
 
     Each group of equals keeps its place. Those whose breaker is open are left out. Ejected ones go to the end, as a
@@ -254,7 +254,7 @@ def arrange(attempts: Sequence[Candidate], standing_of: RouteHealthOf, session: 
     """
     willing: list[Candidate] = []
     ejected: list[tuple[float, Candidate]] = []
-    for group in _groups(attempts):
+    for group in _groups(candidates):
         standings = [(candidate, standing_of(candidate)) for candidate in group]
         closed = [(candidate, standing) for candidate, standing in standings if not standing.is_open]
         most = max(1, len(group) // 2) - (len(group) - len(closed))
@@ -267,10 +267,10 @@ def arrange(attempts: Sequence[Candidate], standing_of: RouteHealthOf, session: 
 _Pairs = list[tuple[Candidate, RouteHealth]]
 
 
-def _groups(attempts: Iterable[Candidate]) -> Iterable[list[Candidate]]:
+def _groups(candidates: Iterable[Candidate]) -> Iterable[list[Candidate]]:
     """Yield weighted neighbours of one model together, every other candidate alone."""
     for (_, weighted), neighbours in groupby(
-        attempts, key=lambda candidate: (candidate.model, candidate.weight is not None)
+        candidates, key=lambda candidate: (candidate.model, candidate.weight is not None)
     ):
         if weighted:
             yield list(neighbours)

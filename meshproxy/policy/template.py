@@ -106,7 +106,7 @@ def check_template(body: bytes, *, partial: bool) -> TemplateFields:
             known[name] = _EMPTY.get(name) if value is None else value
             details.extend(_faults_within(name, value))
     if not partial:
-        details.extend(_absences(known, {detail.loc[1] for detail in details}))
+        details.extend(_missing_fields(known, {detail.loc[1] for detail in details}))
     if details:
         raise _unfit(details)
     return TemplateFields(**known)
@@ -247,7 +247,7 @@ def _message_faults(messages: Iterable[Message]) -> Iterator[Detail]:
                 yield Detail("string_type", ("body", "messages", index, "content", at, "text"), "Expected str")
 
 
-def _absences(known: Mapping[str, Any], complained: Collection[str | int]) -> Iterator[Detail]:
+def _missing_fields(known: Mapping[str, Any], complained: Collection[str | int]) -> Iterator[Detail]:
     """Yield the errors of a POST that lacks a name, or whose prompt is too large."""
     if "name" not in known and "name" not in complained:
         yield Detail("missing", ("body", "name"), "Field required")

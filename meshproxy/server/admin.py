@@ -25,7 +25,7 @@ from meshproxy.ledger.desk import Desk
 from meshproxy.server.admin_api import add_routes
 from meshproxy.server.chat import request_id_of
 from meshproxy.server.client_address import address
-from meshproxy.server.errors import envelope_errors, problem_response
+from meshproxy.server.errors import envelope_errors, error_response
 from meshproxy.telemetry.exposition import Summary
 
 PROBES = frozenset({"/healthz", "/readyz"})
@@ -82,7 +82,7 @@ def create_admin(
     `hosts`: names, besides `localhost`, that it answers to without a token. `desk`: what the admin API works on; the
     API exists only with a token.
     """
-    middlewares: list[Middleware] = [envelope_errors, _no_bug_in_plain_text]
+    middlewares: list[Middleware] = [envelope_errors, _envelope_bugs]
     middlewares.append(_guard(token) if token is not None else _only_for({"localhost", *map(str.lower, hosts)}))
     admin = web.Application(middlewares=middlewares)
     pages = _Pages(state)
@@ -151,7 +151,7 @@ def _content_security_policy(html: bytes) -> str:
 
 
 @web.middleware
-async def _no_bug_in_plain_text(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _envelope_bugs(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer an unexpected exception in the envelope, with 500."""
     try:
         return await handler(request)
@@ -160,7 +160,7 @@ async def _no_bug_in_plain_text(request: web.Request, handler: Handler) -> web.S
     except Exception:  # noqa: BLE001 - logged, and answered in JSON
         request_id = request_id_of(request)
         _log.exception("admin_failed", path=request.path, request_id=request_id)
-        return problem_response(internal_error(), request_id)
+        return error_response(internal_error(), request_id)
 
 
 def _guard(token: str) -> Middleware:
@@ -171,9 +171,9 @@ def _guard(token: str) -> Middleware:
     async def guard(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if request.path in PROBES or hmac.compare_digest(_offered(request), expected):
+        if request.path in PROBES or hmac.compare_digest(_token_of(request), expected):
             return await handler(request)
-        refusal = problem_response(unauthorized("The admin token is missing or wrong."), request_id_of(request))
+        refusal = error_response(unauthorized("The admin token is missing or wrong."), request_id_of(request))
         del refusal.headers[hdrs.WWW_AUTHENTICATE]
         for challenge in _CHALLENGES:
             refusal.headers.add(hdrs.WWW_AUTHENTICATE, challenge)
@@ -199,7 +199,7 @@ def _only_for(names: Collection[str]) -> Middleware:
     return only_for
 
 
-def _offered(request: web.Request) -> bytes:
+def _token_of(request: web.Request) -> bytes:
     """Return the token of a request's Authorization header, b"" if there is none."""
     scheme, _, credentials = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer":

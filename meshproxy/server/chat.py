@@ -24,10 +24,17 @@ from meshproxy.errors import (
     unsupported_media_type,
 )
 from meshproxy.gateway.bounds import SMALL_BYTES
-from meshproxy.gateway.exchange import Call, Downstream, Headers, Passing, Reply
+from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Headers, Reply
 from meshproxy.gateway.pipeline import Gateway
-from meshproxy.openai.errors import envelope, problem_headers
-from meshproxy.openai.headers import VERSION_HEADER, cors_headers, forwarded_headers, patience_s, request_id, trace_id
+from meshproxy.openai.errors import envelope, error_headers
+from meshproxy.openai.headers import (
+    VERSION_HEADER,
+    client_timeout_s,
+    cors_headers,
+    forwarded_headers,
+    request_id,
+    trace_id,
+)
 from meshproxy.openai.headers import request_id as valid_request_id
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.server.fast_path import ClientConnection
@@ -56,7 +63,7 @@ _SHORTEST = len(_COMMENT % b"")
 _FILLING = b"." * MAX_LEVEL_BYTES
 
 
-class PaddedStream(Passing):
+class PaddedStream(DownstreamWrapper):
     """A `Downstream` that pads every write to the size of the largest before it, rounded up to a step.
 
     So of a stream's sizes, an observer sees only the few moments at which its largest event grows by a step.
@@ -142,7 +149,7 @@ class ClientStream:
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
         if self._transport is not None and not self._transport.is_closing():
             self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
-        self._end_with_this_answer()
+        self._close_if_draining()
         self._send(head(200, [*headers, *self._extra, *framing], keep_alive=self.keep_alive, minor=self._minor))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
@@ -174,13 +181,13 @@ class ClientStream:
             if self._transport is not None:
                 self._transport.abort()
             return
-        self._end_with_this_answer()
+        self._close_if_draining()
         if reply.status == 408:  # RFC 9110, section 15.5.9
             self.keep_alive = False
         headers = [*reply.headers, *self._extra, ("content-length", str(len(reply.body)))]
         self._send(head(reply.status, headers, keep_alive=self.keep_alive, minor=self._minor) + reply.body)
 
-    def _end_with_this_answer(self) -> None:
+    def _close_if_draining(self) -> None:
         """Choose `Connection: close` if the gateway won't take another request."""
         if self._is_closing():
             self.keep_alive = False
@@ -207,11 +214,11 @@ def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, m
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
 
 
-def parting(problem: ErrorResponse) -> bytes:
+def last_error_answer(problem: ErrorResponse) -> bytes:
     """Format a complete error response, the last one on a connection."""
     request_id = new_request_id()
     body = envelope(problem, request_id)
-    headers = [("x-request-id", request_id), *problem_headers(problem), ("content-length", str(len(body)))]
+    headers = [("x-request-id", request_id), *error_headers(problem), ("content-length", str(len(body)))]
     return head(problem.status, headers, keep_alive=False) + body
 
 
@@ -376,7 +383,7 @@ class ChatHandler:
             forward=forwarded_headers(headers),
             idempotency_key=headers.get("idempotency-key"),
             trace_id=trace_id(headers.get("traceparent")),
-            deadline=received_at + patience_s(headers.get("x-stainless-read-timeout")),
+            deadline=received_at + client_timeout_s(headers.get("x-stainless-read-timeout")),
             api_version=headers.get("x-mesh-version"),
             client=self.trusted_proxies.client_of(peer, headers),
             sees_usage="x-meshapi-sdk" in headers,

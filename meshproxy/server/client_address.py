@@ -117,11 +117,11 @@ class TrustedProxies:
         if not (hops or elements) or not self.trusts(peer):
             return peer
         told = {
-            self._first_stranger(peer, listed) for listed in (hops, [_for(element) for element in elements]) if listed
+            self._first_untrusted(peer, listed) for listed in (hops, [_for(element) for element in elements]) if listed
         }
         return told.pop() if len(told) == 1 else peer
 
-    def _first_stranger(self, peer: str | None, hops: Sequence[str]) -> str | None:
+    def _first_untrusted(self, peer: str | None, hops: Sequence[str]) -> str | None:
         """Return the rightmost address that isn't a trusted proxy's; if all are, the leftmost known address."""
         farthest = peer
         for hop in reversed(hops[-MAX_HOPS:]):

@@ -1,4 +1,4 @@
-"""The error envelope for everything outside the chat path, and `GeneralConnection`, aiohttp's protocol with our bounds.
+"""The error envelope for everything outside the chat path, and `AiohttpConnection`, aiohttp's protocol with our bounds.
 
 Unknown paths, wrong methods, invalid bodies, invalid HTTP and bugs are all answered in the envelope. A connection is
 closed if a head takes too long, or if it has one of the last descriptors.
@@ -29,8 +29,8 @@ from meshproxy.errors import (
     request_timeout,
     request_too_large,
 )
-from meshproxy.openai.errors import envelope, problem_headers
-from meshproxy.server.chat import parting, request_id_of
+from meshproxy.openai.errors import envelope, error_headers
+from meshproxy.server.chat import last_error_answer, request_id_of
 from meshproxy.server.client_address import Source
 
 MAIN_PATH = "/v1/chat/completions"
@@ -42,9 +42,9 @@ _CODES = {401: "unauthorized", 403: "forbidden"}  # what a middleware of create_
 _log = structlog.get_logger("meshproxy.server")
 
 
-def problem_response(problem: ErrorResponse, request_id: str) -> web.Response:
+def error_response(problem: ErrorResponse, request_id: str) -> web.Response:
     """Make the aiohttp response of an error response."""
-    headers = dict(problem_headers(problem))
+    headers = dict(error_headers(problem))
     headers["x-request-id"] = request_id
     response = web.Response(status=problem.status, headers=headers, body=envelope(problem, request_id))
     if problem.status == 408:  # RFC 9110, section 15.5.9
@@ -52,7 +52,7 @@ def problem_response(problem: ErrorResponse, request_id: str) -> web.Response:
     return response
 
 
-def http_problem(error: web.HTTPException, request: web.BaseRequest) -> ErrorResponse:
+def from_http_exception(error: web.HTTPException, request: web.BaseRequest) -> ErrorResponse:
     """Convert an error of aiohttp or of a middleware to an error response."""
     if error.status == 404:
         return not_found(f"There is nothing at {request.path[:256]}.{_hint(request)}")
@@ -85,16 +85,16 @@ async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamR
     try:
         response = await handler(request)
     except GatewayError as fault:
-        return problem_response(fault.problem, request_id)
+        return error_response(fault.problem, request_id)
     except web.HTTPException as error:
-        response = problem_response(http_problem(error, request), request_id)
+        response = error_response(from_http_exception(error, request), request_id)
         if "allow" in error.headers:
             response.headers["allow"] = error.headers["allow"]
         return response
     except web.RequestPayloadError:
-        return problem_response(invalid("The request's body is broken."), request_id)
+        return error_response(invalid("The request's body is broken."), request_id)
     except ValueError as error:
-        return problem_response(invalid(str(error)), request_id)
+        return error_response(invalid(str(error)), request_id)
     if not response.prepared:
         response.headers.setdefault("x-request-id", request_id)
     return response
@@ -110,7 +110,7 @@ PIECE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is no
 MAX_FRAMING_BYTES = 16_384
 
 
-class Strictness(NamedTuple):
+class ConnectionLimits(NamedTuple):
     """A listener's bounds on its connections.
 
     `header_timeout_s`: how long a head may take. `on_refused`: called with the status of an answer to invalid HTTP.
@@ -135,10 +135,10 @@ class Strictness(NamedTuple):
     def too_late(self) -> bytes:
         """Return the answer to a head that didn't arrive in time, and count it."""
         self.on_refused(TOO_LATE.status)
-        return parting(TOO_LATE)
+        return last_error_answer(TOO_LATE)
 
 
-class GeneralConnection(RequestHandler):
+class AiohttpConnection(RequestHandler):
     """One client's connection served by aiohttp. `source`: the client named by a PROXY header.
 
     Input that the parser refuses is answered in the envelope, the connection is closed, and what follows a refused head
@@ -158,7 +158,9 @@ class GeneralConnection(RequestHandler):
     )
     _wire: asyncio.Transport
 
-    def __init__(self, server: web.Server, source: Source | None, *, strictness: Strictness, **options: Any) -> None:
+    def __init__(
+        self, server: web.Server, source: Source | None, *, strictness: ConnectionLimits, **options: Any
+    ) -> None:
         super().__init__(server, **options)
         self._source = source
         self._strictness = strictness
@@ -271,13 +273,13 @@ class GeneralConnection(RequestHandler):
         else:
             problem = ErrorResponse(status, "bad_request", _in_words(exc, message))
             self._strictness.on_refused(status)
-        response = problem_response(problem, request_id_of(request))
+        response = error_response(problem, request_id_of(request))
         response.headers.extend(self._strictness.headers)
         response.force_close()
         return response
 
     def _expect_head(self) -> None:
-        self._head_timer = self._loop.call_later(self._strictness.header_timeout_s(), self._give_head_up)
+        self._head_timer = self._loop.call_later(self._strictness.header_timeout_s(), self._on_head_timeout)
 
     def _expect_nothing(self) -> None:
         if self._head_timer is not None:
@@ -285,7 +287,7 @@ class GeneralConnection(RequestHandler):
             self._head_timer = None
             self._head_begun = False
 
-    def _give_head_up(self) -> None:
+    def _on_head_timeout(self) -> None:
         """Close a connection whose head is late: with 408 if it has begun.
 
         Nothing is sent if it hasn't begun: a balancer that connects ahead of requests would take the 408 for an answer.

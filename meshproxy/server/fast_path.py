@@ -14,7 +14,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Protocol, cast
 
-from meshproxy.http1.heads import MAX_HEAD_BYTES, may_become_usual, usual_head
+from meshproxy.http1.heads import MAX_HEAD_BYTES, may_become_usual, parse_usual_head
 from meshproxy.server.client_address import Source
 
 REQUEST_LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
@@ -231,7 +231,7 @@ class ClientConnection(asyncio.Protocol):
         """Start the request if the head is complete and usual; keep an incomplete one; hand over any other."""
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         if end > 3:
-            fields = usual_head(data[:end], REQUEST_LINE)
+            fields = parse_usual_head(data[:end], REQUEST_LINE)
             if fields is not None:
                 self._begin(fields, data[end:])
                 return

@@ -21,7 +21,7 @@ from yarl import URL
 from meshproxy.config import ConfigError, Server, split_address
 from meshproxy.http1.heads import MAX_FIELDS, MAX_HEAD_BYTES
 from meshproxy.server.client_address import NotProxied, Source, TrustedProxies, read_source
-from meshproxy.server.errors import GeneralConnection, Strictness
+from meshproxy.server.errors import AiohttpConnection, ConnectionLimits
 from meshproxy.server.fast_path import LINGER_S, ClientConnection
 from meshproxy.telemetry.tasks import Tasks
 
@@ -217,13 +217,13 @@ async def _receive_exactly(loop: asyncio.AbstractEventLoop, connection: socket.s
     return data
 
 
-Connection = ClientConnection | GeneralConnection
+Connection = ClientConnection | AiohttpConnection
 
 LOOK_S = 0.25  # how late a connection's deadline may be noticed
 WRITES_LOOKED_AT_EACH_S = 1.0  # or more often, if the time-out is short
 SHUTDOWN_S = 1.0
 
-USUAL = Strictness()
+USUAL = ConnectionLimits()
 
 _UNREADABLE = web.RequestKey("unreadable", str)
 
@@ -238,7 +238,9 @@ class Chat(Protocol):
 class _Server(web.Server):
     """Makes protocols for accepted sockets. It is the `Host` of its fast-path connections."""
 
-    def __init__(self, handler: Any, chat: Callable[[], Chat] | None, strictness: Strictness, **options: Any) -> None:
+    def __init__(
+        self, handler: Any, chat: Callable[[], Chat] | None, strictness: ConnectionLimits, **options: Any
+    ) -> None:
         super().__init__(handler, strictness=strictness, **options)
         self.usual: set[ClientConnection] = set()
         self._chat = chat
@@ -249,8 +251,8 @@ class _Server(web.Server):
     def __call__(self, source: Source | None = None) -> Any:  # aiohttp's type knows only its own protocol
         return self.others(source) if self._chat is None else ClientConnection(self, self._loop, source)
 
-    def others(self, source: Source | None) -> GeneralConnection:
-        return GeneralConnection(self, source, loop=self._loop, **self._kwargs)
+    def others(self, source: Source | None) -> AiohttpConnection:
+        return AiohttpConnection(self, source, loop=self._loop, **self._kwargs)
 
     def header_timeout_s(self) -> float:
         return self._strictness.header_timeout_s()
@@ -277,13 +279,13 @@ class _Server(web.Server):
             connection.expire()
         if now - self._writes_looked_at >= min(WRITES_LOOKED_AT_EACH_S, self._strictness.write_timeout_s() / 4):
             self._writes_looked_at = now
-            self._look_at_writes(now)
+            self._abort_stalled_writes(now)
 
     def all(self) -> "list[Connection]":
         """List every connection."""
-        return [*self.usual, *cast("list[GeneralConnection]", self.connections)]
+        return [*self.usual, *cast("list[AiohttpConnection]", self.connections)]
 
-    def _look_at_writes(self, now: float) -> None:
+    def _abort_stalled_writes(self, now: float) -> None:
         """Abort the connection of every client that has taken nothing for write_timeout_s. This cancels its request."""
         before, self._unsent = self._unsent, {}
         for connection in self.all():
@@ -310,7 +312,7 @@ class Runner(web.AppRunner):
         self,
         app: web.Application,
         chat: Callable[[], Chat] | None,
-        strictness: Strictness = USUAL,
+        strictness: ConnectionLimits = USUAL,
         loops: Tasks | None = None,
     ) -> None:
         super().__init__(app, shutdown_timeout=SHUTDOWN_S)
@@ -366,7 +368,7 @@ class Runner(web.AppRunner):
             max_headers=MAX_FIELDS,
             lingering_time=LINGER_S,
         )
-        self._looking = self._loops.keep("deadlines", partial(_now_and_then, server.look_at_deadlines))
+        self._looking = self._loops.keep("deadlines", partial(_run_every, server.look_at_deadlines))
         return server
 
     def _request(self, message: Any, *parts: Any) -> web.Request:
@@ -416,7 +418,7 @@ def _refusal_of(request: BaseRequest) -> str | None:
     return None
 
 
-async def _now_and_then(look: Callable[[], None]) -> None:
+async def _run_every(look: Callable[[], None]) -> None:
     while True:
         await asyncio.sleep(LOOK_S)
         look()

@@ -22,7 +22,7 @@ from meshproxy.upstream.response import Response, Sink
 IDENTITY = frozenset({"", "identity"})
 
 
-class Patience(NamedTuple):
+class Timeouts(NamedTuple):
     """How long a provider may be silent, in seconds, and the largest answer that is kept whole."""
 
     first_byte_s: float
@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
     sink: Sink
 
     def __init__(
-        self, patience: Patience, on_idle: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
+        self, patience: Timeouts, on_idle: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
     ) -> None:
         self._patience = patience
         self._idle_s = patience.idle_s
@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._expect_within(self._patience.first_byte_s)
         return self._answer
 
-    def heard_something(self) -> bool:
+    def has_unread_input(self) -> bool:
         """Return whether the idle socket has an end, a reset or bytes that the event loop hasn't delivered yet."""
         return bool(self._poll.poll(0))
 
@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """End a body that only the connection's end delimits; fail any other exchange. asyncio then closes."""
-        if self._body is not None and self._body.until_eof and self._said_goodbye():
+        if self._body is not None and self._body.until_eof and self._closed_cleanly():
             self._finish()
         else:
             self.abort(self._loss())
@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
         self.lost.set_result(None)
         self._on_lost(self)
 
-    def _said_goodbye(self) -> bool:
+    def _closed_cleanly(self) -> bool:
         """Return whether the provider ended the connection. A bare end of TCP under TLS may be forged (RFC 9112,
         9.8).
         """
@@ -250,14 +250,14 @@ class Connection(asyncio.Protocol):
             if self._timer.when() <= deadline:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(deadline, self._look_at_the_clock)
+        self._timer = self._loop.call_at(deadline, self._check_deadline)
 
-    def _look_at_the_clock(self) -> None:
+    def _check_deadline(self) -> None:
         """Act on a passed deadline: fail a silent exchange, or close an idle connection. Re-arm the timer otherwise."""
         if self._paused:
             self._deadline = self._loop.time() + self._idle_s
         if self._loop.time() < self._deadline:
-            self._timer = self._loop.call_at(self._deadline, self._look_at_the_clock)
+            self._timer = self._loop.call_at(self._deadline, self._check_deadline)
             return
         self._timer = None
         if self._answer is not None:

@@ -20,7 +20,7 @@ import aiohappyeyeballs
 
 from meshproxy.config.settings import host_fault
 from meshproxy.errors import Phase
-from meshproxy.upstream.connection import Connection, Patience
+from meshproxy.upstream.connection import Connection, Timeouts
 from meshproxy.upstream.response import closing, connect_timeout, dropped, exhausted, unreachable
 
 HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305 section 8
@@ -155,7 +155,7 @@ class Pool:
     """Connections to one provider, see the charter. `dial` connects a connection or raises."""
 
     def __init__(
-        self, dial: Callable[[Connection], Awaitable[None]], patience: Patience, *, limit: int, wait_s: float
+        self, dial: Callable[[Connection], Awaitable[None]], patience: Timeouts, *, limit: int, wait_s: float
     ) -> None:
         self._dial = dial
         self._patience = patience
@@ -171,7 +171,7 @@ class Pool:
         """Return an idle connection that seems alive, or None. Stale ones found on the way are closed."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable and not connection.heard_something():
+            if connection.usable and not connection.has_unread_input():
                 return connection
             connection.abort()
         return None
@@ -180,7 +180,7 @@ class Pool:
         """Return a new connection or, at the limit, the first that becomes free; or raise UpstreamError, repeatable."""
         if self._closed:
             raise closing()
-        connection = self._new() or await self._stand_in_line()
+        connection = self._new() or await self._wait_for_free()
         if connection.made:
             return connection
         try:
@@ -221,7 +221,7 @@ class Pool:
         self._live.add(connection)
         return connection
 
-    async def _stand_in_line(self) -> Connection:
+    async def _wait_for_free(self) -> Connection:
         """Wait for a connection that becomes free. Raises UpstreamError after wait_s."""
         waiter: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         self._line.append(waiter)
@@ -229,13 +229,13 @@ class Pool:
             async with asyncio.timeout(self._wait_s):
                 return await waiter
         except TimeoutError as error:
-            self._leave_line(waiter)
+            self._stop_waiting(waiter)
             raise exhausted(self._limit) from error
         except asyncio.CancelledError:
-            self._leave_line(waiter)
+            self._stop_waiting(waiter)
             raise
 
-    def _leave_line(self, waiter: asyncio.Future[Connection]) -> None:
+    def _stop_waiting(self, waiter: asyncio.Future[Connection]) -> None:
         """Remove a waiter that gave up. A connection that it was just given goes to the next waiter."""
         if waiter in self._line:
             self._line.remove(waiter)

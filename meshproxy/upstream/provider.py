@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from meshproxy import config
 from meshproxy.config import plain
 from meshproxy.errors import GatewayError, Source, invalid
-from meshproxy.upstream.connection import Connection, Patience
+from meshproxy.upstream.connection import Connection, Timeouts
 from meshproxy.upstream.pool import Address, ClientContext, Dialer, Pool
 from meshproxy.upstream.response import Response, Sink, unreachable
 
@@ -46,7 +46,7 @@ class Provider:
         self._address = Address(settings.base_url)
         self._own_headers = _own_headers(settings, api_key, user_agent)
         self._heads: dict[str, bytes] = {}
-        patience = Patience(
+        patience = Timeouts(
             settings.first_byte_timeout_s, settings.idle_timeout_s, settings.keepalive_s, settings.max_response_bytes
         )
         dialer = Dialer(self._address, settings.connect_timeout_s, ssl_context)

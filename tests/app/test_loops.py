@@ -6,7 +6,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from meshproxy.app import worker
-from meshproxy.gateway.in_flight import Live
+from meshproxy.gateway.in_flight import InFlight
 from meshproxy.ledger import connection
 from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.link import Channel
@@ -15,7 +15,7 @@ from meshproxy.ledger.store import Unavailable
 from meshproxy.server.listener import _Server
 
 LOOPS = {
-    "pulse": (Live, "pulse"),
+    "pulse": (InFlight, "pulse"),
     "journal": (Journal, "keep_replaying"),
     "instances": (Instances, "beat"),
     "loop-lag": (worker, "watch_lag"),
@@ -71,7 +71,7 @@ async def test_one_relay_s_trouble_is_not_the_others(mesh, monkeypatch):
         def __init__(self, trouble):
             self.trouble = trouble
 
-        def look_after(self, _now, _heartbeat_s):
+        def ping_if_silent(self, _now, _heartbeat_s):
             looked_after.append(self)
             if self.trouble:
                 raise LookupError("gone")
@@ -91,6 +91,6 @@ async def test_a_pulse_that_keeps_failing_takes_the_worker_out_of_its_balancer(s
         raise LookupError("gone")
 
     monkeypatch.setattr("meshproxy.telemetry.tasks.FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(Live, "pulse", planted)
+    monkeypatch.setattr(InFlight, "pulse", planted)
     mesh = await start_mesh()
     await mesh.until(lambda: mesh.worker.not_ready() == ["the task pulse keeps failing"])

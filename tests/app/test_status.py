@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from meshproxy.app.serve import Panel
+from meshproxy.app.serve import AdminFigures
 from meshproxy.app.worker_process import Report
 from meshproxy.telemetry.exposition import MergedMetrics, encode
 
@@ -34,8 +34,8 @@ class Crew:
     ],
 )
 async def test_one_worker_that_is_ready_is_enough(not_ready, expected):
-    assert expected == await Panel(Crew(not_ready), 2).ready()
+    assert expected == await AdminFigures(Crew(not_ready), 2).ready()
 
 
 async def test_before_all_were_up_none_is():
-    assert ["starting"] == await Panel(Crew([[]], up=False), 2).ready()
+    assert ["starting"] == await AdminFigures(Crew([[]], up=False), 2).ready()

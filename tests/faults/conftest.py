@@ -19,7 +19,7 @@ from tests.faults.table import OUTCOMES, SECURED, Case, expected_of
 from tests.faults.teller import Teller
 
 SHORT_S = 0.2  # the gateway's time-outs where a case comes down to one, and the life of a hold that nobody settles
-LONG_S = 20.0
+MAX_HEAR_S = 20.0
 PATIENCE_S = 10.0
 OURS_TO_MEND = ("task_failed", "bug", "handler failed")  # docs/operations.md
 
@@ -33,10 +33,10 @@ class Terms(NamedTuple):
     else is set of that provider, and others. Nothing comes down to a time-out that needn't, however busy the machine is.
     """
 
-    client_s: float = LONG_S
-    upstream_s: float = LONG_S
-    redis_s: float = LONG_S
-    ttl_s: float = LONG_S
+    client_s: float = MAX_HEAR_S
+    upstream_s: float = MAX_HEAR_S
+    redis_s: float = MAX_HEAR_S
+    ttl_s: float = MAX_HEAR_S
     secured: bool = False
     wired: dict[str, Any] = {}  # noqa: RUF012 - nobody writes to these
     upstreams: dict[str, Any] = {}  # noqa: RUF012
@@ -52,7 +52,7 @@ class Stage:
         self.said: list[dict[str, Any]] = []  # by the gateway in its log, lines of requests aside
 
     async def ask(
-        self, model: str = "", *, stream: bool, patience_s: float = PATIENCE_S, caller: Caller | None = None
+        self, model: str = "", *, stream: bool, client_timeout_s: float = PATIENCE_S, caller: Caller | None = None
     ) -> bytes:
         """What comes back for a request until the connection ends, or patience does. A stream's events come one by one."""
         model = model or ("paced" if stream else "brisk")
@@ -64,7 +64,7 @@ class Stage:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.wires["client"].port)
         try:
             writer.write(head.encode() + body)
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(client_timeout_s):
                 while data := await reader.read(65_536):
                     got += data
         except (TimeoutError, ConnectionError):
@@ -154,10 +154,10 @@ async def teller():
 @pytest.fixture
 def terms(case: Case) -> Terms:
     """Those of one fault."""
-    timeout_s = SHORT_S if case[2] == "blackhole" else LONG_S
+    timeout_s = SHORT_S if case[2] == "blackhole" else MAX_HEAR_S
     expected = expected_of(case)
-    upstream_s = LONG_S if expected == OUTCOMES["whole"] else timeout_s
-    ttl_s = SHORT_S if expected.hold == "abandoned" else LONG_S
+    upstream_s = MAX_HEAR_S if expected == OUTCOMES["whole"] else timeout_s
+    ttl_s = SHORT_S if expected.hold == "abandoned" else MAX_HEAR_S
     return Terms(timeout_s, upstream_s, timeout_s, ttl_s, secured=case[0] in SECURED)
 
 

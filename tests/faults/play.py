@@ -28,17 +28,17 @@ async def played(stage, case):
 async def struck(stage, leg, phase, mode, *, stream):
     """What a client gets whose request meets the fault."""
     mesh, wire = stage.mesh, stage.wires[leg]
-    patience_s = 2.5 * SHORT_S if (leg, mode) == ("client", "blackhole") else PATIENCE_S
+    client_timeout_s = 2.5 * SHORT_S if (leg, mode) == ("client", "blackhole") else PATIENCE_S
     if phase == IDLE:
         before = await stage.ask(stream=False, caller=await mesh.key())
         assert "200" == heard(before)
         await mesh.quiet()
         mesh.log.lines.clear()
         await wire.strike(mode, "caller")
-        return await stage.ask(stream=stream, patience_s=patience_s)
+        return await stage.ask(stream=stream, client_timeout_s=client_timeout_s)
     if phase == WAITING:
         asked = asyncio.create_task(
-            stage.ask(model_of(leg, phase, stream=stream), stream=stream, patience_s=patience_s)
+            stage.ask(model_of(leg, phase, stream=stream), stream=stream, client_timeout_s=client_timeout_s)
         )
         await mesh.until(lambda: mesh.received)
         await wire.strike(mode, "target")
@@ -49,7 +49,7 @@ async def struck(stage, leg, phase, mode, *, stream):
         await mesh.until(lambda: not mesh.worker.store.connected)
         if mode in GENTLE:
             await mesh.until(lambda: mesh.worker.store.connected)
-    got = await stage.ask(model_of(leg, phase, stream=stream), stream=stream, patience_s=patience_s)
+    got = await stage.ask(model_of(leg, phase, stream=stream), stream=stream, client_timeout_s=client_timeout_s)
     await mesh.until(lambda: wire.struck)
     return got
 

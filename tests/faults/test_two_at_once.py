@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from tests.faults.conftest import LONG_S, SHORT_S, Terms
+from tests.faults.conftest import MAX_HEAR_S, SHORT_S, Terms
 from tests.faults.phases import PHASES, THEN
 from tests.faults.play import heard, written
 from tests.faults.table import OUTCOMES, PAIRS, SHAPES, word_of
@@ -16,9 +16,9 @@ CASES = [(*pair, shape) for pair, shape in itertools.product(PAIRS, SHAPES) if w
 @pytest.fixture
 def terms(first, second, shape):
     """Redis alone comes down to its time-out: whoever else is silent is hung up on before."""
-    redis_s = SHORT_S if "blackhole" in (first[2] + second[2]) and "Redis" in (first[0], second[0]) else LONG_S
+    redis_s = SHORT_S if "blackhole" in (first[2] + second[2]) and "Redis" in (first[0], second[0]) else MAX_HEAR_S
     abandoned = OUTCOMES[word_of(PAIRS[first, second], shape)].hold == "abandoned"
-    return Terms(redis_s=redis_s, ttl_s=SHORT_S if abandoned else LONG_S)
+    return Terms(redis_s=redis_s, ttl_s=SHORT_S if abandoned else MAX_HEAR_S)
 
 
 @pytest.mark.parametrize("first, second, shape", CASES)

@@ -17,7 +17,7 @@ from meshproxy.openai.errors import envelope, error_event
 from meshproxy.openai.event_stream import StreamScanner
 from meshproxy.openai.request import decode_chat, encode_upstream
 from meshproxy.openai.usage import decode_reply
-from meshproxy.policy.failover import after_status
+from meshproxy.policy.failover import classify_status
 from meshproxy.policy.template import Template, check_template, render, slots
 from meshproxy.policy.tokens import estimate_prompt
 
@@ -117,7 +117,7 @@ def check_configuration(data: bytes) -> None:
 def check_provider_words(data: bytes) -> None:
     """Whatever a provider says with a status can be told, as a body and as one event."""
     status = 100 + (data[0] * 2 if data else 0)
-    verdict = after_status(status, data[1:], None)
+    verdict = classify_status(status, data[1:], None)
     assert verdict.problem.status in {400, 403, 404, 413, 422, 502, 503}
     _can_be_told(verdict.problem, verdict.problem.status)
     try:

@@ -30,7 +30,7 @@ def candidate(**fields: Any) -> Candidate:
     """An attempt at 2.50 and 10.00 USD a million tokens."""
     model = Model(upstreams=[Route(upstream="u", model="m")], input_usd_per_mtok="2.50", output_usd_per_mtok="10.00")
     settings = Settings(upstreams={"u": Upstream(kind="openai", base_url="http://127.0.0.1:1")}, models={"m": model})
-    (made,) = Catalog(settings).attempts("m", spin=0)
+    (made,) = Catalog(settings).candidates("m", spin=0)
     return type(made)(**{**{name: getattr(made, name) for name in made.__struct_fields__}, **fields})
 
 
@@ -40,7 +40,7 @@ def plan(body: bytes = STREAM, **fields: Any) -> Plan:
     usual: dict[str, Any] = {
         "request": request,
         "model": "m",
-        "attempts": (candidate(),),
+        "candidates": (candidate(),),
         "prompt": Prompt(request, None, 2**20),
         "prompt_tokens": PROMPT_TOKENS,
         "output_cap": 1000,
@@ -65,7 +65,7 @@ def exchange(of_plan: Plan | None = None) -> Exchange:
     call = Call(request_id="req_1", authorization=None, read_body=lambda _take: body_of(BODY), received_at=0.0)
     made = Exchange(call, "h")
     made.plan = of_plan or plan()
-    made.candidate = made.plan.attempts[0]
+    made.candidate = made.plan.candidates[0]
     return made
 
 

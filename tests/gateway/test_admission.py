@@ -4,7 +4,7 @@ import math
 import pytest
 
 from meshproxy.config import Credits, Defaults
-from meshproxy.gateway.admit import affordable, ask_for, clamps, first_slice, limit_headers, limits_of
+from meshproxy.gateway.admit import affordable, first_slice, limit_headers, limits_of, make_hold_request, may_clamp
 from meshproxy.gateway.exchange import refused
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.policy.principal import Account, Budgets, Limits, Principal
@@ -57,7 +57,7 @@ def request(**fields):
     ],
 )
 def test_how_little_is_enough_and_which_share_is_taken_then(of_plan, credit, expected):
-    asked = ask_for(of_plan, 999, principal(), "h", Credits(**credit), Defaults(), enforce_mid_stream=False)
+    asked = make_hold_request(of_plan, 999, principal(), "h", Credits(**credit), Defaults(), enforce_mid_stream=False)
     least = None if expected is None else PROMPT_NUSD + expected[0] * 10_000
     assert least == asked.amount_min_nusd
     assert expected is None or asked.share_percent == expected[1]
@@ -66,7 +66,7 @@ def test_how_little_is_enough_and_which_share_is_taken_then(of_plan, credit, exp
 def test_what_the_ledger_is_asked():
     caller = principal(budgets=Budgets(daily_nusd=5), session=Budgets(total_nusd=6), limits=Limits(burst=3))
     of_plan = plan(b'{"session_id":"s","max_tokens":1000,%b' % BODY[1:])
-    asked = ask_for(of_plan, 99, caller, "h1", Credits(hold_ttl_s=30), Defaults(), enforce_mid_stream=False)
+    asked = make_hold_request(of_plan, 99, caller, "h1", Credits(hold_ttl_s=30), Defaults(), enforce_mid_stream=False)
     assert ("h1", "acme", "k", "s", 30_000, True) == (
         asked.hold_id,
         asked.account,
@@ -81,7 +81,7 @@ def test_what_the_ledger_is_asked():
 
 
 def test_where_tokens_end_streams_only_a_slice_is_reserved():
-    asked = ask_for(plan(), 256, principal(), "h", Credits(), Defaults(), enforce_mid_stream=True)
+    asked = make_hold_request(plan(), 256, principal(), "h", Credits(), Defaults(), enforce_mid_stream=True)
     assert 18 + 256 == asked.tokens
 
 
@@ -89,7 +89,7 @@ def test_where_tokens_end_streams_only_a_slice_is_reserved():
     ("of_key", "of_all", "expected"), [(None, True, True), (False, True, False), (True, False, True)]
 )
 def test_the_key_decides_about_clamping_before_the_configuration(of_key, of_all, expected):
-    assert expected == clamps(principal(clamp=of_key), Credits(clamp=of_all))
+    assert expected == may_clamp(principal(clamp=of_key), Credits(clamp=of_all))
 
 
 def held(tokens, free_tokens=0):
@@ -132,7 +132,7 @@ def test_a_keys_limits_come_before_the_defaults(own, expected):
 
 def test_an_account_has_no_default_limits():
     caller = Principal(principal().key, Account("acme", limits=Limits(requests_per_minute=7)))
-    asked = ask_for(plan(), 99, caller, "h", Credits(), Defaults(), enforce_mid_stream=False)
+    asked = make_hold_request(plan(), 99, caller, "h", Credits(), Defaults(), enforce_mid_stream=False)
     assert Limits(7) == asked.account_limits
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from meshproxy.errors import GatewayError
 from meshproxy.gateway import bounds
-from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES, Bodies
+from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES, BodyMemory
 
 MB = 1_000_000
 MOST = 10 * MB
@@ -14,7 +14,7 @@ MOST = 10 * MB
 
 @pytest.fixture
 def bodies():
-    return Bodies(lambda: MOST, lambda: 2000)
+    return BodyMemory(lambda: MOST, lambda: 2000)
 
 
 async def taken(bodies, *sizes, account="a"):
@@ -99,7 +99,7 @@ async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatc
 
 
 async def test_of_one_account_so_many_requests_are_here_without_being_admitted():
-    bodies = Bodies(lambda: MOST, lambda: 2)
+    bodies = BodyMemory(lambda: MOST, lambda: 2)
     first, second = bodies.room("a"), bodies.room("a")
     with pytest.raises(GatewayError) as caught:
         bodies.room("a")

@@ -10,7 +10,7 @@ from meshproxy.config import Idempotency
 from meshproxy.errors import GatewayError
 from meshproxy.gateway import idempotency as module
 from meshproxy.gateway.exchange import Call, Reply
-from meshproxy.gateway.idempotency import Idempotence, Recording, Replay
+from meshproxy.gateway.idempotency import IdempotencyKeys, Recording, Replay
 from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Unavailable
@@ -67,7 +67,7 @@ class House:
     def __init__(self, store, tasks):
         self.store, self.tasks = store, tasks
         self.now = 0.0
-        self.idempotence = Idempotence(Replays(store), tasks, lambda: self.now)
+        self.idempotence = IdempotencyKeys(Replays(store), tasks, lambda: self.now)
         self.client = Client()
 
     async def enter(self, owner, *, name="once", body=b"{}", settings=SETTINGS):

@@ -5,7 +5,7 @@ import pytest
 
 from meshproxy.config import Credits, Server, Settings
 from meshproxy.errors import GatewayError, Source, ledger_unavailable
-from meshproxy.gateway.in_flight import Live
+from meshproxy.gateway.in_flight import InFlight
 
 
 class Looked:
@@ -20,14 +20,14 @@ class Looked:
         if self._error is not None:
             raise self._error
 
-    def look_after(self, now, heartbeat_s):
+    def ping_if_silent(self, now, heartbeat_s):
         assert 0.004 == heartbeat_s
         self.pinged.set()
 
 
 @pytest.fixture
 async def live():
-    made = Live(asyncio.get_running_loop().time)
+    made = InFlight(asyncio.get_running_loop().time)
     settings = Settings(server=Server(heartbeat_s=0.004), credits=Credits(hold_ttl_s=0.012))
     pulse = asyncio.create_task(made.pulse(lambda: settings))
     yield made

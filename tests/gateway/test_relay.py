@@ -192,35 +192,35 @@ async def test_a_stream_that_ends_while_its_client_is_full_ends(stream):
 
 
 async def test_a_silent_provider_is_covered_by_pings(stream):
-    stream.relay.look_after(stream.now + 14.9, 15)
+    stream.relay.ping_if_silent(stream.now + 14.9, 15)
     assert [] == stream.client.sent
-    stream.relay.look_after(stream.now + 15, 15)
-    stream.relay.look_after(stream.now + 16, 15)
+    stream.relay.ping_if_silent(stream.now + 15, 15)
+    stream.relay.ping_if_silent(stream.now + 16, 15)
     assert [PING] == stream.client.sent
 
 
 async def test_an_event_puts_the_ping_off(stream):
     stream.now += 10
     stream.says(event(" a"))
-    stream.relay.look_after(stream.now + 14, 15)
+    stream.relay.ping_if_silent(stream.now + 14, 15)
     assert [event(" a")] == stream.client.sent
 
 
 async def test_a_full_or_finished_client_gets_no_ping(stream):
     stream.client.full = True
-    stream.relay.look_after(stream.now + 100, 15)
+    stream.relay.ping_if_silent(stream.now + 100, 15)
     stream.client.full = False
     stream.says(DONE)
     stream.provider.sink.end()
-    stream.relay.look_after(stream.now + 100, 15)
+    stream.relay.ping_if_silent(stream.now + 100, 15)
     assert [done("0.00")] == stream.client.sent
 
 
 async def test_the_end_of_a_body_is_not_waited_for_long_after_done(stream):
     stream.says(event(" a") + DONE)
-    stream.relay.look_after(stream.now + LAST_BYTE_S - 0.1, 15)
+    stream.relay.ping_if_silent(stream.now + LAST_BYTE_S - 0.1, 15)
     assert not stream.relay.ended
-    stream.relay.look_after(stream.now + LAST_BYTE_S, 15)
+    stream.relay.ping_if_silent(stream.now + LAST_BYTE_S, 15)
     await stream.task
     assert ("completed", True, True) == (stream.relay.outcome, stream.provider.closed, stream.client.finished)
 

@@ -64,7 +64,7 @@ async def resolved(*, caller=None, credit=None, server=None, **fields):
 
 async def sent(**fields):
     plan = await resolved(**fields)
-    return json.loads(plan.body_for(plan.attempts[0]))
+    return json.loads(plan.body_for(plan.candidates[0]))
 
 
 async def test_the_model_of_the_request_the_key_the_template_and_the_defaults():
@@ -167,14 +167,14 @@ async def test_a_prompt_is_held_for_at_most_the_window():
 async def test_fallbacks_whose_window_is_surely_too_small_are_skipped(words, models, expected):
     messages = [{"role": "user", "content": " river" * words}]
     plan = await resolved(model=models[0], models=models[1:], messages=messages)
-    assert expected == [candidate.model for candidate in plan.attempts]
+    assert expected == [candidate.model for candidate in plan.candidates]
 
 
 async def test_what_middle_out_makes_fit_skips_nothing():
     messages = [{"role": "user", "content": " river" * 20_000}]
     plan = await resolved(model="narrow", models=["large"], messages=messages, transforms=["middle-out"])
-    assert ["narrow", "large"] == [candidate.model for candidate in plan.attempts]
-    assert len(plan.body_for(plan.attempts[0])) < 8192 * 3 < 120_000 < len(plan.body_for(plan.attempts[1]))
+    assert ["narrow", "large"] == [candidate.model for candidate in plan.candidates]
+    assert len(plan.body_for(plan.candidates[0])) < 8192 * 3 < 120_000 < len(plan.body_for(plan.candidates[1]))
 
 
 async def test_middle_out_is_done_once_for_each_window():
@@ -236,13 +236,13 @@ async def test_a_template_bomb_is_refused_before_it_is_built(copies, monkeypatch
 
 async def test_params_fill_what_the_request_lacks():
     plan = await resolved(caller=principal(params={"max_tokens": 7, "n": 2, "seed": 1}), seed=2)
-    body = json.loads(plan.body_for(plan.attempts[0]))
+    body = json.loads(plan.body_for(plan.candidates[0]))
     assert (7, 2, 2, 14) == (body["max_completion_tokens"], body["n"], body["seed"], plan.output_bound)
 
 
 async def test_what_is_clamped_is_told_to_the_provider():
     plan = (await resolved(max_tokens=1000)).clamped_to(1_000 * 20 + 1_000 * 5)
-    assert json.loads(plan.body_for(plan.attempts[0]))["max_completion_tokens"] == plan.output_cap < 25
+    assert json.loads(plan.body_for(plan.candidates[0]))["max_completion_tokens"] == plan.output_cap < 25
 
 
 async def test_something_is_always_left_to_say():

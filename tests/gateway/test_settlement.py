@@ -92,21 +92,21 @@ class TestBill:
 
     def test_the_fallback_that_served_sets_the_price(self):
         native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
-        of_plan = plan(attempts=(candidate(natives=(native,)),))
+        of_plan = plan(candidates=(candidate(natives=(native,)),))
         assert 10 * 250 + 20 * 1_000 == billed(report(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2]
 
     def test_a_fallback_that_none_was_asked_for_is_billed_at_the_dearest(self):
         native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
         for natives_first in (False, True):
             asked, other = (native, candidate()) if natives_first else (candidate(), native)
-            made = exchange(plan(attempts=(msgspec.structs.replace(asked, natives=(other,)),)))
+            made = exchange(plan(candidates=(msgspec.structs.replace(asked, natives=(other,)),)))
             bill(made, report(10, 20), "a stranger", lambda: 0)
             told = (made.cost_nusd, made.model, made.unlisted_model)
             assert (10 * 2_500 + 20 * 10_000, "m", "a stranger") == told
 
     def test_what_a_stream_costs_so_far_changes_nothing_of_what_it_costs(self):
         native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
-        made = exchange(plan(attempts=(candidate(natives=(native,)),)))
+        made = exchange(plan(candidates=(candidate(natives=(native,)),)))
         for served_model, expected in (("cheap-1", "cheap"), ("a stranger", "m"), ("cheap-1", "cheap")):
             bill(made, report(10, 20), served_model, lambda: 0)
             assert (expected, expected == "m") == (made.model, made.unlisted_model is not None)
@@ -122,7 +122,7 @@ class TestBill:
     )
     def test_the_provider_s_own_figure_counts_for_the_whole_answer(self, told, most, outdated, expected):
         price = msgspec.structs.replace(candidate().price, markup=1_000_000_000)
-        made = exchange(plan(attempts=(candidate(price=price),)))
+        made = exchange(plan(candidates=(candidate(price=price),)))
         reported = msgspec.structs.replace(report(10, 20), cost_usd=None if told is None else Decimal(told))
         bill(made, reported, None, lambda: 99, most, outdated=outdated)
         assert (expected, expected != 500_000_000) == (made.cost_nusd, made.price.markup is None)
@@ -130,7 +130,7 @@ class TestBill:
     @pytest.mark.parametrize(("told", "expected"), [(None, 250), ("flex", 250), ("default", 2_500)])
     def test_the_service_tier_that_was_served_sets_the_price(self, told, expected):
         body = b'{"service_tier":"flex","messages":[{"role":"user","content":"Hello there"}]}'
-        made = exchange(plan(body, attempts=(candidate(services=(("flex", CHEAP),)),)))
+        made = exchange(plan(body, candidates=(candidate(services=(("flex", CHEAP),)),)))
         bill(made, msgspec.structs.replace(report(10), service_tier=told), None, lambda: 0)
         assert 10 * expected == made.cost_nusd
 
@@ -153,7 +153,7 @@ class Books:
         self.answers = list(answers)
         self.settled, self.journaled = [], []
 
-    def settling(self, settlement):
+    def send_settlement(self, settlement):
         self.settled.append(settlement)
         answer, asked = self.answers.pop(0), asyncio.get_running_loop().create_future()
         if isinstance(answer, Exception):
@@ -163,7 +163,7 @@ class Books:
         return asked
 
     async def settle(self, settlement):
-        return await self.settling(settlement)
+        return await self.send_settlement(settlement)
 
     async def append(self, settlement):
         self.journaled.append(settlement)

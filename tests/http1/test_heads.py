@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshproxy.http1.heads import MAX_FIELDS, MAX_HEAD_BYTES, may_become_usual, usual_head
+from meshproxy.http1.heads import MAX_FIELDS, MAX_HEAD_BYTES, may_become_usual, parse_usual_head
 
 LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
 HOST = b"Host: m\r\n"
@@ -14,13 +14,13 @@ def head(*lines, line=LINE):
 
 
 def test_a_usual_head():
-    told = usual_head(head(HOST, b"authorization:Bearer \t x \t\r\n", LENGTH, b"X-Empty:\r\n"), LINE)
+    told = parse_usual_head(head(HOST, b"authorization:Bearer \t x \t\r\n", LENGTH, b"X-Empty:\r\n"), LINE)
     assert {"host": "m", "authorization": "Bearer \t x", "content-length": "2", "x-empty": ""} == told
 
 
 @pytest.mark.parametrize("connection", [b"keep-alive", b"Keep-Alive", b"close"])
 def test_a_connection_may_be_kept_or_closed(connection):
-    assert "connection" in usual_head(head(HOST, LENGTH, b"connection: " + connection + b"\r\n"), LINE)
+    assert "connection" in parse_usual_head(head(HOST, LENGTH, b"connection: " + connection + b"\r\n"), LINE)
 
 
 @pytest.mark.parametrize(
@@ -66,21 +66,21 @@ def test_a_connection_may_be_kept_or_closed(connection):
     ],
 )
 def test_an_odd_head_is_for_others_to_judge(odd):
-    assert usual_head(odd, LINE) is None
+    assert parse_usual_head(odd, LINE) is None
 
 
 def test_as_many_fields_as_may_be():
     fields = [b"x-%d: y\r\n" % number for number in range(MAX_FIELDS - 2)]
-    assert MAX_FIELDS == len(usual_head(head(HOST, LENGTH, *fields), LINE))
+    assert MAX_FIELDS == len(parse_usual_head(head(HOST, LENGTH, *fields), LINE))
 
 
 @given(st.binary(max_size=64))
 @example(b"x: y\r\n")
 @example(b"x: y\r\nz: \tw\r\n")
 def test_every_byte_between_is_a_fields_or_the_head_is_odd(between):
-    told = usual_head(head(HOST, LENGTH, between), LINE)
+    told = parse_usual_head(head(HOST, LENGTH, between), LINE)
     if told is not None:
-        again = usual_head(head(*(f"{name}: {value}\r\n".encode() for name, value in told.items())), LINE)
+        again = parse_usual_head(head(*(f"{name}: {value}\r\n".encode() for name, value in told.items())), LINE)
         assert told == again
         assert len(told) == head(HOST, LENGTH, between).count(b"\n") - 2
 

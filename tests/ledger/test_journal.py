@@ -16,7 +16,7 @@ from msgspec import to_builtins
 from structlog.testing import capture_logs
 
 from meshproxy.ledger import journal as module
-from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, _line, left_elsewhere
+from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, _line, other_journals
 from meshproxy.ledger.store import StoreError, Unavailable
 
 MIB = 1_048_576
@@ -347,7 +347,7 @@ async def test_what_other_redises_are_owed_is_named(tmp_path, settlement):
         journal.close()
     journal = Journal(running, MIB)
     await journal.append(settlement())
-    assert [other.with_suffix(".0")] == left_elsewhere(mine)
+    assert [other.with_suffix(".0")] == other_journals(mine)
     journal.close()
 
 

@@ -20,10 +20,10 @@ from meshproxy.errors import (
     upstream_error,
 )
 from meshproxy.openai.errors import (
-    concealed,
+    conceal_secrets,
     envelope,
     error_event,
-    problem_headers,
+    error_headers,
     provider_error,
     without_quotes,
     without_secrets,
@@ -140,7 +140,7 @@ class TestHeaders:
         ],
     )
     def test_of_a_problem(self, problem: ErrorResponse, expected: dict[str, str]):
-        assert {"content-type": "application/json"} | expected == dict(problem_headers(problem))
+        assert {"content-type": "application/json"} | expected == dict(error_headers(problem))
 
 
 class TestErrorEvent:
@@ -227,11 +227,11 @@ class TestProviderError:
     ],
 )
 def test_a_providers_words_are_told_without_our_keys(words, expected):
-    assert expected == concealed(words, ("sk-secret-1", 'sk-"\\secret-2'))
+    assert expected == conceal_secrets(words, ("sk-secret-1", 'sk-"\\secret-2'))
 
 
 def test_words_too_deep_to_look_through_are_concealed_whole():
-    assert "[redacted]" == concealed(DEEP, ("sk-secret-1",))
+    assert "[redacted]" == conceal_secrets(DEEP, ("sk-secret-1",))
 
 
 def test_a_problem_names_no_secret_anywhere():

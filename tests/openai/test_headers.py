@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from meshproxy.openai.headers import (
     bearer,
+    client_timeout_s,
     downstream_headers,
     format_reset,
     forwarded_headers,
-    patience_s,
     ratelimit_headers,
     request_id,
     trace_id,
@@ -238,8 +238,8 @@ class TestDownstream:
 class TestPatience:
     @pytest.mark.parametrize(("text", "expected"), [("600", 600.0), ("0.5", 0.5), (" 5 ", 5.0), ("1e3", 1000.0)])
     def test_seconds(self, text: str, expected: float):
-        assert patience_s(text) == expected
+        assert client_timeout_s(text) == expected
 
     @pytest.mark.parametrize("text", [None, "", "None", "0", "-1", "nan", "inf", "1e999", "9" * 5000 + "x"])
     def test_what_says_nothing_sets_no_limit(self, text: str | None):
-        assert patience_s(text) == math.inf
+        assert client_timeout_s(text) == math.inf

@@ -3,14 +3,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from meshproxy.policy.route_health import Breaker, Tolerance
+from meshproxy.policy.route_health import Breaker, BreakerSettings
 
 T0 = 1000.0
 
 
 def opened(**tolerance):
     """A breaker that opened at T0, for 5 s."""
-    breaker = Breaker(Tolerance(consecutive=1, **tolerance))
+    breaker = Breaker(BreakerSettings(consecutive=1, **tolerance))
     breaker.failed(T0)
     return breaker
 
@@ -22,7 +22,7 @@ def test_closed_it_allows(now):
 
 
 def test_failures_in_a_row_open_it():
-    breaker = Breaker(Tolerance(consecutive=3))
+    breaker = Breaker(BreakerSettings(consecutive=3))
     states = []
     for _ in range(3):
         breaker.failed(T0)
@@ -40,7 +40,7 @@ def test_ten_failures_in_a_row_are_too_many(failures, expected):
 
 
 def test_a_success_breaks_the_row():
-    breaker = Breaker(Tolerance(consecutive=2))
+    breaker = Breaker(BreakerSettings(consecutive=2))
     for _ in range(9):
         breaker.failed(T0)
         breaker.succeeded(T0)
@@ -69,7 +69,7 @@ def test_fewer_failures_than_the_share_are_forgiven():
     "later, expected", [(1, "open"), (15, "open"), (29, "open"), (31, "open"), (61, "closed"), (200, "closed")]
 )
 def test_old_failures_are_forgotten(later, expected):
-    breaker = Breaker(Tolerance(consecutive=100))
+    breaker = Breaker(BreakerSettings(consecutive=100))
     for _ in range(15):
         breaker.succeeded(T0)
     for _ in range(14):
@@ -80,7 +80,7 @@ def test_old_failures_are_forgotten(later, expected):
 
 
 def test_the_elder_window_fades():
-    breaker = Breaker(Tolerance(consecutive=100))
+    breaker = Breaker(BreakerSettings(consecutive=100))
     for _ in range(10):
         breaker.failed(T0)
     breaker.succeeded(T0)
@@ -93,7 +93,7 @@ def test_the_elder_window_fades():
 
 @pytest.mark.parametrize("spin, expected", [(0.0, 2.5), (0.5, 5.0), (0.999, 7.495)])
 def test_the_time_it_stays_open_is_spread(spin, expected):
-    breaker = Breaker(Tolerance(consecutive=1))
+    breaker = Breaker(BreakerSettings(consecutive=1))
     breaker.failed(T0, spin)
     assert pytest.approx(expected) == breaker.retry_after_s(T0)
 
@@ -120,7 +120,7 @@ def test_a_good_probe_closes_it_and_all_is_forgotten():
 
 
 def test_a_good_probe_forgets_the_share_that_failed():
-    breaker = Breaker(Tolerance(consecutive=100))
+    breaker = Breaker(BreakerSettings(consecutive=100))
     for _ in range(20):
         breaker.failed(T0)
     breaker.allows(T0 + 5)
@@ -170,7 +170,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.breaker = Breaker(Tolerance(consecutive=3, least_calls=5))
+        self.breaker = Breaker(BreakerSettings(consecutive=3, least_calls=5))
         self.now = T0
 
     @rule(seconds=st.floats(0, 100))

@@ -14,11 +14,11 @@ from meshproxy.errors import (
 )
 from meshproxy.policy.failover import (
     Verdict,
-    after_event,
-    after_status,
-    asks_to_wait_s,
-    foremost,
-    is_unwell,
+    classify_error,
+    classify_status,
+    error_to_report,
+    is_upstream_failure,
+    requested_wait_s,
     wait_of,
 )
 
@@ -66,7 +66,7 @@ def short(verdict):
     ],
 )
 def test_after_status(status, expected):
-    assert expected == short(after_status(status, BODY, None))
+    assert expected == short(classify_status(status, BODY, None))
 
 
 def test_a_refused_request_in_full():
@@ -75,7 +75,7 @@ def test_a_refused_request_in_full():
     )
     page = b"<title>Oh no</title>"
     expected = Verdict(problem, try_next=False, words="A web page: Oh no")
-    assert expected == after_status(400, page, None, content_type="text/html")
+    assert expected == classify_status(400, page, None, content_type="text/html")
 
 
 def test_an_overload_in_full():
@@ -87,7 +87,7 @@ def test_an_overload_in_full():
         retry_after_s=0.25,
         provider_error={"message": page},
     )
-    verdict = after_status(503, b"<title>Oh no</title>", "7", retry_after_ms="250", content_type="text/html")
+    verdict = classify_status(503, b"<title>Oh no</title>", "7", retry_after_ms="250", content_type="text/html")
     assert Verdict(problem, try_next=True, words=page) == verdict
 
 
@@ -104,13 +104,13 @@ def test_an_overload_in_full():
     ],
 )
 def test_the_client_is_told_in_words(status, expected):
-    assert expected == after_status(status, b"", None).problem.message
+    assert expected == classify_status(status, b"", None).problem.message
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 429])
 def test_words_about_our_account_stay_inside(status):
     leak = b'{"error": {"message": "Incorrect API key provided: sk-proj-1234, organization org-5678"}}'
-    told = repr(after_status(status, leak, None).problem)
+    told = repr(classify_status(status, leak, None).problem)
     assert ("sk-proj" in told, "org-5678" in told) == (False, False)
 
 
@@ -128,7 +128,7 @@ def test_words_about_our_account_stay_inside(status):
     ],
 )
 def test_the_wait_is_passed_on(status, retry_after, expected):
-    assert expected == after_status(status, b"", retry_after).problem.retry_after_s
+    assert expected == classify_status(status, b"", retry_after).problem.retry_after_s
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_wait_of(retry_after, retry_after_ms, expected):
 
 @given(st.integers(100, 999), st.binary(max_size=50), st.none() | st.text(max_size=20))
 def test_any_answer_has_a_verdict(status, body, retry_after):
-    problem = after_status(status, body, retry_after).problem
+    problem = classify_status(status, body, retry_after).problem
     assert problem.status in {400, 413, 422, 502, 503}
 
 
@@ -180,15 +180,15 @@ def fault(answered, problem):
         (None, provider_not_available("no connection is free", 1.0), False),
         (None, overloaded("shutting down"), False),
         (200, upstream_error("an error in the stream", may_have_run=True), True),
-        *((status, after_status(status, b"", None).problem, True) for status in (500, 502, 503, 504, 529)),
+        *((status, classify_status(status, b"", None).problem, True) for status in (500, 502, 503, 504, 529)),
         *(
-            (status, after_status(status, b"", None).problem, False)
+            (status, classify_status(status, b"", None).problem, False)
             for status in (302, 400, 401, 404, 408, 409, 422, 429, 499)
         ),
     ],
 )
 def test_who_is_to_blame(answered, problem, expected):
-    assert expected == is_unwell(fault(answered, problem))
+    assert expected == is_upstream_failure(fault(answered, problem))
 
 
 @pytest.mark.parametrize(
@@ -196,15 +196,15 @@ def test_who_is_to_blame(answered, problem, expected):
     [(429, None, 1.0), (429, "7", 7.0), (429, "3600", 60.0), (503, "7", 7.0), (503, None, 0.0), (500, "7", 0.0)],
 )
 def test_who_asks_to_be_spared_is_spared(answered, retry_after, expected):
-    assert expected == asks_to_wait_s(fault(answered, after_status(answered, b"", retry_after).problem))
+    assert expected == requested_wait_s(fault(answered, classify_status(answered, b"", retry_after).problem))
 
 
 def test_what_never_left_the_gateway_spares_nobody():
-    assert 0.0 == asks_to_wait_s(fault(None, provider_not_available("no connection is free", 1.0)))
+    assert 0.0 == requested_wait_s(fault(None, provider_not_available("no connection is free", 1.0)))
 
 
 def said(status, body, **headers):
-    verdict = after_status(status, json.dumps(body).encode(), headers.get("retry_after"))
+    verdict = classify_status(status, json.dumps(body).encode(), headers.get("retry_after"))
     return verdict.problem, verdict.try_next, verdict.another_model
 
 
@@ -414,16 +414,16 @@ def test_a_wait_is_honest(body, retry_after, expected):
     ],
 )
 def test_an_error_under_a_200_is_taken_for_its_status(error, expected):
-    fault = after_event(error, otherwise="Failed.")
+    fault = classify_error(error, otherwise="Failed.")
     assert expected == (fault.problem.status, fault.problem.code, fault.answered)
 
 
-REFUSAL = after_status(400, json.dumps(TOO_LONG).encode(), None).fault(400)
-OTHER_REFUSAL = after_status(400, b'{"error": {"message": "not supported"}}', None).fault(400)
-WAIT = after_status(429, b"", "9").fault(429)
-SHORT_WAIT = after_status(429, b"", "3").fault(429)
-FAILURE = after_status(500, BODY, None).fault(500)
-OURS = after_status(401, b"", None).fault(401)
+REFUSAL = classify_status(400, json.dumps(TOO_LONG).encode(), None).fault(400)
+OTHER_REFUSAL = classify_status(400, b'{"error": {"message": "not supported"}}', None).fault(400)
+WAIT = classify_status(429, b"", "9").fault(429)
+SHORT_WAIT = classify_status(429, b"", "3").fault(429)
+FAILURE = classify_status(500, BODY, None).fault(500)
+OURS = classify_status(401, b"", None).fault(401)
 
 
 def unreached():
@@ -444,11 +444,11 @@ def unreached():
     ],
 )
 def test_the_fault_that_matters_most_is_told(faults, expected):
-    assert expected is foremost(faults)
+    assert expected is error_to_report(faults)
 
 
 def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
-    told = foremost([after_status(500, b"", None).fault(500), after_status(429, b"", "9").fault(429)])
+    told = error_to_report([classify_status(500, b"", None).fault(500), classify_status(429, b"", "9").fault(429)])
     assert (503, True) == (told.problem.status, told.problem.may_have_run)
 
 
@@ -463,10 +463,10 @@ def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
     ],
 )
 def test_a_providers_words_are_found_in_every_shape(body):
-    assert "Too many words." in (after_status(400, json.dumps(body).encode(), None).words or "")
+    assert "Too many words." in (classify_status(400, json.dumps(body).encode(), None).words or "")
 
 
 def test_a_long_echo_of_the_request_hides_neither_code_nor_param():
     error = {"code": "context_length_exceeded", "param": "messages", "message": "Too long: " + "y" * 100_000}
-    problem = after_status(400, json.dumps({"error": error}).encode(), None).problem
+    problem = classify_status(400, json.dumps({"error": error}).encode(), None).problem
     assert ("context_length_exceeded", "messages") == (problem.code, problem.param)

@@ -4,7 +4,7 @@ import pytest
 from aiohttp import web
 
 from meshproxy.errors import GatewayError, Source, overloaded, request_timeout
-from meshproxy.server.errors import envelope_errors, problem_response
+from meshproxy.server.errors import envelope_errors, error_response
 
 RAISED = {
     "fault": GatewayError(Source.GATEWAY, overloaded("Full.")),
@@ -69,6 +69,6 @@ async def test_what_went_well_gets_an_id(client):
 
 
 def test_a_client_that_was_too_slow_is_hung_up_on():
-    response = problem_response(request_timeout("Too slow."), "r")
+    response = error_response(request_timeout("Too slow."), "r")
     assert (408, False) == (response.status, response.keep_alive)
     assert "request_timeout" == json.loads(response.body)["error"]["code"]

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from meshproxy.gateway.exchange import Reply
 from meshproxy.server.chat import ClientStream
-from meshproxy.server.errors import Strictness, envelope_errors
+from meshproxy.server.errors import ConnectionLimits, envelope_errors
 from meshproxy.server.fast_path import ClientConnection
 from meshproxy.server.listener import Runner, listen
 
@@ -30,7 +30,7 @@ class Served:
         app.router.add_get("/large", self._large)
         self.answer_early = False
         app.router.add_post("/v1/chat/completions", self._odd_chat)
-        strictness = Strictness(lambda: header_timeout_s, self.refused.append, lambda: write_timeout_s)
+        strictness = ConnectionLimits(lambda: header_timeout_s, self.refused.append, lambda: write_timeout_s)
         self.runner = Runner(app, (lambda: self) if usual else None, strictness)
 
     async def _work(self, _request):

@@ -9,7 +9,7 @@ import pytest
 import trustme
 
 from meshproxy.errors import Phase, Source, UpstreamError
-from meshproxy.policy.failover import is_unwell
+from meshproxy.policy.failover import is_upstream_failure
 from meshproxy.upstream.pool import Address, verified_context
 from meshproxy.upstream.response import unreachable
 
@@ -239,5 +239,5 @@ async def test_a_certificate_that_is_not_trusted_is_told_as_such(serve, provide,
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL])
 def test_what_this_host_lacks_is_not_the_providers_fault(number):
     fault = unreachable(OSError(number, "out"))
-    told = (fault.source, fault.problem.code, is_unwell(fault), errno.errorcode[number] in fault.reason)
+    told = (fault.source, fault.problem.code, is_upstream_failure(fault), errno.errorcode[number] in fault.reason)
     assert (Source.GATEWAY, "overloaded", False, True) == told

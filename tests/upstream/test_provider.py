@@ -149,7 +149,7 @@ async def test_several_connections_that_turn_out_dead_are_all_passed_over(asked,
 async def test_a_write_that_fails_at_once_is_made_again_on_a_fresh_connection(asked, provide, monkeypatch):
     provider = provide(asked.url)
     await whole(provider)
-    monkeypatch.setattr(Connection, "heard_something", lambda connection: connection._transport.abort())  # dies unseen
+    monkeypatch.setattr(Connection, "has_unread_input", lambda connection: connection._transport.abort())  # dies unseen
     assert b"ok" == await whole(provider)
     assert (2, 2) == (asked.connections, len(asked.requests))
 
