@@ -24,7 +24,7 @@ from meshproxy.app.worker import Worker
 from meshproxy.config import Settings
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.records import AccountKeys, Balance
-from meshproxy.ledger.store import Store
+from meshproxy.ledger.store import Store, Unavailable
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Key, Principal
 from meshproxy.server.listener import Runner, listen
@@ -226,9 +226,12 @@ class Mesh:
     async def _released(self, account: str) -> Balance:
         """An account's credit when nothing is held, which another process that served it may take a moment to settle."""
         async with asyncio.timeout(PATIENCE_S):
-            while (balance := await self.worker.ledger.balance(account)).held_nusd:
+            while True:
+                with suppress(Unavailable):  # a connection that a fault has silenced isn't given up yet
+                    balance = await self.worker.ledger.balance(account)
+                    if not balance.held_nusd:
+                        return balance
                 await asyncio.sleep(0)
-        return balance
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when something has come true."""
