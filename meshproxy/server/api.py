@@ -11,6 +11,7 @@ import msgspec
 import orjson
 from aiohttp import web
 from msgspec.structs import asdict
+from multidict import MultiMapping
 
 from meshproxy.errors import (
     Detail,
@@ -49,6 +50,7 @@ LIST_VISITS = 20.0  # visits that a list of templates counts for: up to 32 MB of
 VISIT_SPAN = timedelta(days=1)  # a report counts one visit per such span, as each hour takes a command
 EPOCH = datetime.fromtimestamp(0, UTC)
 
+_SINGLE = ("free", "provider", "q", "sort", "order", "limit", "offset", "session_id", "since", "until")
 _FREE = {"": None, "true": True, "1": True, "false": False, "0": False}  # "True" is how Python's requests spell it
 _T = TypeVar("_T")
 _ORDERS = {"asc": False, "desc": True}
@@ -99,6 +101,7 @@ class Api:
         """`GET /v1/models/search`: `q=` in id or name, `free=`, `brand=`, `sort=`, `order=`, `limit=`, `offset=`."""
         principal = await self._principal(request)
         query = request.query
+        _refuse_repeats(query)
         text = query.get("q", "").strip().lower()
         brands = query.getall("brand", [])
         found = [
@@ -183,6 +186,7 @@ class Api:
         """`GET /v1/usage`: the caller's account, grouped by `group_by=`."""
         principal = await self._principal(request)
         query = request.query
+        _refuse_repeats(query)
         asked = ",".join(query.getall("group_by", [])).split(",")
         group_by = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
@@ -289,6 +293,7 @@ class Api:
 
     async def _listed(self, request: web.Request, *, free: bool | None) -> web.Response:
         """Answer with OpenAI's list, or with a bare array for Mesh's SDKs (X-MeshAPI-SDK)."""
+        _refuse_repeats(request.query)
         models = self._models(await self._principal(request), free=free)
         provider = request.query.get("provider")
         if provider is not None:
@@ -401,6 +406,13 @@ def _one_of(query: Mapping[str, str], name: str, known: Mapping[str, _T], defaul
     if said not in known:
         raise _not_in_query(f"`{name}` is one of {', '.join(filter(None, known))}.", name)
     return known[said]
+
+
+def _refuse_repeats(query: MultiMapping[str]) -> None:
+    """Raise GatewayError `validation_error` for a parameter with one value that is given more than once."""
+    for name in _SINGLE:
+        if len(query.getall(name, [])) > 1:
+            raise _not_in_query(f"`{name}` is given more than once.", name)
 
 
 def _not_in_query(message: str, name: str) -> GatewayError:

@@ -324,7 +324,7 @@ def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _MOMENT: dict[str, Any] = {"type": "string", "format": "date-time"}
-_FREE: dict[str, Any] = {"enum": ["true", "false", "1", "0"]}
+_FREE: dict[str, Any] = {"enum": ["true", "false", "1", "0", ""]}
 _QUERIES: dict[Any, dict[str, dict[str, Any]]] = {
     Api.models: {"free": _FREE, "provider": _TEXT},
     Api.free_models: {"provider": _TEXT},

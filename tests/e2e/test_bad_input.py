@@ -292,11 +292,19 @@ async def test_a_valid_request_id_is_kept(mesh, given):
         "since=1999-01-01",
         "since=" + "9" * 5000,
         "since=%00",
+        "since=2026-01-01&since=2026-01-02",
     ],
 )
 async def test_bad_questions_about_usage(mesh, query):
     caller = await mesh.key()
     answer = await mesh.request("GET", f"/v1/usage?{query}", headers=caller.auth)
+    assert (422, "validation_error") == (answer.status, answer.code)
+
+
+@pytest.mark.parametrize("query", ["free=&free=nonsense", "free=true&free=true", "provider=a&provider=b"])
+async def test_a_parameter_given_twice_is_refused(mesh, query):
+    caller = await mesh.key()
+    answer = await mesh.request("GET", f"/v1/models?{query}", headers=caller.auth)
     assert (422, "validation_error") == (answer.status, answer.code)
 
 
