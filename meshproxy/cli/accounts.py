@@ -1,35 +1,38 @@
-"""`meshproxy accounts`: list, change and delete accounts, with their credit, limits and budgets."""
+"""`meshproxy accounts` and `credits`: accounts with their credit, limits and budgets."""
 
 import argparse
 
-from meshproxy.cli.arguments import Misused, Output, add_command, count
-from meshproxy.cli.books import account, open_desk
+from meshproxy.cli.arguments import account, count, open_desk, signed_usd
+from meshproxy.cli.command_line import Output, UsageError, add_command
 from meshproxy.cli.keys import add_limit_flags, budgets_of, limits_of
-from meshproxy.ledger.desk import Bounds
+from meshproxy.ledger.desk import MAX_NOTE, MAX_REF, Bounds
 
 COLUMNS = ["account", "status", "balance_usd", "held_usd", "available_usd", "spent_today_usd", "spent_month_usd"]
+GRANT_COLUMNS = ["granted_at", "amount_usd", "balance_usd", "ref", "note", "actor"]
 AUDIT_COLUMNS = ["at", "actor", "action", "target", "account", "detail"]
-AUDITED = 100
+AUDIT_LIMIT = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_accounts(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `accounts list|show|limits|suspend|resume|delete|audit`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     listing = add_command(commands, "list", list_accounts)
-    listing.add_argument("--limit", metavar="N", type=count, help="at most so many (default: all)")
-    listing.add_argument("--after", metavar="NAME", default="", help="those that follow this account")
+    listing.add_argument("--limit", metavar="N", type=count, help="at most this many (default: all)")
+    listing.add_argument("--after", metavar="NAME", default="", help="only accounts whose name sorts after this one")
     add_command(commands, "show", show).add_argument("account", metavar="ACCOUNT", type=account)
     limiting = add_command(commands, "limits", limits)
     limiting.add_argument("account", metavar="ACCOUNT", type=account)
-    limiting.add_argument("--clear", action="store_true", help="first take away every limit and budget there is")
+    limiting.add_argument("--clear", action="store_true", help="first remove all limits and budgets")
     add_limit_flags(limiting, of_account=True)
     add_command(commands, "suspend", suspend).add_argument("account", metavar="ACCOUNT", type=account)
     add_command(commands, "resume", resume).add_argument("account", metavar="ACCOUNT", type=account)
     deleting = add_command(commands, "delete", delete)
     deleting.add_argument("account", metavar="ACCOUNT", type=account)
-    deleting.add_argument("--yes", action="store_true", help="it can't be taken back, so say it")
+    deleting.add_argument("--yes", action="store_true", help="required, because a deletion can't be undone")
     auditing = add_command(commands, "audit", audit)
-    auditing.add_argument("--limit", metavar="N", type=count, default=AUDITED, help=f"(default: {AUDITED})")
+    auditing.add_argument(
+        "--limit", metavar="N", type=count, default=AUDIT_LIMIT, help="at most this many (default: %(default)s)"
+    )
 
 
 async def list_accounts(args: argparse.Namespace, out: Output) -> None:
@@ -45,7 +48,7 @@ async def list_accounts(args: argparse.Namespace, out: Output) -> None:
         {**each, "spent_today_usd": each["spend"]["day_usd"], "spent_month_usd": each["spend"]["month_usd"]}
         for each in found
     ]
-    out.rows(found if out.as_json else rows, COLUMNS, empty="no accounts")
+    out.print_rows(found if out.as_json else rows, COLUMNS, empty="no accounts")
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
@@ -55,19 +58,19 @@ async def show(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts show acme --json | jq -r .available_usd
     """
     async with open_desk(args) as desk:
-        out.record(await desk.account(args.account))
+        out.print_record(await desk.account(args.account))
 
 
 async def limits(args: argparse.Namespace, out: Output) -> None:
-    """Show or set what all keys of an account together may use and spend.
+    """Show or change the limits and budgets of all keys of an account together.
 
-    meshproxy accounts limits acme                        show them
+    meshproxy accounts limits acme                        only show them
     meshproxy accounts limits acme --budget-monthly 500 --max-parallel 20
-    meshproxy accounts limits acme --clear                take them all away
+    meshproxy accounts limits acme --clear                remove all of them
     """
     bounds = Bounds(limits=limits_of(args), budgets=budgets_of(args), clear=args.clear)
     async with open_desk(args) as desk:
-        out.record(await desk.account_limits(args.account, bounds))
+        out.print_record(await desk.account_limits(args.account, bounds))
 
 
 async def suspend(args: argparse.Namespace, out: Output) -> None:
@@ -76,7 +79,7 @@ async def suspend(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts suspend acme
     """
     async with open_desk(args) as desk:
-        out.record(await desk.set_account_status(args.account, "suspended"))
+        out.print_record(await desk.set_account_status(args.account, "suspended"))
 
 
 async def resume(args: argparse.Namespace, out: Output) -> None:
@@ -85,7 +88,7 @@ async def resume(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts resume acme
     """
     async with open_desk(args) as desk:
-        out.record(await desk.set_account_status(args.account, "active"))
+        out.print_record(await desk.set_account_status(args.account, "active"))
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
@@ -94,16 +97,66 @@ async def delete(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts delete acme --yes
     """
     if not args.yes:
-        raise Misused(f"argument --yes: {args.account} is deleted for ever; say --yes")
+        raise UsageError(f"argument --yes: required to delete {args.account} for good")
     async with open_desk(args) as desk:
-        out.record(await desk.delete_account(args.account))
+        out.print_record(await desk.delete_account(args.account))
 
 
 async def audit(args: argparse.Namespace, out: Output) -> None:
-    """List the latest changes to accounts, keys, credit and templates: who, what, when.
+    """List the latest changes to accounts, keys, credit and templates, with who made them and when.
 
     meshproxy accounts audit
     meshproxy accounts audit --limit 1000 --json | jq '.[] | select(.account == "acme")'
     """
     async with open_desk(args) as desk:
-        out.rows(await desk.audit(args.limit), AUDIT_COLUMNS, empty="nothing was changed")
+        out.print_rows(await desk.audit(args.limit), AUDIT_COLUMNS, empty="no changes")
+
+
+def add_credits(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `credits grant|show|history`."""
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    granting = add_command(commands, "grant", grant)
+    granting.add_argument("account", metavar="ACCOUNT", type=account)
+    granting.add_argument(
+        "amount", metavar="AMOUNT", type=signed_usd, help="USD, such as 25.00; negative to take credit back"
+    )
+    granting.add_argument(
+        "--ref", default="", help="an id of the payment or invoice; a repeated grant with the same ref changes nothing"
+    )
+    granting.add_argument("--note", default="", help="a reason, shown in the history")
+    add_command(commands, "show", show_credit).add_argument("account", metavar="ACCOUNT", type=account)
+    add_command(commands, "history", history).add_argument("account", metavar="ACCOUNT", type=account)
+
+
+async def grant(args: argparse.Namespace, out: Output) -> None:
+    """Add credit to an account, which is created if it doesn't exist.
+
+    meshproxy credits grant acme 25.00 --ref invoice-1204
+    meshproxy credits grant acme -5.00 --note "typed 30, meant 25"
+    """
+    if args.amount == 0:
+        raise UsageError("argument AMOUNT: it must not be 0")
+    for flag, text, most in (("--note", args.note, MAX_NOTE), ("--ref", args.ref, MAX_REF)):
+        if len(text) > most:
+            raise UsageError(f"argument {flag}: at most {most} characters")
+    async with open_desk(args) as desk:
+        out.print_record(await desk.grant(args.account, args.amount, args.note, args.ref))
+
+
+async def show_credit(args: argparse.Namespace, out: Output) -> None:
+    """Show an account's balance, held and available credit.
+
+    meshproxy credits show acme
+    meshproxy credits show acme --json | jq -r .available_usd
+    """
+    async with open_desk(args) as desk:
+        out.print_record(await desk.credit(args.account))
+
+
+async def history(args: argparse.Namespace, out: Output) -> None:
+    """List an account's grants, newest first.
+
+    meshproxy credits history acme
+    """
+    async with open_desk(args) as desk:
+        out.print_rows(await desk.grants(args.account), GRANT_COLUMNS, empty="no grants")

@@ -1,21 +1,26 @@
 """Run a command from an argument list and return its exit code.
 
-0: done. 1: failed. 2: wrong usage. 78: the configuration is invalid (EX_CONFIG of sysexits.h). Errors are printed to
-stderr as text or, with --json, as `{"error": {...}}`.
+0: done. 1: failed. 2: wrong usage. 78: the configuration is invalid (EX_CONFIG of sysexits.h). Results are JSON, one
+document a line, or aligned text; errors go to stderr as text or, with --json, as `{"error": {...}}`. A command's
+docstring is its help text. `Output` is the only place in the commands that prints results.
 """
 
 import argparse
 import asyncio
 import importlib
 import inspect
+import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import textwrap
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypeAlias
 
-from meshproxy.cli.arguments import Failed, Formatter, Misused, Output
+from msgspec.structs import asdict
+
 from meshproxy.config import ConfigError
-from meshproxy.errors import GatewayError
+from meshproxy.errors import Detail, GatewayError
 from meshproxy.version import VERSION
 
 EX_FAILED = 1
@@ -23,84 +28,191 @@ EX_USAGE = 2
 EX_CONFIG = 78  # sysexits.h
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
+# By command: the module in this package that has its `add_COMMAND`, and a summary.
 COMMANDS = {
-    "dev": "everything with nothing: store, simulated provider, key, credit, ready to paste",
-    "serve": "run the gateway",
-    "check": "tell every fault of a configuration",
-    "simulate": "run the simulated provider alone",
-    "healthcheck": "ask a running gateway whether it is ready",
-    "keys": "mint API keys, look at them, change, rotate, limit, suspend and revoke them",
-    "accounts": "list accounts, limit, suspend and delete them",
-    "credits": "grant prepaid credit and see what is left of it",
-    "templates": "store prompt templates and try them",
-    "usage": "requests, tokens and cost by session, model, key or day",
-    "requests": "find what became of one request by its id",
-    "top": "watch requests, tokens and cost as they happen",
+    "dev": ("dev", "run everything for a trial: gateway, store, simulated provider, a key with credit"),
+    "serve": ("run", "run the gateway"),
+    "check": ("run", "check a configuration and list all its faults"),
+    "simulate": ("run", "run the simulated provider alone"),
+    "healthcheck": ("run", "check whether a running gateway is ready"),
+    "keys": ("keys", "create, list, change, rotate, limit, suspend and revoke API keys"),
+    "accounts": ("accounts", "list, limit, suspend and delete accounts"),
+    "credits": ("accounts", "grant prepaid credit and show what is left of it"),
+    "templates": ("templates", "store, list, show, render and delete prompt templates"),
+    "usage": ("usage", "report requests, tokens and cost by session, model, key or day"),
+    "requests": ("usage", "show one request by its id"),
+    "top": ("usage", "watch requests, tokens and cost of the last minutes"),
 }
-
-PROCESSES = frozenset({"serve", "check", "simulate"})  # the commands in cli/run.py
 
 EXAMPLES = """\
 examples:
   meshproxy dev                                       try everything at once
   meshproxy check --config meshproxy.toml             before a deployment
   meshproxy serve --config meshproxy.toml
-  meshproxy keys create --account acme --budget 50    mint a key
+  meshproxy keys create --account acme --budget 50    create a key
   meshproxy credits grant acme 25.00
   meshproxy usage --by model --since 24h
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 78 bad configuration
 """
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the process's exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = build_parser(argv[0] if argv else "").parse_args(argv)
-    except SystemExit as stop:  # --help or --version
-        return int(stop.code or 0)
-    except _WrongUsage as error:
-        return _misused(error.parser, str(error), as_json="--json" in argv)
-    if args.run is None:
-        args.parser.print_help(sys.stderr)
-        return EX_USAGE
-    out = Output(as_json=args.json)
-    try:
-        return _run(args, out)
-    except Misused as error:
-        return _misused(args.parser, str(error), as_json=args.json)
-    except ConfigError as error:
-        out.unfit(error.faults)
-        return EX_CONFIG
-    except Failed as error:
-        out.failed(error.code, str(error))
-    except GatewayError as error:
-        out.failed(error.problem.code, error.problem.message, error.problem.details)
-    except BrokenPipeError:  # `meshproxy usage | head`: the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return EX_INTERRUPTED
-    return EX_FAILED
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - it has no public name
+# Keeps the lines of examples, and long flags on one line with their help.
+Formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
 
 
-class _WrongUsage(Exception):
-    """argparse can't parse an argument list."""
+class CommandError(Exception):
+    """A command failed. `code` is for programs, the message for people."""
 
-    def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class UsageError(Exception):
+    """Wrong arguments. `parser` is the one that found the error; None for the command's own check of its arguments."""
+
+    def __init__(self, message: str, parser: argparse.ArgumentParser | None = None) -> None:
         super().__init__(message)
         self.parser = parser
+
+
+class Output:
+    """Prints a command's results and errors, as JSON or as text."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def print(self, document: Any, text: str) -> None:
+        """Print one JSON document on one line, or the same as text, at once: some commands run for a long time."""
+        print(_json(document) if self.as_json else text, flush=True)
+
+    def print_record(self, record: Mapping[str, Any], *, note: str = "") -> None:
+        """Print one object. In text, names of nested members are joined (`limits.burst`), and `note` is appended."""
+        flat = list(_flat(record))
+        width = max(len(name) for name, _ in flat)
+        lines = [f"{name:<{width}}  {_text(value)}" for name, value in flat]
+        self.print(record, "\n".join([*lines, "", note] if note else lines))
+
+    def print_rows(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
+        """Print a list of objects: in JSON with all their members, in text with the named columns."""
+        self.print(rows, "\n".join(table(rows, columns)) if rows else empty)
+
+    def print_error(self, code: str, message: str, details: Sequence[Detail] = ()) -> None:
+        """Print to stderr why the command failed, with each of several details on its own line."""
+        error: dict[str, Any] = {"message": message, "code": code}
+        if details:
+            error["details"] = [asdict(detail) for detail in details]
+        lines = [f"  {'.'.join(map(str, detail.loc[1:]))}: {detail.msg}" for detail in details]
+        self._to_stderr(error, [f"meshproxy: {message}", *(lines if len(lines) > 1 else ())])
+
+    def print_warnings(self, warnings: Iterable[str]) -> None:
+        """Print likely mistakes to stderr, one a line. In JSON they are part of the result."""
+        if not self.as_json:
+            for warning in warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+
+    def print_faults(self, faults: Sequence[str]) -> None:
+        """Print every fault of a configuration to stderr, one a line."""
+        message = f"the configuration has {len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        self._to_stderr({"message": message, "code": "unfit_configuration", "faults": list(faults)}, faults)
+
+    def _to_stderr(self, error: Mapping[str, Any], lines: Iterable[str]) -> None:
+        print(_json({"error": error}) if self.as_json else "\n".join(lines), file=sys.stderr)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Return the named columns as aligned lines under a heading. Columns of numbers are aligned right."""
+    aligned = []
+    for column in columns:
+        cells = [_text(row.get(column)) for row in rows]
+        width = max(map(len, [column, *cells]))
+        align = str.rjust if all(map(_is_number, cells)) else str.ljust
+        aligned.append([align(cell, width) for cell in [column, *cells]])
+    return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_number(cell: str) -> bool:
+    """Return whether a cell reads as a number or is empty. Empty cells don't change a column's alignment."""
+    return cell == "-" or cell.removeprefix("-").replace(".", "", 1).isdigit()
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _text(value: Any) -> str:
+    """Format a cell. Control characters are escaped: names come from users, and a terminal would execute them."""
+    match value:
+        case None | "" | [] | {}:
+            text = "-"
+        case bool():
+            text = "yes" if value else "no"
+        case list() if all(isinstance(item, str) for item in value):
+            text = ", ".join(value)
+        case list() | dict():
+            text = _json(value)
+        case _:
+            text = str(value)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+Run = Callable[[argparse.Namespace, Output], Awaitable[int | None] | int | None]
+
+
+def make_command(
+    parser: argparse.ArgumentParser, run: Run, *, needs_config: bool = False, uses_store: bool = False
+) -> None:
+    """Make `parser` a command that runs `run`.
+
+    The docstring of `run` is the help text: what the command does, then an empty line and examples. `uses_store`: the
+    command takes --redis.
+    """
+    parser.description, _, examples = (inspect.getdoc(run) or "").partition("\n\n")
+    parser.epilog = f"examples:\n{textwrap.indent(examples, '  ')}"
+    parser.set_defaults(run=run, parser=parser)
+    common = parser.add_argument_group("common")
+    config = os.environ.get("MESHPROXY_CONFIG") or None
+    common.add_argument(
+        "--config",
+        metavar="FILE",
+        required=needs_config and config is None,
+        default=config,
+        help="the configuration (default: $MESHPROXY_CONFIG, else built-in defaults)",
+    )
+    common.add_argument("--json", action="store_true", help="print results and errors as JSON")
+    if uses_store:
+        common.add_argument("--redis", metavar="URL", help="the Redis to use instead of the configuration's redis.url")
+
+
+def add_command(commands: Commands, name: str, run: Run) -> argparse.ArgumentParser:
+    """Add one command of a family that uses the store."""
+    summary = (inspect.getdoc(run) or "").partition(".")[0]
+    parser = commands.add_parser(name, help=summary[:1].lower() + summary[1:], formatter_class=Formatter)
+    make_command(parser, run, uses_store=True)
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser that raises an exception where argparse prints and exits, so that --json also applies to wrong usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise _WrongUsage(self, message)
+        raise UsageError(message, self)
 
 
 def build_parser(wanted: str) -> argparse.ArgumentParser:
-    """Build the parser, with the arguments of the family `wanted` and only the names of the other families."""
+    """Build the parser, with the arguments of the command `wanted` and only the names of the other commands.
+
+    So only the module of that command is imported, and `--help` and health checks load no other libraries.
+    """
     parser = _Parser(
         prog="meshproxy",
         usage="meshproxy [-h] [--version] COMMAND ...",
@@ -110,31 +222,47 @@ def build_parser(wanted: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"meshproxy {VERSION}")
     parser.set_defaults(run=None, parser=parser, json=False)
-    families = parser.add_subparsers(title="commands", metavar="COMMAND [...]", prog="meshproxy")
-    for name, summary in COMMANDS.items():
-        family = families.add_parser(
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND [...]", prog="meshproxy")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=Formatter
         )
-        family.set_defaults(parser=family)
+        command.set_defaults(parser=command)
         if name == wanted:
-            _add_arguments(name, family)
+            getattr(importlib.import_module(f"meshproxy.cli.{module}"), f"add_{name}")(command)
     return parser
 
 
-def _misused(parser: argparse.ArgumentParser, message: str, *, as_json: bool) -> int:
-    """Print what is wrong with an argument list, and return the exit code."""
-    if not as_json:
-        parser.print_usage(sys.stderr)
-    Output(as_json=as_json).failed("usage", message)
-    return EX_USAGE
-
-
-def _add_arguments(name: str, family: argparse.ArgumentParser) -> None:
-    """Add a command's arguments. Its module is imported only now, so that a command loads only what it uses."""
-    if name in PROCESSES:
-        getattr(importlib.import_module("meshproxy.cli.run"), f"add_{name}")(family)
-    else:
-        importlib.import_module(f"meshproxy.cli.{name}").add_arguments(family)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = build_parser(argv[0] if argv else "").parse_args(argv)
+    except SystemExit as stop:  # --help or --version
+        return int(stop.code or 0)
+    except UsageError as error:
+        return _wrong_usage(error, as_json="--json" in argv)
+    if args.run is None:
+        args.parser.print_help(sys.stderr)
+        return EX_USAGE
+    out = Output(as_json=args.json)
+    try:
+        return _run(args, out)
+    except UsageError as error:
+        error.parser = args.parser
+        return _wrong_usage(error, as_json=args.json)
+    except ConfigError as error:
+        out.print_faults(error.faults)
+        return EX_CONFIG
+    except CommandError as error:
+        out.print_error(error.code, str(error))
+    except GatewayError as error:
+        out.print_error(error.problem.code, error.problem.message, error.problem.details)
+    except BrokenPipeError:  # `meshproxy usage | head`: the reader closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
+    return EX_FAILED
 
 
 def _run(args: argparse.Namespace, out: Output) -> int:
@@ -143,3 +271,11 @@ def _run(args: argparse.Namespace, out: Output) -> int:
         result = asyncio.run(result)
     sys.stdout.flush()
     return result or 0
+
+
+def _wrong_usage(error: UsageError, *, as_json: bool) -> int:
+    """Print what is wrong with an argument list, and return the exit code."""
+    if error.parser is not None and not as_json:
+        error.parser.print_usage(sys.stderr)
+    Output(as_json=as_json).print_error("usage", str(error))
+    return EX_USAGE

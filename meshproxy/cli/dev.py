@@ -16,7 +16,8 @@ import msgspec
 from meshproxy import config
 from meshproxy.app.reload import filled
 from meshproxy.app.serve import run
-from meshproxy.cli.arguments import Failed, Misused, Output, make_command, port
+from meshproxy.cli.arguments import port
+from meshproxy.cli.command_line import CommandError, Output, UsageError, make_command
 from meshproxy.config import Settings
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
@@ -28,7 +29,7 @@ from meshproxy.simulator import start
 from meshproxy.simulator.behaviour import PREFIX, TRAITS
 from meshproxy.simulator.dialects import DIALECTS
 
-REAL: dict[str, dict[str, Any]] = {
+PROVIDERS: dict[str, dict[str, Any]] = {
     "openai": {"kind": "openai", "base_url": "https://api.openai.com/v1", "api_key": {"env": "OPENAI_API_KEY"}},
     "openrouter": {
         "kind": "openrouter",
@@ -36,7 +37,7 @@ REAL: dict[str, dict[str, Any]] = {
         "api_key": {"env": "OPENROUTER_API_KEY"},
     },
 }
-SIMULATED = "sim/default"
+DEFAULT_MODEL = "sim/default"
 FAMILY_SAMPLES = ("error-400", "error-429", "error-500", "error-503", "tokens-200", "flaky-2", "fail-first-1")
 
 # The providers' list prices in USD per million tokens (input, cached input, output), with the context and the longest
@@ -52,7 +53,7 @@ _SIMULATED_OPENAI = ("openai/gpt-4o", "openai/gpt-4o-mini")
 
 def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[str, str]) -> Settings:
     """Return settings for a gateway on `port` and `port` + 1; if `port` is 0, both are free ports."""
-    real = {name: provider for name, provider in REAL.items() if env.get(provider["api_key"]["env"])}
+    real = {name: provider for name, provider in PROVIDERS.items() if env.get(provider["api_key"]["env"])}
     # Time-outs are short, so that a trial of sim/stall ends soon.
     simulator = {"kind": "simulator", "base_url": simulator_url, "first_byte_timeout_s": 10, "idle_timeout_s": 10}
     table = {
@@ -65,7 +66,7 @@ def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[
         },
         "log": {"format": "console"},
         "redis": {"url": redis_url},
-        "defaults": {"model": SIMULATED if real else "openai/gpt-4o"},
+        "defaults": {"model": DEFAULT_MODEL if real else "openai/gpt-4o"},
         "upstreams": {"simulator": simulator, **_dialects(simulator), **real},
         "models": {**_openai_models(list(real)), **_simulated_models()},
     }
@@ -73,7 +74,7 @@ def dev_settings(*, redis_url: str, simulator_url: str, port: int, env: Mapping[
 
 
 def _simulated_models() -> dict[str, Any]:
-    names = {SIMULATED: f"{PREFIX}plain"} | {PREFIX + name: PREFIX + name for name in (*TRAITS, *FAMILY_SAMPLES)}
+    names = {DEFAULT_MODEL: f"{PREFIX}plain"} | {PREFIX + name: PREFIX + name for name in (*TRAITS, *FAMILY_SAMPLES)}
     plain = {name: _simulated("simulator", model) for name, model in names.items()}
     for name, dialect in DIALECTS.items():
         own = f"dialect-{name}"
@@ -115,7 +116,7 @@ def _route(upstream: str, name: str) -> dict[str, str]:
     return {"upstream": upstream, "model": name if upstream == "openrouter" else name.partition("/")[2]}
 
 
-SHOWN = 5  # models that are named
+SHOWN_MODELS = 5
 
 GREETING = TextTemplate("""\
 meshproxy is up.
@@ -127,7 +128,7 @@ meshproxy is up.
   account   $account, with $balance_usd USD
   template  $template
   models    $shown
-            and $more more that misbehave: meshproxy simulate --help tells how
+            and $more more with faults: meshproxy simulate --help lists them
 
 # curl
 curl -s $base_url/chat/completions \\
@@ -162,17 +163,17 @@ const stream = await client.chat.completions.create({
   model: "$model", messages: [{ role: "user", content: "Say hello." }], stream: true });
 for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");
 
-# the commands, on this store
+# other commands, on this store
 meshproxy usage --by model --redis $redis_url
 meshproxy top --redis $redis_url
 
 Ctrl-C ends it; nothing is kept.""")
 
 
-def greeting(place: dict[str, Any]) -> str:
-    """Return the text that `dev` prints. `place`: the gateway's addresses and data, as `dev --json` prints them."""
-    models = place["models"]
-    return GREETING.substitute(place, shown=", ".join(models[:SHOWN]), more=len(models) - SHOWN)
+def greeting(summary: dict[str, Any]) -> str:
+    """Return the text that `dev` prints. `summary`: the gateway's addresses and data, as `dev --json` prints them."""
+    models = summary["models"]
+    return GREETING.substitute(summary, shown=", ".join(models[:SHOWN_MODELS]), more=len(models) - SHOWN_MODELS)
 
 
 ACCOUNT = "dev"
@@ -180,17 +181,21 @@ CREDIT_USD = "25.00"
 TEMPLATE = "greeter"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_dev(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dev [--port N]`."""
     make_command(parser, dev)
     parser.add_argument(
-        "--port", metavar="N", type=port, default=8080, help="metrics are on the next (default: 8080; 0: any free ones)"
+        "--port",
+        metavar="N",
+        type=port,
+        default=8080,
+        help="the data port; the admin port is the next one (default: 8080; 0: any free ports)",
     )
 
 
 async def dev(args: argparse.Namespace, out: Output) -> None:
-    """Run the gateway over an embedded store and a simulated provider, with a key, credit and a template,
-    and print lines to paste. With OPENAI_API_KEY or OPENROUTER_API_KEY set, the real provider is there too.
+    """Run the gateway with an embedded Redis server, a simulated provider, a key with credit and a template,
+    and print commands to paste. If OPENAI_API_KEY or OPENROUTER_API_KEY is set, that provider's models are served too.
     Nothing is kept when it ends. --config is not used.
 
     meshproxy dev
@@ -198,19 +203,19 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
     OPENAI_API_KEY=sk-... meshproxy dev                 with the real models beside the simulated ones
     """
     if args.port == 65535:
-        raise Misused("argument --port: the next port is wanted too")
+        raise UsageError("argument --port: the next port is needed too")
     async with contextlib.AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(Embedded())
         except RuntimeError as error:
-            raise Failed("no_store", str(error)) from error
+            raise CommandError("no_store", str(error)) from error
         simulator = await start()
         stack.push_async_callback(simulator.close)
         settings = dev_settings(redis_url=store.url, simulator_url=simulator.base_url, port=args.port, env=os.environ)
         secret = await seed(settings.redis)
 
         def on_ready(data_address: str, admin_address: str) -> None:
-            place = {
+            summary = {
                 "base_url": f"http://{data_address}/v1",
                 "admin_url": f"http://{admin_address}/",
                 "redis_url": store.url,
@@ -221,12 +226,12 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
                 "model": settings.defaults.model,
                 "models": list(settings.models),
             }
-            out.told(place, greeting(place))
+            out.print(summary, greeting(summary))
 
         try:
             await run(*filled(settings), on_ready=on_ready)
         except OSError as error:
-            raise Failed("cannot_listen", f"{settings.server.listen}: {error.strerror or error}") from error
+            raise CommandError("cannot_listen", f"{settings.server.listen}: {error.strerror or error}") from error
 
 
 async def seed(redis: config.Redis) -> str:

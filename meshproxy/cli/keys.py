@@ -5,20 +5,8 @@ from typing import Any
 
 from msgspec import UNSET
 
-from meshproxy.cli.arguments import (
-    Commands,
-    Misused,
-    Output,
-    add_command,
-    count,
-    future,
-    moment,
-    names,
-    param,
-    span,
-    usd,
-)
-from meshproxy.cli.books import account, open_desk
+from meshproxy.cli.arguments import account, count, future, moment, names, open_desk, param, span, usd
+from meshproxy.cli.command_line import Commands, Output, UsageError, add_command
 from meshproxy.ledger.desk import Bounds, Desk, KeyChange
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
 from meshproxy.policy.template import check_params
@@ -28,21 +16,24 @@ BUDGETS = {"budget": "total_nusd", "budget_daily": "daily_nusd", "budget_monthly
 
 def add_limit_flags(parser: argparse.ArgumentParser, *, of_account: bool = False) -> None:
     """Add the flags that `keys create`, `keys limits` and `accounts limits` share."""
-    whose = "all keys of the account together" if of_account else "the key, or the account,"
+    whose = "all keys of the account together" if of_account else "the key (with --account: the account)"
     group = parser.add_argument_group("limits")
-    group.add_argument("--requests-per-minute", metavar="N", type=count)
-    group.add_argument("--tokens-per-minute", metavar="N", type=count)
+    group.add_argument("--requests-per-minute", metavar="N", type=count, help="sustained rate of requests")
+    group.add_argument("--tokens-per-minute", metavar="N", type=count, help="sustained rate of tokens")
     group.add_argument(
-        "--burst", metavar="N", type=count, help="requests at once: the bucket's size (default: a minute's)"
+        "--burst",
+        metavar="N",
+        type=count,
+        help="requests at once: the size of the token bucket (default: a minute's requests)",
     )
-    group.add_argument("--requests-per-day", metavar="N", type=daily)
-    group.add_argument("--max-parallel", metavar="N", type=count, help="requests that run at the same time")
-    group.add_argument("--budget", metavar="USD", type=usd, help=f"what {whose} may ever spend")
-    group.add_argument("--budget-daily", metavar="USD", type=usd, help="... in a day (UTC)")
-    group.add_argument("--budget-monthly", metavar="USD", type=usd, help="... in a month (UTC)")
+    group.add_argument("--requests-per-day", metavar="N", type=daily, help=f"at most {MAX_REQUESTS_PER_DAY}")
+    group.add_argument("--max-parallel", metavar="N", type=count, help="requests in progress at the same time")
+    group.add_argument("--budget", metavar="USD", type=usd, help=f"most that {whose} may spend in all")
+    group.add_argument("--budget-daily", metavar="USD", type=usd, help="most to spend in a day (UTC)")
+    group.add_argument("--budget-monthly", metavar="USD", type=usd, help="most to spend in a month (UTC)")
     if not of_account:
         group.add_argument(
-            "--session-budget", metavar="USD", type=usd, help="what each session_id may spend with the key"
+            "--session-budget", metavar="USD", type=usd, help="most that each session_id may spend with the key"
         )
 
 
@@ -56,97 +47,109 @@ def daily(text: str) -> int:
 
 def limits_of(args: argparse.Namespace) -> dict[str, int | None]:
     """Return the limits that the flags name."""
-    return _given({name: getattr(args, name) for name in Limits.__struct_fields__})
+    return _without_none({name: getattr(args, name) for name in Limits.__struct_fields__})
 
 
 def budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
     """Return the budgets that the flags name."""
-    return _given({field: getattr(args, flag) for flag, field in BUDGETS.items()})
+    return _without_none({field: getattr(args, flag) for flag, field in BUDGETS.items()})
 
 
 def session_budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
     """Return the budgets for each session that the flags name."""
-    return _given({"total_nusd": args.session_budget})
+    return _without_none({"total_nusd": args.session_budget})
 
 
-def _given(flags: dict[str, int | None]) -> dict[str, int | None]:
+def _without_none(flags: dict[str, int | None]) -> dict[str, int | None]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
 COLUMNS = ["id", "account", "name", "hint", "status", "expires_at", "models", "spend_usd", "budget_usd", "last_used_at"]
-KEY = "an id, a unique beginning of one, or the secret"
-ONCE = "The key is shown this once. Store it now."
+KEY_HELP = "the key's id, an unambiguous beginning of it, or the secret"
+ONCE_NOTE = "The key is shown only now. Store it."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_keys(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `keys create|list|show|update|rotate|suspend|resume|revoke|limits`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_create(commands)
     listing = add_command(commands, "list", list_keys)
-    listing.add_argument("--account", metavar="NAME", type=account, help="of this account alone")
-    listing.add_argument("--limit", metavar="N", type=count, help="at most so many (default: all)")
-    listing.add_argument("--after", metavar="ID", default="", help="those that follow this key")
-    add_command(commands, "show", show).add_argument("key", metavar="KEY", help=KEY)
+    listing.add_argument("--account", metavar="NAME", type=account, help="this account's keys only")
+    listing.add_argument("--limit", metavar="N", type=count, help="at most this many (default: all)")
+    listing.add_argument("--after", metavar="ID", default="", help="only keys created after this one")
+    add_command(commands, "show", show).add_argument("key", metavar="KEY", help=KEY_HELP)
     _add_update(commands)
     rotating = add_command(commands, "rotate", rotate)
-    rotating.add_argument("key", metavar="KEY", help=KEY)
-    rotating.add_argument("--grace", metavar="SPAN", type=span, default=0, help="how long the old secret works: 24h")
+    rotating.add_argument("key", metavar="KEY", help=KEY_HELP)
+    rotating.add_argument(
+        "--grace",
+        metavar="SPAN",
+        type=span,
+        default=0,
+        help="how long the old secret still works, such as 24h (default: 0s)",
+    )
     _add_target(add_command(commands, "suspend", suspend))
     _add_target(add_command(commands, "resume", resume))
     revoking = add_command(commands, "revoke", revoke)
-    revoking.add_argument("key", metavar="KEY", help=KEY)
+    revoking.add_argument("key", metavar="KEY", help=KEY_HELP)
     revoking.set_defaults(account=None)
     limiting = add_command(commands, "limits", limits)
     _add_target(limiting)
-    limiting.add_argument("--clear", action="store_true", help="first take away every limit and budget there is")
+    limiting.add_argument("--clear", action="store_true", help="first remove all limits and budgets")
     add_limit_flags(limiting)
 
 
 def _add_create(commands: Commands) -> None:
     creating = add_command(commands, "create", create)
-    creating.add_argument("--account", metavar="NAME", type=account, required=True, help="made if it doesn't exist")
+    creating.add_argument("--account", metavar="NAME", type=account, required=True, help="created if it doesn't exist")
     creating.add_argument("--name", default="", help="what the key is for")
-    creating.add_argument("--default-model", metavar="MODEL", help="for requests that name none")
-    creating.add_argument("--expires", metavar="WHEN", type=future, help="a time in RFC 3339, or 30d, 12h from now")
+    creating.add_argument("--default-model", metavar="MODEL", help="the model of requests that name none")
+    creating.add_argument(
+        "--expires", metavar="WHEN", type=future, help="an RFC 3339 time, or a time from now such as 30d or 12h"
+    )
     _add_fields(creating)
 
 
 def _add_update(commands: Commands) -> None:
     updating = add_command(commands, "update", update)
-    updating.add_argument("key", metavar="KEY", help=KEY)
+    updating.add_argument("key", metavar="KEY", help=KEY_HELP)
     updating.add_argument("--name", help="what the key is for")
     default = updating.add_mutually_exclusive_group()
-    default.add_argument("--default-model", metavar="MODEL", help="for requests that name none")
-    default.add_argument("--no-default-model", action="store_true")
+    default.add_argument("--default-model", metavar="MODEL", help="the model of requests that name none")
+    default.add_argument("--no-default-model", action="store_true", help="remove the default model")
     expiry = updating.add_mutually_exclusive_group()
-    expiry.add_argument("--expires", metavar="WHEN", type=moment, help="a time in RFC 3339, or 30d, 12h from now")
-    expiry.add_argument("--no-expiry", action="store_true")
-    updating.add_argument("--any-model", action="store_true", help="lift the restriction to --models")
+    expiry.add_argument(
+        "--expires", metavar="WHEN", type=moment, help="an RFC 3339 time, or a time from now such as 30d or 12h"
+    )
+    expiry.add_argument("--no-expiry", action="store_true", help="the key never expires")
+    updating.add_argument("--any-model", action="store_true", help="allow every model again")
     _add_fields(updating)
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", metavar="MODEL[,...]", type=names, action="extend", help="the only ones it may use")
+    parser.add_argument(
+        "--models", metavar="MODEL[,...]", type=names, action="extend", help="the only models that the key may use"
+    )
     parser.add_argument(
         "--param",
         metavar="NAME=JSON",
         type=param,
         action="append",
         default=[],
-        help="a request field for requests that lack it, such as temperature=0.2",
+        help="a default for a request field, such as temperature=0.2; may be repeated",
     )
     parser.add_argument(
         "--clamp",
         action=argparse.BooleanOptionalAction,
-        help="shorten answers to what the credit allows, not refuse them (default: credits.clamp)",
+        help="shorten an answer that the credit doesn't cover, instead of refusing it (default: credits.clamp)",
     )
     add_limit_flags(parser)
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("key", metavar="KEY", nargs="?", help=KEY)
-    target.add_argument("--account", metavar="NAME", type=account, help="the whole account")
+    target.add_argument("key", metavar="KEY", nargs="?", help=KEY_HELP)
+    target.add_argument("--account", metavar="NAME", type=account, help="the whole account instead of a key")
 
 
 async def create(args: argparse.Namespace, out: Output) -> None:
@@ -158,7 +161,7 @@ async def create(args: argparse.Namespace, out: Output) -> None:
     meshproxy keys create --account acme --json | jq -r .key
     """
     if args.default_model and args.models and args.default_model not in args.models:
-        raise Misused(f"argument --default-model: {args.default_model} is not among --models")
+        raise UsageError(f"argument --default-model: {args.default_model} is not one of --models")
     change = KeyChange(
         name=args.name,
         expires_at=args.expires,
@@ -169,8 +172,8 @@ async def create(args: argparse.Namespace, out: Output) -> None:
         bounds=_bounds(args),
     )
     async with open_desk(args) as desk:
-        made = await desk.create_key(args.account, change)
-    out.record(made, note=ONCE)
+        created = await desk.create_key(args.account, change)
+    out.print_record(created, note=ONCE_NOTE)
 
 
 async def list_keys(args: argparse.Namespace, out: Output) -> None:
@@ -183,7 +186,7 @@ async def list_keys(args: argparse.Namespace, out: Output) -> None:
     async with open_desk(args) as desk:
         keys = await desk.keys(args.account, limit=args.limit, after=args.after)
     rows = [{**key, "spend_usd": key["spend"]["total_usd"], "budget_usd": key["budgets"]["total_usd"]} for key in keys]
-    out.rows(keys if out.as_json else rows, COLUMNS, empty="no keys")
+    out.print_rows(keys if out.as_json else rows, COLUMNS, empty="no keys")
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
@@ -192,11 +195,11 @@ async def show(args: argparse.Namespace, out: Output) -> None:
     meshproxy keys show key_3f2a                          any unique beginning of an id
     """
     async with open_desk(args) as desk:
-        out.record(await desk.key(args.key))
+        out.print_record(await desk.key(args.key))
 
 
 async def update(args: argparse.Namespace, out: Output) -> None:
-    """Change the settings of a key that flags name; its secret stays valid.
+    """Change only the settings of a key that are given as flags; its secret stays valid.
 
     meshproxy keys update key_3f2a --name "nightly jobs"
     meshproxy keys update key_3f2a --models openai/gpt-4o-mini --expires 30d
@@ -213,20 +216,20 @@ async def update(args: argparse.Namespace, out: Output) -> None:
         bounds=_bounds(args),
     )
     if change == KeyChange():
-        raise Misused("nothing to change is named")
+        raise UsageError("no flag names a change")
     async with open_desk(args) as desk:
-        out.record(await desk.change_key(args.key, change))
+        out.print_record(await desk.change_key(args.key, change))
 
 
 async def rotate(args: argparse.Namespace, out: Output) -> None:
-    """Create a new secret for a key and print it this once; the id, limits, budgets and spend stay.
+    """Give a key a new secret, which is printed only now. The key keeps its id, limits, budgets and spend.
 
-    meshproxy keys rotate key_3f2a                        the old secret ends now
+    meshproxy keys rotate key_3f2a                        the old secret stops working now
     meshproxy keys rotate key_3f2a --grace 24h            both work for a day
     """
     async with open_desk(args) as desk:
         rotated = await desk.rotate_key(args.key, args.grace)
-    out.record(rotated, note=ONCE)
+    out.print_record(rotated, note=ONCE_NOTE)
 
 
 async def suspend(args: argparse.Namespace, out: Output) -> None:
@@ -248,42 +251,42 @@ async def resume(args: argparse.Namespace, out: Output) -> None:
 
 
 async def revoke(args: argparse.Namespace, out: Output) -> None:
-    """Refuse a key's requests for ever.
+    """Refuse a key's requests for good.
 
-    meshproxy keys revoke key_3f2a                        suspend can be taken back
+    meshproxy keys revoke key_3f2a                        can't be undone; `suspend` can
     """
     await _set_status(args, out, "revoked")
 
 
 async def limits(args: argparse.Namespace, out: Output) -> None:
-    """Show or set what a key or a whole account may use.
+    """Show or change the limits and budgets of a key or of a whole account.
 
-    meshproxy keys limits key_3f2a                        show them
+    meshproxy keys limits key_3f2a                        only show them
     meshproxy keys limits key_3f2a --requests-per-minute 60 --burst 10
-    meshproxy keys limits key_3f2a --clear --budget 100   nothing but a budget
+    meshproxy keys limits key_3f2a --clear --budget 100   replace all of them by one budget
     meshproxy keys limits --account acme --tokens-per-minute 500000
     """
     if args.account is not None and args.session_budget is not None:
-        raise Misused("argument --session-budget: sessions have budgets by key")
+        raise UsageError("argument --session-budget: only a key has one, not an account")
     bounds = _bounds(args)
     async with open_desk(args) as desk:
         if args.account is not None:
-            out.record(await desk.account_limits(args.account, bounds))
+            out.print_record(await desk.account_limits(args.account, bounds))
         else:
-            out.record(await _key_limits(desk, args.key, bounds))
+            out.print_record(await _key_limits(desk, args.key, bounds))
 
 
-async def _key_limits(desk: Desk, wanted: str, bounds: Bounds) -> dict[str, Any]:
-    key = await desk.change_key(wanted, KeyChange(bounds=bounds), action="key.limits")
+async def _key_limits(desk: Desk, key_id: str, bounds: Bounds) -> dict[str, Any]:
+    key = await desk.change_key(key_id, KeyChange(bounds=bounds), action="key.limits")
     return {name: key[name] for name in ("id", "account", "limits", "budgets", "session_budgets")}
 
 
 async def _set_status(args: argparse.Namespace, out: Output, status: Status) -> None:
     async with open_desk(args) as desk:
         if args.account is not None:
-            out.record(await desk.set_account_status(args.account, status))
+            out.print_record(await desk.set_account_status(args.account, status))
         else:
-            out.record(await desk.set_key_status(args.key, status))
+            out.print_record(await desk.set_key_status(args.key, status))
 
 
 def _bounds(args: argparse.Namespace) -> Bounds:
@@ -296,8 +299,8 @@ def _bounds(args: argparse.Namespace) -> Bounds:
 
 
 def _params(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the params that the flags name. Raises Misused for fields that no request may have."""
+    """Return the params that the flags name. Raises UsageError for fields that no request may have."""
     params = dict(args.param)
     for fault in check_params(params, ()):
-        raise Misused(f"argument --param: {'.'.join(map(str, fault.loc))}: {fault.msg}")
+        raise UsageError(f"argument --param: {'.'.join(map(str, fault.loc))}: {fault.msg}")
     return params

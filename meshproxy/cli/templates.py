@@ -7,15 +7,21 @@ from typing import Any
 
 import msgspec
 
-from meshproxy.cli.arguments import Failed, Output, add_command, variable
-from meshproxy.cli.books import account, open_desk
+from meshproxy.cli.arguments import account, open_desk, variable
+from meshproxy.cli.command_line import CommandError, Output, add_command
 from meshproxy.policy.template import check_template, render, to_public
 
 COLUMNS = ["name", "owner", "model", "variables", "updated_at", "id"]
-SET_HERE = ("id", "owner", "is_global", "created_at", "updated_at")  # members that `show` adds and no file sets
+SERVER_FIELDS = (
+    "id",
+    "owner",
+    "is_global",
+    "created_at",
+    "updated_at",
+)  # set by the gateway; a file from `show --json` has them
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_templates(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `templates put|list|show|delete|render`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     putting = add_command(commands, "put", put)
@@ -24,48 +30,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--file",
         metavar="FILE",
         required=True,
-        help="JSON with system and messages, and model, params, variables, description; -: stdin",
+        help="JSON with system, messages, model, params, variables and description; - reads stdin",
     )
-    _add_owner(putting, "whose it is")
+    _add_owner(putting, "the account that owns it")
     listing = add_command(commands, "list", list_templates)
-    listing.add_argument("--account", metavar="NAME", type=account, help="only what this account can use")
-    rendering = add_command(commands, "render", render_one)
+    listing.add_argument("--account", metavar="NAME", type=account, help="only templates that this account can use")
+    rendering = add_command(commands, "render", render_messages)
     rendering.add_argument(
-        "--var", metavar="NAME=TEXT", type=variable, action="append", default=[], help="a slot's value; may be repeated"
+        "--var",
+        metavar="NAME=TEXT",
+        type=variable,
+        action="append",
+        default=[],
+        help="the value of a slot; may be repeated",
     )
     for reading in (add_command(commands, "show", show), rendering):
-        reading.add_argument("name", metavar="NAME", help="or its id")
-        _add_owner(reading, "as this account finds it: its own before a global one")
+        reading.add_argument("name", metavar="NAME", help="the template's name or id")
+        _add_owner(reading, "the template that this account would use: its own, else a global one")
     deleting = add_command(commands, "delete", delete)
-    deleting.add_argument("name", metavar="NAME", help="or its id")
-    _add_owner(deleting, "whose it is")
+    deleting.add_argument("name", metavar="NAME", help="the template's name or id")
+    _add_owner(deleting, "the account that owns it")
 
 
 def _add_owner(parser: argparse.ArgumentParser, meaning: str) -> None:
     owner = parser.add_mutually_exclusive_group()
     owner.add_argument("--account", metavar="NAME", type=account, help=meaning)
-    owner.add_argument("--global", dest="account", action="store_const", const=None, help="a global one (the default)")
+    owner.add_argument(
+        "--global", dest="account", action="store_const", const=None, help="a global template (the default)"
+    )
 
 
 async def put(args: argparse.Namespace, out: Output) -> None:
-    """Create a template, or replace all of it except its id.
+    """Create a template, or replace one completely; only its id stays.
 
     meshproxy templates put greeter --file greeter.json
     echo '{"system": "Greet {{ name }}."}' | meshproxy templates put greeter --file - --account acme
     """
-    fields = check_template(_body(args.name, _read(args.file)), partial=False)
+    fields = check_template(_template_json(args.name, _read(args.file)), partial=False)
     async with open_desk(args) as desk:
-        out.record(await desk.put_template(args.account, args.name, fields))
+        out.print_record(await desk.put_template(args.account, args.name, fields))
 
 
 async def list_templates(args: argparse.Namespace, out: Output) -> None:
     """List the templates that an account can use, or all templates.
 
-    meshproxy templates list                            of every account, and the global ones
-    meshproxy templates list --account acme             those that acme can use
+    meshproxy templates list                            templates of every account, and global ones
+    meshproxy templates list --account acme             only those that acme can use
     """
     async with open_desk(args) as desk:
-        out.rows(await desk.templates(args.account), COLUMNS, empty="no templates")
+        out.print_rows(await desk.templates(args.account), COLUMNS, empty="no templates")
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
@@ -74,20 +87,20 @@ async def show(args: argparse.Namespace, out: Output) -> None:
     meshproxy templates show greeter --json > greeter.json
     """
     async with open_desk(args) as desk:
-        out.record(to_public(await desk.template(args.account, args.name)))
+        out.print_record(to_public(await desk.template(args.account, args.name)))
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
-    """Delete the template of exactly this owner.
+    """Delete a template of this account, or a global one.
 
     meshproxy templates delete greeter --account acme
     """
     async with open_desk(args) as desk:
-        out.record(await desk.delete_template(args.account, args.name))
+        out.print_record(await desk.delete_template(args.account, args.name))
 
 
-async def render_one(args: argparse.Namespace, out: Output) -> None:
-    """Print the messages that a request with these variables would get.
+async def render_messages(args: argparse.Namespace, out: Output) -> None:
+    """Print the messages that a request with these variables would send.
 
     meshproxy templates render greeter --var name=Ada
     meshproxy templates render greeter --account acme --var name=Ada --json
@@ -95,7 +108,7 @@ async def render_one(args: argparse.Namespace, out: Output) -> None:
     async with open_desk(args) as desk:
         template = await desk.template(args.account, args.name)
     messages = render(template, dict(args.var))
-    out.told(messages, "\n".join(map(_readable, messages)))
+    out.print(messages, "\n".join(map(_readable, messages)))
 
 
 def _readable(message: dict[str, Any]) -> str:
@@ -108,13 +121,13 @@ def _read(path: str) -> bytes:
     try:
         return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
-        raise Failed("unreadable", f"{path}: {error.strerror}") from error
+        raise CommandError("unreadable", f"{path}: {error.strerror}") from error
 
 
-def _body(name: str, text: bytes) -> bytes:
+def _template_json(name: str, text: bytes) -> bytes:
     """Return a file's JSON with the name from the command line, without the members that only `show` adds."""
     try:
         fields: dict[str, Any] = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return text  # check_template reports the fault
-    return msgspec.json.encode({**{key: raw for key, raw in fields.items() if key not in SET_HERE}, "name": name})
+        return text  # check_template reports what is wrong
+    return msgspec.json.encode({**{key: raw for key, raw in fields.items() if key not in SERVER_FIELDS}, "name": name})

@@ -73,7 +73,7 @@ def test_delete_leaves_nothing_of_it(data, error, store):
 
 
 def test_delete_wants_a_yes(misuse, store):
-    assert "for ever" in misuse("accounts", "delete", "acme")
+    assert "for good" in misuse("accounts", "delete", "acme")
     assert store.keys() == []
 
 

@@ -10,8 +10,8 @@ import urllib.request
 
 import pytest
 
-from meshproxy.cli import dev as dev_greeting
 from meshproxy.cli.command_line import main
+from meshproxy.cli.dev import greeting
 from tests.cli.conftest import started
 
 ENV = {name: value for name, value in os.environ.items() if name not in {"OPENAI_API_KEY", "OPENROUTER_API_KEY"}}
@@ -40,7 +40,7 @@ def post(place, body):
 
 def pasted(place, title):
     """The lines of the greeting under one of its titles."""
-    return dev_greeting.greeting(place).partition(f"# {title}\n")[2].partition("\n\n")[0]
+    return greeting(place).partition(f"# {title}\n")[2].partition("\n\n")[0]
 
 
 def output(*command):
@@ -74,14 +74,14 @@ def test_everything_works_as_printed():
 
 def test_the_greeting_in_text():
     place = {**PLACE, "models": [f"model-{number}" for number in range(9)]}
-    text = dev_greeting.greeting(place)
+    text = greeting(place)
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# curl",
         "# curl, streaming",
         "# curl, a stored template",
         "# Python: pip install openai",
         "# Node: npm install openai, and save as hello.mjs",
-        "# the commands, on this store",
+        "# other commands, on this store",
     ]
     assert "  models    model-0, model-1, model-2, model-3, model-4\n            and 4 more" in text
     assert text.count("rsk_secret") == 6
@@ -95,4 +95,4 @@ def test_the_node_lines_are_valid(tmp_path):
 
 def test_the_next_port_must_exist(capsys):
     assert main(["dev", "--port", "65535"]) == 2
-    assert "the next port is wanted too" in capsys.readouterr().err
+    assert "the next port is needed too" in capsys.readouterr().err

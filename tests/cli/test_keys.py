@@ -24,7 +24,7 @@ def test_create_in_text_says_to_keep_it(run):
     code, out, err = run("keys", "create", "--account", "acme", "--name", "ci")
     assert (code, err) == (0, "")
     assert re.match(r"key +rsk_\S+\nid +\S+\naccount +acme\nname +ci\n", out)
-    assert out.endswith("\nThe key is shown this once. Store it now.\n")
+    assert out.endswith("\nThe key is shown only now. Store it.\n")
 
 
 def test_create_takes_every_limit(data):
@@ -66,7 +66,7 @@ def test_create_takes_every_limit(data):
         (["--param", "user=me"], "argument --param: user: 'me' is not JSON"),
         (["--param", "messages=[]"], "argument --param: messages"),
         (["--param", "temperature=3"], "argument --param: temperature"),
-        (["--default-model", "a", "--models", "b"], "argument --default-model: a is not among --models"),
+        (["--default-model", "a", "--models", "b"], "argument --default-model: a is not one of --models"),
         (["--account", "a{b}"], "argument --account"),
         (["--account", "*"], "argument --account"),
     ],
@@ -151,7 +151,7 @@ def test_limits_of_an_account(data, misuse):
     }
     assert data("keys", "limits", "--account", "acme", "--budget-monthly", "5")["budgets"]["monthly_usd"] == "5.00"
     assert data("keys", "limits", "--account", "acme", "--clear")["limits"] == BOUNDS["limits"]
-    assert "sessions have budgets by key" in misuse("keys", "limits", "--account", "acme", "--session-budget", "1")
+    assert "only a key has one" in misuse("keys", "limits", "--account", "acme", "--session-budget", "1")
 
 
 def test_a_key_or_an_account_is_wanted(misuse):
@@ -180,7 +180,7 @@ def test_update_keeps_the_default_among_the_models(data, error):
 
 
 def test_update_of_nothing_is_wrong_usage(misuse):
-    assert "nothing to change" in misuse("keys", "update", "key_1")
+    assert "no flag names a change" in misuse("keys", "update", "key_1")
 
 
 def test_rotate_gives_the_same_key_another_secret(data, error):

@@ -3,7 +3,7 @@ import pty
 import signal
 import time
 
-from meshproxy.cli.top import CLEAR
+from meshproxy.cli.usage import CLEAR
 from tests.cli.conftest import REQUESTS, started
 
 

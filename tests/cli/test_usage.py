@@ -56,12 +56,12 @@ def test_text(settle, run):
 
 def test_a_time_without_use(settle, run):
     settle(*REQUESTS)
-    assert run("usage", "--until", "3d") == (0, "nothing was used\n", "")
+    assert run("usage", "--until", "3d") == (0, "no usage\n", "")
 
 
 def test_bad_arguments(misuse, error):
     assert "argument --since: after --until" in misuse("usage", "--since", "1h", "--until", "2h")
-    words = "argument --by: 'hour' is none of session, model, key, day"
+    words = "argument --by: 'hour' is not one of session, model, key, day"
     assert words in misuse("usage", "--by", "day,hour")
     assert error("usage", "--account", "nobody") == "account_not_found"
 

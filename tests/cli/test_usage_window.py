@@ -1,8 +1,8 @@
 import pytest
 
 from meshproxy import config
-from meshproxy.cli import top as usage_tail
-from meshproxy.cli.top import Row, Tail
+from meshproxy.cli import usage as cli_usage
+from meshproxy.cli.usage import TopRow, UsageWindow
 from meshproxy.ledger.connection import connect
 
 
@@ -32,34 +32,34 @@ async def test_only_the_window_counts(link, settled):
     settled("acme", "m", cost_nusd=5, ago_s=30)
     settled("acme", "m", cost_nusd=7)
     settled("acme", "gift", event="grant")
-    assert await Tail(link, ["acme"], 60).read() == [Row("acme", "m", 2, 20, 10, 12)]
+    assert await UsageWindow(link, ["acme"], 60).read() == [TopRow("acme", "m", 2, 20, 10, 12)]
 
 
 async def test_each_reading_adds_what_is_new(link, settled):
-    tail = Tail(link, ["acme", "bolt"], 60)
-    assert await tail.read() == []
+    window = UsageWindow(link, ["acme", "bolt"], 60)
+    assert await window.read() == []
     settled("acme", "m", cost_nusd=5)
-    assert await tail.read() == [Row("acme", "m", 1, 10, 5, 5)]
+    assert await window.read() == [TopRow("acme", "m", 1, 10, 5, 5)]
     settled("acme", "m", cost_nusd=6)
     settled("bolt", "m", cost_nusd=50)
-    assert await tail.read() == [Row("bolt", "m", 1, 10, 5, 50), Row("acme", "m", 2, 20, 10, 11)]
-    assert await tail.read() == [Row("bolt", "m", 1, 10, 5, 50), Row("acme", "m", 2, 20, 10, 11)]
+    assert await window.read() == [TopRow("bolt", "m", 1, 10, 5, 50), TopRow("acme", "m", 2, 20, 10, 11)]
+    assert await window.read() == [TopRow("bolt", "m", 1, 10, 5, 50), TopRow("acme", "m", 2, 20, 10, 11)]
 
 
 async def test_more_than_one_batch_is_read(link, settled, monkeypatch):
-    monkeypatch.setattr(usage_tail, "BATCH_EVENTS", 2)
-    monkeypatch.setattr(usage_tail, "BATCH_ACCOUNTS", 1)
+    monkeypatch.setattr(cli_usage, "BATCH_EVENTS", 2)
+    monkeypatch.setattr(cli_usage, "BATCH_ACCOUNTS", 1)
     for cost in (1, 10, 100):
         settled("acme", "m", cost_nusd=cost)
     settled("bolt", "m")
-    assert await Tail(link, ["acme", "bolt"], 60).read() == [
-        Row("acme", "m", 3, 30, 15, 111),
-        Row("bolt", "m", 1, 10, 5, 1),
+    assert await UsageWindow(link, ["acme", "bolt"], 60).read() == [
+        TopRow("acme", "m", 3, 30, 15, 111),
+        TopRow("bolt", "m", 1, 10, 5, 1),
     ]
 
 
 async def test_it_is_bounded(link, settled, monkeypatch):
-    monkeypatch.setattr(usage_tail, "MAX_SUMS", 1)
+    monkeypatch.setattr(cli_usage, "MAX_SUMS", 1)
     settled("acme", "m", cost_nusd=5)
     settled("acme", "n", cost_nusd=5)
-    assert await Tail(link, ["acme"], 60).read() == [Row("acme", "m", 1, 10, 5, 5)]
+    assert await UsageWindow(link, ["acme"], 60).read() == [TopRow("acme", "m", 1, 10, 5, 5)]
