@@ -6,7 +6,7 @@ the cancellation on. Each request in flight has a few tasks at most, and `server
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,6 +38,9 @@ class Tasks:
 
     def __len__(self) -> int:
         return len(self._running)
+
+    def __iter__(self) -> Iterator[asyncio.Future[Any]]:
+        return iter(tuple(self._running))
 
     def spawn(self, name: str, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start `coro`. If it raises, that is logged and counted under `name`, a fixed word such as `settle`."""

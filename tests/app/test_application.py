@@ -24,7 +24,10 @@ from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.money import parse_usd
-from tests.conftest import HELLO, Caller, free_port, settings_for, usage_events
+from tests.harness.books import Caller, usage_events
+from tests.harness.clients import HELLO
+from tests.harness.mesh import settings_for
+from tests.harness.process import free_port
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "jwt_gateway.py"
 CONFIG = """

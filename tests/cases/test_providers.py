@@ -27,7 +27,7 @@ import pytest
 from meshproxy.config.settings import Upstream
 from tests.cases.conftest import PATIENCE_S, POLL_S, Caller, Exchange, Site, Tables, exchange, load, parameters, refused
 from tests.cases.provider import CAPS, Player, expand
-from tests.conftest import free_port
+from tests.harness.process import free_port
 
 PRICES = {"input_usd_per_mtok": "1.00", "cached_input_usd_per_mtok": "0.10", "output_usd_per_mtok": "10.00"}
 HELLO = [{"role": "user", "content": "hi"}]

@@ -25,7 +25,8 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
 from meshproxy.simulator import Running
-from tests.conftest import Caller, free_port, usage_events
+from tests.harness.books import Caller, usage_events
+from tests.harness.process import free_port
 
 PATIENCE_S = 20.0  # for what should take a second
 ROOT = Path(__file__).parents[2]

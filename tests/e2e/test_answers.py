@@ -7,7 +7,8 @@ import openai
 import pytest
 
 from meshproxy.money import format_usd
-from tests.conftest import HELLO, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from meshproxy.policy.principal import Limits
-from tests.conftest import HELLO, PRICE, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import PRICE, model
 
 MESSAGES = json.dumps(HELLO)
 DEEP = 100_000

@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from tests.conftest import HELLO
+from tests.harness.clients import HELLO
 
 CREDIT = "0.0002"  # the prompt's hold of some 20 tokens at 2,500 nano-USD, and some 15 tokens of output at 10,000
 

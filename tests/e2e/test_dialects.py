@@ -9,7 +9,9 @@ import pytest
 
 from meshproxy.config import parse
 from meshproxy.simulator.dialects import DIALECTS
-from tests.conftest import HELLO, Caller, Mesh, StartMesh, model
+from tests.harness.books import Caller
+from tests.harness.clients import HELLO
+from tests.harness.mesh import Mesh, StartMesh, model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "providers.md").read_text()
 INPUT_NUSD, CACHED_NUSD, OUTPUT_NUSD = 2_500, 250, 10_000  # a token

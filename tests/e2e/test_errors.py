@@ -13,7 +13,9 @@ import pytest
 from msgspec.structs import replace
 
 from meshproxy.policy.principal import Budgets, Key, Limits
-from tests.conftest import HELLO, Caller, Mesh, model
+from tests.harness.books import Caller
+from tests.harness.clients import HELLO
+from tests.harness.mesh import Mesh, model
 
 ROOT = Path(__file__).parents[2]
 TINY = {"sim": {"kind": "openai", "first_byte_timeout_s": 0.1}}

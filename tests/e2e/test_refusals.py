@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import structlog
 
-from tests.conftest import model
+from tests.harness.mesh import model
 
 OK = {
     "id": "chatcmpl-7",

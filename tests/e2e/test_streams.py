@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
-from tests.conftest import HELLO, PRICE, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import PRICE, model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000  # what the simulator reports of HELLO and eight tokens
 PROMPT_NUSD = 9 * 2_500  # of HELLO, where nobody reports it

@@ -12,11 +12,13 @@ import trustme
 import uvloop
 from structlog.testing import capture_logs
 
-from tests.conftest import HELLO, Caller, Mesh, StartMesh, model
 from tests.faults.phases import SCRIPTS
 from tests.faults.proxy import FaultProxy
 from tests.faults.table import OUTCOMES, SECURED, Case, expected_of
 from tests.faults.teller import Teller
+from tests.harness.books import Caller
+from tests.harness.clients import HELLO
+from tests.harness.mesh import Mesh, StartMesh, model
 
 SHORT_S = 0.2  # the gateway's time-outs where a case comes down to one, and the life of a hold that nobody settles
 MAX_HEAR_S = 20.0
@@ -78,7 +80,7 @@ class Stage:
         worker = self.mesh.worker
         return {
             "tasks": len(asyncio.all_tasks()),
-            "spawned": len(self.mesh._of_requests()),
+            "spawned": self.mesh.spawned(),
             "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
             "leases": len(worker.live.leases),
             "relays": len(worker.live.relays),

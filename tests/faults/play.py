@@ -3,8 +3,6 @@
 import asyncio
 import json
 
-from meshproxy.ledger.records import AccountKeys
-from tests.conftest import usage_events
 from tests.faults.conftest import PATIENCE_S, SHORT_S
 from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING, length_in
 from tests.faults.table import GENTLE, Outcome
@@ -86,16 +84,12 @@ async def outcomes(stage, clients):
 
 async def balanced(stage):
     """The account's credit, of which nothing is held any more."""
-    account = stage.caller.account
-    balance = await stage.mesh._released(account)
-    assert balance.granted_nusd == balance.balance_nusd + balance.settled_nusd
-    assert 0 == await stage.mesh.worker.store.execute("HLEN", AccountKeys(account).holds)
-    return balance
+    return await stage.mesh.books.balanced(stage.caller.account)
 
 
 async def events_of(stage):
     """What became of holds, oldest first."""
-    events = await usage_events(stage.mesh.worker.store, stage.caller.account)
+    events = await stage.mesh.books.events(stage.caller.account)
     return [event for event in events if event["event"] != "grant"]
 
 

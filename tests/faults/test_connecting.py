@@ -6,10 +6,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import model
 from tests.faults.conftest import SHORT_S, Terms
 from tests.faults.play import heard, outcomes
 from tests.faults.table import OUTCOMES, SHAPES
+from tests.harness.mesh import model
 
 MOST_WAITING = 8  # a queue of 0 holds one or two
 ANSWERED_S = 0.05  # on loopback a SYN that is answered at all is answered at once

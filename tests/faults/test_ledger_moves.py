@@ -11,9 +11,9 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from tests.conftest import model
 from tests.faults.play import FULL_NUSD
 from tests.faults.teller import EVENTS, Teller, answer
+from tests.harness.mesh import model
 from tests.money.conftest import Valkey, free_port
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from tests.conftest import model
 from tests.faults.conftest import Terms
 from tests.faults.play import heard, outcomes
 from tests.faults.table import OUTCOMES, Outcome
 from tests.faults.teller import EVENTS, REPLY, answer
+from tests.harness.mesh import model
 
 CUTS_OF_A_ROUTE = 9  # a route's tenth failure in a row opens its breaker
 ENDS = OUTCOMES | {

@@ -7,13 +7,13 @@ import socket
 
 import pytest
 
-from tests.conftest import model
 from tests.faults.conftest import Terms
 from tests.faults.phases import HEAD_END
 from tests.faults.play import heard, outcomes
 from tests.faults.proxy import beneath
 from tests.faults.table import OUTCOMES
 from tests.faults.teller import answer
+from tests.harness.mesh import model
 
 UNENDING = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ntransfer-encoding: chunked" + HEAD_END
 FAILED = b'data: {"error": {"message": "no", "code": 500}}\n\n'

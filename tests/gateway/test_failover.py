@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.conftest import HELLO, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import model
 
 GOOD = "sim/plain?tokens=8"
 BEFORE_THE_FIRST_EVENT = (

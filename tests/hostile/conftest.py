@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import uvloop
 
-from tests.conftest import settings_for
+from tests.harness.mesh import settings_for
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

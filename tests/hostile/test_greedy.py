@@ -12,7 +12,8 @@ import pytest
 
 from meshproxy.ledger.replays import FAILED_TTL_MS
 from meshproxy.policy.principal import Limits
-from tests.conftest import HELLO, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import model
 from tests.hostile.corpus import END, LENGTH, request
 from tests.hostile.wire import answers_in
 

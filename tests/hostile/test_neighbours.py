@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from meshproxy.policy.principal import Limits
-from tests.conftest import HELLO, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import model
 from tests.hostile.corpus import request
 
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)

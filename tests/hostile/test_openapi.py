@@ -11,7 +11,7 @@ import pytest
 from meshproxy.policy.principal import Limits
 from meshproxy.server.api import ROUTES
 from meshproxy.server.openapi import PATH, document
-from tests.conftest import model
+from tests.harness.mesh import model
 
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
 EXAMPLES = os.environ.get("MESHPROXY_EXAMPLES", "10")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.server.chat import MAX_LEVEL_BYTES, STEP_BYTES, PaddedStream
-from tests.conftest import HELLO
+from tests.harness.clients import HELLO
 from tests.hostile.corpus import request
 
 SEED = 7

@@ -16,7 +16,7 @@ from meshproxy.openai.headers import FORWARDED
 from meshproxy.policy.principal import Limits
 from meshproxy.telemetry.exposition import decode, render
 from meshproxy.telemetry.logs import configure
-from tests.conftest import PRICE
+from tests.harness.mesh import PRICE
 from tests.hostile.corpus import CHAT, request
 from tests.hostile.parrot import ANSWER, WAYS, parrot
 

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from meshproxy.policy.principal import Limits
-from tests.conftest import HELLO, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import model
 from tests.hostile.corpus import BODY, END, LENGTH, request
 from tests.hostile.test_requests import counted
 from tests.hostile.wire import answers_in

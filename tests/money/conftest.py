@@ -28,7 +28,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import AccountKeys, Balance
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Key
-from tests.conftest import free_port
+from tests.harness.process import free_port
 
 FULL = os.environ.get("MESHPROXY_PROOF") == "full"
 FIGURES = os.environ.get("MESHPROXY_FIGURES")  # a file that takes the figures, if they are wanted

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.conftest import free_port
+from tests.harness.process import free_port
 from tests.money.conftest import (
     HOLD_TTL_S,
     INPUT_NUSD,

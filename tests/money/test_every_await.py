@@ -15,7 +15,9 @@ from meshproxy.errors import UpstreamError, upstream_error
 from meshproxy.gateway.exchange import Call
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.store import StoreError, Unavailable
-from tests.conftest import HELLO, model, usage_events
+from tests.harness.books import usage_events
+from tests.harness.clients import HELLO
+from tests.harness.mesh import model
 from tests.money.conftest import figure
 
 MAX_WAITS = 200

@@ -26,7 +26,8 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Limits
 from meshproxy.simulator import SimulatorSettings, start
-from tests.conftest import HELLO, model
+from tests.harness.clients import HELLO
+from tests.harness.mesh import model
 from tests.hostile.conftest import Alone, running
 from tests.hostile.corpus import CASES, END, request
 
