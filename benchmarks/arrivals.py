@@ -5,6 +5,7 @@ behind it late too. A loop around select() is used because asyncio's timers are 
 """
 
 import random
+import re
 import select
 import socket
 import time
@@ -12,6 +13,8 @@ from collections import deque
 
 CONNECTIONS = 64
 SEED = 1
+
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 def latencies_s(port: int, request: bytes, per_s: float, seconds: float) -> list[float]:
@@ -52,12 +55,20 @@ def _connected(port: int) -> socket.socket:
 
 
 def _take(client: socket.socket) -> None:
-    """Read a whole answer; they end in the same bytes, so no length need be parsed."""
-    data = client.recv(65_536)
-    if not data.startswith(b"HTTP/1.1 200"):
+    """Read a whole answer, by its Content-Length or its chunks (RFC 9112, section 6.3)."""
+    data = _received(client)
+    while b"\r\n\r\n" not in data:
+        data += _received(client)
+    head, _, body = data.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"refused: {data[:300]!r}")
-    while not data.endswith((b"}\r\n0\r\n\r\n", b"}")):
-        piece = client.recv(65_536)
-        if not piece:
-            raise RuntimeError("the proxy closed the connection in an answer")
-        data += piece
+    length = _LENGTH.search(head)
+    while len(body) < int(length[1]) if length else not body.endswith(b"0\r\n\r\n"):
+        body += _received(client)
+
+
+def _received(client: socket.socket) -> bytes:
+    data = client.recv(65_536)
+    if not data:
+        raise RuntimeError("the proxy closed the connection in an answer")
+    return data

@@ -1,6 +1,8 @@
 """The cases, each a load on one proxy and the CPU time that the proxy spent on it."""
 
 import asyncio
+import difflib
+import http.client
 import json
 import re
 import subprocess
@@ -13,11 +15,13 @@ import uvloop
 
 from benchmarks.arrivals import latencies_s
 from benchmarks.processes import OTHER_CORE, PROXY_CORE, Core
-from benchmarks.proxies import UNARY_MODEL, Proxy
+from benchmarks.proxies import ANSWER, UNARY_MODEL, Proxy
 from benchmarks.streams import Pool
+from benchmarks.upstream import ENDING, EVENT
 
 CONNECTIONS = 64
 BURSTS_PER_S = 200
+FAILED = 0.1  # of a case's streams: where more were refused or cut there is no cost to speak of
 GRACE_S = 5.0  # what streams get to end after the last has begun
 WORDS = "The quick brown fox jumps over the lazy dog. "
 HEADERS = {
@@ -78,10 +82,12 @@ def request_body(model: str, prompt: str, *, stream: bool) -> bytes:
     return json.dumps(fields).encode()
 
 
-def request(model: str, key: str, *, stream: bool) -> bytes:
+def request(model: str, proxy: Proxy, *, stream: bool) -> bytes:
     """The same as bytes of HTTP."""
-    body = request_body(model, WORDS, stream=stream)
-    headers = {"host": "gateway.test", **HEADERS, "authorization": f"Bearer {key}", "content-length": str(len(body))}
+    body = request_body(proxy.prefixes[stream] + model, WORDS, stream=stream)
+    own = proxy.stream_headers if stream else proxy.headers
+    headers = {"host": "gateway.test", **HEADERS, **own, "authorization": f"Bearer {proxy.key}"}
+    headers |= {"content-length": str(len(body))}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + body
 
@@ -90,12 +96,14 @@ def unary(
     proxy: Proxy, directory: Path, seconds: int, *, prompt_bytes: int = len(WORDS), key: str | None = None
 ) -> Result:
     """wrk, 64 connections, as fast as it goes: a request."""
-    body = request_body(UNARY_MODEL, (WORDS * (prompt_bytes // len(WORDS) + 1))[:prompt_bytes], stream=False)
-    headers = {**HEADERS, "authorization": f"Bearer {key or proxy.key}"}
+    body = request_body(
+        proxy.prefixes[0] + UNARY_MODEL, (WORDS * (prompt_bytes // len(WORDS) + 1))[:prompt_bytes], stream=False
+    )
+    headers = {**HEADERS, **proxy.headers, "authorization": f"Bearer {key or proxy.key}"}
     lines = "".join(f'wrk.headers["{name}"] = "{value}"\n' for name, value in headers.items())
     script = directory / "request.lua"
     script.write_text(f"wrk.method = 'POST'\nwrk.body = [[{body.decode()}]]\n{lines}")
-    _wrk(proxy, script, 1)
+    _wrk(proxy, script, proxy.warm_up_s)
     meter = Meter(proxy)
     told = _wrk(proxy, script, seconds)
     requests = re.search(r"(\d+) requests in", told)
@@ -128,7 +136,7 @@ def paced(proxy: Proxy, streams: int, seconds: float, *, interval_ms: int = 10) 
     length_s = 0.1 * interval_ms
 
     async def load() -> Result:
-        pool = Pool(proxy.stream_port, request(f"sse-100x{interval_ms}", proxy.key, stream=True))
+        pool = _pool(proxy, 100, interval_ms)
         await pool.open(2 * in_flight)
         meter = Meter(proxy)
         await pool.begin_spread(round(in_flight * seconds / length_s), seconds)
@@ -143,7 +151,7 @@ def events_alone(proxy: Proxy, streams: int, seconds: float) -> Result:
     in_flight = max(1, round(streams * proxy.share))
 
     async def load() -> Result:
-        pool = Pool(proxy.stream_port, request("sse-500x10", proxy.key, stream=True))
+        pool = _pool(proxy, 500, 10)
         await pool.open(in_flight)
         await pool.begin_spread(in_flight, 0.5)
         await asyncio.sleep(0.3)
@@ -159,7 +167,7 @@ def burst(proxy: Proxy, seconds: float) -> Result:
     """Streams whose 100 events come in one write, 200 a second: an event, with its share of the stream's own request."""
 
     async def load() -> Result:
-        pool = Pool(proxy.stream_port, request("sse-100x0", proxy.key, stream=True))
+        pool = _pool(proxy, 100, 0)
         await pool.open(CONNECTIONS)
         meter = Meter(proxy)
         await pool.begin_spread(round(BURSTS_PER_S * proxy.share * seconds), seconds)
@@ -169,6 +177,12 @@ def burst(proxy: Proxy, seconds: float) -> Result:
     return uvloop.run(load())
 
 
+def _pool(proxy: Proxy, events: int, interval_ms: int) -> Pool:
+    """Connections for streams of so many events, so far apart; a finish event, one of usage and `[DONE]` follow them."""
+    sent = request(f"sse-{events}x{interval_ms}", proxy, stream=True)
+    return Pool(proxy.stream_port, sent, events + 3)
+
+
 def _of_streams(pool: Pool, meter: Meter) -> Result:
     seen = pool.seen
     result = meter.result(
@@ -176,12 +190,15 @@ def _of_streams(pool: Pool, meter: Meter) -> Result:
         streams=seen.begun,
         refused=seen.refused,
         cut=seen.cut,
+        uneven=seen.uneven,
         events_per_read=seen.events / max(seen.reads, 1),
         first_event_ms_p50=quantile(seen.first_event_s, 0.5) * 1e3,
         first_event_ms_p99=quantile(seen.first_event_s, 0.99) * 1e3,
         gap_ms_p99=quantile(seen.gaps_s, 0.99) * 1e3,
         gap_ms_max=max(seen.gaps_s, default=0.0) * 1e3,
     )
+    if seen.refused + seen.cut > FAILED * seen.begun:
+        result.us = None
     pool.close()
     return result
 
@@ -191,7 +208,7 @@ def idle(proxy: Proxy, streams: int) -> Result:
     in_flight = max(1, round(streams * proxy.share))
 
     async def load() -> Result:
-        pool = Pool(proxy.stream_port, request("sse-2x60000", proxy.key, stream=True))
+        pool = _pool(proxy, 2, 60_000)
         before = proxy.rss_bytes()
         await pool.open(in_flight)
         await pool.begin_spread(in_flight, 1.0)
@@ -207,12 +224,36 @@ def idle(proxy: Proxy, streams: int) -> Result:
 
 def latency(proxy: Proxy, per_s: float, seconds: float) -> Result:
     """Whole answers at so many requests a second: how long they took from when they were due."""
-    sent = request(UNARY_MODEL, proxy.key, stream=False)
+    sent = request(UNARY_MODEL, proxy, stream=False)
     latencies_s(proxy.unary_port, sent, per_s * proxy.share, 0.5)
     meter = Meter(proxy)
     found = latencies_s(proxy.unary_port, sent, per_s * proxy.share, seconds)
     quantiles = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
     return meter.result(len(found), **{name: quantile(found, q) * 1e3 for name, q in quantiles.items()})
+
+
+def changes(proxy: Proxy) -> Result:
+    """What the proxy changes in an answer: 1 if a whole one's body isn't the upstream's, and how many events of a stream
+    differ from it, are missing or were added.
+    """
+    whole = _answer(proxy.unary_port, request(UNARY_MODEL, proxy, stream=False))
+    lines = _answer(proxy.stream_port, request("sse-100x10", proxy, stream=True)).decode().split("\n\n")
+    sent = (EVENT * 100 + b"".join(ENDING)).decode().split("\n\n")
+    steps = difflib.SequenceMatcher(None, sent, lines, autojunk=False).get_opcodes()
+    events = sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in steps if tag != "equal")
+    return Result(1, more={"whole_changed": float(whole != ANSWER.encode()), "events_changed": float(events)})
+
+
+def _answer(port: int, sent: bytes) -> bytes:
+    """Send a request of our own making and return the answer's body."""
+    head, _, body = sent.partition(b"\r\n\r\n")
+    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=GRACE_S)
+    try:
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
 
 
 def quantile(values: Iterable[float], q: float) -> float:

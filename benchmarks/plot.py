@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from html import escape
 
 from benchmarks.report import DIRECT
-from benchmarks.suite import LATENCY, STRANGERS, UNARY, Results
+from benchmarks.suite import UNARY, Results, latency_key
 
 WIDTH, MARGIN, BAR, GAP = 760, 16, 18, 5
 LABEL_WIDTH, VALUE_WIDTH = 190, 60
@@ -17,7 +17,7 @@ PANELS = (
     ("prompt_64k", "CPU for a whole answer with a prompt of 64 KiB, us", "us"),
     ("event_alone", "CPU for a relayed event, us", "us"),
     ("paced_200", "CPU for an event of 200 streams, their requests included, us", "us"),
-    (LATENCY, "Latency added to a whole answer at half load, p99, ms", "p99_ms"),
+    (latency_key(2000), "Latency of a whole answer at 2,000 a second, p99, ms", "p99_ms"),
 )
 
 
@@ -26,8 +26,9 @@ def svg(results: Results) -> str:
     parts: list[str] = []
     y = MARGIN
     for case, title, key in PANELS:
-        if case in results and not (case == LATENCY and _is_spoilt(results)):
-            drawn, y = _panel(title, _values(results, case, key), y)
+        values = _values(results, case, key)
+        if values:
+            drawn, y = _panel(title, values, y)
             parts += drawn
     style = "text{font:13px system-ui,sans-serif;fill:#1f2933}.t{font-weight:600}"
     return (
@@ -37,15 +38,9 @@ def svg(results: Results) -> str:
     )
 
 
-def _is_spoilt(results: Results) -> bool:
-    """Whether latencies tell more of strangers on the proxy's core than of the proxies; CPU time suffers little by them."""
-    return any(result.more["strangers_busy"] > STRANGERS for name, result in results[LATENCY].items() if name != DIRECT)
-
-
 def _values(results: Results, case: str, key: str) -> dict[str, float]:
-    by = results[case]
-    direct = by[DIRECT].more.get(key, 0.0) if DIRECT in by and key != "us" else 0.0
-    found = {name: result.us if key == "us" else result.more[key] - direct for name, result in by.items()}
+    by = results.get(case, {})
+    found = {name: result.us if key == "us" else result.more.get(key) for name, result in by.items()}
     return {name: value for name, value in found.items() if value is not None and name != DIRECT}
 
 

@@ -5,11 +5,12 @@ reported is that of a process and its children, never that of another on the sam
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ class Process:
         *,
         stderr: Path | None = None,
         cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
         ready_within_s: float = READY_TIMEOUT_S,
     ) -> None:
         self._ports = ports
@@ -48,6 +50,7 @@ class Process:
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 cwd=cwd,
+                env=env,
             )
 
     def __enter__(self) -> Self:
@@ -107,6 +110,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def program(name: str) -> str:
+    """Return where a program is; Debian keeps servers in sbin, which isn't on everyone's path."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin") or name
+
+
 class Core:
     """How busy a core was since this was made, whoever used it."""
 
@@ -129,8 +137,9 @@ class Core:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that one has begun and that still run."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Return the living processes that any thread of one has started: a Go program forks from whichever thread it is on."""
+    lists = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return sorted(int(child) for text in lists for child in text.split())
 
 
 def _family(pid: int) -> Iterator[int]:

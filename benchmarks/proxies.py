@@ -5,20 +5,17 @@ A proxy that has no idea of models gets two ports, one for each upstream; meshpr
 
 import asyncio
 import contextlib
-import json
-import secrets
-import shutil
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from benchmarks.processes import OTHER_CORE, PROXY_CORE, Process, free_ports
+from benchmarks.processes import OTHER_CORE, PROXY_CORE, Process, free_ports, program
 from meshproxy.config import Redis
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
@@ -60,6 +57,10 @@ class Proxy:
     key: str = "rsk_" + "x" * 43
     empty_key: str | None = None
     share: float = 1.0
+    warm_up_s: int = 1
+    headers: Mapping[str, str] = field(default_factory=dict)  # besides the key, for whole answers
+    stream_headers: Mapping[str, str] = field(default_factory=dict)
+    prefixes: tuple[str, str] = ("", "")  # before the model's name, of whole answers and of streams
 
     def cpu_s(self) -> float:
         """Seconds of CPU so far."""
@@ -230,48 +231,6 @@ def _wait_until_ready(admin_port: int) -> None:
     raise RuntimeError("meshproxy did not become ready")
 
 
-@contextmanager
-def litellm(behind: Upstreams, directory: Path) -> Iterator[Proxy]:
-    """LiteLLM's proxy without a database, one worker; it can take a twentieth of what the others are given."""
-    (port,) = free_ports(1)
-    models = [
-        {
-            "model_name": name,
-            "litellm_params": {
-                "model": f"openai/{name}",
-                "api_base": f"http://127.0.0.1:{upstream}/v1",
-                "api_key": "sk-x",
-            },
-        }
-        for name, upstream in [(UNARY_MODEL, behind.unary), *((name, behind.streams) for name in STREAM_MODELS)]
-    ]
-    conf = directory / "litellm.yaml"
-    key = f"sk-{secrets.token_hex(24)}"
-    told = {"model_list": models, "general_settings": {"master_key": key}, "litellm_settings": {"telemetry": False}}
-    conf.write_text(json.dumps(told))  # JSON is YAML
-    argv = [
-        program("litellm"),
-        "--config",
-        str(conf),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--num_workers",
-        "1",
-    ]
-    with Process(argv, PROXY_CORE, [port], stderr=directory / "litellm.log", ready_within_s=90.0) as process:
-        yield Proxy("litellm", process, port, port, key, share=0.05)
-
-
-def program(name: str) -> str:
-    """Where a program is; Debian keeps servers in sbin, which isn't on everyone's path."""
-    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin") or name
-
-
-def available(only: Sequence[str] | None = None) -> list[Start]:
-    """What can be started here, or those of it that are named. nginx comes first: the others are compared with it."""
-    found: list[Start] = [nginx, haproxy, meshproxy, naive, pipe]
-    if Path(program("litellm")).is_absolute():
-        found.append(litellm)
-    return [start for start in found if only is None or start.__name__ in only]
+def own() -> list[Start]:
+    """Return how to start the proxies that need no gateway of others."""
+    return [nginx, haproxy, meshproxy, naive, pipe]

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.proxies import program
-from benchmarks.suite import IDLE, LATENCY, REFUSAL, STRANGERS, UNARY, Results, titles
+from benchmarks.cases import Result
+from benchmarks.processes import program
+from benchmarks.suite import CHANGES, IDLE, LATENCIES_PER_S, REFUSAL, STRANGERS, UNARY, Results, latency_key, titles
 
 DIRECT = "direct"
 REFERENCE = "nginx"
@@ -18,10 +19,19 @@ REFERENCE = "nginx"
 Row = list[str]
 
 
-def as_json(results: Results) -> str:
-    """Everything that was found, and on what."""
-    found = {case: {proxy: asdict(result) for proxy, result in by.items()} for case, by in results.items()}
-    return json.dumps({"machine": machine(), "versions": versions(), "cases": found}, indent=1) + "\n"
+def as_json(results: Results, repeats: Sequence[Results]) -> str:
+    """Return the medians and every repeat, and on what they were found."""
+
+    def plain(found: Results) -> dict[str, dict[str, object]]:
+        return {case: {proxy: asdict(result) for proxy, result in by.items()} for case, by in found.items()}
+
+    told = {
+        "machine": machine(),
+        "versions": versions(),
+        "cases": plain(results),
+        "repeats": [plain(each) for each in repeats],
+    }
+    return json.dumps(told, indent=1) + "\n"
 
 
 def machine() -> dict[str, str]:
@@ -44,48 +54,47 @@ def _version_of(name: str) -> str:
 
 
 def tables(results: Results, *, quick: bool) -> str:
-    """The tables, in Markdown that also reads well in a terminal."""
+    """Return the tables, in Markdown that also reads well in a terminal."""
     names = list(results[UNARY])
     parts = [
         _markdown(["CPU of the proxy, us", *names], list(_cpu_rows(results, names, quick=quick))),
-        _markdown([f"latency, ms at {_rate(results):.0f} requests/s", DIRECT, *names], _latency_rows(results, names)),
+        _markdown(["latency of whole answers, ms", DIRECT, *names], list(_latency_rows(results, names))),
         _markdown(["streams, ms", DIRECT, *names], list(_stream_rows(results, names, quick=quick))),
-        _markdown(["memory", *names], [_memory_row(results, names)]),
+        _markdown(["memory and bytes", *names], list(_other_rows(results, names))),
     ]
     doubts = "\n".join(_doubts(results))
     if doubts:
-        parts.append(f"Less than they should be:\n\n{doubts}")
+        parts.append(f"Of these rows not everything counts:\n\n{doubts}")
     return "\n\n".join(parts) + "\n"
 
 
 def _cpu_rows(results: Results, names: Sequence[str], *, quick: bool) -> Iterator[Row]:
     for case, (title, per) in titles(quick=quick).items():
         by = results[case]
-        if not by:
-            continue
         reference = by[REFERENCE].us if REFERENCE in by else None
-        yield [f"{title}, {per}", *(_with_ratio(by[name].us if name in by else None, reference) for name in names)]
+        yield [f"{title}, {per}", *(_cpu(by.get(name), reference) for name in names)]
 
 
-def _with_ratio(us: float | None, reference: float | None) -> str:
-    if us is None:
+def _cpu(result: Result | None, reference: float | None) -> str:
+    """Return microseconds, the ratio to the reference, and the spread over the repeats."""
+    if result is None or result.us is None:
         return ""
-    told = f"{us:.0f}" if us >= 100 else f"{us:.1f}"
-    return f"{told} ({us / reference:.1f}x)" if reference else told
+    told = f"{result.us:.0f}" if result.us >= 100 else f"{result.us:.1f}"
+    ratio = f" ({result.us / reference:.1f}x)" if reference else ""
+    spread = f" ±{result.more['spread'] / 2:.0%}" if result.more.get("repeats", 0) > 1 else ""
+    return told + ratio + spread
 
 
-def _rate(results: Results) -> float:
-    return results[LATENCY][DIRECT].more["per_s"]
+def _figure(by: Mapping[str, Result], name: str, key: str, form: str) -> str:
+    value = by[name].more.get(key) if name in by else None
+    return "" if value is None else format(value, form)
 
 
-def _latency_rows(results: Results, names: Sequence[str]) -> list[Row]:
-    by = results[LATENCY]
-    rows = []
-    for key, title in (("p50_ms", "p50"), ("p99_ms", "p99"), ("p999_ms", "p99.9")):
-        direct = by[DIRECT].more[key]
-        added = (f"+{by[name].more[key] - direct:.2f}" for name in names)
-        rows.append([f"{title}, added to direct's", f"{direct:.2f}", *added])
-    return rows
+def _latency_rows(results: Results, names: Sequence[str]) -> Iterator[Row]:
+    for per_s in LATENCIES_PER_S:
+        by = results[latency_key(per_s)]
+        for key, title in (("p50_ms", "p50"), ("p99_ms", "p99"), ("p999_ms", "p99.9")):
+            yield [f"{per_s}/s: {title}", *(_figure(by, name, key, ".2f") for name in (DIRECT, *names))]
 
 
 def _stream_rows(results: Results, names: Sequence[str], *, quick: bool) -> Iterator[Row]:
@@ -96,27 +105,34 @@ def _stream_rows(results: Results, names: Sequence[str], *, quick: bool) -> Iter
     )
     for case, (title, _) in titles(quick=quick).items():
         if case.startswith("paced"):
-            by = results[case]
             for key, what in told:
-                yield [f"{title}: {what}", *(f"{by[name].more[key]:.1f}" for name in (DIRECT, *names))]
+                yield [f"{title}: {what}", *(_figure(results[case], name, key, ".1f") for name in (DIRECT, *names))]
 
 
-def _memory_row(results: Results, names: Sequence[str]) -> Row:
-    found = (results[IDLE][name].more.get("bytes_per_stream") for name in names)
-    return ["KiB an idle stream", *("" if each is None else f"{each / 1024:.1f}" for each in found)]
+def _other_rows(results: Results, names: Sequence[str]) -> Iterator[Row]:
+    kib = (results[IDLE][name].more.get("bytes_per_stream") for name in names)
+    yield ["KiB an idle stream", *("" if each is None else f"{each / 1024:.1f}" for each in kib)]
+    whole = {0.0: "no", 1.0: "yes"}
+    changed = (results[CHANGES][name].more.get("whole_changed", -1.0) for name in names)
+    yield ["whole answer: body changed", *(whole.get(each, "") for each in changed)]
+    events = (_figure(results[CHANGES], name, "events_changed", ".0f") for name in names)
+    yield ["stream of 103 events: changed, dropped or added", *events]
 
 
 def _doubts(results: Results) -> Iterator[str]:
-    """What makes figures less than they should be."""
+    """Say which rows have less behind them than they should."""
     for case, by in results.items():
         lost = {name: result.more.get("cut", 0) for name, result in by.items()}
         if case != REFUSAL:
             lost = {name: count + by[name].more.get("refused", 0) for name, count in lost.items()}
+        uneven = {name: result.more.get("uneven", 0.0) for name, result in by.items()}
         strangers = {name: result.more.get("strangers_busy", 0.0) for name, result in by.items() if name != DIRECT}
         if any(lost.values()):
             yield f"- {case}: refused or cut: {_told(lost, '.0f', 0)}"
+        if any(uneven.values()):
+            yield f"- {case}: streams with another number of events than were sent: {_told(uneven, '.0f', 0)}"
         if max(strangers.values(), default=0.0) > STRANGERS:
-            yield f"- {case}: others used the proxy's core: {_told(strangers, '.0%', STRANGERS)}"
+            yield f"- {case}: not reported, for others used the proxy's core: {_told(strangers, '.0%', STRANGERS)}"
 
 
 def _told(values: Mapping[str, float], form: str, above: float) -> str:

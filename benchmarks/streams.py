@@ -20,6 +20,7 @@ class Seen:
     ended: int = 0
     refused: int = 0
     cut: int = 0
+    uneven: int = 0  # ended streams with another number of events than the upstream sent
     events: int = 0
     reads: int = 0
     first_event_s: "array[float]" = field(default_factory=lambda: array("d"))
@@ -40,6 +41,7 @@ class Client(asyncio.Protocol):
         self._tail = b""
         self._asked_at = 0.0
         self._last_at = 0.0
+        self._events = 0
         self.busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -54,6 +56,7 @@ class Client(asyncio.Protocol):
         self.busy = True
         self._tail = b""
         self._last_at = 0.0
+        self._events = 0
         self._asked_at = time.perf_counter()
         self._seen.begun += 1
         self.transport.write(self._pool.request)
@@ -70,12 +73,14 @@ class Client(asyncio.Protocol):
         if self._tail == b"0\r\n\r\n":
             self.busy = False
             seen.ended += 1
+            seen.uneven += self._events != self._pool.events
             self._pool.ended(self)
 
     def _note(self, events: int) -> None:
         seen = self._seen
         now = time.perf_counter()
         seen.events += events
+        self._events += events
         if self._last_at:
             seen.gaps_s.append(now - self._last_at)
         else:
@@ -84,10 +89,11 @@ class Client(asyncio.Protocol):
 
 
 class Pool:
-    """Connections to one proxy, opened ahead, and streams begun on them."""
+    """Connections to one proxy, opened ahead, and streams begun on them. `events`: how many the upstream sends in each."""
 
-    def __init__(self, port: int, request: bytes) -> None:
+    def __init__(self, port: int, request: bytes, events: int) -> None:
         self.request = request
+        self.events = events
         self.seen = Seen()
         self._port = port
         self._idle: list[Client] = []
