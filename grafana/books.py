@@ -220,6 +220,12 @@ LEDGER = board(
             steps=((None, GREEN), (0.001, YELLOW), (0.01, RED)),
         ),
         figure("Settlements on disk", total("meshproxy_journal_pending"), width=6, steps=((None, GREEN), (1, RED))),
+        lines(
+            "Connected by instance",
+            [(f"min by (instance) (meshproxy_ledger_connected{{{S}}})", "{{instance}}")],
+            most=1,
+            about="0: it has lost Redis.",
+        ),
         heatmap(
             "Admission",
             "meshproxy_ledger_op_duration_seconds",

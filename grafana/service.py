@@ -244,6 +244,24 @@ UPSTREAMS = board(
             about="The slow member of a pair stands above its equals.",
         ),
         lines(
+            "Latency by model and upstream, median",
+            [
+                (
+                    quantile(0.5, FAMILY("upstream_latency"), "model, upstream, stream"),
+                    "{{model}} {{upstream}}, stream {{stream}}",
+                )
+            ],
+            unit="s",
+            about="Upstreams of the same model compared, as in MeshproxyUpstreamSlowMember. Streams to their first event.",
+        ),
+        lines(
+            "Failures by model and cause",
+            [(rate("meshproxy_failures_total", "model, cause"), "{{model}} {{cause}}")],
+            unit="reqps",
+            stacked=True,
+            about="By the error's code: ledger_unavailable is Redis, overloaded this instance, the others are providers.",
+        ),
+        lines(
             "Whole answer by upstream, p95",
             [(quantile(0.95, FAMILY("upstream_request_duration"), "upstream"), "{{upstream}}")],
             unit="s",

@@ -19,14 +19,14 @@ from typing import Any
 import structlog
 import uvloop
 from aiohttp import web
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from meshproxy.app.reload import READY, STOPPING, Read, Reloader, RunningConfig, Watch, journal_path, load, notify
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
 from meshproxy.app.worker_process import Report, Serving
 from meshproxy.config import ConfigError, Secrets, Settings
-from meshproxy.gateway.record import MAX_FAILURES, Failure
+from meshproxy.gateway.record import MAX_FAILURES, MAX_REFUSED, Failure, Refused
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.desk import Desk, store_doubts
 from meshproxy.ledger.directory import Directory
@@ -120,6 +120,7 @@ class AdminFigures:
             "history": list(self._history.points),
             "failures": _latest(reports),
             "last_errors": _last_errors(reports),
+            "refused": summed_refusals(reports),
         }
 
     def _reasons(self, reports: list[Report]) -> list[str]:
@@ -151,6 +152,19 @@ def _last_errors(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
             if name not in last or failure.at > last[name].at:
                 last[name] = failure
     return {name: asdict(failure) for name, failure in last.items()}
+
+
+def summed_refusals(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """Sum the refusals of about the last minute in all workers, by account and limit, most first."""
+    found: dict[tuple[str, str], Refused] = {}
+    for each in (each for report in reports for each in report.refused):
+        pair = each.account, each.refused_by
+        other = found.get(pair)
+        if other is not None:
+            last = max(other, each, key=lambda one: one.at)
+            each = replace(last, lately=other.lately + each.lately)  # noqa: PLW2901 - the sum of both
+        found[pair] = each
+    return [asdict(each) for each in sorted(found.values(), key=lambda each: -each.lately)[:MAX_REFUSED]]
 
 
 MOST_DESCRIPTORS = 1_048_576  # of one process: fs.nr_open's default (proc_sys_fs(5))

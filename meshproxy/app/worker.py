@@ -7,6 +7,7 @@ import random
 import resource
 import secrets as random_source
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -52,9 +53,42 @@ STALE_S = 3600.0  # how long known keys and templates are used while Redis is lo
 NEW_ACCOUNTS_S = 1.0  # between two looks for an account that is new in the metrics
 BALANCES_EVERY = 10  # looks, all balances are read
 CROWDED_QUIET_S = 10.0  # between two log lines about exhausted descriptors
+LEDGER_SLOW_S = 0.05  # of one round trip to the ledger, as in the alert MeshproxyLedgerSlow
+LEDGER_QUIET_S = 10.0  # between two log lines about slow operations of the ledger, or about those that failed alike
+LOST = frozenset({"connection", "closed"})  # kinds of error that `ledger_lost` is logged for
 SETTLE_GRACE_S = 10.0  # how long settlements may take at the end, when every request is over
 
 _log = structlog.get_logger("meshproxy.app")
+
+
+class LedgerLog:
+    """Logs that operations of the ledger are slow or fail: the first at once, then a count once per LEDGER_QUIET_S."""
+
+    def __init__(self) -> None:
+        self._quiet_until: dict[str, float] = {}  # by kind of error, from a closed set; "": slow
+        self._counts: Counter[str] = Counter()
+        self._worst_s = 0.0
+
+    def slow(self, op: str, seconds: float) -> None:
+        """Note an operation that took LEDGER_SLOW_S or longer."""
+        self._worst_s = max(self._worst_s, seconds)
+        if count := self._due(""):
+            _log.warning("ledger_slow", op=op, operations=count, worst_ms=round(self._worst_s * 1000, 3))
+            self._worst_s = 0.0
+
+    def failed(self, op: str, kind: str) -> None:
+        """Note an operation that failed while the connection lasts."""
+        if kind not in LOST and kind != "noscript" and (count := self._due(kind)):
+            _log.error("ledger_fails", kind=kind, op=op, operations=count)
+
+    def _due(self, name: str) -> int:
+        """Count one operation. Return how many there were since the last line if another line is due, else 0."""
+        self._counts[name] += 1
+        now = time.monotonic()
+        if now < self._quiet_until.get(name, 0.0):
+            return 0
+        self._quiet_until[name] = now + LEDGER_QUIET_S
+        return self._counts.pop(name)
 
 
 class Prepared(Struct, frozen=True):
@@ -101,6 +135,7 @@ class Worker:
         self._had_ledger = settings.redis.on_failure == "local"  # or doesn't need it
         self._hung_up = 0  # connections closed for lack of descriptors, since that was last logged
         self._crowded_quiet_until = 0.0
+        self._ledger_log = LedgerLog()
         self._lost_at: dict[str, float] = {}  # by the ledger's server; "": at the start
 
     async def start(self, generation: int = 1) -> None:
@@ -279,6 +314,9 @@ class Worker:
         self.metrics.ledger_op_duration.labels(op).observe(seconds)
         if error is not None:
             self.metrics.ledger_errors.labels(error).inc()
+            self._ledger_log.failed(op, error)
+        elif seconds >= LEDGER_SLOW_S:
+            self._ledger_log.slow(op, seconds)
 
     def _on_ledger_change(self, server: str, is_connected: bool, reason: str) -> None:  # noqa: FBT001 - as ledger.store has it
         """Log once each time that a server of the ledger is lost, and when it is back."""

@@ -23,7 +23,7 @@ from meshproxy.app.application import DataListener
 from meshproxy.app.reload import RunningConfig
 from meshproxy.app.worker import Prepared, Worker
 from meshproxy.config import ConfigError
-from meshproxy.gateway.record import Failure
+from meshproxy.gateway.record import Failure, Refused
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry.exposition import MergedMetrics
@@ -43,8 +43,8 @@ class Prepare(Struct, tag="prepare", frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """A worker's state: its metrics (Metrics.snapshot), why it isn't ready, whether the ledger is connected, and the latest
-    failures.
+    """A worker's state: its metrics (Metrics.snapshot), why it isn't ready, whether the ledger is connected, the latest
+    failures, and which accounts were refused lately.
     """
 
     snapshot: bytes
@@ -52,6 +52,7 @@ class Report(Struct, frozen=True):
     connected: bool
     failures: list[Failure] = []
     last_errors: dict[str, Failure] = {}
+    refused: list[Refused] = []
 
 
 class Drain(Struct, tag="drain", frozen=True):
@@ -207,6 +208,7 @@ class Serving:
             self.worker.store.connected,
             list(recorder.failures),
             recorder.last_errors,
+            recorder.refusals.lately(),
         )
 
     async def reports(self) -> dict[int, Report]:

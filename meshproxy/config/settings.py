@@ -317,6 +317,7 @@ class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     meshproxy_overhead_seconds: Edges | None = None
     meshproxy_upstream_time_to_first_token_seconds: Edges | None = None
     meshproxy_upstream_request_duration_seconds: Edges | None = None
+    meshproxy_upstream_latency_seconds: Edges | None = None
     meshproxy_ledger_op_duration_seconds: Edges | None = None
     meshproxy_event_loop_lag_seconds: Edges | None = None
 

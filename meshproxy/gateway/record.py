@@ -28,7 +28,8 @@ from meshproxy.openai.headers import upstream_request_id
 from meshproxy.openai.request import ChatRequest
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.catalog import Candidate
-from meshproxy.telemetry.families import PHASES
+from meshproxy.policy.route_health import Window
+from meshproxy.telemetry.families import CAUSES, PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
 
@@ -130,6 +131,8 @@ def _of_usage(exchange: Exchange) -> Facts:
 
 
 MAX_FAILURES = 50  # that a worker remembers for the status page
+MAX_REFUSED = 64  # pairs of account and limit that a worker remembers for the status page
+REFUSED_S = 60.0
 MAX_WORDS_CHARS = 500  # of a provider's message, in one log line
 ROUTE = "/v1/chat/completions"
 
@@ -149,11 +152,14 @@ class _OfModel:
 
 
 class _OfUpstream:
-    """One upstream's metrics with their labels bound once."""
+    """One upstream's metrics for one model, with their labels bound once."""
 
-    def __init__(self, metrics: Metrics, upstream: str) -> None:
+    def __init__(self, metrics: Metrics, upstream: str, model: str) -> None:
         self.duration = metrics.upstream_duration.labels(upstream)
         self.first_token = metrics.upstream_first_token.labels(upstream)
+        self.latency = {
+            stream: metrics.upstream_latency.labels(upstream, model, stream) for stream in ("true", "false")
+        }
 
 
 class Accounts:
@@ -192,6 +198,49 @@ class Failure(Struct, frozen=True):
     code: str
 
 
+class Refused(Struct):
+    """The refusals of one account by one limit, budget or bound: for the status page.
+
+    `lately` is how many there were in about the last minute; `request_id` is the last one's, `at` its time (Unix
+    seconds).
+    """
+
+    account: str
+    refused_by: str
+    lately: int = 0
+    request_id: str = ""
+    at: float = 0.0
+
+
+class Refusals:
+    """Counts refused requests by account and by what refused them: the latest MAX_REFUSED pairs of one worker."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._found: dict[tuple[str, str], tuple[Refused, Window]] = {}
+
+    def note(self, account: str, refused_by: str, request_id: str) -> None:
+        """Count one refusal."""
+        pair = account, refused_by
+        known = self._found.pop(pair) if pair in self._found else None
+        refused, window = known or (Refused(*pair), Window(REFUSED_S))
+        if len(self._found) >= MAX_REFUSED:
+            del self._found[
+                next(iter(self._found))
+            ]  # each refusal moves its pair to the end, so the first is the oldest
+        self._found[pair] = refused, window
+        window.add(self._clock(), marked=False)
+        refused.request_id, refused.at = request_id, time.time()
+
+    def lately(self) -> list[Refused]:
+        """Return the pairs that were refused in about the last minute."""
+        now = self._clock()
+        for refused, window in self._found.values():
+            window.advance(now)
+            refused.lately = round(window.calls)
+        return [refused for refused, _ in self._found.values() if refused.lately]
+
+
 class Recorder:
     """Counts and logs the requests of one worker. `clock` is monotonic seconds."""
 
@@ -201,11 +250,12 @@ class Recorder:
         self.accounts: Accounts | None = None
         self.failures: deque[Failure] = deque(maxlen=MAX_FAILURES)
         self.last_errors: dict[str, Failure] = {}  # by upstream
+        self.refusals = Refusals(clock)
         self._metrics = metrics
         self._request_log = request_log
         self._clock = clock
         self._models: dict[str, _OfModel] = {}
-        self._upstreams: dict[str, _OfUpstream] = {}
+        self._upstreams: dict[tuple[str, str], _OfUpstream] = {}
         self._requests: dict[tuple[str, int, str], Counter] = {}
         # Requests in each phase. A scrape reads them, so that a request needn't set gauges.
         self._phases = dict.fromkeys(PHASES, 0)
@@ -238,6 +288,8 @@ class Recorder:
             self.failures.append(
                 _failure(exchange, model, upstream, exchange.status, exchange.code or exchange.outcome)
             )
+        if exchange.refused_by is not None:
+            self.refusals.note(exchange.account, exchange.refused_by, exchange.call.request_id)
         if self.accounts is not None and exchange.principal is not None:
             self.accounts.count(exchange.account, exchange.status, exchange.cost_nusd)
         if self.spans is not None:
@@ -246,6 +298,7 @@ class Recorder:
     def shed(self, exchange: Exchange) -> None:
         """Count and log a request that was refused before it counted as in flight."""
         self._request_counter("none", exchange.status, "false").inc()
+        self._metrics.failures.labels("none", exchange.code).inc()
         self._request_log.write(self._line(exchange, "", stream=False, now=self._clock()))
 
     def denied(self, denied: Denial) -> None:
@@ -302,14 +355,19 @@ class Recorder:
         of_model.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
         if exchange.sent_at and exchange.candidate is not None:
             self._overhead[stream].observe(exchange.overhead_s)
-            of_upstream = self._upstreams.get(exchange.candidate.upstream) or self._of_upstream(
-                exchange.candidate.upstream
-            )
+            served_by = exchange.candidate.upstream, model
+            of_upstream = self._upstreams.get(served_by) or self._of_upstream(*served_by)
             of_upstream.duration.observe(now - exchange.sent_at)
             if exchange.first_event_at:
-                of_upstream.first_token.observe(exchange.first_event_at - exchange.sent_at)
+                waited_s = exchange.first_event_at - exchange.sent_at
+                of_upstream.first_token.observe(waited_s)
+                of_upstream.latency["true"].observe(waited_s)
+            elif exchange.status == 200 and stream == "false":
+                of_upstream.latency["false"].observe(now - exchange.sent_at)
         if exchange.first_event_at:
             self._count_stream(exchange, of_model, received_at)
+        if exchange.code in CAUSES:
+            self._metrics.failures.labels(model, exchange.code).inc()
         if exchange.outcome == "client_disconnected":
             self._metrics.client_disconnects.labels(exchange.phase).inc()
         elif exchange.outcome == "insufficient_credits":
@@ -394,8 +452,8 @@ class Recorder:
             counter = self._requests[key] = self._metrics.requests.labels(ROUTE, model, str(status), stream)
         return counter
 
-    def _of_upstream(self, upstream: str) -> _OfUpstream:
-        made = self._upstreams[upstream] = _OfUpstream(self._metrics, upstream)
+    def _of_upstream(self, upstream: str, model: str) -> _OfUpstream:
+        made = self._upstreams[upstream, model] = _OfUpstream(self._metrics, upstream, model)
         return made
 
     def _of_model(self, model: str) -> _OfModel:

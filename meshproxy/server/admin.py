@@ -59,6 +59,7 @@ class Status(Summary):
     history: list[dict[str, Any]]  # the last hour: at (Unix seconds), requests by kind, p50 and p99 of the request time
     failures: list[dict[str, Any]]  # the latest requests that failed, newest first
     last_errors: dict[str, dict[str, Any]]  # of each upstream
+    refused: list[dict[str, Any]]  # refusals of the last minute by account and limit, most first
 
 
 class AdminState(Protocol):

@@ -25,6 +25,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+CAUSES = _words("gateway_timeout internal_error ledger_unavailable overloaded provider_not_available upstream_error")
 _CREDIT_REASONS = _words("insufficient_credits spend_limit mid_stream")
 _REFUSAL_REASONS = _words("negative no_number over_window cost")
 
@@ -40,6 +41,7 @@ CLOSED = {
         "key_requests key_tokens account_requests account_tokens key_requests_per_day account_requests_per_day"
         " key_parallel_requests account_parallel_requests"
     ),
+    "cause": CAUSES,
     "reason": _CREDIT_REASONS | _REFUSAL_REASONS,
     "phase": frozenset(PHASES),
     "op": _words(
@@ -87,6 +89,7 @@ _counter = partial(Definition, "counter")
 _gauge = partial(Definition, "gauge")
 _histogram = partial(Definition, "histogram")
 
+_FIRST_TOKEN_EDGES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120)
 # Edges include the usual objectives exactly (.5, 1, 2, 5, 10, 30 s), so that a ratio of buckets is a service level.
 BUILD_INFO = _gauge("meshproxy_build_info", "Always 1; the label tells the version.", ("version",), merge="max")
 WORKERS = _gauge("meshproxy_workers", "Worker processes that answered this scrape.", preset=True)
@@ -94,6 +97,11 @@ REQUESTS = _counter(
     "meshproxy_requests_total",
     "Requests answered, by route, served model, HTTP status and whether the answer was a stream.",
     ("route", "model", "code", "stream"),
+)
+FAILURES = _counter(
+    "meshproxy_failures_total",
+    "Chat completions that failed, by served model and error code: answers with a 5xx, and error events in streams.",
+    ("model", "cause"),
 )
 REQUEST_DURATION = _histogram(
     "meshproxy_request_duration_seconds",
@@ -105,7 +113,7 @@ TIME_TO_FIRST_TOKEN = _histogram(
     "meshproxy_time_to_first_token_seconds",
     "From the request's head received to the first event of a stream written.",
     ("model",),
-    (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120),
+    _FIRST_TOKEN_EDGES,
 )
 TIME_PER_OUTPUT_TOKEN = _histogram(
     "meshproxy_time_per_output_token_seconds",
@@ -157,13 +165,19 @@ UPSTREAM_TIME_TO_FIRST_TOKEN = _histogram(
     "meshproxy_upstream_time_to_first_token_seconds",
     "From the request sent to the upstream that served to the first event of its stream.",
     ("upstream",),
-    (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120),
+    _FIRST_TOKEN_EDGES,
 )
 UPSTREAM_REQUEST_DURATION = _histogram(
     "meshproxy_upstream_request_duration_seconds",
     "From the request sent to the upstream that was asked last to the end of its answer.",
     ("upstream",),
     (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600),
+)
+UPSTREAM_LATENCY = _histogram(
+    "meshproxy_upstream_latency_seconds",
+    "From the request sent to the upstream that served to the first event of its stream, or to the end of its whole answer.",
+    ("upstream", "model", "stream"),
+    _FIRST_TOKEN_EDGES,
 )
 UPSTREAM_STATE = _gauge(
     "meshproxy_upstream_state",

@@ -1,10 +1,12 @@
 """What the log and the balancer hear when Redis goes away and comes back."""
 
 import contextlib
+import time
 
 import pytest
 from structlog.testing import capture_logs
 
+from meshproxy.app.worker import LEDGER_QUIET_S, LedgerLog
 from meshproxy.ledger.embedded import Embedded
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -68,3 +70,27 @@ async def test_with_local_it_is_ready_without(start_mesh, tmp_path):
     redis = {"url": NOWHERE, "on_failure": "local", "journal": str(tmp_path / "journal")}
     mesh = await start_mesh(redis=redis, connected=False)
     assert [] == mesh.worker.not_ready()
+
+
+async def test_a_full_redis_is_logged_once_by_its_kind(server, start_mesh):
+    mesh = await start_mesh(redis={"url": server.url})
+    caller = await mesh.key()
+    await mesh.worker.store.execute("CONFIG", "SET", "maxmemory", "1")
+    with capture_logs() as logs:
+        statuses = {(await mesh.chat(caller, model="sim/fast")).status for _ in range(5)}
+        await mesh.worker.store.execute("CONFIG", "SET", "maxmemory", "0")
+    fails = [line for line in logs if line["event"] == "ledger_fails"]
+    assert ({503}, [("oom", "admit", 1)]) == (
+        statuses,
+        [(line["kind"], line["op"], line["operations"]) for line in fails],
+    )
+
+
+def test_slow_operations_are_counted_between_two_lines(monkeypatch):
+    times = iter((0.0, 1.0, LEDGER_QUIET_S + 1.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    log = LedgerLog()
+    with capture_logs() as logs:
+        for seconds in (0.06, 0.2, 0.07):
+            log.slow("admit", seconds)
+    assert [(1, 60.0), (2, 200.0)] == [(line["operations"], line["worst_ms"]) for line in logs]

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from meshproxy.app.serve import AdminFigures
+from meshproxy.app.serve import AdminFigures, summed_refusals
 from meshproxy.app.worker_process import Report
+from meshproxy.gateway.record import Refused
 from meshproxy.telemetry.exposition import MergedMetrics, encode
 
 DRAINING, NO_LEDGER = "draining", "the ledger can't be reached"
@@ -39,3 +40,13 @@ async def test_one_worker_that_is_ready_is_enough(not_ready, expected):
 
 async def test_before_all_were_up_none_is():
     assert ["starting"] == await AdminFigures(Crew([[]], up=False), 2).ready()
+
+
+def test_refusals_of_all_workers_are_summed_and_the_latest_request_is_shown():
+    first = Refused("acme", "key_requests", lately=3, request_id="a", at=1.0)
+    second = Refused("acme", "key_requests", lately=4, request_id="b", at=2.0)
+    third = Refused("other", "credit", lately=1, request_id="c", at=3.0)
+    reports = [Report(b"", [], connected=True, refused=refused) for refused in ([third, second], [first])]
+    assert [(7, "acme", "b"), (1, "other", "c")] == [
+        (each["lately"], each["account"], each["request_id"]) for each in summed_refusals(reports)
+    ]

@@ -2,7 +2,7 @@ import pytest
 import structlog
 
 from meshproxy.config import Model, Route, Settings, Upstream
-from meshproxy.gateway.record import Recorder
+from meshproxy.gateway.record import MAX_REFUSED, REFUSED_S, Recorder, Refusals
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.usage import Refusal, Usage
 from meshproxy.telemetry.exposition import decode, render
@@ -156,3 +156,31 @@ async def test_a_client_that_hung_up(recorded):
 async def test_an_attempt(recorded):
     recorded.recorder.attempted("u", "502")
     assert 1 == await recorded.value('upstream_requests_total{code="502",upstream="u"}')
+
+
+async def test_an_upstream_s_latency_by_model_and_a_failure_by_its_cause(recorded):
+    whole, failed = finished(), finished()
+    whole.plan = plan(b'{"messages":[{"role":"user","content":"Hello there"}]}')
+    whole.first_event_at = 0.0
+    failed.code, failed.status = "upstream_error", 502
+    for made in (whole, failed):
+        recorded.recorder.begin(made)
+        recorded.recorder.end(made)
+    expected = {
+        'upstream_latency_seconds_sum{model="m",stream="false",upstream="u"}': 9.0,
+        'upstream_latency_seconds_sum{model="m",stream="true",upstream="u"}': 1.0,
+        'failures_total{cause="upstream_error",model="m"}': 1,
+    }
+    assert expected == {sample: await recorded.value(sample) for sample in expected}
+
+
+def test_refusals_of_the_last_minute_are_counted_by_account_and_limit():
+    times = [0.0]
+    refusals = Refusals(lambda: times[0])
+    for number in range(MAX_REFUSED + 1):
+        refusals.note(f"a{number}", "key_requests", f"r{number}")
+    refusals.note("a1", "key_requests", "again")
+    found = {each.account: (each.lately, each.request_id) for each in refusals.lately()}
+    assert (MAX_REFUSED, False, (2, "again")) == (len(found), "a0" in found, found["a1"])
+    times[0] = 3 * REFUSED_S
+    assert [] == refusals.lately()

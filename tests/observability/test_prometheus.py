@@ -43,7 +43,7 @@ def test_every_query_of_every_panel_returns_data(scene):
 
 def test_every_rule_can_be_evaluated(scene):
     rules = [rule for group in scene.server.get("rules")["groups"] for rule in group["rules"]]
-    assert 44 == len(rules)
+    assert 46 == len(rules)
     assert {} == {rule["name"]: rule["lastError"] for rule in rules if rule["health"] == "err"}
 
 
