@@ -74,7 +74,7 @@ class Program:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
-    def signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
         self.process.send_signal(number)
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
@@ -237,8 +237,8 @@ class Gateway:
         files = Path(self.tables["redis"]["journal"]).parent.glob("*")
         return sum(path.read_bytes().count(b"\n") for path in files if path.is_file())
 
-    def signal(self, number: int) -> None:
-        self.program.signal(number)
+    def send(self, number: int) -> None:
+        self.program.send(number)
 
     async def exit(self, timeout_s: float = PATIENCE_S) -> int:
         return await self.program.exit(timeout_s)
@@ -252,7 +252,7 @@ class Gateway:
     def kill(self) -> None:
         """SIGKILL to all of it at once."""
         pids = self.pids()
-        self.program.signal(signal.SIGSTOP)  # no worker is restarted meanwhile
+        self.program.send(signal.SIGSTOP)  # no worker is restarted meanwhile
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         self.program.stop(signal.SIGKILL)
@@ -267,9 +267,9 @@ class Gateway:
             return
         if self.program.is_running:
             draining = len(self.logged("draining"))
-            self.program.signal(signal.SIGTERM)
+            self.program.send(signal.SIGTERM)
             wait_until(lambda: not self.program.is_running or len(self.logged("draining")) > draining, timeout_s=1)
-            self.program.signal(signal.SIGTERM)  # the second one waits for no stream
+            self.program.send(signal.SIGTERM)  # the second one waits for no stream
             with suppress(subprocess.TimeoutExpired):
                 self.program.process.wait(ANSWER_S)
         self.program.end()
@@ -326,10 +326,10 @@ class Valkey:
 
     def freeze(self) -> None:
         """It is there and says nothing."""
-        self._program.signal(signal.SIGSTOP)
+        self._program.send(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._program.signal(signal.SIGCONT)
+        self._program.send(signal.SIGCONT)
 
     def kill(self) -> None:
         self._program.end()
