@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from multidict import CIMultiDict
 
-from meshproxy.app.reload import filled
+from meshproxy.app.load import read_secrets
 from meshproxy.app.worker import Worker, with_redis
 from meshproxy.config import ConfigError, Server, Settings
 from meshproxy.openai.headers import VERSION_HEADER, cors_headers, preflight_headers
@@ -47,13 +47,13 @@ def create_app(
     name; by default they are read as the settings say. Raises ConfigError if one can't be read. Log lines are structlog
     events.
     """
-    settings, found = filled(settings, need_keys=secrets is None)
+    settings, found = read_secrets(settings, need_keys=secrets is None)
     keys = found.upstreams if secrets is None else secrets
     worker = Worker(settings, keys, RequestLog(level=settings.log.level), settings.redis.journal)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:
-        async with with_redis(settings) as standing:
-            worker.settings = standing
+        async with with_redis(settings) as connectable:
+            worker.settings = connectable
             await worker.start()
             yield
             worker.gateway.shut_down()
@@ -69,20 +69,20 @@ def application(
 ) -> web.Application:
     """Make the application over a worker that is started elsewhere. `serve_chat` replaces its chat handler."""
     app = web.Application(
-        middlewares=[_counting(worker), _for_browsers(worker), envelope_errors, *middlewares],
+        middlewares=[_count_requests(worker), _add_cors(worker), envelope_errors, *middlewares],
         client_max_size=worker.settings.server.max_body_bytes,
     )
-    app.router.add_post(CHAT_PATH, serve_chat or worker.serve_chat, expect_handler=_not_yet)
+    app.router.add_post(CHAT_PATH, serve_chat or worker.serve_chat, expect_handler=_ignore_expect)
     for method, path, function in ROUTES:
         for one in ("GET", "HEAD") if method == "GET" else (method,):
-            app.router.add_route(one, path, partial(_answer, worker, function), expect_handler=_not_yet)
+            app.router.add_route(one, path, partial(_answer, worker, function), expect_handler=_ignore_expect)
     app.router.add_get(HEALTH_PATH, _health)
     app[PATHS] = (CHAT_PATH, *(path for _, path, _ in ROUTES if "{" not in path), HEALTH_PATH, openapi.PATH)
     app.router.add_get(openapi.PATH, openapi.handler())
     return app
 
 
-def strictness(worker: Worker) -> ConnectionLimits:
+def connection_limits(worker: Worker) -> ConnectionLimits:
     """Return how the listener treats invalid requests, where it counts them, and how many connections it accepts."""
 
     def on_refused(status: int) -> None:
@@ -94,16 +94,16 @@ def strictness(worker: Worker) -> ConnectionLimits:
         on_refused,
         lambda: worker.settings.server.write_timeout_s,
         descriptor_bound(limit) - limit // UPSTREAM_SHARE,
-        worker.crowded,
+        worker.on_descriptors_exhausted,
         (VERSION_HEADER,),
     )
 
 
-def _counting(worker: Worker) -> Middleware:
-    """Make the middleware that counts requests other than chat completions, which count themselves."""
+def _count_requests(worker: Worker) -> Middleware:
+    """Make the middleware that counts requests other than chat completions, which the gateway counts."""
 
     @web.middleware
-    async def counting(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def count_request(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else OTHER
@@ -111,7 +111,7 @@ def _counting(worker: Worker) -> Middleware:
             worker.metrics.requests.labels(route, NONE, str(response.status), "false").inc()
         return response
 
-    return counting
+    return count_request
 
 
 async def _until_hangup(serve: Handler, request: web.Request) -> web.StreamResponse:
@@ -132,22 +132,22 @@ async def _until_hangup(serve: Handler, request: web.Request) -> web.StreamRespo
     return serving.result()
 
 
-def _for_browsers(worker: Worker) -> Middleware:
+def _add_cors(worker: Worker) -> Middleware:
     """Make the middleware that adds the API's version and CORS headers, and answers preflight requests."""
 
     @web.middleware
-    async def for_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def add_cors(request: web.Request, handler: Handler) -> web.StreamResponse:
         headers = cors_headers(request.headers.get("origin"), worker.settings.server.cors_origins)
         if headers and request.method == "OPTIONS" and "access-control-request-method" in request.headers:
-            asked = request.headers.get("access-control-request-headers")
-            told = [*headers, *preflight_headers(asked), VERSION_HEADER, ("x-request-id", request_id_of(request))]
-            return web.Response(status=204, headers=CIMultiDict(told))
+            wanted = request.headers.get("access-control-request-headers")
+            sent = [*headers, *preflight_headers(wanted), VERSION_HEADER, ("x-request-id", request_id_of(request))]
+            return web.Response(status=204, headers=CIMultiDict(sent))
         response = await handler(request)
         if not isinstance(response, Sent):
             response.headers.extend([*headers, VERSION_HEADER])
         return response
 
-    return for_browsers
+    return add_cors
 
 
 async def _health(_request: web.Request) -> web.Response:
@@ -155,7 +155,7 @@ async def _health(_request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
-async def _not_yet(_request: web.Request) -> None:
+async def _ignore_expect(_request: web.Request) -> None:
     """Do nothing on `Expect: 100-continue`: 100 Continue is sent when the body is read."""
 
 
@@ -168,7 +168,7 @@ async def _answer(
 
 LINGER_S = 0.1  # how long the last accepted connection gets to send its request
 POLL_S = 0.02  # how often a drain checks whether it is done; an event would cost every request
-GOODBYE_S = 2.0  # how long the last errors and terminal events get to be sent
+FINAL_SEND_S = 2.0  # how long the last errors and terminal events get to be sent
 
 _log = structlog.get_logger("meshproxy.app")
 
@@ -181,8 +181,8 @@ class DataListener:
         self._sock = sock
         self._tls = server_context(worker.settings.server)
         chat = (lambda: worker.chat) if worker.settings.server.fast_path else None
-        self._strictness = strictness(worker)
-        self._runner = Runner(application(worker), chat, self._strictness, worker.loops)
+        self._limits = connection_limits(worker)
+        self._runner = Runner(application(worker), chat, self._limits, worker.loops)
 
     async def start(self) -> None:
         """Accept connections."""
@@ -197,7 +197,7 @@ class DataListener:
                 self._tls,
                 lambda: worker.chat.trusted_proxies,
                 worker.loops,
-                self._strictness.has_room,
+                self._limits.has_room,
             )
         else:
             self._site = Site(self._sock, server, self._tls)
@@ -209,25 +209,25 @@ class DataListener:
             return
         try:
             load_certificate(self._tls, server)
-        except ConfigError as unfit:
-            _log.error("certificate_not_loaded", faults=unfit.faults)
+        except ConfigError as error:
+            _log.error("certificate_not_loaded", faults=error.faults)
 
-    async def drain(self, hurry: asyncio.Event) -> None:
+    async def drain(self, interrupt: asyncio.Event) -> None:
         """Stop serving gracefully, on SIGTERM.
 
         First become not ready, and accept connections until the balancer has noticed. Then let running requests end,
         for at most drain_s. Then end the rest. Answers say `Connection: close` from the beginning, so that clients
-        without a balancer's health checks come back through the balancer. `hurry` skips all waits.
+        without a balancer's health checks come back through the balancer. `interrupt` skips all waits.
         """
         worker, server = self._worker, self._worker.settings.server
         _log.info("draining", in_flight=worker.recorder.in_flight)
         worker.stopping = worker.gateway.draining = self._runner.closing = True
-        await wait(hurry, server.drain_grace_s)
+        await wait_for_event(interrupt, server.drain_grace_s)
         await self._site.stop()
         if self._runner.connected():
-            await wait(hurry, LINGER_S)
+            await wait_for_event(interrupt, LINGER_S)
         self._runner.close_idle()
-        await _until(self._is_done, server.drain_s, hurry)
+        await _wait_until(self._is_done, server.drain_s, interrupt)
         await self._end()
 
     async def _end(self) -> None:
@@ -236,9 +236,9 @@ class DataListener:
         if left:
             _log.warning("drain_cut_short", in_flight=left)
         self._worker.gateway.shut_down()
-        await _until(lambda: not self._worker.live.relays, GOODBYE_S)
+        await _wait_until(lambda: not self._worker.live.relays, FINAL_SEND_S)
         self._runner.interrupt()
-        await _until(self._is_done, GOODBYE_S)
+        await _wait_until(self._is_done, FINAL_SEND_S)
 
     async def close(self) -> None:
         """Close what is left."""
@@ -248,15 +248,15 @@ class DataListener:
         return not self._worker.recorder.in_flight and not self._runner.busy()
 
 
-async def wait(event: asyncio.Event, timeout_s: float) -> None:
+async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:
     """Wait for the event, at most `timeout_s`."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), timeout_s)
 
 
-async def _until(condition: Callable[[], bool], timeout_s: float, hurry: asyncio.Event | None = None) -> None:
-    """Wait until the condition holds or `hurry` is set, at most `timeout_s`."""
+async def _wait_until(condition: Callable[[], bool], timeout_s: float, interrupt: asyncio.Event | None = None) -> None:
+    """Wait until the condition holds or `interrupt` is set, at most `timeout_s`."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout_s
-    while not condition() and clock() < deadline and not (hurry is not None and hurry.is_set()):  # noqa: ASYNC110 - see POLL_S
+    while not condition() and clock() < deadline and not (interrupt is not None and interrupt.is_set()):  # noqa: ASYNC110 - see POLL_S
         await asyncio.sleep(POLL_S)

@@ -1,292 +1,20 @@
-"""Load a configuration and reload it: for `check`, `serve` and SIGHUP.
-
-`load` reads the settings, their secrets and the other files that they name, and builds everything that serving builds,
-so that what it accepts can be served. `Reloader` swaps in a new configuration: in every worker, or in none. `notify`
-reports states to systemd (sd_notify(3)).
-"""
+"""Reload the configuration on SIGHUP: in every worker, or in none; and report states to systemd (sd_notify(3))."""
 
 import asyncio
-import contextlib
-import errno
-import hashlib
-import ipaddress
 import os
 import socket
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Protocol
 
 import msgspec
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from meshproxy.config import (
-    ConfigError,
-    Redis,
-    Secret,
-    SecretReader,
-    Secrets,
-    Server,
-    Settings,
-    Upstream,
-    decode,
-    plain,
-    split_address,
-)
-from meshproxy.config.load import line_of, under
-from meshproxy.ledger.address import parse_url, tls_context
-from meshproxy.ledger.journal import MAX_FILES
-from meshproxy.telemetry.traces import require_extra
-
-MAX_SECRET_BYTES = 65_536
-
-
-class Loaded(Struct, frozen=True):
-    """A configuration that can be served. `settings` contain the secrets' texts; `warnings` are likely mistakes."""
-
-    settings: Settings
-    secrets: Secrets
-    warnings: list[str]
-
-
-def read(path: str) -> Settings:
-    """Return the settings of a TOML file, without its secrets. Raises ConfigError with every fault."""
-    decoded = decode(_text_of(path))
-    if decoded.faults:
-        raise ConfigError(decoded.faults)
-    return decoded.settings
-
-
-def load(path: str) -> Loaded:
-    """Load the configuration of a TOML file. Raises ConfigError with all that prevents serving it, with lines."""
-    try:
-        decoded = decode(_text_of(path))
-    except ConfigError as unfit:
-        raise ConfigError([fault if path in fault else f"{fault} ({path})" for fault in unfit.faults]) from unfit
-    reader = SecretReader(os.environ, secret_text)
-    secrets = reader.secrets(decoded.settings)
-    settings = reader.filled(decoded.settings)
-    faults = [*decoded.faults, *reader.faults]
-    faults += list(build_faults(settings, secrets, faults))
-
-    def placed(told: str) -> str:
-        line = line_of(told, decoded.lines)
-        return told if line is None else f"{told} ({path}:{line})"
-
-    if faults:
-        raise ConfigError([placed(fault) for fault in faults])
-    return Loaded(settings, secrets, [placed(warning) for warning in decoded.warnings])
-
-
-def build_faults(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
-    """Build what serving builds, and yield each fault. Sections with a fault in `known` are skipped."""
-
-    def is_whole(path: str) -> bool:
-        return not any(fault.startswith(path) and fault[len(path) :][:1] in {":", ".", "["} for fault in known)
-
-    if is_whole("server"):
-        yield from _server_faults(settings.server)
-    if is_whole("redis"):
-        yield from _redis_faults(settings.redis)
-    if is_whole("tracing"):
-        yield from _faults_of(lambda: require_extra(settings.tracing))
-    for name, upstream in (settings.upstreams or {}).items():
-        path = under("upstreams", name)
-        if is_whole(path):
-            yield from _upstream_faults(path, name, upstream, secrets)
-
-
-def journal_path(settings: Settings) -> str:
-    """Return the path of the journal: redis.journal, else a path for this Redis in the state directory.
-
-    The state directory is systemd's STATE_DIRECTORY, else one by the XDG base directories.
-    """
-    if settings.redis.journal is not None:
-        return settings.redis.journal
-    state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-    root = Path(state or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "meshproxy")
-    address = parse_url(plain(settings.redis.url)).canonical  # the same for every spelling and password
-    store = hashlib.sha256(address.encode()).hexdigest()[:16]  # one Redis must not be sent another's settlements
-    return str(root / store / "journal")
-
-
-def filled(settings: Settings, *, need_keys: bool = True) -> tuple[Settings, Secrets]:
-    """Return the settings with their secrets' texts, and the secrets. Raises ConfigError if one can't be read.
-
-    Without `need_keys` the upstreams' API keys aren't read.
-    """
-    reader = SecretReader(os.environ, secret_text)
-    secrets = reader.secrets(settings) if need_keys else Secrets({})
-    settings = reader.filled(settings)
-    if reader.faults:
-        raise ConfigError(reader.faults)
-    return settings, secrets
-
-
-def secret_text(path: str) -> str:
-    """Read a secret's file. Raises OSError if it isn't a regular file or is too large for a secret.
-
-    Bytes that aren't UTF-8 become characters that a `SecretReader` refuses.
-    """
-    require_file(path)
-    with open(path, "rb") as file:  # noqa: PTH123 - to read no more than this of it
-        data = file.read(MAX_SECRET_BYTES + 1)
-    if len(data) > MAX_SECRET_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_SECRET_BYTES} bytes")
-    return data.decode(errors="replace")
-
-
-def require_file(path: str) -> None:
-    """Raise OSError if the path isn't a regular file: reading a FIFO or a device may never end."""
-    mode = os.stat(path).st_mode  # noqa: PTH116 - for its OSError
-    if stat.S_ISDIR(mode):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
-
-
-def _text_of(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except OSError as error:
-        raise ConfigError([f"{path}: can't be read ({error.strerror})"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: not UTF-8"]) from error
-
-
-def _faults_of(*builders: Callable[[], object]) -> Iterator[str]:
-    """Call the builders and yield the faults that they raise."""
-    for build in builders:
-        try:
-            build()
-        except ConfigError as unfit:
-            yield from unfit.faults
-
-
-def _server_faults(server: Server) -> Iterator[str]:
-    """Check the TLS files and that both listeners' addresses exist."""
-    from meshproxy.server.listener import server_context  # noqa: PLC0415 - aiohttp; a health check reads a file without it
-
-    unfit = [*_file_faults("server.tls_cert", server.tls_cert), *_file_faults("server.tls_key", server.tls_key)]
-    yield from unfit or _faults_of(lambda: server_context(server))
-    if server.listen is not None and server.admin_listen is not None:
-        with suppress(OSError):  # reported below
-            if _claim_the_same(server.listen, server.admin_listen):
-                yield "server.admin_listen: the same as server.listen"
-    for key in ("listen", "admin_listen"):
-        address = getattr(server, key)
-        if address is None:
-            continue
-        try:
-            _try_host(address)
-        except OSError as error:
-            yield f"server.{key}: {address} can't be listened at ({error.strerror or error})"
-
-
-def _try_host(address: str) -> None:
-    """Raise OSError if this machine lacks the address or the socket's directory. The port may be ours: not bound."""
-    if address.startswith("unix:"):
-        path = Path(address.removeprefix("unix:"))
-        os.stat(path.parent)  # noqa: PTH116 - for its OSError
-        if path.exists() and not path.is_socket():
-            raise OSError(errno.EEXIST, "something that is no socket is there")
-        return
-    family, kind, protocol, _, name = _resolved(address)
-    with socket.socket(family, kind, protocol) as sock:
-        sock.bind((name[0], 0, *name[2:]))
-
-
-def _resolved(address: str) -> tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]:
-    """Return the family, kind, protocol and name of the socket that listens at `HOST:PORT`. Raises OSError."""
-    host, port = split_address(address)
-    return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-
-
-def _claim_the_same(one: str, other: str) -> bool:
-    """Return whether two listeners need the same port or socket file, however their addresses are spelled."""
-    paths = [address.removeprefix("unix:") for address in (one, other) if address.startswith("unix:")]
-    if paths:
-        return len(paths) == 2 and os.path.realpath(paths[0]) == os.path.realpath(paths[1])
-    (host, port), (other_host, other_port) = (_resolved(address)[4][:2] for address in (one, other))
-    if port == 0 or port != other_port:
-        return False
-    first, second = ipaddress.ip_address(host.partition("%")[0]), ipaddress.ip_address(other_host.partition("%")[0])
-    return first == second or any(
-        a.is_unspecified and a.version >= b.version  # one at :: takes IPv4 too
-        for a, b in ((first, second), (second, first))
-    )
-
-
-def _file_faults(key: str, path: str | None) -> Iterator[str]:
-    try:
-        if path is not None:
-            require_file(path)
-    except OSError as error:
-        yield f"{key}: {path} can't be read ({error.strerror})"
-    except ValueError:  # a NUL in it
-        yield f"{key}: no file has such a name"
-
-
-def _redis_faults(redis: Redis) -> Iterator[str]:
-    """Check the Redis URL, its TLS files and the journal's place."""
-    url = plain(redis.url)
-    if url != "embedded":
-        yield from _faults_of(lambda: _try_tls(url))
-    if redis.journal is not None:
-        try:
-            _try_journal(Path(redis.journal))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            yield f"redis.journal: {redis.journal} can't be written ({reason})"
-
-
-def _try_tls(url: str) -> None:
-    """Raise ConfigError if the URL can't be read, or the files that it names."""
-    address = parse_url(url)
-    for endpoint in address.endpoints:
-        if endpoint.path and Path(endpoint.path).exists() and not Path(endpoint.path).is_socket():
-            raise ConfigError([f"redis.url: {endpoint.path} is no socket"])
-    for path in (address.tls.ca_file, address.tls.cert_file, address.tls.key_file) if address.tls is not None else ():
-        for fault in _file_faults("redis.url", path):
-            raise ConfigError([fault])
-    tls_context(address)
-
-
-def _try_journal(path: Path) -> None:
-    """Raise OSError if a journal can't be kept here. What the attempt creates is removed again."""
-    if path.is_dir():
-        raise OSError(errno.EISDIR, "it is a directory: name a file in it")
-    with ExitStack() as stack:
-        for directory in reversed([parent for parent in path.parents if not parent.exists()]):
-            directory.mkdir(mode=0o700)
-            stack.callback(_remove_if_empty, directory)
-        for number in range(MAX_FILES):
-            name = Path(f"{path}.{number}")
-            if not name.exists():
-                break
-            os.close(os.open(name, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC))
-        with tempfile.TemporaryFile(dir=path.parent, prefix=path.name):
-            pass
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):  # in use by now
-        directory.rmdir()
-
-
-def _upstream_faults(path: str, name: str, upstream: Upstream, secrets: Secrets) -> Iterator[str]:
-    from meshproxy.upstream.provider import Provider  # noqa: PLC0415 - as above
-
-    try:
-        Provider(name, upstream, secrets.upstreams.get(name))
-    except ValueError as error:
-        yield f"{path}.{error}"
-
+from meshproxy.app.load import Loaded, read
+from meshproxy.config import ConfigError, Secret, Secrets, Settings
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
@@ -299,7 +27,7 @@ def notify(*states: str) -> None:
     if not address.startswith(("/", "@")):
         return
     name = f"\0{address[1:]}" if address.startswith("@") else address  # @: an abstract socket
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(name)
         sock.sendall("\n".join(states).encode())
 
@@ -317,7 +45,7 @@ def status(text: str) -> str:
 Read = Callable[[], Loaded]
 
 # Keys that only a restart changes, by table: bound sockets, made connections, histograms' layouts.
-FIXED: dict[str, tuple[str, ...]] = {
+RESTART_ONLY: dict[str, tuple[str, ...]] = {
     "server": (
         "listen",
         "admin_listen",
@@ -337,7 +65,7 @@ FIXED: dict[str, tuple[str, ...]] = {
 _log = structlog.get_logger("meshproxy.app")
 
 
-class RunningConfig(Struct, tag="standing", frozen=True):
+class RunningConfig(Struct, tag="config", frozen=True):
     """The configuration in force, and the journal's path (None: in memory).
 
     `generation` counts the configurations that were swapped in. `reload_failed`: a newer configuration could not be
@@ -351,33 +79,34 @@ class RunningConfig(Struct, tag="standing", frozen=True):
     reload_failed: bool = False
 
 
-class Watch:
-    """The configuration's file, and the secrets and certificates that it names, as they were when last looked at."""
+class FileWatch:
+    """Finds changes of the configuration's file and of the secrets and certificates that it names."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._files = files_of(path)
-        self._served = self._latest = self._signs()
+        self._served = self._latest = self._versions()
 
     def changed(self) -> bool:
-        """Return whether a file differs from what was served, and has been as it is since the call before: so that none is read
-        while it is being written.
+        """Return whether a file has changed since it was served, and not since the call before.
+
+        So no file is read while it is being written.
         """
-        before, self._latest = self._latest, self._signs()
+        before, self._latest = self._latest, self._versions()
         if self._latest == self._served or self._latest != before:
             return False
         self._files = files_of(self._path)
-        self._served = self._latest = self._signs()
+        self._served = self._latest = self._versions()
         return True
 
-    def _signs(self) -> list[tuple[int, int, int] | None]:
-        """What tells one version of each file from another; of a link, that of its target, as Kubernetes swaps them."""
-        return [_sign(path) for path in self._files]
+    def _versions(self) -> list[tuple[int, int, int] | None]:
+        """Return each file's version. A link has its target's version, because Kubernetes swaps targets."""
+        return [_version(path) for path in self._files]
 
 
 def files_of(path: str) -> list[str]:
-    """The configuration's file, and the files of secrets and certificates that it names, if it can be read."""
-    with contextlib.suppress(ConfigError):
+    """Return the configuration's path, and the paths of secrets and certificates that it names, if it can be read."""
+    with suppress(ConfigError):
         settings = read(path)
         certificate = (settings.server.tls_cert, settings.server.tls_key)
         return [path, *(file for file in certificate if file is not None), *_secret_files(settings)]
@@ -385,7 +114,7 @@ def files_of(path: str) -> list[str]:
 
 
 def _secret_files(value: object) -> Iterator[str]:
-    """The files of every secret in a configuration."""
+    """Yield the path of every secret in a configuration that is in a file."""
     if isinstance(value, Secret):
         if value.file is not None:
             yield value.file
@@ -397,7 +126,8 @@ def _secret_files(value: object) -> Iterator[str]:
             yield from _secret_files(each)
 
 
-def _sign(path: str) -> tuple[int, int, int] | None:
+def _version(path: str) -> tuple[int, int, int] | None:
+    """Return inode, modification time and size; None if there is no such file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - a path as the configuration has it
     except OSError:
@@ -405,15 +135,15 @@ def _sign(path: str) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-class Crew(Protocol):
-    """The worker or workers that serve."""
+class Reloadable(Protocol):
+    """What the Reloader reloads: one worker, or the supervisor of several."""
 
-    standing: RunningConfig
+    config: RunningConfig
 
-    async def prepare(self, standing: RunningConfig) -> list[str]:
+    async def prepare(self, config: RunningConfig) -> list[str]:
         """Build what this configuration needs in every worker, changing nothing. Return what can't be built."""
 
-    async def apply(self, standing: RunningConfig) -> list[str]:
+    async def apply(self, config: RunningConfig) -> list[str]:
         """Put this configuration in force in every worker. Return what prevented a worker from it."""
 
 
@@ -424,50 +154,50 @@ class Reloader:
         self._settings = settings  # as last read and put in force
         self._read = read
 
-    async def reload(self, crew: Crew) -> None:
+    async def reload(self, workers: Reloadable) -> None:
         """Put the file's present configuration in force. A bad file changes nothing; the log has every fault."""
         notify(reloading())
         outcome = "reload failed, see the log"
         try:
-            faults = await self._swap(crew)
+            faults = await self._swap(workers)
             if faults:
                 _log.error("reload_failed", faults=faults)
-                outcome = f"reload failed, generation {crew.standing.generation} goes on: {'; '.join(faults)}"
-                await crew.apply(replace(crew.standing, reload_failed=True))
+                outcome = f"reload failed, generation {workers.config.generation} goes on: {'; '.join(faults)}"
+                await workers.apply(replace(workers.config, reload_failed=True))
             else:
-                _log.info("reloaded", generation=crew.standing.generation)
-                outcome = f"reloaded, generation {crew.standing.generation}"
+                _log.info("reloaded", generation=workers.config.generation)
+                outcome = f"reloaded, generation {workers.config.generation}"
         finally:
             notify(READY, status(outcome))
 
-    async def _swap(self, crew: Crew) -> list[str]:
+    async def _swap(self, workers: Reloadable) -> list[str]:
         """Load, prepare and apply the file. Return what prevents it, nothing on success."""
         try:
             loaded = await asyncio.to_thread(self._read)  # reads files, and a TLS context alone takes 16 ms
-        except ConfigError as unfit:
-            return unfit.faults
-        settings, held_back = hold_back(self._settings, loaded.settings)
-        standing = crew.standing
-        served = replace(settings, redis=standing.settings.redis)  # the embedded server's URL is not in the file
-        wanted = RunningConfig(served, loaded.secrets, standing.journal, standing.generation + 1)
-        faults = await crew.prepare(wanted) or await crew.apply(wanted)
+        except ConfigError as error:
+            return error.faults
+        settings, kept_keys = without_restart_keys(self._settings, loaded.settings)
+        config = workers.config
+        served = replace(settings, redis=config.settings.redis)  # the embedded server's URL is not in the file
+        new = RunningConfig(served, loaded.secrets, config.journal, config.generation + 1)
+        faults = await workers.prepare(new) or await workers.apply(new)
         if not faults:
             self._settings = settings
             for warning in loaded.warnings:
                 _log.warning("config_warning", warning=warning)
-            for key in held_back:
+            for key in kept_keys:
                 _log.warning("reload_needs_restart", key=key)
         return faults
 
 
-def hold_back(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
-    """Return `wanted` with the keys that only a restart changes as in `running`, and those of them that differ."""
-    fixed = dict(FIXED)
-    if (running.server.tls_cert is None) != (wanted.server.tls_cert is None):
-        fixed["server"] += ("tls_cert", "tls_key")  # a certificate may change, but TLS can't be turned on or off
-    tables, held_back = {}, []
-    for table, names in fixed.items():
+def without_restart_keys(running: Settings, new: Settings) -> tuple[Settings, list[str]]:
+    """Return `new` with the values of `running` for keys that only a restart changes, and the names of those that differ."""
+    keys = dict(RESTART_ONLY)
+    if (running.server.tls_cert is None) != (new.server.tls_cert is None):
+        keys["server"] += ("tls_cert", "tls_key")  # a certificate may change, but TLS can't be turned on or off
+    tables, differing = {}, []
+    for table, names in keys.items():
         kept = {name: getattr(getattr(running, table), name) for name in names}
-        held_back += [f"{table}.{name}" for name in names if getattr(getattr(wanted, table), name) != kept[name]]
-        tables[table] = replace(getattr(wanted, table), **kept)
-    return replace(wanted, **tables), held_back
+        differing += [f"{table}.{name}" for name in names if getattr(getattr(new, table), name) != kept[name]]
+        tables[table] = replace(getattr(new, table), **kept)
+    return replace(new, **tables), differing

@@ -1,6 +1,6 @@
 """`serve`: run the gateway until a signal, with one worker in this process or several in their own.
 
-`run` opens the listeners, starts the workers and the admin listener, and obeys signals. `AdminFigures` gives the admin
+`run` opens the listeners, starts the workers and the admin listener, and handles signals. `WorkersState` gives the admin
 listener its figures.
 """
 
@@ -21,10 +21,11 @@ import uvloop
 from aiohttp import web
 from msgspec.structs import asdict, replace
 
-from meshproxy.app.reload import READY, STOPPING, Read, Reloader, RunningConfig, Watch, journal_path, load, notify
+from meshproxy.app.load import journal_path, load
+from meshproxy.app.reload import READY, STOPPING, FileWatch, Read, Reloader, RunningConfig, notify
 from meshproxy.app.supervisor import Supervisor
 from meshproxy.app.worker import with_redis
-from meshproxy.app.worker_process import Report, Serving
+from meshproxy.app.worker_process import Report, RunningWorker
 from meshproxy.config import ConfigError, Secrets, Settings
 from meshproxy.gateway.record import MAX_FAILURES, MAX_REFUSED, Failure, Refused
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
@@ -41,21 +42,21 @@ from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.pool import RESERVED_DESCRIPTORS
 from meshproxy.version import VERSION
 
-Crew = Serving | Supervisor
-WATCH_S = 1.0  # between two looks at the files of the configuration
-HISTORY_S = 3600.0  # that the status page shows
-POINT_S = 20.0  # between two points of it
+Workers = RunningWorker | Supervisor
+WATCH_S = 1.0  # between two checks of the configuration's files
+HISTORY_S = 3600.0  # shown by the status page
+POINT_S = 20.0  # between two points of the history
 
 
 class History:
-    """The last hour of an instance, a point each POINT_S: kept here, so that the status page shows it from the first second."""
+    """The last hour of an instance, a point each POINT_S, for the status page to show as soon as it is opened."""
 
     def __init__(self) -> None:
         self.points: deque[dict[str, Any]] = deque(maxlen=int(HISTORY_S / POINT_S))
         self._last: Summary | None = None
 
     def note(self, at: float, summary: Summary) -> None:
-        """Add a point for the time since the last one. The first call only begins."""
+        """Add a point for the time since the last one. The first call adds none."""
         last, self._last = self._last, summary
         if last is None:
             return
@@ -70,7 +71,7 @@ class History:
 
 
 def quantile(edges: Sequence[float], counts: Sequence[int], share: float) -> float | None:
-    """The quantile of a histogram's counts, linear within a bucket, as Prometheus' histogram_quantile(); None of nothing."""
+    """Return a quantile of a histogram, linear within a bucket, as Prometheus' histogram_quantile(). None without counts."""
     wanted, below, low = share * sum(counts), 0, 0.0
     if not wanted:
         return None
@@ -81,26 +82,26 @@ def quantile(edges: Sequence[float], counts: Sequence[int], share: float) -> flo
     return low
 
 
-class AdminFigures:
-    """The server.admin.AdminState of a crew. `size` is how many workers it should have."""
+class WorkersState:
+    """The admin listener's AdminState (server/admin.py) of all workers. `worker_count`: how many there should be."""
 
-    def __init__(self, crew: Crew, size: int) -> None:
-        self._crew = crew
-        self._size = size
+    def __init__(self, workers: Workers, worker_count: int) -> None:
+        self._workers = workers
+        self._worker_count = worker_count
         self._started_at = time.time()
         self._history = History()
 
-    async def remember(self) -> None:
-        """Keep the last hour, for the life of the process."""
+    async def keep_history(self) -> None:
+        """Add points to the history until cancelled."""
         while True:
             await self._reports()
-            self._history.note(time.time(), summarize(self._crew.fleet.merged()))
+            self._history.note(time.time(), summarize(self._workers.metrics.merged()))
             await asyncio.sleep(POINT_S)
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:
         """Render one exposition for all workers."""
         await self._reports()
-        return await render(self._crew.fleet.merged(), accept)
+        return await render(self._workers.metrics.merged(), accept)
 
     async def ready(self) -> list[str]:
         """Return why a balancer should send nothing here: workers are still starting, none is up, or none is ready."""
@@ -110,13 +111,13 @@ class AdminFigures:
         """Return the status page's figures."""
         reports = await self._reports()
         return {
-            **summarize(self._crew.fleet.merged()),
+            **summarize(self._workers.metrics.merged()),
             "version": VERSION,
             "uptime_s": time.time() - self._started_at,
             "not_ready": self._reasons(reports),
-            "max_in_flight": self._crew.standing.settings.server.max_in_flight * self._size,
+            "max_in_flight": self._workers.config.settings.server.max_in_flight * self._worker_count,
             "ledger_state": "up" if any(report.connected for report in reports) else "down",
-            "workers": self._crew.workers(),
+            "workers": self._workers.workers(),
             "history": list(self._history.points),
             "failures": _latest(reports),
             "last_errors": _last_errors(reports),
@@ -125,27 +126,27 @@ class AdminFigures:
 
     def _reasons(self, reports: list[Report]) -> list[str]:
         # the kernel gives connections to every socket, even to one whose worker isn't up yet
-        if not self._crew.up.is_set():
+        if not self._workers.up.is_set():
             return ["starting"]
         if any(not report.not_ready for report in reports):
             return []
         return sorted({reason for report in reports for reason in report.not_ready}) or ["no worker is up"]
 
     async def _reports(self) -> list[Report]:
-        reports = await self._crew.reports()
+        reports = await self._workers.reports()
         for number, report in reports.items():
-            self._crew.fleet.report(number, report.snapshot)
+            self._workers.metrics.report(number, report.snapshot)
         return list(reports.values())
 
 
 def _latest(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """The latest failures of all workers, newest first."""
+    """Return the latest failures of all workers, newest first."""
     failures = sorted((each for report in reports for each in report.failures), key=lambda each: -each.at)
     return [asdict(failure) for failure in failures[:MAX_FAILURES]]
 
 
 def _last_errors(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
-    """The last error of each upstream, in whichever worker."""
+    """Return the last error of each upstream from all workers."""
     last: dict[str, Failure] = {}
     for report in reports:
         for name, failure in report.last_errors.items():
@@ -167,7 +168,7 @@ def summed_refusals(reports: Sequence[Report]) -> list[dict[str, Any]]:
     return [asdict(each) for each in sorted(found.values(), key=lambda each: -each.lately)[:MAX_REFUSED]]
 
 
-MOST_DESCRIPTORS = 1_048_576  # of one process: fs.nr_open's default (proc_sys_fs(5))
+MAX_DESCRIPTORS = 1_048_576  # of one process: fs.nr_open's default (proc_sys_fs(5))
 
 _log = structlog.get_logger("meshproxy.app")
 
@@ -175,11 +176,11 @@ _log = structlog.get_logger("meshproxy.app")
 def serve(config_path: str, *, watch: bool = False) -> int:
     """Serve a configuration until SIGTERM or SIGINT; return the exit code. Raises ConfigError if it can't.
 
-    `watch`: reload when a file of it changes, too.
+    `watch`: also reload when one of its files changes.
     """
     loaded = load(config_path)
     settings, secrets = loaded.settings, loaded.secrets
-    workers = settings.server.workers or len(os.sched_getaffinity(0))
+    worker_count = settings.server.workers or len(os.sched_getaffinity(0))
     raise_descriptor_limit()
     journal = None if settings.redis.url == "embedded" else journal_path(settings)
     try:
@@ -187,11 +188,11 @@ def serve(config_path: str, *, watch: bool = False) -> int:
             run(
                 settings,
                 secrets,
-                workers=workers,
+                worker_count=worker_count,
                 reload=partial(load, config_path),
                 journal=journal,
                 warnings=loaded.warnings,
-                watch=Watch(config_path) if watch else None,
+                watch=FileWatch(config_path) if watch else None,
             )
         )
     except OSError as error:
@@ -208,7 +209,7 @@ def raise_descriptor_limit() -> None:
     Shells and systemd give 1,024 by default, enough for some 500 requests (systemd.exec(5), LimitNOFILE=).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it: then the limit stays
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -218,12 +219,12 @@ async def run(
     settings: Settings,
     secrets: Secrets,
     *,
-    workers: int = 1,
+    worker_count: int = 1,
     on_ready: Callable[[str, str], None] | None = None,
     reload: Read | None = None,
     journal: str | None = None,
     warnings: Sequence[str] = (),
-    watch: Watch | None = None,
+    watch: FileWatch | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -240,34 +241,34 @@ async def run(
     if limit < needed:
         _log.warning("descriptors_short", limit=limit, needed=needed, key="server.max_in_flight")
     address = settings.server.listen
-    data = [listen(address)] if workers == 1 else listen_shared(address, workers)
+    data = [listen(address)] if worker_count == 1 else listen_shared(address, worker_count)
     admin = listen(settings.server.admin_listen)
     addresses = name_of(data[0]), name_of(admin)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(sink.close)
-        standing = RunningConfig(await stack.enter_async_context(with_redis(settings)), secrets, journal)
-        crew: Crew = Serving(standing, data[0], sink) if workers == 1 else Supervisor(standing, data)
-        desk = await stack.enter_async_context(_open_desk(standing)) if secrets.admin_token is not None else None
-        state = AdminFigures(crew, workers)
-        panel = create_admin(state, secrets.admin_token, settings.server.admin_hosts, desk)
-        runner = Runner(panel, None, _strictness(crew))
+        config = RunningConfig(await stack.enter_async_context(with_redis(settings)), secrets, journal)
+        workers: Workers = RunningWorker(config, data[0], sink) if worker_count == 1 else Supervisor(config, data)
+        desk = await stack.enter_async_context(_open_desk(config)) if secrets.admin_token is not None else None
+        state = WorkersState(workers, worker_count)
+        admin_app = create_admin(state, secrets.admin_token, settings.server.admin_hosts, desk)
+        runner = Runner(admin_app, None, _admin_limits(workers))
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await crew.start()
-        stack.push_async_callback(crew.stop)
+        await workers.start()
+        stack.push_async_callback(workers.stop)
         await web.SockSite(runner, admin).start()
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
-        tasks.keep("history", state.remember)
-        stopped = _on_signals(crew, Reloader(settings, reload) if reload is not None else None, tasks, watch)
-        event = "serving" if workers == 1 else "supervising"
-        _log.info(event, data=addresses[0], admin=addresses[1], workers=workers, version=VERSION)
-        await _first(crew.up, crew.refused, stopped)
-        if crew.refused.is_set():
-            crew.hurry()
-            raise ConfigError(crew.faults)
+        tasks.keep("history", state.keep_history)
+        stopped = _on_signals(workers, Reloader(settings, reload) if reload is not None else None, tasks, watch)
+        event = "serving" if worker_count == 1 else "supervising"
+        _log.info(event, data=addresses[0], admin=addresses[1], workers=worker_count, version=VERSION)
+        await _wait_for_first(workers.up, workers.rejected, stopped)
+        if workers.rejected.is_set():
+            workers.interrupt()
+            raise ConfigError(workers.faults)
         if settings.redis.url != "embedded":
-            tasks.spawn("store", _doubt_store(crew.standing))
+            tasks.spawn("store", _warn_about_redis(workers.config))
         notify(READY)
         if on_ready is not None:
             on_ready(*addresses)
@@ -278,10 +279,10 @@ async def run(
 
 
 @contextlib.asynccontextmanager
-async def _open_desk(standing: RunningConfig) -> AsyncIterator[Desk]:
+async def _open_desk(config: RunningConfig) -> AsyncIterator[Desk]:
     """Open the admin API's desk over its own connection to Redis, which is made in the background."""
     dialling = Tasks()
-    store = await connect(standing.settings.redis, wait=False, keep=dialling.keep)
+    store = await connect(config.settings.redis, wait=False, keep=dialling.keep)
     try:
         yield Desk(store, Directory(store), Ledger(store), "admin")
     finally:
@@ -289,28 +290,28 @@ async def _open_desk(standing: RunningConfig) -> AsyncIterator[Desk]:
         await dialling.close()
 
 
-async def _doubt_store(standing: RunningConfig) -> None:
-    """Warn of a Redis that isn't set up for money, once at the start."""
+async def _warn_about_redis(config: RunningConfig) -> None:
+    """Log once what in the configuration of Redis may lose money."""
     with contextlib.suppress(Unavailable, StoreError):
-        store = await connect(standing.settings.redis)
+        store = await connect(config.settings.redis)
         try:
             for doubt in await store_doubts(store):
-                _log.warning("redis_doubtful", warning=doubt)
+                _log.warning("redis_warning", warning=doubt)
         finally:
             await store.close()
 
 
-def _strictness(crew: Crew) -> ConnectionLimits:
+def _admin_limits(workers: Workers) -> ConnectionLimits:
     """Return how the admin listener treats slow clients."""
     return ConnectionLimits(
-        lambda: crew.standing.settings.server.header_timeout_s,
-        write_timeout_s=lambda: crew.standing.settings.server.write_timeout_s,
+        lambda: workers.config.settings.server.header_timeout_s,
+        write_timeout_s=lambda: workers.config.settings.server.write_timeout_s,
     )
 
 
-def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks, watch: Watch | None) -> asyncio.Event:
-    """Install the signal handlers. The returned event is set by the first SIGTERM or SIGINT; the second one hurries the
-    crew.
+def _on_signals(workers: Workers, reloader: Reloader | None, tasks: Tasks, watch: FileWatch | None) -> asyncio.Event:
+    """Install the signal handlers. The returned event is set by the first SIGTERM or SIGINT; the second one
+    interrupts the workers.
 
     A SIGHUP that arrived before this, or while the file is being read, counts too.
     """
@@ -318,14 +319,14 @@ def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks, watch: Watc
 
     def stop() -> None:
         if stopped.is_set():
-            crew.hurry()
+            workers.interrupt()
         stopped.set()
 
     async def reload_when_asked() -> None:
         while reloader is not None:
             await hangup.wait()
             hangup.clear()
-            await reloader.reload(crew)
+            await reloader.reload(workers)
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop)
@@ -333,12 +334,12 @@ def _on_signals(crew: Crew, reloader: Reloader | None, tasks: Tasks, watch: Watc
         loop.add_signal_handler(signal.SIGHUP, hangup.set)
         tasks.keep("reload", reload_when_asked)
         if watch is not None:
-            tasks.keep("watch", partial(_look, watch, hangup))
+            tasks.keep("watch", partial(_poll_files, watch, hangup))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     return stopped
 
 
-async def _look(watch: Watch, changed: asyncio.Event) -> None:
+async def _poll_files(watch: FileWatch, changed: asyncio.Event) -> None:
     """Set the event each time that a watched file has changed."""
     while True:
         await asyncio.sleep(WATCH_S)
@@ -346,7 +347,7 @@ async def _look(watch: Watch, changed: asyncio.Event) -> None:
             changed.set()
 
 
-async def _first(*events: asyncio.Event) -> None:
+async def _wait_for_first(*events: asyncio.Event) -> None:
     """Wait until one of the events is set."""
     waits = [asyncio.create_task(event.wait()) for event in events]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -16,9 +16,18 @@ from functools import partial
 import msgspec
 import structlog
 
-from meshproxy.app.application import wait
+from meshproxy.app.application import wait_for_event
 from meshproxy.app.reload import RunningConfig
-from meshproxy.app.worker_process import Control, Drain, Hurry, Order, Prepare, Question, Report, ReportRequest
+from meshproxy.app.worker_process import (
+    Command,
+    ControlChannel,
+    Drain,
+    Interrupt,
+    Prepare,
+    Report,
+    ReportRequest,
+    Request,
+)
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry.exposition import MergedMetrics
@@ -38,7 +47,9 @@ _log = structlog.get_logger("meshproxy.app")
 class WorkerProcess:
     """One worker process and the control socket to it."""
 
-    def __init__(self, number: int, restarts: int, process: asyncio.subprocess.Process, control: Control) -> None:
+    def __init__(
+        self, number: int, restarts: int, process: asyncio.subprocess.Process, control: ControlChannel
+    ) -> None:
         self.number = number
         self.restarts = restarts
         self.started_at = time.time()
@@ -56,73 +67,74 @@ class WorkerProcess:
                 sys.executable, "-m", "meshproxy.app.worker_process", *map(str, fds), pass_fds=fds
             )
             stack.pop_all()
-        return cls(number, restarts, process, await Control.over(ours))
+        return cls(number, restarts, process, await ControlChannel.from_socket(ours))
 
-    async def ask(self, question: Question, timeout_s: float = ANSWER_S) -> bytes | None:
+    async def request(self, message: Request, timeout_s: float = ANSWER_S) -> bytes | None:
         """Return the answer, still encoded; None if the worker is gone or doesn't answer in time."""
         try:
-            return await asyncio.wait_for(self.control.ask(question), timeout_s)
+            return await asyncio.wait_for(self.control.request(message), timeout_s)
         except (ConnectionError, TimeoutError):
             return None
 
-    def tell(self, order: Order) -> None:
-        """Send an order. Does nothing if the worker is gone."""
+    def send(self, command: Command) -> None:
+        """Send a command. Does nothing if the worker is gone."""
         with contextlib.suppress(ConnectionError):
-            self.control.send(order)
+            self.control.send(command)
 
 
 class Supervisor:
-    """Keeps one worker alive for each listening socket. `up` is set once all are up. `fleet` has the metrics of all
-    workers, also of those that ended.
+    """Keeps one worker alive for each listening socket.
+
+    `up` is set once all are up. `metrics` has the metrics of all workers, also of those that ended.
     """
 
-    def __init__(self, standing: RunningConfig, sockets: list[socket.socket]) -> None:
-        self.standing = standing
+    def __init__(self, config: RunningConfig, sockets: list[socket.socket]) -> None:
+        self.config = config
         self.up = asyncio.Event()
-        self.refused = asyncio.Event()  # a worker can't serve this configuration, and none has served it before
+        self.rejected = asyncio.Event()  # a worker can't serve this configuration, and none has served it before
         self.faults: list[str] = []  # what can't be served
-        self.fleet = MergedMetrics()
+        self.metrics = MergedMetrics()
         self._sockets = sockets
-        self._children: dict[int, WorkerProcess] = {}
+        self._processes: dict[int, WorkerProcess] = {}
         self._numbers = itertools.count(1)
         self._tasks = Tasks()
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
-        self._hurried = asyncio.Event()
+        self._interrupted = asyncio.Event()
         self._lost = False  # a worker could not keep a settlement
 
     async def start(self) -> None:
         """Start the workers and keep them alive."""
         self._keepers = [self._tasks.keep("worker-keeper", partial(self._keep, sock)) for sock in self._sockets]
 
-    async def prepare(self, standing: RunningConfig) -> list[str]:
+    async def prepare(self, config: RunningConfig) -> list[str]:
         """Have every worker build what this needs, and return what can't be built.
 
         A worker that doesn't answer is a fault, unless it has ended: its successor begins with the configuration then
         in force.
         """
-        children = list(self._children.values())
-        answers = await asyncio.gather(*(child.ask(Prepare(standing), PREPARE_S) for child in children))
+        workers = list(self._processes.values())
+        answers = await asyncio.gather(*(worker.request(Prepare(config), PREPARE_S) for worker in workers))
         faults: list[str] = []
-        for child, answer in zip(children, answers, strict=True):
+        for worker, answer in zip(workers, answers, strict=True):
             if answer is not None:
                 faults += [fault for fault in _faults(answer) if fault not in faults]
-            elif child.number in self._children:
-                faults.append(f"worker {child.number} did not answer within {PREPARE_S:g} s")
+            elif worker.number in self._processes:
+                faults.append(f"worker {worker.number} did not answer within {PREPARE_S:g} s")
         return faults
 
-    async def apply(self, standing: RunningConfig) -> list[str]:
+    async def apply(self, config: RunningConfig) -> list[str]:
         """Put this configuration in force. Later workers begin with it, so a worker's faults are only logged."""
-        self.standing = standing
-        set_level(standing.settings.log.level)
-        for number, answer in (await self._ask_all(standing)).items():
+        self.config = config
+        set_level(config.settings.log.level)
+        for number, answer in (await self._request_all(config)).items():
             for fault in _faults(answer):
                 _log.error("worker_not_reloaded", worker=number, fault=fault)
         return []
 
     async def reports(self) -> dict[int, Report]:
         """Return the reports of the workers that answer in time, by number."""
-        answers = await self._ask_all(ReportRequest())
+        answers = await self._request_all(ReportRequest())
         return {number: msgspec.msgpack.decode(answer, type=Report) for number, answer in answers.items()}
 
     def workers(self) -> list[WorkerStatus]:
@@ -130,12 +142,12 @@ class Supervisor:
         state = "draining" if self._stopping.is_set() else "running"
         return [
             {
-                "pid": child.process.pid,
+                "pid": worker.process.pid,
                 "state": state,
-                "uptime_s": time.time() - child.started_at,
-                "restarts": child.restarts,
+                "uptime_s": time.time() - worker.started_at,
+                "restarts": worker.restarts,
             }
-            for child in self._children.values()
+            for worker in self._processes.values()
         ]
 
     async def stop(self) -> None:
@@ -143,24 +155,24 @@ class Supervisor:
 
         Raises SettlementsLost if a worker could not keep a settlement.
         """
-        server = self.standing.settings.server
+        server = self.config.settings.server
         self._stopping.set()
-        self._tell_all(Drain())
-        await wait(self._hurried, server.drain_grace_s)
+        self._send_all(Drain())
+        await wait_for_event(self._interrupted, server.drain_grace_s)
         for sock in self._sockets:
             sock.close()  # as the workers close theirs: connections are refused instead of waiting in vain
         _, late = await asyncio.wait(self._keepers, timeout=server.drain_s + EXIT_GRACE_S)
-        for child in self._children.values() if late else ():
-            _log.error("worker_killed", worker=child.number)
-            child.process.kill()
+        for worker in self._processes.values() if late else ():
+            _log.error("worker_killed", worker=worker.number)
+            worker.process.kill()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         if self._lost:
             raise SettlementsLost
 
-    def hurry(self) -> None:
+    def interrupt(self) -> None:
         """End what runs now, and skip the waits of stop()."""
-        self._hurried.set()
-        self._tell_all(Hurry())
+        self._interrupted.set()
+        self._send_all(Interrupt())
 
     async def _keep(self, sock: socket.socket) -> None:
         """Keep one worker alive on `sock` until the supervisor stops."""
@@ -170,59 +182,59 @@ class Supervisor:
                 return
             started_at = time.monotonic()
             try:
-                child = await WorkerProcess.spawn(next(self._numbers), restarts, sock)
+                worker = await WorkerProcess.spawn(next(self._numbers), restarts, sock)
             except OSError as error:  # no memory, processes or descriptors left
                 _log.error("worker_not_started", reason=error.strerror or str(error), again_in_s=backoff_s)
-                await wait(self._stopping, backoff_s)
+                await wait_for_event(self._stopping, backoff_s)
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
                 continue
-            began = await self._brief(child)
-            code = await child.process.wait()
-            child.control.close()
-            self._children.pop(child.number, None)
-            self.fleet.retire(child.number)
+            began = await self._configure(worker)
+            code = await worker.process.wait()
+            worker.control.close()
+            self._processes.pop(worker.number, None)
+            self.metrics.retire(worker.number)
             self._lost |= code == os.EX_IOERR
             if self._stopping.is_set():
                 return
             if code == os.EX_CONFIG and not self.up.is_set():
-                self.refused.set()
+                self.rejected.set()
                 return
-            _log.error("worker_died" if began else "worker_did_not_start", worker=child.number, exit_code=code)
+            _log.error("worker_died" if began else "worker_did_not_start", worker=worker.number, exit_code=code)
             lived_s = time.monotonic() - started_at
             backoff_s = FIRST_BACKOFF_S if lived_s >= STEADY_S else min(backoff_s * 2, MAX_BACKOFF_S)
-            await wait(self._stopping, backoff_s)
+            await wait_for_event(self._stopping, backoff_s)
 
-    async def _brief(self, child: WorkerProcess) -> bool:
-        """Have a worker begin with the configuration in force, even if that changes. Return False if it ends first."""
-        told = None
+    async def _configure(self, worker: WorkerProcess) -> bool:
+        """Send a new worker the configuration in force, again if it changes meanwhile. Return False if the worker ends."""
+        given = None
         try:
-            while told is not self.standing:
-                told = self.standing
-                faults = _faults(await child.control.ask(told))
+            while given is not self.config:
+                given = self.config
+                faults = _faults(await worker.control.request(given))
                 if faults:
                     self.faults = faults
-                    _log.error("worker_refused", worker=child.number, faults=faults)
+                    _log.error("worker_refused", worker=worker.number, faults=faults)
                     return False
         except ConnectionError:
             return False
-        self._children[child.number] = child
-        if len(self._children) == len(self._sockets):
+        self._processes[worker.number] = worker
+        if len(self._processes) == len(self._sockets):
             self.up.set()
         if self._stopping.is_set():
-            child.tell(Drain())
+            worker.send(Drain())
         return True
 
-    def _tell_all(self, order: Order) -> None:
-        for child in self._children.values():
-            child.tell(order)
+    def _send_all(self, command: Command) -> None:
+        for worker in self._processes.values():
+            worker.send(command)
 
-    async def _ask_all(self, question: Question) -> dict[int, bytes]:
-        children = list(self._children.values())
-        answers = await asyncio.gather(*(child.ask(question) for child in children))
+    async def _request_all(self, request: Request) -> dict[int, bytes]:
+        workers = list(self._processes.values())
+        answers = await asyncio.gather(*(worker.request(request) for worker in workers))
         return {
-            child.number: answer
-            for child, answer in zip(children, answers, strict=True)
-            if answer is not None and child.number in self._children
+            worker.number: answer
+            for worker, answer in zip(workers, answers, strict=True)
+            if answer is not None and worker.number in self._processes
         }
 
 

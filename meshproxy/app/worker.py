@@ -52,7 +52,7 @@ from meshproxy.version import VERSION
 STALE_S = 3600.0  # how long known keys and templates are used while Redis is lost, with on_failure = "local"
 NEW_ACCOUNTS_S = 1.0  # between two looks for an account that is new in the metrics
 BALANCES_EVERY = 10  # looks, all balances are read
-CROWDED_QUIET_S = 10.0  # between two log lines about exhausted descriptors
+EXHAUSTED_LOG_S = 10.0  # between two log lines about exhausted descriptors
 LEDGER_SLOW_S = 0.05  # of one round trip to the ledger, as in the alert MeshproxyLedgerSlow
 LEDGER_QUIET_S = 10.0  # between two log lines about slow operations of the ledger, or about those that failed alike
 LOST = frozenset({"connection", "closed"})  # kinds of error that `ledger_lost` is logged for
@@ -133,8 +133,8 @@ class Worker:
             self.recorder.accounts = Accounts(self.metrics, settings.metrics.accounts_max)
         self.stopping = False
         self._had_ledger = settings.redis.on_failure == "local"  # or doesn't need it
-        self._hung_up = 0  # connections closed for lack of descriptors, since that was last logged
-        self._crowded_quiet_until = 0.0
+        self._closed_unserved = 0  # connections closed for lack of descriptors, since that was last logged
+        self._log_exhausted_after = 0.0
         self._ledger_log = LedgerLog()
         self._lost_at: dict[str, float] = {}  # by the ledger's server; "": at the start
 
@@ -159,9 +159,9 @@ class Worker:
         self._settler = settler
         self._charge = settler.charge
         self.directory = Directory(self.store, time.monotonic, stale_s=0.0 if local is None else STALE_S)
-        self._authenticator = Authenticator(self.directory, access_to(self.settings), time.time, time.monotonic)
+        self._authenticator = Authenticator(self.directory, access_rules(self.settings), time.time, time.monotonic)
         self.gateway = Gateway(
-            active=deploy(self.settings, self._secrets, generation=generation, providers={}),
+            active=make_active_config(self.settings, self._secrets, generation=generation, providers={}),
             ledger=self.ledger,
             local=local,
             directory=self.directory,
@@ -179,8 +179,8 @@ class Worker:
         trusted_proxies = TrustedProxies(self.settings.server.trusted_proxies)
         self.chat = ChatHandler(self.gateway, time.monotonic, trusted_proxies)
         self.api = Api(self.gateway, self._authenticator, self.directory, self.ledger, self.store, self.chat.client_of)
-        self._note_generation(generation)
-        self._follow()
+        self._set_generation(generation)
+        self._bind_gauges()
         self.loops.keep("pulse", partial(self.live.pulse, lambda: self.settings), is_vital=True)
         self.loops.keep("journal", partial(self.journal.keep_replaying, self._charge), is_vital=True)
         self.loops.keep("loop-lag", partial(watch_lag, self.metrics.event_loop_lag.labels().observe))
@@ -194,20 +194,20 @@ class Worker:
         """Handle a chat completion. For a listener that is made before the worker has started."""
         return await self.chat(request)
 
-    def crowded(self) -> None:
-        """Log that a connection was closed for lack of descriptors, once per CROWDED_QUIET_S."""
+    def on_descriptors_exhausted(self) -> None:
+        """Log that a connection was closed for lack of descriptors, once per EXHAUSTED_LOG_S."""
         now = time.monotonic()
-        self._hung_up += 1
-        if now >= self._crowded_quiet_until:
+        self._closed_unserved += 1
+        if now >= self._log_exhausted_after:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             _log.error(
                 "descriptors_exhausted",
                 limit=limit,
-                connections_closed=self._hung_up,
+                connections_closed=self._closed_unserved,
                 raise_it="LimitNOFILE, ulimit -n",
             )
-            self._crowded_quiet_until = now + CROWDED_QUIET_S
-            self._hung_up = 0
+            self._log_exhausted_after = now + EXHAUSTED_LOG_S
+            self._closed_unserved = 0
 
     def reload_failed(self) -> None:
         """Set the metric of a failed reload."""
@@ -227,9 +227,9 @@ class Worker:
         }
         return Prepared(
             secrets,
-            deploy(settings, secrets, generation=generation, providers=unchanged),
+            make_active_config(settings, secrets, generation=generation, providers=unchanged),
             TrustedProxies(settings.server.trusted_proxies),
-            access_to(settings),
+            access_rules(settings),
         )
 
     def reload(self, prepared: Prepared) -> None:
@@ -247,8 +247,8 @@ class Worker:
         self._secrets = prepared.secrets
         unchanged = [name for name, provider in old.providers.items() if new.providers.get(name) is provider]
         self.gateway.health.keep(unchanged)
-        self._note_generation(new.generation)
-        self._follow_upstreams()
+        self._set_generation(new.generation)
+        self._bind_upstream_gauges()
         for name, provider in old.providers.items():
             if name not in unchanged:
                 provider.retire()
@@ -333,15 +333,15 @@ class Worker:
     def _on_task_failed(self, name: str) -> None:
         self.metrics.task_failures.labels(name).inc()
 
-    def _follow(self) -> None:
+    def _bind_gauges(self) -> None:
         """Set up the gauges that are read from elsewhere at each scrape."""
         self.metrics.in_flight_limit.labels().set_function(lambda: float(self.settings.server.max_in_flight))
         self.metrics.ledger_connected.labels().set_function(lambda: float(self.store.connected))
         self.metrics.journal_pending.labels().set_function(lambda: float(len(self.journal)))
         self.metrics.in_flight.labels("settle").set_function(lambda: float(self._settler.under_way))
-        self._follow_upstreams()
+        self._bind_upstream_gauges()
 
-    def _follow_upstreams(self) -> None:
+    def _bind_upstream_gauges(self) -> None:
         """Gauges of what each upstream is for the next request; one that a reload removed is in no state."""
         for name in self.settings.upstreams:
             for state in CLOSED["state"]:
@@ -362,17 +362,17 @@ class Worker:
                 if len(accounts.names) > len(names):
                     break
 
-    def _note_generation(self, generation: int) -> None:
+    def _set_generation(self, generation: int) -> None:
         self.metrics.config_generation.labels().set(generation)
         self.metrics.config_last_reload_successful.labels().set(1)
 
 
-def access_to(settings: Settings) -> Access:
+def access_rules(settings: Settings) -> Access:
     """Return the rules on who may try to authenticate."""
     return Access(settings.server.allowed_clients, settings.server.failed_logins_per_minute)
 
 
-def deploy(
+def make_active_config(
     settings: Settings, secrets: Mapping[str, str], *, generation: int, providers: Mapping[str, Provider]
 ) -> ActiveConfig:
     """Make an active configuration of these settings. `providers` are unchanged ones, kept with their connections."""

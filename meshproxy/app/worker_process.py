@@ -1,7 +1,7 @@
 """A worker as a process of its own, and the protocol between it and the supervisor.
 
-The supervisor and a worker share a socket pair. Each message is a frame: its length, then msgpack. One question is
-answered at a time; orders have no answer. `Serving` is a worker with its listener, also used alone in one process.
+The supervisor and a worker share a socket pair. Each message is a frame: its length, then msgpack. One request is
+answered at a time; commands have no answer. `RunningWorker` is a worker with its listener, also used alone in one process.
 """
 
 import asyncio
@@ -32,18 +32,18 @@ from meshproxy.telemetry.logs import LineSink, RequestLog, configure, set_level
 LENGTH_BYTES = 4  # before each frame, big-endian
 
 
-class ReportRequest(Struct, tag="ask", frozen=True):
+class ReportRequest(Struct, tag="report", frozen=True):
     """Asks for a `Report`."""
 
 
 class Prepare(Struct, tag="prepare", frozen=True):
     """Asks to build what this configuration needs, without serving it. The answer lists what can't be built."""
 
-    standing: RunningConfig
+    config: RunningConfig
 
 
 class Report(Struct, frozen=True):
-    """A worker's state: its metrics (Metrics.snapshot), why it isn't ready, whether the ledger is connected, the latest
+    """A worker's metrics (Metrics.snapshot), why it isn't ready, whether the ledger is connected, the latest
     failures, and which accounts were refused lately.
     """
 
@@ -56,43 +56,43 @@ class Report(Struct, frozen=True):
 
 
 class Drain(Struct, tag="drain", frozen=True):
-    """Orders to become not ready, let running requests end, and exit."""
+    """Tells a worker to become not ready, let running requests end, and exit."""
 
 
-class Hurry(Struct, tag="hurry", frozen=True):
-    """Orders to end running requests now."""
+class Interrupt(Struct, tag="interrupt", frozen=True):
+    """Tells a worker to end running requests now."""
 
 
-Order = Drain | Hurry
-# A RunningConfig is to be put in force; the first one starts the worker. The answer lists what prevents that.
-Question = RunningConfig | Prepare | ReportRequest
+Command = Drain | Interrupt
+# A RunningConfig is put in force; the first one starts the worker. The answer lists what prevents that.
+Request = RunningConfig | Prepare | ReportRequest
 
-MESSAGES: msgspec.msgpack.Decoder[Question | Order] = msgspec.msgpack.Decoder(Question | Order)
+MESSAGES: msgspec.msgpack.Decoder[Request | Command] = msgspec.msgpack.Decoder(Request | Command)
 
 
-class Control:
+class ControlChannel:
     """One end of the socket pair."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._asking = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._answer: asyncio.Task[bytes] | None = None
 
     @classmethod
-    async def over(cls, sock: socket.socket) -> "Control":
-        """Make the end over `sock`."""
+    async def from_socket(cls, sock: socket.socket) -> "ControlChannel":
+        """Make the end that uses `sock`."""
         return cls(*await asyncio.open_connection(sock=sock))
 
-    async def ask(self, question: Question) -> bytes:
-        """Send a question and return the answer, still encoded. Raises ConnectionError if the other end is gone.
+    async def request(self, message: Request) -> bytes:
+        """Send a request and return the answer, still encoded. Raises ConnectionError if the other end is gone.
 
         A caller that stops waiting leaves its answer behind; the next call reads and drops that answer first.
         """
-        async with self._asking:
+        async with self._lock:
             if self._answer is not None:
                 await asyncio.shield(self._answer)
-            self.send(question)
+            self.send(message)
             self._answer = asyncio.create_task(self.receive(), name="answer")
             answer = await asyncio.shield(self._answer)
             self._answer = None
@@ -105,8 +105,8 @@ class Control:
         data = msgspec.msgpack.encode(message)
         self._writer.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
-    async def sent(self) -> None:
-        """Wait until everything sent is written, before exiting."""
+    async def flush_and_close(self) -> None:
+        """Wait until everything sent is written, and close the socket."""
         with contextlib.suppress(ConnectionError):
             self._writer.close()
             await self._writer.wait_closed()
@@ -130,33 +130,33 @@ GC_THRESHOLD = 20_000
 _log = structlog.get_logger("meshproxy.app")
 
 
-class Serving:
-    """One worker that serves a socket. `up` is set once it does; `fleet` has its metrics.
+class RunningWorker:
+    """One worker that serves a socket. `up` is set once it does; `metrics` has its metrics.
 
     Raises ConfigError if the certificate can't be used.
     """
 
-    def __init__(self, standing: RunningConfig, sock: socket.socket, sink: LineSink) -> None:
-        settings = standing.settings
-        self.standing = standing
+    def __init__(self, config: RunningConfig, sock: socket.socket, sink: LineSink) -> None:
+        settings = config.settings
+        self.config = config
         self.up = asyncio.Event()
-        self.refused = asyncio.Event()  # never set: start() raises
+        self.rejected = asyncio.Event()  # never set: start() raises
         self.faults: list[str] = []
         self._prepared: Prepared | None = None
-        self.fleet = MergedMetrics()
+        self.metrics = MergedMetrics()
         self._request_log = RequestLog(sink, settings.log.level, settings.log.format)
-        self.worker = Worker(settings, standing.secrets.upstreams, self._request_log, standing.journal)
+        self.worker = Worker(settings, config.secrets.upstreams, self._request_log, config.journal)
         self._listener = DataListener(self.worker, sock)
-        self._hurried = asyncio.Event()
+        self._interrupted = asyncio.Event()
         self._started_at = time.time()
 
     async def start(self) -> None:
         """Start serving. Raises ConfigError for what can't be checked ahead, such as a journal without a free file."""
         try:
-            await self.worker.start(self.standing.generation)
+            await self.worker.start(self.config.generation)
         except (OSError, ValueError) as error:
             raise ConfigError([str(error)]) from error
-        if self.standing.reload_failed:
+        if self.config.reload_failed:
             self.worker.reload_failed()
         await self._listener.start()
         gc.collect()
@@ -164,15 +164,15 @@ class Serving:
         gc.freeze()  # objects that live for the whole run needn't be scanned at each collection
         self.up.set()
 
-    async def prepare(self, standing: RunningConfig) -> list[str]:
+    async def prepare(self, config: RunningConfig) -> list[str]:
         """Build what this needs without serving it; return what can't be built. Errors here never end the worker."""
         try:
             # Not in the event loop: a TLS context alone takes 16 ms.
             self._prepared = await asyncio.to_thread(
-                self.worker.prepare, standing.settings, standing.secrets.upstreams, standing.generation
+                self.worker.prepare, config.settings, config.secrets.upstreams, config.generation
             )
-        except ConfigError as unfit:
-            return unfit.faults
+        except ConfigError as error:
+            return error.faults
         except (OSError, ValueError) as error:
             return [str(error)]
         except Exception as error:  # noqa: BLE001 - a bug: reported to the supervisor as a fault, with a traceback here
@@ -180,23 +180,23 @@ class Serving:
             return [f"it can't be built ({type(error).__name__})"]
         return []
 
-    async def apply(self, standing: RunningConfig) -> list[str]:
+    async def apply(self, config: RunningConfig) -> list[str]:
         """Put this configuration in force. If something prevents that, return it and change nothing."""
-        if standing.generation != self.standing.generation:
-            if self._prepared is None or self._prepared.generation != standing.generation:
-                faults = await self.prepare(standing)
+        if config.generation != self.config.generation:
+            if self._prepared is None or self._prepared.generation != config.generation:
+                faults = await self.prepare(config)
                 if faults:
                     return faults
             prepared, self._prepared = self._prepared, None
             assert prepared is not None  # noqa: S101 - prepared above
-            settings = standing.settings
+            settings = config.settings
             self._listener.reload(settings.server)
             self.worker.reload(prepared)
             self._request_log.set_level(settings.log.level)
             set_level(settings.log.level)
-        if standing.reload_failed:
+        if config.reload_failed:
             self.worker.reload_failed()
-        self.standing = standing
+        self.config = config
         return []
 
     async def report(self) -> Report:
@@ -222,16 +222,16 @@ class Serving:
 
     async def stop(self) -> None:
         """Drain, settle and close everything."""
-        await self._listener.drain(self._hurried)
+        await self._listener.drain(self._interrupted)
         await self._listener.close()
         await self.worker.stop()
 
-    def hurry(self) -> None:
+    def interrupt(self) -> None:
         """End what runs now, and skip the waits of stop()."""
-        self._hurried.set()
+        self._interrupted.set()
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the supervisor gets them too, and sends orders
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the supervisor gets them too, and sends commands
 
 if __name__ == "__main__":
     for signum in SIGNALS:
@@ -239,24 +239,24 @@ if __name__ == "__main__":
 
 
 async def serve(control_fd: int, listen_fd: int) -> int:
-    """Serve until the supervisor orders to drain, or is gone. Return the exit code.
+    """Serve until the supervisor sends `Drain` or is gone. Return the exit code.
 
     The code is 78 (EX_CONFIG) for a configuration that can't be served; its faults are sent to the supervisor.
     """
-    control = await Control.over(socket.socket(fileno=control_fd))
-    standing = msgspec.msgpack.decode(await control.receive(), type=RunningConfig)
-    sink = configure(standing.settings.log.level, standing.settings.log.format, sys.stderr.buffer)
-    serving = Serving(standing, socket.socket(fileno=listen_fd), sink)
+    control = await ControlChannel.from_socket(socket.socket(fileno=control_fd))
+    config = msgspec.msgpack.decode(await control.receive(), type=RunningConfig)
+    sink = configure(config.settings.log.level, config.settings.log.format, sys.stderr.buffer)
+    serving = RunningWorker(config, socket.socket(fileno=listen_fd), sink)
     try:
         await serving.start()
-    except ConfigError as unfit:
-        control.send(unfit.faults)
-        await control.sent()
+    except ConfigError as error:
+        control.send(error.faults)
+        await control.flush_and_close()
         sink.close()
         return os.EX_CONFIG
     control.send([])
     end = asyncio.Event()
-    obeying = asyncio.create_task(_obey(control, serving, end), name="obey")
+    obeying = asyncio.create_task(_obey_supervisor(control, serving, end), name="obey")
     await end.wait()
     try:
         await serving.stop()
@@ -266,22 +266,22 @@ async def serve(control_fd: int, listen_fd: int) -> int:
     return os.EX_OK
 
 
-async def _obey(control: Control, serving: Serving, end: asyncio.Event) -> None:
-    """Answer questions and obey orders until the supervisor is gone."""
+async def _obey_supervisor(control: ControlChannel, serving: RunningWorker, end: asyncio.Event) -> None:
+    """Answer the supervisor's requests and obey its commands until it is gone."""
     try:
         with contextlib.suppress(ConnectionError):
             while True:
                 match MESSAGES.decode(await control.receive()):
                     case ReportRequest():
                         control.send(await serving.report())
-                    case Prepare(standing):
-                        control.send(await serving.prepare(standing))
-                    case RunningConfig() as standing:
-                        control.send(await serving.apply(standing))
+                    case Prepare(config):
+                        control.send(await serving.prepare(config))
+                    case RunningConfig() as config:
+                        control.send(await serving.apply(config))
                     case Drain():
                         end.set()
-                    case Hurry():
-                        serving.hurry()
+                    case Interrupt():
+                        serving.interrupt()
     finally:
         end.set()
 

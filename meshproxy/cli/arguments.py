@@ -137,7 +137,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     """Load the settings of --config, else the built-in defaults. Raises ConfigError with every fault."""
     if not args.config:
         return Settings()
-    from meshproxy.app.reload import read  # noqa: PLC0415 - as above
+    from meshproxy.app.load import read  # noqa: PLC0415 - as above
 
     return read(args.config)
 
@@ -150,7 +150,7 @@ def load_redis(args: argparse.Namespace) -> Redis:
     redis = load_settings(args).redis
     if args.redis is not None:
         return replace(redis, url=args.redis, password=None)
-    from meshproxy.app.reload import secret_text  # noqa: PLC0415 - as above
+    from meshproxy.app.load import secret_text  # noqa: PLC0415 - as above
 
     reader = SecretReader(os.environ, secret_text)
     redis = reader.redis(redis)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from meshproxy import config
-from meshproxy.app.reload import filled
+from meshproxy.app.load import read_secrets
 from meshproxy.app.serve import run
 from meshproxy.cli.arguments import port
 from meshproxy.cli.command_line import CommandError, Output, UsageError, make_command
@@ -229,7 +229,7 @@ async def dev(args: argparse.Namespace, out: Output) -> None:
             out.print(summary, greeting(summary))
 
         try:
-            await run(*filled(settings), on_ready=on_ready)
+            await run(*read_secrets(settings), on_ready=on_ready)
         except OSError as error:
             raise CommandError("cannot_listen", f"{settings.server.listen}: {error.strerror or error}") from error
 

@@ -30,7 +30,7 @@ def check(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy check --config meshproxy.toml && systemctl reload meshproxy
     """
-    from meshproxy.app.reload import load  # noqa: PLC0415 - see above
+    from meshproxy.app.load import load  # noqa: PLC0415 - see above
 
     loaded = load(args.config)
     settings, warnings = loaded.settings, loaded.warnings

@@ -39,7 +39,7 @@ class SecretReader:
         token = self._text("server.admin_token", settings.server.admin_token if settings.server is not None else None)
         return Secrets({name: key for name, key in keys.items() if key}, token or None)
 
-    def filled(self, settings: Settings) -> Settings:
+    def with_secrets(self, settings: Settings) -> Settings:
         """Return the settings with the secrets that are part of them: in redis.url and in the upstreams' headers."""
         upstreams = {
             name: self._with_headers(name, upstream) if upstream is not None else upstream
@@ -101,7 +101,7 @@ class SecretReader:
 
 
 def plain(value: str | Secret) -> str:
-    """Return a text of settings that were `filled`. Raises TypeError for a secret that hasn't been read."""
+    """Return a text of settings that were `with_secrets`. Raises TypeError for a secret that hasn't been read."""
     if isinstance(value, Secret):
         raise TypeError("a secret of these settings was not read")
     return value

@@ -152,18 +152,16 @@ class AiohttpConnection(RequestHandler):
         "_head_begun",
         "_head_timer",
         "_is_refused",
+        "_limits",
         "_source",
-        "_strictness",
         "_wire",
     )
     _wire: asyncio.Transport
 
-    def __init__(
-        self, server: web.Server, source: Source | None, *, strictness: ConnectionLimits, **options: Any
-    ) -> None:
+    def __init__(self, server: web.Server, source: Source | None, *, limits: ConnectionLimits, **options: Any) -> None:
         super().__init__(server, **options)
         self._source = source
-        self._strictness = strictness
+        self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_begun = False
         self._is_refused = False
@@ -176,7 +174,7 @@ class AiohttpConnection(RequestHandler):
         super().connection_made(transport)
         self._expect_head()
         sock = transport.get_extra_info("socket")
-        if sock is not None and not self._strictness.has_room(sock.fileno()):
+        if sock is not None and not self._limits.has_room(sock.fileno()):
             self._wire.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -272,14 +270,14 @@ class AiohttpConnection(RequestHandler):
             problem = internal_error()
         else:
             problem = ErrorResponse(status, "bad_request", _in_words(exc, message))
-            self._strictness.on_refused(status)
+            self._limits.on_refused(status)
         response = error_response(problem, request_id_of(request))
-        response.headers.extend(self._strictness.headers)
+        response.headers.extend(self._limits.headers)
         response.force_close()
         return response
 
     def _expect_head(self) -> None:
-        self._head_timer = self._loop.call_later(self._strictness.header_timeout_s(), self._on_head_timeout)
+        self._head_timer = self._loop.call_later(self._limits.header_timeout_s(), self._on_head_timeout)
 
     def _expect_nothing(self) -> None:
         if self._head_timer is not None:
@@ -294,7 +292,7 @@ class AiohttpConnection(RequestHandler):
         """
         self._head_timer = None
         if self._head_begun and self.transport is not None:
-            self.transport.write(self._strictness.too_late())
+            self.transport.write(self._limits.too_late())
         self.force_close()
 
 

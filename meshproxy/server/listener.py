@@ -238,13 +238,11 @@ class Chat(Protocol):
 class _Server(web.Server):
     """Makes protocols for accepted sockets. It is the `Host` of its fast-path connections."""
 
-    def __init__(
-        self, handler: Any, chat: Callable[[], Chat] | None, strictness: ConnectionLimits, **options: Any
-    ) -> None:
-        super().__init__(handler, strictness=strictness, **options)
+    def __init__(self, handler: Any, chat: Callable[[], Chat] | None, limits: ConnectionLimits, **options: Any) -> None:
+        super().__init__(handler, limits=limits, **options)
         self.usual: set[ClientConnection] = set()
         self._chat = chat
-        self._strictness = strictness
+        self._limits = limits
         self._unsent: dict[Connection, tuple[int, float]] = {}  # unsent bytes, and since when none of them was taken
         self._writes_looked_at = 0.0
 
@@ -255,10 +253,10 @@ class _Server(web.Server):
         return AiohttpConnection(self, source, loop=self._loop, **self._kwargs)
 
     def header_timeout_s(self) -> float:
-        return self._strictness.header_timeout_s()
+        return self._limits.header_timeout_s()
 
     def has_room(self, descriptor: int) -> bool:
-        return self._strictness.has_room(descriptor)
+        return self._limits.has_room(descriptor)
 
     def joined(self, connection: ClientConnection) -> None:
         self.usual.add(connection)
@@ -271,13 +269,13 @@ class _Server(web.Server):
         return self._chat().serve(connection, fields)
 
     def too_late(self) -> bytes:
-        return self._strictness.too_late()
+        return self._limits.too_late()
 
     def look_at_deadlines(self) -> None:
         now = self._loop.time()
         for connection in [connection for connection in self.usual if connection.deadline <= now]:
             connection.expire()
-        if now - self._writes_looked_at >= min(WRITES_LOOKED_AT_EACH_S, self._strictness.write_timeout_s() / 4):
+        if now - self._writes_looked_at >= min(WRITES_LOOKED_AT_EACH_S, self._limits.write_timeout_s() / 4):
             self._writes_looked_at = now
             self._abort_stalled_writes(now)
 
@@ -295,7 +293,7 @@ class _Server(web.Server):
             known, since = before.get(connection, (0, now))
             if unsent < known:
                 since = now
-            if now - since >= self._strictness.write_timeout_s():
+            if now - since >= self._limits.write_timeout_s():
                 connection.abort()
             else:
                 self._unsent[connection] = unsent, since
@@ -312,13 +310,13 @@ class Runner(web.AppRunner):
         self,
         app: web.Application,
         chat: Callable[[], Chat] | None,
-        strictness: ConnectionLimits = USUAL,
+        limits: ConnectionLimits = USUAL,
         loops: Tasks | None = None,
     ) -> None:
         super().__init__(app, shutdown_timeout=SHUTDOWN_S)
         self._loops = loops if loops is not None else Tasks()
         self._chat = chat
-        self._strictness = strictness
+        self._limits = limits
         self.closing = False  # whether answers say `Connection: close`
 
     def connected(self) -> int:
@@ -358,7 +356,7 @@ class Runner(web.AppRunner):
         server = _Server(
             self._dispatch,
             self._chat,
-            self._strictness,
+            self._limits,
             request_factory=self._request,
             handler_cancellation=True,
             access_log=None,

@@ -6,13 +6,13 @@ import socket
 import msgspec
 import pytest
 
-from meshproxy.app.worker_process import MESSAGES, Control, ReportRequest
+from meshproxy.app.worker_process import MESSAGES, ControlChannel, ReportRequest
 
 
 @pytest.fixture
 async def pair():
     ours, theirs = socket.socketpair()
-    ends = await Control.over(ours), await Control.over(theirs)
+    ends = await ControlChannel.from_socket(ours), await ControlChannel.from_socket(theirs)
     yield ends
     for end in ends:
         end.close()
@@ -20,7 +20,7 @@ async def pair():
 
 async def test_a_question_gets_its_answer(pair):
     supervisor, worker = pair
-    asking = asyncio.create_task(supervisor.ask(ReportRequest()))
+    asking = asyncio.create_task(supervisor.request(ReportRequest()))
     assert ReportRequest() == MESSAGES.decode(await worker.receive())
     worker.send(7)
     assert 7 == msgspec.msgpack.decode(await asking)
@@ -29,8 +29,8 @@ async def test_a_question_gets_its_answer(pair):
 async def test_the_answer_that_nobody_waited_for_is_not_taken_for_the_next(pair):
     supervisor, worker = pair
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(supervisor.ask(ReportRequest()), 0.01)
-    asking = asyncio.create_task(supervisor.ask(ReportRequest()))
+        await asyncio.wait_for(supervisor.request(ReportRequest()), 0.01)
+    asking = asyncio.create_task(supervisor.request(ReportRequest()))
     await worker.receive()
     worker.send("late")
     await worker.receive()
@@ -43,4 +43,4 @@ async def test_one_who_is_gone_is_told_as_such_however_often_one_asks(pair):
     worker.close()
     for _ in range(3):
         with pytest.raises(ConnectionError):
-            await supervisor.ask(ReportRequest())
+            await supervisor.request(ReportRequest())

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshproxy.app.reload import load
+from meshproxy.app.load import load
 from meshproxy.app.worker import Worker
 from meshproxy.config import ConfigError
 from meshproxy.telemetry.logs import RequestLog

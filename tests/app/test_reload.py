@@ -4,8 +4,9 @@ import io
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.app.reload import FIXED, Loaded, Reloader, RunningConfig, hold_back
-from meshproxy.app.worker_process import Serving
+from meshproxy.app.load import Loaded
+from meshproxy.app.reload import RESTART_ONLY, Reloader, RunningConfig, without_restart_keys
+from meshproxy.app.worker_process import RunningWorker
 from meshproxy.config import ConfigError, Secrets, Settings, parse
 from meshproxy.server.listener import listen
 from meshproxy.telemetry.logs import LineSink
@@ -28,44 +29,46 @@ TLS = '[server]\ntls_cert = "/c"\ntls_key = "/k"\n'
     ],
 )
 def test_what_needs_a_restart_is_named_and_held_back(text, expected):
-    held, named = hold_back(Settings(), parse(text))
+    held, named = without_restart_keys(Settings(), parse(text))
     assert expected == named
-    assert (held, []) == hold_back(Settings(), held)
+    assert (held, []) == without_restart_keys(Settings(), held)
 
 
 def test_what_a_reload_changes_comes_through():
-    held, _ = hold_back(Settings(), parse("[server]\ndrain_s = 1\nlisten = '127.0.0.1:9'\n[log]\nlevel = 'error'"))
+    held, _ = without_restart_keys(
+        Settings(), parse("[server]\ndrain_s = 1\nlisten = '127.0.0.1:9'\n[log]\nlevel = 'error'")
+    )
     assert (1, "error", Settings().server.listen) == (held.server.drain_s, held.log.level, held.server.listen)
 
 
 def test_a_certificate_may_move():
     wanted = parse(TLS.replace("/c", "/d"))
-    assert (wanted, []) == hold_back(parse(TLS), wanted)
+    assert (wanted, []) == without_restart_keys(parse(TLS), wanted)
 
 
 def test_every_fixed_key_exists():
     settings = Settings()
-    assert all(hasattr(getattr(settings, table), name) for table, names in FIXED.items() for name in names)
+    assert all(hasattr(getattr(settings, table), name) for table, names in RESTART_ONLY.items() for name in names)
 
 
 STANDING = RunningConfig(parse("[redis]\nurl = 'unix:///embedded'"), Secrets({}), "/journal", 7)
 
 
-class Crew:
-    """A crew of one, who can't build what `faults` has."""
+class Workers:
+    """One worker, which can't build what `faults` has."""
 
     def __init__(self, faults=()):
-        self.standing = STANDING
+        self.config = STANDING
         self.faults = list(faults)
         self.asked = []
 
-    async def prepare(self, standing):
-        self.asked.append(("prepare", standing.generation))
+    async def prepare(self, config):
+        self.asked.append(("prepare", config.generation))
         return self.faults
 
-    async def apply(self, standing):
-        self.asked.append(("apply", standing.generation))
-        self.standing = standing
+    async def apply(self, config):
+        self.asked.append(("apply", config.generation))
+        self.config = config
         return []
 
 
@@ -82,45 +85,45 @@ def reads(*texts):
 
 
 async def test_an_unfit_file_changes_nothing():
-    crew = Crew()
+    workers = Workers()
     with capture_logs() as logs:
-        await Reloader(Settings(), reads()).reload(crew)
-    assert RunningConfig(STANDING.settings, STANDING.secrets, "/journal", 7, reload_failed=True) == crew.standing
+        await Reloader(Settings(), reads()).reload(workers)
+    assert RunningConfig(STANDING.settings, STANDING.secrets, "/journal", 7, reload_failed=True) == workers.config
     assert [("reload_failed", ["server.x: unknown key"])] == [(line["event"], line["faults"]) for line in logs]
 
 
 async def test_what_a_worker_cannot_build_changes_nothing():
-    crew = Crew(["upstreams.a.headers: no"])
+    workers = Workers(["upstreams.a.headers: no"])
     with capture_logs() as logs:
-        await Reloader(Settings(), reads("")).reload(crew)
-    assert (7, True) == (crew.standing.generation, crew.standing.reload_failed)
-    assert [("prepare", 8), ("apply", 7)] == crew.asked
+        await Reloader(Settings(), reads("")).reload(workers)
+    assert (7, True) == (workers.config.generation, workers.config.reload_failed)
+    assert [("prepare", 8), ("apply", 7)] == workers.asked
     assert [["upstreams.a.headers: no"]] == [line["faults"] for line in logs if line["event"] == "reload_failed"]
 
 
 async def test_a_good_one_is_the_next_generation_over_the_same_store():
-    crew = Crew()
+    workers = Workers()
     reloader = Reloader(Settings(), reads("[server]\nlisten = '127.0.0.1:9'\ndrain_s = 1", ""))
-    await reloader.reload(crew)
-    first = crew.standing
-    assert [("prepare", 8), ("apply", 8)] == crew.asked
+    await reloader.reload(workers)
+    first = workers.config
+    assert [("prepare", 8), ("apply", 8)] == workers.asked
     assert (8, "/journal", {"a": "b"}) == (first.generation, first.journal, first.secrets.upstreams)
     assert ("unix:///embedded", 1, "127.0.0.1:8080") == (
         first.settings.redis.url,
         first.settings.server.drain_s,
         first.settings.server.listen,
     )
-    await reloader.reload(crew)
-    assert 9 == crew.standing.generation
+    await reloader.reload(workers)
+    assert 9 == workers.config.generation
 
 
 async def test_what_could_not_be_swapped_in_is_not_what_the_next_is_compared_with():
-    crew = Crew(["no"])
+    workers = Workers(["no"])
     reloader = Reloader(Settings(), reads("[server]\nlisten = '127.0.0.1:9'", "[server]\nlisten = '127.0.0.1:9'"))
-    await reloader.reload(crew)
-    crew.faults = []
+    await reloader.reload(workers)
+    workers.faults = []
     with capture_logs() as logs:
-        await reloader.reload(crew)
+        await reloader.reload(workers)
     assert ["server.listen"] == [line["key"] for line in logs if line["event"] == "reload_needs_restart"]
 
 
@@ -128,23 +131,23 @@ async def test_a_bug_of_ours_in_a_build_ends_no_worker(monkeypatch, store_server
     thresholds = gc.get_threshold()
     settings = parse(f"[redis]\nurl = '{store_server}'\n" + PROVIDER.format("http://one"))
     with listen("127.0.0.1:0") as sock:
-        serving = Serving(RunningConfig(settings, Secrets({})), sock, LineSink(io.BytesIO(), lambda _: b""))
-        await serving.start()
+        worker = RunningWorker(RunningConfig(settings, Secrets({})), sock, LineSink(io.BytesIO(), lambda _: b""))
+        await worker.start()
         try:
             wanted = RunningConfig(parse(PROVIDER.format("http://two")), Secrets({}), generation=2)
             with monkeypatch.context() as patched, capture_logs() as logs:
-                patched.setattr("meshproxy.app.worker.deploy", lambda *_, **__: None + 1)
-                assert ["it can't be built (TypeError)"] == await serving.prepare(wanted)
-                assert ["it can't be built (TypeError)"] == await serving.apply(wanted)
+                patched.setattr("meshproxy.app.worker.make_active_config", lambda *_, **__: None + 1)
+                assert ["it can't be built (TypeError)"] == await worker.prepare(wanted)
+                assert ["it can't be built (TypeError)"] == await worker.apply(wanted)
             assert {"prepare_failed"} == {line["event"] for line in logs}
-            assert 1 == serving.standing.generation
-            assert [] == await serving.apply(wanted)
+            assert 1 == worker.config.generation
+            assert [] == await worker.apply(wanted)
             assert (2, "http://two") == (
-                serving.standing.generation,
-                serving.worker.gateway.active.settings.upstreams["a"].base_url,
+                worker.config.generation,
+                worker.worker.gateway.active.settings.upstreams["a"].base_url,
             )
         finally:
-            serving.hurry()
-            await serving.stop()
+            worker.interrupt()
+            await worker.stop()
             gc.unfreeze()
             gc.set_threshold(*thresholds)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from meshproxy.app.serve import AdminFigures, summed_refusals
+from meshproxy.app.serve import WorkersState, summed_refusals
 from meshproxy.app.worker_process import Report
 from meshproxy.gateway.record import Refused
 from meshproxy.telemetry.exposition import MergedMetrics, encode
@@ -12,9 +12,9 @@ from meshproxy.telemetry.exposition import MergedMetrics, encode
 DRAINING, NO_LEDGER = "draining", "the ledger can't be reached"
 
 
-class Crew:
+class Workers:
     def __init__(self, not_ready, *, up=True):
-        self.fleet = MergedMetrics()
+        self.metrics = MergedMetrics()
         self.up = asyncio.Event()
         if up:
             self.up.set()
@@ -35,11 +35,11 @@ class Crew:
     ],
 )
 async def test_one_worker_that_is_ready_is_enough(not_ready, expected):
-    assert expected == await AdminFigures(Crew(not_ready), 2).ready()
+    assert expected == await WorkersState(Workers(not_ready), 2).ready()
 
 
 async def test_before_all_were_up_none_is():
-    assert ["starting"] == await AdminFigures(Crew([[]], up=False), 2).ready()
+    assert ["starting"] == await WorkersState(Workers([[]], up=False), 2).ready()
 
 
 def test_refusals_of_all_workers_are_summed_and_the_latest_request_is_shown():

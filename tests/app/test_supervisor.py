@@ -25,8 +25,8 @@ class Line:
         self._meanwhile = meanwhile
         self._answer = msgspec.msgpack.encode(list(faults))
 
-    async def ask(self, question):
-        self.asked.append(question)
+    async def request(self, request):
+        self.asked.append(request)
         self._meanwhile()
         return self._answer
 
@@ -35,19 +35,19 @@ async def test_a_worker_hears_what_changed_while_it_was_starting():
     supervisor = Supervisor(FIRST, [None])
 
     def a_reload_fails():
-        supervisor.standing = FAILED
+        supervisor.config = FAILED
 
     line = Line(a_reload_fails)
-    assert await supervisor._brief(WorkerProcess(1, 0, None, line))
+    assert await supervisor._configure(WorkerProcess(1, 0, None, line))
     assert [FIRST, FAILED] == line.asked
     assert supervisor.up.is_set()
 
 
 async def test_not_all_are_up_before_the_last_is():
     supervisor = Supervisor(FIRST, [None, None])
-    assert await supervisor._brief(WorkerProcess(1, 0, None, Line(lambda: None)))
+    assert await supervisor._configure(WorkerProcess(1, 0, None, Line(lambda: None)))
     assert not supervisor.up.is_set()
-    assert await supervisor._brief(WorkerProcess(2, 0, None, Line(lambda: None)))
+    assert await supervisor._configure(WorkerProcess(2, 0, None, Line(lambda: None)))
     assert supervisor.up.is_set()
 
 
@@ -56,36 +56,36 @@ async def test_one_who_is_gone_before_it_serves_is_no_worker():
         raise ConnectionError
 
     supervisor = Supervisor(FIRST, [None])
-    assert not await supervisor._brief(WorkerProcess(1, 0, None, Line(gone)))
+    assert not await supervisor._configure(WorkerProcess(1, 0, None, Line(gone)))
     assert [] == supervisor.workers()
 
 
 async def test_a_worker_that_cannot_serve_says_why():
     supervisor = Supervisor(FIRST, [None])
-    assert not await supervisor._brief(WorkerProcess(1, 0, None, Line(faults=["redis.journal: full"])))
+    assert not await supervisor._configure(WorkerProcess(1, 0, None, Line(faults=["redis.journal: full"])))
     assert ["redis.journal: full"] == supervisor.faults
 
 
 async def test_one_worker_s_fault_keeps_all_from_a_configuration():
     supervisor = Supervisor(FIRST, [None, None])
     for number, faults in ((1, []), (2, ["upstreams.a: no"])):
-        assert await supervisor._brief(WorkerProcess(number, 0, None, Line()))
-        supervisor._children[number].control = Line(faults=faults)
+        assert await supervisor._configure(WorkerProcess(number, 0, None, Line()))
+        supervisor._processes[number].control = Line(faults=faults)
     wanted = replace(FIRST, generation=2)
     assert ["upstreams.a: no"] == await supervisor.prepare(wanted)
-    assert supervisor.standing is FIRST
+    assert supervisor.config is FIRST
 
 
 async def test_a_worker_that_does_not_answer_keeps_all_from_it_too(monkeypatch):
     monkeypatch.setattr("meshproxy.app.supervisor.PREPARE_S", 0.01)
 
     class Stuck(Line):
-        async def ask(self, question):
+        async def request(self, request):
             await asyncio.Event().wait()
 
     supervisor = Supervisor(FIRST, [None])
-    assert await supervisor._brief(WorkerProcess(7, 0, None, Line()))
-    supervisor._children[7].control = Stuck()
+    assert await supervisor._configure(WorkerProcess(7, 0, None, Line()))
+    supervisor._processes[7].control = Stuck()
     assert ["worker 7 did not answer within 0.01 s"] == await supervisor.prepare(FIRST)
 
 

@@ -12,7 +12,7 @@ import msgspec
 import openai
 from aiohttp import web
 
-from meshproxy.app.application import application, strictness
+from meshproxy.app.application import application, connection_limits
 from meshproxy.app.worker import Worker
 from meshproxy.config import Settings
 from meshproxy.ledger.records import Balance
@@ -185,7 +185,7 @@ async def serving(
     worker = Worker(settings, {"sim": "sk-provider"}, log)  # type: ignore[arg-type]
     await worker.start()
     chat = (lambda: worker.chat) if settings.server.fast_path else None
-    runner = Runner(application(worker), chat, strictness(worker), worker.loops)
+    runner = Runner(application(worker), chat, connection_limits(worker), worker.loops)
     try:
         await runner.setup()
         sock = listen("127.0.0.1:0")

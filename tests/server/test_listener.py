@@ -30,8 +30,8 @@ class Served:
         app.router.add_get("/large", self._large)
         self.answer_early = False
         app.router.add_post("/v1/chat/completions", self._odd_chat)
-        strictness = ConnectionLimits(lambda: header_timeout_s, self.refused.append, lambda: write_timeout_s)
-        self.runner = Runner(app, (lambda: self) if usual else None, strictness)
+        limits = ConnectionLimits(lambda: header_timeout_s, self.refused.append, lambda: write_timeout_s)
+        self.runner = Runner(app, (lambda: self) if usual else None, limits)
 
     async def _work(self, _request):
         return web.Response(body=b"fine")

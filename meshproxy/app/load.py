@@ -1,0 +1,280 @@
+"""Load a configuration: read its file, its secrets and the other files that it names, and try all that serving needs.
+
+What `load` accepts can be served: it makes every object that `serve` makes of the configuration. Every fault is found at
+once. Imports of aiohttp are in the functions that need it: a health check reads a file without it.
+"""
+
+import errno
+import hashlib
+import ipaddress
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from meshproxy.config import (
+    ConfigError,
+    Redis,
+    SecretReader,
+    Secrets,
+    Server,
+    Settings,
+    Upstream,
+    decode,
+    plain,
+    split_address,
+)
+from meshproxy.config.load import line_of, under
+from meshproxy.ledger.address import parse_url, tls_context
+from meshproxy.ledger.journal import MAX_FILES
+from meshproxy.telemetry.traces import require_extra
+
+MAX_SECRET_BYTES = 65_536
+
+
+class Loaded(Struct, frozen=True):
+    """A configuration that can be served. `settings` contain the secrets' texts; `warnings` are likely mistakes."""
+
+    settings: Settings
+    secrets: Secrets
+    warnings: list[str]
+
+
+def read(path: str) -> Settings:
+    """Return the settings of a TOML file, without its secrets. Raises ConfigError with every fault."""
+    decoded = decode(_read_text(path))
+    if decoded.faults:
+        raise ConfigError(decoded.faults)
+    return decoded.settings
+
+
+def load(path: str) -> Loaded:
+    """Load the configuration of a TOML file. Raises ConfigError with all that prevents serving it, with lines."""
+    try:
+        decoded = decode(_read_text(path))
+    except ConfigError as error:
+        raise ConfigError([fault if path in fault else f"{fault} ({path})" for fault in error.faults]) from error
+    reader = SecretReader(os.environ, secret_text)
+    secrets = reader.secrets(decoded.settings)
+    settings = reader.with_secrets(decoded.settings)
+    faults = [*decoded.faults, *reader.faults]
+    faults += list(build_faults(settings, secrets, faults))
+
+    def with_line(fault: str) -> str:
+        line = line_of(fault, decoded.lines)
+        return fault if line is None else f"{fault} ({path}:{line})"
+
+    if faults:
+        raise ConfigError([with_line(fault) for fault in faults])
+    return Loaded(settings, secrets, [with_line(warning) for warning in decoded.warnings])
+
+
+def build_faults(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
+    """Build what serving builds, and yield each fault. Sections with a fault in `known` are skipped."""
+
+    def is_whole(path: str) -> bool:
+        return not any(fault.startswith(path) and fault[len(path) :][:1] in {":", ".", "["} for fault in known)
+
+    if is_whole("server"):
+        yield from _server_faults(settings.server)
+    if is_whole("redis"):
+        yield from _redis_faults(settings.redis)
+    if is_whole("tracing"):
+        yield from _faults_of(lambda: require_extra(settings.tracing))
+    for name, upstream in (settings.upstreams or {}).items():
+        path = under("upstreams", name)
+        if is_whole(path):
+            yield from _upstream_faults(path, name, upstream, secrets)
+
+
+def journal_path(settings: Settings) -> str:
+    """Return the path of the journal: redis.journal, else a path for this Redis in the state directory.
+
+    The state directory is systemd's STATE_DIRECTORY, else one by the XDG base directories.
+    """
+    if settings.redis.journal is not None:
+        return settings.redis.journal
+    state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    root = Path(state or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "meshproxy")
+    address = parse_url(plain(settings.redis.url)).canonical  # the same for every spelling and password
+    store = hashlib.sha256(address.encode()).hexdigest()[:16]  # one Redis must not be sent another's settlements
+    return str(root / store / "journal")
+
+
+def read_secrets(settings: Settings, *, need_keys: bool = True) -> tuple[Settings, Secrets]:
+    """Return the settings with their secrets' texts, and the secrets. Raises ConfigError if one can't be read.
+
+    Without `need_keys` the upstreams' API keys aren't read.
+    """
+    reader = SecretReader(os.environ, secret_text)
+    secrets = reader.secrets(settings) if need_keys else Secrets({})
+    settings = reader.with_secrets(settings)
+    if reader.faults:
+        raise ConfigError(reader.faults)
+    return settings, secrets
+
+
+def secret_text(path: str) -> str:
+    """Read a secret's file. Raises OSError if it isn't a regular file or is too large for a secret.
+
+    Bytes that aren't UTF-8 become characters that a `SecretReader` refuses.
+    """
+    require_file(path)
+    with open(path, "rb") as file:  # noqa: PTH123 - to read no more than this of it
+        data = file.read(MAX_SECRET_BYTES + 1)
+    if len(data) > MAX_SECRET_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_SECRET_BYTES} bytes")
+    return data.decode(errors="replace")
+
+
+def require_file(path: str) -> None:
+    """Raise OSError if the path isn't a regular file: reading a FIFO or a device may never end."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 - for its OSError
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except OSError as error:
+        raise ConfigError([f"{path}: can't be read ({error.strerror})"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: not UTF-8"]) from error
+
+
+def _faults_of(*builders: Callable[[], object]) -> Iterator[str]:
+    """Call the builders and yield the faults that they raise."""
+    for build in builders:
+        try:
+            build()
+        except ConfigError as error:
+            yield from error.faults
+
+
+def _server_faults(server: Server) -> Iterator[str]:
+    """Check the TLS files and that both listeners' addresses exist."""
+    from meshproxy.server.listener import server_context  # noqa: PLC0415 - aiohttp; a health check reads a file without it
+
+    faults = [*_file_faults("server.tls_cert", server.tls_cert), *_file_faults("server.tls_key", server.tls_key)]
+    yield from faults or _faults_of(lambda: server_context(server))
+    if server.listen is not None and server.admin_listen is not None:
+        with suppress(OSError):  # reported below
+            if _is_same_address(server.listen, server.admin_listen):
+                yield "server.admin_listen: the same as server.listen"
+    for key in ("listen", "admin_listen"):
+        address = getattr(server, key)
+        if address is None:
+            continue
+        try:
+            _check_address(address)
+        except OSError as error:
+            yield f"server.{key}: {address} can't be listened at ({error.strerror or error})"
+
+
+def _check_address(address: str) -> None:
+    """Raise OSError if this machine lacks the address or the socket's directory. The port may be ours: not bound."""
+    if address.startswith("unix:"):
+        path = Path(address.removeprefix("unix:"))
+        os.stat(path.parent)  # noqa: PTH116 - for its OSError
+        if path.exists() and not path.is_socket():
+            raise OSError(errno.EEXIST, "something that is no socket is there")
+        return
+    family, kind, protocol, _, name = _resolved(address)
+    with socket.socket(family, kind, protocol) as sock:
+        sock.bind((name[0], 0, *name[2:]))
+
+
+def _resolved(address: str) -> tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]:
+    """Return the family, kind, protocol and name of the socket that listens at `HOST:PORT`. Raises OSError."""
+    host, port = split_address(address)
+    return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
+def _is_same_address(one: str, other: str) -> bool:
+    """Return whether two listeners need the same port or socket file, however their addresses are spelled."""
+    paths = [address.removeprefix("unix:") for address in (one, other) if address.startswith("unix:")]
+    if paths:
+        return len(paths) == 2 and os.path.realpath(paths[0]) == os.path.realpath(paths[1])
+    (host, port), (other_host, other_port) = (_resolved(address)[4][:2] for address in (one, other))
+    if port == 0 or port != other_port:
+        return False
+    first, second = ipaddress.ip_address(host.partition("%")[0]), ipaddress.ip_address(other_host.partition("%")[0])
+    return first == second or any(
+        a.is_unspecified and a.version >= b.version  # one at :: takes IPv4 too
+        for a, b in ((first, second), (second, first))
+    )
+
+
+def _file_faults(key: str, path: str | None) -> Iterator[str]:
+    try:
+        if path is not None:
+            require_file(path)
+    except OSError as error:
+        yield f"{key}: {path} can't be read ({error.strerror})"
+    except ValueError:  # a NUL in it
+        yield f"{key}: no file has such a name"
+
+
+def _redis_faults(redis: Redis) -> Iterator[str]:
+    """Check the Redis URL, its TLS files and the journal's place."""
+    url = plain(redis.url)
+    if url != "embedded":
+        yield from _faults_of(lambda: _check_redis_url(url))
+    if redis.journal is not None:
+        try:
+            _check_journal(Path(redis.journal))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            yield f"redis.journal: {redis.journal} can't be written ({reason})"
+
+
+def _check_redis_url(url: str) -> None:
+    """Raise ConfigError if the URL can't be read, or the files that it names."""
+    address = parse_url(url)
+    for endpoint in address.endpoints:
+        if endpoint.path and Path(endpoint.path).exists() and not Path(endpoint.path).is_socket():
+            raise ConfigError([f"redis.url: {endpoint.path} is no socket"])
+    for path in (address.tls.ca_file, address.tls.cert_file, address.tls.key_file) if address.tls is not None else ():
+        for fault in _file_faults("redis.url", path):
+            raise ConfigError([fault])
+    tls_context(address)
+
+
+def _check_journal(path: Path) -> None:
+    """Raise OSError if a journal can't be kept here. What the attempt creates is removed again."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, "it is a directory: name a file in it")
+    with ExitStack() as stack:
+        for directory in reversed([parent for parent in path.parents if not parent.exists()]):
+            directory.mkdir(mode=0o700)
+            stack.callback(_remove_if_empty, directory)
+        for number in range(MAX_FILES):
+            name = Path(f"{path}.{number}")
+            if not name.exists():
+                break
+            os.close(os.open(name, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC))
+        with tempfile.TemporaryFile(dir=path.parent, prefix=path.name):
+            pass
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):  # in use by now
+        directory.rmdir()
+
+
+def _upstream_faults(path: str, name: str, upstream: Upstream, secrets: Secrets) -> Iterator[str]:
+    from meshproxy.upstream.provider import Provider  # noqa: PLC0415 - as above
+
+    try:
+        Provider(name, upstream, secrets.upstreams.get(name))
+    except ValueError as error:
+        yield f"{path}.{error}"
