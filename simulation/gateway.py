@@ -1,0 +1,187 @@
+"""The real gateway in the world: `app.serve.run` in processes of the loop, on one machine or several, over one store.
+
+`Gateway.start` starts as many instances as asked for. Each is a process with a listener of its own, a worker, an admin
+listener, and the journal of its machine. SIGHUP reloads one, SIGTERM drains it, `kill` is SIGKILL; `restart` starts a
+new process at the same address, which finds the journal that the dead one left.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+from functools import partial
+from typing import Any
+
+from msgspec.structs import replace
+
+from meshproxy.app import serve as serving
+from meshproxy.app.reload import Loaded, load
+from meshproxy.ledger.connection import connect
+from meshproxy.ledger.desk import Desk
+from meshproxy.ledger.directory import Directory
+from meshproxy.ledger.journal import SettlementsLost
+from meshproxy.ledger.ledger import Ledger
+from simulation.loop import Process, SimLoop
+from simulation.machine import ROOT
+
+FIRST_PORT, FIRST_ADMIN_PORT = 8_080, 9_080
+JOURNAL = f"{ROOT}journal"
+
+_loaded: dict[str, Loaded] = {}  # by the configuration's text: to load one takes 10 ms
+
+
+def loaded(text: str) -> Loaded:
+    """Load a configuration from its text, as `serve` does from its file. Raises ConfigError."""
+    if text not in _loaded:
+        with tempfile.NamedTemporaryFile("w", suffix=".toml", delete=False) as file:
+            file.write(text)
+        try:
+            _loaded[text] = load(file.name)
+        finally:
+            os.unlink(file.name)  # noqa: PTH108 - a name
+    return _loaded[text]
+
+
+class Instance:
+    """One process of the gateway. `code`: its exit code, None while it runs, -9 once killed."""
+
+    def __init__(self, gateway: "Gateway", number: int) -> None:
+        self.gateway = gateway
+        self.number = number
+        self.port = FIRST_PORT + number
+        self.lives = 0
+        self.process: Process
+        self.code: int | None = None
+        self.ready = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    @property
+    def host(self) -> str:
+        """The host to connect to, with `port`."""
+        return "127.0.0.1"
+
+    @property
+    def name(self) -> str:
+        """The process's name."""
+        return f"gateway-{self.number}" + (f".{self.lives}" if self.lives > 1 else "")
+
+    def launch(self) -> None:
+        """Start the process."""
+        loop = self.gateway.loop
+        self.lives += 1
+        self.code = None
+        self.ready, self.ended = asyncio.Event(), asyncio.Event()
+        self.process = loop.process(self.name)
+        self.process.on_death.append(partial(self._end, -signal.SIGKILL))
+        loop.start(self.process, self._run(), "serve")
+
+    async def _run(self) -> None:
+        code = 0
+        try:
+            found = self._read()
+            await serving.run(
+                found.settings,
+                found.secrets,
+                on_ready=lambda *_: self.ready.set(),
+                reload=self._read,
+                journal=self.gateway.journal,
+                warnings=found.warnings,
+            )
+        except SettlementsLost:
+            code = os.EX_IOERR
+        except Exception as error:  # noqa: BLE001 - a process that ends by an exception
+            self.gateway.loop.trace("%s: ended by %r", self.name, error)
+            code = 1
+        self._end(code)
+
+    def _end(self, code: int) -> None:
+        if not self.ended.is_set():
+            self.code = code
+            self.gateway.loop.trace("%s: exit code %d", self.name, code)
+            self.ended.set()
+
+    def _read(self) -> Loaded:
+        """Load the gateway's present configuration, with this instance's addresses."""
+        found = loaded(self.gateway.text)
+        server = replace(
+            found.settings.server,
+            listen=f"0.0.0.0:{self.port}",
+            admin_listen=f"0.0.0.0:{FIRST_ADMIN_PORT + self.number}",
+        )
+        return replace(found, settings=replace(found.settings, server=server))
+
+    def reload(self) -> None:
+        """Send SIGHUP."""
+        self.gateway.loop.signal(self.process, signal.SIGHUP)
+
+    def drain(self) -> None:
+        """Send SIGTERM. `ended` is set when it has ended."""
+        self.gateway.loop.signal(self.process, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.gateway.loop.kill(self.process)
+
+    async def restart(self) -> None:
+        """Start it anew, once it has ended, and return when it serves."""
+        await self.ended.wait()
+        self.launch()
+        await self.up()
+
+    async def up(self) -> None:
+        """Return when it serves, or has ended."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.ready, self.ended)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+
+class Gateway:
+    """The instances. `text` is the configuration in TOML; after a change of it, `reload` has the instances read it."""
+
+    def __init__(self, loop: SimLoop, text: str, *, workers: int, journal: str | None = JOURNAL) -> None:
+        self.loop = loop
+        self.text = text
+        self.journal = journal
+        self.instances = [Instance(self, number) for number in range(workers)]
+        self._desk_store: Any = None
+
+    async def start(self) -> None:
+        """Start all instances, and return when they serve. Raises RuntimeError if one ends instead."""
+        for instance in self.instances:
+            instance.launch()
+        for instance in self.instances:
+            await instance.up()
+            if instance.code is not None:
+                raise RuntimeError(f"{instance.name} ended with {instance.code}")
+
+    def reload(self, text: str | None = None) -> None:
+        """Have all instances reload, from another configuration if one is given."""
+        if text is not None:
+            self.text = text
+        for instance in self.instances:
+            instance.reload()
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Drain all instances. Return whether they ended in time."""
+        for instance in self.instances:
+            instance.drain()
+        ended = True
+        for instance in self.instances:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(instance.ended.wait(), timeout_s)
+            ended = ended and instance.ended.is_set()
+        if self._desk_store is not None:
+            await self._desk_store.close()
+            self._desk_store = None
+        return ended
+
+    async def desk(self, actor: str = "operator") -> Desk:
+        """Return a desk for keys, accounts, grants and limits, over a connection of the caller's process to the store."""
+        if self._desk_store is None:
+            self._desk_store = await connect(loaded(self.text).settings.redis)
+        store = self._desk_store
+        return Desk(store, Directory(store), Ledger(store), actor)

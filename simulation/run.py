@@ -1,0 +1,270 @@
+r"""Run one story in a world of its own: `run(seed, story)`.
+
+A story is an async function of a `World`. It starts what it needs (the gateway, providers, clients over plain asyncio
+streams), causes faults, and returns. Then the gateway is drained, and the outcome says what was left behind.
+
+    async def story(world: World) -> None:
+        gateway = await world.start_gateway(TOML, workers=2)
+        secret = (await (await gateway.desk()).create_key("acme", KeyChange()))["key"]
+        reader, writer = await asyncio.open_connection(gateway.instances[0].host, gateway.instances[0].port)
+        ...
+
+    outcome = run(7, story)
+    print("\n".join(outcome.transcript))
+"""
+
+import asyncio
+import logging
+import random
+import re
+import traceback
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import structlog
+from msgspec import Struct
+
+from meshproxy.app import serve as serving
+from meshproxy.ledger.store import Script
+from simulation import machine
+from simulation.gateway import JOURNAL, Gateway
+from simulation.loop import PROCESS, START_S, Process, SimLoop, Stuck
+from simulation.network import Network
+from simulation.store import Store, name_scripts
+
+MAX_TURNS = 2_000_000
+STOP_S = 600.0  # virtual: what a gateway may take to drain
+SCRIPTS = (
+    "admit",
+    "renew",
+    "settle",
+    "grant",
+    "balance",
+    "beat",
+    "claim",
+    "conclude",
+    "put_template",
+    "keep",
+    "replace",
+)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+class Left(Struct):
+    """What is left when all instances have ended: each list is empty after a clean history."""
+
+    tasks: list[str]
+    timers: list[str]
+    sockets: list[str]
+    files: list[str]
+    holds: list[str]
+    slots: list[str]
+    journal: list[str]
+
+
+class Outcome(Struct):
+    """What came of a history. `failure`: the exception that ended the story, None if it returned. `left`: leftovers."""
+
+    seed: int
+    transcript: list[str]
+    result: Any
+    failure: BaseException | None
+    left: Left
+    errors: list[str]
+    took_s: float
+    turns: int
+
+
+class World:
+    """All that a story plays with. `rng` is the run's only source of chance."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        self.loop = loop
+        self.rng = loop.rng
+        self.network = Network(loop)
+        self.disk = machine.Disk(loop)
+        self.store = Store(loop)
+        self.gateways: list[Gateway] = []
+        self.lines: list[tuple[float, str, tuple[Any, ...]]] = []
+        self.log: list[
+            tuple[str, dict[str, Any] | bytes]
+        ] = []  # the instances' log: (process, event or request's line)
+        loop.trace = self._trace
+
+    @property
+    def now(self) -> float:
+        """Seconds since the story began."""
+        return self.loop.now - START_S
+
+    def note(self, text: str) -> None:
+        """Add a line to the transcript."""
+        self._trace("%s", text)
+
+    def process(self, name: str) -> Process:
+        """Make a process, for `spawn`."""
+        return self.loop.process(name)
+
+    def spawn(self, process: Process, coro: Coroutine[Any, Any, Any], name: str | None = None) -> "asyncio.Task[Any]":
+        """Run a coroutine in a process."""
+        return self.loop.start(process, coro, name)
+
+    def kill(self, process: Process) -> None:
+        """Kill a process."""
+        self.loop.kill(process)
+
+    async def start_gateway(self, text: str, *, workers: int = 1, journal: str | None = JOURNAL) -> Gateway:
+        """Start the gateway with a configuration in TOML, whose redis.url is `redis://store`."""
+        gateway = Gateway(self.loop, text, workers=workers, journal=journal)
+        self.gateways.append(gateway)
+        await gateway.start()
+        return gateway
+
+    def transcript(self) -> list[str]:
+        """Return the lines so far."""
+        return [f"{at - START_S:11.6f}  {_ADDRESS.sub('', text % values)}" for at, text, values in self.lines]
+
+    def _trace(self, text: str, *values: Any) -> None:
+        self.lines.append((self.loop.now, text, values))
+
+
+class _Sink:
+    """What a gateway's request log writes to: a telemetry.logs.LineSink."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def write(self, line: bytes, *, urgent: bool = False) -> None:
+        process = PROCESS.get().name
+        self._world.log.append((process, line))
+        self._world.loop.trace("%s: %s", process, line.decode().rstrip("\n"))
+
+    def close(self) -> None:
+        """Nothing: each line is kept at once."""
+
+
+class _Records(logging.Handler):
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.WARNING)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        words = f"{record.name}: {record.getMessage()}"
+        if record.exc_info and record.exc_info[1] is not None:
+            words += f": {_where(record.exc_info[1])}"
+        self._world.loop.errors.append(f"{PROCESS.get().name}: {words}")
+        self._world.loop.trace("%s: %s", PROCESS.get().name, words)
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{error!r} in " + " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+
+
+def _logged(world: World, stack: ExitStack) -> None:
+    """Have all logs go to the world."""
+
+    def capture(_logger: Any, method: str, event: Any) -> Any:
+        process = PROCESS.get().name
+        error = event.get("exc_info")
+        if isinstance(error, BaseException):
+            event["exc_info"] = _where(error)
+        world.log.append((process, {"level": method, **event}))
+        told = " ".join(f"{name}={value!r}" for name, value in event.items() if name != "event")
+        world.loop.trace("%s: %s %s", process, event["event"], told)
+        raise structlog.DropEvent
+
+    before = structlog.get_config()
+    stack.callback(lambda: structlog.configure(**before))
+    structlog.configure(
+        processors=[capture],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    handlers, level, configure = root.handlers[:], root.level, vars(serving)["configure"]
+    root.handlers[:] = [_Records(world)]
+    root.setLevel(logging.WARNING)
+
+    def restore() -> None:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        vars(serving)["configure"] = configure
+
+    stack.callback(restore)
+    vars(serving)["configure"] = lambda *_: _Sink(world)
+
+
+def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int = MAX_TURNS) -> Outcome:
+    """Run a story to its end in a world of its own, and return what came of it."""
+    name_scripts({script.sha.encode(): name for name in SCRIPTS for script in (Script.load(name),)})
+    loop = SimLoop(random.Random(seed), max_turns=max_turns)
+    result: Any = None
+    failure: BaseException | None = None
+    with ExitStack() as stack:
+        world = World(loop)
+        stack.enter_context(machine.installed(loop, world.disk))
+        _logged(world, stack)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+
+        async def whole() -> Any:
+            await loop.start(world.store.process, world.store.start(), "listen")
+            try:
+                return await story(world)
+            finally:
+                for gateway in world.gateways:
+                    if not await gateway.stop(STOP_S):
+                        world.note("the gateway didn't end in time")
+
+        try:
+            result = loop.run_until_complete(whole())
+        except (Exception, Stuck) as error:  # noqa: BLE001 - part of the outcome
+            failure = error
+            world.note(f"failed: {_where(error)}")
+        took_s, turns = world.now, loop.turns
+        left = _left(world)
+        transcript = world.transcript()
+        loop.dispose()
+    return Outcome(seed, transcript, result, failure, left, loop.errors, took_s, turns)
+
+
+def _left(world: World) -> Left:
+    instances = [process for process in world.loop.processes if process.name.startswith("gateway-")]
+    live = [process for process in instances if process.alive]
+    dead = [process for process in instances if not process.alive]
+    store, loop = world.store, world.loop
+    before, store.refusal = store.refusal, None
+    with loop.within(store.process):
+        keys = sorted(store.ask("KEYS", "mesh:*"))
+        holds = [
+            f"{key.decode()}: {id_.decode()}"
+            for key in keys
+            if key.endswith(b":holds")
+            for id_ in store.ask("HKEYS", key)
+        ]
+        slots = [
+            f"{key.decode()}: {id_.decode()}"
+            for key in keys
+            if b":running" in key
+            for id_ in store.ask("ZRANGE", key, 0, -1)
+        ]
+    store.refusal = before
+    return Left(
+        tasks=[
+            f"{process.name}: {name}"
+            for process in live
+            for name in sorted(task.get_name() for task in process.tasks if not task.done())
+        ],
+        timers=[f"{process.name}: {timer}" for process in live for timer in loop.left_timers(process)],
+        sockets=[
+            f"{process.name}: {sock.fd} {sock.name}" for process in instances for sock in process.sockets.values()
+        ],
+        files=[f"{process.name}: {fd}" for process in (*live, *dead) for fd in sorted(process.files)],
+        holds=holds,
+        slots=slots,
+        journal=[f"{path}: {line}" for path, line in world.disk.lines()],
+    )

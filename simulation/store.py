@@ -1,0 +1,401 @@
+"""Redis in the world: fakeredis' commands and the ledger's real scripts in Lua, behind RESP on the network.
+
+The store is a process of its own. Bytes come in, commands run one at a time, replies go out; its clock is the run's plus
+`clock_offset_s`. The Lua interpreter and compiled scripts are kept between runs: a script keeps nothing in it, since
+each call makes its functions anew.
+
+Faults: attributes that hold until they are changed (`refusal`, `is_silent`, `delay_s`), acts (`go_down`, `come_back`,
+`drop_connections`, `flush_scripts`, `fail_over`, `jump`), and `on_command`, which is asked about each command and returns
+a `Fate`.
+"""
+
+import asyncio
+import copy
+import enum
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+import redis
+from fakeredis import FakeServer
+from fakeredis._command_args_parsing import Float
+from fakeredis._commands import COMMANDS_WITH_SUB, Signature
+from fakeredis._helpers import NoResponse, SimpleError, SimpleString
+from fakeredis._socket._fakesocket import FakeSocket
+from fakeredis.commands_mixins.scripting_mixin import LUA_MODULE
+from fakeredis.model import is_write_command
+
+from simulation.loop import PROCESS, SimLoop
+from simulation.network import SimTransport
+
+HOST, PORT = "store", 6379
+LAG_S = 1.0  # how far a replica is behind at most
+OOM = "OOM command not allowed when used memory > 'maxmemory'."
+READONLY = "READONLY You can't write against a read only replica."
+MISCONF = "MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk."
+# Write commands that Redis takes with its memory full: those without the flag DENYOOM (COMMAND INFO).
+FREEING = frozenset({
+    "del", "expire", "flushall", "flushdb", "hdel", "persist", "pexpire", "srem", "unlink", "xdel", "xtrim", "zrem",
+    "zremrangebyscore",
+})  # fmt: skip
+UNORDERED = frozenset({"smembers", "sunion", "sinter", "sdiff"})  # whose replies have the order of Python's sets
+
+
+class Fate(enum.Enum):
+    """What becomes of a command."""
+
+    RUN = "run"
+    DROP_BEFORE = "connection lost before it ran"
+    DROP_AFTER = "connection lost after it ran"
+    LOSE_REPLY = "reply lost"  # and with it all that follow on this connection
+
+
+class _Lua:
+    """One interpreter for all runs. `client` is whose script runs."""
+
+    def __init__(self) -> None:
+        self.runtime = LUA_MODULE.LuaRuntime(encoding=None, unpack_returned_tuples=True)
+        self.compiled: dict[bytes, Any] = {}
+        self.client: Client | None = None
+        self.runtime.eval(b"""function(call)
+            redis = {call = call, error_reply = function(text) return {err = text} end,
+                     status_reply = function(text) return {ok = text} end}
+            end""")(self._call)
+        self._set = self.runtime.eval(b"function(keys, argv) KEYS = keys; ARGV = argv end")
+
+    def _call(self, command: bytes, *args: Any) -> Any:
+        assert self.client is not None
+        return self.client.called(command, args)
+
+    def run(self, client: "Client", sha: bytes, script: bytes, keys: Any, args: Any) -> Any:
+        """Run a script for a client."""
+        chunk = self.compiled.get(sha)
+        if chunk is None:
+            chunk = self.compiled[sha] = self.runtime.compile(script)
+        table = self.runtime.table_from
+        self._set(table(keys), table(args))
+        self.client = client
+        return chunk()
+
+
+_lua: list[_Lua] = []  # made with the first script: a process has one
+
+
+class Client(FakeSocket):
+    """A connection's state in fakeredis. `execute` runs one command and returns its reply."""
+
+    store: "Store"
+    is_dirty = False  # whether the running script has written
+
+    def __init__(self, store: "Store") -> None:
+        super().__init__(store.server, 0, client_class=redis.Redis)
+        self.store = store
+        self.replies: list[Any] = []
+
+    def put_response(self, msg: Any) -> None:
+        """Keep a reply."""
+        self.replies.append(msg)
+
+    def _decode_result(self, result: Any) -> Any:
+        """Keep the reply's type, from which it is encoded."""
+        return result
+
+    def execute(self, fields: list[bytes]) -> Any:
+        """Run one command."""
+        self._process_command(fields)
+        return self.replies.pop() if self.replies else None
+
+    def _run_command(self, func: Any, sig: Signature, args: list[Any], from_script: bool) -> Any:  # noqa: FBT001 - as there
+        refusal = self.store.refusal
+        if refusal is not None and is_write_command(sig.name.encode()):
+            is_taken = refusal == OOM and (sig.name in FREEING or self.is_dirty)
+            if not is_taken:
+                return SimpleError(refusal)
+        return super()._run_command(func, sig, args, from_script)
+
+    def eval(self, script: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
+        """Run a script, and keep it for EVALSHA."""
+        sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
+        self._server.script_cache[sha] = script
+        if not _lua:
+            _lua.append(_Lua())
+        self.is_dirty = False
+        self._script_resp = 2
+        try:
+            result = _lua[0].run(self, sha, script, keys_and_args[:numkeys], keys_and_args[numkeys:])
+        except LUA_MODULE.LuaError as error:
+            raise SimpleError(f"ERR {error} script: {sha.decode()}") from error
+        finally:
+            self._script_resp = None
+            self.is_dirty = False
+        return _from_lua(result)
+
+    def called(self, command: bytes, args: tuple[Any, ...]) -> Any:
+        """Run a script's command, and return what Lua gets."""
+        name = command.decode().lower()
+        if name in COMMANDS_WITH_SUB and args:
+            name, args = f"{name} {args[0].decode().lower()}", args[1:]
+        func, sig = self._name_to_func(name)
+        told = [arg if type(arg) is bytes else b"%.17g" % arg for arg in args]
+        result = self._run_command(func, sig, told, True)  # noqa: FBT003 - as there
+        if isinstance(result, SimpleError):
+            raise result
+        if is_write_command(sig.name.encode()):
+            self.is_dirty = True
+        return self._convert_redis_result(_lua[0].runtime, _ordered(name, result))
+
+
+def _from_lua(result: Any) -> Any:
+    """Return a script's result as a reply (Redis, "Lua to Redis type conversion")."""
+    if type(result) is bytes:
+        return result
+    if isinstance(result, bool):
+        return 1 if result else None
+    if isinstance(result, (int, float)):
+        return int(result)
+    if result is None:
+        return None
+    if (text := result[b"err"]) is not None:
+        raise SimpleError(text.decode())
+    if (text := result[b"ok"]) is not None:
+        return SimpleString(text)
+    items: list[Any] = []
+    while (item := result[len(items) + 1]) is not None:
+        items.append(_from_lua(item))
+    return items
+
+
+def _ordered(name: str, reply: Any) -> Any:
+    return sorted(reply) if name in UNORDERED and isinstance(reply, list) else reply
+
+
+def encode(reply: Any) -> bytes:
+    """Encode a reply as RESP2."""
+    if type(reply) is bytes:
+        return b"$%d\r\n%b\r\n" % (len(reply), reply)
+    if reply is None:
+        return b"$-1\r\n"
+    if isinstance(reply, int):
+        return b":%d\r\n" % reply
+    if isinstance(reply, (list, tuple)):
+        return b"*%d\r\n%b" % (len(reply), b"".join(map(encode, reply)))
+    if isinstance(reply, SimpleString):
+        return b"+%b\r\n" % reply.value
+    if isinstance(reply, SimpleError):
+        return b"-%b\r\n" % reply.value.replace("\r", " ").replace("\n", " ").encode()
+    if isinstance(reply, float):
+        return encode(Float.encode(reply, humanfriendly=False))
+    if isinstance(reply, str):
+        return encode(reply.encode())
+    if isinstance(reply, dict):
+        return encode([each for pair in reply.items() for each in pair])
+    raise TypeError(f"a reply of type {type(reply).__name__}")
+
+
+class Store:
+    """The server. `on_command` decides each command's fate, from its words."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        self.loop = loop
+        self.process = loop.process("store")
+        self.process.is_deferring = False
+        self.server = FakeServer(version=(7,))
+        self.refusal: str | None = None  # the error that every write gets
+        self.is_silent = False  # whether commands wait, unanswered
+        self.delay_s = 0.0  # before each command runs
+        self.clock_offset_s = 0.0
+        self.keeps_replica = False  # whether fail_over() has something to go back to
+        self.on_command: Callable[[list[bytes]], Fate] = lambda _: Fate.RUN
+        self.commands = 0
+        self.connections: dict[int, Connection] = {}
+        self._listening: Any = None
+        self._replica: deque[tuple[float, dict[bytes, Any]]] = deque()
+
+    async def start(self) -> None:
+        """Listen at HOST:PORT."""
+        self._listening = await self.loop.create_server(lambda: Connection(self), HOST, PORT)
+
+    # Faults.
+
+    def go_down(self) -> None:
+        """Refuse connections, and lose those there are."""
+        self.loop.trace("store: down")
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+        self.drop_connections()
+
+    def come_back(self) -> None:
+        """Accept connections again, with all data and no script."""
+        self.loop.trace("store: back")
+        self.flush_scripts()
+        self.is_silent = False
+        if self._listening is None:
+            self.loop.start(self.process, self.start(), "listen")
+
+    def drop_connections(self) -> None:
+        """Reset every connection."""
+        self.loop.trace("store: drops %d connections", len(self.connections))
+        for connection in list(self.connections.values()):
+            connection.drop()
+
+    def flush_scripts(self) -> None:
+        """Forget all scripts, as SCRIPT FLUSH or a restart does."""
+        self.loop.trace("store: scripts flushed")
+        self.server.script_cache.clear()
+
+    def jump(self, seconds: float) -> None:
+        """Move the clock."""
+        self.loop.trace("store: clock jumps %+.3f s", seconds)
+        self.clock_offset_s += seconds
+
+    def fail_over(self) -> None:
+        """Have a replica take over that lacks what was written in the last second. Needs `keeps_replica` from before."""
+        self.drop_connections()
+        self.flush_scripts()
+        until = self.loop.now - LAG_S
+        found = [data for at, data in self._replica if at <= until]
+        if found:
+            self.server.dbs[0]._dict = copy.deepcopy(found[-1])
+        self.loop.trace("store: failed over, %s", "the last second is lost" if found else "nothing is lost")
+        self._replica.clear()
+
+    def _replicate(self) -> None:
+        """Keep what the data were before this moment's write, at most ten times a second."""
+        now = self.loop.now
+        if not self._replica or now - self._replica[-1][0] >= LAG_S / 10:
+            self._replica.append((now, copy.deepcopy(self.server.dbs[0]._dict)))
+            while len(self._replica) > 1 and self._replica[1][0] <= now - LAG_S:
+                self._replica.popleft()
+
+    # Commands.
+
+    def run(self, client: Client, fields: list[bytes]) -> Any:
+        """Run one command now."""
+        self.commands += 1
+        if self.keeps_replica:
+            self._replicate()
+        process = PROCESS.get()
+        before, process.skew_s = process.skew_s, self.clock_offset_s
+        try:
+            reply = client.execute(fields)
+        finally:
+            process.skew_s = before
+        return _ordered(fields[0].decode().lower(), reply)
+
+    def ask(self, *words: bytes | str | int) -> Any:
+        """Run a command from outside the network, for judges."""
+        client = Client(self)
+        try:
+            reply = self.run(client, [word if isinstance(word, bytes) else str(word).encode() for word in words])
+        finally:
+            client.close()
+        if isinstance(reply, SimpleError):
+            raise ValueError(reply.value)  # noqa: TRY004 - an error of the store's
+        return reply
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection to the store."""
+
+    transport: SimTransport
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._client = Client(store)
+        self._reader = hiredis.Reader()
+        self._waiting: deque[list[bytes]] = deque()
+        self._is_mute = False
+        self._is_running = False
+
+    def connection_made(self, transport: Any) -> None:
+        """Keep the transport."""
+        self.transport = transport
+        self._store.connections[id(self)] = self
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the client."""
+        self._store.connections.pop(id(self), None)
+        self._waiting.clear()
+
+    def drop(self) -> None:
+        """Reset the connection."""
+        self.transport.get_extra_info("socket").end.lingers = False
+        self.transport.abort()
+        self._waiting.clear()
+
+    def data_received(self, data: bytes) -> None:
+        """Queue the commands in it."""
+        self._reader.feed(data)
+        while (fields := self._reader.gets()) is not False:
+            self._waiting.append(fields)
+        self._continue()
+
+    def _continue(self) -> None:
+        store = self._store
+        if self._is_running or not self._waiting:
+            return
+        if store.is_silent:
+            self._is_running = True
+            store.loop.call_later(0.05, self._again)
+        elif store.delay_s:
+            self._is_running = True
+            store.loop.call_later(store.delay_s, self._go)
+        else:
+            self._go()
+
+    def _again(self) -> None:
+        self._is_running = False
+        self._continue()
+
+    def _go(self) -> None:
+        """Run what waits."""
+        self._is_running = False
+        store = self._store
+        replies = []
+        while self._waiting:
+            fields = self._waiting.popleft()
+            fate = store.on_command(fields)
+            if fate is not Fate.RUN:
+                store.loop.trace("store: %s: %s", _told(fields), fate.value)
+            if fate is Fate.DROP_BEFORE:
+                self.drop()
+                return
+            reply = store.run(self._client, fields)
+            if fate is Fate.DROP_AFTER:
+                self.drop()
+                return
+            self._is_mute = self._is_mute or fate is Fate.LOSE_REPLY
+            store.loop.trace("store: %s = %s", _told(fields), _short(reply))
+            if not isinstance(reply, NoResponse):
+                replies.append(encode(reply))
+        if replies and not self._is_mute:
+            self.transport.write(b"".join(replies))
+
+
+_names: dict[bytes, str] = {}  # of scripts by SHA-1, for the transcript
+
+
+def name_scripts(named: dict[bytes, str]) -> None:
+    """Know the scripts' names."""
+    _names.update(named)
+
+
+def _told(fields: list[bytes]) -> str:
+    word = fields[0].decode(errors="replace").upper()
+    if word in {"EVALSHA", "EVAL"}:
+        sha = fields[1] if word == "EVALSHA" else hashlib.sha1(fields[1], usedforsecurity=False).hexdigest().encode()
+        count = int(fields[2])
+        name = _names.get(sha, sha[:8].decode())
+        first = fields[3 + count].decode(errors="replace") if len(fields) > 3 + count else ""
+        return f"{name}{'' if word == 'EVALSHA' else ' (text)'} {first}"
+    return " ".join([word, *(each[:60].decode(errors="replace") for each in fields[1:3])])
+
+
+def _short(reply: Any) -> str:
+    if isinstance(reply, (SimpleError, SimpleString)):
+        reply = reply.value
+    text = repr(reply)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -1,0 +1,119 @@
+"""One seed is one history, byte for byte, in one process or in another."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshproxy.ledger.desk import KeyChange
+from simulation.run import Left, World, run
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (1, 2, 3)
+CONFIGURATION = """
+[server]
+drain_grace_s = 0
+[redis]
+url = "redis://store"
+[upstreams.openai]
+kind = "openai"
+base_url = "http://provider/v1"
+[models."openai/gpt-4o"]
+upstreams = [{ upstream = "openai", model = "gpt-4o" }]
+input_usd_per_mtok = "2.50"
+output_usd_per_mtok = "10.00"
+"""
+ANSWER = {
+    "object": "chat.completion",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
+}
+
+
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A provider that thinks for 0.3 s."""
+    body = json.dumps(ANSWER).encode()
+    while True:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split()[0]))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            break
+        await asyncio.sleep(0.3)
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+        writer.write(head + body)
+    writer.close()
+
+
+async def ask(world: World, port: int, secret: str) -> bytes:
+    """A client that asks once, and all that it gets."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = b'{"messages": [{"role": "user", "content": "hi"}]}'
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\nconnection: close\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    try:
+        got = await reader.read(-1)
+    except ConnectionError:
+        got = b""
+    writer.close()
+    world.note(f"a client got {got!r}")
+    return got
+
+
+async def story(world: World) -> list[bytes]:
+    """Two workers and four clients; one worker is killed in the middle and started again, and all reload."""
+    await world.spawn(world.process("provider"), asyncio.start_server(answer, "provider", 80))
+    gateway = await world.start_gateway(CONFIGURATION, workers=2)
+    desk = await gateway.desk()
+    secret = (await desk.create_key("acme", KeyChange()))["key"]
+    await desk.ledger.grant("acme", 25_000_000_000)
+    ports = [instance.port for instance in gateway.instances]
+    asking = [asyncio.create_task(ask(world, ports[at % 2], secret)) for at in range(4)]
+    await asyncio.sleep(0.3)
+    gateway.instances[0].kill()
+    await gateway.instances[0].restart()
+    gateway.reload()
+    got = await asyncio.gather(*asking)
+    return [*got, await ask(world, ports[0], secret)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_seed_gives_one_transcript_in_one_process(seed):
+    assert run(seed, story).transcript == run(seed, story).transcript
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_seed_gives_one_transcript_in_fresh_interpreters(seed):
+    first, second = [
+        subprocess.run(
+            [sys.executable, __file__, str(seed)],
+            env={**os.environ, "PYTHONHASHSEED": hashed, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for hashed in ("1", "2")
+    ]
+    assert first == second
+
+
+def test_seeds_give_different_transcripts():
+    assert run(1, story).transcript != run(2, story).transcript
+
+
+def test_a_killed_worker_leaves_its_clients_without_an_answer_and_its_successor_serves():
+    outcome = run(1, story)
+    assert [b"200 OK" in got for got in outcome.result] == [False, True, False, True, True]
+
+
+def test_a_drained_gateway_leaves_nothing_but_what_the_killed_worker_held():
+    left = run(1, story).left
+    assert left == Left([], [], [], [], left.holds, left.slots, [])
+
+
+if __name__ == "__main__":
+    print("\n".join(run(int(sys.argv[1]), story).transcript))
