@@ -16,7 +16,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from meshproxy.app import serve as serving
-from meshproxy.app.reload import Loaded, load
+from meshproxy.app.load import Loaded, load
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.desk import Desk
 from meshproxy.ledger.directory import Directory
