@@ -128,6 +128,13 @@ def prometheus(directory: Path, target: str) -> Iterator[Prometheus]:
     ):
         text = text.replace(said, meant)
     (directory / "prometheus.yml").write_text(text)
+    with started(directory) as server:
+        yield server
+
+
+@contextmanager
+def started(directory: Path) -> Iterator[Prometheus]:
+    """Start Debian's Prometheus with the configuration in `directory`; it has scraped twice when the block begins."""
     port = _free_port()
     command = (
         "prometheus",
