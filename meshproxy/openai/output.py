@@ -33,7 +33,8 @@ _BASE64: Final = 3 / 4
 # Each match is about one token of OpenAI's o200k_base. Measured on texts of some thousand tokens, estimate by true
 # count: English 1.0 to 1.1, German and Finnish 0.8 to 1.0, French, Spanish, Vietnamese and Hebrew 1.0, Polish and
 # Turkish 0.9, Russian 0.8 to 1.3, Arabic 0.8 to 1.1, Hindi 1.0, Bengali, Tamil and Thai 0.9, Korean 1.0, Chinese 1.0 to
-# 1.4, Japanese 0.9 to 1.1, Python 1.1, JSON, HTML and tables 1.1, LaTeX 0.9, digits 1.0, base64 0.8, emoji 0.9 to 1.2.
+# 1.4, Japanese 0.9 to 1.1, Python 1.1, JSON, HTML and tables 1.1, LaTeX 0.9, digits 1.0, base64 0.8, emoji 0.9 to 1.2. On
+# a sentence each: Georgian, Armenian, Burmese and Telugu 0.8 to 0.9, Khmer 0.7.
 _TOKEN: Final = re.compile(
     r"""
       \ ?[A-Z\u00c0-\u00de]?[a-z\u00df-\u00ff\u01a0-\u01b0\u1ea0-\u1ef9]{1,8}
@@ -44,7 +45,8 @@ _TOKEN: Final = re.compile(
     | \ ?[\u0400-\u04ff]{1,5}
     | \ ?[\u0370-\u03ff\u0590-\u05ff]{1,3}
     | \ ?[\u0600-\u06ff]{1,4}
-    | \ ?[\u0900-\u0dff]{1,4} | [\u0e00-\u0eff]{1,4}
+    | \ ?[\u0900-\u0bff]{1,4} | \ ?[\u0c00-\u0dff]{1,3} | [\u0e00-\u0eff]{1,4}
+    | \ ?[\u0530-\u058f\u10a0-\u10ff]{1,4} | [\u1000-\u109f]{1,3} | [\u1780-\u17ff]{1,2}
     | \ ?[\uac00-\ud7af]{1,2}
     | [\u3040-\u30ff]{1,2}
     | [ \t\n\r]+(?=\ ) | [ \t\n\r]+

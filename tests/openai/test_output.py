@@ -77,6 +77,17 @@ def test_a_long_text_is_sampled():
             "def level(river, at):\n    for gauge in river.gauges:\n        return gauge.read()\n" * 10, 210, id="code"
         ),
         pytest.param('{"place": "harbour", "level": 3.25, "tags": ["tide", "low"]}\n' * 10, 250, id="JSON"),
+        pytest.param(
+            "ენობრივი მოდელები ქმნიან ტექსტს სიტყვა-სიტყვით და ყოველი მოთხოვნა რამდენიმე თეთრი ღირს.", 27, id="Georgian"
+        ),
+        pytest.param(
+            "Լեզվական մոդելները տեքստը ստեղծում են բառ առ բառ, և յուրաքանչյուր հարցում արժե մի քանի լումա։",
+            31,
+            id="Armenian",
+        ),
+        pytest.param("భాషా నమూనాలు ఒక్కో పదం చొప్పున వచనాన్ని సృష్టిస్తాయి, ప్రతి అభ్యర్థనకు కొన్ని పైసలు ఖర్చవుతాయి.", 39, id="Telugu"),
+        pytest.param("ဘာသာစကားမော်ဒယ်များသည် စာသားကို တစ်လုံးချင်း ထုတ်လုပ်ပြီး တောင်းဆိုမှုတိုင်းတွင် ကုန်ကျစရိတ်ရှိသည်။", 42, id="Burmese"),
+        pytest.param("គំរូភាសាបង្កើតអត្ថបទម្តងមួយពាក្យ ហើយសំណើនីមួយៗមានតម្លៃពីរបីសេន។", 43, id="Khmer"),
         pytest.param("🌊 The tide is out 🐚! " * 10, 101, id="emoji"),
         pytest.param("9bFlIkpYt5HfavHYMD5hzcS7hsPRxCcQPDRMQYnrLx571dR" * 10, 310, id="base64"),
     ],
