@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from importlib.resources import files
 from typing import Any, Protocol, TypedDict
 
@@ -22,7 +22,9 @@ from aiohttp.typedefs import Handler, Middleware
 
 from meshproxy.errors import GatewayError, Source, forbidden, internal_error, unauthorized
 from meshproxy.ledger.desk import Desk
+from meshproxy.server import openapi
 from meshproxy.server.admin_api import add_routes
+from meshproxy.server.api import json_response
 from meshproxy.server.chat import request_id_of
 from meshproxy.server.client_address import address
 from meshproxy.server.errors import envelope_errors, error_response
@@ -93,7 +95,7 @@ def create_admin(
     admin.router.add_get("/healthz", pages.healthz)
     admin.router.add_get("/readyz", pages.readyz)
     if desk is not None and token is not None:
-        add_routes(admin, desk)
+        add_routes(admin, desk, orjson.dumps(openapi.admin_document()))
     return admin
 
 
@@ -115,29 +117,26 @@ class _Pages:
         return web.Response(body=self._html, content_type="text/html", charset="utf-8", headers=headers)
 
     async def status(self, _request: web.Request) -> web.Response:
-        return _json(dict(await self._state.status()))
+        return _no_store(await self._state.status())
 
     async def metrics(self, request: web.Request) -> web.Response:
         text, content_type = await self._state.metrics(request.headers.get(hdrs.ACCEPT, ""))
         return web.Response(body=text, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def healthz(self, _request: web.Request) -> web.Response:
-        return _json({"status": "ok"})
+        return _no_store({"status": "ok"})
 
     async def readyz(self, _request: web.Request) -> web.Response:
         reasons = await self._state.ready()
         if reasons:
-            return _json({"status": "unready", "reasons": reasons}, status=503)
-        return _json({"status": "ready"})
+            return _no_store({"status": "unready", "reasons": reasons}, status=503)
+        return _no_store({"status": "ready"})
 
 
-def _json(body: dict[str, object], status: int = 200) -> web.Response:
-    return web.Response(
-        status=status,
-        body=orjson.dumps(body) + b"\n",
-        content_type="application/json",
-        headers={"cache-control": "no-store"},
-    )
+def _no_store(body: Mapping[str, object], status: int = 200) -> web.Response:
+    response = json_response(body, status)
+    response.headers["cache-control"] = "no-store"
+    return response
 
 
 def _content_security_policy(html: bytes) -> str:

@@ -5,37 +5,32 @@ A browser that has the token sends it with requests from any page, so a change r
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
-import orjson
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from meshproxy.errors import Detail, GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
+from meshproxy.errors import GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
 from meshproxy.ledger.desk import MAX_LIMIT, MAX_NAME, MAX_NOTE, MAX_REF, Bounds, Desk, KeyChange
 from meshproxy.money import parse_usd
 from meshproxy.openai.errors import detail_of, name_of
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
 from meshproxy.policy.template import check_template, to_public
+from meshproxy.server.api import invalid_parameter, json_response, query_number
 from meshproxy.server.chat import request_id_of
 from meshproxy.times import parse_moment, parse_span
-from meshproxy.version import VERSION
 
 ROOT = "/admin/v1"
 OPENAPI_PATH = f"{ROOT}/openapi.json"
-DEFAULT_PAGE = 1000
 MAX_PAGE = 1000
 MAX_AUDIT = 1000
 BODY_TIMEOUT_S = 30.0
 SAFE = frozenset({"GET", "HEAD"})  # RFC 9110, 9.2.1
 SAME_SITE = frozenset({"same-origin", "none"})  # Fetch Metadata, 2.4: from the page itself, or typed by the user
-
-_PARAMETER = re.compile(r"\{(\w+)\}")
 
 Whole = Annotated[int, Meta(ge=1, le=MAX_LIMIT)]
 Daily = Annotated[int, Meta(ge=1, le=MAX_REQUESTS_PER_DAY)]
@@ -129,9 +124,9 @@ class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
 class AdminApi:
     """The handlers. Each answers with what the corresponding command prints with --json."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, openapi: bytes) -> None:
         self._desk = desk
-        self._openapi = orjson.dumps(document())
+        self._openapi = openapi
 
     async def keys(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/keys`: keys, oldest first, with spend and last use; `account=`, `limit=`, `after=` an id."""
@@ -141,20 +136,20 @@ class AdminApi:
     async def create_key(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/keys`: create a key; only this answer contains the secret, as `key`."""
         body = await _read(request, NewKey)
-        return _json(await self._at(request).create_key(body.account, body.change()), 201)
+        return json_response(await self._at(request).create_key(body.account, body.change()), 201)
 
     async def key(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/keys/{id}`: a key without its secret."""
-        return _json(await self._at(request).key(request.match_info["id"]))
+        return json_response(await self._at(request).key(request.match_info["id"]))
 
     async def change_key(self, request: web.Request) -> web.Response:
         """`PATCH /admin/v1/keys/{id}`: change the given fields only."""
         body = await _read(request, KeyPatch)
-        return _json(await self._at(request).change_key(request.match_info["id"], body.change(body.status)))
+        return json_response(await self._at(request).change_key(request.match_info["id"], body.change(body.status)))
 
     async def revoke_key(self, request: web.Request) -> web.Response:
         """`DELETE /admin/v1/keys/{id}`: revoke a key for good; its record stays."""
-        return _json(await self._at(request).set_key_status(request.match_info["id"], "revoked"))
+        return json_response(await self._at(request).set_key_status(request.match_info["id"], "revoked"))
 
     async def rotate_key(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/keys/{id}/rotate`: give a key a new secret, which only this answer contains."""
@@ -162,8 +157,8 @@ class AdminApi:
         try:
             grace_s = parse_span(body.grace) if body.grace else 0
         except ValueError as error:
-            raise _unfit("grace", str(error)) from error
-        return _json(await self._at(request).rotate_key(request.match_info["id"], grace_s))
+            raise invalid_parameter("grace", f"is invalid: {error}.", "body") from error
+        return json_response(await self._at(request).rotate_key(request.match_info["id"], grace_s))
 
     async def accounts(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/accounts`: accounts by name with credit, limits and spend; `limit=`, `after=` a name."""
@@ -172,20 +167,22 @@ class AdminApi:
 
     async def account(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/accounts/{name}`: an account with credit, limits, budgets and spend."""
-        return _json(await self._desk.account(request.match_info["name"]))
+        return json_response(await self._desk.account(request.match_info["name"]))
 
     async def change_account(self, request: web.Request) -> web.Response:
         """`PATCH /admin/v1/accounts/{name}`: change its limits, budgets or status."""
         body = await _read(request, AccountPatch)
-        return _json(await self._at(request).account_limits(request.match_info["name"], body.bounds(), body.status))
+        return json_response(
+            await self._at(request).account_limits(request.match_info["name"], body.bounds(), body.status)
+        )
 
     async def delete_account(self, request: web.Request) -> web.Response:
         """`DELETE /admin/v1/accounts/{name}`: delete an account and everything stored for it."""
-        return _json(await self._at(request).delete_account(request.match_info["name"]))
+        return json_response(await self._at(request).delete_account(request.match_info["name"]))
 
     async def grants(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/accounts/{name}/grants`: its grants, newest first."""
-        return _json(await self._desk.grants(request.match_info["name"]))
+        return json_response(await self._desk.grants(request.match_info["name"]))
 
     async def grant(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/accounts/{name}/grants`: add credit; a repeated `ref` changes nothing and is answered 200."""
@@ -194,7 +191,7 @@ class AdminApi:
         granted = await self._at(request).grant(
             request.match_info["name"], amount_nusd, body.note or "", body.ref or ""
         )
-        return _json(granted, 200 if granted["granted_now_usd"] == "0.00" else 201)
+        return json_response(granted, 200 if granted["granted_now_usd"] == "0.00" else 201)
 
     async def usage(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/usage`: requests, tokens, cost; `account=`, `group_by=`, `session_id=`, `since=`, `until=`."""
@@ -204,33 +201,39 @@ class AdminApi:
         rows = await self._desk.usage(
             query.get("account"), group_by=words, session_id=query.get("session_id"), since=since, until=until
         )
-        return _json(rows)
+        return json_response(rows)
 
     async def request(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/requests/{request_id}`: one settled request."""
-        return _json(await self._desk.request(request.match_info["request_id"]))
+        return json_response(await self._desk.request(request.match_info["request_id"]))
 
     async def audit(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/audit`: the latest changes, newest first; `limit=`."""
-        return _json(await self._desk.audit(_count(request, "limit", MAX_AUDIT, MAX_AUDIT)))
+        return json_response(
+            await self._desk.audit(query_number(request.query, "limit", MAX_AUDIT, least=1, most=MAX_AUDIT))
+        )
 
     async def templates(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/templates`: all templates; with `account=`, those that the account can use."""
-        return _json(await self._desk.templates(request.query.get("account")))
+        return json_response(await self._desk.templates(request.query.get("account")))
 
     async def put_template(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/templates`: create or replace a global template, or with `account=` one of that account."""
         fields = check_template(await _body(request), partial=False)
         name = fields.name if isinstance(fields.name, str) else ""
-        return _json(await self._at(request).put_template(request.query.get("account"), name, fields), 201)
+        return json_response(await self._at(request).put_template(request.query.get("account"), name, fields), 201)
 
     async def template(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/templates/{name}`: a template by name or id; with `account=`, as that account finds it."""
-        return _json(to_public(await self._desk.template(request.query.get("account"), request.match_info["name"])))
+        return json_response(
+            to_public(await self._desk.template(request.query.get("account"), request.match_info["name"]))
+        )
 
     async def delete_template(self, request: web.Request) -> web.Response:
         """`DELETE /admin/v1/templates/{name}`: delete a global template, or with `account=` one of that account."""
-        return _json(await self._at(request).delete_template(request.query.get("account"), request.match_info["name"]))
+        return json_response(
+            await self._at(request).delete_template(request.query.get("account"), request.match_info["name"])
+        )
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """`GET /admin/v1/openapi.json`: this API as an OpenAPI 3.1 document."""
@@ -265,76 +268,14 @@ ROUTES: tuple[tuple[str, str, Handler, type[Struct] | None], ...] = (
     ("DELETE", f"{ROOT}/templates/{{name}}", AdminApi.delete_template, None),
     ("GET", OPENAPI_PATH, AdminApi.openapi, None),
 )
-LISTS = frozenset({"keys", "accounts", "grants", "usage", "audit", "templates"})  # operations whose answer is an array
-CREATES = frozenset({"create_key", "put_template"})  # operations answered with 201
-QUERIES = {
-    "keys": ("account", "limit", "after"),
-    "accounts": ("limit", "after"),
-    "usage": ("account", "group_by", "session_id", "since", "until"),
-    "audit": ("limit",),
-    **dict.fromkeys(("templates", "put_template", "template", "delete_template"), ("account",)),
-}
-REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 500, 503)
 
 
-def add_routes(app: web.Application, desk: Desk) -> None:
-    """Add every path to the admin listener's application."""
-    api = AdminApi(desk)
+def add_routes(app: web.Application, desk: Desk, openapi: bytes) -> None:
+    """Add every path to the admin listener's application. `openapi`: the document that describes them."""
+    api = AdminApi(desk, openapi)
     for method, path, function, _ in ROUTES:
         for one in SAFE if method == "GET" else (method,):
             app.router.add_route(one, path, _bound(api, function))
-
-
-def document() -> dict[str, Any]:
-    """Build the OpenAPI document. Its request bodies are generated from the types that the handlers decode."""
-    kinds = [kind for _, _, _, kind in ROUTES if kind is not None]
-    _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    error = {"type": "object", "required": ["error", "request_id"], "properties": {"error": {"type": "object"}}}
-    paths: dict[str, Any] = {}
-    for method, path, function, kind in ROUTES:
-        paths.setdefault(path, {})[method.lower()] = _operation(path, function, kind)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "meshproxy admin", "version": VERSION},
-        "paths": paths,
-        "security": [{"token": []}],
-        "components": {
-            "schemas": {**components, "Error": error},
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-        },
-    }
-
-
-def _operation(path: str, function: Handler, kind: type[Struct] | None) -> dict[str, Any]:
-    """Build a path's operation. Its summary is the handler's docstring after the path."""
-    name = function.__name__
-    answer: dict[str, Any] = {"application/json": {"schema": {"type": "array" if name in LISTS else "object"}}}
-    refusal: dict[str, Any] = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    successes = ("200", "201") if name == "grant" else ("201",) if name in CREATES else ("200",)
-    parameters: list[dict[str, Any]] = [
-        {"name": each, "in": "path", "required": True, "schema": {"type": "string"}}
-        for each in _PARAMETER.findall(path)
-    ]
-    parameters += [{"name": each, "in": "query", "schema": {"type": "string"}} for each in QUERIES.get(name, ())]
-    operation: dict[str, Any] = {
-        "summary": (function.__doc__ or "").partition(": ")[2].strip(),
-        "operationId": name,
-        "parameters": parameters,
-        "responses": {
-            **{status: {"description": "Success", "content": answer} for status in successes},
-            **{str(status): {"description": "An error", "content": refusal} for status in REFUSALS},
-        },
-    }
-    if kind is not None:
-        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-        operation["requestBody"] = {
-            "required": kind is not Rotation,
-            "content": {"application/json": {"schema": schema}},
-        }
-    elif name == "put_template":
-        named: dict[str, Any] = {"type": "object", "required": ["name"]}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": named}}}
-    return operation
 
 
 def _bound(api: AdminApi, function: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -385,20 +326,16 @@ async def _body(request: web.Request) -> bytes:
 
 
 def _page(request: web.Request) -> tuple[int, str]:
-    return _count(request, "limit", DEFAULT_PAGE, MAX_PAGE), request.query.get("after", "")
+    return query_number(request.query, "limit", MAX_PAGE, least=1, most=MAX_PAGE), request.query.get("after", "")
 
 
 def _listed(request: web.Request, rows: list[dict[str, Any]], limit: int, name: str = "id") -> web.Response:
     """Answer with a page; its `Link` header (RFC 8288) has the next page's address if there may be one."""
-    response = _json(rows)
+    response = json_response(rows)
     if len(rows) == limit:
         following = request.rel_url.update_query(limit=str(limit), after=rows[-1][name])
         response.headers["link"] = f'<{following}>; rel="next"'
     return response
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
 
 
 def _given(fields: dict[str, Any]) -> dict[str, int | None]:
@@ -422,7 +359,7 @@ def _amount(name: str, amount: Usd, *, signed: bool = False) -> int:
         if amount_nusd < 0 and not signed:
             raise ValueError(f"{amount!r} is negative")
     except ValueError as error:
-        raise _unfit(name, str(error)) from error
+        raise invalid_parameter(name, f"is invalid: {error}.", "body") from error
     return amount_nusd
 
 
@@ -432,20 +369,5 @@ def _moment(name: str, text: str, direction: int = 1) -> float:
         if not 0 <= moment < 253_402_300_800:  # the year 10000
             raise ValueError(f"{text!r} is not between 1970 and 9999")
     except (ValueError, OverflowError) as error:
-        raise _unfit(name, str(error)) from error
+        raise invalid_parameter(name, f"is invalid: {error}.", "body" if direction > 0 else "query") from error
     return moment
-
-
-def _count(request: web.Request, name: str, default: int, most: int) -> int:
-    text = request.query.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
-        raise _unfit(name, f"It is a number from 1 to {most}")
-    return int(text[:9])
-
-
-def _unfit(name: str, message: str) -> GatewayError:
-    return GatewayError(
-        Source.CLIENT, invalid(f"`{name}`: {message}.", Detail("value_error", ("body", name), message), param=name)
-    )

@@ -57,7 +57,7 @@ _ORDERS = {"asc": False, "desc": True}
 _SORTS = {"id": "id", "name": "name", "brand": "brand", "context_length": "context_length"}
 
 
-class EventsAsked(msgspec.Struct):
+class EventsRequest(msgspec.Struct):
     """The body of `POST /v1/usage/events`."""
 
     request_ids: Annotated[list[str], msgspec.Meta(max_length=MAX_EVENTS)] | None = None
@@ -87,15 +87,15 @@ class Api:
 
     async def models(self, request: web.Request) -> web.Response:
         """`GET /v1/models`: the models this key may use; `free=`, `provider=`. A bare array for Mesh's SDKs."""
-        return await self._listed(request, free=_one_of(request.query, "free", _FREE))
+        return await self._model_list(request, free=_one_of(request.query, "free", _FREE))
 
     async def free_models(self, request: web.Request) -> web.Response:
         """`GET /v1/models/free`: the models that cost nothing."""
-        return await self._listed(request, free=True)
+        return await self._model_list(request, free=True)
 
     async def paid_models(self, request: web.Request) -> web.Response:
         """`GET /v1/models/paid`: the models that cost something."""
-        return await self._listed(request, free=False)
+        return await self._model_list(request, free=False)
 
     async def search_models(self, request: web.Request) -> web.Response:
         """`GET /v1/models/search`: `q=` in id or name, `free=`, `brand=`, `sort=`, `order=`, `limit=`, `offset=`."""
@@ -111,9 +111,9 @@ class Api:
         ]
         sort, reverse = _one_of(query, "sort", _SORTS, "id"), _one_of(query, "order", _ORDERS, "asc")
         found.sort(key=lambda model: (model[sort], model["id"]), reverse=reverse)
-        limit = _count(query.get("limit"), "limit", default=DEFAULT_PAGE, most=MAX_PAGE)
-        offset = _count(query.get("offset"), "offset", default=0, most=MAX_OFFSET)
-        return _json(
+        limit = query_number(query, "limit", DEFAULT_PAGE, most=MAX_PAGE)
+        offset = query_number(query, "offset", 0, most=MAX_OFFSET)
+        return json_response(
             {
                 "items": found[offset : offset + limit],
                 "total": len(found),
@@ -131,7 +131,7 @@ class Api:
         entry = catalog.model(name)
         if entry is None or not principal.may_use(name):
             raise GatewayError(Source.CLIENT, model_not_found(name, catalog.nearest(name, principal.key.models)))
-        return _json(self._public(entry))
+        return json_response(self._public(entry))
 
     async def templates(self, request: web.Request) -> web.Response:
         """`GET /v1/templates`: the account's own templates and the global ones, as a bare array."""
@@ -155,17 +155,19 @@ class Api:
         template = fields.applied_to(
             Template(id=str(uuid.uuid4()), name="", owner=principal.account.name, created_at=now, updated_at=now)
         )
-        await self._put(template)
-        return _json(to_public(template), status=201)
+        self._gateway.visits.count(template.owner or "", LIST_VISITS)  # the script reads all templates of the owner
+        if not await self._directory.put_template(template):
+            raise _name_taken(f"There is a template `{template.name}` already.")
+        return json_response(to_public(template), 201)
 
     async def template(self, request: web.Request) -> web.Response:
         """`GET /v1/templates/{id or name}`: the account's own template, else the global one."""
-        return _json(to_public(await self._found(request, await self._principal(request))))
+        return json_response(to_public(await self._template(request, await self._principal(request))))
 
     async def change_template(self, request: web.Request) -> web.Response:
         """`PATCH /v1/templates/{id or name}`: change the given fields of the account's own template."""
         principal = await self._principal(request)
-        template = await self._own(request, principal)
+        template = await self._own_template(request, principal)
         fields = check_template(await self._body(request, principal), partial=True)
         try:
             changed = await self._directory.change_template(
@@ -175,11 +177,11 @@ class Api:
             raise _name_taken(str(error)) from error
         if changed is None:
             raise GatewayError(Source.CLIENT, template_not_found(template.name))
-        return _json(to_public(changed))
+        return json_response(to_public(changed))
 
     async def delete_template(self, request: web.Request) -> web.Response:
         """`DELETE /v1/templates/{id or name}`: delete the account's own template."""
-        await self._directory.delete_template(await self._own(request, await self._principal(request)))
+        await self._directory.delete_template(await self._own_template(request, await self._principal(request)))
         return web.Response(status=204)
 
     async def usage(self, request: web.Request) -> web.Response:
@@ -187,8 +189,8 @@ class Api:
         principal = await self._principal(request)
         query = request.query
         _refuse_repeats(query)
-        asked = ",".join(query.getall("group_by", [])).split(",")
-        group_by = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
+        names = ",".join(query.getall("group_by", [])).split(",")
+        group_by = list(dict.fromkeys(name.strip() for name in names if name.strip()))
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
         since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
         account = principal.account.name
@@ -202,7 +204,7 @@ class Api:
                 since=since,
                 until=until,
             )
-        return _json(
+        return json_response(
             {
                 "object": "list",
                 "account": principal.account.name,
@@ -219,13 +221,13 @@ class Api:
         found = await events(self._store, principal.account.name, [request_id], datetime.now(UTC))
         if not found:
             raise GatewayError(Source.CLIENT, not_found(f"No request `{request_id[:128]}` of this account is settled."))
-        return _json(_shown_event(found[0]))
+        return json_response(_public_event(found[0]))
 
     async def events(self, request: web.Request) -> web.Response:
         """`POST /v1/usage/events`: those of `request_ids` in their order, or the latest since `since`, newest first."""
         principal = await self._principal(request)
         try:
-            asked = msgspec.json.decode(await self._body(request, principal), type=EventsAsked)
+            wanted = msgspec.json.decode(await self._body(request, principal), type=EventsRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             detail = detail_of(error, ("body",))
             param = name_of(detail) or None
@@ -233,12 +235,12 @@ class Api:
                 Source.CLIENT, invalid(f"The body can't be used: {detail.msg}.", detail, param=param)
             ) from error
         name, now = principal.account.name, datetime.now(UTC)
-        if asked.request_ids is not None:
-            found = await events(self._store, name, asked.request_ids, now)
+        if wanted.request_ids is not None:
+            found = await events(self._store, name, wanted.request_ids, now)
         else:
-            since = _moment(asked.since, "since", place="body") or now - DEFAULT_SPAN
-            found = await latest_events(self._store, name, since, asked.limit or DEFAULT_EVENTS)
-        return _json({"object": "list", "events": [_shown_event(event) for event in found]})
+            since = _moment(wanted.since, "since", place="body") or now - DEFAULT_SPAN
+            found = await latest_events(self._store, name, since, wanted.limit or DEFAULT_EVENTS)
+        return json_response({"object": "list", "events": [_public_event(event) for event in found]})
 
     async def key(self, request: web.Request) -> web.Response:
         """`GET /v1/key`: the calling key, its account's credit, its limits and its spend."""
@@ -246,7 +248,7 @@ class Api:
         key, account = principal.key, principal.account
         limits = limits_of(principal, self._gateway.active.settings.defaults)
         balance = await self._ledger.balance(account.name, key.id, key_limits=limits, account_limits=account.limits)
-        return _json(
+        return json_response(
             {
                 "id": key.id,
                 "object": "key",
@@ -268,7 +270,7 @@ class Api:
         """`GET /v1/balance`: the account's credit, with Mesh's field names."""
         principal = await self._principal(request)
         balance = await self._ledger.balance(principal.account.name, principal.key.id)
-        return _json(
+        return json_response(
             {
                 "balance_usd": format_usd(balance.balance_nusd),
                 "reserved_usd": format_usd(balance.held_nusd),
@@ -291,14 +293,14 @@ class Api:
         finally:
             room.leave()
 
-    async def _listed(self, request: web.Request, *, free: bool | None) -> web.Response:
+    async def _model_list(self, request: web.Request, *, free: bool | None) -> web.Response:
         """Answer with OpenAI's list, or with a bare array for Mesh's SDKs (X-MeshAPI-SDK)."""
         _refuse_repeats(request.query)
         models = self._models(await self._principal(request), free=free)
         provider = request.query.get("provider")
         if provider is not None:
             models = [model for model in models if model["provider"] == provider]
-        return _json(models if "x-meshapi-sdk" in request.headers else {"object": "list", "data": models})
+        return json_response(models if "x-meshapi-sdk" in request.headers else {"object": "list", "data": models})
 
     def _models(self, principal: Principal, *, free: bool | None = None) -> list[dict[str, Any]]:
         """List the models that the key may use, in the catalogue's order. `free` filters by whether they are."""
@@ -338,24 +340,19 @@ class Api:
             },
         }
 
-    async def _found(self, request: web.Request, principal: Principal) -> Template:
+    async def _template(self, request: web.Request, principal: Principal) -> Template:
         name = request.match_info["name"]
         template = await self._directory.template(principal.account.name, name)
         if template is None:
             raise GatewayError(Source.CLIENT, template_not_found(name))
         return template
 
-    async def _own(self, request: web.Request, principal: Principal) -> Template:
+    async def _own_template(self, request: web.Request, principal: Principal) -> Template:
         """Return a template that the caller may change. Raises 403 for a global one, which only operators change."""
-        template = await self._found(request, principal)
+        template = await self._template(request, principal)
         if template.is_global:
             raise GatewayError(Source.CLIENT, forbidden("Global templates can't be changed with a key."))
         return template
-
-    async def _put(self, template: Template) -> None:
-        self._gateway.visits.count(template.owner or "", LIST_VISITS)  # the script reads all templates of the owner
-        if not await self._directory.put_template(template):
-            raise _name_taken(f"There is a template `{template.name}` already.")
 
 
 ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Response]]], ...] = (
@@ -377,7 +374,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Respons
 )
 
 
-def _shown_event(event: Event) -> dict[str, Any]:
+def _public_event(event: Event) -> dict[str, Any]:
     """Return an event as a client sees it: without the upstream and its prices."""
     fields = in_usd(asdict(event))
     started, settled = (_rfc3339(fields.pop(name) / 1000) for name in ("started_ms", "settled_ms"))
@@ -391,7 +388,8 @@ def _name_taken(message: str) -> GatewayError:
     return GatewayError(Source.CLIENT, invalid(message, detail, param="name"))
 
 
-def _json(value: Any, status: int = 200) -> web.Response:
+def json_response(value: Any, status: int = 200) -> web.Response:
+    """Make the response that has a value as JSON."""
     return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
 
 
@@ -402,28 +400,31 @@ def _per_thousand(nusd_per_mtok: int) -> str:
 
 def _one_of(query: Mapping[str, str], name: str, known: Mapping[str, _T], default: str = "") -> _T:
     """Return what a query parameter stands for. Raises GatewayError `validation_error` for an unknown value."""
-    said = query.get(name, default).lower()
-    if said not in known:
-        raise _not_in_query(f"`{name}` is one of {', '.join(filter(None, known))}.", name)
-    return known[said]
+    value = query.get(name, default).lower()
+    if value not in known:
+        raise invalid_parameter(name, f"is one of {', '.join(filter(None, known))}.")
+    return known[value]
 
 
 def _refuse_repeats(query: MultiMapping[str]) -> None:
     """Raise GatewayError `validation_error` for a parameter with one value that is given more than once."""
     for name in _SINGLE:
         if len(query.getall(name, [])) > 1:
-            raise _not_in_query(f"`{name}` is given more than once.", name)
+            raise invalid_parameter(name, "is given more than once.")
 
 
-def _not_in_query(message: str, name: str) -> GatewayError:
-    return GatewayError(Source.CLIENT, invalid(message, param=name, place="query"))
+def invalid_parameter(name: str, message: str, place: str = "query") -> GatewayError:
+    """Build 422 for a parameter. The message continues the name: `is not a number.`"""
+    return GatewayError(Source.CLIENT, invalid(f"`{name}` {message}", param=name, place=place))
 
 
-def _count(text: str | None, name: str, *, default: int, most: int) -> int:
+def query_number(query: Mapping[str, str], name: str, default: int, *, least: int = 0, most: int) -> int:
+    """Return a number of the query. Raises GatewayError `validation_error` if it isn't one from `least` to `most`."""
+    text = query.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit() and int(text[:9]) <= most):
-        raise _not_in_query(f"`{name}` is a number from 0 to {most}.", name)
+    if not (text.isascii() and text.isdigit() and least <= int(text[:9]) <= most):
+        raise invalid_parameter(name, f"is a number from {least} to {most}.")
     return int(text[:9])
 
 
@@ -435,11 +436,9 @@ def _moment(text: str | None, name: str, place: str = "query") -> datetime | Non
         moment = datetime.fromisoformat(text.replace(" ", "+"))
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError) as error:
-        raise GatewayError(
-            Source.CLIENT, invalid(f"`{name}` is not an RFC 3339 time.", param=name, place=place)
-        ) from error
+        raise invalid_parameter(name, "is not an RFC 3339 time.", place) from error
     if moment < EPOCH:
-        raise GatewayError(Source.CLIENT, invalid(f"`{name}` is before 1970.", param=name, place=place))
+        raise invalid_parameter(name, "is before 1970.", place)
     return moment
 
 
@@ -451,8 +450,7 @@ def _row(row: Row, group_by: Sequence[str]) -> dict[str, Any]:
 
 def _limit(bucket: BucketState) -> dict[str, Any]:
     fields = asdict(bucket)
-    reset = format_reset(fields.pop("reset_s"))
-    return {**fields, "reset": reset}
+    return {**fields, "reset": format_reset(fields.pop("reset_s"))}
 
 
 def _rfc3339(seconds: float | None) -> str | None:

@@ -1,21 +1,26 @@
-"""`GET /openapi.json`: this API as an OpenAPI 3.1 document, generated from the types that requests are decoded by.
+"""Both APIs as OpenAPI 3.1 documents, generated from the types that requests are decoded by and from the records shown.
 
-A provider's answer is OpenAI's format, so it is described only as far as the gateway reads it.
+`document` describes the data listener's API (`GET /openapi.json`), `admin_document` the admin API. A provider's answer is
+OpenAI's format, so it is described only as far as the gateway reads it.
 """
 
 import re
+from collections.abc import Iterable
+from types import GenericAlias
 from typing import Annotated, Any
 
 import msgspec
 import orjson
 from aiohttp import web
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from meshproxy.errors import Detail
+from meshproxy.ledger import records, usage_report
 from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS
 from meshproxy.openai.errors import MAX_MESSAGE_CHARS
 from meshproxy.openai.request import FIELDS
-from meshproxy.policy import template
+from meshproxy.policy import principal, template
+from meshproxy.server import admin_api
 from meshproxy.server.api import MAX_OFFSET, MAX_PAGE, ROUTES, Api
 from meshproxy.server.chat import CHAT_PATH
 from meshproxy.version import VERSION
@@ -115,107 +120,54 @@ class Template(Struct):
     updated_at: str
 
 
-class UsageRow(Struct):
-    """The sums of one group."""
-
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    cache_write_tokens: int
-    reasoning_tokens: int
-    audio_prompt_tokens: int
-    audio_completion_tokens: int
-    cost_usd: Usd
-    session_id: str | None = None
-    model: str | None = None
-    key: str | None = None
-    day: str | None = None
+def _struct(title: str, doc: str, /, **fields: Any) -> Any:
+    """Make the type of an object whose fields are required, except those with None as a value: they may be missing."""
+    declared = [(field, kind) if kind is not None else (field, str | None, None) for field, kind in fields.items()]
+    return msgspec.defstruct(title, declared, namespace={"__doc__": doc})
 
 
-class Usage(Struct):
-    """The account's usage."""
-
-    object: str
-    account: str
-    since: str
-    until: str
-    data: list[UsageRow]
-
-
-class UsageEvent(Struct):
-    """What one request used and cost."""
-
-    request_id: str
-    account: str
-    key_id: str
-    session_id: str | None
-    model: str
-    attempts: int
-    outcome: str
-    usage_source: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    cache_write_tokens: int
-    reasoning_tokens: int
-    audio_prompt_tokens: int
-    audio_completion_tokens: int
-    cost_usd: Usd
-    started_at: str
-    settled_at: str
+def _shown(record: type[Struct], *without: str) -> dict[str, Any]:
+    """Return the fields of a record as it is shown: `without` some, and with amounts in USD (money.in_usd)."""
+    fields = {field.name: field.type for field in structs.fields(record) if field.name not in without}
+    amounts = {int: Usd, int | None: Usd | None}
+    return {
+        name.replace("_nusd", "_usd"): amounts[kind] if name.endswith("_nusd") else kind
+        for name, kind in fields.items()
+    }
 
 
-class UsageEvents(Struct):
-    """Several settled requests."""
+_INTERNAL = ("upstream", "hold", "price", "started_ms", "settled_ms")  # fields of an event that no client sees
 
-    object: str
-    events: list[UsageEvent]
-
-
-class Limit(Struct):
-    """One rate limit and its state."""
-
-    scope: str
-    kind: str
-    per: str
-    limit: int
-    remaining: int
-    reset: str
-
-
-class Budgets(Struct):
-    """The most that may be spent; null: no budget."""
-
-    total_usd: Usd | None
-    daily_usd: Usd | None
-    monthly_usd: Usd | None
-
-
-class Spend(Struct):
-    """The amounts spent."""
-
-    day_usd: Usd
-    month_usd: Usd
-    total_usd: Usd
-
-
-class Key(Struct):
-    """The calling key."""
-
-    id: str
-    object: str
-    name: str | None
-    account: str
-    balance_usd: Usd
-    held_usd: Usd
-    available_usd: Usd
-    limits: list[Limit]
-    budgets: Budgets
-    spend: Spend
-    default_model: str | None
-    models: list[str] | None
-    expires_at: str | None
+UsageRow = _struct("UsageRow", "The sums of one group.", **_shown(usage_report.Row, *GROUPS), **dict.fromkeys(GROUPS))
+Usage = _struct(
+    "Usage", "The account's usage.", object=str, account=str, since=str, until=str, data=GenericAlias(list, UsageRow)
+)
+UsageEvent = _struct(
+    "UsageEvent",
+    "What one request used and cost.",
+    **_shown(usage_report.Event, *_INTERNAL),
+    started_at=str,
+    settled_at=str,
+)
+UsageEvents = _struct("UsageEvents", "Several settled requests.", object=str, events=GenericAlias(list, UsageEvent))
+Limit = _struct("Limit", "One rate limit and its state.", **_shown(records.BucketState, "reset_s"), reset=str)
+Key = _struct(
+    "Key",
+    "The calling key.",
+    id=str,
+    object=str,
+    name=str | None,
+    account=str,
+    balance_usd=Usd,
+    held_usd=Usd,
+    available_usd=Usd,
+    limits=GenericAlias(list, Limit),
+    budgets=_struct("Budgets", "The most that may be spent; null: no budget.", **_shown(principal.Budgets)),
+    spend=_struct("Spend", "The amounts spent.", **_shown(records.Spend)),
+    default_model=str | None,
+    models=list[str] | None,
+    expires_at=str | None,
+)
 
 
 ANSWERS: dict[Any, tuple[int, Any]] = {
@@ -267,15 +219,19 @@ def document() -> dict[str, Any]:
         },
     }
     schemas_json = orjson.dumps({**components, **requests})
+    # with the anchors of ECMA-262 in its patterns (JSON Schema 2020-12, section 6.4)
+    in_ecma = orjson.loads(schemas_json.replace(rb"\\A", b"^").replace(rb"\\Z", b"$"))
+    key = {"type": "http", "scheme": "bearer", "bearerFormat": "rsk_..."}
+    return _document("meshproxy", _paths(shapes), in_ecma, {"key": key})
+
+
+def _document(title: str, paths: dict[str, Any], schemas: Any, security: dict[str, Any]) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
-        "info": {"title": "meshproxy", "version": VERSION},
-        "paths": _paths(shapes),
-        "security": [{"key": []}],
-        "components": {  # with the anchors of ECMA-262 in its patterns (JSON Schema 2020-12, section 6.4)
-            "schemas": orjson.loads(schemas_json.replace(rb"\\A", b"^").replace(rb"\\Z", b"$")),
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "bearerFormat": "rsk_..."}},
-        },
+        "info": {"title": title, "version": VERSION},
+        "paths": paths,
+        "security": [{name: []} for name in security],
+        "components": {"schemas": schemas, "securitySchemes": security},
     }
 
 
@@ -292,7 +248,7 @@ def handler() -> Any:
 def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
     """Describe every path of the data listener."""
     error = {"application/json": {"schema": shapes[str(ErrorEnvelope)]}}
-    refusals = {str(status): {"description": "An error", "content": error} for status in REFUSALS}
+    refusals = _responses(REFUSALS, "An error", error)
     completion = {
         "application/json": {"schema": shapes[str(Completion)]},
         "text/event-stream": {"schema": {"type": "string"}},
@@ -360,12 +316,64 @@ def _parameters(path: str, function: Any) -> list[dict[str, Any]]:
     return in_path + in_query
 
 
-def _body(name: str) -> dict[str, Any]:
+def _responses(statuses: Iterable[int], description: str, content: dict[str, Any]) -> dict[str, Any]:
+    return {str(status): {"description": description, "content": content} for status in statuses}
+
+
+def _body(name: str, *, required: bool = True) -> dict[str, Any]:
     schema = {"$ref": f"#/components/schemas/{name}"}
-    return {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"required": required, "content": {"application/json": {"schema": schema}}}
 
 
 def _summary(function: Any) -> str:
     """Return the first line of a handler's docstring, without its path."""
     first = (function.__doc__ or "").strip().splitlines()[0]
     return first.partition(": ")[2] or first
+
+
+_ADMIN_LISTS = frozenset({"keys", "accounts", "grants", "usage", "audit", "templates"})  # answered with an array
+_ADMIN_CREATES = frozenset({"create_key", "put_template"})  # answered with 201
+_ADMIN_QUERIES = {
+    "keys": ("account", "limit", "after"),
+    "accounts": ("limit", "after"),
+    "usage": ("account", "group_by", "session_id", "since", "until"),
+    "audit": ("limit",),
+    **dict.fromkeys(("templates", "put_template", "template", "delete_template"), ("account",)),
+}
+ADMIN_REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 500, 503)
+
+
+def admin_document() -> dict[str, Any]:
+    """Build the admin API's document. Its request bodies are generated from the types that the handlers decode."""
+    kinds = [kind for *_, kind in admin_api.ROUTES if kind is not None]
+    _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    error = {"type": "object", "required": ["error", "request_id"], "properties": {"error": {"type": "object"}}}
+    template_body = {"type": "object", "required": ["name"]}
+    schemas = {**components, "Error": error, "TemplateRequest": template_body}
+    paths: dict[str, Any] = {}
+    for method, path, function, kind in admin_api.ROUTES:
+        paths.setdefault(path, {})[method.lower()] = _admin_operation(path, function, kind)
+    return _document("meshproxy admin", paths, schemas, {"token": {"type": "http", "scheme": "bearer"}})
+
+
+def _admin_operation(path: str, function: Any, kind: type[Struct] | None) -> dict[str, Any]:
+    name = function.__name__
+    answer = {"application/json": {"schema": {"type": "array" if name in _ADMIN_LISTS else "object"}}}
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    successes = (200, 201) if name == "grant" else (201,) if name in _ADMIN_CREATES else (200,)
+    in_path = [{"name": each, "in": "path", "required": True, "schema": _TEXT} for each in _PARAMETER.findall(path)]
+    in_query = [{"name": each, "in": "query", "schema": _TEXT} for each in _ADMIN_QUERIES.get(name, ())]
+    operation: dict[str, Any] = {
+        "summary": _summary(function),
+        "operationId": name,
+        "parameters": in_path + in_query,
+        "responses": {
+            **_responses(successes, "Success", answer),
+            **_responses(ADMIN_REFUSALS, "An error", refusal),
+        },
+    }
+    if kind is not None:
+        operation["requestBody"] = _body(kind.__name__, required=kind is not admin_api.Rotation)
+    elif name == "put_template":
+        operation["requestBody"] = _body("TemplateRequest")
+    return operation
