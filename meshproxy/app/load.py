@@ -9,8 +9,10 @@ import hashlib
 import ipaddress
 import os
 import socket
+import ssl
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -34,8 +36,11 @@ from meshproxy.config.load import line_of, under
 from meshproxy.ledger.address import parse_url, tls_context
 from meshproxy.ledger.journal import MAX_FILES
 from meshproxy.telemetry.traces import require_extra
+from meshproxy.times import DAY_S
 
 MAX_SECRET_BYTES = 65_536
+WRONG_DATES = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED (openssl's x509_vfy.h)
+EXPIRES_SOON_S = 2 * DAY_S  # certificates for six days are renewed when half of their time has passed
 
 
 class Loaded(Struct, frozen=True):
@@ -72,7 +77,8 @@ def load(path: str) -> Loaded:
 
     if faults:
         raise ConfigError([with_line(fault) for fault in faults])
-    return Loaded(settings, secrets, [with_line(warning) for warning in decoded.warnings])
+    warnings = [*decoded.warnings, *certificate_warnings(settings.server, time.time())]
+    return Loaded(settings, secrets, [with_line(warning) for warning in warnings])
 
 
 def build_faults(settings: Settings, secrets: Secrets, known: list[str]) -> Iterator[str]:
@@ -178,6 +184,35 @@ def _server_faults(server: Server) -> Iterator[str]:
             _check_address(address)
         except OSError as error:
             yield f"server.{key}: {address} can't be listened at ({error.strerror or error})"
+
+
+def certificate_warnings(server: Server, now: float) -> Iterator[str]:
+    """Yield a warning if clients will refuse the certificate for its dates, or will in EXPIRES_SOON_S from `now`.
+
+    The `ssl` module reads no dates from a file, so a handshake in memory, which trusts this certificate, verifies it.
+    """
+    from meshproxy.server.listener import server_context  # noqa: PLC0415 - as above
+
+    context = server_context(server)
+    if context is None or server.tls_cert is None:
+        return
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    trusting.load_verify_locations(server.tls_cert)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client, gateway = trusting.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
+    try:
+        for end in (client, gateway, client):  # the first two wait for what the other says (RFC 8446, section 2)
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in WRONG_DATES:
+            yield f"server.tls_cert: {server.tls_cert}: clients refuse it ({error.verify_message})"
+        return
+    ends_at = str((client.getpeercert() or {}).get("notAfter", ""))
+    if ends_at and ssl.cert_time_to_seconds(ends_at) < now + EXPIRES_SOON_S:
+        yield f"server.tls_cert: {server.tls_cert} expires on {ends_at}"
 
 
 def _check_address(address: str) -> None:

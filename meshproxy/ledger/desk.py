@@ -342,8 +342,9 @@ class Desk:
             raise _refused(
                 404,
                 "request_not_found",
-                f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that was refused with 401, "
-                "402, 403 or 429 is in the log alone",
+                f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that was refused before it "
+                "could cost anything (401, 402, 403, 404, 422, 429, 503) is in the gateway's log alone: look there for its "
+                "request_id and refused_by",
             )
         return shown_event(event)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import trustme
@@ -194,6 +195,18 @@ def test_a_key_with_a_password_is_not_asked_for_on_the_terminal(tmp_path, text, 
     locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"a"))
     (tmp_path / "key").write_bytes(locked)
     assert unfit(tmp_path, text.format(tmp_path)) == keys
+
+
+@pytest.mark.parametrize(
+    ("days", "warning"), [(-1, "clients refuse it (certificate has expired)"), (1, "expires on"), (40, None)]
+)
+def test_a_certificate_that_clients_will_refuse_is_warned_of(tmp_path, days, warning):
+    ends_at = datetime.now(UTC) + timedelta(days=days)
+    certificate = trustme.CA().issue_cert("h", not_after=ends_at)
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "crt")
+    text = UPSTREAM + f"[models.m]\n{MODEL}" + f'[server]\ntls_cert = "{tmp_path}/crt"\ntls_key = "{tmp_path}/crt"\n'
+    told = [each for each in load(config_file(tmp_path, text)).warnings if each.startswith("server.tls_cert")]
+    assert [warning] * (warning is not None) == [warning for each in told if warning in each]
 
 
 @pytest.mark.parametrize(
