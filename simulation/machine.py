@@ -48,6 +48,7 @@ class Disk:
 
     def __init__(self, loop: SimLoop) -> None:
         self.files: dict[str, _File] = {}
+        self.folders = {ROOT.rstrip("/")}
         self.room: int | None = None
         self.is_failing = False
         self._loop = loop
@@ -78,9 +79,10 @@ class Disk:
         opened = self._open
         real = {name: getattr(os, name) for name in ("open", "close", "fstat", "pread", "ftruncate", "write", "fsync")}
         real_mkdir, real_stat, real_scandir, real_flock = os.mkdir, os.stat, os.scandir, fcntl.flock
+        real_access = os.access
 
         def is_ours(path: Any) -> bool:
-            return not isinstance(path, int) and str(path).startswith(ROOT)
+            return not isinstance(path, int) and f"{path}/".startswith(ROOT)
 
         def open_(path: Any, flags: int, *args: Any, **options: Any) -> int:
             if not is_ours(path):
@@ -103,8 +105,8 @@ class Disk:
             PROCESS.get().files.discard(fd)
             self._close(fd)
 
-        def sized(size: int) -> os.stat_result:
-            return os.stat_result((stat.S_IFREG | 0o600, 1, 0, 1, 0, 0, size, 0, 0, 0))
+        def sized(size: int, mode: int = stat.S_IFREG | 0o600) -> os.stat_result:
+            return os.stat_result((mode, 1, 0, 1, 0, 0, size, 0, 0, 0))
 
         def fstat(fd: int) -> os.stat_result:
             return sized(len(opened[fd].data)) if fd in opened else real["fstat"](fd)
@@ -112,6 +114,8 @@ class Disk:
         def stat_(path: Any, *args: Any, **options: Any) -> os.stat_result:
             if not is_ours(path):
                 return real_stat(path, *args, **options)
+            if str(path) in self.folders:
+                return sized(0, stat.S_IFDIR | 0o700)
             if str(path) not in self.files:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
             return sized(len(self.files[str(path)].data))
@@ -163,11 +167,20 @@ class Disk:
         def mkdir(path: Any, *args: Any, **options: Any) -> None:
             if not is_ours(path):
                 real_mkdir(path, *args, **options)
+            elif str(path) in self.folders:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            elif str(path).rpartition("/")[0] not in self.folders:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            else:
+                self.folders.add(str(path))
 
         def scandir(path: Any = ".") -> Any:
             return contextlib.nullcontext(iter(())) if is_ours(path) else real_scandir(path)
 
-        ours = [open_, close, fstat, pread, ftruncate, write, fsync, mkdir, scandir]
+        def access(path: Any, *args: Any, **options: Any) -> bool:
+            return is_ours(path) or real_access(path, *args, **options)
+
+        ours = [access, open_, close, fstat, pread, ftruncate, write, fsync, mkdir, scandir]
         return {
             **{(os, function.__name__.rstrip("_")): function for function in ours},
             (os, "stat"): stat_,
@@ -248,8 +261,11 @@ def _never(*_: Any, **__: Any) -> Any:
 
 
 @contextlib.contextmanager
-def installed(loop: SimLoop, disk: Disk) -> Iterator[None]:
-    """Have clocks, entropy, sockets and files be the run's within this block."""
+def installed(loop: SimLoop, disk: Disk, others: dict[tuple[Any, str], Any]) -> Iterator[None]:
+    """Have clocks, entropy, sockets and files be the run's within this block, and replace `others`, by owner and name."""
+    if not _kept:
+        gc.collect()
+        gc.freeze()  # modules needn't be looked at after each run
     entropy = random.Random(loop.rng.getrandbits(64))
     replaced: dict[tuple[Any, str], Any] = {
         (time, "monotonic"): loop.time,
@@ -275,6 +291,7 @@ def installed(loop: SimLoop, disk: Disk) -> Iterator[None]:
         (gc, "freeze"): lambda: None,
         (os, "sched_getaffinity"): lambda _: {0, 1},
         **disk.patches(),
+        **others,
     }
     virtual = {id(getattr(time, name)): replaced[time, name] for name in _CLOCKS}
     virtual[id(dt.datetime)] = _Datetime

@@ -16,6 +16,7 @@ import asyncio
 import contextvars
 import errno
 import ipaddress
+import math
 import os
 import select
 import socket
@@ -86,7 +87,10 @@ class End:
     def _pass(self, callback: Callable[..., None], *args: Any) -> None:
         """Have a packet arrive after all before it."""
         loop, link = self.network.loop, self.link
-        self._last_arrival = max(self._last_arrival, loop.now + loop.jitter(link.usual_s, link.rare_s))
+        arrival = loop.now + loop.jitter(link.usual_s, link.rare_s)
+        self._last_arrival = max(
+            math.nextafter(self._last_arrival, math.inf), arrival
+        )  # events of one moment have no order
         loop.at(self._last_arrival, None, Event(callback, args))
 
     def send(self, data: bytes | bytearray | memoryview) -> int:

@@ -30,7 +30,7 @@ from msgspec import Struct
 from meshproxy.app import serve as serving
 from meshproxy.ledger.store import Script
 from simulation import machine
-from simulation.gateway import JOURNAL, Gateway
+from simulation.gateway import JOURNAL, Gateway, replacements
 from simulation.loop import PROCESS, START_S, Process, SimLoop, Stuck
 from simulation.network import Network
 from simulation.store import Store, name_scripts
@@ -206,7 +206,7 @@ def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int =
     failure: BaseException | None = None
     with ExitStack() as stack:
         world = World(loop)
-        stack.enter_context(machine.installed(loop, world.disk))
+        stack.enter_context(machine.installed(loop, world.disk, replacements()))
         _logged(world, stack)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
