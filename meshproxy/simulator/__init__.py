@@ -5,9 +5,8 @@ as exact as OpenAI's SDKs require. Each fault does one thing that providers and 
 docs/simulator.md lists the names of the faults.
 
 A request's way through the files: `server` (routes) > `request` (the decoded request, or OpenAI's 400) > `behaviour`
-(which faults) > `answer` (the text or JSON of the answer) > `stream` (its chunks) > `delivery` (timing, and the bytes
-on the socket). `dialects` describes how providers differ from OpenAI. `journal` records the requests and how each
-ended.
+(which faults) > `answer` (the text or JSON of the answer) > `stream` (its events, with faults) > `delivery` (timing, and the
+bytes on the socket). `dialects` describes how providers differ from OpenAI.
 """
 
 from meshproxy.simulator.behaviour import SimulatorSettings

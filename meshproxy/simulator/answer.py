@@ -17,11 +17,11 @@ from meshproxy.simulator.behaviour import Behaviour
 from meshproxy.simulator.dialects import Dialect, fill
 from meshproxy.simulator.request import CompletionRequest, Function, Refusal, ToolChoice, value_for
 
-USUAL_TOKENS = 60
+DEFAULT_TOKENS = 60
 MAX_QUOTE = 160
 
 _TOKEN = re.compile(r"\s?\w{1,12}|\s?[^\w\s]|\s")
-_ASKED = re.compile(r"\b(\d{1,5}) (?:words|tokens)\b")
+_LENGTH = re.compile(r"\b(\d{1,5}) (?:words|tokens)\b")
 
 
 def tokenize(text: str) -> list[str]:
@@ -30,23 +30,19 @@ def tokenize(text: str) -> list[str]:
 
 
 def answer(rng: Random, words: str, tokens: int | None, *, unicode: bool) -> list[str]:
-    """Return a friendly reply to `words`: exactly `tokens` long, or as long as they ask ("in 200 words"), or whole
-    sentences of about sixty tokens.
+    """Return the tokens of a reply to `words`.
+
+    Exactly `tokens` long, else as long as the words ask for ("in 200 words"), else whole sentences of about sixty tokens.
     """
-    asked = _ASKED.search(words)
-    if tokens is None and asked:
-        tokens = int(asked[1])
-    wanted = USUAL_TOKENS if tokens is None else tokens
-    told = tokenize(_opening(rng, words))
+    length = _LENGTH.search(words)
+    if tokens is None and length:
+        tokens = int(length[1])
+    wanted = DEFAULT_TOKENS if tokens is None else tokens
+    cut = tokenize(_opening(rng, words))
     sentences = _sentences(rng, unicode=unicode)
-    while len(told) < wanted:
-        told += next(sentences)
-    return told[:tokens]
-
-
-def thinking() -> list[str]:
-    """Return a reasoning model's thoughts before its answer."""
-    return tokenize(_THOUGHTS)
+    while len(cut) < wanted:
+        cut += next(sentences)
+    return cut[:tokens]
 
 
 def _opening(rng: Random, words: str) -> str:
@@ -68,7 +64,7 @@ def _cut(*sentences: str) -> list[list[str]]:
 
 
 _OPENINGS = ('You said "{quote}", and I am glad you did.', 'You asked about "{quote}"; let me think aloud.')
-_THOUGHTS = "The user wants an answer. I have none of my own, so I will tell a short and friendly story instead."
+_REASONING = "The user wants an answer. I have none of my own, so I will tell a short and friendly story instead."
 _SENTENCE_TOKENS = _cut(
     "I am a simulated model, so nothing I say costs anything.",
     "Each of these words travels as an event of its own.",
@@ -102,13 +98,10 @@ SEEDED_CREATED = 1_735_689_600  # 2025-01-01: with a seed the time is constant t
 MAX_TOTAL_TOKENS = 131_072  # of all choices together: a bound on memory
 ABSURD_TOKENS = 10**15
 TICKS_PER_USD = 10**10  # xAI's unit of cost
-PROMPT_TICKS, OUTPUT_TICKS = (
-    10_000,
-    40_000,
-)  # for a token, at the prices that `meshproxy dev` has: 1 and 4 USD a million
+PROMPT_TICKS, OUTPUT_TICKS = 10_000, 40_000  # for a token, at `meshproxy dev`'s prices: 1 and 4 USD a million
 
 # How the usage faults change each number of the usage.
-LIES: dict[str, Callable[[int], Any]] = {
+USAGE_FAULTS: dict[str, Callable[[int], Any]] = {
     "usage-negative": lambda tokens: -tokens - 1,
     "usage-absurd": lambda tokens: tokens + ABSURD_TOKENS,
     "usage-string": str,
@@ -125,7 +118,7 @@ class Token(NamedTuple):
 
 
 class Choice(Struct):
-    """One of `n` answers: thoughts, then either content or arguments of tool calls. `calls`: an id and a name each."""
+    """One of `n` answers: reasoning, then either content or arguments of tool calls. `calls`: an id and a name each."""
 
     index: int
     tokens: list[Token]
@@ -138,18 +131,20 @@ class Choice(Struct):
 
 
 class ComposedReply(Struct):
-    """A whole answer. `model`: the requested model; `thoughts`: how many of its tokens are thoughts; `told`: how each
-    number of the usage is reported.
+    """A whole answer.
+
+    `model`: the requested model. `reasoning_count`: how many of its tokens are reasoning. `report_number`: changes each
+    number of the usage as the requested fault says.
     """
 
     id: str
     created: int
     model: str
     choices: list[Choice]
-    thoughts: int
+    reasoning_count: int
     prompt_tokens: int
     cached_tokens: int
-    told: Callable[[int], Any]
+    report_number: Callable[[int], Any]
     dialect: Dialect
 
     @property
@@ -164,15 +159,15 @@ class ComposedReply(Struct):
 
     def numbers(self, completion_tokens: int) -> dict[str, Any]:
         """Return the numbers of a usage report after so many tokens, under the names that dialects' templates use."""
-        thoughts = min(completion_tokens, self.thoughts)
-        shown, citations = completion_tokens - thoughts, self.dialect.citation_tokens
+        reasoning_count = min(completion_tokens, self.reasoning_count)
+        shown, citations = completion_tokens - reasoning_count, self.dialect.citation_tokens
         prompt, cached = self.prompt_tokens, self.cached_tokens
         counts = {
             "prompt": prompt,
             "cached": cached,
             "fresh": prompt - cached,
             "output": completion_tokens,
-            "thoughts": thoughts,
+            "thoughts": reasoning_count,
             "shown": shown,
             "citations": citations,
             "total": prompt + completion_tokens,
@@ -182,7 +177,7 @@ class ComposedReply(Struct):
             "ticks": prompt * PROMPT_TICKS + completion_tokens * OUTPUT_TICKS,
         }
         cost = (prompt * PROMPT_TICKS + completion_tokens * OUTPUT_TICKS) / TICKS_PER_USD
-        return {**{name: self.told(count) for name, count in counts.items()}, "cost": cost}
+        return {**{name: self.report_number(count) for name, count in counts.items()}, "cost": cost}
 
     def usage(self, completion_tokens: int) -> dict[str, Any]:
         """Return the dialect's usage object after so many tokens."""
@@ -190,61 +185,61 @@ class ComposedReply(Struct):
         return usage
 
 
-def compose(ask: CompletionRequest, model: str, behaviour: Behaviour, now: float) -> ComposedReply:
+def compose(request: CompletionRequest, model: str, behaviour: Behaviour, now: float) -> ComposedReply:
     """Compose the whole answer. `now`: Unix seconds. Raises `Refusal` for a tool or a schema that can't be used."""
-    prompt_tokens, dialect = ask.prompt_tokens, behaviour.dialect
-    choices = [_choice(ask, behaviour, index) for index in range(ask.n)]
+    prompt_tokens, dialect = request.prompt_tokens, behaviour.dialect
+    choices = [_choice(request, behaviour, index) for index in range(request.n)]
     return ComposedReply(
-        id=f"chatcmpl-{_random(ask, 'id').getrandbits(116):029x}",
-        created=int(now) if ask.seed is None else SEEDED_CREATED,
+        id=f"chatcmpl-{_random(request, 'id').getrandbits(116):029x}",
+        created=int(now) if request.seed is None else SEEDED_CREATED,
         model=model,
         choices=choices,
-        thoughts=sum(token.kind == "reasoning_content" for choice in choices for token in choice.tokens),
+        reasoning_count=sum(token.kind == "reasoning_content" for choice in choices for token in choice.tokens),
         prompt_tokens=prompt_tokens,
-        cached_tokens=prompt_tokens * 3 // 4 if "cached" in behaviour.traits or dialect.caches else 0,
-        told=LIES.get(behaviour.one_of(LIES) or "", int),
+        cached_tokens=prompt_tokens * 3 // 4 if "cached" in behaviour.traits or dialect.caches_prompt else 0,
+        report_number=USAGE_FAULTS.get(behaviour.one_of(USAGE_FAULTS) or "", int),
         dialect=dialect,
     )
 
 
-def _random(ask: CompletionRequest, purpose: object) -> Random:
-    if ask.seed is None:
+def _random(request: CompletionRequest, purpose: object) -> Random:
+    if request.seed is None:
         return Random()  # noqa: S311 - prose, not secrets
-    messages = hashlib.sha256(msgspec.json.encode(ask.messages)).hexdigest()
-    return Random(f"{ask.seed} {messages} {purpose}")  # noqa: S311
+    messages = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
+    return Random(f"{request.seed} {messages} {purpose}")  # noqa: S311
 
 
-def _choice(ask: CompletionRequest, behaviour: Behaviour, index: int) -> Choice:
-    rng = _random(ask, index)
-    thoughts = thinking() if "reasoning" in behaviour.traits or behaviour.dialect.thinks else []
-    tokens = [Token("reasoning_content", text) for text in thoughts]
-    functions = _called(ask)
+def _choice(request: CompletionRequest, behaviour: Behaviour, index: int) -> Choice:
+    rng = _random(request, index)
+    reasoning = tokenize(_REASONING) if "reasoning" in behaviour.traits or behaviour.dialect.reasons else []
+    tokens = [Token("reasoning_content", text) for text in reasoning]
+    functions = _called_functions(request)
     for position, function in enumerate(functions):
         tokens += [Token(position, text) for text in _arguments(function, rng)]
     if not functions:
-        tokens += [Token("content", text) for text in _until(ask.stop, _content(ask, behaviour, rng))]
+        tokens += [Token("content", text) for text in _before_stop(request.stop, _content(request, behaviour, rng))]
     calls = [(f"call_{rng.getrandbits(96):024x}", function.name) for function in functions]
-    limit = min(ask.cap(behaviour.dialect.caps) or MAX_TOTAL_TOKENS, max(MAX_TOTAL_TOKENS // ask.n, 1))
+    limit = min(request.cap(behaviour.dialect.cap_fields) or MAX_TOTAL_TOKENS, max(MAX_TOTAL_TOKENS // request.n, 1))
     if len(tokens) > limit:
         return Choice(index, tokens[:limit], calls, "length")
-    forced = isinstance(ask.tool_choice, ToolChoice)  # OpenAI then finishes with "stop"
+    forced = isinstance(request.tool_choice, ToolChoice)  # OpenAI then finishes with "stop"
     return Choice(index, tokens, calls, "tool_calls" if calls and not forced else "stop")
 
 
 def _arguments(function: Function, rng: Random) -> list[str]:
-    return _json_for(function.parameters or {"type": "object"}, rng, "tools", "invalid_function_parameters")
+    return _schema_json(function.parameters or {"type": "object"}, rng, "tools", "invalid_function_parameters")
 
 
-def _content(ask: CompletionRequest, behaviour: Behaviour, rng: Random) -> list[str]:
-    form = ask.response_format
+def _content(request: CompletionRequest, behaviour: Behaviour, rng: Random) -> list[str]:
+    form = request.response_format
     if form.json_schema is not None:
-        return _json_for(form.json_schema.schema or {"type": "object"}, rng, "response_format", "invalid_schema")
+        return _schema_json(form.json_schema.schema or {"type": "object"}, rng, "response_format", "invalid_schema")
     if form.type == "json_object":
-        return _as_json({"answer": "This is a simulated answer.", "question": ask.last_words[:MAX_QUOTE]})
-    return answer(rng, ask.last_words, behaviour.options.tokens, unicode="unicode" in behaviour.traits)
+        return _as_json({"answer": "This is a simulated answer.", "question": request.last_user_text[:MAX_QUOTE]})
+    return answer(rng, request.last_user_text, behaviour.options.tokens, unicode="unicode" in behaviour.traits)
 
 
-def _json_for(schema: dict[str, Any], rng: Random, param: str, code: str) -> list[str]:
+def _schema_json(schema: dict[str, Any], rng: Random, param: str, code: str) -> list[str]:
     try:
         return _as_json(value_for(schema, rng))
     except ValueError as error:
@@ -255,26 +250,26 @@ def _as_json(value: Any) -> list[str]:
     return tokenize(msgspec.json.encode(value).decode())
 
 
-def _until(stop: str | list[str], tokens: list[str]) -> list[str]:
+def _before_stop(stop: str | list[str], tokens: list[str]) -> list[str]:
     """Return the tokens before the first stop sequence, without the sequence itself."""
     text = "".join(tokens)
     found = [text.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each and each in text]
     return tokenize(text[: min(found)]) if found else tokens
 
 
-def _called(ask: CompletionRequest) -> list[Function]:
+def _called_functions(request: CompletionRequest) -> list[Function]:
     """Return the functions to call; none means a text answer. If the last message is a tool's result, the answer is
     always text.
     """
-    functions = [tool.function for tool in ask.tools if tool.function is not None]
-    if ask.messages[-1].role == "tool" or ask.tool_choice == "none":
+    functions = [tool.function for tool in request.tools if tool.function is not None]
+    if request.messages[-1].role == "tool" or request.tool_choice == "none":
         return []
-    if isinstance(ask.tool_choice, ToolChoice):
-        return [_named(ask.tool_choice.function.name, functions)]
-    mentioned = [function for function in functions if _as_words(function.name) in _as_words(ask.last_words)]
-    if ask.tool_choice == "required":
+    if isinstance(request.tool_choice, ToolChoice):
+        return [_named(request.tool_choice.function.name, functions)]
+    mentioned = [function for function in functions if _as_words(function.name) in _as_words(request.last_user_text)]
+    if request.tool_choice == "required":
         mentioned = mentioned or functions[:1]
-    return mentioned if ask.parallel_tool_calls else mentioned[:1]
+    return mentioned if request.parallel_tool_calls else mentioned[:1]
 
 
 def _named(name: str, functions: list[Function]) -> Function:

@@ -11,11 +11,10 @@ import gzip
 import re
 import socket
 import struct
-import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -24,12 +23,18 @@ from msgspec import Struct
 
 from meshproxy.simulator.answer import ComposedReply
 from meshproxy.simulator.behaviour import Behaviour, SimulatorSettings
-from meshproxy.simulator.dialects import Kind
-from meshproxy.simulator.journal import Entry, ExchangeLog
-from meshproxy.simulator.request import CompletionRequest, on_demand
-from meshproxy.simulator.stream import BROKEN, Event, EventStream, completion, error_event
+from meshproxy.simulator.request import CompletionRequest
+from meshproxy.simulator.stream import (
+    CUTTING_FAULTS,
+    PROVIDER_ERROR,
+    Event,
+    EventStream,
+    completion,
+    error_event,
+    with_faults,
+)
 
-LOOK_S = 0.25  # between checks of whether a silent connection's client is still there
+CHECK_INTERVAL_S = 0.25  # between checks of whether a silent connection's client is still there
 SPLIT_GAP_S = 0.001  # between two pieces: long enough for the client to read them one by one
 JSON = ("content-type", "application/json")
 EVENT_STREAM = ("content-type", "text/event-stream; charset=utf-8")
@@ -43,18 +48,68 @@ _AWKWARD = re.compile(rb"\A[0-9a-f](?=[0-9a-f])|da(?=ta)|\r(?=\n)|\n(?=\r?\n)|" 
 
 Headers = Sequence[tuple[str, str]]
 
+OPEN, COMPLETED, CLIENT_CLOSED, BROKEN = "open", "completed", "client_closed", "broken"
+
+
+class ReceivedRequest(Struct, kw_only=True):
+    """One request.
+
+    `ended`: open, completed, client_closed (before the end) or broken (by a requested fault). `tokens` and `events`
+    were written to the socket. `status` is 0 until the end, and stays 0 if no head was sent. `billed` is what the
+    provider bills: the prompt with its cached tokens, and the generated tokens, shown or not.
+    """
+
+    number: int
+    method: str
+    path: str
+    headers: list[tuple[str, str]]
+    raw_body: bytes
+    stream: bool = False
+    model: str | None = None
+    status: int = 0
+    ended: str = OPEN
+    tokens: int = 0
+    events: int = 0
+    billed: dict[str, int] = {}
+
+    def bill(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
+        """Record what this answer costs at its provider so far."""
+        counts = {
+            "prompt_tokens": prompt_tokens,
+            "cached_tokens": cached_tokens,
+            "completion_tokens": completion_tokens,
+        }
+        self.billed = counts
+
+    def sent(self, tokens: int) -> None:
+        """Count one more event as sent."""
+        self.tokens += tokens
+        self.events += 1
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as JSON: `body` decoded if it is JSON, `body_text` as received."""
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name != "raw_body"}
+        return shown | {"body": _decoded(self.raw_body), "body_text": self.raw_body.decode(errors="replace")}
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None
+
 
 class Written(web.StreamResponse):
-    """Tells aiohttp that the answer has been written already, and whether the connection stays open."""
+    """The response object for aiohttp of an answer that has been written already."""
 
     def __init__(self, status: int, *, keep_alive: bool) -> None:
         super().__init__(status=status)
-        self._goes_on = keep_alive
+        self._stays_open = keep_alive
 
     @property
     def keep_alive(self) -> bool:
         """Return whether another request may follow on the connection."""
-        return self._goes_on
+        return self._stays_open
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Do nothing: the answer has been written."""
@@ -63,20 +118,20 @@ class Written(web.StreamResponse):
         """Do nothing: the answer has been written."""
 
 
-class Line:
+class AnswerWriter:
     """One request's answer on the wire. `status`: the status that was sent, 0 before."""
 
     def __init__(self, request: web.Request, headers: Headers) -> None:
         self._transport = request.transport
         self._drain = request.writer.drain
         self._headers = headers
-        self._modern = request.version >= HttpVersion11
-        self._keep_alive = request.keep_alive and self._modern
+        self._is_http11 = request.version >= HttpVersion11
+        self._keep_alive = request.keep_alive and self._is_http11
         self._chunked = False
-        self._held = b""
+        self._unsent_head = b""
         self.status = 0
 
-    def written(self) -> Written:
+    def response(self) -> Written:
         """Return the response object that the handler returns to aiohttp."""
         return Written(self.status, keep_alive=self._keep_alive and self.status > 0)
 
@@ -91,17 +146,17 @@ class Line:
         The body ends by its length if it has one, else by chunks, or for HTTP/1.0 with the connection.
         """
         self.status = status
-        self._chunked = length is None and chunked and self._modern
+        self._chunked = length is None and chunked and self._is_http11
         self._keep_alive = self._keep_alive and (length is not None or self._chunked)
-        told = [("date", formatdate(usegmt=True)), *self._headers, *headers]
+        header_fields = [("date", formatdate(usegmt=True)), *self._headers, *headers]
         if length is not None:
-            told.append(("content-length", str(length)))
+            header_fields.append(("content-length", str(length)))
         if self._chunked:
-            told.append(("transfer-encoding", "chunked"))
+            header_fields.append(("transfer-encoding", "chunked"))
         if not self._keep_alive:
-            told.append(("connection", "close"))
-        lines = "".join(f"{name}: {value}\r\n" for name, value in told)
-        self._held = f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}\r\n{lines}\r\n".encode("latin-1")
+            header_fields.append(("connection", "close"))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in header_fields)
+        self._unsent_head = f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}\r\n{lines}\r\n".encode("latin-1")
 
     async def write(self, *payloads: bytes) -> None:
         """Send pieces of the body in one write. With chunked coding each piece is a chunk."""
@@ -117,7 +172,7 @@ class Line:
         """End the body correctly."""
         await self._send(b"0\r\n\r\n" if self._chunked else b"")
 
-    async def garble(self) -> None:
+    async def write_bad_chunk(self) -> None:
         """Send invalid bytes instead of a chunk's size, and close the connection."""
         await self._send(b"this is no chunk size\r\n")
         self.close()
@@ -136,11 +191,11 @@ class Line:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
 
-    async def silence(self) -> None:
+    async def wait_for_close(self) -> None:
         """Send nothing more until the client closes the connection; then raise `ConnectionError`."""
         self._keep_alive = False
         while self._connected():  # noqa: ASYNC110 - only where handlers are not cancelled does it take a look
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
     def _framed(self, payload: bytes) -> bytes:
         if not self._chunked:
@@ -148,8 +203,8 @@ class Line:
         return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
 
     async def _send(self, data: bytes) -> None:
-        self._connected().write(self._held + data)
-        self._held = b""
+        self._connected().write(self._unsent_head + data)
+        self._unsent_head = b""
         await self._drain()
 
     def _connected(self) -> asyncio.Transport:
@@ -177,144 +232,36 @@ def awkward_pieces(frames: bytes) -> Iterator[bytes]:
     yield frames[start:]
 
 
-CUTTING = (
-    "stall",
-    "stall-mid",
-    "die-mid-stream",
-    "reset-mid-stream",
-    "error-mid-stream",
-    "end-early",
-    "bad-chunk",
-)
-COMMENT_EVERY = 5  # events between two ": OPENROUTER PROCESSING" comments
-REFUSALS: dict[str, Kind] = {
-    "error-context": "context",
-    "error-filter": "filter",
-    "error-quota": "quota",
-    "error-key": "key",
-}
-OUTRIGHT = ("error-html", "refuse", "reset")  # OpenRouter tries its next model after these
-INSTEAD = ("error-html", "not-json", "empty", "redirect", "refuse", "reset", "stall-head")
-BREAKING = (*CUTTING, "refuse", "reset", "stall-head")  # the answer has no correct end
+FAILING_FAULTS = ("error-html", "refuse", "reset")  # OpenRouter tries its next model after these
+REPLACING_FAULTS = ("error-html", "not-json", "empty", "redirect", "refuse", "reset", "stall-head")
+UNFINISHED_FAULTS = (*CUTTING_FAULTS, "refuse", "reset", "stall-head")  # the answer has no correct end
 REDIRECTED = "/_sim/redirected"
 
 HTML = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\r\n"
 NONSENSE = b"<<this is {not JSON"
 
 
-def refuse_on_demand(behaviour: Behaviour, journal: ExchangeLog) -> None:
-    """Raise the requested `Refusal`: always, every Nth time, or the first N times."""
-    numbers, retry_after_s = behaviour.numbers, behaviour.options.retry_after
-    if refused := behaviour.one_of(REFUSALS):
-        raise behaviour.dialect.refusal(REFUSALS[refused])
-    if "error" in numbers:
-        raise on_demand(numbers["error"], retry_after_s)
-    if not numbers.keys() & {"flaky", "fail-first"}:
-        return
-    count = journal.count(behaviour.name)
-    if "flaky" in numbers and count % numbers["flaky"] == 0:
-        raise on_demand(500, retry_after_s)
-    if count <= numbers.get("fail-first", 0):
-        raise on_demand(503, retry_after_s)
-
-
-async def misbehave(fault: str, line: Line, *, stream: bool) -> None:
-    """Do one of `INSTEAD`."""
+async def apply_fault(fault: str, writer: AnswerWriter, *, stream: bool) -> None:
+    """Do one of `REPLACING_FAULTS`."""
     kind = EVENT_STREAM if stream else JSON
     match fault:
         case "error-html":
-            await line.answer(502, [PAGE], HTML)
+            await writer.answer(502, [PAGE], HTML)
         case "not-json":
-            await line.answer(200, [kind], b"data: %b\n\n" % NONSENSE if stream else NONSENSE)
+            await writer.answer(200, [kind], b"data: %b\n\n" % NONSENSE if stream else NONSENSE)
         case "empty":
-            await line.answer(200, [kind], b"")
+            await writer.answer(200, [kind], b"")
         case "redirect":
-            await line.answer(302, [("location", REDIRECTED), PAGE], b"")
+            await writer.answer(302, [("location", REDIRECTED), PAGE], b"")
         case "refuse":
-            line.close()
+            writer.close()
         case "reset":
-            line.reset()
+            writer.reset()
         case "stall-head":
-            await line.silence()
+            await writer.wait_for_close()
 
 
-def mangled(events: Iterable[Event], behaviour: Behaviour, last_words: bytes) -> Iterable[Event]:
-    """Return the events as they will be sent, without those after a cut. `last_words`: the event with which
-    error-mid-stream ends.
-    """
-    traits, options = behaviour.traits, behaviour.options
-    if "huge-event" in traits:
-        events = _with_huge_event(events, options.bytes)
-    cutting = behaviour.one_of(CUTTING)
-    if cutting:
-        events = islice(events, 0 if cutting == "stall" else options.after)
-    if cutting == "error-mid-stream":
-        events = chain(events, [Event(options.after, 0, last_words)])
-    for trait, change in _CHANGES.items():
-        if trait in traits:
-            events = _changed(events, change)
-    if "split" in traits:
-        events = _across_chunks(events)
-    return _zipped(events) if "gzip" in traits else events
-
-
-def _with_huge_event(events: Iterable[Event], size: int) -> Iterator[Event]:
-    """Grow the second token's chunk to `size` bytes by an unknown member."""
-    tokens = 0
-    for event in events:
-        tokens += event.tokens
-        if event.tokens and tokens == 2:
-            padding = b',"padding":' + msgspec.json.encode("x" * max(size - len(event.payload) - 13, 0))
-            yield event._replace(payload=event.payload.removesuffix(b"}\n\n") + padding + b"}\n\n")
-        else:
-            yield event
-
-
-def _changed(events: Iterable[Event], change: Callable[[int, bytes], bytes]) -> Iterator[Event]:
-    return (event._replace(payload=change(number, event.payload)) for number, event in enumerate(events))
-
-
-def _commented(number: int, payload: bytes) -> bytes:
-    return payload if number % COMMENT_EVERY else b": OPENROUTER PROCESSING\n\n" + payload
-
-
-def _identified(number: int, payload: bytes) -> bytes:
-    """Add ids and event names to every event, and three fields without data at the start."""
-    bare = b"" if number else b"retry: 3000\n\nevent: ping\n\nid: start\n\n"
-    return b"%bevent: message\nid: %d\n%b" % (bare, number, payload)
-
-
-def _with_crlf(_number: int, payload: bytes) -> bytes:
-    return payload.replace(b"\n", b"\r\n")
-
-
-def _with_bom(number: int, payload: bytes) -> bytes:
-    return payload if number else b"\xef\xbb\xbf" + payload
-
-
-_CHANGES = {"comments": _commented, "ids": _identified, "crlf": _with_crlf, "bom": _with_bom}
-
-
-def _across_chunks(events: Iterable[Event]) -> Iterator[Event]:
-    """Send the last byte of each event with the next one, so that no chunk ends where an event ends."""
-    held, step = b"", 0
-    for step, tokens, payload in events:
-        whole = held + payload
-        yield Event(step, tokens, whole[:-1])
-        held = whole[-1:]
-    yield Event(step, 0, held)
-
-
-def _zipped(events: Iterable[Event]) -> Iterator[Event]:
-    """Compress the events as one gzip stream, flushed after each event so that none is delayed."""
-    press = zlib.compressobj(wbits=31)
-    step = 0
-    for step, tokens, payload in events:
-        yield Event(step, tokens, press.compress(payload) + press.flush(zlib.Z_SYNC_FLUSH))
-    yield Event(step, 0, press.flush())
-
-
-BREATHE_EVERY = 64  # events sent without a wait before other streams get their turn
+YIELD_EVERY = 64  # events sent without a wait before other streams get their turn
 
 
 class Pace(Struct, frozen=True):
@@ -342,98 +289,98 @@ def pace_of(behaviour: Behaviour, settings: SimulatorSettings) -> Pace:
 class Delivery(Struct):
     """Sends one reply in the form that the request asks for, with the faults of its behaviour."""
 
-    line: Line
+    writer: AnswerWriter
     reply: ComposedReply
-    ask: CompletionRequest
+    request: CompletionRequest
     behaviour: Behaviour
     pace: Pace
-    entry: Entry
+    record: ReceivedRequest
 
     async def run(self) -> None:
         """Send the answer to its end, correct or not. Raises `ConnectionError` if the client closed the connection
         before.
         """
         try:
-            await (self._stream() if self.ask.stream else self._unstreamed())
+            await (self._stream() if self.request.stream else self._unstreamed())
         finally:
             self._bill()
-        match self.behaviour.one_of(CUTTING):
+        match self.behaviour.one_of(CUTTING_FAULTS):
             case "stall" | "stall-mid":
-                await self.line.silence()
+                await self.writer.wait_for_close()
             case "die-mid-stream":
-                self.line.close()
+                self.writer.close()
             case "reset-mid-stream":
-                self.line.reset()
+                self.writer.reset()
             case "bad-chunk":
-                await self.line.garble()
+                await self.writer.write_bad_chunk()
             case _:
-                await self.line.end()
+                await self.writer.end()
 
     def _bill(self) -> None:
         """Record what the provider bills. Thoughts that a stream doesn't show are generated before its first token."""
         reply = self.reply
-        unseen = reply.thoughts if self.ask.stream and not reply.dialect.shows else 0
-        self.entry.bill(
+        unseen = reply.reasoning_count if self.request.stream and not reply.dialect.shows_reasoning else 0
+        self.record.bill(
             prompt_tokens=reply.prompt_tokens + reply.dialect.citation_tokens,
             cached_tokens=reply.cached_tokens,
-            completion_tokens=self.entry.tokens + unseen,
+            completion_tokens=self.record.tokens + unseen,
         )
 
     async def _stream(self) -> None:
-        whole = EventStream(self.reply, self.ask, self.behaviour)
-        events: Iterable[Event] = mangled(whole, self.behaviour, error_event(self.reply))
+        whole = EventStream(self.reply, self.request, self.behaviour)
+        events: Iterable[Event] = with_faults(whole, self.behaviour, error_event(self.reply))
         length = None
         if "content-length-stream" in self.behaviour.traits:
             events = list(events)
             length = sum(len(event.payload) for event in events)
         self._head(length)
-        await self.line.write()
-        await (self._burst(events) if "burst" in self.behaviour.traits else self._paced(events))
+        await self.writer.write()
+        await (self._write_burst(events) if "burst" in self.behaviour.traits else self._write_paced(events))
 
     async def _unstreamed(self) -> None:
-        body, broken = self._body(), self.behaviour.one_of(CUTTING)
+        body, broken = self._body(), self.behaviour.one_of(CUTTING_FAULTS)
         await asyncio.sleep(self.pace.due_s(self.reply.steps))
         self._head(None if broken in {"end-early", "bad-chunk"} else len(body))
         if broken:
-            await self.line.write()
+            await self.writer.write()
         if broken != "stall":
             unfinished = broken and broken != "error-mid-stream"
             await self._write(body[: len(body) // 2] if unfinished else body)
-            self.entry.sent(self.reply.tokens)
+            self.record.sent(self.reply.tokens)
 
-    async def _paced(self, events: Iterable[Event]) -> None:
+    async def _write_paced(self, events: Iterable[Event]) -> None:
         loop, write = asyncio.get_running_loop(), self._write
         start_s = loop.time()
         for number, event in enumerate(events):
             wait_s = start_s + self.pace.due_s(event.step) - loop.time()
-            if wait_s > 0 or number % BREATHE_EVERY == BREATHE_EVERY - 1:
+            if wait_s > 0 or number % YIELD_EVERY == YIELD_EVERY - 1:
                 await asyncio.sleep(max(wait_s, 0))
             await write(event.payload)
-            self.entry.sent(event.tokens)
+            self.record.sent(event.tokens)
 
-    async def _burst(self, events: Iterable[Event]) -> None:
+    async def _write_burst(self, events: Iterable[Event]) -> None:
         whole = list(events)
         await asyncio.sleep(self.pace.first_s)
-        await self.line.write(*(event.payload for event in whole))
+        await self.writer.write(*(event.payload for event in whole))
         for event in whole:
-            self.entry.sent(event.tokens)
+            self.record.sent(event.tokens)
 
     @property
     def _write(self) -> Callable[[bytes], Awaitable[None]]:
-        return self.line.write_split if "split" in self.behaviour.traits else self.line.write
+        return self.writer.write_split if "split" in self.behaviour.traits else self.writer.write
 
     def _body(self) -> bytes:
         if "error-mid-stream" in self.behaviour.traits:
-            body = msgspec.json.encode(BROKEN)
+            body = msgspec.json.encode(PROVIDER_ERROR)
         else:
-            body = completion(self.reply, self.ask, self.behaviour)
+            body = completion(self.reply, self.request, self.behaviour)
         return gzip.compress(body, mtime=0) if "gzip" in self.behaviour.traits else body
 
     def _head(self, length: int | None) -> None:
         traits = self.behaviour.traits
-        usual = EVENT_STREAM if self.ask.stream else JSON
+        usual = EVENT_STREAM if self.request.stream else JSON
         headers = [PAGE if "wrong-content-type" in traits else usual]
         if "gzip" in traits:
             headers.append(("content-encoding", "gzip"))
         until_close = "eof-delimited" in traits
-        self.line.head(200, headers, length=None if until_close else length, chunked=not until_close)
+        self.writer.head(200, headers, length=None if until_close else length, chunked=not until_close)

@@ -36,7 +36,7 @@ class Report(Struct, frozen=True, kw_only=True):
     asked: bool = True
 
 
-class Words(Struct, frozen=True):
+class ErrorText(Struct, frozen=True):
     """The text of one kind of refusal. `more`: members in addition to those of the error's template."""
 
     status: int
@@ -64,12 +64,12 @@ _TOO_LONG = "This model's maximum context length is 8192 tokens. However, your m
 _FILTERED = "The response was filtered due to the prompt triggering the content management policy."
 _QUOTA = "You exceeded your current quota, please check your plan and billing details."
 _KEY = "Incorrect API key provided: sk-s****fake."
-_OPENAI_WORDS: dict[Kind, Words] = {
-    "context": Words(400, _TOO_LONG, code="context_length_exceeded", param="messages"),
-    "filter": Words(400, _FILTERED, code="content_filter", param="prompt"),
-    "quota": Words(429, _QUOTA, "insufficient_quota", "insufficient_quota"),
-    "key": Words(401, _KEY, code="invalid_api_key"),
-    "field": Words(400, "Unsupported parameter: '$param'.", code="unsupported_parameter", param="$param"),
+_OPENAI_ERRORS: dict[Kind, ErrorText] = {
+    "context": ErrorText(400, _TOO_LONG, code="context_length_exceeded", param="messages"),
+    "filter": ErrorText(400, _FILTERED, code="content_filter", param="prompt"),
+    "quota": ErrorText(429, _QUOTA, "insufficient_quota", "insufficient_quota"),
+    "key": ErrorText(401, _KEY, code="invalid_api_key"),
+    "field": ErrorText(400, "Unsupported parameter: '$param'.", code="unsupported_parameter", param="$param"),
 }
 
 
@@ -79,63 +79,67 @@ _OPENAI_ERROR = {"error": {"message": "$message", "type": "$type", "param": "$pa
 class Dialect(Struct, frozen=True, kw_only=True):
     """One provider's format.
 
-    `knows`: the only fields that it accepts; `refuses`: fields that it refuses. `batch`: tokens in an event. `shows`:
-    the answer includes its thoughts. `lead`: bytes before the first event of a stream, and before a whole answer.
-    `upstream`, `model`: the settings that a gateway needs for it.
+    `accepted_fields`: the only fields that it accepts; `refused_fields`: fields that it refuses. `tokens_per_event`: tokens in
+        an event. `shows_reasoning`: the answer includes its reasoning. `preamble`: bytes before the first event of a stream, and
+        before a whole answer. `upstream`, `model`: the settings that a gateway needs for it.
     """
 
     about: str
-    caps: tuple[str, ...] = ("max_completion_tokens", "max_tokens")
-    knows: frozenset[str] | None = None
-    refuses: tuple[str, ...] = ()
-    thinks: bool = False
-    shows: bool = True
-    caches: bool = False
+    cap_fields: tuple[str, ...] = ("max_completion_tokens", "max_tokens")
+    accepted_fields: frozenset[str] | None = None
+    refused_fields: tuple[str, ...] = ()
+    reasons: bool = False
+    shows_reasoning: bool = True
+    caches_prompt: bool = False
     citation_tokens: int = 0
-    batch: int = 1
+    tokens_per_event: int = 1
     usage: Json = field(default_factory=lambda: _FULL_USAGE)
     reports: tuple[Report, ...] = (Report(),)
     common: Json = field(default_factory=lambda: {"service_tier": "default", "system_fingerprint": FINGERPRINT})
     first: tuple[Json, ...] = ()
-    lead: tuple[str, str] = ("", "")
+    preamble: tuple[str, str] = ("", "")
     event: Json = {}
     choice: Json = {}
     delta: Json = {}
-    thoughts: Json = field(default_factory=lambda: {"reasoning_content": "$text"})
+    reasoning: Json = field(default_factory=lambda: {"reasoning_content": "$text"})
     finish_event: Json = {}
     finish_delta: Json = {}
     whole: Json = {}
     error: Any = field(default_factory=lambda: _OPENAI_ERROR)
-    words: dict[Kind, Words] = {}
+    errors: dict[Kind, ErrorText] = {}
     upstream: Json = {}
     model: Json = {}
 
     def check(self, given: frozenset[str]) -> None:
         """Raise the `Refusal` of the first field that this provider doesn't accept."""
-        unknown = given - self.knows if self.knows is not None else given.intersection(self.refuses)
+        unknown = (
+            given - self.accepted_fields
+            if self.accepted_fields is not None
+            else given.intersection(self.refused_fields)
+        )
         if unknown:
             raise self.refusal("field", param=min(unknown))
 
     def refusal(self, kind: Kind, param: str | None = None) -> Refusal:
         """Return the provider's refusal for one kind of bad request."""
-        words = self.words.get(kind) or _OPENAI_WORDS[kind]
+        error = self.errors.get(kind) or _OPENAI_ERRORS[kind]
         values = {"param": param}
         refusal = Refusal(
-            words.status,
-            fill(words.message, values),
-            type=words.type,
-            param=fill(words.param, values),
-            code=words.code,
+            error.status,
+            fill(error.message, values),
+            type=error.type,
+            param=fill(error.param, values),
+            code=error.code,
         )
-        refusal.more = words.more
+        refusal.more = error.more
         return refusal
 
     def error_body(self, refusal: Refusal) -> bytes:
         """Return a refusal in the provider's format."""
-        told = fill(self.error, {**refusal.error, "status": refusal.status})
-        if refusal.more and isinstance(told.get("error"), dict):
-            told["error"] |= refusal.more
-        return msgspec.json.encode(told)
+        body = fill(self.error, {**refusal.error, "status": refusal.status})
+        if refusal.more and isinstance(body.get("error"), dict):
+            body["error"] |= refusal.more
+        return msgspec.json.encode(body)
 
 
 def fill(template: Any, values: Json) -> Any:
@@ -153,7 +157,7 @@ def fill(template: Any, values: Json) -> Any:
     return [fill(item, values) for item in template] if isinstance(template, list | tuple) else template
 
 
-def put(chunk: Json, path: tuple[str | int, ...], value: Any) -> None:
+def set_at(chunk: Json, path: tuple[str | int, ...], value: Any) -> None:
     """Set a value at a path. Skip a choice's member if there are no choices."""
     *way, last = path
     place: Any = chunk
@@ -174,7 +178,7 @@ def dialect_name(names: list[str]) -> str:
 
 PLAIN = Dialect(about="OpenAI's")
 
-_BESIDE: Json = {
+_XAI_USAGE: Json = {
     **_PLAIN_USAGE,
     "completion_tokens": "$shown",
     "prompt_tokens_details": {"cached_tokens": "$cached", "text_tokens": "$prompt", "image_tokens": "$zero"},
@@ -188,7 +192,7 @@ _OPENROUTER_USAGE: Json = {
     "is_byok": False,
     "cost_details": {"upstream_inference_cost": None},
 }
-_CITED: Json = {
+_PERPLEXITY_USAGE: Json = {
     "prompt_tokens": "$prompt",
     "completion_tokens": "$shown",
     "total_tokens": "$shown_total",
@@ -197,28 +201,14 @@ _CITED: Json = {
     "num_search_queries": 3,
     "reasoning_tokens": "$thoughts",
 }
-_MISTRAL_FIELDS = frozenset(
-    {
-        *(
-            "model",
-            "messages",
-            "temperature",
-            "top_p",
-            "max_tokens",
-            "stream",
-            "stop",
-            "random_seed",
-            "tools",
-            "tool_choice",
-        ),
-        *("response_format", "presence_penalty", "frequency_penalty", "n", "safe_prompt", "parallel_tool_calls"),
-        *("prediction", "prompt_mode", "reasoning_effort", "metadata"),
-    }
+_MISTRAL_NAMES = (
+    "model messages temperature top_p max_tokens stream stop random_seed tools tool_choice response_format presence_penalty"
+    " frequency_penalty n safe_prompt parallel_tool_calls prediction prompt_mode reasoning_effort metadata"
 )
-_FORBIDDEN = {
+_MISTRAL_EXTRA_FIELD = {
     "detail": [{"type": "extra_forbidden", "loc": ["body", "$param"], "msg": "Extra inputs are not permitted"}]
 }
-_FLAT: Json = {"object": "error", "message": "$message", "type": "$type", "param": None, "code": "$code"}
+_FLAT_ERROR: Json = {"object": "error", "message": "$message", "type": "$type", "param": None, "code": "$code"}
 
 DIALECTS: dict[str, Dialect] = {
     "openai": Dialect(about="OpenAI's, with obfuscation in each event", event={"obfuscation": "$padding"}),
@@ -237,8 +227,8 @@ DIALECTS: dict[str, Dialect] = {
         common={"system_fingerprint": FINGERPRINT},
         choice={"content_filter_results": _SAFE},
         whole={"prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}]},
-        words={
-            "filter": Words(
+        errors={
+            "filter": ErrorText(
                 400,
                 _FILTERED,
                 None,
@@ -246,13 +236,13 @@ DIALECTS: dict[str, Dialect] = {
                 "prompt",
                 {"status": 400, "innererror": {"code": "ResponsibleAIPolicyViolation", "content_filter_result": _SAFE}},
             ),
-            "key": Words(401, "Access denied due to invalid subscription key or wrong API endpoint.", None, "401"),
+            "key": ErrorText(401, "Access denied due to invalid subscription key or wrong API endpoint.", None, "401"),
         },
     ),
     "openrouter": Dialect(
         about="OpenRouter's: thoughts twice, usage with its cost unasked, errors with a number",
-        thinks=True,
-        thoughts={
+        reasons=True,
+        reasoning={
             "content": "",
             "reasoning": "$text",
             "reasoning_details": [
@@ -264,21 +254,21 @@ DIALECTS: dict[str, Dialect] = {
         choice={"native_finish_reason": None},
         usage=_OPENROUTER_USAGE,
         reports=(Report(asked=False),),
-        lead=(": OPENROUTER PROCESSING\n\n", ""),
+        preamble=(": OPENROUTER PROCESSING\n\n", ""),
         error={"error": {"code": "$status", "message": "$message"}},
-        words={
-            "filter": Words(
+        errors={
+            "filter": ErrorText(
                 403,
                 "Your chosen model requires moderation and your input was flagged",
                 more={"metadata": {"reasons": ["violence"], "flagged_input": "hi", "provider_name": "Simulated"}},
             ),
-            "quota": Words(402, "This request requires more credits, or fewer max_tokens."),
-            "key": Words(401, "User not found."),
+            "quota": ErrorText(402, "This request requires more credits, or fewer max_tokens."),
+            "key": ErrorText(401, "User not found."),
         },
     ),
     "anthropic": Dialect(
         about="Anthropic's, as gateways translate it: the cached prompt beside prompt_tokens",
-        caches=True,
+        caches_prompt=True,
         usage={
             **_PLAIN_USAGE,
             "prompt_tokens": "$fresh",
@@ -288,92 +278,92 @@ DIALECTS: dict[str, Dialect] = {
         },
         common={},
         error={"error": {"type": "$type", "message": "$message"}},
-        words={
-            "context": Words(400, "input length and `max_tokens` exceed context limit: 143653 + 64000 > 200000"),
-            "quota": Words(400, "Your credit balance is too low to access the Anthropic API."),
-            "key": Words(401, "invalid x-api-key", "authentication_error"),
+        errors={
+            "context": ErrorText(400, "input length and `max_tokens` exceed context limit: 143653 + 64000 > 200000"),
+            "quota": ErrorText(400, "Your credit balance is too low to access the Anthropic API."),
+            "key": ErrorText(401, "invalid x-api-key", "authentication_error"),
         },
     ),
     "gemini": Dialect(
         about="Gemini's: thoughts only in total_tokens, a dozen tokens an event, running usage, errors in a list",
-        thinks=True,
-        shows=False,
-        batch=12,
+        reasons=True,
+        shows_reasoning=False,
+        tokens_per_event=12,
         usage={**_PLAIN_USAGE, "completion_tokens": "$shown"},
         reports=(Report(when="each"),),
         common={},
         delta={"role": "assistant"},
         finish_delta={"extra_content": {"google": {"thought_signature": SIGNATURE}}},
         error=[{"error": {"code": "$status", "message": "$message", "status": "$code"}}],
-        words={
-            "context": Words(
+        errors={
+            "context": ErrorText(
                 400, "The input token count (1200000) exceeds the maximum (1048576).", code="INVALID_ARGUMENT"
             ),
-            "quota": Words(429, "You exceeded your current quota.", code="RESOURCE_EXHAUSTED"),
-            "key": Words(400, "API key not valid. Please pass a valid API key.", code="INVALID_ARGUMENT"),
+            "quota": ErrorText(429, "You exceeded your current quota.", code="RESOURCE_EXHAUSTED"),
+            "key": ErrorText(400, "API key not valid. Please pass a valid API key.", code="INVALID_ARGUMENT"),
         },
         model={"hidden_reasoning": True},
     ),
     "xai": Dialect(
         about="xAI's: reasoning_tokens beside completion_tokens, the cost in ticks, errors of two strings",
-        thinks=True,
-        shows=False,
-        usage=_BESIDE,
+        reasons=True,
+        shows_reasoning=False,
+        usage=_XAI_USAGE,
         reports=(Report(when="finish", asked=False),),
         common={"system_fingerprint": FINGERPRINT},
         error={"code": "$type", "error": "$message"},
-        words={
-            "context": Words(400, _TOO_LONG, "Client specified an invalid argument"),
-            "filter": Words(403, "Content violates usage guidelines.", "The caller does not have permission"),
-            "quota": Words(
+        errors={
+            "context": ErrorText(400, _TOO_LONG, "Client specified an invalid argument"),
+            "filter": ErrorText(403, "Content violates usage guidelines.", "The caller does not have permission"),
+            "quota": ErrorText(
                 429, "Your team has either used all available credits or reached its limit.", "Resource exhausted"
             ),
-            "key": Words(400, "Incorrect API key provided: xa***ke.", "Client specified an invalid argument"),
+            "key": ErrorText(400, "Incorrect API key provided: xa***ke.", "Client specified an invalid argument"),
         },
         model={"hidden_reasoning": True},
     ),
     "mistral": Dialect(
         about="Mistral's: any field that it doesn't know is a 422, stream_options and max_completion_tokens among them",
-        caps=("max_tokens",),
-        knows=_MISTRAL_FIELDS,
+        cap_fields=("max_tokens",),
+        accepted_fields=frozenset(_MISTRAL_NAMES.split()),
         usage=_PLAIN_USAGE,
         reports=(Report(when="finish", asked=False),),
         common={},
-        error=_FLAT,
-        words={
-            "context": Words(
+        error=_FLAT_ERROR,
+        errors={
+            "context": ErrorText(
                 400, "Prompt contains 66385 tokens, too large for model with 32768 maximum context length"
             ),
-            "quota": Words(402, "Payment required", "subscription_error"),
-            "key": Words(401, "Unauthorized", "unauthorized"),
-            "field": Words(422, _FORBIDDEN),
+            "quota": ErrorText(402, "Payment required", "subscription_error"),
+            "key": ErrorText(401, "Unauthorized", "unauthorized"),
+            "field": ErrorText(422, _MISTRAL_EXTRA_FIELD),
         },
         upstream={"stream_usage": False},
     ),
     "groq": Dialect(
         about="Groq's: usage in x_groq of the last chunk; logprobs and logit_bias are refused",
-        refuses=("logprobs", "top_logprobs", "logit_bias"),
+        refused_fields=("logprobs", "top_logprobs", "logit_bias"),
         usage={**_PLAIN_USAGE, "queue_time": 0.01, "prompt_time": 0.002, "completion_time": 0.1, "total_time": 0.102},
         reports=(Report(), Report(path=("x_groq", "usage"), when="finish", asked=False)),
         common={"system_fingerprint": FINGERPRINT},
-        thoughts={"reasoning": "$text"},
-        words={"field": Words(400, "property '$param' is unsupported", param="$param")},
+        reasoning={"reasoning": "$text"},
+        errors={"field": ErrorText(400, "property '$param' is unsupported", param="$param")},
     ),
     "deepseek": Dialect(
         about="DeepSeek's: hits and misses of the cache, comments and empty lines while one waits",
-        caps=("max_tokens",),
-        thinks=True,
-        caches=True,
+        cap_fields=("max_tokens",),
+        reasons=True,
+        caches_prompt=True,
         usage={**_FULL_USAGE, "prompt_cache_hit_tokens": "$cached", "prompt_cache_miss_tokens": "$fresh"},
         common={"system_fingerprint": FINGERPRINT},
-        lead=(": keep-alive\n\n", "\n\n"),
-        words={"quota": Words(402, "Insufficient Balance", "unknown_error", "invalid_request_error")},
+        preamble=(": keep-alive\n\n", "\n\n"),
+        errors={"quota": ErrorText(402, "Insufficient Balance", "unknown_error", "invalid_request_error")},
     ),
     "perplexity": Dialect(
         about="Perplexity's: the message so far and the search results in each event, citations beside the usage",
-        caps=("max_tokens",),
+        cap_fields=("max_tokens",),
         citation_tokens=300,
-        usage=_CITED,
+        usage=_PERPLEXITY_USAGE,
         reports=(Report(when="each", asked=False),),
         common={},
         event={"citations": ["https://pages.example/one"] * 8, "search_results": [_PAGE] * 8},
@@ -381,12 +371,14 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "moonshot": Dialect(
         about="Moonshot's: usage in the last choice",
-        caps=("max_tokens",),
+        cap_fields=("max_tokens",),
         usage={**_PLAIN_USAGE, "cached_tokens": "$cached"},
         reports=(Report(path=("choices", 0, "usage"), when="finish", asked=False),),
         common={"system_fingerprint": FINGERPRINT},
-        words={
-            "quota": Words(429, "Your account is suspended, please check your plan.", "exceeded_current_quota_error")
+        errors={
+            "quota": ErrorText(
+                429, "Your account is suspended, please check your plan.", "exceeded_current_quota_error"
+            )
         },
     ),
     "vllm": Dialect(
@@ -395,14 +387,16 @@ DIALECTS: dict[str, Dialect] = {
         reports=(Report(when="each"), Report()),
         common={"prompt_logprobs": None},
         choice={"stop_reason": None},
-        error={**_FLAT, "code": "$status"},
-        words={kind: msgspec.structs.replace(words, type="BadRequestError") for kind, words in _OPENAI_WORDS.items()},
+        error={**_FLAT_ERROR, "code": "$status"},
+        errors={
+            kind: msgspec.structs.replace(errors, type="BadRequestError") for kind, errors in _OPENAI_ERRORS.items()
+        },
     ),
     "ollama": Dialect(
         about="Ollama's: max_completion_tokens is ignored, thoughts come as reasoning",
-        caps=("max_tokens",),
-        thinks=True,
-        thoughts={"content": "", "reasoning": "$text"},
+        cap_fields=("max_tokens",),
+        reasons=True,
+        reasoning={"content": "", "reasoning": "$text"},
         delta={"role": "assistant"},
         usage=_PLAIN_USAGE,
         common={"system_fingerprint": "fp_ollama"},
@@ -410,30 +404,30 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "llamacpp": Dialect(
         about="llama.cpp's: max_tokens alone, as before 2026; timings beside the usage",
-        caps=("max_tokens",),
+        cap_fields=("max_tokens",),
         usage=_PLAIN_USAGE,
         common={"system_fingerprint": "b6000-simulated"},
         finish_event={"timings": {"prompt_n": 8, "prompt_ms": 31.2, "predicted_n": 60, "predicted_ms": 610.5}},
         whole={"timings": {"prompt_n": 8, "prompt_ms": 31.2, "predicted_n": 60, "predicted_ms": 610.5}},
         error={"error": {"code": "$status", "message": "$message", "type": "$type"}},
-        words={
-            "context": Words(
+        errors={
+            "context": ErrorText(
                 400,
                 "the request exceeds the available context size, try increasing it",
                 "exceed_context_size_error",
                 more={"n_prompt_tokens": 13392, "n_ctx": 8192},
             ),
-            "key": Words(401, "Invalid API Key", "authentication_error"),
+            "key": ErrorText(401, "Invalid API Key", "authentication_error"),
         },
     ),
     "tgi": Dialect(
         about="Text Generation Inference's: an error is a text and a type",
-        caps=("max_tokens",),
+        cap_fields=("max_tokens",),
         usage=_PLAIN_USAGE,
         common={"system_fingerprint": "3.0.0-simulated"},
         error={"error": "$message", "error_type": "$type"},
-        words={
-            "context": Words(422, "Input validation error: `inputs` must have less than 4096 tokens.", "validation")
+        errors={
+            "context": ErrorText(422, "Input validation error: `inputs` must have less than 4096 tokens.", "validation")
         },
     ),
 }

@@ -77,7 +77,7 @@ class _Sampler:
             case _:
                 return None
 
-    def _sparing(self, depth: int) -> bool:
+    def _only_required(self, depth: int) -> bool:
         return depth > MAX_DEPTH or self._made > MAX_VALUES
 
     def _resolved(self, schema: Schema) -> Schema:
@@ -123,13 +123,13 @@ class _Sampler:
             raise TypeError("required is not a list of strings")
         if not isinstance(properties, Mapping):
             raise TypeError("properties is not an object")
-        wanted = [name for name in properties if name in required or not self._sparing(depth)]
+        wanted = [name for name in properties if name in required or not self._only_required(depth)]
         made = {name: self.value(properties[name], depth + 1) for name in wanted}
         return made | {name: "" for name in required if name not in made}
 
     def _array(self, schema: Schema, depth: int) -> list[Any]:
         least = int(schema.get("minItems", 0))
-        count = least if self._sparing(depth) else min(max(least, 2), int(schema.get("maxItems", MAX_VALUES)))
+        count = least if self._only_required(depth) else min(max(least, 2), int(schema.get("maxItems", MAX_VALUES)))
         made = [self.value(item, depth + 1) for item in schema.get("prefixItems", [])]
         items = schema.get("items", {"type": "string"})
         while len(made) < min(count, MAX_VALUES) and items is not False:
@@ -184,17 +184,17 @@ class Refusal(Exception):
         return msgspec.json.encode({"error": self.error})
 
 
-def on_demand(status: int, retry_after_s: float) -> Refusal:
+def requested_error(status: int, retry_after_s: float) -> Refusal:
     """Return the answer of `sim/error-STATUS`."""
-    message, kind, code = _WORDS.get(status, _BROKEN if status >= 500 else _REFUSED)
+    message, kind, code = _ERRORS.get(status, _SERVER_ERROR if status >= 500 else _CLIENT_ERROR)
     return Refusal(status, message, type=kind, code=code, retry_after_s=retry_after_s if status in _RETRIABLE else None)
 
 
 _RETRIABLE = frozenset({429, 503, 529})
-_REFUSED = ("The simulated provider refuses this request, as asked.", "invalid_request_error", None)
-_BROKEN = ("The server had an error while processing your request. Sorry about that!", "server_error", None)
+_CLIENT_ERROR = ("The simulated provider refuses this request, as asked.", "invalid_request_error", None)
+_SERVER_ERROR = ("The server had an error while processing your request. Sorry about that!", "server_error", None)
 _QUOTA = "You exceeded your current quota, please check your plan and billing details."
-_WORDS: dict[int, tuple[str, str, str | None]] = {
+_ERRORS: dict[int, tuple[str, str, str | None]] = {
     401: ("Incorrect API key provided: sk-s****fake.", "invalid_request_error", "invalid_api_key"),
     402: (_QUOTA, "insufficient_quota", "insufficient_quota"),
     403: ("Country, region, or territory not supported.", "request_forbidden", "unsupported_country_region_territory"),
@@ -208,8 +208,8 @@ _WORDS: dict[int, tuple[str, str, str | None]] = {
 }
 
 
-MESHS_OWN = ("template", "variables", "session_id", "transforms", "models")
-OPENROUTERS = ("session_id", "transforms", "models")
+MESH_FIELDS = ("template", "variables", "session_id", "transforms", "models")
+OPENROUTER_FIELDS = ("session_id", "transforms", "models")
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Cap = Annotated[int, Meta(ge=1, le=2**53)]
@@ -312,7 +312,7 @@ class CompletionRequest(Struct, frozen=True, kw_only=True):
         return next((caps[name] for name in names if caps[name] is not None), None)
 
     @property
-    def last_words(self) -> str:
+    def last_user_text(self) -> str:
         """Return the text of the last user message, else of the last message."""
         users = [message for message in self.messages if message.role == "user"]
         return (users or self.messages)[-1].text
@@ -326,19 +326,19 @@ class CompletionRequest(Struct, frozen=True, kw_only=True):
 def decode_request(body: bytes, *, openrouter: bool) -> CompletionRequest:
     """Decode a request. Raises `Refusal` (400) for what OpenAI would refuse."""
     fields = _members(body)
-    for name in MESHS_OWN:
-        if name in fields and not (openrouter and name in OPENROUTERS):
+    for name in MESH_FIELDS:
+        if name in fields and not (openrouter and name in OPENROUTER_FIELDS):
             raise Refusal(400, f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
     if fields.get("model") is None:
         raise Refusal(400, "you must provide a model parameter")
     try:
-        told = {name: value for name, value in fields.items() if value is not None}
-        ask = msgspec.convert({**told, "given": frozenset(fields)}, CompletionRequest)
+        given_fields = {name: value for name, value in fields.items() if value is not None}
+        request = msgspec.convert({**given_fields, "given": frozenset(fields)}, CompletionRequest)
     except msgspec.ValidationError as error:
         raise _refusal_of(error) from None
-    for refusal in _contradictions(ask):
+    for refusal in _contradictory_fields(request):
         raise refusal
-    return ask
+    return request
 
 
 def _members(body: bytes) -> dict[str, Any]:
@@ -367,27 +367,27 @@ def _refusal_of(error: msgspec.ValidationError) -> Refusal:
     return Refusal(400, f"Invalid '{name_of(detail)}': {detail.msg}.", param=name_of(detail), code=code)
 
 
-def _contradictions(ask: CompletionRequest) -> Iterator[Refusal]:
+def _contradictory_fields(request: CompletionRequest) -> Iterator[Refusal]:
     """Yield refusals of fields that need, or exclude, another field."""
-    for index, message in enumerate(ask.messages):
+    for index, message in enumerate(request.messages):
         place = f"messages[{index}]"
         if message.content is None and message.role != "assistant":
-            yield _lacking(f"{place}.content", "invalid_type")
+            yield _missing(f"{place}.content", "invalid_type")
         if message.role == "tool" and message.tool_call_id is None:
-            yield _lacking(f"{place}.tool_call_id", "missing_required_parameter")
-    for index, tool in enumerate(ask.tools):
+            yield _missing(f"{place}.tool_call_id", "missing_required_parameter")
+    for index, tool in enumerate(request.tools):
         if tool.type == "function" and tool.function is None:
-            yield _lacking(f"tools[{index}].function", "invalid_type")
-    if ask.response_format.type == "json_schema" and ask.response_format.json_schema is None:
-        yield _lacking("response_format.json_schema", "invalid_type")
-    if ask.stream_options is not None and not ask.stream:
+            yield _missing(f"tools[{index}].function", "invalid_type")
+    if request.response_format.type == "json_schema" and request.response_format.json_schema is None:
+        yield _missing("response_format.json_schema", "invalid_type")
+    if request.stream_options is not None and not request.stream:
         yield Refusal(400, "'stream_options' is only allowed when 'stream' is enabled.", param="stream_options")
-    if ask.tool_choice is not None and not ask.tools:
+    if request.tool_choice is not None and not request.tools:
         yield Refusal(400, "'tool_choice' is only allowed when 'tools' are specified.", param="tool_choice")
-    if ask.max_tokens is not None and ask.max_completion_tokens is not None:
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
         both = "Setting 'max_tokens' and 'max_completion_tokens' at the same time is not supported."
         yield Refusal(400, both, param="max_tokens", code="invalid_parameter_combination")
 
 
-def _lacking(param: str, code: str) -> Refusal:
+def _missing(param: str, code: str) -> Refusal:
     return Refusal(400, f"Missing required parameter: '{param}'.", param=param, code=code)

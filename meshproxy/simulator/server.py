@@ -1,9 +1,11 @@
-"""The simulator's application: its routes, and the handling of a chat completion."""
+"""The simulator's application: its routes, the handling of a chat completion, and the record of what it received."""
 
 import contextlib
 import hmac
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
+from itertools import count
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -19,20 +21,23 @@ from meshproxy.simulator.behaviour import (
     read_behaviour,
 )
 from meshproxy.simulator.delivery import (
-    BREAKING,
-    INSTEAD,
+    BROKEN,
+    CLIENT_CLOSED,
+    COMPLETED,
+    FAILING_FAULTS,
     JSON,
-    OUTRIGHT,
     REDIRECTED,
+    REPLACING_FAULTS,
+    UNFINISHED_FAULTS,
+    AnswerWriter,
     Delivery,
-    Line,
-    misbehave,
+    ReceivedRequest,
+    apply_fault,
     pace_of,
-    refuse_on_demand,
 )
 from meshproxy.simulator.dialects import PLAIN as OPENAI
-from meshproxy.simulator.journal import BROKEN, CLIENT_CLOSED, COMPLETED, Entry, ExchangeLog
-from meshproxy.simulator.request import CompletionRequest, Refusal, decode_request
+from meshproxy.simulator.dialects import Kind
+from meshproxy.simulator.request import CompletionRequest, Refusal, decode_request, requested_error
 
 FAULT_HEADER = "x-sim-fault"
 KIND_HEADER = "x-sim-kind"
@@ -54,23 +59,97 @@ PROVIDER_HEADERS = (
 )
 
 
+REFUSAL_FAULTS: dict[str, Kind] = {
+    "error-context": "context",
+    "error-filter": "filter",
+    "error-quota": "quota",
+    "error-key": "key",
+}
+
+MAX_REQUESTS = 1_000  # records kept; the oldest are dropped first
+MAX_BODY_BYTES = 1_048_576  # of one body; a longer one is cut
+MAX_KEPT_BYTES = 67_108_864  # of all bodies together
+MAX_COUNTED = 1_000  # counted names of flaky and fail-first behaviours
+TOTALS = ("requests", "streams", COMPLETED, CLIENT_CLOSED, BROKEN, "tokens")
+
+
+class RequestHistory:
+    """The last requests, totals since they were cleared, and how often each flaky behaviour was requested."""
+
+    def __init__(self) -> None:
+        self.requests: deque[ReceivedRequest] = deque()
+        self.open_requests = 0
+        self.open_streams = 0
+        self._numbers = count()
+        self.clear()
+
+    def clear(self) -> None:
+        """Delete all records except those of open requests."""
+        self.requests.clear()
+        self.totals = dict.fromkeys(TOTALS, 0)
+        self._counted: dict[str, int] = {}
+        self._kept_bytes = 0
+
+    def open(self, request: web.Request, body: bytes) -> ReceivedRequest:
+        """Record a request that has arrived."""
+        record = ReceivedRequest(
+            number=next(self._numbers),
+            method=request.method,
+            path=request.path_qs,
+            headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers],
+            raw_body=body[:MAX_BODY_BYTES],
+        )
+        self._keep(record)
+        self.totals["requests"] += 1
+        self.open_requests += 1
+        return record
+
+    def streams(self, record: ReceivedRequest) -> None:
+        """Record that the request's answer is a stream."""
+        record.stream = True
+        self.totals["streams"] += 1
+        self.open_streams += 1
+
+    def close(self, record: ReceivedRequest, ended: str) -> None:
+        """Record how a request ended."""
+        record.ended = ended
+        self.open_requests -= 1
+        self.open_streams -= record.stream
+        self.totals["tokens"] += record.tokens
+        self.totals[ended] += 1
+
+    def count(self, name: str) -> int:
+        """Count this name once more and return its count."""
+        counted = self._counted.pop(name, 0) + 1
+        if len(self._counted) >= MAX_COUNTED:
+            del self._counted[next(iter(self._counted))]
+        self._counted[name] = counted
+        return counted
+
+    def _keep(self, record: ReceivedRequest) -> None:
+        self._kept_bytes += len(record.raw_body)
+        self.requests.append(record)
+        while len(self.requests) > MAX_REQUESTS or self._kept_bytes > MAX_KEPT_BYTES:
+            self._kept_bytes -= len(self.requests.popleft().raw_body)
+
+
 class Simulator:
     """One simulated provider: its settings and its records."""
 
     def __init__(self, settings: SimulatorSettings) -> None:
-        self.journal = ExchangeLog()
+        self.history = RequestHistory()
         self._settings = settings
 
     def application(self) -> web.Application:
         """Build the application. Run it with `handler_cancellation=True`, so that hang-ups are noticed at once."""
-        app = web.Application(middlewares=[_tell_as_openai], client_max_size=self._settings.max_body_bytes)
+        app = web.Application(middlewares=[_openai_errors], client_max_size=self._settings.max_body_bytes)
         for prefix in ("/v1", ""):
             app.router.add_post(f"{prefix}/chat/completions", self.chat)
             app.router.add_get(f"{prefix}/models", self.models)
             app.router.add_get(f"{prefix}/models/{{id:.+}}", self.model)
         app.router.add_get("/healthz", self.health)
         app.router.add_get("/_sim/requests", self.requests)
-        app.router.add_delete("/_sim/requests", self.forget)
+        app.router.add_delete("/_sim/requests", self.clear_requests)
         app.router.add_get("/_sim/stats", self.stats)
         app.router.add_route("*", REDIRECTED, self.redirected)
         return app
@@ -78,17 +157,17 @@ class Simulator:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """Answer POST /v1/chat/completions."""
         body = await request.read()
-        entry = self.journal.open(request, body)
+        record = self.history.open(request, body)
         ended = CLIENT_CLOSED
-        line = Line(request, (*PROVIDER_HEADERS, ("x-request-id", f"req_{entry.number:016x}")))
+        writer = AnswerWriter(request, (*PROVIDER_HEADERS, ("x-request-id", f"req_{record.number:016x}")))
         try:
-            ended = await self._answer(request, body, line, entry)
+            ended = await self._answer(request, body, writer, record)
         except ConnectionError:
             pass  # the client is gone: no answer can be sent
         finally:
-            entry.status = line.status
-            self.journal.close(entry, ended)
-        return line.written()
+            record.status = writer.status
+            self.history.close(record, ended)
+        return writer.response()
 
     async def models(self, request: web.Request) -> web.Response:
         """Answer GET /v1/models: two models without faults, and every fault with its description. A family is listed as
@@ -109,67 +188,74 @@ class Simulator:
 
     async def requests(self, _request: web.Request) -> web.Response:
         """Answer GET /_sim/requests: the received requests, oldest first."""
-        return web.json_response({"requests": [entry.told() for entry in self.journal.entries]})
+        return web.json_response({"requests": [record.as_json() for record in self.history.requests]})
 
-    async def forget(self, _request: web.Request) -> web.Response:
+    async def clear_requests(self, _request: web.Request) -> web.Response:
         """Answer DELETE /_sim/requests."""
-        self.journal.clear()
+        self.history.clear()
         return web.Response(status=204)
 
     async def stats(self, _request: web.Request) -> web.Response:
         """Answer GET /_sim/stats."""
-        journal = self.journal
-        open_now = {"open_requests": journal.open_requests, "open_streams": journal.open_streams}
-        return web.json_response({**open_now, "totals": journal.totals})
+        history = self.history
+        open_now = {"open_requests": history.open_requests, "open_streams": history.open_streams}
+        return web.json_response({**open_now, "totals": history.totals})
 
     async def redirected(self, request: web.Request) -> web.Response:
         """Record a client that followed a redirect. A gateway must never do so."""
-        self.journal.close(self.journal.open(request, await request.read()), COMPLETED)
+        self.history.close(self.history.open(request, await request.read()), COMPLETED)
         return web.json_response({"redirected": True})
 
-    async def _answer(self, request: web.Request, body: bytes, line: Line, entry: Entry) -> str:
+    async def _answer(self, request: web.Request, body: bytes, writer: AnswerWriter, record: ReceivedRequest) -> str:
         """Answer, and return how the request ended."""
         dialect = OPENAI
         try:
             self._authenticate(request)
             openrouter = self._settings.openrouter or request.headers.get(KIND_HEADER) == "openrouter"
-            ask = decode_request(body, openrouter=openrouter)
-            entry.model = ask.model
-            if ask.stream:
-                self.journal.streams(entry)
+            completion = decode_request(body, openrouter=openrouter)
+            record.model = completion.model
+            if completion.stream:
+                self.history.streams(record)
             fault = request.headers.get(FAULT_HEADER)
-            dialect = read_behaviour(ask.model, fault).dialect
-            model, behaviour = self._choose(ask, fault)
-            behaviour.dialect.check(ask.given)
-            return await self._reply(line, ask, model, behaviour, entry)
+            dialect = read_behaviour(completion.model, fault).dialect
+            model, behaviour = self._choose(completion, fault)
+            behaviour.dialect.check(completion.given)
+            return await self._reply(writer, completion, model, behaviour, record)
         except Refusal as refusal:
-            await line.answer(refusal.status, [JSON, *refusal.headers], dialect.error_body(refusal))
+            await writer.answer(refusal.status, [JSON, *refusal.headers], dialect.error_body(refusal))
             return COMPLETED
 
-    async def _reply(self, line: Line, ask: CompletionRequest, model: str, behaviour: Behaviour, entry: Entry) -> str:
-        fault = behaviour.one_of(INSTEAD)
+    async def _reply(
+        self,
+        writer: AnswerWriter,
+        completion: CompletionRequest,
+        model: str,
+        behaviour: Behaviour,
+        record: ReceivedRequest,
+    ) -> str:
+        fault = behaviour.one_of(REPLACING_FAULTS)
         if fault:
-            await misbehave(fault, line, stream=ask.stream)
+            await apply_fault(fault, writer, stream=completion.stream)
         else:
-            reply = compose(ask, model, behaviour, time.time())
-            await Delivery(line, reply, ask, behaviour, pace_of(behaviour, self._settings), entry).run()
-        return BROKEN if behaviour.one_of(BREAKING) else COMPLETED
+            reply = compose(completion, model, behaviour, time.time())
+            await Delivery(writer, reply, completion, behaviour, pace_of(behaviour, self._settings), record).run()
+        return BROKEN if behaviour.one_of(UNFINISHED_FAULTS) else COMPLETED
 
-    def _choose(self, ask: CompletionRequest, header: str | None) -> tuple[str, Behaviour]:
+    def _choose(self, completion: CompletionRequest, header: str | None) -> tuple[str, Behaviour]:
         """Return the model that serves: the first that doesn't fail, else the last. Only OpenRouter's requests have
         several.
         """
-        *others, last = (ask.model, *ask.models)
+        *others, last = (completion.model, *completion.models)
         for model in others:
             with contextlib.suppress(Refusal):
                 behaviour = self._behaviour(model, header)
-                if not behaviour.one_of(OUTRIGHT):
+                if not behaviour.one_of(FAILING_FAULTS):
                     return model, behaviour
         return last, self._behaviour(last, header)
 
     def _behaviour(self, model: str, header: str | None) -> Behaviour:
         behaviour = read_behaviour(model, header)
-        refuse_on_demand(behaviour, self.journal)
+        raise_requested_error(behaviour, self.history)
         return behaviour
 
     def _authenticate(self, request: web.Request) -> None:
@@ -183,6 +269,22 @@ class Simulator:
             raise Refusal(401, f"Incorrect API key provided: {shown}.", code="invalid_api_key")
 
 
+def raise_requested_error(behaviour: Behaviour, history: RequestHistory) -> None:
+    """Raise the requested `Refusal`: always, every Nth time, or the first N times."""
+    numbers, retry_after_s = behaviour.numbers, behaviour.options.retry_after
+    if refused := behaviour.one_of(REFUSAL_FAULTS):
+        raise behaviour.dialect.refusal(REFUSAL_FAULTS[refused])
+    if "error" in numbers:
+        raise requested_error(numbers["error"], retry_after_s)
+    if not numbers.keys() & {"flaky", "fail-first"}:
+        return
+    count = history.count(behaviour.name)
+    if "flaky" in numbers and count % numbers["flaky"] == 0:
+        raise requested_error(500, retry_after_s)
+    if count <= numbers.get("fail-first", 0):
+        raise requested_error(503, retry_after_s)
+
+
 def _model(name: str) -> dict[str, Any]:
     """Return OpenAI's model object, with a description as OpenRouter's has."""
     about = {"created": SEEDED_CREATED, "owned_by": "simulator", "description": MODELS.get(name, PLAIN)}
@@ -190,7 +292,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 @web.middleware
-async def _tell_as_openai(
+async def _openai_errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Answer with OpenAI's error object where aiohttp would answer in plain text."""
@@ -216,11 +318,11 @@ BACKLOG = 1024
 class Running:
     """A simulator that listens. `base_url` is the base URL for an OpenAI client."""
 
-    def __init__(self, runner: web.AppRunner, host: str, journal: ExchangeLog) -> None:
+    def __init__(self, runner: web.AppRunner, host: str, history: RequestHistory) -> None:
         self._runner = runner
         self.host = host
         self.port: int = runner.addresses[0][1]
-        self.journal = journal
+        self.history = history
 
     @property
     def base_url(self) -> str:
@@ -245,4 +347,4 @@ async def start(host: str = "127.0.0.1", port: int = 0, settings: SimulatorSetti
     except BaseException:
         await runner.cleanup()
         raise
-    return Running(runner, host, simulator.journal)
+    return Running(runner, host, simulator.history)

@@ -29,7 +29,7 @@ from meshproxy.money import parse_usd
 from meshproxy.policy.template import Template
 from meshproxy.simulator import Running, SimulatorSettings, start
 from meshproxy.simulator.behaviour import TRAITS
-from meshproxy.simulator.journal import Entry
+from meshproxy.simulator.delivery import ReceivedRequest
 
 PATIENCE_S = 20.0  # for what should take milliseconds
 PRICES = 'input_usd_per_mtok = "2.50"\noutput_usd_per_mtok = "10.00"\ncontext_window = 128000\n'
@@ -105,17 +105,17 @@ class Site:
         return [line["status"] for line in told if line["event"] == "request" and line["account"] == account]
 
     @property
-    def received(self) -> list[Entry]:
+    def received(self) -> list[ReceivedRequest]:
         """What the provider was sent since `forget`."""
 
-        async def entries() -> list[Entry]:
-            return list(self._simulator.journal.entries)
+        async def entries() -> list[ReceivedRequest]:
+            return list(self._simulator.history.requests)
 
         return self.run(entries())
 
     def forget(self) -> None:
         async def clear() -> None:
-            self._simulator.journal.clear()
+            self._simulator.history.clear()
 
         self.run(clear())
 

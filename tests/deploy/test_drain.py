@@ -75,7 +75,7 @@ async def test_what_outlasts_drain_s_is_ended_with_an_error_and_settled(site, wo
     stream, task = await site.flowing(gateway.url, caller, LONG)
     stalled = asyncio.create_task(ask(site, gateway, caller, model=STALLED))
     stalled_stream = site.stream(gateway.url, caller, STALLED)
-    await until(lambda: len(site.provider.journal.entries) == 3, "the provider to be asked")
+    await until(lambda: len(site.provider.history.requests) == 3, "the provider to be asked")
     gateway.signal(signal.SIGTERM)
     await task
     assert ("overloaded", "") == (stream.error["code"], stream.broken)

@@ -70,7 +70,7 @@ async def test_a_secret_is_a_credential_s_file(site, tmp_path):
         headers=caller.auth,
     ) as answer:
         assert 200 == answer.status
-    (entry,) = site.provider.journal.entries
+    (entry,) = site.provider.history.requests
     assert ["Bearer sk-credential"] == [value for name, value in entry.headers if name.lower() == "authorization"]
 
 
@@ -120,7 +120,7 @@ async def test_the_store_s_password_and_a_header_are_secrets_too(site, tmp_path,
         ) as answer:
             assert 200 == answer.status
         await gateway.end()
-    (entry,) = site.provider.journal.entries
+    (entry,) = site.provider.history.requests
     assert ["azure-credential"] == [value for name, value in entry.headers if name.lower() == "api-key"]
     told = json.dumps(gateway.lines) + "".join(gateway.noise)
     assert not any(secret in told for secret in ("p/w @1", "p%2Fw", "azure-credential"))

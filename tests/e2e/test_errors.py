@@ -70,7 +70,7 @@ async def at_its_limit(mesh: Mesh) -> Caller:
     await mesh.worker.directory.change_account(caller.account, lambda account: replace(account, limits=limits))
     assert 200 == (await mesh.chat(caller, model="sim/plain")).status
     await mesh.quiet()
-    mesh.simulator.journal.clear()
+    mesh.simulator.history.clear()
     return caller
 
 

@@ -206,7 +206,7 @@ async def test_a_client_that_hangs_up_stops_the_provider_at_once(mesh):
         response.close()
     (entry,) = mesh.received
     await mesh.until(lambda: entry.ended == "client_closed")
-    assert 0 == mesh.simulator.journal.open_streams
+    assert 0 == mesh.simulator.history.open_streams
     settled = await mesh.settlement(caller)
     assert ("client_disconnected", "estimated") == (settled["outcome"], settled["usage_source"])
     assert 0 < await mesh.spent(caller) <= HELD_NUSD
@@ -260,7 +260,7 @@ async def test_a_client_that_does_not_read_holds_the_provider_back_and_may_then_
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     settled = await mesh.settlement(caller)
     assert "client_disconnected" == settled["outcome"]
-    assert [0, 0] == [mesh.simulator.journal.open_streams, mesh.worker.recorder.in_flight]
+    assert [0, 0] == [mesh.simulator.history.open_streams, mesh.worker.recorder.in_flight]
 
 
 async def test_a_slow_reader_gets_everything(start_mesh):
@@ -317,7 +317,7 @@ async def test_a_stream_ends_when_its_credit_does(start_mesh):
     assert "insufficient_credits" == settled["outcome"]
     balance = await mesh.balance(caller)
     assert balance.balance_nusd >= -slice_tokens * 10_000
-    await mesh.until(lambda: mesh.simulator.journal.open_streams == 0)
+    await mesh.until(lambda: mesh.simulator.history.open_streams == 0)
 
 
 async def test_a_stream_with_credit_is_renewed_to_its_end(start_mesh):

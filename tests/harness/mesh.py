@@ -20,8 +20,8 @@ from meshproxy.policy.principal import Principal
 from meshproxy.server.listener import Runner, listen
 from meshproxy.simulator import Running
 from meshproxy.simulator.behaviour import TRAITS
-from meshproxy.simulator.delivery import CUTTING
-from meshproxy.simulator.journal import Entry
+from meshproxy.simulator.delivery import ReceivedRequest
+from meshproxy.simulator.stream import CUTTING_FAULTS
 from tests.harness.books import Books, Caller
 from tests.harness.clients import CHAT, HELLO, Answer
 from tests.harness.waiting import PATIENCE_S, until
@@ -146,9 +146,9 @@ class Mesh:
         return principal
 
     @property
-    def received(self) -> list[Entry]:
+    def received(self) -> list[ReceivedRequest]:
         """What the provider was sent."""
-        return list(self.simulator.journal.entries)
+        return list(self.simulator.history.requests)
 
     @property
     def sent(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def settings_for(redis_url: str, provider_url: str, **tables: Any) -> Settings:
             "openai/gpt-4o": model("sim", "gpt-4o"),
             "router/gpt-4o": model("router", "gpt-4o"),
             **{f"sim/{trait}": model("sim", f"sim/{trait}?tokens=8") for trait in TRAITS},
-            **{f"sim/{trait}": model("sim", f"sim/{trait}?tokens=8&tps=200") for trait in CUTTING},
+            **{f"sim/{trait}": model("sim", f"sim/{trait}?tokens=8&tps=200") for trait in CUTTING_FAULTS},
             **{f"sim/error-{status}": model("sim", f"sim/error-{status}") for status in STATUSES},
         },
     }

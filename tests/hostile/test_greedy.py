@@ -60,7 +60,7 @@ async def test_what_a_stream_costs_whose_client_does_not_read(alone, mesh, measu
     assert each < STOPPED_BYTES
     for client in clients:
         client.close()
-    await mesh.until(lambda: mesh.simulator.journal.open_streams == 0)
+    await mesh.until(lambda: mesh.simulator.history.open_streams == 0)
 
 
 async def test_refusals_are_quick_and_what_was_admitted_keeps_its_pace(alone, mesh, measured):
@@ -68,7 +68,7 @@ async def test_refusals_are_quick_and_what_was_admitted_keeps_its_pace(alone, me
     gateway = await alone(server={"max_in_flight": admitted}, models=MEASURED)
     caller = await mesh.key(credit="1000", limits=FREE)
     streams = [asyncio.create_task(_gaps(gateway, caller)) for _ in range(admitted)]
-    await mesh.until(lambda: mesh.simulator.journal.open_streams == admitted)
+    await mesh.until(lambda: mesh.simulator.history.open_streams == admitted)
     refusals = [await _refused(gateway, caller) for _ in range(300)]
     gaps = [gap for stream in streams for gap in await stream]
     measured(f"a refusal: {statistics.median(refusals) * 1000:.2f} ms, at most {max(refusals) * 1000:.1f} ms")

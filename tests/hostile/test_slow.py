@@ -116,8 +116,8 @@ async def test_a_stream_that_nobody_reads_frees_all_that_it_has(start_mesh):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((mesh.host, mesh.port))
         client.sendall(request(b"Content-Length: %d" % len(body), body=body).replace(b"KEY", caller.secret.encode()))
-        await mesh.until(lambda: mesh.simulator.journal.open_streams == 1)
-        await mesh.until(lambda: mesh.simulator.journal.open_streams == 0)
+        await mesh.until(lambda: mesh.simulator.history.open_streams == 1)
+        await mesh.until(lambda: mesh.simulator.history.open_streams == 0)
         balance = await mesh.balance(caller)
     assert balance.held_nusd == 0
     assert balance.settled_nusd > 0

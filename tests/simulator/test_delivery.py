@@ -59,18 +59,18 @@ async def test_a_client_that_goes_ends_the_stream_at_once(wire, simulator):
     wire.ask(model="sim/tokens-30000?ttft=0&tps=200", stream=True)
     await wire.until(b"\n\n")
     wire.writer.close()
-    entry = simulator.journal.entries[-1]
+    entry = simulator.history.requests[-1]
     async with asyncio.timeout(5):
         while entry.ended == "open":
             await asyncio.sleep(0)
-    assert ("client_closed", True, 0) == (entry.ended, entry.tokens < 200, simulator.journal.open_streams)
+    assert ("client_closed", True, 0) == (entry.ended, entry.tokens < 200, simulator.history.open_streams)
 
 
 async def test_a_client_that_does_not_read_holds_the_stream_up(wire, simulator):
     """Backpressure: what isn't read isn't produced beyond the buffers of the sockets."""
     wire.writer.transport.pause_reading()
     wire.ask(model="sim/fast?tokens=32768&tag=greedy", n=4, stream=True)
-    entries = simulator.journal.entries
+    entries = simulator.history.requests
     while not entries or entries[-1].tokens < 100:
         await asyncio.sleep(0)
     seen = -1

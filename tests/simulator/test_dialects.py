@@ -13,7 +13,7 @@ SEED = 7
 
 
 async def post(http, dialect: str, **fields: Any) -> tuple[int, bytes]:
-    seed = {} if DIALECTS[dialect].knows else {"seed": SEED}
+    seed = {} if DIALECTS[dialect].accepted_fields else {"seed": SEED}
     body = {"model": f"sim/dialect-{dialect}+fast?tokens=24", "messages": HELLO, **seed, **fields}
     async with http.post("/v1/chat/completions", json=body) as answer:
         return answer.status, await answer.read()
@@ -21,7 +21,9 @@ async def post(http, dialect: str, **fields: Any) -> tuple[int, bytes]:
 
 async def stream(http, dialect: str, **fields: Any) -> list[Any]:
     """The events of a stream but [DONE], which asks for its usage wherever that isn't refused."""
-    options = ASKED if "stream_options" in (DIALECTS[dialect].knows or {"stream_options"}) else {"stream": True}
+    options = (
+        ASKED if "stream_options" in (DIALECTS[dialect].accepted_fields or {"stream_options"}) else {"stream": True}
+    )
     status, body = await post(http, dialect, **options, **fields)
     assert status == 200
     told = [text.removeprefix("data: ") for text in body.decode().split("\n") if text.startswith("data: ")]
@@ -51,7 +53,7 @@ def text_of(events: list[Any]) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
-@pytest.mark.parametrize("dialect", [name for name, dialect in DIALECTS.items() if dialect.knows is None])
+@pytest.mark.parametrize("dialect", [name for name, dialect in DIALECTS.items() if dialect.accepted_fields is None])
 async def test_a_stream_says_what_a_whole_answer_says(http, dialect):
     answer = await whole(http, dialect)
     assert text_of(await stream(http, dialect)) == answer["choices"][0]["message"]["content"]
@@ -200,5 +202,5 @@ BILLS = {  # prompt, of it cached, and all that was made
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["whole", "stream"])
 async def test_the_bill(http, simulator, dialect, fields):
     await post(http, dialect, **fields)
-    (entry,) = simulator.journal.entries
+    (entry,) = simulator.history.requests
     assert BILLS[dialect] == tuple(entry.billed.values())

@@ -17,7 +17,7 @@ def data_events(content):
 
 async def ended(simulator):
     """How the last request ended, once it has."""
-    while (entry := simulator.journal.entries[-1]).ended == "open":
+    while (entry := simulator.history.requests[-1]).ended == "open":
         await asyncio.sleep(0)
     return entry.ended
 
@@ -57,12 +57,12 @@ async def test_reset_resets(wire, simulator):
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_stall_lasts_until_the_client_goes(wire, simulator, model, head, stream):
     wire.ask(model=model + "+fast", stream=stream)
-    while not simulator.journal.open_requests:
+    while not simulator.history.open_requests:
         await asyncio.sleep(0)
     if head:
         assert b"" == (await wire.until(b"\r\n\r\n")).body
     wire.writer.close()
-    assert ("client_closed", 0) == (await ended(simulator), simulator.journal.entries[-1].tokens)
+    assert ("client_closed", 0) == (await ended(simulator), simulator.history.requests[-1].tokens)
 
 
 async def test_stall_mid_falls_silent_after_so_many_events(wire, simulator):
@@ -70,7 +70,7 @@ async def test_stall_mid_falls_silent_after_so_many_events(wire, simulator):
     answer = await wire.until(b'"content":"')
     while b'"content":"","refusal"' not in answer.content:
         answer.reads += (await wire.until(b"\n")).reads
-    while simulator.journal.entries[-1].events < 2:
+    while simulator.history.requests[-1].events < 2:
         await asyncio.sleep(0)
     wire.writer.close()
     assert "client_closed" == await ended(simulator)
@@ -234,7 +234,7 @@ async def test_whoever_follows_the_redirect_is_noted(http, simulator):
     asked = {"model": "sim/redirect", "messages": [{"role": "user", "content": "x"}]}
     async with http.post("/v1/chat/completions", json=asked) as answer:
         assert {"redirected": True} == json.loads(await answer.read())
-    assert "/_sim/redirected" == simulator.journal.entries[-1].path
+    assert "/_sim/redirected" == simulator.history.requests[-1].path
 
 
 @pytest.mark.parametrize(

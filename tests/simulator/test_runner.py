@@ -28,7 +28,7 @@ async def test_closing_cuts_what_is_open(wire, simulator):
     async with asyncio.timeout(5):
         await simulator.close()
         await wire.to_the_end()
-    assert 0 == simulator.journal.open_streams
+    assert 0 == simulator.history.open_streams
 
 
 async def test_an_ipv6_address_is_written_as_one():

@@ -221,7 +221,7 @@ async def _load(soak: Soak, gateway: Alone, store, simulator, seconds: float, pa
             await soak.run(for_s, look)
             cutting.cancel()
             await asyncio.sleep(QUIET_S)
-            simulator.journal.entries.clear()
+            simulator.history.requests.clear()
             return await look()
 
         before = await phase(max(seconds * 0.15, 20))

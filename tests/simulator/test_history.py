@@ -3,14 +3,8 @@
 import json
 from types import SimpleNamespace
 
-from meshproxy.simulator.journal import (
-    COMPLETED,
-    MAX_BODY_BYTES,
-    MAX_COUNTED,
-    MAX_ENTRIES,
-    MAX_KEPT_BYTES,
-    ExchangeLog,
-)
+from meshproxy.simulator.delivery import COMPLETED
+from meshproxy.simulator.server import MAX_BODY_BYTES, MAX_COUNTED, MAX_KEPT_BYTES, MAX_REQUESTS, RequestHistory
 
 HELLO = [{"role": "user", "content": "Hello"}]
 REQUEST = SimpleNamespace(method="POST", path_qs="/v1/chat/completions", raw_headers=[(b"X-A", b"1")])
@@ -53,29 +47,29 @@ async def test_healthz(http):
         assert (200, {"status": "ok"}) == (answer.status, json.loads(await answer.read()))
 
 
-def test_the_journal_forgets_the_oldest():
-    journal = ExchangeLog()
-    for _ in range(MAX_ENTRIES + 5):
-        journal.close(journal.open(REQUEST, b"{}"), COMPLETED)
-    assert (MAX_ENTRIES, 5) == (len(journal.entries), journal.entries[0].number)
-    assert MAX_ENTRIES + 5 == journal.totals[COMPLETED]
+def test_the_history_forgets_the_oldest():
+    history = RequestHistory()
+    for _ in range(MAX_REQUESTS + 5):
+        history.close(history.open(REQUEST, b"{}"), COMPLETED)
+    assert (MAX_REQUESTS, 5) == (len(history.requests), history.requests[0].number)
+    assert MAX_REQUESTS + 5 == history.totals[COMPLETED]
 
 
 def test_the_journal_keeps_bodies_within_a_bound():
-    journal = ExchangeLog()
+    history = RequestHistory()
     for _ in range(100):
-        journal.open(REQUEST, b"x" * (MAX_BODY_BYTES + 1))
-    assert MAX_KEPT_BYTES == sum(len(entry.raw_body) for entry in journal.entries)
+        history.open(REQUEST, b"x" * (MAX_BODY_BYTES + 1))
+    assert MAX_KEPT_BYTES == sum(len(entry.raw_body) for entry in history.requests)
 
 
 def test_counts_are_bounded_too():
-    journal = ExchangeLog()
-    assert [1, 2] == [journal.count("0"), journal.count("0")]
+    history = RequestHistory()
+    assert [1, 2] == [history.count("0"), history.count("0")]
     for name in range(1, MAX_COUNTED + 1):
-        journal.count(str(name))
-    assert 1 == journal.count("0")
+        history.count(str(name))
+    assert 1 == history.count("0")
 
 
 def test_what_is_no_json_is_told_as_text():
-    entry = ExchangeLog().open(REQUEST, b"\xff{")
-    assert (None, "\ufffd{") == (entry.told()["body"], entry.told()["body_text"])
+    entry = RequestHistory().open(REQUEST, b"\xff{")
+    assert (None, "\ufffd{") == (entry.as_json()["body"], entry.as_json()["body_text"])
