@@ -69,12 +69,12 @@ _TYPES = {
 
 
 class GatewayError(Exception):
-    """A request failed. `source` is the side that caused it; `problem` is the error response for the client."""
+    """A request failed. `source` is the side that caused it; `response` is the error response for the client."""
 
-    def __init__(self, source: Source, problem: ErrorResponse) -> None:
-        super().__init__(problem.message)
+    def __init__(self, source: Source, response: ErrorResponse) -> None:
+        super().__init__(response.message)
         self.source = source
-        self.problem = problem
+        self.response = response
 
 
 class Phase(StrEnum):
@@ -91,32 +91,32 @@ class UpstreamError(GatewayError):
     """An attempt at a provider failed.
 
     `safe_to_repeat`: another attempt may be made. `another_model`: only an attempt with another model may be made,
-    since this one refuses the request. `answered`: the provider's status, if it gave one. `unreadable`: the provider
+    since this one refuses the request. `upstream_status`: the provider's status, if it gave one. `unreadable`: the provider
     answered, but the gateway could not read or keep the answer, so the provider isn't at fault. `phase`, `reason` and
-    `words` (the provider's message) are for the log.
+    `provider_message` are for the log.
     """
 
     def __init__(
         self,
-        problem: ErrorResponse,
+        response: ErrorResponse,
         *,
         safe_to_repeat: bool,
-        answered: int | None = None,
+        upstream_status: int | None = None,
         another_model: bool = False,
         unreadable: bool = False,
         phase: Phase = Phase.BODY,
         reason: str | None = None,
-        words: str | None = None,
+        provider_message: str | None = None,
         source: Source = Source.UPSTREAM,
     ) -> None:
-        super().__init__(source, problem)
+        super().__init__(source, response)
         self.safe_to_repeat = safe_to_repeat
-        self.answered = answered
+        self.upstream_status = upstream_status
         self.another_model = another_model
         self.unreadable = unreadable
         self.phase = phase
         self.reason = reason
-        self.words = words
+        self.provider_message = provider_message
 
 
 def unauthorized(message: str) -> ErrorResponse:

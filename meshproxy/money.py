@@ -37,5 +37,5 @@ def format_usd(amount_nusd: int) -> str:
 def in_usd(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's fields for display: each amount `X_nusd` becomes `X_usd`, a decimal string or None."""
     amounts = {name: amount for name, amount in fields.items() if name.endswith("_nusd")}
-    told = {name: None if amount is None else format_usd(amount) for name, amount in amounts.items()}
-    return {name.replace("_nusd", "_usd"): told.get(name, value) for name, value in fields.items()}
+    formatted = {name: None if amount is None else format_usd(amount) for name, amount in amounts.items()}
+    return {name.replace("_nusd", "_usd"): formatted.get(name, value) for name, value in fields.items()}

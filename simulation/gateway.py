@@ -19,8 +19,8 @@ from meshproxy.app import load as loading
 from meshproxy.app import serve as serving
 from meshproxy.app import worker
 from meshproxy.app.load import Loaded, load
+from meshproxy.ledger.administration import Administration
 from meshproxy.ledger.connection import connect
-from meshproxy.ledger.desk import Desk
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
@@ -210,9 +210,9 @@ class Gateway:
             self._desk_store = None
         return ended
 
-    async def desk(self, actor: str = "operator") -> Desk:
+    async def administration(self, actor: str = "operator") -> Administration:
         """Return a desk for keys, accounts, grants and limits, over a connection of the caller's process to the store."""
         if self._desk_store is None:
             self._desk_store = await connect(loaded(self.text).settings.redis)
         store = self._desk_store
-        return Desk(store, Directory(store), Ledger(store), actor)
+        return Administration(store, Directory(store), Ledger(store), actor)

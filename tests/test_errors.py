@@ -33,9 +33,16 @@ FAMILY = [
 ]
 
 
-@pytest.mark.parametrize("problem, status, code, kind, param, retry_after_s, may_have_run", FAMILY)
-def test_the_family(problem, status, code, kind, param, retry_after_s, may_have_run):
-    actual = (problem.status, problem.code, problem.type, problem.param, problem.retry_after_s, problem.may_have_run)
+@pytest.mark.parametrize("response, status, code, kind, param, retry_after_s, may_have_run", FAMILY)
+def test_the_family(response, status, code, kind, param, retry_after_s, may_have_run):
+    actual = (
+        response.status,
+        response.code,
+        response.type,
+        response.param,
+        response.retry_after_s,
+        response.may_have_run,
+    )
     assert (status, code, kind, param, retry_after_s, may_have_run) == actual
 
 
@@ -45,17 +52,17 @@ def test_the_family_is_whole():
         for name, member in vars(errors).items()
         if callable(member) and getattr(member, "__annotations__", {}).get("return") is ErrorResponse
     }
-    covered = {"invalid" if problem.code == "validation_error" else problem.code for problem, *_ in FAMILY}
+    covered = {"invalid" if response.code == "validation_error" else response.code for response, *_ in FAMILY}
     assert makers == covered
 
 
 def test_every_problem_says_something():
-    assert all(problem.message for problem, *_ in FAMILY)
+    assert all(response.message for response, *_ in FAMILY)
 
 
 def test_details_and_a_providers_words_are_kept():
-    problem = ErrorResponse(400, "c", "m", details=(DETAIL, DETAIL), provider_error={"a": 1})
-    assert ((DETAIL, DETAIL), {"a": 1}) == (problem.details, problem.provider_error)
+    response = ErrorResponse(400, "c", "m", details=(DETAIL, DETAIL), provider_error={"a": 1})
+    assert ((DETAIL, DETAIL), {"a": 1}) == (response.details, response.provider_error)
 
 
 @pytest.mark.parametrize("maker", [errors.model_not_found, errors.template_not_found])
@@ -64,16 +71,16 @@ def test_a_name_that_is_not_found_is_not_echoed_without_end(maker):
 
 
 def test_a_fault_carries_its_source_and_its_problem():
-    problem = errors.not_found("gone")
-    fault = GatewayError(Source.CLIENT, problem)
-    assert (Source.CLIENT, problem, "gone") == (fault.source, fault.problem, str(fault))
+    response = errors.not_found("gone")
+    fault = GatewayError(Source.CLIENT, response)
+    assert (Source.CLIENT, response, "gone") == (fault.source, fault.response, str(fault))
 
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_an_upstream_fault_says_whether_another_may_be_asked(safe):
-    problem = errors.upstream_error("reset", may_have_run=not safe)
-    fault = UpstreamError(problem, safe_to_repeat=safe)
-    assert (Source.UPSTREAM, problem, safe) == (fault.source, fault.problem, fault.safe_to_repeat)
+    response = errors.upstream_error("reset", may_have_run=not safe)
+    fault = UpstreamError(response, safe_to_repeat=safe)
+    assert (Source.UPSTREAM, response, safe) == (fault.source, fault.response, fault.safe_to_repeat)
 
 
 def test_an_unlisted_status_has_a_type_too():

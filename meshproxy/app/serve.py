@@ -28,8 +28,8 @@ from meshproxy.app.worker import with_redis
 from meshproxy.app.worker_process import Report, RunningWorker
 from meshproxy.config import ConfigError, Secrets, Settings
 from meshproxy.gateway.record import MAX_FAILURES, MAX_REFUSED, Failure, Refused
+from meshproxy.ledger.administration import Administration, store_warnings
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
-from meshproxy.ledger.desk import Desk, store_doubts
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
@@ -248,9 +248,11 @@ async def run(
         stack.callback(sink.close)
         config = RunningConfig(await stack.enter_async_context(with_redis(settings)), secrets, journal)
         workers: Workers = RunningWorker(config, data[0], sink) if worker_count == 1 else Supervisor(config, data)
-        desk = await stack.enter_async_context(_open_desk(config)) if secrets.admin_token is not None else None
+        administration = (
+            await stack.enter_async_context(_open_administration(config)) if secrets.admin_token is not None else None
+        )
         state = WorkersState(workers, worker_count)
-        admin_app = create_admin(state, secrets.admin_token, settings.server.admin_hosts, desk)
+        admin_app = create_admin(state, secrets.admin_token, settings.server.admin_hosts, administration)
         runner = Runner(admin_app, None, _admin_limits(workers))
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -259,7 +261,7 @@ async def run(
         await web.SockSite(runner, admin).start()
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
-        tasks.keep("history", state.keep_history)
+        tasks.supervise("history", state.keep_history)
         stopped = _on_signals(workers, Reloader(settings, reload) if reload is not None else None, tasks, watch)
         event = "serving" if worker_count == 1 else "supervising"
         _log.info(event, data=addresses[0], admin=addresses[1], workers=worker_count, version=VERSION)
@@ -279,12 +281,12 @@ async def run(
 
 
 @contextlib.asynccontextmanager
-async def _open_desk(config: RunningConfig) -> AsyncIterator[Desk]:
-    """Open the admin API's desk over its own connection to Redis, which is made in the background."""
+async def _open_administration(config: RunningConfig) -> AsyncIterator[Administration]:
+    """Open the admin API's `Administration` over its own connection to Redis, which is made in the background."""
     dialling = Tasks()
-    store = await connect(config.settings.redis, wait=False, keep=dialling.keep)
+    store = await connect(config.settings.redis, wait=False, supervise=dialling.supervise)
     try:
-        yield Desk(store, Directory(store), Ledger(store), "admin")
+        yield Administration(store, Directory(store), Ledger(store), "admin")
     finally:
         await store.close()
         await dialling.close()
@@ -295,7 +297,7 @@ async def _warn_about_redis(config: RunningConfig) -> None:
     with contextlib.suppress(Unavailable, StoreError):
         store = await connect(config.settings.redis)
         try:
-            for doubt in await store_doubts(store):
+            for doubt in await store_warnings(store):
                 _log.warning("redis_warning", warning=doubt)
         finally:
             await store.close()
@@ -332,9 +334,9 @@ def _on_signals(workers: Workers, reloader: Reloader | None, tasks: Tasks, watch
         loop.add_signal_handler(signum, stop)
     if reloader is not None:
         loop.add_signal_handler(signal.SIGHUP, hangup.set)
-        tasks.keep("reload", reload_when_asked)
+        tasks.supervise("reload", reload_when_asked)
         if watch is not None:
-            tasks.keep("watch", partial(_poll_files, watch, hangup))
+            tasks.supervise("watch", partial(_poll_files, watch, hangup))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     return stopped
 

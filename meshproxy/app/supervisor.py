@@ -105,7 +105,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """Start the workers and keep them alive."""
-        self._keepers = [self._tasks.keep("worker-keeper", partial(self._keep, sock)) for sock in self._sockets]
+        self._keepers = [self._tasks.supervise("worker-keeper", partial(self._keep, sock)) for sock in self._sockets]
 
     async def prepare(self, config: RunningConfig) -> list[str]:
         """Have every worker build what this needs, and return what can't be built.

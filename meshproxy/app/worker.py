@@ -25,14 +25,14 @@ from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.gateway.idempotency import IdempotencyKeys
 from meshproxy.gateway.in_flight import InFlight
 from meshproxy.gateway.pipeline import Gateway
-from meshproxy.gateway.record import Accounts, Recorder, Spans
+from meshproxy.gateway.record import AccountMetrics, Recorder, Spans
 from meshproxy.gateway.settle import Settler
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.journal import Journal, SettlementsLost, other_journals
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.local import Instances, LocalAdmission
+from meshproxy.ledger.local import LocalAdmission, WorkerCount
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Store, Unavailable
 from meshproxy.money import parse_usd
@@ -130,7 +130,7 @@ class Worker:
         self.live = InFlight(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         if settings.metrics.accounts == "all":
-            self.recorder.accounts = Accounts(self.metrics, settings.metrics.accounts_max)
+            self.recorder.accounts = AccountMetrics(self.metrics, settings.metrics.accounts_max)
         self.stopping = False
         self._had_ledger = settings.redis.on_failure == "local"  # or doesn't need it
         self._closed_unserved = 0  # connections closed for lack of descriptors, since that was last logged
@@ -151,10 +151,10 @@ class Worker:
         instances = local = None
         if redis.on_failure == "local":
             workers = self.settings.server.workers or len(os.sched_getaffinity(0))
-            instances = Instances(self.store, boot_id, at_least=workers)
+            instances = WorkerCount(self.store, boot_id, at_least=workers)
             allowance_nusd = parse_usd(redis.local_allowance_usd)
             local = LocalAdmission(allowance_nusd, instances, time.monotonic, lambda: self.journal.room_bytes)
-            local.found(self.journal)
+            local.count_journaled(self.journal)
         settler = Settler(self.ledger, self.journal, local, self.tasks, time.time, time.monotonic)
         self._settler = settler
         self._charge = settler.charge
@@ -173,7 +173,7 @@ class Worker:
             live=self.live,
             clock=time.monotonic,
             wall_clock=time.time,
-            spin=random.random,
+            random=random.random,
             boot_id=boot_id,
         )
         trusted_proxies = TrustedProxies(self.settings.server.trusted_proxies)
@@ -181,14 +181,14 @@ class Worker:
         self.api = Api(self.gateway, self._authenticator, self.directory, self.ledger, self.store, self.chat.client_of)
         self._set_generation(generation)
         self._bind_gauges()
-        self.loops.keep("pulse", partial(self.live.pulse, lambda: self.settings), is_vital=True)
-        self.loops.keep("journal", partial(self.journal.keep_replaying, self._charge), is_vital=True)
-        self.loops.keep("loop-lag", partial(watch_lag, self.metrics.event_loop_lag.labels().observe))
-        self.loops.keep("refusals", self.ledger.note_refusals)
+        self.loops.supervise("pulse", partial(self.live.pulse, lambda: self.settings), is_vital=True)
+        self.loops.supervise("journal", partial(self.journal.keep_replaying, self._charge), is_vital=True)
+        self.loops.supervise("loop-lag", partial(watch_lag, self.metrics.event_loop_lag.labels().observe))
+        self.loops.supervise("refusals", self.ledger.note_refusals)
         if instances is not None:
-            self.loops.keep("instances", instances.beat)
+            self.loops.supervise("instances", instances.beat)
         if self.recorder.accounts is not None:
-            self.loops.keep("balances", partial(self._watch_balances, self.recorder.accounts))
+            self.loops.supervise("balances", partial(self._watch_balances, self.recorder.accounts))
 
     async def serve_chat(self, request: web.BaseRequest) -> web.StreamResponse:
         """Handle a chat completion. For a listener that is made before the worker has started."""
@@ -246,7 +246,7 @@ class Worker:
         self.settings = settings
         self._secrets = prepared.secrets
         unchanged = [name for name, provider in old.providers.items() if new.providers.get(name) is provider]
-        self.gateway.health.keep(unchanged)
+        self.gateway.health.retain(unchanged)
         self._set_generation(new.generation)
         self._bind_upstream_gauges()
         for name, provider in old.providers.items():
@@ -285,7 +285,7 @@ class Worker:
         """Return the store. A Redis that doesn't answer is dialled in the background; calls raise Unavailable."""
         listeners: dict[str, Any] = {
             "on_op": self._on_op,
-            "keep": self._dialling.keep,
+            "supervise": self._dialling.supervise,
             "on_change": self._on_ledger_change,
         }
         try:
@@ -338,7 +338,7 @@ class Worker:
         self.metrics.in_flight_limit.labels().set_function(lambda: float(self.settings.server.max_in_flight))
         self.metrics.ledger_connected.labels().set_function(lambda: float(self.store.connected))
         self.metrics.journal_pending.labels().set_function(lambda: float(len(self.journal)))
-        self.metrics.in_flight.labels("settle").set_function(lambda: float(self._settler.under_way))
+        self.metrics.in_flight.labels("settle").set_function(lambda: float(self._settler.pending))
         self._bind_upstream_gauges()
 
     def _bind_upstream_gauges(self) -> None:
@@ -351,7 +351,7 @@ class Worker:
     def _is_in_state(self, upstream: str, state: str) -> float:
         return float(upstream in self.settings.upstreams and self.gateway.health.state(upstream) == state)
 
-    async def _watch_balances(self, accounts: Accounts) -> None:
+    async def _watch_balances(self, accounts: AccountMetrics) -> None:
         """Show the balances of the accounts that have metrics: all of them again when there is a new one."""
         while True:
             names = list(accounts.names)

@@ -2,10 +2,10 @@
 
 import argparse
 
-from meshproxy.cli.arguments import account, count, open_desk, signed_usd
+from meshproxy.cli.arguments import account, count, open_administration, signed_usd
 from meshproxy.cli.command_line import Output, UsageError, add_command
 from meshproxy.cli.keys import add_limit_flags, budgets_of, limits_of
-from meshproxy.ledger.desk import MAX_NOTE, MAX_REF, Bounds
+from meshproxy.ledger.administration import MAX_NOTE, MAX_REF, Bounds
 
 COLUMNS = ["account", "status", "balance_usd", "held_usd", "available_usd", "spent_today_usd", "spent_month_usd"]
 GRANT_COLUMNS = ["granted_at", "amount_usd", "balance_usd", "ref", "note", "actor"]
@@ -42,8 +42,8 @@ async def list_accounts(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts list --json | jq -r '.[] | select(.available_usd | tonumber < 1) | .account'
     meshproxy accounts list --limit 100 --after acme
     """
-    async with open_desk(args) as desk:
-        found = await desk.accounts(limit=args.limit, after=args.after)
+    async with open_administration(args) as administration:
+        found = await administration.accounts(limit=args.limit, after=args.after)
     rows = [
         {**each, "spent_today_usd": each["spend"]["day_usd"], "spent_month_usd": each["spend"]["month_usd"]}
         for each in found
@@ -57,8 +57,8 @@ async def show(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts show acme
     meshproxy accounts show acme --json | jq -r .available_usd
     """
-    async with open_desk(args) as desk:
-        out.print_record(await desk.account(args.account))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.account(args.account))
 
 
 async def limits(args: argparse.Namespace, out: Output) -> None:
@@ -69,8 +69,8 @@ async def limits(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts limits acme --clear                remove all of them
     """
     bounds = Bounds(limits=limits_of(args), budgets=budgets_of(args), clear=args.clear)
-    async with open_desk(args) as desk:
-        out.print_record(await desk.account_limits(args.account, bounds))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.account_limits(args.account, bounds))
 
 
 async def suspend(args: argparse.Namespace, out: Output) -> None:
@@ -78,8 +78,8 @@ async def suspend(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy accounts suspend acme
     """
-    async with open_desk(args) as desk:
-        out.print_record(await desk.set_account_status(args.account, "suspended"))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.set_account_status(args.account, "suspended"))
 
 
 async def resume(args: argparse.Namespace, out: Output) -> None:
@@ -87,8 +87,8 @@ async def resume(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy accounts resume acme
     """
-    async with open_desk(args) as desk:
-        out.print_record(await desk.set_account_status(args.account, "active"))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.set_account_status(args.account, "active"))
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
@@ -98,8 +98,8 @@ async def delete(args: argparse.Namespace, out: Output) -> None:
     """
     if not args.yes:
         raise UsageError(f"argument --yes: required to delete {args.account} for good")
-    async with open_desk(args) as desk:
-        out.print_record(await desk.delete_account(args.account))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.delete_account(args.account))
 
 
 async def audit(args: argparse.Namespace, out: Output) -> None:
@@ -108,8 +108,8 @@ async def audit(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts audit
     meshproxy accounts audit --limit 1000 --json | jq '.[] | select(.account == "acme")'
     """
-    async with open_desk(args) as desk:
-        out.print_rows(await desk.audit(args.limit), AUDIT_COLUMNS, empty="no changes")
+    async with open_administration(args) as administration:
+        out.print_rows(await administration.audit(args.limit), AUDIT_COLUMNS, empty="no changes")
 
 
 def add_credits(parser: argparse.ArgumentParser) -> None:
@@ -139,8 +139,8 @@ async def grant(args: argparse.Namespace, out: Output) -> None:
     for flag, text, most in (("--note", args.note, MAX_NOTE), ("--ref", args.ref, MAX_REF)):
         if len(text) > most:
             raise UsageError(f"argument {flag}: at most {most} characters")
-    async with open_desk(args) as desk:
-        out.print_record(await desk.grant(args.account, args.amount, args.note, args.ref))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.grant(args.account, args.amount, args.note, args.ref))
 
 
 async def show_credit(args: argparse.Namespace, out: Output) -> None:
@@ -149,8 +149,8 @@ async def show_credit(args: argparse.Namespace, out: Output) -> None:
     meshproxy credits show acme
     meshproxy credits show acme --json | jq -r .available_usd
     """
-    async with open_desk(args) as desk:
-        out.print_record(await desk.credit(args.account))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.credit(args.account))
 
 
 async def history(args: argparse.Namespace, out: Output) -> None:
@@ -158,5 +158,5 @@ async def history(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy credits history acme
     """
-    async with open_desk(args) as desk:
-        out.print_rows(await desk.grants(args.account), GRANT_COLUMNS, empty="no grants")
+    async with open_administration(args) as administration:
+        out.print_rows(await administration.grants(args.account), GRANT_COLUMNS, empty="no grants")

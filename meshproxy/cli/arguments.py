@@ -21,7 +21,7 @@ from meshproxy.money import parse_usd
 from meshproxy.times import parse_moment, parse_span
 
 if TYPE_CHECKING:
-    from meshproxy.ledger.desk import Desk
+    from meshproxy.ledger.administration import Administration
 
 MAX_COUNT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 DAY_MIN = 1440  # refusals are counted for so many minutes
@@ -160,13 +160,13 @@ def load_redis(args: argparse.Namespace) -> Redis:
 
 
 @asynccontextmanager
-async def open_desk(args: argparse.Namespace) -> "AsyncIterator[Desk]":
+async def open_administration(args: argparse.Namespace) -> "AsyncIterator[Administration]":
     """Open the desk over the configuration's store, and close it at the end.
 
     Raises CommandError if the store can't be reached.
     """
+    from meshproxy.ledger.administration import Administration  # noqa: PLC0415
     from meshproxy.ledger.connection import StoreError, Unavailable, connect  # noqa: PLC0415 - redis-py; see above
-    from meshproxy.ledger.desk import Desk  # noqa: PLC0415
     from meshproxy.ledger.directory import Directory  # noqa: PLC0415
     from meshproxy.ledger.ledger import Ledger  # noqa: PLC0415
 
@@ -179,11 +179,11 @@ async def open_desk(args: argparse.Namespace) -> "AsyncIterator[Desk]":
     try:
         store = await connect(settings)
         try:
-            yield Desk(store, Directory(store), Ledger(store), _actor())
+            yield Administration(store, Directory(store), Ledger(store), _actor())
         finally:
             await store.close()
     except Unavailable as error:
-        raise CommandError(error.problem.code, f"{shown}: {error.reason}") from error
+        raise CommandError(error.response.code, f"{shown}: {error.reason}") from error
     except StoreError as error:
         raise CommandError("store_error", f"{shown}: {error}") from error
 

@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         out.print_error(error.code, str(error))
     except GatewayError as error:
-        out.print_error(error.problem.code, error.problem.message, error.problem.details)
+        out.print_error(error.response.code, error.response.message, error.response.details)
     except BrokenPipeError:  # `meshproxy usage | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

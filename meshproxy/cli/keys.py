@@ -5,9 +5,9 @@ from typing import Any
 
 from msgspec import UNSET
 
-from meshproxy.cli.arguments import account, count, future, moment, names, open_desk, param, span, usd
+from meshproxy.cli.arguments import account, count, future, moment, names, open_administration, param, span, usd
 from meshproxy.cli.command_line import Commands, Output, UsageError, add_command
-from meshproxy.ledger.desk import Bounds, Desk, KeyChange
+from meshproxy.ledger.administration import Administration, Bounds, KeyChange
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
 from meshproxy.policy.template import check_params
 
@@ -171,8 +171,8 @@ async def create(args: argparse.Namespace, out: Output) -> None:
         clamp=args.clamp,
         bounds=_bounds(args),
     )
-    async with open_desk(args) as desk:
-        created = await desk.create_key(args.account, change)
+    async with open_administration(args) as administration:
+        created = await administration.create_key(args.account, change)
     out.print_record(created, note=ONCE_NOTE)
 
 
@@ -183,8 +183,8 @@ async def list_keys(args: argparse.Namespace, out: Output) -> None:
     meshproxy keys list --account acme --json
     meshproxy keys list --limit 100 --after key_3f2aXq
     """
-    async with open_desk(args) as desk:
-        keys = await desk.keys(args.account, limit=args.limit, after=args.after)
+    async with open_administration(args) as administration:
+        keys = await administration.keys(args.account, limit=args.limit, after=args.after)
     rows = [{**key, "spend_usd": key["spend"]["total_usd"], "budget_usd": key["budgets"]["total_usd"]} for key in keys]
     out.print_rows(keys if out.as_json else rows, COLUMNS, empty="no keys")
 
@@ -194,8 +194,8 @@ async def show(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy keys show key_3f2a                          any unique beginning of an id
     """
-    async with open_desk(args) as desk:
-        out.print_record(await desk.key(args.key))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.key(args.key))
 
 
 async def update(args: argparse.Namespace, out: Output) -> None:
@@ -217,8 +217,8 @@ async def update(args: argparse.Namespace, out: Output) -> None:
     )
     if change == KeyChange():
         raise UsageError("no flag names a change")
-    async with open_desk(args) as desk:
-        out.print_record(await desk.change_key(args.key, change))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.change_key(args.key, change))
 
 
 async def rotate(args: argparse.Namespace, out: Output) -> None:
@@ -227,8 +227,8 @@ async def rotate(args: argparse.Namespace, out: Output) -> None:
     meshproxy keys rotate key_3f2a                        the old secret stops working now
     meshproxy keys rotate key_3f2a --grace 24h            both work for a day
     """
-    async with open_desk(args) as desk:
-        rotated = await desk.rotate_key(args.key, args.grace)
+    async with open_administration(args) as administration:
+        rotated = await administration.rotate_key(args.key, args.grace)
     out.print_record(rotated, note=ONCE_NOTE)
 
 
@@ -269,24 +269,24 @@ async def limits(args: argparse.Namespace, out: Output) -> None:
     if args.account is not None and args.session_budget is not None:
         raise UsageError("argument --session-budget: only a key has one, not an account")
     bounds = _bounds(args)
-    async with open_desk(args) as desk:
+    async with open_administration(args) as administration:
         if args.account is not None:
-            out.print_record(await desk.account_limits(args.account, bounds))
+            out.print_record(await administration.account_limits(args.account, bounds))
         else:
-            out.print_record(await _key_limits(desk, args.key, bounds))
+            out.print_record(await _key_limits(administration, args.key, bounds))
 
 
-async def _key_limits(desk: Desk, key_id: str, bounds: Bounds) -> dict[str, Any]:
-    key = await desk.change_key(key_id, KeyChange(bounds=bounds), action="key.limits")
+async def _key_limits(administration: Administration, key_id: str, bounds: Bounds) -> dict[str, Any]:
+    key = await administration.change_key(key_id, KeyChange(bounds=bounds), action="key.limits")
     return {name: key[name] for name in ("id", "account", "limits", "budgets", "session_budgets")}
 
 
 async def _set_status(args: argparse.Namespace, out: Output, status: Status) -> None:
-    async with open_desk(args) as desk:
+    async with open_administration(args) as administration:
         if args.account is not None:
-            out.print_record(await desk.set_account_status(args.account, status))
+            out.print_record(await administration.set_account_status(args.account, status))
         else:
-            out.print_record(await desk.set_key_status(args.key, status))
+            out.print_record(await administration.set_key_status(args.key, status))
 
 
 def _bounds(args: argparse.Namespace) -> Bounds:

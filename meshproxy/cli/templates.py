@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from meshproxy.cli.arguments import account, open_desk, variable
+from meshproxy.cli.arguments import account, open_administration, variable
 from meshproxy.cli.command_line import CommandError, Output, add_command
 from meshproxy.policy.template import check_template, render, to_public
 
@@ -67,8 +67,8 @@ async def put(args: argparse.Namespace, out: Output) -> None:
     echo '{"system": "Greet {{ name }}."}' | meshproxy templates put greeter --file - --account acme
     """
     fields = check_template(_template_json(args.name, _read(args.file)), partial=False)
-    async with open_desk(args) as desk:
-        out.print_record(await desk.put_template(args.account, args.name, fields))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.put_template(args.account, args.name, fields))
 
 
 async def list_templates(args: argparse.Namespace, out: Output) -> None:
@@ -77,8 +77,8 @@ async def list_templates(args: argparse.Namespace, out: Output) -> None:
     meshproxy templates list                            templates of every account, and global ones
     meshproxy templates list --account acme             only those that acme can use
     """
-    async with open_desk(args) as desk:
-        out.print_rows(await desk.templates(args.account), COLUMNS, empty="no templates")
+    async with open_administration(args) as administration:
+        out.print_rows(await administration.templates(args.account), COLUMNS, empty="no templates")
 
 
 async def show(args: argparse.Namespace, out: Output) -> None:
@@ -86,8 +86,8 @@ async def show(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy templates show greeter --json > greeter.json
     """
-    async with open_desk(args) as desk:
-        out.print_record(to_public(await desk.template(args.account, args.name)))
+    async with open_administration(args) as administration:
+        out.print_record(to_public(await administration.template(args.account, args.name)))
 
 
 async def delete(args: argparse.Namespace, out: Output) -> None:
@@ -95,8 +95,8 @@ async def delete(args: argparse.Namespace, out: Output) -> None:
 
     meshproxy templates delete greeter --account acme
     """
-    async with open_desk(args) as desk:
-        out.print_record(await desk.delete_template(args.account, args.name))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.delete_template(args.account, args.name))
 
 
 async def render_messages(args: argparse.Namespace, out: Output) -> None:
@@ -105,8 +105,8 @@ async def render_messages(args: argparse.Namespace, out: Output) -> None:
     meshproxy templates render greeter --var name=Ada
     meshproxy templates render greeter --account acme --var name=Ada --json
     """
-    async with open_desk(args) as desk:
-        template = await desk.template(args.account, args.name)
+    async with open_administration(args) as administration:
+        template = await administration.template(args.account, args.name)
     messages = render(template, dict(args.var))
     out.print(messages, "\n".join(map(_readable, messages)))
 

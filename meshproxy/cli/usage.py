@@ -17,10 +17,10 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from meshproxy.cli.arguments import account, count, minutes, names, open_desk, past
+from meshproxy.cli.arguments import account, count, minutes, names, open_administration, past
 from meshproxy.cli.command_line import Output, UsageError, add_command, make_command, table
+from meshproxy.ledger.administration import GROUP_ALIASES, NUMERIC_FIELDS, USAGE_SPAN_S
 from meshproxy.ledger.connection import Store
-from meshproxy.ledger.desk import BY, NUMBERS, USAGE_SPAN_S
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.usage_report import GROUPS
 from meshproxy.money import format_usd, in_usd
@@ -61,17 +61,19 @@ async def report(args: argparse.Namespace, out: Output) -> None:
     since = until - USAGE_SPAN_S if args.since is None else args.since
     if since > until:
         raise UsageError("argument --since: after --until")
-    if unknown := set(args.by) - BY.keys():
-        raise UsageError(f"argument --by: {min(unknown)!r} is not one of {', '.join(BY)}")
-    groups = [name for name in GROUPS if name in {BY[word] for word in args.by}]
-    async with open_desk(args) as desk:
+    if unknown := set(args.by) - GROUP_ALIASES.keys():
+        raise UsageError(f"argument --by: {min(unknown)!r} is not one of {', '.join(GROUP_ALIASES)}")
+    groups = [name for name in GROUPS if name in {GROUP_ALIASES[word] for word in args.by}]
+    async with open_administration(args) as administration:
         notice = asyncio.create_task(_print_notice())
         try:
-            rows = await desk.usage(args.account, group_by=groups, session_id=args.session, since=since, until=until)
+            rows = await administration.usage(
+                args.account, group_by=groups, session_id=args.session, since=since, until=until
+            )
         finally:
             notice.cancel()
     if args.format == "csv":
-        sys.stdout.write(as_csv(rows, ["account", *groups, *NUMBERS]))
+        sys.stdout.write(as_csv(rows, ["account", *groups, *NUMERIC_FIELDS]))
         return
     output = Output(as_json=out.as_json or args.format == "json")
     output.print_rows(rows, ["account", *groups, *TEXT_COLUMNS], empty="no usage")
@@ -107,8 +109,8 @@ async def show_request(args: argparse.Namespace, out: Output) -> None:
     meshproxy requests show 018f2c6e-7a31
     meshproxy requests show 018f2c6e-7a31 --json | jq -r .cost_usd
     """
-    async with open_desk(args) as desk:
-        out.print_record(await desk.request(args.request_id))
+    async with open_administration(args) as administration:
+        out.print_record(await administration.request(args.request_id))
 
 
 SLOT_S = 5
@@ -231,10 +233,10 @@ async def top(args: argparse.Namespace, out: Output) -> None:
     meshproxy top --once --json               one snapshot for a script
     """
     empty = f"nothing was settled in the last {args.minutes} min"
-    async with open_desk(args) as desk:
-        window = UsageWindow(desk.store, await desk.account_names(args.account), args.minutes * 60)
+    async with open_administration(args) as administration:
+        window = UsageWindow(administration.store, await administration.account_names(args.account), args.minutes * 60)
         while True:
-            refused = await desk.ledger.refusals(window.accounts, args.minutes)
+            refused = await administration.ledger.refusals(window.accounts, args.minutes)
             used = with_refusals(await window.read(), dict(zip(window.accounts, refused, strict=True)))
             rows = [_printed(row, args.minutes) for row in used]
             if args.once or args.json or not sys.stdout.isatty():

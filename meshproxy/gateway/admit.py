@@ -42,17 +42,17 @@ def may_clamp(principal: Principal, credit: Credits) -> bool:
     return credit.clamp if principal.key.clamp is None else principal.key.clamp
 
 
-def affordable(plan: Plan, admitted: Hold, *, clamp: bool) -> Plan:
+def affordable(plan: Plan, hold: Hold, *, clamp: bool) -> Plan:
     """Return the plan capped at what was held; with `clamp`, a stream's plan capped at the credit available.
 
     An output that only the model bounds gets a cap where less than the held amount is still available. Otherwise a
     configured `max_output_tokens` that is too low could overdraw an account that is nearly empty.
     """
     if not plan.holds_whole:
-        return plan.clamped_to(admitted.amount_nusd + max(admitted.available_nusd, 0)) if clamp else plan
-    held = plan.clamped_to(admitted.amount_nusd)
+        return plan.clamped_to(hold.amount_nusd + max(hold.available_nusd, 0)) if clamp else plan
+    held = plan.clamped_to(hold.amount_nusd)
     is_bounded = held.clamped or plan.request.max_tokens is not None
-    return held if is_bounded or admitted.available_nusd >= admitted.amount_nusd else held.capped_at(held.output_limit)
+    return held if is_bounded or hold.available_nusd >= hold.amount_nusd else held.capped_at(held.output_limit)
 
 
 def _minimum_output(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
@@ -86,14 +86,14 @@ def make_hold_request(
     """
     key = principal.key
     clamp = may_clamp(principal, credit)
-    least = _minimum_output(plan, credit, clamp=clamp)
+    minimum_output = _minimum_output(plan, credit, clamp=clamp)
     return HoldRequest(
         hold_id=hold_id,
         account=principal.account.name,
         key_id=key.id,
         session=plan.request.session_id,
         amount_nusd=plan.hold_nusd(covered),
-        amount_min_nusd=None if least is None else plan.hold_nusd(least),
+        amount_min_nusd=None if minimum_output is None else plan.hold_nusd(minimum_output),
         share_percent=SHORT_SHARE_PERCENT if plan.holds_whole and not (clamp and plan.request.max_tokens) else 100,
         tokens=plan.prompt_tokens + (covered if enforce_mid_stream else plan.output_tokens),
         ttl_ms=int(credit.hold_ttl_s * 1000),
@@ -136,7 +136,7 @@ RENEW_RETRY_S = 0.25
 MAX_RENEW_RETRIES = 40  # ten seconds; after that a stream that has neither credit nor a ledger ends
 
 
-class Credit:
+class CreditSource:
     """Where holds are taken and renewed. `local` is None where a lost Redis denies (`redis.on_failure`).
     `enforce_tokens`: an empty token bucket ends a stream too.
     """
@@ -155,7 +155,7 @@ class Lease:
 
     `is_local`: admitted without Redis. `unheld`: the settlement can't rely on a hold, because it was local, or because
     the ledger has lost it (lost data, or this worker was stuck past the deadline) and denied a new one. `watermark`:
-    the output tokens above which the relay has to call `spent`.
+    the output tokens above which the relay has to call `record_output`.
     """
 
     __slots__ = (
@@ -175,7 +175,7 @@ class Lease:
     )
 
     def __init__(
-        self, hold: Hold, plan: Plan, covered: int, slice_tokens: int, credit: Credit, *, is_local: bool
+        self, hold: Hold, plan: Plan, covered: int, slice_tokens: int, credit: CreditSource, *, is_local: bool
     ) -> None:
         self.hold = hold
         self.plan = plan
@@ -188,7 +188,7 @@ class Lease:
         self._used = 0
         self._renewing = False
         self._over = False
-        self._on_change: Callable[[Denial | ErrorResponse | None], None] = _ignore
+        self._on_change: Callable[[Denial | ErrorResponse | None], None] = _do_nothing
         self.watermark = self._renew_at()
 
     def watch(self, on_change: Callable[[Denial | ErrorResponse | None], None]) -> None:
@@ -205,7 +205,7 @@ class Lease:
         """Whether more output was seen than the hold covers."""
         return self._used > self.covered < self._cap
 
-    def spent(self, tokens: int) -> bool:
+    def record_output(self, tokens: int) -> bool:
         """Record the output tokens seen so far and renew in time. Return whether they exceed what the hold covers."""
         self._used = tokens
         if tokens > self.watermark and not self._renewing and self.covered < self._cap:
@@ -218,7 +218,7 @@ class Lease:
         """Return the output tokens at which to renew: half a slice before the covered end, or never if all is covered."""
         return self.covered - self._slice // 2 if self.covered < self._cap else self._cap
 
-    async def keep(self) -> None:
+    async def renew_deadline(self) -> None:
         """Extend the hold's deadline, so that it outlives a slow request."""
         if not self.is_local:
             denied = await self._renew(self.hold.amount_nusd, self.covered)
@@ -228,41 +228,41 @@ class Lease:
     def end(self) -> None:
         """End the lease: the request is over, so renew nothing more."""
         self._over = True
-        self._on_change = _ignore
+        self._on_change = _do_nothing
 
     async def _extend(self) -> None:
         """Hold another slice and notify the stream of the result, even after an exception: it may be waiting."""
-        problem: Denial | ErrorResponse | None = ledger_unavailable()
+        refusal: Denial | ErrorResponse | None = ledger_unavailable()
         try:
-            problem = await self._renew_slice()
+            refusal = await self._renew_slice()
         finally:
             self._renewing = False
-            if problem is None and not self._over:
-                self.spent(self._used)  # more output may have come in the meantime than the new slice covers
-            self._on_change(problem)
+            if refusal is None and not self._over:
+                self.record_output(self._used)  # more output may have come in the meantime than the new slice covers
+            self._on_change(refusal)
 
     async def _renew_slice(self) -> Denial | ErrorResponse | None:
         """Renew until the ledger answers, at most `MAX_RENEW_RETRIES` times. Return None on success, else the refusal."""
-        problem: Denial | ErrorResponse | None
+        refusal: Denial | ErrorResponse | None
         for _ in range(MAX_RENEW_RETRIES):
             covered = min(self._used + self._slice, self._cap)
             try:
-                problem = await self._renew(self.plan.hold_nusd(covered), covered)
+                refusal = await self._renew(self.plan.hold_nusd(covered), covered)
                 break
             except (Unavailable, StoreError):
-                problem = self._extend_locally(covered)
-                if problem is None or self._over:
+                refusal = self._extend_locally(covered)
+                if refusal is None or self._over:
                     break
                 await asyncio.sleep(RENEW_RETRY_S)
-        if problem is None:
+        if refusal is None:
             self.covered = covered
             self.watermark = self._renew_at()
-        return problem
+        return refusal
 
     def _extend_locally(self, covered: int) -> ErrorResponse | None:
         """Take another slice's cost from the local allowance; return an error response if too little is left."""
         more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
-        if self._credit.local is None or not self._credit.local.take(self.hold.ask, more_nusd):
+        if self._credit.local is None or not self._credit.local.hold_more(self.hold.request, more_nusd):
             return ledger_unavailable()
         return None
 
@@ -279,22 +279,22 @@ class Lease:
             self.unheld = True
             if self._over:
                 return None
-            answer = await self._credit.ledger.admit(_replacement(self.hold.ask, amount_nusd, tokens))
+            answer = await self._credit.ledger.admit(_replacement(self.hold.request, amount_nusd, tokens))
         if isinstance(answer, Denial):
             return answer
-        self.hold = replace(answer, ask=self.hold.ask, buckets=self.hold.buckets)
+        self.hold = replace(answer, request=self.hold.request, buckets=self.hold.buckets)
         self.unheld = False
         return None
 
 
-def _replacement(ask: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
+def _replacement(request: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
     """Build the request for a hold in place of a lost one.
 
     Credit and budgets must cover the full amount. Rate limits are left out: the request has already counted against
     them.
     """
     return replace(
-        ask,
+        request,
         amount_nusd=amount_nusd,
         amount_min_nusd=None,
         tokens=tokens,
@@ -303,7 +303,7 @@ def _replacement(ask: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest
     )
 
 
-def _ignore(_refusal: Denial | ErrorResponse | None) -> None:
+def _do_nothing(_refusal: Denial | ErrorResponse | None) -> None:
     """Do nothing: the callback of a lease that no stream watches."""
 
 
@@ -314,7 +314,9 @@ class Admitter:
         self._ledger = ledger
         self._local = local
         self._settler = settler
-        self._credit = {enforce: Credit(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)}
+        self._credit = {
+            enforce: CreditSource(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)
+        }
 
     async def admit(self, exchange: Exchange, plan: Plan, principal: Principal, active: ActiveConfig) -> Lease | Denial:
         """Return a lease on what the plan may cost, or the denial. Raises Unavailable if neither ledger nor `local` can
@@ -324,25 +326,25 @@ class Admitter:
         credit = settings.credits
         enforce = settings.limits.enforce_mid_stream and plan.request.stream
         covered = first_slice(plan, credit)
-        ask = make_hold_request(
+        request = make_hold_request(
             plan, covered, principal, exchange.hold_id, credit, settings.defaults, enforce_mid_stream=enforce
         )
         is_local = False
         try:
-            answer = await self._ledger.admit(ask)
+            answer = await self._ledger.admit(request)
         except Unavailable:
-            if self._local is None or not self._local.has_room(ask):
+            if self._local is None or not self._local.has_room(request):
                 raise
-            answer, is_local = self._local.admit(ask), True
+            answer, is_local = self._local.admit(request), True
         except BaseException as error:  # the ledger may still admit: release that hold
             is_hang_up = isinstance(error, asyncio.CancelledError)
-            self._settler.withdraw(exchange, ask, outcome="client_disconnected" if is_hang_up else "failed")
+            self._settler.withdraw(exchange, request, outcome="client_disconnected" if is_hang_up else "failed")
             raise
         if isinstance(answer, Denial):
             return answer
         if self._local is not None and not is_local:
-            self._local.written()
-        if ask.amount_min_nusd is not None:
+            self._local.drop_buckets()
+        if request.amount_min_nusd is not None:
             plan = affordable(plan, answer, clamp=may_clamp(principal, credit))
             covered = first_slice(plan, credit)
         slice_tokens = credit.lease_output_tokens * plan.request.n

@@ -18,16 +18,15 @@ from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
 from meshproxy.openai.errors import conceal_secrets, error_event, without_secrets
 from meshproxy.openai.event_stream import PING, StreamScanner
-from meshproxy.openai.events import LOOK_BYTES as FORM_BYTES
-from meshproxy.openai.events import as_stream, form_of
+from meshproxy.openai.events import FORM_BYTES, as_stream, form_of
 from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal
 from meshproxy.policy.route_health import RetryBudget
 from meshproxy.upstream.response import Response
 
-LOOK_BYTES = 2048  # bytes scanned at a time while looking for the first event
-MAX_HEAR_S = 3600.0  # longer than any sensible idle_timeout_s; then the wait starts again
+SCAN_BYTES = 2048  # bytes scanned at a time while looking for the first event
+MAX_WAIT_S = 3600.0  # longer than any sensible idle_timeout_s; then the wait starts again
 
 
 async def first_event(response: Response, hold_s: float, clock: Callable[[], float]) -> None:
@@ -37,19 +36,19 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
     """
     scanner = StreamScanner(hide_usage=False)
     until = clock() + hold_s
-    heard = 0
+    scanned = 0
     while True:
-        for payload in response.early(heard):
+        for payload in response.early_pieces(scanned):
             _look_for_event(payload, scanner)
-            heard += 1
-        if not response.goes_on:
+            scanned += 1
+        if not response.may_receive_more:
             _raise_if_empty(response, scanner)
             return
         _raise_if_first(scanner)
         left_s = until - clock()
         if scanner.events or scanner.done or left_s <= 0:
             return
-        await response.hear(left_s)
+        await response.wait_for_more(left_s)
 
 
 class EarlyHead:
@@ -87,17 +86,17 @@ class EarlyHead:
         self._downstream.write(PING)
         self._written_at = now
 
-    def end(self, problem: ErrorResponse, request_id: str) -> None:
+    def end(self, error_response: ErrorResponse, request_id: str) -> None:
         """End a stream whose head was sent but for which no answer came, with an error event."""
         self.waits = False
-        self._downstream.write(error_event(problem, request_id))
+        self._downstream.write(error_event(error_response, request_id))
         self._downstream.finish()
 
 
 def beginning(response: Response) -> bytes:
     """Return the first bytes of a body, as far as they have arrived, without consuming them."""
     found = b""
-    for payload in response.early():
+    for payload in response.early_pieces():
         found += payload[:FORM_BYTES]
         if len(found) >= FORM_BYTES:
             break
@@ -106,29 +105,29 @@ def beginning(response: Response) -> bytes:
 
 async def first_bytes(response: Response) -> None:
     """Return when enough of a body has arrived to recognise its form, or it is over. The idle timeout bounds the wait."""
-    while response.goes_on and form_of(beginning(response)) is None:
-        await response.hear(MAX_HEAR_S)
+    while response.may_receive_more and form_of(beginning(response)) is None:
+        await response.wait_for_more(MAX_WAIT_S)
 
 
 def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:
     """Feed the scanner only as much of a payload as it takes to see an event: the relay scans all of it again."""
-    for at in range(0, len(payload), LOOK_BYTES):
+    for at in range(0, len(payload), SCAN_BYTES):
         if scanner.events or scanner.done:
             return
-        scanner.feed(payload[at : at + LOOK_BYTES])
+        scanner.feed(payload[at : at + SCAN_BYTES])
 
 
 def _raise_if_empty(response: Response, scanner: StreamScanner) -> None:
     """Raise if a stream that is over, or that may be held back no longer, has nothing for the client."""
-    if response.ended and response.fault is None:
+    if response.ended and response.error is None:
         scanner.finish()
     _raise_if_first(scanner)
     if scanner.events or scanner.done or not response.ended:
         return
-    if response.fault is not None:
-        raise response.fault
-    problem = upstream_error("The provider ended the stream before it began.", may_have_run=True)
-    raise UpstreamError(problem, safe_to_repeat=True, answered=200)
+    if response.error is not None:
+        raise response.error
+    error_response = upstream_error("The provider ended the stream before it began.", may_have_run=True)
+    raise UpstreamError(error_response, safe_to_repeat=True, upstream_status=200)
 
 
 def _raise_if_first(scanner: StreamScanner) -> None:
@@ -183,21 +182,21 @@ class Attempts:
             exchange.attempts += 1
             try:
                 return await self._attempt(exchange, attempt, candidate, plan, active)
-            except UpstreamError as fault:
-                exchange.is_at_work = False
-                attempt.failed(fault)
-                self._note(exchange, candidate, fault)
-                failures.append(fault)
-                if fault.another_model:
+            except UpstreamError as error:
+                exchange.may_be_billed = False
+                attempt.failed(error)
+                self._record_failure(exchange, candidate, error)
+                failures.append(error)
+                if error.another_model:
                     refused_by.add(candidate.model)
-                elif not _may_try_next(fault, streamed=plan.request.stream):
+                elif not _may_try_next(error, streamed=plan.request.stream):
                     break
-            except GatewayError as fault:
+            except GatewayError as error:
                 attempt.abandoned()
-                if fault.problem.status == 504:
+                if error.response.status == 504:
                     self._recorder.attempted(candidate.upstream, "timeout")
                 raise
-        raise error_to_report(failures) if failures else self._health.nobody(plan.candidates, account)
+        raise error_to_report(failures) if failures else self._health.none_available(plan.candidates, account)
 
     def conclude(self, exchange: Exchange) -> None:
         """Report to the upstream's health how the exchange ended, if an upstream served it."""
@@ -220,14 +219,14 @@ class Attempts:
     def _raise_if_late(self, exchange: Exchange, failures: list[UpstreamError]) -> None:
         """Raise 504 if the client's deadline has passed: no attempt begins after it."""
         if self._clock() >= exchange.deadline:
-            raise too_late(may_have_run=any(failure.problem.may_have_run for failure in failures))
+            raise too_late(may_have_run=any(failure.response.may_have_run for failure in failures))
 
-    def _note(self, exchange: Exchange, candidate: Candidate, fault: UpstreamError) -> None:
+    def _record_failure(self, exchange: Exchange, candidate: Candidate, error: UpstreamError) -> None:
         """Remove secrets from the error of a failed attempt, then count and log it."""
-        fault.problem = without_secrets(fault.problem, exchange.secrets)
-        fault.words = conceal_secrets(fault.words, exchange.secrets)
-        self._recorder.attempted(candidate.upstream, _label(fault))
-        self._recorder.attempt_failed(exchange, candidate, fault)
+        error.response = without_secrets(error.response, exchange.secrets)
+        error.provider_message = conceal_secrets(error.provider_message, exchange.secrets)
+        self._recorder.attempted(candidate.upstream, _label(error))
+        self._recorder.attempt_failed(exchange, candidate, error)
 
     async def _attempt(
         self, exchange: Exchange, attempt: Attempt, candidate: Candidate, plan: Plan, active: ActiveConfig
@@ -246,8 +245,8 @@ class Attempts:
         left_s = exchange.deadline - exchange.sent_at
         if exchange.detachable and not plan.request.stream:
             left_s = math.inf  # the client gets its 504 in time, and the answer is still read: see `Detacher`
-        asked = provider.post(CHAT_PATH, exchange.call.forward, body, exchange.sent)
-        response = await (asked if left_s > _attempt_timeout_s(candidate, active) else within(left_s, asked))
+        answering = provider.post(CHAT_PATH, exchange.call.forward, body, exchange.mark_sent)
+        response = await (answering if left_s > _attempt_timeout_s(candidate, active) else within(left_s, answering))
         exchange.response = response
         streamed = plan.request.stream
         try:
@@ -277,7 +276,7 @@ class Attempts:
             content_type=response.header("content-type"),
             now=self._wall_clock(),
         )
-        return verdict.fault(response.status)
+        return verdict.to_error(response.status)
 
     async def _stream_of(self, response: Response, hold_s: float) -> Response:
         """Return the response as an event stream whose first event has arrived, or was waited for long enough.
@@ -289,8 +288,8 @@ class Attempts:
             await first_bytes(response)
         form = form_of(beginning(response))
         if form == "other" and not is_labelled:
-            problem = upstream_error("The provider answered a stream with something else.", may_have_run=True)
-            raise UpstreamError(problem, safe_to_repeat=False, answered=200, unreadable=True)
+            error_response = upstream_error("The provider answered a stream with something else.", may_have_run=True)
+            raise UpstreamError(error_response, safe_to_repeat=False, upstream_status=200, unreadable=True)
         if form == "json":
             return await _converted(response)
         try:
@@ -350,9 +349,9 @@ def too_late(*, may_have_run: bool) -> GatewayError:
     return GatewayError(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
 
 
-def _may_try_next(fault: UpstreamError, *, streamed: bool) -> bool:
+def _may_try_next(error: UpstreamError, *, streamed: bool) -> bool:
     """Return whether another candidate may be tried after this error."""
-    return fault.safe_to_repeat or (streamed and fault.answered is None)
+    return error.safe_to_repeat or (streamed and error.upstream_status is None)
 
 
 def _is_labelled(response: Response) -> bool:
@@ -368,10 +367,10 @@ async def _converted(response: Response) -> Response:
     return Response.whole(200, response.headers, as_stream(body))
 
 
-def _label(fault: UpstreamError) -> str:
+def _label(error: UpstreamError) -> str:
     """Return the code under which a failed attempt is counted."""
-    if fault.answered is not None:
-        return str(fault.answered) if fault.answered != 200 else "protocol_error"
-    if fault.problem.status == 504:
+    if error.upstream_status is not None:
+        return str(error.upstream_status) if error.upstream_status != 200 else "protocol_error"
+    if error.response.status == 504:
         return "timeout"
-    return "connect_error" if fault.safe_to_repeat else "reset"
+    return "connect_error" if error.safe_to_repeat else "reset"

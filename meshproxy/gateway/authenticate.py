@@ -44,20 +44,20 @@ class Authenticator:
         """Return the caller, active and with a key that hasn't expired. `client`: its address; None on a unix socket."""
         access = self.access
         if not access.is_open:
-            self._let_in(client, access)
+            self._check_address(client, access)
         secret = bearer(authorization)
         principal = await self._directory.principal(secret) if secret is not None else None
         if principal is None:
-            problem = UNKNOWN_KEY if secret is not None else _unreadable(authorization)
-        elif (objection := self._objection(principal)) is None:
+            response = UNKNOWN_KEY if secret is not None else _unreadable(authorization)
+        elif (refusal := self._refusal_of(principal)) is None:
             return principal
         else:
-            problem = objection
-        if problem.status == 401:
+            response = refusal
+        if response.status == 401:
             access.failed(client, self._clock())
-        raise GatewayError(Source.CLIENT, problem)
+        raise GatewayError(Source.CLIENT, response)
 
-    def _let_in(self, client: str | None, access: Access) -> None:
+    def _check_address(self, client: str | None, access: Access) -> None:
         """Raise 403 for an address that isn't allowed, 429 for one with too many failed logins."""
         if not access.admits(client):
             raise GatewayError(Source.CLIENT, forbidden("This gateway takes no requests from your address."))
@@ -65,7 +65,7 @@ class Authenticator:
         if wait_s:
             raise GatewayError(Source.CLIENT, rate_limit_exceeded("Too many failed logins from your address.", wait_s))
 
-    def _objection(self, principal: Principal) -> ErrorResponse | None:
+    def _refusal_of(self, principal: Principal) -> ErrorResponse | None:
         """Return the error response for a key or an account that may not be used; None if both may."""
         key = principal.key
         if key.status == "revoked":

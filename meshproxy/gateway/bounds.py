@@ -11,18 +11,18 @@ from meshproxy.errors import GatewayError, Source, overloaded, rate_limit_exceed
 
 SMALL_BYTES = 65_536  # a body up to this size is read without reserving memory
 LARGE_BYTES = 1_048_576  # a body above this is large: it keeps its memory to its request's end, and is parsed alone
-ROOM_WAIT_S = 10.0
+MEMORY_WAIT_S = 10.0
 MAX_WAITING_BODIES = 1024
 MIN_UNADMITTED = 64
 TOO_MANY_UNADMITTED = "Too many requests of this account wait to be admitted."
-NO_ROOM = "Too many large requests are being read here."
-VISITS_PER_S = 200.0  # of one account in one worker, to paths other than chat; costly ones count as several
-VISITS_AT_ONCE = 1000.0
+NO_MEMORY = "Too many large requests are being read here."
+PATH_REQUESTS_PER_S = 200.0  # of one account in one worker, to paths other than chat; costly ones count as several
+PATH_REQUESTS_BURST = 1000.0
 MAX_ACCOUNTS = 10_000  # accounts whose visits are counted; beyond that all counts are dropped
-MAX_IN_TURN = 32  # requests that wait for one name
-TOO_MANY_VISITS = "Too many requests of this account to other paths than the chat."
-TOO_MANY_IN_TURN = "Too many requests of this account wait for each other."
-IN_TURN_RETRY_S = 1.0
+MAX_LOCK_USERS = 32  # requests that wait for one name
+TOO_MANY_PATH_REQUESTS = "Too many requests of this account to other paths than the chat."
+TOO_MANY_LOCK_USERS = "Too many requests of this account wait for each other."
+LOCK_RETRY_S = 1.0
 
 
 class BodyReservation:
@@ -47,13 +47,13 @@ class BodyReservation:
         """Reserve only the body's `size` from now on, or nothing if it isn't large: the request was admitted."""
         if self.size:
             self._bodies.give_back(self, size if size > LARGE_BYTES else 0)
-        self._bodies.count_out(self)
+        self._bodies.mark_admitted(self)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Release the memory: the body isn't needed any more."""
         if self.size:
             self._bodies.give_back(self, 0)
-        self._bodies.count_out(self)
+        self._bodies.mark_admitted(self)
 
 
 class BodyMemory:
@@ -73,7 +73,7 @@ class BodyMemory:
         self._by_account: dict[str, int] = {}
         self._waiting: dict[asyncio.Future[None], tuple[BodyReservation, int]] = {}
 
-    def room(self, account: str) -> BodyReservation:
+    def reserve(self, account: str) -> BodyReservation:
         """Return an empty `BodyReservation` for a request. Raises GatewayError `overloaded` if the account has too many
         unadmitted.
         """
@@ -83,97 +83,97 @@ class BodyMemory:
         self._unadmitted[account] = count + 1
         return BodyReservation(self, account)
 
-    def count_out(self, room: BodyReservation) -> None:
+    def mark_admitted(self, reservation: BodyReservation) -> None:
         """Stop counting a request as unadmitted: it was admitted, or is over."""
-        if room.is_counted:
-            room.is_counted = False
-            left = self._unadmitted.pop(room.account) - 1
+        if reservation.is_counted:
+            reservation.is_counted = False
+            left = self._unadmitted.pop(reservation.account) - 1
             if left:
-                self._unadmitted[room.account] = left
+                self._unadmitted[reservation.account] = left
 
-    async def take(self, room: BodyReservation, size: int) -> None:
+    async def take(self, reservation: BodyReservation, size: int) -> None:
         """Give a room `size` bytes, in order of arrival; see `BodyReservation.take`."""
-        if not self._waiting and self._fits(room, size):
-            self._give(room, size)
+        if not self._waiting and self._fits(reservation, size):
+            self._give(reservation, size)
             return
         if len(self._waiting) >= MAX_WAITING_BODIES:
-            raise GatewayError(Source.GATEWAY, overloaded(NO_ROOM))
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[turn] = room, size
-        self._let_in()
+            raise GatewayError(Source.GATEWAY, overloaded(NO_MEMORY))
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[waiter] = reservation, size
+        self._admit_waiting()
         try:
-            async with asyncio.timeout(ROOM_WAIT_S):
-                await turn
+            async with asyncio.timeout(MEMORY_WAIT_S):
+                await waiter
         except TimeoutError as error:
-            raise GatewayError(Source.GATEWAY, overloaded(NO_ROOM)) from error
+            raise GatewayError(Source.GATEWAY, overloaded(NO_MEMORY)) from error
         finally:
-            if self._waiting.pop(turn, None) is not None:
-                self._let_in()
+            if self._waiting.pop(waiter, None) is not None:
+                self._admit_waiting()
 
-    def give_back(self, room: BodyReservation, size: int) -> None:
+    def give_back(self, reservation: BodyReservation, size: int) -> None:
         """Reduce a room to `size` bytes."""
-        self._give(room, size)
+        self._give(reservation, size)
         if self._waiting:
-            self._let_in()
+            self._admit_waiting()
 
-    def _give(self, room: BodyReservation, size: int) -> None:
+    def _give(self, reservation: BodyReservation, size: int) -> None:
         """Set a room's size, and update the totals."""
-        more, room.size = size - room.size, size
+        more, reservation.size = size - reservation.size, size
         self._taken += more
-        left = self._by_account.get(room.account, 0) + more
+        left = self._by_account.get(reservation.account, 0) + more
         if left:
-            self._by_account[room.account] = left
+            self._by_account[reservation.account] = left
         else:
-            self._by_account.pop(room.account, None)
+            self._by_account.pop(reservation.account, None)
 
-    def _fits(self, room: BodyReservation, size: int) -> bool:
+    def _fits(self, reservation: BodyReservation, size: int) -> bool:
         """Return whether a room may have `size` bytes: they are free, and within the account's share."""
-        return self._is_free(room, size) and self._is_within_share(room, size)
+        return self._is_free(reservation, size) and self._is_within_share(reservation, size)
 
-    def _is_free(self, room: BodyReservation, size: int) -> bool:
-        others = self._taken - room.size
+    def _is_free(self, reservation: BodyReservation, size: int) -> bool:
+        others = self._taken - reservation.size
         return not others or others + size <= self._most_bytes()
 
-    def _is_within_share(self, room: BodyReservation, size: int) -> bool:
-        others = self._by_account.get(room.account, 0) - room.size
+    def _is_within_share(self, reservation: BodyReservation, size: int) -> bool:
+        others = self._by_account.get(reservation.account, 0) - reservation.size
         return not others or others + size <= self._most_bytes() // 2
 
-    def _let_in(self) -> None:
+    def _admit_waiting(self) -> None:
         """Admit waiting bodies in order of arrival.
 
         A body whose account has used its share is passed over. One for which the total is too small blocks those behind
         it: otherwise small bodies could keep a large one waiting for ever.
         """
-        for turn, (room, size) in list(self._waiting.items()):
-            if turn.done() or not self._is_within_share(room, size):
+        for waiter, (reservation, size) in list(self._waiting.items()):
+            if waiter.done() or not self._is_within_share(reservation, size):
                 continue
-            if not self._is_free(room, size):
+            if not self._is_free(reservation, size):
                 return
-            self._give(room, size)
-            del self._waiting[turn]
-            turn.set_result(None)
+            self._give(reservation, size)
+            del self._waiting[waiter]
+            waiter.set_result(None)
 
 
 class NamedLocks:
     """A lock for each name, kept only while it is used."""
 
     def __init__(self) -> None:
-        self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
 
     @asynccontextmanager
-    async def turn(self, name: str, most: int | None = None) -> AsyncIterator[None]:
+    async def hold(self, name: str, most: int | None = None) -> AsyncIterator[None]:
         """Hold the lock of `name`. Raises GatewayError 429 if `most` requests hold or wait for it already."""
-        lock, users = self._turns.get(name) or (asyncio.Lock(), 0)
+        lock, users = self._locks.get(name) or (asyncio.Lock(), 0)
         if most is not None and users >= most:
-            raise GatewayError(Source.CLIENT, rate_limit_exceeded(TOO_MANY_IN_TURN, IN_TURN_RETRY_S))
-        self._turns[name] = lock, users + 1
+            raise GatewayError(Source.CLIENT, rate_limit_exceeded(TOO_MANY_LOCK_USERS, LOCK_RETRY_S))
+        self._locks[name] = lock, users + 1
         try:
             async with lock:
                 yield
         finally:
-            lock, users = self._turns.pop(name)
+            lock, users = self._locks.pop(name)
             if users > 1:
-                self._turns[name] = lock, users - 1
+                self._locks[name] = lock, users - 1
 
 
 class PathLimiter:
@@ -184,16 +184,16 @@ class PathLimiter:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._spent: dict[str, tuple[float, float]] = {}  # (visits not drained yet, when counted) by account
+        self._counted: dict[str, tuple[float, float]] = {}  # (visits not drained yet, when counted) by account
 
-    def count(self, account: str, visits: float = 1.0) -> None:
+    def count(self, account: str, requests: float = 1.0) -> None:
         """Count one visit, or one as costly as several. Raises GatewayError 429 if the account made too many."""
         now = self._clock()
-        spent, at = self._spent.get(account, (0.0, now))
-        spent = max(0.0, spent - (now - at) * VISITS_PER_S)
-        if spent + visits > VISITS_AT_ONCE:
-            wait_s = (spent + visits - VISITS_AT_ONCE) / VISITS_PER_S
-            raise GatewayError(Source.CLIENT, rate_limit_exceeded(TOO_MANY_VISITS, wait_s))
-        if len(self._spent) >= MAX_ACCOUNTS:
-            self._spent.clear()
-        self._spent[account] = spent + visits, now
+        counted, at = self._counted.get(account, (0.0, now))
+        counted = max(0.0, counted - (now - at) * PATH_REQUESTS_PER_S)
+        if counted + requests > PATH_REQUESTS_BURST:
+            wait_s = (counted + requests - PATH_REQUESTS_BURST) / PATH_REQUESTS_PER_S
+            raise GatewayError(Source.CLIENT, rate_limit_exceeded(TOO_MANY_PATH_REQUESTS, wait_s))
+        if len(self._counted) >= MAX_ACCOUNTS:
+            self._counted.clear()
+        self._counted[account] = counted + requests, now

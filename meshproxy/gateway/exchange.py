@@ -21,7 +21,7 @@ from meshproxy.gateway.bounds import BodyReservation
 from meshproxy.ledger.records import Denial, UsageSource
 from meshproxy.money import format_usd
 from meshproxy.openai.errors import conceal_secrets, envelope, error_headers, without_secrets
-from meshproxy.openai.usage import Refusal, Usage
+from meshproxy.openai.usage import RefusedNumber, Usage
 from meshproxy.policy.catalog import Candidate, Catalog
 from meshproxy.policy.pricing import Price
 from meshproxy.policy.principal import Principal
@@ -126,32 +126,32 @@ class DownstreamWrapper:
         await self._downstream.drained()
 
 
-def refusal(problem: ErrorResponse, request_id: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
+def error_reply(response: ErrorResponse, request_id: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
     """Build the reply that carries an error response in the envelope."""
     return Reply(
-        problem.status,
-        [("x-request-id", request_id), *error_headers(problem), *headers],
-        envelope(problem, request_id),
+        response.status,
+        [("x-request-id", request_id), *error_headers(response), *headers],
+        envelope(response, request_id),
     )
 
 
-def refused(denied: Denial) -> ErrorResponse:
+def denial_response(denial: Denial) -> ErrorResponse:
     """Return the error response for a denial."""
-    if denied.reason == "rate_limit":
-        wait = denied.retry_after_s
+    if denial.reason == "rate_limit":
+        wait = denial.retry_after_s
         if wait is None:
-            return rate_limit_exceeded(f"Rate limit reached: no {denied.which} are allowed.", math.inf)
+            return rate_limit_exceeded(f"Rate limit reached: no {denial.which} are allowed.", math.inf)
         limit = (
-            denied.which if denied.which.endswith((" per day", " parallel requests")) else f"{denied.which} per minute"
+            denial.which if denial.which.endswith((" per day", " parallel requests")) else f"{denial.which} per minute"
         )
         return rate_limit_exceeded(f"Rate limit reached: {limit}. Try again in {wait:.3f} s.", wait)
-    needed = format_usd(denied.needed_nusd)
-    if denied.reason == "spend_limit":
-        budget, spent = format_usd(denied.budget_nusd), format_usd(denied.spent_nusd)
+    needed = format_usd(denial.needed_nusd)
+    if denial.reason == "spend_limit":
+        budget, spent = format_usd(denial.budget_nusd), format_usd(denial.spent_nusd)
         return spend_limit_exceeded(
-            f"The {denied.which} of {budget} USD leaves too little: {spent} USD spent or held, {needed} USD needed."
+            f"The {denial.which} of {budget} USD leaves too little: {spent} USD spent or held, {needed} USD needed."
         )
-    available = format_usd(max(denied.available_nusd, 0))
+    available = format_usd(max(denial.available_nusd, 0))
     return insufficient_credits(
         f"The account has {available} USD available, less than this request may cost: {needed} USD needed."
     )
@@ -160,15 +160,15 @@ def refused(denied: Denial) -> ErrorResponse:
 class Exchange:
     """One request's state on its way through the pipeline. Times are monotonic seconds; 0.0 means not yet.
 
-    - `asked`: the candidate as it was attempted; `candidate` becomes the provider's own fallback that served.
+    - `attempted`: the candidate as it was attempted; `candidate` becomes the provider's own fallback that served.
     - `complete`: the whole answer was received.
     - `deadline`: when an answer must have begun.
     - `detachable`, `detached`: it can go on without its client; its client has gone and it goes on.
     - `failure`: what broke off an answer that had begun.
-    - `is_at_work`: all of the request was sent to a provider, which hasn't failed.
-    - `opening`: a stream's client side before an answer.
+    - `may_be_billed`: all of the request was sent to a provider, which hasn't failed.
+    - `early_head`: a stream's client side before an answer.
     - `price`: the price that decided the cost.
-    - `refused`: the numbers of the provider's report that can't be true.
+    - `denial_response`: the numbers of the provider's report that can't be true.
     - `refused_by`: the bucket, budget or bound that refused the request.
     - `response`: the last provider's response whose head has arrived.
     - `secrets`: our secrets that the current upstream knows.
@@ -180,27 +180,27 @@ class Exchange:
     plan: "Plan | None" = None
     lease: "Lease | None" = None
     candidate: Candidate | None = None
-    asked: Candidate | None = None
+    attempted: Candidate | None = None
     attempts = 0
     secrets: Sequence[str] = ()
     attempt: "Attempt | None" = None
     response: Response | None = None
     refused_by: str | None = None
     failure: UpstreamError | None = None
-    opening: "EarlyHead | None" = None
+    early_head: "EarlyHead | None" = None
     deadline = math.inf
     detachable = False
     detached = False
     complete = False
-    is_at_work = False
+    may_be_billed = False
     recording: "Recording | None" = None
-    room: BodyReservation | None = None
+    reservation: BodyReservation | None = None
     status = 0
     code = ""
     outcome = "failed"
     usage = Usage()
     usage_source: UsageSource = "none"
-    refused: tuple[Refusal, ...] = ()
+    refused_numbers: tuple[RefusedNumber, ...] = ()
     cost_nusd = 0
     price: Price | None = None
     unlisted_model: str | None = None
@@ -215,24 +215,24 @@ class Exchange:
         self.call = call
         self.hold_id = hold_id
 
-    def keep_within(self, timeout_s: float) -> None:
+    def limit_to(self, timeout_s: float) -> None:
         """Give the request its own deadline: `timeout_s` seconds after it was received."""
         self.deadline = min(self.deadline, self.call.received_at + timeout_s)
 
-    def told(self, problem: ErrorResponse) -> ErrorResponse:
+    def mask_secrets(self, response: ErrorResponse) -> ErrorResponse:
         """Return an error response without our secrets, in case the provider's message repeats one."""
-        return without_secrets(problem, self.secrets)
+        return without_secrets(response, self.secrets)
 
-    def sent(self) -> None:
+    def mark_sent(self) -> None:
         """Record that all of the request was sent to a provider, which may therefore bill its prompt."""
-        self.is_at_work = True
+        self.may_be_billed = True
 
-    def failed(self, fault: UpstreamError) -> None:
+    def record_failure(self, error: UpstreamError) -> None:
         """Record the error that broke off an answer that had begun."""
-        self.is_at_work = False
-        fault.problem = self.told(fault.problem)
-        fault.words = conceal_secrets(fault.words, self.secrets)
-        self.failure = fault
+        self.may_be_billed = False
+        error.response = self.mask_secrets(error.response)
+        error.provider_message = conceal_secrets(error.provider_message, self.secrets)
+        self.failure = error
 
     @property
     def account(self) -> str:

@@ -42,10 +42,10 @@ WAITING = "Too many requests of this account wait for the answer of another one.
 WAITING_RETRY_S = 1.0
 FULL = "This account has as many Idempotency-Keys and answers kept as it may: send this without one, or when some have ended."
 FULL_RETRY_S = 60.0
-PATIENCE_S = 1.0  # between two looks at whether a ping is due
-TELL_RETRY_S = 0.25
+PING_CHECK_S = 1.0  # between two looks at whether a ping is due
+CONCLUDE_RETRY_S = 0.25
 CHARGED_S = 15.0  # from a settlement to the record's final state: ten seconds of retries and a margin
-MAX_TELL_RETRIES = 40  # ten seconds without Redis
+MAX_CONCLUDE_RETRIES = 40  # ten seconds without Redis
 TOO_LARGE = "This request was served, and its answer was not kept for a replay: it was too large, or its worker died."
 REPLAYED = ("idempotent-replayed", "true")
 
@@ -94,18 +94,18 @@ class Recording(DownstreamWrapper):
     def begin(self, headers: Headers) -> None:
         """Send and record the head of a stream."""
         super().begin(headers)
-        self._keep(msgspec.json.encode(Head(200, headers, stream=True)))
+        self._record(msgspec.json.encode(Head(200, headers, stream=True)))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
         """Send body bytes and record them, except pings."""
         self._downstream.write(payload, frame)
         if payload != PING:
-            self._keep(payload)
+            self._record(payload)
 
     def reply(self, reply: Reply) -> None:
         """Record a whole answer."""
-        self._keep(msgspec.json.encode(Head(reply.status, reply.headers, stream=False)))
-        self._keep(reply.body)
+        self._record(msgspec.json.encode(Head(reply.status, reply.headers, stream=False)))
+        self._record(reply.body)
 
     def conclude(self, *, complete: bool) -> None:
         """Set the record's final state: `finished` if the answer is complete and was kept, else `failed` or `lost`."""
@@ -120,7 +120,7 @@ class Recording(DownstreamWrapper):
         if self._conclusion == "running":
             await self._replays.conclude(self._claim, "running", self._running_ttl_ms)
 
-    def _keep(self, part: bytes) -> None:
+    def _record(self, part: bytes) -> None:
         """Record a part; drop the record if it exceeds `max_bytes`."""
         self._size += len(part)
         if self._conclusion != "running":
@@ -138,12 +138,12 @@ class Recording(DownstreamWrapper):
 
     async def _send_all(self) -> None:
         """Send recorded parts in batches, then the final state; what arrives in the meantime makes the next batch."""
-        told: Conclusion = "running"
+        written: Conclusion = "running"
         try:
             await self._send_parts()
-            while told != self._conclusion:
-                told = self._conclusion
-                await self._tell(told)
+            while written != self._conclusion:
+                written = self._conclusion
+                await self._write_conclusion(written)
         finally:
             self._sending = False
 
@@ -155,14 +155,14 @@ class Recording(DownstreamWrapper):
         except Unavailable:
             self._mark_lost()  # Redis may or may not have these parts: an answer with a gap must not be replayed
 
-    async def _tell(self, conclusion: Conclusion) -> None:
+    async def _write_conclusion(self, conclusion: Conclusion) -> None:
         """Write the final state, with retries; if all fail, the record expires and a repeat may run anew."""
         ttl_ms = FAILED_TTL_MS if conclusion == "failed" else int(self._settings.ttl_s * 1000)
-        for _ in range(MAX_TELL_RETRIES):
+        for _ in range(MAX_CONCLUDE_RETRIES):
             try:
                 await self._replays.conclude(self._claim, conclusion, ttl_ms)
             except Unavailable:
-                await asyncio.sleep(TELL_RETRY_S)
+                await asyncio.sleep(CONCLUDE_RETRY_S)
             else:
                 return
 
@@ -187,8 +187,8 @@ class Answer:
         self._replays = replays
         self._clock = clock
         self._charged_at: float | None = None
-        self._trouble: GatewayError | StoreError | None = None
-        self._news: asyncio.Future[None] | None = None
+        self._error: GatewayError | StoreError | None = None
+        self._changed: asyncio.Future[None] | None = None
 
     async def follow(self, pause_s: Callable[[], float]) -> None:
         """Read new parts while requests wait for them. `pause_s` returns the current pause between two reads."""
@@ -201,8 +201,8 @@ class Answer:
                     self._wake()
                 if self.state == "running":
                     await asyncio.sleep(pause_s())
-        except (GatewayError, StoreError) as trouble:
-            self._trouble = trouble
+        except (GatewayError, StoreError) as error:
+            self._error = error
         finally:
             self._wake()
 
@@ -212,14 +212,14 @@ class Answer:
         Raises LookupError if no more will come because the request failed or its record is gone; Unavailable and
         StoreError.
         """
-        if len(self.parts) == count and self.state == "running" and self._trouble is None:
-            if self._news is None:
-                self._news = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._news], timeout=client_timeout_s)
+        if len(self.parts) == count and self.state == "running" and self._error is None:
+            if self._changed is None:
+                self._changed = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._changed], timeout=client_timeout_s)
         if len(self.parts) > count:
             return self.parts[count:]
-        if self._trouble is not None:
-            raise self._trouble
+        if self._error is not None:
+            raise self._error
         if self.state == "running":
             return []
         if self.state == "finished":
@@ -235,9 +235,9 @@ class Answer:
         return "running" if self._clock() - self._charged_at < CHARGED_S else "lost"
 
     def _wake(self) -> None:
-        news, self._news = self._news, None
-        if news is not None:
-            news.set_result(None)
+        changed, self._changed = self._changed, None
+        if changed is not None:
+            changed.set_result(None)
 
 
 class Answers:
@@ -251,7 +251,7 @@ class Answers:
         self._tasks = tasks
         self._followed: dict[str, Answer] = {}
         self._waiting: Counter[str] = Counter()
-        self.turns = NamedLocks()  # taken to claim a key: who waits finds the first one's result
+        self.locks = NamedLocks()  # taken to claim a key: who waits finds the first one's result
 
     def followed(self, record: str) -> Answer | None:
         """Return the answer that is already being read for other requests, if there is one."""
@@ -324,10 +324,10 @@ class Replay:
         try:
             await self._relay(parts, downstream, heartbeat_s)
         except LookupError:
-            problem = upstream_error("The request that this one repeats has failed.", may_have_run=True)
-            downstream.write(error_event(problem, call.request_id))
+            response = upstream_error("The request that this one repeats has failed.", may_have_run=True)
+            downstream.write(error_event(response, call.request_id))
         except Unavailable as lost:
-            downstream.write(error_event(lost.problem, call.request_id))
+            downstream.write(error_event(lost.response, call.request_id))
         downstream.finish()
         return None
 
@@ -346,7 +346,7 @@ class Replay:
         Raises LookupError if no more will come.
         """
         count = 0
-        while (parts := await self._answer.after(count, min(PATIENCE_S, heartbeat_s / 2))) is not None:
+        while (parts := await self._answer.after(count, min(PING_CHECK_S, heartbeat_s / 2))) is not None:
             count += len(parts)
             for part in parts or (b"",):
                 yield part
@@ -389,22 +389,22 @@ class IdempotencyKeys:
             message = f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} printable characters."
             raise GatewayError(Source.CLIENT, invalid(message, param="idempotency-key", place="header"))
         account = principal.account.name
-        wanted = self._replays.claimed(account, principal.key.id, name, owner)
+        requested = self._replays.claim_by(account, principal.key.id, name, owner)
         digest = body_digest(body)
-        async with self._answers.turns.turn(wanted.record):
-            answer = self._answers.followed(wanted.record)
+        async with self._answers.locks.hold(requested.record):
+            answer = self._answers.followed(requested.record)
             if answer is not None and answer.state == "running" and answer.body_digest == digest:
                 return Replay(answer, self._answers, account, self._clock)
             try:
                 claim = await self._replays.claim(
-                    wanted,
+                    requested,
                     digest,
                     running_ttl_ms,
                     most_keys=settings.max_keys,
                     most_bytes=settings.max_account_bytes,
                 )
             except asyncio.CancelledError:
-                self._tasks.spawn("idempotency", self._give_up(wanted))
+                self._tasks.spawn("idempotency", self._release(requested))
                 raise
             if claim.state in {"running", "finished"}:
                 answer = Answer(claim, digest, self._replays, self._clock)
@@ -419,7 +419,7 @@ class IdempotencyKeys:
             case _:
                 raise GatewayError(Source.CLIENT, ErrorResponse(409, "idempotency_conflict", TOO_LARGE))
 
-    async def _give_up(self, claim: Claim) -> None:
+    async def _release(self, claim: Claim) -> None:
         """Release a claim whose request was cancelled. If Redis is lost, the claim expires by its time to live."""
         with contextlib.suppress(Unavailable):
             await self._replays.conclude(claim, "failed", FAILED_TTL_MS)

@@ -30,9 +30,9 @@ class InFlight:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._kept_at = clock()  # outlives a `pulse` that raises: a failing relay must not stop renewals
+        self._renewed_at = clock()  # outlives a `pulse` that raises: a failing relay must not stop renewals
         self.leases: set[Lease] = set()
-        self.openings: set[EarlyHead] = set()
+        self.early_heads: set[EarlyHead] = set()
         self.relays: set[Relay] = set()
         self.recordings: set[Recording] = set()
 
@@ -44,28 +44,31 @@ class InFlight:
             heartbeat_s, hold_ttl_s = settings().server.heartbeat_s, settings().credits.hold_ttl_s
             await asyncio.sleep(min(PULSE_S, heartbeat_s / 4, hold_ttl_s / 4))
             now = self._clock()
-            trouble = self._look_after_relays(now, heartbeat_s)
-            if now - self._kept_at >= hold_ttl_s / 3:
-                self._kept_at = now
-                await self._keep_holds()
-            if trouble is not None:
-                raise trouble
+            last_error = self._ping_silent_streams(now, heartbeat_s)
+            if now - self._renewed_at >= hold_ttl_s / 3:
+                self._renewed_at = now
+                await self._renew_holds()
+            if last_error is not None:
+                raise last_error
 
-    def _look_after_relays(self, now: float, heartbeat_s: float) -> Exception | None:
+    def _ping_silent_streams(self, now: float, heartbeat_s: float) -> Exception | None:
         """Serve every opening and relay; return the last exception raised, if any."""
-        trouble: Exception | None = None
-        silent: tuple[EarlyHead | Relay, ...] = (*self.openings, *self.relays)
+        last_error: Exception | None = None
+        silent: tuple[EarlyHead | Relay, ...] = (*self.early_heads, *self.relays)
         for relay in silent:
             try:
                 relay.ping_if_silent(now, heartbeat_s)
             except Exception as error:  # noqa: BLE001 - returned, and raised by the supervised pulse
-                trouble = error
-        return trouble
+                last_error = error
+        return last_error
 
-    async def _keep_holds(self) -> None:
+    async def _renew_holds(self) -> None:
         """Renew all holds and records in one turn of the event loop, so that their commands share one write."""
-        keeping = [*(lease.keep() for lease in self.leases), *(recording.keep_alive() for recording in self.recordings)]
-        results = await asyncio.gather(*keeping, return_exceptions=True)
+        renewals = [
+            *(lease.renew_deadline() for lease in self.leases),
+            *(recording.keep_alive() for recording in self.recordings),
+        ]
+        results = await asyncio.gather(*renewals, return_exceptions=True)
         refused = [result for result in results if isinstance(result, StoreError)]
         if refused:  # a refusal for one account must not release the others
             _log.error("holds_not_kept", holds=len(refused), reason=str(refused[0]))
@@ -157,5 +160,5 @@ async def _error_as_value(work: Coroutine[Any, Any, T]) -> T | GatewayError:
     """Return a GatewayError instead of raising it: an error of a client or a provider is no failure of the task."""
     try:
         return await work
-    except GatewayError as fault:
-        return fault
+    except GatewayError as error:
+        return error

@@ -23,7 +23,16 @@ from meshproxy.gateway.admit import Admitter, Lease, limit_headers
 from meshproxy.gateway.attempts import Attempts, EarlyHead, may_drain, within
 from meshproxy.gateway.authenticate import Authenticator, check_version
 from meshproxy.gateway.bounds import LARGE_BYTES, MIN_UNADMITTED, BodyMemory, NamedLocks, PathLimiter
-from meshproxy.gateway.exchange import ActiveConfig, Call, Downstream, Exchange, Headers, Reply, refusal, refused
+from meshproxy.gateway.exchange import (
+    ActiveConfig,
+    Call,
+    Downstream,
+    Exchange,
+    Headers,
+    Reply,
+    denial_response,
+    error_reply,
+)
 from meshproxy.gateway.health import Health
 from meshproxy.gateway.idempotency import MAX_WAITING, IdempotencyKeys, Recording
 from meshproxy.gateway.in_flight import Detacher, InFlight
@@ -37,12 +46,12 @@ from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Denial
 from meshproxy.money import format_usd
 from meshproxy.openai.event_stream import StreamScanner
-from meshproxy.openai.events import LOOK_BYTES, as_whole, form_of
+from meshproxy.openai.events import FORM_BYTES, as_whole, form_of
 from meshproxy.openai.headers import downstream_headers
 from meshproxy.openai.output import answer_tokens, audio_format
 from meshproxy.openai.request import decode_timeout_s
 from meshproxy.openai.usage import decode_reply
-from meshproxy.policy.failover import classify_error, in_stream
+from meshproxy.policy.failover import classify_error, stream_error
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.response import Response
@@ -59,7 +68,7 @@ STREAM_HEADERS: Headers = [
 class Gateway:
     """The pipeline of one worker.
 
-    `clock` is monotonic seconds, `wall_clock` Unix time in seconds. `spin` returns a random number in [0, 1). `boot_id`
+    `clock` is monotonic seconds, `wall_clock` Unix time in seconds. `random` returns a random number in [0, 1). `boot_id`
     makes this worker's hold ids unique.
     """
 
@@ -78,7 +87,7 @@ class Gateway:
         live: InFlight,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
-        spin: Callable[[], float],
+        random: Callable[[], float],
         boot_id: str,
     ) -> None:
         self.active = active
@@ -88,8 +97,8 @@ class Gateway:
             lambda: self.active.settings.server.max_bodies_bytes,
             lambda: max(MIN_UNADMITTED, self.active.settings.server.max_in_flight // 2),
         )
-        self.visits = PathLimiter(clock)
-        self.turns = NamedLocks()
+        self.path_limiter = PathLimiter(clock)
+        self.locks = NamedLocks()
         self._admitter = Admitter(ledger, local, settler, tasks)
         self._directory = directory
         self._authenticator = authenticator
@@ -98,8 +107,8 @@ class Gateway:
         self._recorder = recorder
         self._live = live
         self._clock = clock
-        self._spin = spin
-        self.health = Health(recorder.breaker_changed, clock, spin)
+        self._random = random
+        self.health = Health(recorder.breaker_changed, clock, random)
         self._attempts = Attempts(self.health, recorder, clock, wall_clock)
         self._boot_id = boot_id
         self._count = itertools.count(1)
@@ -116,19 +125,19 @@ class Gateway:
             principal = exchange.principal = await self._authenticator.principal(call.authorization, call.client)
             if call.api_version is not None:
                 check_version(call.api_version)
-            room = exchange.room = self.bodies.room(principal.account.name)
-            body = await call.read_body(room.take)
+            reservation = exchange.reservation = self.bodies.reserve(principal.account.name)
+            body = await call.read_body(reservation.take)
             process = self._process if call.idempotency_key is None else self._process_once
             return await process(exchange, principal, body, active, downstream)
-        except GatewayError as fault:
-            return self._refuse(exchange, fault.problem)
+        except GatewayError as error:
+            return self._refuse(exchange, error.response)
         except asyncio.CancelledError:
             exchange.outcome = "shutdown" if self._shut_down else "client_disconnected"
-            if self._shut_down and (exchange.phase != "stream" or _waits(exchange)):
+            if self._shut_down and (exchange.phase != "stream" or _awaits_answer(exchange)):
                 return self._refuse(exchange, overloaded(SHUTTING_DOWN, may_have_run=exchange.attempts > 0))
             raise
         except Exception as error:  # noqa: BLE001 - a bug of ours: logged, and answered with 500
-            self._recorder.bug(exchange, error)
+            self._recorder.log_bug(exchange, error)
             return self._refuse(exchange, internal_error())
         finally:
             if not exchange.detached:
@@ -146,7 +155,7 @@ class Gateway:
 
     def _close(self, exchange: Exchange) -> None:
         """End a request: settle it, then count and log it."""
-        if exchange.outcome == "client_disconnected" and exchange.is_at_work and exchange.usage_source == "none":
+        if exchange.outcome == "client_disconnected" and exchange.may_be_billed and exchange.usage_source == "none":
             bill_prompt(exchange)
         self._attempts.conclude(exchange)
         if exchange.recording is not None:
@@ -154,8 +163,8 @@ class Gateway:
             exchange.recording.conclude(complete=exchange.complete)
         self._settler.settle(exchange)
         self._recorder.end(exchange)
-        if exchange.room is not None:
-            exchange.room.leave()
+        if exchange.reservation is not None:
+            exchange.reservation.release()
 
     def _shed(self, exchange: Exchange) -> Reply | None:
         """Refuse a request beyond `max_in_flight`, before it counts as in flight."""
@@ -186,7 +195,7 @@ class Gateway:
             with contextlib.suppress(LookupError):  # the first one failed: this request may now be the first
                 most = min(MAX_WAITING, max(1, settings.server.max_in_flight // 8))
                 if (timeout_s := decode_timeout_s(body)) is not None:
-                    exchange.keep_within(timeout_s)
+                    exchange.limit_to(timeout_s)
                 left_s = exchange.deadline - self._clock() if math.isfinite(exchange.deadline) else None
                 reply = await entered.play(exchange.call, downstream, settings.server.heartbeat_s, most, left_s)
                 exchange.status, exchange.outcome = 200, "replayed"
@@ -199,23 +208,23 @@ class Gateway:
         self._recorder.enter(exchange, "resolve")
         if len(body) > LARGE_BYTES:
             async with self.bodies.reading:
-                plan = exchange.plan = await resolve(body, principal, active, self._directory, self._spin())
+                plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
         else:
-            plan = exchange.plan = await resolve(body, principal, active, self._directory, self._spin())
+            plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
         if plan.request.timeout_s is not None:
-            exchange.keep_within(plan.request.timeout_s)
+            exchange.limit_to(plan.request.timeout_s)
         self._recorder.enter(exchange, "admit")
         answer = await self._admitter.admit(exchange, plan, principal, active)
         if isinstance(answer, Denial):
-            self._recorder.denied(answer)
+            self._recorder.count_denial(answer)
             exchange.refused_by = answer.which.replace(" ", "_")
-            return self._refuse(exchange, refused(answer), limit_headers(answer.buckets))
-        if exchange.room is not None:
-            exchange.room.shrink(len(body))
+            return self._refuse(exchange, denial_response(answer), limit_headers(answer.buckets))
+        if exchange.reservation is not None:
+            exchange.reservation.shrink(len(body))
         lease = exchange.lease = answer
         plan = exchange.plan = lease.plan
-        if exchange.room is not None and plan.prompt.template_bytes > LARGE_BYTES:
-            await exchange.room.take(len(body) + plan.prompt.template_bytes)
+        if exchange.reservation is not None and plan.prompt.template_bytes > LARGE_BYTES:
+            await exchange.reservation.take(len(body) + plan.prompt.template_bytes)
         self._recorder.enter(exchange, "attempt")
         work = self._respond(exchange, plan, lease, active, downstream)
         if exchange.recording is not None or may_drain(plan, active):
@@ -245,19 +254,19 @@ class Gateway:
         self, exchange: Exchange, plan: Plan, active: ActiveConfig, downstream: Downstream
     ) -> Response:
         """Return the response to stream from; the client gets pings while it waits for it."""
-        opening = exchange.opening = EarlyHead(
+        early_head = exchange.early_head = EarlyHead(
             downstream,
-            lambda: [*STREAM_HEADERS, *self._told(exchange)],
+            lambda: [*STREAM_HEADERS, *self._own_headers(exchange)],
             lambda: self._recorder.enter(exchange, "stream"),
             self._clock,
         )
-        self._live.openings.add(opening)
+        self._live.early_heads.add(early_head)
         try:
             response = await self._attempts.first_answer(exchange, plan, active)
-            opening.waits = False
+            early_head.waits = False
             return response
         finally:
-            self._live.openings.discard(opening)
+            self._live.early_heads.discard(early_head)
 
     async def _answer(self, exchange: Exchange, plan: Plan, response: Response) -> Reply:
         """Pass a whole answer on. Its bytes are unchanged, unless it came as an event stream."""
@@ -267,13 +276,13 @@ class Gateway:
             else:
                 body = await within(exchange.deadline - self._clock(), response.read())
             read_at = self._clock()
-            if body[:1] != b"{" and form_of(body[:LOOK_BYTES]) == "stream":
+            if body[:1] != b"{" and form_of(body[:FORM_BYTES]) == "stream":
                 body = _assembled(body)
             reply = decode_reply(body)
             if reply.error:
                 raise classify_error(reply.error, otherwise="The provider failed.")
-        except UpstreamError as fault:
-            exchange.failed(fault)
+        except UpstreamError as error:
+            exchange.record_failure(error)
             raise
         seen = partial(answer_tokens, body, audio_format(plan.request.fields))
         bill(exchange, reply.report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1])
@@ -282,7 +291,7 @@ class Gateway:
         exchange.complete = True
         headers = [
             *_json_headers(response),
-            *self._told(exchange),
+            *self._own_headers(exchange),
             ("x-mesh-cost", format_usd(exchange.cost_nusd)),
         ]
         exchange.overhead_s += self._clock() - read_at
@@ -307,10 +316,14 @@ class Gateway:
         relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
         lease.watch(relay.renewed)
         exchange.status = 200
-        if exchange.opening is None or not exchange.opening.begun:
+        if exchange.early_head is None or not exchange.early_head.begun:
             self._recorder.enter(exchange, "stream")
             downstream.begin(
-                [*downstream_headers(response.headers, without=STREAM_HEADERS), *STREAM_HEADERS, *self._told(exchange)]
+                [
+                    *downstream_headers(response.headers, without=STREAM_HEADERS),
+                    *STREAM_HEADERS,
+                    *self._own_headers(exchange),
+                ]
             )
         self._live.relays.add(relay)
         try:
@@ -322,7 +335,7 @@ class Gateway:
             exchange.events = scanner.events
             relay.bill()
 
-    def _told(self, exchange: Exchange) -> Headers:
+    def _own_headers(self, exchange: Exchange) -> Headers:
         """Return the gateway's own headers for an answer."""
         return [
             ("x-request-id", exchange.call.request_id),
@@ -331,32 +344,34 @@ class Gateway:
             *_clamp_of(exchange),
         ]
 
-    def _refuse(self, exchange: Exchange, problem: ErrorResponse, headers: Headers | None = None) -> Reply | None:
+    def _refuse(
+        self, exchange: Exchange, error_response: ErrorResponse, headers: Headers | None = None
+    ) -> Reply | None:
         """Send the client an error response: as a reply, or as an event where the stream's head was already sent."""
-        exchange.code = problem.code
-        request_id, told = exchange.call.request_id, exchange.told(problem)
-        opening = exchange.opening
-        if opening is not None and opening.begun and opening.waits:
+        exchange.code = error_response.code
+        request_id, masked = exchange.call.request_id, exchange.mask_secrets(error_response)
+        early_head = exchange.early_head
+        if early_head is not None and early_head.begun and early_head.waits:
             exchange.status = 200
-            opening.end(told, request_id)
+            early_head.end(masked, request_id)
             return None
-        exchange.status = problem.status
-        return refusal(told, request_id, _limits_of(exchange) if headers is None else headers)
+        exchange.status = error_response.status
+        return error_reply(masked, request_id, _limits_of(exchange) if headers is None else headers)
 
 
-def _waits(exchange: Exchange) -> bool:
+def _awaits_answer(exchange: Exchange) -> bool:
     """Return whether a stream's client waits for an answer to begin."""
-    return exchange.opening is not None and exchange.opening.waits
+    return exchange.early_head is not None and exchange.early_head.waits
 
 
 def _assembled(stream: bytes) -> bytes:
     """Assemble a whole answer from an event stream in its place. Raises UpstreamError if that failed or broke off."""
     body, error, is_finished = as_whole(stream)
     if error is not None:
-        raise in_stream(error)
+        raise stream_error(error)
     if not is_finished:
-        problem = upstream_error("The provider ended the stream early.", may_have_run=True)
-        raise UpstreamError(problem, safe_to_repeat=False, answered=200)
+        error_response = upstream_error("The provider ended the stream early.", may_have_run=True)
+        raise UpstreamError(error_response, safe_to_repeat=False, upstream_status=200)
     return body
 
 

@@ -36,12 +36,12 @@ from meshproxy.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from meshproxy.telemetry.otlp import OtlpTracer
 
-Fact = str | bool | int | float
-Facts = dict[str, Fact | None]  # None: left out
+Attribute = str | bool | int | float
+Attributes = dict[str, Attribute | None]  # None: left out
 
 SAMPLING: Final = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")  # numbers of a request
-BROKEN: Final = frozenset({"failed", "upstream_failed", "shutdown"})  # outcomes that the client didn't cause
-FINE: Final = frozenset({"completed", "replayed"})
+FAILED_OUTCOMES: Final = frozenset({"failed", "upstream_failed", "shutdown"})  # outcomes that the client didn't cause
+GOOD_OUTCOMES: Final = frozenset({"completed", "replayed"})
 
 
 class Spans:
@@ -53,19 +53,19 @@ class Spans:
 
     def end(self, exchange: Exchange, route: str, now: float) -> None:
         """Emit the span of a finished request. `now` is monotonic seconds."""
-        broke = exchange.status >= 500 or (exchange.status == 200 and exchange.outcome in BROKEN)
+        has_failed = exchange.status >= 500 or (exchange.status == 200 and exchange.outcome in FAILED_OUTCOMES)
         self._tracer.span(
             f"chat {exchange.model}".rstrip(),
             seconds=now - exchange.call.received_at,
             context=dict(exchange.call.forward),
-            describe=lambda: self._facts(exchange, route),
-            error=_error_of(exchange) if broke else "",
+            describe=lambda: self._attributes(exchange, route),
+            error=_error_of(exchange) if has_failed else "",
         )
 
-    def _facts(self, exchange: Exchange, route: str) -> Mapping[str, Fact]:
+    def _attributes(self, exchange: Exchange, route: str) -> Mapping[str, Attribute]:
         """Return the span's attributes, without those that are None."""
         first_s = exchange.first_event_at - exchange.call.received_at
-        facts: Facts = {
+        attributes: Attributes = {
             "http.request.method": "POST",
             "http.route": route,
             "http.response.status_code": exchange.status or None,
@@ -78,16 +78,16 @@ class Spans:
         }
         if exchange.principal is not None:
             key = exchange.principal.key
-            facts |= {"meshproxy.account": key.account, "meshproxy.key_id": key.id}
+            attributes |= {"meshproxy.account": key.account, "meshproxy.key_id": key.id}
         if exchange.plan is not None:
-            facts |= _of_request(exchange.plan.request, exchange.plan.model)
+            attributes |= _request_attributes(exchange.plan.request, exchange.plan.model)
         if exchange.candidate is not None:
-            facts |= self._of_attempt(exchange.candidate)
+            attributes |= self._attempt_attributes(exchange.candidate)
         if exchange.lease is not None:
-            facts |= _of_usage(exchange)
-        return {name: fact for name, fact in facts.items() if fact is not None}
+            attributes |= _usage_attributes(exchange)
+        return {name: attribute for name, attribute in attributes.items() if attribute is not None}
 
-    def _of_attempt(self, candidate: Candidate) -> Facts:
+    def _attempt_attributes(self, candidate: Candidate) -> Attributes:
         upstream = self._upstreams().get(candidate.upstream)  # None if a reload has removed it
         url = urlsplit(upstream.base_url) if upstream is not None else None
         return {
@@ -102,10 +102,10 @@ class Spans:
 
 def _error_of(exchange: Exchange) -> str:
     """Return the error code that the client got, else the outcome; empty if the request ended well."""
-    return exchange.code or ("" if exchange.outcome in FINE else exchange.outcome)
+    return exchange.code or ("" if exchange.outcome in GOOD_OUTCOMES else exchange.outcome)
 
 
-def _of_request(request: ChatRequest, model: str) -> Facts:
+def _request_attributes(request: ChatRequest, model: str) -> Attributes:
     fields = request.fields
     return {
         "gen_ai.request.model": model,
@@ -117,7 +117,7 @@ def _of_request(request: ChatRequest, model: str) -> Facts:
     }
 
 
-def _of_usage(exchange: Exchange) -> Facts:
+def _usage_attributes(exchange: Exchange) -> Attributes:
     usage = exchange.usage
     return {
         "gen_ai.usage.input_tokens": usage.prompt,
@@ -133,13 +133,13 @@ def _of_usage(exchange: Exchange) -> Facts:
 MAX_FAILURES = 50  # that a worker remembers for the status page
 MAX_REFUSED = 64  # pairs of account and limit that a worker remembers for the status page
 REFUSED_S = 60.0
-MAX_WORDS_CHARS = 500  # of a provider's message, in one log line
+MAX_MESSAGE_CHARS = 500  # of a provider's message, in one log line
 ROUTE = "/v1/chat/completions"
 
 _log = structlog.get_logger("meshproxy.gateway")
 
 
-class _OfModel:
+class _ModelMetrics:
     """One model's metrics with their labels bound once."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
@@ -151,7 +151,7 @@ class _OfModel:
         self.cost = metrics.cost.labels(model)
 
 
-class _OfUpstream:
+class _UpstreamMetrics:
     """One upstream's metrics for one model, with their labels bound once."""
 
     def __init__(self, metrics: Metrics, upstream: str, model: str) -> None:
@@ -162,7 +162,7 @@ class _OfUpstream:
         }
 
 
-class Accounts:
+class AccountMetrics:
     """The metrics of accounts, for the first `most` that make requests in this worker; all others are counted as `other`.
     `names` are those that have theirs.
     """
@@ -247,15 +247,15 @@ class Recorder:
     def __init__(self, metrics: Metrics, request_log: RequestLog, clock: Callable[[], float]) -> None:
         self.in_flight = 0
         self.spans: Spans | None = None
-        self.accounts: Accounts | None = None
+        self.accounts: AccountMetrics | None = None
         self.failures: deque[Failure] = deque(maxlen=MAX_FAILURES)
         self.last_errors: dict[str, Failure] = {}  # by upstream
         self.refusals = Refusals(clock)
         self._metrics = metrics
         self._request_log = request_log
         self._clock = clock
-        self._models: dict[str, _OfModel] = {}
-        self._upstreams: dict[tuple[str, str], _OfUpstream] = {}
+        self._models: dict[str, _ModelMetrics] = {}
+        self._upstreams: dict[tuple[str, str], _UpstreamMetrics] = {}
         self._requests: dict[tuple[str, int, str], Counter] = {}
         # Requests in each phase. A scrape reads them, so that a request needn't set gauges.
         self._phases = dict.fromkeys(PHASES, 0)
@@ -301,36 +301,36 @@ class Recorder:
         self._metrics.failures.labels("none", exchange.code).inc()
         self._request_log.write(self._line(exchange, "", stream=False, now=self._clock()))
 
-    def denied(self, denied: Denial) -> None:
+    def count_denial(self, denial: Denial) -> None:
         """Count a denial of the ledger."""
-        if denied.reason == "rate_limit":
-            self._metrics.rate_limited.labels(denied.which.replace(" ", "_")).inc()
+        if denial.reason == "rate_limit":
+            self._metrics.rate_limited.labels(denial.which.replace(" ", "_")).inc()
         else:
-            self._metrics.credit_rejections.labels(denied.reason).inc()
+            self._metrics.credit_rejections.labels(denial.reason).inc()
 
     def attempted(self, upstream: str, code: str) -> None:
         """Count a provider's answer by its status, or by the kind of failure without one."""
         self._metrics.upstream_requests.labels(upstream, code).inc()
 
-    def attempt_failed(self, exchange: Exchange, candidate: Candidate, fault: UpstreamError) -> None:
+    def attempt_failed(self, exchange: Exchange, candidate: Candidate, error: UpstreamError) -> None:
         """Log a failed attempt and its cause: the status or the operating system's reason, and the provider's message."""
         response = exchange.response
-        status = response.status if response is not None else fault.answered or 0
-        said = fault.reason or fault.problem.code
-        self.last_errors[candidate.upstream] = _failure(exchange, candidate.model, candidate.upstream, status, said)
-        ours = fault.source is Source.GATEWAY
+        status = response.status if response is not None else error.upstream_status or 0
+        reason = error.reason or error.response.code
+        self.last_errors[candidate.upstream] = _failure(exchange, candidate.model, candidate.upstream, status, reason)
+        is_ours = error.source is Source.GATEWAY
         _log.log(
-            logging.ERROR if ours else logging.WARNING,
+            logging.ERROR if is_ours else logging.WARNING,
             "attempt_failed",
             request_id=exchange.call.request_id,
             upstream=candidate.upstream,
             model=candidate.model,
             attempt=exchange.attempts,
-            source=fault.source.value,
-            phase=fault.phase.value,
-            status=response.status if response is not None else fault.answered,
-            reason=fault.reason or (fault.problem.message if fault.words is None else None),
-            words=_without_prompt(exchange, fault.words) if fault.words is not None else None,
+            source=error.source.value,
+            phase=error.phase.value,
+            status=response.status if response is not None else error.upstream_status,
+            reason=error.reason or (error.response.message if error.provider_message is None else None),
+            words=_without_prompt(exchange, error.provider_message) if error.provider_message is not None else None,
             upstream_request_id=upstream_request_id(response.headers) if response is not None else None,
             duration_ms=_ms(self._clock() - exchange.sent_at),
         )
@@ -343,7 +343,7 @@ class Recorder:
         else:
             _log.info("breaker_closed", upstream=upstream)
 
-    def bug(self, exchange: Exchange, error: BaseException) -> None:
+    def log_bug(self, exchange: Exchange, error: BaseException) -> None:
         """Log an unexpected exception with its traceback."""
         _log.error("bug", request_id=exchange.call.request_id, exc_info=error)
 
@@ -351,21 +351,21 @@ class Recorder:
         """Count a finished request."""
         self._request_counter(model, exchange.status, stream).inc()
         received_at = exchange.call.received_at
-        of_model = self._of_model(model)
-        of_model.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
+        model_metrics = self._model_metrics(model)
+        model_metrics.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
         if exchange.sent_at and exchange.candidate is not None:
             self._overhead[stream].observe(exchange.overhead_s)
             served_by = exchange.candidate.upstream, model
-            of_upstream = self._upstreams.get(served_by) or self._of_upstream(*served_by)
-            of_upstream.duration.observe(now - exchange.sent_at)
+            upstream_metrics = self._upstreams.get(served_by) or self._upstream_metrics(*served_by)
+            upstream_metrics.duration.observe(now - exchange.sent_at)
             if exchange.first_event_at:
                 waited_s = exchange.first_event_at - exchange.sent_at
-                of_upstream.first_token.observe(waited_s)
-                of_upstream.latency["true"].observe(waited_s)
+                upstream_metrics.first_token.observe(waited_s)
+                upstream_metrics.latency["true"].observe(waited_s)
             elif exchange.status == 200 and stream == "false":
-                of_upstream.latency["false"].observe(now - exchange.sent_at)
+                upstream_metrics.latency["false"].observe(now - exchange.sent_at)
         if exchange.first_event_at:
-            self._count_stream(exchange, of_model, received_at)
+            self._count_stream(exchange, model_metrics, received_at)
         if exchange.code in CAUSES:
             self._metrics.failures.labels(model, exchange.code).inc()
         if exchange.outcome == "client_disconnected":
@@ -373,18 +373,18 @@ class Recorder:
         elif exchange.outcome == "insufficient_credits":
             self._metrics.credit_rejections.labels("mid_stream").inc()
         if exchange.lease is not None:
-            self._count_usage(exchange, of_model)
+            self._count_usage(exchange, model_metrics)
 
-    def _count_stream(self, exchange: Exchange, of_model: _OfModel, received_at: float) -> None:
-        of_model.first_token.observe_traced(exchange.first_event_at - received_at, exchange.call.trace_id)
-        of_model.max_gap.observe(exchange.max_gap_s)
+    def _count_stream(self, exchange: Exchange, model_metrics: _ModelMetrics, received_at: float) -> None:
+        model_metrics.first_token.observe_traced(exchange.first_event_at - received_at, exchange.call.trace_id)
+        model_metrics.max_gap.observe(exchange.max_gap_s)
         if exchange.usage.completion > 1:
-            spent_s = exchange.last_event_at - exchange.first_event_at
-            of_model.per_token.observe(spent_s / (exchange.usage.completion - 1))
+            streaming_s = exchange.last_event_at - exchange.first_event_at
+            model_metrics.per_token.observe(streaming_s / (exchange.usage.completion - 1))
 
-    def _count_usage(self, exchange: Exchange, of_model: _OfModel) -> None:
+    def _count_usage(self, exchange: Exchange, model_metrics: _ModelMetrics) -> None:
         self._metrics.settlements.labels(exchange.outcome, exchange.usage_source).inc()
-        if exchange.refused:
+        if exchange.refused_numbers:
             self._refused(exchange)
         if exchange.unlisted_model is not None:
             _log.warning(
@@ -394,17 +394,17 @@ class Recorder:
                 billed=exchange.model,
                 request_id=exchange.call.request_id,
             )
-        for counter, amount in zip(of_model.tokens, astuple(exchange.usage), strict=True):
+        for counter, amount in zip(model_metrics.tokens, astuple(exchange.usage), strict=True):
             if amount:
                 counter.inc(amount)
-        of_model.cost.inc(exchange.cost_nusd)
+        model_metrics.cost.inc(exchange.cost_nusd)
 
     def _refused(self, exchange: Exchange) -> None:
         """Count and log the reported numbers of a provider that can't be true."""
         upstream = exchange.candidate.upstream if exchange.candidate is not None else ""
-        for reason in dict.fromkeys(refusal.reason for refusal in exchange.refused):
+        for reason in dict.fromkeys(refusal.reason for refusal in exchange.refused_numbers):
             self._metrics.usage_refused.labels(upstream, reason).inc()
-            numbers = {refusal.name: refusal.value for refusal in exchange.refused if refusal.reason == reason}
+            numbers = {refusal.name: refusal.value for refusal in exchange.refused_numbers if refusal.reason == reason}
             _log.warning(
                 "usage_refused",
                 upstream=upstream,
@@ -452,24 +452,24 @@ class Recorder:
             counter = self._requests[key] = self._metrics.requests.labels(ROUTE, model, str(status), stream)
         return counter
 
-    def _of_upstream(self, upstream: str, model: str) -> _OfUpstream:
-        made = self._upstreams[upstream, model] = _OfUpstream(self._metrics, upstream, model)
+    def _upstream_metrics(self, upstream: str, model: str) -> _UpstreamMetrics:
+        made = self._upstreams[upstream, model] = _UpstreamMetrics(self._metrics, upstream, model)
         return made
 
-    def _of_model(self, model: str) -> _OfModel:
+    def _model_metrics(self, model: str) -> _ModelMetrics:
         found = self._models.get(model)
         if found is None:
-            found = self._models[model] = _OfModel(self._metrics, model)
+            found = self._models[model] = _ModelMetrics(self._metrics, model)
         return found
 
 
-def _without_prompt(exchange: Exchange, words: str) -> str:
+def _without_prompt(exchange: Exchange, message: str) -> str:
     """Return a provider's message for the log: shortened, and without what it quotes of the request."""
     plan = exchange.plan
     if plan is not None:
         request = b",".join([*map(bytes, plan.request.fields.values()), plan.prompt.messages[:MAX_QUOTED_BYTES]])
-        words = without_quotes(words, request)
-    return words[:MAX_WORDS_CHARS]
+        message = without_quotes(message, request)
+    return message[:MAX_MESSAGE_CHARS]
 
 
 def _failure(exchange: Exchange, model: str, upstream: str, status: int, code: str) -> Failure:

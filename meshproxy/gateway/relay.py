@@ -13,18 +13,18 @@ from typing import Final
 
 from meshproxy.errors import ErrorResponse, UpstreamError, insufficient_credits, upstream_error
 from meshproxy.gateway.admit import Lease
-from meshproxy.gateway.exchange import Downstream, Exchange, refused
+from meshproxy.gateway.exchange import Downstream, Exchange, denial_response
 from meshproxy.gateway.settle import bill
 from meshproxy.ledger.records import Denial
 from meshproxy.money import format_usd
 from meshproxy.openai.errors import error_event
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
-from meshproxy.policy.failover import in_stream
+from meshproxy.policy.failover import stream_error
 from meshproxy.upstream.response import Response
 
 MAX_DRAINED_BYTES: Final = 8_388_608  # read after the client has gone, to learn the usage
 LAST_BYTE_S: Final = 2.0  # for the end of a body after `[DONE]`; then its connection is closed
-LOOK_BYTES: Final = 16_384  # relayed between two checks of the client's backlog
+BACKLOG_CHECK_BYTES: Final = 16_384  # relayed between two checks of the client's backlog
 CREDIT_RAN_OUT: Final = "Credit ran out in the middle of the answer: the account has {} USD available when it is paid."
 OUTCOMES = {
     "insufficient_credits": "insufficient_credits",
@@ -40,9 +40,9 @@ class Relay:
     """
 
     __slots__ = (
-        "_afterwards",
         "_choices",
         "_clock",
+        "_deferred",
         "_downstream",
         "_drained_bytes",
         "_exchange",
@@ -52,7 +52,7 @@ class Relay:
         "_max_gap_s",
         "_response",
         "_signal",
-        "_unlooked_bytes",
+        "_unchecked_bytes",
         "_withheld",
         "_written_at",
         "ended",
@@ -80,11 +80,11 @@ class Relay:
         self._first_at = self._last_at = 0.0  # times of events; 0.0: none yet
         self._max_gap_s = 0.0
         self._drained_bytes = 0
-        self._unlooked_bytes = 0
+        self._unchecked_bytes = 0
         self._withheld: bytes | None = None
-        self._afterwards: Callable[[], None] | None = None
+        self._deferred: Callable[[], None] | None = None
         self.scanner = scanner
-        scanner.tell_cost = self._cost
+        scanner.cost_so_far = self._cost
         self.ended = False
         self.outcome = "upstream_failed"
 
@@ -111,24 +111,24 @@ class Relay:
         scanner, lease = self.scanner, self._lease
         try:
             events = scanner.feed(payload)
-        except UpstreamError as fault:
-            self.fail(fault)
+        except UpstreamError as error:
+            self.fail(error)
             return
-        is_spent = scanner.most > lease.watermark and lease.spent(scanner.tokens)
-        if is_spent and scanner.tokens > lease.bound:
+        is_exhausted = scanner.most > lease.watermark and lease.record_output(scanner.tokens)
+        if is_exhausted and scanner.tokens > lease.bound:
             self._withhold(events)
             return
         if events:
             self._downstream.write(events, frame if events is payload else None)
-            self._timed(arrived_at)
-        self._unlooked_bytes += len(payload)
+            self._record_times(arrived_at)
+        self._unchecked_bytes += len(payload)
         if scanner.done:
             self._complete()
         elif scanner.error is not None:
             self._stop_by_provider()
-        elif is_spent:
+        elif is_exhausted:
             self._wait()
-        elif self._unlooked_bytes >= LOOK_BYTES:
+        elif self._unchecked_bytes >= BACKLOG_CHECK_BYTES:
             self._check_backlog()
 
     def end(self) -> None:
@@ -136,7 +136,7 @@ class Relay:
         if self.ended:
             return
         if self._withheld is not None:
-            self._afterwards = self.end
+            self._deferred = self.end
             return
         rest = self.scanner.finish()
         if rest:
@@ -147,41 +147,41 @@ class Relay:
             self._complete()
             self._finish()
         else:
-            problem = upstream_error("The provider ended the stream early.", may_have_run=True)
-            self._exchange.failed(UpstreamError(problem, safe_to_repeat=False, answered=200))
-            self.stop(problem)
+            error_response = upstream_error("The provider ended the stream early.", may_have_run=True)
+            self._exchange.record_failure(UpstreamError(error_response, safe_to_repeat=False, upstream_status=200))
+            self.stop(error_response)
 
     def _all_ended(self) -> bool:
         """Return whether each choice that was asked for has ended, in a stream of which one has."""
         return self._choices == 1 or self.scanner.ended_choices >= self._choices
 
-    def fail(self, fault: UpstreamError) -> None:
+    def fail(self, error: UpstreamError) -> None:
         """End the stream after the upstream failed. Ignore errors after `[DONE]`: the stream is complete."""
         if self._withheld is not None:
-            self._afterwards = partial(self.fail, fault)
+            self._deferred = partial(self.fail, error)
         elif self.scanner.done:
             self._finish()
         else:
-            self._exchange.failed(fault)
-            self.stop(fault.problem)
+            self._exchange.record_failure(error)
+            self.stop(error.response)
 
-    def stop(self, problem: ErrorResponse) -> None:
+    def stop(self, error_response: ErrorResponse) -> None:
         """End the stream early with an error event, never with `[DONE]` or without a reason."""
         if self.ended:
             return
-        self._exchange.code = problem.code
-        self._downstream.write(error_event(self._exchange.told(problem), self._exchange.call.request_id))
+        self._exchange.code = error_response.code
+        self._downstream.write(error_event(self._exchange.mask_secrets(error_response), self._exchange.call.request_id))
         self._finish()
         self._response.close()
 
     def renewed(self, refusal: Denial | ErrorResponse | None) -> None:
         """Continue after a renewal of the hold, or stop if it was refused."""
         if refusal is not None and not self.ended:
-            problem = refused(refusal) if isinstance(refusal, Denial) else refusal
-            self.outcome = OUTCOMES.get(problem.code, "failed")
+            error_response = denial_response(refusal) if isinstance(refusal, Denial) else refusal
+            self.outcome = OUTCOMES.get(error_response.code, "failed")
             if isinstance(refusal, Denial) and refusal.reason == "insufficient_credits":
-                problem = insufficient_credits(CREDIT_RAN_OUT.format(format_usd(self._left_nusd(refusal))))
-            self.stop(problem)
+                error_response = insufficient_credits(CREDIT_RAN_OUT.format(format_usd(self._left_nusd(refusal))))
+            self.stop(error_response)
         elif not self.ended:
             self._release_withheld()
             if self._downstream.congested():
@@ -219,10 +219,10 @@ class Relay:
         """Whether the stream ended for lack of credit, or while events waited for credit."""
         return self.outcome == "insufficient_credits" or self._withheld is not None
 
-    def shut_down(self, problem: ErrorResponse) -> None:
+    def shut_down(self, error_response: ErrorResponse) -> None:
         """End the stream because the gateway shuts down."""
         self.outcome = "shutdown"
-        self.stop(problem)
+        self.stop(error_response)
 
     def ping_if_silent(self, now: float, heartbeat_s: float) -> None:
         """Ping a client whose upstream is silent, so that no proxy on the way closes the connection.
@@ -255,30 +255,30 @@ class Relay:
         events, self._withheld = self._withheld, None
         if events:
             self._downstream.write(events)
-            self._timed(self._clock())
+            self._record_times(self._clock())
         if self.scanner.done:
             self._complete()
         elif self.scanner.error is not None:
             self._stop_by_provider()
-        if self._afterwards is not None:
-            self._afterwards()
+        if self._deferred is not None:
+            self._deferred()
 
     def _complete(self) -> None:
         """Complete the answer for the client without waiting for the end of the upstream's body."""
         if self.outcome != "completed":
             self.outcome = "completed"
             cost = self._cost()
-            self._downstream.write(DONE if cost == self.scanner.told_cost else COST % cost.encode() + DONE)
+            self._downstream.write(DONE if cost == self.scanner.written_cost else COST % cost.encode() + DONE)
             self._written_at = self._clock()
 
     def _check_backlog(self) -> None:
         """Pause for a client that falls behind. After a hang-up, read on for the usage, up to MAX_DRAINED_BYTES."""
-        looked_bytes, self._unlooked_bytes = self._unlooked_bytes, 0
+        checked_bytes, self._unchecked_bytes = self._unchecked_bytes, 0
         if not self._exchange.detached:
             if self._downstream.congested():
                 self._wait()
             return
-        self._drained_bytes += looked_bytes
+        self._drained_bytes += checked_bytes
         if self._drained_bytes > MAX_DRAINED_BYTES:
             self._response.close()
             self._finish()
@@ -290,11 +290,11 @@ class Relay:
 
     def _stop_by_provider(self) -> None:
         """End the stream with the error that the provider sent in it."""
-        fault = in_stream(self.scanner.error)
-        self._exchange.failed(fault)
-        self.stop(fault.problem)
+        error = stream_error(self.scanner.error)
+        self._exchange.record_failure(error)
+        self.stop(error.response)
 
-    def _timed(self, arrived_at: float) -> None:
+    def _record_times(self, arrived_at: float) -> None:
         """Record when events arrived: the first, the last, and the longest gap."""
         if self._first_at:
             gap_s = arrived_at - self._last_at

@@ -24,7 +24,7 @@ from meshproxy.openai.request import (
     members_of,
     with_params,
 )
-from meshproxy.policy.catalog import Candidate, large_enough, priced
+from meshproxy.policy.catalog import Candidate, large_enough, with_fees
 from meshproxy.policy.middle_out import middle_out
 from meshproxy.policy.pricing import Price, affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
@@ -195,21 +195,21 @@ class Plan(Struct, frozen=True):
         )
 
 
-async def resolve(body: bytes, principal: Principal, active: ActiveConfig, directory: Directory, spin: float) -> Plan:
+async def resolve(body: bytes, principal: Principal, active: ActiveConfig, directory: Directory, draw: float) -> Plan:
     """Return the plan for a request's body. Raises a GatewayError that says what is wrong with the request.
 
-    `spin` is a random number in [0, 1) that decides among equal routes.
+    `draw` is a random number in [0, 1) that decides among equal routes.
     """
     request = decode_chat(body) if len(body) <= LARGE_BYTES else await _decode_large(body)
     template = await _template(request.template, principal, directory) if request.template is not None else None
     model = _model(request, principal, template, active.settings)
-    candidates = active.catalog.candidates(model, request.models, spin=spin, allowed=principal.key.models)
+    candidates = active.catalog.candidates(model, request.models, draw=draw, allowed=principal.key.models)
     for name in (model, *request.models):
         if not principal.may_use(name):
             raise GatewayError(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
     params = merge_params(principal.key.params, template.params if template is not None else None)
     request = with_params(request, params) if params else request
-    candidates = priced(candidates, request.service_tier, request.fields)
+    candidates = with_fees(candidates, request.service_tier, request.fields)
     prompt = Prompt(request, template, active.settings.server.max_body_bytes)
     others = others_of(request)
     tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)

@@ -21,7 +21,7 @@ from meshproxy.ledger.records import HoldRequest, Settlement
 from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
 from meshproxy.openai.usage import Report, Usage
 from meshproxy.policy.catalog import Candidate, may_have_served
-from meshproxy.policy.pricing import billed, cost
+from meshproxy.policy.pricing import billed_price, cost
 from meshproxy.telemetry.tasks import Tasks
 
 
@@ -42,35 +42,37 @@ def bill(
     `outdated`: text came after the report, so its output is a lower bound. `audio_output` estimates how much of the
     output was audio, which has its own price.
     """
-    plan, candidate = exchange.plan, exchange.asked or exchange.candidate
+    plan, candidate = exchange.plan, exchange.attempted or exchange.candidate
     if plan is None or candidate is None:
         return
-    exchange.asked = candidate
+    exchange.attempted = candidate
     candidates = may_have_served(candidate, served_model)
     usage = Usage()
     if report is not None:
         window = candidate.context_window
         if candidate.natives:
             window = max(candidate.context_window for candidate in candidates)
-        usage, exchange.refused = report.settled(window, plan.request.n)
+        usage, exchange.refused_numbers = report.settled(window, plan.request.n)
         exchange.usage_source = "reported"
-    told_usd = report.cost_usd if report is not None else None
+    reported_usd = report.cost_usd if report is not None else None
     if usage.completion == 0 or outdated:
         seen = min(estimate_output(), plan.output_bound)
         if seen > usage.completion:
             audio = min(audio_output(), seen) if audio_output is not None else 0
             usage = replace(usage, completion=seen, audio_completion=max(usage.audio_completion, audio))
             exchange.usage_source = "estimated"
-    if usage.prompt == 0 and (usage.completion or exchange.refused):
+    if usage.prompt == 0 and (usage.completion or exchange.refused_numbers):
         usage = replace(usage, prompt=plan.likely_prompt_tokens())
         exchange.usage_source = "estimated"
     if most_output is not None and usage.completion > most_output:
         audio = min(usage.audio_completion, most_output)
         usage = replace(usage, completion=most_output, audio_completion=audio)
         exchange.usage_source = "estimated"
-        told_usd = None
+        reported_usd = None
     exchange.usage = usage
-    _charge(exchange, candidates, report.service_tier if report is not None else None, None if outdated else told_usd)
+    _charge(
+        exchange, candidates, report.service_tier if report is not None else None, None if outdated else reported_usd
+    )
     exchange.unlisted_model = served_model if len(candidates) > 1 else None
 
 
@@ -86,19 +88,21 @@ def bill_prompt(exchange: Exchange) -> None:
     _charge(exchange, (candidate,), None, None)
 
 
-def _charge(exchange: Exchange, candidates: Sequence[Candidate], tier: str | None, told_usd: Decimal | None) -> None:
+def _charge(
+    exchange: Exchange, candidates: Sequence[Candidate], tier: str | None, reported_usd: Decimal | None
+) -> None:
     """Record the cost of the usage at the dearest of the models that may have served.
 
     The price is that of the service tier that the provider names, else of the requested tier.
     """
-    asked = exchange.plan.request.service_tier if exchange.plan is not None else None
+    requested_tier = exchange.plan.request.service_tier if exchange.plan is not None else None
     dearest = -1
     for candidate in candidates:
-        price = candidate.price_in(tier, asked)
-        cost_nusd = cost(price, exchange.usage, told_usd)
+        price = candidate.price_in(tier, requested_tier)
+        cost_nusd = cost(price, exchange.usage, reported_usd)
         if cost_nusd > dearest:
             dearest = exchange.cost_nusd = cost_nusd
-            exchange.candidate, exchange.price = candidate, billed(price, exchange.usage, told_usd)
+            exchange.candidate, exchange.price = candidate, billed_price(price, exchange.usage, reported_usd)
 
 
 class Settler:
@@ -122,25 +126,25 @@ class Settler:
         self._tasks = tasks
         self._wall_clock = wall_clock
         self._clock = clock
-        self.under_way = 0  # settlements that are sent and not answered
+        self.pending = 0  # settlements that are sent and not answered
 
     def settle(self, exchange: Exchange) -> None:
         """Settle the exchange's hold, if it has one. Returns at once."""
         if exchange.lease is not None:
-            ask = exchange.lease.hold.ask
-            settlement = self._settlement(exchange, ask, unheld=exchange.lease.unheld)
+            request = exchange.lease.hold.request
+            settlement = self._settlement(exchange, request, unheld=exchange.lease.unheld)
             if self._local is not None:
-                self._local.spent(settlement, 0 if exchange.lease.is_local else exchange.lease.hold.amount_nusd)
-            self.under_way += 1
+                self._local.settled_here(settlement, 0 if exchange.lease.is_local else exchange.lease.hold.amount_nusd)
+            self.pending += 1
             self._tasks.follow(self._ledger.send_settlement(settlement), partial(self._answered, settlement))
 
-    def withdraw(self, exchange: Exchange, ask: HoldRequest, *, outcome: str) -> None:
-        """Release the hold of a request that was cancelled before the ledger answered `ask`. Returns at once.
+    def withdraw(self, exchange: Exchange, request: HoldRequest, *, outcome: str) -> None:
+        """Release the hold of a request that was cancelled before the ledger answered `request`. Returns at once.
 
         Commands keep their order, so the hold exists by then. If the command can't be sent, the hold's deadline
         releases it.
         """
-        settlement = replace(self._settlement(exchange, ask, unheld=False), outcome=outcome)
+        settlement = replace(self._settlement(exchange, request, unheld=False), outcome=outcome)
         self._tasks.spawn("settle", self._release(settlement))
 
     async def _release(self, settlement: Settlement) -> None:
@@ -153,7 +157,7 @@ class Settler:
         if failed or not (answer.result() or settlement.unheld):
             self._tasks.spawn("settle", self._charge_or_journal(settlement, answer))
             return
-        self.under_way -= 1
+        self.pending -= 1
         if self._local is not None:
             self._local.charged(settlement.hold_id)
 
@@ -180,20 +184,20 @@ class Settler:
             await self._journal.append(settlement)
             raise
         finally:
-            self.under_way -= 1
+            self.pending -= 1
 
-    def _settlement(self, exchange: Exchange, ask: HoldRequest, *, unheld: bool) -> Settlement:
+    def _settlement(self, exchange: Exchange, request: HoldRequest, *, unheld: bool) -> Settlement:
         """Build the settlement of an exchange."""
         candidate = exchange.candidate
         price = exchange.price or (candidate.price if candidate is not None else None)
         age_s = self._clock() - exchange.call.received_at
         recording = exchange.recording
         return Settlement(
-            hold_id=ask.hold_id,
+            hold_id=request.hold_id,
             request_id=exchange.call.request_id,
-            account=ask.account,
-            key_id=ask.key_id,
-            session=ask.session,
+            account=request.account,
+            key_id=request.key_id,
+            session=request.session,
             model=exchange.model,
             upstream=candidate.upstream if candidate is not None else "",
             usage=exchange.usage,
@@ -206,6 +210,6 @@ class Settler:
             attempts=exchange.attempts,
             replay=recording.record if recording is not None else None,
             replay_ttl_ms=recording.ttl_ms if recording is not None else 0,
-            budgets=ask.budgets,
-            account_budgets=ask.account_budgets,
+            budgets=request.budgets,
+            account_budgets=request.account_budgets,
         )

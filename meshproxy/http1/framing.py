@@ -286,8 +286,8 @@ def field_lines(head: str) -> list[tuple[str, str]] | None:
 
 def after_sending(message: str, *, phase: Phase = Phase.BODY, unreadable: bool = False) -> UpstreamError:
     """Build the error for a failure after the request was sent: the provider may have done the work."""
-    problem = upstream_error(message, may_have_run=True)
-    return UpstreamError(problem, safe_to_repeat=False, phase=phase, unreadable=unreadable)
+    response = upstream_error(message, may_have_run=True)
+    return UpstreamError(response, safe_to_repeat=False, phase=phase, unreadable=unreadable)
 
 
 def malformed(what: str) -> UpstreamError:

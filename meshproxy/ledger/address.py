@@ -79,7 +79,7 @@ class Login(Struct, frozen=True):
         return f"Login(db={self.db})"
 
 
-class Address(Struct, frozen=True):
+class RedisAddress(Struct, frozen=True):
     """A parsed URL. `service` is Sentinel's name for the master."""
 
     kind: Literal["server", "sentinel", "cluster"]
@@ -95,7 +95,7 @@ class Address(Struct, frozen=True):
         return f"{self.kind} {','.join(endpoints)} {self.service}/{self.login.db}"
 
 
-def parse_url(url: str) -> Address:
+def parse_url(url: str) -> RedisAddress:
     """Parse a Redis URL. Raises ConfigError if it is invalid."""
     try:
         return _parse(url)
@@ -103,7 +103,7 @@ def parse_url(url: str) -> Address:
         raise ConfigError([f"redis.url: {error}"]) from None
 
 
-def tls_context(address: Address) -> ssl.SSLContext | None:
+def tls_context(address: RedisAddress) -> ssl.SSLContext | None:
     """Make the SSL context of an address, None without TLS. Raises ConfigError if its files can't be used."""
     try:
         return None if address.tls is None else address.tls.context()
@@ -116,7 +116,7 @@ def tls_context(address: Address) -> ssl.SSLContext | None:
         raise ConfigError([f"redis.url: the TLS files can't be used ({reason})"]) from error
 
 
-def _parse(url: str) -> Address:
+def _parse(url: str) -> RedisAddress:
     """Parse a Redis URL. Raises ValueError, without quoting the URL."""
     scheme, _, rest = url.partition("://")
     kind = _KINDS.get(scheme)
@@ -147,7 +147,7 @@ def _parse(url: str) -> Address:
     if options.get("key_file") and not options.get("cert_file"):
         raise ValueError("key_file needs a cert_file")
     tls = Tls(*files) if has_tls else None
-    return Address(kind, tuple(endpoints), login, tls, unquote(service))
+    return RedisAddress(kind, tuple(endpoints), login, tls, unquote(service))
 
 
 def _has_tls(scheme: str, option: str | None) -> bool:

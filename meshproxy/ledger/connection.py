@@ -3,7 +3,7 @@
 redis-py opens and logs in every socket (TLS, AUTH, SELECT). Over its connections Sentinel is asked for the master and a
 Cluster for its map; a request's commands go over our own connection: docs/decisions/link.md.
 
-`ClusterStore` has a channel to every master and a map from slots to channels. A command goes to the master of its first
+`ClusterStore` has a connection to every master and a map from slots to masters. A command goes to the master of its first
 key's slot; the keys of a script share a hash tag, so the first key decides. MOVED and ASK redirect the command with the
 same future: the server that replies so has executed nothing (Redis cluster specification, "Redirection and
 resharding"). A MOVED or a lost connection also starts a refresh of the map, repeated until every slot has a connected
@@ -25,17 +25,17 @@ from redis.crc import key_slot
 from meshproxy import config
 from meshproxy.ledger.address import Endpoint, Login, parse_url, tls_context
 from meshproxy.ledger.link import (
-    Channel,
-    Keep,
     Pending,
+    ReconnectingStore,
     Redirect,
     RedisConnection,
-    ask,
+    Supervise,
     backoff_s,
     dial,
     failed,
-    keep_plainly,
     opened,
+    query,
+    run_unsupervised,
 )
 from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, StoreError, Unavailable
 
@@ -44,7 +44,7 @@ __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 MAX_NODES = 1000  # the specification's bound on a cluster
 
 DialNode = Callable[[Endpoint, Redirect], Awaitable[RedisConnection]]
-AskNode = Callable[..., Awaitable[Any]]  # an endpoint and a command: its reply, over a connection of redis-py's
+QueryNode = Callable[..., Awaitable[Any]]  # an endpoint and a command: its reply, over a connection of redis-py's
 
 
 class ClusterStore(Store):
@@ -54,20 +54,20 @@ class ClusterStore(Store):
         self,
         seeds: Sequence[Endpoint],
         dial: DialNode,
-        ask_node: AskNode,
+        query_node: QueryNode,
         timeout_s: float,
-        keep: Keep,
+        supervise: Supervise,
         on_change: OnChange | None = None,
     ) -> None:
         self._seeds = seeds
         self._dial = dial
-        self._ask_node = ask_node
+        self._query_node = query_node
         self._timeout_s = timeout_s
-        self._keep = keep
+        self._supervise = supervise
         self._on_change = on_change
-        self._trouble = "no master serves this slot"  # or why the map could not be fetched
-        self._channels: dict[Endpoint, Channel] = {}  # of every master
-        self._slots: list[Channel | None] = [None] * SLOTS
+        self._last_error = "no master serves this slot"  # or why the map could not be fetched
+        self._masters: dict[Endpoint, ReconnectingStore] = {}  # of every master
+        self._slots: list[ReconnectingStore | None] = [None] * SLOTS
         self._mapping: asyncio.Task[None] | None = None
         self._stale = False
         self._closed = False
@@ -75,15 +75,15 @@ class ClusterStore(Store):
     @property
     def connected(self) -> bool:
         """Whether every slot has a connected master."""
-        return None not in self._slots and all(channel.connected for channel in self._channels.values())
+        return None not in self._slots and all(master.connected for master in self._masters.values())
 
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
         """Queue one command on the connection to its key's master. Fails at once without a connection."""
         key = key_of(command)
-        channel = next(iter(self._channels.values()), None) if key is None else self._slots[key_slot(key)]
-        if channel is None:
-            return failed(Unavailable("connection", self._trouble))
-        return channel.send(op, command)
+        master = next(iter(self._masters.values()), None) if key is None else self._slots[key_slot(key)]
+        if master is None:
+            return failed(Unavailable("connection", self._last_error))
+        return master.send(op, command)
 
     async def open(self) -> None:
         """Fetch the map and dial every master. Raises Unavailable if no node has a map."""
@@ -95,7 +95,7 @@ class ClusterStore(Store):
         """Fetch the map in the background until every slot has a connected master."""
         self._stale = True
         if self._mapping is None and not self._closed:
-            self._mapping = self._keep("ledger-cluster-map", self._map_until_whole)
+            self._mapping = self._supervise("ledger-cluster-map", self._map_until_whole)
 
     async def close(self) -> None:
         """Close the connections to all nodes, for good."""
@@ -103,20 +103,20 @@ class ClusterStore(Store):
         if self._mapping is not None:
             self._mapping.cancel()
             await asyncio.wait([self._mapping])
-        for channel in self._channels.values():
-            await channel.close()
+        for master in self._masters.values():
+            await master.close()
 
     def _redirect(self, message: str, pending: Pending) -> bool:
         """Follow a reply `MOVED slot host:port` or `ASK slot host:port`; return False if that is impossible."""
         kind, _, target = message.split(" ")
         host, _, port = target.rpartition(":")
-        channel = self._channels.get(Endpoint(host, int(port)))
+        master = self._masters.get(Endpoint(host, int(port)))
         if kind == "MOVED":
             self.keep_dialling()
         overdue = asyncio.get_running_loop().time() - pending[2] > self._timeout_s
-        if overdue or channel is None or channel.link is None:
+        if overdue or master is None or master.connection is None:
             return False
-        channel.link.resend(pending, asking=kind == "ASK")
+        master.connection.resend(pending, asking=kind == "ASK")
         return True
 
     async def _map_until_whole(self) -> None:
@@ -127,7 +127,7 @@ class ClusterStore(Store):
             try:
                 await self._map()
             except Unavailable as error:
-                self._trouble = error.reason
+                self._last_error = error.reason
             await asyncio.sleep(backoff_s(failures))
             failures += 1
         self._mapping = None
@@ -137,10 +137,10 @@ class ClusterStore(Store):
 
         Connected masters are asked first, in random order, because one of them may be cut off from the rest.
         """
-        linked = [endpoint for endpoint, channel in self._channels.items() if channel.connected]
-        random.shuffle(linked)
+        connected = [endpoint for endpoint, master in self._masters.items() if master.connected]
+        random.shuffle(connected)
         reasons = []
-        for endpoint in (*linked, *self._seeds):
+        for endpoint in (*connected, *self._seeds):
             try:
                 return await self._adopt(await self._ranges(endpoint))
             except Unavailable as error:
@@ -149,33 +149,33 @@ class ClusterStore(Store):
 
     async def _ranges(self, endpoint: Endpoint) -> list[tuple[int, int, Endpoint]]:
         """Return the first slot, last slot and master of every range, as this node knows them."""
-        reply = await self._ask_node(endpoint, "CLUSTER", "SLOTS")
+        reply = await self._query_node(endpoint, "CLUSTER", "SLOTS")
         # a node that doesn't know its own address returns an empty host
         return [(first, last, Endpoint((m[0] or b"").decode() or endpoint.host, m[1])) for first, last, m, *_ in reply]
 
     async def _adopt(self, ranges: list[tuple[int, int, Endpoint]]) -> None:
-        """Connect new masters, switch to the new map, and retire the channels of masters that are gone."""
-        masters = {master for _, _, master in ranges}
-        if not 0 < len(masters) <= MAX_NODES:
-            raise Unavailable("clusterdown", f"the map names {len(masters)} masters")
-        await asyncio.gather(*(self._open(master) for master in masters - self._channels.keys()))
-        slots: list[Channel | None] = [None] * SLOTS
-        for first, last, master in ranges:
-            slots[first : last + 1] = [self._channels[master]] * (last + 1 - first)
+        """Connect new masters, switch to the new map, and retire masters that are gone."""
+        endpoints = {endpoint for _, _, endpoint in ranges}
+        if not 0 < len(endpoints) <= MAX_NODES:
+            raise Unavailable("clusterdown", f"the map names {len(endpoints)} masters")
+        await asyncio.gather(*(self._open(endpoint) for endpoint in endpoints - self._masters.keys()))
+        slots: list[ReconnectingStore | None] = [None] * SLOTS
+        for first, last, endpoint in ranges:
+            slots[first : last + 1] = [self._masters[endpoint]] * (last + 1 - first)
         self._slots = slots
-        for gone in self._channels.keys() - masters:
-            self._channels.pop(gone).retire()
+        for gone in self._masters.keys() - endpoints:
+            self._masters.pop(gone).retire()
 
-    async def _open(self, master: Endpoint) -> None:
+    async def _open(self, endpoint: Endpoint) -> None:
         """Dial a new master; keep dialling in the background if it doesn't answer."""
-        dial = partial(self._dial, master, self._redirect)
-        channel = self._channels[master] = Channel(
-            dial, keep=self._keep, on_lost=self.keep_dialling, name=str(master), on_change=self._on_change
+        dial = partial(self._dial, endpoint, self._redirect)
+        master = self._masters[endpoint] = ReconnectingStore(
+            dial, supervise=self._supervise, on_lost=self.keep_dialling, name=str(endpoint), on_change=self._on_change
         )
         try:
-            await channel.open()
+            await master.open()
         except Unavailable:
-            channel.keep_dialling()
+            master.keep_dialling()
 
 
 def key_of(command: tuple[Argument, ...]) -> bytes | None:
@@ -192,7 +192,7 @@ async def connect(
     *,
     wait: bool = True,
     on_op: OnOp | None = None,
-    keep: Keep = keep_plainly,
+    supervise: Supervise = run_unsupervised,
     on_change: OnChange | None = None,
 ) -> Store:
     """Return the store behind `settings.url`. For an `embedded` server, start it first and pass its URL.
@@ -207,22 +207,26 @@ async def connect(
         make = partial(RedisConnection, timeout_s, on_op, redirect)
         return await dial(node, connection(node), make, master=master)
 
-    async def ask_node(node: Endpoint, *command: str, **options: Any) -> Any:
+    async def query_node(node: Endpoint, *command: str, **options: Any) -> Any:
         server = connection(node, **options)
         async with opened(node, server):
-            return await ask(server, *command)
+            return await query(server, *command)
 
     async def dial_master() -> RedisConnection:
-        ask_sentinel = partial(ask_node, login=Login())
-        return await dial_node(await discover(address.endpoints, ask_sentinel, address.service), master=True)
+        query_sentinel = partial(query_node, login=Login())
+        return await dial_node(await discover(address.endpoints, query_sentinel, address.service), master=True)
 
     if address.kind == "cluster":
-        store: Channel | ClusterStore = ClusterStore(address.endpoints, dial_node, ask_node, timeout_s, keep, on_change)
+        store: ReconnectingStore | ClusterStore = ClusterStore(
+            address.endpoints, dial_node, query_node, timeout_s, supervise, on_change
+        )
     elif address.kind == "sentinel":
-        store = Channel(dial_master, keep=keep, name=address.service, on_change=on_change)
+        store = ReconnectingStore(dial_master, supervise=supervise, name=address.service, on_change=on_change)
     else:
         server = address.endpoints[0]
-        store = Channel(partial(dial_node, server), keep=keep, name=str(server), on_change=on_change)
+        store = ReconnectingStore(
+            partial(dial_node, server), supervise=supervise, name=str(server), on_change=on_change
+        )
     if wait:
         await store.open()
     else:
@@ -243,12 +247,12 @@ def _connection(endpoint: Endpoint, login: Login, tls: ssl.SSLContext | None, ti
     return server
 
 
-async def discover(sentinels: Sequence[Endpoint], ask_node: AskNode, service: str) -> Endpoint:
+async def discover(sentinels: Sequence[Endpoint], query_node: QueryNode, service: str) -> Endpoint:
     """Return the master that the first Sentinel to know one names. Raises Unavailable if none does."""
     reasons = []
     for sentinel in sentinels:
         try:
-            named = await ask_node(sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+            named = await query_node(sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
         except Unavailable as error:
             reasons.append(error.reason)
         else:

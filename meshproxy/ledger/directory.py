@@ -108,15 +108,15 @@ class Directory:
         await self._note(actor, "key.create", key.id, account, _changes(Key(key.id, account, created_at), key))
         return secret, key
 
-    async def find_key(self, wanted: str) -> Key | None:
+    async def find_key(self, reference: str) -> Key | None:
         """Find a key by id, by an unambiguous beginning of an id, or by secret. None if there is none or several."""
-        if wanted.startswith(SECRET_PREFIX):
-            return await self._key(digest_of(wanted))
-        if not _ID.fullmatch(wanted):
+        if reference.startswith(SECRET_PREFIX):
+            return await self._key(digest_of(reference))
+        if not _ID.fullmatch(reference):
             return None
-        digest = await self._store.execute("HGET", KEY_IDS, wanted)
+        digest = await self._store.execute("HGET", KEY_IDS, reference)
         if digest is None:
-            matches = await self._key_ids(f"{wanted}*", enough=2)
+            matches = await self._key_ids(f"{reference}*", enough=2)
             digest = next(iter(matches.values())) if len(matches) == 1 else None
         return None if digest is None else await self._key(digest.decode())
 
@@ -260,7 +260,7 @@ class Directory:
         if await self.account(name) is None:
             return None
         names = AccountKeys(name)
-        balance = await self._store.run(self._balance, names.books, [-1] * 10)  # also releases expired holds
+        balance = await self._store.run(self._balance, names.script_keys, [-1] * 10)  # also releases expired holds
         if balance[RUNNING]:
             raise ValueError(f"{name} has requests in flight: suspend it, and delete it when they are over")
         ids = dict(_pairs(await self._store.execute("HGETALL", names.keys)))
@@ -290,7 +290,7 @@ class Directory:
             events.append(AuditEvent(**fields, at_ms=at_ms))
         return events
 
-    async def note(self, actor: str, action: str, target: str, account: str, **detail: Any) -> None:
+    async def append_audit_event(self, actor: str, action: str, target: str, account: str, **detail: Any) -> None:
         """Append an audit event for a change made elsewhere, for example a grant."""
         await self._note(actor, action, target, account, detail)
 

@@ -83,31 +83,31 @@ class Ledger:
         self._known: dict[str, AccountKeys] = {}
         self._refused: Counter[str] = Counter()  # by account, since the last write to Redis
 
-    async def admit(self, ask: HoldRequest) -> Hold | Denial:
+    async def admit(self, request: HoldRequest) -> Hold | Denial:
         """Hold credit for a request and debit its buckets, or return the denial. Safe to repeat with its hold id."""
-        least = ask.amount_nusd if ask.amount_min_nusd is None else ask.amount_min_nusd
+        least = request.amount_nusd if request.amount_min_nusd is None else request.amount_min_nusd
         args: list[Argument] = [
-            ask.hold_id,
-            ask.ttl_ms,
-            ask.amount_nusd,
+            request.hold_id,
+            request.ttl_ms,
+            request.amount_nusd,
             least,
-            int(ask.strict),
-            ask.tokens,
-            ask.key_id,
-            ask.session or "",
-            *_rates(ask.key_limits),
-            *_rates(ask.account_limits),
-            *_amounts(ask.budgets),
-            *_session_amounts(ask),
-            *_amounts(ask.account_budgets),
-            ask.share_percent,
+            int(request.strict),
+            request.tokens,
+            request.key_id,
+            request.session or "",
+            *_rates(request.key_limits),
+            *_rates(request.account_limits),
+            *_amounts(request.budgets),
+            *_session_amounts(request),
+            *_amounts(request.account_budgets),
+            request.share_percent,
         ]
-        reply = await self._store.run(self._admit, _hold_keys(self._names(ask.account), ask), args)
-        buckets = _buckets(reply, 8, ask.key_limits, ask.account_limits)
+        reply = await self._store.run(self._admit, _hold_keys(self._names(request.account), request), args)
+        buckets = _buckets(reply, 8, request.key_limits, request.account_limits)
         if reply[0] == _ADMITTED:
-            return Hold(ask, reply[1], reply[2], buckets)
-        if ask.account in self._refused or len(self._refused) < MAX_REFUSED_ACCOUNTS:
-            self._refused[ask.account] += 1
+            return Hold(request, reply[1], reply[2], buckets)
+        if request.account in self._refused or len(self._refused) < MAX_REFUSED_ACCOUNTS:
+            self._refused[request.account] += 1
         return _denied(reply, buckets)
 
     async def renew(
@@ -124,21 +124,21 @@ class Ledger:
         None keeps the value of the hold request. A hold is never lowered. A denied hold keeps its amount and gets the
         new deadline. Tokens beyond a bucket's level become its debt, unless `enforce_tokens` denies them.
         """
-        ask = hold.ask
+        request = hold.request
         args: list[Argument] = [
-            ask.hold_id,
-            ask.ttl_ms if ttl_ms is None else ttl_ms,
+            request.hold_id,
+            request.ttl_ms if ttl_ms is None else ttl_ms,
             amount_nusd,
-            ask.tokens if tokens is None else tokens,
-            int(ask.strict),
+            request.tokens if tokens is None else tokens,
+            int(request.strict),
             int(enforce_tokens),
-            *_amounts(ask.budgets),
-            *_session_amounts(ask),
-            *_amounts(ask.account_budgets),
+            *_amounts(request.budgets),
+            *_session_amounts(request),
+            *_amounts(request.account_budgets),
         ]
-        reply = await self._store.run(self._renew, _hold_keys(self._names(ask.account), ask), args)
+        reply = await self._store.run(self._renew, _hold_keys(self._names(request.account), request), args)
         if reply[0] == _ADMITTED:
-            return Hold(ask, reply[1], reply[2], hold.buckets)
+            return Hold(request, reply[1], reply[2], hold.buckets)
         return _denied(reply, ())
 
     async def settle(self, settlement: Settlement) -> bool:
@@ -232,7 +232,7 @@ class Ledger:
         With a key, the result also has the key's spend and all buckets.
         """
         names = self._names(account)
-        keys = names.books if key_id is None else (*names.books, *names.key_books(key_id))
+        keys = names.script_keys if key_id is None else (*names.script_keys, *names.script_keys_of_key(key_id))
         reply = await self._store.run(self._balance, keys, [*_rates(account_limits), *_rates(key_limits)])
         numbers = list(map(int, reply[:12]))
         balance, held, granted, settled = numbers[:4]
@@ -291,7 +291,7 @@ class Ledger:
         uses: list[KeyUse] = []
         for first in range(0, len(key_ids), BATCH_KEYS):
             batch = key_ids[first : first + BATCH_KEYS]
-            spends = (self._store.execute("HMGET", names.key_books(key_id)[1], *fields) for key_id in batch)
+            spends = (self._store.execute("HMGET", names.script_keys_of_key(key_id)[1], *fields) for key_id in batch)
             for found in await asyncio.gather(*spends):
                 *spent, used_ms = (int(value or 0) for value in found)
                 uses.append(KeyUse(Spend(*spent), used_ms))
@@ -325,10 +325,10 @@ class Ledger:
         return names
 
 
-def _hold_keys(names: AccountKeys, ask: HoldRequest) -> list[str]:
-    keys = [*names.books, *names.key_books(ask.key_id)]
-    if ask.session is not None:
-        keys.append(names.session_spend(ask.session))
+def _hold_keys(names: AccountKeys, request: HoldRequest) -> list[str]:
+    keys = [*names.script_keys, *names.script_keys_of_key(request.key_id)]
+    if request.session is not None:
+        keys.append(names.session_spend(request.session))
     return keys
 
 
@@ -340,7 +340,7 @@ def _hour(hours: int) -> str:
 
 def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
     hour = _hour(settlement.started_ms // 3_600_000)
-    keys = [*names.books, *names.key_books(settlement.key_id)]
+    keys = [*names.script_keys, *names.script_keys_of_key(settlement.key_id)]
     keys += [names.hour(hour), names.unheld(settlement.hold_id), names.requests(hour[:10])]
     if settlement.session:
         keys.append(names.session_spend(settlement.session))
@@ -380,8 +380,8 @@ def _amounts(budgets: Budgets) -> tuple[int, int, int]:
     )
 
 
-def _session_amounts(ask: HoldRequest) -> tuple[int, int, int]:
-    return _amounts(NO_BUDGETS if ask.session is None else ask.session_budgets)
+def _session_amounts(request: HoldRequest) -> tuple[int, int, int]:
+    return _amounts(NO_BUDGETS if request.session is None else request.session_budgets)
 
 
 def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denial:

@@ -1,4 +1,4 @@
-"""The connection to one Redis server: `RedisConnection`, a pipelined socket, and `Channel`, which keeps one open.
+"""The connection to one Redis server: `RedisConnection`, a pipelined socket, and `ReconnectingStore`, which keeps one open.
 
 Commands are pipelined. The commands of one turn of the event loop go out in one write, several writes may be in flight,
 and replies resolve futures in the order of the commands (RESP2 has no other order).
@@ -10,7 +10,7 @@ for the next command's.
 
 If the oldest command has no reply by its deadline, the connection is closed and all pending commands fail: replies come
 in order, so no later command can be answered sooner. After a long block the event loop runs timers before it reads
-sockets, where the reply may wait already. So the connection is closed only after `LOOKS` more turns of the loop.
+sockets, where the reply may wait already. So the connection is closed only after `GRACE_TURNS` more turns of the loop.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ import redis
 from redis.asyncio.connection import AbstractConnection
 
 from meshproxy.ledger.address import Endpoint
-from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, Unavailable, kind_of, refusal
+from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, Unavailable, error_of_reply, kind_of
 
-LOOKS = 3  # turns of the event loop between a time-out and closing the connection; each reads the socket
-LOOK_S = 0.05
+GRACE_TURNS = 3  # turns of the event loop between a time-out and closing the connection; each reads the socket
+GRACE_TURN_S = 0.05
 MAX_PENDING = 16_384  # commands without a reply on one socket; a healthy server has some hundreds at most
 
 _NOTHING = object()  # returned by the parser when it needs more bytes
@@ -56,7 +56,7 @@ class RedisConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._turn_at = 0.0
         self._finishing = False
-        self._looks_left = LOOKS
+        self._grace_turns_left = GRACE_TURNS
 
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
         """Queue one command and return the future of its reply. The future raises Unavailable or StoreError."""
@@ -95,8 +95,8 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
         pending, self._pending = self._pending, deque()
         self._outgoing = []
-        for future, op, asked_at, _ in pending:
-            self._tell(op, asked_at, kind)
+        for future, op, queued_at, _ in pending:
+            self._report_op(op, queued_at, kind)
             _fail(future, Unavailable(kind, reason))
         if self.on_lost is not None:
             self.on_lost(self)
@@ -128,26 +128,26 @@ class RedisConnection(asyncio.Protocol):
         self._reader.feed(data)
         try:
             while self.lost is None and (reply := gets()) is not _NOTHING:
-                asked = pending.popleft()
+                entry = pending.popleft()
                 if isinstance(reply, hiredis.ReplyError):
-                    self._refused(asked, str(reply))
+                    self._refused(entry, str(reply))
                     continue
-                future = asked[0]
+                future = entry[0]
                 if not future.done():
                     future.set_result(reply)
                 if self._on_op is not None:
-                    self._tell(asked[1], asked[2], None)
+                    self._report_op(entry[1], entry[2], None)
         except (hiredis.ProtocolError, IndexError):
             self.lose("protocol", "the server sent what isn't an answer")
         if self._finishing:
             self.finish()
 
-    def _refused(self, asked: Pending, message: str) -> None:
-        if self._redirect is not None and message.startswith(("MOVED ", "ASK ")) and self._redirect(message, asked):
+    def _refused(self, entry: Pending, message: str) -> None:
+        if self._redirect is not None and message.startswith(("MOVED ", "ASK ")) and self._redirect(message, entry):
             return
-        error = refusal(message)
-        self._tell(asked[1], asked[2], kind_of(error))
-        _fail(asked[0], error)
+        error = error_of_reply(message)
+        self._report_op(entry[1], entry[2], kind_of(error))
+        _fail(entry[0], error)
         if isinstance(error, Unavailable) and error.kind == "readonly":
             self.lose("readonly", "the server is a replica now")
 
@@ -155,7 +155,7 @@ class RedisConnection(asyncio.Protocol):
         self._turn_at = self._loop.time()
         self._loop.call_soon(self._flush)
         if self._timer is None:
-            self._looks_left = LOOKS
+            self._grace_turns_left = GRACE_TURNS
             self._timer = self._loop.call_at(self._turn_at + self._timeout_s, self._check_oldest)
 
     def _flush(self) -> None:
@@ -170,17 +170,17 @@ class RedisConnection(asyncio.Protocol):
             return
         due = self._pending[0][2] + self._timeout_s
         if due > self._loop.time():
-            self._looks_left = LOOKS
+            self._grace_turns_left = GRACE_TURNS
             self._timer = self._loop.call_at(due, self._check_oldest)
-        elif self._looks_left:
-            self._looks_left -= 1
-            self._timer = self._loop.call_later(LOOK_S, self._check_oldest)
+        elif self._grace_turns_left:
+            self._grace_turns_left -= 1
+            self._timer = self._loop.call_later(GRACE_TURN_S, self._check_oldest)
         else:
             self.lose("timeout", f"no reply within {self._timeout_s:g} s")
 
-    def _tell(self, op: str, asked_at: float, kind: str | None) -> None:
+    def _report_op(self, op: str, queued_at: float, kind: str | None) -> None:
         if self._on_op is not None:
-            self._on_op(op, self._loop.time() - asked_at, kind)
+            self._on_op(op, self._loop.time() - queued_at, kind)
 
 
 def failed(error: Exception) -> "asyncio.Future[Any]":
@@ -201,16 +201,18 @@ BACKOFF_MAX_S = 2.0
 STEADY_S = 5.0  # a connection that lasted this long resets the backoff
 CLIENT_NAME = "meshproxy"
 
-Keep = Callable[[str, Callable[[], Coroutine[Any, Any, None]]], "asyncio.Task[None]"]  # starts a supervised, named task
+Supervise = Callable[
+    [str, Callable[[], Coroutine[Any, Any, None]]], "asyncio.Task[None]"
+]  # starts a supervised, named task
 Dial = Callable[[], Awaitable[RedisConnection]]
 
 
-def keep_plainly(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
+def run_unsupervised(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
     """Run the coroutine in an unsupervised task, for a program that ends soon. The caller keeps the reference."""
     return asyncio.create_task(work(), name=name)
 
 
-class Channel(Store):
+class ReconnectingStore(Store):
     """A Store over one connection, which is dialled again whenever it is lost.
 
     `dial` finds the server and returns a connection that is ready for commands, or raises Unavailable. `on_change` is
@@ -221,39 +223,39 @@ class Channel(Store):
         self,
         dial: Dial,
         *,
-        keep: Keep = keep_plainly,
+        supervise: Supervise = run_unsupervised,
         on_lost: Callable[[], None] | None = None,
         name: str = "",
         on_change: OnChange | None = None,
     ) -> None:
-        self.trouble: str | None = None  # the last error; None: connected
+        self.last_error: str | None = None  # the last error; None: connected
         self._dial = dial
-        self._keep = keep
+        self._supervise = supervise
         self._on_lost = on_lost
         self._name = name
         self._on_change = on_change
-        self._link: RedisConnection | None = None
-        self._linked_at = 0.0
+        self._connection: RedisConnection | None = None
+        self._connected_at = 0.0
         self._failures = 0
-        self._dialling: asyncio.Task[None] | None = None
+        self._dial_task: asyncio.Task[None] | None = None
         self._closed = False
 
     @property
     def connected(self) -> bool:
         """Whether there is a connection."""
-        return self._link is not None
+        return self._connection is not None
 
     def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
         """Queue one command, or fail at once without a connection."""
-        link = self._link
-        if link is None:
-            return failed(Unavailable("connection", self.trouble or "not connected"))
-        return link.send(op, command)
+        connection = self._connection
+        if connection is None:
+            return failed(Unavailable("connection", self.last_error or "not connected"))
+        return connection.send(op, command)
 
     @property
-    def link(self) -> RedisConnection | None:
+    def connection(self) -> RedisConnection | None:
         """The current connection, if there is one."""
-        return self._link
+        return self._connection
 
     async def open(self) -> None:
         """Dial once. Raises Unavailable if that fails."""
@@ -261,62 +263,62 @@ class Channel(Store):
 
     def keep_dialling(self) -> None:
         """Dial in the background until there is a connection."""
-        if self._dialling is None and not self._closed:
-            self._dialling = self._keep("ledger-dial", self._dial_until_linked)
+        if self._dial_task is None and not self._closed:
+            self._dial_task = self._supervise("ledger-dial", self._dial_until_connected)
 
     def retire(self) -> None:
         """Close the connection once every pending command is answered, and stop dialling."""
         self._closed = True
-        if self._dialling is not None:
-            self._dialling.cancel()
-        if self._link is not None:
-            self._link.finish()
+        if self._dial_task is not None:
+            self._dial_task.cancel()
+        if self._connection is not None:
+            self._connection.finish()
 
     async def close(self) -> None:
         """Close the connection and stop dialling, for good."""
         self._closed = True
-        if self._dialling is not None:
-            self._dialling.cancel()
-            await asyncio.wait([self._dialling])
-        if self._link is not None:
-            self._link.lose("closed", "the store was closed")
+        if self._dial_task is not None:
+            self._dial_task.cancel()
+            await asyncio.wait([self._dial_task])
+        if self._connection is not None:
+            self._connection.lose("closed", "the store was closed")
 
-    def _adopt(self, link: RedisConnection) -> None:
-        self._link, self._linked_at, self.trouble = link, asyncio.get_running_loop().time(), None
-        link.on_lost = self._lost
-        self._tell(is_connected=True)
-        if link.lost is not None:
-            self._lost(link)
+    def _adopt(self, connection: RedisConnection) -> None:
+        self._connection, self._connected_at, self.last_error = connection, asyncio.get_running_loop().time(), None
+        connection.on_lost = self._lost
+        self._report_change(is_connected=True)
+        if connection.lost is not None:
+            self._lost(connection)
 
-    def _lost(self, link: RedisConnection) -> None:
+    def _lost(self, connection: RedisConnection) -> None:
         """Dial again after a loss. The backoff starts anew if the connection lasted STEADY_S."""
-        self._link = None
-        self.trouble = link.lost.reason if link.lost is not None else None
-        if asyncio.get_running_loop().time() - self._linked_at >= STEADY_S:
+        self._connection = None
+        self.last_error = connection.lost.reason if connection.lost is not None else None
+        if asyncio.get_running_loop().time() - self._connected_at >= STEADY_S:
             self._failures = 0
         self.keep_dialling()
         if self._closed:
             return
-        self._tell(is_connected=False)
+        self._report_change(is_connected=False)
         if self._on_lost is not None:
             self._on_lost()
 
-    def _tell(self, *, is_connected: bool) -> None:
+    def _report_change(self, *, is_connected: bool) -> None:
         if self._on_change is not None:
-            self._on_change(self._name, is_connected, self.trouble or "")
+            self._on_change(self._name, is_connected, self.last_error or "")
 
-    async def _dial_until_linked(self) -> None:
+    async def _dial_until_connected(self) -> None:
         """Dial, with backoff, until there is a connection."""
-        while self._link is None:
+        while self._connection is None:
             await asyncio.sleep(backoff_s(self._failures))
             self._failures += 1
             try:
-                link = await self._dial()
+                connection = await self._dial()
             except Unavailable as error:
-                self.trouble = error.reason
+                self.last_error = error.reason
             else:
-                self._dialling = None
-                self._adopt(link)
+                self._dial_task = None
+                self._adopt(connection)
                 return
 
 
@@ -335,13 +337,13 @@ async def dial(
     """
     async with opened(endpoint, server):
         with suppress(redis.ResponseError):  # a name is a courtesy: some users may not set one
-            await ask(server, "CLIENT", "SETNAME", CLIENT_NAME)
-        await ask(server, "PING")
-        if master and (await ask(server, "ROLE"))[0] != b"master":
+            await query(server, "CLIENT", "SETNAME", CLIENT_NAME)
+        await query(server, "PING")
+        if master and (await query(server, "ROLE"))[0] != b"master":
             raise redis.ConnectionError("the server is a replica")
-        link = make()
-        link.take_over(server)
-    return link
+        connection = make()
+        connection.take_over(server)
+    return connection
 
 
 @asynccontextmanager
@@ -359,7 +361,7 @@ async def opened(endpoint: Endpoint, server: AbstractConnection) -> AsyncIterato
     except (TimeoutError, redis.TimeoutError):
         reason = f"{endpoint} did not answer within {timeout_s:g} s"
     except redis.RedisError as error:
-        reason = str(error) if is_open else _plain(error, server)
+        reason = str(error) if is_open else _without_login(error, server)
     else:
         return
     finally:
@@ -367,13 +369,13 @@ async def opened(endpoint: Endpoint, server: AbstractConnection) -> AsyncIterato
     raise Unavailable("connection", reason if str(endpoint) in reason else f"{endpoint}: {reason}")
 
 
-async def ask(server: AbstractConnection, *command: str) -> Any:
+async def query(server: AbstractConnection, *command: str) -> Any:
     """Return the reply to one command, over redis-py's open connection."""
     await server.send_command(*command)
     return await server.read_response()
 
 
-def _plain(error: redis.RedisError, server: AbstractConnection) -> str:
+def _without_login(error: redis.RedisError, server: AbstractConnection) -> str:
     """Return an error's text, without what an old server quotes of a login that it doesn't understand."""
     refusal = error if isinstance(error, redis.ResponseError) else error.__cause__
     is_quoting = isinstance(refusal, redis.ResponseError) and server.password is not None

@@ -29,7 +29,7 @@ LINE_BYTES = 2048  # bound on a settlement's line in the journal, without the se
 SESSION_BYTES = 6  # bound on one character of the session's name, as JSON
 
 
-class Instances:
+class WorkerCount:
     """The number of workers that share the Redis, counted by heartbeats. While Redis is lost, the last known number
     holds.
 
@@ -77,7 +77,7 @@ class _Bucket(Struct):
         return BucketState(self.scope, self.kind, self.limit, max(math.floor(self.level), 0), reset_s, self.per)
 
     @property
-    def which(self) -> str:
+    def name_in_denial(self) -> str:
         """The bucket's name in a denial."""
         return f"{self.scope} {self.kind}{' per day' if self.per == 'day' else ''}"
 
@@ -90,7 +90,7 @@ class LocalAdmission:
     """
 
     def __init__(
-        self, allowance_nusd: int, instances: Instances, clock: Callable[[], float], room_bytes: Callable[[], int]
+        self, allowance_nusd: int, instances: WorkerCount, clock: Callable[[], float], room_bytes: Callable[[], int]
     ) -> None:
         self._allowance_nusd = allowance_nusd
         self._instances = instances
@@ -104,75 +104,77 @@ class LocalAdmission:
         self._reserved_bytes = 0  # journal bytes reserved for the running requests
         self._buckets: dict[tuple[str, str, str, str], _Bucket] = {}
 
-    def has_room(self, ask: HoldRequest) -> bool:
+    def has_room(self, request: HoldRequest) -> bool:
         """Return whether the journal has room for one more settlement. Without room, no request may be admitted."""
-        return self._reserved_bytes + _line_bytes(ask) <= self._room_bytes()
+        return self._reserved_bytes + _line_bytes(request) <= self._room_bytes()
 
-    def admit(self, ask: HoldRequest) -> Hold | Denial:
+    def admit(self, request: HoldRequest) -> Hold | Denial:
         """Hold the amount from the allowance and debit the local buckets, or return the denial."""
-        available = self._available(ask.account)
+        available = self._available(request.account)
         known = max(len(self._used_nusd), len(self._buckets) // BUCKETS_OF_AN_ACCOUNT)
-        is_one_too_many = ask.account not in self._used_nusd and known >= MAX_ACCOUNTS
-        amount_nusd = ask.amount_within(available)
-        if amount_nusd is None or is_one_too_many:
-            return Denial("insufficient_credits", "credit", max(available, 0), needed_nusd=ask.amount_nusd)
-        wants = [
-            *self._debits("key", ask.key_id, ask.key_limits, ask.tokens),
-            *self._debits("account", ask.account, ask.account_limits, ask.tokens),
+        has_no_place = request.account not in self._used_nusd and known >= MAX_ACCOUNTS
+        amount_nusd = request.amount_within(available)
+        if amount_nusd is None or has_no_place:
+            return Denial("insufficient_credits", "credit", max(available, 0), needed_nusd=request.amount_nusd)
+        debits = [
+            *self._debits_of("key", request.key_id, request.key_limits, request.tokens),
+            *self._debits_of("account", request.account, request.account_limits, request.tokens),
         ]
         wait_s, slowest = max(
-            ((bucket.wait_s(count), bucket) for bucket, count in wants), default=(0.0, None), key=itemgetter(0)
+            ((bucket.wait_s(count), bucket) for bucket, count in debits), default=(0.0, None), key=itemgetter(0)
         )
         if slowest is not None and wait_s > 0:
-            return Denial("rate_limit", slowest.which, available, None if wait_s == math.inf else wait_s)
-        if full := self._full(ask):
+            return Denial("rate_limit", slowest.name_in_denial, available, None if wait_s == math.inf else wait_s)
+        if full := self._full(request):
             return Denial("rate_limit", full, available, PARALLEL_RETRY_S)
-        for bucket, count in wants:
+        for bucket, count in debits:
             bucket.level -= count
-        self._owe(ask.hold_id, ask.account, amount_nusd)
-        self._running[ask.hold_id] = ask
-        self._parallel.update(_owners(ask))
-        self._reserved_bytes += _line_bytes(ask)
-        states = tuple(bucket.state() for bucket, _ in wants)
-        return Hold(ask, amount_nusd, available - amount_nusd, states)
+        self._set_owed(request.hold_id, request.account, amount_nusd)
+        self._running[request.hold_id] = request
+        self._parallel.update(_owners(request))
+        self._reserved_bytes += _line_bytes(request)
+        states = tuple(bucket.state() for bucket, _ in debits)
+        return Hold(request, amount_nusd, available - amount_nusd, states)
 
-    def take(self, ask: HoldRequest, amount_nusd: int) -> bool:
+    def hold_more(self, request: HoldRequest, amount_nusd: int) -> bool:
         """Hold more of the account's allowance for a request, if available. Redis may hold the first part of it."""
-        if amount_nusd > self._available(ask.account):
+        if amount_nusd > self._available(request.account):
             return False
-        self._owe(ask.hold_id, ask.account, self._owed.get(ask.hold_id, (ask.account, 0))[1] + amount_nusd)
+        self._set_owed(
+            request.hold_id, request.account, self._owed.get(request.hold_id, (request.account, 0))[1] + amount_nusd
+        )
         return True
 
-    def spent(self, settlement: Settlement, held_by_redis_nusd: int) -> None:
+    def settled_here(self, settlement: Settlement, held_by_redis_nusd: int) -> None:
         """Replace what a request held here by its cost beyond what Redis holds for it. Redis hasn't charged it yet."""
-        ask = self._running.pop(settlement.hold_id, None)
-        if ask is not None:
-            self._reserved_bytes -= _line_bytes(ask)
-            for owner in _owners(ask):
+        request = self._running.pop(settlement.hold_id, None)
+        if request is not None:
+            self._reserved_bytes -= _line_bytes(request)
+            for owner in _owners(request):
                 self._parallel[owner] -= 1
                 if not self._parallel[owner]:
                     del self._parallel[owner]
-        if ask is not None or settlement.hold_id in self._owed:
+        if request is not None or settlement.hold_id in self._owed:
             amount = max(settlement.cost_nusd - held_by_redis_nusd, 0)
-            self._owe(settlement.hold_id, settlement.account, amount)
+            self._set_owed(settlement.hold_id, settlement.account, amount)
 
     def charged(self, hold_id: str) -> None:
         """Return a request's amount to the allowance: Redis has charged it, or has a hold for it."""
         if hold_id in self._owed:
-            self._owe(hold_id, self._owed[hold_id][0], 0)
+            self._set_owed(hold_id, self._owed[hold_id][0], 0)
 
-    def found(self, settlements: Iterable[Settlement]) -> None:
+    def count_journaled(self, settlements: Iterable[Settlement]) -> None:
         """Count what an earlier process's journal owes: a restart must not refill the allowance."""
         for settlement in settlements:
             if settlement.unheld:
-                self._owe(settlement.hold_id, settlement.account, settlement.cost_nusd)
+                self._set_owed(settlement.hold_id, settlement.account, settlement.cost_nusd)
 
-    def written(self) -> None:
+    def drop_buckets(self) -> None:
         """Drop the local buckets but not the allowance: Redis has written an admission, so its buckets are in force."""
         if self._buckets:
             self._buckets.clear()
 
-    def _owe(self, hold_id: str, account: str, amount_nusd: int) -> None:
+    def _set_owed(self, hold_id: str, account: str, amount_nusd: int) -> None:
         """Set the amount that one request holds or has spent here."""
         used = self._used_nusd.get(account, 0) - self._owed.get(hold_id, (account, 0))[1] + amount_nusd
         if amount_nusd:
@@ -187,7 +189,7 @@ class LocalAdmission:
     def _available(self, account: str) -> int:
         return self._allowance_nusd // self._instances.count - self._used_nusd.get(account, 0)
 
-    def _debits(self, scope: Scope, name: str, limits: Limits, tokens: int) -> Iterator[tuple[_Bucket, int]]:
+    def _debits_of(self, scope: Scope, name: str, limits: Limits, tokens: int) -> Iterator[tuple[_Bucket, int]]:
         """Yield the buckets that have a limit, and what is taken from each."""
         requests_limit, tokens_limit = limits.requests_per_minute, limits.tokens_per_minute
         if requests_limit is not None:
@@ -200,28 +202,31 @@ class LocalAdmission:
 
     def _refilled(self, scope: Scope, name: str, kind: Kind, limit: int, size: int, per: Period = "minute") -> _Bucket:
         """Return a bucket refilled up to now, sized to this worker's current share."""
-        now, sharers = self._clock(), self._instances.count
-        full, rate = max(size / sharers, 1.0), max(limit / sharers, 1.0) / (86_400 if per == "day" else 60)
+        now, workers = self._clock(), self._instances.count
+        full, rate = max(size / workers, 1.0), max(limit / workers, 1.0) / (86_400 if per == "day" else 60)
         old = self._buckets.get((scope, name, kind, per))
         level = full if old is None else min(full, old.level + (now - old.at) * rate)
         bucket = self._buckets[scope, name, kind, per] = _Bucket(scope, kind, per, limit, full, rate, level, now)
         return bucket
 
-    def _full(self, ask: HoldRequest) -> str | None:
+    def _full(self, request: HoldRequest) -> str | None:
         """Return the parallel limit of which this worker's share (at least one) is reached, None if none is."""
-        account, key = _owners(ask)
-        for which, owner, limits in (("key", key, ask.key_limits), ("account", account, ask.account_limits)):
+        account, key = _owners(request)
+        for name_in_denial, owner, limits in (
+            ("key", key, request.key_limits),
+            ("account", account, request.account_limits),
+        ):
             most = limits.max_parallel
             if most is not None and self._parallel[owner] >= min(most, max(most // self._instances.count, 1)):
-                return f"{which} parallel requests"
+                return f"{name_in_denial} parallel requests"
         return None
 
 
-def _owners(ask: HoldRequest) -> tuple[str, str]:
+def _owners(request: HoldRequest) -> tuple[str, str]:
     """Return the two names that a running request counts for: its account and its key."""
-    return ask.account, f"{ask.account} {ask.key_id}"
+    return request.account, f"{request.account} {request.key_id}"
 
 
-def _line_bytes(ask: HoldRequest) -> int:
+def _line_bytes(request: HoldRequest) -> int:
     """Return the most bytes that a request's settlement takes in the journal."""
-    return LINE_BYTES + SESSION_BYTES * len(ask.session or "")
+    return LINE_BYTES + SESSION_BYTES * len(request.session or "")

@@ -70,7 +70,7 @@ class BucketState(Struct, frozen=True):
 class Hold(Struct, frozen=True):
     """A hold of `amount_nusd` in all, lower than requested where the request allows it. `buckets`: as of admission."""
 
-    ask: HoldRequest
+    request: HoldRequest
     amount_nusd: int
     available_nusd: int
     buckets: tuple[BucketState, ...]
@@ -78,7 +78,7 @@ class Hold(Struct, frozen=True):
     @property
     def hold_id(self) -> str:
         """The id by which the hold is renewed and settled."""
-        return self.ask.hold_id
+        return self.request.hold_id
 
 
 class Denial(Struct, frozen=True):
@@ -202,7 +202,7 @@ class AccountKeys:
     abandoned hold is forgotten then). Streams: `usage` (one event per settlement), `grants` (one entry per grant).
     String: `record` (the account's, JSON).
 
-    `books` are the eight keys that every script with holds takes first (hold.lua).
+    `script_keys` are the eight keys that every script with holds takes first (hold.lua).
     """
 
     def __init__(self, account: str) -> None:
@@ -223,7 +223,7 @@ class AccountKeys:
         self.keys = root + "keys"
         self.templates = root + "templates"
         self.template_names = root + "template-names"
-        self.books = (
+        self.script_keys = (
             *(self.credit, self.held, self.holds, self.deadlines, self.abandoned, self.usage),
             *(self.bucket, self.spend),
         )
@@ -240,7 +240,7 @@ class AccountKeys:
         """Name the hash of a key's spend: total, by day, by month."""
         return f"{self.root}spend:{key_id}"
 
-    def key_books(self, key_id: str) -> tuple[str, str, str]:
+    def script_keys_of_key(self, key_id: str) -> tuple[str, str, str]:
         """Name one key's buckets, spend, and running requests (a sorted set: hold id by deadline in ms)."""
         root = self.root
         return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"

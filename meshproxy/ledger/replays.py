@@ -23,7 +23,7 @@ _STATES: tuple[State, ...] = ("claimed", "running", "finished", "lost", "conflic
 
 
 class Claim(Struct, frozen=True):
-    """The result of a claim: its state, and the owner's hold id (the claimant's own if the state is `claimed`)."""
+    """The result of a claim: its state, and the owner's hold id (the claimant's own if the state is `claim_by`)."""
 
     state: State
     owner: str
@@ -41,20 +41,20 @@ class Replays:
         self._claim = Script.load("claim")
         self._conclude = Script.load("conclude")
 
-    async def claim(self, wanted: Claim, digest: str, ttl_ms: int, *, most_keys: int, most_bytes: int) -> Claim:
-        """Claim the Idempotency-Key of `wanted` (made by `claimed`) for a request body with this `body_digest`.
+    async def claim(self, requested: Claim, digest: str, ttl_ms: int, *, most_keys: int, most_bytes: int) -> Claim:
+        """Claim the Idempotency-Key of `requested` (made by `claim_by`) for a request body with this `body_digest`.
 
         `most_keys` and `most_bytes` bound one account; an account that has reached either gets the state `full`.
         """
-        names = AccountKeys(wanted.account)
-        keys = [wanted.record, names.replays, names.replay_sizes]
-        args: list[Argument] = [wanted.owner, digest, ttl_ms, most_keys, most_bytes]
+        names = AccountKeys(requested.account)
+        keys = [requested.record, names.replays, names.replay_sizes]
+        args: list[Argument] = [requested.owner, digest, ttl_ms, most_keys, most_bytes]
         state, found = await self._store.run(self._claim, keys, args)
         owner = found.decode()
-        return Claim(_STATES[state], owner, wanted.record, names.replay_parts(owner), wanted.account)
+        return Claim(_STATES[state], owner, requested.record, names.replay_parts(owner), requested.account)
 
     @staticmethod
-    def claimed(account: str, key_id: str, name: str, owner: str) -> Claim:
+    def claim_by(account: str, key_id: str, name: str, owner: str) -> Claim:
         """Make the claim as it would be if `owner` has the key."""
         names = AccountKeys(account)
         record = names.replay(key_id, hashlib.sha256(name.encode()).hexdigest())

@@ -53,7 +53,7 @@ OnOp = Callable[[str, float, str | None], None]  # operation, seconds, kind of e
 
 # Error replies that end by themselves, after some time or a failover:
 # https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
-PASSING = frozenset({
+TEMPORARY_ERRORS = frozenset({
     "ASK",  # like MOVED: the slot is on a node that isn't known yet; nothing was executed
     "BUSY",  # a script runs too long
     "CLUSTERDOWN",
@@ -131,10 +131,10 @@ class Store(ABC):
             return await self.send(script.name, ("EVAL", script.text, len(keys), *keys, *args))
 
 
-def refusal(message: str) -> Unavailable | StoreError:
+def error_of_reply(message: str) -> Unavailable | StoreError:
     """Make the exception for an error reply. Its first word, in capitals, is the kind."""
     kind = message.split(" ", 1)[0]
-    if kind in PASSING:
+    if kind in TEMPORARY_ERRORS:
         return Unavailable(kind.lower(), message)
     if kind == "NOSCRIPT":
         return ScriptMissing(kind, message)

@@ -30,7 +30,7 @@ _SIZES = cache(partial(Script.load, "sizes"))
 Group = tuple[str | None, str | None, str | None, str | None]  # values in the order of GROUPS; None: not grouped by
 
 
-class Row(Struct):
+class UsageRow(Struct):
     """The sums of one group. A field that isn't grouped by is None, and so is the session of requests without one."""
 
     session_id: str | None = None
@@ -49,7 +49,7 @@ class Row(Struct):
 
 
 # From an aggregate's metric, named without its unit, to the row's field.
-_METRICS = {name.rpartition("_")[0] or name: name for name in Row.__struct_fields__ if name not in GROUPS}
+_METRICS = {name.rpartition("_")[0] or name: name for name in UsageRow.__struct_fields__ if name not in GROUPS}
 
 
 async def usage(
@@ -60,7 +60,7 @@ async def usage(
     session_id: str | None = None,
     since: datetime,
     until: datetime,
-) -> list[Row]:
+) -> list[UsageRow]:
     """Sum every hour that `since` to `until` touches, ordered by day, session, model and key as far as grouped by.
 
     Naive times are UTC. Raises GatewayError `validation_error` for an unknown group, a span that is negative or longer
@@ -69,7 +69,7 @@ async def usage(
     unknown = [name for name in group_by if name not in GROUPS]
     if unknown:
         raise _invalid(f"`group_by` takes {', '.join(GROUPS)}, not `{unknown[0][:64]}`.", "group_by")
-    rows: dict[Group, Row] = {}
+    rows: dict[Group, UsageRow] = {}
     names = AccountKeys(account)
     hours = _hours(since, until)
     sizes = await store.run(_SIZES(), [names.hour(hour) for hour in hours], []) if hours else []
@@ -82,7 +82,7 @@ async def usage(
     return sorted(rows.values(), key=_order)
 
 
-class Event(Struct, frozen=True):
+class UsageEvent(Struct, frozen=True):
     """What one request used and cost, and why it ended. `hold` is `live`, `abandoned` (settled late) or `none`."""
 
     request_id: str
@@ -108,7 +108,7 @@ class Event(Struct, frozen=True):
     settled_ms: int
 
 
-async def events(store: Store, account: str, request_ids: Sequence[str], now: datetime) -> list[Event]:
+async def events(store: Store, account: str, request_ids: Sequence[str], now: datetime) -> list[UsageEvent]:
     """Return the settled requests of an account among `request_ids`, in their order.
 
     Requests of the last EVENT_DAYS are found while the usage stream has them. A request is found as soon as it is
@@ -124,9 +124,9 @@ async def events(store: Store, account: str, request_ids: Sequence[str], now: da
     return [_event(entry[0][1]) for entry in entries if entry]
 
 
-async def latest_events(store: Store, account: str, since: datetime, limit: int) -> list[Event]:
+async def latest_usage_events(store: Store, account: str, since: datetime, limit: int) -> list[UsageEvent]:
     """Return an account's settled requests since `since`, newest first, at most `limit`."""
-    found: list[Event] = []
+    found: list[UsageEvent] = []
     start, end = str(int(_utc(since).timestamp() * 1000)), "+"
     while len(found) < limit:
         entries = await store.execute("XREVRANGE", AccountKeys(account).usage, end, start, "COUNT", MAX_EVENTS)
@@ -137,7 +137,7 @@ async def latest_events(store: Store, account: str, since: datetime, limit: int)
     return found[:limit]
 
 
-async def find_event(store: Store, accounts: Sequence[str], request_id: str, now: datetime) -> Event | None:
+async def find_usage_event(store: Store, accounts: Sequence[str], request_id: str, now: datetime) -> UsageEvent | None:
     """Find a request's event in any of these accounts."""
     for first in range(0, len(accounts), BATCH_ACCOUNTS):
         batch = accounts[first : first + BATCH_ACCOUNTS]
@@ -147,14 +147,14 @@ async def find_event(store: Store, accounts: Sequence[str], request_id: str, now
     return None
 
 
-def _event(flat: Sequence[bytes]) -> Event:
+def _event(flat: Sequence[bytes]) -> UsageEvent:
     fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
     renamed = {"key_id": fields["key"], "session_id": fields["session"] or None}
-    return msgspec.convert({"attempts": 0, **fields, **renamed}, Event, strict=False)
+    return msgspec.convert({"attempts": 0, **fields, **renamed}, UsageEvent, strict=False)
 
 
 async def _add(
-    rows: dict[Group, Row],
+    rows: dict[Group, UsageRow],
     day: str,
     flat: list[bytes],
     group_by: Sequence[str],
@@ -177,7 +177,7 @@ async def _add(
         )
         row = rows.get(group)
         if row is None:
-            row = rows[group] = Row(*group)
+            row = rows[group] = UsageRow(*group)
         setattr(row, name, getattr(row, name) + int(flat[at + 1]))
 
 
@@ -215,7 +215,7 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield batch
 
 
-def _order(row: Row) -> tuple[str, ...]:
+def _order(row: UsageRow) -> tuple[str, ...]:
     return (row.day or "", row.session_id or "", row.model or "", row.key or "")
 
 

@@ -55,7 +55,7 @@ def detail_of(error: Exception, loc: tuple[str | int, ...]) -> Detail:
     return Detail(_type_of(error, text), (*loc, *path), _readable(text))
 
 
-def name_of(detail: Detail) -> str:
+def field_path(detail: Detail) -> str:
     """Return the path of a detail inside the body as OpenAI writes it: `messages[0].role`; empty for the body itself."""
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail.loc[1:])
     return "".join(steps).removeprefix(".")
@@ -106,7 +106,7 @@ REDACTED: Final = "[redacted]"
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
 _STRING: Final = re.compile(rb'"((?:[^"\\]|\\.){10,}+)"', re.DOTALL)  # long enough to be part of a prompt
 # Where a message is looked for, in this order. `error_description`: RFC 6749, section 5.2.
-_SAYS: Final = (
+_MESSAGE_FIELDS: Final = (
     *("message", "msg", "detail", "error_description", "error"),
     *("title", "errors", "text", "description", "reason"),
 )
@@ -115,52 +115,52 @@ _STEPS: Final = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _HTML = re.compile(rb"\s{0,64}(?:<!doctype html|<html)", re.IGNORECASE)
 
 
-def envelope(problem: ErrorResponse, request_id: str) -> bytes:
+def envelope(response: ErrorResponse, request_id: str) -> bytes:
     """Build the JSON body of an error, which both OpenAI's and Mesh's SDKs read."""
     error: dict[str, Any] = {
-        "message": _text(problem.message),
-        "type": problem.type,
-        "param": None if problem.param is None else _text(problem.param),
-        "code": problem.code,
+        "message": _text(response.message),
+        "type": response.type,
+        "param": None if response.param is None else _text(response.param),
+        "code": response.code,
         "request_id": request_id,
     }
-    if problem.details:
+    if response.details:
         error["details"] = [
             {"type": detail.type, "loc": [_step(step) for step in detail.loc], "msg": _text(detail.msg)}
-            for detail in problem.details
+            for detail in response.details
         ]
-    if problem.retry_after_s is not None and math.isfinite(problem.retry_after_s):
-        error["retry_after_seconds"] = _whole_seconds(problem.retry_after_s)
-    if problem.provider_code is not None:
-        error["provider_code"] = _text(problem.provider_code)
-    if problem.provider_error is not None:
-        error["provider_error"] = _bounded(problem.provider_error)
+    if response.retry_after_s is not None and math.isfinite(response.retry_after_s):
+        error["retry_after_seconds"] = _whole_seconds(response.retry_after_s)
+    if response.provider_code is not None:
+        error["provider_code"] = _text(response.provider_code)
+    if response.provider_error is not None:
+        error["provider_error"] = _bounded(response.provider_error)
     return msgspec.json.encode({"error": error, "request_id": request_id})
 
 
-def error_headers(problem: ErrorResponse) -> list[tuple[str, str]]:
+def error_headers(response: ErrorResponse) -> list[tuple[str, str]]:
     """Build the headers of an error response.
 
     OpenAI's SDKs obey `x-should-retry`: a retry must not pay twice, wait for more than a minute, or repeat what can't
     succeed (they would retry a 409).
     """
     headers = [("content-type", "application/json")]
-    if problem.status == 401:
+    if response.status == 401:
         headers.append(("www-authenticate", "Bearer"))  # RFC 9110, section 11.6.1
-    wait_s = problem.retry_after_s
+    wait_s = response.retry_after_s
     if wait_s is not None and math.isfinite(wait_s):
         headers.append(("retry-after", str(_whole_seconds(wait_s))))
         headers.append(("retry-after-ms", str(_millis(wait_s))))
-    pays_twice = problem.status >= 500 and problem.may_have_run
+    pays_twice = response.status >= 500 and response.may_have_run
     too_long = wait_s is not None and not wait_s <= MAX_RETRY_AFTER_S
-    if pays_twice or too_long or problem.status == 409:
+    if pays_twice or too_long or response.status == 409:
         headers.append(("x-should-retry", "false"))
     return headers
 
 
-def error_event(problem: ErrorResponse, request_id: str) -> bytes:
+def error_event(response: ErrorResponse, request_id: str) -> bytes:
     """Build the error event that ends a stream. JSON has no raw line ends, so nothing in it can begin another event."""
-    return b"data: " + envelope(problem, request_id) + b"\n\n"
+    return b"data: " + envelope(response, request_id) + b"\n\n"
 
 
 def provider_error(body: bytes, content_type: str | None = None) -> Any:
@@ -179,7 +179,7 @@ def provider_error(body: bytes, content_type: str | None = None) -> Any:
     return body[: 4 * MAX_MESSAGE_CHARS].decode(errors="replace")[:MAX_MESSAGE_CHARS]
 
 
-class ProviderWords(Struct, frozen=True):
+class ProviderError(Struct, frozen=True):
     """A provider's error, parsed.
 
     `value`: all of it, as an object. `message`, `code`, `kind` (its `type`), `param`: the text found for each.
@@ -197,7 +197,7 @@ class ProviderWords(Struct, frozen=True):
     wait_s: float | None = None
 
 
-def provider_words(value: Any) -> ProviderWords:
+def parse_provider_error(value: Any) -> ProviderError:
     """Parse a provider's error; `value` is its decoded JSON or its text.
 
     The shapes are OpenAI's `{"error": {...}}`, the same as the only item of a list (Gemini), a bare object (vLLM,
@@ -205,16 +205,16 @@ def provider_words(value: Any) -> ProviderWords:
     another provider's error.
     """
     if value is None:
-        return ProviderWords()
+        return ProviderError()
     whole = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
     if not isinstance(whole, dict):
         sentence = _sentence(whole) or str(whole)[:MAX_MESSAGE_CHARS]
-        return ProviderWords({"message": sentence}, sentence)
+        return ProviderError({"message": sentence}, sentence)
     inner = whole["error"] if isinstance(whole.get("error"), dict) else whole
     found = inner.get("metadata")
     metadata: dict[str, Any] = found if isinstance(found, dict) else {}
     code, numeric = _code(inner, whole)
-    words = ProviderWords(
+    words = ProviderError(
         whole,
         _sentence(inner) or _sentence(whole),
         code,
@@ -235,17 +235,17 @@ def conceal_secrets(words: Any, secrets: Sequence[str]) -> Any:
         return REDACTED
 
 
-def without_secrets(problem: ErrorResponse, secrets: Sequence[str]) -> ErrorResponse:
+def without_secrets(response: ErrorResponse, secrets: Sequence[str]) -> ErrorResponse:
     """Return an error response in which the provider's words contain none of the secrets."""
     if not secrets:
-        return problem
+        return response
     return replace(
-        problem,
-        message=conceal_secrets(problem.message, secrets),
-        param=conceal_secrets(problem.param, secrets),
-        code=conceal_secrets(problem.code, secrets),
-        provider_code=conceal_secrets(problem.provider_code, secrets),
-        provider_error=conceal_secrets(problem.provider_error, secrets),
+        response,
+        message=conceal_secrets(response.message, secrets),
+        param=conceal_secrets(response.param, secrets),
+        code=conceal_secrets(response.code, secrets),
+        provider_code=conceal_secrets(response.provider_code, secrets),
+        provider_error=conceal_secrets(response.provider_error, secrets),
     )
 
 
@@ -292,7 +292,7 @@ def _sentence(value: Any, depth: int = 0) -> str | None:
         sentences = [sentence for item in value[:MAX_SENTENCES] if (sentence := _sentence(item, depth + 1))]
         return "; ".join(sentences)[:MAX_MESSAGE_CHARS] or None
     if isinstance(value, dict):
-        return next((found for name in _SAYS if (found := _sentence(value.get(name), depth + 1))), None)
+        return next((found for name in _MESSAGE_FIELDS if (found := _sentence(value.get(name), depth + 1))), None)
     return None
 
 
@@ -308,8 +308,8 @@ def _code(inner: dict[str, Any], whole: dict[str, Any]) -> tuple[str | None, boo
 
 def _place(value: dict[str, Any]) -> str | None:
     """Return the first field named in FastAPI's `detail`."""
-    said = value.get("message") if isinstance(value.get("message"), dict) else value
-    detail = said.get("detail")  # type: ignore[union-attr]  # said is a dict either way
+    holder = value.get("message") if isinstance(value.get("message"), dict) else value
+    detail = holder.get("detail")  # type: ignore[union-attr]  # said is a dict either way
     first = detail[0] if isinstance(detail, list) and detail else None
     loc = first.get("loc") if isinstance(first, dict) else None
     steps = [str(step) for step in loc[:MAX_SENTENCES]] if isinstance(loc, list) else []
@@ -325,7 +325,7 @@ def _wait_of_details(details: Any) -> float | None:
     return None
 
 
-def _with_raw(words: ProviderWords, raw: Any) -> ProviderWords:
+def _with_raw(words: ProviderError, raw: Any) -> ProviderError:
     """Add the message of the provider behind OpenRouter, which says more than `Provider returned error`.
 
     Source: https://openrouter.ai/docs/api/reference/errors-and-debugging, "Provider Errors".
@@ -334,7 +334,7 @@ def _with_raw(words: ProviderWords, raw: Any) -> ProviderWords:
         raw = provider_error(raw.encode(errors="replace"))
     if raw is None:
         return words
-    inner = provider_words({"error": raw} if isinstance(raw, str) else raw)
+    inner = parse_provider_error({"error": raw} if isinstance(raw, str) else raw)
     if inner.message is None or inner.message == words.message:
         return words
     has_code = inner.code is not None and not inner.numeric

@@ -56,9 +56,9 @@ class StreamScanner:
     - `report`: the usage reported, all events merged.
     - `done`: `[DONE]` was seen.
     - `error`: the provider's error; neither its event nor anything after it is forwarded.
-    - `tell_cost`: returns the cost so far in USD, for the usage event of a client that sees usage, once the answer has
+    - `cost_so_far`: returns the cost so far in USD, for the usage event of a client that sees usage, once the answer has
       finished.
-    - `told_cost`: the cost last written.
+    - `written_cost`: the cost last written.
     - `tokens`: the output estimated from its text and the duration of its audio; `audio_tokens` is the audio's part.
     - `most`: an upper bound of `tokens` that costs nothing: text is kept uncounted, up to a bound, until `tokens` is
       read.
@@ -94,13 +94,13 @@ class StreamScanner:
         "_text",
         "_text_at",
         "audio_tokens",
+        "cost_so_far",
         "done",
         "error",
         "events",
         "most",
         "report",
-        "tell_cost",
-        "told_cost",
+        "written_cost",
     )
 
     def __init__(
@@ -110,8 +110,8 @@ class StreamScanner:
         self.audio_tokens = 0
         self.most = 0
         self.report: Report | None = None
-        self.tell_cost: Callable[[], str] | None = None
-        self.told_cost: str | None = None
+        self.cost_so_far: Callable[[], str] | None = None
+        self.written_cost: str | None = None
         self.done = False
         self.error: dict[str, Any] | None = None
         self._hide_usage = hide_usage
@@ -361,9 +361,9 @@ class StreamScanner:
         usage_only = not decode_value(members.get("choices"))
         if usage_only and self._hide_usage:
             return b""
-        if out and not self._hide_usage and (usage_only or self._finished) and self.tell_cost is not None:
-            self.told_cost = self.tell_cost()
-            return with_cost(parsed, members, self.told_cost)
+        if out and not self._hide_usage and (usage_only or self._finished) and self.cost_so_far is not None:
+            self.written_cost = self.cost_so_far()
+            return with_cost(parsed, members, self.written_cost)
         return out
 
     def _count(self, event: bytes) -> None:
@@ -419,7 +419,7 @@ class StreamScanner:
         self._over = True
         self._plain = False
         self._held.clear()
-        problem = upstream_error(
+        response = upstream_error(
             f"The provider sent an event of more than {self._max_event_bytes} bytes.", may_have_run=True
         )
-        return UpstreamError(problem, safe_to_repeat=False, unreadable=True)
+        return UpstreamError(response, safe_to_repeat=False, unreadable=True)

@@ -135,7 +135,7 @@ def error_in(event: Event, members: dict[str, Raw] | None) -> dict[str, Any] | N
     return error if isinstance(error, dict) else {"message": str(error)}
 
 
-LOOK_BYTES: Final = 64  # of a body, enough to recognise its form
+FORM_BYTES: Final = 64  # of a body, enough to recognise its form
 
 _BOM: Final = b"\xef\xbb\xbf"
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")  # the beginnings of an event stream's lines

@@ -15,7 +15,7 @@ FORWARDED: Final = ("http-referer", "x-title", "traceparent", "tracestate", "ope
 
 # The provider's headers that go to a client. An allow-list, since providers may send any header (alt-svc,
 # clear-site-data, ...). Hop-by-hop headers, cookies, request ids, rate limits and organisations are not on it.
-SHOWN: Final = frozenset(
+RETURNED: Final = frozenset(
     {
         "content-encoding",
         "content-language",
@@ -86,9 +86,9 @@ def cors_headers(origin: str | None, allowed: Collection[str]) -> Headers:
     ]
 
 
-def preflight_headers(asked: str | None) -> Headers:
-    """Return the headers for a preflight request beside `cors_headers`. `asked`: the headers that the page would send."""
-    headers = asked if asked is not None and _HEADER_LIST.fullmatch(asked) else ALLOWED_HEADERS
+def preflight_headers(requested: str | None) -> Headers:
+    """Return the headers for a preflight request beside `cors_headers`. `requested`: the headers that the page would send."""
+    headers = requested if requested is not None and _HEADER_LIST.fullmatch(requested) else ALLOWED_HEADERS
     return [
         ("access-control-allow-methods", "GET, HEAD, POST, PATCH, DELETE"),
         ("access-control-allow-headers", headers),
@@ -159,14 +159,14 @@ def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:
 
 def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:
     """Return the provider's headers (lower-case names) that the client may see, except those named in `without`."""
-    kept_inside = {name for name, _ in without}
+    withheld = {name for name, _ in without}
     shown = []
     for name, value in headers:
-        if name in SHOWN and _is_plain(value):
+        if name in RETURNED and _is_plain(value):
             shown.append((name, value))
         elif name == "connection" and value != "keep-alive":  # it names hop-by-hop headers: RFC 9110, section 7.6.1
-            kept_inside.update(token.strip().lower() for token in value.split(","))
-    return [header for header in shown if header[0] not in kept_inside] if kept_inside else shown
+            withheld.update(token.strip().lower() for token in value.split(","))
+    return [header for header in shown if header[0] not in withheld] if withheld else shown
 
 
 def _is_plain(value: str) -> bool:

@@ -21,7 +21,7 @@ MAX_SAMPLED_CHARS: Final = 16_384  # of a longer text, this much is sampled
 SAMPLES: Final = 4
 MAX_PARTS: Final = 10_000  # of one delta's content; the rest isn't read
 # If the number of events is within these factors of the estimate of their text, each is taken for one token.
-FEWEST, MOST = 0.75, 1.6
+FEWEST_PIECES, MOST_PIECES = 0.75, 1.6
 
 # An assistant's audio is a token for 50 ms (developers.openai.com/api/docs/guides/realtime-costs).
 AUDIO_TOKEN_S: Final = 0.05
@@ -116,15 +116,15 @@ def read_output(data: bytes) -> Output:
     return output
 
 
-def answer_tokens(body: bytes, asked_audio: str | None) -> tuple[int, int]:
-    """Estimate a whole answer's output tokens, and the audio's part. `asked_audio` is the requested format of audio."""
+def answer_tokens(body: bytes, requested_audio: str | None) -> tuple[int, int]:
+    """Estimate a whole answer's output tokens, and the audio's part. `requested_audio` is the requested format of audio."""
     output = Output([])
     for choice in _choices(body):
         if choice.message is not None:
             _read_delta(choice.message, output)
         elif choice.text:
             _read_parts(choice.text, output.texts)
-    audio = audio_tokens(output.audio_chars, asked_audio)
+    audio = audio_tokens(output.audio_chars, requested_audio)
     return sum(map(text_tokens, output.texts)) + audio, audio
 
 
@@ -150,7 +150,7 @@ def pieces_tokens(raw: bytes, pieces: int) -> int:
         with contextlib.suppress(ValueError):  # a broken escape counts as its characters
             text = json.loads(f'"{text}"', strict=False)
     tokens = text_tokens(text)
-    return pieces if tokens * FEWEST <= pieces <= tokens * MOST else tokens
+    return pieces if tokens * FEWEST_PIECES <= pieces <= tokens * MOST_PIECES else tokens
 
 
 def audio_tokens(base64_chars: int, audio_format: str | None) -> int:

@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from meshproxy.errors import Detail, GatewayError, Source, invalid
-from meshproxy.openai.errors import detail_of, name_of
+from meshproxy.openai.errors import detail_of, field_path
 
 MAX_NAME_CHARS = 256  # of a model, a template, a user, a session
 MAX_MODELS = 32  # fallbacks that one request may name
@@ -222,7 +222,7 @@ def check_members(members: Mapping[str, Raw]) -> ChatRequest:
         try:
             value = decode(raw)
         except (msgspec.DecodeError, RecursionError) as error:
-            details.extend(_complaints(name, raw, error))
+            details.extend(_member_errors(name, raw, error))
             continue
         if value is not None:
             known[name] = value
@@ -233,7 +233,7 @@ def check_members(members: Mapping[str, Raw]) -> ChatRequest:
     if not known.get("messages") and "template" not in known:
         details.extend(_missing_messages(details))
     if details:
-        raise _unfit(details)
+        raise _validation_error(details)
     return _request(fields, known)
 
 
@@ -257,7 +257,7 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
         except (msgspec.DecodeError, RecursionError) as error:
             details.append(detail_of(error, ("params", name)))
     if details:
-        raise _unfit(details)
+        raise _validation_error(details)
     cap = request.max_tokens or _least_cap(known)
     tier = known.get("service_tier") or request.service_tier
     return msgspec.structs.replace(
@@ -327,7 +327,7 @@ def members_of(body: bytes) -> dict[str, Raw]:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
-    raise _unfit([detail])
+    raise _validation_error([detail])
 
 
 def _too_long(body: bytes) -> Detail | None:
@@ -395,10 +395,10 @@ def _asking_for_usage(options: Raw | None) -> Raw:
     return Raw(msgspec.json.encode(members | {"include_usage": Raw(b"true")}))
 
 
-def _complaints(name: str, raw: Raw, error: Exception) -> Iterator[Detail]:
+def _member_errors(name: str, raw: Raw, error: Exception) -> Iterator[Detail]:
     """Yield the details of a member that can't be decoded."""
     if name == "variables" and isinstance(error, msgspec.ValidationError):
-        yield from _bad_variables(raw, error)
+        yield from _variable_errors(raw, error)
         return
     detail = detail_of(error, ("body", name))
     if detail.type == "literal_error":
@@ -406,7 +406,7 @@ def _complaints(name: str, raw: Raw, error: Exception) -> Iterator[Detail]:
     yield detail
 
 
-def _bad_variables(raw: Raw, error: msgspec.ValidationError) -> Iterator[Detail]:
+def _variable_errors(raw: Raw, error: msgspec.ValidationError) -> Iterator[Detail]:
     """Yield a detail for each bad variable: the decoder of a dict doesn't name the bad member."""
     try:
         members = _MEMBERS.decode(raw)
@@ -425,9 +425,9 @@ def _missing_messages(details: list[Detail]) -> Iterator[Detail]:
         yield Detail("missing", ("body", "messages"), "Field required: give messages, or a template that has some")
 
 
-def _unfit(details: list[Detail]) -> GatewayError:
+def _validation_error(details: list[Detail]) -> GatewayError:
     first, *others = details
-    where = name_of(first)
+    where = field_path(first)
     more = f" (and {len(others)} more)" if others else ""
     message = f"Invalid request: {where + ': ' if where else ''}{first.msg}{more}"
     return GatewayError(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))

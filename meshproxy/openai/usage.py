@@ -21,7 +21,7 @@ MAX_COUNT: Final = 2**53  # what a Lua number in Redis holds exactly
 MAX_COST_USD: Final = 1000  # of one request, by the provider's own figure; more is a wrong unit
 MAX_COST_DECIMALS: Final = 30
 WINDOW_SLACK: Final = 20  # a count may exceed the window by a twentieth: 128k is often 131,072, and 1M 1,048,576
-MAX_TOLD_CHARS: Final = 40
+MAX_SHOWN_CHARS: Final = 40
 USD_PER_TICK: Final = Decimal("1e-10")  # docs.x.ai/developers/cost-tracking
 
 _BOM: Final = b"\xef\xbb\xbf"
@@ -58,7 +58,7 @@ class Usage(Struct, frozen=True):
         return self.prompt + self.completion
 
 
-class Refusal(NamedTuple):
+class RefusedNumber(NamedTuple):
     """A reported number that can't be true. `reason`: negative, no_number, over_window, cost."""
 
     reason: str
@@ -115,7 +115,7 @@ class Report(Struct, frozen=True):
     """
 
     counts: dict[str, int]
-    refused: tuple[Refusal, ...] = ()
+    refused: tuple[RefusedNumber, ...] = ()
     cost_usd: Decimal | None = None
     service_tier: str | None = None
 
@@ -136,7 +136,7 @@ class Report(Struct, frozen=True):
             self.service_tier or older.service_tier,
         )
 
-    def settled(self, context_window: int, choices: int = 1) -> tuple[Usage, tuple[Refusal, ...]]:
+    def settled(self, context_window: int, choices: int = 1) -> tuple[Usage, tuple[RefusedNumber, ...]]:
         """Return the tokens by kind, and the refused numbers. A whole of 0 wasn't reported, or isn't plausible.
 
         No number may exceed the window; each choice has a window for its output.
@@ -152,7 +152,7 @@ class Report(Struct, frozen=True):
             if count <= bounds.get(kind, window):
                 counts[kind] = count
             else:
-                refused.append(Refusal("over_window", kind, str(count)))
+                refused.append(RefusedNumber("over_window", kind, str(count)))
         return _added_up(counts, window, window * choices, refused), tuple(refused)
 
     def _plain(self, window: int) -> Usage | None:
@@ -189,18 +189,18 @@ def find_report(members: Mapping[str, Raw]) -> Report | None:
     """
     usage = _decoded(_NUMBERS, members["usage"]) if "usage" in members else None
     if not isinstance(usage, dict):
-        usage = _elsewhere(members)
+        usage = _usage_elsewhere(members)
         if usage is None:
             return None
     counts: dict[str, int] = {}
-    refused: list[Refusal] = []
-    _note(usage, _KINDS, counts, refused)
+    refused: list[RefusedNumber] = []
+    _collect(usage, _KINDS, counts, refused)
     has_cost = "cost" in usage or "cost_in_usd_ticks" in usage
     cost_usd = _cost_usd(usage, refused) if has_cost else None
     tier = decode_text(members["service_tier"]) if "service_tier" in members else None
     if tier is None and "service_tier" in usage:
-        told = usage["service_tier"]
-        tier = told if isinstance(told, str) else None
+        named = usage["service_tier"]
+        tier = named if isinstance(named, str) else None
     return Report(counts, tuple(refused), cost_usd, tier)
 
 
@@ -208,8 +208,8 @@ def decode_reply(body: bytes) -> Reply:
     """Decode usage, model and error of a whole answer. Raises UpstreamError if it is no JSON object."""
     members = decode_members(body)
     if members is None:
-        problem = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
-        raise UpstreamError(problem, safe_to_repeat=False, unreadable=bool(body.strip()))
+        response = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
+        raise UpstreamError(response, safe_to_repeat=False, unreadable=bool(body.strip()))
     return Reply(
         report=find_report(members),
         model=decode_text(members.get("model")),
@@ -241,18 +241,18 @@ def _decoded(decoder: Decoder[Any], text: bytes | Raw) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if decoder is _MEMBERS and isinstance(error, msgspec.ValidationError):
             return None  # JSON, but no object
-    mended = _mended(bytes(text))
+    repaired = _repaired(bytes(text))
     try:
-        return decoder.decode(mended)
+        return decoder.decode(repaired)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        return decoder.decode(_MANY_DIGITS.sub(_HUGE, mended))
+        return decoder.decode(_MANY_DIGITS.sub(_HUGE, repaired))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
-def _mended(text: bytes) -> bytes:
+def _repaired(text: bytes) -> bytes:
     """Repair text that is nearly JSON.
 
     A byte order mark is removed, NaN and Infinity become null, half a surrogate pair and bytes that aren't UTF-8 become
@@ -269,7 +269,7 @@ def _mended(text: bytes) -> bytes:
     return text
 
 
-def _elsewhere(members: Mapping[str, Raw]) -> dict[str, Any] | None:
+def _usage_elsewhere(members: Mapping[str, Raw]) -> dict[str, Any] | None:
     """Return the usage object from an unusual place."""
     if "x_groq" in members:
         usage = _member(_decoded(_NUMBERS, members["x_groq"]), "usage")
@@ -288,7 +288,9 @@ def _member(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _note(values: dict[str, Any], kinds: Mapping[str, Any], counts: dict[str, int], refused: list[Refusal]) -> None:
+def _collect(
+    values: dict[str, Any], kinds: Mapping[str, Any], counts: dict[str, int], refused: list[RefusedNumber]
+) -> None:
     """Collect the numbers above zero. Where two names of one kind differ, the larger counts."""
     for name, value in values.items():
         if not value or name not in kinds:
@@ -296,14 +298,14 @@ def _note(values: dict[str, Any], kinds: Mapping[str, Any], counts: dict[str, in
         kind = kinds[name]
         if type(kind) is not str:
             if isinstance(value, dict):
-                _note(value, kind, counts, refused)
+                _collect(value, kind, counts, refused)
             continue
         count = value if type(value) is int and 0 < value < MAX_COUNT else _count(_number(value))
         if count == 0:
             continue
         if count is None:
             reason = "negative" if isinstance(value, int | Decimal) and value < 0 else "no_number"
-            refused.append(Refusal(reason, name, _short(value)))
+            refused.append(RefusedNumber(reason, name, _short(value)))
         elif kind not in counts or count > counts[kind]:
             counts[kind] = count
 
@@ -323,7 +325,7 @@ def _count(value: Any) -> int | None:
     return whole if whole == value else None
 
 
-def _cost_usd(usage: dict[str, Any], refused: list[Refusal]) -> Decimal | None:
+def _cost_usd(usage: dict[str, Any], refused: list[RefusedNumber]) -> Decimal | None:
     """Return the provider's own cost figure in USD; None if it gives none or it can't be true.
 
     It is xAI's `cost_in_usd_ticks`; OpenRouter's `cost`, plus the upstream's own bill where that goes to the operator
@@ -332,15 +334,15 @@ def _cost_usd(usage: dict[str, Any], refused: list[Refusal]) -> Decimal | None:
     ticks = usage.get("cost_in_usd_ticks")
     if ticks is not None:
         return _usd(ticks, "cost_in_usd_ticks", refused, USD_PER_TICK)
-    told = usage.get("cost")
-    cost = _usd(_member(told, "total_cost") if isinstance(told, dict) else told, "cost", refused)
+    named = usage.get("cost")
+    cost = _usd(_member(named, "total_cost") if isinstance(named, dict) else named, "cost", refused)
     upstream = _member(usage.get("cost_details"), "upstream_inference_cost") if usage.get("is_byok") is True else None
     if cost is None or upstream is None:
         return cost
     return cost + (_usd(upstream, "upstream_inference_cost", refused) or 0)
 
 
-def _usd(value: Any, name: str, refused: list[Refusal], unit: Decimal = Decimal(1)) -> Decimal | None:
+def _usd(value: Any, name: str, refused: list[RefusedNumber], unit: Decimal = Decimal(1)) -> Decimal | None:
     """Return an amount in USD; None if there is none, or if it can't be true, which is added to `refused`."""
     if value is None:
         return None
@@ -350,11 +352,11 @@ def _usd(value: Any, name: str, refused: list[Refusal], unit: Decimal = Decimal(
         exponent = amount.as_tuple().exponent
         if isinstance(exponent, int) and exponent >= -MAX_COST_DECIMALS:
             return amount
-    refused.append(Refusal("cost", name, _short(value)))
+    refused.append(RefusedNumber("cost", name, _short(value)))
     return None
 
 
-def _added_up(counts: dict[str, int], window: int, most_output: int, refused: list[Refusal]) -> Usage:
+def _added_up(counts: dict[str, int], window: int, most_output: int, refused: list[RefusedNumber]) -> Usage:
     """Return the usage of counts within their bounds.
 
     Parts that a dialect counts beside their whole are added to it. Those are the parts that explain by how much
@@ -377,19 +379,19 @@ def _added_up(counts: dict[str, int], window: int, most_output: int, refused: li
         if prompt + cached + write <= window:
             prompt += cached + write
         elif cached + write > prompt:
-            refused.append(Refusal("over_window", "cached", str(cached + write)))
+            refused.append(RefusedNumber("over_window", "cached", str(cached + write)))
             cached = write = 0
     if reasoning and ("reasoning" in beside or citation or reasoning > completion):
         if completion + reasoning <= most_output:
             completion += reasoning
         elif reasoning > completion:
-            refused.append(Refusal("over_window", "reasoning", str(reasoning)))
+            refused.append(RefusedNumber("over_window", "reasoning", str(reasoning)))
             reasoning = 0
     more_prompt = citation + in_prompt * ("prompt" in beside)
     if prompt + more_prompt <= window:
         prompt += more_prompt
     else:
-        refused.append(Refusal("over_window", "citation" if citation else "prompt", str(more_prompt)))
+        refused.append(RefusedNumber("over_window", "citation" if citation else "prompt", str(more_prompt)))
 
     rest = total - prompt - completion
     if rest > 0 and prompt and completion + rest <= most_output:
@@ -424,4 +426,4 @@ def _short(value: Any) -> str:
     """Return a value of any size, shortened for the log."""
     if isinstance(value, dict | list):
         return type(value).__name__
-    return str(max(min(value, MAX_COUNT), -MAX_COUNT) if type(value) is int else value)[:MAX_TOLD_CHARS]
+    return str(max(min(value, MAX_COUNT), -MAX_COUNT) if type(value) is int else value)[:MAX_SHOWN_CHARS]

@@ -27,13 +27,13 @@ MAX_ATTEMPTS = 16  # candidates of one request, however many routes and fallback
 # Fields that a provider charges for beside tokens, and the kinds of upstream that do: OpenRouter's plugins (an Exa web
 # search is 4 USD for 1,000 results) and xAI's live search (25 USD for 1,000 sources). The tokens of a search by
 # OpenAI's or Perplexity's `web_search_options` are in their usage reports, but a fee for each request isn't.
-EXTRAS: Mapping[str, frozenset[str]] = {
+CHARGED_FIELDS: Mapping[str, frozenset[str]] = {
     "plugins": frozenset({"openai", "openrouter"}),
     "search_parameters": frozenset({"openai", "openrouter"}),
     "web_search_options": frozenset({"openrouter"}),
 }
 
-NOTHING = frozenset({b"null", b"[]", b"false"})  # values by which a field asks for nothing
+EMPTY_VALUES = frozenset({b"null", b"[]", b"false"})  # values by which a field asks for nothing
 # Hosts whose reasoning models refuse `max_tokens` (OpenAI, API reference, "Create chat completion"; Azure OpenAI, "Reasoning
 # models"). All others read `max_tokens`: llama.cpp and Ollama ignore the newer name (ggml-org/llama.cpp#13700; Ollama, "OpenAI
 # compatibility"), Mistral refuses it (BerriAI/litellm#9583), vLLM and OpenRouter take both.
@@ -96,7 +96,7 @@ class Candidate(Struct, frozen=True):
         return tuple(native.upstream_model for native in self.natives)
 
 
-class Entry(Struct, frozen=True):
+class CatalogEntry(Struct, frozen=True):
     """A model of the catalogue.
 
     `groups` are its candidates in order; those of one group are equals. `fixed` is the order where no group has more
@@ -110,13 +110,13 @@ class Entry(Struct, frozen=True):
     groups: tuple[tuple[Candidate, ...], ...]
     fixed: tuple[Candidate, ...] | None
 
-    def walk(self, spin: float) -> tuple[Candidate, ...]:
-        """Return the candidates in order; `spin`, a random number in [0, 1), decides among equals."""
+    def walk(self, draw: float) -> tuple[Candidate, ...]:
+        """Return the candidates in order; `draw`, a random number in [0, 1), decides among equals."""
         if self.fixed is not None:
             return self.fixed
-        return tuple(candidate for group in self.groups for candidate in _drawn(group, spin))
+        return tuple(candidate for group in self.groups for candidate in _drawn(group, draw))
 
-    def through(self, upstream: str) -> Candidate | None:
+    def candidate_at(self, upstream: str) -> Candidate | None:
         """Return the first candidate of this upstream."""
         return next((candidate for group in self.groups for candidate in group if candidate.upstream == upstream), None)
 
@@ -132,7 +132,7 @@ class Catalog:
         """Every model's id, in the configuration's order."""
         return list(self._entries)
 
-    def model(self, name: str) -> Entry | None:
+    def model(self, name: str) -> CatalogEntry | None:
         """Return one model, or None if it isn't configured."""
         return self._entries.get(name)
 
@@ -147,19 +147,19 @@ class Catalog:
         return ids[found[0]] if found else None
 
     def candidates(
-        self, model: str, fallbacks: Sequence[str] = (), *, spin: float, allowed: Sequence[str] | None = None
+        self, model: str, fallbacks: Sequence[str] = (), *, draw: float, allowed: Sequence[str] | None = None
     ) -> tuple[Candidate, ...]:
-        """Return the candidates to try, in order; at most MAX_ATTEMPTS. `spin`, random in [0, 1), decides among equals.
+        """Return the candidates to try, in order; at most MAX_ATTEMPTS. `draw`, random in [0, 1), decides among equals.
 
         Raises GatewayError `model_not_found` if `model` or a fallback isn't in the catalogue; it names the nearest of
         those that are `allowed`.
         """
         entry = self._known(model, allowed)
         if not fallbacks:
-            return entry.walk(spin)[:MAX_ATTEMPTS]
-        return _with_fallbacks([self._known(name, allowed) for name in dict.fromkeys((model, *fallbacks))], spin)
+            return entry.walk(draw)[:MAX_ATTEMPTS]
+        return _with_fallbacks([self._known(name, allowed) for name in dict.fromkeys((model, *fallbacks))], draw)
 
-    def _known(self, name: str, allowed: Sequence[str] | None) -> Entry:
+    def _known(self, name: str, allowed: Sequence[str] | None) -> CatalogEntry:
         entry = self._entries.get(name)
         if entry is None:
             raise GatewayError(Source.CLIENT, model_not_found(name, self.nearest(name, allowed)))
@@ -193,7 +193,7 @@ def may_have_served(candidate: Candidate, reported_model: str | None) -> tuple[C
     return candidates if found is None else (found,)
 
 
-def priced(candidates: tuple[Candidate, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Candidate, ...]:
+def with_fees(candidates: tuple[Candidate, ...], tier: str | None, fields: Mapping[str, Raw]) -> tuple[Candidate, ...]:
     """Return the candidates with the fees of a request that has these fields.
 
     Raises the client's GatewayError, 422, if `service_tier` or a field changes the price and a model that may serve has
@@ -201,29 +201,29 @@ def priced(candidates: tuple[Candidate, ...], tier: str | None, fields: Mapping[
     """
     if tier in STANDARD_TIERS:
         tier = None
-    extras = EXTRAS.keys() & fields.keys()
+    extras = CHARGED_FIELDS.keys() & fields.keys()
     if tier is None and not extras:
         for candidate in candidates:
             if candidate.fees or candidate.natives:
                 break
         else:
             return candidates
-    present = {name for name, value in fields.items() if bytes(value) not in NOTHING}
-    return tuple(_priced(candidate, tier, present) for candidate in candidates)
+    present = {name for name, value in fields.items() if bytes(value) not in EMPTY_VALUES}
+    return tuple(_with_fees(candidate, tier, present) for candidate in candidates)
 
 
-def _priced(candidate: Candidate, tier: str | None, fields: set[str]) -> Candidate:
+def _with_fees(candidate: Candidate, tier: str | None, fields: set[str]) -> Candidate:
     """Return one candidate with the fees of these fields, its native fallbacks included."""
     if candidate.price.markup is None:
         if tier is not None and not any(name == tier for name, _ in candidate.services):
             raise _unpriced(
                 "service_tier", f"The model `{candidate.model}` has no price for the service tier `{tier[:64]}`."
             )
-        for name in sorted(EXTRAS.keys() & fields):
-            if candidate.kind in EXTRAS[name] and not any(name == field for field, _ in candidate.fees):
+        for name in sorted(CHARGED_FIELDS.keys() & fields):
+            if candidate.kind in CHARGED_FIELDS[name] and not any(name == field for field, _ in candidate.fees):
                 raise _unpriced(name, f"The model `{candidate.model}` has no price for `{name}`.")
     fee = sum(amount for name, amount in candidate.fees if name in fields)
-    natives = tuple(_priced(native, tier, fields) for native in candidate.natives)
+    natives = tuple(_with_fees(native, tier, fields) for native in candidate.natives)
     if not fee and natives == candidate.natives:
         return candidate
     services = tuple((name, price.with_fee(fee)) for name, price in candidate.services)
@@ -238,7 +238,7 @@ def _is_dated(reported: str, name: str) -> bool:
     return reported.startswith(name) and _DATED.fullmatch(reported, len(name)) is not None
 
 
-def _entry(name: str, model: Model, settings: Settings) -> Entry:
+def _entry(name: str, model: Model, settings: Settings) -> CatalogEntry:
     price = price_of(model)
     services = service_prices(model)
     fees = tuple((field, parse_usd(usd)) for field, usd in model.field_usd.items())
@@ -263,7 +263,7 @@ def _entry(name: str, model: Model, settings: Settings) -> Entry:
 
     groups = tuple(tuple(map(candidate, group)) for group in _groups(model.upstreams))
     fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0] for group in groups)
-    return Entry(name, model.context_window, model.max_output_tokens, price, groups, fixed)
+    return CatalogEntry(name, model.context_window, model.max_output_tokens, price, groups, fixed)
 
 
 def _cap_field(upstream: Upstream) -> str:
@@ -281,7 +281,7 @@ def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:
             yield from ([route] for route in neighbours)
 
 
-def _drawn(group: Iterable[Candidate], spin: float) -> Iterable[Candidate]:
+def _drawn(group: Iterable[Candidate], draw: float) -> Iterable[Candidate]:
     """Yield the group in an order drawn by weight, without replacement.
 
     One random number is enough: its remainder after the first choice is uniform again and makes the second. (Weights
@@ -289,18 +289,18 @@ def _drawn(group: Iterable[Candidate], spin: float) -> Iterable[Candidate]:
     """
     rest = list(group)
     while len(rest) > 1:
-        point = spin * sum(candidate.share for candidate in rest)
+        point = draw * sum(candidate.share for candidate in rest)
         index = 0
         while index < len(rest) - 1 and point >= rest[index].share:
             point -= rest[index].share
             index += 1
         chosen = rest.pop(index)
-        spin = point / chosen.share
+        draw = point / chosen.share
         yield chosen
     yield rest[0]
 
 
-def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, ...]:
+def _with_fallbacks(entries: Sequence[CatalogEntry], draw: float) -> tuple[Candidate, ...]:
     """Return the candidates of each entry in turn.
 
     An openrouter upstream is tried once for all that it serves: its first candidate carries the later entries' models,
@@ -309,7 +309,7 @@ def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, .
     candidates: list[Candidate] = []
     covered: set[tuple[str, str]] = set()
     for position, entry in enumerate(entries):
-        for candidate in entry.walk(spin):
+        for candidate in entry.walk(draw):
             if (candidate.upstream, candidate.model) in covered:
                 continue
             natives = _natives(candidate, entries[position + 1 :])
@@ -318,8 +318,8 @@ def _with_fallbacks(entries: Sequence[Entry], spin: float) -> tuple[Candidate, .
     return tuple(candidates[:MAX_ATTEMPTS])
 
 
-def _natives(candidate: Candidate, later: Iterable[Entry]) -> tuple[Candidate, ...]:
+def _natives(candidate: Candidate, later: Iterable[CatalogEntry]) -> tuple[Candidate, ...]:
     """Return the later entries that this candidate's provider can walk itself."""
     if candidate.kind != "openrouter":
         return ()
-    return tuple(native for entry in later if (native := entry.through(candidate.upstream)) is not None)
+    return tuple(native for entry in later if (native := entry.candidate_at(candidate.upstream)) is not None)

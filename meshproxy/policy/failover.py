@@ -22,7 +22,7 @@ from meshproxy.errors import (
     provider_not_available,
     upstream_error,
 )
-from meshproxy.openai.errors import ProviderWords, provider_error, provider_words
+from meshproxy.openai.errors import ProviderError, parse_provider_error, provider_error
 
 DEFAULT_RETRY_AFTER_S: Final = 1.0  # where a provider has no capacity and gives no wait
 # Where our quota at the provider is spent: longer than any SDK waits by itself, since only the account's owner can act.
@@ -113,23 +113,23 @@ _STATUS_OF: Final = {
 class Verdict(Struct, frozen=True):
     """The client's error if no other attempt succeeds, and which attempts may follow: any, or one with another model.
 
-    `words`: the provider's message, for the log.
+    `reported`: the provider's message, for the log.
     """
 
-    problem: ErrorResponse
+    response: ErrorResponse
     try_next: bool
     another_model: bool = False
-    words: str | None = None
+    provider_message: str | None = None
 
-    def fault(self, answered: int) -> UpstreamError:
+    def to_error(self, upstream_status: int) -> UpstreamError:
         """Return the error of an attempt that was answered with this status."""
         return UpstreamError(
-            self.problem,
+            self.response,
             safe_to_repeat=self.try_next,
             another_model=self.another_model,
-            answered=answered,
+            upstream_status=upstream_status,
             phase=Phase.HEAD,
-            words=self.words,
+            provider_message=self.provider_message,
         )
 
 
@@ -143,8 +143,8 @@ def classify_status(
     now: float = 0.0,
 ) -> Verdict:
     """Classify an answer whose status isn't 200. `now` is Unix time in seconds, for a Retry-After that is a date."""
-    words = provider_words(provider_error(body, content_type))
-    return _verdict(status, words, wait_of(retry_after, retry_after_ms, now))
+    reported = parse_provider_error(provider_error(body, content_type))
+    return _verdict(status, reported, wait_of(retry_after, retry_after_ms, now))
 
 
 def classify_error(error: Any, *, otherwise: str) -> UpstreamError:
@@ -153,62 +153,62 @@ def classify_error(error: Any, *, otherwise: str) -> UpstreamError:
     It is treated as if it had the status that it names, or that its code implies. `otherwise`: the message for one with
     neither.
     """
-    words = provider_words(error if isinstance(error, dict) else {"error": error})
-    status = _status_of(words)
+    reported = parse_provider_error(error if isinstance(error, dict) else {"error": error})
+    status = _status_of(reported)
     if status is not None:
-        return _verdict(status, words, None).fault(status)
-    problem = _quoted(upstream_error(otherwise, may_have_run=True), words)
-    return UpstreamError(problem, safe_to_repeat=True, answered=200, words=words.message)
+        return _verdict(status, reported, None).to_error(status)
+    response = _quoted(upstream_error(otherwise, may_have_run=True), reported)
+    return UpstreamError(response, safe_to_repeat=True, upstream_status=200, provider_message=reported.message)
 
 
-def in_stream(error: Any) -> UpstreamError:
+def stream_error(error: Any) -> UpstreamError:
     """Return the error of a stream whose provider failed after the first event."""
-    words = provider_words(error)
-    problem = _quoted(upstream_error("The provider failed in the stream.", may_have_run=True), words)
-    return UpstreamError(problem, safe_to_repeat=False, answered=200, words=words.message)
+    reported = parse_provider_error(error)
+    response = _quoted(upstream_error("The provider failed in the stream.", may_have_run=True), reported)
+    return UpstreamError(response, safe_to_repeat=False, upstream_status=200, provider_message=reported.message)
 
 
-def is_upstream_failure(fault: UpstreamError) -> bool:
+def is_upstream_failure(error: UpstreamError) -> bool:
     """Return whether an error shows that the upstream itself is failing: unreachable, silent, broken off or failed.
 
     A lack of capacity, a refusal of the request or our account, an error inside the gateway, and an answer that the
     gateway can't read don't.
     """
-    if fault.unreadable:
+    if error.unreadable:
         return False
-    if fault.answered is None:
-        return fault.problem.status != 503  # no connection was free, or the gateway is shutting down
-    return fault.answered >= 500 or fault.answered == 200
+    if error.upstream_status is None:
+        return error.response.status != 503  # no connection was free, or the gateway is shutting down
+    return error.upstream_status >= 500 or error.upstream_status == 200
 
 
-def is_refusal(fault: UpstreamError) -> bool:
+def is_refusal(error: UpstreamError) -> bool:
     """Whether the provider refused and did nothing, so that asking another one is no repetition: its account of ours or its
     configuration is wrong (401 to 404, a redirect), or another model may take the request.
     """
-    return fault.another_model or (fault.answered is not None and 300 <= fault.answered <= 404)
+    return error.another_model or (error.upstream_status is not None and 300 <= error.upstream_status <= 404)
 
 
-def may_be_the_request(fault: UpstreamError) -> bool:
+def may_be_caused_by_request(error: UpstreamError) -> bool:
     """Return whether the request itself may have caused the error, which then says less about other requests."""
-    return fault.phase not in {Phase.CONNECT, Phase.TLS}
+    return error.phase not in {Phase.CONNECT, Phase.TLS}
 
 
-def requested_wait_s(fault: UpstreamError) -> float:
+def requested_wait_s(error: UpstreamError) -> float:
     """Return the seconds that the upstream asks to be left alone, at most MAX_RETRY_AFTER_S; 0.0 if it doesn't ask."""
-    return min(fault.problem.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if fault.answered is not None else 0.0
+    return min(error.response.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if error.upstream_status is not None else 0.0
 
 
-def error_to_report(faults: Sequence[UpstreamError]) -> UpstreamError:
+def error_to_report(errors: Sequence[UpstreamError]) -> UpstreamError:
     """Return the error to report to the client, out of all its attempts.
 
     The order: a refusal of the request, a request to wait, a failure, a refusal of the gateway, a failed connection.
     Among equals the last counts, but the first refusal (it is by the model that was requested), and the shortest wait.
     `may_have_run` is set if any attempt may have run, since a client's retry may then pay twice.
     """
-    _, chosen = max(enumerate(faults), key=lambda numbered: _weight(*numbered))
-    problem = chosen.problem
-    if problem.status >= 500 and not problem.may_have_run and any(fault.problem.may_have_run for fault in faults):
-        chosen.problem = replace(problem, may_have_run=True)
+    _, chosen = max(enumerate(errors), key=lambda numbered: _weight(*numbered))
+    response = chosen.response
+    if response.status >= 500 and not response.may_have_run and any(error.response.may_have_run for error in errors):
+        chosen.response = replace(response, may_have_run=True)
     return chosen
 
 
@@ -225,35 +225,35 @@ def wait_of(retry_after: str | None, retry_after_ms: str | None = None, now: flo
     return None if until is None else min(max(until - now, 0.0), MAX_WAIT_S)
 
 
-def _verdict(status: int, words: ProviderWords, wait_s: float | None) -> Verdict:
+def _verdict(status: int, reported: ProviderError, wait_s: float | None) -> Verdict:
     """Classify an answer by its status, the provider's words and the wait that it asks for."""
     if status in _REFUSED_US or status in _REFUSED_REQUEST:
-        blamed = _about_us(status, words)
-        if blamed is None:
-            return _refused(status, words)
-        problem = replace(upstream_error(_REFUSED_US[blamed], may_have_run=False), provider_code=words.code)
-        return Verdict(problem, try_next=True, words=words.message)
+        status_of_ours = _blamed_on_us(status, reported)
+        if status_of_ours is None:
+            return _refused(status, reported)
+        response = replace(upstream_error(_REFUSED_US[status_of_ours], may_have_run=False), provider_code=reported.code)
+        return Verdict(response, try_next=True, provider_message=reported.message)
     if status == 429:
-        return Verdict(_limited(words, wait_s), try_next=True, words=words.message)
+        return Verdict(_limited(reported, wait_s), try_next=True, provider_message=reported.message)
     if status in _NO_CAPACITY:
         full = ErrorResponse(502, "upstream_error", "The provider is overloaded.", retry_after_s=wait_s)
-        return Verdict(_quoted(full, words), try_next=True, words=words.message)
+        return Verdict(_quoted(full, reported), try_next=True, provider_message=reported.message)
     if status >= 500 or status in _MAY_HAVE_RUN:
         failed = upstream_error(f"The provider failed with status {status}.", may_have_run=True)
-        return Verdict(_quoted(failed, words), try_next=True, words=words.message)
-    nonsense = f"The provider answered with status {status}, which makes no sense here."
+        return Verdict(_quoted(failed, reported), try_next=True, provider_message=reported.message)
+    message = f"The provider answered with status {status}, which makes no sense here."
     accepted = 200 <= status < 300  # it may have done the work, and another provider would do it again
-    problem = _quoted(upstream_error(nonsense, may_have_run=accepted), words)
-    return Verdict(problem, try_next=not accepted, words=words.message)
+    response = _quoted(upstream_error(message, may_have_run=accepted), reported)
+    return Verdict(response, try_next=not accepted, provider_message=reported.message)
 
 
-def _about_us(status: int, words: ProviderWords) -> int | None:
+def _blamed_on_us(status: int, reported: ProviderError) -> int | None:
     """Return which of _REFUSED_US applies, if the refusal is about the gateway's account or configuration; else None."""
-    code, said = (words.code or "").lower(), words.message or ""
+    code, said = (reported.code or "").lower(), reported.message or ""
     if status == 403:
-        return None if _is_moderated(words) else 403
+        return None if _is_moderated(reported) else 403
     if status == 404:
-        return None if _is_about_a_field(words) or _UNSUPPORTED_WORDS.search(said) else 404
+        return None if _is_about_a_field(reported) or _UNSUPPORTED_WORDS.search(said) else 404
     if status in _REFUSED_US:
         return status
     if status in _MAY_BE_ABOUT_US:
@@ -261,46 +261,53 @@ def _about_us(status: int, words: ProviderWords) -> int | None:
             return 401
         if code in _OUT_OF_QUOTA or _CREDIT_WORDS.search(said):
             return 402
-        if code in _UNKNOWN_MODEL or (words.param in {None, "model"} and _MODEL_WORDS.search(said)):
+        if code in _UNKNOWN_MODEL or (reported.param in {None, "model"} and _MODEL_WORDS.search(said)):
             return 404
     return None
 
 
-def _is_moderated(words: ProviderWords) -> bool:
+def _is_moderated(reported: ProviderError) -> bool:
     return (
-        words.moderated
-        or (words.code or "").lower() in _MODERATED
-        or _MODERATED_WORDS.search(words.message or "") is not None
+        reported.moderated
+        or (reported.code or "").lower() in _MODERATED
+        or _MODERATED_WORDS.search(reported.message or "") is not None
     )
 
 
-def _is_about_a_field(words: ProviderWords) -> bool:
+def _is_about_a_field(reported: ProviderError) -> bool:
     """Return whether the refusal names a field that the client chose, other than the model."""
-    return words.param not in {None, "model"} and (words.code or "").lower() not in _UNKNOWN_MODEL
+    return reported.param not in {None, "model"} and (reported.code or "").lower() not in _UNKNOWN_MODEL
 
 
-def _refused(status: int, words: ProviderWords) -> Verdict:
+def _refused(status: int, reported: ProviderError) -> Verdict:
     """Return the refusal of a request, with the provider's own message, status, code and param."""
-    code = words.code if words.code is not None and not words.numeric and _CODE.fullmatch(words.code) else None
-    problem = ErrorResponse(
+    code = (
+        reported.code if reported.code is not None and not reported.numeric and _CODE.fullmatch(reported.code) else None
+    )
+    response = ErrorResponse(
         status,
         code or "provider_refused",
-        words.message or "The provider refused the request.",
-        words.param,
-        provider_error=words.value,
-        provider_code=words.code,
+        reported.message or "The provider refused the request.",
+        reported.param,
+        provider_error=reported.value,
+        provider_code=reported.code,
     )
-    return Verdict(problem, try_next=False, another_model=_another_may_take_it(status, words), words=words.message)
+    return Verdict(
+        response,
+        try_next=False,
+        another_model=_another_may_take_it(status, reported),
+        provider_message=reported.message,
+    )
 
 
-def _another_may_take_it(status: int, words: ProviderWords) -> bool:
+def _another_may_take_it(status: int, reported: ProviderError) -> bool:
     """Return whether another model may accept the request: it is too long for this one, or needs a missing feature.
 
     A flagged request isn't offered elsewhere, and a malformed one would be refused everywhere.
     """
-    if _is_moderated(words):
+    if _is_moderated(reported):
         return False
-    code, said = (words.code or "").lower(), words.message or ""
+    code, said = (reported.code or "").lower(), reported.message or ""
     return (
         status in {404, 413}
         or code in _TOO_LONG
@@ -310,50 +317,52 @@ def _another_may_take_it(status: int, words: ProviderWords) -> bool:
     )
 
 
-def _limited(words: ProviderWords, wait_s: float | None) -> ErrorResponse:
+def _limited(reported: ProviderError, wait_s: float | None) -> ErrorResponse:
     """Return the error for a provider without capacity for us: for a while, or until the quota is paid for.
 
     The provider's message is left out, since it may name our organisation.
     """
     if wait_s is None:
-        wait_s = words.wait_s if words.wait_s is not None else _spoken_wait_s(words.message or "")
-    by_code = (words.code or "").lower() in _OUT_OF_QUOTA or (words.kind or "").lower() in _OUT_OF_QUOTA
-    if by_code or (wait_s is None and _CREDIT_WORDS.search(words.message or "")):
-        problem = provider_not_available(
+        wait_s = reported.wait_s if reported.wait_s is not None else _wait_in_message_s(reported.message or "")
+    is_quota = (reported.code or "").lower() in _OUT_OF_QUOTA or (reported.kind or "").lower() in _OUT_OF_QUOTA
+    if is_quota or (wait_s is None and _CREDIT_WORDS.search(reported.message or "")):
+        response = provider_not_available(
             "The gateway's quota at the provider is spent.", max(wait_s or 0.0, QUOTA_RETRY_AFTER_S)
         )
     else:
-        problem = provider_not_available("The provider has no capacity left.", wait_s or DEFAULT_RETRY_AFTER_S)
-    return replace(problem, provider_code=words.code)
+        response = provider_not_available("The provider has no capacity left.", wait_s or DEFAULT_RETRY_AFTER_S)
+    return replace(response, provider_code=reported.code)
 
 
-def _quoted(problem: ErrorResponse, words: ProviderWords) -> ErrorResponse:
+def _quoted(response: ErrorResponse, reported: ProviderError) -> ErrorResponse:
     """Return an error response with the provider's code and message added."""
-    message = problem.message if words.message is None else f"{problem.message.removesuffix('.')}: {words.message}"
-    return replace(problem, message=message, provider_code=words.code, provider_error=words.value)
+    message = (
+        response.message if reported.message is None else f"{response.message.removesuffix('.')}: {reported.message}"
+    )
+    return replace(response, message=message, provider_code=reported.code, provider_error=reported.value)
 
 
-def _status_of(words: ProviderWords) -> int | None:
+def _status_of(reported: ProviderError) -> int | None:
     """Return the status that an error names, or that its code or type implies; None without either."""
-    if words.numeric and words.code is not None and words.code.isdigit() and 400 <= int(words.code) <= 599:
-        return int(words.code)
-    known = (_STATUS_OF.get((name or "").lower()) for name in (words.code, words.kind))
+    if reported.numeric and reported.code is not None and reported.code.isdigit() and 400 <= int(reported.code) <= 599:
+        return int(reported.code)
+    known = (_STATUS_OF.get((name or "").lower()) for name in (reported.code, reported.kind))
     return next((status for status in known if status is not None), None)
 
 
-def _weight(index: int, fault: UpstreamError) -> tuple[int, float, int]:
+def _weight(index: int, error: UpstreamError) -> tuple[int, float, int]:
     """Return the sort key of an error: `error_to_report` chooses the greatest."""
-    problem = fault.problem
-    if problem.status < 500:
+    response = error.response
+    if response.status < 500:
         return 4, 0.0, -index
-    if fault.answered is None:
-        return (2 if problem.may_have_run else 0), 0.0, index
-    if problem.status == 503:
-        return 3, -(problem.retry_after_s or 0.0), index
-    return (1 if fault.answered in _REFUSED_US or fault.answered in _REFUSED_REQUEST else 2), 0.0, index
+    if error.upstream_status is None:
+        return (2 if response.may_have_run else 0), 0.0, index
+    if response.status == 503:
+        return 3, -(response.retry_after_s or 0.0), index
+    return (1 if error.upstream_status in _REFUSED_US or error.upstream_status in _REFUSED_REQUEST else 2), 0.0, index
 
 
-def _spoken_wait_s(message: str) -> float | None:
+def _wait_in_message_s(message: str) -> float | None:
     """Return the seconds to wait that a message names; None if it names none.
 
     `Please try again in 7m12s.` (OpenAI, Groq), `Please retry in 34.07s.` (Gemini), `retry after 60 seconds` (Azure).

@@ -41,7 +41,7 @@ class Price(Struct, frozen=True, omit_defaults=True):
     tiers: tuple[tuple[int, "Price"], ...] = ()
     markup: int | None = None
 
-    def at(self, prompt_tokens: int) -> "Price":
+    def for_prompt_of(self, prompt_tokens: int) -> "Price":
         """Return the price of a whole request whose prompt has this many tokens."""
         found = self
         for above, price in self.tiers:
@@ -72,15 +72,15 @@ def service_prices(model: Model) -> tuple[tuple[str, Price], ...]:
     return tuple((name, _price(model, tier, tier.price_tiers)) for name, tier in model.service_tiers.items())
 
 
-def cost(price: Price, usage: Usage, told_usd: Decimal | None = None) -> int:
-    """Return the cost of a usage in nano-USD, or of `told_usd`, the provider's own figure, where that is billed.
+def cost(price: Price, usage: Usage, reported_usd: Decimal | None = None) -> int:
+    """Return the cost of a usage in nano-USD, or of `reported_usd`, the provider's own figure, where that is billed.
 
     Each part (cached, reasoning, ...) is billed at its own price and subtracted from its whole. No part can exceed what
     the parts before it left, so overlapping parts are never billed twice. A request that used nothing costs nothing.
     """
-    if price.markup is not None and told_usd is not None:
-        return math.ceil(Fraction(told_usd) * price.markup)
-    price = price.at(usage.prompt) if price.tiers else price
+    if price.markup is not None and reported_usd is not None:
+        return math.ceil(Fraction(reported_usd) * price.markup)
+    price = price.for_prompt_of(usage.prompt) if price.tiers else price
     write_1h = usage.cache_write_1h
     prompt = _split(
         usage.prompt,
@@ -100,11 +100,11 @@ def cost(price: Price, usage: Usage, told_usd: Decimal | None = None) -> int:
     return fee + _rounded_up(prompt + completion)
 
 
-def billed(price: Price, usage: Usage, told_usd: Decimal | None) -> Price:
+def billed_price(price: Price, usage: Usage, reported_usd: Decimal | None) -> Price:
     """Return the price that a cost was computed from, for its record: one tier, and the markup only if it applied."""
-    applied = price.at(usage.prompt) if price.tiers else price
-    if applied.tiers or (applied.markup is not None and told_usd is None):
-        applied = replace(applied, tiers=(), markup=None if told_usd is None else applied.markup)
+    applied = price.for_prompt_of(usage.prompt) if price.tiers else price
+    if applied.tiers or (applied.markup is not None and reported_usd is None):
+        applied = replace(applied, tiers=(), markup=None if reported_usd is None else applied.markup)
     return applied
 
 
@@ -130,11 +130,11 @@ def _price(model: Model, prices: Prices, tiers: Iterable[PriceTier]) -> Price:
     return Price(
         input=whole_input,
         output=whole_output,
-        cached=_own(prices.cached_input_usd_per_mtok, whole_input),
-        cache_write=_own(prices.cache_write_usd_per_mtok, whole_input),
-        reasoning=_own(prices.reasoning_usd_per_mtok, whole_output),
-        audio_input=_own(prices.audio_input_usd_per_mtok, whole_input),
-        audio_output=_own(prices.audio_output_usd_per_mtok, whole_output),
+        cached=_price_or(prices.cached_input_usd_per_mtok, whole_input),
+        cache_write=_price_or(prices.cache_write_usd_per_mtok, whole_input),
+        reasoning=_price_or(prices.reasoning_usd_per_mtok, whole_output),
+        audio_input=_price_or(prices.audio_input_usd_per_mtok, whole_input),
+        audio_output=_price_or(prices.audio_output_usd_per_mtok, whole_output),
         cache_write_1h=None if write_1h is None else parse_usd(write_1h),
         request=parse_usd(model.request_usd),
         tiers=tuple((tier.above_prompt_tokens, _price(model, tier, ())) for tier in tiers),
@@ -155,7 +155,7 @@ def _dearest(price: Price, prompt_tokens: int) -> tuple[int, int]:
     return prompt, output
 
 
-def _own(usd: str | None, whole: int) -> int:
+def _price_or(usd: str | None, whole: int) -> int:
     return whole if usd is None else parse_usd(usd)
 
 

@@ -26,9 +26,9 @@ class Window:
 
     def __init__(self, width_s: float) -> None:
         self._width_s = width_s
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Reset all counts."""
         self._began = self._now = 0.0
         self._elder = self._elder_marked = self._younger = self._younger_marked = 0
@@ -66,8 +66,8 @@ class Window:
         self._began = self._began + self._width_s if adjacent else now
 
 
-SHARE = 0.2  # extra attempts for each request
-FLOOR = 10.0  # extra attempts in a window without requests, so that a quiet worker can fail over too
+RETRY_SHARE = 0.2  # extra attempts for each request
+RETRY_FLOOR = 10.0  # extra attempts in a window without requests, so that a quiet worker can fail over too
 WINDOW_S = 10.0
 
 
@@ -76,7 +76,7 @@ class RetryBudget:
 
     __slots__ = ("_floor", "_share", "_window")
 
-    def __init__(self, share: float = SHARE, floor: float = FLOOR, window_s: float = WINDOW_S) -> None:
+    def __init__(self, share: float = RETRY_SHARE, floor: float = RETRY_FLOOR, window_s: float = WINDOW_S) -> None:
         self._share = share
         self._floor = floor
         self._window = Window(window_s)
@@ -119,7 +119,7 @@ class BreakerSettings(Struct, frozen=True, kw_only=True):
 class Breaker:
     """A circuit breaker. While it is open, late results of requests from before it opened change nothing."""
 
-    __slots__ = ("_in_a_row", "_open_s", "_probe_until", "_state", "_tolerance", "_until", "_window")
+    __slots__ = ("_in_a_row", "_open_s", "_probe_until", "_settings", "_state", "_until", "_window")
 
     _state: State
     _until: float
@@ -127,9 +127,9 @@ class Breaker:
     _open_s: float
     _in_a_row: int
 
-    def __init__(self, tolerance: BreakerSettings | None = None) -> None:
-        self._tolerance = tolerance or BreakerSettings()
-        self._window = Window(self._tolerance.window_s)
+    def __init__(self, settings: BreakerSettings | None = None) -> None:
+        self._settings = settings or BreakerSettings()
+        self._window = Window(self._settings.window_s)
         self._close()
 
     def state(self, now: float) -> State:
@@ -145,7 +145,7 @@ class Breaker:
         if now < (self._until if self._state == "open" else self._probe_until):
             return False
         self._state = "half-open"
-        self._probe_until = now + self._tolerance.probe_s
+        self._probe_until = now + self._settings.probe_s
         return True
 
     def retry_after_s(self, now: float) -> float:
@@ -160,41 +160,40 @@ class Breaker:
         elif self._state == "half-open":
             self._close()
 
-    def failed(self, now: float, spin: float = 0.5) -> None:
+    def failed(self, now: float, draw: float = 0.5) -> None:
         """Record a failure of the upstream.
 
-        `spin`, random in [0, 1), spreads how long the breaker stays open, so that not all instances probe at once.
+        `draw`, random in [0, 1), spreads how long the breaker stays open, so that not all instances probe at once.
         """
         if self._state == "closed":
             self._in_a_row += 1
             self._window.add(now, marked=True)
             if self._has_enough():
-                self._open(now, spin)
+                self._open(now, draw)
         elif self._state == "half-open":
-            self._open_s = min(2 * self._open_s, self._tolerance.most_open_s)
-            self._open(now, spin)
+            self._open_s = min(2 * self._open_s, self._settings.most_open_s)
+            self._open(now, draw)
 
     def abandoned(self) -> None:
         """Record a request that shows nothing about the upstream, such as a hang-up. Another request may be the probe."""
         self._probe_until = 0.0
 
     def _has_enough(self) -> bool:
-        tolerance = self._tolerance
-        return self._in_a_row >= tolerance.consecutive or (
-            self._window.calls >= tolerance.least_calls
-            and self._window.marked >= tolerance.failing * self._window.calls
+        settings = self._settings
+        return self._in_a_row >= settings.consecutive or (
+            self._window.calls >= settings.least_calls and self._window.marked >= settings.failing * self._window.calls
         )
 
-    def _open(self, now: float, spin: float) -> None:
+    def _open(self, now: float, draw: float) -> None:
         self._state = "open"
-        self._until = now + self._open_s * (0.5 + spin)
+        self._until = now + self._open_s * (0.5 + draw)
 
     def _close(self) -> None:
         self._state = "closed"
         self._until = self._probe_until = 0.0
-        self._open_s = self._tolerance.open_s
+        self._open_s = self._settings.open_s
         self._in_a_row = 0
-        self._window.forget()
+        self._window.reset()
 
 
 DECAY_S = 10.0  # the weight of a slow answer falls to 1/e in this time, if faster ones follow
@@ -243,7 +242,7 @@ class PeakEwma:
         return self._value_s if now - self._at < FORGET_S else 0.0
 
 
-def arrange(candidates: Sequence[Candidate], standing_of: RouteHealthOf, session: str | None) -> list[Candidate]:
+def order_candidates(candidates: Sequence[Candidate], health_of: RouteHealthOf, session: str | None) -> list[Candidate]:
     """Return the candidates in the order to try them.
 
     Each group of equals keeps its place. Those whose breaker is open are left out. Ejected ones go to the end, as a
@@ -252,16 +251,16 @@ def arrange(candidates: Sequence[Candidate], standing_of: RouteHealthOf, session
     At most half of a group is ejected or open together, as long as ejecting is a choice: fewer than half couldn't carry
     the load, and would fail too. A route without equals may be ejected, since there is a fallback or no other choice.
     """
-    willing: list[Candidate] = []
+    available: list[Candidate] = []
     ejected: list[tuple[float, Candidate]] = []
     for group in _groups(candidates):
-        standings = [(candidate, standing_of(candidate)) for candidate in group]
-        closed = [(candidate, standing) for candidate, standing in standings if not standing.is_open]
+        healths = [(candidate, health_of(candidate)) for candidate in group]
+        closed = [(candidate, health) for candidate, health in healths if not health.is_open]
         most = max(1, len(group) // 2) - (len(group) - len(closed))
-        out = _longest_ejected(closed, most)
-        ejected += [(standing.ejected_s, candidate) for candidate, standing in out]
-        willing += _ordered([pair for pair in closed if pair not in out], session)
-    return willing + [candidate for _, candidate in sorted(ejected, key=lambda pair: pair[0])]
+        avoided = _longest_ejected(closed, most)
+        ejected += [(health.ejected_s, candidate) for candidate, health in avoided]
+        available += _ordered([pair for pair in closed if pair not in avoided], session)
+    return available + [candidate for _, candidate in sorted(ejected, key=lambda pair: pair[0])]
 
 
 _Pairs = list[tuple[Candidate, RouteHealth]]
@@ -279,9 +278,9 @@ def _groups(candidates: Iterable[Candidate]) -> Iterable[list[Candidate]]:
 
 
 def _longest_ejected(pairs: _Pairs, most: int) -> _Pairs:
-    out = [pair for pair in pairs if pair[1].ejected_s > 0.0]
-    out.sort(key=lambda pair: pair[1].ejected_s, reverse=True)
-    return out[: max(0, most)]
+    avoided = [pair for pair in pairs if pair[1].ejected_s > 0.0]
+    avoided.sort(key=lambda pair: pair[1].ejected_s, reverse=True)
+    return avoided[: max(0, most)]
 
 
 def _ordered(pairs: _Pairs, session: str | None) -> list[Candidate]:

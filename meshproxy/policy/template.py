@@ -19,7 +19,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from meshproxy.errors import Detail, GatewayError, Source, invalid
-from meshproxy.openai.errors import detail_of, name_of
+from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.openai.request import CAPS, decode_chat
 
 __all__ = ["Template", "TemplateFields", "check_template", "measure", "merge_params", "render", "slots", "to_public"]
@@ -77,9 +77,9 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
         """
         changes = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
         changed = msgspec.structs.replace(template, **changes)
-        details = list(_prompt_faults(changed.system, changed.messages))
+        details = list(_prompt_errors(changed.system, changed.messages))
         if details:
-            raise _unfit(details)
+            raise _validation_error(details)
         return changed
 
 
@@ -101,14 +101,14 @@ def check_template(body: bytes, *, partial: bool) -> TemplateFields:
             decode(raw)
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, RecursionError) as error:
-            details.append(_in_words(detail_of(error, ("body", name))))
+            details.append(_explained(detail_of(error, ("body", name))))
         else:
             known[name] = _EMPTY.get(name) if value is None else value
-            details.extend(_faults_within(name, value))
+            details.extend(_field_errors(name, value))
     if not partial:
         details.extend(_missing_fields(known, {detail.loc[1] for detail in details}))
     if details:
-        raise _unfit(details)
+        raise _validation_error(details)
     return TemplateFields(**known)
 
 
@@ -203,7 +203,7 @@ _PATTERNS: Final = {
 }
 
 
-def _in_words(detail: Detail) -> Detail:
+def _explained(detail: Detail) -> Detail:
     if detail.type != "string_pattern_mismatch":
         return detail
     return Detail(detail.type, detail.loc, _PATTERNS[str(detail.loc[1])])
@@ -217,7 +217,7 @@ def _members(body: bytes) -> dict[str, Raw]:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
-    raise _unfit([detail])
+    raise _validation_error([detail])
 
 
 def _not_a_field(name: str) -> Detail:
@@ -226,20 +226,20 @@ def _not_a_field(name: str) -> Detail:
     return Detail("extra_forbidden", ("body", name[:64]), "No such field")
 
 
-def _faults_within(name: str, value: Any) -> Iterator[Detail]:
+def _field_errors(name: str, value: Any) -> Iterator[Detail]:
     """Yield the errors of a field that its type doesn't exclude."""
     size = _size(value)
     if size is None:
         yield Detail("value_error", ("body", name), "Nested too deeply, or has a number of more than 64 bits")
     elif name == "messages":
-        yield from _message_faults(value or ())
+        yield from _message_errors(value or ())
     elif name == "params" and value:
         yield from check_params(value, ("body", "params"))
         if size > MAX_PARAMS_BYTES:
             yield Detail("too_long", ("body", "params"), f"More than {MAX_PARAMS_BYTES} bytes of JSON")
 
 
-def _message_faults(messages: Iterable[Message]) -> Iterator[Detail]:
+def _message_errors(messages: Iterable[Message]) -> Iterator[Detail]:
     for index, message in enumerate(messages):
         parts = message["content"] if isinstance(message["content"], list) else ()
         for at, part in enumerate(parts):
@@ -247,15 +247,15 @@ def _message_faults(messages: Iterable[Message]) -> Iterator[Detail]:
                 yield Detail("string_type", ("body", "messages", index, "content", at, "text"), "Expected str")
 
 
-def _missing_fields(known: Mapping[str, Any], complained: Collection[str | int]) -> Iterator[Detail]:
+def _missing_fields(known: Mapping[str, Any], reported: Collection[str | int]) -> Iterator[Detail]:
     """Yield the errors of a POST that lacks a name, or whose prompt is too large."""
-    if "name" not in known and "name" not in complained:
+    if "name" not in known and "name" not in reported:
         yield Detail("missing", ("body", "name"), "Field required")
-    if not {"system", "messages"} & set(complained):
-        yield from _prompt_faults(known.get("system"), known.get("messages"))
+    if not {"system", "messages"} & set(reported):
+        yield from _prompt_errors(known.get("system"), known.get("messages"))
 
 
-def _prompt_faults(system: str | None, messages: list[Message] | None) -> Iterator[Detail]:
+def _prompt_errors(system: str | None, messages: list[Message] | None) -> Iterator[Detail]:
     if (_size(system) or 0) + (_size(messages) or 0) > MAX_PROMPT_BYTES:
         yield Detail("too_long", ("body", "messages"), f"More than {MAX_PROMPT_BYTES} bytes of JSON with `system`")
 
@@ -268,9 +268,9 @@ def _size(value: Any) -> int | None:
         return None
 
 
-def _unfit(details: Sequence[Detail]) -> GatewayError:
+def _validation_error(details: Sequence[Detail]) -> GatewayError:
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    where = name_of(details[0])
+    where = field_path(details[0])
     message = f"Invalid template: {where + ': ' if where else ''}{details[0].msg}{more}"
     return GatewayError(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))
 
@@ -373,8 +373,8 @@ def check_params(params: Mapping[str, Any], loc: tuple[str, ...]) -> Iterator[De
     known = {name: value for name, value in params.items() if name in ALLOWED}
     try:
         decode_chat(msgspec.json.encode({"messages": _ANY_MESSAGES, **known}))
-    except GatewayError as fault:
-        for detail in fault.problem.details:
+    except GatewayError as error:
+        for detail in error.response.details:
             yield Detail(detail.type, (*loc, *detail.loc[1:]), detail.msg)
 
 

@@ -21,7 +21,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from meshproxy.errors import GatewayError, Source, forbidden, internal_error, unauthorized
-from meshproxy.ledger.desk import Desk
+from meshproxy.ledger.administration import Administration
 from meshproxy.server import openapi
 from meshproxy.server.admin_api import add_routes
 from meshproxy.server.api import json_response
@@ -78,11 +78,11 @@ class AdminState(Protocol):
 
 
 def create_admin(
-    state: AdminState, token: str | None = None, hosts: Iterable[str] = (), desk: Desk | None = None
+    state: AdminState, token: str | None = None, hosts: Iterable[str] = (), administration: Administration | None = None
 ) -> web.Application:
     """Make the admin listener's application.
 
-    `hosts`: names, besides `localhost`, that it answers to without a token. `desk`: what the admin API works on; the
+    `hosts`: names, besides `localhost`, that it answers to without a token. `administration`: what the admin API works on; the
     API exists only with a token.
     """
     middlewares: list[Middleware] = [envelope_errors, _envelope_bugs]
@@ -94,8 +94,8 @@ def create_admin(
     admin.router.add_get("/metrics", pages.metrics)
     admin.router.add_get("/healthz", pages.healthz)
     admin.router.add_get("/readyz", pages.readyz)
-    if desk is not None and token is not None:
-        add_routes(admin, desk, orjson.dumps(openapi.admin_document()))
+    if administration is not None and token is not None:
+        add_routes(admin, administration, orjson.dumps(openapi.admin_document()))
     return admin
 
 

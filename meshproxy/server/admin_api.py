@@ -1,4 +1,4 @@
-"""`/admin/v1/...` on the admin listener: the commands' operations over HTTP, by the same Desk. It requires the admin
+"""`/admin/v1/...` on the admin listener: the commands' operations over HTTP, by the same `Administration`. It requires the admin
 token.
 
 A browser that has the token sends it with requests from any page, so a change requested by another origin is refused.
@@ -15,9 +15,9 @@ from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from meshproxy.errors import GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
-from meshproxy.ledger.desk import MAX_LIMIT, MAX_NAME, MAX_NOTE, MAX_REF, Bounds, Desk, KeyChange
+from meshproxy.ledger.administration import MAX_LIMIT, MAX_NAME, MAX_NOTE, MAX_REF, Administration, Bounds, KeyChange
 from meshproxy.money import parse_usd
-from meshproxy.openai.errors import detail_of, name_of
+from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
 from meshproxy.policy.template import check_template, to_public
 from meshproxy.server.api import invalid_parameter, json_response, query_number
@@ -51,7 +51,7 @@ class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budget_monthly_usd: Usd | UnsetType | None = UNSET
 
     def bounds(self) -> Bounds:
-        """Convert to the desk's Bounds. Raises GatewayError `validation_error` for an invalid budget."""
+        """Convert to `Bounds`. Raises GatewayError `validation_error` for an invalid budget."""
         return Bounds(
             limits=_given({name: getattr(self, name) for name in Limits.__struct_fields__}),
             budgets=_budgets(
@@ -80,7 +80,7 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
     session_budget_usd: Usd | UnsetType | None = UNSET
 
     def change(self, status: Status | UnsetType = UNSET) -> KeyChange:
-        """Convert to the desk's KeyChange. Raises GatewayError `validation_error` for an invalid time or amount."""
+        """Convert to `KeyChange`. Raises GatewayError `validation_error` for an invalid time or amount."""
         bounds = self.bounds()
         session = _budgets(total_nusd=("session_budget_usd", self.session_budget_usd))
         return KeyChange(
@@ -124,14 +124,16 @@ class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
 class AdminApi:
     """The handlers. Each answers with what the corresponding command prints with --json."""
 
-    def __init__(self, desk: Desk, openapi: bytes) -> None:
-        self._desk = desk
+    def __init__(self, administration: Administration, openapi: bytes) -> None:
+        self._administration = administration
         self._openapi = openapi
 
     async def keys(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/keys`: keys, oldest first, with spend and last use; `account=`, `limit=`, `after=` an id."""
         limit, after = _page(request)
-        return _listed(request, await self._desk.keys(request.query.get("account"), limit=limit, after=after), limit)
+        return _listed(
+            request, await self._administration.keys(request.query.get("account"), limit=limit, after=after), limit
+        )
 
     async def create_key(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/keys`: create a key; only this answer contains the secret, as `key`."""
@@ -163,11 +165,11 @@ class AdminApi:
     async def accounts(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/accounts`: accounts by name with credit, limits and spend; `limit=`, `after=` a name."""
         limit, after = _page(request)
-        return _listed(request, await self._desk.accounts(limit=limit, after=after), limit, "account")
+        return _listed(request, await self._administration.accounts(limit=limit, after=after), limit, "account")
 
     async def account(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/accounts/{name}`: an account with credit, limits, budgets and spend."""
-        return json_response(await self._desk.account(request.match_info["name"]))
+        return json_response(await self._administration.account(request.match_info["name"]))
 
     async def change_account(self, request: web.Request) -> web.Response:
         """`PATCH /admin/v1/accounts/{name}`: change its limits, budgets or status."""
@@ -182,7 +184,7 @@ class AdminApi:
 
     async def grants(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/accounts/{name}/grants`: its grants, newest first."""
-        return json_response(await self._desk.grants(request.match_info["name"]))
+        return json_response(await self._administration.grants(request.match_info["name"]))
 
     async def grant(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/accounts/{name}/grants`: add credit; a repeated `ref` changes nothing and is answered 200."""
@@ -198,24 +200,24 @@ class AdminApi:
         query = request.query
         words = [word.strip() for word in ",".join(query.getall("group_by", [])).split(",") if word.strip()]
         since, until = (_moment(name, query[name], -1) if name in query else None for name in ("since", "until"))
-        rows = await self._desk.usage(
+        rows = await self._administration.usage(
             query.get("account"), group_by=words, session_id=query.get("session_id"), since=since, until=until
         )
         return json_response(rows)
 
     async def request(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/requests/{request_id}`: one settled request."""
-        return json_response(await self._desk.request(request.match_info["request_id"]))
+        return json_response(await self._administration.request(request.match_info["request_id"]))
 
     async def audit(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/audit`: the latest changes, newest first; `limit=`."""
         return json_response(
-            await self._desk.audit(query_number(request.query, "limit", MAX_AUDIT, least=1, most=MAX_AUDIT))
+            await self._administration.audit(query_number(request.query, "limit", MAX_AUDIT, least=1, most=MAX_AUDIT))
         )
 
     async def templates(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/templates`: all templates; with `account=`, those that the account can use."""
-        return json_response(await self._desk.templates(request.query.get("account")))
+        return json_response(await self._administration.templates(request.query.get("account")))
 
     async def put_template(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/templates`: create or replace a global template, or with `account=` one of that account."""
@@ -226,7 +228,7 @@ class AdminApi:
     async def template(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/templates/{name}`: a template by name or id; with `account=`, as that account finds it."""
         return json_response(
-            to_public(await self._desk.template(request.query.get("account"), request.match_info["name"]))
+            to_public(await self._administration.template(request.query.get("account"), request.match_info["name"]))
         )
 
     async def delete_template(self, request: web.Request) -> web.Response:
@@ -239,9 +241,9 @@ class AdminApi:
         """`GET /admin/v1/openapi.json`: this API as an OpenAPI 3.1 document."""
         return web.Response(body=self._openapi, content_type="application/json")
 
-    def _at(self, request: web.Request) -> Desk:
-        """Return the desk with this client as actor."""
-        return self._desk.of(f"admin:{request.remote}" if request.remote else "admin", whole_ids=True)
+    def _at(self, request: web.Request) -> Administration:
+        """Return the administration with this client as actor."""
+        return self._administration.acting_as(f"admin:{request.remote}" if request.remote else "admin", whole_ids=True)
 
 
 Handler = Callable[[AdminApi, web.Request], Awaitable[web.Response]]
@@ -270,9 +272,9 @@ ROUTES: tuple[tuple[str, str, Handler, type[Struct] | None], ...] = (
 )
 
 
-def add_routes(app: web.Application, desk: Desk, openapi: bytes) -> None:
+def add_routes(app: web.Application, administration: Administration, openapi: bytes) -> None:
     """Add every path to the admin listener's application. `openapi`: the document that describes them."""
-    api = AdminApi(desk, openapi)
+    api = AdminApi(administration, openapi)
     for method, path, function, _ in ROUTES:
         for one in SAFE if method == "GET" else (method,):
             app.router.add_route(one, path, _bound(api, function))
@@ -307,7 +309,7 @@ async def _read(request: web.Request, kind: type[Body], *, optional: bool = Fals
         return msgspec.json.decode(b"{}" if optional and not text else text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
-        name = name_of(detail)
+        name = field_path(detail)
         message = f"`{name}`: {detail.msg}." if name else f"The body can't be used: {detail.msg}."
         raise GatewayError(Source.CLIENT, invalid(message, detail, param=name or None)) from error
 

@@ -25,17 +25,26 @@ from meshproxy.errors import (
 )
 from meshproxy.gateway.admit import limits_of
 from meshproxy.gateway.authenticate import Authenticator, check_version
-from meshproxy.gateway.bounds import MAX_IN_TURN
+from meshproxy.gateway.bounds import MAX_LOCK_USERS
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
-from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS, MAX_SPAN, Event, Row, events, latest_events, usage
+from meshproxy.ledger.usage_report import (
+    GROUPS,
+    MAX_EVENTS,
+    MAX_SPAN,
+    UsageEvent,
+    UsageRow,
+    events,
+    latest_usage_events,
+    usage,
+)
 from meshproxy.money import format_usd, in_usd
-from meshproxy.openai.errors import detail_of, name_of
+from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.openai.headers import format_reset
-from meshproxy.policy.catalog import Entry
+from meshproxy.policy.catalog import CatalogEntry
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.chat import read_json_body, request_id_of
@@ -137,8 +146,8 @@ class Api:
         """`GET /v1/templates`: the account's own templates and the global ones, as a bare array."""
         principal = await self._principal(request)
         account = principal.account.name
-        self._gateway.visits.count(account, LIST_VISITS)
-        async with self._gateway.turns.turn(account, MAX_IN_TURN):
+        self._gateway.path_limiter.count(account, LIST_VISITS)
+        async with self._gateway.locks.hold(account, MAX_LOCK_USERS):
             shown = [orjson.dumps(to_public(each)) async for each in self._directory.list_templates(account)]
             response = web.Response(body=b"[%b]" % b",".join(shown), content_type="application/json")
             shown.clear()
@@ -155,7 +164,9 @@ class Api:
         template = fields.applied_to(
             Template(id=str(uuid.uuid4()), name="", owner=principal.account.name, created_at=now, updated_at=now)
         )
-        self._gateway.visits.count(template.owner or "", LIST_VISITS)  # the script reads all templates of the owner
+        self._gateway.path_limiter.count(
+            template.owner or "", LIST_VISITS
+        )  # the script reads all templates of the owner
         if not await self._directory.put_template(template):
             raise _name_taken(f"There is a template `{template.name}` already.")
         return json_response(to_public(template), 201)
@@ -194,8 +205,8 @@ class Api:
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
         since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
         account = principal.account.name
-        self._gateway.visits.count(account, min(max(0.0, (until - since) / VISIT_SPAN), MAX_SPAN / VISIT_SPAN))
-        async with self._gateway.turns.turn(account, MAX_IN_TURN):
+        self._gateway.path_limiter.count(account, min(max(0.0, (until - since) / VISIT_SPAN), MAX_SPAN / VISIT_SPAN))
+        async with self._gateway.locks.hold(account, MAX_LOCK_USERS):
             rows = await usage(
                 self._store,
                 account,
@@ -230,7 +241,7 @@ class Api:
             wanted = msgspec.json.decode(await self._body(request, principal), type=EventsRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             detail = detail_of(error, ("body",))
-            param = name_of(detail) or None
+            param = field_path(detail) or None
             raise GatewayError(
                 Source.CLIENT, invalid(f"The body can't be used: {detail.msg}.", detail, param=param)
             ) from error
@@ -239,7 +250,7 @@ class Api:
             found = await events(self._store, name, wanted.request_ids, now)
         else:
             since = _moment(wanted.since, "since", place="body") or now - DEFAULT_SPAN
-            found = await latest_events(self._store, name, since, wanted.limit or DEFAULT_EVENTS)
+            found = await latest_usage_events(self._store, name, since, wanted.limit or DEFAULT_EVENTS)
         return json_response({"object": "list", "events": [_public_event(event) for event in found]})
 
     async def key(self, request: web.Request) -> web.Response:
@@ -280,18 +291,18 @@ class Api:
 
     async def _principal(self, request: web.Request) -> Principal:
         principal = await self._authenticator.principal(request.headers.get("authorization"), self._client_of(request))
-        self._gateway.visits.count(principal.account.name)
+        self._gateway.path_limiter.count(principal.account.name)
         if (version := request.headers.get("x-mesh-version")) is not None:
             check_version(version)
         return principal
 
     async def _body(self, request: web.Request, principal: Principal) -> bytes:
-        room = self._gateway.bodies.room(principal.account.name)
+        room = self._gateway.bodies.reserve(principal.account.name)
         try:
             settings = self._gateway.active.settings.server
             return await read_json_body(request, settings, room.take, MAX_TEMPLATE_BODY_BYTES)
         finally:
-            room.leave()
+            room.release()
 
     async def _model_list(self, request: web.Request, *, free: bool | None) -> web.Response:
         """Answer with OpenAI's list, or with a bare array for Mesh's SDKs (X-MeshAPI-SDK)."""
@@ -309,7 +320,7 @@ class Api:
         models = [self._public(entry) for entry in entries if entry is not None]
         return models if free is None else [model for model in models if model["is_free"] is free]
 
-    def _public(self, entry: Entry) -> dict[str, Any]:
+    def _public(self, entry: CatalogEntry) -> dict[str, Any]:
         """Make a model's object with OpenAI's fields (API reference, "The model object") and Mesh's (ModelInfo)."""
         price = entry.price
         brand = entry.id.partition("/")[0]
@@ -374,7 +385,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Respons
 )
 
 
-def _public_event(event: Event) -> dict[str, Any]:
+def _public_event(event: UsageEvent) -> dict[str, Any]:
     """Return an event as a client sees it: without the upstream and its prices."""
     fields = in_usd(asdict(event))
     started, settled = (_rfc3339(fields.pop(name) / 1000) for name in ("started_ms", "settled_ms"))
@@ -442,7 +453,7 @@ def _moment(text: str | None, name: str, place: str = "query") -> datetime | Non
     return moment
 
 
-def _row(row: Row, group_by: Sequence[str]) -> dict[str, Any]:
+def _row(row: UsageRow, group_by: Sequence[str]) -> dict[str, Any]:
     fields = in_usd(asdict(row))
     groups = {name: fields.pop(name) for name in GROUPS}
     return {**{name: groups[name] for name in group_by}, **fields}

@@ -85,7 +85,7 @@ async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamR
     try:
         response = await handler(request)
     except GatewayError as fault:
-        return error_response(fault.problem, request_id)
+        return error_response(fault.response, request_id)
     except web.HTTPException as error:
         response = error_response(from_http_exception(error, request), request_id)
         if "allow" in error.headers:

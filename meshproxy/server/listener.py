@@ -170,7 +170,7 @@ class ProxiedSite(Site):
     async def start(self) -> None:
         """Accept connections."""
         self._sock.setblocking(False)  # noqa: FBT003 - its only argument
-        self._accepting = self._loops.keep("accept", self._accept)
+        self._accepting = self._loops.supervise("accept", self._accept)
 
     async def stop(self) -> None:
         """Accept no more connections and close the socket."""
@@ -366,7 +366,7 @@ class Runner(web.AppRunner):
             max_headers=MAX_FIELDS,
             lingering_time=LINGER_S,
         )
-        self._looking = self._loops.keep("deadlines", partial(_run_every, server.look_at_deadlines))
+        self._looking = self._loops.supervise("deadlines", partial(_run_every, server.look_at_deadlines))
         return server
 
     def _request(self, message: Any, *parts: Any) -> web.Request:

@@ -138,14 +138,16 @@ def _shown(record: type[Struct], *without: str) -> dict[str, Any]:
 
 _INTERNAL = ("upstream", "hold", "price", "started_ms", "settled_ms")  # fields of an event that no client sees
 
-UsageRow = _struct("UsageRow", "The sums of one group.", **_shown(usage_report.Row, *GROUPS), **dict.fromkeys(GROUPS))
+UsageRow = _struct(
+    "UsageRow", "The sums of one group.", **_shown(usage_report.UsageRow, *GROUPS), **dict.fromkeys(GROUPS)
+)
 Usage = _struct(
     "Usage", "The account's usage.", object=str, account=str, since=str, until=str, data=GenericAlias(list, UsageRow)
 )
 UsageEvent = _struct(
     "UsageEvent",
     "What one request used and cost.",
-    **_shown(usage_report.Event, *_INTERNAL),
+    **_shown(usage_report.UsageEvent, *_INTERNAL),
     started_at=str,
     settled_at=str,
 )

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from meshproxy.openai.errors import detail_of, name_of
+from meshproxy.openai.errors import detail_of, field_path
 
 MAX_DEPTH = 6  # deeper values have only required members
 MAX_VALUES = 2_000  # a bound on a value's size; beyond it only required members
@@ -364,7 +364,7 @@ def _refusal_of(error: msgspec.ValidationError) -> Refusal:
     detail = detail_of(error, ("body",))
     kind = "integer" if detail.msg.startswith("Expected int ") else "decimal"
     code = _CODES.get(detail.type, "invalid_type").format(kind=kind)
-    return Refusal(400, f"Invalid '{name_of(detail)}': {detail.msg}.", param=name_of(detail), code=code)
+    return Refusal(400, f"Invalid '{field_path(detail)}': {detail.msg}.", param=field_path(detail), code=code)
 
 
 def _contradictory_fields(request: CompletionRequest) -> Iterator[Refusal]:

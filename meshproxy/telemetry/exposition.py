@@ -177,7 +177,7 @@ class Summary(TypedDict):
 
 def summarize(snapshot: Snapshot) -> Summary:
     """Compute the status page's figures from a snapshot."""
-    found = _Found(snapshot)
+    found = _SnapshotReader(snapshot)
     by_code = found.by(families.REQUESTS, "code")
     in_flight = found.by(families.IN_FLIGHT, "phase")
     ledger = found.distribution(families.LEDGER_OP_DURATION)
@@ -207,7 +207,7 @@ def summarize(snapshot: Snapshot) -> Summary:
     }
 
 
-class _Found:
+class _SnapshotReader:
     """A snapshot's families by definition. Values are whole numbers in the stored unit."""
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -246,7 +246,7 @@ class _Found:
         return self._families.get(definition.name) or Family(definition.name, [], definition.edges)
 
 
-def _upstreams(found: _Found) -> list[dict[str, Any]]:
+def _upstreams(found: _SnapshotReader) -> list[dict[str, Any]]:
     """List every upstream that has a breaker."""
     requests = found.by(families.UPSTREAM_REQUESTS, "upstream")
     errors = found.by(families.UPSTREAM_REQUESTS, "upstream", lambda labels: _is_error(labels[1]))
@@ -271,7 +271,7 @@ def _is_error(code: str) -> bool:
     return code != "cancelled" and (code == "429" or code[0] not in "234")
 
 
-def _models(found: _Found) -> list[dict[str, Any]]:
+def _models(found: _SnapshotReader) -> list[dict[str, Any]]:
     """List the models with most requests."""
     requests = found.by(families.REQUESTS, "model", lambda labels: labels[1] != families.NONE)
     # the other types are parts of these two
@@ -310,7 +310,7 @@ async def render(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
     text = []
     for family in snapshot:
         for start in range(0, len(family.series) or 1, SERIES_PER_TURN):  # at least one part, for HELP and TYPE
-            part = encode(_One(_metric(family, family.series[start : start + SERIES_PER_TURN])))
+            part = encode(_SingleMetric(_metric(family, family.series[start : start + SERIES_PER_TURN])))
             text.append(_without_head(part) if start else part.removesuffix(END))
             await asyncio.sleep(0)
     if "openmetrics" in content_type:
@@ -318,7 +318,7 @@ async def render(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
     return b"".join(text), content_type
 
 
-class _One(Collector):
+class _SingleMetric(Collector):
     """A Collector of one family or a part of it."""
 
     def __init__(self, metric: Metric) -> None:

@@ -21,44 +21,44 @@ _UNREGISTERED = (499, 520, 521, 522, 523, 524, 525, 526, 529, 530)  # nginx's, C
 _NO_STATUS = ("connect_error", "timeout", "reset", "protocol_error", "cancelled")  # attempts without an answer
 
 
-def _words(text: str) -> frozenset[str]:
+def _split(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-CAUSES = _words("gateway_timeout internal_error ledger_unavailable overloaded provider_not_available upstream_error")
-_CREDIT_REASONS = _words("insufficient_credits spend_limit mid_stream")
-_REFUSAL_REASONS = _words("negative no_number over_window cost")
+CAUSES = _split("gateway_timeout internal_error ledger_unavailable overloaded provider_not_available upstream_error")
+_CREDIT_REASONS = _split("insufficient_credits spend_limit mid_stream")
+_REFUSAL_REASONS = _split("negative no_number over_window cost")
 
 CLOSED = {
-    "route": _words(
+    "route": _split(
         "/v1/chat/completions /v1/models /v1/models/free /v1/models/paid /v1/models/search /v1/models/{id}"
         " /v1/templates /v1/templates/{name} /v1/usage /v1/usage/events /v1/usage/events/{request_id} /v1/key /v1/balance /health"
     ),
     "code": frozenset(map(str, (*map(int, HTTPStatus), *_UNREGISTERED, *_NO_STATUS))),
-    "stream": _words("true false"),
-    "type": _words("prompt completion cached cache_write reasoning audio_prompt audio_completion cache_write_1h"),
-    "limit": _words(
+    "stream": _split("true false"),
+    "type": _split("prompt completion cached cache_write reasoning audio_prompt audio_completion cache_write_1h"),
+    "limit": _split(
         "key_requests key_tokens account_requests account_tokens key_requests_per_day account_requests_per_day"
         " key_parallel_requests account_parallel_requests"
     ),
     "cause": CAUSES,
     "reason": _CREDIT_REASONS | _REFUSAL_REASONS,
     "phase": frozenset(PHASES),
-    "op": _words(
+    "op": _split(
         "admit settle renew balance grant append claim conclude beat put_template delete_template replace sizes erase"
         " CONFIG INFO GET SET DEL EXISTS EXPIRE PEXPIRE PING TIME HDEL HGET HINCRBY HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE"
         " SADD SISMEMBER SMEMBERS SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
-    "kind": _words(
+    "kind": _split(
         "connection timeout overflow protocol closed noscript error"
         " busy clusterdown loading masterdown misconf noreplicas oom readonly tryagain"
     ),
-    "outcome": _words(
+    "outcome": _split(
         "completed failed client_disconnected insufficient_credits rate_limited upstream_failed abandoned shutdown"
     ),
-    "usage_source": _words("reported estimated drained none"),
-    "state": _words("serving ejected open"),
-    "task": _words(
+    "usage_source": _split("reported estimated drained none"),
+    "state": _split("serving ejected open"),
+    "task": _split(
         "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal refusals instances loop-lag"
         " deadlines accept balances history watch store"
     ),

@@ -58,7 +58,7 @@ class LineSink:
         self._buffer_lock = threading.Lock()
         self._stream_lock = threading.Lock()
         self._filled = threading.Event()
-        self._hurry = threading.Event()
+        self._flush_now = threading.Event()
         self._writer = threading.Thread(target=self._drain, name="log-writer", daemon=True)
         self._writer.start()
         atexit.register(self.close)
@@ -79,7 +79,7 @@ class LineSink:
             self._size += len(line)
             is_full = self._size >= FLUSH_BYTES > self._size - len(line)
         if urgent or is_full:
-            self._hurry.set()  # once per batch: waking a thread costs as much as twenty lines
+            self._flush_now.set()  # once per batch: waking a thread costs as much as twenty lines
         if self._closed and not self._writer.is_alive():
             self._write_late()
 
@@ -100,7 +100,7 @@ class LineSink:
             self._closed = True
             atexit.unregister(self.close)
             self._filled.set()
-            self._hurry.set()
+            self._flush_now.set()
             self._writer.join(CLOSE_TIMEOUT_S)
 
     def _write_late(self) -> None:
@@ -113,8 +113,8 @@ class LineSink:
     def _drain(self) -> None:
         while not self._closed:
             self._filled.wait()
-            self._hurry.wait(FLUSH_INTERVAL_S)
-            self._hurry.clear()
+            self._flush_now.wait(FLUSH_INTERVAL_S)
+            self._flush_now.clear()
             self._filled.clear()  # cleared before the buffer is taken: a later line sets it again
             self.flush()
         self.flush()  # lines that came during the last write
@@ -158,10 +158,10 @@ def configure(level: Level, format: Format, stream: BinaryIO) -> LineSink:  # no
             lambda _, method, event: ((render(method, event), method), {}),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=lambda *names: _Lines(sink, *names),
+        logger_factory=lambda *names: _LineLogger(sink, *names),
         cache_logger_on_first_use=False,  # so that a reload reaches the loggers of modules
     )
-    logging.basicConfig(level=LEVELS[level], handlers=[_Records(sink, render)], force=True)
+    logging.basicConfig(level=LEVELS[level], handlers=[_RecordHandler(sink, render)], force=True)
     logging.captureWarnings(capture=True)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # RequestLog writes that line with more fields
     return sink
@@ -203,8 +203,8 @@ class RequestLog:
         if LEVELS[level] < self._level:
             return
         if self._sink is None:
-            told = {name: value for name, value in fields.items() if value is not None}
-            structlog.get_logger("request").log(LEVELS[level], "request", **told)
+            shown = {name: value for name, value in fields.items() if value is not None}
+            structlog.get_logger("request").log(LEVELS[level], "request", **shown)
             return
         head = f'{{"timestamp":"{self._timestamp()}","level":"{level}","event":"request","logger":"request",'
         self._sink.write(head.encode() + to_json(fields)[1:] + b"\n")
@@ -231,7 +231,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
-class _Lines:
+class _LineLogger:
     """structlog's innermost logger, which takes rendered lines."""
 
     def __init__(self, sink: LineSink, name: str | None = None) -> None:
@@ -244,7 +244,7 @@ class _Lines:
     msg = debug = info = warning = error = critical = _put
 
 
-class _Records(logging.Handler):
+class _RecordHandler(logging.Handler):
     """A handler for the standard library's records (aiohttp, asyncio, warnings), in the same format."""
 
     def __init__(self, sink: LineSink, render: _Render) -> None:

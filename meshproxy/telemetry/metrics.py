@@ -64,10 +64,10 @@ class Vocabulary:
 class FamilyOf(Generic[Metric]):
     """One family of prometheus-client. The vocabulary admits its label values, so that their number is bounded."""
 
-    def __init__(self, metric: Metric, definition: Definition, words: Vocabulary) -> None:
+    def __init__(self, metric: Metric, definition: Definition, vocabulary: Vocabulary) -> None:
         self.definition = definition
         self._metric: Metric = metric
-        self._words = words
+        self._vocabulary = vocabulary
         self._children: dict[tuple[str, ...], Metric] = {}
         self.preset()
 
@@ -79,12 +79,12 @@ class FamilyOf(Generic[Metric]):
         """Create every series of a family that exists from the start."""
         if self.definition.preset:
             only = self.definition.only
-            for values in self._words.combinations(self.definition.labels):
+            for values in self._vocabulary.combinations(self.definition.labels):
                 if not only or values[-1] in only:
                     self._admitted(values)
 
     def _admitted(self, values: Sequence[str]) -> Metric:
-        allowed = self._words.admit(self.definition.labels, values)
+        allowed = self._vocabulary.admit(self.definition.labels, values)
         child = self._children.get(allowed)
         if child is None:
             child = self._children[allowed] = self._metric.labels(*allowed) if allowed else self._metric
@@ -102,7 +102,7 @@ class Metrics:
         version: str = "unknown",
         edges: Mapping[str, Sequence[float] | None] | None = None,
     ) -> None:
-        self._words = Vocabulary(models, upstreams, version)
+        self._vocabulary = Vocabulary(models, upstreams, version)
         self._edges = edges or {}
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -147,13 +147,13 @@ class Metrics:
 
     def reconfigure(self, models: Iterable[str], upstreams: Iterable[str]) -> None:
         """Admit the new names of a reload. Series of removed names stay until the process ends."""
-        self._words.extend(models, upstreams)
+        self._vocabulary.extend(models, upstreams)
         for family in self._families:
             family.preset()
 
     def add_account(self, name: str, most: int) -> bool:
         """Let an account have series of its own, if `most` don't have theirs. Return whether it has."""
-        return self._words.add_account(name, most)
+        return self._vocabulary.add_account(name, most)
 
     async def snapshot(self) -> bytes:
         """Encode all counts and the system's figures of this process as msgpack (see exposition.decode)."""
@@ -170,7 +170,7 @@ class Metrics:
         return self._family(definition, TracedHistogram(*_arguments(definition), buckets=edges, registry=self.registry))
 
     def _family(self, definition: Definition, metric: Metric) -> FamilyOf[Metric]:
-        family = FamilyOf(metric, definition, self._words)
+        family = FamilyOf(metric, definition, self._vocabulary)
         self._families.append(family)
         return family
 

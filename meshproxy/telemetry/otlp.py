@@ -23,7 +23,7 @@ Attributes = Mapping[str, str | bool | int | float]
 
 EXPORT_TIMEOUT_S = 5.0  # of one batch, retries included
 FLUSH_S = 3.0  # longest wait for the collector at the end
-QUIET_S = 60.0  # between two lines of the SDK in our log
+LOG_INTERVAL_S = 60.0  # between two lines of the SDK in our log
 SDK_LOGGERS = (OTLPSpanExporter.__module__, "opentelemetry.sdk._shared_internal")  # failed exports, dropped spans
 
 
@@ -45,9 +45,9 @@ class OtlpTracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("meshproxy", version)
         self._propagator = TraceContextTextMapPropagator()
-        self._quiet = _Quiet()
+        self._rate_limit = _RateLimit()
         for name in SDK_LOGGERS:
-            logging.getLogger(name).addFilter(self._quiet)
+            logging.getLogger(name).addFilter(self._rate_limit)
 
     def span(
         self, name: str, *, seconds: float, context: Mapping[str, str], describe: Callable[[], Attributes], error: str
@@ -76,10 +76,10 @@ class OtlpTracer:
         flush.start()
         await asyncio.to_thread(flush.join, FLUSH_S)
         for name in SDK_LOGGERS:
-            logging.getLogger(name).removeFilter(self._quiet)
+            logging.getLogger(name).removeFilter(self._rate_limit)
 
 
-class _Quiet(logging.Filter):
+class _RateLimit(logging.Filter):
     """A filter that passes one record per QUIET_S."""
 
     def __init__(self) -> None:
@@ -90,5 +90,5 @@ class _Quiet(logging.Filter):
         now = time.monotonic()
         if now < self._next_at:
             return False
-        self._next_at = now + QUIET_S
+        self._next_at = now + LOG_INTERVAL_S
         return True

@@ -33,7 +33,7 @@ class Tasks:
     def __init__(self, on_failure: Callable[[str], None] = lambda _: None) -> None:
         self.failing: set[str] = set()  # vital loops that keep raising
         self._running: set[asyncio.Future[Any]] = set()
-        self._kept: set[asyncio.Task[None]] = set()
+        self._supervised: set[asyncio.Task[None]] = set()
         self._on_failure = on_failure
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Tasks:
         task.add_done_callback(self._ended)
         return task
 
-    def keep(
+    def supervise(
         self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_vital: bool = False
     ) -> asyncio.Task[None]:
         """Run `work` until it returns. If it raises, log and count that under `name`, and run it again after a pause.
@@ -57,12 +57,12 @@ class Tasks:
         The pause doubles up to MAX_PAUSE_S, and starts anew after a run of STEADY_S. `is_vital`: `failing` contains the
         name once it has raised FAILING_RUNS times in a row. `finish` doesn't wait for it: cancel the task, or `close`.
         """
-        task = asyncio.get_running_loop().create_task(self._supervise(name, work, is_vital=is_vital), name=name)
-        self._kept.add(task)
-        task.add_done_callback(self._kept.discard)
+        task = asyncio.get_running_loop().create_task(self._rerun(name, work, is_vital=is_vital), name=name)
+        self._supervised.add(task)
+        task.add_done_callback(self._supervised.discard)
         return task
 
-    async def _supervise(self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_vital: bool) -> None:
+    async def _rerun(self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_vital: bool) -> None:
         """Run `work` again after each exception, until it returns."""
         clock = asyncio.get_running_loop().time
         runs = 0
@@ -86,12 +86,12 @@ class Tasks:
             await asyncio.sleep(pause_s)
 
     async def close(self) -> None:
-        """Cancel the loops started by `keep`."""
-        kept = tuple(self._kept)
-        for task in kept:
+        """Cancel the loops started by `supervise`."""
+        supervised = tuple(self._supervised)
+        for task in supervised:
             task.cancel()
-        if kept:
-            await asyncio.wait(kept, timeout=CANCEL_GRACE_S)
+        if supervised:
+            await asyncio.wait(supervised, timeout=CANCEL_GRACE_S)
 
     def follow(self, future: asyncio.Future[T], then: Callable[[asyncio.Future[T]], None]) -> None:
         """Keep a reference to a running future, and call `then` with it when it is done. Half the cost of a task."""

@@ -31,7 +31,7 @@ RESERVED_DESCRIPTORS = 64  # kept for the admin listener, the ledger, the journa
 _PORTS = {"http": 80, "https": 443}
 
 
-class Address:
+class BaseUrl:
     """A parsed base URL, or ValueError. `authority` is the Host header; `path` is the prefix of requests' paths."""
 
     def __init__(self, base_url: str) -> None:
@@ -46,9 +46,9 @@ class Address:
             host = url.hostname if ":" in url.hostname else url.hostname.encode("idna").decode("ascii")
         except UnicodeError as error:
             raise ValueError(f"base_url: {error}") from error
-        fault = host_fault(host)
-        if fault is not None:
-            raise ValueError(f"base_url: {fault}")
+        invalid_host = host_fault(host)
+        if invalid_host is not None:
+            raise ValueError(f"base_url: {invalid_host}")
         self.host = host
         self.port = url.port or default_port
         self.path = url.path.rstrip("/")
@@ -80,7 +80,7 @@ def verified_context() -> ClientContext:
 class Dialer:
     """Connects to one address. Name look-up, TCP and TLS together may take `timeout_s`."""
 
-    def __init__(self, address: Address, timeout_s: float, ssl_context: ClientContext | None = None) -> None:
+    def __init__(self, address: BaseUrl, timeout_s: float, ssl_context: ClientContext | None = None) -> None:
         self._address = address
         self._timeout_s = timeout_s
         self._ssl = (ssl_context or verified_context()) if address.is_tls else None
@@ -155,15 +155,15 @@ class Pool:
     """Connections to one provider, see the charter. `dial` connects a connection or raises."""
 
     def __init__(
-        self, dial: Callable[[Connection], Awaitable[None]], patience: Timeouts, *, limit: int, wait_s: float
+        self, dial: Callable[[Connection], Awaitable[None]], timeouts: Timeouts, *, limit: int, wait_s: float
     ) -> None:
         self._dial = dial
-        self._patience = patience
+        self._timeouts = timeouts
         self._limit = limit
         self._wait_s = wait_s
         self._idle: list[Connection] = []
         self._live: set[Connection] = set()
-        self._line: deque[asyncio.Future[Connection]] = deque()
+        self._waiters: deque[asyncio.Future[Connection]] = deque()
         self._closed = False
         self._retired = False
 
@@ -204,10 +204,10 @@ class Pool:
     async def close(self) -> None:
         """Close every connection, including busy ones, and wait until the sockets are closed."""
         self._closed = True
-        for waiter in self._line:
+        for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(closing())
-        self._line.clear()
+        self._waiters.clear()
         live = [connection for connection in self._live if connection.made]
         for connection in live:
             connection.abort(dropped())
@@ -217,14 +217,14 @@ class Pool:
     def _new(self) -> Connection | None:
         if len(self._live) >= self._limit:
             return None
-        connection = Connection(self._patience, self._freed, self._lost)
+        connection = Connection(self._timeouts, self._freed, self._lost)
         self._live.add(connection)
         return connection
 
     async def _wait_for_free(self) -> Connection:
         """Wait for a connection that becomes free. Raises UpstreamError after wait_s."""
         waiter: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
-        self._line.append(waiter)
+        self._waiters.append(waiter)
         try:
             async with asyncio.timeout(self._wait_s):
                 return await waiter
@@ -237,8 +237,8 @@ class Pool:
 
     def _stop_waiting(self, waiter: asyncio.Future[Connection]) -> None:
         """Remove a waiter that gave up. A connection that it was just given goes to the next waiter."""
-        if waiter in self._line:
-            self._line.remove(waiter)
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
         if waiter.cancelled() or not waiter.done() or waiter.exception() is not None:
             return
         connection = waiter.result()
@@ -265,12 +265,12 @@ class Pool:
         self._live.remove(connection)
         if connection in self._idle:
             self._idle.remove(connection)
-        if self._line and (heir := self._new()) is not None and not self._hand_over(heir):
-            self._live.remove(heir)
+        if self._waiters and (successor := self._new()) is not None and not self._hand_over(successor):
+            self._live.remove(successor)
 
     def _hand_over(self, connection: Connection) -> bool:
-        while self._line:
-            waiter = self._line.popleft()
+        while self._waiters:
+            waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(connection)
                 return True

@@ -11,7 +11,7 @@ from meshproxy import config
 from meshproxy.config import plain
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.upstream.connection import Connection, Timeouts
-from meshproxy.upstream.pool import Address, ClientContext, Dialer, Pool
+from meshproxy.upstream.pool import BaseUrl, ClientContext, Dialer, Pool
 from meshproxy.upstream.response import Response, Sink, unreachable
 
 __all__ = ["Provider", "Response", "Sink"]
@@ -43,14 +43,14 @@ class Provider:
     ) -> None:
         self.name = name
         self.secrets = _secrets(settings, api_key)
-        self._address = Address(settings.base_url)
+        self._address = BaseUrl(settings.base_url)
         self._own_headers = _own_headers(settings, api_key, user_agent)
         self._heads: dict[str, bytes] = {}
-        patience = Timeouts(
+        timeouts = Timeouts(
             settings.first_byte_timeout_s, settings.idle_timeout_s, settings.keepalive_s, settings.max_response_bytes
         )
         dialer = Dialer(self._address, settings.connect_timeout_s, ssl_context)
-        self._pool = Pool(dialer.dial, patience, limit=settings.max_connections, wait_s=settings.connect_timeout_s)
+        self._pool = Pool(dialer.dial, timeouts, limit=settings.max_connections, wait_s=settings.connect_timeout_s)
 
     async def post(
         self, path: str, headers: Sequence[tuple[str, str]], body: bytes, on_sent: Callable[[], None] | None = None

@@ -28,7 +28,7 @@ from meshproxy.http1.framing import after_sending
 
 POOL_RETRY_AFTER_S = 1.0
 # Resources that this host lacks, not the provider: descriptors, memory, local ports (socket(2), connect(2)).
-_OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+_LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
 
 def cut_off() -> UpstreamError:
@@ -64,19 +64,19 @@ def stalled(timeout_s: float) -> UpstreamError:
 
 def connect_timeout(timeout_s: float) -> UpstreamError:
     """Make the error for no connection within `timeout_s`."""
-    problem = gateway_timeout(
+    response = gateway_timeout(
         f"The provider could not be connected to within {timeout_s:g} seconds.", may_have_run=False
     )
-    return UpstreamError(problem, safe_to_repeat=True, phase=Phase.CONNECT, reason="time-out")
+    return UpstreamError(response, safe_to_repeat=True, phase=Phase.CONNECT, reason="time-out")
 
 
 def unreachable(error: Exception, phase: Phase = Phase.CONNECT) -> UpstreamError:
     """Make the error for a failed connection: name, port or certificate. Internal addresses stay in its cause."""
-    if _is_ours(error):
-        problem = overloaded("The gateway can't open another connection.")
-        return UpstreamError(problem, safe_to_repeat=True, phase=phase, reason=reason_of(error), source=Source.GATEWAY)
-    problem = upstream_error(f"The provider can't be reached: {_told(error)}.", may_have_run=False)
-    return UpstreamError(problem, safe_to_repeat=True, phase=phase, reason=reason_of(error))
+    if _is_local(error):
+        response = overloaded("The gateway can't open another connection.")
+        return UpstreamError(response, safe_to_repeat=True, phase=phase, reason=reason_of(error), source=Source.GATEWAY)
+    response = upstream_error(f"The provider can't be reached: {_client_message(error)}.", may_have_run=False)
+    return UpstreamError(response, safe_to_repeat=True, phase=phase, reason=reason_of(error))
 
 
 def reason_of(error: BaseException) -> str:
@@ -118,7 +118,7 @@ def _too_late(message: str, phase: Phase) -> UpstreamError:
     )
 
 
-def _is_ours(error: Exception) -> bool:
+def _is_local(error: Exception) -> bool:
     """Return whether this host lacks a resource.
 
     A resolver that can't open a socket only reports an unknown name, so this function tries to open one.
@@ -127,12 +127,12 @@ def _is_ours(error: Exception) -> bool:
         try:
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
         except OSError as out:
-            return out.errno in _OURS
+            return out.errno in _LOCAL_ERRNOS
         return False
-    return isinstance(error, OSError) and error.errno in _OURS
+    return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS
 
 
-def _told(error: Exception) -> str:
+def _client_message(error: Exception) -> str:
     """Describe the cause as the client may see it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate isn't valid ({error.verify_message})"
@@ -161,7 +161,7 @@ class Sink(Protocol):
     def end(self) -> None:
         """Note that the body is complete."""
 
-    def fail(self, fault: UpstreamError) -> None:
+    def fail(self, error: UpstreamError) -> None:
         """Note that the body broke off."""
 
 
@@ -190,7 +190,7 @@ class Response:
         self._max_bytes = max_bytes
         self._early: list[tuple[bytes, bytes | None]] = []
         self._early_bytes = 0
-        self._fault: UpstreamError | None = None
+        self._error: UpstreamError | None = None
         self._listener: asyncio.Future[None] | None = None
         self._closed = False
 
@@ -211,9 +211,9 @@ class Response:
     async def read(self) -> bytes:
         """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow."""
         # usual for small answers: the body came with its head
-        if self._flow is None and self._fault is None and self._early_bytes <= self._max_bytes:
+        if self._flow is None and self._error is None and self._early_bytes <= self._max_bytes:
             return b"".join([payload for payload, _ in self._early])
-        whole = _Whole(self, self._max_bytes)
+        whole = _WholeBody(self, self._max_bytes)
         self.relay(whole)
         try:
             return await whole.result
@@ -221,30 +221,30 @@ class Response:
             self.close()
             raise
 
-    def early(self, since: int = 0) -> list[bytes]:
+    def early_pieces(self, since: int = 0) -> list[bytes]:
         """Return the pieces of the body that arrived before a sink was set, from number `since` on."""
         return [payload for payload, _ in self._early[since:]]
 
     @property
-    def goes_on(self) -> bool:
+    def may_receive_more(self) -> bool:
         """Whether more of the body may arrive unasked: it isn't over, and at most MAX_EARLY_BYTES are kept."""
         return self._flow is not None and self._early_bytes <= MAX_EARLY_BYTES
 
     @property
     def ended(self) -> bool:
-        """Whether the body is over: complete, or broken off by `fault`."""
+        """Whether the body is over: complete, or broken off by `error`."""
         return self._flow is None
 
     @property
-    def fault(self) -> UpstreamError | None:
+    def error(self) -> UpstreamError | None:
         """What broke the body off before a sink was set."""
-        return self._fault
+        return self._error
 
-    async def hear(self, timeout_s: float) -> None:
+    async def wait_for_more(self, timeout_s: float) -> None:
         """Wait for another piece of the body or its end, at most `timeout_s`. One caller at a time."""
         loop = asyncio.get_running_loop()
         self._listener = loop.create_future()
-        timer = loop.call_later(timeout_s, self._tell)
+        timer = loop.call_later(timeout_s, self._wake_listener)
         try:
             await self._listener
         finally:
@@ -264,8 +264,8 @@ class Response:
             return
         if self._flow is not None:
             self._flow.sink = sink
-        elif self._fault is not None:
-            sink.fail(self._fault)
+        elif self._error is not None:
+            sink.fail(self._error)
         else:
             sink.end()
 
@@ -297,24 +297,24 @@ class Response:
         self._early_bytes += len(payload)
         if self._early_bytes > MAX_EARLY_BYTES:
             self.pause()
-        self._tell()
+        self._wake_listener()
 
     def end(self) -> None:
         """Note that the body is complete before a sink is set."""
-        self._tell()
+        self._wake_listener()
 
-    def fail(self, fault: UpstreamError) -> None:
+    def fail(self, error: UpstreamError) -> None:
         """Note that the body broke off before a sink was set."""
-        self._fault = fault
-        self._tell()
+        self._error = error
+        self._wake_listener()
 
-    def _tell(self) -> None:
-        """Wake the listener of `hear`."""
+    def _wake_listener(self) -> None:
+        """Wake the listener of `wait_for_more`."""
         if self._listener is not None and not self._listener.done():
             self._listener.set_result(None)
 
 
-class _Whole:
+class _WholeBody:
     """The sink behind `Response.read`."""
 
     def __init__(self, response: Response, max_bytes: int) -> None:
@@ -336,6 +336,6 @@ class _Whole:
         if not self.result.done():
             self.result.set_result(b"".join(self._pieces))
 
-    def fail(self, fault: UpstreamError) -> None:
+    def fail(self, error: UpstreamError) -> None:
         if not self.result.done():
-            self.result.set_exception(fault)
+            self.result.set_exception(error)

@@ -9,15 +9,15 @@ from meshproxy.app import worker
 from meshproxy.gateway.in_flight import InFlight
 from meshproxy.ledger import connection
 from meshproxy.ledger.journal import Journal
-from meshproxy.ledger.link import Channel
-from meshproxy.ledger.local import Instances
+from meshproxy.ledger.link import ReconnectingStore
+from meshproxy.ledger.local import WorkerCount
 from meshproxy.ledger.store import Unavailable
 from meshproxy.server.listener import _Server
 
 LOOPS = {
     "pulse": (InFlight, "pulse"),
     "journal": (Journal, "keep_replaying"),
-    "instances": (Instances, "beat"),
+    "instances": (WorkerCount, "beat"),
     "loop-lag": (worker, "watch_lag"),
     "deadlines": (_Server, "look_at_deadlines"),
 }
@@ -60,7 +60,7 @@ async def test_dialling_goes_on_after_what_nobody_foresaw(start_mesh, monkeypatc
     monkeypatch.setattr(connection, "dial", planted)
     with capture_logs() as logs:
         mesh = await start_mesh(connected=True)
-    assert isinstance(mesh.worker.store, Channel)
+    assert isinstance(mesh.worker.store, ReconnectingStore)
     assert ["ledger-dial"] == [line["task"] for line in logs if line["event"] == "task_failed"]
 
 
@@ -69,11 +69,11 @@ async def test_one_relay_s_trouble_is_not_the_others(mesh, monkeypatch):
 
     class Relay:
         def __init__(self, trouble):
-            self.trouble = trouble
+            self.last_error = trouble
 
         def ping_if_silent(self, _now, _heartbeat_s):
             looked_after.append(self)
-            if self.trouble:
+            if self.last_error:
                 raise LookupError("gone")
 
     relays = {Relay(trouble=True), Relay(trouble=False), Relay(trouble=True), Relay(trouble=False)}

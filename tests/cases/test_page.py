@@ -1,4 +1,4 @@
-"""The status page and its desk in a real browser, over a real gateway."""
+"""The status page in a real browser, over a real gateway."""
 
 # ruff: noqa: F401, F811 - fixtures of another file
 
@@ -93,7 +93,7 @@ def _port(file: Path) -> str:
 async def test_a_key_is_created_used_rotated_and_suspended(page, operator: Operator, account):
     await page.send("Page.navigate", url=operator.gateway.admin.replace("://", f"://operator:{TOKEN}@") + "/")
     await page.until(
-        "document.getElementById('state')?.textContent === 'ready' && !document.getElementById('desk-on').hidden"
+        "document.getElementById('state')?.textContent === 'ready' && !document.getElementById('administration-on').hidden"
     )
     await page.fill("grant", account=account, amount_usd="12.50", ref="inv-1")
     await page.until(f"document.getElementById('chosen-name').textContent === '{account}'")
@@ -120,7 +120,9 @@ async def test_a_key_is_created_used_rotated_and_suspended(page, operator: Opera
 
 async def test_what_cant_be_is_said(page, operator: Operator, account):
     await page.send("Page.navigate", url=operator.gateway.admin.replace("://", f"://operator:{TOKEN}@") + "/")
-    await page.until("document.getElementById('desk-on') && !document.getElementById('desk-on').hidden")
+    await page.until(
+        "document.getElementById('administration-on') && !document.getElementById('administration-on').hidden"
+    )
     await page.fill("grant", account=account, amount_usd="9000001")
     assert "more than" in await page.until("document.getElementById('wrong').textContent")
 

@@ -32,14 +32,14 @@ from tests.harness.process import free_port
 PRICES = {"input_usd_per_mtok": "1.00", "cached_input_usd_per_mtok": "0.10", "output_usd_per_mtok": "10.00"}
 HELLO = [{"role": "user", "content": "hi"}]
 CASES = load("providers")
-NUMBERS = {case["name"]: number for number, case in enumerate(CASES)}
+NUMERIC_FIELDS = {case["name"]: number for number, case in enumerate(CASES)}
 
 
 class Names:
     """What a case's parts are called in the configuration, in the log and at the provider."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        self._number = f"{NUMBERS[case['name']]:03d}"
+        self._number = f"{NUMERIC_FIELDS[case['name']]:03d}"
 
     def upstream(self, part: str = "first") -> str:
         return f"case-{self._number}-{part}"

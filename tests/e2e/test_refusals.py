@@ -347,7 +347,7 @@ async def test_a_shut_down_tells_who_still_waits_for_an_answer(silent_pair):
     mesh, first, _ = silent_pair
     first.answers(200, STREAM, delay_s=5)
     asking = asyncio.create_task(mesh.stream(await mesh.key(), model="first"))
-    await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.openings))
+    await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.early_heads))
     mesh.worker.gateway.shut_down()
     (handler,) = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "ChatHandler.serve"]
     handler.cancel()
@@ -358,10 +358,10 @@ async def test_a_client_that_hangs_up_on_pings_leaves_nothing(silent_pair):
     mesh, first, _ = silent_pair
     first.answers(200, STREAM, delay_s=5)
     asking = asyncio.create_task(mesh.stream(await mesh.key(), model="first"))
-    await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.openings))
+    await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.early_heads))
     asking.cancel()
     await mesh.quiet()
-    assert (set(), "client_disconnected") == (mesh.worker.live.openings, mesh.log.lines[-1]["outcome"])
+    assert (set(), "client_disconnected") == (mesh.worker.live.early_heads, mesh.log.lines[-1]["outcome"])
 
 
 async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(start_mesh, providers):

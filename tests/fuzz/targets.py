@@ -40,7 +40,7 @@ def check_request(data: bytes) -> None:
     try:
         request = decode_chat(data)
     except GatewayError as fault:
-        _can_be_told(fault.problem, 422)
+        _can_be_told(fault.response, 422)
         return
     messages = request.messages or b"[]"
     assert isinstance(json.loads(messages), list)
@@ -60,7 +60,7 @@ def check_templates(data: bytes) -> None:
         fields = check_template(written, partial=False)
         template = fields.applied_to(Template(id="i", name="", created_at=0, updated_at=0))
     except GatewayError as fault:
-        _can_be_told(fault.problem, 422)
+        _can_be_told(fault.response, 422)
         return
     variables = dict.fromkeys(slots(template), value.decode("latin-1"))
     rendered = render(template, variables)
@@ -71,7 +71,7 @@ def check_templates(data: bytes) -> None:
         try:
             render(template, {})
         except GatewayError as fault:
-            _can_be_told(fault.problem, 422)
+            _can_be_told(fault.response, 422)
         else:
             raise AssertionError("a missing variable went unnoticed")
 
@@ -118,12 +118,12 @@ def check_provider_words(data: bytes) -> None:
     """Whatever a provider says with a status can be told, as a body and as one event."""
     status = 100 + (data[0] * 2 if data else 0)
     verdict = classify_status(status, data[1:], None)
-    assert verdict.problem.status in {400, 403, 404, 413, 422, 502, 503}
-    _can_be_told(verdict.problem, verdict.problem.status)
+    assert verdict.response.status in {400, 403, 404, 413, 422, 502, 503}
+    _can_be_told(verdict.response, verdict.response.status)
     try:
         report = decode_reply(data[1:]).report
     except UpstreamError as fault:
-        _can_be_told(fault.problem, 502)
+        _can_be_told(fault.response, 502)
         return
     if report is not None:
         usage, _ = report.settled(1000)
@@ -131,11 +131,11 @@ def check_provider_words(data: bytes) -> None:
         assert 0 <= usage.reasoning <= usage.completion <= 1050
 
 
-def _can_be_told(problem: ErrorResponse, status: int) -> None:
-    assert status == problem.status
-    told = json.loads(envelope(problem, "req_1"))
+def _can_be_told(response: ErrorResponse, status: int) -> None:
+    assert status == response.status
+    told = json.loads(envelope(response, "req_1"))
     assert {"error", "request_id"} == told.keys()
-    event = error_event(problem, "req_1")
+    event = error_event(response, "req_1")
     assert event.startswith(b"data: {")
     assert event.find(b"\n") == len(event) - 2
     assert b"\r" not in event

@@ -7,7 +7,7 @@ from typing import Any
 
 from meshproxy.config import Model, Route, Settings, Upstream
 from meshproxy.errors import ErrorResponse
-from meshproxy.gateway.admit import Credit, Lease
+from meshproxy.gateway.admit import CreditSource, Lease
 from meshproxy.gateway.exchange import Call, Exchange
 from meshproxy.gateway.resolve import Plan, Prompt
 from meshproxy.ledger.records import BucketState, Denial, Hold, HoldRequest
@@ -30,7 +30,7 @@ def candidate(**fields: Any) -> Candidate:
     """An attempt at 2.50 and 10.00 USD a million tokens."""
     model = Model(upstreams=[Route(upstream="u", model="m")], input_usd_per_mtok="2.50", output_usd_per_mtok="10.00")
     settings = Settings(upstreams={"u": Upstream(kind="openai", base_url="http://127.0.0.1:1")}, models={"m": model})
-    (made,) = Catalog(settings).candidates("m", spin=0)
+    (made,) = Catalog(settings).candidates("m", draw=0)
     return type(made)(**{**{name: getattr(made, name) for name in made.__struct_fields__}, **fields})
 
 
@@ -104,7 +104,7 @@ async def turns(count: int = 6) -> None:
 
 
 def lease(ledger: Renewals, of_plan: Plan | None = None, *, covered: int = 100, slice_tokens: int = 100) -> Lease:
-    credit = Credit(ledger, None, Tasks(), enforce_tokens=False)  # type: ignore[arg-type]
+    credit = CreditSource(ledger, None, Tasks(), enforce_tokens=False)  # type: ignore[arg-type]
     return Lease(Hold(ask(), 1, 0, ()), of_plan or plan(), covered, slice_tokens, credit, is_local=False)
 
 
@@ -172,5 +172,5 @@ def bucket(**fields: Any) -> BucketState:
     return BucketState(**{**usual, **fields})
 
 
-def problem(code: str) -> ErrorResponse:
+def response(code: str) -> ErrorResponse:
     return ErrorResponse(402, code, "No more.")

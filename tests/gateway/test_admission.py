@@ -5,7 +5,7 @@ import pytest
 
 from meshproxy.config import Credits, Defaults
 from meshproxy.gateway.admit import affordable, first_slice, limit_headers, limits_of, make_hold_request, may_clamp
-from meshproxy.gateway.exchange import refused
+from meshproxy.gateway.exchange import denial_response
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.policy.principal import Account, Budgets, Limits, Principal
 from tests.gateway.parts import BODY, ask, bucket, plan, principal
@@ -161,9 +161,9 @@ def test_an_account_has_no_default_limits():
     ],
 )
 def test_what_a_denial_says(denied, status, code, words, wait):
-    problem = refused(denied)
-    assert (status, code, wait) == (problem.status, problem.code, problem.retry_after_s)
-    assert words in problem.message
+    response = denial_response(denied)
+    assert (status, code, wait) == (response.status, response.code, response.retry_after_s)
+    assert words in response.message
 
 
 def test_the_tightest_bucket_is_told():

@@ -24,8 +24,8 @@ async def judged(known, authorization=f"Bearer {SECRET}", *, client="192.0.2.1",
     authenticator = Authenticator(Directory(known), access or Access(), lambda: NOW, lambda: 5.0)
     try:
         return await authenticator.principal(authorization, client)
-    except GatewayError as fault:
-        return fault.problem.status, fault.problem.code
+    except GatewayError as error:
+        return error.response.status, error.response.code
 
 
 async def test_an_active_key():

@@ -18,7 +18,7 @@ def bodies():
 
 
 async def taken(bodies, *sizes, account="a"):
-    rooms = [bodies.room(account) for _ in sizes]
+    rooms = [bodies.reserve(account) for _ in sizes]
     for room, size in zip(rooms, sizes, strict=True):
         await room.take(size)
     return rooms
@@ -53,17 +53,17 @@ async def test_an_account_has_half_of_it_and_others_the_rest(bodies):
 async def test_who_waits_gets_room_in_turn_when_others_leave(bodies):
     first, second = await taken(bodies, 5 * MB, account="a") + await taken(bodies, 5 * MB, account="b")
     large, small = await waiting(taken(bodies, 4 * MB, account="c"), taken(bodies, MB, account="d"))
-    first.leave()
+    first.release()
     await large
     await small
-    second.leave()
+    second.release()
 
 
 async def test_a_large_one_is_not_passed_over_by_small_ones(bodies):
     (room,) = await taken(bodies, 7 * MB)
     large, small = await waiting(taken(bodies, 4 * MB, account="b"), taken(bodies, 2 * MB, account="c"))
     assert [False, False] == [large.done(), small.done()]
-    room.leave()
+    room.release()
     await asyncio.gather(large, small)
 
 
@@ -86,28 +86,28 @@ async def test_what_was_admitted_and_is_large_is_counted_to_its_end(bodies):
     await taken(bodies, 3 * MB)
     (late,) = await waiting(taken(bodies, MB))
     assert not late.done()
-    room.leave()
+    room.release()
     await late
 
 
 async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatch):
-    monkeypatch.setattr(bounds, "ROOM_WAIT_S", 0.01)
+    monkeypatch.setattr(bounds, "MEMORY_WAIT_S", 0.01)
     await taken(bodies, 5 * MB)
     with pytest.raises(GatewayError) as caught:
         await taken(bodies, 5 * MB)
-    assert (503, "overloaded") == (caught.value.problem.status, caught.value.problem.code)
+    assert (503, "overloaded") == (caught.value.response.status, caught.value.response.code)
 
 
 async def test_of_one_account_so_many_requests_are_here_without_being_admitted():
     bodies = BodyMemory(lambda: MOST, lambda: 2)
-    first, second = bodies.room("a"), bodies.room("a")
+    first, second = bodies.reserve("a"), bodies.reserve("a")
     with pytest.raises(GatewayError) as caught:
-        bodies.room("a")
-    assert (503, "overloaded") == (caught.value.problem.status, caught.value.problem.code)
-    bodies.room("b")
+        bodies.reserve("a")
+    assert (503, "overloaded") == (caught.value.response.status, caught.value.response.code)
+    bodies.reserve("b")
     first.shrink(10)
-    first.leave()
-    third = bodies.room("a")
+    first.release()
+    third = bodies.reserve("a")
     for room in (second, third):
-        room.leave()
-    bodies.room("a")
+        room.release()
+    bodies.reserve("a")

@@ -1,11 +1,11 @@
 import json
 
 from meshproxy.errors import overloaded
-from meshproxy.gateway.exchange import refusal
+from meshproxy.gateway.exchange import error_reply
 
 
 def test_a_refusal_is_the_envelope_and_its_headers():
-    reply = refusal(overloaded("Full.", 1.5), "req_1", [("x-more", "1")])
+    reply = error_reply(overloaded("Full.", 1.5), "req_1", [("x-more", "1")])
     expected = {
         "x-request-id": "req_1",
         "content-type": "application/json",

@@ -273,7 +273,7 @@ async def test_a_reload_forgets_the_breaker_of_an_upstream_that_changed(start):
     caller = await mesh.key()
     for _ in range(10):
         await mesh.chat(caller, model="m")
-    mesh.worker.gateway.health.keep(["two"])
+    mesh.worker.gateway.health.retain(["two"])
     assert 0.0 == breaker(mesh)
     assert 502 == (await mesh.chat(caller, model="m")).status
 

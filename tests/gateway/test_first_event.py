@@ -73,7 +73,7 @@ async def begins(response, hold_s=HOLD_S):
 async def test_it_returns_with_the_first_event_and_takes_nothing(upstream, before):
     response = await upstream.answer(before + EVENT)
     assert await begins(response) < HOLD_S
-    assert before + EVENT == b"".join(response.early())
+    assert before + EVENT == b"".join(response.early_pieces())
 
 
 async def test_an_event_in_pieces_is_awaited_whole(upstream):
@@ -113,8 +113,8 @@ async def test_a_body_that_is_over_with_nothing_in_it_is_a_fault(upstream, body)
     response = await upstream.answer(body, then="end")
     with pytest.raises(UpstreamError) as raised:
         await begins(response)
-    fault = raised.value
-    assert (502, True, 200) == (fault.problem.status, fault.safe_to_repeat, fault.answered)
+    error = raised.value
+    assert (502, True, 200) == (error.response.status, error.safe_to_repeat, error.upstream_status)
 
 
 @pytest.mark.parametrize("body", [b": PROCESSING\n\n", EVENT[:10]])
@@ -125,7 +125,7 @@ async def test_a_body_that_breaks_off_is_the_fault_it_broke_off_with(upstream, b
     upstream.pieces.put_nowait("reset")
     with pytest.raises(UpstreamError) as raised:
         await task
-    assert raised.value.answered is None
+    assert raised.value.upstream_status is None
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ async def test_an_error_event_is_taken_for_the_status_that_it_names(upstream, co
     response = await upstream.answer(ERROR % code, then=then)
     with pytest.raises(UpstreamError) as raised:
         await begins(response)
-    fault = raised.value
-    assert expected == (fault.problem.status, fault.safe_to_repeat, fault.answered)
+    error = raised.value
+    assert expected == (error.response.status, error.safe_to_repeat, error.upstream_status)
 
 
 async def test_whoever_waits_can_be_cancelled(upstream):

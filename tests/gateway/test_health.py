@@ -11,8 +11,8 @@ PRICE = Price(0, 0, 0, 0, 0, 0, 0)
 DEAD = UpstreamError(upstream_error("reset", may_have_run=True), safe_to_repeat=False)
 SILENT = UpstreamError(gateway_timeout("silent", may_have_run=True), safe_to_repeat=False)
 NO_SLOT = UpstreamError(overloaded("no connection is free"), safe_to_repeat=True)
-FULL = UpstreamError(provider_not_available("full", 7.0), safe_to_repeat=True, answered=429)
-REFUSED = UpstreamError(upstream_error("not found", may_have_run=False), safe_to_repeat=True, answered=404)
+FULL = UpstreamError(provider_not_available("full", 7.0), safe_to_repeat=True, upstream_status=429)
+REFUSED = UpstreamError(upstream_error("not found", may_have_run=False), safe_to_repeat=True, upstream_status=404)
 
 
 def candidate(upstream, model="gpt", weight=None):
@@ -53,20 +53,20 @@ def worker():
     return Worker()
 
 
-@pytest.mark.parametrize("fault", [DEAD, SILENT])
-def test_failures_in_a_row_open_the_breaker_which_is_told_once(worker, fault):
+@pytest.mark.parametrize("error", [DEAD, SILENT])
+def test_failures_in_a_row_open_the_breaker_which_is_told_once(worker, error):
     trials = [worker.begin() for _ in range(12)]
     for attempt in trials:
-        attempt.failed(fault)
+        attempt.failed(error)
     assert [("a", True)] == worker.changes
     assert worker.health.begin(A) is None
     assert 0 == worker.in_flight
 
 
-@pytest.mark.parametrize("fault", [NO_SLOT, FULL, REFUSED])
-def test_what_isnt_the_upstreams_fault_opens_nothing(worker, fault):
+@pytest.mark.parametrize("error", [NO_SLOT, FULL, REFUSED])
+def test_what_isnt_the_upstreams_fault_opens_nothing(worker, error):
     for _ in range(50):
-        worker.begin().failed(fault)
+        worker.begin().failed(error)
     assert ([], 0) == (worker.changes, worker.in_flight)
 
 
@@ -109,11 +109,11 @@ def test_a_probe_that_fails_opens_it_for_longer_and_isnt_told_again(worker):
     assert [("a", True)] == worker.changes
 
 
-@pytest.mark.parametrize("fault", [FULL, REFUSED])
-def test_a_probe_that_is_refused_shows_that_the_upstream_is_there(worker, fault):
+@pytest.mark.parametrize("error", [FULL, REFUSED])
+def test_a_probe_that_is_refused_shows_that_the_upstream_is_there(worker, error):
     worker.open()
     worker.now += 5.0
-    worker.begin().failed(fault)
+    worker.begin().failed(error)
     assert [("a", True), ("a", False)] == worker.changes
 
 
@@ -149,8 +149,8 @@ def test_when_all_are_open_the_client_is_told_when_the_first_may_be_probed(worke
     worker.open(A)
     worker.now += 2.0
     worker.open(B)
-    problem = worker.health.nobody([A, B]).problem
-    assert (503, "provider_not_available", 3.0) == (problem.status, problem.code, problem.retry_after_s)
+    response = worker.health.none_available([A, B]).response
+    assert (503, "provider_not_available", 3.0) == (response.status, response.code, response.retry_after_s)
     assert "" == worker.order(A, B)
 
 
@@ -212,14 +212,14 @@ def test_what_is_kept_is_bounded_by_the_configuration(worker):
     for _ in range(100):
         worker.begin(A).succeeded()
         worker.begin(B).succeeded()
-    worker.health.keep(["a"])
+    worker.health.retain(["a"])
     assert (["a"], ["gpt"]) == (list(worker.health._upstreams), list(worker.health._upstreams["a"].routes))
 
 
 def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_nothing_of_it(worker):
     late = [worker.begin() for _ in range(10)]
     worker.open()
-    worker.health.keep([])
+    worker.health.retain([])
     for attempt in late:
         attempt.failed(DEAD)
     assert [("a", True), ("a", False)] == worker.changes

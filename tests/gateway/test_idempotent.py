@@ -89,7 +89,7 @@ def call(name, request_id="r1"):
 @pytest.fixture
 async def house(monkeypatch, store_server):
     monkeypatch.setattr(module, "POLL_S", 0)
-    monkeypatch.setattr(module, "TELL_RETRY_S", 0)
+    monkeypatch.setattr(module, "CONCLUDE_RETRY_S", 0)
     store = Flaky(await connect(config.Redis(url=store_server)))
     tasks = Tasks(on_failure=lambda name: pytest.fail(f"{name} failed"))
     await store.execute("FLUSHALL")
@@ -104,7 +104,7 @@ async def house(monkeypatch, store_server):
 async def test_unusable_keys_are_refused(house, name):
     with pytest.raises(GatewayError) as caught:
         await house.enter("h1", name=name)
-    assert 422 == caught.value.problem.status
+    assert 422 == caught.value.response.status
 
 
 @pytest.mark.parametrize("name", ["x", "x" * 255, "ü {acme}:*"])
@@ -116,7 +116,7 @@ async def test_another_body_is_a_conflict(house):
     await house.enter("h1")
     with pytest.raises(GatewayError) as caught:
         await house.enter("h2", body=b"[]")
-    assert (409, "idempotency_conflict") == (caught.value.problem.status, caught.value.problem.code)
+    assert (409, "idempotency_conflict") == (caught.value.response.status, caught.value.response.code)
 
 
 async def test_a_whole_answer_is_replayed_with_the_repeats_own_id(house):
@@ -138,7 +138,7 @@ async def test_a_repeat_waits_no_longer_than_its_own_deadline(house):
     with pytest.raises(GatewayError) as caught:
         await house.play(await house.enter("h2"), left_s=0.01)
     recording.conclude(complete=False)
-    assert (504, "gateway_timeout") == (caught.value.problem.status, caught.value.problem.code)
+    assert (504, "gateway_timeout") == (caught.value.response.status, caught.value.response.code)
 
 
 async def test_a_stream_is_replayed_byte_by_byte_but_for_its_pings(house):
@@ -231,7 +231,7 @@ async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
     await house.tasks.finish(5)
     with pytest.raises(GatewayError) as caught:
         await house.enter("h2")
-    assert (409, 1200) == (caught.value.problem.status, len(house.client.text))
+    assert (409, 1200) == (caught.value.response.status, len(house.client.text))
     recording.conclude(complete=True)
     await house.tasks.finish(5)
     with pytest.raises(GatewayError):
@@ -276,7 +276,7 @@ async def test_an_answer_with_a_hole_in_it_is_never_replayed(house, loss):
     await house.tasks.finish(5)
     with pytest.raises(GatewayError) as caught:
         await house.enter("h2")
-    assert 409 == caught.value.problem.status
+    assert 409 == caught.value.response.status
     assert b"data: 1\n\ndata: 2\n\n" == house.client.text
 
 
@@ -295,7 +295,7 @@ async def test_the_end_is_told_when_redis_is_back(house):
 
 
 async def test_after_a_while_it_is_told_no_more(house, monkeypatch):
-    monkeypatch.setattr(module, "MAX_TELL_RETRIES", 3)
+    monkeypatch.setattr(module, "MAX_CONCLUDE_RETRIES", 3)
     recording = await house.enter("h1")
     house.store.is_lost = True
     recording.conclude(complete=True)
@@ -349,7 +349,7 @@ async def test_another_body_is_a_conflict_while_others_wait(house):
     await asyncio.sleep(0)
     with pytest.raises(GatewayError) as caught:
         await house.enter("h3", body=b"[]")
-    assert 409 == caught.value.problem.status
+    assert 409 == caught.value.response.status
     recording.reply(Reply(200, [], b"{}"))
     recording.conclude(complete=True)
     await playing
@@ -362,7 +362,7 @@ async def test_as_many_of_an_account_wait_as_may(house):
     replay = await house.enter("h3")
     with pytest.raises(GatewayError) as caught:
         await replay.play(call("once", "r3"), Client(), 15, most_waiting=1)
-    assert (429, "rate_limit_exceeded") == (caught.value.problem.status, caught.value.problem.code)
+    assert (429, "rate_limit_exceeded") == (caught.value.response.status, caught.value.response.code)
     recording.reply(Reply(200, [], b"{}"))
     recording.conclude(complete=True)
     await playing

@@ -1,6 +1,6 @@
 import pytest
 
-from meshproxy.gateway.admit import Credit, Lease
+from meshproxy.gateway.admit import CreditSource, Lease
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.ledger.store import Unavailable
 from meshproxy.telemetry.tasks import Tasks
@@ -18,10 +18,10 @@ def ledger():
 
 async def test_half_a_slice_before_the_end_the_next_is_asked_for(ledger):
     held = lease(ledger)
-    assert not held.spent(50)
+    assert not held.record_output(50)
     await turns()
     assert [] == ledger.asked
-    assert not held.spent(51)
+    assert not held.record_output(51)
     await turns()
     assert [PROMPT_NUSD + 151 * TOKEN_NUSD] == ledger.asked
 
@@ -29,7 +29,7 @@ async def test_half_a_slice_before_the_end_the_next_is_asked_for(ledger):
 async def test_one_renewal_at_a_time(ledger):
     held = lease(ledger)
     for tokens in (60, 70, 80):
-        held.spent(tokens)
+        held.record_output(tokens)
     await turns()
     assert 1 == len(ledger.asked)
 
@@ -38,7 +38,7 @@ async def test_a_renewal_covers_more(ledger):
     held = lease(ledger)
     heard = []
     held.watch(heard.append)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     await ledger.answer()
     assert (160, [None]) == (held.covered, heard)
@@ -47,7 +47,7 @@ async def test_a_renewal_covers_more(ledger):
 
 async def test_what_is_past_the_hold_is_exhausted_until_it_is_renewed(ledger):
     held = lease(ledger)
-    assert held.spent(101)
+    assert held.record_output(101)
     assert held.exhausted
     await turns()
     await ledger.answer()
@@ -56,9 +56,9 @@ async def test_what_is_past_the_hold_is_exhausted_until_it_is_renewed(ledger):
 
 async def test_what_came_during_a_renewal_is_renewed_again(ledger):
     held = lease(ledger)
-    held.spent(60)
+    held.record_output(60)
     await turns()
-    held.spent(400)
+    held.record_output(400)
     await ledger.answer()
     assert held.exhausted
     assert [PROMPT_NUSD + 160 * TOKEN_NUSD, PROMPT_NUSD + 500 * TOKEN_NUSD] == ledger.asked
@@ -68,18 +68,18 @@ async def test_what_came_during_a_renewal_is_renewed_again(ledger):
 
 async def test_no_more_is_held_than_there_can_be(ledger):
     held = lease(ledger, plan(output_cap=50, output_limit=120))
-    held.spent(60)
+    held.record_output(60)
     await turns()
     await ledger.answer()
     assert [PROMPT_NUSD + 120 * TOKEN_NUSD] == ledger.asked
-    assert not held.spent(500)
+    assert not held.record_output(500)
     await turns()
     assert 1 == len(ledger.asked)
 
 
 async def test_where_all_is_covered_nothing_is_asked_for(ledger):
     held = lease(ledger, plan(output_cap=100, output_limit=100))
-    assert not held.spent(1000)
+    assert not held.record_output(1000)
     await turns()
     assert [] == ledger.asked
 
@@ -96,7 +96,7 @@ async def test_a_refusal_is_told(ledger, denied):
     held = lease(ledger)
     heard = []
     held.watch(heard.append)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     await ledger.answer(denied)
     assert [denied] == heard
@@ -107,7 +107,7 @@ async def test_a_hold_that_is_gone_is_admitted_anew(ledger):
     held = lease(ledger)
     heard = []
     held.watch(heard.append)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     await ledger.answer(GONE)
     assert (True, 100, []) == (held.unheld, held.covered, heard)
@@ -121,7 +121,7 @@ async def test_a_hold_that_is_gone_and_refused_anew_is_settled_without_one(ledge
     held = lease(ledger)
     heard = []
     held.watch(heard.append)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     await ledger.answer(GONE)
     denied = Denial("insufficient_credits", "credit", 5)
@@ -131,7 +131,7 @@ async def test_a_hold_that_is_gone_and_refused_anew_is_settled_without_one(ledge
 
 async def test_no_hold_is_admitted_for_a_request_that_is_over(ledger):
     held = lease(ledger)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     held.end()
     await ledger.answer(GONE)
@@ -142,7 +142,7 @@ async def test_a_hold_that_is_gone_is_noticed_when_it_is_kept_alive(ledger):
     held = lease(ledger)
     heard = []
     held.watch(heard.append)
-    task = Tasks().spawn("keep", held.keep())
+    task = Tasks().spawn("keep", held.renew_deadline())
     await turns()
     await ledger.answer(GONE)
     denied = Denial("insufficient_credits", "credit", 5)
@@ -154,7 +154,7 @@ async def test_a_hold_that_is_gone_is_noticed_when_it_is_kept_alive(ledger):
 async def test_without_a_ledger_it_is_asked_again(ledger, monkeypatch):
     monkeypatch.setattr("meshproxy.gateway.admit.RENEW_RETRY_S", 0)
     held = lease(ledger)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     await ledger.answer(Unavailable("timeout", "no reply"))
     assert 2 == len(ledger.asked)
@@ -166,14 +166,14 @@ async def test_without_a_ledger_the_local_allowance_pays(ledger):
     class Local:
         taken = 0
 
-        def take(self, account, amount_nusd):
+        def hold_more(self, account, amount_nusd):
             self.taken += amount_nusd
             return True
 
     local = Local()
-    credit = Credit(ledger, local, Tasks(), enforce_tokens=False)
+    credit = CreditSource(ledger, local, Tasks(), enforce_tokens=False)
     held = Lease(Hold(ask(), 1, 0, ()), plan(), 100, 100, credit, is_local=False)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     await ledger.answer(Unavailable("timeout", "no reply"))
     assert (60 * TOKEN_NUSD, 160) == (local.taken, held.covered)
@@ -183,17 +183,17 @@ async def test_nobody_hears_of_a_request_that_is_over(ledger):
     held = lease(ledger)
     heard = []
     held.watch(heard.append)
-    held.spent(60)
+    held.record_output(60)
     await turns()
     held.end()
-    held.spent(400)
+    held.record_output(400)
     await ledger.answer()
     assert ([], 1) == (heard, len(ledger.asked))
 
 
 async def test_keeping_a_hold_asks_for_no_more(ledger):
     held = lease(ledger)
-    keeping = held.keep()
+    keeping = held.renew_deadline()
     task = Tasks().spawn("keep", keeping)
     await turns()
     await ledger.answer()

@@ -15,7 +15,7 @@ class Looked:
         self.kept, self.pinged = asyncio.Event(), asyncio.Event()
         self._error = error
 
-    async def keep(self):
+    async def renew_deadline(self):
         self.kept.set()
         if self._error is not None:
             raise self._error

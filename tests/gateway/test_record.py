@@ -4,7 +4,7 @@ import structlog
 from meshproxy.config import Model, Route, Settings, Upstream
 from meshproxy.gateway.record import MAX_REFUSED, REFUSED_S, Recorder, Refusals
 from meshproxy.ledger.records import Denial
-from meshproxy.openai.usage import Refusal, Usage
+from meshproxy.openai.usage import RefusedNumber, Usage
 from meshproxy.telemetry.exposition import decode, render
 from meshproxy.telemetry.metrics import Metrics
 from tests.gateway.parts import Renewals, exchange, lease, plan, principal
@@ -104,10 +104,10 @@ async def test_the_log_line(recorded):
 
 async def test_what_was_refused_of_a_report(recorded):
     made = finished()
-    made.refused = (
-        Refusal("over_window", "prompt", "1000000000"),
-        Refusal("negative", "cached_tokens", "-1"),
-        Refusal("negative", "audio_tokens", "-2"),
+    made.refused_numbers = (
+        RefusedNumber("over_window", "prompt", "1000000000"),
+        RefusedNumber("negative", "cached_tokens", "-1"),
+        RefusedNumber("negative", "audio_tokens", "-2"),
     )
     recorded.recorder.begin(made)
     with structlog.testing.capture_logs() as lines:
@@ -140,7 +140,7 @@ async def test_a_request_that_was_nobodys(recorded):
     ],
 )
 async def test_a_denial(recorded, denied, sample):
-    recorded.recorder.denied(denied)
+    recorded.recorder.count_denial(denied)
     assert 1 == await recorded.value(sample)
 
 

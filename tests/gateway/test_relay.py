@@ -6,7 +6,7 @@ import re
 import pytest
 
 from meshproxy.errors import UpstreamError, overloaded, upstream_error
-from meshproxy.gateway.relay import LAST_BYTE_S, LOOK_BYTES, Relay
+from meshproxy.gateway.relay import BACKLOG_CHECK_BYTES, LAST_BYTE_S, Relay
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
 from tests.gateway.parts import Client, Provider, Renewals, exchange, lease, plan, turns
@@ -19,7 +19,7 @@ def event(text="x", finish="null"):
 
 LAST = event("", '"stop"')
 USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
-LARGE = event("").replace(b'"m"', b'"' + b"m" * LOOK_BYTES + b'"')  # after so much the client is looked at
+LARGE = event("").replace(b'"m"', b'"' + b"m" * BACKLOG_CHECK_BYTES + b'"')  # after so much the client is looked at
 NO_CREDIT = Denial("insufficient_credits", "credit", 0)
 
 

@@ -90,7 +90,7 @@ async def test_the_model_of_the_request_the_key_the_template_and_the_defaults():
 async def test_what_cannot_be_resolved(fields, caller, expected):
     with pytest.raises(GatewayError) as raised:
         await resolved(caller=caller, **fields)
-    assert expected == (raised.value.problem.status, raised.value.problem.code)
+    assert expected == (raised.value.response.status, raised.value.response.code)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ async def test_a_template_bomb_is_refused_before_it_is_built(copies, monkeypatch
     monkeypatch.setattr("tests.gateway.test_resolve.TEMPLATE", bomb)
     with pytest.raises(GatewayError) as raised:
         await resolved(template="t", variables={"x": "y" * (40_000_000 // copies)}, server={"max_body_bytes": 2**25})
-    problem = raised.value.problem
-    assert (413, "request_too_large", "variables") == (problem.status, problem.code, problem.param)
+    response = raised.value.response
+    assert (413, "request_too_large", "variables") == (response.status, response.code, response.param)
 
 
 async def test_params_fill_what_the_request_lacks():

@@ -7,7 +7,7 @@ import pytest
 from meshproxy.config import Model, Route
 from meshproxy.gateway.settle import Settler, bill
 from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
-from meshproxy.openai.usage import Refusal, Report, Usage
+from meshproxy.openai.usage import RefusedNumber, Report, Usage
 from meshproxy.policy.pricing import price_of
 from meshproxy.telemetry.tasks import Tasks
 from tests.gateway.parts import BILLED_PROMPT_TOKENS, BODY, Renewals, candidate, exchange, lease, plan
@@ -143,7 +143,7 @@ class TestBill:
     def test_what_was_refused_is_kept_for_the_log(self):
         made = exchange()
         bill(made, report(10**9, 1), None, lambda: 1)
-        assert (Refusal("over_window", "prompt", "1000000000"),) == made.refused
+        assert (RefusedNumber("over_window", "prompt", "1000000000"),) == made.refused_numbers
 
 
 class Books:

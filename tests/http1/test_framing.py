@@ -109,9 +109,9 @@ def test_broken_framing_is_refused(data):
     with pytest.raises(UpstreamError) as caught:
         Chunked().decode(data)
     assert (502, "upstream_error", True, False) == (
-        caught.value.problem.status,
-        caught.value.problem.code,
-        caught.value.problem.may_have_run,
+        caught.value.response.status,
+        caught.value.response.code,
+        caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
     )
 

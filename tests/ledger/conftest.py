@@ -20,7 +20,7 @@ from meshproxy import config
 from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import AccountKeys, HoldRequest, Settlement
-from meshproxy.ledger.store import Argument, refusal
+from meshproxy.ledger.store import Argument, error_of_reply
 from meshproxy.openai.usage import Usage
 
 PATIENCE_S = 30
@@ -98,9 +98,9 @@ class FakeStore(Store):
             await connection.send_command(*command)
             return await connection.read_response()
         except redis.exceptions.NoScriptError as error:
-            raise refusal(f"NOSCRIPT {error}") from error
+            raise error_of_reply(f"NOSCRIPT {error}") from error
         except redis.exceptions.ResponseError as error:
-            raise refusal(str(error) if str(error).split(" ")[0].isupper() else f"ERR {error}") from error
+            raise error_of_reply(str(error) if str(error).split(" ")[0].isupper() else f"ERR {error}") from error
         except asyncio.CancelledError:
             await connection.disconnect()
             raise

@@ -3,27 +3,27 @@
 import pytest
 
 from meshproxy.config import ConfigError
-from meshproxy.ledger.address import Address, Endpoint, Login, Tls, parse_url
+from meshproxy.ledger.address import Endpoint, Login, RedisAddress, Tls, parse_url
 
 
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis://127.0.0.1:6379/0", Address("server", (Endpoint("127.0.0.1", 6379),))),
-        ("redis://cache", Address("server", (Endpoint("cache", 6379),))),
-        ("redis://[::1]:7000/2", Address("server", (Endpoint("::1", 7000),), Login(db=2))),
-        ("redis://u:p%40ss%2F@h/1", Address("server", (Endpoint("h", 6379),), Login("u", "p@ss/", 1))),
-        ("redis://:secret@h?db=4", Address("server", (Endpoint("h", 6379),), Login(None, "secret", 4))),
-        ("rediss://h?ca_file=/ca.pem", Address("server", (Endpoint("h", 6379),), tls=Tls("/ca.pem"))),
-        ("unix:///run/redis.sock?db=3", Address("server", (Endpoint(path="/run/redis.sock"),), Login(db=3))),
-        ("unix://:pw@/run/redis.sock", Address("server", (Endpoint(path="/run/redis.sock"),), Login(None, "pw"))),
+        ("redis://127.0.0.1:6379/0", RedisAddress("server", (Endpoint("127.0.0.1", 6379),))),
+        ("redis://cache", RedisAddress("server", (Endpoint("cache", 6379),))),
+        ("redis://[::1]:7000/2", RedisAddress("server", (Endpoint("::1", 7000),), Login(db=2))),
+        ("redis://u:p%40ss%2F@h/1", RedisAddress("server", (Endpoint("h", 6379),), Login("u", "p@ss/", 1))),
+        ("redis://:secret@h?db=4", RedisAddress("server", (Endpoint("h", 6379),), Login(None, "secret", 4))),
+        ("rediss://h?ca_file=/ca.pem", RedisAddress("server", (Endpoint("h", 6379),), tls=Tls("/ca.pem"))),
+        ("unix:///run/redis.sock?db=3", RedisAddress("server", (Endpoint(path="/run/redis.sock"),), Login(db=3))),
+        ("unix://:pw@/run/redis.sock", RedisAddress("server", (Endpoint(path="/run/redis.sock"),), Login(None, "pw"))),
         (
             "redis+sentinel://a,b:7000/mymaster/2",
-            Address("sentinel", (Endpoint("a", 26379), Endpoint("b", 7000)), Login(db=2), service="mymaster"),
+            RedisAddress("sentinel", (Endpoint("a", 26379), Endpoint("b", 7000)), Login(db=2), service="mymaster"),
         ),
         (
             "redis+cluster://:pw@a,b:7001?tls=1",
-            Address("cluster", (Endpoint("a", 6379), Endpoint("b", 7001)), Login(None, "pw"), Tls()),
+            RedisAddress("cluster", (Endpoint("a", 6379), Endpoint("b", 7001)), Login(None, "pw"), Tls()),
         ),
     ],
 )

@@ -158,8 +158,8 @@ async def test_what_will_pass_is_unavailable(wire, kind, reply):
     link.data_received(reply)
     with pytest.raises(GatewayError) as caught:
         await asked
-    problem = caught.value.problem
-    assert (503, "ledger_unavailable", kind) == (problem.status, problem.code, caught.value.kind)
+    response = caught.value.response
+    assert (503, "ledger_unavailable", kind) == (response.status, response.code, caught.value.kind)
     assert caught.value.source is Source.GATEWAY
     assert not transport.aborted
 

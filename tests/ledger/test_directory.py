@@ -213,7 +213,7 @@ async def test_every_change_is_an_audit_event(directory):
     await directory.rotate_key(key.id, grace_s=60, actor="eve")
     await directory.set_key_status(key.id, "suspended", actor="eve")
     await directory.set_account_status("acme", "suspended", actor="ops")
-    await directory.note("ops", "credit.grant", "acme", "acme", amount_usd="5.00")
+    await directory.append_audit_event("ops", "credit.grant", "acme", "acme", amount_usd="5.00")
     events = (await directory.audit())[::-1]
     assert [(event.actor, event.action, event.target, event.account) for event in events] == [
         ("ops", "key.create", key.id, "acme"),
@@ -428,7 +428,7 @@ async def test_an_owner_has_so_many_templates_and_no_more(directory, monkeypatch
         assert await directory.put_template(template(name))
     with pytest.raises(GatewayError, match="no room") as caught:
         await directory.put_template(template("c"))
-    assert caught.value.problem.code == "validation_error"
+    assert caught.value.response.code == "validation_error"
     assert await directory.put_template(template("a", system="a new version fits"))
     assert [each.name async for each in directory.list_templates("acme")] == ["a", "b"]
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from meshproxy.ledger import local as module
-from meshproxy.ledger.local import LINE_BYTES, WORKERS, Instances, LocalAdmission
+from meshproxy.ledger.local import LINE_BYTES, WORKERS, LocalAdmission, WorkerCount
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.policy.principal import Limits
 from tests.ledger.conftest import PATIENCE_S, FakeStore
@@ -18,7 +18,7 @@ MIB = 1_048_576
 
 
 def instances(count=1):
-    return Instances(FakeStore(), "w1", count)
+    return WorkerCount(FakeStore(), "w1", count)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_each_account_has_its_own(admission, ask):
 
 def test_a_request_that_is_over_leaves_what_it_really_cost(admission, ask, settlement):
     admission.admit(ask("h1", amount_nusd=900_000_000))
-    admission.spent(settlement("h1", cost_nusd=100_000_000), 0)
+    admission.settled_here(settlement("h1", cost_nusd=100_000_000), 0)
     denied = admission.admit(ask("h2", amount_nusd=900_000_001))
     assert ("insufficient_credits", 900_000_000, 900_000_001) == (
         denied.reason,
@@ -73,22 +73,22 @@ def test_a_request_that_is_over_leaves_what_it_really_cost(admission, ask, settl
 
 def test_a_cost_above_the_hold_comes_out_of_the_allowance_too(admission, ask, settlement):
     admission.admit(ask("h1", amount_nusd=0))
-    admission.spent(settlement("h1", cost_nusd=DOLLAR), 0)
+    admission.settled_here(settlement("h1", cost_nusd=DOLLAR), 0)
     assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denial)
 
 
 def test_only_settled_money_refills_the_allowance(admission, ask, settlement):
     """Redis may come and go meanwhile: what is spent here is owed until Redis has charged it."""
     admission.admit(ask("h1", amount_nusd=DOLLAR))
-    admission.spent(settlement("h1", cost_nusd=DOLLAR), 0)
-    admission.written()
+    admission.settled_here(settlement("h1", cost_nusd=DOLLAR), 0)
+    admission.drop_buckets()
     assert isinstance(admission.admit(ask("h2", amount_nusd=1)), Denial)
     admission.charged("h1")
     assert isinstance(admission.admit(ask("h2", amount_nusd=DOLLAR)), Hold)
 
 
 def test_a_restart_refills_no_allowance(admission, ask, settlement):
-    admission.found([settlement("h1", cost_nusd=DOLLAR, unheld=True), settlement("h2", cost_nusd=DOLLAR)])
+    admission.count_journaled([settlement("h1", cost_nusd=DOLLAR, unheld=True), settlement("h2", cost_nusd=DOLLAR)])
     assert isinstance(admission.admit(ask("h3", amount_nusd=1)), Denial)
     admission.charged("h1")
     assert isinstance(admission.admit(ask("h3", amount_nusd=DOLLAR)), Hold)
@@ -97,13 +97,13 @@ def test_a_restart_refills_no_allowance(admission, ask, settlement):
 def test_slices_come_out_of_the_same_allowance(admission, ask):
     first = ask("h1", amount_nusd=900_000_000)
     admission.admit(first)
-    assert [True, True, False] == [admission.take(first, 50_000_000) for _ in range(3)]
+    assert [True, True, False] == [admission.hold_more(first, 50_000_000) for _ in range(3)]
 
 
 def test_slices_of_a_hold_in_redis_are_owed_beyond_what_redis_holds(admission, ask, settlement):
     held_by_redis = ask("h1", amount_nusd=400)
-    assert admission.take(held_by_redis, DOLLAR)
-    admission.spent(settlement("h1", cost_nusd=1000), 400)
+    assert admission.hold_more(held_by_redis, DOLLAR)
+    admission.settled_here(settlement("h1", cost_nusd=1000), 400)
     assert DOLLAR - 600 == admission.admit(ask("h2", amount_nusd=0)).available_nusd
 
 
@@ -114,7 +114,7 @@ def test_nothing_is_admitted_that_the_journal_has_no_room_for(ask, clock, settle
         assert admission.has_room(each)
         admission.admit(each)
     assert not admission.has_room(asks[2])
-    admission.spent(settlement("h0"), 0)
+    admission.settled_here(settlement("h0"), 0)
     assert admission.has_room(asks[2])
 
 
@@ -201,7 +201,7 @@ def test_so_many_run_in_parallel(admission, ask, settlement, scope):
     admission.admit(ask("h1", **limits))
     denied = admission.admit(ask("h2", **limits))
     assert (f"{scope} parallel requests", 1.0) == (denied.which, denied.retry_after_s)
-    admission.spent(settlement("h1"), 0)
+    admission.settled_here(settlement("h1"), 0)
     assert isinstance(admission.admit(ask("h2", **limits)), Hold)
 
 
@@ -224,7 +224,7 @@ def test_there_is_a_bound_on_accounts_that_known_ones_do_not_feel(admission, ask
 def test_redis_counts_again_and_local_buckets_are_dropped(admission, ask):
     limits = Limits(requests_per_minute=1)
     admission.admit(ask("h1", key_limits=limits))
-    admission.written()
+    admission.drop_buckets()
     assert isinstance(admission.admit(ask("h2", key_limits=limits)), Hold)
 
 
@@ -237,8 +237,8 @@ def test_levels_are_never_infinite_nor_nan(admission, ask, clock):
 
 async def test_workers_are_counted_by_their_heartbeats(store):
     for name in ("w2", "w3"):
-        await beat_once(Instances(store, name))
-    known = Instances(store, "w1")
+        await beat_once(WorkerCount(store, name))
+    known = WorkerCount(store, "w1")
     await beat_once(known)
     assert known.count == 3
 
@@ -246,27 +246,27 @@ async def test_workers_are_counted_by_their_heartbeats(store):
 async def test_workers_that_are_gone_are_not_counted(store):
     await store.execute("ZADD", WORKERS, 1, "dead")
     for name in ("w2", "w1"):
-        await beat_once(known := Instances(store, name))
+        await beat_once(known := WorkerCount(store, name))
     assert known.count == 2
 
 
 async def test_no_host_clock_decides_who_counts(server_store, monkeypatch):
     """A worker whose clock is far ahead drops none of the others."""
-    await beat_once(Instances(server_store, "w2"))
+    await beat_once(WorkerCount(server_store, "w2"))
     monkeypatch.setattr(time, "time", lambda: 1e10)
-    await beat_once(known := Instances(server_store, "w1"))
+    await beat_once(known := WorkerCount(server_store, "w1"))
     assert known.count == 2
 
 
 async def test_there_are_at_least_as_many_as_this_host_has(store):
-    known = Instances(store, "w1", at_least=4)
-    await beat_once(Instances(store, "w2"))
+    known = WorkerCount(store, "w1", at_least=4)
+    await beat_once(WorkerCount(store, "w2"))
     assert known.count == 4
 
 
 async def test_without_redis_the_last_known_number_holds(server_store):
     for name in ("w2", "w1"):
-        await beat_once(known := Instances(server_store, name))
+        await beat_once(known := WorkerCount(server_store, name))
     await server_store.close()
     beating = asyncio.create_task(known.beat())
     await asyncio.sleep(0)

@@ -81,7 +81,7 @@ class Bucket:
 
 @dataclass
 class Hold:
-    ask: HoldRequest
+    request: HoldRequest
     admitted: Hold
     amount: int
     tokens: int
@@ -154,7 +154,7 @@ class LedgerMachine(RuleBasedStateMachine):
         return f"{datetime.fromtimestamp(self.now_ms // 1000, UTC):%Y-%m-%d}"
 
     def held(self, owner: str | None = None) -> int:
-        return sum(hold.amount for hold in self.live.values() if owner is None or owner in owners(hold.ask))
+        return sum(hold.amount for hold in self.live.values() if owner is None or owner in owners(hold.request))
 
     def release(self) -> None:
         for hold_id, hold in list(self.live.items()):
@@ -261,7 +261,7 @@ class LedgerMachine(RuleBasedStateMachine):
         wait_ms, which = max(
             ((bucket.wait_ms(count), name) for name, bucket, count in self.buckets(ask)), key=lambda pair: pair[0]
         )
-        running = [hold.ask.key_id for hold in self.live.values()]
+        running = [hold.request.key_id for hold in self.live.values()]
         if wait_ms < 1000 and running.count(ask.key_id) >= KEY_LIMITS.max_parallel:
             return ("rate_limit", "key", 1.0)
         if wait_ms < 1000 and len(running) >= ACCOUNT_LIMITS.max_parallel:
@@ -275,9 +275,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def admit_again(self, data: st.DataObject) -> None:
         hold = self.pick(data, self.live)
         self.settle_releases()
-        if hold.ask.hold_id in self.live:
+        if hold.request.hold_id in self.live:
             before = self.snapshot()
-            assert self.run(self.ledger.admit(hold.ask)).amount_nusd == hold.amount
+            assert self.run(self.ledger.admit(hold.request)).amount_nusd == hold.amount
             assert self.snapshot() == before
 
     @precondition(lambda self: self.live or self.abandoned)
@@ -290,7 +290,7 @@ class LedgerMachine(RuleBasedStateMachine):
     )
     def renew(self, data: st.DataObject, more: int, more_tokens: int, ttl_ms: int, enforce: bool) -> None:
         hold = self.pick(data, {**self.live, **self.abandoned})
-        live = hold.ask.hold_id in self.live
+        live = hold.request.hold_id in self.live
         if live:
             hold.deadline_ms = self.now_ms + ttl_ms
         self.release()
@@ -309,30 +309,30 @@ class LedgerMachine(RuleBasedStateMachine):
             assert expected == answer.reason
             return
         assert (expected, answer.amount_nusd) == (None, total)
-        self.take_tokens(hold.ask, more_tokens)
+        self.take_tokens(hold.request, more_tokens)
         hold.amount, hold.tokens, hold.deadline_ms = total, hold.tokens + more_tokens, self.now_ms + ttl_ms
-        self.live[hold.ask.hold_id] = hold
-        self.abandoned.pop(hold.ask.hold_id, None)
+        self.live[hold.request.hold_id] = hold
+        self.abandoned.pop(hold.request.hold_id, None)
 
     def decide_renewal(self, hold: Hold, more: int, enforced_tokens: int) -> str | None:
-        rooms = self.room(hold.ask)
+        rooms = self.room(hold.request)
         for name in ("credit", "key", "session", "account"):
             if more > 0 and rooms.get(name, more) < more:
                 return "insufficient_credits" if name == "credit" else "spend_limit"
-        waits = [bucket.wait_ms(enforced_tokens) for _, bucket, _ in self.buckets(hold.ask)[1::2]]
+        waits = [bucket.wait_ms(enforced_tokens) for _, bucket, _ in self.buckets(hold.request)[1::2]]
         return "rate_limit" if enforced_tokens and max(waits) > 0 else None
 
     @precondition(lambda self: self.live or self.abandoned)
     @rule(data=st.data(), share=st.integers(0, 120), prompt=st.integers(0, 800))
     def settle(self, data: st.DataObject, share: int, prompt: int) -> None:
         hold = self.pick(data, {**self.live, **self.abandoned})
-        hold_id, late = hold.ask.hold_id, hold.ask.hold_id in self.abandoned
+        hold_id, late = hold.request.hold_id, hold.request.hold_id in self.abandoned
         settlement = Settlement(
             hold_id=hold_id,
             request_id=hold_id,
             account="acme",
-            key_id=hold.ask.key_id,
-            session=hold.ask.session,
+            key_id=hold.request.key_id,
+            session=hold.request.session,
             model="m",
             upstream="u",
             usage=Usage(prompt),
@@ -347,10 +347,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.settled += settlement.cost_nusd
         self.overrun += settlement.cost_nusd if late else max(0, settlement.cost_nusd - hold.amount)
         if settlement.cost_nusd:
-            for owner in owners(hold.ask):
+            for owner in owners(hold.request):
                 self.spends[owner].charge(self.date, settlement.cost_nusd)
             self.account_spend.charge(self.date, settlement.cost_nusd)
-        self.take_tokens(hold.ask, prompt - hold.tokens)
+        self.take_tokens(hold.request, prompt - hold.tokens)
         self.done.append(settlement)
 
     @precondition(lambda self: self.done)
@@ -380,7 +380,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert balance.spend.month_nusd == spend.months.get(self.date[:7], 0)
         assert balance.account_spend.day_nusd == self.account_spend.days.get(self.date, 0)
         assert balance.account_spend.month_nusd == self.account_spend.months.get(self.date[:7], 0)
-        running = [hold.ask.key_id for hold in self.live.values()]
+        running = [hold.request.key_id for hold in self.live.values()]
         assert (balance.key_running, balance.account_running) == (running.count("k1"), len(running))
 
     @invariant()

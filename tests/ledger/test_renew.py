@@ -21,7 +21,7 @@ def admit(ledger, ask):
 async def test_a_hold_grows_to_the_new_total(ledger, admit, read, keys):
     hold = await admit(budgets=Budgets(total_nusd=300), session="s1", session_budgets=Budgets(total_nusd=300))
     renewed = await ledger.renew(hold, amount_nusd=180)
-    assert renewed == Hold(hold.ask, 180, 70, ())
+    assert renewed == Hold(hold.request, 180, 70, ())
     assert await read.hash(keys.credit) == {"balance": "250", "granted": "250", "held": "180"}
     assert await read.hash(keys.held) == {"key:k1": "180", "session:s1": "180"}
 
@@ -54,7 +54,7 @@ async def test_without_credit_the_hold_stays_and_its_deadline_moves(ledger, admi
 async def test_an_overdrawn_account_s_holds_can_still_be_kept(ledger, admit):
     hold = await admit()
     await ledger.grant("acme", -1000)
-    assert await ledger.renew(hold, amount_nusd=100) == Hold(hold.ask, 100, -850, ())
+    assert await ledger.renew(hold, amount_nusd=100) == Hold(hold.request, 100, -850, ())
 
 
 async def test_without_strict_credit_a_hold_grows_while_something_is_free(ledger, admit):
@@ -76,7 +76,7 @@ async def test_a_budget_binds_renewals(ledger, admit, fields, which, store, snap
     denied = await ledger.renew(hold, amount_nusd=150)
     assert denied == Denial("spend_limit", which, 150, needed_nusd=50, budget_nusd=149, spent_nusd=100)
     after = await snapshot(store)
-    moved = {keys.deadlines: None, keys.key_books("k1")[2]: None}
+    moved = {keys.deadlines: None, keys.script_keys_of_key("k1")[2]: None}
     assert {**after, **moved} == {**before, **moved}
     assert (await ledger.renew(hold, amount_nusd=149)).amount_nusd == 149
 
@@ -131,7 +131,7 @@ async def test_an_abandoned_hold_is_taken_back(ledger, admit, read, store, keys,
     hold = await admit(ttl_ms=0, budgets=Budgets(total_nusd=300), key_limits=Limits(tokens_per_minute=60))
     await ledger.balance("acme")
     assert (await read.hash(keys.credit))["held"] == "0"
-    assert await ledger.renew(hold, amount_nusd=120, ttl_ms=60_000) == Hold(hold.ask, 120, 130, hold.buckets)
+    assert await ledger.renew(hold, amount_nusd=120, ttl_ms=60_000) == Hold(hold.request, 120, 130, hold.buckets)
     assert (await read.hash(keys.credit))["held"] == "120"
     assert await read.hash(keys.held) == {"key:k1": "120"}
     assert (list(await read.hash(keys.holds)), await read.hash(keys.abandoned)) == (["h1"], {})

@@ -22,7 +22,7 @@ def claim(replays):
     async def make(
         owner, *, name="once", body=BODY, account="acme", key_id="k1", ttl_ms=TTL_MS, most_keys=100, most_bytes=1000
     ):
-        wanted = replays.claimed(account, key_id, name, owner)
+        wanted = replays.claim_by(account, key_id, name, owner)
         return await replays.claim(wanted, body_digest(body), ttl_ms, most_keys=most_keys, most_bytes=most_bytes)
 
     return make
@@ -75,9 +75,9 @@ async def test_only_the_owner_concludes(claim, replays):
 
 async def test_a_claim_that_nobody_waited_for_can_be_given_up(claim, replays):
     await claim("h1")
-    await replays.conclude(replays.claimed("acme", "k1", "once", "h9"), "failed", TTL_MS)
+    await replays.conclude(replays.claim_by("acme", "k1", "once", "h9"), "failed", TTL_MS)
     assert "running" == (await claim("h2")).state
-    await replays.conclude(replays.claimed("acme", "k1", "once", "h1"), "failed", TTL_MS)
+    await replays.conclude(replays.claim_by("acme", "k1", "once", "h1"), "failed", TTL_MS)
     assert "claimed" == (await claim("h3")).state
 
 

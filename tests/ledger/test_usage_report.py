@@ -8,7 +8,7 @@ import pytest
 from meshproxy.errors import GatewayError
 from meshproxy.ledger import usage_report
 from meshproxy.ledger.records import AccountKeys, Settlement
-from meshproxy.ledger.usage_report import GROUPS, Event, Row, events, find_event, usage
+from meshproxy.ledger.usage_report import GROUPS, UsageEvent, UsageRow, events, find_usage_event, usage
 from meshproxy.openai.usage import Usage
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -43,7 +43,7 @@ async def test_sums_of_everything(store, ledger):
         ledger, at=NOON + timedelta(hours=3), usage=Usage(1, 1, cache_write=1, audio_prompt=1, audio_completion=1)
     )
     await settle(ledger, account="other")
-    expected = Row(
+    expected = UsageRow(
         requests=2,
         prompt_tokens=11,
         completion_tokens=6,
@@ -125,7 +125,7 @@ async def test_which_hours_count(store, ledger, since, until, requests):
 async def test_what_cannot_be_asked(store, arguments, param):
     with pytest.raises(GatewayError) as caught:
         await usage(store, "acme", **arguments)
-    assert (caught.value.problem.code, caught.value.problem.param) == ("validation_error", param)
+    assert (caught.value.response.code, caught.value.response.param) == ("validation_error", param)
 
 
 async def test_a_report_reads_so_much_and_no_more(store, monkeypatch):
@@ -151,7 +151,7 @@ async def test_a_request_is_found_by_its_id_as_soon_as_it_is_settled(store, ledg
     await settle(ledger, request_id="r2", cost_nusd=0, outcome="upstream_failed", usage=Usage())
     await settle(ledger, request_id="r3", account="other")
     first, failed = await events(store, "acme", ["r1", "none", "r2", "r3"], NOON)
-    assert first == Event(
+    assert first == UsageEvent(
         request_id="r1", account="acme", key_id="key_a", session_id="s1", model="gpt", upstream="openai", attempts=2,
         outcome="completed", usage_source="reported", hold="none", prompt_tokens=10, completion_tokens=5, cached_tokens=3,
         cache_write_tokens=0, reasoning_tokens=2, audio_prompt_tokens=0, audio_completion_tokens=0, cost_nusd=700,
@@ -163,8 +163,8 @@ async def test_a_request_is_found_by_its_id_as_soon_as_it_is_settled(store, ledg
 
 async def test_a_request_is_found_in_any_account(store, ledger):
     await settle(ledger, request_id="r1", account="other")
-    assert (await find_event(store, ["acme", "other"], "r1", NOON)).account == "other"
-    assert await find_event(store, ["acme"], "r1", NOON) is None
+    assert (await find_usage_event(store, ["acme", "other"], "r1", NOON)).account == "other"
+    assert await find_usage_event(store, ["acme"], "r1", NOON) is None
 
 
 @pytest.mark.parametrize("days, found", [(-1, 1), (0, 1), (7, 1), (8, 0)])

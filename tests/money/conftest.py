@@ -139,7 +139,7 @@ class Valkey:
         options = ("--repl-diskless-sync-delay", "0", *self._options)
         command = (str(get_binary_path()), *files, *listening, *keep, *options)
         self._program = Program(*command, log=self._home / "valkey.log")
-        self._program.wait_for(lambda: self.ask("PING") == b"+PONG")
+        self._program.wait_for(lambda: self.request("PING") == b"+PONG")
 
     def ask(self, *words: str) -> bytes:
         """The first line of an answer; empty if there is none."""

@@ -56,27 +56,27 @@ class Faults:
     @asynccontextmanager
     async def of(self, name):
         begin, end = {
-            "NOSCRIPT (SCRIPT FLUSH)": (self.ask("SCRIPT", "FLUSH"), None),
-            "slow, but within `redis.timeout_s`": (self.ask("CLIENT", "PAUSE", "60", "ALL"), None),
-            "slow, past `redis.timeout_s`": (self.ask("CLIENT", "PAUSE", "900", "ALL"), None),
+            "NOSCRIPT (SCRIPT FLUSH)": (self.request("SCRIPT", "FLUSH"), None),
+            "slow, but within `redis.timeout_s`": (self.request("CLIENT", "PAUSE", "60", "ALL"), None),
+            "slow, past `redis.timeout_s`": (self.request("CLIENT", "PAUSE", "900", "ALL"), None),
             "frozen (SIGSTOP)": (self.valkey.freeze, self.valkey.thaw),
             "gone (SIGKILL)": (self.valkey.kill, self.valkey.start),
             "restart (SIGKILL, appendonly)": (lambda: (self.valkey.kill(), self.valkey.start()), None),
             "READONLY (became a replica)": (
-                self.ask("REPLICAOF", "127.0.0.1", str(self.other_port)),
-                self.ask("REPLICAOF", "NO", "ONE"),
+                self.request("REPLICAOF", "127.0.0.1", str(self.other_port)),
+                self.request("REPLICAOF", "NO", "ONE"),
             ),
             "OOM (maxmemory, noeviction)": (
-                self.ask("CONFIG", "SET", "maxmemory", "1"),
-                self.ask("CONFIG", "SET", "maxmemory", "0"),
+                self.request("CONFIG", "SET", "maxmemory", "1"),
+                self.request("CONFIG", "SET", "maxmemory", "0"),
             ),
             "NOREPLICAS (min-replicas-to-write)": (
-                self.ask("CONFIG", "SET", "min-replicas-to-write", "1"),
-                self.ask("CONFIG", "SET", "min-replicas-to-write", "0"),
+                self.request("CONFIG", "SET", "min-replicas-to-write", "1"),
+                self.request("CONFIG", "SET", "min-replicas-to-write", "0"),
             ),
             "NOPERM (ACL)": (
-                self.ask("ACL", "SETUSER", "default", "-evalsha", "-eval"),
-                self.ask("ACL", "SETUSER", "default", "+@all"),
+                self.request("ACL", "SETUSER", "default", "-evalsha", "-eval"),
+                self.request("ACL", "SETUSER", "default", "+@all"),
             ),
         }[name]
         begin()
@@ -88,7 +88,7 @@ class Faults:
 
     def ask(self, *words):
         def run():
-            assert self.valkey.ask(*words).startswith(b"+OK"), words
+            assert self.valkey.request(*words).startswith(b"+OK"), words
 
         return run
 
@@ -178,11 +178,11 @@ async def test_each_step_in_each_fault(house, valkey, start_valkey, fault):
     other = start_valkey(name="other") if "READONLY" in fault else None
     before = await books(house.ledger)
     if other is not None:  # a replica takes over what its master has: give it the same
-        assert b"+OK" == other.ask("REPLICAOF", "127.0.0.1", str(valkey.port))
+        assert b"+OK" == other.request("REPLICAOF", "127.0.0.1", str(valkey.port))
         async with asyncio.timeout(PATIENCE_S):
             while not await house.store.execute("WAIT", 1, 100):
                 pass
-        assert b"+OK" == other.ask("REPLICAOF", "NO", "ONE")
+        assert b"+OK" == other.request("REPLICAOF", "NO", "ONE")
     expected, may_have_run = OUTCOMES[fault]
     async with Faults(valkey, other).of(fault):
         answers = [await answer(step) for step in (house.admit, house.renew, house.settle)]
@@ -216,7 +216,7 @@ async def test_failover_to_a_replica_by_sentinel(valkey, start_valkey, tmp_path)
     sentinel = start_sentinel(start_valkey, tmp_path, valkey.port)
     url = f"redis+sentinel://127.0.0.1:{sentinel.port}/mymaster/0"
     async with asyncio.timeout(PATIENCE_S):
-        while not sentinel.ask("SENTINEL", "CKQUORUM", "mymaster").startswith(b"+OK"):
+        while not sentinel.request("SENTINEL", "CKQUORUM", "mymaster").startswith(b"+OK"):
             await asyncio.sleep(0.05)
     store = await connect(config.Redis(url=url, timeout_s=TIMEOUT_S))
     house = House(store, tmp_path / "journal")
@@ -228,7 +228,7 @@ async def test_failover_to_a_replica_by_sentinel(valkey, start_valkey, tmp_path)
     assert {"connection"} == {await answer(step) for step in (house.admit, house.renew, house.settle)}
     await house.after()
     assert (GRANTED - COST, AMOUNT + RAISED, GRANTED, COST) == await books(house.ledger)
-    assert b"+OK" == replica.ask("SET", "written-here", "1")  # which is the master now
+    assert b"+OK" == replica.request("SET", "written-here", "1")  # which is the master now
     house.journal.close()
     await store.close()
     figure("failover", faults=3, lost=0, charged_twice=0)

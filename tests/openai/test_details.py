@@ -8,7 +8,7 @@ import pytest
 from msgspec import Meta, Struct
 
 from meshproxy.errors import Detail
-from meshproxy.openai.errors import detail_of, name_of
+from meshproxy.openai.errors import detail_of, field_path
 
 
 class Message(Struct, forbid_unknown_fields=True):
@@ -104,4 +104,4 @@ def test_a_client_s_words_in_a_complaint_are_cut():
     ],
 )
 def test_the_place_of_a_detail_reads_as_a_path(loc: tuple[str | int, ...], expected: str):
-    assert expected == name_of(Detail("missing", loc, ""))
+    assert expected == field_path(Detail("missing", loc, ""))

@@ -36,8 +36,8 @@ def nested(levels: int) -> dict[str, Any]:
     return functools.reduce(lambda inner, _: {"a": inner}, range(levels - 1), {})
 
 
-def told(problem: ErrorResponse) -> dict[str, Any]:
-    return json.loads(envelope(problem, "req_1"))
+def told(response: ErrorResponse) -> dict[str, Any]:
+    return json.loads(envelope(response, "req_1"))
 
 
 class TestEnvelope:
@@ -54,19 +54,19 @@ class TestEnvelope:
         }
 
     def test_details(self):
-        problem = invalid(
+        response = invalid(
             "Bad.", Detail("missing", ("body", "messages", 0, "role"), "Field required"), param="messages[0].role"
         )
-        error = told(problem)["error"]
+        error = told(response)["error"]
         assert error["details"] == [
             {"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required"}
         ]
         assert error["param"] == "messages[0].role"
 
     def test_a_detail_can_be_encoded_whatever_its_place(self):
-        problem = invalid("Bad.", Detail("missing", ("body", "\ud800" + "x" * 3000, 0), "\ud800"))
+        response = invalid("Bad.", Detail("missing", ("body", "\ud800" + "x" * 3000, 0), "\ud800"))
         expected = {"type": "missing", "loc": ["body", "?" + "x" * 1999, 0], "msg": "?"}
-        assert [expected] == told(problem)["error"]["details"]
+        assert [expected] == told(response)["error"]["details"]
 
     @pytest.mark.parametrize(("seconds", "expected"), [(1.5, 2), (0.0001, 1), (2, 2), (0, 1), (59.0001, 60)])
     def test_time_to_wait(self, seconds: float, expected: int):
@@ -97,8 +97,8 @@ class TestEnvelope:
         ],
     )
     def test_the_provider_s_words_are_an_object(self, value: Any, expected: Any):
-        problem = upstream_error("Failed.", may_have_run=True, provider_error=value)
-        assert expected == told(problem)["error"]["provider_error"]
+        response = upstream_error("Failed.", may_have_run=True, provider_error=value)
+        assert expected == told(response)["error"]["provider_error"]
 
     def test_the_provider_s_code(self):
         assert (
@@ -113,7 +113,7 @@ class TestEnvelope:
 
 class TestHeaders:
     @pytest.mark.parametrize(
-        ("problem", "expected"),
+        ("response", "expected"),
         [
             (unauthorized("x"), {"www-authenticate": "Bearer"}),
             (insufficient_credits("x"), {}),
@@ -139,14 +139,14 @@ class TestHeaders:
             (idempotency_conflict(), {"x-should-retry": "false"}),
         ],
     )
-    def test_of_a_problem(self, problem: ErrorResponse, expected: dict[str, str]):
-        assert {"content-type": "application/json"} | expected == dict(error_headers(problem))
+    def test_of_a_problem(self, response: ErrorResponse, expected: dict[str, str]):
+        assert {"content-type": "application/json"} | expected == dict(error_headers(response))
 
 
 class TestErrorEvent:
     def test_is_the_envelope_as_one_event(self):
-        problem = insufficient_credits("Out of credit.")
-        assert b"data: " + envelope(problem, "req_1") + b"\n\n" == error_event(problem, "req_1")
+        response = insufficient_credits("Out of credit.")
+        assert b"data: " + envelope(response, "req_1") + b"\n\n" == error_event(response, "req_1")
 
     @given(st.text() | st.dictionaries(st.text(), st.text()))
     def test_nothing_a_provider_says_begins_another_event(self, words: Any):
@@ -236,8 +236,8 @@ def test_words_too_deep_to_look_through_are_concealed_whole():
 
 def test_a_problem_names_no_secret_anywhere():
     leak = "say sk-secret-1"
-    problem = ErrorResponse(400, leak, leak, leak, provider_error={"message": leak}, provider_code=leak)
-    assert "sk-secret-1" not in repr(without_secrets(problem, ("sk-secret-1",)))
+    response = ErrorResponse(400, leak, leak, leak, provider_error={"message": leak}, provider_code=leak)
+    assert "sk-secret-1" not in repr(without_secrets(response, ("sk-secret-1",)))
 
 
 REQUEST = b'[{"role":"user","content":"my secret plan"},'

@@ -539,8 +539,8 @@ class TestBounds:
         scanner = StreamScanner(hide_usage=True, max_event_bytes=LIMIT)
         with pytest.raises(UpstreamError) as caught:
             [scanner.feed(part) for part in (event[:cut], event[cut:])]
-        problem = upstream_error(f"The provider sent an event of more than {LIMIT} bytes.", may_have_run=True)
-        assert (problem, False) == (caught.value.problem, caught.value.safe_to_repeat)
+        response = upstream_error(f"The provider sent an event of more than {LIMIT} bytes.", may_have_run=True)
+        assert (response, False) == (caught.value.response, caught.value.safe_to_repeat)
         assert (scanner.feed(HELLO), scanner.finish()) == (b"", b"")
 
     @pytest.mark.parametrize("end", [b"", b"\n"])

@@ -52,10 +52,10 @@ def refusal(text: bytes) -> ErrorResponse:
         decode_chat(text)
     assert (
         caught.value.source,
-        caught.value.problem.status,
-        caught.value.problem.code,
+        caught.value.response.status,
+        caught.value.response.code,
     ) == (Source.CLIENT, 422, "validation_error")
-    return caught.value.problem
+    return caught.value.response
 
 
 def complaints(text: bytes) -> list[tuple[str, tuple[str | int, ...]]]:
@@ -346,8 +346,8 @@ class TestBounds:
         assert [(kind, ("body", field, *inside))] == complaints(body(**{field: value}))
 
     def test_all_that_is_wrong_is_told_at_once(self):
-        problem = refusal(b'{"temperature":3,"n":0,"variables":{"a":1,"b":null},"stream":1}')
-        assert [(detail.type, detail.loc) for detail in problem.details] == [
+        response = refusal(b'{"temperature":3,"n":0,"variables":{"a":1,"b":null},"stream":1}')
+        assert [(detail.type, detail.loc) for detail in response.details] == [
             ("less_than_equal", ("body", "temperature")),
             ("greater_than_equal", ("body", "n")),
             ("string_type", ("body", "variables", "a")),
@@ -355,8 +355,8 @@ class TestBounds:
             ("bool_type", ("body", "stream")),
             ("missing", ("body", "messages")),
         ]
-        assert problem.message == "Invalid request: temperature: Expected float <= 2.0 (and 5 more)"
-        assert problem.param == "temperature"
+        assert response.message == "Invalid request: temperature: Expected float <= 2.0 (and 5 more)"
+        assert response.param == "temperature"
 
     def test_a_thousand_complaints_are_cut(self):
         assert len(refusal(body(variables=dict.fromkeys(map(str, range(1000)), 1))).details) == 32
@@ -385,8 +385,8 @@ class TestBounds:
         ],
     )
     def test_what_is_wrong_is_told_in_words(self, text: bytes, expected: str, param: str | None):
-        problem = refusal(text)
-        assert (f"Invalid request: {expected}", param) == (problem.message, problem.param)
+        response = refusal(text)
+        assert (f"Invalid request: {expected}", param) == (response.message, response.param)
 
 
 class TestBadInput:
@@ -460,7 +460,7 @@ class TestBadInput:
         text = b"{" + b",".join(b'"%b":%b' % (name.encode(), raw) for name, raw in members.items()) + b"}"
         with pytest.raises(GatewayError) as caught:
             decode_chat(text)
-        assert [("too_long", ("body", member))] == [(d.type, d.loc) for d in caught.value.problem.details]
+        assert [("too_long", ("body", member))] == [(d.type, d.loc) for d in caught.value.response.details]
 
     @pytest.mark.parametrize("bulk", [b"[]", b"[" + b"{}," * 400_000 + b"{}]"], ids=["no", "large"])
     def test_all_else_has_a_largest_size(self, bulk: bytes):
@@ -626,12 +626,12 @@ class TestWithParams:
         with pytest.raises(GatewayError) as caught:
             with_params(decode_chat(body()), {"tools": b'[{"a":' + b"[" * 100_000})
         expected = (Detail("json_invalid", ("params", "tools"), "JSON is nested too deeply"),)
-        assert expected == caught.value.problem.details
+        assert expected == caught.value.response.details
 
     def test_a_param_out_of_bounds_is_named(self):
         with pytest.raises(GatewayError) as caught:
             with_params(decode_chat(body()), {"n": b"0"})
-        assert (Detail("greater_than_equal", ("params", "n"), "Expected int >= 1"),) == caught.value.problem.details
+        assert (Detail("greater_than_equal", ("params", "n"), "Expected int >= 1"),) == caught.value.response.details
 
 
 @pytest.mark.parametrize(
@@ -686,9 +686,9 @@ def decoded(text: bytes) -> ChatRequest | None:
     try:
         return decode_chat(text)
     except GatewayError as fault:
-        problem = fault.problem
-    assert problem.status == 422
-    assert problem.details
+        response = fault.response
+    assert response.status == 422
+    assert response.details
     return None
 
 

@@ -294,9 +294,9 @@ class TestDialects:
         assert expected == found.service_tier
 
 
-NUMBERS = st.integers(-2, 300) | st.sampled_from([None, 1.5, 12.0, "7", True, [], {}, 10**30, 1e300])
+NUMERIC_FIELDS = st.integers(-2, 300) | st.sampled_from([None, 1.5, 12.0, "7", True, [], {}, 10**30, 1e300])
 DETAILS = st.dictionaries(
-    st.sampled_from(["cached_tokens", "cache_write_tokens", "reasoning_tokens", "audio_tokens", "x"]), NUMBERS
+    st.sampled_from(["cached_tokens", "cache_write_tokens", "reasoning_tokens", "audio_tokens", "x"]), NUMERIC_FIELDS
 )
 TOLD = st.dictionaries(
     st.sampled_from(
@@ -314,7 +314,7 @@ TOLD = st.dictionaries(
             "cost",
         ]
     ),
-    NUMBERS,
+    NUMERIC_FIELDS,
 )
 
 
@@ -387,18 +387,18 @@ class TestDecodeReply:
     def test_what_is_no_json_object(self, body: bytes):
         with pytest.raises(UpstreamError) as caught:
             decode_reply(body)
-        problem = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
-        assert (problem, False) == (caught.value.problem, caught.value.safe_to_repeat)
+        response = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
+        assert (response, False) == (caught.value.response, caught.value.safe_to_repeat)
 
     @given(st.binary(max_size=100))
     def test_any_bytes_are_a_reply_or_a_fault(self, body: bytes):
         try:
             decode_reply(b'{"usage":' + body + b"}")
         except UpstreamError as fault:
-            problem = fault.problem
+            response = fault.response
         else:
             return
-        assert problem.status == 502
+        assert response.status == 502
 
 
 @pytest.mark.parametrize("raw", [None, b"", b"{", b"x", DEEP])

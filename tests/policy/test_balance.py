@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.pricing import Price
-from meshproxy.policy.route_health import PeakEwma, RouteHealth, arrange
+from meshproxy.policy.route_health import PeakEwma, RouteHealth, order_candidates
 
 PRICE = Price(0, 0, 0, 0, 0, 0, 0)
 OPEN = RouteHealth(is_open=True)
@@ -27,7 +27,9 @@ def ejected(seconds):
 
 
 def names(attempts, session=None, **standings):
-    return "".join(a.upstream for a in arrange(attempts, lambda a: standings.get(a.upstream, RouteHealth()), session))
+    return "".join(
+        a.upstream for a in order_candidates(attempts, lambda a: standings.get(a.upstream, RouteHealth()), session)
+    )
 
 
 # Who is passed over.
@@ -162,7 +164,7 @@ def test_a_sessions_upstream_that_asks_to_be_spared_is_spared():
 def test_all_but_the_open_are_asked_once(routes, standings, session):
     attempts = [candidate(str(index), weight, model) for index, (weight, model) in enumerate(routes)]
     known = dict(zip((a.upstream for a in attempts), standings, strict=False))
-    arranged = arrange(attempts, lambda a: known.get(a.upstream, RouteHealth()), session)
+    arranged = order_candidates(attempts, lambda a: known.get(a.upstream, RouteHealth()), session)
     usable = [a for a in attempts if not known.get(a.upstream, RouteHealth()).is_open]
     assert sorted(a.upstream for a in usable) == sorted(a.upstream for a in arranged)
 

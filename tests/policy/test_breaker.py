@@ -8,9 +8,9 @@ from meshproxy.policy.route_health import Breaker, BreakerSettings
 T0 = 1000.0
 
 
-def opened(**tolerance):
+def opened(**settings):
     """A breaker that opened at T0, for 5 s."""
-    breaker = Breaker(BreakerSettings(consecutive=1, **tolerance))
+    breaker = Breaker(BreakerSettings(consecutive=1, **settings))
     breaker.failed(T0)
     return breaker
 
@@ -91,10 +91,10 @@ def test_the_elder_window_fades():
     assert breaker.state(T0 + 45) == "open"
 
 
-@pytest.mark.parametrize("spin, expected", [(0.0, 2.5), (0.5, 5.0), (0.999, 7.495)])
-def test_the_time_it_stays_open_is_spread(spin, expected):
+@pytest.mark.parametrize("draw, expected", [(0.0, 2.5), (0.5, 5.0), (0.999, 7.495)])
+def test_the_time_it_stays_open_is_spread(draw, expected):
     breaker = Breaker(BreakerSettings(consecutive=1))
-    breaker.failed(T0, spin)
+    breaker.failed(T0, draw)
     assert pytest.approx(expected) == breaker.retry_after_s(T0)
 
 
@@ -188,9 +188,9 @@ class Life(RuleBasedStateMachine):
     def succeed(self):
         self.breaker.succeeded(self.now)
 
-    @rule(spin=st.floats(0, 1, exclude_max=True))
-    def fail(self, spin):
-        self.breaker.failed(self.now, spin)
+    @rule(draw=st.floats(0, 1, exclude_max=True))
+    def fail(self, draw):
+        self.breaker.failed(self.now, draw)
 
     @rule()
     def abandon(self):

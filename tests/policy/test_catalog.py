@@ -8,7 +8,7 @@ from msgspec import Raw
 
 from meshproxy.config import parse
 from meshproxy.errors import GatewayError, Source, model_not_found
-from meshproxy.policy.catalog import Candidate, Catalog, may_have_served, priced
+from meshproxy.policy.catalog import Candidate, Catalog, may_have_served, with_fees
 from meshproxy.policy.pricing import Price
 
 UPSTREAMS = """
@@ -55,9 +55,9 @@ ROUTED = {
 }
 
 
-@pytest.mark.parametrize("spin", [0.0, 0.999999])
-def test_routes_are_tried_in_order(spin):
-    assert [("openai", "one"), ("vllm", "one-local")] == asked(catalog(A).candidates("a/one", spin=spin))
+@pytest.mark.parametrize("draw", [0.0, 0.999999])
+def test_routes_are_tried_in_order(draw):
+    assert [("openai", "one"), ("vllm", "one-local")] == asked(catalog(A).candidates("a/one", draw=draw))
 
 
 USD = 1_000_000_000
@@ -89,7 +89,7 @@ def test_an_attempt_knows_all_that_its_model_is(route, more, expected):
     entry = models.model("a/one")
     known = (entry.id, entry.context_window, entry.max_output_tokens, entry.price)
     assert ((expected,), known) == (
-        models.candidates("a/one", spin=0.0),
+        models.candidates("a/one", draw=0.0),
         ("a/one", expected.context_window, expected.max_output_tokens, expected.price),
     )
 
@@ -113,12 +113,12 @@ def test_the_nearest_model_is_found_whatever_its_case(name):
 @pytest.mark.parametrize("model, fallbacks, missing", [("x/y", (), "x/y"), ("a/one", ("a/one", "x/y"), "x/y")])
 def test_an_unknown_model_is_named(model, fallbacks, missing):
     with pytest.raises(GatewayError) as caught:
-        catalog(A).candidates(model, fallbacks, spin=0.0)
-    assert (Source.CLIENT, model_not_found(missing)) == (caught.value.source, caught.value.problem)
+        catalog(A).candidates(model, fallbacks, draw=0.0)
+    assert (Source.CLIENT, model_not_found(missing)) == (caught.value.source, caught.value.response)
 
 
 @pytest.mark.parametrize(
-    "spin, expected",
+    "draw, expected",
     [
         (0.0, ["w1", "w3"]),
         (0.249, ["w1", "w3"]),
@@ -126,76 +126,76 @@ def test_an_unknown_model_is_named(model, fallbacks, missing):
         (0.999999, ["w3", "w1"]),
     ],
 )
-def test_weights_balance_neighbours(spin, expected):
+def test_weights_balance_neighbours(draw, expected):
     models = catalog({"m": [("openai", "first"), ("openai", "w1", 1), ("vllm", "w3", 3), ("vllm", "last")]})
-    names = [candidate.upstream_model for candidate in models.candidates("m", spin=spin)]
+    names = [candidate.upstream_model for candidate in models.candidates("m", draw=draw)]
     assert ["first", *expected, "last"] == names
 
 
 def test_weighted_routes_apart_are_no_neighbours():
     models = catalog({"m": [("openai", "a", 1), ("openai", "b"), ("vllm", "c", 9)]})
-    assert ["a", "b", "c"] == [candidate.upstream_model for candidate in models.candidates("m", spin=0.99)]
+    assert ["a", "b", "c"] == [candidate.upstream_model for candidate in models.candidates("m", draw=0.99)]
 
 
 def test_the_draw_is_by_weight_at_every_place():
     models = catalog({"m": [("openai", "a", 1), ("openai", "b", 2), ("openai", "c", 3)]})
     orders = Counter(
-        "".join(candidate.upstream_model for candidate in models.candidates("m", spin=step / 6000))
+        "".join(candidate.upstream_model for candidate in models.candidates("m", draw=step / 6000))
         for step in range(6000)
     )
     expected = {"abc": 400, "acb": 600, "bac": 500, "bca": 1500, "cab": 1000, "cba": 2000}
     assert expected == {order: round(count, -2) for order, count in orders.items()}
 
 
-@pytest.mark.parametrize("spin, expected", [(0.0, "abc"), (0.3, "bca"), (0.7, "cba")])
-def test_a_spin_says_the_whole_order(spin, expected):
+@pytest.mark.parametrize("draw, expected", [(0.0, "abc"), (0.3, "bca"), (0.7, "cba")])
+def test_a_spin_says_the_whole_order(draw, expected):
     models = catalog({"m": [("openai", "a", 1), ("openai", "b", 2), ("openai", "c", 3)]})
-    assert expected == "".join(candidate.upstream_model for candidate in models.candidates("m", spin=spin))
+    assert expected == "".join(candidate.upstream_model for candidate in models.candidates("m", draw=draw))
 
 
 @given(st.lists(st.integers(1, 2**53), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
 @example([3, 2**53, 2**52], math.nextafter(1, 0))
-def test_every_route_is_drawn_once_whatever_the_spin(weights, spin):
+def test_every_route_is_drawn_once_whatever_the_spin(weights, draw):
     models = catalog({"m": [("openai", str(index), weight) for index, weight in enumerate(weights)]})
-    drawn = sorted(candidate.upstream_model for candidate in models.candidates("m", spin=spin))
+    drawn = sorted(candidate.upstream_model for candidate in models.candidates("m", draw=draw))
     assert [str(index) for index in range(len(weights))] == drawn
 
 
 def test_fallbacks_are_walked_after_the_models_own_routes():
     models = catalog({**A, "b/two": [("openai", "two")]})
     expected = [("openai", "one"), ("vllm", "one-local"), ("openai", "two")]
-    assert expected == asked(models.candidates("a/one", ("b/two", "a/one", "b/two"), spin=0.0))
+    assert expected == asked(models.candidates("a/one", ("b/two", "a/one", "b/two"), draw=0.0))
 
 
-@pytest.mark.parametrize("spin, expected", [(0.0, "abcd"), (0.5, "badc")])
-def test_equals_change_places_in_fallbacks_too(spin, expected):
+@pytest.mark.parametrize("draw, expected", [(0.0, "abcd"), (0.5, "badc")])
+def test_equals_change_places_in_fallbacks_too(draw, expected):
     models = catalog({"m": [("openai", "a", 1), ("vllm", "b", 1)], "n": [("openai", "c", 1), ("vllm", "d", 1)]})
-    attempts = models.candidates("m", ("n",), spin=spin)
+    attempts = models.candidates("m", ("n",), draw=draw)
     assert expected == "".join(candidate.upstream_model for candidate in attempts)
 
 
 def test_openrouter_gets_the_fallbacks_it_serves_in_its_own_names():
-    attempts = catalog(ROUTED).candidates("a/one", ("b/two", "c/three"), spin=0.0)
+    attempts = catalog(ROUTED).candidates("a/one", ("b/two", "c/three"), draw=0.0)
     assert [("router", "or/one", "or/two"), ("vllm", "one"), ("openai", "two"), ("vllm", "three")] == asked(attempts)
 
 
 def test_openrouter_is_asked_for_what_comes_after_it_alone():
-    attempts = catalog(ROUTED).candidates("c/three", ("b/two", "a/one"), spin=0.0)
+    attempts = catalog(ROUTED).candidates("c/three", ("b/two", "a/one"), draw=0.0)
     assert [("vllm", "three"), ("openai", "two"), ("router", "or/two", "or/one"), ("vllm", "one")] == asked(attempts)
 
 
 def test_two_openrouter_upstreams_are_asked_each():
     models = catalog({"a": [("router", "a"), ("router2", "a")], "b": [("router", "b"), ("router2", "b")]})
-    assert [("router", "a", "b"), ("router2", "a", "b")] == asked(models.candidates("a", ("b",), spin=0.0))
+    assert [("router", "a", "b"), ("router2", "a", "b")] == asked(models.candidates("a", ("b",), draw=0.0))
 
 
 def test_without_fallbacks_nothing_is_native():
-    assert [("router", "or/one"), ("vllm", "one")] == asked(catalog(ROUTED).candidates("a/one", spin=0.0))
+    assert [("router", "or/one"), ("vllm", "one")] == asked(catalog(ROUTED).candidates("a/one", draw=0.0))
 
 
 def test_attempts_have_a_maximum():
     models = catalog({"a": [("openai", str(index)) for index in range(12)], "b": [("vllm", "b")] * 20})
-    counts = [len(models.candidates(*names, spin=0.0)) for names in [("a",), ("b",), ("a", ("b",))]]
+    counts = [len(models.candidates(*names, draw=0.0)) for names in [("a",), ("b",), ("a", ("b",))]]
     assert [12, 16, 16] == counts
 
 
@@ -217,24 +217,24 @@ def test_attempts_have_a_maximum():
     ],
 )
 def test_the_served_model_is_billed_and_any_where_it_has_another_name(reported, expected):
-    candidate = catalog(ROUTED).candidates("a/one", ("b/two",), spin=0.0)[0]
+    candidate = catalog(ROUTED).candidates("a/one", ("b/two",), draw=0.0)[0]
     assert expected == [candidate.model for candidate in may_have_served(candidate, reported)]
 
 
 def test_the_served_models_price_is_its_own():
-    candidate = catalog(ROUTED).candidates("a/one", ("b/two",), spin=0.0)[0]
+    candidate = catalog(ROUTED).candidates("a/one", ("b/two",), draw=0.0)[0]
     assert [2_000_000_000] == [candidate.price.input for candidate in may_have_served(candidate, "or/two")]
 
 
 def test_an_exact_name_goes_before_a_dated_one():
     models = catalog({"a": [("router", "gpt-4")], "b": [("router", "gpt-4-1106")]})
-    candidate = models.candidates("a", ("b",), spin=0.0)[0]
+    candidate = models.candidates("a", ("b",), draw=0.0)[0]
     named = [may_have_served(candidate, name)[0].model for name in ("gpt-4-1106", "gpt-4-0613")]
     assert ["b", "a"] == named
 
 
 def test_a_provider_without_fallbacks_cannot_choose_the_price():
-    candidate = catalog(ROUTED).candidates("c/three", ("a/one",), spin=0.0)[0]
+    candidate = catalog(ROUTED).candidates("c/three", ("a/one",), draw=0.0)[0]
     assert (candidate,) == may_have_served(candidate, "or/one")
 
 
@@ -244,8 +244,8 @@ TOLD = 'cost_from = "usage.cost"\n'
 
 
 def offered(upstream, more, tier=None, **fields):
-    attempts = catalog({"m": [(upstream, "x")]}, more).candidates("m", spin=0.0)
-    (candidate,) = priced(attempts, tier, {name: Raw(value) for name, value in fields.items()})
+    attempts = catalog({"m": [(upstream, "x")]}, more).candidates("m", draw=0.0)
+    (candidate,) = with_fees(attempts, tier, {name: Raw(value) for name, value in fields.items()})
     return candidate
 
 
@@ -286,8 +286,8 @@ def test_the_tier_that_was_served_is_billed_else_the_one_that_was_asked_for(aske
 def test_what_changes_the_price_and_has_none_is_refused(upstream, more, tier, fields, param):
     with pytest.raises(GatewayError) as caught:
         offered(upstream, more, tier, **fields)
-    problem = caught.value.problem
-    assert (422, "validation_error", param) == (problem.status, problem.code, problem.param)
+    response = caught.value.response
+    assert (422, "validation_error", param) == (response.status, response.code, response.param)
 
 
 @pytest.mark.parametrize(
@@ -312,15 +312,15 @@ def test_every_model_that_may_serve_needs_a_price():
     models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
     asked_for = {"plugins": Raw(b"[{}]")}
     with pytest.raises(GatewayError):
-        priced(models.candidates("m", ("a",), spin=0.0), None, asked_for)
-    (alone,) = priced(models.candidates("m", spin=0.0), None, asked_for)
+        with_fees(models.candidates("m", ("a",), draw=0.0), None, asked_for)
+    (alone,) = with_fees(models.candidates("m", draw=0.0), None, asked_for)
     assert 20_000_000 == alone.price.request
 
 
 def test_natives_have_their_own_fees():
     models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
-    (candidate,) = priced(models.candidates("a", ("m",), spin=0.0), None, {"web_search_options": Raw(b"null")})
-    assert candidate == models.candidates("a", ("m",), spin=0.0)[0]
+    (candidate,) = with_fees(models.candidates("a", ("m",), draw=0.0), None, {"web_search_options": Raw(b"null")})
+    assert candidate == models.candidates("a", ("m",), draw=0.0)[0]
 
 
 @pytest.mark.parametrize(
@@ -347,5 +347,5 @@ upstreams = [{{ upstream = "u", model = "m" }}]
 input_usd_per_mtok = "1"
 output_usd_per_mtok = "1"
 """
-    (candidate,) = Catalog(parse(text)).candidates("m", spin=0)
+    (candidate,) = Catalog(parse(text)).candidates("m", draw=0)
     assert expected == candidate.cap_field

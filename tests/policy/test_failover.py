@@ -27,8 +27,8 @@ WORDS = {"error": {"message": "words"}}
 
 
 def short(verdict):
-    problem = verdict.problem
-    return problem.status, problem.code, problem.may_have_run, problem.provider_error, verdict.try_next
+    response = verdict.response
+    return response.status, response.code, response.may_have_run, response.provider_error, verdict.try_next
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_after_status(status, expected):
 
 
 def test_a_refused_request_in_full():
-    problem = ErrorResponse(
+    response = ErrorResponse(
         400, "provider_refused", "A web page: Oh no", provider_error={"message": "A web page: Oh no"}
     )
     page = b"<title>Oh no</title>"
-    expected = Verdict(problem, try_next=False, words="A web page: Oh no")
+    expected = Verdict(response, try_next=False, provider_message="A web page: Oh no")
     assert expected == classify_status(400, page, None, content_type="text/html")
 
 
 def test_an_overload_in_full():
     page = "A web page: Oh no"
-    problem = ErrorResponse(
+    response = ErrorResponse(
         502,
         "upstream_error",
         f"The provider is overloaded: {page}",
@@ -88,7 +88,7 @@ def test_an_overload_in_full():
         provider_error={"message": page},
     )
     verdict = classify_status(503, b"<title>Oh no</title>", "7", retry_after_ms="250", content_type="text/html")
-    assert Verdict(problem, try_next=True, words=page) == verdict
+    assert Verdict(response, try_next=True, provider_message=page) == verdict
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_an_overload_in_full():
     ],
 )
 def test_the_client_is_told_in_words(status, expected):
-    assert expected == classify_status(status, b"", None).problem.message
+    assert expected == classify_status(status, b"", None).response.message
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 429])
 def test_words_about_our_account_stay_inside(status):
     leak = b'{"error": {"message": "Incorrect API key provided: sk-proj-1234, organization org-5678"}}'
-    told = repr(classify_status(status, leak, None).problem)
+    told = repr(classify_status(status, leak, None).response)
     assert ("sk-proj" in told, "org-5678" in told) == (False, False)
 
 
@@ -128,7 +128,7 @@ def test_words_about_our_account_stay_inside(status):
     ],
 )
 def test_the_wait_is_passed_on(status, retry_after, expected):
-    assert expected == classify_status(status, b"", retry_after).problem.retry_after_s
+    assert expected == classify_status(status, b"", retry_after).response.retry_after_s
 
 
 @pytest.mark.parametrize(
@@ -164,31 +164,31 @@ def test_wait_of(retry_after, retry_after_ms, expected):
 
 @given(st.integers(100, 999), st.binary(max_size=50), st.none() | st.text(max_size=20))
 def test_any_answer_has_a_verdict(status, body, retry_after):
-    problem = classify_status(status, body, retry_after).problem
-    assert problem.status in {400, 413, 422, 502, 503}
+    response = classify_status(status, body, retry_after).response
+    assert response.status in {400, 413, 422, 502, 503}
 
 
-def fault(answered, problem):
-    return UpstreamError(problem, safe_to_repeat=True, answered=answered)
+def fault(answered, response):
+    return UpstreamError(response, safe_to_repeat=True, upstream_status=answered)
 
 
 @pytest.mark.parametrize(
-    "answered, problem, expected",
+    "answered, response, expected",
     [
         (None, upstream_error("refused", may_have_run=False), True),
         (None, gateway_timeout("silent", may_have_run=True), True),
         (None, provider_not_available("no connection is free", 1.0), False),
         (None, overloaded("shutting down"), False),
         (200, upstream_error("an error in the stream", may_have_run=True), True),
-        *((status, classify_status(status, b"", None).problem, True) for status in (500, 502, 503, 504, 529)),
+        *((status, classify_status(status, b"", None).response, True) for status in (500, 502, 503, 504, 529)),
         *(
-            (status, classify_status(status, b"", None).problem, False)
+            (status, classify_status(status, b"", None).response, False)
             for status in (302, 400, 401, 404, 408, 409, 422, 429, 499)
         ),
     ],
 )
-def test_who_is_to_blame(answered, problem, expected):
-    assert expected == is_upstream_failure(fault(answered, problem))
+def test_who_is_to_blame(answered, response, expected):
+    assert expected == is_upstream_failure(fault(answered, response))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_who_is_to_blame(answered, problem, expected):
     [(429, None, 1.0), (429, "7", 7.0), (429, "3600", 60.0), (503, "7", 7.0), (503, None, 0.0), (500, "7", 0.0)],
 )
 def test_who_asks_to_be_spared_is_spared(answered, retry_after, expected):
-    assert expected == requested_wait_s(fault(answered, classify_status(answered, b"", retry_after).problem))
+    assert expected == requested_wait_s(fault(answered, classify_status(answered, b"", retry_after).response))
 
 
 def test_what_never_left_the_gateway_spares_nobody():
@@ -205,7 +205,7 @@ def test_what_never_left_the_gateway_spares_nobody():
 
 def said(status, body, **headers):
     verdict = classify_status(status, json.dumps(body).encode(), headers.get("retry_after"))
-    return verdict.problem, verdict.try_next, verdict.another_model
+    return verdict.response, verdict.try_next, verdict.another_model
 
 
 def openai(message, code=None, param=None, kind="invalid_request_error"):
@@ -305,15 +305,15 @@ REFUSED = [
 
 @pytest.mark.parametrize("status, body, expected", REFUSED)
 def test_a_refusal_of_the_request_keeps_what_the_provider_said(status, body, expected):
-    problem, try_next, another_model = said(status, body)
-    assert (status, *expected, False) == (problem.status, problem.code, problem.param, another_model, try_next)
+    response, try_next, another_model = said(status, body)
+    assert (status, *expected, False) == (response.status, response.code, response.param, another_model, try_next)
 
 
 @pytest.mark.parametrize("status, body, expected", REFUSED)
 def test_a_refusal_tells_the_providers_words_as_an_object(status, body, expected):
-    problem, _, _ = said(status, body)
-    said_last = problem.message.rpartition("error: ")[2]
-    assert (dict, True) == (type(problem.provider_error), json.dumps(said_last)[1:-1] in json.dumps(body))
+    response, _, _ = said(status, body)
+    said_last = response.message.rpartition("error: ")[2]
+    assert (dict, True) == (type(response.provider_error), json.dumps(said_last)[1:-1] in json.dumps(body))
 
 
 # What a provider says of the gateway's account or configuration, whatever status it chose for it.
@@ -354,8 +354,8 @@ ABOUT_US = [
 
 @pytest.mark.parametrize("status, body", ABOUT_US)
 def test_a_refusal_of_the_gateway_is_not_the_clients(status, body):
-    problem, try_next, _ = said(status, body)
-    assert (502, "upstream_error", None, True) == (problem.status, problem.code, problem.provider_error, try_next)
+    response, try_next, _ = said(status, body)
+    assert (502, "upstream_error", None, True) == (response.status, response.code, response.provider_error, try_next)
 
 
 @pytest.mark.parametrize(
@@ -397,8 +397,8 @@ def test_a_refusal_of_the_gateway_is_not_the_clients(status, body):
     ],
 )
 def test_a_wait_is_honest(body, retry_after, expected):
-    problem, try_next, _ = said(429, body, retry_after=retry_after)
-    assert (503, expected, True) == (problem.status, problem.retry_after_s, try_next)
+    response, try_next, _ = said(429, body, retry_after=retry_after)
+    assert (503, expected, True) == (response.status, response.retry_after_s, try_next)
 
 
 @pytest.mark.parametrize(
@@ -415,15 +415,15 @@ def test_a_wait_is_honest(body, retry_after, expected):
 )
 def test_an_error_under_a_200_is_taken_for_its_status(error, expected):
     fault = classify_error(error, otherwise="Failed.")
-    assert expected == (fault.problem.status, fault.problem.code, fault.answered)
+    assert expected == (fault.response.status, fault.response.code, fault.upstream_status)
 
 
-REFUSAL = classify_status(400, json.dumps(TOO_LONG).encode(), None).fault(400)
-OTHER_REFUSAL = classify_status(400, b'{"error": {"message": "not supported"}}', None).fault(400)
-WAIT = classify_status(429, b"", "9").fault(429)
-SHORT_WAIT = classify_status(429, b"", "3").fault(429)
-FAILURE = classify_status(500, BODY, None).fault(500)
-OURS = classify_status(401, b"", None).fault(401)
+REFUSAL = classify_status(400, json.dumps(TOO_LONG).encode(), None).to_error(400)
+OTHER_REFUSAL = classify_status(400, b'{"error": {"message": "not supported"}}', None).to_error(400)
+WAIT = classify_status(429, b"", "9").to_error(429)
+SHORT_WAIT = classify_status(429, b"", "3").to_error(429)
+FAILURE = classify_status(500, BODY, None).to_error(500)
+OURS = classify_status(401, b"", None).to_error(401)
 
 
 def unreached():
@@ -448,8 +448,10 @@ def test_the_fault_that_matters_most_is_told(faults, expected):
 
 
 def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
-    told = error_to_report([classify_status(500, b"", None).fault(500), classify_status(429, b"", "9").fault(429)])
-    assert (503, True) == (told.problem.status, told.problem.may_have_run)
+    told = error_to_report(
+        [classify_status(500, b"", None).to_error(500), classify_status(429, b"", "9").to_error(429)]
+    )
+    assert (503, True) == (told.response.status, told.response.may_have_run)
 
 
 @pytest.mark.parametrize(
@@ -463,10 +465,10 @@ def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
     ],
 )
 def test_a_providers_words_are_found_in_every_shape(body):
-    assert "Too many words." in (classify_status(400, json.dumps(body).encode(), None).words or "")
+    assert "Too many words." in (classify_status(400, json.dumps(body).encode(), None).provider_message or "")
 
 
 def test_a_long_echo_of_the_request_hides_neither_code_nor_param():
     error = {"code": "context_length_exceeded", "param": "messages", "message": "Too long: " + "y" * 100_000}
-    problem = classify_status(400, json.dumps({"error": error}).encode(), None).problem
-    assert ("context_length_exceeded", "messages") == (problem.code, problem.param)
+    response = classify_status(400, json.dumps({"error": error}).encode(), None).response
+    assert ("context_length_exceeded", "messages") == (response.code, response.param)

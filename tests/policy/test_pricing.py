@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from meshproxy.config import Model, PriceTier, Route, ServiceTier
 from meshproxy.openai.usage import Usage
-from meshproxy.policy.pricing import Price, affordable_output, billed, cost, hold_amount, price_of, service_prices
+from meshproxy.policy.pricing import Price, affordable_output, billed_price, cost, hold_amount, price_of, service_prices
 
 USD = 1_000_000_000
 GPT_4O = Price(
@@ -66,7 +66,7 @@ def test_the_prices_of_a_service_tier():
     tier = PriceTier(above_prompt_tokens=9, input_usd_per_mtok="5", output_usd_per_mtok="15")
     flex = ServiceTier(input_usd_per_mtok="1", output_usd_per_mtok="2", price_tiers=[tier])
     ((name, price),) = service_prices(model(service_tiers={"flex": flex}, request_usd="0.01"))
-    assert ("flex", USD, 10_000_000, 5 * USD) == (name, price.input, price.request, price.at(10).input)
+    assert ("flex", USD, 10_000_000, 5 * USD) == (name, price.input, price.request, price.for_prompt_of(10).input)
 
 
 def test_the_smallest_price_is_a_nanodollar_for_a_million_tokens():
@@ -100,7 +100,7 @@ TIERED = Price(1, 2, 1, 1, 2, 1, 2, tiers=((100, Price(*[10] * 7)), (200, Price(
 
 @pytest.mark.parametrize("prompt, expected", [(0, 1), (100, 1), (101, 10), (200, 10), (201, 7), (10**6, 7)])
 def test_the_largest_tier_below_the_prompt_counts(prompt, expected):
-    assert expected == TIERED.at(prompt).input
+    assert expected == TIERED.for_prompt_of(prompt).input
 
 
 def test_a_tier_is_for_the_whole_request():
@@ -148,10 +148,10 @@ def test_the_provider_s_figure_is_nothing_to_a_model_with_prices():
 
 def test_what_was_billed_is_told_without_what_did_not_count():
     told = price_of(model(cost_from="usage.cost", markup="1.05"))
-    assert msgspec.structs.replace(told, markup=None) == billed(told, Usage(prompt=10), None)
-    assert told == billed(told, Usage(prompt=10), Decimal(1))
-    assert Price(*[10] * 7) == billed(TIERED, Usage(prompt=150), None)
-    assert Price(1, 2, 1, 1, 2, 1, 2) == billed(TIERED, Usage(prompt=1), None)
+    assert msgspec.structs.replace(told, markup=None) == billed_price(told, Usage(prompt=10), None)
+    assert told == billed_price(told, Usage(prompt=10), Decimal(1))
+    assert Price(*[10] * 7) == billed_price(TIERED, Usage(prompt=150), None)
+    assert Price(1, 2, 1, 1, 2, 1, 2) == billed_price(TIERED, Usage(prompt=1), None)
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,13 @@ def test_every_missing_variable_is_named_at_once():
             Detail("missing", ("body", "variables", "c"), "Field required"),
         ),
     )
-    assert (Source.CLIENT, expected) == (caught.value.source, caught.value.problem)
+    assert (Source.CLIENT, expected) == (caught.value.source, caught.value.response)
 
 
 def test_one_missing_variable_is_one():
     with pytest.raises(GatewayError) as caught:
         render(template(system="{{a}}"), {})
-    assert "The template `greeter` needs the variable `a`." == caught.value.problem.message
+    assert "The template `greeter` needs the variable `a`." == caught.value.response.message
 
 
 @pytest.mark.parametrize(
@@ -152,10 +152,10 @@ def written(body, *, partial=False):
 def complaints(body, *, partial=False):
     with pytest.raises(GatewayError) as caught:
         check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=partial)
-    problem = caught.value.problem
-    assert (Source.CLIENT, 422, "validation_error") == (caught.value.source, problem.status, problem.code)
-    assert {"body"} == {detail.loc[0] for detail in problem.details}
-    return [(detail.type, *detail.loc[1:]) for detail in problem.details]
+    response = caught.value.response
+    assert (Source.CLIENT, 422, "validation_error") == (caught.value.source, response.status, response.code)
+    assert {"body"} == {detail.loc[0] for detail in response.details}
+    return [(detail.type, *detail.loc[1:]) for detail in response.details]
 
 
 WHOLE = {
@@ -225,7 +225,7 @@ def test_a_pattern_is_told_in_words(field, value):
     body = json.dumps({"name": "a", "system": "x", field: value}).encode()
     with pytest.raises(GatewayError) as caught:
         check_template(body, partial=False)
-    assert "1 to 128 of A-Z a-z 0-9 _" in caught.value.problem.message
+    assert "1 to 128 of A-Z a-z 0-9 _" in caught.value.response.message
 
 
 @pytest.mark.parametrize(
@@ -347,8 +347,8 @@ def test_a_prompt_that_is_wrong_is_not_missing_too(field, expected):
 def test_the_client_is_told_in_words(body, words, param):
     with pytest.raises(GatewayError) as caught:
         check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=False)
-    problem = caught.value.problem
-    assert (f"Invalid template: {words}", param) == (problem.message, problem.param)
+    response = caught.value.response
+    assert (f"Invalid template: {words}", param) == (response.message, response.param)
 
 
 def test_a_thousand_complaints_are_cut():
@@ -422,7 +422,7 @@ def test_a_change_leaves_a_template_of_bounded_size():
     big = template(system="s", messages=[{"role": "user", "content": "x" * 600_000}])
     with pytest.raises(GatewayError) as caught:
         TemplateFields(system="x" * 600_000).applied_to(big)
-    (detail,) = caught.value.problem.details
+    (detail,) = caught.value.response.details
     assert ("too_long", ("body", "messages")) == (detail.type, detail.loc)
 
 
@@ -450,4 +450,4 @@ def test_the_size_of_what_is_rendered_is_known_before(system, value):
 def test_what_is_measured_lacks_no_variable():
     with pytest.raises(GatewayError) as raised:
         measure(template(system="{{a}}"), {})
-    assert raised.value.problem.param == "variables"
+    assert raised.value.response.param == "variables"

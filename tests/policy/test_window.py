@@ -44,5 +44,5 @@ def test_a_new_window_begins_where_the_old_one_ended(second, now, expected):
 def test_forgetting_forgets_all():
     window = Window(10.0)
     window.add(1.0, marked=True)
-    window.forget()
+    window.reset()
     assert (0, 0) == (window.calls, window.marked)

@@ -4,8 +4,8 @@ import pytest
 import redis
 
 from meshproxy import config
+from meshproxy.ledger.administration import Administration, store_warnings
 from meshproxy.ledger.connection import connect
-from meshproxy.ledger.desk import Desk, store_doubts
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import create_admin
@@ -17,17 +17,17 @@ AUTH = {"authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture
-async def desk(store_server):
+async def administration(store_server):
     with redis.Redis.from_url(store_server) as client:
         client.flushall()
     store = await connect(config.Redis(url=store_server))
-    yield Desk(store, Directory(store), Ledger(store), "admin")
+    yield Administration(store, Directory(store), Ledger(store), "admin")
     await store.close()
 
 
 @pytest.fixture
-async def client(aiohttp_client, desk):
-    return await aiohttp_client(create_admin(None, TOKEN, desk=desk))
+async def client(aiohttp_client, administration):
+    return await aiohttp_client(create_admin(None, TOKEN, administration=administration))
 
 
 @pytest.fixture
@@ -222,8 +222,8 @@ async def test_everything_wants_the_token(client, authorization):
         assert (answer.status, (await answer.json())["error"]["code"]) == (401, "unauthorized")
 
 
-async def test_without_a_token_there_is_none(aiohttp_client, desk):
-    client = await aiohttp_client(create_admin(None, None, desk=desk))
+async def test_without_a_token_there_is_none(aiohttp_client, administration):
+    client = await aiohttp_client(create_admin(None, None, administration=administration))
     assert (await client.get("/admin/v1/keys")).status == 404
 
 
@@ -260,13 +260,13 @@ async def test_the_description_has_every_path(client):
         ({"maxmemory": "0", "maxmemory-policy": "noeviction", "save": ""}, ["appendonly is no"]),
     ],
 )
-async def test_a_store_that_may_forget_money_is_doubted(desk, store_server, settings, words):
+async def test_a_store_that_may_forget_money_is_doubted(administration, store_server, settings, words):
     with redis.Redis.from_url(store_server, decode_responses=True) as client:
         before = {name: client.config_get(name)[name] for name in settings}
         for name, value in settings.items():
             client.config_set(name, value)
         try:
-            doubts = await store_doubts(desk.store)
+            doubts = await store_warnings(administration.store)
         finally:
             for name, value in before.items():
                 client.config_set(name, value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meshproxy.ledger.desk import KeyChange
+from meshproxy.ledger.administration import KeyChange
 from simulation.run import Left, World, run
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +69,9 @@ async def story(world: World) -> list[bytes]:
     """Two workers and four clients; one worker is killed in the middle and started again, and all reload."""
     await world.spawn(world.process("provider"), asyncio.start_server(answer, "provider", 80))
     gateway = await world.start_gateway(CONFIGURATION, workers=2)
-    desk = await gateway.desk()
-    secret = (await desk.create_key("acme", KeyChange()))["key"]
-    await desk.ledger.grant("acme", 25_000_000_000)
+    administration = await gateway.administration()
+    secret = (await administration.create_key("acme", KeyChange()))["key"]
+    await administration.ledger.grant("acme", 25_000_000_000)
     ports = [instance.port for instance in gateway.instances]
     asking = [asyncio.create_task(ask(world, ports[at % 2], secret)) for at in range(4)]
     await asyncio.sleep(0.3)

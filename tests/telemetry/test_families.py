@@ -87,7 +87,7 @@ def test_what_the_ledger_is_asked_has_a_label():
 
 
 def test_every_background_task_has_a_label():
-    names = set(re.findall(r'(?:spawn|keep)\("([a-z-]+)"', SOURCE))
+    names = set(re.findall(r'(?:spawn|supervise)\("([a-z-]+)"', SOURCE))
     assert CLOSED["task"] == names - {"worker-keeper"}  # the supervisor's, which has a log and no counters
 
 

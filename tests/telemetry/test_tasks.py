@@ -156,7 +156,7 @@ async def test_a_loop_that_raises_is_logged_counted_and_run_again(no_pause):
     failed, loop = [], Loop(2)
     tasks = Tasks(failed.append)
     with capture_logs() as logs:
-        tasks.keep("pulse", loop)
+        tasks.supervise("pulse", loop)
         await asyncio.wait_for(loop.again.wait(), 5)
     assert ["pulse", "pulse"] == failed
     assert [("task_failed", "error", 1), ("task_failed", "error", 2)] == [
@@ -171,7 +171,7 @@ async def test_a_loop_that_raises_is_logged_counted_and_run_again(no_pause):
 async def test_a_vital_loop_that_keeps_failing_is_named(no_pause, failures, is_vital, expected):
     loop = Loop(failures)
     tasks = Tasks()
-    tasks.keep("pulse", loop, is_vital=is_vital)
+    tasks.supervise("pulse", loop, is_vital=is_vital)
     await asyncio.wait_for(loop.again.wait(), 5)
     assert expected == tasks.failing
     await tasks.close()
@@ -181,7 +181,7 @@ async def test_and_no_more_once_it_runs_steadily(no_pause, monkeypatch):
     monkeypatch.setattr("meshproxy.telemetry.tasks.STEADY_S", 0.01)
     loop = Loop(3)
     tasks = Tasks()
-    tasks.keep("pulse", loop, is_vital=True)
+    tasks.supervise("pulse", loop, is_vital=True)
     await asyncio.wait_for(loop.again.wait(), 5)
     async with asyncio.timeout(5):
         while tasks.failing:
@@ -199,7 +199,7 @@ async def test_pauses_double_up_to_a_bound(monkeypatch):
     tasks = Tasks()
     with monkeypatch.context() as patched:
         patched.setattr("meshproxy.telemetry.tasks.asyncio.sleep", sleep)
-        tasks.keep("pulse", loop)
+        tasks.supervise("pulse", loop)
         await asyncio.wait_for(loop.again.wait(), 5)
     assert [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0] == pauses[:7]
     assert {5.0} == set(pauses[6:])
@@ -211,14 +211,14 @@ async def test_work_that_returns_is_over():
         pass
 
     tasks = Tasks()
-    await tasks.keep("dial", work)
-    assert set() == tasks._kept
+    await tasks.supervise("dial", work)
+    assert set() == tasks._supervised
 
 
 async def test_close_ends_what_is_kept():
     loop = Loop(0)
     tasks = Tasks()
-    task = tasks.keep("pulse", loop)
+    task = tasks.supervise("pulse", loop)
     await loop.again.wait()
     await tasks.close()
     assert task.cancelled()

@@ -160,7 +160,7 @@ class Recorder:
         self.over.set_result(None)
 
     def fail(self, fault):
-        self.calls.append(("fail", fault.problem.code))
+        self.calls.append(("fail", fault.response.code))
         self.over.set_result(fault)
 
     @property

@@ -13,8 +13,8 @@ ENDLESS = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
 def verdict(fault):
-    problem = fault.problem
-    return problem.status, problem.code, problem.may_have_run, fault.safe_to_repeat
+    response = fault.response
+    return response.status, response.code, response.may_have_run, fault.safe_to_repeat
 
 
 FAILED = (502, "upstream_error", True, False)

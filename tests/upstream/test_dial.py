@@ -10,7 +10,7 @@ import trustme
 
 from meshproxy.errors import Phase, Source, UpstreamError
 from meshproxy.policy.failover import is_upstream_failure
-from meshproxy.upstream.pool import Address, verified_context
+from meshproxy.upstream.pool import BaseUrl, verified_context
 from meshproxy.upstream.response import unreachable
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -48,7 +48,7 @@ def trusting(authority):
     ],
 )
 def test_addresses(base_url, expected):
-    address = Address(base_url)
+    address = BaseUrl(base_url)
     assert expected == (address.is_tls, address.host, address.port, address.path, address.authority)
 
 
@@ -58,7 +58,7 @@ def test_addresses(base_url, expected):
 )
 def test_what_is_no_address(base_url):
     with pytest.raises(ValueError) as caught:
-        Address(base_url)
+        BaseUrl(base_url)
     assert "secret" not in str(caught.value)
 
 
@@ -74,13 +74,13 @@ async def test_a_name_with_addresses_that_refuse_is_reached_at_the_one_that_answ
 async def test_a_port_that_refuses(provide, unused_tcp_port):
     with pytest.raises(UpstreamError) as caught:
         await provide(f"http://127.0.0.1:{unused_tcp_port}").post("/x", (), b"{}")
-    problem = caught.value.problem
+    response = caught.value.response
     assert (502, "upstream_error", False, True, "The provider can't be reached: the connection was refused.") == (
-        problem.status,
-        problem.code,
-        problem.may_have_run,
+        response.status,
+        response.code,
+        response.may_have_run,
         caught.value.safe_to_repeat,
-        problem.message,
+        response.message,
     )
 
 
@@ -95,8 +95,8 @@ async def test_a_port_that_refuses(provide, unused_tcp_port):
 def test_failures_are_told_without_the_networks_addresses(error, words):
     fault = unreachable(error)
     assert (f"The provider can't be reached: {words}.", False, True) == (
-        fault.problem.message,
-        fault.problem.may_have_run,
+        fault.response.message,
+        fault.response.may_have_run,
         fault.safe_to_repeat,
     )
 
@@ -141,9 +141,9 @@ async def test_a_certificate_of_an_unknown_authority_or_for_another_name(
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/x", (), b"{}")
     assert (False, True, True) == (
-        caught.value.problem.may_have_run,
+        caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
-        "its certificate isn't valid" in caught.value.problem.message,
+        "its certificate isn't valid" in caught.value.response.message,
     )
 
 
@@ -151,7 +151,7 @@ async def test_tls_to_a_port_that_speaks_none(serve, provide):
     server = await serve(lambda conversation: conversation.send(b"220 smtp.example ESMTP\r\n"))
     with pytest.raises(UpstreamError) as caught:
         await provide(server.url.replace("http:", "https:")).post("/x", (), b"{}")
-    assert (502, True) == (caught.value.problem.status, caught.value.safe_to_repeat)
+    assert (502, True) == (caught.value.response.status, caught.value.safe_to_repeat)
 
 
 async def test_a_handshake_that_never_ends_is_a_connect_timeout(serve, provide):
@@ -160,9 +160,9 @@ async def test_a_handshake_that_never_ends_is_a_connect_timeout(serve, provide):
         await provide(server.url.replace("http:", "https:"), connect_timeout_s=0.1).post("/x", (), b"{}")
     await asyncio.gather(*server.tasks)
     assert (504, "gateway_timeout", False, True) == (
-        caught.value.problem.status,
-        caught.value.problem.code,
-        caught.value.problem.may_have_run,
+        caught.value.response.status,
+        caught.value.response.code,
+        caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
     )
 
@@ -208,7 +208,7 @@ async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(
     await sink.begun
     begun.set()
     fault = await sink.over
-    assert (outcome, b"hello") == (fault and fault.problem.code, sink.payload)
+    assert (outcome, b"hello") == (fault and fault.response.code, sink.payload)
 
 
 async def test_over_tls_no_connection_is_kept_whose_request_is_still_being_sent(serve, provide, server_ssl, trusting):
@@ -239,5 +239,5 @@ async def test_a_certificate_that_is_not_trusted_is_told_as_such(serve, provide,
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL])
 def test_what_this_host_lacks_is_not_the_providers_fault(number):
     fault = unreachable(OSError(number, "out"))
-    told = (fault.source, fault.problem.code, is_upstream_failure(fault), errno.errorcode[number] in fault.reason)
+    told = (fault.source, fault.response.code, is_upstream_failure(fault), errno.errorcode[number] in fault.reason)
     assert (Source.GATEWAY, "overloaded", False, True) == told

@@ -40,7 +40,7 @@ async def whole(provider, path):
 
 
 async def until_waiting(provider, number):
-    while len(provider._pool._line) < number:
+    while len(provider._pool._waiters) < number:
         await asyncio.sleep(0)
 
 
@@ -65,14 +65,14 @@ async def test_who_waits_too_long_is_told_that_the_provider_is_not_available(ser
     release = await script.asked.get()
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/2", (), b"{}")
-    problem = caught.value.problem
+    response = caught.value.response
     assert (503, "provider_not_available", 1.0, True) == (
-        problem.status,
-        problem.code,
-        problem.retry_after_s,
+        response.status,
+        response.code,
+        response.retry_after_s,
         caught.value.safe_to_repeat,
     )
-    assert 0 == len(provider._pool._line)
+    assert 0 == len(provider._pool._waiters)
     release.set()
     assert b"ok" == await first
 
@@ -129,7 +129,7 @@ async def test_who_gives_up_with_a_slot_in_hand_hands_the_slot_on(serve, provide
     await script.asked.get()
     second, third = [asyncio.create_task(whole(provider, path)) for path in ("/2", "/3")]
     await until_waiting(provider, 2)
-    pool, waiter = provider._pool, provider._pool._line[0]
+    pool, waiter = provider._pool, provider._pool._waiters[0]
     waiter.add_done_callback(lambda _: second.cancel())
     first.close()
     await script.release_one()
@@ -158,7 +158,7 @@ async def test_a_connection_that_fails_gives_its_slot_back(provide, unused_tcp_p
     for _ in range(3):
         with pytest.raises(UpstreamError) as caught:
             await provider.post("/x", (), b"{}")
-        assert "upstream_error" == caught.value.problem.code
+        assert "upstream_error" == caught.value.response.code
     assert 0 == len(provider._pool._live)
 
 
@@ -181,7 +181,9 @@ async def test_closing_ends_everything(serve, provide, held, record):
     outcomes = await asyncio.gather(reading, waiting, return_exceptions=True)
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/4", (), b"{}")
-    assert ["upstream_error", "overloaded", "overloaded"] == [fault.problem.code for fault in (*outcomes, caught.value)]
+    assert ["upstream_error", "overloaded", "overloaded"] == [
+        fault.response.code for fault in (*outcomes, caught.value)
+    ]
     assert ("fail", "upstream_error") == sink.last
     assert 0 == len(provider._pool._live)
 
@@ -194,4 +196,4 @@ async def test_closing_while_a_connection_is_made(serve, provide):
     await provider.close()
     with pytest.raises(UpstreamError) as caught:
         await post
-    assert ("overloaded", True) == (caught.value.problem.code, caught.value.safe_to_repeat)
+    assert ("overloaded", True) == (caught.value.response.code, caught.value.safe_to_repeat)

@@ -99,7 +99,11 @@ async def test_bodies_of_any_size(size, asked, provide):
 async def test_headers_that_are_not_passed_on(name, value, asked, provide):
     with pytest.raises(GatewayError) as caught:
         await whole(provide(asked.url), headers=[("x-fine", "1"), (name, value)])
-    assert (Source.CLIENT, "validation_error", 0) == (caught.value.source, caught.value.problem.code, asked.connections)
+    assert (Source.CLIENT, "validation_error", 0) == (
+        caught.value.source,
+        caught.value.response.code,
+        asked.connections,
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,7 @@ async def test_the_key_is_in_no_fault(serve, provide, unused_tcp_port):
     for url in (server.url, f"http://127.0.0.1:{unused_tcp_port}", f"https://{server.url[7:]}"):
         with pytest.raises(UpstreamError) as caught:
             await provide(url, connect_timeout_s=0.1).post("/x", (), b"{}")
-        words.append(f"{caught.value!r} {caught.value.problem} {caught.value.__cause__!r}")
+        words.append(f"{caught.value!r} {caught.value.response} {caught.value.__cause__!r}")
     assert [False] * 3 == ["canary" in text for text in words]
 
 

@@ -181,8 +181,8 @@ async def test_a_body_that_is_read_whole_is_bounded(framed, serve, provide):
     with pytest.raises(UpstreamError) as caught:
         await response.read()
     assert ("upstream_error", True, False) == (
-        caught.value.problem.code,
-        caught.value.problem.may_have_run,
+        caught.value.response.code,
+        caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
     )
 
@@ -211,16 +211,16 @@ async def test_what_comes_early_can_be_heard_and_is_still_pushed_whole(serve, pr
             await conversation.send(step)
 
     response = await provide((await serve(script)).url).post("/x", (), b"{}")
-    assert ([], True, False) == (response.early(), response.goes_on, response.ended)
-    await response.hear(0.0)
+    assert ([], True, False) == (response.early_pieces(), response.may_receive_more, response.ended)
+    await response.wait_for_more(0.0)
     steps.put_nowait(b"5\r\nhello\r\n")
-    await response.hear(5.0)
+    await response.wait_for_more(5.0)
     steps.put_nowait(b"5\r\nworld\r\n")
-    await response.hear(5.0)
-    assert ([b"hello", b"world"], [b"world"]) == (response.early(), response.early(1))
+    await response.wait_for_more(5.0)
+    assert ([b"hello", b"world"], [b"world"]) == (response.early_pieces(), response.early_pieces(1))
     steps.put_nowait(b"0\r\n\r\n")
-    await response.hear(5.0)
-    assert (False, True, None) == (response.goes_on, response.ended, response.fault)
+    await response.wait_for_more(5.0)
+    assert (False, True, None) == (response.may_receive_more, response.ended, response.error)
     sink = record()
     response.relay(sink)
     steps.put_nowait(b"")
@@ -234,6 +234,6 @@ async def test_that_it_broke_off_is_heard(serve, provide):
         await conversation.until_closed()
 
     response = await provide((await serve(script)).url).post("/x", (), b"{}")
-    while response.goes_on:
-        await response.hear(5.0)
-    assert (True, "upstream_error") == (response.ended, response.fault.problem.code)
+    while response.may_receive_more:
+        await response.wait_for_more(5.0)
+    assert (True, "upstream_error") == (response.ended, response.error.response.code)

@@ -97,7 +97,7 @@ def outcome(pieces):
                 payload += head.body.decode(piece)
                 surplus = surplus or head.body.surplus
     except UpstreamError as fault:
-        return fault.problem.code, fault.safe_to_repeat
+        return fault.response.code, fault.safe_to_repeat
     assert head is not None
     return head.status, head.headers, payload, head.body.done, surplus, head.keep_alive
 

@@ -22,7 +22,7 @@ from meshproxy.ledger.directory import Directory, check_account_name
 from meshproxy.ledger.ledger import Ledger, RefTaken
 from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
 from meshproxy.ledger.store import Store, StoreError
-from meshproxy.ledger.usage_report import EVENT_DAYS, GROUPS, MAX_FIELDS, Event, Row, find_event, usage
+from meshproxy.ledger.usage_report import EVENT_DAYS, GROUPS, MAX_FIELDS, UsageEvent, UsageRow, find_usage_event, usage
 from meshproxy.money import format_usd, in_usd
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits, Status
 from meshproxy.policy.template import Template, TemplateFields, check_params, to_public
@@ -36,11 +36,13 @@ MAX_LIMIT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 MAX_GRACE_S = 90 * DAY_S
 USAGE_SPAN_S = 30 * DAY_S  # of a report without `since`
 REPORTED_AT_ONCE = 16  # accounts of a report that are read in parallel
-NUMBERS = tuple(name for name in in_usd(asdict(Row())) if name not in GROUPS)  # the numeric fields of a report's row
-BY = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
+NUMERIC_FIELDS = tuple(
+    name for name in in_usd(asdict(UsageRow())) if name not in GROUPS
+)  # the numeric fields of a report's row
+GROUP_ALIASES = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
 
 Record = TypeVar("Record")
-Bound = TypeVar("Bound", Limits, Budgets)
+Changeable = TypeVar("Changeable", Limits, Budgets)
 
 
 class Bounds(Struct, frozen=True, kw_only=True):
@@ -72,13 +74,13 @@ class KeyChange(Struct, frozen=True, kw_only=True):
         given["budgets"] = _changed(Budgets() if self.bounds.clear else key.budgets, self.bounds.budgets)
         given["session"] = _changed(Budgets() if self.bounds.clear else key.session, self.bounds.session)
         changed = replace(key, **given)
-        details = list(_key_faults(changed))
+        details = list(_key_errors(changed))
         if details:
-            raise _unfit(details)
+            raise _validation_error(details)
         return changed
 
 
-class Desk:
+class Administration:
     """The operations.
 
     `actor` is recorded in audit events. `clock` is Unix time in seconds. `whole_ids`: find keys by their complete id
@@ -102,9 +104,9 @@ class Desk:
         self._clock = clock
         self._whole_ids = whole_ids
 
-    def of(self, actor: str, *, whole_ids: bool = False) -> "Desk":
-        """Return this desk for another actor."""
-        return Desk(self.store, self.directory, self.ledger, actor, self._clock, whole_ids=whole_ids)
+    def acting_as(self, actor: str, *, whole_ids: bool = False) -> "Administration":
+        """Return the same operations for another actor."""
+        return Administration(self.store, self.directory, self.ledger, actor, self._clock, whole_ids=whole_ids)
 
     # keys
 
@@ -125,11 +127,11 @@ class Desk:
         key.
         """
         if account is not None:
-            await self._need_account(account)
+            await self._existing_account(account)
         known = await self.directory.list_keys(account)
         ids = [key.id for key in known]
         if after and after not in ids:
-            raise _no_key(after)
+            raise _key_not_found(after)
         found = _page(known, ids.index(after) + 1 if after else 0, limit)
         uses: dict[str, KeyUse] = {}
         by_account: dict[str, list[str]] = {}
@@ -139,41 +141,41 @@ class Desk:
             uses |= zip(ids, await self.ledger.key_spends(name, ids), strict=True)
         return [shown_key(key, uses[key.id]) for key in found]
 
-    async def key(self, wanted: str) -> dict[str, Any]:
-        """Return a key without its secret. `wanted` is an id, an unambiguous beginning of an id, or the secret."""
-        key = await self._need_key(wanted)
+    async def key(self, reference: str) -> dict[str, Any]:
+        """Return a key without its secret. `reference` is an id, an unambiguous beginning of an id, or the secret."""
+        key = await self._existing_key(reference)
         return shown_key(key, (await self.ledger.key_spends(key.account, [key.id]))[0])
 
-    async def change_key(self, wanted: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
+    async def change_key(self, reference: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
         """Change the given fields of a key, preserving concurrent changes. 409 `key_revoked` for un-revoking."""
-        key = await self._need_key(wanted)
+        key = await self._existing_key(reference)
         try:
             changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
         except ValueError as error:
-            raise _refused(409, "key_revoked", str(error)) from error
+            raise _client_error(409, "key_revoked", str(error)) from error
         return shown_key(changed or key)
 
-    async def set_key_status(self, wanted: str, status: Status) -> dict[str, Any]:
+    async def set_key_status(self, reference: str, status: Status) -> dict[str, Any]:
         """Suspend, resume or revoke a key."""
-        key = await self._need_key(wanted)
+        key = await self._existing_key(reference)
         try:
             changed = await self.directory.set_key_status(key.id, status, actor=self._actor)
         except ValueError as error:
-            raise _refused(409, "key_revoked", str(error)) from error
+            raise _client_error(409, "key_revoked", str(error)) from error
         return shown_key(changed or key)
 
-    async def rotate_key(self, wanted: str, grace_s: float = 0) -> dict[str, Any]:
+    async def rotate_key(self, reference: str, grace_s: float = 0) -> dict[str, Any]:
         """Give a key a new secret, which only this result contains. The old secret works for `grace_s` more."""
         if not 0 <= grace_s <= MAX_GRACE_S:
             message = f"The grace is at most {MAX_GRACE_S // DAY_S} days."
             raise GatewayError(Source.CLIENT, invalid(message, param="grace"))
-        key = await self._need_key(wanted)
+        key = await self._existing_key(reference)
         try:
             rotated = await self.directory.rotate_key(key.id, grace_s=grace_s, actor=self._actor)
         except ValueError as error:
-            raise _refused(409, "key_revoked", str(error)) from error
+            raise _client_error(409, "key_revoked", str(error)) from error
         if rotated is None:
-            raise _no_key(wanted)
+            raise _key_not_found(reference)
         secret, changed = rotated
         until = rfc3339(self._clock() + grace_s) if grace_s else None
         return {"key": secret, **shown_key(changed), "old_key_works_until": until}
@@ -193,12 +195,12 @@ class Desk:
     async def account_names(self, account: str | None = None) -> list[str]:
         """Return the given account's name, or all names. 404 `account_not_found` if the account doesn't exist."""
         if account is not None:
-            return [(await self._need_account(account)).name]
+            return [(await self._existing_account(account)).name]
         return [found.name for found in await self.directory.list_accounts()]
 
     async def account(self, name: str) -> dict[str, Any]:
         """Return an account: credit, limits, budgets, spend, running requests and the number of keys."""
-        account = await self._need_account(name)
+        account = await self._existing_account(name)
         balance = await self.ledger.balance(name)
         return {
             **shown_credit(name, balance),
@@ -211,7 +213,9 @@ class Desk:
     async def account_limits(self, name: str, bounds: Bounds, status: Status | UnsetType = UNSET) -> dict[str, Any]:
         """Change the given limits, budgets and status of an account, and return all of them."""
         if bounds.session:
-            raise _unfit([Detail("extra_forbidden", ("body", "session_budget"), "Sessions have budgets by key")])
+            raise _validation_error(
+                [Detail("extra_forbidden", ("body", "session_budget"), "Sessions have budgets by key")]
+            )
 
         def change(account: Account) -> Account:
             return replace(
@@ -222,25 +226,25 @@ class Desk:
             )
 
         changed = await self.directory.change_account(name, change, actor=self._actor, action="account.limits")
-        return {"account": name, **_bounds_of_account(changed or await self._need_account(name))}
+        return {"account": name, **_bounds_of_account(changed or await self._existing_account(name))}
 
     async def set_account_status(self, name: str, status: Status) -> dict[str, Any]:
         """Suspend or resume an account, and with it all its keys."""
         changed = await self.directory.set_account_status(name, status, actor=self._actor)
-        return {"account": name, **_bounds_of_account(changed or await self._need_account(name))}
+        return {"account": name, **_bounds_of_account(changed or await self._existing_account(name))}
 
     async def delete_account(self, name: str) -> dict[str, Any]:
         """Delete an account and everything that Redis has of it, for good. 409 `account_busy` while it holds credit."""
-        await self._need_account(name)
+        await self._existing_account(name)
         try:
             removed = await self.directory.delete_account(name, actor=self._actor)
         except ValueError as error:
-            raise _refused(409, "account_busy", str(error)) from error
+            raise _client_error(409, "account_busy", str(error)) from error
         return {"account": name, "deleted": True, "records": removed or 0}
 
     async def credit(self, name: str) -> dict[str, Any]:
         """Return an account's balance, held and available credit."""
-        await self._need_account(name)
+        await self._existing_account(name)
         return shown_credit(name, await self.ledger.balance(name))
 
     async def grant(self, name: str, amount_nusd: int, note: str = "", ref: str = "") -> dict[str, Any]:
@@ -254,17 +258,17 @@ class Desk:
         if amount_nusd == 0:
             details.append(Detail("value_error", ("body", "amount_usd"), "There is nothing to grant"))
         if details:
-            raise _unfit(details)
+            raise _validation_error(details)
         await self.directory.ensure_account(name, actor=self._actor)
         amount_usd = format_usd(amount_nusd)
         try:
             granted = await self.ledger.grant(name, amount_nusd, note, ref=ref, actor=self._actor)
         except RefTaken as error:
-            raise _refused(409, "ref_taken", str(error)) from error
+            raise _client_error(409, "ref_taken", str(error)) from error
         except ValueError as error:
-            raise _refused(422, "balance_out_of_range", f"no balance may be so large: {amount_usd} USD") from error
+            raise _client_error(422, "balance_out_of_range", f"no balance may be so large: {amount_usd} USD") from error
         if granted.is_new:
-            await self.directory.note(
+            await self.directory.append_audit_event(
                 self._actor, "credit.grant", name, name, amount_usd=amount_usd, ref=ref, note=note
             )
         shown = shown_credit(name, await self.ledger.balance(name))
@@ -272,7 +276,7 @@ class Desk:
 
     async def grants(self, name: str) -> list[dict[str, Any]]:
         """Return the grants of an account, newest first."""
-        await self._need_account(name)
+        await self._existing_account(name)
         return [
             {
                 "amount_usd": format_usd(grant.amount_nusd),
@@ -301,11 +305,11 @@ class Desk:
         """
         until = self._clock() if until is None else until
         since = until - USAGE_SPAN_S if since is None else since
-        wanted = {BY.get(name, name) for name in group_by}
-        if unknown := wanted - set(GROUPS):
+        requested = {GROUP_ALIASES.get(name, name) for name in group_by}
+        if unknown := requested - set(GROUPS):
             message = f"`group_by` takes {', '.join(GROUPS)}, not `{min(unknown)[:64]}`."
             raise GatewayError(Source.CLIENT, invalid(message, param="group_by", place="query"))
-        groups = [name for name in GROUPS if name in wanted]
+        groups = [name for name in GROUPS if name in requested]
         names = await self.account_names(account)
         rows: list[dict[str, Any]] = []
         for first in range(0, len(names), REPORTED_AT_ONCE):
@@ -335,11 +339,11 @@ class Desk:
 
         404 `request_not_found` if it wasn't settled in the last EVENT_DAYS days.
         """
-        event = await find_event(
+        event = await find_usage_event(
             self.store, await self.account_names(), request_id, datetime.fromtimestamp(self._clock(), UTC)
         )
         if event is None:
-            raise _refused(
+            raise _client_error(
                 404,
                 "request_not_found",
                 f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that was refused before it "
@@ -381,14 +385,14 @@ class Desk:
         )
         template = fields.applied_to(template)
         if not await self.directory.put_template(template):
-            raise _refused(409, "name_taken", f"another template {name} was made just now")
-        await self.directory.note(self._actor, "template.put", template.id, owner or "", name=name)
+            raise _client_error(409, "name_taken", f"another template {name} was made just now")
+        await self.directory.append_audit_event(self._actor, "template.put", template.id, owner or "", name=name)
         return to_public(template)
 
     async def templates(self, owner: str | None = None) -> list[dict[str, Any]]:
         """Return the templates that an account can use, or all templates."""
         if owner is not None:
-            await self._need_account(owner)
+            await self._existing_account(owner)
             return [to_public(each) async for each in self.directory.list_templates(owner)]
         return [to_public(each) async for each in self._all_templates()]
 
@@ -396,7 +400,7 @@ class Desk:
         """Return the template that a request of this account would use, or the global one."""
         template = await self.directory.template(owner or GLOBAL, name)
         if template is None:
-            raise _no_template(owner, name)
+            raise _template_not_found(owner, name)
         return template
 
     async def own_template(self, owner: str | None, name: str) -> Template | None:
@@ -408,8 +412,10 @@ class Desk:
         """Delete a template that `owner` owns."""
         template = await self.own_template(owner, name)
         if template is None or not await self.directory.delete_template(template):
-            raise _no_template(owner, name)
-        await self.directory.note(self._actor, "template.delete", template.id, owner or "", name=template.name)
+            raise _template_not_found(owner, name)
+        await self.directory.append_audit_event(
+            self._actor, "template.delete", template.id, owner or "", name=template.name
+        )
         return {"id": template.id, "name": template.name, "deleted": True}
 
     async def _all_templates(self) -> AsyncIterator[Template]:
@@ -420,28 +426,28 @@ class Desk:
                 if not each.is_global:
                     yield each
 
-    async def _need_account(self, name: str) -> Account:
+    async def _existing_account(self, name: str) -> Account:
         found = await self.directory.account(name)
         if found is None:
-            raise _refused(404, "account_not_found", f"there is no account {name[:80]}")
+            raise _client_error(404, "account_not_found", f"there is no account {name[:80]}")
         return found
 
-    async def _need_key(self, wanted: str) -> Key:
-        key = await self.directory.find_key(wanted)
-        if key is None or (self._whole_ids and wanted != key.id):
-            raise _no_key(wanted)
+    async def _existing_key(self, reference: str) -> Key:
+        key = await self.directory.find_key(reference)
+        if key is None or (self._whole_ids and reference != key.id):
+            raise _key_not_found(reference)
         return key
 
 
-async def store_doubts(store: Store) -> list[str]:
+async def store_warnings(store: Store) -> list[str]:
     """What Redis is set up for that doesn't go with money in it: it may evict keys, or forgets all in a restart. What it doesn't
     tell (a managed Redis may refuse CONFIG) is no doubt.
     """
-    doubts = []
+    warnings = []
     memory = _info(await store.execute("INFO", "memory"))
     policy = memory.get("maxmemory_policy", "noeviction")
     if policy != "noeviction" and memory.get("maxmemory", "0") != "0":
-        doubts.append(f"maxmemory-policy is {policy}: Redis may evict balances and keys; set noeviction")
+        warnings.append(f"maxmemory-policy is {policy}: Redis may evict balances and keys; set noeviction")
     persistence = _info(await store.execute("INFO", "persistence"))
     if persistence.get("aof_enabled") == "0":
         try:
@@ -449,8 +455,8 @@ async def store_doubts(store: Store) -> list[str]:
         except StoreError:
             save = {}
         if save.get(b"save") == b"":
-            doubts.append("appendonly is no and save is empty: a restart of Redis forgets all credit and keys")
-    return doubts
+            warnings.append("appendonly is no and save is empty: a restart of Redis forgets all credit and keys")
+    return warnings
 
 
 def _info(reply: bytes) -> dict[str, str]:
@@ -496,7 +502,7 @@ def shown_credit(name: str, balance: Balance) -> dict[str, str]:
     return {"account": name, **in_usd({amount: getattr(balance, amount) for amount in amounts})}
 
 
-def shown_event(event: Event) -> dict[str, Any]:
+def shown_event(event: UsageEvent) -> dict[str, Any]:
     """Return a settled request as it is shown to operators."""
     fields = in_usd(asdict(event))
     started_ms, settled_ms = fields.pop("started_ms"), fields.pop("settled_ms")
@@ -521,7 +527,7 @@ def _spend(balance: Balance) -> dict[str, Any]:
     return in_usd(asdict(balance.account_spend))
 
 
-def _shown_row(name: str, row: Row, groups: Sequence[str]) -> dict[str, Any]:
+def _shown_row(name: str, row: UsageRow, groups: Sequence[str]) -> dict[str, Any]:
     fields = {field: value for field, value in asdict(row).items() if field not in GROUPS or field in groups}
     return {"account": name, **in_usd(fields)}
 
@@ -535,11 +541,11 @@ def _page(records: list[Record], start: int, limit: int | None) -> list[Record]:
     return records[start:] if limit is None else records[start : start + limit]
 
 
-def _changed(before: Bound, given: dict[str, int | None]) -> Bound:
+def _changed(before: Changeable, given: dict[str, int | None]) -> Changeable:
     return replace(before, **given)
 
 
-def _key_faults(key: Key) -> Iterable[Detail]:
+def _key_errors(key: Key) -> Iterable[Detail]:
     """Yield what is invalid about a key."""
     if len(key.name) > MAX_NAME:
         yield Detail("string_too_long", ("body", "name"), f"At most {MAX_NAME} characters")
@@ -556,24 +562,24 @@ def _check_account_name(name: str) -> None:
     try:
         check_account_name(name)
     except ValueError as error:
-        raise _unfit([Detail("value_error", ("body", "account"), str(error))]) from error
+        raise _validation_error([Detail("value_error", ("body", "account"), str(error))]) from error
 
 
-def _unfit(details: Sequence[Detail]) -> GatewayError:
+def _validation_error(details: Sequence[Detail]) -> GatewayError:
     first = details[0]
     param = str(first.loc[-1])
     return GatewayError(Source.CLIENT, invalid(f"`{param}`: {first.msg}.", *details, param=param))
 
 
-def _no_key(wanted: str) -> GatewayError:
-    shown = "with this secret" if wanted.startswith("rsk_") else wanted[:80]
-    return _refused(404, "key_not_found", f"there is no key {shown}, or more than one")
+def _key_not_found(reference: str) -> GatewayError:
+    shown = "with this secret" if reference.startswith("rsk_") else reference[:80]
+    return _client_error(404, "key_not_found", f"there is no key {shown}, or more than one")
 
 
-def _no_template(owner: str | None, name: str) -> GatewayError:
+def _template_not_found(owner: str | None, name: str) -> GatewayError:
     whose = "global template" if owner is None else f"template of {owner}"
-    return _refused(404, "template_not_found", f"there is no {whose} {name[:128]}")
+    return _client_error(404, "template_not_found", f"there is no {whose} {name[:128]}")
 
 
-def _refused(status: int, code: str, message: str) -> GatewayError:
+def _client_error(status: int, code: str, message: str) -> GatewayError:
     return GatewayError(Source.CLIENT, ErrorResponse(status, code, message))
