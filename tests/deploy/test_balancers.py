@@ -12,12 +12,14 @@ from functools import partial
 import aiohttp
 import pytest
 
-from tests.deploy.conftest import ROOT, accepts, free_port, program, running, tell, until
+from tests.deploy.conftest import ROOT, tell
+from tests.harness.clients import CHAT, HELLO, chat, fetch
+from tests.harness.process import Program, free_port, listens, program
+from tests.harness.waiting import until
 
 PACED = "sim/plain?tokens=40&tps=50"  # 0.8 s: an event each 20 ms
 LONGER = "sim/plain?tokens=75&tps=50"  # 1.5 s
 BALANCERS = pytest.mark.parametrize("balancer", ["haproxy", "nginx"])
-HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 CLIENT = "127.0.0.9"  # loopback has many
 GRACE_S = 1.5  # HAProxy's checks take at most 1.25 s to take an instance out
 
@@ -58,11 +60,8 @@ def command(balancer, gateways, port, home):
 async def behind(balancer, gateways, home):
     """The URL of a balancer that has both gateways in rotation."""
     port = free_port()
-
-    async def ready():
-        return await accepts(port)
-
-    async with running(*command(balancer, gateways, port, home), ready=ready):
+    with Program(*command(balancer, gateways, port, home), log=home / f"{balancer}.log") as running:
+        await running.until(lambda: listens(port))
         yield f"http://127.0.0.1:{port}"
 
 
@@ -71,8 +70,8 @@ async def pair(site, **options):
     return [first, await site.gateway(models=(PACED, LONGER), drain_grace_s=GRACE_S, **options)]
 
 
-async def served(site, gateway):
-    return await site.metric(gateway, "meshproxy_requests_total")
+def served(gateway):
+    return gateway.metric("meshproxy_requests_total")
 
 
 @BALANCERS
@@ -82,7 +81,7 @@ async def test_streams_pass_unharmed_and_undelayed(site, tmp_path, balancer):
     async with behind(balancer, gateways, tmp_path) as url:
         direct = await asyncio.gather(*(site.stream(gateways[0].url, caller, PACED) for _ in range(10)))
         through = await asyncio.gather(*(site.stream(url, caller, PACED) for _ in range(10)))
-    assert all(stream.whole for stream in direct + through)
+    assert all(stream.is_whole for stream in direct + through)
     assert {len(stream.events) for stream in direct} == {len(stream.events) for stream in through}
     first = [statistics.median(stream.first_event_s for stream in streams) for streams in (direct, through)]
     gap = [statistics.median(stream.max_gap_s for stream in streams) for streams in (direct, through)]
@@ -92,14 +91,14 @@ async def test_streams_pass_unharmed_and_undelayed(site, tmp_path, balancer):
     )
     assert first[1] < first[0] + 0.25
     assert gap[1] < gap[0] + 0.1  # a balancer that buffers would show 0.8 s
-    assert "text/event-stream; charset=utf-8" == through[0].headers["content-type"]
+    assert through[0].headers["content-type"] == "text/event-stream; charset=utf-8"
 
 
 @BALANCERS
 async def test_the_client_is_known_through_them(site, tmp_path, balancer):
     gateways = await pair(site, trusted_proxies=["127.0.0.1/32"])
     async with behind(balancer, gateways, tmp_path) as url:
-        assert CLIENT == await client_through(url, await site.key(), gateways)
+        assert await client_through(url, await site.key(), gateways) == CLIENT
 
 
 async def test_the_client_is_known_through_the_proxy_protocol(site, tmp_path):
@@ -110,19 +109,19 @@ async def test_the_client_is_known_through_the_proxy_protocol(site, tmp_path):
         .replace("option forwardfor", "")
         .replace(" check port ", " send-proxy-v2 check port ")
     )
-    (tmp_path / "haproxy.cfg").write_text(
-        text.replace("default-server check", "default-server no-check-send-proxy check")
-    )
-    async with running(program("haproxy"), "-f", str(tmp_path / "haproxy.cfg"), "-db", ready=lambda: accepts(port)):
-        assert CLIENT == await client_through(f"http://127.0.0.1:{port}", await site.key(), gateways)
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(text.replace("default-server check", "default-server no-check-send-proxy check"))
+    with Program(program("haproxy"), "-f", file, "-db", log=tmp_path / "haproxy.log") as running:
+        await running.until(lambda: listens(port))
+        assert await client_through(f"http://127.0.0.1:{port}", await site.key(), gateways) == CLIENT
 
 
 async def client_through(url, caller, gateways):
     """What a gateway logs as the client of a request that lies about where it comes from."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(local_addr=(CLIENT, 0))) as http:
         headers = {**caller.auth, "X-Forwarded-For": "6.6.6.6", "Forwarded": "for=6.6.6.6"}
-        async with http.post(f"{url}/v1/chat/completions", json=HELLO, headers=headers) as answer:
-            assert 200 == answer.status
+        answer = await fetch("POST", url + CHAT, session=http, json={"messages": HELLO}, headers=headers)
+        assert answer.status == 200
     lines = await until(
         lambda: [line for gateway in gateways for line in gateway.logged("request")], "the request's line"
     )
@@ -135,29 +134,28 @@ async def test_one_is_drained_and_then_one_is_killed_in_the_middle_of_streams(si
     caller = await site.key()
     async with behind(balancer, gateways, tmp_path) as url:
         streams = [site.stream(url, caller, LONGER) for _ in range(12)]
-        await until(lambda: all_flow(site, gateways, 12), "the streams to flow")
-        gateways[0].signal(signal.SIGTERM)
-        assert 0 == await gateways[0].exit()
-        assert [True] * 12 == [stream.whole for stream in await asyncio.gather(*streams)]
-        await site.started(gateways[0])
+        await until(lambda: streaming(gateways) == 12, "the streams to flow")
+        gateways[0].send(signal.SIGTERM)
+        assert await gateways[0].exit() == 0
+        assert [stream.is_whole for stream in await asyncio.gather(*streams)] == [True] * 12
+        await gateways[0].started()
         streams, shares = await spread(site, url, caller, gateways)
-        gateways[1].signal(signal.SIGKILL)
+        gateways[1].send(signal.SIGKILL)
         await gateways[1].exit()
         done = await asyncio.gather(*streams)
-        whole = sum(stream.whole for stream in done)
+        whole = sum(stream.is_whole for stream in done)
         assert shares[0] == whole
-        assert not any(stream.events[-1:] == ["[DONE]"] for stream in done if not stream.whole)
+        assert not any(stream.events[-1:] == ["[DONE]"] for stream in done if not stream.is_whole)
         answers = await asyncio.gather(*(ask(site, url, caller) for _ in range(20)))
         tell(
             f"{balancer}: drained in the middle of 12 streams, 12 whole; killed in the middle of {len(done)}, "
             f"{whole} of the other instance whole, {len(done) - whole} of its own told as broken"
         )
-    assert [200] * 20 == answers
+    assert answers == [200] * 20
 
 
-async def all_flow(site, gateways, count):
-    flowing = [await site.metric(gateway, 'meshproxy_in_flight_requests{phase="stream"}') for gateway in gateways]
-    return sum(flowing) == count
+def streaming(gateways):
+    return sum(gateway.metric('meshproxy_in_flight_requests{phase="stream"}') for gateway in gateways)
 
 
 async def spread(site, url, caller, gateways):
@@ -165,27 +163,21 @@ async def spread(site, url, caller, gateways):
     streams = []
     for _ in range(100):
         streams += [site.stream(url, caller, LONGER) for _ in range(4)]
-        await until(partial(the_rest_flow, site, gateways, streams), "the streams to flow")
-        shares = [
-            int(await site.metric(gateway, 'meshproxy_in_flight_requests{phase="stream"}')) for gateway in gateways
-        ]
+        await until(partial(all_flow, gateways, streams), "the streams to flow")
+        shares = [int(gateway.metric('meshproxy_in_flight_requests{phase="stream"}')) for gateway in gateways]
         if min(shares) >= 4:
             return [stream for stream in streams if not stream.done()], shares
-        await asyncio.sleep(0.1)
     raise AssertionError("the restarted instance gets no streams")
 
 
-async def the_rest_flow(site, gateways, streams):
-    return await all_flow(site, gateways, sum(not stream.done() for stream in streams))
+def all_flow(gateways, streams):
+    return streaming(gateways) == sum(not stream.done() for stream in streams)
 
 
 async def ask(site, url, caller):
-    try:
-        async with site.http.post(f"{url}/v1/chat/completions", json=HELLO, headers=caller.auth) as answer:
-            await answer.read()
-            return answer.status
-    except Exception as error:  # noqa: BLE001 - whatever a client would see
-        return repr(error)
+    """The status that a client sees, or what went wrong."""
+    answer = await chat(url, caller.auth, session=site.http)
+    return answer.broken or answer.status
 
 
 @BALANCERS
@@ -197,29 +189,25 @@ async def test_a_rolling_restart_under_load_loses_nothing(site, tmp_path, balanc
         load = asyncio.create_task(offer(site, url, caller, stopped))
         begun_at = time.monotonic()
         for gateway in gateways:
-            before = await served(site, gateway)
-            await until(lambda gateway=gateway, before=before: more_than(site, gateway, before + 10), "load on it")
-            gateway.signal(signal.SIGTERM)
-            assert 0 == await gateway.exit()
-            await site.started(gateway)
-            await until(lambda gateway=gateway: more_than(site, gateway, 10), "load on the new one")
+            before = served(gateway)
+            await until(lambda gateway=gateway, before=before: served(gateway) > before + 10, "load on it")
+            gateway.send(signal.SIGTERM)
+            assert await gateway.exit() == 0
+            await gateway.started()
+            await until(lambda gateway=gateway: served(gateway) > 10, "load on the new one")
         lasted_s = time.monotonic() - begun_at
         stopped.set()
         answers, streams = await load
     lost = [answer for answer in answers if answer != 200]
-    cut = [(stream.status, stream.broken, stream.events[-1:]) for stream in streams if not stream.whole]
+    cut = [(stream.status, stream.broken, stream.events[-1:]) for stream in streams if not stream.is_whole]
     gap_ms = max(stream.max_gap_s for stream in streams) * 1000
     tell(
         f"{balancer}: both instances restarted in {lasted_s:.1f} s under load: {len(answers)} requests, {len(lost)} lost; "
         f"{len(streams)} streams, {len(cut)} cut; largest gap {gap_ms:.0f} ms"
     )
-    assert ([], []) == (lost, cut)
+    assert (lost, cut) == ([], [])
     settled = await site.settled(caller, len(answers) + len(streams))
-    assert {"completed"} == {event["outcome"] for event in settled}
-
-
-async def more_than(site, gateway, count):
-    return await served(site, gateway) > count
+    assert {event["outcome"] for event in settled} == {"completed"}
 
 
 async def offer(site, url, caller, stopped):

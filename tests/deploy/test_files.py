@@ -14,8 +14,9 @@ import yaml
 from packaging.requirements import Requirement
 
 from meshproxy.config import parse
-from tests.deploy.conftest import ROOT, program, tell
+from tests.deploy.conftest import ROOT, tell
 from tests.deploy.test_balancers import haproxy_config, nginx_config
+from tests.harness.process import program
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -29,7 +30,7 @@ def run(*command, env=None):
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=30, env={**os.environ, **(env or {})}
     )
-    assert 0 == done.returncode, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -66,7 +67,7 @@ def unit(tmp_path):
 
 
 def test_systemd_accepts_the_unit_without_a_word(unit):
-    assert "" == run(program("systemd-analyze"), "verify", str(unit))
+    assert run(program("systemd-analyze"), "verify", str(unit)) == ""
 
 
 def test_the_unit_is_hardened(unit):
@@ -83,15 +84,15 @@ def test_the_unit_waits_for_the_drain():
 
 def test_a_reload_of_the_unit_is_a_signal_and_needs_no_credential():
     lines = UNIT.read_text().splitlines()
-    assert ["ExecReload=/bin/kill -HUP $MAINPID"] == [line for line in lines if line.startswith("ExecReload=")]
-    assert [] == [line for line in lines if line.startswith("LoadCredential")]
+    assert [line for line in lines if line.startswith("ExecReload=")] == ["ExecReload=/bin/kill -HUP $MAINPID"]
+    assert [line for line in lines if line.startswith("LoadCredential")] == []
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_a_manifest_is_as_its_schema_says(path):
     for document in yaml.safe_load_all(path.read_text()):
         if document["kind"] == "ServiceMonitor":  # of the Prometheus operator, whose schema isn't in Kubernetes
-            assert {"apiVersion", "kind", "metadata", "spec"} == document.keys()
+            assert document.keys() == {"apiVersion", "kind", "metadata", "spec"}
             continue
         kind = document["kind"]
         if kind in {"Deployment", "Service"}:  # kustomize writes the selector
@@ -113,10 +114,10 @@ def test_kustomize_renders_what_the_schemas_accept():
         if document["kind"] != "ServiceMonitor":
             kubernetes_validate.validate(document, "1.31", strict=True)
     kinds = {document["kind"] for document in documents}
-    assert {
+    assert kinds == {
         *("ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy", "PodDisruptionBudget", "Service"),
         *("ServiceAccount", "ServiceMonitor"),
-    } == kinds
+    }
 
 
 def test_everything_selects_the_same_pods():
@@ -129,8 +130,8 @@ def test_everything_selects_the_same_pods():
     assert [labels] * 5 == selectors
     monitor = by_kind["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
     services = [document for document in documents if document["kind"] == "Service"]
-    assert ["meshproxy-admin"] == [
-        s["metadata"]["name"] for s in services if monitor.items() <= s["metadata"]["labels"].items()
+    assert [s["metadata"]["name"] for s in services if monitor.items() <= s["metadata"]["labels"].items()] == [
+        "meshproxy-admin"
     ]
 
 
@@ -138,9 +139,9 @@ def test_the_network_policy_has_the_ports_that_are_used_and_redis_is_still_anoth
     (policy,) = (document for document in rendered() if document["kind"] == "NetworkPolicy")
     ingress = [[port["port"] for port in rule["ports"]] for rule in policy["spec"]["ingress"]]
     egress = [[port["port"] for port in rule["ports"]] for rule in policy["spec"]["egress"]]
-    assert ([["http"], ["admin"]], [[53, 53], [6379], [443]]) == (ingress, egress)
+    assert (ingress, egress) == ([["http"], ["admin"]], [[53, 53], [6379], [443]])
     (redis,) = policy["spec"]["egress"][1]["to"]
-    assert {"matchExpressions"} == redis["podSelector"].keys()
+    assert redis["podSelector"].keys() == {"matchExpressions"}
 
 
 def test_secrets_are_files_of_the_secret_and_none_is_in_the_config_map():
@@ -150,7 +151,7 @@ def test_secrets_are_files_of_the_secret_and_none_is_in_the_config_map():
     told = (KUBERNETES / "kustomization.yaml").read_text()
     files = [Path(secret.file) for secret in secrets]
     assert [Path("/run/secrets/meshproxy")] * 3 == [path.parent for path in files]
-    assert [] == [path.name for path in files if f"--from-file={path.name}" not in told]
+    assert [path.name for path in files if f"--from-file={path.name}" not in told] == []
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_a_lock_has_all_that_the_project_asks_for_by_hash_and_names_no_host(name
         for requirement in [Requirement(line)]
         if requirement.name not in versions or versions[requirement.name] not in requirement.specifier
     ]
-    assert [] == unmet, "make lock"
+    assert unmet == [], "make lock"
 
 
 def test_the_image_has_the_versions_that_are_tested():
@@ -192,7 +193,7 @@ def test_a_pod_has_the_time_to_drain():
     (container,) = pod["containers"]
     pre_stop_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] >= pre_stop_s + server.drain_grace_s + server.drain_s + 30
-    assert f"{server.workers}" == container["resources"]["requests"]["cpu"]
+    assert container["resources"]["requests"]["cpu"] == f"{server.workers}"
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.toml")), ids=lambda path: str(path.relative_to(DEPLOY)))
@@ -203,7 +204,7 @@ def test_a_configuration_is_fit(path):
 
 
 def test_hadolint_accepts_the_dockerfile():
-    assert "" == run(str(BIN / "hadolint"), str(DEPLOY / "Dockerfile"))
+    assert run(str(BIN / "hadolint"), str(DEPLOY / "Dockerfile")) == ""
 
 
 def test_the_image_has_what_it_copies_and_runs_as_nobody():
@@ -211,7 +212,7 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody():
     copied = [
         word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
     ]
-    assert [] == [name for name in copied if not (ROOT / name).exists()]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
     sent = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     assert set(copied) == sent
     final = lines[max(index for index, line in enumerate(lines) if line.startswith("FROM ")) :]
@@ -223,17 +224,23 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody():
 def test_compose_mounts_what_there_is():
     site = yaml.safe_load(compose())
     mounts = [volume.split(":")[0] for service in site["services"].values() for volume in service.get("volumes", ())]
-    assert [] == [
+    assert [
         path for path in mounts if path.startswith(".") and not (DEPLOY / "compose" / path).resolve().exists()
-    ]
+    ] == []
     named = {path for path in mounts if not path.startswith(".")}
     assert set(site["volumes"]) == named
-    assert {"meshproxy-1", "meshproxy-2", "provider", "haproxy", "valkey", "prometheus", "grafana"} == set(
-        site["services"]
-    )
+    assert set(site["services"]) == {
+        "meshproxy-1",
+        "meshproxy-2",
+        "provider",
+        "haproxy",
+        "valkey",
+        "prometheus",
+        "grafana",
+    }
     for name in ("meshproxy-1", "meshproxy-2"):
         service = site["services"][name]
-        assert (True, ["ALL"], "11m") == (service["read_only"], service["cap_drop"], service["stop_grace_period"])
+        assert (service["read_only"], service["cap_drop"], service["stop_grace_period"]) == (True, ["ALL"], "11m")
 
 
 def test_compose_s_prometheus_accepts_its_configuration(tmp_path):
@@ -255,12 +262,12 @@ def test_no_file_names_a_registry_s_host():
         for image in re.findall(r"^\s*(?:image:|FROM)\s+(\S+)", path.read_text(), re.MULTILINE)
         if "." in image.partition("/")[0].partition(":")[0]
     ]
-    assert [] == named
+    assert named == []
 
 
 def test_every_image_has_a_version():
     images = re.findall(r"^\s*(?:image:|ARG PYTHON=)\s*(\S+)", compose() + dockerfile(), re.MULTILINE)
-    assert [] == [image for image in images if not re.search(r":[0-9v]", image) and image != "meshproxy"]
+    assert [image for image in images if not re.search(r":[0-9v]", image) and image != "meshproxy"] == []
 
 
 def compose():
@@ -277,4 +284,4 @@ def test_every_alert_has_its_page():
     names = {name.lower() for name in re.findall(r"alert: (\S+)", alerts)}
     headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     assert names == wanted
-    assert set() == wanted - {heading.lower() for heading in headings}
+    assert wanted - {heading.lower() for heading in headings} == set()

@@ -9,10 +9,11 @@ import pytest
 import trustme
 
 from meshproxy.server.client_address import SIGNATURE
-from tests.deploy.conftest import free_port, until
+from tests.harness.clients import chat, chat_bytes, fetch, next_answer
+from tests.harness.process import free_port
+from tests.harness.waiting import until
 
 MODES = pytest.mark.parametrize("workers", [1, 2])
-HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 PROXY_V1 = b"PROXY TCP4 203.0.113.7 127.0.0.1 56324 443\r\n"
 PROXY_V2 = (
     SIGNATURE
@@ -24,12 +25,22 @@ PROXY_V2 = (
 PROXY_LOCAL = SIGNATURE + b"\x20\x00\x00\x00"
 
 
-async def post(url, caller, *, connector=None, **headers):
-    async with aiohttp.ClientSession(connector=connector) as http:
-        told = {**caller.auth, **headers}
-        async with http.post(f"{url}/v1/chat/completions", json=HELLO, headers=told) as answer:
-            await answer.read()
-            return answer.status
+FORWARDED = ("X-Forwarded-For: 6.6.6.6, 203.0.113.7", "Forwarded: for=203.0.113.7")
+TRUSTING, ELSEWHERE = {"trusted_proxies": ["127.0.0.0/8"]}, {"trusted_proxies": ["10.0.0.0/8"]}
+PROXIED = {"proxy_protocol": True}
+
+# what is set of the server, what stands before the request and in its head, and the client in the log; None: hung up on
+CLIENTS = {
+    "forwarded by a trusted proxy": (TRUSTING, b"", FORWARDED[:1], "203.0.113.7"),
+    "forwarded by another": (ELSEWHERE, b"", FORWARDED, "127.0.0.1"),
+    "the PROXY protocol, version 1": (PROXIED, PROXY_V1, (), "203.0.113.7"),
+    "the PROXY protocol, version 2": (PROXIED, PROXY_V2, (), "203.0.113.8"),
+    "the PROXY protocol, a check": (PROXIED, PROXY_LOCAL, (), "127.0.0.1"),
+    "no PROXY header": (PROXIED, b"", (), None),
+    "no PROXY header, two workers": ({**PROXIED, "workers": 2}, b"", (), None),
+    "the PROXY protocol, two workers": ({**PROXIED, "workers": 2}, PROXY_V2, (), "203.0.113.8"),
+    "the PROXY protocol, by a stranger": ({**PROXIED, **ELSEWHERE}, PROXY_V2, (), None),
+}
 
 
 async def client_logged(gateway):
@@ -38,62 +49,35 @@ async def client_logged(gateway):
     return gateway.logged("request")[-1]["client"]
 
 
-async def raw(gateway, caller, preface, tls=None):
-    """The beginning of the answer to a request behind a preface."""
-    host, port = gateway.listen.split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+async def status_of(gateway, caller, preface, *lines, tls=None):
+    """The status of the answer to a request behind a preface; None if the connection is closed without one."""
+    reader, writer = await asyncio.open_connection(*gateway.address)
     writer.write(preface)
     if tls is not None:
         await writer.drain()
         await writer.start_tls(tls, server_hostname="localhost")
-    body = b'{"messages": [{"role": "user", "content": "Hello"}]}'
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
-        f"content-type: application/json\r\nauthorization: {caller.auth['authorization']}\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
+    writer.write(chat_bytes(caller.auth, *lines))
     try:
-        return (await asyncio.wait_for(reader.read(), 5))[:15]
-    except ConnectionError:
-        return b""
+        return (await next_answer(reader))[0]
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return None
     finally:
         writer.close()
 
 
-async def test_forwarded_for_is_believed_from_trusted_proxies(site):
-    gateway = await site.gateway(trusted_proxies=["127.0.0.0/8"])
-    caller = await site.key()
-    await post(gateway.url, caller, **{"X-Forwarded-For": "6.6.6.6, 203.0.113.7"})
-    assert "203.0.113.7" == await client_logged(gateway)
+@pytest.mark.parametrize("way", CLIENTS)
+async def test_the_client_is_who_may_say_so(site, way):
+    settings, preface, lines, client = CLIENTS[way]
+    gateway = await site.gateway(**settings)
+    status = await status_of(gateway, await site.key(), preface, *lines)
+    assert status == (None if client is None else 200)
+    if client is not None:
+        assert await client_logged(gateway) == client
 
 
-async def test_and_from_nobody_else(site):
-    gateway = await site.gateway(trusted_proxies=["10.0.0.0/8"])
-    caller = await site.key()
-    await post(gateway.url, caller, **{"X-Forwarded-For": "203.0.113.7", "Forwarded": "for=203.0.113.7"})
-    assert "127.0.0.1" == await client_logged(gateway)
-
-
-@pytest.mark.parametrize(
-    "preface, client", [(PROXY_V1, "203.0.113.7"), (PROXY_V2, "203.0.113.8"), (PROXY_LOCAL, "127.0.0.1")]
-)
-async def test_the_proxy_protocol_tells_the_client(site, preface, client):
-    gateway = await site.gateway(proxy_protocol=True)
-    assert b"HTTP/1.1 200 OK" == await raw(gateway, await site.key(), preface)
-    assert client == await client_logged(gateway)
-
-
-@MODES
-async def test_without_its_header_a_connection_is_closed(site, workers):
-    gateway = await site.gateway(proxy_protocol=True, workers=workers)
-    caller = await site.key()
-    assert b"" == await raw(gateway, caller, b"")
-    assert b"HTTP/1.1 200 OK" == await raw(gateway, caller, PROXY_V2)
-
-
-async def test_a_stranger_can_t_speak_for_others(site):
-    gateway = await site.gateway(proxy_protocol=True, trusted_proxies=["10.0.0.0/8"])
-    assert b"" == await raw(gateway, await site.key(), PROXY_V2)
+async def post(url, caller, connector, **headers):
+    async with aiohttp.ClientSession(connector=connector) as http:
+        return (await chat(url, caller.auth, session=http, headers=headers)).status
 
 
 @pytest.fixture
@@ -119,21 +103,20 @@ async def test_tls_and_a_renewed_certificate(site, tls, tmp_path, workers):
     gateway = await site.gateway(workers=workers, **settings)
     caller = await site.key()
     url = f"https://{gateway.listen}"
-    assert 200 == await post(url, caller, connector=aiohttp.TCPConnector(ssl=context))
+    assert await post(url, caller, aiohttp.TCPConnector(ssl=context)) == 200
     before = await serial(gateway, context)
     issue(authority, tmp_path)
-    gateway.signal(1)
+    gateway.send(1)
     await until(lambda: gateway.logged("reloaded"), "the reload")
-    assert before != await serial(gateway, context)
+    assert await serial(gateway, context) != before
     (tmp_path / "tls.key").write_text("nonsense")
-    gateway.signal(1)
+    gateway.send(1)
     await until(lambda: gateway.logged("reload_failed"), "its refusal")
-    assert 200 == await post(url, caller, connector=aiohttp.TCPConnector(ssl=context))
+    assert await post(url, caller, aiohttp.TCPConnector(ssl=context)) == 200
 
 
 async def serial(gateway, context):
-    host, port = gateway.listen.split(":")
-    _, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="localhost")
+    _, writer = await asyncio.open_connection(*gateway.address, ssl=context, server_hostname="localhost")
     certificate = writer.get_extra_info("peercert")
     writer.close()
     return certificate["serialNumber"]
@@ -141,60 +124,43 @@ async def serial(gateway, context):
 
 async def test_tls_behind_the_proxy_protocol(site, tls):
     context, settings, _ = tls
-    gateway = await site.gateway(proxy_protocol=True, **settings)
-    assert b"HTTP/1.1 200 OK" == await raw(gateway, await site.key(), PROXY_V2, context)
-    assert "203.0.113.8" == await client_logged(gateway)
+    gateway = await site.gateway(**PROXIED, **settings)
+    assert await status_of(gateway, await site.key(), PROXY_V2, tls=context) == 200
+    assert await client_logged(gateway) == "203.0.113.8"
 
 
-async def test_a_certificate_that_is_no_use_is_a_fault(site, tmp_path):
+@pytest.mark.parametrize("key, fault", [("x.pem", "tls_cert: {}/x.pem"), ("none", "tls_key: {}/none")])
+async def test_a_certificate_or_key_that_is_no_use_is_a_fault(site, tmp_path, key, fault):
     (tmp_path / "x.pem").write_text("nonsense")
-    gateway = site.configure(tls_cert=str(tmp_path / "x.pem"), tls_key=str(tmp_path / "x.pem"))
-    await gateway.start()
-    assert 78 == await gateway.exit()
-    assert gateway.noise[0].startswith(f"server.tls_cert: {tmp_path}/x.pem"), gateway.noise
-
-
-async def test_a_key_that_is_not_there_is_a_fault(site, tmp_path):
-    (tmp_path / "x.pem").write_text("nonsense")
-    gateway = site.configure(tls_cert=str(tmp_path / "x.pem"), tls_key=str(tmp_path / "none"))
-    await gateway.start()
-    assert 78 == await gateway.exit()
-    assert gateway.noise[0].startswith(f"server.tls_key: {tmp_path}/none"), gateway.noise
+    gateway = site.configure(tls_cert=str(tmp_path / "x.pem"), tls_key=str(tmp_path / key))
+    gateway.launch()
+    assert await gateway.exit() == 78
+    assert gateway.noise[0].startswith(f"server.{fault.format(tmp_path)}"), gateway.noise
 
 
 @MODES
 async def test_unix_sockets(site, tmp_path, workers):
     path = tmp_path / "data.sock"
-    gateway = site.configure(listen=f"unix:{path}", workers=workers)
-    await site.started(gateway)
-    caller = await site.key()
+    gateway = await site.gateway(listen=f"unix:{path}", workers=workers)
     forwarded = {"X-Forwarded-For": "203.0.113.7"}
-    assert 200 == await post("http://localhost", caller, connector=aiohttp.UnixConnector(str(path)), **forwarded)
-    assert "203.0.113.7" == await client_logged(gateway)
+    assert await post("http://localhost", await site.key(), aiohttp.UnixConnector(str(path)), **forwarded) == 200
+    assert await client_logged(gateway) == "203.0.113.7"
 
 
 @MODES
 async def test_ipv6(site, workers):
-    port = free_port()
-    gateway = site.configure(listen=f"[::1]:{port}", workers=workers)
-    await site.started(gateway)
-    assert 200 == await post(f"http://[::1]:{port}", await site.key())
-    assert "::1" == await client_logged(gateway)
+    gateway = await site.gateway(listen=f"[::1]:{free_port()}", workers=workers)
+    assert (await site.chat(gateway, await site.key())).status == 200
+    assert await client_logged(gateway) == "::1"
 
 
 @MODES
 async def test_the_admin_token_guards_all_but_the_probes(site, monkeypatch, workers):
     monkeypatch.setenv("ADMIN", "t0ken")
-    gateway = await site.gateway(workers=workers)
-    gateway.signal(15)
-    await gateway.exit()
-    text = gateway.path.read_text().replace("[log]", 'admin_token = { env = "ADMIN" }\n[log]')
-    gateway.path.write_text(text)
-    await site.started(gateway)
-    found = {}
-    for path in ("/readyz", "/healthz", "/metrics", "/status"):
-        async with site.http.get(gateway.admin + path) as answer:
-            found[path] = answer.status
-    assert {"/readyz": 200, "/healthz": 200, "/metrics": 401, "/status": 401} == found
-    async with site.http.get(f"{gateway.admin}/metrics", headers={"authorization": "Bearer t0ken"}) as answer:
-        assert 200 == answer.status
+    gateway = site.configure(workers=workers, admin_token={"env": "ADMIN"})
+    gateway.auth = {"authorization": "Bearer t0ken"}
+    await gateway.started()
+    pages = ("/readyz", "/healthz", "/metrics", "/status")
+    found = {page: (await fetch("GET", gateway.admin + page)).status for page in pages}
+    assert found == {"/readyz": 200, "/healthz": 200, "/metrics": 401, "/status": 401}
+    assert (await fetch("GET", f"{gateway.admin}/metrics", headers=gateway.auth)).status == 200

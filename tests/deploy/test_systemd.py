@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import sys
 
 import pytest
 
@@ -13,7 +11,8 @@ from meshproxy.config import Redis
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
-from tests.deploy.conftest import until
+from tests.harness.clients import chat
+from tests.harness.waiting import until
 
 
 @pytest.fixture
@@ -37,41 +36,31 @@ async def told(sock):
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_each_state_is_told_when_it_holds(site, notifications, tmp_path, workers):
     gateway = site.configure(workers=workers)
-    await gateway.start(env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")})
-    site.stack.push_async_callback(gateway.end)
-    assert "READY=1" == await heard(notifications)
-    await until(lambda: site.ready(gateway), "readiness")
-    gateway.signal(signal.SIGHUP)
-    assert "RELOADING=1" == await heard(notifications)
-    assert ["READY=1", "STATUS=reloaded, generation 2"] == await told(notifications)
-    gateway.path.write_text(gateway.path.read_text().replace('"2.50"', '"-2.50"', 1))
-    gateway.signal(signal.SIGHUP)
-    assert "RELOADING=1" == await heard(notifications)
+    gateway.launch(env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    assert await heard(notifications) == "READY=1"
+    await until(gateway.is_ready, "readiness")
+    gateway.send(signal.SIGHUP)
+    assert await heard(notifications) == "RELOADING=1"
+    assert await told(notifications) == ["READY=1", "STATUS=reloaded, generation 2"]
+    gateway.replace('"2.50"', '"-2.50"')
+    gateway.send(signal.SIGHUP)
+    assert await heard(notifications) == "RELOADING=1"
     ready, status = await told(notifications)
     cause = 'reload failed, generation 2 goes on: models."openai/gpt-4o".input_usd_per_mtok: '
-    assert ("READY=1", True) == (ready, status.startswith(f"STATUS={cause}"))
-    gateway.signal(signal.SIGTERM)
-    assert "STOPPING=1" == await heard(notifications)
-    assert 0 == await gateway.exit()
+    assert (ready, status.startswith(f"STATUS={cause}")) == ("READY=1", True)
+    gateway.send(signal.SIGTERM)
+    assert await heard(notifications) == "STOPPING=1"
+    assert await gateway.exit() == 0
 
 
 async def test_a_secret_is_a_credential_s_file(site, tmp_path):
     (tmp_path / "openai").write_text("sk-credential\n")
     gateway = site.configure()
-    text = gateway.path.read_text()
-    gateway.path.write_text(
-        text.replace('kind = "simulator"', f'kind = "simulator"\napi_key = {{ file = "{tmp_path}/openai" }}', 1)
-    )
-    await site.started(gateway)
-    caller = await site.key()
-    async with site.http.post(
-        f"{gateway.url}/v1/chat/completions",
-        json={"messages": [{"role": "user", "content": "Hi"}]},
-        headers=caller.auth,
-    ) as answer:
-        assert 200 == answer.status
+    gateway.replace('kind = "simulator"', f'kind = "simulator"\napi_key = {{ file = "{tmp_path}/openai" }}')
+    await gateway.started()
+    assert (await site.chat(gateway, await site.key())).status == 200
     (entry,) = site.provider.history.requests
-    assert ["Bearer sk-credential"] == [value for name, value in entry.headers if name.lower() == "authorization"]
+    assert [value for name, value in entry.headers if name.lower() == "authorization"] == ["Bearer sk-credential"]
 
 
 @pytest.mark.parametrize(
@@ -86,41 +75,17 @@ async def test_the_store_s_password_and_a_header_are_secrets_too(site, tmp_path,
         await store.close()
         with_password = server.url.replace("unix://", "unix://:p%2Fw%20%401@")
         gateway = site.configure(workers=2)
-        text = gateway.path.read_text().replace(f'url = "{site.redis}"', redis.format(url=server.url, dir=tmp_path))
+        gateway.replace(f'url = "{site.redis}"', redis.format(url=server.url, dir=tmp_path))
         headers = f'headers = {{ "api-key" = {{ file = "{tmp_path}/azure" }} }}'
-        gateway.path.write_text(text.replace('kind = "simulator"', f'kind = "simulator"\n{headers}'))
-        env = {**os.environ, "STORE": with_password}
-        await gateway.start(env=env)
-        site.stack.push_async_callback(gateway.end)
-        await until(lambda: site.ready(gateway), "readiness")
-        minting = await asyncio.create_subprocess_exec(
-            *(
-                sys.executable,
-                "-m",
-                "meshproxy",
-                "keys",
-                "create",
-                "--account",
-                "acme",
-                "--config",
-                str(gateway.path),
-                "--json",
-            ),
-            env=env,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        key = json.loads((await minting.communicate())[0])["key"]
+        gateway.replace('kind = "simulator"', f'kind = "simulator"\n{headers}')
+        await gateway.started(env={"STORE": with_password})
+        key = gateway.command("keys", "create", "--account", "acme", env={"STORE": with_password})["key"]
         store = await connect(Redis(url=with_password))
         await Ledger(store).grant("acme", 10**9)
         await store.close()
-        async with site.http.post(
-            f"{gateway.url}/v1/chat/completions",
-            json={"messages": [{"role": "user", "content": "Hi"}]},
-            headers={"authorization": f"Bearer {key}"},
-        ) as answer:
-            assert 200 == answer.status
-        await gateway.end()
+        assert (await chat(gateway.url, {"authorization": f"Bearer {key}"})).status == 200
+        gateway.end()
     (entry,) = site.provider.history.requests
-    assert ["azure-credential"] == [value for name, value in entry.headers if name.lower() == "api-key"]
+    assert [value for name, value in entry.headers if name.lower() == "api-key"] == ["azure-credential"]
     told = json.dumps(gateway.lines) + "".join(gateway.noise)
     assert not any(secret in told for secret in ("p/w @1", "p%2Fw", "azure-credential"))

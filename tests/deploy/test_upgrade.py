@@ -5,14 +5,15 @@ are replaced, no request fails, each is charged once, and the account's books ar
 """
 
 import asyncio
-import os
+import signal
 import subprocess
 import tarfile
 from io import BytesIO
 
 import pytest
 
-from tests.deploy.conftest import ROOT, tell, until
+from tests.deploy.conftest import ROOT, tell
+from tests.harness.waiting import until
 
 EARLIER = "910efae778dcfccd78df6e14465eedcaf32e4252"  # the last commit before 0.1.0's formats were final
 MODEL = "sim/plain?tokens=6&tps=200"
@@ -36,21 +37,19 @@ class Fleet:
 
     def __init__(self, site, earlier):
         self.site = site
-        self.releases = {"earlier": {"env": {**os.environ, "PYTHONPATH": str(earlier)}, "cwd": earlier}, "this": {}}
+        self.releases = {"earlier": {"env": {"PYTHONPATH": str(earlier)}, "cwd": earlier}, "this": {}}
         self.ready = []
         self.answered = []  # an empty text, or what went wrong
 
     async def add(self, release):
         gateway = self.site.configure(models=(MODEL,), drain_s=10, workers=1)
-        await gateway.start(**self.releases[release])
-        self.site.stack.push_async_callback(gateway.end)
-        await until(lambda: self.site.ready(gateway), "readiness")
+        await gateway.started(**self.releases[release])
         self.ready.append(gateway)
         return gateway
 
     async def remove(self, gateway):
         self.ready.remove(gateway)
-        gateway.process.terminate()
+        gateway.send(signal.SIGTERM)
         assert await gateway.exit() == 0
         assert [line for line in gateway.lines if line["level"] == "error"] == []
 
@@ -61,14 +60,10 @@ class Fleet:
             gateway = self.ready[number % len(self.ready)]
             if number % 2:
                 stream = await self.site.stream(gateway.url, caller, MODEL)
-                self.answered.append("" if stream.whole else f"{stream.status} {stream.broken} {stream.events[-1:]}")
+                self.answered.append("" if stream.is_whole else f"{stream.status} {stream.broken} {stream.events[-1:]}")
                 continue
-            body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
-            async with self.site.http.post(
-                f"{gateway.url}/v1/chat/completions", json=body, headers=caller.auth
-            ) as answer:
-                text = await answer.text()
-                self.answered.append("" if answer.status == 200 and "x-mesh-cost" in answer.headers else text)
+            answer = await self.site.chat(gateway, caller, model=MODEL)
+            self.answered.append("" if answer.is_whole and "x-mesh-cost" in answer.headers else answer.body_text)
 
     async def passed(self, count):
         """Wait for so many more answers."""
@@ -93,7 +88,7 @@ async def test_instances_of_two_releases_share_one_redis_in_every_order(site, ea
     tell(f"{len(fleet.answered)} answers while five instances were replaced")
     assert [failed for failed in fleet.answered if failed] == []
     events = await site.settled(caller, len(fleet.answered))
-    balance = await site.ledger.balance(caller.account)
+    balance = await site.books.ledger.balance(caller.account)
     assert len(events) == len(fleet.answered)
     assert sum(int(event["cost_nusd"]) for event in events) == balance.settled_nusd
     assert {event["usage_source"] for event in events} == {"reported"}

