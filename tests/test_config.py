@@ -165,7 +165,7 @@ def test_nothing_is_the_defaults():
     ],
 )
 def test_faults(text, expected):
-    assert expected == faults(text)
+    assert faults(text) == expected
 
 
 @pytest.mark.parametrize("text", ["x", "a = 1\na = 2", "a = " + "9" * 5000, "a = " + "[" * 10_000, "[a", 'a = "\x00"'])
@@ -205,7 +205,7 @@ def test_base_url(url, expected):
     found = _faults_or_none(f"[upstreams.a]\nkind = 'openai'\nbase_url = {msgspec.json.encode(url).decode()}")
     if expected == "expected":
         expected = "expected an http or https URL without user, query and fragment"
-    assert expected == (found and found[0].removeprefix("upstreams.a.base_url: "))
+    assert (found and found[0].removeprefix("upstreams.a.base_url: ")) == expected
 
 
 def _faults_or_none(text):
@@ -227,14 +227,14 @@ def test_redis_url(url):
 @pytest.mark.parametrize("url", ["http://u:hunter2@a", "redis:/u:hunter2@a", "u:hunter2@a", "", "redis"])
 def test_a_redis_url_is_not_shown_for_it_may_hold_a_password(url):
     (fault,) = faults(f"[redis]\nurl = '{url}'")
-    assert (True, False) == (fault.startswith("redis.url: its scheme is none of redis://, "), "hunter2" in fault)
+    assert (fault.startswith("redis.url: its scheme is none of redis://, "), "hunter2" in fault) == (True, False)
 
 
 @pytest.mark.parametrize("address", [":8081", "0.0.0.0:8081", "[::]:8081", "10.0.0.1:8081", "host.example:8081"])
 def test_an_admin_listener_that_others_can_reach_needs_a_token(address):
     text = f"[server]\nadmin_listen = '{address}'\n"
-    assert [f"server.admin_listen: others can reach {address}: it needs a server.admin_token"] == faults(text)
-    assert address == parse(text + "admin_token = { env = 'TOKEN' }").server.admin_listen
+    assert faults(text) == [f"server.admin_listen: others can reach {address}: it needs a server.admin_token"]
+    assert parse(text + "admin_token = { env = 'TOKEN' }").server.admin_listen == address
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "unix:/run/admin.sock"])
@@ -253,7 +253,7 @@ def test_every_price_that_is_let_through_can_be_parsed(usd):
 )
 def test_what_is_no_price(usd):
     text = model("").replace('"1"', f'"{usd}"', 1)
-    assert ['models.m.input_usd_per_mtok: expected a decimal string in USD, as "2.50"'] == faults(text)
+    assert faults(text) == ['models.m.input_usd_per_mtok: expected a decimal string in USD, as "2.50"']
 
 
 TIER = '[[models.m.price_tiers]]\nabove_prompt_tokens = {}\ninput_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
@@ -271,7 +271,7 @@ SERVICE = '[models.m.service_tiers.{}]\ninput_usd_per_mtok = "1"\noutput_usd_per
     ],
 )
 def test_prices_beside_those_of_tokens(more):
-    assert ["m"] == list(parse(model(more)).models)
+    assert list(parse(model(more)).models) == ["m"]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_prices_beside_those_of_tokens(more):
     ],
 )
 def test_what_no_tier_fee_or_markup_can_be(more, expected):
-    assert expected == faults(model(more))
+    assert faults(model(more)) == expected
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ CHEAP = SERVICE.format("flex").replace('"1"', '"0.0000025"', 1)
 )
 def test_which_prices_are_doubted(more, expected):
     text = model(more)
-    assert expected == [doubt.partition(": ")[0] for doubt in likely_mistakes(parse(text), tomllib.loads(text))]
+    assert [doubt.partition(": ")[0] for doubt in likely_mistakes(parse(text), tomllib.loads(text))] == expected
 
 
 def test_a_hold_of_nothing_is_doubted():
@@ -367,7 +367,7 @@ EDGE = "metrics.buckets.meshproxy_overhead_seconds"
     ],
 )
 def test_what_no_histogram_can_have(edges, expected):
-    assert expected == faults(f"{EDGE} = {edges}")
+    assert faults(f"{EDGE} = {edges}") == expected
 
 
 def test_a_histogram_that_is_none():
@@ -376,9 +376,9 @@ def test_a_histogram_that_is_none():
         "metrics.buckets.meshproxy_requests_total: unknown key",
     ]
     text = "[metrics.buckets]\nmeshproxy_overhed_seconds = [1]\nmeshproxy_requests_total = [1]"
-    assert expected == [
+    assert [
         fault.replace(", did you mean meshproxy_request_duration_seconds?", "") for fault in faults(text)
-    ]
+    ] == expected
 
 
 def test_every_fault_is_told_at_once():
@@ -420,7 +420,7 @@ def test_every_fault_is_told_at_once():
         'models."openai/gpt-4o".max_output_tokens: 20 is more than context_window, 10',
         "defaults.model: no model is named openai/gpt4o, did you mean openai/gpt-4o?",
     ]
-    assert expected == faults(text)
+    assert faults(text) == expected
 
 
 json_like = st.recursive(
@@ -458,7 +458,7 @@ def test_any_table_is_settings_or_faults(table):
     ],
 )
 def test_split_address(address, expected):
-    assert expected == split_address(address)
+    assert split_address(address) == expected
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ BAD = "upstreams.a.api_key: the secret is empty or has characters that no header
 def test_secrets_that_cannot_be_had(text, env, files, expected):
     with pytest.raises(ConfigError) as caught:
         secrets(text, env, files)
-    assert [expected] == caught.value.faults
+    assert caught.value.faults == [expected]
 
 
 def test_every_missing_secret_is_told_at_once():
@@ -529,7 +529,7 @@ def test_every_missing_secret_is_told_at_once():
         "upstreams.a.api_key: the environment has no KEY",
         'upstreams."b/c".api_key: the environment has no OTHER',
     ]
-    assert expected == caught.value.faults
+    assert caught.value.faults == expected
 
 
 def test_the_example_says_every_default():
@@ -588,7 +588,7 @@ def test_what_the_example_comments_out_is_the_default_too():
     upstreams = EXAMPLE.read_text().partition("[upstreams.openai]")[2].partition("[models.")[0]
     lines = re.findall(r"^# (\w+ = \S+)", upstreams, re.MULTILINE)
     plain = config.Upstream(kind="openai", base_url="http://a")
-    assert plain == parse(provider("\n".join(lines))).upstreams["a"]
+    assert parse(provider("\n".join(lines))).upstreams["a"] == plain
     assert lines == [line for line in lines if tomllib.loads(line)]
 
 
@@ -600,7 +600,7 @@ def test_the_admin_token_is_a_secret_like_others():
     with pytest.raises(ConfigError) as caught:
         secrets(TOKEN + ENV)
     expected = ["upstreams.a.api_key: the environment has no KEY", "server.admin_token: the environment has no TOKEN"]
-    assert expected == caught.value.faults
+    assert caught.value.faults == expected
 
 
 def test_secrets_are_not_shown():

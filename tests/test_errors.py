@@ -62,7 +62,7 @@ def test_every_problem_says_something():
 
 def test_details_and_a_providers_words_are_kept():
     response = ErrorResponse(400, "c", "m", details=(DETAIL, DETAIL), provider_error={"a": 1})
-    assert ((DETAIL, DETAIL), {"a": 1}) == (response.details, response.provider_error)
+    assert (response.details, response.provider_error) == ((DETAIL, DETAIL), {"a": 1})
 
 
 @pytest.mark.parametrize("maker", [errors.model_not_found, errors.template_not_found])
@@ -73,14 +73,14 @@ def test_a_name_that_is_not_found_is_not_echoed_without_end(maker):
 def test_a_fault_carries_its_source_and_its_problem():
     response = errors.not_found("gone")
     fault = GatewayError(Source.CLIENT, response)
-    assert (Source.CLIENT, response, "gone") == (fault.source, fault.response, str(fault))
+    assert (fault.source, fault.response, str(fault)) == (Source.CLIENT, response, "gone")
 
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_an_upstream_fault_says_whether_another_may_be_asked(safe):
     response = errors.upstream_error("reset", may_have_run=not safe)
     fault = UpstreamError(response, safe_to_repeat=safe)
-    assert (Source.UPSTREAM, response, safe) == (fault.source, fault.response, fault.safe_to_repeat)
+    assert (fault.source, fault.response, fault.safe_to_repeat) == (Source.UPSTREAM, response, safe)
 
 
 def test_an_unlisted_status_has_a_type_too():

@@ -23,7 +23,7 @@ from meshproxy.money import MAX_NUSD, format_usd, in_usd, parse_usd
     ],
 )
 def test_parse_usd(text, expected):
-    assert expected == parse_usd(text)
+    assert parse_usd(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_lua_number_holds_the_largest_amount_exactly():
     ],
 )
 def test_format_usd(amount_nusd, expected):
-    assert expected == format_usd(amount_nusd)
+    assert format_usd(amount_nusd) == expected
 
 
 @given(st.integers(-MAX_NUSD, MAX_NUSD))
@@ -99,4 +99,4 @@ def test_any_text_is_an_amount_or_a_value_error(text):
 
 def test_a_record_in_usd():
     fields = {"name": "ci", "total_nusd": 1_500_000_000, "daily_nusd": None, "monthly_nusd": 0}
-    assert {"name": "ci", "total_usd": "1.50", "daily_usd": None, "monthly_usd": "0.00"} == in_usd(fields)
+    assert in_usd(fields) == {"name": "ci", "total_usd": "1.50", "daily_usd": None, "monthly_usd": "0.00"}

@@ -84,7 +84,7 @@ def host():
 async def test_the_host_is_as_it_was(serve):
     before = host()
     await serve()
-    assert before == host()
+    assert host() == before
 
 
 async def test_the_chat_path_passes_through_middlewares(serve, store):
@@ -107,12 +107,12 @@ async def test_the_chat_path_passes_through_middlewares(serve, store):
         for stream in (False, True):
             body = {"messages": HELLO, "stream": stream}
             async with http.post("/v1/chat/completions", json=body) as answer:
-                assert 200 == answer.status
-                assert stream == (await answer.text()).endswith("data: [DONE]\n\n")
+                assert answer.status == 200
+                assert (await answer.text()).endswith("data: [DONE]\n\n") == stream
         async with http.post("/v1/chat/completions", json={"messages": HELLO}, headers={"x-refuse": "1"}) as answer:
             error = (await answer.json())["error"]
-            assert (401, "unauthorized", "Not today.") == (answer.status, error["code"], error["message"])
-    assert ["/v1/chat/completions"] * 3 == seen
+            assert (answer.status, error["code"], error["message"]) == (401, "unauthorized", "Not today.")
+    assert seen == ["/v1/chat/completions"] * 3
 
 
 async def test_a_hangup_ends_the_stream_and_is_billed(serve, store, simulator):
@@ -129,9 +129,9 @@ async def test_a_hangup_ends_the_stream_and_is_billed(serve, store, simulator):
     async with asyncio.timeout(5):
         while not (settled := [e for e in await usage_events(store, caller.account) if e["event"] == "settled"]):
             await asyncio.sleep(0.01)
-    assert "client_disconnected" == settled[0]["outcome"]
+    assert settled[0]["outcome"] == "client_disconnected"
     balance = await Ledger(store).balance(caller.account)
-    assert 0 == balance.held_nusd
+    assert balance.held_nusd == 0
     assert 0 < balance.settled_nusd < parse_usd("0.01")  # not the 5,000 tokens
 
 

@@ -23,7 +23,7 @@ async def test_a_question_gets_its_answer(pair):
     asking = asyncio.create_task(supervisor.request(ReportRequest()))
     assert ReportRequest() == MESSAGES.decode(await worker.receive())
     worker.send(7)
-    assert 7 == msgspec.msgpack.decode(await asking)
+    assert msgspec.msgpack.decode(await asking) == 7
 
 
 async def test_the_answer_that_nobody_waited_for_is_not_taken_for_the_next(pair):
@@ -35,7 +35,7 @@ async def test_the_answer_that_nobody_waited_for_is_not_taken_for_the_next(pair)
     worker.send("late")
     await worker.receive()
     worker.send("fresh")
-    assert "fresh" == msgspec.msgpack.decode(await asking)
+    assert msgspec.msgpack.decode(await asking) == "fresh"
 
 
 async def test_one_who_is_gone_is_told_as_such_however_often_one_asks(pair):

@@ -37,9 +37,9 @@ async def test_a_line_when_it_is_lost_and_one_when_it_is_back(start_mesh, server
             await mesh.until(lambda: not mesh.worker.store.connected)
             await server.launch()
             await mesh.until(lambda: mesh.worker.store.connected)
-    assert ["ledger_lost", "ledger_back"] * 2 == about_the_ledger(logs)
+    assert about_the_ledger(logs) == ["ledger_lost", "ledger_back"] * 2
     path = server.url.removeprefix("unix://")
-    assert {path} == {line["server"] for line in logs if line["event"].startswith("ledger_")}
+    assert {line["server"] for line in logs if line["event"].startswith("ledger_")} == {path}
     assert all(line["reason"] for line in logs if line["event"] == "ledger_lost")
 
 
@@ -47,20 +47,20 @@ async def test_what_comes_late_is_back_too(start_mesh, server):
     await end(server)
     with capture_logs() as logs:
         mesh = await start_mesh(redis={"url": server.url}, connected=False)
-        assert ["the ledger can't be reached"] == mesh.worker.not_ready()
+        assert mesh.worker.not_ready() == ["the ledger can't be reached"]
         await server.launch()
         await mesh.until(lambda: mesh.worker.store.connected)
-    assert ["ledger_unavailable", "ledger_back"] == about_the_ledger(logs)
-    assert [] == mesh.worker.not_ready()
+    assert about_the_ledger(logs) == ["ledger_unavailable", "ledger_back"]
+    assert mesh.worker.not_ready() == []
 
 
 async def test_who_had_it_once_stays_ready_and_answers_in_the_envelope(start_mesh, server):
     mesh = await start_mesh(redis={"url": server.url})
     await end(server)
     await mesh.until(lambda: not mesh.worker.store.connected)
-    assert [] == mesh.worker.not_ready()
+    assert mesh.worker.not_ready() == []
     answer = await mesh.request("GET", "/v1/key", headers={"authorization": "Bearer rsk_unknown"})
-    assert (503, "ledger_unavailable") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (503, "ledger_unavailable")
     assert "retry-after" in answer.headers
     await server.launch()
     await mesh.until(lambda: mesh.worker.store.connected)
@@ -69,7 +69,7 @@ async def test_who_had_it_once_stays_ready_and_answers_in_the_envelope(start_mes
 async def test_with_local_it_is_ready_without(start_mesh, tmp_path):
     redis = {"url": NOWHERE, "on_failure": "local", "journal": str(tmp_path / "journal")}
     mesh = await start_mesh(redis=redis, connected=False)
-    assert [] == mesh.worker.not_ready()
+    assert mesh.worker.not_ready() == []
 
 
 async def test_a_full_redis_is_logged_once_by_its_kind(server, start_mesh):
@@ -80,10 +80,10 @@ async def test_a_full_redis_is_logged_once_by_its_kind(server, start_mesh):
         statuses = {(await mesh.chat(caller, model="sim/fast")).status for _ in range(5)}
         await mesh.worker.store.execute("CONFIG", "SET", "maxmemory", "0")
     fails = [line for line in logs if line["event"] == "ledger_fails"]
-    assert ({503}, [("oom", "admit", 1)]) == (
+    assert (
         statuses,
         [(line["kind"], line["op"], line["operations"]) for line in fails],
-    )
+    ) == ({503}, [("oom", "admit", 1)])
 
 
 def test_slow_operations_are_counted_between_two_lines(monkeypatch):
@@ -93,4 +93,4 @@ def test_slow_operations_are_counted_between_two_lines(monkeypatch):
     with capture_logs() as logs:
         for seconds in (0.06, 0.2, 0.07):
             log.slow("admit", seconds)
-    assert [(1, 60.0), (2, 200.0)] == [(line["operations"], line["worst_ms"]) for line in logs]
+    assert [(line["operations"], line["worst_ms"]) for line in logs] == [(1, 60.0), (2, 200.0)]

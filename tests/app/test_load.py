@@ -110,14 +110,14 @@ def test_the_store_s_secrets(tmp_path, monkeypatch, redis, expected):
     (tmp_path / "url").write_text("redis://:other@h\n")
     (tmp_path / "password").write_text("secret\n")
     loaded = load(config_file(tmp_path, "[redis]\n" + redis.replace("{dir}", str(tmp_path))))
-    assert (expected, None) == (loaded.settings.redis.url, loaded.settings.redis.password)
+    assert (loaded.settings.redis.url, loaded.settings.redis.password) == (expected, None)
 
 
 def test_a_header_s_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("AZURE_KEY", "hunter2\n")
     text = '[upstreams.u]\nkind = "openai"\nbase_url = "http://h"\nheaders = { "api-key" = { env = "AZURE_KEY" }, a = "b" }'
     loaded = load(config_file(tmp_path, text))
-    assert {"api-key": "hunter2", "a": "b"} == loaded.settings.upstreams["u"].headers
+    assert loaded.settings.upstreams["u"].headers == {"api-key": "hunter2", "a": "b"}
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "é"])
@@ -128,7 +128,7 @@ def test_a_header_s_secret_that_cannot_be_sent_is_not_shown(tmp_path, monkeypatc
     with pytest.raises(ConfigError) as caught:
         load(path)
     expected = f"the secret is empty or has characters that no header may carry ({path}:4)"
-    assert [f"upstreams.u.headers.api-key: {expected}"] == caught.value.faults
+    assert caught.value.faults == [f"upstreams.u.headers.api-key: {expected}"]
 
 
 @pytest.mark.parametrize(
@@ -257,4 +257,4 @@ def test_a_directory_is_no_journal(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
     path = tmp_path / "some.toml"
     path.write_bytes(b"\xef\xbb\xbf[log]\r\nlevel = 'debug'\r\n")
-    assert "debug" == load(str(path)).settings.log.level
+    assert load(str(path)).settings.log.level == "debug"

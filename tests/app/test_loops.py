@@ -40,10 +40,10 @@ async def test_a_loop_that_raises_runs_again(start_mesh, monkeypatch, tmp_path, 
     with capture_logs() as logs:
         mesh = await start_mesh(redis={"on_failure": "local", "journal": str(tmp_path / "journal")})
         await asyncio.wait_for(again.wait(), 5)
-    assert [(name, "error")] == [(line["task"], line["log_level"]) for line in logs if line["event"] == "task_failed"]
+    assert [(line["task"], line["log_level"]) for line in logs if line["event"] == "task_failed"] == [(name, "error")]
     (family,) = mesh.worker.metrics.task_failures.labels(name).collect()
-    assert 1 == next(sample.value for sample in family.samples if sample.name.endswith("_total"))
-    assert [] == mesh.worker.not_ready()
+    assert next(sample.value for sample in family.samples if sample.name.endswith("_total")) == 1
+    assert mesh.worker.not_ready() == []
 
 
 async def test_dialling_goes_on_after_what_nobody_foresaw(start_mesh, monkeypatch):
@@ -61,7 +61,7 @@ async def test_dialling_goes_on_after_what_nobody_foresaw(start_mesh, monkeypatc
     with capture_logs() as logs:
         mesh = await start_mesh(connected=True)
     assert isinstance(mesh.worker.store, ReconnectingStore)
-    assert ["ledger-dial"] == [line["task"] for line in logs if line["event"] == "task_failed"]
+    assert [line["task"] for line in logs if line["event"] == "task_failed"] == ["ledger-dial"]
 
 
 async def test_one_relay_s_trouble_is_not_the_others(mesh, monkeypatch):

@@ -16,19 +16,19 @@ def test_a_socket_file(tmp_path, monkeypatch):
     with listening(str(tmp_path / "notify")) as systemd:
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         notify(READY, "STATUS=up")
-        assert b"READY=1\nSTATUS=up" == systemd.recv(100)
+        assert systemd.recv(100) == b"READY=1\nSTATUS=up"
 
 
 def test_an_abstract_socket(monkeypatch, tmp_path):
     with listening(f"\0{tmp_path}") as systemd:
         monkeypatch.setenv("NOTIFY_SOCKET", f"@{tmp_path}")
         notify(STOPPING)
-        assert b"STOPPING=1" == systemd.recv(100)
+        assert systemd.recv(100) == b"STOPPING=1"
 
 
 def test_a_reload_is_dated():
     state, stamp = reloading().split("\n")
-    assert "RELOADING=1" == state
+    assert state == "RELOADING=1"
     assert stamp.removeprefix("MONOTONIC_USEC=").isdigit()
 
 
@@ -45,4 +45,4 @@ def test_without_systemd_nothing_happens(monkeypatch, address):
     [("up", "STATUS=up"), ("a\nREADY=1", "STATUS=a READY=1"), ("x" * 2000, "STATUS=" + "x" * 1000)],
 )
 def test_a_status_is_one_short_line(text, expected):
-    assert expected == status(text)
+    assert status(text) == expected

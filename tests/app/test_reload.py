@@ -30,20 +30,20 @@ TLS = '[server]\ntls_cert = "/c"\ntls_key = "/k"\n'
 )
 def test_what_needs_a_restart_is_named_and_held_back(text, expected):
     held, named = without_restart_keys(Settings(), parse(text))
-    assert expected == named
-    assert (held, []) == without_restart_keys(Settings(), held)
+    assert named == expected
+    assert without_restart_keys(Settings(), held) == (held, [])
 
 
 def test_what_a_reload_changes_comes_through():
     held, _ = without_restart_keys(
         Settings(), parse("[server]\ndrain_s = 1\nlisten = '127.0.0.1:9'\n[log]\nlevel = 'error'")
     )
-    assert (1, "error", Settings().server.listen) == (held.server.drain_s, held.log.level, held.server.listen)
+    assert (held.server.drain_s, held.log.level, held.server.listen) == (1, "error", Settings().server.listen)
 
 
 def test_a_certificate_may_move():
     wanted = parse(TLS.replace("/c", "/d"))
-    assert (wanted, []) == without_restart_keys(parse(TLS), wanted)
+    assert without_restart_keys(parse(TLS), wanted) == (wanted, [])
 
 
 def test_every_fixed_key_exists():
@@ -89,16 +89,16 @@ async def test_an_unfit_file_changes_nothing():
     with capture_logs() as logs:
         await Reloader(Settings(), reads()).reload(workers)
     assert RunningConfig(STANDING.settings, STANDING.secrets, "/journal", 7, reload_failed=True) == workers.config
-    assert [("reload_failed", ["server.x: unknown key"])] == [(line["event"], line["faults"]) for line in logs]
+    assert [(line["event"], line["faults"]) for line in logs] == [("reload_failed", ["server.x: unknown key"])]
 
 
 async def test_what_a_worker_cannot_build_changes_nothing():
     workers = Workers(["upstreams.a.headers: no"])
     with capture_logs() as logs:
         await Reloader(Settings(), reads("")).reload(workers)
-    assert (7, True) == (workers.config.generation, workers.config.reload_failed)
-    assert [("prepare", 8), ("apply", 7)] == workers.asked
-    assert [["upstreams.a.headers: no"]] == [line["faults"] for line in logs if line["event"] == "reload_failed"]
+    assert (workers.config.generation, workers.config.reload_failed) == (7, True)
+    assert workers.asked == [("prepare", 8), ("apply", 7)]
+    assert [line["faults"] for line in logs if line["event"] == "reload_failed"] == [["upstreams.a.headers: no"]]
 
 
 async def test_a_good_one_is_the_next_generation_over_the_same_store():
@@ -106,15 +106,15 @@ async def test_a_good_one_is_the_next_generation_over_the_same_store():
     reloader = Reloader(Settings(), reads("[server]\nlisten = '127.0.0.1:9'\ndrain_s = 1", ""))
     await reloader.reload(workers)
     first = workers.config
-    assert [("prepare", 8), ("apply", 8)] == workers.asked
-    assert (8, "/journal", {"a": "b"}) == (first.generation, first.journal, first.secrets.upstreams)
-    assert ("unix:///embedded", 1, "127.0.0.1:8080") == (
+    assert workers.asked == [("prepare", 8), ("apply", 8)]
+    assert (first.generation, first.journal, first.secrets.upstreams) == (8, "/journal", {"a": "b"})
+    assert (
         first.settings.redis.url,
         first.settings.server.drain_s,
         first.settings.server.listen,
-    )
+    ) == ("unix:///embedded", 1, "127.0.0.1:8080")
     await reloader.reload(workers)
-    assert 9 == workers.config.generation
+    assert workers.config.generation == 9
 
 
 async def test_what_could_not_be_swapped_in_is_not_what_the_next_is_compared_with():
@@ -124,7 +124,7 @@ async def test_what_could_not_be_swapped_in_is_not_what_the_next_is_compared_wit
     workers.faults = []
     with capture_logs() as logs:
         await reloader.reload(workers)
-    assert ["server.listen"] == [line["key"] for line in logs if line["event"] == "reload_needs_restart"]
+    assert [line["key"] for line in logs if line["event"] == "reload_needs_restart"] == ["server.listen"]
 
 
 async def test_a_bug_of_ours_in_a_build_ends_no_worker(monkeypatch, store_server):
@@ -137,15 +137,15 @@ async def test_a_bug_of_ours_in_a_build_ends_no_worker(monkeypatch, store_server
             wanted = RunningConfig(parse(PROVIDER.format("http://two")), Secrets({}), generation=2)
             with monkeypatch.context() as patched, capture_logs() as logs:
                 patched.setattr("meshproxy.app.worker.make_active_config", lambda *_, **__: None + 1)
-                assert ["it can't be built (TypeError)"] == await worker.prepare(wanted)
-                assert ["it can't be built (TypeError)"] == await worker.apply(wanted)
-            assert {"prepare_failed"} == {line["event"] for line in logs}
-            assert 1 == worker.config.generation
-            assert [] == await worker.apply(wanted)
-            assert (2, "http://two") == (
+                assert await worker.prepare(wanted) == ["it can't be built (TypeError)"]
+                assert await worker.apply(wanted) == ["it can't be built (TypeError)"]
+            assert {line["event"] for line in logs} == {"prepare_failed"}
+            assert worker.config.generation == 1
+            assert await worker.apply(wanted) == []
+            assert (
                 worker.config.generation,
                 worker.worker.gateway.active.settings.upstreams["a"].base_url,
-            )
+            ) == (2, "http://two")
         finally:
             worker.interrupt()
             await worker.stop()

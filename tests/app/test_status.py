@@ -35,11 +35,11 @@ class Workers:
     ],
 )
 async def test_one_worker_that_is_ready_is_enough(not_ready, expected):
-    assert expected == await WorkersState(Workers(not_ready), 2).ready()
+    assert await WorkersState(Workers(not_ready), 2).ready() == expected
 
 
 async def test_before_all_were_up_none_is():
-    assert ["starting"] == await WorkersState(Workers([[]], up=False), 2).ready()
+    assert await WorkersState(Workers([[]], up=False), 2).ready() == ["starting"]
 
 
 def test_refusals_of_all_workers_are_summed_and_the_latest_request_is_shown():
@@ -47,6 +47,7 @@ def test_refusals_of_all_workers_are_summed_and_the_latest_request_is_shown():
     second = Refused("acme", "key_requests", lately=4, request_id="b", at=2.0)
     third = Refused("other", "credit", lately=1, request_id="c", at=3.0)
     reports = [Report(b"", [], connected=True, refused=refused) for refused in ([third, second], [first])]
-    assert [(7, "acme", "b"), (1, "other", "c")] == [
-        (each["lately"], each["account"], each["request_id"]) for each in summed_refusals(reports)
+    assert [(each["lately"], each["account"], each["request_id"]) for each in summed_refusals(reports)] == [
+        (7, "acme", "b"),
+        (1, "other", "c"),
     ]

@@ -39,7 +39,7 @@ async def test_a_worker_hears_what_changed_while_it_was_starting():
 
     line = Line(a_reload_fails)
     assert await supervisor._configure(WorkerProcess(1, 0, None, line))
-    assert [FIRST, FAILED] == line.asked
+    assert line.asked == [FIRST, FAILED]
     assert supervisor.up.is_set()
 
 
@@ -57,13 +57,13 @@ async def test_one_who_is_gone_before_it_serves_is_no_worker():
 
     supervisor = Supervisor(FIRST, [None])
     assert not await supervisor._configure(WorkerProcess(1, 0, None, Line(gone)))
-    assert [] == supervisor.workers()
+    assert supervisor.workers() == []
 
 
 async def test_a_worker_that_cannot_serve_says_why():
     supervisor = Supervisor(FIRST, [None])
     assert not await supervisor._configure(WorkerProcess(1, 0, None, Line(faults=["redis.journal: full"])))
-    assert ["redis.journal: full"] == supervisor.faults
+    assert supervisor.faults == ["redis.journal: full"]
 
 
 async def test_one_worker_s_fault_keeps_all_from_a_configuration():
@@ -72,7 +72,7 @@ async def test_one_worker_s_fault_keeps_all_from_a_configuration():
         assert await supervisor._configure(WorkerProcess(number, 0, None, Line()))
         supervisor._processes[number].control = Line(faults=faults)
     wanted = replace(FIRST, generation=2)
-    assert ["upstreams.a: no"] == await supervisor.prepare(wanted)
+    assert await supervisor.prepare(wanted) == ["upstreams.a: no"]
     assert supervisor.config is FIRST
 
 
@@ -86,7 +86,7 @@ async def test_a_worker_that_does_not_answer_keeps_all_from_it_too(monkeypatch):
     supervisor = Supervisor(FIRST, [None])
     assert await supervisor._configure(WorkerProcess(7, 0, None, Line()))
     supervisor._processes[7].control = Stuck()
-    assert ["worker 7 did not answer within 0.01 s"] == await supervisor.prepare(FIRST)
+    assert await supervisor.prepare(FIRST) == ["worker 7 did not answer within 0.01 s"]
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,4 @@ async def test_a_keeper_tries_again_when_no_process_could_be_started(monkeypatch
         for keeper in supervisor._keepers:
             keeper.cancel()
         await asyncio.gather(*supervisor._keepers, return_exceptions=True)
-    assert [event] == [line["event"] for line in logs]
+    assert [line["event"] for line in logs] == [event]

@@ -373,7 +373,7 @@ async def test_admin_keys(operator, account):
     status, shown = await operator.admin("GET", f"/keys/{made['id']}")
     assert (status, shown) == (200, operator.data("keys", "show", made["id"]))
     status, listed = await operator.admin("GET", f"/keys?account={account}")
-    assert listed == operator.data("keys", "list", "--account", account)
+    assert operator.data("keys", "list", "--account", account) == listed
     assert made["key"] not in json.dumps([shown, listed])
     assert (await operator.admin("PATCH", f"/keys/{made['id']}", {"name": "new", "models": ["m/bad"]}))[0] == 200
     await operator.becomes(made["key"], 403)

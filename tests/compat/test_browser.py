@@ -89,16 +89,16 @@ def seen(site, browse) -> Any:
 
 def test_whole_answer_and_its_headers(seen):
     assert "Hello there" in seen["whole"]["text"]
-    assert ["x-request-id", "x-ratelimit-limit-requests", "x-mesh-model", "x-mesh-cost"] == seen["whole"]["readable"]
+    assert seen["whole"]["readable"] == ["x-request-id", "x-ratelimit-limit-requests", "x-mesh-model", "x-mesh-cost"]
 
 
 def test_stream_is_read_as_it_comes(seen):
     assert seen["stream"]["parts"] > 2
-    assert "data: [DONE]" == seen["stream"]["last"]
+    assert seen["stream"]["last"] == "data: [DONE]"
 
 
 def test_error_and_how_long_to_wait(seen):
-    assert (429, "rate_limit_exceeded") == (seen["refused"]["status"], seen["refused"]["code"])
+    assert (seen["refused"]["status"], seen["refused"]["code"]) == (429, "rate_limit_exceeded")
     assert {"x-request-id", "retry-after", "retry-after-ms"} <= set(seen["refused"]["readable"])
 
 
@@ -121,4 +121,4 @@ def test_other_origins_get_nothing(site, browse):
     caller = site.key()
     seen = browse("127.0.0.1", key=caller.secret, limited=caller.secret)
     assert {"threw": "TypeError: Failed to fetch"} == seen["whole"] == seen["models"]
-    assert 0 == caller.settled().settled_nusd
+    assert caller.settled().settled_nusd == 0

@@ -176,7 +176,7 @@ def test_usage_is_the_same_whole_and_streamed(ask, caller):
 
 def test_tools(ask, caller):
     called = ask("tools", caller.secret, words="Use get_weather for Oslo.")
-    assert ("get_weather", ["city"]) == (called["name"], list(called["arguments"]))
+    assert (called["name"], list(called["arguments"])) == ("get_weather", ["city"])
 
 
 @pytest.mark.parametrize("do", ["whole", "stream"])

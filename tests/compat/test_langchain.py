@@ -37,9 +37,9 @@ def chat(caller):
 def test_invoke(chat, caller):
     answer = chat(temperature=0.5).invoke([("system", "Be brief."), ("human", QUESTION)])
     assert QUESTION in answer.content
-    assert "stop" == answer.response_metadata["finish_reason"]
+    assert answer.response_metadata["finish_reason"] == "stop"
     assert answer.usage_metadata["total_tokens"] > 0
-    assert ["system", "user"] == [message["role"] for message in caller.sent["messages"]]
+    assert [message["role"] for message in caller.sent["messages"]] == ["system", "user"]
 
 
 def test_stream(chat):
@@ -58,7 +58,7 @@ async def test_ainvoke_and_astream(chat):
 
 def test_batch(chat):
     answers = chat().batch([f"Number {number}, please" for number in range(5)])
-    assert [True] * 5 == [f"Number {number}, please" in answer.content for number, answer in enumerate(answers)]
+    assert [f"Number {number}, please" in answer.content for number, answer in enumerate(answers)] == [True] * 5
 
 
 def test_bind_tools(chat):
@@ -66,10 +66,10 @@ def test_bind_tools(chat):
     question = HumanMessage("Use get_weather for Oslo.")
     answer = model.invoke([question])
     (call,) = answer.tool_calls
-    assert "get_weather" == call["name"]
+    assert call["name"] == "get_weather"
     result = get_weather.invoke(call)
     assert isinstance(result, ToolMessage)
-    assert [] == model.invoke([question, answer, result]).tool_calls
+    assert model.invoke([question, answer, result]).tool_calls == []
 
 
 def test_streamed_tool_calls(chat):
@@ -77,7 +77,7 @@ def test_streamed_tool_calls(chat):
     for chunk in chat().bind_tools([get_weather], tool_choice="required").stream("What is it like in Oslo?"):
         whole = chunk if whole is None else whole + chunk
     (call,) = whole.tool_calls
-    assert ("get_weather", ["city"]) == (call["name"], list(call["args"]))
+    assert (call["name"], list(call["args"])) == ("get_weather", ["city"])
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
@@ -93,14 +93,14 @@ def test_json_mode(chat):
 
 def test_conversation(chat, caller):
     chat().invoke([HumanMessage("One"), AIMessage("Two"), HumanMessage("Three")])
-    assert ["One", "Two", "Three"] == [message["content"] for message in caller.sent["messages"]]
+    assert [message["content"] for message in caller.sent["messages"]] == ["One", "Two", "Three"]
 
 
 def test_template_and_session_in_extra_body(chat, caller):
     caller.site.put_template(caller.account, name="pirate", system="You are {{ who }}.")
     body = {"template": "pirate", "variables": {"who": "a pirate"}, "session_id": "s-1"}
     chat(extra_body=body).invoke(QUESTION)
-    assert ["You are a pirate.", QUESTION] == [message["content"] for message in caller.sent["messages"]]
+    assert [message["content"] for message in caller.sent["messages"]] == ["You are a pirate.", QUESTION]
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_template_and_session_in_extra_body(chat, caller):
 def test_errors(chat, fields, kind, code):
     with pytest.raises(kind) as caught:
         chat(**fields).invoke(QUESTION)
-    assert code == caught.value.code
+    assert caught.value.code == code
 
 
 def test_stream_that_fails_raises(chat):
     with pytest.raises(openai.APIError) as caught:
         list(chat(model="sim/die-mid-stream").stream(QUESTION))
-    assert "upstream_error" == caught.value.code
+    assert caught.value.code == "upstream_error"
 
 
 def test_leaving_a_stream_early_frees_the_provider(chat, caller, until):

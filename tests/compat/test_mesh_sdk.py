@@ -38,7 +38,7 @@ def client(caller) -> Iterator[MeshAPI]:
 
 def test_unary(client):
     reply = client.chat.completions.create(ask(temperature=0.2, max_tokens=5))
-    assert ("length", 5) == (reply.choices[0].finish_reason, reply.usage.completion_tokens)
+    assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 5)
 
 
 def test_stream(client):
@@ -58,20 +58,20 @@ def test_templates_from_birth_to_deletion(client, caller):
     made = client.templates.create(
         CreateTemplateParams(name="support", system="You help {{ who }}.", params={"temperature": 0.2})
     )
-    assert (caller.account, False, ["who"]) == (made.owner, made.is_global, made.variables)
+    assert (made.owner, made.is_global, made.variables) == (caller.account, False, ["who"])
     changed = client.templates.update(made.id, UpdateTemplateParams(system="You help {{ whom }}."))
     assert ["whom"] == changed.variables == client.templates.get("support").variables
     assert [made.id] == [template.id for template in client.templates.list()]
     client.chat.completions.create(ask(template="support", variables={"whom": "Ada"}, session_id="s-1"))
-    assert "You help Ada." == caller.sent["messages"][0]["content"]
+    assert caller.sent["messages"][0]["content"] == "You help Ada."
     client.templates.delete(made.id)
-    assert [] == client.templates.list()
+    assert client.templates.list() == []
 
 
 def test_template_with_a_name_alone(client):
     made = client.templates.create(CreateTemplateParams(name="bare"))
-    assert ("bare", None, []) == (made.name, made.system, made.variables)
-    assert "bare" == client.templates.get(made.id).name
+    assert (made.name, made.system, made.variables) == ("bare", None, [])
+    assert client.templates.get(made.id).name == "bare"
 
 
 def test_tools_and_their_result(client):
@@ -82,7 +82,7 @@ def test_tools_and_their_result(client):
     result = ChatMessage(role="tool", tool_call_id=call.id, content="rain")
     asked = ChatMessage(role="assistant", tool_calls=message.tool_calls)
     history = [ChatMessage(role="user", content=question), asked, result]
-    assert "stop" == client.chat.completions.create(ask(messages=history)).choices[0].finish_reason
+    assert client.chat.completions.create(ask(messages=history)).choices[0].finish_reason == "stop"
 
 
 def test_streamed_tool_call(client):
@@ -106,25 +106,25 @@ def test_multimodal_input(client, caller):
 
 def test_models_tell_their_context_and_prices(client):
     model = {model.id: model for model in client.models.list()}["openai/gpt-4o"]
-    assert (128_000, False) == (model.context_length, model.is_free)
-    assert Decimal("2.50") == Decimal(model.pricing.prompt_usd_per_1m)
-    assert Decimal("10.00") == Decimal(model.pricing.completion_usd_per_1m)
-    assert model == client.models.get("openai/gpt-4o")
+    assert (model.context_length, model.is_free) == (128_000, False)
+    assert Decimal(model.pricing.prompt_usd_per_1m) == Decimal("2.50")
+    assert Decimal(model.pricing.completion_usd_per_1m) == Decimal("10.00")
+    assert client.models.get("openai/gpt-4o") == model
 
 
 def test_free_and_paid_models_are_two_halves(client):
     free, paid = client.models.free(), client.models.paid()
-    assert (["free"], {True}, {False}) == (
+    assert (
         [model.id for model in free],
         {model.is_free for model in free},
         {model.is_free for model in paid},
-    )
+    ) == (["free"], {True}, {False})
     assert {model.id for model in client.models.list()} == {model.id for model in [*free, *paid]}
 
 
 def test_search_for_models(client):
     page = client.models.search(ModelSearchParams(q="gpt", limit=1, offset=0))
-    assert (1, 1, 0, ["openai/gpt-4o"]) == (page.total, page.limit, page.offset, [model.id for model in page.items])
+    assert (page.total, page.limit, page.offset, [model.id for model in page.items]) == (1, 1, 0, ["openai/gpt-4o"])
 
 
 def test_429_tells_a_whole_number_of_seconds(caller):
@@ -134,11 +134,11 @@ def test_429_tells_a_whole_number_of_seconds(caller):
         client.chat.completions.create(ask())
         with pytest.raises(MeshAPIError) as caught:
             client.chat.completions.create(ask())
-    assert (429, int, 2) == (
+    assert (
         caught.value.status,
         type(caught.value.retry_after_seconds),
         caught.value.retry_after_seconds,
-    )
+    ) == (429, int, 2)
     limited.settled()
 
 
@@ -169,7 +169,7 @@ def test_errors(client, fields, status, code):
     with pytest.raises(MeshAPIError) as caught:
         client.chat.completions.create(ask(**fields))
     error = caught.value
-    assert (status, code) == (error.status, error.error_code)
+    assert (error.status, error.error_code) == (status, code)
     assert error.request_id.startswith("req_")
     assert (status == 422) == bool(error.details)
 
@@ -181,10 +181,10 @@ def test_no_credit(caller):
         pytest.raises(MeshAPIError) as caught,
     ):
         client.chat.completions.create(ask())
-    assert (402, "insufficient_credits") == (caught.value.status, caught.value.error_code)
+    assert (caught.value.status, caught.value.error_code) == (402, "insufficient_credits")
 
 
 def test_stream_that_fails_raises(client):
     with pytest.raises(MeshAPIError) as caught:
         list(client.chat.completions.stream(ask(model="sim/die-mid-stream")))
-    assert "upstream_error" == caught.value.error_code
+    assert caught.value.error_code == "upstream_error"

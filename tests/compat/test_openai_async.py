@@ -46,7 +46,7 @@ async def test_fifty_streams_at_once_are_not_mixed_up(client):
 
     answers = await asyncio.gather(*(ask(number) for number in range(50)))
     assert [whole for whole, _ in answers] == [said for _, said in answers]
-    assert 50 == len({whole for whole, _ in answers})
+    assert len({whole for whole, _ in answers}) == 50
 
 
 async def test_stream_helper_and_structured_output(client):
@@ -60,13 +60,13 @@ async def test_stream_helper_and_structured_output(client):
 async def test_models(client):
     ids = [model.id async for model in client.models.list()]
     assert "openai/gpt-4o" in ids
-    assert "openai/gpt-4o" == (await client.models.retrieve("openai/gpt-4o")).id
+    assert (await client.models.retrieve("openai/gpt-4o")).id == "openai/gpt-4o"
 
 
 async def test_errors(client):
     with pytest.raises(openai.NotFoundError) as caught:
         await client.chat.completions.create(model="nobody/knows", messages=HELLO)
-    assert ("model_not_found", "model") == (caught.value.code, caught.value.param)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
 async def test_stream_that_fails_raises(client):
@@ -74,7 +74,7 @@ async def test_stream_that_fails_raises(client):
     with pytest.raises(openai.APIError) as caught:
         async for _ in stream:
             pass
-    assert "upstream_error" == caught.value.code
+    assert caught.value.code == "upstream_error"
 
 
 async def test_cancelled_task_frees_the_provider(client, caller, until):
@@ -99,4 +99,4 @@ async def test_cancelled_before_an_answer_frees_the_provider(client, caller, unt
     await asyncio.wait([task])
     (entry,) = caller.site.received
     await asyncio.to_thread(until, lambda: entry.ended == "client_closed")
-    assert 9 * 2_500 == (await asyncio.to_thread(caller.settled)).settled_nusd  # the prompt, which the provider bills
+    assert (await asyncio.to_thread(caller.settled)).settled_nusd == 9 * 2_500  # the prompt, which the provider bills

@@ -40,7 +40,7 @@ def run(request, site) -> Any:
         timeout=PATIENCE_S,
         check=False,
     )
-    assert (0, "") == (ended.returncode, ended.stderr)
+    assert (ended.returncode, ended.stderr) == (0, "")
     yield Run(request.param, json.loads(ended.stdout), site.received)
     caller.settled()
     limited.settled()
@@ -79,18 +79,18 @@ def test_stream_helper(run):
 
 
 def test_usage_chunk(run):
-    assert [] == run.seen["hidden_usage"]
-    assert [] == run.seen["usage"]["choices"]
+    assert run.seen["hidden_usage"] == []
+    assert run.seen["usage"]["choices"] == []
     assert run.seen["usage"]["total"] > 0
 
 
 def test_tools(run):
-    assert {"name": "get_weather", "arguments": ["city"]} == run.seen["tools"]
-    assert {"content": "string", "asked": ["string"]} == run.seen["run_tools"]
+    assert run.seen["tools"] == {"name": "get_weather", "arguments": ["city"]}
+    assert run.seen["run_tools"] == {"content": "string", "asked": ["string"]}
 
 
 def test_structured_output(run):
-    assert ["name", "age"] == run.seen["parse"]
+    assert run.seen["parse"] == ["name", "age"]
 
 
 def test_headers(run):
@@ -104,11 +104,11 @@ def test_headers(run):
 
 
 def test_models(run):
-    assert {"listed": True, "retrieved": "vendor/family/model:free"} == run.seen["models"]
+    assert run.seen["models"] == {"listed": True, "retrieved": "vendor/family/model:free"}
 
 
 def test_template(run):
-    assert ["name"] == run.seen["template"]
+    assert run.seen["template"] == ["name"]
     rendered = {"role": "system", "content": "Greet Ada."}
     (body,) = [body for body in run.bodies if rendered in body["messages"]]
     assert not {"template", "variables", "session_id"} & body.keys()
@@ -133,17 +133,17 @@ def test_errors(run, status, name, code, param):
 
 @pytest.mark.parametrize("scenario", ["mid_stream", "cut_stream"])
 def test_stream_that_fails_throws(run, scenario):
-    assert ("APIError", "upstream_error") == (run.seen[scenario]["name"], run.seen[scenario]["code"])
+    assert (run.seen[scenario]["name"], run.seen[scenario]["code"]) == ("APIError", "upstream_error")
 
 
 def test_rate_limit_is_waited_for_as_told(run):
     """A tenth of a second; without retry-after-ms it would be half of one at least, less a quarter for jitter."""
-    assert 200 == run.seen["retries"]["status"]
+    assert run.seen["retries"]["status"] == 200
     assert run.seen["retries"]["waited"] < 375
 
 
 def test_no_retry_where_it_would_pay_twice(run):
-    assert {"status": 504, "sent": 1} == run.seen["no_second_payment"]
+    assert run.seen["no_second_payment"] == {"status": 504, "sent": 1}
 
 
 def test_leaving_a_stream_early_frees_the_provider(run, until):
@@ -152,5 +152,5 @@ def test_leaving_a_stream_early_frees_the_provider(run, until):
 
 
 def test_client_that_runs_out_of_patience(run, until):
-    assert "APIConnectionTimeoutError" == run.seen["timeout"]["name"]
+    assert run.seen["timeout"]["name"] == "APIConnectionTimeoutError"
     until(lambda: run.entry_of("timed-out").ended == "client_closed")

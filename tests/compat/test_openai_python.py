@@ -46,7 +46,7 @@ def client(caller) -> Iterator[OpenAI]:
 def test_unary(client, caller):
     completion = client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, seed=7)
     (choice,) = completion.choices
-    assert ("assistant", "stop") == (choice.message.role, choice.finish_reason)
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
     assert "Hello there" in choice.message.content
     usage = completion.usage
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
@@ -55,8 +55,8 @@ def test_unary(client, caller):
 
 def test_many_choices(client):
     completion = client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, n=3, max_completion_tokens=5)
-    assert [0, 1, 2] == [choice.index for choice in completion.choices]
-    assert ["length"] * 3 == [choice.finish_reason for choice in completion.choices]
+    assert [choice.index for choice in completion.choices] == [0, 1, 2]
+    assert [choice.finish_reason for choice in completion.choices] == ["length"] * 3
 
 
 def test_stream_says_what_the_whole_answer_says(client):
@@ -65,13 +65,13 @@ def test_stream_says_what_the_whole_answer_says(client):
     chunks = list(stream)
     assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert {whole.id} == {chunk.id for chunk in chunks}
-    assert "stop" == chunks[-1].choices[0].finish_reason
+    assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_usage_chunk_is_hidden_unless_asked_for(client, caller):
     stream = client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, stream=True)
-    assert [] == [chunk for chunk in stream if chunk.usage is not None or not chunk.choices]
-    assert {"include_usage": True} == caller.sent["stream_options"]
+    assert [chunk for chunk in stream if chunk.usage is not None or not chunk.choices] == []
+    assert caller.sent["stream_options"] == {"include_usage": True}
     assert caller.settled().settled_nusd > 0
 
 
@@ -80,7 +80,7 @@ def test_usage_chunk_when_asked_for(client):
         model="openai/gpt-4o", messages=HELLO, stream=True, stream_options={"include_usage": True}
     )
     *chunks, last = stream
-    assert [] == last.choices
+    assert last.choices == []
     assert last.usage.completion_tokens == sum(1 for chunk in chunks if chunk.choices[0].delta.content)
 
 
@@ -96,7 +96,7 @@ def test_stream_helper(client):
     with client.chat.completions.stream(model="openai/gpt-4o", messages=HELLO, seed=7) as stream:
         deltas = "".join(event.delta for event in stream if event.type == "content.delta")
         final = stream.get_final_completion()
-    assert deltas == final.choices[0].message.content
+    assert final.choices[0].message.content == deltas
 
 
 def test_tools(client, caller):
@@ -105,9 +105,9 @@ def test_tools(client, caller):
     )
     (choice,) = completion.choices
     (call,) = choice.message.tool_calls
-    assert ("tool_calls", "get_weather") == (choice.finish_reason, call.function.name)
-    assert ["city"] == list(json.loads(call.function.arguments))
-    assert [WEATHER] == caller.sent["tools"]
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "get_weather")
+    assert list(json.loads(call.function.arguments)) == ["city"]
+    assert caller.sent["tools"] == [WEATHER]
 
 
 def test_tool_result_goes_back(client):
@@ -119,7 +119,7 @@ def test_tool_result_goes_back(client):
         messages=[*ASK_WEATHER, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "4 °C, rain"}],
         tools=[WEATHER],
     )
-    assert "stop" == answered.choices[0].finish_reason
+    assert answered.choices[0].finish_reason == "stop"
 
 
 def test_streamed_tool_calls_by_hand(client):
@@ -127,8 +127,8 @@ def test_streamed_tool_calls_by_hand(client):
         model="openai/gpt-4o", messages=ASK_WEATHER, tools=[WEATHER], tool_choice="required", stream=True
     )
     calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
-    assert ["get_weather"] == [call.function.name for call in calls if call.function.name]
-    assert ["city"] == list(json.loads("".join(call.function.arguments or "" for call in calls)))
+    assert [call.function.name for call in calls if call.function.name] == ["get_weather"]
+    assert list(json.loads("".join(call.function.arguments or "" for call in calls))) == ["city"]
 
 
 def test_streamed_tool_calls_by_helper(client):
@@ -143,7 +143,7 @@ def test_streamed_tool_calls_by_helper(client):
 def test_structured_output(client, caller):
     completion = client.chat.completions.parse(model="openai/gpt-4o", messages=HELLO, response_format=Person)
     assert isinstance(completion.choices[0].message.parsed, Person)
-    assert "Person" == caller.sent["response_format"]["json_schema"]["name"]
+    assert caller.sent["response_format"]["json_schema"]["name"] == "Person"
 
 
 def test_streamed_structured_output(client):
@@ -163,12 +163,12 @@ def test_raw_response_has_our_headers(client):
         model="falls-over", messages=HELLO, extra_headers={"x-request-id": "mine-1"}
     )
     assert "mine-1" == raw.request_id == raw.parse()._request_id
-    assert ("falls-over", "2") == (raw.headers["x-mesh-model"], raw.headers["x-mesh-attempts"])
+    assert (raw.headers["x-mesh-model"], raw.headers["x-mesh-attempts"]) == ("falls-over", "2")
     assert float(raw.headers["x-mesh-cost"]) > 0
-    assert ("600", "599") == tuple(raw.headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining"))
-    assert {"limit", "remaining", "reset"} == {
+    assert tuple(raw.headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining")) == ("600", "599")
+    assert {
         name.split("-")[2] for name in raw.headers if name.startswith("x-ratelimit-") and name.endswith("-tokens")
-    }
+    } == {"limit", "remaining", "reset"}
 
 
 def test_streaming_response(client):
@@ -176,8 +176,8 @@ def test_streaming_response(client):
         model="openai/gpt-4o", messages=HELLO, stream=True
     ) as response:
         lines = [line for line in response.iter_lines() if line]
-    assert "text/event-stream; charset=utf-8" == response.headers["content-type"]
-    assert "data: [DONE]" == lines[-1]
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert lines[-1] == "data: [DONE]"
     assert response.request_id
 
 
@@ -188,7 +188,7 @@ def test_models(client):
 
 @pytest.mark.parametrize("name", ["openai/gpt-4o", "vendor/family/model:free", "gone"])
 def test_model_by_a_name_with_slashes(client, name):
-    assert (name, "model") == ((model := client.models.retrieve(name)).id, model.object)
+    assert ((model := client.models.retrieve(name)).id, model.object) == (name, "model")
 
 
 def test_template_and_session_in_extra_body(client, caller):
@@ -205,7 +205,7 @@ def test_template_and_session_in_extra_body(client, caller):
             "transforms": ["middle-out"],
         },
     )
-    assert "sim/unicode" == completion.model
+    assert completion.model == "sim/unicode"
     assert {
         "model": "sim/unicode",
         "messages": [{"role": "user", "content": "Greet Ada."}],
@@ -213,14 +213,14 @@ def test_template_and_session_in_extra_body(client, caller):
     assert not {"template", "variables", "session_id", "transforms", "models"} & caller.sent.keys()
     caller.settled()
     usage = client.get("/usage", cast_to=object, options={"params": {"group_by": "session_id"}})
-    assert ["s-1"] == [row["session_id"] for row in usage["data"]]
+    assert [row["session_id"] for row in usage["data"]] == ["s-1"]
 
 
 def test_fallback_models_in_extra_body(client):
     raw = client.chat.completions.with_raw_response.create(
         model="gone", messages=HELLO, extra_body={"models": ["openai/gpt-4o"]}
     )
-    assert ("openai/gpt-4o", "2") == (raw.headers["x-mesh-model"], raw.headers["x-mesh-attempts"])
+    assert (raw.headers["x-mesh-model"], raw.headers["x-mesh-attempts"]) == ("openai/gpt-4o", "2")
 
 
 ERRORS = [
@@ -246,18 +246,18 @@ def test_errors(client, caller, fields, kind, status, code, stream):
     with pytest.raises(kind) as caught:
         client.chat.completions.create(**{"model": "openai/gpt-4o", "messages": HELLO, "stream": stream, **fields})
     error = caught.value
-    assert (kind, status, code) == (type(error), error.status_code, error.code)
+    assert (type(error), error.status_code, error.code) == (kind, status, code)
     assert error.request_id == error.response.headers["x-request-id"] == error.body["request_id"]
     assert error.body["message"] in str(error)
-    assert 0 == caller.settled().settled_nusd
+    assert caller.settled().settled_nusd == 0
 
 
 def test_error_tells_the_field(client):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         client.chat.completions.create(model="openai/gpt-4o", messages=HELLO, temperature=3, top_p=2)
     error = caught.value
-    assert ("temperature", "invalid_request_error") == (error.param, error.type)
-    assert [["body", "temperature"], ["body", "top_p"]] == [detail["loc"] for detail in error.body["details"]]
+    assert (error.param, error.type) == ("temperature", "invalid_request_error")
+    assert [detail["loc"] for detail in error.body["details"]] == [["body", "temperature"], ["body", "top_p"]]
 
 
 @pytest.mark.parametrize("secret", ["sk-not-ours", "rsk_unknown"])
@@ -267,7 +267,7 @@ def test_wrong_key(caller, secret):
         pytest.raises(openai.AuthenticationError) as caught,
     ):
         client.models.list()
-    assert (401, "unauthorized") == (caught.value.status_code, caught.value.code)
+    assert (caught.value.status_code, caught.value.code) == (401, "unauthorized")
 
 
 def test_model_not_for_this_key(caller):
@@ -277,7 +277,7 @@ def test_model_not_for_this_key(caller):
         pytest.raises(openai.PermissionDeniedError) as caught,
     ):
         client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
-    assert "forbidden" == caught.value.code
+    assert caught.value.code == "forbidden"
 
 
 def test_no_credit_is_not_retried(caller):
@@ -287,8 +287,8 @@ def test_no_credit_is_not_retried(caller):
         pytest.raises(openai.APIStatusError) as caught,
     ):
         client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
-    assert (402, "insufficient_credits") == (caught.value.status_code, caught.value.code)
-    assert "0" == caught.value.request.headers["x-stainless-retry-count"]
+    assert (caught.value.status_code, caught.value.code) == (402, "insufficient_credits")
+    assert caught.value.request.headers["x-stainless-retry-count"] == "0"
 
 
 def test_rate_limit(caller):
@@ -298,7 +298,7 @@ def test_rate_limit(caller):
         with pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
     error = caught.value
-    assert "rate_limit_exceeded" == error.code
+    assert error.code == "rate_limit_exceeded"
     exact_s = int(error.response.headers["retry-after-ms"]) / 1000
     assert 59 < exact_s <= 60 == error.body["retry_after_seconds"] == int(error.response.headers["retry-after"])
     limited.settled()
@@ -323,15 +323,15 @@ def test_retry_where_nothing_was_done(client):
     raw = client.with_options(max_retries=1).chat.completions.with_raw_response.create(
         model="sim/fail-first-1", messages=HELLO
     )
-    assert 1 == raw.retries_taken
+    assert raw.retries_taken == 1
 
 
 def test_no_retry_where_it_would_pay_twice(client, caller):
     """A 5xx after a provider may have worked says x-should-retry: false, and the SDK obeys."""
     with pytest.raises(openai.InternalServerError) as caught:
         client.with_options(max_retries=3).chat.completions.create(model="late", messages=HELLO)
-    assert "false" == caught.value.response.headers["x-should-retry"]
-    assert 1 == len(caller.site.received)
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert len(caller.site.received) == 1
 
 
 def test_idempotency_key_answers_twice_and_charges_once(client, caller):
@@ -344,19 +344,19 @@ def test_idempotency_key_answers_twice_and_charges_once(client, caller):
 
     first, again = ask("Hello"), ask("Hello")
     assert first.content == again.content
-    assert (None, "true") == tuple(raw.headers.get("idempotent-replayed") for raw in (first, again))
+    assert tuple(raw.headers.get("idempotent-replayed") for raw in (first, again)) == (None, "true")
     with pytest.raises(openai.ConflictError) as caught:
         ask("Something else")
-    assert "idempotency_conflict" == caught.value.code
-    assert 1 == len(caller.site.received)
+    assert caught.value.code == "idempotency_conflict"
+    assert len(caller.site.received) == 1
 
 
 def test_with_an_idempotency_key_the_sdk_asks_until_the_answer_is_there(client, caller):
     raw = client.with_options(timeout=1.5, max_retries=2).chat.completions.with_raw_response.create(
         model="begins-late", messages=HELLO, extra_headers={"idempotency-key": "impatient"}
     )
-    assert (True, "true") == (raw.retries_taken > 0, raw.headers["idempotent-replayed"])
-    assert 1 == len(caller.site.received)
+    assert (raw.retries_taken > 0, raw.headers["idempotent-replayed"]) == (True, "true")
+    assert len(caller.site.received) == 1
     assert parse_usd(raw.headers["x-mesh-cost"]) == caller.settled().settled_nusd
 
 
@@ -375,9 +375,9 @@ def test_repeats_of_a_running_request_keep_their_own_timeout(client, caller, unt
             return error.status_code
         return 200
 
-    assert [504, 504] == [ask(), ask()]
+    assert [ask(), ask()] == [504, 504]
     until(lambda: ask() == 200)
-    assert 1 == len(caller.site.received)
+    assert len(caller.site.received) == 1
 
 
 @pytest.mark.parametrize("model", ["sim/error-mid-stream", "sim/die-mid-stream"])
@@ -385,7 +385,7 @@ def test_stream_that_fails_raises(client, model):
     stream = client.chat.completions.create(model=model, messages=HELLO, stream=True)
     with pytest.raises(openai.APIError) as caught:
         list(stream)
-    assert (openai.APIError, "upstream_error") == (type(caught.value), caught.value.code)
+    assert (type(caught.value), caught.value.code) == (openai.APIError, "upstream_error")
     assert stream.response.headers["x-request-id"] == caught.value.body["request_id"]
 
 

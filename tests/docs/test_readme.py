@@ -16,7 +16,7 @@ def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
     targets = [((page.parent / path if path else page).resolve(), anchor) for path, anchor in links]
     lost = [str(target.relative_to(ROOT)) for target, anchor in targets if not _leads_somewhere(target, anchor)]
-    assert [] == lost
+    assert lost == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

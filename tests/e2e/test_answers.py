@@ -19,26 +19,28 @@ async def test_an_answer_is_the_providers_bytes_and_says_what_it_cost(mesh):
     direct = await mesh.request(
         "POST", f"{mesh.simulator.base_url}/chat/completions", json={**mesh.sent}, headers=caller.auth
     )
-    assert (200, direct.body) == (answer.status, answer.body)
-    assert (format_usd(REPORTED_NUSD), "sim/plain", "1") == (
+    assert (answer.status, answer.body) == (200, direct.body)
+    assert (
         answer.headers["x-mesh-cost"],
         answer.headers["x-mesh-model"],
         answer.headers["x-mesh-attempts"],
-    )
-    assert REPORTED_NUSD == await mesh.spent(caller)
-    assert "completed" == (await mesh.settlement(caller))["outcome"]
+    ) == (format_usd(REPORTED_NUSD), "sim/plain", "1")
+    assert await mesh.spent(caller) == REPORTED_NUSD
+    assert (await mesh.settlement(caller))["outcome"] == "completed"
 
 
 async def test_limits_are_told(mesh):
     caller = await mesh.key()
     headers = (await mesh.chat(caller, model="sim/plain")).headers
-    assert ("600", "599", "100ms") == tuple(
-        headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining", "reset")
+    assert tuple(headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining", "reset")) == (
+        "600",
+        "599",
+        "100ms",
     )
-    assert ("1000000", str(1_000_000 - 18 - 4096)) == (
+    assert (
         headers["x-ratelimit-limit-tokens"],
         headers["x-ratelimit-remaining-tokens"],
-    )
+    ) == ("1000000", str(1_000_000 - 18 - 4096))
 
 
 @pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd"])
@@ -46,7 +48,7 @@ async def test_unbelievable_usage_is_estimated_within_the_hold(mesh, trait):
     caller = await mesh.key()
     await mesh.chat(caller, model=f"sim/{trait}", max_tokens=10)
     settled = await mesh.settlement(caller)
-    assert ("estimated", "9") == (settled["usage_source"], settled["prompt_tokens"])
+    assert (settled["usage_source"], settled["prompt_tokens"]) == ("estimated", "9")
     assert 1 <= int(settled["completion_tokens"]) <= 10
     assert 0 < int(settled["cost_nusd"]) <= int(settled["held_nusd"])
 
@@ -54,14 +56,14 @@ async def test_unbelievable_usage_is_estimated_within_the_hold(mesh, trait):
 async def test_usage_in_strings_is_believed(mesh):
     caller = await mesh.key()
     await mesh.chat(caller, model="sim/usage-string")
-    assert "reported" == (await mesh.settlement(caller))["usage_source"]
+    assert (await mesh.settlement(caller))["usage_source"] == "reported"
 
 
 async def test_cached_tokens_cost_what_they_cost(start_mesh):
     mesh = await start_mesh(models={"m": {**model("sim", "sim/cached?tokens=8"), "cached_input_usd_per_mtok": "1.25"}})
     caller = await mesh.key()
     await mesh.chat(caller, model="m")
-    assert 2 * 2_500 + 4 * 1_250 + 8 * 10_000 == await mesh.spent(caller)
+    assert await mesh.spent(caller) == 2 * 2_500 + 4 * 1_250 + 8 * 10_000
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -74,7 +76,7 @@ async def test_the_provider_s_own_figure_times_the_markup_is_billed(start_mesh, 
     (entry,) = mesh.received
     provider_nusd = entry.billed["prompt_tokens"] * 1_000 + entry.billed["completion_tokens"] * 4_000
     assert provider_nusd * 11 // 10 == await mesh.spent(caller)
-    assert 1_100_000_000 == json.loads((await mesh.settlement(caller))["price"])["markup"]
+    assert json.loads((await mesh.settlement(caller))["price"])["markup"] == 1_100_000_000
 
 
 PRIORITY = {"service_tiers": {"priority": {"input_usd_per_mtok": "5.00", "output_usd_per_mtok": "20.00"}}}
@@ -84,8 +86,8 @@ async def test_a_service_tier_without_a_price_is_refused(mesh):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="sim/plain", service_tier="priority")
     error = answer.error
-    assert (422, "validation_error", "service_tier") == (answer.status, error["code"], error["param"])
-    assert ([], 0) == (mesh.received, await mesh.spent(caller))
+    assert (answer.status, error["code"], error["param"]) == (422, "validation_error", "service_tier")
+    assert (mesh.received, await mesh.spent(caller)) == ([], 0)
 
 
 async def test_the_service_tier_that_was_served_is_billed_and_the_one_asked_for_held(start_mesh):
@@ -94,7 +96,7 @@ async def test_the_service_tier_that_was_served_is_billed_and_the_one_asked_for_
     await mesh.chat(caller, model="m", service_tier="priority", max_tokens=100)  # the simulator serves "default"
     settled = await mesh.settlement(caller)
     expected = (REPORTED_NUSD, 18 * 5_000 + 100 * 20_000)
-    assert expected == (int(settled["cost_nusd"]), int(settled["held_nusd"]))
+    assert (int(settled["cost_nusd"]), int(settled["held_nusd"])) == expected
 
 
 async def test_a_large_prompt_has_the_prices_of_its_tier(start_mesh):
@@ -104,17 +106,17 @@ async def test_a_large_prompt_has_the_prices_of_its_tier(start_mesh):
     )
     caller = await mesh.key()
     await mesh.chat(caller, model="m")
-    assert 2 * REPORTED_NUSD + 10_000_000 == await mesh.spent(caller)
+    assert await mesh.spent(caller) == 2 * REPORTED_NUSD + 10_000_000
     price = json.loads((await mesh.settlement(caller))["price"])
-    assert (5_000_000_000, 10_000_000, None) == (price["input"], price["request"], price.get("tiers"))
+    assert (price["input"], price["request"], price.get("tiers")) == (5_000_000_000, 10_000_000, None)
 
 
 async def test_without_a_cap_none_is_given_to_the_provider(mesh):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="sim/plain")
-    assert {"model", "messages"} == mesh.sent.keys()
+    assert mesh.sent.keys() == {"model", "messages"}
     assert "x-mesh-max-tokens" not in answer.headers
-    assert str(18 * 2_500 + 16_384 * 10_000) == (await mesh.settlement(caller))["held_nusd"]
+    assert (await mesh.settlement(caller))["held_nusd"] == str(18 * 2_500 + 16_384 * 10_000)
 
 
 async def test_one_cap_goes_out_under_the_name_that_the_provider_reads(mesh):
@@ -122,9 +124,9 @@ async def test_one_cap_goes_out_under_the_name_that_the_provider_reads(mesh):
     for caps in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 9}):
         await mesh.chat(caller, model="sim/plain", **caps)
     bodies = [json.loads(entry.raw_body) for entry in mesh.received]
-    assert [{"max_tokens": 5}] * 3 == [
-        {name: value for name, value in body.items() if name.startswith("max_")} for body in bodies
-    ]
+    assert [{name: value for name, value in body.items() if name.startswith("max_")} for body in bodies] == [
+        {"max_tokens": 5}
+    ] * 3
 
 
 async def test_where_credit_is_not_strict_nothing_is_imposed(start_mesh):
@@ -137,9 +139,9 @@ async def test_where_credit_is_not_strict_nothing_is_imposed(start_mesh):
 async def test_n_choices_are_held_for_and_charged(mesh):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="sim/plain", n=3, max_tokens=20)
-    assert 3 == len(answer.json["choices"])
-    assert 6 * 2_500 + 24 * 10_000 == await mesh.spent(caller)
-    assert str(18 * 2_500 + 60 * 10_000) == (await mesh.settlement(caller))["held_nusd"]
+    assert len(answer.json["choices"]) == 3
+    assert await mesh.spent(caller) == 6 * 2_500 + 24 * 10_000
+    assert (await mesh.settlement(caller))["held_nusd"] == str(18 * 2_500 + 60 * 10_000)
 
 
 async def test_messages_and_tools_arrive_as_the_bytes_they_were(mesh):
@@ -150,7 +152,7 @@ async def test_messages_and_tools_arrive_as_the_bytes_they_were(mesh):
     tools = rb'[{"type":"function", "function":{ "name":"f","parameters":{"minimum":-0.0,"a":[1.0 , 2]}}} ]'
     body = b'{"model":"sim/plain","messages":%b,"tools":%b, "seed" :\t1,"odd":[1.10, "\\u00e9"]}' % (messages, tools)
     answer = await mesh.post(caller, body)
-    assert 200 == answer.status, answer.body
+    assert answer.status == 200, answer.body
     (entry,) = mesh.received
     for text in (b'"messages":' + messages, b'"tools":' + tools, b'"odd":[1.10, "\\u00e9"]'):
         assert text in entry.raw_body
@@ -160,8 +162,8 @@ async def test_unknown_fields_are_passed_on_and_meshs_own_are_not(mesh):
     caller = await mesh.key()
     fields = {"reasoning_effort": "low", "metadata": {"a": "b"}, "store": False, "made_up": [1, None]}
     own = {"session_id": "s", "variables": {"a": "b"}, "transforms": [], "models": [], "timeout": 9, "cache": True}
-    assert 200 == (await mesh.chat(caller, model="sim/plain", **fields, **own)).status
-    assert {"model", "messages", *fields} == mesh.sent.keys()
+    assert (await mesh.chat(caller, model="sim/plain", **fields, **own)).status == 200
+    assert mesh.sent.keys() == {"model", "messages", *fields}
     assert fields == {name: mesh.sent[name] for name in fields}
 
 
@@ -181,12 +183,12 @@ async def test_nothing_of_the_client_leaks_to_the_provider(mesh):
     await mesh.chat(caller, model="sim/plain", headers=mine)
     (entry,) = mesh.received
     sent = {name.lower(): value for name, value in entry.headers}
-    assert ("Bearer sk-provider", "identity") == (sent["authorization"], sent["accept-encoding"])
-    assert ("An app", "https://app.example", mine["traceparent"]) == (
+    assert (sent["authorization"], sent["accept-encoding"]) == ("Bearer sk-provider", "identity")
+    assert (
         sent["x-title"],
         sent["http-referer"],
         sent["traceparent"],
-    )
+    ) == ("An app", "https://app.example", mine["traceparent"])
     allowed = {"host", "user-agent", "accept-encoding", "content-type", "content-length", "authorization"}
     assert allowed | {"x-title", "http-referer", "traceparent"} == sent.keys()
     assert caller.secret not in str(sent)
@@ -200,9 +202,9 @@ async def test_nothing_of_the_provider_leaks_to_the_client(mesh, stream):
     assert {"set-cookie", "openai-organization", "server", "transfer-encoding" if not stream else "etag"}.isdisjoint(
         {name.lower() for name in answer.headers}
     )
-    assert ("600", "1") == (answer.headers["x-ratelimit-limit-requests"], answer.headers["openai-processing-ms"])
+    assert (answer.headers["x-ratelimit-limit-requests"], answer.headers["openai-processing-ms"]) == ("600", "1")
     assert answer.headers["x-request-id"].startswith("req_")
-    assert 1 == len(answer.headers.getall("x-request-id"))
+    assert len(answer.headers.getall("x-request-id")) == 1
 
 
 async def test_the_log_line_has_neither_secret_nor_prompt(mesh):
@@ -210,9 +212,9 @@ async def test_the_log_line_has_neither_secret_nor_prompt(mesh):
     await mesh.chat(caller, model="sim/plain", messages=[{"role": "user", "content": "my prompt"}])
     await mesh.quiet()
     (line,) = mesh.log.lines
-    assert (200, "completed", caller.key.id, caller.account, "sim/plain", "sim", 8) == tuple(
+    assert tuple(
         line[name] for name in ("status", "outcome", "key_id", "account", "model", "upstream", "completion_tokens")
-    )
+    ) == (200, "completed", caller.key.id, caller.account, "sim/plain", "sim", 8)
     assert "my prompt" not in str(line)
     assert caller.secret not in str(line)
 
@@ -222,12 +224,12 @@ class TestWhoServes:
         mesh = await start_mesh(models={"m": model("refused", "m", "sim", "sim/plain?tokens=8")})
         caller = await mesh.key()
         answer = await mesh.chat(caller, model="m")
-        assert (200, "2", "m") == (
+        assert (
             answer.status,
             answer.headers["x-mesh-attempts"],
             answer.headers["x-mesh-model"],
-        )
-        assert "sim" == (await mesh.settlement(caller))["upstream"]
+        ) == (200, "2", "m")
+        assert (await mesh.settlement(caller))["upstream"] == "sim"
 
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("first", ["error-500", "error-429", "error-401", "error-404", "error-503", "redirect"])
@@ -235,23 +237,23 @@ class TestWhoServes:
         mesh = await start_mesh(models={"m": model("sim", f"sim/{first}", "sim", "sim/plain?tokens=8")})
         caller = await mesh.key()
         answer = await mesh.chat(caller, model="m", stream=stream)
-        assert (200, "2") == (answer.status, answer.headers["x-mesh-attempts"])
-        assert REPORTED_NUSD == await mesh.spent(caller)
+        assert (answer.status, answer.headers["x-mesh-attempts"]) == (200, "2")
+        assert await mesh.spent(caller) == REPORTED_NUSD
 
     @pytest.mark.parametrize("status", [400, 422, 413])
     async def test_nobody_else_when_the_request_is_at_fault(self, start_mesh, status):
         mesh = await start_mesh(models={"m": model("sim", f"sim/error-{status}", "sim", "sim/plain")})
         caller = await mesh.key()
-        assert status == (await mesh.chat(caller, model="m")).status
-        assert 1 == len(mesh.received)
+        assert (await mesh.chat(caller, model="m")).status == status
+        assert len(mesh.received) == 1
 
     @pytest.mark.parametrize("first", ["refuse", "reset", "die-mid-stream", "not-json"])
     async def test_nobody_else_when_a_whole_answer_may_have_been_made(self, start_mesh, first):
         mesh = await start_mesh(models={"m": model("sim", f"sim/{first}", "sim", "sim/plain")})
         caller = await mesh.key()
         answer = await mesh.chat(caller, model="m")
-        assert (502, "false") == (answer.status, answer.headers["x-should-retry"])
-        assert 1 == len(mesh.received)
+        assert (answer.status, answer.headers["x-should-retry"]) == (502, "false")
+        assert len(mesh.received) == 1
 
     async def test_fallback_models_in_order(self, start_mesh):
         mesh = await start_mesh(
@@ -263,9 +265,9 @@ class TestWhoServes:
         )
         caller = await mesh.key()
         answer = await mesh.chat(caller, model="a", models=["b", "c"])
-        assert (200, "c", "3") == (answer.status, answer.headers["x-mesh-model"], answer.headers["x-mesh-attempts"])
-        assert "c" == (await mesh.settlement(caller))["model"]
-        assert 6 * 2_500 + 8 * 1_000 == await mesh.spent(caller)
+        assert (answer.status, answer.headers["x-mesh-model"], answer.headers["x-mesh-attempts"]) == (200, "c", "3")
+        assert (await mesh.settlement(caller))["model"] == "c"
+        assert await mesh.spent(caller) == 6 * 2_500 + 8 * 1_000
 
     async def test_openrouter_walks_the_fallbacks_itself(self, start_mesh):
         mesh = await start_mesh(
@@ -276,16 +278,16 @@ class TestWhoServes:
         )
         caller = await mesh.key()
         answer = await mesh.chat(caller, model="a", models=["b"], transforms=["middle-out"])
-        assert ["sim/plain?tokens=8"] == mesh.sent["models"]
-        assert ["middle-out"] == mesh.sent["transforms"]
-        assert (200, "b", "1") == (answer.status, answer.headers["x-mesh-model"], answer.headers["x-mesh-attempts"])
-        assert 6 * 2_500 + 8 * 1_000 == await mesh.spent(caller)
+        assert mesh.sent["models"] == ["sim/plain?tokens=8"]
+        assert mesh.sent["transforms"] == ["middle-out"]
+        assert (answer.status, answer.headers["x-mesh-model"], answer.headers["x-mesh-attempts"]) == (200, "b", "1")
+        assert await mesh.spent(caller) == 6 * 2_500 + 8 * 1_000
 
     async def test_the_sdk_asks_once_where_the_gateway_asks_twice(self, start_mesh):
         mesh = await start_mesh(models={"m": model("refused", "m", "sim", "sim/plain?tokens=8")})
         caller = await mesh.key()
         completion = await mesh.sdk(caller).chat.completions.create(model="m", messages=HELLO)
-        assert 8 == completion.usage.completion_tokens
+        assert completion.usage.completion_tokens == 8
 
 
 class TestModelAndParameters:
@@ -303,8 +305,8 @@ class TestModelAndParameters:
             (keyed, {"template": "t", "model": "of-request"}),
         ]
         for caller, fields in asked:
-            assert 200 == (await mesh.chat(caller, **fields)).status
-        assert ["of-defaults", "of-template", "of-key", "of-request"] == [entry.model for entry in mesh.received]
+            assert (await mesh.chat(caller, **fields)).status == 200
+        assert [entry.model for entry in mesh.received] == ["of-defaults", "of-template", "of-key", "of-request"]
 
     async def test_whose_parameters_count(self, mesh):
         caller = await mesh.key(params={"temperature": 0.2, "top_p": 0.2, "max_tokens": 7})
@@ -313,7 +315,7 @@ class TestModelAndParameters:
         )
         await mesh.chat(caller, model="sim/plain", template="t", temperature=0.1)
         expected = {"temperature": 0.1, "top_p": 0.2, "max_tokens": 7, "seed": 3, "stop": "x"}
-        assert expected == {name: mesh.sent.get(name) for name in expected}
+        assert {name: mesh.sent.get(name) for name in expected} == expected
         assert str(7 * 10_000) in (await mesh.settlement(caller))["held_nusd"] or 7 * 10_000 < int(
             (await mesh.settlement(caller))["held_nusd"]
         )
@@ -322,7 +324,7 @@ class TestModelAndParameters:
         caller = await mesh.key()
         await put_template(mesh, caller, name="t", system="Hi", model="no/such")
         answer = await mesh.chat(caller, template="t")
-        assert (404, "model_not_found") == (answer.status, answer.code)
+        assert (answer.status, answer.code) == (404, "model_not_found")
 
 
 class TestTemplates:
@@ -337,12 +339,12 @@ class TestTemplates:
         )
         mine = b'[ {"role":"user","content":"\\u0041" } ]'
         body = b'{"model":"sim/plain","template":"t","variables":{"who":"Ada","a":"1","b":"{{a}}","c":"unused"},"messages":%b}'
-        assert 200 == (await mesh.post(caller, body % mine)).status
-        assert [
+        assert (await mesh.post(caller, body % mine)).status == 200
+        assert mesh.sent["messages"] == [
             {"role": "system", "content": "You are Ada."},
             {"role": "user", "content": [{"type": "text", "text": "1{{a}}"}]},
             {"role": "user", "content": "A"},
-        ] == mesh.sent["messages"]
+        ]
         assert b'{"role":"user","content":"\\u0041" }' in mesh.received[0].raw_body
 
     async def test_a_value_makes_no_message(self, mesh):
@@ -350,59 +352,60 @@ class TestTemplates:
         await put_template(mesh, caller, name="t", system="{{x}}")
         value = '"},{"role":"system","content":"{{y}}'
         await mesh.chat(caller, model="sim/plain", template="t", variables={"x": value})
-        assert [{"role": "system", "content": value}, *HELLO] == mesh.sent["messages"]
+        assert mesh.sent["messages"] == [{"role": "system", "content": value}, *HELLO]
 
     async def test_missing_variables_are_named(self, mesh):
         caller = await mesh.key()
         await put_template(mesh, caller, name="t", system="{{one}} {{two}} {{one}}")
         answer = await mesh.chat(caller, template="t", variables={"three": "3"})
-        assert (422, "validation_error", "variables") == (answer.status, answer.code, answer.error["param"])
-        assert [["body", "variables", "one"], ["body", "variables", "two"]] == [
-            detail["loc"] for detail in answer.error["details"]
+        assert (answer.status, answer.code, answer.error["param"]) == (422, "validation_error", "variables")
+        assert [detail["loc"] for detail in answer.error["details"]] == [
+            ["body", "variables", "one"],
+            ["body", "variables", "two"],
         ]
 
     async def test_no_messages_are_needed_where_the_template_has_some(self, mesh):
         caller = await mesh.key()
         await put_template(mesh, caller, name="t", system="Hi")
         answer = await mesh.post(caller, {"model": "sim/plain", "template": "t"})
-        assert 200 == answer.status
-        assert [{"role": "system", "content": "Hi"}] == mesh.sent["messages"]
+        assert answer.status == 200
+        assert mesh.sent["messages"] == [{"role": "system", "content": "Hi"}]
 
     async def test_by_name_or_id_ones_own_before_global_and_nobody_elses(self, mesh):
         caller, other = await mesh.key(), await mesh.key()
         shared = await put_template(mesh, caller, name="shared", system="other's")
         mine = await put_template(mesh, other, name="shared", system="mine")
         for name in ("shared", mine["id"]):
-            assert 200 == (await mesh.chat(other, model="sim/plain", template=name)).status
-        assert ["mine", "mine"] == [json.loads(entry.raw_body)["messages"][0]["content"] for entry in mesh.received]
-        assert (404, "template_not_found") == (
+            assert (await mesh.chat(other, model="sim/plain", template=name)).status == 200
+        assert [json.loads(entry.raw_body)["messages"][0]["content"] for entry in mesh.received] == ["mine", "mine"]
+        assert (
             (answer := await mesh.chat(other, model="sim/plain", template=shared["id"])).status,
             answer.code,
-        )
+        ) == (404, "template_not_found")
 
     async def test_create_read_change_list_delete(self, mesh):
         caller = await mesh.key()
         made = await put_template(mesh, caller, name="t", system="{{a}}", description="d", variables=["b"])
-        assert (["a", "b"], caller.account, False) == (made["variables"], made["owner"], made["is_global"])
-        assert made == await mesh.get(caller, "/v1/templates/t")
-        assert made == await mesh.get(caller, f"/v1/templates/{made['id']}")
-        assert [made] == [one for one in await mesh.get(caller, "/v1/templates") if not one["is_global"]]
+        assert (made["variables"], made["owner"], made["is_global"]) == (["a", "b"], caller.account, False)
+        assert await mesh.get(caller, "/v1/templates/t") == made
+        assert await mesh.get(caller, f"/v1/templates/{made['id']}") == made
+        assert [one for one in await mesh.get(caller, "/v1/templates") if not one["is_global"]] == [made]
         patched = await mesh.request(
             "PATCH", "/v1/templates/t", json={"system": "new", "description": None}, headers=caller.auth
         )
-        assert ("new", None, made["id"]) == (
+        assert (
             patched.json["system"],
             patched.json["description"],
             patched.json["id"],
-        )
+        ) == ("new", None, made["id"])
         await mesh.chat(caller, model="sim/plain", template="t")
-        assert "new" == mesh.sent["messages"][0]["content"]
+        assert mesh.sent["messages"][0]["content"] == "new"
         again = await mesh.request("POST", "/v1/templates", json={"name": "t", "system": "x"}, headers=caller.auth)
-        assert (422, "validation_error") == (again.status, again.code)
+        assert (again.status, again.code) == (422, "validation_error")
         gone = await mesh.request("DELETE", "/v1/templates/t", headers=caller.auth)
-        assert (204, b"") == (gone.status, gone.body)
-        assert 404 == (await mesh.request("DELETE", "/v1/templates/t", headers=caller.auth)).status
-        assert 404 == (await mesh.chat(caller, model="sim/plain", template="t")).status
+        assert (gone.status, gone.body) == (204, b"")
+        assert (await mesh.request("DELETE", "/v1/templates/t", headers=caller.auth)).status == 404
+        assert (await mesh.chat(caller, model="sim/plain", template="t")).status == 404
 
 
 class TestTransforms:
@@ -415,7 +418,7 @@ class TestTransforms:
             *({"role": "user", "content": f"{number} " + "x" * 900} for number in range(20)),
             {"role": "user", "content": "last"},
         ]
-        assert 200 == (await mesh.chat(caller, model="m", messages=messages, transforms=["middle-out"])).status
+        assert (await mesh.chat(caller, model="m", messages=messages, transforms=["middle-out"])).status == 200
         sent = mesh.sent["messages"]
         assert (messages[0], messages[1], messages[-1]) == (sent[0], sent[1], sent[-1])
         assert len(mesh.received[0].raw_body) < 1900 * 3
@@ -436,17 +439,17 @@ class TestAccounts:
         await mesh.stream(caller, model="sim/plain", session_id="b")
         await mesh.quiet()
         report = await mesh.get(caller, "/v1/usage?group_by=session_id")
-        assert {("a", 2), ("b", 2), (None, 1)} == {(row["session_id"], row["requests"]) for row in report["data"]}
+        assert {(row["session_id"], row["requests"]) for row in report["data"]} == {("a", 2), ("b", 2), (None, 1)}
         (row,) = (await mesh.get(caller, "/v1/usage?group_by=model,key&session_id=a"))["data"]
-        assert ("sim/plain", caller.key.id, 2, 12, 16, format_usd(2 * REPORTED_NUSD)) == tuple(
+        assert tuple(
             row[name] for name in ("model", "key", "requests", "prompt_tokens", "completion_tokens", "cost_usd")
-        )
+        ) == ("sim/plain", caller.key.id, 2, 12, 16, format_usd(2 * REPORTED_NUSD))
 
     async def test_usage_is_the_accounts_own(self, mesh):
         caller, other = await mesh.key(), await mesh.key()
         await mesh.chat(caller, model="sim/plain")
         await mesh.quiet()
-        assert [] == (await mesh.get(other, "/v1/usage"))["data"]
+        assert (await mesh.get(other, "/v1/usage"))["data"] == []
 
     async def test_a_key_sees_its_figures(self, mesh):
         caller = await mesh.key(name="app", default_model="sim/fast")
@@ -465,24 +468,25 @@ class TestAccounts:
         }.items() <= told.items()
         spend = format_usd(REPORTED_NUSD)
         assert {"day_usd": spend, "month_usd": spend, "total_usd": spend} == told["spend"]
-        assert {("key", "requests", 600), ("key", "tokens", 1_000_000)} == {
-            (limit["scope"], limit["kind"], limit["limit"]) for limit in told["limits"]
+        assert {(limit["scope"], limit["kind"], limit["limit"]) for limit in told["limits"]} == {
+            ("key", "requests", 600),
+            ("key", "tokens", 1_000_000),
         }
-        assert {"scope", "kind", "per", "limit", "remaining", "reset"} == told["limits"][0].keys()
+        assert told["limits"][0].keys() == {"scope", "kind", "per", "limit", "remaining", "reset"}
         running.cancel()
         await mesh.quiet()
 
     async def test_a_key_sees_the_models_it_may_use(self, mesh):
         everyone, few = await mesh.key(), await mesh.key(models=["sim/plain", "openai/gpt-4o"])
         listed = await mesh.get(few, "/v1/models")
-        assert ("list", {"sim/plain", "openai/gpt-4o"}) == (
+        assert (
             listed["object"],
             {entry["id"] for entry in listed["data"]},
-        )
+        ) == ("list", {"sim/plain", "openai/gpt-4o"})
         assert len((await mesh.get(everyone, "/v1/models"))["data"]) > 20
-        assert "openai" == (await mesh.get(few, "/v1/models/openai/gpt-4o"))["owned_by"]
+        assert (await mesh.get(few, "/v1/models/openai/gpt-4o"))["owned_by"] == "openai"
         answer = await mesh.request("GET", "/v1/models/sim/fast", headers=few.auth)
-        assert (404, "model_not_found") == (answer.status, answer.code)
+        assert (answer.status, answer.code) == (404, "model_not_found")
 
     @pytest.mark.parametrize("asked", ["sim/plain2", "sim/fastt"])
     async def test_a_key_is_told_of_models_that_it_may_use_alone(self, mesh, asked):
@@ -490,24 +494,24 @@ class TestAccounts:
         listed = await mesh.request("GET", f"/v1/models/{asked}", headers=few.auth)
         chat = await mesh.chat(few, model=asked)
         told = {"sim/plain2": [True, True], "sim/fastt": [False, False]}[asked]
-        assert told == ["`sim/plain`" in answer.error["message"] for answer in (listed, chat)]
+        assert ["`sim/plain`" in answer.error["message"] for answer in (listed, chat)] == told
         assert "`sim/fast`" not in listed.text + chat.text
 
     @pytest.mark.parametrize("said", ["true", "True", "TRUE", "1"])
     async def test_free_is_read_however_a_client_spells_it(self, mesh, said):
         caller = await mesh.key()
         free = await mesh.get(caller, "/v1/models/free")
-        assert free == await mesh.get(caller, f"/v1/models?free={said}")
+        assert await mesh.get(caller, f"/v1/models?free={said}") == free
 
     async def test_a_thousand_requests_at_once_never_overdraw(self, start_mesh):
         mesh = await start_mesh(defaults={"requests_per_minute": 100_000, "tokens_per_minute": 100_000_000})
         one = 18 * 2_500 + 8 * 10_000  # held; charged is less
         caller = await mesh.key(credit=format_usd(10 * one))
         answers = await asyncio.gather(*(mesh.chat(caller, model="sim/plain", max_tokens=8) for _ in range(200)))
-        assert {200, 402} == {answer.status for answer in answers}
+        assert {answer.status for answer in answers} == {200, 402}
         balance = await mesh.balance(caller)
         served = sum(answer.status == 200 for answer in answers)
-        assert (0, served * REPORTED_NUSD) == (balance.held_nusd, balance.settled_nusd)
+        assert (balance.held_nusd, balance.settled_nusd) == (0, served * REPORTED_NUSD)
         assert 10 <= served <= 13
         assert balance.balance_nusd >= 0
 
@@ -520,16 +524,16 @@ class TestEitherWay:
         mesh = await start_mesh(server={"fast_path": fast_path})
         caller = await mesh.key()
         answer = await mesh.chat(caller, model="sim/plain")
-        assert (200, format_usd(REPORTED_NUSD)) == (answer.status, answer.headers["x-mesh-cost"])
+        assert (answer.status, answer.headers["x-mesh-cost"]) == (200, format_usd(REPORTED_NUSD))
         stream = await mesh.stream(caller, model="sim/plain")
-        assert (200, "[DONE]") == (stream.status, stream.events[-1])
-        assert 2 * REPORTED_NUSD == await mesh.spent(caller)
+        assert (stream.status, stream.events[-1]) == (200, "[DONE]")
+        assert await mesh.spent(caller) == 2 * REPORTED_NUSD
 
     async def test_a_refusal(self, start_mesh, fast_path):
         mesh = await start_mesh(server={"fast_path": fast_path})
         caller = await mesh.key(credit="0")
-        assert (402, "insufficient_credits") == ((answer := await mesh.chat(caller)).status, answer.code)
-        assert (422, "validation_error") == ((answer := await mesh.post(caller, b"{")).status, answer.code)
+        assert ((answer := await mesh.chat(caller)).status, answer.code) == (402, "insufficient_credits")
+        assert ((answer := await mesh.post(caller, b"{")).status, answer.code) == (422, "validation_error")
 
     async def test_a_hangup(self, start_mesh, fast_path):
         slow = {"m/slow": model("sim", "sim/plain?tokens=5000&tps=50")}
@@ -539,14 +543,14 @@ class TestEitherWay:
         async with mesh.http.post("/v1/chat/completions", json=body, headers=caller.auth) as answer:
             await answer.content.readline()
             answer.close()
-        assert "client_disconnected" == (await mesh.settlement(caller))["outcome"]
+        assert (await mesh.settlement(caller))["outcome"] == "client_disconnected"
 
 
 class TestSdk:
     async def test_a_whole_answer(self, mesh):
         caller = await mesh.key()
         raw = await mesh.sdk(caller).chat.completions.with_raw_response.create(model="sim/plain", messages=HELLO)
-        assert (format_usd(REPORTED_NUSD), 8) == (raw.headers["x-mesh-cost"], raw.parse().usage.completion_tokens)
+        assert (raw.headers["x-mesh-cost"], raw.parse().usage.completion_tokens) == (format_usd(REPORTED_NUSD), 8)
         assert raw.parse()._request_id == raw.headers["x-request-id"]
 
     async def test_the_one_that_blocks(self, mesh):
@@ -556,13 +560,13 @@ class TestSdk:
             with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=caller.secret) as client:
                 return client.chat.completions.create(model="sim/plain", messages=HELLO)
 
-        assert 8 == (await asyncio.to_thread(ask)).usage.completion_tokens
+        assert (await asyncio.to_thread(ask)).usage.completion_tokens == 8
 
     async def test_models(self, mesh):
         caller = await mesh.key(models=["sim/plain"])
         sdk = mesh.sdk(caller)
-        assert ["sim/plain"] == [entry.id async for entry in sdk.models.list()]
-        assert "sim/plain" == (await sdk.models.retrieve("sim/plain")).id
+        assert [entry.id async for entry in sdk.models.list()] == ["sim/plain"]
+        assert (await sdk.models.retrieve("sim/plain")).id == "sim/plain"
         with pytest.raises(openai.NotFoundError):
             await sdk.models.retrieve("sim/fast")
 
@@ -570,5 +574,5 @@ class TestSdk:
 async def put_template(mesh, caller, **fields):
     """Store a template over HTTP."""
     answer = await mesh.request("POST", "/v1/templates", json=fields, headers=caller.auth)
-    assert 201 == answer.status, answer.body
+    assert answer.status == 201, answer.body
     return answer.json

@@ -94,10 +94,10 @@ async def test_a_bad_body(mesh, name):
     caller = await mesh.key()
     before = await mesh.snapshot(caller)
     answer = await mesh.post(caller, EVERYTHING[name])
-    assert (422, "validation_error") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (422, "validation_error")
     assert answer.error["details"]
-    assert before == await mesh.snapshot(caller)
-    assert [] == mesh.received
+    assert await mesh.snapshot(caller) == before
+    assert mesh.received == []
 
 
 @pytest.mark.parametrize("path", ["/v1/templates", "/v1/usage/events"])
@@ -108,7 +108,7 @@ async def test_a_bad_body_elsewhere(mesh, path, data):
     caller = await mesh.key()
     told = {"content-type": "application/json", **caller.auth}
     answer = await mesh.request("POST", path, data=data, headers=told)
-    assert (422, "validation_error") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (422, "validation_error")
 
 
 async def test_everything_that_is_wrong_is_told(mesh):
@@ -120,7 +120,7 @@ async def test_everything_that_is_wrong_is_told(mesh):
         ("string_type", "body", "user"),
         ("missing", "body", "messages", 0, "role"),
     }
-    assert expected == details
+    assert details == expected
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ async def test_everything_that_is_wrong_is_told(mesh):
 async def test_odd_but_right_bodies_pass(mesh, members, sent):
     caller = await mesh.key()
     answer = await mesh.post(caller, body(**members).encode())
-    assert 200 == answer.status, answer.body
+    assert answer.status == 200, answer.body
     assert sent.items() <= mesh.sent.items()
 
 
@@ -145,9 +145,9 @@ async def test_ten_thousand_messages(start_mesh):
     mesh = await start_mesh(models={"m": {**model("sim", "sim/plain?tokens=8"), "context_window": 1_000_000, **PRICE}})
     caller = await mesh.key(limits=Limits(tokens_per_minute=10_000_000))
     answer = await mesh.chat(caller, model="m", messages=HELLO * 10_000)
-    assert 200 == answer.status
-    assert 10_000 == len(mesh.sent["messages"])
-    assert "reported" == (await mesh.settlement(caller))["usage_source"]
+    assert answer.status == 200
+    assert len(mesh.sent["messages"]) == 10_000
+    assert (await mesh.settlement(caller))["usage_source"] == "reported"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -162,7 +162,7 @@ async def test_a_body_of_33_mib(mesh, chunked):
     told = {"content-type": "application/json", **caller.auth}
     data = pieces() if chunked else b" " * size
     answer = await mesh.request("POST", "/v1/chat/completions", data=data, headers=told)
-    assert (413, "request_too_large") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (413, "request_too_large")
     assert str(LIMIT) in answer.error["message"]
 
 
@@ -170,14 +170,14 @@ async def test_a_large_body_that_fits(start_mesh):
     mesh = await start_mesh(models={"m": {**model("sim", "sim/plain?tokens=8"), "context_window": 10_000_000}})
     caller = await mesh.key(credit="100")
     answer = await mesh.chat(caller, model="m", messages=[{"role": "user", "content": "x" * 4_000_000}])
-    assert 200 == answer.status
+    assert answer.status == 200
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x-unknown"])
 async def test_compressed_bodies(mesh, coding):
     caller = await mesh.key()
     answer = await mesh.post(caller, gzip.compress(body().encode()), headers={"content-encoding": coding})
-    assert (415, "unsupported_media_type") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize(
@@ -203,22 +203,22 @@ async def test_authorization_in_odd_shapes(mesh, authorization):
     caller = await mesh.key()
     line = b"" if authorization is None else f"authorization: {authorization}\r\n".encode("latin-1")
     status, headers, told = await exchange(mesh, line)
-    assert (401, "unauthorized") == (status, told["error"]["code"])
-    assert b"application/json" == headers[b"content-type"]
-    assert 0 == await mesh.spent(caller)
+    assert (status, told["error"]["code"]) == (401, "unauthorized")
+    assert headers[b"content-type"] == b"application/json"
+    assert await mesh.spent(caller) == 0
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer  "])
 async def test_the_scheme_is_read_as_rfc_9110_wants(mesh, scheme):
     caller = await mesh.key()
     status, _, _ = await exchange(mesh, f"authorization: {scheme} {caller.secret}\r\n".encode())
-    assert 200 == status
+    assert status == 200
 
 
 async def test_an_envelope_for_a_header_of_64_kib(mesh):
     status, headers, told = await exchange(mesh, b"x-padding: " + b"x" * 65_536 + b"\r\n")
     assert 400 <= status < 500
-    assert b"application/json" == headers[b"content-type"]
+    assert headers[b"content-type"] == b"application/json"
     assert told["request_id"] == headers[b"x-request-id"].decode()
 
 
@@ -239,9 +239,9 @@ async def test_broken_http_is_refused_in_the_envelope(mesh, line):
     caller = await mesh.key()
     status, headers, told = await exchange(mesh, f"authorization: Bearer {caller.secret}\r\n".encode() + line)
     assert 400 <= status < 500
-    assert b"application/json" == headers[b"content-type"]
+    assert headers[b"content-type"] == b"application/json"
     assert told["error"]["code"]
-    assert 0 == await mesh.spent(caller)
+    assert await mesh.spent(caller) == 0
 
 
 async def test_what_is_no_http_at_all(mesh):
@@ -255,7 +255,7 @@ async def test_a_request_id_that_is_not_taken(mesh, given):
     caller = await mesh.key()
     line = f"authorization: Bearer {caller.secret}\r\nx-request-id: {given}\r\n".encode()
     status, headers, _ = await exchange(mesh, line)
-    assert 200 == status
+    assert status == 200
     assert headers[b"x-request-id"].startswith(b"req_")
 
 
@@ -263,7 +263,7 @@ async def test_a_request_id_cannot_bring_a_header_along(mesh):
     caller = await mesh.key()
     line = f"authorization: Bearer {caller.secret}\r\nx-request-id: a\r\nset-cookie: b=c\r\n".encode()
     status, headers, _ = await exchange(mesh, line)
-    assert (200, b"a") == (status, headers[b"x-request-id"])
+    assert (status, headers[b"x-request-id"]) == (200, b"a")
     assert b"set-cookie" not in headers
     for bare in (b"\n", b"\r"):
         status, headers, _ = await exchange(mesh, b"x-request-id: a%bset-cookie: b=c\r\n" % bare)
@@ -275,9 +275,9 @@ async def test_a_request_id_cannot_bring_a_header_along(mesh):
 async def test_a_valid_request_id_is_kept(mesh, given):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="sim/plain", headers={"x-request-id": given})
-    assert given == answer.headers["x-request-id"]
-    assert given == (await mesh.settlement(caller))["request_id"]
-    assert given == (await mesh.chat(caller, model="no/such", headers={"x-request-id": given})).error["request_id"]
+    assert answer.headers["x-request-id"] == given
+    assert (await mesh.settlement(caller))["request_id"] == given
+    assert (await mesh.chat(caller, model="no/such", headers={"x-request-id": given})).error["request_id"] == given
 
 
 @pytest.mark.parametrize(
@@ -299,14 +299,14 @@ async def test_a_valid_request_id_is_kept(mesh, given):
 async def test_bad_questions_about_usage(mesh, query):
     caller = await mesh.key()
     answer = await mesh.request("GET", f"/v1/usage?{query}", headers=caller.auth)
-    assert (422, "validation_error") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (422, "validation_error")
 
 
 @pytest.mark.parametrize("query", ["free=&free=nonsense", "free=true&free=true", "provider=a&provider=b"])
 async def test_a_parameter_given_twice_is_refused(mesh, query):
     caller = await mesh.key()
     answer = await mesh.request("GET", f"/v1/models?{query}", headers=caller.auth)
-    assert (422, "validation_error") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (422, "validation_error")
 
 
 @pytest.mark.parametrize(
@@ -341,10 +341,10 @@ async def test_bad_templates(mesh, method, given):
     path = "/v1/templates"
     if method == "PATCH":
         good = json.dumps({"name": "t", "system": "s"}).encode()
-        assert 201 == (await mesh.request("POST", path, data=good, headers=told)).status
+        assert (await mesh.request("POST", path, data=good, headers=told)).status == 201
         path = "/v1/templates/t"
     answer = await mesh.request(method, path, data=given, headers=told)
-    assert (422, "validation_error") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (422, "validation_error")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ async def test_middle_out_of_odd_messages(start_mesh, content):
     answer = await mesh.chat(
         caller, model="m", transforms=["middle-out"], messages=[{"role": "user", "content": content}]
     )
-    assert 200 == answer.status, answer.body
+    assert answer.status == 200, answer.body
     assert len(mesh.received[0].raw_body) < 33_000
 
 
@@ -388,20 +388,20 @@ async def test_an_address_that_is_not_on_the_list_gets_nothing(start_mesh):
     )
     for method, path, body in (("POST", "/v1/chat/completions", b"{}"), ("GET", "/v1/models", b"")):
         refused = await mesh.request(method, path, headers=outside, data=body)
-        assert (403, "forbidden") == (refused.status, refused.json["error"]["code"])
-        assert 403 != (await mesh.request(method, path, headers=inside, data=body)).status
+        assert (refused.status, refused.json["error"]["code"]) == (403, "forbidden")
+        assert (await mesh.request(method, path, headers=inside, data=body)).status != 403
 
 
 async def test_an_address_that_fails_too_often_has_to_wait(start_mesh):
     mesh = await start_mesh(server={"failed_logins_per_minute": 2})
     caller = await mesh.key()
     wrong = {"authorization": "Bearer rsk_wrong"}
-    assert [401, 401, 429] == [(await mesh.request("GET", "/v1/models", headers=wrong)).status for _ in range(3)]
+    assert [(await mesh.request("GET", "/v1/models", headers=wrong)).status for _ in range(3)] == [401, 401, 429]
     refused = await mesh.chat(caller, messages=HELLO)
-    assert (429, "rate_limit_exceeded", "30") == (
+    assert (
         refused.status,
         refused.json["error"]["code"],
         refused.headers["retry-after"],
-    )
+    ) == (429, "rate_limit_exceeded", "30")
     elsewhere = {**caller.auth, "x-forwarded-for": "192.0.2.7"}
-    assert 200 == (await mesh.request("GET", "/v1/models", headers=elsewhere)).status
+    assert (await mesh.request("GET", "/v1/models", headers=elsewhere)).status == 200

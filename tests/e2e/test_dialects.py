@@ -47,10 +47,10 @@ def bill_nusd(billed: dict[str, int]) -> int:
 async def test_the_charge_is_the_bill(mesh, dialect, fields):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model=dialect, **fields)
-    assert 200 == answer.status, answer.body
+    assert answer.status == 200, answer.body
     (entry,) = mesh.received
     settled = await mesh.settlement(caller)
-    assert ("reported", entry.billed) == (settled["usage_source"], {name: int(settled[name]) for name in entry.billed})
+    assert (settled["usage_source"], {name: int(settled[name]) for name in entry.billed}) == ("reported", entry.billed)
     assert bill_nusd(entry.billed) == await mesh.spent(caller)
 
 
@@ -83,7 +83,7 @@ async def test_a_refusal_reaches_the_client_in_the_providers_words(mesh, dialect
     caller = await mesh.key()
     answer = await mesh.chat(caller, model=f"{kind}/{dialect}")
     expected = DIALECTS[dialect].refusal(kind)
-    assert (expected.status, True) == (answer.status, expected.error["message"] in answer.error["message"])
+    assert (answer.status, expected.error["message"] in answer.error["message"]) == (expected.status, True)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -68,7 +68,7 @@ async def at_its_limit(mesh: Mesh) -> Caller:
     caller = await mesh.key(limits=Limits(requests_per_minute=6000, burst=1))
     limits = Limits(requests_per_minute=1)
     await mesh.worker.directory.change_account(caller.account, lambda account: replace(account, limits=limits))
-    assert 200 == (await mesh.chat(caller, model="sim/plain")).status
+    assert (await mesh.chat(caller, model="sim/plain")).status == 200
     await mesh.quiet()
     mesh.simulator.history.clear()
     return caller
@@ -253,7 +253,7 @@ async def test_over_http(case, refusing):
         assert str(-(-int(answer.headers["retry-after-ms"]) // 1000)) == answer.headers["retry-after"]
         assert int(answer.headers["retry-after"]) == answer.error["retry_after_seconds"]
     after = await refusing.balance(caller)
-    assert (before.balance_nusd, before.settled_nusd, 0) == (after.balance_nusd, after.settled_nusd, after.held_nusd)
+    assert (after.balance_nusd, after.settled_nusd, after.held_nusd) == (before.balance_nusd, before.settled_nusd, 0)
 
 
 async def test_through_the_sdk(case, refusing):
@@ -276,7 +276,7 @@ async def test_the_provider_is_quoted_about_the_request(mesh):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="sim/plain", messages=[{"role": "nobody", "content": "Hi"}])
     words = answer.error["provider_error"]["error"]
-    assert ("messages[0].role", "invalid_value") == (words["param"], words["code"])
+    assert (words["param"], words["code"]) == ("messages[0].role", "invalid_value")
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
@@ -290,7 +290,7 @@ async def test_the_provider_is_not_quoted_about_our_account(mesh, status):
 async def test_a_web_page_is_told_by_its_title(mesh):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="sim/error-html")
-    assert {"message": "A web page: 502 Bad Gateway"} == answer.error["provider_error"]
+    assert answer.error["provider_error"] == {"message": "A web page: 502 Bad Gateway"}
 
 
 async def test_a_rate_limit_names_which_and_writes_nothing(mesh):
@@ -299,21 +299,21 @@ async def test_a_rate_limit_names_which_and_writes_nothing(mesh):
     answer = await mesh.chat(caller, model="sim/plain")
     assert "account requests" in answer.error["message"]
     await mesh.quiet()
-    assert before == await mesh.snapshot(caller)
-    assert [] == mesh.received
+    assert await mesh.snapshot(caller) == before
+    assert mesh.received == []
 
 
 async def test_credit_is_asked_before_limits(mesh):
     caller = await mesh.key(credit="0.0000005", limits=Limits(requests_per_minute=0, burst=0))
-    assert "insufficient_credits" == (await mesh.chat(caller, model="sim/plain")).code
+    assert (await mesh.chat(caller, model="sim/plain")).code == "insufficient_credits"
 
 
 async def test_a_limit_of_nothing_has_no_time_to_wait_for(mesh):
     caller = await mesh.key(limits=Limits(requests_per_minute=0))
     answer = await mesh.chat(caller, model="sim/plain")
-    assert "rate_limit_exceeded" == answer.code
+    assert answer.code == "rate_limit_exceeded"
     assert "retry-after" not in answer.headers
-    assert "false" == answer.headers["x-should-retry"]
+    assert answer.headers["x-should-retry"] == "false"
 
 
 async def test_the_sdk_waits_as_long_as_it_is_told_and_gets_through(mesh):
@@ -323,12 +323,12 @@ async def test_the_sdk_waits_as_long_as_it_is_told_and_gets_through(mesh):
     for _ in range(3):
         await sdk.chat.completions.create(model="sim/plain", messages=HELLO)
     assert 0.18 < time.monotonic() - started < 2
-    assert 3 == len(mesh.received)
+    assert len(mesh.received) == 3
 
 
 async def test_a_revocation_holds_within_two_seconds(mesh):
     caller = await mesh.key()
-    assert 200 == (await mesh.chat(caller, model="sim/plain")).status
+    assert (await mesh.chat(caller, model="sim/plain")).status == 200
     elsewhere = type(mesh.worker.directory)(mesh.worker.store, time.monotonic)
     assert await elsewhere.set_key_status(caller.key.id, "revoked")
     async with asyncio.timeout(2):
@@ -342,10 +342,10 @@ async def test_too_many_in_flight(start_mesh):
     first = asyncio.create_task(mesh.chat(caller, model="sim/stall-head"))
     await mesh.until(lambda: len(mesh.received) == 1)
     answer = await mesh.chat(caller, model="sim/plain")
-    assert (503, "overloaded", "1") == (answer.status, answer.code, answer.headers["retry-after"])
+    assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "overloaded", "1")
     with pytest.raises(openai.InternalServerError) as raised:
         await mesh.sdk(caller).chat.completions.create(model="sim/plain", messages=HELLO)
-    assert "overloaded" == raised.value.code
+    assert raised.value.code == "overloaded"
     first.cancel()
     await mesh.quiet()
 
@@ -354,14 +354,14 @@ async def test_without_a_ledger(start_mesh):
     mesh = await start_mesh(redis={"url": "unix:///nonexistent/socket"}, connected=False)
     caller = Caller("rsk_" + "x" * 43, Key(id="key_x", account="nobody", created_at=0))
     answer = await mesh.chat(caller, model="sim/plain")
-    assert (503, "ledger_unavailable") == (answer.status, answer.code)
-    assert "1" == answer.headers["retry-after"]
+    assert (answer.status, answer.code) == (503, "ledger_unavailable")
+    assert answer.headers["retry-after"] == "1"
     with pytest.raises(openai.InternalServerError) as raised:
         await mesh.sdk(caller).chat.completions.create(model="sim/plain", messages=HELLO)
-    assert "ledger_unavailable" == raised.value.code
+    assert raised.value.code == "ledger_unavailable"
     for path in ("/v1/models", "/v1/key", "/v1/usage", "/v1/templates"):
         got = await mesh.request("GET", path, headers=caller.auth)
-        assert (503, "ledger_unavailable") == (got.status, got.code)
+        assert (got.status, got.code) == (503, "ledger_unavailable")
     await mesh.worker.store.close()
 
 
@@ -385,7 +385,7 @@ async def test_without_a_ledger(start_mesh):
 )
 async def test_paths_and_methods(mesh, method, path, status, code):
     answer = await mesh.request(method, path)
-    assert (status, code) == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (status, code)
     if status == 405:
         assert "allow" in answer.headers
 
@@ -409,14 +409,14 @@ async def test_the_answer_to_a_preflight_has_the_requests_id(start_mesh):
     mesh = await start_mesh(server={"cors_origins": ["https://app.example"]})
     headers = {"origin": "https://app.example", "access-control-request-method": "POST", "x-request-id": "page.1"}
     answer = await mesh.request("OPTIONS", "/v1/chat/completions", headers=headers)
-    assert (204, "page.1") == (answer.status, answer.headers["x-request-id"])
+    assert (answer.status, answer.headers["x-request-id"]) == (204, "page.1")
 
 
 async def test_the_answer_to_invalid_http_has_the_version(mesh):
     caller = await mesh.key()
     twice = [("authorization", "Bearer x"), ("authorization", caller.auth["authorization"])]
     answer = await mesh.request("GET", "/v1/models", headers=twice)
-    assert (400, "bad_request", "2026-08") == (answer.status, answer.code, answer.headers.get("x-mesh-version"))
+    assert (answer.status, answer.code, answer.headers.get("x-mesh-version")) == (400, "bad_request", "2026-08")
 
 
 async def test_a_path_like_no_other_is_told_none(mesh):
@@ -429,7 +429,7 @@ async def test_a_path_like_no_other_is_told_none(mesh):
 async def test_an_unknown_version_is_refused_on_every_path(mesh, path):
     headers = {**(await mesh.key()).auth, "x-mesh-version": "1999-01"}
     answer = await mesh.request("GET", path, headers=headers)
-    assert (400, "invalid_api_version") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (400, "invalid_api_version")
 
 
 @pytest.mark.parametrize(
@@ -451,14 +451,14 @@ async def test_a_parameter_that_makes_no_sense_is_named_in_details(mesh, query, 
 
 async def test_a_tier_without_a_price_is_named_in_details(mesh):
     answer = await mesh.chat(await mesh.key(), model="sim/plain", service_tier="priority")
-    assert [["body", "service_tier"]] == [detail["loc"] for detail in answer.error["details"]]
+    assert [detail["loc"] for detail in answer.error["details"]] == [["body", "service_tier"]]
 
 
 @pytest.mark.parametrize("authorization", ["{key}", "Token {key}", "Bearer {key} {key}", 'Bearer "{key}"'])
 async def test_a_key_that_is_sent_wrongly_is_told_how(mesh, authorization):
     secret = (await mesh.key()).auth["authorization"].removeprefix("Bearer ")
     answer = await mesh.request("GET", "/v1/key", headers={"authorization": authorization.format(key=secret)})
-    assert (401, False) == (answer.status, "not a key of this gateway" in answer.error["message"])
+    assert (answer.status, "not a key of this gateway" in answer.error["message"]) == (401, False)
 
 
 def test_every_code_is_documented_and_no_other():
@@ -474,16 +474,16 @@ def test_every_code_is_documented_and_no_other():
 async def test_a_requests_own_deadline_ends_it(mesh, model_name):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model=model_name, timeout=0.3)
-    assert (504, "gateway_timeout") == (answer.status, answer.code)
-    assert 0 == await mesh.spent(caller)
+    assert (answer.status, answer.code) == (504, "gateway_timeout")
+    assert await mesh.spent(caller) == 0
     assert "timeout" not in mesh.sent
 
 
 async def test_a_deadline_that_is_met_changes_nothing(mesh):
     caller = await mesh.key()
-    assert 200 == (await mesh.chat(caller, model="sim/plain", timeout=9)).status
+    assert (await mesh.chat(caller, model="sim/plain", timeout=9)).status == 200
 
 
 async def test_a_deadline_of_none_is_refused(mesh):
     answer = await mesh.chat(await mesh.key(), model="sim/plain", timeout=0)
-    assert (422, "timeout") == (answer.status, answer.error["param"])
+    assert (answer.status, answer.error["param"]) == (422, "timeout")

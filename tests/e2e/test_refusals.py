@@ -56,22 +56,22 @@ async def test_a_refusal_of_the_request_is_told_as_the_provider_said_it(pair):
     error = answer.error
     expected = (400, "context_length_exceeded", "messages", "context_length_exceeded", TOO_LONG)
     told = (answer.status, error["code"], error["param"], error["provider_code"], error["provider_error"])
-    assert (expected, []) == (told, second.asked)
-    assert TOO_LONG["error"]["message"] == error["message"]
+    assert (told, second.asked) == (expected, [])
+    assert error["message"] == TOO_LONG["error"]["message"]
 
 
 async def test_what_was_flagged_is_not_asked_elsewhere(pair):
     mesh, first, second = pair
     first.answers(403, FLAGGED)
     answer = await mesh.chat(await mesh.key(), model="m", models=["second"])
-    assert (403, "Your input was flagged", []) == (answer.status, answer.error["message"], second.asked)
+    assert (answer.status, answer.error["message"], second.asked) == (403, "Your input was flagged", [])
 
 
 async def test_a_refusal_of_our_account_is_asked_elsewhere(pair):
     mesh, first, _ = pair
     first.answers(401, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}})
     answer = await mesh.chat(await mesh.key(), model="m")
-    assert (200, "2") == (answer.status, answer.headers["x-mesh-routing-attempts"])
+    assert (answer.status, answer.headers["x-mesh-routing-attempts"]) == (200, "2")
 
 
 @pytest.mark.parametrize(("body", "expected"), [(TOO_LONG, (200, 1)), (INVALID, (400, 0))])
@@ -79,7 +79,7 @@ async def test_another_model_is_asked_for_what_only_this_one_refuses(pair, body,
     mesh, first, second = pair
     first.answers(400, body)
     answer = await mesh.chat(await mesh.key(), model="first", models=["second"])
-    assert expected == (answer.status, len(second.asked))
+    assert (answer.status, len(second.asked)) == expected
 
 
 async def test_the_refusal_is_told_and_not_the_last_failure(start_mesh, providers):
@@ -89,7 +89,7 @@ async def test_the_refusal_is_told_and_not_the_last_failure(start_mesh, provider
         models={"first": model("one", "x"), "gone": model("refused", "x")},
     )
     answer = await mesh.chat(await mesh.key(), model="first", models=["gone"])
-    assert (400, "context_length_exceeded") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (400, "context_length_exceeded")
 
 
 async def test_a_wait_of_more_than_a_minute_is_honest_and_not_worth_a_retry(pair):
@@ -97,8 +97,8 @@ async def test_a_wait_of_more_than_a_minute_is_honest_and_not_worth_a_retry(pair
     first.answers(429, {"error": {"message": "You exceeded your current quota.", "code": "insufficient_quota"}})
     answer = await mesh.chat(await mesh.key(), model="first")
     told = (answer.status, answer.code, answer.error["provider_code"], answer.headers["retry-after"])
-    assert (503, "provider_not_available", "insufficient_quota", "600") == told
-    assert ("false", 600) == (answer.headers["x-should-retry"], answer.error["retry_after_seconds"])
+    assert told == (503, "provider_not_available", "insufficient_quota", "600")
+    assert (answer.headers["x-should-retry"], answer.error["retry_after_seconds"]) == ("false", 600)
 
 
 async def test_no_secret_of_ours_is_told_wherever_the_provider_says_it(start_mesh, providers):
@@ -109,7 +109,7 @@ async def test_no_secret_of_ours_is_told_wherever_the_provider_says_it(start_mes
     mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
     with structlog.testing.capture_logs() as lines:
         answer = await mesh.chat(await mesh.key(), model="m")
-    assert (400, False) == (answer.status, secret.encode() in answer.body)
+    assert (answer.status, secret.encode() in answer.body) == (400, False)
     assert secret not in repr(lines)
 
 
@@ -119,16 +119,16 @@ async def test_an_answer_with_another_status_of_success_is_an_answer(pair, statu
     first.answers(status, OK)
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="first")
-    assert (200, OK) == (answer.status, json.loads(answer.body))
+    assert (answer.status, json.loads(answer.body)) == (200, OK)
     settled = await mesh.settlement(caller)
-    assert ("9", "3") == (settled["prompt_tokens"], settled["completion_tokens"])
+    assert (settled["prompt_tokens"], settled["completion_tokens"]) == ("9", "3")
 
 
 async def test_a_200_with_an_error_in_it_is_told_as_its_status(pair):
     mesh, first, _ = pair
     first.answers(200, {"error": {"code": 429, "message": "Slow down"}})
     answer = await mesh.chat(await mesh.key(), model="first")
-    assert (503, "provider_not_available") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (503, "provider_not_available")
 
 
 # Routing.
@@ -138,7 +138,7 @@ async def test_the_headers_of_a_direct_answer(pair):
     mesh, _, _ = pair
     headers = (await mesh.chat(await mesh.key(), model="second")).headers
     names = ("x-resolved-model-id", "x-mesh-routing-attempts", "x-mesh-routing-fallback", "x-mesh-routing-model")
-    assert ["second", "1", None, None] == [headers.get(name) for name in names]
+    assert [headers.get(name) for name in names] == ["second", "1", None, None]
 
 
 async def test_the_headers_of_a_fallback(pair):
@@ -146,7 +146,7 @@ async def test_the_headers_of_a_fallback(pair):
     first.answers(500, DOWN)
     headers = (await mesh.chat(await mesh.key(), model="first", models=["second"])).headers
     names = ("x-resolved-model-id", "x-mesh-routing-attempts", "x-mesh-routing-fallback", "x-mesh-routing-model")
-    assert ["second", "2", "true", "second"] == [headers.get(name) for name in names]
+    assert [headers.get(name) for name in names] == ["second", "2", "true", "second"]
 
 
 # The operator's log.
@@ -164,14 +164,14 @@ async def test_each_failed_attempt_has_a_line_also_where_another_served(pair):
     first.answers(401, {"error": {"message": "Incorrect API key provided"}}, x_request_id="req_up")
     (line,) = await failed_attempts(mesh, model="m")
     told = [line[name] for name in ("upstream", "model", "phase", "status", "words", "upstream_request_id")]
-    assert ["one", "m", "head", 401, "Incorrect API key provided", "req_up"] == told
+    assert told == ["one", "m", "head", 401, "Incorrect API key provided", "req_up"]
 
 
 async def test_an_answer_that_breaks_off_has_a_line(pair):
     mesh, first, _ = pair
     first.answers(200, b'{"id":', content_length="100")
     (line,) = await failed_attempts(mesh, model="first")
-    assert ("body", 200) == (line["phase"], line["status"])
+    assert (line["phase"], line["status"]) == ("body", 200)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ async def test_an_answer_that_breaks_off_has_a_line(pair):
 async def test_a_connection_that_cannot_be_made_says_why(start_mesh, url, phase, reason):
     mesh = await start_mesh(upstreams={"one": {"kind": "openai", "base_url": url}}, models={"m": model("one", "x")})
     (line,) = await failed_attempts(mesh, model="m")
-    assert (phase, True, None) == (line["phase"], line["reason"].startswith(reason), line["status"])
+    assert (line["phase"], line["reason"].startswith(reason), line["status"]) == (phase, True, None)
 
 
 async def test_the_request_line_tells_the_providers_status_and_id(pair):
@@ -193,14 +193,14 @@ async def test_the_request_line_tells_the_providers_status_and_id(pair):
     await mesh.chat(await mesh.key(), model="first")
     await mesh.quiet()
     line = mesh.log.lines[-1]
-    assert (400, "a-1", None) == (line["upstream_status"], line["upstream_request_id"], line["refused_by"])
+    assert (line["upstream_status"], line["upstream_request_id"], line["refused_by"]) == (400, "a-1", None)
 
 
 async def test_the_request_line_tells_what_refused_it(mesh):
     caller = await mesh.key(credit="0")
     await mesh.chat(caller, model="sim/plain")
     await mesh.quiet()
-    assert ("credit", None) == (mesh.log.lines[-1]["refused_by"], mesh.log.lines[-1]["upstream_status"])
+    assert (mesh.log.lines[-1]["refused_by"], mesh.log.lines[-1]["upstream_status"]) == ("credit", None)
 
 
 # Formalities: what was paid for is not lost for its label.
@@ -243,9 +243,9 @@ async def test_whatever_comes_is_streamed_to_who_asked_for_a_stream(pair, body, 
     first.answers(200, body, **headers)
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="first")
-    assert ("from elsewhere", "[DONE]") == (answer.text, answer.events[-1])
+    assert (answer.text, answer.events[-1]) == ("from elsewhere", "[DONE]")
     event = await mesh.settlement(caller)
-    assert ("9", "3", "reported") == (event["prompt_tokens"], event["completion_tokens"], event["usage_source"])
+    assert (event["prompt_tokens"], event["completion_tokens"], event["usage_source"]) == ("9", "3", "reported")
 
 
 @pytest.mark.parametrize(("body", "headers"), FORMS)
@@ -255,8 +255,8 @@ async def test_whatever_comes_is_whole_for_who_asked_for_it_whole(pair, body, he
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="first")
     told = (answer.headers["content-type"], answer.headers.get("content-encoding"))
-    assert ("from elsewhere", ("application/json", None)) == (answer.json["choices"][0]["message"]["content"], told)
-    assert "3" == (await mesh.settlement(caller))["completion_tokens"]
+    assert (answer.json["choices"][0]["message"]["content"], told) == ("from elsewhere", ("application/json", None))
+    assert (await mesh.settlement(caller))["completion_tokens"] == "3"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ async def test_what_cannot_be_read_is_told_and_opens_no_breaker(pair, body, head
     for _ in range(11):
         answer = await mesh.chat(caller, model="first", stream=stream)
     error = answer.error if answer.status != 200 else answer.events[-1]["error"]
-    assert ("upstream_error", 11) == (error["code"], len(first.asked))
+    assert (error["code"], len(first.asked)) == ("upstream_error", 11)
 
 
 async def test_an_answer_too_large_to_keep_opens_no_breaker(start_mesh, providers):
@@ -284,8 +284,8 @@ async def test_an_answer_too_large_to_keep_opens_no_breaker(start_mesh, provider
     upstream = {"kind": "openai", "base_url": first.url, "max_response_bytes": 100}
     mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
     caller = await mesh.key()
-    assert [502] * 11 == [(await mesh.chat(caller, model="m")).status for _ in range(11)]
-    assert 11 == len(first.asked)
+    assert [(await mesh.chat(caller, model="m")).status for _ in range(11)] == [502] * 11
+    assert len(first.asked) == 11
 
 
 # Silence.
@@ -308,9 +308,9 @@ async def test_a_silent_provider_s_client_gets_a_head_and_pings(silent_pair):
     mesh, first, _ = silent_pair
     first.answers(200, STREAM, delay_s=0.4, content_type="text/event-stream")
     answer = await mesh.stream(await mesh.key(), model="first")
-    assert (200, "text/event-stream; charset=utf-8") == (answer.status, answer.headers["content-type"])
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     assert answer.body.startswith(b": ping\n\n: ping\n\n")
-    assert ("from elsewhere", "[DONE]") == (answer.text, answer.events[-1])
+    assert (answer.text, answer.events[-1]) == ("from elsewhere", "[DONE]")
 
 
 async def test_what_fails_behind_pings_is_told_in_an_event(silent_pair):
@@ -318,29 +318,29 @@ async def test_what_fails_behind_pings_is_told_in_an_event(silent_pair):
     first.answers(400, TOO_LONG, delay_s=0.3)
     answer = await mesh.stream(await mesh.key(), model="m")
     (event,) = answer.events
-    assert (200, "context_length_exceeded") == (answer.status, event["error"]["code"])
+    assert (answer.status, event["error"]["code"]) == (200, "context_length_exceeded")
     await mesh.quiet()
-    assert (200, "context_length_exceeded") == (mesh.log.lines[-1]["status"], mesh.log.lines[-1]["code"])
+    assert (mesh.log.lines[-1]["status"], mesh.log.lines[-1]["code"]) == (200, "context_length_exceeded")
 
 
 async def test_another_is_asked_behind_pings(silent_pair):
     mesh, first, _ = silent_pair
     first.answers(500, DOWN, delay_s=0.3)
     answer = await mesh.stream(await mesh.key(), model="m")
-    assert (b": ping\n\n", "from elsewhere") == (answer.body[:8], answer.text)
+    assert (answer.body[:8], answer.text) == (b": ping\n\n", "from elsewhere")
 
 
 async def test_pings_keep_a_client_whose_patience_is_short(silent_pair):
     mesh, first, _ = silent_pair
     first.answers(200, STREAM, delay_s=1.5, content_type="text/event-stream")
     answer = await mesh.chat(await mesh.key(), model="first", stream=True, headers={"x-stainless-read-timeout": "1.2"})
-    assert "[DONE]" == answer.events[-1]
+    assert answer.events[-1] == "[DONE]"
 
 
 async def test_a_whole_answer_gets_no_pings(silent_pair):
     mesh, first, _ = silent_pair
     first.answers(200, OK, delay_s=0.3)
-    assert OK == (await mesh.chat(await mesh.key(), model="first")).json
+    assert (await mesh.chat(await mesh.key(), model="first")).json == OK
 
 
 async def test_a_shut_down_tells_who_still_waits_for_an_answer(silent_pair):
@@ -351,7 +351,7 @@ async def test_a_shut_down_tells_who_still_waits_for_an_answer(silent_pair):
     mesh.worker.gateway.shut_down()
     (handler,) = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "ChatHandler.serve"]
     handler.cancel()
-    assert "overloaded" == (await asking).events[-1]["error"]["code"]
+    assert (await asking).events[-1]["error"]["code"] == "overloaded"
 
 
 async def test_a_client_that_hangs_up_on_pings_leaves_nothing(silent_pair):
@@ -361,7 +361,7 @@ async def test_a_client_that_hangs_up_on_pings_leaves_nothing(silent_pair):
     await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.early_heads))
     asking.cancel()
     await mesh.quiet()
-    assert (set(), "client_disconnected") == (mesh.worker.live.early_heads, mesh.log.lines[-1]["outcome"])
+    assert (mesh.worker.live.early_heads, mesh.log.lines[-1]["outcome"]) == (set(), "client_disconnected")
 
 
 async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(start_mesh, providers):
@@ -370,21 +370,21 @@ async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(s
     mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="m", headers={"x-stainless-read-timeout": "0.1"})
-    assert (504, "gateway_timeout", "false") == (answer.status, answer.code, answer.headers["x-should-retry"])
+    assert (answer.status, answer.code, answer.headers["x-should-retry"]) == (504, "gateway_timeout", "false")
     event = await mesh.settlement(caller)
-    assert ("3", "drained") == (event["completion_tokens"], event["usage_source"])
+    assert (event["completion_tokens"], event["usage_source"]) == ("3", "drained")
 
 
 async def test_the_time_of_an_answer_is_counted_by_the_upstream_that_gave_it(pair):
     mesh, first, second = pair
     first.answers(500, DOWN)
     second.answers(200, STREAM, content_type="text/event-stream")
-    assert "[DONE]" == (await mesh.stream(await mesh.key(), model="m")).events[-1]
+    assert (await mesh.stream(await mesh.key(), model="m")).events[-1] == "[DONE]"
     await mesh.quiet()
     metrics = mesh.worker.metrics
     families = (metrics.upstream_first_token, metrics.upstream_duration)
     counts = [_count_of(family.labels(upstream)) for family in families for upstream in ("one", "two")]
-    assert [0, 1, 0, 1] == counts
+    assert counts == [0, 1, 0, 1]
 
 
 def _count_of(histogram):

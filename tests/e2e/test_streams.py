@@ -26,23 +26,23 @@ HARMLESS = ("burst", "split", "crlf", "comments", "ids", "bom", "eof-delimited",
 async def test_a_stream_is_whole_and_settled_by_the_reported_usage(mesh):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="sim/plain")
-    assert 200 == answer.status
-    assert "text/event-stream; charset=utf-8" == answer.headers["content-type"]
-    assert ("no-cache", "no") == (answer.headers["cache-control"], answer.headers["x-accel-buffering"])
-    assert "[DONE]" == answer.events[-1]
-    assert 8 == len([event for event in answer.events[1:-1] if event["choices"][0]["delta"]])
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+    assert answer.events[-1] == "[DONE]"
+    assert len([event for event in answer.events[1:-1] if event["choices"][0]["delta"]]) == 8
     settled = await mesh.settlement(caller)
-    assert ("6", "8", str(REPORTED_NUSD)) == (
+    assert (
         settled["prompt_tokens"],
         settled["completion_tokens"],
         settled["cost_nusd"],
-    )
-    assert ("reported", "completed", str(HELD_NUSD)) == (
+    ) == ("6", "8", str(REPORTED_NUSD))
+    assert (
         settled["usage_source"],
         settled["outcome"],
         settled["held_nusd"],
-    )
-    assert REPORTED_NUSD == await mesh.spent(caller)
+    ) == ("reported", "completed", str(HELD_NUSD))
+    assert await mesh.spent(caller) == REPORTED_NUSD
 
 
 @pytest.mark.parametrize("trait", HARMLESS)
@@ -51,17 +51,17 @@ async def test_however_it_comes_it_reads_the_same(mesh, trait):
     plain = await mesh.stream(caller, model="sim/plain", seed=SEED)
     answer = await mesh.stream(caller, model=f"sim/{trait}", seed=SEED)
     assert plain.text == answer.text
-    assert "[DONE]" == answer.events[-1]
+    assert answer.events[-1] == "[DONE]"
     lines = answer.body.decode().split("\n")
-    assert set() == {line for line in lines if line.startswith(("id:", "retry:")) or "\r" in line or "\ufeff" in line}
-    assert [REPORTED_NUSD] * 2 == [int(event["cost_nusd"]) for event in await mesh.settlements(caller)]
+    assert {line for line in lines if line.startswith(("id:", "retry:")) or "\r" in line or "\ufeff" in line} == set()
+    assert [int(event["cost_nusd"]) for event in await mesh.settlements(caller)] == [REPORTED_NUSD] * 2
 
 
 async def test_events_without_data_are_not_passed_on(mesh):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="sim/ids")
     events = answer.body.decode().rstrip("\n").split("\n\n")
-    assert [] == [event for event in events if "data:" not in event and not event.startswith(":")]
+    assert [event for event in events if "data:" not in event and not event.startswith(":")] == []
 
 
 async def test_every_character_survives_awkward_cuts(start_mesh):
@@ -77,27 +77,27 @@ async def test_every_character_survives_awkward_cuts(start_mesh):
 async def test_usage_is_shown_to_who_asked_for_it(mesh):
     caller = await mesh.key()
     asked = await mesh.stream(caller, model="sim/plain", stream_options={"include_usage": True})
-    assert ([], 8) == (asked.events[-2]["choices"], asked.events[-2]["usage"]["completion_tokens"])
+    assert (asked.events[-2]["choices"], asked.events[-2]["usage"]["completion_tokens"]) == ([], 8)
     hidden = await mesh.stream(caller, model="sim/plain")
-    assert [] == [event for event in hidden.events[:-1] if not event["choices"]]
+    assert [event for event in hidden.events[:-1] if not event["choices"]] == []
     bodies = [json.loads(entry.raw_body) for entry in mesh.received]
-    assert [True, True] == [body["stream_options"]["include_usage"] for body in bodies]
+    assert [body["stream_options"]["include_usage"] for body in bodies] == [True, True]
 
 
 async def test_usage_in_the_finishing_chunk_counts_and_the_chunk_is_kept(mesh):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="sim/usage-early")
-    assert "stop" == answer.events[-2]["choices"][0]["finish_reason"]
-    assert "reported" == (await mesh.settlement(caller))["usage_source"]
+    assert answer.events[-2]["choices"][0]["finish_reason"] == "stop"
+    assert (await mesh.settlement(caller))["usage_source"] == "reported"
 
 
 @pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd"])
 async def test_usage_that_cannot_be_believed_is_estimated(mesh, trait):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model=f"sim/{trait}")
-    assert "[DONE]" == answer.events[-1]
+    assert answer.events[-1] == "[DONE]"
     settled = await mesh.settlement(caller)
-    assert ("estimated", "completed", "9") == (settled["usage_source"], settled["outcome"], settled["prompt_tokens"])
+    assert (settled["usage_source"], settled["outcome"], settled["prompt_tokens"]) == ("estimated", "completed", "9")
     assert 8 <= int(settled["completion_tokens"]) <= 16
     assert 0 < await mesh.spent(caller) <= HELD_NUSD
 
@@ -114,21 +114,21 @@ async def test_a_lying_provider_is_not_believed_past_what_was_asked_for(mesh):
 async def test_a_stream_that_dies_is_ended_honestly(mesh, trait):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model=f"sim/{trait}")
-    assert 200 == answer.status
+    assert answer.status == 200
     error = answer.events[-1]["error"]
-    assert "upstream_error" == error["code"]
+    assert error["code"] == "upstream_error"
     assert answer.headers["x-request-id"] == error["request_id"] == answer.events[-1]["request_id"]
     settled = await mesh.settlement(caller)
-    assert ("upstream_failed", "estimated") == (settled["outcome"], settled["usage_source"])
+    assert (settled["outcome"], settled["usage_source"]) == ("upstream_failed", "estimated")
     assert 0 < await mesh.spent(caller) <= HELD_NUSD
-    assert "upstream_error" == mesh.log.lines[-1]["code"]
+    assert mesh.log.lines[-1]["code"] == "upstream_error"
 
 
 async def test_an_event_of_two_megabytes_passes(mesh):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="sim/huge-event")
-    assert "[DONE]" == answer.events[-1]
-    assert "reported" == (await mesh.settlement(caller))["usage_source"]
+    assert answer.events[-1] == "[DONE]"
+    assert (await mesh.settlement(caller))["usage_source"] == "reported"
 
 
 async def test_an_event_that_is_too_large_is_not_held_against_its_provider(start_mesh, simulator):
@@ -138,23 +138,23 @@ async def test_an_event_that_is_too_large_is_not_held_against_its_provider(start
     caller = await mesh.key()
     for _ in range(12):  # a breaker opens after ten calls of which half failed
         answer = await mesh.stream(caller, model="sim/huge-event")
-        assert "upstream_error" == answer.events[-1]["error"]["code"]
-    assert "[DONE]" == (await mesh.stream(caller, model="sim/plain")).events[-1]
+        assert answer.events[-1]["error"]["code"] == "upstream_error"
+    assert (await mesh.stream(caller, model="sim/plain")).events[-1] == "[DONE]"
 
 
 async def test_the_words_of_a_provider_that_failed_in_the_stream_are_told(mesh):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="sim/error-mid-stream")
-    assert "Provider disconnected unexpectedly" == answer.events[-1]["error"]["provider_error"]["message"]
-    assert [] == [event for event in answer.events[:-1] if "error" in event]
+    assert answer.events[-1]["error"]["provider_error"]["message"] == "Provider disconnected unexpectedly"
+    assert [event for event in answer.events[:-1] if "error" in event] == []
 
 
 async def test_a_provider_that_falls_silent_is_given_up(start_mesh, simulator):
     mesh = await start_mesh(upstreams=_impatient(simulator))
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="sim/stall-mid")
-    assert "gateway_timeout" == answer.events[-1]["error"]["code"]
-    assert "estimated" == (await mesh.settlement(caller))["usage_source"]
+    assert answer.events[-1]["error"]["code"] == "gateway_timeout"
+    assert (await mesh.settlement(caller))["usage_source"] == "estimated"
     assert 0 < await mesh.spent(caller) <= HELD_NUSD
 
 
@@ -164,7 +164,7 @@ async def test_a_provider_that_says_nothing_at_all_costs_nothing(start_mesh, sim
     answer = await mesh.stream(caller, model="sim/stall")
     assert b'"code":"gateway_timeout"' in answer.body
     assert b"[DONE]" not in answer.body
-    assert ("none", "0") == itemgetter("usage_source", "cost_nusd")(await mesh.settlement(caller))
+    assert itemgetter("usage_source", "cost_nusd")(await mesh.settlement(caller)) == ("none", "0")
 
 
 async def test_nonsense_is_no_success(mesh):
@@ -178,9 +178,9 @@ async def test_nonsense_is_no_success(mesh):
 async def test_what_is_no_event_stream_is_an_error_before_any_stream(mesh, trait):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model=f"sim/{trait}")
-    assert (502, "upstream_error") == (answer.status, answer.code)
-    assert 0 == await mesh.spent(caller)
-    assert 1 == len(mesh.received)
+    assert (answer.status, answer.code) == (502, "upstream_error")
+    assert await mesh.spent(caller) == 0
+    assert len(mesh.received) == 1
 
 
 def _impatient(simulator):
@@ -194,8 +194,8 @@ async def test_a_silent_stream_is_kept_open_by_pings(start_mesh):
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="sim/late")
     assert 2 <= answer.body.count(b": ping\n\n") <= 6
-    assert "[DONE]" == answer.events[-1]
-    assert "reported" == (await mesh.settlement(caller))["usage_source"]
+    assert answer.events[-1] == "[DONE]"
+    assert (await mesh.settlement(caller))["usage_source"] == "reported"
 
 
 async def test_a_client_that_hangs_up_stops_the_provider_at_once(mesh):
@@ -206,11 +206,11 @@ async def test_a_client_that_hangs_up_stops_the_provider_at_once(mesh):
         response.close()
     (entry,) = mesh.received
     await mesh.until(lambda: entry.ended == "client_closed")
-    assert 0 == mesh.simulator.history.open_streams
+    assert mesh.simulator.history.open_streams == 0
     settled = await mesh.settlement(caller)
-    assert ("client_disconnected", "estimated") == (settled["outcome"], settled["usage_source"])
+    assert (settled["outcome"], settled["usage_source"]) == ("client_disconnected", "estimated")
     assert 0 < await mesh.spent(caller) <= HELD_NUSD
-    assert "client_disconnected" == mesh.log.lines[-1]["outcome"]
+    assert mesh.log.lines[-1]["outcome"] == "client_disconnected"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -223,12 +223,12 @@ async def test_a_client_that_hangs_up_before_the_answer_pays_its_prompt(mesh, tr
     (entry,) = mesh.received
     await mesh.until(lambda: entry.ended == "client_closed")
     settled = await mesh.settlement(caller)
-    assert ("client_disconnected", "estimated") == (settled["outcome"], settled["usage_source"])
-    assert ("9", "0", str(PROMPT_NUSD)) == (
+    assert (settled["outcome"], settled["usage_source"]) == ("client_disconnected", "estimated")
+    assert (
         settled["prompt_tokens"],
         settled["completion_tokens"],
         settled["cost_nusd"],
-    )
+    ) == ("9", "0", str(PROMPT_NUSD))
 
 
 async def test_a_client_that_hangs_up_before_its_request_is_sent_pays_nothing(start_mesh):
@@ -243,7 +243,7 @@ async def test_a_client_that_hangs_up_before_its_request_is_sent_pays_nothing(st
     task = asyncio.create_task(mesh.chat(caller, model="far"))
     await mesh.until(lambda: bool(mesh.worker.live.leases))
     task.cancel()
-    assert ("none", "0") == itemgetter("usage_source", "cost_nusd")(await mesh.settlement(caller))
+    assert itemgetter("usage_source", "cost_nusd")(await mesh.settlement(caller)) == ("none", "0")
     silent.close()
 
 
@@ -259,8 +259,8 @@ async def test_a_client_that_does_not_read_holds_the_provider_back_and_may_then_
         assert relay._downstream._transport.get_write_buffer_size() < 2 * 65_536 + 262_144
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     settled = await mesh.settlement(caller)
-    assert "client_disconnected" == settled["outcome"]
-    assert [0, 0] == [mesh.simulator.history.open_streams, mesh.worker.recorder.in_flight]
+    assert settled["outcome"] == "client_disconnected"
+    assert [mesh.simulator.history.open_streams, mesh.worker.recorder.in_flight] == [0, 0]
 
 
 async def test_a_slow_reader_gets_everything(start_mesh):
@@ -275,9 +275,9 @@ async def test_a_slow_reader_gets_everything(start_mesh):
         reader, writer = await asyncio.open_connection(sock=client)
         got = await asyncio.wait_for(reader.read(-1), 10)
         writer.close()
-    assert 3000 == got.count(b'"delta":{"content"')
+    assert got.count(b'"delta":{"content"') == 3000
     assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-    assert "3000" == (await mesh.settlement(caller))["completion_tokens"]
+    assert (await mesh.settlement(caller))["completion_tokens"] == "3000"
 
 
 async def test_an_http_1_0_client_reads_to_the_end_of_the_connection(mesh):
@@ -298,9 +298,9 @@ async def test_chunks_of_the_provider_reach_the_client_as_they_were(mesh):
     while body:
         size, _, rest = body.partition(b"\r\n")
         sizes.append(int(size, 16))
-        assert b"\r\n" == rest[sizes[-1] : sizes[-1] + 2]
+        assert rest[sizes[-1] : sizes[-1] + 2] == b"\r\n"
         body = rest[sizes[-1] + 2 :]
-    assert 0 == sizes[-1]
+    assert sizes[-1] == 0
     assert 0 not in sizes[:-1]
 
 
@@ -312,9 +312,9 @@ async def test_a_stream_ends_when_its_credit_does(start_mesh):
     )
     caller = await mesh.key(credit="0.0004")
     answer = await mesh.stream(caller, model="sim/long")
-    assert "insufficient_credits" == answer.events[-1]["error"]["code"]
+    assert answer.events[-1]["error"]["code"] == "insufficient_credits"
     settled = await mesh.settlement(caller)
-    assert "insufficient_credits" == settled["outcome"]
+    assert settled["outcome"] == "insufficient_credits"
     balance = await mesh.balance(caller)
     assert balance.balance_nusd >= -slice_tokens * 10_000
     await mesh.until(lambda: mesh.simulator.history.open_streams == 0)
@@ -326,8 +326,8 @@ async def test_a_stream_with_credit_is_renewed_to_its_end(start_mesh):
     )
     caller = await mesh.key(credit="0.01")
     answer = await mesh.stream(caller, model="sim/long")
-    assert "[DONE]" == answer.events[-1]
-    assert "400" == (await mesh.settlement(caller))["completion_tokens"]
+    assert answer.events[-1] == "[DONE]"
+    assert (await mesh.settlement(caller))["completion_tokens"] == "400"
     assert 18 * 2_500 + 8 * 10_000 < int((await mesh.settlement(caller))["held_nusd"])
 
 
@@ -338,7 +338,7 @@ async def test_a_stream_without_a_cap_is_covered_past_the_default(start_mesh):
     )
     caller = await mesh.key(credit="0.0006")
     answer = await mesh.stream(caller, model="sim/long")
-    assert "insufficient_credits" == answer.events[-1]["error"]["code"]
+    assert answer.events[-1]["error"]["code"] == "insufficient_credits"
     assert (await mesh.balance(caller)).balance_nusd >= -8 * 10_000
 
 
@@ -350,7 +350,7 @@ async def test_the_sdk_streams(mesh):
     )
     got = [chunk async for chunk in chunks]
     assert whole.text == "".join(chunk.choices[0].delta.content or "" for chunk in got if chunk.choices)
-    assert 8 == got[-1].usage.completion_tokens
+    assert got[-1].usage.completion_tokens == 8
 
 
 @pytest.mark.parametrize("trait", ["die-mid-stream", "error-mid-stream", "end-early"])
@@ -361,8 +361,8 @@ async def test_the_sdk_raises_when_a_stream_dies(mesh, trait):
     )
     with pytest.raises(openai.APIError) as raised:
         [chunk async for chunk in chunks]
-    assert "upstream_error" == raised.value.code
-    assert 1 == len(mesh.received)
+    assert raised.value.code == "upstream_error"
+    assert len(mesh.received) == 1
 
 
 async def test_shutdown_tells_the_streams_that_are_left(mesh):
@@ -371,8 +371,8 @@ async def test_shutdown_tells_the_streams_that_are_left(mesh):
     await mesh.until(lambda: any(relay.scanner.events for relay in mesh.worker.live.relays))
     mesh.worker.gateway.shut_down()
     answer = await task
-    assert "overloaded" == answer.events[-1]["error"]["code"]
-    assert "shutdown" == (await mesh.settlement(caller))["outcome"]
+    assert answer.events[-1]["error"]["code"] == "overloaded"
+    assert (await mesh.settlement(caller))["outcome"] == "shutdown"
 
 
 def _post(caller, body, version="1.1"):
@@ -399,12 +399,12 @@ async def test_a_slot_is_free_when_its_client_has_hung_up(mesh):
     running = asyncio.create_task(mesh.stream(caller, model="sim/stall-mid"))
     await mesh.until(lambda: len(mesh.received) == 1)
     busy = await mesh.stream(caller, model="sim/plain")
-    assert (429, "rate_limit_exceeded", "1") == (busy.status, busy.code, busy.headers["retry-after"])
+    assert (busy.status, busy.code, busy.headers["retry-after"]) == (429, "rate_limit_exceeded", "1")
     assert "parallel" in busy.error["message"]
     running.cancel()
     await asyncio.wait([running])
     await mesh.quiet()
-    assert 200 == (await mesh.stream(caller, model="sim/plain")).status
+    assert (await mesh.stream(caller, model="sim/plain")).status == 200
 
 
 async def test_an_account_s_slots_are_shared_by_its_keys(mesh):
@@ -415,11 +415,11 @@ async def test_an_account_s_slots_are_shared_by_its_keys(mesh):
     )
     running = asyncio.create_task(mesh.stream(caller, model="sim/stall-mid"))
     await mesh.until(lambda: len(mesh.received) == 1)
-    assert 429 == (await mesh.stream(other, model="sim/plain")).status
+    assert (await mesh.stream(other, model="sim/plain")).status == 429
     running.cancel()
     await asyncio.wait([running])
     await mesh.quiet()
-    assert 200 == (await mesh.stream(other, model="sim/plain")).status
+    assert (await mesh.stream(other, model="sim/plain")).status == 200
 
 
 LEASED = {"credits": {"lease_output_tokens": 8}, "models": {"sim/slow": model("sim", "sim/plain?tokens=60&tps=200")}}
@@ -446,7 +446,7 @@ async def test_a_stream_whose_hold_is_lost_needs_credit_for_another(start_mesh, 
         await mesh.worker.ledger.grant(caller.account, parse_usd(taken))
     answer = await running
     end = answer.events[-1]
-    assert (last, outcome) == (end if end == "[DONE]" else end["error"]["code"], mesh.log.lines[-1]["outcome"])
+    assert (end if end == "[DONE]" else end["error"]["code"], mesh.log.lines[-1]["outcome"]) == (last, outcome)
     assert int((await mesh.settlement(caller))["cost_nusd"]) == await mesh.spent(caller) > 0
 
 
@@ -456,5 +456,5 @@ async def test_a_stream_that_ends_for_want_of_credit_says_what_the_key_s_page_sa
     error = (await mesh.stream(caller, model="sim/slow")).events[-1]["error"]
     await mesh.quiet()
     key = await mesh.get(caller, "/v1/key")
-    assert "insufficient_credits" == error["code"]
+    assert error["code"] == "insufficient_credits"
     assert key["available_usd"] in error["message"].split()

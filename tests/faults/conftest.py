@@ -97,15 +97,15 @@ class Stage:
         deadline = asyncio.get_running_loop().time() + PATIENCE_S
         while (held := self.held()) != before and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.005)
-        assert {} == {name: count for name, count in held.items() if count > before[name]}
-        assert [] == [line for line in self.said if line["event"] in OURS_TO_MEND]
+        assert {name: count for name, count in held.items() if count > before[name]} == {}
+        assert [line for line in self.said if line["event"] in OURS_TO_MEND] == []
 
     async def until(self, expected: Any, look: Any) -> None:
         """Return when it looks as expected; fail with the difference if it doesn't come to that."""
         deadline = asyncio.get_running_loop().time() + PATIENCE_S
         while (seen := look()) != expected and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.005)
-        assert expected == seen
+        assert seen == expected
 
 
 @pytest.fixture(scope="session")

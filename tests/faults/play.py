@@ -29,7 +29,7 @@ async def struck(stage, leg, phase, mode, *, stream):
     client_timeout_s = 2.5 * SHORT_S if (leg, mode) == ("client", "blackhole") else PATIENCE_S
     if phase == IDLE:
         before = await stage.ask(stream=False, caller=await mesh.key())
-        assert "200" == heard(before)
+        assert heard(before) == "200"
         await mesh.quiet()
         mesh.log.lines.clear()
         await wire.strike(mode, "caller")

@@ -46,4 +46,4 @@ async def test_it_is_given_up_in_time_and_the_next_is_asked(shape, name, outcome
     got = await stage.ask(name, stream=shape == "stream")
     told = got.lower().partition(b"x-mesh-attempts: ")[2].partition(b"\r\n")[0]
     await stage.nothing_left(before)
-    assert ([OUTCOMES[outcome]], attempts) == (await outcomes(stage, [heard(got)]), told)
+    assert (await outcomes(stage, [heard(got)]), told) == ([OUTCOMES[outcome]], attempts)

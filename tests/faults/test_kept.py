@@ -26,10 +26,10 @@ async def test_a_reset_has_its_outcome_and_leaves_nothing(stage, kept_by, leg, p
     got = await struck(stage, leg, phase, "reset", stream=shape == "stream")
     await stage.mesh.quiet()
     outcome = OUTCOMES[word_of(KEPT.get((leg, phase), TABLE[leg, phase][0]), shape)]
-    assert outcome == await written(stage, heard(got))
+    assert await written(stage, heard(got)) == outcome
     if kept_by != "drain":
         model = model_of(leg, phase, stream=shape == "stream")
-        assert "200" == heard(await stage.ask(model, stream=shape == "stream"))
+        assert heard(await stage.ask(model, stream=shape == "stream")) == "200"
         paid_in_vain = (await balanced(stage)).settled_nusd - FULL_NUSD
         assert (outcome.charge == "a part") == (paid_in_vain > 0)
     await stage.nothing_left(before)

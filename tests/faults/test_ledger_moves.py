@@ -123,7 +123,7 @@ async def test_streams_settle_once_on_the_next_master(ledger, start, start_mesh,
     tellers["ends-after"].go.set()
     answers.append(await asked[1])
     await mesh.until(lambda: not len(mesh.worker.journal))
-    assert ["[DONE]"] * 2 == [given.events[-1] for given in answers]
+    assert [given.events[-1] for given in answers] == ["[DONE]"] * 2
     settled = [(event["hold"], event["outcome"]) for event in await mesh.settlements(caller)]
-    assert ([("live", "completed")] * 2, 2 * FULL_NUSD) == (settled, await mesh.spent(caller))
-    assert "master" == replica.admin.info("replication")["role"]
+    assert (settled, await mesh.spent(caller)) == ([("live", "completed")] * 2, 2 * FULL_NUSD)
+    assert replica.admin.info("replication")["role"] == "master"

@@ -55,7 +55,7 @@ async def test_at_any_byte(shape, framing, told, stage, teller):
         expected.append(ENDS[rule(told, cut, framing)])
         clients.append(heard(await stage.ask(f"cut-{cut // CUTS_OF_A_ROUTE}", stream=shape == "stream")))
     await stage.nothing_left(before)
-    assert expected == await outcomes(stage, clients)
+    assert await outcomes(stage, clients) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ async def test_under_tls_the_end_must_be_the_providers_own(shape, without, ends,
     teller.says, teller.ends = [told[: len(told) - without]], ends
     clients = [heard(await stage.ask("cut-0", stream=shape == "stream"))]
     await stage.nothing_left(before)
-    assert [ENDS[outcome]] == await outcomes(stage, clients)
+    assert await outcomes(stage, clients) == [ENDS[outcome]]

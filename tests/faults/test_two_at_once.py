@@ -33,4 +33,4 @@ async def test_two_faults_have_their_outcome_and_leave_nothing(stage, first, sec
         await stage.mesh.until(lambda leg=leg: stage.wires[leg].struck)
     got = await asked
     await stage.nothing_left(before)
-    assert OUTCOMES[word_of(PAIRS[first, second], shape)] == await written(stage, heard(got))
+    assert await written(stage, heard(got)) == OUTCOMES[word_of(PAIRS[first, second], shape)]

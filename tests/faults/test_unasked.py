@@ -42,7 +42,7 @@ async def test_who_goes_on_after_a_failed_attempt_is_hung_up_on(says, model, out
     teller.says, teller.ends = [says], "silence"
     clients = [heard(await stage.ask(model, stream=True))]
     await stage.nothing_left(before)
-    assert [OUTCOMES[outcome]] == await outcomes(stage, clients)
+    assert await outcomes(stage, clients) == [OUTCOMES[outcome]]
 
 
 async def test_a_client_that_goes_before_the_first_event_ends_the_attempt(stage, teller):
@@ -53,7 +53,7 @@ async def test_a_client_that_goes_before_the_first_event_ends_the_attempt(stage,
     await stage.wires["client"].strike("reset", "target")
     clients = [heard(await asked)]
     await stage.nothing_left(before)
-    assert [OUTCOMES["gone, held"]] == await outcomes(stage, clients)
+    assert await outcomes(stage, clients) == [OUTCOMES["gone, held"]]
 
 
 @pytest.mark.parametrize("how", ["an answer", "an end"])
@@ -61,11 +61,11 @@ async def test_what_an_idle_connection_brings_is_nobodys_answer(how, stage, tell
     """Also in the turn in which the next request takes it, before the loop has looked at the socket."""
     provider = stage.mesh.worker.gateway.active.providers["teller"]
     teller.says, teller.ends = [answer([b"first"], "length", stream=False)], "silence"
-    assert b"first" == await (await provider.post("/x", (), b"{}")).read()
+    assert await (await provider.post("/x", (), b"{}")).read() == b"first"
     teller.says = [answer([b"second"], "length", stream=False)]
     with await beneath(teller.writers[0]) as wire:
         if how == "an answer":
             wire.send(answer([b"unasked"], "length", stream=False))
         else:
             wire.shutdown(socket.SHUT_WR)
-        assert b"second" == await (await provider.post("/x", (), b"{}")).read()
+        assert await (await provider.post("/x", (), b"{}")).read() == b"second"

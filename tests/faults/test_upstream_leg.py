@@ -8,4 +8,4 @@ from tests.faults.table import cases_of, expected_of
 
 @pytest.mark.parametrize("case", [*cases_of("upstream"), *cases_of("handshake"), *cases_of("TLS")], ids=", ".join)
 async def test_a_fault_has_its_outcome_and_leaves_nothing(stage, case):
-    assert expected_of(case) == await played(stage, case)
+    assert await played(stage, case) == expected_of(case)

@@ -65,8 +65,8 @@ def check_templates(data: bytes) -> None:
     variables = dict.fromkeys(slots(template), value.decode("latin-1"))
     rendered = render(template, variables)
     roles = [*(["system"] if template.system is not None else []), *(m["role"] for m in template.messages or ())]
-    assert roles == [message["role"] for message in rendered]
-    assert rendered == render(template, {**variables, "unasked": "{{ x }}"})
+    assert [message["role"] for message in rendered] == roles
+    assert render(template, {**variables, "unasked": "{{ x }}"}) == rendered
     if variables and value:
         try:
             render(template, {})
@@ -83,7 +83,7 @@ def check_stream(data: bytes) -> None:
     assert b"\r" not in whole
     assert not whole or whole.endswith(b"\n\n")
     assert not _BAD_LINE.search(whole)
-    assert [] == [event for event in whole.split(b"\n\n") if _data(event).startswith(b"[DONE]")]
+    assert [event for event in whole.split(b"\n\n") if _data(event).startswith(b"[DONE]")] == []
     pieces, fault = _scanned(list(_cut(stream, cuts)), hide_usage=hide_usage)
     assert whole_fault == fault
     if not fault:  # how much went out before one depends on the pieces
@@ -132,9 +132,9 @@ def check_provider_words(data: bytes) -> None:
 
 
 def _can_be_told(response: ErrorResponse, status: int) -> None:
-    assert status == response.status
+    assert response.status == status
     told = json.loads(envelope(response, "req_1"))
-    assert {"error", "request_id"} == told.keys()
+    assert told.keys() == {"error", "request_id"}
     event = error_event(response, "req_1")
     assert event.startswith(b"data: {")
     assert event.find(b"\n") == len(event) - 2

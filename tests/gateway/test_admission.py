@@ -24,16 +24,16 @@ PROMPT_NUSD = 18 * 2_500
     ],
 )
 def test_a_stream_holds_a_slice_and_a_whole_answer_all(body, expected):
-    assert expected == first_slice(plan(body), Credits())
+    assert first_slice(plan(body), Credits()) == expected
 
 
 def test_a_slice_is_no_more_than_the_whole():
-    assert 100 == first_slice(plan(output_cap=100), Credits())
+    assert first_slice(plan(output_cap=100), Credits()) == 100
 
 
 def test_what_is_held_whole_holds_all_it_can_have():
-    assert 4000 == first_slice(plan(holds_whole=True, output_limit=4000), Credits())
-    assert 1000 == first_slice(plan(holds_whole=True, output_limit=4000), Credits(strict=False))
+    assert first_slice(plan(holds_whole=True, output_limit=4000), Credits()) == 4000
+    assert first_slice(plan(holds_whole=True, output_limit=4000), Credits(strict=False)) == 1000
 
 
 def request(**fields):
@@ -59,7 +59,7 @@ def request(**fields):
 def test_how_little_is_enough_and_which_share_is_taken_then(of_plan, credit, expected):
     asked = make_hold_request(of_plan, 999, principal(), "h", Credits(**credit), Defaults(), enforce_mid_stream=False)
     least = None if expected is None else PROMPT_NUSD + expected[0] * 10_000
-    assert least == asked.amount_min_nusd
+    assert asked.amount_min_nusd == least
     assert expected is None or asked.share_percent == expected[1]
 
 
@@ -67,29 +67,29 @@ def test_what_the_ledger_is_asked():
     caller = principal(budgets=Budgets(daily_nusd=5), session=Budgets(total_nusd=6), limits=Limits(burst=3))
     of_plan = plan(b'{"session_id":"s","max_tokens":1000,%b' % BODY[1:])
     asked = make_hold_request(of_plan, 99, caller, "h1", Credits(hold_ttl_s=30), Defaults(), enforce_mid_stream=False)
-    assert ("h1", "acme", "k", "s", 30_000, True) == (
+    assert (
         asked.hold_id,
         asked.account,
         asked.key_id,
         asked.session,
         asked.ttl_ms,
         asked.strict,
-    )
-    assert (PROMPT_NUSD + 99 * 10_000, None, 1018) == (asked.amount_nusd, asked.amount_min_nusd, asked.tokens)
+    ) == ("h1", "acme", "k", "s", 30_000, True)
+    assert (asked.amount_nusd, asked.amount_min_nusd, asked.tokens) == (PROMPT_NUSD + 99 * 10_000, None, 1018)
     assert (Limits(600, 1_000_000, 3), Limits()) == (asked.key_limits, asked.account_limits)
     assert (Budgets(daily_nusd=5), Budgets(total_nusd=6)) == (asked.budgets, asked.session_budgets)
 
 
 def test_where_tokens_end_streams_only_a_slice_is_reserved():
     asked = make_hold_request(plan(), 256, principal(), "h", Credits(), Defaults(), enforce_mid_stream=True)
-    assert 18 + 256 == asked.tokens
+    assert asked.tokens == 18 + 256
 
 
 @pytest.mark.parametrize(
     ("of_key", "of_all", "expected"), [(None, True, True), (False, True, False), (True, False, True)]
 )
 def test_the_key_decides_about_clamping_before_the_configuration(of_key, of_all, expected):
-    assert expected == may_clamp(principal(clamp=of_key), Credits(clamp=of_all))
+    assert may_clamp(principal(clamp=of_key), Credits(clamp=of_all)) == expected
 
 
 def held(tokens, free_tokens=0):
@@ -127,7 +127,7 @@ def test_the_cap_that_fits_what_was_held(of_plan, admitted, clamp, expected):
     ],
 )
 def test_a_keys_limits_come_before_the_defaults(own, expected):
-    assert expected == limits_of(principal(limits=own), Defaults())
+    assert limits_of(principal(limits=own), Defaults()) == expected
 
 
 def test_an_account_has_no_default_limits():
@@ -162,7 +162,7 @@ def test_an_account_has_no_default_limits():
 )
 def test_what_a_denial_says(denied, status, code, words, wait):
     response = denial_response(denied)
-    assert (status, code, wait) == (response.status, response.code, response.retry_after_s)
+    assert (response.status, response.code, response.retry_after_s) == (status, code, wait)
     assert words in response.message
 
 
@@ -172,15 +172,15 @@ def test_the_tightest_bucket_is_told():
         bucket(scope="account", limit=90, remaining=7, reset_s=0.5),
         bucket(kind="tokens", limit=1000, remaining=900, reset_s=61),
     )
-    assert [
+    assert limit_headers(buckets) == [
         ("x-ratelimit-limit-requests", "90"),
         ("x-ratelimit-remaining-requests", "7"),
         ("x-ratelimit-reset-requests", "500ms"),
         ("x-ratelimit-limit-tokens", "1000"),
         ("x-ratelimit-remaining-tokens", "900"),
         ("x-ratelimit-reset-tokens", "1m1s"),
-    ] == limit_headers(buckets)
+    ]
 
 
 def test_without_buckets_nothing_is_told():
-    assert [] == limit_headers(())
+    assert limit_headers(()) == []

@@ -35,7 +35,7 @@ async def test_an_active_key():
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer sk-1", "Bearer rsk_other"])
 async def test_whoever_is_not_known(authorization):
-    assert (401, "unauthorized") == await judged(principal(), authorization)
+    assert await judged(principal(), authorization) == (401, "unauthorized")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ async def test_whoever_is_not_known(authorization):
 )
 async def test_a_key_that_may_not(changes, expected):
     known = principal()
-    assert expected == await judged(Principal(replace(known.key, **changes), known.account))
+    assert await judged(Principal(replace(known.key, **changes), known.account)) == expected
 
 
 async def test_a_key_that_expires_later():
@@ -59,12 +59,12 @@ async def test_a_key_that_expires_later():
 
 @pytest.mark.parametrize("status", ["suspended", "revoked"])
 async def test_an_account_that_may_not(status):
-    assert (403, "forbidden") == await judged(Principal(principal().key, Account("acme", status=status)))
+    assert await judged(Principal(principal().key, Account("acme", status=status))) == (403, "forbidden")
 
 
 async def test_an_address_that_is_not_on_the_list():
     known, access = principal(), Access(["10.0.0.0/8"])
-    assert (403, "forbidden") == await judged(known, access=access)
+    assert await judged(known, access=access) == (403, "forbidden")
     assert known is await judged(known, client="10.1.2.3", access=access)
     assert known is await judged(known, client=None, access=access)
 
@@ -72,12 +72,12 @@ async def test_an_address_that_is_not_on_the_list():
 async def test_an_address_that_failed_too_often_waits_even_with_a_key():
     known, access = principal(), Access(failures_per_minute=2)
     tries = [await judged(known, authorization, access=access) for authorization in ("Bearer rsk_other", None)]
-    assert [(401, "unauthorized")] * 2 == tries
-    assert (429, "rate_limit_exceeded") == await judged(known, access=access)
+    assert tries == [(401, "unauthorized")] * 2
+    assert await judged(known, access=access) == (429, "rate_limit_exceeded")
     assert known is await judged(known, client="192.0.2.2", access=access)
 
 
 async def test_a_suspended_key_is_no_failed_login():
     access = Access(failures_per_minute=1)
     known = principal(status="suspended")
-    assert [(403, "forbidden")] * 2 == [await judged(known, access=access) for _ in range(2)]
+    assert [await judged(known, access=access) for _ in range(2)] == [(403, "forbidden")] * 2

@@ -62,7 +62,7 @@ async def test_who_waits_gets_room_in_turn_when_others_leave(bodies):
 async def test_a_large_one_is_not_passed_over_by_small_ones(bodies):
     (room,) = await taken(bodies, 7 * MB)
     large, small = await waiting(taken(bodies, 4 * MB, account="b"), taken(bodies, 2 * MB, account="c"))
-    assert [False, False] == [large.done(), small.done()]
+    assert [large.done(), small.done()] == [False, False]
     room.release()
     await asyncio.gather(large, small)
 
@@ -95,7 +95,7 @@ async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatc
     await taken(bodies, 5 * MB)
     with pytest.raises(GatewayError) as caught:
         await taken(bodies, 5 * MB)
-    assert (503, "overloaded") == (caught.value.response.status, caught.value.response.code)
+    assert (caught.value.response.status, caught.value.response.code) == (503, "overloaded")
 
 
 async def test_of_one_account_so_many_requests_are_here_without_being_admitted():
@@ -103,7 +103,7 @@ async def test_of_one_account_so_many_requests_are_here_without_being_admitted()
     first, second = bodies.reserve("a"), bodies.reserve("a")
     with pytest.raises(GatewayError) as caught:
         bodies.reserve("a")
-    assert (503, "overloaded") == (caught.value.response.status, caught.value.response.code)
+    assert (caught.value.response.status, caught.value.response.code) == (503, "overloaded")
     bodies.reserve("b")
     first.shrink(10)
     first.release()

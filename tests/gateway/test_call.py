@@ -13,5 +13,5 @@ def test_a_refusal_is_the_envelope_and_its_headers():
         "retry-after-ms": "1500",
         "x-more": "1",
     }
-    assert (503, expected) == (reply.status, dict(reply.headers))
-    assert ("overloaded", "req_1") == ((told := json.loads(reply.body))["error"]["code"], told["request_id"])
+    assert (reply.status, dict(reply.headers)) == (503, expected)
+    assert ((told := json.loads(reply.body))["error"]["code"], told["request_id"]) == ("overloaded", "req_1")

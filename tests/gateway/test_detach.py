@@ -32,7 +32,7 @@ async def tasks():
     running = Tasks()
     yield running
     await running.finish(5)
-    assert 0 == len(running)
+    assert len(running) == 0
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ async def test_the_result_comes_through(detacher, closed):
     work = Work()
     handler = await begun(detacher, work)
     work.go_on.set()
-    assert "answer" == await handler
-    assert ([], False) == (closed.exchanges, work.exchange.detached)
+    assert await handler == "answer"
+    assert (closed.exchanges, work.exchange.detached) == ([], False)
 
 
 async def test_so_does_a_fault(detacher):
@@ -100,10 +100,10 @@ async def test_so_does_a_fault(detacher):
 async def test_it_goes_on_when_the_client_has_gone(detacher, closed, tasks):
     work = Work()
     await hang_up(await begun(detacher, work))
-    assert (True, []) == (work.exchange.detached, closed.exchanges)
+    assert (work.exchange.detached, closed.exchanges) == (True, [])
     work.go_on.set()
     await tasks.finish(5)
-    assert [("client_disconnected", "drained", 42)] == closed.exchanges
+    assert closed.exchanges == [("client_disconnected", "drained", 42)]
 
 
 async def test_what_fails_behind_the_client_is_closed_too(detacher, closed, tasks):
@@ -111,14 +111,14 @@ async def test_what_fails_behind_the_client_is_closed_too(detacher, closed, task
     await hang_up(await begun(detacher, work))
     work.go_on.set()
     await tasks.finish(5)
-    assert [("client_disconnected", "drained", 42)] == closed.exchanges
+    assert closed.exchanges == [("client_disconnected", "drained", 42)]
 
 
 async def test_time_is_bounded(detacher, closed, tasks, monkeypatch):
     monkeypatch.setattr(module, "MAX_DETACHED_S", 0.01)
     await hang_up(await begun(detacher, Work()))
     await tasks.finish(5)
-    assert [("client_disconnected", "none", 42)] == closed.exchanges
+    assert closed.exchanges == [("client_disconnected", "none", 42)]
 
 
 async def test_number_is_bounded_also_for_hang_ups_in_one_turn(detacher, closed, tasks, monkeypatch):
@@ -128,12 +128,12 @@ async def test_number_is_bounded_also_for_hang_ups_in_one_turn(detacher, closed,
     for handler in handlers:
         handler.cancel()
     await asyncio.wait(handlers)
-    assert [True] * 3 + [False] * 5 == [work.exchange.detached for work in works]
-    assert [42] * 5 == [work.exchange.cost_nusd for work in works[3:]]
+    assert [work.exchange.detached for work in works] == [True] * 3 + [False] * 5
+    assert [work.exchange.cost_nusd for work in works[3:]] == [42] * 5
     for work in works:
         work.go_on.set()
     await tasks.finish(5)
-    assert 3 == len(closed.exchanges)
+    assert len(closed.exchanges) == 3
 
 
 async def test_a_place_is_free_again_when_the_work_is_over(detacher, closed, tasks, monkeypatch):
@@ -143,7 +143,7 @@ async def test_a_place_is_free_again_when_the_work_is_over(detacher, closed, tas
         await hang_up(await begun(detacher, work))
         work.go_on.set()
         await tasks.finish(5)
-        assert count == len(closed.exchanges)
+        assert len(closed.exchanges) == count
 
 
 @pytest.mark.parametrize("why", ["full", "closed"])
@@ -158,7 +158,7 @@ async def test_cancelled_work_has_written_down_what_it_used_before_the_handler_e
     seen = []
     handler.add_done_callback(lambda _: seen.append(work.exchange.cost_nusd))
     await hang_up(handler)
-    assert ([42], False) == (seen, work.exchange.detached)
+    assert (seen, work.exchange.detached) == ([42], False)
 
 
 async def test_a_client_that_goes_in_the_turn_in_which_the_work_ends(detacher, closed, tasks):
@@ -169,7 +169,7 @@ async def test_a_client_that_goes_in_the_turn_in_which_the_work_ends(detacher, c
     await asyncio.sleep(0)
     await hang_up(handler)
     await tasks.finish(5)
-    assert (42, len(closed.exchanges)) == (work.exchange.cost_nusd, int(work.exchange.detached))
+    assert (work.exchange.cost_nusd, int(work.exchange.detached)) == (42, len(closed.exchanges))
 
 
 async def test_a_shutdown_that_cannot_wait_closes_it_all_the_same(detacher, closed, tasks):
@@ -177,4 +177,4 @@ async def test_a_shutdown_that_cannot_wait_closes_it_all_the_same(detacher, clos
     await hang_up(await begun(detacher, work))
     await asyncio.sleep(0)
     await tasks.finish(0)
-    assert [("client_disconnected", "none", 42)] == closed.exchanges
+    assert closed.exchanges == [("client_disconnected", "none", 42)]

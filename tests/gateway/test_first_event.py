@@ -105,7 +105,7 @@ async def test_more_than_is_kept_is_not_waited_for(upstream):
 async def test_a_body_that_is_over_but_has_something_is_the_relays(upstream, body):
     response = await upstream.answer(body, then="end")
     await begins(response)
-    assert body == await response.read()
+    assert await response.read() == body
 
 
 @pytest.mark.parametrize("body", [b"", b"\n\n", b": PROCESSING\n\n", b"event: x\n\n"])
@@ -114,7 +114,7 @@ async def test_a_body_that_is_over_with_nothing_in_it_is_a_fault(upstream, body)
     with pytest.raises(UpstreamError) as raised:
         await begins(response)
     error = raised.value
-    assert (502, True, 200) == (error.response.status, error.safe_to_repeat, error.upstream_status)
+    assert (error.response.status, error.safe_to_repeat, error.upstream_status) == (502, True, 200)
 
 
 @pytest.mark.parametrize("body", [b": PROCESSING\n\n", EVENT[:10]])
@@ -147,7 +147,7 @@ async def test_an_error_event_is_taken_for_the_status_that_it_names(upstream, co
     with pytest.raises(UpstreamError) as raised:
         await begins(response)
     error = raised.value
-    assert expected == (error.response.status, error.safe_to_repeat, error.upstream_status)
+    assert (error.response.status, error.safe_to_repeat, error.upstream_status) == expected
 
 
 async def test_whoever_waits_can_be_cancelled(upstream):

@@ -58,16 +58,16 @@ def test_failures_in_a_row_open_the_breaker_which_is_told_once(worker, error):
     trials = [worker.begin() for _ in range(12)]
     for attempt in trials:
         attempt.failed(error)
-    assert [("a", True)] == worker.changes
+    assert worker.changes == [("a", True)]
     assert worker.health.begin(A) is None
-    assert 0 == worker.in_flight
+    assert worker.in_flight == 0
 
 
 @pytest.mark.parametrize("error", [NO_SLOT, FULL, REFUSED])
 def test_what_isnt_the_upstreams_fault_opens_nothing(worker, error):
     for _ in range(50):
         worker.begin().failed(error)
-    assert ([], 0) == (worker.changes, worker.in_flight)
+    assert (worker.changes, worker.in_flight) == ([], 0)
 
 
 def test_a_trial_ends_once(worker):
@@ -77,7 +77,7 @@ def test_a_trial_ends_once(worker):
         attempt.broke_off()
         attempt.failed(DEAD)
         attempt.abandoned()
-    assert ([], 0) == (worker.changes, worker.in_flight)
+    assert (worker.changes, worker.in_flight) == ([], 0)
 
 
 def test_streams_that_begin_well_and_die_open_the_breaker(worker):
@@ -85,7 +85,7 @@ def test_streams_that_begin_well_and_die_open_the_breaker(worker):
         attempt = worker.begin()
         attempt.answered(0.2)
         attempt.broke_off()
-    assert [("a", True)] == worker.changes
+    assert worker.changes == [("a", True)]
 
 
 def test_one_probe_at_a_time(worker):
@@ -94,7 +94,7 @@ def test_one_probe_at_a_time(worker):
     probe = worker.begin()
     assert worker.health.begin(A) is None
     probe.answered(0.1)
-    assert [("a", True), ("a", False)] == worker.changes
+    assert worker.changes == [("a", True), ("a", False)]
     assert worker.health.begin(A) is not None
 
 
@@ -106,7 +106,7 @@ def test_a_probe_that_fails_opens_it_for_longer_and_isnt_told_again(worker):
     assert worker.health.begin(A) is None
     worker.now += 0.1
     assert worker.health.begin(A) is not None
-    assert [("a", True)] == worker.changes
+    assert worker.changes == [("a", True)]
 
 
 @pytest.mark.parametrize("error", [FULL, REFUSED])
@@ -114,7 +114,7 @@ def test_a_probe_that_is_refused_shows_that_the_upstream_is_there(worker, error)
     worker.open()
     worker.now += 5.0
     worker.begin().failed(error)
-    assert [("a", True), ("a", False)] == worker.changes
+    assert worker.changes == [("a", True), ("a", False)]
 
 
 @pytest.mark.parametrize("end", [lambda attempt: attempt.abandoned(), lambda attempt: attempt.failed(NO_SLOT)])
@@ -123,7 +123,7 @@ def test_a_probe_that_says_nothing_makes_room_for_the_next(worker, end):
     worker.now += 5.0
     end(worker.begin())
     assert worker.health.begin(A) is not None
-    assert [("a", True)] == worker.changes
+    assert worker.changes == [("a", True)]
 
 
 def test_an_abandoned_request_from_before_frees_no_probes_place(worker):
@@ -142,7 +142,7 @@ def test_an_answer_from_before_closes_nothing(worker):
     worker.begin()
     early.answered(0.1)
     early.succeeded()
-    assert [("a", True)] == worker.changes
+    assert worker.changes == [("a", True)]
 
 
 def test_when_all_are_open_the_client_is_told_when_the_first_may_be_probed(worker):
@@ -150,52 +150,52 @@ def test_when_all_are_open_the_client_is_told_when_the_first_may_be_probed(worke
     worker.now += 2.0
     worker.open(B)
     response = worker.health.none_available([A, B]).response
-    assert (503, "provider_not_available", 3.0) == (response.status, response.code, response.retry_after_s)
-    assert "" == worker.order(A, B)
+    assert (response.status, response.code, response.retry_after_s) == (503, "provider_not_available", 3.0)
+    assert worker.order(A, B) == ""
 
 
 def test_an_open_upstream_is_passed_over_until_it_may_be_probed(worker):
     worker.open(A)
-    assert "b" == worker.order(A, B)
+    assert worker.order(A, B) == "b"
     worker.now += 5.0
-    assert "ab" == worker.order(A, B)
+    assert worker.order(A, B) == "ab"
 
 
 def test_who_is_full_is_asked_last_for_as_long_as_it_asks(worker):
     worker.begin().failed(FULL)
-    assert "ba" == worker.order(A, B)
+    assert worker.order(A, B) == "ba"
     worker.now += 7.0
-    assert "ab" == worker.order(A, B)
+    assert worker.order(A, B) == "ab"
 
 
 def test_who_is_full_for_one_model_serves_the_others(worker):
     worker.begin().failed(FULL)
-    assert "ab" == worker.order(candidate("a", "other"), B)
+    assert worker.order(candidate("a", "other"), B) == "ab"
 
 
 def test_an_outlier_is_asked_last_until_it_has_rested(worker):
     for _ in range(3):
         worker.begin().failed(DEAD)
-    assert "ba" == worker.order(A, B)
+    assert worker.order(A, B) == "ba"
     worker.now += 5.0
-    assert "ab" == worker.order(A, B)
+    assert worker.order(A, B) == "ab"
 
 
 def test_a_success_between_failures_makes_no_outlier(worker):
     for fails in (True, True, False, True, True):
         attempt = worker.begin()
         attempt.failed(DEAD) if fails else attempt.succeeded()
-    assert "ab" == worker.order(A, B)
+    assert worker.order(A, B) == "ab"
 
 
 def test_the_slower_and_the_busier_of_two_equals_goes_second(worker):
     a, b = candidate("a", weight=1), candidate("b", weight=1)
     worker.begin(a).answered(1.0)
     worker.begin(b).answered(0.2)
-    assert "ba" == worker.order(a, b)
+    assert worker.order(a, b) == "ba"
     for _ in range(20):
         worker.begin(b)
-    assert "ab" == worker.order(a, b)
+    assert worker.order(a, b) == "ab"
 
 
 def test_who_fails_fast_doesnt_look_fast(worker):
@@ -205,7 +205,7 @@ def test_who_fails_fast_doesnt_look_fast(worker):
         attempt.answered(1.0)
         attempt.succeeded()
     worker.begin(a).failed(DEAD)
-    assert "ba" == worker.order(a, b)
+    assert worker.order(a, b) == "ba"
 
 
 def test_what_is_kept_is_bounded_by_the_configuration(worker):
@@ -213,7 +213,7 @@ def test_what_is_kept_is_bounded_by_the_configuration(worker):
         worker.begin(A).succeeded()
         worker.begin(B).succeeded()
     worker.health.retain(["a"])
-    assert (["a"], ["gpt"]) == (list(worker.health._upstreams), list(worker.health._upstreams["a"].routes))
+    assert (list(worker.health._upstreams), list(worker.health._upstreams["a"].routes)) == (["a"], ["gpt"])
 
 
 def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_nothing_of_it(worker):
@@ -222,7 +222,7 @@ def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_not
     worker.health.retain([])
     for attempt in late:
         attempt.failed(DEAD)
-    assert [("a", True), ("a", False)] == worker.changes
+    assert worker.changes == [("a", True), ("a", False)]
     assert worker.health.begin(A) is not None
 
 

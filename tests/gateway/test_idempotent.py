@@ -97,14 +97,14 @@ async def house(monkeypatch, store_server):
     store.is_lost = False
     await tasks.finish(5)
     await store.close()
-    assert 0 == len(tasks)
+    assert len(tasks) == 0
 
 
 @pytest.mark.parametrize("name", ["", "x" * 256, "a\nb", "a\x00", "\x7f"])
 async def test_unusable_keys_are_refused(house, name):
     with pytest.raises(GatewayError) as caught:
         await house.enter("h1", name=name)
-    assert 422 == caught.value.response.status
+    assert caught.value.response.status == 422
 
 
 @pytest.mark.parametrize("name", ["x", "x" * 255, "ü {acme}:*"])
@@ -116,7 +116,7 @@ async def test_another_body_is_a_conflict(house):
     await house.enter("h1")
     with pytest.raises(GatewayError) as caught:
         await house.enter("h2", body=b"[]")
-    assert (409, "idempotency_conflict") == (caught.value.response.status, caught.value.response.code)
+    assert (caught.value.response.status, caught.value.response.code) == (409, "idempotency_conflict")
 
 
 async def test_a_whole_answer_is_replayed_with_the_repeats_own_id(house):
@@ -125,12 +125,12 @@ async def test_a_whole_answer_is_replayed_with_the_repeats_own_id(house):
     recording.conclude(complete=True)
     await house.tasks.finish(5)
     reply = await house.play(await house.enter("h2"))
-    assert (200, b'{"a": 1}') == (reply.status, reply.body)
-    assert [
+    assert (reply.status, reply.body) == (200, b'{"a": 1}')
+    assert reply.headers == [
         ("x-request-id", "r2"),
         ("content-type", "application/json"),
         ("idempotent-replayed", "true"),
-    ] == reply.headers
+    ]
 
 
 async def test_a_repeat_waits_no_longer_than_its_own_deadline(house):
@@ -138,7 +138,7 @@ async def test_a_repeat_waits_no_longer_than_its_own_deadline(house):
     with pytest.raises(GatewayError) as caught:
         await house.play(await house.enter("h2"), left_s=0.01)
     recording.conclude(complete=False)
-    assert (504, "gateway_timeout") == (caught.value.response.status, caught.value.response.code)
+    assert (caught.value.response.status, caught.value.response.code) == (504, "gateway_timeout")
 
 
 async def test_a_stream_is_replayed_byte_by_byte_but_for_its_pings(house):
@@ -151,7 +151,7 @@ async def test_a_stream_is_replayed_byte_by_byte_but_for_its_pings(house):
     await house.tasks.finish(5)
     client = Client()
     assert await house.play(await house.enter("h2"), client) is None
-    assert (b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n", True) == (client.text, client.finished)
+    assert (client.text, client.finished) == (b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n", True)
     assert ("idempotent-replayed", "true") in client.headers
     assert b": ping" in house.client.text
 
@@ -167,7 +167,7 @@ async def test_one_that_is_attached_gets_what_comes(house):
             await asyncio.sleep(0)
     recording.conclude(complete=True)
     await asyncio.wait_for(playing, 5)
-    assert (house.client.text, True) == (client.text, client.finished)
+    assert (client.text, client.finished) == (house.client.text, True)
 
 
 async def test_a_silent_stream_is_kept_open(house):
@@ -210,14 +210,14 @@ async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
     recording.conclude(complete=False)
     await asyncio.wait_for(playing, 5)
     assert b'"code":"upstream_error"' in client.text
-    assert (True, True) == (client.finished, b"[DONE]" not in client.text)
+    assert (client.finished, b"[DONE]" not in client.text) == (True, True)
 
 
 async def test_a_replay_whose_store_is_lost_halfway_ends_in_an_error(house):
     recording, playing, client = await halfway(house)
     house.store.is_lost = True
     assert await asyncio.wait_for(playing, 5) is None
-    assert (b"data: 1\n\n", True) == (client.text[:9], client.finished)
+    assert (client.text[:9], client.finished) == (b"data: 1\n\n", True)
     assert b'"ledger_unavailable"' in client.text
     house.store.is_lost = False
     recording.conclude(complete=True)
@@ -231,7 +231,7 @@ async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
     await house.tasks.finish(5)
     with pytest.raises(GatewayError) as caught:
         await house.enter("h2")
-    assert (409, 1200) == (caught.value.response.status, len(house.client.text))
+    assert (caught.value.response.status, len(house.client.text)) == (409, 1200)
     recording.conclude(complete=True)
     await house.tasks.finish(5)
     with pytest.raises(GatewayError):
@@ -276,8 +276,8 @@ async def test_an_answer_with_a_hole_in_it_is_never_replayed(house, loss):
     await house.tasks.finish(5)
     with pytest.raises(GatewayError) as caught:
         await house.enter("h2")
-    assert 409 == caught.value.response.status
-    assert b"data: 1\n\ndata: 2\n\n" == house.client.text
+    assert caught.value.response.status == 409
+    assert house.client.text == b"data: 1\n\ndata: 2\n\n"
 
 
 async def test_the_end_is_told_when_redis_is_back(house):
@@ -291,7 +291,7 @@ async def test_the_end_is_told_when_redis_is_back(house):
         await asyncio.sleep(0)
     house.store.is_lost = False
     await house.tasks.finish(5)
-    assert b"{}" == (await house.play(await house.enter("h2"))).body
+    assert (await house.play(await house.enter("h2"))).body == b"{}"
 
 
 async def test_after_a_while_it_is_told_no_more(house, monkeypatch):
@@ -299,7 +299,7 @@ async def test_after_a_while_it_is_told_no_more(house, monkeypatch):
     recording = await house.enter("h1")
     house.store.is_lost = True
     recording.conclude(complete=True)
-    assert 0 == await house.tasks.finish(5)
+    assert await house.tasks.finish(5) == 0
 
 
 async def test_a_claim_whose_client_has_gone_leaves_the_key_free(store_server):
@@ -339,7 +339,7 @@ async def test_one_reader_serves_all_that_wait_and_the_store_is_asked_once(house
     recording.reply(Reply(200, [], b"{}"))
     recording.conclude(complete=True)
     replies = await asyncio.gather(*playing)
-    assert [b"{}"] * 53 == [reply.body for reply in replies]
+    assert [reply.body for reply in replies] == [b"{}"] * 53
     assert house.store.asked["claim"] - before <= 3
 
 
@@ -349,7 +349,7 @@ async def test_another_body_is_a_conflict_while_others_wait(house):
     await asyncio.sleep(0)
     with pytest.raises(GatewayError) as caught:
         await house.enter("h3", body=b"[]")
-    assert 409 == caught.value.response.status
+    assert caught.value.response.status == 409
     recording.reply(Reply(200, [], b"{}"))
     recording.conclude(complete=True)
     await playing
@@ -362,7 +362,7 @@ async def test_as_many_of_an_account_wait_as_may(house):
     replay = await house.enter("h3")
     with pytest.raises(GatewayError) as caught:
         await replay.play(call("once", "r3"), Client(), 15, most_waiting=1)
-    assert (429, "rate_limit_exceeded") == (caught.value.response.status, caught.value.response.code)
+    assert (caught.value.response.status, caught.value.response.code) == (429, "rate_limit_exceeded")
     recording.reply(Reply(200, [], b"{}"))
     recording.conclude(complete=True)
     await playing

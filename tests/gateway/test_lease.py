@@ -20,10 +20,10 @@ async def test_half_a_slice_before_the_end_the_next_is_asked_for(ledger):
     held = lease(ledger)
     assert not held.record_output(50)
     await turns()
-    assert [] == ledger.asked
+    assert ledger.asked == []
     assert not held.record_output(51)
     await turns()
-    assert [PROMPT_NUSD + 151 * TOKEN_NUSD] == ledger.asked
+    assert ledger.asked == [PROMPT_NUSD + 151 * TOKEN_NUSD]
 
 
 async def test_one_renewal_at_a_time(ledger):
@@ -31,7 +31,7 @@ async def test_one_renewal_at_a_time(ledger):
     for tokens in (60, 70, 80):
         held.record_output(tokens)
     await turns()
-    assert 1 == len(ledger.asked)
+    assert len(ledger.asked) == 1
 
 
 async def test_a_renewal_covers_more(ledger):
@@ -41,7 +41,7 @@ async def test_a_renewal_covers_more(ledger):
     held.record_output(60)
     await turns()
     await ledger.answer()
-    assert (160, [None]) == (held.covered, heard)
+    assert (held.covered, heard) == (160, [None])
     assert ledger.asked[-1] == held.hold.amount_nusd
 
 
@@ -61,7 +61,7 @@ async def test_what_came_during_a_renewal_is_renewed_again(ledger):
     held.record_output(400)
     await ledger.answer()
     assert held.exhausted
-    assert [PROMPT_NUSD + 160 * TOKEN_NUSD, PROMPT_NUSD + 500 * TOKEN_NUSD] == ledger.asked
+    assert ledger.asked == [PROMPT_NUSD + 160 * TOKEN_NUSD, PROMPT_NUSD + 500 * TOKEN_NUSD]
     await ledger.answer()
     assert not held.exhausted
 
@@ -71,17 +71,17 @@ async def test_no_more_is_held_than_there_can_be(ledger):
     held.record_output(60)
     await turns()
     await ledger.answer()
-    assert [PROMPT_NUSD + 120 * TOKEN_NUSD] == ledger.asked
+    assert ledger.asked == [PROMPT_NUSD + 120 * TOKEN_NUSD]
     assert not held.record_output(500)
     await turns()
-    assert 1 == len(ledger.asked)
+    assert len(ledger.asked) == 1
 
 
 async def test_where_all_is_covered_nothing_is_asked_for(ledger):
     held = lease(ledger, plan(output_cap=100, output_limit=100))
     assert not held.record_output(1000)
     await turns()
-    assert [] == ledger.asked
+    assert ledger.asked == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ async def test_a_refusal_is_told(ledger, denied):
     await turns()
     await ledger.answer(denied)
     assert [denied] == heard
-    assert 100 == held.covered
+    assert held.covered == 100
 
 
 async def test_a_hold_that_is_gone_is_admitted_anew(ledger):
@@ -110,11 +110,11 @@ async def test_a_hold_that_is_gone_is_admitted_anew(ledger):
     held.record_output(60)
     await turns()
     await ledger.answer(GONE)
-    assert (True, 100, []) == (held.unheld, held.covered, heard)
+    assert (held.unheld, held.covered, heard) == (True, 100, [])
     await ledger.answer()
-    assert (False, 160, [None]) == (held.unheld, held.covered, heard)
+    assert (held.unheld, held.covered, heard) == (False, 160, [None])
     (asked,) = ledger.anew
-    assert ("h", PROMPT_NUSD + 160 * TOKEN_NUSD, None) == (asked.hold_id, asked.amount_nusd, asked.amount_min_nusd)
+    assert (asked.hold_id, asked.amount_nusd, asked.amount_min_nusd) == ("h", PROMPT_NUSD + 160 * TOKEN_NUSD, None)
 
 
 async def test_a_hold_that_is_gone_and_refused_anew_is_settled_without_one(ledger):
@@ -126,7 +126,7 @@ async def test_a_hold_that_is_gone_and_refused_anew_is_settled_without_one(ledge
     await ledger.answer(GONE)
     denied = Denial("insufficient_credits", "credit", 5)
     await ledger.answer(denied)
-    assert (True, 100, [denied]) == (held.unheld, held.covered, heard)
+    assert (held.unheld, held.covered, heard) == (True, 100, [denied])
 
 
 async def test_no_hold_is_admitted_for_a_request_that_is_over(ledger):
@@ -135,7 +135,7 @@ async def test_no_hold_is_admitted_for_a_request_that_is_over(ledger):
     await turns()
     held.end()
     await ledger.answer(GONE)
-    assert (True, []) == (held.unheld, ledger.anew)
+    assert (held.unheld, ledger.anew) == (True, [])
 
 
 async def test_a_hold_that_is_gone_is_noticed_when_it_is_kept_alive(ledger):
@@ -157,9 +157,9 @@ async def test_without_a_ledger_it_is_asked_again(ledger, monkeypatch):
     held.record_output(60)
     await turns()
     await ledger.answer(Unavailable("timeout", "no reply"))
-    assert 2 == len(ledger.asked)
+    assert len(ledger.asked) == 2
     await ledger.answer()
-    assert 160 == held.covered
+    assert held.covered == 160
 
 
 async def test_without_a_ledger_the_local_allowance_pays(ledger):
@@ -176,7 +176,7 @@ async def test_without_a_ledger_the_local_allowance_pays(ledger):
     held.record_output(60)
     await turns()
     await ledger.answer(Unavailable("timeout", "no reply"))
-    assert (60 * TOKEN_NUSD, 160) == (local.taken, held.covered)
+    assert (local.taken, held.covered) == (60 * TOKEN_NUSD, 160)
 
 
 async def test_nobody_hears_of_a_request_that_is_over(ledger):
@@ -188,7 +188,7 @@ async def test_nobody_hears_of_a_request_that_is_over(ledger):
     held.end()
     held.record_output(400)
     await ledger.answer()
-    assert ([], 1) == (heard, len(ledger.asked))
+    assert (heard, len(ledger.asked)) == ([], 1)
 
 
 async def test_keeping_a_hold_asks_for_no_more(ledger):
@@ -198,4 +198,4 @@ async def test_keeping_a_hold_asks_for_no_more(ledger):
     await turns()
     await ledger.answer()
     await task
-    assert [1] == ledger.asked
+    assert ledger.asked == [1]

@@ -21,7 +21,7 @@ class Looked:
             raise self._error
 
     def ping_if_silent(self, now, heartbeat_s):
-        assert 0.004 == heartbeat_s
+        assert heartbeat_s == 0.004
         self.pinged.set()
 
 

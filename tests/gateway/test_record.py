@@ -59,9 +59,9 @@ async def test_a_request_that_ended(recorded):
     made = finished()
     recorded.recorder.begin(made)
     recorded.recorder.enter(made, "stream")
-    assert (1, 1.0) == (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}'))
+    assert (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}')) == (1, 1.0)
     recorded.recorder.end(made)
-    assert (0, 0.0) == (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}'))
+    assert (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}')) == (0, 0.0)
     labels = 'code="200",model="m",route="/v1/chat/completions",stream="true"'
     expected = {
         f"requests_total{{{labels}}}": 1,
@@ -73,7 +73,7 @@ async def test_a_request_that_ended(recorded):
         'time_per_output_token_seconds_sum{model="m"}': 0.1,
         'stream_max_gap_seconds_sum{model="m"}': 0.5,
     }
-    assert expected == {sample: pytest.approx(await recorded.value(sample)) for sample in expected}
+    assert {sample: pytest.approx(await recorded.value(sample)) for sample in expected} == expected
 
 
 async def test_the_log_line(recorded):
@@ -99,7 +99,7 @@ async def test_the_log_line(recorded):
         "duration_ms": 10_000.0,
     }
     (line,) = recorded.log.lines
-    assert expected == {name: line[name] for name in expected}
+    assert {name: line[name] for name in expected} == expected
 
 
 async def test_what_was_refused_of_a_report(recorded):
@@ -117,7 +117,7 @@ async def test_what_was_refused_of_a_report(recorded):
         {**told, "reason": "over_window", "numbers": {"prompt": "1000000000"}},
         {**told, "reason": "negative", "numbers": {"cached_tokens": "-1", "audio_tokens": "-2"}},
     ] == lines
-    assert 1 == await recorded.value('usage_refused_total{reason="negative",upstream="u"}')
+    assert await recorded.value('usage_refused_total{reason="negative",upstream="u"}') == 1
 
 
 async def test_a_request_that_was_nobodys(recorded):
@@ -127,8 +127,8 @@ async def test_a_request_that_was_nobodys(recorded):
     recorded.recorder.begin(made)
     recorded.recorder.end(made)
     labels = 'code="401",model="none",route="/v1/chat/completions",stream="false"'
-    assert 1 == await recorded.value(f"requests_total{{{labels}}}")
-    assert (None, None, "unauthorized") == tuple(recorded.log.lines[0][name] for name in ("key_id", "model", "code"))
+    assert await recorded.value(f"requests_total{{{labels}}}") == 1
+    assert tuple(recorded.log.lines[0][name] for name in ("key_id", "model", "code")) == (None, None, "unauthorized")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ async def test_a_request_that_was_nobodys(recorded):
 )
 async def test_a_denial(recorded, denied, sample):
     recorded.recorder.count_denial(denied)
-    assert 1 == await recorded.value(sample)
+    assert await recorded.value(sample) == 1
 
 
 async def test_a_client_that_hung_up(recorded):
@@ -150,12 +150,12 @@ async def test_a_client_that_hung_up(recorded):
     recorded.recorder.begin(made)
     recorded.recorder.enter(made, "stream")
     recorded.recorder.end(made)
-    assert 1 == await recorded.value('client_disconnects_total{phase="stream"}')
+    assert await recorded.value('client_disconnects_total{phase="stream"}') == 1
 
 
 async def test_an_attempt(recorded):
     recorded.recorder.attempted("u", "502")
-    assert 1 == await recorded.value('upstream_requests_total{code="502",upstream="u"}')
+    assert await recorded.value('upstream_requests_total{code="502",upstream="u"}') == 1
 
 
 async def test_an_upstream_s_latency_by_model_and_a_failure_by_its_cause(recorded):
@@ -171,7 +171,7 @@ async def test_an_upstream_s_latency_by_model_and_a_failure_by_its_cause(recorde
         'upstream_latency_seconds_sum{model="m",stream="true",upstream="u"}': 1.0,
         'failures_total{cause="upstream_error",model="m"}': 1,
     }
-    assert expected == {sample: await recorded.value(sample) for sample in expected}
+    assert {sample: await recorded.value(sample) for sample in expected} == expected
 
 
 def test_refusals_of_the_last_minute_are_counted_by_account_and_limit():
@@ -181,6 +181,6 @@ def test_refusals_of_the_last_minute_are_counted_by_account_and_limit():
         refusals.note(f"a{number}", "key_requests", f"r{number}")
     refusals.note("a1", "key_requests", "again")
     found = {each.account: (each.lately, each.request_id) for each in refusals.lately()}
-    assert (MAX_REFUSED, False, (2, "again")) == (len(found), "a0" in found, found["a1"])
+    assert (len(found), "a0" in found, found["a1"]) == (MAX_REFUSED, False, (2, "again"))
     times[0] = 3 * REFUSED_S
-    assert [] == refusals.lately()
+    assert refusals.lately() == []

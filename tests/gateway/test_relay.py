@@ -84,7 +84,7 @@ async def test_events_go_out_in_the_call_that_brought_them(stream):
 
 async def test_a_frame_is_not_used_for_other_bytes_than_its_own(stream):
     stream.provider.sink.data(event(" a") + DONE, b"frame")
-    assert (event(" a"), None) == (stream.client.sent[0], stream.client.frames[0])
+    assert (stream.client.sent[0], stream.client.frames[0]) == (event(" a"), None)
 
 
 async def test_a_good_end_is_told_once(stream):
@@ -92,8 +92,8 @@ async def test_a_good_end_is_told_once(stream):
     stream.provider.sink.end()
     await stream.task
     assert event(" a") + LAST + done("0.0000225") == stream.client.text
-    assert ("completed", True, True) == (stream.relay.outcome, stream.client.finished, stream.provider.closed)
-    assert {"prompt": 1, "completion": 2} == stream.relay.scanner.report.counts
+    assert (stream.relay.outcome, stream.client.finished, stream.provider.closed) == ("completed", True, True)
+    assert stream.relay.scanner.report.counts == {"prompt": 1, "completion": 2}
 
 
 async def test_the_client_need_not_wait_for_the_end_of_the_body(stream):
@@ -105,21 +105,21 @@ async def test_what_dies_after_its_done_was_whole(stream):
     stream.says(event(" a"), DONE)
     stream.provider.sink.fail(UpstreamError(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
-    assert ("completed", done("0.0000325")) == (stream.relay.outcome, stream.client.sent[-1])
+    assert (stream.relay.outcome, stream.client.sent[-1]) == ("completed", done("0.0000325"))
 
 
 async def test_a_finish_reason_is_a_good_end_without_done(stream):
     stream.says(event(" a"), LAST)
     stream.provider.sink.end()
     await stream.task
-    assert ("completed", done("0.0000325")) == (stream.relay.outcome, stream.client.sent[-1])
+    assert (stream.relay.outcome, stream.client.sent[-1]) == ("completed", done("0.0000325"))
 
 
 async def test_an_early_end_is_none(stream):
     stream.says(event(" a"))
     stream.provider.sink.end()
     await stream.task
-    assert ("upstream_failed", "upstream_error") == (stream.relay.outcome, stream.error["code"])
+    assert (stream.relay.outcome, stream.error["code"]) == ("upstream_failed", "upstream_error")
     assert DONE not in stream.client.text
 
 
@@ -127,21 +127,21 @@ async def test_a_provider_that_dies_is_told_in_one_last_event(stream):
     stream.says(event(" a"))
     stream.provider.sink.fail(UpstreamError(upstream_error("Gone.", may_have_run=True), safe_to_repeat=False))
     await stream.task
-    assert ("Gone.", "req_1") == (stream.error["message"], stream.error["request_id"])
-    assert ("upstream_failed", "upstream_error") == (stream.relay.outcome, stream.exchange.code)
+    assert (stream.error["message"], stream.error["request_id"]) == ("Gone.", "req_1")
+    assert (stream.relay.outcome, stream.exchange.code) == ("upstream_failed", "upstream_error")
 
 
 async def test_a_provider_that_tells_an_error_is_quoted(stream):
     stream.says(event(" a"), b'data: {"error":{"message":"Overheated"}}\n\n')
     await stream.task
-    assert {"message": "Overheated"} == stream.error["provider_error"]
-    assert 2 == len(stream.client.sent)
+    assert stream.error["provider_error"] == {"message": "Overheated"}
+    assert len(stream.client.sent) == 2
 
 
 async def test_an_event_without_end_is_given_up(stream):
     stream.says(b"data: " + b"x" * 10_000_001)
     await stream.task
-    assert "upstream_error" == stream.error["code"]
+    assert stream.error["code"] == "upstream_error"
     assert stream.provider.closed
 
 
@@ -193,10 +193,10 @@ async def test_a_stream_that_ends_while_its_client_is_full_ends(stream):
 
 async def test_a_silent_provider_is_covered_by_pings(stream):
     stream.relay.ping_if_silent(stream.now + 14.9, 15)
-    assert [] == stream.client.sent
+    assert stream.client.sent == []
     stream.relay.ping_if_silent(stream.now + 15, 15)
     stream.relay.ping_if_silent(stream.now + 16, 15)
-    assert [PING] == stream.client.sent
+    assert stream.client.sent == [PING]
 
 
 async def test_an_event_puts_the_ping_off(stream):
@@ -222,14 +222,14 @@ async def test_the_end_of_a_body_is_not_waited_for_long_after_done(stream):
     assert not stream.relay.ended
     stream.relay.ping_if_silent(stream.now + LAST_BYTE_S, 15)
     await stream.task
-    assert ("completed", True, True) == (stream.relay.outcome, stream.provider.closed, stream.client.finished)
+    assert (stream.relay.outcome, stream.provider.closed, stream.client.finished) == ("completed", True, True)
 
 
 async def test_shutdown_is_told(stream):
     stream.says(event(" a"))
     stream.relay.shut_down(overloaded("Closing."))
     await stream.task
-    assert ("shutdown", "overloaded") == (stream.relay.outcome, stream.error["code"])
+    assert (stream.relay.outcome, stream.error["code"]) == ("shutdown", "overloaded")
     assert stream.provider.closed
 
 
@@ -237,7 +237,7 @@ async def test_an_end_after_the_end_is_nothing(stream):
     stream.relay.shut_down(overloaded("Closing."))
     stream.provider.sink.end()
     stream.relay.stop(overloaded("Again."))
-    assert 1 == len(stream.client.sent)
+    assert len(stream.client.sent) == 1
 
 
 async def test_times_are_noted(stream):
@@ -247,16 +247,16 @@ async def test_times_are_noted(stream):
     stream.provider.sink.end()
     await stream.task
     noted = stream.exchange
-    assert (101.0, 104.1, 2.5) == (noted.first_event_at, noted.last_event_at, noted.max_gap_s)
+    assert (noted.first_event_at, noted.last_event_at, noted.max_gap_s) == (101.0, 104.1, 2.5)
 
 
 async def test_more_credit_is_asked_for_before_it_is_used_up(short):
     short.says(*[event(" a")] * 2)
     await turns()
-    assert [] == short.ledger.asked
+    assert short.ledger.asked == []
     short.says(event(" a"))
     await turns()
-    assert [18 * 2_500 + 7 * 10_000] == short.ledger.asked
+    assert short.ledger.asked == [18 * 2_500 + 7 * 10_000]
     assert not short.provider.paused
 
 
@@ -273,7 +273,7 @@ async def test_a_stream_that_outran_its_renewal_asks_again(short):
     await turns()
     short.says(*[event(" a")] * 5)
     await short.ledger.answer()
-    assert (2, True) == (len(short.ledger.asked), short.provider.paused)
+    assert (len(short.ledger.asked), short.provider.paused) == (2, True)
     await short.ledger.answer()
     assert not short.provider.paused
 
@@ -283,7 +283,7 @@ async def test_a_stream_without_more_credit_ends(short):
     await turns()
     await short.ledger.answer(NO_CREDIT)
     await short.task
-    assert ("insufficient_credits", "insufficient_credits") == (short.relay.outcome, short.error["code"])
+    assert (short.relay.outcome, short.error["code"]) == ("insufficient_credits", "insufficient_credits")
     assert short.provider.closed
 
 
@@ -310,7 +310,7 @@ async def test_a_client_that_catches_up_does_not_resume_what_waits_for_credit(sh
 async def test_what_is_far_past_its_credit_is_kept_back_until_there_is_more(short):
     short.says(b"".join([event(" a")] * 12))
     await turns()
-    assert [] == short.client.sent
+    assert short.client.sent == []
     await short.ledger.answer()
     assert b"".join([event(" a")] * 12) == short.client.text
 
@@ -340,7 +340,7 @@ async def test_what_is_kept_back_is_never_sent_without_credit(short):
     await turns()
     await short.ledger.answer(NO_CREDIT)
     await short.task
-    assert (1, "insufficient_credits") == (len(short.client.sent), short.error["code"])
+    assert (len(short.client.sent), short.error["code"]) == (1, "insufficient_credits")
 
 
 @pytest.fixture

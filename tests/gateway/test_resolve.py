@@ -69,10 +69,10 @@ async def sent(**fields):
 
 async def test_the_model_of_the_request_the_key_the_template_and_the_defaults():
     keyed = principal(default_model="dear")
-    assert "large" == (await resolved()).model
-    assert "small" == (await resolved(template="t", variables={"who": "Ada"})).model
-    assert "dear" == (await resolved(caller=keyed, template="t", variables={"who": "Ada"})).model
-    assert "routed" == (await resolved(caller=keyed, model="routed")).model
+    assert (await resolved()).model == "large"
+    assert (await resolved(template="t", variables={"who": "Ada"})).model == "small"
+    assert (await resolved(caller=keyed, template="t", variables={"who": "Ada"})).model == "dear"
+    assert (await resolved(caller=keyed, model="routed")).model == "routed"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ async def test_the_model_of_the_request_the_key_the_template_and_the_defaults():
 async def test_what_cannot_be_resolved(fields, caller, expected):
     with pytest.raises(GatewayError) as raised:
         await resolved(caller=caller, **fields)
-    assert expected == (raised.value.response.status, raised.value.response.code)
+    assert (raised.value.response.status, raised.value.response.code) == expected
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ async def test_what_cannot_be_resolved(fields, caller, expected):
 )
 async def test_how_much_may_be_said(fields, expected):
     plan = await resolved(**fields)
-    assert (*expected, None) == (plan.output_cap, plan.output_limit, plan.imposed_cap)
+    assert (plan.output_cap, plan.output_limit, plan.imposed_cap) == (*expected, None)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ async def test_how_much_may_be_said(fields, expected):
     ],
 )
 async def test_what_is_held_whole(fields, expected):
-    assert expected == (await resolved(**fields)).holds_whole
+    assert (await resolved(**fields)).holds_whole == expected
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ async def test_what_no_model_reads_counts_for_nothing(fields):
 
 async def test_a_prompt_is_held_for_at_most_the_window():
     messages = [{"role": "user", "content": "word " * 100_000}]
-    assert 128_000 == (await resolved(messages=messages)).prompt_tokens
+    assert (await resolved(messages=messages)).prompt_tokens == 128_000
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ async def test_a_prompt_is_held_for_at_most_the_window():
 async def test_fallbacks_whose_window_is_surely_too_small_are_skipped(words, models, expected):
     messages = [{"role": "user", "content": " river" * words}]
     plan = await resolved(model=models[0], models=models[1:], messages=messages)
-    assert expected == [candidate.model for candidate in plan.candidates]
+    assert [candidate.model for candidate in plan.candidates] == expected
 
 
 async def test_what_middle_out_makes_fit_skips_nothing():
     messages = [{"role": "user", "content": " river" * 20_000}]
     plan = await resolved(model="narrow", models=["large"], messages=messages, transforms=["middle-out"])
-    assert ["narrow", "large"] == [candidate.model for candidate in plan.candidates]
+    assert [candidate.model for candidate in plan.candidates] == ["narrow", "large"]
     assert len(plan.body_for(plan.candidates[0])) < 8192 * 3 < 120_000 < len(plan.body_for(plan.candidates[1]))
 
 
@@ -192,30 +192,30 @@ async def test_the_dearest_that_may_serve_is_held_for():
 
 async def test_the_cap_goes_by_the_name_that_the_provider_knows():
     caps = {"max_completion_tokens": 10, "max_tokens": 20}
-    assert {"max_completion_tokens": 10} == {
-        name: value for name, value in (await sent(**caps)).items() if name in caps
+    assert {name: value for name, value in (await sent(**caps)).items() if name in caps} == {
+        "max_completion_tokens": 10
     }
     asked = await sent(model="small", **caps)
-    assert {"max_tokens": 10} == {name: value for name, value in asked.items() if name in caps}
+    assert {name: value for name, value in asked.items() if name in caps} == {"max_tokens": 10}
 
 
 async def test_nothing_is_put_into_a_request():
-    assert {"model", "messages"} == (await sent()).keys()
-    assert {"model", "messages", "stream"} == (await sent(model="plain", stream=True)).keys()
+    assert (await sent()).keys() == {"model", "messages"}
+    assert (await sent(model="plain", stream=True)).keys() == {"model", "messages", "stream"}
 
 
 async def test_meshs_own_fields_stay_here_and_openrouters_go_on():
     fields = {"transforms": ["middle-out"], "models": ["routed too"], "session_id": "s"}
-    assert {"model", "messages"} == (await sent(**fields)).keys()
-    assert (["router-model"], ["middle-out"]) == (
+    assert (await sent(**fields)).keys() == {"model", "messages"}
+    assert (
         (body := await sent(model="routed", **fields))["models"],
         body["transforms"],
-    )
+    ) == (["router-model"], ["middle-out"])
 
 
 async def test_a_template_comes_first():
     body = await sent(template="t", variables={"who": "Ada"})
-    assert [{"role": "system", "content": "You are Ada."}, *HELLO] == body["messages"]
+    assert body["messages"] == [{"role": "system", "content": "You are Ada."}, *HELLO]
 
 
 async def test_a_template_is_rendered_when_a_provider_is_asked():
@@ -231,13 +231,13 @@ async def test_a_template_bomb_is_refused_before_it_is_built(copies, monkeypatch
     with pytest.raises(GatewayError) as raised:
         await resolved(template="t", variables={"x": "y" * (40_000_000 // copies)}, server={"max_body_bytes": 2**25})
     response = raised.value.response
-    assert (413, "request_too_large", "variables") == (response.status, response.code, response.param)
+    assert (response.status, response.code, response.param) == (413, "request_too_large", "variables")
 
 
 async def test_params_fill_what_the_request_lacks():
     plan = await resolved(caller=principal(params={"max_tokens": 7, "n": 2, "seed": 1}), seed=2)
     body = json.loads(plan.body_for(plan.candidates[0]))
-    assert (7, 2, 2, 14) == (body["max_completion_tokens"], body["n"], body["seed"], plan.output_bound)
+    assert (body["max_completion_tokens"], body["n"], body["seed"], plan.output_bound) == (7, 2, 2, 14)
 
 
 async def test_what_is_clamped_is_told_to_the_provider():
@@ -246,4 +246,4 @@ async def test_what_is_clamped_is_told_to_the_provider():
 
 
 async def test_something_is_always_left_to_say():
-    assert 1 == (await resolved()).clamped_to(0).output_cap
+    assert (await resolved()).clamped_to(0).output_cap == 1

@@ -30,11 +30,11 @@ def billed(reported, seen, *, of_plan=None, most=None, served_model=None, outdat
 
 class TestBill:
     def test_the_reported_numbers(self):
-        assert (Usage(10, 20), "reported", 10 * 2_500 + 20 * 10_000) == billed(report(10, 20), 99)
+        assert billed(report(10, 20), 99) == (Usage(10, 20), "reported", 10 * 2_500 + 20 * 10_000)
 
     def test_an_estimate_where_nothing_was_reported(self):
         expected = Usage(BILLED_PROMPT_TOKENS, 7)
-        assert (expected, "estimated", BILLED_PROMPT_TOKENS * 2_500 + 7 * 10_000) == billed(None, 7)
+        assert billed(None, 7) == (expected, "estimated", BILLED_PROMPT_TOKENS * 2_500 + 7 * 10_000)
 
     @pytest.mark.parametrize(
         ("most", "expected"),
@@ -46,10 +46,10 @@ class TestBill:
     def test_audio_is_estimated_as_audio(self, most, expected):
         made = exchange()
         bill(made, None, None, lambda: 7, most, audio_output=lambda: 5)
-        assert (expected, "estimated") == (made.usage, made.usage_source)
+        assert (made.usage, made.usage_source) == (expected, "estimated")
 
     def test_nothing_where_nothing_was_seen(self):
-        assert (Usage(), "none", 0) == billed(None, 0)
+        assert billed(None, 0) == (Usage(), "none", 0)
 
     @pytest.mark.parametrize(
         ("reported", "expected"),
@@ -63,7 +63,7 @@ class TestBill:
         ],
     )
     def test_an_estimate_in_the_place_of_what_is_missing_or_cannot_be_true(self, reported, expected):
-        assert (expected, "estimated") == billed(reported, 7)[:2]
+        assert billed(reported, 7)[:2] == (expected, "estimated")
 
     @pytest.mark.parametrize(
         ("reported", "expected"),
@@ -73,27 +73,27 @@ class TestBill:
         ],
     )
     def test_no_output_where_there_was_none(self, reported, expected):
-        assert expected == billed(reported, 0)[:2]
+        assert billed(reported, 0)[:2] == expected
 
     @pytest.mark.parametrize(
         ("seen", "expected"), [(99, (Usage(10, 99), "estimated")), (3, (Usage(10, 20), "reported"))]
     )
     def test_text_that_came_after_the_report_counts(self, seen, expected):
-        assert expected == billed(report(10, 20), seen, outdated=True)[:2]
+        assert billed(report(10, 20), seen, outdated=True)[:2] == expected
 
     def test_more_than_the_request_asked_for_is_believed(self):
-        assert 20_000 == billed(report(500, 20_000), 7, of_plan=plan(output_cap=5, output_limit=5))[0].completion
+        assert billed(report(500, 20_000), 7, of_plan=plan(output_cap=5, output_limit=5))[0].completion == 20_000
 
     def test_an_estimate_is_no_more_than_was_asked_for(self):
-        assert 5 == billed(None, 1000, of_plan=plan(output_cap=5, output_limit=5))[0].completion
+        assert billed(None, 1000, of_plan=plan(output_cap=5, output_limit=5))[0].completion == 5
 
     def test_no_more_than_the_most(self):
-        assert (Usage(10, 3), "estimated") == billed(report(10, 20), 99, most=3)[:2]
+        assert billed(report(10, 20), 99, most=3)[:2] == (Usage(10, 3), "estimated")
 
     def test_the_fallback_that_served_sets_the_price(self):
         native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
         of_plan = plan(candidates=(candidate(natives=(native,)),))
-        assert 10 * 250 + 20 * 1_000 == billed(report(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2]
+        assert billed(report(10, 20), 0, of_plan=of_plan, served_model="cheap-1")[2] == 10 * 250 + 20 * 1_000
 
     def test_a_fallback_that_none_was_asked_for_is_billed_at_the_dearest(self):
         native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
@@ -102,7 +102,7 @@ class TestBill:
             made = exchange(plan(candidates=(msgspec.structs.replace(asked, natives=(other,)),)))
             bill(made, report(10, 20), "a stranger", lambda: 0)
             told = (made.cost_nusd, made.model, made.unlisted_model)
-            assert (10 * 2_500 + 20 * 10_000, "m", "a stranger") == told
+            assert told == (10 * 2_500 + 20 * 10_000, "m", "a stranger")
 
     def test_what_a_stream_costs_so_far_changes_nothing_of_what_it_costs(self):
         native = candidate(model="cheap", upstream_model="cheap-1", price=CHEAP)
@@ -138,7 +138,7 @@ class TestBill:
         made = exchange()
         made.plan = None
         bill(made, report(1, 1), None, lambda: 1)
-        assert (Usage(), 0) == (made.usage, made.cost_nusd)
+        assert (made.usage, made.cost_nusd) == (Usage(), 0)
 
     def test_what_was_refused_is_kept_for_the_log(self):
         made = exchange()
@@ -185,32 +185,32 @@ class TestSettler:
         books = Books(True)
         await settle(books)
         (settlement,) = books.settled
-        assert ("h", "req_1", "acme", "k", "m", "u") == (
+        assert (
             settlement.hold_id,
             settlement.request_id,
             settlement.account,
             settlement.key_id,
             settlement.model,
             settlement.upstream,
-        )
-        assert (225_000, "reported", "completed", 997_500, False) == (
+        ) == ("h", "req_1", "acme", "k", "m", "u")
+        assert (
             settlement.cost_nusd,
             settlement.usage_source,
             settlement.outcome,
             settlement.started_ms,
             settlement.unheld,
-        )
+        ) == (225_000, "reported", "completed", 997_500, False)
         assert '"output":10000000000' in settlement.price
 
     async def test_nothing_without_a_hold(self):
         books = Books()
         await settle(books, with_lease=False)
-        assert [] == books.settled
+        assert books.settled == []
 
     async def test_a_hold_that_the_ledger_lost_is_charged_without_it(self):
         books = Books(False, True)
         await settle(books)
-        assert [False, True] == [settlement.unheld for settlement in books.settled]
+        assert [settlement.unheld for settlement in books.settled] == [False, True]
 
     @pytest.mark.parametrize("error", [Unavailable("connection", "lost"), StoreError("OOM", "full")])
     async def test_what_the_ledger_cannot_take_is_kept_on_disk(self, error):
@@ -221,13 +221,13 @@ class TestSettler:
     async def test_where_the_script_is_not_known_it_is_sent_along(self):
         books = Books(ScriptMissing("NOSCRIPT", "none"), True)
         await settle(books)
-        assert (2, []) == (len(books.settled), books.journaled)
+        assert (len(books.settled), books.journaled) == (2, [])
 
     async def test_what_is_without_an_answer_at_the_end_is_kept_on_disk(self):
         books = Books(None)
         made, tasks = exchange(plan(BODY)), Tasks()
         made.lease = lease(Renewals())
         Settler(books, books, None, tasks, lambda: 1000.0, lambda: 2.5).settle(made)
-        assert 1 == await tasks.finish(0)
+        assert await tasks.finish(0) == 1
         await tasks.finish(1)
         assert books.settled == books.journaled

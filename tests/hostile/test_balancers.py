@@ -140,10 +140,10 @@ async def test_what_one_of_them_passes_on_is_read_as_it_was_sent(mesh, tmp_path_
             unanswered = Counter({"other": counted["other"]})  # the balancer hung up on what it had begun to send
             if sent_on.total() != counted.total() or counted - sent_on != unanswered:
                 misread[case] = (dict(sent_on), dict(counted))
-    assert {} == misread
+    assert misread == {}
     served = [entry for entry in mesh.received if entry.status == 200]
     assert served
-    assert [] == [entry.raw_body for entry in served if json.loads(entry.raw_body)["messages"] != MESSAGES]
+    assert [entry.raw_body for entry in served if json.loads(entry.raw_body)["messages"] != MESSAGES] == []
 
 
 async def _counted(mesh) -> Counter[str]:

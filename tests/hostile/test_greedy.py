@@ -85,8 +85,8 @@ async def test_bodies_that_never_come_leave_room_for_others(start_mesh):
     for _, writer in clients:
         writer.write(half)
     await mesh.until(lambda: len([line for line in mesh.log.lines if line["status"] == 503]) == 100)
-    assert 100 == mesh.worker.recorder.in_flight
-    assert 200 == (await mesh.chat(caller, model="sim/plain")).status
+    assert mesh.worker.recorder.in_flight == 100
+    assert (await mesh.chat(caller, model="sim/plain")).status == 200
     for _, writer in clients:
         writer.transport.abort()
 
@@ -96,7 +96,7 @@ async def test_requests_in_a_row_are_answered_in_a_row(mesh):
     many = b"".join(request(method=b"GET", target=b"/%d" % number, body=b"") for number in range(1000))
     ask = request(LENGTH).replace(b"KEY", caller.secret.encode())
     answers = answers_in(await mesh.raw(many + ask + END))
-    assert [404] * 1000 + [200, 404] == [status for status, _, _ in answers]
+    assert [status for status, _, _ in answers] == [404] * 1000 + [200, 404]
     told = [json.loads(body)["error"]["message"] for _, _, body in answers[:1000]]
     hint = "Chat completions are served at POST /v1/chat/completions."
     assert [f"There is nothing at /{number}. {hint}" for number in range(1000)] == told
@@ -148,7 +148,7 @@ async def _refused(gateway, caller) -> float:
     writer.write(_chat(caller).replace(b"Host:", b"Connection: close\r\nHost:"))
     ((status, headers, _),) = answers_in(await reader.read(-1))
     writer.close()
-    assert (503, "1") == (status, headers["retry-after"])
+    assert (status, headers["retry-after"]) == (503, "1")
     return clock() - began
 
 
@@ -166,7 +166,7 @@ async def test_a_template_larger_than_any_may_be_is_not_taken_apart(mesh):
     answer = await mesh.request(
         "POST", "/v1/templates", data=body, headers={**caller.auth, "content-type": "application/json"}
     )
-    assert (413, "request_too_large") == (answer.status, answer.code)
+    assert (answer.status, answer.code) == (413, "request_too_large")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ PATIENCE_S = 900
 
 async def test_every_path_is_described_and_the_description_needs_no_key(mesh):
     answer = await mesh.request("GET", PATH)
-    assert (200, "application/json") == (answer.status, answer.headers["content-type"])
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert document() == answer.json
     described = {(method.upper(), path) for path, methods in answer.json["paths"].items() for method in methods}
     routes = {(method, path.replace(":.+", "")) for method, path, _ in ROUTES}
@@ -40,7 +40,7 @@ async def test_every_path_is_described_and_the_description_needs_no_key(mesh):
 )
 def test_the_parameters_of_a_query_are_described(path, names):
     described = document()["paths"][path]["get"]["parameters"]
-    assert names == {each["name"] for each in described if each["in"] == "query"}
+    assert {each["name"] for each in described if each["in"] == "query"} == names
 
 
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
@@ -66,4 +66,4 @@ async def test_what_is_made_up_from_the_description_is_answered_as_it_says(alone
     )
     async with asyncio.timeout(PATIENCE_S):
         told, _ = await process.communicate()
-    assert 0 == process.returncode, told.decode()
+    assert process.returncode == 0, told.decode()

@@ -28,7 +28,7 @@ async def test_a_padded_stream_says_the_same(start_mesh):
     asked = {"model": "sim/unicode", "seed": SEED}
     plain, filled = await mesh.stream(caller, **asked), await padded.stream(caller, **asked)
     assert plain.text == filled.text
-    assert "[DONE]" == filled.events[-1]
+    assert filled.events[-1] == "[DONE]"
     assert len(plain.events) == len(filled.events)
     chunks = await padded.sdk(caller).chat.completions.create(
         model="sim/unicode", messages=HELLO, stream=True, seed=SEED
@@ -45,7 +45,7 @@ async def test_the_sizes_of_its_chunks_differ_only_where_the_largest_grows(start
     sizes = [size for size in _chunk_sizes(answer.partition(b"\r\n\r\n")[2]) if size]
     single = [size for size in sizes if size <= MAX_LEVEL_BYTES]  # of the others, many events came at once
     assert single == sorted(single)
-    assert [] == [size for size in sizes if size % (STEP_BYTES if size in single else MAX_LEVEL_BYTES)]
+    assert [size for size in sizes if size % (STEP_BYTES if size in single else MAX_LEVEL_BYTES)] == []
 
 
 async def test_a_replay_is_padded_as_the_answer_was_and_its_record_is_not(start_mesh):
@@ -58,7 +58,7 @@ async def test_a_replay_is_padded_as_the_answer_was_and_its_record_is_not(start_
     assert b": ..." in again.body
     keys = [key for key in await mesh.worker.store.execute("KEYS", "*") if await _is_list(mesh, key)]
     kept = [part for key in keys for part in await mesh.worker.store.execute("LRANGE", key, 0, -1)]
-    assert [] == [part for part in kept if b": ..." in part]
+    assert [part for part in kept if b": ..." in part] == []
 
 
 @given(st.lists(st.binary(min_size=1, max_size=5000), min_size=1))
@@ -73,11 +73,11 @@ def test_every_write_is_filled_up_and_begins_with_what_was_to_be_said(payloads):
         comment = got[len(payload) :]
         assert comment.startswith(b": ")
         assert comment.endswith(b"\n\n")
-        assert b"" == comment[2:-2].strip(b".")
+        assert comment[2:-2].strip(b".") == b""
         if len(got) > MAX_LEVEL_BYTES:
-            assert 0 == len(got) % MAX_LEVEL_BYTES
+            assert len(got) % MAX_LEVEL_BYTES == 0
         else:
-            assert 0 == len(got) % STEP_BYTES
+            assert len(got) % STEP_BYTES == 0
             assert len(got) >= level
             level = len(got)
 

@@ -14,13 +14,13 @@ async def test_it_is_read_in_one_way(mesh, name):
     data, statuses = CASES[name]
     caller = await mesh.key()
     answers = answers_in(await mesh.raw(data.replace(b"KEY", caller.secret.encode()) + END))
-    assert statuses == tuple(status for status, _, _ in answers)
+    assert tuple(status for status, _, _ in answers) == statuses
     served = statuses.count(200)
-    assert served == len(mesh.received)
-    assert served == len(await mesh.settlements(caller))
-    assert served == len([line for line in mesh.log.lines if line["status"] == 200])
+    assert len(mesh.received) == served
+    assert len(await mesh.settlements(caller)) == served
+    assert len([line for line in mesh.log.lines if line["status"] == 200]) == served
     _, headers, _ = answers[-1]
-    assert "close" == headers["connection"]
+    assert headers["connection"] == "close"
     if 400 in statuses:
         assert_refused(mesh, answers[-1])
 
@@ -28,10 +28,10 @@ async def test_it_is_read_in_one_way(mesh, name):
 def assert_refused(mesh, answer):
     _, headers, body = answer
     told = json.loads(body)
-    assert ("application/json", "bad_request") == (headers["content-type"], told["error"]["code"])
+    assert (headers["content-type"], told["error"]["code"]) == ("application/json", "bad_request")
     assert headers["x-request-id"] == told["request_id"] == told["error"]["request_id"]
     assert told["error"]["message"].startswith("This is not a valid HTTP request: ")
-    assert 1 == counted(mesh, REFUSED[0])
+    assert counted(mesh, REFUSED[0]) == 1
 
 
 def counted(mesh, status):

@@ -89,7 +89,7 @@ async def mesh(start_mesh, bird):
 async def caller(mesh):
     caller = await mesh.key(limits=FREE)
     made = {"name": "greeter", "system": "Hello {{ name }}"}
-    assert 201 == (await mesh.request("POST", "/v1/templates", json=made, headers=caller.auth)).status
+    assert (await mesh.request("POST", "/v1/templates", json=made, headers=caller.auth)).status == 201
     return caller
 
 
@@ -124,8 +124,8 @@ async def test_the_provider_hears_what_the_list_says_and_nothing_else(mesh, call
     await mesh.chat(caller, headers=HEADERS, model="p/well", **BODY)
     ((headers, body),) = bird.heard
     assert headers.keys() - {*OURS, *FORWARDED} == set()
-    assert f"Bearer {PROVIDER_KEY}" == headers["authorization"]
-    assert HEADER_KEY == headers["x-api-key"]
+    assert headers["authorization"] == f"Bearer {PROVIDER_KEY}"
+    assert headers["x-api-key"] == HEADER_KEY
     assert json.loads(body).keys() == BODY.keys() - {"template", "variables", "session_id"} | {
         "model",
     }
@@ -166,7 +166,7 @@ async def test_the_words_of_a_provider_make_no_events_and_no_headers(mesh, calle
         body = {**BODY, "metadata": {"x": evil}}
         answer = await mesh.chat(caller, model=f"p/{way}", stream=way == "error-event", **body)
         lines = answer.body.decode().splitlines()
-        assert [] == [line for line in lines if line and not line.startswith(("data: {", "{"))]
+        assert [line for line in lines if line and not line.startswith(("data: {", "{"))] == []
         assert "set-cookie" not in answer.headers
         assert b"[DONE]" not in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", answer.body)
 
@@ -178,9 +178,9 @@ async def test_what_a_client_sends_makes_no_header_for_the_provider(mesh, caller
         await mesh.raw(raw.replace(b"KEY", caller.secret.encode()))
     for value in ("\xff\xfe", "x" * 5000):
         answer = await mesh.chat(caller, headers={"x-title": value}, model="p/well", **BODY)
-        assert 200 == answer.status
-    assert 2 == len(bird.heard)
-    assert [] == [headers for headers, _ in bird.heard if "x-evil" in headers or "x-title" in headers]
+        assert answer.status == 200
+    assert len(bird.heard) == 2
+    assert [headers for headers, _ in bird.heard if "x-evil" in headers or "x-title" in headers] == []
 
 
 async def _refusals(mesh, caller):

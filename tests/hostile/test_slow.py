@@ -27,9 +27,9 @@ async def hasty(start_mesh):
 async def test_half_a_head_is_given_up(hasty, begun):
     ((status, headers, body),) = answers_in(await hasty.raw(begun))
     told = json.loads(body)
-    assert (408, "request_timeout") == (status, told["error"]["code"])
-    assert ("close", told["request_id"]) == (headers["connection"], headers["x-request-id"])
-    assert 1 == counted(hasty, 408)
+    assert (status, told["error"]["code"]) == (408, "request_timeout")
+    assert (headers["connection"], headers["x-request-id"]) == ("close", told["request_id"])
+    assert counted(hasty, 408) == 1
 
 
 async def test_bytes_that_trickle_in_buy_no_time(hasty):
@@ -37,14 +37,14 @@ async def test_bytes_that_trickle_in_buy_no_time(hasty):
     began = asyncio.get_running_loop().time()
     trickle = asyncio.create_task(_trickle(writer))
     ((status, _, _),) = answers_in(await reader.read(-1))
-    assert 408 == status
+    assert status == 408
     assert asyncio.get_running_loop().time() - began < SHORT_S + 1
     trickle.cancel()
     writer.close()
 
 
 async def test_a_connection_that_says_nothing_is_closed_without_a_word(hasty):
-    assert b"" == await hasty.raw(b"")
+    assert await hasty.raw(b"") == b""
 
 
 async def test_a_connection_may_be_idle_between_requests_and_then_has_a_new_while(hasty):
@@ -55,10 +55,10 @@ async def test_a_connection_may_be_idle_between_requests_and_then_has_a_new_whil
         async with asyncio.timeout(3 * SHORT_S):
             await reader.read(1)
     writer.write(END.replace(b"close", b"keep-alive"))
-    assert 404 == (await _one(reader))[0]
+    assert (await _one(reader))[0] == 404
     writer.write(b"GET / HT")
     ((status, _, _),) = answers_in(await reader.read(-1))
-    assert 408 == status
+    assert status == 408
     writer.close()
 
 
@@ -75,19 +75,19 @@ async def test_half_a_body_is_given_up(hasty, begun):
     reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
     writer.write(begun.replace(b"KEY", caller.secret.encode()))
     status, headers, body = await _one(reader)
-    assert (408, "request_timeout") == (status, json.loads(body)["error"]["code"])
-    assert "close" == headers["connection"]
+    assert (status, json.loads(body)["error"]["code"]) == (408, "request_timeout")
+    assert headers["connection"] == "close"
     writer.close()
-    assert [] == hasty.received
-    assert 0 == await hasty.spent(caller)
-    assert [] == [line for line in hasty.log.lines if (line["status"], line["code"]) != (408, "request_timeout")]
+    assert hasty.received == []
+    assert await hasty.spent(caller) == 0
+    assert [line for line in hasty.log.lines if (line["status"], line["code"]) != (408, "request_timeout")] == []
 
 
 async def test_nobody_without_a_key_is_waited_for(hasty):
     reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
     writer.write(request(LENGTH, body=b""))
     status, _, _ = await _one(reader)
-    assert 401 == status
+    assert status == 401
     writer.close()
 
 
@@ -102,7 +102,7 @@ async def test_a_large_body_gets_a_second_more_for_each_64_kib(hasty):
             await reader.read(1)
     writer.write(body[100:])
     status, _, _ = await _one(reader)
-    assert 200 == status
+    assert status == 200
     writer.close()
 
 
@@ -121,7 +121,7 @@ async def test_a_stream_that_nobody_reads_frees_all_that_it_has(start_mesh):
         balance = await mesh.balance(caller)
     assert balance.held_nusd == 0
     assert balance.settled_nusd > 0
-    assert ["client_disconnected"] == [line["outcome"] for line in mesh.log.lines]
+    assert [line["outcome"] for line in mesh.log.lines] == ["client_disconnected"]
 
 
 async def _trickle(writer):

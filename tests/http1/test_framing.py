@@ -17,13 +17,13 @@ def chunk(payload):
 def test_one_whole_chunk_is_a_frame():
     body = Chunked()
     payload = body.decode(b"5\r\nhello\r\n")
-    assert (b"hello", True, False) == (payload, body.whole, body.done)
+    assert (payload, body.whole, body.done) == (b"hello", True, False)
 
 
 def test_several_whole_chunks_are_a_frame():
     body = Chunked()
     payload = body.decode(b"5\r\nhello\r\n00001\r\n \r\nA\r\n0123456789\r\n")
-    assert (b"hello 0123456789", True) == (payload, body.whole)
+    assert (payload, body.whole) == (b"hello 0123456789", True)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_several_whole_chunks_are_a_frame():
 )
 def test_anything_else_is_no_frame(data, payload):
     body = Chunked()
-    assert (payload, False) == (body.decode(data), body.whole)
+    assert (body.decode(data), body.whole) == (payload, False)
 
 
 def test_a_chunk_that_spans_reads_is_passed_on_piece_by_piece_and_the_next_whole_one_is_a_frame_again():
     body = Chunked()
     heard = [(body.decode(data), body.whole) for data in (b"5\r\nhel", b"l", b"o\r\n", b"1\r\n!\r\n")]
-    assert [(b"hel", False), (b"l", False), (b"o", False), (b"!", True)] == heard
+    assert heard == [(b"hel", False), (b"l", False), (b"o", False), (b"!", True)]
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_a_chunk_that_spans_reads_is_passed_on_piece_by_piece_and_the_next_whole
 )
 def test_the_last_chunk(data):
     body = Chunked()
-    assert (b"", True, False) == (body.decode(data), body.done, body.surplus)
+    assert (body.decode(data), body.done, body.surplus) == (b"", True, False)
 
 
 def test_bytes_after_the_end_are_surplus():
     body = Chunked()
     body.decode(b"0\r\n\r\nHTTP/1.1 200 OK\r\n")
-    assert (True, True) == (body.done, body.surplus)
+    assert (body.done, body.surplus) == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ def test_bytes_after_the_end_are_surplus():
 def test_broken_framing_is_refused(data):
     with pytest.raises(UpstreamError) as caught:
         Chunked().decode(data)
-    assert (502, "upstream_error", True, False) == (
+    assert (
         caught.value.response.status,
         caught.value.response.code,
         caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
-    )
+    ) == (502, "upstream_error", True, False)
 
 
 def test_extensions_are_bounded_over_a_whole_body():
     body, data = Chunked(), b"1;" + b"a" * 2000 + b"\r\nx\r\n"
-    assert b"x" * 32 == b"".join(body.decode(data) for _ in range(32))
+    assert b"".join(body.decode(data) for _ in range(32)) == b"x" * 32
     with pytest.raises(UpstreamError):
         body.decode(data)
 
@@ -135,16 +135,16 @@ def test_extensions_are_bounded_over_a_whole_body():
 )
 def test_a_sized_body(pieces, payload, done, surplus):
     body = Sized(5)
-    assert (payload, done, surplus) == (b"".join(map(body.decode, pieces)), body.done, body.surplus)
+    assert (b"".join(map(body.decode, pieces)), body.done, body.surplus) == (payload, done, surplus)
 
 
 def test_an_empty_sized_body_is_done_at_once():
-    assert (True, b"", True) == ((body := Sized(0)).done, body.decode(b"x"), body.surplus)
+    assert ((body := Sized(0)).done, body.decode(b"x"), body.surplus) == (True, b"", True)
 
 
 def test_a_body_until_the_end_takes_everything_and_is_never_done_by_itself():
     body = UntilEof()
-    assert (b"0\r\n\r\n", False, True) == (body.decode(b"0\r\n\r\n"), body.done, body.until_eof)
+    assert (body.decode(b"0\r\n\r\n"), body.done, body.until_eof) == (b"0\r\n\r\n", False, True)
 
 
 @given(
@@ -161,5 +161,5 @@ def test_however_it_is_cut_the_payload_is_the_same_and_a_frame_decodes_to_its_pa
         payload = body.decode(data)
         heard.append(payload)
         if body.whole:
-            assert payload == Chunked().decode(data)
-    assert (b"".join(payloads), True, False) == (b"".join(heard), body.done, body.surplus)
+            assert Chunked().decode(data) == payload
+    assert (b"".join(heard), body.done, body.surplus) == (b"".join(payloads), True, False)

@@ -121,7 +121,7 @@ async def test_a_budget_counts_what_is_spent_and_held(ledger, ask, settlement, s
 async def test_a_budget_of_nothing_lets_nothing_be_spent(ledger, ask):
     await ledger.grant("acme", 1000)
     denied = await ledger.admit(ask(budgets=Budgets(total_nusd=0)))
-    assert denied == Denial("spend_limit", "key total budget", 1000, needed_nusd=100)
+    assert Denial("spend_limit", "key total budget", 1000, needed_nusd=100) == denied
 
 
 async def test_budgets_of_one_key_do_not_bind_another(ledger, ask):

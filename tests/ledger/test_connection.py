@@ -159,7 +159,7 @@ async def test_what_will_pass_is_unavailable(wire, kind, reply):
     with pytest.raises(GatewayError) as caught:
         await asked
     response = caught.value.response
-    assert (503, "ledger_unavailable", kind) == (response.status, response.code, caught.value.kind)
+    assert (response.status, response.code, caught.value.kind) == (503, "ledger_unavailable", kind)
     assert caught.value.source is Source.GATEWAY
     assert not transport.aborted
 

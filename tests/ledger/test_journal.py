@@ -88,20 +88,20 @@ async def test_what_is_appended_is_found_by_the_next_process(open_journal, settl
         await journal.append(settlement(name, unheld=True, session="día\n\r\x1f"))
     journal.close()
     found, book = open_journal(), Book()
-    assert 3 == len(found)
+    assert len(found) == 3
     kept = list(found._pending)
     assert [settlement(name, unheld=True, session="día\n\r\x1f") for name in names(3)] == kept
-    assert 3 == await found.replay(book.settle)
+    assert await found.replay(book.settle) == 3
     assert names(3) == book.charged
 
 
 async def test_a_replayed_journal_is_empty_on_disk_too(open_journal, path, settlement):
     journal = open_journal()
     await journal.append(settlement())
-    assert 1 == await journal.replay(Book().settle)
-    assert b"" == path.with_suffix(".0").read_bytes()
+    assert await journal.replay(Book().settle) == 1
+    assert path.with_suffix(".0").read_bytes() == b""
     journal.close()
-    assert 0 == len(open_journal())
+    assert len(open_journal()) == 0
 
 
 async def test_an_append_is_over_when_fsync_is(open_journal, settlement, monkeypatch):
@@ -111,7 +111,7 @@ async def test_an_append_is_over_when_fsync_is(open_journal, settlement, monkeyp
     monkeypatch.setattr(module.os, "fsync", lambda file: (steps.append("fsync"), sync(file))[1])
     await journal.append(settlement())
     steps.append("returned")
-    assert ["write", "fsync", "returned"] == steps
+    assert steps == ["write", "fsync", "returned"]
 
 
 async def test_appends_that_come_together_share_an_fsync(open_journal, path, settlement, monkeypatch):
@@ -122,7 +122,7 @@ async def test_appends_that_come_together_share_an_fsync(open_journal, path, set
     assert len(synced) <= 3
     journal.close()
     found, book = open_journal(), Book()
-    assert 500 == await found.replay(book.settle)
+    assert await found.replay(book.settle) == 500
     assert sorted(names(500)) == sorted(book.charged)
 
 
@@ -134,7 +134,7 @@ async def test_a_line_that_cannot_be_read_costs_no_other(open_journal, path, set
     with path.with_suffix(".0").open("ab") as file:
         file.write(garbage + _line(settlement("h1")))
     book = Book()
-    assert 2 == await open_journal().replay(book.settle)
+    assert await open_journal().replay(book.settle) == 2
     assert names(2) == book.charged
 
 
@@ -148,16 +148,16 @@ async def test_a_crash_at_any_byte_costs_only_the_append_that_was_not_over(path,
         await journal.append(settlement("h2"))  # on a line of its own, not at the end of the broken one
         journal.close()
         again, book = Journal(path, MIB), Book()
-        assert 2 == await again.replay(book.settle)
+        assert await again.replay(book.settle) == 2
         again.close()
-        assert ["h0", "h2"] == book.charged, at
+        assert book.charged == ["h0", "h2"], at
 
 
 async def test_a_bit_that_flipped_is_no_charge(open_journal, path, settlement):
     path.parent.mkdir()
     line = _line(settlement(cost_nusd=60))
     path.with_suffix(".0").write_bytes(line.replace(b'"cost_nusd":60', b'"cost_nusd":90'))
-    assert 0 == len(open_journal())
+    assert len(open_journal()) == 0
 
 
 async def test_the_bound_holds_and_room_comes_back(open_journal, path, settlement):
@@ -168,9 +168,9 @@ async def test_the_bound_holds_and_room_comes_back(open_journal, path, settlemen
     with pytest.raises(JournalFull):
         await journal.append(settlement("h3"))
     assert 3 * size == path.with_suffix(".0").stat().st_size
-    assert 3 == await journal.replay(Book().settle)
+    assert await journal.replay(Book().settle) == 3
     await journal.append(settlement("h3"))
-    assert 1 == len(journal)
+    assert len(journal) == 1
 
 
 async def test_the_bound_counts_what_was_found(open_journal, settlement):
@@ -189,13 +189,13 @@ async def test_redis_lost_in_a_replay_leaves_the_rest(open_journal, path, settle
     for name in names(5):
         await journal.append(settlement(name))
     book = Book(lost_after=2)
-    assert 2 == await journal.replay(book.settle)
-    assert 3 == len(journal)
+    assert await journal.replay(book.settle) == 2
+    assert len(journal) == 3
     assert path.with_suffix(".0").stat().st_size > 0
     book.lost_after = None
-    assert 3 == await journal.replay(book.settle)
+    assert await journal.replay(book.settle) == 3
     assert names(5) == book.charged
-    assert 0 == path.with_suffix(".0").stat().st_size
+    assert path.with_suffix(".0").stat().st_size == 0
 
 
 async def test_a_replay_that_crashed_is_done_again_and_charges_nothing_twice(open_journal, settlement):
@@ -207,7 +207,7 @@ async def test_a_replay_that_crashed_is_done_again_and_charges_nothing_twice(ope
     journal.close()  # the process ends: of the file nothing was taken away yet
     book.lost_after = None
     again = open_journal()
-    assert 4 == len(again)
+    assert len(again) == 4
     await again.replay(book.settle)
     assert names(4) == book.charged
 
@@ -217,13 +217,13 @@ async def test_what_redis_refuses_stands_in_no_other_way(open_journal, path, set
     for name in names(3):
         await journal.append(settlement(name))
     book = Book(refused=("h0",))
-    assert 0 == await journal.replay(book.settle)
-    assert 2 == await journal.replay(book.settle)
-    assert ["h1", "h2"] == book.charged
-    assert 1 == len(journal)
+    assert await journal.replay(book.settle) == 0
+    assert await journal.replay(book.settle) == 2
+    assert book.charged == ["h1", "h2"]
+    assert len(journal) == 1
     book.refused = ()
-    assert 1 == await journal.replay(book.settle)
-    assert 0 == path.with_suffix(".0").stat().st_size
+    assert await journal.replay(book.settle) == 1
+    assert path.with_suffix(".0").stat().st_size == 0
 
 
 async def test_an_append_during_a_replay_is_kept(open_journal, settlement):
@@ -235,9 +235,9 @@ async def test_an_append_during_a_replay_is_kept(open_journal, settlement):
             await journal.append(settlement("h1"))
         return await book.settle(kept)
 
-    assert 2 == await journal.replay(settle_slowly)
+    assert await journal.replay(settle_slowly) == 2
     assert names(2) == book.charged
-    assert 0 == len(journal)
+    assert len(journal) == 0
 
 
 async def test_what_is_settled_before_it_is_written_is_not_written_any_more(open_journal, path, settlement):
@@ -252,7 +252,7 @@ async def test_what_is_settled_before_it_is_written_is_not_written_any_more(open
     await asyncio.gather(appending, replaying)
     await journal.replay(book.settle)
     journal.close()
-    assert 0 == len(open_journal())
+    assert len(open_journal()) == 0
 
 
 async def test_a_full_disk_keeps_it_in_memory_and_the_file_whole(open_journal, path, settlement, monkeypatch):
@@ -273,7 +273,7 @@ async def test_a_full_disk_keeps_it_in_memory_and_the_file_whole(open_journal, p
     await journal.append(settlement("h2"))
     assert b"".join(map(_line, map(settlement, names(3)))) == path.with_suffix(".0").read_bytes()
     book = Book()
-    assert 3 == await journal.replay(book.settle)
+    assert await journal.replay(book.settle) == 3
 
 
 async def test_a_disk_that_stays_full_to_the_end_has_it_logged_whole(open_journal, settlement, full_disk):
@@ -318,7 +318,7 @@ async def test_what_there_is_no_room_for_is_counted_as_lost(open_journal, settle
     journal = open_journal(max_bytes=10)
     with capture_logs() as logs, pytest.raises(JournalFull):
         await journal.append(settlement("h0"))
-    assert ([to_builtins(settlement("h0"))], 1) == ([line["settlement"] for line in logs], journal.close())
+    assert ([line["settlement"] for line in logs], journal.close()) == ([to_builtins(settlement("h0"))], 1)
 
 
 async def test_a_file_of_a_newer_version_is_left_alone_and_named(open_journal, path, settlement):
@@ -365,8 +365,8 @@ async def test_the_file_of_a_dead_worker_goes_to_the_one_in_its_place(open_journ
     await second.append(settlement("h1"))
     first.close()
     third = open_journal()
-    assert ["h0"] == [kept.hold_id for kept in third._pending]
-    assert 1 == len(second)
+    assert [kept.hold_id for kept in third._pending] == ["h0"]
+    assert len(second) == 1
 
 
 async def test_fewer_workers_than_before_replay_everything(open_journal, path, settlement):
@@ -375,9 +375,9 @@ async def test_fewer_workers_than_before_replay_everything(open_journal, path, s
         await worker.append(settlement(name))
         worker.close()
     only, book = open_journal(), Book()
-    assert 4 == await only.replay(book.settle)
+    assert await only.replay(book.settle) == 4
     assert sorted(names(4)) == sorted(book.charged)
-    assert [0] * 4 == [path.with_suffix(f".{number}").stat().st_size for number in range(4)]
+    assert [path.with_suffix(f".{number}").stat().st_size for number in range(4)] == [0] * 4
 
 
 async def test_what_another_worker_has_locked_is_left_alone(open_journal, settlement):
@@ -386,8 +386,8 @@ async def test_what_another_worker_has_locked_is_left_alone(open_journal, settle
     await third.append(settlement("h2"))
     first.close()
     third.close()
-    assert ["h2"] == [kept.hold_id for kept in open_journal()._pending]
-    assert 1 == len(second)
+    assert [kept.hold_id for kept in open_journal()._pending] == ["h2"]
+    assert len(second) == 1
 
 
 async def test_as_many_files_as_workers_may_be_and_no_more(path, monkeypatch):
@@ -402,15 +402,15 @@ async def test_as_many_files_as_workers_may_be_and_no_more(path, monkeypatch):
 
 async def test_nobody_else_can_read_it(open_journal, path, settlement):
     await open_journal().append(settlement())
-    assert 0o600 == path.with_suffix(".0").stat().st_mode & 0o777
-    assert 0o700 == path.parent.stat().st_mode & 0o777
+    assert path.with_suffix(".0").stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 async def test_without_a_path_it_is_kept_in_memory(settlement):
     journal, book = Journal(None, MIB), Book()
     await journal.append(settlement("h0"))
-    assert 1 == await journal.replay(book.settle)
-    assert ["h0"] == book.charged
+    assert await journal.replay(book.settle) == 1
+    assert book.charged == ["h0"]
     journal.close()
 
 
@@ -423,7 +423,7 @@ async def test_it_keeps_replaying_whatever_redis_answers(open_journal, settlemen
     book.lost_after = None
     while len(journal) > 1:
         await asyncio.sleep(0)
-    assert ["h1", "h2"] == sorted(book.charged)
+    assert sorted(book.charged) == ["h1", "h2"]
     book.refused = ()
     while len(journal):
         await asyncio.sleep(0)
@@ -472,5 +472,5 @@ async def test_sigkill_loses_nothing_that_was_acknowledged(path, after):
     journal = Journal(path, 1 << 30)
     found = {kept.hold_id for kept in journal._pending}
     journal.close()
-    assert set() == acknowledged - found
+    assert acknowledged - found == set()
     assert len(acknowledged) >= after

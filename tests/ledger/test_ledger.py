@@ -25,7 +25,7 @@ async def test_a_grant_adds_to_the_balance_and_says_so(ledger, read, keys):
 
 async def test_a_grant_counts_once_for_its_ref(ledger):
     grants = [await ledger.grant("acme", 250, "invoice 7", ref="inv-7", actor="ops") for _ in range(2)]
-    assert grants == [Granted(250, is_new=True), Granted(250, is_new=False)]
+    assert [Granted(250, is_new=True), Granted(250, is_new=False)] == grants
     assert (await ledger.balance("acme")).granted_nusd == 250
 
 

@@ -42,7 +42,7 @@ async def beat_once(known):
 
 
 def test_an_allowance_is_held_and_never_exceeded(admission, ask):
-    assert DOLLAR - 400_000_000 == admission.admit(ask("h1", amount_nusd=400_000_000)).available_nusd
+    assert admission.admit(ask("h1", amount_nusd=400_000_000)).available_nusd == DOLLAR - 400_000_000
     assert isinstance(admission.admit(ask("h2", amount_nusd=600_000_000)), Hold)
     denied = admission.admit(ask("h3", amount_nusd=1))
     assert Denial("insufficient_credits", "credit", 0, needed_nusd=1) == denied
@@ -51,7 +51,7 @@ def test_an_allowance_is_held_and_never_exceeded(admission, ask):
 @pytest.mark.parametrize(("least", "held"), [(None, None), (DOLLAR + 1, None), (DOLLAR, DOLLAR), (1, DOLLAR // 2)])
 def test_a_hold_that_does_not_fit_may_be_smaller(admission, ask, least, held):
     answer = admission.admit(ask("h1", amount_nusd=2 * DOLLAR, amount_min_nusd=least, share_percent=50))
-    assert held == getattr(answer, "amount_nusd", None)
+    assert getattr(answer, "amount_nusd", None) == held
 
 
 def test_each_account_has_its_own(admission, ask):
@@ -63,11 +63,11 @@ def test_a_request_that_is_over_leaves_what_it_really_cost(admission, ask, settl
     admission.admit(ask("h1", amount_nusd=900_000_000))
     admission.settled_here(settlement("h1", cost_nusd=100_000_000), 0)
     denied = admission.admit(ask("h2", amount_nusd=900_000_001))
-    assert ("insufficient_credits", 900_000_000, 900_000_001) == (
+    assert (
         denied.reason,
         denied.available_nusd,
         denied.needed_nusd,
-    )
+    ) == ("insufficient_credits", 900_000_000, 900_000_001)
     assert isinstance(admission.admit(ask("h3", amount_nusd=900_000_000)), Hold)
 
 
@@ -97,14 +97,14 @@ def test_a_restart_refills_no_allowance(admission, ask, settlement):
 def test_slices_come_out_of_the_same_allowance(admission, ask):
     first = ask("h1", amount_nusd=900_000_000)
     admission.admit(first)
-    assert [True, True, False] == [admission.hold_more(first, 50_000_000) for _ in range(3)]
+    assert [admission.hold_more(first, 50_000_000) for _ in range(3)] == [True, True, False]
 
 
 def test_slices_of_a_hold_in_redis_are_owed_beyond_what_redis_holds(admission, ask, settlement):
     held_by_redis = ask("h1", amount_nusd=400)
     assert admission.hold_more(held_by_redis, DOLLAR)
     admission.settled_here(settlement("h1", cost_nusd=1000), 400)
-    assert DOLLAR - 600 == admission.admit(ask("h2", amount_nusd=0)).available_nusd
+    assert admission.admit(ask("h2", amount_nusd=0)).available_nusd == DOLLAR - 600
 
 
 def test_nothing_is_admitted_that_the_journal_has_no_room_for(ask, clock, settlement):
@@ -141,18 +141,18 @@ def test_buckets_are_shared_out_among_the_instances(ask, clock, count):
             for _ in range(100)
         )
 
-    assert 20 == admitted()
+    assert admitted() == 20
     clock.now += 4
-    assert 4 == admitted()
+    assert admitted() == 4
     clock.now += 3600
-    assert 20 == admitted()
+    assert admitted() == 20
 
 
 def test_the_wait_is_exact(admission, ask, clock):
     limits = Limits(requests_per_minute=30, burst=1)
     admission.admit(ask("h1", account_limits=limits))
     denied = admission.admit(ask("h2", account_limits=limits))
-    assert ("rate_limit", "account requests", 2.0) == (denied.reason, denied.which, denied.retry_after_s)
+    assert (denied.reason, denied.which, denied.retry_after_s) == ("rate_limit", "account requests", 2.0)
     clock.now += 2.0
     assert isinstance(admission.admit(ask("h3", account_limits=limits)), Hold)
 
@@ -161,7 +161,7 @@ def test_the_longest_wait_is_named(admission, ask):
     key, account = Limits(requests_per_minute=60, burst=1), Limits(tokens_per_minute=600)
     admission.admit(ask("h1", tokens=600, key_limits=key, account_limits=account))
     denied = admission.admit(ask("h2", tokens=600, key_limits=key, account_limits=account))
-    assert ("account tokens", 60.0) == (denied.which, denied.retry_after_s)
+    assert (denied.which, denied.retry_after_s) == ("account tokens", 60.0)
 
 
 def test_a_denial_takes_nothing(admission, ask):
@@ -169,15 +169,15 @@ def test_a_denial_takes_nothing(admission, ask):
     admission.admit(ask("h1", tokens=10, key_limits=limits))
     before = {name: bucket.level for name, bucket in admission._buckets.items()}
     assert isinstance(admission.admit(ask("h2", tokens=10, key_limits=limits)), Denial)
-    assert before == {name: bucket.level for name, bucket in admission._buckets.items()}
-    assert 100 == admission._used_nusd["acme"]
+    assert {name: bucket.level for name, bucket in admission._buckets.items()} == before
+    assert admission._used_nusd["acme"] == 100
 
 
 def test_more_tokens_than_a_bucket_holds_get_through_when_it_is_full(admission, ask, clock):
     limits = Limits(tokens_per_minute=60)
     assert isinstance(admission.admit(ask("h1", tokens=90, key_limits=limits)), Hold)
     denied = admission.admit(ask("h2", tokens=90, key_limits=limits))
-    assert 90.0 == denied.retry_after_s
+    assert denied.retry_after_s == 90.0
     clock.now += 90
     assert isinstance(admission.admit(ask("h3", tokens=90, key_limits=limits)), Hold)
 
@@ -185,14 +185,14 @@ def test_more_tokens_than_a_bucket_holds_get_through_when_it_is_full(admission, 
 @pytest.mark.parametrize("limits", [Limits(requests_per_minute=0), Limits(tokens_per_minute=0)])
 def test_a_limit_of_nothing_lets_nothing_in(admission, ask, limits):
     denied = admission.admit(ask(key_limits=limits))
-    assert ("rate_limit", None) == (denied.reason, denied.retry_after_s)
+    assert (denied.reason, denied.retry_after_s) == ("rate_limit", None)
 
 
 def test_requests_a_day_are_counted_over_the_day(admission, ask, clock):
     limits = Limits(requests_per_day=1)
     admission.admit(ask("h1", key_limits=limits))
     denied = admission.admit(ask("h2", key_limits=limits))
-    assert ("key requests per day", 86_400.0) == (denied.which, denied.retry_after_s)
+    assert (denied.which, denied.retry_after_s) == ("key requests per day", 86_400.0)
 
 
 @pytest.mark.parametrize("scope", ["key", "account"])
@@ -200,7 +200,7 @@ def test_so_many_run_in_parallel(admission, ask, settlement, scope):
     limits = {f"{scope}_limits": Limits(max_parallel=1)}
     admission.admit(ask("h1", **limits))
     denied = admission.admit(ask("h2", **limits))
-    assert (f"{scope} parallel requests", 1.0) == (denied.which, denied.retry_after_s)
+    assert (denied.which, denied.retry_after_s) == (f"{scope} parallel requests", 1.0)
     admission.settled_here(settlement("h1"), 0)
     assert isinstance(admission.admit(ask("h2", **limits)), Hold)
 
@@ -208,8 +208,9 @@ def test_so_many_run_in_parallel(admission, ask, settlement, scope):
 def test_what_is_told_of_the_buckets(admission, ask):
     limits = Limits(requests_per_minute=60, tokens_per_minute=600)
     states = admission.admit(ask(tokens=60, key_limits=limits)).buckets
-    assert [("requests", 60, 59, 1.0), ("tokens", 600, 540, 6.0)] == [
-        (state.kind, state.limit, state.remaining, state.reset_s) for state in states
+    assert [(state.kind, state.limit, state.remaining, state.reset_s) for state in states] == [
+        ("requests", 60, 59, 1.0),
+        ("tokens", 600, 540, 6.0),
     ]
 
 

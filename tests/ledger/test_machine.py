@@ -244,10 +244,10 @@ class LedgerMachine(RuleBasedStateMachine):
         answer = self.run(self.ledger.admit(ask))
         expected = self.decide(ask)
         if isinstance(answer, Denial):
-            assert expected == (answer.reason, answer.which.split()[0], answer.retry_after_s)
+            assert (answer.reason, answer.which.split()[0], answer.retry_after_s) == expected
             assert self.snapshot() == before
         else:
-            assert expected == answer.amount_nusd
+            assert answer.amount_nusd == expected
             self.live[ask.hold_id] = Hold(ask, answer, answer.amount_nusd, tokens, self.now_ms + ttl_ms)
             for _, bucket, count in self.buckets(ask):
                 bucket.take(count)
@@ -306,7 +306,7 @@ class LedgerMachine(RuleBasedStateMachine):
             )
         )
         if isinstance(answer, Denial):
-            assert expected == answer.reason
+            assert answer.reason == expected
             return
         assert (expected, answer.amount_nusd) == (None, total)
         self.take_tokens(hold.request, more_tokens)
@@ -372,7 +372,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.release()
         balance = self.run(self.ledger.balance("acme", "k1", key_limits=KEY_LIMITS, account_limits=ACCOUNT_LIMITS))
         numbers = (balance.balance_nusd, balance.held_nusd, balance.granted_nusd, balance.settled_nusd)
-        assert numbers == (self.balance, self.held(), self.granted, self.settled)
+        assert (self.balance, self.held(), self.granted, self.settled) == numbers
         assert balance.granted_nusd == balance.balance_nusd + balance.settled_nusd
         spend = self.spends["key:k1"]
         assert balance.spend.total_nusd == spend.total

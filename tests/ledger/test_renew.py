@@ -21,7 +21,7 @@ def admit(ledger, ask):
 async def test_a_hold_grows_to_the_new_total(ledger, admit, read, keys):
     hold = await admit(budgets=Budgets(total_nusd=300), session="s1", session_budgets=Budgets(total_nusd=300))
     renewed = await ledger.renew(hold, amount_nusd=180)
-    assert renewed == Hold(hold.request, 180, 70, ())
+    assert Hold(hold.request, 180, 70, ()) == renewed
     assert await read.hash(keys.credit) == {"balance": "250", "granted": "250", "held": "180"}
     assert await read.hash(keys.held) == {"key:k1": "180", "session:s1": "180"}
 
@@ -45,7 +45,7 @@ async def test_without_credit_the_hold_stays_and_its_deadline_moves(ledger, admi
     before = int(await store.execute("ZSCORE", keys.deadlines, "h1"))
     record = await read.hash(keys.holds)
     denied = await ledger.renew(hold, amount_nusd=251, ttl_ms=500_000)
-    assert denied == Denial("insufficient_credits", "credit", 150, needed_nusd=151)
+    assert Denial("insufficient_credits", "credit", 150, needed_nusd=151) == denied
     assert await read.hash(keys.holds) == record
     assert (await read.hash(keys.credit))["held"] == "100"
     assert int(await store.execute("ZSCORE", keys.deadlines, "h1")) > before + 400_000
@@ -74,7 +74,7 @@ async def test_a_budget_binds_renewals(ledger, admit, fields, which, store, snap
     hold = await admit(**fields)
     before = await snapshot(store)
     denied = await ledger.renew(hold, amount_nusd=150)
-    assert denied == Denial("spend_limit", which, 150, needed_nusd=50, budget_nusd=149, spent_nusd=100)
+    assert Denial("spend_limit", which, 150, needed_nusd=50, budget_nusd=149, spent_nusd=100) == denied
     after = await snapshot(store)
     moved = {keys.deadlines: None, keys.script_keys_of_key("k1")[2]: None}
     assert {**after, **moved} == {**before, **moved}
@@ -148,7 +148,7 @@ async def test_an_abandoned_hold_stays_so_without_credit(ledger, ask, admit, rea
     hold = await admit(ttl_ms=0)
     await ledger.admit(ask("h2", amount_nusd=200))
     denied = await ledger.renew(hold, amount_nusd=100, ttl_ms=60_000)
-    assert denied == Denial("insufficient_credits", "credit", 50, needed_nusd=100)
+    assert Denial("insufficient_credits", "credit", 50, needed_nusd=100) == denied
     assert list(await read.hash(keys.abandoned)) == ["h1"]
     assert await ledger.settle(settlement()) is True
 

@@ -29,40 +29,40 @@ def claim(replays):
 
 
 async def test_the_first_has_the_key_and_the_others_hear_of_it(claim):
-    assert ("claimed", "h1") == ((await claim("h1")).state, (await claim("h2")).owner)
-    assert "running" == (await claim("h3")).state
+    assert ((await claim("h1")).state, (await claim("h2")).owner) == ("claimed", "h1")
+    assert (await claim("h3")).state == "running"
 
 
 async def test_of_many_at_once_one_has_it(claim):
     claims = await asyncio.gather(*(claim(f"h{number}") for number in range(90)))
-    assert ["claimed"] == [found.state for found in claims if found.state != "running"]
+    assert [found.state for found in claims if found.state != "running"] == ["claimed"]
     (owner,) = {found.owner for found in claims}
-    assert owner == next(found.owner for found in claims if found.state == "claimed")
+    assert next(found.owner for found in claims if found.state == "claimed") == owner
 
 
 async def test_another_body_is_a_conflict_while_it_runs_and_after(claim, replays):
     first = await claim("h1")
-    assert "conflict" == (await claim("h2", body=b"{}")).state
+    assert (await claim("h2", body=b"{}")).state == "conflict"
     await replays.conclude(first, "finished", TTL_MS)
-    assert "conflict" == (await claim("h3", body=b"{}")).state
+    assert (await claim("h3", body=b"{}")).state == "conflict"
 
 
 @pytest.mark.parametrize("other", [{"name": "twice"}, {"key_id": "k2"}, {"account": "other"}])
 async def test_names_of_other_keys_and_accounts_are_others(claim, other):
     await claim("h1")
-    assert "claimed" == (await claim("h2", **other)).state
+    assert (await claim("h2", **other)).state == "claimed"
 
 
 @pytest.mark.parametrize("conclusion", ["finished", "lost"])
 async def test_a_conclusion_is_kept(claim, replays, conclusion):
     await replays.conclude(await claim("h1"), conclusion, TTL_MS)
-    assert (conclusion, "h1") == ((await claim("h2")).state, (await claim("h2")).owner)
+    assert ((await claim("h2")).state, (await claim("h2")).owner) == (conclusion, "h1")
 
 
 async def test_a_failure_leaves_the_key_to_the_next_even_for_another_body(claim, replays):
     await replays.conclude(await claim("h1"), "failed", TTL_MS)
     second = await claim("h2", body=b"{}")
-    assert ("claimed", "h2") == (second.state, second.owner)
+    assert (second.state, second.owner) == ("claimed", "h2")
 
 
 async def test_only_the_owner_concludes(claim, replays):
@@ -70,25 +70,25 @@ async def test_only_the_owner_concludes(claim, replays):
     await replays.conclude(first, "failed", TTL_MS)
     await claim("h2")
     await replays.conclude(first, "finished", TTL_MS)
-    assert ("running", "h2") == ((await claim("h3")).state, (await claim("h3")).owner)
+    assert ((await claim("h3")).state, (await claim("h3")).owner) == ("running", "h2")
 
 
 async def test_a_claim_that_nobody_waited_for_can_be_given_up(claim, replays):
     await claim("h1")
     await replays.conclude(replays.claim_by("acme", "k1", "once", "h9"), "failed", TTL_MS)
-    assert "running" == (await claim("h2")).state
+    assert (await claim("h2")).state == "running"
     await replays.conclude(replays.claim_by("acme", "k1", "once", "h1"), "failed", TTL_MS)
-    assert "claimed" == (await claim("h3")).state
+    assert (await claim("h3")).state == "claimed"
 
 
 async def test_parts_are_read_from_where_one_was(claim, replays):
     owner, reader = await claim("h1"), await claim("h2")
-    assert ("running", []) == await replays.read(reader, 0)
+    assert await replays.read(reader, 0) == ("running", [])
     await replays.append(owner, [b"a", b"b"], TTL_MS)
-    assert ("running", [b"a", b"b"]) == await replays.read(reader, 0)
+    assert await replays.read(reader, 0) == ("running", [b"a", b"b"])
     await replays.append(owner, [b"c"], TTL_MS)
     await replays.conclude(owner, "finished", TTL_MS)
-    assert ("finished", [b"c"]) == await replays.read(reader, 2)
+    assert await replays.read(reader, 2) == ("finished", [b"c"])
 
 
 async def test_finished_means_that_there_are_no_more_parts(claim, replays):
@@ -111,8 +111,8 @@ async def test_a_reader_never_mixes_two_answers(claim, replays):
     await replays.conclude(first, "failed", TTL_MS)
     third = await claim("h3")
     await replays.append(third, [b"new"], TTL_MS)
-    assert (None, [b"old"]) == await replays.read(reader, 0)
-    assert ("running", [b"new"]) == await replays.read(await claim("h4"), 0)
+    assert await replays.read(reader, 0) == (None, [b"old"])
+    assert await replays.read(await claim("h4"), 0) == ("running", [b"new"])
 
 
 async def test_everything_ends_by_itself(claim, replays, store):
@@ -128,8 +128,8 @@ async def test_everything_ends_by_itself(claim, replays, store):
 async def test_the_record_of_a_dead_owner_is_gone_and_the_key_free(claim, replays, store):
     owner, reader = await claim("h1"), await claim("h2")
     await store.execute("DEL", owner.record)
-    assert (None, []) == await replays.read(reader, 0)
-    assert "claimed" == (await claim("h3")).state
+    assert await replays.read(reader, 0) == (None, [])
+    assert (await claim("h3")).state == "claimed"
 
 
 async def test_names_are_digests(claim):
@@ -150,29 +150,29 @@ async def charged(store, found, age_ms=0):
 async def test_a_charged_request_still_runs_until_its_answer_is_told_of(claim, replays, store):
     first = await claim("h1")
     await charged(store, first)
-    assert "running" == (await claim("h2")).state
+    assert (await claim("h2")).state == "running"
     await replays.conclude(first, "finished", TTL_MS)
-    assert "finished" == (await claim("h2")).state
+    assert (await claim("h2")).state == "finished"
 
 
 async def test_a_charged_request_whose_worker_died_is_not_run_again(claim, store):
     await charged(store, await claim("h1"), age_ms=15_000)
-    assert ["lost", "conflict"] == [(await claim("h2")).state, (await claim("h3", body=b"{}")).state]
+    assert [(await claim("h2")).state, (await claim("h3", body=b"{}")).state] == ["lost", "conflict"]
 
 
 async def test_an_account_has_so_many_keys_and_another_has_its_own(claim):
     for number in range(3):
-        assert "claimed" == (await claim(f"h{number}", name=f"n{number}", most_keys=3)).state
-    assert "full" == (await claim("h3", name="n3", most_keys=3)).state
-    assert "running" == (await claim("h4", name="n0", most_keys=3)).state
-    assert "claimed" == (await claim("h5", name="n3", account="other", most_keys=3)).state
+        assert (await claim(f"h{number}", name=f"n{number}", most_keys=3)).state == "claimed"
+    assert (await claim("h3", name="n3", most_keys=3)).state == "full"
+    assert (await claim("h4", name="n0", most_keys=3)).state == "running"
+    assert (await claim("h5", name="n3", account="other", most_keys=3)).state == "claimed"
 
 
 async def test_an_account_has_so_many_bytes(claim, replays):
     first = await claim("h1", name="n1", most_bytes=10)
     await replays.append(first, [b"123456", b"7890"], TTL_MS)
-    assert "full" == (await claim("h2", name="n2", most_bytes=10)).state
-    assert "claimed" == (await claim("h3", name="n3", most_bytes=11)).state
+    assert (await claim("h2", name="n2", most_bytes=10)).state == "full"
+    assert (await claim("h3", name="n3", most_bytes=11)).state == "claimed"
 
 
 async def test_what_has_ended_is_counted_no_more(claim, replays):
@@ -180,4 +180,4 @@ async def test_what_has_ended_is_counted_no_more(claim, replays):
     await replays.append(first, [b"x" * 1000], TTL_MS)
     await replays.conclude(first, "failed", 1)
     await asyncio.sleep(0.01)
-    assert "claimed" == (await claim("h2", name="n2", most_keys=1)).state
+    assert (await claim("h2", name="n2", most_keys=1)).state == "claimed"

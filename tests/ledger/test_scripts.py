@@ -30,7 +30,7 @@ def test_what_is_included_includes_nothing():
     folder = Path(store.__file__).parent / "scripts"
     included = {name for path in folder.glob("*.lua") for name in re.findall("-- include: (.*)", path.read_text())}
     assert {"bucket", "clock"} <= included
-    assert [] == [name for name in included if "-- include" in (folder / f"{name}.lua").read_text()]
+    assert [name for name in included if "-- include" in (folder / f"{name}.lua").read_text()] == []
 
 
 def test_the_sha_is_the_one_of_the_whole_text():

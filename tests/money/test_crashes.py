@@ -65,9 +65,9 @@ async def test_sigkill_of_one_worker_in_the_middle_of_streams(proxy, books, sess
     settled = {event["hold_id"]: event for event in await books.events(key.account, "settled")}
     abandoned = {event["hold_id"]: event for event in await books.events(key.account, "abandoned")}
     assert len(whole) == len(settled)
-    assert STREAMS == len(settled) + len(abandoned)
+    assert len(settled) + len(abandoned) == STREAMS
     assert 0 < len(abandoned) < STREAMS
-    assert set() == settled.keys() & abandoned.keys()
+    assert settled.keys() & abandoned.keys() == set()
     assert len(whole) * WHOLE_NUSD == balance.settled_nusd
     assert waited_s <= HOLD_TTL_S + LATE_S
     assert killed not in proxy.pids()
@@ -82,13 +82,13 @@ async def test_sigkill_of_the_whole_proxy_in_the_middle_of_streams(proxy, books,
     running = await in_flight(proxy, books, client, key.account, STREAMS)
     await asyncio.to_thread(proxy.kill)
     outcomes = await asyncio.gather(*running)
-    assert [] == [outcome for outcome in outcomes if outcome.is_whole]
+    assert [outcome for outcome in outcomes if outcome.is_whole] == []
     waited_s, balance = await released_within(books, key.account)
     await books.closed(key.account)
     abandoned = [event["hold_id"] for event in await books.events(key.account, "abandoned")]
     settled = [event["hold_id"] for event in await books.events(key.account, "settled")]
     assert STREAMS == len(set(abandoned)) == len(abandoned)
-    assert (0, []) == (balance.settled_nusd, settled)
+    assert (balance.settled_nusd, settled) == (0, [])
     assert waited_s <= HOLD_TTL_S + LATE_S
     await asyncio.to_thread(proxy.start)
     assert (await client.chat()).is_whole
@@ -105,8 +105,8 @@ async def test_a_proxy_that_lives_keeps_its_holds_past_their_deadline(proxy, boo
     outcomes = await asyncio.gather(*(client.chat(model="slow", stream=True) for _ in range(STREAMS // 2)))
     assert all(outcome.is_whole for outcome in outcomes)
     balance = await books.closed(key.account)
-    assert [] == await books.events(key.account, "abandoned")
-    assert STREAMS // 2 * WHOLE_NUSD == balance.settled_nusd
+    assert await books.events(key.account, "abandoned") == []
+    assert balance.settled_nusd == STREAMS // 2 * WHOLE_NUSD
 
 
 async def each_answered(proxy):
@@ -141,18 +141,18 @@ async def test_settlements_while_redis_is_away_are_charged_once_when_it_is_back(
     await each_answered(proxy)
     await away(valkey, how)
     outcomes = await asyncio.gather(*running)
-    assert [True] * STREAMS == [outcome.is_done for outcome in outcomes]
+    assert [outcome.is_done for outcome in outcomes] == [True] * STREAMS
     while proxy.journaled() < STREAMS:  # each is on disk
         await asyncio.sleep(0.05)
     refused = await client.chat()
-    assert (503, "ledger_unavailable") == (refused.status, refused.code)
+    assert (refused.status, refused.code) == (503, "ledger_unavailable")
     await back(valkey, how)
     cost = STREAMS * (6 * INPUT_NUSD + 40 * OUTPUT_NUSD)
     await books.until(key.account, lambda now: now.settled_nusd >= cost)
     balance = await books.closed(key.account)
-    assert cost == balance.settled_nusd
+    assert balance.settled_nusd == cost
     settled = await books.events(key.account, "settled")
-    assert STREAMS == len({event["hold_id"] for event in settled})
+    assert len({event["hold_id"] for event in settled}) == STREAMS
     while proxy.journaled():
         await asyncio.sleep(0.05)
     figure("Redis away", how=how, settlements=STREAMS, journaled=STREAMS, lost=0, charged_twice=0)
@@ -172,13 +172,13 @@ async def test_the_proxy_killed_while_redis_is_away_replays_at_its_next_start(st
     await asyncio.to_thread(proxy.kill)
     await asyncio.to_thread(proxy.start)  # Redis is still away: it starts all the same
     refused = await client.chat()
-    assert (503, "ledger_unavailable") == (refused.status, refused.code)
+    assert (refused.status, refused.code) == (503, "ledger_unavailable")
     await asyncio.to_thread(valkey.start)
     cost = STREAMS * (6 * INPUT_NUSD + 40 * OUTPUT_NUSD)
     await books.until(key.account, lambda now: now.settled_nusd >= cost)
     balance = await books.closed(key.account)
-    assert cost == balance.settled_nusd
-    assert STREAMS == len(await books.events(key.account, "settled"))
+    assert balance.settled_nusd == cost
+    assert len(await books.events(key.account, "settled")) == STREAMS
     assert (await client.chat()).is_whole
     figure("proxy killed while Redis is away", settlements=STREAMS, lost=0, charged_twice=0)
 
@@ -190,10 +190,10 @@ async def test_a_drain_settles_everything_and_ends_well(proxy, books, session):
     running = await in_flight(proxy, books, client, key.account, STREAMS // 2)
     code = await asyncio.to_thread(proxy.stop)
     outcomes = await asyncio.gather(*running)
-    assert 0 == code
+    assert code == 0
     assert all(outcome.is_whole for outcome in outcomes)
     balance = await books.ledger.balance(key.account)
-    assert (0, STREAMS // 2 * WHOLE_NUSD) == (balance.held_nusd, balance.settled_nusd)
+    assert (balance.held_nusd, balance.settled_nusd) == (0, STREAMS // 2 * WHOLE_NUSD)
 
 
 async def test_admission_without_redis_is_charged_once_when_it_is_back(start_proxy, books, session, valkey):
@@ -207,13 +207,13 @@ async def test_admission_without_redis_is_charged_once_when_it_is_back(start_pro
     valkey.kill()
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8, stream=number % 2 == 0) for number in range(STREAMS)))
     served = [outcome for outcome in outcomes if outcome.is_whole]
-    assert {200} == {outcome.status for outcome in outcomes} - {402, 503}
+    assert {outcome.status for outcome in outcomes} - {402, 503} == {200}
     assert len(served) > STREAMS // 2
     await asyncio.to_thread(valkey.start)
     cost = (20 + len(served)) * (6 * INPUT_NUSD + 8 * OUTPUT_NUSD)
     await books.until(key.account, lambda now: now.settled_nusd >= cost)
     balance = await books.closed(key.account)
-    assert cost == balance.settled_nusd
+    assert balance.settled_nusd == cost
     settled = await books.events(key.account, "settled")
     assert len(served) == len([event for event in settled if event["hold"] == "none"])
     figure("admitted without Redis", requests=len(served), lost=0, charged_twice=0)
@@ -252,7 +252,7 @@ async def test_a_full_disk_at_the_end_loses_nothing_in_silence(start_proxy, book
     assert await asyncio.to_thread(proxy.stop) == os.EX_IOERR
     lost = [line["settlement"] for line in proxy.log if line["event"] == "settlement_lost"]
     assert {(key.id, "acme")} == {(settlement["key_id"], settlement["account"]) for settlement in lost}
-    assert 20 == len(lost) + proxy.journaled()
+    assert len(lost) + proxy.journaled() == 20
 
 
 async def test_a_journal_is_found_by_another_spelling_of_the_url(
@@ -296,7 +296,7 @@ async def test_a_full_journal_denies(start_proxy, books, session, valkey):
     outcomes = [await client.chat(max_tokens=8) for _ in range(12)]
     served = sum(outcome.is_whole for outcome in outcomes)
     assert 0 < served < 12
-    assert {"ledger_unavailable"} == {outcome.code for outcome in outcomes if not outcome.is_whole}
+    assert {outcome.code for outcome in outcomes if not outcome.is_whole} == {"ledger_unavailable"}
     await asyncio.to_thread(valkey.start)
     cost = served * (6 * INPUT_NUSD + 8 * OUTPUT_NUSD)
     assert before + cost == (await books.until(key.account, lambda now: now.settled_nusd >= before + cost)).settled_nusd

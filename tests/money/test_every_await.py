@@ -155,7 +155,7 @@ async def check(mesh, caller, client, reply, asked):
     balance = await worker.ledger.balance(caller.account)
     events = await usage_events(worker.store, caller.account)
     settled = [event for event in events if event["event"] == "settled"]
-    assert 0 == balance.held_nusd
+    assert balance.held_nusd == 0
     assert balance.granted_nusd == balance.balance_nusd + balance.settled_nusd
     assert balance.settled_nusd == sum(int(event["cost_nusd"]) for event in settled)
     assert len(settled) <= 1
@@ -163,18 +163,18 @@ async def check(mesh, caller, client, reply, asked):
     assert not asked or not abandoned
     assert ["live"] * len(settled) == [event["hold"] for event in settled]
     if asked:
-        assert 1 == len(settled)
+        assert len(settled) == 1
     if b'"content"' in client.body:
         assert balance.settled_nusd > 0  # no stream is free
     if reply is not None and reply.status == 200:
         assert balance.settled_nusd == REPORTED_NUSD
-    assert (0, 0, set(), set(), set()) == (
+    assert (
         worker.recorder.in_flight,
         len(worker.tasks),
         worker.live.leases,
         worker.live.relays,
         worker.live.recordings,
-    )
+    ) == (0, 0, set(), set(), set())
     return len(settled)
 
 
@@ -266,4 +266,4 @@ async def test_a_settlement_without_an_answer_is_in_the_journal_and_charged_once
 async def test_the_cases_are_what_clients_send(mesh):
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="fast", messages=HELLO)
-    assert (200, REPORTED_NUSD) == (answer.status, await mesh.spent(caller))
+    assert (answer.status, await mesh.spent(caller)) == (200, REPORTED_NUSD)

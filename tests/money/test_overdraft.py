@@ -56,8 +56,8 @@ async def run_out(client_of, proxy, books, session, pace, streams):
 
     assert overdraft <= bound
     assert max(past_hold) <= SLICE_NUSD
-    assert {200} == {outcome.status for outcome in outcomes} - {402}
-    assert {"insufficient_credits"} == {outcome.code for outcome in cut}
+    assert {outcome.status for outcome in outcomes} - {402} == {200}
+    assert {outcome.code for outcome in cut} == {"insufficient_credits"}
     assert all(outcome.is_whole for outcome in outcomes if outcome.is_done)
     assert len(settled) == sum(outcome.status == 200 for outcome in outcomes)
     assert len(cut) == [event["outcome"] for event in settled].count("insufficient_credits")

@@ -66,13 +66,13 @@ async def test_a_mix_of_everything(proxy, books, session):
     began = time.monotonic()
     outcomes = [outcome for row in await asyncio.gather(*map(one, range(CLIENTS))) for outcome in row]
     took_s = time.monotonic() - began
-    assert set() == {outcome.status for outcome in outcomes} - {200, 402, 500, 502, 503}
-    assert [] == [outcome for outcome in outcomes if outcome.broken]
+    assert {outcome.status for outcome in outcomes} - {200, 402, 500, 502, 503} == set()
+    assert [outcome for outcome in outcomes if outcome.broken] == []
     settled = 0
     for _, key in keys:
         balance = await books.closed(key.account)
         events = await books.events(key.account)
-        assert [] == [event for event in events if event["event"] == "abandoned"]
+        assert [event for event in events if event["event"] == "abandoned"] == []
         settled += sum(event["event"] == "settled" for event in events)
         assert balance.balance_nusd >= 0 or key.account == "poor"
     figure("mix over 4 workers", clients=CLIENTS, requests=CLIENTS * EACH, settled=settled, took_s=round(took_s, 1))
@@ -88,7 +88,7 @@ async def test_a_bucket_never_gives_more_than_it_has(proxy, books, session):
     refill = time.monotonic() - began + 1
     admitted = [outcome for outcome in outcomes if outcome.status == 200]
     denied = [outcome for outcome in outcomes if outcome.status == 429]
-    assert CLIENTS == len(admitted) + len(denied)
+    assert len(admitted) + len(denied) == CLIENTS
     assert 20 <= len(admitted) <= 20 + refill
     assert len(admitted) * UNARY_NUSD == (await books.closed(key.account)).settled_nusd
     assert len(admitted) == len(await books.events(key.account, "settled"))
@@ -102,7 +102,7 @@ async def test_credit_for_ten_buys_ten(proxy, books, session):
     client = Client(session, proxy, secret)
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
     admitted = [outcome for outcome in outcomes if outcome.status == 200]
-    assert {200, 402} == {outcome.status for outcome in outcomes}
+    assert {outcome.status for outcome in outcomes} == {200, 402}
     balance = await books.closed(key.account)
     assert balance.balance_nusd >= 0
     assert len(admitted) * UNARY_NUSD == balance.settled_nusd
@@ -113,7 +113,7 @@ async def test_a_budget_is_not_exceeded_by_a_crowd(proxy, books, session):
     secret, key = await books.key("a-budget-is-not", budgets=Budgets(total_nusd=5 * HELD_NUSD))
     client = Client(session, proxy, secret)
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
-    assert {None, "spend_limit_exceeded"} == {outcome.code for outcome in outcomes}
+    assert {outcome.code for outcome in outcomes} == {None, "spend_limit_exceeded"}
     assert (await books.closed(key.account)).settled_nusd <= 5 * HELD_NUSD
 
 

@@ -178,22 +178,22 @@ async def test_each_step_in_each_fault(house, valkey, start_valkey, fault):
     other = start_valkey(name="other") if "READONLY" in fault else None
     before = await books(house.ledger)
     if other is not None:  # a replica takes over what its master has: give it the same
-        assert b"+OK" == other.request("REPLICAOF", "127.0.0.1", str(valkey.port))
+        assert other.request("REPLICAOF", "127.0.0.1", str(valkey.port)) == b"+OK"
         async with asyncio.timeout(PATIENCE_S):
             while not await house.store.execute("WAIT", 1, 100):
                 pass
-        assert b"+OK" == other.request("REPLICAOF", "NO", "ONE")
+        assert other.request("REPLICAOF", "NO", "ONE") == b"+OK"
     expected, may_have_run = OUTCOMES[fault]
     async with Faults(valkey, other).of(fault):
         answers = [await answer(step) for step in (house.admit, house.renew, house.settle)]
     assert list(expected) == answers
     if "done" not in answers and may_have_run == "no":
         await house.until_connected()
-        assert before == await books(house.ledger)
+        assert await books(house.ledger) == before
     await house.after()
-    assert (GRANTED - COST, AMOUNT + RAISED, GRANTED, COST) == await books(house.ledger)
+    assert await books(house.ledger) == (GRANTED - COST, AMOUNT + RAISED, GRANTED, COST)
     events = await house.store.execute("XRANGE", "mesh:{acme}:usage", "-", "+")
-    assert 1 == sum(b"settled" in fields for _, fields in events)
+    assert sum(b"settled" in fields for _, fields in events) == 1
     figure("Redis fault", fault=fault, faults=3, lost=0, charged_twice=0)
 
 
@@ -202,7 +202,7 @@ async def test_an_unheld_settlement_waits_while_memory_is_full(house, valkey):
     async with Faults(valkey).of("OOM (maxmemory, noeviction)"):
         with pytest.raises(Unavailable):
             await house.ledger.settle(unheld_of(unheld))
-    assert [True, False] == [await house.ledger.settle(unheld_of(unheld)) for _ in range(2)]
+    assert [await house.ledger.settle(unheld_of(unheld)) for _ in range(2)] == [True, False]
 
 
 def unheld_of(told):
@@ -225,10 +225,10 @@ async def test_failover_to_a_replica_by_sentinel(valkey, start_valkey, tmp_path)
         while not await store.execute("WAIT", 1, 100):
             pass
     valkey.kill()
-    assert {"connection"} == {await answer(step) for step in (house.admit, house.renew, house.settle)}
+    assert {await answer(step) for step in (house.admit, house.renew, house.settle)} == {"connection"}
     await house.after()
-    assert (GRANTED - COST, AMOUNT + RAISED, GRANTED, COST) == await books(house.ledger)
-    assert b"+OK" == replica.request("SET", "written-here", "1")  # which is the master now
+    assert await books(house.ledger) == (GRANTED - COST, AMOUNT + RAISED, GRANTED, COST)
+    assert replica.request("SET", "written-here", "1") == b"+OK"  # which is the master now
     house.journal.close()
     await store.close()
     figure("failover", faults=3, lost=0, charged_twice=0)

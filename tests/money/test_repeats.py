@@ -42,14 +42,14 @@ async def test_repeats_at_once_are_charged_once(proxy, books, session):
         repeat = {"model": "slow", "stream": stream, "idempotency_key": "once"}
         outcomes = await asyncio.gather(*(client.chat(**repeat) for _ in range(REPEATS)))
         late = await client.chat(**repeat)
-        assert [True] * REPEATS == [outcome.is_whole for outcome in outcomes]
-        assert 1 == len({outcome.body for outcome in (*outcomes, late)})
+        assert [outcome.is_whole for outcome in outcomes] == [True] * REPEATS
+        assert len({outcome.body for outcome in (*outcomes, late)}) == 1
         replayed = [outcome for outcome in outcomes if outcome.headers.get("idempotent-replayed")]
-        assert REPEATS - 1 == len(replayed)
-        assert "true" == late.headers["idempotent-replayed"]
-        assert REPEATS == len({outcome.headers["x-request-id"] for outcome in outcomes})
+        assert len(replayed) == REPEATS - 1
+        assert late.headers["idempotent-replayed"] == "true"
+        assert len({outcome.headers["x-request-id"] for outcome in outcomes}) == REPEATS
         balance = await books.closed(account)
-        assert (COST, 1) == (balance.settled_nusd, len(await books.events(account, "settled")))
+        assert (balance.settled_nusd, len(await books.events(account, "settled"))) == (COST, 1)
         figure("repeats at once", stream=stream, repeats=REPEATS + 1, charges=1)
 
 
@@ -62,10 +62,10 @@ async def test_a_client_that_goes_and_asks_again_pays_once(proxy, books, session
     gone.cancel()
     await asyncio.wait([gone])
     again = await client.chat(**repeat)
-    assert (True, "true") == (again.is_done, again.headers["idempotent-replayed"])
+    assert (again.is_done, again.headers["idempotent-replayed"]) == (True, "true")
     balance = await books.closed(key.account)
     settled = await books.events(key.account, "settled")
-    assert (COST, ["drained"]) == (balance.settled_nusd, [event["usage_source"] for event in settled])
+    assert (balance.settled_nusd, [event["usage_source"] for event in settled]) == (COST, ["drained"])
 
 
 async def test_another_body_is_refused_and_costs_nothing(proxy, books, session):
@@ -76,16 +76,16 @@ async def test_another_body_is_refused_and_costs_nothing(proxy, books, session):
         *(client.chat(model="slow", idempotency_key="once", seed=number) for number in range(20))
     )
     assert first.is_whole
-    assert {(409, "idempotency_conflict")} == {(outcome.status, outcome.code) for outcome in others}
-    assert COST == (await books.closed(key.account)).settled_nusd
+    assert {(outcome.status, outcome.code) for outcome in others} == {(409, "idempotency_conflict")}
+    assert (await books.closed(key.account)).settled_nusd == COST
 
 
 async def test_repeats_of_what_fails_each_try_and_none_is_charged(proxy, books, session):
     secret, key = await books.key("repeats-of-what-fails")
     client = Client(session, proxy, secret)
     outcomes = await asyncio.gather(*(client.chat(model="fails", idempotency_key="once") for _ in range(10)))
-    assert set() == {outcome.status for outcome in outcomes} - {502, 503}
-    assert 0 == (await books.closed(key.account)).settled_nusd
+    assert {outcome.status for outcome in outcomes} - {502, 503} == set()
+    assert (await books.closed(key.account)).settled_nusd == 0
 
 
 async def test_repeats_survive_the_death_of_the_worker_that_served(proxy, books, session):
@@ -101,10 +101,10 @@ async def test_repeats_survive_the_death_of_the_worker_that_served(proxy, books,
     await asyncio.gather(*running)
     await asyncio.to_thread(proxy.start)
     attached = await asyncio.gather(*(client.chat(**repeat) for _ in range(10)))
-    assert set() == {outcome.code for outcome in attached if not outcome.is_done} - {"upstream_error"}
+    assert {outcome.code for outcome in attached if not outcome.is_done} - {"upstream_error"} == set()
     assert (await client.chat(**repeat)).is_done
     balance = await books.closed(key.account)
-    assert (COST, 1) == (balance.settled_nusd, len(await books.events(key.account, "settled")))
+    assert (balance.settled_nusd, len(await books.events(key.account, "settled"))) == (COST, 1)
 
 
 async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, session):
@@ -117,10 +117,10 @@ async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, sessi
             assert all(outcome.is_whole for outcome in outcomes)
     await books.closed(key.account)
     settled = await books.events(key.account, "settled")
-    assert {"estimated"} == {event["usage_source"] for event in settled}
+    assert {event["usage_source"] for event in settled} == {"estimated"}
     for event in settled:
         assert 0 < int(event["cost_nusd"]) <= int(event["held_nusd"])
-        assert PROMPT_BILLED == int(event["prompt_tokens"])
+        assert int(event["prompt_tokens"]) == PROMPT_BILLED
         assert 4 <= int(event["completion_tokens"]) <= 20
     figure("lies about usage", lies=len(LIES), requests=len(settled), above_the_hold=0)
 
@@ -134,5 +134,5 @@ async def test_a_worker_that_dies_right_behind_its_settlement_is_not_followed_by
     (record,) = await books.store.execute("KEYS", f"mesh:{{{key.account}}}:replay:*")
     await books.store.execute("HSET", record, "state", "charged", "charged_ms", 1)
     repeated = await client.chat(idempotency_key="once")
-    assert (409, "idempotency_conflict") == (repeated.status, repeated.code)
-    assert 1 == len(await books.events(key.account, "settled"))
+    assert (repeated.status, repeated.code) == (409, "idempotency_conflict")
+    assert len(await books.events(key.account, "settled")) == 1

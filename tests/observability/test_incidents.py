@@ -440,8 +440,8 @@ def test_the_cause_is_named(evidence, name, tool):
 @pytest.mark.parametrize("name", INCIDENTS)
 def test_no_alert_accuses_another(evidence, name):
     incident, found = INCIDENTS[name], evidence[name]
-    assert {} == {alert: found.early[alert] for alert in found.early.keys() - NOISE}
-    assert set() == found.fired.keys() - incident.alerts.keys() - incident.may - NOISE
+    assert {alert: found.early[alert] for alert in found.early.keys() - NOISE} == {}
+    assert found.fired.keys() - incident.alerts.keys() - incident.may - NOISE == set()
     for alert in (alert for alerts in found.fired.values() for alert in alerts):
         accused = {label: alert[label] for label in ("upstream", "account", "model") if label in alert}
-        assert {} == {label: value for label, value in accused.items() if value not in incident.labels.get(label, ())}
+        assert {label: value for label, value in accused.items() if value not in incident.labels.get(label, ())} == {}

@@ -38,13 +38,13 @@ def test_every_query_of_every_panel_returns_data(scene):
         for panel, target in rehearsal.queries(board)
         if not _has_numbers(scene.server.range(target["expr"], scene.began_at, scene.ended_at))
     ]
-    assert [] == silent
+    assert silent == []
 
 
 def test_every_rule_can_be_evaluated(scene):
     rules = [rule for group in scene.server.get("rules")["groups"] for rule in group["rules"]]
-    assert 46 == len(rules)
-    assert {} == {rule["name"]: rule["lastError"] for rule in rules if rule["health"] == "err"}
+    assert len(rules) == 46
+    assert {rule["name"]: rule["lastError"] for rule in rules if rule["health"] == "err"} == {}
 
 
 def test_exemplars_lead_to_traces(scene):
@@ -61,7 +61,7 @@ def test_what_was_scraped_is_clean(scene, promtool):
     checked = subprocess.run(
         [promtool, "check", "metrics"], input=scene.gate.metrics(), capture_output=True, text=True, check=False
     )
-    assert (0, "") == (checked.returncode, checked.stderr)
+    assert (checked.returncode, checked.stderr) == (0, "")
 
 
 def test_a_scrape_is_openmetrics_where_that_is_asked_for(scene):

@@ -30,18 +30,18 @@ def run(*command):
 
 def test_the_configuration_is_sound(promtool):
     code, said = run(promtool, "check", "config", DEPLOY / "prometheus.yml")
-    assert (0, 2) == (code, said.count("rules found")), said
+    assert (code, said.count("rules found")) == (0, 2), said
 
 
 def test_the_rules_have_no_lint(promtool):
     code, said = run(promtool, "check", "rules", "--lint-fatal", DEPLOY / "recording.yml", DEPLOY / "alerts.yml")
-    assert 0 == code, said
+    assert code == 0, said
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_alerts_fire_when_they_should_and_only_then(promtool, path):
     code, said = run(promtool, "test", "rules", path)
-    assert 0 == code, said
+    assert code == 0, said
 
 
 def test_every_alert_has_a_case_that_fires_and_one_that_does_not():
@@ -57,15 +57,15 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not():
 def test_every_alert_says_what_it_is_and_where_to_read_on():
     for rule in ALERTS:
         notes = rule["annotations"]
-        assert {"summary", "description", "runbook_url"} == set(notes)
-        assert f"docs/operations.md#{rule['alert'].lower()}" == notes["runbook_url"]
+        assert set(notes) == {"summary", "description", "runbook_url"}
+        assert notes["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
         assert rule["labels"]["severity"] in {"page", "ticket"}
 
 
 @pytest.mark.skipif(not RUNBOOK.exists(), reason="the runbook isn't written yet")
 def test_every_alert_is_in_the_runbook():
     headings = {re.sub(r"[^\w-]", "", line.strip("# \n").lower()) for line in RUNBOOK.open() if line.startswith("#")}
-    assert set() == {rule["alert"].lower() for rule in ALERTS} - headings
+    assert {rule["alert"].lower() for rule in ALERTS} - headings == set()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
@@ -73,9 +73,9 @@ def test_rules_read_what_there_is(rule):
     text = re.sub(r"\{[^}]*\}", "", rule["expr"])
     named = set(re.findall(r"(?<![\w:])(?:meshproxy_\w+|process_\w+|up)\b", text))
     bases = {re.sub(r"_(bucket|count|sum)$", "", name) for name in named}
-    assert set() == bases - BY_NAME.keys() - OF_PROMETHEUS
+    assert bases - BY_NAME.keys() - OF_PROMETHEUS == set()
     recorded = {rule["record"] for rule in RULES if "record" in rule}
-    assert set() == set(re.findall(r"job:\w+:\w+", text)) - recorded
+    assert set(re.findall(r"job:\w+:\w+", text)) - recorded == set()
 
 
 def test_what_the_rules_call_fast_is_an_edge():

@@ -82,7 +82,7 @@ STR = "Expected str, got int"
     ],
 )
 def test_a_complaint_becomes_a_detail(kind: Any, text: bytes, expected: Detail):
-    assert expected == detail(kind, text)
+    assert detail(kind, text) == expected
 
 
 def test_python_s_own_limit_is_bad_json_too():
@@ -91,7 +91,7 @@ def test_python_s_own_limit_is_bad_json_too():
 
 def test_a_client_s_words_in_a_complaint_are_cut():
     actual = detail(Literal["a"], b'"' + b"x" * 10_000 + b'"')
-    assert ("Invalid enum value '" + "x" * 180) == actual.msg
+    assert actual.msg == ("Invalid enum value '" + "x" * 180)
 
 
 @pytest.mark.parametrize(
@@ -104,4 +104,4 @@ def test_a_client_s_words_in_a_complaint_are_cut():
     ],
 )
 def test_the_place_of_a_detail_reads_as_a_path(loc: tuple[str | int, ...], expected: str):
-    assert expected == field_path(Detail("missing", loc, ""))
+    assert field_path(Detail("missing", loc, "")) == expected

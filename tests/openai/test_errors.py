@@ -66,12 +66,12 @@ class TestEnvelope:
     def test_a_detail_can_be_encoded_whatever_its_place(self):
         response = invalid("Bad.", Detail("missing", ("body", "\ud800" + "x" * 3000, 0), "\ud800"))
         expected = {"type": "missing", "loc": ["body", "?" + "x" * 1999, 0], "msg": "?"}
-        assert [expected] == told(response)["error"]["details"]
+        assert told(response)["error"]["details"] == [expected]
 
     @pytest.mark.parametrize(("seconds", "expected"), [(1.5, 2), (0.0001, 1), (2, 2), (0, 1), (59.0001, 60)])
     def test_time_to_wait(self, seconds: float, expected: int):
         actual = told(rate_limit_exceeded("Slow down.", seconds))["error"]["retry_after_seconds"]
-        assert (int, expected) == (type(actual), actual)
+        assert (type(actual), actual) == (int, expected)
 
     def test_an_endless_wait_is_not_told(self):
         assert "retry_after_seconds" not in told(rate_limit_exceeded("Never.", float("inf")))["error"]
@@ -98,12 +98,12 @@ class TestEnvelope:
     )
     def test_the_provider_s_words_are_an_object(self, value: Any, expected: Any):
         response = upstream_error("Failed.", may_have_run=True, provider_error=value)
-        assert expected == told(response)["error"]["provider_error"]
+        assert told(response)["error"]["provider_error"] == expected
 
     def test_the_provider_s_code(self):
         assert (
-            "529"
-            == told(ErrorResponse(502, "upstream_error", "Failed.", provider_code="529"))["error"]["provider_code"]
+            told(ErrorResponse(502, "upstream_error", "Failed.", provider_code="529"))["error"]["provider_code"]
+            == "529"
         )
 
     def test_messages_are_cut_and_can_be_encoded(self):
@@ -200,7 +200,7 @@ class TestProviderError:
         ],
     )
     def test_what_a_provider_said(self, body: bytes, content_type: str | None, expected: Any):
-        assert expected == provider_error(body, content_type)
+        assert provider_error(body, content_type) == expected
 
     @given(st.binary(max_size=200))
     def test_any_bytes_can_be_told(self, body: bytes):
@@ -227,11 +227,11 @@ class TestProviderError:
     ],
 )
 def test_a_providers_words_are_told_without_our_keys(words, expected):
-    assert expected == conceal_secrets(words, ("sk-secret-1", 'sk-"\\secret-2'))
+    assert conceal_secrets(words, ("sk-secret-1", 'sk-"\\secret-2')) == expected
 
 
 def test_words_too_deep_to_look_through_are_concealed_whole():
-    assert "[redacted]" == conceal_secrets(DEEP, ("sk-secret-1",))
+    assert conceal_secrets(DEEP, ("sk-secret-1",)) == "[redacted]"
 
 
 def test_a_problem_names_no_secret_anywhere():
@@ -255,4 +255,4 @@ REQUEST += b'{"role":"assistant","content":"a plan that is long: step \\"one\\",
     ],
 )
 def test_a_providers_words_are_logged_without_the_prompt(words, expected):
-    assert expected == without_quotes(words, REQUEST)
+    assert without_quotes(words, REQUEST) == expected

@@ -48,8 +48,8 @@ def everywhere(stream: bytes, *, hide_usage: bool = True) -> tuple[bytes, dict[s
     """Output and findings of a stream, after seeing that they are the same however it is cut."""
     whole = run([stream], hide_usage=hide_usage)
     for offset in range(len(stream) + 1):
-        assert whole == run([stream[:offset], stream[offset:]], hide_usage=hide_usage)
-    assert whole == run([part for byte in stream for part in (bytes([byte]), b"")], hide_usage=hide_usage)
+        assert run([stream[:offset], stream[offset:]], hide_usage=hide_usage) == whole
+    assert run([part for byte in stream for part in (bytes([byte]), b"")], hide_usage=hide_usage) == whole
     return whole
 
 
@@ -133,7 +133,7 @@ class TestWhatGoesOut:
         ],
     )
     def test_lines(self, stream: bytes, expected: bytes):
-        assert expected == output(stream)
+        assert output(stream) == expected
 
     @pytest.mark.parametrize("end", [b"\r\n", b"\r"])
     def test_line_ends_become_lf(self, end: bytes):
@@ -162,7 +162,7 @@ class TestUsage:
     def test_usage_beside_content_is_left_there(self, end: bytes):
         event = b'data: {"model":"m","choices":[{"delta":{}}],"usage":{"prompt_tokens":9,"completion_tokens":2}}\n\n'
         out, found = everywhere(event.replace(b"\n", end))
-        assert (event, REPORTED, "m") == (out, found["usage"], found["model"])
+        assert (out, found["usage"], found["model"]) == (event, REPORTED, "m")
 
     @pytest.mark.parametrize("null", [b'"usage":null', b'"usage": null'])
     def test_null_usage_on_every_event_costs_nothing(self, null: bytes):
@@ -177,16 +177,16 @@ class TestUsage:
 
     def test_null_usage_beside_another_is_no_usage(self):
         event = b'data: {"choices":[],"x":{"usage":{}},"usage":null}\n\n'
-        assert (event, None) == (output(event), findings(event)["usage"])
+        assert (output(event), findings(event)["usage"]) == (event, None)
 
     def test_the_model_that_usage_came_with_is_the_model(self):
         unnamed = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3}}\n\n'
         found = findings(HELLO + USAGE + unnamed)
-        assert (Usage(9, 3), "gpt-4o-2024") == (found["usage"], found["model"])
+        assert (found["usage"], found["model"]) == (Usage(9, 3), "gpt-4o-2024")
 
     def test_text_about_usage_is_no_usage(self):
         event = b'data: {"choices":[{"delta":{"content":"\\"usage\\": {\\"error\\""}}]}\n\n'
-        assert (event, None) == (output(event), findings(event)["usage"])
+        assert (output(event), findings(event)["usage"]) == (event, None)
 
     def test_the_last_usage_that_can_be_true_counts(self):
         events = [
@@ -249,12 +249,12 @@ class TestErrors:
     )
     def test_an_error_and_what_follows_stay_here(self, event: bytes, expected: dict[str, Any]):
         out, found = everywhere(HELLO + event + WORLD + DONE)
-        assert (HELLO, expected, False, 2) == (out, found["error"], found["done"], found["events"])
+        assert (out, found["error"], found["done"], found["events"]) == (HELLO, expected, False, 2)
 
     @pytest.mark.parametrize("value", [b"null", b'""', b"{}", b"false"])
     def test_no_error(self, value: bytes):
         event = HELLO.replace(b'"choices"', b'"error":' + value + b',"choices"')
-        assert (event, None) == (output(event), findings(event)["error"])
+        assert (output(event), findings(event)["error"]) == (event, None)
 
     def test_usage_of_an_error_event_counts(self):
         event = b'data: {"error":{"code":1},"usage":{"prompt_tokens":9,"completion_tokens":2}}\n\n'
@@ -304,7 +304,7 @@ class TestTheEnd:
         ],
     )
     def test_complete(self, stream: bytes, expected: bool):
-        assert expected is run([stream])[1]["complete"]
+        assert run([stream])[1]["complete"] is expected
 
     @pytest.mark.parametrize(
         ("indexes", "expected"), [([], 0), ([0], 1), ([0, 0, 0], 1), ([0, 1], 2), ([2, 0, 1, 1], 3), (range(200), 128)]
@@ -315,7 +315,7 @@ class TestTheEnd:
             scanner = StreamScanner(hide_usage=True)
             for payload in payloads:
                 scanner.feed(payload)
-            assert expected == scanner.ended_choices
+            assert scanner.ended_choices == expected
 
     def test_a_large_last_event_is_looked_at_too(self):
         event = STOP.replace(b'"delta":{}', b'"delta":{"content":"' + b"x" * MAX_PLAIN_BYTES + b'"}')
@@ -331,7 +331,7 @@ class TestTheEnd:
     def test_nothing_is_left_after_the_end(self):
         scanner = StreamScanner(hide_usage=True)
         scanner.feed(STOP[:-1])
-        assert (STOP, b"") == (scanner.finish(), scanner.finish())
+        assert (scanner.finish(), scanner.finish()) == (STOP, b"")
 
     def test_the_model_of_a_stream_without_usage(self):
         assert findings(HELLO + HELLO.replace(b"gpt-4o", b"gpt-4o-mini"))["model"] == "gpt-4o"
@@ -486,7 +486,7 @@ class TestTokens:
     @pytest.mark.parametrize("junk", [b'"logprob":NaN', b'"x":"\\ud83d"'])
     def test_text_beside_what_is_no_json_counts(self, junk: bytes):
         event = HELLO.replace(b'"index":0', b'"index":0,' + junk)
-        assert (event * 3, 3) == (output(event * 3), findings(event * 3)["tokens"])
+        assert (output(event * 3), findings(event * 3)["tokens"]) == (event * 3, 3)
 
     def test_half_an_emoji_counts(self):
         assert findings(HELLO.replace(b"Hello", b"\\ud83d"))["tokens"] == 1
@@ -540,19 +540,19 @@ class TestBounds:
         with pytest.raises(UpstreamError) as caught:
             [scanner.feed(part) for part in (event[:cut], event[cut:])]
         response = upstream_error(f"The provider sent an event of more than {LIMIT} bytes.", may_have_run=True)
-        assert (response, False) == (caught.value.response, caught.value.safe_to_repeat)
+        assert (caught.value.response, caught.value.safe_to_repeat) == (response, False)
         assert (scanner.feed(HELLO), scanner.finish()) == (b"", b"")
 
     @pytest.mark.parametrize("end", [b"", b"\n"])
     def test_an_event_that_never_ends_is_a_fault_before_it_does(self, end: bytes):
         scanner = StreamScanner(hide_usage=True, max_event_bytes=LIMIT)
-        assert b"" == scanner.feed(self.LARGEST[:-2] + b"xx")
+        assert scanner.feed(self.LARGEST[:-2] + b"xx") == b""
         with pytest.raises(UpstreamError):
             scanner.feed(b"x" + end)
 
     def test_nothing_is_held_of_what_follows_an_error(self):
         scanner = StreamScanner(hide_usage=True, max_event_bytes=LIMIT)
-        assert [b""] * 4 == [scanner.feed(part) for part in (FAILED, *[b"x" * 500_000] * 3)]
+        assert [scanner.feed(part) for part in (FAILED, *[b"x" * 500_000] * 3)] == [b""] * 4
 
     def test_a_large_event_in_one_byte_steps_takes_no_long_time(self):
         event = b'data: {"x":"' + b"y" * 200_000 + b'"}\n\n'

@@ -37,7 +37,7 @@ def delta(index=0, finish_reason=None, **members):
     ],
 )
 def test_the_first_bytes_tell_the_form(beginning, expected):
-    assert expected == form_of(beginning)
+    assert form_of(beginning) == expected
 
 
 def test_a_whole_answer_as_a_stream():
@@ -48,11 +48,11 @@ def test_a_whole_answer_as_a_stream():
     events = as_stream(json.dumps(whole).encode()).decode().removesuffix("\n\n").split("\n\n")
     streamed = {**message, "tool_calls": [{"index": 0, **call}]}
     first = {"index": 0, "finish_reason": "stop", "logprobs": None, "delta": streamed}
-    assert [
+    assert [json.loads(event.removeprefix("data: ")) for event in events[:-1]] == [
         {**CHUNK, "choices": [first]},
         {**CHUNK, "choices": [], "usage": {"total_tokens": 3}},
-    ] == [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
-    assert "data: [DONE]" == events[-1]
+    ]
+    assert events[-1] == "data: [DONE]"
 
 
 def test_a_stream_as_a_whole_answer():
@@ -75,19 +75,19 @@ def test_a_stream_as_a_whole_answer():
         "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}],
         "usage": {"total_tokens": 3},
     }
-    assert (None, True) == (error, is_finished)
+    assert (error, is_finished) == (None, True)
 
 
 def test_choices_side_by_side():
     body = stream(delta(1, content="b"), delta(0, content="a"), delta(1, "stop"), delta(0, "stop"))
     choices = json.loads(as_whole(body)[0])["choices"]
-    assert [(0, "a"), (1, "b")] == [(choice["index"], choice["message"]["content"]) for choice in choices]
+    assert [(choice["index"], choice["message"]["content"]) for choice in choices] == [(0, "a"), (1, "b")]
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 def test_line_ends(line_end):
     body = stream(delta(content="a"), delta(content="b")).replace(b"\n", line_end.encode())
-    assert "ab" == json.loads(as_whole(body)[0])["choices"][0]["message"]["content"]
+    assert json.loads(as_whole(body)[0])["choices"][0]["message"]["content"] == "ab"
 
 
 def test_a_stream_that_broke_off_is_not_whole():
@@ -95,7 +95,7 @@ def test_a_stream_that_broke_off_is_not_whole():
 
 
 def test_a_stream_with_an_error_in_it():
-    assert {"message": "no"} == as_whole(stream(delta(content="a"), {"error": {"message": "no"}}))[1]
+    assert as_whole(stream(delta(content="a"), {"error": {"message": "no"}}))[1] == {"message": "no"}
 
 
 @given(st.binary(max_size=300))
@@ -116,4 +116,4 @@ def test_any_deltas(value):
 
 def test_many_deltas_take_a_time_that_is_linear():
     whole, _, _ = as_whole(stream(*[delta(content="x" * 10)] * 20_000))
-    assert 200_000 == len(json.loads(whole)["choices"][0]["message"]["content"])
+    assert len(json.loads(whole)["choices"][0]["message"]["content"]) == 200_000

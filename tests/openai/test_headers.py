@@ -91,7 +91,7 @@ class TestTraceId:
         assert self.ID == trace_id(traceparent.format(id=self.ID, parent=self.PARENT))
 
     def test_almost_all_of_it_may_be_zeros(self):
-        assert "0" * 31 + "1" == trace_id(f"00-{'0' * 31}1-{self.PARENT}-00")
+        assert trace_id(f"00-{'0' * 31}1-{self.PARENT}-00") == "0" * 31 + "1"
 
     @pytest.mark.parametrize(
         "traceparent",
@@ -151,7 +151,7 @@ class TestTraceId:
     ],
 )
 def test_a_reset_is_written_as_openai_does(seconds: float, expected: str):
-    assert expected == format_reset(seconds)
+    assert format_reset(seconds) == expected
 
 
 class TestRatelimitHeaders:
@@ -164,10 +164,10 @@ class TestRatelimitHeaders:
             ("x-ratelimit-remaining-tokens", "0"),
             ("x-ratelimit-reset-tokens", "1m0s"),
         ]
-        assert expected == [
+        assert [
             *ratelimit_headers("requests", 600, 599, 0.1),
             *ratelimit_headers("tokens", 1_000_000, -30, 60.0),
-        ]
+        ] == expected
 
 
 class TestForwarded:

@@ -125,7 +125,7 @@ class TestDecode:
 
     def test_what_holds_when_nothing_is_said(self):
         expected = ChatRequest(fields={}, messages=MESSAGES, message_count=1, text_only=True, variables={})
-        assert expected == decode_chat(b'{"messages":' + MESSAGES + b"}")
+        assert decode_chat(b'{"messages":' + MESSAGES + b"}") == expected
 
     @pytest.mark.parametrize(
         ("contents", "expected"),
@@ -139,7 +139,7 @@ class TestDecode:
     )
     def test_whether_there_is_more_than_text(self, contents: list[Any], expected: bool):
         messages = [{"role": "user", "content": content} for content in contents]
-        assert expected == decode_chat(body(messages=messages)).text_only
+        assert decode_chat(body(messages=messages)).text_only == expected
 
     def test_messages_and_fields_keep_their_bytes(self):
         text = b'"x" : [ 1.00, {"a":"\\u00e9"} ] ,"tools":[ {"type": "function"} ],"session_id":"s","template":"t"'
@@ -243,7 +243,7 @@ class TestBounds:
     )
     def test_the_smallest_cap_counts_by_whatever_name(self, members: dict[str, Any], expected: int | None):
         request = decode_chat(body(**members))
-        assert (expected, {}) == (request.max_tokens, raw_fields(request))
+        assert (request.max_tokens, raw_fields(request)) == (expected, {})
 
     @pytest.mark.parametrize(
         "name",
@@ -254,13 +254,13 @@ class TestBounds:
     )
     def test_what_is_no_cap_on_output_is_left(self, name: str):
         request = decode_chat(body(**{name: 5}))
-        assert (None, {name: b"5"}) == (request.max_tokens, raw_fields(request))
+        assert (request.max_tokens, raw_fields(request)) == (None, {name: b"5"})
 
     @pytest.mark.parametrize(
         ("members", "expected"), [({"best_of": 8}, 8), ({"n": 2, "best_of": 5}, 5), ({"n": 3, "best_of": None}, 3)]
     )
     def test_every_choice_that_is_generated_counts(self, members: dict[str, Any], expected: int):
-        assert expected == decode_chat(body(**members)).n
+        assert decode_chat(body(**members)).n == expected
 
     @pytest.mark.parametrize(("value", "expected"), [(1.5, 1.5), (400, 400.0), (None, None)])
     def test_a_timeout(self, value: Any, expected: float | None):
@@ -269,7 +269,7 @@ class TestBounds:
     def test_within_what_is_the_gateways_own(self):
         request = decode_chat(body(model="m" * 256, template="t" * 256, session_id="s" * 256, models=["m" * 256] * 32))
         actual = (request.model, request.template, request.session_id, request.models)
-        assert ("m" * 256, "t" * 256, "s" * 256, ("m" * 256,) * 32) == actual
+        assert actual == ("m" * 256, "t" * 256, "s" * 256, ("m" * 256,) * 32)
 
     @pytest.mark.parametrize(
         ("field", "value", "kind"),
@@ -362,7 +362,7 @@ class TestBounds:
         assert len(refusal(body(variables=dict.fromkeys(map(str, range(1000)), 1))).details) == 32
 
     def test_a_template_that_is_wrong_leaves_no_messages_missing(self):
-        assert [("string_type", ("body", "template"))] == complaints(b'{"template":1}')
+        assert complaints(b'{"template":1}') == [("string_type", ("body", "template"))]
 
     @pytest.mark.parametrize(
         ("text", "expected", "param"),
@@ -386,7 +386,7 @@ class TestBounds:
     )
     def test_what_is_wrong_is_told_in_words(self, text: bytes, expected: str, param: str | None):
         response = refusal(text)
-        assert (f"Invalid request: {expected}", param) == (response.message, response.param)
+        assert (response.message, response.param) == (f"Invalid request: {expected}", param)
 
 
 class TestBadInput:
@@ -434,7 +434,7 @@ class TestBadInput:
 
     def test_huge_numbers_of_unknown_fields_pass_as_they_are(self):
         number = b"9" * 10_000
-        assert {"x": number, "y": b"1e999"} == raw_fields(decode_chat(raw_body(b'"x":' + number + b',"y":1e999')))
+        assert raw_fields(decode_chat(raw_body(b'"x":' + number + b',"y":1e999'))) == {"x": number, "y": b"1e999"}
 
     @pytest.mark.parametrize("name", ["seed", "n", "max_tokens", "temperature"])
     def test_huge_numbers_of_known_fields_are_out_of_range(self, name: str):
@@ -460,14 +460,14 @@ class TestBadInput:
         text = b"{" + b",".join(b'"%b":%b' % (name.encode(), raw) for name, raw in members.items()) + b"}"
         with pytest.raises(GatewayError) as caught:
             decode_chat(text)
-        assert [("too_long", ("body", member))] == [(d.type, d.loc) for d in caught.value.response.details]
+        assert [(d.type, d.loc) for d in caught.value.response.details] == [("too_long", ("body", member))]
 
     @pytest.mark.parametrize("bulk", [b"[]", b"[" + b"{}," * 400_000 + b"{}]"], ids=["no", "large"])
     def test_all_else_has_a_largest_size(self, bulk: bytes):
         text = b'{"template":"t","tools":' + bulk + b"}"
         largest = text.ljust(1_048_576 + len(bulk))
-        assert {"tools"} == decode_chat(largest).fields.keys()
-        assert [("too_long", ("body",))] == complaints(largest + b" ")
+        assert decode_chat(largest).fields.keys() == {"tools"}
+        assert complaints(largest + b" ") == [("too_long", ("body",))]
 
     @pytest.mark.parametrize(
         "members", [{"variables": {str(n): "" for n in range(200_000)}}, {str(n): n for n in range(200_000)}]
@@ -483,7 +483,7 @@ class TestEncode:
     def test_the_provider_gets_the_bytes_of_messages_and_fields(self):
         request = decode_chat(raw_body(b'"x":[ 1.00 ],"temperature":1.0'))
         expected = b'{"model":"gpt-4o","messages":' + MESSAGES + b',"x":[ 1.00 ],"temperature":1.0}'
-        assert expected == encode_upstream(request, model="gpt-4o", messages=MESSAGES, native=False)
+        assert encode_upstream(request, model="gpt-4o", messages=MESSAGES, native=False) == expected
 
     def test_mesh_s_own_fields_stay_here(self):
         request = decode_chat(
@@ -501,16 +501,16 @@ class TestEncode:
                 model="x",
             )
         )
-        assert {"model", "messages"} == sent(request).keys()
+        assert sent(request).keys() == {"model", "messages"}
 
     def test_a_native_provider_gets_models_and_transforms(self):
         request = decode_chat(body(session_id="s", models=["a", "b"], transforms=["middle-out"]))
         actual = sent(request, native=True, models=["a", "b"])
-        assert {"model", "messages", "models", "transforms"} == actual.keys()
+        assert actual.keys() == {"model", "messages", "models", "transforms"}
         assert (actual["models"], actual["transforms"]) == (["a", "b"], ["middle-out"])
 
     def test_a_native_provider_isn_t_told_what_wasn_t_said(self):
-        assert {"model", "messages"} == sent(decode_chat(body()), native=True).keys()
+        assert sent(decode_chat(body()), native=True).keys() == {"model", "messages"}
 
     @pytest.mark.parametrize(
         ("options", "expected"),
@@ -526,17 +526,17 @@ class TestEncode:
         ],
     )
     def test_a_stream_always_asks_for_usage(self, options: Any, expected: dict[str, Any]):
-        assert expected == sent(decode_chat(body(stream=True, stream_options=options)))["stream_options"]
+        assert sent(decode_chat(body(stream=True, stream_options=options)))["stream_options"] == expected
 
     @pytest.mark.parametrize("options", [None, {"include_usage": True}])
     def test_a_provider_that_refuses_stream_options_gets_none(self, options: Any):
         actual = sent(decode_chat(body(stream=True, stream_options=options)), stream_usage=False)
-        assert {"model", "messages", "stream"} == actual.keys()
+        assert actual.keys() == {"model", "messages", "stream"}
 
     def test_what_asks_for_usage_itself_keeps_its_bytes(self):
         options = b'"stream":true,"stream_options":{ "include_usage" : true }'
         expected = b'{"model":"m","messages":' + MESSAGES + b"," + options + b"}"
-        assert expected == encode_upstream(decode_chat(raw_body(options)), model="m", messages=MESSAGES)
+        assert encode_upstream(decode_chat(raw_body(options)), model="m", messages=MESSAGES) == expected
 
     def test_what_is_no_stream_asks_for_nothing(self):
         assert "stream_options" not in sent(decode_chat(body(stream=False)))
@@ -583,16 +583,16 @@ class TestEncode:
     )
     def test_one_cap_goes_out_under_one_name(self, members: Any, params: Any, expected: dict[str, int]):
         actual = sent(decode_chat(body(**members)), params=params, max_tokens=7)
-        assert expected == {name: value for name, value in actual.items() if "max" in name or "predict" in name}
+        assert {name: value for name, value in actual.items() if "max" in name or "predict" in name} == expected
 
     def test_a_cap_leaves_the_other_fields(self):
         actual = sent(decode_chat(body(x=1, max_tokens=9)), max_tokens=7)
-        assert {"model", "messages", "x", "max_completion_tokens"} == actual.keys()
+        assert actual.keys() == {"model", "messages", "x", "max_completion_tokens"}
 
     @pytest.mark.parametrize("members", [{"max_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 9}])
     def test_the_clients_cap_goes_where_the_provider_reads_it(self, members: Any):
         actual = sent(decode_chat(body(**members)), cap_field="max_tokens")
-        assert ({"model", "messages", "max_tokens"}, 7) == (actual.keys(), actual["max_tokens"])
+        assert (actual.keys(), actual["max_tokens"]) == ({"model", "messages", "max_tokens"}, 7)
 
     def test_encoding_twice_gives_the_same(self):
         request = decode_chat(body(stream=True, max_tokens=3))
@@ -615,18 +615,18 @@ class TestWithParams:
 
     def test_a_cap_of_the_request_keeps_no_other_param_away(self):
         request = with_params(decode_chat(body(max_tokens=5)), {"temperature": b"1", "n": b"3"})
-        assert (5, {"temperature": b"1", "n": b"3"}) == (request.max_tokens, raw_fields(request))
+        assert (request.max_tokens, raw_fields(request)) == (5, {"temperature": b"1", "n": b"3"})
 
     @pytest.mark.parametrize(("one", "other"), [(b"9", b"7"), (b"7", b"9")])
     def test_of_two_caps_in_params_the_smaller_counts(self, one: bytes, other: bytes):
         request = with_params(decode_chat(body()), {"max_tokens": one, "max_completion_tokens": other})
-        assert (7, {}) == (request.max_tokens, raw_fields(request))
+        assert (request.max_tokens, raw_fields(request)) == (7, {})
 
     def test_a_param_that_is_nested_too_deeply_is_named(self):
         with pytest.raises(GatewayError) as caught:
             with_params(decode_chat(body()), {"tools": b'[{"a":' + b"[" * 100_000})
         expected = (Detail("json_invalid", ("params", "tools"), "JSON is nested too deeply"),)
-        assert expected == caught.value.response.details
+        assert caught.value.response.details == expected
 
     def test_a_param_out_of_bounds_is_named(self):
         with pytest.raises(GatewayError) as caught:
@@ -668,7 +668,7 @@ class TestWithParams:
     ],
 )
 def test_what_asks_for_reasoning_that_may_be_hidden(members: dict[str, Any], expected: bool):
-    assert expected == hides_reasoning(decode_chat(body(**members)))
+    assert hides_reasoning(decode_chat(body(**members))) == expected
 
 
 JSON = st.recursive(

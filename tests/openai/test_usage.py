@@ -153,7 +153,7 @@ class TestDialects:
         ],
     )
     def test_a_dialect(self, report: dict[str, Any], expected: Usage):
-        assert (expected, []) == usage_of(report)
+        assert usage_of(report) == (expected, [])
 
     @pytest.mark.parametrize(
         ("report", "expected"),
@@ -173,7 +173,7 @@ class TestDialects:
         ],
     )
     def test_what_is_odd_but_clear(self, report: dict[str, Any], expected: Usage):
-        assert (expected, []) == usage_of(report)
+        assert usage_of(report) == (expected, [])
 
     @pytest.mark.parametrize(
         ("report", "expected", "reason"),
@@ -199,13 +199,13 @@ class TestDialects:
         ],
     )
     def test_a_bad_number_spoils_only_itself(self, report: dict[str, Any], expected: Usage, reason: str):
-        assert (expected, [reason]) == usage_of(report)
+        assert usage_of(report) == (expected, [reason])
 
     def test_each_choice_has_a_window(self):
-        assert (Usage(100, 2500), []) == usage_of(told(100, 2500), window=1000, choices=3)
+        assert usage_of(told(100, 2500), window=1000, choices=3) == (Usage(100, 2500), [])
 
     def test_a_window_is_quoted_in_round_numbers(self):
-        assert (Usage(131_072, 1), []) == usage_of(told(131_072, 1))
+        assert usage_of(told(131_072, 1)) == (Usage(131_072, 1), [])
 
     @pytest.mark.parametrize("text", [b"null", b"[]", b"7", b'"x"', b"", b"{", DEEP])
     def test_what_is_no_report(self, text: bytes):
@@ -224,7 +224,7 @@ class TestDialects:
         assert members is not None
         found = find_report(members)
         assert found is not None
-        assert Usage(9, 2) == found.settled(1000)[0]
+        assert found.settled(1000)[0] == Usage(9, 2)
 
     @pytest.mark.parametrize(
         ("older", "newer", "expected"),
@@ -238,7 +238,7 @@ class TestDialects:
     def test_of_two_reports_numbers_beat_zeros(self, older: dict[str, Any], newer: dict[str, Any], expected: Usage):
         first, last = (find_report({"usage": Raw(json.dumps(report).encode())}) for report in (older, newer))
         assert last is not None
-        assert expected == last.over(first).settled(128_000)[0]
+        assert last.over(first).settled(128_000)[0] == expected
 
     @pytest.mark.parametrize(
         ("report", "expected"), [(told(8, 0, 8), False), (told(8, 5), True), (told(8, None, 9), True), ({}, False)]
@@ -246,7 +246,7 @@ class TestDialects:
     def test_whether_it_counts_the_output(self, report: dict[str, Any], expected: bool):
         found = find_report({"usage": Raw(json.dumps(report).encode())})
         assert found is not None
-        assert expected == found.counts_output
+        assert found.counts_output == expected
 
     @pytest.mark.parametrize(
         ("members", "expected"),
@@ -278,7 +278,7 @@ class TestDialects:
     def test_a_number_of_any_size_is_read_at_once(self, name: bytes, text: bytes):
         found = find_report({"usage": Raw(b'{"completion_tokens":5,"%s":%s}' % (name, text))})
         assert found is not None
-        assert Usage(0, 5) == found.settled(1000)[0]
+        assert found.settled(1000)[0] == Usage(0, 5)
 
     @pytest.mark.parametrize(
         ("event", "expected"),
@@ -291,7 +291,7 @@ class TestDialects:
     def test_the_tier_that_was_served(self, event: dict[str, Any], expected: str | None):
         found = find_report(decode_members(json.dumps(event).encode()) or {})
         assert found is not None
-        assert expected == found.service_tier
+        assert found.service_tier == expected
 
 
 NUMERIC_FIELDS = st.integers(-2, 300) | st.sampled_from([None, 1.5, 12.0, "7", True, [], {}, 10**30, 1e300])
@@ -346,7 +346,7 @@ class TestLooseJson:
     def test_usage_is_read_all_the_same(self, bom: bytes, rest: bytes):
         reply = decode_reply(bom + b'{"model":"m",' + rest + b',"usage":{"prompt_tokens":9,"completion_tokens":2}}')
         assert reply.report is not None
-        assert ("m", Usage(9, 2)) == (reply.model, reply.report.settled(1000)[0])
+        assert (reply.model, reply.report.settled(1000)[0]) == ("m", Usage(9, 2))
 
 
 class TestDecodeReply:
@@ -356,7 +356,7 @@ class TestDecodeReply:
         )
         reply = decode_reply(body)
         assert reply.report is not None
-        assert (Usage(10, 8), "gpt-4o-2024") == (reply.report.settled(1000)[0], reply.model)
+        assert (reply.report.settled(1000)[0], reply.model) == (Usage(10, 8), "gpt-4o-2024")
 
     @pytest.mark.parametrize(
         "body",
@@ -388,7 +388,7 @@ class TestDecodeReply:
         with pytest.raises(UpstreamError) as caught:
             decode_reply(body)
         response = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
-        assert (response, False) == (caught.value.response, caught.value.safe_to_repeat)
+        assert (caught.value.response, caught.value.safe_to_repeat) == (response, False)
 
     @given(st.binary(max_size=100))
     def test_any_bytes_are_a_reply_or_a_fault(self, body: bytes):

@@ -48,7 +48,7 @@ def names(attempts, session=None, **standings):
     ],
 )
 def test_routes_without_equals_keep_their_order_but_for_those_that_ask_to_be_spared(standings, expected):
-    assert expected == names([candidate(name) for name in "abc"], **standings)
+    assert names([candidate(name) for name in "abc"], **standings) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,22 +65,22 @@ def test_routes_without_equals_keep_their_order_but_for_those_that_ask_to_be_spa
     ],
 )
 def test_of_equals_no_more_than_half_are_ejected(standings, expected):
-    assert expected == names(equals(a=1, b=1, c=1, d=1), **standings)
+    assert names(equals(a=1, b=1, c=1, d=1), **standings) == expected
 
 
 def test_of_three_equals_one_is_ejected():
-    assert "bca" == names(equals(a=1, b=1, c=1), a=ejected(9), b=ejected(5))
+    assert names(equals(a=1, b=1, c=1), a=ejected(9), b=ejected(5)) == "bca"
 
 
 def test_the_ejected_are_asked_after_the_fallbacks():
     attempts = [*equals(a=1, b=1), candidate("f"), candidate("m", model="b/two")]
-    assert "bfma" == names(attempts, a=ejected(1))
-    assert "abmf" == names(attempts, f=ejected(1))
+    assert names(attempts, a=ejected(1)) == "bfma"
+    assert names(attempts, f=ejected(1)) == "abmf"
 
 
 def test_the_equals_of_two_models_are_not_equals():
     attempts = [candidate("a", 1), candidate("b", 1, model="b/two")]
-    assert "ab" == names(attempts, a=RouteHealth(in_flight=100))
+    assert names(attempts, a=RouteHealth(in_flight=100)) == "ab"
 
 
 # Which of two goes first.
@@ -105,7 +105,7 @@ def test_the_equals_of_two_models_are_not_equals():
     ],
 )
 def test_the_second_of_equals_goes_first_only_if_it_is_better_off(a, b, expected):
-    assert expected == names(equals(a=1, b=1), a=a, b=b)
+    assert names(equals(a=1, b=1), a=a, b=b) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_the_second_of_equals_goes_first_only_if_it_is_better_off(a, b, expected
     ],
 )
 def test_load_is_seen_by_weight(a, b, expected):
-    assert expected == names(equals(a=9, b=1), a=a, b=b)
+    assert names(equals(a=9, b=1), a=a, b=b) == expected
 
 
 def test_only_the_two_that_were_drawn_are_compared():
-    assert "acb" == names(equals(a=1, c=1, b=1), a=RouteHealth(0.5), c=RouteHealth(0.4), b=RouteHealth(0.001))
+    assert names(equals(a=1, c=1, b=1), a=RouteHealth(0.5), c=RouteHealth(0.4), b=RouteHealth(0.001)) == "acb"
 
 
 # Sessions.
@@ -133,7 +133,7 @@ def test_only_the_two_that_were_drawn_are_compared():
 def test_a_session_stays_where_it_is_whatever_was_drawn():
     drawn = [equals(a=1, b=1, c=1), equals(c=1, b=1, a=1), equals(b=1, a=1, c=1)]
     busy = {"a": RouteHealth(9.0, 50)}
-    assert 1 == len({names(attempts, "s1", **standings) for attempts in drawn for standings in ({}, busy)})
+    assert len({names(attempts, "s1", **standings) for attempts in drawn for standings in ({}, busy)}) == 1
 
 
 def test_when_a_sessions_upstream_is_away_no_other_session_moves():
@@ -149,11 +149,11 @@ def test_sessions_are_spread_by_weight():
 
 
 def test_where_a_session_goes_is_the_same_in_every_worker_and_release():
-    assert ["bca", "cab", "bac"] == [names(equals(a=1, b=1, c=1), session) for session in ("s1", "s2", "s3")]
+    assert [names(equals(a=1, b=1, c=1), session) for session in ("s1", "s2", "s3")] == ["bca", "cab", "bac"]
 
 
 def test_a_sessions_upstream_that_asks_to_be_spared_is_spared():
-    assert "cab" == names(equals(a=1, b=1, c=1), "s1", b=ejected(1))
+    assert names(equals(a=1, b=1, c=1), "s1", b=ejected(1)) == "cab"
 
 
 @given(
@@ -180,18 +180,18 @@ def latency(*observed, now):
 
 
 def test_a_latency_is_unknown_before_and_long_after():
-    assert 0.0 == latency(now=100.0)
-    assert [0.5, 0.5, 0.0] == [latency((0.5, 100.0), now=now) for now in (100.0, 159.9, 160.0)]
+    assert latency(now=100.0) == 0.0
+    assert [latency((0.5, 100.0), now=now) for now in (100.0, 159.9, 160.0)] == [0.5, 0.5, 0.0]
 
 
 def test_a_slow_answer_is_believed_at_once_and_a_fast_one_slowly():
-    assert 9.0 == latency((0.1, 100.0), (9.0, 100.1), now=100.1)
-    assert 9.0 == latency((9.0, 100.0), (1.0, 100.0), now=100.0)
+    assert latency((0.1, 100.0), (9.0, 100.1), now=100.1) == 9.0
+    assert latency((9.0, 100.0), (1.0, 100.0), now=100.0) == 9.0
     assert pytest.approx(1.0 + 8.0 / 2.718281828) == latency((9.0, 100.0), (1.0, 110.0), now=110.0)
 
 
 def test_what_was_forgotten_counts_no_more():
-    assert 1.0 == latency((9.0, 100.0), (1.0, 160.0), now=161.0)
+    assert latency((9.0, 100.0), (1.0, 160.0), now=161.0) == 1.0
 
 
 # All of it together: streams of ten times their time to the first event come in by chance, `rate` a second.

@@ -18,7 +18,7 @@ def opened(**settings):
 @pytest.mark.parametrize("now", [0.0, T0])
 def test_closed_it_allows(now):
     breaker = Breaker()
-    assert ("closed", True, 0.0) == (breaker.state(now), breaker.allows(now), breaker.retry_after_s(now))
+    assert (breaker.state(now), breaker.allows(now), breaker.retry_after_s(now)) == ("closed", True, 0.0)
 
 
 def test_failures_in_a_row_open_it():
@@ -27,8 +27,8 @@ def test_failures_in_a_row_open_it():
     for _ in range(3):
         breaker.failed(T0)
         states.append(breaker.state(T0))
-    assert ["closed", "closed", "open"] == states
-    assert (False, 5.0) == (breaker.allows(T0), breaker.retry_after_s(T0))
+    assert states == ["closed", "closed", "open"]
+    assert (breaker.allows(T0), breaker.retry_after_s(T0)) == (False, 5.0)
 
 
 @pytest.mark.parametrize("failures, expected", [(9, "closed"), (10, "open")])
@@ -36,7 +36,7 @@ def test_ten_failures_in_a_row_are_too_many(failures, expected):
     breaker = Breaker()
     for _ in range(failures):
         breaker.failed(T0)
-    assert expected == breaker.state(T0)
+    assert breaker.state(T0) == expected
 
 
 def test_a_success_breaks_the_row():
@@ -53,7 +53,7 @@ def test_a_share_of_failures_opens_it_once_there_are_enough_calls(calls, expecte
     for _ in range(calls // 2):
         breaker.succeeded(T0)
         breaker.failed(T0)
-    assert expected == breaker.state(T0)
+    assert breaker.state(T0) == expected
 
 
 def test_fewer_failures_than_the_share_are_forgiven():
@@ -76,7 +76,7 @@ def test_old_failures_are_forgotten(later, expected):
         breaker.failed(T0)
     for _ in range(2):
         breaker.failed(T0 + later)
-    assert expected == breaker.state(T0 + later)
+    assert breaker.state(T0 + later) == expected
 
 
 def test_the_elder_window_fades():
@@ -100,13 +100,13 @@ def test_the_time_it_stays_open_is_spread(draw, expected):
 
 def test_half_open_lets_one_probe_through():
     breaker = opened()
-    assert [False, True, False] == [breaker.allows(T0 + 4.9), breaker.allows(T0 + 5), breaker.allows(T0 + 5)]
-    assert ("half-open", 60.0) == (breaker.state(T0 + 5), breaker.retry_after_s(T0 + 5))
+    assert [breaker.allows(T0 + 4.9), breaker.allows(T0 + 5), breaker.allows(T0 + 5)] == [False, True, False]
+    assert (breaker.state(T0 + 5), breaker.retry_after_s(T0 + 5)) == ("half-open", 60.0)
 
 
 def test_asking_for_the_state_takes_no_probe():
     breaker = opened()
-    assert ["open", "half-open", "half-open"] == [breaker.state(T0 + 4), breaker.state(T0 + 5), breaker.state(T0 + 5)]
+    assert [breaker.state(T0 + 4), breaker.state(T0 + 5), breaker.state(T0 + 5)] == ["open", "half-open", "half-open"]
     assert breaker.allows(T0 + 5) is True
 
 
@@ -114,9 +114,9 @@ def test_a_good_probe_closes_it_and_all_is_forgotten():
     breaker = opened()
     breaker.allows(T0 + 5)
     breaker.succeeded(T0 + 6)
-    assert ("closed", True, True) == (breaker.state(T0 + 6), breaker.allows(T0 + 6), breaker.allows(T0 + 6))
+    assert (breaker.state(T0 + 6), breaker.allows(T0 + 6), breaker.allows(T0 + 6)) == ("closed", True, True)
     breaker.failed(T0 + 7)
-    assert 5.0 == breaker.retry_after_s(T0 + 7)
+    assert breaker.retry_after_s(T0 + 7) == 5.0
 
 
 def test_a_good_probe_forgets_the_share_that_failed():
@@ -126,7 +126,7 @@ def test_a_good_probe_forgets_the_share_that_failed():
     breaker.allows(T0 + 5)
     breaker.succeeded(T0 + 5)
     breaker.failed(T0 + 5)
-    assert "closed" == breaker.state(T0 + 5)
+    assert breaker.state(T0 + 5) == "closed"
 
 
 def test_each_bad_probe_opens_it_for_twice_as_long_up_to_a_minute():
@@ -136,33 +136,33 @@ def test_each_bad_probe_opens_it_for_twice_as_long_up_to_a_minute():
         breaker.allows(now)
         breaker.failed(now)
         waits.append(breaker.retry_after_s(now))
-    assert [10.0, 20.0, 40.0, 60.0, 60.0, 60.0] == waits
+    assert waits == [10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
 
 
 def test_an_abandoned_probe_frees_its_place():
     breaker = opened()
     breaker.allows(T0 + 5)
     breaker.abandoned()
-    assert [True, False] == [breaker.allows(T0 + 5), breaker.allows(T0 + 5)]
+    assert [breaker.allows(T0 + 5), breaker.allows(T0 + 5)] == [True, False]
 
 
 def test_a_probe_that_never_comes_back_is_given_up():
     breaker = opened(probe_s=30.0)
     breaker.allows(T0 + 5)
-    assert [False, True] == [breaker.allows(T0 + 34.9), breaker.allows(T0 + 35)]
+    assert [breaker.allows(T0 + 34.9), breaker.allows(T0 + 35)] == [False, True]
 
 
 @pytest.mark.parametrize("late", ["succeeded", "failed"])
 def test_late_answers_change_nothing_while_it_is_open(late):
     breaker = opened()
     getattr(breaker, late)(T0 + 1)
-    assert ("open", 4.0) == (breaker.state(T0 + 1), breaker.retry_after_s(T0 + 1))
+    assert (breaker.state(T0 + 1), breaker.retry_after_s(T0 + 1)) == ("open", 4.0)
 
 
 def test_a_request_abandoned_while_open_or_closed_changes_nothing():
     breaker = opened()
     breaker.abandoned()
-    assert ("open", 5.0) == (breaker.state(T0), breaker.retry_after_s(T0))
+    assert (breaker.state(T0), breaker.retry_after_s(T0)) == ("open", 5.0)
 
 
 class Life(RuleBasedStateMachine):

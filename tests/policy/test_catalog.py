@@ -57,7 +57,7 @@ ROUTED = {
 
 @pytest.mark.parametrize("draw", [0.0, 0.999999])
 def test_routes_are_tried_in_order(draw):
-    assert [("openai", "one"), ("vllm", "one-local")] == asked(catalog(A).candidates("a/one", draw=draw))
+    assert asked(catalog(A).candidates("a/one", draw=draw)) == [("openai", "one"), ("vllm", "one-local")]
 
 
 USD = 1_000_000_000
@@ -97,24 +97,24 @@ def test_an_attempt_knows_all_that_its_model_is(route, more, expected):
 @pytest.mark.parametrize("weight, expected", [(None, 1), (1, 1), (7, 7)])
 def test_a_share_is_the_weight_if_there_is_one(weight, expected):
     candidate = Candidate("openai", "openai", "o", "a/one", 1, 1, Price(*[USD] * 7), weight=weight)
-    assert expected == candidate.share
+    assert candidate.share == expected
 
 
 def test_ids_are_whole_with_their_slashes():
     models = catalog(ROUTED)
-    assert (["a/one", "b/two", "c/three"], "b/two", None) == (models.ids, models.model("b/two").id, models.model("two"))
+    assert (models.ids, models.model("b/two").id, models.model("two")) == (["a/one", "b/two", "c/three"], "b/two", None)
 
 
 @pytest.mark.parametrize("name", ["A/One", "A/ONE", "a/On"])
 def test_the_nearest_model_is_found_whatever_its_case(name):
-    assert "a/one" == catalog(ROUTED).nearest(name)
+    assert catalog(ROUTED).nearest(name) == "a/one"
 
 
 @pytest.mark.parametrize("model, fallbacks, missing", [("x/y", (), "x/y"), ("a/one", ("a/one", "x/y"), "x/y")])
 def test_an_unknown_model_is_named(model, fallbacks, missing):
     with pytest.raises(GatewayError) as caught:
         catalog(A).candidates(model, fallbacks, draw=0.0)
-    assert (Source.CLIENT, model_not_found(missing)) == (caught.value.source, caught.value.response)
+    assert (caught.value.source, caught.value.response) == (Source.CLIENT, model_not_found(missing))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_weights_balance_neighbours(draw, expected):
 
 def test_weighted_routes_apart_are_no_neighbours():
     models = catalog({"m": [("openai", "a", 1), ("openai", "b"), ("vllm", "c", 9)]})
-    assert ["a", "b", "c"] == [candidate.upstream_model for candidate in models.candidates("m", draw=0.99)]
+    assert [candidate.upstream_model for candidate in models.candidates("m", draw=0.99)] == ["a", "b", "c"]
 
 
 def test_the_draw_is_by_weight_at_every_place():
@@ -144,13 +144,13 @@ def test_the_draw_is_by_weight_at_every_place():
         for step in range(6000)
     )
     expected = {"abc": 400, "acb": 600, "bac": 500, "bca": 1500, "cab": 1000, "cba": 2000}
-    assert expected == {order: round(count, -2) for order, count in orders.items()}
+    assert {order: round(count, -2) for order, count in orders.items()} == expected
 
 
 @pytest.mark.parametrize("draw, expected", [(0.0, "abc"), (0.3, "bca"), (0.7, "cba")])
 def test_a_spin_says_the_whole_order(draw, expected):
     models = catalog({"m": [("openai", "a", 1), ("openai", "b", 2), ("openai", "c", 3)]})
-    assert expected == "".join(candidate.upstream_model for candidate in models.candidates("m", draw=draw))
+    assert "".join(candidate.upstream_model for candidate in models.candidates("m", draw=draw)) == expected
 
 
 @given(st.lists(st.integers(1, 2**53), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
@@ -164,39 +164,39 @@ def test_every_route_is_drawn_once_whatever_the_spin(weights, draw):
 def test_fallbacks_are_walked_after_the_models_own_routes():
     models = catalog({**A, "b/two": [("openai", "two")]})
     expected = [("openai", "one"), ("vllm", "one-local"), ("openai", "two")]
-    assert expected == asked(models.candidates("a/one", ("b/two", "a/one", "b/two"), draw=0.0))
+    assert asked(models.candidates("a/one", ("b/two", "a/one", "b/two"), draw=0.0)) == expected
 
 
 @pytest.mark.parametrize("draw, expected", [(0.0, "abcd"), (0.5, "badc")])
 def test_equals_change_places_in_fallbacks_too(draw, expected):
     models = catalog({"m": [("openai", "a", 1), ("vllm", "b", 1)], "n": [("openai", "c", 1), ("vllm", "d", 1)]})
     attempts = models.candidates("m", ("n",), draw=draw)
-    assert expected == "".join(candidate.upstream_model for candidate in attempts)
+    assert "".join(candidate.upstream_model for candidate in attempts) == expected
 
 
 def test_openrouter_gets_the_fallbacks_it_serves_in_its_own_names():
     attempts = catalog(ROUTED).candidates("a/one", ("b/two", "c/three"), draw=0.0)
-    assert [("router", "or/one", "or/two"), ("vllm", "one"), ("openai", "two"), ("vllm", "three")] == asked(attempts)
+    assert asked(attempts) == [("router", "or/one", "or/two"), ("vllm", "one"), ("openai", "two"), ("vllm", "three")]
 
 
 def test_openrouter_is_asked_for_what_comes_after_it_alone():
     attempts = catalog(ROUTED).candidates("c/three", ("b/two", "a/one"), draw=0.0)
-    assert [("vllm", "three"), ("openai", "two"), ("router", "or/two", "or/one"), ("vllm", "one")] == asked(attempts)
+    assert asked(attempts) == [("vllm", "three"), ("openai", "two"), ("router", "or/two", "or/one"), ("vllm", "one")]
 
 
 def test_two_openrouter_upstreams_are_asked_each():
     models = catalog({"a": [("router", "a"), ("router2", "a")], "b": [("router", "b"), ("router2", "b")]})
-    assert [("router", "a", "b"), ("router2", "a", "b")] == asked(models.candidates("a", ("b",), draw=0.0))
+    assert asked(models.candidates("a", ("b",), draw=0.0)) == [("router", "a", "b"), ("router2", "a", "b")]
 
 
 def test_without_fallbacks_nothing_is_native():
-    assert [("router", "or/one"), ("vllm", "one")] == asked(catalog(ROUTED).candidates("a/one", draw=0.0))
+    assert asked(catalog(ROUTED).candidates("a/one", draw=0.0)) == [("router", "or/one"), ("vllm", "one")]
 
 
 def test_attempts_have_a_maximum():
     models = catalog({"a": [("openai", str(index)) for index in range(12)], "b": [("vllm", "b")] * 20})
     counts = [len(models.candidates(*names, draw=0.0)) for names in [("a",), ("b",), ("a", ("b",))]]
-    assert [12, 16, 16] == counts
+    assert counts == [12, 16, 16]
 
 
 @pytest.mark.parametrize(
@@ -218,19 +218,19 @@ def test_attempts_have_a_maximum():
 )
 def test_the_served_model_is_billed_and_any_where_it_has_another_name(reported, expected):
     candidate = catalog(ROUTED).candidates("a/one", ("b/two",), draw=0.0)[0]
-    assert expected == [candidate.model for candidate in may_have_served(candidate, reported)]
+    assert [candidate.model for candidate in may_have_served(candidate, reported)] == expected
 
 
 def test_the_served_models_price_is_its_own():
     candidate = catalog(ROUTED).candidates("a/one", ("b/two",), draw=0.0)[0]
-    assert [2_000_000_000] == [candidate.price.input for candidate in may_have_served(candidate, "or/two")]
+    assert [candidate.price.input for candidate in may_have_served(candidate, "or/two")] == [2_000_000_000]
 
 
 def test_an_exact_name_goes_before_a_dated_one():
     models = catalog({"a": [("router", "gpt-4")], "b": [("router", "gpt-4-1106")]})
     candidate = models.candidates("a", ("b",), draw=0.0)[0]
     named = [may_have_served(candidate, name)[0].model for name in ("gpt-4-1106", "gpt-4-0613")]
-    assert ["b", "a"] == named
+    assert named == ["b", "a"]
 
 
 def test_a_provider_without_fallbacks_cannot_choose_the_price():
@@ -251,7 +251,7 @@ def offered(upstream, more, tier=None, **fields):
 
 @pytest.mark.parametrize("tier", [None, "auto", "default"])
 def test_a_tier_without_a_price_of_its_own_is_free_of_it(tier):
-    assert 1_000_000_000 == offered("openai", FLEX, tier).price_in(tier).input
+    assert offered("openai", FLEX, tier).price_in(tier).input == 1_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_tier_without_a_price_of_its_own_is_free_of_it(tier):
     ],
 )
 def test_the_tier_that_was_served_is_billed_else_the_one_that_was_asked_for(asked, told, expected):
-    assert expected * 1_000_000_000 == offered("openai", FLEX, asked).price_in(told, asked).input
+    assert offered("openai", FLEX, asked).price_in(told, asked).input == expected * 1_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_what_changes_the_price_and_has_none_is_refused(upstream, more, tier, fi
     with pytest.raises(GatewayError) as caught:
         offered(upstream, more, tier, **fields)
     response = caught.value.response
-    assert (422, "validation_error", param) == (response.status, response.code, response.param)
+    assert (response.status, response.code, response.param) == (422, "validation_error", param)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_what_changes_the_price_and_has_none_is_refused(upstream, more, tier, fi
     ],
 )
 def test_a_fee_is_of_the_fields_that_a_request_has(upstream, more, tier, fields, fee_nusd):
-    assert fee_nusd == offered(upstream, more, tier, **fields).price_in(tier).request
+    assert offered(upstream, more, tier, **fields).price_in(tier).request == fee_nusd
 
 
 def test_every_model_that_may_serve_needs_a_price():
@@ -314,13 +314,13 @@ def test_every_model_that_may_serve_needs_a_price():
     with pytest.raises(GatewayError):
         with_fees(models.candidates("m", ("a",), draw=0.0), None, asked_for)
     (alone,) = with_fees(models.candidates("m", draw=0.0), None, asked_for)
-    assert 20_000_000 == alone.price.request
+    assert alone.price.request == 20_000_000
 
 
 def test_natives_have_their_own_fees():
     models = catalog({"a": [("router", "a")], "m": [("router", "m")]}, FEES)
     (candidate,) = with_fees(models.candidates("a", ("m",), draw=0.0), None, {"web_search_options": Raw(b"null")})
-    assert candidate == models.candidates("a", ("m",), draw=0.0)[0]
+    assert models.candidates("a", ("m",), draw=0.0)[0] == candidate
 
 
 @pytest.mark.parametrize(
@@ -348,4 +348,4 @@ input_usd_per_mtok = "1"
 output_usd_per_mtok = "1"
 """
     (candidate,) = Catalog(parse(text)).candidates("m", draw=0)
-    assert expected == candidate.cap_field
+    assert candidate.cap_field == expected

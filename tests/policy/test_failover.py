@@ -66,7 +66,7 @@ def short(verdict):
     ],
 )
 def test_after_status(status, expected):
-    assert expected == short(classify_status(status, BODY, None))
+    assert short(classify_status(status, BODY, None)) == expected
 
 
 def test_a_refused_request_in_full():
@@ -75,7 +75,7 @@ def test_a_refused_request_in_full():
     )
     page = b"<title>Oh no</title>"
     expected = Verdict(response, try_next=False, provider_message="A web page: Oh no")
-    assert expected == classify_status(400, page, None, content_type="text/html")
+    assert classify_status(400, page, None, content_type="text/html") == expected
 
 
 def test_an_overload_in_full():
@@ -104,7 +104,7 @@ def test_an_overload_in_full():
     ],
 )
 def test_the_client_is_told_in_words(status, expected):
-    assert expected == classify_status(status, b"", None).response.message
+    assert classify_status(status, b"", None).response.message == expected
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 429])
@@ -128,7 +128,7 @@ def test_words_about_our_account_stay_inside(status):
     ],
 )
 def test_the_wait_is_passed_on(status, retry_after, expected):
-    assert expected == classify_status(status, b"", retry_after).response.retry_after_s
+    assert classify_status(status, b"", retry_after).response.retry_after_s == expected
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_wait_is_passed_on(status, retry_after, expected):
     ],
 )
 def test_wait_of(retry_after, retry_after_ms, expected):
-    assert expected == wait_of(retry_after, retry_after_ms, now=784111740.0)
+    assert wait_of(retry_after, retry_after_ms, now=784111740.0) == expected
 
 
 @given(st.integers(100, 999), st.binary(max_size=50), st.none() | st.text(max_size=20))
@@ -188,7 +188,7 @@ def fault(answered, response):
     ],
 )
 def test_who_is_to_blame(answered, response, expected):
-    assert expected == is_upstream_failure(fault(answered, response))
+    assert is_upstream_failure(fault(answered, response)) == expected
 
 
 @pytest.mark.parametrize(
@@ -196,11 +196,11 @@ def test_who_is_to_blame(answered, response, expected):
     [(429, None, 1.0), (429, "7", 7.0), (429, "3600", 60.0), (503, "7", 7.0), (503, None, 0.0), (500, "7", 0.0)],
 )
 def test_who_asks_to_be_spared_is_spared(answered, retry_after, expected):
-    assert expected == requested_wait_s(fault(answered, classify_status(answered, b"", retry_after).response))
+    assert requested_wait_s(fault(answered, classify_status(answered, b"", retry_after).response)) == expected
 
 
 def test_what_never_left_the_gateway_spares_nobody():
-    assert 0.0 == requested_wait_s(fault(None, provider_not_available("no connection is free", 1.0)))
+    assert requested_wait_s(fault(None, provider_not_available("no connection is free", 1.0))) == 0.0
 
 
 def said(status, body, **headers):
@@ -306,14 +306,14 @@ REFUSED = [
 @pytest.mark.parametrize("status, body, expected", REFUSED)
 def test_a_refusal_of_the_request_keeps_what_the_provider_said(status, body, expected):
     response, try_next, another_model = said(status, body)
-    assert (status, *expected, False) == (response.status, response.code, response.param, another_model, try_next)
+    assert (response.status, response.code, response.param, another_model, try_next) == (status, *expected, False)
 
 
 @pytest.mark.parametrize("status, body, expected", REFUSED)
 def test_a_refusal_tells_the_providers_words_as_an_object(status, body, expected):
     response, _, _ = said(status, body)
     said_last = response.message.rpartition("error: ")[2]
-    assert (dict, True) == (type(response.provider_error), json.dumps(said_last)[1:-1] in json.dumps(body))
+    assert (type(response.provider_error), json.dumps(said_last)[1:-1] in json.dumps(body)) == (dict, True)
 
 
 # What a provider says of the gateway's account or configuration, whatever status it chose for it.
@@ -355,7 +355,7 @@ ABOUT_US = [
 @pytest.mark.parametrize("status, body", ABOUT_US)
 def test_a_refusal_of_the_gateway_is_not_the_clients(status, body):
     response, try_next, _ = said(status, body)
-    assert (502, "upstream_error", None, True) == (response.status, response.code, response.provider_error, try_next)
+    assert (response.status, response.code, response.provider_error, try_next) == (502, "upstream_error", None, True)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_a_refusal_of_the_gateway_is_not_the_clients(status, body):
 )
 def test_a_wait_is_honest(body, retry_after, expected):
     response, try_next, _ = said(429, body, retry_after=retry_after)
-    assert (503, expected, True) == (response.status, response.retry_after_s, try_next)
+    assert (response.status, response.retry_after_s, try_next) == (503, expected, True)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_a_wait_is_honest(body, retry_after, expected):
 )
 def test_an_error_under_a_200_is_taken_for_its_status(error, expected):
     fault = classify_error(error, otherwise="Failed.")
-    assert expected == (fault.response.status, fault.response.code, fault.upstream_status)
+    assert (fault.response.status, fault.response.code, fault.upstream_status) == expected
 
 
 REFUSAL = classify_status(400, json.dumps(TOO_LONG).encode(), None).to_error(400)
@@ -444,14 +444,14 @@ def unreached():
     ],
 )
 def test_the_fault_that_matters_most_is_told(faults, expected):
-    assert expected is error_to_report(faults)
+    assert error_to_report(faults) is expected
 
 
 def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
     told = error_to_report(
         [classify_status(500, b"", None).to_error(500), classify_status(429, b"", "9").to_error(429)]
     )
-    assert (503, True) == (told.response.status, told.response.may_have_run)
+    assert (told.response.status, told.response.may_have_run) == (503, True)
 
 
 @pytest.mark.parametrize(
@@ -471,4 +471,4 @@ def test_a_providers_words_are_found_in_every_shape(body):
 def test_a_long_echo_of_the_request_hides_neither_code_nor_param():
     error = {"code": "context_length_exceeded", "param": "messages", "message": "Too long: " + "y" * 100_000}
     response = classify_status(400, json.dumps({"error": error}).encode(), None).response
-    assert ("context_length_exceeded", "messages") == (response.code, response.param)
+    assert (response.code, response.param) == ("context_length_exceeded", "messages")

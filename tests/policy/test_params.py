@@ -21,7 +21,7 @@ LOC = ("body", "params")
     ],
 )
 def test_the_keys_params_win_over_the_templates(key, template, expected):
-    assert expected == merge_params(key, template)
+    assert merge_params(key, template) == expected
 
 
 def test_no_params_cost_nothing():
@@ -58,7 +58,7 @@ def test_what_shapes_an_answer_can_be_stored():
         "top_p": 0.9,
         "verbosity": "low",
     }
-    assert [] == list(check_params(every, LOC))
+    assert list(check_params(every, LOC)) == []
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_shapes_an_answer_can_be_stored():
 )
 def test_what_is_the_requests_own_to_say_cannot(name):
     expected = [Detail("extra_forbidden", ("body", "params", name), "Not a request parameter that can be stored")]
-    assert expected == list(check_params({name: []}, LOC))
+    assert list(check_params({name: []}, LOC)) == expected
 
 
 def test_every_fault_of_params_is_told_where_it_stands():
@@ -79,4 +79,4 @@ def test_every_fault_of_params_is_told_where_it_stands():
         Detail("greater_than_equal", ("body", "params", "n"), "Expected int >= 1"),
         Detail("string_type", ("body", "params", "stop"), "Expected str or array or null, got int"),
     ]
-    assert expected == list(check_params({"x" * 65: 1, "n": 0, "stop": 1}, LOC))
+    assert list(check_params({"x" * 65: 1, "n": 0, "stop": 1}, LOC)) == expected

@@ -36,7 +36,7 @@ def test_a_part_without_a_price_costs_what_its_whole_costs():
         audio_input=2_500_000_000,
         audio_output=10_000_000_000,
     )
-    assert expected == price_of(model())
+    assert price_of(model()) == expected
 
 
 def test_a_part_with_a_price_costs_that():
@@ -47,7 +47,7 @@ def test_a_part_with_a_price_costs_that():
         audio_input_usd_per_mtok="40.0",
         audio_output_usd_per_mtok="80.000000000",
     )
-    assert GPT_4O == price_of(own)
+    assert price_of(own) == GPT_4O
 
 
 def test_an_hour_of_cache_a_fee_tiers_and_a_markup():
@@ -59,14 +59,14 @@ def test_an_hour_of_cache_a_fee_tiers_and_a_markup():
     dear = Price(5 * USD, 15 * USD, 5 * USD, 5 * USD, 15 * USD, 5 * USD, 15 * USD, **fee)
     low, high = 2_500_000_000, 10 * USD
     expected = Price(low, high, low, low, high, low, high, 5 * USD, tiers=((200_000, dear),), **fee)
-    assert expected == price_of(own)
+    assert price_of(own) == expected
 
 
 def test_the_prices_of_a_service_tier():
     tier = PriceTier(above_prompt_tokens=9, input_usd_per_mtok="5", output_usd_per_mtok="15")
     flex = ServiceTier(input_usd_per_mtok="1", output_usd_per_mtok="2", price_tiers=[tier])
     ((name, price),) = service_prices(model(service_tiers={"flex": flex}, request_usd="0.01"))
-    assert ("flex", USD, 10_000_000, 5 * USD) == (name, price.input, price.request, price.for_prompt_of(10).input)
+    assert (name, price.input, price.request, price.for_prompt_of(10).input) == ("flex", USD, 10_000_000, 5 * USD)
 
 
 def test_the_smallest_price_is_a_nanodollar_for_a_million_tokens():
@@ -92,7 +92,7 @@ def test_the_smallest_price_is_a_nanodollar_for_a_million_tokens():
     ],
 )
 def test_cost(usage, expected):
-    assert expected == cost(GPT_4O, usage)
+    assert cost(GPT_4O, usage) == expected
 
 
 TIERED = Price(1, 2, 1, 1, 2, 1, 2, tiers=((100, Price(*[10] * 7)), (200, Price(*[7] * 7))))
@@ -100,13 +100,13 @@ TIERED = Price(1, 2, 1, 1, 2, 1, 2, tiers=((100, Price(*[10] * 7)), (200, Price(
 
 @pytest.mark.parametrize("prompt, expected", [(0, 1), (100, 1), (101, 10), (200, 10), (201, 7), (10**6, 7)])
 def test_the_largest_tier_below_the_prompt_counts(prompt, expected):
-    assert expected == TIERED.for_prompt_of(prompt).input
+    assert TIERED.for_prompt_of(prompt).input == expected
 
 
 def test_a_tier_is_for_the_whole_request():
     tiered = msgspec.structs.replace(GPT_4O, tiers=((1000, Price(*[USD] * 7)),))
-    assert (1001 + 100) * 1000 == cost(tiered, Usage(prompt=1001, completion=100))
-    assert 1000 * 2500 + 100 * 10_000 == cost(tiered, Usage(prompt=1000, completion=100))
+    assert cost(tiered, Usage(prompt=1001, completion=100)) == (1001 + 100) * 1000
+    assert cost(tiered, Usage(prompt=1000, completion=100)) == 1000 * 2500 + 100 * 10_000
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def test_a_tier_is_for_the_whole_request():
     ],
 )
 def test_what_is_kept_for_an_hour_has_its_own_price(usage, expected):
-    assert expected == cost(msgspec.structs.replace(GPT_4O, cache_write_1h=5 * USD), usage)
+    assert cost(msgspec.structs.replace(GPT_4O, cache_write_1h=5 * USD), usage) == expected
     assert cost(GPT_4O, Usage(prompt=1000, cache_write=500)) == cost(GPT_4O, usage)
 
 
 @pytest.mark.parametrize("usage, expected", [(Usage(), 0), (Usage(prompt=1), 2507), (Usage(completion=1), 10_007)])
 def test_a_request_that_used_something_costs_its_fee(usage, expected):
-    assert expected == cost(msgspec.structs.replace(GPT_4O, request=7), usage)
+    assert cost(msgspec.structs.replace(GPT_4O, request=7), usage) == expected
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_a_request_that_used_something_costs_its_fee(usage, expected):
 )
 def test_the_provider_s_figure_times_the_markup(markup, told, expected):
     price = price_of(model(cost_from="usage.cost", markup=markup, request_usd="0"))
-    assert expected == cost(price, Usage(prompt=10), None if told is None else Decimal(told))
+    assert cost(price, Usage(prompt=10), None if told is None else Decimal(told)) == expected
 
 
 def test_the_provider_s_figure_is_nothing_to_a_model_with_prices():
-    assert 25_000 == cost(price_of(model()), Usage(prompt=10), Decimal(5))
+    assert cost(price_of(model()), Usage(prompt=10), Decimal(5)) == 25_000
 
 
 def test_what_was_billed_is_told_without_what_did_not_count():
@@ -163,13 +163,13 @@ def test_a_hold_is_at_the_dearest_tier_that_the_prompt_may_reach(prompt, expecte
 
 @pytest.mark.parametrize("markup, expected", [("1.10", 27_500), ("0.50", 25_000)])
 def test_a_hold_is_for_the_markup_too(markup, expected):
-    assert expected == hold_amount(price_of(model(cost_from="usage.cost", markup=markup)), 10, 0)
+    assert hold_amount(price_of(model(cost_from="usage.cost", markup=markup)), 10, 0) == expected
 
 
 @pytest.mark.parametrize("tokens, expected", [(0, 0), (1, 1), (999_999, 1), (1_000_000, 1), (1_000_001, 2)])
 def test_cost_is_rounded_up_once(tokens, expected):
     penny = Price(input=1, output=1, cached=1, cache_write=1, reasoning=1, audio_input=1, audio_output=1)
-    assert expected == cost(penny, Usage(prompt=tokens // 2, completion=tokens - tokens // 2))
+    assert cost(penny, Usage(prompt=tokens // 2, completion=tokens - tokens // 2)) == expected
 
 
 amounts = st.integers(0, 10**9)
@@ -204,7 +204,7 @@ def test_one_price_for_all_makes_the_split_immaterial(price, usage):
 
 
 def test_hold_amount():
-    assert 1000 * 40_000 + 100 * 80_000 == hold_amount(GPT_4O, 1000, 100)
+    assert hold_amount(GPT_4O, 1000, 100) == 1000 * 40_000 + 100 * 80_000
 
 
 FREE_OUTPUT = Price(input=1, output=0, cached=1, cache_write=1, reasoning=0, audio_input=1, audio_output=0)
@@ -224,7 +224,7 @@ FREE_OUTPUT = Price(input=1, output=0, cached=1, cache_write=1, reasoning=0, aud
     ],
 )
 def test_affordable_output(price, prompt_tokens, amount_nusd, expected):
-    assert expected == affordable_output(price, prompt_tokens, amount_nusd)
+    assert affordable_output(price, prompt_tokens, amount_nusd) == expected
 
 
 @given(
@@ -252,4 +252,4 @@ def test_what_is_affordable_can_be_held_and_one_token_more_cannot(price, prompt_
     ],
 )
 def test_a_model_is_free_if_nothing_of_it_costs(prices, expected):
-    assert expected is price_of(model(**{"input_usd_per_mtok": "0", "output_usd_per_mtok": "0", **prices})).is_free
+    assert price_of(model(**{"input_usd_per_mtok": "0", "output_usd_per_mtok": "0", **prices})).is_free is expected

@@ -36,7 +36,7 @@ def template(**fields):
     ],
 )
 def test_slots(text, expected):
-    assert expected == slots(template(system=text))
+    assert slots(template(system=text)) == expected
 
 
 def test_slots_are_named_once_in_order_of_appearance():
@@ -44,7 +44,7 @@ def test_slots_are_named_once_in_order_of_appearance():
         {"role": "user", "content": "{{ b }} {{ c }}"},
         {"role": "user", "content": [{"type": "text", "text": "{{ d }} {{ a }}"}]},
     ]
-    assert ["a", "b", "c", "d"] == slots(template(system="{{ a }} {{ b }}", messages=messages))
+    assert slots(template(system="{{ a }} {{ b }}", messages=messages)) == ["a", "b", "c", "d"]
 
 
 def test_only_text_has_slots():
@@ -54,8 +54,8 @@ def test_only_text_has_slots():
         {"role": "user"},
     ]
     odd = template(messages=messages)
-    assert [] == slots(odd)
-    assert messages == render(odd, {})
+    assert slots(odd) == []
+    assert render(odd, {}) == messages
 
 
 def test_system_comes_first_then_messages():
@@ -71,13 +71,13 @@ def test_system_comes_first_then_messages():
         {"role": "user", "content": "Hi Ann"},
         {"role": "assistant", "content": [{"type": "text", "text": "Ann?"}, {"type": "image_url", "image_url": {}}]},
     ]
-    assert expected == render(template(system="Be {{name}}.", messages=messages), {"name": "Ann", "extra": "ignored"})
+    assert render(template(system="Be {{name}}.", messages=messages), {"name": "Ann", "extra": "ignored"}) == expected
 
 
 def test_rendering_leaves_the_template_as_it_was():
     stored = template(messages=[{"role": "user", "content": [{"type": "text", "text": "{{a}}"}]}])
     render(stored, {"a": "x"})
-    assert [{"role": "user", "content": [{"type": "text", "text": "{{a}}"}]}] == stored.messages
+    assert stored.messages == [{"role": "user", "content": [{"type": "text", "text": "{{a}}"}]}]
 
 
 def test_every_missing_variable_is_named_at_once():
@@ -93,13 +93,13 @@ def test_every_missing_variable_is_named_at_once():
             Detail("missing", ("body", "variables", "c"), "Field required"),
         ),
     )
-    assert (Source.CLIENT, expected) == (caught.value.source, caught.value.response)
+    assert (caught.value.source, caught.value.response) == (Source.CLIENT, expected)
 
 
 def test_one_missing_variable_is_one():
     with pytest.raises(GatewayError) as caught:
         render(template(system="{{a}}"), {})
-    assert "The template `greeter` needs the variable `a`." == caught.value.response.message
+    assert caught.value.response.message == "The template `greeter` needs the variable `a`."
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_one_missing_variable_is_one():
 )
 def test_a_value_is_text_and_nothing_more(value):
     rendered = render(template(system="{{a}}|{{b}}"), {"a": value, "b": "B"})
-    assert [{"role": "system", "content": f"{value}|B"}] == rendered
+    assert rendered == [{"role": "system", "content": f"{value}|B"}]
 
 
 @given(st.text(), st.lists(st.text(), min_size=1))
@@ -119,7 +119,7 @@ def test_one_pass_whatever_the_values(value, literals):
 
 
 def test_hostile_text_is_searched_in_linear_time():
-    assert [] == slots(template(system="{{" + "a" * 500_000 + " " * 500_000 + "{{ " * 200_000))
+    assert slots(template(system="{{" + "a" * 500_000 + " " * 500_000 + "{{ " * 200_000)) == []
 
 
 def test_to_public():
@@ -138,11 +138,11 @@ def test_to_public():
         "created_at": "1970-01-01T00:00:00.000Z",
         "updated_at": "1970-01-01T00:00:01.500Z",
     }
-    assert expected == to_public(stored)
+    assert to_public(stored) == expected
 
 
 def test_a_global_template_shows_the_global_owner():
-    assert "*" == to_public(template(system="x", is_global=True))["owner"]
+    assert to_public(template(system="x", is_global=True))["owner"] == "*"
 
 
 def written(body, *, partial=False):
@@ -153,8 +153,8 @@ def complaints(body, *, partial=False):
     with pytest.raises(GatewayError) as caught:
         check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=partial)
     response = caught.value.response
-    assert (Source.CLIENT, 422, "validation_error") == (caught.value.source, response.status, response.code)
-    assert {"body"} == {detail.loc[0] for detail in response.details}
+    assert (caught.value.source, response.status, response.code) == (Source.CLIENT, 422, "validation_error")
+    assert {detail.loc[0] for detail in response.details} == {"body"}
     return [(detail.type, *detail.loc[1:]) for detail in response.details]
 
 
@@ -190,7 +190,7 @@ def test_what_is_not_mentioned_is_unset(prompt):
 def test_null_clears():
     nulls = dict.fromkeys(["description", "system", "messages", "model", "params", "variables"])
     expected = TemplateFields(description=None, system=None, messages=None, model=None, params={}, variables=[])
-    assert expected == written(nulls, partial=True)
+    assert written(nulls, partial=True) == expected
 
 
 def test_the_largest_fields():
@@ -214,7 +214,7 @@ def test_a_prompt_has_a_largest_size():
     system = "x" * (1_048_576 - len(orjson.dumps(messages)) - 2)
     largest = {"name": "a", "messages": messages, "system": system}
     assert TemplateFields(**largest) == written(largest)
-    assert [("too_long", "messages")] == complaints({**largest, "system": system + "x"})
+    assert complaints({**largest, "system": system + "x"}) == [("too_long", "messages")]
 
 
 UUID = "550e8400-e29b-41d4-a716-0459abcdef59"
@@ -286,7 +286,7 @@ def test_a_pattern_is_told_in_words(field, value):
 )
 @pytest.mark.parametrize("partial", [False, True])
 def test_one_bad_field(field, value, expected, partial):
-    assert [expected] == complaints({"name": "a", "system": "s", field: value}, partial=partial)
+    assert complaints({"name": "a", "system": "s", field: value}, partial=partial) == [expected]
 
 
 def test_every_bad_field_is_told_at_once():
@@ -297,7 +297,7 @@ def test_every_bad_field_is_told_at_once():
         ("less_than_equal", "params", "top_p"),
         ("missing", "name"),
     ]
-    assert expected == complaints({"nmae": "x", "description": 1, "params": {"model": "m", "top_p": 2}})
+    assert complaints({"nmae": "x", "description": 1, "params": {"model": "m", "top_p": 2}}) == expected
 
 
 @pytest.mark.parametrize(
@@ -348,11 +348,11 @@ def test_the_client_is_told_in_words(body, words, param):
     with pytest.raises(GatewayError) as caught:
         check_template(body if isinstance(body, bytes) else json.dumps(body).encode(), partial=False)
     response = caught.value.response
-    assert (f"Invalid template: {words}", param) == (response.message, response.param)
+    assert (response.message, response.param) == (f"Invalid template: {words}", param)
 
 
 def test_a_thousand_complaints_are_cut():
-    assert 32 == len(complaints(dict.fromkeys(map(str, range(1000)))))
+    assert len(complaints(dict.fromkeys(map(str, range(1000))))) == 32
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_a_thousand_complaints_are_cut():
 )
 @pytest.mark.parametrize("partial", [False, True])
 def test_what_is_no_json(body, partial):
-    assert [("json_invalid",)] == complaints(body, partial=partial)
+    assert complaints(body, partial=partial) == [("json_invalid",)]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_nothing_but_faults_comes_of_any_body(body, partial):
 def test_fields_are_applied():
     stored = template(system="s", description="d", params={"n": 1})
     expected = template(name="b", system="s", params={})
-    assert expected == TemplateFields(name="b", description=None, params={}).applied_to(stored)
+    assert TemplateFields(name="b", description=None, params={}).applied_to(stored) == expected
 
 
 def test_applying_nothing_changes_nothing():
@@ -423,7 +423,7 @@ def test_a_change_leaves_a_template_of_bounded_size():
     with pytest.raises(GatewayError) as caught:
         TemplateFields(system="x" * 600_000).applied_to(big)
     (detail,) = caught.value.response.details
-    assert ("too_long", ("body", "messages")) == (detail.type, detail.loc)
+    assert (detail.type, detail.loc) == ("too_long", ("body", "messages"))
 
 
 def test_a_template_survives_its_record():

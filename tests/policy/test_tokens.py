@@ -27,19 +27,19 @@ def raw(*parts):
     ],
 )
 def test_a_token_per_three_bytes_and_four_a_message(messages, others, count, expected):
-    assert expected == estimate_prompt(messages, others, count)
+    assert estimate_prompt(messages, others, count) == expected
 
 
 def test_escaped_text_is_counted_as_text():
     text = "Привет" * 100
     escaped, plain = json.dumps(text).encode(), json.dumps(text, ensure_ascii=False).encode()
-    assert (601, 401) == (estimate_prompt(escaped, (), 0), estimate_prompt(plain, (), 0))
-    assert 300 == estimate_prompt(b"\\u0416" * 100 + b"x" * 600, (), 0)
+    assert (estimate_prompt(escaped, (), 0), estimate_prompt(plain, (), 0)) == (601, 401)
+    assert estimate_prompt(b"\\u0416" * 100 + b"x" * 600, (), 0) == 300
 
 
 @pytest.mark.parametrize("more", [b"", b"x"])
 def test_what_looks_like_escapes_can_at_most_halve_the_estimate(more):
-    assert 500 == estimate_prompt(b"\\u" * 1500 + more, (), 0)
+    assert estimate_prompt(b"\\u" * 1500 + more, (), 0) == 500
 
 
 def url(kind, data):

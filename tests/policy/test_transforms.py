@@ -39,27 +39,27 @@ A, B, C, D, E = TALK
     ],
 )
 def test_messages_go_from_the_middle_outwards(budget, expected):
-    assert expected == fitted(TALK, budget, LETTERS)
+    assert fitted(TALK, budget, LETTERS) == expected
 
 
 def test_of_two_in_the_middle_the_earlier_goes_first():
     talk = [say("user", letter) for letter in "abcdef"]
     results = [fitted(talk, budget, LETTERS) for budget in (5, 4, 3, 2)]
-    assert ["abdef", "abef", "aef", "af"] == ["".join(message["content"] for message in left) for left in results]
+    assert ["".join(message["content"] for message in left) for left in results] == ["abdef", "abef", "aef", "af"]
 
 
 def test_system_messages_stay_wherever_they_are():
     developer = say("developer", "vvvv")
-    assert [SYSTEM, A, developer, E] == fitted([SYSTEM, A, B, developer, C, D, E], 16, LETTERS)
+    assert fitted([SYSTEM, A, B, developer, C, D, E], 16, LETTERS) == [SYSTEM, A, developer, E]
 
 
 def test_a_call_and_its_answers_go_together():
     call = say("assistant", None, tool_calls=[{"id": "1"}, {"id": "2"}])
     answers = [say("tool", "1111", tool_call_id="1"), say("function", "2222", name="f")]
-    assert [A, call, *answers, E] == fitted([A, B, call, *answers, E], 16, LETTERS)
-    assert [A, D, E] == fitted([A, call, *answers, D, E], 16, LETTERS)
-    assert [A, E] == fitted([A, call, *answers, E], 15, LETTERS)
-    assert [A, call, *answers] == fitted([A, B, C, call, *answers], 12, LETTERS)
+    assert fitted([A, B, call, *answers, E], 16, LETTERS) == [A, call, *answers, E]
+    assert fitted([A, call, *answers, D, E], 16, LETTERS) == [A, D, E]
+    assert fitted([A, call, *answers, E], 15, LETTERS) == [A, E]
+    assert fitted([A, B, C, call, *answers], 12, LETTERS) == [A, call, *answers]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_call_and_its_answers_go_together():
 def test_a_text_that_is_too_long_loses_its_middle(budget, kept):
     half = len(kept) - len(kept) // 2
     expected = say("user", kept[:half] + CUT + kept[half:])
-    assert [expected] == fitted([say("user", "0123456789012345")], budget, LETTERS)
+    assert fitted([say("user", "0123456789012345")], budget, LETTERS) == [expected]
 
 
 LONG, CUT_LONG = "x" * 100, "x" * 10 + CUT + "x" * 9
@@ -87,7 +87,7 @@ def test_the_longest_text_is_cut_first(texts, expected):
     cut = fitted([say("system", text) for text in texts], budget, LETTERS)
     parts = [{"type": "text", "text": text} for text in texts]
     (message,) = fitted([say("user", parts)], budget, LETTERS)
-    assert [expected, expected] == [[each["content"] for each in cut], [part["text"] for part in message["content"]]]
+    assert [[each["content"] for each in cut], [part["text"] for part in message["content"]]] == [expected, expected]
 
 
 def test_when_the_longest_has_nothing_left_the_next_is_cut():
@@ -125,7 +125,7 @@ def test_the_input_is_left_as_it_was():
 
 
 def test_nothing_comes_of_nothing():
-    assert [] == middle_out([], 10)
+    assert middle_out([], 10) == []
 
 
 texts = st.one_of(

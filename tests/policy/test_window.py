@@ -25,7 +25,7 @@ def counted(*events, now):
     ],
 )
 def test_what_is_older_than_the_window_fades(now, expected):
-    assert expected == counted((100.0, True), (101.0, False), now=now)
+    assert counted((100.0, True), (101.0, False), now=now) == expected
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_what_is_older_than_the_window_fades(now, expected):
     ],
 )
 def test_a_new_window_begins_where_the_old_one_ended(second, now, expected):
-    assert expected == counted((100.0, True), (second, False), now=now)
+    assert counted((100.0, True), (second, False), now=now) == expected
 
 
 def test_forgetting_forgets_all():
     window = Window(10.0)
     window.add(1.0, marked=True)
     window.reset()
-    assert (0, 0) == (window.calls, window.marked)
+    assert (window.calls, window.marked) == (0, 0)

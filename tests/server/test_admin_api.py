@@ -80,13 +80,13 @@ async def test_null_takes_away_whatever_it_is(api):
     _, made = await api("POST", "/keys", {"account": "acme", **given})
     status, changed = await api("PATCH", f"/keys/{made['id']}", dict.fromkeys(given))
     cleared = {"name": "", "params": {}, "clamp": None, "default_model": None, "expires_at": None}
-    assert (200, cleared) == (status, {name: changed[name] for name in given})
+    assert (status, {name: changed[name] for name in given}) == (200, cleared)
 
 
 async def test_null_is_no_ref_and_no_note(api):
     status, _ = await api("POST", "/accounts/acme/grants", {"amount_usd": "1", "ref": None, "note": None})
     _, history = await api("GET", "/accounts/acme/grants")
-    assert (201, "", "") == (status, history[0]["ref"], history[0]["note"])
+    assert (status, history[0]["ref"], history[0]["note"]) == (201, "", "")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ async def test_null_is_no_ref_and_no_note(api):
 async def test_a_fault_names_its_parameter_in_details(api, method, path, body, param):
     _, made = await api("POST", "/keys", {"account": "acme"})
     _, told = await api(method, path.format(id=made["id"]), body)
-    assert (param, param) == (told["error"]["param"], told["error"]["details"][0]["loc"][-1])
+    assert (told["error"]["param"], told["error"]["details"][0]["loc"][-1]) == (param, param)
 
 
 async def test_revoke_rotate_and_revoked_for_ever(api):
@@ -123,14 +123,14 @@ async def test_neither_the_beginning_of_an_id_nor_a_secret_names_a_key(api):
 async def test_a_page_after_a_key_that_is_gone_is_no_first_page(api):
     await api("POST", "/keys", {"account": "acme"})
     status, told = await api("GET", "/keys?after=key_gone")
-    assert (404, "key_not_found") == (status, told["error"]["code"])
+    assert (status, told["error"]["code"]) == (404, "key_not_found")
 
 
 async def test_a_page_after_an_account_that_is_gone_goes_on_by_name(api):
     for name in ("a", "c"):
         await api("POST", f"/accounts/{name}/grants", {"amount_usd": "1"})
     _, listed = await api("GET", "/accounts?after=b")
-    assert ["c"] == [account["account"] for account in listed]
+    assert [account["account"] for account in listed] == ["c"]
 
 
 async def test_accounts_grants_and_audit(api):
@@ -245,7 +245,7 @@ async def test_the_description_has_every_path(client):
     answer = await (await client.get(OPENAPI_PATH, headers=AUTH)).json()
     assert answer == admin_document()
     described = {(method.upper(), path) for path, methods in answer["paths"].items() for method in methods}
-    assert described == {(method, path) for method, path, _, _ in ROUTES}
+    assert {(method, path) for method, path, _, _ in ROUTES} == described
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def forwarded(peer, *lines):
     ],
 )
 def test_x_forwarded_for(peer, lines, expected):
-    assert expected == forwarded_for(peer, *lines)
+    assert forwarded_for(peer, *lines) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,22 +64,22 @@ def test_x_forwarded_for(peer, lines, expected):
     ],
 )
 def test_forwarded(line, expected):
-    assert expected == forwarded("10.0.0.1", line)
+    assert forwarded("10.0.0.1", line) == expected
 
 
 def test_a_stranger_s_forwarded_is_not_believed():
-    assert "203.0.113.7" == forwarded("203.0.113.7", "for=198.51.100.1")
+    assert forwarded("203.0.113.7", "for=198.51.100.1") == "203.0.113.7"
 
 
 def test_where_the_two_differ_neither_is_believed():
     both = [("Forwarded", "for=6.6.6.6"), ("X-Forwarded-For", "198.51.100.1")]
-    assert "10.0.0.1" == client("10.0.0.1", *both)
+    assert client("10.0.0.1", *both) == "10.0.0.1"
     agreed = [("Forwarded", "for=198.51.100.1"), ("X-Forwarded-For", "198.51.100.1")]
-    assert "198.51.100.1" == client("10.0.0.1", *agreed)
+    assert client("10.0.0.1", *agreed) == "198.51.100.1"
 
 
 def test_only_the_nearest_hops_are_looked_at():
-    assert "10.0.0.2" == forwarded_for("10.0.0.1", ", ".join(["198.51.100.1"] + ["10.0.0.2"] * 40))
+    assert forwarded_for("10.0.0.1", ", ".join(["198.51.100.1"] + ["10.0.0.2"] * 40)) == "10.0.0.2"
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def test_a_stream_in_chunks(transport):
     client.finish()
     began, *rest = transport.written
     first, headers = lines(began)
-    assert b"HTTP/1.1 200 OK" == first
-    assert (b"chunked", b"text/event-stream") == (headers[b"transfer-encoding"], headers[b"content-type"])
+    assert first == b"HTTP/1.1 200 OK"
+    assert (headers[b"transfer-encoding"], headers[b"content-type"]) == (b"chunked", b"text/event-stream")
     assert b"connection" not in headers
-    assert [b"9\r\ndata: x\n\n\r\n", b"0\r\n\r\n"] == rest
+    assert rest == [b"9\r\ndata: x\n\n\r\n", b"0\r\n\r\n"]
 
 
 def test_a_frame_is_passed_on_as_it_is(transport):
@@ -74,8 +74,8 @@ def test_a_client_of_http_1_0_reads_to_the_end(transport):
     client.write(b"a", b"1\r\na\r\n")
     client.finish()
     began, *rest = transport.written
-    assert (b"close", False) == (lines(began)[1][b"connection"], b"transfer-encoding" in lines(began)[1])
-    assert ([b"a"], False) == (rest, client.keep_alive)
+    assert (lines(began)[1][b"connection"], b"transfer-encoding" in lines(began)[1]) == (b"close", False)
+    assert (rest, client.keep_alive) == ([b"a"], False)
 
 
 def test_a_whole_answer(transport):
@@ -83,11 +83,11 @@ def test_a_whole_answer(transport):
     client.reply(Reply(402, [("x-request-id", "r")], b"{}"))
     (data,) = transport.written
     first, headers = lines(data)
-    assert (b"HTTP/1.1 402 Payment Required", b"2", b"r") == (
+    assert (
         first,
         headers[b"content-length"],
         headers[b"x-request-id"],
-    )
+    ) == (b"HTTP/1.1 402 Payment Required", b"2", b"r")
     assert data.endswith(b"\r\n\r\n{}")
     assert client.keep_alive
 
@@ -96,14 +96,14 @@ def test_a_stream_that_has_begun_is_broken_off_rather_than_answered_again(transp
     client = stream(transport)
     client.begin([])
     client.reply(Reply(503, [], b"{}"))
-    assert (1, True, False) == (len(transport.written), transport.closing, client.keep_alive)
+    assert (len(transport.written), transport.closing, client.keep_alive) == (1, True, False)
 
 
 @pytest.mark.parametrize("options", [{"closing": True}, {"keep_alive": False}])
 def test_the_last_answer_says_so(transport, options):
     client = stream(transport, **options)
     client.reply(Reply(200, [], b""))
-    assert (b"close", False) == (lines(transport.written[0])[1][b"connection"], client.keep_alive)
+    assert (lines(transport.written[0])[1][b"connection"], client.keep_alive) == (b"close", False)
 
 
 def test_nothing_is_written_to_who_has_gone(transport):
@@ -111,7 +111,7 @@ def test_nothing_is_written_to_who_has_gone(transport):
     transport.closing = True
     client.write(b"a")
     client.finish()
-    assert [] == transport.written
+    assert transport.written == []
     stream(None).write(b"a")
 
 
@@ -120,7 +120,7 @@ def test_nothing_is_written_to_who_has_gone(transport):
 )
 def test_when_a_client_is_congested(transport, waiting, expected):
     transport.waiting = waiting
-    assert expected == stream(transport).congested()
+    assert stream(transport).congested() == expected
 
 
 def test_without_a_socket_nobody_is_congested():
@@ -162,4 +162,4 @@ def test_a_client_of_http_1_0_that_would_stay_is_told_it_may():
 
 async def test_what_was_sent_is_not_sent_again():
     sent = Sent(keep_alive=True)
-    assert (None, None, True) == (await sent.prepare(None), await sent.write_eof(), sent.keep_alive)
+    assert (await sent.prepare(None), await sent.write_eof(), sent.keep_alive) == (None, None, True)

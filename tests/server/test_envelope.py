@@ -49,26 +49,26 @@ async def client(aiohttp_client):
 async def test_whatever_is_raised(client, path, status, code):
     async with client.get(path, headers={"x-request-id": "mine"}) as response:
         told = await response.json()
-        assert (status, "application/json", "mine") == (
+        assert (
             response.status,
             response.headers["content-type"],
             response.headers["x-request-id"],
-        )
-    assert (code, "mine", "mine") == (told["error"]["code"], told["error"]["request_id"], told["request_id"])
+        ) == (status, "application/json", "mine")
+    assert (told["error"]["code"], told["error"]["request_id"], told["request_id"]) == (code, "mine", "mine")
 
 
 async def test_a_method_that_is_not_allowed_is_told_which_are(client):
     async with client.delete("/work") as response:
-        assert (405, "GET,HEAD") == (response.status, response.headers["allow"])
-        assert "method_not_allowed" == (await response.json())["error"]["code"]
+        assert (response.status, response.headers["allow"]) == (405, "GET,HEAD")
+        assert (await response.json())["error"]["code"] == "method_not_allowed"
 
 
 async def test_what_went_well_gets_an_id(client):
     async with client.get("/work", headers={"x-request-id": "mine"}) as response:
-        assert (200, "mine") == (response.status, response.headers["x-request-id"])
+        assert (response.status, response.headers["x-request-id"]) == (200, "mine")
 
 
 def test_a_client_that_was_too_slow_is_hung_up_on():
     response = error_response(request_timeout("Too slow."), "r")
-    assert (408, False) == (response.status, response.keep_alive)
-    assert "request_timeout" == json.loads(response.body)["error"]["code"]
+    assert (response.status, response.keep_alive) == (408, False)
+    assert json.loads(response.body)["error"]["code"] == "request_timeout"

@@ -103,7 +103,7 @@ async def answers(reader, *expected):
     for body in expected:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        assert body == await reader.readexactly(length)
+        assert await reader.readexactly(length) == body
 
 
 async def test_usual_requests_go_past_the_router_and_others_through_it(start):
@@ -126,7 +126,7 @@ async def test_a_connection_is_kept_whoever_serves_it(start):
     ):
         writer.write(request)
         await answers(reader, body)
-    assert (1, 0) == (served.runner.connected(), served.runner.busy())
+    assert (served.runner.connected(), served.runner.busy()) == (1, 0)
     writer.close()
 
 
@@ -211,7 +211,7 @@ async def test_what_is_no_request_is_answered_in_the_envelope_and_hung_up_on(sta
     assert b"application/json" in head
     assert told["error"]["code"] == "bad_request"
     assert told["request_id"].encode() in head
-    assert [400] == served.refused
+    assert served.refused == [400]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ async def test_a_bug_is_answered_in_the_envelope(start, caplog):
     served = await start()
     got = await served.asked(GET.replace(b"/work", b"/bug"))
     assert b" 500 Internal Server Error\r\n" in got
-    assert "internal_error" == json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"]
+    assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "internal_error"
     assert b"a bug" not in got
     assert "handler failed" in caplog.text
 
@@ -243,13 +243,13 @@ async def test_half_a_head_is_given_up(start, half):
     served = await start(header_timeout_s=0.05)
     got = await served.asked(half)
     assert b" 408 Request Timeout\r\n" in got
-    assert [408] == served.refused
-    assert "request_timeout" == json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"]
+    assert served.refused == [408]
+    assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
 
 
 async def test_no_head_at_all_is_hung_up_on_without_a_word(start):
     served = await start(header_timeout_s=0.05)
-    assert b"" == await served.asked(b"")
+    assert await served.asked(b"") == b""
 
 
 @pytest.mark.parametrize(("request_", "body"), [(GET, b"fine"), (POST, b"chat {}")])
@@ -268,7 +268,7 @@ async def test_a_client_that_hangs_up_cancels_its_handler(start):
     _, writer = await served.connect()
     writer.write(POST.replace(b"{}", b"[]"))
     await asyncio.wait_for(served.begun.wait(), 5)
-    assert 1 == served.runner.busy()
+    assert served.runner.busy() == 1
     writer.transport.abort()
     await asyncio.wait_for(served.cancelled.wait(), 5)
 
@@ -282,7 +282,7 @@ async def test_at_the_end_idle_connections_are_closed_and_busy_ones_interrupted(
     writer.write(POST.replace(b"{}", b"[]"))
     await asyncio.wait_for(served.begun.wait(), 5)
     served.runner.close_idle()
-    assert b"" == await asyncio.wait_for(idle.read(-1), 5)
+    assert await asyncio.wait_for(idle.read(-1), 5) == b""
     assert not served.cancelled.is_set()
     served.runner.interrupt()
     await asyncio.wait_for(served.cancelled.wait(), 5)
@@ -324,7 +324,7 @@ async def test_a_target_that_can_not_be_read_parks_no_connection(start, target, 
     served = await start(usual=usual)
     got = await served.asked(GET.replace(b"/work", target))
     assert got.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
-    assert "bad_request" == json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"]
+    assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
 
 
 async def test_without_chat_every_request_is_the_applications(start):

@@ -52,7 +52,7 @@ def tcp6(source, port):
     ],
 )
 async def test_version_1(line, expected):
-    assert expected == await read(line)
+    assert await read(line) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ async def test_version_1(line, expected):
     ],
 )
 async def test_version_2(header, expected):
-    assert expected == await read(header)
+    assert await read(header) == expected
 
 
 @pytest.mark.parametrize(

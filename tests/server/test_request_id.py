@@ -16,8 +16,8 @@ def test_else_it_is_made(given):
     request = make_mocked_request("GET", "/", headers={} if given is None else {"x-request-id": given})
     made = request_id_of(request)
     assert re.fullmatch(r"req_[0-9a-f]{24}", made)
-    assert made == request_id_of(request)
+    assert request_id_of(request) == made
 
 
 def test_no_two_are_the_same():
-    assert 100 == len({request_id_of(make_mocked_request("GET", "/")) for _ in range(100)})
+    assert len({request_id_of(make_mocked_request("GET", "/")) for _ in range(100)}) == 100

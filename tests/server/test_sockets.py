@@ -32,7 +32,7 @@ def test_a_port(opened):
     sock = opened("127.0.0.1:0")
     assert connects(sock)
     assert not sock.getblocking()
-    assert f"127.0.0.1:{sock.getsockname()[1]}" == name_of(sock)
+    assert name_of(sock) == f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 def test_ipv6(opened):
@@ -40,7 +40,7 @@ def test_ipv6(opened):
         pytest.skip("no IPv6 here")
     sock = opened("[::1]:0")
     assert connects(sock)
-    assert f"[::1]:{sock.getsockname()[1]}" == name_of(sock)
+    assert name_of(sock) == f"[::1]:{sock.getsockname()[1]}"
 
 
 def test_every_interface(opened):
@@ -55,7 +55,7 @@ def test_a_port_that_is_taken(opened):
 
 def test_workers_share_a_port(stack):
     socks = [stack.enter_context(closing(sock)) for sock in listen_shared("127.0.0.1:0", 3)]
-    assert 1 == len({sock.getsockname() for sock in socks})
+    assert len({sock.getsockname() for sock in socks}) == 1
     assert all(connects(sock) for sock in socks)
 
 
@@ -69,7 +69,7 @@ def test_a_unix_socket(opened, tmp_path):
     address = f"unix:{tmp_path}/s"
     sock = opened(address)
     assert connects(sock)
-    assert address == name_of(sock)
+    assert name_of(sock) == address
 
 
 def test_workers_have_one_unix_socket(stack, tmp_path):
@@ -96,4 +96,4 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
     (tmp_path / "s").write_text("mine")
     with pytest.raises(OSError, match="in use"):
         listen(f"unix:{tmp_path}/s")
-    assert "mine" == (tmp_path / "s").read_text()
+    assert (tmp_path / "s").read_text() == "mine"

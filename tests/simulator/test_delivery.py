@@ -35,7 +35,7 @@ async def test_tokens_take_their_time(sdk, stream):
         model="sim/tokens-21?ttft=0.1&tps=100", messages=[{"role": "user", "content": "hi"}], stream=stream
     )
     if stream:
-        assert 23 == len([chunk async for chunk in answer])
+        assert len([chunk async for chunk in answer]) == 23
     assert 0.3 <= loop.time() - start_s < 3
 
 
@@ -63,7 +63,7 @@ async def test_a_client_that_goes_ends_the_stream_at_once(wire, simulator):
     async with asyncio.timeout(5):
         while entry.ended == "open":
             await asyncio.sleep(0)
-    assert ("client_closed", True, 0) == (entry.ended, entry.tokens < 200, simulator.history.open_streams)
+    assert (entry.ended, entry.tokens < 200, simulator.history.open_streams) == ("client_closed", True, 0)
 
 
 async def test_a_client_that_does_not_read_holds_the_stream_up(wire, simulator):
@@ -78,13 +78,13 @@ async def test_a_client_that_does_not_read_holds_the_stream_up(wire, simulator):
         seen = entries[-1].tokens
         for _ in range(1000):
             await asyncio.sleep(0)
-    assert ("open", True) == (entries[-1].ended, seen < 4 * 32_768)
+    assert (entries[-1].ended, seen < 4 * 32_768) == ("open", True)
 
 
 async def test_a_connection_is_kept_for_the_next_request(wire):
     for _ in range(3):
         wire.ask(model="sim/fast", stream=True)
-        assert 200 == (await wire.until(b"\r\n0\r\n\r\n")).status
+        assert (await wire.until(b"\r\n0\r\n\r\n")).status == 200
     wire.ask(model="sim/fast", stream=True, headers={"connection": "close"})
     answer = await wire.to_the_end()
-    assert (True, True) == (b"connection: close" in answer.head, answer.body.endswith(b"\r\n0\r\n\r\n"))
+    assert (b"connection: close" in answer.head, answer.body.endswith(b"\r\n0\r\n\r\n")) == (True, True)

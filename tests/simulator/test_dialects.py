@@ -106,7 +106,7 @@ async def test_where_a_stream_reports(http, dialect):
 
 async def test_azure_begins_with_filter_results_and_no_choices(http):
     first = (await stream(http, "azure"))[0]
-    assert ([], 0) == (first["choices"], first["prompt_filter_results"][0]["prompt_index"])
+    assert (first["choices"], first["prompt_filter_results"][0]["prompt_index"]) == ([], 0)
 
 
 async def test_azure_has_filter_results_beside_each_text(http):
@@ -139,7 +139,7 @@ async def test_hidden_thoughts_are_hidden(http, dialect):
 async def test_what_comes_before_an_answer(http):
     _, streamed = await post(http, "deepseek", stream=True)
     _, unstreamed = await post(http, "deepseek")
-    assert (True, True) == (streamed.startswith(b": keep-alive\n\n"), unstreamed.startswith(b"\n\n{"))
+    assert (streamed.startswith(b": keep-alive\n\n"), unstreamed.startswith(b"\n\n{")) == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ async def test_what_comes_before_an_answer(http):
 )
 async def test_a_cap_is_read_under_the_dialects_names(http, dialect, cap, made):
     answer = await whole(http, dialect, **{cap: 5})
-    assert made == answer["usage"]["completion_tokens"]
+    assert answer["usage"]["completion_tokens"] == made
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ async def test_a_cap_is_read_under_the_dialects_names(http, dialect, cap, made):
 async def test_a_field_is_refused(http, dialect, field, status):
     body = {"model": f"sim/dialect-{dialect}+fast", "messages": HELLO, **field}
     async with http.post("/v1/chat/completions", json=body) as answer:
-        assert status == answer.status
+        assert answer.status == status
 
 
 ERRORS = [
@@ -187,7 +187,7 @@ async def test_errors(http, dialect, kind, status, path, value):
         found = json.loads(await answer.read())
     for step in path:
         found = found[step]
-    assert (status, value) == (answer.status, found)
+    assert (answer.status, found) == (status, value)
 
 
 BILLS = {  # prompt, of it cached, and all that was made
@@ -203,4 +203,4 @@ BILLS = {  # prompt, of it cached, and all that was made
 async def test_the_bill(http, simulator, dialect, fields):
     await post(http, dialect, **fields)
     (entry,) = simulator.history.requests
-    assert BILLS[dialect] == tuple(entry.billed.values())
+    assert tuple(entry.billed.values()) == BILLS[dialect]

@@ -28,8 +28,8 @@ async def test_an_error_of_any_status(http, status):
         "/v1/chat/completions", json={"model": f"sim/error-{status}", "messages": [{"role": "user", "content": "x"}]}
     ) as answer:
         body = json.loads(await answer.read())
-    assert (status, "application/json") == (answer.status, answer.content_type)
-    assert ["message", "type", "param", "code"] == list(body["error"])
+    assert (answer.status, answer.content_type) == (status, "application/json")
+    assert list(body["error"]) == ["message", "type", "param", "code"]
     assert (status in {429, 503, 529}) == ("retry-after" in answer.headers)
 
 
@@ -38,19 +38,19 @@ async def test_the_sdk_knows_the_errors(sdk):
         await sdk.chat.completions.create(
             model="sim/error-429?retry_after=7", messages=[{"role": "user", "content": "x"}]
         )
-    assert ("7", "rate_limit_exceeded") == (caught.value.response.headers["retry-after"], caught.value.code)
+    assert (caught.value.response.headers["retry-after"], caught.value.code) == ("7", "rate_limit_exceeded")
 
 
 async def test_refuse_closes_without_an_answer(wire, simulator):
     wire.ask(model="sim/refuse")
     answer = await wire.to_the_end()
-    assert ([], None, "broken") == (answer.reads, answer.broken, await ended(simulator))
+    assert (answer.reads, answer.broken, await ended(simulator)) == ([], None, "broken")
 
 
 async def test_reset_resets(wire, simulator):
     wire.ask(model="sim/reset")
     answer = await wire.to_the_end()
-    assert ([], ConnectionResetError, "broken") == (answer.reads, answer.broken, await ended(simulator))
+    assert (answer.reads, answer.broken, await ended(simulator)) == ([], ConnectionResetError, "broken")
 
 
 @pytest.mark.parametrize("model, head", [("sim/stall-head", 0), ("sim/stall", 200)])
@@ -60,9 +60,9 @@ async def test_a_stall_lasts_until_the_client_goes(wire, simulator, model, head,
     while not simulator.history.open_requests:
         await asyncio.sleep(0)
     if head:
-        assert b"" == (await wire.until(b"\r\n\r\n")).body
+        assert (await wire.until(b"\r\n\r\n")).body == b""
     wire.writer.close()
-    assert ("client_closed", 0) == (await ended(simulator), simulator.history.requests[-1].tokens)
+    assert (await ended(simulator), simulator.history.requests[-1].tokens) == ("client_closed", 0)
 
 
 async def test_stall_mid_falls_silent_after_so_many_events(wire, simulator):
@@ -73,7 +73,7 @@ async def test_stall_mid_falls_silent_after_so_many_events(wire, simulator):
     while simulator.history.requests[-1].events < 2:
         await asyncio.sleep(0)
     wire.writer.close()
-    assert "client_closed" == await ended(simulator)
+    assert await ended(simulator) == "client_closed"
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ async def test_stall_mid_falls_silent_after_so_many_events(wire, simulator):
 async def test_a_stream_that_dies_is_not_finished(wire, simulator, model, broken):
     wire.ask(model=model, stream=True, messages=[{"role": "user", "content": "300 tokens"}])
     answer = await wire.to_the_end()
-    assert (broken, False, False) == (answer.broken, answer.body.endswith(b"0\r\n\r\n"), DONE in answer.body)
-    assert "broken" == await ended(simulator)
+    assert (answer.broken, answer.body.endswith(b"0\r\n\r\n"), DONE in answer.body) == (broken, False, False)
+    assert await ended(simulator) == "broken"
     if broken is None:
-        assert 3 == len(data_events(answer.content))
+        assert len(data_events(answer.content)) == 3
 
 
 async def test_a_unary_answer_that_dies_is_half(wire):
@@ -99,20 +99,20 @@ async def test_an_error_in_the_middle_is_openrouters(wire):
     wire.ask(model="sim/fast+error-mid-stream?after=1", stream=True)
     answer = await wire.until(b"0\r\n\r\n")
     opening, error = (json.loads(event.removeprefix(b"data: ")) for event in data_events(answer.content))
-    assert (502, "error", False) == (
+    assert (
         error["error"]["code"],
         error["choices"][0]["finish_reason"],
         DONE in answer.content,
-    )
+    ) == (502, "error", False)
     assert opening["id"] == error["id"]
 
 
 async def test_an_early_end_is_clean_but_has_no_done(wire):
     wire.ask(model="sim/fast+end-early?after=4", stream=True, stream_options={"include_usage": True})
     answer = await wire.until(b"\r\n0\r\n\r\n")
-    assert (4, False) == (len(data_events(answer.content)), DONE in answer.content)
+    assert (len(data_events(answer.content)), DONE in answer.content) == (4, False)
     wire.ask(model="sim/fast")
-    assert 200 == (await wire.until(b'"fp_simulated01"}')).status
+    assert (await wire.until(b'"fp_simulated01"}')).status == 200
 
 
 async def test_a_bad_chunk_is_no_chunk(wire):
@@ -125,7 +125,7 @@ async def test_a_burst_is_one_write(wire):
     wire.ask(model="sim/fast+burst?tokens=20", stream=True)
     answer = await wire.until(b"\r\n0\r\n\r\n")
     held = [read for read in answer.reads if b"data: {" in read]
-    assert (1, 22) == (len(held), len(data_events(answer.content)))
+    assert (len(held), len(data_events(answer.content))) == (1, 22)
 
 
 async def test_split_cuts_everywhere_but_loses_nothing(wire):
@@ -146,19 +146,19 @@ async def test_split_cuts_everywhere_but_loses_nothing(wire):
 async def test_a_split_unary_answer_is_whole(http):
     body = {"model": "sim/fast+split+unicode", "messages": [{"role": "user", "content": "x"}]}
     async with http.post("/v1/chat/completions", json=body) as answer:
-        assert "stop" == json.loads(await answer.read())["choices"][0]["finish_reason"]
+        assert json.loads(await answer.read())["choices"][0]["finish_reason"] == "stop"
 
 
 async def test_line_ends_can_be_cr_lf(wire):
     wire.ask(model="sim/fast+crlf", stream=True)
     content = (await wire.until(b"\r\n0\r\n\r\n")).content
-    assert (0, True) == (content.replace(b"\r\n", b"").count(b"\n"), content.endswith(b"data: [DONE]\r\n\r\n"))
+    assert (content.replace(b"\r\n", b"").count(b"\n"), content.endswith(b"data: [DONE]\r\n\r\n")) == (0, True)
 
 
 async def test_comments_come_between_events(wire):
     wire.ask(model="sim/fast+comments?tokens=8", stream=True)
     content = (await wire.until(b"\r\n0\r\n\r\n")).content
-    assert (3, 10) == (content.count(b": OPENROUTER PROCESSING\n\n"), len(data_events(content)))
+    assert (content.count(b": OPENROUTER PROCESSING\n\n"), len(data_events(content))) == (3, 10)
 
 
 async def test_ids_come_with_events_and_alone(wire):
@@ -170,14 +170,14 @@ async def test_ids_come_with_events_and_alone(wire):
 async def test_a_byte_order_mark_begins_the_stream(wire):
     wire.ask(model="sim/fast+bom", stream=True)
     content = (await wire.until(b"\r\n0\r\n\r\n")).content
-    assert (True, 1) == (content.startswith(b"\xef\xbb\xbfdata: {"), content.count(b"\xef\xbb\xbf"))
+    assert (content.startswith(b"\xef\xbb\xbfdata: {"), content.count(b"\xef\xbb\xbf")) == (True, 1)
 
 
 async def test_a_huge_event_is_as_large_as_asked(wire):
     wire.ask(model="sim/fast+huge-event?bytes=300000", stream=True)
     content = (await wire.until(b"\r\n0\r\n\r\n")).content
-    assert 300_000 == max(len(event) + 2 for event in data_events(content))
-    assert {"x"} == set(json.loads(data_events(content)[2][6:])["padding"])
+    assert max(len(event) + 2 for event in data_events(content)) == 300_000
+    assert set(json.loads(data_events(content)[2][6:])["padding"]) == {"x"}
 
 
 async def test_gzip_is_flushed_at_every_event(wire):
@@ -191,16 +191,18 @@ async def test_gzip_is_flushed_at_every_event(wire):
 async def test_gzip_of_a_unary_answer(http):
     body = {"model": "sim/fast+gzip", "messages": [{"role": "user", "content": "x"}]}
     async with http.post("/v1/chat/completions", json=body) as answer:
-        assert "chat.completion" == json.loads(gzip.decompress(await answer.read()))["object"]
+        assert json.loads(gzip.decompress(await answer.read()))["object"] == "chat.completion"
 
 
 @pytest.mark.parametrize("model, version", [("sim/fast+eof-delimited", "1.1"), ("sim/fast", "1.0")])
 async def test_a_body_can_end_with_the_connection(wire, model, version):
     wire.ask(version=version, model=model, stream=True)
     answer = await wire.to_the_end()
-    assert (None, True) == (answer.broken, answer.body.endswith(DONE))
-    assert (False, False, True) == tuple(
-        word in answer.head for word in (b"transfer-encoding", b"content-length", b"connection: close")
+    assert (answer.broken, answer.body.endswith(DONE)) == (None, True)
+    assert tuple(word in answer.head for word in (b"transfer-encoding", b"content-length", b"connection: close")) == (
+        False,
+        False,
+        True,
     )
 
 
@@ -233,8 +235,8 @@ async def test_answers_that_are_no_answers(http, model, stream, status, kind, bo
 async def test_whoever_follows_the_redirect_is_noted(http, simulator):
     asked = {"model": "sim/redirect", "messages": [{"role": "user", "content": "x"}]}
     async with http.post("/v1/chat/completions", json=asked) as answer:
-        assert {"redirected": True} == json.loads(await answer.read())
-    assert "/_sim/redirected" == simulator.history.requests[-1].path
+        assert json.loads(await answer.read()) == {"redirected": True}
+    assert simulator.history.requests[-1].path == "/_sim/redirected"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ async def test_counted_failures(http, model, expected):
     for _ in expected:
         async with http.post("/v1/chat/completions", json=asked, headers={"x-sim-fault": "fast"}) as answer:
             statuses.append(answer.status)
-    assert expected == statuses
+    assert statuses == expected
 
 
 async def usages(wire, model, **fields):
@@ -264,7 +266,7 @@ ASKED = {"stream_options": {"include_usage": True}}
 
 
 async def test_no_usage_is_told_even_if_asked(wire):
-    assert {"absent"} == set(await usages(wire, "sim/fast+no-usage", **ASKED))
+    assert set(await usages(wire, "sim/fast+no-usage", **ASKED)) == {"absent"}
 
 
 @pytest.mark.parametrize(
@@ -272,23 +274,23 @@ async def test_no_usage_is_told_even_if_asked(wire):
 )
 async def test_usage_can_be_a_lie(wire, http, trait, completion):
     model = f"sim/fast+{trait}?tokens=4"
-    assert completion == (await usages(wire, model, **ASKED))[-1]["completion_tokens"]
+    assert (await usages(wire, model, **ASKED))[-1]["completion_tokens"] == completion
     asked = {"model": model, "messages": [{"role": "user", "content": "x"}]}
     async with http.post("/v1/chat/completions", json=asked) as answer:
-        assert completion == json.loads(await answer.read())["usage"]["completion_tokens"]
+        assert json.loads(await answer.read())["usage"]["completion_tokens"] == completion
 
 
 async def test_usage_can_come_early(wire):
     *others, last = await usages(wire, "sim/fast+usage-early?tokens=2", **ASKED)
-    assert ([None, None, None], 2) == (others, last["completion_tokens"])
+    assert (others, last["completion_tokens"]) == ([None, None, None], 2)
 
 
 async def test_usage_can_come_with_every_chunk(wire):
     told = await usages(wire, "sim/fast+usage-every?tokens=3")
-    assert [0, 1, 2, 3, 3] == [usage["completion_tokens"] for usage in told]
+    assert [usage["completion_tokens"] for usage in told] == [0, 1, 2, 3, 3]
 
 
 async def test_a_fault_can_be_asked_for_by_header(wire):
     wire.ask(model="gpt-4o", stream=True, headers={"x-sim-fault": "fast, end-early, after=1, tokens=9"})
     answer = await wire.until(b"\r\n0\r\n\r\n")
-    assert 1 == len(data_events(answer.content))
+    assert len(data_events(answer.content)) == 1

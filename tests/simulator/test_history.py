@@ -17,14 +17,18 @@ async def test_received_requests_can_be_read_and_cleared(http):
     async with http.get("/_sim/requests") as answer:
         (entry,) = json.loads(await answer.read())["requests"]
     assert (body.decode(), json.loads(body)) == (entry["body_text"], entry["body"])
-    assert ("completed", 200, 4, 7, True) == tuple(
-        entry[name] for name in ("ended", "status", "tokens", "events", "stream")
+    assert tuple(entry[name] for name in ("ended", "status", "tokens", "events", "stream")) == (
+        "completed",
+        200,
+        4,
+        7,
+        True,
     )
     assert ["X-Canary", "here"] in entry["headers"]
     async with http.delete("/_sim/requests") as answer:
-        assert 204 == answer.status
+        assert answer.status == 204
     async with http.get("/_sim/requests") as answer:
-        assert {"requests": []} == json.loads(await answer.read())
+        assert json.loads(await answer.read()) == {"requests": []}
 
 
 async def test_stats_tell_what_is_open(wire, http):
@@ -32,44 +36,44 @@ async def test_stats_tell_what_is_open(wire, http):
     await wire.until(b"\r\n\r\n")
     async with http.get("/_sim/stats") as answer:
         stats = json.loads(await answer.read())
-    assert (1, 1, 1) == (stats["open_streams"], stats["open_requests"], stats["totals"]["streams"])
+    assert (stats["open_streams"], stats["open_requests"], stats["totals"]["streams"]) == (1, 1, 1)
 
 
 async def test_models_are_listed_with_what_they_do(sdk):
     models = {model.id: model async for model in sdk.models.list()}
     assert {"gpt-4o", "sim/fast", "sim/die-mid-stream", "sim/error-STATUS"} <= set(models)
     assert "a byte order mark" in models["sim/bom"].description
-    assert "openai/gpt-4o" == (await sdk.models.retrieve("openai/gpt-4o")).id
+    assert (await sdk.models.retrieve("openai/gpt-4o")).id == "openai/gpt-4o"
 
 
 async def test_healthz(http):
     async with http.get("/healthz") as answer:
-        assert (200, {"status": "ok"}) == (answer.status, json.loads(await answer.read()))
+        assert (answer.status, json.loads(await answer.read())) == (200, {"status": "ok"})
 
 
 def test_the_history_forgets_the_oldest():
     history = RequestHistory()
     for _ in range(MAX_REQUESTS + 5):
         history.close(history.open(REQUEST, b"{}"), COMPLETED)
-    assert (MAX_REQUESTS, 5) == (len(history.requests), history.requests[0].number)
-    assert MAX_REQUESTS + 5 == history.totals[COMPLETED]
+    assert (len(history.requests), history.requests[0].number) == (MAX_REQUESTS, 5)
+    assert history.totals[COMPLETED] == MAX_REQUESTS + 5
 
 
 def test_the_journal_keeps_bodies_within_a_bound():
     history = RequestHistory()
     for _ in range(100):
         history.open(REQUEST, b"x" * (MAX_BODY_BYTES + 1))
-    assert MAX_KEPT_BYTES == sum(len(entry.raw_body) for entry in history.requests)
+    assert sum(len(entry.raw_body) for entry in history.requests) == MAX_KEPT_BYTES
 
 
 def test_counts_are_bounded_too():
     history = RequestHistory()
-    assert [1, 2] == [history.count("0"), history.count("0")]
+    assert [history.count("0"), history.count("0")] == [1, 2]
     for name in range(1, MAX_COUNTED + 1):
         history.count(str(name))
-    assert 1 == history.count("0")
+    assert history.count("0") == 1
 
 
 def test_what_is_no_json_is_told_as_text():
     entry = RequestHistory().open(REQUEST, b"\xff{")
-    assert (None, "\ufffd{") == (entry.as_json()["body"], entry.as_json()["body_text"])
+    assert (entry.as_json()["body"], entry.as_json()["body_text"]) == (None, "\ufffd{")

@@ -22,7 +22,7 @@ def test_the_length_is_exact(tokens, unicode):
 
 def test_the_usual_length_is_about_sixty():
     lengths = {len(answer(Random(seed), "hi", None, unicode=False)) for seed in range(100)}
-    assert (True, True) == (min(lengths) >= 60, max(lengths) < 80)
+    assert (min(lengths) >= 60, max(lengths) < 80) == (True, True)
 
 
 def test_a_long_question_is_quoted_in_part():
@@ -38,4 +38,4 @@ def test_silence_gets_an_answer_too():
     "words, expected", [("in 20 words", True), ("use 20 tokens!", True), ("20", False), ("x20 words", False)]
 )
 def test_a_length_can_be_asked_for_in_words(words, expected):
-    assert expected == (20 == len(answer(Random(1), words, None, unicode=False)))
+    assert (len(answer(Random(1), words, None, unicode=False)) == 20) == expected

@@ -14,16 +14,16 @@ async def test_a_unary_answer_has_openais_shape(sdk):
     raw = await sdk.chat.completions.with_raw_response.create(model=FAST, messages=HELLO)
     body = json.loads(raw.content)
     expected = ["id", "object", "created", "model", "choices", "usage", "service_tier", "system_fingerprint"]
-    assert expected == list(body)
-    assert ("chat.completion", FAST, True) == (body["object"], body["model"], body["id"].startswith("chatcmpl-"))
-    assert ["index", "message", "logprobs", "finish_reason"] == list(body["choices"][0])
+    assert list(body) == expected
+    assert (body["object"], body["model"], body["id"].startswith("chatcmpl-")) == ("chat.completion", FAST, True)
+    assert list(body["choices"][0]) == ["index", "message", "logprobs", "finish_reason"]
     assert "Hello there" in body["choices"][0]["message"]["content"]
     assert raw.headers["x-request-id"].startswith("req_")
 
 
 async def test_any_name_without_the_prefix_is_served(sdk):
     answer = await sdk.chat.completions.create(model="gpt-4o", messages=HELLO, extra_headers={"x-sim-fault": "fast"})
-    assert ("gpt-4o", "stop") == (answer.model, answer.choices[0].finish_reason)
+    assert (answer.model, answer.choices[0].finish_reason) == ("gpt-4o", "stop")
 
 
 async def test_usage_counts_a_quarter_of_the_bytes_and_three_a_message(sdk):
@@ -32,36 +32,36 @@ async def test_usage_counts_a_quarter_of_the_bytes_and_three_a_message(sdk):
         {"role": "user", "content": [{"type": "text", "text": "é" * 4}]},
     ]
     answer = await sdk.chat.completions.create(model="sim/fast?tokens=7", messages=messages)
-    assert (2 + 3) + (2 + 3) == answer.usage.prompt_tokens
-    assert (7, 17) == (answer.usage.completion_tokens, answer.usage.total_tokens)
-    assert (0, 0) == (
+    assert answer.usage.prompt_tokens == (2 + 3) + (2 + 3)
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (7, 17)
+    assert (
         answer.usage.prompt_tokens_details.cached_tokens,
         answer.usage.completion_tokens_details.reasoning_tokens,
-    )
+    ) == (0, 0)
 
 
 async def test_a_stream_says_the_role_then_one_token_a_chunk_then_why_it_ended(sdk):
     stream = await sdk.chat.completions.create(model="sim/fast?tokens=4", messages=HELLO, stream=True)
     chunks = [chunk async for chunk in stream]
     first, *middle, last = chunks
-    assert ("assistant", "") == (first.choices[0].delta.role, first.choices[0].delta.content)
-    assert 4 == len([chunk for chunk in middle if chunk.choices[0].delta.content])
-    assert ("stop", None) == (last.choices[0].finish_reason, last.choices[0].delta.content)
-    assert {None} == {chunk.usage for chunk in chunks}
-    assert 1 == len({(chunk.id, chunk.created, chunk.model, chunk.system_fingerprint) for chunk in chunks})
+    assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+    assert len([chunk for chunk in middle if chunk.choices[0].delta.content]) == 4
+    assert (last.choices[0].finish_reason, last.choices[0].delta.content) == ("stop", None)
+    assert {chunk.usage for chunk in chunks} == {None}
+    assert len({(chunk.id, chunk.created, chunk.model, chunk.system_fingerprint) for chunk in chunks}) == 1
 
 
 async def test_chunks_are_openais_to_the_member(http):
     body = {"model": "sim/fast?tokens=1", "messages": HELLO, "stream": True}
     async with http.post("/v1/chat/completions", json=body) as answer:
         events = (await answer.read()).split(b"\n\n")
-    assert ("text/event-stream; charset=utf-8", [b"data: [DONE]", b""]) == (answer.headers["content-type"], events[-2:])
+    assert (answer.headers["content-type"], events[-2:]) == ("text/event-stream; charset=utf-8", [b"data: [DONE]", b""])
     _, content, finish = (json.loads(event.removeprefix(b"data: ")) for event in events[:-2])
     expected = ["id", "object", "created", "model", "service_tier", "system_fingerprint", "choices"]
-    assert expected == list(content)
+    assert list(content) == expected
     delta = {"content": content["choices"][0]["delta"]["content"]}
     assert [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}] == content["choices"]
-    assert [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}] == finish["choices"]
+    assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
 
 
 async def test_usage_comes_in_a_chunk_of_its_own_when_asked_and_is_null_elsewhere(http):
@@ -71,8 +71,8 @@ async def test_usage_comes_in_a_chunk_of_its_own_when_asked_and_is_null_elsewher
     ) as answer:
         events = [json.loads(e.removeprefix(b"data: ")) for e in (await answer.read()).split(b"\n\n")[:-2]]
     *others, usage = events
-    assert {None} == {event["usage"] for event in others}
-    assert ([], 3) == (usage["choices"], usage["usage"]["completion_tokens"])
+    assert {event["usage"] for event in others} == {None}
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 3)
 
 
 async def test_n_answers_are_generated_side_by_side(sdk):
@@ -81,14 +81,14 @@ async def test_n_answers_are_generated_side_by_side(sdk):
     )
     chunks = [chunk async for chunk in stream]
     told = [chunk.choices[0].index for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
-    assert [0, 1, 0, 1, 0, 1] == told
-    assert 6 == chunks[-1].usage.completion_tokens
+    assert told == [0, 1, 0, 1, 0, 1]
+    assert chunks[-1].usage.completion_tokens == 6
 
 
 @pytest.mark.parametrize("cap", ["max_tokens", "max_completion_tokens"])
 async def test_a_cap_ends_with_length(sdk, cap):
     answer = await sdk.chat.completions.create(model=FAST, messages=HELLO, **{cap: 5})
-    assert ("length", 5) == (answer.choices[0].finish_reason, answer.usage.completion_tokens)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 5)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ async def test_a_cap_ends_with_length(sdk, cap):
 async def test_the_length_can_be_asked_for(sdk, model, words, expected):
     messages = [{"role": "user", "content": words}]
     answer = await sdk.chat.completions.create(model=model, messages=messages)
-    assert ("stop", expected) == (answer.choices[0].finish_reason, answer.usage.completion_tokens)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", expected)
 
 
 async def test_stop_ends_before_the_stop_sequence(sdk):
     whole = await sdk.chat.completions.create(model=FAST, messages=HELLO, seed=1)
     stopped = await sdk.chat.completions.create(model=FAST, messages=HELLO, seed=1, stop=["there"])
     expected = whole.choices[0].message.content.partition("there")[0]
-    assert (expected, "stop") == (stopped.choices[0].message.content, stopped.choices[0].finish_reason)
+    assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == (expected, "stop")
 
 
 async def test_the_same_seed_and_messages_give_the_same_bytes(sdk):
@@ -114,7 +114,7 @@ async def test_the_same_seed_and_messages_give_the_same_bytes(sdk):
         return (await sdk.chat.completions.with_raw_response.create(model=FAST, messages=messages, seed=seed)).content
 
     assert await ask(7) == await ask(7)
-    assert 3 == len({await ask(7), await ask(8), await ask(7, "Goodbye")})
+    assert len({await ask(7), await ask(8), await ask(7, "Goodbye")}) == 3
 
 
 async def test_a_stream_and_a_unary_answer_with_one_seed_say_the_same(sdk):
@@ -130,7 +130,7 @@ async def test_logprobs_name_every_token(sdk):
     assert answer.choices[0].message.content == "".join(token.token for token in told)
     stream = await sdk.chat.completions.create(model="sim/fast?tokens=3", messages=HELLO, logprobs=True, stream=True)
     chunks = [chunk async for chunk in stream]
-    assert 3 == sum(len(chunk.choices[0].logprobs.content) for chunk in chunks if chunk.choices[0].logprobs)
+    assert sum(len(chunk.choices[0].logprobs.content) for chunk in chunks if chunk.choices[0].logprobs) == 3
 
 
 async def test_reasoning_comes_first_and_is_counted(sdk):
@@ -140,8 +140,8 @@ async def test_reasoning_comes_first_and_is_counted(sdk):
     assert answer.choices[0].message.reasoning_content
     stream = await sdk.chat.completions.create(model="sim/fast+reasoning?tokens=2", messages=HELLO, stream=True)
     deltas = [chunk.choices[0].delta.model_dump(exclude_none=True) async for chunk in stream]
-    assert [{"role": "assistant"}, {"reasoning_content"}] == [deltas[0], set(deltas[1])]
-    assert [{"content"}, {"content"}, set()] == [set(delta) for delta in deltas[-3:]]
+    assert [deltas[0], set(deltas[1])] == [{"role": "assistant"}, {"reasoning_content"}]
+    assert [set(delta) for delta in deltas[-3:]] == [{"content"}, {"content"}, set()]
 
 
 async def test_cached_tokens_are_reported(sdk):
@@ -185,4 +185,4 @@ async def test_json_mode_answers_json(sdk):
     answer = await sdk.chat.completions.create(
         model=FAST, messages=HELLO, response_format={"type": "json_object"}, stream=False
     )
-    assert "Hello there" == json.loads(answer.choices[0].message.content)["question"]
+    assert json.loads(answer.choices[0].message.content)["question"] == "Hello there"

@@ -76,12 +76,12 @@ async def refusal(http, body, **headers):
 async def test_bad_fields_are_refused_as_openai_does(http, fields, param, code):
     status, error = await refusal(http, {"model": "sim/fast", "messages": HELLO, **fields})
     expected = 404 if code == "model_not_found" else 400
-    assert (expected, "invalid_request_error", param, code) == (
+    assert (
         status,
         error["type"],
         error["param"],
         error["code"],
-    )
+    ) == (expected, "invalid_request_error", param, code)
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,17 @@ async def test_bad_fields_are_refused_as_openai_does(http, fields, param, code):
 )
 async def test_a_body_that_is_no_json_object(http, body):
     status, error = await refusal(http, body)
-    assert (400, True) == (status, error["message"].startswith("We could not parse the JSON body"))
+    assert (status, error["message"].startswith("We could not parse the JSON body")) == (400, True)
 
 
 async def test_fields_that_nobody_knows_yet_are_let_through(http):
     async with http.post(CHAT, json={"model": "sim/fast", "messages": HELLO, "from_the_future": [1]}) as answer:
-        assert 200 == answer.status
+        assert answer.status == 200
 
 
 async def test_an_unknown_fault_header_is_refused(http):
     status, error = await refusal(http, {"model": "m", "messages": HELLO}, **{"x-sim-fault": "no-such"})
-    assert (400, "x-sim-fault") == (status, error["param"])
+    assert (status, error["param"]) == (400, "x-sim-fault")
 
 
 async def test_the_sdk_sees_its_own_error_classes(sdk):
@@ -108,7 +108,7 @@ async def test_the_sdk_sees_its_own_error_classes(sdk):
         await sdk.chat.completions.create(model="sim/fast", messages=HELLO, temperature=3)
     with pytest.raises(openai.NotFoundError) as caught:
         await sdk.chat.completions.create(model="sim/unheard-of", messages=HELLO)
-    assert "model_not_found" == caught.value.code
+    assert caught.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ async def test_the_sdk_sees_its_own_error_classes(sdk):
 async def test_paths_and_methods(http, method, path, status, code):
     async with http.request(method, path) as answer:
         error = json.loads(await answer.read())["error"]
-    assert (status, code) == (answer.status, error["code"])
+    assert (answer.status, error["code"]) == (status, code)
 
 
 @pytest.fixture
@@ -136,9 +136,9 @@ async def strict():
 )
 async def test_a_key_is_asked_for_where_there_is_one(strict, authorization, code):
     status, error = await refusal(strict, {}, **authorization)
-    assert (401, code) == (status, error["code"])
+    assert (status, error["code"]) == (401, code)
     async with strict.get("/v1/models", headers=authorization) as answer:
-        assert 401 == answer.status
+        assert answer.status == 401
 
 
 RIGHT = {"authorization": "Bearer sk-right"}
@@ -146,7 +146,7 @@ RIGHT = {"authorization": "Bearer sk-right"}
 
 async def test_a_body_that_is_too_large(strict):
     status, error = await refusal(strict, b"x" * 2000, **RIGHT)
-    assert (413, "request_too_large") == (status, error["code"])
+    assert (status, error["code"]) == (413, "request_too_large")
 
 
 @pytest.mark.parametrize(
@@ -160,22 +160,22 @@ async def test_a_body_that_is_too_large(strict):
 async def test_openrouter_falls_back_to_the_first_that_serves(strict, model, models, served):
     body = {"model": model, "models": models, "transforms": [], "messages": HELLO}
     async with strict.post(CHAT, json=body, headers=RIGHT) as answer:
-        assert (200, served) == (answer.status, (await answer.json())["model"])
+        assert (answer.status, (await answer.json())["model"]) == (200, served)
 
 
 async def test_when_every_model_fails_the_last_one_is_heard(strict):
     status, _ = await refusal(
         strict, {"model": "sim/error-500", "models": ["sim/error-529"], "messages": HELLO}, **RIGHT
     )
-    assert 529 == status
+    assert status == 529
 
 
 async def test_templates_are_unknown_to_openrouter_too(strict):
     status, error = await refusal(strict, {"model": "m", "template": "t", "messages": HELLO}, **RIGHT)
-    assert (400, "template") == (status, error["param"])
+    assert (status, error["param"]) == (400, "template")
 
 
 async def test_openrouter_can_be_asked_for_by_header(http):
     body = {"model": "sim/error-500", "models": ["sim/fast"], "messages": HELLO}
     async with http.post(CHAT, json=body, headers={"x-sim-kind": "openrouter"}) as answer:
-        assert 200 == answer.status
+        assert answer.status == 200

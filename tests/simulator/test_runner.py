@@ -11,7 +11,7 @@ from meshproxy.simulator import start
 async def test_it_listens_until_it_is_closed():
     running = await start()
     async with ClientSession() as session, session.get(f"{running.base_url}/models") as answer:
-        assert 200 == answer.status
+        assert answer.status == 200
     await running.close()
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(running.host, running.port)
@@ -28,10 +28,10 @@ async def test_closing_cuts_what_is_open(wire, simulator):
     async with asyncio.timeout(5):
         await simulator.close()
         await wire.to_the_end()
-    assert 0 == simulator.history.open_streams
+    assert simulator.history.open_streams == 0
 
 
 async def test_an_ipv6_address_is_written_as_one():
     running = await start("::1")
-    assert f"http://[::1]:{running.port}/v1" == running.base_url
+    assert running.base_url == f"http://[::1]:{running.port}/v1"
     await running.close()

@@ -40,22 +40,22 @@ async def names(sdk, messages, **wanted):
     ],
 )
 async def test_which_tool_is_called(sdk, messages, wanted, expected):
-    assert expected == await names(sdk, messages, **wanted)
+    assert await names(sdk, messages, **wanted) == expected
 
 
 async def test_arguments_fit_the_tools_schema(sdk):
     answer = await sdk.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER])
     call = answer.choices[0].message.tool_calls[0]
     arguments = json.loads(call.function.arguments)
-    assert {"city", "unit"} == set(arguments)
+    assert set(arguments) == {"city", "unit"}
     assert arguments["unit"] in {"celsius", "fahrenheit"}
-    assert ("tool_calls", None) == (answer.choices[0].finish_reason, answer.choices[0].message.content)
+    assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("tool_calls", None)
 
 
 async def test_a_forced_call_finishes_with_stop_as_openais_does(sdk):
     forced = {"type": "function", "function": {"name": "clock"}}
     answer = await sdk.chat.completions.create(model=MODEL, messages=HELLO, tools=[CLOCK], tool_choice=forced)
-    assert "stop" == answer.choices[0].finish_reason
+    assert answer.choices[0].finish_reason == "stop"
 
 
 async def test_arguments_are_streamed_in_pieces_that_the_sdk_puts_together(sdk):
@@ -65,15 +65,15 @@ async def test_arguments_are_streamed_in_pieces_that_the_sdk_puts_together(sdk):
         pieces = [event async for event in stream if event.type == "tool_calls.function.arguments.delta"]
         final = await stream.get_final_completion()
     call = final.choices[0].message.tool_calls[0]
-    assert {"city", "unit"} == set(json.loads(call.function.arguments))
-    assert (True, "get_weather", "tool_calls") == (
+    assert set(json.loads(call.function.arguments)) == {"city", "unit"}
+    assert (
         call.id.startswith("call_"),
         call.function.name,
         final.choices[0].finish_reason,
-    )
+    ) == (True, "get_weather", "tool_calls")
     assert len(pieces) == final.usage.completion_tokens + 1
 
 
 async def test_a_cap_cuts_arguments_short(sdk):
     answer = await sdk.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER], max_tokens=2)
-    assert ("length", 2) == (answer.choices[0].finish_reason, answer.usage.completion_tokens)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 2)

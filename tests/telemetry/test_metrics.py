@@ -56,7 +56,7 @@ def test_histogram_counts_an_edge_into_its_own_bucket(metrics):
     for value in (0.05, 0.050001, 0.3, 600, 601):
         metrics.request_duration.labels("openai/gpt-4o", "false").observe(value)
     (found,) = series(metrics, "request_duration_seconds").values()
-    assert [1, 2, 2, *[3] * 13, 4, 5] == found.counts
+    assert found.counts == [1, 2, 2, *[3] * 13, 4, 5]
     assert pytest.approx(1201.400001) == found.value
 
 
@@ -65,7 +65,7 @@ def test_histogram_keeps_the_last_trace_of_a_bucket(metrics):
     child.observe_traced(0.011, "f" * 32)
     child.observe_traced(0.012, TRACE)
     (found,) = series(metrics, "time_to_first_token_seconds").values()
-    assert [(1, TRACE, 0.012)] == [(bucket, one.trace_id, one.value) for bucket, one in found.exemplars.items()]
+    assert [(bucket, one.trace_id, one.value) for bucket, one in found.exemplars.items()] == [(1, TRACE, 0.012)]
     assert pytest.approx(time.time(), abs=60) == found.exemplars[1].at
 
 
@@ -112,7 +112,7 @@ def test_hostile_labels_grow_nothing(metrics):
     for _ in range(100_000):
         family = rng.choice(families)
         family.labels(*(rng.randbytes(8).hex() for _ in family.definition.labels))
-    assert before == {family.definition.name: len(family._children) for family in families}
+    assert {family.definition.name: len(family._children) for family in families} == before
 
 
 def test_small_families_start_at_zero(metrics):

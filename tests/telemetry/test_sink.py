@@ -146,7 +146,7 @@ def test_a_line_after_close_is_dropped_where_the_reader_stands_still(stream, mon
     sink.write(b"one\n", urgent=True)
     sink.close()
     sink.write(b"two\n")
-    assert b"" == stream.getvalue()
+    assert stream.getvalue() == b""
     stream.open.set()
 
 
@@ -175,7 +175,7 @@ def test_a_process_ends_though_the_reader_of_stderr_stands_still(who):
         process.stdout.readline()
         process.stdin.write(b"\n")
         process.stdin.flush()
-        assert 0 == process.wait(10)
+        assert process.wait(10) == 0
 
 
 NOT_BLOCKING = """
@@ -196,4 +196,4 @@ def test_a_stream_that_does_not_block_loses_nothing():
     with subprocess.Popen([sys.executable, "-c", NOT_BLOCKING], **pipes) as process:
         process.stdout.readline()  # far more is written by then than the pipe takes
         _, err = process.communicate(b"\n", timeout=10)
-    assert list(range(10_000)) == [int(line) for line in err.splitlines()]
+    assert [int(line) for line in err.splitlines()] == list(range(10_000))

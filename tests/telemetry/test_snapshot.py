@@ -62,8 +62,8 @@ def test_merge_adds_counters_and_gauges_and_keeps_least_and_greatest():
 def test_merge_adds_histograms_and_takes_the_newest_exemplar():
     merged = merge([decode(worker(lag=[0.001], clock=2)), decode(worker(lag=[0.0005, 9], clock=1))])
     found = histogram(merged)
-    assert ([*[2] * 11, 3], pytest.approx(9.0015)) == (found.counts, found.value)
-    assert {0: f"{2:032x}", 11: f"{1:032x}"} == {bucket: e.trace_id for bucket, e in found.exemplars.items()}
+    assert (found.counts, found.value) == ([*[2] * 11, 3], pytest.approx(9.0015))
+    assert {bucket: e.trace_id for bucket, e in found.exemplars.items()} == {0: f"{2:032x}", 11: f"{1:032x}"}
 
 
 def test_merge_changes_nothing_it_was_given():

@@ -158,9 +158,10 @@ async def test_a_loop_that_raises_is_logged_counted_and_run_again(no_pause):
     with capture_logs() as logs:
         tasks.supervise("pulse", loop)
         await asyncio.wait_for(loop.again.wait(), 5)
-    assert ["pulse", "pulse"] == failed
-    assert [("task_failed", "error", 1), ("task_failed", "error", 2)] == [
-        (line["event"], line["log_level"], line["runs"]) for line in logs
+    assert failed == ["pulse", "pulse"]
+    assert [(line["event"], line["log_level"], line["runs"]) for line in logs] == [
+        ("task_failed", "error", 1),
+        ("task_failed", "error", 2),
     ]
     await tasks.close()
 
@@ -173,7 +174,7 @@ async def test_a_vital_loop_that_keeps_failing_is_named(no_pause, failures, is_v
     tasks = Tasks()
     tasks.supervise("pulse", loop, is_vital=is_vital)
     await asyncio.wait_for(loop.again.wait(), 5)
-    assert expected == tasks.failing
+    assert tasks.failing == expected
     await tasks.close()
 
 
@@ -201,8 +202,8 @@ async def test_pauses_double_up_to_a_bound(monkeypatch):
         patched.setattr("meshproxy.telemetry.tasks.asyncio.sleep", sleep)
         tasks.supervise("pulse", loop)
         await asyncio.wait_for(loop.again.wait(), 5)
-    assert [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0] == pauses[:7]
-    assert {5.0} == set(pauses[6:])
+    assert pauses[:7] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
+    assert set(pauses[6:]) == {5.0}
     await tasks.close()
 
 
@@ -212,7 +213,7 @@ async def test_work_that_returns_is_over():
 
     tasks = Tasks()
     await tasks.supervise("dial", work)
-    assert set() == tasks._supervised
+    assert tasks._supervised == set()
 
 
 async def test_close_ends_what_is_kept():

@@ -112,14 +112,14 @@ async def test_a_span_says_what_a_request_was(traced, collector):
         "meshproxy.usage_source": "reported",
         "meshproxy.cost_usd": float(line["cost_usd"]),
     }
-    assert expected == _plain(span.attributes)
-    assert ("chat openai/gpt-4o", Span.SPAN_KIND_SERVER, Status.STATUS_CODE_UNSET) == (
+    assert _plain(span.attributes) == expected
+    assert (
         span.name,
         span.kind,
         span.status.code,
-    )
+    ) == ("chat openai/gpt-4o", Span.SPAN_KIND_SERVER, Status.STATUS_CODE_UNSET)
     assert line["duration_ms"] == pytest.approx((span.end_time_unix_nano - span.start_time_unix_nano) / 1e6, abs=0.01)
-    assert "meshproxy" == collector.resource["service.name"]
+    assert collector.resource["service.name"] == "meshproxy"
     assert caller.secret.encode() not in collector.bodies[0]
     assert b"Hello there" not in collector.bodies[0]
 
@@ -129,15 +129,15 @@ async def test_it_is_the_child_of_the_callers_span(traced):
     caller = await mesh.key()
     await mesh.chat(caller, headers={"traceparent": SAMPLED, "tracestate": "vendor=1"})
     (span,) = await mesh.spans()
-    assert (TRACE_ID, PARENT_ID, "vendor=1") == (span.trace_id.hex(), span.parent_span_id.hex(), span.trace_state)
-    assert [SAMPLED] == [dict(entry.headers)["traceparent"] for entry in mesh.received]
+    assert (span.trace_id.hex(), span.parent_span_id.hex(), span.trace_state) == (TRACE_ID, PARENT_ID, "vendor=1")
+    assert [dict(entry.headers)["traceparent"] for entry in mesh.received] == [SAMPLED]
 
 
 async def test_a_caller_who_does_not_sample_decides_too(traced):
     mesh = await traced()
     caller = await mesh.key()
     await mesh.chat(caller, headers={"traceparent": UNSAMPLED})
-    assert [] == await mesh.spans()
+    assert await mesh.spans() == []
 
 
 @pytest.mark.parametrize(("sample", "count"), [(0, 0), (1, 1)])
@@ -154,7 +154,7 @@ async def test_a_stream(traced):
     await mesh.stream(caller)
     (span,) = await mesh.spans()
     facts = _plain(span.attributes)
-    assert (True, "completed") == (facts["gen_ai.request.stream"], facts["meshproxy.outcome"])
+    assert (facts["gen_ai.request.stream"], facts["meshproxy.outcome"]) == (True, "completed")
     assert 0 < facts["gen_ai.response.time_to_first_chunk"] < 10
 
 
@@ -163,8 +163,8 @@ async def test_a_refusal_is_the_clients_error(traced):
     await mesh.request("POST", "/v1/chat/completions", json={}, headers={"authorization": "Bearer rsk_nobodys"})
     (span,) = await mesh.spans()
     facts = _plain(span.attributes)
-    assert ("unauthorized", 401) == (facts["error.type"], facts["http.response.status_code"])
-    assert ("chat", Status.STATUS_CODE_UNSET) == (span.name, span.status.code)
+    assert (facts["error.type"], facts["http.response.status_code"]) == ("unauthorized", 401)
+    assert (span.name, span.status.code) == ("chat", Status.STATUS_CODE_UNSET)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -174,7 +174,7 @@ async def test_a_providers_failure_is_an_error_of_the_span(traced, stream):
     await mesh.chat(caller, model="sim/die-mid-stream" if stream else "sim/error-500", stream=stream)
     (span,) = await mesh.spans()
     facts = _plain(span.attributes)
-    assert Status.STATUS_CODE_ERROR == span.status.code
+    assert span.status.code == Status.STATUS_CODE_ERROR
     assert facts["error.type"] == span.status.message == mesh.log.lines[0]["code"]
 
 
@@ -182,7 +182,7 @@ async def test_what_waits_is_sent_at_the_end(collector):
     tracer = open_tracer(Tracing(endpoint=collector.url), "1")
     tracer.span("chat", seconds=1.0, context={}, describe=dict, error="")
     await tracer.close()
-    assert ["chat"] == [span.name for span in collector.spans]
+    assert [span.name for span in collector.spans] == ["chat"]
 
 
 async def test_a_stuck_collector_holds_nobody_up(collector, monkeypatch):
@@ -191,7 +191,7 @@ async def test_a_stuck_collector_holds_nobody_up(collector, monkeypatch):
     tracer.span("chat", seconds=1.0, context={}, describe=dict, error="")
     async with collector.stuck, asyncio.timeout(2):
         await tracer.close()
-        assert [] == collector.bodies
+        assert collector.bodies == []
 
 
 async def test_a_collector_that_is_away_touches_no_request_and_is_told_once(traced, caplog):
@@ -201,7 +201,7 @@ async def test_a_collector_that_is_away_touches_no_request_and_is_told_once(trac
     exporter = provider._active_span_processor._span_processors[0].span_exporter
     exporter._client._shutdown_event.set()  # no second tries
     for _ in range(3):
-        assert 200 == (await mesh.chat(caller)).status
+        assert (await mesh.chat(caller)).status == 200
         await mesh.spans()
     (record,) = [record for record in caplog.records if record.name.startswith("opentelemetry")]
     assert "span" in record.getMessage()
@@ -212,7 +212,7 @@ def test_off_it_imports_nothing():
     code = "import sys, meshproxy.app.worker, meshproxy.cli.command_line; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "opentelemetry.proto", "meshproxy.telemetry.otlp")
-    assert [] == [name for name in run.stdout.split() if name.startswith(ours)]
+    assert [name for name in run.stdout.split() if name.startswith(ours)] == []
 
 
 def test_off_it_is_nothing():
@@ -226,12 +226,12 @@ def test_without_the_extra_a_configuration_that_needs_it_is_unfit(monkeypatch, t
     require_extra(Tracing())
     with pytest.raises(ConfigError) as caught:
         open_tracer(Tracing(endpoint="http://127.0.0.1:4318/v1/traces"), "1")
-    assert [FAULT] == caught.value.faults
+    assert caught.value.faults == [FAULT]
     path = tmp_path / "meshproxy.toml"
     path.write_text('[tracing]\nendpoint = "http://127.0.0.1:4318/v1/traces"\n')
     for command in ("check", "serve"):
-        assert 78 == main([command, "--config", str(path)])
-        assert f"{FAULT} ({path}:2)\n" == capsys.readouterr().err
+        assert main([command, "--config", str(path)]) == 78
+        assert capsys.readouterr().err == f"{FAULT} ({path}:2)\n"
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,4 @@ def test_without_the_extra_a_configuration_that_needs_it_is_unfit(monkeypatch, t
 def test_what_is_no_such_setting_is_told(line, fault):
     with pytest.raises(ConfigError) as caught:
         parse(f"[tracing]\n{line}\n")
-    assert [fault] == caught.value.faults
+    assert caught.value.faults == [fault]

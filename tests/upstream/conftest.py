@@ -138,8 +138,8 @@ async def nothing_left():
     for _ in range(10):  # turns in which closed transports let go of their sockets
         await asyncio.sleep(0)
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    assert [] == left
-    assert set() == open_sockets() - before
+    assert left == []
+    assert open_sockets() - before == set()
 
 
 class Recorder:

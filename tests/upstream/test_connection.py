@@ -30,7 +30,7 @@ async def test_a_connection_is_used_again(serve, provide):
     server = await serve(answered_each)
     provider = provide(server.url)
     bodies = [await (await provider.post("/x", (), b"{}")).read() for _ in range(3)]
-    assert ([b"ok"] * 3, 1) == (bodies, server.connections)
+    assert (bodies, server.connections) == ([b"ok"] * 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ async def test_what_keeps_a_connection(answer, connections, serve, provide):
     server = await serve(script)
     provider = provide(server.url)
     bodies = [await (await provider.post("/x", (), b"{}")).read() for _ in range(2)]
-    assert ([b"ok", b"ok"], connections) == (bodies, server.connections)
+    assert (bodies, server.connections) == ([b"ok", b"ok"], connections)
 
 
 async def test_bytes_on_an_idle_connection_are_never_the_next_answer(serve, provide):
@@ -70,7 +70,7 @@ async def test_bytes_on_an_idle_connection_are_never_the_next_answer(serve, prov
     await (await provider.post("/x", (), b"{}")).read()
     await poisoned.wait()
     poisoned.clear()
-    assert (b"ok", 2) == (await (await provider.post("/x", (), b"{}")).read(), server.connections)
+    assert (await (await provider.post("/x", (), b"{}")).read(), server.connections) == (b"ok", 2)
     await poisoned.wait()
 
 
@@ -87,7 +87,7 @@ async def test_an_idle_connection_that_the_provider_closed_is_not_used(serve, pr
     for expected in (1, 2, 3):
         closed.clear()
         body = await (await provider.post("/x", (), b"{}")).read()
-        assert (b"ok", expected) == (body, server.connections)
+        assert (body, server.connections) == (b"ok", expected)
         await closed.wait()
 
 
@@ -103,7 +103,7 @@ async def test_a_request_that_was_written_is_not_repeated(serve, provide):
     await (await provider.post("/x", (), b"{}")).read()
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/x", (), b"{}")
-    assert (FAILED, 2) == (verdict(caught.value), len(requests))
+    assert (verdict(caught.value), len(requests)) == (FAILED, 2)
 
 
 @pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200", b"HTTP/1.1 100 Continue\r\n\r\n"])
@@ -116,7 +116,7 @@ async def test_lost_before_a_head(begun, end, serve, provide):
     provider = provide((await serve(script)).url)
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/x", (), b"{}")
-    assert FAILED == verdict(caught.value)
+    assert verdict(caught.value) == FAILED
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ async def test_lost_in_a_body(sent, end, outcome, serve, provide, record):
     await sink.begun
     begun.set()
     fault = await sink.over
-    assert (outcome, b"hel") == (fault and verdict(fault), sink.payload)
+    assert (fault and verdict(fault), sink.payload) == (outcome, b"hel")
 
 
 @pytest.mark.parametrize("rest", [b"zz\r\n", b"3\r\nhello\r\n"])
@@ -160,7 +160,7 @@ async def test_a_framing_that_breaks_in_the_body(rest, serve, provide, record):
     response = await provide(server.url).post("/x", (), b"{}")
     sink = record()
     response.relay(sink)
-    assert FAILED == verdict(await sink.over)
+    assert verdict(await sink.over) == FAILED
     await asyncio.gather(*server.tasks)
 
 
@@ -172,7 +172,7 @@ async def test_a_broken_head_closes_the_connection(serve, provide):
     server = await serve(script)
     with pytest.raises(UpstreamError) as caught:
         await provide(server.url).post("/x", (), b"{}")
-    assert FAILED == verdict(caught.value)
+    assert verdict(caught.value) == FAILED
     await asyncio.gather(*server.tasks)
 
 
@@ -184,7 +184,7 @@ async def test_no_head_in_time(serve, provide):
     server = await serve(script)
     with pytest.raises(UpstreamError) as caught:
         await provide(server.url, first_byte_timeout_s=0.05).post("/x", (), b"{}")
-    assert TOO_LATE == verdict(caught.value)
+    assert verdict(caught.value) == TOO_LATE
     await asyncio.gather(*server.tasks)
 
 
@@ -197,7 +197,7 @@ async def test_a_body_that_stalls(serve, provide, record):
     response = await provide(server.url, idle_timeout_s=0.05).post("/x", (), b"{}")
     sink = record()
     response.relay(sink)
-    assert (TOO_LATE, b"hel") == (verdict(await sink.over), sink.payload)
+    assert (verdict(await sink.over), sink.payload) == (TOO_LATE, b"hel")
     await asyncio.gather(*server.tasks)
 
 
@@ -217,10 +217,10 @@ async def test_a_pause_of_ours_is_not_the_providers_silence(serve, provide, reco
     paused.relay(sinks[0])
     paused.pause()
     read.relay(sinks[1])
-    assert TOO_LATE == verdict(await sinks[1].over)
+    assert verdict(await sinks[1].over) == TOO_LATE
     go_on.set()
     paused.resume()
-    assert (None, b"hello") == (await sinks[0].over, sinks[0].payload)
+    assert (await sinks[0].over, sinks[0].payload) == (None, b"hello")
 
 
 async def test_a_body_that_goes_on_has_all_the_time(serve, provide, record):
@@ -244,7 +244,7 @@ async def test_a_body_that_goes_on_has_all_the_time(serve, provide, record):
         with pytest.raises(UpstreamError):
             await (await pacer.post("/pacer", (), b"{}")).read()
         turns.put_nowait(None)
-    assert (None, b"hello wo") == (await sink.over, sink.payload)
+    assert (await sink.over, sink.payload) == (None, b"hello wo")
 
 
 async def test_an_idle_connection_is_closed_after_its_time(serve, provide):
@@ -256,7 +256,7 @@ async def test_an_idle_connection_is_closed_after_its_time(serve, provide):
     provider = provide(server.url, keepalive_s=0.05)
     await (await provider.post("/x", (), b"{}")).read()
     await asyncio.gather(*server.tasks)
-    assert 1 == server.closed
+    assert server.closed == 1
 
 
 async def test_an_answer_before_the_request_was_all_read(serve, provide):
@@ -274,7 +274,7 @@ async def test_an_answer_before_the_request_was_all_read(serve, provide):
     for _ in range(2):
         response = await provider.post("/x", (), b"x" * 16_000_000)
         answers.append((response.status, await response.read()))
-    assert ([(413, b"no")] * 2, 2) == (answers, server.connections)
+    assert (answers, server.connections) == ([(413, b"no")] * 2, 2)
 
 
 async def test_an_answer_compressed_in_a_way_that_is_not_known_is_refused(serve, provide):
@@ -285,7 +285,7 @@ async def test_an_answer_compressed_in_a_way_that_is_not_known_is_refused(serve,
     server = await serve(script)
     with pytest.raises(UpstreamError) as caught:
         await provide(server.url).post("/x", (), b"{}")
-    assert FAILED == verdict(caught.value)
+    assert verdict(caught.value) == FAILED
     await asyncio.gather(*server.tasks)
 
 
@@ -293,7 +293,7 @@ async def test_identity_is_no_compression(serve, provide):
     async def script(conversation):
         await conversation.answer(b"HTTP/1.1 200 OK\r\ncontent-encoding: Identity\r\ncontent-length: 2\r\n\r\nok")
 
-    assert b"ok" == await (await provide((await serve(script)).url).post("/x", (), b"{}")).read()
+    assert await (await provide((await serve(script)).url).post("/x", (), b"{}")).read() == b"ok"
 
 
 async def test_a_cancelled_post_closes_its_connection_at_once(serve, provide):
@@ -311,7 +311,7 @@ async def test_a_cancelled_post_closes_its_connection_at_once(serve, provide):
     with pytest.raises(asyncio.CancelledError):
         await post
     await asyncio.gather(*server.tasks)
-    assert (1, 1) == (server.connections, server.closed)
+    assert (server.connections, server.closed) == (1, 1)
 
 
 async def test_a_post_cancelled_in_the_turn_of_its_answer_leaves_the_connection_to_whoever_has_it_now(serve, provide):
@@ -330,5 +330,5 @@ async def test_a_post_cancelled_in_the_turn_of_its_answer_leaves_the_connection_
     with pytest.raises(asyncio.CancelledError):
         await post
     pool._freed = freed
-    assert b"ok" == await (await provider.post("/x", (), b"{}")).read()
-    assert 1 == server.connections
+    assert await (await provider.post("/x", (), b"{}")).read() == b"ok"
+    assert server.connections == 1

@@ -49,7 +49,7 @@ def trusting(authority):
 )
 def test_addresses(base_url, expected):
     address = BaseUrl(base_url)
-    assert expected == (address.is_tls, address.host, address.port, address.path, address.authority)
+    assert (address.is_tls, address.host, address.port, address.path, address.authority) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,20 +68,20 @@ async def test_a_name_with_addresses_that_refuse_is_reached_at_the_one_that_answ
 
     server = await serve(script)  # on 127.0.0.1 alone; localhost may be ::1 too
     provider = provide(server.url.replace("127.0.0.1", "localhost"))
-    assert b"ok" == await (await provider.post("/x", (), b"{}")).read()
+    assert await (await provider.post("/x", (), b"{}")).read() == b"ok"
 
 
 async def test_a_port_that_refuses(provide, unused_tcp_port):
     with pytest.raises(UpstreamError) as caught:
         await provide(f"http://127.0.0.1:{unused_tcp_port}").post("/x", (), b"{}")
     response = caught.value.response
-    assert (502, "upstream_error", False, True, "The provider can't be reached: the connection was refused.") == (
+    assert (
         response.status,
         response.code,
         response.may_have_run,
         caught.value.safe_to_repeat,
         response.message,
-    )
+    ) == (502, "upstream_error", False, True, "The provider can't be reached: the connection was refused.")
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,11 @@ async def test_a_port_that_refuses(provide, unused_tcp_port):
 )
 def test_failures_are_told_without_the_networks_addresses(error, words):
     fault = unreachable(error)
-    assert (f"The provider can't be reached: {words}.", False, True) == (
+    assert (
         fault.response.message,
         fault.response.may_have_run,
         fault.safe_to_repeat,
-    )
+    ) == (f"The provider can't be reached: {words}.", False, True)
 
 
 async def test_tls(serve, provide, server_ssl, trusting):
@@ -112,7 +112,7 @@ async def test_tls(serve, provide, server_ssl, trusting):
     server = await serve(script, ssl=server_ssl)
     provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
     bodies = [await (await provider.post("/x", (), b"{}")).read() for _ in range(3)]
-    assert ([b"ok"] * 3, ["http/1.1"]) == (bodies, spoken)
+    assert (bodies, spoken) == ([b"ok"] * 3, ["http/1.1"])
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -127,8 +127,8 @@ async def test_the_next_connection_resumes_the_session_of_the_last(serve, provid
     server = await serve(script, ssl=server_ssl)
     provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
     for _ in range(3):
-        assert b"ok" == await (await provider.post("/x", (), b"{}")).read()
-    assert [False, True, True] == resumed
+        assert await (await provider.post("/x", (), b"{}")).read() == b"ok"
+    assert resumed == [False, True, True]
 
 
 @pytest.mark.parametrize("host, trusted", [("localhost", False), ("127.0.0.1", True)])
@@ -140,18 +140,18 @@ async def test_a_certificate_of_an_unknown_authority_or_for_another_name(
     provider = provide(server.url.replace("http://127.0.0.1", f"https://{host}"), ssl_context=context)
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/x", (), b"{}")
-    assert (False, True, True) == (
+    assert (
         caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
         "its certificate isn't valid" in caught.value.response.message,
-    )
+    ) == (False, True, True)
 
 
 async def test_tls_to_a_port_that_speaks_none(serve, provide):
     server = await serve(lambda conversation: conversation.send(b"220 smtp.example ESMTP\r\n"))
     with pytest.raises(UpstreamError) as caught:
         await provide(server.url.replace("http:", "https:")).post("/x", (), b"{}")
-    assert (502, True) == (caught.value.response.status, caught.value.safe_to_repeat)
+    assert (caught.value.response.status, caught.value.safe_to_repeat) == (502, True)
 
 
 async def test_a_handshake_that_never_ends_is_a_connect_timeout(serve, provide):
@@ -159,12 +159,12 @@ async def test_a_handshake_that_never_ends_is_a_connect_timeout(serve, provide):
     with pytest.raises(UpstreamError) as caught:
         await provide(server.url.replace("http:", "https:"), connect_timeout_s=0.1).post("/x", (), b"{}")
     await asyncio.gather(*server.tasks)
-    assert (504, "gateway_timeout", False, True) == (
+    assert (
         caught.value.response.status,
         caught.value.response.code,
         caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
-    )
+    ) == (504, "gateway_timeout", False, True)
 
 
 async def test_a_cancelled_connect_leaves_no_socket(serve, provide):
@@ -182,7 +182,7 @@ async def test_a_cancelled_connect_leaves_no_socket(serve, provide):
     with pytest.raises(asyncio.CancelledError):
         await post
     await asyncio.gather(*server.tasks)
-    assert 0 == len(provider._pool._live)
+    assert len(provider._pool._live) == 0
 
 
 @pytest.mark.parametrize("goodbye, outcome", [(True, None), (False, "upstream_error")])
@@ -208,7 +208,7 @@ async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(
     await sink.begun
     begun.set()
     fault = await sink.over
-    assert (outcome, b"hello") == (fault and fault.response.code, sink.payload)
+    assert (fault and fault.response.code, sink.payload) == (outcome, b"hello")
 
 
 async def test_over_tls_no_connection_is_kept_whose_request_is_still_being_sent(serve, provide, server_ssl, trusting):
@@ -222,8 +222,8 @@ async def test_over_tls_no_connection_is_kept_whose_request_is_still_being_sent(
     provider = provide(url, ssl_context=trusting, first_byte_timeout_s=2)
     for _ in range(2):
         response = await provider.post("/x", (), b"x" * 16_000_000)
-        assert b"ok" == await response.read()
-    assert 2 == server.connections
+        assert await response.read() == b"ok"
+    assert server.connections == 2
 
 
 async def test_a_certificate_that_is_not_trusted_is_told_as_such(serve, provide, server_ssl):
@@ -233,11 +233,11 @@ async def test_a_certificate_that_is_not_trusted_is_told_as_such(serve, provide,
     server = await serve(script, ssl=server_ssl)
     with pytest.raises(UpstreamError) as caught:
         await provide(server.url.replace("http://127.0.0.1", "https://localhost")).post("/x", (), b"{}")
-    assert (Phase.TLS, True) == (caught.value.phase, caught.value.reason.startswith("certificate not valid: "))
+    assert (caught.value.phase, caught.value.reason.startswith("certificate not valid: ")) == (Phase.TLS, True)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL])
 def test_what_this_host_lacks_is_not_the_providers_fault(number):
     fault = unreachable(OSError(number, "out"))
     told = (fault.source, fault.response.code, is_upstream_failure(fault), errno.errorcode[number] in fault.reason)
-    assert (Source.GATEWAY, "overloaded", False, True) == told
+    assert told == (Source.GATEWAY, "overloaded", False, True)

@@ -54,8 +54,8 @@ async def test_no_more_connections_than_the_limit_and_first_come_first_served(se
         await until_waiting(provider, number)
     for _ in posts:
         await script.release_one()
-    assert [b"ok"] * 4 == await asyncio.gather(*posts)
-    assert (["/v1/0", "/v1/1", "/v1/2", "/v1/3"], 1) == (script.order, server.connections)
+    assert await asyncio.gather(*posts) == [b"ok"] * 4
+    assert (script.order, server.connections) == (["/v1/0", "/v1/1", "/v1/2", "/v1/3"], 1)
 
 
 async def test_who_waits_too_long_is_told_that_the_provider_is_not_available(serve, provide, held):
@@ -66,15 +66,15 @@ async def test_who_waits_too_long_is_told_that_the_provider_is_not_available(ser
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/2", (), b"{}")
     response = caught.value.response
-    assert (503, "provider_not_available", 1.0, True) == (
+    assert (
         response.status,
         response.code,
         response.retry_after_s,
         caught.value.safe_to_repeat,
-    )
-    assert 0 == len(provider._pool._waiters)
+    ) == (503, "provider_not_available", 1.0, True)
+    assert len(provider._pool._waiters) == 0
     release.set()
-    assert b"ok" == await first
+    assert await first == b"ok"
 
 
 async def test_who_gives_up_waiting_leaves_the_line(serve, provide, held):
@@ -88,8 +88,8 @@ async def test_who_gives_up_waiting_leaves_the_line(serve, provide, held):
     second.cancel()
     release.set()
     await script.release_one()
-    assert [b"ok", b"ok"] == await asyncio.gather(first, third)
-    assert (True, ["/v1/1", "/v1/3"]) == (second.cancelled(), script.order)
+    assert await asyncio.gather(first, third) == [b"ok", b"ok"]
+    assert (second.cancelled(), script.order) == (True, ["/v1/1", "/v1/3"])
 
 
 async def test_who_gives_up_when_it_is_their_turn_hands_the_connection_on(serve, provide, held, record):
@@ -104,8 +104,8 @@ async def test_who_gives_up_when_it_is_their_turn_hands_the_connection_on(serve,
     response.relay(sink)
     await script.release_one()
     await script.release_one()
-    assert b"ok" == await third
-    assert (True, ["/v1/1", "/v1/3"], 1) == (second.cancelled(), script.order, server.connections)
+    assert await third == b"ok"
+    assert (second.cancelled(), script.order, server.connections) == (True, ["/v1/1", "/v1/3"], 1)
 
 
 async def test_the_slot_of_a_lost_connection_goes_to_the_first_in_line(serve, provide, held):
@@ -118,7 +118,7 @@ async def test_the_slot_of_a_lost_connection_goes_to_the_first_in_line(serve, pr
     await until_waiting(provider, 1)
     first.close()
     await script.release_one()
-    assert (b"ok", 2) == (await second, server.connections)
+    assert (await second, server.connections) == (b"ok", 2)
 
 
 async def test_who_gives_up_with_a_slot_in_hand_hands_the_slot_on(serve, provide, held):
@@ -133,8 +133,8 @@ async def test_who_gives_up_with_a_slot_in_hand_hands_the_slot_on(serve, provide
     waiter.add_done_callback(lambda _: second.cancel())
     first.close()
     await script.release_one()
-    assert (b"ok", 2) == (await third, server.connections)
-    assert (True, 1) == (second.cancelled(), len(pool._live))
+    assert (await third, server.connections) == (b"ok", 2)
+    assert (second.cancelled(), len(pool._live)) == (True, 1)
 
 
 async def test_the_connection_used_last_is_used_first(serve, provide, held):
@@ -158,8 +158,8 @@ async def test_a_connection_that_fails_gives_its_slot_back(provide, unused_tcp_p
     for _ in range(3):
         with pytest.raises(UpstreamError) as caught:
             await provider.post("/x", (), b"{}")
-        assert "upstream_error" == caught.value.response.code
-    assert 0 == len(provider._pool._live)
+        assert caught.value.response.code == "upstream_error"
+    assert len(provider._pool._live) == 0
 
 
 async def test_closing_ends_everything(serve, provide, held, record):
@@ -181,11 +181,13 @@ async def test_closing_ends_everything(serve, provide, held, record):
     outcomes = await asyncio.gather(reading, waiting, return_exceptions=True)
     with pytest.raises(UpstreamError) as caught:
         await provider.post("/4", (), b"{}")
-    assert ["upstream_error", "overloaded", "overloaded"] == [
-        fault.response.code for fault in (*outcomes, caught.value)
+    assert [fault.response.code for fault in (*outcomes, caught.value)] == [
+        "upstream_error",
+        "overloaded",
+        "overloaded",
     ]
-    assert ("fail", "upstream_error") == sink.last
-    assert 0 == len(provider._pool._live)
+    assert sink.last == ("fail", "upstream_error")
+    assert len(provider._pool._live) == 0
 
 
 async def test_closing_while_a_connection_is_made(serve, provide):
@@ -196,4 +198,4 @@ async def test_closing_while_a_connection_is_made(serve, provide):
     await provider.close()
     with pytest.raises(UpstreamError) as caught:
         await post
-    assert ("overloaded", True) == (caught.value.response.code, caught.value.safe_to_repeat)
+    assert (caught.value.response.code, caught.value.safe_to_repeat) == ("overloaded", True)

@@ -52,24 +52,24 @@ async def test_a_request_byte_for_byte(asked, provide):
 
 async def test_without_a_key_there_is_no_authorization(asked, provide):
     await whole(provide(asked.url, api_key=None))
-    assert [False] == [b"authorization" in request for request in asked.requests]
+    assert [b"authorization" in request for request in asked.requests] == [False]
 
 
 async def test_the_configuration_may_say_headers_otherwise(asked, provide):
     await whole(provide(asked.url, api_key=None, headers={"User-Agent": "us", "Authorization": "Basic eA=="}))
-    assert [(True, True, False)] == [
+    assert [
         (b"user-agent: us\r\n" in request, b"authorization: Basic eA==\r\n" in request, b"meshproxy" in request)
         for request in asked.requests
-    ]
+    ] == [(True, True, False)]
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 3_000_000])
 async def test_bodies_of_any_size(size, asked, provide):
     provider = provide(asked.url)
     body = b"x" * size
-    assert [b"ok", b"ok"] == [await whole(provider, body=body) for _ in range(2)]
-    assert [body, body] == [request.partition(b"\r\n\r\n")[2] for request in asked.requests]
-    assert 1 == asked.connections
+    assert [await whole(provider, body=body) for _ in range(2)] == [b"ok", b"ok"]
+    assert [request.partition(b"\r\n\r\n")[2] for request in asked.requests] == [body, body]
+    assert asked.connections == 1
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ async def test_bodies_of_any_size(size, asked, provide):
 async def test_headers_that_are_not_passed_on(name, value, asked, provide):
     with pytest.raises(GatewayError) as caught:
         await whole(provide(asked.url), headers=[("x-fine", "1"), (name, value)])
-    assert (Source.CLIENT, "validation_error", 0) == (
+    assert (
         caught.value.source,
         caught.value.response.code,
         asked.connections,
-    )
+    ) == (Source.CLIENT, "validation_error", 0)
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_settings_that_no_request_could_carry(headers, api_key):
 async def test_paths_that_are_none(path, asked, provide):
     with pytest.raises(ValueError):
         await whole(provide(asked.url), path=path)
-    assert 0 == asked.connections
+    assert asked.connections == 0
 
 
 async def test_many_paths_are_not_all_remembered(asked, provide):
     provider = provide(asked.url)
     for number in range(40):
         await whole(provider, path=f"/{number}")
-    assert (40, 16) == (len(asked.requests), len(provider._heads))
+    assert (len(asked.requests), len(provider._heads)) == (40, 16)
 
 
 async def test_a_redirect_is_an_answer_like_any_other(serve, provide):
@@ -137,7 +137,7 @@ async def test_a_redirect_is_an_answer_like_any_other(serve, provide):
 
     server = await serve(script)
     response = await provide(server.url).post("/x", (), b"{}")
-    assert (308, b"", 1) == (response.status, await response.read(), server.connections)
+    assert (response.status, await response.read(), server.connections) == (308, b"", 1)
 
 
 async def test_several_connections_that_turn_out_dead_are_all_passed_over(asked, provide):
@@ -146,16 +146,16 @@ async def test_several_connections_that_turn_out_dead_are_all_passed_over(asked,
     await asyncio.gather(*(whole(provider) for _ in range(4)))
     for connection in provider._pool._idle:
         connection._transport.abort()
-    assert b"ok" == await whole(provider)
-    assert (5, 5) == (asked.connections, len(asked.requests))
+    assert await whole(provider) == b"ok"
+    assert (asked.connections, len(asked.requests)) == (5, 5)
 
 
 async def test_a_write_that_fails_at_once_is_made_again_on_a_fresh_connection(asked, provide, monkeypatch):
     provider = provide(asked.url)
     await whole(provider)
     monkeypatch.setattr(Connection, "has_unread_input", lambda connection: connection._transport.abort())  # dies unseen
-    assert b"ok" == await whole(provider)
-    assert (2, 2) == (asked.connections, len(asked.requests))
+    assert await whole(provider) == b"ok"
+    assert (asked.connections, len(asked.requests)) == (2, 2)
 
 
 async def test_the_key_is_in_no_fault(serve, provide, unused_tcp_port):
@@ -168,10 +168,10 @@ async def test_the_key_is_in_no_fault(serve, provide, unused_tcp_port):
         with pytest.raises(UpstreamError) as caught:
             await provide(url, connect_timeout_s=0.1).post("/x", (), b"{}")
         words.append(f"{caught.value!r} {caught.value.response} {caught.value.__cause__!r}")
-    assert [False] * 3 == ["canary" in text for text in words]
+    assert ["canary" in text for text in words] == [False] * 3
 
 
 async def test_a_thousand_requests_leave_nothing(asked, provide):
     provider = provide(asked.url, max_connections=8)
     bodies = await asyncio.gather(*(whole(provider) for _ in range(1000)))
-    assert ({b"ok"}, 1000, True) == (set(bodies), len(asked.requests), asked.connections <= 8)
+    assert (set(bodies), len(asked.requests), asked.connections <= 8) == ({b"ok"}, 1000, True)

@@ -16,7 +16,7 @@ async def test_what_came_with_the_head_is_pushed_before_relay_returns(serve, pro
     response = await provide((await serve(script)).url).post("/x", (), b"{}")
     sink = record()
     response.relay(sink)
-    assert [("data", b"hello", None), ("end",)] == sink.calls
+    assert sink.calls == [("data", b"hello", None), ("end",)]
 
 
 async def test_whole_chunks_are_pushed_with_the_frame_they_came_in(serve, provide, record):
@@ -35,7 +35,7 @@ async def test_whole_chunks_are_pushed_with_the_frame_they_came_in(serve, provid
     steps.put_nowait(b"5\r\nworld\r\n0\r\n\r\n")
     await sink.over
     steps.put_nowait(b"")
-    assert [("data", b"hello ", b"5\r\nhello\r\n1\r\n \r\n"), ("data", b"world", None), ("end",)] == sink.calls
+    assert sink.calls == [("data", b"hello ", b"5\r\nhello\r\n1\r\n \r\n"), ("data", b"world", None), ("end",)]
 
 
 async def test_status_and_headers(serve, provide):
@@ -45,13 +45,13 @@ async def test_status_and_headers(serve, provide):
         )
 
     response = await provide((await serve(script)).url).post("/x", (), b"{}")
-    assert (307, "/y", "1", None, b"") == (
+    assert (
         response.status,
         response.header("location"),
         response.header("x-a"),
         response.header("x-b"),
         await response.read(),
-    )
+    ) == (307, "/y", "1", None, b"")
 
 
 async def test_a_response_closed_before_its_end_closes_the_socket_and_is_silent(serve, provide, record):
@@ -69,7 +69,7 @@ async def test_a_response_closed_before_its_end_closes_the_socket_and_is_silent(
     response.pause()
     response.resume()
     await asyncio.gather(*server.tasks)
-    assert ([b"hello"], "data") == ([call[1] for call in sink.calls], sink.last[0])
+    assert ([call[1] for call in sink.calls], sink.last[0]) == ([b"hello"], "data")
 
 
 async def test_a_response_closed_after_its_end_leaves_the_connection_alone(serve, provide):
@@ -84,7 +84,7 @@ async def test_a_response_closed_after_its_end_leaves_the_connection_alone(serve
         await response.read()
         response.close()
         response.pause()
-    assert 1 == server.connections
+    assert server.connections == 1
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -133,7 +133,7 @@ async def test_a_sink_may_pause_from_within_data(serve, provide, record):
 
     sink.data = data
     response.relay(sink)
-    assert (None, total) == (await sink.over, len(sink.payload))
+    assert (await sink.over, len(sink.payload)) == (None, total)
 
 
 async def test_little_is_read_before_someone_takes_the_body(serve, provide, record):
@@ -152,7 +152,7 @@ async def test_little_is_read_before_someone_takes_the_body(serve, provide, reco
     sink = record()
     response.relay(sink)
     await sink.over
-    assert (True, total) == (kept < 1_000_000, len(sink.payload))
+    assert (kept < 1_000_000, len(sink.payload)) == (True, total)
 
 
 async def test_a_failure_before_the_relay_is_told_in_the_relay(serve, provide, record):
@@ -167,7 +167,7 @@ async def test_a_failure_before_the_relay_is_told_in_the_relay(serve, provide, r
         await asyncio.sleep(0)
     sink = record()
     response.relay(sink)
-    assert [("data", b"hello", b"5\r\nhello\r\n"), ("fail", "upstream_error")] == sink.calls
+    assert sink.calls == [("data", b"hello", b"5\r\nhello\r\n"), ("fail", "upstream_error")]
 
 
 @pytest.mark.parametrize("framed", [b"content-length: 3000\r\n\r\n", b"\r\n"])
@@ -180,11 +180,11 @@ async def test_a_body_that_is_read_whole_is_bounded(framed, serve, provide):
     response = await provide(server.url, max_response_bytes=2000).post("/x", (), b"{}")
     with pytest.raises(UpstreamError) as caught:
         await response.read()
-    assert ("upstream_error", True, False) == (
+    assert (
         caught.value.response.code,
         caught.value.response.may_have_run,
         caught.value.safe_to_repeat,
-    )
+    ) == ("upstream_error", True, False)
 
 
 async def test_a_read_that_is_cancelled_closes_the_socket(serve, provide):
@@ -211,20 +211,20 @@ async def test_what_comes_early_can_be_heard_and_is_still_pushed_whole(serve, pr
             await conversation.send(step)
 
     response = await provide((await serve(script)).url).post("/x", (), b"{}")
-    assert ([], True, False) == (response.early_pieces(), response.may_receive_more, response.ended)
+    assert (response.early_pieces(), response.may_receive_more, response.ended) == ([], True, False)
     await response.wait_for_more(0.0)
     steps.put_nowait(b"5\r\nhello\r\n")
     await response.wait_for_more(5.0)
     steps.put_nowait(b"5\r\nworld\r\n")
     await response.wait_for_more(5.0)
-    assert ([b"hello", b"world"], [b"world"]) == (response.early_pieces(), response.early_pieces(1))
+    assert (response.early_pieces(), response.early_pieces(1)) == ([b"hello", b"world"], [b"world"])
     steps.put_nowait(b"0\r\n\r\n")
     await response.wait_for_more(5.0)
-    assert (False, True, None) == (response.may_receive_more, response.ended, response.error)
+    assert (response.may_receive_more, response.ended, response.error) == (False, True, None)
     sink = record()
     response.relay(sink)
     steps.put_nowait(b"")
-    assert (b"helloworld", ("end",)) == (sink.payload, sink.last)
+    assert (sink.payload, sink.last) == (b"helloworld", ("end",))
 
 
 async def test_that_it_broke_off_is_heard(serve, provide):
@@ -236,4 +236,4 @@ async def test_that_it_broke_off_is_heard(serve, provide):
     response = await provide((await serve(script)).url).post("/x", (), b"{}")
     while response.may_receive_more:
         await response.wait_for_more(5.0)
-    assert (True, "upstream_error") == (response.ended, response.error.response.code)
+    assert (response.ended, response.error.response.code) == (True, "upstream_error")
