@@ -256,10 +256,10 @@ class Store:
         self.drop_connections()
         self.flush_scripts()
         until = self.loop.now - LAG_S
-        found = [data for at, data in self._replica if at <= until]
-        if found:
-            self.server.dbs[0]._dict = copy.deepcopy(found[-1])
-        self.loop.trace("store: failed over, %s", "the last second is lost" if found else "nothing is lost")
+        found = next((data for at, data in self._replica if at > until), None)
+        if found is not None:
+            self.server.dbs[0]._dict = found
+        self.loop.trace("store: failed over, %s", "nothing is lost" if found is None else "the last second is lost")
         self._replica.clear()
 
     def _replicate(self) -> None:
@@ -267,7 +267,7 @@ class Store:
         now = self.loop.now
         if not self._replica or now - self._replica[-1][0] >= LAG_S / 10:
             self._replica.append((now, copy.deepcopy(self.server.dbs[0]._dict)))
-            while len(self._replica) > 1 and self._replica[1][0] <= now - LAG_S:
+            while self._replica[0][0] <= now - LAG_S:
                 self._replica.popleft()
 
     # Commands.
