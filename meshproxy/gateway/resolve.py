@@ -17,11 +17,11 @@ from meshproxy.openai.request import (
     MAX_TOKENS,
     STEERING,
     ChatRequest,
-    check_members,
     decode_chat,
     encode_upstream,
     hides_reasoning,
     members_of,
+    request_of,
     with_params,
 )
 from meshproxy.policy.catalog import Candidate, large_enough, with_fees
@@ -264,7 +264,7 @@ async def _decode_large(body: bytes) -> ChatRequest:
     await asyncio.sleep(pause_s)
     members = members_of(body)
     await asyncio.sleep(pause_s)
-    request = check_members(members)
+    request = request_of(members, body)
     await asyncio.sleep(pause_s)
     return request
 

@@ -5,7 +5,8 @@ the number of elements, since checks of very many elements would stall other req
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -97,6 +98,7 @@ _CAP_NAME: Final = re.compile(
     r"max(?:new|output|completion|gen|generated|generation|response)len(?:gth)?"
 )
 MAX_CAP_NAME_CHARS = 32
+MAX_KNOWN_NAMES = 1024  # of other members, for which it is known whether they are caps
 
 # Members of Mesh's own requests that neither the gateway nor a provider reads (Mesh's SDKs, "chat.completions.create").
 UNREAD: Final = frozenset({"async_mode", "cache", "image", "modality"})
@@ -153,7 +155,12 @@ _RESERVED: Final = _OWN | UNREAD | {"stream", "stream_options"}
 
 _MEMBERS: Final = Decoder(dict[str, Raw])
 _COUNT: Final = Decoder(int | None).decode
-_DECODED: Final = DECODERS.keys() | {"messages_raw"}  # what `check_members` knows of a request but caps by other names
+_NOT_PASSED_ON: Final = _OWN | UNREAD
+# The known members of a body, decoded at once. UNSET: absent.
+_Known: Final[Any] = msgspec.defstruct(
+    "_Known", [(name, kind | None | UnsetType, UNSET) for name, kind in FIELDS.items()], gc=False
+)
+_KNOWN: Final = Decoder(_Known)
 _BULK: Final = Decoder(LargeMembers)
 _TEXT: Final = Decoder(str)
 
@@ -205,36 +212,88 @@ class ChatRequest(Struct, frozen=True):
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Decode a request body. Raises the client's GatewayError, 422, with a detail for every bad field."""
-    return check_members(members_of(body))
+    return request_of(members_of(body), body)
 
 
-def check_members(members: Mapping[str, Raw]) -> ChatRequest:
+def request_of(members: Mapping[str, Raw], body: bytes) -> ChatRequest:
     """Check the members of a request and build it; the second half of `decode_chat`."""
+    try:
+        known = _KNOWN.decode(body)
+        fields, caps = _passed_on(members, known)
+    except (msgspec.DecodeError, RecursionError):
+        known = _checked(members)
+        fields, caps = _passed_on(members, known)
+    messages = known.messages or ()
+    if not messages and not known.template:
+        known = _checked(members)  # raises
+    text_only = True
+    for message in messages:
+        if type(message.content) is not str or message.images is not UNSET:
+            text_only = False
+            break
+    return ChatRequest(
+        fields=fields,
+        messages=bytes(members["messages"]) if messages else None,
+        message_count=len(messages),
+        text_only=text_only,
+        model=known.model or None,
+        template=known.template or None,
+        variables=known.variables or {},
+        session_id=None if known.session_id is UNSET else known.session_id,
+        service_tier=None if known.service_tier is UNSET else known.service_tier,
+        stream=known.stream is True,
+        include_usage=bool(known.stream_options) and known.stream_options.include_usage is True,
+        max_tokens=_least_cap(caps),
+        timeout_s=known.timeout or None,
+        n=max(known.n or 1, known.best_of or 1),
+        models=tuple(known.models or ()),
+        transforms=tuple(known.transforms or ()),
+    )
+
+
+def _passed_on(members: Mapping[str, Raw], known: Any) -> tuple[dict[str, Raw], list[int | None]]:
+    """Return the members that are passed on, and every cap on output. Raises a DecodeError for a cap that is no number."""
     fields: dict[str, Raw] = {}
+    caps = [
+        known.max_tokens,
+        known.max_completion_tokens,
+        known.max_output_tokens,
+        known.max_new_tokens,
+        known.n_predict,
+    ]
+    for name, raw in members.items():
+        if name in _NOT_PASSED_ON:
+            continue
+        if name in FIELDS:
+            if getattr(known, name) is None:
+                continue
+        elif len(name) <= MAX_CAP_NAME_CHARS and _is_cap(name):
+            caps.append(_COUNT(raw))
+            continue
+        fields[name] = raw
+    return fields, caps
+
+
+def _checked(members: Mapping[str, Raw]) -> Any:
+    """Decode the known members one by one. Raises the client's GatewayError, 422, with a detail for every bad member.
+
+    A body of which they are all good may still have been refused as a whole: for an earlier value of a repeated name.
+    """
     known: dict[str, Any] = {}
     details: list[Detail] = []
     for name, raw in members.items():
-        decode = DECODERS.get(name) or _cap_decoder(name)
-        if decode is None:
-            if name not in UNREAD:
-                fields[name] = raw
-            continue
         try:
-            value = decode(raw)
+            if name in DECODERS:
+                known[name] = DECODERS[name](raw)
+            elif len(name) <= MAX_CAP_NAME_CHARS and _is_cap(name):
+                _COUNT(raw)
         except (msgspec.DecodeError, RecursionError) as error:
             details.extend(_member_errors(name, raw, error))
-            continue
-        if value is not None:
-            known[name] = value
-            if name not in _OWN:
-                fields[name] = raw
-            elif name == "messages":
-                known["messages_raw"] = raw
-    if not known.get("messages") and "template" not in known:
+    if not known.get("messages") and known.get("template") is None:
         details.extend(_missing_messages(details))
     if details:
         raise _validation_error(details)
-    return _request(fields, known)
+    return _Known(**known)
 
 
 def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatRequest:
@@ -258,7 +317,7 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
             details.append(detail_of(error, ("params", name)))
     if details:
         raise _validation_error(details)
-    cap = request.max_tokens or _least_cap(known)
+    cap = request.max_tokens or _least_cap([known.get(name) for name in CAPS])
     tier = known.get("service_tier") or request.service_tier
     return msgspec.structs.replace(
         request, fields=fields, n=max(known.get("n") or 1, request.n), max_tokens=cap, service_tier=tier
@@ -344,42 +403,19 @@ def _too_long(body: bytes) -> Detail | None:
     return None
 
 
-def _request(fields: dict[str, Raw], known: dict[str, Any]) -> ChatRequest:
-    options = known.get("stream_options")
-    messages = known.get("messages")
-    for name in known.keys() - _DECODED:  # caps by other names
-        del fields[name]
-    return ChatRequest(
-        fields=fields,
-        messages=bytes(known["messages_raw"]) if messages else None,
-        message_count=len(messages or ()),
-        text_only=all(type(message.content) is str and message.images is UNSET for message in messages or ()),
-        model=known.get("model"),
-        template=known.get("template"),
-        variables=known.get("variables") or {},
-        session_id=known.get("session_id"),
-        service_tier=known.get("service_tier"),
-        stream=known.get("stream", False),
-        include_usage=options is not None and options.include_usage is True,
-        max_tokens=_least_cap(known),
-        timeout_s=known.get("timeout"),
-        n=max(known.get("n", 1), known.get("best_of", 1)),
-        models=tuple(known.get("models", ())),
-        transforms=tuple(known.get("transforms", ())),
-    )
+def _least_cap(caps: Iterable[int | UnsetType | None]) -> int | None:
+    """Return the smallest cap; None if there is none. A value below 1 is no cap."""
+    least: int | None = None
+    for cap in caps:
+        if cap and cap >= 1 and (least is None or cap < least):
+            least = cap
+    return None if least is None else min(least, MAX_TOKENS)
 
 
-def _least_cap(known: Mapping[str, Any]) -> int | None:
-    """Return the smallest cap among decoded members, by whatever name; None if there is none."""
-    names = {*CAPS, *(known.keys() - _DECODED)}
-    caps = [known[name] for name in names if known.get(name) is not None and known[name] >= 1]
-    return min(*caps, MAX_TOKENS) if caps else None
-
-
-def _cap_decoder(name: str) -> Callable[[Raw], Any] | None:
-    """Return the decoder of a member that FIELDS doesn't have, if it is named as a cap on output."""
-    is_cap = len(name) <= MAX_CAP_NAME_CHARS and _CAP_NAME.fullmatch(name.replace("_", "").lower()) is not None
-    return _COUNT if is_cap else None
+@lru_cache(MAX_KNOWN_NAMES)
+def _is_cap(name: str) -> bool:
+    """Return whether a member that FIELDS doesn't have is named as a cap on output. For names of bounded length."""
+    return _CAP_NAME.fullmatch(name.replace("_", "").lower()) is not None
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:

@@ -432,6 +432,10 @@ class TestBadInput:
         request = decode_chat(raw_body(b'"max_tokens":1,"max_tokens":2,"x":1,"x":2,"model":"a","mod\\u0065l":"b"'))
         assert (request.max_tokens, request.model, raw_fields(request)) == (2, "b", {"x": b"2"})
 
+    def test_the_first_of_two_members_with_one_name_may_be_invalid(self):
+        request = decode_chat(raw_body(b'"n":"x","n":2,"num_predict":"x","num_predict":5'))
+        assert (request.n, request.max_tokens, raw_fields(request)) == (2, 5, {"n": b"2"})
+
     def test_huge_numbers_of_unknown_fields_pass_as_they_are(self):
         number = b"9" * 10_000
         assert raw_fields(decode_chat(raw_body(b'"x":' + number + b',"y":1e999'))) == {"x": number, "y": b"1e999"}
