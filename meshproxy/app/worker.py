@@ -311,7 +311,7 @@ class Worker:
             return Journal(None, redis.journal_max_bytes)
 
     def _on_op(self, op: str, seconds: float, error: str | None) -> None:
-        self.metrics.ledger_op_duration.labels(op).observe(seconds)
+        self.metrics.ledger_op_duration[(op,)].observe(seconds)
         if error is not None:
             self.metrics.ledger_errors.labels(error).inc()
             self._ledger_log.failed(op, error)

@@ -168,7 +168,7 @@ class Exchange:
     - `may_be_billed`: all of the request was sent to a provider, which hasn't failed.
     - `early_head`: a stream's client side before an answer.
     - `price`: the price that decided the cost.
-    - `denial_response`: the numbers of the provider's report that can't be true.
+    - `refused_numbers`: the numbers of the provider's report that can't be true.
     - `refused_by`: the bucket, budget or bound that refused the request.
     - `response`: the last provider's response whose head has arrived.
     - `secrets`: our secrets that the current upstream knows.
@@ -222,6 +222,10 @@ class Exchange:
     def mask_secrets(self, response: ErrorResponse) -> ErrorResponse:
         """Return an error response without our secrets, in case the provider's message repeats one."""
         return without_secrets(response, self.secrets)
+
+    def mark_streaming(self) -> None:
+        """Record that the head of a stream was sent to the client."""
+        self.phase = "stream"
 
     def mark_sent(self) -> None:
         """Record that all of the request was sent to a provider, which may therefore bill its prompt."""

@@ -205,7 +205,7 @@ class Gateway:
         self, exchange: Exchange, principal: Principal, body: bytes, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
         """Resolve and admit a request, then answer it."""
-        self._recorder.enter(exchange, "resolve")
+        exchange.phase = "resolve"
         if len(body) > LARGE_BYTES:
             async with self.bodies.reading:
                 plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
@@ -213,7 +213,7 @@ class Gateway:
             plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
         if plan.request.timeout_s is not None:
             exchange.limit_to(plan.request.timeout_s)
-        self._recorder.enter(exchange, "admit")
+        exchange.phase = "admit"
         answer = await self._admitter.admit(exchange, plan, principal, active)
         if isinstance(answer, Denial):
             self._recorder.count_denial(answer)
@@ -225,7 +225,7 @@ class Gateway:
         plan = exchange.plan = lease.plan
         if exchange.reservation is not None and plan.prompt.template_bytes > LARGE_BYTES:
             await exchange.reservation.take(len(body) + plan.prompt.template_bytes)
-        self._recorder.enter(exchange, "attempt")
+        exchange.phase = "attempt"
         work = self._respond(exchange, plan, lease, active, downstream)
         if exchange.recording is not None or may_drain(plan, active):
             return await self._detacher.run(exchange, work)
@@ -257,7 +257,7 @@ class Gateway:
         early_head = exchange.early_head = EarlyHead(
             downstream,
             lambda: [*STREAM_HEADERS, *self._own_headers(exchange)],
-            lambda: self._recorder.enter(exchange, "stream"),
+            exchange.mark_streaming,
             self._clock,
         )
         self._live.early_heads.add(early_head)
@@ -317,7 +317,7 @@ class Gateway:
         lease.watch(relay.renewed)
         exchange.status = 200
         if exchange.early_head is None or not exchange.early_head.begun:
-            self._recorder.enter(exchange, "stream")
+            exchange.phase = "stream"
             downstream.begin(
                 [
                     *downstream_headers(response.headers, without=STREAM_HEADERS),

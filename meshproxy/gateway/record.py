@@ -16,7 +16,6 @@ import msgspec
 import structlog
 from msgspec import Struct
 from msgspec.structs import astuple
-from prometheus_client import Counter
 
 from meshproxy.config import Upstream
 from meshproxy.errors import Source, UpstreamError
@@ -245,7 +244,6 @@ class Recorder:
     """Counts and logs the requests of one worker. `clock` is monotonic seconds."""
 
     def __init__(self, metrics: Metrics, request_log: RequestLog, clock: Callable[[], float]) -> None:
-        self.in_flight = 0
         self.spans: Spans | None = None
         self.accounts: AccountMetrics | None = None
         self.failures: deque[Failure] = deque(maxlen=MAX_FAILURES)
@@ -256,28 +254,23 @@ class Recorder:
         self._clock = clock
         self._models: dict[str, _ModelMetrics] = {}
         self._upstreams: dict[tuple[str, str], _UpstreamMetrics] = {}
-        self._requests: dict[tuple[str, int, str], Counter] = {}
-        # Requests in each phase. A scrape reads them, so that a request needn't set gauges.
-        self._phases = dict.fromkeys(PHASES, 0)
-        for phase in PHASES:
-            metrics.in_flight.labels(phase).set_function(partial(self._phases.__getitem__, phase))
+        self._exchanges: set[Exchange] = set()  # in flight
+        for phase in PHASES:  # counted at a scrape, so that a request needn't set gauges
+            metrics.in_flight[(phase,)].set_function(partial(self._count_in, phase))
         self._overhead = {stream: metrics.overhead.labels(stream) for stream in ("true", "false")}
+
+    @property
+    def in_flight(self) -> int:
+        """The number of requests in flight."""
+        return len(self._exchanges)
 
     def begin(self, exchange: Exchange) -> None:
         """Count a request as in flight."""
-        self.in_flight += 1
-        self._phases[exchange.phase] += 1
-
-    def enter(self, exchange: Exchange, phase: str) -> None:
-        """Move a request to another phase."""
-        self._phases[exchange.phase] -= 1
-        exchange.phase = phase
-        self._phases[phase] += 1
+        self._exchanges.add(exchange)
 
     def end(self, exchange: Exchange) -> None:
         """Count and log a request that is over."""
-        self.in_flight -= 1
-        self._phases[exchange.phase] -= 1
+        self._exchanges.discard(exchange)
         now = self._clock()
         stream = "true" if exchange.plan is not None and exchange.plan.request.stream else "false"
         model = exchange.model
@@ -297,7 +290,7 @@ class Recorder:
 
     def shed(self, exchange: Exchange) -> None:
         """Count and log a request that was refused before it counted as in flight."""
-        self._request_counter("none", exchange.status, "false").inc()
+        self._metrics.requests[ROUTE, "none", str(exchange.status), "false"].inc()
         self._metrics.failures.labels("none", exchange.code).inc()
         self._request_log.write(self._line(exchange, "", stream=False, now=self._clock()))
 
@@ -310,7 +303,7 @@ class Recorder:
 
     def attempted(self, upstream: str, code: str) -> None:
         """Count a provider's answer by its status, or by the kind of failure without one."""
-        self._metrics.upstream_requests.labels(upstream, code).inc()
+        self._metrics.upstream_requests[upstream, code].inc()
 
     def attempt_failed(self, exchange: Exchange, candidate: Candidate, error: UpstreamError) -> None:
         """Log a failed attempt and its cause: the status or the operating system's reason, and the provider's message."""
@@ -349,9 +342,9 @@ class Recorder:
 
     def _count(self, exchange: Exchange, model: str, stream: str, now: float) -> None:
         """Count a finished request."""
-        self._request_counter(model, exchange.status, stream).inc()
+        self._metrics.requests[ROUTE, model, str(exchange.status), stream].inc()
         received_at = exchange.call.received_at
-        model_metrics = self._model_metrics(model)
+        model_metrics = self._models.get(model) or self._model_metrics(model)
         model_metrics.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
         if exchange.sent_at and exchange.candidate is not None:
             self._overhead[stream].observe(exchange.overhead_s)
@@ -383,7 +376,7 @@ class Recorder:
             model_metrics.per_token.observe(streaming_s / (exchange.usage.completion - 1))
 
     def _count_usage(self, exchange: Exchange, model_metrics: _ModelMetrics) -> None:
-        self._metrics.settlements.labels(exchange.outcome, exchange.usage_source).inc()
+        self._metrics.settlements[exchange.outcome, exchange.usage_source].inc()
         if exchange.refused_numbers:
             self._refused(exchange)
         if exchange.unlisted_model is not None:
@@ -445,22 +438,16 @@ class Recorder:
             "trace_id": exchange.call.trace_id,
         }
 
-    def _request_counter(self, model: str, status: int, stream: str) -> Counter:
-        key = (model, status, stream)
-        counter = self._requests.get(key)
-        if counter is None:
-            counter = self._requests[key] = self._metrics.requests.labels(ROUTE, model, str(status), stream)
-        return counter
+    def _count_in(self, phase: str) -> int:
+        return sum(exchange.phase == phase for exchange in self._exchanges)
 
     def _upstream_metrics(self, upstream: str, model: str) -> _UpstreamMetrics:
         made = self._upstreams[upstream, model] = _UpstreamMetrics(self._metrics, upstream, model)
         return made
 
     def _model_metrics(self, model: str) -> _ModelMetrics:
-        found = self._models.get(model)
-        if found is None:
-            found = self._models[model] = _ModelMetrics(self._metrics, model)
-        return found
+        made = self._models[model] = _ModelMetrics(self._metrics, model)
+        return made
 
 
 def _without_prompt(exchange: Exchange, message: str) -> str:

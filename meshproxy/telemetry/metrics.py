@@ -5,9 +5,10 @@ families.py.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -18,8 +19,27 @@ from meshproxy.telemetry.families import CLOSED, NONE, OTHER, Definition
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)  # W3C Trace Context, 3.2.2.3
 
 
+class LabelledCounter(Counter):
+    """A counter that isn't checked for its labels at every update: `FamilyOf` gives out only children that have them."""
+
+    def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
+        """Count `amount`, which isn't negative."""
+        if exemplar is not None:
+            super().inc(amount, exemplar)
+        else:
+            self._value.inc(amount)
+
+
 class TracedHistogram(Histogram):
-    """A histogram that can keep the trace id of an observation as an exemplar."""
+    """A histogram that can keep the trace id of an observation as an exemplar. Its labels aren't checked, as above."""
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        """Count one observation."""
+        if exemplar is not None:
+            super().observe(amount, exemplar)
+        else:
+            self._sum.inc(amount)
+            self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
 
     def observe_traced(self, value: float, trace_id: str | None) -> None:
         """Count one observation. A valid W3C trace id (32 hex digits) becomes its bucket's exemplar."""
@@ -27,7 +47,7 @@ class TracedHistogram(Histogram):
         self.observe(value, {"trace_id": trace_id} if traced and trace_id else None)
 
 
-Metric = TypeVar("Metric", Counter, Gauge, TracedHistogram)
+Metric = TypeVar("Metric", LabelledCounter, Gauge, TracedHistogram)
 
 
 class Vocabulary:
@@ -61,19 +81,29 @@ class Vocabulary:
         return product(*(sorted(self._allowed[label]) for label in labels))
 
 
-class FamilyOf(Generic[Metric]):
-    """One family of prometheus-client. The vocabulary admits its label values, so that their number is bounded."""
+class FamilyOf(dict[tuple[str, ...], Metric]):
+    """The children of one family of prometheus-client by their label values, in the definition's order.
+
+    A child is made when it is first looked up. The vocabulary admits its label values, so that their number is bounded.
+    """
 
     def __init__(self, metric: Metric, definition: Definition, vocabulary: Vocabulary) -> None:
+        super().__init__()
         self.definition = definition
         self._metric: Metric = metric
         self._vocabulary = vocabulary
-        self._children: dict[tuple[str, ...], Metric] = {}
         self.preset()
 
+    def __missing__(self, values: tuple[str, ...]) -> Metric:
+        """Return the child of label values that weren't looked up before, or that aren't allowed: then `other`'s."""
+        allowed = self._vocabulary.admit(self.definition.labels, values)
+        if allowed not in self:
+            self[allowed] = self._metric.labels(*allowed) if allowed else self._metric
+        return self[allowed]
+
     def labels(self, *values: str) -> Metric:
-        """Return the child of these label values, in the definition's order."""
-        return self._children.get(values) or self._admitted(values)
+        """Return the child of these label values."""
+        return self[values]
 
     def preset(self) -> None:
         """Create every series of a family that exists from the start."""
@@ -81,14 +111,7 @@ class FamilyOf(Generic[Metric]):
             only = self.definition.only
             for values in self._vocabulary.combinations(self.definition.labels):
                 if not only or values[-1] in only:
-                    self._admitted(values)
-
-    def _admitted(self, values: Sequence[str]) -> Metric:
-        allowed = self._vocabulary.admit(self.definition.labels, values)
-        child = self._children.get(allowed)
-        if child is None:
-            child = self._children[allowed] = self._metric.labels(*allowed) if allowed else self._metric
-        return child
+                    self[values]
 
 
 class Metrics:
@@ -106,7 +129,7 @@ class Metrics:
         self._edges = edges or {}
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._families: list[FamilyOf[Counter] | FamilyOf[Gauge] | FamilyOf[TracedHistogram]] = []
+        self._families: list[FamilyOf[LabelledCounter] | FamilyOf[Gauge] | FamilyOf[TracedHistogram]] = []
         self.build_info = self._gauges(families.BUILD_INFO)
         self.workers = self._gauges(families.WORKERS)
         self.requests = self._counters(families.REQUESTS)
@@ -159,8 +182,8 @@ class Metrics:
         """Encode all counts and the system's figures of this process as msgpack (see exposition.decode)."""
         return encode(await collected(self.registry))
 
-    def _counters(self, definition: Definition) -> FamilyOf[Counter]:
-        return self._family(definition, Counter(*_arguments(definition), registry=self.registry))
+    def _counters(self, definition: Definition) -> FamilyOf[LabelledCounter]:
+        return self._family(definition, LabelledCounter(*_arguments(definition), registry=self.registry))
 
     def _gauges(self, definition: Definition) -> FamilyOf[Gauge]:
         return self._family(definition, Gauge(*_arguments(definition), registry=self.registry))

@@ -58,7 +58,7 @@ def finished():
 async def test_a_request_that_ended(recorded):
     made = finished()
     recorded.recorder.begin(made)
-    recorded.recorder.enter(made, "stream")
+    made.mark_streaming()
     assert (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}')) == (1, 1.0)
     recorded.recorder.end(made)
     assert (recorded.recorder.in_flight, await recorded.value('in_flight_requests{phase="stream"}')) == (0, 0.0)
@@ -148,7 +148,7 @@ async def test_a_client_that_hung_up(recorded):
     made = finished()
     made.outcome = "client_disconnected"
     recorded.recorder.begin(made)
-    recorded.recorder.enter(made, "stream")
+    made.mark_streaming()
     recorded.recorder.end(made)
     assert await recorded.value('client_disconnects_total{phase="stream"}') == 1
 

@@ -108,11 +108,11 @@ def test_hostile_labels_grow_nothing(metrics):
     junk = ["other", "none", "", "\n", "x" * 9]
     for family in families:
         family.labels(*junk[:1] * len(family.definition.labels))
-    before = {family.definition.name: len(family._children) for family in families}
+    before = {family.definition.name: len(family) for family in families}
     for _ in range(100_000):
         family = rng.choice(families)
         family.labels(*(rng.randbytes(8).hex() for _ in family.definition.labels))
-    assert {family.definition.name: len(family._children) for family in families} == before
+    assert {family.definition.name: len(family) for family in families} == before
 
 
 def test_small_families_start_at_zero(metrics):
