@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md: types, bounds and defaults from the typed settings, words from config.example.toml's comments.
+"""Write docs/configuration.md: types, bounds and defaults from the typed settings, descriptions from config.example.toml.
 
 `make docs` runs it; tests/docs/test_configuration_doc.py fails when the page is not what it would write.
 """
@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from meshproxy import config
-from meshproxy.config.settings import MOST
+from meshproxy.config.settings import MAX_INT
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.toml"
@@ -39,48 +39,56 @@ SECTIONS: dict[str, type[Struct]] = {
     'models."ID".price_tiers': config.PriceTier,
     'models."ID".service_tiers.NAME': config.ServiceTier,
 }
-# Where the example's comment stands above the key, or says only what the tables here say anyway.
-WORDS = {
-    "defaults.model": "for requests that name none, with a key and a template that name none; `[models]` should have it",
-    "defaults.requests_per_minute": "of a key without its own",
-    "defaults.tokens_per_minute": "of a key without its own",
-    "log.format": "one JSON object a line for machines, or coloured lines for people",
-    "log.level": "what is less urgent isn't logged",
+# For keys whose comment in the example stands above them or is too short for this page.
+DESCRIPTIONS = {
+    "defaults.model": "the model of a request if neither it nor its key or template names one; it should be in "
+    "`[models]`",
+    "defaults.requests_per_minute": "limit of a key that has none of its own",
+    "defaults.tokens_per_minute": "limit of a key that has none of its own",
+    "log.format": "`json`: one JSON object a line; `console`: coloured text for people",
+    "log.level": "the lowest level that is logged",
     "redis.url": "`redis://`, `rediss://` (TLS), `unix://`, `redis+sentinel://h1,h2/mymaster/0`, `redis+cluster://h1,h2`, or "
-    "`embedded`: a server of our own, for trying things out; or a secret that is such a URL",
-    "upstreams.NAME.kind": "`openai`: anything that speaks OpenAI's chat completions; `openrouter` walks `models` and does "
+    "`embedded`: a server that meshproxy starts, for trials; or a secret that is such a URL",
+    "upstreams.NAME.kind": "`openai`: any provider with OpenAI's chat completions; `openrouter`: handles `models` and "
     "`transforms` itself; `simulator`: `meshproxy simulate`",
-    "upstreams.NAME.base_url": "with the `/v1`, as an SDK would be given it",
-    "upstreams.NAME.api_key": "sent as a bearer token; none is sent without",
-    "upstreams.NAME.cap_field": "the one name under which a cap on output goes out, whatever names it came in by. The "
-    "default follows `base_url`: `max_completion_tokens` for OpenAI and Azure, `max_tokens` for all others",
-    "upstreams.NAME.connect_timeout_s": "name look-up, TCP and TLS together",
-    'models."ID".upstreams': "tried in order; neighbours with a `weight` are equals and take turns by it",
-    'models."ID".context_window': "prompt and completion together",
-    'models."ID".max_output_tokens': "of one choice",
-    'models."ID".output_usd_per_mtok': "likewise",
-    'models."ID".above_prompt_tokens': "of how large a prompt on",
-    'models."ID".service_tiers.NAME.price_tiers': "of this service tier; the model's own don't hold for it",
+    "upstreams.NAME.base_url": "the same URL that an SDK gets, with its `/v1`",
+    "upstreams.NAME.api_key": "sent as a bearer token; without it no token is sent",
+    "upstreams.NAME.cap_field": "the field in which a cap on output is sent, whatever field the client used. The "
+    "default depends on `base_url`: `max_completion_tokens` for OpenAI and Azure, `max_tokens` for all others",
+    "upstreams.NAME.connect_timeout_s": "for the DNS look-up, TCP and TLS together",
+    'models."ID".upstreams': "tried in order; adjacent entries with a `weight` share requests in proportion to it",
+    'models."ID".context_window': "tokens of prompt and completion together",
+    'models."ID".max_output_tokens': "output tokens of one choice",
+    'models."ID".output_usd_per_mtok': "USD for a million tokens, as a string",
+    'models."ID".above_prompt_tokens': "prompts with more tokens than this are billed at these prices",
+    'models."ID".service_tiers.NAME.price_tiers': "price tiers of this service tier; those of the model don't apply to it",
 }
 HEAD = """\
 # Configuration
 
 <!-- Written by scripts/configuration_doc.py (`make docs`) from the typed settings. Don't edit it here. -->
 
-One TOML file, given as `--config FILE` or in `MESHPROXY_CONFIG`. [config.example.toml](../config.example.toml) has every key
-in its place. An unknown key is an error that names the nearest right one, and `meshproxy check --config FILE` shows every
-fault at once, each with the file and line. It builds what `serve` builds: secrets, certificates, the TLS files of `redis.url` and
-the journal's directory are tried, so that a file which `check` accepts can be served, and one which it refuses (exit code 78)
-`serve` refuses likewise, with one worker or several. What is likely a mistake is a warning and no error: a price that looks like
-the price of one token, or that no model has, a `base_url` that ends in an endpoint's path, lacks its host's, is the gateway's own
-or is plain HTTP where TLS was meant, a `markup` that counts for nothing, a secret in `headers` in plain text, a model's name with
-a `*`, a `listen` on every interface in plain HTTP with no proxy in `trusted_proxies`. Money is a decimal string, never a float.
-On SIGHUP the file is read again as a transaction: every worker builds it, and only when all could does it hold; a bad file
+The configuration is one TOML file, named by `--config FILE` or `MESHPROXY_CONFIG`.
+[config.example.toml](../config.example.toml) has every key.
+
+`meshproxy check --config FILE` shows every fault of a file at once, each with its line. An unknown key is a fault; the message
+names the nearest known key. `check` tries everything that `serve` needs: secrets, certificates, the TLS files of `redis.url`, the
+journal's directory. A file that `check` accepts can be served. A file that it refuses (exit code 78) is also refused by `serve`.
+
+`check` also warns of what can be served but is likely a mistake:
+
+- a price that looks like the price of one token, or is higher than any model's; a `markup` that has no effect
+- a `base_url` with an endpoint's path, without the API's path, with plain HTTP instead of TLS, or with the gateway's own address
+- a secret in plain text in `headers`
+- a model's name with a `*`
+- a `listen` on every interface in plain HTTP without a proxy in `trusted_proxies`
+
+On SIGHUP the file is read again. Every worker builds the new configuration first, and it is used only if all succeed: a bad file
 changes nothing.
 
-A secret is `{ env = "NAME" }` or `{ file = "/path" }`, a regular file of at most 64 KiB: it never stands in the file itself.
-`redis.url` and a value of `headers` may be secrets too. An entry of a model's `upstreams` is
-`{ upstream = "NAME", model = "the provider's name for it", weight = 1 }`, the weight optional.
+An amount of money is a decimal string, never a float. A secret is `{ env = "NAME" }` or `{ file = "/path" }`, a regular file of
+at most 64 KiB; the configuration itself never contains it. `redis.url` and a value of `headers` may be secrets too. An entry of
+a model's `upstreams` is `{ upstream = "NAME", model = "the provider's name for it", weight = 1 }`; the weight is optional.
 """
 
 _LINE = re.compile(r"(?:# )?(\w+) = (.*?)(?:\s+# (.*))?")
@@ -89,11 +97,11 @@ _FAMILY = {"[upstreams.": "upstreams.NAME", "[models.": 'models."ID"'}
 
 def page(example: str) -> str:
     """The whole page."""
-    words = dict(_words(example)) | WORDS
-    return "\n".join([HEAD, *(_section(name, kind, words, example) for name, kind in SECTIONS.items())])
+    descriptions = dict(_descriptions(example)) | DESCRIPTIONS
+    return "\n".join([HEAD, *(_section(name, kind, descriptions, example) for name, kind in SECTIONS.items())])
 
 
-def _words(example: str) -> Iterator[tuple[str, str]]:
+def _descriptions(example: str) -> Iterator[tuple[str, str]]:
     """Each key with the comment behind it; of several the first."""
     section, seen = "", set()
     for line in example.splitlines():
@@ -104,20 +112,22 @@ def _words(example: str) -> Iterator[tuple[str, str]]:
             yield f"{section}.{found[1]}", found[3]
 
 
-def _section(name: str, kind: type[Struct], words: dict[str, str], example: str) -> str:
+def _section(name: str, kind: type[Struct], descriptions: dict[str, str], example: str) -> str:
     rows = [f"## [{name}]\n", *_told_above(kind), "| key | type | default | |", "|---|---|---|---|"]
     hints = get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
         if field.type is config.Buckets:  # it has a section of its own
             continue
         default = _default(field) if kind is not config.Buckets else _commented(field.name, example)
-        what = words.get(f"{name}.{field.name}", words.get(f'models."ID".{field.name}', "") if "models" in name else "")
+        what = descriptions.get(
+            f"{name}.{field.name}", descriptions.get(f'models."ID".{field.name}', "") if "models" in name else ""
+        )
         rows.append(f"| `{field.name}` | {_type(hints[field.name])} | {default} | {_cell(what)} |")
     return "\n".join([*rows, ""])
 
 
 def _told_above(kind: type[Struct]) -> Iterator[str]:
-    """What the section is for, where its type says so: `[name]: words.`"""
+    """What the section is for, where its type says so: `[name]: descriptions.`"""
     text = re.sub(r" \([^)]*\.py\)", "", " ".join((kind.__doc__ or "").split())).partition(": ")[2]
     if text:
         yield f"{text[0].upper()}{text[1:]}\n"
@@ -137,7 +147,7 @@ def _commented(key: str, example: str) -> str:
 
 
 def _type(hint: Any) -> str:
-    """A type in a reader's words."""
+    """A type in a reader's descriptions."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
         return _type(next(arg for arg in args if arg is not type(None)))
@@ -159,7 +169,7 @@ def _bounded(bare: Any, meta: Meta) -> str:
     if meta.description:
         return _cell(meta.description)
     low = f"≥ {meta.ge}" if meta.ge is not None else f"> {meta.gt}" if meta.gt is not None else ""
-    high = f"≤ {meta.le}" if meta.le not in {None, MOST} else ""
+    high = f"≤ {meta.le}" if meta.le not in {None, MAX_INT} else ""
     length = f"at most {meta.max_length}" if meta.max_length is not None else ""
     return " ".join([_type(bare), ", ".join(filter(None, (low, high, length)))]).strip()
 

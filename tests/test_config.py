@@ -14,7 +14,7 @@ from meshproxy.money import parse_usd
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
 PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "http://a"\n'
-NO_HEADER = "expected the name of a header that is neither a connection's nor one that the gateway sends by itself"
+NO_HEADER = "expected the name of a header, except headers of a connection and those that the gateway sets itself"
 LABEL = "a label of its host's name has 1 to 63 letters, digits, - and _ (RFC 1035, 2.3.4)"
 PRICES = 'input_usd_per_mtok = "1"\noutput_usd_per_mtok = "1"\n'
 
@@ -61,9 +61,9 @@ def test_nothing_is_the_defaults():
         ("[server]\nadmin_listen = '[x]:1'", ["server.admin_listen: '[x]:1': 'x' is not an IPv6 address"]),
         ("[server]\nlisten = 'unix:a'", ["server.listen: 'unix:a' needs an absolute path"]),
         ("[server]\nlisten = ':1'\nadmin_listen = ':1'", ["server.admin_listen: the same as server.listen"]),
-        ("[server]\ntls_cert = '/c'", ["server.tls_key: needed beside server.tls_cert"]),
-        ("[server]\ntls_key = '/k'", ["server.tls_cert: needed beside server.tls_key"]),
-        ("[server]\nadmin_token = {}", ['server.admin_token: say one of { env = "NAME" } and { file = "/path" }']),
+        ("[server]\ntls_cert = '/c'", ["server.tls_key: required with server.tls_cert"]),
+        ("[server]\ntls_key = '/k'", ["server.tls_cert: required with server.tls_key"]),
+        ("[server]\nadmin_token = {}", ['server.admin_token: use either { env = "NAME" } or { file = "/path" }']),
         ("[server]\ntrusted_proxies = ['x']", ["server.trusted_proxies[0]: 'x' is not a network such as 10.0.0.0/8"]),
         ("[server]\ntrusted_proxies = ['::1', 2]", ["server.trusted_proxies[1]: expected str, got int"]),
         (
@@ -73,7 +73,7 @@ def test_nothing_is_the_defaults():
         ("[log]\nformat = 1", ["log.format: expected str, got int, expected json or console"]),
         (
             "[redis]\non_failure = 'local'",
-            ['redis.journal: on_failure = "local" needs a file to journal settlements in'],
+            ['redis.journal: required with on_failure = "local", which keeps settlements in this file'],
         ),
         (
             "[redis]\nlocal_allowance_usd = 1.5",
@@ -100,22 +100,22 @@ def test_nothing_is_the_defaults():
         ),
         (
             provider('api_key = "sk-1"'),
-            ['upstreams.a.api_key: a secret is not written here: say { env = "NAME" } or { file = "/path" }'],
+            ['upstreams.a.api_key: a secret must not be written here: use { env = "NAME" } or { file = "/path" }'],
         ),
         (provider("api_key = 1"), ["upstreams.a.api_key: expected a table"]),
         (
             provider("api_key = {}"),
-            ['upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }'],
+            ['upstreams.a.api_key: use either { env = "NAME" } or { file = "/path" }'],
         ),
         (
             provider('api_key = { env = "A", file = "b" }'),
-            ['upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }'],
+            ['upstreams.a.api_key: use either { env = "NAME" } or { file = "/path" }'],
         ),
         (
             provider('api_key = { enf = "A" }'),
             [
                 "upstreams.a.api_key.enf: unknown key, did you mean env?",
-                'upstreams.a.api_key: say one of { env = "NAME" } and { file = "/path" }',
+                'upstreams.a.api_key: use either { env = "NAME" } or { file = "/path" }',
             ],
         ),
         ("[server]\nlisten = 'a..b:1'", [f"server.listen: 'a..b:1': {LABEL}"]),
@@ -124,8 +124,11 @@ def test_nothing_is_the_defaults():
         ("[server]\nadmin_hosts = ['a:1']", ["server.admin_hosts[0]: expected a host's name without a port"]),
         ("[server]\nadmin_hosts = ['a', '*']", ["server.admin_hosts[1]: expected a host's name without a port"]),
         ("[server]\ncors_origins = ['https://a:99999']", ["server.cors_origins[0]: Port out of range 0-65535"]),
-        ("[server]\ncors_origins = ['https://a:443']", ["server.cors_origins[0]: browsers send https://a"]),
-        ("[server]\ncors_origins = ['http://App:80']", ["server.cors_origins[0]: browsers send http://app"]),
+        ("[server]\ncors_origins = ['https://a:443']", ["server.cors_origins[0]: browsers send it as https://a"]),
+        (
+            "[server]\ncors_origins = ['http://App:80']",
+            ["server.cors_origins[0]: browsers send it as http://app"],
+        ),
         ("[redis]\njournal = ''", ["redis.journal: expected the path of a file"]),
         ("[redis]\njournal = '/a/'", ["redis.journal: expected the path of a file"]),
         ('[redis]\njournal = "/a\\u0000"', ["redis.journal: expected the path of a file"]),
@@ -133,13 +136,19 @@ def test_nothing_is_the_defaults():
         (
             provider('headers = { X-A = "1", x-a = "2" }'),
             [
-                "upstreams.a.headers.X-A: this header is there twice",
-                "upstreams.a.headers.x-a: this header is there twice",
+                "upstreams.a.headers.X-A: this header is set twice",
+                "upstreams.a.headers.x-a: this header is set twice",
             ],
         ),
-        (provider("headers = { a = 1 }"), ["upstreams.a.headers.a: expected what a header can carry"]),
+        (
+            provider("headers = { a = 1 }"),
+            ["upstreams.a.headers.a: expected printable ASCII without spaces at its ends"],
+        ),
         (provider('headers = { "a b" = "c" }'), [f'upstreams.a.headers."a b": {NO_HEADER}']),
-        (provider(r'headers = { a = "b\r\nc: d" }'), ["upstreams.a.headers.a: expected what a header can carry"]),
+        (
+            provider(r'headers = { a = "b\r\nc: d" }'),
+            ["upstreams.a.headers.a: expected printable ASCII without spaces at its ends"],
+        ),
         (provider('headers = { Host = "b" }'), [f"upstreams.a.headers.Host: {NO_HEADER}"]),
         (model("context_window = 8192"), ["models.m.max_output_tokens: 16384 is more than context_window, 8192"]),
         (
@@ -227,13 +236,15 @@ def test_redis_url(url):
 @pytest.mark.parametrize("url", ["http://u:hunter2@a", "redis:/u:hunter2@a", "u:hunter2@a", "", "redis"])
 def test_a_redis_url_is_not_shown_for_it_may_hold_a_password(url):
     (fault,) = faults(f"[redis]\nurl = '{url}'")
-    assert (fault.startswith("redis.url: its scheme is none of redis://, "), "hunter2" in fault) == (True, False)
+    assert (fault.startswith("redis.url: expected a URL with one of redis://, "), "hunter2" in fault) == (True, False)
 
 
 @pytest.mark.parametrize("address", [":8081", "0.0.0.0:8081", "[::]:8081", "10.0.0.1:8081", "host.example:8081"])
 def test_an_admin_listener_that_others_can_reach_needs_a_token(address):
     text = f"[server]\nadmin_listen = '{address}'\n"
-    assert faults(text) == [f"server.admin_listen: others can reach {address}: it needs a server.admin_token"]
+    assert faults(text) == [
+        f"server.admin_listen: other machines can reach {address}, so server.admin_token is required"
+    ]
     assert parse(text + "admin_token = { env = 'TOKEN' }").server.admin_listen == address
 
 
@@ -290,7 +301,7 @@ def test_prices_beside_those_of_tokens(more):
                 "models.m.price_tiers[1].above_prompt_tokens: required, and missing",
             ],
         ),
-        (SERVICE.format("default"), ["models.m.service_tiers.default: this tier has the model's own prices"]),
+        (SERVICE.format("default"), ["models.m.service_tiers.default: this tier always has the model's own prices"]),
         (SERVICE.format("flex") + "x = 1", ["models.m.service_tiers.flex.x: unknown key"]),
         ('markup = "0.00"', ['models.m.markup: expected a decimal string above zero, as "1.05"']),
         ('markup = "-1"', ['models.m.markup: expected a decimal string above zero, as "1.05"']),
@@ -409,10 +420,10 @@ def test_every_fault_is_told_at_once():
         "server.heartbeat_s: expected float, got str",
         "server.trusted_proxies[0]: 'x' is not a network such as 10.0.0.0/8",
         "server.trusted_proxies[1]: expected str, got int",
-        "redis.url: its scheme is none of redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, nor is it embedded",
+        "redis.url: expected a URL with one of redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, or embedded",
         "redis.on_failure: invalid enum value 'locla', expected deny or local",
         "upstreams.openai.base_url: expected an http or https URL without user, query and fragment",
-        'upstreams.openai.api_key: say one of { env = "NAME" } and { file = "/path" }',
+        'upstreams.openai.api_key: use either { env = "NAME" } or { file = "/path" }',
         'models."openai/gpt-4o".upstreams[1].model: required, and missing',
         'models."openai/gpt-4o".input_usd_per_mtok: expected a decimal string in USD, as "2.50"',
         'models."openai/gpt-4o".output_usd_per_mtok: required, and missing',
@@ -495,13 +506,13 @@ def test_secrets_come_from_the_environment_and_from_files():
     assert Secrets({"a": "sk-1", "b": "sk-2"}) == secrets(two, {"KEY": "sk-1"}, {"/b": " sk-2\n"})
 
 
-BAD = "upstreams.a.api_key: the secret is empty or has characters that no header may carry"
+BAD = "upstreams.a.api_key: the secret is empty or has characters that a header can't carry"
 
 
 @pytest.mark.parametrize(
     "text, env, files, expected",
     [
-        (ENV, {}, {}, "upstreams.a.api_key: the environment has no KEY"),
+        (ENV, {}, {}, "upstreams.a.api_key: the environment variable KEY is not set"),
         (ENV, {"KEY": ""}, {}, BAD),
         (ENV, {"KEY": " \n"}, {}, BAD),
         (ENV, {"KEY": "sk-hunter2\r\nx: y"}, {}, BAD),
@@ -526,8 +537,8 @@ def test_every_missing_secret_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         secrets(two)
     expected = [
-        "upstreams.a.api_key: the environment has no KEY",
-        'upstreams."b/c".api_key: the environment has no OTHER',
+        "upstreams.a.api_key: the environment variable KEY is not set",
+        'upstreams."b/c".api_key: the environment variable OTHER is not set',
     ]
     assert caught.value.faults == expected
 
@@ -599,7 +610,10 @@ def test_the_admin_token_is_a_secret_like_others():
     assert Secrets({}, "t0ken") == secrets(TOKEN, {"TOKEN": " t0ken\n"})
     with pytest.raises(ConfigError) as caught:
         secrets(TOKEN + ENV)
-    expected = ["upstreams.a.api_key: the environment has no KEY", "server.admin_token: the environment has no TOKEN"]
+    expected = [
+        "upstreams.a.api_key: the environment variable KEY is not set",
+        "server.admin_token: the environment variable TOKEN is not set",
+    ]
     assert caught.value.faults == expected
 
 

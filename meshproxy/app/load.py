@@ -145,7 +145,7 @@ def require_file(path: str) -> None:
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def _read_text(path: str) -> str:
@@ -183,7 +183,7 @@ def _server_faults(server: Server) -> Iterator[str]:
         try:
             _check_address(address)
         except OSError as error:
-            yield f"server.{key}: {address} can't be listened at ({error.strerror or error})"
+            yield f"server.{key}: can't listen at {address} ({error.strerror or error})"
 
 
 def certificate_warnings(server: Server, now: float) -> Iterator[str]:
@@ -221,7 +221,7 @@ def _check_address(address: str) -> None:
         path = Path(address.removeprefix("unix:"))
         os.stat(path.parent)  # noqa: PTH116 - for its OSError
         if path.exists() and not path.is_socket():
-            raise OSError(errno.EEXIST, "something that is no socket is there")
+            raise OSError(errno.EEXIST, "something that is not a socket is there")
         return
     family, kind, protocol, _, name = _resolved(address)
     with socket.socket(family, kind, protocol) as sock:
@@ -256,7 +256,7 @@ def _file_faults(key: str, path: str | None) -> Iterator[str]:
     except OSError as error:
         yield f"{key}: {path} can't be read ({error.strerror})"
     except ValueError:  # a NUL in it
-        yield f"{key}: no file has such a name"
+        yield f"{key}: not a valid file name"
 
 
 def _redis_faults(redis: Redis) -> Iterator[str]:
@@ -277,7 +277,7 @@ def _check_redis_url(url: str) -> None:
     address = parse_url(url)
     for endpoint in address.endpoints:
         if endpoint.path and Path(endpoint.path).exists() and not Path(endpoint.path).is_socket():
-            raise ConfigError([f"redis.url: {endpoint.path} is no socket"])
+            raise ConfigError([f"redis.url: {endpoint.path} is not a socket"])
     for path in (address.tls.ca_file, address.tls.cert_file, address.tls.key_file) if address.tls is not None else ():
         for fault in _file_faults("redis.url", path):
             raise ConfigError([fault])

@@ -103,13 +103,13 @@ def _only(value: Any) -> Any:
 
 # A price below this is likely per token, not per million: o1-pro's output, one of the most expensive, cost 600 USD per
 # million (https://platform.openai.com/docs/pricing), so 0.0006 per token. No model is so cheap per million.
-LEAST_USD_PER_MTOK = 0.001
-MOST_USD_PER_MTOK = 10_000
-PRICES = Prices.__struct_fields__
+MIN_USD_PER_MTOK = 0.001
+MAX_USD_PER_MTOK = 10_000
+PRICE_KEYS = Prices.__struct_fields__
 # Paths of OpenAI's API that must not be part of a base URL.
 ENDPOINTS = ("/chat/completions", "/completions", "/chat", "/responses", "/embeddings", "/models")
 # Hosts that serve nothing without this path. docs/providers.md links their pages.
-PATHS = {
+API_PATHS = {
     "api.openai.com": "/v1",
     "openrouter.ai": "/api/v1",
     "api.anthropic.com": "/v1",
@@ -117,17 +117,17 @@ PATHS = {
     "api.mistral.ai": "/v1",
     "api.groq.com": "/openai/v1",
 }
-LEAST_SECRET_CHARS = 8
+MIN_SECRET_CHARS = 8
 _SECRET_HEADER = re.compile(r"(?i)key|token|secret")
 ANY_NETWORK = frozenset({"0.0.0.0/0", "::/0"})
 
 
 def contradictions(settings: Settings) -> Iterator[str]:
-    """Yield the faults between keys."""
+    """Yield the faults that are between keys, not in the value of one."""
     if settings.server is not None:
         yield from _server_faults(settings.server)
     if settings.redis is not None and settings.redis.on_failure == "local" and settings.redis.journal is None:
-        yield 'redis.journal: on_failure = "local" needs a file to journal settlements in'
+        yield 'redis.journal: required with on_failure = "local", which keeps settlements in this file'
     for name, upstream in (settings.upstreams or {}).items():
         if upstream is not None:
             yield from _header_faults(upstream.headers or {}, f"{under('upstreams', name)}.headers")
@@ -148,9 +148,9 @@ def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[st
     for name, model in (settings.models or {}).items():
         if model is not None:
             yield from _model_warnings(model, name)
-    said = table.get("defaults")
-    if isinstance(said, dict) and said.get("model") == Defaults().model not in (settings.models or {}):
-        yield f"defaults.model: no model is named {said['model']}: a request that names none gets 404"
+    default = table.get("defaults")
+    if isinstance(default, dict) and default.get("model") == Defaults().model not in (settings.models or {}):
+        yield f"defaults.model: no model is named {default['model']}, so a request without a model gets 404"
 
 
 def _server_warnings(server: Server) -> Iterator[str]:
@@ -160,14 +160,14 @@ def _server_warnings(server: Server) -> Iterator[str]:
     )
     if server.listen is not None and is_everywhere(server.listen) and is_bare:
         yield (
-            "server.listen: every interface, in plain HTTP, and server.trusted_proxies names no proxy in front: clients' keys"
-            " can be read on the way, and a balancer's own address is taken for theirs"
+            "server.listen: plain HTTP on every interface, and server.trusted_proxies names no proxy in front: API keys can be"
+            " read on the network, and a load balancer's address is taken for its clients'"
         )
     for index, network in enumerate(server.trusted_proxies or ()):
         if network in ANY_NETWORK:
-            yield f"server.trusted_proxies[{index}]: everybody may say which address they come from"
+            yield f"server.trusted_proxies[{index}]: any client can claim any address in a header"
     if "*" in (server.cors_origins or ()):
-        yield "server.cors_origins: every page on the web may send requests with the keys that its visitors give it"
+        yield "server.cors_origins: any web page may send requests with the keys that its visitors enter there"
 
 
 def _upstream_warnings(upstream: Upstream, path: str, server: Server | None) -> Iterator[str]:
@@ -178,20 +178,21 @@ def _upstream_warnings(upstream: Upstream, path: str, server: Server | None) -> 
     url = (upstream.base_url or "").rstrip("/")
     end = next((end for end in ENDPOINTS if url.endswith(end)), None)
     if end is not None:
-        yield f"{path}.base_url: the gateway adds the path of an endpoint itself: leave {end} out"
+        yield f"{path}.base_url: leave {end} out: the gateway adds the endpoint's path"
     parts = urlsplit(url)
-    wanted = PATHS.get(parts.hostname or "")
+    wanted = API_PATHS.get(parts.hostname or "")
     if wanted is not None and not parts.path.startswith(wanted):
-        yield f"{path}.base_url: {parts.hostname} has its API at {wanted}"
+        yield f"{path}.base_url: the API of {parts.hostname} is at {wanted}"
     if "/v1/v1" in parts.path:
-        yield f"{path}.base_url: /v1 is in it twice"
+        yield f"{path}.base_url: it contains /v1 twice"
     if parts.scheme == "http" and (wanted is not None or parts.port == DEFAULT_PORTS["https"]):
-        yield f"{path}.base_url: plain HTTP to {parts.netloc}: https:// was meant?"
+        yield f"{path}.base_url: plain HTTP to {parts.netloc}: did you mean https://?"
     if upstream.base_url is not None and server is not None and _is_own(server, parts.hostname or "", parts.port):
-        yield f"{path}.base_url: the gateway's own address: its requests come back to it"
+        yield f"{path}.base_url: this is the gateway's own address, so requests would come back to it"
     for name, value in (upstream.headers or {}).items():
-        if isinstance(value, str) and _SECRET_HEADER.search(name) and len(value) >= LEAST_SECRET_CHARS:
-            yield f'{under(f"{path}.headers", name)}: a secret in plain text? {{ env = "NAME" }} keeps it out of the file'
+        if isinstance(value, str) and _SECRET_HEADER.search(name) and len(value) >= MIN_SECRET_CHARS:
+            where = under(f"{path}.headers", name)
+            yield f'{where}: it looks like a secret in plain text; {{ env = "NAME" }} keeps it out of the file'
 
 
 def _is_own(server: Server, host: str, port: int | None) -> bool:
@@ -206,32 +207,32 @@ def _model_warnings(model: Model, name: str) -> Iterator[str]:
     """Warn of names with a `*`, of prices that hold nothing, and of prices per token."""
     path = under("models", name)
     if "*" in name:
-        yield f"{path}: no pattern is matched: this is one model, whose name has a *"
+        yield f"{path}: patterns are not supported: this is one model whose name contains *"
     for index, route in enumerate(model.upstreams or ()):
         if route is not None and "*" in (route.model or ""):
-            yield f"{path}.upstreams[{index}].model: no pattern is matched: the upstream is asked for a name with a *"
+            yield f"{path}.upstreams[{index}].model: patterns are not supported: the upstream gets this name with its *"
     if (
         model.cost_from == "usage.cost"
         and model.output_usd_per_mtok is not None
         and not float(model.output_usd_per_mtok)
     ):
-        yield f'{path}.output_usd_per_mtok: with cost_from = "usage.cost" the prices size what is held: 0 holds nothing'
+        yield f'{path}.output_usd_per_mtok: with cost_from = "usage.cost" the prices only size holds, and 0 holds no credit'
     if model.cost_from == "prices" and model.markup is not None and float(model.markup) != 1:
-        yield f'{path}.markup: it counts only with cost_from = "usage.cost"'
+        yield f'{path}.markup: used only with cost_from = "usage.cost"'
     for where, prices in _prices_of(model, path):
-        yield from _price_doubts(prices, where)
+        yield from _price_warnings(prices, where)
 
 
-def _price_doubts(prices: Prices, where: str) -> Iterator[str]:
-    for key in PRICES:
+def _price_warnings(prices: Prices, where: str) -> Iterator[str]:
+    for key in PRICE_KEYS:
         usd = getattr(prices, key)
-        if usd is not None and 0 < float(usd) < LEAST_USD_PER_MTOK:
-            yield f"{where}.{key}: {usd} USD for a million tokens: is it the price of one token?"
-        if usd is not None and float(usd) > MOST_USD_PER_MTOK:
-            yield f"{where}.{key}: {usd} USD for a million tokens: no model costs so much"
+        if usd is not None and 0 < float(usd) < MIN_USD_PER_MTOK:
+            yield f"{where}.{key}: {usd} USD per million tokens: is this the price of one token?"
+        if usd is not None and float(usd) > MAX_USD_PER_MTOK:
+            yield f"{where}.{key}: {usd} USD per million tokens: no model costs so much"
     cached, whole = prices.cached_input_usd_per_mtok, prices.input_usd_per_mtok
     if cached is not None and whole is not None and float(cached) > float(whole):
-        yield f"{where}.cached_input_usd_per_mtok: more than input_usd_per_mtok: a cache makes tokens cheaper"
+        yield f"{where}.cached_input_usd_per_mtok: more than input_usd_per_mtok, but cached tokens cost less"
 
 
 def _prices_of(model: Model, path: str) -> Iterator[tuple[str, Prices]]:
@@ -254,10 +255,10 @@ def _server_faults(server: Server) -> Iterator[str]:
         if server.listen == admin and not admin.endswith(":0"):
             yield "server.admin_listen: the same as server.listen"
         elif server.admin_token is None and not is_private(admin):
-            yield f"server.admin_listen: others can reach {admin}: it needs a server.admin_token"
+            yield f"server.admin_listen: other machines can reach {admin}, so server.admin_token is required"
     if (server.tls_cert is None) != (server.tls_key is None):
         here, missing = ("tls_cert", "tls_key") if server.tls_key is None else ("tls_key", "tls_cert")
-        yield f"server.{missing}: needed beside server.{here}"
+        yield f"server.{missing}: required with server.{here}"
 
 
 def _header_faults(headers: Mapping[str, object], path: str) -> Iterator[str]:
@@ -265,7 +266,7 @@ def _header_faults(headers: Mapping[str, object], path: str) -> Iterator[str]:
     counted = Counter(name.lower() for name in headers)
     for name in headers:
         if counted[name.lower()] > 1:
-            yield f"{under(path, name)}: this header is there twice"
+            yield f"{under(path, name)}: this header is set twice"
 
 
 def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
@@ -273,13 +274,13 @@ def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
     upstreams = settings.upstreams or {}
     for index, route in enumerate(model.upstreams or ()):
         if route is not None and route.upstream is not None and route.upstream not in upstreams:
-            told = f"no upstream is named {route.upstream}{nearest(route.upstream, upstreams)}"
-            yield f"{path}.upstreams[{index}].upstream: {told}"
+            name = route.upstream
+            yield f"{path}.upstreams[{index}].upstream: no upstream is named {name}{nearest(name, upstreams)}"
     output, window = model.max_output_tokens, model.context_window
     if output is not None and window is not None and output > window:
         yield f"{path}.max_output_tokens: {output} is more than context_window, {window}"
     for name in sorted(STANDARD_TIERS & (model.service_tiers or {}).keys()):
-        yield f"{under(f'{path}.service_tiers', name)}: this tier has the model's own prices"
+        yield f"{under(f'{path}.service_tiers', name)}: this tier always has the model's own prices"
 
 
 def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:
@@ -289,7 +290,7 @@ def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:
         yield f"defaults.model: no model is named {model}{nearest(model, models)}"
 
 
-INSTEAD_OF_TEXT = 'a secret is not written here: say { env = "NAME" } or { file = "/path" }'
+NOT_A_REFERENCE = 'a secret must not be written here: use { env = "NAME" } or { file = "/path" }'
 
 
 class ConfigError(Exception):
@@ -335,7 +336,7 @@ def decode(text: str) -> Decoded:
 
 def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
     """Decode a value to its type. If it is at fault, append to `faults` and return None."""
-    kind = _chosen(kind, value)
+    kind = _union_member(kind, value)
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if isinstance(bare, type) and issubclass(bare, Struct):
         return _struct(value, bare, path, faults)
@@ -344,15 +345,15 @@ def _decoded(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
     if get_origin(bare) is list and isinstance(value, list) and value:
         item_kind = get_args(bare)[0]
         items = [_decoded(item, item_kind, f"{path}[{index}]", faults) for index, item in enumerate(value)]
-        return items if None in items else _leaf(items, kind, path, faults)
-    return _leaf(value, kind, path, faults)
+        return items if None in items else _scalar(items, kind, path, faults)
+    return _scalar(value, kind, path, faults)
 
 
 def _struct(value: Any, kind: type[Struct], path: str, faults: list[str]) -> Any:
     """Decode a table with fixed keys. The struct is built unchecked, because each value was checked on its own."""
     if not isinstance(value, dict):
         is_text = kind is Secret and isinstance(value, str)
-        faults.append(f"{path}: {INSTEAD_OF_TEXT if is_text else 'expected a table'}")
+        faults.append(f"{path}: {NOT_A_REFERENCE if is_text else 'expected a table'}")
         return None
     hints = get_type_hints(kind, include_extras=True)
     known: dict[str, Any] = {}
@@ -376,26 +377,26 @@ def _mapping(table: dict[str, Any], kind: Any, path: str, faults: list[str]) -> 
     """Decode a table whose keys are the user's own names."""
     name_kind, item_kind = get_args(kind)
     for name in table:
-        _leaf(name, name_kind, under(path, name), faults)
+        _scalar(name, name_kind, under(path, name), faults)
     return {name: _decoded(item, item_kind, under(path, name), faults) for name, item in table.items()}
 
 
-def _leaf(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
+def _scalar(value: Any, kind: Any, path: str, faults: list[str]) -> Any:
     """Decode a value without parts, and run its own check."""
     try:
         value = msgspec.convert(value, kind)
-        fault = next(filter(None, (meta.extra["fault"](value) for meta in _metas(kind) if meta.extra)), None)
+        fault = next(filter(None, (meta.extra["fault"](value) for meta in _metadata(kind) if meta.extra)), None)
     except msgspec.ValidationError as error:
-        fault = _complaint(str(error), kind)
+        fault = _type_fault(str(error), kind)
     if fault is None:
         return value
     faults.append(f"{path}: {fault}")
     return None
 
 
-def _complaint(message: str, kind: Any) -> str:
-    """Rewrite msgspec's message in TOML's terms; prefer the type's own description of what is expected."""
-    for meta in _metas(kind):
+def _type_fault(message: str, kind: Any) -> str:
+    """Return a fault in TOML's terms: the type's own description of what is expected, else msgspec's message."""
+    for meta in _metadata(kind):
         if meta.description:
             return f"expected {meta.description}"
     words = message.replace("`object`", "a table").replace("`array`", "a list").replace("`", "")
@@ -403,11 +404,11 @@ def _complaint(message: str, kind: Any) -> str:
     return words[0].lower() + words[1:] + choices
 
 
-def _metas(kind: Any) -> tuple[Meta, ...]:
+def _metadata(kind: Any) -> tuple[Meta, ...]:
     return getattr(kind, "__metadata__", ())
 
 
-def _chosen(kind: Any, value: Any) -> Any:
+def _union_member(kind: Any, value: Any) -> Any:
     """Choose the type of a union that a value is decoded as.
 
     `X | None` is X: TOML has no null, so None only means left out. Of text and Secret, a table chooses Secret.

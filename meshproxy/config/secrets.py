@@ -86,7 +86,7 @@ class SecretReader:
             return ""
         if value and value.isprintable() and (value.isascii() or not is_sent):
             return value
-        what = "characters that no header may carry" if is_sent else "characters that can't be printed"
+        what = "characters that a header can't carry" if is_sent else "characters that can't be printed"
         self.faults.append(f"{path}: the secret is empty or has {what}")
         return ""
 
@@ -95,7 +95,7 @@ class SecretReader:
         try:
             return self._env[secret.env] if secret.env is not None else self._read_file(secret.file or "")
         except KeyError:
-            raise ValueError(f"the environment has no {secret.env}") from None
+            raise ValueError(f"the environment variable {secret.env} is not set") from None
         except OSError as error:
             raise ValueError(f"{secret.file} can't be read ({error.strerror})") from error
 
@@ -113,7 +113,7 @@ def _with_password(url: str, password: str) -> str:
     authority, slash, tail = rest.partition("/")
     userinfo, _, hosts = authority.rpartition("@")
     if not separator:
-        raise ValueError("the embedded server has none")
+        raise ValueError("the embedded server has no password")
     if ":" in userinfo:
-        raise ValueError("redis.url has one already")
+        raise ValueError("redis.url already has a password")
     return f"{scheme}://{userinfo}:{quote(password, safe='')}@{hosts}{slash}{tail}"

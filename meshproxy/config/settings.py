@@ -137,14 +137,14 @@ def origin_fault(origin: str) -> str | None:
     parts = urlsplit(origin)
     own = DEFAULT_PORTS[parts.scheme]
     sent = origin.lower().removesuffix(f":{own}" if parts.port == own else "")
-    return None if origin == sent else f"browsers send {sent}"
+    return None if origin == sent else f"browsers send it as {sent}"
 
 
 def redis_url_fault(url: str) -> str | None:
     """Return what is wrong with redis.url's scheme, None if it is valid. The rest may contain a password."""
     if url == "embedded" or url.startswith(REDIS_SCHEMES):
         return None
-    return f"its scheme is none of {', '.join(REDIS_SCHEMES)}, nor is it embedded"
+    return f"expected a URL with one of {', '.join(REDIS_SCHEMES)}, or embedded"
 
 
 def _ipv6(host: str, address: str) -> str:
@@ -156,10 +156,10 @@ def _ipv6(host: str, address: str) -> str:
 
 # Service tiers at a model's ordinary price (OpenAI, Anthropic, Groq), and those that leave the choice to the provider.
 STANDARD_TIERS = frozenset({"auto", "default", "standard", "on_demand"})
-MOST = 2**53  # the largest integer that a Lua number in Redis holds exactly
+MAX_INT = 2**53  # the largest integer that a Lua number in Redis holds exactly
 
-Positive = Annotated[int, Meta(ge=1, le=MOST)]
-Natural = Annotated[int, Meta(ge=0, le=MOST)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_INT)]
+Natural = Annotated[int, Meta(ge=0, le=MAX_INT)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Duration = Annotated[float, Meta(ge=0.001, le=86400)]  # of a timer: a shorter one keeps a loop busy, or always fires
 Usd = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,9})?\Z", description='a decimal string in USD, as "2.50"')]
@@ -189,7 +189,7 @@ HeaderName = Annotated[  # syntax: RFC 9110, 5.6.2; a connection's headers: 7.6.
     Meta(
         pattern=r"\A(?!(?i:authorization|content-length|content-type|host|transfer-encoding|connection|proxy-connection"
         r"|keep-alive|te|trailer|upgrade|http2-settings|expect|content-encoding|content-range)\Z)[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z",
-        description="the name of a header that is neither a connection's nor one that the gateway sends by itself",
+        description="the name of a header, except headers of a connection and those that the gateway sets itself",
     ),
 ]
 Origin = Annotated[
@@ -200,7 +200,9 @@ Origin = Annotated[
         extra={"fault": origin_fault},
     ),
 ]
-HeaderValue = Annotated[str, Meta(pattern=r"\A[!-~]([ -~]*[!-~])?\Z", description="what a header can carry")]
+HeaderValue = Annotated[
+    str, Meta(pattern=r"\A[!-~]([ -~]*[!-~])?\Z", description="printable ASCII without spaces at its ends")
+]
 
 
 def _order_fault(edges: list[float]) -> str | None:
@@ -218,11 +220,11 @@ class Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.env is None) == (self.file is None):
-            raise ValueError('say one of { env = "NAME" } and { file = "/path" }')
+            raise ValueError('use either { env = "NAME" } or { file = "/path" }')
 
 
 class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[server]: the listeners and their bounds."""
+    """[server]: the listeners and their limits."""
 
     listen: Listen = "127.0.0.1:8080"
     admin_listen: Listen = "127.0.0.1:8081"
@@ -250,7 +252,7 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Stream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[stream]: what streams look like to an observer of the network."""
+    """[stream]: what an observer of the network can learn from streams."""
 
     padding: bool = False
 
@@ -263,7 +265,7 @@ class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Redis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[redis]: the store, and the behaviour without it."""
+    """[redis]: the store, and what happens when it can't be reached."""
 
     url: RedisUrl | Secret = "redis://127.0.0.1:6379/0"
     password: Secret | None = None
@@ -308,7 +310,7 @@ class Idempotency(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[metrics.buckets]: the upper edges of a histogram, by family, instead of its own (telemetry/families.py)."""
+    """[metrics.buckets]: upper edges of histograms, by name, in place of the defaults (telemetry/families.py)."""
 
     meshproxy_request_duration_seconds: Edges | None = None
     meshproxy_time_to_first_token_seconds: Edges | None = None
@@ -323,7 +325,7 @@ class Buckets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[metrics]: what is counted by account."""
+    """[metrics]: whether metrics are also kept by account."""
 
     accounts: Literal["off", "all"] = "off"
     accounts_max: Positive = 1000
@@ -331,14 +333,14 @@ class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[tracing]: spans for an OpenTelemetry collector. Needs the extra `otel`."""
+    """[tracing]: spans for an OpenTelemetry collector. Requires the extra `otel`."""
 
     endpoint: BaseUrl | None = None
     sample: Annotated[float, Meta(ge=0, le=1)] = 1.0
 
 
 class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[upstreams.NAME]: one provider, its time-outs and its bounds."""
+    """[upstreams.NAME]: one provider, with its time-outs and limits."""
 
     kind: Literal["openai", "openrouter", "simulator"]
     base_url: BaseUrl
@@ -378,7 +380,7 @@ class Prices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class PriceTier(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[[models."ID".price_tiers]]: prices of a whole request with a larger prompt. The largest that applies counts."""
+    """[[models."ID".price_tiers]]: prices of a whole request with a larger prompt. The highest tier that applies is used."""
 
     above_prompt_tokens: Positive
 
@@ -393,7 +395,7 @@ PriceTiers = Annotated[list[PriceTier], Meta(max_length=16, extra={"fault": _tie
 
 
 class ServiceTier(Prices, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[models."ID".service_tiers.NAME]: the prices of requests that are served in this tier."""
+    """[models."ID".service_tiers.NAME]: prices of requests that are served in this tier."""
 
     price_tiers: PriceTiers = field(default_factory=list)
 

@@ -127,7 +127,7 @@ def test_a_header_s_secret_that_cannot_be_sent_is_not_shown(tmp_path, monkeypatc
     path = config_file(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load(path)
-    expected = f"the secret is empty or has characters that no header may carry ({path}:4)"
+    expected = f"the secret is empty or has characters that a header can't carry ({path}:4)"
     assert caught.value.faults == [f"upstreams.u.headers.api-key: {expected}"]
 
 

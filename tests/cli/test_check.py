@@ -73,7 +73,10 @@ def test_a_secret_that_cannot_be_had_is_a_fault(file, capsys, monkeypatch):
     monkeypatch.delenv("CHECK_KEY", raising=False)
     path = file(GOOD)
     assert main(["check", "--config", path]) == 78
-    assert capsys.readouterr().err == f"upstreams.openai.api_key: the environment has no CHECK_KEY ({path}:5)\n"
+    assert (
+        capsys.readouterr().err
+        == f"upstreams.openai.api_key: the environment variable CHECK_KEY is not set ({path}:5)\n"
+    )
 
 
 def test_a_secret_file_that_is_not_text_is_a_fault(file, capsys, tmp_path):
@@ -243,7 +246,7 @@ def test_a_bare_secret_is_told_what_to_write_instead(file, capsys):
     assert main(["check", "--config", file(text)]) == 78
     told = capsys.readouterr().err
     assert told.startswith(
-        'upstreams.a.api_key: a secret is not written here: say { env = "NAME" } or { file = "/path" }'
+        'upstreams.a.api_key: a secret must not be written here: use { env = "NAME" } or { file = "/path" }'
     )
     assert "hunter2" not in told
 
