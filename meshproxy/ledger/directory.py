@@ -149,7 +149,7 @@ class Directory:
                 raise ValueError(f"{key.id} is revoked, which can't be taken back")
             if changed == key:
                 return key
-            if await self._store.run(self._replace, [key_record(digest)], [record, encode(changed)]):
+            if await self._store.run(self._replace, [key_record(digest)], [record, encode(changed, record)]):
                 self._principals.clear()
                 await self._note(actor, action, key.id, key.account, _changes(key, changed))
                 return changed
@@ -177,8 +177,9 @@ class Directory:
                 raise ValueError(f"{key.id} is revoked, which can't be taken back")
             secret = mint_secret()
             new, key = digest_of(secret), replace(key, hint=_hint(secret))
-            await self._store.execute("SET", key_record(new), encode(key))
-            forward = b'{"rotated_to":"%b",%b' % (new.encode(), encode(key)[1:])
+            text = encode(key, record)
+            await self._store.execute("SET", key_record(new), text)
+            forward = b'{"rotated_to":"%b",%b' % (new.encode(), text[1:])
             if await self._store.run(self._replace, [key_record(old)], [record, forward]):
                 break
             await self._store.execute(
@@ -239,7 +240,7 @@ class Directory:
             changed = change(before)
             if changed == before:
                 return before
-            if await self._store.run(self._replace, [record_name], [record, encode(changed)]):
+            if await self._store.run(self._replace, [record_name], [record, encode(changed, record)]):
                 self._principals.clear()
                 await self._note(actor, action, name, name, _changes(before, changed))
                 return changed

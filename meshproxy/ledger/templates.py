@@ -191,7 +191,7 @@ class Templates:
 
     async def _store_as(self, template: Template, before: bytes = b"") -> bytes:
         """Return the outcome of put_template.lua. Raises GatewayError if there is no room."""
-        args = (template.id, template.name, encode(template), MAX_TEMPLATES, MAX_OWNER_BYTES, before)
+        args = (template.id, template.name, encode(template, before), MAX_TEMPLATES, MAX_OWNER_BYTES, before)
         outcome = bytes(await self._store.run(self._put, _keys(template), args))
         self._cache.clear()
         if outcome == b"full":
@@ -225,10 +225,36 @@ def _keys(template: Template) -> list[str]:
     return [owner.template_names, owner.templates]
 
 
-def encode(record: Struct) -> bytes:
-    """Encode a record as it is stored: JSON, whose `v` is the version of its format."""
+def encode(record: Struct, before: bytes = b"") -> bytes:
+    """Encode a record as it is stored: JSON, whose `v` is the version of its format.
+
+    Fields of the stored record `before` that this release doesn't know are kept: during an upgrade, a newer release wrote
+    them.
+    """
     text = msgspec.json.encode(record)
+    unknown = _unknown_fields(record, msgspec.json.decode(before)) if before else {}
+    if unknown:
+        text = msgspec.json.encode(_merged(msgspec.json.decode(text), unknown))
     return b'{"v":%d,%b' % (FORMAT, text[1:])
+
+
+def _unknown_fields(record: Struct, before: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a stored record that its type doesn't have, those of nested records included."""
+    known = {field.encode_name: getattr(record, field.name) for field in msgspec.structs.fields(record)}
+    unknown = {name: value for name, value in before.items() if name not in known and name != "v"}
+    for name, value in known.items():
+        if isinstance(value, Struct) and isinstance(before.get(name), dict):
+            nested = _unknown_fields(value, before[name])
+            if nested:
+                unknown[name] = nested
+    return unknown
+
+
+def _merged(fields: dict[str, Any], unknown: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        name: _merged(fields[name], value) for name, value in unknown.items() if isinstance(fields.get(name), dict)
+    }
+    return fields | unknown | nested
 
 
 def decode(record: bytes, kind: type[Record]) -> Record:

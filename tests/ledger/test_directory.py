@@ -13,7 +13,7 @@ from meshproxy.errors import GatewayError
 from meshproxy.ledger import templates as templates_module
 from meshproxy.ledger.connection import StoreError
 from meshproxy.ledger.directory import Directory, digest_of, mint_secret
-from meshproxy.ledger.records import AUDIT, AccountKeys, key_record
+from meshproxy.ledger.records import AUDIT, KEY_IDS, AccountKeys, key_record
 from meshproxy.policy.principal import Account, Budgets, Key, Limits, Principal
 from meshproxy.policy.template import Template
 
@@ -199,6 +199,32 @@ async def test_a_record_of_a_newer_version_is_an_error(directory, store):
     await store.execute("SET", key_record(digest_of(secret)), b'{"v":2,"id":"k","account":"acme","created_at":1}')
     with pytest.raises(StoreError, match="newer version"):
         await directory.principal(secret)
+
+
+@pytest.mark.parametrize("edit", ["change", "rotate"])
+async def test_an_edit_keeps_what_a_newer_release_wrote_into_a_key(directory, store, edit):
+    _, key = await directory.create_key("acme", limits=Limits(requests_per_minute=5))
+    digest = (await store.execute("HGET", KEY_IDS, key.id)).decode()
+    newer = msgspec.json.decode(await store.execute("GET", key_record(digest)))
+    newer["regions"], newer["limits"]["images_per_day"] = ["eu"], 9
+    await store.execute("SET", key_record(digest), msgspec.json.encode(newer))
+    if edit == "change":
+        await directory.change_key(key.id, lambda found: replace(found, limits=Limits(requests_per_minute=7)))
+    else:
+        await directory.rotate_key(key.id)
+    digest = (await store.execute("HGET", KEY_IDS, key.id)).decode()
+    edited = msgspec.json.decode(await store.execute("GET", key_record(digest)))
+    per_minute = 7 if edit == "change" else 5
+    assert edited["regions"] == ["eu"]
+    assert edited["limits"] == newer["limits"] | {"requests_per_minute": per_minute}
+
+
+async def test_an_edit_keeps_what_a_newer_release_wrote_into_an_account(directory, store):
+    await directory.ensure_account("acme")
+    await store.execute("SET", AccountKeys("acme").record, b'{"v":1,"name":"acme","plan":"gold"}')
+    await directory.set_account_status("acme", "suspended")
+    edited = msgspec.json.decode(await store.execute("GET", AccountKeys("acme").record))
+    assert (edited["plan"], edited["status"]) == ("gold", "suspended")
 
 
 async def test_a_record_without_a_version_is_of_the_first(directory, store):
