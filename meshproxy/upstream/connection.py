@@ -1,16 +1,25 @@
 """One connection to a provider: an asyncio.Protocol that writes a request and pushes its answer.
 
-One exchange at a time. States: idle, awaiting the head, in the body, then idle again or closed. A connection that
-receives anything while idle, or more than the answer's framing allows, is closed and never reused: those bytes would be
-taken for the next request's answer.
+One exchange at a time. A connection that receives anything while idle, or more than the answer's framing allows, is
+closed and never reused: those bytes would be taken for the next request's answer. What each state means, and how long
+it may last without a byte:
 
-One timer watches the deadline. It is re-armed when it fires, not when bytes arrive.
+NEW        It isn't connected yet. The dialer's own time applies.
+IDLE       It is connected, and has no request. Only now may a request be sent. keepalive_s.
+WAITING    A request is written, and the head of its answer isn't complete. first_byte_s.
+BODY       The head is complete, the body isn't. Then the connection is idle again. idle_s, except while we don't read.
+LAST_BODY  The same, but then the connection is closed: the provider says so, or only its end delimits the body. idle_s.
+CLOSED     It is closed, or will be in this turn of the event loop, and nothing is pending on it.
+
+NEXT has each state's events and the state after them. Any other event closes the connection, which fails what is
+pending. One timer watches the deadline. It is re-armed when it fires, not when bytes arrive.
 """
 
 import asyncio
 import select
 import ssl
 from collections.abc import Callable
+from enum import IntEnum, auto
 from typing import NamedTuple, cast
 
 from meshproxy.errors import UpstreamError
@@ -31,6 +40,52 @@ class Timeouts(NamedTuple):
     max_response_bytes: int
 
 
+class State(IntEnum):
+    """What a connection is doing; see the charter. Looking up a number in a table calls no Python function."""
+
+    NEW = auto()
+    IDLE = auto()
+    WAITING = auto()
+    BODY = auto()
+    LAST_BODY = auto()
+    CLOSED = auto()
+
+
+class Event(IntEnum):
+    """What changes a connection's state."""
+
+    CONNECTED = auto()
+    SENT = auto()  # a request is written
+    HEAD = auto()  # a head is complete, after whose body the connection may be kept
+    LAST_HEAD = auto()  # a head is complete, after whose body the connection can't be kept
+    END = auto()  # the body is complete
+    DIRTY_END = auto()  # the body is complete, and more came after it or a part of the request isn't sent
+    UNASKED = auto()  # bytes came that belong to no exchange
+    BROKEN = auto()  # the answer can't be read
+    EOF = auto()  # the provider sends no more
+    LATE = auto()  # the deadline has passed
+    ABORT = auto()  # the gateway gives the connection up
+    LOST = auto()  # the connection is closed
+
+
+_ENDS = dict.fromkeys((Event.EOF, Event.LATE, Event.ABORT, Event.LOST), State.CLOSED)
+_ENDS_OF_ANSWERS = {**_ENDS, Event.BROKEN: State.CLOSED}
+NEXT: dict[State, dict[Event, State]] = {
+    State.NEW: {Event.CONNECTED: State.IDLE, Event.ABORT: State.CLOSED},
+    State.IDLE: {Event.SENT: State.WAITING, Event.UNASKED: State.CLOSED, **_ENDS},
+    State.WAITING: {
+        Event.HEAD: State.BODY,
+        Event.LAST_HEAD: State.LAST_BODY,
+        Event.UNASKED: State.CLOSED,  # an answer to a request that was given up
+        **_ENDS_OF_ANSWERS,
+    },
+    State.BODY: {Event.END: State.IDLE, Event.DIRTY_END: State.CLOSED, **_ENDS_OF_ANSWERS},
+    State.LAST_BODY: {Event.END: State.CLOSED, Event.DIRTY_END: State.CLOSED, **_ENDS_OF_ANSWERS},
+    # A dial that is given up may still connect, and the loop may deliver what it has read already.
+    State.CLOSED: dict.fromkeys((Event.CONNECTED, Event.UNASKED, *_ENDS), State.CLOSED),
+}
+
+
 class Connection(asyncio.Protocol):
     """One connection. `on_idle` is called when it can be used again; `on_lost` is called once, when it is closed."""
 
@@ -39,8 +94,6 @@ class Connection(asyncio.Protocol):
         "_body",
         "_deadline",
         "_head_reader",
-        "_idle_s",
-        "_keep_alive",
         "_loop",
         "_on_idle",
         "_on_lost",
@@ -52,9 +105,8 @@ class Connection(asyncio.Protocol):
         "_transport",
         "carried_by",
         "lost",
-        "made",
         "sink",
-        "usable",
+        "state",
     )
     sink: Sink
 
@@ -62,31 +114,67 @@ class Connection(asyncio.Protocol):
         self, patience: Timeouts, on_idle: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
     ) -> None:
         self._patience = patience
-        self._idle_s = patience.idle_s
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self.state = State.NEW
         self.lost: asyncio.Future[None] = self._loop.create_future()
-        self.made = False  # whether it was ever connected
         self.carried_by: asyncio.Transport | None = None  # the TCP transport below TLS; only it knows unsent bytes
-        self.usable = False  # idle and not known to be closed
         self._transport: asyncio.Transport | None = None
         self._poll = select.poll()
         self._head_reader = HeadReader()
-        self._answer: asyncio.Future[Response] | None = None  # set while the head is awaited
-        self._body: Body | None = None  # set while in the body, with _response and sink
+        self._answer: asyncio.Future[Response] | None = None  # while waiting
+        self._body: Body | None = None  # in a body, with _response and sink
         self._response: Response | None = None
-        self._keep_alive = False
-        self._paused = False
+        self._paused = False  # whether nothing is read from the socket
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+
+    def advance(self, event: Event, fault: UpstreamError | None = None) -> None:
+        """Enter the state after `event`, and set its deadline. An event that the table doesn't have here closes.
+
+        On closing, `fault` is passed to the pending answer or to the sink of the body.
+        """
+        before = self.state
+        try:
+            self.state = state = NEXT[before][event]
+        except KeyError:
+            self.state = state = State.CLOSED
+        if state is State.CLOSED:
+            self._close(before, fault)
+            return
+        patience = self._patience
+        if state is State.IDLE:
+            timeout_s = patience.keepalive_s
+        else:
+            timeout_s = patience.first_byte_s if state is State.WAITING else patience.idle_s
+        self._deadline = deadline = self._loop.time() + timeout_s
+        if self._timer is not None:  # a running timer is replaced only if it would fire too late
+            if self._timer.when() <= deadline:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(deadline, self._check_deadline)
+
+    def _close(self, before: State, fault: UpstreamError | None) -> None:
+        """Close the socket at once, and end the exchange of the state `before`."""
+        answer, self._answer = self._answer, None
+        response, self._response, self._body = self._response, None, None
+        if self._transport is not None:
+            self._transport.abort()
+        if before is State.WAITING:
+            if answer is not None and not answer.done():
+                answer.set_exception(fault or faults.dropped())
+        elif response is not None:
+            response.detach()
+            if fault is not None:
+                self.sink.fail(fault)
 
     # Called by the provider and the response.
 
     def send(self, request: list[bytes]) -> "asyncio.Future[Response] | None":
         """Write a request; return the future of its answer or UpstreamError. None if the connection was dead."""
         transport = self._transport
-        if transport is None or not self.usable or transport.is_closing():
+        if self.state is not State.IDLE or transport is None or transport.is_closing():
             return None
         if len(request) == 1:
             transport.write(request[0])
@@ -94,9 +182,8 @@ class Connection(asyncio.Protocol):
             transport.writelines(request)
         if transport.is_closing():  # the first write failed: nothing was sent
             return None
-        self.usable = False
         self._answer = self._loop.create_future()
-        self._expect_within(self._patience.first_byte_s)
+        self.advance(Event.SENT)
         return self._answer
 
     def has_unread_input(self) -> bool:
@@ -120,22 +207,12 @@ class Connection(asyncio.Protocol):
         """Continue reading. The time-out for silence starts anew."""
         if self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = False
-            self._deadline = self._loop.time() + self._idle_s
+            self._deadline = self._loop.time() + self._patience.idle_s
             self._transport.resume_reading()
 
     def abort(self, fault: UpstreamError | None = None) -> None:
         """Close the socket at once, and pass `fault` to the pending answer or to the sink of the body."""
-        self.usable = False
-        answer, self._answer = self._answer, None
-        response, self._response, self._body = self._response, None, None
-        if self._transport is not None:
-            self._transport.abort()
-        if response is not None:
-            response.detach()
-            if fault is not None:
-                self.sink.fail(fault)
-        elif answer is not None and not answer.done():
-            answer.set_exception(fault or faults.dropped())
+        self.advance(Event.ABORT, fault)
 
     # Called by the event loop.
 
@@ -143,8 +220,7 @@ class Connection(asyncio.Protocol):
         """Become idle, ready for the first request."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
-        self.made = self.usable = True
-        self._expect_within(self._patience.keepalive_s)
+        self.advance(Event.CONNECTED)
 
     def data_received(self, data: bytes) -> None:
         """Decode a read and push it to the sink. This is the hot path: one call for each read of a body."""
@@ -152,11 +228,11 @@ class Connection(asyncio.Protocol):
         if body is None:
             self._receive_head(data)
             return
-        self._deadline = self._loop.time() + self._idle_s
+        self._deadline = self._loop.time() + self._patience.idle_s
         try:
             payload = body.decode(data)
         except UpstreamError as fault:
-            self.abort(fault)
+            self.advance(Event.BROKEN, fault)
             return
         if payload:
             self.sink.data(payload, data if body.whole else None)
@@ -168,12 +244,12 @@ class Connection(asyncio.Protocol):
         if self._body is not None and self._body.until_eof and self._closed_cleanly():
             self._finish()
         else:
-            self.abort(self._loss())
+            self.advance(Event.EOF, self._loss())
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 # the state decides which error it is
         """Fail what is pending and report the loss, once."""
         self._transport = None
-        self.abort(self._loss())
+        self.advance(Event.LOST, self._loss())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -192,22 +268,22 @@ class Connection(asyncio.Protocol):
             return isinstance(error, ssl.SSLZeroReturnError)
 
     def _loss(self) -> UpstreamError:
-        return faults.cut_off() if self._answer is None else faults.unanswered()
+        return faults.unanswered() if self.state is State.WAITING else faults.cut_off()
 
     # Head, body, end.
 
     def _receive_head(self, data: bytes) -> None:
         """Feed the head reader, and begin the body once the head is complete."""
         answer = self._answer
-        if answer is None or answer.done():  # idle, closing, or the request was cancelled
-            self.abort()
+        if answer is None or answer.done():  # idle, closed, or the request was cancelled
+            self.advance(Event.UNASKED)
             return
         try:
             result = self._head_reader.feed(data)
             if result is not None:
                 self._begin_body(answer, *result)
         except UpstreamError as fault:
-            self.abort(fault)
+            self.advance(Event.BROKEN, fault)
 
     def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
         """Make the response, resolve the request's future, and decode what arrived behind the head."""
@@ -217,8 +293,7 @@ class Connection(asyncio.Protocol):
         self._answer = None
         self._response = self.sink = response
         self._body = body
-        self._keep_alive = head.keep_alive
-        self._expect_within(self._idle_s)
+        self.advance(Event.HEAD if head.keep_alive else Event.LAST_HEAD)
         answer.set_result(response)
         if rest or body.done:
             self.data_received(rest)
@@ -226,46 +301,34 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         """End a complete exchange. The connection is given back first, so that the sink's `end` may use it again."""
         response, body, transport = self._response, self._body, self._transport
-        assert response is not None  # noqa: S101  # set and unset with the body
-        assert body is not None  # noqa: S101
-        assert transport is not None  # noqa: S101
+        if response is None or body is None or transport is None:  # not in a body
+            return
         response.detach()
-        self.resume()
+        if self._paused:
+            self.resume()
         self._response = self._body = None
         unsent = transport.get_write_buffer_size() or (self.carried_by and self.carried_by.get_write_buffer_size())
-        if not self._keep_alive or body.surplus or transport.is_closing() or unsent:
-            self.abort()
-        else:
-            self.usable = True
-            self._expect_within(self._patience.keepalive_s)
+        is_dirty = body.surplus or unsent or transport.is_closing()
+        self.advance(Event.DIRTY_END if is_dirty else Event.END)
+        if self.state is State.IDLE:
             self._on_idle(self)
         self.sink.end()
 
     # Deadlines.
 
-    def _expect_within(self, timeout_s: float) -> None:
-        """Set the deadline to `timeout_s` from now. A running timer is replaced only if it would fire too late."""
-        self._deadline = deadline = self._loop.time() + timeout_s
-        if self._timer is not None:
-            if self._timer.when() <= deadline:
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_at(deadline, self._check_deadline)
-
     def _check_deadline(self) -> None:
         """Act on a passed deadline: fail a silent exchange, or close an idle connection. Re-arm the timer otherwise."""
         if self._paused:
-            self._deadline = self._loop.time() + self._idle_s
+            self._deadline = self._loop.time() + self._patience.idle_s
         if self._loop.time() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._check_deadline)
             return
         self._timer = None
-        if self._answer is not None:
-            self.abort(faults.silent(self._patience.first_byte_s))
-        elif self._body is not None:
-            self.abort(faults.stalled(self._idle_s))
+        if self.state is State.WAITING:
+            fault = faults.silent(self._patience.first_byte_s)
         else:
-            self.abort()  # idle for keepalive_s
+            fault = faults.stalled(self._patience.idle_s)
+        self.advance(Event.LATE, fault)
 
 
 def _decoded(body: Body, coding: str, response: Response) -> Body:

@@ -20,7 +20,7 @@ import aiohappyeyeballs
 
 from meshproxy.config.settings import host_fault
 from meshproxy.errors import Phase
-from meshproxy.upstream.connection import Connection, Timeouts
+from meshproxy.upstream.connection import Connection, State, Timeouts
 from meshproxy.upstream.response import closing, connect_timeout, dropped, exhausted, unreachable
 
 HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305 section 8
@@ -171,7 +171,7 @@ class Pool:
         """Return an idle connection that seems alive, or None. Stale ones found on the way are closed."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable and not connection.has_unread_input():
+            if connection.state is State.IDLE and not connection.has_unread_input():
                 return connection
             connection.abort()
         return None
@@ -181,7 +181,7 @@ class Pool:
         if self._closed:
             raise closing()
         connection = self._new() or await self._wait_for_free()
-        if connection.made:
+        if connection.state is not State.NEW:
             return connection
         try:
             await self._dial(connection)
@@ -208,7 +208,7 @@ class Pool:
             if not waiter.done():
                 waiter.set_exception(closing())
         self._waiters.clear()
-        live = [connection for connection in self._live if connection.made]
+        live = [connection for connection in self._live if connection.state is not State.NEW]
         for connection in live:
             connection.abort(dropped())
         if live:
@@ -242,16 +242,16 @@ class Pool:
         if waiter.cancelled() or not waiter.done() or waiter.exception() is not None:
             return
         connection = waiter.result()
-        if not connection.made:
+        if connection.state is State.NEW:
             self._lost(connection)
-        elif connection.usable:
+        elif connection.state is State.IDLE:
             self._freed(connection)
 
     def _freed(self, connection: Connection) -> None:
         """Hand on or keep a connection whose exchange is over."""
         if self._closed:
             connection.abort()
-        elif self._hand_over(connection):
+        elif self._waiters and self._hand_over(connection):
             return
         elif self._retired:
             connection.abort()

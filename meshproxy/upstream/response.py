@@ -297,11 +297,13 @@ class Response:
         self._early_bytes += len(payload)
         if self._early_bytes > MAX_EARLY_BYTES:
             self.pause()
-        self._wake_listener()
+        if self._listener is not None:
+            self._wake_listener()
 
     def end(self) -> None:
         """Note that the body is complete before a sink is set."""
-        self._wake_listener()
+        if self._listener is not None:
+            self._wake_listener()
 
     def fail(self, error: UpstreamError) -> None:
         """Note that the body broke off before a sink was set."""
