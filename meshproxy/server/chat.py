@@ -6,12 +6,14 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.helpers import rfc822_formatted_time
 
 from meshproxy.config import Server
 from meshproxy.errors import (
@@ -205,13 +207,19 @@ def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, m
     Header names and values must be free of CR, LF and NUL (RFC 9110, 5.5): our own and the filtered ones of providers
     are.
     """
-    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}", f"date: {rfc822_formatted_time()}"]
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}", f"date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers]
     if not keep_alive:
         lines.append("connection: close")
     elif minor == 0:
         lines.append("connection: keep-alive")
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+
+
+@lru_cache(maxsize=1)
+def _date(now_s: int) -> str:
+    """Format the time of an answer (RFC 9110, section 5.6.7)."""
+    return formatdate(now_s, usegmt=True)
 
 
 def last_error_answer(problem: ErrorResponse) -> bytes:
@@ -362,6 +370,8 @@ class ChatHandler:
         )
         reply = await self._gateway.chat(call, self._padded(stream))
         if reply is not None:
+            if request.content.exception() is not None:  # in a broken body: the next request can't be found
+                stream.keep_alive = False
             stream.reply(reply)
         await request.writer.drain()  # otherwise the answers to a client that reads none would pile up
         return Sent(keep_alive=stream.keep_alive)

@@ -11,12 +11,9 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, cast
 
 import structlog
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.streams import StreamReader
+from aiohttp import StreamReader, web
+from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler
-from aiohttp.web_protocol import RequestHandler
-from aiohttp.web_request import BaseRequest
 
 from meshproxy.errors import (
     ErrorResponse,
@@ -29,6 +26,7 @@ from meshproxy.errors import (
     request_timeout,
     request_too_large,
 )
+from meshproxy.errors import Source as FaultSource
 from meshproxy.openai.errors import envelope, error_headers
 from meshproxy.server.chat import last_error_answer, request_id_of
 from meshproxy.server.client_address import Source
@@ -47,7 +45,7 @@ def error_response(problem: ErrorResponse, request_id: str) -> web.Response:
     headers = dict(error_headers(problem))
     headers["x-request-id"] = request_id
     response = web.Response(status=problem.status, headers=headers, body=envelope(problem, request_id))
-    if problem.status == 408:  # RFC 9110, section 15.5.9
+    if problem.status == 408 or problem.code == "bad_request":  # RFC 9110, section 15.5.9; RFC 9112, section 11.2
         response.force_close()
     return response
 
@@ -138,7 +136,7 @@ class ConnectionLimits(NamedTuple):
         return last_error_answer(TOO_LATE)
 
 
-class AiohttpConnection(RequestHandler):
+class AiohttpConnection(web.RequestHandler):
     """One client's connection served by aiohttp. `source`: the client named by a PROXY header.
 
     Input that the parser refuses is answered in the envelope, the connection is closed, and what follows a refused head
@@ -148,6 +146,7 @@ class AiohttpConnection(RequestHandler):
 
     __slots__ = (
         "_body",
+        "_body_bytes",
         "_body_received",
         "_head_begun",
         "_head_timer",
@@ -166,6 +165,7 @@ class AiohttpConnection(RequestHandler):
         self._head_begun = False
         self._is_refused = False
         self._body: StreamReader | None = None  # of the newest request
+        self._body_bytes: int | None = None  # its Content-Length
         self._body_received = 0  # its bytes received, framing included
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -178,17 +178,33 @@ class AiohttpConnection(RequestHandler):
             self._wire.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes of a head or of a body, piece by piece. aiohttp passes none to have its kept bytes processed."""
-        for at in range(0, len(data) or 1, PIECE_BYTES):
-            if self._is_refused:
+        """Take bytes of a head or of a body, piece by piece. aiohttp passes none to have its kept bytes processed.
+
+        A piece ends with a head and with a body of known length: the parser, given several requests of which one is
+        invalid, drops those before it.
+        """
+        at = 0
+        while not self._is_refused:
+            end = self._end_of_piece(data, at)
+            self._receive(data[at:end])
+            at = end
+            if at >= len(data):
                 return
-            self._receive(data[at : at + PIECE_BYTES])
+
+    def _end_of_piece(self, data: bytes, at: int) -> int:
+        end = at + PIECE_BYTES
+        if self._body is not None and not self._body.is_eof():
+            return end if self._body_bytes is None else min(end, at + max(1, self._body_bytes - self._body.total_bytes))
+        piece = data[at:end]
+        empty = len(piece) - len(piece.lstrip(b"\r\n"))  # the parser takes empty lines before a head, however many
+        blank = data.find(b"\r\n\r\n", at + empty, end)
+        return end if blank < 0 else blank + 4
 
     def _receive(self, data: bytes) -> None:
         """Pass bytes to aiohttp, and keep the head's time."""
-        known = self._request_count
+        known = len(self._messages)
         super().data_received(data)
-        if self._request_count != known:
+        if len(self._messages) > known:
             self._expect_nothing()
             self._look_at_newest()
         elif self._body is not None and not self._body.is_eof():
@@ -199,22 +215,33 @@ class AiohttpConnection(RequestHandler):
                 self._expect_head()
 
     def _look_at_newest(self) -> None:
-        """Note the body of the newest request, and whether its head was refused."""
-        message, self._body = self._messages[-1]
-        self._body_received = 0
-        fault = getattr(message, "exc", None)  # set if aiohttp's parser refused the head
+        """Note the body of the newest request, and whether aiohttp's parser found a fault."""
+        message, body = self._messages[-1]
+        fault = getattr(message, "exc", None)  # set if the parser found one
         if isinstance(fault, BaseException):
             self._is_refused = True
             fault.__traceback__ = None  # its frames hold the bytes read, and the exception itself
+            if self._body is not None and not self._body.is_eof():
+                self._messages.pop()  # the fault is in the body of the request before: it gets the one answer
+                problem = ErrorResponse(400, "bad_request", _in_words(fault, None))
+                self._refuse_body(self._body, GatewayError(FaultSource.CLIENT, problem))
+                return
+        length = getattr(message, "headers", {}).get("content-length")
+        self._body, self._body_bytes = body, None if length is None else int(length)
+        self._body_received = 0
 
     def _count_framing(self, body: StreamReader, received: int) -> None:
         """Refuse a body whose framing is more than MAX_FRAMING_BYTES and a part of its data."""
         self._body_received += received
         if self._body_received - body.total_bytes > MAX_FRAMING_BYTES + body.total_bytes // 32:
             self._is_refused = True
-            body.set_exception(web.RequestPayloadError("its chunks are too small"))
-            body.feed_eof()  # otherwise aiohttp reads on after the answer
-            self.close()
+            self._refuse_body(body, web.RequestPayloadError("its chunks are too small"))
+
+    def _refuse_body(self, body: StreamReader, fault: Exception) -> None:
+        """Fail the reading of a body, and close the connection after the answer."""
+        body.set_exception(fault)
+        body.feed_eof()  # otherwise aiohttp reads on after the answer
+        self.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Cancel the head's time: the client is gone."""
@@ -260,7 +287,7 @@ class AiohttpConnection(RequestHandler):
             self._task_handler.cancel()
 
     def handle_error(
-        self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """Answer invalid HTTP (400) or a handler's bug (500)."""
         if request.writer.output_size > 0:
@@ -277,7 +304,7 @@ class AiohttpConnection(RequestHandler):
         return response
 
     def _expect_head(self) -> None:
-        self._head_timer = self._loop.call_later(self._limits.header_timeout_s(), self._on_head_timeout)
+        self._head_timer = asyncio.get_running_loop().call_later(self._limits.header_timeout_s(), self._on_head_timeout)
 
     def _expect_nothing(self) -> None:
         if self._head_timer is not None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, web
-from aiohttp.web_request import BaseRequest
 from yarl import URL
 
 from meshproxy.config import ConfigError, Server, split_address
@@ -238,19 +237,33 @@ class Chat(Protocol):
 class _Server(web.Server):
     """Makes protocols for accepted sockets. It is the `Host` of its fast-path connections."""
 
-    def __init__(self, handler: Any, chat: Callable[[], Chat] | None, limits: ConnectionLimits, **options: Any) -> None:
-        super().__init__(handler, limits=limits, **options)
+    def __init__(
+        self, handler: Any, make_request: Any, chat: Callable[[], Chat] | None, limits: ConnectionLimits
+    ) -> None:
+        super().__init__(handler, request_factory=make_request, handler_cancellation=True)
         self.usual: set[ClientConnection] = set()
         self._chat = chat
         self._limits = limits
+        self._running = asyncio.get_running_loop()
         self._unsent: dict[Connection, tuple[int, float]] = {}  # unsent bytes, and since when none of them was taken
         self._writes_looked_at = 0.0
 
     def __call__(self, source: Source | None = None) -> Any:  # aiohttp's type knows only its own protocol
-        return self.others(source) if self._chat is None else ClientConnection(self, self._loop, source)
+        return self.others(source) if self._chat is None else ClientConnection(self, self._running, source)
 
     def others(self, source: Source | None) -> AiohttpConnection:
-        return AiohttpConnection(self, source, loop=self._loop, **self._kwargs)
+        return AiohttpConnection(
+            self,
+            source,
+            limits=self._limits,
+            loop=self._running,
+            access_log=None,
+            auto_decompress=False,
+            max_line_size=MAX_HEAD_BYTES,
+            max_field_size=MAX_HEAD_BYTES,
+            max_headers=MAX_FIELDS,
+            lingering_time=LINGER_S,
+        )
 
     def header_timeout_s(self) -> float:
         return self._limits.header_timeout_s()
@@ -272,7 +285,7 @@ class _Server(web.Server):
         return self._limits.too_late()
 
     def look_at_deadlines(self) -> None:
-        now = self._loop.time()
+        now = self._running.time()
         for connection in [connection for connection in self.usual if connection.deadline <= now]:
             connection.expire()
         if now - self._writes_looked_at >= min(WRITES_LOOKED_AT_EACH_S, self._limits.write_timeout_s() / 4):
@@ -317,6 +330,7 @@ class Runner(web.AppRunner):
         self._loops = loops if loops is not None else Tasks()
         self._chat = chat
         self._limits = limits
+        self._server_of_ours: _Server | None = None
         self.closing = False  # whether answers say `Connection: close`
 
     def connected(self) -> int:
@@ -338,36 +352,38 @@ class Runner(web.AppRunner):
         for connection in self._connections():
             connection.interrupt()
 
+    @property
+    def server(self) -> "_Server | None":
+        """The server of our connections, in the place of aiohttp's."""
+        return self._server_of_ours
+
+    async def setup(self) -> None:
+        """Start the application, and the check of deadlines. aiohttp's own server only makes requests for ours."""
+        await super().setup()
+        made = super().server
+        if made is None:
+            raise RuntimeError("aiohttp made no server")
+        self._make_request, self._handle = made.request_factory, made.request_handler
+        server = _Server(self._dispatch, self._request, self._chat, self._limits)
+        self._server_of_ours = server
+        self._looking = self._loops.supervise("deadlines", partial(_run_every, server.look_at_deadlines))
+
     async def cleanup(self) -> None:
         """Stop listening and close all connections."""
-        if self.server is not None:
+        server, self._server_of_ours = self._server_of_ours, None
+        if server is not None:
+            for site in self.sites:
+                await site.stop()
             self._looking.cancel()
-            for connection in tuple(cast("_Server", self.server).usual):
+            for connection in tuple(server.usual):
                 connection.abort()
+            server.pre_shutdown()
+            await server.shutdown(SHUTDOWN_S)
         await super().cleanup()
 
     def _connections(self) -> "list[Connection]":
-        server = cast("_Server | None", self.server)
+        server = self._server_of_ours
         return server.all() if server is not None else []
-
-    async def _make_server(self) -> web.Server:
-        """Replace aiohttp's server by ours, with our bounds, and start the check of deadlines."""
-        await super()._make_server()  # starts the application; the server it makes is unused
-        server = _Server(
-            self._dispatch,
-            self._chat,
-            self._limits,
-            request_factory=self._request,
-            handler_cancellation=True,
-            access_log=None,
-            auto_decompress=False,
-            max_line_size=MAX_HEAD_BYTES,
-            max_field_size=MAX_HEAD_BYTES,
-            max_headers=MAX_FIELDS,
-            lingering_time=LINGER_S,
-        )
-        self._looking = self._loops.supervise("deadlines", partial(_run_every, server.look_at_deadlines))
-        return server
 
     def _request(self, message: Any, *parts: Any) -> web.Request:
         """Make a request from the parser's message.
@@ -375,32 +391,32 @@ class Runner(web.AppRunner):
         Only here is the host of an absolute target decoded. An invalid one (`http://xn--a/`, RFC 3492) raises a
         ValueError, which would end the connection's task; such a request is marked unreadable instead.
         """
+        version, refusal = message.version, None
+        if not HttpVersion10 <= version <= HttpVersion11:  # the parser takes 2.0, and a line without a version for 0.9
+            message, refusal = message._replace(version=HttpVersion10), f"HTTP/{version.major}.{version.minor}"
+        if message.upgrade:  # declined; the parser drops what followed in the same read
+            message = message._replace(should_close=True)
         try:
-            if message.version < HttpVersion10:  # a request line without a version, which the parser takes for HTTP/0.9
-                request = self.app._make_request(message._replace(version=HttpVersion10), *parts)  # noqa: SLF001
-                request[_UNREADABLE] = "HTTP/0.9"
-                return request
-            return self.app._make_request(message, *parts)  # noqa: SLF001 - as AppRunner does
+            request = self._make_request(message, *parts)
         except ValueError:
-            request = self.app._make_request(message._replace(url=URL("/")), *parts)  # noqa: SLF001
-            request[_UNREADABLE] = "the host of its target can't be read"
-            return request
+            request = self._make_request(message._replace(url=URL("/")), *parts)
+            refusal = "the host of its target can't be read"
+        if refusal is not None:
+            request[_UNREADABLE] = refusal
+        return cast("web.Request", request)
 
-    async def _dispatch(self, request: BaseRequest) -> web.StreamResponse:
+    async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         """Refuse an ambiguous request, or pass it to the application."""
-        message = request._message  # noqa: SLF001 - the parser's message
         refusal = _refusal_of(request)
         if refusal is not None:
             return request.protocol.handle_error(request, 400, None, refusal)
-        if message.upgrade:  # declined; aiohttp's parser drops what followed in the same read
-            request._message = message._replace(should_close=True)  # noqa: SLF001
-        response = await self.app._handle(cast("web.Request", request))  # noqa: SLF001 - made by the factory
+        response = await self._handle(request)
         if self.closing:
             response.force_close()
         return response
 
 
-def _refusal_of(request: BaseRequest) -> str | None:
+def _refusal_of(request: web.BaseRequest) -> str | None:
     """Return why a request that the parser accepted is refused: it is ambiguous or unreadable. None if it isn't."""
     headers = request.headers
     if _UNREADABLE in request:

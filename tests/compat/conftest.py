@@ -151,14 +151,15 @@ def page_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory, page_port: int) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory, page_port: int, fast_path: bool) -> Iterator[Site]:
     """The store, the provider and the gateway; the gateway must end with exit code 0."""
     background, embedded = Background(), Embedded()
     background.run(embedded.start())
     simulator = background.run(start(settings=SimulatorSettings(tokens_per_second=1e6, first_token_s=0)))
     store = background.run(connect(Redis(url=embedded.url)))
     folder = tmp_path_factory.mktemp("compat")
-    (folder / "meshproxy.toml").write_text(configuration(embedded.url, simulator.base_url, page_port))
+    told = configuration(embedded.url, simulator.base_url, page_port, fast_path=fast_path)
+    (folder / "meshproxy.toml").write_text(told)
     log = folder / "gateway.log"
     with log.open("wb") as stderr:
         gateway = subprocess.Popen(
@@ -193,7 +194,7 @@ def patiently() -> Callable[[Callable[[], bool]], None]:
     return until
 
 
-def configuration(redis_url: str, provider_url: str, page_port: int) -> str:
+def configuration(redis_url: str, provider_url: str, page_port: int, *, fast_path: bool) -> str:
     """The gateway's TOML: a provider that is well, one that is given no time, and one that isn't there."""
     models = "".join(
         f'[models."{name}"]\nupstreams = [{_routes(routes)}]\n{FREE if name == "free" else PRICES}'
@@ -204,6 +205,7 @@ def configuration(redis_url: str, provider_url: str, page_port: int) -> str:
 listen = "127.0.0.1:0"
 admin_listen = "127.0.0.1:0"
 workers = 1
+fast_path = {str(fast_path).lower()}
 max_body_bytes = 1048576
 drain_s = 1
 cors_origins = ["http://localhost:{page_port}"]

@@ -516,36 +516,6 @@ class TestAccounts:
         assert balance.balance_nusd >= 0
 
 
-@pytest.mark.parametrize("fast_path", [True, False])
-class TestEitherWay:
-    """What the usual request gets through our own connection, it gets through aiohttp's."""
-
-    async def test_a_whole_answer_and_a_stream(self, start_mesh, fast_path):
-        mesh = await start_mesh(server={"fast_path": fast_path})
-        caller = await mesh.key()
-        answer = await mesh.chat(caller, model="sim/plain")
-        assert (answer.status, answer.headers["x-mesh-cost"]) == (200, format_usd(REPORTED_NUSD))
-        stream = await mesh.stream(caller, model="sim/plain")
-        assert (stream.status, stream.events[-1]) == (200, "[DONE]")
-        assert await mesh.spent(caller) == 2 * REPORTED_NUSD
-
-    async def test_a_refusal(self, start_mesh, fast_path):
-        mesh = await start_mesh(server={"fast_path": fast_path})
-        caller = await mesh.key(credit="0")
-        assert ((answer := await mesh.chat(caller)).status, answer.code) == (402, "insufficient_credits")
-        assert ((answer := await mesh.post(caller, b"{")).status, answer.code) == (422, "validation_error")
-
-    async def test_a_hangup(self, start_mesh, fast_path):
-        slow = {"m/slow": model("sim", "sim/plain?tokens=5000&tps=50")}
-        mesh = await start_mesh(server={"fast_path": fast_path}, models=slow)
-        caller = await mesh.key()
-        body = {"model": "m/slow", "messages": HELLO, "stream": True}
-        async with mesh.http.post("/v1/chat/completions", json=body, headers=caller.auth) as answer:
-            await answer.content.readline()
-            answer.close()
-        assert (await mesh.settlement(caller))["outcome"] == "client_disconnected"
-
-
 class TestSdk:
     async def test_a_whole_answer(self, mesh):
         caller = await mesh.key()

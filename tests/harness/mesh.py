@@ -43,12 +43,13 @@ class Lines:
 class Mesh:
     """A gateway that listens, and what a test wants of it."""
 
-    def __init__(self, worker: Worker, simulator: Running, log: Lines, host: str, port: int) -> None:
+    def __init__(self, worker: Worker, simulator: Running, log: Lines, runner: Runner) -> None:
         self.worker = worker
         self.simulator = simulator
         self.log = log
-        self.host, self.port = host, port
-        self.url = f"http://{host}:{port}"
+        self.interrupt = runner.interrupt  # cancels every handler
+        self.host, self.port = runner.addresses[0]
+        self.url = f"http://{self.host}:{self.port}"
         self.callers: list[Caller] = []
         self.books = Books(worker.store, worker.ledger, worker.directory)
         self.http = aiohttp.ClientSession(self.url, auto_decompress=False)
@@ -192,7 +193,7 @@ async def serving(
         if send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         await web.SockSite(runner, sock).start()
-        mesh = Mesh(worker, simulator, log, *runner.addresses[0])
+        mesh = Mesh(worker, simulator, log, runner)
         await mesh.until(lambda: worker.store.connected == connected)
         try:
             yield mesh

@@ -66,10 +66,11 @@ class Alone:
 
 
 @pytest.fixture
-async def alone(store_server, simulator) -> AsyncIterator:
+async def alone(store_server, simulator, fast_path) -> AsyncIterator:
     async with AsyncExitStack() as stack:
 
         async def start(*, descriptors=None, **tables) -> Alone:
+            tables["server"] = {"fast_path": fast_path, **tables.get("server", {})}
             return await stack.enter_async_context(running(store_server, simulator, descriptors, tables))
 
         yield start

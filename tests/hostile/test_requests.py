@@ -5,7 +5,7 @@ import json
 import pytest
 
 from meshproxy.telemetry.families import NONE, OTHER
-from tests.hostile.corpus import CASES, END, REFUSED
+from tests.hostile.corpus import CASES, CHAT, END, REFUSED
 from tests.hostile.wire import answers_in
 
 
@@ -35,6 +35,8 @@ def assert_refused(mesh, answer):
 
 
 def counted(mesh, status):
-    """How often the listener says it refused with this status."""
-    (family,) = mesh.worker.metrics.requests.labels(OTHER, NONE, str(status), "false").collect()
-    return family.samples[0].value
+    """How many requests were counted with this status: as invalid HTTP, or as a chat request whose body is invalid."""
+    families = [
+        mesh.worker.metrics.requests.labels(route, NONE, str(status), "false") for route in (OTHER, CHAT.decode())
+    ]
+    return sum(sample.value for family in families for sample in family.collect()[0].samples[:1])

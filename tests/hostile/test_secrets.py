@@ -213,6 +213,8 @@ async def _stored(mesh) -> str:
     told = []
     for key in await store.execute("KEYS", "*"):
         kind = (await store.execute("TYPE", key)).decode()
+        if kind == "none":  # another test's, and expired meanwhile
+            continue
         read = {
             "string": ("GET", key),
             "hash": ("HGETALL", key),
