@@ -11,8 +11,8 @@ import io
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
 
 from msgspec import Struct
 from msgspec.structs import asdict
@@ -50,7 +50,9 @@ def add_usage(parser: argparse.ArgumentParser) -> None:
 
 
 async def report(args: argparse.Namespace, out: Output) -> None:
-    """Show requests, tokens and cost by account. A request counts in the hour (UTC) in which it started; at most 92 days.
+    """Show requests, tokens and cost by account. A request counts in the hour (UTC) in which it started.
+
+    Before the last 90 days whole months are shown, and `day` is the month: 2026-05.
 
     meshproxy usage                                     every account, the last 30 days
     meshproxy usage --account acme --by model --since 24h
@@ -65,13 +67,14 @@ async def report(args: argparse.Namespace, out: Output) -> None:
         raise UsageError(f"argument --by: {min(unknown)!r} is not one of {', '.join(GROUP_ALIASES)}")
     groups = [name for name in GROUPS if name in {GROUP_ALIASES[word] for word in args.by}]
     async with open_administration(args) as administration:
-        notice = asyncio.create_task(_print_notice())
-        try:
-            rows = await administration.usage(
-                args.account, group_by=groups, session_id=args.session, since=since, until=until
-            )
-        finally:
-            notice.cancel()
+        rows = await administration.usage(
+            args.account,
+            group_by=groups,
+            session_id=args.session,
+            since=since,
+            until=until,
+            on_progress=Progress(sys.stderr, time.monotonic),
+        )
     if args.format == "csv":
         sys.stdout.write(as_csv(rows, ["account", *groups, *NUMERIC_FIELDS]))
         return
@@ -88,11 +91,19 @@ def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     return text.getvalue()
 
 
-async def _print_notice() -> None:
-    """Print to a terminal's stderr, after NOTICE_AFTER_S, that the report is being computed."""
-    await asyncio.sleep(NOTICE_AFTER_S)
-    if sys.stderr.isatty():
-        print("adding up every account's hours ...", file=sys.stderr, flush=True)
+class Progress:
+    """Writes a line to stderr each NOTICE_AFTER_S that a report takes: how many accounts are read."""
+
+    def __init__(self, stderr: TextIO, clock: Callable[[], float]) -> None:
+        self._stderr = stderr
+        self._clock = clock
+        self._next_at = clock() + NOTICE_AFTER_S
+
+    def __call__(self, done: int, accounts: int) -> None:
+        """Note that so many accounts are read."""
+        if self._clock() >= self._next_at:
+            self._next_at = self._clock() + NOTICE_AFTER_S
+            print(f"{done:,} of {accounts:,} accounts ...", file=self._stderr, flush=True)
 
 
 def add_requests(parser: argparse.ArgumentParser) -> None:

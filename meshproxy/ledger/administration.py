@@ -22,7 +22,17 @@ from meshproxy.ledger.directory import Directory, check_account_name
 from meshproxy.ledger.ledger import Ledger, RefTaken
 from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
 from meshproxy.ledger.store import Store, StoreError
-from meshproxy.ledger.usage_report import EVENT_DAYS, GROUPS, MAX_FIELDS, UsageEvent, UsageRow, find_usage_event, usage
+from meshproxy.ledger.usage_report import (
+    EVENT_DAYS,
+    GROUPS,
+    MAX_FIELDS,
+    Period,
+    UsageEvent,
+    UsageRow,
+    find_usage_event,
+    hours_of,
+    sums,
+)
 from meshproxy.money import format_usd, in_usd
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits, Status
 from meshproxy.policy.template import Template, TemplateFields, check_params, to_public
@@ -36,6 +46,7 @@ MAX_LIMIT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 MAX_GRACE_S = 90 * DAY_S
 USAGE_SPAN_S = 30 * DAY_S  # of a report without `since`
 REPORTED_AT_ONCE = 16  # accounts of a report that are read in parallel
+INDEXED_AT_ONCE = 500  # accounts whose index of hours is read in parallel
 NUMERIC_FIELDS = tuple(
     name for name in in_usd(asdict(UsageRow())) if name not in GROUPS
 )  # the numeric fields of a report's row
@@ -299,9 +310,10 @@ class Administration:
         session_id: str | None = None,
         since: float | None = None,
         until: float | None = None,
+        on_progress: Callable[[int, int], None] = lambda _done, _accounts: None,
     ) -> list[dict[str, Any]]:
         """Return requests, tokens, cost by account and `group_by` (`session` is `session_id`). Times are Unix
-        seconds.
+        seconds. `on_progress` is called with how many accounts are read, of how many.
         """
         until = self._clock() if until is None else until
         since = until - USAGE_SPAN_S if since is None else since
@@ -310,25 +322,21 @@ class Administration:
             message = f"`group_by` takes {', '.join(GROUPS)}, not `{min(unknown)[:64]}`."
             raise GatewayError(Source.CLIENT, invalid(message, param="group_by", place="query"))
         groups = [name for name in GROUPS if name in requested]
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        period = Period.of(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(until, UTC), now, groups)
         names = await self.account_names(account)
         rows: list[dict[str, Any]] = []
-        for first in range(0, len(names), REPORTED_AT_ONCE):
-            batch = names[first : first + REPORTED_AT_ONCE]
-            reports = await asyncio.gather(
-                *(
-                    usage(
-                        self.store,
-                        name,
-                        group_by=groups,
-                        session_id=session_id,
-                        since=datetime.fromtimestamp(since, UTC),
-                        until=datetime.fromtimestamp(until, UTC),
-                    )
-                    for name in batch
+        for first in range(0, len(names), INDEXED_AT_ONCE):
+            on_progress(first, len(names))
+            indexed = names[first : first + INDEXED_AT_ONCE]
+            hours = dict(zip(indexed, await hours_of(self.store, indexed, period, now), strict=True))
+            for start in range(0, len(indexed), REPORTED_AT_ONCE):
+                batch = indexed[start : start + REPORTED_AT_ONCE]
+                reports = await asyncio.gather(
+                    *(sums(self.store, name, hours[name], period, groups, session_id) for name in batch)
                 )
-            )
-            for name, report in zip(batch, reports, strict=True):
-                rows += [_shown_row(name, row, groups) for row in report]
+                for name, report in zip(batch, reports, strict=True):
+                    rows += [_shown_row(name, row, groups) for row in report]
             if len(rows) > MAX_FIELDS:
                 message = "There is too much in this report: name an account."
                 raise GatewayError(Source.CLIENT, invalid(message, param="account", place="query"))

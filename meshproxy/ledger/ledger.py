@@ -342,6 +342,7 @@ def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
     hour = _hour(settlement.started_ms // 3_600_000)
     keys = [*names.script_keys, *names.script_keys_of_key(settlement.key_id)]
     keys += [names.hour(hour), names.unheld(settlement.hold_id), names.requests(hour[:10])]
+    keys += [names.hours, names.month(hour[:7])]
     if settlement.session:
         keys.append(names.session_spend(settlement.session))
     if settlement.replay is not None:

@@ -219,6 +219,7 @@ class AccountKeys:
         self.spend = root + "spend"
         self.grants = root + "grants"
         self.grant_refs = root + "grant-refs"
+        self.hours = root + "hours"
         self.record = root + "record"
         self.keys = root + "keys"
         self.templates = root + "templates"
@@ -258,6 +259,10 @@ class AccountKeys:
     def hour(self, hour: str) -> str:
         """Name the hash of one hour's aggregates (`2026-11-24T09`)."""
         return f"{self.root}hour:{hour}"
+
+    def month(self, month: str) -> str:
+        """Name the hash of one month's aggregates (`2026-11`)."""
+        return f"{self.root}month:{month}"
 
     def refused(self, hour: str) -> str:
         """Name the hash of refused requests by minute of an hour (`2026-11-24T09`)."""

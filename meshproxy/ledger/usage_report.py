@@ -1,7 +1,9 @@
-"""Usage reports: the hourly aggregates and the events that settlements write, summed and looked up.
+"""Usage reports: the aggregates and the events that settlements write, summed and looked up.
 
 An aggregate is a hash for each account and hour (UTC, of a request's start), with fields `KEY US MODEL US SESSION US
-METRIC` (US: the byte 0x1f). The session `~` holds the requests after an hour reached its bound on fields.
+METRIC` (US: the byte 0x1f). The session `~` holds the requests after an hour reached its bound on fields. Hours are kept
+for HOURS_KEPT. A month's hash stays and has the same fields, all with the session `~`. index.lua describes the index of
+an account's hours.
 """
 
 import asyncio
@@ -20,13 +22,16 @@ MAX_EVENTS = 1000  # asked for, or read, in one round trip
 EVENT_DAYS = 8  # for which a request is found by its id (settle.lua, REQUESTS_KEPT_S)
 BATCH_ACCOUNTS = 100  # searched in one round trip
 GROUPS = ("session_id", "model", "key", "day")
-MAX_SPAN = timedelta(days=92)
+HOURS_KEPT = timedelta(days=90)  # settle.lua, HOUR_KEPT_S
+MAX_SPAN = timedelta(days=3660)
 MAX_FIELDS = 1_000_000  # that one report sums
 BATCH_FIELDS = 50_000  # that are read in one round trip, if they are of several hours
 SLICE = 500  # fields summed between two turns of the event loop, about a millisecond
 
 _SIZES = cache(partial(Script.load, "sizes"))
+_INDEX_HOURS = cache(partial(Script.load, "index_hours"))
 
+_MARK = ord("1")
 Group = tuple[str | None, str | None, str | None, str | None]  # values in the order of GROUPS; None: not grouped by
 
 
@@ -60,26 +65,113 @@ async def usage(
     session_id: str | None = None,
     since: datetime,
     until: datetime,
+    now: datetime,
 ) -> list[UsageRow]:
     """Sum every hour that `since` to `until` touches, ordered by day, session, model and key as far as grouped by.
 
-    Naive times are UTC. Raises GatewayError `validation_error` for an unknown group, a span that is negative or longer
-    than 92 days, and a report with too many fields.
+    If `since` is older than the hours that are kept, the months before the first whole month of hours are summed from the
+    monthly aggregates: every month that `since` to `until` touches. Their `day` is the month (`2026-05`) and their session
+    `~`. Naive times are UTC. Raises GatewayError `validation_error` for an unknown group, a span that is negative or
+    longer than MAX_SPAN, and a report with too many fields.
     """
-    unknown = [name for name in group_by if name not in GROUPS]
-    if unknown:
-        raise _invalid(f"`group_by` takes {', '.join(GROUPS)}, not `{unknown[0][:64]}`.", "group_by")
-    rows: dict[Group, UsageRow] = {}
+    period = Period.of(since, until, now, group_by)
+    (hours,) = await hours_of(store, [account], period, now)
+    return await sums(store, account, hours, period, group_by, session_id)
+
+
+async def sums(
+    store: Store,
+    account: str,
+    hours: Sequence[str],
+    period: "Period",
+    group_by: Sequence[str],
+    session_id: str | None,
+) -> list[UsageRow]:
+    """As `usage`, with the account's hours (`hours_of`) and a checked period."""
     names = AccountKeys(account)
-    hours = _hours(since, until)
-    sizes = await store.run(_SIZES(), [names.hour(hour) for hour in hours], []) if hours else []
+    keys = {month: names.month(month) for month in period.months}
+    keys |= {hour: names.hour(hour) for hour in hours}
+    if not keys:
+        return []
+    rows: dict[Group, UsageRow] = {}
+    sizes = await store.run(_SIZES(), list(keys.values()), [])
     if sum(sizes) > MAX_FIELDS:
         raise _invalid("There is too much in `since` to `until`: ask for a shorter time.", "since")
-    for batch in _batches(dict(zip(hours, sizes, strict=True))):
-        replies = await asyncio.gather(*(store.execute("HGETALL", names.hour(hour)) for hour in batch))
-        for hour, flat in zip(batch, replies, strict=True):
-            await _add(rows, hour[:10], flat, group_by, session_id)
+    for batch in _batches(dict(zip(keys, sizes, strict=True))):
+        replies = await asyncio.gather(*(store.execute("HGETALL", keys[name]) for name in batch))
+        for name, flat in zip(batch, replies, strict=True):
+            await _add(rows, name[:10], flat, group_by, session_id)
     return sorted(rows.values(), key=_order)
+
+
+class Period(Struct, frozen=True):
+    """The aggregates of a time: whole months (`2026-05`), and hours (`2026-11-24T09`) from `first_hour` to before `end_hour`."""
+
+    months: tuple[str, ...]
+    first_hour: str
+    end_hour: str
+
+    @classmethod
+    def of(cls, since: datetime, until: datetime, now: datetime, group_by: Sequence[str] = ()) -> "Period":
+        """Return what to read. Raises as `usage` does."""
+        unknown = [name for name in group_by if name not in GROUPS]
+        if unknown:
+            raise _invalid(f"`group_by` takes {', '.join(GROUPS)}, not `{unknown[0][:64]}`.", "group_by")
+        start, end = _utc(since), _utc(until)
+        if end < start:
+            raise _invalid("`since` is after `until`.", "since")
+        if end - start > MAX_SPAN:
+            raise _invalid(f"`since` to `until` spans more than {MAX_SPAN.days} days.", "since")
+        kept_from = _utc(now) - HOURS_KEPT
+        first = start
+        months: list[str] = []
+        if start < kept_from:
+            first = _next_month(kept_from)
+            month = start.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+            while month < min(end, first):
+                months.append(f"{month:%Y-%m}")
+                month = _next_month(month)
+        last = end if end == _hour(end) else end + timedelta(hours=1)
+        return cls(tuple(months), f"{first:%Y-%m-%dT%H}", f"{last:%Y-%m-%dT%H}")
+
+    def hours_among(self, days: Mapping[bytes, bytes]) -> Iterator[str]:
+        """Yield the period's hours that an index has: by day, 24 digits."""
+        for name, marks in days.items():
+            day = name.decode()
+            if self.first_hour[:10] <= day <= self.end_hour[:10]:
+                hours = (f"{day}T{hour:02}" for hour, mark in enumerate(marks) if mark == _MARK)
+                yield from (hour for hour in hours if self.first_hour <= hour < self.end_hour)
+
+
+def _next_month(moment: datetime) -> datetime:
+    """Return the first moment of the month after this one's."""
+    first = moment.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return (first + timedelta(days=31)).replace(day=1)
+
+
+async def hours_of(store: Store, accounts: Sequence[str], period: Period, now: datetime) -> list[list[str]]:
+    """Return the hours of a period for which each account has aggregates, some of which may have expired.
+
+    An index that isn't complete is completed from all hours that may exist since the period's first: once after an
+    upgrade, and again if an older version has settled since.
+    """
+    names = [AccountKeys(account) for account in accounts]
+    replies = await asyncio.gather(
+        *(store.execute("HGETALL", each.hours) for each in names),
+        *(store.execute("HGET", each.credit, "settled") for each in names),
+    )
+    found: list[list[str]] = []
+    for each, flat, settled in zip(names, replies[: len(names)], replies[len(names) :], strict=True):
+        days = dict(zip(flat[::2], flat[1::2], strict=True))
+        covered, first = days.pop(b"nusd", None), days.pop(b"from", b"").decode()
+        if covered == (settled or b"0") and first <= period.first_hour:
+            found.append(list(period.hours_among(days)))
+            continue
+        possible = _named(period.first_hour, f"{_utc(now) + timedelta(days=1):%Y-%m-%dT%H}")
+        keys = [each.hours, each.credit, *map(each.hour, possible)]
+        existing = map(bytes.decode, await store.run(_INDEX_HOURS(), keys, [period.first_hour]))
+        found.append([hour for hour in existing if hour < period.end_hour])
+    return found
 
 
 class UsageEvent(Struct, frozen=True):
@@ -181,20 +273,16 @@ async def _add(
         setattr(row, name, getattr(row, name) + int(flat[at + 1]))
 
 
-def _hours(since: datetime, until: datetime) -> tuple[str, ...]:
-    start, end = _utc(since), _utc(until)
-    if end < start:
-        raise _invalid("`since` is after `until`.", "since")
-    if end - start > MAX_SPAN:
-        raise _invalid(f"`since` to `until` spans more than {MAX_SPAN.days} days.", "since")
-    first = start.replace(minute=0, second=0, microsecond=0)
-    return _named(first, -(-(end - first) // timedelta(hours=1)))
+def _hour(moment: datetime) -> datetime:
+    """Return the beginning of the hour."""
+    return moment.replace(minute=0, second=0, microsecond=0)
 
 
 @lru_cache(8)
-def _named(first: datetime, count: int) -> tuple[str, ...]:
-    """Return the names of `count` hours. Cached, because a report over many accounts uses the same hours."""
-    return tuple(f"{first + timedelta(hours=n):%Y-%m-%dT%H}" for n in range(count))
+def _named(first: str, end: str) -> tuple[str, ...]:
+    """Return the names of the hours from `first` to before `end`. Cached, because accounts share them."""
+    start, stop = (datetime.strptime(name, "%Y-%m-%dT%H").replace(tzinfo=UTC) for name in (first, end))
+    return tuple(f"{start + timedelta(hours=n):%Y-%m-%dT%H}" for n in range((stop - start) // timedelta(hours=1)))
 
 
 def _utc(moment: datetime) -> datetime:

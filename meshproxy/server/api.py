@@ -33,8 +33,8 @@ from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import (
     GROUPS,
+    HOURS_KEPT,
     MAX_EVENTS,
-    MAX_SPAN,
     UsageEvent,
     UsageRow,
     events,
@@ -205,7 +205,7 @@ class Api:
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
         since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
         account = principal.account.name
-        self._gateway.path_limiter.count(account, min(max(0.0, (until - since) / VISIT_SPAN), MAX_SPAN / VISIT_SPAN))
+        self._gateway.path_limiter.count(account, min(max(0.0, (until - since) / VISIT_SPAN), HOURS_KEPT / VISIT_SPAN))
         async with self._gateway.locks.hold(account, MAX_LOCK_USERS):
             rows = await usage(
                 self._store,
@@ -214,6 +214,7 @@ class Api:
                 session_id=query.get("session_id"),
                 since=since,
                 until=until,
+                now=datetime.now(UTC),
             )
         return json_response(
             {

@@ -1,5 +1,7 @@
+import io
 from datetime import UTC, datetime
 
+from meshproxy.cli.usage import Progress
 from tests.cli.conftest import REQUESTS
 
 
@@ -75,3 +77,20 @@ def test_as_csv(settle, run):
         ("acme", "a/b", "2", "2.00"),
         ("acme", "c", "1", "0.25"),
     ]
+
+
+def test_years_ago_are_shown_by_month(settle, data):
+    settle(*REQUESTS)
+    month = datetime.now(UTC).strftime("%Y-%m")
+    rows = data("usage", "--account", "acme", "--by", "day", "--since", "400d")
+    assert {month} == {row["day"][:7] for row in rows}
+    assert 3 == sum(row["requests"] for row in rows)
+
+
+def test_a_report_that_takes_long_says_each_second_how_far_it_is():
+    times = iter((0.0, 0.9, 1.0, 1.0, 1.5))
+    stderr = io.StringIO()
+    progress = Progress(stderr, lambda: next(times))
+    for done in (500, 1000, 1500):
+        progress(done, 10_000)
+    assert "1,000 of 10,000 accounts ...\n" == stderr.getvalue()

@@ -91,6 +91,7 @@ async def test_without_a_limit_there_is_no_bucket(ledger, ask, settlement, snaps
     await ledger.settle(settlement())
     assert sorted(await snapshot(store)) == [
         "mesh:accounts", "mesh:{acme}:credit", "mesh:{acme}:grants", "mesh:{acme}:hour:2025-11-24T16",
+        "mesh:{acme}:hours", "mesh:{acme}:month:2025-11",
         "mesh:{acme}:requests:2025-11-24", "mesh:{acme}:spend", "mesh:{acme}:spend:k1", "mesh:{acme}:usage",
     ]  # fmt: skip
 

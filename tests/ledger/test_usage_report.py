@@ -8,11 +8,21 @@ import pytest
 from meshproxy.errors import GatewayError
 from meshproxy.ledger import usage_report
 from meshproxy.ledger.records import AccountKeys, Settlement
-from meshproxy.ledger.usage_report import GROUPS, UsageEvent, UsageRow, events, find_usage_event, usage
+from meshproxy.ledger.usage_report import (
+    GROUPS,
+    MAX_SPAN,
+    Period,
+    UsageEvent,
+    UsageRow,
+    events,
+    find_usage_event,
+    usage,
+)
 from meshproxy.openai.usage import Usage
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
-DAY = {"since": NOON - timedelta(hours=12), "until": NOON + timedelta(hours=12)}
+NOW = NOON + timedelta(days=1)
+DAY = {"since": NOON - timedelta(hours=12), "until": NOON + timedelta(hours=12), "now": NOW}
 
 
 async def settle(ledger, at=NOON, account="acme", **fields):
@@ -69,7 +79,7 @@ async def test_groups(store, ledger):
 
     async def grouped(*names):
         rows = await usage(
-            store, "acme", group_by=names, since=NOON - timedelta(days=2), until=NOON + timedelta(days=1)
+            store, "acme", group_by=names, since=NOON - timedelta(days=2), until=NOON + timedelta(days=1), now=NOW
         )
         return [(*(getattr(row, name) for name in names), row.requests, row.cost_nusd) for row in rows]
 
@@ -111,14 +121,14 @@ async def test_a_session_may_have_any_characters(store, ledger):
 )
 async def test_which_hours_count(store, ledger, since, until, requests):
     await settle(ledger, at=NOON + timedelta(minutes=30))
-    assert sum(row.requests for row in await usage(store, "acme", since=since, until=until)) == requests
+    assert sum(row.requests for row in await usage(store, "acme", since=since, until=until, now=NOW)) == requests
 
 
 @pytest.mark.parametrize(
     ("arguments", "param"),
     [
-        ({"since": NOON, "until": NOON - timedelta(seconds=1)}, "since"),
-        ({"since": NOON - timedelta(days=92, seconds=1), "until": NOON}, "since"),
+        ({"since": NOON, "until": NOON - timedelta(seconds=1), "now": NOW}, "since"),
+        ({"since": NOON - MAX_SPAN - timedelta(seconds=1), "until": NOON, "now": NOW}, "since"),
         ({"group_by": ["colour"], **DAY}, "group_by"),
     ],
 )
@@ -144,6 +154,82 @@ async def test_many_hours_are_read_in_several_goes(store, ledger, monkeypatch):
     for hours in range(5):
         await settle(ledger, at=NOON - timedelta(hours=hours))
     assert [row.requests for row in await usage(store, "acme", **DAY)] == [5]
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "expected"),
+    [
+        ("2026-11-01T00:30", "2026-11-24T12:00", Period((), "2026-11-01T00", "2026-11-24T12")),
+        ("2026-08-27T12:00", "2026-11-24T12:01", Period((), "2026-08-27T12", "2026-11-24T13")),
+        ("2026-08-27T11:59", "2026-11-24T12:00", Period(("2026-08",), "2026-09-01T00", "2026-11-24T12")),
+        ("2026-05-10T00:00", "2026-06-01T00:00", Period(("2026-05",), "2026-09-01T00", "2026-06-01T00")),
+        ("2025-12-31T23:59", "2026-01-01T00:01", Period(("2025-12", "2026-01"), "2026-09-01T00", "2026-01-01T01")),
+    ],
+)
+def test_a_period_is_hours_and_before_those_that_are_kept_whole_months(since, until, expected):
+    start, end = (datetime.fromisoformat(text).replace(tzinfo=UTC) for text in (since, until))
+    assert expected == Period.of(start, end, NOW)
+
+
+async def test_a_month_stays_by_model_and_key_when_its_hours_are_gone(store, ledger):
+    await settle(ledger, session="s1")
+    await settle(ledger, session="s2", model="claude")
+    await store.execute("DEL", AccountKeys("acme").hour("2026-11-24T12"))
+    later = {"since": NOON - timedelta(days=3), "until": NOON + timedelta(days=120), "now": NOON + timedelta(days=120)}
+    rows = await usage(store, "acme", group_by=["session_id", "model", "key", "day"], **later)
+    assert [("2026-11", "~", model, "key_a", 1, 10, 700) for model in ("claude", "gpt")] == [
+        (row.day, row.session_id, row.model, row.key, row.requests, row.prompt_tokens, row.cost_nusd) for row in rows
+    ]
+    assert [] == await usage(store, "acme", session_id="s1", **later)
+    assert -1 == await store.execute("TTL", AccountKeys("acme").month("2026-11"))
+
+
+async def test_a_full_month_sums_further_keys_together(store, ledger):
+    month = AccountKeys("acme").month("2026-11")
+    for first in range(0, 20_000, 5_000):
+        await store.execute("HSET", month, *(word for n in range(first, first + 5_000) for word in (f"k{n}", 1)))
+    await settle(ledger)
+    found = await store.execute("HMGET", month, "~\x1fgpt\x1f~\x1frequests", "key_a\x1fgpt\x1f~\x1frequests")
+    assert [b"1", None] == found
+
+
+async def test_the_index_has_the_hours_of_each_settlement(store, ledger):
+    await settle(ledger)
+    await settle(ledger, at=NOON + timedelta(hours=2))
+    found = await store.execute("HGETALL", AccountKeys("acme").hours)
+    assert {b"2026-11-24": b"000000000000101000000000", b"nusd": b"1400"} == dict(
+        zip(found[::2], found[1::2], strict=True)
+    )
+
+
+async def test_the_index_forgets_its_first_days(store, ledger):
+    for days in range(110):
+        await settle(ledger, at=NOON - timedelta(days=days))
+    fields = await store.execute("HKEYS", AccountKeys("acme").hours)
+    assert (100, True, False) == (len(fields), b"2026-11-24" in fields, b"2026-08-10" in fields)
+
+
+async def test_hours_without_an_index_are_found_and_indexed(store, ledger):
+    """As an older version left them, and as it adds to them beside this one."""
+    names = AccountKeys("acme")
+    await settle(ledger)
+    await store.execute("DEL", names.hours)
+    assert [1] == [row.requests for row in await usage(store, "acme", **DAY)]
+    assert b"700" == await store.execute("HGET", names.hours, "nusd")
+    await settle(ledger, at=NOON + timedelta(hours=1))
+    await store.execute("HDEL", names.hours, "2026-11-24")
+    await store.execute("HINCRBY", names.hours, "nusd", -700)
+    assert [2] == [row.requests for row in await usage(store, "acme", **DAY)]
+    assert b"000000000000110000000000" == await store.execute("HGET", names.hours, "2026-11-24")
+
+
+async def test_an_index_that_was_completed_from_a_day_on_is_completed_for_a_longer_report(store, ledger):
+    await settle(ledger)
+    await settle(ledger, at=NOON - timedelta(days=5))
+    await store.execute("DEL", AccountKeys("acme").hours)
+    week = {**DAY, "since": NOON - timedelta(days=7)}
+    counts = [[row.requests for row in await usage(store, "acme", **period)] for period in (DAY, week, DAY)]
+    assert [[1], [2], [1]] == counts
 
 
 async def test_a_request_is_found_by_its_id_as_soon_as_it_is_settled(store, ledger):
@@ -180,11 +266,10 @@ async def test_an_event_that_was_trimmed_is_no_more(store, ledger):
 
 
 async def test_hours_are_looked_up_in_one_round_trip(store, ledger, monkeypatch):
-    """Of 720 hours one has anything: two commands."""
+    """Of 720 hours one has anything: the index, the size of the hour, and the hour."""
     await settle(ledger)
     sent = []
     send = store.send
     monkeypatch.setattr(store, "send", lambda op, command: (sent.append(op), send(op, command))[1])
-    await usage(store, "acme", since=NOON - timedelta(days=30), until=NOON + timedelta(hours=1))
-    assert [op for op in sent if op != "sizes"] == ["HGETALL"]
-    assert len(sent) <= 3
+    await usage(store, "acme", since=NOON - timedelta(days=30), until=NOON + timedelta(hours=1), now=NOW)
+    assert ["HGETALL", "HGET", "sizes", "HGETALL"] == list(dict.fromkeys(sent[:-1])) + sent[-1:]

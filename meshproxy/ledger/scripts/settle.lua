@@ -1,5 +1,5 @@
 -- Settles a hold once: releases it, charges the actual cost, corrects the token buckets, appends an event and adds to the
--- hour's aggregates. The balance may become negative, because the work is done. A second settlement of the same id writes
+-- aggregates of the hour and of the month. The balance may become negative, because the work is done. A second settlement of the same id writes
 -- nothing. An abandoned hold is settled late: the charge is the same, and there is nothing left to release.
 --
 -- The settlement of a request with an Idempotency-Key also updates the key's record: a completed request marks it charged. So
@@ -7,8 +7,8 @@
 -- charged and this one is not.
 --
 -- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend, 9 key's bucket,
---        10 key's spend, 11 key's running, 12 hour, 13 marker of a settlement without a hold, 14 requests of the day, then, if
---        they exist: session's spend, record of the Idempotency-Key
+--        10 key's spend, 11 key's running, 12 hour, 13 marker of a settlement without a hold, 14 requests of the day, 15 index of
+--        hours, 16 month, then, if they exist: session's spend, record of the Idempotency-Key
 -- ARGV   1 hold id, 2 unheld (1: admitted without Redis, so there may be no hold), 3 events kept in usage, 4 cost
 --        (nano-USD), 5 request id, 6 key id, 7 account, 8 session or '', 9 model, 10 upstream, 11-17 tokens: prompt,
 --        completion, cached, cache write, reasoning, audio prompt, audio completion, 18 usage source, 19 outcome,
@@ -21,11 +21,13 @@
 -- include: hold
 -- include: bucket
 -- include: spend
+-- include: index
 
 local UNHELD_KEPT_S = 7 * 86400
 local SESSION_KEPT_S = 62 * 86400
 local HOUR_KEPT_S = 90 * 86400
 local HOUR_MAX_FIELDS = 50000
+local MONTH_MAX_FIELDS = 20000
 local REQUESTS_KEPT_S = 8 * 86400
 local REQUESTS_A_DAY = 200000
 local METRICS = {
@@ -39,7 +41,7 @@ local BUDGETS = { 'total', 'daily', 'monthly' }
 local id, unheld, cost = ARGV[1], ARGV[2] == '1', ARGV[4]
 local session = ARGV[8]
 if #session > MAX_FREE_SESSION_BYTES and cost == '0' and ARGV[11] == '0' and ARGV[12] == '0' then session = '~' end
-local session_key = ARGV[8] ~= '' and KEYS[15]
+local session_key = ARGV[8] ~= '' and KEYS[17]
 local replay_key = ARGV[24] ~= '0' and KEYS[#KEYS]
 local live = redis.call('HGET', KEYS[3], id)
 local record = live or redis.call('HGET', KEYS[5], id)
@@ -105,15 +107,29 @@ local requests = redis.call('HLEN', KEYS[14])
 if requests < REQUESTS_A_DAY then redis.call('HSET', KEYS[14], ARGV[5], event) end
 if requests == 0 then redis.call('EXPIRE', KEYS[14], REQUESTS_KEPT_S) end
 
--- the hour
+-- the hour and the month
+local function add(key, prefix)
+  for index, metric in ipairs(METRICS) do
+    local count = ARGV[10 + index]
+    if count ~= '0' then redis.call('HINCRBY', key, prefix .. metric, count) end
+  end
+  if cost ~= '0' then redis.call('HINCRBY', key, prefix .. 'cost', cost) end
+end
+
 local fields = redis.call('HLEN', KEYS[12])
 if fields >= HOUR_MAX_FIELDS then session = '~' end
-local prefix = ARGV[6] .. '\31' .. ARGV[9] .. '\31' .. session .. '\31'
-redis.call('HINCRBY', KEYS[12], prefix .. 'requests', 1)
-for index, metric in ipairs(METRICS) do
-  local count = ARGV[10 + index]
-  if count ~= '0' then redis.call('HINCRBY', KEYS[12], prefix .. metric, count) end
+local of_hour = ARGV[6] .. '\31' .. ARGV[9] .. '\31' .. session .. '\31'
+if redis.call('HINCRBY', KEYS[12], of_hour .. 'requests', 1) == 1 then
+  index_hour(KEYS[15], string.match(KEYS[12], '(%d+%-%d+%-%d+)T(%d+)$'))
 end
-if cost ~= '0' then redis.call('HINCRBY', KEYS[12], prefix .. 'cost', cost) end
+add(KEYS[12], of_hour)
 if fields == 0 then redis.call('EXPIRE', KEYS[12], HOUR_KEPT_S) end
+if cost ~= '0' then redis.call('HINCRBY', KEYS[15], 'nusd', cost) end
+local of_month = ARGV[6] .. '\31' .. ARGV[9] .. '\31~\31'
+if redis.call('HINCRBY', KEYS[16], of_month .. 'requests', 1) == 1 and redis.call('HLEN', KEYS[16]) > MONTH_MAX_FIELDS then
+  redis.call('HDEL', KEYS[16], of_month .. 'requests')
+  of_month = '~\31' .. ARGV[9] .. '\31~\31'
+  redis.call('HINCRBY', KEYS[16], of_month .. 'requests', 1)
+end
+add(KEYS[16], of_month)
 return 1
