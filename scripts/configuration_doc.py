@@ -96,13 +96,13 @@ _FAMILY = {"[upstreams.": "upstreams.NAME", "[models.": 'models."ID"'}
 
 
 def page(example: str) -> str:
-    """The whole page."""
+    """Build the whole page."""
     descriptions = dict(_descriptions(example)) | DESCRIPTIONS
     return "\n".join([HEAD, *(_section(name, kind, descriptions, example) for name, kind in SECTIONS.items())])
 
 
 def _descriptions(example: str) -> Iterator[tuple[str, str]]:
-    """Each key with the comment behind it; of several the first."""
+    """Yield each key with the first comment behind it."""
     section, seen = "", set()
     for line in example.splitlines():
         if line.startswith("["):
@@ -113,7 +113,7 @@ def _descriptions(example: str) -> Iterator[tuple[str, str]]:
 
 
 def _section(name: str, kind: type[Struct], descriptions: dict[str, str], example: str) -> str:
-    rows = [f"## [{name}]\n", *_told_above(kind), "| key | type | default | |", "|---|---|---|---|"]
+    rows = [f"## [{name}]\n", *_purpose(kind), "| key | type | default | |", "|---|---|---|---|"]
     hints = get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
         if field.type is config.Buckets:  # it has a section of its own
@@ -126,8 +126,8 @@ def _section(name: str, kind: type[Struct], descriptions: dict[str, str], exampl
     return "\n".join([*rows, ""])
 
 
-def _told_above(kind: type[Struct]) -> Iterator[str]:
-    """What the section is for, where its type says so: `[name]: descriptions.`"""
+def _purpose(kind: type[Struct]) -> Iterator[str]:
+    """Yield what the section is for: its type's docstring after `[name]: `."""
     text = re.sub(r" \([^)]*\.py\)", "", " ".join((kind.__doc__ or "").split())).partition(": ")[2]
     if text:
         yield f"{text[0].upper()}{text[1:]}\n"
@@ -141,13 +141,13 @@ def _default(field: Any) -> str:
 
 
 def _commented(key: str, example: str) -> str:
-    """A default that the example has in a comment."""
+    """Return a default that the example has in a comment."""
     found = re.search(rf"^# {key} = (\[.*\])$", example, re.MULTILINE)
     return f"`{found[1]}`" if found else ""
 
 
 def _type(hint: Any) -> str:
-    """A type in a reader's descriptions."""
+    """Describe a type in words."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
         return _type(next(arg for arg in args if arg is not type(None)))

@@ -139,8 +139,8 @@ def _add_cors(worker: Worker) -> Middleware:
     async def add_cors(request: web.Request, handler: Handler) -> web.StreamResponse:
         headers = cors_headers(request.headers.get("origin"), worker.settings.server.cors_origins)
         if headers and request.method == "OPTIONS" and "access-control-request-method" in request.headers:
-            wanted = request.headers.get("access-control-request-headers")
-            sent = [*headers, *preflight_headers(wanted), VERSION_HEADER, ("x-request-id", request_id_of(request))]
+            names = request.headers.get("access-control-request-headers")
+            sent = [*headers, *preflight_headers(names), VERSION_HEADER, ("x-request-id", request_id_of(request))]
             return web.Response(status=204, headers=CIMultiDict(sent))
         response = await handler(request)
         if not isinstance(response, Sent):

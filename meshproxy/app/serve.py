@@ -72,12 +72,12 @@ class History:
 
 def quantile(edges: Sequence[float], counts: Sequence[int], share: float) -> float | None:
     """Return a quantile of a histogram, linear within a bucket, as Prometheus' histogram_quantile(). None without counts."""
-    wanted, below, low = share * sum(counts), 0, 0.0
-    if not wanted:
+    rank, below, low = share * sum(counts), 0, 0.0
+    if not rank:
         return None
     for edge, count in zip(edges, counts, strict=False):
-        if count and below + count >= wanted:
-            return low + (edge - low) * (wanted - below) / count
+        if count and below + count >= rank:
+            return low + (edge - low) * (rank - below) / count
         below, low = below + count, edge
     return low
 
@@ -209,10 +209,10 @@ def raise_descriptor_limit() -> None:
     Shells and systemd give 1,024 by default, enough for some 500 requests (systemd.exec(5), LimitNOFILE=).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < limit:
         with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it: then the limit stays
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 async def run(
@@ -297,8 +297,8 @@ async def _warn_about_redis(config: RunningConfig) -> None:
     with contextlib.suppress(Unavailable, StoreError):
         store = await connect(config.settings.redis)
         try:
-            for doubt in await store_warnings(store):
-                _log.warning("redis_warning", warning=doubt)
+            for warning in await store_warnings(store):
+                _log.warning("redis_warning", warning=warning)
         finally:
             await store.close()
 

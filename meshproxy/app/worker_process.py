@@ -256,17 +256,17 @@ async def serve(control_fd: int, listen_fd: int) -> int:
         return os.EX_CONFIG
     control.send([])
     end = asyncio.Event()
-    obeying = asyncio.create_task(_obey_supervisor(control, serving, end), name="obey")
+    commands = asyncio.create_task(_serve_supervisor(control, serving, end), name="commands")
     await end.wait()
     try:
         await serving.stop()
     finally:
-        obeying.cancel()
+        commands.cancel()
         sink.close()
     return os.EX_OK
 
 
-async def _obey_supervisor(control: ControlChannel, serving: RunningWorker, end: asyncio.Event) -> None:
+async def _serve_supervisor(control: ControlChannel, serving: RunningWorker, end: asyncio.Event) -> None:
     """Answer the supervisor's requests and obey its commands until it is gone."""
     try:
         with contextlib.suppress(ConnectionError):

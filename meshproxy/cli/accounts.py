@@ -19,15 +19,21 @@ def add_accounts(parser: argparse.ArgumentParser) -> None:
     listing = add_command(commands, "list", list_accounts)
     listing.add_argument("--limit", metavar="N", type=count, help="at most this many (default: all)")
     listing.add_argument("--after", metavar="NAME", default="", help="only accounts whose name sorts after this one")
-    add_command(commands, "show", show).add_argument("account", metavar="ACCOUNT", type=account)
+    add_command(commands, "show", show).add_argument(
+        "account", metavar="ACCOUNT", type=account, help="the account's name"
+    )
     limiting = add_command(commands, "limits", limits)
-    limiting.add_argument("account", metavar="ACCOUNT", type=account)
+    limiting.add_argument("account", metavar="ACCOUNT", type=account, help="the account's name")
     limiting.add_argument("--clear", action="store_true", help="first remove all limits and budgets")
     add_limit_flags(limiting, of_account=True)
-    add_command(commands, "suspend", suspend).add_argument("account", metavar="ACCOUNT", type=account)
-    add_command(commands, "resume", resume).add_argument("account", metavar="ACCOUNT", type=account)
+    add_command(commands, "suspend", suspend).add_argument(
+        "account", metavar="ACCOUNT", type=account, help="the account's name"
+    )
+    add_command(commands, "resume", resume).add_argument(
+        "account", metavar="ACCOUNT", type=account, help="the account's name"
+    )
     deleting = add_command(commands, "delete", delete)
-    deleting.add_argument("account", metavar="ACCOUNT", type=account)
+    deleting.add_argument("account", metavar="ACCOUNT", type=account, help="the account's name")
     deleting.add_argument("--yes", action="store_true", help="required, because a deletion can't be undone")
     auditing = add_command(commands, "audit", audit)
     auditing.add_argument(
@@ -116,7 +122,7 @@ def add_credits(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `credits grant|show|history`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     granting = add_command(commands, "grant", grant)
-    granting.add_argument("account", metavar="ACCOUNT", type=account)
+    granting.add_argument("account", metavar="ACCOUNT", type=account, help="the account's name")
     granting.add_argument(
         "amount", metavar="AMOUNT", type=signed_usd, help="USD, such as 25.00; negative to take credit back"
     )
@@ -124,8 +130,12 @@ def add_credits(parser: argparse.ArgumentParser) -> None:
         "--ref", default="", help="an id of the payment or invoice; a repeated grant with the same ref changes nothing"
     )
     granting.add_argument("--note", default="", help="a reason, shown in the history")
-    add_command(commands, "show", show_credit).add_argument("account", metavar="ACCOUNT", type=account)
-    add_command(commands, "history", history).add_argument("account", metavar="ACCOUNT", type=account)
+    add_command(commands, "show", show_credit).add_argument(
+        "account", metavar="ACCOUNT", type=account, help="the account's name"
+    )
+    add_command(commands, "history", history).add_argument(
+        "account", metavar="ACCOUNT", type=account, help="the account's name"
+    )
 
 
 async def grant(args: argparse.Namespace, out: Output) -> None:

@@ -161,7 +161,7 @@ def load_redis(args: argparse.Namespace) -> Redis:
 
 @asynccontextmanager
 async def open_administration(args: argparse.Namespace) -> "AsyncIterator[Administration]":
-    """Open the desk over the configuration's store, and close it at the end.
+    """Open the operations on the configuration's store, and close it at the end.
 
     Raises CommandError if the store can't be reached.
     """

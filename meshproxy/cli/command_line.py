@@ -208,8 +208,8 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, self)
 
 
-def build_parser(wanted: str) -> argparse.ArgumentParser:
-    """Build the parser, with the arguments of the command `wanted` and only the names of the other commands.
+def build_parser(chosen: str) -> argparse.ArgumentParser:
+    """Build the parser, with the arguments of the command `chosen` and only the names of the other commands.
 
     So only the module of that command is imported, and `--help` and health checks load no other libraries.
     """
@@ -228,7 +228,7 @@ def build_parser(wanted: str) -> argparse.ArgumentParser:
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=Formatter
         )
         command.set_defaults(parser=command)
-        if name == wanted:
+        if name == chosen:
             getattr(importlib.import_module(f"meshproxy.cli.{module}"), f"add_{name}")(command)
     return parser
 

@@ -56,7 +56,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def lines_of(text: str) -> dict[str, int]:
     """Return the line on which each table, key and inline table in a list begins, by its path.
 
-    It reads line by line and doesn't look into inline tables: `line_of` gives the line of the nearest key around them.
+    It reads line by line and not into inline tables; for a key in one, `line_of` gives the line of the nearest key around it.
     """
     lines: dict[str, int] = {}
     seen: Counter[str] = Counter()
@@ -180,12 +180,12 @@ def _upstream_warnings(upstream: Upstream, path: str, server: Server | None) -> 
     if end is not None:
         yield f"{path}.base_url: leave {end} out: the gateway adds the endpoint's path"
     parts = urlsplit(url)
-    wanted = API_PATHS.get(parts.hostname or "")
-    if wanted is not None and not parts.path.startswith(wanted):
-        yield f"{path}.base_url: the API of {parts.hostname} is at {wanted}"
+    api_path = API_PATHS.get(parts.hostname or "")
+    if api_path is not None and not parts.path.startswith(api_path):
+        yield f"{path}.base_url: the API of {parts.hostname} is at {api_path}"
     if "/v1/v1" in parts.path:
         yield f"{path}.base_url: it contains /v1 twice"
-    if parts.scheme == "http" and (wanted is not None or parts.port == DEFAULT_PORTS["https"]):
+    if parts.scheme == "http" and (api_path is not None or parts.port == DEFAULT_PORTS["https"]):
         yield f"{path}.base_url: plain HTTP to {parts.netloc}: did you mean https://?"
     if upstream.base_url is not None and server is not None and _is_own(server, parts.hostname or "", parts.port):
         yield f"{path}.base_url: this is the gateway's own address, so requests would come back to it"

@@ -7,9 +7,10 @@ walks them itself. A request has at most `MAX_ATTEMPTS` candidates.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from difflib import get_close_matches
 from itertools import groupby
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from msgspec import Raw, Struct
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 
 from meshproxy.config import STANDARD_TIERS, Model, Route, Settings, Upstream
 from meshproxy.errors import GatewayError, Source, invalid, model_not_found
-from meshproxy.money import parse_usd
+from meshproxy.money import format_usd, parse_usd
 from meshproxy.policy.pricing import Price, price_of, service_prices
 
 MAX_COMPARED_CHARS = 64  # of an unknown name, when the nearest is looked for
@@ -119,6 +120,43 @@ class CatalogEntry(Struct, frozen=True):
     def candidate_at(self, upstream: str) -> Candidate | None:
         """Return the first candidate of this upstream."""
         return next((candidate for group in self.groups for candidate in group if candidate.upstream == upstream), None)
+
+
+def model_object(entry: CatalogEntry, created: int) -> dict[str, Any]:
+    """Make a model's object with OpenAI's fields (API reference, "The model object") and Mesh's (ModelInfo)."""
+    price = entry.price
+    brand = entry.id.partition("/")[0]
+    return {
+        "id": entry.id,
+        "object": "model",
+        "created": created,
+        "owned_by": brand,
+        "name": entry.id,
+        "brand": brand,
+        "provider": brand,
+        "model_type": "text",
+        "context_window": entry.context_window,
+        "context_length": entry.context_window,
+        "max_output_tokens": entry.max_output_tokens,
+        "is_free": price.is_free,
+        "supports_completions_api": True,
+        "pricing": {
+            "pricing_unit": "tokens",
+            "prompt_usd_per_1m": format_usd(price.input),
+            "completion_usd_per_1m": format_usd(price.output),
+            "prompt_usd_per_1k": _per_thousand(price.input),
+            "completion_usd_per_1k": _per_thousand(price.output),
+            "cache_read_input_usd_per_1m": format_usd(price.cached),
+            "cache_write_input_usd_per_1m": format_usd(price.cache_write),
+            "audio_input_usd_per_1m": format_usd(price.audio_input),
+            "audio_output_usd_per_1m": format_usd(price.audio_output),
+        },
+    }
+
+
+def _per_thousand(nusd_per_mtok: int) -> str:
+    """Convert a price per million tokens to one per thousand, exactly."""
+    return f"{Decimal(nusd_per_mtok).scaleb(-12).normalize():f}"
 
 
 class Catalog:

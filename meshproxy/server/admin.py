@@ -35,7 +35,7 @@ PROBES = frozenset({"/healthz", "/readyz"})
 _CHALLENGES = ("Bearer", 'Basic realm="meshproxy admin", charset="UTF-8"')
 _PORT = re.compile(r":[0-9]*\Z")
 _IP = re.compile(r"\[[0-9a-f:.]+\]|[0-9.]+")
-_ASSET = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
+_INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 _log = structlog.get_logger("meshproxy.server")
 
@@ -86,7 +86,9 @@ def create_admin(
     API exists only with a token.
     """
     middlewares: list[Middleware] = [envelope_errors, _envelope_bugs]
-    middlewares.append(_guard(token) if token is not None else _only_for({"localhost", *map(str.lower, hosts)}))
+    middlewares.append(
+        _require_token(token) if token is not None else _require_host({"localhost", *map(str.lower, hosts)})
+    )
     admin = web.Application(middlewares=middlewares)
     pages = _Pages(state)
     admin.router.add_get("/", pages.page)
@@ -142,7 +144,7 @@ def _no_store(body: Mapping[str, object], status: int = 200) -> web.Response:
 def _content_security_policy(html: bytes) -> str:
     """Allow only the page's own script and style, by their hashes (CSP Level 3, 6.7.3), and requests to its origin."""
     allowed = {"script": "'none'", "style": "'none'"}
-    for kind, text in _ASSET.findall(html):
+    for kind, text in _INLINE.findall(html):
         allowed[kind.decode()] = f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
     return (
         f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src data:; "
@@ -163,12 +165,12 @@ async def _envelope_bugs(request: web.Request, handler: Handler) -> web.StreamRe
         return error_response(internal_error(), request_id)
 
 
-def _guard(token: str) -> Middleware:
+def _require_token(token: str) -> Middleware:
     """Make the middleware that requires the token, except for the probes."""
     expected = token.encode()
 
     @web.middleware
-    async def guard(
+    async def require_token(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         if request.path in PROBES or hmac.compare_digest(_token_of(request), expected):
@@ -179,24 +181,24 @@ def _guard(token: str) -> Middleware:
             refusal.headers.add(hdrs.WWW_AUTHENTICATE, challenge)
         return refusal
 
-    return guard
+    return require_token
 
 
-def _only_for(names: Collection[str]) -> Middleware:
+def _require_host(names: Collection[str]) -> Middleware:
     """Make the middleware that refuses a Host that is neither an IP address nor one of `names`."""
 
     @web.middleware
-    async def only_for(request: web.Request, handler: Handler) -> web.StreamResponse:
-        told = request.headers.getall(hdrs.HOST, [])  # absent in HTTP/1.0, which no browser speaks
+    async def require_host(request: web.Request, handler: Handler) -> web.StreamResponse:
+        hosts = request.headers.getall(hdrs.HOST, [])  # none in HTTP/1.0, which no browser uses
         if not request.raw_path.startswith("/"):
-            told = [*told, request.host]  # the host of an absolute target
-        for host in told:
+            hosts = [*hosts, request.host]  # the host of an absolute target
+        for host in hosts:
             name = _PORT.sub("", host).lower()
             if name not in names and (_IP.fullmatch(name) is None or address(name) is None):
                 raise GatewayError(Source.CLIENT, forbidden("This Host is not one of server.admin_hosts."))
         return await handler(request)
 
-    return only_for
+    return require_host
 
 
 def _token_of(request: web.Request) -> bytes:

@@ -4,7 +4,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -44,7 +43,7 @@ from meshproxy.ledger.usage_report import (
 from meshproxy.money import format_usd, in_usd
 from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.openai.headers import format_reset
-from meshproxy.policy.catalog import CatalogEntry
+from meshproxy.policy.catalog import model_object
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.chat import read_json_body, request_id_of
@@ -59,8 +58,8 @@ LIST_VISITS = 20.0  # visits that a list of templates counts for: up to 32 MB of
 VISIT_SPAN = timedelta(days=1)  # a report counts one visit per such span, as each hour takes a command
 EPOCH = datetime.fromtimestamp(0, UTC)
 
-_SINGLE = ("free", "provider", "q", "sort", "order", "limit", "offset", "session_id", "since", "until")
-_FREE = {"": None, "true": True, "1": True, "false": False, "0": False}  # "True" is how Python's requests spell it
+_GIVEN_ONCE = ("free", "provider", "q", "sort", "order", "limit", "offset", "session_id", "since", "until")
+_FREE = {"": None, "true": True, "1": True, "false": False, "0": False}  # in any case: Python clients send "True"
 _T = TypeVar("_T")
 _ORDERS = {"asc": False, "desc": True}
 _SORTS = {"id": "id", "name": "name", "brand": "brand", "context_length": "context_length"}
@@ -140,7 +139,7 @@ class Api:
         entry = catalog.model(name)
         if entry is None or not principal.may_use(name):
             raise GatewayError(Source.CLIENT, model_not_found(name, catalog.nearest(name, principal.key.models)))
-        return json_response(self._public(entry))
+        return json_response(model_object(entry, self._started))
 
     async def templates(self, request: web.Request) -> web.Response:
         """`GET /v1/templates`: the account's own templates and the global ones, as a bare array."""
@@ -239,7 +238,7 @@ class Api:
         """`POST /v1/usage/events`: those of `request_ids` in their order, or the latest since `since`, newest first."""
         principal = await self._principal(request)
         try:
-            wanted = msgspec.json.decode(await self._body(request, principal), type=EventsRequest)
+            body = msgspec.json.decode(await self._body(request, principal), type=EventsRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             detail = detail_of(error, ("body",))
             param = field_path(detail) or None
@@ -247,11 +246,11 @@ class Api:
                 Source.CLIENT, invalid(f"The body can't be used: {detail.msg}.", detail, param=param)
             ) from error
         name, now = principal.account.name, datetime.now(UTC)
-        if wanted.request_ids is not None:
-            found = await events(self._store, name, wanted.request_ids, now)
+        if body.request_ids is not None:
+            found = await events(self._store, name, body.request_ids, now)
         else:
-            since = _moment(wanted.since, "since", place="body") or now - DEFAULT_SPAN
-            found = await latest_usage_events(self._store, name, since, wanted.limit or DEFAULT_EVENTS)
+            since = _moment(body.since, "since", place="body") or now - DEFAULT_SPAN
+            found = await latest_usage_events(self._store, name, since, body.limit or DEFAULT_EVENTS)
         return json_response({"object": "list", "events": [_public_event(event) for event in found]})
 
     async def key(self, request: web.Request) -> web.Response:
@@ -318,39 +317,8 @@ class Api:
         """List the models that the key may use, in the catalogue's order. `free` filters by whether they are."""
         catalog = self._gateway.active.catalog
         entries = [catalog.model(name) for name in catalog.ids if principal.may_use(name)]
-        models = [self._public(entry) for entry in entries if entry is not None]
+        models = [model_object(entry, self._started) for entry in entries if entry is not None]
         return models if free is None else [model for model in models if model["is_free"] is free]
-
-    def _public(self, entry: CatalogEntry) -> dict[str, Any]:
-        """Make a model's object with OpenAI's fields (API reference, "The model object") and Mesh's (ModelInfo)."""
-        price = entry.price
-        brand = entry.id.partition("/")[0]
-        return {
-            "id": entry.id,
-            "object": "model",
-            "created": self._started,
-            "owned_by": brand,
-            "name": entry.id,
-            "brand": brand,
-            "provider": brand,
-            "model_type": "text",
-            "context_window": entry.context_window,
-            "context_length": entry.context_window,
-            "max_output_tokens": entry.max_output_tokens,
-            "is_free": price.is_free,
-            "supports_completions_api": True,
-            "pricing": {
-                "pricing_unit": "tokens",
-                "prompt_usd_per_1m": format_usd(price.input),
-                "completion_usd_per_1m": format_usd(price.output),
-                "prompt_usd_per_1k": _per_thousand(price.input),
-                "completion_usd_per_1k": _per_thousand(price.output),
-                "cache_read_input_usd_per_1m": format_usd(price.cached),
-                "cache_write_input_usd_per_1m": format_usd(price.cache_write),
-                "audio_input_usd_per_1m": format_usd(price.audio_input),
-                "audio_output_usd_per_1m": format_usd(price.audio_output),
-            },
-        }
 
     async def _template(self, request: web.Request, principal: Principal) -> Template:
         name = request.match_info["name"]
@@ -405,11 +373,6 @@ def json_response(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
 
 
-def _per_thousand(nusd_per_mtok: int) -> str:
-    """Convert a price per million tokens to one per thousand, exactly."""
-    return f"{Decimal(nusd_per_mtok).scaleb(-12).normalize():f}"
-
-
 def _one_of(query: Mapping[str, str], name: str, known: Mapping[str, _T], default: str = "") -> _T:
     """Return what a query parameter stands for. Raises GatewayError `validation_error` for an unknown value."""
     value = query.get(name, default).lower()
@@ -420,7 +383,7 @@ def _one_of(query: Mapping[str, str], name: str, known: Mapping[str, _T], defaul
 
 def _refuse_repeats(query: MultiMapping[str]) -> None:
     """Raise GatewayError `validation_error` for a parameter with one value that is given more than once."""
-    for name in _SINGLE:
+    for name in _GIVEN_ONCE:
         if len(query.getall(name, [])) > 1:
             raise invalid_parameter(name, "is given more than once.")
 

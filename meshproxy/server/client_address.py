@@ -17,7 +17,7 @@ from meshproxy.policy.principal import Networks
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 MAX_V1_BYTES = 107  # section 2.1: the longest line, CRLF included
 MAX_V2_BYTES = 4096  # of addresses and TLVs; the specification expects 536 to be enough
-SHORTEST = len(b"PROXY UNKNOWN\r\n")  # of version 1; one byte less than version 2's fixed part
+SHORTEST_BYTES = len(b"PROXY UNKNOWN\r\n")  # of version 1; one byte less than version 2's fixed part
 
 _FIXED = struct.Struct("!12sBBH")
 _ADDRESSES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}  # TCP over IPv4 and over IPv6
@@ -27,7 +27,7 @@ Receive = Callable[[int], Awaitable[bytes]]
 Source = tuple[str, int]
 
 
-class NotProxied(Exception):
+class InvalidProxyHeader(Exception):
     """The connection doesn't begin with a valid PROXY header."""
 
 
@@ -35,21 +35,21 @@ async def read_source(receive: Receive) -> Source | None:
     """Read a PROXY header. Return the client's address and port, or None for the proxy's own connections and unknown
     clients.
 
-    `receive(n)` returns exactly n bytes, or raises. Nothing beyond the header is read. Raises NotProxied.
+    `receive(n)` returns exactly n bytes, or raises. Nothing beyond the header is read. Raises InvalidProxyHeader.
     """
-    start = await receive(SHORTEST)
+    start = await receive(SHORTEST_BYTES)
     if start.startswith(SIGNATURE):
         return await _read_v2(start, receive)
     if start.startswith(b"PROXY "):
         return await _read_v1(start, receive)
-    raise NotProxied("no PROXY header")
+    raise InvalidProxyHeader("no PROXY header")
 
 
 async def _read_v1(line: bytes, receive: Receive) -> Source | None:
     """Read a line of text byte by byte, because its length isn't announced."""
     while not line.endswith(b"\r\n"):
         if len(line) >= MAX_V1_BYTES:
-            raise NotProxied("version 1: the line is too long")
+            raise InvalidProxyHeader("version 1: the line is too long")
         line += await receive(1)
     words = line[:-2].split(b" ")
     if words[1] == b"UNKNOWN":
@@ -58,24 +58,24 @@ async def _read_v1(line: bytes, receive: Receive) -> Source | None:
         _, family, source, _, port, _ = words
         found, number = str(_V1_FAMILIES[family](source.decode("ascii"))), int(port)
     except (ValueError, KeyError) as error:
-        raise NotProxied("version 1: malformed") from error
+        raise InvalidProxyHeader("version 1: malformed") from error
     if not 0 <= number <= 65535:
-        raise NotProxied("version 1: no such port")
+        raise InvalidProxyHeader("version 1: no such port")
     return found, number
 
 
 async def _read_v2(start: bytes, receive: Receive) -> Source | None:
-    """Read a binary header. `start` is its first SHORTEST bytes."""
+    """Read a binary header. `start` is its first SHORTEST_BYTES bytes."""
     fixed = start + await receive(_FIXED.size - len(start))
     _, version_and_command, family, length = _FIXED.unpack(fixed)
     if version_and_command not in {0x20, 0x21} or length > MAX_V2_BYTES:
-        raise NotProxied("version 2: malformed")
+        raise InvalidProxyHeader("version 2: malformed")
     rest = await receive(length) if length else b""
     if version_and_command == 0x20 or family not in _ADDRESSES:  # LOCAL; or datagrams, unix sockets, unspecified
         return None
     kind, size = _ADDRESSES[family]
     if length < 2 * size + 4:
-        raise NotProxied("version 2: the addresses are cut short")
+        raise InvalidProxyHeader("version 2: the addresses are cut short")
     (port,) = struct.unpack_from("!H", rest, 2 * size)
     return socket.inet_ntop(kind, rest[:size]), port
 
@@ -113,13 +113,13 @@ class TrustedProxies:
         if "x-forwarded-for" not in headers and "forwarded" not in headers:
             return peer or None
         peer = address(peer) if peer else None
-        hops, elements = _listed(headers, "x-forwarded-for"), _listed(headers, "forwarded")
+        hops, elements = _elements(headers, "x-forwarded-for"), _elements(headers, "forwarded")
         if not (hops or elements) or not self.trusts(peer):
             return peer
-        told = {
+        named = {
             self._first_untrusted(peer, listed) for listed in (hops, [_for(element) for element in elements]) if listed
         }
-        return told.pop() if len(told) == 1 else peer
+        return named.pop() if len(named) == 1 else peer
 
     def _first_untrusted(self, peer: str | None, hops: Sequence[str]) -> str | None:
         """Return the rightmost address that isn't a trusted proxy's; if all are, the leftmost known address."""
@@ -150,7 +150,7 @@ def address(text: str) -> str | None:
     return str(found)
 
 
-def _listed(headers: Headers, name: str) -> list[str]:
+def _elements(headers: Headers, name: str) -> list[str]:
     """Return a list header's elements from all its lines (RFC 9110, 5.3)."""
     if name not in headers:
         return []

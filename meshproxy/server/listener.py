@@ -19,7 +19,7 @@ from yarl import URL
 
 from meshproxy.config import ConfigError, Server, split_address
 from meshproxy.http1.heads import MAX_FIELDS, MAX_HEAD_BYTES
-from meshproxy.server.client_address import NotProxied, Source, TrustedProxies, read_source
+from meshproxy.server.client_address import InvalidProxyHeader, Source, TrustedProxies, read_source
 from meshproxy.server.errors import AiohttpConnection, ConnectionLimits
 from meshproxy.server.fast_path import LINGER_S, ClientConnection
 from meshproxy.telemetry.tasks import Tasks
@@ -198,7 +198,7 @@ class ProxiedSite(Site):
     async def _arrive(self, connection: socket.socket) -> None:
         """Read the header and hand the connection to the server. Any failure is the peer's: close the connection."""
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(NotProxied, OSError), contextlib.ExitStack() as stack:
+        with contextlib.suppress(InvalidProxyHeader, OSError), contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             async with asyncio.timeout(PROXY_HEADER_S):
                 source = await read_source(partial(_receive_exactly, loop, connection))
@@ -211,7 +211,7 @@ async def _receive_exactly(loop: asyncio.AbstractEventLoop, connection: socket.s
     while len(data) < size:
         received = await loop.sock_recv(connection, size - len(data))
         if not received:
-            raise NotProxied("the connection ended in its header")
+            raise InvalidProxyHeader("the connection ended in its header")
         data += received
     return data
 

@@ -34,13 +34,13 @@ def answer(rng: Random, words: str, tokens: int | None, *, unicode: bool) -> lis
 
     Exactly `tokens` long, else as long as the words ask for ("in 200 words"), else whole sentences of about sixty tokens.
     """
-    length = _LENGTH.search(words)
-    if tokens is None and length:
-        tokens = int(length[1])
-    wanted = DEFAULT_TOKENS if tokens is None else tokens
+    found = _LENGTH.search(words)
+    if tokens is None and found:
+        tokens = int(found[1])
+    length = DEFAULT_TOKENS if tokens is None else tokens
     cut = tokenize(_opening(rng, words))
     sentences = _sentences(rng, unicode=unicode)
-    while len(cut) < wanted:
+    while len(cut) < length:
         cut += next(sentences)
     return cut[:tokens]
 

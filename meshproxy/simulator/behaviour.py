@@ -1,4 +1,4 @@
-"""The faults that a request asks for.
+"""The faults that a request selects.
 
 By its model (`sim/split+unicode?tokens=200&tps=100`), by the header `x-sim-fault` (`split, unicode, tokens=200`), or by
 both. A model whose name doesn't begin with `sim/` has no faults.
@@ -19,17 +19,17 @@ PREFIX = "sim/"
 MAX_TOKENS = 32_768
 
 TRAITS: dict[str, str] = {
-    "plain": "behaves well, at the settings' pace",
-    "fast": "behaves well, without any delay",
+    "plain": "no fault, at the settings' pace",
+    "fast": "no fault, without any delay",
     "slow": "one token a second",
     "burst": "every event of the stream in one write",
     "unicode": "emoji, CJK, right-to-left text, lone combining marks",
-    "reasoning": "thinks first: delta.reasoning_content and reasoning_tokens",
+    "reasoning": "reasoning before the answer: delta.reasoning_content and reasoning_tokens",
     "cached": "reports three quarters of the prompt as cached_tokens",
-    "error-context": "refuses a prompt as too long, in the dialect's words",
-    "error-filter": "refuses a prompt for what it says, in the dialect's words",
-    "error-quota": "refuses for want of credit there, in the dialect's words",
-    "error-key": "refuses the key, in the dialect's words",
+    "error-context": "refuses a prompt as too long, with the dialect's error",
+    "error-filter": "refuses a prompt for its content, with the dialect's error",
+    "error-quota": "refuses for lack of credit at the provider, with the dialect's error",
+    "error-key": "refuses the API key, with the dialect's error",
     "error-html": "502 with an HTML page",
     "not-json": "200 with a body, or events, that are not JSON",
     "empty": "200 with an empty body",
@@ -49,21 +49,21 @@ TRAITS: dict[str, str] = {
     "usage-absurd": "reports usage of 10^15 tokens",
     "usage-string": "reports usage as strings",
     "usage-early": "reports usage in the last choice's finishing chunk, not in one of its own",
-    "usage-every": "reports running usage in every chunk, asked or not",
+    "usage-every": "reports the usage so far in every chunk, requested or not",
     "split": "cuts the stream at awkward bytes, across chunks and across writes",
     "crlf": "ends lines with CR LF",
     "comments": "': OPENROUTER PROCESSING' between events",
     "ids": "id:, retry: and event: lines, some with no data",
     "bom": "begins the stream with a byte order mark",
     "huge-event": "one event of `bytes` bytes (2 MiB)",
-    "gzip": "a gzip body, whatever accept-encoding said",
+    "gzip": "a gzip body, whatever accept-encoding says",
     "eof-delimited": "HTTP/1.0 style: the connection's end is the body's end",
     "content-length-stream": "a stream with a content-length instead of chunks",
     "wrong-content-type": "the right body as text/html",
 }
 FAMILIES: dict[str, str] = {
-    "error-STATUS": "answers STATUS (400 to 599) with OpenAI's words; 429, 503 and 529 carry retry-after",
-    "tokens-N": "exactly N tokens, as the option tokens=N",
+    "error-STATUS": "answers STATUS (400 to 599) with OpenAI's error; 429, 503 and 529 have retry-after",
+    "tokens-N": "exactly N tokens, like the option tokens=N",
     "flaky-N": "every Nth request answers 500",
     "fail-first-N": "the first N requests answer 503",
 }
@@ -125,7 +125,7 @@ class Behaviour(Struct, frozen=True):
 
 
 def read_behaviour(model: str, header: str | None) -> Behaviour:
-    """Read the behaviour that a request asks for. Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown
+    """Read the behaviour that a request selects. Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown
     header value or a bad option.
     """
     names, options = _from_model(model)

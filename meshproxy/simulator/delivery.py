@@ -194,7 +194,7 @@ class AnswerWriter:
     async def wait_for_close(self) -> None:
         """Send nothing more until the client closes the connection; then raise `ConnectionError`."""
         self._keep_alive = False
-        while self._connected():  # noqa: ASYNC110 - only where handlers are not cancelled does it take a look
+        while self._connected():  # noqa: ASYNC110 - needed only where handlers are not cancelled
             await asyncio.sleep(CHECK_INTERVAL_S)
 
     def _framed(self, payload: bytes) -> bytes:
@@ -282,12 +282,13 @@ def pace_of(behaviour: Behaviour, settings: SimulatorSettings) -> Pace:
         first_s, interval_s = 0.0, 0.0
     if "slow" in behaviour.traits:
         interval_s = 1.0
-    asked = behaviour.options
-    return Pace(first_s if asked.ttft is None else asked.ttft, interval_s if asked.tps is None else 1 / asked.tps)
+    options = behaviour.options
+    first_s = first_s if options.ttft is None else options.ttft
+    return Pace(first_s, interval_s if options.tps is None else 1 / options.tps)
 
 
 class Delivery(Struct):
-    """Sends one reply in the form that the request asks for, with the faults of its behaviour."""
+    """Sends one reply whole or as a stream, with the faults of its behaviour."""
 
     writer: AnswerWriter
     reply: ComposedReply

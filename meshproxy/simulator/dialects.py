@@ -28,12 +28,12 @@ class Report(Struct, frozen=True, kw_only=True):
     """Where a stream reports its usage.
 
     `when`: in an event of its own without choices, in the finishing event of the last choice, or in each event, as a
-    running total. `asked`: only with `stream_options.include_usage`.
+    running total. `on_request`: only with `stream_options.include_usage`.
     """
 
     path: tuple[str | int, ...] = ("usage",)
     when: Literal["own", "finish", "each"] = "own"
-    asked: bool = True
+    on_request: bool = True
 
 
 class ErrorText(Struct, frozen=True):
@@ -253,7 +253,7 @@ DIALECTS: dict[str, Dialect] = {
         delta={"role": "assistant"},
         choice={"native_finish_reason": None},
         usage=_OPENROUTER_USAGE,
-        reports=(Report(asked=False),),
+        reports=(Report(on_request=False),),
         preamble=(": OPENROUTER PROCESSING\n\n", ""),
         error={"error": {"code": "$status", "message": "$message"}},
         errors={
@@ -309,7 +309,7 @@ DIALECTS: dict[str, Dialect] = {
         reasons=True,
         shows_reasoning=False,
         usage=_XAI_USAGE,
-        reports=(Report(when="finish", asked=False),),
+        reports=(Report(when="finish", on_request=False),),
         common={"system_fingerprint": FINGERPRINT},
         error={"code": "$type", "error": "$message"},
         errors={
@@ -327,7 +327,7 @@ DIALECTS: dict[str, Dialect] = {
         cap_fields=("max_tokens",),
         accepted_fields=frozenset(_MISTRAL_NAMES.split()),
         usage=_PLAIN_USAGE,
-        reports=(Report(when="finish", asked=False),),
+        reports=(Report(when="finish", on_request=False),),
         common={},
         error=_FLAT_ERROR,
         errors={
@@ -344,7 +344,7 @@ DIALECTS: dict[str, Dialect] = {
         about="Groq's: usage in x_groq of the last chunk; logprobs and logit_bias are refused",
         refused_fields=("logprobs", "top_logprobs", "logit_bias"),
         usage={**_PLAIN_USAGE, "queue_time": 0.01, "prompt_time": 0.002, "completion_time": 0.1, "total_time": 0.102},
-        reports=(Report(), Report(path=("x_groq", "usage"), when="finish", asked=False)),
+        reports=(Report(), Report(path=("x_groq", "usage"), when="finish", on_request=False)),
         common={"system_fingerprint": FINGERPRINT},
         reasoning={"reasoning": "$text"},
         errors={"field": ErrorText(400, "property '$param' is unsupported", param="$param")},
@@ -364,7 +364,7 @@ DIALECTS: dict[str, Dialect] = {
         cap_fields=("max_tokens",),
         citation_tokens=300,
         usage=_PERPLEXITY_USAGE,
-        reports=(Report(when="each", asked=False),),
+        reports=(Report(when="each", on_request=False),),
         common={},
         event={"citations": ["https://pages.example/one"] * 8, "search_results": [_PAGE] * 8},
         choice={"message": {"role": "assistant", "content": "$so_far"}},
@@ -373,7 +373,7 @@ DIALECTS: dict[str, Dialect] = {
         about="Moonshot's: usage in the last choice",
         cap_fields=("max_tokens",),
         usage={**_PLAIN_USAGE, "cached_tokens": "$cached"},
-        reports=(Report(path=("choices", 0, "usage"), when="finish", asked=False),),
+        reports=(Report(path=("choices", 0, "usage"), when="finish", on_request=False),),
         common={"system_fingerprint": FINGERPRINT},
         errors={
             "quota": ErrorText(

@@ -123,8 +123,8 @@ class _Sampler:
             raise TypeError("required is not a list of strings")
         if not isinstance(properties, Mapping):
             raise TypeError("properties is not an object")
-        wanted = [name for name in properties if name in required or not self._only_required(depth)]
-        made = {name: self.value(properties[name], depth + 1) for name in wanted}
+        names = [name for name in properties if name in required or not self._only_required(depth)]
+        made = {name: self.value(properties[name], depth + 1) for name in names}
         return made | {name: "" for name in required if name not in made}
 
     def _array(self, schema: Schema, depth: int) -> list[Any]:
@@ -191,7 +191,7 @@ def requested_error(status: int, retry_after_s: float) -> Refusal:
 
 
 _RETRIABLE = frozenset({429, 503, 529})
-_CLIENT_ERROR = ("The simulated provider refuses this request, as asked.", "invalid_request_error", None)
+_CLIENT_ERROR = ("The simulated provider refuses this request, as requested.", "invalid_request_error", None)
 _SERVER_ERROR = ("The server had an error while processing your request. Sorry about that!", "server_error", None)
 _QUOTA = "You exceeded your current quota, please check your plan and billing details."
 _ERRORS: dict[int, tuple[str, str, str | None]] = {

@@ -46,7 +46,7 @@ class EventStream:
         self._logprobs = request.logprobs
         self._reports = _reports(reply.dialect, request, behaviour)
         self._null_usage = any(
-            report.asked and report.path == ("usage",) for report in self._reports
+            report.on_request and report.path == ("usage",) for report in self._reports
         )  # null in other chunks
         self._text_so_far: dict[int, str] = {}
         self._padded = 0
@@ -122,13 +122,13 @@ class EventStream:
 
 def _reports(dialect: Dialect, request: CompletionRequest, behaviour: Behaviour) -> list[Report]:
     """Return the usage reports that this stream contains."""
-    reports = [report for report in dialect.reports if request.include_usage or not report.asked]
+    reports = [report for report in dialect.reports if request.include_usage or not report.on_request]
     if "no-usage" in behaviour.traits:
         reports = []
     if "usage-early" in behaviour.traits:
         reports = [replace(report, when="finish") for report in reports]
     if "usage-every" in behaviour.traits:
-        reports.append(Report(when="each", asked=False))
+        reports.append(Report(when="each", on_request=False))
     return reports
 
 

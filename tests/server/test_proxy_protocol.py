@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.server.client_address import MAX_V2_BYTES, SIGNATURE, NotProxied, read_source
+from meshproxy.server.client_address import MAX_V2_BYTES, SIGNATURE, InvalidProxyHeader, read_source
 
 
 class Wire:
@@ -18,7 +18,7 @@ class Wire:
 
     async def receive(self, size):
         if self.taken + size > len(self.data):
-            raise NotProxied("the connection ended in its header")
+            raise InvalidProxyHeader("the connection ended in its header")
         self.taken += size
         return self.data[self.taken - size : self.taken]
 
@@ -91,7 +91,7 @@ async def test_version_2(header, expected):
     ],
 )
 async def test_what_is_no_header(data):
-    with pytest.raises(NotProxied):
+    with pytest.raises(InvalidProxyHeader):
         await read_source(Wire(data).receive)
 
 
@@ -100,6 +100,6 @@ async def test_what_is_no_header(data):
 async def test_any_bytes_are_a_source_or_refused(data):
     try:
         source = await read_source(Wire(data).receive)
-    except NotProxied:
+    except InvalidProxyHeader:
         return
     assert source is None or ipaddress.ip_address(source[0])
