@@ -5,10 +5,8 @@ a case with a `provider` a model of its own, at the prices of `openai/gpt-4o`. T
 `$MODEL` is the case's model, `$REQUEST_ID` the `x-request-id` of the last answer before.
 """
 
-import asyncio
 import json
 import re
-import time
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -17,8 +15,11 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from tests.cases.conftest import POLL_S, Caller, Exchange, Gateway, Site, Tables, exchange, load, parameters, refused
-from tests.cases.provider import CHUNK
+from tests.cases.conftest import Client, Site, load, parameters, refused
+from tests.harness.clients import CHAT, Answer, fetch
+from tests.harness.process import Gateway, Tables
+from tests.harness.provider import CHUNK
+from tests.harness.waiting import until
 
 CASES = load("contract")
 HELLO = [{"role": "user", "content": "hi"}]
@@ -107,7 +108,7 @@ READERS = {"models": list[Model], "model": Model, "page": Page, "template": Temp
 
 
 def player_of(provider: dict[str, Any]) -> dict[str, Any]:
-    """A case's provider in the words of tests/cases/provider.py."""
+    """A case's provider in the words of tests/harness/provider.py."""
     does = {name: provider[name] for name in ("status", "headers", "delay_s") if name in provider}
     if "stream" not in provider:
         told = (
@@ -161,15 +162,15 @@ def tables(site: Site) -> Tables:
     return tables
 
 
-class Client:
-    """A case's client: its key, and the last answer it got."""
+class Conversation:
+    """A case's client, and the last answer it got."""
 
-    def __init__(self, case: dict[str, Any], caller: Caller) -> None:
+    def __init__(self, case: dict[str, Any], caller: Client) -> None:
         self.case = case
         self.caller = caller
-        self.last: Exchange | None = None
+        self.last: Answer | None = None
 
-    async def ask(self, request: dict[str, Any]) -> Exchange:
+    async def ask(self, request: dict[str, Any]) -> Answer:
         """Make a request as the case says it."""
         method = request.get("method", "POST")
         headers = {**(SDK if self.case.get("sdk") else {}), **self.caller.auth, **request.get("headers", {})}
@@ -177,11 +178,11 @@ class Client:
         if content is None and method == "POST":
             content = {"model": "$MODEL", "messages": HELLO, **request.get("json", {})}
         body = None if content is None else content if isinstance(content, str) else json.dumps(content)
-        self.last = await exchange(
-            self.caller.gateway.url + self.filled(request.get("path", "/v1/chat/completions")),
+        self.last = await fetch(
             method,
+            self.caller.gateway.url + self.filled(request.get("path", CHAT)),
             headers=headers,
-            body=None if body is None else self.filled(body).encode(),
+            data=None if body is None else self.filled(body).encode(),
         )
         return self.last
 
@@ -191,13 +192,13 @@ class Client:
         return text.replace("$MODEL", model_of(self.case)).replace("$REQUEST_ID", request_id)
 
 
-def client_for(case: dict[str, Any], site: Site, gateway: Gateway) -> Client:
+def client_for(case: dict[str, Any], site: Site, gateway: Gateway) -> Conversation:
     key, account = case.get("key"), f"contract-{[each['name'] for each in CASES].index(case['name'])}"
     if isinstance(key, list):
-        return Client(case, site.key_by_command(gateway, account, case.get("credit"), key))
+        return Conversation(case, site.client_by_command(gateway, account, case.get("credit"), key))
     if key is not None:
-        return Client(case, Caller(gateway, "" if key == "none" else key, account))
-    return Client(case, site.key(gateway, account, case.get("credit")))
+        return Conversation(case, Client(gateway, "" if key == "none" else key, account))
+    return Conversation(case, site.client(gateway, account, case.get("credit")))
 
 
 MISSING = object()
@@ -227,7 +228,7 @@ KINDS = {
 }
 
 
-def fits(value: Any, wanted: Any, client: Client) -> bool:
+def fits(value: Any, wanted: Any, client: Conversation) -> bool:
     """Whether a value, or MISSING, is what is expected."""
     if not isinstance(wanted, dict):
         return value == (client.filled(wanted) if isinstance(wanted, str) else wanted)
@@ -266,13 +267,13 @@ def objects(value: Any) -> Iterator[dict[str, Any]]:
         yield from objects(part)
 
 
-def expect_members(value: Any, wanted: dict[str, Any], client: Client) -> None:
+def expect_members(value: Any, wanted: dict[str, Any], client: Conversation) -> None:
     for path, expected in wanted.items():
         found = member(value, path)
         assert fits(found, expected, client), f"{path}: {found if found is not MISSING else 'missing'}, not {expected}"
 
 
-def expect_headers(answer: Exchange, wanted: dict[str, Any], client: Client) -> None:
+def expect_headers(answer: Answer, wanted: dict[str, Any], client: Conversation) -> None:
     for name, expected in wanted.items():
         found = answer.headers.get(name, MISSING)
         if expected is None:
@@ -283,14 +284,14 @@ def expect_headers(answer: Exchange, wanted: dict[str, Any], client: Client) -> 
             )
 
 
-def expect_wait(answer: Exchange) -> None:
+def expect_wait(answer: Answer) -> None:
     told = answer.error.get("retry_after_seconds")
     assert KINDS["integer"](told), told
     assert answer.headers["retry-after"] == str(told)
     assert told >= float(answer.headers.get("retry-after-ms", 0)) / 1000
 
 
-def expect_readable_error(answer: Exchange) -> None:
+def expect_readable_error(answer: Answer) -> None:
     """Typed SDKs can decode an error, in a body or as an event."""
     for told in [answer.json, *answer.events]:
         if isinstance(told, dict) and "error" in told and answer.headers.get("content-type") == "application/json":
@@ -306,35 +307,28 @@ def _decoded(value: Any, kind: Any) -> Any:
         raise AssertionError(f"{error}: {value}") from error
 
 
-def usage_chunks(answer: Exchange) -> list[dict[str, Any]]:
+def usage_chunks(answer: Answer) -> list[dict[str, Any]]:
     return [event for event in answer.events if isinstance(event, dict) and event.get("usage")]
 
 
-def stream_cost(answer: Exchange) -> Decimal:
+def stream_cost(answer: Answer) -> Decimal:
     """What a stream says that it cost."""
     told = [str(chunk["cost"]) for chunk in usage_chunks(answer) if "cost" in chunk]
-    told += re.findall(r"^: x-mesh-cost=(\S+)$", answer.text, re.MULTILINE)
+    told += re.findall(r"^: x-mesh-cost=(\S+)$", answer.body_text, re.MULTILINE)
     assert len(told) == 1, f"the stream says what it cost {len(told)} times"
     return Decimal(told[0])
 
 
-async def expect_record(request: dict[str, Any], wanted: dict[str, Any], client: Client) -> None:
+async def expect_record(request: dict[str, Any], wanted: dict[str, Any], client: Conversation) -> None:
     """The object with the request id of the answer before, which half a second may pass for."""
     request_id = client.filled("$REQUEST_ID")
     request = json.loads(client.filled(json.dumps(request)))  # asking again moves $REQUEST_ID
-    deadline = time.monotonic() + AT_ONCE_S
-    while True:
-        answer = await client.ask(request)
-        found = [
-            each
-            for each in objects(answer.json)
-            if each.get("request_id") == request_id and each.keys() >= RECORD_MEMBERS
-        ]
-        if found:
-            expect_members(found[0], wanted, client)
-            return
-        assert time.monotonic() < deadline, f"{request_id} isn't in {answer.text[:500]}"
-        await asyncio.sleep(POLL_S)
+
+    async def found() -> list[dict[str, Any]]:
+        told = objects((await client.ask(request)).json)
+        return [each for each in told if each.get("request_id") == request_id and each.keys() >= RECORD_MEMBERS]
+
+    expect_members((await until(found, f"the record of {request_id}", AT_ONCE_S))[0], wanted, client)
 
 
 @pytest.mark.parametrize("case", parameters("contract"))
@@ -356,10 +350,10 @@ async def test_case(case: dict[str, Any], site: Site, tables: Tables) -> None:
     await judge(answer, expected, client, site, balance)
 
 
-async def judge(answer: Exchange, expected: dict[str, Any], client: Client, site: Site, balance: Decimal) -> None:
+async def judge(answer: Answer, expected: dict[str, Any], client: Conversation, site: Site, balance: Decimal) -> None:
     """All that is expected of an answer but its record."""
     statuses = expected["status"] if isinstance(expected["status"], list) else [expected["status"]]
-    assert answer.status in statuses, answer.text[:500]
+    assert answer.status in statuses, answer.body_text[:500]
     expect_readable_error(answer)
     expect_headers(answer, expected.get("headers", {}), client)
     expect_members(answer.json, expected.get("body", {}), client)
@@ -369,7 +363,7 @@ async def judge(answer: Exchange, expected: dict[str, Any], client: Client, site
         _decoded(answer.json, READERS[expected["reads_as"]])
     if "model" in expected:
         of_id = [each for each in objects(answer.json) if each.get("id") == expected["model"]["id"]]
-        assert of_id, answer.text[:500]
+        assert of_id, answer.body_text[:500]
         expect_members(of_id[0], expected["model"], client)
     if "ids" in expected:
         ids = [each["id"] for each in objects(answer.json) if isinstance(each.get("id"), str)]
@@ -392,7 +386,7 @@ async def judge(answer: Exchange, expected: dict[str, Any], client: Client, site
     if expected.get("empty"):
         assert not answer.body
     for words in expected.get("lacks", []):
-        assert words not in answer.text
+        assert words not in answer.body_text
     if "took_s" in expected:
         low, high = expected["took_s"]
         assert low <= answer.took_s <= high
@@ -402,4 +396,4 @@ async def judge(answer: Exchange, expected: dict[str, Any], client: Client, site
         if isinstance(expected["last_event"], dict):
             expect_members(told, expected["last_event"], client)
         else:
-            assert told == expected["last_event"]
+            assert expected["last_event"] == told

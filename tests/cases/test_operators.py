@@ -4,9 +4,6 @@ import asyncio
 import csv
 import io
 import json
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -14,15 +11,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
-from tests.cases.conftest import PATIENCE_S, POLL_S, Exchange, Gateway, Site, Tables, exchange
-from tests.cases.provider import CHUNK
+from tests.cases.conftest import Site
 from tests.cases.test_contract import BAD, GOOD, PRICES
+from tests.harness.clients import Answer, chat, chat_bytes, fetch
+from tests.harness.process import Gateway, Tables
+from tests.harness.provider import CHUNK
+from tests.harness.waiting import PATIENCE_S, until
 
 TOKEN = "the-operators-token"
 HOLDS_S = 3.0  # within which a change holds everywhere: the contract says two seconds, or a few
+EXPIRES_S = 5  # long enough for a command on a busy machine
 WORD = {**CHUNK, "choices": [{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]}
 SLOW = {"events": [{"$of": [WORD], "$times": 2000}], "gap_s": 0.05}
 PLAYERS: dict[str, Any] = {
@@ -41,66 +41,41 @@ class Operator:
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
-
-    def command(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """Run a command as a process of its own."""
-        command = [sys.executable, "-m", "meshproxy", *args, "--config", str(self.gateway.config)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-
-    def data(self, *args: str) -> Any:
-        """What a command prints with --json, after it succeeded."""
-        done = self.command(*args, "--json")
-        assert (done.returncode, done.stderr) == (0, "")
-        return json.loads(done.stdout)
+        self.command = gateway.run
+        self.data = gateway.command
 
     async def admin(self, method: str, path: str, body: Any = None, token: str | None = TOKEN) -> tuple[int, Any]:
         """Ask the admin API: status and JSON."""
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        async with (
-            aiohttp.ClientSession(headers=headers) as session,
-            session.request(method, f"{self.gateway.admin}/admin/v1{path}", json=body) as answer,
-        ):
-            return answer.status, await answer.json()
+        answer = await fetch(method, f"{self.gateway.admin}/admin/v1{path}", headers=headers, json=body)
+        return answer.status, answer.json
 
-    async def ask(self, secret: str, model: str = "m/good", **options: Any) -> Exchange:
-        """Make a request with a key. `stream` and `session_id` are fields; `hangs_up_after_events` and `headers` the client's."""
-        fields = {name: options.pop(name) for name in ("stream", "session_id") if name in options}
-        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 10, **fields}
-        headers = {"authorization": f"Bearer {secret}", **options.pop("headers", {})}
-        url = f"{self.gateway.url}/v1/chat/completions"
-        return await exchange(url, "POST", headers=headers, body=json.dumps(body).encode(), **options)
+    async def ask(self, secret: str, model: str = "m/good", **options: Any) -> Answer:
+        """Make a request with a key."""
+        auth = {"authorization": f"Bearer {secret}"}
+        return await chat(self.gateway.url, auth, model=model, max_tokens=10, **options)
 
     async def logged(self, request_id: str, event: str) -> list[dict[str, Any]]:
         """The lines of the log about a request, when there is one of this event."""
-        deadline = time.monotonic() + HOLDS_S
-        while True:
-            lines = [
-                line for line in self.gateway.lines() if line.get("request_id") == request_id and line["event"] == event
-            ]
-            if lines:
-                return lines
-            assert time.monotonic() < deadline
-            await asyncio.sleep(POLL_S)
+        return await until(lambda: self.gateway.logged(event, request_id=request_id), event, HOLDS_S)
 
-    async def becomes(self, secret: str, status: int, model: str = "m/good") -> Exchange:
-        """The first answer of this status, which must come while a change may take to hold."""
-        deadline = time.monotonic() + HOLDS_S
-        while True:
+    async def becomes(
+        self, secret: str, status: int, model: str = "m/good", within_s: float = HOLDS_S, meanwhile: int | None = None
+    ) -> Answer:
+        """The first answer of this status, which must come while a change may take to hold; `meanwhile`: that of all before."""
+
+        async def fitting() -> Answer | None:
             answer = await self.ask(secret, model)
-            if answer.status == status:
-                return answer
-            assert time.monotonic() < deadline, f"still {answer.status}, not {status}: {answer.text}"
-            await asyncio.sleep(POLL_S * 10)
+            assert meanwhile is None or answer.status in (meanwhile, status)
+            return answer if answer.status == status else None
+
+        return await until(fitting, f"status {status}", within_s, poll_s=0.1)
 
     @asynccontextmanager
     async def streaming(self, secret: str, model: str = "m/slow") -> AsyncIterator[asyncio.StreamReader]:
         """A stream that has begun; hung up on at the end."""
-        host, _, port = self.gateway.url.removeprefix("http://").partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        reader, writer = await asyncio.open_connection(*self.gateway.address)
+        writer.write(chat_bytes({"authorization": f"Bearer {secret}"}, model=model, stream=True))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 assert (await reader.readline()).split()[1] == b"200"
@@ -125,7 +100,7 @@ def configured(site: Site, folder: Path) -> Tables:
 
 @pytest.fixture(scope="session")
 def gateway(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Gateway:
-    return site.gateway("operators", configured(site, tmp_path_factory.mktemp("operators")))
+    return site.gateway("operators", configured(site, tmp_path_factory.mktemp("operators")), token=TOKEN)
 
 
 @pytest.fixture
@@ -187,16 +162,10 @@ async def test_keys_update_models(operator, create):
 
 async def test_keys_update_expires(operator, create):
     key = create()
-    soon = datetime.now(UTC) + timedelta(seconds=2)
+    soon = datetime.now(UTC) + timedelta(seconds=EXPIRES_S)
     operator.data("keys", "update", key["id"], "--expires", soon.isoformat())
-    answer = await operator.ask(key["key"])
-    assert answer.status == 200
-    while answer.status == 200 and datetime.now(UTC) < soon + timedelta(
-        seconds=HOLDS_S
-    ):  # a wall clock may be set back
-        await asyncio.sleep(0.1)
-        answer = await operator.ask(key["key"])
-    assert (answer.status, answer.error["code"]) == (401, "unauthorized")
+    assert (await operator.ask(key["key"])).status == 200
+    assert (await operator.becomes(key["key"], 401, within_s=EXPIRES_S + HOLDS_S, meanwhile=200)).code == "unauthorized"
     assert datetime.now(UTC) >= soon
 
 
@@ -223,8 +192,7 @@ async def test_keys_rotate_grace(operator, create):
     key = create()
     rotated = operator.data("keys", "rotate", key["id"], "--grace", "3s")
     assert [(await operator.ask(secret)).status for secret in (key["key"], rotated["key"])] == [200, 200]
-    await asyncio.sleep(2)
-    await operator.becomes(key["key"], 401)
+    await operator.becomes(key["key"], 401, within_s=3 + HOLDS_S)
     assert (await operator.ask(rotated["key"])).status == 200
 
 
@@ -287,12 +255,11 @@ async def test_requests_show(operator, create, account, model, outcome, cost):
 async def test_top_counts_refusals(operator, create, account):
     key = create("--burst", "1", "--requests-per-minute", "1")
     assert [(await operator.ask(key["key"])).status for _ in range(4)] == [200, 429, 429, 429]
-    deadline = time.monotonic() + HOLDS_S
-    while True:
-        rows = [row for row in operator.data("top", "--once") if row["account"] == account]
-        if rows and rows[0]["refused"] == 3:
-            break
-        assert time.monotonic() < deadline, rows
+
+    def refused():
+        return [row["refused"] for row in operator.data("top", "--once") if row["account"] == account]
+
+    await until(lambda: refused() == [3], "its row", HOLDS_S)
 
 
 # limits
@@ -301,13 +268,8 @@ async def test_top_counts_refusals(operator, create, account):
 async def test_limits_account_budget(operator, create, account):
     keys = [create(), create()]
     operator.data("accounts", "limits", account, "--budget-monthly", "0.00025")
-    await asyncio.sleep(1.5)  # every worker has seen it
-    answers = [await operator.ask(keys[number % 2]["key"]) for number in range(3)]
-    assert [answer.status for answer in answers] == [200, 200, 402] or [answer.status for answer in answers][:2] == [
-        200,
-        402,
-    ]
-    refused = answers[-1]
+    assert (await operator.ask(keys[0]["key"])).status == 200
+    refused = await operator.becomes(keys[1]["key"], 402, meanwhile=200)
     assert (refused.error["code"], "account" in refused.error["message"]) == ("spend_limit_exceeded", True)
 
 
@@ -334,10 +296,9 @@ async def test_parallel_key(operator, create):
 async def test_parallel_account(operator, create, account):
     keys = [create(), create()]
     operator.data("accounts", "limits", account, "--max-parallel", "1")
-    await asyncio.sleep(1.5)
     async with operator.streaming(keys[0]["key"]):
-        refused = await operator.ask(keys[1]["key"])
-        assert (refused.status, "parallel" in refused.error["message"]) == (429, True)
+        refused = await operator.becomes(keys[1]["key"], 429, meanwhile=200)
+        assert "parallel" in refused.error["message"]
     await operator.becomes(keys[1]["key"], 200)
 
 
@@ -350,15 +311,12 @@ async def test_a_slot_is_free_after_the_end(operator, create, model):
 
 async def test_a_slot_is_free_after_the_gateway_was_killed(site, tmp_path_factory, create):
     tables = configured(site, tmp_path_factory.mktemp("killed"))
-    doomed = Operator(site.gateway("operators-doomed", tables))
+    doomed = Operator(site.gateway("operators-doomed", tables, token=TOKEN))
     key = create("--max-parallel", "1")
     async with doomed.streaming(key["key"]):
         doomed.gateway.kill()
-    again = Operator(site.gateway("operators-again", tables))
-    deadline = time.monotonic() + tables["credits"]["hold_ttl_s"] + HOLDS_S
-    while (answer := await again.ask(key["key"])).status == 429 and time.monotonic() < deadline:
-        await asyncio.sleep(0.2)
-    assert answer.status == 200
+    again = Operator(site.gateway("operators-again", tables, token=TOKEN))
+    await again.becomes(key["key"], 200, within_s=tables["credits"]["hold_ttl_s"] + HOLDS_S, meanwhile=429)
 
 
 # the admin API
@@ -413,7 +371,7 @@ async def test_admin_without_the_token(operator, path, token):
 
 @pytest.mark.parametrize("path", ["/admin/v1/keys", "/admin/v1/accounts", "/admin/v1/openapi.json"])
 async def test_admin_is_not_on_the_data_listener(gateway, path):
-    answer = await exchange(gateway.url + path, "GET", headers={"authorization": f"Bearer {TOKEN}"}, body=None)
+    answer = await fetch("GET", gateway.url + path, headers=gateway.auth)
     assert (answer.status, answer.error["code"]) == (404, "not_found")
 
 
@@ -440,17 +398,9 @@ async def test_log_refused_by(operator, create):
 # the metrics
 
 
-async def metrics_of(operator: Operator) -> str:
-    url = f"{operator.gateway.admin}/metrics"
-    return (await exchange(url, "GET", headers={"authorization": f"Bearer {TOKEN}"}, body=None)).text
-
-
 async def shows(operator: Operator, *lines: str) -> None:
     """Each beginning of a line is in the metrics, within the time that a change may take."""
-    deadline = time.monotonic() + HOLDS_S
-    while missing := [line for line in lines if f"\n{line}" not in await metrics_of(operator)]:
-        assert time.monotonic() < deadline, missing
-        await asyncio.sleep(0.1)
+    await until(lambda: all(f"\n{line}" in operator.gateway.metrics() for line in lines), f"{lines}", HOLDS_S)
 
 
 async def test_metrics_by_upstream(operator, create):
@@ -467,7 +417,7 @@ async def test_metrics_ejected_member_of_a_pair(site, tmp_path_factory, create):
     tables = configured(site, tmp_path_factory.mktemp("pair"))
     routes = [{"upstream": name, "model": "up-model", "weight": 1} for name in ("good", "bad")]
     tables['models."m/pair"'] = {"upstreams": routes, "context_window": 128_000, **PRICES}
-    operator = Operator(site.gateway("operators-pair", tables))
+    operator = Operator(site.gateway("operators-pair", tables, token=TOKEN))
     key = create()
     answers = [(await operator.ask(key["key"], "m/pair")).status for _ in range(20)]
     assert answers == [200] * 20
@@ -481,14 +431,14 @@ async def test_metrics_ejected_member_of_a_pair(site, tmp_path_factory, create):
 
 async def test_metrics_accounts_off(operator, create, account):
     assert (await operator.ask(create()["key"])).status == 200
-    text = await metrics_of(operator)
+    text = operator.gateway.metrics()
     assert (account in text, "meshproxy_account_requests_total{" in text) == (False, False)
 
 
 async def test_metrics_accounts_all(site, tmp_path_factory, create, account):
     tables = configured(site, tmp_path_factory.mktemp("accounts"))
     tables["metrics"] = {"accounts": "all", "accounts_max": 1}
-    operator = Operator(site.gateway("operators-accounts", tables))
+    operator = Operator(site.gateway("operators-accounts", tables, token=TOKEN))
     key = create()
     another = operator.data("keys", "create", "--account", f"{account}-b")
     operator.data("credits", "grant", f"{account}-b", "1")
@@ -500,7 +450,7 @@ async def test_metrics_accounts_all(site, tmp_path_factory, create, account):
         f'meshproxy_account_balance_usd{{account="{account}"}} 999.999852',
         'meshproxy_account_requests_total{account="other",code="200"} 1.0',
     )
-    assert f"{account}-b" not in await metrics_of(operator)
+    assert f"{account}-b" not in operator.gateway.metrics()
 
 
 # reload without a signal
@@ -510,14 +460,10 @@ async def test_watched_files_are_reloaded_as_by_a_signal(site, tmp_path):
     (tmp_path / "key").write_text("old")
     tables = configured(site, tmp_path)
     tables["upstreams.good"]["api_key"] = {"file": str(tmp_path / "key")}
-    gateway = site.gateway("operators-watched", tables, "--watch")
+    gateway = site.gateway("operators-watched", tables, "--watch", token=TOKEN)
 
     async def logs(event: str) -> dict[str, Any]:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (lines := [line for line in gateway.lines() if line["event"] == event]):
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.1)
-        return lines[-1]
+        return (await until(lambda: gateway.logged(event), event))[-1]
 
     good = gateway.config.read_text()
     gateway.config.write_text(good.replace("[credits]", "[credit]"))
@@ -526,7 +472,4 @@ async def test_watched_files_are_reloaded_as_by_a_signal(site, tmp_path):
     assert (await logs("reloaded"))["generation"] == 2
     (tmp_path / "new").write_text("new")
     (tmp_path / "new").replace(tmp_path / "key")
-    deadline = time.monotonic() + PATIENCE_S
-    while (await logs("reloaded"))["generation"] < 3:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
+    await until(lambda: gateway.logged("reloaded", generation=3), "another reload")

@@ -12,8 +12,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cases.conftest import PATIENCE_S
 from tests.cases.test_operators import TOKEN, Operator, account, create, gateway, operator
+from tests.harness.process import Program
+from tests.harness.waiting import PATIENCE_S, until
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -49,10 +50,7 @@ class Page:
 
     async def until(self, script: str) -> Any:
         """What an expression gives once that is true."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not (found := await self.run(script)):
-                await asyncio.sleep(0.1)
-            return found
+        return await until(lambda: self.run(script), script)
 
     async def fill(self, form: str, **fields: str) -> None:
         """Fill a form in and send it."""
@@ -69,21 +67,14 @@ class Page:
 
 @pytest.fixture
 async def page(tmp_path: Path) -> AsyncIterator[Page]:
-    process = await asyncio.create_subprocess_exec(
-        str(CHROMIUM), f"--user-data-dir={tmp_path / 'profile'}", *FLAGS, stderr=asyncio.subprocess.DEVNULL
-    )
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not (port := _port(tmp_path / "profile" / "DevToolsActivePort")):
-                await asyncio.sleep(0.1)
+    with Program(CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}", *FLAGS, log=tmp_path / "log") as browser:
+        port = await until(lambda: _port(tmp_path / "profile" / "DevToolsActivePort"), "the browser")
         async with aiohttp.ClientSession() as session:
             async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
                 tab = next(each for each in await answer.json() if each["type"] == "page")
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 yield Page(socket)
-    finally:
-        process.terminate()
-        await process.wait()
+        browser.stop()
 
 
 def _port(file: Path) -> str:

@@ -11,12 +11,11 @@ Each case has an upstream, a model, a player and an account of its own; cases wh
     elsewhere       further upstreams of the same model, tried after the first
     provider, then  what the provider does; with `then`, what it does for one more request, and that one is judged
 
-tests/cases/provider.py plays the provider. `CHECKS` has what is expected, by name.
+tests/harness/provider.py plays the provider. `CHECKS` has what is expected, by name.
 """
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,12 +24,15 @@ from typing import Any
 import pytest
 
 from meshproxy.config.settings import Upstream
-from tests.cases.conftest import PATIENCE_S, POLL_S, Caller, Exchange, Site, Tables, exchange, load, parameters, refused
-from tests.cases.provider import CAPS, Player, expand
-from tests.harness.process import free_port
+from tests.cases.conftest import Client, Site, load, parameters, refused
+from tests.harness.clients import CHAT, Answer, fetch
+from tests.harness.process import Tables, free_port
+from tests.harness.provider import CAPS, Player, expand
+from tests.harness.waiting import until
 
 PRICES = {"input_usd_per_mtok": "1.00", "cached_input_usd_per_mtok": "0.10", "output_usd_per_mtok": "10.00"}
 HELLO = [{"role": "user", "content": "hi"}]
+LOGGED_S = 3.0  # within which a line is in the log
 CASES = load("providers")
 NUMERIC_FIELDS = {case["name"]: number for number, case in enumerate(CASES)}
 
@@ -110,8 +112,8 @@ class Run:
 
     case: dict[str, Any]
     names: Names
-    answer: Exchange
-    caller: Caller
+    answer: Answer
+    client: Client
     players: dict[str, Player]
     charged_usd: Decimal
     available_usd: Decimal
@@ -128,7 +130,7 @@ async def run(case: dict[str, Any], site: Site, tables: dict[str, Tables]) -> Ru
     unfit = refused(tables[case["name"]])
     assert not unfit, unfit
     gateway = gateway_for(site, case, tables)
-    caller = site.key(gateway, names.account, case.get("credit"))
+    caller = site.client(gateway, names.account, case.get("credit"))
     client = case.get("client", {})
     body = {"model": names.model(), "messages": HELLO, **expand(case["ask"])}
     if "fallbacks" in case:
@@ -136,13 +138,13 @@ async def run(case: dict[str, Any], site: Site, tables: dict[str, Tables]) -> Ru
     data = json.dumps(body).encode()
 
     def ask() -> Any:
-        return exchange(
-            f"{gateway.url}/v1/chat/completions",
+        return fetch(
             "POST",
+            gateway.url + CHAT,
             headers={**caller.auth, **client.get("headers", {})},
-            body=data,
+            data=data,
             timeout_s=client.get("timeout_s", 30),
-            hangs_up_after_events=client.get("hangs_up_after_events"),
+            hang_up_after_events=client.get("hangs_up_after_events"),
         )
 
     parts = ["first", *(other["name"] for other in case.get("elsewhere", []) + case.get("fallbacks", []))]
@@ -162,7 +164,7 @@ async def run(case: dict[str, Any], site: Site, tables: dict[str, Tables]) -> Ru
         case=case,
         names=names,
         answer=answers[0],
-        caller=caller,
+        client=caller,
         players=players,
         charged_usd=before["balance_usd"] - after["balance_usd"],
         available_usd=after["available_usd"],
@@ -198,17 +200,17 @@ async def available_usd_at_least(run: Run, wanted: str) -> None:
 
 
 async def status(run: Run, wanted: list[int]) -> None:
-    assert run.answer.status in wanted, run.answer.text[:500]
+    assert run.answer.status in wanted, run.answer.body_text[:500]
 
 
 async def contains(run: Run, wanted: list[str]) -> None:
     for words in wanted:
-        assert words in run.answer.text
+        assert words in run.answer.body_text
 
 
 async def lacks(run: Run, wanted: list[str]) -> None:
     for words in wanted:
-        assert words not in run.answer.text
+        assert words not in run.answer.body_text
 
 
 async def bytes_at_least(run: Run, wanted: int) -> None:
@@ -219,14 +221,14 @@ async def at_path(run: Run, wanted: list[Any]) -> None:
     *path, value = wanted
     found = run.answer.json
     for step in path:
-        assert isinstance(found, list | dict), run.answer.text[:500]
+        assert isinstance(found, list | dict), run.answer.body_text[:500]
         assert step in found if isinstance(found, dict) else step < len(found)
         found = found[step]
     assert found == value
 
 
 async def completed(run: Run, wanted: bool) -> None:
-    assert run.answer.completed == wanted, run.answer.text[-500:]
+    assert run.answer.is_done == wanted, run.answer.body_text[-500:]
 
 
 async def error(run: Run, wanted: dict[str, Any]) -> None:
@@ -290,10 +292,10 @@ async def logged(run: Run, wanted: list[Any]) -> None:
         alternatives = ([word] if isinstance(word, str) else word for word in words)
         return all(any(word.lower() in line for word in some) for some in alternatives)
 
-    deadline = time.monotonic() + PATIENCE_S / 5
-    while not any(has(json.dumps(line, ensure_ascii=False).lower()) for line in run.caller.gateway.lines()):
-        assert time.monotonic() < deadline, f"no line of the log has {words}"
-        await asyncio.sleep(POLL_S)
+    def is_there() -> bool:
+        return any(has(json.dumps(line, ensure_ascii=False).lower()) for line in run.client.gateway.lines)
+
+    await until(is_there, f"a line of the log with {words}", LOGGED_S)
 
 
 async def any_of(run: Run, wanted: list[dict[str, Any]]) -> None:

@@ -14,24 +14,13 @@ from redis.crc import key_slot
 from tests.faults.play import FULL_NUSD
 from tests.faults.teller import EVENTS, Teller, answer
 from tests.harness.mesh import model
-from tests.money.conftest import Valkey, free_port
+from tests.harness.process import Valkey, free_port
+from tests.harness.waiting import until
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))
 ACCOUNT = "acme"
 DEAD_MS = "300"  # after so long without a word from a master its replica stands in
 pytestmark = pytest.mark.xdist_group("ledger moves")
-
-
-async def until(condition):
-    """Poll servers that can't be waited for otherwise."""
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                if condition():
-                    return
-            except redis.RedisError:
-                pass
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture
@@ -43,7 +32,7 @@ def start():
             file = home / "sentinel.conf"
             file.write_text(config)
             server = Valkey(home, *options, config=file if config else None)
-            stack.callback(server.stop)
+            stack.callback(server.kill)
             server.admin = stack.enter_context(redis.Redis(port=server.port))
             return server
 

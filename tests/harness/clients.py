@@ -39,7 +39,11 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.body)
+        """The body's JSON; None if it is none."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            return None
 
     @property
     def data(self) -> list[str]:
@@ -113,10 +117,12 @@ async def fetch(
 ) -> Answer:
     """Make a request and read its answer, to which what comes is added as it comes. A connection that fails is no exception.
 
-    Without a session it is a connection of its own.
+    Without a session it is a connection of its own, by a client that takes no compression. Bytes are JSON.
     """
     answer = into or Answer()
-    own = session or aiohttp.ClientSession(auto_decompress=False, connector=aiohttp.TCPConnector(force_close=True))
+    own = session or aiohttp.ClientSession(auto_decompress=False, headers={"accept-encoding": "identity"})
+    if isinstance(options.get("data"), bytes):
+        options["headers"] = {"content-type": "application/json", **options.get("headers", {})}
     try:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         async with own.request(method, url, timeout=timeout, **options) as response:

@@ -24,6 +24,7 @@ from tests.harness.waiting import PATIENCE_S, until, wait_until
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 LOG_TAIL = 4000  # characters
+DRAIN_S = 0.5  # for a gateway that has nothing more to do
 ANSWER_S = 5.0  # how long an admin listener may take
 MESHPROXY = (sys.executable, "-m", "meshproxy")
 
@@ -182,20 +183,20 @@ class Gateway:
         command = (*MESHPROXY, "serve", "--config", self.config, *self.flags)
         self.program = Program(*command, log=self._log, env=environment, start_new_session=True, **options)
 
-    def start(self, **options: Any) -> None:
-        """Start it, and wait until it is ready with all its workers."""
+    def start(self, *, degraded: bool = False, **options: Any) -> None:
+        """Start it, and wait until it is ready with all its workers; `degraded`: with them, but without its store."""
         self.launch(**options)
-        self.program.wait_for(self.is_whole)
+        self.program.wait_for(lambda: self.is_whole() and (degraded or self.is_ready()))
 
     async def started(self, **options: Any) -> "Gateway":
         """As `start`, while the test's own loop goes on."""
         self.launch(**options)
-        await self.program.until(self.is_whole)
+        await self.program.until(lambda: self.is_whole() and self.is_ready())
         return self
 
     def is_whole(self) -> bool:
         with suppress(OSError):
-            return self.is_ready() and len(self.pids()) == self.server["workers"]
+            return len(self.pids()) == self.server["workers"]
         return False
 
     def is_ready(self) -> bool:
@@ -291,13 +292,11 @@ class Gateway:
         """For the end of a test: it is hurried, then killed."""
         if not hasattr(self, "program"):
             return
-        if self.program.is_running:
-            draining = len(self.logged("draining"))
-            self.program.send(signal.SIGTERM)
-            wait_until(lambda: not self.program.is_running or len(self.logged("draining")) > draining, timeout_s=1)
-            self.program.send(signal.SIGTERM)  # the second one waits for no stream
-            with suppress(subprocess.TimeoutExpired):
-                self.program.process.wait(ANSWER_S)
+        for wait_s in (DRAIN_S, ANSWER_S):  # the second signal waits for no stream
+            if self.program.is_running:
+                self.program.send(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    self.program.process.wait(wait_s)
         self.program.end()
 
 
@@ -339,9 +338,9 @@ class Valkey:
         options = ("--repl-diskless-sync-delay", "0", *self._options)
         command = (get_binary_path(), *files, *listening, *keep, *options)
         self._program = Program(*command, log=self._home / "valkey.log", start_new_session=True)
-        self._program.wait_for(lambda: self.ask("PING") == b"+PONG")
+        self._program.wait_for(lambda: self.request("PING") == b"+PONG")
 
-    def ask(self, *words: str) -> bytes:
+    def request(self, *words: str) -> bytes:
         """The first line of an answer; empty if there is none."""
         with closing(socket.socket(socket.AF_UNIX)) as link, suppress(OSError):
             link.settimeout(ANSWER_S)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE_S = 20.0  # for what should take milliseconds, on a busy machine
+PATIENCE_S = 30.0  # for what should take milliseconds, on a busy machine
 POLL_S = 0.01
 
 

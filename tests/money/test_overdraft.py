@@ -21,7 +21,9 @@ PACES = {
 
 @pytest.fixture(scope="module")
 def running(shared):
-    return shared(lease=LEASE, models={pace: ("sim", model) for pace, model in PACES.items()})
+    return shared(
+        credits={"lease_output_tokens": LEASE}, models={pace: ("sim", model) for pace, model in PACES.items()}
+    )
 
 
 @pytest.fixture
@@ -40,12 +42,14 @@ async def test_streams_of_an_account_that_runs_out(proxy, books, session):
 
 
 async def run_out(client_of, proxy, books, session, pace, streams):
-    secret, key = await books.key(f"acme-{pace}", credit="0")
-    await books.ledger.grant(key.account, streams * HELD_AT_FIRST_NUSD * 5 // 4)  # every stream may begin, few can end
-    client = client_of(session, proxy, secret)
+    caller = await books.key(f"acme-{pace}", credit="0")
+    await books.ledger.grant(
+        caller.account, streams * HELD_AT_FIRST_NUSD * 5 // 4
+    )  # every stream may begin, few can end
+    client = client_of(session, proxy, caller)
     outcomes = await asyncio.gather(*(client.chat(model=pace, stream=True) for _ in range(streams)))
-    balance = await books.closed(key.account)
-    settled = await books.events(key.account, "settled")
+    balance = await books.closed(caller.account)
+    settled = await books.events(caller.account, "settled")
     overdraft, bound = max(0, -balance.balance_nusd), streams * SLICE_NUSD
     past_hold = [int(event["cost_nusd"]) - int(event["held_nusd"]) for event in settled]
     cut = [outcome for outcome in outcomes if outcome.status == 200 and not outcome.is_done]
@@ -67,12 +71,12 @@ async def run_out(client_of, proxy, books, session, pace, streams):
 
 async def test_streams_of_an_account_that_can_pay_are_whole_however_lumpy(proxy, books, session):
     """Credit is asked for behind their back, and what comes faster than the answers waits for them."""
-    secret, key = await books.key("rich")
-    client = Client(session, proxy, secret)
+    caller = await books.key("rich")
+    client = Client(session, proxy, caller)
     paces = [pace for pace in PACES if pace != "paced"] * scaled(10, 50)
     outcomes = await asyncio.gather(*(client.chat(model=pace, stream=True) for pace in paces))
     assert [True] * len(paces) == [outcome.is_done for outcome in outcomes]
-    await books.closed(key.account)
-    settled = await books.events(key.account, "settled")
+    await books.closed(caller.account)
+    settled = await books.events(caller.account, "settled")
     past_hold = max(int(event["cost_nusd"]) - int(event["held_nusd"]) for event in settled)
     assert past_hold <= SLICE_NUSD

@@ -25,7 +25,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def running(shared):
-    return shared(workers=4, models=MODELS)
+    return shared(server={"workers": 4}, models=MODELS)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def proxy(running):
 async def test_a_mix_of_everything(proxy, books, session):
     """Whole answers, streams, hang-ups, failures and repeats; on accounts with enough, and on one with too little."""
     keys = [await books.key(account, credit) for account, credit in (("a", "5"), ("b", "5"), ("poor", "0.02"))]
-    clients = [Client(session, proxy, secret) for secret, _ in keys]
+    clients = [Client(session, proxy, caller) for caller in keys]
 
     async def one(number):
         client, outcomes = clients[number % len(clients)], []
@@ -52,9 +52,9 @@ async def test_a_mix_of_everything(proxy, books, session):
             elif kind == 1:
                 outcomes.append(await client.chat(model="fast", stream=True))
             elif kind == 2:
-                await client.until_it_flows(model="drip")
+                await client.chat(stream=True, hang_up_after_events=1, model="drip")
             elif kind == 3:
-                await client.until_it_flows(model="drained")
+                await client.chat(stream=True, hang_up_after_events=1, model="drained")
             elif kind == 4:
                 outcomes.append(await client.chat(model="fails"))
             elif kind == 5:
@@ -69,20 +69,20 @@ async def test_a_mix_of_everything(proxy, books, session):
     assert {outcome.status for outcome in outcomes} - {200, 402, 500, 502, 503} == set()
     assert [outcome for outcome in outcomes if outcome.broken] == []
     settled = 0
-    for _, key in keys:
-        balance = await books.closed(key.account)
-        events = await books.events(key.account)
+    for caller in keys:
+        balance = await books.closed(caller.account)
+        events = await books.events(caller.account)
         assert [event for event in events if event["event"] == "abandoned"] == []
         settled += sum(event["event"] == "settled" for event in events)
-        assert balance.balance_nusd >= 0 or key.account == "poor"
+        assert balance.balance_nusd >= 0 or caller.account == "poor"
     figure("mix over 4 workers", clients=CLIENTS, requests=CLIENTS * EACH, settled=settled, took_s=round(took_s, 1))
 
 
 async def test_a_bucket_never_gives_more_than_it_has(proxy, books, session):
     """60 a minute with a burst of 20, asked for by everybody at once."""
     limits = Limits(requests_per_minute=60, burst=20)
-    secret, key = await books.key("a-bucket-never-gives", limits=limits)
-    client = Client(session, proxy, secret)
+    caller = await books.key("a-bucket-never-gives", limits=limits)
+    client = Client(session, proxy, caller)
     began = time.monotonic()
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
     refill = time.monotonic() - began + 1
@@ -90,31 +90,31 @@ async def test_a_bucket_never_gives_more_than_it_has(proxy, books, session):
     denied = [outcome for outcome in outcomes if outcome.status == 429]
     assert len(admitted) + len(denied) == CLIENTS
     assert 20 <= len(admitted) <= 20 + refill
-    assert len(admitted) * UNARY_NUSD == (await books.closed(key.account)).settled_nusd
-    assert len(admitted) == len(await books.events(key.account, "settled"))
+    assert len(admitted) * UNARY_NUSD == (await books.closed(caller.account)).settled_nusd
+    assert len(admitted) == len(await books.events(caller.account, "settled"))
     figure("burst of 20 at 60 a minute", clients=CLIENTS, admitted=len(admitted), bound=int(20 + refill))
 
 
 async def test_credit_for_ten_buys_ten(proxy, books, session):
     """Each request holds what it costs, to the last nano-dollar: an account that can pay for ten is charged for ten."""
-    secret, key = await books.key("credit-for-ten-buys", credit="0")
-    await books.ledger.grant(key.account, 10 * HELD_NUSD)
-    client = Client(session, proxy, secret)
+    caller = await books.key("credit-for-ten-buys", credit="0")
+    await books.ledger.grant(caller.account, 10 * HELD_NUSD)
+    client = Client(session, proxy, caller)
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
     admitted = [outcome for outcome in outcomes if outcome.status == 200]
     assert {outcome.status for outcome in outcomes} == {200, 402}
-    balance = await books.closed(key.account)
+    balance = await books.closed(caller.account)
     assert balance.balance_nusd >= 0
     assert len(admitted) * UNARY_NUSD == balance.settled_nusd
     assert 10 <= len(admitted) <= 10 * HELD_NUSD // UNARY_NUSD
 
 
 async def test_a_budget_is_not_exceeded_by_a_crowd(proxy, books, session):
-    secret, key = await books.key("a-budget-is-not", budgets=Budgets(total_nusd=5 * HELD_NUSD))
-    client = Client(session, proxy, secret)
+    caller = await books.key("a-budget-is-not", budgets=Budgets(total_nusd=5 * HELD_NUSD))
+    client = Client(session, proxy, caller)
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(CLIENTS)))
     assert {outcome.code for outcome in outcomes} == {None, "spend_limit_exceeded"}
-    assert (await books.closed(key.account)).settled_nusd <= 5 * HELD_NUSD
+    assert (await books.closed(caller.account)).settled_nusd <= 5 * HELD_NUSD
 
 
 async def test_an_accounts_bucket_is_shared_by_its_keys(proxy, books, session):
@@ -122,7 +122,7 @@ async def test_an_accounts_bucket_is_shared_by_its_keys(proxy, books, session):
     limits = Limits(requests_per_minute=60, burst=10)
     await books.directory.change_account("an-accounts-bucket-is", lambda account: replace(account, limits=limits))
     keys = [await books.key("an-accounts-bucket-is", "1") for _ in range(4)]
-    clients = [Client(session, proxy, secret) for secret, _ in keys]
+    clients = [Client(session, proxy, caller) for caller in keys]
     began = time.monotonic()
     outcomes = await asyncio.gather(*(client.chat(max_tokens=8) for client in clients for _ in range(20)))
     admitted = sum(outcome.status == 200 for outcome in outcomes)
@@ -132,16 +132,16 @@ async def test_an_accounts_bucket_is_shared_by_its_keys(proxy, books, session):
 
 async def test_what_an_admission_costs(proxy, books, session):
     """One round trip: two scripts a request, and no other command."""
-    secret, key = await books.key("what-an-admission-costs")
-    client = Client(session, proxy, secret)
+    caller = await books.key("what-an-admission-costs")
+    client = Client(session, proxy, caller)
     for _ in range(20):
         assert (await client.chat(max_tokens=8)).is_whole
-    await books.closed(key.account)
+    await books.closed(caller.account)
     before = await calls(books)
     requests = 200
     for _ in range(requests // 20):
         await asyncio.gather(*(client.chat(max_tokens=8) for _ in range(20)))
-    await books.until(key.account, lambda now: now.settled_nusd >= (20 + requests) * UNARY_NUSD)
+    await books.until(caller.account, lambda now: now.settled_nusd >= (20 + requests) * UNARY_NUSD)
     after = await calls(books)
     scripts = (
         after["evalsha"][0] - before["evalsha"][0] - 20

@@ -4,7 +4,6 @@ Each fault is made with a real server. During it each step is tried once; after 
 would, and must have counted once.
 """
 
-import asyncio
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Hold, HoldRequest, Settlement
 from meshproxy.ledger.store import StoreError
 from meshproxy.openai.usage import Usage
-from tests.money.conftest import PATIENCE_S, figure, full_only
+from tests.harness.waiting import until
+from tests.money.conftest import figure, full_only
 
 DOC = Path(__file__).parents[2] / "docs" / "ledger.md"
 GRANTED, AMOUNT, RAISED, COST = 10_000, 100, 250, 60
@@ -86,7 +86,7 @@ class Faults:
             if end is not None:
                 end()
 
-    def ask(self, *words):
+    def request(self, *words):
         def run():
             assert self.valkey.request(*words).startswith(b"+OK"), words
 
@@ -128,12 +128,17 @@ class House:
         assert not await self.ledger.settle(settlement("settled"))
 
     async def until_connected(self):
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                with suppress(Unavailable):
-                    await self.store.execute("SET", "probe", "1")
-                    return
-                await asyncio.sleep(0.02)
+        await until(lambda: connected(self.store), "a connection")
+
+
+async def connected(store):
+    with suppress(Unavailable):
+        return await store.execute("SET", "probe", "1")
+
+
+async def replicated(store):
+    """Whether a replica has all that was written here."""
+    return await store.execute("WAIT", 1, 100)
 
 
 def ask(hold_id):
@@ -179,9 +184,7 @@ async def test_each_step_in_each_fault(house, valkey, start_valkey, fault):
     before = await books(house.ledger)
     if other is not None:  # a replica takes over what its master has: give it the same
         assert other.request("REPLICAOF", "127.0.0.1", str(valkey.port)) == b"+OK"
-        async with asyncio.timeout(PATIENCE_S):
-            while not await house.store.execute("WAIT", 1, 100):
-                pass
+        await until(lambda: replicated(house.store), "the replica")
         assert other.request("REPLICAOF", "NO", "ONE") == b"+OK"
     expected, may_have_run = OUTCOMES[fault]
     async with Faults(valkey, other).of(fault):
@@ -215,15 +218,11 @@ async def test_failover_to_a_replica_by_sentinel(valkey, start_valkey, tmp_path)
     replica = start_valkey("--replicaof", "127.0.0.1", str(valkey.port), name="replica")
     sentinel = start_sentinel(start_valkey, tmp_path, valkey.port)
     url = f"redis+sentinel://127.0.0.1:{sentinel.port}/mymaster/0"
-    async with asyncio.timeout(PATIENCE_S):
-        while not sentinel.request("SENTINEL", "CKQUORUM", "mymaster").startswith(b"+OK"):
-            await asyncio.sleep(0.05)
+    await until(lambda: sentinel.request("SENTINEL", "CKQUORUM", "mymaster").startswith(b"+OK"), "a quorum")
     store = await connect(config.Redis(url=url, timeout_s=TIMEOUT_S))
     house = House(store, tmp_path / "journal")
     await house.begin()
-    async with asyncio.timeout(PATIENCE_S):
-        while not await store.execute("WAIT", 1, 100):
-            pass
+    await until(lambda: replicated(store), "the replica")
     valkey.kill()
     assert {await answer(step) for step in (house.admit, house.renew, house.settle)} == {"connection"}
     await house.after()

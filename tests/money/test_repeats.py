@@ -21,7 +21,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def running(shared):
-    return shared(workers=2, models=MODELS)
+    return shared(models=MODELS)
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def proxy(running):
 async def test_repeats_at_once_are_charged_once(proxy, books, session):
     for stream in (True, False):
         account = f"once-{stream}"
-        secret, _ = await books.key(account)
-        client = Client(session, proxy, secret)
+        caller = await books.key(account)
+        client = Client(session, proxy, caller)
         repeat = {"model": "slow", "stream": stream, "idempotency_key": "once"}
         outcomes = await asyncio.gather(*(client.chat(**repeat) for _ in range(REPEATS)))
         late = await client.chat(**repeat)
@@ -54,69 +54,69 @@ async def test_repeats_at_once_are_charged_once(proxy, books, session):
 
 
 async def test_a_client_that_goes_and_asks_again_pays_once(proxy, books, session):
-    secret, key = await books.key("a-client-that-goes")
-    client = Client(session, proxy, secret)
+    caller = await books.key("a-client-that-goes")
+    client = Client(session, proxy, caller)
     repeat = {"model": "slow", "stream": True, "idempotency_key": "once"}
     gone = asyncio.create_task(client.chat(**repeat))
-    await books.until(key.account, lambda now: now.held_nusd > 0)
+    await books.until(caller.account, lambda now: now.held_nusd > 0)
     gone.cancel()
     await asyncio.wait([gone])
     again = await client.chat(**repeat)
     assert (again.is_done, again.headers["idempotent-replayed"]) == (True, "true")
-    balance = await books.closed(key.account)
-    settled = await books.events(key.account, "settled")
+    balance = await books.closed(caller.account)
+    settled = await books.events(caller.account, "settled")
     assert (balance.settled_nusd, [event["usage_source"] for event in settled]) == (COST, ["drained"])
 
 
 async def test_another_body_is_refused_and_costs_nothing(proxy, books, session):
-    secret, key = await books.key("another-body-is-refused")
-    client = Client(session, proxy, secret)
+    caller = await books.key("another-body-is-refused")
+    client = Client(session, proxy, caller)
     first = await client.chat(model="slow", idempotency_key="once")
     others = await asyncio.gather(
         *(client.chat(model="slow", idempotency_key="once", seed=number) for number in range(20))
     )
     assert first.is_whole
     assert {(outcome.status, outcome.code) for outcome in others} == {(409, "idempotency_conflict")}
-    assert (await books.closed(key.account)).settled_nusd == COST
+    assert (await books.closed(caller.account)).settled_nusd == COST
 
 
 async def test_repeats_of_what_fails_each_try_and_none_is_charged(proxy, books, session):
-    secret, key = await books.key("repeats-of-what-fails")
-    client = Client(session, proxy, secret)
+    caller = await books.key("repeats-of-what-fails")
+    client = Client(session, proxy, caller)
     outcomes = await asyncio.gather(*(client.chat(model="fails", idempotency_key="once") for _ in range(10)))
     assert {outcome.status for outcome in outcomes} - {502, 503} == set()
-    assert (await books.closed(key.account)).settled_nusd == 0
+    assert (await books.closed(caller.account)).settled_nusd == 0
 
 
 async def test_repeats_survive_the_death_of_the_worker_that_served(proxy, books, session):
     """The record of a request whose worker died ends with its hold: those that are attached hear that it failed, and the
     next one is served, and alone is charged.
     """
-    secret, key = await books.key("repeats-survive-the-death")
-    client = Client(session, proxy, secret)
+    caller = await books.key("repeats-survive-the-death")
+    client = Client(session, proxy, caller)
     repeat = {"model": "slow", "stream": True, "idempotency_key": "once"}
     running = [asyncio.create_task(client.chat(**repeat)) for _ in range(10)]
-    await books.until(key.account, lambda now: now.held_nusd > 0)
+    await books.until(caller.account, lambda now: now.held_nusd > 0)
     await asyncio.to_thread(proxy.kill)
     await asyncio.gather(*running)
     await asyncio.to_thread(proxy.start)
     attached = await asyncio.gather(*(client.chat(**repeat) for _ in range(10)))
     assert {outcome.code for outcome in attached if not outcome.is_done} - {"upstream_error"} == set()
     assert (await client.chat(**repeat)).is_done
-    balance = await books.closed(key.account)
-    assert (balance.settled_nusd, len(await books.events(key.account, "settled"))) == (COST, 1)
+    balance = await books.closed(caller.account)
+    assert (balance.settled_nusd, len(await books.events(caller.account, "settled"))) == (COST, 1)
 
 
 async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, session):
     """Never less than nothing, never more than was held for it."""
-    secret, key = await books.key("lies-about-usage-are")
-    client = Client(session, proxy, secret)
+    caller = await books.key("lies-about-usage-are")
+    client = Client(session, proxy, caller)
     for lie in LIES:
         for stream in (True, False):
             outcomes = await asyncio.gather(*(client.chat(model=lie, stream=stream, max_tokens=20) for _ in range(10)))
             assert all(outcome.is_whole for outcome in outcomes)
-    await books.closed(key.account)
-    settled = await books.events(key.account, "settled")
+    await books.closed(caller.account)
+    settled = await books.events(caller.account, "settled")
     assert {event["usage_source"] for event in settled} == {"estimated"}
     for event in settled:
         assert 0 < int(event["cost_nusd"]) <= int(event["held_nusd"])
@@ -127,12 +127,12 @@ async def test_lies_about_usage_are_charged_by_what_was_seen(proxy, books, sessi
 
 async def test_a_worker_that_dies_right_behind_its_settlement_is_not_followed_by_a_second_charge(proxy, books, session):
     """What a settlement leaves of the record, and nothing after it: the answer is lost, and was paid for."""
-    secret, key = await books.key("behind-its-settlement")
-    client = Client(session, proxy, secret)
+    caller = await books.key("behind-its-settlement")
+    client = Client(session, proxy, caller)
     assert (await client.chat(idempotency_key="once")).is_whole
-    await books.closed(key.account)
-    (record,) = await books.store.execute("KEYS", f"mesh:{{{key.account}}}:replay:*")
+    await books.closed(caller.account)
+    (record,) = await books.store.execute("KEYS", f"mesh:{{{caller.account}}}:replay:*")
     await books.store.execute("HSET", record, "state", "charged", "charged_ms", 1)
     repeated = await client.chat(idempotency_key="once")
     assert (repeated.status, repeated.code) == (409, "idempotency_conflict")
-    assert len(await books.events(key.account, "settled")) == 1
+    assert len(await books.events(caller.account, "settled")) == 1
