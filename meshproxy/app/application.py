@@ -21,7 +21,7 @@ from meshproxy.config import ConfigError, Server, Settings
 from meshproxy.openai.headers import VERSION_HEADER, cors_headers, preflight_headers
 from meshproxy.server import openapi
 from meshproxy.server.api import ROUTES, Api
-from meshproxy.server.chat import CHAT_PATH, Sent, request_id_of
+from meshproxy.server.chat import CHAT_PATH, WrittenResponse, request_id_of
 from meshproxy.server.errors import PATHS, ConnectionLimits, envelope_errors
 from meshproxy.server.listener import ProxiedSite, Runner, Site, load_certificate, server_context
 from meshproxy.telemetry.families import NONE, OTHER
@@ -143,7 +143,7 @@ def _add_cors(worker: Worker) -> Middleware:
             sent = [*headers, *preflight_headers(names), VERSION_HEADER, ("x-request-id", request_id_of(request))]
             return web.Response(status=204, headers=CIMultiDict(sent))
         response = await handler(request)
-        if not isinstance(response, Sent):
+        if not isinstance(response, WrittenResponse):
             response.headers.extend([*headers, VERSION_HEADER])
         return response
 

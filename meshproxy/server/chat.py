@@ -41,14 +41,14 @@ from meshproxy.openai.headers import request_id as valid_request_id
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.server.fast_path import ClientConnection
 
-_KEY = web.RequestKey("request_id", str)
+_REQUEST_ID = web.RequestKey("request_id", str)
 
 
 def request_id_of(request: web.BaseRequest) -> str:
     """Return the request's id, the same at each call: the client's x-request-id if it is valid, else a new one."""
-    found = request.get(_KEY)
+    found = request.get(_REQUEST_ID)
     if found is None:
-        found = request[_KEY] = valid_request_id(request.headers.get("x-request-id")) or new_request_id()
+        found = request[_REQUEST_ID] = valid_request_id(request.headers.get("x-request-id")) or new_request_id()
     return found
 
 
@@ -57,12 +57,12 @@ def new_request_id() -> str:
     return f"req_{random.getrandbits(96):024x}"
 
 
-STEP_BYTES = 128
-MAX_LEVEL_BYTES = 1024  # larger events (tool calls, logprobs) are padded to its next multiple and don't raise the level
+PADDING_STEP_BYTES = 128
+MAX_PADDED_BYTES = 1024  # larger events (tool calls, logprobs) get its next multiple, and don't raise the level
 
 _COMMENT = b": %b\n\n"
 _SHORTEST = len(_COMMENT % b"")
-_FILLING = b"." * MAX_LEVEL_BYTES
+_FILLING = b"." * MAX_PADDED_BYTES
 
 
 class PaddedStream(DownstreamWrapper):
@@ -75,19 +75,19 @@ class PaddedStream(DownstreamWrapper):
 
     def __init__(self, downstream: Downstream) -> None:
         super().__init__(downstream)
-        self._level = STEP_BYTES
+        self._level = PADDING_STEP_BYTES
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:  # noqa: ARG002 - a frame's size is wrong with padding
         """Send whole events, padded by a comment."""
         size = len(payload) + _SHORTEST
-        if size > MAX_LEVEL_BYTES:
-            target = _up(size, MAX_LEVEL_BYTES)
+        if size > MAX_PADDED_BYTES:
+            target = _round_up(size, MAX_PADDED_BYTES)
         else:
-            target = self._level = max(self._level, _up(size, STEP_BYTES))
+            target = self._level = max(self._level, _round_up(size, PADDING_STEP_BYTES))
         self._downstream.write(payload + _COMMENT % _FILLING[: target - size])
 
 
-def _up(size: int, step: int) -> int:
+def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
@@ -96,17 +96,17 @@ MAX_BUFFERED_BYTES = 32_768  # bytes that may wait for a client before reading f
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-class Sent(web.StreamResponse):
+class WrittenResponse(web.StreamResponse):
     """A response that has been written already."""
 
     def __init__(self, *, keep_alive: bool) -> None:
         super().__init__()
-        self._keep = keep_alive
+        self._stays_open = keep_alive
 
     @property
     def keep_alive(self) -> bool | None:
         """Whether the connection stays open."""
-        return self._keep
+        return self._stays_open
 
     async def prepare(self, _request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Do nothing: everything is sent."""
@@ -222,64 +222,66 @@ def _date(now_s: int) -> str:
     return formatdate(now_s, usegmt=True)
 
 
-def last_error_answer(problem: ErrorResponse) -> bytes:
+def final_error_response(error: ErrorResponse) -> bytes:
     """Format a complete error response, the last one on a connection."""
     request_id = new_request_id()
-    body = envelope(problem, request_id)
-    headers = [("x-request-id", request_id), *error_headers(problem), ("content-length", str(len(body)))]
-    return head(problem.status, headers, keep_alive=False) + body
+    body = envelope(error, request_id)
+    headers = [("x-request-id", request_id), *error_headers(error), ("content-length", str(len(body)))]
+    return head(error.status, headers, keep_alive=False) + body
 
 
 SLOWEST_BYTES_PER_S = 65_536  # adds a second to a body's time for each of these bytes: half a megabit per second
 
 
-TakeRoom = Callable[[int], Awaitable[None]]  # gateway.bounds.Room.take: reserves memory for so many bytes
+ReserveMemory = Callable[[int], Awaitable[None]]  # for so many bytes: gateway.bounds.BodyReservation.take
 # A body of unknown length reserves memory for this much first; a larger one then for the largest body allowed.
 CHUNKED_BYTES = 1_048_576
 
 
-async def body_of(connection: ClientConnection, fields: Mapping[str, str], server: Server, take: TakeRoom) -> bytes:
+async def body_of(
+    connection: ClientConnection, fields: Mapping[str, str], server: Server, reserve: ReserveMemory
+) -> bytes:
     """Read the body of a fast-path request with these header fields."""
-    timeout_s = _time_for(fields, server, server.max_body_bytes)
+    timeout_s = _body_timeout_s(fields, server, server.max_body_bytes)
     length = int(fields["content-length"])
     if length > SMALL_BYTES:
-        await take(length)
+        await reserve(length)
     try:
         return await connection.body(timeout_s)
     except TimeoutError as error:
-        raise _too_slow() from error
+        raise _body_timeout() from error
 
 
 async def read_json_body(
-    request: web.BaseRequest, server: Server, take: TakeRoom, most_bytes: int | None = None
+    request: web.BaseRequest, server: Server, reserve: ReserveMemory, max_bytes: int | None = None
 ) -> bytes:
-    """Read the body of an aiohttp request. `most_bytes` may lower the bound of `server.max_body_bytes`."""
-    most_bytes = server.max_body_bytes if most_bytes is None else min(most_bytes, server.max_body_bytes)
-    timeout_s = _time_for(request.headers, server, most_bytes)
+    """Read the body of an aiohttp request. `max_bytes` may lower the bound of `server.max_body_bytes`."""
+    max_bytes = server.max_body_bytes if max_bytes is None else min(max_bytes, server.max_body_bytes)
+    timeout_s = _body_timeout_s(request.headers, server, max_bytes)
     length = request.content_length
     if length is not None:
-        await take(length)
-    _continue(request)
-    taken = most_bytes if length is not None else SMALL_BYTES
+        await reserve(length)
+    _send_continue(request)
+    reserved = max_bytes if length is not None else SMALL_BYTES
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
             while chunk := await request.content.readany():
                 body += chunk
-                if len(body) <= taken:
+                if len(body) <= reserved:
                     continue
-                if len(body) > most_bytes:
-                    raise GatewayError(Source.CLIENT, request_too_large(most_bytes))
-                taken = most_bytes if taken >= CHUNKED_BYTES else min(CHUNKED_BYTES, most_bytes)
-                await take(taken)
+                if len(body) > max_bytes:
+                    raise GatewayError(Source.CLIENT, request_too_large(max_bytes))
+                reserved = max_bytes if reserved >= CHUNKED_BYTES else min(CHUNKED_BYTES, max_bytes)
+                await reserve(reserved)
             return bytes(body)
     except TimeoutError as error:
-        raise _too_slow() from error
+        raise _body_timeout() from error
     except web.RequestPayloadError as error:
         raise GatewayError(Source.CLIENT, invalid("The request's body is broken.")) from error
 
 
-def _time_for(headers: Mapping[str, str], server: Server, most_bytes: int) -> float:
+def _body_timeout_s(headers: Mapping[str, str], server: Server, max_bytes: int) -> float:
     """Return how many seconds a body may take. Raises GatewayError if its headers are invalid."""
     encoding = headers.get("content-encoding")
     if encoding is not None and encoding.lower() != "identity":
@@ -290,8 +292,8 @@ def _time_for(headers: Mapping[str, str], server: Server, most_bytes: int) -> fl
     if content_type != "application/json" and not _is_json(content_type):
         raise GatewayError(Source.CLIENT, unsupported_media_type("Send the body as `content-type: application/json`."))
     length = int(headers.get("content-length", 0))
-    if length > most_bytes:
-        raise GatewayError(Source.CLIENT, request_too_large(most_bytes))
+    if length > max_bytes:
+        raise GatewayError(Source.CLIENT, request_too_large(max_bytes))
     return server.body_timeout_s + length / SLOWEST_BYTES_PER_S
 
 
@@ -300,11 +302,11 @@ def _is_json(content_type: str) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
-def _too_slow() -> GatewayError:
+def _body_timeout() -> GatewayError:
     return GatewayError(Source.CLIENT, request_timeout("The request's body did not come in time."))
 
 
-def _continue(request: web.BaseRequest) -> None:
+def _send_continue(request: web.BaseRequest) -> None:
     """Answer `Expect: 100-continue` (RFC 9110, 10.1.1) before waiting for the body."""
     if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -336,20 +338,20 @@ class ChatHandler:
             keep_alive=keep_alive,
             extra=cors_headers(fields.get("origin"), server.cors_origins),
         )
-        stays = False
+        keep_open = False
         try:
             call = self._call(
                 request_id(fields.get("x-request-id")) or new_request_id(),
                 fields,
                 connection.peer,
-                lambda take: body_of(connection, fields, server, take),
+                lambda reserve: body_of(connection, fields, server, reserve),
             )
             reply = await self._gateway.chat(call, self._padded(stream))
             if reply is not None:
                 stream.reply(reply)
-            stays = stream.keep_alive
+            keep_open = stream.keep_alive
         finally:
-            connection.answered(keep_alive=stays)
+            connection.answered(keep_alive=keep_open)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Serve an aiohttp request. The answer is written when this returns."""
@@ -366,7 +368,7 @@ class ChatHandler:
             request_id_of(request),
             request.headers,
             request.remote,
-            lambda take: read_json_body(request, server, take),
+            lambda reserve: read_json_body(request, server, reserve),
         )
         reply = await self._gateway.chat(call, self._padded(stream))
         if reply is not None:
@@ -374,14 +376,14 @@ class ChatHandler:
                 stream.keep_alive = False
             stream.reply(reply)
         await request.writer.drain()  # otherwise the answers to a client that reads none would pile up
-        return Sent(keep_alive=stream.keep_alive)
+        return WrittenResponse(keep_alive=stream.keep_alive)
 
     def _call(
         self,
         request_id: str,
         headers: Mapping[str, str],
         peer: str | None,
-        read_body: Callable[[TakeRoom], Awaitable[bytes]],
+        read_body: Callable[[ReserveMemory], Awaitable[bytes]],
     ) -> Call:
         """Make the gateway's Call of a request. `peer` is the connection's other end, None on a unix socket."""
         received_at = self._clock()

@@ -28,24 +28,24 @@ from meshproxy.errors import (
 )
 from meshproxy.errors import Source as FaultSource
 from meshproxy.openai.errors import envelope, error_headers
-from meshproxy.server.chat import last_error_answer, request_id_of
+from meshproxy.server.chat import final_error_response, request_id_of
 from meshproxy.server.client_address import Source
 
 MAIN_PATH = "/v1/chat/completions"
 MAX_COMPARED_CHARS = 128  # of an unknown path
-LIKENESS = 0.8  # of the path that a 404 suggests: `/v1/messages` is 0.76 like `/v1/usage`
+MIN_SIMILARITY = 0.8  # of the path that a 404 suggests: `/v1/messages` is 0.76 like `/v1/usage`
 PATHS = web.AppKey("paths", tuple[str, ...])  # paths that a 404 may suggest
 _CODES = {401: "unauthorized", 403: "forbidden"}  # what a middleware of create_app() may raise
 
 _log = structlog.get_logger("meshproxy.server")
 
 
-def error_response(problem: ErrorResponse, request_id: str) -> web.Response:
+def error_response(error: ErrorResponse, request_id: str) -> web.Response:
     """Make the aiohttp response of an error response."""
-    headers = dict(error_headers(problem))
+    headers = dict(error_headers(error))
     headers["x-request-id"] = request_id
-    response = web.Response(status=problem.status, headers=headers, body=envelope(problem, request_id))
-    if problem.status == 408 or problem.code == "bad_request":  # RFC 9110, section 15.5.9; RFC 9112, section 11.2
+    response = web.Response(status=error.status, headers=headers, body=envelope(error, request_id))
+    if error.status == 408 or error.code == "bad_request":  # RFC 9110, section 15.5.9; RFC 9112, section 11.2
         response.force_close()
     return response
 
@@ -53,7 +53,7 @@ def error_response(problem: ErrorResponse, request_id: str) -> web.Response:
 def from_http_exception(error: web.HTTPException, request: web.BaseRequest) -> ErrorResponse:
     """Convert an error of aiohttp or of a middleware to an error response."""
     if error.status == 404:
-        return not_found(f"There is nothing at {request.path[:256]}.{_hint(request)}")
+        return not_found(f"There is nothing at {request.path[:256]}.{_suggestion(request)}")
     if error.status == 405:
         allowed = error.headers.get("allow", "").replace(",", ", ")
         return method_not_allowed(f"{request.method[:32]} is not allowed at {request.path[:256]}, only {allowed}.")
@@ -64,14 +64,14 @@ def from_http_exception(error: web.HTTPException, request: web.BaseRequest) -> E
     return ErrorResponse(error.status, _CODES.get(error.status, "validation_error"), error.reason)
 
 
-def _hint(request: web.BaseRequest) -> str:
-    """Suggest the nearest path that exists, by its end, else by its letters. "" if the application has no PATHS."""
+def _suggestion(request: web.BaseRequest) -> str:
+    """Suggest the nearest path that exists, by its end, else by similarity. "" if the application has no PATHS."""
     if not isinstance(request, web.Request) or PATHS not in request.app:
         return ""
     path = request.path[:MAX_COMPARED_CHARS].rstrip("/")
     known = request.app[PATHS]
     by_end = (name for name in known if path.endswith(name.removeprefix("/v1")))
-    nearest = next(by_end, None) or next(iter(get_close_matches(path, known, n=1, cutoff=LIKENESS)), None)
+    nearest = next(by_end, None) or next(iter(get_close_matches(path, known, n=1, cutoff=MIN_SIMILARITY)), None)
     hint = "" if nearest in {None, MAIN_PATH} else f" The nearest is {nearest}."
     return f"{hint} Chat completions are served at POST {MAIN_PATH}."
 
@@ -100,8 +100,8 @@ async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamR
 
 HEADER_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 60.0
-TOO_LATE = request_timeout("The request's head did not come in time.")
-PIECE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
+HEAD_TIMEOUT = request_timeout("The request's head did not come in time.")
+PARSE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
 # Bound on the framing of a chunked body, plus one byte for each 32 of content (a chunk of 200 bytes has six). Each
 # chunk costs microseconds to parse, even a tiny one: 25 bodies of 6 MB in chunks of one byte delayed other requests by
 # 20 s.
@@ -113,27 +113,27 @@ class ConnectionLimits(NamedTuple):
 
     `header_timeout_s`: how long a head may take. `on_refused`: called with the status of an answer to invalid HTTP.
     `write_timeout_s`: how long a client may take nothing of what is written to it. `max_descriptor`: connections from
-    this descriptor on are closed, and `on_crowded` is called. `headers` are added to the answer to invalid HTTP.
+    this descriptor on are closed, and `on_exhausted` is called. `headers` are added to the answer to invalid HTTP.
     """
 
     header_timeout_s: Callable[[], float] = lambda: HEADER_TIMEOUT_S
     on_refused: Callable[[int], None] = lambda _status: None
     write_timeout_s: Callable[[], float] = lambda: WRITE_TIMEOUT_S
     max_descriptor: float = math.inf
-    on_crowded: Callable[[], None] = lambda: None
+    on_exhausted: Callable[[], None] = lambda: None
     headers: tuple[tuple[str, str], ...] = ()
 
     def has_room(self, descriptor: int) -> bool:
         """Return whether a connection with this descriptor may stay. If not, it must be closed at once."""
         if descriptor < self.max_descriptor:
             return True
-        self.on_crowded()
+        self.on_exhausted()
         return False
 
     def too_late(self) -> bytes:
         """Return the answer to a head that didn't arrive in time, and count it."""
-        self.on_refused(TOO_LATE.status)
-        return last_error_answer(TOO_LATE)
+        self.on_refused(HEAD_TIMEOUT.status)
+        return final_error_response(HEAD_TIMEOUT)
 
 
 class AiohttpConnection(web.RequestHandler):
@@ -148,14 +148,14 @@ class AiohttpConnection(web.RequestHandler):
         "_body",
         "_body_bytes",
         "_body_received",
+        "_client_transport",
         "_head_begun",
         "_head_timer",
         "_is_refused",
         "_limits",
         "_source",
-        "_wire",
     )
-    _wire: asyncio.Transport
+    _client_transport: asyncio.Transport
 
     def __init__(self, server: web.Server, source: Source | None, *, limits: ConnectionLimits, **options: Any) -> None:
         super().__init__(server, **options)
@@ -170,12 +170,13 @@ class AiohttpConnection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Await the first head; close the connection at once if there is no room."""
-        self._wire = cast("asyncio.Transport", transport)  # aiohttp drops its own reference when it begins to close
+        # aiohttp drops its own reference when it begins to close
+        self._client_transport = cast("asyncio.Transport", transport)
         super().connection_made(transport)
-        self._expect_head()
+        self._start_head_timer()
         sock = transport.get_extra_info("socket")
         if sock is not None and not self._limits.has_room(sock.fileno()):
-            self._wire.abort()
+            self._client_transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of a head or of a body, piece by piece. aiohttp passes none to have its kept bytes processed.
@@ -192,7 +193,7 @@ class AiohttpConnection(web.RequestHandler):
                 return
 
     def _end_of_piece(self, data: bytes, at: int) -> int:
-        end = at + PIECE_BYTES
+        end = at + PARSE_BYTES
         if self._body is not None and not self._body.is_eof():
             return end if self._body_bytes is None else min(end, at + max(1, self._body_bytes - self._body.total_bytes))
         piece = data[at:end]
@@ -205,16 +206,16 @@ class AiohttpConnection(web.RequestHandler):
         known = len(self._messages)
         super().data_received(data)
         if len(self._messages) > known:
-            self._expect_nothing()
-            self._look_at_newest()
+            self._stop_head_timer()
+            self._inspect_newest()
         elif self._body is not None and not self._body.is_eof():
             self._count_framing(self._body, len(data))
         elif not (self._request_in_progress or self._messages):
             self._head_begun = True
             if self._head_timer is None:
-                self._expect_head()
+                self._start_head_timer()
 
-    def _look_at_newest(self) -> None:
+    def _inspect_newest(self) -> None:
         """Note the body of the newest request, and whether aiohttp's parser found a fault."""
         message, body = self._messages[-1]
         fault = getattr(message, "exc", None)  # set if the parser found one
@@ -223,8 +224,8 @@ class AiohttpConnection(web.RequestHandler):
             fault.__traceback__ = None  # its frames hold the bytes read, and the exception itself
             if self._body is not None and not self._body.is_eof():
                 self._messages.pop()  # the fault is in the body of the request before: it gets the one answer
-                problem = ErrorResponse(400, "bad_request", _in_words(fault, None))
-                self._refuse_body(self._body, GatewayError(FaultSource.CLIENT, problem))
+                error = ErrorResponse(400, "bad_request", _error_message(fault, None))
+                self._refuse_body(self._body, GatewayError(FaultSource.CLIENT, error))
                 return
         length = getattr(message, "headers", {}).get("content-length")
         self._body, self._body_bytes = body, None if length is None else int(length)
@@ -245,7 +246,7 @@ class AiohttpConnection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Cancel the head's time: the client is gone."""
-        self._expect_nothing()
+        self._stop_head_timer()
         super().connection_lost(exc)
 
     async def start(self) -> None:
@@ -270,11 +271,11 @@ class AiohttpConnection(web.RequestHandler):
     @property
     def unsent_bytes(self) -> int:
         """Bytes written that the client hasn't taken."""
-        return self._wire.get_write_buffer_size()
+        return self._client_transport.get_write_buffer_size()
 
     def abort(self) -> None:
         """Close the connection at once."""
-        self._wire.abort()
+        self._client_transport.abort()
 
     @property
     def is_idle(self) -> bool:
@@ -294,19 +295,19 @@ class AiohttpConnection(web.RequestHandler):
             raise ConnectionError("an answer is under way already")
         if status >= 500:
             self.logger.error("handler failed", exc_info=exc)
-            problem = internal_error()
+            error = internal_error()
         else:
-            problem = ErrorResponse(status, "bad_request", _in_words(exc, message))
+            error = ErrorResponse(status, "bad_request", _error_message(exc, message))
             self._limits.on_refused(status)
-        response = error_response(problem, request_id_of(request))
+        response = error_response(error, request_id_of(request))
         response.headers.extend(self._limits.headers)
         response.force_close()
         return response
 
-    def _expect_head(self) -> None:
+    def _start_head_timer(self) -> None:
         self._head_timer = asyncio.get_running_loop().call_later(self._limits.header_timeout_s(), self._on_head_timeout)
 
-    def _expect_nothing(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -323,7 +324,7 @@ class AiohttpConnection(web.RequestHandler):
         self.force_close()
 
 
-def _in_words(exc: BaseException | None, message: str | None) -> str:
+def _error_message(exc: BaseException | None, message: str | None) -> str:
     words: Any = exc.message if isinstance(exc, HttpProcessingError) else message
     lines = str(words or "bad request").splitlines() or ["bad request"]
     return f"This is not a valid HTTP request: {lines[0][:200].rstrip(':. ')}."

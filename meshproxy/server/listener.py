@@ -1,7 +1,7 @@
 """The listeners: sockets, TLS, PROXY headers, and `Runner`, which serves an application and the fast path on them.
 
 One TLS context lasts for the listener's life: a renewed certificate is loaded into it, and the next handshake uses it.
-The server checks all connections' deadlines every LOOK_S.
+The server checks all connections' deadlines every CHECK_INTERVAL_S.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ def load_certificate(context: ssl.SSLContext, server: Server) -> None:
     try:
         context.load_cert_chain(server.tls_cert, server.tls_key, password=_no_password)
     except ssl.SSLError as error:
-        raise ConfigError([f"server.tls_cert: {server.tls_cert} and {server.tls_key}: {_words(error)}"]) from error
+        raise ConfigError([f"server.tls_cert: {server.tls_cert} and {server.tls_key}: {_reason(error)}"]) from error
     except OSError as error:
         raise ConfigError(
             [f"server.tls_cert: {server.tls_cert} or {server.tls_key} can't be read ({error.strerror})"]
@@ -59,7 +59,7 @@ def _no_password() -> str:
     raise ValueError("a key with a password can't be used")
 
 
-def _words(error: ssl.SSLError) -> str:
+def _reason(error: ssl.SSLError) -> str:
     return (error.reason or "not PEM").replace("_", " ").lower()
 
 
@@ -120,7 +120,7 @@ def _remove_stale(path: Path) -> None:
 
 
 PROXY_HEADER_S = 5.0  # the specification wants the header sent at once
-MAX_ARRIVING = 1024  # connections whose header hasn't arrived; more are closed
+MAX_PENDING = 1024  # connections whose header hasn't arrived; more are closed
 ACCEPT_PAUSE_S = 0.1  # after accept() failed, for example for lack of descriptors
 
 MakeProtocol = Callable[..., asyncio.Protocol]  # may take the source from a PROXY header
@@ -164,7 +164,7 @@ class ProxiedSite(Site):
         self._loops = loops
         self._has_room = has_room
         self._proxies = proxies
-        self._arriving: set[asyncio.Task[None]] = set()
+        self._pending: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Accept connections."""
@@ -178,7 +178,7 @@ class ProxiedSite(Site):
         self._sock.close()
 
     async def _accept(self) -> None:
-        """Accept connections of trusted proxies. Others are closed, as are those beyond MAX_ARRIVING."""
+        """Accept connections of trusted proxies. Others are closed, as are those beyond MAX_PENDING."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -187,15 +187,15 @@ class ProxiedSite(Site):
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             host = peer[0] if isinstance(peer, tuple) else None
-            is_welcome = self._proxies().trusts_peer(host) and self._has_room(connection.fileno())
-            if len(self._arriving) >= MAX_ARRIVING or not is_welcome:
+            is_accepted = self._proxies().trusts_peer(host) and self._has_room(connection.fileno())
+            if len(self._pending) >= MAX_PENDING or not is_accepted:
                 connection.close()
                 continue
-            arrival = asyncio.create_task(self._arrive(connection), name="arrive")
-            self._arriving.add(arrival)
-            arrival.add_done_callback(self._arriving.discard)
+            pending = asyncio.create_task(self._read_proxy_header(connection), name="proxy-header")
+            self._pending.add(pending)
+            pending.add_done_callback(self._pending.discard)
 
-    async def _arrive(self, connection: socket.socket) -> None:
+    async def _read_proxy_header(self, connection: socket.socket) -> None:
         """Read the header and hand the connection to the server. Any failure is the peer's: close the connection."""
         loop = asyncio.get_running_loop()
         with contextlib.suppress(InvalidProxyHeader, OSError), contextlib.ExitStack() as stack:
@@ -218,16 +218,16 @@ async def _receive_exactly(loop: asyncio.AbstractEventLoop, connection: socket.s
 
 Connection = ClientConnection | AiohttpConnection
 
-LOOK_S = 0.25  # how late a connection's deadline may be noticed
-WRITES_LOOKED_AT_EACH_S = 1.0  # or more often, if the time-out is short
+CHECK_INTERVAL_S = 0.25  # how late a connection's deadline may be noticed
+WRITE_CHECK_INTERVAL_S = 1.0  # or more often, if the time-out is short
 SHUTDOWN_S = 1.0
 
-USUAL = ConnectionLimits()
+DEFAULT_LIMITS = ConnectionLimits()
 
 _UNREADABLE = web.RequestKey("unreadable", str)
 
 
-class Chat(Protocol):
+class FastHandler(Protocol):
     """The handler of fast-path requests."""
 
     def serve(self, connection: ClientConnection, fields: dict[str, str]) -> Coroutine[Any, Any, None]:
@@ -238,25 +238,25 @@ class _Server(web.Server):
     """Makes protocols for accepted sockets. It is the `Host` of its fast-path connections."""
 
     def __init__(
-        self, handler: Any, make_request: Any, chat: Callable[[], Chat] | None, limits: ConnectionLimits
+        self, handler: Any, make_request: Any, chat: Callable[[], FastHandler] | None, limits: ConnectionLimits
     ) -> None:
         super().__init__(handler, request_factory=make_request, handler_cancellation=True)
-        self.usual: set[ClientConnection] = set()
+        self.fast_connections: set[ClientConnection] = set()
         self._chat = chat
         self._limits = limits
-        self._running = asyncio.get_running_loop()
+        self._event_loop = asyncio.get_running_loop()
         self._unsent: dict[Connection, tuple[int, float]] = {}  # unsent bytes, and since when none of them was taken
-        self._writes_looked_at = 0.0
+        self._writes_checked_at = 0.0
 
     def __call__(self, source: Source | None = None) -> Any:  # aiohttp's type knows only its own protocol
-        return self.others(source) if self._chat is None else ClientConnection(self, self._running, source)
+        return self.others(source) if self._chat is None else ClientConnection(self, self._event_loop, source)
 
     def others(self, source: Source | None) -> AiohttpConnection:
         return AiohttpConnection(
             self,
             source,
             limits=self._limits,
-            loop=self._running,
+            loop=self._event_loop,
             access_log=None,
             auto_decompress=False,
             max_line_size=MAX_HEAD_BYTES,
@@ -272,10 +272,10 @@ class _Server(web.Server):
         return self._limits.has_room(descriptor)
 
     def joined(self, connection: ClientConnection) -> None:
-        self.usual.add(connection)
+        self.fast_connections.add(connection)
 
     def left(self, connection: ClientConnection) -> None:
-        self.usual.discard(connection)
+        self.fast_connections.discard(connection)
 
     def serve(self, connection: ClientConnection, fields: dict[str, str]) -> Coroutine[Any, Any, None]:
         assert self._chat is not None  # noqa: S101 - without it there are no such connections
@@ -284,17 +284,17 @@ class _Server(web.Server):
     def too_late(self) -> bytes:
         return self._limits.too_late()
 
-    def look_at_deadlines(self) -> None:
-        now = self._running.time()
-        for connection in [connection for connection in self.usual if connection.deadline <= now]:
+    def check_deadlines(self) -> None:
+        now = self._event_loop.time()
+        for connection in [connection for connection in self.fast_connections if connection.deadline <= now]:
             connection.expire()
-        if now - self._writes_looked_at >= min(WRITES_LOOKED_AT_EACH_S, self._limits.write_timeout_s() / 4):
-            self._writes_looked_at = now
+        if now - self._writes_checked_at >= min(WRITE_CHECK_INTERVAL_S, self._limits.write_timeout_s() / 4):
+            self._writes_checked_at = now
             self._abort_stalled_writes(now)
 
     def all(self) -> "list[Connection]":
         """List every connection."""
-        return [*self.usual, *cast("list[AiohttpConnection]", self.connections)]
+        return [*self.fast_connections, *cast("list[AiohttpConnection]", self.connections)]
 
     def _abort_stalled_writes(self, now: float) -> None:
         """Abort the connection of every client that has taken nothing for write_timeout_s. This cancels its request."""
@@ -322,8 +322,8 @@ class Runner(web.AppRunner):
     def __init__(
         self,
         app: web.Application,
-        chat: Callable[[], Chat] | None,
-        limits: ConnectionLimits = USUAL,
+        chat: Callable[[], FastHandler] | None,
+        limits: ConnectionLimits = DEFAULT_LIMITS,
         loops: Tasks | None = None,
     ) -> None:
         super().__init__(app, shutdown_timeout=SHUTDOWN_S)
@@ -366,7 +366,7 @@ class Runner(web.AppRunner):
         self._make_request, self._handle = made.request_factory, made.request_handler
         server = _Server(self._dispatch, self._request, self._chat, self._limits)
         self._server_of_ours = server
-        self._looking = self._loops.supervise("deadlines", partial(_run_every, server.look_at_deadlines))
+        self._deadline_task = self._loops.supervise("deadlines", partial(_run_every, server.check_deadlines))
 
     async def cleanup(self) -> None:
         """Stop listening and close all connections."""
@@ -374,8 +374,8 @@ class Runner(web.AppRunner):
         if server is not None:
             for site in self.sites:
                 await site.stop()
-            self._looking.cancel()
-            for connection in tuple(server.usual):
+            self._deadline_task.cancel()
+            for connection in tuple(server.fast_connections):
                 connection.abort()
             server.pre_shutdown()
             await server.shutdown(SHUTDOWN_S)
@@ -407,7 +407,7 @@ class Runner(web.AppRunner):
 
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         """Refuse an ambiguous request, or pass it to the application."""
-        refusal = _refusal_of(request)
+        refusal = _ambiguity(request)
         if refusal is not None:
             return request.protocol.handle_error(request, 400, None, refusal)
         response = await self._handle(request)
@@ -416,7 +416,7 @@ class Runner(web.AppRunner):
         return response
 
 
-def _refusal_of(request: web.BaseRequest) -> str | None:
+def _ambiguity(request: web.BaseRequest) -> str | None:
     """Return why a request that the parser accepted is refused: it is ambiguous or unreadable. None if it isn't."""
     headers = request.headers
     if _UNREADABLE in request:
@@ -432,7 +432,7 @@ def _refusal_of(request: web.BaseRequest) -> str | None:
     return None
 
 
-async def _run_every(look: Callable[[], None]) -> None:
+async def _run_every(check: Callable[[], None]) -> None:
     while True:
-        await asyncio.sleep(LOOK_S)
-        look()
+        await asyncio.sleep(CHECK_INTERVAL_S)
+        check()

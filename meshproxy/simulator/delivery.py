@@ -99,7 +99,7 @@ def _decoded(body: bytes) -> Any:
         return None
 
 
-class Written(web.StreamResponse):
+class WrittenResponse(web.StreamResponse):
     """The response object for aiohttp of an answer that has been written already."""
 
     def __init__(self, status: int, *, keep_alive: bool) -> None:
@@ -131,9 +131,9 @@ class AnswerWriter:
         self._unsent_head = b""
         self.status = 0
 
-    def response(self) -> Written:
+    def response(self) -> WrittenResponse:
         """Return the response object that the handler returns to aiohttp."""
-        return Written(self.status, keep_alive=self._keep_alive and self.status > 0)
+        return WrittenResponse(self.status, keep_alive=self._keep_alive and self.status > 0)
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer in one write."""

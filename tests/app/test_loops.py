@@ -19,7 +19,7 @@ LOOPS = {
     "journal": (Journal, "keep_replaying"),
     "instances": (WorkerCount, "beat"),
     "loop-lag": (worker, "watch_lag"),
-    "deadlines": (_Server, "look_at_deadlines"),
+    "deadlines": (_Server, "check_deadlines"),
 }
 
 

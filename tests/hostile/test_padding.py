@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.server.chat import MAX_LEVEL_BYTES, STEP_BYTES, PaddedStream
+from meshproxy.server.chat import MAX_PADDED_BYTES, PADDING_STEP_BYTES, PaddedStream
 from tests.harness.clients import HELLO
 from tests.hostile.corpus import request
 
@@ -43,9 +43,9 @@ async def test_the_sizes_of_its_chunks_differ_only_where_the_largest_grows(start
     asked = request(b"Connection: close", b"Content-Length: %d" % len(body), body=body)
     answer = await mesh.raw(asked.replace(b"KEY", caller.secret.encode()))
     sizes = [size for size in _chunk_sizes(answer.partition(b"\r\n\r\n")[2]) if size]
-    single = [size for size in sizes if size <= MAX_LEVEL_BYTES]  # of the others, many events came at once
+    single = [size for size in sizes if size <= MAX_PADDED_BYTES]  # of the others, many events came at once
     assert single == sorted(single)
-    assert [size for size in sizes if size % (STEP_BYTES if size in single else MAX_LEVEL_BYTES)] == []
+    assert [size for size in sizes if size % (PADDING_STEP_BYTES if size in single else MAX_PADDED_BYTES)] == []
 
 
 async def test_a_replay_is_padded_as_the_answer_was_and_its_record_is_not(start_mesh):
@@ -74,10 +74,10 @@ def test_every_write_is_filled_up_and_begins_with_what_was_to_be_said(payloads):
         assert comment.startswith(b": ")
         assert comment.endswith(b"\n\n")
         assert comment[2:-2].strip(b".") == b""
-        if len(got) > MAX_LEVEL_BYTES:
-            assert len(got) % MAX_LEVEL_BYTES == 0
+        if len(got) > MAX_PADDED_BYTES:
+            assert len(got) % MAX_PADDED_BYTES == 0
         else:
-            assert len(got) % STEP_BYTES == 0
+            assert len(got) % PADDING_STEP_BYTES == 0
             assert len(got) >= level
             level = len(got)
 

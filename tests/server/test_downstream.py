@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from meshproxy.gateway.exchange import Reply
-from meshproxy.server.chat import MAX_BUFFERED_BYTES, ClientStream, Sent, head
+from meshproxy.server.chat import MAX_BUFFERED_BYTES, ClientStream, WrittenResponse, head
 
 
 class Transport:
@@ -161,5 +161,5 @@ def test_a_client_of_http_1_0_that_would_stay_is_told_it_may():
 
 
 async def test_what_was_sent_is_not_sent_again():
-    sent = Sent(keep_alive=True)
+    sent = WrittenResponse(keep_alive=True)
     assert (await sent.prepare(None), await sent.write_eof(), sent.keep_alive) == (None, None, True)

@@ -21,7 +21,7 @@ LARGE_BYTES = 16_000_000
 class Served:
     """A listener of ours on a real socket. `refused`: the statuses of what was no request."""
 
-    def __init__(self, header_timeout_s=10.0, write_timeout_s=60.0, usual=True):
+    def __init__(self, header_timeout_s=10.0, write_timeout_s=60.0, fast_connections=True):
         self.refused = []
         self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
         app = web.Application(middlewares=[envelope_errors])
@@ -31,7 +31,7 @@ class Served:
         self.answer_early = False
         app.router.add_post("/v1/chat/completions", self._odd_chat)
         limits = ConnectionLimits(lambda: header_timeout_s, self.refused.append, lambda: write_timeout_s)
-        self.runner = Runner(app, (lambda: self) if usual else None, limits)
+        self.runner = Runner(app, (lambda: self) if fast_connections else None, limits)
 
     async def _work(self, _request):
         return web.Response(body=b"fine")
@@ -319,15 +319,15 @@ async def test_a_client_that_takes_its_time_is_waited_for(start):
 @pytest.mark.parametrize(
     "target", [b"http://xn--a/", b"ftp://xn--/", b"http://[::1/", b"http://m:99999/", b"/" + b"a" * 20_000]
 )
-@pytest.mark.parametrize("usual", [True, False])
-async def test_a_target_that_can_not_be_read_parks_no_connection(start, target, usual):
-    served = await start(usual=usual)
+@pytest.mark.parametrize("fast_connections", [True, False])
+async def test_a_target_that_can_not_be_read_parks_no_connection(start, target, fast_connections):
+    served = await start(fast_connections=fast_connections)
     got = await served.asked(GET.replace(b"/work", target))
     assert got.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
     assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
 
 
 async def test_without_chat_every_request_is_the_applications(start):
-    served = await start(usual=False)
+    served = await start(fast_connections=False)
     ask = POST.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
     assert (await served.asked(ask)).endswith(b"\r\n\r\nodd {}")
