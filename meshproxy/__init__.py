@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "create_app", "parse"]
 
+VERSION = "0.1.0"  # pyproject.toml reads it here
+
 
 def __getattr__(name: str) -> Any:
-    """Import what the package exports when it is asked for: the commands start without what they don't use, and `serve` can take
-    care of its signals first (__main__.py).
+    """Import an exported name at its first use.
+
+    So a command loads only what it needs, and `serve` can handle signals before anything else (__main__.py).
     """
     if name not in __all__:
         raise AttributeError(f"module 'meshproxy' has no attribute {name!r}")
-    room = "meshproxy.app.application" if name == "create_app" else "meshproxy.config"
-    return getattr(importlib.import_module(room), name)
+    module = "meshproxy.app.application" if name == "create_app" else "meshproxy.config"
+    return getattr(importlib.import_module(module), name)

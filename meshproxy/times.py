@@ -4,15 +4,23 @@ import re
 from datetime import UTC, datetime
 
 DAY_S = 86_400
+MAX_DOUBLINGS = 16
 
 _SPAN = re.compile(r"(\d{1,6})([smhdw])", re.ASCII)
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": DAY_S, "w": 7 * DAY_S}
 _DATE_CHARS = len("2026-11-24")
 
 
-def rfc3339(moment: float | None) -> str | None:
-    """Format Unix seconds as `2026-11-24T09:00:00Z`; None stays None."""
-    return None if moment is None else datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def rfc3339(moment: float | None, timespec: str = "seconds") -> str | None:
+    """Format Unix seconds as `2026-11-24T09:00:00Z`, or to `timespec="milliseconds"`; None stays None."""
+    if moment is None:
+        return None
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
+
+
+def backoff_s(failures: int, first_s: float, most_s: float) -> float:
+    """Return the pause after a number of failures in a row: `first_s`, doubled for each after the first, at most `most_s`."""
+    return min(most_s, first_s * 2.0 ** min(failures - 1, MAX_DOUBLINGS))
 
 
 def parse_span(text: str) -> int:

@@ -5,7 +5,7 @@ streams), causes faults, and returns. Then the gateway is drained, and the outco
 
     async def story(world: World) -> None:
         gateway = await world.start_gateway(TOML, workers=2)
-        secret = (await (await gateway.desk()).create_key("acme", KeyChange()))["key"]
+        secret = (await (await gateway.administration()).create_key("acme", KeyChange()))["key"]
         reader, writer = await asyncio.open_connection(gateway.instances[0].host, gateway.instances[0].port)
         ...
 

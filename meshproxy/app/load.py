@@ -33,9 +33,9 @@ from meshproxy.config import (
     split_address,
 )
 from meshproxy.config.load import line_of, under
-from meshproxy.ledger.address import parse_url, tls_context
 from meshproxy.ledger.journal import MAX_FILES
-from meshproxy.telemetry.traces import require_extra
+from meshproxy.ledger.store import parse_url, tls_context
+from meshproxy.telemetry.spans import require_extra
 from meshproxy.times import DAY_S
 
 MAX_SECRET_BYTES = 65_536

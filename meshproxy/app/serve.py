@@ -21,6 +21,7 @@ import uvloop
 from aiohttp import web
 from msgspec.structs import asdict, replace
 
+from meshproxy import VERSION
 from meshproxy.app.load import journal_path, load
 from meshproxy.app.reload import READY, STOPPING, FileWatch, Read, Reloader, RunningConfig, notify
 from meshproxy.app.supervisor import Supervisor
@@ -40,7 +41,6 @@ from meshproxy.telemetry.exposition import Summary, render, summarize
 from meshproxy.telemetry.logs import configure
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.upstream.pool import RESERVED_DESCRIPTORS
-from meshproxy.version import VERSION
 
 Workers = RunningWorker | Supervisor
 WATCH_S = 1.0  # between two checks of the configuration's files

@@ -19,8 +19,9 @@ from aiohttp import web
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
+from meshproxy import VERSION
 from meshproxy.config import Settings
-from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.entry import Authenticator
 from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.gateway.idempotency import IdempotencyKeys
 from meshproxy.gateway.in_flight import InFlight
@@ -44,10 +45,9 @@ from meshproxy.server.client_address import TrustedProxies
 from meshproxy.telemetry.families import CLOSED
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
+from meshproxy.telemetry.spans import open_tracer
 from meshproxy.telemetry.tasks import Tasks, watch_lag
-from meshproxy.telemetry.traces import open_tracer
 from meshproxy.upstream.provider import Provider
-from meshproxy.version import VERSION
 
 STALE_S = 3600.0  # how long known keys and templates are used while Redis is lost, with on_failure = "local"
 NEW_ACCOUNTS_S = 1.0  # between two looks for an account that is new in the metrics

@@ -19,9 +19,9 @@ from typing import Any, NoReturn, TypeAlias
 
 from msgspec.structs import asdict
 
+from meshproxy import VERSION
 from meshproxy.config import ConfigError
 from meshproxy.errors import Detail, GatewayError
-from meshproxy.version import VERSION
 
 EX_FAILED = 1
 EX_USAGE = 2

@@ -139,7 +139,7 @@ def _raise_if_first(scanner: StreamScanner) -> None:
 Result = TypeVar("Result")
 
 PULSE_S = 1.0  # by which a ping may be late (see `InFlight`), with a margin
-CHAT_PATH = "/chat/completions"
+PROVIDER_PATH = "/chat/completions"  # behind an upstream's base_url
 ANSWERED = frozenset({200, 201, 202, 203})  # RFC 9110, section 15.3: those that have what was asked for, or may
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
 
@@ -245,7 +245,7 @@ class Attempts:
         left_s = exchange.deadline - exchange.sent_at
         if exchange.detachable and not plan.request.stream:
             left_s = math.inf  # the client gets its 504 in time, and the answer is still read: see `Detacher`
-        answering = provider.post(CHAT_PATH, exchange.call.forward, body, exchange.mark_sent)
+        answering = provider.post(PROVIDER_PATH, exchange.call.forward, body, exchange.mark_sent)
         response = await (answering if left_s > _attempt_timeout_s(candidate, active) else within(left_s, answering))
         exchange.response = response
         streamed = plan.request.stream

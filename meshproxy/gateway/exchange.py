@@ -17,7 +17,7 @@ from meshproxy.errors import (
     rate_limit_exceeded,
     spend_limit_exceeded,
 )
-from meshproxy.gateway.bounds import BodyReservation
+from meshproxy.gateway.entry import BodyReservation
 from meshproxy.ledger.records import Denial, UsageSource
 from meshproxy.money import format_usd
 from meshproxy.openai.errors import conceal_secrets, envelope, error_headers, without_secrets

@@ -25,7 +25,7 @@ from meshproxy.errors import (
     upstream_error,
 )
 from meshproxy.gateway.attempts import within
-from meshproxy.gateway.bounds import NamedLocks
+from meshproxy.gateway.entry import NamedLocks
 from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Headers, Reply
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
 from meshproxy.ledger.store import StoreError, Unavailable

@@ -21,8 +21,15 @@ from meshproxy.errors import (
 )
 from meshproxy.gateway.admit import Admitter, Lease, limit_headers
 from meshproxy.gateway.attempts import Attempts, EarlyHead, may_drain, within
-from meshproxy.gateway.authenticate import Authenticator, check_version
-from meshproxy.gateway.bounds import LARGE_BYTES, MIN_UNADMITTED, BodyMemory, NamedLocks, PathLimiter
+from meshproxy.gateway.entry import (
+    LARGE_BYTES,
+    MIN_UNADMITTED,
+    Authenticator,
+    BodyMemory,
+    NamedLocks,
+    PathLimiter,
+    check_version,
+)
 from meshproxy.gateway.exchange import (
     ActiveConfig,
     Call,

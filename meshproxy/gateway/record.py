@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -24,16 +24,14 @@ from meshproxy.ledger.records import Denial
 from meshproxy.money import NUSD_PER_USD, format_usd
 from meshproxy.openai.errors import MAX_QUOTED_BYTES, without_quotes
 from meshproxy.openai.headers import upstream_request_id
-from meshproxy.openai.request import ChatRequest
+from meshproxy.openai.request import CHAT_PATH, ChatRequest
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.route_health import Window
 from meshproxy.telemetry.families import CAUSES, PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
-
-if TYPE_CHECKING:
-    from meshproxy.telemetry.otlp import OtlpTracer
+from meshproxy.telemetry.spans import OtlpTracer
 
 Attribute = str | bool | int | float
 Attributes = dict[str, Attribute | None]  # None: left out
@@ -46,7 +44,7 @@ GOOD_OUTCOMES: Final = frozenset({"completed", "replayed"})
 class Spans:
     """Emits one span for each request, at its end. `upstreams` returns those of the running configuration."""
 
-    def __init__(self, tracer: "OtlpTracer", upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
+    def __init__(self, tracer: OtlpTracer, upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
         self._tracer = tracer
         self._upstreams = upstreams
 
@@ -133,7 +131,6 @@ MAX_FAILURES = 50  # that a worker remembers for the status page
 MAX_REFUSED = 64  # pairs of account and limit that a worker remembers for the status page
 REFUSED_S = 60.0
 MAX_MESSAGE_CHARS = 500  # of a provider's message, in one log line
-ROUTE = "/v1/chat/completions"
 
 _log = structlog.get_logger("meshproxy.gateway")
 
@@ -286,11 +283,11 @@ class Recorder:
         if self.accounts is not None and exchange.principal is not None:
             self.accounts.count(exchange.account, exchange.status, exchange.cost_nusd)
         if self.spans is not None:
-            self.spans.end(exchange, ROUTE, now)
+            self.spans.end(exchange, CHAT_PATH, now)
 
     def shed(self, exchange: Exchange) -> None:
         """Count and log a request that was refused before it counted as in flight."""
-        self._metrics.requests[ROUTE, "none", str(exchange.status), "false"].inc()
+        self._metrics.requests[CHAT_PATH, "none", str(exchange.status), "false"].inc()
         self._metrics.failures.labels("none", exchange.code).inc()
         self._request_log.write(self._line(exchange, "", stream=False, now=self._clock()))
 
@@ -342,7 +339,7 @@ class Recorder:
 
     def _count(self, exchange: Exchange, model: str, stream: str, now: float) -> None:
         """Count a finished request."""
-        self._metrics.requests[ROUTE, model, str(exchange.status), stream].inc()
+        self._metrics.requests[CHAT_PATH, model, str(exchange.status), stream].inc()
         received_at = exchange.call.received_at
         model_metrics = self._models.get(model) or self._model_metrics(model)
         model_metrics.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from meshproxy.config import Credits, Settings
 from meshproxy.errors import ErrorResponse, GatewayError, Source, forbidden, invalid, template_not_found
-from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES
+from meshproxy.gateway.entry import LARGE_BYTES, SMALL_BYTES
 from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.ledger.directory import Directory
 from meshproxy.openai.request import (
@@ -25,11 +25,10 @@ from meshproxy.openai.request import (
     with_params,
 )
 from meshproxy.policy.catalog import Candidate, large_enough, with_fees
-from meshproxy.policy.middle_out import middle_out
 from meshproxy.policy.pricing import Price, affordable_output, hold_amount
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, measure, merge_params, render
-from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens, likely_tokens, weigh
+from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens, likely_tokens, middle_out, weigh
 
 PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, one for a megabyte
 

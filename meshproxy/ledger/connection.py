@@ -23,21 +23,31 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
 from redis.crc import key_slot
 
 from meshproxy import config
-from meshproxy.ledger.address import Endpoint, Login, parse_url, tls_context
 from meshproxy.ledger.link import (
     Pending,
     ReconnectingStore,
     Redirect,
     RedisConnection,
     Supervise,
-    backoff_s,
     dial,
     failed,
+    jittered_backoff_s,
     opened,
     query,
     run_unsupervised,
 )
-from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, StoreError, Unavailable
+from meshproxy.ledger.store import (
+    Argument,
+    Endpoint,
+    Login,
+    OnChange,
+    OnOp,
+    Store,
+    StoreError,
+    Unavailable,
+    parse_url,
+    tls_context,
+)
 
 __all__ = ["Store", "StoreError", "Unavailable", "connect"]
 
@@ -128,7 +138,7 @@ class ClusterStore(Store):
                 await self._map()
             except Unavailable as error:
                 self._last_error = error.reason
-            await asyncio.sleep(backoff_s(failures))
+            await asyncio.sleep(jittered_backoff_s(failures + 1))
             failures += 1
         self._mapping = None
 

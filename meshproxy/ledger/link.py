@@ -24,8 +24,8 @@ import hiredis
 import redis
 from redis.asyncio.connection import AbstractConnection
 
-from meshproxy.ledger.address import Endpoint
-from meshproxy.ledger.store import Argument, OnChange, OnOp, Store, Unavailable, error_of_reply, kind_of
+from meshproxy.ledger.store import Argument, Endpoint, OnChange, OnOp, Store, Unavailable, error_of_reply, kind_of
+from meshproxy.times import backoff_s
 
 GRACE_TURNS = 3  # turns of the event loop between a time-out and closing the connection; each reads the socket
 GRACE_TURN_S = 0.05
@@ -310,7 +310,7 @@ class ReconnectingStore(Store):
     async def _dial_until_connected(self) -> None:
         """Dial, with backoff, until there is a connection."""
         while self._connection is None:
-            await asyncio.sleep(backoff_s(self._failures))
+            await asyncio.sleep(jittered_backoff_s(self._failures + 1))
             self._failures += 1
             try:
                 connection = await self._dial()
@@ -322,10 +322,9 @@ class ReconnectingStore(Store):
                 return
 
 
-def backoff_s(failures: int) -> float:
-    """Return the delay before the next attempt: doubling, bounded, and random so that workers spread out."""
-    bound = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0 ** min(failures, 16))
-    return bound * random.uniform(0.5, 1.0)  # noqa: S311 - jitter is no secret
+def jittered_backoff_s(failures: int) -> float:
+    """Return the pause before the next attempt, random so that workers spread out."""
+    return backoff_s(failures, BACKOFF_MIN_S, BACKOFF_MAX_S) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter is no secret
 
 
 async def dial(

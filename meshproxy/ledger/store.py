@@ -1,21 +1,40 @@
-"""The interface to Redis that the ledger is written against: `Store`, its Lua scripts and its errors.
+"""The interface to Redis that the ledger is written against: `Store`, its Lua scripts and errors, and `redis.url`.
 
 Scripts lie as `NAME.lua` in `scripts/` and are called by the SHA-1 that EVALSHA takes. A line `-- include: NAME` is
 replaced by the text of `NAME.lua`, because Redis scripts can't import modules. No file is read at import: the objects
 of the ledger load their scripts when they are made.
+
+redis-py reads credentials, host and port of `redis.url`; its grammar lacks Sentinel, Cluster and our options:
+
+    redis://[user:password@]host[:port][/db]            rediss:// the same over TLS, verified
+    unix://[user:password@]/path[?db=0]
+    redis+sentinel://[user:password@]host[:port],.../service[/db]
+    redis+cluster://[user:password@]host[:port],...
+
+After `?`: `db`; `tls=1` for Sentinel and Cluster; `ca_file`, `cert_file`, `key_file` with TLS. A password with one of
+`/?#@%` must be percent-encoded. Error messages never quote the URL, because it may contain a password.
 """
 
 import asyncio
 import hashlib
+import ipaddress
 import re
+import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import parse_qsl, unquote
 
 from msgspec import Struct
 
+from meshproxy.config import ConfigError
+from meshproxy.config.settings import MAX_SOCKET_PATH, host_fault
 from meshproxy.errors import GatewayError, Source, ledger_unavailable
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import ConnectKwargs
+
 
 _INCLUDE = re.compile(r"^-- include: ([a-z0-9_]+)[ \t]*$", re.MULTILINE)
 
@@ -35,7 +54,7 @@ class Script(Struct, frozen=True):
     @classmethod
     def load(cls, name: str) -> "Script":
         """Load the script in `NAME.lua` with its includes. Raises FileNotFoundError if a file is missing."""
-        return cls.of(name, expand(_read(name), _read))
+        return cls.of(name, expand(_script_text(name), _script_text))
 
 
 def expand(text: str, read: Callable[[str], str]) -> str:
@@ -43,7 +62,7 @@ def expand(text: str, read: Callable[[str], str]) -> str:
     return _INCLUDE.sub(lambda line: read(line[1]).rstrip("\n"), text)
 
 
-def _read(name: str) -> str:
+def _script_text(name: str) -> str:
     return resources.files(__package__).joinpath("scripts", f"{name}.lua").read_text(encoding="utf-8")
 
 
@@ -146,3 +165,191 @@ def kind_of(error: Unavailable | StoreError) -> str:
     if isinstance(error, Unavailable):
         return error.kind
     return "noscript" if isinstance(error, ScriptMissing) else "error"
+
+
+REDIS_PORT = 6379
+SENTINEL_PORT = 26379
+MAX_DB_DIGITS = 9  # Redis takes no number above 2**31 - 1
+
+_OPTIONS = {"db", "tls", "ca_file", "cert_file", "key_file"}
+_SWITCH = {"0": False, "1": True, "false": False, "true": True}
+_KINDS: dict[str, Literal["server", "sentinel", "cluster"]] = {
+    "redis": "server",
+    "rediss": "server",
+    "unix": "server",
+    "redis+sentinel": "sentinel",
+    "redis+cluster": "cluster",
+}
+
+
+class Endpoint(Struct, frozen=True):
+    """A host and port, or the path of a unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        return self.path or f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+class Tls(Struct, frozen=True):
+    """PEM files. None: the system's authorities, and no client certificate."""
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Make an SSL context that verifies certificate and host name. Raises OSError if a file can't be used."""
+        context = ssl.create_default_context(cafile=self.ca_file)
+        if self.cert_file is not None:
+            context.load_cert_chain(self.cert_file, self.key_file, password=_no_password)
+        return context
+
+
+def _no_password() -> str:
+    """Refuse a key with a password: OpenSSL would ask for it on the terminal."""
+    raise ValueError("a key with a password can't be used")
+
+
+class Login(Struct, frozen=True):
+    """The credentials and the database. The `repr` shows no credentials."""
+
+    username: str | None = None
+    password: str | None = None
+    db: int = 0
+
+    def __repr__(self) -> str:
+        return f"Login(db={self.db})"
+
+
+class RedisAddress(Struct, frozen=True):
+    """A parsed URL. `service` is Sentinel's name for the master."""
+
+    kind: Literal["server", "sentinel", "cluster"]
+    endpoints: tuple[Endpoint, ...]
+    login: Login = Login()
+    tls: Tls | None = None
+    service: str = ""
+
+    @property
+    def canonical(self) -> str:
+        """One spelling for each Redis: without credentials and TLS, endpoints sorted, loopback always `localhost`."""
+        endpoints = sorted(str(Endpoint(_canonical_host(e.host), e.port, e.path)) for e in self.endpoints)
+        return f"{self.kind} {','.join(endpoints)} {self.service}/{self.login.db}"
+
+
+def parse_url(url: str) -> RedisAddress:
+    """Parse a Redis URL. Raises ConfigError if it is invalid."""
+    try:
+        return _parse(url)
+    except ValueError as error:
+        raise ConfigError([f"redis.url: {error}"]) from None
+
+
+def tls_context(address: RedisAddress) -> ssl.SSLContext | None:
+    """Make the SSL context of an address, None without TLS. Raises ConfigError if its files can't be used."""
+    try:
+        return None if address.tls is None else address.tls.context()
+    except ssl.SSLError as error:
+        raise ConfigError(
+            [f"redis.url: the TLS files can't be used ({(error.reason or 'not PEM').lower()})"]
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError([f"redis.url: the TLS files can't be used ({reason})"]) from error
+
+
+def _parse(url: str) -> RedisAddress:
+    """Parse a Redis URL. Raises ValueError, without quoting the URL."""
+    scheme, _, rest = url.partition("://")
+    kind = _KINDS.get(scheme)
+    if kind is None:
+        raise ValueError(f"its scheme is none of {', '.join(_KINDS)}")
+    rest, _, query = rest.partition("?")
+    authority, slash, path = rest.partition("/")
+    userinfo, at, hosts = authority.rpartition("@")
+    options = _read_options(query)
+    service, db = path.partition("/")[::2] if kind == "sentinel" else ("", path)
+    if kind == "sentinel" and not service:
+        raise ValueError("Sentinel needs the name of the master, as redis+sentinel://host/mymaster/0")
+    if scheme == "unix":
+        reads, endpoints, db = [_read_authority(f"{userinfo}{at}localhost")], [_socket(hosts, slash + path)], ""
+    else:
+        default_port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT
+        reads = [_read_authority(f"{userinfo}{at}{host}") for host in hosts.split(",")]
+        endpoints = [Endpoint(read["host"], read.get("port", default_port)) for read in reads]
+    if kind == "server" and len(endpoints) > 1:
+        raise ValueError("one server has one host (redis+sentinel and redis+cluster take several)")
+    login = Login(reads[0].get("username"), reads[0].get("password"), _database(db, options.get("db", db)))
+    if kind == "cluster" and login.db:
+        raise ValueError("Redis Cluster has no database but 0")
+    has_tls = _has_tls(scheme, options.get("tls"))
+    files = tuple(map(options.get, ("ca_file", "cert_file", "key_file")))
+    if any(files) and not has_tls:
+        raise ValueError("ca_file, cert_file and key_file are for TLS: as rediss://, or with tls=1")
+    if options.get("key_file") and not options.get("cert_file"):
+        raise ValueError("key_file needs a cert_file")
+    tls = Tls(*files) if has_tls else None
+    return RedisAddress(kind, tuple(endpoints), login, tls, unquote(service))
+
+
+def _has_tls(scheme: str, option: str | None) -> bool:
+    if option is None:
+        return scheme == "rediss"
+    if option not in _SWITCH:
+        raise ValueError(f"tls is one of {', '.join(_SWITCH)}")
+    if (scheme == "unix" and _SWITCH[option]) or (scheme == "rediss" and not _SWITCH[option]):
+        raise ValueError(f"{scheme}:// and tls={option} contradict each other")
+    return _SWITCH[option]
+
+
+def _read_options(query: str) -> dict[str, str]:
+    said = parse_qsl(query, keep_blank_values=True)
+    options = dict(said)
+    if not options.keys() <= _OPTIONS:
+        raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
+    if len(options) < len(said):
+        raise ValueError("an option is there twice")
+    return options
+
+
+def _database(in_path: str, in_options: str) -> int:
+    if in_path and in_path != in_options:
+        raise ValueError("the path and the option db say different databases")
+    if in_options and not (in_options.isascii() and in_options.isdigit() and len(in_options) <= MAX_DB_DIGITS):
+        raise ValueError(f"the database is a number of at most {MAX_DB_DIGITS} digits")
+    return int(in_options or 0)
+
+
+def _socket(hosts: str, path: str) -> Endpoint:
+    if hosts or len(path) < 2:
+        raise ValueError("a unix socket needs an absolute path, as unix:///run/redis.sock")
+    path = unquote(path)
+    if len(path.encode()) > MAX_SOCKET_PATH or "\0" in path:
+        raise ValueError(f"the path of a unix socket has at most {MAX_SOCKET_PATH} bytes, and no NUL")
+    return Endpoint(path=path)
+
+
+def _read_authority(authority: str) -> "ConnectKwargs":
+    """Read user, password, host and port. Raises ValueError without redis-py's message, which may quote a password."""
+    from redis.asyncio.connection import parse_url as read_url  # noqa: PLC0415 - it takes a while; a health check reads no URL
+
+    try:
+        read = read_url(f"redis://{authority}")
+    except ValueError:
+        read = {}
+    is_port_0 = authority.endswith("0") and authority.rstrip("0").endswith(":")  # redis-py reads port 0 as no port
+    if "host" not in read or is_port_0 or host_fault(read["host"]) is not None:
+        raise ValueError("a host and port can't be read (is a character of the password not percent-encoded?)")
+    return read
+
+
+def _canonical_host(host: str) -> str:
+    """Return a host name in lower case, an address in its shortest form (RFC 5952), and `localhost` for loopback."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().rstrip(".")
+    return "localhost" if address.is_loopback else address.compressed

@@ -24,7 +24,7 @@ from meshproxy.openai.events import (
     with_cost,
 )
 from meshproxy.openai.output import audio_tokens, escaped, pieces_tokens, read_output, text_tokens
-from meshproxy.openai.usage import Report, decode_members, decode_text, decode_value, find_report
+from meshproxy.openai.usage import BOM, Report, decode_members, decode_text, decode_value, find_report
 
 PING: Final = b": ping\n\n"
 DONE: Final = b"data: [DONE]\n\n"
@@ -39,7 +39,6 @@ EVENTS_PER_LESSON: Final = (
     8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
 )
 
-_BOM: Final = b"\xef\xbb\xbf"
 _LF: Final = 10
 _CR: Final = 13
 _UNFINISHED: Final = b'"finish_reason":null'  # as OpenAI writes it, and most others
@@ -331,7 +330,7 @@ class StreamScanner:
         if not self._begun:
             self._begun = True
             if not self.events:
-                event = event.removeprefix(_BOM)
+                event = event.removeprefix(BOM)
         return self._unusual_event(event)
 
     def _unusual_event(self, event: bytes) -> bytes:

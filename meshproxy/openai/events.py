@@ -11,7 +11,7 @@ from msgspec import Raw, Struct
 from msgspec.json import encode
 
 from meshproxy.openai.output import Output, escaped
-from meshproxy.openai.usage import decode_members, decode_text, decode_value
+from meshproxy.openai.usage import BOM, decode_members, decode_text, decode_value
 
 FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
@@ -137,7 +137,6 @@ def error_in(event: Event, members: dict[str, Raw] | None) -> dict[str, Any] | N
 
 FORM_BYTES: Final = 64  # of a body, enough to recognise its form
 
-_BOM: Final = b"\xef\xbb\xbf"
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")  # the beginnings of an event stream's lines
 _ONCE: Final = frozenset({"role", "id", "type", "name", "object", "format", "index"})  # sent whole, even if repeated
 
@@ -146,7 +145,7 @@ Form = Literal["stream", "json", "other"]
 
 def form_of(beginning: bytes) -> Form | None:
     """Return a body's form by its first bytes, whatever its content type; None while there are too few."""
-    text = beginning.removeprefix(_BOM).lstrip()
+    text = beginning.removeprefix(BOM).lstrip()
     if text.startswith(b"{"):
         return "json"
     if text.startswith(_FIELDS):
@@ -170,7 +169,7 @@ def as_whole(body: bytes) -> tuple[bytes, Any, bool]:
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
     done = False
-    for event in body.removeprefix(_BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
+    for event in body.removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
         parsed = parse(event)
         if parsed.data.startswith(b"[DONE]"):
             done = True

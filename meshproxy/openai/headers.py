@@ -67,7 +67,7 @@ def bearer(authorization: str | None) -> str | None:
     return found[1] if found else None
 
 
-def request_id(inbound: str | None) -> str | None:
+def valid_request_id(inbound: str | None) -> str | None:
     """Return a client's request id if it is valid, else None."""
     return inbound if inbound is not None and _REQUEST_ID.fullmatch(inbound) else None
 

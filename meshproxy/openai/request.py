@@ -16,6 +16,8 @@ from msgspec.json import Decoder
 from meshproxy.errors import Detail, GatewayError, Source, invalid
 from meshproxy.openai.errors import detail_of, field_path
 
+CHAT_PATH = "/v1/chat/completions"
+
 MAX_NAME_CHARS = 256  # of a model, a template, a user, a session
 MAX_MODELS = 32  # fallbacks that one request may name
 MAX_TOKENS = 2**31 - 1  # a bound for arithmetic; no model comes near

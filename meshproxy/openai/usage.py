@@ -24,7 +24,7 @@ WINDOW_SLACK: Final = 20  # a count may exceed the window by a twentieth: 128k i
 MAX_SHOWN_CHARS: Final = 40
 USD_PER_TICK: Final = Decimal("1e-10")  # docs.x.ai/developers/cost-tracking
 
-_BOM: Final = b"\xef\xbb\xbf"
+BOM: Final = b"\xef\xbb\xbf"
 _WITHOUT_CONTROLS: Final = bytes(max(byte, 32) for byte in range(256))
 _HALF_A_PAIR: Final = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
@@ -259,7 +259,7 @@ def _repaired(text: bytes) -> bytes:
     U+FFFD, and control characters become spaces. Strings that look like these change too; that does no harm, since the
     result isn't passed on.
     """
-    text = text.removeprefix(_BOM).translate(_WITHOUT_CONTROLS)
+    text = text.removeprefix(BOM).translate(_WITHOUT_CONTROLS)
     if not text.isascii():
         text = text.decode("utf-8", "replace").encode()
     for word in (b"NaN", b"-Infinity", b"Infinity"):

@@ -6,11 +6,11 @@ walks them itself. A request has at most `MAX_ATTEMPTS` candidates.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from difflib import get_close_matches
 from itertools import groupby
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from msgspec import Raw, Struct
@@ -299,7 +299,7 @@ def _entry(name: str, model: Model, settings: Settings) -> CatalogEntry:
             stream_usage=upstream.stream_usage,
         )
 
-    groups = tuple(tuple(map(candidate, group)) for group in _groups(model.upstreams))
+    groups = tuple(tuple(map(candidate, group)) for group in groups_of_equals(model.upstreams))
     fixed = None if any(len(group) > 1 for group in groups) else tuple(group[0] for group in groups)
     return CatalogEntry(name, model.context_window, model.max_output_tokens, price, groups, fixed)
 
@@ -310,13 +310,18 @@ def _cap_field(upstream: Upstream) -> str:
     return "max_completion_tokens" if host.endswith(_NEWER_CAP_HOSTS) else "max_tokens"
 
 
-def _groups(routes: Iterable[Route]) -> Iterable[list[Route]]:
-    """Yield weighted neighbours together, every other route alone."""
-    for weighted, neighbours in groupby(routes, key=lambda route: route.weight is not None):
-        if weighted:
+Weighted = TypeVar("Weighted", Route, Candidate)
+
+
+def groups_of_equals(
+    items: Iterable[Weighted], model: Callable[[Weighted], str] = lambda _: ""
+) -> Iterable[list[Weighted]]:
+    """Yield weighted neighbours of one model together, every other item alone."""
+    for (_, is_weighted), neighbours in groupby(items, key=lambda item: (model(item), item.weight is not None)):
+        if is_weighted:
             yield list(neighbours)
         else:
-            yield from ([route] for route in neighbours)
+            yield from ([item] for item in neighbours)
 
 
 def _drawn(group: Iterable[Candidate], draw: float) -> Iterable[Candidate]:

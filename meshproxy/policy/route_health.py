@@ -6,14 +6,13 @@ size.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from itertools import groupby
 from typing import Literal
 
 from msgspec import Struct
 
-from meshproxy.policy.catalog import Candidate
+from meshproxy.policy.catalog import Candidate, groups_of_equals
 
 
 class Window:
@@ -253,7 +252,7 @@ def order_candidates(candidates: Sequence[Candidate], health_of: RouteHealthOf, 
     """
     available: list[Candidate] = []
     ejected: list[tuple[float, Candidate]] = []
-    for group in _groups(candidates):
+    for group in groups_of_equals(candidates, lambda candidate: candidate.model):
         healths = [(candidate, health_of(candidate)) for candidate in group]
         closed = [(candidate, health) for candidate, health in healths if not health.is_open]
         most = max(1, len(group) // 2) - (len(group) - len(closed))
@@ -264,17 +263,6 @@ def order_candidates(candidates: Sequence[Candidate], health_of: RouteHealthOf, 
 
 
 _Pairs = list[tuple[Candidate, RouteHealth]]
-
-
-def _groups(candidates: Iterable[Candidate]) -> Iterable[list[Candidate]]:
-    """Yield weighted neighbours of one model together, every other candidate alone."""
-    for (_, weighted), neighbours in groupby(
-        candidates, key=lambda candidate: (candidate.model, candidate.weight is not None)
-    ):
-        if weighted:
-            yield list(neighbours)
-        else:
-            yield from ([candidate] for candidate in neighbours)
 
 
 def _longest_ejected(pairs: _Pairs, most: int) -> _Pairs:

@@ -9,7 +9,6 @@ again and can't create a slot, a message or a role. A template has at most `MAX_
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
@@ -21,6 +20,7 @@ from msgspec.json import Decoder
 from meshproxy.errors import Detail, GatewayError, Source, invalid
 from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.openai.request import CAPS, decode_chat
+from meshproxy.times import rfc3339
 
 __all__ = ["Template", "TemplateFields", "check_template", "measure", "merge_params", "render", "slots", "to_public"]
 
@@ -160,8 +160,8 @@ def to_public(template: Template) -> dict[str, Any]:
         "model": template.model,
         "params": template.params,
         "variables": list(dict.fromkeys([*slots(template), *template.variables])),
-        "created_at": _rfc3339(template.created_at),
-        "updated_at": _rfc3339(template.updated_at),
+        "created_at": rfc3339(template.created_at, "milliseconds"),
+        "updated_at": rfc3339(template.updated_at, "milliseconds"),
     }
 
 
@@ -321,10 +321,6 @@ def _missing(template: str, names: list[str]) -> GatewayError:
     return GatewayError(
         Source.CLIENT, invalid(f"The template `{template}` needs the {words} {listed}.", *details, param="variables")
     )
-
-
-def _rfc3339(unix_s: float) -> str:
-    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 # Params that shape an answer and nothing else. Who asks, what is asked, how it is delivered and whether the provider

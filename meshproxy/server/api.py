@@ -23,8 +23,7 @@ from meshproxy.errors import (
     template_not_found,
 )
 from meshproxy.gateway.admit import limits_of
-from meshproxy.gateway.authenticate import Authenticator, check_version
-from meshproxy.gateway.bounds import MAX_LOCK_USERS
+from meshproxy.gateway.entry import MAX_LOCK_USERS, Authenticator, check_version
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
@@ -47,6 +46,7 @@ from meshproxy.policy.catalog import model_object
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.chat import read_json_body, request_id_of
+from meshproxy.times import rfc3339
 
 MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times a template's bound; decoding 33 MB would stall others for 1.5 s
 DEFAULT_SPAN = timedelta(days=30)
@@ -273,7 +273,7 @@ class Api:
                 "spend": in_usd(asdict(balance.spend)),
                 "default_model": key.default_model,
                 "models": key.models,
-                "expires_at": _rfc3339(key.expires_at),
+                "expires_at": rfc3339(key.expires_at, "milliseconds"),
             }
         )
 
@@ -357,7 +357,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Respons
 def _public_event(event: UsageEvent) -> dict[str, Any]:
     """Return an event as a client sees it: without the upstream and its prices."""
     fields = in_usd(asdict(event))
-    started, settled = (_rfc3339(fields.pop(name) / 1000) for name in ("started_ms", "settled_ms"))
+    started, settled = (rfc3339(fields.pop(name) / 1000, "milliseconds") for name in ("started_ms", "settled_ms"))
     for name in ("upstream", "price", "hold"):
         del fields[name]
     return {**fields, "started_at": started, "settled_at": settled}
@@ -426,7 +426,3 @@ def _row(row: UsageRow, group_by: Sequence[str]) -> dict[str, Any]:
 def _limit(bucket: BucketState) -> dict[str, Any]:
     fields = asdict(bucket)
     return {**fields, "reset": format_reset(fields.pop("reset_s"))}
-
-
-def _rfc3339(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()

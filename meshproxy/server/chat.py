@@ -25,7 +25,7 @@ from meshproxy.errors import (
     request_too_large,
     unsupported_media_type,
 )
-from meshproxy.gateway.bounds import SMALL_BYTES
+from meshproxy.gateway.entry import SMALL_BYTES
 from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Headers, Reply
 from meshproxy.gateway.pipeline import Gateway
 from meshproxy.openai.errors import envelope, error_headers
@@ -34,10 +34,9 @@ from meshproxy.openai.headers import (
     client_timeout_s,
     cors_headers,
     forwarded_headers,
-    request_id,
     trace_id,
+    valid_request_id,
 )
-from meshproxy.openai.headers import request_id as valid_request_id
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.server.fast_path import ClientConnection
 
@@ -233,7 +232,7 @@ def final_error_response(error: ErrorResponse) -> bytes:
 SLOWEST_BYTES_PER_S = 65_536  # adds a second to a body's time for each of these bytes: half a megabit per second
 
 
-ReserveMemory = Callable[[int], Awaitable[None]]  # for so many bytes: gateway.bounds.BodyReservation.take
+ReserveMemory = Callable[[int], Awaitable[None]]  # for so many bytes: gateway.entry.BodyReservation.take
 # A body of unknown length reserves memory for this much first; a larger one then for the largest body allowed.
 CHUNKED_BYTES = 1_048_576
 
@@ -312,9 +311,6 @@ def _send_continue(request: web.BaseRequest) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-CHAT_PATH = "/v1/chat/completions"
-
-
 class ChatHandler:
     """The handler of chat completions. `clock` is monotonic, in seconds."""
 
@@ -341,7 +337,7 @@ class ChatHandler:
         keep_open = False
         try:
             call = self._call(
-                request_id(fields.get("x-request-id")) or new_request_id(),
+                valid_request_id(fields.get("x-request-id")) or new_request_id(),
                 fields,
                 connection.peer,
                 lambda reserve: body_of(connection, fields, server, reserve),

@@ -28,10 +28,10 @@ from meshproxy.errors import (
 )
 from meshproxy.errors import Source as FaultSource
 from meshproxy.openai.errors import envelope, error_headers
+from meshproxy.openai.request import CHAT_PATH
 from meshproxy.server.chat import final_error_response, request_id_of
 from meshproxy.server.client_address import Source
 
-MAIN_PATH = "/v1/chat/completions"
 MAX_COMPARED_CHARS = 128  # of an unknown path
 MIN_SIMILARITY = 0.8  # of the path that a 404 suggests: `/v1/messages` is 0.76 like `/v1/usage`
 PATHS = web.AppKey("paths", tuple[str, ...])  # paths that a 404 may suggest
@@ -72,8 +72,8 @@ def _suggestion(request: web.BaseRequest) -> str:
     known = request.app[PATHS]
     by_end = (name for name in known if path.endswith(name.removeprefix("/v1")))
     nearest = next(by_end, None) or next(iter(get_close_matches(path, known, n=1, cutoff=MIN_SIMILARITY)), None)
-    hint = "" if nearest in {None, MAIN_PATH} else f" The nearest is {nearest}."
-    return f"{hint} Chat completions are served at POST {MAIN_PATH}."
+    hint = "" if nearest in {None, CHAT_PATH} else f" The nearest is {nearest}."
+    return f"{hint} Chat completions are served at POST {CHAT_PATH}."
 
 
 @web.middleware

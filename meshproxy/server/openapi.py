@@ -14,16 +14,15 @@ import orjson
 from aiohttp import web
 from msgspec import Meta, Struct, structs
 
+from meshproxy import VERSION
 from meshproxy.errors import Detail
 from meshproxy.ledger import records, usage_report
 from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS
 from meshproxy.openai.errors import MAX_MESSAGE_CHARS
-from meshproxy.openai.request import FIELDS
+from meshproxy.openai.request import CHAT_PATH, FIELDS
 from meshproxy.policy import principal, template
 from meshproxy.server import admin_api
 from meshproxy.server.api import MAX_OFFSET, MAX_PAGE, ROUTES, Api
-from meshproxy.server.chat import CHAT_PATH
-from meshproxy.version import VERSION
 
 PATH = "/openapi.json"
 

@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any, BinaryIO, Literal
 
 import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
+
+from meshproxy.times import rfc3339
 
 FLUSH_INTERVAL_S = 0.1
 FLUSH_BYTES = 524_288
@@ -210,7 +211,7 @@ class RequestLog:
         self._sink.write(head.encode() + to_json(fields)[1:] + b"\n")
 
     def _timestamp(self) -> str:
-        """Return the time as _now() does, formatting the seconds once a second."""
+        """Return the time in RFC 3339 with milliseconds, formatting the seconds once a second."""
         second, ms = divmod(int(self._clock() * 1000), 1000)
         if second != self._second:
             self._second = second
@@ -224,11 +225,6 @@ def to_json(fields: dict[str, Any]) -> bytes:
         return orjson.dumps(fields, default=repr)
     except TypeError:
         return json.dumps(fields, default=repr, skipkeys=True, separators=(",", ":")).encode("ascii")
-
-
-def _now() -> str:
-    """Return the current time as RFC 3339 in UTC with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 class _LineLogger:
@@ -274,7 +270,8 @@ def _renderer(format: Format, *, colors: bool) -> _Render:  # noqa: A002
 
 def _json(method: str, event: EventDict) -> bytes:
     event = structlog.processors.format_exc_info(None, method, event)
-    return to_json({"timestamp": _now(), "level": method, "event": event.pop("event", ""), **event}) + b"\n"
+    now = rfc3339(time.time(), "milliseconds")
+    return to_json({"timestamp": now, "level": method, "event": event.pop("event", ""), **event}) + b"\n"
 
 
 def _console(*, colors: bool) -> _Render:
@@ -284,7 +281,7 @@ def _console(*, colors: bool) -> _Render:
     )
 
     def render(method: str, event: EventDict) -> bytes:
-        text = renderer(None, method, {"timestamp": _now(), "level": method, **event})
+        text = renderer(None, method, {"timestamp": rfc3339(time.time(), "milliseconds"), "level": method, **event})
         return text.encode("utf-8", "backslashreplace") + b"\n"
 
     return render

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import structlog
 
+from meshproxy.times import backoff_s
+
 T = TypeVar("T")
 
 CANCEL_GRACE_S = 1.0  # how long a cancelled task may clean up before it is abandoned
 
 FIRST_PAUSE_S = 0.1  # before a loop that raised is restarted
 MAX_PAUSE_S = 5.0
-MAX_DOUBLINGS = 16
 STEADY_S = 10.0  # a run this long resets the pause
 FAILING_RUNS = 3  # in a row, until a vital loop counts as failing
 
@@ -73,7 +74,7 @@ class Tasks:
                 await work()
             except Exception as error:  # noqa: BLE001 - the supervisor
                 runs = 1 if clock() - began_at >= STEADY_S else runs + 1
-                pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(runs - 1, MAX_DOUBLINGS))
+                pause_s = backoff_s(runs, FIRST_PAUSE_S, MAX_PAUSE_S)
                 self._on_failure(name)
                 _log.error("task_failed", task=name, runs=runs, again_in_s=pause_s, exc_info=error)
                 if is_vital and runs >= FAILING_RUNS:

@@ -34,14 +34,14 @@ PRICES = {"input_usd_per_mtok": "1.00", "cached_input_usd_per_mtok": "0.10", "ou
 HELLO = [{"role": "user", "content": "hi"}]
 LOGGED_S = 3.0  # within which a line is in the log
 CASES = load("providers")
-NUMERIC_FIELDS = {case["name"]: number for number, case in enumerate(CASES)}
+NUMBERS = {case["name"]: number for number, case in enumerate(CASES)}
 
 
 class Names:
     """What a case's parts are called in the configuration, in the log and at the provider."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        self._number = f"{NUMERIC_FIELDS[case['name']]:03d}"
+        self._number = f"{NUMBERS[case['name']]:03d}"
 
     def upstream(self, part: str = "first") -> str:
         return f"case-{self._number}-{part}"

@@ -2,7 +2,7 @@ import pytest
 from msgspec.structs import replace
 
 from meshproxy.errors import GatewayError
-from meshproxy.gateway.authenticate import Authenticator
+from meshproxy.gateway.entry import Authenticator
 from meshproxy.policy.principal import Access, Account, Principal
 from tests.gateway.parts import principal
 

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from meshproxy.errors import GatewayError
-from meshproxy.gateway import bounds
-from meshproxy.gateway.bounds import LARGE_BYTES, SMALL_BYTES, BodyMemory
+from meshproxy.gateway import entry
+from meshproxy.gateway.entry import LARGE_BYTES, SMALL_BYTES, BodyMemory
 
 MB = 1_000_000
 MOST = 10 * MB
@@ -91,7 +91,7 @@ async def test_what_was_admitted_and_is_large_is_counted_to_its_end(bodies):
 
 
 async def test_without_room_in_time_the_gateway_is_overloaded(bodies, monkeypatch):
-    monkeypatch.setattr(bounds, "MEMORY_WAIT_S", 0.01)
+    monkeypatch.setattr(entry, "MEMORY_WAIT_S", 0.01)
     await taken(bodies, 5 * MB)
     with pytest.raises(GatewayError) as caught:
         await taken(bodies, 5 * MB)

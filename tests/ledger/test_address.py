@@ -3,7 +3,7 @@
 import pytest
 
 from meshproxy.config import ConfigError
-from meshproxy.ledger.address import Endpoint, Login, RedisAddress, Tls, parse_url
+from meshproxy.ledger.store import Endpoint, Login, RedisAddress, Tls, parse_url
 
 
 @pytest.mark.parametrize(

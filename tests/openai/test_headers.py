@@ -11,8 +11,8 @@ from meshproxy.openai.headers import (
     format_reset,
     forwarded_headers,
     ratelimit_headers,
-    request_id,
     trace_id,
+    valid_request_id,
 )
 
 
@@ -64,13 +64,13 @@ class TestBearer:
 class TestRequestId:
     @pytest.mark.parametrize("inbound", ["a", "AMZ-amz_059", "order.17:retry-2", "x" * 128])
     def test_a_valid_one_is_kept(self, inbound: str):
-        assert inbound == request_id(inbound)
+        assert inbound == valid_request_id(inbound)
 
     @pytest.mark.parametrize(
         "inbound", [None, "", "x" * 129, "x" * 10_240, "a b", "a\r\nb: c", "a\n", "é", "a/b", "\u0661"]
     )
     def test_an_invalid_one_isn_t(self, inbound: str | None):
-        assert request_id(inbound) is None
+        assert valid_request_id(inbound) is None
 
 
 class TestTraceId:

@@ -294,9 +294,9 @@ class TestDialects:
         assert found.service_tier == expected
 
 
-NUMERIC_FIELDS = st.integers(-2, 300) | st.sampled_from([None, 1.5, 12.0, "7", True, [], {}, 10**30, 1e300])
+NUMBERS = st.integers(-2, 300) | st.sampled_from([None, 1.5, 12.0, "7", True, [], {}, 10**30, 1e300])
 DETAILS = st.dictionaries(
-    st.sampled_from(["cached_tokens", "cache_write_tokens", "reasoning_tokens", "audio_tokens", "x"]), NUMERIC_FIELDS
+    st.sampled_from(["cached_tokens", "cache_write_tokens", "reasoning_tokens", "audio_tokens", "x"]), NUMBERS
 )
 TOLD = st.dictionaries(
     st.sampled_from(
@@ -314,7 +314,7 @@ TOLD = st.dictionaries(
             "cost",
         ]
     ),
-    NUMERIC_FIELDS,
+    NUMBERS,
 )
 
 

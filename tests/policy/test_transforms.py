@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.policy.middle_out import CUT, Scale, fitted, message_bytes, middle_out
-from meshproxy.policy.tokens import estimate_prompt
+from meshproxy.policy.tokens import CUT, Scale, estimate_prompt, fitted, message_bytes, middle_out
 
 
 def say(role, content, **more):

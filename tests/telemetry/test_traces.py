@@ -11,8 +11,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from meshproxy.cli.command_line import main
 from meshproxy.config import ConfigError, Settings, Tracing, parse
-from meshproxy.telemetry import otlp
-from meshproxy.telemetry.traces import open_tracer, require_extra
+from meshproxy.telemetry import spans
+from meshproxy.telemetry.spans import open_tracer, require_extra
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
@@ -186,7 +186,7 @@ async def test_what_waits_is_sent_at_the_end(collector):
 
 
 async def test_a_stuck_collector_holds_nobody_up(collector, monkeypatch):
-    monkeypatch.setattr(otlp, "FLUSH_S", 0.05)
+    monkeypatch.setattr(spans, "FLUSH_S", 0.05)
     tracer = open_tracer(Tracing(endpoint=collector.url), "1")
     tracer.span("chat", seconds=1.0, context={}, describe=dict, error="")
     async with collector.stuck, asyncio.timeout(2):
@@ -211,7 +211,7 @@ def test_off_it_imports_nothing():
     """redis-py imports OpenTelemetry's metrics where they are installed; what makes spans and sends them is ours alone."""
     code = "import sys, meshproxy.app.worker, meshproxy.cli.command_line; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "opentelemetry.proto", "meshproxy.telemetry.otlp")
+    ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "opentelemetry.proto")
     assert [name for name in run.stdout.split() if name.startswith(ours)] == []
 
 

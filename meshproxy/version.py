@@ -1,5 +1,0 @@
-"""What version this is, from the package's own metadata."""
-
-from importlib.metadata import version
-
-VERSION = version("meshproxy")
