@@ -406,6 +406,8 @@ class Administration:
 
     async def template(self, owner: str | None, name: str) -> Template:
         """Return the template that a request of this account would use, or the global one."""
+        if owner is not None:
+            _check_account_name(owner)
         template = await self.directory.template(owner or GLOBAL, name)
         if template is None:
             raise _template_not_found(owner, name)

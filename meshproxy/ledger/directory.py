@@ -40,7 +40,8 @@ SECRET_CHARACTERS = 43  # of base 62: 256 bits
 ID_CHARACTERS = 16  # of base 62: 95 bits
 
 _BASE_62 = string.ascii_letters + string.digits
-_ACCOUNT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+ACCOUNT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+_ACCOUNT_NAME = re.compile(ACCOUNT_NAME)
 _ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 _ACTIONS: Mapping[Status, str] = {"active": "resume", "suspended": "suspend", "revoked": "revoke"}

@@ -15,8 +15,18 @@ from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from meshproxy.errors import GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
-from meshproxy.ledger.administration import MAX_LIMIT, MAX_NAME, MAX_NOTE, MAX_REF, Administration, Bounds, KeyChange
-from meshproxy.money import parse_usd
+from meshproxy.ledger.administration import (
+    MAX_LIMIT,
+    MAX_MODELS,
+    MAX_NAME,
+    MAX_NOTE,
+    MAX_REF,
+    Administration,
+    Bounds,
+    KeyChange,
+)
+from meshproxy.ledger.directory import ACCOUNT_NAME
+from meshproxy.money import MAX_NUSD, NUSD_PER_USD, parse_usd
 from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
 from meshproxy.policy.template import check_template, to_public
@@ -34,7 +44,19 @@ SAME_SITE = frozenset({"same-origin", "none"})  # Fetch Metadata, 2.4: from the 
 
 Whole = Annotated[int, Meta(ge=1, le=MAX_LIMIT)]
 Daily = Annotated[int, Meta(ge=1, le=MAX_REQUESTS_PER_DAY)]
-Usd = str | int | float  # a decimal string, or a number that is parsed from its text
+MAX_USD = MAX_NUSD // NUSD_PER_USD
+# A decimal string, or a number that is parsed from its text (money.parse_usd).
+Usd = (
+    Annotated[str, Meta(pattern=r"\A-?[0-9]{1,12}(\.[0-9]{1,9})?\Z")]
+    | Annotated[int, Meta(ge=-MAX_USD, le=MAX_USD)]
+    | Annotated[float, Meta(ge=-MAX_USD, le=MAX_USD)]
+)
+Budget = (
+    Annotated[str, Meta(pattern=r"\A[0-9]{1,12}(\.[0-9]{1,9})?\Z")]
+    | Annotated[int, Meta(ge=0, le=MAX_USD)]
+    | Annotated[float, Meta(ge=0, le=MAX_USD)]
+)
+Models = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=MAX_MODELS)]
 Body = TypeVar("Body", bound=Struct)
 
 
@@ -46,9 +68,9 @@ class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     burst: Whole | UnsetType | None = UNSET
     requests_per_day: Daily | UnsetType | None = UNSET
     max_parallel: Whole | UnsetType | None = UNSET
-    budget_usd: Usd | UnsetType | None = UNSET
-    budget_daily_usd: Usd | UnsetType | None = UNSET
-    budget_monthly_usd: Usd | UnsetType | None = UNSET
+    budget_usd: Budget | UnsetType | None = UNSET
+    budget_daily_usd: Budget | UnsetType | None = UNSET
+    budget_monthly_usd: Budget | UnsetType | None = UNSET
 
     def bounds(self) -> Bounds:
         """Convert to `Bounds`. Raises GatewayError `validation_error` for an invalid budget."""
@@ -72,12 +94,12 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The fields of a key; null removes one. `expires_at`: an RFC 3339 time, or a span such as `30d`."""
 
     name: Annotated[str, Meta(max_length=MAX_NAME)] | UnsetType | None = UNSET
-    models: list[str] | UnsetType | None = UNSET
+    models: Models | UnsetType | None = UNSET
     default_model: str | UnsetType | None = UNSET
     expires_at: str | UnsetType | None = UNSET
     params: dict[str, Any] | UnsetType | None = UNSET
     clamp: bool | UnsetType | None = UNSET
-    session_budget_usd: Usd | UnsetType | None = UNSET
+    session_budget_usd: Budget | UnsetType | None = UNSET
 
     def change(self, status: Status | UnsetType = UNSET) -> KeyChange:
         """Convert to `KeyChange`. Raises GatewayError `validation_error` for an invalid time or amount."""
@@ -98,7 +120,7 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class NewKey(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A new key. Its account is created if there is none."""
 
-    account: str
+    account: Annotated[str, Meta(pattern=rf"\A{ACCOUNT_NAME}\Z")]
 
 
 class KeyPatch(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,7 +132,7 @@ class KeyPatch(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Rotation(Struct, frozen=True, forbid_unknown_fields=True):
     """How long the old secret still works, such as `24h`. Without it, the old secret stops working at once."""
 
-    grace: str | None = None
+    grace: Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[smhdw]\Z")] | None = None
 
 
 class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,7 +211,7 @@ class AdminApi:
     async def grant(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/accounts/{name}/grants`: add credit; a repeated `ref` changes nothing and is answered 200."""
         body = await _read(request, NewGrant)
-        amount_nusd = _amount("amount_usd", body.amount_usd, signed=True)
+        amount_nusd = _amount("amount_usd", body.amount_usd)
         granted = await self._at(request).grant(
             request.match_info["name"], amount_nusd, body.note or "", body.ref or ""
         )
@@ -354,15 +376,12 @@ def _budgets(**given: tuple[str, Usd | UnsetType | None]) -> dict[str, int | Non
     return budgets
 
 
-def _amount(name: str, amount: Usd, *, signed: bool = False) -> int:
+def _amount(name: str, amount: Usd) -> int:
     """Parse an amount to nano-USD. A float is parsed from its shortest text, which is what the client wrote."""
     try:
-        amount_nusd = parse_usd(amount if isinstance(amount, str) else repr(amount).removesuffix(".0"))
-        if amount_nusd < 0 and not signed:
-            raise ValueError(f"{amount!r} is negative")
+        return parse_usd(amount if isinstance(amount, str) else repr(amount).removesuffix(".0"))
     except ValueError as error:
         raise invalid_parameter(name, f"is invalid: {error}.", "body") from error
-    return amount_nusd
 
 
 def _moment(name: str, text: str, direction: int = 1) -> float:

@@ -17,11 +17,13 @@ from msgspec import Meta, Struct, structs
 from meshproxy import VERSION
 from meshproxy.errors import Detail
 from meshproxy.ledger import records, usage_report
+from meshproxy.ledger.directory import ACCOUNT_NAME
 from meshproxy.ledger.usage_report import GROUPS, MAX_EVENTS
 from meshproxy.openai.errors import MAX_MESSAGE_CHARS
 from meshproxy.openai.request import CHAT_PATH, FIELDS
 from meshproxy.policy import principal, template
 from meshproxy.server import admin_api
+from meshproxy.server.admin_api import AdminApi
 from meshproxy.server.api import MAX_OFFSET, MAX_PAGE, ROUTES, Api
 
 PATH = "/openapi.json"
@@ -152,6 +154,8 @@ UsageEvent = _struct(
 )
 UsageEvents = _struct("UsageEvents", "Several settled requests.", object=str, events=GenericAlias(list, UsageEvent))
 Limit = _struct("Limit", "One rate limit and its state.", **_shown(records.BucketState, "reset_s"), reset=str)
+Budgets = _struct("Budgets", "The most that may be spent; null: no budget.", **_shown(principal.Budgets))
+Spend = _struct("Spend", "The amounts spent.", **_shown(records.Spend))
 Key = _struct(
     "Key",
     "The calling key.",
@@ -163,8 +167,8 @@ Key = _struct(
     held_usd=Usd,
     available_usd=Usd,
     limits=GenericAlias(list, Limit),
-    budgets=_struct("Budgets", "The most that may be spent; null: no budget.", **_shown(principal.Budgets)),
-    spend=_struct("Spend", "The amounts spent.", **_shown(records.Spend)),
+    budgets=Budgets,
+    spend=Spend,
     default_model=str | None,
     models=list[str] | None,
     expires_at=str | None,
@@ -219,11 +223,13 @@ def document() -> dict[str, Any]:
             },
         },
     }
-    schemas_json = orjson.dumps({**components, **requests})
-    # with the anchors of ECMA-262 in its patterns (JSON Schema 2020-12, section 6.4)
-    in_ecma = orjson.loads(schemas_json.replace(rb"\\A", b"^").replace(rb"\\Z", b"$"))
     key = {"type": "http", "scheme": "bearer", "bearerFormat": "rsk_..."}
-    return _document("meshproxy", _paths(shapes), in_ecma, {"key": key})
+    return _document("meshproxy", _paths(shapes), _in_ecma({**components, **requests}), {"key": key})
+
+
+def _in_ecma(schemas: dict[str, Any]) -> Any:
+    """Return schemas with the anchors of ECMA-262 in their patterns (JSON Schema 2020-12, section 6.4)."""
+    return orjson.loads(orjson.dumps(schemas).replace(rb"\\A", b"^").replace(rb"\\Z", b"$"))
 
 
 def _document(title: str, paths: dict[str, Any], schemas: Any, security: dict[str, Any]) -> dict[str, Any]:
@@ -280,6 +286,12 @@ def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 _TEXT: dict[str, Any] = {"type": "string"}
+
+
+def _number(most: int, least: int = 1) -> dict[str, Any]:
+    return {"type": "integer", "minimum": least, "maximum": most}
+
+
 _MOMENT: dict[str, Any] = {"type": "string", "format": "date-time"}
 _FREE: dict[str, Any] = {"enum": ["true", "false", "1", "0", ""]}
 _QUERIES: dict[Any, dict[str, dict[str, Any]]] = {
@@ -292,8 +304,8 @@ _QUERIES: dict[Any, dict[str, dict[str, Any]]] = {
         "brand": {"type": "array", "items": _TEXT},
         "sort": {"enum": ["id", "name", "brand", "context_length"]},
         "order": {"enum": ["asc", "desc"]},
-        "limit": {"type": "integer", "minimum": 0, "maximum": MAX_PAGE},
-        "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
+        "limit": _number(MAX_PAGE, least=0),
+        "offset": _number(MAX_OFFSET, least=0),
     },
     Api.usage: {
         "group_by": {"type": "array", "items": {"enum": list(GROUPS)}},
@@ -332,49 +344,143 @@ def _summary(function: Any) -> str:
     return first.partition(": ")[2] or first
 
 
-_ADMIN_LISTS = frozenset({"keys", "accounts", "grants", "usage", "audit", "templates"})  # answered with an array
-_ADMIN_CREATES = frozenset({"create_key", "put_template"})  # answered with 201
-_ADMIN_QUERIES = {
-    "keys": ("account", "limit", "after"),
-    "accounts": ("limit", "after"),
-    "usage": ("account", "group_by", "session_id", "since", "until"),
-    "audit": ("limit",),
-    **dict.fromkeys(("templates", "put_template", "template", "delete_template"), ("account",)),
+_KEY: dict[str, Any] = {
+    **dict.fromkeys(("id", "account", "name", "hint", "status", "created_at"), str),
+    **dict.fromkeys(("expires_at", "default_model"), str | None),
+    "models": list[str] | None,
+    "params": dict[str, Any],
+    "clamp": bool | None,
+    "limits": _struct("Limits", "The most that is allowed; null: no limit.", **_shown(principal.Limits)),
+    "budgets": Budgets,
+    "session_budgets": Budgets,
+}
+_CREDIT: dict[str, Any] = {
+    "account": str,
+    **dict.fromkeys(("balance_usd", "held_usd", "available_usd", "granted_usd", "settled_usd"), Usd),
+}
+_BOUNDS = {"status": str, "limits": _KEY["limits"], "budgets": Budgets}
+_SPENT_KEY = _struct("SpentKey", "A key and its use.", **_KEY, spend=Spend, last_used_at=str | None)
+_CHANGED_KEY = _struct("ChangedKey", "A key.", **_KEY)
+_NEW_SECRET = _struct("NewSecret", "A key with its secret.", key=str, **_KEY, old_key_works_until=None)
+_ACCOUNT = _struct("Account", "An account.", **_CREDIT, **_BOUNDS, spend=Spend)
+_GRANT = {"amount_usd": Usd, "balance_usd": Usd, **dict.fromkeys(("note", "ref", "actor", "granted_at"), str)}
+_AUDIT = {**dict.fromkeys(("at", "actor", "action", "target", "account"), str), "detail": dict[str, Any]}
+_ADMIN_USAGE = {"account": str, **_shown(usage_report.UsageRow, *GROUPS), **dict.fromkeys(GROUPS)}
+_ADMIN_EVENT: dict[str, Any] = {
+    **_shown(usage_report.UsageEvent, "price", "started_ms", "settled_ms"),
+    "price": dict[str, Any],
+    "started_at": str,
+    "settled_at": str,
+    "duration_ms": int,
+}
+
+
+def _list(title: str, doc: str, fields: dict[str, Any]) -> Any:
+    return GenericAlias(list, _struct(title, doc, **fields))
+
+
+ADMIN_ANSWERS: dict[Any, Any] = {
+    AdminApi.keys: GenericAlias(list, _SPENT_KEY),
+    AdminApi.create_key: _NEW_SECRET,
+    AdminApi.key: _SPENT_KEY,
+    AdminApi.change_key: _CHANGED_KEY,
+    AdminApi.revoke_key: _CHANGED_KEY,
+    AdminApi.rotate_key: _NEW_SECRET,
+    AdminApi.accounts: GenericAlias(list, _ACCOUNT),
+    AdminApi.account: _struct("OneAccount", "One account.", **_CREDIT, **_BOUNDS, spend=Spend, running=int, keys=int),
+    AdminApi.change_account: _struct("AccountBounds", "What an account may do.", account=str, **_BOUNDS),
+    AdminApi.delete_account: _struct("DeletedAccount", "What was deleted.", account=str, deleted=bool, records=int),
+    AdminApi.grants: _list("Grant", "A grant.", _GRANT),
+    AdminApi.grant: _struct("Granted", "The credit after a grant.", **_CREDIT, granted_now_usd=Usd),
+    AdminApi.usage: _list("AccountUsage", "The sums of one group of one account.", _ADMIN_USAGE),
+    AdminApi.request: _struct("Request", "What one request used and cost.", **_ADMIN_EVENT),
+    AdminApi.audit: _list("Change", "A change, and who made it.", _AUDIT),
+    AdminApi.templates: list[Template],
+    AdminApi.put_template: Template,
+    AdminApi.template: Template,
+    AdminApi.delete_template: _struct("DeletedTemplate", "What was deleted.", id=str, name=str, deleted=bool),
+    AdminApi.openapi: dict[str, Any],
+}
+_ADMIN_STATUSES = {AdminApi.create_key: (201,), AdminApi.put_template: (201,), AdminApi.grant: (200, 201)}
+_NAME: dict[str, Any] = {"type": "string", "pattern": f"^{ACCOUNT_NAME}$"}
+_TIME = {"anyOf": [_MOMENT, {"type": "string", "pattern": "^[0-9]{1,4}[smhdw]$"}]}
+_ACCOUNT_QUERY = {"account": _NAME}
+_ADMIN_QUERIES: dict[Any, dict[str, dict[str, Any]]] = {
+    AdminApi.keys: {**_ACCOUNT_QUERY, "limit": _number(admin_api.MAX_PAGE), "after": _TEXT},
+    AdminApi.accounts: {"limit": _number(admin_api.MAX_PAGE), "after": _TEXT},
+    AdminApi.usage: {
+        **_ACCOUNT_QUERY,
+        "group_by": {"type": "array", "items": {"enum": [*GROUPS, "session"]}},
+        "session_id": _TEXT,
+        "since": _TIME,
+        "until": _TIME,
+    },
+    AdminApi.audit: {"limit": _number(admin_api.MAX_AUDIT)},
+    AdminApi.templates: _ACCOUNT_QUERY,
+    AdminApi.put_template: _ACCOUNT_QUERY,
+    AdminApi.template: _ACCOUNT_QUERY,
+    AdminApi.delete_template: _ACCOUNT_QUERY,
+}
+# Operations that take what an answer has: from the operation, the field of its answer, and the path's parameter.
+_ADMIN_LINKS = {
+    AdminApi.create_key: (
+        *((function, "id", "id") for function in (AdminApi.key, AdminApi.change_key, AdminApi.rotate_key)),
+        *((function, "account", "name") for function in (AdminApi.account, AdminApi.change_account, AdminApi.grant)),
+    ),
+    AdminApi.grant: tuple((function, "account", "name") for function in (AdminApi.grants, AdminApi.delete_account)),
+    AdminApi.rotate_key: ((AdminApi.revoke_key, "id", "id"),),
+    AdminApi.put_template: tuple(
+        (function, "id", "name") for function in (AdminApi.template, AdminApi.delete_template)
+    ),
 }
 ADMIN_REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 500, 503)
 
 
 def admin_document() -> dict[str, Any]:
-    """Build the admin API's document. Its request bodies are generated from the types that the handlers decode."""
-    kinds = [kind for *_, kind in admin_api.ROUTES if kind is not None]
-    _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    error = {"type": "object", "required": ["error", "request_id"], "properties": {"error": {"type": "object"}}}
-    template_body = {"type": "object", "required": ["name"]}
-    schemas = {**components, "Error": error, "TemplateRequest": template_body}
+    """Build the admin API's document, from the types that its handlers decode and from the records that they show."""
+    requests = [kind for *_, kind in admin_api.ROUTES if kind is not None]
+    answers = [ErrorEnvelope, *ADMIN_ANSWERS.values()]
+    kinds = [*answers, *template.FIELDS.values(), *requests]
+    found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schemas = iter(found)
+    shapes = {str(kind): next(schemas) for kind in answers}
+    of_template = {name: next(schemas) for name in template.FIELDS}
+    body = {"type": "object", "properties": of_template, "additionalProperties": False, "required": ["name"]}
     paths: dict[str, Any] = {}
     for method, path, function, kind in admin_api.ROUTES:
-        paths.setdefault(path, {})[method.lower()] = _admin_operation(path, function, kind)
-    return _document("meshproxy admin", paths, schemas, {"token": {"type": "http", "scheme": "bearer"}})
+        paths.setdefault(path, {})[method.lower()] = _admin_operation(path, function, kind, shapes)
+    token = {"token": {"type": "http", "scheme": "bearer"}}
+    return _document("meshproxy admin", paths, _in_ecma({**components, "TemplateRequest": body}), token)
 
 
-def _admin_operation(path: str, function: Any, kind: type[Struct] | None) -> dict[str, Any]:
-    name = function.__name__
-    answer = {"application/json": {"schema": {"type": "array" if name in _ADMIN_LISTS else "object"}}}
-    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    successes = (200, 201) if name == "grant" else (201,) if name in _ADMIN_CREATES else (200,)
-    in_path = [{"name": each, "in": "path", "required": True, "schema": _TEXT} for each in _PARAMETER.findall(path)]
-    in_query = [{"name": each, "in": "query", "schema": _TEXT} for each in _ADMIN_QUERIES.get(name, ())]
+def _admin_operation(path: str, function: Any, kind: type[Struct] | None, shapes: dict[str, Any]) -> dict[str, Any]:
+    answer: dict[str, Any] = {"application/json": {"schema": shapes[str(ADMIN_ANSWERS[function])]}}
+    refusal = {"application/json": {"schema": shapes[str(ErrorEnvelope)]}}
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in _PARAMETER.findall(path)
+    ]
+    in_query = [
+        {"name": name, "in": "query", "schema": schema, "style": "form", "explode": False}
+        for name, schema in _ADMIN_QUERIES.get(function, {}).items()
+    ]
+    success: dict[str, Any] = {"description": "Success", "content": answer}
+    if function in _ADMIN_LINKS:
+        success["links"] = {
+            to.__name__: {"operationId": to.__name__, "parameters": {f"path.{name}": f"$response.body#/{field}"}}
+            for to, field, name in _ADMIN_LINKS[function]
+        }
     operation: dict[str, Any] = {
         "summary": _summary(function),
-        "operationId": name,
+        "operationId": function.__name__,
         "parameters": in_path + in_query,
         "responses": {
-            **_responses(successes, "Success", answer),
+            **{str(status): success for status in _ADMIN_STATUSES.get(function, (200,))},
             **_responses(ADMIN_REFUSALS, "An error", refusal),
         },
     }
     if kind is not None:
         operation["requestBody"] = _body(kind.__name__, required=kind is not admin_api.Rotation)
-    elif name == "put_template":
+    elif function is AdminApi.put_template:
         operation["requestBody"] = _body("TemplateRequest")
     return operation

@@ -95,6 +95,8 @@ async def test_null_is_no_ref_and_no_note(api):
         ("POST", "/keys/{id}/rotate", {"grace": "91d"}, "grace"),
         ("GET", "/usage?group_by=weather", None, "group_by"),
         ("GET", "/keys?limit=0", None, "limit"),
+        ("GET", "/templates/t?account=a%20b", None, "account"),
+        ("PATCH", "/keys/{id}", {"budget_usd": -1}, "budget_usd"),
     ],
 )
 async def test_a_fault_names_its_parameter_in_details(api, method, path, body, param):
