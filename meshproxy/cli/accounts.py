@@ -4,8 +4,8 @@ import argparse
 
 from meshproxy.cli.arguments import account, count, open_administration, signed_usd
 from meshproxy.cli.command_line import Output, UsageError, add_command
-from meshproxy.cli.keys import add_limit_flags, budgets_of, limits_of
-from meshproxy.ledger.administration import MAX_NOTE, MAX_REF, Bounds
+from meshproxy.cli.keys import add_limit_flags, bounds_of
+from meshproxy.ledger.administration import MAX_NOTE, MAX_REF
 
 COLUMNS = ["account", "status", "balance_usd", "held_usd", "available_usd", "spent_today_usd", "spent_month_usd"]
 GRANT_COLUMNS = ["granted_at", "amount_usd", "balance_usd", "ref", "note", "actor"]
@@ -74,9 +74,8 @@ async def limits(args: argparse.Namespace, out: Output) -> None:
     meshproxy accounts limits acme --budget-monthly 500 --max-parallel 20
     meshproxy accounts limits acme --clear                remove all of them
     """
-    bounds = Bounds(limits=limits_of(args), budgets=budgets_of(args), clear=args.clear)
     async with open_administration(args) as administration:
-        out.print_record(await administration.account_limits(args.account, bounds))
+        out.print_record(await administration.account_limits(args.account, bounds_of(args)))
 
 
 async def suspend(args: argparse.Namespace, out: Output) -> None:

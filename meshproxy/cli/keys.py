@@ -7,11 +7,11 @@ from msgspec import UNSET
 
 from meshproxy.cli.arguments import account, count, future, moment, names, open_administration, param, span, usd
 from meshproxy.cli.command_line import Commands, Output, UsageError, add_command
-from meshproxy.ledger.administration import Administration, Bounds, KeyChange
+from meshproxy.ledger.administration import Bounds, KeyChange
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
 from meshproxy.policy.template import check_params
 
-BUDGETS = {"budget": "total_nusd", "budget_daily": "daily_nusd", "budget_monthly": "monthly_nusd"}
+BUDGETS = {"total_nusd": "budget", "daily_nusd": "budget_daily", "monthly_nusd": "budget_monthly"}
 
 
 def add_limit_flags(parser: argparse.ArgumentParser, *, of_account: bool = False) -> None:
@@ -45,23 +45,17 @@ def daily(text: str) -> int:
     return number
 
 
-def limits_of(args: argparse.Namespace) -> dict[str, int | None]:
-    """Return the limits that the flags name."""
-    return _without_none({name: getattr(args, name) for name in Limits.__struct_fields__})
+def bounds_of(args: argparse.Namespace) -> Bounds:
+    """Return the limits and budgets that the flags name."""
 
+    def named(flags: dict[str, str]) -> dict[str, int | None]:
+        return {field: value for field, flag in flags.items() if (value := getattr(args, flag, None)) is not None}
 
-def budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
-    """Return the budgets that the flags name."""
-    return _without_none({field: getattr(args, flag) for flag, field in BUDGETS.items()})
-
-
-def session_budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
-    """Return the budgets for each session that the flags name."""
-    return _without_none({"total_nusd": args.session_budget})
-
-
-def _without_none(flags: dict[str, int | None]) -> dict[str, int | None]:
-    return {name: value for name, value in flags.items() if value is not None}
+    limits = {name: name for name in Limits.__struct_fields__}
+    session = {"total_nusd": "session_budget"}
+    return Bounds(
+        limits=named(limits), budgets=named(BUDGETS), session=named(session), clear=getattr(args, "clear", False)
+    )
 
 
 COLUMNS = ["id", "account", "name", "hint", "status", "expires_at", "models", "spend_usd", "budget_usd", "last_used_at"]
@@ -169,7 +163,7 @@ async def create(args: argparse.Namespace, out: Output) -> None:
         models=args.models,
         params=_params(args),
         clamp=args.clamp,
-        bounds=_bounds(args),
+        bounds=bounds_of(args),
     )
     async with open_administration(args) as administration:
         created = await administration.create_key(args.account, change)
@@ -213,7 +207,7 @@ async def update(args: argparse.Namespace, out: Output) -> None:
         expires_at=None if args.no_expiry else UNSET if args.expires is None else args.expires,
         params=params or UNSET,
         clamp=UNSET if args.clamp is None else args.clamp,
-        bounds=_bounds(args),
+        bounds=bounds_of(args),
     )
     if change == KeyChange():
         raise UsageError("no flag names a change")
@@ -268,17 +262,14 @@ async def limits(args: argparse.Namespace, out: Output) -> None:
     """
     if args.account is not None and args.session_budget is not None:
         raise UsageError("argument --session-budget: only a key has one, not an account")
-    bounds = _bounds(args)
+    bounds = bounds_of(args)
     async with open_administration(args) as administration:
         if args.account is not None:
             out.print_record(await administration.account_limits(args.account, bounds))
         else:
-            out.print_record(await _key_limits(administration, args.key, bounds))
-
-
-async def _key_limits(administration: Administration, key_id: str, bounds: Bounds) -> dict[str, Any]:
-    key = await administration.change_key(key_id, KeyChange(bounds=bounds), action="key.limits")
-    return {name: key[name] for name in ("id", "account", "limits", "budgets", "session_budgets")}
+            key = await administration.change_key(args.key, KeyChange(bounds=bounds), action="key.limits")
+            shown = ("id", "account", "limits", "budgets", "session_budgets")
+            out.print_record({name: key[name] for name in shown})
 
 
 async def _set_status(args: argparse.Namespace, out: Output, status: Status) -> None:
@@ -287,15 +278,6 @@ async def _set_status(args: argparse.Namespace, out: Output, status: Status) -> 
             out.print_record(await administration.set_account_status(args.account, status))
         else:
             out.print_record(await administration.set_key_status(args.key, status))
-
-
-def _bounds(args: argparse.Namespace) -> Bounds:
-    return Bounds(
-        limits=limits_of(args),
-        budgets=budgets_of(args),
-        session=session_budgets_of(args),
-        clear=getattr(args, "clear", False),
-    )
 
 
 def _params(args: argparse.Namespace) -> dict[str, Any]:

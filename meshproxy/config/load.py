@@ -93,12 +93,8 @@ def _path(toml: str) -> str:
     while isinstance(value, dict) and value:
         ((key, inner),) = value.items()
         path = under(path, key)
-        value = _only(inner)
+        value = inner[0] if isinstance(inner, list) else inner
     return path
-
-
-def _only(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
 
 
 # A price below this is likely per token, not per million: o1-pro's output, one of the most expensive, cost 600 USD per
@@ -134,8 +130,11 @@ def contradictions(settings: Settings) -> Iterator[str]:
     for name, model in (settings.models or {}).items():
         if model is not None:
             yield from _model_faults(model, under("models", name), settings)
-    if settings.defaults is not None:
-        yield from _default_faults(settings.defaults.model, settings)
+    models, default = settings.models or {}, settings.defaults and settings.defaults.model
+    if (
+        default and default != Defaults().model and default not in models
+    ):  # without the built-in one, requests name a model
+        yield f"defaults.model: no model is named {default}{nearest(default, models)}"
 
 
 def likely_mistakes(settings: Settings, table: Mapping[str, Any]) -> Iterator[str]:
@@ -281,13 +280,6 @@ def _model_faults(model: Model, path: str, settings: Settings) -> Iterator[str]:
         yield f"{path}.max_output_tokens: {output} is more than context_window, {window}"
     for name in sorted(STANDARD_TIERS & (model.service_tiers or {}).keys()):
         yield f"{under(f'{path}.service_tiers', name)}: this tier always has the model's own prices"
-
-
-def _default_faults(model: str | None, settings: Settings) -> Iterator[str]:
-    """Check the default model. If the built-in default is missing from `models`, requests have to name a model."""
-    models = settings.models or {}
-    if model is not None and model != Defaults().model and model not in models:
-        yield f"defaults.model: no model is named {model}{nearest(model, models)}"
 
 
 NOT_A_REFERENCE = 'a secret must not be written here: use { env = "NAME" } or { file = "/path" }'

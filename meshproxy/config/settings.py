@@ -107,12 +107,8 @@ def host_fault(host: str) -> str | None:
         return f"a label of its host's name has 1 to {MAX_LABEL} letters, digits, - and _ (RFC 1035, 2.3.4)"
     if len(name) > MAX_HOST:
         return f"its host's name has more than {MAX_HOST} characters (RFC 1035, 2.3.4)"
-    return "its host is not an IPv4 address" if _ends_in_number(name) and not _is_ipv4(name) else None
-
-
-def _ends_in_number(name: str) -> bool:
-    """Return whether a host can only be an IPv4 address: no top-level domain is a number (RFC 3696, 2)."""
-    return name.rpartition(".")[2].isdigit()
+    is_address = name.rpartition(".")[2].isdigit()  # no top-level domain is a number (RFC 3696, 2)
+    return "its host is not an IPv4 address" if is_address and not _is_ipv4(name) else None
 
 
 def _is_ipv4(name: str) -> bool:

@@ -74,8 +74,9 @@ class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def bounds(self) -> Bounds:
         """Convert to `Bounds`. Raises GatewayError `validation_error` for an invalid budget."""
+        limits = {name: getattr(self, name) for name in Limits.__struct_fields__}
         return Bounds(
-            limits=_given({name: getattr(self, name) for name in Limits.__struct_fields__}),
+            limits={name: limit for name, limit in limits.items() if limit is not UNSET},
             budgets=_budgets(
                 total_nusd=("budget_usd", self.budget_usd),
                 daily_nusd=("budget_daily_usd", self.budget_daily_usd),
@@ -360,10 +361,6 @@ def _listed(request: web.Request, rows: list[dict[str, Any]], limit: int, name: 
         following = request.rel_url.update_query(limit=str(limit), after=rows[-1][name])
         response.headers["link"] = f'<{following}>; rel="next"'
     return response
-
-
-def _given(fields: dict[str, Any]) -> dict[str, int | None]:
-    return {name: value for name, value in fields.items() if value is not UNSET}
 
 
 def _budgets(**given: tuple[str, Usd | UnsetType | None]) -> dict[str, int | None]:

@@ -54,12 +54,6 @@ class ErrorEnvelope(Struct):
     request_id: str
 
 
-class Completion(Struct):
-    """A provider's answer, unchanged."""
-
-    choices: list[dict[str, Any]]
-
-
 class Model(Struct):
     """A model that this key may use."""
 
@@ -77,31 +71,6 @@ class Model(Struct):
     is_free: bool
     supports_completions_api: bool
     pricing: dict[str, str]
-
-
-class Models(Struct):
-    """All models that this key may use."""
-
-    object: str
-    data: list[Model]
-
-
-class ModelsPage(Struct):
-    """One page of a search."""
-
-    items: list[Model]
-    total: int
-    limit: int
-    offset: int
-    brands: list[str]
-
-
-class Balance(Struct):
-    """The account's credit."""
-
-    balance_usd: Usd
-    reserved_usd: Usd
-    available_usd: Usd
 
 
 class Template(Struct):
@@ -139,6 +108,11 @@ def _shown(record: type[Struct], *without: str) -> dict[str, Any]:
 
 _INTERNAL = ("upstream", "hold", "price", "started_ms", "settled_ms")  # fields of an event that no client sees
 
+Completion = _struct("Completion", "A provider's answer, unchanged.", choices=list[dict[str, Any]])
+Models = _struct("Models", "All models that this key may use.", object=str, data=list[Model])
+_COUNTS = dict.fromkeys(("total", "limit", "offset"), int)
+ModelsPage = _struct("ModelsPage", "One page of a search.", items=list[Model], brands=list[str], **_COUNTS)
+Balance = _struct("Balance", "The account's credit.", balance_usd=Usd, reserved_usd=Usd, available_usd=Usd)
 UsageRow = _struct(
     "UsageRow", "The sums of one group.", **_shown(usage_report.UsageRow, *GROUPS), **dict.fromkeys(GROUPS)
 )
