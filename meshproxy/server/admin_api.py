@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from meshproxy.config.load import nearest
 from meshproxy.errors import GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
 from meshproxy.ledger.administration import (
     MAX_LIMIT,
@@ -60,24 +61,47 @@ Models = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, 
 Body = TypeVar("Body", bound=Struct)
 
 
-class BoundsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits and budgets in USD; null removes one."""
+class LimitsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits, as they are shown; null removes one."""
 
     requests_per_minute: Whole | UnsetType | None = UNSET
     tokens_per_minute: Whole | UnsetType | None = UNSET
     burst: Whole | UnsetType | None = UNSET
     requests_per_day: Daily | UnsetType | None = UNSET
     max_parallel: Whole | UnsetType | None = UNSET
+
+
+class BudgetsBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Budgets in USD, as they are shown; null removes one."""
+
+    total_usd: Budget | UnsetType | None = UNSET
+    daily_usd: Budget | UnsetType | None = UNSET
+    monthly_usd: Budget | UnsetType | None = UNSET
+
+    def amounts(self, name: str) -> dict[str, int | None]:
+        """Return the amounts in nano-USD. Raises GatewayError `validation_error` that names the field."""
+        return _budgets(
+            total_nusd=(f"{name}.total_usd", self.total_usd),
+            daily_nusd=(f"{name}.daily_usd", self.daily_usd),
+            monthly_nusd=(f"{name}.monthly_usd", self.monthly_usd),
+        )
+
+
+class BoundsBody(LimitsBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits and budgets in USD, each as a field of its own or in the objects that show them; null removes one."""
+
     budget_usd: Budget | UnsetType | None = UNSET
     budget_daily_usd: Budget | UnsetType | None = UNSET
     budget_monthly_usd: Budget | UnsetType | None = UNSET
+    limits: LimitsBody = LimitsBody()
+    budgets: BudgetsBody = BudgetsBody()
 
     def bounds(self) -> Bounds:
         """Convert to `Bounds`. Raises GatewayError `validation_error` for an invalid budget."""
-        limits = {name: getattr(self, name) for name in Limits.__struct_fields__}
         return Bounds(
-            limits={name: limit for name, limit in limits.items() if limit is not UNSET},
-            budgets=_budgets(
+            limits=_limits(self.limits) | _limits(self),
+            budgets=self.budgets.amounts("budgets")
+            | _budgets(
                 total_nusd=("budget_usd", self.budget_usd),
                 daily_nusd=("budget_daily_usd", self.budget_daily_usd),
                 monthly_nusd=("budget_monthly_usd", self.budget_monthly_usd),
@@ -101,11 +125,13 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
     params: dict[str, Any] | UnsetType | None = UNSET
     clamp: bool | UnsetType | None = UNSET
     session_budget_usd: Budget | UnsetType | None = UNSET
+    session_budgets: BudgetsBody = BudgetsBody()
 
     def change(self, status: Status | UnsetType = UNSET) -> KeyChange:
         """Convert to `KeyChange`. Raises GatewayError `validation_error` for an invalid time or amount."""
         bounds = self.bounds()
-        session = _budgets(total_nusd=("session_budget_usd", self.session_budget_usd))
+        session = self.session_budgets.amounts("session_budgets")
+        session |= _budgets(total_nusd=("session_budget_usd", self.session_budget_usd))
         return KeyChange(
             name="" if self.name is None else self.name,
             models=self.models,
@@ -333,7 +359,8 @@ async def _read(request: web.Request, kind: type[Body], *, optional: bool = Fals
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
         name = field_path(detail)
-        message = f"`{name}`: {detail.msg}." if name else f"The body can't be used: {detail.msg}."
+        near = nearest(name, kind.__struct_fields__) if detail.type == "extra_forbidden" else ""
+        message = f"`{name}`: {detail.msg}{near}." if name else f"The body can't be used: {detail.msg}."
         raise GatewayError(Source.CLIENT, invalid(message, detail, param=name or None)) from error
 
 
@@ -361,6 +388,11 @@ def _listed(request: web.Request, rows: list[dict[str, Any]], limit: int, name: 
         following = request.rel_url.update_query(limit=str(limit), after=rows[-1][name])
         response.headers["link"] = f'<{following}>; rel="next"'
     return response
+
+
+def _limits(body: LimitsBody) -> dict[str, int | None]:
+    values = {name: getattr(body, name) for name in Limits.__struct_fields__}
+    return {name: value for name, value in values.items() if value is not UNSET}
 
 
 def _budgets(**given: tuple[str, Usd | UnsetType | None]) -> dict[str, int | None]:

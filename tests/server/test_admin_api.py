@@ -75,6 +75,34 @@ async def test_change_what_is_given(api):
     assert (changed["status"], changed["expires_at"] is not None) == ("suspended", True)
 
 
+SHOWN = ("limits", "budgets", "session_budgets")
+
+
+async def test_what_is_shown_can_be_sent_back(api):
+    flat = {"burst": 5, "requests_per_day": 9, "budget_daily_usd": "2", "session_budget_usd": "1"}
+    _, made = await api("POST", "/keys", {"account": "acme", **flat})
+    shown = {name: made[name] for name in SHOWN}
+    status, copy = await api("POST", "/keys", {"account": "acme", **shown})
+    assert (status, {name: copy[name] for name in SHOWN}) == (201, shown)
+    change = {"limits": {"burst": None}, "budgets": {"daily_usd": "3"}}
+    _, changed = await api("PATCH", f"/keys/{copy['id']}", change)
+    assert changed["limits"] == shown["limits"] | {"burst": None}
+    assert changed["budgets"] == shown["budgets"] | {"daily_usd": "3.00"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"budget_monthly": "1"}, "budget_monthly", "did you mean budget_monthly_usd?"),
+        ({"budgets": {"monthly": "1"}}, "budgets.monthly", "No such field"),
+        ({"budgets": {"monthly_usd": "-1"}}, "budgets.monthly_usd", "`budgets.monthly_usd`"),
+    ],
+)
+async def test_a_wrong_field_is_named(api, body, param, words):
+    status, refused = await api("POST", "/keys", {"account": "acme", **body})
+    assert (status, refused["error"]["param"], words in refused["error"]["message"]) == (422, param, True), refused
+
+
 async def test_null_takes_away_whatever_it_is(api):
     given = {"name": "ci", "params": {"temperature": 0.5}, "clamp": True, "default_model": "a", "expires_at": "30d"}
     _, made = await api("POST", "/keys", {"account": "acme", **given})
