@@ -19,13 +19,15 @@ from meshproxy.app import load as loading
 from meshproxy.app import serve as serving
 from meshproxy.app import worker
 from meshproxy.app.load import Loaded, load
+from meshproxy.gateway import in_flight
 from meshproxy.ledger.administration import Administration
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Script
-from meshproxy.server import openapi
+from meshproxy.server import listener, openapi
+from meshproxy.telemetry.metrics import FamilyOf
 from simulation.loop import Process, SimLoop
 from simulation.machine import ROOT
 
@@ -43,13 +45,17 @@ def replacements() -> dict[tuple[Any, str], Any]:
     """Return what a run replaces of the gateway, by owner and name.
 
     Scripts and the OpenAPI document are made once: they are the same in each run. No figures are kept for the status page,
-    and the loop's lag isn't measured: virtual time has none.
+    no series of a metric exists before it counts, and the loop's lag isn't measured: virtual time has none. What looks at
+    all connections four times a second does so twice, since most of a history is waiting.
     """
     return {
         (Script, "load"): _scripts,
         (openapi, "document"): _document,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
+        (FamilyOf, "preset"): lambda _: None,
+        (listener, "LOOK_S"): 0.5,
+        (in_flight, "PULSE_S"): 1.0,
         (loading, "_check_journal"): lambda _: None,  # it makes a temporary file, which the disk in memory can't
     }
 

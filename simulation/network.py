@@ -26,7 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
-from simulation.loop import PROCESS, Event, Process, SimLoop
+from simulation.loop import PROCESS, Event, Process, SimHandle, SimLoop
 
 FAST_S, SLOW_S = 0.000_2, 0.08  # a packet's time, as a rule and at times
 WAKE_S = 0.000_3  # how long an end may wait before it reads, so that packets join
@@ -311,7 +311,7 @@ class Listener:
         """Take a new connection."""
         self.waiting.append(end)
         if self.accept is not None:
-            handle = asyncio.Handle(self._accept, (), self.network.loop, self.context)
+            handle = SimHandle(0.0, self._accept, (), self.network.loop, self.context)
             self.network.loop._enqueue(self.process, handle)
         elif self.on_waiting is not None:
             self.on_waiting()
@@ -638,7 +638,7 @@ class SimTransport(asyncio.transports._FlowControlMixin):
         rng = self._loop.rng
         delay_s = WAKE_S * rng.random() if rng.random() < 0.5 else 0.0
         self._loop.at(
-            self._loop.now + delay_s, self._process, asyncio.Handle(self._read, (), self._loop, self._context)
+            self._loop.now + delay_s, self._process, SimHandle(0.0, self._read, (), self._loop, self._context)
         )
 
     def _read(self) -> None:
@@ -726,7 +726,7 @@ class SimTransport(asyncio.transports._FlowControlMixin):
 
     def _on_room(self) -> None:
         if self._buffer or self._end.is_reset:
-            self._loop._enqueue(self._process, asyncio.Handle(self._write_more, (), self._loop, self._context))
+            self._loop._enqueue(self._process, SimHandle(0.0, self._write_more, (), self._loop, self._context))
 
     def _write_more(self) -> None:
         if self._end.is_reset and not self._end.received and not self._is_paused:

@@ -23,7 +23,9 @@ from fakeredis import FakeServer
 from fakeredis._command_args_parsing import Float
 from fakeredis._commands import COMMANDS_WITH_SUB, Signature
 from fakeredis._helpers import NoResponse, SimpleError, SimpleString
+from fakeredis._msgs import FLAG_LEAVE_EMPTY_VAL, FLAG_SKIP_CONVERT_TO_RESP2
 from fakeredis._socket._fakesocket import FakeSocket
+from fakeredis._socket._resp import convert_to_resp2
 from fakeredis.commands_mixins.scripting_mixin import LUA_MODULE
 from fakeredis.model import is_write_command
 
@@ -133,18 +135,36 @@ class Client(FakeSocket):
         return _from_lua(result)
 
     def called(self, command: bytes, args: tuple[Any, ...]) -> Any:
-        """Run a script's command, and return what Lua gets."""
+        """Run a script's command, and return what Lua gets. It is fakeredis' _run_command without pub/sub and RESP3."""
         name = command.decode().lower()
         if name in COMMANDS_WITH_SUB and args:
             name, args = f"{name} {args[0].decode().lower()}", args[1:]
-        func, sig = self._name_to_func(name)
-        told = [arg if type(arg) is bytes else b"%.17g" % arg for arg in args]
-        result = self._run_command(func, sig, told, True)  # noqa: FBT003 - as there
-        if isinstance(result, SimpleError):
-            raise result
-        if is_write_command(sig.name.encode()):
+        known = _commands.get(name)
+        if known is None:
+            _, sig = self._name_to_func(name)
+            known = _commands[name] = (sig, is_write_command(sig.name.encode()))
+        sig, is_write = known
+        if is_write:
+            refusal = self.store.refusal
+            if refusal is not None and not (refusal == OOM and (name in FREEING or self.is_dirty)):
+                raise SimpleError(refusal)
             self.is_dirty = True
+        told = [arg if type(arg) is bytes else b"%.17g" % arg for arg in args]
+        ready = sig.apply(told, self._db, self.version)
+        if len(ready) == 1:
+            result = ready[0]
+        else:
+            result = getattr(self, sig.func_name)(*ready[0])
+            for item in ready[1]:
+                item.writeback(remove_empty_val=FLAG_LEAVE_EMPTY_VAL not in sig.flags)
+        if type(result) is bytes or type(result) is int:
+            return result
+        if FLAG_SKIP_CONVERT_TO_RESP2 not in sig.flags:
+            result = convert_to_resp2(result)
         return self._convert_redis_result(_lua[0].runtime, _ordered(name, result))
+
+
+_commands: dict[str, tuple[Signature, bool]] = {}  # by name: how its arguments are read, and whether it writes
 
 
 def _from_lua(result: Any) -> Any:
