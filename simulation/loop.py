@@ -418,10 +418,15 @@ class SimLoop(asyncio.BaseEventLoop):
     def dispose(self) -> None:
         """End what is left of the run without letting it touch anything. The loop can't be used afterwards."""
         self.muted = True
+        closed: set[asyncio.Task[Any]] = set()
+        asyncio.events._set_running_loop(self)
+        for _ in range(20):  # what is closed may start tasks in its `finally`
+            left = [task for process in self.processes for task in process.tasks if not task.done() and task not in closed]
+            for task in left:
+                _close(task)
+            closed.update(left)
+        asyncio.events._set_running_loop(None)
         for process in self.processes:
-            for task in sorted(process.tasks, key=lambda task: task.get_name()):
-                if not task.done():
-                    _close(task)
             process.kept.clear()
             process.ready.clear()
             process.jobs.clear()
