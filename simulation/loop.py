@@ -15,7 +15,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -421,7 +421,9 @@ class SimLoop(asyncio.BaseEventLoop):
         closed: set[asyncio.Task[Any]] = set()
         asyncio.events._set_running_loop(self)
         for _ in range(20):  # what is closed may start tasks in its `finally`
-            left = [task for process in self.processes for task in process.tasks if not task.done() and task not in closed]
+            left = [
+                task for process in self.processes for task in process.tasks if not task.done() and task not in closed
+            ]
             for task in left:
                 _close(task)
             closed.update(left)
@@ -437,15 +439,17 @@ class SimLoop(asyncio.BaseEventLoop):
 
 
 def _close(task: "asyncio.Task[Any]") -> None:
-    """Close an unfinished task's coroutine, in which `finally` may await: what it awaits never comes."""
+    """Close an unfinished task's coroutines, from the innermost: what they await in a `finally` never comes."""
     task._log_destroy_pending = False  # type: ignore[attr-defined]
-    coro: Any = task.get_coro()
-    for _ in range(100):
-        try:
+    outermost: Any = task.get_coro()
+    for _ in range(1_000):
+        coro = outermost
+        while getattr(inner := getattr(coro, "cr_await", None), "cr_frame", None) is not None:
+            coro = inner
+        with suppress(BaseException):  # of a world that is over
             coro.close()
-        except BaseException:  # noqa: BLE001 - of a world that is over
-            continue
-        return
+        if outermost.cr_frame is None:
+            return
 
 
 def _resolve(future: "asyncio.Future[Any]", result: Any) -> None:
