@@ -29,8 +29,8 @@ from meshproxy.app.worker import with_redis
 from meshproxy.app.worker_process import Report, RunningWorker
 from meshproxy.config import ConfigError, Secrets, Settings
 from meshproxy.gateway.record import MAX_FAILURES, MAX_REFUSED, Failure, Refused
-from meshproxy.ledger.administration import Administration, store_warnings
-from meshproxy.ledger.connection import StoreError, Unavailable, connect
+from meshproxy.ledger.administration import Administration
+from meshproxy.ledger.connection import StoreError, Unavailable, connect, store_warnings
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger

@@ -7,8 +7,7 @@ from msgspec import UNSET
 
 from meshproxy.cli.arguments import account, count, future, moment, names, open_administration, param, span, usd
 from meshproxy.cli.command_line import Commands, Output, UsageError, add_command
-from meshproxy.ledger.administration import Bounds, KeyChange
-from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
+from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Bounds, KeyChange, Limits, Status
 from meshproxy.policy.template import check_params
 
 BUDGETS = {"total_nusd": "budget", "daily_nusd": "budget_daily", "monthly_nusd": "budget_monthly"}

@@ -19,10 +19,10 @@ from msgspec.structs import asdict
 
 from meshproxy.cli.arguments import account, count, minutes, names, open_administration, past
 from meshproxy.cli.command_line import Output, UsageError, add_command, make_command, table
-from meshproxy.ledger.administration import GROUP_ALIASES, NUMERIC_FIELDS, USAGE_SPAN_S
+from meshproxy.ledger.administration import USAGE_SPAN_S
 from meshproxy.ledger.connection import Store
 from meshproxy.ledger.records import AccountKeys
-from meshproxy.ledger.usage_report import GROUPS
+from meshproxy.ledger.usage_report import GROUP_ALIASES, GROUPS, NUMERIC_FIELDS
 from meshproxy.money import format_usd, in_usd
 
 TEXT_COLUMNS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "cost_usd")

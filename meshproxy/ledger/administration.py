@@ -5,7 +5,6 @@ done raises a GatewayError with source `client`; docs/errors.md lists the codes.
 `actor`.
 """
 
-import asyncio
 import time
 import uuid
 from bisect import bisect_right
@@ -21,74 +20,19 @@ from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source, invali
 from meshproxy.ledger.directory import Directory, check_account_name
 from meshproxy.ledger.ledger import Ledger, RefTaken
 from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
-from meshproxy.ledger.store import Store, StoreError
-from meshproxy.ledger.usage_report import (
-    EVENT_DAYS,
-    GROUPS,
-    MAX_FIELDS,
-    Period,
-    UsageEvent,
-    UsageRow,
-    find_usage_event,
-    hours_of,
-    sums,
-)
+from meshproxy.ledger.store import Store
+from meshproxy.ledger.usage_report import EVENT_DAYS, GROUP_ALIASES, find_usage_event, report, shown_event
 from meshproxy.money import format_usd, in_usd
-from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Account, Budgets, Key, Limits, Status
-from meshproxy.policy.template import Template, TemplateFields, check_params, to_public
+from meshproxy.policy.principal import Account, Bounds, Key, KeyChange, Status, invalid_fields
+from meshproxy.policy.template import Template, TemplateFields, to_public
 from meshproxy.times import DAY_S, rfc3339
 
-MAX_NAME = 256
 MAX_NOTE = 512
 MAX_REF = 128
-MAX_MODELS = 1000
-MAX_LIMIT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 MAX_GRACE_S = 90 * DAY_S
 USAGE_SPAN_S = 30 * DAY_S  # of a report without `since`
-REPORTED_AT_ONCE = 16  # accounts of a report that are read in parallel
-INDEXED_AT_ONCE = 500  # accounts whose index of hours is read in parallel
-NUMERIC_FIELDS = tuple(
-    name for name in in_usd(asdict(UsageRow())) if name not in GROUPS
-)  # the numeric fields of a report's row
-GROUP_ALIASES = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
 
 Record = TypeVar("Record")
-Changeable = TypeVar("Changeable", Limits, Budgets)
-
-
-class Bounds(Struct, frozen=True, kw_only=True):
-    """Changes to limits and budgets, by field of policy.principal's records. None removes one; `clear` all, first."""
-
-    limits: dict[str, int | None] = {}
-    budgets: dict[str, int | None] = {}
-    session: dict[str, int | None] = {}
-    clear: bool = False
-
-
-class KeyChange(Struct, frozen=True, kw_only=True):
-    """Changes to a key. UNSET leaves a field as it was."""
-
-    name: str | UnsetType = UNSET
-    models: list[str] | UnsetType | None = UNSET
-    default_model: str | UnsetType | None = UNSET
-    expires_at: float | UnsetType | None = UNSET
-    params: dict[str, Any] | UnsetType = UNSET
-    clamp: bool | UnsetType | None = UNSET
-    status: Status | UnsetType = UNSET
-    bounds: Bounds = Bounds()
-
-    def applied_to(self, key: Key) -> Key:
-        """Return the key with these changes. Raises GatewayError `validation_error` if the result isn't a valid key."""
-        fields = ("name", "models", "default_model", "expires_at", "params", "clamp", "status")
-        given = {name: value for name in fields if (value := getattr(self, name)) is not UNSET}
-        given["limits"] = _changed(Limits() if self.bounds.clear else key.limits, self.bounds.limits)
-        given["budgets"] = _changed(Budgets() if self.bounds.clear else key.budgets, self.bounds.budgets)
-        given["session"] = _changed(Budgets() if self.bounds.clear else key.session, self.bounds.session)
-        changed = replace(key, **given)
-        details = list(_key_errors(changed))
-        if details:
-            raise _validation_error(details)
-        return changed
 
 
 class Administration:
@@ -224,15 +168,15 @@ class Administration:
     async def account_limits(self, name: str, bounds: Bounds, status: Status | UnsetType = UNSET) -> dict[str, Any]:
         """Change the given limits, budgets and status of an account, and return all of them."""
         if bounds.session:
-            raise _validation_error(
+            raise invalid_fields(
                 [Detail("extra_forbidden", ("body", "session_budget"), "Sessions have budgets by key")]
             )
 
         def change(account: Account) -> Account:
             return replace(
                 account,
-                limits=_changed(Limits() if bounds.clear else account.limits, bounds.limits),
-                budgets=_changed(Budgets() if bounds.clear else account.budgets, bounds.budgets),
+                limits=bounds.limits_after(account.limits),
+                budgets=bounds.budgets_after(account.budgets),
                 status=account.status if status is UNSET else status,
             )
 
@@ -269,7 +213,7 @@ class Administration:
         if amount_nusd == 0:
             details.append(Detail("value_error", ("body", "amount_usd"), "There is nothing to grant"))
         if details:
-            raise _validation_error(details)
+            raise invalid_fields(details)
         await self.directory.ensure_account(name, actor=self._actor)
         amount_usd = format_usd(amount_nusd)
         try:
@@ -312,35 +256,20 @@ class Administration:
         until: float | None = None,
         on_progress: Callable[[int, int], None] = lambda _done, _accounts: None,
     ) -> list[dict[str, Any]]:
-        """Return requests, tokens, cost by account and `group_by` (`session` is `session_id`). Times are Unix
-        seconds. `on_progress` is called with how many accounts are read, of how many.
-        """
-        until = self._clock() if until is None else until
+        """Return a usage report by account and `group_by` (`session` is `session_id`); see `usage_report.report`."""
+        now = self._clock()
+        until = now if until is None else until
         since = until - USAGE_SPAN_S if since is None else since
-        requested = {GROUP_ALIASES.get(name, name) for name in group_by}
-        if unknown := requested - set(GROUPS):
-            message = f"`group_by` takes {', '.join(GROUPS)}, not `{min(unknown)[:64]}`."
-            raise GatewayError(Source.CLIENT, invalid(message, param="group_by", place="query"))
-        groups = [name for name in GROUPS if name in requested]
-        now = datetime.fromtimestamp(self._clock(), UTC)
-        period = Period.of(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(until, UTC), now, groups)
-        names = await self.account_names(account)
-        rows: list[dict[str, Any]] = []
-        for first in range(0, len(names), INDEXED_AT_ONCE):
-            on_progress(first, len(names))
-            indexed = names[first : first + INDEXED_AT_ONCE]
-            hours = dict(zip(indexed, await hours_of(self.store, indexed, period, now), strict=True))
-            for start in range(0, len(indexed), REPORTED_AT_ONCE):
-                batch = indexed[start : start + REPORTED_AT_ONCE]
-                reports = await asyncio.gather(
-                    *(sums(self.store, name, hours[name], period, groups, session_id) for name in batch)
-                )
-                for name, report in zip(batch, reports, strict=True):
-                    rows += [_shown_row(name, row, groups) for row in report]
-            if len(rows) > MAX_FIELDS:
-                message = "There is too much in this report: name an account."
-                raise GatewayError(Source.CLIENT, invalid(message, param="account", place="query"))
-        return rows
+        return await report(
+            self.store,
+            lambda: self.account_names(account),
+            group_by=[GROUP_ALIASES.get(name, name) for name in group_by],
+            session_id=session_id,
+            since=since,
+            until=until,
+            now=now,
+            on_progress=on_progress,
+        )
 
     async def request(self, request_id: str) -> dict[str, Any]:
         """Return one settled request: its caller, upstream, outcome and cost.
@@ -449,32 +378,6 @@ class Administration:
         return key
 
 
-async def store_warnings(store: Store) -> list[str]:
-    """What Redis is set up for that doesn't go with money in it: it may evict keys, or forgets all in a restart. What it doesn't
-    tell (a managed Redis may refuse CONFIG) is no doubt.
-    """
-    warnings = []
-    memory = _info(await store.execute("INFO", "memory"))
-    policy = memory.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction" and memory.get("maxmemory", "0") != "0":
-        warnings.append(f"maxmemory-policy is {policy}: Redis may evict balances and keys; set noeviction")
-    persistence = _info(await store.execute("INFO", "persistence"))
-    if persistence.get("aof_enabled") == "0":
-        try:
-            save = dict([await store.execute("CONFIG", "GET", "save")])
-        except StoreError:
-            save = {}
-        if save.get(b"save") == b"":
-            warnings.append("appendonly is no and save is empty: a restart of Redis forgets all credit and keys")
-    return warnings
-
-
-def _info(reply: bytes) -> dict[str, str]:
-    """The fields of INFO's reply."""
-    lines = (line.partition(":") for line in reply.decode().splitlines() if not line.startswith("#"))
-    return {name: value for name, _, value in lines}
-
-
 def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
     """Return a key as it is shown; with `use`, also its spend and its last use."""
     shown = {
@@ -512,19 +415,6 @@ def shown_credit(name: str, balance: Balance) -> dict[str, str]:
     return {"account": name, **in_usd({amount: getattr(balance, amount) for amount in amounts})}
 
 
-def shown_event(event: UsageEvent) -> dict[str, Any]:
-    """Return a settled request as it is shown to operators."""
-    fields = in_usd(asdict(event))
-    started_ms, settled_ms = fields.pop("started_ms"), fields.pop("settled_ms")
-    fields["price"] = msgspec.json.decode(fields["price"] or "{}")
-    return {
-        **fields,
-        "started_at": rfc3339(started_ms / 1000),
-        "settled_at": rfc3339(settled_ms / 1000),
-        "duration_ms": settled_ms - started_ms,
-    }
-
-
 def _bounds_of_account(account: Account) -> dict[str, Any]:
     return {
         "status": account.status,
@@ -537,11 +427,6 @@ def _spend(balance: Balance) -> dict[str, Any]:
     return in_usd(asdict(balance.account_spend))
 
 
-def _shown_row(name: str, row: UsageRow, groups: Sequence[str]) -> dict[str, Any]:
-    fields = {field: value for field, value in asdict(row).items() if field not in GROUPS or field in groups}
-    return {"account": name, **in_usd(fields)}
-
-
 def _fields(record: Struct) -> Iterable[tuple[str, Any]]:
     return ((name, getattr(record, name)) for name in record.__struct_fields__)
 
@@ -551,34 +436,11 @@ def _page(records: list[Record], start: int, limit: int | None) -> list[Record]:
     return records[start:] if limit is None else records[start : start + limit]
 
 
-def _changed(before: Changeable, given: dict[str, int | None]) -> Changeable:
-    return replace(before, **given)
-
-
-def _key_errors(key: Key) -> Iterable[Detail]:
-    """Yield what is invalid about a key."""
-    if len(key.name) > MAX_NAME:
-        yield Detail("string_too_long", ("body", "name"), f"At most {MAX_NAME} characters")
-    if key.models is not None and not (key.models and all(key.models) and len(key.models) <= MAX_MODELS):
-        yield Detail("value_error", ("body", "models"), f"1 to {MAX_MODELS} names, or null for all models")
-    if key.default_model is not None and key.models is not None and key.default_model not in key.models:
-        yield Detail("value_error", ("body", "default_model"), f"{key.default_model[:128]} is not among the models")
-    if key.limits.requests_per_day is not None and key.limits.requests_per_day > MAX_REQUESTS_PER_DAY:
-        yield Detail("value_error", ("body", "requests_per_day"), f"At most {MAX_REQUESTS_PER_DAY}")
-    yield from check_params(key.params, ("body", "params"))
-
-
 def _check_account_name(name: str) -> None:
     try:
         check_account_name(name)
     except ValueError as error:
-        raise _validation_error([Detail("value_error", ("body", "account"), str(error))]) from error
-
-
-def _validation_error(details: Sequence[Detail]) -> GatewayError:
-    first = details[0]
-    param = str(first.loc[-1])
-    return GatewayError(Source.CLIENT, invalid(f"`{param}`: {first.msg}.", *details, param=param))
+        raise invalid_fields([Detail("value_error", ("body", "account"), str(error))]) from error
 
 
 def _key_not_found(reference: str) -> GatewayError:

@@ -270,3 +270,30 @@ async def discover(sentinels: Sequence[Endpoint], query_node: QueryNode, service
                 return Endpoint(named[0].decode(), int(named[1]))
             reasons.append(f"{sentinel} doesn't know it")
     raise Unavailable("connection", f"no Sentinel names a master {service} ({'; '.join(reasons)})")
+
+
+async def store_warnings(store: Store) -> list[str]:
+    """Return warnings about a Redis that may lose money: it may evict keys, or forgets all at a restart.
+
+    A setting that can't be read (a managed Redis may refuse CONFIG) gives no warning.
+    """
+    warnings = []
+    memory = _info(await store.execute("INFO", "memory"))
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction" and memory.get("maxmemory", "0") != "0":
+        warnings.append(f"maxmemory-policy is {policy}: Redis may evict balances and keys; set noeviction")
+    persistence = _info(await store.execute("INFO", "persistence"))
+    if persistence.get("aof_enabled") == "0":
+        try:
+            save = dict([await store.execute("CONFIG", "GET", "save")])
+        except StoreError:
+            save = {}
+        if save.get(b"save") == b"":
+            warnings.append("appendonly is no and save is empty: a restart of Redis forgets all credit and keys")
+    return warnings
+
+
+def _info(reply: bytes) -> dict[str, str]:
+    """Parse the reply to INFO."""
+    lines = (line.partition(":") for line in reply.decode().splitlines() if not line.startswith("#"))
+    return {name: value for name, _, value in lines}

@@ -7,21 +7,28 @@ an account's hours.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache, partial
+from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.store import Script, Store
+from meshproxy.money import in_usd
+from meshproxy.times import rfc3339
 
 MAX_EVENTS = 1000  # asked for, or read, in one round trip
 EVENT_DAYS = 8  # for which a request is found by its id (settle.lua, REQUESTS_KEPT_S)
 BATCH_ACCOUNTS = 100  # searched in one round trip
 GROUPS = ("session_id", "model", "key", "day")
+GROUP_ALIASES = {"session": "session_id", "model": "model", "key": "key", "day": "day"}
+INDEXED_AT_ONCE = 500  # accounts of a report whose index of hours is read in parallel
+REPORTED_AT_ONCE = 16  # accounts of a report that are read in parallel
 HOURS_KEPT = timedelta(days=90)  # settle.lua, HOUR_KEPT_S
 MAX_SPAN = timedelta(days=3660)
 MAX_FIELDS = 1_000_000  # that one report sums
@@ -53,8 +60,46 @@ class UsageRow(Struct):
     cost_nusd: int = 0
 
 
+NUMERIC_FIELDS = tuple(name for name in in_usd(asdict(UsageRow())) if name not in GROUPS)  # of a report's row
+
 # From an aggregate's metric, named without its unit, to the row's field.
 _METRICS = {name.rpartition("_")[0] or name: name for name in UsageRow.__struct_fields__ if name not in GROUPS}
+
+
+async def report(
+    store: Store,
+    accounts: Callable[[], Awaitable[Sequence[str]]],
+    *,
+    group_by: Sequence[str],
+    session_id: str | None,
+    since: float,
+    until: float,
+    now: float,
+    on_progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """Return the sums of several accounts as they are shown, by account and group. Times are Unix seconds.
+
+    `on_progress` is called with how many accounts are read, of how many. Raises GatewayError as `usage` does.
+    """
+    moment = datetime.fromtimestamp(now, UTC)
+    period = ReportPeriod.of(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(until, UTC), moment, group_by)
+    names = await accounts()
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(names), INDEXED_AT_ONCE):
+        on_progress(first, len(names))
+        indexed = names[first : first + INDEXED_AT_ONCE]
+        hours = dict(zip(indexed, await hours_of(store, indexed, period, moment), strict=True))
+        for start in range(0, len(indexed), REPORTED_AT_ONCE):
+            batch = indexed[start : start + REPORTED_AT_ONCE]
+            reports = await asyncio.gather(
+                *(sum_usage(store, name, hours[name], period, group_by, session_id) for name in batch)
+            )
+            for name, of_account in zip(batch, reports, strict=True):
+                rows += [{"account": name, **_shown_row(row, group_by)} for row in of_account]
+        if len(rows) > MAX_FIELDS:
+            message = "There is too much in this report: name an account."
+            raise GatewayError(Source.CLIENT, invalid(message, param="account", place="query"))
+    return rows
 
 
 async def usage(
@@ -74,20 +119,20 @@ async def usage(
     `~`. Naive times are UTC. Raises GatewayError `validation_error` for an unknown group, a span that is negative or
     longer than MAX_SPAN, and a report with too many fields.
     """
-    period = Period.of(since, until, now, group_by)
+    period = ReportPeriod.of(since, until, now, group_by)
     (hours,) = await hours_of(store, [account], period, now)
-    return await sums(store, account, hours, period, group_by, session_id)
+    return await sum_usage(store, account, hours, period, group_by, session_id)
 
 
-async def sums(
+async def sum_usage(
     store: Store,
     account: str,
     hours: Sequence[str],
-    period: "Period",
+    period: "ReportPeriod",
     group_by: Sequence[str],
     session_id: str | None,
 ) -> list[UsageRow]:
-    """As `usage`, with the account's hours (`hours_of`) and a checked period."""
+    """Sum an account's months of a period and these hours of it (see `hours_of`)."""
     names = AccountKeys(account)
     keys = {month: names.month(month) for month in period.months}
     keys |= {hour: names.hour(hour) for hour in hours}
@@ -101,10 +146,10 @@ async def sums(
         replies = await asyncio.gather(*(store.execute("HGETALL", keys[name]) for name in batch))
         for name, flat in zip(batch, replies, strict=True):
             await _add(rows, name[:10], flat, group_by, session_id)
-    return sorted(rows.values(), key=_order)
+    return sorted(rows.values(), key=_sort_key)
 
 
-class Period(Struct, frozen=True):
+class ReportPeriod(Struct, frozen=True):
     """The aggregates of a time: whole months (`2026-05`), and hours (`2026-11-24T09`) from `first_hour` to before `end_hour`."""
 
     months: tuple[str, ...]
@@ -112,7 +157,7 @@ class Period(Struct, frozen=True):
     end_hour: str
 
     @classmethod
-    def of(cls, since: datetime, until: datetime, now: datetime, group_by: Sequence[str] = ()) -> "Period":
+    def of(cls, since: datetime, until: datetime, now: datetime, group_by: Sequence[str] = ()) -> "ReportPeriod":
         """Return what to read. Raises as `usage` does."""
         unknown = [name for name in group_by if name not in GROUPS]
         if unknown:
@@ -149,7 +194,7 @@ def _next_month(moment: datetime) -> datetime:
     return (first + timedelta(days=31)).replace(day=1)
 
 
-async def hours_of(store: Store, accounts: Sequence[str], period: Period, now: datetime) -> list[list[str]]:
+async def hours_of(store: Store, accounts: Sequence[str], period: ReportPeriod, now: datetime) -> list[list[str]]:
     """Return the hours of a period for which each account has aggregates, some of which may have expired.
 
     An index that isn't complete is completed from all hours that may exist since the period's first: once after an
@@ -167,7 +212,7 @@ async def hours_of(store: Store, accounts: Sequence[str], period: Period, now: d
         if covered == (settled or b"0") and first <= period.first_hour:
             found.append(list(period.hours_among(days)))
             continue
-        possible = _named(period.first_hour, f"{_utc(now) + timedelta(days=1):%Y-%m-%dT%H}")
+        possible = _hours_between(period.first_hour, f"{_utc(now) + timedelta(days=1):%Y-%m-%dT%H}")
         keys = [each.hours, each.credit, *map(each.hour, possible)]
         existing = map(bytes.decode, await store.run(_INDEX_HOURS(), keys, [period.first_hour]))
         found.append([hour for hour in existing if hour < period.end_hour])
@@ -239,6 +284,19 @@ async def find_usage_event(store: Store, accounts: Sequence[str], request_id: st
     return None
 
 
+def shown_event(event: UsageEvent) -> dict[str, Any]:
+    """Return a settled request as it is shown to operators."""
+    fields = in_usd(asdict(event))
+    started_ms, settled_ms = fields.pop("started_ms"), fields.pop("settled_ms")
+    fields["price"] = msgspec.json.decode(fields["price"] or "{}")
+    return {
+        **fields,
+        "started_at": rfc3339(started_ms / 1000),
+        "settled_at": rfc3339(settled_ms / 1000),
+        "duration_ms": settled_ms - started_ms,
+    }
+
+
 def _event(flat: Sequence[bytes]) -> UsageEvent:
     fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
     renamed = {"key_id": fields["key"], "session_id": fields["session"] or None}
@@ -279,7 +337,7 @@ def _hour(moment: datetime) -> datetime:
 
 
 @lru_cache(8)
-def _named(first: str, end: str) -> tuple[str, ...]:
+def _hours_between(first: str, end: str) -> tuple[str, ...]:
     """Return the names of the hours from `first` to before `end`. Cached, because accounts share them."""
     start, stop = (datetime.strptime(name, "%Y-%m-%dT%H").replace(tzinfo=UTC) for name in (first, end))
     return tuple(f"{start + timedelta(hours=n):%Y-%m-%dT%H}" for n in range((stop - start) // timedelta(hours=1)))
@@ -303,7 +361,11 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield batch
 
 
-def _order(row: UsageRow) -> tuple[str, ...]:
+def _shown_row(row: UsageRow, group_by: Sequence[str]) -> dict[str, Any]:
+    return in_usd({name: value for name, value in asdict(row).items() if name not in GROUPS or name in group_by})
+
+
+def _sort_key(row: UsageRow) -> tuple[str, ...]:
     return (row.day or "", row.session_id or "", row.model or "", row.key or "")
 
 

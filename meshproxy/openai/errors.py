@@ -15,10 +15,11 @@ import msgspec
 from msgspec import Struct, ValidationError
 from msgspec.structs import replace
 
-from meshproxy.errors import MAX_RETRY_AFTER_S, Detail, ErrorResponse
+from meshproxy.errors import MAX_RETRY_AFTER_S, Detail, ErrorResponse, GatewayError, Source, invalid
 from meshproxy.openai.usage import decode_value
 
 MAX_DETAIL_CHARS = 200
+MAX_DETAILS = 32  # in one error
 
 _PATH = re.compile(r" - at `\$(.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
@@ -59,6 +60,14 @@ def field_path(detail: Detail) -> str:
     """Return the path of a detail inside the body as OpenAI writes it: `messages[0].role`; empty for the body itself."""
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail.loc[1:])
     return "".join(steps).removeprefix(".")
+
+
+def validation_error(details: Sequence[Detail], what: str) -> GatewayError:
+    """Build the client's 422 for an invalid `what`, of at most MAX_DETAILS errors; its message is the first one's."""
+    where = field_path(details[0])
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    message = f"Invalid {what}: {where + ': ' if where else ''}{details[0].msg}{more}"
+    return GatewayError(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))
 
 
 def _split(text: str) -> tuple[str, tuple[str | int, ...]]:

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
-from meshproxy.errors import Detail, GatewayError, Source, invalid
-from meshproxy.openai.errors import detail_of, field_path
+from meshproxy.errors import Detail
+from meshproxy.openai.errors import detail_of, validation_error
 
 CHAT_PATH = "/v1/chat/completions"
 
@@ -140,7 +140,6 @@ ALLOWED: Final = {"tool_choice": "none, auto, required or an object", "transform
 DECODERS: Final = {name: Decoder(kind | None).decode for name, kind in FIELDS.items()}
 
 
-MAX_DETAILS = 32  # details in one error
 # Of variables and everything else that isn't bulk: millions of members would stall every stream for seconds.
 MAX_LOOSE_BYTES = 1_048_576
 # Opening braces in the messages of a body above MAX_LOOSE_BYTES, those in texts included: 33 MB of empty messages took
@@ -294,7 +293,7 @@ def _checked(members: Mapping[str, Raw]) -> Any:
     if not known.get("messages") and known.get("template") is None:
         details.extend(_missing_messages(details))
     if details:
-        raise _validation_error(details)
+        raise validation_error(details, "request")
     return _Known(**known)
 
 
@@ -318,7 +317,7 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
         except (msgspec.DecodeError, RecursionError) as error:
             details.append(detail_of(error, ("params", name)))
     if details:
-        raise _validation_error(details)
+        raise validation_error(details, "request")
     cap = request.max_tokens or _least_cap([known.get(name) for name in CAPS])
     tier = known.get("service_tier") or request.service_tier
     return msgspec.structs.replace(
@@ -388,7 +387,7 @@ def members_of(body: bytes) -> dict[str, Raw]:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
-    raise _validation_error([detail])
+    raise validation_error([detail], "request")
 
 
 def _too_long(body: bytes) -> Detail | None:
@@ -461,11 +460,3 @@ def _variable_errors(raw: Raw, error: msgspec.ValidationError) -> Iterator[Detai
 def _missing_messages(details: list[Detail]) -> Iterator[Detail]:
     if not any(detail.loc[1] in {"messages", "template"} for detail in details):
         yield Detail("missing", ("body", "messages"), "Field required: give messages, or a template that has some")
-
-
-def _validation_error(details: list[Detail]) -> GatewayError:
-    first, *others = details
-    where = field_path(first)
-    more = f" (and {len(others)} more)" if others else ""
-    message = f"Invalid request: {where + ': ' if where else ''}{first.msg}{more}"
-    return GatewayError(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))

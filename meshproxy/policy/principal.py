@@ -1,13 +1,17 @@
-"""The caller: the records of keys and accounts, their limits and budgets, and which addresses may connect and log in."""
+"""The caller: the records of keys and accounts, changes to them, and which addresses may connect and log in."""
 
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
+
+from meshproxy.errors import Detail, GatewayError, Source, invalid
+from meshproxy.policy.template import check_params
 
 Status = Literal["active", "suspended", "revoked"]
 
@@ -78,6 +82,74 @@ class Principal(Struct, frozen=True):
     def may_use(self, model: str) -> bool:
         """Return whether the key may use this model."""
         return self.key.models is None or model in self.key.models
+
+
+MAX_NAME = 256
+MAX_MODELS = 1000
+MAX_LIMIT = 2**53 - 1  # the largest integer that a Lua number holds exactly
+
+
+class Bounds(Struct, frozen=True, kw_only=True):
+    """Changes to limits and budgets, by field of `Limits` and `Budgets`. None removes one; `clear` all, first."""
+
+    limits: dict[str, int | None] = {}
+    budgets: dict[str, int | None] = {}
+    session: dict[str, int | None] = {}
+    clear: bool = False
+
+    def limits_after(self, limits: Limits) -> Limits:
+        """Return changed limits."""
+        return replace(Limits() if self.clear else limits, **self.limits)
+
+    def budgets_after(self, budgets: Budgets) -> Budgets:
+        """Return changed budgets."""
+        return replace(Budgets() if self.clear else budgets, **self.budgets)
+
+
+class KeyChange(Struct, frozen=True, kw_only=True):
+    """Changes to a key. UNSET leaves a field as it was."""
+
+    name: str | UnsetType = UNSET
+    models: list[str] | UnsetType | None = UNSET
+    default_model: str | UnsetType | None = UNSET
+    expires_at: float | UnsetType | None = UNSET
+    params: dict[str, Any] | UnsetType = UNSET
+    clamp: bool | UnsetType | None = UNSET
+    status: Status | UnsetType = UNSET
+    bounds: Bounds = Bounds()
+
+    def applied_to(self, key: Key) -> Key:
+        """Return the key with these changes. Raises GatewayError `validation_error` if the result isn't a valid key."""
+        fields = ("name", "models", "default_model", "expires_at", "params", "clamp", "status")
+        given = {name: value for name in fields if (value := getattr(self, name)) is not UNSET}
+        given["limits"] = self.bounds.limits_after(key.limits)
+        given["budgets"] = self.bounds.budgets_after(key.budgets)
+        given["session"] = replace(Budgets() if self.bounds.clear else key.session, **self.bounds.session)
+        changed = replace(key, **given)
+        details = list(_key_errors(changed))
+        if details:
+            raise invalid_fields(details)
+        return changed
+
+
+def invalid_fields(details: Sequence[Detail]) -> GatewayError:
+    """Build the client's 422 for invalid fields; its message is the first one's."""
+    first = details[0]
+    param = str(first.loc[-1])
+    return GatewayError(Source.CLIENT, invalid(f"`{param}`: {first.msg}.", *details, param=param))
+
+
+def _key_errors(key: Key) -> Iterable[Detail]:
+    """Yield what is invalid about a key."""
+    if len(key.name) > MAX_NAME:
+        yield Detail("string_too_long", ("body", "name"), f"At most {MAX_NAME} characters")
+    if key.models is not None and not (key.models and all(key.models) and len(key.models) <= MAX_MODELS):
+        yield Detail("value_error", ("body", "models"), f"1 to {MAX_MODELS} names, or null for all models")
+    if key.default_model is not None and key.models is not None and key.default_model not in key.models:
+        yield Detail("value_error", ("body", "default_model"), f"{key.default_model[:128]} is not among the models")
+    if key.limits.requests_per_day is not None and key.limits.requests_per_day > MAX_REQUESTS_PER_DAY:
+        yield Detail("value_error", ("body", "requests_per_day"), f"At most {MAX_REQUESTS_PER_DAY}")
+    yield from check_params(key.params, ("body", "params"))
 
 
 MAX_KNOWN = 4096  # addresses of which results or failures are kept; beyond that the oldest are dropped

@@ -8,7 +8,7 @@ again and can't create a slot, a message or a role. A template has at most `MAX_
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from meshproxy.errors import Detail, GatewayError, Source, invalid
-from meshproxy.openai.errors import detail_of, field_path
+from meshproxy.openai.errors import detail_of, validation_error
 from meshproxy.openai.request import CAPS, decode_chat
 from meshproxy.times import rfc3339
 
@@ -27,7 +27,6 @@ __all__ = ["Template", "TemplateFields", "check_template", "measure", "merge_par
 GLOBAL_OWNER = "*"  # a global template's owner in responses: Mesh's SDKs require a string
 MAX_PROMPT_BYTES = 1_048_576  # of system and messages together, as JSON
 MAX_PARAMS_BYTES = 262_144  # room for tools
-MAX_DETAILS = 32  # details in one error
 
 _SLOT = re.compile(r"\{\{[ \t]*+([A-Za-z0-9_]++)[ \t]*+\}\}")
 
@@ -79,7 +78,7 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
         changed = msgspec.structs.replace(template, **changes)
         details = list(_prompt_errors(changed.system, changed.messages))
         if details:
-            raise _validation_error(details)
+            raise validation_error(details, "template")
         return changed
 
 
@@ -108,7 +107,7 @@ def check_template(body: bytes, *, partial: bool) -> TemplateFields:
     if not partial:
         details.extend(_missing_fields(known, {detail.loc[1] for detail in details}))
     if details:
-        raise _validation_error(details)
+        raise validation_error(details, "template")
     return TemplateFields(**known)
 
 
@@ -217,7 +216,7 @@ def _members(body: bytes) -> dict[str, Raw]:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
-    raise _validation_error([detail])
+    raise validation_error([detail], "template")
 
 
 def _not_a_field(name: str) -> Detail:
@@ -266,13 +265,6 @@ def _size(value: Any) -> int | None:
         return len(orjson.dumps([[[[value]]]])) - 8
     except TypeError:  # orjson.JSONEncodeError: past 254 levels, or an integer of more than 64 bits
         return None
-
-
-def _validation_error(details: Sequence[Detail]) -> GatewayError:
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    where = field_path(details[0])
-    message = f"Invalid template: {where + ': ' if where else ''}{details[0].msg}{more}"
-    return GatewayError(Source.CLIENT, invalid(message, *details[:MAX_DETAILS], param=where or None))
 
 
 def _with_system(template: Template) -> list[Message]:

@@ -16,20 +16,20 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from meshproxy.config.load import nearest
 from meshproxy.errors import GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
-from meshproxy.ledger.administration import (
-    MAX_LIMIT,
-    MAX_MODELS,
-    MAX_NAME,
-    MAX_NOTE,
-    MAX_REF,
-    Administration,
-    Bounds,
-    KeyChange,
-)
+from meshproxy.ledger.administration import MAX_NOTE, MAX_REF, Administration
 from meshproxy.ledger.directory import ACCOUNT_NAME
 from meshproxy.money import MAX_NUSD, NUSD_PER_USD, parse_usd
 from meshproxy.openai.errors import detail_of, field_path
-from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Limits, Status
+from meshproxy.policy.principal import (
+    MAX_LIMIT,
+    MAX_MODELS,
+    MAX_NAME,
+    MAX_REQUESTS_PER_DAY,
+    Bounds,
+    KeyChange,
+    Limits,
+    Status,
+)
 from meshproxy.policy.template import check_template, to_public
 from meshproxy.server.api import invalid_parameter, json_response, query_number
 from meshproxy.server.chat import request_id_of

@@ -4,8 +4,8 @@ import pytest
 import redis
 
 from meshproxy import config
-from meshproxy.ledger.administration import Administration, store_warnings
-from meshproxy.ledger.connection import connect
+from meshproxy.ledger.administration import Administration
+from meshproxy.ledger.connection import connect, store_warnings
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import create_admin

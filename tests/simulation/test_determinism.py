@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meshproxy.ledger.administration import KeyChange
+from meshproxy.policy.principal import KeyChange
 from simulation.run import Left, World, run
 
 ROOT = Path(__file__).parents[2]
