@@ -8,12 +8,13 @@ done raises a GatewayError with source `client`; docs/errors.md lists the codes.
 import time
 import uuid
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, UnsetType
 from msgspec.structs import asdict, replace
 
 from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source, invalid
@@ -27,6 +28,7 @@ from meshproxy.policy.principal import Account, Bounds, Key, KeyChange, Status, 
 from meshproxy.policy.template import Template, TemplateFields, to_public
 from meshproxy.times import DAY_S, rfc3339
 
+NOT_GIVEN = frozenset({"id", "account", "created_at", "hint"})  # fields of a key that a client can't give
 MAX_NOTE = 512
 MAX_REF = 128
 MAX_GRACE_S = 90 * DAY_S
@@ -69,9 +71,9 @@ class Administration:
         """Mint a key, and create its account if there is none. Only this result contains the secret, as `key`."""
         _check_account_name(account)
         draft = change.applied_to(Key("", account, 0))
-        fields = {name: value for name, value in _fields(draft) if name not in {"id", "account", "created_at", "hint"}}
+        fields = {name: value for name, value in asdict(draft).items() if name not in NOT_GIVEN}
         secret, key = await self.directory.create_key(account, actor=self._actor, **fields)
-        return {"key": secret, **shown_key(key)}
+        return {"key": secret, **_shown_key(key)}
 
     async def keys(
         self, account: str | None = None, *, limit: int | None = None, after: str = ""
@@ -94,30 +96,26 @@ class Administration:
             by_account.setdefault(key.account, []).append(key.id)
         for name, ids in by_account.items():
             uses |= zip(ids, await self.ledger.key_spends(name, ids), strict=True)
-        return [shown_key(key, uses[key.id]) for key in found]
+        return [_shown_key(key, uses[key.id]) for key in found]
 
     async def key(self, reference: str) -> dict[str, Any]:
         """Return a key without its secret. `reference` is an id, an unambiguous beginning of an id, or the secret."""
         key = await self._existing_key(reference)
-        return shown_key(key, (await self.ledger.key_spends(key.account, [key.id]))[0])
+        return _shown_key(key, (await self.ledger.key_spends(key.account, [key.id]))[0])
 
     async def change_key(self, reference: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
         """Change the given fields of a key, preserving concurrent changes. 409 `key_revoked` for un-revoking."""
         key = await self._existing_key(reference)
-        try:
+        with _conflict("key_revoked"):
             changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
-        except ValueError as error:
-            raise _client_error(409, "key_revoked", str(error)) from error
-        return shown_key(changed or key)
+        return _shown_key(changed or key)
 
     async def set_key_status(self, reference: str, status: Status) -> dict[str, Any]:
         """Suspend, resume or revoke a key."""
         key = await self._existing_key(reference)
-        try:
+        with _conflict("key_revoked"):
             changed = await self.directory.set_key_status(key.id, status, actor=self._actor)
-        except ValueError as error:
-            raise _client_error(409, "key_revoked", str(error)) from error
-        return shown_key(changed or key)
+        return _shown_key(changed or key)
 
     async def rotate_key(self, reference: str, grace_s: float = 0) -> dict[str, Any]:
         """Give a key a new secret, which only this result contains. The old secret works for `grace_s` more."""
@@ -125,15 +123,13 @@ class Administration:
             message = f"The grace is at most {MAX_GRACE_S // DAY_S} days."
             raise GatewayError(Source.CLIENT, invalid(message, param="grace"))
         key = await self._existing_key(reference)
-        try:
+        with _conflict("key_revoked"):
             rotated = await self.directory.rotate_key(key.id, grace_s=grace_s, actor=self._actor)
-        except ValueError as error:
-            raise _client_error(409, "key_revoked", str(error)) from error
         if rotated is None:
             raise _key_not_found(reference)
         secret, changed = rotated
         until = rfc3339(self._clock() + grace_s) if grace_s else None
-        return {"key": secret, **shown_key(changed), "old_key_works_until": until}
+        return {"key": secret, **_shown_key(changed), "old_key_works_until": until}
 
     # accounts and credit
 
@@ -143,7 +139,7 @@ class Administration:
         found = _page(known, bisect_right([account.name for account in known], after), limit)
         balances = await self.ledger.balances([account.name for account in found])
         return [
-            {**shown_credit(account.name, balance), **_bounds_of_account(account), "spend": _spend(balance)}
+            {**_shown_credit(account.name, balance), **_shown_account(account), "spend": _spend(balance)}
             for account, balance in zip(found, balances, strict=True)
         ]
 
@@ -158,8 +154,8 @@ class Administration:
         account = await self._existing_account(name)
         balance = await self.ledger.balance(name)
         return {
-            **shown_credit(name, balance),
-            **_bounds_of_account(account),
+            **_shown_credit(name, balance),
+            **_shown_account(account),
             "spend": _spend(balance),
             "running": balance.account_running,
             "keys": len(await self.directory.list_keys(name)),
@@ -181,26 +177,24 @@ class Administration:
             )
 
         changed = await self.directory.change_account(name, change, actor=self._actor, action="account.limits")
-        return {"account": name, **_bounds_of_account(changed or await self._existing_account(name))}
+        return {"account": name, **_shown_account(changed or await self._existing_account(name))}
 
     async def set_account_status(self, name: str, status: Status) -> dict[str, Any]:
         """Suspend or resume an account, and with it all its keys."""
         changed = await self.directory.set_account_status(name, status, actor=self._actor)
-        return {"account": name, **_bounds_of_account(changed or await self._existing_account(name))}
+        return {"account": name, **_shown_account(changed or await self._existing_account(name))}
 
     async def delete_account(self, name: str) -> dict[str, Any]:
         """Delete an account and everything that Redis has of it, for good. 409 `account_busy` while it holds credit."""
         await self._existing_account(name)
-        try:
+        with _conflict("account_busy"):
             removed = await self.directory.delete_account(name, actor=self._actor)
-        except ValueError as error:
-            raise _client_error(409, "account_busy", str(error)) from error
         return {"account": name, "deleted": True, "records": removed or 0}
 
     async def credit(self, name: str) -> dict[str, Any]:
         """Return an account's balance, held and available credit."""
         await self._existing_account(name)
-        return shown_credit(name, await self.ledger.balance(name))
+        return _shown_credit(name, await self.ledger.balance(name))
 
     async def grant(self, name: str, amount_nusd: int, note: str = "", ref: str = "") -> dict[str, Any]:
         """Add credit, or take it back with a negative amount, once for each `ref`. Creates a missing account."""
@@ -226,7 +220,7 @@ class Administration:
             await self.directory.append_audit_event(
                 self._actor, "credit.grant", name, name, amount_usd=amount_usd, ref=ref, note=note
             )
-        shown = shown_credit(name, await self.ledger.balance(name))
+        shown = _shown_credit(name, await self.ledger.balance(name))
         return {**shown, "granted_now_usd": amount_usd if granted.is_new else "0.00"}
 
     async def grants(self, name: str) -> list[dict[str, Any]]:
@@ -378,7 +372,7 @@ class Administration:
         return key
 
 
-def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
+def _shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
     """Return a key as it is shown; with `use`, also its spend and its last use."""
     shown = {
         "id": key.id,
@@ -392,7 +386,9 @@ def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
         "models": key.models,
         "params": key.params,
         "clamp": key.clamp,
-        **shown_bounds(key),
+        "limits": asdict(key.limits),
+        "budgets": in_usd(asdict(key.budgets)),
+        "session_budgets": in_usd(asdict(key.session)),
     }
     if use is not None:
         shown["spend"] = in_usd(asdict(use.spend))
@@ -400,22 +396,13 @@ def shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
     return shown
 
 
-def shown_bounds(key: Key) -> dict[str, Any]:
-    """Return a key's limits and budgets."""
-    return {
-        "limits": asdict(key.limits),
-        "budgets": in_usd(asdict(key.budgets)),
-        "session_budgets": in_usd(asdict(key.session)),
-    }
-
-
-def shown_credit(name: str, balance: Balance) -> dict[str, str]:
+def _shown_credit(name: str, balance: Balance) -> dict[str, str]:
     """Return an account's credit: granted = balance + settled, available = balance - held."""
     amounts = ("balance_nusd", "held_nusd", "available_nusd", "granted_nusd", "settled_nusd")
     return {"account": name, **in_usd({amount: getattr(balance, amount) for amount in amounts})}
 
 
-def _bounds_of_account(account: Account) -> dict[str, Any]:
+def _shown_account(account: Account) -> dict[str, Any]:
     return {
         "status": account.status,
         "limits": asdict(account.limits),
@@ -425,10 +412,6 @@ def _bounds_of_account(account: Account) -> dict[str, Any]:
 
 def _spend(balance: Balance) -> dict[str, Any]:
     return in_usd(asdict(balance.account_spend))
-
-
-def _fields(record: Struct) -> Iterable[tuple[str, Any]]:
-    return ((name, getattr(record, name)) for name in record.__struct_fields__)
 
 
 def _page(records: list[Record], start: int, limit: int | None) -> list[Record]:
@@ -451,6 +434,15 @@ def _key_not_found(reference: str) -> GatewayError:
 def _template_not_found(owner: str | None, name: str) -> GatewayError:
     whose = "global template" if owner is None else f"template of {owner}"
     return _client_error(404, "template_not_found", f"there is no {whose} {name[:128]}")
+
+
+@contextmanager
+def _conflict(code: str) -> Iterator[None]:
+    """Raise the client's 409 for a ValueError of the directory."""
+    try:
+        yield
+    except ValueError as error:
+        raise _client_error(409, code, str(error)) from error
 
 
 def _client_error(status: int, code: str, message: str) -> GatewayError:

@@ -11,7 +11,7 @@ from meshproxy.ledger.records import AccountKeys, Settlement
 from meshproxy.ledger.usage_report import (
     GROUPS,
     MAX_SPAN,
-    Period,
+    ReportPeriod,
     UsageEvent,
     UsageRow,
     events,
@@ -159,16 +159,20 @@ async def test_many_hours_are_read_in_several_goes(store, ledger, monkeypatch):
 @pytest.mark.parametrize(
     ("since", "until", "expected"),
     [
-        ("2026-11-01T00:30", "2026-11-24T12:00", Period((), "2026-11-01T00", "2026-11-24T12")),
-        ("2026-08-27T12:00", "2026-11-24T12:01", Period((), "2026-08-27T12", "2026-11-24T13")),
-        ("2026-08-27T11:59", "2026-11-24T12:00", Period(("2026-08",), "2026-09-01T00", "2026-11-24T12")),
-        ("2026-05-10T00:00", "2026-06-01T00:00", Period(("2026-05",), "2026-09-01T00", "2026-06-01T00")),
-        ("2025-12-31T23:59", "2026-01-01T00:01", Period(("2025-12", "2026-01"), "2026-09-01T00", "2026-01-01T01")),
+        ("2026-11-01T00:30", "2026-11-24T12:00", ReportPeriod((), "2026-11-01T00", "2026-11-24T12")),
+        ("2026-08-27T12:00", "2026-11-24T12:01", ReportPeriod((), "2026-08-27T12", "2026-11-24T13")),
+        ("2026-08-27T11:59", "2026-11-24T12:00", ReportPeriod(("2026-08",), "2026-09-01T00", "2026-11-24T12")),
+        ("2026-05-10T00:00", "2026-06-01T00:00", ReportPeriod(("2026-05",), "2026-09-01T00", "2026-06-01T00")),
+        (
+            "2025-12-31T23:59",
+            "2026-01-01T00:01",
+            ReportPeriod(("2025-12", "2026-01"), "2026-09-01T00", "2026-01-01T01"),
+        ),
     ],
 )
 def test_a_period_is_hours_and_before_those_that_are_kept_whole_months(since, until, expected):
     start, end = (datetime.fromisoformat(text).replace(tzinfo=UTC) for text in (since, until))
-    assert expected == Period.of(start, end, NOW)
+    assert expected == ReportPeriod.of(start, end, NOW)
 
 
 async def test_a_month_stays_by_model_and_key_when_its_hours_are_gone(store, ledger):
