@@ -50,45 +50,51 @@ from meshproxy.telemetry.tasks import Tasks, watch_lag
 from meshproxy.upstream.provider import Provider
 
 STALE_S = 3600.0  # how long known keys and templates are used while Redis is lost, with on_failure = "local"
-NEW_ACCOUNTS_S = 1.0  # between two looks for an account that is new in the metrics
-BALANCES_EVERY = 10  # looks, all balances are read
-EXHAUSTED_LOG_S = 10.0  # between two log lines about exhausted descriptors
+ACCOUNT_CHECK_S = 1.0  # between two checks for an account that is new in the metrics
+CHECKS_PER_BALANCES = 10  # checks between two reads of all balances
+LOG_INTERVAL_S = 10.0  # between two log lines of one kind of trouble, which may occur at every request
 LEDGER_SLOW_S = 0.05  # of one round trip to the ledger, as in the alert MeshproxyLedgerSlow
-LEDGER_QUIET_S = 10.0  # between two log lines about slow operations of the ledger, or about those that failed alike
 LOST = frozenset({"connection", "closed"})  # kinds of error that `ledger_lost` is logged for
 SETTLE_GRACE_S = 10.0  # how long settlements may take at the end, when every request is over
 
 _log = structlog.get_logger("meshproxy.app")
 
 
-class LedgerLog:
-    """Logs that operations of the ledger are slow or fail: the first at once, then a count once per LEDGER_QUIET_S."""
+class Throttle:
+    """Says when to log an event that occurs often: the first time at once, then with a count once per LOG_INTERVAL_S."""
 
     def __init__(self) -> None:
-        self._quiet_until: dict[str, float] = {}  # by kind of error, from a closed set; "": slow
+        self._quiet_until: dict[str, float] = {}  # by kind of event, from a closed set
         self._counts: Counter[str] = Counter()
+
+    def due(self, kind: str) -> int:
+        """Count one event. Return how many there were since the last line if another line is due, else 0."""
+        self._counts[kind] += 1
+        now = time.monotonic()
+        if now < self._quiet_until.get(kind, 0.0):
+            return 0
+        self._quiet_until[kind] = now + LOG_INTERVAL_S
+        return self._counts.pop(kind)
+
+
+class LedgerLog:
+    """Logs that operations of the ledger are slow or fail."""
+
+    def __init__(self) -> None:
+        self._throttle = Throttle()
         self._worst_s = 0.0
 
     def slow(self, op: str, seconds: float) -> None:
         """Note an operation that took LEDGER_SLOW_S or longer."""
         self._worst_s = max(self._worst_s, seconds)
-        if count := self._due(""):
+        if count := self._throttle.due("slow"):
             _log.warning("ledger_slow", op=op, operations=count, worst_ms=round(self._worst_s * 1000, 3))
             self._worst_s = 0.0
 
     def failed(self, op: str, kind: str) -> None:
         """Note an operation that failed while the connection lasts."""
-        if kind not in LOST and kind != "noscript" and (count := self._due(kind)):
+        if kind not in LOST and kind != "noscript" and (count := self._throttle.due(kind)):
             _log.error("ledger_fails", kind=kind, op=op, operations=count)
-
-    def _due(self, name: str) -> int:
-        """Count one operation. Return how many there were since the last line if another line is due, else 0."""
-        self._counts[name] += 1
-        now = time.monotonic()
-        if now < self._quiet_until.get(name, 0.0):
-            return 0
-        self._quiet_until[name] = now + LEDGER_QUIET_S
-        return self._counts.pop(name)
 
 
 class Prepared(Struct, frozen=True):
@@ -126,15 +132,14 @@ class Worker:
         )
         self.tasks = Tasks(self._on_task_failed)
         self.loops = Tasks(self._on_task_failed)  # loops, cancelled in `stop`
-        self._dialling = Tasks(self._on_task_failed)  # the store's dialling, ended by its close
+        self._connecting = Tasks(self._on_task_failed)  # the store's dialling, ended by its close
         self.live = InFlight(time.monotonic)
         self.recorder = Recorder(self.metrics, request_log, time.monotonic)
         if settings.metrics.accounts == "all":
             self.recorder.accounts = AccountMetrics(self.metrics, settings.metrics.accounts_max)
         self.stopping = False
         self._had_ledger = settings.redis.on_failure == "local"  # or doesn't need it
-        self._closed_unserved = 0  # connections closed for lack of descriptors, since that was last logged
-        self._log_exhausted_after = 0.0
+        self._throttle = Throttle()
         self._ledger_log = LedgerLog()
         self._lost_at: dict[str, float] = {}  # by the ledger's server; "": at the start
 
@@ -195,19 +200,12 @@ class Worker:
         return await self.chat(request)
 
     def on_descriptors_exhausted(self) -> None:
-        """Log that a connection was closed for lack of descriptors, once per EXHAUSTED_LOG_S."""
-        now = time.monotonic()
-        self._closed_unserved += 1
-        if now >= self._log_exhausted_after:
+        """Log that connections were closed for lack of descriptors."""
+        if count := self._throttle.due("descriptors"):
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             _log.error(
-                "descriptors_exhausted",
-                limit=limit,
-                connections_closed=self._closed_unserved,
-                raise_it="LimitNOFILE, ulimit -n",
+                "descriptors_exhausted", limit=limit, connections_closed=count, raise_it="LimitNOFILE, ulimit -n"
             )
-            self._log_exhausted_after = now + EXHAUSTED_LOG_S
-            self._closed_unserved = 0
 
     def reload_failed(self) -> None:
         """Set the metric of a failed reload."""
@@ -264,7 +262,7 @@ class Worker:
         await self.journal.replay(self._charge)
         lost = self.journal.close()
         await self.store.close()
-        await self._dialling.close()
+        await self._connecting.close()
         if self._tracer is not None:
             await self._tracer.close()
         if lost:
@@ -285,7 +283,7 @@ class Worker:
         """Return the store. A Redis that doesn't answer is dialled in the background; calls raise Unavailable."""
         listeners: dict[str, Any] = {
             "on_op": self._on_op,
-            "supervise": self._dialling.supervise,
+            "supervise": self._connecting.supervise,
             "on_change": self._on_ledger_change,
         }
         try:
@@ -357,8 +355,8 @@ class Worker:
             names = list(accounts.names)
             with contextlib.suppress(Unavailable):
                 accounts.note_balances(await self.ledger.account_balances(names))
-            for _ in range(BALANCES_EVERY):
-                await asyncio.sleep(NEW_ACCOUNTS_S)
+            for _ in range(CHECKS_PER_BALANCES):
+                await asyncio.sleep(ACCOUNT_CHECK_S)
                 if len(accounts.names) > len(names):
                     break
 

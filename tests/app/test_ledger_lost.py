@@ -6,7 +6,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.app.worker import LEDGER_QUIET_S, LedgerLog
+from meshproxy.app.worker import LOG_INTERVAL_S, LedgerLog
 from meshproxy.ledger.embedded import Embedded
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -87,7 +87,7 @@ async def test_a_full_redis_is_logged_once_by_its_kind(server, start_mesh):
 
 
 def test_slow_operations_are_counted_between_two_lines(monkeypatch):
-    times = iter((0.0, 1.0, LEDGER_QUIET_S + 1.0))
+    times = iter((0.0, 1.0, LOG_INTERVAL_S + 1.0))
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     log = LedgerLog()
     with capture_logs() as logs:
