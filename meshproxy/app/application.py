@@ -21,9 +21,9 @@ from meshproxy.config import ConfigError, Server, Settings
 from meshproxy.openai.headers import VERSION_HEADER, cors_headers, preflight_headers
 from meshproxy.openai.request import CHAT_PATH
 from meshproxy.server import openapi
+from meshproxy.server.aiohttp_path import PATHS, ConnectionLimits, envelope_errors
 from meshproxy.server.api import ROUTES, Api
 from meshproxy.server.chat import WrittenResponse, request_id_of
-from meshproxy.server.errors import PATHS, ConnectionLimits, envelope_errors
 from meshproxy.server.listener import ProxiedSite, Runner, Site, load_certificate, server_context
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog

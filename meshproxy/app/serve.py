@@ -35,7 +35,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import Status, create_admin
-from meshproxy.server.errors import ConnectionLimits
+from meshproxy.server.aiohttp_path import ConnectionLimits
 from meshproxy.server.listener import Runner, listen, listen_shared, name_of
 from meshproxy.telemetry.exposition import Summary, render, summarize
 from meshproxy.telemetry.logs import configure

@@ -24,10 +24,10 @@ from meshproxy.errors import GatewayError, Source, forbidden, internal_error, un
 from meshproxy.ledger.administration import Administration
 from meshproxy.server import openapi
 from meshproxy.server.admin_api import add_routes
+from meshproxy.server.aiohttp_path import envelope_errors, error_response
 from meshproxy.server.api import json_response
 from meshproxy.server.chat import request_id_of
 from meshproxy.server.client_address import address
-from meshproxy.server.errors import envelope_errors, error_response
 from meshproxy.telemetry.exposition import Summary
 
 PROBES = frozenset({"/healthz", "/readyz"})

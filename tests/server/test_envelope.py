@@ -4,7 +4,7 @@ import pytest
 from aiohttp import web
 
 from meshproxy.errors import GatewayError, Source, overloaded, request_timeout
-from meshproxy.server.errors import envelope_errors, error_response
+from meshproxy.server.aiohttp_path import envelope_errors, error_response
 
 RAISED = {
     "fault": GatewayError(Source.GATEWAY, overloaded("Full.")),

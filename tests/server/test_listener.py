@@ -7,8 +7,8 @@ import pytest
 from aiohttp import web
 
 from meshproxy.gateway.exchange import Reply
+from meshproxy.server.aiohttp_path import ConnectionLimits, envelope_errors
 from meshproxy.server.chat import ClientStream
-from meshproxy.server.errors import ConnectionLimits, envelope_errors
 from meshproxy.server.fast_path import ClientConnection
 from meshproxy.server.listener import Runner, listen
 

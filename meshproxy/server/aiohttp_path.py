@@ -1,4 +1,4 @@
-"""The error envelope for everything outside the chat path, and `AiohttpConnection`, aiohttp's protocol with our bounds.
+"""All requests that aiohttp handles: `AiohttpConnection`, its protocol with our bounds, and their error envelope.
 
 Unknown paths, wrong methods, invalid bodies, invalid HTTP and bugs are all answered in the envelope. A connection is
 closed if a head takes too long, or if it has one of the last descriptors.
