@@ -29,6 +29,7 @@ from meshproxy.ledger.records import (
     KeyUse,
     Settlement,
     Spend,
+    hold_keys,
 )
 from meshproxy.ledger.store import Argument, Script, Store, Unavailable
 from meshproxy.money import MAX_NUSD
@@ -41,6 +42,7 @@ NOTE_REFUSALS_S = 1.0
 REFUSED_KEPT_S = 86_400
 BATCH_KEYS = 500  # keys whose commands share one write
 MAX_KNOWN_ACCOUNTS = 4096  # whose key names are cached
+MAX_KNOWN_LIMITS = 1024  # different limits and budgets, whose arguments to scripts are cached
 
 _NO_LIMIT = -1
 _PAST_MOST, _GRANTED, _GRANTED_BEFORE, _OTHER_AMOUNT = range(4)  # outcomes of grant.lua
@@ -98,11 +100,11 @@ class Ledger:
             *_rates(request.key_limits),
             *_rates(request.account_limits),
             *_amounts(request.budgets),
-            *_session_amounts(request),
+            *_amounts(NO_BUDGETS if request.session is None else request.session_budgets),
             *_amounts(request.account_budgets),
             request.share_percent,
         ]
-        reply = await self._store.run(self._admit, _hold_keys(self._names(request.account), request), args)
+        reply = await self._store.run(self._admit, _hold_keys(request), args)
         buckets = _buckets(reply, 8, request.key_limits, request.account_limits)
         if reply[0] == _ADMITTED:
             return Hold(request, reply[1], reply[2], buckets)
@@ -133,10 +135,10 @@ class Ledger:
             int(request.strict),
             int(enforce_tokens),
             *_amounts(request.budgets),
-            *_session_amounts(request),
+            *_amounts(NO_BUDGETS if request.session is None else request.session_budgets),
             *_amounts(request.account_budgets),
         ]
-        reply = await self._store.run(self._renew, _hold_keys(self._names(request.account), request), args)
+        reply = await self._store.run(self._renew, _hold_keys(request), args)
         if reply[0] == _ADMITTED:
             return Hold(request, reply[1], reply[2], hold.buckets)
         return _denied(reply, ())
@@ -325,11 +327,9 @@ class Ledger:
         return names
 
 
-def _hold_keys(names: AccountKeys, request: HoldRequest) -> list[str]:
-    keys = [*names.script_keys, *names.script_keys_of_key(request.key_id)]
-    if request.session is not None:
-        keys.append(names.session_spend(request.session))
-    return keys
+def _hold_keys(request: HoldRequest) -> tuple[str, ...]:
+    keys = hold_keys(request.account, request.key_id)
+    return keys if request.session is None else (*keys, AccountKeys(request.account).session_spend(request.session))
 
 
 @lru_cache(48)
@@ -340,9 +340,7 @@ def _hour(hours: int) -> str:
 
 def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
     hour = _hour(settlement.started_ms // 3_600_000)
-    keys = [*names.script_keys, *names.script_keys_of_key(settlement.key_id)]
-    keys += [names.hour(hour), names.unheld(settlement.hold_id), names.requests(hour[:10])]
-    keys += [names.hours, names.month(hour[:7])]
+    keys = [*hold_keys(settlement.account, settlement.key_id), *names.settlement(hour, settlement.hold_id)]
     if settlement.session:
         keys.append(names.session_spend(settlement.session))
     if settlement.replay is not None:
@@ -357,6 +355,7 @@ def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:
     )
 
 
+@lru_cache(MAX_KNOWN_LIMITS)
 def _rates(limits: Limits) -> tuple[int, int, int, int, int]:
     """Return requests per minute, burst, tokens per minute, requests per day and parallel requests, for scripts."""
     requests, tokens, burst = limits.requests_per_minute, limits.tokens_per_minute, limits.burst
@@ -372,6 +371,7 @@ def _rates(limits: Limits) -> tuple[int, int, int, int, int]:
     )
 
 
+@lru_cache(MAX_KNOWN_LIMITS)
 def _amounts(budgets: Budgets) -> tuple[int, int, int]:
     total, daily, monthly = budgets.total_nusd, budgets.daily_nusd, budgets.monthly_nusd
     return (
@@ -379,10 +379,6 @@ def _amounts(budgets: Budgets) -> tuple[int, int, int]:
         _NO_LIMIT if daily is None else daily,
         _NO_LIMIT if monthly is None else monthly,
     )
-
-
-def _session_amounts(request: HoldRequest) -> tuple[int, int, int]:
-    return _amounts(NO_BUDGETS if request.session is None else request.session_budgets)
 
 
 def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denial:

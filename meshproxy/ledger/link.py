@@ -124,7 +124,7 @@ class RedisConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Resolve the futures of all complete replies in the bytes received so far."""
-        pending, gets = self._pending, self._reader.gets
+        pending, gets, on_op, now = self._pending, self._reader.gets, self._on_op, self._loop.time()
         self._reader.feed(data)
         try:
             while self.lost is None and (reply := gets()) is not _NOTHING:
@@ -135,8 +135,8 @@ class RedisConnection(asyncio.Protocol):
                 future = entry[0]
                 if not future.done():
                     future.set_result(reply)
-                if self._on_op is not None:
-                    self._report_op(entry[1], entry[2], None)
+                if on_op is not None:
+                    on_op(entry[1], now - entry[2], None)
         except (hiredis.ProtocolError, IndexError):
             self.lose("protocol", "the server sent what isn't an answer")
         if self._finishing:

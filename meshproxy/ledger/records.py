@@ -3,6 +3,7 @@ says ms.
 """
 
 import hashlib
+from functools import lru_cache
 from typing import Literal
 
 from msgspec import Struct
@@ -188,6 +189,7 @@ class KeyUse(Struct, frozen=True):
 
 
 PREFIX = "mesh:"
+MAX_KNOWN_KEYS = 4096  # whose names in Redis are cached
 MAX_SESSION_BYTES = 64  # bound on a session's name in a key's name: 256 characters may be 1 KiB
 
 
@@ -229,10 +231,6 @@ class AccountKeys:
             *(self.bucket, self.spend),
         )
 
-    def unheld(self, hold_id: str) -> str:
-        """Name the string that marks a request admitted without Redis as settled, so that it is charged once."""
-        return f"{self.root}unheld:{hold_id}"
-
     def key_bucket(self, key_id: str) -> str:
         """Name the hash of one key's buckets."""
         return f"{self.root}bucket:{key_id}"
@@ -245,6 +243,14 @@ class AccountKeys:
         """Name one key's buckets, spend, and running requests (a sorted set: hold id by deadline in ms)."""
         root = self.root
         return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"
+
+    def settlement(self, hour: str, hold_id: str) -> tuple[str, ...]:
+        """Name the keys of one settlement: `hour`, `requests`, `hours`, `month`; and second, the string that marks a
+        request admitted without Redis as settled, so that it is charged once.
+        """
+        root = self.root
+        aggregates = f"{root}requests:{hour[:10]}", self.hours, f"{root}month:{hour[:7]}"
+        return f"{root}hour:{hour}", f"{root}unheld:{hold_id}", *aggregates
 
     def requests(self, day: str) -> str:
         """Name the hash from request id to its event in `usage`, of the requests that began on a day (`2026-11-24`)."""
@@ -285,6 +291,13 @@ class AccountKeys:
     def replay_parts(self, owner: str) -> str:
         """Name the list of the parts of an answer kept for replay."""
         return f"{self.root}replay-parts:{owner}"
+
+
+@lru_cache(MAX_KNOWN_KEYS)
+def hold_keys(account: str, key_id: str) -> tuple[str, ...]:
+    """Return the keys that every script with holds takes first (hold.lua): the account's, then the API key's."""
+    names = AccountKeys(account)
+    return (*names.script_keys, *names.script_keys_of_key(key_id))
 
 
 GLOBAL = "*"  # the owner of global templates: no account may have this name

@@ -145,7 +145,7 @@ class Store(ABC):
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run a script by its SHA-1, or by its text if the server lacks it. Raises Unavailable and StoreError."""
         try:
-            return await self.call(script, keys, args)
+            return await self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
         except ScriptMissing:
             return await self.send(script.name, ("EVAL", script.text, len(keys), *keys, *args))
 
