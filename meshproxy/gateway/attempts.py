@@ -246,7 +246,9 @@ class Attempts:
         if exchange.detachable and not plan.request.stream:
             left_s = math.inf  # the client gets its 504 in time, and the answer is still read: see `Detacher`
         answering = provider.post(PROVIDER_PATH, exchange.call.forward, body, exchange.mark_sent)
-        response = await (answering if left_s > _attempt_timeout_s(candidate, active) else within(left_s, answering))
+        if left_s < math.inf and left_s <= _attempt_timeout_s(candidate, active):
+            answering = within(left_s, answering)
+        response = await answering
         exchange.response = response
         streamed = plan.request.stream
         try:

@@ -137,13 +137,15 @@ class BodyReservation:
         """Reserve only the body's `size` from now on, or nothing if it isn't large: the request was admitted."""
         if self.size:
             self._bodies.give_back(self, size if size > LARGE_BYTES else 0)
-        self._bodies.mark_admitted(self)
+        if self.is_counted:
+            self._bodies.mark_admitted(self)
 
     def release(self) -> None:
         """Release the memory: the body isn't needed any more."""
         if self.size:
             self._bodies.give_back(self, 0)
-        self._bodies.mark_admitted(self)
+        if self.is_counted:
+            self._bodies.mark_admitted(self)
 
 
 class BodyMemory:
@@ -175,11 +177,10 @@ class BodyMemory:
 
     def mark_admitted(self, reservation: BodyReservation) -> None:
         """Stop counting a request as unadmitted: it was admitted, or is over."""
-        if reservation.is_counted:
-            reservation.is_counted = False
-            left = self._unadmitted.pop(reservation.account) - 1
-            if left:
-                self._unadmitted[reservation.account] = left
+        reservation.is_counted = False
+        left = self._unadmitted.pop(reservation.account) - 1
+        if left:
+            self._unadmitted[reservation.account] = left
 
     async def take(self, reservation: BodyReservation, size: int) -> None:
         """Give a room `size` bytes, in order of arrival; see `BodyReservation.take`."""

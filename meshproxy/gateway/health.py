@@ -238,8 +238,8 @@ class Health:
 
     def begin(self, candidate: Candidate, account: str = "") -> Attempt | None:
         """Begin an attempt; None if the breaker of the route or the account is open, or half-open with a probe out."""
-        upstream = self._upstream(candidate.upstream)
-        route = upstream.route(candidate.upstream_model)
+        upstream = self._upstreams.get(candidate.upstream) or self._upstream(candidate.upstream)
+        route = upstream.routes.get(candidate.upstream_model) or upstream.route(candidate.upstream_model)
         if not route.is_open and not route.accounts:
             return Attempt(self, upstream, route, account, ())
         now = self.clock()

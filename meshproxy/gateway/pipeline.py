@@ -234,7 +234,7 @@ class Gateway:
             await exchange.reservation.take(len(body) + plan.prompt.template_bytes)
         exchange.phase = "attempt"
         work = self._respond(exchange, plan, lease, active, downstream)
-        if exchange.recording is not None or may_drain(plan, active):
+        if exchange.recording is not None or (active.draining and may_drain(plan, active)):
             return await self._detacher.run(exchange, work)
         return await work
 
@@ -291,7 +291,7 @@ class Gateway:
         except UpstreamError as error:
             exchange.record_failure(error)
             raise
-        seen = partial(answer_tokens, body, audio_format(plan.request.fields))
+        seen = partial(_seen, body, plan)
         bill(exchange, reply.report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1])
         exchange.status = 200
         exchange.outcome = "completed"
@@ -343,13 +343,23 @@ class Gateway:
             relay.bill()
 
     def _own_headers(self, exchange: Exchange) -> Headers:
-        """Return the gateway's own headers for an answer."""
-        return [
+        """Return the gateway's own headers for an answer: its id, `x-ratelimit-*` as of admission, the serving model and
+        the number of attempts, also by the names of Mesh's SDKs, and a cap on output that the gateway set.
+        """
+        plan, model, attempts = exchange.plan, exchange.model, str(exchange.attempts)
+        headers = [
             ("x-request-id", exchange.call.request_id),
-            *_limits_of(exchange),
-            *_route_of(exchange),
-            *_clamp_of(exchange),
+            *(limit_headers(exchange.lease.hold.buckets) if exchange.lease is not None else ()),
+            ("x-mesh-model", model),
+            ("x-mesh-attempts", attempts),
+            ("x-resolved-model-id", model),
+            ("x-mesh-routing-attempts", attempts),
         ]
+        if exchange.attempts > 1 or (plan is not None and model != plan.model):
+            headers += [("x-mesh-routing-fallback", "true"), ("x-mesh-routing-model", model)]
+        if plan is not None and plan.imposed_cap is not None:
+            headers.append(("x-mesh-max-tokens", str(plan.imposed_cap)))
+        return headers
 
     def _refuse(
         self, exchange: Exchange, error_response: ErrorResponse, headers: Headers | None = None
@@ -390,24 +400,9 @@ def _json_headers(response: Response) -> Headers:
     return [*downstream_headers(response.headers, without=JSON_HEADERS), *JSON_HEADERS]
 
 
-def _route_of(exchange: Exchange) -> Headers:
-    """Return the serving model and the number of attempts, as the gateway's own headers and as those of Mesh's SDKs."""
-    model, attempts = exchange.model, str(exchange.attempts)
-    headers = [
-        ("x-mesh-model", model),
-        ("x-mesh-attempts", attempts),
-        ("x-resolved-model-id", model),
-        ("x-mesh-routing-attempts", attempts),
-    ]
-    if exchange.attempts > 1 or (exchange.plan is not None and model != exchange.plan.model):
-        headers += [("x-mesh-routing-fallback", "true"), ("x-mesh-routing-model", model)]
-    return headers
-
-
-def _clamp_of(exchange: Exchange) -> Headers:
-    """Return `x-mesh-max-tokens` where the gateway lowered the output's cap or set one."""
-    plan = exchange.plan
-    return [("x-mesh-max-tokens", str(plan.imposed_cap))] if plan is not None and plan.imposed_cap is not None else []
+def _seen(body: bytes, plan: Plan) -> tuple[int, int]:
+    """Estimate the output tokens of a whole answer, and the audio's part."""
+    return answer_tokens(body, audio_format(plan.request.fields))
 
 
 def _limits_of(exchange: Exchange) -> Headers:

@@ -322,7 +322,7 @@ class Recorder:
             reason=error.reason or (error.response.message if error.provider_message is None else None),
             words=_without_prompt(exchange, error.provider_message) if error.provider_message is not None else None,
             upstream_request_id=upstream_request_id(response.headers) if response is not None else None,
-            duration_ms=_ms(self._clock() - exchange.sent_at),
+            duration_ms=round((self._clock() - exchange.sent_at) * 1000, 3),
         )
 
     def breaker_changed(self, upstream: str, is_open: bool) -> None:  # noqa: FBT001 - the gauge's value
@@ -429,9 +429,9 @@ class Recorder:
             "completion_tokens": exchange.usage.completion,
             "cost_usd": format_usd(exchange.cost_nusd),
             "usage_source": exchange.usage_source,
-            "ttft_ms": _ms(exchange.first_event_at - received_at) if exchange.first_event_at else None,
-            "duration_ms": _ms(now - received_at),
-            "overhead_ms": _ms(exchange.overhead_s),
+            "ttft_ms": round((exchange.first_event_at - received_at) * 1000, 3) if exchange.first_event_at else None,
+            "duration_ms": round((now - received_at) * 1000, 3),
+            "overhead_ms": round(exchange.overhead_s * 1000, 3),
             "trace_id": exchange.call.trace_id,
         }
 
@@ -458,7 +458,3 @@ def _without_prompt(exchange: Exchange, message: str) -> str:
 
 def _failure(exchange: Exchange, model: str, upstream: str, status: int, code: str) -> Failure:
     return Failure(time.time(), exchange.call.request_id, exchange.account, model, upstream, status, code[:200])
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)

@@ -143,7 +143,10 @@ class Plan(Struct, frozen=True):
 
     def hold_nusd(self, output_tokens: int) -> int:
         """Return the most that the prompt and `output_tokens` can cost, in nano-USD, whichever candidate serves."""
-        return max([hold_amount(price, self.prompt_tokens, output_tokens) for price in self.prices])
+        most_nusd = 0
+        for price in self.prices:
+            most_nusd = max(most_nusd, hold_amount(price, self.prompt_tokens, output_tokens))
+        return most_nusd
 
     def likely_prompt_tokens(self) -> int:
         """Return the prompt tokens to bill where no provider reports them. Media is estimated as for the hold.
@@ -190,7 +193,7 @@ class Plan(Struct, frozen=True):
             cap_field=candidate.cap_field,
             stream_usage=candidate.stream_usage,
             native=native,
-            models=candidate.native_models,
+            models=candidate.native_models if candidate.natives else (),
         )
 
 
@@ -203,14 +206,15 @@ async def resolve(body: bytes, principal: Principal, active: ActiveConfig, direc
     template = await _template(request.template, principal, directory) if request.template is not None else None
     model = _model(request, principal, template, active.settings)
     candidates = active.catalog.candidates(model, request.models, draw=draw, allowed=principal.key.models)
-    for name in (model, *request.models):
+    for name in (model, *request.models) if principal.key.models is not None else ():
         if not principal.may_use(name):
             raise GatewayError(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
-    params = merge_params(principal.key.params, template.params if template is not None else None)
-    request = with_params(request, params) if params else request
+    if template is not None or principal.key.params:
+        params = merge_params(principal.key.params, template.params if template is not None else None)
+        request = with_params(request, params) if params else request
     candidates = with_fees(candidates, request.service_tier, request.fields)
     prompt = Prompt(request, template, active.settings.server.max_body_bytes)
-    others = others_of(request)
+    others = others_of(request) if not request.fields.keys() <= STEERING else []
     tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)
     if request.models and "middle-out" not in request.transforms:
         candidates = large_enough(candidates, least_tokens(request.messages or b""))
@@ -270,8 +274,10 @@ async def _decode_large(body: bytes) -> ChatRequest:
 
 def may_serve(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     """Return every candidate, and the fallbacks that a provider walks itself."""
-    natives = [native for candidate in candidates for native in candidate.natives]
-    return (*candidates, *natives) if natives else candidates
+    served = candidates
+    for candidate in candidates:
+        served += candidate.natives
+    return served
 
 
 async def _template(name: str, principal: Principal, directory: Directory) -> Template:

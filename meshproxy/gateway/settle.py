@@ -46,7 +46,7 @@ def bill(
     if plan is None or candidate is None:
         return
     exchange.attempted = candidate
-    candidates = may_have_served(candidate, served_model)
+    candidates = may_have_served(candidate, served_model) if candidate.natives else (candidate,)
     usage = Usage()
     if report is not None:
         window = candidate.context_window
@@ -98,7 +98,7 @@ def _charge(
     requested_tier = exchange.plan.request.service_tier if exchange.plan is not None else None
     dearest = -1
     for candidate in candidates:
-        price = candidate.price_in(tier, requested_tier)
+        price = candidate.price_in(tier, requested_tier) if candidate.services else candidate.price
         cost_nusd = cost(price, exchange.usage, reported_usd)
         if cost_nusd > dearest:
             dearest = exchange.cost_nusd = cost_nusd

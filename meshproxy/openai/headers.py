@@ -12,6 +12,7 @@ MAX_RESET_S: Final = 31_536_000.0
 
 # The client's headers that go to a provider: OpenRouter's attribution, W3C trace context, OpenAI's beta switches.
 FORWARDED: Final = ("http-referer", "x-title", "traceparent", "tracestate", "openai-beta")
+_FORWARDED: Final = frozenset(FORWARDED)
 
 # The provider's headers that go to a client. An allow-list, since providers may send any header (alt-svc,
 # clear-site-data, ...). Hop-by-hop headers, cookies, request ids, rate limits and organisations are not on it.
@@ -141,7 +142,9 @@ def ratelimit_headers(kind: Literal["requests", "tokens"], limit: int, remaining
 
 def forwarded_headers(headers: Mapping[str, str]) -> Headers:
     """Return the client's headers that a provider may see. `headers` has lower-case names."""
-    found = []
+    found: Headers = []
+    if _FORWARDED.isdisjoint(headers):
+        return found
     for name in FORWARDED:
         value = headers.get(name)
         if value is not None and _is_plain(value):
@@ -159,7 +162,7 @@ def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:
 
 def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:
     """Return the provider's headers (lower-case names) that the client may see, except those named in `without`."""
-    withheld = {name for name, _ in without}
+    withheld = {name for name, _ in without} if without else set()
     shown = []
     for name, value in headers:
         if name in RETURNED and _is_plain(value):

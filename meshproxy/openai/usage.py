@@ -177,6 +177,16 @@ class Reply(Struct, frozen=True):
     error: Any = None
 
 
+class _UsualReply(Struct, gc=False):
+    """A whole answer with its usage where OpenAI has it, and without an error; all else is skipped."""
+
+    usage: dict[str, Any]
+    model: str | None = None
+    service_tier: str | None = None
+    error: None = None
+
+
+_USUAL: Final = Decoder(_UsualReply, float_hook=Decimal)
 _MEMBERS: Final = Decoder(dict[str, Raw])
 _ANYTHING: Final = Decoder()
 _NUMBERS: Final = Decoder(float_hook=Decimal)
@@ -192,12 +202,16 @@ def find_report(members: Mapping[str, Raw]) -> Report | None:
         usage = _usage_elsewhere(members)
         if usage is None:
             return None
+    return _report_of(usage, decode_text(members["service_tier"]) if "service_tier" in members else None)
+
+
+def _report_of(usage: dict[str, Any], tier: str | None) -> Report:
+    """Return the report in a usage object. `tier`: the service tier that is named beside it."""
     counts: dict[str, int] = {}
     refused: list[RefusedNumber] = []
     _collect(usage, _KINDS, counts, refused)
     has_cost = "cost" in usage or "cost_in_usd_ticks" in usage
     cost_usd = _cost_usd(usage, refused) if has_cost else None
-    tier = decode_text(members["service_tier"]) if "service_tier" in members else None
     if tier is None and "service_tier" in usage:
         named = usage["service_tier"]
         tier = named if isinstance(named, str) else None
@@ -206,6 +220,12 @@ def find_report(members: Mapping[str, Raw]) -> Report | None:
 
 def decode_reply(body: bytes) -> Reply:
     """Decode usage, model and error of a whole answer. Raises UpstreamError if it is no JSON object."""
+    try:
+        usual = _USUAL.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    else:
+        return Reply(_report_of(usual.usage, usual.service_tier), usual.model)
     members = decode_members(body)
     if members is None:
         response = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)

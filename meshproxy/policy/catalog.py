@@ -192,9 +192,9 @@ class Catalog:
         Raises GatewayError `model_not_found` if `model` or a fallback isn't in the catalogue; it names the nearest of
         those that are `allowed`.
         """
-        entry = self._known(model, allowed)
         if not fallbacks:
-            return entry.walk(draw)[:MAX_ATTEMPTS]
+            entry = self._entries.get(model) or self._known(model, allowed)
+            return (entry.fixed or entry.walk(draw))[:MAX_ATTEMPTS]
         return _with_fallbacks([self._known(name, allowed) for name in dict.fromkeys((model, *fallbacks))], draw)
 
     def _known(self, name: str, allowed: Sequence[str] | None) -> CatalogEntry:

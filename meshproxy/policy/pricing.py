@@ -97,7 +97,7 @@ def cost(price: Price, usage: Usage, reported_usd: Decimal | None = None) -> int
         (usage.audio_completion, price.audio_output),
     )
     fee = price.request if usage.prompt or usage.completion else 0
-    return fee + _rounded_up(prompt + completion)
+    return fee - (-(prompt + completion) // TOKENS_PER_PRICE)  # rounded up
 
 
 def billed_price(price: Price, usage: Usage, reported_usd: Decimal | None) -> Price:
@@ -111,7 +111,7 @@ def billed_price(price: Price, usage: Usage, reported_usd: Decimal | None) -> Pr
 def hold_amount(price: Price, prompt_tokens: int, output_tokens: int) -> int:
     """Return the nano-USD that no usage of at most these tokens can exceed: every token at its highest possible price."""
     prompt, output = _dearest(price, prompt_tokens)
-    return price.request + _rounded_up(prompt_tokens * prompt + output_tokens * output)
+    return price.request - (-(prompt_tokens * prompt + output_tokens * output) // TOKENS_PER_PRICE)  # rounded up
 
 
 def affordable_output(price: Price, prompt_tokens: int, amount_nusd: int) -> int:
@@ -168,7 +168,3 @@ def _split(whole: int, price: int, *parts: tuple[int, int]) -> int:
             total += part * part_price
             whole -= part
     return total + whole * price
-
-
-def _rounded_up(millionths_nusd: int) -> int:
-    return -(-millionths_nusd // TOKENS_PER_PRICE)

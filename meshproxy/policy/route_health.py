@@ -34,7 +34,9 @@ class Window:
 
     def add(self, now: float, *, marked: bool) -> None:
         """Count one call."""
-        self.advance(now)
+        if now - self._began >= self._width_s:
+            self._turn(now)
+        self._now = now
         self._younger += 1
         self._younger_marked += marked
 
