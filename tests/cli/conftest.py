@@ -1,9 +1,10 @@
 import asyncio
 import json
+import os
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import redis
@@ -14,6 +15,7 @@ from meshproxy.ledger.connection import connect
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import HoldRequest, Settlement
 from meshproxy.openai.usage import Usage
+from tests.harness.process import MESHPROXY, Program
 
 REQUESTS = [  # as `settle` takes them
     ("acme", "key_1", "a/b", "s1", 1_500_000_000),
@@ -38,12 +40,10 @@ def leaves(path, parser):
 def started(*args, **options):
     """A command as a process of its own, gone at the end."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-m", "meshproxy", *args], **{**pipes, **options})
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with Program(*MESHPROXY, *args, log=Path(os.devnull), **{**pipes, **options}) as program:
+        yield program.process
+        program.end()
+        program.process.communicate()
 
 
 @pytest.fixture

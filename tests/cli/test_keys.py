@@ -94,7 +94,7 @@ def test_list_of_nothing(run, error):
 def test_a_key_is_found_by_id_prefix_and_secret(data):
     key = data("keys", "create", "--account", "acme")
     found = [data("keys", "show", wanted)["id"] for wanted in (key["id"], key["id"][:12], key["key"])]
-    assert found == [key["id"]] * 3
+    assert [key["id"]] * 3 == found
 
 
 def test_an_unknown_secret_is_not_repeated(run):
@@ -217,4 +217,4 @@ def test_list_tells_what_keys_spent(settle, data):
 def test_list_by_pages(data):
     ids = [data("keys", "create", "--account", name)["id"] for name in ("a", "b", "c")]
     pages = [[key["id"] for key in data("keys", "list", "--limit", "2", *after)] for after in ([], ["--after", ids[1]])]
-    assert pages == [ids[:2], ids[2:]]
+    assert [ids[:2], ids[2:]] == pages

@@ -83,8 +83,8 @@ def test_years_ago_are_shown_by_month(settle, data):
     settle(*REQUESTS)
     month = datetime.now(UTC).strftime("%Y-%m")
     rows = data("usage", "--account", "acme", "--by", "day", "--since", "400d")
-    assert {month} == {row["day"][:7] for row in rows}
-    assert 3 == sum(row["requests"] for row in rows)
+    assert {row["day"][:7] for row in rows} == {month}
+    assert sum(row["requests"] for row in rows) == 3
 
 
 def test_a_report_that_takes_long_says_each_second_how_far_it_is():
@@ -93,4 +93,4 @@ def test_a_report_that_takes_long_says_each_second_how_far_it_is():
     progress = Progress(stderr, lambda: next(times))
     for done in (500, 1000, 1500):
         progress(done, 10_000)
-    assert "1,000 of 10,000 accounts ...\n" == stderr.getvalue()
+    assert stderr.getvalue() == "1,000 of 10,000 accounts ...\n"

@@ -3,7 +3,6 @@
 import json
 import queue
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,8 @@ from urllib.parse import quote
 import pytest
 
 from meshproxy.policy.principal import Limits
+from tests.harness.process import Program
+from tests.harness.waiting import wait_until
 
 CLIENTS = Path(__file__).parent / "clients"
 PATIENCE_S = 60.0
@@ -61,12 +62,10 @@ def browse(site, page_port, tmp_path_factory) -> Iterator[Any]:
         whole = quote(json.dumps({"base_url": site.base_url, **places}))
         profile = tmp_path_factory.mktemp("profile")
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"http://{host}:{page_port}/#{whole}"]
-        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            return Pages.seen.get(timeout=PATIENCE_S)
-        finally:
-            browser.terminate()
-            browser.wait(PATIENCE_S)
+        with Program(*command, log=profile / "log") as browser:
+            seen = Pages.seen.get(timeout=PATIENCE_S)
+            browser.stop()
+        return seen
 
     yield browse
     server.shutdown()
@@ -110,10 +109,10 @@ def test_openai_sdk_in_a_page(seen):
     assert True is seen["sdk"]
 
 
-def test_aborted_fetch_frees_the_provider(seen, site, until):
+def test_aborted_fetch_frees_the_provider(seen, site):
     assert True is seen["abort"]
     (slow,) = [entry for entry in site.received if b"sim/slow" in entry.raw_body]
-    until(lambda: slow.ended == "client_closed")
+    wait_until(lambda: slow.ended == "client_closed")
 
 
 def test_other_origins_get_nothing(site, browse):

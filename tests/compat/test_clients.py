@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from meshproxy.policy.principal import Limits
+from tests.harness.waiting import wait_until
 
 FOLDER = Path(__file__).parent / "clients"
 ROOT = Path(__file__).parents[2]
@@ -200,14 +201,14 @@ def test_error(ask, caller, do, status, code, words):
     assert (words in error["message"]) == ask.client.words
 
 
-def test_429_is_waited_for_as_told(ask, caller, until):
+def test_429_is_waited_for_as_told(ask, caller):
     """1.5 s: a client that guesses begins with half of one, and is refused again."""
     limited = caller.site.key(limits=Limits(requests_per_minute=40, burst=1))
     ask("whole", limited.secret, retries=True)
     began = time.monotonic()
     assert "text" in ask("whole", limited.secret, retries=True)
     assert time.monotonic() - began >= WAIT_S - 0.1
-    until(lambda: [200, 429, 200] == caller.site.statuses(limited.account))
+    wait_until(lambda: [200, 429, 200] == caller.site.statuses(limited.account))
     limited.settled()
 
 
@@ -217,19 +218,19 @@ def test_death_in_mid_stream_is_an_error(ask, caller):
     assert "in the middle of its answer" in said["error"]["message"]
 
 
-def test_leaving_a_stream_frees_provider_hold_and_slot(ask, caller, until):
+def test_leaving_a_stream_frees_provider_hold_and_slot(ask, caller):
     """While the client lives on: nothing is freed by its exit."""
     single = caller.site.key(limits=Limits(max_parallel=1))
     assert ask("hang_up", single.secret, model="sim/slow")["text"]
     (entry,) = caller.site.received
-    until(lambda: entry.ended == "client_closed")
+    wait_until(lambda: entry.ended == "client_closed")
     single.settled()
     assert "text" in ask("whole", single.secret)
 
 
-def test_no_second_payment(ask, caller, until):
+def test_no_second_payment(ask, caller):
     """After a 504 the provider may have done the work: the answer says x-should-retry: false."""
     error = ask("whole", caller.secret, model=ask.model("late"), retries=True)["error"]
     assert error["status"] == 504
-    until(lambda: 504 in caller.site.statuses(caller.account))
+    wait_until(lambda: 504 in caller.site.statuses(caller.account))
     assert (len(caller.site.statuses(caller.account)) == 1) == ask.client.obeys

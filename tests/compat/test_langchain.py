@@ -7,6 +7,8 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
+from tests.harness.waiting import wait_until
+
 QUESTION = "Hello there"
 
 
@@ -125,9 +127,9 @@ def test_stream_that_fails_raises(chat):
     assert caught.value.code == "upstream_error"
 
 
-def test_leaving_a_stream_early_frees_the_provider(chat, caller, until):
+def test_leaving_a_stream_early_frees_the_provider(chat, caller):
     stream = chat(model="sim/slow").stream(QUESTION)
     next(stream)
     stream.close()
     (entry,) = caller.site.received
-    until(lambda: entry.ended == "client_closed")
+    wait_until(lambda: entry.ended == "client_closed")

@@ -8,6 +8,8 @@ import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
+from tests.harness.waiting import wait_until
+
 HELLO = [{"role": "user", "content": "Hello there"}]
 
 
@@ -77,7 +79,7 @@ async def test_stream_that_fails_raises(client):
     assert caught.value.code == "upstream_error"
 
 
-async def test_cancelled_task_frees_the_provider(client, caller, until):
+async def test_cancelled_task_frees_the_provider(client, caller):
     begun = asyncio.Event()
 
     async def listen() -> None:
@@ -89,14 +91,14 @@ async def test_cancelled_task_frees_the_provider(client, caller, until):
     task.cancel()
     await asyncio.wait([task])
     (entry,) = caller.site.received
-    await asyncio.to_thread(until, lambda: entry.ended == "client_closed")
+    await asyncio.to_thread(wait_until, lambda: entry.ended == "client_closed")
 
 
-async def test_cancelled_before_an_answer_frees_the_provider(client, caller, until):
+async def test_cancelled_before_an_answer_frees_the_provider(client, caller):
     task = asyncio.create_task(client.chat.completions.create(model="sim/stall-head", messages=HELLO))
-    await asyncio.to_thread(until, lambda: bool(caller.site.received))
+    await asyncio.to_thread(wait_until, lambda: bool(caller.site.received))
     task.cancel()
     await asyncio.wait([task])
     (entry,) = caller.site.received
-    await asyncio.to_thread(until, lambda: entry.ended == "client_closed")
+    await asyncio.to_thread(wait_until, lambda: entry.ended == "client_closed")
     assert (await asyncio.to_thread(caller.settled)).settled_nusd == 9 * 2_500  # the prompt, which the provider bills

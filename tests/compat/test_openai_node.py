@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from meshproxy.policy.principal import Limits
+from tests.harness.waiting import wait_until
 
 NODE_DIR = Path(__file__).parent / "clients" / "node"
 PACKAGES = ["openai-v4", "openai-v6", "openai-v7"]
@@ -146,11 +147,11 @@ def test_no_retry_where_it_would_pay_twice(run):
     assert run.seen["no_second_payment"] == {"status": 504, "sent": 1}
 
 
-def test_leaving_a_stream_early_frees_the_provider(run, until):
+def test_leaving_a_stream_early_frees_the_provider(run):
     assert True is run.seen["abort"]
-    until(lambda: run.entry_of("aborted").ended == "client_closed")
+    wait_until(lambda: run.entry_of("aborted").ended == "client_closed")
 
 
-def test_client_that_runs_out_of_patience(run, until):
+def test_client_that_runs_out_of_patience(run):
     assert run.seen["timeout"]["name"] == "APIConnectionTimeoutError"
-    until(lambda: run.entry_of("timed-out").ended == "client_closed")
+    wait_until(lambda: run.entry_of("timed-out").ended == "client_closed")

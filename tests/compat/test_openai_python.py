@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
+from tests.harness.waiting import wait_until
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 WEATHER = {
@@ -360,7 +361,7 @@ def test_with_an_idempotency_key_the_sdk_asks_until_the_answer_is_there(client, 
     assert parse_usd(raw.headers["x-mesh-cost"]) == caller.settled().settled_nusd
 
 
-def test_repeats_of_a_running_request_keep_their_own_timeout(client, caller, until):
+def test_repeats_of_a_running_request_keep_their_own_timeout(client, caller):
     """The provider needs two seconds. Who gives it 0.2 is told so each time, until the answer is there, which is charged once."""
 
     def ask() -> int:
@@ -376,7 +377,7 @@ def test_repeats_of_a_running_request_keep_their_own_timeout(client, caller, unt
         return 200
 
     assert [ask(), ask()] == [504, 504]
-    until(lambda: ask() == 200)
+    wait_until(lambda: ask() == 200)
     assert len(caller.site.received) == 1
 
 
@@ -389,17 +390,17 @@ def test_stream_that_fails_raises(client, model):
     assert stream.response.headers["x-request-id"] == caught.value.body["request_id"]
 
 
-def test_closing_a_stream_frees_the_provider(client, caller, until):
+def test_closing_a_stream_frees_the_provider(client, caller):
     stream = client.chat.completions.create(model="sim/slow", messages=HELLO, stream=True)
     next(iter(stream))
     stream.close()
     (entry,) = caller.site.received
-    until(lambda: entry.ended == "client_closed")
+    wait_until(lambda: entry.ended == "client_closed")
     assert entry.tokens < 5
 
 
-def test_client_that_runs_out_of_patience(client, caller, until):
+def test_client_that_runs_out_of_patience(client, caller):
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.2).chat.completions.create(model="sim/stall", messages=HELLO)
     (entry,) = caller.site.received
-    until(lambda: entry.ended == "client_closed")
+    wait_until(lambda: entry.ended == "client_closed")

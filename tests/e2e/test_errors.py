@@ -269,7 +269,7 @@ async def test_through_the_sdk(case, refusing):
     assert error.request_id == error.body["request_id"]
     assert error.request_id.startswith("req_")
     assert error.body["message"] in error.message
-    assert case.asked == len(refusing.received)
+    assert len(refusing.received) == case.asked
 
 
 async def test_the_provider_is_quoted_about_the_request(mesh):

@@ -43,7 +43,7 @@ async def pair(start_mesh, providers):
         return {"kind": "openai", "base_url": url}
 
     mesh = await start_mesh(
-        upstreams={"one": upstream(first.url), "two": upstream(second.url)},
+        upstreams={"one": upstream(first.base_url), "two": upstream(second.base_url)},
         models={"m": model("one", "x", "two", "x"), "first": model("one", "x"), "second": model("two", "x")},
     )
     return mesh, first, second
@@ -56,7 +56,7 @@ async def test_a_refusal_of_the_request_is_told_as_the_provider_said_it(pair):
     error = answer.error
     expected = (400, "context_length_exceeded", "messages", "context_length_exceeded", TOO_LONG)
     told = (answer.status, error["code"], error["param"], error["provider_code"], error["provider_error"])
-    assert (told, second.asked) == (expected, [])
+    assert (told, second.bodies) == (expected, [])
     assert error["message"] == TOO_LONG["error"]["message"]
 
 
@@ -64,7 +64,7 @@ async def test_what_was_flagged_is_not_asked_elsewhere(pair):
     mesh, first, second = pair
     first.answers(403, FLAGGED)
     answer = await mesh.chat(await mesh.key(), model="m", models=["second"])
-    assert (answer.status, answer.error["message"], second.asked) == (403, "Your input was flagged", [])
+    assert (answer.status, answer.error["message"], second.bodies) == (403, "Your input was flagged", [])
 
 
 async def test_a_refusal_of_our_account_is_asked_elsewhere(pair):
@@ -79,13 +79,13 @@ async def test_another_model_is_asked_for_what_only_this_one_refuses(pair, body,
     mesh, first, second = pair
     first.answers(400, body)
     answer = await mesh.chat(await mesh.key(), model="first", models=["second"])
-    assert (answer.status, len(second.asked)) == expected
+    assert (answer.status, len(second.bodies)) == expected
 
 
 async def test_the_refusal_is_told_and_not_the_last_failure(start_mesh, providers):
     first = (await providers()).answers(400, TOO_LONG)
     mesh = await start_mesh(
-        upstreams={"one": {"kind": "openai", "base_url": first.url}},
+        upstreams={"one": {"kind": "openai", "base_url": first.base_url}},
         models={"first": model("one", "x"), "gone": model("refused", "x")},
     )
     answer = await mesh.chat(await mesh.key(), model="first", models=["gone"])
@@ -105,7 +105,7 @@ async def test_no_secret_of_ours_is_told_wherever_the_provider_says_it(start_mes
     first = await providers()
     secret = "upstream-secret-9"
     first.answers(400, {"error": {"message": f"What is {secret}?", "param": secret, "code": secret, "x": [secret]}})
-    upstream = {"kind": "openai", "base_url": first.url, "headers": {"api-key": secret}}
+    upstream = {"kind": "openai", "base_url": first.base_url, "headers": {"api-key": secret}}
     mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
     with structlog.testing.capture_logs() as lines:
         answer = await mesh.chat(await mesh.key(), model="m")
@@ -276,16 +276,16 @@ async def test_what_cannot_be_read_is_told_and_opens_no_breaker(pair, body, head
     for _ in range(11):
         answer = await mesh.chat(caller, model="first", stream=stream)
     error = answer.error if answer.status != 200 else answer.events[-1]["error"]
-    assert (error["code"], len(first.asked)) == ("upstream_error", 11)
+    assert (error["code"], len(first.bodies)) == ("upstream_error", 11)
 
 
 async def test_an_answer_too_large_to_keep_opens_no_breaker(start_mesh, providers):
     first = (await providers()).answers(200, OK)
-    upstream = {"kind": "openai", "base_url": first.url, "max_response_bytes": 100}
+    upstream = {"kind": "openai", "base_url": first.base_url, "max_response_bytes": 100}
     mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
     caller = await mesh.key()
     assert [(await mesh.chat(caller, model="m")).status for _ in range(11)] == [502] * 11
-    assert len(first.asked) == 11
+    assert len(first.bodies) == 11
 
 
 # Silence.
@@ -298,7 +298,7 @@ async def silent_pair(start_mesh, providers):
     second.answers(200, STREAM, content_type="text/event-stream")
     mesh = await start_mesh(
         server={"heartbeat_s": 0.05},
-        upstreams={name: {"kind": "openai", "base_url": p.url} for name, p in (("one", first), ("two", second))},
+        upstreams={name: {"kind": "openai", "base_url": p.base_url} for name, p in (("one", first), ("two", second))},
         models={"m": model("one", "x", "two", "x"), "first": model("one", "x")},
     )
     return mesh, first, second
@@ -365,7 +365,7 @@ async def test_a_client_that_hangs_up_on_pings_leaves_nothing(silent_pair):
 
 async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(start_mesh, providers):
     first = (await providers()).answers(200, OK, delay_s=0.5)
-    upstream = {"kind": "openai", "base_url": first.url, "on_disconnect": "drain"}
+    upstream = {"kind": "openai", "base_url": first.base_url, "on_disconnect": "drain"}
     mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
     caller = await mesh.key()
     answer = await mesh.chat(caller, model="m", headers={"x-stainless-read-timeout": "0.1"})

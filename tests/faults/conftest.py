@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import msgspec
 import pytest
 import trustme
 import uvloop
 from structlog.testing import capture_logs
 
 from tests.faults.phases import SCRIPTS
-from tests.faults.proxy import FaultProxy
 from tests.faults.table import OUTCOMES, SECURED, Case, expected_of
-from tests.faults.teller import Teller
 from tests.harness.books import Caller
-from tests.harness.clients import HELLO
+from tests.harness.clients import chat_bytes, said
 from tests.harness.mesh import Mesh, StartMesh, model
+from tests.harness.provider import Teller
+from tests.harness.proxy import FaultProxy
+from tests.harness.waiting import PATIENCE_S, until_equal
 
 SHORT_S = 0.2  # the gateway's time-outs where a case comes down to one, and the life of a hold that nobody settles
 MAX_HEAR_S = 20.0
-PATIENCE_S = 10.0
 OURS_TO_MEND = ("task_failed", "bug", "handler failed")  # docs/operations.md
 
 
@@ -57,23 +56,10 @@ class Stage:
         self, model: str = "", *, stream: bool, client_timeout_s: float = PATIENCE_S, caller: Caller | None = None
     ) -> bytes:
         """What comes back for a request until the connection ends, or patience does. A stream's events come one by one."""
-        model = model or ("paced" if stream else "brisk")
-        body = msgspec.json.encode({"messages": HELLO, "model": model, "stream": stream})
-        lines = [f"{name}: {value}" for name, value in {**self.headers, **(caller or self.caller).auth}.items()]
-        lines += ["host: mesh", "connection: close", f"content-length: {len(body)}", "content-type: application/json"]
-        head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", *lines, "\r\n"])
-        got = b""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.wires["client"].port)
-        try:
-            writer.write(head.encode() + body)
-            async with asyncio.timeout(client_timeout_s):
-                while data := await reader.read(65_536):
-                    got += data
-        except (TimeoutError, ConnectionError):
-            pass
-        finally:
-            writer.transport.abort()
-        return got
+        lines = [f"{name}: {value}" for name, value in self.headers.items()]
+        fields = {"model": model or ("paced" if stream else "brisk"), "stream": stream}
+        asked = chat_bytes((caller or self.caller).auth, *lines, "Connection: close", **fields)
+        return await said("127.0.0.1", self.wires["client"].port, asked, client_timeout_s)
 
     def held(self) -> dict[str, int]:
         """How much there is of everything that must not grow."""
@@ -94,18 +80,8 @@ class Stage:
         await self.mesh.until(lambda: self.mesh.worker.store.connected)
         for provider in self.mesh.worker.gateway.active.providers.values():
             provider.retire()
-        deadline = asyncio.get_running_loop().time() + PATIENCE_S
-        while (held := self.held()) != before and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.005)
-        assert {name: count for name, count in held.items() if count > before[name]} == {}
+        await until_equal(lambda: {name: count for name, count in self.held().items() if count > before[name]}, {})
         assert [line for line in self.said if line["event"] in OURS_TO_MEND] == []
-
-    async def until(self, expected: Any, look: Any) -> None:
-        """Return when it looks as expected; fail with the difference if it doesn't come to that."""
-        deadline = asyncio.get_running_loop().time() + PATIENCE_S
-        while (seen := look()) != expected and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.005)
-        assert seen == expected
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 from meshproxy.ledger.records import key_record
 from meshproxy.ledger.store import Script
-from tests.faults.proxy import GatewayError, Position
+from tests.harness.clients import length_in
+from tests.harness.proxy import GatewayError, Position
 
 HEAD_END = b"\r\n\r\n"
 WAITING = "waiting for the answer"  # struck when the provider has the request, wherever the bytes are
@@ -10,11 +11,6 @@ THEN = "as soon as that has struck"  # of a second fault
 IDLE = "idle in the pool"  # struck before the request
 SCRIPTS = {name: Script.load(name) for name in ("admit", "renew", "settle")}
 MARKS = {"look-up": key_record("").encode()} | {name: script.sha.encode() for name, script in SCRIPTS.items()}
-
-
-def length_in(head: bytes) -> int:
-    """The content-length of a head that has one."""
-    return int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
 
 
 def behind_head(more: int) -> Position:

@@ -3,9 +3,11 @@
 import asyncio
 import json
 
-from tests.faults.conftest import PATIENCE_S, SHORT_S
-from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING, length_in
+from tests.faults.conftest import SHORT_S
+from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING
 from tests.faults.table import GENTLE, Outcome
+from tests.harness.clients import length_in
+from tests.harness.waiting import PATIENCE_S
 
 PROMPT_NUSD = 22_500  # its 9 tokens, where nobody reports them
 FULL_NUSD = 255_000  # 6 tokens of prompt and 24 of output

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from tests.faults.phases import IDLE, THEN, WAITING
-from tests.faults.proxy import MODES, TLS_MODES
+from tests.harness.proxy import MODES, TLS_MODES
 
 GENTLE = ("delay", "drip")
 SHAPES = ("unary", "stream")

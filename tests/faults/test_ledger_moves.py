@@ -12,9 +12,9 @@ import redis
 from redis.crc import key_slot
 
 from tests.faults.play import FULL_NUSD
-from tests.faults.teller import EVENTS, Teller, answer
 from tests.harness.mesh import model
 from tests.harness.process import Valkey, free_port
+from tests.harness.provider import EVENTS, Teller, framed
 from tests.harness.waiting import until
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))
@@ -48,7 +48,7 @@ async def sentinel(start):
         config=f"sentinel monitor mymaster 127.0.0.1 {master.port} 1\nsentinel down-after-milliseconds mymaster {DEAD_MS}\n"
         "sentinel failover-timeout mymaster 3000\n",
     )
-    await until(lambda: watcher.admin.sentinel_masters()["mymaster"]["num-slaves"] == 1)
+    await until(lambda: watcher.admin.sentinel_masters()["mymaster"]["num-slaves"] == 1, not_yet=redis.RedisError)
     return master, replica, f"redis+sentinel://127.0.0.1:{watcher.port}/mymaster/0"
 
 
@@ -64,9 +64,9 @@ async def cluster(start):
     slot = key_slot(ACCOUNT.encode())
     master = next(node for node, (_, last) in zip(nodes, RANGES, strict=False) if slot <= last)
     name = master.admin.execute_command("CLUSTER MYID")
-    await until(lambda: nodes[3].admin.execute_command("CLUSTER", "REPLICATE", name))
-    await until(lambda: all(map(is_whole, nodes)))
-    await until(lambda: nodes[3].admin.info("replication")["master_link_status"] == "up")
+    await until(lambda: nodes[3].admin.execute_command("CLUSTER", "REPLICATE", name), not_yet=redis.RedisError)
+    await until(lambda: all(map(is_whole, nodes)), not_yet=redis.RedisError)
+    await until(lambda: nodes[3].admin.info("replication")["master_link_status"] == "up", not_yet=redis.RedisError)
     return master, nodes[3], "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes)
 
 
@@ -79,7 +79,7 @@ def is_whole(node):
 @pytest.fixture
 async def tellers():
     """Providers of a stream whose end they keep for later."""
-    told = answer(EVENTS, "chunks", stream=True)
+    told = framed(EVENTS, "chunks", stream=True)
     middle = told.index(EVENTS[1])
     tellers = {"ends-before": Teller(), "ends-after": Teller()}
     for teller in tellers.values():
@@ -103,7 +103,7 @@ async def test_streams_settle_once_on_the_next_master(ledger, start, start_mesh,
     asked = [asyncio.create_task(mesh.stream(caller, model=name)) for name in tellers]
     await mesh.until(lambda: all(teller.told for teller in tellers.values()))
     written = master.admin.info("replication")["master_repl_offset"]
-    await until(lambda: replica.admin.info("replication")["slave_repl_offset"] >= written)
+    await until(lambda: replica.admin.info("replication")["slave_repl_offset"] >= written, not_yet=redis.RedisError)
     master.kill()
     await until(lambda: not mesh.worker.store.connected)
     tellers["ends-before"].go.set()

@@ -7,8 +7,8 @@ import pytest
 from tests.faults.conftest import Terms
 from tests.faults.play import heard, outcomes
 from tests.faults.table import OUTCOMES, Outcome
-from tests.faults.teller import EVENTS, REPLY, answer
 from tests.harness.mesh import model
+from tests.harness.provider import EVENTS, REPLY, framed
 
 CUTS_OF_A_ROUTE = 9  # a route's tenth failure in a row opens its breaker
 ENDS = OUTCOMES | {
@@ -20,7 +20,7 @@ ENDS = OUTCOMES | {
 @pytest.fixture
 def told(shape, framing):
     stream = shape == "stream"
-    return answer(EVENTS if stream else [json.dumps(REPLY).encode()], framing, stream=stream)
+    return framed(EVENTS if stream else [json.dumps(REPLY).encode()], framing, stream=stream)
 
 
 @pytest.fixture

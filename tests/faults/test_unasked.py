@@ -10,10 +10,10 @@ import pytest
 from tests.faults.conftest import Terms
 from tests.faults.phases import HEAD_END
 from tests.faults.play import heard, outcomes
-from tests.faults.proxy import beneath
 from tests.faults.table import OUTCOMES
-from tests.faults.teller import answer
 from tests.harness.mesh import model
+from tests.harness.provider import framed
+from tests.harness.proxy import beneath
 
 UNENDING = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ntransfer-encoding: chunked" + HEAD_END
 FAILED = b'data: {"error": {"message": "no", "code": 500}}\n\n'
@@ -60,12 +60,12 @@ async def test_a_client_that_goes_before_the_first_event_ends_the_attempt(stage,
 async def test_what_an_idle_connection_brings_is_nobodys_answer(how, stage, teller):
     """Also in the turn in which the next request takes it, before the loop has looked at the socket."""
     provider = stage.mesh.worker.gateway.active.providers["teller"]
-    teller.says, teller.ends = [answer([b"first"], "length", stream=False)], "silence"
+    teller.says, teller.ends = [framed([b"first"], "length", stream=False)], "silence"
     assert await (await provider.post("/x", (), b"{}")).read() == b"first"
-    teller.says = [answer([b"second"], "length", stream=False)]
+    teller.says = [framed([b"second"], "length", stream=False)]
     with await beneath(teller.writers[0]) as wire:
         if how == "an answer":
-            wire.send(answer([b"unasked"], "length", stream=False))
+            wire.send(framed([b"unasked"], "length", stream=False))
         else:
             wire.shutdown(socket.SHUT_WR)
         assert await (await provider.post("/x", (), b"{}")).read() == b"second"

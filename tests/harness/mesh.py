@@ -24,6 +24,7 @@ from meshproxy.simulator.delivery import ReceivedRequest
 from meshproxy.simulator.stream import CUTTING_FAULTS
 from tests.harness.books import Books, Caller
 from tests.harness.clients import CHAT, HELLO, Answer
+from tests.harness.process import Tables
 from tests.harness.waiting import PATIENCE_S, until
 
 STATUSES = (400, 401, 402, 403, 404, 408, 409, 413, 418, 422, 429, 500, 502, 503, 504, 529)
@@ -205,10 +206,15 @@ async def serving(
 
 
 def settings_for(redis_url: str, provider_url: str, **tables: Any) -> Settings:
+    """The settings of `tables_for`."""
+    return msgspec.convert(tables_for(redis_url, provider_url, **tables), Settings)
+
+
+def tables_for(redis_url: str, provider_url: str, **tables: Any) -> Tables:
     """Every fault of the simulator is a model by its own name, of eight tokens; `models` and other tables are added. Streams
     that are cut off are slow enough for a client to have seen their beginning.
     """
-    usual: dict[str, Any] = {
+    usual: Tables = {
         "redis": {"url": redis_url},
         "defaults": {"model": "openai/gpt-4o"},
         "upstreams": {
@@ -226,7 +232,7 @@ def settings_for(redis_url: str, provider_url: str, **tables: Any) -> Settings:
     }
     for name, table in tables.items():
         usual[name] = {**usual.get(name, {}), **table}
-    return msgspec.convert(usual, Settings)
+    return usual
 
 
 def model(*route: str, **fields: Any) -> dict[str, Any]:

@@ -175,6 +175,15 @@ class Gateway:
     def admin(self) -> str:
         return f"http://{self.server['admin_listen']}"
 
+    def connect(self, receive_buffer: int | None = None) -> socket.socket:
+        """A blocking connection."""
+        client = socket.socket()
+        client.settimeout(PATIENCE_S)
+        if receive_buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect(self.address)
+        return client
+
     def launch(self, **options: Any) -> None:
         """Begin to start it. `env` adds to the environment."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MESHPROXY")}

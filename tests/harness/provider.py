@@ -1,6 +1,7 @@
-"""A provider over TCP that plays what a case says: a stream of events, a whole answer, or one that obeys a cap.
+"""Providers over TCP. `Provider` plays what a case says: a stream of events, a whole answer, or one that obeys a cap. `Teller`
+says given bytes, a part at a time.
 
-One server plays for every case: `/PLAYER/v1/chat/completions` is the URL of the player with that name. What a case repeats
+One `Provider` plays for every case: `/PLAYER/v1/chat/completions` is the URL of the player with that name. What a case repeats
 (`$of`, `$times`) is expanded when it is asked for, and each event of a repetition is encoded once.
 """
 
@@ -9,12 +10,16 @@ import gzip
 import itertools
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from email.utils import formatdate
 from time import time
 from typing import Any
+
+from tests.harness.clients import length_in
+from tests.harness.proxy import cut_short
 
 CHUNK = {"id": "chatcmpl-7", "object": "chat.completion.chunk", "created": 1764000000, "model": "up-model"}
 CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -213,3 +218,77 @@ class Provider:
             return
         player.bodies.append(body)
         await player.play(body, reader, writer)
+
+
+USAGE = {"prompt_tokens": 6, "completion_tokens": 24, "total_tokens": 30}
+REPLY = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}}], "usage": USAGE}
+CHOICES = ({"delta": {"content": "Hel"}}, {"delta": {"content": "lo"}}, {"delta": {}, "finish_reason": "stop"})
+CHUNKS = [{"choices": [{"index": 0, **choice}]} for choice in CHOICES] + [{"choices": [], "usage": USAGE}]
+EVENTS = [b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in CHUNKS] + [b"data: [DONE]\n\n"]
+
+
+def framed(payloads: list[bytes], framing: str, *, stream: bool) -> bytes:
+    """A whole answer: in chunks, of a length that is told, or to the end of the connection."""
+    kind = b"text/event-stream" if stream else b"application/json"
+    head, body = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n" % kind, b"".join(payloads)
+    if framing == "chunks":
+        coded = b"".join(b"%x\r\n%b\r\n" % (len(payload), payload) for payload in [*payloads, b""])
+        return head + b"transfer-encoding: chunked\r\n\r\n" + coded
+    return head + (b"content-length: %d" % len(body) if framing == "length" else b"x: y") + b"\r\n\r\n" + body
+
+
+class Teller:
+    """Answers each request with the same bytes, on a port of its own. `says`: the parts, after `delay_s` and each but the first
+    when `go` is set. `ends`: "goodbye" (an orderly close), "cut" (without TLS's part of one) or "silence". `bodies`: what it
+    was sent; `told`: how many parts it has said.
+    """
+
+    def __init__(self) -> None:
+        self.says: list[bytes] = []
+        self.ends = "goodbye"
+        self.go = asyncio.Event()
+        self.delay_s = 0.0
+        self.told = 0
+        self.bodies: list[Any] = []
+        self.writers: list[asyncio.StreamWriter] = []
+
+    def answers(self, status: int, body: Any, delay_s: float = 0.0, **headers: str) -> "Teller":
+        """Answer so from now on: with JSON, or with text or bytes, that ends with the connection. Underscores in names of headers
+        stand for hyphens; an empty one is left out.
+        """
+        told = {"content-type": "application/json", "connection": "close"}
+        told |= {name.replace("_", "-"): value for name, value in headers.items()}
+        lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in told.items() if value), "\r\n"]
+        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.says, self.delay_s = ["\r\n".join(lines).encode() + payload], delay_s
+        return self
+
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
+        self._server = await asyncio.start_server(self._tell, "127.0.0.1", 0, ssl=tls)
+        scheme = "http" if tls is None else "https"
+        self.base_url = f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+
+    def close(self) -> None:
+        self._server.close()
+        for writer in self.writers:
+            writer.transport.abort()
+
+    async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
+        try:
+            body = await reader.readexactly(length_in(await reader.readuntil(b"\r\n\r\n")))
+            self.bodies.append(json.loads(body))
+            await asyncio.sleep(self.delay_s)
+            for number, part in enumerate(self.says):
+                if number:
+                    await self.go.wait()
+                writer.write(part)
+                self.told += 1
+            if self.ends == "cut":
+                await cut_short(writer)
+            if self.ends != "goodbye":
+                await reader.read()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()

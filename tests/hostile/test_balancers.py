@@ -5,7 +5,6 @@ The corpus goes through each; its log of what it sent on is compared with what t
 
 import asyncio
 import json
-import shutil
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,10 +14,11 @@ import pytest
 
 from meshproxy.policy.principal import Limits
 from meshproxy.telemetry.exposition import decode
+from tests.harness.process import Program, program
+from tests.harness.waiting import until
 from tests.hostile.corpus import BODY, CASES, END
 
 PATIENCE_S = 10.0
-USUAL = ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin"]
 CLOSED_S = 0.3  # by then a balancer has answered what it will; some wait for more of a body
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
 MESSAGES = json.loads(BODY)["messages"]
@@ -112,10 +112,7 @@ class Balancer:
         statuses: Counter[str] = Counter()
         async with asyncio.timeout(PATIENCE_S):
             while True:
-                line = self._log.readline()
-                if not line:
-                    await asyncio.sleep(0.001)
-                    continue
+                line = await until(self._log.readline, "its log", poll_s=0.001)
                 status, _, rest = line.partition(" ")
                 if rest == "mesh /flush\n":
                     return statuses
@@ -156,23 +153,11 @@ async def _counted(mesh) -> Counter[str]:
 
 
 @asynccontextmanager
-async def _running(program, config, options, mesh, directory) -> AsyncIterator[Balancer]:
-    path = shutil.which(program) or shutil.which(program, path=":".join(USUAL))
-    if path is None:
-        pytest.skip(f"{program} is not installed")
+async def _running(name, config, options, mesh, directory) -> AsyncIterator[Balancer]:
+    path = program(name)
     socket, file = directory / "socket", directory / "config"
     file.write_text(config.format(host=mesh.host, port=mesh.port, socket=socket, directory=directory, options=options))
-    flags = ["-db", "-f", str(file)] if program == "haproxy" else ["-c", str(file)]
-    log = directory / "log"
-    with log.open("wb") as stdout:
-        process = await asyncio.create_subprocess_exec(path, *flags, stdout=stdout, stderr=asyncio.subprocess.STDOUT)
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not socket.exists() and process.returncode is None:
-                await asyncio.sleep(0.01)
-        assert process.returncode is None, log.read_text()
-        yield Balancer(socket, log)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    flags = ["-db", "-f", str(file)] if name == "haproxy" else ["-c", str(file)]
+    with Program(path, *flags, log=directory / "log") as running:
+        await running.until(socket.exists)
+        yield Balancer(socket, running.log)

@@ -4,6 +4,7 @@ measured here, in a process of the gateway's own.
 
 import asyncio
 import json
+import resource
 import socket
 import statistics
 import time
@@ -12,13 +13,12 @@ import pytest
 
 from meshproxy.ledger.replays import FAILED_TTL_MS
 from meshproxy.policy.principal import Limits
-from tests.harness.clients import HELLO
+from tests.harness.clients import answers_in, chat_bytes
 from tests.harness.mesh import model
+from tests.harness.waiting import until
 from tests.hostile.corpus import END, LENGTH, request
-from tests.hostile.wire import answers_in
 
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
-PATIENCE_S = 20.0
 MEASURED = {"sim/long": model("sim", "sim/fast?tokens=10000"), "sim/paced": model("sim", "sim/plain?tokens=60&tps=50")}
 
 IDLE_BYTES = 24_576  # of a connection without a request
@@ -33,12 +33,12 @@ async def test_what_an_idle_connection_costs(alone, measured):
     with gateway.connect() as first:
         first.sendall(END)
         first.recv(1000)
-    before = gateway.rss_bytes
+    before = gateway.program.rss_bytes
     clients = [gateway.connect() for _ in range(count)]
     for client in clients[::2]:  # half of them have had a request
         client.sendall(END.replace(b"close", b"keep-alive"))
         assert client.recv(1000).startswith(b"HTTP/1.1 404")
-    each = (gateway.rss_bytes - before) / count
+    each = (gateway.program.rss_bytes - before) / count
     measured(f"an idle connection: {each:.0f} bytes")
     assert each < IDLE_BYTES
     for client in clients:
@@ -49,13 +49,13 @@ async def test_what_a_stream_costs_whose_client_does_not_read(alone, mesh, measu
     gateway = await alone(models=MEASURED, server={"header_timeout_s": 60})  # they send one after the other
     caller = await mesh.key(credit="1000", limits=FREE)
     count = 50
-    before = gateway.rss_bytes
+    before = gateway.program.rss_bytes
     clients = [gateway.connect(receive_buffer=4096) for _ in range(count)]
     for client in clients:
         client.sendall(_chat(caller, model="sim/long", stream=True))
         assert (await asyncio.to_thread(client.recv, 12, socket.MSG_PEEK)).startswith(b"HTTP/1.1 200")
-    await _settled(lambda: gateway.rss_bytes)
-    each = (gateway.rss_bytes - before) / count
+    await _settled(lambda: gateway.program.rss_bytes)
+    each = (gateway.program.rss_bytes - before) / count
     measured(f"a stream that isn't read: {each:.0f} bytes")
     assert each < STOPPED_BYTES
     for client in clients:
@@ -103,13 +103,14 @@ async def test_requests_in_a_row_are_answered_in_a_row(mesh):
 
 
 async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh, measured):
-    gateway = await alone(descriptors=64, server={"header_timeout_s": 60})
+    gateway = await alone(server={"header_timeout_s": 60})
+    resource.prlimit(gateway.program.pid, resource.RLIMIT_NOFILE, (64, 64))
     clients = [gateway.connect() for _ in range(200)]
-    began = gateway.cpu_s
+    began = gateway.program.cpu_s
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):
             await asyncio.Event().wait()
-    spent_s = gateway.cpu_s - began
+    spent_s = gateway.program.cpu_s - began
     measured(f"a second without descriptors: {spent_s:.2f} s of CPU")
     assert spent_s < 0.3
     for client in clients:
@@ -120,14 +121,13 @@ async def test_without_descriptors_the_listener_waits_and_goes_on(alone, mesh, m
         assert (await asyncio.to_thread(client.recv, 12)).startswith(b"HTTP/1.1 200")
 
 
-def _chat(caller, **fields) -> bytes:
-    body = json.dumps({"model": "sim/plain", "messages": HELLO, **fields}).encode()
-    return request(b"Content-Length: %d" % len(body), body=body).replace(b"KEY", caller.secret.encode())
+def _chat(caller, *lines, **fields) -> bytes:
+    return chat_bytes(caller.auth, *lines, **{"model": "sim/plain", **fields})
 
 
 async def _gaps(gateway, caller) -> list[float]:
     """The times between the events of a stream."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    reader, writer = await asyncio.open_connection(*gateway.address)
     writer.write(_chat(caller, model="sim/paced", stream=True))
     clock = time.perf_counter
     await reader.readuntil(b"data: ")
@@ -144,8 +144,8 @@ async def _refused(gateway, caller) -> float:
     """How long a refusal took, the connection included."""
     clock = time.perf_counter
     began = clock()
-    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-    writer.write(_chat(caller).replace(b"Host:", b"Connection: close\r\nHost:"))
+    reader, writer = await asyncio.open_connection(*gateway.address)
+    writer.write(_chat(caller, "Connection: close"))
     ((status, headers, _),) = answers_in(await reader.read(-1))
     writer.close()
     assert (status, headers["retry-after"]) == (503, "1")
@@ -154,10 +154,13 @@ async def _refused(gateway, caller) -> float:
 
 async def _settled(measure) -> None:
     """Return when a measure stays what it is."""
-    async with asyncio.timeout(PATIENCE_S):
-        before = -1
-        while before != (before := measure()):
-            await asyncio.sleep(0.3)
+    seen = [-1]
+
+    def stays():
+        seen.append(measure())
+        return seen[-1] == seen[-2]
+
+    await until(stays, "it to stay", poll_s=0.3)
 
 
 async def test_a_template_larger_than_any_may_be_is_not_taken_apart(mesh):
@@ -201,7 +204,18 @@ async def test_what_a_refused_request_leaves_in_redis(mesh, measured, fields, cr
     assert each < 1024
     for name in await store.execute("KEYS", f"mesh:{{{caller.account}}}:*"):
         kind = name.rpartition(b"}:")[2].partition(b":")[0]
-        if kind not in {b"credit", b"record", b"keys", b"usage", b"grants", b"grant", b"spend", b"refs"}:
+        if kind not in {
+            b"credit",
+            b"record",
+            b"keys",
+            b"usage",
+            b"grants",
+            b"grant",
+            b"spend",
+            b"refs",
+            b"hours",
+            b"month",
+        }:
             assert await store.execute("PTTL", name) > 0, name  # the others are few, or have a largest size
 
 

@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from meshproxy.policy.principal import Limits
-from tests.harness.clients import HELLO
+from tests.harness.clients import chat_bytes
 from tests.harness.mesh import model
+from tests.harness.waiting import until
 from tests.hostile.corpus import request
 
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
@@ -35,7 +36,7 @@ class Neighbour:
         self.events = 0
 
     async def stream(self):
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._gateway.port)
+        reader, writer = await asyncio.open_connection(*self._gateway.address)
         writer.write(chat(self._caller, model="sim/paced", stream=True))
         try:
             self.statuses.add(int((await reader.readuntil(b"\r\n\r\n")).split()[1]))
@@ -46,7 +47,7 @@ class Neighbour:
             writer.close()
 
     async def ask(self):
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._gateway.port)
+        reader, writer = await asyncio.open_connection(*self._gateway.address)
         head = b"GET /v1/key HTTP/1.1\r\nHost: m\r\nAuthorization: Bearer %b\r\n\r\n" % self._caller.secret.encode()
         try:
             while True:
@@ -74,23 +75,20 @@ def unharmed(measured):
     async def watch(gateway, caller):
         neighbour = Neighbour(gateway, caller)
         tasks = [asyncio.create_task(work) for work in (neighbour.stream(), neighbour.ask())]
-        while neighbour.events < 10:
-            await asyncio.sleep(LOOK_S)
-        before = most = gateway.rss_bytes
+        await until(lambda: neighbour.events >= 10, "its stream")
+        before = most = gateway.program.rss_bytes
 
         async def look():
             nonlocal most
             while True:
-                most = max(most, gateway.rss_bytes)
+                most = max(most, gateway.program.rss_bytes)
                 await asyncio.sleep(LOOK_S / 4)
 
         tasks.append(asyncio.create_task(look()))
         try:
             yield neighbour
             seen = neighbour.events
-            async with asyncio.timeout(10):
-                while neighbour.events < seen + 5:
-                    await asyncio.sleep(LOOK_S)
+            await until(lambda: neighbour.events >= seen + 5, "more of its stream", 10)
         finally:
             for task in tasks:
                 task.cancel()
@@ -122,7 +120,7 @@ async def test_requests_without_end_whose_answers_nobody_reads(alone, mesh, unha
     caller = await mesh.key(credit="1000", limits=FREE)
     many = one * 2000
     async with unharmed(gateway, caller):
-        clients = [await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024) for _ in range(50)]
+        clients = [await asyncio.open_connection(*gateway.address, limit=1024) for _ in range(50)]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(4):
                 await asyncio.gather(*(flood(writer, many) for _, writer in clients))
@@ -138,8 +136,7 @@ async def flood(writer, data):
 
 
 def chat(caller, *lines, **fields):
-    body = json.dumps({"model": "sim/plain", "messages": HELLO, **fields}).encode()
-    return request(b"Content-Length: %d" % len(body), *lines, body=body).replace(b"KEY", caller.secret.encode())
+    return chat_bytes(caller.auth, *lines, **{"model": "sim/plain", **fields})
 
 
 LARGE_BYTES = 33_000_000
@@ -230,10 +227,10 @@ async def test_hundreds_that_wait_for_one_idempotency_key(alone, mesh, unharmed,
     caller = await mesh.key(credit="1000", limits=FREE)
     store = mesh.worker.store
     async with unharmed(gateway, caller):
-        waiters = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(count)]
+        waiters = [await asyncio.open_connection(*gateway.address) for _ in range(count)]
         began, before = time.perf_counter(), await commands(store)
         for _, writer in waiters:
-            writer.write(chat(caller, b"Idempotency-Key: one", model=name))
+            writer.write(chat(caller, "Idempotency-Key: one", model=name))
         statuses = [int((await reader.readuntil(b"\r\n\r\n")).split()[1]) for reader, _ in waiters]
         each_s = (await commands(store) - before) / (time.perf_counter() - began)
         for _, writer in waiters:
@@ -326,11 +323,11 @@ async def test_many_reports_of_long_times(alone, mesh, unharmed):
 
 
 async def asked_again(gateway, ask):
-    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    reader, writer = await asyncio.open_connection(*gateway.address)
     try:
         while True:
             writer.write(ask)
             await reader.readuntil(b"\r\n\r\n")
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
     finally:
         writer.close()

@@ -1,6 +1,5 @@
 """The API keeps to its own description, whatever is made up from it."""
 
-import asyncio
 import importlib.util
 import os
 import sys
@@ -13,7 +12,7 @@ from meshproxy.server.admin_api import OPENAPI_PATH
 from meshproxy.server.api import ROUTES
 from meshproxy.server.openapi import PATH, document
 from tests.harness.mesh import model
-from tests.harness.process import Gateway, Valkey
+from tests.harness.process import Gateway, Program, Valkey
 
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
 EXAMPLES = os.environ.get("MESHPROXY_EXAMPLES", "10")
@@ -55,7 +54,7 @@ needs_schemathesis = pytest.mark.skipif(
 async def test_what_is_made_up_from_the_description_is_answered_as_it_says(alone, mesh, tmp_path):
     gateway = await alone(models={"openai/gpt-4o": model("sim", "sim/fast?tokens=2")})
     caller = await mesh.key(credit="100000", limits=FREE)
-    await _keeps_to_its_description(f"http://127.0.0.1:{gateway.port}{PATH}", caller.secret, tmp_path)
+    await _keeps_to_its_description(f"{gateway.url}{PATH}", caller.secret, tmp_path)
 
 
 @needs_schemathesis
@@ -78,7 +77,7 @@ async def test_the_admin_api_keeps_to_its_own(tmp_path):
         gateway.launch()
         await gateway.program.until(gateway.is_ready)
         await _keeps_to_its_description(f"{gateway.admin}{OPENAPI_PATH}", ADMIN_TOKEN, tmp_path, "ignored_auth")
-        assert [] == [line for line in gateway.lines if line["event"] in {"admin_failed", "handler failed", "bug"}]
+        assert [line for line in gateway.lines if line["event"] in {"admin_failed", "handler failed", "bug"}] == []
     finally:
         gateway.end()
         redis.kill()
@@ -88,23 +87,11 @@ async def _keeps_to_its_description(
     url: str, token: str, home: Path, without: str = "ignored_auth,unsupported_method"
 ) -> None:
     """Positive data may be refused: bounds that hang together, such as a span of times, can't be described."""
-    program = Path(sys.executable).parent / "schemathesis"
-    process = await asyncio.create_subprocess_exec(
-        program,
-        "run",
-        url,
-        f"--header=authorization: Bearer {token}",
-        f"--max-examples={EXAMPLES}",
-        "--checks=all",
+    command = (
+        *(Path(sys.executable).parent / "schemathesis", "run", url, "--checks=all", "--seed=1", "--no-color"),
+        *(f"--header=authorization: Bearer {token}", f"--max-examples={EXAMPLES}"),
         f"--exclude-checks={without},positive_data_acceptance",
-        "--seed=1",
-        "--suppress-health-check=all",
-        "--no-color",
-        "--generation-database=none",
-        cwd=home,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        *("--suppress-health-check=all", "--generation-database=none"),
     )
-    async with asyncio.timeout(PATIENCE_S):
-        told, _ = await process.communicate()
-    assert process.returncode == 0, told.decode()
+    with Program(*command, log=home / "log", cwd=home) as running:
+        assert await running.exit(PATIENCE_S) == 0, running.text

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from meshproxy.telemetry.families import NONE, OTHER
+from tests.harness.clients import answers_in
 from tests.hostile.corpus import CASES, CHAT, END, REFUSED
-from tests.hostile.wire import answers_in
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,11 +8,10 @@ import time
 import pytest
 
 from meshproxy.policy.principal import Limits
-from tests.harness.clients import HELLO
+from tests.harness.clients import answers_in, chat_bytes, next_answer
 from tests.harness.mesh import model
 from tests.hostile.corpus import BODY, END, LENGTH, request
 from tests.hostile.test_requests import counted
-from tests.hostile.wire import answers_in
 
 SHORT_S = 0.1
 PATIENCE_S = 10.0
@@ -50,12 +49,12 @@ async def test_a_connection_that_says_nothing_is_closed_without_a_word(hasty):
 async def test_a_connection_may_be_idle_between_requests_and_then_has_a_new_while(hasty):
     reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
     writer.write(END.replace(b"close", b"keep-alive"))
-    await _one(reader)
+    await next_answer(reader)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(3 * SHORT_S):
             await reader.read(1)
     writer.write(END.replace(b"close", b"keep-alive"))
-    assert (await _one(reader))[0] == 404
+    assert (await next_answer(reader))[0] == 404
     writer.write(b"GET / HT")
     ((status, _, _),) = answers_in(await reader.read(-1))
     assert status == 408
@@ -74,7 +73,7 @@ async def test_half_a_body_is_given_up(hasty, begun):
     caller = await hasty.key()
     reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
     writer.write(begun.replace(b"KEY", caller.secret.encode()))
-    status, headers, body = await _one(reader)
+    status, headers, body = await next_answer(reader)
     assert (status, json.loads(body)["error"]["code"]) == (408, "request_timeout")
     assert headers["connection"] == "close"
     writer.close()
@@ -86,7 +85,7 @@ async def test_half_a_body_is_given_up(hasty, begun):
 async def test_nobody_without_a_key_is_waited_for(hasty):
     reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
     writer.write(request(LENGTH, body=b""))
-    status, _, _ = await _one(reader)
+    status, _, _ = await next_answer(reader)
     assert status == 401
     writer.close()
 
@@ -101,7 +100,7 @@ async def test_a_large_body_gets_a_second_more_for_each_64_kib(hasty):
         async with asyncio.timeout(5 * SHORT_S):
             await reader.read(1)
     writer.write(body[100:])
-    status, _, _ = await _one(reader)
+    status, _, _ = await next_answer(reader)
     assert status == 200
     writer.close()
 
@@ -111,11 +110,10 @@ async def test_a_stream_that_nobody_reads_frees_all_that_it_has(start_mesh):
     models = {"sim/long": model("sim", "sim/fast?tokens=10000")}
     mesh = await start_mesh(server={"write_timeout_s": SHORT_S}, models=models, send_buffer=4096)
     caller = await mesh.key(credit="1000", limits=Limits(None, 1_000_000_000))
-    body = json.dumps({"model": "sim/long", "messages": HELLO, "stream": True}).encode()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((mesh.host, mesh.port))
-        client.sendall(request(b"Content-Length: %d" % len(body), body=body).replace(b"KEY", caller.secret.encode()))
+        client.sendall(chat_bytes(caller.auth, model="sim/long", stream=True))
         await mesh.until(lambda: mesh.simulator.history.open_streams == 1)
         await mesh.until(lambda: mesh.simulator.history.open_streams == 0)
         balance = await mesh.balance(caller)
@@ -128,15 +126,6 @@ async def _trickle(writer):
     for byte in b"GET / HTTP/1.1\r\nx: " + b"y" * 10_000:
         writer.write(bytes([byte]))
         await asyncio.sleep(SHORT_S / 10)
-
-
-async def _one(reader):
-    """The next answer on a connection that stays open."""
-    async with asyncio.timeout(PATIENCE_S):
-        head = await reader.readuntil(b"\r\n\r\n")
-        size = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        (answer,) = answers_in(head + await reader.readexactly(size))
-        return answer
 
 
 async def test_a_loop_that_was_busy_does_not_take_redis_for_lost(start_mesh):

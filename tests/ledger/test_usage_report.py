@@ -172,7 +172,7 @@ async def test_many_hours_are_read_in_several_goes(store, ledger, monkeypatch):
 )
 def test_a_period_is_hours_and_before_those_that_are_kept_whole_months(since, until, expected):
     start, end = (datetime.fromisoformat(text).replace(tzinfo=UTC) for text in (since, until))
-    assert expected == ReportPeriod.of(start, end, NOW)
+    assert ReportPeriod.of(start, end, NOW) == expected
 
 
 async def test_a_month_stays_by_model_and_key_when_its_hours_are_gone(store, ledger):
@@ -181,11 +181,11 @@ async def test_a_month_stays_by_model_and_key_when_its_hours_are_gone(store, led
     await store.execute("DEL", AccountKeys("acme").hour("2026-11-24T12"))
     later = {"since": NOON - timedelta(days=3), "until": NOON + timedelta(days=120), "now": NOON + timedelta(days=120)}
     rows = await usage(store, "acme", group_by=["session_id", "model", "key", "day"], **later)
-    assert [("2026-11", "~", model, "key_a", 1, 10, 700) for model in ("claude", "gpt")] == [
+    assert [
         (row.day, row.session_id, row.model, row.key, row.requests, row.prompt_tokens, row.cost_nusd) for row in rows
-    ]
-    assert [] == await usage(store, "acme", session_id="s1", **later)
-    assert -1 == await store.execute("TTL", AccountKeys("acme").month("2026-11"))
+    ] == [("2026-11", "~", model, "key_a", 1, 10, 700) for model in ("claude", "gpt")]
+    assert await usage(store, "acme", session_id="s1", **later) == []
+    assert await store.execute("TTL", AccountKeys("acme").month("2026-11")) == -1
 
 
 async def test_a_full_month_sums_further_keys_together(store, ledger):
@@ -194,23 +194,24 @@ async def test_a_full_month_sums_further_keys_together(store, ledger):
         await store.execute("HSET", month, *(word for n in range(first, first + 5_000) for word in (f"k{n}", 1)))
     await settle(ledger)
     found = await store.execute("HMGET", month, "~\x1fgpt\x1f~\x1frequests", "key_a\x1fgpt\x1f~\x1frequests")
-    assert [b"1", None] == found
+    assert found == [b"1", None]
 
 
 async def test_the_index_has_the_hours_of_each_settlement(store, ledger):
     await settle(ledger)
     await settle(ledger, at=NOON + timedelta(hours=2))
     found = await store.execute("HGETALL", AccountKeys("acme").hours)
-    assert {b"2026-11-24": b"000000000000101000000000", b"nusd": b"1400"} == dict(
-        zip(found[::2], found[1::2], strict=True)
-    )
+    assert dict(zip(found[::2], found[1::2], strict=True)) == {
+        b"2026-11-24": b"000000000000101000000000",
+        b"nusd": b"1400",
+    }
 
 
 async def test_the_index_forgets_its_first_days(store, ledger):
     for days in range(110):
         await settle(ledger, at=NOON - timedelta(days=days))
     fields = await store.execute("HKEYS", AccountKeys("acme").hours)
-    assert (100, True, False) == (len(fields), b"2026-11-24" in fields, b"2026-08-10" in fields)
+    assert (len(fields), b"2026-11-24" in fields, b"2026-08-10" in fields) == (100, True, False)
 
 
 async def test_hours_without_an_index_are_found_and_indexed(store, ledger):
@@ -218,13 +219,13 @@ async def test_hours_without_an_index_are_found_and_indexed(store, ledger):
     names = AccountKeys("acme")
     await settle(ledger)
     await store.execute("DEL", names.hours)
-    assert [1] == [row.requests for row in await usage(store, "acme", **DAY)]
-    assert b"700" == await store.execute("HGET", names.hours, "nusd")
+    assert [row.requests for row in await usage(store, "acme", **DAY)] == [1]
+    assert await store.execute("HGET", names.hours, "nusd") == b"700"
     await settle(ledger, at=NOON + timedelta(hours=1))
     await store.execute("HDEL", names.hours, "2026-11-24")
     await store.execute("HINCRBY", names.hours, "nusd", -700)
-    assert [2] == [row.requests for row in await usage(store, "acme", **DAY)]
-    assert b"000000000000110000000000" == await store.execute("HGET", names.hours, "2026-11-24")
+    assert [row.requests for row in await usage(store, "acme", **DAY)] == [2]
+    assert await store.execute("HGET", names.hours, "2026-11-24") == b"000000000000110000000000"
 
 
 async def test_an_index_that_was_completed_from_a_day_on_is_completed_for_a_longer_report(store, ledger):
@@ -233,7 +234,7 @@ async def test_an_index_that_was_completed_from_a_day_on_is_completed_for_a_long
     await store.execute("DEL", AccountKeys("acme").hours)
     week = {**DAY, "since": NOON - timedelta(days=7)}
     counts = [[row.requests for row in await usage(store, "acme", **period)] for period in (DAY, week, DAY)]
-    assert [[1], [2], [1]] == counts
+    assert counts == [[1], [2], [1]]
 
 
 async def test_a_request_is_found_by_its_id_as_soon_as_it_is_settled(store, ledger):
@@ -276,4 +277,4 @@ async def test_hours_are_looked_up_in_one_round_trip(store, ledger, monkeypatch)
     send = store.send
     monkeypatch.setattr(store, "send", lambda op, command: (sent.append(op), send(op, command))[1])
     await usage(store, "acme", since=NOON - timedelta(days=30), until=NOON + timedelta(hours=1), now=NOW)
-    assert ["HGETALL", "HGET", "sizes", "HGETALL"] == list(dict.fromkeys(sent[:-1])) + sent[-1:]
+    assert list(dict.fromkeys(sent[:-1])) + sent[-1:] == ["HGETALL", "HGET", "sizes", "HGETALL"]

@@ -4,7 +4,7 @@ Each fault is made with a real server. During it each step is tried once; after 
 would, and must have counted once.
 """
 
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -128,12 +128,7 @@ class House:
         assert not await self.ledger.settle(settlement("settled"))
 
     async def until_connected(self):
-        await until(lambda: connected(self.store), "a connection")
-
-
-async def connected(store):
-    with suppress(Unavailable):
-        return await store.execute("SET", "probe", "1")
+        await until(lambda: self.store.execute("SET", "probe", "1"), "a connection", not_yet=Unavailable)
 
 
 async def replicated(store):

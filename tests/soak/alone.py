@@ -1,13 +1,12 @@
 """A gateway in a process of its own, so that its memory, its descriptors and its time can be told from the test's.
 
 Prints its port, then serves until its standard input ends; each line there is answered with what lives in it. It is told
-`{"settings": {...}, "descriptors": N}` in its argument.
+`{"settings": {...}}` in its argument.
 """
 
 import asyncio
 import gc
 import json
-import resource
 import sys
 
 import msgspec
@@ -42,8 +41,6 @@ async def main(told) -> None:
     sock = listen("127.0.0.1:0")
     listener = DataListener(worker, sock)
     await listener.start()
-    if told["descriptors"] is not None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (told["descriptors"],) * 2)
     sys.stdout.write(f"{sock.getsockname()[1]}\n")
     sys.stdout.flush()
     while await asyncio.to_thread(sys.stdin.readline):
