@@ -54,7 +54,7 @@ class Script(Struct, frozen=True):
     @classmethod
     def load(cls, name: str) -> "Script":
         """Load the script in `NAME.lua` with its includes. Raises FileNotFoundError if a file is missing."""
-        return cls.of(name, expand(_script_text(name), _script_text))
+        return cls.of(name, expand(script_text(name), script_text))
 
 
 def expand(text: str, read: Callable[[str], str]) -> str:
@@ -62,7 +62,8 @@ def expand(text: str, read: Callable[[str], str]) -> str:
     return _INCLUDE.sub(lambda line: read(line[1]).rstrip("\n"), text)
 
 
-def _script_text(name: str) -> str:
+def script_text(name: str) -> str:
+    """Return the text of `NAME.lua`."""
     return resources.files(__package__).joinpath("scripts", f"{name}.lua").read_text(encoding="utf-8")
 
 

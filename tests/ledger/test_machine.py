@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import AccountKeys, Denial, Hold, HoldRequest, Settlement
-from meshproxy.ledger.store import Script, _script_text, expand
+from meshproxy.ledger.store import Script, expand, script_text
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.principal import Budgets, Limits
 
@@ -49,7 +49,7 @@ tokens = st.integers(0, 1_200)
 
 
 def on_the_store_s_clock(name: str) -> Script:
-    read = lambda name: CLOCK if name == "clock" else _script_text(name)  # noqa: E731
+    read = lambda name: CLOCK if name == "clock" else script_text(name)  # noqa: E731
     return Script.of(name, expand(read(name), read))
 
 

@@ -23,7 +23,10 @@
 
 local PARALLEL_RETRY_MS = 1000
 
-local id, amount, least, tokens = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
+local id, ttl_ms, _, _, strict, _, key_id, session_id = unpack(ARGV, 1, 8)
+local amount, least, tokens = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
+local KEY_MAX_PARALLEL, ACCOUNT_MAX_PARALLEL, SHARE_PERCENT = tonumber(ARGV[13]), tonumber(ARGV[18]), tonumber(ARGV[28])
+local SESSION_SPEND = KEYS[12]
 
 local available, credit, short
 local rooms = {}
@@ -31,11 +34,11 @@ local rooms = {}
 -- Reads credit and budgets. Sets `short` to the first scope (1 key, 2 session, 3 account) with too little room.
 local function read_money()
   local held, settled
-  available, credit, held, settled = credit_room(amount, ARGV[5] == '1')
+  available, credit, held, settled = credit_room(amount, strict == '1')
   rooms = {
-    { budget_room(KEYS[10], 'key:' .. ARGV[7], 19) },
-    { budget_room(KEYS[12], 'session:' .. ARGV[8], 22) },
-    { budget_room(KEYS[8], held, 25, settled) },
+    { budget_room(KEY_SPEND, 'key:' .. key_id, 19) },
+    { budget_room(SESSION_SPEND, 'session:' .. session_id, 22) },
+    { budget_room(ACCOUNT_SPEND, held, 25, settled) },
   }
   short = nil
   for scope = 3, 1, -1 do
@@ -44,8 +47,7 @@ local function read_money()
 end
 
 local function account_is_full()
-  local most = tonumber(ARGV[18])
-  return most >= 0 and redis.call('HLEN', KEYS[3]) >= most
+  return ACCOUNT_MAX_PARALLEL >= 0 and redis.call('HLEN', HOLDS) >= ACCOUNT_MAX_PARALLEL
 end
 
 release_expired(function()
@@ -54,10 +56,10 @@ release_expired(function()
 end)
 
 -- read
-local held_record = redis.call('HGET', KEYS[3], id)
+local held_record = redis.call('HGET', HOLDS, id)
 read_money()
-local key_requests, key_tokens, key_daily = read_buckets(KEYS[9], 9)
-local account_requests, account_tokens, account_daily = read_buckets(KEYS[7], 14)
+local key_requests, key_tokens, key_daily = read_buckets(KEY_BUCKET, 9)
+local account_requests, account_tokens, account_daily = read_buckets(ACCOUNT_BUCKET, 14)
 local buckets = { key_requests, key_tokens, account_requests, account_tokens, key_daily, account_daily }
 local counts = { 1, tokens, 1, tokens, 1, 1 }
 
@@ -80,8 +82,8 @@ for index = 1, 6 do
   if needed_ms > longest_ms then longest_ms, slowest = needed_ms, index end
 end
 if longest_ms < PARALLEL_RETRY_MS then
-  local most = tonumber(ARGV[13])
-  if most >= 0 and redis.call('ZCOUNT', KEYS[11], '(' .. whole(now_ms), '+inf') >= most then
+  local running = KEY_MAX_PARALLEL >= 0 and redis.call('ZCOUNT', KEY_RUNNING, '(' .. whole(now_ms), '+inf')
+  if running and running >= KEY_MAX_PARALLEL then
     longest_ms, slowest = PARALLEL_RETRY_MS, 7
   elseif account_is_full() then
     longest_ms, slowest = PARALLEL_RETRY_MS, 8
@@ -92,20 +94,20 @@ if slowest > 0 then return reply(3, 0, slowest, longest_ms == NEVER and -1 or lo
 -- write
 local key_room, session_room, account_room = rooms[1][1], rooms[2][1], rooms[3][1]
 local room = math.min(credit, key_room, session_room, account_room)
-if room < amount then amount = math.max(least, math.floor(room * tonumber(ARGV[28]) / 100)) end
-local deadline_ms = now_ms + tonumber(ARGV[2])
+if room < amount then amount = math.max(least, math.floor(room * SHARE_PERCENT / 100)) end
+local deadline_ms = now_ms + tonumber(ttl_ms)
 local hold = {
   amount = amount, tokens = tokens, started_ms = now_ms,
-  key_rate = tonumber(ARGV[11]), account_rate = tonumber(ARGV[16]), key = ARGV[7], session = ARGV[8],
+  key_rate = tonumber(ARGV[11]), account_rate = tonumber(ARGV[16]), key = key_id, session = session_id,
   key_budget = key_room < NO_BUDGET and '1' or '0', session_budget = session_room < NO_BUDGET and '1' or '0',
 }
 hold_credit(hold, hold.amount)
-redis.call('HSET', KEYS[3], id, pack_hold(hold))
-redis.call('HDEL', KEYS[5], id)
-redis.call('ZADD', KEYS[4], whole(deadline_ms), id)
-keep_running(KEYS[11], id, deadline_ms)
+redis.call('HSET', HOLDS, id, pack_hold(hold))
+redis.call('HDEL', ABANDONED, id)
+redis.call('ZADD', DEADLINES, whole(deadline_ms), id)
+keep_running(KEY_RUNNING, id, deadline_ms)
 for index = 1, 6 do take(buckets[index], counts[index]) end
-save(KEYS[9], key_requests, key_tokens, key_daily)
-save(KEYS[7], account_requests, account_tokens, account_daily)
+save(KEY_BUCKET, key_requests, key_tokens, key_daily)
+save(ACCOUNT_BUCKET, account_requests, account_tokens, account_daily)
 available = available - hold.amount
 return reply(0, hold.amount, 0, 0)

@@ -15,17 +15,17 @@
 
 release_expired(function() return false end)
 
-local credit = redis.call('HMGET', KEYS[1], 'balance', 'held', 'granted', 'settled')
-local account = redis.call('HMGET', KEYS[8], 'day:' .. day, 'month:' .. month)
-local key = KEYS[10] and redis.call('HMGET', KEYS[10], 'total', 'day:' .. day, 'month:' .. month, 'used_ms') or {}
+local credit = redis.call('HMGET', CREDIT, 'balance', 'held', 'granted', 'settled')
+local account = redis.call('HMGET', ACCOUNT_SPEND, 'day:' .. day, 'month:' .. month)
+local key = KEY_SPEND and redis.call('HMGET', KEY_SPEND, 'total', 'day:' .. day, 'month:' .. month, 'used_ms') or {}
 local reply = {}
 for index = 1, 4 do reply[index] = credit[index] or '0' end
 for index = 1, 2 do reply[4 + index] = account[index] or '0' end
 for index = 1, 4 do reply[6 + index] = key[index] or '0' end
-reply[11] = KEYS[11] and redis.call('ZCOUNT', KEYS[11], '(' .. whole(now_ms), '+inf') or 0
-reply[12] = redis.call('HLEN', KEYS[3])
-local key_requests, key_tokens, key_daily = read_buckets(KEYS[9], 6)
-local account_requests, account_tokens, account_daily = read_buckets(KEYS[7], 1)
+reply[11] = KEY_RUNNING and redis.call('ZCOUNT', KEY_RUNNING, '(' .. whole(now_ms), '+inf') or 0
+reply[12] = redis.call('HLEN', HOLDS)
+local key_requests, key_tokens, key_daily = read_buckets(KEY_BUCKET, 6)
+local account_requests, account_tokens, account_daily = read_buckets(ACCOUNT_BUCKET, 1)
 append_state(reply, key_requests)
 append_state(reply, key_tokens)
 append_state(reply, account_requests)

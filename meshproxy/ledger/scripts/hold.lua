@@ -1,7 +1,9 @@
 -- A hold's record is 'AMOUNT TOKENS STARTED_MS KEY_RATE ACCOUNT_RATE BUDGETS KEY SESSION'. The rates are the tokens per minute
 -- of the buckets that were debited (-1: none). BUDGETS is two digits: 1 if the key, then if the session, has a budget.
 -- Needs clock.
--- KEYS 1 to 8 of every script: credit, held, holds, deadlines, abandoned, usage, account's bucket, account's spend.
+-- The first keys of every script; a script without a key's books has only the first eight.
+local CREDIT, HELD, HOLDS, DEADLINES, ABANDONED, USAGE, ACCOUNT_BUCKET, ACCOUNT_SPEND = unpack(KEYS, 1, 8)
+local KEY_BUCKET, KEY_SPEND, KEY_RUNNING = unpack(KEYS, 9, 11)
 local ABANDONED_KEPT_MS = 7 * 86400000
 local RUNNING_KEPT_MS = 300000
 local RELEASED_A_SWEEP = 100
@@ -25,8 +27,8 @@ local function parse_hold(record)
 end
 
 local function add_held(field, amount)
-  if redis.call('HINCRBY', KEYS[2], field, whole(amount)) <= 0 then
-    redis.call('HDEL', KEYS[2], field)
+  if redis.call('HINCRBY', HELD, field, whole(amount)) <= 0 then
+    redis.call('HDEL', HELD, field)
   end
 end
 
@@ -34,18 +36,18 @@ end
 -- budgets.
 local function hold_credit(hold, amount)
   if amount == 0 then return end
-  redis.call('HINCRBY', KEYS[1], 'held', whole(amount))
+  redis.call('HINCRBY', CREDIT, 'held', whole(amount))
   if hold.key_budget == '1' then add_held('key:' .. hold.key, amount) end
   if hold.session_budget == '1' then add_held('session:' .. hold.session, amount) end
 end
 
 local function abandon(id, record)
   local hold = parse_hold(record)
-  redis.call('HDEL', KEYS[3], id)
+  redis.call('HDEL', HOLDS, id)
   hold_credit(hold, -hold.amount)
-  redis.call('HSET', KEYS[5], id, record)
-  redis.call('ZADD', KEYS[4], whole(now_ms + ABANDONED_KEPT_MS), id)
-  redis.call('XADD', KEYS[6], '*', 'event', 'abandoned', 'hold_id', id, 'key', hold.key, 'session', hold.session,
+  redis.call('HSET', ABANDONED, id, record)
+  redis.call('ZADD', DEADLINES, whole(now_ms + ABANDONED_KEPT_MS), id)
+  redis.call('XADD', USAGE, '*', 'event', 'abandoned', 'hold_id', id, 'key', hold.key, 'session', hold.session,
     'held_nusd', whole(hold.amount), 'tokens', whole(hold.tokens), 'started_ms', whole(hold.started_ms),
     'abandoned_ms', whole(now_ms), 'v', '1')
 end
@@ -55,14 +57,14 @@ end
 -- returns true, when no expired hold is left, or after MAX_SWEEPS sweeps.
 local function release_expired(enough)
   for _ = 1, MAX_SWEEPS do
-    local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', whole(now_ms), 'LIMIT', 0, RELEASED_A_SWEEP)
+    local due = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', whole(now_ms), 'LIMIT', 0, RELEASED_A_SWEEP)
     for _, id in ipairs(due) do
-      local record = redis.call('HGET', KEYS[3], id)
+      local record = redis.call('HGET', HOLDS, id)
       if record then
         abandon(id, record)
       else
-        redis.call('ZREM', KEYS[4], id)
-        redis.call('HDEL', KEYS[5], id)
+        redis.call('ZREM', DEADLINES, id)
+        redis.call('HDEL', ABANDONED, id)
       end
     end
     if #due < RELEASED_A_SWEEP or enough() then return end

@@ -16,23 +16,25 @@
 -- include: bucket
 -- include: spend
 
-local id, deadline_ms = ARGV[1], now_ms + tonumber(ARGV[2])
-local live = redis.call('HGET', KEYS[3], id)
-local record = live or redis.call('HGET', KEYS[5], id)
+local id, ttl_ms, total, tokens, strict, enforce_tokens = unpack(ARGV, 1, 6)
+local deadline_ms = now_ms + tonumber(ttl_ms)
+local SESSION_SPEND = KEYS[12]
+local live = redis.call('HGET', HOLDS, id)
+local record = live or redis.call('HGET', ABANDONED, id)
 local hold = record and parse_hold(record)
 local covered = live and hold.amount or 0
-local amount = hold and math.max(hold.amount, tonumber(ARGV[3])) or 0
+local amount = hold and math.max(hold.amount, tonumber(total)) or 0
 local more = amount - covered
 local available, credit, short
 local rooms = {}
 
 local function read_money()
   local held, settled
-  available, credit, held, settled = credit_room(more, ARGV[5] == '1')
+  available, credit, held, settled = credit_room(more, strict == '1')
   rooms = {
-    { budget_room(KEYS[10], 'key:' .. hold.key, 7) },
-    { budget_room(KEYS[12], 'session:' .. hold.session, 10) },
-    { budget_room(KEYS[8], held, 13, settled) },
+    { budget_room(KEY_SPEND, 'key:' .. hold.key, 7) },
+    { budget_room(SESSION_SPEND, 'session:' .. hold.session, 10) },
+    { budget_room(ACCOUNT_SPEND, held, 13, settled) },
   }
   short = nil
   for scope = 3, 1, -1 do
@@ -41,8 +43,8 @@ local function read_money()
 end
 
 if live then
-  redis.call('ZADD', KEYS[4], whole(deadline_ms), id)
-  keep_running(KEYS[11], id, deadline_ms)
+  redis.call('ZADD', DEADLINES, whole(deadline_ms), id)
+  keep_running(KEY_RUNNING, id, deadline_ms)
 end
 release_expired(function()
   if not hold then return true end
@@ -51,9 +53,9 @@ release_expired(function()
 end)
 
 -- read
-if not hold or not (live or redis.call('HEXISTS', KEYS[5], id) == 1) then return { 4, 0, 0, 0, 0, 0, 0, 0 } end
+if not hold or not (live or redis.call('HEXISTS', ABANDONED, id) == 1) then return { 4, 0, 0, 0, 0, 0, 0, 0 } end
 read_money()
-local more_tokens = math.max(0, tonumber(ARGV[4]) - hold.tokens)
+local more_tokens = math.max(0, tonumber(tokens) - hold.tokens)
 
 local function deny(outcome, which, retry_ms, budget, used)
   return { outcome, covered, available, which, retry_ms, budget or 0, used or 0, more }
@@ -67,9 +69,9 @@ if more > 0 then
     return deny(2, 3 * (short - 1) + room[2], 0, room[3], room[4])
   end
 end
-if ARGV[6] == '1' and more_tokens > 0 then
-  local key_ms = wait_ms(token_bucket(KEYS[9], hold.key_rate), more_tokens)
-  local account_ms = wait_ms(token_bucket(KEYS[7], hold.account_rate), more_tokens)
+if enforce_tokens == '1' and more_tokens > 0 then
+  local key_ms = wait_ms(token_bucket(KEY_BUCKET, hold.key_rate), more_tokens)
+  local account_ms = wait_ms(token_bucket(ACCOUNT_BUCKET, hold.account_rate), more_tokens)
   if math.max(key_ms, account_ms) > 0 then
     return deny(3, account_ms > key_ms and 4 or 2, math.max(key_ms, account_ms))
   end
@@ -77,13 +79,13 @@ end
 
 -- write
 hold_credit(hold, more)
-take_tokens(KEYS[9], hold.key_rate, more_tokens)
-take_tokens(KEYS[7], hold.account_rate, more_tokens)
+take_tokens(KEY_BUCKET, hold.key_rate, more_tokens)
+take_tokens(ACCOUNT_BUCKET, hold.account_rate, more_tokens)
 hold.amount, hold.tokens = amount, hold.tokens + more_tokens
-redis.call('HSET', KEYS[3], id, pack_hold(hold))
+redis.call('HSET', HOLDS, id, pack_hold(hold))
 if not live then
-  redis.call('HDEL', KEYS[5], id)
-  redis.call('ZADD', KEYS[4], whole(deadline_ms), id)
-  keep_running(KEYS[11], id, deadline_ms)
+  redis.call('HDEL', ABANDONED, id)
+  redis.call('ZADD', DEADLINES, whole(deadline_ms), id)
+  keep_running(KEY_RUNNING, id, deadline_ms)
 end
 return { 0, amount, available - more, 0, 0, 0, 0, more }

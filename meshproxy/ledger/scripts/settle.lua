@@ -1,6 +1,6 @@
 -- Settles a hold once: releases it, charges the actual cost, corrects the token buckets, appends an event and adds to the
--- aggregates of the hour and of the month. The balance may become negative, because the work is done. A second settlement of the same id writes
--- nothing. An abandoned hold is settled late: the charge is the same, and there is nothing left to release.
+-- aggregates of the hour and of the month. The balance may become negative, because the work is done. A second settlement of
+-- the same id writes nothing. An abandoned hold is settled late: the charge is the same, and there is nothing left to release.
 --
 -- The settlement of a request with an Idempotency-Key also updates the key's record: a completed request marks it charged. So
 -- a repeat can't run and cost again even if the worker dies now. If another request owns the record by now, that request is
@@ -38,15 +38,19 @@ local METRICS = {
 local MAX_FREE_SESSION_BYTES = 64
 local BUDGETS = { 'total', 'daily', 'monthly' }
 
-local id, unheld, cost = ARGV[1], ARGV[2] == '1', ARGV[4]
-local session = ARGV[8]
-if #session > MAX_FREE_SESSION_BYTES and cost == '0' and ARGV[11] == '0' and ARGV[12] == '0' then session = '~' end
-local session_key = ARGV[8] ~= '' and KEYS[17]
-local replay_key = ARGV[24] ~= '0' and KEYS[#KEYS]
-local live = redis.call('HGET', KEYS[3], id)
-local record = live or redis.call('HGET', KEYS[5], id)
-if unheld then
-  if not redis.call('SET', KEYS[13], '1', 'NX', 'EX', UNHELD_KEPT_S) then return 0 end
+local id, unheld, events_kept, cost, request_id, key_id, account, session_id, model, upstream = unpack(ARGV, 1, 10)
+local prompt, completion, cached, cache_write, reasoning, audio_prompt, audio_completion = unpack(ARGV, 11, 17)
+local usage_source, outcome, price, started_ms, attempts, cache_write_1h, replay_ttl_ms = unpack(ARGV, 18, 24)
+local counts = { prompt, completion, cached, cache_write, reasoning, audio_prompt, audio_completion } -- as METRICS
+local HOUR, UNHELD, REQUESTS, HOURS, MONTH = unpack(KEYS, 12, 16)
+local session = session_id
+if #session > MAX_FREE_SESSION_BYTES and cost == '0' and prompt == '0' and completion == '0' then session = '~' end
+local session_key = session_id ~= '' and KEYS[17]
+local replay_key = replay_ttl_ms ~= '0' and KEYS[#KEYS]
+local live = redis.call('HGET', HOLDS, id)
+local record = live or redis.call('HGET', ABANDONED, id)
+if unheld == '1' then
+  if not redis.call('SET', UNHELD, '1', 'NX', 'EX', UNHELD_KEPT_S) then return 0 end
 elseif not record then
   return 0
 end
@@ -54,13 +58,13 @@ end
 -- the hold: removals come first, because Redis accepts them even when its memory is full
 local hold = record and parse_hold(record)
 if hold then
-  local used = tonumber(ARGV[11]) + tonumber(ARGV[12])
-  redis.call('HDEL', live and KEYS[3] or KEYS[5], id)
-  redis.call('ZREM', KEYS[4], id)
-  redis.call('ZREM', KEYS[11], id)
+  local used = tonumber(prompt) + tonumber(completion)
+  redis.call('HDEL', live and HOLDS or ABANDONED, id)
+  redis.call('ZREM', DEADLINES, id)
+  redis.call('ZREM', KEY_RUNNING, id)
   if live then hold_credit(hold, -hold.amount) end
-  take_tokens(KEYS[9], hold.key_rate, used - hold.tokens)
-  take_tokens(KEYS[7], hold.account_rate, used - hold.tokens)
+  take_tokens(KEY_BUCKET, hold.key_rate, used - hold.tokens)
+  take_tokens(ACCOUNT_BUCKET, hold.account_rate, used - hold.tokens)
 end
 
 -- the Idempotency-Key
@@ -70,66 +74,66 @@ if replay_key then
   local taken = owner and owner ~= id and state and state ~= 'failed'
   if taken then
     cost, waived = '0', cost
-  elseif ARGV[19] == 'completed' and (not owner or owner == id) and (not state or state == 'running') then
+  elseif outcome == 'completed' and (not owner or owner == id) and (not state or state == 'running') then
     redis.call('HSET', replay_key, 'owner', id, 'state', 'charged', 'charged_ms', whole(now_ms))
-    redis.call('PEXPIRE', replay_key, ARGV[24])
+    redis.call('PEXPIRE', replay_key, replay_ttl_ms)
   end
 end
 
 -- the charge
-redis.call('HSET', KEYS[10], 'used_ms', whole(now_ms))
+redis.call('HSET', KEY_SPEND, 'used_ms', whole(now_ms))
 if cost ~= '0' then
   local nusd = tonumber(cost)
-  local balance = redis.call('HINCRBY', KEYS[1], 'balance', '-' .. cost)
-  local settled = redis.call('HINCRBY', KEYS[1], 'settled', cost)
-  local of_account, of_key = charge(KEYS[8], cost, settled), charge(KEYS[10], cost)
+  local balance = redis.call('HINCRBY', CREDIT, 'balance', '-' .. cost)
+  local settled = redis.call('HINCRBY', CREDIT, 'settled', cost)
+  local of_account, of_key = charge(ACCOUNT_SPEND, cost, settled), charge(KEY_SPEND, cost)
   if session_key and (not hold or hold.session_budget == '1') then
     charge(session_key, cost)
     redis.call('EXPIRE', session_key, SESSION_KEPT_S)
   end
   for index = 1, ARGV[25] and 3 or 0 do
-    note_thresholds('key ' .. BUDGETS[index] .. ' budget', ARGV[6], tonumber(ARGV[24 + index]), of_key[index], nusd)
+    note_thresholds('key ' .. BUDGETS[index] .. ' budget', key_id, tonumber(ARGV[24 + index]), of_key[index], nusd)
     note_thresholds('account ' .. BUDGETS[index] .. ' budget', '', tonumber(ARGV[27 + index]), of_account[index], nusd)
   end
-  local topped = tonumber(redis.call('HGET', KEYS[8], 'topped_nusd') or 0)
+  local topped = tonumber(redis.call('HGET', ACCOUNT_SPEND, 'topped_nusd') or 0)
   note_thresholds('credit', '', topped, topped - balance, nusd)
 end
 
 -- the event
-local event = redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[3], '*', 'event', 'settled', 'hold_id', id,
-  'request_id', ARGV[5], 'key', ARGV[6], 'account', ARGV[7], 'session', session, 'model', ARGV[9], 'upstream', ARGV[10],
-  'prompt_tokens', ARGV[11], 'completion_tokens', ARGV[12], 'cached_tokens', ARGV[13], 'cache_write_tokens', ARGV[14],
-  'reasoning_tokens', ARGV[15], 'audio_prompt_tokens', ARGV[16], 'audio_completion_tokens', ARGV[17],
-  'cost_nusd', cost, 'held_nusd', whole(hold and hold.amount or 0), 'usage_source', ARGV[18], 'outcome', ARGV[19],
-  'hold', live and 'live' or record and 'abandoned' or 'none', 'price', ARGV[20], 'started_ms', ARGV[21],
-  'settled_ms', whole(now_ms), 'attempts', ARGV[22], 'cache_write_1h_tokens', ARGV[23], 'waived_nusd', waived, 'v', '1')
-local requests = redis.call('HLEN', KEYS[14])
-if requests < REQUESTS_A_DAY then redis.call('HSET', KEYS[14], ARGV[5], event) end
-if requests == 0 then redis.call('EXPIRE', KEYS[14], REQUESTS_KEPT_S) end
+local event = redis.call('XADD', USAGE, 'MAXLEN', '~', events_kept, '*', 'event', 'settled', 'hold_id', id,
+  'request_id', request_id, 'key', key_id, 'account', account, 'session', session, 'model', model, 'upstream', upstream,
+  'prompt_tokens', prompt, 'completion_tokens', completion, 'cached_tokens', cached, 'cache_write_tokens', cache_write,
+  'reasoning_tokens', reasoning, 'audio_prompt_tokens', audio_prompt, 'audio_completion_tokens', audio_completion,
+  'cost_nusd', cost, 'held_nusd', whole(hold and hold.amount or 0), 'usage_source', usage_source, 'outcome', outcome,
+  'hold', live and 'live' or record and 'abandoned' or 'none', 'price', price, 'started_ms', started_ms,
+  'settled_ms', whole(now_ms), 'attempts', attempts, 'cache_write_1h_tokens', cache_write_1h, 'waived_nusd', waived, 'v', '1')
+local requests = redis.call('HLEN', REQUESTS)
+if requests < REQUESTS_A_DAY then redis.call('HSET', REQUESTS, request_id, event) end
+if requests == 0 then redis.call('EXPIRE', REQUESTS, REQUESTS_KEPT_S) end
 
 -- the hour and the month
 local function add(key, prefix)
   for index, metric in ipairs(METRICS) do
-    local count = ARGV[10 + index]
+    local count = counts[index]
     if count ~= '0' then redis.call('HINCRBY', key, prefix .. metric, count) end
   end
   if cost ~= '0' then redis.call('HINCRBY', key, prefix .. 'cost', cost) end
 end
 
-local fields = redis.call('HLEN', KEYS[12])
+local fields = redis.call('HLEN', HOUR)
 if fields >= HOUR_MAX_FIELDS then session = '~' end
-local of_hour = ARGV[6] .. '\31' .. ARGV[9] .. '\31' .. session .. '\31'
-if redis.call('HINCRBY', KEYS[12], of_hour .. 'requests', 1) == 1 then
-  index_hour(KEYS[15], string.match(KEYS[12], '(%d+%-%d+%-%d+)T(%d+)$'))
+local of_hour = key_id .. '\31' .. model .. '\31' .. session .. '\31'
+if redis.call('HINCRBY', HOUR, of_hour .. 'requests', 1) == 1 then
+  index_hour(HOURS, string.match(HOUR, '(%d+%-%d+%-%d+)T(%d+)$'))
 end
-add(KEYS[12], of_hour)
-if fields == 0 then redis.call('EXPIRE', KEYS[12], HOUR_KEPT_S) end
-if cost ~= '0' then redis.call('HINCRBY', KEYS[15], 'nusd', cost) end
-local of_month = ARGV[6] .. '\31' .. ARGV[9] .. '\31~\31'
-if redis.call('HINCRBY', KEYS[16], of_month .. 'requests', 1) == 1 and redis.call('HLEN', KEYS[16]) > MONTH_MAX_FIELDS then
-  redis.call('HDEL', KEYS[16], of_month .. 'requests')
-  of_month = '~\31' .. ARGV[9] .. '\31~\31'
-  redis.call('HINCRBY', KEYS[16], of_month .. 'requests', 1)
+add(HOUR, of_hour)
+if fields == 0 then redis.call('EXPIRE', HOUR, HOUR_KEPT_S) end
+if cost ~= '0' then redis.call('HINCRBY', HOURS, 'nusd', cost) end
+local of_month = key_id .. '\31' .. model .. '\31~\31'
+if redis.call('HINCRBY', MONTH, of_month .. 'requests', 1) == 1 and redis.call('HLEN', MONTH) > MONTH_MAX_FIELDS then
+  redis.call('HDEL', MONTH, of_month .. 'requests')
+  of_month = '~\31' .. model .. '\31~\31'
+  redis.call('HINCRBY', MONTH, of_month .. 'requests', 1)
 end
-add(KEYS[16], of_month)
+add(MONTH, of_month)
 return 1

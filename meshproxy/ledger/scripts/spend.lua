@@ -1,18 +1,18 @@
 -- Budgets and the spend that counts against them. A spend hash has the fields total, day:DATE and month:MONTH, in
--- nano-USD. Days of earlier months are deleted. Needs clock and calendar.
+-- nano-USD. Days of earlier months are deleted. Needs clock, calendar and hold.
 local NO_BUDGET = math.huge
 local SHARES = { 50, 80, 100 }
 
 -- Returns the smallest room under the budgets ARGV[first] to ARGV[first + 2] (total, day, month; -1: none), which of
 -- the three has it (1 to 3), that budget, and how much of it is spent or held. `held` is an amount, or the name of a
--- field of KEYS[2]. `total` replaces the hash's own total where the hash may lack it.
+-- field of HELD. `total` replaces the hash's own total where the hash may lack it.
 local function budget_room(spend_key, held, first, total)
   local budgets = { tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2]) }
   local room, which, budget, used = NO_BUDGET, 0, 0, 0
   if math.max(budgets[1], budgets[2], budgets[3]) < 0 then return room, which, budget, used end
   local spent = redis.call('HMGET', spend_key, 'total', 'day:' .. day, 'month:' .. month)
   if total then spent[1] = total end
-  if type(held) == 'string' then held = tonumber(redis.call('HGET', KEYS[2], held) or 0) end
+  if type(held) == 'string' then held = tonumber(redis.call('HGET', HELD, held) or 0) end
   for index = 1, 3 do
     local counted = tonumber(spent[index] or 0) + held
     if budgets[index] >= 0 and budgets[index] - counted < room then
@@ -43,7 +43,7 @@ local function note_thresholds(which, key, budget, spent, cost)
   for _, share in ipairs(SHARES) do
     local mark = math.ceil(budget * share / 100)
     if budget > 0 and spent >= mark and spent - cost < mark then
-      redis.call('XADD', KEYS[6], '*', 'event', 'threshold', 'which', which, 'key', key, 'percent', whole(share),
+      redis.call('XADD', USAGE, '*', 'event', 'threshold', 'which', which, 'key', key, 'percent', whole(share),
         'budget_nusd', whole(budget), 'spent_nusd', whole(spent), 'reached_ms', whole(now_ms), 'v', '1')
     end
   end
@@ -52,7 +52,7 @@ end
 -- Returns four amounts: what is available, the room for one hold, what is held, what was ever settled. Without strict
 -- credit, any hold fits while something is available.
 local function credit_room(amount, strict)
-  local credit = redis.call('HMGET', KEYS[1], 'balance', 'held', 'settled')
+  local credit = redis.call('HMGET', CREDIT, 'balance', 'held', 'settled')
   local held = tonumber(credit[2] or 0)
   local available = tonumber(credit[1] or 0) - held
   local room = available
