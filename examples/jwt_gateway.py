@@ -26,7 +26,7 @@ import meshproxy
 
 
 def claims_of(token: str, secret: bytes, now: float) -> dict[str, Any]:
-    """The claims of a token that is signed with `secret` and hasn't expired; ValueError for any other."""
+    """Return the claims of a token that is signed with `secret` and hasn't expired; ValueError for any other."""
     signed, _, signature = token.rpartition(".")
     head, _, payload = signed.partition(".")
     if _decoded(head).get("alg") != "HS256":
@@ -40,7 +40,7 @@ def claims_of(token: str, secret: bytes, now: float) -> dict[str, Any]:
 
 
 def with_team_keys(secret: bytes, keys: Mapping[str, str]) -> Middleware:
-    """A middleware that takes the token for the key of its team."""
+    """Make a middleware that takes the token for the key of its team."""
 
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:

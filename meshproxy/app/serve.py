@@ -312,8 +312,9 @@ def _admin_limits(workers: Workers) -> ConnectionLimits:
 
 
 def _on_signals(workers: Workers, reloader: Reloader | None, tasks: Tasks, watch: FileWatch | None) -> asyncio.Event:
-    """Install the signal handlers. The returned event is set by the first SIGTERM or SIGINT; the second one
-    interrupts the workers.
+    """Install the signal handlers.
+
+    The returned event is set by the first SIGTERM or SIGINT; the second one interrupts the workers.
 
     A SIGHUP that arrived before this, or while the file is being read, counts too.
     """

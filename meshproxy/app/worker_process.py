@@ -43,8 +43,10 @@ class Prepare(Struct, tag="prepare", frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """A worker's metrics (Metrics.snapshot), why it isn't ready, whether the ledger is connected, the latest
-    failures, and which accounts were refused lately.
+    """What a worker reports to the supervisor.
+
+    Its metrics (Metrics.snapshot), why it isn't ready, whether the ledger is connected, the latest failures, and which
+    accounts were refused lately.
     """
 
     snapshot: bytes

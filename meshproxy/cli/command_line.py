@@ -173,10 +173,10 @@ def make_command(
 ) -> None:
     """Make `parser` a command that runs `run`.
 
-    The docstring of `run` is the help text: what the command does, then an empty line and examples. `uses_store`: the
+    The docstring of `run` is the help text: what the command does; its last paragraph has examples. `uses_store`: the
     command takes --redis.
     """
-    parser.description, _, examples = (inspect.getdoc(run) or "").partition("\n\n")
+    parser.description, _, examples = (inspect.getdoc(run) or "").rpartition("\n\n")
     parser.epilog = f"examples:\n{textwrap.indent(examples, '  ')}"
     parser.set_defaults(run=run, parser=parser)
     common = parser.add_argument_group("common")

@@ -1,5 +1,6 @@
-"""`meshproxy dev`: run a gateway with a simulated provider, and with the real providers whose keys are in the
-environment.
+"""`meshproxy dev`: run a gateway for a trial.
+
+It has a simulated provider, and the real providers whose keys are in the environment.
 """
 
 import argparse
@@ -94,8 +95,9 @@ def _dialects(simulator: dict[str, Any]) -> dict[str, Any]:
 
 
 def _openai_models(real: list[str]) -> dict[str, Any]:
-    """Return OpenAI's models, served by the real providers that are available, OpenAI first. If none is, the simulator
-    serves some.
+    """Return OpenAI's models, served by the real providers that are available, OpenAI first.
+
+    If none is, the simulator serves some.
     """
     return {
         name: {
@@ -194,8 +196,9 @@ def add_dev(parser: argparse.ArgumentParser) -> None:
 
 
 async def dev(args: argparse.Namespace, out: Output) -> None:
-    """Run the gateway with an embedded Redis server, a simulated provider, a key with credit and a template,
-    and print commands to paste. If OPENAI_API_KEY or OPENROUTER_API_KEY is set, that provider's models are served too.
+    """Run the gateway with an embedded Redis server, a simulated provider, a key with credit and a template.
+
+    It prints commands to paste. If OPENAI_API_KEY or OPENROUTER_API_KEY is set, that provider's models are served too.
     Nothing is kept when it ends. --config is not used.
 
     meshproxy dev

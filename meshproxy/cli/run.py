@@ -26,6 +26,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace, out: Output) -> None:
     """Check whether a configuration can be served, with the secrets and files that it names.
+
     Prints `ok` and exits 0, with likely mistakes as warnings on stderr; else prints every fault, one a line, and exits 78.
 
     meshproxy check --config meshproxy.toml && systemctl reload meshproxy
@@ -94,8 +95,9 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 async def simulate(args: argparse.Namespace, out: Output) -> None:
-    """Serve OpenAI's chat completions from a simulated provider, until interrupted. Any model is served. The models
-    below cause faults, alone or joined by +, and take options as in sim/slow?tokens=5:
+    """Serve OpenAI's chat completions from a simulated provider, until interrupted.
+
+    Any model is served. The models below cause faults, alone or joined by +, and take options as in sim/slow?tokens=5:
 
     meshproxy simulate --port 9100
     meshproxy simulate --port 9100 --tokens-per-second 5 --first-token 2

@@ -203,8 +203,9 @@ class UsageWindow:
 
 
 def with_refusals(rows: Sequence[TopRow], refused: dict[str, int]) -> list[TopRow]:
-    """Return the rows with each account's refusals in its first row, and with a row for each account that was only
-    refused.
+    """Return the rows with each account's refusals in its first row.
+
+    An account that was only refused gets a row of its own.
     """
     left = {account: count for account, count in refused.items() if count}
     for row in rows:

@@ -137,8 +137,10 @@ MAX_RENEW_RETRIES = 40  # ten seconds; after that a stream that has neither cred
 
 
 class CreditSource:
-    """Where holds are taken and renewed. `local` is None where a lost Redis denies (`redis.on_failure`).
-    `enforce_tokens`: an empty token bucket ends a stream too.
+    """Where holds are taken and renewed.
+
+    `local` is None where a lost Redis denies (`redis.on_failure`). `enforce_tokens`: an empty token bucket ends a
+    stream too.
     """
 
     __slots__ = ("enforce_tokens", "ledger", "local", "tasks")
@@ -319,8 +321,9 @@ class Admitter:
         }
 
     async def admit(self, exchange: Exchange, plan: Plan, principal: Principal, active: ActiveConfig) -> Lease | Denial:
-        """Return a lease on what the plan may cost, or the denial. Raises Unavailable if neither ledger nor `local` can
-        admit.
+        """Return a lease on what the plan may cost, or the denial.
+
+        Raises Unavailable if neither ledger nor `local` can admit.
         """
         settings = active.settings
         credit = settings.credits

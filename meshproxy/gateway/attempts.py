@@ -333,8 +333,9 @@ def _attempt_timeout_s(candidate: Candidate, active: ActiveConfig) -> float:
 async def within(
     left_s: float | None, answering: Coroutine[None, None, Result], *, may_have_run: bool = True
 ) -> Result:
-    """Wait for an answer, or for its body, at most `left_s` seconds; None is for ever. Raises the client's GatewayError 504
-    after that.
+    """Wait for an answer, or for its body, at most `left_s` seconds; None is for ever.
+
+    Raises the client's GatewayError 504 after that.
 
     The client is its source, so that a short deadline of a client opens no breaker.
     """

@@ -127,8 +127,9 @@ class BodyReservation:
         self.size = 0
 
     async def take(self, size: int) -> None:
-        """Reserve memory for a body of `size` bytes, and wait for it. Raises GatewayError `overloaded` after
-        ROOM_WAIT_S.
+        """Reserve memory for a body of `size` bytes, and wait for it.
+
+        Raises GatewayError `overloaded` after ROOM_WAIT_S.
         """
         if size > max(self.size, SMALL_BYTES):
             await self._bodies.take(self, size)
@@ -166,8 +167,9 @@ class BodyMemory:
         self._waiting: dict[asyncio.Future[None], tuple[BodyReservation, int]] = {}
 
     def reserve(self, account: str) -> BodyReservation:
-        """Return an empty `BodyReservation` for a request. Raises GatewayError `overloaded` if the account has too many
-        unadmitted.
+        """Return an empty `BodyReservation` for a request.
+
+        Raises GatewayError `overloaded` if the account has too many unadmitted.
         """
         count = self._unadmitted.get(account, 0)
         if count >= self._most_requests():

@@ -249,8 +249,9 @@ class Health:
         return None if probes is None else Attempt(self, upstream, route, account, probes)
 
     def state(self, name: str) -> State:
-        """What an upstream is for the next request: `open` while a breaker of it is, `ejected` while one of its routes is asked
-        after its equals, else `serving`.
+        """Return what an upstream is for the next request: `open`, `ejected` or `serving`.
+
+        `open`: a breaker of it is open. `ejected`: one of its routes is asked after its equals. Else `serving`.
         """
         upstream, now = self._upstreams.get(name), self.clock()
         if upstream is None:

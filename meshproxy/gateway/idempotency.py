@@ -259,8 +259,9 @@ class Answers:
 
     @contextlib.contextmanager
     def wait(self, answer: Answer, account: str, most: int) -> Iterator[None]:
-        """Have the answer read while the block runs. Raises GatewayError 429 if `most` of the account's requests wait
-        already.
+        """Have the answer read while the block runs.
+
+        Raises GatewayError 429 if `most` of the account's requests wait already.
         """
         if self._waiting[account] >= most:
             raise GatewayError(Source.CLIENT, rate_limit_exceeded(WAITING, WAITING_RETRY_S))

@@ -37,8 +37,9 @@ class InFlight:
         self.recordings: set[Recording] = set()
 
     async def pulse(self, settings: Callable[[], Settings]) -> None:
-        """Run for the life of the worker, by the current settings. An error of one relay or hold is raised after
-        serving all.
+        """Run for the life of the worker, by the current settings.
+
+        An error of one relay or hold is raised after serving all.
         """
         while True:
             heartbeat_s, hold_ttl_s = settings().server.heartbeat_s, settings().credits.hold_ttl_s
@@ -94,8 +95,9 @@ class Detacher:
         self.closed = False  # true: a hang-up cancels the request
 
     async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `work`. If the caller is cancelled or its deadline passes, the work goes on without the
-        client.
+        """Return the result of `work`.
+
+        If the caller is cancelled or its deadline passes, the work goes on without the client.
 
         The exchange is closed when the work ends.
         """

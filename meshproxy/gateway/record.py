@@ -160,6 +160,7 @@ class _UpstreamMetrics:
 
 class AccountMetrics:
     """The metrics of accounts, for the first `most` that make requests in this worker; all others are counted as `other`.
+
     `names` are those that have theirs.
     """
 

@@ -73,8 +73,9 @@ class HeadReader:
         self._interim = 0
 
     def feed(self, data: bytes) -> tuple[Head, bytes] | None:
-        """Return the head and the bytes after it; None until it is complete. Raises UpstreamError if it can't be a
-        head.
+        """Return the head and the bytes after it; None until it is complete.
+
+        Raises UpstreamError if it can't be a head.
         """
         if self._held:
             data = self._held + data

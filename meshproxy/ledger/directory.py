@@ -162,8 +162,9 @@ class Directory:
         return await self.change_key(key_id, lambda key: replace(key, status=status), actor=actor, action=action)
 
     async def rotate_key(self, key_id: str, *, grace_s: float = 0, actor: str = "") -> tuple[str, Key] | None:
-        """Give a key a new secret. The old secret works for `grace_s` more. The key's id, limits, budgets and spend
-        stay.
+        """Give a key a new secret.
+
+        The old secret works for `grace_s` more. The key's id, limits, budgets and spend stay.
 
         Returns the secret, which is stored nowhere, and the key; None if there is no such key. Raises ValueError for a
         revoked key.
@@ -253,8 +254,9 @@ class Directory:
         return await self.change_account(name, lambda found: replace(found, status=status), actor=actor, action=action)
 
     async def delete_account(self, name: str, *, actor: str = "") -> int | None:
-        """Delete an account and everything that Redis has of it: keys, credit, history, usage, templates. Its name can
-        be used again.
+        """Delete an account and everything that Redis has of it: keys, credit, history, usage, templates.
+
+        Its name can be used again.
 
         Returns the number of deleted Redis keys, or None if there is no such account. Raises ValueError while requests
         of it hold credit: suspend the account, and delete it when they have ended.

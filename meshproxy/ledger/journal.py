@@ -1,5 +1,7 @@
-"""The journal keeps settlements on disk while Redis can't take them. It is append-only, bounded, and fsynced before
-`append` returns. Replay may send a settlement twice: it is charged once (settle.lua).
+"""The journal keeps settlements on disk while Redis can't take them.
+
+It is append-only, bounded, and fsynced before `append` returns. Replay may send a settlement twice: it is charged once
+(settle.lua).
 
 Each worker has its own file: the first `PATH.N` that isn't locked. So the file of a dead worker is found and replayed
 by its successor. The contents of further unlocked files (of a time with more workers) are moved to the first. A line is

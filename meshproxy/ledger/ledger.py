@@ -190,8 +190,9 @@ class Ledger:
         return _settlement_keys(self._names(settlement.account), settlement), args
 
     async def grant(self, account: str, amount_nusd: int, note: str = "", *, ref: str = "", actor: str = "") -> Granted:
-        """Grant credit, or take credit back with a negative amount, once for each `ref`. `actor` is recorded as who did
-        it.
+        """Grant credit, or take credit back with a negative amount, once for each `ref`.
+
+        `actor` is recorded as who did it.
 
         Raises ValueError if the balance would exceed MAX_NUSD, and RefTaken if another amount was granted under `ref`.
         """
@@ -300,7 +301,7 @@ class Ledger:
         return uses
 
     async def account_balances(self, accounts: Sequence[str]) -> dict[str, int]:
-        """The balance of each account in nano-USD, with all its holds: one field read, cheap enough for each few seconds."""
+        """Return the balance of each account in nano-USD, with its holds: one field read, cheap enough for each few seconds."""
         found: dict[str, int] = {}
         for first in range(0, len(accounts), BATCH_KEYS):
             batch = accounts[first : first + BATCH_KEYS]

@@ -30,8 +30,9 @@ SESSION_BYTES = 6  # bound on one character of the session's name, as JSON
 
 
 class WorkerCount:
-    """The number of workers that share the Redis, counted by heartbeats. While Redis is lost, the last known number
-    holds.
+    """The number of workers that share the Redis, counted by heartbeats.
+
+    While Redis is lost, the last known number holds.
 
     Heartbeats use Redis's TIME, so a host with a wrong clock is counted like the others and removes none of them.
     `at_least` is the number of workers on this host: the count is never lower.

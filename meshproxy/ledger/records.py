@@ -1,5 +1,6 @@
-"""The ledger's records and the names of its keys in Redis. Amounts are nano-USD; durations are seconds unless the name
-says ms.
+"""The ledger's records and the names of its keys in Redis.
+
+Amounts are nano-USD; durations are seconds unless the name says ms.
 """
 
 import hashlib
@@ -102,8 +103,9 @@ class Denial(Struct, frozen=True):
 
 
 class Settlement(Struct, frozen=True, kw_only=True):
-    """What a request used and cost. `outcome` is why it ended, from a closed set. `price` is JSON: the prices it was
-    billed by.
+    """What a request used and cost.
+
+    `outcome` is why it ended, from a closed set. `price` is JSON: the prices it was billed by.
 
     `unheld`: admitted without Redis, so that Redis may have no hold of it; this stays true through every retry.
     `replay` is the record of the request's Idempotency-Key; `replay_ttl_ms` is how long its answer is kept. The budgets

@@ -131,8 +131,9 @@ class Store(ABC):
         """Fail all pending commands and close every socket."""
 
     def execute(self, *args: Argument) -> "asyncio.Future[Any]":
-        """Queue one command and return the future of its reply (bytes, int, list or None). It raises Unavailable and
-        StoreError.
+        """Queue one command and return the future of its reply (bytes, int, list or None).
+
+        It raises Unavailable and StoreError.
 
         Commands issued in one turn of the event loop share one write: issue them all before awaiting them, or gather
         them.

@@ -25,8 +25,9 @@ Value = TypeVar("Value")
 
 
 class Cache(Generic[Value]):
-    """A cache of look-ups. `fetch` returns one key's value from the store, None if there is none. `weigh` gives a
-    value's weight.
+    """A cache of look-ups.
+
+    `fetch` returns one key's value from the store, None if there is none. `weigh` gives a value's weight.
 
     The weights of all values stay within `max_weight`. `stale_s`: while the store is unavailable, values this much
     older than `ttl_s` are still returned.

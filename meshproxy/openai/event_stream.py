@@ -136,8 +136,9 @@ class StreamScanner:
         self._learn(_NO_SHAPE)
 
     def feed(self, payload: bytes) -> bytes:
-        """Return what may go to the client now: whole events only; `payload` itself (the same object) if it is
-        unchanged.
+        """Return what may go to the client now: whole events only.
+
+        It is `payload` itself (the same object) if it is unchanged.
 
         Raises UpstreamError for an event of more than `max_event_bytes`.
         """
@@ -334,8 +335,9 @@ class StreamScanner:
         return self._unusual_event(event)
 
     def _unusual_event(self, event: bytes) -> bytes:
-        """Return what the client gets of an event that isn't plain: comments, the end, an error, usage, or unusual
-        lines.
+        """Return what the client gets of an event that isn't plain.
+
+        That is a comment, the end, an error, usage, or unusual lines.
         """
         parsed = parse(event)
         if not parsed.data:

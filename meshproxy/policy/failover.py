@@ -182,8 +182,10 @@ def is_upstream_failure(error: UpstreamError) -> bool:
 
 
 def is_refusal(error: UpstreamError) -> bool:
-    """Whether the provider refused and did nothing, so that asking another one is no repetition: its account of ours or its
-    configuration is wrong (401 to 404, a redirect), or another model may take the request.
+    """Return whether the provider refused and did nothing, so that asking another one repeats no work.
+
+    So it is where our account there or its configuration is wrong (401 to 404, a redirect), or where another model may take
+    the request.
     """
     return error.another_model or (error.upstream_status is not None and 300 <= error.upstream_status <= 404)
 

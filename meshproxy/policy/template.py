@@ -71,8 +71,9 @@ class TemplateFields(Struct, frozen=True, kw_only=True):
     variables: list[str] | UnsetType = UNSET
 
     def applied_to(self, template: Template) -> Template:
-        """Return the template with these fields. Raises GatewayError `validation_error` if its prompt is then too
-        large.
+        """Return the template with these fields.
+
+        Raises GatewayError `validation_error` if its prompt is then too large.
         """
         changes = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
         changed = msgspec.structs.replace(template, **changes)

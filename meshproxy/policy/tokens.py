@@ -262,8 +262,9 @@ def fitted(messages: Sequence[Message], budget: int, scale: Scale) -> list[Messa
 
 
 def _middle(messages: Sequence[Message], sizes: Sequence[int], budget_tokens: int) -> set[int]:
-    """Return the indices to drop: units from the middle outwards, until the rest fits or only the first and last are
-    left.
+    """Return the indices to drop, from the middle outwards.
+
+    Units are dropped until the rest fits or only the first and last are left.
     """
     units = _units(messages)
     excess = sum(sizes) - budget_tokens

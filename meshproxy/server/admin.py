@@ -1,5 +1,6 @@
-"""The admin listener's application: metrics, probes, the status page and the admin API. No request here needs a
-client's key.
+"""The admin listener's application: metrics, probes, the status page and the admin API.
+
+No request here needs a client's key.
 
 Without a token it answers only requests whose Host is an IP address, `localhost` or a configured name. So it refuses a
 web page whose own name resolves to this address (DNS rebinding). With a token, everything except the probes requires

@@ -1,5 +1,6 @@
-"""`/admin/v1/...` on the admin listener: the commands' operations over HTTP, by the same `Administration`. It requires the admin
-token.
+"""`/admin/v1/...` on the admin listener: the commands' operations over HTTP, by the same `Administration`.
+
+It requires the admin token.
 
 A browser that has the token sends it with requests from any page, so a change requested by another origin is refused.
 """

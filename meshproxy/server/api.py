@@ -389,7 +389,7 @@ def _refuse_repeats(query: MultiMapping[str]) -> None:
 
 
 def invalid_parameter(name: str, message: str, place: str = "query") -> GatewayError:
-    """Build 422 for a parameter. The message continues the name: `is not a number.`"""
+    """Build 422 for a parameter; the message continues its name, as in `is not a number`."""
     return GatewayError(Source.CLIENT, invalid(f"`{name}` {message}", param=name, place=place))
 
 

@@ -32,8 +32,9 @@ class InvalidProxyHeader(Exception):
 
 
 async def read_source(receive: Receive) -> Source | None:
-    """Read a PROXY header. Return the client's address and port, or None for the proxy's own connections and unknown
-    clients.
+    """Read a PROXY header.
+
+    Return the client's address and port, or None for the proxy's own connections and unknown clients.
 
     `receive(n)` returns exactly n bytes, or raises. Nothing beyond the header is read. Raises InvalidProxyHeader.
     """

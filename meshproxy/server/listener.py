@@ -68,8 +68,9 @@ UNIX_PREFIX = "unix:"
 
 
 def listen(address: str, *, shared: bool = False) -> socket.socket:
-    """Open a listening socket at `HOST:PORT`, `[V6]:PORT` or `unix:/path`. `shared`: other sockets may listen at the
-    same port.
+    """Open a listening socket at `HOST:PORT`, `[V6]:PORT` or `unix:/path`.
+
+    `shared`: other sockets may listen at the same port.
 
     Raises OSError if the address is taken. A socket file without a listener is replaced.
     """

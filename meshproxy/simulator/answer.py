@@ -109,8 +109,9 @@ USAGE_FAULTS: dict[str, Callable[[int], Any]] = {
 
 
 class Token(NamedTuple):
-    """A token. `kind` is its field: "reasoning_content", "content", or the index of the tool call whose arguments it
-    belongs to.
+    """A token.
+
+    `kind` is its field: "reasoning_content", "content", or the index of the tool call whose arguments it belongs to.
     """
 
     kind: str | int
@@ -258,8 +259,9 @@ def _before_stop(stop: str | list[str], tokens: list[str]) -> list[str]:
 
 
 def _called_functions(request: CompletionRequest) -> list[Function]:
-    """Return the functions to call; none means a text answer. If the last message is a tool's result, the answer is
-    always text.
+    """Return the functions to call; none means a text answer.
+
+    If the last message is a tool's result, the answer is always text.
     """
     functions = [tool.function for tool in request.tools if tool.function is not None]
     if request.messages[-1].role == "tool" or request.tool_choice == "none":

@@ -125,8 +125,9 @@ class Behaviour(Struct, frozen=True):
 
 
 def read_behaviour(model: str, header: str | None) -> Behaviour:
-    """Read the behaviour that a request selects. Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown
-    header value or a bad option.
+    """Read the behaviour that a request selects.
+
+    Raises `Refusal`: 404 for an unknown sim/ model, 400 for an unknown header value or a bad option.
     """
     names, options = _from_model(model)
     more, header_options = _from_header(header or "")

@@ -298,8 +298,9 @@ class Delivery(Struct):
     record: ReceivedRequest
 
     async def run(self) -> None:
-        """Send the answer to its end, correct or not. Raises `ConnectionError` if the client closed the connection
-        before.
+        """Send the answer to its end, correct or not.
+
+        Raises `ConnectionError` if the client closed the connection before.
         """
         try:
             await (self._stream() if self.request.stream else self._unstreamed())

@@ -170,8 +170,9 @@ class Simulator:
         return writer.response()
 
     async def models(self, request: web.Request) -> web.Response:
-        """Answer GET /v1/models: two models without faults, and every fault with its description. A family is listed as
-        a pattern.
+        """Answer GET /v1/models: two models without faults, and every fault with its description.
+
+        A family is listed as a pattern.
         """
         self._authenticate(request)
         return web.json_response({"object": "list", "data": [_model(name) for name in MODELS]})
@@ -242,8 +243,9 @@ class Simulator:
         return BROKEN if behaviour.one_of(UNFINISHED_FAULTS) else COMPLETED
 
     def _choose(self, completion: CompletionRequest, header: str | None) -> tuple[str, Behaviour]:
-        """Return the model that serves: the first that doesn't fail, else the last. Only OpenRouter's requests have
-        several.
+        """Return the model that serves: the first that doesn't fail, else the last.
+
+        Only OpenRouter's requests have several.
         """
         *others, last = (completion.model, *completion.models)
         for model in others:

@@ -27,8 +27,9 @@ encode = msgspec.json.encode
 
 
 class Event(NamedTuple):
-    """Bytes to send. `step`: the event is due this many tokens after the first one; `tokens`: the tokens that it
-    contains.
+    """Bytes to send.
+
+    `step`: the event is due this many tokens after the first one. `tokens`: the tokens that it contains.
     """
 
     step: int
@@ -76,8 +77,9 @@ class EventStream:
         yield Event(step, 0, DONE)
 
     def _tokens(self, choice: Choice) -> Iterator[tuple[int, int, int, Json | None]]:
-        """Yield for each token: how many tokens came before, how many are shown, how many are generated, and its choice
-        in a chunk.
+        """Yield the deltas of a choice.
+
+        For each: how many tokens came before, how many are shown, how many are generated, and the choice in a chunk.
 
         The choice is None for thoughts that aren't shown. A call's name comes before its arguments, and is not counted.
         """

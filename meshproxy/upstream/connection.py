@@ -257,8 +257,9 @@ class Connection(asyncio.Protocol):
         self._on_lost(self)
 
     def _closed_cleanly(self) -> bool:
-        """Return whether the provider ended the connection. A bare end of TCP under TLS may be forged (RFC 9112,
-        9.8).
+        """Return whether the provider ended the connection.
+
+        A bare end of TCP under TLS may be forged (RFC 9112, 9.8).
         """
         assert self._transport is not None  # noqa: S101 # only called from within the transport's callback
         tls = self._transport.get_extra_info("ssl_object")
