@@ -343,8 +343,10 @@ class Gateway:
             relay.bill()
 
     def _own_headers(self, exchange: Exchange) -> Headers:
-        """Return the gateway's own headers for an answer: its id, `x-ratelimit-*` as of admission, the serving model and
-        the number of attempts, also by the names of Mesh's SDKs, and a cap on output that the gateway set.
+        """Return the gateway's own headers for an answer.
+
+        They are its id, `x-ratelimit-*` as of admission, the serving model and the number of attempts, also by the names of
+        Mesh's SDKs, and a cap on output that the gateway set.
         """
         plan, model, attempts = exchange.plan, exchange.model, str(exchange.attempts)
         headers = [

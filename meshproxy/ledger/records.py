@@ -247,8 +247,9 @@ class AccountKeys:
         return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"
 
     def settlement(self, hour: str, hold_id: str) -> tuple[str, ...]:
-        """Name the keys of one settlement: `hour`, `requests`, `hours`, `month`; and second, the string that marks a
-        request admitted without Redis as settled, so that it is charged once.
+        """Name the keys of one settlement: `hour`, `unheld`, `requests`, `hours`, `month`.
+
+        `unheld` marks a request that was admitted without Redis as settled, so that it is charged once.
         """
         root = self.root
         aggregates = f"{root}requests:{hour[:10]}", self.hours, f"{root}month:{hour[:7]}"
