@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from meshproxy import config
 from meshproxy.config import ConfigError, SecretReader, Secrets, parse, split_address
 from meshproxy.config.load import likely_mistakes
-from meshproxy.money import parse_usd
+from meshproxy.units import parse_usd
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
 PROVIDER = '[upstreams.a]\nkind = "openai"\nbase_url = "http://a"\n'

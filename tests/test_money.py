@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.money import MAX_NUSD, format_usd, in_usd, parse_usd
+from meshproxy.units import MAX_NUSD, format_usd, in_usd, parse_usd
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from meshproxy.config.load import line_of, under
 from meshproxy.ledger.journal import MAX_FILES
 from meshproxy.ledger.store import parse_url, tls_context
 from meshproxy.telemetry.spans import require_extra
-from meshproxy.times import DAY_S
+from meshproxy.units import DAY_S
 
 MAX_SECRET_BYTES = 65_536
 WRONG_DATES = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED (openssl's x509_vfy.h)

@@ -36,7 +36,6 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission, WorkerCount
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Store, Unavailable
-from meshproxy.money import parse_usd
 from meshproxy.policy.catalog import Catalog
 from meshproxy.policy.principal import Access
 from meshproxy.server.api import Api
@@ -47,6 +46,7 @@ from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
 from meshproxy.telemetry.spans import open_tracer
 from meshproxy.telemetry.tasks import Tasks, watch_lag
+from meshproxy.units import parse_usd
 from meshproxy.upstream.provider import Provider
 
 STALE_S = 3600.0  # how long known keys and templates are used while Redis is lost, with on_failure = "local"

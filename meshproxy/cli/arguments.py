@@ -17,8 +17,7 @@ from msgspec.structs import replace
 
 from meshproxy.cli.command_line import CommandError
 from meshproxy.config import ConfigError, Redis, SecretReader, Settings, plain
-from meshproxy.money import parse_usd
-from meshproxy.times import parse_moment, parse_span
+from meshproxy.units import parse_moment, parse_span, parse_usd
 
 if TYPE_CHECKING:
     from meshproxy.ledger.administration import Administration

@@ -24,11 +24,11 @@ from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.money import parse_usd
 from meshproxy.policy.template import Template
 from meshproxy.simulator import start
 from meshproxy.simulator.behaviour import PREFIX, TRAITS
 from meshproxy.simulator.dialects import DIALECTS
+from meshproxy.units import parse_usd
 
 PROVIDERS: dict[str, dict[str, Any]] = {
     "openai": {"kind": "openai", "base_url": "https://api.openai.com/v1", "api_key": {"env": "OPENAI_API_KEY"}},

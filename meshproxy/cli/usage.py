@@ -23,7 +23,7 @@ from meshproxy.ledger.administration import USAGE_SPAN_S
 from meshproxy.ledger.connection import Store
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.usage_report import GROUP_ALIASES, GROUPS, NUMERIC_FIELDS
-from meshproxy.money import format_usd, in_usd
+from meshproxy.units import format_usd, in_usd
 
 TEXT_COLUMNS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "cost_usd")
 NOTICE_AFTER_S = 1.0  # that a report takes

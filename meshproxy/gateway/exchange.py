@@ -19,12 +19,12 @@ from meshproxy.errors import (
 )
 from meshproxy.gateway.entry import BodyReservation
 from meshproxy.ledger.records import Denial, UsageSource
-from meshproxy.money import format_usd
 from meshproxy.openai.errors import conceal_secrets, envelope, error_headers, without_secrets
 from meshproxy.openai.usage import RefusedNumber, Usage
 from meshproxy.policy.catalog import Candidate, Catalog
 from meshproxy.policy.pricing import Price
 from meshproxy.policy.principal import Principal
+from meshproxy.units import format_usd
 from meshproxy.upstream.provider import Provider
 from meshproxy.upstream.response import Response
 

@@ -51,7 +51,6 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Denial
-from meshproxy.money import format_usd
 from meshproxy.openai.event_stream import StreamScanner
 from meshproxy.openai.events import FORM_BYTES, as_whole, form_of
 from meshproxy.openai.headers import downstream_headers
@@ -61,6 +60,7 @@ from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.failover import classify_error, stream_error
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
+from meshproxy.units import format_usd
 from meshproxy.upstream.response import Response
 
 SHUTTING_DOWN = "The gateway is shutting down."

@@ -21,7 +21,6 @@ from meshproxy.config import Upstream
 from meshproxy.errors import Source, UpstreamError
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.ledger.records import Denial
-from meshproxy.money import NUSD_PER_USD, format_usd
 from meshproxy.openai.errors import MAX_QUOTED_BYTES, without_quotes
 from meshproxy.openai.headers import upstream_request_id
 from meshproxy.openai.request import CHAT_PATH, ChatRequest
@@ -32,6 +31,7 @@ from meshproxy.telemetry.families import CAUSES, PHASES
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.telemetry.metrics import Metrics
 from meshproxy.telemetry.spans import OtlpTracer
+from meshproxy.units import NUSD_PER_USD, format_usd
 
 Attribute = str | bool | int | float
 Attributes = dict[str, Attribute | None]  # None: left out

@@ -16,10 +16,10 @@ from meshproxy.gateway.admit import Lease
 from meshproxy.gateway.exchange import Downstream, Exchange, denial_response
 from meshproxy.gateway.settle import bill
 from meshproxy.ledger.records import Denial
-from meshproxy.money import format_usd
 from meshproxy.openai.errors import error_event
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
 from meshproxy.policy.failover import stream_error
+from meshproxy.units import format_usd
 from meshproxy.upstream.response import Response
 
 MAX_DRAINED_BYTES: Final = 8_388_608  # read after the client has gone, to learn the usage

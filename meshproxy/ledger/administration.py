@@ -23,10 +23,9 @@ from meshproxy.ledger.ledger import Ledger, RefTaken
 from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import EVENT_DAYS, GROUP_ALIASES, find_usage_event, report, shown_event
-from meshproxy.money import format_usd, in_usd
 from meshproxy.policy.principal import Account, Bounds, Key, KeyChange, Status, invalid_fields
 from meshproxy.policy.template import Template, TemplateFields, to_public
-from meshproxy.times import DAY_S, rfc3339
+from meshproxy.units import DAY_S, format_usd, in_usd, rfc3339
 
 NOT_GIVEN = frozenset({"id", "account", "created_at", "hint"})  # fields of a key that a client can't give
 MAX_NOTE = 512

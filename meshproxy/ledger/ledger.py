@@ -32,8 +32,8 @@ from meshproxy.ledger.records import (
     hold_keys,
 )
 from meshproxy.ledger.store import Argument, Script, Store, Unavailable
-from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.units import MAX_NUSD
 
 USAGE_EVENTS_KEPT = 1_000_000
 MAX_GRANTS_READ = 1000

@@ -25,7 +25,7 @@ import redis
 from redis.asyncio.connection import AbstractConnection
 
 from meshproxy.ledger.store import Argument, Endpoint, OnChange, OnOp, Store, Unavailable, error_of_reply, kind_of
-from meshproxy.times import backoff_s
+from meshproxy.units import backoff_s
 
 GRACE_TURNS = 3  # turns of the event loop between a time-out and closing the connection; each reads the socket
 GRACE_TURN_S = 0.05

@@ -19,8 +19,7 @@ from msgspec.structs import asdict
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.store import Script, Store
-from meshproxy.money import in_usd
-from meshproxy.times import rfc3339
+from meshproxy.units import in_usd, rfc3339
 
 MAX_EVENTS = 1000  # asked for, or read, in one round trip
 EVENT_DAYS = 8  # for which a request is found by its id (settle.lua, REQUESTS_KEPT_S)

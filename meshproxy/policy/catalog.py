@@ -18,8 +18,8 @@ from msgspec.structs import replace
 
 from meshproxy.config import STANDARD_TIERS, Model, Route, Settings, Upstream
 from meshproxy.errors import GatewayError, Source, invalid, model_not_found
-from meshproxy.money import format_usd, parse_usd
 from meshproxy.policy.pricing import Price, price_of, service_prices
+from meshproxy.units import format_usd, parse_usd
 
 MAX_COMPARED_CHARS = 64  # of an unknown name, when the nearest is looked for
 MAX_COMPARED_MODELS = 512

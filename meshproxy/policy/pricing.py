@@ -13,8 +13,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.config import Model, Prices, PriceTier
-from meshproxy.money import parse_usd
 from meshproxy.openai.usage import Usage
+from meshproxy.units import parse_usd
 
 TOKENS_PER_PRICE = 1_000_000  # prices are quoted for a million tokens
 MAX_AFFORDABLE_TOKENS = 2**31 - 1  # of a model whose output is free

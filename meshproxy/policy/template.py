@@ -20,7 +20,7 @@ from msgspec.json import Decoder
 from meshproxy.errors import Detail, GatewayError, Source, invalid
 from meshproxy.openai.errors import detail_of, validation_error
 from meshproxy.openai.request import CAPS, decode_chat
-from meshproxy.times import rfc3339
+from meshproxy.units import rfc3339
 
 __all__ = ["Template", "TemplateFields", "check_template", "measure", "merge_params", "render", "slots", "to_public"]
 

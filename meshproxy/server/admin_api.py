@@ -19,7 +19,6 @@ from meshproxy.config.load import nearest
 from meshproxy.errors import GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
 from meshproxy.ledger.administration import MAX_NOTE, MAX_REF, Administration
 from meshproxy.ledger.directory import ACCOUNT_NAME
-from meshproxy.money import MAX_NUSD, NUSD_PER_USD, parse_usd
 from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.policy.principal import (
     MAX_LIMIT,
@@ -34,7 +33,7 @@ from meshproxy.policy.principal import (
 from meshproxy.policy.template import check_template, to_public
 from meshproxy.server.api import invalid_parameter, json_response, query_number
 from meshproxy.server.chat import request_id_of
-from meshproxy.times import parse_moment, parse_span
+from meshproxy.units import MAX_NUSD, NUSD_PER_USD, parse_moment, parse_span, parse_usd
 
 ROOT = "/admin/v1"
 OPENAPI_PATH = f"{ROOT}/openapi.json"

@@ -39,14 +39,13 @@ from meshproxy.ledger.usage_report import (
     latest_usage_events,
     usage,
 )
-from meshproxy.money import format_usd, in_usd
 from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.openai.headers import format_reset
 from meshproxy.policy.catalog import model_object
 from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.chat import read_json_body, request_id_of
-from meshproxy.times import rfc3339
+from meshproxy.units import format_usd, in_usd, rfc3339
 
 MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times a template's bound; decoding 33 MB would stall others for 1.5 s
 DEFAULT_SPAN = timedelta(days=30)

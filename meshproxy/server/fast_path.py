@@ -1,6 +1,6 @@
 """A client's connection as long as it sends chat completions in the usual form, which nearly every client always does.
 
-The first head of any other form (http1.heads) hands the connection over, as it is, to aiohttp's protocol, which handles
+The first head of any other form (http1.message) hands the connection over, as it is, to aiohttp's protocol, which handles
 all of HTTP: nothing is refused here. Each request has a task, and none has a timer: the listener checks the deadlines
 of all connections regularly. What each state means, and its deadline:
 
@@ -26,7 +26,7 @@ from contextlib import suppress
 from enum import IntEnum, auto
 from typing import Any, Protocol, cast
 
-from meshproxy.http1.heads import MAX_HEAD_BYTES, may_become_usual, parse_usual_head
+from meshproxy.http1.message import MAX_HEAD_BYTES, may_become_usual, parse_usual_head
 from meshproxy.server.client_address import Source
 
 REQUEST_LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"

@@ -18,7 +18,7 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from yarl import URL
 
 from meshproxy.config import ConfigError, Server, split_address
-from meshproxy.http1.heads import MAX_FIELDS, MAX_HEAD_BYTES
+from meshproxy.http1.message import MAX_FIELDS, MAX_HEAD_BYTES
 from meshproxy.server.aiohttp_path import AiohttpConnection, ConnectionLimits
 from meshproxy.server.client_address import InvalidProxyHeader, Source, TrustedProxies, read_source
 from meshproxy.server.fast_path import LINGER_S, ClientConnection

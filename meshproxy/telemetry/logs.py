@@ -23,7 +23,7 @@ import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-from meshproxy.times import rfc3339
+from meshproxy.units import rfc3339
 
 FLUSH_INTERVAL_S = 0.1
 FLUSH_BYTES = 524_288

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from meshproxy.times import backoff_s
+from meshproxy.units import backoff_s
 
 T = TypeVar("T")
 

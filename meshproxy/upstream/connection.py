@@ -23,8 +23,7 @@ from enum import IntEnum, auto
 from typing import NamedTuple, cast
 
 from meshproxy.errors import UpstreamError
-from meshproxy.http1.framing import INFLATED, Body, Inflated
-from meshproxy.http1.heads import Head, HeadReader
+from meshproxy.http1.message import INFLATED, Body, Head, HeadReader, Inflated
 from meshproxy.upstream import response as faults
 from meshproxy.upstream.response import Response, Sink
 

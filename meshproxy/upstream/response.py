@@ -24,7 +24,7 @@ from meshproxy.errors import (
     provider_not_available,
     upstream_error,
 )
-from meshproxy.http1.framing import after_sending
+from meshproxy.http1.message import after_sending
 
 POOL_RETRY_AFTER_S = 1.0
 # Resources that this host lacks, not the provider: descriptors, memory, local ports (socket(2), connect(2)).

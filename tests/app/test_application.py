@@ -23,7 +23,7 @@ from meshproxy.config import Redis
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.money import parse_usd
+from meshproxy.units import parse_usd
 from tests.harness.books import Caller, usage_events
 from tests.harness.clients import HELLO
 from tests.harness.mesh import settings_for

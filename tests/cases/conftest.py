@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from meshproxy.config import ConfigError, parse
-from meshproxy.money import parse_usd
+from meshproxy.units import parse_usd
 from tests.harness.books import Background, Books
 from tests.harness.clients import fetch
 from tests.harness.process import Gateway, Tables, toml

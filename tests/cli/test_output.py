@@ -1,7 +1,7 @@
 import json
 
 from meshproxy.cli.command_line import Output
-from meshproxy.times import rfc3339
+from meshproxy.units import rfc3339
 
 ROWS = [{"model": "a/b", "requests": 12, "cost_usd": "1.50"}, {"model": "c", "requests": 3, "cost_usd": None}]
 

@@ -9,8 +9,8 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
+from meshproxy.units import parse_usd
 from tests.harness.waiting import wait_until
 
 HELLO = [{"role": "user", "content": "Hello there"}]

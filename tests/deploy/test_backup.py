@@ -6,7 +6,7 @@ import signal
 from contextlib import asynccontextmanager
 from decimal import Decimal
 
-from meshproxy.money import parse_usd
+from meshproxy.units import parse_usd
 from tests.deploy.conftest import open_site
 from tests.harness.process import Program, free_port, listens, program
 from tests.harness.waiting import until

@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from meshproxy.money import format_usd
+from meshproxy.units import format_usd
 from tests.harness.clients import HELLO
 from tests.harness.mesh import model
 

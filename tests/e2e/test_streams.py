@@ -11,8 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from meshproxy.ledger.records import AccountKeys
-from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
+from meshproxy.units import parse_usd
 from tests.harness.clients import HELLO
 from tests.harness.mesh import PRICE, model
 

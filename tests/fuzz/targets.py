@@ -12,7 +12,7 @@ import msgspec
 
 from meshproxy.config import ConfigError, Settings, parse
 from meshproxy.errors import ErrorResponse, GatewayError, UpstreamError
-from meshproxy.http1.heads import HeadReader
+from meshproxy.http1.message import HeadReader
 from meshproxy.openai.errors import envelope, error_event
 from meshproxy.openai.event_stream import StreamScanner
 from meshproxy.openai.request import decode_chat, encode_upstream

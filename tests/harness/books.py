@@ -13,8 +13,8 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import AccountKeys, Balance
 from meshproxy.ledger.store import Store, Unavailable
-from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Key
+from meshproxy.units import parse_usd
 from tests.harness.waiting import PATIENCE_S, until
 
 T = TypeVar("T")

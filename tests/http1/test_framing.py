@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.errors import UpstreamError
-from meshproxy.http1.framing import Chunked, Sized, UntilEof
+from meshproxy.http1.message import Chunked, Sized, UntilEof
 
 
 def chunk(payload):

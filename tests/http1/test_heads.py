@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshproxy.http1.heads import MAX_FIELDS, MAX_HEAD_BYTES, may_become_usual, parse_usual_head
+from meshproxy.http1.message import MAX_FIELDS, MAX_HEAD_BYTES, may_become_usual, parse_usual_head
 
 LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
 HOST = b"Host: m\r\n"

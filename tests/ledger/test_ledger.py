@@ -7,8 +7,8 @@ import pytest
 
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import ACCOUNTS, Balance, BucketState, Grant, Granted, Hold, KeyUse, Spend
-from meshproxy.money import MAX_NUSD
 from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.units import MAX_NUSD
 from tests.ledger.conftest import PATIENCE_S
 
 

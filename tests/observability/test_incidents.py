@@ -27,8 +27,8 @@ from meshproxy.config import Redis
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.money import parse_usd
 from meshproxy.policy.principal import Limits
+from meshproxy.units import parse_usd
 from tests.harness.process import Gateway, Valkey
 from tests.observability.test_prometheus import BOARDS, rehearsal
 

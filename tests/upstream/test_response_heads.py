@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshproxy.errors import UpstreamError
-from meshproxy.http1.framing import Chunked, Sized, UntilEof
-from meshproxy.http1.heads import HeadReader, parse_head
+from meshproxy.http1.message import Chunked, HeadReader, Sized, UntilEof, parse_head
 
 VALID = {
     "sized": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 11\r\n\r\nhello world",
