@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import tempfile
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 
 from meshproxy.app import load as loading
 from meshproxy.app import serve as serving
-from meshproxy.app import worker
+from meshproxy.app import worker, worker_process
 from meshproxy.app.load import Loaded, load
 from meshproxy.gateway import in_flight
 from meshproxy.ledger.administration import Administration
@@ -80,6 +81,14 @@ def loaded(text: str) -> Loaded:
     return _loaded[text]
 
 
+async def _worker(argv: Sequence[str]) -> int:
+    """Run `python -m meshproxy.app.worker_process CONTROL LISTEN`, as a supervisor starts it."""
+    try:
+        return await worker_process.serve(int(argv[-2]), int(argv[-1]))
+    except SettlementsLost:
+        return os.EX_IOERR
+
+
 class Instance:
     """One process of the gateway. `code`: its exit code, None while it runs, -9 once killed."""
 
@@ -120,6 +129,7 @@ class Instance:
             await serving.run(
                 found.settings,
                 found.secrets,
+                worker_count=self.gateway.supervised,
                 on_ready=lambda *_: self.ready.set(),
                 reload=self._read,
                 journal=self.gateway.journal,
@@ -130,12 +140,12 @@ class Instance:
         except Exception as error:  # noqa: BLE001 - a process that ends by an exception
             self.gateway.loop.trace("%s: ended by %r", self.name, error)
             code = 1
+        await self.gateway.loop.exit(self.process, code)
         self._end(code)
 
     def _end(self, code: int) -> None:
         if not self.ended.is_set():
             self.code = code
-            self.gateway.loop.trace("%s: exit code %d", self.name, code)
             self.ended.set()
 
     def _read(self) -> Loaded:
@@ -155,6 +165,11 @@ class Instance:
     def drain(self) -> None:
         """Send SIGTERM. `ended` is set when it has ended."""
         self.gateway.loop.signal(self.process, signal.SIGTERM)
+
+    @property
+    def workers(self) -> list[Process]:
+        """The living workers below its supervisor; itself without one."""
+        return [child for child in self.process.children if child.alive] or [self.process]
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -179,8 +194,12 @@ class Instance:
 class Gateway:
     """The instances. `text` is the configuration in TOML; after a change of it, `reload` has the instances read it."""
 
-    def __init__(self, loop: SimLoop, text: str, *, workers: int, journal: str | None = JOURNAL) -> None:
+    def __init__(
+        self, loop: SimLoop, text: str, *, workers: int, supervised: int = 1, journal: str | None = JOURNAL
+    ) -> None:
         self.loop = loop
+        loop.programs = _worker
+        self.supervised = supervised
         self.text = text
         self.journal = journal
         self.instances = [Instance(self, number) for number in range(workers)]

@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import heapq
 import random
+import signal
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -27,6 +28,7 @@ EPOCH_S = 1_767_225_600  # 2026-01-01T00:00:00Z; each run starts at a moment wit
 YEAR_S = 31_536_000
 FAST_JOB_S, SLOW_JOB_S = 0.000_05, 0.02  # how long work in a thread takes, as a rule and at times
 FIRST_FD = 3
+EXIT_S = 0.01  # what a process that ends gives its transports to close
 
 Job = tuple[Callable[..., Any], tuple[Any, ...], "asyncio.Future[Any]"]
 
@@ -60,6 +62,8 @@ class Process:
         self.tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self.jobs: dict[int, Job] = {}  # for threads, not run yet
         self.signals: dict[int, Callable[[], None]] = {}
+        self.children: list[Process] = []
+        self.left: dict[str, list[str]] = {}  # what it left at its own end
         self.on_death: list[Callable[[], None]] = []
         self.kept: list[Any] = []  # tasks of a killed process: collected, they would run their `finally`
 
@@ -90,6 +94,46 @@ class Event:
     def cancel(self) -> None:
         """Have it not happen."""
         self._cancelled = True
+
+
+class Child(asyncio.SubprocessTransport):
+    """A child process, as asyncio's transport of one."""
+
+    def __init__(self, loop: "SimLoop", process: Process, protocol: Any) -> None:
+        super().__init__()
+        self._loop = loop
+        self.process = process
+        self._protocol = protocol
+        self._ended: asyncio.Future[int] = loop.create_future()
+        self._context = contextvars.copy_context()  # the parent's
+        process.on_death.append(lambda: self.end(-int(signal.SIGKILL)))
+
+    def end(self, code: int) -> None:
+        """Have the parent see the exit code."""
+        if not self._ended.done():
+            self._ended.set_result(code)
+            self._loop.call_soon(self._protocol.process_exited, context=self._context)
+
+    async def _wait(self) -> int:
+        return await asyncio.shield(self._ended)
+
+    def get_pid(self) -> int:
+        """Return the process's number."""
+        return self.process.pid
+
+    def get_returncode(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        return self._ended.result() if self._ended.done() else None
+
+    def get_pipe_transport(self, fd: int) -> None:
+        """Return None: there are no pipes."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._loop.kill(self.process)
+
+    def close(self) -> None:
+        """Nothing: the process goes on."""
 
 
 class SimHandle(asyncio.TimerHandle):
@@ -140,6 +184,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._events: list[tuple[float, float, int, Process | None, Any]] = []
         self._sequence = 0
         self._task_names = 0
+        self._children = 0
         self.world = self.process("world")
         PROCESS.set(self.world)
 
@@ -169,8 +214,13 @@ class SimLoop(asyncio.BaseEventLoop):
         """End a process at once, as SIGKILL does: no code of it runs again, and the kernel closes its sockets and files."""
         if not process.alive:
             return
-        process.alive = False
         self.trace("%s: killed", process.name)
+        self._end(process)
+        for callback in process.on_death:
+            callback()
+
+    def _end(self, process: Process) -> None:
+        process.alive = False
         jobs, process.jobs = process.jobs, {}
         for function, args, _ in jobs.values():
             self._tear(process, function, args)
@@ -182,8 +232,6 @@ class SimLoop(asyncio.BaseEventLoop):
         for fd in sorted(process.files):
             self.close_file(fd)
         process.files.clear()
-        for callback in process.on_death:
-            callback()
 
     close_file: Callable[[int], None] = staticmethod(lambda _fd: None)  # the disk's, set by it
     torn: Callable[[bool], None] = staticmethod(lambda _is_torn: None)  # the disk's: whether writes end in the middle
@@ -300,6 +348,48 @@ class SimLoop(asyncio.BaseEventLoop):
         else:
             self.call_later(self.jitter(FAST_JOB_S, SLOW_JOB_S), _resolve, future, result)
 
+    async def subprocess_exec(self, protocol_factory: Any, *argv: Any, pass_fds: Any = (), **_options: Any) -> Any:
+        """Start a program of `programs` in a process of its own, which inherits the descriptors."""
+        parent = PROCESS.get()
+        self._children += 1
+        process = self.process(f"{parent.name}/{self._children}")
+        parent.children.append(process)
+        for fd in pass_fds:
+            parent.sockets[fd].inherit(process)
+        protocol = protocol_factory()
+        child = Child(self, process, protocol)
+        protocol.connection_made(child)
+        self.start(process, self._run_program(process, child, self.programs(argv)), "main")
+        await asyncio.sleep(self.jitter(FAST_JOB_S, SLOW_JOB_S))
+        return child, protocol
+
+    programs: Callable[[Any], Coroutine[Any, Any, int]]  # from a command line, what it runs
+
+    async def _run_program(self, process: Process, child: Child, program: Coroutine[Any, Any, int]) -> None:
+        code = await program
+        await self.exit(process, code)
+        child.end(code)
+
+    async def exit(self, process: Process, code: int) -> None:
+        """End the current process, and note what it leaves after a moment for closing."""
+        await asyncio.sleep(EXIT_S)
+        process.left = self.leftovers(process)
+        self.trace("%s: exit code %d", process.name, code)
+        self._end(process)
+
+    def leftovers(self, process: Process) -> dict[str, list[str]]:
+        """Describe the tasks, timers, sockets and files that a process has, the current task aside."""
+        me = asyncio.current_task(self)
+        timers = [(when, what) for when, _, _, owner, what in self._events if owner is process and not what._cancelled]
+        return {
+            "tasks": sorted(task.get_name() for task in process.tasks if not task.done() and task is not me),
+            "timers": [
+                f"{what._callback!r} at {when - START_S:.3f}" for when, what in sorted(timers, key=lambda each: each[0])
+            ],
+            "sockets": [f"{fd} {sock.name}" for fd, sock in process.sockets.items()],
+            "files": [str(fd) for fd in sorted(process.files)],
+        }
+
     def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:  # type: ignore[override]
         """Have a signal to the current process call this."""
         PROCESS.get().signals[sig] = lambda: callback(*args)
@@ -406,14 +496,6 @@ class SimLoop(asyncio.BaseEventLoop):
             runnable.append(process)
         else:
             process.is_queued = False
-
-    def left_timers(self, process: Process) -> list[str]:
-        """Describe the timers of a process that would still fire."""
-        return sorted(
-            f"{getattr(what, '_callback', what)!r} at {when - START_S:.3f}"
-            for when, _, _, owner, what in self._events
-            if owner is process and not what._cancelled
-        )
 
     def dispose(self) -> None:
         """End what is left of the run without letting it touch anything. The loop can't be used afterwards."""

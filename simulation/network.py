@@ -198,8 +198,7 @@ class Socket:
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         process = PROCESS.get()
         if fileno is not None:
-            other = process.sockets[fileno]
-            self.__dict__.update(other.__dict__)
+            self.__dict__.update(process.sockets[fileno].__dict__)
             process.sockets[fileno] = self
             return
         self.family = socket.AF_INET if family == -1 else socket.AddressFamily(family)
@@ -211,6 +210,7 @@ class Socket:
         self.end: End | None = None
         self.listener: Listener | None = None
         self.transport: SimTransport | None = None
+        self.descriptors = [1]  # how many there are of this connection or listener, in all processes
         self.name: tuple[str, int] = ("0.0.0.0", 0)
         self.peer: tuple[str, int] | None = None
 
@@ -268,10 +268,23 @@ class Socket:
         if self.process.sockets.get(self.fd) is self:
             del self.process.sockets[self.fd]
         self.fd = -1
+        if self.listener is not None and self.listener.process is self.process:
+            self.listener.accept = None  # what arrives waits for a process that accepts
+        self.descriptors[0] -= 1
+        if self.descriptors[0]:
+            return
         if self.listener is not None:
-            self.listener.drop(self)
+            self.listener.drop()
         if self.end is not None:
             self.end.close()
+
+    def inherit(self, process: Process) -> None:
+        """Give a child process the same descriptor."""
+        made = Socket.__new__(Socket)
+        made.__dict__.update(self.__dict__)
+        made.process = process
+        process.sockets[self.fd] = made
+        self.descriptors[0] += 1
 
     def die(self) -> None:
         """Close it as the kernel does for a dead process."""
@@ -293,19 +306,16 @@ class Listener:
         self.network = network
         self.process = sock.process
         self.port = sock.name[1]
-        self.sockets = [sock]
-        self.accept: Callable[[Socket], None] | None = None
+        self.accept: Callable[[End], None] | None = None
         self.context = contextvars.copy_context()
         self.waiting: deque[End] = deque()
         self.on_waiting: Callable[[], None] | None = None
 
-    def drop(self, sock: Socket) -> None:
-        """Stop listening. Connections that were not accepted are reset."""
-        self.sockets.remove(sock)
-        if not self.sockets:
-            self.network.forget(self)
-            while self.waiting:
-                self.waiting.popleft().close()
+    def drop(self) -> None:
+        """Stop listening. Connections that were not accepted are closed."""
+        self.network.forget(self)
+        while self.waiting:
+            self.waiting.popleft().close()
 
     def arrive(self, end: End) -> None:
         """Take a new connection."""
@@ -318,7 +328,7 @@ class Listener:
 
     def _accept(self) -> None:
         if self.waiting and self.accept is not None:
-            self.accept(self.network.accepted(self.waiting.popleft(), self.sockets[0]))
+            self.accept(self.waiting.popleft())
 
 
 class Network:
@@ -427,7 +437,7 @@ class Network:
         made.end = end
         made.name = listening.name
         made.peer = (end.link.client.address, EPHEMERAL_PORT + end.link.number)
-        end.process = made.process
+        end.process = end.link.server = made.process
         return made
 
     # Connecting.
@@ -556,9 +566,13 @@ class Server(asyncio.AbstractServer):
         if listener is not None:
             listener.process = PROCESS.get()
             listener.context = contextvars.copy_context()
-            listener.accept = lambda sock: self._network.attach(self._factory, sock) and None
+            listener.accept = self._accept
             for _ in range(len(listener.waiting)):
                 self._network.loop.call_soon(listener._accept)
+
+    def _accept(self, end: End) -> None:
+        if self._sock is not None:
+            self._network.attach(self._factory, self._network.accepted(end, self._sock))
 
     def close(self) -> None:
         """Stop listening. Connections stay."""

@@ -28,7 +28,9 @@ import structlog
 from msgspec import Struct
 
 from meshproxy.app import serve as serving
+from meshproxy.app import worker_process
 from meshproxy.ledger.store import Script
+from meshproxy.telemetry.logs import configure
 from simulation import machine
 from simulation.gateway import JOURNAL, Gateway, replacements
 from simulation.loop import PROCESS, START_S, Process, SimLoop, Stuck
@@ -115,9 +117,14 @@ class World:
         """Kill a process."""
         self.loop.kill(process)
 
-    async def start_gateway(self, text: str, *, workers: int = 1, journal: str | None = JOURNAL) -> Gateway:
-        """Start the gateway with a configuration in TOML, whose redis.url is `redis://store`."""
-        gateway = Gateway(self.loop, text, workers=workers, journal=journal)
+    async def start_gateway(
+        self, text: str, *, workers: int = 1, supervised: int = 1, journal: str | None = JOURNAL
+    ) -> Gateway:
+        """Start the gateway with a configuration in TOML, whose redis.url is `redis://store`.
+
+        `workers` are instances with one worker each; with `supervised` each is a supervisor of so many.
+        """
+        gateway = Gateway(self.loop, text, workers=workers, supervised=supervised, journal=journal)
         self.gateways.append(gateway)
         await gateway.start()
         return gateway
@@ -185,17 +192,19 @@ def _logged(world: World, stack: ExitStack) -> None:
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
-    handlers, level, configure = root.handlers[:], root.level, vars(serving)["configure"]
+    handlers, level = root.handlers[:], root.level
     root.handlers[:] = [_Records(world)]
     root.setLevel(logging.WARNING)
 
     def restore() -> None:
         root.handlers[:] = handlers
         root.setLevel(level)
-        vars(serving)["configure"] = configure
+        for module in (serving, worker_process):
+            vars(module)["configure"] = configure
 
     stack.callback(restore)
-    vars(serving)["configure"] = lambda *_: _Sink(world)
+    for module in (serving, worker_process):
+        vars(module)["configure"] = lambda *_: _Sink(world)
 
 
 def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int = MAX_TURNS) -> Outcome:
@@ -233,38 +242,27 @@ def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int =
 
 
 def _left(world: World) -> Left:
-    instances = [process for process in world.loop.processes if process.name.startswith("gateway-")]
-    live = [process for process in instances if process.alive]
-    dead = [process for process in instances if not process.alive]
     store, loop = world.store, world.loop
+    of_instances: dict[str, list[str]] = {"tasks": [], "timers": [], "sockets": [], "files": []}
+    for process in loop.processes:
+        if process.name.startswith("gateway-"):
+            for kind, left in (loop.leftovers(process) if process.alive else process.left).items():
+                of_instances[kind] += [f"{process.name}: {each}" for each in left]
     before, store.refusal = store.refusal, None
     with loop.within(store.process):
-        keys = sorted(store.ask("KEYS", "mesh:*"))
+        keys = [(key, key.decode()) for key in sorted(store.ask("KEYS", "mesh:*"))]
         holds = [
-            f"{key.decode()}: {id_.decode()}"
-            for key in keys
-            if key.endswith(b":holds")
-            for id_ in store.ask("HKEYS", key)
+            f"{name}: {each.decode()}"
+            for key, name in keys
+            if name.endswith(":holds")
+            for each in store.ask("HKEYS", key)
         ]
         slots = [
-            f"{key.decode()}: {id_.decode()}"
-            for key in keys
-            if b":running" in key
-            for id_ in store.ask("ZRANGE", key, 0, -1)
+            f"{name}: {each.decode()}"
+            for key, name in keys
+            if ":running" in name
+            for each in store.ask("ZRANGE", key, 0, -1)
         ]
     store.refusal = before
-    return Left(
-        tasks=[
-            f"{process.name}: {name}"
-            for process in live
-            for name in sorted(task.get_name() for task in process.tasks if not task.done())
-        ],
-        timers=[f"{process.name}: {timer}" for process in live for timer in loop.left_timers(process)],
-        sockets=[
-            f"{process.name}: {sock.fd} {sock.name}" for process in instances for sock in process.sockets.values()
-        ],
-        files=[f"{process.name}: {fd}" for process in (*live, *dead) for fd in sorted(process.files)],
-        holds=holds,
-        slots=slots,
-        journal=[f"{path}: {line}" for path, line in world.disk.lines()],
-    )
+    journal = [f"{path}: {line}" for path, line in world.disk.lines()]
+    return Left(**of_instances, holds=holds, slots=slots, journal=journal)

@@ -82,9 +82,39 @@ async def story(world: World) -> list[bytes]:
     return [*got, await ask(world, ports[0], secret)]
 
 
+async def supervised(world: World) -> list[bytes]:
+    """A supervisor with two workers, one of which is killed in the middle, and a reload of both."""
+    await world.spawn(world.process("provider"), asyncio.start_server(answer, "provider", 80))
+    gateway = await world.start_gateway(CONFIGURATION, supervised=2)
+    (instance,) = gateway.instances
+    administration = await gateway.administration()
+    secret = (await administration.create_key("acme", KeyChange()))["key"]
+    await administration.ledger.grant("acme", 25_000_000_000)
+    asking = [asyncio.create_task(ask(world, instance.port, secret)) for _ in range(6)]
+    await asyncio.sleep(0.3)
+    world.kill(instance.workers[0])
+    await asyncio.gather(*asking)
+    await asyncio.sleep(2)
+    gateway.reload()
+    await asyncio.sleep(1)
+    return [await ask(world, instance.port, secret) for _ in range(4)]
+
+
+@pytest.mark.parametrize("story", [story, supervised])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_seed_gives_one_transcript_in_one_process(seed):
+def test_a_seed_gives_one_transcript_in_one_process(seed, story):
     assert run(seed, story).transcript == run(seed, story).transcript
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_supervisor_starts_a_killed_worker_again(seed):
+    assert [got[:15] for got in run(seed, supervised).result] == [b"HTTP/1.1 200 OK"] * 4
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_drained_supervisor_leaves_nothing_but_what_the_killed_worker_held(seed):
+    left = run(seed, supervised).left
+    assert left == Left([], [], [], [], left.holds, left.slots, [])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
