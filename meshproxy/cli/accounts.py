@@ -25,7 +25,7 @@ def add_accounts(parser: argparse.ArgumentParser) -> None:
     limiting = add_command(commands, "limits", limits)
     limiting.add_argument("account", metavar="ACCOUNT", type=account, help="the account's name")
     limiting.add_argument("--clear", action="store_true", help="first remove all limits and budgets")
-    add_limit_flags(limiting, of_account=True)
+    add_limit_flags(limiting, "all keys of the account together", of_account=True)
     add_command(commands, "suspend", suspend).add_argument(
         "account", metavar="ACCOUNT", type=account, help="the account's name"
     )

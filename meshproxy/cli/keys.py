@@ -13,9 +13,8 @@ from meshproxy.policy.template import check_params
 BUDGETS = {"total_nusd": "budget", "daily_nusd": "budget_daily", "monthly_nusd": "budget_monthly"}
 
 
-def add_limit_flags(parser: argparse.ArgumentParser, *, of_account: bool = False) -> None:
-    """Add the flags that `keys create`, `keys limits` and `accounts limits` share."""
-    whose = "all keys of the account together" if of_account else "the key (with --account: the account)"
+def add_limit_flags(parser: argparse.ArgumentParser, whose: str, *, of_account: bool = False) -> None:
+    """Add the flags that `keys create|update|limits` and `accounts limits` share. `whose`: for the help."""
     group = parser.add_argument_group("limits")
     group.add_argument("--requests-per-minute", metavar="N", type=count, help="sustained rate of requests")
     group.add_argument("--tokens-per-minute", metavar="N", type=count, help="sustained rate of tokens")
@@ -25,9 +24,11 @@ def add_limit_flags(parser: argparse.ArgumentParser, *, of_account: bool = False
         type=count,
         help="requests at once: the size of the token bucket (default: a minute's requests)",
     )
-    group.add_argument("--requests-per-day", metavar="N", type=daily, help=f"at most {MAX_REQUESTS_PER_DAY}")
+    group.add_argument(
+        "--requests-per-day", metavar="N", type=daily, help=f"requests in a day, at most {MAX_REQUESTS_PER_DAY:,}"
+    )
     group.add_argument("--max-parallel", metavar="N", type=count, help="requests in progress at the same time")
-    group.add_argument("--budget", metavar="USD", type=usd, help=f"most that {whose} may spend in all")
+    group.add_argument("--budget", metavar="USD", type=usd, help=f"most that {whose} may spend in total")
     group.add_argument("--budget-daily", metavar="USD", type=usd, help="most to spend in a day (UTC)")
     group.add_argument("--budget-monthly", metavar="USD", type=usd, help="most to spend in a month (UTC)")
     if not of_account:
@@ -89,7 +90,7 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
     limiting = add_command(commands, "limits", limits)
     _add_target(limiting)
     limiting.add_argument("--clear", action="store_true", help="first remove all limits and budgets")
-    add_limit_flags(limiting)
+    add_limit_flags(limiting, "the key or account")
 
 
 def _add_create(commands: Commands) -> None:
@@ -136,7 +137,7 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="shorten an answer that the credit doesn't cover, instead of refusing it (default: credits.clamp)",
     )
-    add_limit_flags(parser)
+    add_limit_flags(parser, "the key")
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

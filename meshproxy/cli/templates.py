@@ -25,7 +25,7 @@ def add_templates(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `templates put|list|show|delete|render`."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     putting = add_command(commands, "put", put)
-    putting.add_argument("name", metavar="NAME")
+    putting.add_argument("name", metavar="NAME", help="the template's name")
     putting.add_argument(
         "--file",
         metavar="FILE",
