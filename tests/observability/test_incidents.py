@@ -43,7 +43,7 @@ LOOK_S = 2.0 if IN_FULL else 0.5  # between two looks at alerts, dashboards and 
 EVERY_S = 0.5 if IN_FULL else 0.1  # between two requests to a gateway
 SLOW_S = 1.5
 FLOOD_S = 0.2 if IN_FULL else 0.05  # between two requests of the tenant who floods
-PAUSE_MS, PAUSE_EVERY_S = 150, 0.2
+PAUSE_MS, PAUSE_EVERY_S = 100, 0.2
 _UNITS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
 ANSWER = [
@@ -268,7 +268,7 @@ INCIDENTS = {
     "redis-slow": Incident(
         redis_slow,
         {"MeshproxyLedgerSlow": {}},
-        FIRST_TOKEN | AVAILABILITY,  # an admission past redis.timeout_s is a 503
+        FIRST_TOKEN | AVAILABILITY | {"MeshproxyLedgerErrors"},  # past redis.timeout_s an admission is a 503
         {},
         ("meshproxy-ledger", "Round trips by operation, p99"),
         lambda samples: _value(samples, op="admit") > 0.05,
