@@ -54,42 +54,6 @@ class ErrorEnvelope(Struct):
     request_id: str
 
 
-class Model(Struct):
-    """A model that this key may use."""
-
-    id: str
-    object: str
-    created: int
-    owned_by: str
-    name: str
-    brand: str
-    provider: str
-    model_type: str
-    context_window: int
-    context_length: int
-    max_output_tokens: int
-    is_free: bool
-    supports_completions_api: bool
-    pricing: dict[str, str]
-
-
-class Template(Struct):
-    """A stored prompt template."""
-
-    id: str
-    name: str
-    owner: str
-    is_global: bool
-    description: str | None
-    system: str | None
-    messages: list[dict[str, Any]] | None
-    model: str | None
-    params: dict[str, Any]
-    variables: list[str]
-    created_at: str
-    updated_at: str
-
-
 def _struct(title: str, doc: str, /, **fields: Any) -> Any:
     """Make the type of an object whose fields are required, except those with None as a value: they may be missing."""
     declared = [(field, kind) if kind is not None else (field, str | None, None) for field, kind in fields.items()]
@@ -108,10 +72,30 @@ def _shown(record: type[Struct], *without: str) -> dict[str, Any]:
 
 _INTERNAL = ("upstream", "hold", "price", "started_ms", "settled_ms")  # fields of an event that no client sees
 
+Model = _struct(
+    "Model",
+    "A model that this key may use.",
+    **dict.fromkeys(("id", "object", "owned_by", "name", "brand", "provider", "model_type"), str),
+    **dict.fromkeys(("created", "context_window", "context_length", "max_output_tokens"), int),
+    **dict.fromkeys(("is_free", "supports_completions_api"), bool),
+    pricing=dict[str, str],
+)
+Template = _struct(
+    "Template",
+    "A stored prompt template.",
+    **dict.fromkeys(("id", "name", "owner", "created_at", "updated_at"), str),
+    **dict.fromkeys(("description", "system", "model"), str | None),
+    is_global=bool,
+    messages=list[dict[str, Any]] | None,
+    params=dict[str, Any],
+    variables=list[str],
+)
 Completion = _struct("Completion", "A provider's answer, unchanged.", choices=list[dict[str, Any]])
-Models = _struct("Models", "All models that this key may use.", object=str, data=list[Model])
+Models = _struct("Models", "All models that this key may use.", object=str, data=GenericAlias(list, Model))
 _COUNTS = dict.fromkeys(("total", "limit", "offset"), int)
-ModelsPage = _struct("ModelsPage", "One page of a search.", items=list[Model], brands=list[str], **_COUNTS)
+ModelsPage = _struct(
+    "ModelsPage", "One page of a search.", items=GenericAlias(list, Model), brands=list[str], **_COUNTS
+)
 Balance = _struct("Balance", "The account's credit.", balance_usd=Usd, reserved_usd=Usd, available_usd=Usd)
 UsageRow = _struct(
     "UsageRow", "The sums of one group.", **_shown(usage_report.UsageRow, *GROUPS), **dict.fromkeys(GROUPS)
@@ -155,7 +139,7 @@ ANSWERS: dict[Any, tuple[int, Any]] = {
     Api.paid_models: (200, Models),
     Api.search_models: (200, ModelsPage),
     Api.model: (200, Model),
-    Api.templates: (200, list[Template]),
+    Api.templates: (200, GenericAlias(list, Template)),
     Api.create_template: (201, Template),
     Api.template: (200, Template),
     Api.change_template: (200, Template),
@@ -250,7 +234,7 @@ def _paths(shapes: dict[str, Any]) -> dict[str, Any]:
         operation = {
             "summary": _summary(function),
             "operationId": function.__name__,
-            "parameters": _parameters(path, function),
+            "parameters": _parameters(path, _QUERIES.get(function, {})),
             "responses": {str(status): {"description": "Success", **content}, **refusals},
         }
         if method in {"POST", "PATCH"}:
@@ -290,15 +274,15 @@ _QUERIES: dict[Any, dict[str, dict[str, Any]]] = {
 }
 
 
-def _parameters(path: str, function: Any) -> list[dict[str, Any]]:
-    """Describe a path's parameters and those of its query."""
+def _parameters(path: str, query: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Describe a path's parameters and those of its query, whose schemas are given by name."""
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PARAMETER.findall(path)
     ]
     in_query = [
         {"name": name, "in": "query", "schema": schema, "style": "form", "explode": name == "brand"}
-        for name, schema in _QUERIES.get(function, {}).items()
+        for name, schema in query.items()
     ]
     return in_path + in_query
 
@@ -369,7 +353,7 @@ ADMIN_ANSWERS: dict[Any, Any] = {
     AdminApi.usage: _list("AccountUsage", "The sums of one group of one account.", _ADMIN_USAGE),
     AdminApi.request: _struct("Request", "What one request used and cost.", **_ADMIN_EVENT),
     AdminApi.audit: _list("Change", "A change, and who made it.", _AUDIT),
-    AdminApi.templates: list[Template],
+    AdminApi.templates: GenericAlias(list, Template),
     AdminApi.put_template: Template,
     AdminApi.template: Template,
     AdminApi.delete_template: _struct("DeletedTemplate", "What was deleted.", id=str, name=str, deleted=bool),
@@ -430,14 +414,6 @@ def admin_document() -> dict[str, Any]:
 def _admin_operation(path: str, function: Any, kind: type[Struct] | None, shapes: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"application/json": {"schema": shapes[str(ADMIN_ANSWERS[function])]}}
     refusal = {"application/json": {"schema": shapes[str(ErrorEnvelope)]}}
-    in_path = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        for name in _PARAMETER.findall(path)
-    ]
-    in_query = [
-        {"name": name, "in": "query", "schema": schema, "style": "form", "explode": False}
-        for name, schema in _ADMIN_QUERIES.get(function, {}).items()
-    ]
     success: dict[str, Any] = {"description": "Success", "content": answer}
     if function in _ADMIN_LINKS:
         success["links"] = {
@@ -447,7 +423,7 @@ def _admin_operation(path: str, function: Any, kind: type[Struct] | None, shapes
     operation: dict[str, Any] = {
         "summary": _summary(function),
         "operationId": function.__name__,
-        "parameters": in_path + in_query,
+        "parameters": _parameters(path, _ADMIN_QUERIES.get(function, {})),
         "responses": {
             **{str(status): success for status in _ADMIN_STATUSES.get(function, (200,))},
             **_responses(ADMIN_REFUSALS, "An error", refusal),
