@@ -12,13 +12,8 @@ from meshproxy.cli.command_line import CommandError, Output, add_command
 from meshproxy.policy.template import check_template, render, to_public
 
 COLUMNS = ["name", "owner", "model", "variables", "updated_at", "id"]
-SERVER_FIELDS = (
-    "id",
-    "owner",
-    "is_global",
-    "created_at",
-    "updated_at",
-)  # set by the gateway; a file from `show --json` has them
+# set by the gateway; a file from `show --json` has them
+SERVER_FIELDS = ("id", "owner", "is_global", "created_at", "updated_at")
 
 
 def add_templates(parser: argparse.ArgumentParser) -> None:

@@ -162,9 +162,8 @@ class Api:
         template = fields.applied_to(
             Template(id=str(uuid.uuid4()), name="", owner=principal.account.name, created_at=now, updated_at=now)
         )
-        self._gateway.path_limiter.count(
-            template.owner or "", LIST_VISITS
-        )  # the script reads all templates of the owner
+        # the script reads all templates of the owner
+        self._gateway.path_limiter.count(template.owner or "", LIST_VISITS)
         if not await self._directory.put_template(template):
             raise _name_taken(f"There is a template `{template.name}` already.")
         return json_response(to_public(template), 201)

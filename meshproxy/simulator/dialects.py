@@ -1,7 +1,7 @@
 """Dialects: how providers differ from OpenAI's format, as a table, and the functions that apply it.
 
 A dialect is data: the names of the cap that it reads, the fields that it refuses, and templates of its events, usage
-and errors. In a template "$name" stands for a value: a number of the usage (`Reply.numbers`), `$text` or `$so_far` of
+and errors. In a template "$name" stands for a value: a number of the usage (`ComposedReply.numbers`), `$text` or `$so_far` of
 an event, or a member of an error. docs/providers.md cites the page for each fact.
 """
 
@@ -79,9 +79,9 @@ _OPENAI_ERROR = {"error": {"message": "$message", "type": "$type", "param": "$pa
 class Dialect(Struct, frozen=True, kw_only=True):
     """One provider's format.
 
-    `accepted_fields`: the only fields that it accepts; `refused_fields`: fields that it refuses. `tokens_per_event`: tokens in
-        an event. `shows_reasoning`: the answer includes its reasoning. `preamble`: bytes before the first event of a stream, and
-        before a whole answer. `upstream`, `model`: the settings that a gateway needs for it.
+    `accepted_fields`: the only fields that it accepts; `refused_fields`: fields that it refuses. `reasons`: its answers
+    begin with reasoning, which `shows_reasoning` includes in them. `preamble`: bytes before the first event of a stream,
+    and before a whole answer. `upstream`, `model`: the settings that a gateway needs for it.
     """
 
     about: str
@@ -112,11 +112,8 @@ class Dialect(Struct, frozen=True, kw_only=True):
 
     def check(self, given: frozenset[str]) -> None:
         """Raise the `Refusal` of the first field that this provider doesn't accept."""
-        unknown = (
-            given - self.accepted_fields
-            if self.accepted_fields is not None
-            else given.intersection(self.refused_fields)
-        )
+        accepted = self.accepted_fields
+        unknown = given.intersection(self.refused_fields) if accepted is None else given - accepted
         if unknown:
             raise self.refusal("field", param=min(unknown))
 
@@ -124,13 +121,8 @@ class Dialect(Struct, frozen=True, kw_only=True):
         """Return the provider's refusal for one kind of bad request."""
         error = self.errors.get(kind) or _OPENAI_ERRORS[kind]
         values = {"param": param}
-        refusal = Refusal(
-            error.status,
-            fill(error.message, values),
-            type=error.type,
-            param=fill(error.param, values),
-            code=error.code,
-        )
+        message, param = fill(error.message, values), fill(error.param, values)
+        refusal = Refusal(error.status, message, type=error.type, param=param, code=error.code)
         refusal.more = error.more
         return refusal
 
@@ -147,11 +139,7 @@ def fill(template: Any, values: Json) -> Any:
     if isinstance(template, str):
         if template.startswith("$") and template[1:] in values:
             return values[template[1:]]
-        return (
-            re.sub(r"\$([a-z_]+)", lambda found: str(values.get(found[1], found[0])), template)
-            if "$" in template
-            else template
-        )
+        return re.sub(r"\$([a-z_]+)", lambda found: str(values.get(found[1], found[0])), template)
     if isinstance(template, dict):
         return {name: fill(member, values) for name, member in template.items()}
     return [fill(item, values) for item in template] if isinstance(template, list | tuple) else template

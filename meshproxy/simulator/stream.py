@@ -46,9 +46,8 @@ class EventStream:
         self._common = _common(reply)
         self._logprobs = request.logprobs
         self._reports = _reports(reply.dialect, request, behaviour)
-        self._null_usage = any(
-            report.on_request and report.path == ("usage",) for report in self._reports
-        )  # null in other chunks
+        # whether chunks without a report have `"usage": null`
+        self._null_usage = any(report.on_request and report.path == ("usage",) for report in self._reports)
         self._text_so_far: dict[int, str] = {}
         self._padded = 0
 
