@@ -235,7 +235,7 @@ UPSTREAMS = board(
                 )
             ],
             most=1,
-            about="ejected: asked after its equals, for it fails; open: not asked at all. Nothing here: all serve.",
+            about="ejected: tried after its equals, for it fails; open: not tried at all. Nothing here: all serve.",
         ),
         lines(
             "First token by upstream, p95",

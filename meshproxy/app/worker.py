@@ -26,7 +26,7 @@ from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.gateway.idempotency import IdempotencyKeys
 from meshproxy.gateway.in_flight import InFlight
 from meshproxy.gateway.pipeline import Gateway
-from meshproxy.gateway.record import AccountMetrics, Recorder, Spans
+from meshproxy.gateway.record import Recorder, Spans
 from meshproxy.gateway.settle import Settler
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
@@ -43,7 +43,7 @@ from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.telemetry.families import CLOSED
 from meshproxy.telemetry.logs import RequestLog
-from meshproxy.telemetry.metrics import Metrics
+from meshproxy.telemetry.metrics import AccountMetrics, Metrics
 from meshproxy.telemetry.spans import open_tracer
 from meshproxy.telemetry.tasks import Tasks, watch_lag
 from meshproxy.units import parse_usd

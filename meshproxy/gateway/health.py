@@ -251,7 +251,7 @@ class Health:
     def state(self, name: str) -> State:
         """Return what an upstream is for the next request: `open`, `ejected` or `serving`.
 
-        `open`: a breaker of it is open. `ejected`: one of its routes is asked after its equals. Else `serving`.
+        `open`: a breaker of it is open. `ejected`: one of its routes is tried after its equals. Else `serving`.
         """
         upstream, now = self._upstreams.get(name), self.clock()
         if upstream is None:

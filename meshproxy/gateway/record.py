@@ -24,12 +24,11 @@ from meshproxy.ledger.records import Denial
 from meshproxy.openai.errors import MAX_QUOTED_BYTES, without_quotes
 from meshproxy.openai.headers import upstream_request_id
 from meshproxy.openai.request import CHAT_PATH, ChatRequest
-from meshproxy.openai.usage import Usage
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.route_health import Window
 from meshproxy.telemetry.families import CAUSES, PHASES
 from meshproxy.telemetry.logs import RequestLog
-from meshproxy.telemetry.metrics import Metrics
+from meshproxy.telemetry.metrics import AccountMetrics, Metrics, ModelMetrics, UpstreamMetrics
 from meshproxy.telemetry.spans import OtlpTracer
 from meshproxy.units import NUSD_PER_USD, format_usd
 
@@ -135,54 +134,6 @@ MAX_MESSAGE_CHARS = 500  # of a provider's message, in one log line
 _log = structlog.get_logger("meshproxy.gateway")
 
 
-class _ModelMetrics:
-    """One model's metrics with their labels bound once."""
-
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self.duration = {stream: metrics.request_duration.labels(model, stream) for stream in ("true", "false")}
-        self.first_token = metrics.time_to_first_token.labels(model)
-        self.per_token = metrics.time_per_output_token.labels(model)
-        self.max_gap = metrics.stream_max_gap.labels(model)
-        self.tokens = [metrics.tokens.labels(model, kind) for kind in Usage.__struct_fields__]
-        self.cost = metrics.cost.labels(model)
-
-
-class _UpstreamMetrics:
-    """One upstream's metrics for one model, with their labels bound once."""
-
-    def __init__(self, metrics: Metrics, upstream: str, model: str) -> None:
-        self.duration = metrics.upstream_duration.labels(upstream)
-        self.first_token = metrics.upstream_first_token.labels(upstream)
-        self.latency = {
-            stream: metrics.upstream_latency.labels(upstream, model, stream) for stream in ("true", "false")
-        }
-
-
-class AccountMetrics:
-    """The metrics of accounts, for the first `most` that make requests in this worker; all others are counted as `other`.
-
-    `names` are those that have theirs.
-    """
-
-    def __init__(self, metrics: Metrics, most: int) -> None:
-        self.names: dict[str, None] = {}
-        self._metrics = metrics
-        self._most = most
-
-    def count(self, account: str, status: int, cost_nusd: int) -> None:
-        """Count a request of an account."""
-        if account not in self.names and self._metrics.add_account(account, self._most):
-            self.names[account] = None
-        self._metrics.account_requests.labels(account, str(status)).inc()
-        if cost_nusd:
-            self._metrics.account_cost.labels(account).inc(cost_nusd)
-
-    def note_balances(self, balances: Mapping[str, int]) -> None:
-        """Show the balances of accounts, in nano-USD."""
-        for account, balance_nusd in balances.items():
-            self._metrics.account_balance.labels(account).set(balance_nusd)
-
-
 class Failure(Struct, frozen=True):
     """A request that failed, or an attempt at an upstream: for the status page. `at` is Unix seconds."""
 
@@ -250,8 +201,8 @@ class Recorder:
         self._metrics = metrics
         self._request_log = request_log
         self._clock = clock
-        self._models: dict[str, _ModelMetrics] = {}
-        self._upstreams: dict[tuple[str, str], _UpstreamMetrics] = {}
+        self._models: dict[str, ModelMetrics] = {}
+        self._upstreams: dict[tuple[str, str], UpstreamMetrics] = {}
         self._exchanges: set[Exchange] = set()  # in flight
         for phase in PHASES:  # counted at a scrape, so that a request needn't set gauges
             metrics.in_flight[(phase,)].set_function(partial(self._count_in, phase))
@@ -366,14 +317,14 @@ class Recorder:
         if exchange.lease is not None:
             self._count_usage(exchange, model_metrics)
 
-    def _count_stream(self, exchange: Exchange, model_metrics: _ModelMetrics, received_at: float) -> None:
+    def _count_stream(self, exchange: Exchange, model_metrics: ModelMetrics, received_at: float) -> None:
         model_metrics.first_token.observe_traced(exchange.first_event_at - received_at, exchange.call.trace_id)
         model_metrics.max_gap.observe(exchange.max_gap_s)
         if exchange.usage.completion > 1:
             streaming_s = exchange.last_event_at - exchange.first_event_at
             model_metrics.per_token.observe(streaming_s / (exchange.usage.completion - 1))
 
-    def _count_usage(self, exchange: Exchange, model_metrics: _ModelMetrics) -> None:
+    def _count_usage(self, exchange: Exchange, model_metrics: ModelMetrics) -> None:
         self._metrics.settlements[exchange.outcome, exchange.usage_source].inc()
         if exchange.refused_numbers:
             self._refused(exchange)
@@ -439,12 +390,12 @@ class Recorder:
     def _count_in(self, phase: str) -> int:
         return sum(exchange.phase == phase for exchange in self._exchanges)
 
-    def _upstream_metrics(self, upstream: str, model: str) -> _UpstreamMetrics:
-        made = self._upstreams[upstream, model] = _UpstreamMetrics(self._metrics, upstream, model)
+    def _upstream_metrics(self, upstream: str, model: str) -> UpstreamMetrics:
+        made = self._upstreams[upstream, model] = UpstreamMetrics(self._metrics, upstream, model)
         return made
 
-    def _model_metrics(self, model: str) -> _ModelMetrics:
-        made = self._models[model] = _ModelMetrics(self._metrics, model)
+    def _model_metrics(self, model: str) -> ModelMetrics:
+        made = self._models[model] = ModelMetrics(self._metrics, model)
         return made
 
 

@@ -36,7 +36,7 @@ OUTCOMES = {
 class Relay:
     """One stream from an upstream's response to its client. It implements the upstream's `Sink`.
 
-    `run` returns when the stream has ended, however it ended; `outcome` then says how.
+    `run` returns when the stream has ended; `outcome` is how it ended.
     """
 
     __slots__ = (

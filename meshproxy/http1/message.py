@@ -421,7 +421,7 @@ def parse_head(raw: bytes) -> Head:
 def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11: bool) -> Body:
     """Return the body's framing for the response to a POST (RFC 9112, section 6.3)."""
     if codings and (lengths or not is_http_11 or codings != ["chunked"]):
-        raise malformed("it says in two ways, or in none that is known, how long its answer is")
+        raise malformed("the length of its answer is given in two ways, or in none that is known")
     if status < 200 or status in {204, 304}:
         return Sized(0)
     if codings:

@@ -308,18 +308,18 @@ def _has_tls(scheme: str, option: str | None) -> bool:
 
 
 def _read_options(query: str) -> dict[str, str]:
-    said = parse_qsl(query, keep_blank_values=True)
-    options = dict(said)
+    pairs = parse_qsl(query, keep_blank_values=True)
+    options = dict(pairs)
     if not options.keys() <= _OPTIONS:
         raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
-    if len(options) < len(said):
+    if len(options) < len(pairs):
         raise ValueError("an option is there twice")
     return options
 
 
 def _database(in_path: str, in_options: str) -> int:
     if in_path and in_path != in_options:
-        raise ValueError("the path and the option db say different databases")
+        raise ValueError("the path and the option db name different databases")
     if in_options and not (in_options.isascii() and in_options.isdigit() and len(in_options) <= MAX_DB_DIGITS):
         raise ValueError(f"the database is a number of at most {MAX_DB_DIGITS} digits")
     return int(in_options or 0)

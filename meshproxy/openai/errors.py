@@ -318,7 +318,7 @@ def _code(inner: dict[str, Any], whole: dict[str, Any]) -> tuple[str | None, boo
 def _place(value: dict[str, Any]) -> str | None:
     """Return the first field named in FastAPI's `detail`."""
     holder = value.get("message") if isinstance(value.get("message"), dict) else value
-    detail = holder.get("detail")  # type: ignore[union-attr]  # said is a dict either way
+    detail = holder.get("detail")  # type: ignore[union-attr]  # holder is a dict either way
     first = detail[0] if isinstance(detail, list) and detail else None
     loc = first.get("loc") if isinstance(first, dict) else None
     steps = [str(step) for step in loc[:MAX_SENTENCES]] if isinstance(loc, list) else []

@@ -331,11 +331,11 @@ def hides_reasoning(request: ChatRequest) -> bool:
     if not members:
         return False
     try:
-        asked = {name: msgspec.json.decode(request.fields[name]) for name in members}
+        requested = {name: msgspec.json.decode(request.fields[name]) for name in members}
     except (msgspec.DecodeError, RecursionError):
         return True  # nested too deeply to read; the provider may refuse it
-    return any(_at(asked, path) == value for path, value in HIDING) or any(
-        _at(asked, path) not in (None, value) for path, value in HIDING_UNLESS
+    return any(_at(requested, path) == value for path, value in HIDING) or any(
+        _at(requested, path) not in (None, value) for path, value in HIDING_UNLESS
     )
 
 

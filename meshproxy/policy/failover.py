@@ -196,7 +196,7 @@ def may_be_caused_by_request(error: UpstreamError) -> bool:
 
 
 def requested_wait_s(error: UpstreamError) -> float:
-    """Return the seconds that the upstream asks to be left alone, at most MAX_RETRY_AFTER_S; 0.0 if it doesn't ask."""
+    """Return the seconds for which the upstream asks for no requests, at most MAX_RETRY_AFTER_S; 0.0 without such a wish."""
     return min(error.response.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if error.upstream_status is not None else 0.0
 
 
@@ -251,19 +251,19 @@ def _verdict(status: int, reported: ProviderError, wait_s: float | None) -> Verd
 
 def _blamed_on_us(status: int, reported: ProviderError) -> int | None:
     """Return which of _REFUSED_US applies, if the refusal is about the gateway's account or configuration; else None."""
-    code, said = (reported.code or "").lower(), reported.message or ""
+    code, message = (reported.code or "").lower(), reported.message or ""
     if status == 403:
         return None if _is_moderated(reported) else 403
     if status == 404:
-        return None if _is_about_a_field(reported) or _UNSUPPORTED_WORDS.search(said) else 404
+        return None if _is_about_a_field(reported) or _UNSUPPORTED_WORDS.search(message) else 404
     if status in _REFUSED_US:
         return status
     if status in _MAY_BE_ABOUT_US:
-        if code in _NO_CREDENTIALS or _CREDENTIAL_WORDS.search(said):
+        if code in _NO_CREDENTIALS or _CREDENTIAL_WORDS.search(message):
             return 401
-        if code in _OUT_OF_QUOTA or _CREDIT_WORDS.search(said):
+        if code in _OUT_OF_QUOTA or _CREDIT_WORDS.search(message):
             return 402
-        if code in _UNKNOWN_MODEL or (reported.param in {None, "model"} and _MODEL_WORDS.search(said)):
+        if code in _UNKNOWN_MODEL or (reported.param in {None, "model"} and _MODEL_WORDS.search(message)):
             return 404
     return None
 
@@ -309,13 +309,13 @@ def _another_may_take_it(status: int, reported: ProviderError) -> bool:
     """
     if _is_moderated(reported):
         return False
-    code, said = (reported.code or "").lower(), reported.message or ""
+    code, message = (reported.code or "").lower(), reported.message or ""
     return (
         status in {404, 413}
         or code in _TOO_LONG
         or code.startswith("unsupported")
-        or _TOO_LONG_WORDS.search(said) is not None
-        or _UNSUPPORTED_WORDS.search(said) is not None
+        or _TOO_LONG_WORDS.search(message) is not None
+        or _UNSUPPORTED_WORDS.search(message) is not None
     )
 
 

@@ -316,7 +316,7 @@ def _missing(template: str, names: list[str]) -> GatewayError:
     )
 
 
-# Params that shape an answer and nothing else. Who asks, what is asked, how it is delivered and whether the provider
+# Params that shape an answer and nothing else. The caller, the prompt, how it is delivered and whether the provider
 # keeps it (`user`, `messages`, `model`, `stream`, `store`, `metadata`, ...) is set by the request alone.
 ALLOWED: Final = frozenset(
     {

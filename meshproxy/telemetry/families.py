@@ -91,7 +91,7 @@ _histogram = partial(Definition, "histogram")
 
 _FIRST_TOKEN_EDGES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120)
 # Edges include the usual objectives exactly (.5, 1, 2, 5, 10, 30 s), so that a ratio of buckets is a service level.
-BUILD_INFO = _gauge("meshproxy_build_info", "Always 1; the label tells the version.", ("version",), merge="max")
+BUILD_INFO = _gauge("meshproxy_build_info", "Always 1; the version is a label.", ("version",), merge="max")
 WORKERS = _gauge("meshproxy_workers", "Worker processes that answered this scrape.", preset=True)
 REQUESTS = _counter(
     "meshproxy_requests_total",
@@ -169,7 +169,7 @@ UPSTREAM_TIME_TO_FIRST_TOKEN = _histogram(
 )
 UPSTREAM_REQUEST_DURATION = _histogram(
     "meshproxy_upstream_request_duration_seconds",
-    "From the request sent to the upstream that was asked last to the end of its answer.",
+    "From the request sent to the upstream that was tried last to the end of its answer.",
     ("upstream",),
     (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600),
 )
@@ -181,7 +181,7 @@ UPSTREAM_LATENCY = _histogram(
 )
 UPSTREAM_STATE = _gauge(
     "meshproxy_upstream_state",
-    "1 while the upstream is in this state in any worker: serving, ejected (asked after its equals) or open (its breaker is).",
+    "1 while the upstream is in this state in any worker: serving, ejected (tried after its equals) or open (its breaker is).",
     ("upstream", "state"),
     merge="max",
     preset=True,

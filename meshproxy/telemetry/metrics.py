@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from meshproxy.openai.usage import Usage
 from meshproxy.telemetry import families
 from meshproxy.telemetry.exposition import collected, encode
 from meshproxy.telemetry.families import CLOSED, NONE, OTHER, Definition
@@ -196,6 +197,54 @@ class Metrics:
         family = FamilyOf(metric, definition, self._vocabulary)
         self._families.append(family)
         return family
+
+
+class ModelMetrics:
+    """One model's metrics with their labels bound once."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.duration = {stream: metrics.request_duration.labels(model, stream) for stream in ("true", "false")}
+        self.first_token = metrics.time_to_first_token.labels(model)
+        self.per_token = metrics.time_per_output_token.labels(model)
+        self.max_gap = metrics.stream_max_gap.labels(model)
+        self.tokens = [metrics.tokens.labels(model, kind) for kind in Usage.__struct_fields__]
+        self.cost = metrics.cost.labels(model)
+
+
+class UpstreamMetrics:
+    """One upstream's metrics for one model, with their labels bound once."""
+
+    def __init__(self, metrics: Metrics, upstream: str, model: str) -> None:
+        self.duration = metrics.upstream_duration.labels(upstream)
+        self.first_token = metrics.upstream_first_token.labels(upstream)
+        self.latency = {
+            stream: metrics.upstream_latency.labels(upstream, model, stream) for stream in ("true", "false")
+        }
+
+
+class AccountMetrics:
+    """The metrics of accounts, for the first `most` that make requests in this worker; all others are counted as `other`.
+
+    `names` are those that have theirs.
+    """
+
+    def __init__(self, metrics: Metrics, most: int) -> None:
+        self.names: dict[str, None] = {}
+        self._metrics = metrics
+        self._most = most
+
+    def count(self, account: str, status: int, cost_nusd: int) -> None:
+        """Count a request of an account."""
+        if account not in self.names and self._metrics.add_account(account, self._most):
+            self.names[account] = None
+        self._metrics.account_requests.labels(account, str(status)).inc()
+        if cost_nusd:
+            self._metrics.account_cost.labels(account).inc(cost_nusd)
+
+    def note_balances(self, balances: Mapping[str, int]) -> None:
+        """Show the balances of accounts, in nano-USD."""
+        for account, balance_nusd in balances.items():
+            self._metrics.account_balance.labels(account).set(balance_nusd)
 
 
 def _arguments(definition: Definition) -> tuple[str, str, tuple[str, ...]]:

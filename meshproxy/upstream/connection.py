@@ -24,7 +24,7 @@ from typing import NamedTuple, cast
 
 from meshproxy.errors import UpstreamError
 from meshproxy.http1.message import INFLATED, Body, Head, HeadReader, Inflated
-from meshproxy.upstream import response as faults
+from meshproxy.upstream import response as errors
 from meshproxy.upstream.response import Response, Sink
 
 IDENTITY = frozenset({"", "identity"})
@@ -96,10 +96,10 @@ class Connection(asyncio.Protocol):
         "_loop",
         "_on_idle",
         "_on_lost",
-        "_patience",
         "_paused",
         "_poll",
         "_response",
+        "_timeouts",
         "_timer",
         "_transport",
         "carried_by",
@@ -110,9 +110,9 @@ class Connection(asyncio.Protocol):
     sink: Sink
 
     def __init__(
-        self, patience: Timeouts, on_idle: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
+        self, timeouts: Timeouts, on_idle: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
     ) -> None:
-        self._patience = patience
+        self._timeouts = timeouts
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
@@ -129,10 +129,10 @@ class Connection(asyncio.Protocol):
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def advance(self, event: Event, fault: UpstreamError | None = None) -> None:
+    def advance(self, event: Event, error: UpstreamError | None = None) -> None:
         """Enter the state after `event`, and set its deadline. An event that the table doesn't have here closes.
 
-        On closing, `fault` is passed to the pending answer or to the sink of the body.
+        On closing, `error` is passed to the pending answer or to the sink of the body.
         """
         before = self.state
         try:
@@ -140,13 +140,13 @@ class Connection(asyncio.Protocol):
         except KeyError:
             self.state = state = State.CLOSED
         if state is State.CLOSED:
-            self._close(before, fault)
+            self._close(before, error)
             return
-        patience = self._patience
+        timeouts = self._timeouts
         if state is State.IDLE:
-            timeout_s = patience.keepalive_s
+            timeout_s = timeouts.keepalive_s
         else:
-            timeout_s = patience.first_byte_s if state is State.WAITING else patience.idle_s
+            timeout_s = timeouts.first_byte_s if state is State.WAITING else timeouts.idle_s
         self._deadline = deadline = self._loop.time() + timeout_s
         if self._timer is not None:  # a running timer is replaced only if it would fire too late
             if self._timer.when() <= deadline:
@@ -154,7 +154,7 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
         self._timer = self._loop.call_at(deadline, self._check_deadline)
 
-    def _close(self, before: State, fault: UpstreamError | None) -> None:
+    def _close(self, before: State, error: UpstreamError | None) -> None:
         """Close the socket at once, and end the exchange of the state `before`."""
         answer, self._answer = self._answer, None
         response, self._response, self._body = self._response, None, None
@@ -162,11 +162,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
         if before is State.WAITING:
             if answer is not None and not answer.done():
-                answer.set_exception(fault or faults.dropped())
+                answer.set_exception(error or errors.dropped())
         elif response is not None:
             response.detach()
-            if fault is not None:
-                self.sink.fail(fault)
+            if error is not None:
+                self.sink.fail(error)
 
     # Called by the provider and the response.
 
@@ -206,12 +206,12 @@ class Connection(asyncio.Protocol):
         """Continue reading. The time-out for silence starts anew."""
         if self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = False
-            self._deadline = self._loop.time() + self._patience.idle_s
+            self._deadline = self._loop.time() + self._timeouts.idle_s
             self._transport.resume_reading()
 
-    def abort(self, fault: UpstreamError | None = None) -> None:
-        """Close the socket at once, and pass `fault` to the pending answer or to the sink of the body."""
-        self.advance(Event.ABORT, fault)
+    def abort(self, error: UpstreamError | None = None) -> None:
+        """Close the socket at once, and pass `error` to the pending answer or to the sink of the body."""
+        self.advance(Event.ABORT, error)
 
     # Called by the event loop.
 
@@ -227,11 +227,11 @@ class Connection(asyncio.Protocol):
         if body is None:
             self._receive_head(data)
             return
-        self._deadline = self._loop.time() + self._patience.idle_s
+        self._deadline = self._loop.time() + self._timeouts.idle_s
         try:
             payload = body.decode(data)
-        except UpstreamError as fault:
-            self.advance(Event.BROKEN, fault)
+        except UpstreamError as error:
+            self.advance(Event.BROKEN, error)
             return
         if payload:
             self.sink.data(payload, data if body.whole else None)
@@ -268,7 +268,7 @@ class Connection(asyncio.Protocol):
             return isinstance(error, ssl.SSLZeroReturnError)
 
     def _loss(self) -> UpstreamError:
-        return faults.unanswered() if self.state is State.WAITING else faults.cut_off()
+        return errors.unanswered() if self.state is State.WAITING else errors.cut_off()
 
     # Head, body, end.
 
@@ -282,12 +282,12 @@ class Connection(asyncio.Protocol):
             result = self._head_reader.feed(data)
             if result is not None:
                 self._begin_body(answer, *result)
-        except UpstreamError as fault:
-            self.advance(Event.BROKEN, fault)
+        except UpstreamError as error:
+            self.advance(Event.BROKEN, error)
 
     def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
         """Make the response, resolve the request's future, and decode what arrived behind the head."""
-        response = Response(head.status, head.headers, self, self._patience.max_response_bytes)
+        response = Response(head.status, head.headers, self, self._timeouts.max_response_bytes)
         coding = response.header("content-encoding")
         body = head.body if coding is None else _decoded(head.body, coding, response)
         self._answer = None
@@ -319,16 +319,16 @@ class Connection(asyncio.Protocol):
     def _check_deadline(self) -> None:
         """Act on a passed deadline: fail a silent exchange, or close an idle connection. Re-arm the timer otherwise."""
         if self._paused:
-            self._deadline = self._loop.time() + self._patience.idle_s
+            self._deadline = self._loop.time() + self._timeouts.idle_s
         if self._loop.time() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._check_deadline)
             return
         self._timer = None
         if self.state is State.WAITING:
-            fault = faults.silent(self._patience.first_byte_s)
+            error = errors.silent(self._timeouts.first_byte_s)
         else:
-            fault = faults.stalled(self._patience.idle_s)
-        self.advance(Event.LATE, fault)
+            error = errors.stalled(self._timeouts.idle_s)
+        self.advance(Event.LATE, error)
 
 
 def _decoded(body: Body, coding: str, response: Response) -> Body:
@@ -337,6 +337,6 @@ def _decoded(body: Body, coding: str, response: Response) -> Body:
     if name in IDENTITY:
         return body
     if name not in INFLATED:
-        raise faults.encoded(coding)
+        raise errors.encoded(coding)
     response.headers = [header for header in response.headers if header[0] != "content-encoding"]
     return Inflated(body)

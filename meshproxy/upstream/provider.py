@@ -106,7 +106,7 @@ class Provider:
         """Return the lines that are the same for every request to `path`."""
         target = self._address.path + path
         if not _PATH.fullmatch(target):
-            raise ValueError(f"{target!r} can't be asked for")
+            raise ValueError(f"{target!r} is no path that can be sent")
         lines = [f"POST {target} HTTP/1.1", f"host: {self._address.authority}"]
         lines += [f"{name}: {value}" for name, value in self._own_headers.items()]
         begin = ("\r\n".join(lines) + "\r\n").encode("latin-1")
@@ -136,7 +136,7 @@ def _own_headers(settings: config.Upstream, api_key: str | None, user_agent: str
         own["authorization"] = f"Bearer {api_key}"
     for name, value in settings.headers.items():
         if name.lower() in _FRAMING:
-            raise ValueError(f"headers: {name} is not for the configuration to say")
+            raise ValueError(f"headers: {name} is set by the gateway")
         own[name.lower()] = plain(value)
     for name, value in own.items():
         if not _can_be_sent(name, value):
