@@ -29,7 +29,7 @@ from meshproxy.config import (
     Settings,
     Upstream,
     decode,
-    plain,
+    resolved,
     split_address,
 )
 from meshproxy.config.load import line_of, under
@@ -108,7 +108,7 @@ def journal_path(settings: Settings) -> str:
         return settings.redis.journal
     state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     root = Path(state or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "meshproxy")
-    address = parse_url(plain(settings.redis.url)).canonical  # the same for every spelling and password
+    address = parse_url(resolved(settings.redis.url)).canonical  # the same for every spelling and password
     store = hashlib.sha256(address.encode()).hexdigest()[:16]  # one Redis must not be sent another's settlements
     return str(root / store / "journal")
 
@@ -223,12 +223,12 @@ def _check_address(address: str) -> None:
         if path.exists() and not path.is_socket():
             raise OSError(errno.EEXIST, "something that is not a socket is there")
         return
-    family, kind, protocol, _, name = _resolved(address)
+    family, kind, protocol, _, name = _socket_address(address)
     with socket.socket(family, kind, protocol) as sock:
         sock.bind((name[0], 0, *name[2:]))
 
 
-def _resolved(address: str) -> tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]:
+def _socket_address(address: str) -> tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]:
     """Return the family, kind, protocol and name of the socket that listens at `HOST:PORT`. Raises OSError."""
     host, port = split_address(address)
     return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -239,7 +239,7 @@ def _is_same_address(one: str, other: str) -> bool:
     paths = [address.removeprefix("unix:") for address in (one, other) if address.startswith("unix:")]
     if paths:
         return len(paths) == 2 and os.path.realpath(paths[0]) == os.path.realpath(paths[1])
-    (host, port), (other_host, other_port) = (_resolved(address)[4][:2] for address in (one, other))
+    (host, port), (other_host, other_port) = (_socket_address(address)[4][:2] for address in (one, other))
     if port == 0 or port != other_port:
         return False
     first, second = ipaddress.ip_address(host.partition("%")[0]), ipaddress.ip_address(other_host.partition("%")[0])
@@ -261,7 +261,7 @@ def _file_faults(key: str, path: str | None) -> Iterator[str]:
 
 def _redis_faults(redis: Redis) -> Iterator[str]:
     """Check the Redis URL, its TLS files and the journal's place."""
-    url = plain(redis.url)
+    url = resolved(redis.url)
     if url != "embedded":
         yield from _faults_of(lambda: _check_redis_url(url))
     if redis.journal is not None:

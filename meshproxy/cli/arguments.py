@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from meshproxy.cli.command_line import CommandError
-from meshproxy.config import ConfigError, Redis, SecretReader, Settings, plain
+from meshproxy.config import ConfigError, Redis, SecretReader, Settings, resolved
 from meshproxy.units import parse_moment, parse_span, parse_usd
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ async def open_administration(args: argparse.Namespace) -> "AsyncIterator[Admini
         raise CommandError(
             "store_embedded", "an embedded store is a part of `serve` or `dev`: name it with --redis URL"
         )
-    shown = re.sub(r"(?<=://)[^/@]*@", "", plain(settings.url))  # without the password
+    shown = re.sub(r"(?<=://)[^/@]*@", "", resolved(settings.url))  # without the password
     try:
         store = await connect(settings)
         try:

@@ -6,7 +6,7 @@ key, the nearest known name.
 """
 
 from meshproxy.config.load import ConfigError, Decoded, decode, parse
-from meshproxy.config.secrets import SecretReader, Secrets, plain
+from meshproxy.config.secrets import SecretReader, Secrets, resolved
 from meshproxy.config.settings import (
     STANDARD_TIERS,
     Buckets,
@@ -58,6 +58,6 @@ __all__ = [
     "Upstream",
     "decode",
     "parse",
-    "plain",
+    "resolved",
     "split_address",
 ]

@@ -100,8 +100,8 @@ class SecretReader:
             raise ValueError(f"{secret.file} can't be read ({error.strerror})") from error
 
 
-def plain(value: str | Secret) -> str:
-    """Return a text of settings that were `with_secrets`. Raises TypeError for a secret that hasn't been read."""
+def resolved(value: str | Secret) -> str:
+    """Return a value as text. Raises TypeError for a secret that `with_secrets` hasn't put into the settings."""
     if isinstance(value, Secret):
         raise TypeError("a secret of these settings was not read")
     return value

@@ -210,7 +210,7 @@ async def connect(
     `wait`: wait until the store answers, and raise Unavailable if it doesn't within `timeout_s`; otherwise dial in the
     background. Raises ConfigError for a URL or TLS files that can't be used.
     """
-    address, timeout_s = parse_url(config.plain(settings.url)), settings.timeout_s
+    address, timeout_s = parse_url(config.resolved(settings.url)), settings.timeout_s
     connection = partial(_connection, login=address.login, tls=tls_context(address), timeout_s=timeout_s)
 
     async def dial_node(node: Endpoint, redirect: Redirect | None = None, *, master: bool = False) -> RedisConnection:

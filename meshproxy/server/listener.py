@@ -74,7 +74,7 @@ def listen(address: str, *, shared: bool = False) -> socket.socket:
 
     Raises OSError if the address is taken. A socket file without a listener is replaced.
     """
-    family, name = _resolved(address)
+    family, name = _socket_address(address)
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
         sock = socket.create_server(name, family=family, backlog=BACKLOG, reuse_port=shared, dualstack_ipv6=both)
@@ -101,7 +101,7 @@ def name_of(sock: socket.socket) -> str:
     return f"{UNIX_PREFIX}{name}"
 
 
-def _resolved(address: str) -> tuple[socket.AddressFamily, Any]:
+def _socket_address(address: str) -> tuple[socket.AddressFamily, Any]:
     """Return an address's family and its name for sockets."""
     if address.startswith(UNIX_PREFIX):
         path = address.removeprefix(UNIX_PREFIX)

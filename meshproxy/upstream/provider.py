@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from meshproxy import config
-from meshproxy.config import plain
+from meshproxy.config import resolved
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.upstream.connection import Connection, Timeouts
 from meshproxy.upstream.pool import BaseUrl, ClientContext, Dialer, Pool
@@ -125,7 +125,7 @@ class Provider:
 def _secrets(settings: config.Upstream, api_key: str | None) -> tuple[str, ...]:
     """Return what clients must never see: the API key, and configured header values long enough to be secrets."""
     return tuple(
-        value for value in (api_key or "", *map(plain, settings.headers.values())) if len(value) >= MIN_SECRET_CHARS
+        value for value in (api_key or "", *map(resolved, settings.headers.values())) if len(value) >= MIN_SECRET_CHARS
     )
 
 
@@ -137,10 +137,10 @@ def _own_headers(settings: config.Upstream, api_key: str | None, user_agent: str
     for name, value in settings.headers.items():
         if name.lower() in _FRAMING:
             raise ValueError(f"headers: {name} is set by the gateway")
-        own[name.lower()] = plain(value)
+        own[name.lower()] = resolved(value)
     for name, value in own.items():
         if not _can_be_sent(name, value):
-            raise ValueError(f"headers: {name!r} has characters that no header may carry")
+            raise ValueError(f"headers: {name!r} has characters that a header can't carry")
     return own
 
 
