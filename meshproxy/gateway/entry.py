@@ -185,8 +185,8 @@ class BodyMemory:
             self._unadmitted[reservation.account] = left
 
     async def take(self, reservation: BodyReservation, size: int) -> None:
-        """Give a room `size` bytes, in order of arrival; see `BodyReservation.take`."""
-        if not self._waiting and self._fits(reservation, size):
+        """Give a reservation `size` bytes, in order of arrival; see `BodyReservation.take`."""
+        if not self._waiting and self._is_free(reservation, size) and self._is_within_share(reservation, size):
             self._give(reservation, size)
             return
         if len(self._waiting) >= MAX_WAITING_BODIES:
@@ -204,13 +204,13 @@ class BodyMemory:
                 self._admit_waiting()
 
     def give_back(self, reservation: BodyReservation, size: int) -> None:
-        """Reduce a room to `size` bytes."""
+        """Reduce a reservation to `size` bytes."""
         self._give(reservation, size)
         if self._waiting:
             self._admit_waiting()
 
     def _give(self, reservation: BodyReservation, size: int) -> None:
-        """Set a room's size, and update the totals."""
+        """Set a reservation's size, and update the totals."""
         more, reservation.size = size - reservation.size, size
         self._taken += more
         left = self._by_account.get(reservation.account, 0) + more
@@ -218,10 +218,6 @@ class BodyMemory:
             self._by_account[reservation.account] = left
         else:
             self._by_account.pop(reservation.account, None)
-
-    def _fits(self, reservation: BodyReservation, size: int) -> bool:
-        """Return whether a room may have `size` bytes: they are free, and within the account's share."""
-        return self._is_free(reservation, size) and self._is_within_share(reservation, size)
 
     def _is_free(self, reservation: BodyReservation, size: int) -> bool:
         others = self._taken - reservation.size

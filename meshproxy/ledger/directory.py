@@ -13,7 +13,7 @@ import re
 import secrets
 import string
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
-from meshproxy.ledger.store import Script, Store, StoreError
+from meshproxy.ledger.store import Script, Store, StoreError, batches, pairs
 from meshproxy.ledger.templates import MAX_CHANGES, Cache, Templates, decode, encode
 from meshproxy.policy.principal import Account, Key, Principal, Status
 
@@ -267,7 +267,7 @@ class Directory:
         balance = await self._store.run(self._balance, names.script_keys, [-1] * 10)  # also releases expired holds
         if balance[RUNNING]:
             raise ValueError(f"{name} has requests in flight: suspend it, and delete it when they are over")
-        ids = dict(_pairs(await self._store.execute("HGETALL", names.keys)))
+        ids = dict(pairs(await self._store.execute("HGETALL", names.keys)))
         for key_id, digest in ids.items():
             await self._store.execute("DEL", key_record(digest.decode()))
             await self._store.execute("HDEL", KEY_IDS, key_id)
@@ -288,7 +288,7 @@ class Directory:
         entries = await self._store.execute("XREVRANGE", AUDIT, "+", "-", "COUNT", limit)
         events = []
         for entry_id, flat in entries:
-            fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
+            fields = {name.decode(): value.decode() for name, value in pairs(flat)}
             at_ms = int(entry_id.partition(b"-")[0])
             del fields["v"]
             events.append(AuditEvent(**fields, at_ms=at_ms))
@@ -352,15 +352,15 @@ class Directory:
         cursor: bytes = b"0"
         while True:
             cursor, flat = await self._store.execute("HSCAN", KEY_IDS, cursor, "MATCH", pattern, "COUNT", BATCH)
-            found.update(zip(flat[::2], flat[1::2], strict=True))
+            found.update(pairs(flat))
             if cursor == b"0" or (enough is not None and len(found) >= enough):
                 return found
 
     async def _texts(self, names: Sequence[str]) -> list[bytes | None]:
         """Return the values of these names, None for those that don't exist."""
         texts: list[bytes | None] = []
-        for first in range(0, len(names), BATCH):
-            texts += await asyncio.gather(*(self._store.execute("GET", name) for name in names[first : first + BATCH]))
+        for batch in batches(names, BATCH):
+            texts += await asyncio.gather(*(self._store.execute("GET", name) for name in batch))
         return texts
 
 
@@ -368,10 +368,6 @@ def _changes(before: Struct, after: Struct) -> dict[str, Any]:
     """Return the fields that differ, with their new values."""
     old, new = msgspec.to_builtins(before), msgspec.to_builtins(after)
     return {name: new.get(name) for name in {**old, **new} if old.get(name) != new.get(name)}
-
-
-def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    return zip(flat[::2], flat[1::2], strict=True)
 
 
 def _hint(secret: str) -> str:

@@ -31,7 +31,7 @@ from meshproxy.ledger.records import (
     Spend,
     hold_keys,
 )
-from meshproxy.ledger.store import Argument, Script, Store, Unavailable
+from meshproxy.ledger.store import Argument, Script, Store, Unavailable, batches, pairs
 from meshproxy.policy.principal import Budgets, Limits
 from meshproxy.units import MAX_NUSD
 
@@ -209,7 +209,6 @@ class Ledger:
     async def grants(self, account: str, limit: int = MAX_GRANTS_READ) -> list[Grant]:
         """Return the latest grants of an account, newest first. Grants of versions that kept no history are missing."""
         entries = await self._store.execute("XREVRANGE", self._names(account).grants, "+", "-", "COUNT", limit)
-        found = [dict(zip(flat[::2], flat[1::2], strict=True)) for _, flat in entries]
         return [
             Grant(
                 int(fields[b"amount_nusd"]),
@@ -219,7 +218,7 @@ class Ledger:
                 fields[b"actor"].decode(),
                 int(fields[b"granted_ms"]),
             )
-            for fields in found
+            for fields in (dict(pairs(flat)) for _, flat in entries)
         ]
 
     async def balance(
@@ -273,8 +272,7 @@ class Ledger:
         first = now - min(minutes, REFUSED_KEPT_S // 60) + 1
         hours = range(first // 60, now // 60 + 1)
         found: list[int] = []
-        for at in range(0, len(accounts), BATCH_KEYS):
-            batch = [self._names(account) for account in accounts[at : at + BATCH_KEYS]]
+        for batch in batches([self._names(account) for account in accounts], BATCH_KEYS):
             replies = await asyncio.gather(
                 *(self._store.execute("HGETALL", names.refused(_hour(hour))) for names in batch for hour in hours)
             )
@@ -292,9 +290,8 @@ class Ledger:
         day = time.strftime("%Y-%m-%d", time.gmtime(int(seconds)))
         fields = ("total", f"day:{day}", f"month:{day[:7]}", "used_ms")
         uses: list[KeyUse] = []
-        for first in range(0, len(key_ids), BATCH_KEYS):
-            batch = key_ids[first : first + BATCH_KEYS]
-            spends = (self._store.execute("HMGET", names.script_keys_of_key(key_id)[1], *fields) for key_id in batch)
+        for batch in batches(key_ids, BATCH_KEYS):
+            spends = (self._store.execute("HMGET", names.key_spend(key_id), *fields) for key_id in batch)
             for found in await asyncio.gather(*spends):
                 *spent, used_ms = (int(value or 0) for value in found)
                 uses.append(KeyUse(Spend(*spent), used_ms))
@@ -303,8 +300,7 @@ class Ledger:
     async def account_balances(self, accounts: Sequence[str]) -> dict[str, int]:
         """Return the balance of each account in nano-USD, with its holds: one field read, cheap enough for each few seconds."""
         found: dict[str, int] = {}
-        for first in range(0, len(accounts), BATCH_KEYS):
-            batch = accounts[first : first + BATCH_KEYS]
+        for batch in batches(accounts, BATCH_KEYS):
             replies = await asyncio.gather(
                 *(self._store.execute("HGET", self._names(account).credit, "balance") for account in batch)
             )
@@ -314,8 +310,8 @@ class Ledger:
     async def balances(self, accounts: Sequence[str]) -> list[Balance]:
         """Return the balances of accounts, in their order."""
         found: list[Balance] = []
-        for first in range(0, len(accounts), BATCH_KEYS):
-            found += await asyncio.gather(*map(self.balance, accounts[first : first + BATCH_KEYS]))
+        for batch in batches(accounts, BATCH_KEYS):
+            found += await asyncio.gather(*map(self.balance, batch))
         return found
 
     def _names(self, account: str) -> AccountKeys:
@@ -351,9 +347,7 @@ def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
 
 def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:
     """Sum an hour's counts by minute, from the minute `first` (since the epoch) on."""
-    return sum(
-        int(count) for minute, count in zip(flat[::2], flat[1::2], strict=True) if hour * 60 + int(minute) >= first
-    )
+    return sum(int(count) for minute, count in pairs(flat) if hour * 60 + int(minute) >= first)
 
 
 @lru_cache(MAX_KNOWN_LIMITS)
@@ -385,12 +379,20 @@ def _amounts(budgets: Budgets) -> tuple[int, int, int]:
 def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denial:
     outcome, _, available, which, retry_ms, budget, spent, needed = reply[:8]
     if outcome == _NO_CREDIT:
-        return Denial("insufficient_credits", "credit", available, None, buckets, needed)
+        return Denial("insufficient_credits", "credit", available, buckets=buckets, needed_nusd=needed)
     if outcome == _OVER_BUDGET:
-        return Denial("spend_limit", _BUDGETS[which - 1], available, None, buckets, needed, budget, spent)
+        return Denial(
+            "spend_limit",
+            _BUDGETS[which - 1],
+            available,
+            buckets=buckets,
+            needed_nusd=needed,
+            budget_nusd=budget,
+            spent_nusd=spent,
+        )
     if outcome == _RATE_LIMITED:
         return Denial("rate_limit", LIMITS[which - 1], available, None if retry_ms < 0 else retry_ms / 1000, buckets)
-    return Denial("gone", "hold", available, None, buckets)
+    return Denial("gone", "hold", available, buckets=buckets)
 
 
 def _buckets(reply: Sequence[int], first: int, key: Limits, account: Limits) -> tuple[BucketState, ...]:

@@ -21,9 +21,9 @@ import ipaddress
 import re
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from msgspec import Struct
@@ -67,6 +67,7 @@ def script_text(name: str) -> str:
     return resources.files(__package__).joinpath("scripts", f"{name}.lua").read_text(encoding="utf-8")
 
 
+Item = TypeVar("Item")
 Argument = str | bytes | int
 OnChange = Callable[[str, bool, str], None]  # server name, whether it is connected now, reason if not
 OnOp = Callable[[str, float, str | None], None]  # operation, seconds, kind of error (None: success)
@@ -150,6 +151,16 @@ class Store(ABC):
             return await self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
         except ScriptMissing:
             return await self.send(script.name, ("EVAL", script.text, len(keys), *keys, *args))
+
+
+def pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the fields and values of a reply that lists them in turn, as HGETALL's."""
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Yield the items in batches, so that each batch's commands can share one write."""
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def error_of_reply(message: str) -> Unavailable | StoreError:
@@ -308,11 +319,11 @@ def _has_tls(scheme: str, option: str | None) -> bool:
 
 
 def _read_options(query: str) -> dict[str, str]:
-    pairs = parse_qsl(query, keep_blank_values=True)
-    options = dict(pairs)
+    given = parse_qsl(query, keep_blank_values=True)
+    options = dict(given)
     if not options.keys() <= _OPTIONS:
         raise ValueError(f"an unknown option after the question mark (known: {', '.join(sorted(_OPTIONS))})")
-    if len(options) < len(pairs):
+    if len(options) < len(given):
         raise ValueError("an option is there twice")
     return options
 

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import GLOBAL, AccountKeys
-from meshproxy.ledger.store import Script, Store, StoreError, Unavailable
+from meshproxy.ledger.store import Script, Store, StoreError, Unavailable, batches, pairs
 from meshproxy.policy.template import Template
 
 MAX_UNKNOWN = 1024  # names cached as missing
@@ -149,15 +149,10 @@ class Templates:
         """
         owners = [AccountKeys(owner) for owner in dict.fromkeys((account, GLOBAL))]
         names = await asyncio.gather(*(self._store.execute("HGETALL", owner.template_names) for owner in owners))
-        found = sorted(
-            (name, is_global, id_)
-            for is_global, flat in enumerate(names)
-            for name, id_ in zip(flat[::2], flat[1::2], strict=True)
-        )
-        for first in range(0, len(found), LISTED_TOGETHER):
-            some = found[first : first + LISTED_TOGETHER]
+        found = sorted((name, is_global, id_) for is_global, flat in enumerate(names) for name, id_ in pairs(flat))
+        for batch in batches(found, LISTED_TOGETHER):
             records = await asyncio.gather(
-                *(self._store.execute("HGET", owners[is_global].templates, id_) for _, is_global, id_ in some)
+                *(self._store.execute("HGET", owners[is_global].templates, id_) for _, is_global, id_ in batch)
             )
             for record in records:
                 if record is not None:  # None: deleted meanwhile

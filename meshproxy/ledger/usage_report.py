@@ -18,7 +18,7 @@ from msgspec.structs import asdict
 
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import AccountKeys
-from meshproxy.ledger.store import Script, Store
+from meshproxy.ledger.store import Script, Store, batches, pairs
 from meshproxy.units import in_usd, rfc3339
 
 MAX_EVENTS = 1000  # asked for, or read, in one round trip
@@ -84,12 +84,10 @@ async def report(
     period = ReportPeriod.of(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(until, UTC), moment, group_by)
     names = await accounts()
     rows: list[dict[str, Any]] = []
-    for first in range(0, len(names), INDEXED_AT_ONCE):
-        on_progress(first, len(names))
-        indexed = names[first : first + INDEXED_AT_ONCE]
+    for number, indexed in enumerate(batches(names, INDEXED_AT_ONCE)):
+        on_progress(number * INDEXED_AT_ONCE, len(names))
         hours = dict(zip(indexed, await hours_of(store, indexed, period, moment), strict=True))
-        for start in range(0, len(indexed), REPORTED_AT_ONCE):
-            batch = indexed[start : start + REPORTED_AT_ONCE]
+        for batch in batches(indexed, REPORTED_AT_ONCE):
             reports = await asyncio.gather(
                 *(sum_usage(store, name, hours[name], period, group_by, session_id) for name in batch)
             )
@@ -206,7 +204,7 @@ async def hours_of(store: Store, accounts: Sequence[str], period: ReportPeriod, 
     )
     found: list[list[str]] = []
     for each, flat, settled in zip(names, replies[: len(names)], replies[len(names) :], strict=True):
-        days = dict(zip(flat[::2], flat[1::2], strict=True))
+        days = dict(pairs(flat))
         covered, first = days.pop(b"nusd", None), days.pop(b"from", b"").decode()
         if covered == (settled or b"0") and first <= period.first_hour:
             found.append(list(period.hours_among(days)))
@@ -275,8 +273,7 @@ async def latest_usage_events(store: Store, account: str, since: datetime, limit
 
 async def find_usage_event(store: Store, accounts: Sequence[str], request_id: str, now: datetime) -> UsageEvent | None:
     """Find a request's event in any of these accounts."""
-    for first in range(0, len(accounts), BATCH_ACCOUNTS):
-        batch = accounts[first : first + BATCH_ACCOUNTS]
+    for batch in batches(accounts, BATCH_ACCOUNTS):
         for found in await asyncio.gather(*(events(store, account, [request_id], now) for account in batch)):
             if found:
                 return found[0]
@@ -297,7 +294,7 @@ def shown_event(event: UsageEvent) -> dict[str, Any]:
 
 
 def _event(flat: Sequence[bytes]) -> UsageEvent:
-    fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+    fields = {name.decode(): value.decode() for name, value in pairs(flat)}
     renamed = {"key_id": fields["key"], "session_id": fields["session"] or None}
     return msgspec.convert({"attempts": 0, **fields, **renamed}, UsageEvent, strict=False)
 
