@@ -283,8 +283,9 @@ class Gateway:
             else:
                 body = await within(exchange.deadline - self._clock(), response.read())
             read_at = self._clock()
+            outdated = False
             if body[:1] != b"{" and form_of(body[:FORM_BYTES]) == "stream":
-                body = _assembled(body)
+                body, outdated = _assembled(body)
             reply = decode_reply(body)
             if reply.error:
                 raise classify_error(reply.error, otherwise="The provider failed.")
@@ -292,7 +293,7 @@ class Gateway:
             exchange.record_failure(error)
             raise
         seen = partial(_seen, body, plan)
-        bill(exchange, reply.report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1])
+        bill(exchange, reply.report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1], outdated=outdated)
         exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True
@@ -383,15 +384,18 @@ def _awaits_answer(exchange: Exchange) -> bool:
     return exchange.early_head is not None and exchange.early_head.waits
 
 
-def _assembled(stream: bytes) -> bytes:
-    """Assemble a whole answer from an event stream in its place. Raises UpstreamError if that failed or broke off."""
-    body, error, is_finished = as_whole(stream)
-    if error is not None:
-        raise stream_error(error)
-    if not is_finished:
+def _assembled(stream: bytes) -> tuple[bytes, bool]:
+    """Assemble a whole answer from an event stream in its place. Return it, and whether text came after its report.
+
+    Raises UpstreamError if the stream failed or broke off.
+    """
+    whole = as_whole(stream)
+    if whole.error is not None:
+        raise stream_error(whole.error)
+    if not whole.is_complete:
         error_response = upstream_error("The provider ended the stream early.", may_have_run=True)
         raise UpstreamError(error_response, safe_to_repeat=False, upstream_status=200)
-    return body
+    return whole.body, whole.is_outdated
 
 
 def _json_headers(response: Response) -> Headers:

@@ -5,13 +5,13 @@ No state of a stream is kept here: see `event_stream`.
 
 import json
 import re
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from msgspec import Raw, Struct
 from msgspec.json import encode
 
-from meshproxy.openai.output import Output, escaped
-from meshproxy.openai.usage import BOM, decode_members, decode_text, decode_value
+from meshproxy.openai.output import Output, escaped, read_output
+from meshproxy.openai.usage import BOM, decode_members, decode_text, decode_value, find_report
 
 FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
@@ -164,11 +164,24 @@ def as_stream(body: bytes) -> bytes:
     return b"".join([*(b"data: " + _encoded(event) + b"\n\n" for event in events), b"data: [DONE]\n\n"])
 
 
-def as_whole(body: bytes) -> tuple[bytes, Any, bool]:
-    """Merge an event stream into a whole answer. Return it, the error in the stream, and whether it is complete."""
+class Whole(NamedTuple):
+    """A whole answer made of an event stream.
+
+    `error` is the error in the stream, `is_complete` whether it came to its end. `is_outdated`: text came after the last
+    report of usage.
+    """
+
+    body: bytes
+    error: Any
+    is_complete: bool
+    is_outdated: bool = False
+
+
+def as_whole(body: bytes) -> Whole:
+    """Merge an event stream into a whole answer. Zeros of a later report don't replace the numbers of an earlier one."""
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
-    done = False
+    done = is_outdated = False
     for event in body.removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
         parsed = parse(event)
         if parsed.data.startswith(b"[DONE]"):
@@ -179,15 +192,23 @@ def as_whole(body: bytes) -> tuple[bytes, Any, bool]:
             continue
         error = error_in(parsed, members)
         if error is not None:
-            return b"", error, False
+            return Whole(b"", error, is_complete=False)
+        report = find_report(members)
+        if report is not None and report.counts_output:
+            is_outdated = False
+        elif not is_outdated and read_output(parsed.data).texts:
+            is_outdated = True
         values = {name: decode_value(raw) for name, raw in members.items()}
+        usage = values.get("usage")
+        if isinstance(usage, dict) and isinstance(whole.get("usage"), dict):
+            values["usage"] = whole["usage"] | {name: value for name, value in usage.items() if value}
         for choice in _dicts(values.pop("choices", None)):
             _add_choice(choices, choice)
         whole.update({name: value for name, value in values.items() if value is not None})
     finished = done or any(choice.get("finish_reason") for choice in choices.values())
     whole["object"] = "chat.completion"
     whole["choices"] = [_finished(choice) for _, choice in sorted(choices.items())]
-    return _encoded(whole), None, finished
+    return Whole(_encoded(whole), None, finished, is_outdated)
 
 
 class _Pieces(list[str]):

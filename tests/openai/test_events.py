@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from meshproxy.openai.events import as_stream, as_whole, form_of
 
 CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+USED = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+MORE = {**USED, "completion_tokens": 5, "total_tokens": 12}
+ZEROS = dict.fromkeys(USED, 0)
 
 
 def stream(*events, end="data: [DONE]\n\n"):
@@ -66,7 +69,7 @@ def test_a_stream_as_a_whole_answer():
         delta(finish_reason="tool_calls"),
         {**CHUNK, "choices": [], "usage": {"total_tokens": 3}},
     )
-    whole, error, is_finished = as_whole(body)
+    whole, error, is_complete, is_outdated = as_whole(body)
     call = {"id": "t", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
     message = {"role": "assistant", "content": "high tide", "reasoning_content": "hm", "tool_calls": [call]}
     assert json.loads(whole) == {
@@ -75,7 +78,22 @@ def test_a_stream_as_a_whole_answer():
         "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}],
         "usage": {"total_tokens": 3},
     }
-    assert (error, is_finished) == (None, True)
+    assert (error, is_complete, is_outdated) == (None, True, False)
+
+
+@pytest.mark.parametrize(
+    ("events", "usage", "is_outdated"),
+    [
+        ([delta(content="a"), {"usage": USED}, {"usage": ZEROS}], USED, False),
+        ([{"usage": USED}, delta(content="a"), {"usage": MORE}], MORE, False),
+        ([delta(content="a"), {"usage": USED}, delta(content="b")], USED, True),
+        ([delta(content="a"), {"usage": USED}, delta(reasoning="b"), {"usage": ZEROS}], USED, True),
+        ([delta(content="a"), {"usage": USED}, delta(finish_reason="stop")], USED, False),
+    ],
+)
+def test_a_whole_answer_has_the_last_report_that_counts(events, usage, is_outdated):
+    whole = as_whole(stream(*events))
+    assert (json.loads(whole.body)["usage"], whole.is_outdated) == (usage, is_outdated)
 
 
 def test_choices_side_by_side():
@@ -91,11 +109,11 @@ def test_line_ends(line_end):
 
 
 def test_a_stream_that_broke_off_is_not_whole():
-    assert not as_whole(stream(delta(content="a"), end=""))[2]
+    assert not as_whole(stream(delta(content="a"), end="")).is_complete
 
 
 def test_a_stream_with_an_error_in_it():
-    assert as_whole(stream(delta(content="a"), {"error": {"message": "no"}}))[1] == {"message": "no"}
+    assert as_whole(stream(delta(content="a"), {"error": {"message": "no"}})).error == {"message": "no"}
 
 
 @given(st.binary(max_size=300))
@@ -115,5 +133,5 @@ def test_any_deltas(value):
 
 
 def test_many_deltas_take_a_time_that_is_linear():
-    whole, _, _ = as_whole(stream(*[delta(content="x" * 10)] * 20_000))
-    assert len(json.loads(whole)["choices"][0]["message"]["content"]) == 200_000
+    whole = as_whole(stream(*[delta(content="x" * 10)] * 20_000))
+    assert len(json.loads(whole.body)["choices"][0]["message"]["content"]) == 200_000
