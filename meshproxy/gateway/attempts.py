@@ -55,10 +55,11 @@ class EarlyHead:
     """The client's side of a stream until a provider's answer begins.
 
     After `heartbeat_s` of silence the client gets its head and pings; a later failure is sent as an error event.
-    `headers` returns the head's current headers; `on_begin` is called when the head is sent early.
+    `headers` returns the head's current headers; `on_begin` is called when the head is sent early. `written_at`: when
+    the client was last written to, or began to wait.
     """
 
-    __slots__ = ("_clock", "_downstream", "_headers", "_on_begin", "_written_at", "begun", "waits")
+    __slots__ = ("_clock", "_downstream", "_headers", "_on_begin", "begun", "waits", "written_at")
 
     def __init__(
         self,
@@ -73,18 +74,18 @@ class EarlyHead:
         self._headers = headers
         self._on_begin = on_begin
         self._clock = clock
-        self._written_at = clock()
+        self.written_at = clock()
 
     def ping_if_silent(self, now: float, heartbeat_s: float) -> None:
         """Ping the client if nothing was sent to it for `heartbeat_s`; before the first ping, send the head."""
-        if not self.waits or now - self._written_at < heartbeat_s or self._downstream.congested():
+        if not self.waits or now - self.written_at < heartbeat_s or self._downstream.congested():
             return
         if not self.begun:
             self.begun = True
             self._downstream.begin(self._headers())
             self._on_begin()
         self._downstream.write(PING)
-        self._written_at = now
+        self.written_at = now
 
     def end(self, error_response: ErrorResponse, request_id: str) -> None:
         """End a stream whose head was sent but for which no answer came, with an error event."""

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from meshproxy.errors import UpstreamError, overloaded, upstream_error
+from meshproxy.gateway.attempts import EarlyHead
 from meshproxy.gateway.relay import BACKLOG_CHECK_BYTES, LAST_BYTE_S, Relay
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
@@ -31,10 +32,13 @@ def done(cost):
 class Stream:
     """A relay that runs, between a provider and a client."""
 
-    def __init__(self, *, covered=100, slice_tokens=100, hide_usage=True, max_event_bytes=10_000_000):
+    def __init__(self, *, covered=100, slice_tokens=100, hide_usage=True, max_event_bytes=10_000_000, pinged_at=None):
         self.provider, self.client, self.ledger = Provider(), Client(), Renewals()
         self.now = 100.0
         self.exchange = exchange(plan())
+        if pinged_at is not None:
+            self.exchange.early_head = EarlyHead(self.client, list, lambda: None, lambda: pinged_at)
+            self.exchange.early_head.begun = True
         self.lease = lease(self.ledger, self.exchange.plan, covered=covered, slice_tokens=slice_tokens)
         scanner = StreamScanner(hide_usage=hide_usage, max_event_bytes=max_event_bytes)
         self.relay = Relay(self.provider, self.client, self.exchange, self.lease, scanner, lambda: self.now)
@@ -197,6 +201,16 @@ async def test_a_silent_provider_is_covered_by_pings(stream):
     stream.relay.ping_if_silent(stream.now + 15, 15)
     stream.relay.ping_if_silent(stream.now + 16, 15)
     assert stream.client.sent == [PING]
+
+
+async def test_pings_before_the_answer_and_in_it_have_one_rhythm():
+    made = Stream(pinged_at=90.0)  # the answer began at 100
+    await turns()
+    made.relay.ping_if_silent(104.9, 15)
+    assert made.client.sent == []
+    made.relay.ping_if_silent(105.0, 15)
+    assert made.client.sent == [PING]
+    await made.finish()
 
 
 async def test_an_event_puts_the_ping_off(stream):
