@@ -169,7 +169,9 @@ class ClientStream:
     def congested(self) -> bool:
         """Return whether more than `MAX_BUFFERED_BYTES` wait for this client."""
         transport = self._transport
-        return transport is not None and transport.get_write_buffer_size() > MAX_BUFFERED_BYTES
+        if transport is None or transport.is_closing():  # nothing more is written: see `_send`
+            return False
+        return transport.get_write_buffer_size() > MAX_BUFFERED_BYTES
 
     async def drained(self) -> None:
         """Wait until the client has caught up. The connection holds the flow-control state."""

@@ -202,10 +202,13 @@ class ClientConnection(asyncio.Protocol):
             self._receive_body(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:  # noqa: ARG002 - the reason doesn't matter
-        """Cancel the request: the client is gone."""
+        """Cancel the request: the client is gone. A stream that goes on without it waits for it no longer."""
         self._host.left(self)
         self.advance(Event.LOST)
         self.interrupt()
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
 
     def pause_writing(self) -> None:
         """Note that the client doesn't keep up."""
