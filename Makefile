@@ -52,6 +52,11 @@ fuzz: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.run $(ARGS)
 
+# The whole gateway in a deterministic world: docs/simulation.md. `make simulate ARGS="--seeds 1000"`, `ARGS="--replay SEED"`
+.PHONY: simulate
+simulate: $(STAMP)
+	$(BIN)/python -m simulation $(ARGS)
+
 # policy/, http1/ and openai/ changed in every small way: which changes does no test notice? Then `.venv/bin/mutmut results`.
 .PHONY: mutants
 mutants: $(STAMP)

@@ -1,0 +1,207 @@
+"""What a request should cost: a model of the contract, from its provider's bill and what its client saw."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from simulation.client import Sight
+from simulation.history import Model, Price
+from simulation.provider import Call, prompt_tokens
+from simulation.record import View
+
+FEWEST, MOST = 0.7, 1.5  # of the true tokens, what an estimate may be
+FEW, MANY = 4, 8  # tokens that an estimate of a short text may be off
+
+
+class Cost(NamedTuple):
+    """The least and the most that a charge may be, in nano-USD."""
+
+    least: int
+    most: int
+
+    def holds(self, charge: int) -> bool:
+        """Whether a charge is one of these."""
+        return self.least <= charge <= self.most
+
+
+NOTHING: Final = Cost(0, 0)
+
+
+def whole_cost(call: Call, model: Model) -> Cost:
+    """What an answer costs that arrived whole: its bill, or an estimate of what nothing reported."""
+    bill = call.bill
+    if model.from_usage_cost and bill.cost_nusd is not None and not call.outdated:
+        return Cost(bill.cost_nusd, bill.cost_nusd)
+    return _cost(call, model.price, call.shown, call.shown, reported=call.reported)
+
+
+def part_cost(call: Call, model: Model, seen: int) -> Cost:
+    """What an answer costs that was cut: its prompt, and the text that had been sent, of which the client saw some."""
+    least = _cost(call, model.price, seen, seen, reported=False).least
+    return Cost(least, _cost(call, model.price, call.shown_begun, call.shown_begun, reported=False).most)
+
+
+def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -> Cost:
+    choices = max(1, call.body.get("n") or 1)
+    true_prompt = prompt_tokens(len(str(call.body["messages"][-1]["content"]).split(" ")) - 1)
+    prompts = (int(true_prompt * FEWEST) - FEW, int(true_prompt * MOST) + MANY)
+    caps = [call.body[name] * choices for name in ("max_tokens", "max_completion_tokens") if name in call.body]
+    fewest = min([fewest, *caps])  # an estimate may end at the cap, also where the provider went past it
+    outputs = (max(0, int(fewest * FEWEST) - FEW * choices), int(most * MOST) + MANY * choices)
+    cached = (call.bill.cached, 0)
+    if reported and "prompt" in call.is_true:
+        prompts = (call.bill.prompt, call.bill.prompt)
+        cached = (call.bill.cached, call.bill.cached)
+    if reported and "completion" in call.is_true:
+        outputs = (call.bill.completion, call.bill.completion)
+    elif reported and call.bill.completion:  # a report that is older than the last text
+        outputs = (outputs[0], max(outputs[1], call.bill.completion))
+    least = price.cost(max(prompts[0], 0), min(cached[0], max(prompts[0], 0)), outputs[0])
+    return Cost(least, price.cost(prompts[1], min(cached[1], prompts[1]), outputs[1]))
+
+
+def allowed_charges(view: View, sight: Sight) -> list[Cost]:
+    """What may be charged for a request, by the bills of its calls and what its client saw."""
+    calls = view.calls.get(sight.marker, [])
+    costs: list[Cost] = []
+    request = sight.request
+    is_replay = "idempotent-replayed" in sight.headers
+    if not calls or is_replay:
+        return [NOTHING]
+    if request.keyed and len(view.group(sight)) > 1 and _ran_elsewhere(view, sight):
+        costs.append(NOTHING)
+    call = calls[-1]
+    goes_on = request.keyed or view.record.prices[0][1][_model_of(view, sight, call)].routes[0] == "drained"
+    timed_out = sight.status == 504 or sight.error.get("code") == "gateway_timeout"
+    if sight.ended == "whole" and sight.status >= 400 and not (timed_out and goes_on):
+        return [NOTHING]
+    if view.is_lossy or view.feels(sight, "killed") or sight.ended == "unconnected":
+        costs.append(NOTHING)
+    seen = seen_tokens(sight)
+    for call in calls:
+        for model in view.models(sight, _model_of(view, sight, call)):
+            costs += _charges_of(view, sight, call, model, seen, goes_on=goes_on, timed_out=timed_out)
+    return costs
+
+
+def _charges_of(
+    view: View, sight: Sight, call: Call, model: Model, seen: int, *, goes_on: bool, timed_out: bool
+) -> Iterator[Cost]:
+    """What may be charged if this call served."""
+    whole, part = whole_cost(call, model), part_cost(call, model, seen)
+    ended_well = sight.ended == "whole" and sight.status == 200 and not sight.error
+    if call.ended == "error":
+        if not ended_well:
+            yield NOTHING
+        if sight.ended in {"left", "closed"}:  # before the gateway had the error
+            yield Cost(0, part.most)
+        return
+    if ended_well:
+        if call.complete or call.answer.end == "no_done":
+            yield whole
+            if not call.shown and not (call.is_true and call.reported):
+                yield NOTHING  # an answer without text and without a report: nobody knows what it cost
+        return
+    if timed_out and goes_on:
+        yield NOTHING
+    final = call.reported and not call.outdated
+    if call.complete or final:
+        yield whole
+    if (not call.shown_begun and not (call.is_true and call.reported)) or (call.ended == "cut" and not call.shown_sent):
+        yield NOTHING
+    if final and model.from_usage_cost:
+        yield _cost(call, model.price, call.shown, call.shown, reported=True)
+    cut_by_gateway = sight.error.get("code") in {
+        "insufficient_credits",
+        "spend_limit_exceeded",
+        "rate_limit_exceeded",
+        "overloaded",
+        "ledger_unavailable",
+    }
+    if not (goes_on and call.complete) or view.feels(sight) or cut_by_gateway or timed_out:
+        yield part if seen or not sight.error else Cost(0, part.most)
+    if call.reported and "prompt" in call.is_true:  # running reports
+        yield Cost(min(part.least, whole.least), max(part.most, min(whole.most, part.most)))
+
+
+def _ran_elsewhere(view: View, sight: Sight) -> bool:
+    """Whether another request with the same Idempotency-Key may have run in the place of this one."""
+    return any(
+        other is not sight and (other.ended != "whole" or other.status == 200 or other.status >= 500)
+        for other in view.group(sight)
+    )
+
+
+def _model_of(view: View, sight: Sight, call: Call) -> str:
+    """The name of the model that a call was for: the request's own, or the fallback whose turn it was."""
+    named = sight.headers.get("x-mesh-model")
+    ids = [str(event["model"]) for event in view.settled.get(sight.request_id, ()) if event["model"]]
+    wanted = str(call.body.get("model", ""))
+    for name in (wanted.removeprefix("up-"), *ids, named, sight.request.model):
+        if name and name in view.record.prices[0][1]:
+            return name
+    return sight.request.model
+
+
+def seen_tokens(sight: Sight) -> int:
+    """How many tokens of text a client saw, in whole events."""
+    if not sight.is_stream:
+        return 0
+    return sum(_tokens(line) for line in sight.data)
+
+
+def _tokens(line: str) -> int:
+    text = text_of(line)
+    return text.count(" ") + text.count(",")
+
+
+def text_of(line: str) -> str:
+    """The text of an event's or an answer's choices, once each."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return ""
+    texts = []
+    for choice in (told.get("choices") or []) if isinstance(told, dict) else []:
+        delta = choice.get("delta") or choice.get("message") or {}
+        texts.append(str(delta.get("content") or ""))
+        texts += [str(delta[name]) for name in ("reasoning_content", "reasoning", "refusal") if delta.get(name)][:1]
+        texts += [str(call.get("function", {}).get("arguments", "")) for call in delta.get("tool_calls") or []]
+    return "".join(texts)
+
+
+def told_cost(sight: Sight) -> int | None:
+    """What an answer says that it cost, in nano-USD."""
+    if not sight.is_stream:
+        told = sight.headers.get("x-mesh-cost")
+        return None if told is None else nusd(told)
+    comments = re.findall(rb"^: x-mesh-cost=([0-9.]+)$", sight.payload, re.MULTILINE)
+    if comments:
+        return nusd(comments[-1].decode())
+    for line in reversed(sight.data):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("cost"), str):
+            return nusd(event["cost"])
+        usage = event.get("usage") if isinstance(event, dict) else None
+        if isinstance(usage, dict) and isinstance(usage.get("cost"), str):
+            return nusd(usage["cost"])
+    return None
+
+
+def nusd(text: str) -> int:
+    """Nano-USD of a decimal string."""
+    whole, _, fraction = text.partition(".")
+    sign = -1 if whole.startswith("-") else 1
+    return int(whole) * 1_000_000_000 + sign * int(fraction.ljust(9, "0") or 0)
+
+
+def is_usage_only(line: str) -> bool:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(event, dict) and not event.get("choices") and bool(event.get("usage"))

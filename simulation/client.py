@@ -1,0 +1,332 @@
+"""Clients over raw HTTP/1.1: each does what its plan says, and writes down what it saw."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+from msgspec import Struct
+
+from simulation.history import Request
+from simulation.provider import WORDS
+
+PATIENCE_S: Final = 400.0  # for an answer; whoever gets none by then hung
+STALL_S: Final = 90.0  # after which a client that reads nothing gives up; the gateway must have given it up before
+SLOWLY_S: Final = 60.0  # in all; then a slow client reads on as any other
+SLOWEST_S: Final = 3.0  # between two reads of a slow client
+CONNECT_RETRIES: Final = 2
+
+
+class Sight(Struct):
+    """What a client saw of one request. Times are the loop's.
+
+    `ended`: "whole", "closed" (in the middle, or without an answer), "left" (by itself), "unconnected", "hung".
+    `reused`: the connection had been used before. `times`: when bytes came, and how many.
+    """
+
+    request: Request
+    marker: str
+    request_id: str
+    body: bytes
+    began_at: float
+    worker: int = 0
+    sent_at: float | None = None
+    status: int = 0
+    headers: dict[str, str] = {}
+    payload: bytes = b""
+    times: list[tuple[float, int]] = []
+    ended: str = ""
+    ended_at: float = 0.0
+    reused: bool = False
+    again: bool = False
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the answer is an event stream."""
+        return self.headers.get("content-type", "").startswith("text/event-stream")
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error of an envelope, or of the last event of a stream; empty if there is none."""
+        if self.is_stream:
+            told = [line for line in self.data if line != "[DONE]"]
+            return _error(told[-1]) if told else {}
+        return _error(self.payload) if self.status != 200 else {}
+
+    @property
+    def data(self) -> list[str]:
+        """The data of each whole event."""
+        *whole, _ = self.payload.decode(errors="replace").split("\n\n")
+        lines = [line for event in whole for line in event.split("\n")]
+        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+
+def _error(text: str | bytes) -> dict[str, Any]:
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return {}
+    error = told.get("error") if isinstance(told, dict) else None
+    return error if isinstance(error, dict) else {}
+
+
+def body_of(request: Request, marker: str) -> bytes:
+    """The body that a request sends."""
+    words = "".join(WORDS[at % len(WORDS)] for at in range(request.prompt_words))
+    body: dict[str, Any] = {"model": request.model, "messages": [{"role": "user", "content": f"{marker}:{words}"}]}
+    if request.stream:
+        body["stream"] = True
+    if request.include_usage:
+        body["stream_options"] = {"include_usage": True}
+    if request.n != 1:
+        body["n"] = request.n
+    optional = {"max_tokens": request.max_tokens, "timeout": request.timeout_s, "session_id": request.session or None}
+    body |= {name: value for name, value in optional.items() if value is not None}
+    if request.fallbacks:
+        body["models"] = list(request.fallbacks)
+    return json.dumps(body).encode()
+
+
+class Clients:
+    """All clients of a history. `address` is of a worker, `secret` of a key, by their numbers."""
+
+    def __init__(
+        self, address: Callable[[int], tuple[str, int]], secret: Callable[[int], str], marker: Callable[[Request], str]
+    ) -> None:
+        self._address, self._secret, self._marker = address, secret, marker
+        self.sights: list[Sight] = []
+        self._links: dict[str, tuple[asyncio.Lock, _Link | None]] = {}
+
+    async def play(self, request: Request) -> None:
+        """Send a request and follow its plan to the end, and once more if it `waits`."""
+        sight = await self._ask(request, again=False)
+        wait_ms = sight.headers.get("retry-after-ms")
+        if request.waits and sight.status == 429 and wait_ms is not None:
+            due = sight.ended_at + float(wait_ms) / 1000
+            loop = asyncio.get_running_loop()
+            await asyncio.sleep(max(0.0, due - loop.time()) + 1e-6)
+            await self._ask(request, again=True)
+
+    async def _ask(self, request: Request, *, again: bool) -> Sight:
+        marker = self._marker(request)
+        name = f"{request.name}-again" if again else request.name
+        sight = Sight(
+            request,
+            marker,
+            f"id-{name}",
+            body_of(request, marker),
+            asyncio.get_running_loop().time(),
+            request.worker,
+            again=again,
+        )
+        sight.headers, sight.times = {}, []
+        self.sights.append(sight)
+        lock, _ = self._links.setdefault(request.connection, (asyncio.Lock(), None))
+        if not request.connection:
+            await self._on_a_link(sight, None)
+            return sight
+        async with lock:
+            sight.began_at = asyncio.get_running_loop().time()
+            link = self._links[request.connection][1]
+            kept = await self._on_a_link(sight, link if link is not None and not link.is_lost else None)
+            self._links[request.connection] = lock, kept
+        return sight
+
+    async def _on_a_link(self, sight: Sight, link: "_Link | None") -> "_Link | None":
+        """Exchange one request and its answer; return the connection if it can be used again."""
+        loop = asyncio.get_running_loop()
+        sight.reused = link is not None
+        if link is None:
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    _, link = await loop.create_connection(_Link, *self._address(sight.request.worker))
+            except OSError:
+                sight.ended, sight.ended_at = "unconnected", loop.time()
+                return None
+        link.begin(sight)
+        await self._send(sight, link)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await link.over.wait()
+        except TimeoutError:
+            sight.ended = "hung"
+        sight.ended = sight.ended or "closed"
+        sight.ended_at = loop.time()
+        if (
+            sight.ended == "whole"
+            and not link.is_lost
+            and sight.headers.get("connection", "") != "close"
+            and sight.request.connection
+        ):
+            return link
+        link.close()
+        return None
+
+    async def _send(self, sight: Sight, link: "_Link") -> None:
+        request = sight.request
+        head = [
+            "POST /v1/chat/completions HTTP/1.1",
+            "host: mesh",
+            f"authorization: Bearer {self._secret(request.key)}",
+            "content-type: application/json",
+            f"content-length: {len(sight.body)}",
+            f"x-request-id: {sight.request_id}",
+        ]
+        if request.keyed:
+            head.append(f"idempotency-key: {sight.marker}")
+        data = "\r\n".join([*head, "", ""]).encode() + sight.body
+        size = -(-len(data) // request.sends_in)
+        for at in range(0, len(data), size):
+            if link.is_lost:
+                return
+            link.write(data[at : at + size])
+            if at + size < len(data):
+                await asyncio.sleep(0.003)
+        sight.sent_at = asyncio.get_running_loop().time()
+        if request.reads == "leaves":
+            link.leave_in(request.after)
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        for _, link in self._links.values():
+            if link is not None:
+                link.close()
+
+
+class _Link(asyncio.Protocol):
+    """One connection, and the answer that is being read from it."""
+
+    def __init__(self) -> None:
+        self.is_lost = False
+        self.over = asyncio.Event()
+        self._sight: Sight | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def begin(self, sight: Sight) -> None:
+        """Read the answer to another request from now on."""
+        self._sight = sight
+        self.over.clear()
+        self._head = bytearray()
+        self._left: int | None = None  # of the body or the chunk
+        self._chunked = self._is_last = False
+        self._in_head = True
+        self._coded = bytearray()
+        self._got = 0
+        self._slept_s = 0.0
+        if self.is_lost:
+            self.over.set()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+        self._transport.write(data)
+
+    def leave_in(self, seconds: float) -> None:
+        """Hang up after so long, unless the answer has come."""
+        self._leaving = asyncio.get_running_loop().call_later(seconds, self._leave)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self._transport.abort() if self._sight is not None and self._sight.ended == "left" else self._transport.close()
+
+    def _leave(self) -> None:
+        if self._sight is not None and not self.over.is_set():
+            self._end("left")
+
+    def _end(self, how: str) -> None:
+        assert self._sight is not None
+        if not self._sight.ended:
+            self._sight.ended = how
+        self.over.set()
+
+    def data_received(self, data: bytes) -> None:
+        sight = self._sight
+        if sight is None:
+            return
+        if self.over.is_set():
+            if sight.ended == "whole":
+                sight.ended = "overrun"
+            return
+        now = asyncio.get_running_loop().time()
+        self._got += len(data)
+        sight.times.append((now, len(data)))
+        self._feed(sight, data)
+        request = sight.request
+        if self.over.is_set() or sight.again:
+            return
+        if request.reads == "hangs_up" and self._got >= request.after:
+            self._end("left")
+        elif request.reads == "stalls" and self._got >= request.after:
+            self._transport.pause_reading()
+            self.leave_in(STALL_S)
+        elif request.reads == "slowly" and self._slept_s < SLOWLY_S:
+            pause_s = min(len(data) / max(request.after, 1.0), SLOWEST_S)
+            self._slept_s += pause_s
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_later(pause_s, self._resume)
+
+    def _resume(self) -> None:
+        if not self.is_lost and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _feed(self, sight: Sight, data: bytes) -> None:
+        if self._in_head:
+            self._head += data
+            head, found, rest = bytes(self._head).partition(b"\r\n\r\n")
+            if not found:
+                return
+            self._in_head = False
+            status, *lines = head.decode("latin-1").split("\r\n")
+            sight.status = int(status.split(" ")[1])
+            sight.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+            self._chunked = sight.headers.get("transfer-encoding") == "chunked"
+            if "content-length" in sight.headers:
+                self._left = int(sight.headers["content-length"])
+            data = rest
+        if self._chunked:
+            self._coded += data
+            self._decode(sight)
+            return
+        sight.payload += data
+        if self._left is not None and len(sight.payload) >= self._left:
+            self._end("whole" if len(sight.payload) == self._left else "overrun")
+
+    def _decode(self, sight: Sight) -> None:
+        """Take whole chunks out of what came, and as much as there is of the last one."""
+        coded = self._coded
+        while coded:
+            if self._left is None:
+                line, found, _ = bytes(coded[:64]).partition(b"\r\n")
+                if not found:
+                    return
+                self._left = int(line, 16)
+                del coded[: len(line) + 2]
+                self._is_last = self._left == 0
+            if self._left:
+                piece = coded[: self._left]
+                sight.payload += piece
+                self._left -= len(piece)
+                del coded[: len(piece)]
+            if self._left == 0:
+                if len(coded) < 2:
+                    return
+                del coded[:2]
+                self._left = None
+                if self._is_last:
+                    self._end("overrun" if coded else "whole")
+                    return
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.is_lost = True
+        if self._sight is not None and not self.over.is_set():
+            until_close = not self._in_head and not self._chunked and self._left is None
+            self._end("whole" if until_close else "closed")

@@ -1,0 +1,562 @@
+"""Draw a history from a seed: accounts, keys, prices, and steps in time. It is data: it can be printed, shrunk and
+replayed.
+
+Nothing here does anything. `story.play` plays a history on a gateway, `judge.judge` decides whether what came of it
+is right.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+HEARTBEAT_S = 5.0
+HOLD_TTL_S = 20.0
+LEASE_TOKENS = 16
+DEFAULT_OUTPUT_TOKENS = 64
+FIRST_BYTE_S = 30.0
+IDLE_S = 20.0
+WRITE_TIMEOUT_S = 30.0
+DRAIN_S = 20.0
+STORE_TIMEOUT_S = 2.0
+ALLOWANCE_NUSD = 20_000_000
+MAX_OUTPUT_TOKENS = 400  # of every model
+CONTEXT_WINDOW = 8_000
+MAX_REQUESTS = 8
+DIALECTS = (
+    *("openai", "azure", "openrouter", "anthropic", "gemini", "xai", "mistral", "groq", "deepseek", "perplexity"),
+    *("moonshot", "vllm", "ollama", "tgi"),
+)
+
+# What a provider does wrong in the report of its usage. "true": nothing.
+Lie = Literal[
+    "true",
+    "none",
+    "twice",
+    "early",
+    "zeros",
+    "zeros_after",
+    "absurd",
+    "negative",
+    "words",
+    "floats",
+    "strings",
+    "no_prompt",
+    "no_completion",
+]
+# How an answer ends. "whole": as it should. `resets`, `closes` and `stalls` happen at `Answer.at`.
+End = Literal["whole", "resets", "closes", "stalls", "error_event", "no_done", "late_error", "done_twice"]
+FaultKind = Literal["lost_reply", "refused", "slow", "gone", "failover", "flush", "clock", "full"]
+WorkerEventKind = Literal["killed", "drained", "reloaded", "bad_reload"]
+ChangeKind = Literal["grant", "grant_twice", "requests_per_minute", "suspend", "activate", "revoke", "default_model"]
+# What else than text may be in the deltas.
+Kind = Literal["text", "reasoning", "tool", "refusal"]
+
+
+class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """A model's prices: nano-USD a million tokens, and a fee a request."""
+
+    input: int = 2_500_000_000
+    output: int = 10_000_000_000
+    cached: int | None = None
+    request: int = 0
+
+    def cost(self, prompt: int, cached: int, completion: int) -> int:
+        """What these tokens cost, in nano-USD, rounded up once."""
+        at_cached = self.input if self.cached is None else self.cached
+        total = (prompt - cached) * self.input + cached * at_cached + completion * self.output
+        return (self.request if prompt or completion else 0) + -(-total // 1_000_000)
+
+
+class Model(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """A model of the configuration. `routes`: names of upstreams, in the order in which they are asked."""
+
+    routes: tuple[str, ...]
+    price: Price = Price()
+    hidden_reasoning: bool = False
+    from_usage_cost: bool = False
+    context_window: int = CONTEXT_WINDOW
+
+
+class Upstream(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """An upstream of the configuration. `is_there`: whether anything listens at its address."""
+
+    cap_field: str = "max_tokens"
+    kind: str = "openai"
+    drains: bool = False
+    asks_usage: bool = True
+    is_there: bool = True
+
+
+UPSTREAMS = {
+    "one": Upstream(),
+    "two": Upstream(cap_field="max_completion_tokens"),
+    "drained": Upstream(drains=True),
+    "unasked": Upstream(asks_usage=False),
+    "gone": Upstream(is_there=False),
+}
+MODELS = {
+    "plain": Model(("one",), Price(cached=1_250_000_000)),
+    "pair": Model(("one", "two")),
+    "gone-first": Model(("gone", "two"), Price(3_000_000_000, 7_000_000_000)),
+    "drained": Model(("drained",)),
+    "thinking": Model(("one",), hidden_reasoning=True),
+    "told": Model(("two",), from_usage_cost=True),
+    "fee": Model(("two",), Price(1_000_000_000, 4_000_000_000, request=3_000_000)),
+    "odd": Model(("unasked",), Price(333_333_333, 999_999_999, cached=111_111_111)),
+    "free": Model(("one",), Price(0, 0)),
+}
+
+
+class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """What a provider does with one call.
+
+    `words`: the tokens of text that it wants to write, for each choice. `hidden`: tokens of reasoning that it bills
+    and doesn't show. `gap_s`: between events. `delay_s`: before the head. `status`: an error's, or 200; `error` is
+    which. `at`: the share of the body that is sent before the end. `pieces`: in how many bytes writes are cut; 0: an
+    event each. `heeds_cap`, `cancels`: whether a cap and a closed connection stop it.
+    """
+
+    dialect: str = "openai"
+    words: int = 8
+    per_event: int = 1
+    hidden: int = 0
+    cached: int = 0
+    gap_s: float = 0.0
+    delay_s: float = 0.0
+    status: int = 200
+    error: str = ""
+    wait_s: float | None = None
+    lie: Lie = "true"
+    kind: Kind = "text"
+    end: End = "whole"
+    at: float = 1.0
+    pieces: int = 0
+    framing: Literal["chunked", "close", "length"] = "chunked"
+    gzip: bool = False
+    content_type: str | None = ""
+    other_shape: bool = False
+    comments: int = 0
+    heeds_cap: bool = True
+    cancels: bool = True
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is an answer that a client can be given whole."""
+        return self.status == 200 and not self.error and self.end in {"whole", "done_twice", "late_error"}
+
+
+class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """One client's request. `at_s`: when it is sent. `name` marks all of its text; a repeat has the name of what it
+    repeats.
+
+    `repeats`: the name of the request whose body and Idempotency-Key this one sends again. `answers`: what the
+    providers do with the first call, the second, ...; the last stands for all that follow. `reads`: how the client
+    does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "leaves" after so many seconds, or "stalls"
+    after so many bytes and reads no more. `waits`: after a 429 it is sent once more, exactly when it was told to.
+    """
+
+    name: str
+    at_s: float = 0.0
+    key: int = 0
+    model: str = "plain"
+    fallbacks: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    n: int = 1
+    max_tokens: int | None = None
+    timeout_s: float | None = None
+    prompt_words: int = 6
+    keyed: bool = False
+    repeats: str = ""
+    session: str = ""
+    reads: Literal["all", "slowly", "hangs_up", "leaves", "stalls"] = "all"
+    after: float = 0.0
+    sends_in: int = 1
+    worker: int = 0
+    connection: str = ""
+    waits: bool = False
+    answers: tuple[Answer, ...] = (Answer(),)
+
+
+class Fault(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """Something that happens to the store, `for_s` long.
+
+    `lost_reply`: the next `count` commands run and their connection closes instead of a reply. `refused`: writes are
+    (READONLY). `slow`: replies take `delay_s`. `gone`: no connection. `failover`: gone, and then as it was a second
+    before. `flush`: it forgets its scripts. `clock`: its clock jumps by `delay_s`.
+    """
+
+    at_s: float
+    what: FaultKind
+    for_s: float = 0.0
+    delay_s: float = 0.0
+    count: int = 1
+
+
+class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """Something that happens to a worker: it is killed (and another begins `for_s` later) or drained, or all reload."""
+
+    at_s: float
+    what: WorkerEventKind
+    worker: int = 0
+    for_s: float = 1.0
+    prices: tuple[tuple[str, Price], ...] = ()
+
+
+class Change(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """An operator's change: a grant (of nano-USD), another limit of a key, its suspension or revocation."""
+
+    at_s: float
+    what: ChangeKind
+    account: int = 0
+    key: int = 0
+    amount: int = 0
+
+
+class KeyPlan(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """A key, and what its requests may do. Budgets are nano-USD."""
+
+    account: int = 0
+    requests_per_minute: int | None = None
+    burst: int | None = None
+    tokens_per_minute: int | None = None
+    max_parallel: int | None = None
+    budget_nusd: int | None = None
+
+
+Step = Request | Fault | WorkerEvent | Change
+
+
+class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """All that happens, and to whom. `credit`: what each account is granted at the beginning, in nano-USD."""
+
+    seed: int
+    profile: str
+    credit: tuple[int, ...] = (1_000_000_000,)
+    keys: tuple[KeyPlan, ...] = (KeyPlan(),)
+    workers: int = 1
+    local: bool = False
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests among the steps."""
+        return [step for step in self.steps if isinstance(step, Request)]
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What happens to the store."""
+        return [step for step in self.steps if isinstance(step, Fault)]
+
+    @property
+    def worker_events(self) -> list[WorkerEvent]:
+        """What happens to workers."""
+        return [step for step in self.steps if isinstance(step, WorkerEvent)]
+
+    @property
+    def changes(self) -> list[Change]:
+        """What an operator changes."""
+        return [step for step in self.steps if isinstance(step, Change)]
+
+
+def draw(seed: int) -> History:
+    """The history of a seed: always the same."""
+    rng = random.Random(f"history {seed}")
+    profile = rng.choices([name for name, _, _ in PROFILES], [weight for _, weight, _ in PROFILES])[0]
+    made = next(make for name, _, make in PROFILES if name == profile)(rng)
+    steps = tuple(sorted(made.steps, key=lambda step: step.at_s))
+    return replace(made, seed=seed, profile=profile, steps=steps)
+
+
+def describe(history: History) -> list[str]:
+    """A history in lines, for people. Fields with their usual values are left out."""
+    lines = [
+        f"seed {history.seed} ({history.profile}): {history.workers} workers, on_failure = "
+        + ("local" if history.local else "deny")
+    ]
+    lines += [f"  account a{number}: {credit / 1e9:.9f} USD" for number, credit in enumerate(history.credit)]
+    lines += [f"  key k{number}: {key}" for number, key in enumerate(history.keys)]
+    return lines + [f"  {step}" for step in history.steps]
+
+
+# How histories are drawn. Numbers are chosen so that most are short, and that what is rare at random isn't rare here.
+
+
+def _dialects(rng: random.Random) -> History:
+    """Whatever a provider may report, in all the shapes."""
+    requests = [_request(rng, f"q{number}", _any_answer(rng)) for number in range(rng.randint(2, 5))]
+    return History(0, "", steps=tuple(requests))
+
+
+def _providers(rng: random.Random) -> History:
+    """Providers that fail: one, or the first of two, or all."""
+    requests = []
+    for number in range(rng.randint(2, 5)):
+        bad = _bad_answer(rng)
+        answers = (bad,) if rng.random() < 0.4 else (bad, _any_answer(rng) if rng.random() < 0.7 else _bad_answer(rng))
+        request = _request(
+            rng, f"q{number}", *answers, models=("plain", "pair", "pair", "gone-first", "drained", "thinking")
+        )
+        if rng.random() < 0.2:
+            request = replace(request, fallbacks=(rng.choice(("fee", "odd", "pair")),))
+        requests.append(request)
+    return History(0, "", steps=tuple(requests))
+
+
+def _clients(rng: random.Random) -> History:
+    """Clients that hang up, read slowly, give up, repeat."""
+    requests: list[Request] = []
+    for number in range(rng.randint(2, 6)):
+        keyed = [request for request in requests if request.keyed and not request.repeats]
+        if keyed and rng.random() < 0.5:
+            first = rng.choice(keyed)
+            late = rng.choice((0.0, 0.01, 0.5, 3.0, 30.0))
+            repeat = replace(
+                first, name=f"q{number}", repeats=first.name, at_s=first.at_s + late, reads="all", connection=""
+            )
+            requests.append(_reading(rng, replace(repeat, worker=rng.randint(0, 1))))
+            continue
+        answer = _any_answer(rng) if rng.random() < 0.8 else _bad_answer(rng)
+        requests.append(_reading(rng, replace(_request(rng, f"q{number}", answer), keyed=rng.random() < 0.5)))
+    return History(0, "", workers=rng.randint(1, 2), steps=tuple(requests))
+
+
+def _credit(rng: random.Random) -> History:
+    """Accounts with little credit, budgets and limits; requests that race."""
+    credit = tuple(
+        rng.choice((0, 100_000, 500_000, 1_000_000, 3_000_000, 10_000_000)) for _ in range(rng.randint(1, 2))
+    )
+    keys = tuple(_limited_key(rng, number % len(credit)) for number in range(rng.randint(1, 3)))
+    requests: list[Step] = []
+    for number in range(rng.randint(3, MAX_REQUESTS)):
+        answer = _any_answer(rng)
+        if rng.random() < 0.4:
+            answer = replace(
+                answer,
+                words=rng.choice((30, 60, 120, 300)),
+                per_event=rng.choice((1, 7, 40, 300)),
+                gap_s=rng.choice((0, 0.01, 0.1)),
+            )
+        request = _request(rng, f"q{number}", answer, spread=rng.choice((0.0, 0.5, 3.0)))
+        requests.append(
+            replace(request, key=rng.randrange(len(keys)), waits=rng.random() < 0.4, session=rng.choice(("", "", "s1")))
+        )
+    steps = [*requests, *(_change(rng, len(credit), len(keys)) for _ in range(rng.choice((0, 0, 1, 2))))]
+    return History(0, "", credit=credit, keys=keys, workers=rng.randint(1, 2), steps=tuple(steps))
+
+
+def _store(rng: random.Random) -> History:
+    """A store that fails under ordinary requests."""
+    requests: list[Step] = [
+        _reading(rng, _request(rng, f"q{number}", _any_answer(rng), spread=2.0), 0.15)
+        for number in range(rng.randint(2, 6))
+    ]
+    faults = [_fault(rng) for _ in range(rng.randint(1, 2))]
+    steps = [*requests, *faults]
+    return History(0, "", workers=rng.randint(1, 2), local=rng.random() < 0.3, steps=tuple(steps))
+
+
+def _workers(rng: random.Random) -> History:
+    """Workers that are killed, drained or reloaded in the middle."""
+    requests: list[Step] = []
+    for number in range(rng.randint(2, 6)):
+        answer = replace(_any_answer(rng), gap_s=rng.choice((0.0, 0.05, 0.3)), delay_s=rng.choice((0.0, 0.1, 1.0)))
+        request = _request(rng, f"q{number}", answer, spread=3.0)
+        requests.append(replace(_reading(rng, request, 0.15), keyed=rng.random() < 0.25, worker=rng.randint(0, 1)))
+    events: list[Step] = [_worker_event(rng) for _ in range(rng.randint(1, 2))]
+    return History(0, "", workers=2, steps=(*requests, *events))
+
+
+def _mixed(rng: random.Random) -> History:
+    """A little of everything."""
+    parts = [make(rng) for make in rng.sample([_dialects, _providers, _clients, _credit, _store, _workers], 2)]
+    first = max(parts, key=lambda part: len(part.keys))
+    steps: list[Step] = []
+    for part in parts:
+        for step in part.steps:
+            if isinstance(step, Request):
+                of = f"{step.repeats}{'ab'[parts.index(part)]}" if step.repeats else ""
+                moved = replace(step, name=f"{step.name}{'ab'[parts.index(part)]}", repeats=of)
+                steps.append(replace(moved, key=min(step.key, len(first.keys) - 1)))
+            elif not isinstance(step, Change) or part is first:
+                steps.append(step)
+    return replace(
+        first, workers=max(part.workers for part in parts), local=any(part.local for part in parts), steps=tuple(steps)
+    )
+
+
+PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
+    ("dialects", 3, _dialects),
+    ("providers", 4, _providers),
+    ("clients", 4, _clients),
+    ("credit", 4, _credit),
+    ("store", 4, _store),
+    ("workers", 3, _workers),
+    ("mixed", 3, _mixed),
+)
+
+
+def _request(
+    rng: random.Random, name: str, *answers: Answer, models: Sequence[str] = tuple(MODELS), spread: float = 1.0
+) -> Request:
+    """An ordinary request, that reads all."""
+    stream = rng.random() < 0.6
+    return Request(
+        name,
+        at_s=round(rng.random() * spread, 3),
+        model=rng.choice(models),
+        stream=stream,
+        include_usage=stream and rng.random() < 0.4,
+        n=2 if rng.random() < 0.1 else 1,
+        max_tokens=rng.choice((None, None, 1, 5, 20, 200)),
+        timeout_s=rng.choice((0.5, 2.0, 10.0)) if rng.random() < 0.1 else None,
+        prompt_words=rng.choice((1, 6, 6, 40, 400)),
+        sends_in=rng.choice((1, 1, 1, 2, 7)),
+        connection=rng.choice(("", "", "c1", "c2")),
+        answers=answers,
+    )
+
+
+def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Request:
+    """The request of a client that may not read all of its answer."""
+    if rng.random() > share:
+        return request
+    reads = rng.choice(("hangs_up", "hangs_up", "leaves", "slowly", "stalls"))
+    after = {"hangs_up": (0, 1, 200, 700, 1500, 4000), "leaves": (0.0, 0.02, 0.3, 1.0, 6.0), "slowly": (50, 2000)}.get(
+        reads, (0, 500, 2000)
+    )
+    if reads in {"slowly", "stalls"}:
+        words = rng.choice((30, 300))
+        request = replace(
+            request, answers=tuple(replace(answer, words=max(answer.words, words)) for answer in request.answers)
+        )
+    return replace(request, reads=reads, after=rng.choice(after), connection="")
+
+
+def _any_answer(rng: random.Random) -> Answer:
+    """A good answer, in any shape."""
+    dialect = rng.choice(DIALECTS)
+    answer = Answer(
+        dialect=dialect,
+        words=rng.choice((1, 3, 8, 20, 45)),
+        per_event=rng.choice((1, 1, 1, 4, 30)),
+        hidden=rng.choice((0, 0, 12, 50)) if dialect in {"openai", "gemini", "xai", "openrouter", "deepseek"} else 0,
+        cached=rng.choice((0, 0, 4, 5)),
+        gap_s=rng.choice((0.0, 0.0, 0.02, 0.2)),
+        delay_s=rng.choice((0.0, 0.0, 0.1, 1.0, 7.0)) if rng.random() < 0.5 else 0.0,
+        kind=rng.choice(("text", "text", "text", "reasoning", "tool", "refusal")),
+        pieces=rng.choice((0, 0, 0, 1, 13, 200)),
+        comments=rng.choice((0, 0, 0, 1, 3)),
+        cancels=rng.random() < 0.8,
+    )
+    if rng.random() < 0.35:
+        answer = replace(
+            answer,
+            lie=rng.choice(
+                (
+                    "none",
+                    "twice",
+                    "early",
+                    "zeros",
+                    "zeros_after",
+                    "absurd",
+                    "negative",
+                    "words",
+                    "floats",
+                    "strings",
+                    "no_prompt",
+                    "no_completion",
+                )
+            ),
+        )
+    if rng.random() < 0.3:
+        oddity = rng.choice(("close", "length", "gzip", "type", "no type", "shape", "end"))
+        if oddity in {"close", "length"}:
+            answer = replace(answer, framing=oddity)
+        elif oddity == "gzip":
+            answer = replace(answer, gzip=True)
+        elif oddity in {"type", "no type"}:
+            answer = replace(answer, content_type="text/plain" if oddity == "type" else None)
+        elif oddity == "shape":
+            answer = replace(answer, other_shape=True)
+        else:
+            answer = replace(answer, end=rng.choice(("done_twice", "late_error")))
+    if rng.random() < 0.1:
+        answer = replace(answer, heeds_cap=False)
+    return answer
+
+
+def _bad_answer(rng: random.Random) -> Answer:
+    """An answer that fails."""
+    answer = replace(_any_answer(rng), framing="chunked", gzip=False, end="whole", other_shape=False, content_type="")
+    if rng.random() < 0.45:
+        status, error = rng.choice(
+            (
+                (500, "failed"),
+                (503, "busy"),
+                (529, "busy"),
+                (429, "limit"),
+                (429, "quota"),
+                (401, "key"),
+                (403, "permission"),
+                (404, "model"),
+                (400, "context"),
+                (400, "parameter"),
+                (413, "large"),
+                (422, "parameter"),
+                (200, "failed"),
+                (200, "page"),
+                (200, "empty"),
+            )
+        )
+        wait_s = rng.choice((None, 1.0, 7.0, 90.0)) if status in {429, 503, 529} else None
+        return replace(answer, status=status, error=error, wait_s=wait_s)
+    end = rng.choice(("resets", "resets", "closes", "closes", "stalls", "error_event", "no_done"))
+    return replace(
+        answer, end=end, at=rng.choice((0.0, 0.001, 0.05, 0.3, 0.5, 0.8, 0.95, 0.999, round(rng.random(), 3)))
+    )
+
+
+def _limited_key(rng: random.Random, account: int) -> KeyPlan:
+    """A key with a limit or a budget, or neither."""
+    which = rng.choice(("none", "none", "requests", "burst", "tokens", "parallel", "budget"))
+    return KeyPlan(
+        account,
+        requests_per_minute=rng.choice((1, 3, 60)) if which in {"requests", "burst"} else None,
+        burst=rng.choice((1, 2)) if which == "burst" else None,
+        tokens_per_minute=rng.choice((50, 300, 2000)) if which == "tokens" else None,
+        max_parallel=rng.choice((1, 2)) if which == "parallel" else None,
+        budget_nusd=rng.choice((0, 200_000, 1_000_000, 5_000_000)) if which == "budget" else None,
+    )
+
+
+def _change(rng: random.Random, accounts: int, keys: int) -> Change:
+    what: ChangeKind = rng.choice(("grant", "grant", "grant_twice", "requests_per_minute", "suspend", "revoke"))
+    amount = {"grant": 2_000_000, "grant_twice": 3_000_000, "requests_per_minute": rng.choice((1, 30))}.get(what, 0)
+    return Change(round(rng.random() * 5, 3), what, rng.randrange(accounts), rng.randrange(keys), amount)
+
+
+def _fault(rng: random.Random) -> Fault:
+    at_s = round(rng.random() * 3, 3)
+    what: FaultKind = rng.choice(
+        ("lost_reply", "lost_reply", "refused", "slow", "gone", "gone", "failover", "flush", "clock", "full")
+    )
+    return Fault(
+        at_s,
+        what,
+        for_s=rng.choice((0.05, 1.0, 5.0, 30.0)) if what in {"refused", "slow", "gone", "failover", "full"} else 0.0,
+        delay_s={"slow": rng.choice((0.1, 1.5, 3.0)), "clock": rng.choice((-30.0, -1.0, 2.0, 40.0))}.get(what, 0.0),
+        count=rng.choice((1, 1, 2, 5)) if what == "lost_reply" else 1,
+    )
+
+
+def _worker_event(rng: random.Random) -> WorkerEvent:
+    what: WorkerEventKind = rng.choice(("killed", "killed", "drained", "reloaded", "reloaded", "bad_reload"))
+    prices: tuple[tuple[str, Price], ...] = ()
+    if what == "reloaded":
+        name = rng.choice(("plain", "pair", "drained"))
+        prices = ((name, Price(rng.choice((1, 4)) * 1_000_000_000, rng.choice((2, 30)) * 1_000_000_000)),)
+    return WorkerEvent(round(rng.random() * 4, 3), what, rng.randint(0, 1), rng.choice((0.0, 0.5, 25.0)), prices)

@@ -1,0 +1,610 @@
+"""A provider over HTTP/1.1 that does with each call what its plan says, and writes down what it billed: the truth.
+
+It finds the plan by the marker in the last message of the request. What a dialect's numbers mean is told in
+docs/providers.md.
+"""
+
+import asyncio
+import gzip
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from msgspec import Struct
+
+from simulation.history import Answer, Request
+
+WORDS: Final = (
+    " the",
+    " river",
+    " is",
+    " old",
+    ",",
+    " and",
+    " nobody",
+    " knows",
+    " its",
+    " age",
+)  # a token of o200k_base each
+TOKENS_BESIDE_WORDS: Final = 15  # of a prompt: its marker, its message's frame, the reply's beginning
+CITATION_TOKENS: Final = 5  # Perplexity's, beside the prompt
+USD_TOKENS: Final = 250_000  # of which any kind costs a dollar, by the provider's own figure
+ABSURD: Final = 10_000_000
+LIMIT_BYTES: Final = 1 << 22
+UNASKED: Final = frozenset(
+    {"openrouter", "mistral", "xai", "perplexity", "moonshot", "groq"}
+)  # report whether asked or not
+RUNNING: Final = frozenset({"perplexity", "vllm", "gemini"})  # report in every event
+AT_THE_FINISH: Final = frozenset({"mistral", "moonshot", "groq", "xai"})  # report in the finishing event
+FILTERS: Final = {name: {"filtered": False, "severity": "safe"} for name in ("hate", "self_harm", "sexual", "violence")}
+
+
+class Bill(Struct, frozen=True):
+    """Tokens that a provider bills; `cached` are some of `prompt`. `cost_nusd`: its own figure, if it tells one."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    cost_nusd: int | None = None
+
+
+class Call(Struct):
+    """One call, as its provider saw it. Times are the loop's.
+
+    `bill`: what its report says, by the dialect's rules; `is_true`: which parts of the report can be believed
+    ("prompt", "completion"). `shown`: tokens of text in all of the answer. `shown_sent`, `shown_begun`: in what was
+    sent, and in what was sent at least in part. `reported`: a report went out; `outdated`: text went out after the
+    last one. `complete`: all that makes an answer whole went out. `ended`: "whole", "cut" (by plan), "closed" (the
+    gateway closed), "error".
+    """
+
+    marker: str
+    upstream: str
+    number: int
+    at: float
+    answer: Answer
+    body: dict[str, Any]
+    headers: dict[str, str]
+    made: int = 0
+    shown: int = 0
+    bill: Bill = Bill()
+    is_true: frozenset[str] = frozenset()
+    shown_sent: int = 0
+    shown_begun: int = 0
+    reported: bool = False
+    outdated: bool = False
+    complete: bool = False
+    head_sent: bool = False
+    events_sent: int = 0
+    lines: list[str] = []
+    body_bytes: bytes = b""
+    ended: str = ""
+    ended_at: float = 0.0
+
+
+class Event(Struct, frozen=True):
+    """One event of a stream: its bytes, the tokens of text in it, and whether it has a report, or ends the stream."""
+
+    data: bytes
+    tokens: int = 0
+    has_report: bool = False
+    is_done: bool = False
+
+
+class Provider:
+    """The server.
+
+    `plans` has the request of each marker; `calls` fills as they come. `price`: the tokens of a prompt by its words.
+    """
+
+    def __init__(self, plans: Mapping[str, Request]) -> None:
+        self._plans = plans
+        self.calls: list[Call] = []
+        self._links: set[_Link] = set()
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; return the port."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Link(self), host, port)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self._server.close()
+        for link in list(self._links):
+            link.end()
+        await asyncio.sleep(0)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._links)
+
+    def call(self, upstream: str, headers: dict[str, str], body: dict[str, Any]) -> Call:
+        """Note a call, and decide what becomes of it."""
+        marker = marker_of(body)
+        request = self._plans.get(marker)
+        number = sum(call.marker == marker for call in self.calls)
+        answer = (
+            request.answers[min(number, len(request.answers) - 1)]
+            if request is not None
+            else Answer(status=500, error="failed")
+        )
+        call = Call(marker, upstream, number, asyncio.get_running_loop().time(), answer, body, headers, lines=[])
+        self.calls.append(call)
+        return call
+
+
+class _Link(asyncio.Protocol):
+    """One connection of the gateway's."""
+
+    def __init__(self, provider: Provider) -> None:
+        self._provider = provider
+        self._buffer = bytearray()
+        self._news = asyncio.Event()
+        self._may_write = asyncio.Event()
+        self._may_write.set()
+        self.is_lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._provider._links.add(self)
+        self._task = asyncio.get_running_loop().create_task(self._serve(), name="provider")
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        self._news.set()
+
+    def eof_received(self) -> bool:
+        self.is_lost = True
+        self._news.set()
+        self._may_write.set()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.eof_received()
+        self._provider._links.discard(self)
+        del exc
+
+    def pause_writing(self) -> None:
+        self._may_write.clear()
+
+    def resume_writing(self) -> None:
+        self._may_write.set()
+
+    def end(self) -> None:
+        """Stop serving."""
+        self._task.cancel()
+        self._transport.abort()
+
+    async def _serve(self) -> None:
+        while (head := await self._until(b"\r\n\r\n")) is not None:
+            lines = head.decode("latin-1").split("\r\n")
+            headers = {
+                name.strip().lower(): value.strip()
+                for name, _, value in (line.partition(":") for line in lines[1:] if line)
+            }
+            raw = await self._take(int(headers.get("content-length", 0)))
+            if raw is None:
+                return
+            upstream = lines[0].split(" ")[1].split("/")[1]
+            call = self._provider.call(upstream, headers, json.loads(raw))
+            await self._answer(call)
+            call.ended_at = asyncio.get_running_loop().time()
+            if call.ended not in {"whole", "error"} or self._transport.is_closing():
+                return
+
+    async def _until(self, mark: bytes) -> bytes | None:
+        while (at := self._buffer.find(mark)) < 0:
+            if self.is_lost or len(self._buffer) > LIMIT_BYTES:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        return await self._take(at + len(mark))
+
+    async def _take(self, size: int) -> bytes | None:
+        while len(self._buffer) < size:
+            if self.is_lost:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, or until the gateway has closed."""
+        self._news.clear()
+        if seconds <= 0 or self.is_lost:
+            await asyncio.sleep(0)
+            return
+        waiting = asyncio.get_running_loop().call_later(seconds, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            waiting.cancel()
+
+    async def _answer(self, call: Call) -> None:
+        answer = call.answer
+        await self._sleep(answer.delay_s)
+        if self.is_lost:
+            call.ended = "closed"
+            return
+        streams = bool(call.body.get("stream")) != answer.other_shape
+        if answer.error:
+            status, headers, body = error_of(answer, call.marker)
+            call.body_bytes = body
+            await self._send(call, status, headers, [Event(body)], "length")
+            call.ended = "error"
+            return
+        make = Making(call)
+        events = make.events() if streams else [make.whole()]
+        if answer.gzip:
+            events = [
+                Event(
+                    gzip.compress(b"".join(event.data for event in events), mtime=0),
+                    call.shown,
+                    call.bill != Bill(),
+                    is_done=True,
+                )
+            ]
+        headers = {}
+        if answer.content_type is not None:
+            headers["content-type"] = answer.content_type or ("text/event-stream" if streams else "application/json")
+        if answer.gzip:
+            headers["content-encoding"] = "gzip"
+        await self._send(
+            call, 200, headers, events, answer.framing if streams or answer.framing != "chunked" else "length"
+        )
+
+    async def _send(self, call: Call, status: int, headers: dict[str, str], events: list[Event], framing: str) -> None:
+        """Send a head and a body, as far as the plan goes."""
+        answer = call.answer
+        if framing == "chunked":
+            headers["transfer-encoding"] = "chunked"
+        elif framing == "length":
+            headers["content-length"] = str(sum(len(event.data) for event in events))
+        else:
+            headers["connection"] = "close"
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        parts = [_chunk(event.data) if framing == "chunked" else event.data for event in events]
+        last = b"0\r\n\r\n" if framing == "chunked" else b""
+        total = sum(map(len, parts))
+        breaks = answer.end in {"resets", "closes", "stalls"} and not answer.error
+        limit = int(total * min(answer.at, 1.0)) if breaks else total
+        if breaks and limit == total:
+            limit -= 1
+        self._transport.write(f"HTTP/1.1 {status} Played\r\n{head}\r\n".encode())
+        call.head_sent = True
+        sent = 0
+        for piece, gap in _pieces(parts, answer):
+            if gap and sent:
+                await self._sleep(answer.gap_s)
+            piece = piece[: limit - sent]  # noqa: PLW2901 - the rest isn't sent
+            if self.is_lost or not piece:
+                break
+            self._transport.write(piece)
+            sent += len(piece)
+            _note_sent(call, events, parts, sent)
+            await self._may_write.wait()
+        if self.is_lost and sent < total:
+            call.ended = "closed"
+        elif not breaks:
+            self._transport.write(last)
+            call.ended = "whole"
+            if framing == "close" or self.is_lost:
+                self._transport.close()
+        else:
+            await self._break(call)
+
+    async def _break(self, call: Call) -> None:
+        call.ended = "cut"
+        await self._sleep(call.answer.gap_s)
+        if call.answer.end == "resets":
+            self._transport.abort()
+        elif call.answer.end == "closes":
+            self._transport.close()
+        else:
+            while not self.is_lost:
+                self._news.clear()
+                await self._news.wait()
+
+
+def _pieces(parts: list[bytes], answer: Answer) -> Iterator[tuple[bytes, bool]]:
+    """What is written at once, and whether a pause comes before it.
+
+    With `pieces` every border is so far within an event.
+    """
+    k = answer.pieces
+    if not k:
+        for part in parts:
+            yield part, bool(answer.gap_s)
+        return
+    kept = b""
+    for part in parts:
+        yield kept + part[:k], bool(answer.gap_s)
+        kept = part[k:]
+    yield kept, bool(answer.gap_s)
+
+
+def _note_sent(call: Call, events: list[Event], parts: list[bytes], sent: int) -> None:
+    """Note what the first `sent` bytes of an answer say."""
+    at = 0
+    call.shown_sent = call.shown_begun = call.events_sent = 0
+    call.reported = call.outdated = False
+    for event, part in zip(events, parts, strict=True):
+        if at >= sent:
+            break
+        call.shown_begun += event.tokens
+        at += len(part)
+        if at - 2 > sent:  # the end of a chunk says nothing
+            break
+        call.shown_sent += event.tokens
+        call.events_sent += 1
+        if event.has_report:
+            call.reported, call.outdated = True, False
+        elif event.tokens:
+            call.outdated = True
+        call.complete = call.complete or event.is_done
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def marker_of(body: dict[str, Any]) -> str:
+    """The marker in a request's last message."""
+    content = body["messages"][-1]["content"]
+    return str(content).partition(":")[0]
+
+
+def prompt_tokens(words: int) -> int:
+    """What a provider counts for a prompt of so many words."""
+    return words + TOKENS_BESIDE_WORDS
+
+
+class Making:
+    """Makes the answer to one call, and notes on it what is in it."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._answer, body = call, call.answer, call.body
+        answer = self._answer
+        caps = [body[name] for name in ("max_tokens", "max_completion_tokens") if isinstance(body.get(name), int)]
+        wanted = answer.words + answer.hidden
+        made = min([wanted, *caps]) if answer.heeds_cap else wanted
+        self._hidden = min(answer.hidden, made)
+        self._words = made - self._hidden
+        self._finish = "length" if made < wanted else "stop"
+        self._n = max(1, body.get("n") or 1)
+        self._prompt = prompt_tokens(len(str(body["messages"][-1]["content"]).split(" ")) - 1)
+        self._base = {"id": f"chatcmpl-{call.marker}", "created": 1764000000, "model": "up-model"}
+        call.made, call.shown = made * self._n, self._words * self._n
+        call.bill, call.is_true = self._billed()
+
+    def _billed(self) -> tuple[Bill, frozenset[str]]:
+        """What the report means, and the parts of it that are to be believed."""
+        answer = self._answer
+        both = frozenset({"prompt", "completion"})
+        lie = answer.lie
+        if lie in {"none", "zeros"} or answer.dialect == "tgi":
+            return Bill(), frozenset()
+        stream_options = self._call.body.get("stream_options") or {}
+        streams = bool(self._call.body.get("stream")) != answer.other_shape
+        if streams and answer.dialect not in UNASKED and not stream_options.get("include_usage"):
+            return Bill(), frozenset()
+        output = self._call.made
+        prompt, cached, cost = self._prompt, self._cached, None
+        if answer.dialect == "perplexity" and lie not in PLAIN_LIES:
+            prompt += CITATION_TOKENS
+        if answer.dialect in {"openrouter", "xai"} and lie not in PLAIN_LIES:
+            cost = (prompt + output) * 1_000_000_000 // USD_TOKENS
+        if lie in {"absurd", "negative", "words", "no_completion"}:
+            return Bill(prompt, 0), frozenset({"prompt"})
+        if lie == "no_prompt":
+            return Bill(0, 0, output), frozenset({"completion"})
+        if lie == "early" and streams:
+            return Bill(prompt, cached, output, cost), frozenset({"prompt"})
+        return Bill(prompt, cached, output, cost), both
+
+    @property
+    def _cached(self) -> int:
+        answer = self._answer
+        if answer.lie in PLAIN_LIES or answer.dialect in {"mistral", "perplexity", "vllm", "ollama", "groq", "gemini"}:
+            return 0
+        return self._prompt - 3 if answer.dialect == "anthropic" and answer.cached else min(answer.cached, self._prompt)
+
+    def usage(self, shown: int, *, hidden: int | None = None) -> dict[str, Any]:
+        """The report after so many tokens of text, in the dialect and with the lie."""
+        answer, prompt, cached = self._answer, self._prompt, self._cached
+        hidden = self._hidden * self._n if hidden is None else hidden
+        lie, dialect = answer.lie, answer.dialect
+        if lie == "zeros":
+            return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        if lie in PLAIN_LIES:
+            plain: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": shown + hidden}
+            worse = {"absurd": ABSURD, "negative": -5, "words": "many"}
+            if lie in worse:
+                plain["completion_tokens"] = worse[lie]
+            else:
+                plain.pop("prompt_tokens" if lie == "no_prompt" else "completion_tokens")
+            return plain
+        completion = shown if dialect in {"gemini", "xai", "perplexity"} else shown + hidden
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + shown + hidden,
+        }
+        if dialect == "perplexity":
+            usage |= {"citation_tokens": CITATION_TOKENS, "num_search_queries": 0, "reasoning_tokens": hidden}
+            usage["total_tokens"] = prompt + shown
+        elif dialect == "anthropic":
+            usage |= {"prompt_tokens": prompt - cached, "total_tokens": prompt - cached + shown + hidden}
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        elif dialect == "deepseek":
+            usage |= {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": prompt - cached}
+        elif dialect == "moonshot":
+            usage["cached_tokens"] = cached
+        elif dialect in {"openai", "azure", "openrouter", "xai", "tgi"}:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached, "audio_tokens": 0}
+            usage["completion_tokens_details"] = {"reasoning_tokens": hidden, "audio_tokens": 0}
+        ticks = (prompt + shown + hidden) * 10_000_000_000 // USD_TOKENS
+        if dialect == "openrouter":
+            usage |= {"cost": (prompt + shown + hidden) / USD_TOKENS, "is_byok": False}
+        elif dialect == "xai":
+            usage["cost_in_usd_ticks"] = ticks
+        if lie in {"floats", "strings"}:
+            as_told: Callable[[int], Any] = float if lie == "floats" else str
+            usage |= {name: as_told(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        return usage
+
+    def whole(self) -> Event:
+        """An answer that isn't streamed."""
+        kind = self._answer.kind
+        text = self._text(0, self._words)
+        message: dict[str, Any] = {"role": "assistant", "content": text if kind == "text" else None}
+        if kind != "text":
+            message |= self._delta(text, first=True)
+        choices = [{"index": index, "message": message, "finish_reason": self._finish} for index in range(self._n)]
+        answer = {**self._base, "object": "chat.completion", "choices": choices}
+        reports = self._call.is_true or self._answer.lie == "zeros"
+        if reports:
+            self._put(answer, self.usage(self._words * self._n))
+        data = json.dumps(answer).encode()
+        if self._answer.dialect == "deepseek":
+            data = b"\n" * self._answer.comments + data
+        self._call.body_bytes = data
+        return Event(data, self._call.shown, bool(self._call.is_true), is_done=True)
+
+    def events(self) -> list[Event]:
+        """A stream."""
+        answer, call = self._answer, self._call
+        made: list[Event] = [Event(b": keep-alive\n\n")] * answer.comments
+        if answer.dialect == "azure":
+            made.append(
+                self._event(
+                    {"choices": [], "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": FILTERS}]}
+                )
+            )
+        dated = bool(call.is_true) or (answer.lie == "zeros" and bool(call.body.get("stream_options")))
+        steps = list(range(0, self._words, answer.per_event))
+        done = 0
+        for step, index in itertools.product(steps, range(self._n)):
+            count = min(answer.per_event, self._words - step)
+            done += count
+            event = self._chunk_of(index, self._delta(self._text(step, count), first=step == 0))
+            running = dated and answer.dialect in RUNNING and answer.lie in {"true", "floats", "strings", "twice"}
+            if running:
+                event["usage"] = self.usage(done, hidden=0)
+            made.append(self._event(event, count, has_report=running))
+            if answer.lie == "early" and dated and index == self._n - 1 and step == steps[len(steps) // 2]:
+                made.append(self._event({"choices": [], "usage": self.usage(done)}, has_report=True))
+        for index in range(self._n):
+            last = self._chunk_of(index, {}, self._finish)
+            reports = dated and answer.dialect in AT_THE_FINISH and index == self._n - 1 and answer.lie != "early"
+            if reports:
+                self._put(last, self.usage(self._words * self._n))
+            made.append(self._event(last, has_report=reports))
+        if dated and answer.lie != "early" and (answer.dialect not in AT_THE_FINISH or answer.lie == "twice"):
+            usage = {"choices": [], "usage": self.usage(self._words * self._n)}
+            made += [self._event(usage, has_report=True) for _ in range(2 if answer.lie == "twice" else 1)]
+        if dated and answer.lie == "zeros_after":
+            made.append(
+                self._event({"choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}})
+            )
+        if answer.end == "error_event":
+            made = made[: int(len(made) * answer.at)]
+            made.append(Event(b'data: {"error": {"message": "broke down", "type": "server_error", "code": 502}}\n\n'))
+            return made
+        done_event = Event(b"data: [DONE]\n\n", is_done=True)
+        if answer.end != "no_done":
+            made += [done_event] * (2 if answer.end == "done_twice" else 1)
+        if answer.end == "late_error":
+            made.append(Event(b'data: {"error": {"message": "too late", "code": 500}}\n\n'))
+        return made
+
+    def _event(self, members: dict[str, Any], tokens: int = 0, *, has_report: bool = False) -> Event:
+        text = json.dumps({**self._base, "object": "chat.completion.chunk", **members})
+        self._call.lines.append(text)
+        return Event(b"data: " + text.encode() + b"\n\n", tokens, has_report)
+
+    def _chunk_of(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": finish}
+        chunk: dict[str, Any] = {"choices": [choice]}
+        if self._answer.dialect == "azure":
+            choice["content_filter_results"] = FILTERS
+        elif self._answer.dialect == "openai":
+            chunk["obfuscation"] = "xQ3JXdhVOWfbZ"
+        elif self._answer.dialect == "perplexity":
+            chunk["search_results"] = [{"title": "A page", "url": "https://pages.example/one"}] * 3
+        return chunk
+
+    def _delta(self, text: str, *, first: bool) -> dict[str, Any]:
+        kind, dialect = self._answer.kind, self._answer.dialect
+        role = {"role": "assistant"} if first else {}
+        if kind == "text":
+            return {**role, "content": text}
+        if kind == "refusal":
+            return {**role, "refusal": text}
+        if kind == "tool":
+            function = {"arguments": text, **({"name": "look_up"} if first else {})}
+            return {**role, "tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]}
+        if dialect == "openrouter":
+            return {
+                **role,
+                "content": "",
+                "reasoning": text,
+                "reasoning_details": [{"type": "reasoning.text", "text": text}],
+            }
+        return {**role, ("reasoning" if dialect in {"ollama", "groq"} else "reasoning_content"): text}
+
+    def _text(self, start: int, count: int) -> str:
+        return "".join(WORDS[at % len(WORDS)] for at in range(start, start + count))
+
+    def _put(self, chunk: dict[str, Any], usage: dict[str, Any]) -> None:
+        """Put a report where the dialect has it."""
+        if self._answer.dialect == "groq":
+            chunk["x_groq"] = {"usage": usage}
+        elif self._answer.dialect == "moonshot":
+            chunk["choices"][0]["usage"] = usage
+        else:
+            chunk["usage"] = usage
+
+
+PLAIN_LIES: Final = frozenset(
+    {"absurd", "negative", "words", "no_prompt", "no_completion"}
+)  # in a report of two numbers
+
+
+def error_of(answer: Answer, marker: str) -> tuple[int, dict[str, str], bytes]:
+    """An error's status, headers and body."""
+    headers = {"content-type": "application/json"}
+    if answer.wait_s is not None:
+        headers["retry-after"] = f"{answer.wait_s:g}"
+    if answer.error == "page":
+        return 200, {"content-type": "text/html"}, b"<html><title>Welcome</title></html>"
+    if answer.error == "empty":
+        return 200, headers, b""
+    message, code, param = {
+        "failed": ("The server had an error.", None, None),
+        "busy": ("Overloaded.", None, None),
+        "limit": ("Rate limit reached.", "rate_limit_exceeded", None),
+        "quota": ("You exceeded your current quota.", "insufficient_quota", None),
+        "key": ("Incorrect API key provided.", "invalid_api_key", None),
+        "permission": ("Country not supported.", "unsupported_country_region_territory", None),
+        "model": ("The model does not exist.", "model_not_found", "model"),
+        "context": ("This model's maximum context length is 8192 tokens.", "context_length_exceeded", "messages"),
+        "parameter": ("Unsupported parameter.", "unsupported_parameter", "top_k"),
+        "large": ("The request is too large.", None, None),
+    }[answer.error]
+    error: dict[str, Any] = {"message": f"{message} {marker}", "type": "an_error", "param": param, "code": code}
+    if answer.status == 200:
+        error["code"] = 502
+    if answer.dialect == "gemini":
+        return (
+            answer.status,
+            headers,
+            json.dumps([{"error": error}]).encode() if answer.status != 200 else json.dumps({"error": error}).encode(),
+        )
+    return answer.status, headers, json.dumps({"error": error}).encode()

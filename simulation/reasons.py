@@ -1,0 +1,304 @@
+"""Whether refusals and failures have a true reason and a true wait, and whether limits hold."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from simulation.bills import nusd
+from simulation.client import Sight
+from simulation.history import DRAIN_S, FIRST_BYTE_S, HOLD_TTL_S, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS
+from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
+
+BREAKER_FAILURES: Final = 10
+DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
+USD: Final = r"(-?[0-9]+\.[0-9]+)"
+
+
+def statuses_have_reasons(view: View) -> Iterator[str]:
+    """Every refusal and every failure has a reason among what happened."""
+    for sight in view.record.sights:
+        code = sight.error.get("code")
+        status = sight.status if sight.status != 200 else _status_of(code)
+        if sight.ended != "whole" or status in {0, 200}:
+            continue
+        if not any(reason(view, sight) for reason in REASONS.get(status, ())):
+            yield f"{sight.request_id}: {sight.status} {code} without a reason: {str(sight.error.get('message'))[:90]}"
+
+
+def _status_of(code: object) -> int:
+    """The status that belongs to the code of an error event; 0 if there is none."""
+    if code is None:
+        return 0
+    codes = {
+        "insufficient_credits": 402,
+        "spend_limit_exceeded": 402,
+        "rate_limit_exceeded": 429,
+        "gateway_timeout": 504,
+        "ledger_unavailable": 503,
+        "overloaded": 503,
+        "provider_not_available": 503,
+        "upstream_error": 502,
+        "internal_error": 500,
+    }
+    return codes.get(str(code), 400)
+
+
+def _revoked(view: View, sight: Sight) -> bool:
+    return any(
+        done.what == "revoke" and done.key == sight.request.key and done.began_at <= sight.ended_at
+        for done in view.record.changes
+    )
+
+
+def _suspended(view: View, sight: Sight) -> bool:
+    return any(
+        done.what == "suspend" and done.key == sight.request.key and done.began_at <= sight.ended_at
+        for done in view.record.changes
+    )
+
+
+def _refused_by_provider(view: View, sight: Sight) -> bool:
+    return any(call.answer.status in {400, 413, 422} and call.answer.error for call in view.calls.get(sight.marker, ()))
+
+
+def _out_of_credit(view: View, sight: Sight) -> bool:
+    """Whether the account's credit, or a budget, was as short as the refusal says."""
+    message = str(sight.error.get("message"))
+    if sight.error.get("code") == "spend_limit_exceeded":
+        return _over_budget(view, sight, message)
+    if view.history.local and view.feels(sight, before_s=RECOVERY_S):  # the allowance of an instance
+        return True
+    told = re.search(rf"has {USD} USD available.*?: {USD} USD needed", message)
+    samples = _samples(view, sight)
+    if sight.is_stream:  # in mid-stream: too little for what the provider made
+        made = max((call.made for call in view.calls.get(sight.marker, ())), default=0)
+        return not samples or min(sample.balance - sample.held for sample in samples) < 2 * most_held(view, sight, made)
+    if told is None:
+        return False
+    available, needed = nusd(told[1]), nusd(told[2])
+    if needed > 2 * most_held(view, sight):
+        return False
+    left = [sample.balance - sample.held for sample in samples]
+    return any(max(each, 0) == available and each < needed for each in left) if left else available < needed
+
+
+def _over_budget(view: View, sight: Sight, message: str) -> bool:
+    told = re.search(rf"budget of {USD} USD leaves too little: {USD} USD spent or held, {USD} USD needed", message)
+    budget = view.history.keys[sight.request.key].budget_nusd
+    if told is None or budget is None:
+        return sight.is_stream and budget is not None
+    most_spent = sum(
+        view.charge(other) + most_held(view, other)
+        for other in view.record.sights
+        if other.request.key == sight.request.key and other is not sight
+    )
+    spent, needed = nusd(told[2]), nusd(told[3])
+    return (
+        nusd(told[1]) == budget
+        and spent + needed > budget
+        and spent <= most_spent
+        and needed <= 2 * most_held(view, sight)
+    )
+
+
+def most_held(view: View, sight: Sight, made: int = 0) -> int:
+    """The most that one request may hold: its prompt by the coarsest estimate, and its output, of which so much was
+    made.
+    """
+    request = sight.request
+    output = (request.max_tokens or MAX_OUTPUT_TOKENS) * request.n
+    names = [request.model, *request.fallbacks]
+    models = [model for name in names for model in view.models(sight, name)]
+    if request.stream and not any(model.hidden_reasoning for model in models):
+        output = min(output, made + LEASE_TOKENS * request.n)
+    return max(model.price.cost(len(sight.body) // 2 + 50, 0, output) for model in models)
+
+
+def _samples(view: View, sight: Sight) -> list[Sample]:
+    """The account's credit while a request ran, and just before."""
+    account = view.key(sight)
+    within = [sample for sample in view.record.samples if sample.account == account and sample.at <= sight.ended_at]
+    before = [sample for sample in within if sample.at < sight.began_at][-1:]
+    return before + [sample for sample in within if sample.at >= sight.began_at]
+
+
+def _limited(view: View, sight: Sight) -> bool:
+    """Whether a limit that its message names was reached."""
+    key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
+    others = [
+        other
+        for other in view.record.sights
+        if other is not sight and other.request.key == sight.request.key and other.began_at <= sight.ended_at
+    ]
+    counted = [
+        other
+        for other in others
+        if other.status not in {401, 402, 403, 429}
+        and not (other.request.keyed and "idempotent-replayed" in other.headers)
+    ]
+    if "parallel" in message:
+        open_ = [
+            other
+            for other in counted
+            if other.ended_at + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
+        ]
+        return key.max_parallel is not None and len(open_) >= key.max_parallel
+    if "requests per minute" in message:
+        limits = [
+            key.requests_per_minute,
+            *(
+                done.amount
+                for done in view.record.changes
+                if done.what == "requests_per_minute" and done.key == sight.request.key
+            ),
+        ]
+        sizes = [key.burst or limit for limit in limits if limit is not None]
+        return bool(sizes) and len(counted) >= min(sizes)
+    if "tokens per minute" in message:
+        tokens = sum(len(other.body) // 2 + 50 + MAX_OUTPUT_TOKENS * 2 for other in counted)
+        return key.tokens_per_minute is not None and bool(counted) and tokens >= key.tokens_per_minute // 2
+    return False
+
+
+def _asked_to_wait(view: View, sight: Sight) -> bool:
+    """Whether the providers were busy, or had failed so often that they are left alone."""
+    if sight.error.get("code") != "provider_not_available":
+        return False
+    busy = any(call.answer.status in {429, 503, 529} for call in view.calls.get(sight.marker, ()))
+    before = [call for call in view.record.calls if call.at <= sight.ended_at and not call.answer.is_good]
+    return busy or len(before) >= BREAKER_FAILURES // 2
+
+
+def _stopping(view: View, sight: Sight) -> bool:
+    return sight.error.get("code") == "overloaded" and view.feels(sight, "killed", "drained", before_s=DRAIN_S)
+
+
+def _without_ledger(view: View, sight: Sight) -> bool:
+    return sight.error.get("code") == "ledger_unavailable" and view.feels(sight, before_s=RECOVERY_S)
+
+
+def _failed_there(view: View, sight: Sight) -> bool:
+    """Whether a provider failed, or refused the gateway."""
+    if sight.error.get("code") != "upstream_error":
+        return False
+    calls = view.calls.get(sight.marker, [])
+    others = [other for other in view.group(sight) if other is not sight]
+    if any(other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S for other in others):
+        return True
+    return any(not call.answer.is_good or call.answer.error for call in calls) or (
+        not calls and "gone" in _routes(view, sight)
+    )
+
+
+def _routes(view: View, sight: Sight) -> set[str]:
+    names = [sight.request.model, *sight.request.fallbacks]
+    return {route for name in names for route in view.record.prices[0][1][name].routes}
+
+
+def _timed_out(view: View, sight: Sight) -> bool:
+    took_s = sight.ended_at - sight.began_at
+    timeout_s = sight.request.timeout_s
+    if timeout_s is not None and took_s >= timeout_s - 0.01:
+        return True
+    stalled = any(call.answer.end == "stalls" for call in view.calls.get(sight.marker, ()))
+    return stalled and took_s >= min(IDLE_S, FIRST_BYTE_S) - 0.01
+
+
+def _conflict(view: View, sight: Sight) -> bool:
+    return sight.request.keyed and (
+        view.feels(sight, before_s=math.inf) or (len(view.group(sight)) > 1 and view.is_lossy)
+    )
+
+
+Reason = Callable[[View, Sight], bool]
+REASONS: Final[Mapping[int, tuple[Reason, ...]]] = {
+    400: (_refused_by_provider,),
+    401: (_revoked,),
+    402: (_out_of_credit,),
+    403: (_suspended,),
+    409: (_conflict,),
+    413: (_refused_by_provider,),
+    422: (_refused_by_provider,),
+    429: (_limited,),
+    502: (_failed_there,),
+    503: (_asked_to_wait, _stopping, _without_ledger),
+    504: (_timed_out,),
+}
+
+
+def waits_are_true(view: View) -> Iterator[str]:
+    """A request that is sent again exactly when a 429 said so is not refused for the same reason, if no other came
+    between.
+    """
+    for sight in view.record.sights:
+        if not sight.again:
+            continue
+        first = next(other for other in view.record.sights if other.request is sight.request and not other.again)
+        between = [
+            other
+            for other in view.record.sights
+            if other is not first
+            and other is not sight
+            and view.key(other) == view.key(sight)
+            and other.ended_at >= first.began_at - 1
+            and other.began_at <= sight.ended_at
+        ]
+        changed = any(
+            done.ended_at >= first.began_at and done.what == "requests_per_minute" for done in view.record.changes
+        )
+        if (
+            sight.status == 429
+            and "parallel" not in str(sight.error.get("message"))
+            and not between
+            and not changed
+            and not view.feels(sight, before_s=120)
+        ):
+            waited_ms = first.headers["retry-after-ms"]
+            yield f"{sight.request_id} waited {waited_ms} ms, and got 429 again: {sight.error.get('message')}"
+
+
+def limits_hold(view: View) -> Iterator[str]:
+    """No more requests are admitted than a key's bucket and its slots allow."""
+    if not view.is_strict or view.is_lossy or any(trouble.what == "clock" for trouble in view.record.troubles):
+        return
+    for number, key in enumerate(view.history.keys):
+        ran = [
+            sight for sight in view.record.sights if sight.request.key == number and view.settled.get(sight.request_id)
+        ]
+        limits = [
+            key.requests_per_minute,
+            *(done.amount for done in view.record.changes if done.what == "requests_per_minute" and done.key == number),
+        ]
+        if all(limit is not None for limit in limits):
+            rate = max(limit for limit in limits if limit is not None) / 60
+            size = key.burst or rate * 60
+            ordered = sorted(ran, key=lambda sight: sight.began_at)
+            for first in range(len(ordered)):
+                for last in range(first, len(ordered)):
+                    ends = min(
+                        max(sight.ended_at for sight in ordered[first : last + 1]),
+                        ordered[last].began_at + LATENCY_S * 10,
+                    )
+                    if last - first + 1 > size + (ends - ordered[first].began_at) * rate + 1e-6:
+                        yield (
+                            f"k{number}: {last - first + 1} requests of {size:g} and {rate:g}/s from"
+                            f" {ordered[first].request_id} to {ordered[last].request_id}"
+                        )
+                        return
+        if key.max_parallel is not None:
+            yield from _slots_taken(view, number, key.max_parallel)
+
+
+def _slots_taken(view: View, number: int, most: int) -> Iterator[str]:
+    plans = {sight.marker: sight.request for sight in view.record.sights}
+    calls = [
+        call
+        for call in view.record.calls
+        if call.marker in plans and plans[call.marker].key == number and call.ended_at - call.at > LATENCY_S
+    ]
+    for call in calls:
+        open_ = {other.marker for other in calls if other.at <= call.at < other.ended_at - LATENCY_S / 2}
+        if len(open_) > most and not view.record.troubles:
+            yield f"k{number}: {len(open_)} requests run at once, and {most} may"
+            return

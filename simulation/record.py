@@ -1,0 +1,146 @@
+"""What is known of a history that was played: what clients saw, what providers billed, what the ledger says.
+
+`View` is a record with what several of the judge's rules need of it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, NamedTuple
+
+from msgspec import Struct
+
+from simulation.client import Sight
+from simulation.history import History, Model, Request
+from simulation.provider import Call
+
+PROPAGATION_S: Final = 2.5  # after which an operator's change holds everywhere
+LATENCY_S: Final = 1.0  # of the simulated wires, turns and the gateway's own timers
+RECOVERY_S: Final = 15.0  # after a fault of the store, in which requests may still suffer from it
+
+
+class Finding(NamedTuple):
+    """What broke a rule."""
+
+    rule: str
+    words: str
+
+
+class Book(Struct, frozen=True):
+    """What the ledger says of an account at the end, by the keys that docs/ledger.md names.
+
+    `hours`: sums of the hourly aggregates by metric.
+    """
+
+    balance: int = 0
+    held: int = 0
+    granted: int = 0
+    settled: int = 0
+    holds: int = 0
+    running: int = 0
+    events: tuple[dict[str, str], ...] = ()
+    hours: dict[str, int] = {}
+
+
+class Sample(NamedTuple):
+    """An account's credit at a time."""
+
+    at: float
+    account: int
+    balance: int
+    held: int
+
+
+class Done(NamedTuple):
+    """An operator's change that was done: when it was begun and when it was answered, and whether it succeeded."""
+
+    what: str
+    began_at: float
+    ended_at: float
+    account: int = 0
+    key: int = 0
+    amount: int = 0
+    ok: bool = True
+    ref: str = ""
+
+
+class Trouble(NamedTuple):
+    """A fault of the store or an end of a worker, with the time in which it can be felt."""
+
+    what: str
+    start: float
+    end: float
+
+
+class Record(Struct):
+    """All that is known of a history that was played.
+
+    `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
+    handled, and lines of the log that tell of a bug.
+    """
+
+    history: History
+    sights: list[Sight] = []
+    calls: list[Call] = []
+    books: dict[int, Book] = {}
+    samples: list[Sample] = []
+    changes: list[Done] = []
+    troubles: list[Trouble] = []
+    prices: list[tuple[float, Mapping[str, Model]]] = []
+    left: list[str] = []
+    errors: list[str] = []
+
+
+class View:
+    """A record, and what several rules need of it."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.history = record.history
+        self.calls: dict[str, list[Call]] = {}
+        for call in record.calls:
+            self.calls.setdefault(call.marker, []).append(call)
+        self.settled: dict[str, list[dict[str, str]]] = {}
+        for book in record.books.values():
+            for event in book.events:
+                if event["event"] == "settled":
+                    self.settled.setdefault(event["request_id"], []).append(event)
+        whats = {trouble.what for trouble in record.troubles}
+        self.is_lossy = bool(whats & {"failover"})
+        self.is_strict = not self.history.local
+
+    def charge(self, sight: Sight) -> int:
+        """What the account was charged for a request."""
+        return sum(int(event["cost_nusd"]) for event in self.settled.get(sight.request_id, ()))
+
+    def feels(self, sight: Sight, *whats: str, before_s: float = 0.0) -> bool:
+        """Whether one of these troubles (or any) can be felt by a request."""
+        return any(
+            trouble.start <= sight.ended_at + LATENCY_S and trouble.end >= sight.began_at - before_s
+            for trouble in self.record.troubles
+            if not whats or trouble.what in whats
+        )
+
+    def group(self, sight: Sight) -> list[Sight]:
+        """The requests with the same body and Idempotency-Key, or this one alone."""
+        return [other for other in self.record.sights if other.marker == sight.marker]
+
+    def models(self, sight: Sight, name: str) -> list[Model]:
+        """What a model cost while a request was resolved: before and after a reload, where it may have been either."""
+        found = []
+        for index, (since, models) in enumerate(self.record.prices):
+            ends = self.record.prices[index + 1][0] if index + 1 < len(self.record.prices) else math.inf
+            if since <= sight.ended_at and ends + PROPAGATION_S >= sight.began_at:
+                found.append(models[name])
+        return found
+
+    def key(self, sight: Sight) -> int:
+        """The number of the account of a request."""
+        return self.history.keys[sight.request.key].account
+
+
+Rule = Callable[[View], Iterator[str]]
+
+
+def marker_of(seed: int, request: Request) -> str:
+    """What marks all text of a request; a repeat has that of what it repeats."""
+    return f"mk{seed}{request.repeats or request.name}z"

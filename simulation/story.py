@@ -1,0 +1,391 @@
+"""Play a history in a world, and write down what came of it: `run(seed, partial(play, history=history))`."""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from meshproxy.errors import GatewayError
+from meshproxy.ledger.store import StoreError, Unavailable
+from meshproxy.policy.principal import Bounds, KeyChange
+from simulation.client import Clients
+from simulation.gateway import Gateway
+from simulation.history import (
+    ALLOWANCE_NUSD,
+    DEFAULT_OUTPUT_TOKENS,
+    DRAIN_S,
+    FIRST_BYTE_S,
+    HEARTBEAT_S,
+    HOLD_TTL_S,
+    IDLE_S,
+    LEASE_TOKENS,
+    MAX_OUTPUT_TOKENS,
+    MODELS,
+    STORE_TIMEOUT_S,
+    UPSTREAMS,
+    WRITE_TIMEOUT_S,
+    Change,
+    Fault,
+    History,
+    Model,
+    WorkerEvent,
+)
+from simulation.judge import judge
+from simulation.provider import Provider
+from simulation.record import RECOVERY_S, Book, Done, Finding, Record, Sample, Trouble, marker_of
+from simulation.run import Outcome, World, run
+from simulation.store import OOM, READONLY, Client, Fate
+
+PROVIDER_PORT: Final = 9_000
+NOWHERE_PORT: Final = 9
+OPERATOR_TRIES: Final = 40
+OPERATOR_PAUSE_S: Final = 1.0
+JOURNAL_S: Final = 5.0  # after which the journal has been replayed
+MAX_TURNS: Final = 400_000
+BUGS: Final = frozenset(
+    {"task_failed", "internal_error", "settlement_lost", "settlement_refused", "usage_refused_late"}
+)
+
+
+def toml(history: History, models: Mapping[str, Model]) -> str:
+    """The configuration of a history's gateway."""
+    lines = [
+        "[server]",
+        f"workers = 1\nheartbeat_s = {HEARTBEAT_S:g}\nwrite_timeout_s = {WRITE_TIMEOUT_S:g}\ndrain_s = {DRAIN_S:g}",
+        "[log]\nlevel = 'info'",
+        f"[redis]\nurl = 'redis://store'\ntimeout_s = {STORE_TIMEOUT_S:g}",
+    ]
+    if history.local:
+        lines += [
+            "on_failure = 'local'",
+            f"journal = '/simulated/journal'\nlocal_allowance_usd = '{usd(ALLOWANCE_NUSD)}'",
+        ]
+    lines += [
+        "[defaults]\nmodel = 'plain'",
+        f"[credits]\nhold_ttl_s = {HOLD_TTL_S:g}\nlease_output_tokens = {LEASE_TOKENS}",
+        f"default_output_tokens = {DEFAULT_OUTPUT_TOKENS}",
+    ]
+    for name, upstream in UPSTREAMS.items():
+        port = PROVIDER_PORT if upstream.is_there else NOWHERE_PORT
+        lines += [
+            f"[upstreams.{name}]\nkind = '{upstream.kind}'\nbase_url = 'http://127.0.0.1:{port}/{name}/v1'",
+            f"cap_field = '{upstream.cap_field}'",
+            f"first_byte_timeout_s = {FIRST_BYTE_S:g}\nidle_timeout_s = {IDLE_S:g}",
+            f"stream_usage = {str(upstream.asks_usage).lower()}",
+            f"on_disconnect = '{'drain' if upstream.drains else 'cancel'}'",
+        ]
+    for name, model in models.items():
+        price = model.price
+        routes = ", ".join(f"{{ upstream = '{route}', model = 'up-{name}' }}" for route in model.routes)
+        lines += [
+            f"[models.'{name}']\nupstreams = [{routes}]\ncontext_window = {model.context_window}",
+            f"max_output_tokens = {MAX_OUTPUT_TOKENS}\nrequest_usd = '{usd(price.request)}'",
+            f"input_usd_per_mtok = '{usd(price.input)}'\noutput_usd_per_mtok = '{usd(price.output)}'",
+        ]
+        if price.cached is not None:
+            lines.append(f"cached_input_usd_per_mtok = '{usd(price.cached)}'")
+        if model.hidden_reasoning:
+            lines.append("hidden_reasoning = true")
+        if model.from_usage_cost:
+            lines.append("cost_from = 'usage.cost'")
+    return "\n".join(lines) + "\n"
+
+
+def usd(amount_nusd: int) -> str:
+    """A decimal string of nano-USD."""
+    return f"{amount_nusd // 1_000_000_000}.{amount_nusd % 1_000_000_000:09d}"
+
+
+class Play:
+    """One history being played."""
+
+    def __init__(self, world: World, history: History) -> None:
+        self._world, self._history = world, history
+        self._loop = world.loop
+        self._models: dict[str, Model] = dict(MODELS)
+        self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
+        for name in ("sights", "calls", "samples", "changes", "troubles", "left", "errors"):
+            setattr(self.record, name, [])
+        self.record.books = {}
+        self._secrets: list[str] = []
+        self._key_ids: list[str] = []
+        self._drops = 0
+        self._gateway: Gateway
+
+    async def play(self) -> Record:
+        """Set up, play all steps, let everything settle, and read the books."""
+        world, history = self._world, self._history
+        plans = {marker_of(history.seed, request): request for request in history.requests if not request.repeats}
+        plans |= {
+            marker_of(history.seed, request): request
+            for request in history.requests
+            if marker_of(history.seed, request) not in plans
+        }
+        provider = Provider(plans)
+        await world.spawn(world.process("provider"), provider.start("0.0.0.0", PROVIDER_PORT))
+        self._gateway = await world.start_gateway(toml(history, self._models), workers=history.workers)
+        await self._set_up()
+        self._watch_store()
+        clients = Clients(self._address, self._secrets.__getitem__, partial(marker_of, history.seed))
+        people = world.process("clients")
+        start = self._loop.time()
+        self.record.prices[0] = (0.0, self.record.prices[0][1])
+        tasks = []
+        for step in history.steps:
+            await self._until(start + step.at_s)
+            if isinstance(step, Fault):
+                tasks.append(world.spawn(world.store.process, self._break(step), "fault"))
+            elif isinstance(step, WorkerEvent):
+                tasks.append(asyncio.ensure_future(self._happen(step)))
+            elif isinstance(step, Change):
+                tasks.append(asyncio.ensure_future(self._change(step)))
+            else:
+                tasks.append(world.spawn(people, clients.play(step), step.name))
+        await asyncio.gather(*tasks)
+        await self._settle()
+        await self._read_books()
+        clients.close()
+        self.record.sights, self.record.calls = clients.sights, provider.calls
+        await asyncio.sleep(1)
+        self.record.errors += [f"{where}: {event}" for where, event in map(_bug_of, world.log) if event]
+        for gateway in list(world.gateways):
+            if not await gateway.stop(DRAIN_S * 3):
+                self.record.left.append("an instance that doesn't end")
+        world.gateways.clear()
+        await provider.close()
+        return self.record
+
+    def _address(self, worker: int) -> tuple[str, int]:
+        instance = self._gateway.instances[worker % len(self._gateway.instances)]
+        return instance.host, instance.port
+
+    async def _until(self, when: float) -> None:
+        if when > self._loop.time():
+            await asyncio.sleep(when - self._loop.time())
+
+    async def _set_up(self) -> None:
+        """Make accounts and keys, and grant the first credit."""
+        operator = await self._gateway.administration()
+        for number, credit in enumerate(self._history.credit):
+            if credit:
+                await self._grant(number, credit, f"first {number}")
+        for key in self._history.keys:
+            limits = {
+                "requests_per_minute": key.requests_per_minute,
+                "burst": key.burst,
+                "tokens_per_minute": key.tokens_per_minute,
+                "max_parallel": key.max_parallel,
+            }
+            budgets: dict[str, int | None] = {} if key.budget_nusd is None else {"total_nusd": key.budget_nusd}
+            made = await operator.create_key(f"a{key.account}", KeyChange(bounds=Bounds(limits=limits, budgets=budgets)))
+            self._secrets.append(made["key"])
+            self._key_ids.append(made["id"])
+
+    # What is seen of the store.
+
+    def _watch_store(self) -> None:
+        """Take a sample of each account's credit after each script."""
+        store = self._world.store
+        run_command, seer = store.run, Client(store)
+        accounts = range(len(self._history.credit))
+        last: dict[int, tuple[int, int]] = {}
+
+        def run_and_look(client: Client, fields: list[bytes]) -> Any:
+            reply = run_command(client, fields)
+            if fields[0][:4].upper() == b"EVAL":
+                for account in accounts:
+                    found = run_command(seer, [b"HMGET", f"mesh:{{a{account}}}:credit".encode(), b"balance", b"held"])
+                    seen = int(found[0] or 0), int(found[1] or 0)
+                    if last.get(account) != seen:
+                        last[account] = seen
+                        self.record.samples.append(Sample(self._loop.time(), account, *seen))
+            return reply
+
+        store.run = run_and_look  # type: ignore[method-assign]
+        store.on_command = self._fate
+        store.keeps_replica = any(fault.what == "failover" for fault in self._history.faults)
+
+    def _fate(self, fields: list[bytes]) -> Fate:
+        if self._drops and fields[0][:4].upper() == b"EVAL":
+            self._drops -= 1
+            self.record.troubles.append(Trouble("lost_reply", self._loop.time(), self._loop.time() + RECOVERY_S))
+            return Fate.DROP_AFTER
+        return Fate.RUN
+
+    # Steps.
+
+    async def _break(self, fault: Fault) -> None:
+        """Do to the store what a fault says, and mend it."""
+        store, now = self._world.store, self._loop.time()
+        if fault.what == "lost_reply":
+            self._drops += fault.count
+            return
+        if fault.what != "flush":
+            lasts = HOLD_TTL_S + abs(fault.delay_s) if fault.what == "clock" else RECOVERY_S
+            self.record.troubles.append(Trouble(fault.what, now, now + fault.for_s + lasts))
+        if fault.what == "flush":
+            store.flush_scripts()
+        elif fault.what == "clock":
+            store.jump(fault.delay_s)
+        elif fault.what in {"refused", "full"}:
+            store.refusal = READONLY if fault.what == "refused" else OOM
+            await asyncio.sleep(fault.for_s)
+            store.refusal = None
+        elif fault.what == "slow":
+            store.delay_s = fault.delay_s
+            await asyncio.sleep(fault.for_s)
+            store.delay_s = 0.0
+        else:
+            store.go_down()
+            await asyncio.sleep(fault.for_s)
+            if fault.what == "failover":
+                store.fail_over()
+            store.come_back()
+
+    async def _happen(self, event: WorkerEvent) -> None:
+        """Do to the workers what an event says."""
+        gateway, now = self._gateway, self._loop.time()
+        instance = gateway.instances[event.worker % len(gateway.instances)]
+        if event.what == "reloaded":
+            self._models |= {name: replace(self._models[name], price=price) for name, price in event.prices}
+            self.record.prices.append((now, dict(self._models)))
+            gateway.reload(toml(self._history, self._models))
+        elif event.what == "bad_reload":
+            text = gateway.text
+            gateway.reload("[server]\nlisten = 17\n")
+            await asyncio.sleep(1.0)
+            if gateway.text == "[server]\nlisten = 17\n":
+                gateway.text = text
+        elif not instance.ended.is_set():
+            instance.kill() if event.what == "killed" else instance.drain()
+            self.record.troubles.append(Trouble(event.what, now, now + 1e6))
+            trouble = self.record.troubles[-1]
+            await instance.ended.wait()
+            await asyncio.sleep(event.for_s)
+            if instance.ended.is_set():  # no other event has started it
+                await instance.restart()
+            self.record.troubles[self.record.troubles.index(trouble)] = trouble._replace(end=self._loop.time())
+
+    async def _change(self, change: Change) -> None:
+        """Do what an operator does."""
+        if change.what in {"grant", "grant_twice"}:
+            await self._grant(change.account, change.amount, f"at {change.at_s}")
+            if change.what == "grant_twice":
+                await self._grant(change.account, change.amount, f"at {change.at_s}")
+            return
+        key_id = self._key_ids[change.key]
+
+        async def act() -> None:
+            operator = await self._gateway.administration()
+            if change.what == "requests_per_minute":
+                bounds = Bounds(limits={"requests_per_minute": change.amount})
+                await operator.change_key(key_id, KeyChange(bounds=bounds))
+            else:
+                status = {"suspend": "suspended", "activate": "active", "revoke": "revoked"}[change.what]
+                await operator.set_key_status(key_id, status)  # type: ignore[arg-type]
+
+        await self._try(act, Done(change.what, 0, 0, change.account, change.key, change.amount))
+
+    async def _grant(self, account: int, amount: int, ref: str) -> None:
+        async def act() -> None:
+            operator = await self._gateway.administration()
+            await operator.grant(f"a{account}", amount, ref=ref)
+
+        await self._try(act, Done("grant", 0, 0, account, amount=amount, ref=ref))
+
+    async def _try(self, act: Callable[[], Any], done: Done) -> None:
+        """Do it, again and again while the store is lost, as an operator would."""
+        began_at, ok = self._loop.time(), False
+        for _ in range(OPERATOR_TRIES):
+            with suppress(Unavailable, StoreError):
+                try:
+                    await act()
+                except GatewayError:
+                    break
+                ok = True
+                break
+            await asyncio.sleep(OPERATOR_PAUSE_S)
+        self.record.changes.append(done._replace(began_at=began_at, ended_at=self._loop.time(), ok=ok))
+
+    # The end.
+
+    async def _settle(self) -> None:
+        """Let everything be settled: faults are mended, all instances run, and the longest deadline passes."""
+        self._drops = 0
+        await asyncio.sleep(HOLD_TTL_S + JOURNAL_S)
+        if any(fault.what == "clock" for fault in self._history.faults):  # deadlines are by the store's clock
+            await asyncio.sleep(
+                max(0.0, -sum(fault.delay_s for fault in self._history.faults if fault.what == "clock"))
+            )
+        operator = await self._gateway.administration()
+        for number in range(len(self._history.credit)):
+            with suppress(GatewayError):
+                await operator.credit(f"a{number}")  # releases what is past its deadline
+
+    async def _read_books(self) -> None:
+        """Read what the ledger has of each account, by the keys in docs/ledger.md."""
+        store = self._world.store
+        for number in range(len(self._history.credit)):
+            prefix = f"mesh:{{a{number}}}:"
+            credit = [
+                int(value or 0)
+                for value in store.ask("HMGET", f"{prefix}credit", "balance", "held", "granted", "settled")
+            ]
+            events = [_pairs(fields) for _, fields in store.ask("XRANGE", f"{prefix}usage", "-", "+")]
+            hours: dict[str, int] = {}
+            keys = [key.decode() for key in store.ask("KEYS", f"{prefix}*")]
+            for key in keys:
+                if key.startswith(f"{prefix}hour:"):
+                    for field, value in _pairs(store.ask("HGETALL", key)).items():
+                        metric = field.rpartition("\x1f")[2]
+                        hours[metric] = hours.get(metric, 0) + int(value)
+            now_ms = int((self._loop.wall() + store.clock_offset_s) * 1000)
+            running = sum(
+                store.ask("ZCOUNT", key, now_ms, "+inf") for key in keys if key.startswith(f"{prefix}running:")
+            )
+            holds = store.ask("HLEN", f"{prefix}holds")
+            balance, held, granted, settled = credit
+            self.record.books[number] = Book(balance, held, granted, settled, holds, running, tuple(events), hours)
+
+
+def _pairs(flat: list[bytes]) -> dict[str, str]:
+    words = [word.decode() for word in flat]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _bug_of(entry: tuple[str, dict[str, Any] | bytes]) -> tuple[str, str]:
+    """What a log line tells of a bug; empty if nothing."""
+    where, event = entry
+    if isinstance(event, bytes):
+        line = json.loads(event)
+        return where, f"500 {line.get('error')}" if line.get("status") == 500 else ""
+    return where, f"{event}" if event.get("event") in BUGS else ""
+
+
+class Played:
+    """A history, what came of it, and what is wrong with that."""
+
+    def __init__(self, history: History, outcome: Outcome) -> None:
+        self.history, self.outcome = history, outcome
+        self.record: Record | None = outcome.result
+        if self.record is None or outcome.failure is not None:
+            self.findings = [Finding("it_ends", repr(outcome.failure))]
+            return
+        left = outcome.left
+        for name in ("tasks", "timers", "sockets", "files", "journal"):
+            self.record.left += [f"{name}: {each}" for each in getattr(left, name)]
+        self.record.errors += outcome.errors
+        self.findings = judge(self.record)
+
+
+def played(history: History) -> Played:
+    """Play a history in a world of its own."""
+
+    async def story(world: World) -> Record:
+        return await Play(world, history).play()
+
+    return Played(history, run(history.seed, story, max_turns=MAX_TURNS))

@@ -1,0 +1,412 @@
+"""The judge: a record of one good exchange breaks no rule, and each change of it that breaks a promise is found."""
+
+import json
+import math
+
+import pytest
+from msgspec.structs import replace
+
+from simulation.client import Sight
+from simulation.history import MODELS, Answer, History, KeyPlan, Request
+from simulation.judge import RULES, judge
+from simulation.provider import Bill, Call
+from simulation.record import Book, Done, Finding, Record, Sample, Trouble, marker_of
+
+GRANTED = 1_000_000_000
+COST = 20 * 2_500 + 8 * 10_000
+REQUEST = Request("q0")
+MARKER = marker_of(1, REQUEST)
+WHOLE = json.dumps(
+    {
+        "id": f"chatcmpl-{MARKER}",
+        "choices": [{"index": 0, "message": {"content": " the river"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 20, "completion_tokens": 8},
+    }
+).encode()
+LINE = json.dumps({"id": f"chatcmpl-{MARKER}", "choices": [{"index": 0, "delta": {"content": " the river"}}]})
+STREAM = f"data: {LINE}\n\n: x-mesh-cost=0.00013\n\ndata: [DONE]\n\n".encode()
+ERROR = {"message": "No.", "type": "x", "param": None, "code": "upstream_error", "request_id": "id-q0"}
+
+
+def envelope(**members):
+    return json.dumps({"error": {**ERROR, **members}, "request_id": "id-q0"}).encode()
+
+
+def settled(**fields):
+    event = {
+        "event": "settled",
+        "hold_id": "h1",
+        "request_id": "id-q0",
+        "session": "",
+        "model": "plain",
+        "prompt_tokens": 20,
+        "completion_tokens": 8,
+        "cached_tokens": 0,
+        "cost_nusd": COST,
+        "held_nusd": 4_100_000,
+        "hold": "live",
+        "usage_source": "reported",
+        "waived_nusd": 0,
+    }
+    return {name: str(value) for name, value in {**event, **fields}.items()}
+
+
+def book(*events, **fields):
+    costs = sum(int(event["cost_nusd"]) for event in events)
+    hours = {"requests": len(events), "cost": costs}
+    for metric in ("prompt", "completion", "cached"):
+        hours[metric] = sum(int(event[f"{metric}_tokens"]) for event in events)
+    granted = {"event": "grant", "amount_nusd": str(GRANTED)}
+    sums = {"balance": GRANTED - costs, "granted": GRANTED, "settled": costs}
+    return Book(**{**sums, "events": (granted, *events), "hours": hours, **fields})
+
+
+class Case:
+    """A record of one whole answer, to be changed."""
+
+    def __init__(self, request=REQUEST, *, answer=None):
+        self.sight = Sight(
+            request, MARKER, "id-q0", b"{}", 10.0, sent_at=10.0, ended="whole", ended_at=11.0, status=200
+        )
+        self.sight.headers = {
+            "content-type": "application/json",
+            "x-request-id": "id-q0",
+            "x-mesh-model": "plain",
+            "x-mesh-cost": "0.00013",
+        }
+        self.sight.payload, self.sight.times = WHOLE, [(11.0, 100)]
+        body = {"model": "up-plain", "messages": [{"role": "user", "content": f"{MARKER}: the river is old, and"}]}
+        body |= {"stream": True, "stream_options": {"include_usage": True}} if request.stream else {}
+        body |= {} if request.max_tokens is None else {"max_tokens": request.max_tokens}
+        self.call = Call(MARKER, "one", 0, 10.1, answer or request.answers[0], body, {}, lines=[])
+        self.call.made = self.call.shown = self.call.shown_sent = self.call.shown_begun = 8
+        self.call.bill, self.call.is_true = Bill(20, 0, 8), frozenset({"prompt", "completion"})
+        self.call.reported = self.call.complete = self.call.head_sent = True
+        self.call.ended, self.call.ended_at, self.call.body_bytes = "whole", 11.0, WHOLE
+        if request.stream:
+            self.sight.headers["content-type"] = "text/event-stream"
+            self.sight.payload, self.call.lines = STREAM, [LINE]
+        self.record = Record(
+            History(1, "", steps=(request,)),
+            sights=[self.sight],
+            calls=[self.call],
+            books={0: book(settled())},
+            samples=[Sample(9.0, 0, GRANTED, 0)],
+            changes=[Done("grant", 1.0, 2.0, 0, 0, GRANTED, ok=True, ref="first")],
+            troubles=[],
+            prices=[(0.0, MODELS)],
+            left=[],
+            errors=[],
+        )
+
+    def failed(self, status, **error):
+        """Let the client have got an error, and the provider have failed."""
+        self.sight.status = status
+        self.sight.payload = envelope(**error)
+        self.call.answer, self.call.complete, self.call.ended = Answer(status=500, error="failed"), False, "error"
+        self.record.books = {0: book()}
+
+    def key(self, **limits):
+        self.record.history = replace(self.record.history, keys=(KeyPlan(**limits),))
+
+    def twice(self, **sight):
+        """Add a second request like it, with a settlement of its own."""
+        other = Sight(Request("q1", keyed=self.sight.request.keyed), MARKER, "id-q1", b"{}", 10.0, sent_at=10.0)
+        other.headers, other.payload, other.times = dict(self.sight.headers), self.sight.payload, self.sight.times
+        other.headers["x-request-id"] = "id-q1"
+        other.ended, other.ended_at, other.status = "whole", 11.0, 200
+        for name, value in sight.items():
+            setattr(other, name, value)
+        self.record.sights.append(other)
+        self.record.books = {0: book(settled(), settled(hold_id="h2", request_id="id-q1"))}
+
+
+def test_a_good_exchange_breaks_no_rule():
+    assert judge(Case().record) == []
+
+
+def test_a_good_stream_breaks_no_rule():
+    assert judge(Case(Request("q0", stream=True)).record) == []
+
+
+def test_a_true_failure_breaks_no_rule():
+    case = Case()
+    case.failed(502)
+    assert judge(case.record) == []
+
+
+def unbalanced(case):
+    case.record.books = {0: book(settled(), balance=GRANTED)}
+
+
+def hold_left(case):
+    case.record.books = {0: book(settled(), held=5, holds=1)}
+
+
+def hour_lost(case):
+    case.record.books = {
+        0: book(settled(), hours={"requests": 1, "prompt": 20, "completion": 8, "cached": 0, "cost": 1})
+    }
+
+
+def granted_twice(case):
+    case.record.books = {0: replace(book(settled()), granted=2 * GRANTED, balance=2 * GRANTED - COST)}
+
+
+def settled_twice(case):
+    case.record.books = {0: book(settled(), settled())}
+
+
+def key_charged_twice(case):
+    case.sight.request = replace(case.sight.request, keyed=True)
+    case.twice()
+
+
+def overcharged(case):
+    case.record.books = {0: book(settled(cost_nusd=COST + 1))}
+
+
+def not_charged(case):
+    case.record.books = {0: book()}
+
+
+def failure_charged(case):
+    case.failed(502)
+    case.record.books = {0: book(settled())}
+
+
+def tokens_of_another_kind(case):
+    case.record.books = {0: book(settled(prompt_tokens=60, completion_tokens=-2))}
+
+
+def session_of_another(case):
+    case.record.books = {0: book(settled(session="s2"))}
+
+
+def cost_not_told(case):
+    del case.sight.headers["x-mesh-cost"]
+
+
+def another_cost_told(case):
+    case.sight.headers["x-mesh-cost"] = "0.00014"
+
+
+def silent_success(case):
+    case.call.complete, case.call.ended, case.call.lines = False, "cut", []
+
+
+def no_end(case):
+    case.sight.payload = STREAM.replace(b"data: [DONE]\n\n", b"")
+
+
+def closed(case):
+    case.sight.ended = "closed"
+
+
+def hung(case):
+    case.sight.ended = "hung"
+
+
+def no_envelope(case):
+    case.failed(502)
+    case.sight.payload = b"oops"
+
+
+def other_request_id(case):
+    case.failed(502, request_id="id-q7")
+
+
+def other_waits(case):
+    case.failed(502, retry_after_seconds=2)
+    case.sight.headers |= {"retry-after": "3", "retry-after-ms": "2500"}
+
+
+def answer_lost(case):
+    case.sight.status, case.sight.payload = 502, envelope()
+    case.record.books = {0: book()}
+
+
+def other_bytes(case):
+    case.sight.payload = WHOLE.replace(b"river", b"rover")
+
+
+def event_dropped(case):
+    case.call.lines = [LINE, LINE]
+
+
+def usage_unasked(case):
+    usage = json.dumps({"choices": [], "usage": {"prompt_tokens": 20}})
+    case.sight.payload = STREAM.replace(b": x-mesh", f"data: {usage}\n\n: x-mesh".encode())
+    case.call.lines = [LINE, usage]
+
+
+def crossed(case):
+    case.sight.payload = WHOLE.replace(MARKER.encode(), b"mk1q9z")
+    case.call.body_bytes = case.sight.payload
+
+
+def key_leaked(case):
+    case.call.headers = {"authorization": "Bearer rsk_x"}
+
+
+def own_field_sent(case):
+    case.call.body["session_id"] = "s"
+
+
+def two_caps(case):
+    case.call.body["max_completion_tokens"] = 5
+
+
+def cap_lost(case):
+    del case.call.body["max_tokens"]
+
+
+def silent_stream(case):
+    case.sight.ended_at = 30.0
+
+
+def false_402(case):
+    case.failed(402, code="insufficient_credits", message="The account has 1.00 USD available, ...: 2.00 USD needed.")
+
+
+def false_429(case):
+    case.key(requests_per_minute=60)
+    case.failed(429, code="rate_limit_exceeded", message="Rate limit reached: key requests per minute.")
+
+
+def false_503(case):
+    case.failed(503, code="ledger_unavailable")
+
+
+def false_504(case):
+    case.failed(504, code="gateway_timeout")
+
+
+def internal_error(case):
+    case.failed(500, code="internal_error")
+
+
+def false_wait(case):
+    case.key(requests_per_minute=1)
+    case.failed(429, code="rate_limit_exceeded", message="Rate limit reached: key requests per minute.")
+    case.sight.headers["retry-after-ms"] = "1000"
+    case.twice(
+        request=case.sight.request, again=True, status=429, payload=case.sight.payload, began_at=12.0, ended_at=12.1
+    )
+    case.record.books = {0: book()}
+
+
+def limit_passed(case):
+    case.key(requests_per_minute=1)
+    case.twice()
+
+
+def overdrawn(case):
+    case.record.samples = [Sample(9.0, 0, 10, 20)]
+
+
+def beyond_the_hold(case):
+    case.record.books = {0: book(settled(held_nusd=1))}
+
+
+def not_failed_over(case):
+    case.failed(502)
+    case.sight.request = replace(case.sight.request, model="pair")
+    case.call.body["model"] = "up-pair"
+
+
+def repeats_differ(case):
+    case.sight.request = replace(case.sight.request, keyed=True)
+    case.twice(payload=WHOLE.replace(b"river", b"rover"))
+    case.record.sights[1].headers["idempotent-replayed"] = "true"
+
+
+def revoked_and_served(case):
+    case.record.changes.append(Done("revoke", 1.0, 2.0, 0, 0))
+
+
+def left_behind(case):
+    case.record.left = ["tasks: gateway-0: settle"]
+
+
+def broke(case):
+    case.record.errors = ["gateway-0: task_failed"]
+
+
+STREAMED = Request("q0", stream=True)
+BREAKS = [
+    (unbalanced, "books_balance"),
+    (hold_left, "books_balance"),
+    (hour_lost, "books_balance"),
+    (granted_twice, "grants_count_once"),
+    (settled_twice, "charged_once"),
+    (key_charged_twice, "charged_once"),
+    (overcharged, "charges_are_bills"),
+    (not_charged, "charges_are_bills"),
+    (failure_charged, "charges_are_bills"),
+    (tokens_of_another_kind, "tokens_are_reported"),
+    (session_of_another, "tokens_are_reported"),
+    (cost_not_told, "costs_are_told"),
+    (another_cost_told, "costs_are_told"),
+    (silent_success, "ends_are_honest"),
+    (no_end, "ends_are_honest", STREAMED),
+    (closed, "ends_are_honest"),
+    (hung, "ends_are_honest"),
+    (no_envelope, "ends_are_honest"),
+    (other_request_id, "ends_are_honest"),
+    (other_waits, "ends_are_honest"),
+    (answer_lost, "answers_are_not_lost"),
+    (other_bytes, "answers_are_not_lost"),
+    (event_dropped, "answers_are_not_lost", STREAMED),
+    (usage_unasked, "answers_are_not_lost", STREAMED),
+    (crossed, "bytes_are_ones_own"),
+    (key_leaked, "bytes_are_ones_own"),
+    (own_field_sent, "requests_are_clean"),
+    (two_caps, "requests_are_clean"),
+    (cap_lost, "requests_are_clean", Request("q0", max_tokens=9)),
+    (silent_stream, "streams_are_alive", STREAMED),
+    (false_402, "statuses_have_reasons"),
+    (false_429, "statuses_have_reasons"),
+    (false_503, "statuses_have_reasons"),
+    (false_504, "statuses_have_reasons"),
+    (internal_error, "statuses_have_reasons"),
+    (false_wait, "waits_are_true"),
+    (limit_passed, "limits_hold"),
+    (overdrawn, "credit_is_not_overdrawn"),
+    (beyond_the_hold, "credit_is_not_overdrawn"),
+    (not_failed_over, "failover_happens"),
+    (repeats_differ, "repeats_agree"),
+    (revoked_and_served, "changes_hold"),
+    (left_behind, "nothing_is_left"),
+    (broke, "nothing_broke"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "request_"),
+    [(*row, REQUEST)[:3] for row in BREAKS],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_breaks_a_promise_is_found(change, rule, request_):
+    case = Case(request_)
+    change(case)
+    assert rule in {finding.rule for finding in judge(case.record)}
+
+
+def test_each_rule_has_such_a_case():
+    assert {rule.__name__ for rule in RULES} == {rule for _, rule, *_ in BREAKS}
+
+
+def test_a_killed_worker_excuses_a_charge_that_is_missing():
+    case = Case()
+    not_charged(case)
+    case.sight.ended = "closed"
+    case.record.troubles = [Trouble("killed", 10.5, math.inf)]
+    assert judge(case.record) == []
+
+
+def test_a_finding_names_the_request():
+    case = Case()
+    overcharged(case)
+    found = Finding("charges_are_bills", "id-q0 was charged 130001, and 130000 would be right")
+    assert found in judge(case.record)
