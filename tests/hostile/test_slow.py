@@ -127,12 +127,11 @@ async def test_a_stream_that_may_go_on_goes_on_when_its_client_reads_nothing(sta
     models = {"sim/long": model("sim", "sim/fast?tokens=10000")}
     mesh = await start_mesh(server={"write_timeout_s": SHORT_S}, models=models, send_buffer=4096)
     caller = await mesh.key(credit="1000", limits=Limits(None, 1_000_000_000))
-    body = json.dumps({"model": "sim/long", "messages": HELLO, "stream": True}).encode()
-    head = request(b"Content-Length: %d\r\nIdempotency-Key: once" % len(body), body=body)
+    auth = {**caller.auth, "idempotency-key": "once"}
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((mesh.host, mesh.port))
-        client.sendall(head.replace(b"KEY", caller.secret.encode()))
+        client.sendall(chat_bytes(auth, model="sim/long", stream=True))
         await mesh.until(lambda: mesh.simulator.history.open_streams == 1)
         event = await mesh.settlement(caller)
     assert (event["completion_tokens"], event["usage_source"]) == ("10000", "drained")
