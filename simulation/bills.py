@@ -29,7 +29,7 @@ NOTHING: Final = Cost(0, 0)
 
 
 def whole_cost(call: Call, model: Model) -> Cost:
-    """What an answer costs that arrived whole: its bill, or an estimate of what nothing reported."""
+    """Return what an answer costs that arrived whole: its bill, or an estimate of what nothing reported."""
     bill = call.bill
     if model.from_usage_cost and bill.cost_nusd is not None and not call.outdated:
         return Cost(bill.cost_nusd, bill.cost_nusd)
@@ -37,7 +37,7 @@ def whole_cost(call: Call, model: Model) -> Cost:
 
 
 def part_cost(call: Call, model: Model, seen: int) -> Cost:
-    """What an answer costs that was cut: its prompt, and the text that had been sent, of which the client saw some."""
+    """Return what an answer costs that was cut: its prompt, and the text that had been sent, of which the client saw some."""
     least = _cost(call, model.price, seen, seen, reported=False).least
     return Cost(least, _cost(call, model.price, call.shown_begun, call.shown_begun, reported=False).most)
 
@@ -62,7 +62,7 @@ def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -
 
 
 def allowed_charges(view: View, sight: Sight) -> list[Cost]:
-    """What may be charged for a request, by the bills of its calls and what its client saw."""
+    """Return what may be charged for a request, by the bills of its calls and what its client saw."""
     calls = view.calls.get(sight.marker, [])
     costs: list[Cost] = []
     request = sight.request
@@ -88,7 +88,7 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
 def _charges_of(
     view: View, sight: Sight, call: Call, model: Model, seen: int, *, goes_on: bool, timed_out: bool
 ) -> Iterator[Cost]:
-    """What may be charged if this call served."""
+    """Return what may be charged if this call served."""
     whole, part = whole_cost(call, model), part_cost(call, model, seen)
     ended_well = sight.ended == "whole" and sight.status == 200 and not sight.error
     if call.ended == "error":
@@ -134,7 +134,7 @@ def _ran_elsewhere(view: View, sight: Sight) -> bool:
 
 
 def _model_of(view: View, sight: Sight, call: Call) -> str:
-    """The name of the model that a call was for: the request's own, or the fallback whose turn it was."""
+    """Return the name of the model that a call was for: the request's own, or the fallback whose turn it was."""
     named = sight.headers.get("x-mesh-model")
     ids = [str(event["model"]) for event in view.settled.get(sight.request_id, ()) if event["model"]]
     wanted = str(call.body.get("model", ""))
@@ -157,7 +157,7 @@ def _tokens(line: str) -> int:
 
 
 def text_of(line: str) -> str:
-    """The text of an event's or an answer's choices, once each."""
+    """Return the text of an event's or an answer's choices, once each."""
     try:
         told = json.loads(line)
     except ValueError:
@@ -172,7 +172,7 @@ def text_of(line: str) -> str:
 
 
 def told_cost(sight: Sight) -> int | None:
-    """What an answer says that it cost, in nano-USD."""
+    """Return what an answer says that it cost, in nano-USD."""
     if not sight.is_stream:
         told = sight.headers.get("x-mesh-cost")
         return None if told is None else nusd(told)

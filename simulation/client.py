@@ -71,7 +71,7 @@ def _error(text: str | bytes) -> dict[str, Any]:
 
 
 def body_of(request: Request, marker: str) -> bytes:
-    """The body that a request sends."""
+    """Return the body that a request sends."""
     words = "".join(WORDS[at % len(WORDS)] for at in range(request.prompt_words))
     body: dict[str, Any] = {"model": request.model, "messages": [{"role": "user", "content": f"{marker}:{words}"}]}
     if request.stream:

@@ -1,7 +1,6 @@
-"""Draw a history from a seed: accounts, keys, prices, and steps in time. It is data: it can be printed, shrunk and
-replayed.
+"""Draw a history from a seed: accounts, keys, prices, and steps in time.
 
-Nothing here does anything. `story.play` plays a history on a gateway, `judge.judge` decides whether what came of it
+It is data: it can be printed, shrunk and replayed. Nothing here does anything. `story.play` plays a history on a gateway, `judge.judge` decides whether what came of it
 is right.
 """
 
@@ -64,7 +63,7 @@ class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     request: int = 0
 
     def cost(self, prompt: int, cached: int, completion: int) -> int:
-        """What these tokens cost, in nano-USD, rounded up once."""
+        """Return what these tokens cost, in nano-USD, rounded up once."""
         at_cached = self.input if self.cached is None else self.cached
         total = (prompt - cached) * self.input + cached * at_cached + completion * self.output
         return (self.request if prompt or completion else 0) + -(-total // 1_000_000)
@@ -149,9 +148,9 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 
 
 class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """One client's request. `at_s`: when it is sent. `name` marks all of its text; a repeat has the name of what it
-    repeats.
+    """One client's request.
 
+    `at_s`: when it is sent. `name`: of it alone; its text has a marker made of this, or of the name of what it repeats.
     `repeats`: the name of the request whose body and Idempotency-Key this one sends again. `answers`: what the
     providers do with the first call, the second, ...; the last stands for all that follow. `reads`: how the client
     does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "leaves" after so many seconds, or "stalls"
@@ -263,7 +262,7 @@ class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 
 
 def draw(seed: int) -> History:
-    """The history of a seed: always the same."""
+    """Return the history of a seed: always the same."""
     rng = random.Random(f"history {seed}")
     profile = rng.choices([name for name, _, _ in PROFILES], [weight for _, weight, _ in PROFILES])[0]
     made = next(make for name, _, make in PROFILES if name == profile)(rng)
@@ -272,7 +271,7 @@ def draw(seed: int) -> History:
 
 
 def describe(history: History) -> list[str]:
-    """A history in lines, for people. Fields with their usual values are left out."""
+    """Describe a history in lines, for people. Fields with their usual values are left out."""
     lines = [
         f"seed {history.seed} ({history.profile}): {history.workers} workers, on_failure = "
         + ("local" if history.local else "deny")
@@ -292,7 +291,7 @@ def _dialects(rng: random.Random) -> History:
 
 
 def _providers(rng: random.Random) -> History:
-    """Providers that fail: one, or the first of two, or all."""
+    """Draw providers that fail: one, or the first of two, or all."""
     requests = []
     for number in range(rng.randint(2, 5)):
         bad = _bad_answer(rng)
@@ -349,7 +348,7 @@ def _credit(rng: random.Random) -> History:
 
 
 def _store(rng: random.Random) -> History:
-    """A store that fails under ordinary requests."""
+    """Draw a store that fails under ordinary requests."""
     requests: list[Step] = [
         _reading(rng, _request(rng, f"q{number}", _any_answer(rng), spread=2.0), 0.15)
         for number in range(rng.randint(2, 6))
@@ -371,7 +370,7 @@ def _workers(rng: random.Random) -> History:
 
 
 def _mixed(rng: random.Random) -> History:
-    """A little of everything."""
+    """Draw a little of everything."""
     parts = [make(rng) for make in rng.sample([_dialects, _providers, _clients, _credit, _store, _workers], 2)]
     first = max(parts, key=lambda part: len(part.keys))
     steps: list[Step] = []
@@ -402,7 +401,7 @@ PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
 def _request(
     rng: random.Random, name: str, *answers: Answer, models: Sequence[str] = tuple(MODELS), spread: float = 1.0
 ) -> Request:
-    """An ordinary request, that reads all."""
+    """Draw an ordinary request, that reads all."""
     stream = rng.random() < 0.6
     return Request(
         name,
@@ -421,7 +420,7 @@ def _request(
 
 
 def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Request:
-    """The request of a client that may not read all of its answer."""
+    """Return the request of a client that may not read all of its answer."""
     if rng.random() > share:
         return request
     reads = rng.choice(("hangs_up", "hangs_up", "leaves", "slowly", "stalls"))
@@ -437,7 +436,7 @@ def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Reques
 
 
 def _any_answer(rng: random.Random) -> Answer:
-    """A good answer, in any shape."""
+    """Draw a good answer, in any shape."""
     dialect = rng.choice(DIALECTS)
     answer = Answer(
         dialect=dialect,
@@ -490,7 +489,7 @@ def _any_answer(rng: random.Random) -> Answer:
 
 
 def _bad_answer(rng: random.Random) -> Answer:
-    """An answer that fails."""
+    """Draw an answer that fails."""
     answer = replace(_any_answer(rng), framing="chunked", gzip=False, end="whole", other_shape=False, content_type="")
     if rng.random() < 0.45:
         status, error = rng.choice(
@@ -521,7 +520,7 @@ def _bad_answer(rng: random.Random) -> Answer:
 
 
 def _limited_key(rng: random.Random, account: int) -> KeyPlan:
-    """A key with a limit or a budget, or neither."""
+    """Draw a key with a limit or a budget, or neither."""
     which = rng.choice(("none", "none", "requests", "burst", "tokens", "parallel", "budget"))
     return KeyPlan(
         account,

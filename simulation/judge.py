@@ -1,7 +1,6 @@
-"""Decide whether what came of a history is right: a plain model of the contract, from what providers billed and clients
-saw.
+"""Decide whether what came of a history is right, by a plain model of the contract.
 
-It knows docs/ and DESIGN's promises, and nothing of the gateway's code. Each rule is a function from a record to the
+It knows what providers billed and clients saw, and docs/; nothing of the gateway's code. Each rule is a function from a record to the
 words of what breaks it. docs/simulation.md lists the rules.
 """
 
@@ -58,7 +57,7 @@ def books_balance(view: View) -> Iterator[str]:
 
 
 def grants_count_once(view: View) -> Iterator[str]:
-    """An account was granted what was granted: once for each ref."""
+    """Check that an account was granted what was granted: once for each ref."""
     for number, book in view.record.books.items():
         sure: dict[str, int] = {}
         maybe: dict[str, int] = {}
@@ -72,7 +71,7 @@ def grants_count_once(view: View) -> Iterator[str]:
 
 
 def charged_once(view: View) -> Iterator[str]:
-    """A hold is settled once, a request too, and an Idempotency-Key is charged once."""
+    """Check that a hold is settled once, a request too, and an Idempotency-Key is charged once."""
     holds: dict[str, int] = {}
     for request_id, events in view.settled.items():
         for event in events:
@@ -105,7 +104,7 @@ def charges_are_bills(view: View) -> Iterator[str]:
 
 
 def tokens_are_reported(view: View) -> Iterator[str]:
-    """A settlement has the tokens of the provider's report, and the request's key, session and model."""
+    """Check that a settlement has the tokens of the provider's report, and the request's key, session and model."""
     for sight in view.record.sights:
         for event in view.settled.get(sight.request_id, ()):
             if event["session"] not in {sight.request.session, "~"}:
@@ -157,7 +156,7 @@ def _waived(view: View, sight: Sight) -> bool:
 
 
 def ends_are_honest(view: View) -> Iterator[str]:
-    """A client that stayed got an end: [DONE], an error event, or an envelope; never a silent success."""
+    """Check that a client that stayed got an end: [DONE], an error event, or an envelope; never a silent success."""
     for sight in view.record.sights:
         name, request = sight.request_id, sight.request
         if sight.ended in {"hung", "overrun"}:
@@ -215,7 +214,7 @@ def _envelope_faults(sight: Sight) -> Iterator[str]:
 
 
 def answers_are_not_lost(view: View) -> Iterator[str]:
-    """An answer that a provider gave whole arrives whole, byte for byte, at a client that stayed."""
+    """Check that an answer that a provider gave whole arrives whole, byte for byte, at a client that stayed."""
     for sight in view.record.sights:
         calls = view.calls.get(sight.marker, [])
         if sight.ended != "whole" or not calls or sight.request.timeout_s is not None or len(view.group(sight)) > 1:
@@ -275,7 +274,7 @@ def bytes_are_ones_own(view: View) -> Iterator[str]:
 
 
 def requests_are_clean(view: View) -> Iterator[str]:
-    """What goes to a provider has none of Mesh's fields, one cap under the right name, and not what it refuses."""
+    """Check that what goes to a provider has none of Mesh's fields, one cap under the right name, and not what it refuses."""
     plans = {sight.marker: sight.request for sight in view.record.sights}
     for call in view.record.calls:
         request, upstream = plans.get(call.marker), UPSTREAMS[call.upstream]
@@ -318,9 +317,7 @@ def streams_are_alive(view: View) -> Iterator[str]:
 
 
 def credit_is_not_overdrawn(view: View) -> Iterator[str]:
-    """Available = balance - held is never below 0 but for what streams used beyond their hold: a slice each; whole
-    answers don't.
-    """
+    """Check that available = balance - held is never below 0 but for what streams used beyond their hold, a slice each."""
     for number, book in view.record.books.items():
         charged = [event for event in book.events if event["event"] == "settled"]
         excess = sum(
@@ -344,7 +341,7 @@ def credit_is_not_overdrawn(view: View) -> Iterator[str]:
 
 
 def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
-    """A settlement that exceeds its hold by more than it may."""
+    """Find a settlement that exceeds its hold by more than it may."""
     sight = next((sight for sight in view.record.sights if sight.request_id == event["request_id"]), None)
     if sight is None or event["hold"] != "live" or not view.is_strict or view.record.troubles:
         return
@@ -415,7 +412,7 @@ def repeats_agree(view: View) -> Iterator[str]:
 
 
 def changes_hold(view: View) -> Iterator[str]:
-    """A revoked or suspended key is refused two seconds later, and a reload's prices are charged."""
+    """Check that a revoked or suspended key is refused two seconds later, and a reload's prices are charged."""
     for done in view.record.changes:
         if done.what not in {"revoke", "suspend"} or not done.ok or view.is_lossy:
             continue

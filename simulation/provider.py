@@ -313,7 +313,7 @@ class _Link(asyncio.Protocol):
 
 
 def _pieces(parts: list[bytes], answer: Answer) -> Iterator[tuple[bytes, bool]]:
-    """What is written at once, and whether a pause comes before it.
+    """Return what is written at once, and whether a pause comes before it.
 
     With `pieces` every border is so far within an event.
     """
@@ -355,13 +355,13 @@ def _chunk(data: bytes) -> bytes:
 
 
 def marker_of(body: dict[str, Any]) -> str:
-    """The marker in a request's last message."""
+    """Return the marker in a request's last message."""
     content = body["messages"][-1]["content"]
     return str(content).partition(":")[0]
 
 
 def prompt_tokens(words: int) -> int:
-    """What a provider counts for a prompt of so many words."""
+    """Return what a provider counts for a prompt of so many words."""
     return words + TOKENS_BESIDE_WORDS
 
 
@@ -384,7 +384,7 @@ class Making:
         call.bill, call.is_true = self._billed()
 
     def _billed(self) -> tuple[Bill, frozenset[str]]:
-        """What the report means, and the parts of it that are to be believed."""
+        """Return what the report means, and the parts of it that are to be believed."""
         answer = self._answer
         both = frozenset({"prompt", "completion"})
         lie = answer.lie
@@ -416,7 +416,7 @@ class Making:
         return self._prompt - 3 if answer.dialect == "anthropic" and answer.cached else min(answer.cached, self._prompt)
 
     def usage(self, shown: int, *, hidden: int | None = None) -> dict[str, Any]:
-        """The report after so many tokens of text, in the dialect and with the lie."""
+        """Return the report after so many tokens of text, in the dialect and with the lie."""
         answer, prompt, cached = self._answer, self._prompt, self._cached
         hidden = self._hidden * self._n if hidden is None else hidden
         lie, dialect = answer.lie, answer.dialect
@@ -460,7 +460,7 @@ class Making:
         return usage
 
     def whole(self) -> Event:
-        """An answer that isn't streamed."""
+        """Make an answer that isn't streamed."""
         kind = self._answer.kind
         text = self._text(0, self._words)
         message: dict[str, Any] = {"role": "assistant", "content": text if kind == "text" else None}
@@ -478,7 +478,7 @@ class Making:
         return Event(data, self._call.shown, bool(self._call.is_true), is_done=True)
 
     def events(self) -> list[Event]:
-        """A stream."""
+        """Make a stream."""
         answer, call = self._answer, self._call
         made: list[Event] = [Event(b": keep-alive\n\n")] * answer.comments
         if answer.dialect == "azure":
@@ -578,7 +578,7 @@ PLAIN_LIES: Final = frozenset(
 
 
 def error_of(answer: Answer, marker: str) -> tuple[int, dict[str, str], bytes]:
-    """An error's status, headers and body."""
+    """Return an error's status, headers and body."""
     headers = {"content-type": "application/json"}
     if answer.wait_s is not None:
         headers["retry-after"] = f"{answer.wait_s:g}"

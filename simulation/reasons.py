@@ -27,7 +27,7 @@ def statuses_have_reasons(view: View) -> Iterator[str]:
 
 
 def _status_of(code: object) -> int:
-    """The status that belongs to the code of an error event; 0 if there is none."""
+    """Return the status that belongs to the code of an error event; 0 if there is none."""
     if code is None:
         return 0
     codes = {
@@ -103,8 +103,9 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
 
 
 def most_held(view: View, sight: Sight, made: int = 0) -> int:
-    """The most that one request may hold: its prompt by the coarsest estimate, and its output, of which so much was
-    made.
+    """Return the most that one request may hold: its prompt by the coarsest estimate, and its output.
+
+    `made`: the tokens that its provider made.
     """
     request = sight.request
     output = (request.max_tokens or MAX_OUTPUT_TOKENS) * request.n
@@ -116,7 +117,7 @@ def most_held(view: View, sight: Sight, made: int = 0) -> int:
 
 
 def _samples(view: View, sight: Sight) -> list[Sample]:
-    """The account's credit while a request ran, and just before."""
+    """Return the account's credit while a request ran, and just before."""
     account = view.key(sight)
     within = [sample for sample in view.record.samples if sample.account == account and sample.at <= sight.ended_at]
     before = [sample for sample in within if sample.at < sight.began_at][-1:]
@@ -228,8 +229,9 @@ REASONS: Final[Mapping[int, tuple[Reason, ...]]] = {
 
 
 def waits_are_true(view: View) -> Iterator[str]:
-    """A request that is sent again exactly when a 429 said so is not refused for the same reason, if no other came
-    between.
+    """Check that a request that is sent again exactly when a 429 said so isn't refused again.
+
+    Other requests in between may have taken its place.
     """
     for sight in view.record.sights:
         if not sight.again:

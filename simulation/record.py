@@ -109,7 +109,7 @@ class View:
         self.is_strict = not self.history.local
 
     def charge(self, sight: Sight) -> int:
-        """What the account was charged for a request."""
+        """Return what the account was charged for a request."""
         return sum(int(event["cost_nusd"]) for event in self.settled.get(sight.request_id, ()))
 
     def feels(self, sight: Sight, *whats: str, before_s: float = 0.0) -> bool:
@@ -121,11 +121,11 @@ class View:
         )
 
     def group(self, sight: Sight) -> list[Sight]:
-        """The requests with the same body and Idempotency-Key, or this one alone."""
+        """Return the requests with the same body and Idempotency-Key, or this one alone."""
         return [other for other in self.record.sights if other.marker == sight.marker]
 
     def models(self, sight: Sight, name: str) -> list[Model]:
-        """What a model cost while a request was resolved: before and after a reload, where it may have been either."""
+        """Return what a model cost while a request was resolved: before and after a reload, where it may have been either."""
         found = []
         for index, (since, models) in enumerate(self.record.prices):
             ends = self.record.prices[index + 1][0] if index + 1 < len(self.record.prices) else math.inf
@@ -134,7 +134,7 @@ class View:
         return found
 
     def key(self, sight: Sight) -> int:
-        """The number of the account of a request."""
+        """Return the number of the account of a request."""
         return self.history.keys[sight.request.key].account
 
 
@@ -142,5 +142,5 @@ Rule = Callable[[View], Iterator[str]]
 
 
 def marker_of(seed: int, request: Request) -> str:
-    """What marks all text of a request; a repeat has that of what it repeats."""
+    """Return what marks all text of a request; a repeat has that of what it repeats."""
     return f"mk{seed}{request.repeats or request.name}z"

@@ -52,7 +52,7 @@ BUGS: Final = frozenset(
 
 
 def toml(history: History, models: Mapping[str, Model]) -> str:
-    """The configuration of a history's gateway."""
+    """Return the configuration of a history's gateway."""
     lines = [
         "[server]",
         f"workers = 1\nheartbeat_s = {HEARTBEAT_S:g}\nwrite_timeout_s = {WRITE_TIMEOUT_S:g}\ndrain_s = {DRAIN_S:g}",
@@ -96,7 +96,7 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
 
 
 def usd(amount_nusd: int) -> str:
-    """A decimal string of nano-USD."""
+    """Return a decimal string of nano-USD."""
     return f"{amount_nusd // 1_000_000_000}.{amount_nusd % 1_000_000_000:09d}"
 
 
@@ -181,7 +181,9 @@ class Play:
                 "max_parallel": key.max_parallel,
             }
             budgets: dict[str, int | None] = {} if key.budget_nusd is None else {"total_nusd": key.budget_nusd}
-            made = await operator.create_key(f"a{key.account}", KeyChange(bounds=Bounds(limits=limits, budgets=budgets)))
+            made = await operator.create_key(
+                f"a{key.account}", KeyChange(bounds=Bounds(limits=limits, budgets=budgets))
+            )
             self._secrets.append(made["key"])
             self._key_ids.append(made["id"])
 
@@ -358,7 +360,7 @@ def _pairs(flat: list[bytes]) -> dict[str, str]:
 
 
 def _bug_of(entry: tuple[str, dict[str, Any] | bytes]) -> tuple[str, str]:
-    """What a log line tells of a bug; empty if nothing."""
+    """Return what a log line tells of a bug; empty if nothing."""
     where, event = entry
     if isinstance(event, bytes):
         line = json.loads(event)
