@@ -1,7 +1,7 @@
 """Draw a history from a seed: accounts, keys, prices, and steps in time.
 
-It is data: it can be printed, shrunk and replayed. Nothing here does anything. `story.play` plays a history on a gateway, `judge.judge` decides whether what came of it
-is right.
+It is data: it can be printed, shrunk and replayed. Nothing here does anything. `story.play` plays a history on a
+gateway, `judge.judge` decides whether what came of it is right.
 """
 
 import random

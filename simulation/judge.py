@@ -1,7 +1,7 @@
 """Decide whether what came of a history is right, by a plain model of the contract.
 
-It knows what providers billed and clients saw, and docs/; nothing of the gateway's code. Each rule is a function from a record to the
-words of what breaks it. docs/simulation.md lists the rules.
+It knows what providers billed and clients saw, and docs/; nothing of the gateway's code. Each rule is a function from
+a record to the words of what breaks it. docs/simulation.md lists the rules.
 """
 
 import itertools
