@@ -121,6 +121,8 @@ def _charges_of(
     }
     if not (goes_on and call.complete) or view.feels(sight) or cut_by_gateway or timed_out:
         yield part if seen or not sight.error else Cost(0, part.most)
+    if call.reported and "completion" not in call.is_true:  # a report in the middle
+        yield Cost(part.least, max(part.most, _cost(call, model.price, seen, call.shown_begun, reported=True).most))
     if call.reported and "prompt" in call.is_true:  # running reports
         yield Cost(min(part.least, whole.least), max(part.most, min(whole.most, part.most)))
 

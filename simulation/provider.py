@@ -246,7 +246,7 @@ class _Link(asyncio.Protocol):
                 Event(
                     gzip.compress(b"".join(event.data for event in events), mtime=0),
                     call.shown,
-                    call.bill != Bill(),
+                    any(event.has_report for event in events),
                     is_done=True,
                 )
             ]

@@ -7,7 +7,7 @@ from typing import Final
 
 from simulation.bills import nusd
 from simulation.client import Sight
-from simulation.history import DRAIN_S, FIRST_BYTE_S, HOLD_TTL_S, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS
+from simulation.history import DRAIN_S, FIRST_BYTE_S, HOLD_TTL_S, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS, KeyPlan
 from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
 
 BREAKER_FAILURES: Final = 10
@@ -88,6 +88,7 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
     budget = view.history.keys[sight.request.key].budget_nusd
     if told is None or budget is None:
         return sight.is_stream and budget is not None
+    made = max((call.made for call in view.calls.get(sight.marker, ())), default=0) if sight.is_stream else 0
     most_spent = sum(
         view.charge(other) + most_held(view, other)
         for other in view.record.sights
@@ -97,8 +98,8 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
     return (
         nusd(told[1]) == budget
         and spent + needed > budget
-        and spent <= most_spent
-        and needed <= 2 * most_held(view, sight)
+        and spent <= most_spent + (most_held(view, sight, made) if made else 0)
+        and needed <= 2 * most_held(view, sight, made)
     )
 
 
@@ -138,6 +139,8 @@ def _limited(view: View, sight: Sight) -> bool:
         if other.status not in {401, 402, 403, 429}
         and not (other.request.keyed and "idempotent-replayed" in other.headers)
     ]
+    if view.history.local and view.feels(sight, before_s=RECOVERY_S):  # an instance's share of each limit
+        return key != KeyPlan(key.account)
     if "parallel" in message:
         open_ = [
             other

@@ -52,7 +52,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.event_stream import StreamScanner
-from meshproxy.openai.events import FORM_BYTES, as_whole, form_of
+from meshproxy.openai.events import FORM_BYTES, Whole, as_whole, form_of
 from meshproxy.openai.headers import downstream_headers
 from meshproxy.openai.output import answer_tokens, audio_format
 from meshproxy.openai.request import decode_timeout_s
@@ -283,9 +283,10 @@ class Gateway:
             else:
                 body = await within(exchange.deadline - self._clock(), response.read())
             read_at = self._clock()
-            outdated = False
+            whole = None
             if body[:1] != b"{" and form_of(body[:FORM_BYTES]) == "stream":
-                body, outdated = _assembled(body)
+                whole = _assembled(body)
+                body = whole.body
             reply = decode_reply(body)
             if reply.error:
                 raise classify_error(reply.error, otherwise="The provider failed.")
@@ -293,7 +294,8 @@ class Gateway:
             exchange.record_failure(error)
             raise
         seen = partial(_seen, body, plan)
-        bill(exchange, reply.report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1], outdated=outdated)
+        report, outdated = (reply.report, False) if whole is None else (whole.report, whole.is_outdated)
+        bill(exchange, report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1], outdated=outdated)
         exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True
@@ -384,18 +386,15 @@ def _awaits_answer(exchange: Exchange) -> bool:
     return exchange.early_head is not None and exchange.early_head.waits
 
 
-def _assembled(stream: bytes) -> tuple[bytes, bool]:
-    """Assemble a whole answer from an event stream in its place. Return it, and whether text came after its report.
-
-    Raises UpstreamError if the stream failed or broke off.
-    """
+def _assembled(stream: bytes) -> Whole:
+    """Assemble a whole answer from an event stream in its place. Raises UpstreamError if that failed or broke off."""
     whole = as_whole(stream)
     if whole.error is not None:
         raise stream_error(whole.error)
     if not whole.is_complete:
         error_response = upstream_error("The provider ended the stream early.", may_have_run=True)
         raise UpstreamError(error_response, safe_to_repeat=False, upstream_status=200)
-    return whole.body, whole.is_outdated
+    return whole
 
 
 def _json_headers(response: Response) -> Headers:

@@ -11,7 +11,7 @@ from msgspec import Raw, Struct
 from msgspec.json import encode
 
 from meshproxy.openai.output import Output, escaped, read_output
-from meshproxy.openai.usage import BOM, decode_members, decode_text, decode_value, find_report
+from meshproxy.openai.usage import BOM, Report, decode_members, decode_text, decode_value, find_report
 
 FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
@@ -167,13 +167,14 @@ def as_stream(body: bytes) -> bytes:
 class Whole(NamedTuple):
     """A whole answer made of an event stream.
 
-    `error` is the error in the stream, `is_complete` whether it came to its end. `is_outdated`: text came after the last
-    report of usage.
+    `error` is the error in the stream, `is_complete` whether it came to its end. `report`: the reports of usage in it, the
+    last one over those before. `is_outdated`: text came after the last.
     """
 
     body: bytes
     error: Any
     is_complete: bool
+    report: Report | None = None
     is_outdated: bool = False
 
 
@@ -181,6 +182,7 @@ def as_whole(body: bytes) -> Whole:
     """Merge an event stream into a whole answer. Zeros of a later report don't replace the numbers of an earlier one."""
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
+    report: Report | None = None
     done = is_outdated = False
     for event in body.removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
         parsed = parse(event)
@@ -193,8 +195,10 @@ def as_whole(body: bytes) -> Whole:
         error = error_in(parsed, members)
         if error is not None:
             return Whole(b"", error, is_complete=False)
-        report = find_report(members)
-        if report is not None and report.counts_output:
+        found = find_report(members)
+        if found is not None:
+            report = found.over(report)
+        if found is not None and found.counts_output:
             is_outdated = False
         elif not is_outdated and read_output(parsed.data).texts:
             is_outdated = True
@@ -208,7 +212,7 @@ def as_whole(body: bytes) -> Whole:
     finished = done or any(choice.get("finish_reason") for choice in choices.values())
     whole["object"] = "chat.completion"
     whole["choices"] = [_finished(choice) for _, choice in sorted(choices.items())]
-    return Whole(_encoded(whole), None, finished, is_outdated)
+    return Whole(_encoded(whole), None, finished, report, is_outdated)
 
 
 class _Pieces(list[str]):

@@ -69,7 +69,7 @@ def test_a_stream_as_a_whole_answer():
         delta(finish_reason="tool_calls"),
         {**CHUNK, "choices": [], "usage": {"total_tokens": 3}},
     )
-    whole, error, is_complete, is_outdated = as_whole(body)
+    whole, error, is_complete, _, is_outdated = as_whole(body)
     call = {"id": "t", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
     message = {"role": "assistant", "content": "high tide", "reasoning_content": "hm", "tool_calls": [call]}
     assert json.loads(whole) == {
@@ -89,11 +89,17 @@ def test_a_stream_as_a_whole_answer():
         ([delta(content="a"), {"usage": USED}, delta(content="b")], USED, True),
         ([delta(content="a"), {"usage": USED}, delta(reasoning="b"), {"usage": ZEROS}], USED, True),
         ([delta(content="a"), {"usage": USED}, delta(finish_reason="stop")], USED, False),
+        ([delta(content="a"), {"x_groq": {"usage": USED}}, {"usage": ZEROS}], USED, False),
     ],
 )
 def test_a_whole_answer_has_the_last_report_that_counts(events, usage, is_outdated):
     whole = as_whole(stream(*events))
-    assert (json.loads(whole.body)["usage"], whole.is_outdated) == (usage, is_outdated)
+    assert (whole.report.settled(1000)[0].total, whole.is_outdated) == (usage["total_tokens"], is_outdated)
+
+
+def test_zeros_of_a_later_event_replace_no_number_in_the_answer():
+    whole = as_whole(stream(delta(content="a"), {"usage": USED}, {"usage": ZEROS}))
+    assert json.loads(whole.body)["usage"] == USED
 
 
 def test_choices_side_by_side():

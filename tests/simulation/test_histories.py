@@ -16,7 +16,7 @@ FOUND = {
     1388: "a ping was late when the answer began between two pings",
     1768: "a stream that waited for its client wasn't read on after the client was given up",
 }
-NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "30"))  # for new seeds
+NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "10"))  # for new seeds
 
 
 def failures(seed):
