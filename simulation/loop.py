@@ -448,32 +448,41 @@ class SimLoop(asyncio.BaseEventLoop):
         process.ready.append(handle)
 
     def _run_once(self) -> None:
-        """Have the events of this moment happen, then run one turn of a process that has something to run."""
-        events, runnable = self._events, self._runnable
-        if not runnable and not self._stopping:
-            while events and events[0][4]._cancelled:
-                heapq.heappop(events)
-            if not events:
-                raise Stuck("nothing is scheduled, so what is awaited can't come")
-            self.now = max(self.now, events[0][0])
-        while events and events[0][0] <= self.now:
-            _, _, _, process, what = heapq.heappop(events)
-            if what._cancelled:
+        """Run turns until the loop is stopped."""
+        events, runnable, draw, pop = self._events, self._runnable, self.rng.random, heapq.heappop
+        while not self._stopping:
+            if not runnable:
+                while events and events[0][4]._cancelled:
+                    pop(events)
+                if not events:
+                    raise Stuck("nothing is scheduled, so what is awaited can't come")
+                self.now = max(self.now, events[0][0])
+            while events and events[0][0] <= self.now:
+                _, _, _, owner, what = pop(events)
+                if what._cancelled:
+                    continue
+                if owner is None:
+                    what.callback(*what.args)
+                else:
+                    self._enqueue(owner, what)
+            if not runnable:
                 continue
-            if process is None:
-                what.callback(*what.args)
+            self.turns += 1
+            if self.turns > self.max_turns:
+                raise Stuck(f"more than {self.max_turns} turns")
+            self.now += TURN_S
+            index = int(draw() * len(runnable)) if len(runnable) > 1 else 0
+            process = runnable[index]
+            runnable[index] = runnable[-1]
+            runnable.pop()
+            self._run_turn(process)
+            if process.ready:
+                runnable.append(process)
             else:
-                self._enqueue(process, what)
-        if not runnable:
-            return
-        self.turns += 1
-        if self.turns > self.max_turns:
-            raise Stuck(f"more than {self.max_turns} turns")
-        self.now += TURN_S
-        index = int(self.rng.random() * len(runnable)) if len(runnable) > 1 else 0
-        process = runnable[index]
-        runnable[index] = runnable[-1]
-        runnable.pop()
+                process.is_queued = False
+
+    def _run_turn(self, process: Process) -> None:
+        """Run what is in a process's queue now, and then send what its transports have kept."""
         ready = process.ready
         for _ in range(len(ready)):
             handle = ready.popleft()
@@ -492,10 +501,6 @@ class SimLoop(asyncio.BaseEventLoop):
             flushes, process.flushes = process.flushes, []
             for flush in flushes:
                 flush()
-        if ready:
-            runnable.append(process)
-        else:
-            process.is_queued = False
 
     def dispose(self) -> None:
         """End what is left of the run without letting it touch anything. The loop can't be used afterwards."""

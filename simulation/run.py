@@ -21,6 +21,8 @@ import traceback
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,6 @@ from simulation.store import Store, name_scripts
 
 MAX_TURNS = 2_000_000
 STOP_S = 600.0  # virtual: what a gateway may take to drain
-SCRIPTS = (
-    "admit",
-    "renew",
-    "settle",
-    "grant",
-    "balance",
-    "beat",
-    "claim",
-    "conclude",
-    "put_template",
-    "keep",
-    "replace",
-)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -207,9 +196,17 @@ def _logged(world: World, stack: ExitStack) -> None:
         vars(module)["configure"] = lambda *_: _Sink(world)
 
 
+@cache
+def _name_scripts() -> None:
+    """Have the transcript name the scripts, once: it takes a millisecond."""
+    files = resources.files("meshproxy.ledger").joinpath("scripts").iterdir()
+    scripts = [Script.load(file.name.removesuffix(".lua")) for file in files]
+    name_scripts({script.sha.encode(): script.name for script in scripts})
+
+
 def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int = MAX_TURNS) -> Outcome:
     """Run a story to its end in a world of its own, and return what came of it."""
-    name_scripts({script.sha.encode(): name for name in SCRIPTS for script in (Script.load(name),)})
+    _name_scripts()
     loop = SimLoop(random.Random(seed), max_turns=max_turns)
     result: Any = None
     failure: BaseException | None = None

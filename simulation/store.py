@@ -34,6 +34,7 @@ from simulation.network import SimTransport
 
 HOST, PORT = "store", 6379
 LAG_S = 1.0  # how far a replica is behind at most
+INFO = b"# Memory\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n# Persistence\r\naof_enabled:1\r\nloading:0\r\n"
 OOM = "OOM command not allowed when used memory > 'maxmemory'."
 READONLY = "READONLY You can't write against a read only replica."
 MISCONF = "MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk."
@@ -105,7 +106,9 @@ class Client(FakeSocket):
         return result
 
     def execute(self, fields: list[bytes]) -> Any:
-        """Run one command."""
+        """Run one command. INFO is ours: fakeredis has none."""
+        if fields[0].upper() == b"INFO":
+            return INFO
         self._process_command(fields)
         return self.replies.pop() if self.replies else None
 

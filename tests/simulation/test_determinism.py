@@ -82,6 +82,20 @@ async def story(world: World) -> list[bytes]:
     return [*got, await ask(world, ports[0], secret)]
 
 
+async def proxied(world: World) -> str:
+    """A client behind a balancer that sends a PROXY header: the address that the gateway logs."""
+    text = CONFIGURATION.replace("[server]", "[server]\nproxy_protocol = true\ntrusted_proxies = ['10.0.0.0/8']")
+    gateway = await world.start_gateway(text)
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.instances[0].port)
+    writer.write(b"PROXY TCP4 1.2.3.4 5.6.7.8 1111 80\r\n")
+    await asyncio.sleep(0.1)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer rsk_x\r\ncontent-type: application/json\r\n"
+    writer.write(head + b"connection: close\r\ncontent-length: 2\r\n\r\n{}")
+    await reader.read(-1)
+    (line,) = [entry for _, entry in world.log if isinstance(entry, bytes)]
+    return json.loads(line)["client"]
+
+
 async def supervised(world: World) -> list[bytes]:
     """A supervisor with two workers, one of which is killed in the middle, and a reload of both."""
     await world.spawn(world.process("provider"), asyncio.start_server(answer, "provider", 80))
@@ -104,6 +118,11 @@ async def supervised(world: World) -> list[bytes]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_seed_gives_one_transcript_in_one_process(seed, story):
     assert run(seed, story).transcript == run(seed, story).transcript
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_balancer_s_header_names_the_client(seed):
+    assert run(seed, proxied).result == "1.2.3.4"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
