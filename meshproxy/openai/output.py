@@ -8,14 +8,16 @@ whatever its size.
 import contextlib
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
 from msgspec.json import Decoder
 
 from meshproxy.openai.usage import decode_members, decode_value
+
+Text = TypeVar("Text", str, bytes)
 
 MAX_SAMPLED_CHARS: Final = 16_384  # of a longer text, this much is sampled
 SAMPLES: Final = 4
@@ -128,14 +130,17 @@ def answer_tokens(body: bytes, requested_audio: str | None) -> tuple[int, int]:
     return sum(map(text_tokens, output.texts)) + audio, audio
 
 
+def estimate_from_samples(text: Text, sampled: int, estimate: Callable[[Text], int]) -> int:
+    """Return the estimate for a long text by that for SAMPLES parts of it, `sampled` characters or bytes in all."""
+    width = sampled // SAMPLES
+    step = (len(text) - width) // (SAMPLES - 1)
+    return sum(estimate(text[at * step : at * step + width]) for at in range(SAMPLES)) * len(text) // sampled
+
+
 def text_tokens(text: str) -> int:
     """Estimate the tokens of a text. A long text is sampled."""
-    size = len(text)
-    if size > MAX_SAMPLED_CHARS:
-        width = MAX_SAMPLED_CHARS // SAMPLES
-        step = (size - width) // (SAMPLES - 1)
-        sampled = sum(text_tokens(text[at * step : at * step + width]) for at in range(SAMPLES))
-        return sampled * size // MAX_SAMPLED_CHARS
+    if len(text) > MAX_SAMPLED_CHARS:
+        return estimate_from_samples(text, MAX_SAMPLED_CHARS, text_tokens)
     tokens = len(_TOKEN.findall(text))
     return tokens if text.isascii() else tokens + len(_ASTRAL.findall(text)) // 2
 

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from meshproxy.openai.output import text_tokens
+from meshproxy.openai.output import estimate_from_samples, text_tokens
 
 BYTES_PER_TOKEN = 3
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and at most 3 of UTF-8
@@ -54,8 +54,7 @@ _TEXT_KEYS: Final = frozenset(
 )
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\\%"
 _MAX_MIME_CHARS = 256
-MAX_SAMPLED_BYTES = 65_536  # of longer JSON, this much is sampled, at SAMPLES places
-SAMPLES = 4
+MAX_SAMPLED_BYTES = 65_536  # of longer JSON, this much is sampled
 _FRAMING: Final = re.compile(r'\{\s*"role"\s*:\s*"\w+"\s*,\s*"content"\s*:\s*"|"\s*\}\s*[,\]]|^\s*\[\s*')
 _ESCAPE: Final = re.compile(r'\\(?:u([0-9a-fA-F]{4})|(["\\/bfnrt]))')
 _ESCAPED: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}  # the others are themselves
@@ -108,12 +107,8 @@ def likely_tokens(texts: Iterable[bytes], count: int) -> int:
 
 def _words(json: bytes) -> int:
     """Estimate the tokens of the words in JSON, without the framing of its messages."""
-    size = len(json)
-    if size > MAX_SAMPLED_BYTES:
-        width = MAX_SAMPLED_BYTES // SAMPLES
-        step = (size - width) // (SAMPLES - 1)
-        sampled = sum(_words(json[at * step : at * step + width]) for at in range(SAMPLES))
-        return sampled * size // MAX_SAMPLED_BYTES
+    if len(json) > MAX_SAMPLED_BYTES:
+        return estimate_from_samples(json, MAX_SAMPLED_BYTES, _words)
     text = _FRAMING.sub("", json.decode(errors="ignore"))
     return text_tokens(_ESCAPE.sub(_unescaped, text) if "\\" in text else text)
 
