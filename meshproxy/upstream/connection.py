@@ -139,6 +139,7 @@ class Connection(asyncio.Protocol):
             self.state = state = NEXT[before][event]
         except KeyError:
             self.state = state = State.CLOSED
+            error = error or errors.dropped()
         if state is State.CLOSED:
             self._close(before, error)
             return

@@ -54,3 +54,12 @@ async def until_equal(look: Callable[[], Any], expected: Any, timeout_s: float =
     with suppress(AssertionError):
         await until(lambda: look() == expected, timeout_s=timeout_s)
     assert look() == expected
+
+
+class SkewedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time a test moves by `skew`, in seconds."""
+
+    skew = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.skew

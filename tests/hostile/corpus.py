@@ -201,6 +201,7 @@ START_LINES = {
     "http-1.2": (request(LENGTH, version=b"HTTP/1.2"), REFUSED),
     "http-1.10": (request(LENGTH, version=b"HTTP/1.10"), REFUSED),
     "http-2.0": (request(LENGTH, version=b"HTTP/2.0"), REFUSED),
+    "http-2.0-without-body": (request(b"Content-Length: 0", version=b"HTTP/2.0", body=b""), REFUSED),
     "http-in-small": (request(LENGTH, version=b"http/1.1"), REFUSED),
     "space-behind-version": (request(LENGTH, version=b"HTTP/1.1 "), REFUSED),
     "http-2-preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", REFUSED),

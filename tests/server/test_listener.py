@@ -1,13 +1,17 @@
 import asyncio
+import inspect
 import json
+import re
 import tracemalloc
 from unittest.mock import Mock
 
 import pytest
-from aiohttp import web
+from aiohttp import HttpVersion10, web
+from aiohttp.http import HttpProcessingError
+from yarl import URL
 
 from meshproxy.gateway.exchange import Reply
-from meshproxy.server.aiohttp_path import ConnectionLimits, envelope_errors
+from meshproxy.server.aiohttp_path import AiohttpConnection, ConnectionLimits, envelope_errors
 from meshproxy.server.chat import ClientStream
 from meshproxy.server.fast_path import ClientConnection
 from meshproxy.server.listener import Runner, listen
@@ -227,6 +231,28 @@ async def test_a_body_of_small_chunks_is_taken_up_to_a_bound(start, size, count,
     assert got.split()[1] == status
 
 
+async def test_a_chunk_that_is_invalid_is_answered_when_it_comes(start):
+    """The head came before, and its handler waits for the body."""
+    served = await start()
+    reader, writer = await served.connect()
+    head, _, _ = CHUNKED.partition(b"2\r\n{}")
+    writer.write(head)
+    while not served.runner.busy():
+        await asyncio.sleep(0)
+    writer.write(b"-2\r\n{}\r\n0\r\n\r\n" + GET)
+    head, _, body = (await asyncio.wait_for(reader.read(-1), 5)).partition(b"\r\n\r\n")
+    assert head.split()[1] == b"400"
+    assert b"connection: close" in head.lower()
+    assert json.loads(body)["error"]["code"] == "bad_request"
+    writer.close()
+
+
+async def test_a_request_is_served_that_came_in_one_read_with_invalid_bytes(start):
+    served = await start(fast_connections=False)
+    got = await served.asked(POST + GET + b"GARBAGE\r\n\r\n")
+    assert re.findall(rb"HTTP/1.[01] (\d+)", got) == [b"200", b"200", b"400"]
+
+
 async def test_a_bug_is_answered_in_the_envelope(start, caplog):
     served = await start()
     got = await served.asked(GET.replace(b"/work", b"/bug"))
@@ -331,3 +357,89 @@ async def test_without_chat_every_request_is_the_applications(start):
     served = await start(fast_connections=False)
     ask = POST.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
     assert (await served.asked(ask)).endswith(b"\r\n\r\nodd {}")
+
+
+class Seen(AiohttpConnection):
+    """A connection that keeps itself, and what it looks like from inside."""
+
+    latest = None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        Seen.latest = self
+
+
+@pytest.fixture
+async def seen(start, monkeypatch):
+    """A connection to a listener, and its other end."""
+    monkeypatch.setattr("meshproxy.server.listener.AiohttpConnection", Seen)
+    served = await start(fast_connections=False)
+    reader, writer = await served.connect()
+    while Seen.latest is None or Seen.latest.transport is None:
+        await asyncio.sleep(0)
+    yield Seen.latest, reader, writer
+    writer.close()
+    Seen.latest = None
+
+
+class TestWhatOfAiohttpIsPrivate:
+    """docs/decisions/fast-path.md lists it: a release that changes it fails here, by name."""
+
+    async def test_messages_are_the_heads_that_are_parsed_and_not_begun(self, seen):
+        connection, _, _ = seen
+        connection.data_received(POST + GET)
+        assert [message.path for message, _ in connection._messages] == ["/v1/chat/completions", "/work"]
+        _, body = connection._messages[0]
+        assert (body.is_eof(), body.total_bytes) == (True, 2)
+
+    async def test_a_head_that_the_parser_refuses_is_a_message_with_its_exception(self, seen):
+        connection, _, _ = seen
+        web.RequestHandler.data_received(connection, b"GARBAGE\r\n\r\n")
+        message, _ = connection._messages[-1]
+        assert isinstance(message.exc, HttpProcessingError)
+
+    async def test_a_request_is_in_progress_from_its_handlers_start_until_its_answer_is_written(self, seen):
+        connection, reader, writer = seen
+        assert connection._request_in_progress is False
+        writer.write(POST[:-1])
+        while not connection._request_in_progress:
+            await asyncio.sleep(0)
+        writer.write(POST[-1:])
+        await answers(reader, b"odd {}")
+        assert connection._request_in_progress is False
+
+    async def test_the_task_that_serves_a_connection_cancels_its_handler(self, seen):
+        connection, reader, writer = seen
+        writer.write(POST[:-1])
+        while not connection._request_in_progress:
+            await asyncio.sleep(0)
+        connection._task_handler.cancel()
+        assert await asyncio.wait_for(reader.read(-1), 5) == b""
+
+    async def test_the_applications_server_has_its_handler_and_its_requests_factory(self):
+        runner = web.AppRunner(web.Application())
+        await runner.setup()
+        assert callable(runner.server.request_handler)
+        assert callable(runner.server.request_factory)
+        await runner.cleanup()
+
+    async def test_a_message_is_copied_with_what_the_listener_changes(self, seen):
+        connection, _, _ = seen
+        connection.data_received(GET)
+        message, _ = connection._messages[0]
+        changed = message._replace(version=HttpVersion10, url=URL("/"), should_close=True)
+        assert (changed.version, changed.url, changed.should_close) == (HttpVersion10, URL("/"), True)
+        assert message.upgrade is False
+
+    def test_the_listeners_options_are_the_connections(self):
+        options = inspect.signature(web.RequestHandler.__init__).parameters
+        told = {
+            "loop",
+            "access_log",
+            "auto_decompress",
+            "max_line_size",
+            "max_field_size",
+            "max_headers",
+            "lingering_time",
+        }
+        assert told <= options.keys()
