@@ -157,13 +157,12 @@ def _read_text(path: str) -> str:
         raise ConfigError([f"{path}: not UTF-8"]) from error
 
 
-def _faults_of(*builders: Callable[[], object]) -> Iterator[str]:
-    """Call the builders and yield the faults that they raise."""
-    for build in builders:
-        try:
-            build()
-        except ConfigError as error:
-            yield from error.faults
+def _faults_of(build: Callable[[], object]) -> Iterator[str]:
+    """Call `build` and yield the faults that it raises."""
+    try:
+        build()
+    except ConfigError as error:
+        yield from error.faults
 
 
 def _server_faults(server: Server) -> Iterator[str]:

@@ -8,9 +8,9 @@ import getpass
 import os
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -21,6 +21,8 @@ from meshproxy.units import parse_moment, parse_span, parse_usd
 
 if TYPE_CHECKING:
     from meshproxy.ledger.administration import Administration
+
+Parsed = TypeVar("Parsed")
 
 MAX_COUNT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 DAY_MIN = 1440  # refusals are counted for so many minutes
@@ -36,10 +38,7 @@ def usd(text: str) -> int:
 
 def signed_usd(text: str) -> int:
     """Return the nano-USD of a decimal amount."""
-    try:
-        return parse_usd(text.removeprefix("$"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return _checked(parse_usd, text.removeprefix("$"))
 
 
 def count(text: str) -> int:
@@ -84,12 +83,12 @@ def param(text: str) -> tuple[str, Any]:
 
 def past(text: str) -> float:
     """Return the Unix seconds of an RFC 3339 time, or of a duration before now such as 24h."""
-    return _moment(text, -1)
+    return _checked(lambda text: parse_moment(text, time.time(), -1), text)
 
 
 def moment(text: str) -> float:
     """Return the Unix seconds of any RFC 3339 time, or of a duration from now such as 30d."""
-    return _moment(text, 1)
+    return _checked(lambda text: parse_moment(text, time.time()), text)
 
 
 def future(text: str) -> float:
@@ -102,20 +101,14 @@ def future(text: str) -> float:
 
 def span(text: str) -> int:
     """Return the seconds of a duration such as 24h."""
-    try:
-        return parse_span(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return _checked(parse_span, text)
 
 
 def account(text: str) -> str:
     """Parse an account's name."""
     from meshproxy.ledger.directory import check_account_name  # noqa: PLC0415 - redis-py; see above
 
-    try:
-        check_account_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    _checked(check_account_name, text)
     return text
 
 
@@ -125,9 +118,10 @@ def _whole(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def _moment(text: str, direction: int) -> float:
+def _checked(parse: Callable[[str], Parsed], text: str) -> Parsed:
+    """Parse a text. A ValueError becomes argparse's error with the same message."""
     try:
-        return parse_moment(text, time.time(), direction)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -45,7 +45,8 @@ def load_certificate(context: ssl.SSLContext, server: Server) -> None:
     try:
         context.load_cert_chain(server.tls_cert, server.tls_key, password=_no_password)
     except ssl.SSLError as error:
-        raise ConfigError([f"server.tls_cert: {server.tls_cert} and {server.tls_key}: {_reason(error)}"]) from error
+        reason = (error.reason or "not PEM").replace("_", " ").lower()
+        raise ConfigError([f"server.tls_cert: {server.tls_cert} and {server.tls_key}: {reason}"]) from error
     except OSError as error:
         raise ConfigError(
             [f"server.tls_cert: {server.tls_cert} or {server.tls_key} can't be read ({error.strerror})"]
@@ -57,10 +58,6 @@ def load_certificate(context: ssl.SSLContext, server: Server) -> None:
 def _no_password() -> str:
     """Raise: without this callback OpenSSL would ask on the terminal."""
     raise ValueError("a key with a password can't be used")
-
-
-def _reason(error: ssl.SSLError) -> str:
-    return (error.reason or "not PEM").replace("_", " ").lower()
 
 
 BACKLOG = 4096
