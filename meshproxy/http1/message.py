@@ -433,7 +433,9 @@ def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11:
 
 def _length(values: list[str]) -> int:
     """Return the Content-Length, of decimal digits. Equal ones are one (RFC 9112, section 6.3, item 5)."""
-    length, *others = {value.strip(" \t") for listed in values for value in listed.split(",")}
+    length, *others = set(values)
+    if others or "," in length:
+        length, *others = {value.strip(" \t") for listed in values for value in listed.split(",")}
     if others or not (length.isascii() and length.isdigit()) or len(length) > MAX_LENGTH_DIGITS:
         raise malformed("its content-length is no number")
     return int(length)

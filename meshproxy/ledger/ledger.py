@@ -29,6 +29,7 @@ from meshproxy.ledger.records import (
     KeyUse,
     Settlement,
     Spend,
+    account_keys,
     hold_keys,
 )
 from meshproxy.ledger.store import Argument, Script, Store, Unavailable, batches, pairs
@@ -41,7 +42,6 @@ MAX_REFUSED_ACCOUNTS = 4096  # whose refusals one worker counts between two writ
 NOTE_REFUSALS_S = 1.0
 REFUSED_KEPT_S = 86_400
 BATCH_KEYS = 500  # keys whose commands share one write
-MAX_KNOWN_ACCOUNTS = 4096  # whose key names are cached
 MAX_KNOWN_LIMITS = 1024  # different limits and budgets, whose arguments to scripts are cached
 
 _NO_LIMIT = -1
@@ -82,7 +82,6 @@ class Ledger:
         self._settle = Script.load("settle")
         self._grant = Script.load("grant")
         self._balance = Script.load("balance")
-        self._known: dict[str, AccountKeys] = {}
         self._refused: Counter[str] = Counter()  # by account, since the last write to Redis
 
     async def admit(self, request: HoldRequest) -> Hold | Denial:
@@ -187,7 +186,7 @@ class Ledger:
         ]
         if settlement.budgets != NO_BUDGETS or settlement.account_budgets != NO_BUDGETS:
             args += [*_amounts(settlement.budgets), *_amounts(settlement.account_budgets)]
-        return _settlement_keys(self._names(settlement.account), settlement), args
+        return _settlement_keys(account_keys(settlement.account), settlement), args
 
     async def grant(self, account: str, amount_nusd: int, note: str = "", *, ref: str = "", actor: str = "") -> Granted:
         """Grant credit, or take credit back with a negative amount, once for each `ref`.
@@ -196,7 +195,7 @@ class Ledger:
 
         Raises ValueError if the balance would exceed MAX_NUSD, and RefTaken if another amount was granted under `ref`.
         """
-        names = self._names(account)
+        names = account_keys(account)
         await self._store.execute("SADD", ACCOUNTS, account)
         keys = [names.credit, names.usage, names.spend, names.grants, names.grant_refs]
         outcome, balance = await self._store.run(self._grant, keys, [amount_nusd, note, MAX_NUSD, ref, actor])
@@ -208,7 +207,7 @@ class Ledger:
 
     async def grants(self, account: str, limit: int = MAX_GRANTS_READ) -> list[Grant]:
         """Return the latest grants of an account, newest first. Grants of versions that kept no history are missing."""
-        entries = await self._store.execute("XREVRANGE", self._names(account).grants, "+", "-", "COUNT", limit)
+        entries = await self._store.execute("XREVRANGE", account_keys(account).grants, "+", "-", "COUNT", limit)
         return [
             Grant(
                 int(fields[b"amount_nusd"]),
@@ -233,7 +232,7 @@ class Ledger:
 
         With a key, the result also has the key's spend and all buckets.
         """
-        names = self._names(account)
+        names = account_keys(account)
         keys = names.script_keys if key_id is None else (*names.script_keys, *names.script_keys_of_key(key_id))
         reply = await self._store.run(self._balance, keys, [*_rates(account_limits), *_rates(key_limits)])
         numbers = list(map(int, reply[:12]))
@@ -259,7 +258,7 @@ class Ledger:
             refused, self._refused = self._refused, Counter()
             minute = int(time.time()) // 60
             for account, count in refused.items():
-                key = self._names(account).refused(_hour(minute // 60))
+                key = account_keys(account).refused(_hour(minute // 60))
                 with contextlib.suppress(Unavailable):
                     await asyncio.gather(
                         self._store.execute("HINCRBY", key, minute % 60, count),
@@ -272,7 +271,7 @@ class Ledger:
         first = now - min(minutes, REFUSED_KEPT_S // 60) + 1
         hours = range(first // 60, now // 60 + 1)
         found: list[int] = []
-        for batch in batches([self._names(account) for account in accounts], BATCH_KEYS):
+        for batch in batches([account_keys(account) for account in accounts], BATCH_KEYS):
             replies = await asyncio.gather(
                 *(self._store.execute("HGETALL", names.refused(_hour(hour))) for names in batch for hour in hours)
             )
@@ -285,7 +284,7 @@ class Ledger:
 
     async def key_spends(self, account: str, key_ids: Sequence[str]) -> list[KeyUse]:
         """Return the spend and the time of last use of an account's keys, in the order of `key_ids`."""
-        names = self._names(account)
+        names = account_keys(account)
         seconds, _ = await self._store.execute("TIME")
         day = time.strftime("%Y-%m-%d", time.gmtime(int(seconds)))
         fields = ("total", f"day:{day}", f"month:{day[:7]}", "used_ms")
@@ -302,7 +301,7 @@ class Ledger:
         found: dict[str, int] = {}
         for batch in batches(accounts, BATCH_KEYS):
             replies = await asyncio.gather(
-                *(self._store.execute("HGET", self._names(account).credit, "balance") for account in batch)
+                *(self._store.execute("HGET", account_keys(account).credit, "balance") for account in batch)
             )
             found |= {account: int(reply or 0) for account, reply in zip(batch, replies, strict=True)}
         return found
@@ -314,19 +313,10 @@ class Ledger:
             found += await asyncio.gather(*map(self.balance, batch))
         return found
 
-    def _names(self, account: str) -> AccountKeys:
-        """Return the names of the account's keys in Redis, cached."""
-        names = self._known.get(account)
-        if names is None:
-            if len(self._known) >= MAX_KNOWN_ACCOUNTS:
-                self._known.clear()
-            names = self._known[account] = AccountKeys(account)
-        return names
-
 
 def _hold_keys(request: HoldRequest) -> tuple[str, ...]:
     keys = hold_keys(request.account, request.key_id)
-    return keys if request.session is None else (*keys, AccountKeys(request.account).session_spend(request.session))
+    return keys if request.session is None else (*keys, account_keys(request.account).session_spend(request.session))
 
 
 @lru_cache(48)

@@ -297,9 +297,15 @@ class AccountKeys:
 
 
 @lru_cache(MAX_KNOWN_KEYS)
+def account_keys(account: str) -> AccountKeys:
+    """Return the names of one account's keys, cached."""
+    return AccountKeys(account)
+
+
+@lru_cache(MAX_KNOWN_KEYS)
 def hold_keys(account: str, key_id: str) -> tuple[str, ...]:
     """Return the keys that every script with holds takes first (hold.lua): the account's, then the API key's."""
-    names = AccountKeys(account)
+    names = account_keys(account)
     return (*names.script_keys, *names.script_keys_of_key(key_id))
 
 

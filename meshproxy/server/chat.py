@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -150,7 +151,8 @@ class ClientStream:
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
         if self._transport is not None and not self._transport.is_closing():
             self._transport.set_write_buffer_limits(MAX_BUFFERED_BYTES)
-        self._close_if_draining()
+        if self._is_closing():
+            self.keep_alive = False
         self._send(head(200, [*headers, *self._extra, *framing], keep_alive=self.keep_alive, minor=self._minor))
 
     def write(self, payload: bytes, frame: bytes | None = None) -> None:
@@ -184,16 +186,10 @@ class ClientStream:
             if self._transport is not None:
                 self._transport.abort()
             return
-        self._close_if_draining()
-        if reply.status == 408:  # RFC 9110, section 15.5.9
+        if reply.status == 408 or self._is_closing():  # RFC 9110, section 15.5.9
             self.keep_alive = False
         headers = [*reply.headers, *self._extra, ("content-length", str(len(reply.body)))]
         self._send(head(reply.status, headers, keep_alive=self.keep_alive, minor=self._minor) + reply.body)
-
-    def _close_if_draining(self) -> None:
-        """Choose `Connection: close` if the gateway won't take another request."""
-        if self._is_closing():
-            self.keep_alive = False
 
     def _send(self, data: bytes) -> None:
         """Write, unless the client has gone; its handler is then being cancelled already."""
@@ -334,12 +330,13 @@ class ChatHandler:
             connection.drained,
             self._is_closing,
             keep_alive=keep_alive,
-            extra=cors_headers(fields.get("origin"), server.cors_origins),
+            extra=cors_headers(fields["origin"], server.cors_origins) if "origin" in fields else None,
         )
         keep_open = False
         try:
+            known_id = valid_request_id(fields["x-request-id"]) if "x-request-id" in fields else None
             call = self._call(
-                valid_request_id(fields.get("x-request-id")) or new_request_id(),
+                known_id or new_request_id(),
                 fields,
                 connection.peer,
                 lambda reserve: body_of(connection, fields, server, reserve),
@@ -385,6 +382,7 @@ class ChatHandler:
     ) -> Call:
         """Make the gateway's Call of a request. `peer` is the connection's other end, None on a unix socket."""
         received_at = self._clock()
+        timeout_s = headers.get("x-stainless-read-timeout")
         return Call(
             request_id=request_id,
             authorization=headers.get("authorization"),
@@ -392,8 +390,8 @@ class ChatHandler:
             received_at=received_at,
             forward=forwarded_headers(headers),
             idempotency_key=headers.get("idempotency-key"),
-            trace_id=trace_id(headers.get("traceparent")),
-            deadline=received_at + client_timeout_s(headers.get("x-stainless-read-timeout")),
+            trace_id=trace_id(headers["traceparent"]) if "traceparent" in headers else None,
+            deadline=received_at + client_timeout_s(timeout_s) if timeout_s is not None else math.inf,
             api_version=headers.get("x-mesh-version"),
             client=self.trusted_proxies.client_of(peer, headers),
             sees_usage="x-meshapi-sdk" in headers,

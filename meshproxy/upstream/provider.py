@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from meshproxy import config
 from meshproxy.config import resolved
 from meshproxy.errors import GatewayError, Source, invalid
-from meshproxy.upstream.connection import Connection, Timeouts
+from meshproxy.upstream.connection import Timeouts
 from meshproxy.upstream.pool import BaseUrl, ClientContext, Dialer, Pool
 from meshproxy.upstream.response import Response, Sink, unreachable
 
@@ -62,7 +62,9 @@ class Provider:
         the connection at once.
         """
         request = self._request(path, headers, body)
-        connection, answer = self._send_on_idle(request)
+        connection, answer = self._pool.take(), None
+        if connection is not None and (answer := connection.send(request)) is None:
+            connection.abort()
         for _ in range(MAX_DEAD_CONNECTIONS):
             if answer is not None:
                 break
@@ -85,15 +87,6 @@ class Provider:
     async def close(self) -> None:
         """Close every connection. Answers in progress fail."""
         await self._pool.close()
-
-    def _send_on_idle(self, request: list[bytes]) -> tuple[Connection | None, "asyncio.Future[Response] | None"]:
-        connection = self._pool.take()
-        if connection is None:
-            return None, None
-        answer = connection.send(request)
-        if answer is None:
-            connection.abort()
-        return connection, answer
 
     def _request(self, path: str, headers: Sequence[tuple[str, str]], body: bytes) -> list[bytes]:
         """Return the bytes of a request: one piece if it is small, else head and body."""

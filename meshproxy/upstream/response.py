@@ -213,7 +213,7 @@ class Response:
         """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow."""
         # usual for small answers: the body came with its head
         if self._flow is None and self._error is None and self._early_bytes <= self._max_bytes:
-            return b"".join([payload for payload, _ in self._early])
+            return self._early[0][0] if len(self._early) == 1 else b"".join([payload for payload, _ in self._early])
         whole = _WholeBody(self, self._max_bytes)
         self.relay(whole)
         try:
