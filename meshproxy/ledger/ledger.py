@@ -341,29 +341,26 @@ def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:
 
 
 @lru_cache(MAX_KNOWN_LIMITS)
-def _rates(limits: Limits) -> tuple[int, int, int, int, int]:
-    """Return requests per minute, burst, tokens per minute, requests per day and parallel requests, for scripts."""
+def _rates(limits: Limits) -> tuple[str, ...]:
+    """Return requests per minute, burst, tokens per minute, requests per day and parallel requests, for scripts.
+
+    They are texts, since a command is packed in half the time if its numbers needn't be formatted.
+    """
     requests, tokens, burst = limits.requests_per_minute, limits.tokens_per_minute, limits.burst
     daily, parallel = limits.requests_per_day, limits.max_parallel
     if requests is None:
-        requests = burst = _NO_LIMIT
-    return (
-        requests,
-        requests if burst is None else burst,
-        _NO_LIMIT if tokens is None else tokens,
-        _NO_LIMIT if daily is None else daily,
-        _NO_LIMIT if parallel is None else parallel,
-    )
+        burst = None
+    return _texts(requests, requests if burst is None else burst, tokens, daily, parallel)
 
 
 @lru_cache(MAX_KNOWN_LIMITS)
-def _amounts(budgets: Budgets) -> tuple[int, int, int]:
-    total, daily, monthly = budgets.total_nusd, budgets.daily_nusd, budgets.monthly_nusd
-    return (
-        _NO_LIMIT if total is None else total,
-        _NO_LIMIT if daily is None else daily,
-        _NO_LIMIT if monthly is None else monthly,
-    )
+def _amounts(budgets: Budgets) -> tuple[str, ...]:
+    """Return the budgets in total, of a day and of a month, for scripts."""
+    return _texts(budgets.total_nusd, budgets.daily_nusd, budgets.monthly_nusd)
+
+
+def _texts(*limits: int | None) -> tuple[str, ...]:
+    return tuple(str(_NO_LIMIT if limit is None else limit) for limit in limits)
 
 
 def _denied(reply: Sequence[int], buckets: tuple[BucketState, ...]) -> Denial:
