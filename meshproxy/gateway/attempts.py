@@ -18,7 +18,7 @@ from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
 from meshproxy.openai.errors import conceal_secrets, error_event, without_secrets
 from meshproxy.openai.event_stream import PING, StreamScanner
-from meshproxy.openai.events import FORM_BYTES, as_stream, form_of
+from meshproxy.openai.events import FORM_BYTES, as_stream, begins_plainly, form_of
 from meshproxy.openai.usage import decode_reply
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal
@@ -34,8 +34,13 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
 
     Raises UpstreamError if the stream broke off, ended or reported an error before any event.
     """
-    scanner = StreamScanner(hide_usage=False)
     until = clock() + hold_s
+    if not response.early_pieces() and response.may_receive_more:
+        await response.wait_for_more(hold_s)
+    pieces = response.early_pieces()
+    if pieces and begins_plainly(pieces[0]):  # nearly every stream: the relay scans this event alone
+        return
+    scanner = StreamScanner(hide_usage=False)
     scanned = 0
     while True:
         for payload in response.early_pieces(scanned):

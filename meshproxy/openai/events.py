@@ -73,6 +73,12 @@ def is_plain(event: bytes, size: int) -> bool:
     )
 
 
+def begins_plainly(payload: bytes) -> bool:
+    """Return whether a stream's first bytes begin with a whole plain event."""
+    size = payload.find(b"\n\n") + 2
+    return is_plain(payload if size == len(payload) else payload[:size], size)
+
+
 def may_have(text: bytes, member: bytes) -> bool:
     """Return whether a member may be present and not null."""
     at = text.rfind(member)

@@ -161,7 +161,9 @@ class ClientStream:
             frame = payload
         elif frame is None:
             frame = b"%x\r\n%b\r\n" % (len(payload), payload)
-        self._send(frame)
+        transport = self._transport  # as `_send` does it, without a call for each event
+        if transport is not None and not transport.is_closing():
+            transport.write(frame)
 
     def finish(self) -> None:
         """End the body."""

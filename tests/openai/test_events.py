@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.openai.events import as_stream, as_whole, form_of
+from meshproxy.openai.events import as_stream, as_whole, begins_plainly, form_of
 
 CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
 USED = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
@@ -41,6 +41,24 @@ def delta(index=0, finish_reason=None, **members):
 )
 def test_the_first_bytes_tell_the_form(beginning, expected):
     assert form_of(beginning) == expected
+
+
+@pytest.mark.parametrize(
+    ("beginning", "expected"),
+    [
+        (b'data: {"choices":[]}\n\n', True),
+        (b'data: {"choices":[]}\n\ndata: {"error":{}}\n\n', True),
+        (b'data: {"choices":[]}\n', False),
+        (b'data: {"error":{}}\n\n', False),
+        (b'data: {"usage":{}}\n\n', False),
+        (b': comment\n\ndata: {"choices":[]}\n\n', False),
+        (b"data: [DONE]\n\n", False),
+        (b'{"choices":[]}', False),
+        (b"", False),
+    ],
+)
+def test_a_stream_may_begin_with_a_whole_plain_event(beginning, expected):
+    assert begins_plainly(beginning) == expected
 
 
 def test_a_whole_answer_as_a_stream():
