@@ -188,7 +188,7 @@ class Supervisor:
                 await wait_for_event(self._stopping, backoff_s)
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
                 continue
-            began = await self._configure(worker)
+            began = await self.configure(worker)
             code = await worker.process.wait()
             worker.control.close()
             self._processes.pop(worker.number, None)
@@ -204,7 +204,7 @@ class Supervisor:
             backoff_s = FIRST_BACKOFF_S if lived_s >= STEADY_S else min(backoff_s * 2, MAX_BACKOFF_S)
             await wait_for_event(self._stopping, backoff_s)
 
-    async def _configure(self, worker: WorkerProcess) -> bool:
+    async def configure(self, worker: WorkerProcess) -> bool:
         """Send a new worker the configuration in force, again if it changes meanwhile. Return False if the worker ends."""
         given = None
         try:

@@ -218,7 +218,7 @@ class Health:
     """The health of one worker's upstreams.
 
     `on_change` is called with an upstream's name and whether it has an open breaker, when that changes. `clock` is
-    monotonic seconds; `random` returns a number in [0, 1).
+    monotonic seconds; `random` returns a number in [0, 1). `upstreams` are those that were used, by name.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Health:
         self.clock = clock
         self.random = random
         self._on_change = on_change
-        self._upstreams: dict[str, UpstreamHealth] = {}
+        self.upstreams: dict[str, UpstreamHealth] = {}
 
     def order(self, candidates: Sequence[Candidate], session: str | None, account: str = "") -> Sequence[Candidate]:
         """Return the candidates in the order to try them for this account."""
@@ -238,7 +238,7 @@ class Health:
 
     def begin(self, candidate: Candidate, account: str = "") -> Attempt | None:
         """Begin an attempt; None if the breaker of the route or the account is open, or half-open with a probe out."""
-        upstream = self._upstreams.get(candidate.upstream) or self._upstream(candidate.upstream)
+        upstream = self.upstreams.get(candidate.upstream) or self._upstream(candidate.upstream)
         route = upstream.routes.get(candidate.upstream_model) or upstream.route(candidate.upstream_model)
         if not route.is_open and not route.accounts:
             return Attempt(self, upstream, route, account, ())
@@ -253,7 +253,7 @@ class Health:
 
         `open`: a breaker of it is open. `ejected`: one of its routes is tried after its equals. Else `serving`.
         """
-        upstream, now = self._upstreams.get(name), self.clock()
+        upstream, now = self.upstreams.get(name), self.clock()
         if upstream is None:
             return "serving"
         routes = upstream.routes.values()
@@ -270,8 +270,8 @@ class Health:
     def retain(self, names: Iterable[str]) -> None:
         """Forget all upstreams but `names`, those whose settings a reload left unchanged."""
         kept = frozenset(names)
-        for name in [name for name in self._upstreams if name not in kept]:
-            if self._upstreams.pop(name).is_open:
+        for name in [name for name in self.upstreams if name not in kept]:
+            if self.upstreams.pop(name).is_open:
                 self._on_change(name, False)  # noqa: FBT003 - closed
 
     def update(self, upstream: UpstreamHealth, route: RouteState, now: float) -> None:
@@ -283,14 +283,14 @@ class Health:
         is_open = any(other.is_open_to_any(now) for other in upstream.routes.values())
         if is_open != upstream.is_open:
             upstream.is_open = is_open
-            if self._upstreams.get(upstream.name) is upstream:
+            if self.upstreams.get(upstream.name) is upstream:
                 self._on_change(upstream.name, is_open)
 
     def _route(self, candidate: Candidate) -> RouteState:
         return self._upstream(candidate.upstream).route(candidate.upstream_model)
 
     def _upstream(self, name: str) -> UpstreamHealth:
-        found = self._upstreams.get(name)
+        found = self.upstreams.get(name)
         if found is None:
-            found = self._upstreams[name] = UpstreamHealth(name)
+            found = self.upstreams[name] = UpstreamHealth(name)
         return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -26,7 +27,7 @@ async def end(server):
     server.process.kill()
     await server.process.wait()
     with contextlib.suppress(FileNotFoundError):
-        (server._home / "valkey.sock").unlink()
+        Path(server.url.removeprefix("unix://")).unlink()
 
 
 async def test_a_line_when_it_is_lost_and_one_when_it_is_back(start_mesh, server):

@@ -38,16 +38,16 @@ async def test_a_worker_hears_what_changed_while_it_was_starting():
         supervisor.config = FAILED
 
     line = Line(a_reload_fails)
-    assert await supervisor._configure(WorkerProcess(1, 0, None, line))
+    assert await supervisor.configure(WorkerProcess(1, 0, None, line))
     assert line.asked == [FIRST, FAILED]
     assert supervisor.up.is_set()
 
 
 async def test_not_all_are_up_before_the_last_is():
     supervisor = Supervisor(FIRST, [None, None])
-    assert await supervisor._configure(WorkerProcess(1, 0, None, Line(lambda: None)))
+    assert await supervisor.configure(WorkerProcess(1, 0, None, Line(lambda: None)))
     assert not supervisor.up.is_set()
-    assert await supervisor._configure(WorkerProcess(2, 0, None, Line(lambda: None)))
+    assert await supervisor.configure(WorkerProcess(2, 0, None, Line(lambda: None)))
     assert supervisor.up.is_set()
 
 
@@ -56,21 +56,22 @@ async def test_one_who_is_gone_before_it_serves_is_no_worker():
         raise ConnectionError
 
     supervisor = Supervisor(FIRST, [None])
-    assert not await supervisor._configure(WorkerProcess(1, 0, None, Line(gone)))
+    assert not await supervisor.configure(WorkerProcess(1, 0, None, Line(gone)))
     assert supervisor.workers() == []
 
 
 async def test_a_worker_that_cannot_serve_says_why():
     supervisor = Supervisor(FIRST, [None])
-    assert not await supervisor._configure(WorkerProcess(1, 0, None, Line(faults=["redis.journal: full"])))
+    assert not await supervisor.configure(WorkerProcess(1, 0, None, Line(faults=["redis.journal: full"])))
     assert supervisor.faults == ["redis.journal: full"]
 
 
 async def test_one_worker_s_fault_keeps_all_from_a_configuration():
     supervisor = Supervisor(FIRST, [None, None])
     for number, faults in ((1, []), (2, ["upstreams.a: no"])):
-        assert await supervisor._configure(WorkerProcess(number, 0, None, Line()))
-        supervisor._processes[number].control = Line(faults=faults)
+        worker = WorkerProcess(number, 0, None, Line())
+        assert await supervisor.configure(worker)
+        worker.control = Line(faults=faults)
     wanted = replace(FIRST, generation=2)
     assert await supervisor.prepare(wanted) == ["upstreams.a: no"]
     assert supervisor.config is FIRST
@@ -84,8 +85,9 @@ async def test_a_worker_that_does_not_answer_keeps_all_from_it_too(monkeypatch):
             await asyncio.Event().wait()
 
     supervisor = Supervisor(FIRST, [None])
-    assert await supervisor._configure(WorkerProcess(7, 0, None, Line()))
-    supervisor._processes[7].control = Stuck()
+    worker = WorkerProcess(7, 0, None, Line())
+    assert await supervisor.configure(worker)
+    worker.control = Stuck()
     assert await supervisor.prepare(FIRST) == ["worker 7 did not answer within 0.01 s"]
 
 
@@ -108,7 +110,8 @@ async def test_a_keeper_tries_again_when_no_process_could_be_started(monkeypatch
         supervisor = Supervisor(FIRST, [sock])
         await supervisor.start()
         await asyncio.wait_for(tried.wait(), 5)
-        for keeper in supervisor._keepers:
+        keepers = [task for task in asyncio.all_tasks() if task.get_name() == "worker-keeper"]
+        for keeper in keepers:
             keeper.cancel()
-        await asyncio.gather(*supervisor._keepers, return_exceptions=True)
+        await asyncio.gather(*keepers, return_exceptions=True)
     assert [line["event"] for line in logs] == [event]

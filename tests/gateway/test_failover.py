@@ -209,7 +209,7 @@ async def test_clients_that_hang_up_open_no_breaker(start):
         task.cancel()
     await mesh.quiet()
     assert breaker(mesh) == 0.0
-    (route,) = mesh.worker.gateway.health._upstreams["one"].routes.values()
+    (route,) = mesh.worker.gateway.health.upstreams["one"].routes.values()
     assert route.in_flight == 0
 
 

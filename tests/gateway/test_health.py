@@ -45,7 +45,7 @@ class Worker:
 
     @property
     def in_flight(self):
-        return self.health._upstreams["a"].routes["gpt"].in_flight
+        return self.health.upstreams["a"].routes["gpt"].in_flight
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_what_is_kept_is_bounded_by_the_configuration(worker):
         worker.begin(A).succeeded()
         worker.begin(B).succeeded()
     worker.health.retain(["a"])
-    assert (list(worker.health._upstreams), list(worker.health._upstreams["a"].routes)) == (["a"], ["gpt"])
+    assert (list(worker.health.upstreams), list(worker.health.upstreams["a"].routes)) == (["a"], ["gpt"])
 
 
 def test_an_upstream_that_a_reload_changed_begins_anew_and_late_failures_say_nothing_of_it(worker):

@@ -86,7 +86,10 @@ async def test_a_flood_of_unknown_names_evicts_no_known_one(cache, source):
     source.asked.clear()
     assert await cache.get("a") == 1
     assert source.asked == []
-    assert len(cache._unknown) == MAX_UNKNOWN
+    unknown = [f"unknown-{n}" for n in range(MAX_UNKNOWN + 10)]
+    for name in reversed(unknown):
+        await cache.get(name)
+    assert source.asked == unknown[9::-1]  # of the others it is still known that they are none
 
 
 async def test_weight_is_bounded_and_the_longest_unused_goes_first(clock):
@@ -94,18 +97,26 @@ async def test_weight_is_bounded_and_the_longest_unused_goes_first(clock):
     cache = Cache(source.fetch, clock=clock, ttl_s=1.0, max_weight=100, weigh=len)
     for name in ("a", "b", "a", "c"):
         await cache.get(name)
-    assert list(cache._known) == ["a", "c"]
-    assert await cache.get("huge") == "x" * 101
-    assert (list(cache._known), cache._weight) == ([], 0)
+    source.asked.clear()
+    for name in ("a", "c"):
+        await cache.get(name)
+    assert source.asked == []
+    assert await cache.get("huge") == "x" * 101  # too large to be kept, and no room is made for it in vain
+    for name in ("huge", "a", "c"):
+        await cache.get(name)
+    assert source.asked == ["huge", "huge", "a", "c"]
 
 
 async def test_weight_counts_a_replaced_value_once(clock):
-    source = Source(a="x" * 60)
+    source = Source(a="x" * 60, b="x" * 40)
     cache = Cache(source.fetch, clock=clock, ttl_s=1.0, max_weight=100, weigh=len)
     for _ in range(3):
         assert await cache.get("a") == "x" * 60
         clock.now += 1
-    assert cache._weight == 60
+    source.asked.clear()
+    for name in ("a", "b", "a"):
+        await cache.get(name)
+    assert source.asked == ["a", "b"]  # there is room for both
 
 
 async def test_forgetting_asks_again(cache, source):

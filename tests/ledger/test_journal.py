@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import zlib
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from structlog.testing import capture_logs
 from meshproxy.ledger import journal as module
 from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, _line, other_journals
 from meshproxy.ledger.store import StoreError, Unavailable
+from tests.harness.waiting import until
 
 MIB = 1_048_576
 
@@ -89,7 +91,7 @@ async def test_what_is_appended_is_found_by_the_next_process(open_journal, settl
     journal.close()
     found, book = open_journal(), Book()
     assert len(found) == 3
-    kept = list(found._pending)
+    kept = list(found)
     assert [settlement(name, unheld=True, session="día\n\r\x1f") for name in names(3)] == kept
     assert await found.replay(book.settle) == 3
     assert names(3) == book.charged
@@ -240,16 +242,17 @@ async def test_an_append_during_a_replay_is_kept(open_journal, settlement):
     assert len(journal) == 0
 
 
-async def test_what_is_settled_before_it_is_written_is_not_written_any_more(open_journal, path, settlement):
+async def test_what_is_settled_before_it_is_written_is_not_written_any_more(open_journal, settlement, monkeypatch):
     """Else it would lie there until the next start, when its marker in Redis may be gone."""
     journal, book = open_journal(), Book()
-    async with journal._writing:
-        appending = asyncio.create_task(journal.append(settlement()))
-        await asyncio.sleep(0)
-        replaying = asyncio.create_task(journal.replay(book.settle))
-        while journal._pending:
-            await asyncio.sleep(0)
-    await asyncio.gather(appending, replaying)
+    disk, fsync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (disk.wait(10), fsync(file)))
+    appending = [asyncio.create_task(journal.append(settlement(name))) for name in names(2)]
+    await asyncio.sleep(0)  # the first is on its way to the disk, and the second waits for it
+    replaying = asyncio.create_task(journal.replay(book.settle))
+    await until(lambda: not len(journal))
+    disk.set()
+    await asyncio.gather(*appending, replaying)
     await journal.replay(book.settle)
     journal.close()
     assert len(open_journal()) == 0
@@ -365,7 +368,7 @@ async def test_the_file_of_a_dead_worker_goes_to_the_one_in_its_place(open_journ
     await second.append(settlement("h1"))
     first.close()
     third = open_journal()
-    assert [kept.hold_id for kept in third._pending] == ["h0"]
+    assert [kept.hold_id for kept in third] == ["h0"]
     assert len(second) == 1
 
 
@@ -470,7 +473,7 @@ async def test_sigkill_loses_nothing_that_was_acknowledged(path, after):
     writer.wait()
     writer.stdout.close()
     journal = Journal(path, 1 << 30)
-    found = {kept.hold_id for kept in journal._pending}
+    found = {kept.hold_id for kept in journal}
     journal.close()
     assert acknowledged - found == set()
     assert len(acknowledged) >= after

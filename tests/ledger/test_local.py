@@ -165,12 +165,12 @@ def test_the_longest_wait_is_named(admission, ask):
 
 
 def test_a_denial_takes_nothing(admission, ask):
+    """Of tokens and credit: what is left of either is there to the last."""
     limits = Limits(requests_per_minute=60, burst=1, tokens_per_minute=100)
     admission.admit(ask("h1", tokens=10, key_limits=limits))
-    before = {name: bucket.level for name, bucket in admission._buckets.items()}
     assert isinstance(admission.admit(ask("h2", tokens=10, key_limits=limits)), Denial)
-    assert {name: bucket.level for name, bucket in admission._buckets.items()} == before
-    assert admission._used_nusd["acme"] == 100
+    rest = {"tokens": 90, "amount_nusd": DOLLAR - 100, "key_limits": Limits(tokens_per_minute=100)}
+    assert isinstance(admission.admit(ask("h3", **rest)), Hold)
 
 
 def test_more_tokens_than_a_bucket_holds_get_through_when_it_is_full(admission, ask, clock):

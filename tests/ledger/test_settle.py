@@ -55,7 +55,7 @@ async def test_what_never_started_costs_nothing_and_gives_its_tokens_back(ledger
     assert (await read.events(keys.usage))[-1]["outcome"] == "upstream_failed"
 
 
-async def test_unused_tokens_come_back_and_used_ones_are_taken(ledger, ask, settlement, read, keys):
+async def test_unused_tokens_come_back_and_used_ones_are_taken(store, ledger, ask, settlement, read, keys):
     await ledger.grant("acme", 1000)
     limits = {"key_limits": Limits(tokens_per_minute=60), "account_limits": Limits(tokens_per_minute=1000)}
     await ledger.admit(ask("h1", **limits))
@@ -65,7 +65,7 @@ async def test_unused_tokens_come_back_and_used_ones_are_taken(ledger, ask, sett
     await ledger.admit(ask("h2", **limits))
     await ledger.settle(settlement("h2", usage=Usage(100, 200)))
     assert -247 <= await read.level(keys.key_bucket("k1"), "tokens") < -246  # a debt
-    assert 246_000 < await ledger._store.execute("PTTL", keys.key_bucket("k1")) <= 247_000 + 60_000
+    assert 246_000 < await store.execute("PTTL", keys.key_bucket("k1")) <= 247_000 + 60_000
 
 
 async def test_a_bucket_is_never_filled_above_its_size(ledger, ask, settlement, read, keys):

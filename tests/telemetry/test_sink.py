@@ -20,10 +20,12 @@ class Stream(io.BytesIO):
         super().__init__()
         self.written = threading.Event()
         self.open = threading.Event()
+        self.taken = threading.Event()
         self.open.set()
         self.broken = False
 
     def write(self, data):
+        self.taken.set()
         self.open.wait(5)
         if self.broken:
             raise BrokenPipeError
@@ -77,8 +79,7 @@ def test_a_stuck_reader_never_blocks_the_writer_and_the_loss_is_told(sink, strea
     monkeypatch.setattr(room, "MAX_BUFFERED_BYTES", 10)
     stream.open.clear()
     sink.write(b"first\n", urgent=True)
-    while sink._lines:  # until the thread has it in its hands, and stands still
-        threading.Event().wait(0.001)
+    assert stream.taken.wait(5)  # the thread has it in its hands, and stands still
     for _ in range(3):
         sink.write(b"more.\n")
     stream.open.set()

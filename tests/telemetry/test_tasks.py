@@ -1,6 +1,7 @@
 import asyncio
 import gc
 import time
+import weakref
 
 import pytest
 from structlog.testing import capture_logs
@@ -212,8 +213,13 @@ async def test_work_that_returns_is_over():
         pass
 
     tasks = Tasks()
-    await tasks.supervise("dial", work)
-    assert tasks._supervised == set()
+    task = tasks.supervise("dial", work)
+    await task
+    over = weakref.ref(task)
+    del task
+    await asyncio.sleep(0)
+    gc.collect()
+    assert over() is None
 
 
 async def test_close_ends_what_is_kept():

@@ -135,11 +135,16 @@ async def nothing_left():
     """No task and no socket outlives a test."""
     before = open_sockets()
     yield
-    for _ in range(10):  # turns in which closed transports let go of their sockets
-        await asyncio.sleep(0)
+    await turns()  # in which closed transports let go of their sockets
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert left == []
     assert open_sockets() - before == set()
+
+
+async def turns(count=10):
+    """Let the loop go round."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 class Recorder:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from meshproxy.errors import UpstreamError
+from meshproxy.upstream.connection import Connection
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 SIZED = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"
@@ -314,21 +315,23 @@ async def test_a_cancelled_post_closes_its_connection_at_once(serve, provide):
     assert (server.connections, server.closed) == (1, 1)
 
 
-async def test_a_post_cancelled_in_the_turn_of_its_answer_leaves_the_connection_to_whoever_has_it_now(serve, provide):
+async def test_a_post_cancelled_in_the_turn_of_its_answer_leaves_the_connection_to_whoever_has_it_now(
+    serve, provide, monkeypatch
+):
     """The answer was whole, so the connection is free and must survive the cancellation."""
     server = await serve(answered_each)
     provider = provide(server.url)
     post = asyncio.create_task(provider.post("/x", (), b"{}"))
-    pool = provider._pool
-    freed = pool._freed
+    send = Connection.send
 
-    def cancel_and_free(connection):
-        post.cancel()
-        freed(connection)
+    def send_and_cancel(connection, request):
+        answer = send(connection, request)
+        answer.add_done_callback(lambda _: post.cancel())
+        return answer
 
-    pool._freed = cancel_and_free
+    monkeypatch.setattr(Connection, "send", send_and_cancel)
     with pytest.raises(asyncio.CancelledError):
         await post
-    pool._freed = freed
+    monkeypatch.undo()
     assert await (await provider.post("/x", (), b"{}")).read() == b"ok"
     assert server.connections == 1

@@ -175,14 +175,15 @@ async def test_a_cancelled_connect_leaves_no_socket(serve, provide):
         await conversation.until_closed()
 
     server = await serve(script)
-    provider = provide(server.url.replace("http:", "https:"))
-    post = asyncio.create_task(provider.post("/x", (), b"{}"))
-    await taken.wait()
-    post.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await post
+    provider = provide(server.url.replace("http:", "https:"), max_connections=1)
+    for _ in range(2):  # it leaves no slot taken either
+        taken.clear()
+        post = asyncio.create_task(provider.post("/x", (), b"{}"))
+        await taken.wait()
+        post.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await post
     await asyncio.gather(*server.tasks)
-    assert len(provider._pool._live) == 0
 
 
 @pytest.mark.parametrize("goodbye, outcome", [(True, None), (False, "upstream_error")])

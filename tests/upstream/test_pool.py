@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from meshproxy.errors import UpstreamError
+from tests.upstream.conftest import turns
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"
 
@@ -15,11 +16,13 @@ class Held:
     def __init__(self):
         self.asked = asyncio.Queue()
         self.order = []
+        self.peers = []
 
     async def __call__(self, conversation):
         while True:
             request = await conversation.request()
             self.order.append(request.split()[1].decode())
+            self.peers.append(conversation.writer.get_extra_info("peername"))
             await conversation.send(ANSWER)
             release = asyncio.Event()
             self.asked.put_nowait(release)
@@ -28,6 +31,19 @@ class Held:
 
     async def release_one(self):
         (await self.asked.get()).set()
+
+    async def answered(self, post):
+        """What a post gets when everything is released."""
+        releasing = asyncio.create_task(self._release_all())
+        try:
+            async with asyncio.timeout(10):
+                return await post
+        finally:
+            releasing.cancel()
+
+    async def _release_all(self):
+        while True:
+            await self.release_one()
 
 
 @pytest.fixture
@@ -39,11 +55,6 @@ async def whole(provider, path):
     return await (await provider.post(path, (), b"{}")).read()
 
 
-async def until_waiting(provider, number):
-    while len(provider._pool._waiters) < number:
-        await asyncio.sleep(0)
-
-
 async def test_no_more_connections_than_the_limit_and_first_come_first_served(serve, provide, held):
     script = held()
     server = await serve(script)
@@ -51,7 +62,7 @@ async def test_no_more_connections_than_the_limit_and_first_come_first_served(se
     posts = []
     for number in range(4):
         posts.append(asyncio.create_task(whole(provider, f"/{number}")))
-        await until_waiting(provider, number)
+        await turns()
     for _ in posts:
         await script.release_one()
     assert await asyncio.gather(*posts) == [b"ok"] * 4
@@ -72,7 +83,6 @@ async def test_who_waits_too_long_is_told_that_the_provider_is_not_available(ser
         response.retry_after_s,
         caught.value.safe_to_repeat,
     ) == (503, "provider_not_available", 1.0, True)
-    assert len(provider._pool._waiters) == 0
     release.set()
     assert await first == b"ok"
 
@@ -84,7 +94,7 @@ async def test_who_gives_up_waiting_leaves_the_line(serve, provide, held):
     first = asyncio.create_task(whole(provider, "/1"))
     release = await script.asked.get()
     second, third = [asyncio.create_task(whole(provider, path)) for path in ("/2", "/3")]
-    await until_waiting(provider, 2)
+    await turns()
     second.cancel()
     release.set()
     await script.release_one()
@@ -98,7 +108,7 @@ async def test_who_gives_up_when_it_is_their_turn_hands_the_connection_on(serve,
     provider = provide(server.url, max_connections=1)
     response = await provider.post("/1", (), b"{}")
     second, third = [asyncio.create_task(whole(provider, path)) for path in ("/2", "/3")]
-    await until_waiting(provider, 2)
+    await turns()
     sink = record()
     sink.end = second.cancel  # the connection was handed over just before the end is told
     response.relay(sink)
@@ -115,42 +125,42 @@ async def test_the_slot_of_a_lost_connection_goes_to_the_first_in_line(serve, pr
     first = await provider.post("/1", (), b"{}")
     await script.asked.get()
     second = asyncio.create_task(whole(provider, "/2"))
-    await until_waiting(provider, 1)
+    await turns()
     first.close()
     await script.release_one()
     assert (await second, server.connections) == (b"ok", 2)
 
 
-async def test_who_gives_up_with_a_slot_in_hand_hands_the_slot_on(serve, provide, held):
+@pytest.mark.parametrize("turn", range(6))
+async def test_who_gives_up_with_a_slot_in_hand_hands_the_slot_on(serve, provide, held, turn):
+    """In whichever turn, that in which it was given the slot among them."""
     script = held()
     server = await serve(script)
     provider = provide(server.url, max_connections=1)
     first = await provider.post("/1", (), b"{}")
     await script.asked.get()
     second, third = [asyncio.create_task(whole(provider, path)) for path in ("/2", "/3")]
-    await until_waiting(provider, 2)
-    pool, waiter = provider._pool, provider._pool._waiters[0]
-    waiter.add_done_callback(lambda _: second.cancel())
+    await turns()
     first.close()
-    await script.release_one()
-    assert (await third, server.connections) == (b"ok", 2)
-    assert (second.cancelled(), len(pool._live)) == (True, 1)
+    await turns(turn)
+    second.cancel()
+    assert await script.answered(third) == b"ok"
+    assert await script.answered(whole(provider, "/4")) == b"ok"  # the slot is free again
+    assert (second.cancelled(), script.order[-2:]) == (True, ["/v1/3", "/v1/4"])
 
 
 async def test_the_connection_used_last_is_used_first(serve, provide, held):
-    peers = []
-
-    async def script(conversation):
-        while True:
-            await conversation.answer(ANSWER + b"ok")
-            peers.append(conversation.writer.get_extra_info("peername")[1])
-
+    script = held()
     provider = provide((await serve(script)).url)
-    await asyncio.gather(whole(provider, "/1"), whole(provider, "/2"))
-    last = provider._pool._idle[-1]._transport.get_extra_info("sockname")[1]
+    posts = [asyncio.create_task(whole(provider, f"/{number}")) for number in range(2)]
+    releases = [await script.asked.get() for _ in posts]
+    last = script.peers[1]
+    for number, release in enumerate(releases):
+        release.set()
+        await asyncio.wait([posts[script.order[number] == "/v1/1"]])
     for _ in range(3):
-        await whole(provider, "/3")
-    assert [last] * 3 == peers[2:]
+        await script.answered(whole(provider, "/3"))
+    assert script.peers[2:] == [last] * 3
 
 
 async def test_a_connection_that_fails_gives_its_slot_back(provide, unused_tcp_port):
@@ -159,7 +169,6 @@ async def test_a_connection_that_fails_gives_its_slot_back(provide, unused_tcp_p
         with pytest.raises(UpstreamError) as caught:
             await provider.post("/x", (), b"{}")
         assert caught.value.response.code == "upstream_error"
-    assert len(provider._pool._live) == 0
 
 
 async def test_closing_ends_everything(serve, provide, held, record):
@@ -176,7 +185,7 @@ async def test_closing_ends_everything(serve, provide, held, record):
     reading = asyncio.create_task(whole(provider, "/2"))
     await script.asked.get()
     waiting = asyncio.create_task(whole(provider, "/3"))
-    await until_waiting(provider, 1)
+    await turns()
     await provider.close()
     outcomes = await asyncio.gather(reading, waiting, return_exceptions=True)
     with pytest.raises(UpstreamError) as caught:
@@ -187,7 +196,6 @@ async def test_closing_ends_everything(serve, provide, held, record):
         "overloaded",
     ]
     assert sink.last == ("fail", "upstream_error")
-    assert len(provider._pool._live) == 0
 
 
 async def test_closing_while_a_connection_is_made(serve, provide):
