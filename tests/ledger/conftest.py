@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -22,8 +21,8 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import AccountKeys, HoldRequest, Settlement
 from meshproxy.ledger.store import Argument, error_of_reply
 from meshproxy.openai.usage import Usage
+from tests.harness.waiting import wait_until
 
-PATIENCE_S = 30
 DIAL_ATTEMPTS = 100_000
 SERVERS = ("valkey", "redis")
 
@@ -43,22 +42,9 @@ def clock() -> Clock:
     return Clock()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Return when something has come true in this process."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def eventually(condition: Callable[[], Any]) -> None:
     """Poll a server that we can't wait for otherwise."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        with suppress(redis.RedisError):
-            if condition():
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(condition, not_yet=redis.RedisError)
 
 
 def free_ports(count: int) -> list[int]:

@@ -16,7 +16,8 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Hold, HoldRequest, Settlement
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.template import Template
-from tests.ledger.conftest import binary, eventually, free_ports, spawn, until
+from tests.harness.waiting import until
+from tests.ledger.conftest import binary, eventually, free_ports, spawn
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))
 pytestmark = pytest.mark.xdist_group("cluster")

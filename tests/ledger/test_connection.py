@@ -16,7 +16,7 @@ from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.link import BACKOFF_MAX_S, BACKOFF_MIN_S, RedisConnection, jittered_backoff_s
 from meshproxy.ledger.store import Script
-from tests.ledger.conftest import until
+from tests.harness.waiting import until
 
 DOUBLE = Script.of("double", "redis.call('INCR', KEYS[1]) return 2 * ARGV[1]")
 

@@ -302,9 +302,7 @@ async def test_a_disk_with_room_again_takes_it_without_another_append(open_journ
     with full_disk(), pytest.raises(OSError, match="No space"):
         await journal.append(settlement("h1"))
     replaying = asyncio.create_task(journal.keep_replaying(Book(lost_after=0).settle))
-    async with asyncio.timeout(10):
-        while not journal.room_bytes:
-            await asyncio.sleep(0.01)
+    await until(lambda: journal.room_bytes, "room")
     replaying.cancel()
     assert _line(settlement("h1")) == path.with_suffix(".0").read_bytes()
 

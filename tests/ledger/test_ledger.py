@@ -9,7 +9,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import ACCOUNTS, Balance, BucketState, Grant, Granted, Hold, KeyUse, Spend
 from meshproxy.policy.principal import Budgets, Limits
 from meshproxy.units import MAX_NUSD
-from tests.ledger.conftest import PATIENCE_S
+from tests.harness.waiting import PATIENCE_S
 
 
 async def test_a_grant_adds_to_the_balance_and_says_so(ledger, read, keys):

@@ -11,7 +11,8 @@ from meshproxy.ledger import local as module
 from meshproxy.ledger.local import LINE_BYTES, WORKERS, LocalAdmission, WorkerCount
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.policy.principal import Limits
-from tests.ledger.conftest import PATIENCE_S, FakeStore
+from tests.harness.waiting import PATIENCE_S
+from tests.ledger.conftest import FakeStore
 
 DOLLAR = 1_000_000_000
 MIB = 1_048_576

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from meshproxy.ledger.replays import Claim, Replays, body_digest
+from tests.harness.waiting import until
 
 BODY = b'{"messages": []}'
 TTL_MS = 60_000
@@ -179,5 +180,8 @@ async def test_what_has_ended_is_counted_no_more(claim, replays):
     first = await claim("h1", name="n1", most_keys=1)
     await replays.append(first, [b"x" * 1000], TTL_MS)
     await replays.conclude(first, "failed", 1)
-    await asyncio.sleep(0.01)
-    assert (await claim("h2", name="n2", most_keys=1)).state == "claimed"
+
+    async def claimed():
+        return (await claim("h2", name="n2", most_keys=1)).state == "claimed"
+
+    await until(claimed)

@@ -10,7 +10,8 @@ import redis
 
 from meshproxy.config import Redis
 from meshproxy.ledger.connection import Unavailable, connect
-from tests.ledger.conftest import binary, eventually, free_ports, spawn, until
+from tests.harness.waiting import until
+from tests.ledger.conftest import binary, eventually, free_ports, spawn
 
 pytestmark = pytest.mark.xdist_group("sentinel")
 

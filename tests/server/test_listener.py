@@ -15,6 +15,7 @@ from meshproxy.server.aiohttp_path import AiohttpConnection, ConnectionLimits, e
 from meshproxy.server.chat import ClientStream
 from meshproxy.server.fast_path import ClientConnection
 from meshproxy.server.listener import Runner, listen
+from tests.harness.waiting import until
 
 GET = b"GET /work HTTP/1.1\r\nhost: m\r\n\r\n"
 CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
@@ -69,10 +70,8 @@ class Served:
 
     async def left(self):
         """Return when a client has been here and no one is left."""
-        while not self.runner.connected():
-            await asyncio.sleep(0)
-        while self.runner.connected():
-            await asyncio.sleep(0.01)
+        await until(self.runner.connected, poll_s=0)
+        await until(lambda: not self.runner.connected())
 
     async def connect(self):
         return await asyncio.open_connection(*self.runner.addresses[0][:2])
@@ -285,7 +284,8 @@ async def test_a_connection_between_requests_may_be_idle(start, request_, body):
     for _ in range(2):
         writer.write(request_)
         await answers(reader, body)
-        await asyncio.sleep(0.3)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.3)  # much longer than a head may take
     writer.close()
 
 

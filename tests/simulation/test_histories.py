@@ -55,4 +55,4 @@ def test_a_seed_has_one_history():
 def test_a_failing_history_is_shrunk_to_what_fails():
     history = next(each for each in map(draw, range(1, 100)) if any(fault.what == "gone" for fault in each.faults))
     smallest = shrunk(history, lambda smaller: any(fault.what == "gone" for fault in smaller.faults))
-    assert ["gone"] == [step.what for step in smallest.steps]
+    assert [step.what for step in smallest.steps] == ["gone"]
