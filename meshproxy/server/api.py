@@ -423,4 +423,5 @@ def _row(row: UsageRow, group_by: Sequence[str]) -> dict[str, Any]:
 
 def _limit(bucket: BucketState) -> dict[str, Any]:
     fields = asdict(bucket)
-    return {**fields, "reset": format_reset(fields.pop("reset_s"))}
+    reset_s = fields.pop("reset_s")
+    return {**fields, "reset": format_reset(reset_s)}
