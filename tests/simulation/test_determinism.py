@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from meshproxy.policy.principal import KeyChange
+from simulation.history import draw
 from simulation.run import Left, World, run
+from simulation.story import played
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (1, 2, 3)
@@ -150,6 +152,19 @@ def test_a_seed_gives_one_transcript_in_fresh_interpreters(seed):
     assert first == second
 
 
+def test_histories_depend_neither_on_hashes_nor_on_histories_before():
+    first, second = [
+        subprocess.run(
+            [sys.executable, __file__, "histories", step],
+            env={**os.environ, "PYTHONHASHSEED": hashed, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for hashed, step in (("1", "1"), ("2", "-1"))
+    ]
+    assert first == second
+
+
 def test_seeds_give_different_transcripts():
     assert run(1, story).transcript != run(2, story).transcript
 
@@ -164,5 +179,13 @@ def test_a_drained_gateway_leaves_nothing_but_what_the_killed_worker_held():
     assert left == Left([], [], [], [], left.holds, left.slots, [])
 
 
+def digests(step: int) -> list[str]:
+    """What came of some histories, played forwards or backwards, by seed."""
+    seeds = range(30)[::step]
+    return sorted(f"{seed} {played(draw(seed)).outcome.transcript}" for seed in seeds)
+
+
 if __name__ == "__main__":
-    print("\n".join(run(int(sys.argv[1]), story).transcript))
+    print(
+        "\n".join(digests(int(sys.argv[2])) if sys.argv[1] == "histories" else run(int(sys.argv[1]), story).transcript)
+    )
