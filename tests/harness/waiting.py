@@ -25,9 +25,8 @@ async def until(
     while True:
         found = None
         with suppress(not_yet):
-            found = condition()
-            if inspect.isawaitable(found):
-                found = await found
+            outcome = condition()
+            found = await outcome if inspect.isawaitable(outcome) else outcome
         if found:
             return found
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
