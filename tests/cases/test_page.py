@@ -124,3 +124,11 @@ async def test_failures_and_upstreams_are_shown(page, operator: Operator, create
     await page.send("Page.navigate", url=operator.gateway.admin.replace("://", f"://operator:{TOKEN}@") + "/")
     await page.until(f"document.getElementById('failures')?.textContent.includes('{request_id}')")
     assert request_id in await page.run("document.getElementById('upstreams').textContent")
+
+
+async def test_who_is_refused_is_shown(page, operator: Operator, create):
+    made = create("--requests-per-minute", "1", "--burst", "1")
+    statuses = [(await operator.ask(made["key"], "m/short")).status for _ in range(2)]
+    await page.send("Page.navigate", url=operator.gateway.admin.replace("://", f"://operator:{TOKEN}@") + "/")
+    shown = await page.until("document.getElementById('refusals')?.textContent")
+    assert (statuses, True, True) == ([200, 429], made["account"] in shown, "key_requests" in shown)
