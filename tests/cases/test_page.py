@@ -96,6 +96,7 @@ async def test_a_key_is_created_used_rotated_and_suspended(page, operator: Opera
     assert secret not in await page.run("document.documentElement.innerHTML")
     assert (await operator.ask(secret)).status == 200
     assert (await operator.ask(secret, "m/dies", stream=True)).status == 403
+    await until(lambda: operator.data("usage", "--account", account), "the settlement")
     await page.press(account)
     await page.until("/1 requests/.test(document.getElementById('spend-words').textContent)")
     await page.press("Rotate")
