@@ -348,7 +348,7 @@ def _refuse_other_origins(request: web.Request) -> None:
     site = request.headers.get("sec-fetch-site", "none")
     origin = request.headers.get("origin")
     if site not in SAME_SITE or (origin is not None and urlsplit(origin).netloc != request.host):
-        raise GatewayError(Source.CLIENT, forbidden("Another origin's page can't change anything here."))
+        raise GatewayError(Source.CLIENT, forbidden("A page of another origin may not change anything here."))
 
 
 async def _read(request: web.Request, kind: type[Body], *, optional: bool = False) -> Body:

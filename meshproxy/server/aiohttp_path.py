@@ -90,7 +90,7 @@ async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamR
             response.headers["allow"] = error.headers["allow"]
         return response
     except web.RequestPayloadError:
-        return error_response(invalid("The request's body is broken."), request_id)
+        return error_response(invalid("The request's body is malformed."), request_id)
     except ValueError as error:
         return error_response(invalid(str(error)), request_id)
     if not response.prepared:
@@ -100,7 +100,7 @@ async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamR
 
 HEADER_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 60.0
-HEAD_TIMEOUT = request_timeout("The request's head did not come in time.")
+HEAD_TIMEOUT = request_timeout("The request's head did not arrive in time.")
 PARSE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
 # Bound on the framing of a chunked body, plus one byte for each 32 of content (a chunk of 200 bytes has six). Each
 # chunk costs microseconds to parse, even a tiny one: 25 bodies of 6 MB in chunks of one byte delayed other requests by

@@ -277,7 +277,7 @@ async def read_json_body(
     except TimeoutError as error:
         raise _body_timeout() from error
     except web.RequestPayloadError as error:
-        raise GatewayError(Source.CLIENT, invalid("The request's body is broken.")) from error
+        raise GatewayError(Source.CLIENT, invalid("The request's body is malformed.")) from error
 
 
 def _body_timeout_s(headers: Mapping[str, str], server: Server, max_bytes: int) -> float:
@@ -285,7 +285,7 @@ def _body_timeout_s(headers: Mapping[str, str], server: Server, max_bytes: int) 
     encoding = headers.get("content-encoding")
     if encoding is not None and encoding.lower() != "identity":
         raise GatewayError(
-            Source.CLIENT, unsupported_media_type("Send the body as it is: no content-encoding is taken here.")
+            Source.CLIENT, unsupported_media_type("Send the body uncompressed: content-encoding is not supported.")
         )
     content_type = headers.get("content-type", "application/json")
     if content_type != "application/json" and not _is_json(content_type):
@@ -302,7 +302,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _body_timeout() -> GatewayError:
-    return GatewayError(Source.CLIENT, request_timeout("The request's body did not come in time."))
+    return GatewayError(Source.CLIENT, request_timeout("The request's body did not arrive in time."))
 
 
 def _send_continue(request: web.BaseRequest) -> None:
