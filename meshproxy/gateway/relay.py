@@ -121,7 +121,9 @@ class Relay:
             return
         if events:
             self._downstream.write(events, frame if events is payload else None)
-            self._record_times(arrived_at)
+            if arrived_at - self._last_at > self._max_gap_s:  # the first event, or the longest gap
+                self._record_times(arrived_at)
+            self._last_at = self._written_at = arrived_at
         self._unchecked_bytes += len(payload)
         if scanner.done:
             self._complete()
