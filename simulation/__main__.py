@@ -68,8 +68,8 @@ def _seeds(first: int, count: int | None, until: float | None) -> Iterator[int]:
         yield seed
 
 
-def report(results: Iterator[Result]) -> int:
-    """Count results as they come, print the findings and the sums, and return the exit code."""
+def report(results: Iterator[Result], *, stops: bool = False) -> int:
+    """Count results as they come, print the findings and the sums, and return the exit code. `stops` at the first failure."""
     began = time.monotonic()
     histories = requests = 0
     profiles: Counter[str] = Counter()
@@ -85,6 +85,8 @@ def report(results: Iterator[Result]) -> int:
             rules[rule] += 1
             if rules[rule] <= MOST_SHOWN:
                 print(f"seed {result.seed}: {rule}: {words}", flush=True)
+        if stops and failing:
+            break
     took_s = time.monotonic() - began
     print(
         f"{histories} histories, {requests} requests in {took_s:.1f} s: {histories / max(took_s, 1e-9):.1f} histories/s"
@@ -103,6 +105,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--from", dest="first", type=int, default=1, metavar="SEED", help="the first one (1)")
     parser.add_argument("--minutes", type=float, metavar="M", help="as many as fit")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    parser.add_argument("--stop", action="store_true", help="at the first failing seed")
     parser.add_argument("--replay", type=int, metavar="SEED", help="print the transcript of this one")
     asked = parser.parse_args(words)
     if asked.replay is not None:
@@ -111,10 +114,11 @@ def main(words: list[str]) -> int:
     count = asked.seeds if asked.seeds is not None or until is not None else 100
     seeds = _seeds(asked.first, count, until)
     if asked.jobs == 1:
-        return report(map(play_seed, seeds))
+        return report(map(play_seed, seeds), stops=asked.stop)
     with multiprocessing.Pool(asked.jobs, maxtasksperchild=100) as pool:
         chunks = iter(lambda: list(itertools.islice(seeds, CHUNK * asked.jobs)), [])
-        return report(result for chunk in chunks for result in pool.map(play_seed, chunk, 1))
+        results = (result for chunk in chunks for result in pool.map(play_seed, chunk, 1))
+        return report(results, stops=asked.stop)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,10 @@ Lie = Literal[
     "no_completion",
 ]
 # How an answer ends. "whole": as it should. `resets`, `closes` and `stalls` happen at `Answer.at`.
-End = Literal["whole", "resets", "closes", "stalls", "error_event", "no_done", "late_error", "done_twice"]
-FaultKind = Literal["lost_reply", "refused", "slow", "gone", "failover", "flush", "clock", "full"]
+End = Literal["whole", "resets", "closes", "stalls", "error_event", "no_done", "late_error", "done_twice", "ends_early"]
+FaultKind = Literal[
+    "lost_reply", "refused", "slow", "gone", "failover", "flush", "clock", "full", "disk_full", "disk_fails"
+]
 WorkerEventKind = Literal["killed", "drained", "reloaded", "bad_reload"]
 ChangeKind = Literal["grant", "grant_twice", "requests_per_minute", "suspend", "activate", "revoke", "default_model"]
 # What else than text may be in the deltas.
@@ -151,10 +153,10 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """One client's request.
 
     `at_s`: when it is sent. `name`: of it alone; its text has a marker made of this, or of the name of what it repeats.
-    `repeats`: the name of the request whose body and Idempotency-Key this one sends again. `answers`: what the
-    providers do with the first call, the second, ...; the last stands for all that follow. `reads`: how the client
-    does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "leaves" after so many seconds, or "stalls"
-    after so many bytes and reads no more. `waits`: after a 429 it is sent once more, exactly when it was told to.
+    `repeats`: the name of the request whose Idempotency-Key and body this one sends again; with `other_body` another body.
+    `answers`: what the providers do with the first call, the second, ...; the last stands for all that follow. `reads`:
+    how the client does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "leaves" after so many seconds, or
+    "stalls" after so many bytes and reads no more. `waits`: after a 429 it is sent once more, exactly when it was told to.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     timeout_s: float | None = None
     prompt_words: int = 6
     keyed: bool = False
+    other_body: bool = False
     repeats: str = ""
     session: str = ""
     reads: Literal["all", "slowly", "hangs_up", "leaves", "stalls"] = "all"
@@ -184,8 +187,9 @@ class Fault(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """Something that happens to the store, `for_s` long.
 
     `lost_reply`: the next `count` commands run and their connection closes instead of a reply. `refused`: writes are
-    (READONLY). `slow`: replies take `delay_s`. `gone`: no connection. `failover`: gone, and then as it was a second
-    before. `flush`: it forgets its scripts. `clock`: its clock jumps by `delay_s`.
+    (READONLY). `full`: writes that need memory are. `slow`: replies take `delay_s`. `gone`: no connection. `failover`: gone,
+    and then as it was a second before. `flush`: it forgets its scripts. `clock`: its clock jumps by `delay_s`.
+    `disk_full`, `disk_fails`: of the gateway's machine; no file can be written.
     """
 
     at_s: float
@@ -316,7 +320,11 @@ def _clients(rng: random.Random) -> History:
             repeat = replace(
                 first, name=f"q{number}", repeats=first.name, at_s=first.at_s + late, reads="all", connection=""
             )
-            requests.append(_reading(rng, replace(repeat, worker=rng.randint(0, 1))))
+            repeat = replace(repeat, worker=rng.randint(0, 1))
+            if rng.random() < 0.1:
+                requests.append(replace(repeat, other_body=True, prompt_words=repeat.prompt_words + 1))
+            else:
+                requests.append(_reading(rng, repeat))
             continue
         answer = _any_answer(rng) if rng.random() < 0.8 else _bad_answer(rng)
         requests.append(_reading(rng, replace(_request(rng, f"q{number}", answer), keyed=rng.random() < 0.5)))
@@ -354,6 +362,9 @@ def _store(rng: random.Random) -> History:
         for number in range(rng.randint(2, 6))
     ]
     faults = [_fault(rng) for _ in range(rng.randint(1, 2))]
+    if rng.random() < 0.2:
+        on_disk = replace(faults[0], what=rng.choice(("disk_full", "disk_fails")), for_s=rng.choice((1.0, 10.0)))
+        faults.append(on_disk)
     steps = [*requests, *faults]
     return History(0, "", workers=rng.randint(1, 2), local=rng.random() < 0.3, steps=tuple(steps))
 
@@ -387,6 +398,16 @@ def _mixed(rng: random.Random) -> History:
     )
 
 
+def _breakers(rng: random.Random) -> History:
+    """Draw a provider that fails often, so that it is left alone, and mends."""
+    requests: list[Step] = []
+    for number in range(rng.randint(10, 16)):
+        answer = Answer(status=500, error="failed") if number < 12 else _any_answer(rng)
+        request = _request(rng, f"q{number}", answer, models=("plain", "pair"))
+        requests.append(replace(request, at_s=number * rng.choice((0.2, 1.0)), key=number % 2, timeout_s=None))
+    return History(0, "", credit=(1_000_000_000, 1_000_000_000), keys=(KeyPlan(0), KeyPlan(1)), steps=tuple(requests))
+
+
 PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
     ("dialects", 3, _dialects),
     ("providers", 4, _providers),
@@ -395,6 +416,7 @@ PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
     ("store", 4, _store),
     ("workers", 3, _workers),
     ("mixed", 3, _mixed),
+    ("breakers", 1, _breakers),
 )
 
 
@@ -431,6 +453,10 @@ def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Reques
         words = rng.choice((30, 300))
         request = replace(
             request, answers=tuple(replace(answer, words=max(answer.words, words)) for answer in request.answers)
+        )
+    if reads == "stalls":  # what the provider takes isn't the client's time
+        request = replace(
+            request, answers=tuple(replace(answer, gap_s=min(answer.gap_s, 0.02)) for answer in request.answers)
         )
     return replace(request, reads=reads, after=rng.choice(after), connection="")
 
@@ -513,7 +539,7 @@ def _bad_answer(rng: random.Random) -> Answer:
         )
         wait_s = rng.choice((None, 1.0, 7.0, 90.0)) if status in {429, 503, 529} else None
         return replace(answer, status=status, error=error, wait_s=wait_s)
-    end = rng.choice(("resets", "resets", "closes", "closes", "stalls", "error_event", "no_done"))
+    end = rng.choice(("resets", "resets", "closes", "closes", "stalls", "error_event", "no_done", "ends_early"))
     return replace(
         answer, end=end, at=rng.choice((0.0, 0.001, 0.05, 0.3, 0.5, 0.8, 0.95, 0.999, round(rng.random(), 3)))
     )

@@ -21,7 +21,7 @@ from simulation.history import (
     WRITE_TIMEOUT_S,
 )
 from simulation.provider import Call
-from simulation.reasons import limits_hold, statuses_have_reasons, waits_are_true
+from simulation.reasons import buckets_are_right, limits_hold, statuses_have_reasons, waits_are_true
 from simulation.record import LATENCY_S, PROPAGATION_S, RECOVERY_S, Finding, Record, Rule, View
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
@@ -430,6 +430,43 @@ def changes_hold(view: View) -> Iterator[str]:
                 )
 
 
+def budgets_hold(view: View) -> Iterator[str]:
+    """Check that a key spends no more than its budget, but for what was used beyond holds."""
+    for number, key in enumerate(view.history.keys):
+        events = [
+            event
+            for sight in view.record.sights
+            if sight.request.key == number
+            for event in view.settled.get(sight.request_id, ())
+        ]
+        spent = sum(int(event["cost_nusd"]) for event in events)
+        beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
+        if key.budget_nusd is not None and view.is_strict and spent > key.budget_nusd + beyond:
+            yield f"k{number}: {spent} was spent of a budget of {key.budget_nusd}, {beyond} of it beyond holds"
+
+
+def holds_are_kept(view: View) -> Iterator[str]:
+    """Check that no hold is lost without a reason, and that a client that reads nothing keeps its own for a while alone."""
+    if view.record.troubles:
+        return
+    for number, book in view.record.books.items():
+        for event in book.events:
+            if event["event"] == "abandoned" or event.get("hold", "live") != "live":
+                yield f"a{number}: the hold {event['hold_id']} was abandoned"
+    for sight in view.record.sights:
+        if (
+            sight.request.reads != "stalls"
+            or sight.ended != "left"
+            or sight.request.keyed
+            or sight.request.model == "drained"
+        ):
+            continue
+        for event in view.settled.get(sight.request_id, ()):
+            settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
+            if settled_at > sight.ended_at - 1:
+                yield f"{sight.request_id} was settled when its client gave up, and not after write_timeout_s"
+
+
 def nothing_is_left(view: View) -> Iterator[str]:
     """No task, timer, socket, journal line or connection is left past its time."""
     yield from view.record.left
@@ -455,10 +492,13 @@ RULES: Final[tuple[Rule, ...]] = (
     statuses_have_reasons,
     waits_are_true,
     limits_hold,
+    buckets_are_right,
     credit_is_not_overdrawn,
+    budgets_hold,
     failover_happens,
     repeats_agree,
     changes_hold,
+    holds_are_kept,
     nothing_is_left,
     nothing_broke,
 )

@@ -517,6 +517,8 @@ class Making:
             made = made[: int(len(made) * answer.at)]
             made.append(Event(b'data: {"error": {"message": "broke down", "type": "server_error", "code": 502}}\n\n'))
             return made
+        if answer.end == "ends_early":  # in order, but before its finish
+            return made[: min(int(len(made) * answer.at), len(made) - self._n - 2)] if len(made) > self._n + 2 else []
         done_event = Event(b"data: [DONE]\n\n", is_done=True)
         if answer.end != "no_done":
             made += [done_event] * (2 if answer.end == "done_twice" else 1)

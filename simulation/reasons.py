@@ -7,7 +7,16 @@ from typing import Final
 
 from simulation.bills import nusd
 from simulation.client import Sight
-from simulation.history import DRAIN_S, FIRST_BYTE_S, HOLD_TTL_S, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS, KeyPlan
+from simulation.history import (
+    DEFAULT_OUTPUT_TOKENS,
+    DRAIN_S,
+    FIRST_BYTE_S,
+    HOLD_TTL_S,
+    IDLE_S,
+    LEASE_TOKENS,
+    MAX_OUTPUT_TOKENS,
+    KeyPlan,
+)
 from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
 
 BREAKER_FAILURES: Final = 10
@@ -210,6 +219,8 @@ def _timed_out(view: View, sight: Sight) -> bool:
 
 
 def _conflict(view: View, sight: Sight) -> bool:
+    if any(other.request.other_body for other in view.group(sight)):  # whichever came first
+        return True
     return sight.request.keyed and (
         view.feels(sight, before_s=math.inf) or (len(view.group(sight)) > 1 and view.is_lossy)
     )
@@ -244,6 +255,7 @@ def waits_are_true(view: View) -> Iterator[str]:
             other
             for other in view.record.sights
             if other is not first
+            and other.status != 429  # which changes nothing
             and other is not sight
             and view.key(other) == view.key(sight)
             and other.ended_at >= first.began_at - 1
@@ -293,6 +305,36 @@ def limits_hold(view: View) -> Iterator[str]:
                         return
         if key.max_parallel is not None:
             yield from _slots_taken(view, number, key.max_parallel)
+
+
+def buckets_are_right(view: View) -> Iterator[str]:
+    """Check that a bucket of tokens is debited by what requests used, once they are settled, and not by more."""
+    if not view.is_strict or view.record.troubles:
+        return
+    for number, key in enumerate(view.history.keys):
+        ours = [sight for sight in view.record.sights if sight.request.key == number]
+        for sight in ours if key.tokens_per_minute is not None else ():
+            remaining = sight.headers.get("x-ratelimit-remaining-tokens")
+            if remaining is None or sight.headers.get("x-ratelimit-limit-tokens") != str(key.tokens_per_minute):
+                continue
+            taken = _most_reserved(sight)
+            for other in ours:
+                if other is not sight and other.began_at <= sight.ended_at:
+                    used = sum(
+                        int(event["prompt_tokens"]) + int(event["completion_tokens"])
+                        for event in view.settled.get(other.request_id, ())
+                    )
+                    is_settled = other.ended == "whole" and other.ended_at + LATENCY_S < sight.began_at
+                    taken += used if is_settled else max(used, _most_reserved(other))
+            size = key.tokens_per_minute or 0
+            if int(remaining) < size - taken:
+                yield f"{sight.request_id}: {remaining} of {size} tokens remain, and {taken} at most were taken"
+
+
+def _most_reserved(sight: Sight) -> int:
+    """Return the most tokens that an admission takes: a token for three bytes, some for the message, and the output."""
+    output = sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS
+    return len(sight.body) // 3 + 12 + output * sight.request.n
 
 
 def _slots_taken(view: View, number: int, most: int) -> Iterator[str]:

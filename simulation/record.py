@@ -88,6 +88,7 @@ class Record(Struct):
     prices: list[tuple[float, Mapping[str, Model]]] = []
     left: list[str] = []
     errors: list[str] = []
+    store_offset_s: float = 0.0  # the store's clock less the loop's
 
 
 class View:

@@ -309,6 +309,19 @@ def beyond_the_hold(case):
     case.record.books = {0: book(settled(held_nusd=1))}
 
 
+def budget_passed(case):
+    case.key(budget_nusd=100)
+
+
+def hold_abandoned(case):
+    case.record.books = {0: book(settled(hold="abandoned"))}
+
+
+def tokens_kept(case):
+    case.key(tokens_per_minute=1000)
+    case.sight.headers |= {"x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "100"}
+
+
 def not_failed_over(case):
     case.failed(502)
     case.sight.request = replace(case.sight.request, model="pair")
@@ -374,6 +387,9 @@ BREAKS = [
     (limit_passed, "limits_hold"),
     (overdrawn, "credit_is_not_overdrawn"),
     (beyond_the_hold, "credit_is_not_overdrawn"),
+    (budget_passed, "budgets_hold"),
+    (hold_abandoned, "holds_are_kept"),
+    (tokens_kept, "buckets_are_right"),
     (not_failed_over, "failover_happens"),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),

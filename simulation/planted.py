@@ -1,0 +1,369 @@
+"""Plant faults in the gateway, one at a time, and count the seeds until the judge finds each: proof that it sees.
+
+    python -m simulation.planted                 # all of them, at most 400 seeds each
+    python -m simulation.planted --seeds 10000 --only zeros
+
+A fault is a change of text in a file of meshproxy, made in a copy of the tree.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).parents[1]
+TIMEOUT_S: Final = 3_600.0
+
+
+class Planted(NamedTuple):
+    """A fault: what it is, and the text of a file that is replaced by another."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+
+
+LUA: Final = "ledger/scripts/"
+PLANTED: Final = [
+    # The ledger's scripts.
+    Planted(
+        "a settlement leaves its hold's credit held",
+        LUA + "settle.lua",
+        "if live then hold_credit(hold, -hold.amount) end",
+        "",
+    ),
+    Planted("a settlement leaves its slot taken", LUA + "settle.lua", "redis.call('ZREM', KEY_RUNNING, id)", ""),
+    Planted(
+        "a settlement doesn't correct the token bucket",
+        LUA + "settle.lua",
+        "take_tokens(KEY_BUCKET, hold.key_rate, used - hold.tokens)",
+        "",
+    ),
+    Planted(
+        "a settlement adds no cost to the hour",
+        LUA + "settle.lua",
+        "if cost ~= '0' then redis.call('HINCRBY'",
+        "if cost == '' then redis.call('HINCRBY'",
+    ),
+    Planted(
+        "a settlement is charged twice",
+        LUA + "settle.lua",
+        "redis.call('HINCRBY', CREDIT, 'balance', '-' .. cost)",
+        "redis.call('HINCRBY', CREDIT, 'balance', -2 * tonumber(cost))",
+    ),
+    Planted(
+        "an Idempotency-Key isn't marked as charged",
+        LUA + "settle.lua",
+        "redis.call('HSET', replay_key, 'owner', id, 'state', 'charged'",
+        "redis.call('HSET', replay_key, 'owner', id, 'state', 'failed'",
+    ),
+    Planted(
+        "an admission doesn't look at credit",
+        LUA + "admit.lua",
+        "if credit < least then return reply(1, 0, 0, 0) end",
+        "",
+    ),
+    Planted("an admission doesn't look at budgets", LUA + "admit.lua", "\nif short then\n", "\nif false then\n"),
+    Planted(
+        "an admission doesn't look at buckets",
+        LUA + "admit.lua",
+        "if slowest > 0 then return",
+        "if slowest > 6 then return",
+    ),
+    Planted(
+        "one request too many runs in parallel",
+        LUA + "admit.lua",
+        "running >= KEY_MAX_PARALLEL",
+        "running > KEY_MAX_PARALLEL",
+    ),
+    Planted(
+        "a denied request takes from its bucket",
+        LUA + "admit.lua",
+        "if slowest > 0 then return",
+        "if slowest > 0 then take(buckets[slowest], 1); save(KEY_BUCKET, key_requests, key_tokens, key_daily) return",
+    ),
+    Planted(
+        "a renewal doesn't look at credit", LUA + "renew.lua", "if credit < more then return deny(1, 0, 0) end", ""
+    ),
+    Planted(
+        "a renewal doesn't extend the deadline",
+        LUA + "renew.lua",
+        "\n  redis.call('ZADD', DEADLINES, whole(deadline_ms), id)\n  keep_running(KEY_RUNNING, id, deadline_ms)\nend\nrelease",
+        "\nend\nrelease",
+    ),
+    Planted("holds past their deadline stay", LUA + "hold.lua", "for _ = 1, MAX_SWEEPS do", "for _ = 1, 0 do"),
+    Planted(
+        "a wait is rounded down",
+        LUA + "bucket.lua",
+        "math.ceil((level - bucket.level) / bucket.rate)",
+        "math.floor((level - bucket.level) / bucket.rate - 1)",
+    ),
+    Planted(
+        "a bucket refills ten times as fast",
+        LUA + "bucket.lua",
+        "math.max(0, now_ms - at) * rate",
+        "math.max(0, now_ms - at) * rate * 10",
+    ),
+    Planted(
+        "a grant counts again with the same ref",
+        LUA + "grant.lua",
+        "local before = ref ~= ''",
+        "local before = ref == ''",
+    ),
+    Planted(
+        "an Idempotency-Key is claimed by every request",
+        LUA + "claim.lua",
+        "if state then return { state, record[2] } end",
+        "",
+    ),
+    # What a provider reports.
+    Planted(
+        "zeros replace a true report",
+        "openai/usage.py",
+        "            older.counts | self.counts,",
+        "            self.counts,",
+    ),
+    Planted(
+        "xAI's reasoning isn't added",
+        "openai/usage.py",
+        "            if sum(size for _, size in chosen) == gap:",
+        "            if sum(size for _, size in chosen) == -gap:",
+    ),
+    Planted(
+        "the remainder of a total isn't added",
+        "openai/usage.py",
+        "    if rest > 0 and prompt and",
+        "    if rest > 0 and not prompt and",
+    ),
+    Planted(
+        "a cache beside its prompt isn't added",
+        "openai/usage.py",
+        "or by_anthropic or cached + write > prompt):",
+        "or by_anthropic):",
+    ),
+    Planted(
+        "citations aren't added", "openai/usage.py", "more_prompt = citation + in_prompt", "more_prompt = in_prompt"
+    ),
+    Planted(
+        "floats are no numbers",
+        "openai/usage.py",
+        "if type(value) not in {int, Decimal} or value < 0:",
+        "if type(value) is not int or value < 0:",
+    ),
+    Planted(
+        "strings are no numbers",
+        "openai/usage.py",
+        "return Decimal(value) if type(value) is str and",
+        "return Decimal(value) if type(value) is bytes and",
+    ),
+    Planted("x_groq.usage isn't looked at", "openai/usage.py", 'if "x_groq" in members:', 'if "x_grok" in members:'),
+    Planted(
+        "choices[0].usage isn't looked at",
+        "openai/usage.py",
+        'if "choices" in members and',
+        'if "choice" in members and',
+    ),
+    Planted("an absurd report is billed", "openai/usage.py", "if count <= bounds.get(kind, window):", "if count >= 0:"),
+    Planted(
+        "cached tokens are billed as input",
+        "policy/pricing.py",
+        "(usage.cached, price.cached),",
+        "(usage.cached, price.input),",
+    ),
+    Planted(
+        "the fee isn't charged",
+        "policy/pricing.py",
+        "fee = price.request if usage.prompt or usage.completion else 0",
+        "fee = 0",
+    ),
+    Planted(
+        "a report older than the text beats the text",
+        "openai/event_stream.py",
+        "return self.report is not None and self._reported_at !=",
+        "return self.report is None and self._reported_at !=",
+    ),
+    Planted(
+        "an unreported prompt isn't billed",
+        "gateway/settle.py",
+        "if usage.prompt == 0 and (usage.completion or",
+        "if usage.prompt < 0 and (usage.completion or",
+    ),
+    Planted(
+        "an assembled stream's report may be old",
+        "gateway/pipeline.py",
+        "(whole.report, whole.is_outdated)",
+        "(whole.report, False)",
+    ),
+    Planted(
+        "the provider's own figure isn't billed", "gateway/settle.py", "None if outdated else reported_usd", "None"
+    ),
+    # Streams.
+    Planted(
+        "a stream that broke off is a success",
+        "gateway/relay.py",
+        "elif self.scanner.done or (self.scanner.complete and self._all_ended()):",
+        "elif True:",
+    ),
+    Planted(
+        "a stream that fails ends without a word",
+        "gateway/relay.py",
+        "        self._downstream.write(error_event(",
+        "        len(error_event(",
+    ),
+    Planted(
+        "no pings",
+        "gateway/relay.py",
+        "elif silent_s >= heartbeat_s and not",
+        "elif silent_s >= 3 * heartbeat_s and not",
+    ),
+    Planted(
+        "no pings before the answer",
+        "gateway/attempts.py",
+        "now - self.written_at < heartbeat_s or",
+        "now - self.written_at < 3 * heartbeat_s or",
+    ),
+    Planted(
+        "pings begin anew with the answer",
+        "gateway/relay.py",
+        "early_head.written_at if early_head is not None and early_head.begun else clock()",
+        "clock()",
+    ),
+    Planted(
+        "a stream waits for a client that is gone",
+        "server/fast_path.py",
+        "        if room is not None and not room.done():\n            room.set_result(None)\n\n    def pause",
+        "\n    def pause",
+    ),
+    Planted(
+        "withheld output is sent",
+        "gateway/relay.py",
+        "            self._withhold(events)\n            return\n",
+        "            self._withhold(b'')\n",
+    ),
+    Planted(
+        "the usage chunk isn't held back",
+        "gateway/pipeline.py",
+        "hide_usage=not (plan.request.include_usage or exchange.call.sees_usage)",
+        "hide_usage=False",
+    ),
+    Planted(
+        "usage isn't asked for",
+        "openai/request.py",
+        "    elif request.stream and not request.include_usage:",
+        "    elif request.stream and request.include_usage:",
+    ),
+    # Requests.
+    Planted(
+        "a cap goes out under another name",
+        "openai/request.py",
+        "        body[cap_field] = cap",
+        "        body['max_tokens'] = cap",
+    ),
+    Planted("a cap is lost", "openai/request.py", "cap = max_tokens or request.max_tokens", "cap = max_tokens"),
+    Planted(
+        "no other provider is asked after a 5xx",
+        "policy/failover.py",
+        "safe_to_repeat=self.try_next,",
+        "safe_to_repeat=False,",
+    ),
+    Planted(
+        "a request's time-out is ignored",
+        "gateway/attempts.py",
+        "left_s = exchange.deadline - exchange.sent_at",
+        "left_s = math.inf",
+    ),
+    # Settlement, its journal, repeats.
+    Planted(
+        "what Redis didn't take is forgotten",
+        "gateway/settle.py",
+        "the charge must survive both\n            await self._journal.append(settlement)",
+        "\n            pass",
+    ),
+    Planted(
+        "a script that Redis forgot isn't sent again",
+        "gateway/settle.py",
+        "            except ScriptMissing:\n                settled = await self.charge(settlement)",
+        "            except ScriptMissing:\n                settled = True",
+    ),
+    Planted(
+        "the journal is emptied without Redis",
+        "ledger/journal.py",
+        "            except Unavailable:\n                return count\n",
+        "            except Unavailable:\n                pass\n",
+    ),
+    Planted("a hang-up charges nothing", "gateway/pipeline.py", "bill_prompt(exchange)", "None"),
+    Planted(
+        "a request with an Idempotency-Key ends with its client",
+        "gateway/in_flight.py",
+        "if self.closed or self._detached >= MAX_DETACHED:",
+        "if True:",
+    ),
+    Planted("a revoked key is served for a minute", "ledger/directory.py", "\nTTL_S = ", "\nTTL_S = 60 + "),
+    Planted("a reload keeps the old prices", "app/worker.py", "        self.gateway.active = new\n", ""),
+    Planted("Retry-After is rounded down", "openai/errors.py", "math.ceil", "math.floor"),
+    Planted(
+        "the cost that is told isn't the charge",
+        "gateway/pipeline.py",
+        '("x-mesh-cost", format_usd(exchange.cost_nusd))',
+        '("x-mesh-cost", format_usd(exchange.cost_nusd + 1))',
+    ),
+]
+
+
+def planted_tree(planted: Planted, home: Path) -> Path:
+    """Copy meshproxy and simulation below `home`, with the fault. Raises ValueError if its text isn't there once."""
+    for name in ("meshproxy", "simulation"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    path = home / "meshproxy" / planted.path
+    text = path.read_text()
+    if text.count(planted.old) < 1:
+        raise ValueError(f"{planted.path} has no {planted.old!r}")
+    path.write_text(text.replace(planted.old, planted.new))
+    return home
+
+
+def seeds_until_found(planted: Planted, most: int) -> tuple[int | None, str]:
+    """Play seeds until a rule is broken. Return how many it took (None: it wasn't found), and the finding."""
+    with tempfile.TemporaryDirectory() as home:
+        tree = planted_tree(planted, Path(home))
+        command = [sys.executable, "-m", "simulation", "--seeds", str(most), "--stop"]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        run = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    found = re.search(r"^(\d+) histories", run.stdout, re.MULTILINE)
+    if run.returncode == 0 or found is None:
+        return None, run.stderr[-300:]
+    return int(found[1]), run.stdout.splitlines()[0]
+
+
+def main(words: list[str]) -> int:
+    """Plant each fault and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m simulation.planted")
+    parser.add_argument("--seeds", type=int, default=400, metavar="N", help="at most, for each fault (400)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="faults whose name has these words")
+    asked = parser.parse_args(words)
+    missed = 0
+    for planted in PLANTED:
+        if asked.only not in planted.name:
+            continue
+        began = time.monotonic()
+        seeds, finding = seeds_until_found(planted, asked.seeds)
+        missed += seeds is None
+        print(
+            f"| {planted.name} | {seeds or 'not found'} | {time.monotonic() - began:.0f} s | {finding[:140]} |",
+            flush=True,
+        )
+    print(f"{missed} not found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
