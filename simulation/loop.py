@@ -13,6 +13,7 @@ import contextvars
 import heapq
 import random
 import signal
+import socket
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -386,7 +387,8 @@ class SimLoop(asyncio.BaseEventLoop):
             "timers": [
                 f"{what._callback!r} at {when - START_S:.3f}" for when, what in sorted(timers, key=lambda each: each[0])
             ],
-            "sockets": [f"{fd} {sock.name}" for fd, sock in process.sockets.items()],
+            # a worker's end of the pair to its supervisor lasts as long as the process
+            "sockets": [f"{fd} {sock.name}" for fd, sock in process.sockets.items() if sock.family != socket.AF_UNIX],
             "files": [str(fd) for fd in sorted(process.files)],
         }
 
