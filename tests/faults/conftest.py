@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -50,6 +51,7 @@ class Stage:
     def __init__(self, mesh: Mesh, caller: Caller, wires: dict[str, FaultProxy]) -> None:
         self.mesh, self.caller, self.wires = mesh, caller, wires
         self.headers: dict[str, str] = {}
+        self.counted: Counter[str] = Counter()  # in the metrics, before what is judged
         self.said: list[dict[str, Any]] = []  # by the gateway in its log, lines of requests aside
 
     async def ask(

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+from collections import Counter
 
 from tests.faults.conftest import SHORT_S
 from tests.faults.phases import HEAD_END, IDLE, PHASES, WAITING
 from tests.faults.table import GENTLE, Outcome
-from tests.harness.clients import length_in
+from tests.harness.clients import CHAT, length_in
 from tests.harness.waiting import PATIENCE_S
 
 PROMPT_NUSD = 22_500  # its 9 tokens, where nobody reports them
@@ -34,6 +35,7 @@ async def struck(stage, leg, phase, mode, *, stream):
         assert heard(before) == "200"
         await mesh.quiet()
         mesh.log.lines.clear()
+        stage.counted = await mesh.counted(CHAT)
         await wire.strike(mode, "caller")
         return await stage.ask(stream=stream, client_timeout_s=client_timeout_s)
     if phase == WAITING:
@@ -66,12 +68,14 @@ def model_of(leg, phase, *, stream):
 
 
 async def written(stage, got):
-    """The outcome as client, log and ledger have it, whose books balance."""
+    """The outcome as client, log and ledger have it, whose books balance. The metrics must count what the log says."""
     balance = await balanced(stage)
     assert 0 <= balance.settled_nusd <= FULL_NUSD
     hold = " ".join(event["event"] for event in await events_of(stage))
     lines = [line_of(line) for line in stage.mesh.log.lines]
     assert len(lines) <= 1
+    counted = await stage.mesh.counted(CHAT) - stage.counted
+    assert counted == Counter(str(status or "other") for _, status, _ in lines), counted
     return Outcome(got, lines[0] if lines else None, hold, charge_of(balance.settled_nusd))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from meshproxy.simulator import Running
 from meshproxy.simulator.behaviour import TRAITS
 from meshproxy.simulator.delivery import ReceivedRequest
 from meshproxy.simulator.stream import CUTTING_FAULTS
+from meshproxy.telemetry.exposition import decode
 from tests.harness.books import Books, Caller
 from tests.harness.clients import CHAT, HELLO, Answer
 from tests.harness.process import Tables
@@ -141,6 +143,15 @@ class Mesh:
         """The only one."""
         (event,) = await self.settlements(caller)
         return event
+
+    async def counted(self, route: str | None = None) -> Counter[str]:
+        """How many answers the metrics have, of one route or of all, by status."""
+        counted: Counter[str] = Counter()
+        for family in decode(await self.worker.metrics.snapshot()):
+            for series in family.series if family.name == "meshproxy_requests_total" else ():
+                if route in (None, series.labels[0]):
+                    counted[series.labels[2]] += int(series.value)
+        return +counted
 
     async def principal(self, caller: Caller) -> Principal:
         principal = await self.worker.directory.principal(caller.secret)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from meshproxy.policy.principal import Limits
-from meshproxy.telemetry.exposition import decode
 from tests.harness.process import Program, program
 from tests.harness.waiting import until
 from tests.hostile.corpus import BODY, CASES, END
@@ -126,12 +125,12 @@ async def test_what_one_of_them_passes_on_is_read_as_it_was_sent(mesh, tmp_path_
     caller = await mesh.key(credit="100", limits=FREE)
     misread = {}
     async with _running(name.partition("-")[0], config, options, mesh, tmp_path_factory.mktemp("b")) as balancer:
-        before = await _counted(mesh)
+        before = await mesh.counted()
         for case, (data, _) in CASES.items():
             await balancer.send(data.replace(b"KEY", caller.secret.encode()) + END)
             sent_on = await balancer.sent_on()
             await mesh.quiet()
-            now = await _counted(mesh)
+            now = await mesh.counted()
             counted = now - before - Counter({"404": 1})  # the flush
             before = now
             unanswered = Counter({"other": counted["other"]})  # the balancer hung up on what it had begun to send
@@ -141,15 +140,6 @@ async def test_what_one_of_them_passes_on_is_read_as_it_was_sent(mesh, tmp_path_
     served = [entry for entry in mesh.received if entry.status == 200]
     assert served
     assert [entry.raw_body for entry in served if json.loads(entry.raw_body)["messages"] != MESSAGES] == []
-
-
-async def _counted(mesh) -> Counter[str]:
-    """The gateway's answers so far, by status."""
-    counted: Counter[str] = Counter()
-    for family in decode(await mesh.worker.metrics.snapshot()):
-        for series in family.series if family.name == "meshproxy_requests_total" else ():
-            counted[series.labels[2]] += int(series.value)
-    return counted
 
 
 @asynccontextmanager
