@@ -13,13 +13,24 @@ from msgspec.structs import replace
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.policy.principal import Limits
 from meshproxy.units import parse_usd
-from tests.harness.clients import HELLO
+from tests.harness.clients import CHAT, HELLO
 from tests.harness.mesh import PRICE, model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000  # what the simulator reports of HELLO and eight tokens
 PROMPT_NUSD = 9 * 2_500  # of HELLO, where nobody reports it
 HELD_NUSD = 18 * 2_500 + 256 * 10_000  # the estimate of HELLO, and a slice of output
 SEED = 7
+# how a provider fails a stream, and what comes of it: the client's status and code, the log's outcome, and whose count is charged
+FAILING = {
+    **dict.fromkeys(
+        ("die-mid-stream", "reset-mid-stream", "bad-chunk", "end-early", "error-mid-stream"),
+        (200, "upstream_error", "upstream_failed", "estimated"),
+    ),
+    "stall-mid": (200, "gateway_timeout", "upstream_failed", "estimated"),
+    "not-json": (200, "upstream_error", "upstream_failed", "none"),
+    "stall": (504, "gateway_timeout", "failed", "none"),
+    **dict.fromkeys(("redirect", "error-html", "empty", "refuse", "reset"), (502, "upstream_error", "failed", "none")),
+}
 HARMLESS = ("burst", "split", "crlf", "comments", "ids", "bom", "eof-delimited", "content-length-stream", "usage-every")
 
 
@@ -91,15 +102,16 @@ async def test_usage_in_the_finishing_chunk_counts_and_the_chunk_is_kept(mesh):
     assert (await mesh.settlement(caller))["usage_source"] == "reported"
 
 
+@pytest.mark.parametrize(("asked", "least", "most"), [({"stream": True}, 8, 16), ({"max_tokens": 10}, 1, 10)])
 @pytest.mark.parametrize("trait", ["no-usage", "usage-negative", "usage-absurd"])
-async def test_usage_that_cannot_be_believed_is_estimated(mesh, trait):
+async def test_usage_that_cannot_be_believed_is_estimated(mesh, trait, asked, least, most):
     caller = await mesh.key()
-    answer = await mesh.stream(caller, model=f"sim/{trait}")
-    assert answer.events[-1] == "[DONE]"
+    answer = await mesh.chat(caller, model=f"sim/{trait}", **asked)
+    assert (answer.is_whole, answer.is_done) == (True, "stream" in asked)
     settled = await mesh.settlement(caller)
     assert (settled["usage_source"], settled["outcome"], settled["prompt_tokens"]) == ("estimated", "completed", "9")
-    assert 8 <= int(settled["completion_tokens"]) <= 16
-    assert 0 < await mesh.spent(caller) <= HELD_NUSD
+    assert least <= int(settled["completion_tokens"]) <= most
+    assert 0 < await mesh.spent(caller) <= int(settled["held_nusd"])
 
 
 async def test_a_lying_provider_is_not_believed_past_what_was_asked_for(mesh):
@@ -110,18 +122,25 @@ async def test_a_lying_provider_is_not_believed_past_what_was_asked_for(mesh):
     assert int(settled["completion_tokens"]) <= 3
 
 
-@pytest.mark.parametrize("trait", ["die-mid-stream", "reset-mid-stream", "bad-chunk", "end-early", "error-mid-stream"])
-async def test_a_stream_that_dies_is_ended_honestly(mesh, trait):
+@pytest.mark.parametrize("trait", FAILING)
+async def test_a_stream_whose_provider_fails_is_ended_honestly(start_mesh, simulator, trait):
+    status, code, outcome, source = FAILING[trait]
+    idle_timeout_s = 0.1 if "stall" in trait else 10
+    mesh = await start_mesh(
+        upstreams={"sim": {"kind": "openai", "base_url": simulator.base_url, "idle_timeout_s": idle_timeout_s}},
+        models={f"sim/{trait}": model("sim", f"sim/{trait}?tokens=8&tps=50")},  # its events come one by one
+    )
     caller = await mesh.key()
     answer = await mesh.stream(caller, model=f"sim/{trait}")
-    assert answer.status == 200
-    error = answer.events[-1]["error"]
-    assert error["code"] == "upstream_error"
-    assert answer.headers["x-request-id"] == error["request_id"] == answer.events[-1]["request_id"]
-    settled = await mesh.settlement(caller)
-    assert (settled["outcome"], settled["usage_source"]) == ("upstream_failed", "estimated")
-    assert 0 < await mesh.spent(caller) <= HELD_NUSD
-    assert mesh.log.lines[-1]["code"] == "upstream_error"
+    assert (answer.status, answer.code, b"[DONE]" in answer.body) == (status, code, False)
+    told = answer.events[-1] if status == 200 else answer.json
+    assert told["request_id"] == told["error"]["request_id"] == answer.headers["x-request-id"]
+    settled, line = await mesh.settlement(caller), mesh.log.lines[-1]
+    assert (settled["outcome"], settled["usage_source"]) == (line["outcome"], line["usage_source"]) == (outcome, source)
+    assert (line["status"], line["code"], len(mesh.received)) == (status, code, 1)
+    assert await mesh.counted(CHAT) == {str(status): 1}
+    charged = await mesh.spent(caller)
+    assert 0 < charged <= HELD_NUSD if source == "estimated" else charged == 0
 
 
 async def test_an_event_of_two_megabytes_passes(mesh):
@@ -147,44 +166,6 @@ async def test_the_words_of_a_provider_that_failed_in_the_stream_are_told(mesh):
     answer = await mesh.stream(caller, model="sim/error-mid-stream")
     assert answer.events[-1]["error"]["provider_error"]["message"] == "Provider disconnected unexpectedly"
     assert [event for event in answer.events[:-1] if "error" in event] == []
-
-
-async def test_a_provider_that_falls_silent_is_given_up(start_mesh, simulator):
-    mesh = await start_mesh(upstreams=_impatient(simulator))
-    caller = await mesh.key()
-    answer = await mesh.stream(caller, model="sim/stall-mid")
-    assert answer.events[-1]["error"]["code"] == "gateway_timeout"
-    assert (await mesh.settlement(caller))["usage_source"] == "estimated"
-    assert 0 < await mesh.spent(caller) <= HELD_NUSD
-
-
-async def test_a_provider_that_says_nothing_at_all_costs_nothing(start_mesh, simulator):
-    mesh = await start_mesh(upstreams=_impatient(simulator))
-    caller = await mesh.key()
-    answer = await mesh.stream(caller, model="sim/stall")
-    assert b'"code":"gateway_timeout"' in answer.body
-    assert b"[DONE]" not in answer.body
-    assert itemgetter("usage_source", "cost_nusd")(await mesh.settlement(caller)) == ("none", "0")
-
-
-async def test_nonsense_is_no_success(mesh):
-    caller = await mesh.key()
-    answer = await mesh.stream(caller, model="sim/not-json")
-    assert b"[DONE]" not in answer.body
-    assert b'"code":"upstream_error"' in answer.body
-
-
-@pytest.mark.parametrize("trait", ["redirect", "error-html", "empty", "refuse", "reset"])
-async def test_what_is_no_event_stream_is_an_error_before_any_stream(mesh, trait):
-    caller = await mesh.key()
-    answer = await mesh.stream(caller, model=f"sim/{trait}")
-    assert (answer.status, answer.code) == (502, "upstream_error")
-    assert await mesh.spent(caller) == 0
-    assert len(mesh.received) == 1
-
-
-def _impatient(simulator):
-    return {"sim": {"kind": "openai", "base_url": simulator.base_url, "idle_timeout_s": 0.1}}
 
 
 async def test_a_silent_stream_is_kept_open_by_pings(start_mesh):

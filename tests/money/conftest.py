@@ -22,7 +22,6 @@ FIGURES = os.environ.get("MESHPROXY_FIGURES")  # a file that takes the figures, 
 full_only = pytest.mark.skipif(not FULL, reason="MESHPROXY_PROOF=full asks for it")
 INPUT_NUSD, OUTPUT_NUSD = 2_500, 10_000  # a token
 PROMPT_ESTIMATE = 19  # what is held for a greeting; the provider counts 6
-PROMPT_BILLED = 9  # where no provider reports it
 HOLD_TTL_S = 2.0
 
 
