@@ -178,8 +178,12 @@ class Reloader:
             return error.faults
         settings, kept_keys = without_restart_keys(self._settings, loaded.settings)
         config = workers.config
+        token = config.secrets.admin_token
+        if loaded.secrets.admin_token != token and "server.admin_token" not in kept_keys:
+            kept_keys.append("server.admin_token")  # the key refers to the same file, which has another token
         served = replace(settings, redis=config.settings.redis)  # the embedded server's URL is not in the file
-        new = RunningConfig(served, loaded.secrets, config.journal, config.generation + 1)
+        secrets = replace(loaded.secrets, admin_token=token)
+        new = RunningConfig(served, secrets, config.journal, config.generation + 1)
         faults = await workers.prepare(new) or await workers.apply(new)
         if not faults:
             self._settings = settings

@@ -32,6 +32,14 @@ WRONGLY_SENT = unauthorized(
 UNKNOWN_KEY = unauthorized("This key is not known.")
 
 
+class LoginRefused(GatewayError):
+    """A caller may not use the gateway. `principal`: the caller, if its key is known, for the log."""
+
+    def __init__(self, response: ErrorResponse, principal: Principal | None) -> None:
+        super().__init__(Source.CLIENT, response)
+        self.principal = principal
+
+
 class Authenticator:
     """Turns an `Authorization` header into a `Principal`.
 
@@ -62,7 +70,7 @@ class Authenticator:
             response = refusal
         if response.status == 401:
             access.failed(client, self._clock())
-        raise GatewayError(Source.CLIENT, response)
+        raise LoginRefused(response, principal)
 
     def _check_address(self, client: str | None, access: Access) -> None:
         """Raise 403 for an address that isn't allowed, 429 for one with too many failed logins."""

@@ -26,6 +26,7 @@ from meshproxy.gateway.entry import (
     MIN_UNADMITTED,
     Authenticator,
     BodyMemory,
+    LoginRefused,
     NamedLocks,
     PathLimiter,
     check_version,
@@ -136,6 +137,9 @@ class Gateway:
             body = await call.read_body(reservation.take)
             process = self._process if call.idempotency_key is None else self._process_once
             return await process(exchange, principal, body, active, downstream)
+        except LoginRefused as error:
+            exchange.principal = error.principal
+            return self._refuse(exchange, error.response)
         except GatewayError as error:
             return self._refuse(exchange, error.response)
         except asyncio.CancelledError:

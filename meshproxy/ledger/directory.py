@@ -21,7 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
-from meshproxy.ledger.store import Script, Store, StoreError, batches, pairs
+from meshproxy.ledger.store import Contended, Script, Store, batches, pairs
 from meshproxy.ledger.templates import MAX_CHANGES, Cache, Templates, decode, encode
 from meshproxy.policy.principal import Account, Key, Principal, Status
 
@@ -154,7 +154,7 @@ class Directory:
                 self._principals.clear()
                 await self._note(actor, action, key.id, key.account, _changes(key, changed))
                 return changed
-        raise StoreError("RACE", f"{key_id} was changed by others {MAX_CHANGES} times meanwhile")
+        raise Contended(key_id)
 
     async def set_key_status(self, key_id: str, status: Status, *, actor: str = "") -> Key | None:
         """Suspend, resume ("active") or revoke a key. None: no such key. Raises ValueError if it is revoked."""
@@ -188,7 +188,7 @@ class Directory:
                 "DEL", key_record(new)
             )  # the record was changed concurrently: start again with the new one
         else:
-            raise StoreError("RACE", f"{key_id} was changed by others {MAX_CHANGES} times meanwhile")
+            raise Contended(key_id)
         await self._store.execute("HSET", KEY_IDS, key.id, new)
         await self._store.execute("HSET", AccountKeys(key.account).keys, key.id, new)
         if grace_s > 0:
@@ -246,7 +246,7 @@ class Directory:
                 self._principals.clear()
                 await self._note(actor, action, name, name, _changes(before, changed))
                 return changed
-        raise StoreError("RACE", f"{name} was changed by others {MAX_CHANGES} times meanwhile")
+        raise Contended(name)
 
     async def set_account_status(self, name: str, status: Status, *, actor: str = "") -> Account | None:
         """Suspend or resume ("active") an account and all its keys. Return None if there is no such account."""

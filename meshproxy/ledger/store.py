@@ -30,7 +30,7 @@ from msgspec import Struct
 
 from meshproxy.config import ConfigError
 from meshproxy.config.settings import MAX_SOCKET_PATH, host_fault
-from meshproxy.errors import GatewayError, Source, ledger_unavailable
+from meshproxy.errors import ErrorResponse, GatewayError, Source, ledger_unavailable
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import ConnectKwargs
@@ -109,6 +109,14 @@ class StoreError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class Contended(GatewayError):
+    """A record was changed by others before each attempt at changing it. Repeating the change is safe."""
+
+    def __init__(self, name: str) -> None:
+        message = f"{name} is being changed by others; repeat the change"
+        super().__init__(Source.CLIENT, ErrorResponse(409, "changed_meanwhile", message))
 
 
 class ScriptMissing(StoreError):

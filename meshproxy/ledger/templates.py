@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import GLOBAL, AccountKeys
-from meshproxy.ledger.store import Script, Store, StoreError, Unavailable, batches, pairs
+from meshproxy.ledger.store import Contended, Script, Store, StoreError, Unavailable, batches, pairs
 from meshproxy.policy.template import Template
 
 MAX_UNKNOWN = 1024  # names cached as missing
@@ -183,7 +183,7 @@ class Templates:
                 raise ValueError(f"There is a template `{changed.name}` already.")
             if outcome == b"stored":
                 return changed
-        raise StoreError("RACE", f"{template.id} was changed by others {MAX_CHANGES} times meanwhile")
+        raise Contended(template.id)
 
     async def _store_as(self, template: Template, before: bytes = b"") -> bytes:
         """Return the outcome of put_template.lua. Raises GatewayError if there is no room."""

@@ -72,14 +72,14 @@ class Workers:
         return []
 
 
-def reads(*texts):
-    """A file that says each of these in turn, then nothing that can be read."""
+def reads(*texts, token=None):
+    """A file that says each of these in turn, then nothing that can be read. `token`: the admin token."""
     rest = list(texts)
 
     def read():
         if not rest:
             raise ConfigError(["server.x: unknown key"])
-        return Loaded(parse(rest.pop(0)), Secrets({"a": "b"}), [])
+        return Loaded(parse(rest.pop(0)), Secrets({"a": "b"}, token), [])
 
     return read
 
@@ -125,6 +125,14 @@ async def test_what_could_not_be_swapped_in_is_not_what_the_next_is_compared_wit
     with capture_logs() as logs:
         await reloader.reload(workers)
     assert [line["key"] for line in logs if line["event"] == "reload_needs_restart"] == ["server.listen"]
+
+
+async def test_an_admin_token_of_another_text_in_the_same_file_needs_a_restart():
+    workers = Workers()
+    with capture_logs() as logs:
+        await Reloader(Settings(), reads("", token="new")).reload(workers)
+    assert [line["key"] for line in logs if line["event"] == "reload_needs_restart"] == ["server.admin_token"]
+    assert workers.config.secrets == Secrets({"a": "b"}, STANDING.secrets.admin_token)
 
 
 async def test_a_bug_of_ours_in_a_build_ends_no_worker(monkeypatch, store_server):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
+from msgspec.structs import replace
 
 from tests.harness.mesh import model
 
@@ -389,3 +390,15 @@ async def test_the_time_of_an_answer_is_counted_by_the_upstream_that_gave_it(pai
 def _count_of(histogram):
     (family,) = histogram.collect()
     return next(sample.value for sample in family.samples if sample.name.endswith("_count"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"), [({"status": "suspended"}, 403), ({"status": "revoked"}, 401), ({"expires_at": 1.0}, 401)]
+)
+async def test_the_request_line_names_the_account_of_a_key_that_may_not_be_used(mesh, fields, status):
+    caller = await mesh.key()
+    await mesh.worker.directory.change_key(caller.key.id, lambda key: replace(key, **fields))
+    await mesh.chat(caller, model="sim/plain")
+    await mesh.quiet()
+    line = mesh.log.lines[-1]
+    assert (line["status"], line["account"], line["key_id"]) == (status, caller.account, caller.key.id)

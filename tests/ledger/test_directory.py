@@ -129,6 +129,23 @@ async def test_no_change_in_flight_undoes_a_revocation(directory, store):
     assert (await directory.principal(secret)).key == changed
 
 
+async def test_a_key_that_others_change_each_time_is_a_conflict(directory, store):
+    elsewhere = Directory(store)
+    _, key = await directory.create_key("acme")
+    names = iter(map(str, range(99)))
+
+    class Slow(Directory):
+        async def _stored(self, key_id):
+            found = await super()._stored(key_id)
+            name = next(names)
+            await elsewhere.change_key(key_id, lambda key: replace(key, name=name))
+            return found
+
+    with pytest.raises(GatewayError) as caught:
+        await Slow(store).change_key(key.id, lambda key: replace(key, limits=Limits(9)))
+    assert (caught.value.response.status, caught.value.response.code) == (409, "changed_meanwhile")
+
+
 async def test_of_many_changes_at_once_none_is_lost(directory):
     _, key = await directory.create_key("acme")
     fields = [{"name": "n"}, {"models": ["m"]}, {"limits": Limits(1)}, {"expires_at": 9.0}, {"default_model": "d"}]
