@@ -66,7 +66,7 @@ def _minimum_output(plan: Plan, credit: Credits, *, clamp: bool) -> int | None:
         return None
     if plan.request.max_tokens is None:
         return min(credit.lease_output_tokens * plan.request.n, plan.output_bound)
-    return plan.output_tokens if plan.output_tokens < plan.output_bound else None
+    return plan.output_tokens if plan.output_cap < plan.output_limit else None
 
 
 def make_hold_request(
