@@ -162,6 +162,11 @@ def _text(value: Any) -> str:
             text = _json(value)
         case _:
             text = str(value)
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters escaped, those that only move or reorder text included."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import csv
 import io
+import re
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from meshproxy.cli.arguments import account, count, minutes, names, open_administration, past
-from meshproxy.cli.command_line import Output, UsageError, add_command, make_command, table
+from meshproxy.cli.command_line import Output, UsageError, add_command, make_command, printable, table
 from meshproxy.ledger.administration import USAGE_SPAN_S
 from meshproxy.ledger.connection import Store
 from meshproxy.ledger.records import AccountKeys
@@ -83,12 +84,27 @@ async def report(args: argparse.Namespace, out: Output) -> None:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Return rows as CSV with a header line (RFC 4180, but lines end with LF, as shells expect)."""
+    """Return rows as CSV with a header line (RFC 4180, but lines end with LF, as shells expect).
+
+    Clients choose session ids. So control characters are escaped, as in tables, and a text that a spreadsheet would
+    take for a formula gets an apostrophe (https://owasp.org/www-community/attacks/CSV_Injection).
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+_FORMULA = re.compile(r"[=+@-](?!\d*\Z)")  # a whole number is none
+
+
+def _cell(value: object) -> object:
+    """Return a value as it can be opened in a spreadsheet. Amounts and numbers stay as they are."""
+    if not isinstance(value, str):
+        return value
+    shown = printable(value)
+    return f"'{shown}" if _FORMULA.match(shown) else shown
 
 
 class Progress:

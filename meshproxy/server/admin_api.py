@@ -7,7 +7,7 @@ A browser that has the token sends it with requests from any page, so a change r
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -329,12 +329,37 @@ def add_routes(app: web.Application, administration: Administration, openapi: by
             app.router.add_route(one, path, _bound(api, function))
 
 
+# The parameters of each handler's query; it takes no others, as a mistyped `account` would show all accounts' usage.
+QUERIES: Mapping[Handler, tuple[str, ...]] = {
+    AdminApi.keys: ("account", "limit", "after"),
+    AdminApi.accounts: ("limit", "after"),
+    AdminApi.usage: ("account", "group_by", "session_id", "since", "until"),
+    AdminApi.audit: ("limit",),
+    AdminApi.templates: ("account",),
+    AdminApi.put_template: ("account",),
+    AdminApi.template: ("account",),
+    AdminApi.delete_template: ("account",),
+}
+REPEATABLE = "group_by"
+
+
+def _check_query(request: web.Request, names: Sequence[str]) -> None:
+    """Raise GatewayError `validation_error` for a parameter that the path doesn't take, or that is repeated."""
+    for name in request.query:
+        if name not in names:
+            raise invalid_parameter(name[:80], f"is no parameter of this path{nearest(name, names)}.")
+        if name != REPEATABLE and len(request.query.getall(name)) > 1:
+            raise invalid_parameter(name, "is given more than once.")
+
+
 def _bound(api: AdminApi, function: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
     """Bind a handler to the API. It adds the request's id, forbids caching, and refuses other origins' changes."""
+    names = QUERIES.get(function, ())
 
     async def handler(request: web.Request) -> web.Response:
         if request.method not in SAFE:
             _refuse_other_origins(request)
+        _check_query(request, names)
         response = await function(api, request)
         response.headers["cache-control"] = "no-store"
         response.headers["x-request-id"] = request_id_of(request)

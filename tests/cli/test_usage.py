@@ -1,6 +1,8 @@
 import io
 from datetime import UTC, datetime
 
+import pytest
+
 from meshproxy.cli.usage import Progress
 from tests.cli.conftest import REQUESTS
 
@@ -77,6 +79,24 @@ def test_as_csv(settle, run):
         ("acme", "a/b", "2", "2.00"),
         ("acme", "c", "1", "0.25"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("session", "cell"),
+    [
+        ("=1+cmd|' /C calc'!A0", "'=1+cmd|' /C calc'!A0"),
+        ("@SUM(1)", "'@SUM(1)"),
+        ("-1+1", "'-1+1"),
+        ("-1", "-1"),
+        ("s=1", "s=1"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("\t=1", "\\t=1"),
+    ],
+)
+def test_a_clients_session_id_is_no_formula_in_csv(settle, run, session, cell):
+    settle(("acme", "k", "m", session, 1_000_000_000))
+    _, out, _ = run("usage", "--by", "session", "--format", "csv")
+    assert out.splitlines()[1].split(",")[:3] == ["acme", cell, "1"]
 
 
 def test_years_ago_are_shown_by_month(settle, data):

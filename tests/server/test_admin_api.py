@@ -9,7 +9,7 @@ from meshproxy.ledger.connection import connect, store_warnings
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import create_admin
-from meshproxy.server.admin_api import OPENAPI_PATH, ROUTES
+from meshproxy.server.admin_api import OPENAPI_PATH, QUERIES, ROUTES
 from meshproxy.server.openapi import admin_document
 
 TOKEN = "the-operators-token"
@@ -123,6 +123,10 @@ async def test_null_is_no_ref_and_no_note(api):
         ("POST", "/keys/{id}/rotate", {"grace": "91d"}, "grace"),
         ("GET", "/usage?group_by=weather", None, "group_by"),
         ("GET", "/keys?limit=0", None, "limit"),
+        ("GET", "/usage?acount=acme", None, "acount"),
+        ("GET", "/usage?account=acme&account=other", None, "account"),
+        ("DELETE", "/keys/{id}?account=acme", None, "account"),
+        ("POST", "/keys?account=acme", {"account": "acme"}, "account"),
         ("GET", "/templates/t?account=a%20b", None, "account"),
         ("PATCH", "/keys/{id}", {"budget_usd": -1}, "budget_usd"),
     ],
@@ -243,6 +247,13 @@ async def test_templates(api):
 async def test_what_cant_be_is_refused_in_the_envelope(api, method, path, body, status, code):
     answered, answer = await api(method, path, body)
     assert (answered, answer["error"]["code"]) == (status, code)
+
+
+def test_the_document_has_the_parameters_that_each_path_takes():
+    paths = admin_document()["paths"]
+    for method, path, function, _ in ROUTES:
+        parameters = paths[path][method.lower()]["parameters"]
+        assert {each["name"] for each in parameters if each["in"] == "query"} == set(QUERIES.get(function, ())), path
 
 
 @pytest.mark.parametrize("authorization", ["", "Bearer another", "Basic YTpi"])
