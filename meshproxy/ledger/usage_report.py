@@ -19,7 +19,7 @@ from msgspec.structs import asdict
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.ledger.store import Script, Store, batches, pairs
-from meshproxy.units import in_usd, rfc3339
+from meshproxy.units import format_usd, in_usd, rfc3339
 
 MAX_EVENTS = 1000  # asked for, or read, in one round trip
 EVENT_DAYS = 8  # for which a request is found by its id (settle.lua, REQUESTS_KEPT_S)
@@ -284,13 +284,29 @@ def shown_event(event: UsageEvent) -> dict[str, Any]:
     """Return a settled request as it is shown to operators."""
     fields = in_usd(asdict(event))
     started_ms, settled_ms = fields.pop("started_ms"), fields.pop("settled_ms")
-    fields["price"] = msgspec.json.decode(fields["price"] or "{}")
+    fields["price"] = shown_price(msgspec.json.decode(fields["price"] or "{}"))
     return {
         **fields,
         "started_at": rfc3339(started_ms / 1000),
         "settled_at": rfc3339(settled_ms / 1000),
         "duration_ms": settled_ms - started_ms,
     }
+
+
+def shown_price(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored price in USD, under the names of the configuration's keys."""
+    price: dict[str, Any] = {}
+    for name, value in stored.items():
+        match name:
+            case "request":
+                price["request_usd"] = format_usd(value)
+            case "markup":
+                price["markup"] = format_usd(value)  # a factor, in billionths
+            case "tiers":
+                price["price_tiers"] = [{"above_prompt_tokens": above, **shown_price(tier)} for above, tier in value]
+            case _:
+                price[f"{'cached_input' if name == 'cached' else name}_usd_per_mtok"] = format_usd(value)
+    return price
 
 
 def _event(flat: Sequence[bytes]) -> UsageEvent:

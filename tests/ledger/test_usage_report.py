@@ -16,6 +16,7 @@ from meshproxy.ledger.usage_report import (
     UsageRow,
     events,
     find_usage_event,
+    shown_price,
     usage,
 )
 from meshproxy.openai.usage import Usage
@@ -278,3 +279,12 @@ async def test_hours_are_looked_up_in_one_round_trip(store, ledger, monkeypatch)
     monkeypatch.setattr(store, "send", lambda op, command: (sent.append(op), send(op, command))[1])
     await usage(store, "acme", since=NOON - timedelta(days=30), until=NOON + timedelta(hours=1), now=NOW)
     assert list(dict.fromkeys(sent[:-1])) + sent[-1:] == ["HGETALL", "HGET", "sizes", "HGETALL"]
+
+
+def test_a_price_is_shown_in_usd_under_the_names_of_the_configuration():
+    stored = {"input": 2_500_000_000, "cached": 1_250_000_000, "request": 20_000_000, "markup": 1_100_000_000}
+    shown = {"input_usd_per_mtok": "2.50", "cached_input_usd_per_mtok": "1.25", "request_usd": "0.02", "markup": "1.10"}
+    assert shown_price(stored) == shown
+    assert shown_price({"tiers": [[200_000, {"output": 1}]]}) == {
+        "price_tiers": [{"above_prompt_tokens": 200_000, "output_usd_per_mtok": "0.000000001"}]
+    }
