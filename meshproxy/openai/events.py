@@ -196,11 +196,11 @@ def as_whole(body: bytes) -> Whole:
             done = True
             break
         members = decode_members(parsed.data)
-        if members is None:
-            continue
         error = error_in(parsed, members)
         if error is not None:
             return Whole(b"", error, is_complete=False)
+        if members is None:
+            continue
         found = find_report(members)
         if found is not None:
             report = found.over(report)

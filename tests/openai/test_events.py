@@ -136,8 +136,13 @@ def test_a_stream_that_broke_off_is_not_whole():
     assert not as_whole(stream(delta(content="a"), end="")).is_complete
 
 
-def test_a_stream_with_an_error_in_it():
-    assert as_whole(stream(delta(content="a"), {"error": {"message": "no"}})).error == {"message": "no"}
+@pytest.mark.parametrize(
+    "event",
+    [b'data: {"error":{"message":"no"}}', b"event: error\ndata: no", b'event: error\ndata: {"message":"no"}'],
+)
+def test_a_stream_with_an_error_in_it(event):
+    body = stream(delta(content="a"), end="") + event + b"\n\n" + stream(delta(finish_reason="stop"))
+    assert as_whole(body).error == {"message": "no"}
 
 
 @given(st.binary(max_size=300))
