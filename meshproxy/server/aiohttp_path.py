@@ -204,13 +204,14 @@ class AiohttpConnection(web.RequestHandler):
     def _receive(self, data: bytes) -> None:
         """Pass bytes to aiohttp, and keep the head's time."""
         known = len(self._messages)
+        in_body = self._body is not None and not self._body.is_eof()
         super().data_received(data)
         if len(self._messages) > known:
             self._stop_head_timer()
             self._inspect_newest()
         elif self._body is not None and not self._body.is_eof():
             self._count_framing(self._body, len(data))
-        elif not (self._request_in_progress or self._messages):
+        elif not self._is_answering or (not in_body and data.strip(b"\r\n")):
             self._head_begun = True
             if self._head_timer is None:
                 self._start_head_timer()
@@ -304,6 +305,10 @@ class AiohttpConnection(web.RequestHandler):
         response.force_close()
         return response
 
+    @property
+    def _is_answering(self) -> bool:
+        return self._request_in_progress or bool(self._messages)
+
     def _start_head_timer(self) -> None:
         self._head_timer = asyncio.get_running_loop().call_later(self._limits.header_timeout_s(), self._on_head_timeout)
 
@@ -317,8 +322,12 @@ class AiohttpConnection(web.RequestHandler):
         """Close a connection whose head is late: with 408 if it has begun.
 
         Nothing is sent if it hasn't begun: a balancer that connects ahead of requests would take the 408 for an answer.
+        A head behind a request gets its time once that is answered.
         """
         self._head_timer = None
+        if self._is_answering:
+            self._start_head_timer()
+            return
         if self._head_begun and self.transport is not None:
             self.transport.write(self._limits.too_late())
         self.force_close()

@@ -61,6 +61,14 @@ async def test_a_connection_may_be_idle_between_requests_and_then_has_a_new_whil
     writer.close()
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/chat/completions"])
+async def test_half_a_head_behind_a_request_is_given_up(hasty, path):
+    caller = await hasty.key()
+    whole = request(LENGTH, body=BODY, target=path.encode()).replace(b"KEY", caller.secret.encode())
+    statuses = [status for status, _, _ in answers_in(await hasty.raw(whole + b"GET / HT"))]
+    assert (len(statuses), statuses[-1]) == (2, 408)
+
+
 @pytest.mark.parametrize(
     "begun",
     [
