@@ -334,7 +334,8 @@ def _clients(rng: random.Random) -> History:
 def _credit(rng: random.Random) -> History:
     """Accounts with little credit, budgets and limits; requests that race."""
     credit = tuple(
-        rng.choice((0, 100_000, 500_000, 1_000_000, 3_000_000, 10_000_000)) for _ in range(rng.randint(1, 2))
+        rng.choice((0, 100_000, 500_000, 1_000_000, 3_000_000, 10_000_000, 1_000_000_000))
+        for _ in range(rng.randint(1, 2))
     )
     keys = tuple(_limited_key(rng, number % len(credit)) for number in range(rng.randint(1, 3)))
     requests: list[Step] = []
@@ -552,7 +553,7 @@ def _limited_key(rng: random.Random, account: int) -> KeyPlan:
         account,
         requests_per_minute=rng.choice((1, 3, 60)) if which in {"requests", "burst"} else None,
         burst=rng.choice((1, 2)) if which == "burst" else None,
-        tokens_per_minute=rng.choice((50, 300, 2000)) if which == "tokens" else None,
+        tokens_per_minute=rng.choice((50, 300, 1000, 3000)) if which == "tokens" else None,
         max_parallel=rng.choice((1, 2)) if which == "parallel" else None,
         budget_nusd=rng.choice((0, 200_000, 1_000_000, 5_000_000)) if which == "budget" else None,
     )

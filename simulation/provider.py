@@ -339,7 +339,7 @@ def _note_sent(call: Call, events: list[Event], parts: list[bytes], sent: int) -
             break
         call.shown_begun += event.tokens
         at += len(part)
-        if at - 2 > sent:  # the end of a chunk says nothing
+        if at - (len(part) > len(event.data)) * 2 > sent:  # the end of a chunk says nothing
             break
         call.shown_sent += event.tokens
         call.events_sent += 1

@@ -20,6 +20,7 @@ from simulation.history import (
 from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
 
 BREAKER_FAILURES: Final = 10
+SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
 
@@ -324,7 +325,7 @@ def buckets_are_right(view: View) -> Iterator[str]:
                         int(event["prompt_tokens"]) + int(event["completion_tokens"])
                         for event in view.settled.get(other.request_id, ())
                     )
-                    is_settled = other.ended == "whole" and other.ended_at + LATENCY_S < sight.began_at
+                    is_settled = other.ended == "whole" and other.ended_at + SETTLE_S < sight.began_at
                     taken += used if is_settled else max(used, _most_reserved(other))
             size = key.tokens_per_minute or 0
             if int(remaining) < size - taken:
