@@ -100,10 +100,10 @@ PLANTED: Final = [
     ),
     Planted("holds past their deadline stay", LUA + "hold.lua", "for _ = 1, MAX_SWEEPS do", "for _ = 1, 0 do"),
     Planted(
-        "a wait is rounded down",
+        "a wait is too short by half",
         LUA + "bucket.lua",
         "math.ceil((level - bucket.level) / bucket.rate)",
-        "math.floor((level - bucket.level) / bucket.rate - 1)",
+        "math.ceil((level - bucket.level) / bucket.rate / 2)",
     ),
     Planted(
         "a bucket refills ten times as fast",
@@ -129,12 +129,6 @@ PLANTED: Final = [
         "openai/usage.py",
         "            older.counts | self.counts,",
         "            self.counts,",
-    ),
-    Planted(
-        "xAI's reasoning isn't added",
-        "openai/usage.py",
-        "            if sum(size for _, size in chosen) == gap:",
-        "            if sum(size for _, size in chosen) == -gap:",
     ),
     Planted(
         "the remainder of a total isn't added",

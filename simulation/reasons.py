@@ -253,14 +253,11 @@ def waits_are_true(view: View) -> Iterator[str]:
             continue
         first = next(other for other in view.record.sights if other.request is sight.request and not other.again)
         between = [
-            other
+            call
             for other in view.record.sights
-            if other is not first
-            and other.status != 429  # which changes nothing
-            and other is not sight
-            and view.key(other) == view.key(sight)
-            and other.ended_at >= first.began_at - 1
-            and other.began_at <= sight.ended_at
+            if other is not first and other is not sight and other.request.key == sight.request.key
+            for call in view.calls.get(other.marker, ())
+            if first.ended_at - LATENCY_S / 100 <= call.at <= sight.ended_at  # admitted since
         ]
         changed = any(
             done.ended_at >= first.began_at and done.what == "requests_per_minute" for done in view.record.changes
