@@ -92,11 +92,15 @@ class EarlyHead:
         self._downstream.write(PING)
         self.written_at = now
 
-    def end(self, error_response: ErrorResponse, request_id: str) -> None:
-        """End a stream whose head was sent but for which no answer came, with an error event."""
+    def end(self, error_response: ErrorResponse, request_id: str, client: Downstream | None = None) -> None:
+        """End a stream whose head was sent but for which no answer came, with an error event.
+
+        `client` gets it in place of the downstream where that goes on to record the answer.
+        """
         self.waits = False
-        self._downstream.write(error_event(error_response, request_id))
-        self._downstream.finish()
+        downstream = client or self._downstream
+        downstream.write(error_event(error_response, request_id))
+        downstream.finish()
 
 
 def beginning(response: Response) -> bytes:
@@ -168,7 +172,6 @@ class Attempts:
 
         Raises the most relevant of the attempts' errors if none succeeds. Call `conclude` when the answer is over.
         """
-        exchange.deadline = _deadline(exchange, plan, active)
         self._budget.deposit(self._clock())
         failures: list[UpstreamError] = []
         refused_by: set[str] = set()  # models that refused: not retried at any upstream
@@ -243,13 +246,13 @@ class Attempts:
         """
         provider = active.providers[candidate.upstream]
         exchange.secrets = provider.secrets
-        body = await self._built(plan, candidate) if plan.is_slow_to_build(candidate) else plan.body_for(candidate)
         exchange.response = None
+        body = await self._built(plan, candidate) if plan.is_slow_to_build(candidate) else plan.body_for(candidate)
         exchange.sent_at = self._clock()
         if exchange.attempts == 1:
             exchange.overhead_s = exchange.sent_at - exchange.call.received_at
         left_s = exchange.deadline - exchange.sent_at
-        if exchange.detachable and not plan.request.stream:
+        if exchange.detachable:
             left_s = math.inf  # the client gets its 504 in time, and the answer is still read: see `Detacher`
         answering = provider.post(PROVIDER_PATH, exchange.call.forward, body, exchange.mark_sent)
         if left_s < math.inf and left_s <= _attempt_timeout_s(candidate, active):
@@ -320,7 +323,7 @@ def may_drain(plan: Plan, active: ActiveConfig) -> bool:
     return bool(draining) and any(candidate.upstream in draining for candidate in plan.candidates)
 
 
-def _deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> float:
+def answer_deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> float:
     """Return when an answer must have begun, in monotonic seconds: by the request's or the client's deadline.
 
     The client's timeout is one of silence (httpx's read timeout), so it doesn't bound a stream that gets pings in time.

@@ -82,6 +82,11 @@ class Recording(DownstreamWrapper):
         self._conclusion: Conclusion = "running"
 
     @property
+    def client(self) -> Downstream:
+        """The client's side, past the recording."""
+        return self._downstream
+
+    @property
     def record(self) -> str:
         """The record's key in Redis, which the settlement marks as charged."""
         return self._claim.record

@@ -97,37 +97,33 @@ class Detacher:
     async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
         """Return the result of `work`.
 
-        If the caller is cancelled or its deadline passes, the work goes on without the client.
-
-        The exchange is closed when the work ends.
+        If the caller is cancelled or its deadline passes, the work goes on without the client. What it then writes to
+        the client isn't sent (see `ClientStream.end`). The exchange is closed when the work ends.
         """
         exchange.detachable = True
         task = self._tasks.spawn("drain", _error_as_value(work))
         try:
-            async with asyncio.timeout(self._left_s(exchange)) as limit:
-                answer = await asyncio.shield(task)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            goes_on = self._detach(exchange, task)
-            if not goes_on:
-                await self._cancel(task)
-            # A repeat with the same Idempotency-Key finds the work that goes on: it has nothing done twice.
-            raise too_late(may_have_run=not (goes_on and exchange.recording is not None)) from None
+            await asyncio.wait([task], timeout=self._left_s(exchange))
+            if not task.done() and _stream_begins(exchange):
+                await asyncio.wait([task])
         except asyncio.CancelledError:
             if not self._detach(exchange, task):
                 await self._cancel(task)
             raise
+        if not task.done():
+            goes_on = self._detach(exchange, task)
+            if not goes_on:
+                await self._cancel(task)
+            # A repeat with the same Idempotency-Key finds the work that goes on: it has nothing done twice.
+            raise too_late(may_have_run=not (goes_on and exchange.recording is not None))
+        answer = task.result()
         if isinstance(answer, GatewayError):
             raise answer
         return answer
 
     def _left_s(self, exchange: Exchange) -> float | None:
-        """Return the seconds until a whole answer's deadline; None for a stream, whose deadline `Attempts` keeps."""
-        plan, deadline = exchange.plan, min(exchange.deadline, exchange.call.deadline)
-        if plan is None or plan.request.stream or deadline == math.inf:
-            return None
-        return max(deadline - self._clock(), 0.0)
+        """Return the seconds until the deadline; None if there is none."""
+        return max(exchange.deadline - self._clock(), 0.0) if exchange.deadline < math.inf else None
 
     def _detach(self, exchange: Exchange, task: asyncio.Task[Any]) -> bool:
         """Let the work go on without its client; return False if that isn't allowed."""
@@ -156,6 +152,11 @@ class Detacher:
             if exchange.usage_source == "reported":
                 exchange.usage_source = "drained"
             self._close(exchange)
+
+
+def _stream_begins(exchange: Exchange) -> bool:
+    """Return whether a provider answers a request for a stream: a stream that has begun is not cut by its deadline."""
+    return exchange.response is not None and exchange.plan is not None and exchange.plan.request.stream
 
 
 async def _error_as_value(work: Coroutine[Any, Any, T]) -> T | GatewayError:

@@ -20,7 +20,7 @@ from meshproxy.errors import (
     upstream_error,
 )
 from meshproxy.gateway.admit import Admitter, Lease, limit_headers
-from meshproxy.gateway.attempts import Attempts, EarlyHead, may_drain, within
+from meshproxy.gateway.attempts import Attempts, EarlyHead, answer_deadline, may_drain, within
 from meshproxy.gateway.entry import (
     LARGE_BYTES,
     MIN_UNADMITTED,
@@ -237,6 +237,7 @@ class Gateway:
         if exchange.reservation is not None and plan.prompt.template_bytes > LARGE_BYTES:
             await exchange.reservation.take(len(body) + plan.prompt.template_bytes)
         exchange.phase = "attempt"
+        exchange.deadline = answer_deadline(exchange, plan, active)
         work = self._respond(exchange, plan, lease, active, downstream)
         if exchange.recording is not None or (active.draining and may_drain(plan, active)):
             return await self._detacher.run(exchange, work)
@@ -379,7 +380,8 @@ class Gateway:
         early_head = exchange.early_head
         if early_head is not None and early_head.begun and early_head.waits:
             exchange.status = 200
-            early_head.end(masked, request_id)
+            recording = exchange.recording if exchange.detached else None
+            early_head.end(masked, request_id, recording and recording.client)
             return None
         exchange.status = error_response.status
         return error_reply(masked, request_id, _limits_of(exchange) if headers is None else headers)

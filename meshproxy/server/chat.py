@@ -193,6 +193,10 @@ class ClientStream:
         headers = [*reply.headers, *self._extra, ("content-length", str(len(reply.body)))]
         self._send(head(reply.status, headers, keep_alive=self.keep_alive, minor=self._minor) + reply.body)
 
+    def end(self) -> None:
+        """Send nothing from now on: the request is answered, and work that goes on without its client may still write."""
+        self._transport = None
+
     def _send(self, data: bytes) -> None:
         """Write, unless the client has gone; its handler is then being cancelled already."""
         transport = self._transport
@@ -346,6 +350,7 @@ class ChatHandler:
             reply = await self._gateway.chat(call, self._padded(stream))
             if reply is not None:
                 stream.reply(reply)
+            stream.end()
             keep_open = stream.keep_alive
         finally:
             connection.answered(keep_alive=keep_open)
@@ -372,6 +377,7 @@ class ChatHandler:
             if request.content.exception() is not None:  # in a broken body: the next request can't be found
                 stream.keep_alive = False
             stream.reply(reply)
+        stream.end()
         await request.writer.drain()  # otherwise the answers to a client that reads none would pile up
         return WrittenResponse(keep_alive=stream.keep_alive)
 

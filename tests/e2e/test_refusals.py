@@ -9,7 +9,10 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
+from meshproxy.policy.principal import Limits
+from tests.harness.clients import chat_bytes
 from tests.harness.mesh import model
+from tests.harness import provider as played
 
 OK = {
     "id": "chatcmpl-7",
@@ -373,6 +376,95 @@ async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(s
     assert (answer.status, answer.code, answer.headers["x-should-retry"]) == (504, "gateway_timeout", "false")
     event = await mesh.settlement(caller)
     assert (event["completion_tokens"], event["usage_source"]) == ("3", "drained")
+
+
+@pytest.fixture(params=[15, 0.05], ids=["silent", "pinged"])
+async def late(request, start_mesh, providers):
+    """A gateway, and a drained provider that streams when it may `go`; its client gets pings or none until then."""
+    provider = await providers()
+    provider.says = [b"", played.framed(played.EVENTS, "chunks", stream=True)]
+    upstream = {"kind": "openai", "base_url": provider.base_url, "on_disconnect": "drain"}
+    mesh = await start_mesh(
+        server={"heartbeat_s": request.param}, upstreams={"one": upstream}, models={"m": model("one", "x")}
+    )
+    return mesh, provider
+
+
+async def test_a_streams_own_deadline_is_a_hang_up_where_the_provider_is_drained(late):
+    mesh, provider = late
+    caller = await mesh.key()
+    answer = await mesh.stream(caller, model="m", timeout=0.3)
+    assert (answer.error["code"], len(answer.data)) == ("gateway_timeout", int(answer.status == 200))
+    assert len(mesh.worker.live.leases) == 1  # renewed
+    provider.go.set()
+    event = await mesh.settlement(caller)
+    assert [event[name] for name in ("prompt_tokens", "completion_tokens", "usage_source", "outcome", "hold")] == [
+        "6",
+        "24",
+        "drained",
+        "client_disconnected",
+        "live",
+    ]
+
+
+async def test_what_is_drained_holds_its_slot_until_it_is_over(late):
+    mesh, provider = late
+    caller = await mesh.key(limits=Limits(max_parallel=1))
+    statuses = [await mesh.stream(caller, model="m", timeout=0.3)]
+    statuses.append(await mesh.stream(caller, model="m", timeout=0.3))
+    provider.go.set()
+    await mesh.quiet()
+    statuses.append(await mesh.stream(caller, model="m"))
+    assert [answer.status for answer in statuses[1:]] == [429, 200]
+
+
+async def test_what_is_drained_writes_nothing_to_a_connection_that_stays_open(late):
+    mesh, provider = late
+    caller = await mesh.key()
+    reader, writer = await asyncio.open_connection(mesh.host, mesh.port)
+    writer.write(chat_bytes(caller.auth, model="m", stream=True, timeout=0.3))
+    await reader.readuntil(b"gateway_timeout")
+    provider.go.set()
+    await mesh.quiet()
+    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    rest = await reader.read(-1)
+    writer.close()
+    assert (rest.count(b"HTTP/1.1 "), rest.count(b"HTTP/1.1 200"), b"data: " in rest) == (1, 1, False)
+
+
+async def test_a_repeat_gets_the_stream_whose_first_client_gave_up(late):
+    mesh, provider = late
+    caller = await mesh.key()
+    once = {"model": "m", "headers": {"idempotency-key": "once"}}
+    answer = await mesh.stream(caller, timeout=0.3, **once)
+    assert (answer.error["code"], answer.headers.get("x-should-retry")) == ("gateway_timeout", None)
+    provider.go.set()
+    repeat = await mesh.stream(caller, timeout=0.3, **once)
+    assert (repeat.text, repeat.events[-1], "error" in str(repeat.events)) == ("Hello", "[DONE]", False)
+    assert (await mesh.settlement(caller))["usage_source"] == "drained"
+    assert len(provider.bodies) == 1
+
+
+async def test_a_shutdown_settles_what_is_drained(late):
+    mesh, _ = late
+    caller = await mesh.key()
+    assert (await mesh.stream(caller, model="m", timeout=0.3)).error["code"] == "gateway_timeout"
+    mesh.worker.gateway.shut_down()
+    await mesh.worker.tasks.finish(0)
+    event = await mesh.settlement(caller)
+    assert (event["usage_source"], event["completion_tokens"], int(event["cost_nusd"]) > 0) == ("estimated", "0", True)
+
+
+async def test_a_stream_whose_head_has_come_by_the_deadline_is_not_cut(late):
+    mesh, provider = late
+    whole = provider.says[1]
+    at = whole.index(b"\r\n\r\n") + 4
+    provider.says = [whole[:at], whole[at:]]
+    asking = asyncio.create_task(mesh.stream(await mesh.key(), model="m", timeout=0.3))
+    await mesh.until(lambda: mesh.worker.live.relays)
+    provider.go.set()
+    answer = await asking
+    assert (answer.text, answer.events[-1]) == ("Hello", "[DONE]")
 
 
 async def test_the_time_of_an_answer_is_counted_by_the_upstream_that_gave_it(pair):
