@@ -111,7 +111,9 @@ class Detacher:
                 await self._cancel(task)
             raise
         if not task.done():
-            goes_on = self._detach(exchange, task)
+            # A request that no provider works on costs nothing: it is given up, unless a repeat may want its answer.
+            is_wanted = exchange.may_be_billed or exchange.recording is not None
+            goes_on = is_wanted and self._detach(exchange, task)
             if not goes_on:
                 await self._cancel(task)
             # A repeat with the same Idempotency-Key finds the work that goes on: it has nothing done twice.

@@ -10,9 +10,9 @@ import structlog
 from msgspec.structs import replace
 
 from meshproxy.policy.principal import Limits
+from tests.harness import provider as played
 from tests.harness.clients import chat_bytes
 from tests.harness.mesh import model
-from tests.harness import provider as played
 
 OK = {
     "id": "chatcmpl-7",
@@ -382,8 +382,9 @@ async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(s
 async def late(request, start_mesh, providers):
     """A gateway, and a drained provider that streams when it may `go`; its client gets pings or none until then."""
     provider = await providers()
-    provider.says = [b"", played.framed(played.EVENTS, "chunks", stream=True)]
-    upstream = {"kind": "openai", "base_url": provider.base_url, "on_disconnect": "drain"}
+    answer = played.framed(played.EVENTS, "chunks", stream=True)
+    provider.says = [b"", answer.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)]
+    upstream = {"kind": "openai", "base_url": provider.base_url, "on_disconnect": "drain", "max_connections": 1}
     mesh = await start_mesh(
         server={"heartbeat_s": request.param}, upstreams={"one": upstream}, models={"m": model("one", "x")}
     )
@@ -410,12 +411,22 @@ async def test_a_streams_own_deadline_is_a_hang_up_where_the_provider_is_drained
 async def test_what_is_drained_holds_its_slot_until_it_is_over(late):
     mesh, provider = late
     caller = await mesh.key(limits=Limits(max_parallel=1))
-    statuses = [await mesh.stream(caller, model="m", timeout=0.3)]
-    statuses.append(await mesh.stream(caller, model="m", timeout=0.3))
+    await mesh.stream(caller, model="m", timeout=0.3)
+    assert (await mesh.stream(caller, model="m")).status == 429
     provider.go.set()
     await mesh.quiet()
-    statuses.append(await mesh.stream(caller, model="m"))
-    assert [answer.status for answer in statuses[1:]] == [429, 200]
+    assert (await mesh.stream(caller, model="m")).status == 200
+
+
+async def test_what_was_not_sent_by_the_deadline_is_not_sent_after_it(late):
+    """It waits for the only connection."""
+    mesh, provider = late
+    callers = [await mesh.key(), await mesh.key()]
+    answers = [await mesh.stream(caller, model="m", timeout=0.3) for caller in callers]
+    provider.go.set()
+    assert [answer.error["code"] for answer in answers] == ["gateway_timeout"] * 2
+    assert [await mesh.spent(caller) > 0 for caller in callers] == [True, False]
+    assert len(provider.bodies) == 1
 
 
 async def test_what_is_drained_writes_nothing_to_a_connection_that_stays_open(late):
