@@ -126,7 +126,7 @@ def add_credits(parser: argparse.ArgumentParser) -> None:
         "amount", metavar="AMOUNT", type=signed_usd, help="USD, such as 25.00; negative to take credit back"
     )
     granting.add_argument(
-        "--ref", default="", help="an id of the payment or invoice; a repeated grant with the same ref changes nothing"
+        "--ref", help="an id of the payment or invoice; a repeated grant with the same ref changes nothing"
     )
     granting.add_argument("--note", default="", help="a reason, shown in the history")
     add_command(commands, "show", show_credit).add_argument(
@@ -145,9 +145,11 @@ async def grant(args: argparse.Namespace, out: Output) -> None:
     """
     if args.amount == 0:
         raise UsageError("argument AMOUNT: it must not be 0")
-    for flag, text, most in (("--note", args.note, MAX_NOTE), ("--ref", args.ref, MAX_REF)):
+    for flag, text, most in (("--note", args.note, MAX_NOTE), ("--ref", args.ref or "", MAX_REF)):
         if len(text) > most:
             raise UsageError(f"argument {flag}: at most {most} characters")
+    if args.ref is not None and not args.ref.strip():
+        raise UsageError("argument --ref: empty: leave it out, or name a payment")
     async with open_administration(args) as administration:
         out.print_record(await administration.grant(args.account, args.amount, args.note, args.ref))
 

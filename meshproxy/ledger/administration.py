@@ -195,14 +195,22 @@ class Administration:
         await self._existing_account(name)
         return _shown_credit(name, await self.ledger.balance(name))
 
-    async def grant(self, name: str, amount_nusd: int, note: str = "", ref: str = "") -> dict[str, Any]:
-        """Add credit, or take it back with a negative amount, once for each `ref`. Creates a missing account."""
+    async def grant(self, name: str, amount_nusd: int, note: str = "", ref: str | None = None) -> dict[str, Any]:
+        """Add credit, or take it back with a negative amount, once for each `ref`. Creates a missing account.
+
+        White space around a `ref` doesn't count. An empty one is refused: a script whose variable is empty would grant
+        at each repetition.
+        """
         _check_account_name(name)
+        is_empty = ref is not None and not ref.strip()
+        ref = (ref or "").strip()
         details = [
             Detail("string_too_long", ("body", field), f"At most {most} characters")
             for field, text, most in (("note", note, MAX_NOTE), ("ref", ref, MAX_REF))
             if len(text) > most
         ]
+        if is_empty:
+            details.append(Detail("string_too_short", ("body", "ref"), "Empty: leave it out, or name a payment"))
         if amount_nusd == 0:
             details.append(Detail("value_error", ("body", "amount_usd"), "There is nothing to grant"))
         if details:

@@ -166,7 +166,7 @@ class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
     """Credit in USD (negative: taken back), applied once for each `ref`."""
 
     amount_usd: Usd
-    ref: Annotated[str, Meta(max_length=MAX_REF)] | None = None
+    ref: Annotated[str, Meta(pattern=r"\S", max_length=MAX_REF)] | None = None
     note: Annotated[str, Meta(max_length=MAX_NOTE)] | None = None
 
 
@@ -239,9 +239,7 @@ class AdminApi:
         """`POST /admin/v1/accounts/{name}/grants`: add credit; a repeated `ref` changes nothing and is answered 200."""
         body = await _read(request, NewGrant)
         amount_nusd = _amount("amount_usd", body.amount_usd)
-        granted = await self._at(request).grant(
-            request.match_info["name"], amount_nusd, body.note or "", body.ref or ""
-        )
+        granted = await self._at(request).grant(request.match_info["name"], amount_nusd, body.note or "", body.ref)
         return json_response(granted, 200 if granted["granted_now_usd"] == "0.00" else 201)
 
     async def usage(self, request: web.Request) -> web.Response:
@@ -347,7 +345,7 @@ def _check_query(request: web.Request, names: Sequence[str]) -> None:
     """Raise GatewayError `validation_error` for a parameter that the path doesn't take, or that is repeated."""
     for name in request.query:
         if name not in names:
-            raise invalid_parameter(name[:80], f"is no parameter of this path{nearest(name, names)}.")
+            raise invalid_parameter(name[:80], f"is no parameter of this path{nearest(name, names) or '.'}")
         if name != REPEATABLE and len(request.query.getall(name)) > 1:
             raise invalid_parameter(name, "is given more than once.")
 
@@ -385,7 +383,7 @@ async def _read(request: web.Request, kind: type[Body], *, optional: bool = Fals
         detail = detail_of(error, ("body",))
         name = field_path(detail)
         near = nearest(name, kind.__struct_fields__) if detail.type == "extra_forbidden" else ""
-        message = f"`{name}`: {detail.msg}{near}." if name else f"The body can't be used: {detail.msg}."
+        message = f"`{name}`: {detail.msg}{near or '.'}" if name else f"The body can't be used: {detail.msg}."
         raise GatewayError(Source.CLIENT, invalid(message, detail, param=name or None)) from error
 
 

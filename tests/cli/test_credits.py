@@ -78,6 +78,18 @@ def test_a_ref_counts_once(data, error):
     assert error("credits", "grant", "acme", "26", "--ref", "invoice-7") == "ref_taken"
 
 
+@pytest.mark.parametrize("ref", [" invoice-7", "invoice-7\n"])
+def test_white_space_around_a_ref_does_not_count(data, ref):
+    data("credits", "grant", "acme", "25", "--ref", "invoice-7")
+    assert data("credits", "grant", "acme", "25", "--ref", ref)["balance_usd"] == "25.00"
+
+
+@pytest.mark.parametrize("ref", ["", " "])
+def test_an_empty_ref_is_refused(misuse, error, ref):
+    assert "argument --ref: empty" in misuse("credits", "grant", "acme", "25", "--ref", ref)
+    assert error("credits", "show", "acme") == "account_not_found"
+
+
 def test_history(data):
     data("credits", "grant", "acme", "25", "--ref", "invoice-7", "--note", "paid")
     data("credits", "grant", "acme", "-1.5")

@@ -93,7 +93,11 @@ async def test_what_is_shown_can_be_sent_back(api):
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({"budget_monthly": "1"}, "budget_monthly", "did you mean budget_monthly_usd?"),
+        (
+            {"budget_monthly": "1"},
+            "budget_monthly",
+            "`budget_monthly`: No such field, did you mean budget_monthly_usd?",
+        ),
         ({"budgets": {"monthly": "1"}}, "budgets.monthly", "No such field"),
         ({"budgets": {"monthly_usd": "-1"}}, "budgets.monthly_usd", "`budgets.monthly_usd`"),
     ],
@@ -228,6 +232,8 @@ async def test_templates(api):
         ("POST", "/keys", {"account": "acme", "expires_at": "9999-12-31T23:59:59-23:00"}, 422, "validation_error"),
         ("POST", "/accounts/acme/grants", {"amount_usd": "abc"}, 422, "validation_error"),
         ("POST", "/accounts/acme/grants", {"amount_usd": "0"}, 422, "validation_error"),
+        ("POST", "/accounts/acme/grants", {"amount_usd": "1", "ref": ""}, 422, "validation_error"),
+        ("POST", "/accounts/acme/grants", {"amount_usd": "1", "ref": " "}, 422, "validation_error"),
         ("POST", "/accounts/acme/grants", {"amount_usd": "9000001"}, 422, "validation_error"),
         ("POST", "/accounts/a*b/grants", {"amount_usd": "1"}, 422, "validation_error"),
         ("GET", "/accounts/nobody", None, 404, "account_not_found"),
