@@ -40,3 +40,11 @@ def _leads_somewhere(target: Path, anchor: str) -> bool:
     return not anchor or anchor in {
         re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings
     }
+
+
+def test_every_event_of_the_log_is_documented():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "meshproxy").rglob("*.py"))
+    events = set(re.findall(r'_log\.(?:debug|info|warning|error|exception)\(\s*"(\w+)"', sources))
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md")
+    assert {event for event in events if f"`{event}`" not in pages} == set()
+    assert "journal_in_memory" in events
