@@ -10,6 +10,7 @@ import logging
 import re
 
 import pytest
+import redis
 import structlog
 
 from meshproxy.openai.headers import FORWARDED
@@ -68,6 +69,13 @@ def log():
     logging.captureWarnings(capture=False)
     logging.basicConfig(level=level, handlers=handlers, force=True)
     structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def empty_store(store_server):
+    """Remove what earlier tests stored: these look at all of Redis."""
+    with redis.Redis.from_url(store_server) as store:
+        store.flushdb()
 
 
 @pytest.fixture
