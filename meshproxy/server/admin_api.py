@@ -187,7 +187,10 @@ class AdminApi:
     async def create_key(self, request: web.Request) -> web.Response:
         """`POST /admin/v1/keys`: create a key; only this answer contains the secret, as `key`."""
         body = await _read(request, NewKey)
-        return json_response(await self._at(request).create_key(body.account, body.change()), 201)
+        change = body.change()
+        if isinstance(change.expires_at, float) and change.expires_at <= time.time():
+            raise invalid_parameter("expires_at", "is not in the future.", "body")
+        return json_response(await self._at(request).create_key(body.account, change), 201)
 
     async def key(self, request: web.Request) -> web.Response:
         """`GET /admin/v1/keys/{id}`: a key without its secret."""

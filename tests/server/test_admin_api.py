@@ -133,6 +133,7 @@ async def test_null_is_no_ref_and_no_note(api):
         ("POST", "/keys?account=acme", {"account": "acme"}, "account"),
         ("GET", "/templates/t?account=a%20b", None, "account"),
         ("PATCH", "/keys/{id}", {"budget_usd": -1}, "budget_usd"),
+        ("POST", "/keys", {"account": "acme", "expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
     ],
 )
 async def test_a_fault_names_its_parameter_in_details(api, method, path, body, param):
