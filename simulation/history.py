@@ -352,7 +352,12 @@ def _credit(rng: random.Random) -> History:
         requests.append(
             replace(request, key=rng.randrange(len(keys)), waits=rng.random() < 0.4, session=rng.choice(("", "", "s1")))
         )
-    steps = [*requests, *(_change(rng, len(credit), len(keys)) for _ in range(rng.choice((0, 0, 1, 2))))]
+    changes = [_change(rng, len(credit), len(keys)) for _ in range(rng.choice((0, 0, 1, 2)))]
+    for change in changes:
+        if change.what in {"suspend", "revoke"}:  # when that must hold
+            late = _request(rng, f"q{len(requests)}", _any_answer(rng))
+            requests.append(replace(late, at_s=round(change.at_s + rng.choice((2.8, 3.5, 6.0)), 3), key=change.key))
+    steps = [*requests, *changes]
     return History(0, "", credit=credit, keys=keys, workers=rng.randint(1, 2), steps=tuple(steps))
 
 

@@ -21,7 +21,7 @@ from simulation.history import (
     WRITE_TIMEOUT_S,
 )
 from simulation.provider import Call
-from simulation.reasons import buckets_are_right, limits_hold, statuses_have_reasons, waits_are_true
+from simulation.reasons import buckets_are_right, deadlines_hold, limits_hold, statuses_have_reasons, waits_are_true
 from simulation.record import LATENCY_S, PROPAGATION_S, RECOVERY_S, Finding, Record, Rule, View
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
@@ -491,6 +491,7 @@ RULES: Final[tuple[Rule, ...]] = (
     streams_are_alive,
     statuses_have_reasons,
     waits_are_true,
+    deadlines_hold,
     limits_hold,
     buckets_are_right,
     credit_is_not_overdrawn,

@@ -198,7 +198,9 @@ def _failed_there(view: View, sight: Sight) -> bool:
         return False
     calls = view.calls.get(sight.marker, [])
     others = [other for other in view.group(sight) if other is not sight]
-    if any(other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S for other in others):
+    if any(
+        other.error or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S) for other in others
+    ):
         return True
     return any(not call.answer.is_good or call.answer.error for call in calls) or (
         not calls and "gone" in _routes(view, sight)
@@ -252,12 +254,18 @@ def waits_are_true(view: View) -> Iterator[str]:
         if not sight.again:
             continue
         first = next(other for other in view.record.sights if other.request is sight.request and not other.again)
+        counts_tokens = "tokens" in str(sight.error.get("message"))
         between = [
             call
             for other in view.record.sights
             if other is not first and other is not sight and other.request.key == sight.request.key
             for call in view.calls.get(other.marker, ())
-            if first.ended_at - LATENCY_S / 100 <= call.at <= sight.ended_at  # admitted since
+            if other.began_at <= sight.ended_at
+            # admitted since, or settled since, which may take more tokens
+            and (
+                call.at >= first.ended_at - LATENCY_S / 100
+                or (counts_tokens and call.ended_at >= first.began_at - SETTLE_S)
+            )
         ]
         changed = any(
             done.ended_at >= first.began_at and done.what == "requests_per_minute" for done in view.record.changes
@@ -271,6 +279,24 @@ def waits_are_true(view: View) -> Iterator[str]:
         ):
             waited_ms = first.headers["retry-after-ms"]
             yield f"{sight.request_id} waited {waited_ms} ms, and got 429 again: {sight.error.get('message')}"
+
+
+def deadlines_hold(view: View) -> Iterator[str]:
+    """Check that a whole answer has come, or a stream begun, when the request's `timeout` has passed."""
+    for sight in view.record.sights:
+        timeout_s = sight.request.timeout_s
+        if (
+            timeout_s is None
+            or sight.ended != "whole"
+            or sight.request.reads == "slowly"
+            or view.feels(sight, before_s=RECOVERY_S)
+        ):
+            continue
+        if "idempotent-replayed" in sight.headers:
+            continue
+        last = sight.times[0][0] if sight.request.stream else sight.ended_at
+        if last - sight.began_at > timeout_s + LATENCY_S:
+            yield f"{sight.request_id} has a timeout of {timeout_s} s, and waited {last - sight.began_at:.2f} s"
 
 
 def limits_hold(view: View) -> Iterator[str]:

@@ -12,6 +12,9 @@ MAX_PLAYS: Final = 600
 KEPT: Final = frozenset(
     {"seed", "profile", "name", "what", "at_s", "repeats", "credit"}
 )  # fields that are not simplified
+BODY: Final = frozenset(  # that a repeat has to have too
+    {"model", "fallbacks", "stream", "include_usage", "n", "max_tokens", "timeout_s", "prompt_words", "session"}
+)
 LOWEST: Final = {"words": 1, "n": 1, "prompt_words": 1, "after": 0, "workers": 1}
 
 
@@ -53,7 +56,8 @@ def _smaller(history: History) -> Iterator[History]:
 
 
 def _simpler_step(step: Step) -> Iterator[Step]:
-    yield from _plainer(step)
+    kept = BODY if isinstance(step, Request) and step.keyed else frozenset()
+    yield from _plainer(step, kept)
     if isinstance(step, Request):
         if len(step.answers) > 1:
             yield replace(step, answers=step.answers[:1])
@@ -64,12 +68,12 @@ def _simpler_step(step: Step) -> Iterator[Step]:
                     yield replace(step, answers=(*step.answers[:at], plainer, *step.answers[at + 1 :]))
 
 
-def _plainer(record: Any) -> Iterator[Any]:
+def _plainer(record: Any, kept: frozenset[str] = frozenset()) -> Iterator[Any]:
     """Yield a record with one field at its default, or at its lowest."""
     assert isinstance(record, Struct)
     for field in fields(record):
         name, value = field.name, getattr(record, field.name)
-        if name in KEPT or name == "answers":
+        if name in KEPT or name in kept or name == "answers":
             continue
         if value != field.default and not callable(field.default) and field.default is not field.default_factory:
             yield replace(record, **{name: field.default})

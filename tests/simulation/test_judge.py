@@ -296,6 +296,10 @@ def false_wait(case):
     case.record.books = {0: book()}
 
 
+def too_late(case):
+    case.sight.ended_at = 20.0
+
+
 def limit_passed(case):
     case.key(requests_per_minute=1)
     case.twice()
@@ -384,6 +388,7 @@ BREAKS = [
     (false_504, "statuses_have_reasons"),
     (internal_error, "statuses_have_reasons"),
     (false_wait, "waits_are_true"),
+    (too_late, "deadlines_hold", Request("q0", timeout_s=2.0)),
     (limit_passed, "limits_hold"),
     (overdrawn, "credit_is_not_overdrawn"),
     (beyond_the_hold, "credit_is_not_overdrawn"),
