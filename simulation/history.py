@@ -382,7 +382,10 @@ def _workers(rng: random.Random) -> History:
         answer = replace(_any_answer(rng), gap_s=rng.choice((0.0, 0.05, 0.3)), delay_s=rng.choice((0.0, 0.1, 1.0)))
         request = _request(rng, f"q{number}", answer, spread=3.0)
         requests.append(replace(_reading(rng, request, 0.15), keyed=rng.random() < 0.25, worker=rng.randint(0, 1)))
-    events: list[Step] = [_worker_event(rng) for _ in range(rng.randint(1, 2))]
+    events = [_worker_event(rng) for _ in range(rng.randint(1, 2))]
+    for name, _ in [priced for event in events for priced in event.prices]:  # when the new price must hold
+        late = _request(rng, f"q{len(requests)}", _any_answer(rng), models=(name,))
+        requests.append(replace(late, at_s=5.0 + len(requests), worker=rng.randint(0, 1)))
     return History(0, "", workers=2, steps=(*requests, *events))
 
 
