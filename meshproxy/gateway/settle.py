@@ -208,6 +208,8 @@ class Settler:
             price=msgspec.json.encode(price).decode() if price is not None else "{}",
             unheld=unheld,
             attempts=exchange.attempts,
+            code=exchange.code,
+            upstream_status=exchange.response.status if exchange.response is not None else 0,
             replay=recording.record if recording is not None else None,
             replay_ttl_ms=recording.ttl_ms if recording is not None else 0,
             budgets=request.budgets,

@@ -183,6 +183,8 @@ class Ledger:
             settlement.attempts,
             usage.cache_write_1h,
             0 if settlement.replay is None else settlement.replay_ttl_ms,
+            settlement.code,
+            settlement.upstream_status,
         ]
         if settlement.budgets != NO_BUDGETS or settlement.account_budgets != NO_BUDGETS:
             args += [*_amounts(settlement.budgets), *_amounts(settlement.account_budgets)]

@@ -107,6 +107,7 @@ class Settlement(Struct, frozen=True, kw_only=True):
 
     `outcome` is why it ended, from a closed set. `price` is JSON: the prices it was billed by.
 
+    `code` is that of the error that the client got, `upstream_status` the HTTP status of the last upstream (0: none).
     `unheld`: admitted without Redis, so that Redis may have no hold of it; this stays true through every retry.
     `replay` is the record of the request's Idempotency-Key; `replay_ttl_ms` is how long its answer is kept. The budgets
     are those whose thresholds append events to the usage stream.
@@ -127,6 +128,8 @@ class Settlement(Struct, frozen=True, kw_only=True):
     price: str = "{}"
     unheld: bool = False
     attempts: int = 0
+    code: str = ""
+    upstream_status: int = 0
     replay: str | None = None
     replay_ttl_ms: int = 0
     budgets: Budgets = NO_BUDGETS

@@ -217,7 +217,10 @@ async def hours_of(store: Store, accounts: Sequence[str], period: ReportPeriod, 
 
 
 class UsageEvent(Struct, frozen=True):
-    """What one request used and cost, and why it ended. `hold` is `live`, `abandoned` (settled late) or `none`."""
+    """What one request used and cost, and why it ended. `hold` is `live`, `abandoned` (settled late) or `none`.
+
+    A request that got an error has its `code` and the last upstream's HTTP status (0: no answer).
+    """
 
     request_id: str
     account: str
@@ -240,6 +243,8 @@ class UsageEvent(Struct, frozen=True):
     price: str
     started_ms: int
     settled_ms: int
+    code: str | None = None
+    upstream_status: int | None = None
 
 
 async def events(store: Store, account: str, request_ids: Sequence[str], now: datetime) -> list[UsageEvent]:

@@ -356,7 +356,7 @@ def _public_event(event: UsageEvent) -> dict[str, Any]:
     """Return an event as a client sees it: without the upstream and its prices."""
     fields = in_usd(asdict(event))
     started, settled = (rfc3339(fields.pop(name) / 1000, "milliseconds") for name in ("started_ms", "settled_ms"))
-    for name in ("upstream", "price", "hold"):
+    for name in ("upstream", "upstream_status", "price", "hold"):
         del fields[name]
     return {**fields, "started_at": started, "settled_at": settled}
 

@@ -70,7 +70,8 @@ def _shown(record: type[Struct], *without: str) -> dict[str, Any]:
     }
 
 
-_INTERNAL = ("upstream", "hold", "price", "started_ms", "settled_ms")  # fields of an event that no client sees
+# Fields of an event that no client sees.
+_INTERNAL = ("upstream", "upstream_status", "hold", "price", "started_ms", "settled_ms")
 
 Model = _struct(
     "Model",

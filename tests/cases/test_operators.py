@@ -233,8 +233,11 @@ async def test_usage_csv(operator, create, account):
     assert float(row["cost_usd"]) > 0
 
 
-@pytest.mark.parametrize("model, outcome, cost", [("m/good", "completed", True), ("m/bad", "failed", False)])
-async def test_requests_show(operator, create, account, model, outcome, cost):
+@pytest.mark.parametrize(
+    "model, outcome, cost, cause",
+    [("m/good", "completed", True, (None, None)), ("m/bad", "failed", False, ("upstream_error", 500))],
+)
+async def test_requests_show(operator, create, account, model, outcome, cost, cause):
     key = create()
     answer = await operator.ask(key["key"], model)
     shown = operator.data("requests", "show", answer.headers["x-request-id"])
@@ -250,6 +253,7 @@ async def test_requests_show(operator, create, account, model, outcome, cost):
         outcome,
     ]
     assert (shown["attempts"] >= 1, float(shown["cost_usd"]) > 0) == (True, cost)
+    assert (shown["code"], shown["upstream_status"]) == cause
 
 
 async def test_top_counts_refusals(operator, create, account):

@@ -13,7 +13,8 @@
 --        (nano-USD), 5 request id, 6 key id, 7 account, 8 session or '', 9 model, 10 upstream, 11-17 tokens: prompt,
 --        completion, cached, cache write, reasoning, audio prompt, audio completion, 18 usage source, 19 outcome,
 --        20 price (JSON), 21 start time (Unix ms), 22 attempts, 23 cache-write tokens that are cached for an hour, 24 how long a
---        charged record is kept (ms; 0: no Idempotency-Key), 25-27 key's budgets: total, day, month, 28-30 account's (-1: none)
+--        charged record is kept (ms; 0: no Idempotency-Key), 25 error's code or '', 26 the upstream's HTTP status (0: none),
+--        27-29 key's budgets: total, day, month, 30-32 account's (-1: none)
 -- reply  1 settled, 0 settled before or never admitted
 
 -- include: clock
@@ -41,6 +42,7 @@ local BUDGETS = { 'total', 'daily', 'monthly' }
 local id, unheld, events_kept, cost, request_id, key_id, account, session_id, model, upstream = unpack(ARGV, 1, 10)
 local prompt, completion, cached, cache_write, reasoning, audio_prompt, audio_completion = unpack(ARGV, 11, 17)
 local usage_source, outcome, price, started_ms, attempts, cache_write_1h, replay_ttl_ms = unpack(ARGV, 18, 24)
+local code, upstream_status = unpack(ARGV, 25, 26)
 local counts = { prompt, completion, cached, cache_write, reasoning, audio_prompt, audio_completion } -- as METRICS
 local HOUR, UNHELD, REQUESTS, HOURS, MONTH = unpack(KEYS, 12, 16)
 local session = session_id
@@ -91,22 +93,24 @@ if cost ~= '0' then
     charge(session_key, cost)
     redis.call('EXPIRE', session_key, SESSION_KEPT_S)
   end
-  for index = 1, ARGV[25] and 3 or 0 do
-    note_thresholds('key ' .. BUDGETS[index] .. ' budget', key_id, tonumber(ARGV[24 + index]), of_key[index], nusd)
-    note_thresholds('account ' .. BUDGETS[index] .. ' budget', '', tonumber(ARGV[27 + index]), of_account[index], nusd)
+  for index = 1, ARGV[27] and 3 or 0 do
+    note_thresholds('key ' .. BUDGETS[index] .. ' budget', key_id, tonumber(ARGV[26 + index]), of_key[index], nusd)
+    note_thresholds('account ' .. BUDGETS[index] .. ' budget', '', tonumber(ARGV[29 + index]), of_account[index], nusd)
   end
   local topped = tonumber(redis.call('HGET', ACCOUNT_SPEND, 'topped_nusd') or 0)
   note_thresholds('credit', '', topped, topped - balance, nusd)
 end
 
 -- the event
+local cause = code ~= '' and { 'code', code, 'upstream_status', upstream_status } or {}
 local event = redis.call('XADD', USAGE, 'MAXLEN', '~', events_kept, '*', 'event', 'settled', 'hold_id', id,
   'request_id', request_id, 'key', key_id, 'account', account, 'session', session, 'model', model, 'upstream', upstream,
   'prompt_tokens', prompt, 'completion_tokens', completion, 'cached_tokens', cached, 'cache_write_tokens', cache_write,
   'reasoning_tokens', reasoning, 'audio_prompt_tokens', audio_prompt, 'audio_completion_tokens', audio_completion,
   'cost_nusd', cost, 'held_nusd', whole(hold and hold.amount or 0), 'usage_source', usage_source, 'outcome', outcome,
   'hold', live and 'live' or record and 'abandoned' or 'none', 'price', price, 'started_ms', started_ms,
-  'settled_ms', whole(now_ms), 'attempts', attempts, 'cache_write_1h_tokens', cache_write_1h, 'waived_nusd', waived, 'v', '1')
+  'settled_ms', whole(now_ms), 'attempts', attempts, 'cache_write_1h_tokens', cache_write_1h, 'waived_nusd', waived, 'v', '1',
+  unpack(cause))
 local requests = redis.call('HLEN', REQUESTS)
 if requests < REQUESTS_A_DAY then redis.call('HSET', REQUESTS, request_id, event) end
 if requests == 0 then redis.call('EXPIRE', REQUESTS, REQUESTS_KEPT_S) end
