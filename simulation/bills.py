@@ -72,10 +72,13 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     if request.keyed and len(view.group(sight)) > 1 and _ran_elsewhere(view, sight):
         costs.append(NOTHING)
     call = calls[-1]
-    goes_on = request.keyed or view.record.prices[0][1][_model_of(view, sight, call)].routes[0] == "drained"
+    names = [request.model, *request.fallbacks]  # one of whose upstreams may have to be read to the end
+    goes_on = request.keyed or any("drained" in view.record.prices[0][1][name].routes for name in names)
     timed_out = sight.status == 504 or sight.error.get("code") == "gateway_timeout"
     if sight.ended == "whole" and sight.status >= 400 and not (timed_out and goes_on):
         return [NOTHING]
+    if goes_on and any(trouble.what == "killed" and trouble.end >= sight.began_at for trouble in view.record.troubles):
+        costs.append(NOTHING)
     if view.is_lossy or view.feels(sight, "killed") or sight.ended == "unconnected":
         costs.append(NOTHING)
     seen = seen_tokens(sight)

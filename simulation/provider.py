@@ -241,7 +241,8 @@ class _Link(asyncio.Protocol):
             return
         make = Making(call)
         events = make.events() if streams else [make.whole()]
-        if answer.gzip:
+        gzipped = answer.gzip and answer.lie != "early"  # in one piece a report is at its end
+        if gzipped:
             events = [
                 Event(
                     gzip.compress(b"".join(event.data for event in events), mtime=0),
@@ -253,7 +254,7 @@ class _Link(asyncio.Protocol):
         headers = {}
         if answer.content_type is not None:
             headers["content-type"] = answer.content_type or ("text/event-stream" if streams else "application/json")
-        if answer.gzip:
+        if gzipped:
             headers["content-encoding"] = "gzip"
         await self._send(
             call, 200, headers, events, answer.framing if streams or answer.framing != "chunked" else "length"
