@@ -107,6 +107,17 @@ TENANTS = board(
             steps=((None, GREEN), (1, YELLOW)),
         ),
         lines(
+            "Budgets spent",
+            [
+                (
+                    f"topk(10, max by (account, budget) (meshproxy_account_budget_spent_ratio{{{A}}} > 0))",
+                    "{{account}} {{budget}}",
+                )
+            ],
+            unit="percentunit",
+            about="Of the ten nearest to their end. At 100 % requests are refused with 402.",
+        ),
+        lines(
             "Spend by account",
             [(f"topk(10, 3600 * {rate('meshproxy_account_cost_usd_total', 'account', A)})", "{{account}}")],
             unit="currencyUSD",

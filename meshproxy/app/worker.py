@@ -8,7 +8,7 @@ import resource
 import secrets as random_source
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.journal import Journal, SettlementsLost, other_journals
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission, WorkerCount
+from meshproxy.ledger.records import NO_BUDGETS
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Store, Unavailable
 from meshproxy.policy.catalog import Catalog
@@ -349,12 +350,30 @@ class Worker:
     def _is_in_state(self, upstream: str, state: str) -> float:
         return float(upstream in self.settings.upstreams and self.gateway.health.state(upstream) == state)
 
+    async def _budget_shares(self, names: Sequence[str]) -> dict[tuple[str, str], float]:
+        """Return how much of their budgets accounts have spent, by account and budget."""
+        accounts = [found for found in await self.directory.accounts(names) if found.budgets != NO_BUDGETS]
+        shares: dict[tuple[str, str], float] = {}
+        for account, balance in zip(
+            accounts, await self.ledger.balances([each.name for each in accounts]), strict=True
+        ):
+            budgets, spend = account.budgets, balance.account_spend
+            for budget, most, spent in (
+                ("total", budgets.total_nusd, spend.total_nusd),
+                ("daily", budgets.daily_nusd, spend.day_nusd),
+                ("monthly", budgets.monthly_nusd, spend.month_nusd),
+            ):
+                if most is not None:
+                    shares[account.name, budget] = spent / max(most, 1)
+        return shares
+
     async def _watch_balances(self, accounts: AccountMetrics) -> None:
         """Show the balances of the accounts that have metrics: all of them again when there is a new one."""
         while True:
             names = list(accounts.names)
             with contextlib.suppress(Unavailable):
                 accounts.note_balances(await self.ledger.account_balances(names))
+                accounts.note_budgets(await self._budget_shares(names))
             for _ in range(CHECKS_PER_BALANCES):
                 await asyncio.sleep(ACCOUNT_CHECK_S)
                 if len(accounts.names) > len(names):

@@ -211,7 +211,10 @@ class Directory:
 
     async def list_accounts(self) -> list[Account]:
         """Return all accounts by name, including those that were only granted credit."""
-        names = sorted(name.decode() for name in await self._store.execute("SMEMBERS", ACCOUNTS))
+        return await self.accounts(sorted(name.decode() for name in await self._store.execute("SMEMBERS", ACCOUNTS)))
+
+    async def accounts(self, names: Sequence[str]) -> list[Account]:
+        """Return the records of accounts that exist, in the order of their names."""
         records = await self._texts([AccountKeys(name).record for name in names])
         pairs = zip(names, records, strict=True)
         return [Account(name) if record is None else decode(record, Account) for name, record in pairs]

@@ -58,6 +58,7 @@ CLOSED = {
     ),
     "usage_source": _split("reported estimated drained none"),
     "state": _split("serving ejected open"),
+    "budget": _split("total daily monthly"),
     "task": _split(
         "settle renew drain idempotency ledger-dial ledger-cluster-map reload pulse journal refusals instances loop-lag"
         " deadlines accept balances history watch store"
@@ -264,6 +265,12 @@ ACCOUNT_BALANCE = _gauge(
     ("account",),
     merge="min",
     per=1_000_000_000,
+)
+ACCOUNT_BUDGET = _gauge(
+    "meshproxy_account_budget_spent_ratio",
+    "Spend as a share of the account's budget, read every few seconds (0: no budget any more); with metrics.accounts alone.",
+    ("account", "budget"),
+    merge="max",
 )
 
 OWN = tuple(family for family in tuple(globals().values()) if isinstance(family, Definition))  # all definitions above

@@ -166,6 +166,7 @@ class Metrics:
         self.account_requests = self._counters(families.ACCOUNT_REQUESTS)
         self.account_cost = self._counters(families.ACCOUNT_COST)
         self.account_balance = self._gauges(families.ACCOUNT_BALANCE)
+        self.account_budget = self._gauges(families.ACCOUNT_BUDGET)
         self.build_info.labels(version).set(1)
         self.workers.labels().set(1)
 
@@ -232,6 +233,7 @@ class AccountMetrics:
         self.names: dict[str, None] = {}
         self._metrics = metrics
         self._most = most
+        self._budgets: set[tuple[str, str]] = set()
 
     def count(self, account: str, status: int, cost_nusd: int) -> None:
         """Count a request of an account."""
@@ -245,6 +247,12 @@ class AccountMetrics:
         """Show the balances of accounts, in nano-USD."""
         for account, balance_nusd in balances.items():
             self._metrics.account_balance.labels(account).set(balance_nusd)
+
+    def note_budgets(self, shares: Mapping[tuple[str, str], float]) -> None:
+        """Show the shares of budgets that are spent, by account and budget; 0 for a budget that is gone."""
+        for account, budget in self._budgets | shares.keys():
+            self._metrics.account_budget.labels(account, budget).set(shares.get((account, budget), 0.0))
+        self._budgets = set(shares)
 
 
 def _arguments(definition: Definition) -> tuple[str, str, tuple[str, ...]]:

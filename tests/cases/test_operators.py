@@ -446,12 +446,14 @@ async def test_metrics_accounts_all(site, tmp_path_factory, create, account):
     key = create()
     another = operator.data("keys", "create", "--account", f"{account}-b")
     operator.data("credits", "grant", f"{account}-b", "1")
+    operator.data("accounts", "limits", account, "--budget-monthly", "0.00295")
     assert [(await operator.ask(each["key"])).status for each in (key, another)] == [200, 200]
     await shows(
         operator,
         f'meshproxy_account_requests_total{{account="{account}",code="200"}} 1.0',
         f'meshproxy_account_cost_usd_total{{account="{account}"}} 0.000147',
         f'meshproxy_account_balance_usd{{account="{account}"}} 999.999852',
+        f'meshproxy_account_budget_spent_ratio{{account="{account}",budget="monthly"}} 0.05',
         'meshproxy_account_requests_total{account="other",code="200"} 1.0',
     )
     assert f"{account}-b" not in operator.gateway.metrics()

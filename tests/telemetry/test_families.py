@@ -31,6 +31,7 @@ upstream_state upstream state
 account_requests_total account code
 account_cost_usd_total account
 account_balance_usd account
+account_budget_spent_ratio account budget
 client_disconnects_total phase
 ledger_op_duration_seconds op
 ledger_errors_total kind
