@@ -161,6 +161,7 @@ async def load(gate: Gateway, duration_s: float, *, trouble_every: float = 1) ->
     poor = gate.mint("poor", "0")
     slow = gate.mint("slow", "5.00", "--requests-per-minute", "30", "--burst", "1")
     spent = gate.mint("spent", "5.00", "--budget", "0.000001")
+    gate.cli("accounts", "limits", "busy", "--budget-monthly", "50.00")
     short = gate.mint("short", "0.0012")
     async with aiohttp.ClientSession(gate.base_url + "/", headers={"traceparent": TRACEPARENT}) as http:
         kinds = [

@@ -58,6 +58,18 @@ class Page:
             await self.run(f"document.forms.{form}.elements.{name}.value = {json.dumps(value)}")
         await self.run(f"document.forms.{form}.requestSubmit()")
 
+    async def find(self, account: str) -> None:
+        """Find an account by its name, whatever page of the list it is on."""
+        await self.run(
+            "(field => {"
+            f"field.value = {json.dumps(account)};"
+            "field.dispatchEvent(new Event('input')); field.dispatchEvent(new Event('change'));"
+            "})(document.getElementById('find'))"
+        )
+        await self.until(
+            f"[...document.querySelectorAll('#accounts button')].some(b => b.textContent === {json.dumps(account)})"
+        )
+
     async def press(self, text: str) -> None:
         """Press the last button with these words."""
         await self.run(
@@ -97,6 +109,7 @@ async def test_a_key_is_created_used_rotated_and_suspended(page, operator: Opera
     assert (await operator.ask(secret)).status == 200
     assert (await operator.ask(secret, "m/dies", stream=True)).status == 403
     await until(lambda: operator.data("usage", "--account", account), "the settlement")
+    await page.find(account)
     await page.press(account)
     await page.until("/1 requests/.test(document.getElementById('spend-words').textContent)")
     await page.press("Rotate")

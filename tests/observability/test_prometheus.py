@@ -43,7 +43,7 @@ def test_every_query_of_every_panel_returns_data(scene):
 
 def test_every_rule_can_be_evaluated(scene):
     rules = [rule for group in scene.server.get("rules")["groups"] for rule in group["rules"]]
-    assert len(rules) == 46
+    assert len(rules) == 47
     assert {rule["name"]: rule["lastError"] for rule in rules if rule["health"] == "err"} == {}
 
 
