@@ -102,7 +102,7 @@ def _median(found: Sequence[Result]) -> Result:
     keys = set.intersection(*(set(result.more) for result in undisturbed))
     more = {key: statistics.median(result.more[key] for result in undisturbed) for key in sorted(keys)}
     us = [result.us for result in undisturbed if result.us is not None]
-    if us:
+    if any(us):  # the upstreams alone have no proxy whose time could be told
         more["spread"] = (max(us) - min(us)) / statistics.median(us)
     more["repeats"] = len(undisturbed)
     return Result(undisturbed[0].count, statistics.median(us) if us else None, more)
