@@ -6,7 +6,7 @@ gateway, `judge.judge` decides whether what came of it is right.
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -45,6 +45,7 @@ Lie = Literal[
     "no_prompt",
     "no_completion",
 ]
+LIES = tuple(lie for lie in get_args(Lie) if lie != "true")
 # How an answer ends. "whole": as it should. `resets`, `closes` and `stalls` happen at `Answer.at`.
 End = Literal["whole", "resets", "closes", "stalls", "error_event", "no_done", "late_error", "done_twice", "ends_early"]
 FaultKind = Literal[
@@ -487,25 +488,7 @@ def _any_answer(rng: random.Random) -> Answer:
         cancels=rng.random() < 0.8,
     )
     if rng.random() < 0.35:
-        answer = replace(
-            answer,
-            lie=rng.choice(
-                (
-                    "none",
-                    "twice",
-                    "early",
-                    "zeros",
-                    "zeros_after",
-                    "absurd",
-                    "negative",
-                    "words",
-                    "floats",
-                    "strings",
-                    "no_prompt",
-                    "no_completion",
-                )
-            ),
-        )
+        answer = replace(answer, lie=rng.choice(LIES))
     if rng.random() < 0.3:
         oddity = rng.choice(("close", "length", "gzip", "type", "no type", "shape", "end"))
         if oddity in {"close", "length"}:
