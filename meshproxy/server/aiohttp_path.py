@@ -209,9 +209,13 @@ class AiohttpConnection(web.RequestHandler):
         if len(self._messages) > known:
             self._stop_head_timer()
             self._inspect_newest()
-        elif self._body is not None and not self._body.is_eof():
+            return
+        if self._body is not None and not self._body.is_eof():
             self._count_framing(self._body, len(data))
-        elif not self._is_answering or (not in_body and data.strip(b"\r\n")):
+            return
+        if in_body:
+            data = b"" if self._body_bytes is not None else _behind_body(data)
+        if data.strip(b"\r\n") or (data and not self._is_answering):
             self._head_begun = True
             if self._head_timer is None:
                 self._start_head_timer()
@@ -331,6 +335,12 @@ class AiohttpConnection(web.RequestHandler):
         if self._head_begun and self.transport is not None:
             self.transport.write(self._limits.too_late())
         self.force_close()
+
+
+def _behind_body(data: bytes) -> bytes:
+    """Return what follows the empty line that ended a chunked body in these bytes, or was ended by them."""
+    _, blank, rest = data.rpartition(b"\r\n\r\n")
+    return rest if blank else data.lstrip(b"\r\n")
 
 
 def _error_message(exc: BaseException | None, message: str | None) -> str:

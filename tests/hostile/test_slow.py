@@ -70,6 +70,25 @@ async def test_half_a_head_behind_a_request_is_given_up(hasty, path):
 
 
 @pytest.mark.parametrize(
+    ("framing", "body", "rest"),
+    [
+        (LENGTH, BODY[:5], BODY[5:]),
+        (b"Transfer-Encoding: chunked", b"2\r\n{}\r\n", b"0\r\n\r\n"),
+        (b"Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n", b"\r\n"),
+    ],
+)
+async def test_a_body_that_ends_after_its_answer_begins_no_head(hasty, framing, body, rest):
+    reader, writer = await asyncio.open_connection(hasty.host, hasty.port)
+    writer.write(request(framing, body=body, target=b"/v1/templates"))  # with no key: answered from its head
+    assert (await next_answer(reader))[0] == 401
+    writer.write(rest)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3 * SHORT_S):
+            await reader.read(1)
+    writer.close()
+
+
+@pytest.mark.parametrize(
     "begun",
     [
         request(LENGTH, body=BODY[:-1]),
