@@ -44,7 +44,7 @@ from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.telemetry.families import CLOSED
 from meshproxy.telemetry.logs import RequestLog
-from meshproxy.telemetry.metrics import AccountMetrics, Metrics
+from meshproxy.telemetry.metrics import MAX_PENDING, AccountMetrics, Metrics
 from meshproxy.telemetry.spans import open_tracer
 from meshproxy.telemetry.tasks import Tasks, watch_lag
 from meshproxy.units import parse_usd
@@ -310,7 +310,10 @@ class Worker:
             return Journal(None, redis.journal_max_bytes)
 
     def _on_op(self, op: str, seconds: float, error: str | None) -> None:
-        self.metrics.ledger_op_duration[(op,)].observe(seconds)
+        pending = self.metrics.pending
+        pending += (self.metrics.ledger_op_duration[(op,)], seconds)
+        if len(pending) >= MAX_PENDING:
+            self.metrics.count_pending()
         if error is not None:
             self.metrics.ledger_errors.labels(error).inc()
             self._ledger_log.failed(op, error)

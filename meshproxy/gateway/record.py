@@ -28,7 +28,7 @@ from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.route_health import Window
 from meshproxy.telemetry.families import CAUSES, PHASES
 from meshproxy.telemetry.logs import RequestLog
-from meshproxy.telemetry.metrics import AccountMetrics, Metrics, ModelMetrics, UpstreamMetrics
+from meshproxy.telemetry.metrics import MAX_PENDING, AccountMetrics, Metrics, ModelMetrics, UpstreamMetrics
 from meshproxy.telemetry.spans import OtlpTracer
 from meshproxy.units import NUSD_PER_USD, format_usd
 
@@ -224,6 +224,8 @@ class Recorder:
         stream = "true" if exchange.plan is not None and exchange.plan.request.stream else "false"
         model = exchange.model
         self._count(exchange, model or "none", stream, now)
+        if len(self._metrics.pending) >= MAX_PENDING:
+            self._metrics.count_pending()
         self._request_log.write(self._line(exchange, model, stream == "true", now))
         if exchange.status >= 500 or exchange.outcome == "upstream_failed":
             upstream = exchange.candidate.upstream if exchange.candidate is not None else ""
@@ -252,7 +254,7 @@ class Recorder:
 
     def attempted(self, upstream: str, code: str) -> None:
         """Count a provider's answer by its status, or by the kind of failure without one."""
-        self._metrics.upstream_requests[upstream, code].inc()
+        self._metrics.pending += (self._metrics.upstream_requests[upstream, code], 1)
 
     def attempt_failed(self, exchange: Exchange, candidate: Candidate, error: UpstreamError) -> None:
         """Log a failed attempt and its cause: the status or the operating system's reason, and the provider's message."""
@@ -290,22 +292,25 @@ class Recorder:
         _log.error("bug", request_id=exchange.call.request_id, exc_info=error)
 
     def _count(self, exchange: Exchange, model: str, stream: str, now: float) -> None:
-        """Count a finished request."""
-        self._metrics.requests[CHAT_PATH, model, str(exchange.status), stream].inc()
-        received_at = exchange.call.received_at
+        """Count a finished request: what is frequent in bulk, what is rare at once."""
+        pending = self._metrics.pending
+        pending += (self._metrics.requests[CHAT_PATH, model, str(exchange.status), stream], 1)
+        received_at, trace_id = exchange.call.received_at, exchange.call.trace_id
         model_metrics = self._models.get(model) or self._model_metrics(model)
-        model_metrics.duration[stream].observe_traced(now - received_at, exchange.call.trace_id)
+        if trace_id is None:
+            pending += (model_metrics.duration[stream], now - received_at)
+        else:
+            model_metrics.duration[stream].observe_traced(now - received_at, trace_id)
         if exchange.sent_at and exchange.candidate is not None:
-            self._overhead[stream].observe(exchange.overhead_s)
             served_by = exchange.candidate.upstream, model
             upstream_metrics = self._upstreams.get(served_by) or self._upstream_metrics(*served_by)
-            upstream_metrics.duration.observe(now - exchange.sent_at)
+            duration_s = now - exchange.sent_at
+            pending += (self._overhead[stream], exchange.overhead_s, upstream_metrics.duration, duration_s)
             if exchange.first_event_at:
                 waited_s = exchange.first_event_at - exchange.sent_at
-                upstream_metrics.first_token.observe(waited_s)
-                upstream_metrics.latency["true"].observe(waited_s)
+                pending += (upstream_metrics.first_token, waited_s, upstream_metrics.latency["true"], waited_s)
             elif exchange.status == 200 and stream == "false":
-                upstream_metrics.latency["false"].observe(now - exchange.sent_at)
+                pending += (upstream_metrics.latency["false"], duration_s)
         if exchange.first_event_at:
             self._count_stream(exchange, model_metrics, received_at)
         if exchange.code in CAUSES:
@@ -318,14 +323,24 @@ class Recorder:
             self._count_usage(exchange, model_metrics)
 
     def _count_stream(self, exchange: Exchange, model_metrics: ModelMetrics, received_at: float) -> None:
-        model_metrics.first_token.observe_traced(exchange.first_event_at - received_at, exchange.call.trace_id)
-        model_metrics.max_gap.observe(exchange.max_gap_s)
+        pending, trace_id = self._metrics.pending, exchange.call.trace_id
+        first_token_s = exchange.first_event_at - received_at
+        if trace_id is None:
+            pending += (model_metrics.first_token, first_token_s)
+        else:
+            model_metrics.first_token.observe_traced(first_token_s, trace_id)
+        pending += (model_metrics.max_gap, exchange.max_gap_s)
         if exchange.usage.completion > 1:
             streaming_s = exchange.last_event_at - exchange.first_event_at
-            model_metrics.per_token.observe(streaming_s / (exchange.usage.completion - 1))
+            pending += (model_metrics.per_token, streaming_s / (exchange.usage.completion - 1))
 
     def _count_usage(self, exchange: Exchange, model_metrics: ModelMetrics) -> None:
-        self._metrics.settlements[exchange.outcome, exchange.usage_source].inc()
+        pending = self._metrics.pending
+        settled = self._metrics.settlements[exchange.outcome, exchange.usage_source]
+        pending += (settled, 1, model_metrics.cost, exchange.cost_nusd)
+        for counter, tokens in zip(model_metrics.tokens, astuple(exchange.usage), strict=True):
+            if tokens:
+                pending += (counter, tokens)
         if exchange.refused_numbers:
             self._refused(exchange)
         if exchange.unlisted_model is not None:
@@ -336,10 +351,6 @@ class Recorder:
                 billed=exchange.model,
                 request_id=exchange.call.request_id,
             )
-        for counter, amount in zip(model_metrics.tokens, astuple(exchange.usage), strict=True):
-            if amount:
-                counter.inc(amount)
-        model_metrics.cost.inc(exchange.cost_nusd)
 
     def _refused(self, exchange: Exchange) -> None:
         """Count and log the reported numbers of a provider that can't be true."""

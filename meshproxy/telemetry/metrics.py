@@ -1,54 +1,49 @@
 """Counting with prometheus-client, behind a vocabulary that bounds the labels.
 
 Each worker has its own registry. `FamilyOf.labels` is the only place where a label's value is admitted: see
-families.py.
+families.py. What each request counts is noted in `Metrics.pending`, and counted in bulk: docs/decisions/metrics.md.
 """
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import TypeVar
+from threading import Lock
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import Metric as CollectedMetric
 
 from meshproxy.openai.usage import Usage
 from meshproxy.telemetry import families
 from meshproxy.telemetry.exposition import collected, encode
 from meshproxy.telemetry.families import CLOSED, NONE, OTHER, Definition
 
+MAX_PENDING = 4096  # items of `Metrics.pending`: about 100 requests
+
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)  # W3C Trace Context, 3.2.2.3
 
 
-class LabelledCounter(Counter):
-    """A counter that isn't checked for its labels at every update: `FamilyOf` gives out only children that have them."""
-
-    def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
-        """Count `amount`, which isn't negative."""
-        if exemplar is not None:
-            super().inc(amount, exemplar)
-        else:
-            self._value.inc(amount)
-
-
 class TracedHistogram(Histogram):
-    """A histogram that can keep the trace id of an observation as an exemplar. Its labels aren't checked, as above."""
+    """A histogram that takes many observations at once, and can keep the trace id of one as an exemplar."""
 
-    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
-        """Count one observation."""
-        if exemplar is not None:
-            super().observe(amount, exemplar)
-        else:
-            self._sum.inc(amount)
-            self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
+    def observe_all(self, amounts: list[float]) -> None:
+        """Count observations in bulk. Sorts the list."""
+        self._sum.inc(sum(amounts))
+        amounts.sort()
+        below = 0
+        for bucket, bound in zip(self._buckets, self._upper_bounds, strict=True):
+            below, before = bisect_right(amounts, bound, below), below
+            if below > before:
+                bucket.inc(below - before)
 
-    def observe_traced(self, value: float, trace_id: str | None) -> None:
+    def observe_traced(self, value: float, trace_id: str) -> None:
         """Count one observation. A valid W3C trace id (32 hex digits) becomes its bucket's exemplar."""
-        traced = trace_id is not None and _TRACE_ID.fullmatch(trace_id)
-        self.observe(value, {"trace_id": trace_id} if traced and trace_id else None)
+        self.observe(value, {"trace_id": trace_id} if _TRACE_ID.fullmatch(trace_id) else None)
 
 
-Metric = TypeVar("Metric", LabelledCounter, Gauge, TracedHistogram)
+Metric = TypeVar("Metric", Counter, Gauge, TracedHistogram)
 
 
 class Vocabulary:
@@ -116,7 +111,11 @@ class FamilyOf(dict[tuple[str, ...], Metric]):
 
 
 class Metrics:
-    """All families of one worker. `edges` replaces a histogram's edges by family name, where it isn't None."""
+    """All families of one worker. `edges` replaces a histogram's edges by family name, where it isn't None.
+
+    `pending` has what isn't counted yet: a counter or histogram, its amount, the next counter or histogram, its amount.
+    Code that adds to it calls `count_pending` from MAX_PENDING items on. Collecting the registry counts all of it.
+    """
 
     def __init__(
         self,
@@ -128,9 +127,12 @@ class Metrics:
     ) -> None:
         self._vocabulary = Vocabulary(models, upstreams, version)
         self._edges = edges or {}
+        self.pending: list[Any] = []
+        self._counting = Lock()  # the registry may be collected in another thread
         self.registry = CollectorRegistry()
+        self.registry.register(self)  # first: it counts what is pending before any family is collected
         ProcessCollector(registry=self.registry)
-        self._families: list[FamilyOf[LabelledCounter] | FamilyOf[Gauge] | FamilyOf[TracedHistogram]] = []
+        self._families: list[FamilyOf[Counter] | FamilyOf[Gauge] | FamilyOf[TracedHistogram]] = []
         self.build_info = self._gauges(families.BUILD_INFO)
         self.workers = self._gauges(families.WORKERS)
         self.requests = self._counters(families.REQUESTS)
@@ -180,12 +182,31 @@ class Metrics:
         """Let an account have series of its own, if `most` don't have theirs. Return whether it has."""
         return self._vocabulary.add_account(name, most)
 
+    def count_pending(self) -> None:
+        """Count what is pending."""
+        with self._counting:
+            noted = self.pending[:]
+            del self.pending[: len(noted)]  # the list stays the same: it may be added to meanwhile
+            amounts: dict[Counter | TracedHistogram, list[float]] = defaultdict(list)
+            for metric, amount in zip(noted[::2], noted[1::2], strict=True):
+                amounts[metric].append(amount)
+            for metric, noted_amounts in amounts.items():
+                if isinstance(metric, TracedHistogram):
+                    metric.observe_all(noted_amounts)
+                else:
+                    metric.inc(sum(noted_amounts))
+
+    def collect(self) -> Iterable[CollectedMetric]:
+        """Count what is pending, as the registry's first collector. It has no families itself."""
+        self.count_pending()
+        return ()
+
     async def snapshot(self) -> bytes:
         """Encode all counts and the system's figures of this process as msgpack (see exposition.decode)."""
         return encode(await collected(self.registry))
 
-    def _counters(self, definition: Definition) -> FamilyOf[LabelledCounter]:
-        return self._family(definition, LabelledCounter(*_arguments(definition), registry=self.registry))
+    def _counters(self, definition: Definition) -> FamilyOf[Counter]:
+        return self._family(definition, Counter(*_arguments(definition), registry=self.registry))
 
     def _gauges(self, definition: Definition) -> FamilyOf[Gauge]:
         return self._family(definition, Gauge(*_arguments(definition), registry=self.registry))

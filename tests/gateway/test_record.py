@@ -6,7 +6,7 @@ from meshproxy.gateway.record import MAX_REFUSED, REFUSED_S, Recorder, Refusals
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.usage import RefusedNumber, Usage
 from meshproxy.telemetry.exposition import decode, render
-from meshproxy.telemetry.metrics import Metrics
+from meshproxy.telemetry.metrics import MAX_PENDING, Metrics
 from tests.gateway.parts import Renewals, exchange, lease, plan, principal
 
 SETTINGS = Settings(
@@ -74,6 +74,13 @@ async def test_a_request_that_ended(recorded):
         'stream_max_gap_seconds_sum{model="m"}': 0.5,
     }
     assert {sample: pytest.approx(await recorded.value(sample)) for sample in expected} == expected
+
+
+async def test_what_is_pending_is_bounded(recorded):
+    for _ in range(1000):
+        recorded.recorder.end(finished())
+        assert len(recorded.metrics.pending) < MAX_PENDING
+    assert await recorded.value('settlements_total{outcome="completed",usage_source="reported"}') == 1000
 
 
 async def test_the_log_line(recorded):

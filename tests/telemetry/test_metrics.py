@@ -60,6 +60,27 @@ def test_histogram_counts_an_edge_into_its_own_bucket(metrics):
     assert pytest.approx(1201.400001) == found.value
 
 
+def test_pending_observations_count_as_single_ones_do(metrics):
+    one_by_one = metrics.request_duration.labels("openai/gpt-4o", "true")
+    at_once = metrics.request_duration.labels("openai/gpt-4o", "false")
+    for value in (600.5, 0.05, -1.0, 0.3, 600, 0.05, 0.050001, 0.3):
+        one_by_one.observe(value)
+        metrics.pending += (at_once, value)
+    found = series(metrics, "request_duration_seconds")
+    expected, counted = (found["openai/gpt-4o", stream] for stream in ("true", "false"))
+    assert (counted.counts, counted.value) == (expected.counts, pytest.approx(expected.value))
+
+
+def test_pending_amounts_are_counted_once_however_often_they_are_read(metrics):
+    child = metrics.cost.labels("openai/gpt-4o")
+    for _ in range(2):
+        metrics.pending += (child, 1_000_000_000, child, 500_000_000)
+    for _ in range(2):
+        sample = metrics.registry.get_sample_value("meshproxy_cost_usd_total", {"model": "openai/gpt-4o"})
+        assert sample == 3_000_000_000
+    assert metrics.pending == []
+
+
 def test_histogram_keeps_the_last_trace_of_a_bucket(metrics):
     child = metrics.time_to_first_token.labels("openai/gpt-4o")
     child.observe_traced(0.011, "f" * 32)
@@ -78,7 +99,7 @@ def test_a_gauge_with_a_function_is_read_at_each_snapshot(metrics):
     assert (values(metrics, "journal_pending"), values(metrics, "ledger_connected")) == ({(): 0}, {(): 0})
 
 
-@pytest.mark.parametrize("trace_id", [None, "", "F" * 32, "f" * 33, 'a"} evil\n', "f" * 31 + "\n"])
+@pytest.mark.parametrize("trace_id", ["", "F" * 32, "f" * 33, 'a"} evil\n', "f" * 31 + "\n"])
 def test_histogram_ignores_what_is_no_trace_id(metrics, trace_id):
     metrics.time_to_first_token.labels("openai/gpt-4o").observe_traced(0.011, trace_id)
     (found,) = series(metrics, "time_to_first_token_seconds").values()
