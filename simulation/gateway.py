@@ -20,6 +20,7 @@ from meshproxy.app import serve as serving
 from meshproxy.app import worker, worker_process
 from meshproxy.app.load import Loaded, load
 from meshproxy.gateway import in_flight
+from meshproxy.ledger import journal as journals
 from meshproxy.ledger.administration import Administration
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
@@ -49,7 +50,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
 
     Scripts and the OpenAPI document are made once: they are the same in each run. No figures are kept for the status page,
     no series of a metric exists before it counts, and the loop's lag isn't measured: virtual time has none. What looks at
-    all connections four times a second does so twice, since most of a history is waiting.
+    all connections or the journal several times a second does so less often, since most of a history is waiting.
     """
     return {
         (Script, "load"): _scripts,
@@ -57,8 +58,9 @@ def replacements() -> dict[tuple[Any, str], Any]:
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (FamilyOf, "preset"): lambda _: None,
-        (listener, "LOOK_S"): 0.5,
+        (listener, "CHECK_INTERVAL_S"): 0.5,
         (in_flight, "PULSE_S"): 1.0,
+        (journals, "REPLAY_INTERVAL_S"): 1.0,
         (loading, "_check_journal"): lambda _: None,  # it makes a temporary file, which the disk in memory can't
     }
 

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from simulation.network import Network, Socket
@@ -465,6 +465,9 @@ class SimLoop(asyncio.BaseEventLoop):
                     continue
                 if owner is None:
                     what.callback(*what.args)
+                elif what._callback is _end_sleep:
+                    if owner.alive:
+                        _end_sleep(*what._args)  # wakes a task by call_soon: a turn of its own would change nothing
                 else:
                     self._enqueue(owner, what)
             if not runnable:
@@ -525,6 +528,9 @@ class SimLoop(asyncio.BaseEventLoop):
         self._events.clear()
         self._runnable.clear()
         self.close()
+
+
+_end_sleep: Final = vars(asyncio.futures)["_set_result_unless_cancelled"]  # the callback of asyncio.sleep
 
 
 def _close(task: "asyncio.Task[Any]") -> None:

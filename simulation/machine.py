@@ -307,7 +307,7 @@ def installed(loop: SimLoop, disk: Disk, others: dict[tuple[Any, str], Any]) -> 
     replaced |= {(module, "set"): Ordered for module in (*ours, asyncio.tasks, aiohappyeyeballs.impl)}
     state, was_collecting, before = random.getstate(), gc.isenabled(), {}
     for (owner, name), value in replaced.items():
-        before[owner, name] = getattr(owner, name, None)
+        before[owner, name] = getattr(owner, name) if name != "set" else None
         setattr(owner, name, value)
     random.seed(loop.rng.getrandbits(64))
     gc.disable()  # what a collection finds depends on what was allocated before the run

@@ -56,17 +56,25 @@ class Left(Struct):
     journal: list[str]
 
 
+Line = tuple[float, str, tuple[Any, ...]]  # of the transcript: a time, a template, its values
+
+
 class Outcome(Struct):
     """What came of a history. `failure`: the exception that ended the story, None if it returned. `left`: leftovers."""
 
     seed: int
-    transcript: list[str]
+    lines: list[Line]
     result: Any
     failure: BaseException | None
     left: Left
     errors: list[str]
     took_s: float
     turns: int
+
+    @property
+    def transcript(self) -> list[str]:
+        """The lines as text: most runs need none."""
+        return [f"{at - START_S:11.6f}  {_ADDRESS.sub('', text % values)}" for at, text, values in self.lines]
 
 
 class World:
@@ -79,7 +87,7 @@ class World:
         self.disk = machine.Disk(loop)
         self.store = Store(loop)
         self.gateways: list[Gateway] = []
-        self.lines: list[tuple[float, str, tuple[Any, ...]]] = []
+        self.lines: list[Line] = []
         self.log: list[
             tuple[str, dict[str, Any] | bytes]
         ] = []  # the instances' log: (process, event or request's line)
@@ -117,10 +125,6 @@ class World:
         self.gateways.append(gateway)
         await gateway.start()
         return gateway
-
-    def transcript(self) -> list[str]:
-        """Return the lines so far."""
-        return [f"{at - START_S:11.6f}  {_ADDRESS.sub('', text % values)}" for at, text, values in self.lines]
 
     def _trace(self, text: str, *values: Any) -> None:
         self.lines.append((self.loop.now, text, values))
@@ -233,9 +237,9 @@ def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int =
             world.note(f"failed: {_where(error)}")
         took_s, turns = world.now, loop.turns
         left = _left(world)
-        transcript = world.transcript()
+        lines = world.lines[:]  # what is closed now may log
         loop.dispose()
-    return Outcome(seed, transcript, result, failure, left, loop.errors, took_s, turns)
+    return Outcome(seed, lines, result, failure, left, loop.errors, took_s, turns)
 
 
 def _left(world: World) -> Left:

@@ -57,7 +57,7 @@ def test_bytes_arrive_whole_and_in_order(seed):
     assert played(story, seed) == BIG
 
 
-def test_reads_are_of_many_sizes():
+def test_reads_join_and_split_writes():
     class Sizes(asyncio.Protocol):
         def __init__(self):
             self.sizes = set()
@@ -75,8 +75,7 @@ def test_reads_are_of_many_sizes():
         await asyncio.sleep(1)
         return sizes.sizes
 
-    sizes = played(story)
-    assert min(sizes) < 500 < max(sizes)
+    assert any(size % 500 for size in played(story))
 
 
 def test_a_reader_that_stops_stops_its_writer():
