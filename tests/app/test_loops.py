@@ -5,38 +5,31 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.app import worker
 from meshproxy.gateway.in_flight import InFlight
 from meshproxy.ledger import connection
-from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.link import ReconnectingStore
-from meshproxy.ledger.local import WorkerCount
 from meshproxy.ledger.store import Unavailable
-from meshproxy.server.listener import _Server
+from meshproxy.telemetry.tasks import Tasks
 
-LOOPS = {
-    "pulse": (InFlight, "pulse"),
-    "journal": (Journal, "keep_replaying"),
-    "instances": (WorkerCount, "beat"),
-    "loop-lag": (worker, "watch_lag"),
-    "deadlines": (_Server, "check_deadlines"),
-}
+LOOPS = ("pulse", "journal", "instances", "loop-lag", "refusals", "deadlines")
 
 
 @pytest.mark.parametrize("name", LOOPS)
 async def test_a_loop_that_raises_runs_again(start_mesh, monkeypatch, tmp_path, name):
-    owner, attribute = LOOPS[name]
-    original, again = getattr(owner, attribute), asyncio.Event()
+    supervise, again = Tasks.supervise, asyncio.Event()
     calls = []
 
-    def planted(*args):
-        calls.append(None)
-        if len(calls) == 1:
-            raise LookupError("gone")
-        again.set()
-        return original(*args)
+    def planted(tasks, task, work, **options):
+        async def failing():
+            calls.append(None)
+            if len(calls) == 1:
+                raise LookupError("gone")
+            again.set()
+            await work()
 
-    monkeypatch.setattr(owner, attribute, planted)
+        return supervise(tasks, task, failing if task == name else work, **options)
+
+    monkeypatch.setattr(Tasks, "supervise", planted)
     with capture_logs() as logs:
         mesh = await start_mesh(redis={"on_failure": "local", "journal": str(tmp_path / "journal")})
         await asyncio.wait_for(again.wait(), 5)

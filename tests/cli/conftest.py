@@ -1,9 +1,11 @@
 import asyncio
+import io
 import json
 import os
+import re
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -25,15 +27,15 @@ REQUESTS = [  # as `settle` takes them
 ]
 
 
-def leaves(path, parser):
-    """Every parser below `path` that runs something."""
-    parser = next(action for action in parser._actions if action.dest == "==SUPPRESS==").choices[path[-1]]
-    nested = [action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices]
-    if not nested:
-        yield path, parser
-    for action in nested:
-        for name in action.choices:
-            yield from leaves([*path, name], parser)
+def leaves(*path):
+    """Every command below `path` that runs something, with its help."""
+    with redirect_stdout(io.StringIO()) as shown:
+        assert main([*path, "--help"]) == 0
+    _, _, commands = shown.getvalue().partition("\ncommands:\n")
+    if not commands:
+        yield path, shown.getvalue()
+    for name in re.findall(r"^ {4}(\w+) ", commands, re.MULTILINE):
+        yield from leaves(*path, name)
 
 
 @contextmanager

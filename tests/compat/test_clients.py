@@ -208,7 +208,7 @@ def test_429_is_waited_for_as_told(ask, caller):
     began = time.monotonic()
     assert "text" in ask("whole", limited.secret, retries=True)
     assert time.monotonic() - began >= WAIT_S - 0.1
-    wait_until(lambda: [200, 429, 200] == caller.site.statuses(limited.account))
+    wait_until(lambda: caller.site.statuses(limited.account) == [200, 429, 200])
     limited.settled()
 
 

@@ -163,7 +163,7 @@ def test_raw_response_has_our_headers(client):
     raw = client.chat.completions.with_raw_response.create(
         model="falls-over", messages=HELLO, extra_headers={"x-request-id": "mine-1"}
     )
-    assert "mine-1" == raw.request_id == raw.parse()._request_id
+    assert "mine-1" == raw.request_id == raw.parse()._request_id  # noqa: SLF001 - public, OpenAI's README says
     assert (raw.headers["x-mesh-model"], raw.headers["x-mesh-attempts"]) == ("falls-over", "2")
     assert float(raw.headers["x-mesh-cost"]) > 0
     assert tuple(raw.headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining")) == ("600", "599")
@@ -308,7 +308,7 @@ def test_rate_limit(caller):
 def test_rate_limit_is_waited_for_exactly_as_told(caller, monkeypatch):
     """600 a minute, one at once: a tenth of a second, which the SDK wouldn't guess (it begins at half a second)."""
     limited = caller.site.key(limits=Limits(requests_per_minute=600, burst=1))
-    waits, sleep = [], time.sleep
+    waits, sleep = [], time.sleep  # noqa: TID251 - the SDK's
     with OpenAI(base_url=caller.site.base_url, api_key=limited.secret, max_retries=2) as client:
         client.chat.completions.create(model="openai/gpt-4o", messages=HELLO)
         monkeypatch.setattr(time, "sleep", lambda seconds: (waits.append(seconds), sleep(seconds)))

@@ -217,7 +217,7 @@ async def offer(site, url, caller, stopped):
         answers.append(asyncio.create_task(ask(site, url, caller)))
         if turn % 4 == 0:
             streams.append(site.stream(url, caller, PACED))
-        await asyncio.sleep(0.025)
+        await asyncio.sleep(0.025)  # noqa: TID251 - the load's pace
         if stopped.is_set():
             break
     return await asyncio.gather(*answers), await asyncio.gather(*streams)

@@ -15,6 +15,7 @@ from meshproxy.openai.request import decode_chat
 from meshproxy.policy.catalog import Candidate, Catalog
 from meshproxy.policy.principal import Account, Key, Principal
 from meshproxy.telemetry.tasks import Tasks
+from tests.harness.waiting import turns
 
 BODY = b'{"messages":[{"role":"user","content":"Hello there"}]}'
 STREAM = b'{"stream":true,"messages":[{"role":"user","content":"Hello there"}]}'
@@ -95,12 +96,6 @@ class Renewals:
         else:
             self._answers[-1].set_result(answer or Hold(ask(), self.asked[-1], 0, ()))
         await turns()
-
-
-async def turns(count: int = 6) -> None:
-    """Let the loop go round."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def lease(ledger: Renewals, of_plan: Plan | None = None, *, covered: int = 100, slice_tokens: int = 100) -> Lease:

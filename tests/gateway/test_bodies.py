@@ -7,6 +7,7 @@ import pytest
 from meshproxy.errors import GatewayError
 from meshproxy.gateway import entry
 from meshproxy.gateway.entry import LARGE_BYTES, SMALL_BYTES, BodyMemory
+from tests.harness.waiting import turns
 
 MB = 1_000_000
 MOST = 10 * MB
@@ -26,8 +27,7 @@ async def taken(bodies, *sizes, account="a"):
 
 async def waiting(*works):
     tasks = [asyncio.create_task(work) for work in works]
-    for _ in range(3):
-        await asyncio.sleep(0)
+    await turns(3)
     return tasks
 
 

@@ -10,6 +10,7 @@ from meshproxy.gateway import in_flight as module
 from meshproxy.gateway.exchange import Call, Exchange
 from meshproxy.gateway.in_flight import Detacher
 from meshproxy.telemetry.tasks import Tasks
+from tests.harness.waiting import turns
 
 
 class Closed:
@@ -70,8 +71,7 @@ class Work:
 async def begun(detacher, work):
     """The request's handler, waiting for its work."""
     handler = asyncio.create_task(detacher.run(work.exchange, work.run()))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await turns(2)
     return handler
 
 
@@ -166,7 +166,7 @@ async def test_a_client_that_goes_in_the_turn_in_which_the_work_ends(detacher, c
     work = Work()
     handler = await begun(detacher, work)
     work.go_on.set()
-    await asyncio.sleep(0)
+    await turns(1)
     await hang_up(handler)
     await tasks.finish(5)
     assert (work.exchange.cost_nusd, int(work.exchange.detached)) == (42, len(closed.exchanges))
@@ -175,6 +175,6 @@ async def test_a_client_that_goes_in_the_turn_in_which_the_work_ends(detacher, c
 async def test_a_shutdown_that_cannot_wait_closes_it_all_the_same(detacher, closed, tasks):
     work = Work()
     await hang_up(await begun(detacher, work))
-    await asyncio.sleep(0)
+    await turns(1)
     await tasks.finish(0)
     assert closed.exchanges == [("client_disconnected", "none", 42)]

@@ -11,6 +11,7 @@ from meshproxy import config
 from meshproxy.errors import UpstreamError
 from meshproxy.gateway.attempts import first_event
 from meshproxy.upstream.provider import Provider
+from tests.harness.waiting import turns
 
 EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 ERROR = b'data: {"error":{"message":"no","code":%b}}\n\n'
@@ -35,7 +36,7 @@ class Upstream:
             writer.write(HEAD + b"connection: close\r\n\r\n")
             while isinstance(piece := await self.pieces.get(), bytes):
                 writer.write(piece)
-                await asyncio.sleep(0)
+                await turns(1)
             if piece == "reset":
                 linger = struct.pack("ii", 1, 0)
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -121,7 +122,7 @@ async def test_a_body_that_is_over_with_nothing_in_it_is_a_fault(upstream, body)
 async def test_a_body_that_breaks_off_is_the_fault_it_broke_off_with(upstream, body):
     response = await upstream.answer(body)
     task = asyncio.create_task(begins(response))
-    await asyncio.sleep(0)
+    await turns(1)
     upstream.pieces.put_nowait("reset")
     with pytest.raises(UpstreamError) as raised:
         await task
@@ -153,7 +154,7 @@ async def test_an_error_event_is_taken_for_the_status_that_it_names(upstream, co
 async def test_whoever_waits_can_be_cancelled(upstream):
     response = await upstream.answer()
     task = asyncio.create_task(begins(response))
-    await asyncio.sleep(0)
+    await turns(1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -18,6 +18,7 @@ from meshproxy.openai.event_stream import PING
 from meshproxy.policy.principal import Account, Key, Principal
 from meshproxy.telemetry.tasks import Tasks
 from tests.gateway import parts
+from tests.harness.waiting import turns, until
 
 PRINCIPAL = Principal(Key("k1", "acme", 0.0), Account("acme"))
 HEADERS = [("x-request-id", "r1"), ("content-type", "text/event-stream")]
@@ -162,9 +163,8 @@ async def test_one_that_is_attached_gets_what_comes(house):
     playing = asyncio.create_task(house.play(await house.enter("h2"), client))
     recording.begin(HEADERS)
     for number in range(5):
-        recording.write(b"data: %d\n\n" % number)
-        while not client.text.endswith(b"data: %d\n\n" % number):
-            await asyncio.sleep(0)
+        recording.write(event := b"data: %d\n\n" % number)
+        await until(lambda event=event: client.text.endswith(event), poll_s=0)
     recording.conclude(complete=True)
     await asyncio.wait_for(playing, 5)
     assert (client.text, client.finished) == (house.client.text, True)
@@ -175,11 +175,9 @@ async def test_a_silent_stream_is_kept_open(house):
     client = Client()
     playing = asyncio.create_task(house.play(await house.enter("h2"), client))
     recording.begin(HEADERS)
-    while client.headers is None:
-        await asyncio.sleep(0)
+    await until(lambda: client.headers is not None, poll_s=0)
     house.now = 16.0
-    while PING not in client.text:
-        await asyncio.sleep(0)
+    await until(lambda: PING in client.text, poll_s=0)
     recording.conclude(complete=True)
     await asyncio.wait_for(playing, 5)
 
@@ -200,8 +198,7 @@ async def halfway(house):
     playing = asyncio.create_task(house.play(await house.enter("h2"), client))
     recording.begin(HEADERS)
     recording.write(b"data: 1\n\n")
-    while not client.text:
-        await asyncio.sleep(0)
+    await until(lambda: client.text, poll_s=0)
     return recording, playing, client
 
 
@@ -268,8 +265,7 @@ async def test_an_answer_with_a_hole_in_it_is_never_replayed(house, loss):
     else:
         house.store.loses_replies_of = "append"
     recording.write(b"data: 1\n\n")
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await turns(20)
     house.store.is_lost = False
     recording.write(b"data: 2\n\n")
     recording.conclude(complete=True)
@@ -287,8 +283,7 @@ async def test_the_end_is_told_when_redis_is_back(house):
     await house.tasks.finish(5)
     house.store.is_lost = True
     recording.conclude(complete=True)
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await turns(20)
     house.store.is_lost = False
     await house.tasks.finish(5)
     assert (await house.play(await house.enter("h2"))).body == b"{}"
@@ -309,8 +304,7 @@ async def test_a_claim_whose_client_has_gone_leaves_the_key_free(store_server):
     for steps in range(200):
         name = f"once-{steps}"
         entering = asyncio.create_task(house.enter(f"h{steps}", name=name))
-        for _ in range(steps):
-            await asyncio.sleep(0)
+        await turns(steps)
         came_through = not entering.cancel()
         await asyncio.wait([entering])
         await house.tasks.finish(5)
@@ -334,7 +328,7 @@ async def test_one_reader_serves_all_that_wait_and_the_store_is_asked_once(house
     recording = await house.enter("h1")
     before = house.store.asked["claim"]
     playing = [asyncio.create_task(house.play(await house.enter(f"w{number}"))) for number in range(3)]
-    await asyncio.sleep(0)
+    await turns(1)
     playing += [asyncio.create_task(house.play(await house.enter(f"x{number}"))) for number in range(50)]
     recording.reply(Reply(200, [], b"{}"))
     recording.conclude(complete=True)
@@ -346,7 +340,7 @@ async def test_one_reader_serves_all_that_wait_and_the_store_is_asked_once(house
 async def test_another_body_is_a_conflict_while_others_wait(house):
     recording = await house.enter("h1")
     playing = asyncio.create_task(house.play(await house.enter("h2")))
-    await asyncio.sleep(0)
+    await turns(1)
     with pytest.raises(GatewayError) as caught:
         await house.enter("h3", body=b"[]")
     assert caught.value.response.status == 409
@@ -358,7 +352,7 @@ async def test_another_body_is_a_conflict_while_others_wait(house):
 async def test_as_many_of_an_account_wait_as_may(house):
     recording = await house.enter("h1")
     playing = asyncio.create_task(house.play(await house.enter("h2")))
-    await asyncio.sleep(0)
+    await turns(1)
     replay = await house.enter("h3")
     with pytest.raises(GatewayError) as caught:
         await replay.play(call("once", "r3"), Client(), 15, most_waiting=1)

@@ -4,7 +4,8 @@ from meshproxy.gateway.admit import CreditSource, Lease
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.ledger.store import Unavailable
 from meshproxy.telemetry.tasks import Tasks
-from tests.gateway.parts import Renewals, ask, lease, plan, turns
+from tests.gateway.parts import Renewals, ask, lease, plan
+from tests.harness.waiting import turns
 
 PROMPT_NUSD = 18 * 2_500
 TOKEN_NUSD = 10_000

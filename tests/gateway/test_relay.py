@@ -10,7 +10,8 @@ from meshproxy.gateway.attempts import EarlyHead
 from meshproxy.gateway.relay import BACKLOG_CHECK_BYTES, LAST_BYTE_S, Relay
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
-from tests.gateway.parts import Client, Provider, Renewals, exchange, lease, plan, turns
+from tests.gateway.parts import Client, Provider, Renewals, exchange, lease, plan
+from tests.harness.waiting import turns
 
 
 def event(text="x", finish="null"):

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from tests.harness.waiting import turns
+
 READ_BYTES = 65_536
 DELAY_S = 0.05
 DRIP_BYTES, DRIP_S = 64, 0.001
@@ -187,12 +189,12 @@ class _Pair:
         for start in range(0, len(data), step):
             writer.write(data[start : start + step])
             if dripping:
-                await asyncio.sleep(DRIP_S)
+                await asyncio.sleep(DRIP_S)  # noqa: TID251 - the fault itself
 
     async def strike(self, mode: str, towards: str) -> bool:
         """Do it. Whether from here on all goes drop by drop."""
         if mode == "delay":
-            await asyncio.sleep(DELAY_S)
+            await asyncio.sleep(DELAY_S)  # noqa: TID251 - the fault itself
         elif mode == "reset":
             self.reset()
         elif mode == "half-close":
@@ -218,8 +220,7 @@ def end(writer: asyncio.StreamWriter) -> None:
 
 async def beneath(writer: asyncio.StreamWriter) -> socket.socket:
     """The socket below the transport, and below its TLS, when what was written has gone."""
-    for _ in range(FLUSH_TURNS):
-        await asyncio.sleep(0)
+    await turns(FLUSH_TURNS)
     return socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
 
 

@@ -55,6 +55,12 @@ async def until_equal(look: Callable[[], Any], expected: Any, timeout_s: float =
     assert look() == expected
 
 
+async def turns(count: int = 10) -> None:
+    """Let the loop go round: what is ready runs, nothing is waited for."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 class SkewedLoop(asyncio.SelectorEventLoop):
     """An event loop whose time a test moves by `skew`, in seconds."""
 

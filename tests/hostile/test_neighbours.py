@@ -15,7 +15,7 @@ import pytest
 from meshproxy.policy.principal import Limits
 from tests.harness.clients import chat_bytes
 from tests.harness.mesh import model
-from tests.harness.waiting import until
+from tests.harness.waiting import turns, until
 from tests.hostile.corpus import request
 
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
@@ -55,7 +55,7 @@ class Neighbour:
                 answer = await self._timed(reader.readuntil(b"\r\n\r\n"))
                 self.statuses.add(int(answer.split()[1]))
                 await reader.readexactly(int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]))
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(LOOK_S)  # noqa: TID251 - the client's pace
         finally:
             writer.close()
 
@@ -82,7 +82,7 @@ def unharmed(measured):
             nonlocal most
             while True:
                 most = max(most, gateway.program.rss_bytes)
-                await asyncio.sleep(LOOK_S / 4)
+                await asyncio.sleep(LOOK_S / 4)  # noqa: TID251 - between two looks
 
         tasks.append(asyncio.create_task(look()))
         try:
@@ -328,6 +328,6 @@ async def asked_again(gateway, ask):
         while True:
             writer.write(ask)
             await reader.readuntil(b"\r\n\r\n")
-            await asyncio.sleep(0)
+            await turns(1)
     finally:
         writer.close()

@@ -83,7 +83,7 @@ def test_every_write_is_filled_up_and_begins_with_what_was_to_be_said(payloads):
 
 
 async def _is_list(mesh, key):
-    return b"list" == await mesh.worker.store.execute("TYPE", key)
+    return await mesh.worker.store.execute("TYPE", key) == b"list"
 
 
 def _chunk_sizes(body):

@@ -167,12 +167,12 @@ async def test_a_stream_that_may_go_on_goes_on_when_its_client_reads_nothing(sta
 async def _trickle(writer):
     for byte in b"GET / HTTP/1.1\r\nx: " + b"y" * 10_000:
         writer.write(bytes([byte]))
-        await asyncio.sleep(SHORT_S / 10)
+        await asyncio.sleep(SHORT_S / 10)  # noqa: TID251 - the client's pace
 
 
 async def test_a_loop_that_was_busy_does_not_take_redis_for_lost(start_mesh):
     mesh = await start_mesh(redis={"timeout_s": 0.2})
     asked = mesh.worker.store.execute("GET", "nothing")
-    time.sleep(0.5)  # all stands still, as while a large body is taken apart
+    time.sleep(0.5)  # noqa: TID251 - all stands still, as while a large body is taken apart
     assert await asked is None
     assert mesh.worker.store.connected

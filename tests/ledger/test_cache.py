@@ -6,6 +6,7 @@ import pytest
 
 from meshproxy.ledger.store import Unavailable
 from meshproxy.ledger.templates import MAX_UNKNOWN, Cache
+from tests.harness.waiting import until
 
 
 class Source:
@@ -18,8 +19,7 @@ class Source:
         self.down = False
 
     async def asking(self):
-        while not self.asked:
-            await asyncio.sleep(0)
+        await until(lambda: self.asked, poll_s=0)
 
     async def fetch(self, key):
         self.asked.append(key)

@@ -16,7 +16,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Hold, HoldRequest, Settlement
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.template import Template
-from tests.harness.waiting import until
+from tests.harness.waiting import turns, until
 from tests.ledger.conftest import binary, eventually, free_ports, spawn
 
 RANGES = ((0, 5460), (5461, 10922), (10923, 16383))
@@ -183,7 +183,7 @@ async def test_a_node_that_dies_takes_only_its_slots_along_and_comes_back(nodes,
     assert await store.execute("GET", "victim") is None
     victim.process.send_signal(signal.SIGSTOP)
     pending = store.execute("GET", "victim")
-    await asyncio.sleep(0)
+    await turns(1)
     victim.process.kill()
     victim.process.wait()
     with pytest.raises(Unavailable):

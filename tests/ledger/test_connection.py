@@ -16,7 +16,7 @@ from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.link import BACKOFF_MAX_S, BACKOFF_MIN_S, RedisConnection, jittered_backoff_s
 from meshproxy.ledger.store import Script
-from tests.harness.waiting import until
+from tests.harness.waiting import turns, until
 
 DOUBLE = Script.of("double", "redis.call('INCR', KEYS[1]) return 2 * ARGV[1]")
 
@@ -88,7 +88,7 @@ async def test_commands_of_one_turn_share_a_write(wire):
     link, transport = wire
     asked = [link.send("GET", ("GET", name)) for name in "abc"]
     assert transport.writes == []
-    await asyncio.sleep(0)
+    await turns(1)
     assert transport.writes == [b"".join(b"*2\r\n$3\r\nGET\r\n$1\r\n%c\r\n" % name for name in b"abc")]
     link.data_received(b"$1\r\n1\r\n$1\r\n2\r\n$1\r\n3\r\n")
     assert [await future for future in asked] == [b"1", b"2", b"3"]
@@ -97,9 +97,9 @@ async def test_commands_of_one_turn_share_a_write(wire):
 async def test_many_turns_may_be_in_flight(wire):
     link, transport = wire
     first = link.send("GET", ("GET", "a"))
-    await asyncio.sleep(0)
+    await turns(1)
     second = link.send("GET", ("GET", "b"))
-    await asyncio.sleep(0)
+    await turns(1)
     assert len(transport.writes) == 2
     link.data_received(b":1\r\n:2\r\n")
     assert (await first, await second) == (1, 2)
@@ -132,7 +132,7 @@ async def test_cancelled_waiters_on_a_real_server(server_store):
         return int(await server_store.execute("GET", f"k{n}"))
 
     tasks = [asyncio.create_task(read(n)) for n in range(100)]
-    await asyncio.sleep(0)
+    await turns(1)
     for task in tasks[::3]:
         task.cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -204,7 +204,7 @@ async def test_a_bad_argument_leaves_the_queue_alone(wire):
     with pytest.raises(TypeError):
         link.send("SET", ("SET", "a", object()))
     asked = link.send("GET", ("GET", "a"))
-    await asyncio.sleep(0)
+    await turns(1)
     link.data_received(b":1\r\n")
     assert (await asked, len(transport.writes)) == (1, 1)
 
@@ -239,7 +239,7 @@ async def test_a_server_that_dies_fails_what_is_pending_and_recovers(tmp_path):
     paused = server.process.pid
     os.kill(paused, signal.SIGSTOP)
     pending = [store.execute("INCR", "x") for _ in range(50)]
-    await asyncio.sleep(0)
+    await turns(1)
     os.kill(paused, signal.SIGKILL)
     results = await asyncio.gather(*pending, return_exceptions=True)
     assert [r.kind for r in results] == ["connection"] * 50

@@ -11,11 +11,34 @@ from msgspec.structs import replace
 
 from meshproxy.errors import GatewayError
 from meshproxy.ledger import templates as templates_module
-from meshproxy.ledger.connection import StoreError
 from meshproxy.ledger.directory import Directory, digest_of, mint_secret
 from meshproxy.ledger.records import AUDIT, KEY_IDS, AccountKeys, key_record
+from meshproxy.ledger.store import Store, StoreError
 from meshproxy.policy.principal import Account, Budgets, Key, Limits, Principal
 from meshproxy.policy.template import Template
+
+
+class Between(Store):
+    """A store in which something `happens` behind each reading of a record."""
+
+    def __init__(self, store, happens):
+        self._store, self._happens = store, happens
+
+    @property
+    def connected(self):
+        return self._store.connected
+
+    def send(self, op, command):
+        reply = self._store.send(op, command)
+        return asyncio.ensure_future(self._read(reply)) if op == "GET" else reply
+
+    async def _read(self, reply):
+        record = await reply
+        await self._happens()
+        return record
+
+    async def close(self):
+        await self._store.close()
 
 
 @pytest.fixture
@@ -117,14 +140,11 @@ async def test_no_change_in_flight_undoes_a_revocation(directory, store):
     elsewhere = Directory(store)
     revoked = []
 
-    class Slow(Directory):
-        async def _stored(self, key_id):
-            found = await super()._stored(key_id)
-            if not revoked:
-                revoked.append(await elsewhere.set_key_status(key_id, "revoked"))
-            return found
+    async def revoke():
+        if not revoked:
+            revoked.append(await elsewhere.set_key_status(key.id, "revoked"))
 
-    changed = await Slow(store).change_key(key.id, lambda key: replace(key, limits=Limits(9)))
+    changed = await Directory(Between(store, revoke)).change_key(key.id, lambda key: replace(key, limits=Limits(9)))
     assert (changed.status, changed.limits) == ("revoked", Limits(9))
     assert (await directory.principal(secret)).key == changed
 
@@ -134,15 +154,12 @@ async def test_a_key_that_others_change_each_time_is_a_conflict(directory, store
     _, key = await directory.create_key("acme")
     names = iter(map(str, range(99)))
 
-    class Slow(Directory):
-        async def _stored(self, key_id):
-            found = await super()._stored(key_id)
-            name = next(names)
-            await elsewhere.change_key(key_id, lambda key: replace(key, name=name))
-            return found
+    async def rename():
+        name = next(names)
+        await elsewhere.change_key(key.id, lambda key: replace(key, name=name))
 
     with pytest.raises(GatewayError) as caught:
-        await Slow(store).change_key(key.id, lambda key: replace(key, limits=Limits(9)))
+        await Directory(Between(store, rename)).change_key(key.id, lambda key: replace(key, limits=Limits(9)))
     assert (caught.value.response.status, caught.value.response.code) == (409, "changed_meanwhile")
 
 

@@ -17,9 +17,9 @@ from msgspec import to_builtins
 from structlog.testing import capture_logs
 
 from meshproxy.ledger import journal as module
-from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, _line, other_journals
+from meshproxy.ledger.journal import MAX_FILES, Journal, JournalFull, other_journals
 from meshproxy.ledger.store import StoreError, Unavailable
-from tests.harness.waiting import until
+from tests.harness.waiting import turns, until
 
 MIB = 1_048_576
 
@@ -80,6 +80,12 @@ class Book:
         return True
 
 
+def line_of(settlement):
+    """A settlement as a journal has it on disk."""
+    text = msgspec.json.encode({"v": 1, **to_builtins(settlement)})
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
 def names(count):
     return [f"h{number}" for number in range(count)]
 
@@ -134,7 +140,7 @@ async def test_a_line_that_cannot_be_read_costs_no_other(open_journal, path, set
     await journal.append(settlement("h0"))
     journal.close()
     with path.with_suffix(".0").open("ab") as file:
-        file.write(garbage + _line(settlement("h1")))
+        file.write(garbage + line_of(settlement("h1")))
     book = Book()
     assert await open_journal().replay(book.settle) == 2
     assert names(2) == book.charged
@@ -142,8 +148,8 @@ async def test_a_line_that_cannot_be_read_costs_no_other(open_journal, path, set
 
 async def test_a_crash_at_any_byte_costs_only_the_append_that_was_not_over(path, settlement):
     path.parent.mkdir()
-    whole = _line(settlement("h0"))
-    cut = _line(settlement("h1"))
+    whole = line_of(settlement("h0"))
+    cut = line_of(settlement("h1"))
     for at in range(len(cut)):
         path.with_suffix(".0").write_bytes(whole + cut[:at])
         journal = Journal(path, MIB)
@@ -157,13 +163,13 @@ async def test_a_crash_at_any_byte_costs_only_the_append_that_was_not_over(path,
 
 async def test_a_bit_that_flipped_is_no_charge(open_journal, path, settlement):
     path.parent.mkdir()
-    line = _line(settlement(cost_nusd=60))
+    line = line_of(settlement(cost_nusd=60))
     path.with_suffix(".0").write_bytes(line.replace(b'"cost_nusd":60', b'"cost_nusd":90'))
     assert len(open_journal()) == 0
 
 
 async def test_the_bound_holds_and_room_comes_back(open_journal, path, settlement):
-    size = len(_line(settlement("h0")))
+    size = len(line_of(settlement("h0")))
     journal = open_journal(max_bytes=3 * size)
     for name in names(3):
         await journal.append(settlement(name))
@@ -176,7 +182,7 @@ async def test_the_bound_holds_and_room_comes_back(open_journal, path, settlemen
 
 
 async def test_the_bound_counts_what_was_found(open_journal, settlement):
-    size = len(_line(settlement("h0")))
+    size = len(line_of(settlement("h0")))
     journal = open_journal(max_bytes=2 * size)
     await journal.append(settlement("h0"))
     journal.close()
@@ -248,7 +254,7 @@ async def test_what_is_settled_before_it_is_written_is_not_written_any_more(open
     disk, fsync = threading.Event(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (disk.wait(10), fsync(file)))
     appending = [asyncio.create_task(journal.append(settlement(name))) for name in names(2)]
-    await asyncio.sleep(0)  # the first is on its way to the disk, and the second waits for it
+    await turns(1)  # the first is on its way to the disk, and the second waits for it
     replaying = asyncio.create_task(journal.replay(book.settle))
     await until(lambda: not len(journal))
     disk.set()
@@ -272,9 +278,9 @@ async def test_a_full_disk_keeps_it_in_memory_and_the_file_whole(open_journal, p
     with pytest.raises(OSError, match="No space"):
         await journal.append(settlement("h1"))
     monkeypatch.undo()
-    assert _line(settlement("h0")) == path.with_suffix(".0").read_bytes()
+    assert line_of(settlement("h0")) == path.with_suffix(".0").read_bytes()
     await journal.append(settlement("h2"))
-    assert b"".join(map(_line, map(settlement, names(3)))) == path.with_suffix(".0").read_bytes()
+    assert b"".join(map(line_of, map(settlement, names(3)))) == path.with_suffix(".0").read_bytes()
     book = Book()
     assert await journal.replay(book.settle) == 3
 
@@ -304,7 +310,7 @@ async def test_a_disk_with_room_again_takes_it_without_another_append(open_journ
     replaying = asyncio.create_task(journal.keep_replaying(Book(lost_after=0).settle))
     await until(lambda: journal.room_bytes, "room")
     replaying.cancel()
-    assert _line(settlement("h1")) == path.with_suffix(".0").read_bytes()
+    assert line_of(settlement("h1")) == path.with_suffix(".0").read_bytes()
 
 
 async def test_what_was_kept_in_memory_alone_is_logged_at_the_end(settlement):
@@ -356,8 +362,8 @@ async def test_two_workers_never_share_a_file(open_journal, path, settlement):
     first, second = open_journal(), open_journal()
     await first.append(settlement("h0"))
     await second.append(settlement("h1"))
-    assert _line(settlement("h0")) == path.with_suffix(".0").read_bytes()
-    assert _line(settlement("h1")) == path.with_suffix(".1").read_bytes()
+    assert line_of(settlement("h0")) == path.with_suffix(".0").read_bytes()
+    assert line_of(settlement("h1")) == path.with_suffix(".1").read_bytes()
 
 
 async def test_the_file_of_a_dead_worker_goes_to_the_one_in_its_place(open_journal, settlement):
@@ -387,7 +393,7 @@ async def test_what_another_worker_has_locked_is_left_alone(open_journal, settle
     await third.append(settlement("h2"))
     first.close()
     third.close()
-    assert [kept.hold_id for kept in open_journal()._pending] == ["h2"]
+    assert [kept.hold_id for kept in open_journal()] == ["h2"]
     assert len(second) == 1
 
 
@@ -398,7 +404,7 @@ async def test_as_many_files_as_workers_may_be_and_no_more(path, monkeypatch):
         Journal(path, MIB)
     for journal in journals:
         journal.close()
-    assert 256 == MAX_FILES
+    assert MAX_FILES == 256
 
 
 async def test_nobody_else_can_read_it(open_journal, path, settlement):
@@ -422,12 +428,10 @@ async def test_it_keeps_replaying_whatever_redis_answers(open_journal, settlemen
     for name in names(3):
         await journal.append(settlement(name))
     book.lost_after = None
-    while len(journal) > 1:
-        await asyncio.sleep(0)
+    await until(lambda: len(journal) <= 1, poll_s=0)
     assert sorted(book.charged) == ["h1", "h2"]
     book.refused = ()
-    while len(journal):
-        await asyncio.sleep(0)
+    await until(lambda: not len(journal), poll_s=0)
     assert not replaying.done()
     replaying.cancel()
     await asyncio.wait([replaying])

@@ -7,9 +7,10 @@ import pytest
 
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import ACCOUNTS, Balance, BucketState, Grant, Granted, Hold, KeyUse, Spend
+from meshproxy.ledger.store import Script
 from meshproxy.policy.principal import Budgets, Limits
 from meshproxy.units import MAX_NUSD
-from tests.harness.waiting import PATIENCE_S
+from tests.harness.waiting import until
 
 
 async def test_a_grant_adds_to_the_balance_and_says_so(ledger, read, keys):
@@ -104,7 +105,7 @@ async def test_a_balance_releases_expired_holds(ledger, ask):
 @pytest.mark.parametrize("name", ["valkey"])
 async def test_the_calendar_is_right(dial, name):
     store = await dial(name)
-    script = Ledger(store)._balance.text
+    script = Script.load("balance").text
     calendar = script[script.index("local function civil") : script.index("-- A hold's record")]
     text = f"local now_ms = tonumber(ARGV[1])\n{calendar}\nreturn {{ day, month }}"
     moments = [datetime(year, month, day, tzinfo=UTC) for year in range(1970, 2110, 7) for month, day in
@@ -172,9 +173,11 @@ async def test_refusals_are_counted_by_account(ledger, ask, monkeypatch):
     for account in ("acme", "acme", "beta"):
         await ledger.admit(ask(account=account))
     noting = asyncio.create_task(ledger.note_refusals())
-    async with asyncio.timeout(PATIENCE_S):
-        while await ledger.refusals(["acme", "nobody", "beta"], 5) != [2, 0, 1]:
-            await asyncio.sleep(0)
+
+    async def counted():
+        return await ledger.refusals(["acme", "nobody", "beta"], 5) == [2, 0, 1]
+
+    await until(counted, poll_s=0)
     noting.cancel()
 
 

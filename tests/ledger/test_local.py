@@ -11,7 +11,7 @@ from meshproxy.ledger import local as module
 from meshproxy.ledger.local import LINE_BYTES, WORKERS, LocalAdmission, WorkerCount
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.policy.principal import Limits
-from tests.harness.waiting import PATIENCE_S
+from tests.harness.waiting import turns, until
 from tests.ledger.conftest import FakeStore
 
 DOLLAR = 1_000_000_000
@@ -34,9 +34,7 @@ def make_admission(clock, count=1, room_bytes=MIB):
 async def beat_once(known):
     known.count = 0
     beating = asyncio.create_task(known.beat())
-    async with asyncio.timeout(PATIENCE_S):
-        while not known.count:
-            await asyncio.sleep(0)
+    await until(lambda: known.count, poll_s=0)
     beating.cancel()
     with suppress(asyncio.CancelledError):
         await beating
@@ -271,7 +269,7 @@ async def test_without_redis_the_last_known_number_holds(server_store):
         await beat_once(known := WorkerCount(server_store, name))
     await server_store.close()
     beating = asyncio.create_task(known.beat())
-    await asyncio.sleep(0)
+    await turns(1)
     assert not beating.done()
     beating.cancel()
     assert known.count == 2

@@ -18,6 +18,7 @@ from meshproxy.ledger.store import StoreError, Unavailable
 from tests.harness.books import usage_events
 from tests.harness.clients import HELLO
 from tests.harness.mesh import model
+from tests.harness.waiting import turns
 from tests.money.conftest import figure
 
 MAX_WAITS = 200
@@ -129,7 +130,7 @@ async def request(mesh, cut, *, stream, credit="1.00", idempotent=False, **field
     body = BODY % (fields.get("model", "fast").encode(), b"true" if stream else b"false")
 
     async def read_body(_take):
-        await asyncio.sleep(0)
+        await turns(1)
         return body
 
     key = f"once-{cut.at}" if idempotent else None

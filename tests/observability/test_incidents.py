@@ -71,7 +71,7 @@ class Providers:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        await asyncio.sleep(self.delay_s.get(name, 0))
+        await asyncio.sleep(self.delay_s.get(name, 0))  # noqa: TID251 - the provider's delay
         if name in self.status:
             return web.json_response({"error": {"message": "the model has no GPU"}}, status=self.status[name])
         events = "".join(f"data: {json.dumps(event)}\n\n" for event in ANSWER)
@@ -135,7 +135,7 @@ class Site:
             while True:
                 number += 1
                 group.create_task(self.ask(secret, number))
-                await asyncio.sleep(every_s)
+                await asyncio.sleep(every_s)  # noqa: TID251 - the load's pace
 
     async def status(self) -> dict[str, Any]:
         async with self.http.get(f"{self.gateway.admin}/status") as answer:
@@ -158,7 +158,7 @@ async def all_failing(site: Site) -> None:
 async def redis_slow(site: Site) -> None:
     while True:
         await asyncio.to_thread(site.redis.request, "CLIENT", "PAUSE", str(PAUSE_MS), "ALL")
-        await asyncio.sleep(PAUSE_EVERY_S)
+        await asyncio.sleep(PAUSE_EVERY_S)  # noqa: TID251 - the incident itself
 
 
 async def redis_gone(site: Site) -> None:
@@ -281,7 +281,7 @@ INCIDENTS = {
         AVAILABILITY | {"MeshproxyLedgerErrors", "MeshproxyJournalPending"},
         {},
         ("meshproxy-ledger", "Connected by instance"),
-        lambda samples: [0.0] == [value for _, value in samples],
+        lambda samples: [value for _, value in samples] == [0.0],
         lambda lines: bool(_events(lines, "ledger_lost")),
         lambda page, _: page["ledger_state"] == "down",
     ),
@@ -299,7 +299,7 @@ INCIDENTS = {
             == {(line["account"], line["refused_by"]) for line in _events(lines, "request") if line["refused_by"]}
         ),
         lambda page, _: (
-            [("flood", "key_requests")] == [(each["account"], each["refused_by"]) for each in page["refused"]]
+            [(each["account"], each["refused_by"]) for each in page["refused"]] == [("flood", "key_requests")]
         ),
     ),
 }
@@ -370,7 +370,7 @@ async def stage(home: Path) -> dict[str, Evidence]:
         stack.push_async_callback(asyncio.to_thread, server.__exit__, None, None, None)
         loads = [asyncio.create_task(site.load(site.good, EVERY_S)) for site in sites.values()]
         stack.push_async_callback(_ended, loads)
-        await asyncio.sleep(HEALTHY_S)
+        await asyncio.sleep(HEALTHY_S)  # noqa: TID251 - what rates are measured over
         evidence = {name: Evidence() for name in sites}
         for alert in await _alerts(prometheus):
             evidence[alert["job"]].early.setdefault(alert["alertname"], []).append(alert)
@@ -380,7 +380,7 @@ async def stage(home: Path) -> dict[str, Evidence]:
         happening = [asyncio.create_task(INCIDENTS[name].happens(site)) for name, site in sites.items()]
         stack.push_async_callback(_ended, happening)
         while not all(len(each.after_s) == 4 for each in evidence.values()) and time.monotonic() < began_at + MOST_S:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LOOK_S)  # noqa: TID251 - between two looks, until MOST_S
             for alert in await _alerts(prometheus):
                 fired = evidence[alert["job"]].fired.setdefault(alert["alertname"], [])
                 if alert not in fired:

@@ -88,7 +88,7 @@ class TestTraceId:
         ],
     )
     def test_of_a_traceparent(self, traceparent: str):
-        assert self.ID == trace_id(traceparent.format(id=self.ID, parent=self.PARENT))
+        assert trace_id(traceparent.format(id=self.ID, parent=self.PARENT)) == self.ID
 
     def test_almost_all_of_it_may_be_zeros(self):
         assert trace_id(f"00-{'0' * 31}1-{self.PARENT}-00") == "0" * 31 + "1"

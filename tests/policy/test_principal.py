@@ -35,4 +35,4 @@ def test_a_key_and_an_account_have_a_status(status):
 
 
 def test_a_key_need_not_have_a_name():
-    assert ("", "") == (KEY.name, KEY.hint)
+    assert (KEY.name, KEY.hint) == ("", "")

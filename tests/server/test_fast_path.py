@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from meshproxy.server import fast_path
 from meshproxy.server.fast_path import MAX_AHEAD_BYTES, NEXT, ClientConnection, Event, State
-from tests.harness.waiting import SkewedLoop
+from tests.harness.waiting import SkewedLoop, turns
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ncontent-length: 4\r\n\r\n"
 BODY = b"[{}]"
@@ -191,8 +191,7 @@ class Play:
             self.is_lost = True
             transport.is_open = False
             connection.connection_lost(None)
-        for _ in range(4):  # turns in which a handler goes on
-            await asyncio.sleep(0)
+        await turns(4)  # turns in which a handler goes on
 
 
 def play(work, *arguments):
@@ -402,7 +401,7 @@ def test_a_random_walk_stays_in_the_table_and_leaves_nothing(steps):
         assert asyncio.all_tasks() == {asyncio.current_task()}
         gone = weakref.ref(connection)
         del connection, played
-        await asyncio.sleep(0)
+        await turns(1)
         assert gone() is None
 
     play(work)

@@ -3,6 +3,7 @@ import inspect
 import json
 import re
 import tracemalloc
+from operator import attrgetter
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +16,7 @@ from meshproxy.server.aiohttp_path import AiohttpConnection, ConnectionLimits, e
 from meshproxy.server.chat import ClientStream
 from meshproxy.server.fast_path import ClientConnection
 from meshproxy.server.listener import Runner, listen
-from tests.harness.waiting import until
+from tests.harness.waiting import turns, until
 
 GET = b"GET /work HTTP/1.1\r\nhost: m\r\n\r\n"
 CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: m\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
@@ -139,8 +140,7 @@ async def test_requests_in_two_pieces_and_several_in_one(start, at):
     reader, writer = await served.connect()
     together = POST + POST + GET
     writer.write(together[:at])
-    for _ in range(3):
-        await asyncio.sleep(0)
+    await turns(3)
     writer.write(together[at:])
     await answers(reader, b"chat {}", b"chat {}", b"fine")
     writer.close()
@@ -165,7 +165,7 @@ async def test_a_body_in_tiny_pieces_takes_no_more_memory(start):
     connection = ClientConnection(served.runner.server, asyncio.get_running_loop(), None)
     connection.connection_made(Mock(get_extra_info=Mock(return_value=None), get_write_buffer_size=Mock(return_value=0)))
     connection.data_received(POST.replace(b"content-length: 2\r\n\r\n{}", b"content-length: 200001\r\n\r\n"))
-    await asyncio.sleep(0)
+    await turns(1)
     tracemalloc.start()
     for _ in range(100_000):
         connection.data_received(bytes(2))
@@ -236,8 +236,7 @@ async def test_a_chunk_that_is_invalid_is_answered_when_it_comes(start):
     reader, writer = await served.connect()
     head, _, _ = CHUNKED.partition(b"2\r\n{}")
     writer.write(head)
-    while not served.runner.busy():
-        await asyncio.sleep(0)
+    await until(served.runner.busy, poll_s=0)
     writer.write(b"-2\r\n{}\r\n0\r\n\r\n" + GET)
     head, _, body = (await asyncio.wait_for(reader.read(-1), 5)).partition(b"\r\n\r\n")
     assert head.split()[1] == b"400"
@@ -338,7 +337,7 @@ async def test_a_client_that_takes_its_time_is_waited_for(start):
     left = LARGE_BYTES
     while left > 0:
         left -= len(await reader.read(LARGE_BYTES // 16))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # noqa: TID251 - the client's pace
     writer.close()
 
 
@@ -360,9 +359,12 @@ async def test_without_chat_every_request_is_the_applications(start):
 
 
 class Seen(AiohttpConnection):
-    """A connection that keeps itself, and what it looks like from inside."""
+    """A connection that keeps itself, and shows the names of aiohttp's that are private and used."""
 
     latest = None
+    messages = property(attrgetter("_messages"))
+    is_busy = property(attrgetter("_request_in_progress"))
+    serving = property(attrgetter("_task_handler"))
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -375,8 +377,7 @@ async def seen(start, monkeypatch):
     monkeypatch.setattr("meshproxy.server.listener.AiohttpConnection", Seen)
     served = await start(fast_connections=False)
     reader, writer = await served.connect()
-    while Seen.latest is None or Seen.latest.transport is None:
-        await asyncio.sleep(0)
+    await until(lambda: Seen.latest is not None and Seen.latest.transport is not None, poll_s=0)
     yield Seen.latest, reader, writer
     writer.close()
     Seen.latest = None
@@ -388,32 +389,30 @@ class TestWhatOfAiohttpIsPrivate:
     async def test_messages_are_the_heads_that_are_parsed_and_not_begun(self, seen):
         connection, _, _ = seen
         connection.data_received(POST + GET)
-        assert [message.path for message, _ in connection._messages] == ["/v1/chat/completions", "/work"]
-        _, body = connection._messages[0]
+        assert [message.path for message, _ in connection.messages] == ["/v1/chat/completions", "/work"]
+        _, body = connection.messages[0]
         assert (body.is_eof(), body.total_bytes) == (True, 2)
 
     async def test_a_head_that_the_parser_refuses_is_a_message_with_its_exception(self, seen):
         connection, _, _ = seen
         web.RequestHandler.data_received(connection, b"GARBAGE\r\n\r\n")
-        message, _ = connection._messages[-1]
+        message, _ = connection.messages[-1]
         assert isinstance(message.exc, HttpProcessingError)
 
     async def test_a_request_is_in_progress_from_its_handlers_start_until_its_answer_is_written(self, seen):
         connection, reader, writer = seen
-        assert connection._request_in_progress is False
+        assert connection.is_busy is False
         writer.write(POST[:-1])
-        while not connection._request_in_progress:
-            await asyncio.sleep(0)
+        await until(lambda: connection.is_busy, poll_s=0)
         writer.write(POST[-1:])
         await answers(reader, b"odd {}")
-        assert connection._request_in_progress is False
+        assert connection.is_busy is False
 
     async def test_the_task_that_serves_a_connection_cancels_its_handler(self, seen):
         connection, reader, writer = seen
         writer.write(POST[:-1])
-        while not connection._request_in_progress:
-            await asyncio.sleep(0)
-        connection._task_handler.cancel()
+        await until(lambda: connection.is_busy, poll_s=0)
+        connection.serving.cancel()
         assert await asyncio.wait_for(reader.read(-1), 5) == b""
 
     async def test_the_applications_server_has_its_handler_and_its_requests_factory(self):
@@ -426,7 +425,7 @@ class TestWhatOfAiohttpIsPrivate:
     async def test_a_message_is_copied_with_what_the_listener_changes(self, seen):
         connection, _, _ = seen
         connection.data_received(GET)
-        message, _ = connection._messages[0]
+        message, _ = connection.messages[0]
         changed = message._replace(version=HttpVersion10, url=URL("/"), should_close=True)
         assert (changed.version, changed.url, changed.should_close) == (HttpVersion10, URL("/"), True)
         assert message.upgrade is False

@@ -7,6 +7,7 @@ import pytest
 from meshproxy.simulator import SimulatorSettings
 from meshproxy.simulator.behaviour import read_behaviour
 from meshproxy.simulator.delivery import pace_of
+from tests.harness.waiting import turns, until
 
 SETTINGS = SimulatorSettings(tokens_per_second=50, first_token_s=0.2)
 
@@ -60,9 +61,7 @@ async def test_a_client_that_goes_ends_the_stream_at_once(wire, simulator):
     await wire.until(b"\n\n")
     wire.writer.close()
     entry = simulator.history.requests[-1]
-    async with asyncio.timeout(5):
-        while entry.ended == "open":
-            await asyncio.sleep(0)
+    await until(lambda: entry.ended != "open", poll_s=0)
     assert (entry.ended, entry.tokens < 200, simulator.history.open_streams) == ("client_closed", True, 0)
 
 
@@ -71,13 +70,11 @@ async def test_a_client_that_does_not_read_holds_the_stream_up(wire, simulator):
     wire.writer.transport.pause_reading()
     wire.ask(model="sim/fast?tokens=32768&tag=greedy", n=4, stream=True)
     entries = simulator.history.requests
-    while not entries or entries[-1].tokens < 100:
-        await asyncio.sleep(0)
+    await until(lambda: entries and entries[-1].tokens >= 100, poll_s=0)
     seen = -1
     while entries[-1].tokens != seen:
         seen = entries[-1].tokens
-        for _ in range(1000):
-            await asyncio.sleep(0)
+        await turns(1000)
     assert (entries[-1].ended, seen < 4 * 32_768) == ("open", True)
 
 

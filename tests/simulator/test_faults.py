@@ -1,12 +1,13 @@
 """Each fault as a client's socket sees it, and as the journal remembers it."""
 
-import asyncio
 import gzip
 import json
 import zlib
 
 import openai
 import pytest
+
+from tests.harness.waiting import turns, until
 
 DONE = b"data: [DONE]\n\n"
 
@@ -18,7 +19,7 @@ def data_events(content):
 async def ended(simulator):
     """How the last request ended, once it has."""
     while (entry := simulator.history.requests[-1]).ended == "open":
-        await asyncio.sleep(0)
+        await turns(1)
     return entry.ended
 
 
@@ -57,8 +58,7 @@ async def test_reset_resets(wire, simulator):
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_stall_lasts_until_the_client_goes(wire, simulator, model, head, stream):
     wire.ask(model=model + "+fast", stream=stream)
-    while not simulator.history.open_requests:
-        await asyncio.sleep(0)
+    await until(lambda: simulator.history.open_requests, poll_s=0)
     if head:
         assert (await wire.until(b"\r\n\r\n")).body == b""
     wire.writer.close()
@@ -70,8 +70,7 @@ async def test_stall_mid_falls_silent_after_so_many_events(wire, simulator):
     answer = await wire.until(b'"content":"')
     while b'"content":"","refusal"' not in answer.content:
         answer.reads += (await wire.until(b"\n")).reads
-    while simulator.history.requests[-1].events < 2:
-        await asyncio.sleep(0)
+    await until(lambda: simulator.history.requests[-1].events >= 2, poll_s=0)
     wire.writer.close()
     assert await ended(simulator) == "client_closed"
 

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 
 from meshproxy.telemetry.exposition import SERIES_PER_TURN, MetricsCollector, decode, merge, render
 from meshproxy.telemetry.metrics import Metrics
+from tests.harness.waiting import turns
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -78,18 +79,18 @@ async def test_render_lets_the_loop_run_meanwhile():
     for model in MODELS:
         metrics.request_duration.labels(model, "true").observe(1.5)
     found = decode(await metrics.snapshot())
-    turns = 0
+    counted = 0
 
     async def count():
-        nonlocal turns
+        nonlocal counted
         while True:
-            turns += 1
-            await asyncio.sleep(0)
+            counted += 1
+            await turns(1)
 
     counting = asyncio.create_task(count())
     await render(found, "")
     counting.cancel()
-    assert turns >= sum(-(-len(family.series) // SERIES_PER_TURN) for family in found)
+    assert counted >= sum(-(-len(family.series) // SERIES_PER_TURN) for family in found)
 
 
 async def test_a_family_in_several_parts_has_one_head():

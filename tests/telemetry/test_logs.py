@@ -217,4 +217,4 @@ def test_in_the_consoles_format_a_request_is_an_event(start):
     sink, text = start(form="console")
     RequestLog(sink, "info", "console").write(FIELDS)
     assert "request_id=req_1" in text()
-    assert logging.INFO == LEVELS["info"]
+    assert LEVELS["info"] == logging.INFO

@@ -7,6 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from meshproxy.telemetry.tasks import Tasks, watch_lag
+from tests.harness.waiting import turns, until
 
 
 async def fail():
@@ -22,7 +23,7 @@ async def test_gives_the_result_and_forgets_the_task():
     task = tasks.spawn("settle", work())
     assert (len(tasks), task.get_name()) == (1, "settle")
     assert await task == 7
-    await asyncio.sleep(0)
+    await turns(1)
     assert len(tasks) == 0
 
 
@@ -68,7 +69,7 @@ async def test_what_was_spawned_outlives_its_spawner():
         await asyncio.shield(tasks.spawn("settle", settle()))
 
     handling = asyncio.create_task(handler())
-    await asyncio.sleep(0)
+    await turns(1)
     handling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await handling
@@ -105,7 +106,7 @@ async def test_finish_cancels_what_is_late_and_counts_it():
 
     tasks.spawn("stuck", stuck())
     tasks.spawn("stuck", stuck())
-    await asyncio.sleep(0)
+    await turns(1)
     assert await tasks.finish(0) == 2
     assert (cleaned, failed, len(tasks)) == (["up", "up"], [], 0)
 
@@ -123,7 +124,7 @@ async def test_finish_does_not_wait_for_ever_on_a_task_that_refuses_to_end(monke
                 continue
 
     task = tasks.spawn("stubborn", stubborn())
-    await asyncio.sleep(0)
+    await turns(1)
     assert await tasks.finish(0) == 1
     gate.set()
     await task
@@ -185,9 +186,7 @@ async def test_and_no_more_once_it_runs_steadily(no_pause, monkeypatch):
     tasks = Tasks()
     tasks.supervise("pulse", loop, is_vital=True)
     await asyncio.wait_for(loop.again.wait(), 5)
-    async with asyncio.timeout(5):
-        while tasks.failing:
-            await asyncio.sleep(0)
+    await until(lambda: not tasks.failing, poll_s=0)
     await tasks.close()
 
 
@@ -217,7 +216,7 @@ async def test_work_that_returns_is_over():
     await task
     over = weakref.ref(task)
     del task
-    await asyncio.sleep(0)
+    await turns(1)
     gc.collect()
     assert over() is None
 
@@ -235,9 +234,8 @@ async def test_lag_is_how_late_the_loop_woke(monkeypatch):
     monkeypatch.setattr("meshproxy.telemetry.tasks.LAG_INTERVAL_S", 0.01)
     seen = []
     watching = asyncio.create_task(watch_lag(seen.append))
-    await asyncio.sleep(0)
-    time.sleep(0.1)  # the whole loop
-    while not seen:
-        await asyncio.sleep(0)
+    await turns(1)
+    time.sleep(0.1)  # noqa: TID251 - the whole loop
+    await until(lambda: seen, poll_s=0)
     watching.cancel()
     assert 0.08 < seen[0] < 5

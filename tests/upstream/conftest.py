@@ -11,6 +11,7 @@ import uvloop
 
 from meshproxy import config
 from meshproxy.upstream.provider import Provider
+from tests.harness.waiting import turns
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -139,12 +140,6 @@ async def nothing_left():
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert left == []
     assert open_sockets() - before == set()
-
-
-async def turns(count=10):
-    """Let the loop go round."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 class Recorder:

@@ -265,7 +265,7 @@ async def test_an_answer_before_the_request_was_all_read(serve, provide):
 
     async def script(conversation):
         await conversation.reader.readuntil(b"\r\n\r\n")
-        conversation.reader._limit = 1
+        conversation.writer.transport.pause_reading()
         await conversation.send(b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nno")
         await asyncio.get_running_loop().create_future()
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from meshproxy.errors import UpstreamError
-from tests.upstream.conftest import turns
+from tests.harness.waiting import turns
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"
 
@@ -202,7 +202,7 @@ async def test_closing_while_a_connection_is_made(serve, provide):
     server = await serve(lambda conversation: conversation.until_closed())
     provider = provide(server.url)
     post = asyncio.create_task(provider.post("/x", (), b"{}"))
-    await asyncio.sleep(0)
+    await turns(1)
     await provider.close()
     with pytest.raises(UpstreamError) as caught:
         await post

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from meshproxy.errors import UpstreamError
-from tests.upstream.conftest import turns
+from tests.harness.waiting import turns
 
 STEP_BYTES = 100_000
 BUFFERED_BYTES = 8_000_000  # the most that the kernel holds of a connection (tcp_wmem, tcp_rmem)
@@ -199,7 +199,7 @@ async def test_a_read_that_is_cancelled_closes_the_socket(serve, provide):
     server = await serve(script)
     response = await provide(server.url).post("/x", (), b"{}")
     reading = asyncio.create_task(response.read())
-    await asyncio.sleep(0)
+    await turns(1)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from meshproxy.errors import UpstreamError
 from meshproxy.upstream.connection import NEXT, Connection, Event, State, Timeouts
 from meshproxy.upstream.response import Response
-from tests.harness.waiting import SkewedLoop
+from tests.harness.waiting import SkewedLoop, turns
 
 SIZED = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"
 DATA = {
@@ -164,8 +164,7 @@ class Play:
             self.is_lost = True
             transport.is_open = False
             connection.connection_lost(None)
-        for _ in range(4):  # turns in which timers fire and callers go on
-            await asyncio.sleep(0)
+        await turns(4)  # turns in which timers fire and callers go on
 
     @property
     def is_connected(self):
@@ -385,7 +384,7 @@ def test_a_random_walk_stays_in_the_table_and_leaves_nothing(play, steps):
         gone = weakref.ref(connection)
         del connection
         played.connection = played.pending = played.response = None
-        await asyncio.sleep(0)
+        await turns(1)
         gc.collect(0)  # an error's traceback may hold it in a circle
         assert gone() is None
 
