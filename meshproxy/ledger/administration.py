@@ -72,7 +72,7 @@ class Administration:
         draft = change.applied_to(Key("", account, 0))
         fields = {name: value for name, value in asdict(draft).items() if name not in NOT_GIVEN}
         secret, key = await self.directory.create_key(account, actor=self._actor, **fields)
-        return {"key": secret, **_shown_key(key)}
+        return {"key": secret, **_shown_key(key, self._clock())}
 
     async def keys(
         self, account: str | None = None, *, limit: int | None = None, after: str = ""
@@ -95,26 +95,26 @@ class Administration:
             by_account.setdefault(key.account, []).append(key.id)
         for name, ids in by_account.items():
             uses |= zip(ids, await self.ledger.key_spends(name, ids), strict=True)
-        return [_shown_key(key, uses[key.id]) for key in found]
+        return [_shown_key(key, self._clock(), uses[key.id]) for key in found]
 
     async def key(self, reference: str) -> dict[str, Any]:
         """Return a key without its secret. `reference` is an id, an unambiguous beginning of an id, or the secret."""
         key = await self._existing_key(reference)
-        return _shown_key(key, (await self.ledger.key_spends(key.account, [key.id]))[0])
+        return _shown_key(key, self._clock(), (await self.ledger.key_spends(key.account, [key.id]))[0])
 
     async def change_key(self, reference: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
         """Change the given fields of a key, preserving concurrent changes. 409 `key_revoked` for un-revoking."""
         key = await self._existing_key(reference)
         with _conflict("key_revoked"):
             changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
-        return _shown_key(changed or key)
+        return _shown_key(changed or key, self._clock())
 
     async def set_key_status(self, reference: str, status: Status) -> dict[str, Any]:
         """Suspend, resume or revoke a key."""
         key = await self._existing_key(reference)
         with _conflict("key_revoked"):
             changed = await self.directory.set_key_status(key.id, status, actor=self._actor)
-        return _shown_key(changed or key)
+        return _shown_key(changed or key, self._clock())
 
     async def rotate_key(self, reference: str, grace_s: float = 0) -> dict[str, Any]:
         """Give a key a new secret, which only this result contains. The old secret works for `grace_s` more."""
@@ -128,7 +128,7 @@ class Administration:
             raise _key_not_found(reference)
         secret, changed = rotated
         until = rfc3339(self._clock() + grace_s) if grace_s else None
-        return {"key": secret, **_shown_key(changed), "old_key_works_until": until}
+        return {"key": secret, **_shown_key(changed, self._clock()), "old_key_works_until": until}
 
     # accounts and credit
 
@@ -379,14 +379,15 @@ class Administration:
         return key
 
 
-def _shown_key(key: Key, use: KeyUse | None = None) -> dict[str, Any]:
+def _shown_key(key: Key, now: float, use: KeyUse | None = None) -> dict[str, Any]:
     """Return a key as it is shown; with `use`, also its spend and its last use."""
+    has_expired = key.status == "active" and key.expires_at is not None and key.expires_at <= now
     shown = {
         "id": key.id,
         "account": key.account,
         "name": key.name,
         "hint": key.hint,
-        "status": key.status,
+        "status": "expired" if has_expired else key.status,
         "created_at": rfc3339(key.created_at),
         "expires_at": rfc3339(key.expires_at),
         "default_model": key.default_model,

@@ -9,6 +9,7 @@ Look-ups return records of every status: policy decides what a status permits.
 
 import asyncio
 import hashlib
+import math
 import re
 import secrets
 import string
@@ -22,7 +23,7 @@ from msgspec.structs import replace
 
 from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
 from meshproxy.ledger.store import Contended, Script, Store, batches, pairs
-from meshproxy.ledger.templates import MAX_CHANGES, Cache, Templates, decode, encode
+from meshproxy.ledger.templates import Cache, Templates, attempts, decode, encode
 from meshproxy.policy.principal import Account, Key, Principal, Status
 
 __all__ = ["AuditEvent", "Directory", "check_account_name", "digest_of", "mint_secret"]
@@ -41,6 +42,7 @@ ID_CHARACTERS = 16  # of base 62: 95 bits
 
 _BASE_62 = string.ascii_letters + string.digits
 ACCOUNT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+ACCOUNT_NAME_RULE = "1 to 64 letters, digits, `_`, `.` and `-`, of which the first is a letter or digit"
 _ACCOUNT_NAME = re.compile(ACCOUNT_NAME)
 _ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 
@@ -59,10 +61,22 @@ class AuditEvent(Struct, frozen=True):
 
 
 class _Forward(Struct):
-    """The fields read from a rotated secret's record: `rotated_to` is the key's present digest."""
+    """The fields read from a rotated secret's record.
+
+    `rotated_to` is the digest of the secret that replaced it. `works_until`: Unix seconds; None in records of older
+    releases, which end by their expiry alone.
+    """
 
     id: str
     rotated_to: str
+    works_until: float | None = None
+
+
+class _StoredKey(Struct, frozen=True):
+    """A key's record, and the digests on the way to it: the last one is its own, those before were rotated."""
+
+    digests: list[str]
+    record: bytes
 
 
 class Directory:
@@ -87,6 +101,7 @@ class Directory:
         self.put_template, self.delete_template = templates.put, templates.delete
         self.change_template = templates.change
         self._replace = Script.load("replace")
+        self._repoint = Script.load("repoint")
         self._erase = Script.load("erase")
         self._balance = Script.load("balance")
         self._principals: Cache[Principal] = Cache(
@@ -115,20 +130,26 @@ class Directory:
             return await self._key(digest_of(reference))
         if not _ID.fullmatch(reference):
             return None
-        digest = await self._store.execute("HGET", KEY_IDS, reference)
-        if digest is None:
+        stored = await self._stored(reference)
+        if stored is None:
             matches = await self._key_ids(f"{reference}*", enough=2)
-            digest = next(iter(matches.values())) if len(matches) == 1 else None
-        return None if digest is None else await self._key(digest.decode())
+            stored = await self._stored(next(iter(matches)).decode()) if len(matches) == 1 else None
+        return None if stored is None else decode(stored.record, Key)
 
     async def list_keys(self, account: str | None = None) -> list[Key]:
         """Return the keys of one account or of all, oldest first."""
         if account is None:
-            digests = list((await self._key_ids("*")).values())
+            digests = await self._key_ids("*")
         else:
-            digests = await self._store.execute("HVALS", AccountKeys(account).keys)
-        records = await self._texts([key_record(digest.decode()) for digest in digests])
-        keys = [decode(record, Key) for record in records if record is not None]
+            digests = dict(pairs(await self._store.execute("HGETALL", AccountKeys(account).keys)))
+        records = await self._texts([key_record(digest.decode()) for digest in digests.values()])
+        keys = []
+        for key_id, record in zip(digests, records, strict=True):
+            if record is not None and record.startswith(ROTATED):  # of an interrupted rotation
+                stored = await self._stored(key_id.decode())
+                record = None if stored is None else stored.record  # noqa: PLW2901 - the one in force
+            if record is not None:
+                keys.append(decode(record, Key))
         return sorted(keys, key=lambda key: (key.created_at, key.id))
 
     async def change_key(
@@ -139,18 +160,20 @@ class Directory:
         Returns the new record, or None if there is no such key. Exceptions of `change` pass through. Raises ValueError
         if the change would undo a revocation.
         """
-        for _ in range(MAX_CHANGES):
-            found = await self._stored(key_id)
-            if found is None:
+        async for _ in attempts():
+            stored = await self._stored(key_id)
+            if stored is None:
                 return None
-            digest, record = found
+            record = stored.record
             key = decode(record, Key)
             changed = change(key)
             if key.status == "revoked" and changed.status != "revoked":
                 raise ValueError(f"{key.id} is revoked, which can't be taken back")
             if changed == key:
                 return key
-            if await self._store.run(self._replace, [key_record(digest)], [record, encode(changed, record)]):
+            if await self._store.run(
+                self._replace, [key_record(stored.digests[-1])], [record, encode(changed, record)]
+            ):
                 self._principals.clear()
                 await self._note(actor, action, key.id, key.account, _changes(key, changed))
                 return changed
@@ -168,12 +191,17 @@ class Directory:
 
         Returns the secret, which is stored nowhere, and the key; None if there is no such key. Raises ValueError for a
         revoked key.
+
+        The records and the indices are in different slots of a Cluster, so no script writes them together. The one
+        write that rotates is the old secret's record: it then names the new one, and until when it works itself. If
+        the process dies after it, the old secret still ends in time, the key is found through its record, and the next
+        read by id or rotation completes the indices.
         """
-        for _ in range(MAX_CHANGES):
-            found = await self._stored(key_id)
-            if found is None:
+        async for _ in attempts():
+            stored = await self._stored(key_id)
+            if stored is None:
                 return None
-            old, record = found
+            old, record = stored.digests[-1], stored.record
             key = decode(record, Key)
             if key.status == "revoked":
                 raise ValueError(f"{key.id} is revoked, which can't be taken back")
@@ -181,23 +209,33 @@ class Directory:
             new, key = digest_of(secret), replace(key, hint=_hint(secret))
             text = encode(key, record)
             await self._store.execute("SET", key_record(new), text)
-            forward = b'{"rotated_to":"%b",%b' % (new.encode(), text[1:])
+            forward = b'{"rotated_to":"%b","works_until":%f,%b' % (new.encode(), self._wall_clock() + grace_s, text[1:])
             if await self._store.run(self._replace, [key_record(old)], [record, forward]):
-                break
-            await self._store.execute(
-                "DEL", key_record(new)
-            )  # the record was changed concurrently: start again with the new one
-        else:
-            raise Contended(key_id)
-        await self._store.execute("HSET", KEY_IDS, key.id, new)
-        await self._store.execute("HSET", AccountKeys(key.account).keys, key.id, new)
-        if grace_s > 0:
-            await self._store.execute("PEXPIRE", key_record(old), int(grace_s * 1000))
-        else:
-            await self._store.execute("DEL", key_record(old))
+                await self._finish_rotation(_StoredKey([old, new], text), grace_s)
+                await self._note(actor, "key.rotate", key.id, key.account, {"grace_s": grace_s})
+                return secret, key
+            await self._store.execute("DEL", key_record(new))  # the record was changed: rotate the changed one
+        raise Contended(key_id)
+
+    async def _finish_rotation(self, stored: _StoredKey, grace_s: float | None = None) -> None:
+        """Point the indices to a rotated key's present record, and let the old secrets' records end with their grace.
+
+        Concurrent rotations of a key may do this in any order: an index never goes back to an older digest. `grace_s`:
+        of the only old secret; by default, what its record says.
+        """
+        *old, new = stored.digests
+        key = decode(stored.record, Key)
+        for index in (AccountKeys(key.account).keys, KEY_IDS):  # KEY_IDS last: `_stored` begins there
+            await self._store.run(self._repoint, [index], [key.id, new, *old])
+        for digest in old:
+            record = await self._store.execute("GET", key_record(digest)) if grace_s is None else None
+            until = decode(record, _Forward).works_until if record else None
+            left_s = grace_s if until is None else until - self._wall_clock()
+            if left_s is not None and left_s > 0:
+                await self._store.execute("PEXPIRE", key_record(digest), int(left_s * 1000))
+            elif left_s is not None:
+                await self._store.execute("DEL", key_record(digest))
         self._principals.clear()
-        await self._note(actor, "key.rotate", key.id, key.account, {"grace_s": grace_s})
-        return secret, key
 
     async def account(self, name: str) -> Account | None:
         """Return an account's record, or None if there is no such account."""
@@ -233,7 +271,7 @@ class Directory:
     ) -> Account | None:
         """Apply a change to an account's record as stored now. Return the new record, None: no such account."""
         record_name = AccountKeys(name).record
-        for _ in range(MAX_CHANGES):
+        async for _ in attempts():
             before = await self.account(name)
             if before is None:
                 return None
@@ -319,24 +357,31 @@ class Directory:
         await self._store.execute("SET", key_record(digest), encode(key))
         self._principals.forget(digest)
 
-    async def _stored(self, key_id: str) -> tuple[str, bytes] | None:
-        """Return the digest that a key's record is stored under, and the record."""
+    async def _stored(self, key_id: str) -> _StoredKey | None:
+        """Return a key's record by its whole id. Completes a rotation that was interrupted."""
         digest = await self._store.execute("HGET", KEY_IDS, key_id)
-        return None if digest is None else await self._follow(digest.decode())
+        stored = None if digest is None else await self._follow(digest.decode())
+        if stored is not None and len(stored.digests) > 1:
+            await self._finish_rotation(stored)
+        return stored
 
-    async def _follow(self, digest: str) -> tuple[str, bytes] | None:
-        """Return the digest and record of a key, following rotations from `digest`."""
+    async def _follow(self, digest: str, *, of_secret: bool = False) -> _StoredKey | None:
+        """Return a key's record, following rotations from `digest`. `of_secret`: only while that secret works."""
+        digests = [digest]
         for _ in range(MAX_ROTATIONS):
             record: bytes | None = await self._store.execute("GET", key_record(digest))
             if record is None or not record.startswith(ROTATED):
-                return None if record is None else (digest, record)
+                return None if record is None else _StoredKey(digests, record)
             forward = decode(record, _Forward)
+            if of_secret and len(digests) == 1 and (forward.works_until or math.inf) <= self._wall_clock():
+                return None
             digest = forward.rotated_to
             if not await self._store.execute("EXISTS", key_record(digest)):  # rotated again, and that grace has ended
-                found = await self._store.execute("HGET", KEY_IDS, forward.id)
-                if found is None:
+                present = await self._store.execute("HGET", KEY_IDS, forward.id)
+                if present is None:
                     return None
-                digest = found.decode()
+                digest = present.decode()
+            digests.append(digest)
         return None
 
     async def _fetch_principal(self, digest: str) -> Principal | None:
@@ -346,8 +391,8 @@ class Directory:
         return Principal(key, await self.account(key.account) or Account(key.account))
 
     async def _key(self, digest: str) -> Key | None:
-        found = await self._follow(digest)
-        return None if found is None else decode(found[1], Key)
+        stored = await self._follow(digest, of_secret=True)
+        return None if stored is None else decode(stored.record, Key)
 
     async def _key_ids(self, pattern: str, enough: int | None = None) -> dict[bytes, bytes]:
         """Return digests by key id. Stops once `enough` are found."""
@@ -391,9 +436,7 @@ def mint_secret() -> str:
 def check_account_name(name: str) -> None:
     """Raise ValueError unless the name is a valid account name: it appears in key names, paths and logs."""
     if not _ACCOUNT_NAME.fullmatch(name):
-        raise ValueError(
-            f"{name[:80]!r}: an account's name has 1 to 64 letters, digits, `_`, `.` and `-`, and begins with a letter or digit"
-        )
+        raise ValueError(f"{name[:80]!r}: an account's name has {ACCOUNT_NAME_RULE}")
 
 
 def _random(characters: int) -> str:

@@ -6,6 +6,7 @@ never older than its time to live.
 """
 
 import asyncio
+import random
 import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
@@ -18,6 +19,7 @@ from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import GLOBAL, AccountKeys
 from meshproxy.ledger.store import Contended, Script, Store, StoreError, Unavailable, batches, pairs
 from meshproxy.policy.template import Template
+from meshproxy.units import backoff_s
 
 MAX_UNKNOWN = 1024  # names cached as missing
 
@@ -117,9 +119,21 @@ MAX_CACHED_BYTES = 67_108_864  # of JSON, in one worker
 MAX_CHANGES = 16  # attempts to change a record that others change too
 FORMAT = 1  # version of a record's format; a record without `v` is version 1
 
+FIRST_PAUSE_S = 0.002  # before the second attempt
+MAX_PAUSE_S = 0.05
+
 _VERSION = re.compile(rb'\{"v":(\d+),')
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _UUID = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
+
+
+async def attempts() -> AsyncIterator[int]:
+    """Yield the numbers of the attempts to change a record, with a random pause before each but the first."""
+    for number in range(MAX_CHANGES):
+        if number:
+            pause_s = backoff_s(number, FIRST_PAUSE_S, MAX_PAUSE_S)
+            await asyncio.sleep(random.uniform(0, pause_s))  # noqa: S311 - jitter is no secret
+        yield number
 
 
 class Templates:
@@ -173,7 +187,7 @@ class Templates:
         has the name, and GatewayError as `put` does.
         """
         key = _keys(template)[1]
-        for _ in range(MAX_CHANGES):
+        async for _ in attempts():
             record = await self._store.execute("HGET", key, template.id)
             if record is None:
                 return None

@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
 from meshproxy.config.load import nearest
 from meshproxy.errors import GatewayError, Source, forbidden, invalid, request_timeout, unsupported_media_type
 from meshproxy.ledger.administration import MAX_NOTE, MAX_REF, Administration
-from meshproxy.ledger.directory import ACCOUNT_NAME
+from meshproxy.ledger.directory import ACCOUNT_NAME, ACCOUNT_NAME_RULE
 from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.policy.principal import (
     MAX_LIMIT,
@@ -48,12 +49,14 @@ Daily = Annotated[int, Meta(ge=1, le=MAX_REQUESTS_PER_DAY)]
 MAX_USD = MAX_NUSD // NUSD_PER_USD
 # A decimal string, or a number that is parsed from its text (money.parse_usd).
 Usd = (
-    Annotated[str, Meta(pattern=r"\A-?[0-9]{1,12}(\.[0-9]{1,9})?\Z")]
+    Annotated[
+        str, Meta(pattern=r"\A-?[0-9]{1,12}(\.[0-9]{1,9})?\Z", description="a decimal amount in USD, such as 25.00")
+    ]
     | Annotated[int, Meta(ge=-MAX_USD, le=MAX_USD)]
     | Annotated[float, Meta(ge=-MAX_USD, le=MAX_USD)]
 )
 Budget = (
-    Annotated[str, Meta(pattern=r"\A[0-9]{1,12}(\.[0-9]{1,9})?\Z")]
+    Annotated[str, Meta(pattern=r"\A[0-9]{1,12}(\.[0-9]{1,9})?\Z", description="a decimal amount in USD from 0 on")]
     | Annotated[int, Meta(ge=0, le=MAX_USD)]
     | Annotated[float, Meta(ge=0, le=MAX_USD)]
 )
@@ -140,14 +143,14 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
             params={} if self.params is None else self.params,
             clamp=self.clamp,
             status=status,
-            bounds=msgspec.structs.replace(bounds, session=session),
+            bounds=replace(bounds, session=session),
         )
 
 
 class NewKey(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A new key. Its account is created if there is none."""
 
-    account: Annotated[str, Meta(pattern=rf"\A{ACCOUNT_NAME}\Z")]
+    account: Annotated[str, Meta(pattern=rf"\A{ACCOUNT_NAME}\Z", description=ACCOUNT_NAME_RULE)]
 
 
 class KeyPatch(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -159,14 +162,14 @@ class KeyPatch(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Rotation(Struct, frozen=True, forbid_unknown_fields=True):
     """How long the old secret still works, such as `24h`. Without it, the old secret stops working at once."""
 
-    grace: Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[smhdw]\Z")] | None = None
+    grace: Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[smhdw]\Z", description="a duration such as 24h")] | None = None
 
 
 class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
     """Credit in USD (negative: taken back), applied once for each `ref`."""
 
     amount_usd: Usd
-    ref: Annotated[str, Meta(pattern=r"\S", max_length=MAX_REF)] | None = None
+    ref: Annotated[str, Meta(pattern=r"\S", max_length=MAX_REF, description="a text that isn't empty")] | None = None
     note: Annotated[str, Meta(max_length=MAX_NOTE)] | None = None
 
 
@@ -384,10 +387,20 @@ async def _read(request: web.Request, kind: type[Body], *, optional: bool = Fals
         return msgspec.json.decode(b"{}" if optional and not text else text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         detail = detail_of(error, ("body",))
+        if detail.type == "string_pattern_mismatch":
+            detail = replace(detail, msg=f"Expected {_description(msgspec.json.schema(kind), str(error))}")
         name = field_path(detail)
         near = nearest(name, kind.__struct_fields__) if detail.type == "extra_forbidden" else ""
         message = f"`{name}`: {detail.msg}{near or '.'}" if name else f"The body can't be used: {detail.msg}."
         raise GatewayError(Source.CLIENT, invalid(message, detail, param=name or None)) from error
+
+
+def _description(schema: Any, message: str) -> str:
+    """Return the description, in a schema, of the pattern that a decoding error's message quotes."""
+    if isinstance(schema, dict) and repr(schema.get("pattern")) in message:
+        return str(schema["description"])
+    children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    return next(filter(None, (_description(child, message) for child in children)), "")
 
 
 async def _body(request: web.Request) -> bytes:

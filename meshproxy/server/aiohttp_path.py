@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import structlog
 from aiohttp import StreamReader, web
 from aiohttp.http import HttpProcessingError
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.typedefs import Handler
 
 from meshproxy.errors import (
@@ -27,6 +28,7 @@ from meshproxy.errors import (
     request_too_large,
 )
 from meshproxy.errors import Source as FaultSource
+from meshproxy.http1.message import MAX_FIELDS, MAX_HEAD_BYTES
 from meshproxy.openai.errors import envelope, error_headers
 from meshproxy.openai.request import CHAT_PATH
 from meshproxy.server.chat import final_error_response, request_id_of
@@ -100,6 +102,13 @@ async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamR
 
 HEADER_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 60.0
+TOO_MANY_FIELDS = "Too many headers received"  # the parser's message: this fault has no class of its own
+HEAD_TOO_LARGE = ErrorResponse(  # RFC 6585, section 5
+    431,
+    "request_head_too_large",
+    f"The request's head is too large: its first line and each header have at most {MAX_HEAD_BYTES} bytes, and there are at "
+    f"most {MAX_FIELDS} headers.",
+)
 HEAD_TIMEOUT = request_timeout("The request's head did not arrive in time.")
 PARSE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
 # Bound on the framing of a chunked body, plus one byte for each 32 of content (a chunk of 200 bytes has six). Each
@@ -295,15 +304,18 @@ class AiohttpConnection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """Answer invalid HTTP (400) or a handler's bug (500)."""
+        """Answer invalid HTTP (400), a head that is too large (431) or a handler's bug (500)."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
         if status >= 500:
             self.logger.error("handler failed", exc_info=exc)
             error = internal_error()
         else:
-            error = ErrorResponse(status, "bad_request", _error_message(exc, message))
-            self._limits.on_refused(status)
+            is_too_large = isinstance(exc, LineTooLong) or message == TOO_MANY_FIELDS
+            error = (
+                HEAD_TOO_LARGE if is_too_large else ErrorResponse(status, "bad_request", _error_message(exc, message))
+            )
+            self._limits.on_refused(error.status)
         response = error_response(error, request_id_of(request))
         response.headers.extend(self._limits.headers)
         response.force_close()

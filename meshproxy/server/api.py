@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -42,7 +42,7 @@ from meshproxy.ledger.usage_report import (
 from meshproxy.openai.errors import detail_of, field_path
 from meshproxy.openai.headers import format_reset
 from meshproxy.policy.catalog import model_object
-from meshproxy.policy.principal import Principal
+from meshproxy.policy.principal import Limits, Principal
 from meshproxy.policy.template import Template, check_template, to_public
 from meshproxy.server.chat import read_json_body, request_id_of
 from meshproxy.units import format_usd, in_usd, rfc3339
@@ -266,7 +266,11 @@ class Api:
                 "balance_usd": format_usd(balance.balance_nusd),
                 "held_usd": format_usd(balance.held_nusd),
                 "available_usd": format_usd(balance.available_nusd),
-                "limits": [_limit(bucket) for bucket in balance.buckets],
+                "limits": [
+                    *map(_limit, balance.buckets),
+                    *_parallel("key", limits, balance.key_running),
+                    *_parallel("account", account.limits, balance.account_running),
+                ],
                 "budgets": in_usd(asdict(key.budgets)),
                 "spend": in_usd(asdict(balance.spend)),
                 "default_model": key.default_model,
@@ -425,3 +429,10 @@ def _limit(bucket: BucketState) -> dict[str, Any]:
     fields = asdict(bucket)
     reset_s = fields.pop("reset_s")
     return {**fields, "reset": format_reset(reset_s)}
+
+
+def _parallel(scope: str, limits: Limits, running: int) -> Iterator[dict[str, Any]]:
+    """Yield the limit on requests that run at the same time, if there is one. It has no period and no reset."""
+    if (most := limits.max_parallel) is not None:
+        remaining = max(0, most - running)
+        yield {"scope": scope, "kind": "parallel", "limit": most, "remaining": remaining, "per": None, "reset": None}

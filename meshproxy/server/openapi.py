@@ -7,7 +7,7 @@ OpenAI's format, so it is described only as far as the gateway reads it.
 import re
 from collections.abc import Iterable
 from types import GenericAlias
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import orjson
@@ -112,7 +112,16 @@ UsageEvent = _struct(
     settled_at=str,
 )
 UsageEvents = _struct("UsageEvents", "Several settled requests.", object=str, events=GenericAlias(list, UsageEvent))
-Limit = _struct("Limit", "One rate limit and its state.", **_shown(records.BucketState, "reset_s"), reset=str)
+Limit = _struct(
+    "Limit",
+    "One limit and its state; that of parallel requests has no period and no reset.",
+    scope=records.Scope,
+    kind=Literal["requests", "tokens", "parallel"],
+    limit=int,
+    remaining=int,
+    per=records.Period | None,
+    reset=str | None,
+)
 Budgets = _struct("Budgets", "The most that may be spent; null: no budget.", **_shown(principal.Budgets))
 Spend = _struct("Spend", "The amounts spent.", **_shown(records.Spend))
 Key = _struct(
@@ -156,7 +165,7 @@ _BODIES: dict[Any, str] = {
     Api.change_template: "TemplateChange",
     Api.events: "EventsRequest",
 }
-REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504)
+REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 431, 500, 502, 503, 504)
 
 
 def document() -> dict[str, Any]:
@@ -392,7 +401,7 @@ _ADMIN_LINKS = {
         (function, "id", "name") for function in (AdminApi.template, AdminApi.delete_template)
     ),
 }
-ADMIN_REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 500, 503)
+ADMIN_REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 431, 500, 503)
 
 
 def admin_document() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import openai
 import pytest
 
+from meshproxy.policy.principal import Limits
 from meshproxy.units import format_usd
 from tests.harness.clients import HELLO
 from tests.harness.mesh import model
@@ -441,6 +442,15 @@ class TestAccounts:
         await mesh.chat(caller, model="sim/plain")
         await mesh.quiet()
         assert (await mesh.get(other, "/v1/usage"))["data"] == []
+
+    async def test_a_key_sees_its_limits_on_parallel_requests(self, mesh):
+        caller = await mesh.key(limits=Limits(max_parallel=3))
+        running = asyncio.create_task(mesh.chat(caller, model="sim/stall-head"))
+        await mesh.until(lambda: len(mesh.received) == 1)
+        limits = (await mesh.get(caller, "/v1/key"))["limits"]
+        expected = {"scope": "key", "kind": "parallel", "limit": 3, "remaining": 2, "per": None, "reset": None}
+        assert [limit for limit in limits if limit["kind"] == "parallel"] == [expected]
+        running.cancel()
 
     async def test_a_key_sees_its_figures(self, mesh):
         caller = await mesh.key(name="app", default_model="sim/fast")

@@ -228,6 +228,76 @@ async def test_a_rotation_in_flight_undoes_no_revocation(directory, store):
     assert {"revoked"} >= {(await directory.principal(secret)).key.status for secret in secrets[-1:]}
 
 
+async def test_changes_by_many_at_once_wait_for_each_other(directory):
+    _, key = await directory.create_key("acme")
+
+    async def allow(model):
+        def change(present):
+            return replace(present, models=[*(present.models or []), model])
+
+        await directory.change_key(key.id, change)
+
+    await asyncio.gather(*(allow(f"m{number}") for number in range(24)))
+    assert len((await directory.find_key(key.id)).models) == 24
+
+
+class Dying:
+    """A store whose process dies before its command of this number."""
+
+    def __init__(self, store, number):
+        self._store = store
+        self._left = number
+
+    async def execute(self, *command):
+        self._die_in_time()
+        return await self._store.execute(*command)
+
+    async def run(self, *call):
+        self._die_in_time()
+        return await self._store.run(*call)
+
+    def _die_in_time(self):
+        if not self._left:
+            raise ConnectionAbortedError
+        self._left -= 1
+
+
+@pytest.mark.parametrize("grace_s", [0, 60])
+@pytest.mark.parametrize("number", range(2, 8))
+async def test_a_rotation_whose_process_dies_ends_the_old_secret_in_time_and_can_be_repeated(
+    directory, store, clock, number, grace_s
+):
+    old, key = await directory.create_key("acme")
+    with pytest.raises(ConnectionAbortedError):
+        await Directory(Dying(store, number), clock, wall_clock=lambda: 1_700_000_000.5).rotate_key(
+            key.id, grace_s=grace_s
+        )
+    is_rotated = number > 3
+    later = Directory(store, clock, wall_clock=lambda: 1_700_000_000.5 + grace_s + 1)
+    assert (await directory.principal(old) is None) == (is_rotated and grace_s == 0)
+    assert (await later.principal(old) is None) == is_rotated
+    assert [each.id for each in await directory.list_keys("acme")] == [key.id]
+    await directory.set_key_status(key.id, "suspended")
+    assert [each.status for each in await directory.list_keys("acme")] == ["suspended"]
+    new, rotated = await directory.rotate_key(key.id)
+    assert (await directory.principal(new)).key == await directory.find_key(key.id) == rotated
+    assert (await store.execute("HGET", KEY_IDS, key.id)).decode() == digest_of(new)
+    assert (await store.execute("HGET", AccountKeys("acme").keys, key.id)).decode() == digest_of(new)
+    # milliseconds; -2: no record, -1: for good, which works for no request
+    expected = [-1] if number == 6 else range(1, 60_001) if is_rotated and grace_s else [-2]
+    assert await store.execute("PTTL", key_record(digest_of(old))) in expected
+
+
+async def test_a_late_rotation_does_not_put_back_an_older_secret(directory, store, clock):
+    _, key = await directory.create_key("acme")
+    with pytest.raises(ConnectionAbortedError):
+        await Directory(Dying(store, 4), clock).rotate_key(key.id)
+    rotations = await asyncio.gather(*(directory.rotate_key(key.id) for _ in range(8)))
+    assert [each.id for each in await directory.list_keys()] == [key.id]
+    works = [await directory.principal(secret) for secret, _ in rotations]
+    assert [principal.key.id for principal in works if principal is not None] == [key.id]
+
+
 async def test_a_record_of_a_newer_version_is_an_error(directory, store):
     secret, _ = await directory.create_key("acme")
     await store.execute("SET", key_record(digest_of(secret)), b'{"v":2,"id":"k","account":"acme","created_at":1}')

@@ -107,6 +107,44 @@ async def test_a_wrong_field_is_named(api, body, param, words):
     assert (status, refused["error"]["param"], words in refused["error"]["message"]) == (422, param, True), refused
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (
+            "/keys",
+            {"account": "a b"},
+            "`account`: Expected 1 to 64 letters, digits, `_`, `.` and `-`, of which the first",
+        ),
+        (
+            "/keys",
+            {"account": "acme", "budget_usd": "1,50"},
+            "`budget_usd`: Expected a decimal amount in USD from 0 on.",
+        ),
+        (
+            "/accounts/acme/grants",
+            {"amount_usd": "$5"},
+            "`amount_usd`: Expected a decimal amount in USD, such as 25.00.",
+        ),
+        ("/accounts/acme/grants", {"amount_usd": "5", "ref": " "}, "`ref`: Expected a text that isn't empty."),
+        ("/keys/key_none/rotate", {"grace": "soon"}, "`grace`: Expected a duration such as 24h."),
+    ],
+)
+async def test_a_rule_of_a_text_is_said_in_words(api, path, body, words):
+    status, refused = await api("POST", path, body)
+    assert (status, refused["error"]["message"][: len(words)]) == (422, words)
+
+
+async def test_a_key_that_has_expired_is_shown_so(api):
+    _, made = await api("POST", "/keys", {"account": "acme", "name": "old"})
+    past = {"expires_at": "2020-01-01T00:00:00Z"}
+    assert (await api("PATCH", f"/keys/{made['id']}", past))[1]["status"] == "expired"
+    assert [key["status"] for key in (await api("GET", "/keys?account=acme"))[1] if key["id"] == made["id"]] == [
+        "expired"
+    ]
+    suspended = await api("PATCH", f"/keys/{made['id']}", {"status": "suspended"})
+    assert suspended[1]["status"] == "suspended"
+
+
 async def test_null_takes_away_whatever_it_is(api):
     given = {"name": "ci", "params": {"temperature": 0.5}, "clamp": True, "default_model": "a", "expires_at": "30d"}
     _, made = await api("POST", "/keys", {"account": "acme", **given})
