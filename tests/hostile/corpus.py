@@ -1,12 +1,13 @@
 """Requests that two parsers may read in two ways, and what the gateway makes of each.
 
-Every case stands before `END` in one write. `REFUSED`: 400 and the connection closed, nothing behind it read. `SERVED`: one
-request, answered by its provider; then END, answered with 404 and the connection closed.
+Every case stands before `END` in one write. `REFUSED`, `TOO_LARGE`: an error and the connection closed, nothing behind it
+read. `SERVED`: one request, answered by its provider; then END, answered with 404 and the connection closed.
 """
 
 import json
 
 REFUSED = (400,)
+TOO_LARGE = (431,)
 SERVED = (200, 404)
 LOST = (404, 404)  # a request for something that isn't here, and END
 END = b"GET /end HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n"
@@ -153,10 +154,10 @@ HEADS = {
     "no-name": (request(LENGTH, b": a"), REFUSED),
     "no-host": (request(LENGTH, host=b""), REFUSED),
     "two-hosts": (request(LENGTH, b"Host: other"), REFUSED),
-    "value-of-64k": (request(LENGTH, b"X: " + b"a" * 65_536), REFUSED),
-    "name-of-64k": (request(LENGTH, b"X" * 65_536 + b": a"), REFUSED),
-    "10k-headers": (request(LENGTH, *[b"X-%d: a" % number for number in range(10_000)]), REFUSED),
-    "200-headers": (request(LENGTH, *[b"X-%d: a" % number for number in range(200)]), REFUSED),
+    "value-of-64k": (request(LENGTH, b"X: " + b"a" * 65_536), TOO_LARGE),
+    "name-of-64k": (request(LENGTH, b"X" * 65_536 + b": a"), TOO_LARGE),
+    "10k-headers": (request(LENGTH, *[b"X-%d: a" % number for number in range(10_000)]), TOO_LARGE),
+    "200-headers": (request(LENGTH, *[b"X-%d: a" % number for number in range(200)]), TOO_LARGE),
     "two-content-types": (request(LENGTH, b"Content-Type: application/json", b"Content-Type: text/html"), REFUSED),
     "two-authorizations": (request(LENGTH, b"Authorization: Bearer other"), REFUSED),
     "expect-continue": (request(LENGTH, b"Expect: 100-continue"), (100, 200, 404)),
@@ -190,7 +191,7 @@ START_LINES = {
     "space": (request(LENGTH, target=b"/v1/chat completions"), REFUSED),
     "tab": (request(LENGTH, target=b"/v1/chat\tcompletions"), REFUSED),
     "two-spaces": (request(LENGTH, target=b" " + CHAT), SERVED),
-    "target-of-100k": (request(LENGTH, target=b"/" + b"a" * 100_000), REFUSED),
+    "target-of-100k": (request(LENGTH, target=b"/" + b"a" * 100_000), TOO_LARGE),
     "lower-case-method": (request(LENGTH, method=b"post"), REFUSED),
     "control-in-method": (request(LENGTH, method=b"P\x01ST"), REFUSED),
     "unknown-method": (request(LENGTH, method=b"BREW"), REFUSED),

@@ -6,7 +6,7 @@ import pytest
 
 from meshproxy.telemetry.families import NONE, OTHER
 from tests.harness.clients import answers_in
-from tests.hostile.corpus import CASES, CHAT, END, REFUSED
+from tests.hostile.corpus import CASES, CHAT, END
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -21,21 +21,29 @@ async def test_it_is_read_in_one_way(mesh, name):
     assert len([line for line in mesh.log.lines if line["status"] == 200]) == served
     _, headers, _ = answers[-1]
     assert headers["connection"] == "close"
-    if 400 in statuses:
+    if statuses[-1] in MESSAGES:
         assert_refused(mesh, answers[-1])
 
 
+MESSAGES = {  # by status: the code, and how the message begins
+    400: ("bad_request", "This is not a valid HTTP request: "),
+    431: ("request_head_too_large", "The request's head is too large: "),
+}
+
+
 def assert_refused(mesh, answer):
-    _, headers, body = answer
+    status, headers, body = answer
     told = json.loads(body)
-    assert (headers["content-type"], told["error"]["code"]) == ("application/json", "bad_request")
+    code, message = MESSAGES[status]
+    assert (headers["content-type"], told["error"]["code"]) == ("application/json", code)
     assert headers["x-request-id"] == told["request_id"] == told["error"]["request_id"]
-    assert told["error"]["message"].startswith("This is not a valid HTTP request: ")
-    assert counted(mesh, REFUSED[0]) == 1
+    assert told["error"]["message"].startswith(message)
+    assert counted(mesh, status) == 1
 
 
 def counted(mesh, status):
     """How many requests were counted with this status: as invalid HTTP, or as a chat request whose body is invalid."""
+    mesh.worker.metrics.count_pending()
     families = [
         mesh.worker.metrics.requests.labels(route, NONE, str(status), "false") for route in (OTHER, CHAT.decode())
     ]
