@@ -18,7 +18,7 @@ from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import NO_LIMITS, BucketState, Denial, Hold, HoldRequest, Kind
 from meshproxy.ledger.store import StoreError, Unavailable
-from meshproxy.openai.headers import ratelimit_headers
+from meshproxy.openai.headers import format_reset
 from meshproxy.policy.principal import Limits, Principal
 from meshproxy.telemetry.tasks import Tasks
 
@@ -128,7 +128,11 @@ def limit_headers(buckets: tuple[BucketState, ...]) -> Headers:
             tightest[bucket.kind] = bucket
     headers: Headers = []
     for kind, bucket in tightest.items():
-        headers += ratelimit_headers(kind, bucket.limit, bucket.remaining, bucket.reset_s)
+        headers += (
+            (f"x-ratelimit-limit-{kind}", str(bucket.limit)),
+            (f"x-ratelimit-remaining-{kind}", str(bucket.remaining) if bucket.remaining > 0 else "0"),  # or in debt
+            (f"x-ratelimit-reset-{kind}", format_reset(bucket.reset_s)),
+        )
     return headers
 
 

@@ -183,7 +183,7 @@ class Attempts:
             attempt = self._health.begin(candidate, account)
             if attempt is None:
                 continue
-            if not all(map(is_refusal, failures)) and not self._budget.withdraw(self._clock()):
+            if failures and not all(map(is_refusal, failures)) and not self._budget.withdraw(self._clock()):
                 attempt.abandoned()
                 break
             exchange.attempt = attempt

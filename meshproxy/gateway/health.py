@@ -152,10 +152,10 @@ class Attempt:
 
         `latency_s` is given for streams only: the time of a whole answer depends on its length.
         """
-        now = self._health.clock()
         if latency_s is not None:
-            self._route.latency.observe(latency_s, now)
+            self._route.latency.observe(latency_s, self._health.clock())
         if self._probes:
+            now = self._health.clock()
             probes, self._probes = self._probes, ()
             for breaker in probes:
                 breaker.succeeded(now)

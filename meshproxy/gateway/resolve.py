@@ -1,14 +1,14 @@
 """Resolve: turn the client's request into a plan: template, model, parameters, candidates and sizes."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import msgspec
 import orjson
 from msgspec import Struct
 from msgspec.structs import replace
 
-from meshproxy.config import Credits, Settings
+from meshproxy.config import Credits
 from meshproxy.errors import ErrorResponse, GatewayError, Source, forbidden, invalid, template_not_found
 from meshproxy.gateway.entry import LARGE_BYTES, SMALL_BYTES
 from meshproxy.gateway.exchange import ActiveConfig
@@ -103,9 +103,10 @@ class Prompt:
 class Plan(Struct, frozen=True):
     """A resolved request. `prompt_tokens` is an estimate.
 
-    `output_cap` is the most that one choice is expected to have, which token buckets reserve; `output_limit` is the
-    most it can have. `imposed_cap` is the cap sent to the provider in place of the request's, because credit is short
-    (`clamped`). `holds_whole`: the billed output can't be counted while it streams, so all of it is held from the
+    `prices` are those of each candidate that may serve. `output_cap` is the most that one choice is expected to have,
+    which token buckets reserve; `output_limit` is the most it can have; `output_tokens` and `output_bound` are the same
+    for all choices together. `imposed_cap` is the cap sent to the provider in place of the request's, because credit is
+    short (`clamped`). `holds_whole`: the billed output can't be counted while it streams, so all of it is held from the
     start. That is so for a whole answer, and for a stream with hidden reasoning.
     """
 
@@ -114,32 +115,14 @@ class Plan(Struct, frozen=True):
     candidates: tuple[Candidate, ...]
     prompt: Prompt
     prompt_tokens: int
+    prices: Sequence[Price]
     output_cap: int
     output_limit: int
+    output_tokens: int
+    output_bound: int
     imposed_cap: int | None = None
     clamped: bool = False
     holds_whole: bool = False
-
-    @property
-    def prices(self) -> Collection[Price]:
-        """The prices of each candidate that may serve, in the requested service tier and the standard one; each once.
-
-        A provider may serve the standard tier instead of the requested one.
-        """
-        candidates, tier = self.candidates, self.request.service_tier
-        if len(candidates) == 1 and not candidates[0].natives and tier is None:
-            return (candidates[0].price,)
-        return {price for served in may_serve(candidates) for price in (served.price, served.price_in(tier))}
-
-    @property
-    def output_tokens(self) -> int:
-        """The most output tokens expected of all choices together."""
-        return self.output_cap * self.request.n
-
-    @property
-    def output_bound(self) -> int:
-        """The most output tokens that all choices together can have."""
-        return self.output_limit * self.request.n
 
     def hold_nusd(self, output_tokens: int) -> int:
         """Return the most that the prompt and `output_tokens` can cost, in nano-USD, whichever candidate serves."""
@@ -156,9 +139,8 @@ class Plan(Struct, frozen=True):
         texts = [self.prompt.messages, *others_of(self.request)]
         if any(weigh(text).media_tokens for text in texts):
             return self.prompt_tokens
-        return min(
-            likely_tokens(texts, self.prompt.count), max(served.context_window for served in may_serve(self.candidates))
-        )
+        served = [served for candidate in self.candidates for served in (candidate, *candidate.natives)]
+        return min(likely_tokens(texts, self.prompt.count), max(candidate.context_window for candidate in served))
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
         """Return the plan with no more output than `amount_nusd` can pay for, whichever candidate serves."""
@@ -168,8 +150,16 @@ class Plan(Struct, frozen=True):
 
     def capped_at(self, cap: int) -> "Plan":
         """Return the plan with the gateway's own cap on each choice."""
-        output_cap = min(self.output_cap, cap)
-        return replace(self, output_cap=output_cap, output_limit=cap, imposed_cap=cap, clamped=True)
+        output_cap, n = min(self.output_cap, cap), self.request.n
+        return replace(
+            self,
+            output_cap=output_cap,
+            output_limit=cap,
+            output_tokens=output_cap * n,
+            output_bound=cap * n,
+            imposed_cap=cap,
+            clamped=True,
+        )
 
     def is_slow_to_build(self, candidate: Candidate) -> bool:
         """Return whether `body_for` may take several milliseconds: for middle-out over much text, or a large template."""
@@ -203,22 +193,23 @@ async def resolve(body: bytes, principal: Principal, active: ActiveConfig, direc
     `draw` is a random number in [0, 1) that decides among equal routes.
     """
     request = decode_chat(body) if len(body) <= LARGE_BYTES else await _decode_large(body)
+    key, settings = principal.key, active.settings
     template = await _template(request.template, principal, directory) if request.template is not None else None
-    model = _model(request, principal, template, active.settings)
-    candidates = active.catalog.candidates(model, request.models, draw=draw, allowed=principal.key.models)
-    for name in (model, *request.models) if principal.key.models is not None else ():
+    model = request.model or key.default_model or (template and template.model) or settings.defaults.model
+    candidates = active.catalog.candidates(model, request.models, draw=draw, allowed=key.models)
+    for name in (model, *request.models) if key.models is not None else ():
         if not principal.may_use(name):
             raise GatewayError(Source.CLIENT, forbidden(f"This key may not use the model `{name[:128]}`.", "model"))
-    if template is not None or principal.key.params:
-        params = merge_params(principal.key.params, template.params if template is not None else None)
+    if template is not None or key.params:
+        params = merge_params(key.params, template.params if template is not None else None)
         request = with_params(request, params) if params else request
     candidates = with_fees(candidates, request.service_tier, request.fields)
-    prompt = Prompt(request, template, active.settings.server.max_body_bytes)
+    prompt = Prompt(request, template, settings.server.max_body_bytes)
     others = others_of(request) if not request.fields.keys() <= STEERING else []
     tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)
     if request.models and "middle-out" not in request.transforms:
         candidates = large_enough(candidates, least_tokens(request.messages or b""))
-    return _plan(request, model, candidates, prompt, tokens, active.settings.credits)
+    return _plan(request, model, candidates, prompt, tokens, settings.credits)
 
 
 def others_of(request: ChatRequest) -> list[bytes]:
@@ -232,13 +223,20 @@ def _plan(
     """Compute a request's sizes.
 
     A request's cap may exceed a model's `max_output_tokens`, but not its context window. No prompt is billed for more
-    than the window, since a larger one is refused.
+    than the window, since a larger one is refused. A provider may serve the standard service tier in place of the
+    requested one, so both prices count.
     """
     largest = window = 0
-    smallest, hidden = MAX_TOKENS, False
-    for served in may_serve(candidates):
-        largest, window = max(largest, served.max_output_tokens), max(window, served.context_window)
-        smallest, hidden = min(smallest, served.max_output_tokens), hidden or served.hidden_reasoning
+    smallest, hidden, tier = MAX_TOKENS, False, request.service_tier
+    prices: list[Price] = []
+    for candidate in candidates:
+        for served in (candidate, *candidate.natives):
+            largest, window = max(largest, served.max_output_tokens), max(window, served.context_window)
+            smallest, hidden = min(smallest, served.max_output_tokens), hidden or served.hidden_reasoning
+            if served.price not in prices:
+                prices.append(served.price)
+            if tier is not None:
+                prices.append(served.price_in(tier))
     if request.max_tokens is None:
         expected = min(credit.default_output_tokens, smallest)
         limit = largest
@@ -251,8 +249,11 @@ def _plan(
         candidates=candidates,
         prompt=prompt,
         prompt_tokens=min(tokens, window),
+        prices=prices,
         output_cap=expected,
         output_limit=limit,
+        output_tokens=expected * request.n,
+        output_bound=limit * request.n,
         holds_whole=not request.stream or hidden or hides_reasoning(request),
     )
 
@@ -272,30 +273,12 @@ async def _decode_large(body: bytes) -> ChatRequest:
     return request
 
 
-def may_serve(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
-    """Return every candidate, and the fallbacks that a provider walks itself."""
-    served = candidates
-    for candidate in candidates:
-        served += candidate.natives
-    return served
-
-
 async def _template(name: str, principal: Principal, directory: Directory) -> Template:
     """Return the named template. Raises the client's GatewayError 404 if there is none."""
     template = await directory.template(principal.account.name, name)
     if template is None:
         raise GatewayError(Source.CLIENT, template_not_found(name))
     return template
-
-
-def _model(request: ChatRequest, principal: Principal, template: Template | None, settings: Settings) -> str:
-    """Return the request's model, else the key's, else the template's, else the configuration's."""
-    return (
-        request.model
-        or principal.key.default_model
-        or (template.model if template is not None else None)
-        or settings.defaults.model
-    )
 
 
 def _fit(messages: bytes, budget_tokens: int) -> bytes:

@@ -45,10 +45,7 @@ class Body:
     the connection.
     """
 
-    __slots__ = ("done", "surplus", "until_eof", "whole")
-
-    def __init__(self) -> None:
-        self.done = self.surplus = self.whole = self.until_eof = False
+    done = surplus = whole = until_eof = False
 
     def decode(self, data: bytes) -> bytes:
         """Return the payload in `data`, which may be empty. Raises UpstreamError if the framing is broken."""
@@ -58,11 +55,7 @@ class Body:
 class UntilEof(Body):
     """A body with neither a length nor chunks: it ends with the connection."""
 
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.until_eof = True
+    until_eof = True
 
     def decode(self, data: bytes) -> bytes:
         """Return `data`: all of it is payload."""
@@ -72,10 +65,7 @@ class UntilEof(Body):
 class Sized(Body):
     """A body with a Content-Length."""
 
-    __slots__ = ("_left",)
-
     def __init__(self, length: int) -> None:
-        super().__init__()
         self._left = length
         self.done = length == 0
 
@@ -103,10 +93,7 @@ class _Phase(IntEnum):
 class Chunked(Body):
     """A body in chunks (RFC 9112, section 7.1). Extensions and trailers are checked and dropped."""
 
-    __slots__ = ("_extension_bytes", "_held", "_left", "_phase")
-
     def __init__(self) -> None:
-        super().__init__()
         self._phase = _Phase.SIZE
         self._held = b""  # an unfinished line of the framing
         self._left = 0  # payload bytes missing from the current chunk
@@ -230,10 +217,7 @@ class Inflated(Body):
     `framing` is the framing of the compressed bytes.
     """
 
-    __slots__ = ("_begun", "_decompressor", "_framing")
-
     def __init__(self, framing: Body) -> None:
-        super().__init__()
         self._framing = framing
         self._decompressor = zlib.decompressobj(_ANY_HEADER)
         self._begun = False
@@ -285,7 +269,9 @@ def _has_header(packed: bytes) -> bool:
 
 def field_lines(head: str) -> list[tuple[str, str]] | None:
     """Return the fields of a head, first and empty line included, with lower-case names; None if a line isn't a field."""
-    fields = [(name.lower(), value.rstrip(" \t")) for name, value in _FIELD.findall(head)]
+    fields = []
+    for name, value in _FIELD.findall(head):
+        fields.append((name.lower(), value.rstrip(" \t")))
     return fields if len(fields) == head.count("\r\n") - 2 else None
 
 
@@ -324,10 +310,12 @@ def parse_usual_head(head: bytes, request_line: bytes) -> dict[str, str] | None:
     if lines is None:
         return None
     fields = dict(lines)
+    length = fields.get("content-length", "")
     is_usual = (
         len(fields) == len(lines) <= MAX_FIELDS
         and "host" in fields
-        and _is_length(fields.get("content-length", ""))
+        and len(length) <= MAX_LENGTH_DIGITS
+        and length.isdigit()
         and fields.get("connection", "close").lower() in _CONNECTION
         and _UNUSUAL.isdisjoint(fields)
     )
@@ -339,10 +327,6 @@ def may_become_usual(beginning: bytes, request_line: bytes) -> bool:
     return len(beginning) <= MAX_HEAD_BYTES and beginning.startswith(request_line[: len(beginning)])
 
 
-def _is_length(text: str) -> bool:
-    return text.isdigit() and len(text) <= MAX_LENGTH_DIGITS
-
-
 MAX_RESPONSE_HEAD_BYTES = 65_536
 MAX_INTERIM_HEADS = 16  # 1xx responses before the final one
 
@@ -352,12 +336,17 @@ _BEGINNING = b"HTTP/1."
 
 
 class Head(Struct):
-    """A response's head. Header names are lower-case; `keep_alive`: the connection may be used again after the body."""
+    """A response's head.
+
+    Header names are lower-case. `keep_alive`: the connection may be used again after the body. `coding`: the first
+    Content-Encoding.
+    """
 
     status: int
     headers: list[tuple[str, str]]
     body: Body
     keep_alive: bool
+    coding: str | None
 
 
 class HeadReader:
@@ -406,6 +395,7 @@ def parse_head(raw: bytes) -> Head:
     if headers is None:
         raise malformed("the head of its answer has a line that is no header")
     codings, lengths, options = [], [], []
+    content_coding: str | None = None
     for name, value in headers:
         if name == "content-length":
             lengths.append(value)
@@ -413,9 +403,11 @@ def parse_head(raw: bytes) -> Head:
             codings.append(value.lower())
         elif name == "connection":
             options += [option.strip() for option in value.lower().split(",")]
+        elif name == "content-encoding" and content_coding is None:
+            content_coding = value
     body = _framing(status, codings, lengths, is_http_11=is_http_11)
     is_kept = "close" not in options and (is_http_11 or "keep-alive" in options)  # RFC 9112 section 9.3
-    return Head(status, headers, body, is_kept and not body.until_eof)
+    return Head(status, headers, body, is_kept and not body.until_eof, content_coding)
 
 
 def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11: bool) -> Body:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Final, Literal
+from typing import Final
 
 Headers = list[tuple[str, str]]
 
@@ -129,15 +129,6 @@ def format_reset(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes}m{rest}s"
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
-
-
-def ratelimit_headers(kind: Literal["requests", "tokens"], limit: int, remaining: int, reset_s: float) -> Headers:
-    """Build `x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of a bucket. A bucket in debt has 0 remaining."""
-    return [
-        (f"x-ratelimit-limit-{kind}", str(limit)),
-        (f"x-ratelimit-remaining-{kind}", str(remaining) if remaining > 0 else "0"),
-        (f"x-ratelimit-reset-{kind}", format_reset(reset_s)),
-    ]
 
 
 def forwarded_headers(headers: Mapping[str, str]) -> Headers:

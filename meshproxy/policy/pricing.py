@@ -82,22 +82,27 @@ def cost(price: Price, usage: Usage, reported_usd: Decimal | None = None) -> int
         return math.ceil(Fraction(reported_usd) * price.markup)
     price = price.for_prompt_of(usage.prompt) if price.tiers else price
     write_1h = usage.cache_write_1h
-    prompt = _split(
-        usage.prompt,
-        price.input,
+    prompt_parts = (
         (usage.cached, price.cached),
         (write_1h, price.cache_write if price.cache_write_1h is None else price.cache_write_1h),
         (usage.cache_write - write_1h, price.cache_write),
         (usage.audio_prompt, price.audio_input),
     )
-    completion = _split(
-        usage.completion,
-        price.output,
-        (usage.reasoning, price.reasoning),
-        (usage.audio_completion, price.audio_output),
-    )
+    completion_parts = ((usage.reasoning, price.reasoning), (usage.audio_completion, price.audio_output))
+    total = 0  # in millionths of a nano-USD
+    for whole, whole_price, parts in (
+        (usage.prompt, price.input, prompt_parts),
+        (usage.completion, price.output, completion_parts),
+    ):
+        left = whole
+        for tokens, part_price in parts:
+            if tokens > 0:
+                part = min(tokens, left)
+                total += part * part_price
+                left -= part
+        total += left * whole_price
     fee = price.request if usage.prompt or usage.completion else 0
-    return fee - (-(prompt + completion) // TOKENS_PER_PRICE)  # rounded up
+    return fee - (-total // TOKENS_PER_PRICE)  # rounded up
 
 
 def billed_price(price: Price, usage: Usage, reported_usd: Decimal | None) -> Price:
@@ -157,14 +162,3 @@ def _dearest(price: Price, prompt_tokens: int) -> tuple[int, int]:
 
 def _price_or(usd: str | None, whole: int) -> int:
     return whole if usd is None else parse_usd(usd)
-
-
-def _split(whole: int, price: int, *parts: tuple[int, int]) -> int:
-    """Return the cost of `whole` tokens in millionths of a nano-USD; each part (tokens, price) has its own price."""
-    total = 0
-    for tokens, part_price in parts:
-        if tokens > 0:
-            part = min(tokens, whole)
-            total += part * part_price
-            whole -= part
-    return total + whole * price

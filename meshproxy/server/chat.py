@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from email.utils import formatdate
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 
 from aiohttp import web
@@ -211,7 +211,7 @@ def head(status: int, headers: Iterable[tuple[str, str]], *, keep_alive: bool, m
     are.
     """
     lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}", f"date: {_date(int(time.time()))}"]
-    lines += [f"{name}: {value}" for name, value in headers]
+    lines += map(": ".join, headers)
     if not keep_alive:
         lines.append("connection: close")
     elif minor == 0:
@@ -342,10 +342,7 @@ class ChatHandler:
         try:
             known_id = valid_request_id(fields["x-request-id"]) if "x-request-id" in fields else None
             call = self._call(
-                known_id or new_request_id(),
-                fields,
-                connection.peer,
-                lambda reserve: body_of(connection, fields, server, reserve),
+                known_id or new_request_id(), fields, connection.peer, partial(body_of, connection, fields, server)
             )
             reply = await self._gateway.chat(call, self._padded(stream))
             if reply is not None:
@@ -370,7 +367,7 @@ class ChatHandler:
             request_id_of(request),
             request.headers,
             request.remote,
-            lambda reserve: read_json_body(request, server, reserve),
+            partial(read_json_body, request, server),
         )
         reply = await self._gateway.chat(call, self._padded(stream))
         if reply is not None:

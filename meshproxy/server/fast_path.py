@@ -54,11 +54,18 @@ class Host(Protocol):
     def others(self, source: Source | None) -> asyncio.Protocol:
         """Return the protocol for a connection whose request is unusual."""
 
-    def serve(self, connection: "ClientConnection", fields: dict[str, str]) -> Coroutine[Any, Any, None]:
-        """Answer one request, and call `answered` whatever happened."""
+    def handler(self) -> "Handler":
+        """Return what answers the next request."""
 
     def too_late(self) -> bytes:
         """Return the answer to a head that didn't arrive in time."""
+
+
+class Handler(Protocol):
+    """The handler of the requests of these connections."""
+
+    def serve(self, connection: "ClientConnection", fields: dict[str, str]) -> Coroutine[Any, Any, None]:
+        """Answer one request, and call the connection's `answered` whatever happened."""
 
 
 class State(IntEnum):
@@ -326,7 +333,7 @@ class ClientConnection(asyncio.Protocol):
         self._body = body
         self._whole = None
         self.advance(Event.REQUEST_BEGUN if self._left else Event.REQUEST)
-        self._task = self._loop.create_task(self._host.serve(self, fields))
+        self._task = self._loop.create_task(self._host.handler().serve(self, fields))
 
     def _receive_body(self, data: bytes) -> None:
         """Keep bytes of the body, and wake the handler when it is complete. Drop them after the answer."""

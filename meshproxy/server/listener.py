@@ -9,10 +9,10 @@ import contextlib
 import os
 import socket
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, web
 from yarl import URL
@@ -21,7 +21,7 @@ from meshproxy.config import ConfigError, Server, split_address
 from meshproxy.http1.message import MAX_FIELDS, MAX_HEAD_BYTES
 from meshproxy.server.aiohttp_path import AiohttpConnection, ConnectionLimits
 from meshproxy.server.client_address import InvalidProxyHeader, Source, TrustedProxies, read_source
-from meshproxy.server.fast_path import LINGER_S, ClientConnection
+from meshproxy.server.fast_path import LINGER_S, ClientConnection, Handler
 from meshproxy.telemetry.tasks import Tasks
 
 HANDSHAKE_S = 10.0
@@ -225,29 +225,23 @@ DEFAULT_LIMITS = ConnectionLimits()
 _UNREADABLE = web.RequestKey("unreadable", str)
 
 
-class FastHandler(Protocol):
-    """The handler of fast-path requests."""
-
-    def serve(self, connection: ClientConnection, fields: dict[str, str]) -> Coroutine[Any, Any, None]:
-        """Answer one request, and call the connection's `answered`."""
-
-
 class _Server(web.Server):
     """Makes protocols for accepted sockets. It is the `Host` of its fast-path connections."""
 
     def __init__(
-        self, handler: Any, make_request: Any, chat: Callable[[], FastHandler] | None, limits: ConnectionLimits
+        self, handler: Any, make_request: Any, chat: Callable[[], Handler] | None, limits: ConnectionLimits
     ) -> None:
         super().__init__(handler, request_factory=make_request, handler_cancellation=True)
         self.fast_connections: set[ClientConnection] = set()
-        self._chat = chat
         self._limits = limits
+        self._is_fast = chat is not None
+        self.handler = cast("Callable[[], Handler]", chat)  # without it there are no fast connections
         self._event_loop = asyncio.get_running_loop()
         self._unsent: dict[Connection, tuple[int, float]] = {}  # unsent bytes, and since when none of them was taken
         self._writes_checked_at = 0.0
 
     def __call__(self, source: Source | None = None) -> Any:  # aiohttp's type knows only its own protocol
-        return self.others(source) if self._chat is None else ClientConnection(self, self._event_loop, source)
+        return ClientConnection(self, self._event_loop, source) if self._is_fast else self.others(source)
 
     def others(self, source: Source | None) -> AiohttpConnection:
         return AiohttpConnection(
@@ -274,10 +268,6 @@ class _Server(web.Server):
 
     def left(self, connection: ClientConnection) -> None:
         self.fast_connections.discard(connection)
-
-    def serve(self, connection: ClientConnection, fields: dict[str, str]) -> Coroutine[Any, Any, None]:
-        assert self._chat is not None  # noqa: S101 - without it there are no such connections
-        return self._chat().serve(connection, fields)
 
     def too_late(self) -> bytes:
         return self._limits.too_late()
@@ -320,7 +310,7 @@ class Runner(web.AppRunner):
     def __init__(
         self,
         app: web.Application,
-        chat: Callable[[], FastHandler] | None,
+        chat: Callable[[], Handler] | None,
         limits: ConnectionLimits = DEFAULT_LIMITS,
         loops: Tasks | None = None,
     ) -> None:

@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
             if answer is not None and not answer.done():
                 answer.set_exception(error or errors.dropped())
         elif response is not None:
-            response.detach()
+            response.flow = None
             if error is not None:
                 self.sink.fail(error)
 
@@ -289,8 +289,7 @@ class Connection(asyncio.Protocol):
     def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
         """Make the response, resolve the request's future, and decode what arrived behind the head."""
         response = Response(head.status, head.headers, self, self._timeouts.max_response_bytes)
-        coding = response.header("content-encoding")
-        body = head.body if coding is None else _decoded(head.body, coding, response)
+        body = head.body if head.coding is None else _decoded(head.body, head.coding, response)
         self._answer = None
         self._response = self.sink = response
         self._body = body
@@ -304,7 +303,7 @@ class Connection(asyncio.Protocol):
         response, body, transport = self._response, self._body, self._transport
         if response is None or body is None or transport is None:  # not in a body
             return
-        response.detach()
+        response.flow = None
         if self._paused:
             self.resume()
         self._response = self._body = None

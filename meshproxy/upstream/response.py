@@ -182,12 +182,15 @@ class Flow(Protocol):
 
 
 class Response:
-    """One answer of a provider. Header names are lower-case. It is its own sink until `relay` or `read` sets one."""
+    """One answer of a provider. Header names are lower-case. It is its own sink until `relay` or `read` sets one.
+
+    `flow` is its connection, which sets it to None when the body is over.
+    """
 
     def __init__(self, status: int, headers: list[tuple[str, str]], flow: Flow | None, max_bytes: int) -> None:
         self.status = status
         self.headers = headers
-        self._flow = flow
+        self.flow = flow
         self._max_bytes = max_bytes
         self._early: list[tuple[bytes, bytes | None]] = []
         self._early_bytes = 0
@@ -212,7 +215,7 @@ class Response:
     async def read(self) -> bytes:
         """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow."""
         # usual for small answers: the body came with its head
-        if self._flow is None and self._error is None and self._early_bytes <= self._max_bytes:
+        if self.flow is None and self._error is None and self._early_bytes <= self._max_bytes:
             return self._early[0][0] if len(self._early) == 1 else b"".join([payload for payload, _ in self._early])
         whole = _WholeBody(self, self._max_bytes)
         self.relay(whole)
@@ -229,12 +232,12 @@ class Response:
     @property
     def may_receive_more(self) -> bool:
         """Whether more of the body may arrive unasked: it isn't over, and at most MAX_EARLY_BYTES are kept."""
-        return self._flow is not None and self._early_bytes <= MAX_EARLY_BYTES
+        return self.flow is not None and self._early_bytes <= MAX_EARLY_BYTES
 
     @property
     def ended(self) -> bool:
         """Whether the body is over: complete, or broken off by `error`."""
-        return self._flow is None
+        return self.flow is None
 
     @property
     def error(self) -> UpstreamError | None:
@@ -263,8 +266,8 @@ class Response:
             sink.data(payload, frame)
         if self._closed:
             return
-        if self._flow is not None:
-            self._flow.sink = sink
+        if self.flow is not None:
+            self.flow.sink = sink
         elif self._error is not None:
             sink.fail(self._error)
         else:
@@ -272,25 +275,21 @@ class Response:
 
     def pause(self) -> None:
         """Stop reading from the socket. Bytes already read still arrive. A pause isn't the provider's silence."""
-        if self._flow is not None:
-            self._flow.pause()
+        if self.flow is not None:
+            self.flow.pause()
 
     def resume(self) -> None:
         """Continue reading after `pause`."""
-        if self._flow is not None:
-            self._flow.resume()
+        if self.flow is not None:
+            self.flow.resume()
 
     def close(self) -> None:
         """Give up the rest of the body. An unfinished answer's socket is closed at once, so that the provider stops."""
         self._closed = True
         self._early.clear()
-        flow, self._flow = self._flow, None
+        flow, self.flow = self.flow, None
         if flow is not None:
             flow.abort()
-
-    def detach(self) -> None:
-        """Release the connection (called by it): the exchange is over."""
-        self._flow = None
 
     def data(self, payload: bytes, frame: bytes | None) -> None:
         """Keep body bytes that arrive before a sink is set."""

@@ -47,8 +47,14 @@ def plan(body: bytes = STREAM, **fields: Any) -> Plan:
         "output_cap": 1000,
         "output_limit": 1000,
         "holds_whole": not request.stream,
+        **fields,
     }
-    return Plan(**{**usual, **fields})
+    return Plan(
+        prices=[candidate.price for candidate in usual["candidates"]],
+        output_tokens=usual["output_cap"] * request.n,
+        output_bound=usual["output_limit"] * request.n,
+        **usual,
+    )
 
 
 def principal(**fields: Any) -> Principal:

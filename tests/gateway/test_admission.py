@@ -170,14 +170,14 @@ def test_the_tightest_bucket_is_told():
     buckets = (
         bucket(remaining=50),
         bucket(scope="account", limit=90, remaining=7, reset_s=0.5),
-        bucket(kind="tokens", limit=1000, remaining=900, reset_s=61),
+        bucket(kind="tokens", limit=1000, remaining=-30, reset_s=61),  # in debt
     )
     assert limit_headers(buckets) == [
         ("x-ratelimit-limit-requests", "90"),
         ("x-ratelimit-remaining-requests", "7"),
         ("x-ratelimit-reset-requests", "500ms"),
         ("x-ratelimit-limit-tokens", "1000"),
-        ("x-ratelimit-remaining-tokens", "900"),
+        ("x-ratelimit-remaining-tokens", "0"),
         ("x-ratelimit-reset-tokens", "1m1s"),
     ]
 

@@ -10,7 +10,6 @@ from meshproxy.openai.headers import (
     downstream_headers,
     format_reset,
     forwarded_headers,
-    ratelimit_headers,
     trace_id,
     valid_request_id,
 )
@@ -152,22 +151,6 @@ class TestTraceId:
 )
 def test_a_reset_is_written_as_openai_does(seconds: float, expected: str):
     assert format_reset(seconds) == expected
-
-
-class TestRatelimitHeaders:
-    def test_a_bucket_with_room_and_one_in_debt(self):
-        expected = [
-            ("x-ratelimit-limit-requests", "600"),
-            ("x-ratelimit-remaining-requests", "599"),
-            ("x-ratelimit-reset-requests", "100ms"),
-            ("x-ratelimit-limit-tokens", "1000000"),
-            ("x-ratelimit-remaining-tokens", "0"),
-            ("x-ratelimit-reset-tokens", "1m0s"),
-        ]
-        assert [
-            *ratelimit_headers("requests", 600, 599, 0.1),
-            *ratelimit_headers("tokens", 1_000_000, -30, 60.0),
-        ] == expected
 
 
 class TestForwarded:

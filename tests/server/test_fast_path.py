@@ -117,6 +117,9 @@ class Host:
     def too_late(self):
         return b"408"
 
+    def handler(self):
+        return self
+
     async def serve(self, connection, _fields):
         self.did.append("serve")
         self.running += 1
