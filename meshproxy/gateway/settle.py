@@ -18,7 +18,7 @@ from meshproxy.ledger.journal import Journal
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import HoldRequest, Settlement
-from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
+from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.openai.usage import Report, Usage
 from meshproxy.policy.catalog import Candidate, may_have_served
 from meshproxy.policy.pricing import billed_price, cost
@@ -136,7 +136,9 @@ class Settler:
             if self._local is not None:
                 self._local.settled_here(settlement, 0 if exchange.lease.is_local else exchange.lease.hold.amount_nusd)
             self.pending += 1
-            self._tasks.follow(self._ledger.send_settlement(settlement), partial(self._answered, settlement))
+            answer = self._ledger.send_settlement(settlement)
+            self._tasks.running.add(answer)
+            answer.add_done_callback(partial(self._answered, settlement))
 
     def withdraw(self, exchange: Exchange, request: HoldRequest, *, outcome: str) -> None:
         """Release the hold of a request that was cancelled before the ledger answered `request`. Returns at once.
@@ -153,6 +155,7 @@ class Settler:
 
     def _answered(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
         """Handle the ledger's answer: charged in nearly every case, else retry in the background."""
+        self._tasks.running.discard(answer)
         failed = answer.cancelled() or answer.exception() is not None
         if failed or not (answer.result() or settlement.unheld):
             self._tasks.spawn("settle", self._charge_or_journal(settlement, answer))
@@ -171,11 +174,7 @@ class Settler:
     async def _charge_or_journal(self, settlement: Settlement, answer: asyncio.Future[Any]) -> None:
         """Charge again, or write to the journal until the ledger is back. A repeated settlement counts once."""
         try:
-            try:
-                settled = await answer
-            except ScriptMissing:
-                settled = await self.charge(settlement)
-            if not (settled or settlement.unheld):  # not charged before: the ledger has lost the hold
+            if not (await answer or settlement.unheld):  # not charged before: the ledger has lost the hold
                 settlement = replace(settlement, unheld=True)
                 await self.charge(settlement)
         except (Unavailable, StoreError):  # Redis is lost or misconfigured: the charge must survive both

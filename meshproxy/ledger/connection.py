@@ -87,13 +87,13 @@ class ClusterStore(Store):
         """Whether every slot has a connected master."""
         return None not in self._slots and all(master.connected for master in self._masters.values())
 
-    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
+    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
         """Queue one command on the connection to its key's master. Fails at once without a connection."""
         key = key_of(command)
         master = next(iter(self._masters.values()), None) if key is None else self._slots[key_slot(key)]
         if master is None:
             return failed(Unavailable("connection", self._last_error))
-        return master.send(op, command)
+        return master.send(op, command, script)
 
     async def open(self) -> None:
         """Fetch the map and dial every master. Raises Unavailable if no node has a map."""

@@ -18,7 +18,6 @@ from meshproxy.ledger.records import (
     ACCOUNTS,
     NO_BUDGETS,
     NO_LIMITS,
-    AccountKeys,
     Balance,
     BucketState,
     Denial,
@@ -31,6 +30,7 @@ from meshproxy.ledger.records import (
     Spend,
     account_keys,
     hold_keys,
+    settlement_keys,
 )
 from meshproxy.ledger.store import Argument, Script, Store, Unavailable, batches, pairs
 from meshproxy.policy.principal import Budgets, Limits
@@ -103,7 +103,8 @@ class Ledger:
             *_amounts(request.account_budgets),
             request.share_percent,
         ]
-        reply = await self._store.run(self._admit, _hold_keys(request), args)
+        keys = hold_keys(request.account, request.key_id, request.session)
+        reply = await self._store.run(self._admit, keys, args)
         buckets = _buckets(reply, 8, request.key_limits, request.account_limits)
         if reply[0] == _ADMITTED:
             return Hold(request, reply[1], reply[2], buckets)
@@ -137,24 +138,21 @@ class Ledger:
             *_amounts(NO_BUDGETS if request.session is None else request.session_budgets),
             *_amounts(request.account_budgets),
         ]
-        reply = await self._store.run(self._renew, _hold_keys(request), args)
+        keys = hold_keys(request.account, request.key_id, request.session)
+        reply = await self._store.run(self._renew, keys, args)
         if reply[0] == _ADMITTED:
             return Hold(request, reply[1], reply[2], hold.buckets)
         return _denied(reply, ())
 
     async def settle(self, settlement: Settlement) -> bool:
         """Charge a request's cost once. False: nothing was charged, it was settled before or never admitted."""
-        return bool(await self._store.run(self._settle, *self._charge(settlement)))
+        return bool(await self.send_settlement(settlement))
 
     def send_settlement(self, settlement: Settlement) -> "asyncio.Future[Any]":
         """Send the settlement now and return the future of its reply, for a caller that doesn't wait.
 
-        A truthy reply means that it was charged now. If the future raises ScriptMissing, call `settle`.
+        A truthy reply means that it was charged now.
         """
-        return self._store.call(self._settle, *self._charge(settlement))
-
-    def _charge(self, settlement: Settlement) -> tuple[list[str], list[Argument]]:
-        """Return the keys and arguments of settle.lua."""
         if settlement.cost_nusd < 0:
             raise ValueError(f"{settlement.hold_id}: a cost of {settlement.cost_nusd} nano-USD would be a gift")
         usage = settlement.usage
@@ -188,7 +186,15 @@ class Ledger:
         ]
         if settlement.budgets != NO_BUDGETS or settlement.account_budgets != NO_BUDGETS:
             args += [*_amounts(settlement.budgets), *_amounts(settlement.account_budgets)]
-        return _settlement_keys(account_keys(settlement.account), settlement), args
+        hour = _hour(settlement.started_ms // 3_600_000)
+        before, after = settlement_keys(settlement.account, settlement.key_id, hour)
+        names = account_keys(settlement.account)
+        keys = [*before, names.unheld(settlement.hold_id), *after]
+        if settlement.session:
+            keys.append(names.session_spend(settlement.session))
+        if settlement.replay is not None:
+            keys.append(settlement.replay)
+        return self._store.run(self._settle, keys, args)
 
     async def grant(self, account: str, amount_nusd: int, note: str = "", *, ref: str = "", actor: str = "") -> Granted:
         """Grant credit, or take credit back with a negative amount, once for each `ref`.
@@ -316,25 +322,10 @@ class Ledger:
         return found
 
 
-def _hold_keys(request: HoldRequest) -> tuple[str, ...]:
-    keys = hold_keys(request.account, request.key_id)
-    return keys if request.session is None else (*keys, account_keys(request.account).session_spend(request.session))
-
-
 @lru_cache(48)
 def _hour(hours: int) -> str:
     """Format an hour, given as hours since the epoch, as key names spell it."""
     return time.strftime("%Y-%m-%dT%H", time.gmtime(hours * 3600))
-
-
-def _settlement_keys(names: AccountKeys, settlement: Settlement) -> list[str]:
-    hour = _hour(settlement.started_ms // 3_600_000)
-    keys = [*hold_keys(settlement.account, settlement.key_id), *names.settlement(hour, settlement.hold_id)]
-    if settlement.session:
-        keys.append(names.session_spend(settlement.session))
-    if settlement.replay is not None:
-        keys.append(settlement.replay)
-    return keys
 
 
 def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:

@@ -33,8 +33,8 @@ MAX_PENDING = 16_384  # commands without a reply on one socket; a healthy server
 
 _NOTHING = object()  # returned by the parser when it needs more bytes
 
-# future, operation name, time it was queued (loop time), packed command
-Pending = tuple["asyncio.Future[Any]", str, float, bytes]
+# future, operation name, time it was queued (loop time), command, text of the script that the command names
+Pending = tuple["asyncio.Future[Any]", str, float, tuple[Argument, ...], str]
 Redirect = Callable[[str, Pending], bool]  # a MOVED or ASK reply and its command; True if sent to another server
 
 
@@ -54,11 +54,10 @@ class RedisConnection(asyncio.Protocol):
         self._writer: asyncio.StreamWriter | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._turn_at = 0.0
         self._finishing = False
         self._grace_turns_left = GRACE_TURNS
 
-    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
+    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
         """Queue one command and return the future of its reply. The future raises Unavailable or StoreError."""
         if self.lost is not None:
             return failed(Unavailable(self.lost.kind, self.lost.reason))
@@ -66,22 +65,22 @@ class RedisConnection(asyncio.Protocol):
             return failed(Unavailable("overflow", f"{MAX_PENDING} commands are waiting for a reply"))
         packed = hiredis.pack_command(command)  # type: ignore[arg-type]
         if not self._outgoing:
-            self._begin_turn()
+            self._loop.call_soon(self._flush)
         future = self._loop.create_future()
         self._outgoing.append(packed)
-        self._pending.append((future, op, self._turn_at, packed))
+        self._pending.append((future, op, self._loop.time(), command, script))
         return future
 
-    def resend(self, pending: Pending, *, asking: bool) -> None:
-        """Queue a command that another server redirected here, preceded by ASKING where that server's reply was ASK."""
+    def resend(self, pending: Pending, *, asking: bool = False) -> None:
+        """Queue a command again that no server has executed, with the same future. `asking`: it was redirected by ASK."""
         if self.lost is not None:
             _fail(pending[0], Unavailable(self.lost.kind, self.lost.reason))
             return
         if asking:
             self.send("ASKING", ("ASKING",))
         if not self._outgoing:
-            self._begin_turn()
-        self._outgoing.append(pending[3])
+            self._loop.call_soon(self._flush)
+        self._outgoing.append(hiredis.pack_command(pending[3]))  # type: ignore[arg-type]
         self._pending.append(pending)
 
     def lose(self, kind: str, reason: str) -> None:
@@ -95,7 +94,7 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
         pending, self._pending = self._pending, deque()
         self._outgoing = []
-        for future, op, queued_at, _ in pending:
+        for future, op, queued_at, *_ in pending:
             self._report_op(op, queued_at, kind)
             _fail(future, Unavailable(kind, reason))
         if self.on_lost is not None:
@@ -146,25 +145,26 @@ class RedisConnection(asyncio.Protocol):
         if self._redirect is not None and message.startswith(("MOVED ", "ASK ")) and self._redirect(message, entry):
             return
         error = error_of_reply(message)
-        self._report_op(entry[1], entry[2], kind_of(error))
-        _fail(entry[0], error)
+        future, op, queued_at, command, script = entry
+        self._report_op(op, queued_at, kind_of(error))
+        if error.kind == "NOSCRIPT" and script and not future.done():
+            self.resend((future, op, queued_at, ("EVAL", script, *command[2:]), ""))
+            return
+        _fail(future, error)
         if isinstance(error, Unavailable) and error.kind == "readonly":
             self.lose("readonly", "the server is a replica now")
 
-    def _begin_turn(self) -> None:
-        self._turn_at = self._loop.time()
-        self._loop.call_soon(self._flush)
-        if self._timer is None:
-            self._grace_turns_left = GRACE_TURNS
-            self._timer = self._loop.call_at(self._turn_at + self._timeout_s, self._check_oldest)
-
     def _flush(self) -> None:
+        """Write the commands of this turn. Runs once a turn that has some."""
         outgoing, self._outgoing = self._outgoing, []
         if outgoing and self._transport is not None:
+            if self._timer is None:
+                self._grace_turns_left = GRACE_TURNS
+                self._timer = self._loop.call_later(self._timeout_s, self._check_oldest)
             self._transport.write(outgoing[0] if len(outgoing) == 1 else b"".join(outgoing))
 
     def _check_oldest(self) -> None:
-        """Close the connection if its oldest command is overdue after LOOKS looks; otherwise re-arm the timer."""
+        """Close the connection if its oldest command is overdue after GRACE_TURNS looks; otherwise re-arm the timer."""
         self._timer = None
         if not self._pending:
             return
@@ -245,12 +245,12 @@ class ReconnectingStore(Store):
         """Whether there is a connection."""
         return self._connection is not None
 
-    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
+    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
         """Queue one command, or fail at once without a connection."""
         connection = self._connection
         if connection is None:
             return failed(Unavailable("connection", self.last_error or "not connected"))
-        return connection.send(op, command)
+        return connection.send(op, command, script)
 
     @property
     def connection(self) -> RedisConnection | None:

@@ -249,14 +249,9 @@ class AccountKeys:
         root = self.root
         return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"
 
-    def settlement(self, hour: str, hold_id: str) -> tuple[str, ...]:
-        """Name the keys of one settlement: `hour`, `unheld`, `requests`, `hours`, `month`.
-
-        `unheld` marks a request that was admitted without Redis as settled, so that it is charged once.
-        """
-        root = self.root
-        aggregates = f"{root}requests:{hour[:10]}", self.hours, f"{root}month:{hour[:7]}"
-        return f"{root}hour:{hour}", f"{root}unheld:{hold_id}", *aggregates
+    def unheld(self, hold_id: str) -> str:
+        """Name the mark that a request was settled which was admitted without Redis, so that it is charged once."""
+        return f"{self.root}unheld:{hold_id}"
 
     def requests(self, day: str) -> str:
         """Name the hash from request id to its event in `usage`, of the requests that began on a day (`2026-11-24`)."""
@@ -306,10 +301,20 @@ def account_keys(account: str) -> AccountKeys:
 
 
 @lru_cache(MAX_KNOWN_KEYS)
-def hold_keys(account: str, key_id: str) -> tuple[str, ...]:
-    """Return the keys that every script with holds takes first (hold.lua): the account's, then the API key's."""
+def hold_keys(account: str, key_id: str, session: str | None = None) -> tuple[str, ...]:
+    """Return the keys that scripts with holds take first (hold.lua), cached: the account's, the API key's, the session's."""
     names = account_keys(account)
+    if session is not None:
+        return (*hold_keys(account, key_id), names.session_spend(session))
     return (*names.script_keys, *names.script_keys_of_key(key_id))
+
+
+@lru_cache(MAX_KNOWN_KEYS)
+def settlement_keys(account: str, key_id: str, hour: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the keys of settle.lua before and after the `unheld` mark, cached. `hour`: `2026-11-24T09`."""
+    names = account_keys(account)
+    before = *hold_keys(account, key_id), names.hour(hour)
+    return before, (names.requests(hour[:10]), names.hours, names.month(hour[:7]))
 
 
 GLOBAL = "*"  # the owner of global templates: no account may have this name

@@ -119,10 +119,6 @@ class Contended(GatewayError):
         super().__init__(Source.CLIENT, ErrorResponse(409, "changed_meanwhile", message))
 
 
-class ScriptMissing(StoreError):
-    """NOSCRIPT: the server doesn't have the script."""
-
-
 class Store(ABC):
     """Redis behind any kind of URL: a server, Sentinel or Cluster."""
 
@@ -132,8 +128,11 @@ class Store(ABC):
         """Whether a command sent now would reach a server."""
 
     @abstractmethod
-    def send(self, op: str, command: tuple[Argument, ...]) -> "asyncio.Future[Any]":
-        """Queue one command; return the future of its reply. It is sent even if not awaited. `op` is for metrics."""
+    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
+        """Queue one command; return the future of its reply. It is sent even if not awaited. `op` is for metrics.
+
+        `script` is the text of the script that an EVALSHA names. It is sent where the server doesn't have the script.
+        """
 
     @abstractmethod
     async def close(self) -> None:
@@ -149,16 +148,9 @@ class Store(ABC):
         """
         return self.send(str(args[0]), args)
 
-    def call(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> "asyncio.Future[Any]":
-        """Call a script by its SHA-1. The future raises ScriptMissing if the server doesn't have the script."""
-        return self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
-
-    async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        """Run a script by its SHA-1, or by its text if the server lacks it. Raises Unavailable and StoreError."""
-        try:
-            return await self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args))
-        except ScriptMissing:
-            return await self.send(script.name, ("EVAL", script.text, len(keys), *keys, *args))
+    def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> "asyncio.Future[Any]":
+        """Queue a call of a script; return the future of its reply, as `execute` does."""
+        return self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args), script.text)
 
 
 def pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -176,8 +168,6 @@ def error_of_reply(message: str) -> Unavailable | StoreError:
     kind = message.split(" ", 1)[0]
     if kind in TEMPORARY_ERRORS:
         return Unavailable(kind.lower(), message)
-    if kind == "NOSCRIPT":
-        return ScriptMissing(kind, message)
     return StoreError(kind, message)
 
 
@@ -185,7 +175,7 @@ def kind_of(error: Unavailable | StoreError) -> str:
     """Return an error's label for metrics, from a closed set."""
     if isinstance(error, Unavailable):
         return error.kind
-    return "noscript" if isinstance(error, ScriptMissing) else "error"
+    return "noscript" if error.kind == "NOSCRIPT" else "error"
 
 
 REDIS_PORT = 6379

@@ -7,7 +7,6 @@ the cancellation on. Each request in flight has a few tasks at most, and `server
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -29,24 +28,28 @@ _log = structlog.get_logger(__name__)
 
 
 class Tasks:
-    """The running tasks, each held by a strong reference. `on_failure` is called with the name of each that raises."""
+    """The running tasks, each held by a strong reference. `on_failure` is called with the name of each that raises.
+
+    `running` may also have futures, for which `finish` waits too: a callback on a future costs half as much as a task. The
+    code that adds one discards it when it is done.
+    """
 
     def __init__(self, on_failure: Callable[[str], None] = lambda _: None) -> None:
         self.failing: set[str] = set()  # vital loops that keep raising
-        self._running: set[asyncio.Future[Any]] = set()
+        self.running: set[asyncio.Future[Any]] = set()
         self._supervised: set[asyncio.Task[None]] = set()
         self._on_failure = on_failure
 
     def __len__(self) -> int:
-        return len(self._running)
+        return len(self.running)
 
     def __iter__(self) -> Iterator[asyncio.Future[Any]]:
-        return iter(tuple(self._running))
+        return iter(tuple(self.running))
 
     def spawn(self, name: str, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start `coro`. If it raises, that is logged and counted under `name`, a fixed word such as `settle`."""
         task = asyncio.get_running_loop().create_task(coro, name=name)
-        self._running.add(task)
+        self.running.add(task)
         task.add_done_callback(self._ended)
         return task
 
@@ -94,30 +97,21 @@ class Tasks:
         if supervised:
             await asyncio.wait(supervised, timeout=CANCEL_GRACE_S)
 
-    def follow(self, future: asyncio.Future[T], then: Callable[[asyncio.Future[T]], None]) -> None:
-        """Keep a reference to a running future, and call `then` with it when it is done. Half the cost of a task."""
-        self._running.add(future)
-        future.add_done_callback(partial(self._followed, then))
-
     async def finish(self, timeout_s: float) -> int:
         """Wait for every spawned task, also later ones. Cancel what runs after `timeout_s`, and return how many."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_s
-        while self._running and clock() < deadline:
-            await asyncio.wait(self._running, timeout=deadline - clock())
-        late = set(self._running)
+        while self.running and clock() < deadline:
+            await asyncio.wait(self.running, timeout=deadline - clock())
+        late = set(self.running)
         for task in late:
             task.cancel()
         if late:
             await asyncio.wait(late, timeout=CANCEL_GRACE_S)
         return len(late)
 
-    def _followed(self, then: Callable[[asyncio.Future[T]], None], future: asyncio.Future[T]) -> None:
-        self._running.discard(future)
-        then(future)
-
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
+        self.running.discard(task)
         if task.cancelled():
             return
         error = task.exception()  # also marks it as retrieved

@@ -6,7 +6,7 @@ import pytest
 
 from meshproxy.config import Model, Route
 from meshproxy.gateway.settle import Settler, bill
-from meshproxy.ledger.store import ScriptMissing, StoreError, Unavailable
+from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.openai.usage import RefusedNumber, Report, Usage
 from meshproxy.policy.pricing import price_of
 from meshproxy.telemetry.tasks import Tasks
@@ -217,11 +217,6 @@ class TestSettler:
         books = Books(error)
         await settle(books)
         assert books.settled == books.journaled
-
-    async def test_where_the_script_is_not_known_it_is_sent_along(self):
-        books = Books(ScriptMissing("NOSCRIPT", "none"), True)
-        await settle(books)
-        assert (len(books.settled), books.journaled) == (2, [])
 
     async def test_what_is_without_an_answer_at_the_end_is_kept_on_disk(self):
         books = Books(None)

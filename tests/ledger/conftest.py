@@ -19,7 +19,7 @@ from meshproxy import config
 from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import AccountKeys, HoldRequest, Settlement
-from meshproxy.ledger.store import Argument, error_of_reply
+from meshproxy.ledger.store import Argument, StoreError, error_of_reply
 from meshproxy.openai.usage import Usage
 from tests.harness.waiting import wait_until
 
@@ -74,8 +74,16 @@ class FakeStore(Store):
     def __init__(self) -> None:
         self._client = fakeredis.FakeAsyncRedis(protocol=2)
 
-    def send(self, op: str, command: tuple[Argument, ...]) -> Awaitable[Any]:
-        return asyncio.ensure_future(self._call(command))
+    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> Awaitable[Any]:
+        return asyncio.ensure_future(self._called(command, script))
+
+    async def _called(self, command: tuple[Argument, ...], script: str) -> Any:
+        try:
+            return await self._call(command)
+        except StoreError as error:
+            if error.kind != "NOSCRIPT" or not script:
+                raise
+            return await self._call(("EVAL", script, *command[2:]))
 
     async def _call(self, command: tuple[Argument, ...]) -> Any:
         """The reply as it came, past redis-py's callbacks, which give each command's another shape."""

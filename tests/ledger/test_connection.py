@@ -94,6 +94,18 @@ async def test_commands_of_one_turn_share_a_write(wire):
     assert [await future for future in asked] == [b"1", b"2", b"3"]
 
 
+async def test_a_script_that_nobody_waits_for_is_not_sent_again(wire):
+    link, transport = wire
+    abandoned, waited_for = (link.send("double", ("EVALSHA", "sha", 0, name), "return 2") for name in "ab")
+    await turns(1)
+    abandoned.cancel()
+    link.data_received(b"-NOSCRIPT none\r\n-NOSCRIPT none\r\n")
+    await turns(1)
+    assert transport.writes[1:] == [b"*4\r\n$4\r\nEVAL\r\n$8\r\nreturn 2\r\n$1\r\n0\r\n$1\r\nb\r\n"]
+    link.data_received(b":2\r\n")
+    assert await waited_for == 2
+
+
 async def test_many_turns_may_be_in_flight(wire):
     link, transport = wire
     first = link.send("GET", ("GET", "a"))
