@@ -118,7 +118,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.state = State.NEW
         self.lost: asyncio.Future[None] = self._loop.create_future()
-        self.carried_by: asyncio.Transport | None = None  # the TCP transport below TLS; only it knows unsent bytes
+        self.carried_by: asyncio.Transport | None = None  # the TCP transport below TLS
         self._transport: asyncio.Transport | None = None
         self._poll = select.poll()
         self._head_reader = HeadReader()
@@ -201,6 +201,8 @@ class Connection(asyncio.Protocol):
         """Stop reading from the socket."""
         if not self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = True
+            if self.carried_by is not None:  # else TLS reads on, and drops what it has when the connection is lost
+                self.carried_by.pause_reading()
             self._transport.pause_reading()
 
     def resume(self) -> None:
@@ -209,6 +211,8 @@ class Connection(asyncio.Protocol):
             self._paused = False
             self._deadline = self._loop.time() + self._timeouts.idle_s
             self._transport.resume_reading()
+            if self.carried_by is not None:
+                self.carried_by.resume_reading()
 
     def abort(self, error: UpstreamError | None = None) -> None:
         """Close the socket at once, and pass `error` to the pending answer or to the sink of the body."""

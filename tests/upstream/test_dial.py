@@ -12,6 +12,7 @@ from meshproxy.errors import Phase, Source, UpstreamError
 from meshproxy.policy.failover import is_upstream_failure
 from meshproxy.upstream.pool import BaseUrl, verified_context
 from meshproxy.upstream.response import unreachable
+from tests.harness.waiting import turns
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -210,6 +211,31 @@ async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(
     begun.set()
     fault = await sink.over
     assert (fault and fault.response.code, sink.payload) == (outcome, b"hello")
+
+
+async def test_over_tls_a_pause_loses_nothing_that_came_before_a_reset(serve, provide, server_ssl, trusting, record):
+    """As without TLS, where the kernel keeps it: a loop's TLS drops what it has read when the connection is lost."""
+    paused = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.answer(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello")
+        await paused.wait()
+        await conversation.send(b"world")
+        await conversation.reset()
+
+    server = await serve(script, ssl=server_ssl)
+    provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
+    response = await provider.post("/x", (), b"{}")
+    sink = record()
+    response.relay(sink)
+    await sink.begun
+    response.pause()
+    paused.set()
+    await asyncio.gather(*server.tasks)
+    await turns()
+    response.resume()
+    await sink.over
+    assert (sink.payload, sink.last) == (b"helloworld", ("end",))
 
 
 async def test_over_tls_no_connection_is_kept_whose_request_is_still_being_sent(serve, provide, server_ssl, trusting):
