@@ -105,6 +105,8 @@ PAIRS = {
     (("client", "in the answer's body", "reset"), ("Redis", "settle, in the reply", "reset")): "unheard / gone midway",
     (("Redis", "renew, in the call", "blackhole"), ("client", THEN, "reset")): "- / gone midway",
     (("Redis", "renew, in the reply", "blackhole"), ("upstream", THEN, "reset")): "- / event 502",
+    (("Redis", "renew, before the reply", "blackhole"), ("upstream", "at the answer's end", "reset")): "- / whole",
+    (("Redis", "renew, before the reply", "blackhole"), ("TLS", "at the answer's end", "reset")): "- / whole",
 }
 
 # Where a reset comes to something else because the work goes on without its client: with an Idempotency-Key, or with
