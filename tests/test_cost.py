@@ -30,7 +30,7 @@ from meshproxy.ledger.embedded import Embedded
 from meshproxy.server.listener import Runner
 from meshproxy.telemetry.logs import LineSink, RequestLog
 
-REQUEST_BUDGET = 404
+REQUEST_BUDGET = 396
 EVENT_BUDGET = 21  # of an event that comes alone
 CROWDED_EVENT_BUDGET = 4.4  # of one among CROWD that come in one read
 

@@ -7,8 +7,7 @@ import random
 import resource
 import secrets as random_source
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,6 @@ from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.journal import Journal, SettlementsLost, other_journals
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission, WorkerCount
-from meshproxy.ledger.records import NO_BUDGETS
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Store, Unavailable
 from meshproxy.policy.catalog import Catalog
@@ -43,7 +41,7 @@ from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.telemetry.families import CLOSED
-from meshproxy.telemetry.logs import RequestLog
+from meshproxy.telemetry.logs import LEDGER_SLOW_S, LedgerLog, RequestLog, Throttle
 from meshproxy.telemetry.metrics import MAX_PENDING, AccountMetrics, Metrics
 from meshproxy.telemetry.spans import open_tracer
 from meshproxy.telemetry.tasks import Tasks, watch_lag
@@ -53,49 +51,9 @@ from meshproxy.upstream.provider import Provider
 STALE_S = 3600.0  # how long known keys and templates are used while Redis is lost, with on_failure = "local"
 ACCOUNT_CHECK_S = 1.0  # between two checks for an account that is new in the metrics
 CHECKS_PER_BALANCES = 10  # checks between two reads of all balances
-LOG_INTERVAL_S = 10.0  # between two log lines of one kind of trouble, which may occur at every request
-LEDGER_SLOW_S = 0.05  # of one round trip to the ledger, as in the alert MeshproxyLedgerSlow
-LOST = frozenset({"connection", "closed"})  # kinds of error that `ledger_lost` is logged for
 SETTLE_GRACE_S = 10.0  # how long settlements may take at the end, when every request is over
 
 _log = structlog.get_logger("meshproxy.app")
-
-
-class Throttle:
-    """Says when to log an event that occurs often: the first time at once, then with a count once per LOG_INTERVAL_S."""
-
-    def __init__(self) -> None:
-        self._quiet_until: dict[str, float] = {}  # by kind of event, from a closed set
-        self._counts: Counter[str] = Counter()
-
-    def due(self, kind: str) -> int:
-        """Count one event. Return how many there were since the last line if another line is due, else 0."""
-        self._counts[kind] += 1
-        now = time.monotonic()
-        if now < self._quiet_until.get(kind, 0.0):
-            return 0
-        self._quiet_until[kind] = now + LOG_INTERVAL_S
-        return self._counts.pop(kind)
-
-
-class LedgerLog:
-    """Logs that operations of the ledger are slow or fail."""
-
-    def __init__(self) -> None:
-        self._throttle = Throttle()
-        self._worst_s = 0.0
-
-    def slow(self, op: str, seconds: float) -> None:
-        """Note an operation that took LEDGER_SLOW_S or longer."""
-        self._worst_s = max(self._worst_s, seconds)
-        if count := self._throttle.due("slow"):
-            _log.warning("ledger_slow", op=op, operations=count, worst_ms=round(self._worst_s * 1000, 3))
-            self._worst_s = 0.0
-
-    def failed(self, op: str, kind: str) -> None:
-        """Note an operation that failed while the connection lasts."""
-        if kind not in LOST and kind != "noscript" and (count := self._throttle.due(kind)):
-            _log.error("ledger_fails", kind=kind, op=op, operations=count)
 
 
 class Prepared(Struct, frozen=True):
@@ -353,30 +311,13 @@ class Worker:
     def _is_in_state(self, upstream: str, state: str) -> float:
         return float(upstream in self.settings.upstreams and self.gateway.health.state(upstream) == state)
 
-    async def _budget_shares(self, names: Sequence[str]) -> dict[tuple[str, str], float]:
-        """Return how much of their budgets accounts have spent, by account and budget."""
-        accounts = [found for found in await self.directory.accounts(names) if found.budgets != NO_BUDGETS]
-        shares: dict[tuple[str, str], float] = {}
-        for account, balance in zip(
-            accounts, await self.ledger.balances([each.name for each in accounts]), strict=True
-        ):
-            budgets, spend = account.budgets, balance.account_spend
-            for budget, most, spent in (
-                ("total", budgets.total_nusd, spend.total_nusd),
-                ("daily", budgets.daily_nusd, spend.day_nusd),
-                ("monthly", budgets.monthly_nusd, spend.month_nusd),
-            ):
-                if most is not None:
-                    shares[account.name, budget] = spent / max(most, 1)
-        return shares
-
     async def _watch_balances(self, accounts: AccountMetrics) -> None:
         """Show the balances of the accounts that have metrics: all of them again when there is a new one."""
         while True:
             names = list(accounts.names)
             with contextlib.suppress(Unavailable):
                 accounts.note_balances(await self.ledger.account_balances(names))
-                accounts.note_budgets(await self._budget_shares(names))
+                accounts.note_budgets(await self.ledger.budget_shares(await self.directory.accounts(names)))
             for _ in range(CHECKS_PER_BALANCES):
                 await asyncio.sleep(ACCOUNT_CHECK_S)
                 if len(accounts.names) > len(names):

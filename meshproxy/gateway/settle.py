@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
@@ -21,8 +21,10 @@ from meshproxy.ledger.records import HoldRequest, Settlement
 from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.openai.usage import Report, Usage
 from meshproxy.policy.catalog import Candidate, may_have_served
-from meshproxy.policy.pricing import billed_price, cost
+from meshproxy.policy.pricing import Price, billed_price, cost
 from meshproxy.telemetry.tasks import Tasks
+
+MAX_KNOWN_PRICES = 1024  # whose JSON is cached
 
 
 def bill(
@@ -103,6 +105,11 @@ def _charge(
         if cost_nusd > dearest:
             dearest = exchange.cost_nusd = cost_nusd
             exchange.candidate, exchange.price = candidate, billed_price(price, exchange.usage, reported_usd)
+
+
+@lru_cache(MAX_KNOWN_PRICES)
+def _price_json(price: Price) -> str:
+    return msgspec.json.encode(price).decode()
 
 
 class Settler:
@@ -204,7 +211,7 @@ class Settler:
             outcome=exchange.outcome,
             cost_nusd=exchange.cost_nusd,
             started_ms=int((self._wall_clock() - age_s) * 1000),
-            price=msgspec.json.encode(price).decode() if price is not None else "{}",
+            price=_price_json(price) if price is not None else "{}",
             unheld=unheld,
             attempts=exchange.attempts,
             code=exchange.code,

@@ -33,7 +33,7 @@ from meshproxy.ledger.records import (
     settlement_keys,
 )
 from meshproxy.ledger.store import Argument, Script, Store, Unavailable, batches, pairs
-from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.policy.principal import Account, Budgets, Limits
 from meshproxy.units import MAX_NUSD
 
 USAGE_EVENTS_KEPT = 1_000_000
@@ -189,7 +189,7 @@ class Ledger:
         hour = _hour(settlement.started_ms // 3_600_000)
         before, after = settlement_keys(settlement.account, settlement.key_id, hour)
         names = account_keys(settlement.account)
-        keys = [*before, names.unheld(settlement.hold_id), *after]
+        keys = [*before, names.unheld + settlement.hold_id, *after]
         if settlement.session:
             keys.append(names.session_spend(settlement.session))
         if settlement.replay is not None:
@@ -320,6 +320,21 @@ class Ledger:
         for batch in batches(accounts, BATCH_KEYS):
             found += await asyncio.gather(*map(self.balance, batch))
         return found
+
+    async def budget_shares(self, accounts: Sequence[Account]) -> dict[tuple[str, str], float]:
+        """Return how much of their budgets accounts have spent, by account and budget."""
+        budgeted = [account for account in accounts if account.budgets != NO_BUDGETS]
+        shares: dict[tuple[str, str], float] = {}
+        for account, balance in zip(budgeted, await self.balances([each.name for each in budgeted]), strict=True):
+            budgets, spend = account.budgets, balance.account_spend
+            for budget, most, spent in (
+                ("total", budgets.total_nusd, spend.total_nusd),
+                ("daily", budgets.daily_nusd, spend.day_nusd),
+                ("monthly", budgets.monthly_nusd, spend.month_nusd),
+            ):
+                if most is not None:
+                    shares[account.name, budget] = spent / max(most, 1)
+        return shares
 
 
 @lru_cache(48)

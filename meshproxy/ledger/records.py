@@ -209,6 +209,7 @@ class AccountKeys:
     abandoned hold is forgotten then). Streams: `usage` (one event per settlement), `grants` (one entry per grant).
     String: `record` (the account's, JSON).
 
+    `unheld` with a hold id names the mark that a request was settled which was admitted without Redis.
     `script_keys` are the eight keys that every script with holds takes first (hold.lua).
     """
 
@@ -226,6 +227,7 @@ class AccountKeys:
         self.spend = root + "spend"
         self.grants = root + "grants"
         self.grant_refs = root + "grant-refs"
+        self.unheld = root + "unheld:"
         self.hours = root + "hours"
         self.record = root + "record"
         self.keys = root + "keys"
@@ -248,10 +250,6 @@ class AccountKeys:
         """Name one key's buckets, spend, and running requests (a sorted set: hold id by deadline in ms)."""
         root = self.root
         return f"{root}bucket:{key_id}", f"{root}spend:{key_id}", f"{root}running:{key_id}"
-
-    def unheld(self, hold_id: str) -> str:
-        """Name the mark that a request was settled which was admitted without Redis, so that it is charged once."""
-        return f"{self.root}unheld:{hold_id}"
 
     def requests(self, day: str) -> str:
         """Name the hash from request id to its event in `usage`, of the requests that began on a day (`2026-11-24`)."""

@@ -15,6 +15,7 @@ import re
 import select
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, BinaryIO, Literal
@@ -29,6 +30,11 @@ FLUSH_INTERVAL_S = 0.1
 FLUSH_BYTES = 524_288
 MAX_BUFFERED_BYTES = 4_194_304
 CLOSE_TIMEOUT_S = 2.0  # longest wait for a stalled reader at exit
+LOG_INTERVAL_S = 10.0  # between two log lines of one kind of trouble, which may occur at every request
+LEDGER_SLOW_S = 0.05  # of one round trip to the ledger, as in the alert MeshproxyLedgerSlow
+LOST = frozenset({"connection", "closed"})  # kinds of error that `ledger_lost` is logged for
+
+_log = structlog.get_logger("meshproxy.app")
 
 # Keys of ours (rsk_...), of OpenAI and OpenRouter (sk-...), and bearer tokens. `sk-` counts only at the start of a word
 # (task-1 is no key). A word also starts after a JSON escape or a colour code of the console.
@@ -41,9 +47,7 @@ _SECRET = re.compile(
 
 def redact(line: bytes) -> bytes:
     """Replace everything in a line that looks like a secret."""
-    if b"sk" in line or b"earer " in line:
-        return _SECRET.sub(b"[redacted]", line)
-    return line
+    return _SECRET.sub(b"[redacted]", line)
 
 
 class LineSink:
@@ -69,17 +73,19 @@ class LineSink:
 
         After close() it is written at once, or dropped while the thread still waits for the reader.
         """
-        line = redact(line)
+        if b"sk" in line or b"earer " in line:  # else nothing in it looks like a secret
+            line = redact(line)
         with self._buffer_lock:
-            if self._size + len(line) > MAX_BUFFERED_BYTES:
+            before = self._size
+            after = before + len(line)
+            if after > MAX_BUFFERED_BYTES:
                 self._dropped += 1
                 return
             if not self._lines:
                 self._filled.set()
             self._lines.append(line)
-            self._size += len(line)
-            is_full = self._size >= FLUSH_BYTES > self._size - len(line)
-        if urgent or is_full:
+            self._size = after
+        if urgent or before < FLUSH_BYTES <= after:
             self._flush_now.set()  # once per batch: waking a thread costs as much as twenty lines
         if self._closed and not self._writer.is_alive():
             self._write_late()
@@ -192,7 +198,7 @@ class RequestLog:
         self._level = LEVELS[level]
         self._clock = clock
         self._second = -1
-        self._prefix = ""
+        self._head = b""  # of the lines of this second
 
     def set_level(self, level: Level) -> None:
         """Change the lowest level that is written, from now on."""
@@ -207,16 +213,13 @@ class RequestLog:
             shown = {name: value for name, value in fields.items() if value is not None}
             structlog.get_logger("request").log(LEVELS[level], "request", **shown)
             return
-        head = f'{{"timestamp":"{self._timestamp()}","level":"{level}","event":"request","logger":"request",'
-        self._sink.write(head.encode() + to_json(fields)[1:] + b"\n")
-
-    def _timestamp(self) -> str:
-        """Return the time in RFC 3339 with milliseconds, formatting the seconds once a second."""
-        second, ms = divmod(int(self._clock() * 1000), 1000)
-        if second != self._second:
-            self._second = second
-            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._prefix}.{ms:03d}Z"
+        now_ms = int(self._clock() * 1000)
+        if now_ms // 1000 != self._second:
+            self._second = now_ms // 1000
+            self._head = time.strftime('{"timestamp":"%Y-%m-%dT%H:%M:%S', time.gmtime(self._second)).encode()
+        line = b'%b.%03dZ","level":"%b","event":"request","logger":"request",%b\n'
+        shown_level = b"warning" if level == "warning" else b"info"
+        self._sink.write(line % (self._head, now_ms % 1000, shown_level, to_json(fields)[1:]))
 
 
 def to_json(fields: dict[str, Any]) -> bytes:
@@ -285,3 +288,40 @@ def _console(*, colors: bool) -> _Render:
         return text.encode("utf-8", "backslashreplace") + b"\n"
 
     return render
+
+
+class Throttle:
+    """Decides when to log an event that occurs often: the first time at once, then with a count once per LOG_INTERVAL_S."""
+
+    def __init__(self) -> None:
+        self._quiet_until: dict[str, float] = {}  # by kind of event, from a closed set
+        self._counts: Counter[str] = Counter()
+
+    def due(self, kind: str) -> int:
+        """Count one event. Return how many there were since the last line if another line is due, else 0."""
+        self._counts[kind] += 1
+        now = time.monotonic()
+        if now < self._quiet_until.get(kind, 0.0):
+            return 0
+        self._quiet_until[kind] = now + LOG_INTERVAL_S
+        return self._counts.pop(kind)
+
+
+class LedgerLog:
+    """Logs that operations of the ledger are slow or fail."""
+
+    def __init__(self) -> None:
+        self._throttle = Throttle()
+        self._worst_s = 0.0
+
+    def slow(self, op: str, seconds: float) -> None:
+        """Note an operation that took LEDGER_SLOW_S or longer."""
+        self._worst_s = max(self._worst_s, seconds)
+        if count := self._throttle.due("slow"):
+            _log.warning("ledger_slow", op=op, operations=count, worst_ms=round(self._worst_s * 1000, 3))
+            self._worst_s = 0.0
+
+    def failed(self, op: str, kind: str) -> None:
+        """Note an operation that failed while the connection lasts."""
+        if kind not in LOST and kind != "noscript" and (count := self._throttle.due(kind)):
+            _log.error("ledger_fails", kind=kind, op=op, operations=count)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from meshproxy.app.worker import LOG_INTERVAL_S, LedgerLog
 from meshproxy.ledger.embedded import Embedded
+from meshproxy.telemetry.logs import LOG_INTERVAL_S, LedgerLog
 
 NOWHERE = "redis://127.0.0.1:1/0"
 

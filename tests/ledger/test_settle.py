@@ -200,7 +200,7 @@ async def test_a_request_admitted_without_redis_is_charged_once(ledger, settleme
     assert await read.hash(keys.credit) == {"balance": "940", "granted": "1000", "settled": "60"}
     assert (await read.hash(keys.session_spend("s1")))["total"] == "60"
     assert (await read.events(keys.usage))[-1]["hold"] == "none"
-    assert 6 * 86_400 < await store.execute("TTL", keys.unheld("h1")) <= 7 * 86_400
+    assert 6 * 86_400 < await store.execute("TTL", keys.unheld + "h1") <= 7 * 86_400
     before = await snapshot(store)
     assert await ledger.settle(journaled) is False
     assert await snapshot(store) == before
