@@ -45,9 +45,9 @@ CLOSED = {
     "reason": _CREDIT_REASONS | _REFUSAL_REASONS,
     "phase": frozenset(PHASES),
     "op": _split(
-        "admit settle renew balance grant append claim conclude beat put_template delete_template replace repoint sizes index_hours erase"
-        " CONFIG INFO GET SET DEL EXISTS EXPIRE PEXPIRE PING TIME HDEL HGET HINCRBY HMGET HGETALL HSET HLEN HSCAN HVALS LRANGE"
-        " SADD SISMEMBER SMEMBERS SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
+        "admit settle renew balance grant append claim conclude beat put_template delete_template replace repoint sizes"
+        " index_hours erase CONFIG INFO GET SET DEL EXISTS EXPIRE PEXPIRE PING TIME HDEL HGET HINCRBY HMGET HGETALL HSET HLEN"
+        " HSCAN HVALS LRANGE SADD SISMEMBER SMEMBERS SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
     "kind": _split(
         "connection timeout overflow protocol closed noscript error"
