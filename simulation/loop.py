@@ -252,8 +252,10 @@ class SimLoop(asyncio.BaseEventLoop):
             self.torn(False)  # noqa: FBT003 - its only argument
 
     def signal(self, process: Process, number: int) -> bool:
-        """Deliver a signal. Return False if the process is gone or has no handler for it."""
+        """Deliver a signal. Return False if the process is gone or has no handler: SIGTERM then ends it."""
         handler = process.signals.get(number)
+        if process.alive and handler is None and number == signal.SIGTERM:
+            self.kill(process)
         if not process.alive or handler is None:
             return False
         self.at(self.now, process, SimHandle(0.0, handler, (), self, self._context_of(process)))

@@ -169,23 +169,27 @@ class Relay:
             self.stop(error.response)
 
     def stop(self, error_response: ErrorResponse) -> None:
-        """End the stream early with an error event, never with `[DONE]` or without a reason."""
+        """End the stream early with an error event, never with `[DONE]` or without a reason. A complete one just ends."""
         if self.ended:
             return
-        self._exchange.code = error_response.code
-        self._downstream.write(error_event(self._exchange.mask_secrets(error_response), self._exchange.call.request_id))
+        if self.outcome != "completed":
+            self._exchange.code = error_response.code
+            event = error_event(self._exchange.mask_secrets(error_response), self._exchange.call.request_id)
+            self._downstream.write(event)
         self._finish()
         self._response.close()
 
     def renewed(self, refusal: Denial | ErrorResponse | None) -> None:
-        """Continue after a renewal of the hold, or stop if it was refused."""
-        if refusal is not None and not self.ended:
+        """Continue after a renewal of the hold, or stop if it was refused and the stream isn't complete."""
+        if self.ended:
+            return
+        if refusal is not None and self.outcome != "completed":
             error_response = denial_response(refusal) if isinstance(refusal, Denial) else refusal
             self.outcome = OUTCOMES.get(error_response.code, "failed")
             if isinstance(refusal, Denial) and refusal.reason == "insufficient_credits":
                 error_response = insufficient_credits(CREDIT_RAN_OUT.format(format_usd(self._left_nusd(refusal))))
             self.stop(error_response)
-        elif not self.ended:
+        else:
             self._release_withheld()
             if self._downstream.congested():
                 self._wake()  # `run` then waits for the client, which has the withheld events to read
@@ -224,7 +228,8 @@ class Relay:
 
     def shut_down(self, error_response: ErrorResponse) -> None:
         """End the stream because the gateway shuts down."""
-        self.outcome = "shutdown"
+        if self.outcome != "completed":
+            self.outcome = "shutdown"
         self.stop(error_response)
 
     def ping_if_silent(self, now: float, heartbeat_s: float) -> None:

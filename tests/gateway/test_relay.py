@@ -248,6 +248,14 @@ async def test_shutdown_is_told(stream):
     assert stream.provider.closed
 
 
+async def test_shutdown_adds_nothing_to_a_complete_stream(stream):
+    stream.says(event(" a") + DONE)
+    stream.relay.shut_down(overloaded("Closing."))
+    await stream.task
+    assert (stream.relay.outcome, stream.client.sent[-1]) == ("completed", done("0.0000325"))
+    assert stream.provider.closed
+
+
 async def test_an_end_after_the_end_is_nothing(stream):
     stream.relay.shut_down(overloaded("Closing."))
     stream.provider.sink.end()
@@ -300,6 +308,15 @@ async def test_a_stream_without_more_credit_ends(short):
     await short.task
     assert (short.relay.outcome, short.error["code"]) == ("insufficient_credits", "insufficient_credits")
     assert short.provider.closed
+
+
+async def test_a_complete_stream_needs_no_more_credit(short):
+    short.says(*[event(" a")] * 4, DONE)
+    await turns()
+    await short.ledger.answer(NO_CREDIT)
+    short.provider.sink.end()
+    await short.task
+    assert (short.relay.outcome, short.client.sent[-1]) == ("completed", done("0.0000625"))
 
 
 async def test_credit_does_not_resume_what_waits_for_the_client(short):
