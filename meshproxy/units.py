@@ -47,6 +47,7 @@ def in_usd(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 DAY_S = 86_400
 MAX_DOUBLINGS = 16
+YEAR_10000_S = 253_402_300_800  # in Unix time: RFC 3339 has years of four digits
 
 _SPAN = re.compile(r"(\d{1,6})([smhdw])", re.ASCII)
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": DAY_S, "w": 7 * DAY_S}
@@ -76,10 +77,10 @@ def parse_span(text: str) -> int:
 def parse_moment(text: str, now: float, direction: int = 1) -> float:
     """Parse an RFC 3339 time, or a span after `now` (`direction` 1) or before it (-1), into Unix seconds.
 
-    Raises ValueError for anything else, and for a time of day without a time zone.
+    Raises ValueError for anything else, for a time of day without a time zone, and for times before 1970 or after 9999.
     """
     if _SPAN.fullmatch(text):
-        return now + direction * parse_span(text)
+        return _showable(now + direction * parse_span(text), text)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
@@ -90,4 +91,10 @@ def parse_moment(text: str, now: float, direction: int = 1) -> float:
         if len(text) > _DATE_CHARS:
             raise ValueError(f"{text!r} needs its time zone, such as Z")
         moment = moment.replace(tzinfo=UTC)  # a bare day begins at midnight UTC, as the aggregates' days do
-    return moment.timestamp()
+    return _showable(moment.timestamp(), text)
+
+
+def _showable(unix_s: float, text: str) -> float:
+    if not 0 <= unix_s < YEAR_10000_S:
+        raise ValueError(f"{text!r} is not between 1970 and 9999")
+    return unix_s

@@ -15,9 +15,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from meshproxy.app import application, worker, worker_process
 from meshproxy.app import load as loading
 from meshproxy.app import serve as serving
-from meshproxy.app import worker, worker_process
 from meshproxy.app.load import Loaded, load
 from meshproxy.gateway import in_flight
 from meshproxy.ledger import journal as journals
@@ -27,7 +27,8 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Script
-from meshproxy.server import listener, openapi
+from meshproxy.server import listener
+from meshproxy.server.api import document
 from meshproxy.telemetry.metrics import FamilyOf
 from simulation.loop import Process, SimLoop
 from simulation.machine import ROOT
@@ -54,7 +55,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
     """
     return {
         (Script, "load"): _scripts,
-        (openapi, "document"): _document,
+        (application, "document"): _document,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (FamilyOf, "preset"): lambda _: None,
@@ -66,7 +67,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
 
 
 _scripts = cache(Script.load)
-_document = cache(openapi.document)
+_document = cache(document)
 
 
 async def _no_lag(_observe: Any) -> None:

@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 
+import orjson
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -20,11 +21,11 @@ from meshproxy.app.worker import Worker, with_redis
 from meshproxy.config import ConfigError, Server, Settings
 from meshproxy.openai.headers import VERSION_HEADER, cors_headers, preflight_headers
 from meshproxy.openai.request import CHAT_PATH
-from meshproxy.server import openapi
 from meshproxy.server.aiohttp_path import PATHS, ConnectionLimits, envelope_errors
-from meshproxy.server.api import ROUTES, Api
+from meshproxy.server.api import OPENAPI_PATH, ROUTES, document
 from meshproxy.server.chat import WrittenResponse, request_id_of
 from meshproxy.server.listener import ProxiedSite, Runner, Site, load_certificate, server_context
+from meshproxy.server.routes import Route
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog
 from meshproxy.upstream.pool import descriptor_bound
@@ -74,12 +75,11 @@ def application(
         client_max_size=worker.settings.server.max_body_bytes,
     )
     app.router.add_post(CHAT_PATH, serve_chat or worker.serve_chat, expect_handler=_ignore_expect)
-    for method, path, function in ROUTES:
-        for one in ("GET", "HEAD") if method == "GET" else (method,):
-            app.router.add_route(one, path, partial(_answer, worker, function), expect_handler=_ignore_expect)
+    for route in ROUTES:
+        route.add_to(app, partial(_answer, worker, route), _ignore_expect)
     app.router.add_get(HEALTH_PATH, _health)
-    app[PATHS] = (CHAT_PATH, *(path for _, path, _ in ROUTES if "{" not in path), HEALTH_PATH, openapi.PATH)
-    app.router.add_get(openapi.PATH, openapi.handler())
+    app[PATHS] = (CHAT_PATH, *(route.path for route in ROUTES if "{" not in route.path), HEALTH_PATH, OPENAPI_PATH)
+    app.router.add_get(OPENAPI_PATH, partial(_openapi, orjson.dumps(document())))
     return app
 
 
@@ -156,15 +156,18 @@ async def _health(_request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
+async def _openapi(document: bytes, _request: web.Request) -> web.Response:
+    """Answer with the API's description, for which no key is needed."""
+    return web.Response(body=document, content_type="application/json")
+
+
 async def _ignore_expect(_request: web.Request) -> None:
     """Do nothing on `Expect: 100-continue`: 100 Continue is sent when the body is read."""
 
 
-async def _answer(
-    worker: Worker, function: Callable[[Api, web.Request], Awaitable[web.Response]], request: web.Request
-) -> web.StreamResponse:
-    """Call an API function with the worker's API, which exists only once the worker has started."""
-    return await function(worker.api, request)
+async def _answer(worker: Worker, route: Route, request: web.Request) -> web.StreamResponse:
+    """Answer with the worker's API, which exists only once the worker has started."""
+    return await route.answer(worker.api, request)
 
 
 LINGER_S = 0.1  # how long the last accepted connection gets to send its request

@@ -42,7 +42,6 @@ ID_CHARACTERS = 16  # of base 62: 95 bits
 
 _BASE_62 = string.ascii_letters + string.digits
 ACCOUNT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-ACCOUNT_NAME_RULE = "1 to 64 letters, digits, `_`, `.` and `-`, of which the first is a letter or digit"
 _ACCOUNT_NAME = re.compile(ACCOUNT_NAME)
 _ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 
@@ -436,7 +435,9 @@ def mint_secret() -> str:
 def check_account_name(name: str) -> None:
     """Raise ValueError unless the name is a valid account name: it appears in key names, paths and logs."""
     if not _ACCOUNT_NAME.fullmatch(name):
-        raise ValueError(f"{name[:80]!r}: an account's name has {ACCOUNT_NAME_RULE}")
+        raise ValueError(
+            f"{name[:80]!r}: an account's name has 1 to 64 letters, digits, `_`, `.` and `-`, and begins with a letter or digit"
+        )
 
 
 def _random(characters: int) -> str:

@@ -92,7 +92,7 @@ async def report(
                 *(sum_usage(store, name, hours[name], period, group_by, session_id) for name in batch)
             )
             for name, of_account in zip(batch, reports, strict=True):
-                rows += [{"account": name, **_shown_row(row, group_by)} for row in of_account]
+                rows += [{"account": name, **shown_row(row, group_by)} for row in of_account]
         if len(rows) > MAX_FIELDS:
             message = "There is too much in this report: name an account."
             raise GatewayError(Source.CLIENT, invalid(message, param="account", place="query"))
@@ -378,7 +378,8 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield batch
 
 
-def _shown_row(row: UsageRow, group_by: Sequence[str]) -> dict[str, Any]:
+def shown_row(row: UsageRow, group_by: Sequence[str]) -> dict[str, Any]:
+    """Return a report's row as it is shown: with amounts in USD, and of the groups only those that it is grouped by."""
     return in_usd({name: value for name, value in asdict(row).items() if name not in GROUPS or name in group_by})
 
 

@@ -16,19 +16,17 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from importlib.resources import files
 from typing import Any, Protocol, TypedDict
 
-import orjson
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from meshproxy.errors import GatewayError, Source, forbidden, internal_error, unauthorized
 from meshproxy.ledger.administration import Administration
-from meshproxy.server import openapi
 from meshproxy.server.admin_api import add_routes
 from meshproxy.server.aiohttp_path import envelope_errors, error_response
-from meshproxy.server.api import json_response
 from meshproxy.server.chat import request_id_of
 from meshproxy.server.client_address import address
+from meshproxy.server.routes import json_response
 from meshproxy.telemetry.exposition import Summary
 
 PROBES = frozenset({"/healthz", "/readyz"})
@@ -98,7 +96,7 @@ def create_admin(
     admin.router.add_get("/healthz", pages.healthz)
     admin.router.add_get("/readyz", pages.readyz)
     if administration is not None and token is not None:
-        add_routes(admin, administration, orjson.dumps(openapi.admin_document()))
+        add_routes(admin, administration)
     return admin
 
 

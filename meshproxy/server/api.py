@@ -2,13 +2,14 @@
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import orjson
 from aiohttp import web
+from msgspec import Meta, Struct
 from msgspec.structs import asdict
 from multidict import MultiMapping
 
@@ -25,26 +26,30 @@ from meshproxy.errors import (
 from meshproxy.gateway.admit import limits_of
 from meshproxy.gateway.entry import MAX_LOCK_USERS, Authenticator, check_version
 from meshproxy.gateway.pipeline import Gateway
+from meshproxy.ledger import usage_report
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import BucketState
 from meshproxy.ledger.store import Store
-from meshproxy.ledger.usage_report import (
-    GROUPS,
-    HOURS_KEPT,
-    MAX_EVENTS,
-    UsageEvent,
-    UsageRow,
-    events,
-    latest_usage_events,
-    usage,
-)
-from meshproxy.openai.errors import detail_of, field_path
+from meshproxy.ledger.usage_report import GROUPS, HOURS_KEPT, MAX_EVENTS, UsageEvent, shown_row
 from meshproxy.openai.headers import format_reset
+from meshproxy.openai.request import CHAT_PATH, FIELDS
 from meshproxy.policy.catalog import model_object
 from meshproxy.policy.principal import Limits, Principal
 from meshproxy.policy.template import Template, check_template, to_public
-from meshproxy.server.chat import read_json_body, request_id_of
+from meshproxy.server.chat import ChatHandler, read_json_body, request_id_of
+from meshproxy.server.routes import (
+    MOMENT,
+    TEXT,
+    Route,
+    decode_body,
+    describe,
+    groups,
+    invalid_parameter,
+    number,
+    one_of,
+    query_number,
+)
 from meshproxy.units import format_usd, in_usd, rfc3339
 
 MAX_TEMPLATE_BODY_BYTES = 4_194_304  # four times a template's bound; decoding 33 MB would stall others for 1.5 s
@@ -59,17 +64,16 @@ EPOCH = datetime.fromtimestamp(0, UTC)
 
 _GIVEN_ONCE = ("free", "provider", "q", "sort", "order", "limit", "offset", "session_id", "since", "until")
 _FREE = {"": None, "true": True, "1": True, "false": False, "0": False}  # in any case: Python clients send "True"
-_T = TypeVar("_T")
 _ORDERS = {"asc": False, "desc": True}
-_SORTS = {"id": "id", "name": "name", "brand": "brand", "context_length": "context_length"}
+_SORTS = {name: name for name in ("id", "name", "brand", "context_length")}
 
 
-class EventsRequest(msgspec.Struct):
+class EventsRequest(Struct):
     """The body of `POST /v1/usage/events`."""
 
-    request_ids: Annotated[list[str], msgspec.Meta(max_length=MAX_EVENTS)] | None = None
-    since: str | None = None
-    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_EVENTS)] | None = None
+    request_ids: Annotated[list[str], Meta(max_length=MAX_EVENTS)] | None = None
+    since: Annotated[str, Meta(extra_json_schema={"format": "date-time"})] | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_EVENTS)] | None = None
 
 
 class Api:
@@ -92,19 +96,19 @@ class Api:
         self._client_of = client_of
         self._started = int(time.time())
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> Any:
         """`GET /v1/models`: the models this key may use; `free=`, `provider=`. A bare array for Mesh's SDKs."""
-        return await self._model_list(request, free=_one_of(request.query, "free", _FREE))
+        return await self._model_list(request, free=one_of(request.query, "free", _FREE))
 
-    async def free_models(self, request: web.Request) -> web.Response:
+    async def free_models(self, request: web.Request) -> Any:
         """`GET /v1/models/free`: the models that cost nothing."""
         return await self._model_list(request, free=True)
 
-    async def paid_models(self, request: web.Request) -> web.Response:
+    async def paid_models(self, request: web.Request) -> Any:
         """`GET /v1/models/paid`: the models that cost something."""
         return await self._model_list(request, free=False)
 
-    async def search_models(self, request: web.Request) -> web.Response:
+    async def search_models(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/models/search`: `q=` in id or name, `free=`, `brand=`, `sort=`, `order=`, `limit=`, `offset=`."""
         principal = await self._principal(request)
         query = request.query
@@ -113,24 +117,22 @@ class Api:
         brands = query.getall("brand", [])
         found = [
             model
-            for model in self._models(principal, free=_one_of(query, "free", _FREE))
+            for model in self._models(principal, free=one_of(query, "free", _FREE))
             if text in model["id"].lower() and (not brands or model["brand"] in brands)
         ]
-        sort, reverse = _one_of(query, "sort", _SORTS, "id"), _one_of(query, "order", _ORDERS, "asc")
+        sort, reverse = one_of(query, "sort", _SORTS, "id"), one_of(query, "order", _ORDERS, "asc")
         found.sort(key=lambda model: (model[sort], model["id"]), reverse=reverse)
         limit = query_number(query, "limit", DEFAULT_PAGE, most=MAX_PAGE)
         offset = query_number(query, "offset", 0, most=MAX_OFFSET)
-        return json_response(
-            {
-                "items": found[offset : offset + limit],
-                "total": len(found),
-                "limit": limit,
-                "offset": offset,
-                "brands": sorted({model["brand"] for model in found}),
-            }
-        )
+        return {
+            "items": found[offset : offset + limit],
+            "total": len(found),
+            "limit": limit,
+            "offset": offset,
+            "brands": sorted({model["brand"] for model in found}),
+        }
 
-    async def model(self, request: web.Request) -> web.Response:
+    async def model(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/models/{id}`: one model that this key may use."""
         principal = await self._principal(request)
         name = request.match_info["id"]
@@ -138,7 +140,7 @@ class Api:
         entry = catalog.model(name)
         if entry is None or not principal.may_use(name):
             raise GatewayError(Source.CLIENT, model_not_found(name, catalog.nearest(name, principal.key.models)))
-        return json_response(model_object(entry, self._started))
+        return model_object(entry, self._started)
 
     async def templates(self, request: web.Request) -> web.Response:
         """`GET /v1/templates`: the account's own templates and the global ones, as a bare array."""
@@ -154,7 +156,7 @@ class Api:
             await response.write_eof()  # within the turn: what a client doesn't read stays in memory
         return response
 
-    async def create_template(self, request: web.Request) -> web.Response:
+    async def create_template(self, request: web.Request) -> dict[str, Any]:
         """`POST /v1/templates`: create a template of the account."""
         principal = await self._principal(request)
         fields = check_template(await self._body(request, principal), partial=False)
@@ -166,13 +168,13 @@ class Api:
         self._gateway.path_limiter.count(template.owner or "", LIST_VISITS)
         if not await self._directory.put_template(template):
             raise _name_taken(f"There is a template `{template.name}` already.")
-        return json_response(to_public(template), 201)
+        return to_public(template)
 
-    async def template(self, request: web.Request) -> web.Response:
+    async def template(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/templates/{id or name}`: the account's own template, else the global one."""
-        return json_response(to_public(await self._template(request, await self._principal(request))))
+        return to_public(await self._template(request, await self._principal(request)))
 
-    async def change_template(self, request: web.Request) -> web.Response:
+    async def change_template(self, request: web.Request) -> dict[str, Any]:
         """`PATCH /v1/templates/{id or name}`: change the given fields of the account's own template."""
         principal = await self._principal(request)
         template = await self._own_template(request, principal)
@@ -185,26 +187,24 @@ class Api:
             raise _name_taken(str(error)) from error
         if changed is None:
             raise GatewayError(Source.CLIENT, template_not_found(template.name))
-        return json_response(to_public(changed))
+        return to_public(changed)
 
-    async def delete_template(self, request: web.Request) -> web.Response:
+    async def delete_template(self, request: web.Request) -> None:
         """`DELETE /v1/templates/{id or name}`: delete the account's own template."""
         await self._directory.delete_template(await self._own_template(request, await self._principal(request)))
-        return web.Response(status=204)
 
-    async def usage(self, request: web.Request) -> web.Response:
+    async def usage(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/usage`: the caller's account, grouped by `group_by=`."""
         principal = await self._principal(request)
         query = request.query
         _refuse_repeats(query)
-        names = ",".join(query.getall("group_by", [])).split(",")
-        group_by = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+        group_by = groups(query)
         until = _moment(query.get("until"), "until") or datetime.now(UTC)
         since = _moment(query.get("since"), "since") or until - DEFAULT_SPAN
         account = principal.account.name
         self._gateway.path_limiter.count(account, min(max(0.0, (until - since) / VISIT_SPAN), HOURS_KEPT / VISIT_SPAN))
         async with self._gateway.locks.hold(account, MAX_LOCK_USERS):
-            rows = await usage(
+            rows = await usage_report.usage(
                 self._store,
                 account,
                 group_by=group_by,
@@ -213,83 +213,70 @@ class Api:
                 until=until,
                 now=datetime.now(UTC),
             )
-        return json_response(
-            {
-                "object": "list",
-                "account": principal.account.name,
-                "since": since.isoformat(),
-                "until": until.isoformat(),
-                "data": [_row(row, group_by) for row in rows],
-            }
-        )
+        return {
+            "object": "list",
+            "account": principal.account.name,
+            "since": since.isoformat(),
+            "until": until.isoformat(),
+            "data": [shown_row(row, group_by) for row in rows],
+        }
 
-    async def event(self, request: web.Request) -> web.Response:
+    async def event(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/usage/events/{request_id}`: usage and cost of one of the account's requests, once it is settled."""
         principal = await self._principal(request)
         request_id = request.match_info["request_id"]
-        found = await events(self._store, principal.account.name, [request_id], datetime.now(UTC))
+        found = await usage_report.events(self._store, principal.account.name, [request_id], datetime.now(UTC))
         if not found:
             raise GatewayError(Source.CLIENT, not_found(f"No request `{request_id[:128]}` of this account is settled."))
-        return json_response(_public_event(found[0]))
+        return _public_event(found[0])
 
-    async def events(self, request: web.Request) -> web.Response:
+    async def events(self, request: web.Request) -> dict[str, Any]:
         """`POST /v1/usage/events`: those of `request_ids` in their order, or the latest since `since`, newest first."""
         principal = await self._principal(request)
-        try:
-            body = msgspec.json.decode(await self._body(request, principal), type=EventsRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            detail = detail_of(error, ("body",))
-            param = field_path(detail) or None
-            raise GatewayError(
-                Source.CLIENT, invalid(f"The body can't be used: {detail.msg}.", detail, param=param)
-            ) from error
+        body = decode_body(await self._body(request, principal), EventsRequest)
         name, now = principal.account.name, datetime.now(UTC)
         if body.request_ids is not None:
-            found = await events(self._store, name, body.request_ids, now)
+            found = await usage_report.events(self._store, name, body.request_ids, now)
         else:
             since = _moment(body.since, "since", place="body") or now - DEFAULT_SPAN
-            found = await latest_usage_events(self._store, name, since, body.limit or DEFAULT_EVENTS)
-        return json_response({"object": "list", "events": [_public_event(event) for event in found]})
+            found = await usage_report.latest_usage_events(self._store, name, since, body.limit or DEFAULT_EVENTS)
+        return {"object": "list", "events": [_public_event(event) for event in found]}
 
-    async def key(self, request: web.Request) -> web.Response:
+    async def key(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/key`: the calling key, its account's credit, its limits and its spend."""
         principal = await self._principal(request)
         key, account = principal.key, principal.account
         limits = limits_of(principal, self._gateway.active.settings.defaults)
         balance = await self._ledger.balance(account.name, key.id, key_limits=limits, account_limits=account.limits)
-        return json_response(
-            {
-                "id": key.id,
-                "object": "key",
-                "name": key.name,
-                "account": account.name,
-                "balance_usd": format_usd(balance.balance_nusd),
-                "held_usd": format_usd(balance.held_nusd),
-                "available_usd": format_usd(balance.available_nusd),
-                "limits": [
-                    *map(_limit, balance.buckets),
-                    *_parallel("key", limits, balance.key_running),
-                    *_parallel("account", account.limits, balance.account_running),
-                ],
-                "budgets": in_usd(asdict(key.budgets)),
-                "spend": in_usd(asdict(balance.spend)),
-                "default_model": key.default_model,
-                "models": key.models,
-                "expires_at": rfc3339(key.expires_at, "milliseconds"),
-            }
-        )
+        return {
+            "id": key.id,
+            "object": "key",
+            "name": key.name,
+            "account": account.name,
+            "balance_usd": format_usd(balance.balance_nusd),
+            "held_usd": format_usd(balance.held_nusd),
+            "available_usd": format_usd(balance.available_nusd),
+            "limits": [
+                *map(_limit, balance.buckets),
+                *_parallel("key", limits, balance.key_running),
+                *_parallel("account", account.limits, balance.account_running),
+            ],
+            "budgets": in_usd(asdict(key.budgets)),
+            "spend": in_usd(asdict(balance.spend)),
+            "default_model": key.default_model,
+            "models": key.models,
+            "expires_at": rfc3339(key.expires_at, "milliseconds"),
+        }
 
-    async def balance(self, request: web.Request) -> web.Response:
+    async def balance(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/balance`: the account's credit, with Mesh's field names."""
         principal = await self._principal(request)
         balance = await self._ledger.balance(principal.account.name, principal.key.id)
-        return json_response(
-            {
-                "balance_usd": format_usd(balance.balance_nusd),
-                "reserved_usd": format_usd(balance.held_nusd),
-                "available_usd": format_usd(balance.available_nusd),
-            }
-        )
+        return {
+            "balance_usd": format_usd(balance.balance_nusd),
+            "reserved_usd": format_usd(balance.held_nusd),
+            "available_usd": format_usd(balance.available_nusd),
+        }
 
     async def _principal(self, request: web.Request) -> Principal:
         principal = await self._authenticator.principal(request.headers.get("authorization"), self._client_of(request))
@@ -306,14 +293,13 @@ class Api:
         finally:
             room.release()
 
-    async def _model_list(self, request: web.Request, *, free: bool | None) -> web.Response:
-        """Answer with OpenAI's list, or with a bare array for Mesh's SDKs (X-MeshAPI-SDK)."""
+    async def _model_list(self, request: web.Request, *, free: bool | None) -> Any:
+        """Return OpenAI's list, or with a bare array for Mesh's SDKs (X-MeshAPI-SDK)."""
         _refuse_repeats(request.query)
         models = self._models(await self._principal(request), free=free)
-        provider = request.query.get("provider")
-        if provider is not None:
+        if (provider := request.query.get("provider")) is not None:
             models = [model for model in models if model["provider"] == provider]
-        return json_response(models if "x-meshapi-sdk" in request.headers else {"object": "list", "data": models})
+        return models if "x-meshapi-sdk" in request.headers else {"object": "list", "data": models}
 
     def _models(self, principal: Principal, *, free: bool | None = None) -> list[dict[str, Any]]:
         """List the models that the key may use, in the catalogue's order. `free` filters by whether they are."""
@@ -337,23 +323,53 @@ class Api:
         return template
 
 
-ROUTES: tuple[tuple[str, str, Callable[[Api, web.Request], Awaitable[web.Response]]], ...] = (
-    ("GET", "/v1/models", Api.models),
-    ("GET", "/v1/models/free", Api.free_models),
-    ("GET", "/v1/models/paid", Api.paid_models),
-    ("GET", "/v1/models/search", Api.search_models),
-    ("GET", "/v1/models/{id:.+}", Api.model),
-    ("GET", "/v1/templates", Api.templates),
-    ("POST", "/v1/templates", Api.create_template),
-    ("GET", "/v1/templates/{name}", Api.template),
-    ("PATCH", "/v1/templates/{name}", Api.change_template),
-    ("DELETE", "/v1/templates/{name}", Api.delete_template),
-    ("GET", "/v1/usage", Api.usage),
-    ("GET", "/v1/usage/events/{request_id}", Api.event),
-    ("POST", "/v1/usage/events", Api.events),
-    ("GET", "/v1/key", Api.key),
-    ("GET", "/v1/balance", Api.balance),
+_FREE_QUERY: dict[str, Any] = {"enum": ["true", "false", "1", "0", ""]}
+_USAGE_QUERY = {
+    "group_by": {"type": "array", "items": {"enum": list(GROUPS)}},
+    "session_id": TEXT,
+    "since": MOMENT,
+    "until": MOMENT,
+}
+_SEARCH_QUERY = {
+    "q": TEXT,
+    "free": _FREE_QUERY,
+    "brand": {"type": "array", "items": TEXT},
+    "sort": {"enum": list(_SORTS)},
+    "order": {"enum": list(_ORDERS)},
+    "limit": number(MAX_PAGE, least=0),
+    "offset": number(MAX_OFFSET, least=0),
+}
+ROUTES = (
+    Route("GET", "/v1/models", Api.models, "Models", query={"free": _FREE_QUERY, "provider": TEXT}),
+    Route("GET", "/v1/models/free", Api.free_models, "Models", query={"provider": TEXT}),
+    Route("GET", "/v1/models/paid", Api.paid_models, "Models", query={"provider": TEXT}),
+    Route("GET", "/v1/models/search", Api.search_models, "ModelsPage", query=_SEARCH_QUERY),
+    Route("GET", "/v1/models/{id:.+}", Api.model, "Model"),
+    Route("GET", "/v1/templates", Api.templates, "[Template]"),
+    Route("POST", "/v1/templates", Api.create_template, "Template", (201,), body="TemplateRequest"),
+    Route("GET", "/v1/templates/{name}", Api.template, "Template"),
+    Route("PATCH", "/v1/templates/{name}", Api.change_template, "Template", body="TemplateChange"),
+    Route("DELETE", "/v1/templates/{name}", Api.delete_template, "", (204,)),
+    Route("GET", "/v1/usage", Api.usage, "Usage", query=_USAGE_QUERY),
+    Route("GET", "/v1/usage/events/{request_id}", Api.event, "UsageEvent"),
+    Route("POST", "/v1/usage/events", Api.events, "UsageEvents", body=EventsRequest),
+    Route("GET", "/v1/key", Api.key, "Key"),
+    Route("GET", "/v1/balance", Api.balance, "Balance"),
 )
+OPENAPI_PATH = "/openapi.json"
+REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 431, 500, 502, 503, 504)
+
+
+def document() -> dict[str, Any]:
+    """Build the OpenAPI document that describes the data listener. It contains only what docs/ publish."""
+    chat = Route("POST", CHAT_PATH, ChatHandler.__call__, "Completion", body="ChatRequest")
+    of_chat = {name: kind if name == "messages" else kind | None for name, kind in FIELDS.items()}  # null: absent
+    key = {"key": {"type": "http", "scheme": "bearer", "bearerFormat": "rsk_..."}}
+    described = describe("meshproxy", [chat, *ROUTES], REFUSALS, key, bodies={"ChatRequest": of_chat})
+    operation = described["paths"][CHAT_PATH]["post"]
+    operation |= {"operationId": "chat", "summary": "A chat completion, whole or as a stream"}
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT}
+    return described
 
 
 def _public_event(event: UsageEvent) -> dict[str, Any]:
@@ -370,39 +386,11 @@ def _name_taken(message: str) -> GatewayError:
     return GatewayError(Source.CLIENT, invalid(message, detail, param="name"))
 
 
-def json_response(value: Any, status: int = 200) -> web.Response:
-    """Make the response that has a value as JSON."""
-    return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
-
-
-def _one_of(query: Mapping[str, str], name: str, known: Mapping[str, _T], default: str = "") -> _T:
-    """Return what a query parameter stands for. Raises GatewayError `validation_error` for an unknown value."""
-    value = query.get(name, default).lower()
-    if value not in known:
-        raise invalid_parameter(name, f"is one of {', '.join(filter(None, known))}.")
-    return known[value]
-
-
 def _refuse_repeats(query: MultiMapping[str]) -> None:
     """Raise GatewayError `validation_error` for a parameter with one value that is given more than once."""
     for name in _GIVEN_ONCE:
         if len(query.getall(name, [])) > 1:
             raise invalid_parameter(name, "is given more than once.")
-
-
-def invalid_parameter(name: str, message: str, place: str = "query") -> GatewayError:
-    """Build 422 for a parameter; the message continues its name, as in `is not a number`."""
-    return GatewayError(Source.CLIENT, invalid(f"`{name}` {message}", param=name, place=place))
-
-
-def query_number(query: Mapping[str, str], name: str, default: int, *, least: int = 0, most: int) -> int:
-    """Return a number of the query. Raises GatewayError `validation_error` if it isn't one from `least` to `most`."""
-    text = query.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and least <= int(text[:9]) <= most):
-        raise invalid_parameter(name, f"is a number from {least} to {most}.")
-    return int(text[:9])
 
 
 def _moment(text: str | None, name: str, place: str = "query") -> datetime | None:
@@ -417,12 +405,6 @@ def _moment(text: str | None, name: str, place: str = "query") -> datetime | Non
     if moment < EPOCH:
         raise invalid_parameter(name, "is before 1970.", place)
     return moment
-
-
-def _row(row: UsageRow, group_by: Sequence[str]) -> dict[str, Any]:
-    fields = in_usd(asdict(row))
-    groups = {name: fields.pop(name) for name in GROUPS}
-    return {**{name: groups[name] for name in group_by}, **fields}
 
 
 def _limit(bucket: BucketState) -> dict[str, Any]:

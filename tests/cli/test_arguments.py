@@ -56,6 +56,8 @@ def test_good_values(parse, text, expected):
         (arguments.past, "2026-11-24T09:00:00", "needs its time zone"),
         (arguments.future, "2020-01-01T00:00:00Z", "not in the future"),
         (arguments.future, "0d", "not in the future"),
+        (arguments.future, "999999w", "not between 1970 and 9999"),
+        (arguments.past, "1969-12-31", "not between 1970 and 9999"),
     ],
 )
 def test_bad_values_are_told_plainly(parse, text, words):

@@ -9,8 +9,8 @@ import pytest
 
 from meshproxy.policy.principal import Limits
 from meshproxy.server.admin_api import OPENAPI_PATH
-from meshproxy.server.api import ROUTES
-from meshproxy.server.openapi import PATH, document
+from meshproxy.server.api import OPENAPI_PATH as PATH
+from meshproxy.server.api import ROUTES, document
 from tests.harness.mesh import model
 from tests.harness.process import Gateway, Program, Valkey
 
@@ -25,7 +25,7 @@ async def test_every_path_is_described_and_the_description_needs_no_key(mesh):
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert document() == answer.json
     described = {(method.upper(), path) for path, methods in answer.json["paths"].items() for method in methods}
-    routes = {(method, path.replace(":.+", "")) for method, path, _ in ROUTES}
+    routes = {(route.method, route.path.replace(":.+", "")) for route in ROUTES}
     assert {("POST", "/v1/chat/completions"), *routes} == described
 
 

@@ -9,8 +9,7 @@ from meshproxy.ledger.connection import connect, store_warnings
 from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.server.admin import create_admin
-from meshproxy.server.admin_api import OPENAPI_PATH, QUERIES, ROUTES
-from meshproxy.server.openapi import admin_document
+from meshproxy.server.admin_api import OPENAPI_PATH, ROUTES, document
 
 TOKEN = "the-operators-token"
 AUTH = {"authorization": f"Bearer {TOKEN}"}
@@ -113,20 +112,20 @@ async def test_a_wrong_field_is_named(api, body, param, words):
         (
             "/keys",
             {"account": "a b"},
-            "`account`: Expected 1 to 64 letters, digits, `_`, `.` and `-`, of which the first",
+            "`account`: 'a b': an account's name has 1 to 64 letters, digits, `_`, `.` and `-`, and begins",
         ),
         (
             "/keys",
             {"account": "acme", "budget_usd": "1,50"},
-            "`budget_usd`: Expected a decimal amount in USD from 0 on.",
+            "`budget_usd`: '1,50' is not a decimal amount in USD with at most 9 decimals.",
         ),
         (
             "/accounts/acme/grants",
             {"amount_usd": "$5"},
-            "`amount_usd`: Expected a decimal amount in USD, such as 25.00.",
+            "`amount_usd`: '$5' is not a decimal amount in USD with at most 9 decimals.",
         ),
-        ("/accounts/acme/grants", {"amount_usd": "5", "ref": " "}, "`ref`: Expected a text that isn't empty."),
-        ("/keys/key_none/rotate", {"grace": "soon"}, "`grace`: Expected a duration such as 24h."),
+        ("/accounts/acme/grants", {"amount_usd": "5", "ref": " "}, "`ref`: Empty: leave it out, or name a payment."),
+        ("/keys/key_none/rotate", {"grace": "soon"}, "`grace`: 'soon' is not a duration such as 30d, 24h, 15m."),
     ],
 )
 async def test_a_rule_of_a_text_is_said_in_words(api, path, body, words):
@@ -295,16 +294,16 @@ async def test_what_cant_be_is_refused_in_the_envelope(api, method, path, body, 
 
 
 def test_the_document_has_the_parameters_that_each_path_takes():
-    paths = admin_document()["paths"]
-    for method, path, function, _ in ROUTES:
-        parameters = paths[path][method.lower()]["parameters"]
-        assert {each["name"] for each in parameters if each["in"] == "query"} == set(QUERIES.get(function, ())), path
+    paths = document()["paths"]
+    for route in ROUTES:
+        parameters = paths[route.path][route.method.lower()]["parameters"]
+        assert {each["name"] for each in parameters if each["in"] == "query"} == set(route.query), route.path
 
 
 @pytest.mark.parametrize("authorization", ["", "Bearer another", "Basic YTpi"])
 async def test_everything_wants_the_token(client, authorization):
-    for method, path, _, _ in ROUTES:
-        answer = await client.request(method, path, headers={"authorization": authorization})
+    for route in ROUTES:
+        answer = await client.request(route.method, route.path, headers={"authorization": authorization})
         assert (answer.status, (await answer.json())["error"]["code"]) == (401, "unauthorized")
 
 
@@ -329,9 +328,9 @@ async def test_a_body_is_json(client):
 
 async def test_the_description_has_every_path(client):
     answer = await (await client.get(OPENAPI_PATH, headers=AUTH)).json()
-    assert admin_document() == answer
+    assert document() == answer
     described = {(method.upper(), path) for path, methods in answer["paths"].items() for method in methods}
-    assert {(method, path) for method, path, _, _ in ROUTES} == described
+    assert {(route.method, route.path) for route in ROUTES} == described
 
 
 @pytest.mark.parametrize(
