@@ -37,6 +37,14 @@ def test_escaped_text_is_counted_as_text():
     assert estimate_prompt(b"\\u0416" * 100 + b"x" * 600, (), 0) == 300
 
 
+def test_escapes_of_much_text_are_found_by_samples():
+    text = 'Он сказал: "Hello, world!"\n' * 3000
+    escaped, plain = json.dumps(text).encode(), json.dumps(text, ensure_ascii=False).encode()
+    letters = len(plain) - len(text) - text.count("\n") - text.count('"')  # two bytes each in UTF-8, six escaped
+    exact = (len(escaped) - 3 * letters) / 3
+    assert 0.95 < estimate_prompt(escaped, (), 0) / exact < 1.05
+
+
 @pytest.mark.parametrize("more", [b"", b"x"])
 def test_what_looks_like_escapes_can_at_most_halve_the_estimate(more):
     assert estimate_prompt(b"\\u" * 1500 + more, (), 0) == 500
