@@ -18,11 +18,13 @@ import statistics
 import sys
 from collections import Counter
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 import uvloop
 from aiohttp import web
 
+import meshproxy
 from meshproxy import config
 from meshproxy.app.application import application
 from meshproxy.app.worker import Worker
@@ -33,11 +35,15 @@ from meshproxy.telemetry.logs import LineSink, RequestLog
 REQUEST_BUDGET = 396
 EVENT_BUDGET = 21  # of an event that comes alone
 CROWDED_EVENT_BUDGET = 4.4  # of one among CROWD that come in one read
+STREAM_BUDGET = 818  # of a whole stream of STREAM_TOKENS events, each in a read of its own
+STREAM_FILES_BUDGET = 37  # of the package that such a stream passes, from socket to settlement
 
+PACKAGE = f"{Path(meshproxy.__file__).parent}/"
 WARM_UP = 50
 BATCHES = 7
 BATCH = 40
 CROWD = 50
+STREAM_TOKENS = 8
 PATIENCE_S = 10.0
 
 ANSWER = (
@@ -76,6 +82,11 @@ class Calls:
     def total(self):
         return self.by_name.total()
 
+    def files(self):
+        """The files of the package whose functions were called."""
+        paths = {what.co_filename for what in self.by_name if not isinstance(what, str)}
+        return {path.removeprefix(PACKAGE) for path in paths if path.startswith(PACKAGE)}
+
     def told(self, per):
         """Where the calls went, for each of `per` times."""
         frames = sum(count for what, count in self.by_name.items() if not isinstance(what, str))
@@ -106,8 +117,16 @@ class Wire:
         self._upstream.sendall(UNARY)
         assert b"200 OK" in self._heard(ANSWER)
 
+    def stream(self):
+        self._ask_for_stream()
+        self._upstream.sendall(STREAM + EVENT)
+        assert b"200 OK" in self._heard(EVENT)
+        for _ in range(STREAM_TOKENS - 1):
+            self.event()
+        self.end_stream()
+
     def begin_stream(self):
-        self._ask(b'{"model":"m","messages":[{"role":"user","content":"Hello"}],"max_tokens":256,"stream":true}')
+        self._ask_for_stream()
         self._upstream.sendall(STREAM)
         assert b"200 OK" in self._heard(b"\r\n\r\n")
 
@@ -126,6 +145,9 @@ class Wire:
     def close(self):
         self._client.close()
         self._upstream.close()
+
+    def _ask_for_stream(self):
+        self._ask(b'{"model":"m","messages":[{"role":"user","content":"Hello"}],"max_tokens":256,"stream":true}')
 
     def _ask(self, body):
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway.test\r\nauthorization: Bearer {self._secret}\r\n"
@@ -212,6 +234,18 @@ def drive_requests(wire, calls):
     return median_of_batches(calls, wire.unary), calls.told(BATCHES * BATCH)
 
 
+def drive_streams(wire, calls):
+    return median_of_batches(calls, wire.stream), calls.told(BATCHES * BATCH)
+
+
+def drive_one_stream(wire, calls):
+    for _ in range(WARM_UP):
+        wire.stream()
+    calls.by_name.clear()
+    wire.stream()
+    return calls.files()
+
+
 def drive_events(wire, calls):
     wire.begin_stream()
     cost = median_of_batches(calls, wire.event)
@@ -232,6 +266,7 @@ def drive_crowds(wire, calls):
     ("drive", "budget"),
     [
         pytest.param(drive_requests, REQUEST_BUDGET, id="a request"),
+        pytest.param(drive_streams, STREAM_BUDGET, id="a stream"),
         pytest.param(drive_events, EVENT_BUDGET, id="an event"),
         pytest.param(drive_crowds, CROWDED_EVENT_BUDGET, id="an event in a crowd"),
     ],
@@ -240,3 +275,9 @@ def test_costs_no_more_calls_than_its_budget(drive, budget):
     cost, told = uvloop.run(count(drive))
     print(f"\n{cost:.1f} calls, budget {budget}\n{told}")
     assert cost <= budget, f"{cost:.1f} calls, over the budget of {budget}; see this file's head. They went to\n{told}"
+
+
+def test_a_stream_passes_no_more_files_than_its_budget():
+    files = uvloop.run(count(drive_one_stream))
+    print("", *sorted(files), sep="\n")
+    assert len(files) <= STREAM_FILES_BUDGET, f"{len(files)} files: {sorted(files)}"

@@ -35,15 +35,14 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
     Raises UpstreamError if the stream broke off, ended or reported an error before any event.
     """
     until = clock() + hold_s
-    if not response.early_pieces() and response.may_receive_more:
+    if not response.early and response.may_receive_more:
         await response.wait_for_more(hold_s)
-    pieces = response.early_pieces()
-    if pieces and begins_plainly(pieces[0]):  # nearly every stream: the relay scans this event alone
+    if response.early and begins_plainly(response.early[0][0]):
         return
     scanner = StreamScanner(hide_usage=False)
     scanned = 0
     while True:
-        for payload in response.early_pieces(scanned):
+        for payload, _ in response.early[scanned:]:
             _look_for_event(payload, scanner)
             scanned += 1
         if not response.may_receive_more:
@@ -106,7 +105,7 @@ class EarlyHead:
 def beginning(response: Response) -> bytes:
     """Return the first bytes of a body, as far as they have arrived, without consuming them."""
     found = b""
-    for payload in response.early_pieces():
+    for payload, _ in response.early:
         found += payload[:FORM_BYTES]
         if len(found) >= FORM_BYTES:
             break
@@ -292,8 +291,11 @@ class Attempts:
     async def _stream_of(self, response: Response, hold_s: float) -> Response:
         """Return the response as an event stream whose first event has arrived, or was waited for long enough.
 
-        The first bytes decide what the body is, since content types are wrong more often (docs/providers.md).
+        The first bytes decide what the body is, since content types are wrong more often (docs/providers.md). Nearly
+        every stream begins with a plain event; only others are scanned here, and all by the relay.
         """
+        if response.early and begins_plainly(response.early[0][0]):
+            return response
         is_labelled = _is_labelled(response)
         if not is_labelled:
             await first_bytes(response)

@@ -348,7 +348,8 @@ class Gateway:
         finally:
             self._live.relays.discard(relay)
             exchange.events = scanner.events
-            relay.bill()
+            if not exchange.complete:  # a complete stream is billed already: the client was told its cost
+                relay.bill()
 
     def _own_headers(self, exchange: Exchange) -> Headers:
         """Return the gateway's own headers for an answer.

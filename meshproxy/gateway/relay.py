@@ -47,6 +47,7 @@ class Relay:
         "_drained_bytes",
         "_exchange",
         "_first_at",
+        "_has_natives",
         "_last_at",
         "_lease",
         "_max_gap_s",
@@ -74,6 +75,7 @@ class Relay:
         self._exchange = exchange
         self._lease = lease
         self._choices = 1 if exchange.plan is None else exchange.plan.request.n
+        self._has_natives = exchange.candidate is not None and bool(exchange.candidate.natives)
         self._clock = clock
         self._signal: asyncio.Future[None] | None = None
         early_head = exchange.early_head
@@ -197,13 +199,13 @@ class Relay:
                 self._resume()
 
     def bill(self) -> None:
-        """Record what the stream has used and cost so far."""
+        """Record what the stream has used and cost so far. The provider's model matters where it walks fallbacks itself."""
         scanner = self.scanner
         most = self._lease.bound if self.short_of_credit else None
         bill(
             self._exchange,
             scanner.report,
-            scanner.reported_model,
+            scanner.reported_model if self._has_natives else None,
             lambda: scanner.tokens,
             most,
             audio_output=lambda: scanner.audio_tokens,

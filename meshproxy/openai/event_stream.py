@@ -176,8 +176,10 @@ class StreamScanner:
         """End the scan with the upstream's body. Return a last event that only lacks its blank line, else nothing."""
         held = bytes(self._held)
         self._held.clear()
+        if self._over:
+            return b""
         data = parse(held).data
-        if self._over or not (data.startswith(b"[DONE]") or decode_members(data) is not None):
+        if not (data.startswith(b"[DONE]") or decode_members(data) is not None):
             return b""
         return self._event(held + b"\n\n")
 

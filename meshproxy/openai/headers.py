@@ -153,14 +153,15 @@ def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:
 
 def downstream_headers(headers: Iterable[tuple[str, str]], *, without: Iterable[tuple[str, str]] = ()) -> Headers:
     """Return the provider's headers (lower-case names) that the client may see, except those named in `without`."""
-    withheld = {name for name, _ in without} if without else set()
-    shown = []
+    ours = dict(without)
+    shown: Headers = []
+    hop_by_hop: set[str] = set()
     for name, value in headers:
-        if name in RETURNED and _is_plain(value):
+        if name in RETURNED and name not in ours and _is_plain(value):
             shown.append((name, value))
         elif name == "connection" and value != "keep-alive":  # it names hop-by-hop headers: RFC 9110, section 7.6.1
-            withheld.update(token.strip().lower() for token in value.split(","))
-    return [header for header in shown if header[0] not in withheld] if withheld else shown
+            hop_by_hop.update(token.strip().lower() for token in value.split(","))
+    return [header for header in shown if header[0] not in hop_by_hop] if hop_by_hop else shown
 
 
 def _is_plain(value: str) -> bool:

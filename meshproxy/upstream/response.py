@@ -184,7 +184,8 @@ class Flow(Protocol):
 class Response:
     """One answer of a provider. Header names are lower-case. It is its own sink until `relay` or `read` sets one.
 
-    `flow` is its connection, which sets it to None when the body is over.
+    `flow` is its connection, which sets it to None when the body is over. `early`: the pieces of the body that arrived
+    before a sink was set, as (payload, frame); see `Sink.data`.
     """
 
     def __init__(self, status: int, headers: list[tuple[str, str]], flow: Flow | None, max_bytes: int) -> None:
@@ -192,7 +193,7 @@ class Response:
         self.headers = headers
         self.flow = flow
         self._max_bytes = max_bytes
-        self._early: list[tuple[bytes, bytes | None]] = []
+        self.early: list[tuple[bytes, bytes | None]] = []
         self._early_bytes = 0
         self._error: UpstreamError | None = None
         self._listener: asyncio.Future[None] | None = None
@@ -216,7 +217,7 @@ class Response:
         """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow."""
         # usual for small answers: the body came with its head
         if self.flow is None and self._error is None and self._early_bytes <= self._max_bytes:
-            return self._early[0][0] if len(self._early) == 1 else b"".join([payload for payload, _ in self._early])
+            return self.early[0][0] if len(self.early) == 1 else b"".join([payload for payload, _ in self.early])
         whole = _WholeBody(self, self._max_bytes)
         self.relay(whole)
         try:
@@ -224,10 +225,6 @@ class Response:
         except asyncio.CancelledError:
             self.close()
             raise
-
-    def early_pieces(self, since: int = 0) -> list[bytes]:
-        """Return the pieces of the body that arrived before a sink was set, from number `since` on."""
-        return [payload for payload, _ in self._early[since:]]
 
     @property
     def may_receive_more(self) -> bool:
@@ -259,7 +256,7 @@ class Response:
         """Push the body to `sink` from now on. What has arrived, even its end, is pushed before this returns."""
         if self._early_bytes > MAX_EARLY_BYTES:
             self.resume()
-        early, self._early, self._early_bytes = self._early, [], 0
+        early, self.early, self._early_bytes = self.early, [], 0
         for payload, frame in early:
             if self._closed:
                 return
@@ -286,14 +283,14 @@ class Response:
     def close(self) -> None:
         """Give up the rest of the body. An unfinished answer's socket is closed at once, so that the provider stops."""
         self._closed = True
-        self._early.clear()
+        self.early.clear()
         flow, self.flow = self.flow, None
         if flow is not None:
             flow.abort()
 
     def data(self, payload: bytes, frame: bytes | None) -> None:
         """Keep body bytes that arrive before a sink is set."""
-        self._early.append((payload, frame))
+        self.early.append((payload, frame))
         self._early_bytes += len(payload)
         if self._early_bytes > MAX_EARLY_BYTES:
             self.pause()

@@ -74,7 +74,7 @@ async def begins(response, hold_s=HOLD_S):
 async def test_it_returns_with_the_first_event_and_takes_nothing(upstream, before):
     response = await upstream.answer(before + EVENT)
     assert await begins(response) < HOLD_S
-    assert before + EVENT == b"".join(response.early_pieces())
+    assert before + EVENT == b"".join(payload for payload, _ in response.early)
 
 
 async def test_an_event_in_pieces_is_awaited_whole(upstream):

@@ -215,13 +215,13 @@ async def test_what_comes_early_can_be_heard_and_is_still_pushed_whole(serve, pr
             await conversation.send(step)
 
     response = await provide((await serve(script)).url).post("/x", (), b"{}")
-    assert (response.early_pieces(), response.may_receive_more, response.ended) == ([], True, False)
+    assert (response.early, response.may_receive_more, response.ended) == ([], True, False)
     await response.wait_for_more(0.0)
     steps.put_nowait(b"5\r\nhello\r\n")
     await response.wait_for_more(5.0)
     steps.put_nowait(b"5\r\nworld\r\n")
     await response.wait_for_more(5.0)
-    assert (response.early_pieces(), response.early_pieces(1)) == ([b"hello", b"world"], [b"world"])
+    assert [payload for payload, _ in response.early] == [b"hello", b"world"]
     steps.put_nowait(b"0\r\n\r\n")
     await response.wait_for_more(5.0)
     assert (response.may_receive_more, response.ended, response.error) == (False, True, None)

@@ -188,6 +188,8 @@ class Play:
         act, self.act = self.act, ""
         if act:
             getattr(self.response, act)()
+        if act == "close":
+            self.sinks[-1].is_over = True  # it hears no more, not even of an end that came in the same read
 
 
 @pytest.fixture
