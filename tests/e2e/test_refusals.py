@@ -71,13 +71,6 @@ async def test_what_was_flagged_is_not_asked_elsewhere(pair):
     assert (answer.status, answer.error["message"], second.bodies) == (403, "Your input was flagged", [])
 
 
-async def test_a_refusal_of_our_account_is_asked_elsewhere(pair):
-    mesh, first, _ = pair
-    first.answers(401, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}})
-    answer = await mesh.chat(await mesh.key(), model="m")
-    assert (answer.status, answer.headers["x-mesh-routing-attempts"]) == (200, "2")
-
-
 @pytest.mark.parametrize(("body", "expected"), [(TOO_LONG, (200, 1)), (INVALID, (400, 0))])
 async def test_another_model_is_asked_for_what_only_this_one_refuses(pair, body, expected):
     mesh, first, second = pair

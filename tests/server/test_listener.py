@@ -260,34 +260,6 @@ async def test_a_bug_is_answered_in_the_envelope(start, caplog):
     assert "handler failed" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "half", [b"GET /work HTTP/1.1\r\nhost:", b"POST /v1/chat/completions HTTP/1.1\r\nhost:", b"POST /v1/ch"]
-)
-async def test_half_a_head_is_given_up(start, half):
-    served = await start(header_timeout_s=0.05)
-    got = await served.asked(half)
-    assert b" 408 Request Timeout\r\n" in got
-    assert served.refused == [408]
-    assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
-
-
-async def test_no_head_at_all_is_hung_up_on_without_a_word(start):
-    served = await start(header_timeout_s=0.05)
-    assert await served.asked(b"") == b""
-
-
-@pytest.mark.parametrize(("request_", "body"), [(GET, b"fine"), (POST, b"chat {}")])
-async def test_a_connection_between_requests_may_be_idle(start, request_, body):
-    served = await start(header_timeout_s=0.05)
-    reader, writer = await served.connect()
-    for _ in range(2):
-        writer.write(request_)
-        await answers(reader, body)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reader.read(1), 0.3)  # much longer than a head may take
-    writer.close()
-
-
 async def test_a_client_that_hangs_up_cancels_its_handler(start):
     served = await start()
     _, writer = await served.connect()
