@@ -261,15 +261,21 @@ class Attempts:
         streamed = plan.request.stream
         try:
             if response.status not in ANSWERED:
-                raise await self._refusal(response)
+                raise await self._in_time(exchange, self._refusal(response))
             if streamed:
-                response = await self._stream_of(response, self._hold_s(exchange, active))
+                response = await self._stream_of(exchange, response, self._hold_s(exchange, active))
         except BaseException:
             response.close()
             raise
         attempt.answered(self._clock() - exchange.sent_at if streamed else None)
         self._recorder.attempted(candidate.upstream, "200")
         return response
+
+    async def _in_time(self, exchange: Exchange, reading: Coroutine[None, None, Result]) -> Result:
+        """Read a body by the client's deadline, if it has one. Raises the client's GatewayError 504 after that."""
+        if exchange.deadline == math.inf or exchange.detachable:
+            return await reading
+        return await within(exchange.deadline - self._clock(), reading)
 
     async def _built(self, plan: Plan, candidate: Candidate) -> bytes:
         """Build a large body in a thread, so that streams go on; one at a time, to bound memory."""
@@ -288,7 +294,7 @@ class Attempts:
         )
         return verdict.to_error(response.status)
 
-    async def _stream_of(self, response: Response, hold_s: float) -> Response:
+    async def _stream_of(self, exchange: Exchange, response: Response, hold_s: float) -> Response:
         """Return the response as an event stream whose first event has arrived, or was waited for long enough.
 
         The first bytes decide what the body is, since content types are wrong more often (docs/providers.md). Nearly
@@ -298,19 +304,19 @@ class Attempts:
             return response
         is_labelled = _is_labelled(response)
         if not is_labelled:
-            await first_bytes(response)
+            await self._in_time(exchange, first_bytes(response))
         form = form_of(beginning(response))
         if form == "other" and not is_labelled:
             error_response = upstream_error("The provider answered a stream with something else.", may_have_run=True)
             raise UpstreamError(error_response, safe_to_repeat=False, upstream_status=200, unreadable=True)
         if form == "json":
-            return await _converted(response)
+            return await self._in_time(exchange, _converted(response))
         try:
             await first_event(response, hold_s, self._clock)
         except UpstreamError:
             if form_of(beginning(response)) != "json":
                 raise
-            return await _converted(response)
+            return await self._in_time(exchange, _converted(response))
         return response
 
     def _hold_s(self, exchange: Exchange, active: ActiveConfig) -> float:

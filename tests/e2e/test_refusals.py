@@ -459,6 +459,26 @@ async def test_a_shutdown_settles_what_is_drained(late):
     assert (event["usage_source"], event["completion_tokens"], int(event["cost_nusd"]) > 0) == ("estimated", "0", True)
 
 
+@pytest.mark.parametrize(
+    ("head", "stream"),
+    [
+        (b"HTTP/1.1 500 X\r\n\r\n", False),
+        (b"HTTP/1.1 401 X\r\n\r\n", True),
+        (b"HTTP/1.1 200 X\r\n\r\n", True),
+        (b'HTTP/1.1 200 X\r\n\r\n{"id": ', True),
+    ],
+)
+async def test_a_deadline_passes_while_a_body_is_awaited_that_is_no_stream(start_mesh, providers, head, stream):
+    provider = await providers()
+    provider.says, provider.ends = [head], "silence"
+    upstream = {"kind": "openai", "base_url": provider.base_url}
+    mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
+    caller = await mesh.key()
+    async with asyncio.timeout(5):
+        answer = await mesh.chat(caller, model="m", stream=stream, timeout=0.3)
+    assert (answer.status, answer.code, await mesh.spent(caller)) == (504, "gateway_timeout", 0)
+
+
 async def test_a_stream_whose_head_has_come_by_the_deadline_is_not_cut(late):
     mesh, provider = late
     whole = provider.says[1]
