@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from msgspec.structs import replace
+
 from simulation.client import Sight
-from simulation.history import Model, Price
+from simulation.history import STORE_TIMEOUT_S, Model, Price, Request
 from simulation.provider import Call, prompt_tokens
-from simulation.record import View
+from simulation.record import LATENCY_S, View
 
 FEWEST, MOST = 0.7, 1.5  # of the true tokens, what an estimate may be
 FEW, MANY = 4, 8  # tokens that an estimate of a short text may be off
@@ -44,7 +46,7 @@ def part_cost(call: Call, model: Model, seen: int) -> Cost:
 
 def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -> Cost:
     choices = max(1, call.body.get("n") or 1)
-    true_prompt = prompt_tokens(len(str(call.body["messages"][-1]["content"]).split(" ")) - 1)
+    true_prompt = prompt_tokens(call.body)
     prompts = (int(true_prompt * FEWEST) - FEW, int(true_prompt * MOST) + MANY)
     caps = [call.body[name] * choices for name in ("max_tokens", "max_completion_tokens") if name in call.body]
     fewest = min([fewest, *caps])  # an estimate may end at the cap, also where the provider went past it
@@ -72,20 +74,49 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     if request.keyed and len(view.group(sight)) > 1 and _ran_elsewhere(view, sight):
         costs.append(NOTHING)
     call = calls[-1]
-    names = [request.model, *request.fallbacks]  # one of whose upstreams may have to be read to the end
-    goes_on = request.keyed or any("drained" in view.record.prices[0][1][name].routes for name in names)
+    goes_on = runs_on(view, sight)
     timed_out = sight.status == 504 or sight.error.get("code") == "gateway_timeout"
     if sight.ended == "whole" and sight.status >= 400 and not (timed_out and goes_on):
         return [NOTHING]
     if goes_on and any(trouble.what == "killed" and trouble.end >= sight.began_at for trouble in view.record.troubles):
         costs.append(NOTHING)
-    if view.is_lossy or view.feels(sight, "killed") or sight.ended == "unconnected":
+    if view.is_lossy or view.feels(sight, "killed") or sight.ended == "unconnected" or died_unsettled(view, sight):
         costs.append(NOTHING)
     seen = seen_tokens(sight)
     for call in calls:
         for model in view.models(sight, _model_of(view, sight, call)):
-            costs += _charges_of(view, sight, call, model, seen, goes_on=goes_on, timed_out=timed_out)
+            for price in _prices(call, model, request):
+                priced = replace(model, price=price)
+                costs += _charges_of(view, sight, call, priced, seen, goes_on=goes_on, timed_out=timed_out)
     return costs
+
+
+def runs_on(view: View, sight: Sight) -> bool:
+    """Whether a request goes on without its client: by its Idempotency-Key, or an upstream that is read to the end."""
+    names = [sight.request.model, *sight.request.fallbacks]
+    return sight.request.keyed or any("drained" in view.record.prices[0][1][name].routes for name in names)
+
+
+def _prices(call: Call, model: Model, request: Request) -> set[Price]:
+    """Return what tokens may cost: in the service tier that the report names, else in the requested one."""
+    named = model.price_in(call.tier, request.tier)
+    return {named} if call.reported and call.is_true else {named, model.price_in(request.tier)}
+
+
+def died_unsettled(view: View, sight: Sight) -> bool:
+    """Whether a process was killed that neither the store nor its disk had taken the settlement from."""
+    killed = [trouble for trouble in view.record.troubles if trouble.what == "killed"]
+    others = [trouble for trouble in view.record.troubles if trouble.what not in {"killed", "drained"}]
+    return any(
+        other.start <= death.start
+        and sight.began_at <= death.end
+        and (
+            (other.what.startswith("disk") and other.end >= sight.ended_at)
+            or death.start <= sight.ended_at + 2 * STORE_TIMEOUT_S + LATENCY_S
+        )
+        for death in killed
+        for other in others
+    )
 
 
 def _charges_of(

@@ -14,7 +14,7 @@ PATIENCE_S: Final = 400.0  # for an answer; whoever gets none by then hung
 STALL_S: Final = 90.0  # after which a client that reads nothing gives up; the gateway must have given it up before
 SLOWLY_S: Final = 60.0  # in all; then a slow client reads on as any other
 SLOWEST_S: Final = 3.0  # between two reads of a slow client
-CONNECT_RETRIES: Final = 2
+HALF_CLOSED_S: Final = 60.0  # that a client which has half-closed keeps its socket
 
 
 class Sight(Struct):
@@ -84,6 +84,12 @@ def body_of(request: Request, marker: str) -> bytes:
     body |= {name: value for name, value in optional.items() if value is not None}
     if request.fallbacks:
         body["models"] = list(request.fallbacks)
+    if request.tier:
+        body["service_tier"] = request.tier
+    if request.template:
+        body["template"] = request.template
+    if request.manner is not None:
+        body["variables"] = {"manner": request.manner, "other": "unused"}
     return json.dumps(body).encode()
 
 
@@ -162,6 +168,22 @@ class Clients:
         link.close()
         return None
 
+    async def fetch(self, worker: int, key: int, target: str, body: Any = None) -> tuple[int, Any]:
+        """Return the status and JSON of another path's answer; status 0 if there is none."""
+        data = b"" if body is None else json.dumps(body).encode()
+        head = f"{'GET' if body is None else 'POST'} {target} HTTP/1.1\r\nhost: mesh\r\nconnection: close\r\n"
+        head += f"authorization: Bearer {self._secret(key)}\r\n"
+        head += "" if body is None else f"content-type: application/json\r\ncontent-length: {len(data)}\r\n"
+        try:
+            reader, writer = await asyncio.open_connection(*self._address(worker))
+            writer.write(head.encode() + b"\r\n" + data)
+            got = await reader.read(-1)
+        except OSError:
+            return 0, None
+        writer.close()
+        head_bytes, _, payload = got.partition(b"\r\n\r\n")
+        return (int(head_bytes.split(b" ")[1]), json.loads(payload)) if payload else (0, None)
+
     async def _send(self, sight: Sight, link: "_Link") -> None:
         request = sight.request
         head = [
@@ -232,7 +254,13 @@ class _Link(asyncio.Protocol):
         """Close the connection."""
         if self._leaving is not None:
             self._leaving.cancel()
-        self._transport.abort() if self._sight is not None and self._sight.ended == "left" else self._transport.close()
+        if self._sight is None or self._sight.ended != "left":
+            self._transport.close()
+        elif self._sight.request.reads == "half_closes":
+            self._transport.write_eof()
+            asyncio.get_running_loop().call_later(HALF_CLOSED_S, self._transport.abort)
+        else:
+            self._transport.abort()
 
     def _leave(self) -> None:
         if self._sight is not None and not self.over.is_set():
@@ -259,7 +287,7 @@ class _Link(asyncio.Protocol):
         request = sight.request
         if self.over.is_set() or sight.again:
             return
-        if request.reads == "hangs_up" and self._got >= request.after:
+        if request.reads in {"hangs_up", "half_closes"} and self._got >= request.after:
             self._end("left")
         elif request.reads == "stalls" and self._got >= request.after:
             self._transport.pause_reading()

@@ -52,34 +52,66 @@ FaultKind = Literal[
     "lost_reply", "refused", "slow", "gone", "failover", "flush", "clock", "full", "disk_full", "disk_fails"
 ]
 WorkerEventKind = Literal["killed", "drained", "reloaded", "bad_reload"]
-ChangeKind = Literal["grant", "grant_twice", "requests_per_minute", "suspend", "activate", "revoke", "default_model"]
+ChangeKind = Literal[
+    "grant",
+    "grant_twice",
+    "requests_per_minute",
+    "suspend",
+    "activate",
+    "revoke",
+    "template",
+    "template_dropped",
+    "look",
+]
 # What else than text may be in the deltas.
 Kind = Literal["text", "reasoning", "tool", "refusal"]
 
 
 class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """A model's prices: nano-USD a million tokens, and a fee a request."""
+    """A model's prices: nano-USD a million tokens, and a fee a request.
+
+    `tiers`: the prices of a whole request whose prompt has more tokens than so many, ascending.
+    """
 
     input: int = 2_500_000_000
     output: int = 10_000_000_000
     cached: int | None = None
     request: int = 0
+    tiers: tuple[tuple[int, "Price"], ...] = ()
 
     def cost(self, prompt: int, cached: int, completion: int) -> int:
         """Return what these tokens cost, in nano-USD, rounded up once."""
+        for above, price in reversed(self.tiers):
+            if prompt > above:
+                return price.cost(prompt, cached, completion)
         at_cached = self.input if self.cached is None else self.cached
         total = (prompt - cached) * self.input + cached * at_cached + completion * self.output
         return (self.request if prompt or completion else 0) + -(-total // 1_000_000)
 
 
 class Model(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """A model of the configuration. `routes`: names of upstreams, in the order in which they are asked."""
+    """A model of the configuration. `routes`: names of upstreams, in the order in which they are asked.
+
+    `services`: the prices of its service tiers by name.
+    """
 
     routes: tuple[str, ...]
     price: Price = Price()
     hidden_reasoning: bool = False
     from_usage_cost: bool = False
     context_window: int = CONTEXT_WINDOW
+    services: tuple[tuple[str, Price], ...] = ()
+
+    @property
+    def prices(self) -> tuple[Price, ...]:
+        """All prices that a request for it may have."""
+        return (self.price, *(price for _, price in self.services))
+
+    def price_in(self, *tiers: str) -> Price:
+        """Return the price in the first of these service tiers that has one, or is a standard one."""
+        named = dict(self.services)
+        found = next((tier for tier in tiers if tier in STANDARD_TIERS or tier in named), "")
+        return named.get(found, self.price)
 
 
 class Upstream(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
@@ -92,6 +124,7 @@ class Upstream(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True)
     is_there: bool = True
 
 
+STANDARD_TIERS = frozenset({"auto", "default", "standard", "on_demand"})  # docs/ledger.md: at the model's own prices
 UPSTREAMS = {
     "one": Upstream(),
     "two": Upstream(cap_field="max_completion_tokens"),
@@ -109,7 +142,35 @@ MODELS = {
     "fee": Model(("two",), Price(1_000_000_000, 4_000_000_000, request=3_000_000)),
     "odd": Model(("unasked",), Price(333_333_333, 999_999_999, cached=111_111_111)),
     "free": Model(("one",), Price(0, 0)),
+    "tiered": Model(  # a prompt of 6 words has 20 tokens, one of 40 has 51
+        ("one",),
+        Price(
+            2_000_000_000,
+            8_000_000_000,
+            cached=1_000_000_000,
+            tiers=((20, Price(4_000_000_000, 12_000_000_000)), (51, Price(5_000_000_000, 20_000_000_000, 500_000_000))),
+        ),
+    ),
+    "served": Model(
+        ("two",),
+        services=(
+            ("flex", Price(1_000_000_000, 4_000_000_000)),
+            ("priority", Price(5_000_000_000, 20_000_000_000, tiers=((51, Price(9_000_000_000, 30_000_000_000)),))),
+        ),
+    ),
 }
+TEMPLATE = "greeting"
+DROPPED = 0  # the version of the global template, which is used where an account has none of its own
+
+
+def template_system(version: int) -> str:
+    """Return the system message of a version of TEMPLATE, with its slot."""
+    return f"Version {version}: answer in {{{{ manner }}}} words,{' and be kind' * (version % 3)}."
+
+
+def rendered(version: int, manner: str) -> str:
+    """Return the system message that goes to a provider."""
+    return template_system(version).replace("{{ manner }}", manner)
 
 
 class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
@@ -118,7 +179,8 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     `words`: the tokens of text that it wants to write, for each choice. `hidden`: tokens of reasoning that it bills
     and doesn't show. `gap_s`: between events. `delay_s`: before the head. `status`: an error's, or 200; `error` is
     which. `at`: the share of the body that is sent before the end. `pieces`: in how many bytes writes are cut; 0: an
-    event each. `heeds_cap`, `cancels`: whether a cap and a closed connection stop it.
+    event each. `heeds_cap`: whether a cap stops it. `pause_s`: between its head and its body. `bulk`: bytes that each
+    event has beside its text. `tier`: the service tier that it names; "asked": the request's.
     """
 
     dialect: str = "openai"
@@ -142,7 +204,9 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     other_shape: bool = False
     comments: int = 0
     heeds_cap: bool = True
-    cancels: bool = True
+    pause_s: float = 0.0
+    bulk: int = 0
+    tier: str = ""
 
     @property
     def is_good(self) -> bool:
@@ -156,8 +220,10 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     `at_s`: when it is sent. `name`: of it alone; its text has a marker made of this, or of the name of what it repeats.
     `repeats`: the name of the request whose Idempotency-Key and body this one sends again; with `other_body` another body.
     `answers`: what the providers do with the first call, the second, ...; the last stands for all that follow. `reads`:
-    how the client does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "leaves" after so many seconds, or
-    "stalls" after so many bytes and reads no more. `waits`: after a 429 it is sent once more, exactly when it was told to.
+    how the client does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "half_closes" then, "leaves" after so many
+    seconds, or "stalls" after so many bytes and reads no more. `waits`: after a 429 it is sent once more, exactly when it
+    was told to. `tier`: its service tier. `template`: the template that it names, and `manner` the value of its slot;
+    None: it has none.
     """
 
     name: str
@@ -175,12 +241,15 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     other_body: bool = False
     repeats: str = ""
     session: str = ""
-    reads: Literal["all", "slowly", "hangs_up", "leaves", "stalls"] = "all"
+    reads: Literal["all", "slowly", "hangs_up", "half_closes", "leaves", "stalls"] = "all"
     after: float = 0.0
     sends_in: int = 1
     worker: int = 0
     connection: str = ""
     waits: bool = False
+    tier: str = ""
+    template: str = ""
+    manner: str | None = None
     answers: tuple[Answer, ...] = (Answer(),)
 
 
@@ -190,7 +259,7 @@ class Fault(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     `lost_reply`: the next `count` commands run and their connection closes instead of a reply. `refused`: writes are
     (READONLY). `full`: writes that need memory are. `slow`: replies take `delay_s`. `gone`: no connection. `failover`: gone,
     and then as it was a second before. `flush`: it forgets its scripts. `clock`: its clock jumps by `delay_s`.
-    `disk_full`, `disk_fails`: of the gateway's machine; no file can be written.
+    `disk_full`, `disk_fails`: of the gateway's machine; no file can be written, or `room` bytes at most.
     """
 
     at_s: float
@@ -198,6 +267,7 @@ class Fault(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     for_s: float = 0.0
     delay_s: float = 0.0
     count: int = 1
+    room: int = 0
 
 
 class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
@@ -211,7 +281,10 @@ class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=Tr
 
 
 class Change(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """An operator's change: a grant (of nano-USD), another limit of a key, its suspension or revocation."""
+    """An operator's change: a grant (of nano-USD), another limit of a key, its suspension or revocation.
+
+    `template`: another version (`amount`) of the account's own template. `look`: no change, the account is read.
+    """
 
     at_s: float
     what: ChangeKind
@@ -235,7 +308,10 @@ Step = Request | Fault | WorkerEvent | Change
 
 
 class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """All that happens, and to whom. `credit`: what each account is granted at the beginning, in nano-USD."""
+    """All that happens, and to whom. `credit`: what each account is granted at the beginning, in nano-USD.
+
+    `fast_path`: without it aiohttp's server takes all requests. `journal_bytes`: a journal's size at most.
+    """
 
     seed: int
     profile: str
@@ -243,6 +319,8 @@ class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     keys: tuple[KeyPlan, ...] = (KeyPlan(),)
     workers: int = 1
     local: bool = False
+    fast_path: bool = True
+    journal_bytes: int | None = None
     steps: tuple[Step, ...] = ()
 
     @property
@@ -265,6 +343,11 @@ class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
         """What an operator changes."""
         return [step for step in self.steps if isinstance(step, Change)]
 
+    @property
+    def fills_disks(self) -> bool:
+        """Whether a journal may refuse a settlement."""
+        return self.journal_bytes is not None or any(fault.what in {"disk_full", "disk_fails"} for fault in self.faults)
+
 
 def draw(seed: int) -> History:
     """Return the history of a seed: always the same."""
@@ -272,7 +355,7 @@ def draw(seed: int) -> History:
     profile = rng.choices([name for name, _, _ in PROFILES], [weight for _, weight, _ in PROFILES])[0]
     made = next(make for name, _, make in PROFILES if name == profile)(rng)
     steps = tuple(sorted(made.steps, key=lambda step: step.at_s))
-    return replace(made, seed=seed, profile=profile, steps=steps)
+    return replace(made, seed=seed, profile=profile, steps=steps, fast_path=rng.random() > 0.15)
 
 
 def describe(history: History) -> list[str]:
@@ -280,6 +363,8 @@ def describe(history: History) -> list[str]:
     lines = [
         f"seed {history.seed} ({history.profile}): {history.workers} workers, on_failure = "
         + ("local" if history.local else "deny")
+        + ("" if history.fast_path else ", fast_path = false")
+        + ("" if history.journal_bytes is None else f", journal_max_bytes = {history.journal_bytes}")
     ]
     lines += [f"  account a{number}: {credit / 1e9:.9f} USD" for number, credit in enumerate(history.credit)]
     lines += [f"  key k{number}: {key}" for number, key in enumerate(history.keys)]
@@ -291,8 +376,66 @@ def describe(history: History) -> list[str]:
 
 def _dialects(rng: random.Random) -> History:
     """Whatever a provider may report, in all the shapes."""
-    requests = [_request(rng, f"q{number}", _any_answer(rng)) for number in range(rng.randint(2, 5))]
-    return History(0, "", steps=tuple(requests))
+    requests: list[Step] = []
+    for number in range(rng.randint(2, 5)):
+        request = _request(rng, f"q{number}", _any_answer(rng))
+        if rng.random() < 0.08:  # a stream in a whole answer's place, with a report older than its text
+            dialect = rng.choice(("openrouter", "mistral", "xai", "moonshot", "groq"))
+            old = Answer(dialect, rng.choice((8, 20, 45)), lie="early", other_shape=True)
+            request = replace(request, stream=False, include_usage=False, answers=(old,))
+        requests.append(request)
+    return History(0, "", steps=(*requests, *_looks(rng, 1)))
+
+
+def _templates(rng: random.Random) -> History:
+    """Draw requests with a stored template, which operators edit and drop in between."""
+    changes: list[Step] = []
+    at_s = 0.0
+    for version in range(2, 2 + rng.randint(1, 3)):
+        at_s += rng.choice((0.8, 2.0, 4.0))
+        what: ChangeKind = "template_dropped" if rng.random() < 0.25 else "template"
+        changes.append(Change(round(at_s, 3), what, amount=DROPPED if what == "template_dropped" else version))
+    requests: list[Step] = []
+    for number in range(rng.randint(3, 6)):
+        request = _request(rng, f"q{number}", _any_answer(rng), spread=1.0)
+        near = rng.choice(changes).at_s + rng.choice((-0.3, 0.0, 0.9, 1.5, 2.6, 3.0))
+        manner = rng.choice(("few", "few", "{{ manner }} or {{ other }}", 'two "quoted"\n', "", None))
+        name = "unknown" if rng.random() < 0.06 else TEMPLATE
+        moved = replace(request, at_s=round(max(0.0, near), 3), template=name, manner=manner, connection="")
+        requests.append(replace(moved, worker=rng.randint(0, 1), prompt_words=min(moved.prompt_words, 40)))
+    return History(0, "", workers=rng.randint(1, 2), steps=(*requests, *changes))
+
+
+def _disks(rng: random.Random) -> History:
+    """Draw a store that is lost while the disk of the journal fills or fails, and workers that end then."""
+    gone_at, gone_s = round(rng.random() * 2, 3), rng.choice((3.0, 8.0, 25.0))
+    what: FaultKind = rng.choice(("gone", "gone", "refused", "full"))
+    faults: list[Step] = [Fault(gone_at, what, for_s=gone_s)]
+    bounded = rng.choice((None, None, 1_500, 4_000, 9_000))
+    if bounded is None or rng.random() < 0.3:
+        disk: FaultKind = rng.choice(("disk_full", "disk_full", "disk_fails"))
+        room = rng.choice((0, 300, 900, 1_500)) if disk == "disk_full" else 0
+        begins = max(0.0, gone_at + rng.choice((-1.0, 0.0, 1.0)))
+        faults.append(Fault(round(begins, 3), disk, for_s=rng.choice((1.0, 6.0, gone_s, gone_s + 5)), room=room))
+    requests: list[Step] = []
+    for number in range(rng.randint(3, 7)):
+        answer = replace(_any_answer(rng), delay_s=rng.choice((0.0, 0.1, 1.0)), gap_s=rng.choice((0.0, 0.02, 0.2)))
+        request = _reading(rng, _request(rng, f"q{number}", answer, spread=2.0), 0.1)
+        at_s = rng.choice((request.at_s, gone_at + 0.5 + request.at_s * gone_s / 2.5))
+        requests.append(replace(request, at_s=round(at_s, 3), worker=rng.randint(0, 1)))
+    if rng.random() < 0.4:
+        ends: WorkerEventKind = rng.choice(("killed", "drained"))
+        faults.append(
+            WorkerEvent(round(gone_at + rng.random() * gone_s, 3), ends, rng.randint(0, 1), rng.choice((0.0, 2.0)))
+        )
+    return History(
+        0,
+        "",
+        workers=rng.randint(1, 2),
+        local=rng.random() < 0.7,
+        journal_bytes=bounded,
+        steps=(*requests, *faults),
+    )
 
 
 def _providers(rng: random.Random) -> History:
@@ -354,6 +497,7 @@ def _credit(rng: random.Random) -> History:
             replace(request, key=rng.randrange(len(keys)), waits=rng.random() < 0.4, session=rng.choice(("", "", "s1")))
         )
     changes = [_change(rng, len(credit), len(keys)) for _ in range(rng.choice((0, 0, 1, 2)))]
+    changes += _looks(rng, len(credit))
     for change in changes:
         if change.what in {"suspend", "revoke"}:  # when that must hold
             late = _request(rng, f"q{len(requests)}", _any_answer(rng))
@@ -369,9 +513,6 @@ def _store(rng: random.Random) -> History:
         for number in range(rng.randint(2, 6))
     ]
     faults = [_fault(rng) for _ in range(rng.randint(1, 2))]
-    if rng.random() < 0.2:
-        on_disk = replace(faults[0], what=rng.choice(("disk_full", "disk_fails")), for_s=rng.choice((1.0, 10.0)))
-        faults.append(on_disk)
     steps = [*requests, *faults]
     return History(0, "", workers=rng.randint(1, 2), local=rng.random() < 0.3, steps=tuple(steps))
 
@@ -392,7 +533,7 @@ def _workers(rng: random.Random) -> History:
 
 def _mixed(rng: random.Random) -> History:
     """Draw a little of everything."""
-    parts = [make(rng) for make in rng.sample([_dialects, _providers, _clients, _credit, _store, _workers], 2)]
+    parts = [make(rng) for make in rng.sample(MIXED, 2)]
     first = max(parts, key=lambda part: len(part.keys))
     steps: list[Step] = []
     for part in parts:
@@ -404,7 +545,11 @@ def _mixed(rng: random.Random) -> History:
             elif not isinstance(step, Change) or part is first:
                 steps.append(step)
     return replace(
-        first, workers=max(part.workers for part in parts), local=any(part.local for part in parts), steps=tuple(steps)
+        first,
+        workers=max(part.workers for part in parts),
+        local=any(part.local for part in parts),
+        journal_bytes=next((part.journal_bytes for part in parts if part.journal_bytes is not None), None),
+        steps=tuple(steps),
     )
 
 
@@ -418,6 +563,7 @@ def _breakers(rng: random.Random) -> History:
     return History(0, "", credit=(1_000_000_000, 1_000_000_000), keys=(KeyPlan(0), KeyPlan(1)), steps=tuple(requests))
 
 
+MIXED = [_dialects, _providers, _clients, _credit, _store, _workers, _templates, _disks]
 PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
     ("dialects", 3, _dialects),
     ("providers", 4, _providers),
@@ -427,6 +573,8 @@ PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
     ("workers", 3, _workers),
     ("mixed", 3, _mixed),
     ("breakers", 1, _breakers),
+    ("templates", 2, _templates),
+    ("disks", 3, _disks),
 )
 
 
@@ -435,10 +583,17 @@ def _request(
 ) -> Request:
     """Draw an ordinary request, that reads all."""
     stream = rng.random() < 0.6
+    model = rng.choice(models)
+    tier = ""
+    if model == "served":
+        tier = rng.choice(("", "auto", "default", "flex", "flex", "priority", "priority", "scale"))
+    elif rng.random() < 0.03:
+        tier = rng.choice(("auto", "flex"))
     return Request(
         name,
         at_s=round(rng.random() * spread, 3),
-        model=rng.choice(models),
+        model=model,
+        tier=tier,
         stream=stream,
         include_usage=stream and rng.random() < 0.4,
         n=2 if rng.random() < 0.1 else 1,
@@ -455,15 +610,14 @@ def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Reques
     """Return the request of a client that may not read all of its answer."""
     if rng.random() > share:
         return request
-    reads = rng.choice(("hangs_up", "hangs_up", "leaves", "slowly", "stalls"))
-    after = {"hangs_up": (0, 1, 200, 700, 1500, 4000), "leaves": (0.0, 0.02, 0.3, 1.0, 6.0), "slowly": (50, 2000)}.get(
-        reads, (0, 500, 2000)
+    reads = rng.choice(("hangs_up", "hangs_up", "half_closes", "leaves", "slowly", "stalls"))
+    after = {"leaves": (0.0, 0.02, 0.3, 1.0, 6.0), "slowly": (50, 2000), "stalls": (0, 500, 2000)}.get(
+        reads, (0, 1, 200, 700, 1500, 4000)
     )
-    if reads in {"slowly", "stalls"}:
-        words = rng.choice((30, 300))
-        request = replace(
-            request, answers=tuple(replace(answer, words=max(answer.words, words)) for answer in request.answers)
-        )
+    if reads in {"slowly", "stalls"}:  # of more than buffers take, in some
+        words, bulk = rng.choice(((30, 0), (300, 0), (45, 6_000)))
+        longer = [replace(answer, words=max(answer.words, words), bulk=bulk) for answer in request.answers]
+        request = replace(request, answers=tuple(longer))
     if reads == "stalls":  # what the provider takes isn't the client's time
         request = replace(
             request, answers=tuple(replace(answer, gap_s=min(answer.gap_s, 0.02)) for answer in request.answers)
@@ -485,8 +639,11 @@ def _any_answer(rng: random.Random) -> Answer:
         kind=rng.choice(("text", "text", "text", "reasoning", "tool", "refusal")),
         pieces=rng.choice((0, 0, 0, 1, 13, 200)),
         comments=rng.choice((0, 0, 0, 1, 3)),
-        cancels=rng.random() < 0.8,
+        tier=rng.choice(("", "asked", "default", "flex", "priority")) if rng.random() < 0.4 else "",
+        pause_s=rng.choice((0.3, 3.0, 6.0)) if rng.random() < 0.05 else 0.0,
     )
+    if rng.random() < 0.03:  # pings, and then a head without a body
+        answer = replace(answer, delay_s=rng.choice((6.0, 7.0, 8.5)), pause_s=6.0)
     if rng.random() < 0.35:
         answer = replace(answer, lie=rng.choice(LIES))
     if rng.random() < 0.3:
@@ -554,6 +711,12 @@ def _change(rng: random.Random, accounts: int, keys: int) -> Change:
     what: ChangeKind = rng.choice(("grant", "grant", "grant_twice", "requests_per_minute", "suspend", "revoke"))
     amount = {"grant": 2_000_000, "grant_twice": 3_000_000, "requests_per_minute": rng.choice((1, 30))}.get(what, 0)
     return Change(round(rng.random() * 5, 3), what, rng.randrange(accounts), rng.randrange(keys), amount)
+
+
+def _looks(rng: random.Random, accounts: int) -> list[Change]:
+    """Draw readings of an account by one of its keys."""
+    count = rng.choice((0, 0, 1, 2))
+    return [Change(round(rng.random() * 3, 3), "look", account, 0) for account in range(accounts) for _ in range(count)]
 
 
 def _fault(rng: random.Random) -> Fault:

@@ -10,149 +10,38 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from simulation.bills import allowed_charges, is_usage_only, text_of, told_cost
-from simulation.client import Sight
-from simulation.history import (
-    ALLOWANCE_NUSD,
-    HEARTBEAT_S,
-    LEASE_TOKENS,
-    MAX_OUTPUT_TOKENS,
-    UPSTREAMS,
-    WRITE_TIMEOUT_S,
+from simulation.bills import is_usage_only, runs_on, text_of
+from simulation.books import (
+    accounts_are_told,
+    books_balance,
+    budgets_hold,
+    charged_once,
+    charges_are_bills,
+    costs_are_told,
+    credit_is_not_overdrawn,
+    full_journals_deny,
+    grants_count_once,
+    holds_are_kept,
+    losses_are_told,
+    tokens_are_reported,
 )
+from simulation.client import Sight
+from simulation.history import HEARTBEAT_S, MAX_OUTPUT_TOKENS, UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.provider import Call
-from simulation.reasons import buckets_are_right, deadlines_hold, limits_hold, statuses_have_reasons, waits_are_true
+from simulation.reasons import (
+    buckets_are_right,
+    deadlines_hold,
+    is_unpriced,
+    limits_hold,
+    statuses_have_reasons,
+    waits_are_true,
+)
 from simulation.record import LATENCY_S, PROPAGATION_S, RECOVERY_S, Finding, Record, Rule, View
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
+HANG_UP_S: Final = 2.0  # after which a provider's connection is closed whose client has gone
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')  # what the gateway adds to the event with the usage
-
-
-def books_balance(view: View) -> Iterator[str]:
-    """Granted = balance + settled; holds are gone; events, hourly aggregates and the sums agree."""
-    for number, book in view.record.books.items():
-        charged = [event for event in book.events if event["event"] == "settled"]
-        granted = sum(int(event["amount_nusd"]) for event in book.events if event["event"] == "grant")
-        costs = sum(int(event["cost_nusd"]) for event in charged)
-        if book.granted != book.balance + book.settled:
-            yield f"a{number}: granted {book.granted}, but balance {book.balance} and settled {book.settled}"
-        if costs != book.settled:
-            yield f"a{number}: settled {book.settled}, but the events say {costs}"
-        if granted != book.granted:
-            yield f"a{number}: granted {book.granted}, but the events say {granted}"
-        if book.held or book.holds or book.running:
-            yield f"a{number}: {book.held} nano-USD in {book.holds} holds and {book.running} slots are left"
-        for metric, field in (
-            ("cost", "cost_nusd"),
-            ("prompt", "prompt_tokens"),
-            ("completion", "completion_tokens"),
-            ("cached", "cached_tokens"),
-        ):
-            total = sum(int(event[field]) for event in charged)
-            if book.hours.get(metric, 0) != total:
-                yield f"a{number}: the hours have {book.hours.get(metric, 0)} of {metric}, the events {total}"
-        if book.hours.get("requests", 0) != len(charged):
-            yield f"a{number}: the hours have {book.hours.get('requests', 0)} requests, the events {len(charged)}"
-
-
-def grants_count_once(view: View) -> Iterator[str]:
-    """Check that an account was granted what was granted: once for each ref."""
-    for number, book in view.record.books.items():
-        sure: dict[str, int] = {}
-        maybe: dict[str, int] = {}
-        for done in view.record.changes:
-            if done.what == "grant" and done.account == number:
-                (sure if done.ok else maybe)[done.ref] = done.amount
-        least = sum(sure.values())
-        most = least + sum(amount for ref, amount in maybe.items() if ref not in sure)
-        if not (0 if view.is_lossy else least) <= book.granted <= most:
-            yield f"a{number}: granted {book.granted}, and {least} to {most} were"
-
-
-def charged_once(view: View) -> Iterator[str]:
-    """Check that a hold is settled once, a request too, and an Idempotency-Key is charged once."""
-    holds: dict[str, int] = {}
-    for request_id, events in view.settled.items():
-        for event in events:
-            holds[event["hold_id"]] = holds.get(event["hold_id"], 0) + 1
-        if len(events) > 1:
-            yield f"{request_id} has {len(events)} settlements"
-    for hold, count in holds.items():
-        if count > 1:
-            yield f"hold {hold} was settled {count} times"
-    for marker in {sight.marker for sight in view.record.sights if sight.request.keyed}:
-        group = [sight for sight in view.record.sights if sight.marker == marker]
-        charged = [sight for sight in group if view.charge(sight) > 0]
-        failed = [sight for sight in charged if sight.error or sight.ended not in {"whole", "left", "closed"}]
-        cut = [call for call in view.calls.get(marker, ()) if not call.complete]
-        if len(charged) - len(failed) - len(cut) > 1 and not any(view.feels(sight) for sight in group):
-            yield f"the Idempotency-Key of {marker} was charged for {[sight.request_id for sight in charged]}"
-
-
-def charges_are_bills(view: View) -> Iterator[str]:
-    """Each request is charged what its provider bills, within the tolerance where nothing was reported."""
-    for sight in view.record.sights:
-        charge = view.charge(sight)
-        allowed = allowed_charges(view, sight)
-        if not any(cost.holds(charge) for cost in allowed):
-            told = ", ".join(
-                f"{cost.least}..{cost.most}" if cost.least != cost.most else str(cost.least)
-                for cost in dict.fromkeys(allowed)
-            )
-            yield f"{sight.request_id} was charged {charge}, and {told or 'nothing'} would be right"
-
-
-def tokens_are_reported(view: View) -> Iterator[str]:
-    """Check that a settlement has the tokens of the provider's report, and the request's key, session and model."""
-    for sight in view.record.sights:
-        for event in view.settled.get(sight.request_id, ()):
-            if event["session"] not in {sight.request.session, "~"}:
-                yield f"{sight.request_id} of session {sight.request.session!r} is in {event['session']!r}"
-            calls = view.calls.get(sight.marker, [])
-            named = sight.headers.get("x-mesh-model")
-            if (
-                named
-                and sight.status == 200
-                and not sight.is_stream
-                and named != event["model"]
-                and event["cost_nusd"] != "0"
-            ):
-                yield f"{sight.request_id} names {named} and is billed as {event['model']}"
-            if (
-                event["usage_source"] not in {"reported", "drained"}
-                or len(calls) != 1
-                or not calls[0].complete
-                or sight.error
-                or sight.ended != "whole"
-            ):
-                continue
-            bill, found = (
-                calls[0].bill,
-                {name: int(event[f"{name}_tokens"]) for name in ("prompt", "cached", "completion")},
-            )
-            if calls[0].is_true == {"prompt", "completion"} and found != {
-                "prompt": bill.prompt,
-                "cached": bill.cached,
-                "completion": bill.completion,
-            }:
-                yield f"{sight.request_id}: {found} tokens were billed as {bill}"
-
-
-def costs_are_told(view: View) -> Iterator[str]:
-    """`x-mesh-cost` of a whole answer, and what a finished stream says last, are the charge."""
-    for sight in view.record.sights:
-        if sight.ended != "whole" or sight.status != 200 or sight.error or view.is_lossy or view.feels(sight, "killed"):
-            continue
-        told = told_cost(sight)
-        if told is None:
-            yield f"{sight.request_id} doesn't say what it cost"
-        elif "idempotent-replayed" not in sight.headers and told != view.charge(sight) and not _waived(view, sight):
-            yield f"{sight.request_id} says that it cost {told}, and was charged {view.charge(sight)}"
-
-
-def _waived(view: View, sight: Sight) -> bool:
-    return any(int(event.get("waived_nusd") or 0) for event in view.settled.get(sight.request_id, ()))
 
 
 def ends_are_honest(view: View) -> Iterator[str]:
@@ -275,12 +164,15 @@ def bytes_are_ones_own(view: View) -> Iterator[str]:
 
 def requests_are_clean(view: View) -> Iterator[str]:
     """Check that what goes to a provider has none of Mesh's fields, one cap under the right name, and not what it refuses."""
-    plans = {sight.marker: sight.request for sight in view.record.sights}
+    plans = {sight.marker: sight for sight in view.record.sights}
     for call in view.record.calls:
-        request, upstream = plans.get(call.marker), UPSTREAMS[call.upstream]
-        if request is None:
+        upstream = UPSTREAMS[call.upstream]
+        if call.marker not in plans:
             yield f"{call.upstream} got a request of nobody's: {call.marker}"
             continue
+        request = plans[call.marker].request
+        if is_unpriced(view, plans[call.marker]) or call.body.get("service_tier", "") != request.tier:
+            yield f"{call.upstream} got the service tier {call.body.get('service_tier')} for {request}"
         extra = MESH_FIELDS & call.body.keys()
         if extra:
             yield f"{call.upstream} got {sorted(extra)}"
@@ -296,6 +188,46 @@ def requests_are_clean(view: View) -> Iterator[str]:
             yield f"{call.upstream} got the cap {told} for {request.max_tokens}"
         if bool(call.body.get("stream")) != request.stream or (call.body.get("n") or 1) != request.n:
             yield f"{call.upstream} got stream={call.body.get('stream')}, n={call.body.get('n')} for {request}"
+
+
+def templates_hold(view: View) -> Iterator[str]:
+    """Check that a prompt has the template's text, as it was stored at most two seconds before, with its slot filled."""
+    for marker, calls in view.calls.items():
+        group = [sight for sight in view.record.sights if sight.marker == marker]
+        for call in calls if group else ():
+            request, (*others, _) = group[0].request, call.body["messages"]
+            texts = [message["content"] for message in others if message["role"] == "system"]
+            wanted = (
+                [[]]
+                if not request.template or request.manner is None
+                else [[rendered(version, request.manner)] for version in _versions(view, group, call)]
+            )
+            if len(texts) != len(others) or texts not in wanted:
+                yield f"{call.upstream} got {texts} in {marker}, and {wanted} would be right"
+
+
+def _versions(view: View, group: list[Sight], call: Call) -> set[int]:
+    """Return the versions of its account's template that a call may have."""
+    edits = [done for done in view.record.changes if done.what == "template" and done.account == view.key(group[0])]
+    began_at = min(sight.began_at for sight in group)
+    if any(view.feels(sight, before_s=RECOVERY_S) for sight in group):
+        began_at = 0.0
+    found = set()
+    for at, edit in enumerate(edits):
+        ended_at = min((later.ended_at for later in edits[at + 1 :] if later.ok), default=math.inf)
+        if edit.began_at <= call.at and ended_at + PROPAGATION_S >= began_at:
+            found.add(edit.amount)
+    return found
+
+
+def hang_ups_are_noticed(view: View) -> Iterator[str]:
+    """Check that a provider is left at once when its client has hung up or half-closed, but for what runs on."""
+    for sight in view.record.sights:
+        if sight.ended != "left" or sight.request.reads == "stalls" or runs_on(view, sight) or view.feels(sight):
+            continue
+        for call in view.calls.get(sight.marker, ()):
+            if not call.ended_at or call.ended_at > sight.ended_at + HANG_UP_S:
+                yield f"{call.upstream} went on with {sight.request_id} until {call.ended_at - sight.ended_at:.1f} s later"
 
 
 def streams_are_alive(view: View) -> Iterator[str]:
@@ -314,55 +246,6 @@ def streams_are_alive(view: View) -> Iterator[str]:
         longest = max(later - earlier for earlier, later in itertools.pairwise(times))
         if longest > HEARTBEAT_S + LATENCY_S + 0.5:
             yield f"{sight.request_id} heard nothing for {longest:.2f} s"
-
-
-def credit_is_not_overdrawn(view: View) -> Iterator[str]:
-    """Check that available = balance - held is never below 0 but for what streams used beyond their hold, a slice each."""
-    for number, book in view.record.books.items():
-        charged = [event for event in book.events if event["event"] == "settled"]
-        excess = sum(
-            max(0, int(event["cost_nusd"]) - (int(event["held_nusd"]) if event["hold"] == "live" else 0))
-            for event in charged
-        )
-        taken = sum(
-            -done.amount
-            for done in view.record.changes
-            if done.what == "grant" and done.account == number and done.amount < 0
-        )
-        lowest = min(
-            (sample.balance - sample.held for sample in view.record.samples if sample.account == number), default=0
-        )
-        if lowest < -excess - taken and not view.is_lossy:
-            yield f"a{number}: available fell to {lowest}, and at most {excess} was used beyond holds"
-        for event in charged:
-            yield from _excess_faults(view, event)
-        if not view.is_strict and book.balance < -ALLOWANCE_NUSD - excess:
-            yield f"a{number}: the balance is {book.balance}, below the allowance of {ALLOWANCE_NUSD}"
-
-
-def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
-    """Find a settlement that exceeds its hold by more than it may."""
-    sight = next((sight for sight in view.record.sights if sight.request_id == event["request_id"]), None)
-    if sight is None or event["hold"] != "live" or not view.is_strict or view.record.troubles:
-        return
-    calls = view.calls.get(sight.marker, [])
-    if not calls:
-        return
-    call, request = calls[-1], sight.request
-    models = view.models(sight, event["model"])
-    excess = int(event["cost_nusd"]) - int(event["held_nusd"])
-    slack = max(model.price.cost(10, 0, 10 * request.n) for model in models)
-    if call.bill.cost_nusd is not None and any(model.from_usage_cost for model in models):
-        return
-    if not call.answer.heeds_cap:
-        bound = max(model.price.cost(0, 0, call.made) for model in models)
-    elif request.stream:
-        beyond = LEASE_TOKENS * request.n + call.made - call.shown + int(call.shown * 0.5)
-        bound = max(model.price.cost(0, 0, beyond) for model in models)
-    else:
-        bound = 0
-    if excess > bound + slack:
-        yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
 
 
 def failover_happens(view: View) -> Iterator[str]:
@@ -430,43 +313,6 @@ def changes_hold(view: View) -> Iterator[str]:
                 )
 
 
-def budgets_hold(view: View) -> Iterator[str]:
-    """Check that a key spends no more than its budget, but for what was used beyond holds."""
-    for number, key in enumerate(view.history.keys):
-        events = [
-            event
-            for sight in view.record.sights
-            if sight.request.key == number
-            for event in view.settled.get(sight.request_id, ())
-        ]
-        spent = sum(int(event["cost_nusd"]) for event in events)
-        beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
-        if key.budget_nusd is not None and view.is_strict and spent > key.budget_nusd + beyond:
-            yield f"k{number}: {spent} was spent of a budget of {key.budget_nusd}, {beyond} of it beyond holds"
-
-
-def holds_are_kept(view: View) -> Iterator[str]:
-    """Check that no hold is lost without a reason, and that a client that reads nothing keeps its own for a while alone."""
-    if view.record.troubles:
-        return
-    for number, book in view.record.books.items():
-        for event in book.events:
-            if event["event"] == "abandoned" or event.get("hold", "live") != "live":
-                yield f"a{number}: the hold {event['hold_id']} was abandoned"
-    for sight in view.record.sights:
-        if (
-            sight.request.reads != "stalls"
-            or sight.ended != "left"
-            or sight.request.keyed
-            or sight.request.model == "drained"
-        ):
-            continue
-        for event in view.settled.get(sight.request_id, ()):
-            settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
-            if settled_at > sight.ended_at - 1:
-                yield f"{sight.request_id} was settled when its client gave up, and not after write_timeout_s"
-
-
 def nothing_is_left(view: View) -> Iterator[str]:
     """No task, timer, socket, journal line or connection is left past its time."""
     yield from view.record.left
@@ -500,6 +346,11 @@ RULES: Final[tuple[Rule, ...]] = (
     repeats_agree,
     changes_hold,
     holds_are_kept,
+    accounts_are_told,
+    losses_are_told,
+    full_journals_deny,
+    templates_hold,
+    hang_ups_are_noticed,
     nothing_is_left,
     nothing_broke,
 )

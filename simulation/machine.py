@@ -125,6 +125,8 @@ class Disk:
 
         def ftruncate(fd: int, size: int) -> None:
             if fd in opened:
+                if self.room is not None:
+                    self.room += max(0, len(opened[fd].data) - size)
                 del opened[fd].data[size:]
             else:
                 real["ftruncate"](fd, size)

@@ -28,6 +28,7 @@ WORDS: Final = (
     " age",
 )  # a token of o200k_base each
 TOKENS_BESIDE_WORDS: Final = 15  # of a prompt: its marker, its message's frame, the reply's beginning
+TOKENS_OF_A_MESSAGE: Final = 4  # beside its words, of each further message
 CITATION_TOKENS: Final = 5  # Perplexity's, beside the prompt
 USD_TOKENS: Final = 250_000  # of which any kind costs a dollar, by the provider's own figure
 ABSURD: Final = 10_000_000
@@ -55,8 +56,8 @@ class Call(Struct):
     `bill`: what its report says, by the dialect's rules; `is_true`: which parts of the report can be believed
     ("prompt", "completion"). `shown`: tokens of text in all of the answer. `shown_sent`, `shown_begun`: in what was
     sent, and in what was sent at least in part. `reported`: a report went out; `outdated`: text went out after the
-    last one. `complete`: all that makes an answer whole went out. `ended`: "whole", "cut" (by plan), "closed" (the
-    gateway closed), "error".
+    last one. `tier`: the service tier that it names. `complete`: all that makes an answer whole went out. `ended`:
+    "whole", "cut" (by plan), "closed" (the gateway closed), "error".
     """
 
     marker: str
@@ -68,6 +69,7 @@ class Call(Struct):
     headers: dict[str, str]
     made: int = 0
     shown: int = 0
+    tier: str = ""
     bill: Bill = Bill()
     is_true: frozenset[str] = frozenset()
     shown_sent: int = 0
@@ -279,6 +281,8 @@ class _Link(asyncio.Protocol):
             limit -= 1
         self._transport.write(f"HTTP/1.1 {status} Played\r\n{head}\r\n".encode())
         call.head_sent = True
+        if answer.pause_s:
+            await self._sleep(answer.pause_s)
         sent = 0
         for piece, gap in _pieces(parts, answer):
             if gap and sent:
@@ -361,9 +365,10 @@ def marker_of(body: dict[str, Any]) -> str:
     return str(content).partition(":")[0]
 
 
-def prompt_tokens(words: int) -> int:
-    """Return what a provider counts for a prompt of so many words."""
-    return words + TOKENS_BESIDE_WORDS
+def prompt_tokens(body: dict[str, Any]) -> int:
+    """Return what a provider counts for a request's messages. The last one begins with its marker."""
+    *others, last = [len(str(message["content"]).split()) for message in body["messages"]]
+    return last - 1 + TOKENS_BESIDE_WORDS + sum(words + TOKENS_OF_A_MESSAGE for words in others)
 
 
 class Making:
@@ -379,8 +384,13 @@ class Making:
         self._words = made - self._hidden
         self._finish = "length" if made < wanted else "stop"
         self._n = max(1, body.get("n") or 1)
-        self._prompt = prompt_tokens(len(str(body["messages"][-1]["content"]).split(" ")) - 1)
+        self._prompt = prompt_tokens(body)
+        call.tier = body.get("service_tier", "") if answer.tier == "asked" else answer.tier
         self._base = {"id": f"chatcmpl-{call.marker}", "created": 1764000000, "model": "up-model"}
+        if call.tier and answer.dialect != "anthropic":
+            self._base["service_tier"] = call.tier
+        if answer.bulk:
+            self._base["bulk"] = "-" * answer.bulk
         call.made, call.shown = made * self._n, self._words * self._n
         call.bill, call.is_true = self._billed()
 
@@ -421,10 +431,11 @@ class Making:
         answer, prompt, cached = self._answer, self._prompt, self._cached
         hidden = self._hidden * self._n if hidden is None else hidden
         lie, dialect = answer.lie, answer.dialect
+        named = {"service_tier": self._call.tier} if self._call.tier and dialect == "anthropic" else {}
         if lie == "zeros":
             return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         if lie in PLAIN_LIES:
-            plain: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": shown + hidden}
+            plain: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": shown + hidden, **named}
             worse = {"absurd": ABSURD, "negative": -5, "words": "many"}
             if lie in worse:
                 plain["completion_tokens"] = worse[lie]
@@ -436,6 +447,7 @@ class Making:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + shown + hidden,
+            **named,
         }
         if dialect == "perplexity":
             usage |= {"citation_tokens": CITATION_TOKENS, "num_search_queries": 0, "reasoning_tokens": hidden}

@@ -15,6 +15,8 @@ from simulation.history import (
     IDLE_S,
     LEASE_TOKENS,
     MAX_OUTPUT_TOKENS,
+    STANDARD_TIERS,
+    TEMPLATE,
     KeyPlan,
 )
 from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
@@ -22,6 +24,7 @@ from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
 BREAKER_FAILURES: Final = 10
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
+TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
 
 
@@ -124,7 +127,8 @@ def most_held(view: View, sight: Sight, made: int = 0) -> int:
     models = [model for name in names for model in view.models(sight, name)]
     if request.stream and not any(model.hidden_reasoning for model in models):
         output = min(output, made + LEASE_TOKENS * request.n)
-    return max(model.price.cost(len(sight.body) // 2 + 50, 0, output) for model in models)
+    prompt = len(sight.body) // 2 + 50 + (TEMPLATE_TOKENS if request.template else 0)
+    return max(price.cost(prompt, 0, output) for model in models for price in model.prices)
 
 
 def _samples(view: View, sight: Sight) -> list[Sample]:
@@ -229,15 +233,39 @@ def _conflict(view: View, sight: Sight) -> bool:
     )
 
 
+def _unknown_template(view: View, sight: Sight) -> bool:
+    del view
+    return sight.error.get("code") == "template_not_found" and sight.request.template not in {"", TEMPLATE}
+
+
+def _unfilled(view: View, sight: Sight) -> bool:
+    del view
+    is_missing = sight.request.template == TEMPLATE and sight.request.manner is None
+    return is_missing and "manner" in str(sight.error.get("message"))
+
+
+def _unpriced(view: View, sight: Sight) -> bool:
+    return is_unpriced(view, sight) and sight.error.get("param") == "service_tier"
+
+
+def is_unpriced(view: View, sight: Sight) -> bool:
+    """Whether a request is for a service tier that has no price in a model that may serve."""
+    request = sight.request
+    models = [view.record.prices[0][1][name] for name in (request.model, *request.fallbacks)]
+    lacking = [model for model in models if request.tier not in dict(model.services) and not model.from_usage_cost]
+    return bool(request.tier) and request.tier not in STANDARD_TIERS and bool(lacking)
+
+
 Reason = Callable[[View, Sight], bool]
 REASONS: Final[Mapping[int, tuple[Reason, ...]]] = {
     400: (_refused_by_provider,),
     401: (_revoked,),
     402: (_out_of_credit,),
     403: (_suspended,),
+    404: (_unknown_template,),
     409: (_conflict,),
     413: (_refused_by_provider,),
-    422: (_refused_by_provider,),
+    422: (_refused_by_provider, _unfilled, _unpriced),
     429: (_limited,),
     502: (_failed_there,),
     503: (_asked_to_wait, _stopping, _without_ledger),
@@ -358,7 +386,7 @@ def buckets_are_right(view: View) -> Iterator[str]:
 def _most_reserved(sight: Sight) -> int:
     """Return the most tokens that an admission takes: a token for three bytes, some for the message, and the output."""
     output = sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS
-    return len(sight.body) // 3 + 12 + output * sight.request.n
+    return (TEMPLATE_TOKENS if sight.request.template else 0) + len(sight.body) // 3 + 12 + output * sight.request.n
 
 
 def _slots_taken(view: View, number: int, most: int) -> Iterator[str]:

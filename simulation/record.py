@@ -71,11 +71,44 @@ class Trouble(NamedTuple):
     end: float
 
 
+class Look(NamedTuple):
+    """What `GET /v1/key` said of an account's credit, in nano-USD, and when it was asked and answered."""
+
+    account: int
+    began_at: float
+    ended_at: float
+    balance: int
+    held: int
+    available: int
+
+
+class Told(Struct, frozen=True):
+    """What the API says of an account at the end, in nano-USD: the costs of requests by id, and of all in `/v1/usage`.
+
+    `requests`: the number of requests in `/v1/usage`.
+    """
+
+    events: dict[str, int]
+    cost: int
+    requests: int
+
+
+class Loss(NamedTuple):
+    """A settlement that a process could neither send nor keep, from its log."""
+
+    process: str
+    request_id: str
+    hold_id: str
+    cost: int
+    unheld: bool
+
+
 class Record(Struct):
     """All that is known of a history that was played.
 
     `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
-    handled, and lines of the log that tell of a bug.
+    handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
+    `exits`: the exit codes of processes.
     """
 
     history: History
@@ -89,6 +122,11 @@ class Record(Struct):
     left: list[str] = []
     errors: list[str] = []
     store_offset_s: float = 0.0  # the store's clock less the loop's
+    looks: list[Look] = []
+    told: dict[int, Told] = {}
+    losses: list[Loss] = []
+    unkept: list[tuple[float, str]] = []
+    exits: list[tuple[str, int | None]] = []
 
 
 class View:
@@ -108,10 +146,17 @@ class View:
         whats = {trouble.what for trouble in record.troubles}
         self.is_lossy = bool(whats & {"failover"})
         self.is_strict = not self.history.local
+        self.lost: dict[str, int] = {}
+        for loss in record.losses:
+            self.lost[loss.request_id] = self.lost.get(loss.request_id, 0) + loss.cost
 
     def charge(self, sight: Sight) -> int:
         """Return what the account was charged for a request."""
         return sum(int(event["cost_nusd"]) for event in self.settled.get(sight.request_id, ()))
+
+    def owed(self, sight: Sight) -> int:
+        """Return what the account was charged, or is to be charged by hand after a loss that the log has whole."""
+        return self.charge(sight) or self.lost.get(sight.request_id, 0)
 
     def feels(self, sight: Sight, *whats: str, before_s: float = 0.0) -> bool:
         """Whether one of these troubles (or any) can be felt by a request."""

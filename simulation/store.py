@@ -64,7 +64,11 @@ class _Lua:
         self.client: Client | None = None
         self.runtime.eval(b"""function(call)
             redis = {call = call, error_reply = function(text) return {err = text} end,
-                     status_reply = function(text) return {ok = text} end}
+                     status_reply = function(text) return {ok = text} end,
+                     pcall = function(...)
+                        local ok, found = pcall(call, ...)
+                        return ok and found or {err = tostring(found)}
+                     end}
             end""")(self._call)
         self._set = self.runtime.eval(b"function(keys, argv) KEYS = keys; ARGV = argv end")
 

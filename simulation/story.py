@@ -12,12 +12,15 @@ from msgspec.structs import replace
 from meshproxy.errors import GatewayError
 from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.policy.principal import Bounds, KeyChange
+from meshproxy.policy.template import TemplateFields
+from simulation.bills import nusd
 from simulation.client import Clients
 from simulation.gateway import Gateway
 from simulation.history import (
     ALLOWANCE_NUSD,
     DEFAULT_OUTPUT_TOKENS,
     DRAIN_S,
+    DROPPED,
     FIRST_BYTE_S,
     HEARTBEAT_S,
     HOLD_TTL_S,
@@ -26,17 +29,20 @@ from simulation.history import (
     MAX_OUTPUT_TOKENS,
     MODELS,
     STORE_TIMEOUT_S,
+    TEMPLATE,
     UPSTREAMS,
     WRITE_TIMEOUT_S,
     Change,
     Fault,
     History,
     Model,
+    Price,
     WorkerEvent,
+    template_system,
 )
 from simulation.judge import judge
 from simulation.provider import Provider
-from simulation.record import RECOVERY_S, Book, Done, Finding, Record, Sample, Trouble, marker_of
+from simulation.record import RECOVERY_S, Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
 from simulation.run import Outcome, World, run
 from simulation.store import OOM, READONLY, Client, Fate
 
@@ -44,6 +50,7 @@ PROVIDER_PORT: Final = 9_000
 NOWHERE_PORT: Final = 9
 OPERATOR_TRIES: Final = 40
 OPERATOR_PAUSE_S: Final = 1.0
+MOST_DRAINS: Final = 30  # of JOURNAL_S each, for answers that are read on without a client
 JOURNAL_S: Final = 5.0  # after which the journal has been replayed
 MAX_TURNS: Final = 400_000
 BUGS: Final = frozenset(
@@ -55,7 +62,8 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
     """Return the configuration of a history's gateway."""
     lines = [
         "[server]",
-        f"workers = 1\nheartbeat_s = {HEARTBEAT_S:g}\nwrite_timeout_s = {WRITE_TIMEOUT_S:g}\ndrain_s = {DRAIN_S:g}",
+        f"workers = 1\nfast_path = {str(history.fast_path).lower()}",
+        f"heartbeat_s = {HEARTBEAT_S:g}\nwrite_timeout_s = {WRITE_TIMEOUT_S:g}\ndrain_s = {DRAIN_S:g}",
         "[log]\nlevel = 'info'",
         f"[redis]\nurl = 'redis://store'\ntimeout_s = {STORE_TIMEOUT_S:g}",
     ]
@@ -64,6 +72,8 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
             "on_failure = 'local'",
             f"journal = '/simulated/journal'\nlocal_allowance_usd = '{usd(ALLOWANCE_NUSD)}'",
         ]
+    if history.journal_bytes is not None:
+        lines.append(f"journal_max_bytes = {history.journal_bytes}")
     lines += [
         "[defaults]\nmodel = 'plain'",
         f"[credits]\nhold_ttl_s = {HOLD_TTL_S:g}\nlease_output_tokens = {LEASE_TOKENS}",
@@ -84,15 +94,30 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
         lines += [
             f"[models.'{name}']\nupstreams = [{routes}]\ncontext_window = {model.context_window}",
             f"max_output_tokens = {MAX_OUTPUT_TOKENS}\nrequest_usd = '{usd(price.request)}'",
-            f"input_usd_per_mtok = '{usd(price.input)}'\noutput_usd_per_mtok = '{usd(price.output)}'",
+            *_priced(price),
         ]
-        if price.cached is not None:
-            lines.append(f"cached_input_usd_per_mtok = '{usd(price.cached)}'")
         if model.hidden_reasoning:
             lines.append("hidden_reasoning = true")
         if model.from_usage_cost:
             lines.append("cost_from = 'usage.cost'")
+        lines += _tiers(f"models.'{name}'", price)
+        for tier, of_tier in model.services:
+            path = f"models.'{name}'.service_tiers.{tier}"
+            lines += [f"[{path}]", *_priced(of_tier), *_tiers(path, of_tier)]
     return "\n".join(lines) + "\n"
+
+
+def _priced(price: Price) -> list[str]:
+    lines = [f"input_usd_per_mtok = '{usd(price.input)}'\noutput_usd_per_mtok = '{usd(price.output)}'"]
+    return lines if price.cached is None else [*lines, f"cached_input_usd_per_mtok = '{usd(price.cached)}'"]
+
+
+def _tiers(path: str, price: Price) -> list[str]:
+    return [
+        line
+        for above, larger in price.tiers
+        for line in (f"[[{path}.price_tiers]]\nabove_prompt_tokens = {above}", *_priced(larger))
+    ]
 
 
 def usd(amount_nusd: int) -> str:
@@ -108,9 +133,12 @@ class Play:
         self._loop = world.loop
         self._models: dict[str, Model] = dict(MODELS)
         self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
-        for name in ("sights", "calls", "samples", "changes", "troubles", "left", "errors"):
+        for name in (
+            *("sights", "calls", "samples", "changes", "troubles", "left", "errors"),
+            *("looks", "losses", "unkept", "exits"),
+        ):
             setattr(self.record, name, [])
-        self.record.books = {}
+        self.record.books, self.record.told = {}, {}
         self._secrets: list[str] = []
         self._key_ids: list[str] = []
         self._drops = 0
@@ -125,13 +153,13 @@ class Play:
             for request in history.requests
             if marker_of(history.seed, request) not in plans
         }
-        provider = Provider(plans)
+        provider = self._provider = Provider(plans)
         await world.spawn(world.process("provider"), provider.start("0.0.0.0", PROVIDER_PORT))
         self._gateway = await world.start_gateway(toml(history, self._models), workers=history.workers)
         await self._set_up()
         self._watch_store()
         clients = Clients(self._address, self._secrets.__getitem__, partial(marker_of, history.seed))
-        people = world.process("clients")
+        self._clients, self._people = clients, world.process("clients")
         start = self._loop.time()
         self.record.prices[0] = (0.0, self.record.prices[0][1])
         tasks = []
@@ -144,24 +172,44 @@ class Play:
             elif isinstance(step, Change):
                 tasks.append(asyncio.ensure_future(self._change(step)))
             else:
-                tasks.append(world.spawn(people, clients.play(step), step.name))
+                tasks.append(world.spawn(self._people, clients.play(step), step.name))
         await asyncio.gather(*tasks)
         await self._settle()
         await self._read_books()
+        await self._read_told()
         self.record.store_offset_s = self._loop.wall_offset_s + world.store.clock_offset_s
         clients.close()
         self.record.sights, self.record.calls = clients.sights, provider.calls
         await asyncio.sleep(1)
-        bad_disk = any(fault.what in {"disk_full", "disk_fails"} for fault in history.faults)
-        for where, event in map(_bug_of, world.log):
-            if event and not (bad_disk and "journal.py" in event):  # told as a failed task, for its alert
-                self.record.errors.append(f"{where}: {event}")
         for gateway in list(world.gateways):
             if not await gateway.stop(DRAIN_S * 3):
                 self.record.left.append("an instance that doesn't end")
+            self.record.exits += [(instance.name, instance.code) for instance in gateway.instances]
         world.gateways.clear()
+        self._read_log()
         await provider.close()
         return self.record
+
+    def _read_log(self) -> None:
+        """Keep what the log says of bugs, and of settlements that no disk took."""
+        record = self.record
+        for where, event in map(_bug_of, self._world.log):
+            is_loss = "settlement_lost" in event or "journal.py" in event  # also told as a failed task, for its alert
+            if event and not (is_loss and self._history.fills_disks):
+                record.errors.append(f"{where}: {event}")
+        for where, logged in self._world.log:
+            if isinstance(logged, dict) and logged.get("event") == "settlement_lost":
+                lost = logged["settlement"]
+                record.losses.append(
+                    Loss(
+                        where, lost["request_id"], lost["hold_id"], lost.get("cost_nusd", 0), lost.get("unheld", False)
+                    )
+                )
+        record.unkept += [
+            (at, values[0])
+            for at, _, values in self._world.lines
+            if len(values) > 1 and values[1] == "journal_not_written"
+        ]
 
     def _address(self, worker: int) -> tuple[str, int]:
         instance = self._gateway.instances[worker % len(self._gateway.instances)]
@@ -190,6 +238,10 @@ class Play:
             )
             self._secrets.append(made["key"])
             self._key_ids.append(made["id"])
+        if any(request.template for request in self._history.requests):
+            await operator.put_template(None, TEMPLATE, TemplateFields(system=template_system(DROPPED)))
+            for account in range(len(self._history.credit)):
+                await self._edit(Change(0.0, "template", account, amount=1))
 
     # What is seen of the store.
 
@@ -239,7 +291,7 @@ class Play:
             store.jump(fault.delay_s)
         elif fault.what in {"disk_full", "disk_fails"}:
             disk = self._world.disk
-            disk.room, disk.is_failing = 0 if fault.what == "disk_full" else None, fault.what == "disk_fails"
+            disk.room, disk.is_failing = fault.room if fault.what == "disk_full" else None, fault.what == "disk_fails"
             await asyncio.sleep(fault.for_s)
             disk.room, disk.is_failing = None, False
         elif fault.what in {"refused", "full"}:
@@ -276,13 +328,23 @@ class Play:
             self.record.troubles.append(Trouble(event.what, now, now + 1e6))
             trouble = self.record.troubles[-1]
             await instance.ended.wait()
+            self.record.exits.append((instance.name, instance.code))
             await asyncio.sleep(event.for_s)
-            if instance.ended.is_set():  # no other event has started it
+            for _ in range(OPERATOR_TRIES):  # again, where it has read a bad configuration
+                if not instance.ended.is_set():
+                    break  # another event has started it
                 await instance.restart()
+                await asyncio.sleep(OPERATOR_PAUSE_S if instance.ended.is_set() else 0)
             self.record.troubles[self.record.troubles.index(trouble)] = trouble._replace(end=self._loop.time())
 
     async def _change(self, change: Change) -> None:
-        """Do what an operator does."""
+        """Do what an operator does, or read the account by one of its keys."""
+        if change.what == "look":
+            await self._look(change.account)
+            return
+        if change.what in {"template", "template_dropped"}:
+            await self._edit(change)
+            return
         if change.what in {"grant", "grant_twice"}:
             await self._grant(change.account, change.amount, f"at {change.at_s}")
             if change.what == "grant_twice":
@@ -300,6 +362,30 @@ class Play:
                 await operator.set_key_status(key_id, status)  # type: ignore[arg-type]
 
         await self._try(act, Done(change.what, 0, 0, change.account, change.key, change.amount))
+
+    async def _edit(self, change: Change) -> None:
+        """Store a version of the account's template, or delete it."""
+        owner = f"a{change.account}"
+
+        async def act() -> None:
+            operator = await self._gateway.administration()
+            if change.what == "template":
+                await operator.put_template(owner, TEMPLATE, TemplateFields(system=template_system(change.amount)))
+            else:
+                await operator.delete_template(owner, TEMPLATE)
+
+        await self._try(act, Done("template", 0, 0, change.account, amount=change.amount))
+
+    async def _look(self, account: int) -> None:
+        """Ask for an account's credit with one of its keys, if it has one."""
+        key = next((at for at, plan in enumerate(self._history.keys) if plan.account == account), None)
+        if key is None:
+            return
+        began_at = self._loop.time()
+        status, told = await self._world.spawn(self._people, self._clients.fetch(account, key, "/v1/key"))
+        if status == 200:
+            amounts = (nusd(told[f"{name}_usd"]) for name in ("balance", "held", "available"))
+            self.record.looks.append(Look(account, began_at, self._loop.time(), *amounts))
 
     async def _grant(self, account: int, amount: int, ref: str) -> None:
         async def act() -> None:
@@ -327,6 +413,10 @@ class Play:
     async def _settle(self) -> None:
         """Let everything be settled: faults are mended, all instances run, and the longest deadline passes."""
         self._drops = 0
+        for _ in range(MOST_DRAINS):
+            if all(call.ended_at for call in self._provider.calls):
+                break
+            await asyncio.sleep(JOURNAL_S)
         await asyncio.sleep(HOLD_TTL_S + JOURNAL_S)
         if any(fault.what == "clock" for fault in self._history.faults):  # deadlines are by the store's clock
             await asyncio.sleep(
@@ -361,6 +451,30 @@ class Play:
             holds = store.ask("HLEN", f"{prefix}holds")
             balance, held, granted, settled = credit
             self.record.books[number] = Book(balance, held, granted, settled, holds, running, tuple(events), hours)
+
+    async def _read_told(self) -> None:
+        """Read what the API says of each account, by a key that still works."""
+        for number in range(len(self._history.credit)):
+            await self._look(number)
+            ids = [
+                sight.request_id
+                for sight in self._clients.sights
+                if self._history.keys[sight.request.key].account == number
+            ]
+            for key, plan in enumerate(self._history.keys):
+                ask = partial(self._clients.fetch, 0, key)
+                if plan.account != number or not ids:
+                    continue
+                status, events = await self._world.spawn(self._people, ask("/v1/usage/events", {"request_ids": ids}))
+                if status == 200:
+                    _, rows = await self._world.spawn(self._people, ask("/v1/usage?group_by=model"))
+                    costs = {event["request_id"]: nusd(event["cost_usd"]) for event in events["events"]}
+                    self.record.told[number] = Told(
+                        costs,
+                        sum(nusd(row["cost_usd"]) for row in rows["data"]),
+                        sum(row["requests"] for row in rows["data"]),
+                    )
+                    break
 
 
 def _pairs(flat: list[bytes]) -> dict[str, str]:

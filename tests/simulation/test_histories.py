@@ -32,6 +32,9 @@ FOUND = {
     "a stream waited for a client that was given up": Request(
         "q3", stream=True, keyed=True, reads="stalls", answers=(Answer("azure", 300, gap_s=0.2),)
     ),
+    "a refusal's body was awaited past the deadline": Request(
+        "q3", model="pair", stream=True, timeout_s=0.5, answers=(Answer(status=401, error="key", pause_s=6.0),)
+    ),
 }
 NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "10"))  # for new seeds
 

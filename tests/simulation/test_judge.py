@@ -7,10 +7,10 @@ import pytest
 from msgspec.structs import replace
 
 from simulation.client import Sight
-from simulation.history import MODELS, Answer, History, KeyPlan, Request
+from simulation.history import MODELS, Answer, History, KeyPlan, Request, rendered
 from simulation.judge import RULES, judge
 from simulation.provider import Bill, Call
-from simulation.record import Book, Done, Finding, Record, Sample, Trouble, marker_of
+from simulation.record import Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
 
 GRANTED = 1_000_000_000
 COST = 20 * 2_500 + 8 * 10_000
@@ -97,6 +97,10 @@ class Case:
             prices=[(0.0, MODELS)],
             left=[],
             errors=[],
+            looks=[Look(0, 8.0, 9.5, GRANTED, 0, GRANTED)],
+            told={},
+            losses=[],
+            exits=[("gateway-0", 0)],
         )
 
     def failed(self, status, **error):
@@ -119,6 +123,13 @@ class Case:
             setattr(other, name, value)
         self.record.sights.append(other)
         self.record.books = {0: book(settled(), settled(hold_id="h2", request_id="id-q1"))}
+
+    def prompted(self, *texts):
+        """Let the request have named a template, and its provider have got these system messages."""
+        self.sight.request = replace(self.sight.request, template="greeting", manner="few")
+        edits = [Done("template", at, at + 1, amount=version) for at, version in ((1.0, 1), (5.0, 2))]
+        self.record.changes += edits
+        self.call.body["messages"][:0] = [{"role": "system", "content": text} for text in texts]
 
 
 def test_a_good_exchange_breaks_no_rule():
@@ -342,6 +353,73 @@ def revoked_and_served(case):
     case.record.changes.append(Done("revoke", 1.0, 2.0, 0, 0))
 
 
+def tier_unpriced(case):
+    case.sight.request = replace(case.sight.request, tier="scale")
+    case.call.body["service_tier"] = "scale"
+
+
+def billed_in_another_tier(case):
+    case.sight.request = replace(case.sight.request, model="served", tier="flex")
+    case.sight.headers["x-mesh-model"] = "served"
+    case.call.body |= {"model": "up-served", "service_tier": "flex"}
+    case.call.upstream = "two"
+
+
+def billed_below_its_tier(case):
+    case.sight.request = replace(case.sight.request, model="tiered")
+    case.sight.headers["x-mesh-model"], case.call.body["model"] = "tiered", "up-tiered"
+    case.call.bill = Bill(21, 0, 8)
+
+
+def old_template(case):
+    case.prompted(rendered(1, "few"))
+
+
+def slot_unfilled(case):
+    case.prompted(rendered(2, "{{ manner }}"))
+
+
+def template_left_out(case):
+    case.prompted()
+
+
+def balance_told_wrong(case):
+    case.record.looks = [Look(0, 8.0, 9.5, GRANTED - 1, 0, GRANTED - 1)]
+
+
+def event_told_wrong(case):
+    case.record.told = {0: Told({"id-q0": COST - 1}, COST, 1)}
+
+
+def usage_told_wrong(case):
+    case.record.told = {0: Told({"id-q0": COST}, COST, 2)}
+
+
+def loss_not_told(case):
+    case.record.losses = [Loss("gateway-0", "id-q0", "h1", COST, unheld=False)]
+
+
+def false_exit(case):
+    case.record.exits = [("gateway-0", 74)]
+
+
+def admitted_with_a_full_journal(case):
+    case.record.history = replace(case.record.history, local=True)
+    case.record.troubles = [Trouble("disk_full", 5.0, 40.0), Trouble("gone", 5.0, 40.0)]
+    case.record.unkept = [(7.0, "gateway-0")]
+
+
+def spent_beyond_the_allowance(case):
+    case.record.history = replace(case.record.history, local=True)
+    costs = [settled(hold_id=f"h{at}", hold="none", cost_nusd=9_000_000, held_nusd=0) for at in range(4)]
+    case.record.books = {0: book(*costs, granted=0, balance=-36_000_000)}
+
+
+def hang_up_unnoticed(case):
+    case.sight.request = replace(case.sight.request, reads="half_closes")
+    case.sight.ended, case.call.ended_at = "left", 31.0
+
+
 def left_behind(case):
     case.record.left = ["tasks: gateway-0: settle"]
 
@@ -398,6 +476,20 @@ BREAKS = [
     (not_failed_over, "failover_happens"),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),
+    (tier_unpriced, "requests_are_clean"),
+    (billed_in_another_tier, "charges_are_bills"),
+    (billed_below_its_tier, "charges_are_bills"),
+    (old_template, "templates_hold"),
+    (slot_unfilled, "templates_hold"),
+    (template_left_out, "templates_hold"),
+    (balance_told_wrong, "accounts_are_told"),
+    (event_told_wrong, "accounts_are_told"),
+    (usage_told_wrong, "accounts_are_told"),
+    (loss_not_told, "losses_are_told"),
+    (false_exit, "losses_are_told"),
+    (admitted_with_a_full_journal, "full_journals_deny"),
+    (spent_beyond_the_allowance, "credit_is_not_overdrawn"),
+    (hang_up_unnoticed, "hang_ups_are_noticed"),
     (left_behind, "nothing_is_left"),
     (broke, "nothing_broke"),
 ]
@@ -423,6 +515,20 @@ def test_a_killed_worker_excuses_a_charge_that_is_missing():
     not_charged(case)
     case.sight.ended = "closed"
     case.record.troubles = [Trouble("killed", 10.5, math.inf)]
+    assert judge(case.record) == []
+
+
+def test_a_template_edited_two_seconds_before_holds():
+    case = Case()
+    case.prompted(rendered(2, "few"))
+    assert [finding.rule for finding in judge(case.record) if finding.rule == "templates_hold"] == []
+
+
+def test_a_loss_that_the_log_has_whole_is_charged_by_hand():
+    case = Case()
+    not_charged(case)
+    case.record.losses = [Loss("gateway-0", "id-q0", "h1", COST, unheld=False)]
+    case.record.exits = [("gateway-0", 74)]
     assert judge(case.record) == []
 
 

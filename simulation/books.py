@@ -1,0 +1,298 @@
+"""Rules on money: what the ledger's books say, against what providers billed and operators granted."""
+
+from collections.abc import Iterator
+from typing import Final
+
+from simulation.bills import allowed_charges, died_unsettled, told_cost
+from simulation.client import Sight
+from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS
+from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
+
+LOST: Final = 74  # the exit code of a process that lost a settlement (docs/ledger.md)
+OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply"})
+
+
+def books_balance(view: View) -> Iterator[str]:
+    """Granted = balance + settled; holds are gone; events, hourly aggregates and the sums agree."""
+    for number, book in view.record.books.items():
+        charged = [event for event in book.events if event["event"] == "settled"]
+        granted = sum(int(event["amount_nusd"]) for event in book.events if event["event"] == "grant")
+        costs = sum(int(event["cost_nusd"]) for event in charged)
+        if book.granted != book.balance + book.settled:
+            yield f"a{number}: granted {book.granted}, but balance {book.balance} and settled {book.settled}"
+        if costs != book.settled:
+            yield f"a{number}: settled {book.settled}, but the events say {costs}"
+        if granted != book.granted:
+            yield f"a{number}: granted {book.granted}, but the events say {granted}"
+        if book.held or book.holds or book.running:
+            yield f"a{number}: {book.held} nano-USD in {book.holds} holds and {book.running} slots are left"
+        for metric, field in (
+            ("cost", "cost_nusd"),
+            ("prompt", "prompt_tokens"),
+            ("completion", "completion_tokens"),
+            ("cached", "cached_tokens"),
+        ):
+            total = sum(int(event[field]) for event in charged)
+            if book.hours.get(metric, 0) != total:
+                yield f"a{number}: the hours have {book.hours.get(metric, 0)} of {metric}, the events {total}"
+        if book.hours.get("requests", 0) != len(charged):
+            yield f"a{number}: the hours have {book.hours.get('requests', 0)} requests, the events {len(charged)}"
+
+
+def grants_count_once(view: View) -> Iterator[str]:
+    """Check that an account was granted what was granted: once for each ref."""
+    for number, book in view.record.books.items():
+        sure: dict[str, int] = {}
+        maybe: dict[str, int] = {}
+        for done in view.record.changes:
+            if done.what == "grant" and done.account == number:
+                (sure if done.ok else maybe)[done.ref] = done.amount
+        least = sum(sure.values())
+        most = least + sum(amount for ref, amount in maybe.items() if ref not in sure)
+        if not (0 if view.is_lossy else least) <= book.granted <= most:
+            yield f"a{number}: granted {book.granted}, and {least} to {most} were"
+
+
+def charged_once(view: View) -> Iterator[str]:
+    """Check that a hold is settled once, a request too, and an Idempotency-Key is charged once."""
+    holds: dict[str, int] = {}
+    for request_id, events in view.settled.items():
+        for event in events:
+            holds[event["hold_id"]] = holds.get(event["hold_id"], 0) + 1
+        if len(events) > 1:
+            yield f"{request_id} has {len(events)} settlements"
+    for hold, count in holds.items():
+        if count > 1:
+            yield f"hold {hold} was settled {count} times"
+    for marker in {sight.marker for sight in view.record.sights if sight.request.keyed}:
+        group = [sight for sight in view.record.sights if sight.marker == marker]
+        charged = [sight for sight in group if view.charge(sight) > 0]
+        failed = [sight for sight in charged if sight.error or sight.ended not in {"whole", "left", "closed"}]
+        cut = [call for call in view.calls.get(marker, ()) if not call.complete]
+        if len(charged) - len(failed) - len(cut) > 1 and not any(view.feels(sight) for sight in group):
+            yield f"the Idempotency-Key of {marker} was charged for {[sight.request_id for sight in charged]}"
+
+
+def charges_are_bills(view: View) -> Iterator[str]:
+    """Each request is charged what its provider bills, within the tolerance where nothing was reported."""
+    for sight in view.record.sights:
+        charge = view.owed(sight)
+        allowed = allowed_charges(view, sight)
+        if not any(cost.holds(charge) for cost in allowed):
+            told = ", ".join(
+                f"{cost.least}..{cost.most}" if cost.least != cost.most else str(cost.least)
+                for cost in dict.fromkeys(allowed)
+            )
+            yield f"{sight.request_id} was charged {charge}, and {told or 'nothing'} would be right"
+
+
+def tokens_are_reported(view: View) -> Iterator[str]:
+    """Check that a settlement has the tokens of the provider's report, and the request's key, session and model."""
+    for sight in view.record.sights:
+        for event in view.settled.get(sight.request_id, ()):
+            if event["session"] not in {sight.request.session, "~"}:
+                yield f"{sight.request_id} of session {sight.request.session!r} is in {event['session']!r}"
+            calls = view.calls.get(sight.marker, [])
+            named = sight.headers.get("x-mesh-model")
+            if (
+                named
+                and sight.status == 200
+                and not sight.is_stream
+                and named != event["model"]
+                and event["cost_nusd"] != "0"
+            ):
+                yield f"{sight.request_id} names {named} and is billed as {event['model']}"
+            if (
+                event["usage_source"] not in {"reported", "drained"}
+                or len(calls) != 1
+                or not calls[0].complete
+                or sight.error
+                or sight.ended != "whole"
+            ):
+                continue
+            bill, found = (
+                calls[0].bill,
+                {name: int(event[f"{name}_tokens"]) for name in ("prompt", "cached", "completion")},
+            )
+            if calls[0].is_true == {"prompt", "completion"} and found != {
+                "prompt": bill.prompt,
+                "cached": bill.cached,
+                "completion": bill.completion,
+            }:
+                yield f"{sight.request_id}: {found} tokens were billed as {bill}"
+
+
+def costs_are_told(view: View) -> Iterator[str]:
+    """`x-mesh-cost` of a whole answer, and what a finished stream says last, are the charge."""
+    for sight in view.record.sights:
+        if sight.ended != "whole" or sight.status != 200 or sight.error:
+            continue
+        if view.is_lossy or view.feels(sight, "killed") or died_unsettled(view, sight):
+            continue
+        told = told_cost(sight)
+        if told is None:
+            yield f"{sight.request_id} doesn't say what it cost"
+        elif "idempotent-replayed" not in sight.headers and told != view.owed(sight) and not _waived(view, sight):
+            yield f"{sight.request_id} says that it cost {told}, and was charged {view.owed(sight)}"
+
+
+def _waived(view: View, sight: Sight) -> bool:
+    return any(int(event.get("waived_nusd") or 0) for event in view.settled.get(sight.request_id, ()))
+
+
+def credit_is_not_overdrawn(view: View) -> Iterator[str]:
+    """Check that available = balance - held is never below 0 but for what streams used beyond their hold, a slice each."""
+    for number, book in view.record.books.items():
+        charged = [event for event in book.events if event["event"] == "settled"]
+        excess = sum(
+            max(0, int(event["cost_nusd"]) - (int(event["held_nusd"]) if event["hold"] == "live" else 0))
+            for event in charged
+        )
+        taken = sum(
+            -done.amount
+            for done in view.record.changes
+            if done.what == "grant" and done.account == number and done.amount < 0
+        )
+        lowest = min(
+            (sample.balance - sample.held for sample in view.record.samples if sample.account == number), default=0
+        )
+        if lowest < -excess - taken and not view.is_lossy:
+            yield f"a{number}: available fell to {lowest}, and at most {excess} was used beyond holds"
+        for event in charged:
+            yield from _excess_faults(view, event)
+        if not view.is_strict:
+            least = _least_balance(view, charged)
+            if book.balance < least:
+                yield f"a{number}: the balance is {book.balance}, and with the allowance {least} would be the least"
+
+
+def _least_balance(view: View, charged: list[dict[str, str]]) -> int:
+    """Return the least that an account can have left: without its allowance in each outage, and a request above a hold."""
+    outages = sum(trouble.what in OUTAGES for trouble in view.record.troubles)
+    beyond = [max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in charged if event["hold"] != "none"]
+    local = [int(event["cost_nusd"]) for event in charged if event["hold"] == "none"]
+    return -ALLOWANCE_NUSD * max(1, outages) - sum(beyond) - max(local, default=0) * view.history.workers
+
+
+def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
+    """Find a settlement that exceeds its hold by more than it may."""
+    sight = next((sight for sight in view.record.sights if sight.request_id == event["request_id"]), None)
+    if sight is None or event["hold"] != "live" or not view.is_strict or view.record.troubles:
+        return
+    calls = view.calls.get(sight.marker, [])
+    if not calls:
+        return
+    call, request = calls[-1], sight.request
+    models = view.models(sight, event["model"])
+    excess = int(event["cost_nusd"]) - int(event["held_nusd"])
+    prices = [
+        each for model in models for price in model.prices for each in (price, *(tier for _, tier in price.tiers))
+    ]
+    slack = max(price.cost(10, 0, 10 * request.n) for price in prices)
+    if call.bill.cost_nusd is not None and any(model.from_usage_cost for model in models):
+        return
+    if not call.answer.heeds_cap:
+        bound = max(price.cost(0, 0, call.made) for price in prices)
+    elif request.stream:
+        beyond = LEASE_TOKENS * request.n + call.made - call.shown + int(call.shown * 0.5)
+        bound = max(price.cost(0, 0, beyond) for price in prices)
+    else:
+        bound = 0
+    if excess > bound + slack:
+        yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
+
+
+def budgets_hold(view: View) -> Iterator[str]:
+    """Check that a key spends no more than its budget, but for what was used beyond holds."""
+    for number, key in enumerate(view.history.keys):
+        events = [
+            event
+            for sight in view.record.sights
+            if sight.request.key == number
+            for event in view.settled.get(sight.request_id, ())
+        ]
+        spent = sum(int(event["cost_nusd"]) for event in events)
+        beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
+        if key.budget_nusd is not None and view.is_strict and spent > key.budget_nusd + beyond:
+            yield f"k{number}: {spent} was spent of a budget of {key.budget_nusd}, {beyond} of it beyond holds"
+
+
+def holds_are_kept(view: View) -> Iterator[str]:
+    """Check that no hold is lost without a reason, and that a client that reads nothing keeps its own for a while alone."""
+    if view.record.troubles:
+        return
+    for number, book in view.record.books.items():
+        for event in book.events:
+            if event["event"] == "abandoned" or event.get("hold", "live") != "live":
+                yield f"a{number}: the hold {event['hold_id']} was abandoned"
+    for sight in view.record.sights:
+        if (
+            sight.request.reads != "stalls"
+            or sight.ended != "left"
+            or sight.request.keyed
+            or sight.request.model == "drained"
+        ):
+            continue
+        for event in view.settled.get(sight.request_id, ()):
+            settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
+            if settled_at > sight.ended_at - 1:
+                yield f"{sight.request_id} was settled when its client gave up, and not after write_timeout_s"
+
+
+def accounts_are_told(view: View) -> Iterator[str]:
+    """Check what the API says of an account: its credit at a time, and in the end what each request and all cost."""
+    for look in view.record.looks:
+        samples = [sample for sample in view.record.samples if sample.account == look.account]
+        before = [sample for sample in samples if sample.at < look.began_at][-1:]
+        within = [sample for sample in samples if look.began_at <= sample.at <= look.ended_at]
+        if look.available != look.balance - look.held:
+            yield f"a{look.account}: {look.available} is available of {look.balance} less {look.held}"
+        elif not view.is_lossy and (look.balance, look.held) not in {
+            (each.balance, each.held) for each in before + within
+        }:
+            yield f"a{look.account}: /v1/key says balance {look.balance} and held {look.held}, and neither was so"
+    for number, told in view.record.told.items():
+        book = view.record.books[number]
+        charged = [event for event in book.events if event["event"] == "settled"]
+        costs = {event["request_id"]: int(event["cost_nusd"]) for event in charged}
+        if told.events != costs:
+            wrong = sorted(name for name in told.events.keys() | costs if told.events.get(name) != costs.get(name))
+            yield f"a{number}: the API's events say {told.events} of {wrong}, and the ledger {costs}"
+        if (told.cost, told.requests) != (book.settled, len(charged)):
+            yield f"a{number}: /v1/usage says {told.cost} for {told.requests} requests, {book.settled} for {len(charged)}"
+
+
+def losses_are_told(view: View) -> Iterator[str]:
+    """Check that a process ends with code 74 if it lost a settlement, which the log has whole, and otherwise with 0."""
+    known = {sight.request_id for sight in view.record.sights}
+    for loss in view.record.losses:
+        if loss.request_id not in known or not loss.hold_id:
+            yield f"{loss.process} lost a settlement of nothing known: {loss}"
+    lossy = {loss.process for loss in view.record.losses}
+    for process, code in view.record.exits:
+        if code not in {LOST if process in lossy else 0, -9}:
+            yield f"{process} ended with {code}, and {'lost a settlement' if process in lossy else 'lost nothing'}"
+
+
+def full_journals_deny(view: View) -> Iterator[str]:
+    """Check that nothing is admitted without the store while its journal's disk refuses writes."""
+    if view.is_strict:
+        return
+    for refused_at, process in view.record.unkept:
+        disk = _during(view, refused_at, "disk_full", "disk_fails")
+        outage = _during(view, refused_at, "gone")
+        if disk is None or outage is None:
+            continue
+        until = min(disk.end, outage.end) - RECOVERY_S
+        number = int(process.partition("-")[2].partition(".")[0])
+        for sight in view.record.sights:
+            is_there = sight.worker % view.history.workers == number and not view.feels(sight, "killed", "drained")
+            is_within = sight.began_at > refused_at + LATENCY_S and sight.ended_at < until
+            if is_there and is_within and sight.status == 200 and "idempotent-replayed" not in sight.headers:
+                yield f"{sight.request_id} was served, though {process} can keep no settlement"
+
+
+def _during(view: View, at: float, *whats: str) -> Trouble | None:
+    """Return the trouble of one of these kinds that lasts at a time."""
+    found = (each for each in view.record.troubles if each.what in whats and each.start <= at <= each.end - RECOVERY_S)
+    return next(found, None)
