@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct
 
@@ -30,7 +29,6 @@ from meshproxy.config import (
     Upstream,
     decode,
     resolved,
-    split_address,
 )
 from meshproxy.config.load import line_of, under
 from meshproxy.ledger.journal import MAX_FILES
@@ -216,29 +214,27 @@ def certificate_warnings(server: Server, now: float) -> Iterator[str]:
 
 def _check_address(address: str) -> None:
     """Raise OSError if this machine lacks the address or the socket's directory. The port may be ours: not bound."""
-    if address.startswith("unix:"):
-        path = Path(address.removeprefix("unix:"))
+    from meshproxy.server.listener import socket_address  # noqa: PLC0415 - as above
+
+    family, name = socket_address(address)
+    if family == socket.AF_UNIX:
+        path = Path(name)
         os.stat(path.parent)  # noqa: PTH116 - for its OSError
         if path.exists() and not path.is_socket():
             raise OSError(errno.EEXIST, "something that is not a socket is there")
         return
-    family, kind, protocol, _, name = _socket_address(address)
-    with socket.socket(family, kind, protocol) as sock:
+    with socket.socket(family) as sock:
         sock.bind((name[0], 0, *name[2:]))
-
-
-def _socket_address(address: str) -> tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]:
-    """Return the family, kind, protocol and name of the socket that listens at `HOST:PORT`. Raises OSError."""
-    host, port = split_address(address)
-    return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
 
 
 def _is_same_address(one: str, other: str) -> bool:
     """Return whether two listeners need the same port or socket file, however their addresses are spelled."""
-    paths = [address.removeprefix("unix:") for address in (one, other) if address.startswith("unix:")]
-    if paths:
-        return len(paths) == 2 and os.path.realpath(paths[0]) == os.path.realpath(paths[1])
-    (host, port), (other_host, other_port) = (_socket_address(address)[4][:2] for address in (one, other))
+    from meshproxy.server.listener import socket_address  # noqa: PLC0415 - as above
+
+    (family, name), (other_family, other_name) = socket_address(one), socket_address(other)
+    if socket.AF_UNIX in {family, other_family}:
+        return family == other_family and os.path.realpath(name) == os.path.realpath(other_name)
+    (host, port), (other_host, other_port) = name[:2], other_name[:2]
     if port == 0 or port != other_port:
         return False
     first, second = ipaddress.ip_address(host.partition("%")[0]), ipaddress.ip_address(other_host.partition("%")[0])

@@ -33,6 +33,7 @@ from meshproxy.server.admin import WorkerStatus
 from meshproxy.telemetry.exposition import MergedMetrics
 from meshproxy.telemetry.logs import set_level
 from meshproxy.telemetry.tasks import Tasks
+from meshproxy.units import backoff_s
 
 STEADY_S = 10.0  # a worker that lived this long resets its backoff
 FIRST_BACKOFF_S = 0.1
@@ -176,7 +177,7 @@ class Supervisor:
 
     async def _keep(self, sock: socket.socket) -> None:
         """Keep one worker alive on `sock` until the supervisor stops."""
-        backoff_s = FIRST_BACKOFF_S
+        failures = 0
         for restarts in itertools.count():
             if self._stopping.is_set():
                 return
@@ -184,9 +185,10 @@ class Supervisor:
             try:
                 worker = await WorkerProcess.spawn(next(self._numbers), restarts, sock)
             except OSError as error:  # no memory, processes or descriptors left
-                _log.error("worker_not_started", reason=error.strerror or str(error), again_in_s=backoff_s)
-                await wait_for_event(self._stopping, backoff_s)
-                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+                failures += 1
+                pause_s = backoff_s(failures, FIRST_BACKOFF_S, MAX_BACKOFF_S)
+                _log.error("worker_not_started", reason=error.strerror or str(error), again_in_s=pause_s)
+                await wait_for_event(self._stopping, pause_s)
                 continue
             began = await self.configure(worker)
             code = await worker.process.wait()
@@ -200,9 +202,8 @@ class Supervisor:
                 self.rejected.set()
                 return
             _log.error("worker_died" if began else "worker_did_not_start", worker=worker.number, exit_code=code)
-            lived_s = time.monotonic() - started_at
-            backoff_s = FIRST_BACKOFF_S if lived_s >= STEADY_S else min(backoff_s * 2, MAX_BACKOFF_S)
-            await wait_for_event(self._stopping, backoff_s)
+            failures = 1 if time.monotonic() - started_at >= STEADY_S else failures + 1
+            await wait_for_event(self._stopping, backoff_s(failures, FIRST_BACKOFF_S, MAX_BACKOFF_S))
 
     async def configure(self, worker: WorkerProcess) -> bool:
         """Send a new worker the configuration in force, again if it changes meanwhile. Return False if the worker ends."""

@@ -8,14 +8,14 @@ import getpass
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from meshproxy.cli.command_line import CommandError
+from meshproxy.cli.command_line import CommandError, argument
 from meshproxy.config import ConfigError, Redis, SecretReader, Settings, resolved
 from meshproxy.units import parse_moment, parse_span, parse_usd
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from meshproxy.ledger.administration import Administration
 
 Parsed = TypeVar("Parsed")
+Operation = Callable[["Administration"], Awaitable[Any]]
 
 MAX_COUNT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 DAY_MIN = 1440  # refusals are counted for so many minutes
@@ -124,6 +125,9 @@ def _checked(parse: Callable[[str], Parsed], text: str) -> Parsed:
         return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+ACCOUNT = argument("account", metavar="ACCOUNT", type=account, help="the account's name")
 
 
 def load_settings(args: argparse.Namespace) -> Settings:

@@ -15,13 +15,16 @@ import sys
 import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from msgspec.structs import asdict
 
 from meshproxy import VERSION
 from meshproxy.config import ConfigError
 from meshproxy.errors import Detail, GatewayError
+
+if TYPE_CHECKING:
+    from meshproxy.ledger.administration import Administration
 
 EX_FAILED = 1
 EX_USAGE = 2
@@ -56,7 +59,6 @@ examples:
 exit codes: 0 done, 1 failed, 2 wrong usage, 78 bad configuration
 """
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - it has no public name
 # Keeps the lines of examples, and long flags on one line with their help.
 Formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
 
@@ -122,13 +124,18 @@ class Output:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
-    """Return the named columns as aligned lines under a heading. Columns of numbers are aligned right."""
+    """Return the named columns as aligned lines under a heading. Columns of numbers are aligned right.
+
+    A column is `HEADING=NAME` where they differ; a nested member's name is joined (`spend.total_usd`).
+    """
+    records = [dict(_flat(row)) for row in rows]
     aligned = []
     for column in columns:
-        cells = [_text(row.get(column)) for row in rows]
-        width = max(map(len, [column, *cells]))
+        heading, _, name = column.partition("=")
+        cells = [_text(record.get(name or heading)) for record in records]
+        width = max(map(len, [heading, *cells]))
         align = str.rjust if all(map(_is_number, cells)) else str.ljust
-        aligned.append([align(cell, width) for cell in [column, *cells]])
+        aligned.append([align(cell, width) for cell in [heading, *cells]])
     return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
 
 
@@ -170,18 +177,24 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+AddTo = Callable[[Any], object]
 Run = Callable[[argparse.Namespace, Output], Awaitable[int | None] | int | None]
 
 
 def make_command(
-    parser: argparse.ArgumentParser, run: Run, *, needs_config: bool = False, uses_store: bool = False
+    parser: argparse.ArgumentParser,
+    run: Run,
+    documented: Callable[..., Any] | None = None,
+    *,
+    needs_config: bool = False,
+    uses_store: bool = False,
 ) -> None:
     """Make `parser` a command that runs `run`.
 
-    The docstring of `run` is the help text: what the command does; its last paragraph has examples. `uses_store`: the
-    command takes --redis.
+    The docstring of `run`, or of `documented`, is the help text: what the command does; its last paragraph has examples.
+    `uses_store`: the command takes --redis.
     """
-    parser.description, _, examples = (inspect.getdoc(run) or "").rpartition("\n\n")
+    parser.description, _, examples = (inspect.getdoc(documented or run) or "").rpartition("\n\n")
     parser.epilog = f"examples:\n{textwrap.indent(examples, '  ')}"
     parser.set_defaults(run=run, parser=parser)
     common = parser.add_argument_group("common")
@@ -198,12 +211,63 @@ def make_command(
         common.add_argument("--redis", metavar="URL", help="the Redis to use instead of the configuration's redis.url")
 
 
-def add_command(commands: Commands, name: str, run: Run) -> argparse.ArgumentParser:
-    """Add one command of a family that uses the store."""
-    summary = (inspect.getdoc(run) or "").partition(".")[0]
-    parser = commands.add_parser(name, help=summary[:1].lower() + summary[1:], formatter_class=Formatter)
-    make_command(parser, run, uses_store=True)
-    return parser
+def argument(*names: str, **options: Any) -> AddTo:
+    """Return the function that adds one argument, as argparse's `add_argument` takes it, to a parser or a group."""
+    return lambda parser: parser.add_argument(*names, **options)
+
+
+def one_of(*arguments: AddTo, required: bool = False) -> AddTo:
+    """Return the function that adds arguments of which at most one may be given. `required`: one must be."""
+    return lambda parser: _add_all(parser.add_mutually_exclusive_group(required=required), arguments)
+
+
+def titled(title: str, *arguments: AddTo) -> AddTo:
+    """Return the function that adds arguments under a title in the help."""
+    return lambda parser: _add_all(parser.add_argument_group(title), arguments)
+
+
+def _add_all(parser: Any, arguments: Iterable[AddTo]) -> None:
+    for add_to in arguments:
+        add_to(parser)
+
+
+class StoreCommand(NamedTuple):
+    """A command of a family that uses the store.
+
+    `run` checks the arguments and returns the operation, whose result is printed: a list as rows with these `columns`
+    (`empty` if there are none), anything else as a record with the `note`, or in the words of `text`.
+    """
+
+    run: Callable[[argparse.Namespace], Callable[["Administration"], Awaitable[Any]]]
+    arguments: Sequence[AddTo] = ()
+    columns: Sequence[str] = ()
+    empty: str = ""
+    note: str = ""
+    text: Callable[[Any], str] | None = None
+
+    async def print(self, args: argparse.Namespace, out: Output) -> None:
+        """Run the operation, and print its result."""
+        from meshproxy.cli.arguments import open_administration  # noqa: PLC0415 - it imports this module
+
+        operation = self.run(args)
+        async with open_administration(args) as administration:
+            result = await operation(administration)
+        if self.text is not None:
+            out.print(result, self.text(result))
+        elif self.columns:
+            out.print_rows(result, self.columns, empty=self.empty)
+        else:
+            out.print_record(result, note=self.note)
+
+
+def add_family(parser: argparse.ArgumentParser, commands: Mapping[str, StoreCommand]) -> None:
+    """Add the commands of a family. A command's summary is the first sentence of its help."""
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in commands.items():
+        summary = (inspect.getdoc(command.run) or "").partition(".")[0]
+        added = subparsers.add_parser(name, help=summary[:1].lower() + summary[1:], formatter_class=Formatter)
+        make_command(added, command.print, command.run, uses_store=True)
+        _add_all(added, command.arguments)
 
 
 class _Parser(argparse.ArgumentParser):

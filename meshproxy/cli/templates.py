@@ -2,114 +2,73 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from meshproxy.cli.arguments import account, open_administration, variable
-from meshproxy.cli.command_line import CommandError, Output, add_command
-from meshproxy.policy.template import check_template, render, to_public
+from meshproxy.cli.arguments import Operation, account, variable
+from meshproxy.cli.command_line import AddTo, CommandError, StoreCommand, add_family, argument, one_of
+from meshproxy.policy.template import check_template
 
-COLUMNS = ["name", "owner", "model", "variables", "updated_at", "id"]
+COLUMNS = ("name", "owner", "model", "variables", "updated_at", "id")
 # set by the gateway; a file from `show --json` has them
 SERVER_FIELDS = ("id", "owner", "is_global", "created_at", "updated_at")
 
 
-def add_templates(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `templates put|list|show|delete|render`."""
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    putting = add_command(commands, "put", put)
-    putting.add_argument("name", metavar="NAME", help="the template's name")
-    putting.add_argument(
-        "--file",
-        metavar="FILE",
-        required=True,
-        help="JSON with system, messages, model, params, variables and description; - reads stdin",
-    )
-    _add_owner(putting, "the account that owns it")
-    listing = add_command(commands, "list", list_templates)
-    listing.add_argument("--account", metavar="NAME", type=account, help="only templates that this account can use")
-    rendering = add_command(commands, "render", render_messages)
-    rendering.add_argument(
-        "--var",
-        metavar="NAME=TEXT",
-        type=variable,
-        action="append",
-        default=[],
-        help="the value of a slot; may be repeated",
-    )
-    for reading in (add_command(commands, "show", show), rendering):
-        reading.add_argument("name", metavar="NAME", help="the template's name or id")
-        _add_owner(reading, "the template that this account would use: its own, else a global one")
-    deleting = add_command(commands, "delete", delete)
-    deleting.add_argument("name", metavar="NAME", help="the template's name or id")
-    _add_owner(deleting, "the account that owns it")
-
-
-def _add_owner(parser: argparse.ArgumentParser, meaning: str) -> None:
-    owner = parser.add_mutually_exclusive_group()
-    owner.add_argument("--account", metavar="NAME", type=account, help=meaning)
-    owner.add_argument(
-        "--global", dest="account", action="store_const", const=None, help="a global template (the default)"
-    )
-
-
-async def put(args: argparse.Namespace, out: Output) -> None:
+def put(args: argparse.Namespace) -> Operation:
     """Create a template, or replace one completely; only its id stays.
 
     meshproxy templates put greeter --file greeter.json
     echo '{"system": "Greet {{ name }}."}' | meshproxy templates put greeter --file - --account acme
     """
     fields = check_template(_template_json(args.name, _read(args.file)), partial=False)
-    async with open_administration(args) as administration:
-        out.print_record(await administration.put_template(args.account, args.name, fields))
+    return lambda administration: administration.put_template(args.account, args.name, fields)
 
 
-async def list_templates(args: argparse.Namespace, out: Output) -> None:
+def list_templates(args: argparse.Namespace) -> Operation:
     """List the templates that an account can use, or all templates.
 
     meshproxy templates list                            templates of every account, and global ones
     meshproxy templates list --account acme             only those that acme can use
     """
-    async with open_administration(args) as administration:
-        out.print_rows(await administration.templates(args.account), COLUMNS, empty="no templates")
+    return lambda administration: administration.templates(args.account)
 
 
-async def show(args: argparse.Namespace, out: Output) -> None:
+def show(args: argparse.Namespace) -> Operation:
     """Show a template.
 
     meshproxy templates show greeter --json > greeter.json
     """
-    async with open_administration(args) as administration:
-        out.print_record(to_public(await administration.template(args.account, args.name)))
+    return lambda administration: administration.template(args.account, args.name)
 
 
-async def delete(args: argparse.Namespace, out: Output) -> None:
+def delete(args: argparse.Namespace) -> Operation:
     """Delete a template of this account, or a global one.
 
     meshproxy templates delete greeter --account acme
     """
-    async with open_administration(args) as administration:
-        out.print_record(await administration.delete_template(args.account, args.name))
+    return lambda administration: administration.delete_template(args.account, args.name)
 
 
-async def render_messages(args: argparse.Namespace, out: Output) -> None:
+def render_messages(args: argparse.Namespace) -> Operation:
     """Print the messages that a request with these variables would send.
 
     meshproxy templates render greeter --var name=Ada
     meshproxy templates render greeter --account acme --var name=Ada --json
     """
-    async with open_administration(args) as administration:
-        template = await administration.template(args.account, args.name)
-    messages = render(template, dict(args.var))
-    out.print(messages, "\n".join(map(_readable, messages)))
+    return lambda administration: administration.rendered(args.account, args.name, dict(args.var))
 
 
-def _readable(message: dict[str, Any]) -> str:
-    content = message["content"]
-    text = content if isinstance(content, str) else msgspec.json.encode(content).decode()
-    return f"[{message['role']}]\n{text}\n"
+def _readable(messages: Sequence[dict[str, Any]]) -> str:
+    """Return messages as text."""
+    contents = [(message["role"], message["content"]) for message in messages]
+    return "\n".join(
+        f"[{role}]\n{content if isinstance(content, str) else msgspec.json.encode(content).decode()}\n"
+        for role, content in contents
+    )
 
 
 def _read(path: str) -> bytes:
@@ -126,3 +85,39 @@ def _template_json(name: str, text: bytes) -> bytes:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return text  # check_template reports what is wrong
     return msgspec.json.encode({**{key: raw for key, raw in fields.items() if key not in SERVER_FIELDS}, "name": name})
+
+
+def _owner(meaning: str) -> AddTo:
+    is_global = argument(
+        "--global", dest="account", action="store_const", const=None, help="a global template (the default)"
+    )
+    return one_of(argument("--account", metavar="NAME", type=account, help=meaning), is_global)
+
+
+FILE = argument(
+    "--file",
+    metavar="FILE",
+    required=True,
+    help="JSON with system, messages, model, params, variables and description; - reads stdin",
+)
+VAR = argument(
+    "--var",
+    metavar="NAME=TEXT",
+    type=variable,
+    action="append",
+    default=[],
+    help="the value of a slot; may be repeated",
+)
+NAME = argument("name", metavar="NAME", help="the template's name or id")
+OWNED = _owner("the account that owns it")
+USED = _owner("the template that this account would use: its own, else a global one")
+USABLE = argument("--account", metavar="NAME", type=account, help="only templates that this account can use")
+
+TEMPLATES = {
+    "put": StoreCommand(put, [argument("name", metavar="NAME", help="the template's name"), FILE, OWNED]),
+    "list": StoreCommand(list_templates, [USABLE], COLUMNS, "no templates"),
+    "render": StoreCommand(render_messages, [VAR, NAME, USED], text=_readable),
+    "show": StoreCommand(show, [NAME, USED]),
+    "delete": StoreCommand(delete, [NAME, OWNED]),
+}
+add_templates = partial(add_family, commands=TEMPLATES)

@@ -13,13 +13,23 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TextIO
 
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from meshproxy.cli.arguments import account, count, minutes, names, open_administration, past
-from meshproxy.cli.command_line import Output, UsageError, add_command, make_command, printable, table
+from meshproxy.cli.arguments import Operation, account, count, minutes, names, open_administration, past
+from meshproxy.cli.command_line import (
+    Output,
+    StoreCommand,
+    UsageError,
+    add_family,
+    argument,
+    make_command,
+    printable,
+    table,
+)
 from meshproxy.ledger.administration import USAGE_SPAN_S
 from meshproxy.ledger.connection import Store
 from meshproxy.ledger.records import AccountKeys
@@ -122,22 +132,17 @@ class Progress:
             print(f"{done:,} of {accounts:,} accounts ...", file=self._stderr, flush=True)
 
 
-def add_requests(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `requests show`."""
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    add_command(commands, "show", show_request).add_argument(
-        "request_id", metavar="REQUEST_ID", help="the x-request-id header of its answer"
-    )
-
-
-async def show_request(args: argparse.Namespace, out: Output) -> None:
+def show_request(args: argparse.Namespace) -> Operation:
     """Show one request: its key, model and upstream, how it ended, what it used and cost.
 
     meshproxy requests show 018f2c6e-7a31
     meshproxy requests show 018f2c6e-7a31 --json | jq -r .cost_usd
     """
-    async with open_administration(args) as administration:
-        out.print_record(await administration.request(args.request_id))
+    return lambda administration: administration.request(args.request_id)
+
+
+REQUEST_ID = argument("request_id", metavar="REQUEST_ID", help="the x-request-id header of its answer")
+add_requests = partial(add_family, commands={"show": StoreCommand(show_request, [REQUEST_ID])})
 
 
 SLOT_S = 5

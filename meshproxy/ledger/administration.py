@@ -8,23 +8,22 @@ done raises a GatewayError with source `client`; docs/errors.md lists the codes.
 import time
 import uuid
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
-from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source, invalid
-from meshproxy.ledger.directory import Directory, check_account_name
+from meshproxy.errors import Detail, GatewayError, Source, invalid
+from meshproxy.ledger.directory import Directory, check_account_name, client_error
 from meshproxy.ledger.ledger import Ledger, RefTaken
 from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import EVENT_DAYS, GROUP_ALIASES, find_usage_event, report, shown_event
 from meshproxy.policy.principal import Account, Bounds, Key, KeyChange, Status, invalid_fields
-from meshproxy.policy.template import Template, TemplateFields, to_public
+from meshproxy.policy.template import Template, TemplateFields, render, to_public
 from meshproxy.units import DAY_S, format_usd, in_usd, rfc3339
 
 NOT_GIVEN = frozenset({"id", "account", "created_at", "hint"})  # fields of a key that a client can't give
@@ -32,8 +31,6 @@ MAX_NOTE = 512
 MAX_REF = 128
 MAX_GRACE_S = 90 * DAY_S
 USAGE_SPAN_S = 30 * DAY_S  # of a report without `since`
-
-Record = TypeVar("Record")
 
 
 class Administration:
@@ -88,7 +85,7 @@ class Administration:
         ids = [key.id for key in known]
         if after and after not in ids:
             raise _key_not_found(after)
-        found = _page(known, ids.index(after) + 1 if after else 0, limit)
+        found = known[ids.index(after) + 1 if after else 0 :][:limit]
         uses: dict[str, KeyUse] = {}
         by_account: dict[str, list[str]] = {}
         for key in found:
@@ -102,18 +99,21 @@ class Administration:
         key = await self._existing_key(reference)
         return _shown_key(key, self._clock(), (await self.ledger.key_spends(key.account, [key.id]))[0])
 
+    async def key_limits(self, reference: str, bounds: Bounds) -> dict[str, Any]:
+        """Change the given limits and budgets of a key, and return all of them."""
+        key = await self.change_key(reference, KeyChange(bounds=bounds), action="key.limits")
+        return {name: key[name] for name in ("id", "account", "limits", "budgets", "session_budgets")}
+
     async def change_key(self, reference: str, change: KeyChange, action: str = "key.update") -> dict[str, Any]:
         """Change the given fields of a key, preserving concurrent changes. 409 `key_revoked` for un-revoking."""
         key = await self._existing_key(reference)
-        with _conflict("key_revoked"):
-            changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
+        changed = await self.directory.change_key(key.id, change.applied_to, actor=self._actor, action=action)
         return _shown_key(changed or key, self._clock())
 
     async def set_key_status(self, reference: str, status: Status) -> dict[str, Any]:
         """Suspend, resume or revoke a key."""
         key = await self._existing_key(reference)
-        with _conflict("key_revoked"):
-            changed = await self.directory.set_key_status(key.id, status, actor=self._actor)
+        changed = await self.directory.set_key_status(key.id, status, actor=self._actor)
         return _shown_key(changed or key, self._clock())
 
     async def rotate_key(self, reference: str, grace_s: float = 0) -> dict[str, Any]:
@@ -122,8 +122,7 @@ class Administration:
             message = f"The grace is at most {MAX_GRACE_S // DAY_S} days."
             raise GatewayError(Source.CLIENT, invalid(message, param="grace"))
         key = await self._existing_key(reference)
-        with _conflict("key_revoked"):
-            rotated = await self.directory.rotate_key(key.id, grace_s=grace_s, actor=self._actor)
+        rotated = await self.directory.rotate_key(key.id, grace_s=grace_s, actor=self._actor)
         if rotated is None:
             raise _key_not_found(reference)
         secret, changed = rotated
@@ -135,7 +134,7 @@ class Administration:
     async def accounts(self, *, limit: int | None = None, after: str = "") -> list[dict[str, Any]]:
         """Return accounts by name, with their credit: at most `limit`, those after the name `after`."""
         known = await self.directory.list_accounts()
-        found = _page(known, bisect_right([account.name for account in known], after), limit)
+        found = known[bisect_right([account.name for account in known], after) :][:limit]
         balances = await self.ledger.balances([account.name for account in found])
         return [
             {**_shown_credit(account.name, balance), **_shown_account(account), "spend": _spend(balance)}
@@ -186,8 +185,7 @@ class Administration:
     async def delete_account(self, name: str) -> dict[str, Any]:
         """Delete an account and everything that Redis has of it, for good. 409 `account_busy` while it holds credit."""
         await self._existing_account(name)
-        with _conflict("account_busy"):
-            removed = await self.directory.delete_account(name, actor=self._actor)
+        removed = await self.directory.delete_account(name, actor=self._actor)
         return {"account": name, "deleted": True, "records": removed or 0}
 
     async def credit(self, name: str) -> dict[str, Any]:
@@ -220,9 +218,9 @@ class Administration:
         try:
             granted = await self.ledger.grant(name, amount_nusd, note, ref=ref, actor=self._actor)
         except RefTaken as error:
-            raise _client_error(409, "ref_taken", str(error)) from error
+            raise client_error(409, "ref_taken", str(error)) from error
         except ValueError as error:
-            raise _client_error(422, "balance_out_of_range", f"no balance may be so large: {amount_usd} USD") from error
+            raise client_error(422, "balance_out_of_range", f"no balance may be so large: {amount_usd} USD") from error
         if granted.is_new:
             await self.directory.append_audit_event(
                 self._actor, "credit.grant", name, name, amount_usd=amount_usd, ref=ref, note=note
@@ -233,17 +231,7 @@ class Administration:
     async def grants(self, name: str) -> list[dict[str, Any]]:
         """Return the grants of an account, newest first."""
         await self._existing_account(name)
-        return [
-            {
-                "amount_usd": format_usd(grant.amount_nusd),
-                "balance_usd": format_usd(grant.balance_nusd),
-                "note": grant.note,
-                "ref": grant.ref,
-                "actor": grant.actor,
-                "granted_at": rfc3339(grant.granted_ms / 1000),
-            }
-            for grant in await self.ledger.grants(name)
-        ]
+        return [_dated(grant, "granted_ms", "granted_at") for grant in await self.ledger.grants(name)]
 
     # usage
 
@@ -281,7 +269,7 @@ class Administration:
             self.store, await self.account_names(), request_id, datetime.fromtimestamp(self._clock(), UTC)
         )
         if event is None:
-            raise _client_error(
+            raise client_error(
                 404,
                 "request_not_found",
                 f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that was refused before it "
@@ -292,17 +280,8 @@ class Administration:
 
     async def audit(self, limit: int = 100) -> list[dict[str, Any]]:
         """Return the latest changes, newest first."""
-        return [
-            {
-                "at": rfc3339(event.at_ms / 1000),
-                "actor": event.actor,
-                "action": event.action,
-                "target": event.target,
-                "account": event.account,
-                "detail": msgspec.json.decode(event.detail),
-            }
-            for event in await self.directory.audit(limit)
-        ]
+        changes = [_dated(event, "at_ms", "at") for event in await self.directory.audit(limit)]
+        return [{**change, "detail": msgspec.json.decode(change["detail"])} for change in changes]
 
     # templates
 
@@ -323,7 +302,7 @@ class Administration:
         )
         template = fields.applied_to(template)
         if not await self.directory.put_template(template):
-            raise _client_error(409, "name_taken", f"another template {name} was made just now")
+            raise client_error(409, "name_taken", f"another template {name} was made just now")
         await self.directory.append_audit_event(self._actor, "template.put", template.id, owner or "", name=name)
         return to_public(template)
 
@@ -334,8 +313,15 @@ class Administration:
             return [to_public(each) async for each in self.directory.list_templates(owner)]
         return [to_public(each) async for each in self._all_templates()]
 
-    async def template(self, owner: str | None, name: str) -> Template:
+    async def template(self, owner: str | None, name: str) -> dict[str, Any]:
         """Return the template that a request of this account would use, or the global one."""
+        return to_public(await self._used_template(owner, name))
+
+    async def rendered(self, owner: str | None, name: str, variables: dict[str, str]) -> Sequence[dict[str, Any]]:
+        """Return the messages that a request with this template and these variables would send."""
+        return render(await self._used_template(owner, name), variables)
+
+    async def _used_template(self, owner: str | None, name: str) -> Template:
         if owner is not None:
             _check_account_name(owner)
         template = await self.directory.template(owner or GLOBAL, name)
@@ -369,7 +355,7 @@ class Administration:
     async def _existing_account(self, name: str) -> Account:
         found = await self.directory.account(name)
         if found is None:
-            raise _client_error(404, "account_not_found", f"there is no account {name[:80]}")
+            raise client_error(404, "account_not_found", f"there is no account {name[:80]}")
         return found
 
     async def _existing_key(self, reference: str) -> Key:
@@ -422,9 +408,11 @@ def _spend(balance: Balance) -> dict[str, Any]:
     return in_usd(asdict(balance.account_spend))
 
 
-def _page(records: list[Record], start: int, limit: int | None) -> list[Record]:
-    """Return at most `limit` of the records from `start` on."""
-    return records[start:] if limit is None else records[start : start + limit]
+def _dated(record: Struct, ms: str, at: str) -> dict[str, Any]:
+    """Return a record as it is shown: with amounts in USD, and its time `ms` as `at`."""
+    fields = in_usd(asdict(record))
+    fields[at] = rfc3339(fields.pop(ms) / 1000)
+    return fields
 
 
 def _check_account_name(name: str) -> None:
@@ -436,22 +424,9 @@ def _check_account_name(name: str) -> None:
 
 def _key_not_found(reference: str) -> GatewayError:
     shown = "with this secret" if reference.startswith("rsk_") else reference[:80]
-    return _client_error(404, "key_not_found", f"there is no key {shown}, or more than one")
+    return client_error(404, "key_not_found", f"there is no key {shown}, or more than one")
 
 
 def _template_not_found(owner: str | None, name: str) -> GatewayError:
     whose = "global template" if owner is None else f"template of {owner}"
-    return _client_error(404, "template_not_found", f"there is no {whose} {name[:128]}")
-
-
-@contextmanager
-def _conflict(code: str) -> Iterator[None]:
-    """Raise the client's 409 for a ValueError of the directory."""
-    try:
-        yield
-    except ValueError as error:
-        raise _client_error(409, code, str(error)) from error
-
-
-def _client_error(status: int, code: str, message: str) -> GatewayError:
-    return GatewayError(Source.CLIENT, ErrorResponse(status, code, message))
+    return client_error(404, "template_not_found", f"there is no {whose} {name[:128]}")

@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from meshproxy.errors import ErrorResponse, GatewayError, Source
 from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
 from meshproxy.ledger.store import Contended, Script, Store, batches, pairs
 from meshproxy.ledger.templates import Cache, Templates, attempts, decode, encode
@@ -156,8 +157,8 @@ class Directory:
     ) -> Key | None:
         """Apply a change to a key's record as it is stored now, so that no concurrent change is undone.
 
-        Returns the new record, or None if there is no such key. Exceptions of `change` pass through. Raises ValueError
-        if the change would undo a revocation.
+        Returns the new record, or None if there is no such key. Exceptions of `change` pass through. Raises
+        GatewayError `key_revoked` if the change would undo a revocation.
         """
         async for _ in attempts():
             stored = await self._stored(key_id)
@@ -167,7 +168,7 @@ class Directory:
             key = decode(record, Key)
             changed = change(key)
             if key.status == "revoked" and changed.status != "revoked":
-                raise ValueError(f"{key.id} is revoked, which can't be taken back")
+                raise _revoked(key)
             if changed == key:
                 return key
             if await self._store.run(
@@ -179,7 +180,7 @@ class Directory:
         raise Contended(key_id)
 
     async def set_key_status(self, key_id: str, status: Status, *, actor: str = "") -> Key | None:
-        """Suspend, resume ("active") or revoke a key. None: no such key. Raises ValueError if it is revoked."""
+        """Suspend, resume ("active") or revoke a key. None: no such key. Raises as `change_key`."""
         action = f"key.{_ACTIONS[status]}"
         return await self.change_key(key_id, lambda key: replace(key, status=status), actor=actor, action=action)
 
@@ -188,8 +189,8 @@ class Directory:
 
         The old secret works for `grace_s` more. The key's id, limits, budgets and spend stay.
 
-        Returns the secret, which is stored nowhere, and the key; None if there is no such key. Raises ValueError for a
-        revoked key.
+        Returns the secret, which is stored nowhere, and the key; None if there is no such key. Raises GatewayError
+        `key_revoked` for a revoked key.
 
         The records and the indices are in different slots of a Cluster, so no script writes them together. The one
         write that rotates is the old secret's record: it then names the new one, and until when it works itself. If
@@ -203,7 +204,7 @@ class Directory:
             old, record = stored.digests[-1], stored.record
             key = decode(record, Key)
             if key.status == "revoked":
-                raise ValueError(f"{key.id} is revoked, which can't be taken back")
+                raise _revoked(key)
             secret = mint_secret()
             new, key = digest_of(secret), replace(key, hint=_hint(secret))
             text = encode(key, record)
@@ -298,15 +299,16 @@ class Directory:
 
         Its name can be used again.
 
-        Returns the number of deleted Redis keys, or None if there is no such account. Raises ValueError while requests
-        of it hold credit: suspend the account, and delete it when they have ended.
+        Returns the number of deleted Redis keys, or None if there is no such account. Raises GatewayError
+        `account_busy` while requests of it hold credit: suspend the account, and delete it when they have ended.
         """
         if await self.account(name) is None:
             return None
         names = AccountKeys(name)
         balance = await self._store.run(self._balance, names.script_keys, [-1] * 10)  # also releases expired holds
         if balance[RUNNING]:
-            raise ValueError(f"{name} has requests in flight: suspend it, and delete it when they are over")
+            message = f"{name} has requests in flight: suspend it, and delete it when they are over"
+            raise client_error(409, "account_busy", message)
         ids = dict(pairs(await self._store.execute("HGETALL", names.keys)))
         for key_id, digest in ids.items():
             await self._store.execute("DEL", key_record(digest.decode()))
@@ -409,6 +411,15 @@ class Directory:
         for batch in batches(names, BATCH):
             texts += await asyncio.gather(*(self._store.execute("GET", name) for name in batch))
         return texts
+
+
+def client_error(status: int, code: str, message: str) -> GatewayError:
+    """Build an error of who uses the directory."""
+    return GatewayError(Source.CLIENT, ErrorResponse(status, code, message))
+
+
+def _revoked(key: Key) -> GatewayError:
+    return client_error(409, "key_revoked", f"{key.id} is revoked, which can't be taken back")
 
 
 def _changes(before: Struct, after: Struct) -> dict[str, Any]:

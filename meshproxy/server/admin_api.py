@@ -23,7 +23,7 @@ from meshproxy.ledger.directory import ACCOUNT_NAME
 from meshproxy.ledger.usage_report import GROUPS
 from meshproxy.policy import principal
 from meshproxy.policy.principal import Bounds, KeyChange, Status
-from meshproxy.policy.template import check_template, to_public
+from meshproxy.policy.template import check_template
 from meshproxy.server.chat import request_id_of
 from meshproxy.server.routes import (
     MOMENT,
@@ -253,7 +253,7 @@ class AdminApi:
     async def template(self, request: web.Request) -> Any:
         """`GET /admin/v1/templates/{name}`: a template by name or id; with `account=`, as that account finds it."""
         account, name = request.query.get("account"), request.match_info["name"]
-        return to_public(await self._administration.template(account, name))
+        return await self._administration.template(account, name)
 
     async def delete_template(self, request: web.Request) -> Any:
         """`DELETE /admin/v1/templates/{name}`: delete a global template, or with `account=` one of that account."""

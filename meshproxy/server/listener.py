@@ -71,7 +71,9 @@ def listen(address: str, *, shared: bool = False) -> socket.socket:
 
     Raises OSError if the address is taken. A socket file without a listener is replaced.
     """
-    family, name = _socket_address(address)
+    family, name = socket_address(address)
+    if family == socket.AF_UNIX:
+        _remove_stale(Path(name))
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
         sock = socket.create_server(name, family=family, backlog=BACKLOG, reuse_port=shared, dualstack_ipv6=both)
@@ -98,14 +100,12 @@ def name_of(sock: socket.socket) -> str:
     return f"{UNIX_PREFIX}{name}"
 
 
-def _socket_address(address: str) -> tuple[socket.AddressFamily, Any]:
-    """Return an address's family and its name for sockets."""
+def socket_address(address: str) -> tuple[socket.AddressFamily, Any]:
+    """Return the family of a listener's address, and its name for sockets. Raises OSError if there is no such host."""
     if address.startswith(UNIX_PREFIX):
-        path = address.removeprefix(UNIX_PREFIX)
-        _remove_stale(Path(path))
-        return socket.AF_UNIX, path
+        return socket.AF_UNIX, address.removeprefix(UNIX_PREFIX)
     host, port = split_address(address)
-    family, _, _, _, name = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, *_, name = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     return family, name
 
 

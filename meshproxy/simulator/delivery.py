@@ -21,6 +21,7 @@ import msgspec
 from aiohttp import HttpVersion11, web
 from msgspec import Struct
 
+from meshproxy.server.chat import WrittenResponse
 from meshproxy.simulator.answer import ComposedReply
 from meshproxy.simulator.behaviour import Behaviour, SimulatorSettings
 from meshproxy.simulator.request import CompletionRequest
@@ -99,25 +100,6 @@ def _decoded(body: bytes) -> Any:
         return None
 
 
-class WrittenResponse(web.StreamResponse):
-    """The response object for aiohttp of an answer that has been written already."""
-
-    def __init__(self, status: int, *, keep_alive: bool) -> None:
-        super().__init__(status=status)
-        self._stays_open = keep_alive
-
-    @property
-    def keep_alive(self) -> bool:
-        """Return whether another request may follow on the connection."""
-        return self._stays_open
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Do nothing: the answer has been written."""
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: the answer has been written."""
-
-
 class AnswerWriter:
     """One request's answer on the wire. `status`: the status that was sent, 0 before."""
 
@@ -133,7 +115,7 @@ class AnswerWriter:
 
     def response(self) -> WrittenResponse:
         """Return the response object that the handler returns to aiohttp."""
-        return WrittenResponse(self.status, keep_alive=self._keep_alive and self.status > 0)
+        return WrittenResponse(keep_alive=self._keep_alive and self.status > 0)
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer in one write."""
