@@ -137,7 +137,11 @@ class Administration:
         found = known[bisect_right([account.name for account in known], after) :][:limit]
         balances = await self.ledger.balances([account.name for account in found])
         return [
-            {**_shown_credit(account.name, balance), **_shown_account(account), "spend": _spend(balance)}
+            {
+                **_shown_credit(account.name, balance),
+                **_shown_account(account),
+                "spend": in_usd(asdict(balance.account_spend)),
+            }
             for account, balance in zip(found, balances, strict=True)
         ]
 
@@ -154,7 +158,7 @@ class Administration:
         return {
             **_shown_credit(name, balance),
             **_shown_account(account),
-            "spend": _spend(balance),
+            "spend": in_usd(asdict(balance.account_spend)),
             "running": balance.account_running,
             "keys": len(await self.directory.list_keys(name)),
         }
@@ -222,9 +226,8 @@ class Administration:
         except ValueError as error:
             raise client_error(422, "balance_out_of_range", f"no balance may be so large: {amount_usd} USD") from error
         if granted.is_new:
-            await self.directory.append_audit_event(
-                self._actor, "credit.grant", name, name, amount_usd=amount_usd, ref=ref, note=note
-            )
+            detail = {"amount_usd": amount_usd, "ref": ref, "note": note}
+            await self.directory.append_audit_event(self._actor, "credit.grant", name, name, detail)
         shown = _shown_credit(name, await self.ledger.balance(name))
         return {**shown, "granted_now_usd": amount_usd if granted.is_new else "0.00"}
 
@@ -248,13 +251,12 @@ class Administration:
         """Return a usage report by account and `group_by` (`session` is `session_id`); see `usage_report.report`."""
         now = self._clock()
         until = now if until is None else until
-        since = until - USAGE_SPAN_S if since is None else since
         return await report(
             self.store,
             lambda: self.account_names(account),
             group_by=[GROUP_ALIASES.get(name, name) for name in group_by],
             session_id=session_id,
-            since=since,
+            since=until - USAGE_SPAN_S if since is None else since,
             until=until,
             now=now,
             on_progress=on_progress,
@@ -265,17 +267,15 @@ class Administration:
 
         404 `request_not_found` if it wasn't settled in the last EVENT_DAYS days.
         """
-        event = await find_usage_event(
-            self.store, await self.account_names(), request_id, datetime.fromtimestamp(self._clock(), UTC)
-        )
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        event = await find_usage_event(self.store, await self.account_names(), request_id, now)
         if event is None:
-            raise client_error(
-                404,
-                "request_not_found",
+            message = (
                 f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that was refused before it "
                 "could cost anything (401, 402, 403, 404, 422, 429, 503) is in the gateway's log alone: look there for its "
-                "request_id and refused_by",
+                "request_id and refused_by"
             )
+            raise client_error(404, "request_not_found", message)
         return shown_event(event)
 
     async def audit(self, limit: int = 100) -> list[dict[str, Any]]:
@@ -292,18 +292,14 @@ class Administration:
             await self.directory.ensure_account(owner, actor=self._actor)
         before = await self.own_template(owner, name)
         now = self._clock()
-        template = Template(
-            id=str(uuid.uuid4()) if before is None else before.id,
-            name=name,
-            owner=owner,
-            is_global=owner is None,
-            created_at=now if before is None else before.created_at,
-            updated_at=now,
+        new = Template(
+            id=str(uuid.uuid4()), name=name, owner=owner, is_global=owner is None, created_at=now, updated_at=now
         )
-        template = fields.applied_to(template)
+        kept = {} if before is None else {"id": before.id, "created_at": before.created_at}
+        template = fields.applied_to(replace(new, **kept))
         if not await self.directory.put_template(template):
             raise client_error(409, "name_taken", f"another template {name} was made just now")
-        await self.directory.append_audit_event(self._actor, "template.put", template.id, owner or "", name=name)
+        await self.directory.append_audit_event(self._actor, "template.put", template.id, owner or "", {"name": name})
         return to_public(template)
 
     async def templates(self, owner: str | None = None) -> list[dict[str, Any]]:
@@ -340,7 +336,7 @@ class Administration:
         if template is None or not await self.directory.delete_template(template):
             raise _template_not_found(owner, name)
         await self.directory.append_audit_event(
-            self._actor, "template.delete", template.id, owner or "", name=template.name
+            self._actor, "template.delete", template.id, owner or "", {"name": template.name}
         )
         return {"id": template.id, "name": template.name, "deleted": True}
 
@@ -397,15 +393,7 @@ def _shown_credit(name: str, balance: Balance) -> dict[str, str]:
 
 
 def _shown_account(account: Account) -> dict[str, Any]:
-    return {
-        "status": account.status,
-        "limits": asdict(account.limits),
-        "budgets": in_usd(asdict(account.budgets)),
-    }
-
-
-def _spend(balance: Balance) -> dict[str, Any]:
-    return in_usd(asdict(balance.account_spend))
+    return {"status": account.status, "limits": asdict(account.limits), "budgets": in_usd(asdict(account.budgets))}
 
 
 def _dated(record: Struct, ms: str, at: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ ACCOUNT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _ACCOUNT_NAME = re.compile(ACCOUNT_NAME)
 _ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 
+Fields = Mapping[str, Any]
 _ACTIONS: Mapping[Status, str] = {"active": "resume", "suspended": "suspend", "revoked": "revoke"}
 
 
@@ -121,7 +122,8 @@ class Directory:
         secret, created_at = mint_secret(), self._wall_clock()
         key = Key("key_" + _random(ID_CHARACTERS), account, created_at, hint=_hint(secret), **fields)
         await self._add(key, digest_of(secret))
-        await self._note(actor, "key.create", key.id, account, _changes(Key(key.id, account, created_at), key))
+        fields = _changes(Key(key.id, account, created_at), key)
+        await self.append_audit_event(actor, "key.create", key.id, account, fields)
         return secret, key
 
     async def find_key(self, reference: str) -> Key | None:
@@ -142,7 +144,7 @@ class Directory:
             digests = await self._key_ids("*")
         else:
             digests = dict(pairs(await self._store.execute("HGETALL", AccountKeys(account).keys)))
-        records = await self._texts([key_record(digest.decode()) for digest in digests.values()])
+        records = await self._values([key_record(digest.decode()) for digest in digests.values()])
         keys = []
         for key_id, record in zip(digests, records, strict=True):
             if record is not None and record.startswith(ROTATED):  # of an interrupted rotation
@@ -175,7 +177,7 @@ class Directory:
                 self._replace, [key_record(stored.digests[-1])], [record, encode(changed, record)]
             ):
                 self._principals.clear()
-                await self._note(actor, action, key.id, key.account, _changes(key, changed))
+                await self.append_audit_event(actor, action, key.id, key.account, _changes(key, changed))
                 return changed
         raise Contended(key_id)
 
@@ -211,30 +213,26 @@ class Directory:
             await self._store.execute("SET", key_record(new), text)
             forward = b'{"rotated_to":"%b","works_until":%f,%b' % (new.encode(), self._wall_clock() + grace_s, text[1:])
             if await self._store.run(self._replace, [key_record(old)], [record, forward]):
-                await self._finish_rotation(_StoredKey([old, new], text), grace_s)
-                await self._note(actor, "key.rotate", key.id, key.account, {"grace_s": grace_s})
+                await self._finish_rotation(_StoredKey([old, new], text))
+                await self.append_audit_event(actor, "key.rotate", key.id, key.account, {"grace_s": grace_s})
                 return secret, key
             await self._store.execute("DEL", key_record(new))  # the record was changed: rotate the changed one
         raise Contended(key_id)
 
-    async def _finish_rotation(self, stored: _StoredKey, grace_s: float | None = None) -> None:
+    async def _finish_rotation(self, stored: _StoredKey) -> None:
         """Point the indices to a rotated key's present record, and let the old secrets' records end with their grace.
 
-        Concurrent rotations of a key may do this in any order: an index never goes back to an older digest. `grace_s`:
-        of the only old secret; by default, what its record says.
+        Concurrent rotations of a key may do this in any order: an index never goes back to an older digest.
         """
-        *old, new = stored.digests
+        *rotated, present = stored.digests
         key = decode(stored.record, Key)
         for index in (AccountKeys(key.account).keys, KEY_IDS):  # KEY_IDS last: `_stored` begins there
-            await self._store.run(self._repoint, [index], [key.id, new, *old])
-        for digest in old:
-            record = await self._store.execute("GET", key_record(digest)) if grace_s is None else None
-            until = decode(record, _Forward).works_until if record else None
-            left_s = grace_s if until is None else until - self._wall_clock()
-            if left_s is not None and left_s > 0:
-                await self._store.execute("PEXPIRE", key_record(digest), int(left_s * 1000))
-            elif left_s is not None:
-                await self._store.execute("DEL", key_record(digest))
+            await self._store.run(self._repoint, [index], [key.id, present, *rotated])
+        for digest in rotated:
+            record = await self._store.execute("GET", key_record(digest))
+            until = None if record is None else decode(record, _Forward).works_until
+            if until is not None:  # a time that isn't positive deletes the record now
+                await self._store.execute("PEXPIRE", key_record(digest), int((until - self._wall_clock()) * 1000))
         self._principals.clear()
 
     async def account(self, name: str) -> Account | None:
@@ -253,7 +251,7 @@ class Directory:
 
     async def accounts(self, names: Sequence[str]) -> list[Account]:
         """Return the records of accounts that exist, in the order of their names."""
-        records = await self._texts([AccountKeys(name).record for name in names])
+        records = await self._values([AccountKeys(name).record for name in names])
         pairs = zip(names, records, strict=True)
         return [Account(name) if record is None else decode(record, Account) for name, record in pairs]
 
@@ -263,7 +261,7 @@ class Directory:
         made = await self._store.execute("SET", AccountKeys(name).record, encode(Account(name)), "NX")
         await self._store.execute("SADD", ACCOUNTS, name)
         if made is not None:
-            await self._note(actor, "account.create", name, name, {})
+            await self.append_audit_event(actor, "account.create", name, name, {})
         return await self.account(name) or Account(name)
 
     async def change_account(
@@ -272,11 +270,10 @@ class Directory:
         """Apply a change to an account's record as stored now. Return the new record, None: no such account."""
         record_name = AccountKeys(name).record
         async for _ in attempts():
-            before = await self.account(name)
-            if before is None:
-                return None
             record = await self._store.execute("GET", record_name)
             if record is None:
+                if await self.account(name) is None:
+                    return None
                 await self.ensure_account(name, actor=actor)
                 continue
             before = decode(record, Account)
@@ -285,7 +282,7 @@ class Directory:
                 return before
             if await self._store.run(self._replace, [record_name], [record, encode(changed, record)]):
                 self._principals.clear()
-                await self._note(actor, action, name, name, _changes(before, changed))
+                await self.append_audit_event(actor, action, name, name, _changes(before, changed))
                 return changed
         raise Contended(name)
 
@@ -322,25 +319,16 @@ class Directory:
                 break
         await self._store.execute("SREM", ACCOUNTS, name)
         self._principals.clear()
-        await self._note(actor, "account.delete", name, name, {"keys": len(ids)})
+        await self.append_audit_event(actor, "account.delete", name, name, {"keys": len(ids)})
         return removed
 
     async def audit(self, limit: int = 1000) -> list[AuditEvent]:
         """Return the latest changes, newest first."""
         entries = await self._store.execute("XREVRANGE", AUDIT, "+", "-", "COUNT", limit)
-        events = []
-        for entry_id, flat in entries:
-            fields = {name.decode(): value.decode() for name, value in pairs(flat)}
-            at_ms = int(entry_id.partition(b"-")[0])
-            del fields["v"]
-            events.append(AuditEvent(**fields, at_ms=at_ms))
-        return events
+        return [AuditEvent(**_texts(flat), at_ms=int(entry_id.partition(b"-")[0])) for entry_id, flat in entries]
 
-    async def append_audit_event(self, actor: str, action: str, target: str, account: str, **detail: Any) -> None:
-        """Append an audit event for a change made elsewhere, for example a grant."""
-        await self._note(actor, action, target, account, detail)
-
-    async def _note(self, actor: str, action: str, target: str, account: str, detail: Mapping[str, Any]) -> None:
+    async def append_audit_event(self, actor: str, action: str, target: str, account: str, detail: Fields) -> None:
+        """Append an audit event. `detail`: what changed, without secrets."""
         fields = ("actor", actor, "action", action, "target", target, "account", account)
         text = msgspec.json.encode(detail)
         await self._store.execute("XADD", AUDIT, "MAXLEN", "~", AUDIT_KEPT, "*", *fields, "detail", text, "v", 1)
@@ -348,13 +336,12 @@ class Directory:
     async def _add(self, key: Key, digest: str) -> None:
         """Store a new key, its record last: if this is interrupted, the key doesn't work and listings skip it."""
         names = AccountKeys(key.account)
-        commands = [
+        await asyncio.gather(
             self._store.execute("SET", names.record, encode(Account(key.account)), "NX"),
             self._store.execute("SADD", ACCOUNTS, key.account),
             self._store.execute("HSET", KEY_IDS, key.id, digest),
             self._store.execute("HSET", names.keys, key.id, digest),
-        ]
-        await asyncio.gather(*commands)
+        )
         await self._store.execute("SET", key_record(digest), encode(key))
         self._principals.forget(digest)
 
@@ -405,12 +392,12 @@ class Directory:
             if cursor == b"0" or (enough is not None and len(found) >= enough):
                 return found
 
-    async def _texts(self, names: Sequence[str]) -> list[bytes | None]:
+    async def _values(self, names: Sequence[str]) -> list[bytes | None]:
         """Return the values of these names, None for those that don't exist."""
-        texts: list[bytes | None] = []
+        values: list[bytes | None] = []
         for batch in batches(names, BATCH):
-            texts += await asyncio.gather(*(self._store.execute("GET", name) for name in batch))
-        return texts
+            values += await asyncio.gather(*(self._store.execute("GET", name) for name in batch))
+        return values
 
 
 def client_error(status: int, code: str, message: str) -> GatewayError:
@@ -420,6 +407,10 @@ def client_error(status: int, code: str, message: str) -> GatewayError:
 
 def _revoked(key: Key) -> GatewayError:
     return client_error(409, "key_revoked", f"{key.id} is revoked, which can't be taken back")
+
+
+def _texts(flat: Sequence[bytes]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in pairs(flat) if name != b"v"}
 
 
 def _changes(before: Struct, after: Struct) -> dict[str, Any]:

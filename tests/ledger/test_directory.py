@@ -263,7 +263,7 @@ class Dying:
 
 
 @pytest.mark.parametrize("grace_s", [0, 60])
-@pytest.mark.parametrize("number", range(2, 8))
+@pytest.mark.parametrize("number", range(2, 9))
 async def test_a_rotation_whose_process_dies_ends_the_old_secret_in_time_and_can_be_repeated(
     directory, store, clock, number, grace_s
 ):
@@ -284,7 +284,7 @@ async def test_a_rotation_whose_process_dies_ends_the_old_secret_in_time_and_can
     assert (await store.execute("HGET", KEY_IDS, key.id)).decode() == digest_of(new)
     assert (await store.execute("HGET", AccountKeys("acme").keys, key.id)).decode() == digest_of(new)
     # milliseconds; -2: no record, -1: for good, which works for no request
-    expected = [-1] if number == 6 else range(1, 60_001) if is_rotated and grace_s else [-2]
+    expected = [-1] if number in {6, 7} else range(1, 60_001) if is_rotated and grace_s else [-2]
     assert await store.execute("PTTL", key_record(digest_of(old))) in expected
 
 
@@ -343,7 +343,7 @@ async def test_every_change_is_an_audit_event(directory):
     await directory.rotate_key(key.id, grace_s=60, actor="eve")
     await directory.set_key_status(key.id, "suspended", actor="eve")
     await directory.set_account_status("acme", "suspended", actor="ops")
-    await directory.append_audit_event("ops", "credit.grant", "acme", "acme", amount_usd="5.00")
+    await directory.append_audit_event("ops", "credit.grant", "acme", "acme", {"amount_usd": "5.00"})
     events = (await directory.audit())[::-1]
     assert [(event.actor, event.action, event.target, event.account) for event in events] == [
         ("ops", "key.create", key.id, "acme"),
