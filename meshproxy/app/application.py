@@ -28,7 +28,7 @@ from meshproxy.server.listener import ProxiedSite, Runner, Site, load_certificat
 from meshproxy.server.routes import Route
 from meshproxy.telemetry.families import NONE, OTHER
 from meshproxy.telemetry.logs import RequestLog
-from meshproxy.upstream.pool import descriptor_bound
+from meshproxy.upstream.provider import descriptor_bound
 
 HEALTH_PATH = "/health"
 

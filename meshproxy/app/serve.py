@@ -40,7 +40,7 @@ from meshproxy.server.listener import Runner, listen, listen_shared, name_of
 from meshproxy.telemetry.exposition import Summary, render, summarize
 from meshproxy.telemetry.logs import configure
 from meshproxy.telemetry.tasks import Tasks
-from meshproxy.upstream.pool import RESERVED_DESCRIPTORS
+from meshproxy.upstream.provider import RESERVED_DESCRIPTORS
 
 Workers = RunningWorker | Supervisor
 WATCH_S = 1.0  # between two checks of the configuration's files

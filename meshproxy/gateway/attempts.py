@@ -186,7 +186,7 @@ class Attempts:
                 attempt.abandoned()
                 break
             exchange.attempt = attempt
-            exchange.candidate = candidate
+            exchange.candidate, exchange.model = candidate, candidate.model
             exchange.attempts += 1
             try:
                 return await self._attempt(exchange, attempt, candidate, plan, active)

@@ -160,6 +160,7 @@ def denial_response(denial: Denial) -> ErrorResponse:
 class Exchange:
     """One request's state on its way through the pipeline. Times are monotonic seconds; 0.0 means not yet.
 
+    - `model`: the catalogue's id of the model that serves, or else was requested; empty before it is known.
     - `attempted`: the candidate as it was attempted; `candidate` becomes the provider's own fallback that served.
     - `complete`: the whole answer was received.
     - `deadline`: when an answer must have begun.
@@ -177,6 +178,7 @@ class Exchange:
 
     phase = "authenticate"
     principal: Principal | None = None
+    model = ""
     plan: "Plan | None" = None
     lease: "Lease | None" = None
     candidate: Candidate | None = None
@@ -215,6 +217,11 @@ class Exchange:
         self.call = call
         self.hold_id = hold_id
 
+    @property
+    def account(self) -> str:
+        """The account's name; empty before authentication."""
+        return self.principal.account.name if self.principal is not None else ""
+
     def limit_to(self, timeout_s: float) -> None:
         """Give the request its own deadline: `timeout_s` seconds after it was received."""
         self.deadline = min(self.deadline, self.call.received_at + timeout_s)
@@ -237,15 +244,3 @@ class Exchange:
         error.response = self.mask_secrets(error.response)
         error.provider_message = conceal_secrets(error.provider_message, self.secrets)
         self.failure = error
-
-    @property
-    def account(self) -> str:
-        """The account's name; empty before authentication."""
-        return self.principal.account.name if self.principal is not None else ""
-
-    @property
-    def model(self) -> str:
-        """The catalogue id of the model that serves, or else was requested; empty before it is known."""
-        if self.candidate is not None:
-            return self.candidate.model
-        return self.plan.model if self.plan is not None else ""

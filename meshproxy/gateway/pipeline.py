@@ -222,6 +222,7 @@ class Gateway:
                 plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
         else:
             plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
+        exchange.model = plan.model
         if plan.request.timeout_s is not None:
             exchange.limit_to(plan.request.timeout_s)
         exchange.phase = "admit"

@@ -104,7 +104,8 @@ def _charge(
         cost_nusd = cost(price, exchange.usage, reported_usd)
         if cost_nusd > dearest:
             dearest = exchange.cost_nusd = cost_nusd
-            exchange.candidate, exchange.price = candidate, billed_price(price, exchange.usage, reported_usd)
+            exchange.candidate, exchange.model = candidate, candidate.model
+            exchange.price = billed_price(price, exchange.usage, reported_usd)
 
 
 @lru_cache(MAX_KNOWN_PRICES)

@@ -419,15 +419,10 @@ def _framing(status: int, codings: list[str], lengths: list[str], *, is_http_11:
     if codings:
         return Chunked()
     if lengths:
-        return Sized(_length(lengths))
+        length, *others = set(lengths)  # equal ones are one (item 5)
+        if others or "," in length:
+            length, *others = {value.strip(" \t") for listed in lengths for value in listed.split(",")}
+        if others or not (length.isascii() and length.isdigit()) or len(length) > MAX_LENGTH_DIGITS:
+            raise malformed("its content-length is no number")
+        return Sized(int(length))
     return UntilEof()
-
-
-def _length(values: list[str]) -> int:
-    """Return the Content-Length, of decimal digits. Equal ones are one (RFC 9112, section 6.3, item 5)."""
-    length, *others = set(values)
-    if others or "," in length:
-        length, *others = {value.strip(" \t") for listed in values for value in listed.split(",")}
-    if others or not (length.isascii() and length.isdigit()) or len(length) > MAX_LENGTH_DIGITS:
-        raise malformed("its content-length is no number")
-    return int(length)

@@ -23,7 +23,7 @@ from enum import IntEnum, auto
 from typing import NamedTuple, cast
 
 from meshproxy.errors import UpstreamError
-from meshproxy.http1.message import INFLATED, Body, Head, HeadReader, Inflated
+from meshproxy.http1.message import INFLATED, Body, HeadReader, Inflated
 from meshproxy.upstream import response as errors
 from meshproxy.upstream.response import Response, Sink
 
@@ -278,22 +278,21 @@ class Connection(asyncio.Protocol):
     # Head, body, end.
 
     def _receive_head(self, data: bytes) -> None:
-        """Feed the head reader, and begin the body once the head is complete."""
+        """Feed the head reader. Once the head is complete, resolve the request's future, and decode what came behind it."""
         answer = self._answer
         if answer is None or answer.done():  # idle, closed, or the request was cancelled
             self.advance(Event.UNASKED)
             return
         try:
             result = self._head_reader.feed(data)
-            if result is not None:
-                self._begin_body(answer, *result)
+            if result is None:
+                return
+            head, rest = result
+            response = Response(head.status, head.headers, self, self._timeouts.max_response_bytes)
+            body = head.body if head.coding is None else _decoded(head.body, head.coding, response)
         except UpstreamError as error:
             self.advance(Event.BROKEN, error)
-
-    def _begin_body(self, answer: "asyncio.Future[Response]", head: Head, rest: bytes) -> None:
-        """Make the response, resolve the request's future, and decode what arrived behind the head."""
-        response = Response(head.status, head.headers, self, self._timeouts.max_response_bytes)
-        body = head.body if head.coding is None else _decoded(head.body, head.coding, response)
+            return
         self._answer = None
         self._response = self.sink = response
         self._body = body

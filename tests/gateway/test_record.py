@@ -130,6 +130,7 @@ async def test_what_was_refused_of_a_report(recorded):
 async def test_a_request_that_was_nobodys(recorded):
     made = exchange()
     made.plan = made.candidate = None
+    made.model = ""
     made.status, made.code = 401, "unauthorized"
     recorded.recorder.begin(made)
     recorded.recorder.end(made)

@@ -10,7 +10,7 @@ import trustme
 
 from meshproxy.errors import Phase, Source, UpstreamError
 from meshproxy.policy.failover import is_upstream_failure
-from meshproxy.upstream.pool import BaseUrl, verified_context
+from meshproxy.upstream.provider import BaseUrl, verified_context
 from meshproxy.upstream.response import unreachable
 from tests.harness.waiting import turns
 
