@@ -225,7 +225,9 @@ async def test_what_redis_refuses_stands_in_no_other_way(open_journal, path, set
     for name in names(3):
         await journal.append(settlement(name))
     book = Book(refused=("h0",))
-    assert await journal.replay(book.settle) == 0
+    with capture_logs() as logs:
+        assert await journal.replay(book.settle) == 0
+    assert [(line["event"], line["hold_id"]) for line in logs] == [("settlement_refused", "h0")]
     assert await journal.replay(book.settle) == 2
     assert book.charged == ["h1", "h2"]
     assert len(journal) == 1
@@ -296,6 +298,15 @@ async def test_a_disk_that_stays_full_to_the_end_has_it_logged_whole(open_journa
     assert [to_builtins(settlement("h1"))] == lost
 
 
+async def test_a_full_disk_is_logged_once(open_journal, settlement, full_disk):
+    journal = open_journal()
+    with full_disk(), capture_logs() as logs:
+        for name in names(3):
+            with pytest.raises(OSError, match="No space"):
+                await journal.append(settlement(name))
+    assert [(line["event"], line["settlements"]) for line in logs] == [("journal_not_written", 1)]
+
+
 async def test_a_disk_with_room_at_the_end_takes_it(open_journal, settlement, full_disk):
     journal = open_journal()
     with full_disk(), pytest.raises(OSError, match="No space"):
@@ -323,9 +334,12 @@ async def test_what_was_kept_in_memory_alone_is_logged_at_the_end(settlement):
 
 async def test_what_there_is_no_room_for_is_counted_as_lost(open_journal, settlement):
     journal = open_journal(max_bytes=10)
-    with capture_logs() as logs, pytest.raises(JournalFull):
-        await journal.append(settlement("h0"))
-    assert ([line["settlement"] for line in logs], journal.close()) == ([to_builtins(settlement("h0"))], 1)
+    with capture_logs() as logs:
+        for name in names(2):
+            with pytest.raises(JournalFull):
+                await journal.append(settlement(name))
+    assert [line["settlement"] for line in logs] == [to_builtins(settlement(name)) for name in names(2)]
+    assert journal.close() == 2
 
 
 async def test_a_file_of_a_newer_version_is_left_alone_and_named(open_journal, path, settlement):
@@ -337,6 +351,7 @@ async def test_a_file_of_a_newer_version_is_left_alone_and_named(open_journal, p
         journal = open_journal()
     await journal.append(settlement("h1"))
     assert ([str(newer)], text) == ([line["path"] for line in logs], newer.read_bytes()[9:-1])
+    assert other_journals(path.parent.parent / "another" / path.name) == [newer]  # it isn't locked either
 
 
 async def test_a_line_of_the_first_version_is_read(open_journal, path, settlement):
@@ -415,6 +430,7 @@ async def test_nobody_else_can_read_it(open_journal, path, settlement):
 
 async def test_without_a_path_it_is_kept_in_memory(settlement):
     journal, book = Journal(None, MIB), Book()
+    assert journal.room_bytes == MIB
     await journal.append(settlement("h0"))
     assert await journal.replay(book.settle) == 1
     assert book.charged == ["h0"]

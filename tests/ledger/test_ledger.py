@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import ACCOUNTS, Balance, BucketState, Grant, Granted, Hold, KeyUse, Spend
+from meshproxy.ledger.records import ACCOUNTS, AccountKeys, Balance, BucketState, Grant, Granted, Hold, KeyUse, Spend
 from meshproxy.ledger.store import Script
 from meshproxy.policy.principal import Budgets, Limits
 from meshproxy.units import MAX_NUSD
@@ -166,6 +166,14 @@ async def test_what_runs_is_told(ledger, ask, settlement):
         await ledger.admit(ask(f"h{number}", key_id=key))
     balance = await ledger.balance("acme", "k1")
     assert (balance.key_running, balance.account_running) == (2, 3)
+
+
+def test_the_names_in_the_store_are_those_of_the_first_release():
+    """An upgrade finds what is there under these names, and what backs it up or counts it does too."""
+    keys = AccountKeys("acme")
+    parts = ("credit", "held", "holds", "deadlines", "abandoned", "usage", "bucket", "spend", "grants", "grant_refs")
+    names = {name: getattr(keys, name) for name in (*parts, "hours", "record", "keys", "templates", "template_names")}
+    assert names == {name: "mesh:{acme}:" + name.replace("_", "-") for name in names}
 
 
 async def test_refusals_are_counted_by_account(ledger, ask, monkeypatch):

@@ -117,6 +117,11 @@ def test_nothing_is_admitted_that_the_journal_has_no_room_for(ask, clock, settle
     assert admission.has_room(asks[2])
 
 
+def test_a_session_s_name_takes_room_in_the_journal(ask, clock):
+    admission = make_admission(clock, room_bytes=LINE_BYTES + 6 * 10)
+    assert [admission.has_room(ask(session=session)) for session in (None, "s" * 10, "s" * 11)] == [True, True, False]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_all_instances_together_give_one_allowance(ask, clock, count):
     workers = [make_admission(clock, count) for _ in range(count)]
@@ -241,6 +246,21 @@ async def test_workers_are_counted_by_their_heartbeats(store):
     known = WorkerCount(store, "w1")
     await beat_once(known)
     assert known.count == 3
+
+
+async def test_a_heartbeat_is_not_followed_at_once_by_the_next(store, monkeypatch):
+    run, beats = store.run, []
+
+    async def counted(*arguments):
+        beats.append(await run(*arguments))
+        return beats[-1]
+
+    monkeypatch.setattr(store, "run", counted)
+    beating = asyncio.create_task(WorkerCount(store, "w1").beat())
+    await until(lambda: beats, poll_s=0)
+    await turns(100)
+    beating.cancel()
+    assert len(beats) == 1
 
 
 async def test_workers_that_are_gone_are_not_counted(store):

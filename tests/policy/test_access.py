@@ -25,6 +25,10 @@ def test_without_networks_there_is_no_list():
     assert Access(["10.0.0.0/8"]).admits(None)
 
 
+def test_without_rules_all_is_open():
+    assert (Access().is_open, Access(["10.0.0.0/8"]).is_open, Access((), 1).is_open) == (True, False, False)
+
+
 def failures(*at, per_minute=3, address=ADDRESS):
     logins = FailedLogins(per_minute)
     for now in at:

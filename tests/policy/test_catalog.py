@@ -8,7 +8,7 @@ from msgspec import Raw
 
 from meshproxy.config import parse
 from meshproxy.errors import GatewayError, Source, model_not_found
-from meshproxy.policy.catalog import Candidate, Catalog, may_have_served, with_fees
+from meshproxy.policy.catalog import Candidate, Catalog, may_have_served, model_object, with_fees
 from meshproxy.policy.pricing import Price
 
 UPSTREAMS = """
@@ -98,6 +98,36 @@ def test_an_attempt_knows_all_that_its_model_is(route, more, expected):
 def test_a_share_is_the_weight_if_there_is_one(weight, expected):
     candidate = Candidate("openai", "openai", "o", "a/one", 1, 1, Price(*[USD] * 7), weight=weight)
     assert candidate.share == expected
+
+
+def test_a_models_object_has_the_fields_of_both_families():
+    entry = catalog({"openai/gpt": [("openai", "gpt")]}, 'cached_input_usd_per_mtok = "0.5"\n').model("openai/gpt")
+    assert model_object(entry, 7) == {
+        "id": "openai/gpt",
+        "object": "model",
+        "created": 7,
+        "owned_by": "openai",
+        "name": "openai/gpt",
+        "brand": "openai",
+        "provider": "openai",
+        "model_type": "text",
+        "context_window": 128_000,
+        "context_length": 128_000,
+        "max_output_tokens": entry.max_output_tokens,
+        "is_free": False,
+        "supports_completions_api": True,
+        "pricing": {
+            "pricing_unit": "tokens",
+            "prompt_usd_per_1m": "1.00",
+            "completion_usd_per_1m": "1.00",
+            "prompt_usd_per_1k": "0.001",
+            "completion_usd_per_1k": "0.001",
+            "cache_read_input_usd_per_1m": "0.50",
+            "cache_write_input_usd_per_1m": "1.00",
+            "audio_input_usd_per_1m": "1.00",
+            "audio_output_usd_per_1m": "1.00",
+        },
+    }
 
 
 def test_ids_are_whole_with_their_slashes():

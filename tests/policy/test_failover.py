@@ -17,8 +17,10 @@ from meshproxy.policy.failover import (
     classify_error,
     classify_status,
     error_to_report,
+    is_refusal,
     is_upstream_failure,
     requested_wait_s,
+    stream_error,
     wait_of,
 )
 
@@ -379,6 +381,9 @@ def test_a_refusal_of_the_gateway_is_not_the_clients(status, body):
         (openai("Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'."), None, 1.0),
         (openai("Rate limit reached. Please try again in 7m12s."), None, 432.0),
         (openai("Rate limit reached. Please try again in 250ms."), None, 0.25),
+        (openai("Rate limit reached. Please try again in 250 milliseconds."), None, 0.25),
+        (openai("Rate limit reached. Please retry in 1 hour 2 minutes."), None, 3720.0),
+        (openai("Rate limit reached. Please retry after 1 day."), None, 86_400.0),
         (openai("Requests exceeded. Please retry after 60 seconds."), None, 60.0),
         (openai("Please try again in 20s."), "3", 3.0),
         (
@@ -409,6 +414,8 @@ def test_a_wait_is_honest(body, retry_after, expected):
         ({"code": "context_length_exceeded", "message": "x"}, (400, "context_length_exceeded", 400)),
         ({"type": "overloaded_error", "message": "x"}, (502, "upstream_error", 529)),
         ({"code": "invalid_api_key", "message": "x"}, (502, "upstream_error", 401)),
+        ({"code": 599, "message": "x"}, (502, "upstream_error", 599)),
+        ({"code": 600, "message": "x"}, (502, "upstream_error", 200)),
         ({"message": "x"}, (502, "upstream_error", 200)),
         ("x", (502, "upstream_error", 200)),
     ],
@@ -416,6 +423,41 @@ def test_a_wait_is_honest(body, retry_after, expected):
 def test_an_error_under_a_200_is_taken_for_its_status(error, expected):
     fault = classify_error(error, otherwise="Failed.")
     assert (fault.response.status, fault.response.code, fault.upstream_status) == expected
+    assert fault.provider_message == "x"
+
+
+# What providers send as a code or as a type where there is no status, by the status that it is taken for.
+WORDS_OF = {
+    400: (
+        *("content_filter", "content_policy_violation", "moderation_blocked", "ResponsibleAIPolicyViolation"),
+        *("context_length_exceeded", "max_tokens_exceeded", "token_limit_exceeded", "string_above_max_length"),
+        *("invalid_request_error", "invalid_prompt", "BadRequestError"),
+    ),
+    401: ("invalid_api_key", "invalid_authentication", "authentication_error"),
+    403: ("permission_error",),
+    404: ("not_found_error", "model_not_found", "unknown_model", "invalid_model", "DeploymentNotFound"),
+    429: (
+        *("insufficient_quota", "insufficient_balance", "credit_balance_exhausted", "billing_hard_limit_reached"),
+        *("billing_not_active", "billing_error", "exceeded_current_quota_error"),
+        *("rate_limit_exceeded", "rate_limit_error", "RESOURCE_EXHAUSTED"),
+    ),
+    529: ("overloaded_error", "server_is_overloaded", "UNAVAILABLE"),
+}
+
+
+@pytest.mark.parametrize("member", ["code", "type"])
+@pytest.mark.parametrize("status, word", [(status, word) for status, words in WORDS_OF.items() for word in words])
+def test_a_word_without_a_status_is_taken_for_one(status, word, member):
+    assert classify_error({member: word, "message": "x"}, otherwise="Failed.").upstream_status == status
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [({}, "The provider failed in the stream."), ({"message": "x"}, "The provider failed in the stream: x")],
+)
+def test_an_error_in_a_stream_may_have_cost_its_price(error, expected):
+    fault = stream_error(error)
+    assert (fault.response.message, fault.response.may_have_run, fault.upstream_status) == (expected, True, 200)
 
 
 REFUSAL = classify_status(400, json.dumps(TOO_LONG).encode(), None).to_error(400)
@@ -452,6 +494,36 @@ def test_a_retry_may_pay_twice_if_any_attempt_may_have_run():
         [classify_status(500, b"", None).to_error(500), classify_status(429, b"", "9").to_error(429)]
     )
     assert (told.response.status, told.response.may_have_run) == (503, True)
+    assert error_to_report([unreached(), OURS]).response.may_have_run is False
+
+
+@pytest.mark.parametrize(
+    "answered, another_model, expected",
+    [
+        (None, False, False),
+        (299, False, False),
+        (302, False, True),
+        (404, False, True),
+        (408, False, False),
+        (413, True, True),
+    ],
+)
+def test_what_repeats_no_work(answered, another_model, expected):
+    error = UpstreamError(
+        upstream_error("no", may_have_run=False),
+        safe_to_repeat=True,
+        upstream_status=answered,
+        another_model=another_model,
+    )
+    assert is_refusal(error) is expected
+
+
+def test_what_the_gateway_cannot_read_is_no_failure_of_the_upstream():
+    response = upstream_error("What is this?", may_have_run=True)
+    assert (
+        is_upstream_failure(UpstreamError(response, safe_to_repeat=False, upstream_status=200, unreadable=True))
+        is False
+    )
 
 
 @pytest.mark.parametrize(

@@ -161,9 +161,14 @@ def test_a_hold_is_at_the_dearest_tier_that_the_prompt_may_reach(prompt, expecte
     assert -(-expected // 1_000_000) == hold_amount(TIERED, prompt, 10**6)
 
 
-@pytest.mark.parametrize("markup, expected", [("1.10", 27_500), ("0.50", 25_000)])
+def test_a_hold_is_at_each_price_of_the_dearest_tier():
+    tiered = msgspec.structs.replace(GPT_4O, tiers=((100, Price(50 * USD, 70 * USD, *[USD] * 5)),))
+    assert hold_amount(tiered, 101, 1) == 101 * 50_000 + 80_000
+
+
+@pytest.mark.parametrize("markup, expected", [("1.10", 10 * 2750 + 3 * 11_000), ("0.50", 10 * 2500 + 3 * 10_000)])
 def test_a_hold_is_for_the_markup_too(markup, expected):
-    assert hold_amount(price_of(model(cost_from="usage.cost", markup=markup)), 10, 0) == expected
+    assert hold_amount(price_of(model(cost_from="usage.cost", markup=markup)), 10, 3) == expected
 
 
 @pytest.mark.parametrize("tokens, expected", [(0, 0), (1, 1), (999_999, 1), (1_000_000, 1), (1_000_001, 2)])

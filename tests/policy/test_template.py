@@ -220,12 +220,18 @@ def test_a_prompt_has_a_largest_size():
 UUID = "550e8400-e29b-41d4-a716-0459abcdef59"
 
 
-@pytest.mark.parametrize(("field", "value"), [("name", "a b"), ("variables", ["a b"])])
-def test_a_pattern_is_told_in_words(field, value):
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("name", "a b", "A name has 1 to 128 of A-Z a-z 0-9 _ . - and is no UUID"),
+        ("variables", ["a b"], "A variable's name has 1 to 128 of A-Z a-z 0-9 _"),
+    ],
+)
+def test_a_pattern_is_told_in_words(field, value, words):
     body = json.dumps({"name": "a", "system": "x", field: value}).encode()
     with pytest.raises(GatewayError) as caught:
         check_template(body, partial=False)
-    assert "1 to 128 of A-Z a-z 0-9 _" in caught.value.response.message
+    assert caught.value.response.message.endswith(f": {words}")
 
 
 @pytest.mark.parametrize(
@@ -424,6 +430,15 @@ def test_a_change_leaves_a_template_of_bounded_size():
         TemplateFields(system="x" * 600_000).applied_to(big)
     (detail,) = caught.value.response.details
     assert (detail.type, detail.loc) == ("too_long", ("body", "messages"))
+    assert "template" in caught.value.response.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({}, 0), ({"system": "s"}, 1), ({"messages": [{"role": "user", "content": "x"}] * 2, "system": "s"}, 3)],
+)
+def test_how_many_messages_it_renders(fields, expected):
+    assert template(**fields).message_count == expected
 
 
 def test_a_template_survives_its_record():

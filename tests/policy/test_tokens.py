@@ -30,6 +30,10 @@ def test_a_token_per_three_bytes_and_four_a_message(messages, others, count, exp
     assert estimate_prompt(messages, others, count) == expected
 
 
+def test_where_there_is_no_media_all_is_text():
+    assert estimate_prompt(b"x" * 300, (), 0, media=False) == 100
+
+
 def test_escaped_text_is_counted_as_text():
     text = "Привет" * 100
     escaped, plain = json.dumps(text).encode(), json.dumps(text, ensure_ascii=False).encode()
@@ -85,7 +89,11 @@ def url(kind, data):
         ({"inlineData": {"mimeType": "audio/mp3", "data": DATA}}, 5_000, 10_000),
         ({"type": "whatever", "pictures": [f"data:image/png;base64,{DATA}"] * 2}, 3400, 3500),
         ({"type": "whatever", "it": "iVBORw0KGgo" + DATA}, 1700, 1800),
+        ({"type": "whatever", "it": "/9j/" + DATA}, 1700, 1800),
+        ({"type": "whatever", "it": "UklGR" + DATA}, 5_000, 10_000),
         ({"type": "whatever", "it": "AAAAIGZ0eXBpc29t" + DATA}, 10_000, 20_000),
+        ({"type": "whatever", "songs": [f"data:audio/wav;base64,{DATA}"] * 2}, 15_000, 16_500),
+        ({"type": "document", "source": {"media_type": "text/plain", "data": DATA}}, 900_000, 1_100_000),
         (url("image_url", "https://a.example/b.png"), 1700, 1800),
         (url("video_url", "https://a.example/b.mp4"), 1700, 1800),
         (url("image_url", "data:image/png;base64,iVBORw0KGgo="), 1700, 1800),
@@ -116,7 +124,10 @@ def test_slashes_may_be_escaped():
         {"type": "text", "text": f'"image_url":{{"url":"{PICTURE}"}}'},
         {"type": "text", "text": f':\\" {PICTURE}'},
         {"type": "text", "text": PICTURE},
-        {"type": "tool_result", "content": PICTURE},
+        *(
+            {"type": "whatever", key: PICTURE}
+            for key in ("content", "reasoning", "reasoning_content", "thinking", "refusal")
+        ),
         {"function": {"arguments": PICTURE}},
         {"whatever": "words and words " * 9000},
         {"whatever": "data:text/plain," + "x" * 140_000},
