@@ -37,11 +37,12 @@ from meshproxy.ledger.link import (
     run_unsupervised,
 )
 from meshproxy.ledger.store import (
-    Argument,
+    Command,
     Endpoint,
     Login,
     OnChange,
     OnOp,
+    ScriptCall,
     Store,
     StoreError,
     Unavailable,
@@ -87,13 +88,13 @@ class ClusterStore(Store):
         """Whether every slot has a connected master."""
         return None not in self._slots and all(master.connected for master in self._masters.values())
 
-    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
+    def send(self, op: str, command: Command) -> "asyncio.Future[Any]":
         """Queue one command on the connection to its key's master. Fails at once without a connection."""
         key = key_of(command)
         master = next(iter(self._masters.values()), None) if key is None else self._slots[key_slot(key)]
         if master is None:
             return failed(Unavailable("connection", self._last_error))
-        return master.send(op, command, script)
+        return master.send(op, command)
 
     async def open(self) -> None:
         """Fetch the map and dial every master. Raises Unavailable if no node has a map."""
@@ -188,8 +189,10 @@ class ClusterStore(Store):
             master.keep_dialling()
 
 
-def key_of(command: tuple[Argument, ...]) -> bytes | None:
+def key_of(command: Command) -> bytes | None:
     """Return the key that decides which node takes a command; None if it has no key and any node can take it."""
+    if isinstance(command, ScriptCall):
+        command = command.by_text()
     at = 3 if command[0] in {"EVAL", "EVALSHA"} else 1
     if len(command) <= at:
         return None

@@ -32,7 +32,7 @@ from meshproxy.ledger.records import (
     hold_keys,
     settlement_keys,
 )
-from meshproxy.ledger.store import Argument, Script, Store, Unavailable, batches, pairs
+from meshproxy.ledger.store import Argument, Packed, Script, Store, Unavailable, batches, pack, pairs
 from meshproxy.policy.principal import Account, Budgets, Limits
 from meshproxy.units import MAX_NUSD
 
@@ -96,15 +96,17 @@ class Ledger:
             request.tokens,
             request.key_id,
             request.session or "",
-            *_rates(request.key_limits),
-            *_rates(request.account_limits),
-            *_amounts(request.budgets),
-            *_amounts(NO_BUDGETS if request.session is None else request.session_budgets),
-            *_amounts(request.account_budgets),
-            request.share_percent,
         ]
-        keys = hold_keys(request.account, request.key_id, request.session)
-        reply = await self._store.run(self._admit, keys, args)
+        head = hold_keys(request.account, request.key_id, request.session)
+        tail = _limits(
+            request.key_limits,
+            request.account_limits,
+            request.budgets,
+            NO_BUDGETS if request.session is None else request.session_budgets,
+            request.account_budgets,
+            request.share_percent,
+        )
+        reply = await self._store.run(self._admit, (), args, head=head, tail=tail)
         buckets = _buckets(reply, 8, request.key_limits, request.account_limits)
         if reply[0] == _ADMITTED:
             return Hold(request, reply[1], reply[2], buckets)
@@ -138,8 +140,8 @@ class Ledger:
             *_amounts(NO_BUDGETS if request.session is None else request.session_budgets),
             *_amounts(request.account_budgets),
         ]
-        keys = hold_keys(request.account, request.key_id, request.session)
-        reply = await self._store.run(self._renew, keys, args)
+        head = hold_keys(request.account, request.key_id, request.session)
+        reply = await self._store.run(self._renew, (), args, head=head)
         if reply[0] == _ADMITTED:
             return Hold(request, reply[1], reply[2], hold.buckets)
         return _denied(reply, ())
@@ -187,14 +189,14 @@ class Ledger:
         if settlement.budgets != NO_BUDGETS or settlement.account_budgets != NO_BUDGETS:
             args += [*_amounts(settlement.budgets), *_amounts(settlement.account_budgets)]
         hour = _hour(settlement.started_ms // 3_600_000)
-        before, after = settlement_keys(settlement.account, settlement.key_id, hour)
+        head = settlement_keys(settlement.account, settlement.key_id, hour)
         names = account_keys(settlement.account)
-        keys = [*before, names.unheld + settlement.hold_id, *after]
+        keys = [names.unheld + settlement.hold_id]
         if settlement.session:
             keys.append(names.session_spend(settlement.session))
         if settlement.replay is not None:
             keys.append(settlement.replay)
-        return self._store.run(self._settle, keys, args)
+        return self._store.run(self._settle, keys, args, head=head)
 
     async def grant(self, account: str, amount_nusd: int, note: str = "", *, ref: str = "", actor: str = "") -> Granted:
         """Grant credit, or take credit back with a negative amount, once for each `ref`.
@@ -350,10 +352,7 @@ def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:
 
 @lru_cache(MAX_KNOWN_LIMITS)
 def _rates(limits: Limits) -> tuple[str, ...]:
-    """Return requests per minute, burst, tokens per minute, requests per day and parallel requests, for scripts.
-
-    They are texts, since a command is packed in half the time if its numbers needn't be formatted.
-    """
+    """Return requests per minute, burst, tokens per minute, requests per day and parallel requests, for scripts."""
     requests, tokens, burst = limits.requests_per_minute, limits.tokens_per_minute, limits.burst
     daily, parallel = limits.requests_per_day, limits.max_parallel
     if requests is None:
@@ -365,6 +364,20 @@ def _rates(limits: Limits) -> tuple[str, ...]:
 def _amounts(budgets: Budgets) -> tuple[str, ...]:
     """Return the budgets in total, of a day and of a month, for scripts."""
     return _texts(budgets.total_nusd, budgets.daily_nusd, budgets.monthly_nusd)
+
+
+@lru_cache(MAX_KNOWN_LIMITS)
+def _limits(
+    key: Limits,
+    account: Limits,
+    budgets: Budgets,
+    session_budgets: Budgets,
+    account_budgets: Budgets,
+    share_percent: int,
+) -> Packed:
+    """Return the arguments of admit.lua from the key's limits on, packed."""
+    amounts = (*_amounts(budgets), *_amounts(session_budgets), *_amounts(account_budgets))
+    return pack(*_rates(key), *_rates(account), *amounts, str(share_percent))
 
 
 def _texts(*limits: int | None) -> tuple[str, ...]:

@@ -24,7 +24,17 @@ import hiredis
 import redis
 from redis.asyncio.connection import AbstractConnection
 
-from meshproxy.ledger.store import Argument, Endpoint, OnChange, OnOp, Store, Unavailable, error_of_reply, kind_of
+from meshproxy.ledger.store import (
+    Command,
+    Endpoint,
+    OnChange,
+    OnOp,
+    ScriptCall,
+    Store,
+    Unavailable,
+    error_of_reply,
+    kind_of,
+)
 from meshproxy.units import backoff_s
 
 GRACE_TURNS = 3  # turns of the event loop between a time-out and closing the connection; each reads the socket
@@ -33,8 +43,8 @@ MAX_PENDING = 16_384  # commands without a reply on one socket; a healthy server
 
 _NOTHING = object()  # returned by the parser when it needs more bytes
 
-# future, operation name, time it was queued (loop time), command, text of the script that the command names
-Pending = tuple["asyncio.Future[Any]", str, float, tuple[Argument, ...], str]
+# future, operation name, time it was queued (loop time), command
+Pending = tuple["asyncio.Future[Any]", str, float, Command]
 Redirect = Callable[[str, Pending], bool]  # a MOVED or ASK reply and its command; True if sent to another server
 
 
@@ -57,18 +67,18 @@ class RedisConnection(asyncio.Protocol):
         self._finishing = False
         self._grace_turns_left = GRACE_TURNS
 
-    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
+    def send(self, op: str, command: Command) -> "asyncio.Future[Any]":
         """Queue one command and return the future of its reply. The future raises Unavailable or StoreError."""
         if self.lost is not None:
             return failed(Unavailable(self.lost.kind, self.lost.reason))
         if len(self._pending) >= MAX_PENDING:
             return failed(Unavailable("overflow", f"{MAX_PENDING} commands are waiting for a reply"))
-        packed = hiredis.pack_command(command)  # type: ignore[arg-type]
+        packed = command.packed if type(command) is ScriptCall else hiredis.pack_command(command)  # type: ignore[arg-type]
         if not self._outgoing:
             self._loop.call_soon(self._flush)
         future = self._loop.create_future()
         self._outgoing.append(packed)
-        self._pending.append((future, op, self._loop.time(), command, script))
+        self._pending.append((future, op, self._loop.time(), command))
         return future
 
     def resend(self, pending: Pending, *, asking: bool = False) -> None:
@@ -80,7 +90,9 @@ class RedisConnection(asyncio.Protocol):
             self.send("ASKING", ("ASKING",))
         if not self._outgoing:
             self._loop.call_soon(self._flush)
-        self._outgoing.append(hiredis.pack_command(pending[3]))  # type: ignore[arg-type]
+        command = pending[3]
+        packed = command.packed if isinstance(command, ScriptCall) else hiredis.pack_command(command)  # type: ignore[arg-type]
+        self._outgoing.append(packed)
         self._pending.append(pending)
 
     def lose(self, kind: str, reason: str) -> None:
@@ -145,10 +157,10 @@ class RedisConnection(asyncio.Protocol):
         if self._redirect is not None and message.startswith(("MOVED ", "ASK ")) and self._redirect(message, entry):
             return
         error = error_of_reply(message)
-        future, op, queued_at, command, script = entry
+        future, op, queued_at, command = entry
         self._report_op(op, queued_at, kind_of(error))
-        if error.kind == "NOSCRIPT" and script and not future.done():
-            self.resend((future, op, queued_at, ("EVAL", script, *command[2:]), ""))
+        if error.kind == "NOSCRIPT" and isinstance(command, ScriptCall) and not future.done():
+            self.resend((future, op, queued_at, command.by_text()))
             return
         _fail(future, error)
         if isinstance(error, Unavailable) and error.kind == "readonly":
@@ -245,12 +257,12 @@ class ReconnectingStore(Store):
         """Whether there is a connection."""
         return self._connection is not None
 
-    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
+    def send(self, op: str, command: Command) -> "asyncio.Future[Any]":
         """Queue one command, or fail at once without a connection."""
         connection = self._connection
         if connection is None:
             return failed(Unavailable("connection", self.last_error or "not connected"))
-        return connection.send(op, command, script)
+        return connection.send(op, command)
 
     @property
     def connection(self) -> RedisConnection | None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from meshproxy.ledger.store import Packed, pack
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.principal import Budgets, Limits
 
@@ -299,20 +300,19 @@ def account_keys(account: str) -> AccountKeys:
 
 
 @lru_cache(MAX_KNOWN_KEYS)
-def hold_keys(account: str, key_id: str, session: str | None = None) -> tuple[str, ...]:
-    """Return the keys that scripts with holds take first (hold.lua), cached: the account's, the API key's, the session's."""
+def hold_keys(account: str, key_id: str, session: str | None = None) -> Packed:
+    """Return the keys that scripts with holds take first (hold.lua): the account's, the API key's, the session's."""
     names = account_keys(account)
-    if session is not None:
-        return (*hold_keys(account, key_id), names.session_spend(session))
-    return (*names.script_keys, *names.script_keys_of_key(key_id))
+    keys = *names.script_keys, *names.script_keys_of_key(key_id)
+    return pack(*keys) if session is None else pack(*keys, names.session_spend(session))
 
 
 @lru_cache(MAX_KNOWN_KEYS)
-def settlement_keys(account: str, key_id: str, hour: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the keys of settle.lua before and after the `unheld` mark, cached. `hour`: `2026-11-24T09`."""
+def settlement_keys(account: str, key_id: str, hour: str) -> Packed:
+    """Return the keys of settle.lua that all settlements of a key in one hour (`2026-11-24T09`) have."""
     names = account_keys(account)
-    before = *hold_keys(account, key_id), names.hour(hour)
-    return before, (names.requests(hour[:10]), names.hours, names.month(hour[:7]))
+    aggregates = names.hour(hour), names.requests(hour[:10]), names.hours, names.month(hour[:7])
+    return pack(*hold_keys(account, key_id).texts, *aggregates)
 
 
 GLOBAL = "*"  # the owner of global templates: no account may have this name

@@ -22,10 +22,12 @@ import re
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import parse_qsl, unquote
 
+import hiredis
 from msgspec import Struct
 
 from meshproxy.config import ConfigError
@@ -69,6 +71,38 @@ def script_text(name: str) -> str:
 
 Item = TypeVar("Item")
 Argument = str | bytes | int
+
+
+class Packed(Struct, frozen=True):
+    """Arguments that many commands have, and their form on the wire: packing one again costs 0.12 us, 0.2 if it is an int."""
+
+    texts: tuple[str, ...] = ()
+    count: int = 0
+    wire: bytes = b""
+
+
+def pack(*texts: str | int) -> Packed:
+    """Pack arguments as RESP's bulk strings, without the head of an array."""
+    packed: bytes = hiredis.pack_command(texts)  # type: ignore[arg-type]
+    return Packed(tuple(map(str, texts)), len(texts), packed.partition(b"\r\n")[2])
+
+
+class ScriptCall(Struct, frozen=True):
+    """A call of a script: packed by the script's SHA-1, and its parts. See Store.run."""
+
+    packed: bytes
+    script: Script
+    key_count: int
+    head: Packed
+    between: tuple[Argument, ...]
+    tail: Packed
+
+    def by_text(self) -> tuple[Argument, ...]:
+        """Return the command that calls the script by its text."""
+        return ("EVAL", self.script.text, self.key_count, *self.head.texts, *self.between, *self.tail.texts)
+
+
+Command = tuple[Argument, ...] | ScriptCall
 OnChange = Callable[[str, bool, str], None]  # server name, whether it is connected now, reason if not
 OnOp = Callable[[str, float, str | None], None]  # operation, seconds, kind of error (None: success)
 
@@ -119,6 +153,10 @@ class Contended(GatewayError):
         super().__init__(Source.CLIENT, ErrorResponse(409, "changed_meanwhile", message))
 
 
+NOTHING = Packed()
+MAX_KNOWN_CALLS = 128  # pairs of script and number of keys whose packed beginning is cached
+
+
 class Store(ABC):
     """Redis behind any kind of URL: a server, Sentinel or Cluster."""
 
@@ -128,11 +166,8 @@ class Store(ABC):
         """Whether a command sent now would reach a server."""
 
     @abstractmethod
-    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> "asyncio.Future[Any]":
-        """Queue one command; return the future of its reply. It is sent even if not awaited. `op` is for metrics.
-
-        `script` is the text of the script that an EVALSHA names. It is sent where the server doesn't have the script.
-        """
+    def send(self, op: str, command: Command) -> "asyncio.Future[Any]":
+        """Queue one command; return the future of its reply. It is sent even if not awaited. `op` is for metrics."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -148,9 +183,31 @@ class Store(ABC):
         """
         return self.send(str(args[0]), args)
 
-    def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> "asyncio.Future[Any]":
-        """Queue a call of a script; return the future of its reply, as `execute` does."""
-        return self.send(script.name, ("EVALSHA", script.sha, len(keys), *keys, *args), script.text)
+    def run(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        args: Sequence[Argument],
+        *,
+        head: Packed = NOTHING,
+        tail: Packed = NOTHING,
+    ) -> "asyncio.Future[Any]":
+        """Queue a call of a script; return the future of its reply, as `execute` does.
+
+        `head` has the keys before `keys`, `tail` the arguments after `args`. The script's text is sent where the server
+        doesn't have the script.
+        """
+        between, key_count = (*keys, *args), head.count + len(keys)
+        begin = _call_begins(script, key_count)
+        count = begin.count + head.count + len(between) + tail.count
+        wire = hiredis.pack_command(between).partition(b"\r\n")[2]  # type: ignore[arg-type]
+        packed = b"*%d\r\n%b%b%b%b" % (count, begin.wire, head.wire, wire, tail.wire)
+        return self.send(script.name, ScriptCall(packed, script, key_count, head, between, tail))
+
+
+@lru_cache(MAX_KNOWN_CALLS)
+def _call_begins(script: Script, key_count: int) -> Packed:
+    return pack("EVALSHA", script.sha, key_count)
 
 
 def pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:

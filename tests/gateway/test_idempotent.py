@@ -36,18 +36,18 @@ class Flaky(Store):
         self.loses_replies_of = None
         self.asked = Counter()
 
-    async def _lost(self, op, command, script):
+    async def _lost(self, op, command):
         self.asked[op] += 1
         if self.is_lost:
             raise Unavailable("connection", "gone")
-        reply = await self._store.send(op, command, script)
+        reply = await self._store.send(op, command)
         if op == self.loses_replies_of:
             self.loses_replies_of = None
             raise Unavailable("timeout", "no reply")
         return reply
 
-    def send(self, op, command, script=""):
-        return self._lost(op, command, script)
+    def send(self, op, command):
+        return self._lost(op, command)
 
     async def close(self):
         await self._store.close()

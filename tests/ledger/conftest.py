@@ -19,7 +19,7 @@ from meshproxy import config
 from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import AccountKeys, HoldRequest, Settlement
-from meshproxy.ledger.store import Argument, StoreError, error_of_reply
+from meshproxy.ledger.store import Argument, Command, ScriptCall, error_of_reply
 from meshproxy.openai.usage import Usage
 from tests.harness.waiting import wait_until
 
@@ -74,16 +74,8 @@ class FakeStore(Store):
     def __init__(self) -> None:
         self._client = fakeredis.FakeAsyncRedis(protocol=2)
 
-    def send(self, op: str, command: tuple[Argument, ...], script: str = "") -> Awaitable[Any]:
-        return asyncio.ensure_future(self._called(command, script))
-
-    async def _called(self, command: tuple[Argument, ...], script: str) -> Any:
-        try:
-            return await self._call(command)
-        except StoreError as error:
-            if error.kind != "NOSCRIPT" or not script:
-                raise
-            return await self._call(("EVAL", script, *command[2:]))
+    def send(self, op: str, command: Command) -> Awaitable[Any]:
+        return asyncio.ensure_future(self._call(command.by_text() if isinstance(command, ScriptCall) else command))
 
     async def _call(self, command: tuple[Argument, ...]) -> Any:
         """The reply as it came, past redis-py's callbacks, which give each command's another shape."""
@@ -91,8 +83,6 @@ class FakeStore(Store):
         try:
             await connection.send_command(*command)
             return await connection.read_response()
-        except redis.exceptions.NoScriptError as error:
-            raise error_of_reply(f"NOSCRIPT {error}") from error
         except redis.exceptions.ResponseError as error:
             raise error_of_reply(str(error) if str(error).split(" ")[0].isupper() else f"ERR {error}") from error
         except asyncio.CancelledError:

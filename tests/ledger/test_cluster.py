@@ -14,6 +14,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.records import Hold, HoldRequest, Settlement
+from meshproxy.ledger.store import NOTHING, Script, ScriptCall, pack
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.template import Template
 from tests.harness.waiting import turns, until
@@ -239,6 +240,7 @@ async def test_a_node_that_does_not_name_its_host_and_wants_a_password(endpoint_
         (("GET", "a"), b"a"),
         (("GET", b"\xff"), b"\xff"),
         (("EVALSHA", "sha", 2, "a", "b", "x"), b"a"),
+        (ScriptCall(b"", Script.of("two", "return 2"), 2, pack("a"), ("b", "x"), NOTHING), b"a"),
         (("PING",), None),
         (("TIME",), None),
     ],

@@ -15,7 +15,7 @@ from meshproxy.ledger import link as link_module
 from meshproxy.ledger.connection import StoreError, Unavailable, connect
 from meshproxy.ledger.embedded import Embedded
 from meshproxy.ledger.link import BACKOFF_MAX_S, BACKOFF_MIN_S, RedisConnection, jittered_backoff_s
-from meshproxy.ledger.store import Script
+from meshproxy.ledger.store import NOTHING, Script, ScriptCall
 from tests.harness.waiting import turns, until
 
 DOUBLE = Script.of("double", "redis.call('INCR', KEYS[1]) return 2 * ARGV[1]")
@@ -96,7 +96,9 @@ async def test_commands_of_one_turn_share_a_write(wire):
 
 async def test_a_script_that_nobody_waits_for_is_not_sent_again(wire):
     link, transport = wire
-    abandoned, waited_for = (link.send("double", ("EVALSHA", "sha", 0, name), "return 2") for name in "ab")
+    two = Script.of("two", "return 2")
+    calls = (ScriptCall(b"packed", two, 0, NOTHING, (name,), NOTHING) for name in "ab")
+    abandoned, waited_for = (link.send("two", call) for call in calls)
     await turns(1)
     abandoned.cancel()
     link.data_received(b"-NOSCRIPT none\r\n-NOSCRIPT none\r\n")

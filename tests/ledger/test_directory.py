@@ -28,8 +28,8 @@ class Between(Store):
     def connected(self):
         return self._store.connected
 
-    def send(self, op, command, script=""):
-        reply = self._store.send(op, command, script)
+    def send(self, op, command):
+        reply = self._store.send(op, command)
         return asyncio.ensure_future(self._read(reply)) if op == "GET" else reply
 
     async def _read(self, reply):

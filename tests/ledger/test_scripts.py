@@ -1,13 +1,20 @@
 """Scripts are whole before Redis sees them, and called by the SHA-1 that Redis computes."""
 
+import asyncio
 import hashlib
 import re
 from pathlib import Path
 
+import hiredis
 import pytest
 
 from meshproxy.ledger import store
-from meshproxy.ledger.store import Script, expand
+from meshproxy.ledger.ledger import Ledger
+from meshproxy.ledger.records import HoldRequest, Settlement
+from meshproxy.ledger.store import Script, Store, expand, script_text
+from meshproxy.openai.usage import Usage
+from meshproxy.policy.principal import Budgets, Limits
+from tests.harness.waiting import turns
 
 
 def test_an_include_is_replaced_by_its_text():
@@ -42,3 +49,149 @@ def test_the_sha_is_the_one_of_the_whole_text():
 def test_a_missing_script_is_told_by_name():
     with pytest.raises(FileNotFoundError, match=r"no_such_script\.lua"):
         Script.load("no_such_script")
+
+
+class Sent(Store):
+    """A store that keeps the last call of a script, and its packed form."""
+
+    connected = True
+    call = None
+
+    def send(self, op, command):
+        self.call = command
+        return asyncio.get_running_loop().create_future()
+
+    async def close(self):
+        pass
+
+    def arguments(self, script):
+        """Name the keys and arguments of the last call as the head of the script's file numbers them."""
+        reader = hiredis.Reader(encoding="utf-8")
+        reader.feed(self.call.packed)
+        _, sha, key_count, *values = reader.gets()
+        assert (sha, values) == (Script.load(script).sha, [str(value) for value in self.call.by_text()[3:]])
+        head = " ".join(
+            line.removeprefix("--").strip() for line in script_text(script).splitlines() if line.startswith("--")
+        )
+        _, keys, argv, _ = re.split(r" KEYS | ARGV | reply ", head)
+        named = {}
+        for numbered, of in ((keys, values[: int(key_count)]), (argv, values[int(key_count) :])):
+            for number, name in re.findall(r"\b(\d+)(?:-\d+)? ([^,(;:.]*[^,(;:. ])", numbered):
+                named[name] = of[int(number) - 1] if int(number) <= len(of) else None
+        return named
+
+
+@pytest.fixture
+def sent():
+    return Sent()
+
+
+KEY = Limits(requests_per_minute=101, burst=102, tokens_per_minute=103, requests_per_day=104, max_parallel=105)
+ACCOUNT = Limits(requests_per_minute=201, burst=202, tokens_per_minute=203, requests_per_day=204, max_parallel=205)
+HOLD = HoldRequest(
+    hold_id="h",
+    account="acme",
+    key_id="k",
+    amount_nusd=11,
+    tokens=13,
+    ttl_ms=14,
+    session="s",
+    amount_min_nusd=12,
+    share_percent=15,
+    key_limits=KEY,
+    account_limits=ACCOUNT,
+    budgets=Budgets(301, 302, 303),
+    session_budgets=Budgets(401, 402, 403),
+    account_budgets=Budgets(501, 502, 503),
+)
+
+
+async def test_the_arguments_of_an_admission_are_in_the_order_of_its_head(sent):
+    admission = asyncio.ensure_future(Ledger(sent).admit(HOLD))
+    await turns(1)
+    admission.cancel()
+    expected = {
+        "credit": "mesh:{acme}:credit",
+        "key's bucket": "mesh:{acme}:bucket:k",
+        "key's running": "mesh:{acme}:running:k",
+        "session's spend": "mesh:{acme}:session:s",
+        "hold id": "h",
+        "time to live": "14",
+        "amount": "11",
+        "least amount": "12",
+        "strict": "1",
+        "tokens": "13",
+        "key id": "k",
+        "session or ''": "s",
+        "key's requests per minute": "101",
+        "account's": "501",  # the budgets, which come after its limits
+        "key's budgets": "301",
+        "session's": "401",
+        "share of the room": "15",
+    }
+    assert {name: sent.arguments("admit").get(name) for name in expected} == expected
+    assert sent.call.by_text()[-20:] == tuple(
+        map(str, (*range(101, 106), *range(201, 206), 301, 302, 303, 401, 402, 403, 501, 502, 503, 15))
+    )
+
+
+async def test_the_arguments_of_a_settlement_are_in_the_order_of_its_head(sent):
+    usage = Usage(21, 22, 23, 24, 25, 26, 27, 28)
+    Ledger(sent, usage_events_kept=30).send_settlement(
+        Settlement(
+            hold_id="h",
+            request_id="r",
+            account="acme",
+            key_id="k",
+            model="m",
+            upstream="u",
+            usage=usage,
+            usage_source="reported",
+            outcome="completed",
+            cost_nusd=31,
+            started_ms=1_764_000_000_000,
+            session="s",
+            price="{}",
+            attempts=32,
+            code="c",
+            upstream_status=33,
+            replay="mesh:{acme}:replay:k:d",
+            replay_ttl_ms=34,
+            budgets=Budgets(301, 302, 303),
+            account_budgets=Budgets(501, 502, 503),
+        )
+    )
+    expected = {
+        "key's spend": "mesh:{acme}:spend:k",
+        "hour": "mesh:{acme}:hour:2025-11-24T16",
+        "requests of the day": "mesh:{acme}:requests:2025-11-24",
+        "index of hours": "mesh:{acme}:hours",
+        "month": "mesh:{acme}:month:2025-11",
+        "marker of a settlement without a hold": "mesh:{acme}:unheld:h",
+        "hold id": "h",
+        "unheld": "0",
+        "events kept in usage": "30",
+        "cost": "31",
+        "request id": "r",
+        "key id": "k",
+        "account": "acme",
+        "session or ''": "s",
+        "model": "m",
+        "upstream": "u",
+        "tokens": "21",
+        "usage source": "reported",
+        "outcome": "completed",
+        "price": "{}",
+        "start time": "1764000000000",
+        "attempts": "32",
+        "cache-write tokens that are cached for an hour": "28",
+        "how long a charged record is kept": "34",
+        "error's code or ''": "c",
+        "the upstream's HTTP status": "33",
+        "key's budgets": "301",
+        "account's": "501",
+    }
+    assert {name: sent.arguments("settle").get(name) for name in expected} == expected
+    command = sent.call.by_text()
+    assert [command.index(tokens) for tokens in range(21, 28)] == list(range(command.index(21), command.index(21) + 7))
+    assert command[19:21] == ("mesh:{acme}:session:s", "mesh:{acme}:replay:k:d")

@@ -276,7 +276,7 @@ async def test_hours_are_looked_up_in_one_round_trip(store, ledger, monkeypatch)
     await settle(ledger)
     sent = []
     send = store.send
-    monkeypatch.setattr(store, "send", lambda op, *command: (sent.append(op), send(op, *command))[1])
+    monkeypatch.setattr(store, "send", lambda op, command: (sent.append(op), send(op, command))[1])
     await usage(store, "acme", since=NOON - timedelta(days=30), until=NOON + timedelta(hours=1), now=NOW)
     assert list(dict.fromkeys(sent[:-1])) + sent[-1:] == ["HGETALL", "HGET", "sizes", "HGETALL"]
 

@@ -7,8 +7,8 @@
 -- charged and this one is not.
 --
 -- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend, 9 key's bucket,
---        10 key's spend, 11 key's running, 12 hour, 13 marker of a settlement without a hold, 14 requests of the day, 15 index of
---        hours, 16 month, then, if they exist: session's spend, record of the Idempotency-Key
+--        10 key's spend, 11 key's running, 12 hour, 13 requests of the day, 14 index of hours, 15 month, 16 marker of a
+--        settlement without a hold, then, if they exist: session's spend, record of the Idempotency-Key
 -- ARGV   1 hold id, 2 unheld (1: admitted without Redis, so there may be no hold), 3 events kept in usage, 4 cost
 --        (nano-USD), 5 request id, 6 key id, 7 account, 8 session or '', 9 model, 10 upstream, 11-17 tokens: prompt,
 --        completion, cached, cache write, reasoning, audio prompt, audio completion, 18 usage source, 19 outcome,
@@ -44,7 +44,7 @@ local prompt, completion, cached, cache_write, reasoning, audio_prompt, audio_co
 local usage_source, outcome, price, started_ms, attempts, cache_write_1h, replay_ttl_ms = unpack(ARGV, 18, 24)
 local code, upstream_status = unpack(ARGV, 25, 26)
 local counts = { prompt, completion, cached, cache_write, reasoning, audio_prompt, audio_completion } -- as METRICS
-local HOUR, UNHELD, REQUESTS, HOURS, MONTH = unpack(KEYS, 12, 16)
+local HOUR, REQUESTS, HOURS, MONTH, UNHELD = unpack(KEYS, 12, 16)
 local session = session_id
 if #session > MAX_FREE_SESSION_BYTES and cost == '0' and prompt == '0' and completion == '0' then session = '~' end
 local session_key = session_id ~= '' and KEYS[17]
