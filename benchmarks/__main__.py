@@ -41,12 +41,12 @@ def main() -> int:
     start = time.monotonic()
     repeats = [_run(args.only, quick=args.quick) for _ in range(1 if args.quick else args.repeats)]
     results = suite.combined(repeats)
-    told = tables(results, quick=args.quick)
-    print(told)
+    report = tables(results, quick=args.quick)
+    print(report)
     if not args.quick and not args.only:
         python = ".".join(platform.python_version_tuple()[:2])
         (HERE / f"results-{python}.json").write_text(as_json(results, repeats))
-        _put_into_readme(python, f"{'; '.join(machine().values())}; medians of {args.repeats}\n\n{told}")
+        _put_into_readme(python, f"{'; '.join(machine().values())}; medians of {args.repeats}\n\n{report}")
         if python == REFERENCE_PYTHON:
             PLOT.write_text(svg(results))
     print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
@@ -61,13 +61,13 @@ def _run(only: list[str] | None, *, quick: bool) -> suite.Results:
         starts = [start for start in (*proxies.own(), *peers.available()) if only is None or start.__name__ in only]
         up = [stack.enter_context(start(behind, directory)) for start in starts]
         direct = proxies.Proxy(DIRECT, None, behind.unary, behind.streams)
-        return suite.repeat(directory, up, direct, quick=quick, tell=lambda what: print(what, file=sys.stderr))
+        return suite.repeat(directory, up, direct, quick=quick, report=lambda line: print(line, file=sys.stderr))
 
 
-def _put_into_readme(python: str, told: str) -> None:
+def _put_into_readme(python: str, report: str) -> None:
     before, begin, rest = README.read_text().partition(f"<!-- results {python} -->\n")
     _, end, after = rest.partition("<!-- end of results -->")
-    README.write_text(f"{before}{begin}{told}{end}{after}")
+    README.write_text(f"{before}{begin}{report}{end}{after}")
 
 
 if __name__ == "__main__":

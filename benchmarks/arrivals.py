@@ -22,7 +22,7 @@ def latencies_s(port: int, request: bytes, per_s: float, seconds: float) -> list
     idle = [_connected(port) for _ in range(CONNECTIONS)]
     busy: dict[socket.socket, float] = {}
     waiting: deque[float] = deque()
-    found: list[float] = []
+    latencies: list[float] = []
     arrivals = random.Random(SEED)
     now = time.perf_counter()
     end = now + seconds
@@ -39,13 +39,13 @@ def latencies_s(port: int, request: bytes, per_s: float, seconds: float) -> list
             pause_s = max(due - time.perf_counter(), 0.0) if due < end else 1.0
             for client in select.select(list(busy), [], [], pause_s)[0]:
                 _take(client)
-                found.append(time.perf_counter() - busy.pop(client))
+                latencies.append(time.perf_counter() - busy.pop(client))
                 idle.append(client)
             now = time.perf_counter()
     finally:
         for client in (*idle, *busy):
             client.close()
-    return found
+    return latencies
 
 
 def _connected(port: int) -> socket.socket:

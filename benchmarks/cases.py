@@ -34,7 +34,7 @@ HEADERS = {
 
 @dataclass
 class Result:
-    """What a case found. `us`: microseconds of the proxy's CPU for each of `count` requests or events, if that was asked."""
+    """The result of a case. `us`: the proxy's CPU in microseconds for each of `count` requests or events, if it was measured."""
 
     count: int
     us: float | None = None
@@ -105,12 +105,12 @@ def unary(
     script.write_text(f"wrk.method = 'POST'\nwrk.body = [[{body.decode()}]]\n{lines}")
     _wrk(proxy, script, proxy.warm_up_s)
     meter = Meter(proxy)
-    told = _wrk(proxy, script, seconds)
-    requests = re.search(r"(\d+) requests in", told)
-    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", told)
-    broken = re.search(r"Socket errors: (?!connect 0, read 0, write 0,)", told)  # being slow is no error
+    output = _wrk(proxy, script, seconds)
+    requests = re.search(r"(\d+) requests in", output)
+    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+    broken = re.search(r"Socket errors: (?!connect 0, read 0, write 0,)", output)  # being slow is no error
     if requests is None or broken is not None:
-        raise RuntimeError(f"{proxy.name}: {told}")
+        raise RuntimeError(f"{proxy.name}: {output}")
     return meter.result(int(requests[1]), refused=int(refused[1]) if refused else 0)
 
 
@@ -227,9 +227,9 @@ def latency(proxy: Proxy, per_s: float, seconds: float) -> Result:
     sent = request(UNARY_MODEL, proxy, stream=False)
     latencies_s(proxy.unary_port, sent, per_s * proxy.share, 0.5)
     meter = Meter(proxy)
-    found = latencies_s(proxy.unary_port, sent, per_s * proxy.share, seconds)
+    latencies = latencies_s(proxy.unary_port, sent, per_s * proxy.share, seconds)
     quantiles = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
-    return meter.result(len(found), **{name: quantile(found, q) * 1e3 for name, q in quantiles.items()})
+    return meter.result(len(latencies), **{name: quantile(latencies, q) * 1e3 for name, q in quantiles.items()})
 
 
 def changes(proxy: Proxy) -> Result:

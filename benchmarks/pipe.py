@@ -1,7 +1,7 @@
 """The least that a proxy on this event loop can cost: `python -m benchmarks.pipe PORT UPSTREAM_PORT [PORT UPSTREAM_PORT]`.
 
 Two sockets joined: what one receives the other is written. It knows no HTTP, a connection upstream belongs to one client, and
-nobody who doesn't keep up is waited for.
+no end waits for one that doesn't keep up.
 """
 
 import asyncio

@@ -40,8 +40,8 @@ def svg(results: Results) -> str:
 
 def _values(results: Results, case: str, key: str) -> dict[str, float]:
     by = results.get(case, {})
-    found = {name: result.us if key == "us" else result.more.get(key) for name, result in by.items()}
-    return {name: value for name, value in found.items() if value is not None and name != DIRECT}
+    values = {name: result.us if key == "us" else result.more.get(key) for name, result in by.items()}
+    return {name: value for name, value in values.items() if value is not None and name != DIRECT}
 
 
 def _panel(title: str, values: Mapping[str, float], y: int) -> tuple[list[str], int]:
@@ -52,12 +52,12 @@ def _panel(title: str, values: Mapping[str, float], y: int) -> tuple[list[str], 
     for name, value in values.items():
         long = max(min(value, longest) * scale, 1.0)
         middle = y + BAR - 4
-        told = f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+        label = f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
         colour = OUR_COLOUR if name.startswith(OURS) else FAR_COLOUR if value > longest else COLOUR
         parts += [
             f'<text x="{MARGIN + 12}" y="{middle}">{escape(name)}</text>',
             f'<rect x="{LABEL_WIDTH}" y="{y}" width="{long:.1f}" height="{BAR}" rx="2" fill="{colour}"/>',
-            f'<text x="{LABEL_WIDTH + long + 6:.1f}" y="{middle}">{told}</text>',
+            f'<text x="{LABEL_WIDTH + long + 6:.1f}" y="{middle}">{label}</text>',
         ]
         y += BAR + GAP
     return parts, y + MARGIN

@@ -20,18 +20,18 @@ Row = list[str]
 
 
 def as_json(results: Results, repeats: Sequence[Results]) -> str:
-    """Return the medians and every repeat, and on what they were found."""
+    """Return the medians and every repeat, and on what they were measured."""
 
-    def plain(found: Results) -> dict[str, dict[str, object]]:
-        return {case: {proxy: asdict(result) for proxy, result in by.items()} for case, by in found.items()}
+    def plain(measured: Results) -> dict[str, dict[str, object]]:
+        return {case: {proxy: asdict(result) for proxy, result in by.items()} for case, by in measured.items()}
 
-    told = {
+    document = {
         "machine": machine(),
         "versions": versions(),
         "cases": plain(results),
-        "repeats": [plain(each) for each in repeats],
+        "repeats": [plain(repeat) for repeat in repeats],
     }
-    return json.dumps(told, indent=1) + "\n"
+    return json.dumps(document, indent=1) + "\n"
 
 
 def machine() -> dict[str, str]:
@@ -43,14 +43,14 @@ def machine() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of the programs and of the libraries that matter."""
-    told = {name: _version_of(name) for name in ("nginx", "haproxy", "redis-server")}
-    return told | {name: version(name) for name in ("meshproxy", "aiohttp", "uvloop", "hiredis")}
+    programs = {name: _version_of(name) for name in ("nginx", "haproxy", "redis-server")}
+    return programs | {name: version(name) for name in ("meshproxy", "aiohttp", "uvloop", "hiredis")}
 
 
 def _version_of(name: str) -> str:
     done = subprocess.run([program(name), "-v"], capture_output=True, text=True, check=False)
-    found = re.search(r"\d+\.\d+[\d.]*", done.stdout + done.stderr)
-    return found[0] if found else "unknown"
+    number = re.search(r"\d+\.\d+[\d.]*", done.stdout + done.stderr)
+    return number[0] if number else "unknown"
 
 
 def tables(results: Results, *, quick: bool) -> str:
@@ -79,10 +79,10 @@ def _cpu(result: Result | None, reference: float | None) -> str:
     """Return microseconds, the ratio to the reference, and the spread over the repeats."""
     if result is None or result.us is None:
         return ""
-    told = f"{result.us:.0f}" if result.us >= 100 else f"{result.us:.1f}"
+    us = f"{result.us:.0f}" if result.us >= 100 else f"{result.us:.1f}"
     ratio = f" ({result.us / reference:.1f}x)" if reference else ""
     spread = f" ±{result.more['spread'] / 2:.0%}" if result.more.get("repeats", 0) > 1 else ""
-    return told + ratio + spread
+    return us + ratio + spread
 
 
 def _figure(by: Mapping[str, Result], name: str, key: str, form: str) -> str:
@@ -98,23 +98,23 @@ def _latency_rows(results: Results, names: Sequence[str]) -> Iterator[Row]:
 
 
 def _stream_rows(results: Results, names: Sequence[str], *, quick: bool) -> Iterator[Row]:
-    told = (
+    figures = (
         ("first_event_ms_p50", "to the first event, p50"),
         ("first_event_ms_p99", "p99"),
         ("gap_ms_p99", "gap, p99"),
     )
     for case, (title, _) in titles(quick=quick).items():
         if case.startswith("paced"):
-            for key, what in told:
-                yield [f"{title}: {what}", *(_figure(results[case], name, key, ".1f") for name in (DIRECT, *names))]
+            for key, label in figures:
+                yield [f"{title}: {label}", *(_figure(results[case], name, key, ".1f") for name in (DIRECT, *names))]
 
 
 def _other_rows(results: Results, names: Sequence[str]) -> Iterator[Row]:
-    kib = (results[IDLE][name].more.get("bytes_per_stream") for name in names)
-    yield ["KiB an idle stream", *("" if each is None else f"{each / 1024:.1f}" for each in kib)]
+    sizes = (results[IDLE][name].more.get("bytes_per_stream") for name in names)
+    yield ["KiB an idle stream", *("" if size is None else f"{size / 1024:.1f}" for size in sizes)]
     whole = {0.0: "no", 1.0: "yes"}
     changed = (results[CHANGES][name].more.get("whole_changed", -1.0) for name in names)
-    yield ["whole answer: body changed", *(whole.get(each, "") for each in changed)]
+    yield ["whole answer: body changed", *(whole.get(share, "") for share in changed)]
     events = (_figure(results[CHANGES], name, "events_changed", ".0f") for name in names)
     yield ["stream of 103 events: changed, dropped or added", *events]
 

@@ -63,9 +63,9 @@ def main() -> int:
         "| Redis | accounts | CPU us a request | requests/s of one core | bytes kept a request |\n|---|---:|---:|---:|---:|"
     )
     for kind in KINDS:
-        found = [_measure(kind) for _ in range(REPEATS)]
-        us = statistics.median(us for us, _ in found)
-        kept = statistics.median(kept for _, kept in found)
+        measured = [_measure(kind) for _ in range(REPEATS)]
+        us = statistics.median(us for us, _ in measured)
+        kept = statistics.median(kept for _, kept in measured)
         print(f"| {kind.name} | {kind.accounts} | {us:.0f} | {1e6 / us:.0f} | {kept:.0f} |")
     return 0
 

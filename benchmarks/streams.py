@@ -1,7 +1,7 @@
 """The client of the streams: open-loop, on raw protocols. Streams begin by the clock, whatever became of earlier ones.
 
 A read is scanned for the ends of events and of the answer, and never decoded. An event's cost here is of no consequence to
-what is reported, which is the proxy's own CPU time; that the client keeps up is told by the gaps of the direct run.
+what is reported, which is the proxy's own CPU time; that the client keeps up is shown by the gaps of the direct run.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class Client(asyncio.Protocol):
         self._pool = pool
         self._seen = pool.seen
         self._tail = b""
-        self._asked_at = 0.0
+        self._begun_at = 0.0
         self._last_at = 0.0
         self._events = 0
         self.busy = False
@@ -52,12 +52,12 @@ class Client(asyncio.Protocol):
             self._seen.cut += 1
             self._pool.ended(None)
 
-    def ask(self) -> None:
+    def begin(self) -> None:
         self.busy = True
         self._tail = b""
         self._last_at = 0.0
         self._events = 0
-        self._asked_at = time.perf_counter()
+        self._begun_at = time.perf_counter()
         self._seen.begun += 1
         self.transport.write(self._pool.request)
 
@@ -84,7 +84,7 @@ class Client(asyncio.Protocol):
         if self._last_at:
             seen.gaps_s.append(now - self._last_at)
         else:
-            seen.first_event_s.append(now - self._asked_at)
+            seen.first_event_s.append(now - self._begun_at)
         self._last_at = now
 
 
@@ -112,7 +112,7 @@ class Pool:
             self.seen.cut += 1  # the proxy is so late that no connection is free
             return
         self._running += 1
-        self._idle.pop().ask()
+        self._idle.pop().begin()
 
     def ended(self, client: Client | None) -> None:
         self._running -= 1

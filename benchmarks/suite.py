@@ -22,7 +22,7 @@ UNARY = "unary"
 STRANGERS = 0.1  # of the proxy's core, used by others: a row above it isn't reported
 TRIES = 3
 AGAIN_UNTIL_S = 100.0  # spoilt cases of one repeat are run again so long; without that a repeat takes some 200 s
-HEADROOM = 1.2  # times the rate of a latency: who reached less with whole answers isn't asked for it
+HEADROOM = 1.2  # times the rate of a latency: who reached less with whole answers is not measured
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def suite(directory: Path, *, quick: bool) -> list[Case]:
 
 
 def repeat(
-    directory: Path, proxies: Sequence[Proxy], direct: Proxy, *, quick: bool, tell: Callable[[str], None]
+    directory: Path, proxies: Sequence[Proxy], direct: Proxy, *, quick: bool, report: Callable[[str], None]
 ) -> Results:
     """Run everything once. Latencies come last, at rates that a proxy has shown to reach."""
-    runner = _Runner(tell, 0.0 if quick else AGAIN_UNTIL_S)
+    runner = _Runner(report, 0.0 if quick else AGAIN_UNTIL_S)
     everyone = [direct, *proxies]
     results: Results = {}
     for case in suite(directory, quick=quick):
@@ -90,19 +90,19 @@ def combined(repeats: Sequence[Results]) -> Results:
     A repeat whose core had strangers on it for more than STRANGERS doesn't count. Where none is left, `us` is None.
     """
     return {
-        case: {name: _median([each[case][name] for each in repeats if name in each[case]]) for name in by}
+        case: {name: _median([repeat[case][name] for repeat in repeats if name in repeat[case]]) for name in by}
         for case, by in repeats[0].items()
     }
 
 
-def _median(found: Sequence[Result]) -> Result:
-    undisturbed = [result for result in found if not _is_spoilt(result)]
+def _median(repeats: Sequence[Result]) -> Result:
+    undisturbed = [result for result in repeats if not _is_spoilt(result)]
     if not undisturbed:
-        return Result(0, more={"strangers_busy": min(map(_strangers, found))})
+        return Result(0, more={"strangers_busy": min(map(_strangers, repeats))})
     keys = set.intersection(*(set(result.more) for result in undisturbed))
     more = {key: statistics.median(result.more[key] for result in undisturbed) for key in sorted(keys)}
     us = [result.us for result in undisturbed if result.us is not None]
-    if any(us):  # the upstreams alone have no proxy whose time could be told
+    if any(us):  # the upstreams alone have no proxy whose time could be measured
         more["spread"] = (max(us) - min(us)) / statistics.median(us)
     more["repeats"] = len(undisturbed)
     return Result(undisturbed[0].count, statistics.median(us) if us else None, more)
@@ -111,8 +111,8 @@ def _median(found: Sequence[Result]) -> Result:
 class _Runner:
     """Runs cases, and those again that a stranger on the proxy's core has spoilt, while there is time."""
 
-    def __init__(self, tell: Callable[[str], None], again_until_s: float) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[str], None], again_until_s: float) -> None:
+        self._report = report
         self._deadline = time.monotonic() + again_until_s
 
     def over(self, proxies: Sequence[Proxy], case: Case) -> dict[str, Result]:
@@ -120,15 +120,15 @@ class _Runner:
         return {proxy.name: self._least_disturbed(proxy, case) for proxy in proxies}
 
     def _least_disturbed(self, proxy: Proxy, case: Case) -> Result:
-        found: list[Result] = []
-        while not found or (_is_spoilt(found[-1]) and len(found) < TRIES and time.monotonic() < self._deadline):
-            self._tell(f"{case.title}: {proxy.name}{' again' if found else ''}")
+        results: list[Result] = []
+        while not results or (_is_spoilt(results[-1]) and len(results) < TRIES and time.monotonic() < self._deadline):
+            self._report(f"{case.title}: {proxy.name}{' again' if results else ''}")
             try:
-                found.append(case.run(proxy))
+                results.append(case.run(proxy))
             except (RuntimeError, OSError) as error:  # what a peer can't do leaves its cell empty
-                self._tell(f"{case.title}: {proxy.name}: {error}")
+                self._report(f"{case.title}: {proxy.name}: {error}")
                 return Result(0)
-        return min(found, key=_strangers)
+        return min(results, key=_strangers)
 
 
 def _is_spoilt(result: Result) -> bool:
@@ -141,8 +141,8 @@ def _strangers(result: Result) -> float:
 
 def titles(*, quick: bool) -> dict[str, tuple[str, str]]:
     """Return title and unit of every case that is measured in CPU time."""
-    found = {case.key: (case.title, case.per) for case in suite(Path(), quick=quick) if case.key != IDLE}
-    return found | {REFUSAL: ("refusal (429)", "request")}
+    measured = {case.key: (case.title, case.per) for case in suite(Path(), quick=quick) if case.key != IDLE}
+    return measured | {REFUSAL: ("refusal (429)", "request")}
 
 
 def _idle(streams: int) -> Case:

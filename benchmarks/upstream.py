@@ -81,9 +81,9 @@ class Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        head, found, body = self._received.partition(b"\r\n\r\n")
+        head, blank, body = self._received.partition(b"\r\n\r\n")
         length = _LENGTH.search(head)
-        if not found or length is None or len(body) < int(length[1]):
+        if not blank or length is None or len(body) < int(length[1]):
             return
         self._received = b""
         wanted = _WANTED.search(body)

@@ -25,12 +25,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def main() -> int:
     """Whole answers a second with one worker and with two, in turns, and the ratio of the medians."""
-    found: dict[int, list[float]] = {1: [], 2: []}
+    rates_by_workers: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(ROUNDS):
-        for workers, rates in found.items():
+        for workers, rates in rates_by_workers.items():
             rates.append(_rate(workers))
             print(f"{workers} of a fifth of a core: {rates[-1]:.0f} requests/s", file=sys.stderr)
-    one, two = (statistics.median(rates) for rates in found.values())
+    one, two = (statistics.median(rates) for rates in rates_by_workers.values())
     print(f"one worker {one:.0f}/s, two {two:.0f}/s: {two / one:.2f} times as much")
     return 0
 

@@ -107,9 +107,9 @@ def _descriptions(example: str) -> Iterator[tuple[str, str]]:
     for line in example.splitlines():
         if line.startswith("["):
             section = next((name for start, name in _FAMILY.items() if line.startswith(start)), line.split("]")[0][1:])
-        elif (found := _LINE.fullmatch(line)) and found[3] and f"{section}.{found[1]}" not in seen:
-            seen.add(f"{section}.{found[1]}")
-            yield f"{section}.{found[1]}", found[3]
+        elif (match := _LINE.fullmatch(line)) and match[3] and f"{section}.{match[1]}" not in seen:
+            seen.add(f"{section}.{match[1]}")
+            yield f"{section}.{match[1]}", match[3]
 
 
 def _section(name: str, kind: type[Struct], descriptions: dict[str, str], example: str) -> str:
@@ -119,10 +119,10 @@ def _section(name: str, kind: type[Struct], descriptions: dict[str, str], exampl
         if field.type is config.Buckets:  # it has a section of its own
             continue
         default = _default(field) if kind is not config.Buckets else _commented(field.name, example)
-        what = descriptions.get(
+        description = descriptions.get(
             f"{name}.{field.name}", descriptions.get(f'models."ID".{field.name}', "") if "models" in name else ""
         )
-        rows.append(f"| `{field.name}` | {_type(hints[field.name])} | {default} | {_cell(what)} |")
+        rows.append(f"| `{field.name}` | {_type(hints[field.name])} | {default} | {_cell(description)} |")
     return "\n".join([*rows, ""])
 
 
@@ -142,8 +142,8 @@ def _default(field: Any) -> str:
 
 def _commented(key: str, example: str) -> str:
     """Return a default that the example has in a comment."""
-    found = re.search(rf"^# {key} = (\[.*\])$", example, re.MULTILINE)
-    return f"`{found[1]}`" if found else ""
+    match = re.search(rf"^# {key} = (\[.*\])$", example, re.MULTILINE)
+    return f"`{match[1]}`" if match else ""
 
 
 def _type(hint: Any) -> str:

@@ -49,8 +49,8 @@ def create_app(
     name; by default they are read as the settings say. Raises ConfigError if one can't be read. Log lines are structlog
     events.
     """
-    settings, found = read_secrets(settings, need_keys=secrets is None)
-    keys = found.upstreams if secrets is None else secrets
+    settings, read = read_secrets(settings, need_keys=secrets is None)
+    keys = read.upstreams if secrets is None else secrets
     worker = Worker(settings, keys, RequestLog(level=settings.log.level), settings.redis.journal)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:
@@ -245,7 +245,7 @@ class DataListener:
         await _wait_until(self._is_done, FINAL_SEND_S)
 
     async def close(self) -> None:
-        """Close what is left."""
+        """Close every connection."""
         await self._runner.cleanup()
 
     def _is_done(self) -> bool:

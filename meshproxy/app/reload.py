@@ -122,17 +122,17 @@ def _secret_files(value: object) -> Iterator[str]:
         for name in value.__struct_fields__:
             yield from _secret_files(getattr(value, name))
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from _secret_files(each)
+        for member in value.values():
+            yield from _secret_files(member)
 
 
 def _version(path: str) -> tuple[int, int, int] | None:
     """Return inode, modification time and size; None if there is no such file."""
     try:
-        found = os.stat(path)  # noqa: PTH116 - a path as the configuration has it
+        status = os.stat(path)  # noqa: PTH116 - a path as the configuration has it
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class Reloadable(Protocol):
@@ -141,10 +141,10 @@ class Reloadable(Protocol):
     config: RunningConfig
 
     async def prepare(self, config: RunningConfig) -> list[str]:
-        """Build what this configuration needs in every worker, changing nothing. Return what can't be built."""
+        """Build this configuration in every worker without serving it. Return the faults that prevent it."""
 
     async def apply(self, config: RunningConfig) -> list[str]:
-        """Put this configuration in force in every worker. Return what prevented a worker from it."""
+        """Put this configuration in force in every worker. Return the faults that prevented it in one."""
 
 
 class Reloader:
@@ -171,7 +171,7 @@ class Reloader:
             notify(READY, status(outcome))
 
     async def _swap(self, workers: Reloadable) -> list[str]:
-        """Load, prepare and apply the file. Return what prevents it, nothing on success."""
+        """Load, prepare and apply the file. Return the faults that prevent it; none: it is in force."""
         try:
             loaded = await asyncio.to_thread(self._read)  # reads files, and a TLS context alone takes 16 ms
         except ConfigError as error:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import structlog
@@ -141,7 +142,7 @@ class WorkersState:
 
 def _latest(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """Return the latest failures of all workers, newest first."""
-    failures = sorted((each for report in reports for each in report.failures), key=lambda each: -each.at)
+    failures = sorted(chain.from_iterable(report.failures for report in reports), key=lambda failure: -failure.at)
     return [asdict(failure) for failure in failures[:MAX_FAILURES]]
 
 
@@ -157,15 +158,15 @@ def _last_errors(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
 
 def summed_refusals(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """Sum the refusals of about the last minute in all workers, by account and limit, most first."""
-    found: dict[tuple[str, str], Refused] = {}
-    for each in (each for report in reports for each in report.refused):
-        pair = each.account, each.refused_by
-        other = found.get(pair)
-        if other is not None:
-            last = max(other, each, key=lambda one: one.at)
-            each = replace(last, lately=other.lately + each.lately)  # noqa: PLW2901 - the sum of both
-        found[pair] = each
-    return [asdict(each) for each in sorted(found.values(), key=lambda each: -each.lately)[:MAX_REFUSED]]
+    sums: dict[tuple[str, str], Refused] = {}
+    for refused in chain.from_iterable(report.refused for report in reports):
+        pair = refused.account, refused.refused_by
+        if (other := sums.get(pair)) is None:
+            sums[pair] = refused
+        else:
+            last = max(other, refused, key=lambda refused: refused.at)
+            sums[pair] = replace(last, lately=other.lately + refused.lately)
+    return [asdict(refused) for refused in sorted(sums.values(), key=lambda refused: -refused.lately)[:MAX_REFUSED]]
 
 
 MAX_DESCRIPTORS = 1_048_576  # of one process: fs.nr_open's default (proc_sys_fs(5))
@@ -293,7 +294,7 @@ async def _open_administration(config: RunningConfig) -> AsyncIterator[Administr
 
 
 async def _warn_about_redis(config: RunningConfig) -> None:
-    """Log once what in the configuration of Redis may lose money."""
+    """Log each setting of Redis that may lose money, once."""
     with contextlib.suppress(Unavailable, StoreError):
         store = await connect(config.settings.redis)
         try:

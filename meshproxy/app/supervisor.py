@@ -109,7 +109,7 @@ class Supervisor:
         self._keepers = [self._tasks.supervise("worker-keeper", partial(self._keep, sock)) for sock in self._sockets]
 
     async def prepare(self, config: RunningConfig) -> list[str]:
-        """Have every worker build what this needs, and return what can't be built.
+        """Have every worker build a configuration, and return the faults that prevent it.
 
         A worker that doesn't answer is a fault, unless it has ended: its successor begins with the configuration then
         in force.
@@ -171,7 +171,7 @@ class Supervisor:
             raise SettlementsLost
 
     def interrupt(self) -> None:
-        """End what runs now, and skip the waits of stop()."""
+        """End running requests now, and skip the waits of stop()."""
         self._interrupted.set()
         self._send_all(Interrupt())
 

@@ -302,7 +302,7 @@ class Worker:
         self._bind_upstream_gauges()
 
     def _bind_upstream_gauges(self) -> None:
-        """Gauges of what each upstream is for the next request; one that a reload removed is in no state."""
+        """Set up the gauges of each upstream's state. An upstream that a reload removed is in no state."""
         for name in self.settings.upstreams:
             for state in CLOSED["state"]:
                 gauge = self.metrics.upstream_state.labels(name, state)
@@ -347,7 +347,7 @@ def make_active_config(
 
 @asynccontextmanager
 async def with_redis(settings: Settings) -> AsyncIterator[Settings]:
-    """Yield settings with a URL to connect to. Runs the embedded server meanwhile, if they ask for it."""
+    """Yield settings with a URL to connect to. Runs the embedded server meanwhile, if redis.url is `embedded`."""
     if settings.redis.url != "embedded":
         yield settings
         return

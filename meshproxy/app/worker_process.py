@@ -33,11 +33,11 @@ LENGTH_BYTES = 4  # before each frame, big-endian
 
 
 class ReportRequest(Struct, tag="report", frozen=True):
-    """Asks for a `Report`."""
+    """A request for a `Report`."""
 
 
 class Prepare(Struct, tag="prepare", frozen=True):
-    """Asks to build what this configuration needs, without serving it. The answer lists what can't be built."""
+    """A request to build a configuration without serving it. The answer lists the faults that prevent it."""
 
     config: RunningConfig
 
@@ -58,11 +58,11 @@ class Report(Struct, frozen=True):
 
 
 class Drain(Struct, tag="drain", frozen=True):
-    """Tells a worker to become not ready, let running requests end, and exit."""
+    """The command to become not ready, let running requests end, and exit."""
 
 
 class Interrupt(Struct, tag="interrupt", frozen=True):
-    """Tells a worker to end running requests now."""
+    """The command to end running requests now."""
 
 
 Command = Drain | Interrupt
@@ -153,7 +153,7 @@ class RunningWorker:
         self._started_at = time.time()
 
     async def start(self) -> None:
-        """Start serving. Raises ConfigError for what can't be checked ahead, such as a journal without a free file."""
+        """Start serving. Raises ConfigError for faults that only the start shows, such as a journal without a free file."""
         try:
             await self.worker.start(self.config.generation)
         except (OSError, ValueError) as error:
@@ -167,7 +167,7 @@ class RunningWorker:
         self.up.set()
 
     async def prepare(self, config: RunningConfig) -> list[str]:
-        """Build what this needs without serving it; return what can't be built. Errors here never end the worker."""
+        """Build a configuration without serving it, and return the faults that prevent it. No error here ends the worker."""
         try:
             # Not in the event loop: a TLS context alone takes 16 ms.
             self._prepared = await asyncio.to_thread(
@@ -229,7 +229,7 @@ class RunningWorker:
         await self.worker.stop()
 
     def interrupt(self) -> None:
-        """End what runs now, and skip the waits of stop()."""
+        """End running requests now, and skip the waits of stop()."""
         self._interrupted.set()
 
 

@@ -59,10 +59,10 @@ def port(text: str) -> int:
 
 def names(text: str) -> list[str]:
     """Split `a,b` into a list. Use it with action="extend" so that the flag may be repeated."""
-    found = [name.strip() for name in text.split(",")]
-    if not all(found):
+    parts = [name.strip() for name in text.split(",")]
+    if not all(parts):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name in it")
-    return found
+    return parts
 
 
 def variable(text: str) -> tuple[str, str]:

@@ -72,7 +72,7 @@ class CommandError(Exception):
 
 
 class UsageError(Exception):
-    """Wrong arguments. `parser` is the one that found the error; None for the command's own check of its arguments."""
+    """Wrong arguments. `parser`: the parser of the argument; None if the command itself checks it."""
 
     def __init__(self, message: str, parser: argparse.ArgumentParser | None = None) -> None:
         super().__init__(message)

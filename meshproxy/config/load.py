@@ -70,8 +70,8 @@ def lines_of(text: str) -> dict[str, int]:
                     seen[table] += 1
                     table = f"{table}[{seen[table] - 1}]"
                 lines.setdefault(table, number)
-            elif found := _KEY.match(line):
-                key = f"{table}.{_path(f'{found[1]} = 0')}".removeprefix(".")
+            elif assigned := _KEY.match(line):
+                key = f"{table}.{_path(f'{assigned[1]} = 0')}".removeprefix(".")
                 lines.setdefault(key, number)
             elif line.lstrip().startswith("{"):
                 lines.setdefault(f"{key}[{seen[key]}]", number)

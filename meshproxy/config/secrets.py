@@ -34,7 +34,8 @@ class SecretReader:
         """Read the API keys and the admin token."""
         upstreams = {name: upstream for name, upstream in (settings.upstreams or {}).items() if upstream is not None}
         keys = {
-            name: self._text(f"{under('upstreams', name)}.api_key", each.api_key) for name, each in upstreams.items()
+            name: self._text(f"{under('upstreams', name)}.api_key", upstream.api_key)
+            for name, upstream in upstreams.items()
         }
         token = self._text("server.admin_token", settings.server.admin_token if settings.server is not None else None)
         return Secrets({name: key for name, key in keys.items() if key}, token or None)

@@ -85,14 +85,14 @@ class Administration:
         ids = [key.id for key in known]
         if after and after not in ids:
             raise _key_not_found(after)
-        found = known[ids.index(after) + 1 if after else 0 :][:limit]
+        page = known[ids.index(after) + 1 if after else 0 :][:limit]
         uses: dict[str, KeyUse] = {}
         by_account: dict[str, list[str]] = {}
-        for key in found:
+        for key in page:
             by_account.setdefault(key.account, []).append(key.id)
         for name, ids in by_account.items():
             uses |= zip(ids, await self.ledger.key_spends(name, ids), strict=True)
-        return [_shown_key(key, self._clock(), uses[key.id]) for key in found]
+        return [_shown_key(key, self._clock(), uses[key.id]) for key in page]
 
     async def key(self, reference: str) -> dict[str, Any]:
         """Return a key without its secret. `reference` is an id, an unambiguous beginning of an id, or the secret."""
@@ -134,22 +134,22 @@ class Administration:
     async def accounts(self, *, limit: int | None = None, after: str = "") -> list[dict[str, Any]]:
         """Return accounts by name, with their credit: at most `limit`, those after the name `after`."""
         known = await self.directory.list_accounts()
-        found = known[bisect_right([account.name for account in known], after) :][:limit]
-        balances = await self.ledger.balances([account.name for account in found])
+        page = known[bisect_right([account.name for account in known], after) :][:limit]
+        balances = await self.ledger.balances([account.name for account in page])
         return [
             {
                 **_shown_credit(account.name, balance),
                 **_shown_account(account),
                 "spend": in_usd(asdict(balance.account_spend)),
             }
-            for account, balance in zip(found, balances, strict=True)
+            for account, balance in zip(page, balances, strict=True)
         ]
 
     async def account_names(self, account: str | None = None) -> list[str]:
         """Return the given account's name, or all names. 404 `account_not_found` if the account doesn't exist."""
         if account is not None:
             return [(await self._existing_account(account)).name]
-        return [found.name for found in await self.directory.list_accounts()]
+        return [existing.name for existing in await self.directory.list_accounts()]
 
     async def account(self, name: str) -> dict[str, Any]:
         """Return an account: credit, limits, budgets, spend, running requests and the number of keys."""
@@ -306,8 +306,8 @@ class Administration:
         """Return the templates that an account can use, or all templates."""
         if owner is not None:
             await self._existing_account(owner)
-            return [to_public(each) async for each in self.directory.list_templates(owner)]
-        return [to_public(each) async for each in self._all_templates()]
+            return [to_public(template) async for template in self.directory.list_templates(owner)]
+        return [to_public(template) async for template in self._all_templates()]
 
     async def template(self, owner: str | None, name: str) -> dict[str, Any]:
         """Return the template that a request of this account would use, or the global one."""
@@ -341,18 +341,18 @@ class Administration:
         return {"id": template.id, "name": template.name, "deleted": True}
 
     async def _all_templates(self) -> AsyncIterator[Template]:
-        async for each in self.directory.list_templates(GLOBAL):
-            yield each
+        async for template in self.directory.list_templates(GLOBAL):
+            yield template
         for owner in await self.directory.list_accounts():
-            async for each in self.directory.list_templates(owner.name):
-                if not each.is_global:
-                    yield each
+            async for template in self.directory.list_templates(owner.name):
+                if not template.is_global:
+                    yield template
 
     async def _existing_account(self, name: str) -> Account:
-        found = await self.directory.account(name)
-        if found is None:
+        account = await self.directory.account(name)
+        if account is None:
             raise client_error(404, "account_not_found", f"there is no account {name[:80]}")
-        return found
+        return account
 
     async def _existing_key(self, reference: str) -> Key:
         key = await self.directory.find_key(reference)

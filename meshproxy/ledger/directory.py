@@ -289,7 +289,9 @@ class Directory:
     async def set_account_status(self, name: str, status: Status, *, actor: str = "") -> Account | None:
         """Suspend or resume ("active") an account and all its keys. Return None if there is no such account."""
         action = f"account.{_ACTIONS[status]}"
-        return await self.change_account(name, lambda found: replace(found, status=status), actor=actor, action=action)
+        return await self.change_account(
+            name, lambda account: replace(account, status=status), actor=actor, action=action
+        )
 
     async def delete_account(self, name: str, *, actor: str = "") -> int | None:
         """Delete an account and everything that Redis has of it: keys, credit, history, usage, templates.
@@ -383,14 +385,14 @@ class Directory:
         return None if stored is None else decode(stored.record, Key)
 
     async def _key_ids(self, pattern: str, enough: int | None = None) -> dict[bytes, bytes]:
-        """Return digests by key id. Stops once `enough` are found."""
-        found: dict[bytes, bytes] = {}
+        """Return digests by key id. Stops once there are `enough`."""
+        digests: dict[bytes, bytes] = {}
         cursor: bytes = b"0"
         while True:
             cursor, flat = await self._store.execute("HSCAN", KEY_IDS, cursor, "MATCH", pattern, "COUNT", BATCH)
-            found.update(pairs(flat))
-            if cursor == b"0" or (enough is not None and len(found) >= enough):
-                return found
+            digests.update(pairs(flat))
+            if cursor == b"0" or (enough is not None and len(digests) >= enough):
+                return digests
 
     async def _values(self, names: Sequence[str]) -> list[bytes | None]:
         """Return the values of these names, None for those that don't exist."""

@@ -211,14 +211,14 @@ def other_journals(path: Path) -> list[Path]:
 
     Their settlements are made only by a worker whose configuration names their Redis or their path.
     """
-    found = []
+    journals = []
     for other in sorted(path.parent.parent.glob(f"*/{path.name}.*"))[:MAX_FILES]:
         if other.parent != path.parent and other.stat().st_size:
             file = _open_if_free(str(other))
             if file is not None:
                 os.close(file)
-                found.append(other)
-    return found
+                journals.append(other)
+    return journals
 
 
 def _open_if_free(name: str) -> int | None:
@@ -232,7 +232,7 @@ def _open_if_free(name: str) -> int | None:
 
 
 def _read(file: int) -> list[Settlement]:
-    """Read a file's settlements. Removes an incomplete last line (of a crash), lest the next be appended to it."""
+    """Read a file's settlements. Removes an incomplete last line (of a crash), so that the next isn't appended to it."""
     data = os.pread(file, os.fstat(file).st_size, 0)
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):

@@ -163,8 +163,8 @@ class Templates:
         """
         owners = [AccountKeys(owner) for owner in dict.fromkeys((account, GLOBAL))]
         names = await asyncio.gather(*(self._store.execute("HGETALL", owner.template_names) for owner in owners))
-        found = sorted((name, is_global, id_) for is_global, flat in enumerate(names) for name, id_ in pairs(flat))
-        for batch in batches(found, LISTED_TOGETHER):
+        listed = sorted((name, is_global, id_) for is_global, flat in enumerate(names) for name, id_ in pairs(flat))
+        for batch in batches(listed, LISTED_TOGETHER):
             records = await asyncio.gather(
                 *(self._store.execute("HGET", owners[is_global].templates, id_) for _, is_global, id_ in batch)
             )
@@ -224,9 +224,13 @@ class Templates:
         if _UUID.fullmatch(name_or_id):
             ids: list[bytes | None] = [name_or_id.lower().encode()] * 2
         else:
-            ids = await asyncio.gather(*(self._store.execute("HGET", o.template_names, name_or_id) for o in owners))
+            ids = await asyncio.gather(
+                *(self._store.execute("HGET", owner.template_names, name_or_id) for owner in owners)
+            )
         pairs = zip(owners, ids, strict=True)
-        records = await asyncio.gather(*(self._store.execute("HGET", o.templates, found or b"") for o, found in pairs))
+        records = await asyncio.gather(
+            *(self._store.execute("HGET", owner.templates, id_ or b"") for owner, id_ in pairs)
+        )
         return next((decode(record, Template) for record in records if record is not None), None)
 
 

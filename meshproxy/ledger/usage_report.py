@@ -91,8 +91,8 @@ async def report(
             reports = await asyncio.gather(
                 *(sum_usage(store, name, hours[name], period, group_by, session_id) for name in batch)
             )
-            for name, of_account in zip(batch, reports, strict=True):
-                rows += [{"account": name, **shown_row(row, group_by)} for row in of_account]
+            for name, account_events in zip(batch, reports, strict=True):
+                rows += [{"account": name, **shown_row(row, group_by)} for row in account_events]
         if len(rows) > MAX_FIELDS:
             message = "There is too much in this report: name an account."
             raise GatewayError(Source.CLIENT, invalid(message, param="account", place="query"))
@@ -199,21 +199,21 @@ async def hours_of(store: Store, accounts: Sequence[str], period: ReportPeriod, 
     """
     names = [AccountKeys(account) for account in accounts]
     replies = await asyncio.gather(
-        *(store.execute("HGETALL", each.hours) for each in names),
-        *(store.execute("HGET", each.credit, "settled") for each in names),
+        *(store.execute("HGETALL", keys.hours) for keys in names),
+        *(store.execute("HGET", keys.credit, "settled") for keys in names),
     )
-    found: list[list[str]] = []
-    for each, flat, settled in zip(names, replies[: len(names)], replies[len(names) :], strict=True):
+    hours: list[list[str]] = []
+    for keys, flat, settled in zip(names, replies[: len(names)], replies[len(names) :], strict=True):
         days = dict(pairs(flat))
         covered, first = days.pop(b"nusd", None), days.pop(b"from", b"").decode()
         if covered == (settled or b"0") and first <= period.first_hour:
-            found.append(list(period.hours_among(days)))
+            hours.append(list(period.hours_among(days)))
             continue
         possible = _hours_between(period.first_hour, f"{_utc(now) + timedelta(days=1):%Y-%m-%dT%H}")
-        keys = [each.hours, each.credit, *map(each.hour, possible)]
-        existing = map(bytes.decode, await store.run(_INDEX_HOURS(), keys, [period.first_hour]))
-        found.append([hour for hour in existing if hour < period.end_hour])
-    return found
+        scanned = [keys.hours, keys.credit, *map(keys.hour, possible)]
+        existing = map(bytes.decode, await store.run(_INDEX_HOURS(), scanned, [period.first_hour]))
+        hours.append([hour for hour in existing if hour < period.end_hour])
+    return hours
 
 
 class UsageEvent(Struct, frozen=True):
@@ -256,7 +256,7 @@ async def events(store: Store, account: str, request_ids: Sequence[str], now: da
     names = AccountKeys(account)
     days = [names.requests(f"{_utc(now) - timedelta(days=age):%Y-%m-%d}") for age in range(-1, EVENT_DAYS)]
     replies = await asyncio.gather(*(store.execute("HMGET", day, *request_ids) for day in days)) if request_ids else []
-    places = [next((place for place in found if place is not None), None) for found in zip(*replies, strict=True)]
+    places = [next((place for place in of_days if place is not None), None) for of_days in zip(*replies, strict=True)]
     entries = await asyncio.gather(
         *(store.execute("XRANGE", names.usage, place, place) for place in places if place is not None)
     )
@@ -265,23 +265,23 @@ async def events(store: Store, account: str, request_ids: Sequence[str], now: da
 
 async def latest_usage_events(store: Store, account: str, since: datetime, limit: int) -> list[UsageEvent]:
     """Return an account's settled requests since `since`, newest first, at most `limit`."""
-    found: list[UsageEvent] = []
+    latest: list[UsageEvent] = []
     start, end = str(int(_utc(since).timestamp() * 1000)), "+"
-    while len(found) < limit:
+    while len(latest) < limit:
         entries = await store.execute("XREVRANGE", AccountKeys(account).usage, end, start, "COUNT", MAX_EVENTS)
-        found += [_event(flat) for _, flat in entries if flat[1] == b"settled"]
+        latest += [_event(flat) for _, flat in entries if flat[1] == b"settled"]
         if len(entries) < MAX_EVENTS:
             break
         end = f"({entries[-1][0].decode()}"
-    return found[:limit]
+    return latest[:limit]
 
 
 async def find_usage_event(store: Store, accounts: Sequence[str], request_id: str, now: datetime) -> UsageEvent | None:
     """Find a request's event in any of these accounts."""
     for batch in batches(accounts, BATCH_ACCOUNTS):
-        for found in await asyncio.gather(*(events(store, account, [request_id], now) for account in batch)):
-            if found:
-                return found[0]
+        for account_events in await asyncio.gather(*(events(store, account, [request_id], now) for account in batch)):
+            if account_events:
+                return account_events[0]
     return None
 
 

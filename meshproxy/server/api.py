@@ -115,21 +115,21 @@ class Api:
         _refuse_repeats(query)
         text = query.get("q", "").strip().lower()
         brands = query.getall("brand", [])
-        found = [
+        models = [
             model
             for model in self._models(principal, free=one_of(query, "free", _FREE))
             if text in model["id"].lower() and (not brands or model["brand"] in brands)
         ]
         sort, reverse = one_of(query, "sort", _SORTS, "id"), one_of(query, "order", _ORDERS, "asc")
-        found.sort(key=lambda model: (model[sort], model["id"]), reverse=reverse)
+        models.sort(key=lambda model: (model[sort], model["id"]), reverse=reverse)
         limit = query_number(query, "limit", DEFAULT_PAGE, most=MAX_PAGE)
         offset = query_number(query, "offset", 0, most=MAX_OFFSET)
         return {
-            "items": found[offset : offset + limit],
-            "total": len(found),
+            "items": models[offset : offset + limit],
+            "total": len(models),
             "limit": limit,
             "offset": offset,
-            "brands": sorted({model["brand"] for model in found}),
+            "brands": sorted({model["brand"] for model in models}),
         }
 
     async def model(self, request: web.Request) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Api:
         account = principal.account.name
         self._gateway.path_limiter.count(account, LIST_VISITS)
         async with self._gateway.locks.hold(account, MAX_LOCK_USERS):
-            shown = [orjson.dumps(to_public(each)) async for each in self._directory.list_templates(account)]
+            shown = [orjson.dumps(to_public(template)) async for template in self._directory.list_templates(account)]
             response = web.Response(body=b"[%b]" % b",".join(shown), content_type="application/json")
             shown.clear()
             response.headers["x-request-id"] = request_id_of(request)
@@ -225,10 +225,10 @@ class Api:
         """`GET /v1/usage/events/{request_id}`: usage and cost of one of the account's requests, once it is settled."""
         principal = await self._principal(request)
         request_id = request.match_info["request_id"]
-        found = await usage_report.events(self._store, principal.account.name, [request_id], datetime.now(UTC))
-        if not found:
+        settled = await usage_report.events(self._store, principal.account.name, [request_id], datetime.now(UTC))
+        if not settled:
             raise GatewayError(Source.CLIENT, not_found(f"No request `{request_id[:128]}` of this account is settled."))
-        return _public_event(found[0])
+        return _public_event(settled[0])
 
     async def events(self, request: web.Request) -> dict[str, Any]:
         """`POST /v1/usage/events`: those of `request_ids` in their order, or the latest since `since`, newest first."""
@@ -236,11 +236,11 @@ class Api:
         body = decode_body(await self._body(request, principal), EventsRequest)
         name, now = principal.account.name, datetime.now(UTC)
         if body.request_ids is not None:
-            found = await usage_report.events(self._store, name, body.request_ids, now)
+            settled = await usage_report.events(self._store, name, body.request_ids, now)
         else:
             since = _moment(body.since, "since", place="body") or now - DEFAULT_SPAN
-            found = await usage_report.latest_usage_events(self._store, name, since, body.limit or DEFAULT_EVENTS)
-        return {"object": "list", "events": [_public_event(event) for event in found]}
+            settled = await usage_report.latest_usage_events(self._store, name, since, body.limit or DEFAULT_EVENTS)
+        return {"object": "list", "events": [_public_event(event) for event in settled]}
 
     async def key(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/key`: the calling key, its account's credit, its limits and its spend."""

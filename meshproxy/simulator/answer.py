@@ -34,9 +34,9 @@ def answer(rng: Random, words: str, tokens: int | None, *, unicode: bool) -> lis
 
     Exactly `tokens` long, else as long as the words ask for ("in 200 words"), else whole sentences of about sixty tokens.
     """
-    found = _LENGTH.search(words)
-    if tokens is None and found:
-        tokens = int(found[1])
+    length_words = _LENGTH.search(words)
+    if tokens is None and length_words:
+        tokens = int(length_words[1])
     length = DEFAULT_TOKENS if tokens is None else tokens
     cut = tokenize(_opening(rng, words))
     sentences = _sentences(rng, unicode=unicode)
@@ -254,8 +254,10 @@ def _as_json(value: Any) -> list[str]:
 def _before_stop(stop: str | list[str], tokens: list[str]) -> list[str]:
     """Return the tokens before the first stop sequence, without the sequence itself."""
     text = "".join(tokens)
-    found = [text.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each and each in text]
-    return tokenize(text[: min(found)]) if found else tokens
+    starts = [
+        text.find(sequence) for sequence in ([stop] if isinstance(stop, str) else stop) if sequence and sequence in text
+    ]
+    return tokenize(text[: min(starts)]) if starts else tokens
 
 
 def _called_functions(request: CompletionRequest) -> list[Function]:

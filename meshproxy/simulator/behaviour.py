@@ -131,8 +131,8 @@ def read_behaviour(model: str, header: str | None) -> Behaviour:
     """
     names, options = _from_model(model)
     more, header_options = _from_header(header or "")
-    families = [found for found in map(_FAMILY.fullmatch, names + more) if found]
-    numbers = {kind: int(number) for kind, number in (filter(None, found.groups()) for found in families)}
+    families = [match for match in map(_FAMILY.fullmatch, names + more) if match]
+    numbers = {kind: int(number) for kind, number in (filter(None, match.groups()) for match in families)}
     if "tokens" in numbers:
         options = {"tokens": str(numbers["tokens"])} | options
     return Behaviour(

@@ -208,9 +208,9 @@ def halves(payload: bytes) -> tuple[bytes, bytes]:
 def awkward_pieces(frames: bytes) -> Iterator[bytes]:
     """Cut bytes into pieces at the places where a careless parser fails."""
     start = 0
-    for found in islice(_AWKWARD.finditer(frames), MAX_CUTS):
-        yield frames[start : found.end()]
-        start = found.end()
+    for cut in islice(_AWKWARD.finditer(frames), MAX_CUTS):
+        yield frames[start : cut.end()]
+        start = cut.end()
     yield frames[start:]
 
 

@@ -139,7 +139,7 @@ def fill(template: Any, values: Json) -> Any:
     if isinstance(template, str):
         if template.startswith("$") and template[1:] in values:
             return values[template[1:]]
-        return re.sub(r"\$([a-z_]+)", lambda found: str(values.get(found[1], found[0])), template)
+        return re.sub(r"\$([a-z_]+)", lambda slot: str(values.get(slot[1], slot[0])), template)
     if isinstance(template, dict):
         return {name: fill(member, values) for name, member in template.items()}
     return [fill(item, values) for item in template] if isinstance(template, list | tuple) else template
@@ -161,7 +161,7 @@ def set_at(chunk: Json, path: tuple[str | int, ...], value: Any) -> None:
 
 def dialect_name(names: list[str]) -> str:
     """Return the dialect among the names of a behaviour, or ""."""
-    return next((found[1] for found in map(_NAME.fullmatch, names) if found and found[1] in DIALECTS), "")
+    return next((match[1] for match in map(_NAME.fullmatch, names) if match and match[1] in DIALECTS), "")
 
 
 PLAIN = Dialect(about="OpenAI's")

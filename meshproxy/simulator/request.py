@@ -94,11 +94,11 @@ class _Sampler:
         return schema
 
     def _referred(self, reference: str) -> dict[str, Any]:
-        found: Any = self._root
+        schema: Any = self._root
         for part in reference.removeprefix("#").split("/")[1:]:
             step = part.replace("~1", "/").replace("~0", "~")
-            found = found.get(step) if isinstance(found, Mapping) else None
-        return dict(found) if isinstance(found, Mapping) else {"type": "null"}
+            schema = schema.get(step) if isinstance(schema, Mapping) else None
+        return dict(schema) if isinstance(schema, Mapping) else {"type": "null"}
 
     def _merged(self, schema: Schema) -> dict[str, Any]:
         merged = _without(schema, "allOf")
@@ -147,7 +147,9 @@ class _Sampler:
         if step is None:
             return value
         multiples = [(floor(value / step) + more) * step for more in (0, 1)]
-        return next((each for each in multiples if low <= each <= high and above < each < below), multiples[0])
+        return next(
+            (multiple for multiple in multiples if low <= multiple <= high and above < multiple < below), multiples[0]
+        )
 
     def _string(self, schema: Schema) -> str:
         if schema.get("format") in FORMATS:
