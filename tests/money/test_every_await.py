@@ -242,14 +242,18 @@ async def test_tasks_behind_a_request_cut_at_every_wait(mesh, monkeypatch, task,
 @pytest.mark.parametrize("way", ["ledger", "refusal"])
 async def test_a_settlement_without_an_answer_is_in_the_journal_and_charged_once(mesh, monkeypatch, way):
     """However it is cut on its way there."""
-    spawn, follow = mesh.worker.tasks.spawn, mesh.worker.tasks.follow
+    spawn, send, sent = mesh.worker.tasks.spawn, mesh.worker.ledger.send_settlement, set()
 
-    def lose(_answer, then):
+    def lose(settlement):
+        answer = send(settlement)
+        if settlement.hold_id in sent:
+            return answer
+        sent.add(settlement.hold_id)
         lost = asyncio.get_running_loop().create_future()
         lost.set_exception(WAYS[way]())
-        follow(lost, then)
+        return lost
 
-    monkeypatch.setattr(mesh.worker.tasks, "follow", lose)
+    monkeypatch.setattr(mesh.worker.ledger, "send_settlement", lose)
     for at in range(MAX_WAITS):
         cut = Cut(at, WAYS[way]())
         monkeypatch.setattr(
