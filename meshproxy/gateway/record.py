@@ -373,6 +373,7 @@ class Recorder:
         candidate = exchange.candidate
         received_at = exchange.call.received_at
         response = exchange.response
+        first_token_s = exchange.first_event_at - received_at
         return {
             "request_id": exchange.call.request_id,
             "client": exchange.call.client,
@@ -392,9 +393,10 @@ class Recorder:
             "completion_tokens": exchange.usage.completion,
             "cost_usd": format_usd(exchange.cost_nusd),
             "usage_source": exchange.usage_source,
-            "ttft_ms": round((exchange.first_event_at - received_at) * 1000, 3) if exchange.first_event_at else None,
-            "duration_ms": round((now - received_at) * 1000, 3),
-            "overhead_ms": round(exchange.overhead_s * 1000, 3),
+            # whole microseconds: to round to three digits takes 0.8 us, to a whole number 0.1
+            "ttft_ms": round(first_token_s * 1_000_000) / 1000 if exchange.first_event_at else None,
+            "duration_ms": round((now - received_at) * 1_000_000) / 1000,
+            "overhead_ms": round(exchange.overhead_s * 1_000_000) / 1000,
             "trace_id": exchange.call.trace_id,
         }
 

@@ -121,7 +121,7 @@ def format_reset(seconds: float) -> str:
     """Format a wait as OpenAI does, rounded up: `120ms` below a second, `1s`, `6m0s`, `1h0m0s`; `0s` for none."""
     if not seconds > 0:
         return "0s"
-    millis = math.ceil(round(min(seconds, MAX_RESET_S) * 1000, 3))
+    millis = -(-round(min(seconds, MAX_RESET_S) * 1_000_000) // 1000)
     if millis < 1000:
         return f"{millis}ms"
     minutes, rest = divmod(-(-millis // 1000), 60)
