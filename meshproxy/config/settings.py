@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from msgspec import Meta, Struct, field
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
-
 MAX_LABEL = 63  # of a host's name; RFC 1035, section 2.3.4
 MAX_HOST = 253  # in text, of the 255 octets that RFC 1035, section 2.3.4, gives to a name on the wire
 MAX_IPV4_DIGITS = 10  # of 2**32 - 1
@@ -29,7 +28,10 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{address!r} is not HOST:PORT")
     if host.startswith("[") and host.endswith("]"):
-        return _ipv6(host[1:-1], address), int(port)
+        try:
+            return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+        except ValueError as error:
+            raise ValueError(f"{address!r}: {host[1:-1]!r} is not an IPv6 address") from error
     if ":" in host:
         raise ValueError(f"{address!r}: an IPv6 address goes in brackets")
     if _HOST.fullmatch(host) is None:
@@ -66,12 +68,10 @@ def is_private(address: str) -> bool:
 
 
 def is_everywhere(address: str) -> bool:
-    """Return whether a listener's address is every interface of the machine."""
-    try:
-        host, _ = split_address(address)
-    except ValueError:
+    """Return whether a listener's address is every interface of the machine. False if it is invalid."""
+    if address.startswith("unix:") or address_fault(address) is not None:
         return False
-    return host in {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+    return split_address(address)[0] in {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
 
 
 def network_fault(text: str) -> str | None:
@@ -141,13 +141,6 @@ def redis_url_fault(url: str) -> str | None:
     if url == "embedded" or url.startswith(REDIS_SCHEMES):
         return None
     return f"expected a URL with one of {', '.join(REDIS_SCHEMES)}, or embedded"
-
-
-def _ipv6(host: str, address: str) -> str:
-    try:
-        return str(ipaddress.IPv6Address(host))
-    except ValueError as error:
-        raise ValueError(f"{address!r}: {host!r} is not an IPv6 address") from error
 
 
 # Service tiers at a model's ordinary price (OpenAI, Anthropic, Groq), and those that leave the choice to the provider.

@@ -17,12 +17,12 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from meshproxy.errors import Detail, GatewayError, Source, invalid
-from meshproxy.ledger.directory import Directory, check_account_name, client_error
+from meshproxy.ledger.directory import Directory, client_error
 from meshproxy.ledger.ledger import Ledger, RefTaken
 from meshproxy.ledger.records import GLOBAL, Balance, KeyUse
 from meshproxy.ledger.store import Store
 from meshproxy.ledger.usage_report import EVENT_DAYS, GROUP_ALIASES, find_usage_event, report, shown_event
-from meshproxy.policy.principal import Account, Bounds, Key, KeyChange, Status, invalid_fields
+from meshproxy.policy.principal import Account, Bounds, Key, KeyChange, Status, check_account_name, invalid_fields
 from meshproxy.policy.template import Template, TemplateFields, render, to_public
 from meshproxy.units import DAY_S, format_usd, in_usd, rfc3339
 

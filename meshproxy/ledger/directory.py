@@ -22,12 +22,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.errors import ErrorResponse, GatewayError, Source
-from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, key_record
+from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, AuditEvent, key_record
 from meshproxy.ledger.store import Contended, Script, Store, batches, pairs
 from meshproxy.ledger.templates import Cache, Templates, attempts, decode, encode
-from meshproxy.policy.principal import Account, Key, Principal, Status
-
-__all__ = ["AuditEvent", "Directory", "check_account_name", "digest_of", "mint_secret"]
+from meshproxy.policy.principal import ACCOUNT_NAME, Account, Key, Principal, Status, check_account_name
 
 TTL_S = 1.0
 MAX_PRINCIPALS = 16_384  # cached in one worker
@@ -42,23 +40,10 @@ SECRET_CHARACTERS = 43  # of base 62: 256 bits
 ID_CHARACTERS = 16  # of base 62: 95 bits
 
 _BASE_62 = string.ascii_letters + string.digits
-ACCOUNT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-_ACCOUNT_NAME = re.compile(ACCOUNT_NAME)
 _ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 Fields = Mapping[str, Any]
 _ACTIONS: Mapping[Status, str] = {"active": "resume", "suspended": "suspend", "revoked": "revoke"}
-
-
-class AuditEvent(Struct, frozen=True):
-    """One change: actor, action, target, account, changed fields as JSON (never a secret), and time (Unix ms)."""
-
-    actor: str
-    action: str
-    target: str
-    account: str
-    detail: str
-    at_ms: int
 
 
 class _Forward(Struct):
@@ -187,17 +172,14 @@ class Directory:
         return await self.change_key(key_id, lambda key: replace(key, status=status), actor=actor, action=action)
 
     async def rotate_key(self, key_id: str, *, grace_s: float = 0, actor: str = "") -> tuple[str, Key] | None:
-        """Give a key a new secret.
-
-        The old secret works for `grace_s` more. The key's id, limits, budgets and spend stay.
+        """Give a key a new secret; the old one works for `grace_s` more. The key's id, limits, budgets and spend stay.
 
         Returns the secret, which is stored nowhere, and the key; None if there is no such key. Raises GatewayError
         `key_revoked` for a revoked key.
 
         The records and the indices are in different slots of a Cluster, so no script writes them together. The one
         write that rotates is the old secret's record: it then names the new one, and until when it works itself. If
-        the process dies after it, the old secret still ends in time, the key is found through its record, and the next
-        read by id or rotation completes the indices.
+        the process dies after it, the old secret still ends in time, and the next read by id completes the indices.
         """
         async for _ in attempts():
             stored = await self._stored(key_id)
@@ -237,7 +219,7 @@ class Directory:
 
     async def account(self, name: str) -> Account | None:
         """Return an account's record, or None if there is no such account."""
-        if not _ACCOUNT_NAME.fullmatch(name):
+        if not ACCOUNT_NAME.fullmatch(name):
             return None
         record = await self._store.execute("GET", AccountKeys(name).record)
         if record is None:  # an account that was only granted credit has no record
@@ -296,10 +278,8 @@ class Directory:
     async def delete_account(self, name: str, *, actor: str = "") -> int | None:
         """Delete an account and everything that Redis has of it: keys, credit, history, usage, templates.
 
-        Its name can be used again.
-
-        Returns the number of deleted Redis keys, or None if there is no such account. Raises GatewayError
-        `account_busy` while requests of it hold credit: suspend the account, and delete it when they have ended.
+        Its name can be used again. Returns the number of deleted Redis keys; None if there is no such account. Raises
+        GatewayError `account_busy` while its requests hold credit: suspend it, and delete it when they have ended.
         """
         if await self.account(name) is None:
             return None
@@ -434,14 +414,6 @@ def digest_of(secret: str) -> str:
 def mint_secret() -> str:
     """Return a new secret."""
     return SECRET_PREFIX + _random(SECRET_CHARACTERS)
-
-
-def check_account_name(name: str) -> None:
-    """Raise ValueError unless the name is a valid account name: it appears in key names, paths and logs."""
-    if not _ACCOUNT_NAME.fullmatch(name):
-        raise ValueError(
-            f"{name[:80]!r}: an account's name has 1 to 64 letters, digits, `_`, `.` and `-`, and begins with a letter or digit"
-        )
 
 
 def _random(characters: int) -> str:

@@ -315,6 +315,17 @@ def settlement_keys(account: str, key_id: str, hour: str) -> Packed:
     return pack(*hold_keys(account, key_id).texts, *aggregates)
 
 
+class AuditEvent(Struct, frozen=True):
+    """One change: actor, action, target, account, changed fields as JSON (never a secret), and time (Unix ms)."""
+
+    actor: str
+    action: str
+    target: str
+    account: str
+    detail: str
+    at_ms: int
+
+
 GLOBAL = "*"  # the owner of global templates: no account may have this name
 ACCOUNTS = PREFIX + "accounts"  # set: every account's name
 AUDIT = PREFIX + "audit"  # stream of the changes to accounts, keys, credit and templates

@@ -1,6 +1,7 @@
 """The caller: the records of keys and accounts, changes to them, and which addresses may connect and log in."""
 
 import ipaddress
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -48,6 +49,17 @@ class Account(Struct, frozen=True, omit_defaults=True):
     status: Status = "active"
     limits: Limits = Limits()
     budgets: Budgets = Budgets()
+
+
+ACCOUNT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def check_account_name(name: str) -> None:
+    """Raise ValueError unless the name is a valid account name: it appears in key names, paths and logs."""
+    if not ACCOUNT_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:80]!r}: an account's name has 1 to 64 letters, digits, `_`, `.` and `-`, and begins with a letter or digit"
+        )
 
 
 class Key(Struct, frozen=True, omit_defaults=True):

@@ -19,7 +19,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from meshproxy.config.load import nearest
 from meshproxy.errors import GatewayError, Source, forbidden, request_timeout, unsupported_media_type
 from meshproxy.ledger.administration import MAX_NOTE, MAX_REF, Administration
-from meshproxy.ledger.directory import ACCOUNT_NAME
 from meshproxy.ledger.usage_report import GROUPS
 from meshproxy.policy import principal
 from meshproxy.policy.principal import Bounds, KeyChange, Status
@@ -129,7 +128,7 @@ class KeyBody(BoundsBody, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class NewKey(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A new key. Its account is created if there is none."""
 
-    account: Annotated[str, Meta(extra_json_schema={"pattern": rf"\A{ACCOUNT_NAME}\Z"})]
+    account: Annotated[str, Meta(extra_json_schema={"pattern": rf"\A{principal.ACCOUNT_NAME.pattern}\Z"})]
 
 
 class KeyPatch(KeyBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -264,7 +263,7 @@ class AdminApi:
         return web.Response(body=_document_json(), content_type="application/json")
 
 
-_ACCOUNT = {"account": {"type": "string", "pattern": f"^{ACCOUNT_NAME}$"}}
+_ACCOUNT = {"account": {"type": "string", "pattern": f"^{principal.ACCOUNT_NAME.pattern}$"}}
 _PAGE = {"limit": number(MAX_PAGE), "after": TEXT}
 _PAST: dict[str, Any] = {"anyOf": [MOMENT, {"type": "string", "pattern": "^[0-9]{1,4}[smhdw]$"}]}
 _USAGE: dict[str, Any] = {

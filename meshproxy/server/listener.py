@@ -234,6 +234,7 @@ class _Server(web.Server):
         super().__init__(handler, request_factory=make_request, handler_cancellation=True)
         self.fast_connections: set[ClientConnection] = set()
         self._limits = limits
+        self.header_timeout_s, self.has_room, self.too_late = limits.header_timeout_s, limits.has_room, limits.too_late
         self._is_fast = chat is not None
         self.handler = cast("Callable[[], Handler]", chat)  # without it there are no fast connections
         self._event_loop = asyncio.get_running_loop()
@@ -257,20 +258,11 @@ class _Server(web.Server):
             lingering_time=LINGER_S,
         )
 
-    def header_timeout_s(self) -> float:
-        return self._limits.header_timeout_s()
-
-    def has_room(self, descriptor: int) -> bool:
-        return self._limits.has_room(descriptor)
-
     def joined(self, connection: ClientConnection) -> None:
         self.fast_connections.add(connection)
 
     def left(self, connection: ClientConnection) -> None:
         self.fast_connections.discard(connection)
-
-    def too_late(self) -> bytes:
-        return self._limits.too_late()
 
     def check_deadlines(self) -> None:
         now = self._event_loop.time()

@@ -20,6 +20,7 @@ FINGERPRINT = "fp_simulated01"
 PADDING = "xQ3JXdhVOWfbZAVaBSo63bbHQ8TGV6IvPV75z"  # OpenAI's obfuscation: random letters
 SIGNATURE = "EjQKMgEMOdbHJChLX75QUCJjyYlm" * 100  # Gemini's thought signatures have some thousands of characters
 _SAFE = {name: {"filtered": False, "severity": "safe"} for name in ("hate", "self_harm", "sexual", "violence")}
+_PROMPT_FILTER = {"prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}]}
 _PAGE = {"title": "A page", "url": "https://pages.example/one", "date": "2026-01-01", "snippet": "What it says. " * 8}
 _NAME = re.compile(r"dialect-([a-z]+)")
 
@@ -196,25 +197,17 @@ _MISTRAL_NAMES = (
 _MISTRAL_EXTRA_FIELD = {
     "detail": [{"type": "extra_forbidden", "loc": ["body", "$param"], "msg": "Extra inputs are not permitted"}]
 }
+_TIMINGS: Json = {"timings": {"prompt_n": 8, "prompt_ms": 31.2, "predicted_n": 60, "predicted_ms": 610.5}}
 _FLAT_ERROR: Json = {"object": "error", "message": "$message", "type": "$type", "param": None, "code": "$code"}
 
 DIALECTS: dict[str, Dialect] = {
     "openai": Dialect(about="OpenAI's, with obfuscation in each event", event={"obfuscation": "$padding"}),
     "azure": Dialect(
         about="Azure OpenAI's: content filter results on each event, and before the first",
-        first=(
-            {
-                "choices": [],
-                "created": 0,
-                "id": "",
-                "model": "",
-                "object": "",
-                "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}],
-            },
-        ),
+        first=({"choices": [], "created": 0, "id": "", "model": "", "object": "", **_PROMPT_FILTER},),
         common={"system_fingerprint": FINGERPRINT},
         choice={"content_filter_results": _SAFE},
-        whole={"prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}]},
+        whole=_PROMPT_FILTER,
         errors={
             "filter": ErrorText(
                 400,
@@ -395,8 +388,8 @@ DIALECTS: dict[str, Dialect] = {
         cap_fields=("max_tokens",),
         usage=_PLAIN_USAGE,
         common={"system_fingerprint": "b6000-simulated"},
-        finish_event={"timings": {"prompt_n": 8, "prompt_ms": 31.2, "predicted_n": 60, "predicted_ms": 610.5}},
-        whole={"timings": {"prompt_n": 8, "prompt_ms": 31.2, "predicted_n": 60, "predicted_ms": 610.5}},
+        finish_event=_TIMINGS,
+        whole=_TIMINGS,
         error={"error": {"code": "$status", "message": "$message", "type": "$type"}},
         errors={
             "context": ErrorText(
