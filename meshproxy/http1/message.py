@@ -122,6 +122,10 @@ class Chunked(Body):
                 return self._decode(data, position, payloads)
             start = line.end()
             end = start + int(line[1], 16)
+            if end == start and data[end:] == b"\r\n":  # the last chunk, without trailers
+                self.done = True
+                self.whole = False
+                return b"".join(payloads)
             if end == start or data[end : end + 2] != b"\r\n":
                 return self._decode(data, position, payloads)
             payloads.append(data[start:end])

@@ -23,7 +23,7 @@ import msgspec
 from meshproxy.openai.output import estimate_from_samples, text_tokens
 
 BYTES_PER_TOKEN = 3
-MAX_SEARCHED_BYTES = 8192  # of longer JSON, this much is searched for escapes
+MAX_SEARCHED_BYTES = 4096  # of longer JSON, this much is searched for escapes
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and at most 3 of UTF-8
 TOKENS_PER_MESSAGE = 4  # role and delimiters; OpenAI's cookbook counts 3 and 1 for a name
 TOKENS_PER_PROMPT = 3  # every prompt ends with tokens that prime the reply (OpenAI's cookbook, "How to count tokens")
