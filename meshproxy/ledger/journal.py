@@ -66,7 +66,12 @@ class Journal:
         self._writing = asyncio.Lock()
         self._file: int | None = None
         if path is not None:
-            self._open(path)
+            try:
+                self._open(path)
+            except OSError:
+                if self._file is not None:
+                    os.close(self._file)  # and unlock it for a worker whose disk works
+                raise
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -142,7 +147,8 @@ class Journal:
         unkept = list(self._pending) if self._file is None else list(self._not_on_disk())
         if self._file is not None:
             try:
-                _write_through(self._file, b"".join(map(_line, unkept)))
+                if unkept:
+                    _write_through(self._file, b"".join(map(_line, unkept)))
                 unkept = []
             except OSError as error:
                 _log.error("journal_not_written", reason=error.strerror, settlements=len(unkept))
@@ -195,9 +201,11 @@ class Journal:
             self._pending.extend(settlements)
             if self._file is None:
                 self._file = file
-            else:
+                continue
+            try:
                 _write_through(self._file, b"".join(map(_line, settlements)))
                 _truncate(file)
+            finally:
                 os.close(file)
         if self._file is None:
             raise OSError(f"{path}: all {MAX_FILES} files are in use")

@@ -422,6 +422,19 @@ async def test_as_many_files_as_workers_may_be_and_no_more(path, monkeypatch):
     assert MAX_FILES == 256
 
 
+async def test_files_that_a_failing_disk_leaves_unread_are_left_to_another_worker(
+    open_journal, path, settlement, full_disk
+):
+    first, second = open_journal(), open_journal()
+    await first.append(settlement("h1"))
+    await second.append(settlement("h2"))
+    first.close()
+    second.close()
+    with full_disk(), pytest.raises(OSError, match="No space"):  # where it moves the second file's line to the first
+        Journal(path, MIB)
+    assert sorted(kept.hold_id for kept in open_journal()) == ["h1", "h2"]
+
+
 async def test_nobody_else_can_read_it(open_journal, path, settlement):
     await open_journal().append(settlement())
     assert path.with_suffix(".0").stat().st_mode & 0o777 == 0o600
