@@ -225,8 +225,9 @@ class Attempts:
             attempt.abandoned()
 
     def _raise_if_late(self, exchange: Exchange, failures: list[UpstreamError]) -> None:
-        """Raise 504 if the client's deadline has passed: no attempt begins after it."""
-        if self._clock() >= exchange.deadline:
+        """Raise 504 if the client's deadline has passed, or it has gone and no repeat may want an answer."""
+        is_gone = exchange.detached and exchange.recording is None
+        if is_gone or self._clock() >= exchange.deadline:
             raise too_late(may_have_run=any(failure.response.may_have_run for failure in failures))
 
     def _record_failure(self, exchange: Exchange, candidate: Candidate, error: UpstreamError) -> None:

@@ -5,7 +5,7 @@ At most `MAX_DETACHED` requests of one worker go on without their client, each f
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -80,6 +80,7 @@ class InFlight:
 
 MAX_DETACHED = 256  # in one worker; beyond that a hang-up cancels the request
 MAX_DETACHED_S = 120.0
+MULTIPLE_CHOICES = 300  # the lowest status that is neither informational nor a success (RFC 9110, section 15)
 
 T = TypeVar("T")
 
@@ -94,11 +95,12 @@ class Detacher:
         self._detached = 0
         self.closed = False  # true: a hang-up cancels the request
 
-    async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
+    async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T], draining: Collection[str] = ()) -> T:
         """Return the result of `work`.
 
-        If the caller is cancelled or its deadline passes, the work goes on without the client. What it then writes to
-        the client isn't sent (see `ClientStream.end`). The exchange is closed when the work ends.
+        If the caller is cancelled or its deadline passes, the work goes on without the client, where a repeat may want
+        its answer, or it waits for one of the upstreams `draining`. What it then writes to the client isn't sent (see
+        `ClientStream.end`). The exchange is closed when the work ends.
         """
         exchange.detachable = True
         task = self._tasks.spawn("drain", _error_as_value(work))
@@ -107,13 +109,13 @@ class Detacher:
             if not task.done() and _stream_begins(exchange):
                 await asyncio.wait([task])
         except asyncio.CancelledError:
-            if not self._detach(exchange, task):
+            if not (_is_wanted(exchange, draining) and self._detach(exchange, task)):
                 await self._cancel(task)
             raise
         if not task.done():
             # A request that no provider works on costs nothing: it is given up, unless a repeat may want its answer.
-            is_wanted = exchange.may_be_billed or exchange.recording is not None
-            goes_on = is_wanted and self._detach(exchange, task)
+            may_go_on = _is_wanted(exchange, draining) and (exchange.may_be_billed or exchange.recording is not None)
+            goes_on = may_go_on and self._detach(exchange, task)
             if not goes_on:
                 await self._cancel(task)
             # A repeat with the same Idempotency-Key finds the work that goes on: it has nothing done twice.
@@ -156,9 +158,17 @@ class Detacher:
             self._close(exchange)
 
 
+def _is_wanted(exchange: Exchange, draining: Collection[str]) -> bool:
+    """Return whether an answer is read on without its client."""
+    if exchange.recording is not None:
+        return True
+    return exchange.candidate is not None and exchange.candidate.upstream in draining
+
+
 def _stream_begins(exchange: Exchange) -> bool:
     """Return whether a provider answers a request for a stream: a stream that has begun is not cut by its deadline."""
-    return exchange.response is not None and exchange.plan is not None and exchange.plan.request.stream
+    response, plan = exchange.response, exchange.plan
+    return response is not None and response.status < MULTIPLE_CHOICES and plan is not None and plan.request.stream
 
 
 async def _error_as_value(work: Coroutine[Any, Any, T]) -> T | GatewayError:

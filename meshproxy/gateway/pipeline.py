@@ -241,7 +241,7 @@ class Gateway:
         exchange.deadline = answer_deadline(exchange, plan, active)
         work = self._respond(exchange, plan, lease, active, downstream)
         if exchange.recording is not None or (active.draining and may_drain(plan, active)):
-            return await self._detacher.run(exchange, work)
+            return await self._detacher.run(exchange, work, active.draining)
         return await work
 
     async def _respond(

@@ -371,6 +371,31 @@ async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(s
     assert (event["completion_tokens"], event["usage_source"]) == ("3", "drained")
 
 
+@pytest.mark.parametrize("patience", [{"timeout": 0.2}, {"headers": {"x-stainless-read-timeout": "0.2"}}])
+async def test_a_deadline_ends_what_a_fallback_serves_that_is_not_drained(start_mesh, providers, patience):
+    first, second = (await providers()).answers(500, DOWN), (await providers()).answers(200, OK, delay_s=0.5)
+    drained = {"kind": "openai", "base_url": first.base_url, "on_disconnect": "drain"}
+    plain = {"kind": "openai", "base_url": second.base_url}
+    mesh = await start_mesh(upstreams={"one": drained, "two": plain}, models={"m": model("one", "x", "two", "x")})
+    caller = await mesh.key()
+    answer = await mesh.chat(caller, model="m", **patience)
+    await mesh.quiet()
+    assert (answer.status, answer.code, await mesh.spent(caller)) == (504, "gateway_timeout", 0)
+
+
+async def test_no_other_upstream_is_asked_for_a_client_that_has_gone(start_mesh, providers):
+    first, second = (await providers()).answers(500, DOWN, delay_s=0.5), (await providers()).answers(200, OK)
+    drained = {"kind": "openai", "base_url": first.base_url, "on_disconnect": "drain"}
+    plain = {"kind": "openai", "base_url": second.base_url}
+    mesh = await start_mesh(upstreams={"one": drained, "two": plain}, models={"m": model("one", "x", "two", "x")})
+    caller = await mesh.key()
+    asking = asyncio.create_task(mesh.chat(caller, model="m"))
+    await mesh.until(lambda: first.bodies)
+    asking.cancel()
+    await mesh.quiet()
+    assert (second.bodies, await mesh.spent(caller)) == ([], 0)
+
+
 @pytest.fixture(params=[15, 0.05], ids=["silent", "pinged"])
 async def late(request, start_mesh, providers):
     """A gateway, and a drained provider that streams when it may `go`; its client gets pings or none until then."""

@@ -9,6 +9,8 @@ from meshproxy.errors import GatewayError, Source, overloaded
 from meshproxy.gateway import in_flight as module
 from meshproxy.gateway.exchange import Call, Exchange
 from meshproxy.gateway.in_flight import Detacher
+from meshproxy.policy.catalog import Candidate
+from meshproxy.policy.pricing import Price
 from meshproxy.telemetry.tasks import Tasks
 from tests.harness.waiting import turns
 
@@ -46,7 +48,9 @@ async def _no_body():
 
 
 def exchange():
-    return Exchange(Call("r1", None, _no_body, 0.0), "h1")
+    begun = Exchange(Call("r1", None, _no_body, 0.0), "h1")
+    begun.candidate = Candidate("drained", "openai", "o", "a/one", 1, 1, Price(*[1] * 7))
+    return begun
 
 
 class Work:
@@ -70,7 +74,7 @@ class Work:
 
 async def begun(detacher, work):
     """The request's handler, waiting for its work."""
-    handler = asyncio.create_task(detacher.run(work.exchange, work.run()))
+    handler = asyncio.create_task(detacher.run(work.exchange, work.run(), {"drained"}))
     await turns(2)
     return handler
 
