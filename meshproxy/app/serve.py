@@ -271,7 +271,7 @@ async def run(
             workers.interrupt()
             raise ConfigError(workers.faults)
         if settings.redis.url != "embedded":
-            tasks.spawn("store", _warn_about_redis(workers.config))
+            tasks.supervise("store", partial(_warn_about_redis, workers.config))
         notify(READY)
         if on_ready is not None:
             on_ready(*addresses)
