@@ -1,6 +1,7 @@
 """What a request should cost: a model of the contract, from its provider's bill and what its client saw."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -76,8 +77,10 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     call = calls[-1]
     goes_on = runs_on(view, sight)
     timed_out = sight.status == 504 or sight.error.get("code") == "gateway_timeout"
-    if sight.ended == "whole" and sight.status >= 400 and not (timed_out and goes_on):
+    if sight.ended in {"whole", "left"} and sight.status >= 400 and not (timed_out and goes_on):
         return [NOTHING]
+    if sight.ended == "left" and not sight.payload and sight.times and not (request.stream or goes_on):
+        costs.append(NOTHING)  # it left in the head, which may be an error's
     if goes_on and any(trouble.what == "killed" and trouble.end >= sight.began_at for trouble in view.record.troubles):
         costs.append(NOTHING)
     if view.is_lossy or view.feels(sight, "killed") or sight.ended == "unconnected" or died_unsettled(view, sight):
@@ -93,8 +96,24 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
 
 def runs_on(view: View, sight: Sight) -> bool:
     """Whether a request goes on without its client: by its Idempotency-Key, or an upstream that is read to the end."""
-    names = [sight.request.model, *sight.request.fallbacks]
-    return sight.request.keyed or any("drained" in view.record.prices[0][1][name].routes for name in names)
+    return sight.request.keyed or any(call.upstream == "drained" for call in view.calls.get(sight.marker, ())[-1:])
+
+
+def ran_short(view: View, sight: Sight) -> bool:
+    """Whether the account had less left than what was made may cost, while a request ran on without its client."""
+    if sight.ended == "whole" or not view.calls.get(sight.marker):
+        return False
+    call = view.calls[sight.marker][-1]
+    account, models = view.key(sight), view.models(sight, _model_of(view, sight, call))
+    left = [
+        sample.balance - sample.held
+        for sample in view.record.samples
+        if sample.account == account and sight.began_at <= sample.at <= (call.ended_at or math.inf) + LATENCY_S
+    ]
+    most = max(
+        _cost(call, price, call.made, call.made, reported=False).most for model in models for price in model.prices
+    )
+    return bool(left) and min(left) < most
 
 
 def _prices(call: Call, model: Model, request: Request) -> set[Price]:
@@ -153,7 +172,7 @@ def _charges_of(
         "overloaded",
         "ledger_unavailable",
     }
-    if not (goes_on and call.complete) or view.feels(sight) or cut_by_gateway or timed_out:
+    if not (goes_on and call.complete) or view.feels(sight) or cut_by_gateway or timed_out or ran_short(view, sight):
         yield part if seen or not sight.error else Cost(0, part.most)
     if call.reported and "completion" not in call.is_true:  # a report in the middle
         yield Cost(part.least, max(part.most, _cost(call, model.price, seen, call.shown_begun, reported=True).most))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from simulation.bills import is_usage_only, runs_on, text_of
+from simulation.bills import is_usage_only, ran_short, runs_on, text_of
 from simulation.books import (
     accounts_are_told,
     books_balance,
@@ -290,7 +290,7 @@ def repeats_agree(view: View) -> Iterator[str]:
             for call in view.calls.get(marker, ())
             if call.complete and call.answer.is_good and call.ended == "whole"
         ]
-        if len(whole) > 1 and not any(sight.status >= 400 for sight in group):
+        if len(whole) > 1 and not any(sight.status >= 400 or sight.error or ran_short(view, sight) for sight in group):
             yield f"the Idempotency-Key of {marker} ran {len(whole)} times"
 
 

@@ -63,6 +63,7 @@ class Process:
         self.tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self.jobs: dict[int, Job] = {}  # for threads, not run yet
         self.signals: dict[int, Callable[[], None]] = {}
+        self.hung_up = False  # whether SIGHUP came before its handler
         self.children: list[Process] = []
         self.left: dict[str, list[str]] = {}  # what it left at its own end
         self.on_death: list[Callable[[], None]] = []
@@ -256,6 +257,8 @@ class SimLoop(asyncio.BaseEventLoop):
         handler = process.signals.get(number)
         if process.alive and handler is None and number == signal.SIGTERM:
             self.kill(process)
+        elif process.alive and handler is None and number == signal.SIGHUP:  # blocked until there is a handler
+            process.hung_up = True
         if not process.alive or handler is None:
             return False
         self.at(self.now, process, SimHandle(0.0, handler, (), self, self._context_of(process)))
@@ -396,7 +399,10 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:  # type: ignore[override]
         """Have a signal to the current process call this."""
-        PROCESS.get().signals[sig] = lambda: callback(*args)
+        process = PROCESS.get()
+        process.signals[sig] = lambda: callback(*args)
+        if sig == signal.SIGHUP and process.hung_up:
+            self.signal(process, sig)
 
     def remove_signal_handler(self, sig: int) -> bool:
         """Remove a signal's handler."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from simulation.bills import nusd
+from simulation.bills import nusd, runs_on
 from simulation.client import Sight
 from simulation.history import (
     DEFAULT_OUTPUT_TOKENS,
@@ -159,7 +159,7 @@ def _limited(view: View, sight: Sight) -> bool:
         open_ = [
             other
             for other in counted
-            if other.ended_at + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
+            if _over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
         ]
         return key.max_parallel is not None and len(open_) >= key.max_parallel
     if "requests per minute" in message:
@@ -177,6 +177,12 @@ def _limited(view: View, sight: Sight) -> bool:
         tokens = sum(len(other.body) // 2 + 50 + MAX_OUTPUT_TOKENS * 2 for other in counted)
         return key.tokens_per_minute is not None and bool(counted) and tokens >= key.tokens_per_minute // 2
     return False
+
+
+def _over_at(view: View, sight: Sight) -> float:
+    """Return when a request and its calls were over."""
+    ended = [call.ended_at or math.inf for call in view.calls.get(sight.marker, ())] if runs_on(view, sight) else []
+    return max([sight.ended_at, *ended])
 
 
 def _asked_to_wait(view: View, sight: Sight) -> bool:
@@ -376,7 +382,7 @@ def buckets_are_right(view: View) -> Iterator[str]:
                         int(event["prompt_tokens"]) + int(event["completion_tokens"])
                         for event in view.settled.get(other.request_id, ())
                     )
-                    is_settled = other.ended == "whole" and other.ended_at + SETTLE_S < sight.began_at
+                    is_settled = other.ended == "whole" and _over_at(view, other) + SETTLE_S < sight.began_at
                     taken += used if is_settled else max(used, _most_reserved(other))
             size = key.tokens_per_minute or 0
             if int(remaining) < size - taken:
