@@ -81,6 +81,7 @@ FRAMING = {
     "coding-identity-line": (request(b"Transfer-Encoding: identity", CHUNKED, body=CHUNKS), REFUSED),
     "coding-not-last": (coded(b"Transfer-Encoding: chunked, identity"), REFUSED),
     "coding-gzip": (coded(b"Transfer-Encoding: gzip, chunked"), REFUSED),
+    "coding-gzip-alone": (request(b"Transfer-Encoding: gzip", LENGTH), REFUSED),
     "coding-empty-element": (coded(b"Transfer-Encoding: ,chunked"), REFUSED),
     "coding-space-before-colon": (coded(b"Transfer-Encoding : chunked"), REFUSED),
     "coding-tab-before-colon": (coded(b"Transfer-Encoding\t: chunked"), REFUSED),

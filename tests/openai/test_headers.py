@@ -66,7 +66,8 @@ class TestRequestId:
         assert inbound == valid_request_id(inbound)
 
     @pytest.mark.parametrize(
-        "inbound", [None, "", "x" * 129, "x" * 10_240, "a b", "a\r\nb: c", "a\n", "é", "a/b", "\u0661"]
+        "inbound",
+        [None, "", "x" * 129, "x" * 10_240, "a b", "a\tb", "a\r\nb: c", "a\n", "é", "a/b", "a;b", "<a>", "\u0661"],
     )
     def test_an_invalid_one_isn_t(self, inbound: str | None):
         assert valid_request_id(inbound) is None

@@ -1,10 +1,15 @@
 import json
+import re
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 
 from meshproxy.errors import GatewayError, Source, overloaded, request_timeout
 from meshproxy.server.aiohttp_path import envelope_errors, error_response
+from meshproxy.server.chat import request_id_of
+
+MADE = "req_[0-9a-f]{24}"
 
 RAISED = {
     "fault": GatewayError(Source.GATEWAY, overloaded("Full.")),
@@ -63,9 +68,18 @@ async def test_a_method_that_is_not_allowed_is_told_which_are(client):
         assert (await response.json())["error"]["code"] == "method_not_allowed"
 
 
-async def test_what_went_well_gets_an_id(client):
-    async with client.get("/work", headers={"x-request-id": "mine"}) as response:
-        assert (response.status, response.headers["x-request-id"]) == (200, "mine")
+@pytest.mark.parametrize(
+    "headers, expected", [({"x-request-id": "mine"}, "mine"), ({"x-request-id": "a b"}, MADE), ({}, MADE)]
+)
+async def test_what_went_well_gets_an_id(client, headers, expected):
+    async with client.get("/work", headers=headers) as response:
+        assert (response.status, re.fullmatch(expected, response.headers["x-request-id"]) is not None) == (200, True)
+
+
+def test_a_made_id_is_the_requests_alone():
+    requests = [make_mocked_request("GET", "/") for _ in range(100)]
+    first, second = ([request_id_of(request) for request in requests] for _ in range(2))
+    assert (len(set(first)), second) == (100, first)
 
 
 def test_a_client_that_was_too_slow_is_hung_up_on():

@@ -205,18 +205,6 @@ async def test_more_than_one_request_ahead_waits_in_the_socket(start):
     await asyncio.wait_for(served.cancelled.wait(), 5)
 
 
-async def test_what_is_no_request_is_answered_in_the_envelope_and_hung_up_on(start):
-    served = await start()
-    got = await served.asked(b"GARBAGE\r\n\r\n")
-    head, _, body = got.partition(b"\r\n\r\n")
-    told = json.loads(body)
-    assert b" 400 Bad Request\r\n" in head
-    assert b"application/json" in head
-    assert told["error"]["code"] == "bad_request"
-    assert told["request_id"].encode() in head
-    assert served.refused == [400]
-
-
 @pytest.mark.parametrize(
     "size, count, status",
     [(1, 2000, b"200"), (200, 4000, b"200"), (1, 12_000, b"422"), (64, 6_000, b"422")],
