@@ -282,9 +282,10 @@ PLANTED: Final = [
     ),
     Planted(
         "a script that Redis forgot isn't sent again",
-        "gateway/settle.py",
-        "            except ScriptMissing:\n                settled = await self.charge(settlement)",
-        "            except ScriptMissing:\n                settled = True",
+        "ledger/link.py",
+        "            self.resend((future, op, queued_at, command.by_text()))\n            return",
+        "            future.set_result(1) if op == 'settle' else self.resend((future, op, queued_at, command.by_text()))\n"
+        "            return",
     ),
     Planted(
         "the journal is emptied without Redis",
