@@ -313,7 +313,7 @@ LINKS = {
     "grant": {"grants": _NAME, "delete_account": _NAME},
     "put_template": dict.fromkeys(("template", "delete_template"), ("id", "name")),
 }
-REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 431, 500, 503)
+REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 414, 415, 422, 431, 500, 503)
 
 
 def document() -> dict[str, Any]:

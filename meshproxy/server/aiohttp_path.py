@@ -106,8 +106,10 @@ TOO_MANY_FIELDS = "Too many headers received"  # the parser's message: this faul
 HEAD_TOO_LARGE = ErrorResponse(  # RFC 6585, section 5
     431,
     "request_head_too_large",
-    f"The request's head is too large: its first line and each header have at most {MAX_HEAD_BYTES} bytes, and there are at "
-    f"most {MAX_FIELDS} headers.",
+    f"The request's head is too large: it has at most {MAX_FIELDS} headers, each of at most {MAX_HEAD_BYTES} bytes.",
+)
+URI_TOO_LONG = ErrorResponse(  # RFC 9112, section 3
+    414, "uri_too_long", f"The request's target is too long: it has at most {MAX_HEAD_BYTES} bytes."
 )
 HEAD_TIMEOUT = request_timeout("The request's head did not arrive in time.")
 PARSE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
@@ -158,6 +160,7 @@ class AiohttpConnection(web.RequestHandler):
         "_body_bytes",
         "_body_received",
         "_client_transport",
+        "_has_first_line",
         "_head_begun",
         "_head_timer",
         "_is_refused",
@@ -172,6 +175,7 @@ class AiohttpConnection(web.RequestHandler):
         self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_begun = False
+        self._has_first_line = False  # of the head that arrives
         self._is_refused = False
         self._body: StreamReader | None = None  # of the newest request
         self._body_bytes: int | None = None  # its Content-Length
@@ -226,6 +230,7 @@ class AiohttpConnection(web.RequestHandler):
             data = b"" if self._body_bytes is not None else _behind_body(data)
         if data.strip(b"\r\n") or (data and not self._is_answering):
             self._head_begun = True
+            self._has_first_line = self._has_first_line or b"\n" in data.lstrip(b"\r\n")
             if self._head_timer is None:
                 self._start_head_timer()
 
@@ -241,6 +246,8 @@ class AiohttpConnection(web.RequestHandler):
                 error = ErrorResponse(400, "bad_request", _error_message(fault, None))
                 self._refuse_body(self._body, GatewayError(FaultSource.CLIENT, error))
                 return
+        else:
+            self._has_first_line = False
         length = getattr(message, "headers", {}).get("content-length")
         self._body, self._body_bytes = body, None if length is None else int(length)
         self._body_received = 0
@@ -304,17 +311,19 @@ class AiohttpConnection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """Answer invalid HTTP (400), a head that is too large (431) or a handler's bug (500)."""
+        """Answer invalid HTTP (400), a head that is too large (414, 431) or a handler's bug (500)."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
         if status >= 500:
             self.logger.error("handler failed", exc_info=exc)
             error = internal_error()
         else:
-            is_too_large = isinstance(exc, LineTooLong) or message == TOO_MANY_FIELDS
-            error = (
-                HEAD_TOO_LARGE if is_too_large else ErrorResponse(status, "bad_request", _error_message(exc, message))
-            )
+            if message == TOO_MANY_FIELDS or (isinstance(exc, LineTooLong) and self._has_first_line):
+                error = HEAD_TOO_LARGE
+            elif isinstance(exc, LineTooLong):
+                error = URI_TOO_LONG
+            else:
+                error = ErrorResponse(status, "bad_request", _error_message(exc, message))
             self._limits.on_refused(error.status)
         response = error_response(error, request_id_of(request))
         response.headers.extend(self._limits.headers)

@@ -357,7 +357,7 @@ ROUTES = (
     Route("GET", "/v1/balance", Api.balance, "Balance"),
 )
 OPENAPI_PATH = "/openapi.json"
-REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 431, 500, 502, 503, 504)
+REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 414, 415, 422, 429, 431, 500, 502, 503, 504)
 
 
 def document() -> dict[str, Any]:

@@ -19,6 +19,12 @@ def test_every_link_leads_somewhere(page):
     assert lost == []
 
 
+def test_the_index_names_every_page():
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"README.md"}
+    assert pages - set(re.findall(r"\]\(([^)#]*)", (docs / "README.md").read_text(encoding="utf-8"))) == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_configuration_shown_is_one(page):
     for shown in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):

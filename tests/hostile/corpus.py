@@ -1,13 +1,14 @@
 """Requests that two parsers may read in two ways, and what the gateway makes of each.
 
-Every case stands before `END` in one write. `REFUSED`, `TOO_LARGE`: an error and the connection closed, nothing behind it
-read. `SERVED`: one request, answered by its provider; then END, answered with 404 and the connection closed.
+Every case stands before `END` in one write. `REFUSED`, `TOO_LARGE`, `TOO_LONG`: an error and the connection closed, nothing
+behind it read. `SERVED`: one request, answered by its provider; then END, answered with 404 and the connection closed.
 """
 
 import json
 
 REFUSED = (400,)
 TOO_LARGE = (431,)
+TOO_LONG = (414,)
 SERVED = (200, 404)
 LOST = (404, 404)  # a request for something that isn't here, and END
 END = b"GET /end HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n"
@@ -192,7 +193,7 @@ START_LINES = {
     "space": (request(LENGTH, target=b"/v1/chat completions"), REFUSED),
     "tab": (request(LENGTH, target=b"/v1/chat\tcompletions"), REFUSED),
     "two-spaces": (request(LENGTH, target=b" " + CHAT), SERVED),
-    "target-of-100k": (request(LENGTH, target=b"/" + b"a" * 100_000), TOO_LARGE),
+    "target-of-100k": (request(LENGTH, target=b"/" + b"a" * 100_000), TOO_LONG),
     "lower-case-method": (request(LENGTH, method=b"post"), REFUSED),
     "control-in-method": (request(LENGTH, method=b"P\x01ST"), REFUSED),
     "unknown-method": (request(LENGTH, method=b"BREW"), REFUSED),

@@ -27,6 +27,7 @@ async def test_it_is_read_in_one_way(mesh, name):
 
 MESSAGES = {  # by status: the code, and how the message begins
     400: ("bad_request", "This is not a valid HTTP request: "),
+    414: ("uri_too_long", "The request's target is too long: "),
     431: ("request_head_too_large", "The request's head is too large: "),
 }
 
