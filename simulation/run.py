@@ -24,9 +24,10 @@ from contextlib import ExitStack
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
+from aiohttp import web_app
 from msgspec import Struct
 
 from meshproxy.app import serve as serving
@@ -56,6 +57,7 @@ class Left(Struct):
     journal: list[str]
 
 
+_MIDDLEWARES: Final = vars(web_app)["_cached_build_middleware"]
 Line = tuple[float, str, tuple[Any, ...]]  # of the transcript: a time, a template, its values
 
 
@@ -239,6 +241,7 @@ def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int =
         left = _left(world)
         lines = world.lines[:]  # what is closed now may log
         loop.dispose()
+        _MIDDLEWARES.cache_clear()  # aiohttp's: it would keep the run's application
     return Outcome(seed, lines, result, failure, left, loop.errors, took_s, turns)
 
 

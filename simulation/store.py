@@ -13,17 +13,25 @@ import asyncio
 import copy
 import enum
 import hashlib
+import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import hiredis
 import redis
 from fakeredis import FakeServer
 from fakeredis._command_args_parsing import Float
-from fakeredis._commands import COMMANDS_WITH_SUB, Signature
+from fakeredis._commands import COMMANDS_WITH_SUB, Key, Signature
+from fakeredis._core._database import CommandItem
 from fakeredis._helpers import NoResponse, SimpleError, SimpleString
-from fakeredis._msgs import FLAG_LEAVE_EMPTY_VAL, FLAG_SKIP_CONVERT_TO_RESP2
+from fakeredis._msgs import (
+    FLAG_DO_NOT_CREATE,
+    FLAG_LEAVE_EMPTY_VAL,
+    FLAG_SKIP_CONVERT_TO_RESP2,
+    NO_MATCHING_SCRIPT_MSG,
+    WRONGTYPE_MSG,
+)
 from fakeredis._socket._fakesocket import FakeSocket
 from fakeredis._socket._resp import convert_to_resp2
 from fakeredis.commands_mixins.scripting_mixin import LUA_MODULE
@@ -110,9 +118,17 @@ class Client(FakeSocket):
         return result
 
     def execute(self, fields: list[bytes]) -> Any:
-        """Run one command. INFO is ours: fakeredis has none."""
-        if fields[0].upper() == b"INFO":
+        """Run one command. INFO is ours: fakeredis has none. EVALSHA takes a shorter way to the same script."""
+        name = fields[0].upper()
+        if name == b"INFO":
             return INFO
+        if name == b"EVALSHA":
+            self._db.time = time.time()
+            try:
+                with self._server.lock:
+                    return self._run_script(fields[1], int(fields[2]), fields[3:])
+            except SimpleError as error:
+                return error
         self._process_command(fields)
         return self.replies.pop() if self.replies else None
 
@@ -128,6 +144,12 @@ class Client(FakeSocket):
         """Run a script, and keep it for EVALSHA."""
         sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
         self._server.script_cache[sha] = script
+        return self._run_script(sha, numkeys, keys_and_args)
+
+    def _run_script(self, sha: bytes, numkeys: int, keys_and_args: Sequence[bytes]) -> Any:
+        script = self._server.script_cache.get(sha)
+        if script is None:
+            raise SimpleError(NO_MATCHING_SCRIPT_MSG)
         if not _lua:
             _lua.append(_Lua())
         self.is_dirty = False
@@ -156,22 +178,69 @@ class Client(FakeSocket):
             if refusal is not None and not (refusal == OOM and (name in FREEING or self.is_dirty)):
                 raise SimpleError(refusal)
             self.is_dirty = True
-        told = [arg if type(arg) is bytes else b"%.17g" % arg for arg in args]
-        ready = sig.apply(told, self._db, self.version)
+        words = [arg if type(arg) is bytes else b"%.17g" % arg for arg in args]
+        shape = _shapes.get((name, len(words)))
+        if shape is None:
+            shape = _shapes[name, len(words)] = _shape(sig, len(words), self.version, words)
+        ready = shape.applied(words, self._db)
         if len(ready) == 1:
             result = ready[0]
         else:
             result = getattr(self, sig.func_name)(*ready[0])
             for item in ready[1]:
-                item.writeback(remove_empty_val=FLAG_LEAVE_EMPTY_VAL not in sig.flags)
-        if type(result) is bytes or type(result) is int:
+                item.writeback(remove_empty_val=shape.removes_empty)
+        kind = type(result)
+        if kind is bytes or kind is int:
             return result
+        if kind is list and _PLAIN.issuperset(map(type, result)) and name not in UNORDERED:
+            return _lua[0].runtime.table_from([False if item is None else item for item in result])
         if FLAG_SKIP_CONVERT_TO_RESP2 not in sig.flags:
             result = convert_to_resp2(result)
         return self._convert_redis_result(_lua[0].runtime, _ordered(name, result))
 
 
+class _Shape(NamedTuple):
+    """How so many arguments of a command are read: fakeredis' Signature.apply, with what doesn't depend on values done once."""
+
+    keys: list[tuple[int, Any]]  # by place: its type, where a key may be missing
+    decoders: list[tuple[int, Any]]
+    removes_empty: bool
+    creates: bool
+
+    def applied(self, words: list[Any], db: Any) -> tuple[Any, ...]:
+        """Return a short answer for a key that is missing, or the arguments and the items of the keys."""
+        for place, decode in self.decoders:
+            words[place] = decode(words[place])
+        for place, key in self.keys:
+            if key.missing_return is not Key.UNSPECIFIED and words[place] not in db:
+                return (key.missing_return,)
+        items = []
+        for place, key in self.keys:
+            kind, item = key.type_, db.get(words[place])
+            if kind is not None and item is not None and type(item.value) is not kind:
+                raise SimpleError(WRONGTYPE_MSG)
+            is_made = self.creates and item is None and kind is not None and kind is not bytes
+            words[place] = CommandItem(words[place], db, item, default=kind() if is_made else None)
+            items.append(words[place])
+        return words, items
+
+
+def _shape(sig: Signature, count: int, version: Any, words: list[bytes]) -> _Shape:
+    """Return the shape of a command with so many arguments. Raises SimpleError if it takes another number."""
+    sig.check_arity(words, version)
+    repeats = [sig.repeat[place % len(sig.repeat)] for place in range(count - len(sig.fixed))]
+    kinds = list(enumerate([*sig.fixed, *repeats]))
+    return _Shape(
+        keys=[(place, kind) for place, kind in kinds if isinstance(kind, Key)],
+        decoders=[(place, kind.decode) for place, kind in kinds if not isinstance(kind, Key) and kind is not bytes],
+        removes_empty=FLAG_LEAVE_EMPTY_VAL not in sig.flags,
+        creates=FLAG_DO_NOT_CREATE not in sig.flags,
+    )
+
+
+_PLAIN = frozenset((bytes, int, type(None)))  # what needs no conversion in a list
 _commands: dict[str, tuple[Signature, bool]] = {}  # by name: how its arguments are read, and whether it writes
+_shapes: dict[tuple[str, int], _Shape] = {}  # by name and number of arguments: scripts have few
 
 
 def _from_lua(result: Any) -> Any:
