@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Annotated, Any
 
 import msgspec
@@ -370,6 +371,12 @@ def document() -> dict[str, Any]:
     operation |= {"operationId": "chat", "summary": "A chat completion, whole or as a stream"}
     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT}
     return described
+
+
+@cache
+def document_json() -> bytes:
+    """Return the document as JSON, built once in a process."""
+    return orjson.dumps(document())
 
 
 def _public_event(event: UsageEvent) -> dict[str, Any]:
