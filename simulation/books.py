@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Final
 
-from simulation.bills import allowed_charges, died_unsettled, told_cost
+from simulation.bills import allowed_charges, died_unsettled, runs_on, told_cost
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS
 from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
@@ -191,6 +191,10 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
     slack = max(price.cost(10, 0, 10 * request.n) for price in prices)
     if call.bill.cost_nusd is not None and any(model.from_usage_cost for model in models):
         return
+    if any(
+        model.price_in(call.tier, request.tier) not in {model.price, model.price_in(request.tier)} for model in models
+    ):
+        return  # a dearer service tier than was requested
     if not call.answer.heeds_cap:
         bound = max(price.cost(0, 0, call.made) for price in prices)
     elif request.stream:
@@ -226,12 +230,7 @@ def holds_are_kept(view: View) -> Iterator[str]:
             if event["event"] == "abandoned" or event.get("hold", "live") != "live":
                 yield f"a{number}: the hold {event['hold_id']} was abandoned"
     for sight in view.record.sights:
-        if (
-            sight.request.reads != "stalls"
-            or sight.ended != "left"
-            or sight.request.keyed
-            or sight.request.model == "drained"
-        ):
+        if sight.request.reads != "stalls" or sight.ended != "left" or sight.request.keyed or runs_on(view, sight):
             continue
         for event in view.settled.get(sight.request_id, ()):
             settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s

@@ -20,7 +20,7 @@ IDLE_S = 20.0
 WRITE_TIMEOUT_S = 30.0
 DRAIN_S = 20.0
 STORE_TIMEOUT_S = 2.0
-ALLOWANCE_NUSD = 20_000_000
+ALLOWANCE_NUSD = 6_000_000
 MAX_OUTPUT_TOKENS = 400  # of every model
 CONTEXT_WINDOW = 8_000
 MAX_REQUESTS = 8
@@ -137,6 +137,7 @@ MODELS = {
     "pair": Model(("one", "two")),
     "gone-first": Model(("gone", "two"), Price(3_000_000_000, 7_000_000_000)),
     "drained": Model(("drained",)),
+    "drained-first": Model(("drained", "two")),
     "thinking": Model(("one",), hidden_reasoning=True),
     "told": Model(("two",), from_usage_cost=True),
     "fee": Model(("two",), Price(1_000_000_000, 4_000_000_000, request=3_000_000)),
@@ -420,6 +421,8 @@ def _disks(rng: random.Random) -> History:
     requests: list[Step] = []
     for number in range(rng.randint(3, 7)):
         answer = replace(_any_answer(rng), delay_s=rng.choice((0.0, 0.1, 1.0)), gap_s=rng.choice((0.0, 0.02, 0.2)))
+        if rng.random() < 0.3:
+            answer = replace(answer, words=300, per_event=30)
         request = _reading(rng, _request(rng, f"q{number}", answer, spread=2.0), 0.1)
         at_s = rng.choice((request.at_s, gone_at + 0.5 + request.at_s * gone_s / 2.5))
         requests.append(replace(request, at_s=round(at_s, 3), worker=rng.randint(0, 1)))
@@ -445,7 +448,10 @@ def _providers(rng: random.Random) -> History:
         bad = _bad_answer(rng)
         answers = (bad,) if rng.random() < 0.4 else (bad, _any_answer(rng) if rng.random() < 0.7 else _bad_answer(rng))
         request = _request(
-            rng, f"q{number}", *answers, models=("plain", "pair", "pair", "gone-first", "drained", "thinking")
+            rng,
+            f"q{number}",
+            *answers,
+            models=("plain", "pair", "pair", "gone-first", "drained", "drained-first", "thinking"),
         )
         if rng.random() < 0.2:
             request = replace(request, fallbacks=(rng.choice(("fee", "odd", "pair")),))

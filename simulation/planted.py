@@ -208,8 +208,8 @@ PLANTED: Final = [
     Planted(
         "a stream that fails ends without a word",
         "gateway/relay.py",
-        "        self._downstream.write(error_event(",
-        "        len(error_event(",
+        "            self._downstream.write(event)\n        self._finish()",
+        "        self._finish()",
     ),
     Planted(
         "no pings",
@@ -308,6 +308,212 @@ PLANTED: Final = [
         "gateway/pipeline.py",
         '("x-mesh-cost", format_usd(exchange.cost_nusd))',
         '("x-mesh-cost", format_usd(exchange.cost_nusd + 1))',
+    ),
+    # Faults that were mended before.
+    Planted(
+        "an Idempotency-Key is charged twice behind a settlement",
+        LUA + "settle.lua",
+        "  if taken then\n    cost, waived = '0', cost\n  elseif",
+        "  if false then\n    cost, waived = '0', cost\n  elseif",
+    ),
+    Planted(
+        "a settlement without a hold has no marker",
+        LUA + "settle.lua",
+        "'1', 'NX', 'EX', UNHELD_KEPT_S) then return 0 end",
+        "'1', 'EX', UNHELD_KEPT_S) then return 0 end",
+    ),
+    Planted(
+        "a renewal of an abandoned hold doesn't hold its amount anew",
+        LUA + "renew.lua",
+        "local covered = live and hold.amount or 0",
+        "local covered = hold and hold.amount or 0",
+    ),
+    Planted(
+        "a hold lost in mid-stream isn't admitted anew",
+        "gateway/admit.py",
+        'if isinstance(answer, Denial) and answer.which == "hold":',
+        'if isinstance(answer, Denial) and answer.which == "nothing":',
+    ),
+    Planted(
+        "a lost hold's settlement relies on it",
+        "gateway/settle.py",
+        "settlement = replace(settlement, unheld=True)",
+        "return",
+    ),
+    Planted(
+        "the local allowance is refilled before Redis has charged",
+        "ledger/local.py",
+        "amount = max(settlement.cost_nusd - held_by_redis_nusd, 0)",
+        "amount = 0",
+    ),
+    Planted(
+        "a stream goes on past its [DONE]",
+        "gateway/relay.py",
+        '        if self.outcome != "completed":\n            self._exchange.code = error_response.code',
+        "        if True:\n            self._exchange.code = error_response.code",
+    ),
+    Planted(
+        "an assembled stream has its last report alone",
+        "openai/events.py",
+        "report = found.over(report)",
+        "report = found",
+    ),
+    Planted(
+        "an error in a stream in a whole answer's place is a success",
+        "openai/events.py",
+        "        if error is not None:\n            return Whole(",
+        "        if error is not None and members is None:\n            return Whole(",
+    ),
+    Planted(
+        "a client that half-closes is waited for",
+        "server/fast_path.py",
+        "    def pause_writing(self) -> None:",
+        "    def eof_received(self) -> bool:\n        return True\n\n    def pause_writing(self) -> None:",
+    ),
+    Planted(
+        "a hang-up lets the provider go on",
+        "gateway/in_flight.py",
+        "    return exchange.candidate is not None and exchange.candidate.upstream in draining",
+        "    return True",
+    ),
+    Planted(
+        "a refusal's body is awaited past the deadline",
+        "gateway/attempts.py",
+        "        if exchange.deadline == math.inf or exchange.detachable:\n",
+        "        if True:\n",
+    ),
+    Planted(
+        "the end of a body begins a head on aiohttp's server",
+        "server/aiohttp_path.py",
+        "        if in_body:\n",
+        "        if False:\n",
+    ),
+    Planted(
+        "a detached request ends at once",
+        "gateway/in_flight.py",
+        "MAX_DETACHED_S = 120.0",
+        "MAX_DETACHED_S = 0.01",
+    ),
+    # Prices.
+    Planted(
+        "a tier of prices begins a token too early",
+        "policy/pricing.py",
+        "            if prompt_tokens > above:\n                found = price",
+        "            if prompt_tokens >= above:\n                found = price",
+    ),
+    Planted(
+        "a cache's tokens don't count towards the tier",
+        "policy/pricing.py",
+        "price = price.for_prompt_of(usage.prompt) if price.tiers else price",
+        "price = price.for_prompt_of(usage.prompt - usage.cached) if price.tiers else price",
+    ),
+    Planted(
+        "a hold doesn't know of tiers",
+        "policy/pricing.py",
+        "    for above, tier in price.tiers:\n        if prompt_tokens > above:\n            of_tier",
+        "    for above, tier in ():\n        if prompt_tokens > above:\n            of_tier",
+    ),
+    Planted(
+        "the requested service tier is billed, whatever served",
+        "gateway/settle.py",
+        "candidate.price_in(tier, requested_tier)",
+        "candidate.price_in(requested_tier, tier)",
+    ),
+    Planted(
+        "a service tier without a price is let through",
+        "policy/catalog.py",
+        "if tier is not None and not any(name == tier for name, _ in candidate.services):",
+        "if tier is not None and candidate.services and not any(name for name, _ in candidate.services):",
+    ),
+    # Templates.
+    Planted(
+        "an edited template holds a minute later",
+        "ledger/directory.py",
+        "templates = Templates(store, clock, ttl_s=ttl_s",
+        "templates = Templates(store, clock, ttl_s=60 * ttl_s",
+    ),
+    Planted(
+        "a global template comes before the account's own",
+        "ledger/templates.py",
+        "owners = [AccountKeys(account), AccountKeys(GLOBAL)]",
+        "owners = [AccountKeys(GLOBAL), AccountKeys(account)]",
+    ),
+    Planted(
+        "a template's slot isn't filled",
+        "policy/template.py",
+        "return _SLOT.sub(lambda slot: variables[slot[1]], text)",
+        "return text",
+    ),
+    Planted(
+        "a value is scanned for slots again",
+        "policy/template.py",
+        "return _SLOT.sub(lambda slot: variables[slot[1]], text)",
+        "once = _SLOT.sub(lambda slot: variables[slot[1]], text)\n"
+        "        return _SLOT.sub(lambda slot: variables[slot[1]], once)",
+    ),
+    # The journal and its disk.
+    Planted(
+        "a full journal doesn't deny",
+        "ledger/local.py",
+        "return self._reserved_bytes + _line_bytes(request) <= self._room_bytes()",
+        "return True",
+    ),
+    Planted(
+        "a disk that refuses writes has room",
+        "ledger/journal.py",
+        "return 0 if self._disk_failed else self._max_bytes - self._size",
+        "return self._max_bytes - self._size",
+    ),
+    Planted(
+        "a lost settlement isn't logged",
+        "ledger/journal.py",
+        '        _log.error("settlement_lost", settlement=msgspec.to_builtins(settlement))\n',
+        "",
+    ),
+    Planted("a loss isn't told by the exit code", "app/worker.py", "        if lost:\n", "        if False:\n"),
+    Planted(
+        "what a full disk refused is forgotten",
+        "ledger/journal.py",
+        "                    self._unwritten = unwritten + self._unwritten\n",
+        "                    self._pending.clear()\n",
+    ),
+    Planted(
+        "a part of a line stays when a disk is full",
+        "ledger/journal.py",
+        "    except OSError:\n        os.ftruncate(file, size)\n        raise",
+        "    except OSError:\n        raise",
+    ),
+    Planted(
+        "a line that a crash cut short is kept",
+        "ledger/journal.py",
+        "    if len(whole) < len(data):\n        os.ftruncate(file, len(whole))\n",
+        "",
+    ),
+    Planted(
+        "a journal's line is lost in the middle of its replay",
+        "ledger/journal.py",
+        "                await settle(self._pending[0])\n            except Unavailable:\n                return count\n",
+        "                await settle(self._pending[0])\n            except Unavailable:\n"
+        "                self._pending.popleft()\n                return count\n",
+    ),
+    # What the API says.
+    Planted(
+        "/v1/key doesn't know what is held",
+        LUA + "balance.lua",
+        "redis.call('HMGET', CREDIT, 'balance', 'held', 'granted', 'settled')",
+        "redis.call('HMGET', CREDIT, 'balance', 'hold', 'granted', 'settled')",
+    ),
+    Planted(
+        "an event isn't found by its request",
+        LUA + "settle.lua",
+        "if requests < REQUESTS_A_DAY then",
+        "if requests < 2 then",
+    ),
+    Planted(
+        "an hour is missing in the index",
+        LUA + "settle.lua",
+        "  index_hour(HOURS, string.match(HOUR,",
+        "  string.match(HOUR, 'x'); (type)(string.match(HOUR,",
     ),
 ]
 
