@@ -15,9 +15,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from meshproxy.app import application, worker, worker_process
 from meshproxy.app import load as loading
 from meshproxy.app import serve as serving
+from meshproxy.app import worker, worker_process
 from meshproxy.app.load import Loaded, load
 from meshproxy.gateway import in_flight
 from meshproxy.ledger import journal as journals
@@ -28,7 +28,6 @@ from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Script
 from meshproxy.server import listener
-from meshproxy.server.api import document
 from meshproxy.telemetry.metrics import FamilyOf
 from simulation.loop import Process, SimLoop
 from simulation.machine import ROOT
@@ -49,13 +48,12 @@ async def _no_history(_self: serving.WorkersState) -> None:
 def replacements() -> dict[tuple[Any, str], Any]:
     """Return what a run replaces of the gateway, by owner and name.
 
-    Scripts and the OpenAPI document are made once: they are the same in each run. No figures are kept for the status page,
+    Scripts are made once: they are the same in each run. No figures are kept for the status page,
     no series of a metric exists before it counts, and the loop's lag isn't measured: virtual time has none. What looks at
     all connections or the journal several times a second does so less often, since most of a history is waiting.
     """
     return {
         (Script, "load"): _scripts,
-        (application, "document"): _document,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (FamilyOf, "preset"): lambda _: None,
@@ -67,7 +65,6 @@ def replacements() -> dict[tuple[Any, str], Any]:
 
 
 _scripts = cache(Script.load)
-_document = cache(document)
 
 
 async def _no_lag(_observe: Any) -> None:
