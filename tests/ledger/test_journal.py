@@ -356,9 +356,13 @@ async def test_a_file_of_a_newer_version_is_left_alone_and_named(open_journal, p
 
 async def test_a_line_of_the_first_version_is_read(open_journal, path, settlement):
     path.parent.mkdir(parents=True)
-    text = msgspec.json.encode(settlement("h0"))
+    later = ("attempts", "code", "upstream_status")
+    text = msgspec.json.encode(
+        {name: value for name, value in to_builtins(settlement("h0")).items() if name not in later}
+    )
     path.with_suffix(".0").write_bytes(b"%08x %b\n" % (zlib.crc32(text), text))
-    assert [settlement("h0")] == list(open_journal())
+    (kept,) = open_journal()
+    assert (kept, kept.attempts, kept.code, kept.upstream_status) == (settlement("h0"), 0, "", 0)
 
 
 async def test_what_other_redises_are_owed_is_named(tmp_path, settlement):

@@ -111,6 +111,11 @@ def test_media_is_found_however_the_json_is_spaced(separators):
     assert weigh(json.dumps([part], separators=separators).encode()).media_tokens == TOKENS_PER_MEDIA
 
 
+def test_each_of_very_many_pictures_counts():
+    part = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+    assert weigh(raw(*[part] * 20_000)).media_tokens == 20_000 * TOKENS_PER_MEDIA
+
+
 def test_slashes_may_be_escaped():
     part = raw(url("image_url", "data:image/jpeg;base64,/9j/" + PICTURE)).replace(b"/", b"\\/")
     assert weigh(part).media_tokens == TOKENS_PER_MEDIA
