@@ -1,10 +1,10 @@
 import json
 import os
 import signal
-import time
 
 from meshproxy.cli.command_line import main
 from tests.cli.conftest import started
+from tests.harness.waiting import wait_until
 
 CONFIG = """
 [server]
@@ -28,9 +28,7 @@ def test_serve_until_sigterm(store_server, tmp_path, file):
     path = file(CONFIG.format(admin=tmp_path / "admin.sock", redis=store_server))
     with started("serve", env={**os.environ, "MESHPROXY_CONFIG": path}) as process:
         assert json.loads(process.stderr.readline())["event"] == "serving"
-        until = time.monotonic() + 10
-        while main(["healthcheck", "--config", path]) != 0:  # it dials the store in the background
-            assert time.monotonic() < until
+        wait_until(lambda: main(["healthcheck", "--config", path]) == 0)  # it dials the store in the background
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 

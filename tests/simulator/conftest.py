@@ -10,6 +10,7 @@ import uvloop
 from openai import AsyncOpenAI
 
 from meshproxy.simulator import Running, start
+from tests.harness.waiting import PATIENCE_S
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -89,8 +90,11 @@ class Wire:
 
     async def until(self, mark: bytes) -> Answer:
         answer = Answer()
-        while mark not in b"".join(answer.reads):
-            answer.reads.append(await self.reader.read(65536))
+        async with asyncio.timeout(PATIENCE_S):
+            while mark not in b"".join(answer.reads):
+                read = await self.reader.read(65536)
+                assert read, f"it ended without {mark!r}"
+                answer.reads.append(read)
         return answer
 
 

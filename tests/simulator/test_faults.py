@@ -1,5 +1,6 @@
 """Each fault as a client's socket sees it, and as the journal remembers it."""
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -7,7 +8,7 @@ import zlib
 import openai
 import pytest
 
-from tests.harness.waiting import turns, until
+from tests.harness.waiting import PATIENCE_S, until
 
 DONE = b"data: [DONE]\n\n"
 
@@ -18,8 +19,8 @@ def data_events(content):
 
 async def ended(simulator):
     """How the last request ended, once it has."""
-    while (entry := simulator.history.requests[-1]).ended == "open":
-        await turns(1)
+    entry = simulator.history.requests[-1]
+    await until(lambda: entry.ended != "open", poll_s=0)
     return entry.ended
 
 
@@ -182,8 +183,10 @@ async def test_a_huge_event_is_as_large_as_asked(wire):
 async def test_gzip_is_flushed_at_every_event(wire):
     wire.ask(model="sim/fast+gzip+stall-mid?after=2", stream=True)
     answer = await wire.until(b"\r\n\r\n")
-    while len(data_events(zlib.decompressobj(wbits=31).decompress(answer.content))) < 2:
-        answer.reads.append(await wire.reader.read(65536))
+    async with asyncio.timeout(PATIENCE_S):
+        while len(data_events(zlib.decompressobj(wbits=31).decompress(answer.content))) < 2:
+            answer.reads.append(await wire.reader.read(65536))
+            assert answer.reads[-1]
     assert b"content-encoding: gzip" in answer.head
 
 
