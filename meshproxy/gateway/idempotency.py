@@ -30,7 +30,7 @@ from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Head
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
 from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.openai.errors import error_event
-from meshproxy.openai.event_stream import PING
+from meshproxy.openai.event_stream import DONE, PING
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 
@@ -345,6 +345,8 @@ class Replay:
             if part or self._clock() - written_at >= heartbeat_s:
                 downstream.write(part or PING)
                 written_at = self._clock()
+            if part.endswith(DONE):
+                return  # the stream is complete, whatever becomes of its record
 
     async def _parts(self, heartbeat_s: float) -> AsyncIterator[bytes]:
         """Yield the answer's parts as they come, and an empty one at intervals without any, so that pings are sent.

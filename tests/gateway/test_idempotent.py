@@ -220,6 +220,17 @@ async def test_a_replay_whose_store_is_lost_halfway_ends_in_an_error(house):
     recording.conclude(complete=True)
 
 
+@pytest.mark.parametrize("loss", ["store", "record"])
+async def test_a_replay_that_has_all_of_a_stream_needs_no_more(house, loss):
+    recording, playing, client = await halfway(house)
+    recording.write(b": x-mesh-cost=0.01\n\ndata: [DONE]\n\n")
+    await until(lambda: client.text.endswith(b"data: [DONE]\n\n"), poll_s=0)
+    house.store.is_lost = loss == "store"
+    recording.conclude(complete=loss == "store")
+    await asyncio.wait_for(playing, 5)
+    assert (client.text, client.finished) == (house.client.text, True)
+
+
 async def test_an_answer_too_large_is_passed_on_and_not_kept(house):
     recording = await house.enter("h1")
     recording.begin(HEADERS)
