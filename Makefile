@@ -14,7 +14,7 @@ dev: $(STAMP)
 	$(BIN)/meshproxy dev
 
 test: $(STAMP) $(NODE_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	MESHPROXY_SIMULATION_S=$${MESHPROXY_SIMULATION_S-60} $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The rooms that run in a minute, for a second interpreter: `make quick PYTHON=python3.13 VENV=.venv-3.13`.
 .PHONY: quick

@@ -36,7 +36,7 @@ FOUND = {
         "q3", model="pair", stream=True, timeout_s=0.5, answers=(Answer(status=401, error="key", pause_s=6.0),)
     ),
 }
-NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "10"))  # for new seeds
+NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "0"))  # for new seeds: `make test` sets a minute
 
 
 def failures(seed):
@@ -54,14 +54,14 @@ def test_histories_that_found_a_fault(request_):
     assert played(History(1, "found", steps=(request_,))).findings == []
 
 
-@pytest.mark.skipif("CI" in os.environ, reason="a submission is judged by the fixed seeds alone")
+@pytest.mark.skipif("CI" in os.environ or not NEW_S, reason="a submission is judged by the fixed seeds alone")
 def test_new_seeds():
-    """Where one fails, `python -m simulation --replay SEED` shows it: pin it above when it is mended."""
+    """Play seeds that nobody has played. Pin one that fails above when what it found is mended."""
     until, seed, found = time.monotonic() + NEW_S, time.time_ns() // 1_000_000, []
     while time.monotonic() < until and not found:
         found = failures(seed)
         seed += 1
-    assert found == []
+    assert found == [], f"a fault of the gateway or of the model: make simulate ARGS='--replay {seed - 1}'"
 
 
 @pytest.mark.parametrize("seed", [5, 14, 22])
