@@ -404,6 +404,8 @@ async def test_fewer_workers_than_before_replay_everything(open_journal, path, s
     assert await only.replay(book.settle) == 4
     assert sorted(names(4)) == sorted(book.charged)
     assert [path.with_suffix(f".{number}").stat().st_size for number in range(4)] == [0] * 4
+    await open_journal().append(settlement("h9"))  # its file is free again
+    assert path.with_suffix(".1").read_bytes() == line_of(settlement("h9"))
 
 
 async def test_what_another_worker_has_locked_is_left_alone(open_journal, settlement):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshproxy.policy.tokens import TOKENS_PER_MEDIA, estimate_prompt, least_tokens, likely_tokens, weigh
+from meshproxy.policy.tokens import TOKENS_PER_MEDIA, estimate_prompt, least_tokens, likely_tokens, message_bytes, weigh
 
 PICTURE = base64.b64encode(bytes(range(256)) * 400).decode()  # 136,536 characters
 DATA = "AAAA" * 1_000_000
@@ -109,6 +109,18 @@ def test_media_of_any_shape_counts_as_what_it_is_to_a_model(part, least, most):
 def test_media_is_found_however_the_json_is_spaced(separators):
     part = url("image_url", f"data:image/png;base64,{PICTURE}")
     assert weigh(json.dumps([part], separators=separators).encode()).media_tokens == TOKENS_PER_MEDIA
+
+
+def test_media_is_no_text_and_counts_once_whether_it_is_named_or_not():
+    inline, named = url("image_url", f"data:image/png;base64,{PICTURE}"), url("image_url", "https://a.example/b.png")
+    without = len(raw(inline)) - len(f"data:image/png;base64,{PICTURE}")
+    assert weigh(raw(inline)) == (without, TOKENS_PER_MEDIA)
+    assert weigh(raw(inline, named)).media_tokens == 2 * TOKENS_PER_MEDIA
+
+
+def test_a_message_weighs_by_its_text_its_framing_and_its_media():
+    message = {"role": "user", "content": [url("image_url", "https://a.example/b.png")]}
+    assert message_bytes(message) == len(json.dumps(message, separators=(",", ":"))) + 1 + 3 * (TOKENS_PER_MEDIA + 4)
 
 
 def test_each_of_very_many_pictures_counts():
