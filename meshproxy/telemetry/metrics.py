@@ -114,7 +114,8 @@ class Metrics:
     """All families of one worker. `edges` replaces a histogram's edges by family name, where it isn't None.
 
     `pending` has what isn't counted yet: a counter or histogram, its amount, the next counter or histogram, its amount.
-    Code that adds to it calls `count_pending` from MAX_PENDING items on. Collecting the registry counts all of it.
+    Code that adds to it calls `count_pending` from MAX_PENDING items on. Collecting the registry counts all of it,
+    collecting a single metric doesn't.
     """
 
     def __init__(
