@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 
+import orjson
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -21,7 +22,7 @@ from meshproxy.config import ConfigError, Server, Settings
 from meshproxy.openai.headers import VERSION_HEADER, cors_headers, preflight_headers
 from meshproxy.openai.request import CHAT_PATH
 from meshproxy.server.aiohttp_path import PATHS, ConnectionLimits, envelope_errors
-from meshproxy.server.api import OPENAPI_PATH, ROUTES, document_json
+from meshproxy.server.api import OPENAPI_PATH, ROUTES, document
 from meshproxy.server.chat import WrittenResponse, request_id_of
 from meshproxy.server.listener import ProxiedSite, Runner, Site, load_certificate, server_context
 from meshproxy.server.routes import Route
@@ -78,7 +79,7 @@ def application(
         route.add_to(app, partial(_answer, worker, route), _ignore_expect)
     app.router.add_get(HEALTH_PATH, _health)
     app[PATHS] = (CHAT_PATH, *(route.path for route in ROUTES if "{" not in route.path), HEALTH_PATH, OPENAPI_PATH)
-    app.router.add_get(OPENAPI_PATH, partial(_openapi, document_json()))
+    app.router.add_get(OPENAPI_PATH, partial(_openapi, orjson.dumps(document())))
     return app
 
 

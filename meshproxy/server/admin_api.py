@@ -12,7 +12,6 @@ from functools import cache, partial
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import orjson
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
@@ -258,9 +257,9 @@ class AdminApi:
         """`DELETE /admin/v1/templates/{name}`: delete a global template, or with `account=` one of that account."""
         return await self._administration.delete_template(request.query.get("account"), request.match_info["name"])
 
-    async def openapi(self, _request: web.Request) -> web.Response:
+    async def openapi(self, _request: web.Request) -> Any:
         """`GET /admin/v1/openapi.json`: this API as an OpenAPI 3.1 document."""
-        return web.Response(body=_document_json(), content_type="application/json")
+        return document()
 
 
 _ACCOUNT = {"account": {"type": "string", "pattern": f"^{principal.ACCOUNT_NAME.pattern}$"}}
@@ -316,15 +315,11 @@ LINKS = {
 REFUSALS = (400, 401, 403, 404, 405, 408, 409, 413, 414, 415, 422, 431, 500, 503)
 
 
+@cache
 def document() -> dict[str, Any]:
-    """Build the document that describes this API."""
+    """Build the OpenAPI document of this API, once in a process."""
     token = {"token": {"type": "http", "scheme": "bearer"}}
     return describe("meshproxy admin", ROUTES, REFUSALS, token, links=LINKS)
-
-
-@cache
-def _document_json() -> bytes:
-    return orjson.dumps(document())
 
 
 def add_routes(app: web.Application, administration: Administration) -> None:

@@ -361,8 +361,9 @@ OPENAPI_PATH = "/openapi.json"
 REFUSALS = (400, 401, 402, 403, 404, 405, 408, 409, 413, 414, 415, 422, 429, 431, 500, 502, 503, 504)
 
 
+@cache
 def document() -> dict[str, Any]:
-    """Build the OpenAPI document that describes the data listener. It contains only what docs/ publish."""
+    """Build the OpenAPI document of the data listener, once in a process. It contains only what docs/ publish."""
     chat = Route("POST", CHAT_PATH, ChatHandler.__call__, "Completion", body="ChatRequest")
     of_chat = {name: kind if name == "messages" else kind | None for name, kind in FIELDS.items()}  # null: absent
     key = {"key": {"type": "http", "scheme": "bearer", "bearerFormat": "rsk_..."}}
@@ -371,12 +372,6 @@ def document() -> dict[str, Any]:
     operation |= {"operationId": "chat", "summary": "A chat completion, whole or as a stream"}
     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT}
     return described
-
-
-@cache
-def document_json() -> bytes:
-    """Return the document as JSON, built once in a process."""
-    return orjson.dumps(document())
 
 
 def _public_event(event: UsageEvent) -> dict[str, Any]:
