@@ -443,6 +443,7 @@ async def test_what_was_not_sent_by_the_deadline_is_not_sent_after_it(late):
     times = (1.0, 0.3)  # the first is sent in its, however busy the machine is
     answers = [await mesh.stream(caller, model="m", timeout=s) for caller, s in zip(callers, times, strict=True)]
     provider.go.set()
+    await mesh.quiet()
     assert [answer.error["code"] for answer in answers] == ["gateway_timeout"] * 2
     assert [await mesh.spent(caller) > 0 for caller in callers] == [True, False]
     assert len(provider.bodies) == 1
