@@ -356,13 +356,13 @@ async def test_a_file_of_a_newer_version_is_left_alone_and_named(open_journal, p
 
 async def test_a_line_of_the_first_version_is_read(open_journal, path, settlement):
     path.parent.mkdir(parents=True)
-    later = ("attempts", "code", "upstream_status")
+    later = ("price", "attempts", "code", "upstream_status")
     text = msgspec.json.encode(
         {name: value for name, value in to_builtins(settlement("h0")).items() if name not in later}
     )
     path.with_suffix(".0").write_bytes(b"%08x %b\n" % (zlib.crc32(text), text))
     (kept,) = open_journal()
-    assert (kept, kept.attempts, kept.code, kept.upstream_status) == (settlement("h0"), 0, "", 0)
+    assert (kept, kept.price, kept.attempts, kept.code, kept.upstream_status) == (settlement("h0"), "{}", 0, "", 0)
 
 
 async def test_what_other_redises_are_owed_is_named(tmp_path, settlement):
@@ -375,6 +375,9 @@ async def test_what_other_redises_are_owed_is_named(tmp_path, settlement):
     await journal.append(settlement())
     assert [other.with_suffix(".0")] == other_journals(mine)
     journal.close()
+    found = Journal(other, MIB)  # it was not kept locked
+    assert len(found) == 1
+    found.close()
 
 
 async def test_two_workers_never_share_a_file(open_journal, path, settlement):
