@@ -108,7 +108,7 @@ class Record(Struct):
 
     `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
-    `exits`: the exit codes of processes.
+    `exits`: the exit codes of processes. `refused`: processes that didn't start.
     """
 
     history: History
@@ -127,6 +127,7 @@ class Record(Struct):
     losses: list[Loss] = []
     unkept: list[tuple[float, str]] = []
     exits: list[tuple[str, int | None]] = []
+    refused: list[str] = []
 
 
 class View:

@@ -135,7 +135,7 @@ class Play:
         self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
         for name in (
             *("sights", "calls", "samples", "changes", "troubles", "left", "errors"),
-            *("looks", "losses", "unkept", "exits"),
+            *("looks", "losses", "unkept", "exits", "refused"),
         ):
             setattr(self.record, name, [])
         self.record.books, self.record.told = {}, {}
@@ -334,7 +334,9 @@ class Play:
                 if not instance.ended.is_set():
                     break  # another event has started it
                 await instance.restart()
-                await asyncio.sleep(OPERATOR_PAUSE_S if instance.ended.is_set() else 0)
+                if instance.ended.is_set():  # a bad configuration, or a disk that its journal needs
+                    self.record.refused.append(instance.name)
+                    await asyncio.sleep(OPERATOR_PAUSE_S)
             self.record.troubles[self.record.troubles.index(trouble)] = trouble._replace(end=self._loop.time())
 
     async def _change(self, change: Change) -> None:
@@ -502,7 +504,11 @@ class Played:
             return
         left = outcome.left
         for name in ("tasks", "timers", "sockets", "files", "journal"):
-            self.record.left += [f"{name}: {each}" for each in getattr(left, name)]
+            self.record.left += [
+                f"{name}: {each}"
+                for each in getattr(left, name)
+                if each.partition(":")[0] not in self.record.refused  # ended at its start
+            ]
         self.record.errors += outcome.errors
         self.findings = judge(self.record)
 

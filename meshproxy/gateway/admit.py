@@ -273,8 +273,11 @@ class Lease:
         return None
 
     async def _renew(self, amount_nusd: int, covered: int) -> Denial | None:
-        """Renew the hold, or admit a new one where the ledger has lost it. Return None on success."""
-        tokens = self.plan.prompt_tokens + covered
+        """Renew the hold, or admit a new one where the ledger has lost it. Return None on success.
+
+        An output that is held whole takes no more tokens from the buckets than its admission estimated.
+        """
+        tokens = self.hold.request.tokens if self.plan.holds_whole else self.plan.prompt_tokens + covered
         answer = await self._credit.ledger.renew(
             self.hold,
             amount_nusd=amount_nusd,

@@ -121,7 +121,10 @@ class Journal:
                 # all are settled, also those that aren't on disk
                 self._size, self._unwritten, self._disk_failed = 0, [], False
                 if self._file is not None:
-                    await asyncio.to_thread(_truncate, self._file)
+                    try:
+                        await asyncio.to_thread(_truncate, self._file)
+                    except OSError as error:  # what stays in the file is charged once, also if it is sent again
+                        _log.error("journal_not_written", reason=error.strerror, settlements=0)
         return count
 
     async def keep_replaying(self, settle: Callable[[Settlement], Awaitable[bool]]) -> None:

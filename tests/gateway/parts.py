@@ -78,15 +78,17 @@ def exchange(of_plan: Plan | None = None) -> Exchange:
 
 
 class Renewals:
-    """A ledger that renews as it is told, when it is told. `asked`: the totals, in nano-USD; `anew`: asks for another hold."""
+    """A ledger that renews as it is told, when it is told. `asked`: the totals, in nano-USD, and `tokens`; `anew`: asks for another hold."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.tokens: list[int] = []
         self.anew: list[HoldRequest] = []
         self._answers: list[asyncio.Future[Hold | Denial]] = []
 
     async def renew(self, hold: Hold, *, amount_nusd: int, tokens: int, enforce_tokens: bool) -> Hold | Denial:
         self.asked.append(amount_nusd)
+        self.tokens.append(tokens)
         self._answers.append(asyncio.get_running_loop().create_future())
         return await self._answers[-1]
 

@@ -104,6 +104,15 @@ async def test_a_refusal_is_told(ledger, denied):
     assert held.covered == 100
 
 
+@pytest.mark.parametrize(("holds_whole", "tokens"), [(True, 1), (False, 18 + 100)])
+async def test_what_is_held_whole_reserves_no_more_tokens_when_it_is_kept(ledger, holds_whole, tokens):
+    keeping = Tasks().spawn("keep", lease(ledger, plan(holds_whole=holds_whole)).renew_deadline())
+    await turns()
+    await ledger.answer()
+    await keeping
+    assert ledger.tokens == [tokens]
+
+
 async def test_a_hold_that_is_gone_is_admitted_anew(ledger):
     held = lease(ledger)
     heard = []

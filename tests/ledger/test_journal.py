@@ -431,6 +431,20 @@ async def test_as_many_files_as_workers_may_be_and_no_more(path, monkeypatch):
     assert MAX_FILES == 256
 
 
+async def test_a_file_that_a_failing_disk_doesnt_empty_is_settled_all_the_same(open_journal, settlement, monkeypatch):
+    journal, book = open_journal(), Book()
+    await journal.append(settlement("h1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_truncate", _refuse)
+        assert (await journal.replay(book.settle), len(journal)) == (1, 0)
+    assert journal.close() == 0
+    assert [kept.hold_id for kept in open_journal()] == ["h1"]  # which is charged once
+
+
+def _refuse(_file):
+    raise OSError(5, "Input/output error")
+
+
 async def test_files_that_a_failing_disk_leaves_unread_are_left_to_another_worker(
     open_journal, path, settlement, full_disk
 ):

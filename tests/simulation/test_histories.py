@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from simulation.history import Answer, History, Request, describe, draw
+from simulation.history import Answer, Fault, History, KeyPlan, Request, WorkerEvent, describe, draw
 from simulation.shrink import shrunk
 from simulation.story import played
 
@@ -35,6 +35,33 @@ FOUND = {
     "a refusal's body was awaited past the deadline": Request(
         "q3", model="pair", stream=True, timeout_s=0.5, answers=(Answer(status=401, error="key", pause_s=6.0),)
     ),
+    "a hold that was kept reserved all tokens of a whole answer's bound": History(
+        1,
+        "found",
+        keys=(KeyPlan(tokens_per_minute=1000),),
+        steps=(
+            Request("q1", at_s=0.5, prompt_words=1, answers=(Answer(delay_s=9.0),)),
+            Request("q2", at_s=8.5, max_tokens=5, prompt_words=1),
+        ),
+    ),
+    "a worker whose disk failed at its start kept its predecessors' journals locked": History(
+        1,
+        "found",
+        workers=2,
+        steps=(
+            Fault(1.7, "disk_fails", for_s=10.0),
+            WorkerEvent(2.5, "drained", for_s=25.0),
+            WorkerEvent(3.8, "drained", worker=1),
+        ),
+    ),
+    "a client that left was read on for by an upstream that isn't drained": Request(
+        "q1",
+        model="drained-first",
+        reads="hangs_up",
+        stream=True,
+        after=200,
+        answers=(Answer(status=500, error="failed"), Answer(words=45, gap_s=0.2)),
+    ),
 }
 NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "0"))  # for new seeds: `make test` sets a minute
 
@@ -49,9 +76,10 @@ def test_fixed_seeds(seeds):
     assert [failure for seed in seeds for failure in failures(seed)] == []
 
 
-@pytest.mark.parametrize("request_", FOUND.values(), ids=FOUND.keys())
-def test_histories_that_found_a_fault(request_):
-    assert played(History(1, "found", steps=(request_,))).findings == []
+@pytest.mark.parametrize("found", FOUND.values(), ids=FOUND.keys())
+def test_histories_that_found_a_fault(found):
+    history = found if isinstance(found, History) else History(1, "found", steps=(found,))
+    assert played(history).findings == []
 
 
 @pytest.mark.skipif("CI" in os.environ or not NEW_S, reason="a submission is judged by the fixed seeds alone")
