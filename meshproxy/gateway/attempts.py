@@ -273,10 +273,17 @@ class Attempts:
         return response
 
     async def _in_time(self, exchange: Exchange, reading: Coroutine[None, None, Result]) -> Result:
-        """Read a body by the client's deadline, if it has one. Raises the client's GatewayError 504 after that."""
-        if exchange.deadline == math.inf or exchange.detachable:
+        """Read a body that is no stream by the client's deadline, if it has one.
+
+        Raises the client's GatewayError 504 after that, unless the `Detacher` does.
+        """
+        if exchange.deadline == math.inf:
             return await reading
-        return await within(exchange.deadline - self._clock(), reading)
+        exchange.reads_whole = True
+        try:
+            return await (reading if exchange.detachable else within(exchange.deadline - self._clock(), reading))
+        finally:
+            exchange.reads_whole = False
 
     async def _built(self, plan: Plan, candidate: Candidate) -> bytes:
         """Build a large body in a thread, so that streams go on; one at a time, to bound memory."""

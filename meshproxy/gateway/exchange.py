@@ -171,6 +171,7 @@ class Exchange:
     - `price`: the price that decided the cost.
     - `refused_numbers`: the numbers of the provider's report that can't be true.
     - `refused_by`: the bucket, budget or bound that refused the request.
+    - `reads_whole`: a body that is no stream is being read, by the deadline.
     - `response`: the last provider's response whose head has arrived.
     - `secrets`: our secrets that the current upstream knows.
     - `unlisted_model`: the model that the provider names as served, if it is none of those requested.
@@ -195,6 +196,7 @@ class Exchange:
     detached = False
     complete = False
     may_be_billed = False
+    reads_whole = False
     recording: "Recording | None" = None
     reservation: BodyReservation | None = None
     status = 0

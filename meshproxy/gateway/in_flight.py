@@ -80,7 +80,6 @@ class InFlight:
 
 MAX_DETACHED = 256  # in one worker; beyond that a hang-up cancels the request
 MAX_DETACHED_S = 120.0
-MULTIPLE_CHOICES = 300  # the lowest status that is neither informational nor a success (RFC 9110, section 15)
 
 T = TypeVar("T")
 
@@ -167,8 +166,8 @@ def _is_wanted(exchange: Exchange, draining: Collection[str]) -> bool:
 
 def _stream_begins(exchange: Exchange) -> bool:
     """Return whether a provider answers a request for a stream: a stream that has begun is not cut by its deadline."""
-    response, plan = exchange.response, exchange.plan
-    return response is not None and response.status < MULTIPLE_CHOICES and plan is not None and plan.request.stream
+    plan = exchange.plan
+    return exchange.response is not None and not exchange.reads_whole and plan is not None and plan.request.stream
 
 
 async def _error_as_value(work: Coroutine[Any, Any, T]) -> T | GatewayError:

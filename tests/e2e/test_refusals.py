@@ -495,14 +495,19 @@ async def test_a_shutdown_settles_what_is_drained(late):
         (b'HTTP/1.1 200 X\r\n\r\n{"id": ', True),
     ],
 )
-async def test_a_deadline_passes_while_a_body_is_awaited_that_is_no_stream(start_mesh, providers, head, stream):
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "once"}], ids=["", "keyed"])
+async def test_a_deadline_passes_while_a_body_is_awaited_that_is_no_stream(
+    start_mesh, providers, head, stream, headers
+):
     provider = await providers()
     provider.says, provider.ends = [head], "silence"
     upstream = {"kind": "openai", "base_url": provider.base_url}
     mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
     caller = await mesh.key()
     async with asyncio.timeout(5):
-        answer = await mesh.chat(caller, model="m", stream=stream, timeout=0.3)
+        answer = await mesh.chat(caller, model="m", stream=stream, timeout=0.3, headers=headers)
+    provider.close()
+    await mesh.quiet()
     assert (answer.status, answer.code, await mesh.spent(caller)) == (504, "gateway_timeout", 0)
 
 

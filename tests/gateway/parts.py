@@ -78,7 +78,7 @@ def exchange(of_plan: Plan | None = None) -> Exchange:
 
 
 class Renewals:
-    """A ledger that renews as it is told, when it is told. `asked`: the totals, in nano-USD, and `tokens`; `anew`: asks for another hold."""
+    """A ledger that renews when it is told. `asked`: the totals, in nano-USD, and `tokens`; `anew`: asks for another hold."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
