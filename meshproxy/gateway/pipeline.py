@@ -386,7 +386,7 @@ class Gateway:
             early_head.end(masked, request_id, recording and recording.client)
             return None
         exchange.status = error_response.status
-        return error_reply(masked, request_id, _limits_of(exchange) if headers is None else headers)
+        return error_reply(masked, request_id, _error_headers(exchange) if headers is None else headers)
 
 
 def _awaits_answer(exchange: Exchange) -> bool:
@@ -418,6 +418,9 @@ def _seen(body: bytes, plan: Plan) -> tuple[int, int]:
     return answer_tokens(body, audio_format(plan.request.fields))
 
 
-def _limits_of(exchange: Exchange) -> Headers:
-    """Return `x-ratelimit-*` as of admission, if the request was admitted."""
-    return limit_headers(exchange.lease.hold.buckets) if exchange.lease is not None else []
+def _error_headers(exchange: Exchange) -> Headers:
+    """Return `x-ratelimit-*` as of admission, if the request was admitted, and how many providers were asked, if any was."""
+    limits = limit_headers(exchange.lease.hold.buckets) if exchange.lease is not None else []
+    attempts = str(exchange.attempts)
+    asked = [("x-mesh-attempts", attempts), ("x-mesh-routing-attempts", attempts)] if exchange.attempts else []
+    return [*limits, *asked]
