@@ -161,7 +161,9 @@ def _charges_of(
     final = call.reported and not call.outdated
     if call.complete or final:
         yield whole
-    if (not call.shown_begun and not (call.is_true and call.reported)) or (call.ended == "cut" and not call.shown_sent):
+    hung_up = sight.ended == "left" and call.ended == "closed"  # the provider had the prompt
+    nothing_known = not call.shown_begun and not (call.is_true and call.reported) and not hung_up
+    if nothing_known or (call.ended == "cut" and not call.shown_sent):
         yield NOTHING
     if final and model.from_usage_cost:
         yield _cost(call, model.price, call.shown, call.shown, reported=True)

@@ -49,8 +49,8 @@ PLANTED: Final = [
     Planted(
         "a settlement adds no cost to the hour",
         LUA + "settle.lua",
-        "if cost ~= '0' then redis.call('HINCRBY'",
-        "if cost == '' then redis.call('HINCRBY'",
+        "  if cost ~= '0' then redis.call('HINCRBY', key, prefix .. 'cost', cost) end",
+        "",
     ),
     Planted(
         "a settlement is charged twice",
@@ -302,7 +302,7 @@ PLANTED: Final = [
     ),
     Planted("a revoked key is served for a minute", "ledger/directory.py", "\nTTL_S = ", "\nTTL_S = 60 + "),
     Planted("a reload keeps the old prices", "app/worker.py", "        self.gateway.active = new\n", ""),
-    Planted("Retry-After is rounded down", "openai/errors.py", "math.ceil", "math.floor"),
+    Planted("Retry-After is rounded down", "openai/errors.py", "max(1, math.ceil(", "max(1, math.floor("),
     Planted(
         "the cost that is told isn't the charge",
         "gateway/pipeline.py",
@@ -349,20 +349,14 @@ PLANTED: Final = [
     Planted(
         "a stream goes on past its [DONE]",
         "gateway/relay.py",
-        '        if self.outcome != "completed":\n            self._exchange.code = error_response.code',
-        "        if True:\n            self._exchange.code = error_response.code",
+        '        if refusal is not None and self.outcome != "completed":',
+        "        if refusal is not None:",
     ),
     Planted(
         "an assembled stream has its last report alone",
         "openai/events.py",
         "report = found.over(report)",
         "report = found",
-    ),
-    Planted(
-        "an error in a stream in a whole answer's place is a success",
-        "openai/events.py",
-        "        if error is not None:\n            return Whole(",
-        "        if error is not None and members is None:\n            return Whole(",
     ),
     Planted(
         "a client that half-closes is waited for",
