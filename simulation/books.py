@@ -8,6 +8,7 @@ from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS
 from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
 
+AT_ONCE_S: Final = 0.1
 LOST: Final = 74  # the exit code of a process that lost a settlement (docs/ledger.md)
 OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply"})
 
@@ -274,21 +275,38 @@ def losses_are_told(view: View) -> Iterator[str]:
 
 
 def full_journals_deny(view: View) -> Iterator[str]:
-    """Check that nothing is admitted without the store while its journal's disk refuses writes."""
+    """Check that nothing is admitted without the store whose settlement the journal has no room for, or its disk refuses."""
     if view.is_strict:
         return
+    yield from _admitted_without_room(view)
     for refused_at, process in view.record.unkept:
         disk = _during(view, refused_at, "disk_full", "disk_fails")
-        outage = _during(view, refused_at, "gone")
+        outage = _during(view, refused_at, "gone", "refused")
         if disk is None or outage is None:
             continue
         until = min(disk.end, outage.end) - RECOVERY_S
         number = int(process.partition("-")[2].partition(".")[0])
         for sight in view.record.sights:
             is_there = sight.worker % view.history.workers == number and not view.feels(sight, "killed", "drained")
-            is_within = sight.began_at > refused_at + LATENCY_S and sight.ended_at < until
+            is_within = sight.began_at > refused_at + AT_ONCE_S and sight.ended_at < until
             if is_there and is_within and sight.status == 200 and "idempotent-replayed" not in sight.headers:
                 yield f"{sight.request_id} was served, though {process} can keep no settlement"
+
+
+def _admitted_without_room(view: View) -> Iterator[str]:
+    """Find settlements that were lost of requests that were admitted without the store, where nothing else took the room."""
+    if any(trouble.what.startswith("disk") for trouble in view.record.troubles):
+        return
+    for loss in view.record.losses:
+        sight = next((sight for sight in view.record.sights if sight.request_id == loss.request_id), None)
+        outage = next(
+            (each for each in view.record.troubles if sight and each.start <= sight.began_at <= each.end), None
+        )
+        if not loss.unheld or sight is None or outage is None:
+            continue
+        before = [other for other in view.record.sights if other.began_at <= outage.start <= other.ended_at + LATENCY_S]
+        if not before:
+            yield f"{loss.request_id} was admitted, and {loss.process} had no room for its settlement"
 
 
 def _during(view: View, at: float, *whats: str) -> Trouble | None:

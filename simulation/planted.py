@@ -373,8 +373,8 @@ PLANTED: Final = [
     Planted(
         "a refusal's body is awaited past the deadline",
         "gateway/attempts.py",
-        "        if exchange.deadline == math.inf or exchange.detachable:\n",
-        "        if True:\n",
+        "        if exchange.deadline == math.inf:\n            return await reading",
+        "        if True:\n            return await reading",
     ),
     Planted(
         "the end of a body begins a head on aiohttp's server",

@@ -409,6 +409,12 @@ def admitted_with_a_full_journal(case):
     case.record.unkept = [(7.0, "gateway-0")]
 
 
+def admitted_without_room(case):
+    case.record.history = replace(case.record.history, local=True, journal_bytes=1_500)
+    case.record.troubles = [Trouble("gone", 9.5, 40.0)]
+    case.record.losses = [Loss("gateway-0", "id-q0", "h1", COST, unheld=True)]
+
+
 def spent_beyond_the_allowance(case):
     case.record.history = replace(case.record.history, local=True)
     costs = [settled(hold_id=f"h{at}", hold="none", cost_nusd=9_000_000, held_nusd=0) for at in range(4)]
@@ -488,6 +494,7 @@ BREAKS = [
     (loss_not_told, "losses_are_told"),
     (false_exit, "losses_are_told"),
     (admitted_with_a_full_journal, "full_journals_deny"),
+    (admitted_without_room, "full_journals_deny"),
     (spent_beyond_the_allowance, "credit_is_not_overdrawn"),
     (hang_up_unnoticed, "hang_ups_are_noticed"),
     (left_behind, "nothing_is_left"),
