@@ -12,7 +12,6 @@ MAX_RESET_S: Final = 31_536_000.0
 
 # The client's headers that go to a provider: OpenRouter's attribution, W3C trace context, OpenAI's beta switches.
 FORWARDED: Final = ("http-referer", "x-title", "traceparent", "tracestate", "openai-beta")
-_FORWARDED: Final = frozenset(FORWARDED)
 
 # The provider's headers that go to a client. An allow-list, since providers may send any header (alt-svc,
 # clear-site-data, ...). Hop-by-hop headers, cookies, request ids, rate limits and organisations are not on it.
@@ -132,15 +131,8 @@ def format_reset(seconds: float) -> str:
 
 
 def forwarded_headers(headers: Mapping[str, str]) -> Headers:
-    """Return the client's headers that a provider may see. `headers` has lower-case names."""
-    found: Headers = []
-    if _FORWARDED.isdisjoint(headers):
-        return found
-    for name in FORWARDED:
-        value = headers.get(name)
-        if value is not None and _is_plain(value):
-            found.append((name, value))
-    return found
+    """Return the client's headers that a provider may see. `headers` finds them by lower-case names."""
+    return [(name, headers[name]) for name in FORWARDED if name in headers and _is_plain(headers[name])]
 
 
 def upstream_request_id(headers: Iterable[tuple[str, str]]) -> str | None:

@@ -3,12 +3,13 @@
 import asyncio
 import json
 
+import msgspec
 import openai
 import pytest
 
 from meshproxy.policy.principal import Limits
 from meshproxy.units import format_usd
-from tests.harness.clients import HELLO
+from tests.harness.clients import CHAT, HELLO
 from tests.harness.mesh import model
 
 REPORTED_NUSD = 6 * 2_500 + 8 * 10_000
@@ -184,6 +185,61 @@ async def test_nothing_of_the_client_leaks_to_the_provider(mesh):
     assert allowed | {"x-title", "http-referer", "traceparent"} == sent.keys()
     assert caller.secret not in str(sent)
     assert sent["user-agent"].startswith("meshproxy/")
+
+
+SPELLINGS = {"lower": str.lower, "usual": str, "upper": str.upper}
+FORWARDED = {
+    "HTTP-Referer": "https://app.example",
+    "X-Title": "An app",
+    "Traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "Tracestate": "a=b",
+    "OpenAI-Beta": "assistants=v2",
+}
+
+
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("name", FORWARDED)
+async def test_a_header_for_the_provider_is_passed_on_in_any_spelling(mesh, spell, name):
+    caller = await mesh.key()
+    await mesh.chat(caller, model="sim/plain", headers={spell(name): FORWARDED[name]})
+    (entry,) = mesh.received
+    assert {name.lower(): value for name, value in entry.headers}.get(name.lower()) == FORWARDED[name]
+
+
+READ_HEADERS = [  # name, value, and what comes back: the status, and a header of the answer
+    ("X-Request-ID", "mine", 200, ("x-request-id", "mine")),
+    ("Origin", "https://app.example", 200, ("access-control-allow-origin", "https://app.example")),
+    ("X-Mesh-Version", "1999-01", 400, ("content-type", "application/json")),
+    ("Content-Encoding", "gzip", 415, ("content-type", "application/json")),
+    ("Content-Type", "text/plain", 415, ("content-type", "application/json")),
+    ("Idempotency-Key", "k" * 1000, 422, ("content-type", "application/json")),
+    ("X-Forwarded-For", "203.0.113.9", 403, ("content-type", "application/json")),
+    ("Forwarded", "for=203.0.113.9", 403, ("content-type", "application/json")),
+    ("X-Stainless-Read-Timeout", "0.000001", 504, ("content-type", "application/json")),
+    ("Connection", "close", 200, ("connection", "close")),
+]
+
+
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("name, value, status, expected", READ_HEADERS, ids=[name for name, *_ in READ_HEADERS])
+async def test_a_header_is_read_in_any_spelling(start_mesh, spell, name, value, status, expected):
+    proxies = {"trusted_proxies": ["127.0.0.1"], "allowed_clients": ["127.0.0.1"]}
+    mesh = await start_mesh(server={"cors_origins": ["https://app.example"], **proxies})
+    caller = await mesh.key()
+    body = msgspec.json.encode({"model": "sim/plain", "messages": HELLO})
+    headers = {"Content-Type": "application/json", "Authorization": caller.auth["authorization"], name: value}
+    answer = await mesh.request(
+        "POST", CHAT, data=body, headers={spell(header): text for header, text in headers.items()}
+    )
+    assert (answer.status, answer.headers[expected[0]]) == (status, expected[1])
+
+
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
+async def test_a_mesh_sdk_is_known_in_any_spelling(mesh, spell):
+    caller = await mesh.key()
+    body = {"model": "sim/plain", "messages": HELLO, "stream": True}
+    answer = await mesh.post(caller, body, headers={spell("X-MeshAPI-SDK"): "python/1"})
+    assert "usage" in answer.events[-2]
 
 
 @pytest.mark.parametrize("stream", [False, True])
