@@ -8,7 +8,7 @@ import pytest
 from meshproxy.config import Settings, parse
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -54,3 +54,30 @@ def test_every_event_of_the_log_is_documented():
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md")
     assert {event for event in events if f"`{event}`" not in pages} == set()
     assert "journal_in_memory" in events
+
+
+BASE = {"config", "errors", "units"}  # one box of the drawing
+
+
+def test_the_drawing_of_the_layers_is_what_they_import():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = set(re.findall(r"^ +(\w+)(?:\[.*?\])? --> (\w+)", page.split("```")[1], re.MULTILINE))
+    imported = _imports_between_packages()
+    assert drawn - imported == set()
+    assert imported - _implied(drawn) == set()
+
+
+def _imports_between_packages() -> set[tuple[str, str]]:
+    pairs = set()
+    for path in (ROOT / "meshproxy").glob("*/*.py"):
+        source = path.parent.name
+        for found in re.findall(r"^ *(?:from|import) meshproxy\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            pairs.add(("base" if source in BASE else source, "base" if found in BASE else found))
+    return {(source, target) for source, target in pairs if source != target}
+
+
+def _implied(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The pairs that a path of arrows connects."""
+    while more := {(a, d) for a, b in arrows for c, d in arrows if b == c} - arrows:
+        arrows = arrows | more
+    return arrows

@@ -1,12 +1,17 @@
+from pathlib import Path
+
 import pytest
 import structlog
+from msgspec.structs import replace
 
 from meshproxy.config import Model, Route, Settings, Upstream
+from meshproxy.errors import Phase, UpstreamError, upstream_error
 from meshproxy.gateway.record import MAX_REFUSED, REFUSED_S, Recorder, Refusals
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.usage import RefusedNumber, Usage
 from meshproxy.telemetry.exposition import decode, render
 from meshproxy.telemetry.metrics import MAX_PENDING, Metrics
+from meshproxy.upstream.response import Response
 from tests.gateway.parts import Renewals, exchange, lease, plan, principal
 
 SETTINGS = Settings(
@@ -107,6 +112,59 @@ async def test_the_log_line(recorded):
     }
     (line,) = recorded.log.lines
     assert {name: line[name] for name in expected} == expected
+
+
+# The tables of docs/operations.md.
+
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+TYPES = {"string": str, "integer": int, "number": float, "boolean": bool}
+OF_EVERY_LINE = {"timestamp", "level", "event", "logger"}
+
+
+def documented(heading):
+    """The fields that a table documents: whether each may be null, and its type."""
+    section = OPERATIONS.read_text(encoding="utf-8").split(f"### {heading}\n")[1].split("\n## ")[0].split("\n### ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return {
+        name.strip(" `"): (null != "never", TYPES[kind.split(",")[0].split(" ")[0]])
+        for names, kind, null, _ in rows
+        for name in names.split(",")
+    }
+
+
+def assert_documented(heading, lines):
+    fields = documented(heading)
+    for line in lines:
+        assert [*line] == [name for name in fields if name not in OF_EVERY_LINE]
+    shown = {name: {None if line[name] is None else type(line[name]) for line in lines} for name in lines[0]}
+    may_be_null, kinds = ({name: fields[name][at] for name in shown} for at in (0, 1))
+    assert {name: None in values for name, values in shown.items()} == may_be_null
+    assert {name: values - {None} for name, values in shown.items()} == {name: {kinds[name]} for name in shown}
+
+
+async def test_every_field_of_the_log_line_is_documented(recorded):
+    whole, anonymous = finished(), exchange()
+    whole.call = replace(whole.call, client="192.0.2.1", trace_id="0" * 32)
+    whole.response = Response(200, [("x-request-id", "req_up")], None, 1)
+    whole.refused_by, whole.code = "credit", "insufficient_credits"
+    anonymous.plan = anonymous.candidate = None
+    anonymous.model = ""
+    for made in (whole, anonymous):
+        recorded.recorder.begin(made)
+        recorded.recorder.end(made)
+    assert_documented("The fields of a request's line", recorded.log.lines)
+
+
+async def test_every_field_of_a_failed_attempt_is_documented(recorded):
+    answered, silent = finished(), finished()
+    answered.response = Response(500, [("x-request-id", "req_up")], None, 1)
+    error = upstream_error("The provider failed.", may_have_run=False)
+    with structlog.testing.capture_logs() as lines:
+        for made, message in ((answered, "Out of order."), (silent, None)):
+            failure = UpstreamError(error, safe_to_repeat=True, phase=Phase.HEAD, provider_message=message)
+            recorded.recorder.attempt_failed(made, made.candidate, failure)
+    fields = [{name: value for name, value in line.items() if name not in {"event", "log_level"}} for line in lines]
+    assert_documented("The fields of `attempt_failed`", fields)
 
 
 async def test_what_was_refused_of_a_report(recorded):
