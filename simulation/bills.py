@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from simulation.client import Sight
 from simulation.history import STORE_TIMEOUT_S, Model, Price, Request
 from simulation.provider import Call, prompt_tokens
-from simulation.record import LATENCY_S, View
+from simulation.record import LATENCY_S, RECOVERY_S, View
 
 FEWEST, MOST = 0.7, 1.5  # of the true tokens, what an estimate may be
 FEW, MANY = 4, 8  # tokens that an estimate of a short text may be off
@@ -124,18 +124,18 @@ def _prices(call: Call, model: Model, request: Request) -> set[Price]:
 
 def died_unsettled(view: View, sight: Sight) -> bool:
     """Whether a process was killed that neither the store nor its disk had taken the settlement from."""
-    killed = [trouble for trouble in view.record.troubles if trouble.what == "killed"]
+    killed = [trouble for trouble in view.record.troubles if trouble.what == "killed" and trouble.end >= sight.began_at]
     others = [trouble for trouble in view.record.troubles if trouble.what not in {"killed", "drained"}]
-    return any(
-        other.start <= death.start
-        and sight.began_at <= death.end
-        and (
-            (other.what.startswith("disk") and other.end >= sight.ended_at)
-            or death.start <= sight.ended_at + 2 * STORE_TIMEOUT_S + LATENCY_S
-        )
-        for death in killed
-        for other in others
-    )
+    for death in killed:
+        for other in others:
+            if other.start > death.start:
+                continue
+            mended_at = other.end - RECOVERY_S + LATENCY_S * 2  # when the disk has taken what it had refused
+            if other.what.startswith("disk") and max(sight.ended_at, death.start) <= mended_at:
+                return True
+            if death.start <= sight.ended_at + 2 * STORE_TIMEOUT_S + LATENCY_S:
+                return True
+    return False
 
 
 def _charges_of(

@@ -287,7 +287,7 @@ def full_journals_deny(view: View) -> Iterator[str]:
         until = min(disk.end, outage.end) - RECOVERY_S
         number = int(process.partition("-")[2].partition(".")[0])
         for sight in view.record.sights:
-            is_there = sight.worker % view.history.workers == number and not view.feels(sight, "killed", "drained")
+            is_there = sight.worker % view.history.workers == number and not _restarted(view, refused_at, sight)
             is_within = sight.began_at > refused_at + AT_ONCE_S and sight.ended_at < until
             if is_there and is_within and sight.status == 200 and "idempotent-replayed" not in sight.headers:
                 yield f"{sight.request_id} was served, though {process} can keep no settlement"
@@ -307,6 +307,12 @@ def _admitted_without_room(view: View) -> Iterator[str]:
         before = [other for other in view.record.sights if other.began_at <= outage.start <= other.ended_at + LATENCY_S]
         if not before:
             yield f"{loss.request_id} was admitted, and {loss.process} had no room for its settlement"
+
+
+def _restarted(view: View, since: float, sight: Sight) -> bool:
+    """Whether a process may have ended between a time and a request: its successor learns of the disk anew."""
+    ends = (trouble.start for trouble in view.record.troubles if trouble.what in {"killed", "drained"})
+    return any(since - RECOVERY_S <= start <= sight.ended_at for start in ends)
 
 
 def _during(view: View, at: float, *whats: str) -> Trouble | None:
