@@ -49,21 +49,15 @@ class ErrorResponse(Struct, frozen=True):
     @property
     def type(self) -> str:
         """OpenAI's name for the kind of error, which their SDKs show beside the code."""
-        return _TYPES.get(self.status, "api_error")
+        return _TYPE_BY_STATUS.get(self.status) or ("api_error" if self.status >= 500 else "invalid_request_error")
 
 
-_TYPES = {
-    400: "invalid_request_error",
+_TYPE_BY_STATUS = {  # besides `invalid_request_error` for the others below 500, and `api_error` from 500 on
     401: "authentication_error",
     402: "insufficient_quota",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    408: "invalid_request_error",
     409: "conflict_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    422: "invalid_request_error",
     429: "rate_limit_error",
 }
 
@@ -82,7 +76,6 @@ class Phase(StrEnum):
 
     CONNECT = "connect"
     TLS = "tls"
-    WRITE = "write"
     HEAD = "head"
     BODY = "body"
 
@@ -170,6 +163,11 @@ def invalid_api_version(version: str, known: Sequence[str]) -> ErrorResponse:
 def request_timeout(message: str) -> ErrorResponse:
     """Build 408: the client took too long to send its request."""
     return ErrorResponse(408, "request_timeout", message)
+
+
+def conflict(message: str) -> ErrorResponse:
+    """Build 409: a middleware of the program around `create_app` says that the request contradicts another."""
+    return ErrorResponse(409, "conflict", message)
 
 
 def idempotency_conflict() -> ErrorResponse:

@@ -18,6 +18,7 @@ FAMILY = [
     (errors.method_not_allowed("m"), 405, "method_not_allowed", "invalid_request_error", None, None, False),
     (errors.invalid_api_version("v", ["w"]), 400, "invalid_api_version", "invalid_request_error", None, None, False),
     (errors.request_timeout("m"), 408, "request_timeout", "invalid_request_error", None, None, False),
+    (errors.conflict("m"), 409, "conflict", "conflict_error", None, None, False),
     (errors.idempotency_conflict(), 409, "idempotency_conflict", "conflict_error", None, None, False),
     (errors.request_too_large(9), 413, "request_too_large", "invalid_request_error", None, None, False),
     (errors.unsupported_media_type("m"), 415, "unsupported_media_type", "invalid_request_error", None, None, False),
@@ -83,5 +84,6 @@ def test_an_upstream_fault_says_whether_another_may_be_asked(safe):
     assert (fault.source, fault.response, fault.safe_to_repeat) == (Source.UPSTREAM, response, safe)
 
 
-def test_an_unlisted_status_has_a_type_too():
-    assert ErrorResponse(418, "teapot", "m").type == "api_error"
+@pytest.mark.parametrize("status", [400, 405, 408, 413, 414, 415, 418, 422, 431])
+def test_an_unlisted_status_below_500_is_a_fault_of_the_request(status):
+    assert ErrorResponse(status, "c", "m").type == "invalid_request_error"

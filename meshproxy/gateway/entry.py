@@ -137,7 +137,7 @@ class BodyReservation:
     async def take(self, size: int) -> None:
         """Reserve memory for a body of `size` bytes, and wait for it.
 
-        Raises GatewayError `overloaded` after ROOM_WAIT_S.
+        Raises GatewayError `overloaded` after MEMORY_WAIT_S.
         """
         if size > max(self.size, SMALL_BYTES):
             await self._bodies.take(self, size)

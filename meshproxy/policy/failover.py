@@ -215,7 +215,7 @@ def error_to_report(errors: Sequence[UpstreamError]) -> UpstreamError:
 
 
 def wait_of(retry_after: str | None, retry_after_ms: str | None = None, now: float = 0.0) -> float | None:
-    """Return the seconds that a provider asks to wait, at most MAX_WAIT_S; None if it gives none.
+    """Return the seconds that an answer asks to wait, at most MAX_WAIT_S; None if it gives none.
 
     `now` is Unix time, for a date (RFC 9110, section 10.2.3); a date in the past means no wait.
     """

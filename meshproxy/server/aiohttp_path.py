@@ -6,6 +6,7 @@ closed if a head takes too long, or if it has one of the last descriptors.
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NamedTuple, cast
@@ -31,13 +32,23 @@ from meshproxy.errors import Source as FaultSource
 from meshproxy.http1.message import MAX_FIELDS, MAX_HEAD_BYTES
 from meshproxy.openai.errors import envelope, error_headers
 from meshproxy.openai.request import CHAT_PATH
+from meshproxy.policy.failover import wait_of
 from meshproxy.server.chat import final_error_response, request_id_of
 from meshproxy.server.client_address import Source
 
 MAX_COMPARED_CHARS = 128  # of an unknown path
 MIN_SIMILARITY = 0.8  # of the path that a 404 suggests: `/v1/messages` is 0.76 like `/v1/usage`
 PATHS = web.AppKey("paths", tuple[str, ...])  # paths that a 404 may suggest
-_CODES = {401: "unauthorized", 403: "forbidden"}  # what a middleware of create_app() may raise
+_CODES = {  # of the refusals that a middleware of create_app() may raise
+    401: "unauthorized",
+    402: "insufficient_credits",
+    403: "forbidden",
+    408: "request_timeout",
+    409: "conflict",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+}
+_OF_BODY = frozenset({"content-encoding", "content-language", "content-length", "content-type"})
 
 _log = structlog.get_logger("meshproxy.server")
 
@@ -53,7 +64,8 @@ def error_response(error: ErrorResponse, request_id: str) -> web.Response:
 
 
 def from_http_exception(error: web.HTTPException, request: web.BaseRequest) -> ErrorResponse:
-    """Convert an error of aiohttp or of a middleware to an error response."""
+    """Convert an error of aiohttp or of a middleware to an error response. Its Retry-After becomes `retry_after_s`."""
+    wait_s = wait_of(error.headers.get("retry-after"), error.headers.get("retry-after-ms"), time.time())
     if error.status == 404:
         return not_found(f"There is nothing at {request.path[:256]}.{_suggestion(request)}")
     if error.status == 405:
@@ -62,8 +74,9 @@ def from_http_exception(error: web.HTTPException, request: web.BaseRequest) -> E
     if error.status == 413:
         return request_too_large(request.client_max_size)
     if error.status >= 500:
-        return internal_error() if error.status == 500 else overloaded(error.reason)
-    return ErrorResponse(error.status, _CODES.get(error.status, "validation_error"), error.reason)
+        return internal_error() if error.status == 500 else overloaded(error.reason, 1.0 if wait_s is None else wait_s)
+    code = _CODES.get(error.status, "validation_error")
+    return ErrorResponse(error.status, code, error.reason, retry_after_s=wait_s)
 
 
 def _suggestion(request: web.BaseRequest) -> str:
@@ -80,17 +93,23 @@ def _suggestion(request: web.BaseRequest) -> str:
 
 @web.middleware
 async def envelope_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer whatever a handler raises in the envelope."""
+    """Answer whatever a handler raises in the envelope, but a redirect and what else is no error as it is.
+
+    An error keeps the headers that it was raised with, except those of its body and those that the envelope sets.
+    """
     request_id = request_id_of(request)
     try:
         response = await handler(request)
     except GatewayError as fault:
         return error_response(fault.response, request_id)
     except web.HTTPException as error:
-        response = error_response(from_http_exception(error, request), request_id)
-        if "allow" in error.headers:
-            response.headers["allow"] = error.headers["allow"]
-        return response
+        if error.status < 400:
+            response = web.Response(status=error.status, reason=error.reason, text=error.text, headers=error.headers)
+            response.cookies.update(error.cookies)
+        else:
+            response = error_response(from_http_exception(error, request), request_id)
+            ours = {*_OF_BODY, *map(str.lower, response.headers)}
+            response.headers.extend([header for header in error.headers.items() if header[0].lower() not in ours])
     except web.RequestPayloadError:
         return error_response(invalid("The request's body is malformed."), request_id)
     except ValueError as error:

@@ -12,6 +12,7 @@ import openai
 import pytest
 from msgspec.structs import replace
 
+from meshproxy.errors import ErrorResponse
 from meshproxy.policy.principal import Budgets, Key, Limits
 from tests.harness.books import Caller
 from tests.harness.clients import HELLO
@@ -461,8 +462,17 @@ async def test_a_key_that_is_sent_wrongly_is_told_how(mesh, authorization):
     assert (answer.status, "not a key of this gateway" in answer.error["message"]) == (401, False)
 
 
+def documented_codes():
+    return re.findall(r"^\| (\d{3}) \| `(\w+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+
+
+def test_every_documented_error_has_its_sides_type():
+    ours = {status for status, code in documented_codes() if ErrorResponse(int(status), code, "m").type == "api_error"}
+    assert ours == {status for status, _ in documented_codes() if status >= "500"}
+
+
 def test_every_code_is_documented_and_no_other():
-    documented = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+    documented = documented_codes()
     source = "".join(path.read_text() for path in (ROOT / "meshproxy").rglob("*.py"))
     told = re.findall(r'(?:ErrorResponse|client_error)\(\s*(?:#.*\s*)?(\d{3}|status),\s*"(\w+)"', source)
     assert len(documented) == len(set(documented))

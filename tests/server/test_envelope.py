@@ -16,10 +16,18 @@ RAISED = {
     "gone": web.HTTPNotFound(),
     "large": web.HTTPRequestEntityTooLarge(10, 11),
     "odd": web.HTTPUnsupportedMediaType(),
+    "unpaid": web.HTTPPaymentRequired(),
+    "late": web.HTTPRequestTimeout(),
+    "conflict": web.HTTPConflict(),
+    "often": web.HTTPTooManyRequests(headers={"Retry-After": "7", "X-Quota": "of the host"}),
+    "full": web.HTTPServiceUnavailable(headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+    "login": web.HTTPUnauthorized(headers={"WWW-Authenticate": "Basic", "Content-Language": "de"}),
+    "moved": web.HTTPFound("/elsewhere"),
     "broken": web.HTTPInternalServerError(),
     "unavailable": web.HTTPServiceUnavailable(),
     "value": ValueError("Odd."),
 }
+RAISED["moved"].set_cookie("seen", "yes")
 
 
 async def fail(request):
@@ -45,7 +53,11 @@ async def client(aiohttp_client):
         ("/fail/gone", 404, "not_found"),
         ("/nowhere", 404, "not_found"),
         ("/fail/large", 413, "request_too_large"),
-        ("/fail/odd", 415, "validation_error"),
+        ("/fail/odd", 415, "unsupported_media_type"),
+        ("/fail/unpaid", 402, "insufficient_credits"),
+        ("/fail/late", 408, "request_timeout"),
+        ("/fail/conflict", 409, "conflict"),
+        ("/fail/often", 429, "rate_limit_exceeded"),
         ("/fail/broken", 500, "internal_error"),
         ("/fail/unavailable", 503, "overloaded"),
         ("/fail/value", 422, "validation_error"),
@@ -60,6 +72,26 @@ async def test_whatever_is_raised(client, path, status, code):
             response.headers["x-request-id"],
         ) == (status, "application/json", "mine")
     assert (told["error"]["code"], told["error"]["request_id"], told["request_id"]) == (code, "mine", "mine")
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("/fail/often", {"retry-after": "7", "retry-after-ms": "7000", "x-quota": "of the host"}),
+        ("/fail/full", {"retry-after": "1", "retry-after-ms": "0"}),
+        ("/fail/unavailable", {"retry-after": "1", "retry-after-ms": "1000"}),
+        ("/fail/login", {"www-authenticate": "Bearer", "content-language": None, "content-type": "application/json"}),
+    ],
+)
+async def test_an_error_keeps_its_own_headers(client, path, expected):
+    async with client.get(path) as response:
+        assert {name: response.headers.get(name) for name in expected} == expected
+
+
+async def test_a_redirect_is_passed_on(client):
+    async with client.get("/fail/moved", headers={"x-request-id": "mine"}, allow_redirects=False) as response:
+        told = [response.headers.get(name) for name in ("location", "content-type", "x-request-id", "set-cookie")]
+        assert (response.status, told) == (302, ["/elsewhere", "text/plain; charset=utf-8", "mine", "seen=yes; Path=/"])
 
 
 async def test_a_method_that_is_not_allowed_is_told_which_are(client):
