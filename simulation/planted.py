@@ -518,8 +518,8 @@ def planted_tree(planted: Planted, home: Path) -> Path:
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     path = home / "meshproxy" / planted.path
     text = path.read_text()
-    if text.count(planted.old) < 1:
-        raise ValueError(f"{planted.path} has no {planted.old!r}")
+    if text.count(planted.old) != 1:
+        raise ValueError(f"{planted.path} has {planted.old!r} {text.count(planted.old)} times")
     path.write_text(text.replace(planted.old, planted.new))
     return home
 

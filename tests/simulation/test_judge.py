@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from simulation.client import Sight
 from simulation.history import MODELS, Answer, History, KeyPlan, Request, rendered
 from simulation.judge import RULES, judge
+from simulation.planted import PLANTED, ROOT
 from simulation.provider import Bill, Call
 from simulation.record import Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
 
@@ -515,6 +516,11 @@ def test_what_breaks_a_promise_is_found(change, rule, request_):
 
 def test_each_rule_has_such_a_case():
     assert {rule.__name__ for rule in RULES} == {rule for _, rule, *_ in BREAKS}
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
+def test_each_planted_fault_has_one_place(planted):
+    assert (ROOT / "meshproxy" / planted.path).read_text().count(planted.old) == 1
 
 
 def test_a_killed_worker_excuses_a_charge_that_is_missing():
