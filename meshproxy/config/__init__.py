@@ -1,6 +1,6 @@
 """The typed settings, and how they are decoded from TOML text.
 
-The room is pure: the caller passes in the text, the environment and a function that reads secret files, so a
+The package is pure: the caller passes in the text, the environment and a function that reads secret files, so a
 configuration can be checked anywhere. All faults of a text are found at once, each with its path and, for an unknown
 key, the nearest known name.
 """

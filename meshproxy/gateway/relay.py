@@ -157,7 +157,7 @@ class Relay:
             self.stop(error_response)
 
     def _all_ended(self) -> bool:
-        """Return whether each choice that was asked for has ended, in a stream of which one has."""
+        """Return whether all `n` choices have a finish reason, given that one has."""
         return self._choices == 1 or self.scanner.ended_choices >= self._choices
 
     def fail(self, error: UpstreamError) -> None:

@@ -30,7 +30,7 @@ from meshproxy.policy.principal import Principal
 from meshproxy.policy.template import Template, measure, merge_params, render
 from meshproxy.policy.tokens import BYTES_PER_TOKEN, estimate_prompt, least_tokens, likely_tokens, middle_out, weigh
 
-PAUSE_S_PER_BYTE = 1e-9  # 33 ms for the largest body, one for a megabyte
+PAUSE_S_PER_BYTE = 1e-9  # 1 ms a megabyte: 33 ms for the largest body by default
 
 
 class Prompt:

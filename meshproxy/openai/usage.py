@@ -195,7 +195,7 @@ _NUMBERS: Final = Decoder(float_hook=Decimal)
 def find_report(members: Mapping[str, Raw]) -> Report | None:
     """Return the report in the members of a whole answer or an event; None if there is none.
 
-    It is `usage`, Groq's `x_groq.usage` or Moonshot's `choices[0].usage`.
+    It is `usage`, Groq's `x_groq.usage` or Moonshot's `usage` of a choice.
     """
     usage = _decoded(_NUMBERS, members["usage"]) if "usage" in members else None
     if not isinstance(usage, dict):

@@ -1,4 +1,4 @@
-"""A client's connection as long as it sends chat completions in the usual form, which nearly every client always does.
+"""A client's connection while it sends chat completions in the usual form, as nearly every client does.
 
 The first head of any other form (http1.message) hands the connection over, as it is, to aiohttp's protocol, which handles
 all of HTTP: nothing is refused here. Each request has a task, and none has a timer: the listener checks the deadlines
@@ -69,7 +69,7 @@ class Handler(Protocol):
 
 
 class State(IntEnum):
-    """What a connection is doing; see the charter. Looking up a number in a table calls no Python function."""
+    """What a connection is doing; see the module docstring. Looking up a number in a table calls no Python function."""
 
     IDLE = auto()
     HEAD = auto()

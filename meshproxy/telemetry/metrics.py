@@ -20,7 +20,7 @@ from meshproxy.telemetry import families
 from meshproxy.telemetry.exposition import collected, encode
 from meshproxy.telemetry.families import CLOSED, NONE, OTHER, Definition
 
-MAX_PENDING = 4096  # items of `Metrics.pending`: about 100 requests
+MAX_PENDING = 4096  # items of `Metrics.pending`: about 170 whole answers or 130 streams
 
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)  # W3C Trace Context, 3.2.2.3
 

@@ -40,7 +40,7 @@ class Timeouts(NamedTuple):
 
 
 class State(IntEnum):
-    """What a connection is doing; see the charter. Looking up a number in a table calls no Python function."""
+    """What a connection is doing; see the module docstring. Looking up a number in a table calls no Python function."""
 
     NEW = auto()
     IDLE = auto()

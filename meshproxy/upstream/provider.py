@@ -156,7 +156,7 @@ def _socket(info: tuple[Any, ...]) -> socket.socket:
 
 
 class Pool:
-    """Connections to one provider, see the charter. `dial` connects a connection or raises."""
+    """Connections to one provider; see the module docstring. `dial` connects a connection or raises."""
 
     def __init__(
         self, dial: Callable[[Connection], Awaitable[None]], timeouts: Timeouts, *, limit: int, wait_s: float

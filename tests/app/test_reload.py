@@ -1,5 +1,7 @@
 import gc
 import io
+import re
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -8,6 +10,7 @@ from meshproxy.app.load import Loaded
 from meshproxy.app.reload import RESTART_ONLY, Reloader, RunningConfig, without_restart_keys
 from meshproxy.app.worker_process import RunningWorker
 from meshproxy.config import ConfigError, Secrets, Settings, parse
+from meshproxy.config.settings import Server
 from meshproxy.server.listener import listen
 from meshproxy.telemetry.logs import LineSink
 
@@ -49,6 +52,26 @@ def test_a_certificate_may_move():
 def test_every_fixed_key_exists():
     settings = Settings()
     assert all(hasattr(getattr(settings, table), name) for table, names in RESTART_ONLY.items() for name in names)
+
+
+def test_the_docs_say_of_every_key_whether_a_reload_applies_it():
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    applies, restart = (
+        re.search(rf"^\| {row}.*$", page, re.MULTILINE).group() for row in ("applies", "needs a restart")
+    )
+    applied, fixed = (set(re.findall(r"`([\w.\[\]]+)`", row)) for row in (applies, restart))
+    server = set(Server.__struct_fields__)
+    assert fixed & server == set(RESTART_ONLY["server"])
+    assert applied & server == server - fixed
+    tables = {name for name in Settings.__struct_fields__ if name not in {"server", "upstreams", "models"}}
+    assert {name for name in tables if f"[{name}]" in fixed} == {
+        name for name in RESTART_ONLY.keys() & tables if {*RESTART_ONLY[name]} == {*field_names(name)}
+    }
+    assert {name for name in tables if f"[{name}]" in applied} == tables - RESTART_ONLY.keys()
+
+
+def field_names(table):
+    return getattr(Settings(), table).__struct_fields__
 
 
 STANDING = RunningConfig(parse("[redis]\nurl = 'unix:///embedded'"), Secrets({}), "/journal", 7)

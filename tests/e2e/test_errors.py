@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from meshproxy.errors import ErrorResponse
 from meshproxy.policy.principal import Budgets, Key, Limits
+from meshproxy.server import admin_api, api
 from tests.harness.books import Caller
 from tests.harness.clients import HELLO
 from tests.harness.mesh import Mesh, model
@@ -469,6 +470,14 @@ def documented_codes():
 def test_every_documented_error_has_its_sides_type():
     ours = {status for status, code in documented_codes() if ErrorResponse(int(status), code, "m").type == "api_error"}
     assert ours == {status for status, _ in documented_codes() if status >= "500"}
+
+
+def test_both_openapi_documents_list_the_documented_statuses():
+    clients, administration = (ROOT / "docs/errors.md").read_text().split("## Of the commands and the admin API")
+    statuses = {*map(int, re.findall(r"^\| (\d{3}) \| `", clients, re.MULTILINE))}
+    assert statuses == set(api.REFUSALS)
+    of_administration = {*map(int, re.findall(r"^\| (\d{3}) \| `", administration, re.MULTILINE))}
+    assert (of_administration - set(admin_api.REFUSALS), set(admin_api.REFUSALS) - statuses) == (set(), set())
 
 
 def test_every_code_is_documented_and_no_other():

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from meshproxy.openai.request import CHAT_PATH
+from meshproxy.server.api import ROUTES
 from meshproxy.telemetry.families import CLOSED, OWN, PROCESS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
@@ -37,6 +39,15 @@ def test_every_label_is_told():
     of_the_configuration = {"model", "upstream", "version", "account"}
     labels = {label for definition in OWN for label in definition.labels}
     assert of_the_configuration | (TWO.keys() & CLOSED.keys()) == labels
+
+
+def test_every_path_of_the_data_listener_is_a_route():
+    assert {CHAT_PATH, "/health", *(route.path.replace(":.+", "") for route in ROUTES)} == CLOSED["route"]
+
+
+def test_every_code_of_a_5xx_is_a_cause():
+    errors = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    assert set(re.findall(r"^\| 5\d\d \| `(\w+)`", errors, re.MULTILINE)) == CLOSED["cause"]
 
 
 @pytest.mark.parametrize("label", sorted(CLOSED))
