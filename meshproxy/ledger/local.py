@@ -23,18 +23,18 @@ MAX_ACCOUNTS = 65_536  # known to one worker while Redis is lost; further accoun
 BUCKETS_OF_AN_ACCOUNT = 16  # its own and those of some keys; more buckets count as further accounts
 PARALLEL_RETRY_S = 1.0
 BEAT_S = 5.0
-KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three heartbeats is no longer counted
-WORKERS = "mesh:workers"  # sorted set: worker id by its last heartbeat (Unix seconds, Redis's clock)
+KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three reports is no longer counted
+WORKERS = "mesh:workers"  # sorted set: worker id by its last report (Unix seconds, Redis's clock)
 LINE_BYTES = 2048  # bound on a settlement's line in the journal, without the session's name
 SESSION_BYTES = 6  # bound on one character of the session's name, as JSON
 
 
 class WorkerCount:
-    """The number of workers that share the Redis, counted by heartbeats.
+    """The number of workers that share the Redis, counted by their reports that they run.
 
     While Redis is lost, the last known number holds.
 
-    Heartbeats use Redis's TIME, so a host with a wrong clock is counted like the others and removes none of them.
+    Reports use Redis's TIME, so a host with a wrong clock is counted like the others and removes none of them.
     `at_least` is the number of workers on this host: the count is never lower.
     """
 
@@ -46,7 +46,7 @@ class WorkerCount:
         self._beat = Script.load("beat")
 
     async def beat(self) -> None:
-        """Send heartbeats, for the life of the worker."""
+        """Report that this worker runs, for its life."""
         while True:
             try:
                 count = await self._store.run(self._beat, [WORKERS], [self._worker, KEPT_MS])

@@ -33,11 +33,10 @@ COST: Final = b": x-mesh-cost=%b\n\n"  # a comment: clients ignore it unless the
 MAX_EVENT_BYTES: Final = 16_777_216  # the default of the upstream's settings: providers send images in events
 MAX_PLAIN_BYTES: Final = 16_384  # larger events take the slow path, so that the kept sample stays small
 MAX_UNCOUNTED_BYTES: Final = 4096  # of text
-FIRST_EVENTS: Final = 256  # added to the events seen when the share of lessons is computed
+FIRST_EVENTS: Final = 256  # added to the events seen when the share of events with a learned shape is computed
 MAX_ENDINGS: Final = 128  # events with a finish reason that are kept: one for each choice that a request may ask for
-EVENTS_PER_LESSON: Final = (
-    8  # learning costs about as much as decoding: a stream of changing shapes pays an eighth more
-)
+# Learning a shape costs about as much as decoding: a stream of changing shapes pays an eighth more.
+EVENTS_PER_SHAPE: Final = 8
 
 _LF: Final = 10
 _CR: Final = 13
@@ -80,7 +79,6 @@ class StreamScanner:
         "_flush_at",
         "_held",
         "_hide_usage",
-        "_lessons",
         "_max_event_bytes",
         "_messages",
         "_model",
@@ -90,6 +88,7 @@ class StreamScanner:
         "_plain",
         "_reported_at",
         "_sample",
+        "_shapes_learned",
         "_text",
         "_text_at",
         "audio_tokens",
@@ -132,7 +131,7 @@ class StreamScanner:
         self._pieces = 0  # pieces in `_text`
         self._flush_at = MAX_UNCOUNTED_BYTES  # the value of `most` at which the text is counted
         self._reported_at = -1  # `_counted` and uncounted bytes when the report came
-        self._lessons = 0
+        self._shapes_learned = 0
         self._learn(_NO_SHAPE)
 
     def feed(self, payload: bytes) -> bytes:
@@ -391,8 +390,8 @@ class StreamScanner:
             self.most = max(self.most, sum(map(len, output.messages)))
         if output.texts:
             self._add(b"".join([escaped(text) for text in output.texts]), output.pieces)
-            if self._lessons * EVENTS_PER_LESSON < self.events + FIRST_EVENTS and event.startswith(b"data: {"):
-                self._lessons += 1
+            if self._shapes_learned * EVENTS_PER_SHAPE < self.events + FIRST_EVENTS and event.startswith(b"data: {"):
+                self._shapes_learned += 1
                 shape = shape_of(event, output)
                 if shape is not None:
                     self._learn(shape)

@@ -1,8 +1,8 @@
--- Records a worker's heartbeat and counts the workers that share this Redis. The clock is Redis's TIME, so the clocks of the
+-- Records that a worker runs and counts the workers that share this Redis. The clock is Redis's TIME, so the clocks of the
 -- workers' hosts don't matter.
 --
--- KEYS   1 workers (sorted set: worker id by its last heartbeat, Unix seconds)
--- ARGV   1 worker id, 2 how long a worker counts after its last heartbeat (ms)
+-- KEYS   1 workers (sorted set: worker id by its last report, Unix seconds)
+-- ARGV   1 worker id, 2 how long a worker counts after its last report (ms)
 -- reply  how many workers there are, including this one
 
 -- include: clock
