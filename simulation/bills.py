@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from simulation.client import Sight
-from simulation.history import STORE_TIMEOUT_S, Model, Price, Request
+from simulation.history import STORE_TIMEOUT_S, Model, Price
 from simulation.provider import Call, prompt_tokens
 from simulation.record import LATENCY_S, RECOVERY_S, View
 
@@ -88,7 +88,7 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     seen = seen_tokens(sight)
     for call in calls:
         for model in view.models(sight, _model_of(view, sight, call)):
-            for price in _prices(call, model, request):
+            for price in _prices(call, model, sight):
                 priced = replace(model, price=price)
                 costs += _charges_of(view, sight, call, priced, seen, goes_on=goes_on, timed_out=timed_out)
     return costs
@@ -116,10 +116,11 @@ def ran_short(view: View, sight: Sight) -> bool:
     return bool(left) and min(left) < most
 
 
-def _prices(call: Call, model: Model, request: Request) -> set[Price]:
+def _prices(call: Call, model: Model, sight: Sight) -> set[Price]:
     """Return what tokens may cost: in the service tier that the report names, else in the requested one."""
-    named = model.price_in(call.tier, request.tier)
-    return {named} if call.reported and call.is_true else {named, model.price_in(request.tier)}
+    named, asked = model.price_in(call.tier, sight.request.tier), model.price_in(sight.request.tier)
+    has_read_it = sight.ended == "whole" and sight.status == 200 and not sight.error and call.reported and call.is_true
+    return {named} if has_read_it else {named, asked}
 
 
 def died_unsettled(view: View, sight: Sight) -> bool:
