@@ -10,7 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 NUSD_PER_USD = 1_000_000_000
-MAX_NUSD = 9_000_000 * NUSD_PER_USD  # below 2**53, so a Lua number holds any amount exactly
+# The largest integer that a Lua number in Redis, and every reader of JSON (RFC 8259, section 6), holds exactly.
+MAX_EXACT_INT = 2**53 - 1
+MAX_NUSD = 9_000_000 * NUSD_PER_USD  # below MAX_EXACT_INT
 
 _DECIMAL = re.compile(r"(-?)(\d{1,12})(?:\.(\d{1,9}))?", re.ASCII)
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from meshproxy import config
-from meshproxy.config.settings import MAX_INT
+from meshproxy.units import MAX_EXACT_INT
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.toml"
@@ -169,7 +169,7 @@ def _bounded(bare: Any, meta: Meta) -> str:
     if meta.description:
         return _cell(meta.description)
     low = f"≥ {meta.ge}" if meta.ge is not None else f"> {meta.gt}" if meta.gt is not None else ""
-    high = f"≤ {meta.le}" if meta.le not in {None, MAX_INT} else ""
+    high = f"≤ {meta.le}" if meta.le not in {None, MAX_EXACT_INT} else ""
     length = f"at most {meta.max_length}" if meta.max_length is not None else ""
     return " ".join([_type(bare), ", ".join(filter(None, (low, high, length)))]).strip()
 

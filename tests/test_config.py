@@ -84,7 +84,7 @@ def test_nothing_is_the_defaults():
         ("[limits]\nenforce = true", ["limits.enforce: unknown key, did you mean enforce_mid_stream?"]),
         (
             "[defaults]\nrequests_per_minute = 99999999999999999999",
-            ["defaults.requests_per_minute: expected int <= 9007199254740992"],
+            ["defaults.requests_per_minute: expected int <= 9007199254740991"],
         ),
         ("[defaults]\nmodel = 'a/b'", ["defaults.model: no model is named a/b"]),
         (

@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from meshproxy.cli.arguments import ACCOUNT, Operation, count, signed_usd
+from meshproxy.cli.arguments import ACCOUNT, Operation, count, signed_nusd
 from meshproxy.cli.command_line import StoreCommand, UsageError, add_family, argument
 from meshproxy.cli.keys import CLEAR, bounds_of, limit_flags
 from meshproxy.ledger.administration import MAX_NOTE, MAX_REF
@@ -121,7 +121,7 @@ def _limit(**options: Any) -> Any:
 
 AFTER = argument("--after", metavar="NAME", default="", help="only accounts whose name sorts after this one")
 YES = argument("--yes", action="store_true", help="required, because a deletion can't be undone")
-AMOUNT = argument("amount", metavar="AMOUNT", type=signed_usd, help="USD, such as 25.00; negative to take credit back")
+AMOUNT = argument("amount", metavar="AMOUNT", type=signed_nusd, help="USD, such as 25.00; negative to take credit back")
 REF = argument("--ref", help="an id of the payment or invoice; a repeated grant with the same ref changes nothing")
 NOTE = argument("--note", default="", help="a reason, shown in the history")
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from meshproxy.cli.command_line import CommandError, argument
 from meshproxy.config import ConfigError, Redis, SecretReader, Settings, resolved
-from meshproxy.units import parse_moment, parse_span, parse_usd
+from meshproxy.units import MAX_EXACT_INT, parse_moment, parse_span, parse_usd
 
 if TYPE_CHECKING:
     from meshproxy.ledger.administration import Administration
@@ -25,26 +25,25 @@ if TYPE_CHECKING:
 Parsed = TypeVar("Parsed")
 Operation = Callable[["Administration"], Awaitable[Any]]
 
-MAX_COUNT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 DAY_MIN = 1440  # refusals are counted for so many minutes
 
 
-def usd(text: str) -> int:
+def nusd(text: str) -> int:
     """Return the nano-USD of a decimal amount that is not negative."""
-    amount_nusd = signed_usd(text)
-    if amount_nusd < 0:
+    amount = signed_nusd(text)
+    if amount < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is negative")
-    return amount_nusd
+    return amount
 
 
-def signed_usd(text: str) -> int:
+def signed_nusd(text: str) -> int:
     """Return the nano-USD of a decimal amount."""
     return _checked(parse_usd, text.removeprefix("$"))
 
 
 def count(text: str) -> int:
     """Parse a whole number of at least 1."""
-    return _whole(text, 1, MAX_COUNT)
+    return _whole(text, 1, MAX_EXACT_INT)
 
 
 def minutes(text: str) -> int:

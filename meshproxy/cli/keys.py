@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from meshproxy.cli.arguments import Operation, account, count, future, moment, names, param, span, usd
+from meshproxy.cli.arguments import Operation, account, count, future, moment, names, nusd, param, span
 from meshproxy.cli.command_line import AddTo, StoreCommand, UsageError, add_family, argument, one_of, titled
 from meshproxy.policy.principal import MAX_REQUESTS_PER_DAY, Bounds, KeyChange, Limits, Status
 from meshproxy.policy.template import check_params
@@ -25,7 +25,7 @@ def daily(text: str) -> int:
 def limit_flags(whose: str, *, of_account: bool = False) -> AddTo:
     """Return the flags that `keys create|update|limits` and `accounts limits` share. `whose`: for the help."""
     numbers = partial(argument, metavar="N", type=count)
-    amounts = partial(argument, metavar="USD", type=usd)
+    amounts = partial(argument, metavar="USD", type=nusd)
     flags = (
         numbers("--requests-per-minute", help="sustained rate of requests"),
         numbers("--tokens-per-minute", help="sustained rate of tokens"),

@@ -113,7 +113,7 @@ API_PATHS = {
     "api.mistral.ai": "/v1",
     "api.groq.com": "/openai/v1",
 }
-MIN_SECRET_CHARS = 8
+MIN_SECRET_CHARS = 8  # shorter values are placeholders, such as local models take
 _SECRET_HEADER = re.compile(r"(?i)key|token|secret")
 ANY_NETWORK = frozenset({"0.0.0.0/0", "::/0"})
 
@@ -294,7 +294,10 @@ class ConfigError(Exception):
 
 
 class Decoded(Struct, frozen=True):
-    """A decoded TOML text: settings (None where a value is at fault), faults, warnings, and each key's line."""
+    """A decoded TOML text: settings, faults, warnings, and each key's line.
+
+    A value or a table at fault is None in `settings`, whatever its type says.
+    """
 
     settings: Settings
     faults: list[str]

@@ -31,7 +31,7 @@ class SecretReader:
         self._read_file = read_file
 
     def secrets(self, settings: Settings) -> Secrets:
-        """Read the API keys and the admin token."""
+        """Read the API keys and the admin token. Tables that are at fault are None in `settings`, see `Decoded`."""
         upstreams = {name: upstream for name, upstream in (settings.upstreams or {}).items() if upstream is not None}
         keys = {
             name: self._text(f"{under('upstreams', name)}.api_key", upstream.api_key)

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct, field
 
+from meshproxy.units import MAX_EXACT_INT
+
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
 MAX_LABEL = 63  # of a host's name; RFC 1035, section 2.3.4
 MAX_HOST = 253  # in text, of the 255 octets that RFC 1035, section 2.3.4, gives to a name on the wire
@@ -145,10 +147,9 @@ def redis_url_fault(url: str) -> str | None:
 
 # Service tiers at a model's ordinary price (OpenAI, Anthropic, Groq), and those that leave the choice to the provider.
 STANDARD_TIERS = frozenset({"auto", "default", "standard", "on_demand"})
-MAX_INT = 2**53  # the largest integer that a Lua number in Redis holds exactly
 
-Positive = Annotated[int, Meta(ge=1, le=MAX_INT)]
-Natural = Annotated[int, Meta(ge=0, le=MAX_INT)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_EXACT_INT)]
+Natural = Annotated[int, Meta(ge=0, le=MAX_EXACT_INT)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Duration = Annotated[float, Meta(ge=0.001, le=86400)]  # of a timer: a shorter one keeps a loop busy, or always fires
 Usd = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,9})?\Z", description='a decimal string in USD, as "2.50"')]

@@ -218,7 +218,7 @@ class Lease:
             self._renewing = True
             self.watermark = self.covered
             self._credit.tasks.spawn("renew", self._extend())
-        return tokens > self.covered < self._cap
+        return self.exhausted
 
     def _renew_at(self) -> int:
         """Return the output tokens at which to renew: half a slice before the covered end, or never if all is covered."""

@@ -19,7 +19,7 @@ from meshproxy.gateway.resolve import Plan
 from meshproxy.openai.errors import conceal_secrets, error_event, without_secrets
 from meshproxy.openai.event_stream import PING, StreamScanner
 from meshproxy.openai.events import FORM_BYTES, as_stream, begins_plainly, form_of
-from meshproxy.openai.usage import decode_reply
+from meshproxy.openai.usage import decode_answer
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal
 from meshproxy.policy.route_health import RetryBudget
@@ -147,7 +147,7 @@ def _raise_if_first(scanner: StreamScanner) -> None:
 
 Result = TypeVar("Result")
 
-PULSE_S = 1.0  # by which a ping may be late (see `InFlight`), with a margin
+PING_DELAY_S = 1.0  # at most, by which a ping may be late: twice in_flight.PULSE_S
 PROVIDER_PATH = "/chat/completions"  # behind an upstream's base_url
 ANSWERED = frozenset({200, 201, 202, 203})  # RFC 9110, section 15.3: those that have what was asked for, or may
 UPSTREAM_FAILED = frozenset({"upstream_error", "gateway_timeout"})
@@ -345,7 +345,9 @@ def answer_deadline(exchange: Exchange, plan: Plan, active: ActiveConfig) -> flo
     The client's timeout is one of silence (httpx's read timeout), so it doesn't bound a stream that gets pings in time.
     """
     call = exchange.call
-    gets_pings = plan.request.stream and active.settings.server.heartbeat_s + PULSE_S < call.deadline - call.received_at
+    gets_pings = (
+        plan.request.stream and active.settings.server.heartbeat_s + PING_DELAY_S < call.deadline - call.received_at
+    )
     return exchange.deadline if gets_pings else min(exchange.deadline, call.deadline)
 
 
@@ -360,9 +362,7 @@ async def within(
 ) -> Result:
     """Wait for an answer, or for its body, at most `left_s` seconds; None is for ever.
 
-    Raises the client's GatewayError 504 after that.
-
-    The client is its source, so that a short deadline of a client opens no breaker.
+    Raises the client's GatewayError 504 after that: a short deadline of a client opens no breaker.
     """
     try:
         async with asyncio.timeout(left_s):
@@ -389,9 +389,9 @@ def _is_labelled(response: Response) -> bool:
 async def _converted(response: Response) -> Response:
     """Convert a whole answer into the event stream that was requested."""
     body = await response.read()
-    reply = decode_reply(body)
-    if reply.error:
-        raise classify_error(reply.error, otherwise="The provider failed.")
+    answer = decode_answer(body)
+    if answer.error:
+        raise classify_error(answer.error, otherwise="The provider failed.")
     return Response.whole(200, response.headers, as_stream(body))
 
 

@@ -17,7 +17,6 @@ from meshproxy.errors import (
     UpstreamError,
     internal_error,
     overloaded,
-    upstream_error,
 )
 from meshproxy.gateway.admit import Admitter, Lease, limit_headers
 from meshproxy.gateway.attempts import Attempts, EarlyHead, answer_deadline, may_drain, within
@@ -57,8 +56,8 @@ from meshproxy.openai.events import FORM_BYTES, Whole, as_whole, form_of
 from meshproxy.openai.headers import downstream_headers
 from meshproxy.openai.output import answer_tokens, audio_format
 from meshproxy.openai.request import decode_timeout_s
-from meshproxy.openai.usage import decode_reply
-from meshproxy.policy.failover import classify_error, stream_error
+from meshproxy.openai.usage import decode_answer
+from meshproxy.policy.failover import classify_error, ended_early, stream_error
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
 from meshproxy.units import format_usd
@@ -293,15 +292,15 @@ class Gateway:
             if body[:1] != b"{" and form_of(body[:FORM_BYTES]) == "stream":
                 whole = _assembled(body)
                 body = whole.body
-            reply = decode_reply(body)
-            if reply.error:
-                raise classify_error(reply.error, otherwise="The provider failed.")
+            answer = decode_answer(body)
+            if answer.error:
+                raise classify_error(answer.error, otherwise="The provider failed.")
         except UpstreamError as error:
             exchange.record_failure(error)
             raise
         seen = partial(_seen, body, plan)
-        report, outdated = (reply.report, False) if whole is None else (whole.report, whole.is_outdated)
-        bill(exchange, report, reply.model, lambda: seen()[0], audio_output=lambda: seen()[1], outdated=outdated)
+        report, outdated = (answer.report, False) if whole is None else (whole.report, whole.is_outdated)
+        bill(exchange, report, answer.model, lambda: seen()[0], audio_output=lambda: seen()[1], outdated=outdated)
         exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True
@@ -400,8 +399,7 @@ def _assembled(stream: bytes) -> Whole:
     if whole.error is not None:
         raise stream_error(whole.error)
     if not whole.is_complete:
-        error_response = upstream_error("The provider ended the stream early.", may_have_run=True)
-        raise UpstreamError(error_response, safe_to_repeat=False, upstream_status=200)
+        raise ended_early()
     return whole
 
 

@@ -18,6 +18,7 @@ from msgspec import Struct
 from msgspec.structs import astuple
 
 from meshproxy.config import Upstream
+from meshproxy.config.settings import DEFAULT_PORTS
 from meshproxy.errors import Source, UpstreamError
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.ledger.records import Denial
@@ -92,7 +93,7 @@ class Spans:
             "meshproxy.model": candidate.model,
             "meshproxy.upstream": candidate.upstream,
             "server.address": url and url.hostname,
-            "server.port": url and (url.port or (443 if url.scheme == "https" else 80)),
+            "server.port": url and (url.port or DEFAULT_PORTS.get(url.scheme)),
         }
 
 
@@ -173,9 +174,8 @@ class Refusals:
         known = self._found.pop(pair) if pair in self._found else None
         refused, window = known or (Refused(*pair), Window(REFUSED_S))
         if len(self._found) >= MAX_REFUSED:
-            del self._found[
-                next(iter(self._found))
-            ]  # each refusal moves its pair to the end, so the first is the oldest
+            oldest = next(iter(self._found))  # each refusal moves its pair to the end
+            del self._found[oldest]
         self._found[pair] = refused, window
         window.add(self._clock(), marked=False)
         refused.request_id, refused.at = request_id, time.time()

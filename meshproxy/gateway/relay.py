@@ -11,14 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from meshproxy.errors import ErrorResponse, UpstreamError, insufficient_credits, upstream_error
+from meshproxy.errors import ErrorResponse, UpstreamError, insufficient_credits
 from meshproxy.gateway.admit import Lease
 from meshproxy.gateway.exchange import Downstream, Exchange, denial_response
 from meshproxy.gateway.settle import bill
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.errors import error_event
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
-from meshproxy.policy.failover import stream_error
+from meshproxy.policy.failover import ended_early, stream_error
 from meshproxy.units import format_usd
 from meshproxy.upstream.response import Response
 
@@ -152,9 +152,9 @@ class Relay:
             self._complete()
             self._finish()
         else:
-            error_response = upstream_error("The provider ended the stream early.", may_have_run=True)
-            self._exchange.record_failure(UpstreamError(error_response, safe_to_repeat=False, upstream_status=200))
-            self.stop(error_response)
+            error = ended_early()
+            self._exchange.record_failure(error)
+            self.stop(error.response)
 
     def _all_ended(self) -> bool:
         """Return whether all `n` choices have a finish reason, given that one has."""

@@ -353,11 +353,8 @@ def _counts_since(first: int, hour: int, flat: Sequence[bytes]) -> int:
 @lru_cache(MAX_KNOWN_LIMITS)
 def _rates(limits: Limits) -> tuple[str, ...]:
     """Return requests per minute, burst, tokens per minute, requests per day and parallel requests, for scripts."""
-    requests, tokens, burst = limits.requests_per_minute, limits.tokens_per_minute, limits.burst
-    daily, parallel = limits.requests_per_day, limits.max_parallel
-    if requests is None:
-        burst = None
-    return _texts(requests, requests if burst is None else burst, tokens, daily, parallel)
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    return _texts(requests, limits.request_bucket, tokens, limits.requests_per_day, limits.max_parallel)
 
 
 @lru_cache(MAX_KNOWN_LIMITS)

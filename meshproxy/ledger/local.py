@@ -192,9 +192,8 @@ class LocalAdmission:
 
     def _debits_of(self, scope: Scope, name: str, limits: Limits, tokens: int) -> Iterator[tuple[_Bucket, int]]:
         """Yield the buckets that have a limit, and what is taken from each."""
-        requests_limit, tokens_limit = limits.requests_per_minute, limits.tokens_per_minute
-        if requests_limit is not None:
-            size = requests_limit if limits.burst is None else limits.burst
+        requests_limit, tokens_limit, size = limits.requests_per_minute, limits.tokens_per_minute, limits.request_bucket
+        if requests_limit is not None and size is not None:
             yield self._refilled(scope, name, "requests", requests_limit, size), 1
         if tokens_limit is not None:
             yield self._refilled(scope, name, "tokens", tokens_limit, tokens_limit), tokens

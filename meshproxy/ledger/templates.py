@@ -18,7 +18,7 @@ from msgspec import Struct
 from meshproxy.errors import GatewayError, Source, invalid
 from meshproxy.ledger.records import GLOBAL, AccountKeys
 from meshproxy.ledger.store import Contended, Script, Store, StoreError, Unavailable, batches, pairs
-from meshproxy.policy.template import Template
+from meshproxy.policy.template import UUID, Template
 from meshproxy.units import backoff_s
 
 MAX_UNKNOWN = 1024  # names cached as missing
@@ -124,7 +124,6 @@ MAX_PAUSE_S = 0.05
 
 _VERSION = re.compile(rb'\{"v":(\d+),')
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_UUID = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
 
 
 async def attempts() -> AsyncIterator[int]:
@@ -221,7 +220,7 @@ class Templates:
         """Read a template by UUID or name: the account's own, else the global one."""
         account, name_or_id = key
         owners = [AccountKeys(account), AccountKeys(GLOBAL)]
-        if _UUID.fullmatch(name_or_id):
+        if re.fullmatch(UUID, name_or_id):
             ids: list[bytes | None] = [name_or_id.lower().encode()] * 2
         else:
             ids = await asyncio.gather(

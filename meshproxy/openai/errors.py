@@ -27,7 +27,7 @@ _FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`", 
 _MISMATCH = re.compile(r"Expected `(\w+)[^`]*`, got `(\w+)`")
 _BOUND = re.compile(r"Expected `(\w+)` (of length )?(<=|>=|<|>|matching)")
 
-_TYPES = {
+_MISMATCH_TYPES = {
     "str": "string_type",
     "int": "int_type",
     "float": "float_type",
@@ -81,7 +81,7 @@ def _split(text: str) -> tuple[str, tuple[str | int, ...]]:
 def _type_of(error: Exception, text: str) -> str:
     if mismatch := _MISMATCH.match(text):
         expected, got = mismatch.groups()
-        return "int_from_float" if (expected, got) == ("int", "float") else _TYPES.get(expected, "value_error")
+        return "int_from_float" if (expected, got) == ("int", "float") else _MISMATCH_TYPES.get(expected, "value_error")
     if bound := _BOUND.match(text):
         expected, length, sign = bound.groups()
         if not length:

@@ -135,9 +135,7 @@ class StreamScanner:
         self._learn(_NO_SHAPE)
 
     def feed(self, payload: bytes) -> bytes:
-        """Return what may go to the client now: whole events only.
-
-        It is `payload` itself (the same object) if it is unchanged.
+        """Return what may go to the client now: whole events only, and `payload` itself if it is unchanged.
 
         Raises UpstreamError for an event of more than `max_event_bytes`.
         """
@@ -160,7 +158,12 @@ class StreamScanner:
 
     @property
     def tokens(self) -> int:
-        """The estimated output tokens so far."""
+        """The estimated output tokens so far; `most` is the same after this."""
+        self._count_text()
+        return self.most
+
+    def _count_text(self) -> None:
+        """Count the text that is kept, drop it, and set `most` to the tokens."""
         if self._text:
             outdated = self.outdated
             self._counted += pieces_tokens(bytes(self._text), self._pieces)
@@ -169,7 +172,6 @@ class StreamScanner:
             self._reported_at = -1 if outdated else self._counted
         self.most = self._counted or sum(map(text_tokens, self._messages))
         self._flush_at = self.most + MAX_UNCOUNTED_BYTES
-        return self.most
 
     def finish(self) -> bytes:
         """End the scan with the upstream's body. Return a last event that only lacks its blank line, else nothing."""
@@ -275,7 +277,7 @@ class StreamScanner:
             self._pieces += 1
             self.most += end - start
             if self.most > self._flush_at:
-                self.tokens  # noqa: B018 - counts
+                self._count_text()
         return True
 
     def _learn(self, shape: Shape) -> None:
@@ -401,7 +403,7 @@ class StreamScanner:
         self._pieces += pieces
         self.most += len(text)
         if self.most > self._flush_at:
-            self.tokens  # noqa: B018 - counts
+            self._count_text()
 
     def _look_for_finish(self, text: bytes) -> None:
         if FINISH_REASON.search(text) is not None:

@@ -7,6 +7,7 @@ the number of elements, since checks of very many elements would stall other req
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -93,6 +94,7 @@ CAPS: Final[tuple[str, ...]] = (
     "max_new_tokens",
     "n_predict",
 )
+_CAPS_OF: Final = attrgetter(*CAPS)
 # Other spellings of such names, without underscores and in lower case: Ollama's `num_predict`, Gemini's `maxOutputTokens`,
 # Anthropic's `max_tokens_to_sample`, Llama's `max_gen_len` (Amazon Bedrock, "Inference parameters"), and what is like them.
 _CAP_NAME: Final = re.compile(
@@ -255,13 +257,7 @@ def request_of(members: Mapping[str, Raw], body: bytes) -> ChatRequest:
 def _passed_on(members: Mapping[str, Raw], known: Any) -> tuple[dict[str, Raw], list[int | None]]:
     """Return the members that are passed on, and every cap on output. Raises a DecodeError for a cap that is no number."""
     fields: dict[str, Raw] = {}
-    caps = [
-        known.max_tokens,
-        known.max_completion_tokens,
-        known.max_output_tokens,
-        known.max_new_tokens,
-        known.n_predict,
-    ]
+    caps = [*_CAPS_OF(known)]
     for name, raw in members.items():
         if name in _NOT_PASSED_ON:
             continue

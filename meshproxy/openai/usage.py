@@ -16,8 +16,9 @@ from msgspec import Raw, Struct
 from msgspec.json import Decoder
 
 from meshproxy.errors import UpstreamError, upstream_error
+from meshproxy.units import MAX_EXACT_INT
 
-MAX_COUNT: Final = 2**53  # what a Lua number in Redis holds exactly
+MAX_COUNT: Final = MAX_EXACT_INT
 MAX_COST_USD: Final = 1000  # of one request, by the provider's own figure; more is a wrong unit
 MAX_COST_DECIMALS: Final = 30
 WINDOW_SLACK: Final = 20  # a count may exceed the window by a twentieth: 128k is often 131,072, and 1M 1,048,576
@@ -169,7 +170,7 @@ class Report(Struct, frozen=True):
         return Usage(prompt, completion) if len(counts) == wholes and prompt <= window >= completion else None
 
 
-class Reply(Struct, frozen=True):
+class ProviderAnswer(Struct, frozen=True):
     """The parts of a whole answer that the gateway reads. `error`: some providers send one with a 200 (OpenRouter)."""
 
     report: Report | None = None
@@ -218,19 +219,19 @@ def _report_of(usage: dict[str, Any], tier: str | None) -> Report:
     return Report(counts, tuple(refused), cost_usd, tier)
 
 
-def decode_reply(body: bytes) -> Reply:
+def decode_answer(body: bytes) -> ProviderAnswer:
     """Decode usage, model and error of a whole answer. Raises UpstreamError if it is no JSON object."""
     try:
         usual = _USUAL.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     else:
-        return Reply(_report_of(usual.usage, usual.service_tier), usual.model)
+        return ProviderAnswer(_report_of(usual.usage, usual.service_tier), usual.model)
     members = decode_members(body)
     if members is None:
         response = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
         raise UpstreamError(response, safe_to_repeat=False, unreadable=bool(body.strip()))
-    return Reply(
+    return ProviderAnswer(
         report=find_report(members),
         model=decode_text(members.get("model")),
         error=decode_value(members["error"]) if "error" in members else None,

@@ -200,6 +200,12 @@ def requested_wait_s(error: UpstreamError) -> float:
     return min(error.response.retry_after_s or 0.0, MAX_RETRY_AFTER_S) if error.upstream_status is not None else 0.0
 
 
+def ended_early() -> UpstreamError:
+    """Return the error of a stream that ended without its last event."""
+    response = upstream_error("The provider ended the stream early.", may_have_run=True)
+    return UpstreamError(response, safe_to_repeat=False, upstream_status=200)
+
+
 def error_to_report(errors: Sequence[UpstreamError]) -> UpstreamError:
     """Return the error to report to the client, out of all its attempts.
 

@@ -33,6 +33,13 @@ class Limits(Struct, frozen=True, omit_defaults=True):
     requests_per_day: int | None = None
     max_parallel: int | None = None
 
+    @property
+    def request_bucket(self) -> int | None:
+        """The size of the bucket of requests per minute; None if these have no limit."""
+        if self.requests_per_minute is None or self.burst is None:
+            return self.requests_per_minute
+        return self.burst
+
 
 class Budgets(Struct, frozen=True, omit_defaults=True):
     """The most that may be spent, in nano-USD; None: no budget. Days and months are UTC."""
@@ -98,7 +105,6 @@ class Principal(Struct, frozen=True):
 
 MAX_NAME = 256
 MAX_MODELS = 1000
-MAX_LIMIT = 2**53 - 1  # the largest integer that a Lua number holds exactly
 
 
 class Bounds(Struct, frozen=True, kw_only=True):

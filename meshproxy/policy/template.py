@@ -165,7 +165,7 @@ def to_public(template: Template) -> dict[str, Any]:
     }
 
 
-_UUID = r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}"
+UUID = r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}"
 
 
 class _Part(Struct):
@@ -179,7 +179,7 @@ class _Message(Struct, forbid_unknown_fields=True):
 
 
 # A name is part of a path: a UUID would be read as an id, and `.` and `..` would be resolved away.
-_Name = Annotated[str, Meta(pattern=rf"\A(?!{_UUID}\Z|\.\.?\Z)[A-Za-z0-9_.-]{{1,128}}\Z")]
+_Name = Annotated[str, Meta(pattern=rf"\A(?!{UUID}\Z|\.\.?\Z)[A-Za-z0-9_.-]{{1,128}}\Z")]
 FIELDS: Final[dict[str, Any]] = {
     "name": _Name,
     "description": Annotated[str, Meta(max_length=2048)] | None,

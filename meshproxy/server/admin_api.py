@@ -40,7 +40,7 @@ from meshproxy.server.routes import (
     number,
     query_number,
 )
-from meshproxy.units import parse_moment
+from meshproxy.units import MAX_EXACT_INT, parse_moment
 
 ROOT = "/admin/v1"
 OPENAPI_PATH = f"{ROOT}/openapi.json"
@@ -50,7 +50,7 @@ REPEATABLE = "group_by"
 SAFE = frozenset({"GET", "HEAD"})  # RFC 9110, 9.2.1
 SAME_SITE = frozenset({"same-origin", "none"})  # Fetch Metadata, 2.4: from the page itself, or typed by the user
 
-Whole = Annotated[int, Meta(ge=1, le=principal.MAX_LIMIT)]
+Whole = Annotated[int, Meta(ge=1, le=MAX_EXACT_INT)]
 Daily = Annotated[int, Meta(ge=1, le=principal.MAX_REQUESTS_PER_DAY)]
 Models = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=principal.MAX_MODELS)]
 

@@ -20,6 +20,7 @@ from aiohttp.typedefs import Handler
 from meshproxy.errors import (
     ErrorResponse,
     GatewayError,
+    Source,
     internal_error,
     invalid,
     method_not_allowed,
@@ -28,13 +29,12 @@ from meshproxy.errors import (
     request_timeout,
     request_too_large,
 )
-from meshproxy.errors import Source as FaultSource
 from meshproxy.http1.message import MAX_FIELDS, MAX_HEAD_BYTES
 from meshproxy.openai.errors import envelope, error_headers
 from meshproxy.openai.request import CHAT_PATH
 from meshproxy.policy.failover import wait_of
 from meshproxy.server.chat import final_error_response, request_id_of
-from meshproxy.server.client_address import Source
+from meshproxy.server.client_address import ProxiedClient
 
 MAX_COMPARED_CHARS = 128  # of an unknown path
 MIN_SIMILARITY = 0.8  # of the path that a 404 suggests: `/v1/messages` is 0.76 like `/v1/usage`
@@ -188,7 +188,9 @@ class AiohttpConnection(web.RequestHandler):
     )
     _client_transport: asyncio.Transport
 
-    def __init__(self, server: web.Server, source: Source | None, *, limits: ConnectionLimits, **options: Any) -> None:
+    def __init__(
+        self, server: web.Server, source: ProxiedClient | None, *, limits: ConnectionLimits, **options: Any
+    ) -> None:
         super().__init__(server, **options)
         self._source = source
         self._limits = limits
@@ -263,7 +265,7 @@ class AiohttpConnection(web.RequestHandler):
             if self._body is not None and not self._body.is_eof():
                 self._messages.pop()  # the fault is in the body of the request before: it gets the one answer
                 error = ErrorResponse(400, "bad_request", _error_message(fault, None))
-                self._refuse_body(self._body, GatewayError(FaultSource.CLIENT, error))
+                self._refuse_body(self._body, GatewayError(Source.CLIENT, error))
                 return
         else:
             self._has_first_line = False

@@ -24,14 +24,14 @@ _ADDRESSES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}  # TCP ove
 _V1_FAMILIES = {b"TCP4": ipaddress.IPv4Address, b"TCP6": ipaddress.IPv6Address}
 
 Receive = Callable[[int], Awaitable[bytes]]
-Source = tuple[str, int]
+ProxiedClient = tuple[str, int]  # the host and port of a client that a PROXY header names
 
 
 class InvalidProxyHeader(Exception):
     """The connection doesn't begin with a valid PROXY header."""
 
 
-async def read_source(receive: Receive) -> Source | None:
+async def read_source(receive: Receive) -> ProxiedClient | None:
     """Read a PROXY header.
 
     Return the client's address and port, or None for the proxy's own connections and unknown clients.
@@ -46,7 +46,7 @@ async def read_source(receive: Receive) -> Source | None:
     raise InvalidProxyHeader("no PROXY header")
 
 
-async def _read_v1(line: bytes, receive: Receive) -> Source | None:
+async def _read_v1(line: bytes, receive: Receive) -> ProxiedClient | None:
     """Read a line of text byte by byte, because its length isn't announced."""
     while not line.endswith(b"\r\n"):
         if len(line) >= MAX_V1_BYTES:
@@ -65,7 +65,7 @@ async def _read_v1(line: bytes, receive: Receive) -> Source | None:
     return found, number
 
 
-async def _read_v2(start: bytes, receive: Receive) -> Source | None:
+async def _read_v2(start: bytes, receive: Receive) -> ProxiedClient | None:
     """Read a binary header. `start` is its first SHORTEST_BYTES bytes."""
     fixed = start + await receive(_FIXED.size - len(start))
     _, version_and_command, family, length = _FIXED.unpack(fixed)

@@ -27,7 +27,7 @@ from enum import IntEnum, auto
 from typing import Any, Protocol, cast
 
 from meshproxy.http1.message import MAX_HEAD_BYTES, may_become_usual, parse_usual_head
-from meshproxy.server.client_address import Source
+from meshproxy.server.client_address import ProxiedClient
 
 REQUEST_LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
 KEEPALIVE_S = 3630.0  # longer than any balancer's: else a balancer may send a request on a closing connection
@@ -51,7 +51,7 @@ class Host(Protocol):
     def left(self, connection: "ClientConnection") -> None:
         """Remove a connection that is closed or handed over."""
 
-    def others(self, source: Source | None) -> asyncio.Protocol:
+    def others(self, source: ProxiedClient | None) -> asyncio.Protocol:
         """Return the protocol for a connection whose request is unusual."""
 
     def handler(self) -> "Handler":
@@ -147,14 +147,13 @@ class ClientConnection(asyncio.Protocol):
     )
     transport: asyncio.Transport
 
-    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, source: Source | None) -> None:
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, source: ProxiedClient | None) -> None:
         self._host = host
         self._loop = loop
         self._source = source
         self._ahead = b""  # an incomplete head, or what follows a request
-        self._body: bytes | bytearray = (
-            b""  # one buffer: a list of a client's tiny pieces would take many times as much
-        )
+        # One buffer: a list of a client's tiny pieces would take many times as much.
+        self._body: bytes | bytearray = b""
         self._left = 0  # bytes of the body not received yet
         self._whole: asyncio.Future[None] | None = None  # the handler waits for it: resolved when the body is complete
         self._room: asyncio.Future[None] | None = None  # resolved when the client has taken enough

@@ -20,7 +20,7 @@ from yarl import URL
 from meshproxy.config import ConfigError, Server, split_address
 from meshproxy.http1.message import MAX_FIELDS, MAX_HEAD_BYTES
 from meshproxy.server.aiohttp_path import AiohttpConnection, ConnectionLimits
-from meshproxy.server.client_address import InvalidProxyHeader, Source, TrustedProxies, read_source
+from meshproxy.server.client_address import InvalidProxyHeader, ProxiedClient, TrustedProxies, read_source
 from meshproxy.server.fast_path import LINGER_S, ClientConnection, Handler
 from meshproxy.telemetry.tasks import Tasks
 
@@ -241,10 +241,10 @@ class _Server(web.Server):
         self._unsent: dict[Connection, tuple[int, float]] = {}  # unsent bytes, and since when none of them was taken
         self._writes_checked_at = 0.0
 
-    def __call__(self, source: Source | None = None) -> Any:  # aiohttp's type knows only its own protocol
+    def __call__(self, source: ProxiedClient | None = None) -> Any:  # aiohttp's type knows only its own protocol
         return ClientConnection(self, self._event_loop, source) if self._is_fast else self.others(source)
 
-    def others(self, source: Source | None) -> AiohttpConnection:
+    def others(self, source: ProxiedClient | None) -> AiohttpConnection:
         return AiohttpConnection(
             self,
             source,

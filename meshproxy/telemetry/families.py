@@ -90,8 +90,9 @@ _counter = partial(Definition, "counter")
 _gauge = partial(Definition, "gauge")
 _histogram = partial(Definition, "histogram")
 
-_FIRST_TOKEN_EDGES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120)
 # Edges include the usual objectives exactly (.5, 1, 2, 5, 10, 30 s), so that a ratio of buckets is a service level.
+_FIRST_TOKEN_EDGES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120)
+
 BUILD_INFO = _gauge("meshproxy_build_info", "Always 1; the version is a label.", ("version",), merge="max")
 WORKERS = _gauge("meshproxy_workers", "Worker processes that answered this scrape.", preset=True)
 REQUESTS = _counter(

@@ -22,7 +22,8 @@ import aiohappyeyeballs
 
 from meshproxy import config
 from meshproxy.config import resolved
-from meshproxy.config.settings import host_fault
+from meshproxy.config.load import MIN_SECRET_CHARS
+from meshproxy.config.settings import DEFAULT_PORTS, host_fault
 from meshproxy.errors import GatewayError, Phase, Source, invalid
 from meshproxy.upstream.connection import Connection, State, Timeouts
 from meshproxy.upstream.response import Response, closing, connect_timeout, dropped, exhausted, unreachable
@@ -32,7 +33,6 @@ HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305 section 8
 # output. Linux doubles it for bookkeeping (socket(7)). At a round trip of 100 ms it still allows 300 KB per second.
 RECEIVE_BUFFER_BYTES = 32_768
 RESERVED_DESCRIPTORS = 64  # kept for the admin listener, the ledger, the journal and name look-ups
-_PORTS = {"http": 80, "https": 443}
 
 
 class BaseUrl:
@@ -40,7 +40,7 @@ class BaseUrl:
 
     def __init__(self, base_url: str) -> None:
         url = urlsplit(base_url)
-        default_port = _PORTS.get(url.scheme)
+        default_port = DEFAULT_PORTS.get(url.scheme)
         if default_port is None or not url.hostname:
             raise ValueError("base_url: not an http or https URL")
         if url.username is not None or url.query or url.fragment:
@@ -284,7 +284,6 @@ class Pool:
 MAX_JOINED_BYTES = 65_536  # a head and a body up to this size are copied into one write
 MAX_DEAD_CONNECTIONS = 3  # found closed in a row before a byte was written
 MAX_KNOWN_PATHS = 16
-MIN_SECRET_CHARS = 8  # shorter values are placeholders, such as local models take
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")

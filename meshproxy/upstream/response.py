@@ -151,9 +151,8 @@ MAX_EARLY_BYTES = 65_536
 class Sink(Protocol):
     """The receiver of a streamed body.
 
-    It is called from the event loop as bytes arrive, and never after `Response.close()`.
-
-    The last call is either `end` or `fail`. A sink may pause, resume and close its response from within a call.
+    It is called from the event loop as bytes arrive, and never after `Response.close()`. The last call is either `end`
+    or `fail`. A sink may pause, resume and close its response from within a call.
     """
 
     def data(self, payload: bytes, frame: bytes | None) -> None:

@@ -9,9 +9,9 @@ from meshproxy.cli import arguments
 @pytest.mark.parametrize(
     "parse, text, expected",
     [
-        (arguments.usd, "25.00", 25_000_000_000),
-        (arguments.usd, "$0.000000001", 1),
-        (arguments.signed_usd, "-1.5", -1_500_000_000),
+        (arguments.nusd, "25.00", 25_000_000_000),
+        (arguments.nusd, "$0.000000001", 1),
+        (arguments.signed_nusd, "-1.5", -1_500_000_000),
         (arguments.count, "600", 600),
         (arguments.port, "0", 0),
         (arguments.port, "65535", 65535),
@@ -32,10 +32,10 @@ def test_good_values(parse, text, expected):
 @pytest.mark.parametrize(
     "parse, text, words",
     [
-        (arguments.usd, "-1", "negative"),
-        (arguments.usd, "1e3", "decimal amount"),
-        (arguments.usd, "0.0000000001", "at most 9 decimals"),
-        (arguments.usd, "99999999", "more than"),
+        (arguments.nusd, "-1", "negative"),
+        (arguments.nusd, "1e3", "decimal amount"),
+        (arguments.nusd, "0.0000000001", "at most 9 decimals"),
+        (arguments.nusd, "99999999", "more than"),
         (arguments.count, "0", "not a whole number from 1"),
         (arguments.count, "-3", "not a whole number from 1"),
         (arguments.count, "1.5", "not a whole number from 1"),

@@ -16,7 +16,7 @@ from meshproxy.http1.message import HeadReader
 from meshproxy.openai.errors import envelope, error_event
 from meshproxy.openai.event_stream import StreamScanner
 from meshproxy.openai.request import decode_chat, encode_upstream
-from meshproxy.openai.usage import decode_reply
+from meshproxy.openai.usage import decode_answer
 from meshproxy.policy.failover import classify_status
 from meshproxy.policy.template import Template, check_template, render, slots
 from meshproxy.policy.tokens import estimate_prompt
@@ -121,7 +121,7 @@ def check_provider_words(data: bytes) -> None:
     assert verdict.response.status in {400, 403, 404, 413, 422, 502, 503}
     _can_be_told(verdict.response, verdict.response.status)
     try:
-        report = decode_reply(data[1:]).report
+        report = decode_answer(data[1:]).report
     except UpstreamError as fault:
         _can_be_told(fault.response, 502)
         return

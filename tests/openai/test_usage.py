@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from meshproxy.errors import UpstreamError, upstream_error
-from meshproxy.openai.usage import Reply, Usage, decode_members, decode_reply, decode_value, find_report
+from meshproxy.openai.usage import ProviderAnswer, Usage, decode_answer, decode_members, decode_value, find_report
 
 
 def report(**members: Any) -> bytes:
@@ -344,7 +344,7 @@ class TestLooseJson:
     )
     @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
     def test_usage_is_read_all_the_same(self, bom: bytes, rest: bytes):
-        reply = decode_reply(bom + b'{"model":"m",' + rest + b',"usage":{"prompt_tokens":9,"completion_tokens":2}}')
+        reply = decode_answer(bom + b'{"model":"m",' + rest + b',"usage":{"prompt_tokens":9,"completion_tokens":2}}')
         assert reply.report is not None
         assert (reply.model, reply.report.settled(1000)[0]) == ("m", Usage(9, 2))
 
@@ -354,7 +354,7 @@ class TestDecodeReply:
         body = (
             b'{"id":"x","model":"gpt-4o-2024","choices":[{"message":{"content":"\xc3\xa9"}}],"usage":' + report() + b"}"
         )
-        reply = decode_reply(body)
+        reply = decode_answer(body)
         assert reply.report is not None
         assert (reply.report.settled(1000)[0], reply.model) == (Usage(10, 8), "gpt-4o-2024")
 
@@ -367,10 +367,10 @@ class TestDecodeReply:
         ],
     )
     def test_an_answer_that_says_nothing(self, body: bytes):
-        assert Reply() == decode_reply(body)
+        assert ProviderAnswer() == decode_answer(body)
 
     def test_an_error_with_a_200(self):
-        assert Reply(error={"code": 502}) == decode_reply(b'{"error":{"code":502}}')
+        assert ProviderAnswer(error={"code": 502}) == decode_answer(b'{"error":{"code":502}}')
 
     @pytest.mark.parametrize(
         "body",
@@ -386,14 +386,14 @@ class TestDecodeReply:
     )
     def test_what_is_no_json_object(self, body: bytes):
         with pytest.raises(UpstreamError) as caught:
-            decode_reply(body)
+            decode_answer(body)
         response = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
         assert (caught.value.response, caught.value.safe_to_repeat) == (response, False)
 
     @given(st.binary(max_size=100))
     def test_any_bytes_are_a_reply_or_a_fault(self, body: bytes):
         try:
-            decode_reply(b'{"usage":' + body + b"}")
+            decode_answer(b'{"usage":' + body + b"}")
         except UpstreamError as fault:
             response = fault.response
         else:

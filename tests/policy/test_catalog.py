@@ -10,6 +10,7 @@ from meshproxy.config import parse
 from meshproxy.errors import GatewayError, Source, model_not_found
 from meshproxy.policy.catalog import Candidate, Catalog, may_have_served, model_object, with_fees
 from meshproxy.policy.pricing import Price
+from meshproxy.units import MAX_EXACT_INT
 
 UPSTREAMS = """
 [upstreams.openai]
@@ -183,8 +184,8 @@ def test_a_spin_says_the_whole_order(draw, expected):
     assert "".join(candidate.upstream_model for candidate in models.candidates("m", draw=draw)) == expected
 
 
-@given(st.lists(st.integers(1, 2**53), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
-@example([3, 2**53, 2**52], math.nextafter(1, 0))
+@given(st.lists(st.integers(1, MAX_EXACT_INT), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
+@example([3, MAX_EXACT_INT, 2**52], math.nextafter(1, 0))
 def test_every_route_is_drawn_once_whatever_the_spin(weights, draw):
     models = catalog({"m": [("openai", str(index), weight) for index, weight in enumerate(weights)]})
     drawn = sorted(candidate.upstream_model for candidate in models.candidates("m", draw=draw))
