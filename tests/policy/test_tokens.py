@@ -49,6 +49,11 @@ def test_escapes_of_much_text_are_found_by_samples():
     assert 0.95 < estimate_prompt(escaped, (), 0) / exact < 1.05
 
 
+def test_an_escaped_backslash_begins_no_escape():
+    nested = json.dumps(json.dumps("春天" * 50)).encode()
+    assert estimate_prompt(nested, (), 0) == -(-len(nested) // 3)
+
+
 @pytest.mark.parametrize("more", [b"", b"x"])
 def test_what_looks_like_escapes_can_at_most_halve_the_estimate(more):
     assert estimate_prompt(b"\\u" * 1500 + more, (), 0) == 500
@@ -232,6 +237,25 @@ def test_what_is_billed_without_a_report_is_near_the_truth(messages, count, trut
 def test_tools_are_billed_too():
     tools = json.dumps([{"name": "look_up", "description": " stone" * 90_000}]).encode()
     assert 0.95 <= likely_tokens([said("hi"), tools], 1) / 90_040 <= 1.05
+
+
+def test_text_is_not_hidden_between_samples():
+    """Spaces where four samples of 16 KiB were once taken, at the ends and between."""
+    text = bytearray(b"The quick brown fox jumps over the lazy dog. " * 22_222)
+    for at in range(4):
+        start = at * (len(text) - 16_384) // 3
+        text[start : start + 16_384] = b" " * 16_384
+    truth = 10 * len(text) // 45
+    assert 0.8 < likely_tokens([bytes(text)], 1) / truth < 1.1
+
+
+@pytest.mark.parametrize("edge", ["The quick brown fox jumps over the lazy dog. ", "0.5137,"])
+def test_a_text_whose_ends_differ_from_its_middle_is_estimated_by_all_of_it(edge):
+    middle = "| cell      | cell      |\n" * 10_000
+    ends = edge * (20_000 // len(edge))
+    parts = [json.dumps(part).encode() for part in (ends, middle, ends)]
+    apart = sum(likely_tokens([part[at : at + 60_000]], 0) for part in parts for at in range(0, len(part), 60_000))
+    assert 0.9 < likely_tokens([b"".join(parts)], 0) / apart < 1.1
 
 
 @pytest.mark.parametrize("hostile", ["\\u0416", '"}],', '{"role":"user","content":"', " ", '{"role"'])
