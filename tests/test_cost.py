@@ -4,7 +4,7 @@ Calls are counted and not time, so that a busy machine changes nothing: every Py
 and every C function called from Python (`sys.setprofile`) between one whole answer and the next. Client and provider are one
 thread that sends the next bytes when the last have arrived, so what comes in a read of its own is known; uvloop's and the
 thread's own calls don't count. Redis is the embedded server. Nearly every batch of requests costs the same whole number.
-Those in which pending metrics are counted (`Metrics.count_pending`, every hundred requests) cost more: 14 calls and half a
+Those in which pending metrics are counted (`Metrics.count_pending`, every 170 requests) cost more: 14 calls and half a
 frame a request, in the mean of many.
 
 `pytest tests/test_cost.py -s` prints where the calls go. When a change must cost more, set the budget to what it prints

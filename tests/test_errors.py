@@ -44,7 +44,7 @@ def test_the_family(response, status, code, kind, param, retry_after_s, may_have
         response.retry_after_s,
         response.may_have_run,
     )
-    assert (status, code, kind, param, retry_after_s, may_have_run) == actual
+    assert actual == (status, code, kind, param, retry_after_s, may_have_run)
 
 
 def test_the_family_is_whole():

@@ -76,7 +76,7 @@ def test_stream_says_what_the_whole_answer_says(run, scenario):
 
 def test_stream_helper(run):
     content = run.seen["unary"]["content"]
-    assert {"final": content, "deltas": content} == run.seen["stream_helper"]
+    assert run.seen["stream_helper"] == {"final": content, "deltas": content}
 
 
 def test_usage_chunk(run):

@@ -483,7 +483,7 @@ class TestAccounts:
             "available_usd": format_usd(25 * 10**9 - REPORTED_NUSD - held),
         }.items() <= told.items()
         spend = format_usd(REPORTED_NUSD)
-        assert {"day_usd": spend, "month_usd": spend, "total_usd": spend} == told["spend"]
+        assert told["spend"] == {"day_usd": spend, "month_usd": spend, "total_usd": spend}
         assert {(limit["scope"], limit["kind"], limit["limit"]) for limit in told["limits"]} == {
             ("key", "requests", 600),
             ("key", "tokens", 1_000_000),

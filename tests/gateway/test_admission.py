@@ -114,7 +114,7 @@ def held(tokens, free_tokens=0):
 )
 def test_the_cap_that_fits_what_was_held(of_plan, admitted, clamp, expected):
     cut = affordable(of_plan, admitted, clamp=clamp)
-    assert (expected, expected is not None) == (cut.imposed_cap, cut.clamped)
+    assert (cut.imposed_cap, cut.clamped) == (expected, expected is not None)
     assert cut.output_limit == (expected or of_plan.output_limit)
 
 

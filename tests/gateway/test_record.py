@@ -178,10 +178,10 @@ async def test_what_was_refused_of_a_report(recorded):
     with structlog.testing.capture_logs() as lines:
         recorded.recorder.end(made)
     told = {"event": "usage_refused", "log_level": "warning", "upstream": "u", "model": "m", "request_id": "req_1"}
-    assert [
+    assert lines == [
         {**told, "reason": "over_window", "numbers": {"prompt": "1000000000"}},
         {**told, "reason": "negative", "numbers": {"cached_tokens": "-1", "audio_tokens": "-2"}},
-    ] == lines
+    ]
     assert await recorded.value('usage_refused_total{reason="negative",upstream="u"}') == 1
 
 

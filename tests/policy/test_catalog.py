@@ -89,10 +89,10 @@ def test_an_attempt_knows_all_that_its_model_is(route, more, expected):
     models = catalog({"a/one": [route]}, more)
     entry = models.model("a/one")
     known = (entry.id, entry.context_window, entry.max_output_tokens, entry.price)
-    assert ((expected,), known) == (
+    assert (
         models.candidates("a/one", draw=0.0),
         ("a/one", expected.context_window, expected.max_output_tokens, expected.price),
-    )
+    ) == ((expected,), known)
 
 
 @pytest.mark.parametrize("weight, expected", [(None, 1), (1, 1), (7, 7)])
@@ -266,7 +266,7 @@ def test_an_exact_name_goes_before_a_dated_one():
 
 def test_a_provider_without_fallbacks_cannot_choose_the_price():
     candidate = catalog(ROUTED).candidates("c/three", ("a/one",), draw=0.0)[0]
-    assert (candidate,) == may_have_served(candidate, "or/one")
+    assert may_have_served(candidate, "or/one") == (candidate,)
 
 
 FLEX = '[models.m.service_tiers.flex]\ninput_usd_per_mtok = "7"\noutput_usd_per_mtok = "8"\n'

@@ -324,7 +324,7 @@ LARGE = {"logit_bias": {"1": "x" * 262_144}}
 
 @pytest.mark.parametrize("field, expected", [("system", "string_type"), ("messages", "list_type")])
 def test_a_prompt_that_is_wrong_is_not_missing_too(field, expected):
-    assert [(expected, field)] == complaints({"name": "a", field: {}})
+    assert complaints({"name": "a", field: {}}) == [(expected, field)]
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ async def test_answers_that_are_no_answers(http, model, stream, status, kind, bo
     asked = {"model": model, "stream": stream, "messages": [{"role": "user", "content": "x"}]}
     async with http.post("/v1/chat/completions", json=asked, allow_redirects=False) as answer:
         told = await answer.read()
-    assert (status, kind, body) == (answer.status, answer.content_type, told[: len(body)] if body else told)
+    assert (answer.status, answer.content_type, told[: len(body)] if body else told) == (status, kind, body)
 
 
 async def test_whoever_follows_the_redirect_is_noted(http, simulator):

@@ -60,7 +60,7 @@ async def test_chunks_are_openais_to_the_member(http):
     expected = ["id", "object", "created", "model", "service_tier", "system_fingerprint", "choices"]
     assert list(content) == expected
     delta = {"content": content["choices"][0]["delta"]["content"]}
-    assert [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}] == content["choices"]
+    assert content["choices"] == [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]
     assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
 
 

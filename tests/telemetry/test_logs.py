@@ -210,7 +210,7 @@ def test_without_a_sink_a_request_is_an_event():
     with structlog.testing.capture_logs() as seen:
         RequestLog().write(FIELDS)
     told = {name: value for name, value in FIELDS.items() if value is not None}
-    assert [{"event": "request", "log_level": "info", **told}] == seen
+    assert seen == [{"event": "request", "log_level": "info", **told}]
 
 
 def test_in_the_consoles_format_a_request_is_an_event(start):

@@ -36,7 +36,7 @@ async def test_a_request_byte_for_byte(asked, provide):
     provider = provide(asked.url, headers={"X-Extra": "1"})
     await whole(provider, headers=[("HTTP-Referer", "https://a.example"), ("x-title", "caf\xe9")], body=b'{"a":1}')
     host = asked.url.split("/")[2].encode()
-    assert [
+    assert asked.requests == [
         b"POST /v1/chat/completions HTTP/1.1\r\n"
         b"host: " + host + b"\r\n"
         b"user-agent: meshproxy\r\n"
@@ -49,7 +49,7 @@ async def test_a_request_byte_for_byte(asked, provide):
         b"content-length: 7\r\n"
         b"\r\n"
         b'{"a":1}'
-    ] == asked.requests
+    ]
 
 
 async def test_without_a_key_there_is_no_authorization(asked, provide):

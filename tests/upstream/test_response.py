@@ -108,7 +108,7 @@ async def test_a_sink_may_close_from_within_data(early, serve, provide, record):
     response.relay(sink)
     go.set()
     await asyncio.gather(*server.tasks)
-    assert [b"hello" if early else b"world"] == [call[1] for call in sink.calls]
+    assert [call[1] for call in sink.calls] == [b"hello" if early else b"world"]
 
 
 async def test_a_sink_may_pause_from_within_data(serve, provide, record):
