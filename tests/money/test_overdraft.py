@@ -66,7 +66,8 @@ async def run_out(client_of, proxy, books, session, pace, streams):
     assert len(settled) == sum(outcome.status == 200 for outcome in outcomes)
     assert len(cut) == [event["outcome"] for event in settled].count("insufficient_credits")
     delivered = max(outcome.body.count(b'"delta":{"content"') for outcome in cut)
-    assert delivered <= max(int(event["completion_tokens"]) for event in settled), pace
+    charged = max(int(event["completion_tokens"]) for event in settled)
+    assert delivered <= 1.1 * charged, pace  # text without a report is estimated: two events may be one token
 
 
 async def test_streams_of_an_account_that_can_pay_are_whole_however_lumpy(proxy, books, session):
