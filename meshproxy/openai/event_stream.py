@@ -41,7 +41,7 @@ EVENTS_PER_SHAPE: Final = 8
 _LF: Final = 10
 _CR: Final = 13
 _UNFINISHED: Final = b'"finish_reason":null'  # as OpenAI writes it, and most others
-_NO_SHAPE: Final = Shape(b"\n", b"\n", padded=False)  # matches no event
+_NO_SHAPE: Final = Shape(b"\r", b"\n", padded=False)  # matches no event: one with a CR has no shape
 
 
 class StreamScanner:
@@ -72,6 +72,7 @@ class StreamScanner:
         "_audio_format",
         "_before",
         "_begun",
+        "_between",
         "_counted",
         "_cr",
         "_endings",
@@ -236,13 +237,14 @@ class StreamScanner:
 
     def _have_shape(self, text: bytes) -> bool:
         """Return whether all of these events have the stream's usual shape. If so, count them."""
-        if self._padded or not text.startswith(self._before):
+        if (
+            self._padded
+            or not (text.startswith(self._before) and text.endswith(self._after))
+            or len(text) < self._text_at + self._after_size
+        ):
             return False
-        parts = text.split(self._after)
-        count = len(parts) - 1
-        texts = b"".join(parts).split(self._before)
-        if parts[-1] or texts[0] or len(texts) != count + 1:
-            return False
+        texts = text[self._text_at : -self._after_size].split(self._between)
+        count = len(texts)
         joined_text = b"".join(texts)
         if (
             _LF in joined_text
@@ -252,7 +254,7 @@ class StreamScanner:
         ):
             return False
         self.events += count
-        self._add(joined_text, count + 1 - texts.count(b""))
+        self._add(joined_text, count - texts.count(b""))
         return True
 
     def _has_shape(self, event: bytes) -> bool:
@@ -282,6 +284,7 @@ class StreamScanner:
 
     def _learn(self, shape: Shape) -> None:
         self._before, self._after, self._padded = shape.before, shape.after, shape.padded
+        self._between = shape.after + shape.before
         self._text_at, self._after_size = len(shape.before), len(shape.after)
 
     def _by_event(self, text: bytes) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshproxy.errors import UpstreamError, upstream_error
@@ -598,6 +598,8 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=12), st.lists(st.integers(0, 600), max_size=8))
+@example([HELLO, HELLO, b"data:", HELLO, HELLO], [len(HELLO)])  # a usual shape behind the beginning of a line
+@example([HELLO, HELLO, b"\xef\xbb\xbf", HELLO], [len(HELLO)])
 def test_any_stream_cut_anywhere_comes_out_as_the_reference_says(pieces: list[bytes], cuts: list[int]):
     stream = b"".join(pieces)
     edges = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
