@@ -244,7 +244,7 @@ async def seed(redis: config.Redis) -> str:
         directory = Directory(store)
         secret, _ = await directory.create_key(ACCOUNT, name="made by meshproxy dev")
         await Ledger(store).grant(ACCOUNT, parse_usd(CREDIT_USD), "made by meshproxy dev")
-        await directory.put_template(greeter(time.time()))
+        await directory.templates.put(greeter(time.time()))
     finally:
         await store.close()
     return secret

@@ -275,7 +275,7 @@ async def _decode_large(body: bytes) -> ChatRequest:
 
 async def _template(name: str, principal: Principal, directory: Directory) -> Template:
     """Return the named template. Raises the client's GatewayError 404 if there is none."""
-    template = await directory.template(principal.account.name, name)
+    template = await directory.templates.find(principal.account.name, name)
     if template is None:
         raise GatewayError(Source.CLIENT, template_not_found(name))
     return template

@@ -297,7 +297,7 @@ class Administration:
         )
         kept = {} if before is None else {"id": before.id, "created_at": before.created_at}
         template = fields.applied_to(replace(new, **kept))
-        if not await self.directory.put_template(template):
+        if not await self.directory.templates.put(template):
             raise client_error(409, "name_taken", f"another template {name} was made just now")
         await self.directory.append_audit_event(self._actor, "template.put", template.id, owner or "", {"name": name})
         return to_public(template)
@@ -306,7 +306,7 @@ class Administration:
         """Return the templates that an account can use, or all templates."""
         if owner is not None:
             await self._existing_account(owner)
-            return [to_public(template) async for template in self.directory.list_templates(owner)]
+            return [to_public(template) async for template in self.directory.templates.list(owner)]
         return [to_public(template) async for template in self._all_templates()]
 
     async def template(self, owner: str | None, name: str) -> dict[str, Any]:
@@ -320,20 +320,20 @@ class Administration:
     async def _used_template(self, owner: str | None, name: str) -> Template:
         if owner is not None:
             _check_account_name(owner)
-        template = await self.directory.template(owner or GLOBAL, name)
+        template = await self.directory.templates.find(owner or GLOBAL, name)
         if template is None:
             raise _template_not_found(owner, name)
         return template
 
     async def own_template(self, owner: str | None, name: str) -> Template | None:
         """Return the template of this name or id only if `owner` owns it."""
-        template = await self.directory.template(owner or GLOBAL, name)
+        template = await self.directory.templates.find(owner or GLOBAL, name)
         return template if template is not None and template.owner == owner else None
 
     async def delete_template(self, owner: str | None, name: str) -> dict[str, Any]:
         """Delete a template that `owner` owns."""
         template = await self.own_template(owner, name)
-        if template is None or not await self.directory.delete_template(template):
+        if template is None or not await self.directory.templates.delete(template):
             raise _template_not_found(owner, name)
         await self.directory.append_audit_event(
             self._actor, "template.delete", template.id, owner or "", {"name": template.name}
@@ -341,10 +341,10 @@ class Administration:
         return {"id": template.id, "name": template.name, "deleted": True}
 
     async def _all_templates(self) -> AsyncIterator[Template]:
-        async for template in self.directory.list_templates(GLOBAL):
+        async for template in self.directory.templates.list(GLOBAL):
             yield template
         for owner in await self.directory.list_accounts():
-            async for template in self.directory.list_templates(owner.name):
+            async for template in self.directory.templates.list(owner.name):
                 if not template.is_global:
                     yield template
 

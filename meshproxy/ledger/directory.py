@@ -22,9 +22,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from meshproxy.errors import ErrorResponse, GatewayError, Source
-from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, AuditEvent, key_record
+from meshproxy.ledger.records import ACCOUNTS, AUDIT, KEY_IDS, AccountKeys, AuditEvent, decode, encode, key_record
 from meshproxy.ledger.store import Contended, Script, Store, batches, pairs
-from meshproxy.ledger.templates import Cache, Templates, attempts, decode, encode
+from meshproxy.ledger.templates import Cache, Templates, attempts
 from meshproxy.policy.principal import ACCOUNT_NAME, Account, Key, Principal, Status, check_account_name
 
 TTL_S = 1.0
@@ -82,10 +82,7 @@ class Directory:
     ) -> None:
         self._store = store
         self._wall_clock = wall_clock
-        templates = Templates(store, clock, ttl_s=ttl_s, stale_s=stale_s)
-        self.template, self.list_templates = templates.find, templates.list
-        self.put_template, self.delete_template = templates.put, templates.delete
-        self.change_template = templates.change
+        self.templates = Templates(store, clock, ttl_s=ttl_s, stale_s=stale_s)
         self._replace = Script.load("replace")
         self._repoint = Script.load("repoint")
         self._erase = Script.load("erase")

@@ -1,15 +1,17 @@
-"""The ledger's records and the names of its keys in Redis.
+"""The ledger's records, the names of its keys in Redis, and how the directory's records are stored.
 
 Amounts are nano-USD; durations are seconds unless the name says ms.
 """
 
 import hashlib
+import re
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+import msgspec
 from msgspec import Struct
 
-from meshproxy.ledger.store import Packed, pack
+from meshproxy.ledger.store import Packed, StoreError, pack
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.principal import Budgets, Limits
 
@@ -335,3 +337,53 @@ KEY_IDS = PREFIX + "key-ids"  # hash: key id to the digest its record is stored 
 def key_record(digest: str) -> str:
     """Name the string of a key's directory record (JSON), by the SHA-256 (hex) of its secret."""
     return f"{PREFIX}key:{digest}"
+
+
+FORMAT = 1  # version of a record's format in the directory; a record without `v` is version 1
+
+_VERSION = re.compile(rb'\{"v":(\d+),')
+
+Record = TypeVar("Record")
+
+
+def encode(record: Struct, before: bytes = b"") -> bytes:
+    """Encode a record as it is stored: JSON, whose `v` is the version of its format.
+
+    Fields of the stored record `before` that this release doesn't know are kept: during an upgrade, a newer release wrote
+    them.
+    """
+    text = msgspec.json.encode(record)
+    unknown = _unknown_fields(record, msgspec.json.decode(before)) if before else {}
+    if unknown:
+        text = msgspec.json.encode(_merged(msgspec.json.decode(text), unknown))
+    return b'{"v":%d,%b' % (FORMAT, text[1:])
+
+
+def _unknown_fields(record: Struct, before: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a stored record that its type doesn't have, those of nested records included."""
+    known = {field.encode_name: getattr(record, field.name) for field in msgspec.structs.fields(record)}
+    unknown = {name: value for name, value in before.items() if name not in known and name != "v"}
+    for name, value in known.items():
+        if isinstance(value, Struct) and isinstance(before.get(name), dict):
+            nested = _unknown_fields(value, before[name])
+            if nested:
+                unknown[name] = nested
+    return unknown
+
+
+def _merged(fields: dict[str, Any], unknown: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        name: _merged(fields[name], value) for name, value in unknown.items() if isinstance(fields.get(name), dict)
+    }
+    return fields | unknown | nested
+
+
+def decode(record: bytes, kind: type[Record]) -> Record:
+    """Decode a record of the directory. Raises StoreError if it is invalid or of a newer version."""
+    version = _VERSION.match(record)
+    if version is not None and int(version[1]) > FORMAT:
+        raise StoreError("RECORD", "a record of the directory is of a newer version")
+    try:
+        return msgspec.json.decode(record, type=kind)
+    except msgspec.DecodeError as error:
+        raise StoreError("RECORD", f"a record of the directory can't be read: {error}") from error

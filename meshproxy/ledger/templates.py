@@ -13,11 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import msgspec
-from msgspec import Struct
 
 from meshproxy.errors import GatewayError, Source, invalid
-from meshproxy.ledger.records import GLOBAL, AccountKeys
-from meshproxy.ledger.store import Contended, Script, Store, StoreError, Unavailable, batches, pairs
+from meshproxy.ledger.records import GLOBAL, AccountKeys, decode, encode
+from meshproxy.ledger.store import Contended, Script, Store, Unavailable, batches, pairs
 from meshproxy.policy.template import UUID, Template
 from meshproxy.units import backoff_s
 
@@ -109,20 +108,16 @@ class Cache(Generic[Value]):
             self._weight -= entry[2]
 
 
-Record = TypeVar("Record")
-
 MAX_TEMPLATES = 1000  # of one owner
 MAX_OWNER_BYTES = 16_777_216  # of one owner's templates, as JSON
 LISTED_TOGETHER = 8  # templates read together, of up to a megabyte each
 MAX_CACHED_BYTES = 67_108_864  # of JSON, in one worker
 
 MAX_CHANGES = 16  # attempts to change a record that others change too
-FORMAT = 1  # version of a record's format; a record without `v` is version 1
 
 FIRST_PAUSE_S = 0.002  # before the second attempt
 MAX_PAUSE_S = 0.05
 
-_VERSION = re.compile(rb'\{"v":(\d+),')
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
@@ -236,46 +231,3 @@ class Templates:
 def _keys(template: Template) -> list[str]:
     owner = AccountKeys(GLOBAL if template.owner is None else template.owner)
     return [owner.template_names, owner.templates]
-
-
-def encode(record: Struct, before: bytes = b"") -> bytes:
-    """Encode a record as it is stored: JSON, whose `v` is the version of its format.
-
-    Fields of the stored record `before` that this release doesn't know are kept: during an upgrade, a newer release wrote
-    them.
-    """
-    text = msgspec.json.encode(record)
-    unknown = _unknown_fields(record, msgspec.json.decode(before)) if before else {}
-    if unknown:
-        text = msgspec.json.encode(_merged(msgspec.json.decode(text), unknown))
-    return b'{"v":%d,%b' % (FORMAT, text[1:])
-
-
-def _unknown_fields(record: Struct, before: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a stored record that its type doesn't have, those of nested records included."""
-    known = {field.encode_name: getattr(record, field.name) for field in msgspec.structs.fields(record)}
-    unknown = {name: value for name, value in before.items() if name not in known and name != "v"}
-    for name, value in known.items():
-        if isinstance(value, Struct) and isinstance(before.get(name), dict):
-            nested = _unknown_fields(value, before[name])
-            if nested:
-                unknown[name] = nested
-    return unknown
-
-
-def _merged(fields: dict[str, Any], unknown: dict[str, Any]) -> dict[str, Any]:
-    nested = {
-        name: _merged(fields[name], value) for name, value in unknown.items() if isinstance(fields.get(name), dict)
-    }
-    return fields | unknown | nested
-
-
-def decode(record: bytes, kind: type[Record]) -> Record:
-    """Decode a record of the directory. Raises StoreError if it is invalid or of a newer version."""
-    version = _VERSION.match(record)
-    if version is not None and int(version[1]) > FORMAT:
-        raise StoreError("RECORD", "a record of the directory is of a newer version")
-    try:
-        return msgspec.json.decode(record, type=kind)
-    except msgspec.DecodeError as error:
-        raise StoreError("RECORD", f"a record of the directory can't be read: {error}") from error

@@ -149,7 +149,7 @@ class Api:
         account = principal.account.name
         self._gateway.path_limiter.count(account, LIST_VISITS)
         async with self._gateway.locks.hold(account, MAX_LOCK_USERS):
-            shown = [orjson.dumps(to_public(template)) async for template in self._directory.list_templates(account)]
+            shown = [orjson.dumps(to_public(template)) async for template in self._directory.templates.list(account)]
             response = web.Response(body=b"[%b]" % b",".join(shown), content_type="application/json")
             shown.clear()
             response.headers["x-request-id"] = request_id_of(request)
@@ -167,7 +167,7 @@ class Api:
         )
         # the script reads all templates of the owner
         self._gateway.path_limiter.count(template.owner or "", LIST_VISITS)
-        if not await self._directory.put_template(template):
+        if not await self._directory.templates.put(template):
             raise _name_taken(f"There is a template `{template.name}` already.")
         return to_public(template)
 
@@ -181,7 +181,7 @@ class Api:
         template = await self._own_template(request, principal)
         fields = check_template(await self._body(request, principal), partial=True)
         try:
-            changed = await self._directory.change_template(
+            changed = await self._directory.templates.change(
                 template, lambda current: msgspec.structs.replace(fields.applied_to(current), updated_at=time.time())
             )
         except ValueError as error:
@@ -192,7 +192,7 @@ class Api:
 
     async def delete_template(self, request: web.Request) -> None:
         """`DELETE /v1/templates/{id or name}`: delete the account's own template."""
-        await self._directory.delete_template(await self._own_template(request, await self._principal(request)))
+        await self._directory.templates.delete(await self._own_template(request, await self._principal(request)))
 
     async def usage(self, request: web.Request) -> dict[str, Any]:
         """`GET /v1/usage`: the caller's account, grouped by `group_by=`."""
@@ -311,7 +311,7 @@ class Api:
 
     async def _template(self, request: web.Request, principal: Principal) -> Template:
         name = request.match_info["name"]
-        template = await self._directory.template(principal.account.name, name)
+        template = await self._directory.templates.find(principal.account.name, name)
         if template is None:
             raise GatewayError(Source.CLIENT, template_not_found(name))
         return template

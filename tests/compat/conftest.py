@@ -57,7 +57,7 @@ class Site:
 
     def put_template(self, account: str, **fields: Any) -> None:
         template = Template(id=str(uuid.uuid4()), owner=account, created_at=0.0, updated_at=0.0, **fields)
-        assert self.run(self.books.directory.put_template(template))
+        assert self.run(self.books.directory.templates.put(template))
 
     def statuses(self, account: str) -> list[int]:
         """What the account's requests were answered with, in order, by the gateway's log."""

@@ -52,7 +52,11 @@ def active(*, server, **credit):
 
 
 class Directory:
-    async def template(self, account, name):
+    @property
+    def templates(self):
+        return self
+
+    async def find(self, account, name):
         return TEMPLATE if name == "t" else None
 
 

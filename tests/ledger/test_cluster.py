@@ -123,8 +123,8 @@ async def test_the_directory(store):
     assert await directory.find_key(key.id[:10]) == key
     assert await directory.list_keys() == [key]
     template = Template(id="t", name="greet", owner="acme", system="hi", created_at=1.0, updated_at=1.0)
-    assert await directory.put_template(template)
-    assert await directory.template("acme", "greet") == template
+    assert await directory.templates.put(template)
+    assert await directory.templates.find("acme", "greet") == template
     old, (new, rotated) = secret, await directory.rotate_key(key.id, grace_s=60)
     assert [(await directory.principal(each)).key for each in (old, new)] == [rotated, rotated]
 

@@ -376,7 +376,7 @@ async def test_a_deleted_account_leaves_nothing_behind(directory, ledger, ask, s
     before = await snapshot(store)
     secret, key = await directory.create_key("acme")
     await directory.rotate_key(key.id)
-    await directory.put_template(template("greet"))
+    await directory.templates.put(template("greet"))
     await ledger.grant("acme", 1000, ref="inv-7")
     await ledger.admit(ask("h1", key_id=key.id, session="s1", key_limits=Limits(9), budgets=Budgets(500)))
     await ledger.settle(settlement("h1", key_id=key.id, session="s1"))
@@ -458,114 +458,114 @@ async def test_a_record_that_cannot_be_read_is_an_error(directory, store):
 
 async def test_templates_are_found_by_name_and_by_id(directory):
     mine = template("greet")
-    assert await directory.put_template(mine)
+    assert await directory.templates.put(mine)
     for wanted in ("greet", mine.id, mine.id.upper()):
-        assert await directory.template("acme", wanted) == mine
-        assert await directory.template("beta", wanted) is None
+        assert await directory.templates.find("acme", wanted) == mine
+        assert await directory.templates.find("beta", wanted) is None
     for wanted in ("nothing", "a" * 129, "", "gr*", "{{greet}}"):
-        assert await directory.template("acme", wanted) is None
+        assert await directory.templates.find("acme", wanted) is None
 
 
 async def test_own_templates_come_before_global_ones(directory):
     mine, shared, other = template("greet"), template("greet", None), template("bye", None)
     for each in (mine, shared, other):
-        assert await directory.put_template(each)
-    assert await directory.template("acme", "greet") == mine
-    assert await directory.template("beta", "greet") == shared
-    assert await directory.template("acme", shared.id) == shared
-    assert [each async for each in directory.list_templates("acme")] == [other, mine, shared]
-    assert [each async for each in directory.list_templates("beta")] == [other, shared]
+        assert await directory.templates.put(each)
+    assert await directory.templates.find("acme", "greet") == mine
+    assert await directory.templates.find("beta", "greet") == shared
+    assert await directory.templates.find("acme", shared.id) == shared
+    assert [each async for each in directory.templates.list("acme")] == [other, mine, shared]
+    assert [each async for each in directory.templates.list("beta")] == [other, shared]
 
 
 async def test_a_name_belongs_to_one_template_of_an_owner(directory):
     mine = template("greet")
     rival = template("greet", id="11111111-1111-1111-1111-111111111111")
-    assert await directory.put_template(mine)
-    assert not await directory.put_template(rival)
-    assert await directory.template("acme", "greet") == mine
-    assert await directory.template("acme", rival.id) is None
-    assert await directory.put_template(template("greet", "beta"))
+    assert await directory.templates.put(mine)
+    assert not await directory.templates.put(rival)
+    assert await directory.templates.find("acme", "greet") == mine
+    assert await directory.templates.find("acme", rival.id) is None
+    assert await directory.templates.put(template("greet", "beta"))
 
 
 async def test_one_of_many_who_want_a_name_gets_it(directory):
     rivals = [template("greet", id=f"{n:08d}-1111-1111-1111-111111111111") for n in range(20)]
-    assert sorted(await asyncio.gather(*map(directory.put_template, rivals))) == [False] * 19 + [True]
-    assert len([each async for each in directory.list_templates("acme")]) == 1
+    assert sorted(await asyncio.gather(*map(directory.templates.put, rivals))) == [False] * 19 + [True]
+    assert len([each async for each in directory.templates.list("acme")]) == 1
 
 
 async def test_a_renamed_template_leaves_its_old_name(directory):
     mine = template("greet")
-    await directory.put_template(mine)
+    await directory.templates.put(mine)
     renamed = msgspec.structs.replace(mine, name="hello")
-    assert await directory.put_template(renamed)
-    assert await directory.template("acme", "greet") is None
-    assert await directory.template("acme", "hello") == renamed
-    assert await directory.template("acme", mine.id) == renamed
-    assert await directory.put_template(template("greet", id="11111111-1111-1111-1111-111111111111"))
+    assert await directory.templates.put(renamed)
+    assert await directory.templates.find("acme", "greet") is None
+    assert await directory.templates.find("acme", "hello") == renamed
+    assert await directory.templates.find("acme", mine.id) == renamed
+    assert await directory.templates.put(template("greet", id="11111111-1111-1111-1111-111111111111"))
 
 
 async def test_a_deleted_template_is_gone_with_its_name(directory, store):
     mine = template("greet")
-    await directory.put_template(mine)
-    assert await directory.template("acme", "greet") == mine
-    assert await directory.delete_template(mine)
-    assert not await directory.delete_template(mine)
-    assert await directory.template("acme", "greet") is None
+    await directory.templates.put(mine)
+    assert await directory.templates.find("acme", "greet") == mine
+    assert await directory.templates.delete(mine)
+    assert not await directory.templates.delete(mine)
+    assert await directory.templates.find("acme", "greet") is None
     assert await store.execute("KEYS", "*") == []
 
 
 async def test_an_edited_template_is_seen_elsewhere_after_the_time_to_live(directory, store, clock):
     elsewhere = Directory(store, clock)
     mine = template("greet")
-    await directory.put_template(mine)
-    assert await elsewhere.template("acme", "greet") == mine
+    await directory.templates.put(mine)
+    assert await elsewhere.templates.find("acme", "greet") == mine
     edited = msgspec.structs.replace(mine, system="other words")
-    await directory.put_template(edited)
-    assert await directory.template("acme", "greet") == edited
-    assert await elsewhere.template("acme", "greet") == mine
+    await directory.templates.put(edited)
+    assert await directory.templates.find("acme", "greet") == edited
+    assert await elsewhere.templates.find("acme", "greet") == mine
     clock.now += 1.0
-    assert await elsewhere.template("acme", "greet") == edited
+    assert await elsewhere.templates.find("acme", "greet") == edited
 
 
 async def test_of_many_edits_of_a_template_none_is_lost(directory):
     mine = template("greet")
-    await directory.put_template(mine)
+    await directory.templates.put(mine)
     fields = [{"system": "other words"}, {"description": "d"}, {"model": "m"}]
-    await asyncio.gather(*(directory.change_template(mine, partial(replace, **each)) for each in fields))
-    found = await directory.template("acme", "greet")
+    await asyncio.gather(*(directory.templates.change(mine, partial(replace, **each)) for each in fields))
+    found = await directory.templates.find("acme", "greet")
     assert (found.system, found.description, found.model) == ("other words", "d", "m")
 
 
 async def test_an_edit_brings_no_deleted_template_back(directory):
     mine = template("greet")
-    await directory.put_template(mine)
-    await directory.delete_template(mine)
-    assert await directory.change_template(mine, partial(replace, system="x")) is None
-    assert [each async for each in directory.list_templates("acme")] == []
+    await directory.templates.put(mine)
+    await directory.templates.delete(mine)
+    assert await directory.templates.change(mine, partial(replace, system="x")) is None
+    assert [each async for each in directory.templates.list("acme")] == []
 
 
 async def test_an_edit_takes_no_name_from_another(directory):
-    await directory.put_template(template("greet"))
+    await directory.templates.put(template("greet"))
     other = template("bye", id="11111111-1111-1111-1111-111111111111")
-    await directory.put_template(other)
+    await directory.templates.put(other)
     with pytest.raises(ValueError, match="greet"):
-        await directory.change_template(other, partial(replace, name="greet"))
+        await directory.templates.change(other, partial(replace, name="greet"))
 
 
 async def test_an_owner_has_so_many_templates_and_no_more(directory, monkeypatch):
     monkeypatch.setattr(templates_module, "MAX_TEMPLATES", 2)
     for name in ("a", "b"):
-        assert await directory.put_template(template(name))
+        assert await directory.templates.put(template(name))
     with pytest.raises(GatewayError, match="no room") as caught:
-        await directory.put_template(template("c"))
+        await directory.templates.put(template("c"))
     assert caught.value.response.code == "validation_error"
-    assert await directory.put_template(template("a", system="a new version fits"))
-    assert [each.name async for each in directory.list_templates("acme")] == ["a", "b"]
+    assert await directory.templates.put(template("a", system="a new version fits"))
+    assert [each.name async for each in directory.templates.list("acme")] == ["a", "b"]
 
 
 async def test_an_owners_templates_have_so_many_bytes_and_no_more(directory, monkeypatch):
     monkeypatch.setattr(templates_module, "MAX_OWNER_BYTES", 1000)
-    assert await directory.put_template(template("a", system="x" * 600))
+    assert await directory.templates.put(template("a", system="x" * 600))
     with pytest.raises(GatewayError, match="no room"):
-        await directory.put_template(template("b", system="x" * 600))
-    assert await directory.put_template(template("a", system="x" * 700))
+        await directory.templates.put(template("b", system="x" * 600))
+    assert await directory.templates.put(template("a", system="x" * 700))
