@@ -16,11 +16,11 @@ dev: $(STAMP)
 test: $(STAMP) $(NODE_STAMP)
 	MESHPROXY_SIMULATION_S=$${MESHPROXY_SIMULATION_S-60} $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The rooms that run in a minute, for a second interpreter: `make quick PYTHON=python3.13 VENV=.venv-3.13`.
+# The tests that run in a minute, for a second interpreter: `make quick PYTHON=python3.13 VENV=.venv-3.13`.
 .PHONY: quick
-ROOMS := $(wildcard $(addprefix tests/,faults gateway http1 ledger openai policy server telemetry upstream simulator test_*.py))
+QUICK_TESTS := $(wildcard $(addprefix tests/,faults gateway http1 ledger openai policy server telemetry upstream simulator test_*.py))
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ROOMS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK_TESTS)
 
 # The clients that applications use, against a gateway of their own. `test` has those that install in seconds; this has all,
 # where the compilers of Go, Java (Maven) and Rust are.

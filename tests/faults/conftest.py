@@ -144,8 +144,8 @@ def terms(case: Case) -> Terms:
 @pytest.fixture
 async def stage(wires, start_mesh: StartMesh, simulator, monkeypatch, terms: Terms) -> Stage:
     monkeypatch.setattr("meshproxy.ledger.journal.REPLAY_INTERVAL_S", 0.05)
-    for room in ("fast_path", "listener"):
-        monkeypatch.setattr(f"meshproxy.server.{room}.LINGER_S", SHORT_S)
+    for module in ("fast_path", "listener"):
+        monkeypatch.setattr(f"meshproxy.server.{module}.LINGER_S", SHORT_S)
     origin = (
         f"https://127.0.0.1:{wires['handshake'].port}"
         if terms.secured

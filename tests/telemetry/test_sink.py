@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from meshproxy.telemetry import logs as room
+from meshproxy.telemetry import logs
 from meshproxy.telemetry.logs import LineSink, redact
 
 SECRET = b"rsk_0123456789abcdef"
@@ -60,9 +60,9 @@ def test_the_thread_writes_without_being_asked(sink, stream):
     assert stream.getvalue() == b"one\n"
 
 
-@pytest.mark.parametrize("line, urgent", [(b"x" * room.FLUSH_BYTES, False), (b"x", True)])
+@pytest.mark.parametrize("line, urgent", [(b"x" * logs.FLUSH_BYTES, False), (b"x", True)])
 def test_a_full_buffer_and_an_urgent_line_go_at_once(stream, monkeypatch, line, urgent):
-    monkeypatch.setattr(room, "FLUSH_INTERVAL_S", 60)
+    monkeypatch.setattr(logs, "FLUSH_INTERVAL_S", 60)
     sink = LineSink(stream, lambda _: b"")
     sink.write(line, urgent=urgent)
     assert stream.written.wait(5)
@@ -76,7 +76,7 @@ def test_a_line_after_close_is_written(sink, stream):
 
 
 def test_a_stuck_reader_never_blocks_the_writer_and_the_loss_is_told(sink, stream, monkeypatch):
-    monkeypatch.setattr(room, "MAX_BUFFERED_BYTES", 10)
+    monkeypatch.setattr(logs, "MAX_BUFFERED_BYTES", 10)
     stream.open.clear()
     sink.write(b"first\n", urgent=True)
     assert stream.taken.wait(5)  # the thread has it in its hands, and stands still
@@ -141,7 +141,7 @@ def test_words_are_left_alone(line):
 
 
 def test_a_line_after_close_is_dropped_where_the_reader_stands_still(stream, monkeypatch):
-    monkeypatch.setattr(room, "CLOSE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(logs, "CLOSE_TIMEOUT_S", 0.01)
     stream.open.clear()
     sink = LineSink(stream, lambda _: b"")
     sink.write(b"one\n", urgent=True)
