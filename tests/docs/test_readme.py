@@ -56,6 +56,16 @@ def test_every_event_of_the_log_is_documented():
     assert "journal_in_memory" in events
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_that_is_named_exists(page):
+    packages = "|".join(sorted(path.parent.name for path in (ROOT / "meshproxy").glob("*/__init__.py")))
+    named = set(re.findall(rf"[`*](?:meshproxy/)?((?:{packages})/\w+)[`*,/]", page.read_text(encoding="utf-8")))
+    here = [ROOT / "meshproxy", ROOT / "tests"]  # docs/reliability.md names tests so
+    assert {
+        name for name in named if not any((root / f"{name}{end}").exists() for root in here for end in ("", ".py"))
+    } == set()
+
+
 BASE = {"config", "errors", "units"}  # one box of the drawing
 
 
