@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.harness.waiting import until
 from tests.money.conftest import INPUT_NUSD, OUTPUT_NUSD, Client, figure, scaled
 
 REPEATS = scaled(50, 100)
@@ -112,6 +113,11 @@ async def test_a_worker_that_dies_right_behind_its_settlement_is_not_followed_by
     assert (await client.chat(idempotency_key="once")).is_whole
     await books.closed(caller.account)
     (record,) = await books.store.execute("KEYS", f"mesh:{{{caller.account}}}:replay:*")
+
+    async def is_concluded():
+        return await books.store.execute("HGET", record, "state") == b"finished"
+
+    await until(is_concluded)  # the worker's last word comes after its settlement
     await books.store.execute("HSET", record, "state", "charged", "charged_ms", 1)
     repeated = await client.chat(idempotency_key="once")
     assert (repeated.status, repeated.code) == (409, "idempotency_conflict")
