@@ -23,8 +23,8 @@ import msgspec
 from meshproxy.openai.output import estimate_from_samples, text_tokens
 
 BYTES_PER_TOKEN = 3
-MAX_SEARCHED_BYTES = 8192  # of longer JSON, this much is searched for escapes,
-SEARCHES = 8  # at so many places: each costs 0.3 us
+MAX_SEARCHED_BYTES = 8192  # of longer JSON, this much is searched for escapes
+SEARCHED_PLACES = 8  # among which it is divided: each costs 0.3 us
 BYTES_OVER_PER_ESCAPE = 3  # an escape of 4 hex digits is 6 bytes of JSON, and at most 3 of UTF-8
 TOKENS_PER_MESSAGE = 4  # role and delimiters; OpenAI's cookbook counts 3 and 1 for a name
 TOKENS_PER_PROMPT = 3  # every prompt ends with tokens that prime the reply (OpenAI's cookbook, "How to count tokens")
@@ -208,7 +208,7 @@ def _text_tokens(json: bytes, text_bytes: int) -> int:
 def _escapes(json: bytes) -> int:
     """Count the escapes of 4 hex digits. In much JSON they are sampled: to search all of it takes longer than to decode it."""
     if len(json) > MAX_SEARCHED_BYTES:
-        return estimate_from_samples(json, MAX_SEARCHED_BYTES, _escapes, SEARCHES)
+        return estimate_from_samples(json, MAX_SEARCHED_BYTES, _escapes, SEARCHED_PLACES)
     if json.rfind(b"\\u") < 0:  # takes a quarter of count()'s time
         return 0
     return json.count(b"\\u") - json.count(b"\\\\u")  # a backslash that is escaped begins none

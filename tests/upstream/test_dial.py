@@ -187,11 +187,25 @@ async def test_a_cancelled_connect_leaves_no_socket(serve, provide):
     await asyncio.gather(*server.tasks)
 
 
+@pytest.fixture
+def relayed(serve, provide, server_ssl, trusting, record):
+    """Start a provider that answers by a script over TLS. Return its server, the response and a sink whose body has begun."""
+
+    async def start(script):
+        server = await serve(script, ssl=server_ssl)
+        provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
+        response = await provider.post("/x", (), b"{}")
+        sink = record()
+        response.relay(sink)
+        await sink.begun
+        return server, response, sink
+
+    return start
+
+
 @pytest.mark.parametrize("goodbye, outcome", [(True, None), (False, "upstream_error")])
-async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(
-    goodbye, outcome, serve, provide, server_ssl, trusting, record
-):
-    """Else whoever can cut a TCP connection could cut an answer short without being noticed."""
+async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(goodbye, outcome, relayed):
+    """Otherwise an attacker on the way could cut a TCP connection, and the answer would look whole."""
     begun = asyncio.Event()
 
     async def script(conversation):
@@ -202,18 +216,13 @@ async def test_under_tls_only_a_goodbye_ends_a_body_without_a_length(
         else:
             conversation.writer.transport.abort()
 
-    server = await serve(script, ssl=server_ssl)
-    provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
-    response = await provider.post("/x", (), b"{}")
-    sink = record()
-    response.relay(sink)
-    await sink.begun
+    _, _, sink = await relayed(script)
     begun.set()
     fault = await sink.over
     assert (fault and fault.response.code, sink.payload) == (outcome, b"hello")
 
 
-async def test_over_tls_a_pause_loses_nothing_that_came_before_a_reset(serve, provide, server_ssl, trusting, record):
+async def test_over_tls_a_pause_loses_nothing_that_came_before_a_reset(relayed):
     """As without TLS, where the kernel keeps it: a loop's TLS drops what it has read when the connection is lost."""
     paused = asyncio.Event()
 
@@ -223,12 +232,7 @@ async def test_over_tls_a_pause_loses_nothing_that_came_before_a_reset(serve, pr
         await conversation.send(b"world")
         await conversation.reset()
 
-    server = await serve(script, ssl=server_ssl)
-    provider = provide(server.url.replace("http://127.0.0.1", "https://localhost"), ssl_context=trusting)
-    response = await provider.post("/x", (), b"{}")
-    sink = record()
-    response.relay(sink)
-    await sink.begun
+    server, response, sink = await relayed(script)
     response.pause()
     paused.set()
     await asyncio.gather(*server.tasks)
