@@ -161,6 +161,7 @@ class Exchange:
     """One request's state on its way through the pipeline. Times are monotonic seconds; 0.0 means not yet.
 
     - `model`: the catalogue's id of the model that serves, or else was requested; empty before it is known.
+    - `is_stream`: a stream was requested; false before it is known.
     - `attempted`: the candidate as it was attempted; `candidate` becomes the provider's own fallback that served.
     - `complete`: the whole answer was received.
     - `deadline`: when an answer must have begun.
@@ -180,6 +181,7 @@ class Exchange:
     phase = "authenticate"
     principal: Principal | None = None
     model = ""
+    is_stream = False
     plan: "Plan | None" = None
     lease: "Lease | None" = None
     candidate: Candidate | None = None

@@ -26,10 +26,10 @@ from meshproxy.errors import (
 )
 from meshproxy.gateway.attempts import within
 from meshproxy.gateway.entry import NamedLocks
-from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Headers, Reply
+from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Exchange, Headers, Reply
 from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
 from meshproxy.ledger.store import StoreError, Unavailable
-from meshproxy.openai.errors import error_event
+from meshproxy.openai.errors import error_event, is_error_event
 from meshproxy.openai.event_stream import DONE, PING
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
@@ -304,36 +304,42 @@ class Replay:
 
     async def play(
         self,
-        call: Call,
+        exchange: Exchange,
         downstream: Downstream,
         heartbeat_s: float,
         most_waiting: int = MAX_WAITING,
         left_s: float | None = None,
     ) -> Reply | None:
-        """Pass the answer on: return a whole one, write a stream to `downstream`.
+        """Pass the answer on: return a whole one, write a stream to `downstream`. A stream ends as the first one ended.
 
+        The exchange gets the answer's status and model, and whether it is a stream, before anything is sent.
         At most `most_waiting` requests of one account may wait, each at most `left_s` seconds for the answer to begin
         (then GatewayError 504). Raises LookupError, before anything was sent here, if the first request failed or its
         answer became too large to keep.
         """
         with self._answers.wait(self._answer, self._account, most_waiting):
-            return await self._play(call, downstream, heartbeat_s, left_s)
+            return await self._play(exchange, downstream, heartbeat_s, left_s)
 
-    async def _play(self, call: Call, downstream: Downstream, heartbeat_s: float, left_s: float | None) -> Reply | None:
+    async def _play(
+        self, exchange: Exchange, downstream: Downstream, heartbeat_s: float, left_s: float | None
+    ) -> Reply | None:
         parts = self._parts(heartbeat_s)
         head = await within(left_s, _head_of(parts), may_have_run=False)
-        own = [("x-request-id", call.request_id)]
+        exchange.status, exchange.model = head.status, dict(head.headers).get("x-mesh-model", "")
+        own = [("x-request-id", exchange.call.request_id)]
         headers = [*own, *(header for header in head.headers if header[0] != "x-request-id"), REPLAYED]
         if not head.stream:
             return Reply(head.status, headers, b"".join([part async for part in parts]))
+        exchange.is_stream = True
+        exchange.mark_streaming()
         downstream.begin(headers)
         try:
             await self._relay(parts, downstream, heartbeat_s)
         except LookupError:
             response = upstream_error("The request that this one repeats has failed.", may_have_run=True)
-            downstream.write(error_event(response, call.request_id))
+            downstream.write(error_event(response, exchange.call.request_id))
         except Unavailable as lost:
-            downstream.write(error_event(lost.response, call.request_id))
+            downstream.write(error_event(lost.response, exchange.call.request_id))
         downstream.finish()
         return None
 
@@ -345,8 +351,8 @@ class Replay:
             if part or self._clock() - written_at >= heartbeat_s:
                 downstream.write(part or PING)
                 written_at = self._clock()
-            if part.endswith(DONE):
-                return  # the stream is complete, whatever becomes of its record
+            if part.endswith(DONE) or is_error_event(part):
+                return  # the stream has its end, whatever becomes of its record
 
     async def _parts(self, heartbeat_s: float) -> AsyncIterator[bytes]:
         """Yield the answer's parts as they come, and an empty one at intervals without any, so that pings are sent.

@@ -207,8 +207,8 @@ class Gateway:
                 if (timeout_s := decode_timeout_s(body)) is not None:
                     exchange.limit_to(timeout_s)
                 left_s = exchange.deadline - self._clock() if math.isfinite(exchange.deadline) else None
-                reply = await entered.play(exchange.call, downstream, settings.server.heartbeat_s, most, left_s)
-                exchange.status, exchange.outcome = 200, "replayed"
+                reply = await entered.play(exchange, downstream, settings.server.heartbeat_s, most, left_s)
+                exchange.outcome = "replayed"
                 return reply
 
     async def _process(
@@ -221,7 +221,7 @@ class Gateway:
                 plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
         else:
             plan = exchange.plan = await resolve(body, principal, active, self._directory, self._random())
-        exchange.model = plan.model
+        exchange.model, exchange.is_stream = plan.model, plan.request.stream
         if plan.request.timeout_s is not None:
             exchange.limit_to(plan.request.timeout_s)
         exchange.phase = "admit"

@@ -221,7 +221,7 @@ class Recorder:
         """Count and log a request that is over."""
         self._exchanges.discard(exchange)
         now = self._clock()
-        stream = "true" if exchange.plan is not None and exchange.plan.request.stream else "false"
+        stream = "true" if exchange.is_stream else "false"
         model = exchange.model
         self._count(exchange, model or "none", stream, now)
         if len(self._metrics.pending) >= MAX_PENDING:

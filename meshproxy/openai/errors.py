@@ -172,6 +172,11 @@ def error_event(response: ErrorResponse, request_id: str) -> bytes:
     return b"data: " + envelope(response, request_id) + b"\n\n"
 
 
+def is_error_event(part: bytes) -> bool:
+    """Return whether a part of a recorded stream is what `error_event` built. No provider's error is passed on as it came."""
+    return part.startswith(b'data: {"error":{')
+
+
 def provider_error(body: bytes, content_type: str | None = None) -> Any:
     """Decode a provider's error body: its JSON, else the beginning of its text or a web page's title; None if empty.
 

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from meshproxy.ledger.records import AccountKeys
 from meshproxy.policy.principal import Limits
 from meshproxy.server.chat import ClientStream
+from meshproxy.telemetry.exposition import decode
 from meshproxy.units import parse_usd
 from tests.harness.clients import CHAT, HELLO
 from tests.harness.mesh import PRICE, model
@@ -330,6 +331,39 @@ async def test_a_stream_ends_when_its_credit_does(start_mesh):
     balance = await mesh.balance(caller)
     assert balance.balance_nusd >= -slice_tokens * 10_000
     await mesh.until(lambda: mesh.simulator.history.open_streams == 0)
+
+
+@pytest.mark.parametrize(
+    "name, credit, code",
+    [("sim/long", "0.0012", "insufficient_credits"), ("sim/error-mid-stream", "25", "upstream_error")],
+)
+async def test_a_repeat_that_reads_along_sees_the_end_that_the_first_sees(start_mesh, name, credit, code):
+    """The error event of the first, once, and no second one behind it."""
+    models = {
+        "sim/long": model("sim", "sim/plain?tokens=3000&tps=400"),
+        "sim/error-mid-stream": model("sim", "sim/error-mid-stream?tokens=80&tps=200&after=40"),
+    }
+    mesh = await start_mesh(credits={"lease_output_tokens": 8}, models=models)
+    caller = await mesh.key(credit=credit)
+    both = (mesh.chat(caller, model=name, stream=True, headers={"idempotency-key": "once"}) for _ in range(2))
+    answers = await asyncio.gather(*both)
+    assert sorted("idempotent-replayed" in answer.headers for answer in answers) == [False, True]
+    assert [answer.code for answer in answers] == [code, code]
+    assert answers[0].body == answers[1].body
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_log_and_the_metrics_name_the_model_of_a_replay_and_whether_it_is_a_stream(mesh, stream):
+    caller = await mesh.key()
+    for _ in range(2):
+        await mesh.chat(caller, model="sim/plain", stream=stream, headers={"idempotency-key": "once"})
+    await mesh.quiet()
+    line = mesh.log.lines[-1]
+    expected = ("replayed", "sim/plain", stream, 200)
+    assert (line["outcome"], line["model"], line["stream"], line["status"]) == expected
+    families = {family.name: family for family in decode(await mesh.worker.metrics.snapshot())}
+    counted = {series.labels: series.value for series in families["meshproxy_requests_total"].series if series.value}
+    assert counted == {(CHAT, "sim/plain", "200", str(stream).lower()): 2}
 
 
 async def test_a_stream_with_credit_is_renewed_to_its_end(start_mesh):

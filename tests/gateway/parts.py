@@ -73,7 +73,7 @@ def exchange(of_plan: Plan | None = None) -> Exchange:
     made = Exchange(call, "h")
     made.plan = of_plan or plan()
     made.candidate = made.plan.candidates[0]
-    made.model = made.candidate.model
+    made.model, made.is_stream = made.candidate.model, made.plan.request.stream
     return made
 
 

@@ -7,13 +7,14 @@ import pytest
 
 from meshproxy import config
 from meshproxy.config import Idempotency
-from meshproxy.errors import GatewayError
+from meshproxy.errors import GatewayError, insufficient_credits
 from meshproxy.gateway import idempotency as module
-from meshproxy.gateway.exchange import Call, Reply
+from meshproxy.gateway.exchange import Call, Exchange, Reply
 from meshproxy.gateway.idempotency import IdempotencyKeys, Recording, Replay
 from meshproxy.ledger.connection import Store, connect
 from meshproxy.ledger.replays import Replays
 from meshproxy.ledger.store import Unavailable
+from meshproxy.openai.errors import error_event
 from meshproxy.openai.event_stream import PING
 from meshproxy.policy.principal import Account, Key, Principal
 from meshproxy.telemetry.tasks import Tasks
@@ -77,7 +78,7 @@ class House:
         )
 
     async def play(self, replay, client=None, heartbeat_s=15, **more):
-        return await replay.play(call("once", "r2"), client or Client(), heartbeat_s, **more)
+        return await replay.play(Exchange(call("once", "r2"), "h"), client or Client(), heartbeat_s, **more)
 
 
 def call(name, request_id="r1"):
@@ -208,6 +209,15 @@ async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
     await asyncio.wait_for(playing, 5)
     assert b'"code":"upstream_error"' in client.text
     assert (client.finished, b"[DONE]" not in client.text) == (True, True)
+
+
+async def test_a_stream_that_ended_in_an_error_ends_in_the_same_one_for_all(house):
+    recording, playing, client = await halfway(house)
+    recording.write(error_event(insufficient_credits("Credit ran out."), "r1"))
+    recording.finish()
+    recording.conclude(complete=False)
+    await asyncio.wait_for(playing, 5)
+    assert (client.text, client.finished) == (house.client.text, True)
 
 
 async def test_a_replay_whose_store_is_lost_halfway_ends_in_an_error(house):
@@ -366,7 +376,7 @@ async def test_as_many_of_an_account_wait_as_may(house):
     await turns(1)
     replay = await house.enter("h3")
     with pytest.raises(GatewayError) as caught:
-        await replay.play(call("once", "r3"), Client(), 15, most_waiting=1)
+        await house.play(replay, most_waiting=1)
     assert (caught.value.response.status, caught.value.response.code) == (429, "rate_limit_exceeded")
     recording.reply(Reply(200, [], b"{}"))
     recording.conclude(complete=True)

@@ -188,7 +188,7 @@ async def test_what_was_refused_of_a_report(recorded):
 async def test_a_request_that_was_nobodys(recorded):
     made = exchange()
     made.plan = made.candidate = None
-    made.model = ""
+    made.model, made.is_stream = "", False
     made.status, made.code = 401, "unauthorized"
     recorded.recorder.begin(made)
     recorded.recorder.end(made)
@@ -226,8 +226,7 @@ async def test_an_attempt(recorded):
 
 async def test_an_upstream_s_latency_by_model_and_a_failure_by_its_cause(recorded):
     whole, failed = finished(), finished()
-    whole.plan = plan(b'{"messages":[{"role":"user","content":"Hello there"}]}')
-    whole.first_event_at = 0.0
+    whole.is_stream, whole.first_event_at = False, 0.0
     failed.code, failed.status = "upstream_error", 502
     for made in (whole, failed):
         recorded.recorder.begin(made)
