@@ -6,6 +6,7 @@ CHAT = S + ',route="/v1/chat/completions"'
 OUTPUT = M + ',type="completion"'
 ESTIMATED, CHARGED = S + ',usage_source="estimated"', S + ',usage_source!="none"'
 RENEWALS = S + ',op="renew"'
+UNSENT = S + ',kind=~"disconnected|overflow"'  # errors of operations that have no duration
 FAMILY = "meshproxy_{}_seconds".format
 
 
@@ -225,7 +226,11 @@ LEDGER = board(
         figure("Operations", rate("meshproxy_ledger_op_duration_seconds_count"), unit="ops", width=6),
         figure(
             "Failing",
-            share(rate("meshproxy_ledger_errors_total"), rate("meshproxy_ledger_op_duration_seconds_count")),
+            share(
+                rate("meshproxy_ledger_errors_total"),
+                f"({rate('meshproxy_ledger_op_duration_seconds_count')}"
+                f" + {rate('meshproxy_ledger_errors_total', where=UNSENT)})",
+            ),
             unit="percentunit",
             width=6,
             steps=((None, GREEN), (0.001, YELLOW), (0.01, RED)),
@@ -259,7 +264,7 @@ LEDGER = board(
             "Errors",
             [(rate("meshproxy_ledger_errors_total", "kind"), "{{kind}}")],
             unit="ops",
-            about="noscript is no trouble: the scripts are loaded anew.",
+            about="noscript is no trouble: the scripts are loaded anew. disconnected: there was no connection to send it over.",
         ),
         lines(
             "Renewals of a stream",

@@ -38,7 +38,7 @@ REQUEST_BUDGET = 388
 EVENT_BUDGET = 21  # of an event that comes alone
 CROWDED_EVENT_BUDGET = 4.4  # of one among CROWD that come in one read
 STREAM_BUDGET = 784  # of a whole stream of STREAM_TOKENS events, each in a read of its own
-STREAM_FILES_BUDGET = 34  # of the package that such a stream passes, from socket to settlement
+STREAM_FILES_BUDGET = 33  # of the package that such a stream passes, from socket to settlement
 
 PACKAGE = f"{Path(meshproxy.__file__).parent}/"
 WARM_UP = 50

@@ -41,8 +41,8 @@ from meshproxy.server.api import Api
 from meshproxy.server.chat import ChatHandler
 from meshproxy.server.client_address import TrustedProxies
 from meshproxy.telemetry.families import CLOSED
-from meshproxy.telemetry.logs import LEDGER_SLOW_S, LedgerLog, RequestLog, Throttle
-from meshproxy.telemetry.metrics import MAX_PENDING, AccountMetrics, Metrics
+from meshproxy.telemetry.logs import LedgerRecorder, RequestLog, Throttle
+from meshproxy.telemetry.metrics import AccountMetrics, Metrics
 from meshproxy.telemetry.spans import open_tracer
 from meshproxy.telemetry.tasks import Tasks, watch_lag
 from meshproxy.units import parse_usd
@@ -99,7 +99,6 @@ class Worker:
         self.stopping = False
         self._had_ledger = settings.redis.on_failure == "local"  # or doesn't need it
         self._throttle = Throttle()
-        self._ledger_log = LedgerLog()
         self._lost_at: dict[str, float] = {}  # by the ledger's server; "": at the start
 
     async def start(self, generation: int = 1) -> None:
@@ -241,7 +240,7 @@ class Worker:
     async def _connect(self) -> Store:
         """Return the store. A Redis that doesn't answer is dialled in the background; calls raise Unavailable."""
         listeners: dict[str, Any] = {
-            "on_op": self._on_op,
+            "on_op": LedgerRecorder(self.metrics).record,
             "supervise": self._connecting.supervise,
             "on_change": self._on_ledger_change,
         }
@@ -266,17 +265,6 @@ class Worker:
                 raise OSError(f"redis.journal: {error}") from error
             _log.warning("journal_in_memory", path=self._journal_path, reason=str(error))
             return Journal(None, redis.journal_max_bytes)
-
-    def _on_op(self, op: str, seconds: float, error: str | None) -> None:
-        pending = self.metrics.pending
-        pending += (self.metrics.ledger_op_duration[(op,)], seconds)
-        if len(pending) >= MAX_PENDING:
-            self.metrics.count_pending()
-        if error is not None:
-            self.metrics.ledger_errors.labels(error).inc()
-            self._ledger_log.failed(op, error)
-        elif seconds >= LEDGER_SLOW_S:
-            self._ledger_log.slow(op, seconds)
 
     def _on_ledger_change(self, server: str, is_connected: bool, reason: str) -> None:  # noqa: FBT001 - as ledger.store has it
         """Log once each time that a server of the ledger is lost, and when it is back."""

@@ -30,7 +30,7 @@ from meshproxy.ledger.link import (
     RedisConnection,
     Supervise,
     dial,
-    failed,
+    disconnected,
     jittered_backoff_s,
     opened,
     query,
@@ -69,6 +69,7 @@ class ClusterStore(Store):
         timeout_s: float,
         supervise: Supervise,
         on_change: OnChange | None = None,
+        on_op: OnOp | None = None,
     ) -> None:
         self._seeds = seeds
         self._dial = dial
@@ -76,6 +77,7 @@ class ClusterStore(Store):
         self._timeout_s = timeout_s
         self._supervise = supervise
         self._on_change = on_change
+        self._on_op = on_op
         self._last_error = "no master serves this slot"  # or why the map could not be fetched
         self._masters: dict[Endpoint, ReconnectingStore] = {}  # of every master
         self._slots: list[ReconnectingStore | None] = [None] * SLOTS
@@ -93,7 +95,7 @@ class ClusterStore(Store):
         key = key_of(command)
         master = next(iter(self._masters.values()), None) if key is None else self._slots[key_slot(key)]
         if master is None:
-            return failed(Unavailable("connection", self._last_error))
+            return disconnected(op, self._last_error, self._on_op)
         return master.send(op, command)
 
     async def open(self) -> None:
@@ -181,7 +183,12 @@ class ClusterStore(Store):
         """Dial a new master; keep dialling in the background if it doesn't answer."""
         dial = partial(self._dial, endpoint, self._redirect)
         master = self._masters[endpoint] = ReconnectingStore(
-            dial, supervise=self._supervise, on_lost=self.keep_dialling, name=str(endpoint), on_change=self._on_change
+            dial,
+            supervise=self._supervise,
+            on_lost=self.keep_dialling,
+            name=str(endpoint),
+            on_change=self._on_change,
+            on_op=self._on_op,
         )
         try:
             await master.open()
@@ -231,14 +238,16 @@ async def connect(
 
     if address.kind == "cluster":
         store: ReconnectingStore | ClusterStore = ClusterStore(
-            address.endpoints, dial_node, query_node, timeout_s, supervise, on_change
+            address.endpoints, dial_node, query_node, timeout_s, supervise, on_change, on_op
         )
     elif address.kind == "sentinel":
-        store = ReconnectingStore(dial_master, supervise=supervise, name=address.service, on_change=on_change)
+        store = ReconnectingStore(
+            dial_master, supervise=supervise, name=address.service, on_change=on_change, on_op=on_op
+        )
     else:
         server = address.endpoints[0]
         store = ReconnectingStore(
-            partial(dial_node, server), supervise=supervise, name=str(server), on_change=on_change
+            partial(dial_node, server), supervise=supervise, name=str(server), on_change=on_change, on_op=on_op
         )
     if wait:
         await store.open()

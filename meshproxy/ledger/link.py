@@ -72,6 +72,8 @@ class RedisConnection(asyncio.Protocol):
         if self.lost is not None:
             return failed(Unavailable(self.lost.kind, self.lost.reason))
         if len(self._pending) >= MAX_PENDING:
+            if self._on_op is not None:
+                self._on_op(op, None, "overflow")
             return failed(Unavailable("overflow", f"{MAX_PENDING} commands are waiting for a reply"))
         packed = command.packed if type(command) is ScriptCall else hiredis.pack_command(command)  # type: ignore[arg-type]
         if not self._outgoing:
@@ -84,6 +86,7 @@ class RedisConnection(asyncio.Protocol):
     def resend(self, pending: Pending, *, asking: bool = False) -> None:
         """Queue a command again that no server has executed, with the same future. `asking`: it was redirected by ASK."""
         if self.lost is not None:
+            self._report_op(pending[1], pending[2], self.lost.kind)
             _fail(pending[0], Unavailable(self.lost.kind, self.lost.reason))
             return
         if asking:
@@ -202,6 +205,13 @@ def failed(error: Exception) -> "asyncio.Future[Any]":
     return future
 
 
+def disconnected(op: str, reason: str, on_op: OnOp | None) -> "asyncio.Future[Any]":
+    """Report a command that can't be sent without a connection; return the future that has failed with it."""
+    if on_op is not None:
+        on_op(op, None, "disconnected")
+    return failed(Unavailable("connection", reason))
+
+
 def _fail(future: "asyncio.Future[Any]", error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
@@ -228,7 +238,7 @@ class ReconnectingStore(Store):
     """A Store over one connection, which is dialled again whenever it is lost.
 
     `dial` finds the server and returns a connection that is ready for commands, or raises Unavailable. `on_change` is
-    called with `name` for every connection made or lost.
+    called with `name` for every connection made or lost, `on_op` for every command refused without one.
     """
 
     def __init__(
@@ -239,6 +249,7 @@ class ReconnectingStore(Store):
         on_lost: Callable[[], None] | None = None,
         name: str = "",
         on_change: OnChange | None = None,
+        on_op: OnOp | None = None,
     ) -> None:
         self.last_error: str | None = None  # the last error; None: connected
         self._dial = dial
@@ -246,6 +257,7 @@ class ReconnectingStore(Store):
         self._on_lost = on_lost
         self._name = name
         self._on_change = on_change
+        self._on_op = on_op
         self._connection: RedisConnection | None = None
         self._connected_at = 0.0
         self._failures = 0
@@ -261,7 +273,7 @@ class ReconnectingStore(Store):
         """Queue one command, or fail at once without a connection."""
         connection = self._connection
         if connection is None:
-            return failed(Unavailable("connection", self.last_error or "not connected"))
+            return disconnected(op, self.last_error or "not connected", self._on_op)
         return connection.send(op, command)
 
     @property

@@ -104,7 +104,9 @@ class ScriptCall(Struct, frozen=True):
 
 Command = tuple[Argument, ...] | ScriptCall
 OnChange = Callable[[str, bool, str], None]  # server name, whether it is connected now, reason if not
-OnOp = Callable[[str, float, str | None], None]  # operation, seconds, kind of error (None: success)
+OnOp = Callable[
+    [str, float | None, str | None], None
+]  # operation, seconds (None: not sent), kind of error (None: success)
 
 # Error replies that end by themselves, after some time or a failover:
 # https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors

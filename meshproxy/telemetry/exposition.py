@@ -181,6 +181,7 @@ def summarize(snapshot: Snapshot) -> Summary:
     by_code = found.by(families.REQUESTS, "code")
     in_flight = found.by(families.IN_FLIGHT, "phase")
     ledger = found.distribution(families.LEDGER_OP_DURATION)
+    ledger_errors = found.by(families.LEDGER_ERRORS, "kind", lambda labels: labels[0] != "noscript")
     return {
         "config": {
             "generation": found.gauge(families.CONFIG_GENERATION),
@@ -198,8 +199,8 @@ def summarize(snapshot: Snapshot) -> Summary:
         "time_to_first_token": found.distribution(families.TIME_TO_FIRST_TOKEN),
         "upstreams": _upstreams(found),
         "ledger": {
-            "ops": sum(ledger["counts"]),
-            "errors": sum(found.by(families.LEDGER_ERRORS, "kind", lambda labels: labels[0] != "noscript").values()),
+            "ops": sum(ledger["counts"]) + sum(ledger_errors[kind] for kind in families.UNSENT),
+            "errors": sum(ledger_errors.values()),
             "duration": ledger,
         },
         "models": _models(found),

@@ -50,7 +50,8 @@ CLOSED = {
         " HSCAN HVALS LRANGE SADD SISMEMBER SMEMBERS SREM XADD XRANGE XREVRANGE ZADD ZCARD ZREMRANGEBYSCORE"
     ),
     "kind": _split(
-        "connection timeout overflow protocol closed noscript error"
+        "disconnected overflow"  # UNSENT
+        " connection timeout protocol closed noscript error"
         " busy clusterdown loading masterdown misconf noreplicas oom readonly tryagain"
     ),
     "outcome": _split(
@@ -64,6 +65,9 @@ CLOSED = {
         " deadlines accept balances history watch store"
     ),
 }
+
+
+UNSENT = frozenset({"disconnected", "overflow"})  # kinds of error of the ledger's operations that have no duration
 
 
 class Definition(Struct, frozen=True):

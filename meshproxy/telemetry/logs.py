@@ -24,6 +24,7 @@ import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
+from meshproxy.telemetry.metrics import MAX_PENDING, Metrics
 from meshproxy.units import rfc3339
 
 FLUSH_INTERVAL_S = 0.1
@@ -32,7 +33,7 @@ MAX_BUFFERED_BYTES = 4_194_304
 CLOSE_TIMEOUT_S = 2.0  # longest wait for a stalled reader at exit
 LOG_INTERVAL_S = 10.0  # between two log lines of one kind of trouble, which may occur at every request
 LEDGER_SLOW_S = 0.05  # of one round trip to the ledger, as in the alert MeshproxyLedgerSlow
-LOST = frozenset({"connection", "closed"})  # kinds of error that `ledger_lost` is logged for
+LOST = frozenset({"connection", "disconnected", "closed"})  # kinds of error that `ledger_lost` is logged for
 
 _log = structlog.get_logger("meshproxy.app")
 
@@ -307,21 +308,34 @@ class Throttle:
         return self._counts.pop(kind)
 
 
-class LedgerLog:
-    """Logs that operations of the ledger are slow or fail."""
+class LedgerRecorder:
+    """Counts the ledger's operations, and logs that they are slow or fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._throttle = Throttle()
         self._worst_s = 0.0
 
-    def slow(self, op: str, seconds: float) -> None:
-        """Note an operation that took LEDGER_SLOW_S or longer."""
+    def record(self, op: str, seconds: float | None, error: str | None) -> None:
+        """Record an operation: its seconds, None if it wasn't sent, and the kind of its error, None if it succeeded."""
+        if seconds is not None:
+            pending = self._metrics.pending
+            pending += (self._metrics.ledger_op_duration[(op,)], seconds)
+            if len(pending) >= MAX_PENDING:
+                self._metrics.count_pending()
+        if error is not None:
+            self._metrics.ledger_errors.labels(error).inc()
+            self._log_failed(op, error)
+        elif seconds is not None and seconds >= LEDGER_SLOW_S:
+            self._log_slow(op, seconds)
+
+    def _log_slow(self, op: str, seconds: float) -> None:
         self._worst_s = max(self._worst_s, seconds)
         if count := self._throttle.due("slow"):
             _log.warning("ledger_slow", op=op, operations=count, worst_ms=round(self._worst_s * 1000, 3))
             self._worst_s = 0.0
 
-    def failed(self, op: str, kind: str) -> None:
-        """Note an operation that failed while the connection lasts."""
+    def _log_failed(self, op: str, kind: str) -> None:
+        """Log an operation that failed while the connection lasts."""
         if kind not in LOST and kind != "noscript" and (count := self._throttle.due(kind)):
             _log.error("ledger_fails", kind=kind, op=op, operations=count)

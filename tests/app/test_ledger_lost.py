@@ -8,7 +8,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from meshproxy.ledger.embedded import Embedded
-from meshproxy.telemetry.logs import LOG_INTERVAL_S, LedgerLog
+from meshproxy.telemetry.exposition import decode
+from meshproxy.telemetry.logs import LOG_INTERVAL_S, LedgerRecorder
+from meshproxy.telemetry.metrics import Metrics
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -67,6 +69,16 @@ async def test_who_had_it_once_stays_ready_and_answers_in_the_envelope(start_mes
     await mesh.until(lambda: mesh.worker.store.connected)
 
 
+async def test_operations_without_a_connection_are_counted_and_have_no_duration(start_mesh):
+    mesh = await start_mesh(redis={"url": NOWHERE}, connected=False)
+    for _ in range(3):
+        await mesh.request("GET", "/v1/key", headers={"authorization": "Bearer rsk_unknown"})
+    families = {family.name: family.series for family in decode(await mesh.worker.metrics.snapshot())}
+    errors = {series.labels[0]: series.value for series in families["meshproxy_ledger_errors_total"] if series.value}
+    assert (errors.keys(), errors["disconnected"] >= 3) == ({"disconnected"}, True)
+    assert sum(series.value for series in families["meshproxy_ledger_op_duration_seconds"]) == 0
+
+
 async def test_with_local_it_is_ready_without(start_mesh, tmp_path):
     redis = {"url": NOWHERE, "on_failure": "local", "journal": str(tmp_path / "journal")}
     mesh = await start_mesh(redis=redis, connected=False)
@@ -90,8 +102,8 @@ async def test_a_full_redis_is_logged_once_by_its_kind(server, start_mesh):
 def test_slow_operations_are_counted_between_two_lines(monkeypatch):
     times = iter((0.0, 1.0, LOG_INTERVAL_S + 1.0))
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
-    log = LedgerLog()
+    recorder = LedgerRecorder(Metrics([], []))
     with capture_logs() as logs:
         for seconds in (0.06, 0.2, 0.07):
-            log.slow("admit", seconds)
+            recorder.record("admit", seconds, None)
     assert [(line["operations"], line["worst_ms"]) for line in logs] == [(1, 60.0), (2, 200.0)]

@@ -213,6 +213,19 @@ async def test_pending_commands_are_bounded(wire, monkeypatch):
     assert [await future for future in kept] == [1, 2]
 
 
+async def test_metrics_are_told_of_commands_that_are_not_sent(server, monkeypatch):
+    told = []
+    store = await connect(Redis(url=server.url), on_op=lambda *op: told.append(op))
+    monkeypatch.setattr(link_module, "MAX_PENDING", 1)
+    answered = store.execute("GET", "a")
+    overflown = store.execute("GET", "b")
+    await asyncio.gather(answered, overflown, return_exceptions=True)
+    await store.close()
+    await asyncio.gather(store.execute("GET", "c"), return_exceptions=True)
+    kinds = [(seconds is None, kind) for op, seconds, kind in told if op == "GET"]
+    assert kinds == [(True, "overflow"), (False, None), (True, "disconnected")]
+
+
 async def test_a_bad_argument_leaves_the_queue_alone(wire):
     link, transport = wire
     with pytest.raises(TypeError):

@@ -71,6 +71,7 @@ def test_distributions_are_added_up_over_labels():
     metrics.ledger_op_duration.labels("admit").observe(0.001)
     metrics.ledger_errors.labels("timeout").inc(2)
     metrics.ledger_errors.labels("noscript").inc(3)  # no trouble: the script is sent and runs
+    metrics.ledger_errors.labels("disconnected").inc(4)  # these have no duration
     found = summary(metrics)
     assert found["request_duration"]["counts"][1] == 2
-    assert (found["ledger"]["ops"], found["ledger"]["errors"]) == (1, 2)
+    assert (found["ledger"]["ops"], found["ledger"]["errors"]) == (5, 6)
