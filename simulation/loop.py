@@ -447,6 +447,20 @@ class SimLoop(asyncio.BaseEventLoop):
         """Give an accepted connection to a protocol."""
         return self.network.attach(protocol_factory, sock)
 
+    async def sleep(self, delay: float, result: Any = None) -> Any:
+        """Do what asyncio.sleep does, without asking for the running loop: in CPython 3.11 that is a system call."""
+        if delay <= 0:
+            return await _sleep(delay, result)
+        future: asyncio.Future[Any] = asyncio.Future(loop=self)
+        context = contextvars.copy_context()
+        handle = SimHandle(self.now + delay, _end_sleep, (future, result), self, context)
+        if not self.muted:
+            self.at(self.now + delay, context[PROCESS], handle)
+        try:
+            return await future
+        finally:
+            handle.cancel()
+
     # The engine.
 
     def _enqueue(self, process: Process, handle: asyncio.Handle) -> None:
@@ -538,6 +552,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.close()
 
 
+_sleep: Final = asyncio.sleep
 _end_sleep: Final = vars(asyncio.futures)["_set_result_unless_cancelled"]  # the callback of asyncio.sleep
 
 

@@ -235,12 +235,15 @@ class Ordered(MutableSet[Any]):
 
 _CLOCKS = ("monotonic", "perf_counter", "time", "monotonic_ns", "time_ns")
 _kept: list[tuple[Any, str]] = []  # found once: it takes a while
+_with_sets: list[Any] = []  # the modules whose `set` is Ordered in a run, found once
 
 
 def _kept_clocks() -> list[tuple[Any, str]]:
     """Find what kept a clock when it was imported: modules' names, and functions' `__defaults__` and `__kwdefaults__`."""
     if _kept:
         return _kept
+    ours = [module for name, module in sys.modules.items() if name.startswith("meshproxy.")]
+    _with_sets[:] = [*ours, asyncio.tasks, aiohappyeyeballs.impl]
     clocks = {id(getattr(time, name)) for name in _CLOCKS}
     for module_name, module in list(sys.modules.items()):
         if module is time or module is dt or not hasattr(module, "__dict__"):
@@ -277,6 +280,8 @@ def installed(loop: SimLoop, disk: Disk, others: dict[tuple[Any, str], Any]) -> 
         (time, "perf_counter_ns"): lambda: int(loop.now * 1e9),
         (time, "time_ns"): lambda: int(loop.wall() * 1e9),
         (time, "sleep"): _never,
+        (asyncio, "sleep"): loop.sleep,
+        (asyncio.tasks, "sleep"): loop.sleep,
         (threading.Thread, "start"): _never,
         (os, "urandom"): entropy.randbytes,
         (random, "_urandom"): entropy.randbytes,
@@ -305,8 +310,7 @@ def installed(loop: SimLoop, disk: Disk, others: dict[tuple[Any, str], Any]) -> 
             replaced[owner, name] = {key: virtual.get(id(each), each) for key, each in kept.items()}
         else:
             replaced[owner, name] = virtual[id(kept)]
-    ours = [module for name, module in sys.modules.items() if name.startswith("meshproxy.")]
-    replaced |= {(module, "set"): Ordered for module in (*ours, asyncio.tasks, aiohappyeyeballs.impl)}
+    replaced |= {(module, "set"): Ordered for module in _with_sets}
     state, was_collecting, before = random.getstate(), gc.isenabled(), {}
     for (owner, name), value in replaced.items():
         before[owner, name] = getattr(owner, name) if name != "set" else None

@@ -381,6 +381,11 @@ class Store:
             process.skew_s = before
         return _ordered(fields[0].decode().lower(), reply)
 
+    def peek(self, key: str) -> dict[bytes, bytes]:
+        """Return the fields of a hash without a command: for judges that look after every script."""
+        item = self.server.dbs[0]._dict.get(key.encode())
+        return {} if item is None else item.value.getall()
+
     def ask(self, *words: bytes | str | int) -> Any:
         """Run a command from outside the network, for judges."""
         client = Client(self)

@@ -248,16 +248,16 @@ class Play:
     def _watch_store(self) -> None:
         """Take a sample of each account's credit after each script."""
         store = self._world.store
-        run_command, seer = store.run, Client(store)
-        accounts = range(len(self._history.credit))
+        run_command = store.run
+        books = [f"mesh:{{a{account}}}:credit" for account in range(len(self._history.credit))]
         last: dict[int, tuple[int, int]] = {}
 
         def run_and_look(client: Client, fields: list[bytes]) -> Any:
             reply = run_command(client, fields)
             if fields[0][:4].upper() == b"EVAL":
-                for account in accounts:
-                    found = run_command(seer, [b"HMGET", f"mesh:{{a{account}}}:credit".encode(), b"balance", b"held"])
-                    seen = int(found[0] or 0), int(found[1] or 0)
+                for account, book in enumerate(books):
+                    found = store.peek(book)
+                    seen = int(found.get(b"balance", 0)), int(found.get(b"held", 0))
                     if last.get(account) != seen:
                         last[account] = seen
                         self.record.samples.append(Sample(self._loop.time(), account, *seen))
