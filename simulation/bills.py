@@ -13,8 +13,8 @@ from simulation.history import STORE_TIMEOUT_S, Model, Price
 from simulation.provider import Call, prompt_tokens
 from simulation.record import LATENCY_S, RECOVERY_S, View
 
-FEWEST, MOST = 0.7, 1.5  # of the true tokens, what an estimate may be
-FEW, MANY = 4, 8  # tokens that an estimate of a short text may be off
+FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
+TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
 
 
 class Cost(NamedTuple):
@@ -47,11 +47,9 @@ def part_cost(call: Call, model: Model, seen: int) -> Cost:
 
 def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -> Cost:
     choices = max(1, call.body.get("n") or 1)
-    true_prompt = prompt_tokens(call.body)
-    prompts = (int(true_prompt * FEWEST) - FEW, int(true_prompt * MOST) + MANY)
-    caps = [call.body[name] * choices for name in ("max_tokens", "max_completion_tokens") if name in call.body]
-    fewest = min([fewest, *caps])  # an estimate may end at the cap, also where the provider went past it
-    outputs = (max(0, int(fewest * FEWEST) - FEW * choices), int(most * MOST) + MANY * choices)
+    prompts = estimates(prompt_tokens(call.body), prompt_tokens(call.body))
+    named = TOOL_NAME_TOKENS * choices if call.answer.kind == "tool" else 0
+    outputs = tuple(min([each, *_caps(call)]) for each in estimates(fewest, most, named))
     cached = (call.bill.cached, 0)
     if reported and "prompt" in call.is_true:
         prompts = (call.bill.prompt, call.bill.prompt)
@@ -60,8 +58,19 @@ def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -
         outputs = (call.bill.completion, call.bill.completion)
     elif reported and call.bill.completion:  # a report that is older than the last text
         outputs = (outputs[0], max(outputs[1], call.bill.completion))
-    least = price.cost(max(prompts[0], 0), min(cached[0], max(prompts[0], 0)), outputs[0])
+    least = price.cost(prompts[0], min(cached[0], prompts[0]), outputs[0])
     return Cost(least, price.cost(prompts[1], min(cached[1], prompts[1]), outputs[1]))
+
+
+def estimates(fewest: int, most: int, more: int = 0) -> tuple[int, int]:
+    """Return the least and the most that an estimate may be of so many tokens, and of `more` that only estimates count."""
+    return fewest * FEWEST // 10, -(-most * MOST // 10) + more
+
+
+def _caps(call: Call) -> list[int]:
+    """Return the cap on all choices of a call, if it has one: no estimate of output exceeds it (docs/ledger.md)."""
+    choices = max(1, call.body.get("n") or 1)
+    return [call.body[name] * choices for name in ("max_tokens", "max_completion_tokens") if name in call.body]
 
 
 def allowed_charges(view: View, sight: Sight) -> list[Cost]:

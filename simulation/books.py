@@ -5,11 +5,14 @@ from typing import Final
 
 from simulation.bills import allowed_charges, died_unsettled, runs_on, told_cost
 from simulation.client import Sight
-from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS
+from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
+from simulation.provider import Call
+from simulation.reasons import credit_samples, most_held
 from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
 
 AT_ONCE_S: Final = 0.1
 LOST: Final = 74  # the exit code of a process that lost a settlement (docs/ledger.md)
+SHORT_OF: Final = 2  # holds that an account has to have for a whole answer to go out without a cap (docs/api.md)
 OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply"})
 
 
@@ -91,7 +94,7 @@ def tokens_are_reported(view: View) -> Iterator[str]:
     """Check that a settlement has the tokens of the provider's report, and the request's key, session and model."""
     for sight in view.record.sights:
         for event in view.settled.get(sight.request_id, ()):
-            if event["session"] not in {sight.request.session, "~"}:
+            if event["session"] != sight.request.session:
                 yield f"{sight.request_id} of session {sight.request.session!r} is in {event['session']!r}"
             calls = view.calls.get(sight.marker, [])
             named = sight.headers.get("x-mesh-model")
@@ -205,6 +208,25 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
         bound = 0
     if excess > bound + slack:
         yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
+
+
+def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
+    """Find a cap that a request without one got for another reason than short credit, or that its client isn't told."""
+    request = sight.request
+    cap = next((call.body[name] for name in ("max_tokens", "max_completion_tokens") if name in call.body), None)
+    imposed = cap if request.max_tokens is None else None
+    told = sight.headers.get("x-mesh-max-tokens")
+    is_own = sight.status == 200 and "idempotent-replayed" not in sight.headers
+    if is_own and sight.headers and told != (None if imposed is None else str(imposed)):
+        yield f"{sight.request_id} has x-mesh-max-tokens {told}, and {call.upstream} got the cap {imposed}"
+    if imposed is None or (view.history.local and view.feels(sight, before_s=RECOVERY_S)):  # an instance's allowance
+        return
+    models = [model for name in (request.model, *request.fallbacks) for model in view.models(sight, name)]
+    if request.stream and not any(model.hidden_reasoning for model in models):
+        yield f"{call.upstream} got the cap {imposed} for the stream {sight.request_id}, which has none"
+    left = min((sample.balance - sample.held for sample in credit_samples(view, sight)), default=0)
+    if not 1 <= imposed <= MAX_OUTPUT_TOKENS or left >= SHORT_OF * most_held(view, sight):
+        yield f"{call.upstream} got the cap {imposed} for {sight.request_id}, and {left} nano-USD were available"
 
 
 def budgets_hold(view: View) -> Iterator[str]:

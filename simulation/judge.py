@@ -22,11 +22,12 @@ from simulation.books import (
     full_journals_deny,
     grants_count_once,
     holds_are_kept,
+    imposed_cap_faults,
     losses_are_told,
     tokens_are_reported,
 )
 from simulation.client import Sight
-from simulation.history import HEARTBEAT_S, MAX_OUTPUT_TOKENS, UPSTREAMS, WRITE_TIMEOUT_S, rendered
+from simulation.history import HEARTBEAT_S, UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.provider import Call
 from simulation.reasons import (
     buckets_are_right,
@@ -184,8 +185,9 @@ def requests_are_clean(view: View) -> Iterator[str]:
         if set(caps) - {upstream.cap_field}:
             yield f"{call.upstream} reads {upstream.cap_field} and got {caps}"
         told: Any = call.body.get(upstream.cap_field)
-        if request.max_tokens is not None and (told is None or told > max(request.max_tokens, MAX_OUTPUT_TOKENS)):
+        if request.max_tokens is not None and told != request.max_tokens:  # of at most the model's largest output
             yield f"{call.upstream} got the cap {told} for {request.max_tokens}"
+        yield from imposed_cap_faults(view, plans[call.marker], call)
         if bool(call.body.get("stream")) != request.stream or (call.body.get("n") or 1) != request.n:
             yield f"{call.upstream} got stream={call.body.get('stream')}, n={call.body.get('n')} for {request}"
 

@@ -509,6 +509,37 @@ PLANTED: Final = [
         "  index_hour(HOURS, string.match(HOUR,",
         "  string.match(HOUR, 'x'); (type)(string.match(HOUR,",
     ),
+    # Money, as strictly as docs/ledger.md and docs/api.md have it.
+    Planted(
+        "an estimate of output exceeds the cap",
+        "gateway/settle.py",
+        "seen = min(estimate_output(), plan.output_bound)",
+        "seen = estimate_output()",
+    ),
+    Planted(
+        "a settlement forgets its session",
+        LUA + "settle.lua",
+        "if #session > MAX_FREE_SESSION_BYTES and cost",
+        "if #session > 0 then session = '~' end\nif #session > MAX_FREE_SESSION_BYTES and cost",
+    ),
+    Planted(
+        "a cap goes out as the model's largest",
+        "openai/request.py",
+        "cap = max_tokens or request.max_tokens",
+        "cap = max_tokens or request.max_tokens and max(request.max_tokens, 400)",
+    ),
+    Planted(
+        "an unreported prompt is billed as it was held",
+        "gateway/settle.py",
+        "usage = replace(usage, prompt=plan.likely_prompt_tokens())",
+        "usage = replace(usage, prompt=plan.prompt_tokens)",
+    ),
+    Planted(
+        "an estimate of output is a quarter too low",
+        "gateway/relay.py",
+        "lambda: scanner.tokens,",
+        "lambda: scanner.tokens * 3 // 4,",
+    ),
 ]
 
 

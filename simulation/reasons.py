@@ -83,7 +83,7 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     if view.history.local and view.feels(sight, before_s=RECOVERY_S):  # the allowance of an instance
         return True
     told = re.search(rf"has {USD} USD available.*?: {USD} USD needed", message)
-    samples = _samples(view, sight)
+    samples = credit_samples(view, sight)
     if sight.is_stream:  # in mid-stream: too little for what the provider made
         made = max((call.made for call in view.calls.get(sight.marker, ())), default=0)
         return not samples or min(sample.balance - sample.held for sample in samples) < 2 * most_held(view, sight, made)
@@ -131,7 +131,7 @@ def most_held(view: View, sight: Sight, made: int = 0) -> int:
     return max(price.cost(prompt, 0, output) for model in models for price in model.prices)
 
 
-def _samples(view: View, sight: Sight) -> list[Sample]:
+def credit_samples(view: View, sight: Sight) -> list[Sample]:
     """Return the account's credit while a request ran, and just before."""
     account = view.key(sight)
     within = [sample for sample in view.record.samples if sample.account == account and sample.at <= sight.ended_at]

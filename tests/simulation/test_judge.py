@@ -550,3 +550,72 @@ def test_a_finding_names_the_request():
     overcharged(case)
     found = Finding("charges_are_bills", "id-q0 was charged 130001, and 130000 would be right")
     assert found in judge(case.record)
+
+
+# Money: both sides of each bound. Rows are a change of the good record, its request, and the rules that it breaks.
+
+
+def estimated(prompt, completion):
+    """Let nothing have been reported, and so many tokens have been charged."""
+
+    def change(case):
+        case.call.reported, case.call.bill, case.call.is_true = False, Bill(), frozenset()
+        charged(prompt * 2_500 + completion * 10_000, usage_source="estimated")(case)
+
+    return change
+
+
+def charged(cost, **fields):
+    def change(case):
+        case.record.books = {0: book(settled(cost_nusd=cost, **fields))}
+        case.sight.headers["x-mesh-cost"] = f"0.{cost:09d}"
+
+    return change
+
+
+def capped(told, cap, available=GRANTED):
+    """Let a cap have gone out that the client was told, while so much credit was available."""
+
+    def change(case):
+        case.call.body["max_tokens"] = cap
+        case.record.samples.append(Sample(9.6, 0, available, 0))
+        if told is not None:
+            case.sight.headers["x-mesh-max-tokens"] = str(told)
+
+    return change
+
+
+FULL_HOLD = 51 * 2_500 + 400 * 10_000  # of a body of two bytes, by the coarsest estimate
+CLEAN, BILLS = {"requests_are_clean"}, {"charges_are_bills"}
+MONEY = {
+    "an estimate of 0.8": (estimated(16, 6), REQUEST, set()),
+    "a prompt below 0.8": (estimated(15, 6), REQUEST, BILLS),
+    "output below 0.8": (estimated(16, 5), REQUEST, BILLS),
+    "an estimate of 1.4": (estimated(28, 12), REQUEST, set()),
+    "a prompt above 1.4": (estimated(29, 12), REQUEST, BILLS),
+    "output above 1.4": (estimated(28, 13), REQUEST, BILLS),
+    "an estimate up to the cap": (estimated(28, 8), Request("q0", max_tokens=8), set()),
+    "an estimate above the cap": (estimated(28, 9), Request("q0", max_tokens=8), BILLS),
+    "an estimate with a tool's name": (
+        estimated(28, 15),
+        Request("q0", answers=(Answer(kind="tool"),)),
+        set(),
+    ),
+    "an estimate above a tool's name": (estimated(28, 16), Request("q0", answers=(Answer(kind="tool"),)), BILLS),
+    "a session without its name": (charged(COST, session="~"), Request("q0", session="s1"), {"tokens_are_reported"}),
+    "a larger cap": (capped(None, 10), Request("q0", max_tokens=9), CLEAN),
+    "a smaller cap": (capped(None, 8), Request("q0", max_tokens=9), CLEAN),
+    "a cap of the gateway's": (capped(60, 60, 2 * FULL_HOLD - 1), REQUEST, set()),
+    "a cap that wasn't needed": (capped(60, 60, 2 * FULL_HOLD), REQUEST, CLEAN),
+    "a cap above the model's": (capped(401, 401, 1_000), REQUEST, CLEAN),
+    "a cap that isn't told": (capped(None, 60, 1_000), REQUEST, CLEAN),
+    "another cap that is told": (capped(61, 60, 1_000), REQUEST, CLEAN),
+    "a cap of a stream": (capped(60, 60, 1_000), STREAMED, CLEAN),
+}
+
+
+@pytest.mark.parametrize(("change", "request_", "broken"), MONEY.values(), ids=MONEY.keys())
+def test_money_is_judged_at_its_bounds(change, request_, broken):
+    case = Case(request_)
+    change(case)
+    assert {finding.rule for finding in judge(case.record)} == broken
