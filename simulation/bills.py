@@ -97,7 +97,7 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     seen = seen_tokens(sight)
     for call in calls:
         for model in view.models(sight, _model_of(view, sight, call)):
-            for price in _prices(call, model, sight):
+            for price in _prices(call, model, sight, seen):
                 priced = replace(model, price=price)
                 costs += _charges_of(view, sight, call, priced, seen, goes_on=goes_on, timed_out=timed_out)
     return costs
@@ -125,10 +125,17 @@ def ran_short(view: View, sight: Sight) -> bool:
     return bool(left) and min(left) < most
 
 
-def _prices(call: Call, model: Model, sight: Sight) -> set[Price]:
-    """Return what tokens may cost: in the service tier that the report names, else in the requested one."""
+def _prices(call: Call, model: Model, sight: Sight, seen: int) -> set[Price]:
+    """Return what tokens may cost: in the service tier that the answer names, if the gateway has read it, else as requested.
+
+    Every event names it; Anthropic's reports do, and they alone.
+    """
     named, asked = model.price_in(call.tier, sight.request.tier), model.price_in(sight.request.tier)
-    has_read_it = sight.ended == "whole" and sight.status == 200 and not sight.error and call.reported and call.is_true
+    has_read_it = ended_well = sight.ended == "whole" and sight.status == 200 and not sight.error
+    if call.answer.dialect == "anthropic":
+        has_read_it = ended_well and call.reported and bool(call.is_true)
+    elif seen:
+        has_read_it = True
     return {named} if has_read_it else {named, asked}
 
 
@@ -188,8 +195,9 @@ def _charges_of(
         yield part if seen or not sight.error else Cost(0, part.most)
     if call.reported and "completion" not in call.is_true:  # a report in the middle
         yield Cost(part.least, max(part.most, _cost(call, model.price, seen, call.shown_begun, reported=True).most))
-    if call.reported and "prompt" in call.is_true:  # running reports
-        yield Cost(min(part.least, whole.least), max(part.most, min(whole.most, part.most)))
+    if call.reported and "prompt" in call.is_true:  # running reports, which no cap bounds
+        told = model.price.cost(call.bill.prompt, call.bill.cached, call.shown_begun)
+        yield Cost(min(part.least, whole.least), max(part.most, told))
 
 
 def _ran_elsewhere(view: View, sight: Sight) -> bool:

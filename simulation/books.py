@@ -225,6 +225,8 @@ def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
     if request.stream and not any(model.hidden_reasoning for model in models):
         yield f"{call.upstream} got the cap {imposed} for the stream {sight.request_id}, which has none"
     left = min((sample.balance - sample.held for sample in credit_samples(view, sight)), default=0)
+    budget = view.history.keys[request.key].budget_nusd
+    left = left if budget is None else min(left, budget)
     if not 1 <= imposed <= MAX_OUTPUT_TOKENS or left >= SHORT_OF * most_held(view, sight):
         yield f"{call.upstream} got the cap {imposed} for {sight.request_id}, and {left} nano-USD were available"
 

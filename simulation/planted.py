@@ -410,8 +410,14 @@ PLANTED: Final = [
     Planted(
         "the requested service tier is billed, whatever served",
         "gateway/settle.py",
-        "candidate.price_in(tier, requested_tier)",
-        "candidate.price_in(requested_tier, tier)",
+        "candidate.price_in(exchange.served_tier, requested_tier)",
+        "candidate.price_in(requested_tier, exchange.served_tier)",
+    ),
+    Planted(
+        "a stream that is cut is billed in the requested service tier",
+        "gateway/relay.py",
+        "served_tier=scanner.service_tier,",
+        "served_tier=None,",
     ),
     Planted(
         "a service tier without a price is let through",

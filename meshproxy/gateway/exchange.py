@@ -176,6 +176,7 @@ class Exchange:
     - `response`: the last provider's response whose head has arrived.
     - `secrets`: our secrets that the current upstream knows.
     - `unlisted_model`: the model that the provider names as served, if it is none of those requested.
+    - `served_tier`: the service tier that the provider names as served.
     """
 
     phase = "authenticate"
@@ -210,6 +211,7 @@ class Exchange:
     cost_nusd = 0
     price: Price | None = None
     unlisted_model: str | None = None
+    served_tier: str | None = None
     events = 0
     sent_at = 0.0
     first_event_at = 0.0

@@ -300,7 +300,15 @@ class Gateway:
             raise
         seen = partial(_seen, body, plan)
         report, outdated = (answer.report, False) if whole is None else (whole.report, whole.is_outdated)
-        bill(exchange, report, answer.model, lambda: seen()[0], audio_output=lambda: seen()[1], outdated=outdated)
+        bill(
+            exchange,
+            report,
+            answer.model,
+            lambda: seen()[0],
+            audio_output=lambda: seen()[1],
+            outdated=outdated,
+            served_tier=answer.service_tier,
+        )
         exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True
@@ -327,6 +335,8 @@ class Gateway:
             hide_usage=not (plan.request.include_usage or exchange.call.sees_usage),
             max_event_bytes=active.settings.upstreams[upstream].max_event_bytes,
             audio_format=audio_format(plan.request.fields),
+            reads_tier=exchange.candidate is not None
+            and bool(exchange.candidate.services or exchange.candidate.natives),
         )
         relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
         lease.watch(relay.renewed)

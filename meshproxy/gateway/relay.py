@@ -210,6 +210,7 @@ class Relay:
             most,
             audio_output=lambda: scanner.audio_tokens,
             outdated=scanner.outdated,
+            served_tier=scanner.service_tier,
         )
 
     def _left_nusd(self, denied: Denial) -> int:

@@ -36,13 +36,14 @@ def bill(
     *,
     audio_output: Callable[[], int] | None = None,
     outdated: bool = False,
+    served_tier: str | None = None,
 ) -> None:
     """Record usage, its source and the cost on the exchange. May be called again as more output arrives.
 
     The provider's numbers are used where they are plausible; missing ones are estimated from the prompt and the output
     seen. If nothing was reported and nothing seen, nothing is charged. Output tokens past `most_output` aren't charged.
     `outdated`: text came after the report, so its output is a lower bound. `audio_output` estimates how much of the
-    output was audio, which has its own price.
+    output was audio, which has its own price. `served_tier`: the service tier that the answer names outside its report.
     """
     plan, candidate = exchange.plan, exchange.attempted or exchange.candidate
     if plan is None or candidate is None:
@@ -72,9 +73,8 @@ def bill(
         exchange.usage_source = "estimated"
         reported_usd = None
     exchange.usage = usage
-    _charge(
-        exchange, candidates, report.service_tier if report is not None else None, None if outdated else reported_usd
-    )
+    exchange.served_tier = (report.service_tier if report is not None else None) or served_tier
+    _charge(exchange, candidates, None if outdated else reported_usd)
     exchange.unlisted_model = served_model if len(candidates) > 1 else None
 
 
@@ -87,12 +87,10 @@ def bill_prompt(exchange: Exchange) -> None:
     if plan is None or candidate is None:
         return
     exchange.usage, exchange.usage_source = Usage(plan.likely_prompt_tokens()), "estimated"
-    _charge(exchange, (candidate,), None, None)
+    _charge(exchange, (candidate,), None)
 
 
-def _charge(
-    exchange: Exchange, candidates: Sequence[Candidate], tier: str | None, reported_usd: Decimal | None
-) -> None:
+def _charge(exchange: Exchange, candidates: Sequence[Candidate], reported_usd: Decimal | None) -> None:
     """Record the cost of the usage at the dearest of the models that may have served.
 
     The price is that of the service tier that the provider names, else of the requested tier.
@@ -100,7 +98,7 @@ def _charge(
     requested_tier = exchange.plan.request.service_tier if exchange.plan is not None else None
     dearest = -1
     for candidate in candidates:
-        price = candidate.price_in(tier, requested_tier) if candidate.services else candidate.price
+        price = candidate.price_in(exchange.served_tier, requested_tier) if candidate.services else candidate.price
         cost_nusd = cost(price, exchange.usage, reported_usd)
         if cost_nusd > dearest:
             dearest = exchange.cost_nusd = cost_nusd

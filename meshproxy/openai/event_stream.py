@@ -48,7 +48,7 @@ class StreamScanner:
     """Scans one stream.
 
     `hide_usage`: hold back the usage-only event, for a client that didn't request it. `max_event_bytes` bounds one
-    event; `audio_format` is the requested format of audio.
+    event; `audio_format` is the requested format of audio; `reads_tier`: look for the service tier.
 
     - `events`: data events seen, without `[DONE]`.
     - `report`: the usage reported, all events merged.
@@ -57,6 +57,7 @@ class StreamScanner:
     - `cost_so_far`: returns the cost so far in USD, for the usage event of a client that sees usage, once the answer has
       finished.
     - `written_cost`: the cost last written.
+    - `service_tier`: the tier that the first event which names one names. OpenAI's chunks all do.
     - `tokens`: the output estimated from its text and the duration of its audio; `audio_tokens` is the audio's part.
     - `most`: an upper bound of `tokens` that costs nothing: text is kept uncounted, up to a bound, until `tokens` is
       read.
@@ -87,6 +88,7 @@ class StreamScanner:
         "_padded",
         "_pieces",
         "_plain",
+        "_reads_tier",
         "_reported_at",
         "_sample",
         "_shapes_learned",
@@ -99,11 +101,17 @@ class StreamScanner:
         "events",
         "most",
         "report",
+        "service_tier",
         "written_cost",
     )
 
     def __init__(
-        self, *, hide_usage: bool, max_event_bytes: int = MAX_EVENT_BYTES, audio_format: str | None = None
+        self,
+        *,
+        hide_usage: bool,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        audio_format: str | None = None,
+        reads_tier: bool = False,
     ) -> None:
         self.events = 0
         self.audio_tokens = 0
@@ -111,11 +119,13 @@ class StreamScanner:
         self.report: Report | None = None
         self.cost_so_far: Callable[[], str] | None = None
         self.written_cost: str | None = None
+        self.service_tier: str | None = None
         self.done = False
         self.error: dict[str, Any] | None = None
         self._hide_usage = hide_usage
         self._max_event_bytes = max_event_bytes
         self._audio_format = audio_format
+        self._reads_tier = reads_tier
         self._begun = False
         self._cr = False  # the last byte was CR: an LF that follows is part of it
         self._held = bytearray()  # an incomplete event
@@ -383,6 +393,9 @@ class StreamScanner:
         """Count an event's output, and learn its shape for the events after it."""
         if not self._sample and len(event) <= MAX_PLAIN_BYTES:
             self._sample = event
+        if self._reads_tier and may_have(data, b'"service_tier"'):
+            self.service_tier = decode_text((decode_members(data) or {}).get("service_tier"))
+            self._reads_tier = self.service_tier is None
         output = read_output(data)
         if output.audio_chars:
             self._audio_chars += output.audio_chars

@@ -176,6 +176,7 @@ class ProviderAnswer(Struct, frozen=True):
     report: Report | None = None
     model: str | None = None
     error: Any = None
+    service_tier: str | None = None
 
 
 class _UsualReply(Struct, gc=False):
@@ -226,7 +227,7 @@ def decode_answer(body: bytes) -> ProviderAnswer:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     else:
-        return ProviderAnswer(_report_of(usual.usage, usual.service_tier), usual.model)
+        return ProviderAnswer(_report_of(usual.usage, usual.service_tier), usual.model, None, usual.service_tier)
     members = decode_members(body)
     if members is None:
         response = upstream_error("The provider's answer is not a JSON object.", may_have_run=True)
@@ -235,6 +236,7 @@ def decode_answer(body: bytes) -> ProviderAnswer:
         report=find_report(members),
         model=decode_text(members.get("model")),
         error=decode_value(members["error"]) if "error" in members else None,
+        service_tier=decode_text(members.get("service_tier")),
     )
 
 

@@ -91,6 +91,20 @@ async def test_the_service_tier_that_was_served_is_billed_and_the_one_asked_for_
     assert (int(settled["cost_nusd"]), int(settled["held_nusd"])) == expected
 
 
+@pytest.mark.parametrize(
+    ("upstream_model", "stream"), [("sim/end-early?after=4", True), ("sim/no-usage", True), ("sim/no-usage", False)]
+)
+async def test_an_answer_without_a_report_is_billed_in_the_service_tier_that_it_names(
+    start_mesh, upstream_model, stream
+):
+    mesh = await start_mesh(models={"m": {**model("sim", upstream_model), **PRIORITY}})
+    caller = await mesh.key()
+    await mesh.chat(caller, model="m", stream=stream, service_tier="priority")  # the simulator serves "default"
+    settled = await mesh.settlement(caller)
+    expected = int(settled["prompt_tokens"]) * 2_500 + int(settled["completion_tokens"]) * 10_000
+    assert (settled["usage_source"], int(settled["cost_nusd"])) == ("estimated", expected)
+
+
 async def test_a_large_prompt_has_the_prices_of_its_tier(start_mesh):
     tier = {"above_prompt_tokens": 5, "input_usd_per_mtok": "5.00", "output_usd_per_mtok": "20.00"}
     mesh = await start_mesh(

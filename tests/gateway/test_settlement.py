@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from meshproxy.config import Model, Route
-from meshproxy.gateway.settle import Settler, bill
+from meshproxy.gateway.settle import Settler, bill, bill_prompt
 from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.openai.usage import RefusedNumber, Report, Usage
 from meshproxy.policy.pricing import price_of
@@ -127,12 +127,27 @@ class TestBill:
         bill(made, reported, None, lambda: 99, most, outdated=outdated)
         assert (made.cost_nusd, made.price.markup is None) == (expected, expected != 500_000_000)
 
-    @pytest.mark.parametrize(("told", "expected"), [(None, 250), ("flex", 250), ("default", 2_500)])
-    def test_the_service_tier_that_was_served_sets_the_price(self, told, expected):
+    @pytest.mark.parametrize(
+        ("reported", "served", "expected"),
+        [
+            (None, None, 250),
+            ("flex", None, 250),
+            ("default", None, 2_500),
+            (None, "default", 2_500),
+            ("default", "flex", 2_500),
+        ],
+    )
+    def test_the_service_tier_that_was_served_sets_the_price(self, reported, served, expected):
         body = b'{"service_tier":"flex","messages":[{"role":"user","content":"Hello there"}]}'
         made = exchange(plan(body, candidates=(candidate(services=(("flex", CHEAP),)),)))
-        bill(made, msgspec.structs.replace(report(10), service_tier=told), None, lambda: 0)
+        bill(made, msgspec.structs.replace(report(10), service_tier=reported), None, lambda: 0, served_tier=served)
         assert 10 * expected == made.cost_nusd
+
+    def test_the_prompt_of_a_client_that_hung_up_has_the_price_of_the_tier_that_was_served(self):
+        made = exchange(plan(candidates=(candidate(services=(("flex", CHEAP),)),)))
+        bill(made, None, None, lambda: 0, served_tier="flex")
+        bill_prompt(made)
+        assert made.cost_nusd == BILLED_PROMPT_TOKENS * 250
 
     def test_nothing_before_there_is_a_plan(self):
         made = exchange()

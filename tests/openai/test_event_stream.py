@@ -338,6 +338,29 @@ class TestTheEnd:
         assert findings(b"data: x\n\n")["model"] is None
 
 
+TIERED = HELLO.replace(b'"model"', b'"service_tier":"flex","model"')
+UNTIERED = HELLO.replace(b'"model"', b'"service_tier":null,"model"')
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [
+        (HELLO + WORLD, None),
+        (TIERED, "flex"),
+        (UNTIERED + HELLO + TIERED, "flex"),
+        (HELLO + TIERED + TIERED.replace(b"flex", b"default") + STOP, "flex"),
+        (HELLO.replace(b"Hello", rb"a \"service_tier\":\"flex\"") + WORLD, None),
+        (USAGE.replace(b'"model"', b'"service_tier":"flex","model"'), "flex"),
+    ],
+)
+def test_the_first_service_tier_that_is_named(stream: bytes, expected: str | None):
+    for offset in range(len(stream)):
+        scanner = StreamScanner(hide_usage=True, reads_tier=True)
+        scanner.feed(stream[:offset])
+        scanner.feed(stream[offset:])
+        assert scanner.service_tier == expected
+
+
 def chunk(delta: Any, **members: Any) -> bytes:
     """An event with this delta, and with more members beside `choices` or, by the name `choice`, in its choice."""
     choice = {"index": 0, "delta": delta, "finish_reason": None, **members.pop("choice", {})}

@@ -585,7 +585,35 @@ def capped(told, cap, available=GRANTED):
     return change
 
 
+def budgeted(budget):
+    """Let a cap have gone out for a key with a budget."""
+
+    def change(case):
+        case.key(budget_nusd=budget)
+        capped(60, 60)(case)
+
+    return change
+
+
+def cut(cost, dialect="openai"):
+    """Let a provider that served the tier "priority" have broken off after two tokens of a request for "flex"."""
+
+    def change(case):
+        error = json.dumps({"error": ERROR})
+        case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
+        case.sight.headers["x-mesh-model"] = "served"
+        case.call.answer = Answer(dialect=dialect, end="resets", tier="priority")
+        case.call.body |= {"model": "up-served", "service_tier": "flex"}
+        case.call.upstream, case.call.tier, case.call.shown_begun = "two", "priority", 2
+        case.call.reported, case.call.bill, case.call.is_true = False, Bill(), frozenset()
+        case.call.complete, case.call.ended = False, "cut"
+        case.record.books = {0: book(settled(cost_nusd=cost, model="served", usage_source="estimated"))}
+
+    return change
+
+
 FULL_HOLD = 51 * 2_500 + 400 * 10_000  # of a body of two bytes, by the coarsest estimate
+SERVED = Request("q0", model="served", tier="flex", stream=True)
 CLEAN, BILLS = {"requests_are_clean"}, {"charges_are_bills"}
 MONEY = {
     "an estimate of 0.8": (estimated(16, 6), REQUEST, set()),
@@ -603,6 +631,9 @@ MONEY = {
     ),
     "an estimate above a tool's name": (estimated(28, 16), Request("q0", answers=(Answer(kind="tool"),)), BILLS),
     "a session without its name": (charged(COST, session="~"), Request("q0", session="s1"), {"tokens_are_reported"}),
+    "a cut stream of another tier": (cut(20 * 5_000 + 2 * 20_000), SERVED, set()),
+    "a cut stream in the tier asked for": (cut(20 * 1_000 + 2 * 4_000), SERVED, BILLS),
+    "a cut stream that names its tier at its end": (cut(20 * 1_000 + 2 * 4_000, "anthropic"), SERVED, set()),
     "a larger cap": (capped(None, 10), Request("q0", max_tokens=9), CLEAN),
     "a smaller cap": (capped(None, 8), Request("q0", max_tokens=9), CLEAN),
     "a cap of the gateway's": (capped(60, 60, 2 * FULL_HOLD - 1), REQUEST, set()),
@@ -610,6 +641,8 @@ MONEY = {
     "a cap above the model's": (capped(401, 401, 1_000), REQUEST, CLEAN),
     "a cap that isn't told": (capped(None, 60, 1_000), REQUEST, CLEAN),
     "another cap that is told": (capped(61, 60, 1_000), REQUEST, CLEAN),
+    "a cap within a budget": (budgeted(2 * FULL_HOLD - 1), REQUEST, set()),
+    "a cap that its budget didn't need": (budgeted(2 * FULL_HOLD), REQUEST, CLEAN),
     "a cap of a stream": (capped(60, 60, 1_000), STREAMED, CLEAN),
 }
 
