@@ -190,7 +190,7 @@ def _require_host(names: Collection[str]) -> Middleware:
     async def require_host(request: web.Request, handler: Handler) -> web.StreamResponse:
         hosts = request.headers.getall(hdrs.HOST, [])  # none in HTTP/1.0, which no browser uses
         if not request.raw_path.startswith("/"):
-            hosts = [*hosts, request.host]  # the host of an absolute target
+            hosts = [request.host]  # of an absolute target, in the place of `Host` (RFC 9112, section 3.2.2)
         for host in hosts:
             name = _PORT.sub("", host).lower()
             if name not in names and (_IP.fullmatch(name) is None or address(name) is None):

@@ -39,7 +39,7 @@ from meshproxy.server.client_address import ProxiedClient
 MAX_COMPARED_CHARS = 128  # of an unknown path
 MIN_SIMILARITY = 0.8  # of the path that a 404 suggests: `/v1/messages` is 0.76 like `/v1/usage`
 PATHS = web.AppKey("paths", tuple[str, ...])  # paths that a 404 may suggest
-_CODES = {  # of the refusals that a middleware of create_app() may raise
+_CODES = {  # of the errors that a middleware of create_app() may raise
     401: "unauthorized",
     402: "insufficient_credits",
     403: "forbidden",
@@ -47,6 +47,9 @@ _CODES = {  # of the refusals that a middleware of create_app() may raise
     409: "conflict",
     415: "unsupported_media_type",
     429: "rate_limit_exceeded",
+    502: "upstream_error",
+    503: "overloaded",
+    504: "gateway_timeout",
 }
 _OF_BODY = frozenset({"content-encoding", "content-language", "content-length", "content-type"})
 
@@ -66,16 +69,20 @@ def error_response(error: ErrorResponse, request_id: str) -> web.Response:
 def from_http_exception(error: web.HTTPException, request: web.BaseRequest) -> ErrorResponse:
     """Convert an error of aiohttp or of a middleware to an error response. Its Retry-After becomes `retry_after_s`."""
     wait_s = wait_of(error.headers.get("retry-after"), error.headers.get("retry-after-ms"), time.time())
+    # an authority-form target (RFC 9112, 3.2.3) has no path
+    target = (request.path or request.raw_path)[:256]
     if error.status == 404:
-        return not_found(f"There is nothing at {request.path[:256]}.{_suggestion(request)}")
+        return not_found(f"There is nothing at {target}.{_suggestion(request)}")
     if error.status == 405:
         allowed = error.headers.get("allow", "").replace(",", ", ")
-        return method_not_allowed(f"{request.method[:32]} is not allowed at {request.path[:256]}, only {allowed}.")
+        return method_not_allowed(f"{request.method[:32]} is not allowed at {target}, only {allowed}.")
     if error.status == 413:
         return request_too_large(request.client_max_size)
-    if error.status >= 500:
-        return internal_error() if error.status == 500 else overloaded(error.reason, 1.0 if wait_s is None else wait_s)
-    code = _CODES.get(error.status, "validation_error")
+    if error.status == 500:
+        return internal_error()
+    if error.status == 503 and wait_s is None:
+        return overloaded(error.reason)
+    code = _CODES.get(error.status, "validation_error" if error.status < 500 else "internal_error")
     return ErrorResponse(error.status, code, error.reason, retry_after_s=wait_s)
 
 
@@ -130,12 +137,18 @@ HEAD_TOO_LARGE = ErrorResponse(  # RFC 6585, section 5
 URI_TOO_LONG = ErrorResponse(  # RFC 9112, section 3
     414, "uri_too_long", f"The request's target is too long: it has at most {MAX_HEAD_BYTES} bytes."
 )
+TOO_MUCH_FRAMING = ErrorResponse(  # RFC 9112, section 7.1.1
+    400,
+    "bad_request",
+    "This is not a valid HTTP request: its chunks are too small, or their extensions too long.",
+)
 HEAD_TIMEOUT = request_timeout("The request's head did not arrive in time.")
 PARSE_BYTES = 16_384  # parsed at once: a fault, or a body of tiny chunks, is noticed before 256 KiB of it are parsed
 # Bound on the framing of a chunked body, plus one byte for each 32 of content (a chunk of 200 bytes has six). Each
 # chunk costs microseconds to parse, even a tiny one: 25 bodies of 6 MB in chunks of one byte delayed other requests by
 # 20 s.
 MAX_FRAMING_BYTES = 16_384
+_NO_HEADER = b"\0\r\n\r\n"  # an end of a head that the parser refuses, wherever a header breaks off
 
 
 class ConnectionLimits(NamedTuple):
@@ -182,8 +195,10 @@ class AiohttpConnection(web.RequestHandler):
         "_has_first_line",
         "_head_begun",
         "_head_timer",
+        "_is_line_too_long",
         "_is_refused",
         "_limits",
+        "_line_bytes",
         "_source",
     )
     _client_transport: asyncio.Transport
@@ -197,6 +212,8 @@ class AiohttpConnection(web.RequestHandler):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_begun = False
         self._has_first_line = False  # of the head that arrives
+        self._line_bytes = 0  # received of the header that arrives
+        self._is_line_too_long = False
         self._is_refused = False
         self._body: StreamReader | None = None  # of the newest request
         self._body_bytes: int | None = None  # its Content-Length
@@ -237,23 +254,38 @@ class AiohttpConnection(web.RequestHandler):
 
     def _receive(self, data: bytes) -> None:
         """Pass bytes to aiohttp, and keep the head's time."""
-        known = len(self._messages)
-        in_body = self._body is not None and not self._body.is_eof()
+        known, body = len(self._messages), self._body
+        in_body = body is not None and not body.is_eof()
+        if self._has_first_line and not in_body and self._line_exceeds_bound(data):
+            data = _NO_HEADER
         super().data_received(data)
         if len(self._messages) > known:
             self._stop_head_timer()
             self._inspect_newest()
             return
-        if self._body is not None and not self._body.is_eof():
-            self._count_framing(self._body, len(data))
-            return
-        if in_body:
-            data = b"" if self._body_bytes is not None else _behind_body(data)
+        if body is not None and in_body:
+            behind = b"" if not body.is_eof() or self._body_bytes is not None else _behind_body(data)
+            self._count_framing(body, len(data) - len(behind))
+            if not body.is_eof():
+                return
+            data = behind
         if data.strip(b"\r\n") or (data and not self._is_answering):
             self._head_begun = True
             self._has_first_line = self._has_first_line or b"\n" in data.lstrip(b"\r\n")
+            self._line_bytes = len(data) - data.rfind(b"\n") - 1 if b"\n" in data else self._line_bytes
             if self._head_timer is None:
                 self._start_head_timer()
+
+    def _line_exceeds_bound(self, data: bytes) -> bool:
+        """Count the bytes of the header that arrives; return whether it has more than MAX_HEAD_BYTES.
+
+        The parser has the same bound, but doesn't always count the name: it depends on how the name arrives. No piece has
+        a whole line that is too long.
+        """
+        end = data.find(b"\n")
+        self._line_bytes += len(data) if end < 0 else end
+        self._is_line_too_long = self._line_bytes > MAX_HEAD_BYTES + len("\r")
+        return self._is_line_too_long
 
     def _inspect_newest(self) -> None:
         """Note the body of the newest request, and whether aiohttp's parser found a fault."""
@@ -268,7 +300,7 @@ class AiohttpConnection(web.RequestHandler):
                 self._refuse_body(self._body, GatewayError(Source.CLIENT, error))
                 return
         else:
-            self._has_first_line = False
+            self._has_first_line, self._line_bytes = False, 0
         length = getattr(message, "headers", {}).get("content-length")
         self._body, self._body_bytes = body, None if length is None else int(length)
         self._body_received = 0
@@ -278,7 +310,7 @@ class AiohttpConnection(web.RequestHandler):
         self._body_received += received
         if self._body_received - body.total_bytes > MAX_FRAMING_BYTES + body.total_bytes // 32:
             self._is_refused = True
-            self._refuse_body(body, web.RequestPayloadError("its chunks are too small"))
+            self._refuse_body(body, GatewayError(Source.CLIENT, TOO_MUCH_FRAMING))
 
     def _refuse_body(self, body: StreamReader, fault: Exception) -> None:
         """Fail the reading of a body, and close the connection after the answer."""
@@ -339,7 +371,8 @@ class AiohttpConnection(web.RequestHandler):
             self.logger.error("handler failed", exc_info=exc)
             error = internal_error()
         else:
-            if message == TOO_MANY_FIELDS or (isinstance(exc, LineTooLong) and self._has_first_line):
+            is_field = self._has_first_line and (isinstance(exc, LineTooLong) or self._is_line_too_long)
+            if is_field or message == TOO_MANY_FIELDS:
                 error = HEAD_TOO_LARGE
             elif isinstance(exc, LineTooLong):
                 error = URI_TOO_LONG

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, web
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from meshproxy.config import ConfigError, Server, split_address
@@ -366,10 +367,10 @@ class Runner(web.AppRunner):
         return server.all() if server is not None else []
 
     def _request(self, message: Any, *parts: Any) -> web.Request:
-        """Make a request from the parser's message.
+        """Make a request from the parser's message. An absolute target's host replaces `Host` (RFC 9112, section 3.2.2).
 
-        Only here is the host of an absolute target decoded. An invalid one (`http://xn--a/`, RFC 3492) raises a
-        ValueError, which would end the connection's task; such a request is marked unreadable instead.
+        Only here is that host decoded. An invalid one (`http://xn--a/`, RFC 3492) raises a ValueError, which would end the
+        connection's task; such a request is marked unreadable instead.
         """
         version, refusal = message.version, None
         if not HttpVersion10 <= version <= HttpVersion11:  # the parser takes 2.0, and a line without a version for 0.9
@@ -377,7 +378,7 @@ class Runner(web.AppRunner):
         if message.upgrade:  # declined; the parser drops what followed in the same read
             message = message._replace(should_close=True)
         try:
-            request = self._make_request(message, *parts)
+            request = self._make_request(_with_host_of_target(message), *parts)
         except ValueError:
             request = self._make_request(message._replace(url=URL("/")), *parts)
             refusal = "the host of its target can't be read"
@@ -394,6 +395,20 @@ class Runner(web.AppRunner):
         if self.closing:
             response.force_close()
         return response
+
+
+def _with_host_of_target(message: Any) -> Any:
+    """Give a message with an absolute target the form of others: a path, and its host in `Host`.
+
+    Raises ValueError for a host that can't be decoded.
+    """
+    url = message.url
+    if not (url.scheme and url.host):
+        return message
+    headers = CIMultiDict(message.headers)
+    headers["Host"] = url.host_port_subcomponent
+    path = URL.build(path=url.raw_path, query_string=url.raw_query_string, encoded=True)
+    return message._replace(url=path, headers=CIMultiDictProxy(headers))
 
 
 def _ambiguity(request: web.BaseRequest) -> str | None:

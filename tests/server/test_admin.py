@@ -209,11 +209,14 @@ async def test_without_a_token_only_its_own_names_are_answered(aiohttp_client, s
         assert (await answer.json())["error"]["code"] == "forbidden"
 
 
-async def test_the_host_of_an_absolute_target_counts_too(aiohttp_client, state):
+@pytest.mark.parametrize(
+    "target, host, status", [("evil.example", "localhost", 403), ("localhost", "evil.example", 200)]
+)
+async def test_the_host_of_an_absolute_target_counts_and_no_other(aiohttp_client, state, target, host, status):
     client = await aiohttp_client(create_admin(state))
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(b"GET http://evil.example/status HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert (await reader.readline()).split()[1] == b"403"
+    writer.write(f"GET http://{target}/status HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert int((await reader.readline()).split()[1]) == status
     writer.close()
 
 

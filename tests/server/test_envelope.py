@@ -25,6 +25,10 @@ RAISED = {
     "moved": web.HTTPFound("/elsewhere"),
     "broken": web.HTTPInternalServerError(),
     "unavailable": web.HTTPServiceUnavailable(),
+    "unknown": web.HTTPNotImplemented(),
+    "relay": web.HTTPBadGateway(headers={"Retry-After": "7"}),
+    "slow": web.HTTPGatewayTimeout(reason="The host gave up."),
+    "storage": web.HTTPInsufficientStorage(),
     "value": ValueError("Odd."),
 }
 RAISED["moved"].set_cookie("seen", "yes")
@@ -60,6 +64,10 @@ async def client(aiohttp_client):
         ("/fail/often", 429, "rate_limit_exceeded"),
         ("/fail/broken", 500, "internal_error"),
         ("/fail/unavailable", 503, "overloaded"),
+        ("/fail/unknown", 501, "internal_error"),
+        ("/fail/relay", 502, "upstream_error"),
+        ("/fail/slow", 504, "gateway_timeout"),
+        ("/fail/storage", 507, "internal_error"),
         ("/fail/value", 422, "validation_error"),
     ],
 )
@@ -78,6 +86,8 @@ async def test_whatever_is_raised(client, path, status, code):
     "path, expected",
     [
         ("/fail/often", {"retry-after": "7", "retry-after-ms": "7000", "x-quota": "of the host"}),
+        ("/fail/relay", {"retry-after": "7", "retry-after-ms": "7000"}),
+        ("/fail/slow", {"retry-after": None}),
         ("/fail/full", {"retry-after": "1", "retry-after-ms": "0"}),
         ("/fail/unavailable", {"retry-after": "1", "retry-after-ms": "1000"}),
         ("/fail/login", {"www-authenticate": "Bearer", "content-language": None, "content-type": "application/json"}),
@@ -86,6 +96,11 @@ async def test_whatever_is_raised(client, path, status, code):
 async def test_an_error_keeps_its_own_headers(client, path, expected):
     async with client.get(path) as response:
         assert {name: response.headers.get(name) for name in expected} == expected
+
+
+async def test_an_error_of_a_middleware_keeps_its_words(client):
+    async with client.get("/fail/slow") as response:
+        assert (await response.json())["error"]["message"] == "The host gave up."
 
 
 async def test_a_redirect_is_passed_on(client):

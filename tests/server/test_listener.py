@@ -34,6 +34,8 @@ class Served:
         app.router.add_get("/work", self._work)
         app.router.add_get("/bug", self._bug)
         app.router.add_get("/large", self._large)
+        for path in ("/", "/seen"):
+            app.router.add_get(path, self._seen)
         self.answer_early = False
         app.router.add_post("/v1/chat/completions", self._odd_chat)
         limits = ConnectionLimits(lambda: header_timeout_s, self.refused.append, lambda: write_timeout_s)
@@ -44,6 +46,9 @@ class Served:
 
     async def _large(self, _request):
         return web.Response(body=bytes(LARGE_BYTES))
+
+    async def _seen(self, request):
+        return web.json_response([request.host, request.headers["host"], request.path_qs])
 
     async def _bug(self, _request):
         raise RuntimeError("a bug")
@@ -207,7 +212,7 @@ async def test_more_than_one_request_ahead_waits_in_the_socket(start):
 
 @pytest.mark.parametrize(
     "size, count, status",
-    [(1, 2000, b"200"), (200, 4000, b"200"), (1, 12_000, b"422"), (64, 6_000, b"422")],
+    [(1, 2000, b"200"), (200, 4000, b"200"), (1, 12_000, b"400"), (64, 6_000, b"400")],
 )
 async def test_a_body_of_small_chunks_is_taken_up_to_a_bound(start, size, count, status):
     served = await start()
@@ -317,6 +322,80 @@ async def test_a_target_that_can_not_be_read_parks_no_connection(start, target, 
     got = await served.asked(GET.replace(b"/work", target))
     assert int(got.split()[1]) == status
     assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == code
+
+
+LONG_HEADERS = {
+    "name-and-value-of-10k": (b"X" * 10_000 + b": " + b"a" * 10_000, 431),
+    "name-and-value-of-8k": (b"X" * 8_000 + b": " + b"a" * 8_000, 200),
+    "value-behind-16k-spaces": (b"X:" + b" " * 16_384 + b"a", 431),
+    "longest": (b"X: " + b"a" * 16_381, 200),
+    "longest-and-one": (b"X: " + b"a" * 16_382, 431),
+}
+
+
+@pytest.mark.parametrize("name", LONG_HEADERS)
+@pytest.mark.parametrize("fast_connections", [True, False])
+@pytest.mark.parametrize("cut", [None, 60, 5_000, 10_060, 15_000, 16_440])
+async def test_a_long_header_has_one_answer_however_it_arrives(start, name, fast_connections, cut):
+    served = await start(fast_connections=fast_connections)
+    line, status = LONG_HEADERS[name]
+    closing = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n" + line + b"\r\n\r\n")
+    reader, writer = await served.connect()
+    for piece in (closing[:cut], closing[cut:]) if cut is not None else (closing,):
+        writer.write(piece)
+        await writer.drain()
+        await turns(20)
+    got = await asyncio.wait_for(reader.read(-1), 5)
+    writer.close()
+    assert int(got.split()[1]) == status
+    if status == 431:
+        assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_head_too_large"
+
+
+@pytest.mark.parametrize("size, status", [(10_000, 200), (20_000, 400), (40_000, 400)])
+@pytest.mark.parametrize("cut", [None, 5_000, 18_000])
+async def test_a_long_chunk_extension_has_one_answer_however_it_arrives(start, size, status, cut):
+    served = await start()
+    ask = CHUNKED.replace(b"2\r\n", b"2;" + b"a" * size + b"\r\n").replace(b"host: m", b"host: m\r\nconnection: close")
+    reader, writer = await served.connect()
+    for piece in (ask[:cut], ask[cut:]) if cut is not None else (ask,):
+        writer.write(piece)
+        await writer.drain()
+        await turns(20)
+    got = await asyncio.wait_for(reader.read(-1), 5)
+    writer.close()
+    assert int(got.split()[1]) == status
+    if status == 400:
+        assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
+
+
+@pytest.mark.parametrize(
+    "line, target",
+    [
+        (b"CONNECT other:443", "other:443"),
+        (b"OPTIONS *", "*"),
+        (b"GET http://other/nowhere?x=1", "/nowhere"),
+    ],
+)
+async def test_a_target_of_any_form_is_named_where_nothing_is(start, line, target):
+    served = await start()
+    got = await served.asked(GET.replace(b"GET /work", line).replace(b"host: m", b"host: m\r\nconnection: close"))
+    assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["message"] == f"There is nothing at {target}."
+
+
+@pytest.mark.parametrize(
+    "target, host, path",
+    [
+        (b"http://other:81/seen?x=1", "other:81", "/seen?x=1"),
+        (b"http://other", "other", "/"),
+        (b"http://other?x=1", "other", "/?x=1"),
+        (b"HTTPS://user:secret@[::1]/seen", "[::1]", "/seen"),
+    ],
+)
+async def test_an_absolute_target_is_served_with_its_own_host(start, target, host, path):
+    served = await start()
+    got = await served.asked(GET.replace(b"/work", target).replace(b"host: m", b"host: m\r\nconnection: close"))
+    assert json.loads(got.partition(b"\r\n\r\n")[2]) == [host, host, path]
 
 
 async def test_without_chat_every_request_is_the_applications(start):
