@@ -3,8 +3,8 @@
 aiohttp's server and client, `iter_any` to `write`; no keys, no limits, no credit, no metrics, no logs.
 """
 
+import argparse
 import asyncio
-import sys
 
 import aiohttp
 import uvloop
@@ -46,5 +46,11 @@ async def _listen(session: aiohttp.ClientSession, port: int, upstream_port: int)
 
 
 if __name__ == "__main__":
-    numbers = list(map(int, sys.argv[1:]))
-    uvloop.run(serve(list(zip(numbers[::2], numbers[1::2], strict=True))))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.naive", description="A proxy of aiohttp's server and client, and nothing more."
+    )
+    parser.add_argument("ports", nargs="+", type=int, metavar="PORT UPSTREAM_PORT", help="in pairs, on loopback")
+    ports = parser.parse_args().ports
+    if len(ports) % 2:
+        parser.error("a PORT has no UPSTREAM_PORT")
+    uvloop.run(serve(list(zip(ports[::2], ports[1::2], strict=True))))

@@ -4,8 +4,8 @@ Two sockets joined: what one receives the other is written. It knows no HTTP, a 
 no end waits for one that doesn't keep up.
 """
 
+import argparse
 import asyncio
-import sys
 from typing import cast
 
 import uvloop
@@ -56,5 +56,11 @@ async def serve(pairs: list[tuple[int, int]]) -> None:
 
 
 if __name__ == "__main__":
-    numbers = list(map(int, sys.argv[1:]))
-    uvloop.run(serve(list(zip(numbers[::2], numbers[1::2], strict=True))))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pipe", description="Two sockets joined, and nothing more."
+    )
+    parser.add_argument("ports", nargs="+", type=int, metavar="PORT UPSTREAM_PORT", help="in pairs, on loopback")
+    ports = parser.parse_args().ports
+    if len(ports) % 2:
+        parser.error("a PORT has no UPSTREAM_PORT")
+    uvloop.run(serve(list(zip(ports[::2], ports[1::2], strict=True))))

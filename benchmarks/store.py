@@ -5,6 +5,7 @@ is the CPU time of Redis's own processes (see processes.py), so that it holds on
 usage event, marker and aggregates, as INFO counts it.
 """
 
+import argparse
 import asyncio
 import itertools
 import os
@@ -59,6 +60,10 @@ KINDS = (
 
 def main() -> int:
     """Measure, and print a table in Markdown."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.store", description="Measure what a request costs Redis; takes some minutes."
+    ).parse_args()
+    os.sched_setaffinity(0, {OTHER_CORE})
     print(
         "| Redis | accounts | CPU us a request | requests/s of one core | bytes kept a request |\n|---|---:|---:|---:|---:|"
     )
@@ -168,5 +173,4 @@ def _used(admins: list["redis.Redis"]) -> int:
 
 
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {OTHER_CORE})
     sys.exit(main())

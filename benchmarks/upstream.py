@@ -5,9 +5,9 @@ same bytes in a chunk of its own, as OpenAI sends them, and many streams are ser
 get an event whose turn it is. At the end come a finish event, a usage event and [DONE].
 """
 
+import argparse
 import asyncio
 import re
-import sys
 
 import uvloop
 
@@ -119,4 +119,8 @@ async def serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1])))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.upstream", description="A provider that streams events."
+    )
+    parser.add_argument("port", type=int, help="to listen at, on loopback")
+    uvloop.run(serve(parser.parse_args().port))

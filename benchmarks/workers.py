@@ -5,6 +5,7 @@ control: the kernel's Documentation/scheduler/sched-bwc.rst), and all the rest h
 doesn't bring is what the two cost each other. Takes control groups, version 1 or 2, and root.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def main() -> int:
     """Whole answers a second with one worker and with two, in turns, and the ratio of the medians."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.workers",
+        description="Measure what a second worker brings; takes half a minute, control groups and root.",
+    ).parse_args()
     rates_by_workers: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(ROUNDS):
         for workers, rates in rates_by_workers.items():

@@ -1,6 +1,8 @@
 """What the pages show must work: their TOML parses, and their links lead somewhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from meshproxy.config import Settings, parse
 
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = [path for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -23,6 +26,14 @@ def test_the_index_names_every_page():
     docs = ROOT / "docs"
     pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"README.md"}
     assert pages - set(re.findall(r"\]\(([^)#]*)", (docs / "README.md").read_text(encoding="utf-8"))) == set()
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_every_benchmark_tells_how_it_is_run(path):
+    module = "benchmarks" if path.stem == "__main__" else f"benchmarks.{path.stem}"
+    command = (sys.executable, "-m", module, "--help")
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout
+    assert told.startswith(f"usage: python -m {module} ")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
