@@ -379,8 +379,8 @@ PLANTED: Final = [
     Planted(
         "the end of a body begins a head on aiohttp's server",
         "server/aiohttp_path.py",
-        "        if in_body:\n",
-        "        if False:\n",
+        "            data = behind\n",
+        "            pass\n",
     ),
     Planted(
         "a detached request ends at once",

@@ -5,7 +5,8 @@ slice by slice in the background; a renewal is retried at most `MAX_RENEW_RETRIE
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -140,20 +141,48 @@ RENEW_RETRY_S = 0.25
 MAX_RENEW_RETRIES = 40  # ten seconds; after that a stream that has neither credit nor a ledger ends
 
 
-class CreditSource:
-    """Where holds are taken and renewed.
+class Renewer:
+    """Renews the holds of leases.
 
     `local` is None where a lost Redis denies (`redis.on_failure`). `enforce_tokens`: an empty token bucket ends a
     stream too.
     """
 
-    __slots__ = ("enforce_tokens", "ledger", "local", "tasks")
+    __slots__ = ("_enforce_tokens", "_ledger", "_local", "_tasks")
 
     def __init__(self, ledger: Ledger, local: LocalAdmission | None, tasks: Tasks, *, enforce_tokens: bool) -> None:
-        self.ledger = ledger
-        self.local = local
-        self.tasks = tasks
-        self.enforce_tokens = enforce_tokens
+        self._ledger = ledger
+        self._local = local
+        self._tasks = tasks
+        self._enforce_tokens = enforce_tokens
+
+    def spawn(self, renewal: Coroutine[Any, Any, None]) -> None:
+        """Run a renewal in the background."""
+        self._tasks.spawn("renew", renewal)
+
+    def renew(self, hold: Hold, amount_nusd: int, tokens: int) -> Awaitable[Hold | Denial]:
+        """Raise a hold to a new total and set its deadline. Raises Unavailable and StoreError."""
+        return self._ledger.renew(hold, amount_nusd=amount_nusd, tokens=tokens, enforce_tokens=self._enforce_tokens)
+
+    def admit_anew(self, request: HoldRequest, amount_nusd: int, tokens: int) -> Awaitable[Hold | Denial]:
+        """Admit a hold in place of one that the ledger has lost. Raises Unavailable and StoreError.
+
+        Credit and budgets must cover the full amount. Rate limits are left out: the request has already counted against
+        them.
+        """
+        anew = replace(
+            request,
+            amount_nusd=amount_nusd,
+            amount_min_nusd=None,
+            tokens=tokens,
+            key_limits=NO_LIMITS,
+            account_limits=NO_LIMITS,
+        )
+        return self._ledger.admit(anew)
+
+    def hold_locally(self, request: HoldRequest, more_nusd: int) -> bool:
+        """Hold more of the local allowance; return False if there is none or too little is left."""
+        return self._local is not None and self._local.hold_more(request, more_nusd)
 
 
 class Lease:
@@ -166,9 +195,9 @@ class Lease:
 
     __slots__ = (
         "_cap",
-        "_credit",
         "_on_change",
         "_over",
+        "_renewer",
         "_renewing",
         "_slice",
         "_used",
@@ -181,7 +210,7 @@ class Lease:
     )
 
     def __init__(
-        self, hold: Hold, plan: Plan, covered: int, slice_tokens: int, credit: CreditSource, *, is_local: bool
+        self, hold: Hold, plan: Plan, covered: int, slice_tokens: int, renewer: Renewer, *, is_local: bool
     ) -> None:
         self.hold = hold
         self.plan = plan
@@ -190,7 +219,7 @@ class Lease:
         self.unheld = is_local
         self._cap = plan.output_bound
         self._slice = slice_tokens
-        self._credit = credit
+        self._renewer = renewer
         self._used = 0
         self._renewing = False
         self._over = False
@@ -217,7 +246,7 @@ class Lease:
         if tokens > self.watermark and not self._renewing and self.covered < self._cap:
             self._renewing = True
             self.watermark = self.covered
-            self._credit.tasks.spawn("renew", self._extend())
+            self._renewer.spawn(self._extend())
         return self.exhausted
 
     def _renew_at(self) -> int:
@@ -268,9 +297,7 @@ class Lease:
     def _extend_locally(self, covered: int) -> ErrorResponse | None:
         """Take another slice's cost from the local allowance; return an error response if too little is left."""
         more_nusd = self.plan.hold_nusd(covered) - self.plan.hold_nusd(self.covered)
-        if self._credit.local is None or not self._credit.local.hold_more(self.hold.request, more_nusd):
-            return ledger_unavailable()
-        return None
+        return None if self._renewer.hold_locally(self.hold.request, more_nusd) else ledger_unavailable()
 
     async def _renew(self, amount_nusd: int, covered: int) -> Denial | None:
         """Renew the hold, or admit a new one where the ledger has lost it. Return None on success.
@@ -278,38 +305,17 @@ class Lease:
         An output that is held whole takes no more tokens from the buckets than its admission estimated.
         """
         tokens = self.hold.request.tokens if self.plan.holds_whole else self.plan.prompt_tokens + covered
-        answer = await self._credit.ledger.renew(
-            self.hold,
-            amount_nusd=amount_nusd,
-            tokens=tokens,
-            enforce_tokens=self._credit.enforce_tokens,
-        )
+        answer = await self._renewer.renew(self.hold, amount_nusd, tokens)
         if isinstance(answer, Denial) and answer.which == "hold":
             self.unheld = True
             if self._over:
                 return None
-            answer = await self._credit.ledger.admit(_replacement(self.hold.request, amount_nusd, tokens))
+            answer = await self._renewer.admit_anew(self.hold.request, amount_nusd, tokens)
         if isinstance(answer, Denial):
             return answer
         self.hold = replace(answer, request=self.hold.request, buckets=self.hold.buckets)
         self.unheld = False
         return None
-
-
-def _replacement(request: HoldRequest, amount_nusd: int, tokens: int) -> HoldRequest:
-    """Build the request for a hold in place of a lost one.
-
-    Credit and budgets must cover the full amount. Rate limits are left out: the request has already counted against
-    them.
-    """
-    return replace(
-        request,
-        amount_nusd=amount_nusd,
-        amount_min_nusd=None,
-        tokens=tokens,
-        key_limits=NO_LIMITS,
-        account_limits=NO_LIMITS,
-    )
 
 
 def _do_nothing(_refusal: Denial | ErrorResponse | None) -> None:
@@ -323,9 +329,7 @@ class Admitter:
         self._ledger = ledger
         self._local = local
         self._settler = settler
-        self._credit = {
-            enforce: CreditSource(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)
-        }
+        self._renewers = {enforce: Renewer(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)}
 
     async def admit(self, exchange: Exchange, plan: Plan, principal: Principal, active: ActiveConfig) -> Lease | Denial:
         """Return a lease on what the plan may cost, or the denial.
@@ -358,4 +362,4 @@ class Admitter:
             plan = affordable(plan, answer, clamp=may_clamp(principal, credit))
             covered = first_slice(plan, credit)
         slice_tokens = credit.lease_output_tokens * plan.request.n
-        return Lease(answer, plan, covered, slice_tokens, self._credit[enforce], is_local=is_local)
+        return Lease(answer, plan, covered, slice_tokens, self._renewers[enforce], is_local=is_local)

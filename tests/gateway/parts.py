@@ -7,7 +7,7 @@ from typing import Any
 
 from meshproxy.config import Model, Route, Settings, Upstream
 from meshproxy.errors import ErrorResponse
-from meshproxy.gateway.admit import CreditSource, Lease
+from meshproxy.gateway.admit import Lease, Renewer
 from meshproxy.gateway.exchange import Call, Exchange
 from meshproxy.gateway.resolve import Plan, Prompt
 from meshproxy.ledger.records import BucketState, Denial, Hold, HoldRequest
@@ -108,8 +108,8 @@ class Renewals:
 
 
 def lease(ledger: Renewals, of_plan: Plan | None = None, *, covered: int = 100, slice_tokens: int = 100) -> Lease:
-    credit = CreditSource(ledger, None, Tasks(), enforce_tokens=False)  # type: ignore[arg-type]
-    return Lease(Hold(ask(), 1, 0, ()), of_plan or plan(), covered, slice_tokens, credit, is_local=False)
+    renewer = Renewer(ledger, None, Tasks(), enforce_tokens=False)  # type: ignore[arg-type]
+    return Lease(Hold(ask(), 1, 0, ()), of_plan or plan(), covered, slice_tokens, renewer, is_local=False)
 
 
 class Client:

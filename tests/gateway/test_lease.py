@@ -1,6 +1,6 @@
 import pytest
 
-from meshproxy.gateway.admit import CreditSource, Lease
+from meshproxy.gateway.admit import Lease, Renewer
 from meshproxy.ledger.records import Denial, Hold
 from meshproxy.ledger.store import Unavailable
 from meshproxy.telemetry.tasks import Tasks
@@ -181,8 +181,8 @@ async def test_without_a_ledger_the_local_allowance_pays(ledger):
             return True
 
     local = Local()
-    credit = CreditSource(ledger, local, Tasks(), enforce_tokens=False)
-    held = Lease(Hold(ask(), 1, 0, ()), plan(), 100, 100, credit, is_local=False)
+    renewer = Renewer(ledger, local, Tasks(), enforce_tokens=False)
+    held = Lease(Hold(ask(), 1, 0, ()), plan(), 100, 100, renewer, is_local=False)
     held.record_output(60)
     await turns()
     await ledger.answer(Unavailable("timeout", "no reply"))
