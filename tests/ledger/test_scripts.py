@@ -10,10 +10,15 @@ import pytest
 
 from meshproxy.ledger import store
 from meshproxy.ledger.ledger import Ledger
-from meshproxy.ledger.records import HoldRequest, Settlement
-from meshproxy.ledger.store import Script, Store, expand, script_text
+from meshproxy.ledger.local import KEPT_MS, WORKERS, WorkerCount
+from meshproxy.ledger.records import Hold, HoldRequest, Settlement
+from meshproxy.ledger.replays import Replays
+from meshproxy.ledger.store import Script, ScriptCall, Store, expand, script_text
+from meshproxy.ledger.templates import MAX_OWNER_BYTES, MAX_TEMPLATES, Templates
 from meshproxy.openai.usage import Usage
 from meshproxy.policy.principal import Budgets, Limits
+from meshproxy.policy.template import Template
+from meshproxy.units import MAX_NUSD
 from tests.harness.waiting import turns
 
 
@@ -58,8 +63,12 @@ class Sent(Store):
     call = None
 
     def send(self, op, command):
-        self.call = command
-        return asyncio.get_running_loop().create_future()
+        answer = asyncio.get_running_loop().create_future()
+        if isinstance(command, ScriptCall):
+            self.call = command
+        else:
+            answer.set_result(None)
+        return answer
 
     async def close(self):
         pass
@@ -69,11 +78,12 @@ class Sent(Store):
         reader = hiredis.Reader(encoding="utf-8")
         reader.feed(self.call.packed)
         _, sha, key_count, *values = reader.gets()
-        assert (sha, values) == (Script.load(script).sha, [str(value) for value in self.call.by_text()[3:]])
+        texts = [value.decode() if isinstance(value, bytes) else str(value) for value in self.call.by_text()[3:]]
+        assert (sha, values) == (Script.load(script).sha, texts)
         head = " ".join(
             line.removeprefix("--").strip() for line in script_text(script).splitlines() if line.startswith("--")
         )
-        _, keys, argv, _ = re.split(r" KEYS | ARGV | reply ", head)
+        _, keys, argv, _ = re.split(r" KEYS | ARGV | reply ", head, maxsplit=3)
         named = {}
         for numbered, of in ((keys, values[: int(key_count)]), (argv, values[int(key_count) :])):
             for number, name in re.findall(r"\b(\d+)(?:-\d+)? ([^,(;:.]*[^,(;:. ])", numbered):
@@ -195,3 +205,124 @@ async def test_the_arguments_of_a_settlement_are_in_the_order_of_its_head(sent):
     command = sent.call.by_text()
     assert [command.index(tokens) for tokens in range(21, 28)] == list(range(command.index(21), command.index(21) + 7))
     assert command[19:21] == ("mesh:{acme}:session:s", "mesh:{acme}:replay:k:d")
+
+
+CLAIM = Replays.claim_by("acme", "k", "once", "h")
+TEMPLATE = Template(id="t", name="greeting", owner="acme", created_at=0.0, updated_at=0.0)
+
+
+def templates(sent):
+    return Templates(sent, lambda: 0.0, ttl_s=1, stale_s=1)
+
+
+CALLS = {  # of every other script: what calls it, and its arguments by the names that the head of its file gives them
+    "renew": (
+        lambda sent: Ledger(sent).renew(
+            Hold(HOLD, 0, 0, ()), amount_nusd=21, tokens=22, ttl_ms=23, enforce_tokens=True
+        ),
+        {
+            "hold id": "h",
+            "time to live": "23",
+            "total amount": "21",
+            "total tokens": "22",
+            "strict": "1",
+            "enforce tokens": "1",
+            "key's budgets": "301",
+            "session's": "401",
+            "account's": "501",
+        },
+    ),
+    "balance": (
+        lambda sent: Ledger(sent).balance("acme", "k", key_limits=KEY, account_limits=ACCOUNT),
+        {
+            "credit": "mesh:{acme}:credit",
+            "usage": "mesh:{acme}:usage",
+            "key's bucket": "mesh:{acme}:bucket:k",
+            "key's running": "mesh:{acme}:running:k",
+            "account's requests per minute": "201",
+            "key's": "101",
+        },
+    ),
+    "grant": (
+        lambda sent: Ledger(sent).grant("acme", 21, "note", ref="ref", actor="ops"),
+        {
+            "credit": "mesh:{acme}:credit",
+            "usage": "mesh:{acme}:usage",
+            "account's spend": "mesh:{acme}:spend",
+            "grants": "mesh:{acme}:grants",
+            "refs": "mesh:{acme}:grant-refs",
+            "amount": "21",
+            "note": "note",
+            "largest absolute balance allowed": str(MAX_NUSD),
+            "ref or ''": "ref",
+            "actor": "ops",
+        },
+    ),
+    "claim": (
+        lambda sent: Replays(sent).claim(CLAIM, "digest", 21, most_keys=22, most_bytes=23),
+        {
+            "record": CLAIM.record,
+            "the account's owners": "mesh:{acme}:replays",
+            "sizes of their answers": "mesh:{acme}:replay-sizes",
+            "owner": "h",
+            "digest of the body": "digest",
+            "time to live": "21",
+            "most records of an account": "22",
+            "most bytes": "23",
+        },
+    ),
+    "append": (
+        lambda sent: Replays(sent).append(CLAIM, [b"part"], 21),
+        {
+            "parts of the answer": CLAIM.parts,
+            "sizes of the account's answers": "mesh:{acme}:replay-sizes",
+            "time to live": "21",
+            "owner": "h",
+        },
+    ),
+    "conclude": (
+        lambda sent: Replays(sent).conclude(CLAIM, "finished", 21),
+        {
+            "record": CLAIM.record,
+            "parts of the answer": CLAIM.parts,
+            "the account's owners": "mesh:{acme}:replays",
+            "sizes of their answers": "mesh:{acme}:replay-sizes",
+            "owner": "h",
+            "state": "finished",
+            "time to live": "21",
+        },
+    ),
+    "beat": (
+        lambda sent: WorkerCount(sent, "w").beat(),
+        {"workers": WORKERS, "worker id": "w", "how long a worker counts after its last report": str(KEPT_MS)},
+    ),
+    "put_template": (
+        lambda sent: templates(sent).put(TEMPLATE),
+        {
+            "the owner's names": "mesh:{acme}:template-names",
+            "the owner's templates": "mesh:{acme}:templates",
+            "id": "t",
+            "name": "greeting",
+            "most templates of an owner": str(MAX_TEMPLATES),
+            "most bytes of all records of an owner": str(MAX_OWNER_BYTES),
+        },
+    ),
+    "delete_template": (
+        lambda sent: templates(sent).delete(TEMPLATE),
+        {
+            "the owner's names": "mesh:{acme}:template-names",
+            "the owner's templates": "mesh:{acme}:templates",
+            "id": "t",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("script", CALLS)
+async def test_the_arguments_of_a_call_are_in_the_order_of_its_scripts_head(sent, script):
+    call, expected = CALLS[script]
+    calling = asyncio.ensure_future(call(sent))
+    await turns(2)
+    calling.cancel()
+    named = sent.arguments(script)
+    assert {name: named.get(name) for name in expected} == expected
