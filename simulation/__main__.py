@@ -22,6 +22,7 @@ from simulation.shrink import shrunk
 from simulation.story import played
 
 CHUNK: Final = 10  # seeds that a job takes at once
+MOST_SCANNED: Final = 4_000  # objects that live on and are looked at after each history
 MOST_SHOWN: Final = 20  # findings of one rule
 
 
@@ -38,10 +39,13 @@ def play_seed(seed: int) -> Result:
     """Play a seed's history."""
     gc.disable()  # each automatic collection would look at what a run still needs
     done = played(draw(seed))
+    findings = [(found.rule, found.words) for found in done.findings]
+    result = Result(seed, done.history.profile, len(done.history.requests), findings)
+    del done
     gc.collect()  # at once: what is still in the processor's cache is cheap to look at
-    return Result(
-        seed, done.history.profile, len(done.history.requests), [(found.rule, found.words) for found in done.findings]
-    )
+    if len(gc.get_objects()) > MOST_SCANNED:
+        gc.freeze()  # what is left now is kept for all runs
+    return result
 
 
 def replay(seed: int) -> int:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Script
 from meshproxy.server import listener
-from meshproxy.telemetry.metrics import FamilyOf
+from meshproxy.telemetry.metrics import FamilyOf, Metrics
 from simulation.loop import Process, SimLoop
 from simulation.machine import ROOT
 
@@ -56,6 +56,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
         (Script, "load"): _scripts,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
+        (worker, "Metrics"): _metrics,
         (FamilyOf, "preset"): lambda _: None,
         (listener, "CHECK_INTERVAL_S"): 0.5,
         (in_flight, "PULSE_S"): 1.0,
@@ -65,6 +66,38 @@ def replacements() -> dict[tuple[Any, str], Any]:
 
 
 _scripts = cache(Script.load)
+
+
+_spare: list[Metrics] = []  # of workers of runs before: to make them takes a tenth of a run, and to collect them another
+_lent: list[Metrics] = []
+
+
+def _metrics(models: Iterable[str], upstreams: Iterable[str], **options: Any) -> Metrics:
+    """Return the metrics of a worker that is over, at zero, or new ones. All gateways of runs have the same buckets."""
+    if _spare:
+        made = _spare.pop()
+        made.reconfigure(models, upstreams)
+    else:
+        made = Metrics(models, upstreams, **options)
+    _lent.append(made)
+    return made
+
+
+def take_back() -> None:
+    """Set the metrics of a run's workers to zero and keep them for the next run."""
+    for metrics in _lent:
+        metrics.pending.clear()
+        for family in vars(metrics)["_families"]:
+            for child in family.values():
+                fields = vars(child)
+                fields.pop("_child_samples", None)  # a gauge's function, which would keep its worker
+                for value in fields.get("_buckets", ()):
+                    value._value = 0.0
+                for name in ("_value", "_sum"):
+                    if name in fields:
+                        fields[name]._value = 0.0
+    _spare.extend(_lent)
+    _lent.clear()
 
 
 async def _no_lag(_observe: Any) -> None:

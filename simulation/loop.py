@@ -188,7 +188,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._task_names = 0
         self._children = 0
         self.world = self.process("world")
-        PROCESS.set(self.world)
+        self._before = PROCESS.set(self.world)
 
     # Processes.
 
@@ -550,6 +550,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._events.clear()
         self._runnable.clear()
         self.close()
+        PROCESS.reset(self._before)
 
 
 _sleep: Final = asyncio.sleep

@@ -35,7 +35,7 @@ from meshproxy.app import worker_process
 from meshproxy.ledger.store import Script
 from meshproxy.telemetry.logs import configure
 from simulation import machine
-from simulation.gateway import JOURNAL, Gateway, replacements
+from simulation.gateway import JOURNAL, Gateway, replacements, take_back
 from simulation.loop import PROCESS, START_S, Process, SimLoop, Stuck
 from simulation.network import Network
 from simulation.store import Store, name_scripts
@@ -241,6 +241,7 @@ def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int =
         left = _left(world)
         lines = world.lines[:]  # what is closed now may log
         loop.dispose()
+        take_back()
         _MIDDLEWARES.cache_clear()  # aiohttp's: it would keep the run's application
     return Outcome(seed, lines, result, failure, left, loop.errors, took_s, turns)
 

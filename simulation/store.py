@@ -92,7 +92,10 @@ class _Lua:
         table = self.runtime.table_from
         self._set(table(keys), table(args))
         self.client = client
-        return chunk()
+        try:
+            return chunk()
+        finally:
+            self.client = None  # kept, it would keep its run
 
 
 _lua: list[_Lua] = []  # made with the first script: a process has one
