@@ -121,19 +121,24 @@ class Client(FakeSocket):
         return result
 
     def execute(self, fields: list[bytes]) -> Any:
-        """Run one command. INFO is ours: fakeredis has none. EVALSHA takes a shorter way to the same script."""
+        """Run one command. INFO is ours: fakeredis has none. What the gateway sends often takes a shorter way."""
         name = fields[0].upper()
         if name == b"INFO":
             return INFO
-        if name == b"EVALSHA":
-            self._db.time = time.time()
-            try:
-                with self._server.lock:
-                    return self._run_script(fields[1], int(fields[2]), fields[3:])
-            except SimpleError as error:
-                return error
-        self._process_command(fields)
-        return self.replies.pop() if self.replies else None
+        shorter = _SHORTER.get(name)
+        if shorter is None:
+            self._process_command(fields)
+            return self.replies.pop() if self.replies else None
+        self._db.time = time.time()
+        try:
+            with self._server.lock:
+                if shorter:
+                    result, sig = self._ran(shorter, fields[1:])
+                    self.is_dirty = False
+                    return result if FLAG_SKIP_CONVERT_TO_RESP2 in sig.flags else convert_to_resp2(result)
+                return self._run_script(fields[1], int(fields[2]), fields[3:])
+        except SimpleError as error:
+            return error
 
     def _run_command(self, func: Any, sig: Signature, args: list[Any], from_script: bool) -> Any:  # noqa: FBT001 - as there
         refusal = self.store.refusal
@@ -171,6 +176,18 @@ class Client(FakeSocket):
         name = command.decode().lower()
         if name in COMMANDS_WITH_SUB and args:
             name, args = f"{name} {args[0].decode().lower()}", args[1:]
+        result, sig = self._ran(name, [arg if type(arg) is bytes else b"%.17g" % arg for arg in args])
+        kind = type(result)
+        if kind is bytes or kind is int:
+            return result
+        if kind is list and _PLAIN.issuperset(map(type, result)) and name not in UNORDERED:
+            return _lua[0].runtime.table_from([False if item is None else item for item in result])
+        if FLAG_SKIP_CONVERT_TO_RESP2 not in sig.flags:
+            result = convert_to_resp2(result)
+        return self._convert_redis_result(_lua[0].runtime, _ordered(name, result))
+
+    def _ran(self, name: str, words: list[Any]) -> tuple[Any, Signature]:
+        """Run a command, and return its result and how its arguments were read. Raises SimpleError."""
         known = _commands.get(name)
         if known is None:
             _, sig = self._name_to_func(name)
@@ -181,7 +198,6 @@ class Client(FakeSocket):
             if refusal is not None and not (refusal == OOM and (name in FREEING or self.is_dirty)):
                 raise SimpleError(refusal)
             self.is_dirty = True
-        words = [arg if type(arg) is bytes else b"%.17g" % arg for arg in args]
         shape = _shapes.get((name, len(words)))
         if shape is None:
             shape = _shapes[name, len(words)] = _shape(sig, len(words), self.version, words)
@@ -192,14 +208,7 @@ class Client(FakeSocket):
             result = getattr(self, sig.func_name)(*ready[0])
             for item in ready[1]:
                 item.writeback(remove_empty_val=shape.removes_empty)
-        kind = type(result)
-        if kind is bytes or kind is int:
-            return result
-        if kind is list and _PLAIN.issuperset(map(type, result)) and name not in UNORDERED:
-            return _lua[0].runtime.table_from([False if item is None else item for item in result])
-        if FLAG_SKIP_CONVERT_TO_RESP2 not in sig.flags:
-            result = convert_to_resp2(result)
-        return self._convert_redis_result(_lua[0].runtime, _ordered(name, result))
+        return result, sig
 
 
 class _Shape(NamedTuple):
@@ -241,6 +250,12 @@ def _shape(sig: Signature, count: int, version: Any, words: list[bytes]) -> _Sha
     )
 
 
+# Commands that neither block nor depend on a connection's state, by the name that fakeredis has for them; a script has none.
+_SHORTER = {b"EVALSHA": ""} | {
+    name.upper().encode(): name
+    for name in ("get", "set", "hmget", "hget", "hgetall", "hset", "hlen", "hkeys", "sadd", "smembers", "lrange", "xadd",
+                 "xrange", "keys", "zcount", "expire")
+}  # fmt: skip
 _PLAIN = frozenset((bytes, int, type(None)))  # what needs no conversion in a list
 _commands: dict[str, tuple[Signature, bool]] = {}  # by name: how its arguments are read, and whether it writes
 _shapes: dict[tuple[str, int], _Shape] = {}  # by name and number of arguments: scripts have few

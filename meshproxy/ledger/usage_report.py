@@ -357,7 +357,11 @@ def _hour(moment: datetime) -> datetime:
 def _hours_between(first: str, end: str) -> tuple[str, ...]:
     """Return the names of the hours from `first` to before `end`. Cached, because accounts share them."""
     start, stop = (datetime.strptime(name, "%Y-%m-%dT%H").replace(tzinfo=UTC) for name in (first, end))
-    return tuple(f"{start + timedelta(hours=n):%Y-%m-%dT%H}" for n in range((stop - start) // timedelta(hours=1)))
+    names: list[str] = []
+    for day in range((stop - start) // timedelta(days=1) + 2):
+        date = f"{start + timedelta(days=day):%Y-%m-%dT}"
+        names += [f"{date}{hour:02}" for hour in range(24)]
+    return tuple(names[start.hour : start.hour + max(0, (stop - start) // timedelta(hours=1))])
 
 
 def _utc(moment: datetime) -> datetime:
