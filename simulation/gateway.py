@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterable, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -27,7 +27,7 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Script
-from meshproxy.server import listener
+from meshproxy.server import admin, listener
 from meshproxy.telemetry.metrics import FamilyOf, Metrics
 from simulation.loop import Process, SimLoop
 from simulation.machine import ROOT
@@ -38,8 +38,6 @@ JOURNAL = f"{ROOT}state/redis/journal"
 PATH = "meshproxy.toml"  # what faults of a configuration name
 MAX_LOADED = 64
 
-_loaded: dict[str, Loaded] = {}  # by the configuration's text: to load one takes 10 ms
-
 
 async def _no_history(_self: serving.WorkersState) -> None:
     """Keep no hour of figures: to merge all metrics every 20 s takes a third of a run."""
@@ -48,12 +46,14 @@ async def _no_history(_self: serving.WorkersState) -> None:
 def replacements() -> dict[tuple[Any, str], Any]:
     """Return what a run replaces of the gateway, by owner and name.
 
-    Scripts are made once: they are the same in each run. No figures are kept for the status page,
-    no series of a metric exists before it counts, and the loop's lag isn't measured: virtual time has none. What looks at
-    all connections or the journal several times a second does so less often, since most of a history is waiting.
+    Scripts, and what depends on a page's text alone, are made once: they are the same in each run. Metrics are used again.
+    No figures are kept for the status page, no series of a metric exists before it counts, and the loop's lag isn't
+    measured: virtual time has none. What looks at all connections or the journal several times a second does so less
+    often, since most of a history is waiting.
     """
     return {
         (Script, "load"): _scripts,
+        (admin, "_content_security_policy"): _policies,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (worker, "Metrics"): _metrics,
@@ -66,9 +66,12 @@ def replacements() -> dict[tuple[Any, str], Any]:
 
 
 _scripts = cache(Script.load)
+_policies = lru_cache(1)(vars(admin)["_content_security_policy"])
 
 
-_spare: list[Metrics] = []  # of workers of runs before: to make them takes a tenth of a run, and to collect them another
+_spare: list[
+    Metrics
+] = []  # of workers of runs before: to make them takes a tenth of a run, and to collect them another
 _lent: list[Metrics] = []
 
 
@@ -104,18 +107,15 @@ async def _no_lag(_observe: Any) -> None:
     """Measure nothing."""
 
 
+@lru_cache(MAX_LOADED)
 def loaded(text: str) -> Loaded:
-    """Load a configuration from its text, as `serve` does from the file PATH. Raises ConfigError."""
-    if text not in _loaded:
-        if len(_loaded) >= MAX_LOADED:
-            _loaded.clear()
-        read = vars(loading)["_read_text"]
-        vars(loading)["_read_text"] = lambda _path: text
-        try:
-            _loaded[text] = load(PATH)
-        finally:
-            vars(loading)["_read_text"] = read
-    return _loaded[text]
+    """Load a configuration from its text, as `serve` does from the file PATH: it takes 10 ms. Raises ConfigError."""
+    read = vars(loading)["_read_text"]
+    vars(loading)["_read_text"] = lambda _path: text
+    try:
+        return load(PATH)
+    finally:
+        vars(loading)["_read_text"] = read
 
 
 async def _worker(argv: Sequence[str]) -> int:

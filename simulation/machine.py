@@ -235,7 +235,7 @@ class Ordered(MutableSet[Any]):
 
 _CLOCKS = ("monotonic", "perf_counter", "time", "monotonic_ns", "time_ns")
 _kept: list[tuple[Any, str]] = []  # found once: it takes a while
-_with_sets: list[Any] = []  # the modules whose `set` is Ordered in a run, found once
+_with_sets: list[dict[str, Any]] = []  # the names of modules whose `set` is Ordered in a run, found once
 
 
 def _kept_clocks() -> list[tuple[Any, str]]:
@@ -243,7 +243,7 @@ def _kept_clocks() -> list[tuple[Any, str]]:
     if _kept:
         return _kept
     ours = [module for name, module in sys.modules.items() if name.startswith("meshproxy.")]
-    _with_sets[:] = [*ours, asyncio.tasks, aiohappyeyeballs.impl]
+    _with_sets[:] = map(vars, (*ours, asyncio.tasks, aiohappyeyeballs.impl))
     clocks = {id(getattr(time, name)) for name in _CLOCKS}
     for module_name, module in list(sys.modules.items()):
         if module is time or module is dt or not hasattr(module, "__dict__"):
@@ -310,21 +310,21 @@ def installed(loop: SimLoop, disk: Disk, others: dict[tuple[Any, str], Any]) -> 
             replaced[owner, name] = {key: virtual.get(id(each), each) for key, each in kept.items()}
         else:
             replaced[owner, name] = virtual[id(kept)]
-    replaced |= {(module, "set"): Ordered for module in _with_sets}
     state, was_collecting, before = random.getstate(), gc.isenabled(), {}
     for (owner, name), value in replaced.items():
-        before[owner, name] = getattr(owner, name) if name != "set" else None
+        before[owner, name] = getattr(owner, name)
         setattr(owner, name, value)
+    for names in _with_sets:
+        names["set"] = Ordered
     random.seed(loop.rng.getrandbits(64))
     gc.disable()  # what a collection finds depends on what was allocated before the run
     try:
         yield
     finally:
         for (owner, name), value in before.items():
-            if name == "set":
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+            setattr(owner, name, value)
+        for names in _with_sets:
+            del names["set"]
         random.setstate(state)
         if was_collecting:
             gc.enable()

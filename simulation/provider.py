@@ -79,6 +79,7 @@ class Call(Struct):
     complete: bool = False
     head_sent: bool = False
     events_sent: int = 0
+    noted_bytes: int = 0  # of those events
     lines: list[str] = []
     body_bytes: bytes = b""
     ended: str = ""
@@ -335,11 +336,10 @@ def _pieces(parts: list[bytes], answer: Answer) -> Iterator[tuple[bytes, bool]]:
 
 
 def _note_sent(call: Call, events: list[Event], parts: list[bytes], sent: int) -> None:
-    """Note what the first `sent` bytes of an answer say."""
-    at = 0
-    call.shown_sent = call.shown_begun = call.events_sent = 0
-    call.reported = call.outdated = False
-    for event, part in zip(events, parts, strict=True):
+    """Note what the first `sent` bytes of an answer say, beside what is noted of them already."""
+    at, known = call.noted_bytes, call.events_sent
+    call.shown_begun = call.shown_sent
+    for event, part in zip(events[known:], parts[known:], strict=True):
         if at >= sent:
             break
         call.shown_begun += event.tokens
@@ -348,6 +348,7 @@ def _note_sent(call: Call, events: list[Event], parts: list[bytes], sent: int) -
             break
         call.shown_sent += event.tokens
         call.events_sent += 1
+        call.noted_bytes = at
         if event.has_report:
             call.reported, call.outdated = True, False
         elif event.tokens:
