@@ -13,6 +13,7 @@ from simulation.history import STORE_TIMEOUT_S, Model, Price
 from simulation.provider import Call, prompt_tokens
 from simulation.record import LATENCY_S, RECOVERY_S, View
 
+_COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
 FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
 TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
 
@@ -272,6 +273,11 @@ def nusd(text: str) -> int:
     whole, _, fraction = text.partition(".")
     sign = -1 if whole.startswith("-") else 1
     return int(whole) * 1_000_000_000 + sign * int(fraction.ljust(9, "0") or 0)
+
+
+def without_cost(line: str) -> str:
+    """Return the data of an event without the cost that the gateway adds to one with the usage."""
+    return _COST.sub("", line)
 
 
 def is_usage_only(line: str) -> bool:

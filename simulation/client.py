@@ -21,7 +21,7 @@ class Sight(Struct):
     """What a client saw of one request. Times are the loop's.
 
     `ended`: "whole", "closed" (in the middle, or without an answer), "left" (by itself), "unconnected", "hung".
-    `reused`: the connection had been used before. `times`: when bytes came, and how many.
+    `reused`: the connection had been used before. `times`: when bytes came, and how long the payload was then.
     """
 
     request: Request
@@ -142,13 +142,16 @@ class Clients:
         """Exchange one request and its answer; return the connection if it can be used again."""
         loop = asyncio.get_running_loop()
         sight.reused = link is not None
-        if link is None:
+        if link is not None:
+            sight.worker = link.worker
+        else:
             try:
                 async with asyncio.timeout(PATIENCE_S):
                     _, link = await loop.create_connection(_Link, *self._address(sight.request.worker))
             except OSError:
                 sight.ended, sight.ended_at = "unconnected", loop.time()
                 return None
+            link.worker = sight.worker
         link.begin(sight)
         await self._send(sight, link)
         try:
@@ -220,6 +223,7 @@ class _Link(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.is_lost = False
+        self.worker = 0
         self.over = asyncio.Event()
         self._sight: Sight | None = None
         self._leaving: asyncio.TimerHandle | None = None
@@ -282,8 +286,8 @@ class _Link(asyncio.Protocol):
             return
         now = asyncio.get_running_loop().time()
         self._got += len(data)
-        sight.times.append((now, len(data)))
         self._feed(sight, data)
+        sight.times.append((now, len(sight.payload)))
         request = sight.request
         if self.over.is_set() or sight.again:
             return

@@ -4,13 +4,20 @@ It knows what providers billed and clients saw, and docs/; nothing of the gatewa
 a record to the words of what breaks it. docs/simulation.md lists the rules.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from simulation.bills import is_usage_only, ran_short, runs_on, text_of
+from simulation.answers import (
+    answers_are_prompt,
+    attempts_are_told,
+    failover_happens,
+    streams_are_alive,
+    waits_are_told,
+    what_runs_on_is_read,
+)
+from simulation.bills import is_usage_only, ran_short, runs_on, text_of, without_cost
 from simulation.books import (
     accounts_are_told,
     books_balance,
@@ -27,22 +34,22 @@ from simulation.books import (
     tokens_are_reported,
 )
 from simulation.client import Sight
-from simulation.history import HEARTBEAT_S, UPSTREAMS, WRITE_TIMEOUT_S, rendered
+from simulation.history import UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.provider import Call
 from simulation.reasons import (
     buckets_are_right,
+    cut_short,
     deadlines_hold,
     is_unpriced,
     limits_hold,
     statuses_have_reasons,
     waits_are_true,
 )
-from simulation.record import LATENCY_S, PROPAGATION_S, RECOVERY_S, Finding, Record, Rule, View
+from simulation.record import HOP_S, PROPAGATION_S, RECOVERY_S, Finding, Record, Rule, View
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
 HANG_UP_S: Final = 2.0  # after which a provider's connection is closed whose client has gone
-_COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')  # what the gateway adds to the event with the usage
 
 
 def ends_are_honest(view: View) -> Iterator[str]:
@@ -83,7 +90,15 @@ def _may_close(view: View, sight: Sight) -> bool:
     """Whether the gateway may close a connection without an answer: it died, or its client read nothing for too long."""
     if sight.request.reads == "stalls" and sight.ended_at - sight.began_at >= WRITE_TIMEOUT_S:
         return True
-    return view.feels(sight, "killed", "drained", before_s=PROPAGATION_S)
+    if view.feels(sight, "killed"):
+        return True
+    return any(  # a request that came when the listener had closed
+        trouble.what == "drained"
+        and trouble.worker == view.worker(sight)
+        and (sight.sent_at is None or sight.sent_at >= trouble.start - HOP_S)
+        and sight.began_at <= trouble.end
+        for trouble in view.record.troubles
+    )
 
 
 def _envelope_faults(sight: Sight) -> Iterator[str]:
@@ -118,7 +133,7 @@ def answers_are_not_lost(view: View) -> Iterator[str]:
         }:
             continue
         if sight.status != 200 or code is not None:
-            if not view.feels(sight):
+            if not (code == "overloaded" and cut_short(view, sight)):
                 yield f"{sight.request_id}: a whole answer became {sight.status} {code}"
             continue
         if call.answer.other_shape:
@@ -135,7 +150,7 @@ def answers_are_not_lost(view: View) -> Iterator[str]:
 
 def _stream_faults(sight: Sight, call: Call) -> Iterator[str]:
     """Where a stream differs from the provider's, its usage chunks aside."""
-    got = [_COST.sub("", line) for line in sight.data[:-1] if not is_usage_only(line)]
+    got = [without_cost(line) for line in sight.data[:-1] if not is_usage_only(line)]
     sent = [line for line in call.lines if not is_usage_only(line)]
     if got != sent:
         at = next(
@@ -232,48 +247,6 @@ def hang_ups_are_noticed(view: View) -> Iterator[str]:
                 yield f"{call.upstream} went on with {sight.request_id} until {call.ended_at - sight.ended_at:.1f} s later"
 
 
-def streams_are_alive(view: View) -> Iterator[str]:
-    """No stream is silent for longer than the heartbeat, before its head too."""
-    for sight in view.record.sights:
-        if (
-            not sight.request.stream
-            or sight.status not in {0, 200}
-            or sight.sent_at is None
-            or sight.request.reads not in {"all", "hangs_up", "leaves"}
-        ):
-            continue
-        if not view.calls.get(sight.marker) or view.feels(sight, before_s=RECOVERY_S) or sight.ended == "unconnected":
-            continue
-        times = [sight.sent_at, *(at for at, _ in sight.times), sight.ended_at]
-        longest = max(later - earlier for earlier, later in itertools.pairwise(times))
-        if longest > HEARTBEAT_S + LATENCY_S + 0.5:
-            yield f"{sight.request_id} heard nothing for {longest:.2f} s"
-
-
-def failover_happens(view: View) -> Iterator[str]:
-    """Where another provider may be asked after a failure, it is."""
-    for sight in view.record.sights:
-        calls = view.calls.get(sight.marker, [])
-        request = sight.request
-        if (
-            len(calls) != 1
-            or len(view.group(sight)) > 1
-            or request.timeout_s is not None
-            or sight.ended != "whole"
-            or view.feels(sight)
-        ):
-            continue
-        answer = calls[0].answer
-        model = view.record.prices[0][1][request.model]
-        has_next = (len(model.routes) > 1 and calls[0].upstream == model.routes[0]) or bool(request.fallbacks)
-        gateway_refused = (answer.error and answer.status in {401, 402, 404, 429, 500, 503, 529}) or (
-            answer.status,
-            answer.error,
-        ) == (403, "permission")
-        if has_next and gateway_refused and sight.error:
-            yield f"{sight.request_id}: {answer.status} from {calls[0].upstream}, and no other was asked"
-
-
 def repeats_agree(view: View) -> Iterator[str]:
     """All that get the answer of one Idempotency-Key get the same one, and it runs once."""
     for marker in {sight.marker for sight in view.record.sights if sight.request.keyed}:
@@ -294,6 +267,31 @@ def repeats_agree(view: View) -> Iterator[str]:
         ]
         if len(whole) > 1 and not any(sight.status >= 400 or sight.error or ran_short(view, sight) for sight in group):
             yield f"the Idempotency-Key of {marker} ran {len(whole)} times"
+
+
+def conflicts_are_refused(view: View) -> Iterator[str]:
+    """Check that a request with the Idempotency-Key of another body, which runs or was answered, gets 409."""
+    for sight in view.record.sights:
+        if not sight.request.keyed or sight.status in {0, 401, 403, 409} or view.feels(sight):
+            continue
+        for other in view.group(sight):
+            has_run = other.ended == "whole" and other.status == 200 and not other.error
+            if (
+                other.body != sight.body
+                and has_run
+                and _began_at(view, other) + HOP_S < sight.began_at
+                and not view.feels(other, before_s=RECOVERY_S)
+            ):
+                yield f"{sight.request_id} has the Idempotency-Key of {other.request_id}'s other body, and got {sight.status}"
+
+
+def _began_at(view: View, sight: Sight) -> float:
+    """Return when a provider was first asked by a request's own body; else when its answer was over."""
+    text = sight.body.decode()
+    return min(
+        (call.at for call in view.calls.get(sight.marker, ()) if call.body["messages"][-1]["content"] in text),
+        default=sight.ended_at,
+    )
 
 
 def changes_hold(view: View) -> Iterator[str]:
@@ -336,9 +334,12 @@ RULES: Final[tuple[Rule, ...]] = (
     answers_are_not_lost,
     bytes_are_ones_own,
     requests_are_clean,
+    answers_are_prompt,
     streams_are_alive,
     statuses_have_reasons,
     waits_are_true,
+    waits_are_told,
+    attempts_are_told,
     deadlines_hold,
     limits_hold,
     buckets_are_right,
@@ -346,6 +347,7 @@ RULES: Final[tuple[Rule, ...]] = (
     budgets_hold,
     failover_happens,
     repeats_agree,
+    conflicts_are_refused,
     changes_hold,
     holds_are_kept,
     accounts_are_told,
@@ -353,6 +355,7 @@ RULES: Final[tuple[Rule, ...]] = (
     full_journals_deny,
     templates_hold,
     hang_ups_are_noticed,
+    what_runs_on_is_read,
     nothing_is_left,
     nothing_broke,
 )

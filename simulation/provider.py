@@ -32,6 +32,7 @@ TOKENS_OF_A_MESSAGE: Final = 4  # beside its words, of each further message
 CITATION_TOKENS: Final = 5  # Perplexity's, beside the prompt
 USD_TOKENS: Final = 250_000  # of which any kind costs a dollar, by the provider's own figure
 ABSURD: Final = 10_000_000
+LINE: Final = b'data: {"id"'  # that an event with a chunk begins with
 LIMIT_BYTES: Final = 1 << 22
 UNASKED: Final = frozenset(
     {"openrouter", "mistral", "xai", "perplexity", "moonshot", "groq"}
@@ -57,7 +58,8 @@ class Call(Struct):
     ("prompt", "completion"). `shown`: tokens of text in all of the answer. `shown_sent`, `shown_begun`: in what was
     sent, and in what was sent at least in part. `reported`: a report went out; `outdated`: text went out after the
     last one. `tier`: the service tier that it names. `complete`: all that makes an answer whole went out. `ended`:
-    "whole", "cut" (by plan), "closed" (the gateway closed), "error".
+    "whole", "cut" (by plan), "closed" (the gateway closed), "error". `lines`: the data of a stream's events, and `lines_at`
+    when each of them went out.
     """
 
     marker: str
@@ -81,6 +83,7 @@ class Call(Struct):
     events_sent: int = 0
     noted_bytes: int = 0  # of those events
     lines: list[str] = []
+    lines_at: list[float] = []
     body_bytes: bytes = b""
     ended: str = ""
     ended_at: float = 0.0
@@ -134,7 +137,9 @@ class Provider:
             if request is not None
             else Answer(status=500, error="failed")
         )
-        call = Call(marker, upstream, number, asyncio.get_running_loop().time(), answer, body, headers, lines=[])
+        call = Call(
+            marker, upstream, number, asyncio.get_running_loop().time(), answer, body, headers, lines=[], lines_at=[]
+        )
         self.calls.append(call)
         return call
 
@@ -280,8 +285,9 @@ class _Link(asyncio.Protocol):
         limit = int(total * min(answer.at, 1.0)) if breaks else total
         if breaks and limit == total:
             limit -= 1
-        self._transport.write(f"HTTP/1.1 {status} Played\r\n{head}\r\n".encode())
-        call.head_sent = True
+        if not breaks or answer.at:
+            self._transport.write(f"HTTP/1.1 {status} Played\r\n{head}\r\n".encode())
+            call.head_sent = True
         if answer.pause_s:
             await self._sleep(answer.pause_s)
         sent = 0
@@ -293,7 +299,10 @@ class _Link(asyncio.Protocol):
                 break
             self._transport.write(piece)
             sent += len(piece)
+            before = call.events_sent
             _note_sent(call, events, parts, sent)
+            now = asyncio.get_running_loop().time()
+            call.lines_at += [now for event in events[before : call.events_sent] if event.data.startswith(LINE)]
             await self._may_write.wait()
         if self.is_lost and sent < total:
             call.ended = "closed"

@@ -22,6 +22,7 @@ from simulation.history import (
 from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
 
 BREAKER_FAILURES: Final = 10
+CUT_S: Final = 4.0  # that a worker takes to end what has outlived its drain, after docs/operations.md's `drain_s`
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
@@ -179,6 +180,11 @@ def _limited(view: View, sight: Sight) -> bool:
     return False
 
 
+def changed_limits(view: View, key: int) -> list[int]:
+    """Return the requests a minute that a key was given in between."""
+    return [done.amount for done in view.record.changes if done.what == "requests_per_minute" and done.key == key]
+
+
 def _over_at(view: View, sight: Sight) -> float:
     """Return when a request and its calls were over."""
     ended = [call.ended_at or math.inf for call in view.calls.get(sight.marker, ())] if runs_on(view, sight) else []
@@ -195,7 +201,23 @@ def _asked_to_wait(view: View, sight: Sight) -> bool:
 
 
 def _stopping(view: View, sight: Sight) -> bool:
-    return sight.error.get("code") == "overloaded" and view.feels(sight, "killed", "drained", before_s=DRAIN_S)
+    return sight.error.get("code") == "overloaded" and cut_short(view, sight)
+
+
+def cut_short(view: View, sight: Sight) -> bool:
+    """Whether a request's worker was drained for `drain_s` when the request ended, or told to stop a second time.
+
+    Repeats of an Idempotency-Key may read along at another worker.
+    """
+    workers = {view.worker(other) for other in view.group(sight)}
+    for worker in workers:
+        drains = [each for each in view.record.troubles if each.what == "drained" and each.worker == worker]
+        for at, drain in enumerate(drains):
+            again_at = min((later.start for later in drains[at + 1 :] if later.start < drain.end), default=math.inf)
+            cut_at = min(drain.start + DRAIN_S, again_at)
+            if cut_at <= sight.ended_at and sight.began_at <= min(drain.end, cut_at + CUT_S):
+                return True
+    return False
 
 
 def _without_ledger(view: View, sight: Sight) -> bool:
@@ -375,7 +397,7 @@ def buckets_are_right(view: View) -> Iterator[str]:
             remaining = sight.headers.get("x-ratelimit-remaining-tokens")
             if remaining is None or sight.headers.get("x-ratelimit-limit-tokens") != str(key.tokens_per_minute):
                 continue
-            taken = _most_reserved(sight)
+            taken = most_reserved(sight)
             for other in ours:
                 if other is not sight and other.began_at <= sight.ended_at:
                     used = sum(
@@ -383,13 +405,13 @@ def buckets_are_right(view: View) -> Iterator[str]:
                         for event in view.settled.get(other.request_id, ())
                     )
                     is_settled = other.ended == "whole" and _over_at(view, other) + SETTLE_S < sight.began_at
-                    taken += used if is_settled else max(used, _most_reserved(other))
+                    taken += used if is_settled else max(used, most_reserved(other))
             size = key.tokens_per_minute or 0
             if int(remaining) < size - taken:
                 yield f"{sight.request_id}: {remaining} of {size} tokens remain, and {taken} at most were taken"
 
 
-def _most_reserved(sight: Sight) -> int:
+def most_reserved(sight: Sight) -> int:
     """Return the most tokens that an admission takes: a token for three bytes, some for the message, and the output."""
     output = sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS
     return (TEMPLATE_TOKENS if sight.request.template else 0) + len(sight.body) // 3 + 12 + output * sight.request.n

@@ -14,6 +14,7 @@ from simulation.history import History, Model, Request
 from simulation.provider import Call
 
 PROPAGATION_S: Final = 2.5  # after which an operator's change holds everywhere
+HOP_S: Final = 0.1  # that a packet is under way at most (0.08), with the turns at its ends
 LATENCY_S: Final = 1.0  # of the simulated wires, turns and the gateway's own timers
 RECOVERY_S: Final = 15.0  # after a fault of the store, in which requests may still suffer from it
 
@@ -64,11 +65,12 @@ class Done(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """A fault of the store or an end of a worker, with the time in which it can be felt."""
+    """A fault of the store or a disk, or an end of a worker, with the time in which it can be felt. None: of all workers."""
 
     what: str
     start: float
     end: float
+    worker: int | None = None
 
 
 class Look(NamedTuple):
@@ -160,12 +162,22 @@ class View:
         return self.charge(sight) or self.lost.get(sight.request_id, 0)
 
     def feels(self, sight: Sight, *whats: str, before_s: float = 0.0) -> bool:
-        """Whether one of these troubles (or any) can be felt by a request."""
+        """Whether one of these troubles (or any) can be felt by a request.
+
+        A worker's end is felt by its own requests, and by those that have their Idempotency-Keys.
+        """
+        workers = {self.worker(other) for other in self.group(sight)} if sight.request.keyed else {self.worker(sight)}
         return any(
-            trouble.start <= sight.ended_at + LATENCY_S and trouble.end >= sight.began_at - before_s
+            trouble.start <= sight.ended_at + LATENCY_S
+            and trouble.end >= sight.began_at - before_s
+            and (trouble.worker is None or trouble.worker in workers)
             for trouble in self.record.troubles
             if not whats or trouble.what in whats
         )
+
+    def worker(self, sight: Sight) -> int:
+        """Return the number of the worker that got a request."""
+        return sight.worker % self.history.workers
 
     def group(self, sight: Sight) -> list[Sight]:
         """Return the requests with the same body and Idempotency-Key, or this one alone."""

@@ -325,7 +325,8 @@ class Play:
                 gateway.text = text
         elif not instance.ended.is_set():
             instance.kill() if event.what == "killed" else instance.drain()
-            self.record.troubles.append(Trouble(event.what, now, now + 1e6))
+            number = event.worker % len(gateway.instances)
+            self.record.troubles.append(Trouble(event.what, now, now + 1e6, number))
             trouble = self.record.troubles[-1]
             await instance.ended.wait()
             self.record.exits.append((instance.name, instance.code))

@@ -74,8 +74,10 @@ class Case:
             "x-request-id": "id-q0",
             "x-mesh-model": "plain",
             "x-mesh-cost": "0.00013",
+            "x-mesh-attempts": "1",
+            "x-mesh-routing-attempts": "1",
         }
-        self.sight.payload, self.sight.times = WHOLE, [(11.0, 100)]
+        self.sight.payload, self.sight.times = WHOLE, [(11.0, len(WHOLE))]
         body = {"model": "up-plain", "messages": [{"role": "user", "content": f"{MARKER}: the river is old, and"}]}
         body |= {"stream": True, "stream_options": {"include_usage": True}} if request.stream else {}
         body |= {} if request.max_tokens is None else {"max_tokens": request.max_tokens}
@@ -86,7 +88,8 @@ class Case:
         self.call.ended, self.call.ended_at, self.call.body_bytes = "whole", 11.0, WHOLE
         if request.stream:
             self.sight.headers["content-type"] = "text/event-stream"
-            self.sight.payload, self.call.lines = STREAM, [LINE]
+            self.sight.payload, self.call.lines, self.call.lines_at = STREAM, [LINE], [11.0]
+            self.sight.times = [(11.0, len(STREAM))]
         self.record = Record(
             History(1, "", steps=(request,)),
             sights=[self.sight],
@@ -108,6 +111,9 @@ class Case:
         """Let the client have got an error, and the provider have failed."""
         self.sight.status = status
         self.sight.payload = envelope(**error)
+        self.sight.headers["content-type"] = "application/json"
+        if status >= 500:
+            self.sight.headers["x-should-retry"] = "false"
         self.call.answer, self.call.complete, self.call.ended = Answer(status=500, error="failed"), False, "error"
         self.record.books = {0: book()}
 
@@ -515,7 +521,8 @@ def test_what_breaks_a_promise_is_found(change, rule, request_):
 
 
 def test_each_rule_has_such_a_case():
-    assert {rule.__name__ for rule in RULES} == {rule for _, rule, *_ in BREAKS}
+    found = {rule for _, rule, *_ in BREAKS}.union(*(broken for *_, broken in SEEN.values()))
+    assert {rule.__name__ for rule in RULES} == found
 
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
@@ -649,6 +656,302 @@ MONEY = {
 
 @pytest.mark.parametrize(("change", "request_", "broken"), MONEY.values(), ids=MONEY.keys())
 def test_money_is_judged_at_its_bounds(change, request_, broken):
+    case = Case(request_)
+    change(case)
+    assert {finding.rule for finding in judge(case.record)} == broken
+
+
+# What clients see: both sides of each bound. Rows are a change of the good record, its request, and the rules that it breaks.
+
+
+def sent_at(event_at, end_at=11.0, *troubles):
+    """Let the provider have sent its event and its end at these times; its client had both at 11.0."""
+
+    def change(case):
+        case.call.lines_at, case.call.ended_at = [event_at], end_at
+        case.record.troubles = list(troubles)
+
+    return change
+
+
+def heard_at(*times):
+    """Let the client of a stream have got pings at these times, and all the rest at the last one."""
+
+    def change(case):
+        pings = b": ping\n\n" * (len(times) - 1)
+        case.sight.payload = pings + STREAM
+        case.sight.times = [(at, 8 * (number + 1)) for number, at in enumerate(times)]
+        case.sight.times[-1] = times[-1], len(case.sight.payload)
+        case.sight.ended_at = case.call.ended_at = times[-1]
+        case.call.lines_at = [times[-1]]
+
+    return change
+
+
+def cut_short_at(ended_at, *troubles):
+    """Let a stream's worker have had these troubles, and the stream have ended as if it had been cut short."""
+
+    def change(case):
+        error = json.dumps({"error": {**ERROR, "code": "overloaded"}})
+        case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
+        case.sight.ended_at = ended_at
+        case.sight.times = [
+            (at, len(case.sight.payload)) for at in (11.0, 16.0, 21.0, 26.0, ended_at) if at <= ended_at
+        ]
+        case.call.complete, case.call.ended, case.call.ended_at, case.call.reported = False, "closed", ended_at, False
+        case.record.troubles = list(troubles)
+        case.record.history = replace(case.record.history, workers=2)
+
+    return change
+
+
+def closed_at(sent_at, *troubles):
+    """Let the connection of a request that was sent at a time have been closed without an answer."""
+
+    def change(case):
+        case.sight.ended, case.sight.sent_at, case.sight.status, case.sight.payload = "closed", sent_at, 0, b""
+        case.record.troubles, case.record.calls, case.record.books = list(troubles), [], {0: book()}
+        case.record.history = replace(case.record.history, workers=2)
+
+    return change
+
+
+def conflicting(began_at, status=200, *troubles):
+    """Let another body have come with the Idempotency-Key of a request that was at its provider at 10.1."""
+
+    def change(case):
+        case.sight.request = replace(case.sight.request, keyed=True)
+        case.sight.body = case.call.body["messages"][-1]["content"].encode()
+        payload = WHOLE if status == 200 else envelope(code="idempotency_conflict", request_id="id-q1")
+        case.twice(
+            body=b"other", began_at=began_at, sent_at=began_at, ended_at=began_at + 1, status=status, payload=payload
+        )
+        case.record.sights[1].request = replace(case.record.sights[1].request, other_body=True)
+        case.record.troubles = list(troubles)
+        if status == 200:
+            call = Call(MARKER, "one", 1, began_at, case.call.answer, dict(case.call.body), {}, lines=[])
+            call.body["messages"] = [{"role": "user", "content": "other"}]
+            case.record.calls.append(call)
+        else:
+            case.record.sights[1].headers["x-should-retry"] = "false"
+            case.record.books = {0: book(settled())}
+
+    return change
+
+
+def called(*answers, asked=(), ended_after_s=0.2, **sight):
+    """Let the request have failed with these calls, of the upstreams `asked`."""
+
+    def change(case):
+        case.failed(502)
+        case.record.calls.clear()
+        case.sight.headers |= {"x-mesh-attempts": str(len(answers)), "x-mesh-routing-attempts": str(len(answers))}
+        for number, (answer, upstream) in enumerate(zip(answers, asked, strict=True)):
+            at = 10.1 + number * ended_after_s
+            call = Call(MARKER, upstream, number, at, answer, {**case.call.body, "model": "up-pair"}, {}, lines=[])
+            if upstream == "two" and "max_tokens" in call.body:
+                call.body["max_completion_tokens"] = call.body.pop("max_tokens")
+            call.head_sent = answer.at > 0
+            call.ended, call.ended_at = "error" if answer.error else "cut", at + ended_after_s
+            case.record.calls.append(call)
+        case.sight.ended_at = case.record.calls[-1].ended_at
+        case.sight.times = [(case.sight.ended_at, len(case.sight.payload))]
+        for name, value in sight.items():
+            setattr(case.sight, name, value)
+
+    return change
+
+
+def refused(status, code, wait_s=None, **headers):
+    """Let the request have been refused with a wait, before it came to a provider."""
+
+    def change(case):
+        case.failed(status, code=code, message=headers.pop("message", "No."))
+        case.record.calls, case.sight.headers = (
+            [],
+            {"content-type": "application/json", "x-request-id": "id-q0", **headers},
+        )
+        if wait_s is not None:
+            whole_s = max(1, math.ceil(wait_s))
+            case.sight.headers |= {"retry-after": str(whole_s), "retry-after-ms": str(round(wait_s * 1000))}
+            error = json.loads(case.sight.payload)["error"] | {"retry_after_seconds": whole_s}
+            case.sight.payload = json.dumps({"error": error}).encode()
+
+    return change
+
+
+def limited(wait_s, others=1, **limits):
+    """Let a 429 name this wait, after so many requests of the same key 10 s before."""
+
+    def change(case):
+        kind = "tokens" if "tokens_per_minute" in limits else "requests"
+        case.key(**limits)
+        refused(429, "rate_limit_exceeded", wait_s, message=f"Rate limit reached: key {kind} per minute.")(case)
+        for number in range(others):
+            other = Sight(Request(f"q{number + 1}"), f"mk1q{number + 1}z", f"id-q{number + 1}", b"{}", 0.0, sent_at=0.0)
+            other.headers, other.payload = {}, b""
+            other.ended, other.ended_at = "left", 0.1
+            case.record.sights.append(other)
+
+    return change
+
+
+def handed_on(answer, wait_s, status=502, code="upstream_error", *, says_no=False):
+    """Let a provider have asked for a wait, and the client have been told another."""
+
+    def change(case):
+        refused(status, code, wait_s)(case)
+        case.record.calls = [case.call]
+        case.call.answer = answer
+        case.sight.headers |= {"x-mesh-attempts": "1", "x-mesh-routing-attempts": "1"}
+        if says_no:
+            case.sight.headers["x-should-retry"] = "false"
+
+    return change
+
+
+def headed(**headers):
+    """Let the answer have had these headers."""
+
+    def change(case):
+        case.sight.headers |= {name.replace("_", "-"): value for name, value in headers.items()}
+
+    return change
+
+
+def left_at(upstream, provider_left_at):
+    """Let the client have left at 11.0, and the provider have been left at another time."""
+
+    def change(case):
+        case.sight.ended, case.call.upstream = "left", upstream
+        case.call.ended, case.call.ended_at, case.call.complete = "closed", provider_left_at, False
+        case.sight.request = replace(case.sight.request, reads="hangs_up")
+
+    return change
+
+
+PAIR, PAIR_STREAM = Request("q0", model="pair"), Request("q0", model="pair", stream=True)
+LOST, CUT, BROKE = Answer(end="resets", at=0.0), Answer(end="resets", at=0.001), Answer(status=500, error="failed")
+ENDS, PROMPT, ALIVE, WAITS = {"ends_are_honest"}, {"answers_are_prompt"}, {"streams_are_alive"}, {"waits_are_told"}
+REASONS, FAILOVER, TOLD = {"statuses_have_reasons"}, {"failover_happens"}, {"attempts_are_told"}
+SEEN = {
+    "an event on its way": (sent_at(10.61), STREAMED, set()),
+    "an event that was held": (sent_at(10.59), STREAMED, PROMPT),
+    "an end on its way": (sent_at(11.0, 10.61), STREAMED, set()),
+    "an end that was held": (sent_at(11.0, 10.59), STREAMED, PROMPT),
+    "an event that waits for a slow store": (sent_at(10.2, 11.0, Trouble("slow", 10.5, 20.0)), STREAMED, set()),
+    "an event after a slow store": (sent_at(10.2, 11.0, Trouble("slow", 1.0, 9.9)), STREAMED, PROMPT),
+    "an event before a slow store": (sent_at(10.2, 11.0, Trouble("slow", 12.1, 20.0)), STREAMED, PROMPT),
+    "an event while a disk is full": (sent_at(10.2, 11.0, Trouble("disk_full", 10.0, 20.0)), STREAMED, PROMPT),
+    "a first ping in time": (heard_at(16.4), STREAMED, set()),
+    "a first ping too late": (heard_at(16.6), STREAMED, ALIVE),
+    "a ping in time": (heard_at(11.0, 17.1), STREAMED, set()),
+    "a ping too late": (heard_at(11.0, 17.3), STREAMED, ALIVE),
+    "cut short after drain_s": (cut_short_at(31.1, Trouble("drained", 11.0, 32.0, 0)), STREAMED, set()),
+    "cut short before drain_s": (cut_short_at(30.9, Trouble("drained", 11.0, 32.0, 0)), STREAMED, REASONS),
+    "cut short by a second signal": (
+        cut_short_at(20.0, Trouble("drained", 11.0, 32.0, 0), Trouble("drained", 19.9, 32.0, 0)),
+        STREAMED,
+        set(),
+    ),
+    "cut short before a second signal": (
+        cut_short_at(20.0, Trouble("drained", 11.0, 32.0, 0), Trouble("drained", 20.1, 32.0, 0)),
+        STREAMED,
+        REASONS,
+    ),
+    "cut short by the end of another worker": (
+        cut_short_at(31.1, Trouble("drained", 11.0, 32.0, 1)),
+        STREAMED,
+        REASONS,
+    ),
+    "cut short by a drain long ago": (cut_short_at(31.1, Trouble("drained", 1.0, 9.0, 0)), STREAMED, REASONS),
+    "closed as its worker was drained": (closed_at(10.0, Trouble("drained", 10.09, 20.0, 0)), REQUEST, set()),
+    "closed though it had come before the drain": (closed_at(10.0, Trouble("drained", 10.11, 20.0, 0)), REQUEST, ENDS),
+    "closed as another worker was drained": (closed_at(10.0, Trouble("drained", 10.0, 20.0, 1)), REQUEST, ENDS),
+    "closed after a drain": (closed_at(10.0, Trouble("drained", 1.0, 9.9, 0)), REQUEST, ENDS),
+    "closed as its worker was killed": (closed_at(10.0, Trouble("killed", 10.5, 20.0, 0)), REQUEST, set()),
+    "closed as another worker was killed": (closed_at(10.0, Trouble("killed", 10.5, 20.0, 1)), REQUEST, ENDS),
+    "closed long before its worker was killed": (closed_at(10.0, Trouble("killed", 12.1, 20.0, 0)), REQUEST, ENDS),
+    "another body behind a key": (conflicting(12.0, 409), REQUEST, set()),
+    "another body behind a key is answered": (conflicting(10.21), REQUEST, {"conflicts_are_refused"}),
+    "another body at the same time": (conflicting(10.19), REQUEST, set()),
+    "another body after its worker's end": (conflicting(12.0, 200, Trouble("killed", 10.9, 20.0, 0)), REQUEST, set()),
+    "a lost stream is asked for elsewhere": (called(LOST, BROKE, asked=("one", "two")), PAIR_STREAM, set()),
+    "a lost stream isn't": (called(LOST, asked=("one",)), PAIR_STREAM, FAILOVER),
+    "a lost whole answer is": (called(LOST, BROKE, asked=("one", "two")), PAIR, FAILOVER),
+    "a lost whole answer isn't": (called(LOST, asked=("one",)), PAIR, set()),
+    "a failed whole answer isn't": (called(BROKE, asked=("one",)), PAIR, FAILOVER),
+    "a stream that broke while its head was held isn't": (
+        called(CUT, asked=("one",), ended_after_s=1.7),
+        PAIR_STREAM,
+        FAILOVER,
+    ),
+    "a stream that broke as its head was sent": (called(CUT, asked=("one",), ended_after_s=1.9), PAIR_STREAM, set()),
+    "a stream that broke later is": (
+        called(CUT, BROKE, asked=("one", "two"), ended_after_s=2.3),
+        PAIR_STREAM,
+        FAILOVER,
+    ),
+    "no attempts are told": (headed(x_mesh_attempts="0", x_mesh_routing_attempts="0"), REQUEST, TOLD),
+    "two attempts are told": (headed(x_mesh_attempts="2", x_mesh_routing_attempts="2"), REQUEST, TOLD),
+    "an attempt that nothing listened to": (
+        headed(x_mesh_attempts="2", x_mesh_routing_attempts="2", x_mesh_routing_fallback="true"),
+        Request("q0", model="gone-first"),
+        set(),
+    ),
+    "another model is told": (headed(x_mesh_model="pair"), REQUEST, {"tokens_are_reported", *TOLD}),
+    "a fallback is told": (headed(x_mesh_routing_fallback="true"), REQUEST, TOLD),
+    "a 503 with a wait": (refused(503, "ledger_unavailable", 1.0), REQUEST, REASONS),
+    "a 503 without": (refused(503, "ledger_unavailable"), REQUEST, {*REASONS, *WAITS}),
+    "a 402 with a wait": (refused(402, "insufficient_credits", 1.0), REQUEST, {*REASONS, *WAITS}),
+    "a 503 that no provider saw says no": (
+        refused(503, "ledger_unavailable", 1.0, **{"x-should-retry": "false"}),
+        REQUEST,
+        {*REASONS, *WAITS},
+    ),
+    "a wait for a request": (limited(50.0, requests_per_minute=1), REQUEST, set()),
+    "a wait for a request that is too long": (limited(50.3, requests_per_minute=1), REQUEST, WAITS),
+    "a wait for a request of a burst": (limited(20.0, 3, requests_per_minute=3, burst=2), REQUEST, set()),
+    "a wait for tokens": (limited(45.0, 2, tokens_per_minute=100), REQUEST, set()),
+    "a wait for tokens that is too long": (limited(91.3, 2, tokens_per_minute=100), REQUEST, WAITS),
+    "a provider's wait": (handed_on(Answer(status=503, error="busy", wait_s=7.0), 7.0), REQUEST, set()),
+    "a provider's wait that is lost": (handed_on(Answer(status=503, error="busy", wait_s=7.0), None), REQUEST, WAITS),
+    "a provider's wait of more than a minute": (
+        handed_on(Answer(status=429, error="limit", wait_s=90.0), 90.0, 503, "provider_not_available", says_no=True),
+        REQUEST,
+        set(),
+    ),
+    "a wait of more than a minute that SDKs obey": (
+        handed_on(Answer(status=429, error="limit", wait_s=90.0), 90.0, 503, "provider_not_available"),
+        REQUEST,
+        WAITS,
+    ),
+    "a 429 without a wait": (
+        handed_on(Answer(status=429, error="limit"), 1.0, 503, "provider_not_available"),
+        REQUEST,
+        set(),
+    ),
+    "a spent quota": (
+        handed_on(Answer(status=429, error="quota", wait_s=7.0), 600.0, 503, "provider_not_available", says_no=True),
+        REQUEST,
+        set(),
+    ),
+    "a spent quota that is waited for too soon": (
+        handed_on(Answer(status=429, error="quota", wait_s=7.0), 7.0, 503, "provider_not_available"),
+        REQUEST,
+        WAITS,
+    ),
+    "a failure that may be paid twice": (handed_on(BROKE, None), REQUEST, WAITS),
+    "a failure that says so": (handed_on(BROKE, None, says_no=True), REQUEST, set()),
+    "a drained answer is left": (left_at("drained", 130.9), REQUEST, {"what_runs_on_is_read"}),
+    "a drained answer is left in the end": (left_at("drained", 131.1), REQUEST, set()),
+    "an answer is left with its client": (left_at("one", 12.9), REQUEST, set()),
+    "an answer is left too late": (left_at("one", 13.1), REQUEST, {"hang_ups_are_noticed"}),
+}
+
+
+@pytest.mark.parametrize(("change", "request_", "broken"), SEEN.values(), ids=SEEN.keys())
+def test_what_clients_see_is_judged_at_its_bounds(change, request_, broken):
     case = Case(request_)
     change(case)
     assert {finding.rule for finding in judge(case.record)} == broken

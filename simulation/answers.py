@@ -1,0 +1,276 @@
+"""Rules on how an answer comes to its client: when, from which provider, and what its headers say of that."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Final, Literal
+
+from simulation.bills import is_usage_only, runs_on, without_cost
+from simulation.client import Sight
+from simulation.history import (
+    HEARTBEAT_S,
+    UPSTREAMS,
+)
+from simulation.provider import Call
+from simulation.reasons import BREAKER_FAILURES, DETACHED_S, changed_limits, cut_short, most_reserved
+from simulation.record import HOP_S, RECOVERY_S, View
+
+PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
+PING_LATE_S: Final = 1.0 + 2 * HOP_S  # that a ping may be behind `heartbeat_s`, where streams are looked at each second
+ADMITTED_S: Final = 3 * HOP_S  # in which a request is let in: each of its calls to the store may be slow, and few are
+HOLD_S: Final = 2.0  # `server.first_event_hold_s`, which holds a stream's head back
+Verdict = Literal["next", "model", "end", "either"]
+
+
+def answers_are_prompt(view: View) -> Iterator[str]:
+    """Check that an event that a provider has sent is at its client at once, and so is an answer's end."""
+    for sight in view.record.sights:
+        calls = view.calls.get(sight.marker, [])
+        if not calls or len(view.group(sight)) > 1 or sight.request.reads in {"slowly", "stalls"}:
+            continue
+        call = calls[-1]
+        if view.feels(sight, *STORE, before_s=0.0):  # a renewal waits for the store
+            continue
+        if sight.is_stream and not call.answer.other_shape:
+            came = [(line, at) for line, at in _arrivals(sight) if line != "[DONE]" and not is_usage_only(line)]
+            sent = [pair for pair in zip(call.lines, call.lines_at, strict=False) if not is_usage_only(pair[0])]
+            for number, ((got, came_at), (line, sent_at)) in enumerate(zip(came, sent, strict=False)):
+                if got == line and came_at - sent_at > PROMPT_S:
+                    yield f"{sight.request_id}: event {number} came {came_at - sent_at:.2f} s after it was sent"
+                    break
+        if sight.ended == "whole" and call.ended in {"whole", "error"} and sight.ended_at - call.ended_at > PROMPT_S:
+            yield f"{sight.request_id}: its end came {sight.ended_at - call.ended_at:.2f} s after the provider's"
+
+
+STORE: Final = ("lost_reply", "refused", "slow", "gone", "failover", "clock", "full")
+
+
+def _arrivals(sight: Sight) -> Iterator[tuple[str, float]]:
+    """Return the data of each event, without what the gateway adds, and when it had come whole."""
+    size, at = 0, 0.0
+    times = iter(sight.times)
+    reached = 0
+    for event in sight.payload.split(b"\n\n")[:-1]:
+        size += len(event) + 2
+        while reached < size:
+            at, reached = next(times, (sight.ended_at, size))
+        for line in event.decode(errors="replace").split("\n"):
+            if line.startswith("data: "):
+                yield without_cost(line.removeprefix("data: ")), at
+
+
+def streams_are_alive(view: View) -> Iterator[str]:
+    """No stream is silent for longer than the heartbeat, before its head too."""
+    for sight in view.record.sights:
+        if (
+            not sight.request.stream
+            or sight.status not in {0, 200}
+            or sight.sent_at is None
+            or sight.request.reads not in {"all", "hangs_up", "leaves"}
+        ):
+            continue
+        if not view.calls.get(sight.marker) or view.feels(sight, before_s=RECOVERY_S) or sight.ended == "unconnected":
+            continue
+        times = [sight.sent_at + ADMITTED_S, *(at for at, _ in sight.times), sight.ended_at]
+        longest = max(later - earlier for earlier, later in itertools.pairwise(times))
+        if longest > HEARTBEAT_S + PING_LATE_S:
+            yield f"{sight.request_id} heard nothing for {longest:.2f} s"
+
+
+def failover_happens(view: View) -> Iterator[str]:
+    """Check that another provider is asked where docs/failover.md says so, and nowhere else."""
+    for sight in view.record.sights:
+        calls = view.calls.get(sight.marker, [])
+        if not calls or len(view.group(sight)) > 1:
+            continue
+        verdicts = [_verdict(sight, call) for call in calls]
+        for call, verdict, later in zip(calls, verdicts, calls[1:], strict=False):
+            if verdict == "end" or (verdict == "model" and _model(call) == _model(later)):
+                yield f"{sight.request_id}: {later.upstream} was asked after {_told(call)}"
+        if sight.ended != "whole" or not sight.error or sight.request.timeout_s is not None or cut_short(view, sight):
+            continue
+        refused_by = {_model(call) for call, verdict in zip(calls, verdicts, strict=True) if verdict == "model"}
+        asked = {(_model(call), call.upstream) for call in calls}
+        names = (sight.request.model, *sight.request.fallbacks)
+        left = [
+            (name, route)
+            for name in names
+            for route in view.record.prices[0][1][name].routes
+            if UPSTREAMS[route].is_there
+            and (name, route) not in asked
+            and name not in refused_by
+            and not _is_left_alone(view, sight, route)
+        ]
+        if left and verdicts[-1] in {"next", "model"}:
+            yield f"{sight.request_id}: {_told(calls[-1])}, and {left} were not asked"
+
+
+def _model(call: Call) -> str:
+    return str(call.body.get("model", "")).removeprefix("up-")
+
+
+def _told(call: Call) -> str:
+    return f"{call.answer.status} {call.answer.error or call.answer.end} from {call.upstream}"
+
+
+def _verdict(sight: Sight, call: Call) -> Verdict:
+    """Decide who may be asked after a call: the next provider, another model, nobody, or whether it isn't known."""
+    answer, streamed = call.answer, sight.request.stream
+    if call.ended == "closed":
+        return "either"
+    if call.ended == "cut" and not call.head_sent:
+        return "next" if streamed else "end"
+    if answer.error and answer.status != 200:
+        return "model" if answer.status in {400, 413, 422} else "next"
+    if answer.error:
+        return {"failed": "next" if streamed else "end", "page": "end"}.get(
+            answer.error, "either" if streamed else "end"
+        )
+    if answer.end in {"whole", "done_twice", "late_error", "no_done"} or call.lines_at or not streamed:
+        return "end"
+    if answer.other_shape:
+        return "either"
+    waited_s = call.ended_at - call.at - answer.delay_s  # since its head
+    if waited_s < HOLD_S - HOP_S * 2:
+        return "next"
+    return "end" if waited_s > HOLD_S + HOP_S * 2 else "either"
+
+
+def _is_left_alone(view: View, sight: Sight, upstream: str) -> bool:
+    """Whether a provider may have failed so often that its breaker is open."""
+    failed = [
+        call
+        for call in view.record.calls
+        if call.upstream == upstream and call.at <= sight.ended_at and not call.answer.is_good
+    ]
+    return len(failed) >= BREAKER_FAILURES
+
+
+def attempts_are_told(view: View) -> Iterator[str]:
+    """Check that the headers say how many providers were asked, and which model served."""
+    for sight in view.record.sights:
+        calls = view.calls.get(sight.marker, [])
+        if sight.ended != "whole" or len(view.group(sight)) > 1 or not sight.times:
+            continue
+        begun = [call for call in calls if call.at <= sight.times[0][0]]
+        names = (sight.request.model, *sight.request.fallbacks)
+        gone = sum(not UPSTREAMS[route].is_there for name in names for route in view.record.prices[0][1][name].routes)
+        told = int(sight.headers.get("x-mesh-attempts", 0))
+        if not len(begun) <= told <= len(begun) + gone:
+            yield f"{sight.request_id} says {told} attempts, and {len(begun)} providers were asked"
+        if told != int(sight.headers.get("x-mesh-routing-attempts", 0)):
+            yield f"{sight.request_id} has other numbers of attempts: {sight.headers}"
+        if sight.status != 200 or not begun:
+            continue
+        if sight.headers.get("x-mesh-model") != _model(begun[-1]):
+            yield f"{sight.request_id} names {sight.headers.get('x-mesh-model')}, and {_model(begun[-1])} served"
+        is_fallback = told > 1 or _model(begun[-1]) != sight.request.model
+        if (sight.headers.get("x-mesh-routing-fallback") == "true") != is_fallback:
+            yield f"{sight.request_id}: x-mesh-routing-fallback isn't {is_fallback}"
+
+
+def what_runs_on_is_read(view: View) -> Iterator[str]:
+    """Check that an answer that goes on without its client is read to its end, for `DETACHED_S` at most."""
+    for sight in view.record.sights:
+        if sight.ended != "left" or not runs_on(view, sight) or view.feels(sight):
+            continue
+        for call in view.calls.get(sight.marker, ()):
+            if call.ended == "closed" and call.ended_at < sight.ended_at + DETACHED_S:
+                yield f"{call.upstream} was left {call.ended_at - sight.ended_at:.2f} s after {sight.request_id}'s client"
+
+
+# Waits and repeats.
+
+NO_CAPACITY: Final = frozenset({503, 529})
+BUCKET_S: Final = 60.0  # after which a bucket is full again
+SLOT_S: Final = 1.0  # that a 429 for requests in parallel says: nothing knows when one ends
+QUOTA_S: Final = 600.0  # docs/errors.md: that a spent quota is waited for
+
+
+def waits_are_told(view: View) -> Iterator[str]:
+    """Check Retry-After where docs/errors.md promises it, also a provider's, and `x-should-retry`."""
+    for sight in view.record.sights:
+        if sight.ended != "whole" or sight.status in {0, 200} or not sight.error:
+            continue
+        calls = view.calls.get(sight.marker, [])
+        wait_ms = sight.headers.get("retry-after-ms")
+        wait_s = None if wait_ms is None else float(wait_ms) / 1000
+        if sight.status in {429, 503} and wait_s is None:
+            yield f"{sight.request_id}: {sight.status} {sight.error.get('code')} without Retry-After"
+        if sight.status not in {429, 502, 503} and wait_s is not None:
+            yield f"{sight.request_id}: {sight.status} {sight.error.get('code')} with Retry-After {wait_s}"
+        if len(view.group(sight)) == 1 and calls and sight.status in {502, 503}:
+            expected = _waits_of(sight, calls)
+            if expected is not None and wait_s not in expected:
+                yield f"{sight.request_id}: its wait is {wait_s}, and {sorted(map(str, expected))} were the providers'"
+        if sight.status == 429 and wait_s is not None and not view.feels(sight, before_s=BUCKET_S):
+            longest_s = _longest_wait_s(view, sight)
+            if wait_s > longest_s + HOP_S:
+                yield f"{sight.request_id} is to wait {wait_s:.3f} s, and {longest_s:.3f} s would do"
+        says_no = sight.headers.get("x-should-retry") == "false"
+        may = _may_say_no(view, sight, calls, wait_s)
+        if says_no is not may and may is not None:
+            yield f"{sight.request_id}: {sight.status} {sight.error.get('code')} says x-should-retry: {not says_no}"
+
+
+def _longest_wait_s(view: View, sight: Sight) -> float:
+    """Return the longest wait that a 429 may name: until its bucket has what the request takes."""
+    key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
+    others = [
+        other
+        for other in view.record.sights
+        if other is not sight and other.request.key == sight.request.key and other.began_at <= sight.ended_at
+    ]
+    if "tokens per minute" in message and key.tokens_per_minute:
+        size = key.tokens_per_minute
+        taken = sum(max(_used(view, other), most_reserved(other)) for other in others)
+        return (min(most_reserved(sight), size) - (size - taken)) * 60 / size
+    limits = {
+        limit for limit in (key.requests_per_minute, *changed_limits(view, sight.request.key)) if limit is not None
+    }
+    if "requests per minute" not in message or not limits:
+        return SLOT_S
+    rate = min(limits) / 60
+    admitted_at = [
+        max((call.at for call in view.calls.get(other.marker, ())), default=other.ended_at) for other in others
+    ]
+    levels = [
+        min(key.burst or limit for limit in limits)
+        + rate * max(0.0, sight.began_at - since)
+        - sum(at >= since for at in admitted_at)
+        for since in admitted_at
+    ]
+    return (1 - max(0.0, min(levels, default=1.0))) / rate
+
+
+def _used(view: View, sight: Sight) -> int:
+    events = view.settled.get(sight.request_id, ())
+    return sum(int(event["prompt_tokens"]) + int(event["completion_tokens"]) for event in events)
+
+
+def _waits_of(sight: Sight, calls: list[Call]) -> set[float | None] | None:
+    """Return what the answer's wait may be, by what the providers said; None: it isn't known."""
+    limited = [call.answer for call in calls if call.answer.error and call.answer.status == 429]
+    if sight.error.get("code") == "provider_not_available":
+        waits = [
+            max(answer.wait_s or 0.0, QUOTA_S) if answer.error == "quota" else answer.wait_s or 1.0
+            for answer in limited
+        ]
+        return {min(waits)} if waits else None
+    if sight.error.get("code") == "upstream_error":
+        return {
+            call.answer.wait_s if call.answer.error and call.answer.status in NO_CAPACITY else None for call in calls
+        }
+    return None
+
+
+def _may_say_no(view: View, sight: Sight, calls: list[Call], wait_s: float | None) -> bool | None:
+    """Return whether `x-should-retry: false` is due: a repeat may be paid twice, is in vain or comes too early. None: perhaps."""
+    if sight.status == 409 or (wait_s is not None and wait_s > 60):
+        return True
+    if sight.status < 500:
+        return False
+    if len(view.group(sight)) > 1 or (sight.status == 504 and sight.request.keyed):
+        return None  # another request's calls, and a repeat that gets the answer
+    if any(call.ended != "error" or call.answer.status in {200, 500} for call in calls):
+        return True
+    return None if any(call.answer.status in NO_CAPACITY for call in calls) else False
