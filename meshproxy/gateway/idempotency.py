@@ -27,8 +27,8 @@ from meshproxy.errors import (
 from meshproxy.gateway.attempts import within
 from meshproxy.gateway.entry import NamedLocks
 from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Exchange, Headers, Reply
-from meshproxy.ledger.replays import FAILED_TTL_MS, Claim, Conclusion, Replays, body_digest
-from meshproxy.ledger.store import StoreError, Unavailable
+from meshproxy.ledger.replays import FAILED_TTL_MS, Answer, Claim, Conclusion, Replays, body_digest
+from meshproxy.ledger.store import Unavailable
 from meshproxy.openai.errors import error_event, is_error_event
 from meshproxy.openai.event_stream import DONE, PING
 from meshproxy.policy.principal import Principal
@@ -44,7 +44,6 @@ FULL = "This account has as many Idempotency-Keys and answers kept as it may: se
 FULL_RETRY_S = 60.0
 PING_CHECK_S = 1.0  # between two looks at whether a ping is due
 CONCLUDE_RETRY_S = 0.25
-CHARGED_S = 15.0  # from a settlement to the record's final state: ten seconds of retries and a margin
 MAX_CONCLUDE_RETRIES = 40  # ten seconds without Redis
 TOO_LARGE = "This request was served, and its answer was not kept for a replay: it was too large, or its worker died."
 REPLAYED = ("idempotent-replayed", "true")
@@ -176,73 +175,6 @@ class Recording(DownstreamWrapper):
         self._unsent.clear()
         if self._conclusion != "failed":
             self._conclusion = "lost"
-
-
-class Answer:
-    """The recorded answer of the first request, read from Redis once for all requests of this worker that wait."""
-
-    def __init__(self, claim: Claim, body_digest: str, replays: Replays, clock: Callable[[], float]) -> None:
-        self.body_digest = body_digest
-        self.parts: list[bytes] = []
-        self.state: str | None = "running"
-        self.waiting = 0
-        self.is_followed = False
-        self.record = claim.record
-        self._claim = claim
-        self._replays = replays
-        self._clock = clock
-        self._charged_at: float | None = None
-        self._error: GatewayError | StoreError | None = None
-        self._changed: asyncio.Future[None] | None = None
-
-    async def follow(self, pause_s: Callable[[], float]) -> None:
-        """Read new parts while requests wait for them. `pause_s` returns the current pause between two reads."""
-        try:
-            while self.waiting and self.state == "running":
-                state, parts = await self._replays.read(self._claim, len(self.parts))
-                self.parts += parts
-                self.state = self._state_of(state)
-                if parts or self.state != "running":
-                    self._wake()
-                if self.state == "running":
-                    await asyncio.sleep(pause_s())
-        except (GatewayError, StoreError) as error:
-            self._error = error
-        finally:
-            self._wake()
-
-    async def after(self, count: int, client_timeout_s: float) -> list[bytes] | None:
-        """Return the parts after the first `count`; an empty list after `client_timeout_s` without new ones; None at the end.
-
-        Raises LookupError if no more will come because the request failed or its record is gone; Unavailable and
-        StoreError.
-        """
-        if len(self.parts) == count and self.state == "running" and self._error is None:
-            if self._changed is None:
-                self._changed = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._changed], timeout=client_timeout_s)
-        if len(self.parts) > count:
-            return self.parts[count:]
-        if self._error is not None:
-            raise self._error
-        if self.state == "running":
-            return []
-        if self.state == "finished":
-            return None
-        raise LookupError
-
-    def _state_of(self, state: str | None) -> str | None:
-        """Return the record's state; `charged` counts as `running` for CHARGED_S, then as `lost`: its worker has died."""
-        if state != "charged":
-            return state
-        if self._charged_at is None:
-            self._charged_at = self._clock()
-        return "running" if self._clock() - self._charged_at < CHARGED_S else "lost"
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, None
-        if changed is not None:
-            changed.set_result(None)
 
 
 class Answers:

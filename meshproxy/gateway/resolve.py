@@ -13,13 +13,13 @@ from meshproxy.errors import ErrorResponse, GatewayError, Source, forbidden, inv
 from meshproxy.gateway.entry import LARGE_BYTES, SMALL_BYTES
 from meshproxy.gateway.exchange import ActiveConfig
 from meshproxy.ledger.directory import Directory
+from meshproxy.openai.output import hides_reasoning
 from meshproxy.openai.request import (
     MAX_TOKENS,
     STEERING,
     ChatRequest,
     decode_chat,
     encode_upstream,
-    hides_reasoning,
     members_of,
     request_of,
     with_params,
@@ -254,7 +254,7 @@ def _plan(
         output_limit=limit,
         output_tokens=expected * request.n,
         output_bound=limit * request.n,
-        holds_whole=not request.stream or hidden or hides_reasoning(request),
+        holds_whole=not request.stream or hidden or hides_reasoning(request.fields),
     )
 
 

@@ -6,17 +6,19 @@ reader never mixes two answers. Both expire; a running request's expire sooner t
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from msgspec import Struct
 
+from meshproxy.errors import GatewayError
 from meshproxy.ledger.records import AccountKeys
-from meshproxy.ledger.store import Argument, Script, Store
+from meshproxy.ledger.store import Argument, Script, Store, StoreError
 
 State = Literal["claimed", "running", "finished", "lost", "conflict", "full"]
 Conclusion = Literal["running", "finished", "lost", "failed"]
 
+CHARGED_S = 15.0  # from a settlement to the record's final state: ten seconds of retries and a margin
 FAILED_TTL_MS = 10_000  # long enough for attached readers to see the failure
 
 _STATES: tuple[State, ...] = ("claimed", "running", "finished", "lost", "conflict", "full")
@@ -78,6 +80,73 @@ class Replays:
             self._store.execute("LRANGE", claim.parts, start, -1),
         )
         return (state.decode() if owner == claim.owner.encode() else None), parts
+
+
+class Answer:
+    """The recorded answer of the first request, read from Redis once for all requests of this worker that wait."""
+
+    def __init__(self, claim: Claim, body_digest: str, replays: Replays, clock: Callable[[], float]) -> None:
+        self.body_digest = body_digest
+        self.parts: list[bytes] = []
+        self.state: str | None = "running"
+        self.waiting = 0
+        self.is_followed = False
+        self.record = claim.record
+        self._claim = claim
+        self._replays = replays
+        self._clock = clock
+        self._charged_at: float | None = None
+        self._error: GatewayError | StoreError | None = None
+        self._changed: asyncio.Future[None] | None = None
+
+    async def follow(self, pause_s: Callable[[], float]) -> None:
+        """Read new parts while requests wait for them. `pause_s` returns the current pause between two reads."""
+        try:
+            while self.waiting and self.state == "running":
+                state, parts = await self._replays.read(self._claim, len(self.parts))
+                self.parts += parts
+                self.state = self._state_of(state)
+                if parts or self.state != "running":
+                    self._wake()
+                if self.state == "running":
+                    await asyncio.sleep(pause_s())
+        except (GatewayError, StoreError) as error:
+            self._error = error
+        finally:
+            self._wake()
+
+    async def after(self, count: int, client_timeout_s: float) -> list[bytes] | None:
+        """Return the parts after the first `count`; an empty list after `client_timeout_s` without new ones; None at the end.
+
+        Raises LookupError if no more will come because the request failed or its record is gone; Unavailable and
+        StoreError.
+        """
+        if len(self.parts) == count and self.state == "running" and self._error is None:
+            if self._changed is None:
+                self._changed = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._changed], timeout=client_timeout_s)
+        if len(self.parts) > count:
+            return self.parts[count:]
+        if self._error is not None:
+            raise self._error
+        if self.state == "running":
+            return []
+        if self.state == "finished":
+            return None
+        raise LookupError
+
+    def _state_of(self, state: str | None) -> str | None:
+        """Return the record's state; `charged` counts as `running` for CHARGED_S, then as `lost`: its worker has died."""
+        if state != "charged":
+            return state
+        if self._charged_at is None:
+            self._charged_at = self._clock()
+        return "running" if self._clock() - self._charged_at < CHARGED_S else "lost"
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, None
+        if changed is not None:
+            changed.set_result(None)
 
 
 def body_digest(body: bytes) -> str:

@@ -2,14 +2,14 @@
 
 Only what a model writes counts, once each: content, reasoning, refusals, and the names and arguments of tool calls.
 What surrounds it (content filters, logprobs, obfuscation, signatures, citations, a cumulative `message`) doesn't,
-whatever its size.
+whatever its size. Reasoning that a request has hidden can't be seen in the deltas: `hides_reasoning`.
 """
 
 import contextlib
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -58,6 +58,32 @@ _TOKEN: Final = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _ASTRAL: Final = re.compile("[\U00010000-\U0010ffff]")  # mostly emoji, which are three tokens for two characters
+
+# Members by which a client asks for reasoning that is billed and may not be shown: the path in a request and the value
+# that asks for it, or in _HIDING_UNLESS the only value that doesn't. (OpenRouter, "Reasoning Tokens"; OpenAI, "Reasoning
+# models": never shown; Groq, "Reasoning"; Anthropic, "OpenAI SDK compatibility" and "Extended thinking"; Gemini API,
+# "OpenAI compatibility".)
+_HIDING: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
+    (("reasoning", "exclude"), True),
+    (("reasoning", "enabled"), True),
+    (("include_reasoning",), False),
+    (("reasoning_format",), "hidden"),
+    (("prompt_mode",), "reasoning"),  # Mistral, "Reasoning"
+)
+_HIDING_UNLESS: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
+    (("reasoning", "effort"), "none"),
+    (("reasoning", "max_tokens"), 0),
+    (("reasoning_effort",), "none"),
+    (("thinking", "type"), "disabled"),
+    (("thinking_config",), {}),
+    (("google", "thinking_config"), {}),
+    (("extra_body", "google", "thinking_config"), {}),
+    (("enable_thinking",), False),  # Alibaba's Model Studio, "Deep thinking", as the next
+    (("thinking_budget",), 0),
+    (("chat_template_kwargs", "enable_thinking"), False),  # vLLM, "Reasoning Outputs": Qwen's and DeepSeek's templates
+    (("chat_template_kwargs", "thinking"), False),
+)
+_HIDING_MEMBERS: Final = frozenset(path[0] for path, _ in _HIDING + _HIDING_UNLESS)
 
 
 class _Delta(Struct):
@@ -179,12 +205,33 @@ def audio_format(fields: Mapping[str, bytes | Raw]) -> str | None:
         return None
 
 
+def hides_reasoning(fields: Mapping[str, bytes | Raw]) -> bool:
+    """Return whether a request asks, in its fields' JSON, for reasoning that is billed as output and may not be shown."""
+    members = _HIDING_MEMBERS & fields.keys()
+    if not members:
+        return False
+    try:
+        requested = {name: msgspec.json.decode(fields[name]) for name in members}
+    except (msgspec.DecodeError, RecursionError):
+        return True  # nested too deeply to read; the provider may refuse it
+    return any(_at(requested, path) == value for path, value in _HIDING) or any(
+        _at(requested, path) not in (None, value) for path, value in _HIDING_UNLESS
+    )
+
+
 def escaped(text: str) -> bytes:
     """Return a text as the inside of a JSON string."""
     try:
         return msgspec.json.encode(text)[1:-1]
     except UnicodeEncodeError:  # a lone surrogate
         return msgspec.json.encode(text.encode(errors="replace").decode())[1:-1]
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    """Return the value at a path of members; None if there is none."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _choices(data: bytes) -> list[_Choice]:

@@ -110,32 +110,6 @@ UNREAD: Final = frozenset({"async_mode", "cache", "image", "modality"})
 # Members that control an answer and aren't part of its prompt.
 STEERING: Final = FIELDS.keys() - {"messages", "tools"}
 
-# Members by which a client asks for reasoning that is billed and may not be shown: the path in a request and the value
-# that asks for it, or in HIDING_UNLESS the only value that doesn't. (OpenRouter, "Reasoning Tokens"; OpenAI, "Reasoning
-# models": never shown; Groq, "Reasoning"; Anthropic, "OpenAI SDK compatibility" and "Extended thinking"; Gemini API,
-# "OpenAI compatibility".)
-HIDING: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
-    (("reasoning", "exclude"), True),
-    (("reasoning", "enabled"), True),
-    (("include_reasoning",), False),
-    (("reasoning_format",), "hidden"),
-    (("prompt_mode",), "reasoning"),  # Mistral, "Reasoning"
-)
-HIDING_UNLESS: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
-    (("reasoning", "effort"), "none"),
-    (("reasoning", "max_tokens"), 0),
-    (("reasoning_effort",), "none"),
-    (("thinking", "type"), "disabled"),
-    (("thinking_config",), {}),
-    (("google", "thinking_config"), {}),
-    (("extra_body", "google", "thinking_config"), {}),
-    (("enable_thinking",), False),  # Alibaba's Model Studio, "Deep thinking", as the next
-    (("thinking_budget",), 0),
-    (("chat_template_kwargs", "enable_thinking"), False),  # vLLM, "Reasoning Outputs": Qwen's and DeepSeek's templates
-    (("chat_template_kwargs", "thinking"), False),
-)
-HIDING_MEMBERS: Final = frozenset(path[0] for path, _ in HIDING + HIDING_UNLESS)
-
 # The allowed values in the error messages of enumerated members.
 ALLOWED: Final = {"tool_choice": "none, auto, required or an object", "transforms": "middle-out"}
 
@@ -321,20 +295,6 @@ def with_params(request: ChatRequest, params: Mapping[str, bytes]) -> ChatReques
     )
 
 
-def hides_reasoning(request: ChatRequest) -> bool:
-    """Return whether the request asks for reasoning that is billed as output and may not be shown."""
-    members = HIDING_MEMBERS & request.fields.keys()
-    if not members:
-        return False
-    try:
-        requested = {name: msgspec.json.decode(request.fields[name]) for name in members}
-    except (msgspec.DecodeError, RecursionError):
-        return True  # nested too deeply to read; the provider may refuse it
-    return any(_at(requested, path) == value for path, value in HIDING) or any(
-        _at(requested, path) not in (None, value) for path, value in HIDING_UNLESS
-    )
-
-
 def encode_upstream(
     request: ChatRequest,
     *,
@@ -413,13 +373,6 @@ def _least_cap(caps: Iterable[int | UnsetType | None]) -> int | None:
 def _is_cap(name: str) -> bool:
     """Return whether a member that FIELDS doesn't have is named as a cap on output. For names of bounded length."""
     return _CAP_NAME.fullmatch(name.replace("_", "").lower()) is not None
-
-
-def _at(value: Any, path: Sequence[str]) -> Any:
-    """Return the value at a path of members; None if there is none."""
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def _asking_for_usage(options: Raw | None) -> Raw:

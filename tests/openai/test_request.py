@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from meshproxy.errors import Detail, ErrorResponse, GatewayError, Source
-from meshproxy.openai.request import ChatRequest, decode_chat, encode_upstream, hides_reasoning, with_params
+from meshproxy.openai.output import hides_reasoning
+from meshproxy.openai.request import ChatRequest, decode_chat, encode_upstream, with_params
 
 CAPS = {"max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict"}
 KNOWN = {
@@ -672,7 +673,7 @@ class TestWithParams:
     ],
 )
 def test_what_asks_for_reasoning_that_may_be_hidden(members: dict[str, Any], expected: bool):
-    assert hides_reasoning(decode_chat(body(**members))) == expected
+    assert hides_reasoning(decode_chat(body(**members)).fields) == expected
 
 
 JSON = st.recursive(
