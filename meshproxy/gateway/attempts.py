@@ -19,6 +19,7 @@ from meshproxy.gateway.resolve import Plan
 from meshproxy.openai.errors import conceal_secrets, error_event, without_secrets
 from meshproxy.openai.event_stream import PING, StreamScanner
 from meshproxy.openai.events import FORM_BYTES, as_stream, begins_plainly, form_of
+from meshproxy.openai.headers import upstream_request_id
 from meshproxy.openai.usage import decode_answer
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal
@@ -246,7 +247,7 @@ class Attempts:
         """
         provider = active.providers[candidate.upstream]
         exchange.secrets = provider.secrets
-        exchange.response = None
+        exchange.upstream_status, exchange.upstream_request_id = 0, None
         body = await self._built(plan, candidate) if plan.is_slow_to_build(candidate) else plan.body_for(candidate)
         exchange.sent_at = self._clock()
         if exchange.attempts == 1:
@@ -258,7 +259,7 @@ class Attempts:
         if left_s < math.inf and left_s <= _attempt_timeout_s(candidate, active):
             answering = within(left_s, answering)
         response = await answering
-        exchange.response = response
+        exchange.upstream_status, exchange.upstream_request_id = response.status, upstream_request_id(response.headers)
         streamed = plan.request.stream
         try:
             if response.status not in ANSWERED:

@@ -26,7 +26,6 @@ from meshproxy.policy.pricing import Price
 from meshproxy.policy.principal import Principal
 from meshproxy.units import format_usd
 from meshproxy.upstream.provider import Provider
-from meshproxy.upstream.response import Response
 
 if TYPE_CHECKING:
     from meshproxy.gateway.admit import Lease
@@ -157,7 +156,7 @@ def denial_response(denial: Denial) -> ErrorResponse:
     )
 
 
-class Exchange:
+class Exchange(Struct, eq=False):
     """One request's state on its way through the pipeline. Times are monotonic seconds; 0.0 means not yet.
 
     - `model`: the catalogue's id of the model that serves, or else was requested; empty before it is known.
@@ -173,55 +172,54 @@ class Exchange:
     - `refused_numbers`: the numbers of the provider's report that can't be true.
     - `refused_by`: the bucket, budget or bound that refused the request.
     - `reads_whole`: a body that is no stream is being read, by the deadline.
-    - `response`: the last provider's response whose head has arrived.
+    - `upstream_status`, `upstream_request_id`: of the last provider's response whose head has arrived.
     - `secrets`: our secrets that the current upstream knows.
     - `unlisted_model`: the model that the provider names as served, if it is none of those requested.
     - `served_tier`: the service tier that the provider names as served.
     """
 
-    phase = "authenticate"
+    call: Call
+    hold_id: str
+    phase: str = "authenticate"
     principal: Principal | None = None
-    model = ""
-    is_stream = False
+    model: str = ""
+    is_stream: bool = False
     plan: "Plan | None" = None
     lease: "Lease | None" = None
     candidate: Candidate | None = None
     attempted: Candidate | None = None
-    attempts = 0
+    attempts: int = 0
     secrets: Sequence[str] = ()
     attempt: "Attempt | None" = None
-    response: Response | None = None
+    upstream_status: int = 0
+    upstream_request_id: str | None = None
     refused_by: str | None = None
     failure: UpstreamError | None = None
     early_head: "EarlyHead | None" = None
-    deadline = math.inf
-    detachable = False
-    detached = False
-    complete = False
-    may_be_billed = False
-    reads_whole = False
+    deadline: float = math.inf
+    detachable: bool = False
+    detached: bool = False
+    complete: bool = False
+    may_be_billed: bool = False
+    reads_whole: bool = False
     recording: "Recording | None" = None
     reservation: BodyReservation | None = None
-    status = 0
-    code = ""
-    outcome = "failed"
-    usage = Usage()
+    status: int = 0
+    code: str = ""
+    outcome: str = "failed"
+    usage: Usage = Usage()
     usage_source: UsageSource = "none"
     refused_numbers: tuple[RefusedNumber, ...] = ()
-    cost_nusd = 0
+    cost_nusd: int = 0
     price: Price | None = None
     unlisted_model: str | None = None
     served_tier: str | None = None
-    events = 0
-    sent_at = 0.0
-    first_event_at = 0.0
-    last_event_at = 0.0
-    max_gap_s = 0.0
-    overhead_s = 0.0
-
-    def __init__(self, call: Call, hold_id: str) -> None:
-        self.call = call
-        self.hold_id = hold_id
+    events: int = 0
+    sent_at: float = 0.0
+    first_event_at: float = 0.0
+    last_event_at: float = 0.0
+    max_gap_s: float = 0.0
+    overhead_s: float = 0.0
 
     @property
     def account(self) -> str:

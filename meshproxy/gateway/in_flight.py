@@ -167,7 +167,7 @@ def _is_wanted(exchange: Exchange, draining: Collection[str]) -> bool:
 def _stream_begins(exchange: Exchange) -> bool:
     """Return whether a provider answers a request for a stream: a stream that has begun is not cut by its deadline."""
     plan = exchange.plan
-    return exchange.response is not None and not exchange.reads_whole and plan is not None and plan.request.stream
+    return exchange.upstream_status != 0 and not exchange.reads_whole and plan is not None and plan.request.stream
 
 
 async def _error_as_value(work: Coroutine[Any, Any, T]) -> T | GatewayError:

@@ -276,6 +276,8 @@ class Gateway:
         try:
             response = await self._attempts.first_answer(exchange, plan, active)
             early_head.waits = False
+            if not early_head.begun:
+                exchange.early_head = None
             return response
         finally:
             self._live.early_heads.discard(early_head)
@@ -341,7 +343,7 @@ class Gateway:
         relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
         lease.watch(relay.renewed)
         exchange.status = 200
-        if exchange.early_head is None or not exchange.early_head.begun:
+        if exchange.early_head is None:
             exchange.phase = "stream"
             downstream.begin(
                 [
@@ -350,6 +352,7 @@ class Gateway:
                     *self._own_headers(exchange),
                 ]
             )
+        response.headers = []  # a stream may last for minutes, and nothing needs them any more
         self._live.relays.add(relay)
         try:
             await relay.run()

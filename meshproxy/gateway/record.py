@@ -23,7 +23,6 @@ from meshproxy.errors import Source, UpstreamError
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.errors import MAX_QUOTED_BYTES, without_quotes
-from meshproxy.openai.headers import upstream_request_id
 from meshproxy.openai.request import CHAT_PATH, ChatRequest
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.route_health import Window
@@ -258,8 +257,7 @@ class Recorder:
 
     def attempt_failed(self, exchange: Exchange, candidate: Candidate, error: UpstreamError) -> None:
         """Log a failed attempt and its cause: the status or the operating system's reason, and the provider's message."""
-        response = exchange.response
-        status = response.status if response is not None else error.upstream_status or 0
+        status = exchange.upstream_status or error.upstream_status or 0
         reason = error.reason or error.response.code
         self.last_errors[candidate.upstream] = _failure(exchange, candidate.model, candidate.upstream, status, reason)
         is_ours = error.source is Source.GATEWAY
@@ -272,10 +270,10 @@ class Recorder:
             attempt=exchange.attempts,
             source=error.source.value,
             phase=error.phase.value,
-            status=response.status if response is not None else error.upstream_status,
+            status=status or None,
             reason=error.reason or (error.response.message if error.provider_message is None else None),
             words=_without_prompt(exchange, error.provider_message) if error.provider_message is not None else None,
-            upstream_request_id=upstream_request_id(response.headers) if response is not None else None,
+            upstream_request_id=exchange.upstream_request_id,
             duration_ms=round((self._clock() - exchange.sent_at) * 1000, 3),
         )
 
@@ -372,7 +370,6 @@ class Recorder:
         key = exchange.principal.key if exchange.principal is not None else None
         candidate = exchange.candidate
         received_at = exchange.call.received_at
-        response = exchange.response
         first_token_s = exchange.first_event_at - received_at
         return {
             "request_id": exchange.call.request_id,
@@ -382,8 +379,8 @@ class Recorder:
             "model": model or None,
             "upstream": candidate.upstream if candidate is not None else None,
             "attempts": exchange.attempts,
-            "upstream_status": response.status if response is not None else None,
-            "upstream_request_id": upstream_request_id(response.headers) if response is not None else None,
+            "upstream_status": exchange.upstream_status or None,
+            "upstream_request_id": exchange.upstream_request_id,
             "refused_by": exchange.refused_by,
             "status": exchange.status,
             "code": exchange.code or None,

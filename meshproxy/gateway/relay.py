@@ -79,7 +79,7 @@ class Relay:
         self._clock = clock
         self._signal: asyncio.Future[None] | None = None
         early_head = exchange.early_head
-        self._written_at = early_head.written_at if early_head is not None and early_head.begun else clock()
+        self._written_at = early_head.written_at if early_head is not None else clock()
         self._first_at = self._last_at = 0.0  # times of events; 0.0: none yet
         self._max_gap_s = 0.0
         self._drained_bytes = 0

@@ -214,7 +214,7 @@ class Settler:
             unheld=unheld,
             attempts=exchange.attempts,
             code=exchange.code,
-            upstream_status=exchange.response.status if exchange.response is not None else 0,
+            upstream_status=exchange.upstream_status,
             replay=recording.record if recording is not None else None,
             replay_ttl_ms=recording.ttl_ms if recording is not None else 0,
             budgets=request.budgets,

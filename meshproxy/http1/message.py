@@ -356,6 +356,8 @@ class Head(Struct):
 class HeadReader:
     """Collects bytes until a final response's head is complete. Can be reused for the next response."""
 
+    __slots__ = ("_held", "_interim")
+
     def __init__(self) -> None:
         self._held = b""
         self._interim = 0

@@ -73,7 +73,6 @@ class StreamScanner:
         "_audio_format",
         "_before",
         "_begun",
-        "_between",
         "_counted",
         "_cr",
         "_endings",
@@ -253,7 +252,7 @@ class StreamScanner:
             or len(text) < self._text_at + self._after_size
         ):
             return False
-        texts = text[self._text_at : -self._after_size].split(self._between)
+        texts = text[self._text_at : -self._after_size].split(self._after + self._before)
         count = len(texts)
         joined_text = b"".join(texts)
         if (
@@ -294,7 +293,6 @@ class StreamScanner:
 
     def _learn(self, shape: Shape) -> None:
         self._before, self._after, self._padded = shape.before, shape.after, shape.padded
-        self._between = shape.after + shape.before
         self._text_at, self._after_size = len(shape.before), len(shape.after)
 
     def _by_event(self, text: bytes) -> bytes:

@@ -242,9 +242,9 @@ CHUNKED_BYTES = 1_048_576
 
 
 async def body_of(
-    connection: ClientConnection, fields: Mapping[str, str], server: Server, reserve: ReserveMemory
+    connection: ClientConnection, fields: dict[str, str], server: Server, reserve: ReserveMemory
 ) -> bytes:
-    """Read the body of a fast-path request with these header fields."""
+    """Read the body of a fast-path request with these header fields, and clear them: nothing needs them any more."""
     timeout_s = _body_timeout_s(fields, server, server.max_body_bytes)
     length = int(fields["content-length"])
     if length > SMALL_BYTES:
@@ -253,6 +253,8 @@ async def body_of(
         return await connection.body(timeout_s)
     except TimeoutError as error:
         raise _body_timeout() from error
+    finally:
+        fields.clear()  # a stream may last for minutes
 
 
 async def read_json_body(

@@ -120,7 +120,9 @@ class Connection(asyncio.Protocol):
         self.lost: asyncio.Future[None] = self._loop.create_future()
         self.carried_by: asyncio.Transport | None = None  # the TCP transport below TLS
         self._transport: asyncio.Transport | None = None
-        self._poll = select.poll()
+        self._poll: select.poll | None = (
+            None  # made when the connection is used again: most long streams have a new one
+        )
         self._head_reader = HeadReader()
         self._answer: asyncio.Future[Response] | None = None  # while waiting
         self._body: Body | None = None  # in a body, with _response and sink
@@ -188,6 +190,12 @@ class Connection(asyncio.Protocol):
 
     def has_unread_input(self) -> bool:
         """Return whether the idle socket has an end, a reset or bytes that the event loop hasn't delivered yet."""
+        if self._poll is None:
+            sock = None if self._transport is None else self._transport.get_extra_info("socket")
+            if sock is None:
+                return True
+            self._poll = select.poll()
+            self._poll.register(sock.fileno(), select.POLLIN)
         return bool(self._poll.poll(0))
 
     def abandon(self, answer: "asyncio.Future[Response]") -> None:
@@ -223,7 +231,6 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Become idle, ready for the first request."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
-        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
         self.advance(Event.CONNECTED)
 
     def data_received(self, data: bytes) -> None:

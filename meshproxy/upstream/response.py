@@ -187,6 +187,8 @@ class Response:
     before a sink was set, as (payload, frame); see `Sink.data`.
     """
 
+    __slots__ = ("_closed", "_early_bytes", "_error", "_listener", "_max_bytes", "early", "flow", "headers", "status")
+
     def __init__(self, status: int, headers: list[tuple[str, str]], flow: Flow | None, max_bytes: int) -> None:
         self.status = status
         self.headers = headers

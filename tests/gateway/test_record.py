@@ -11,7 +11,6 @@ from meshproxy.ledger.records import Denial
 from meshproxy.openai.usage import RefusedNumber, Usage
 from meshproxy.telemetry.exposition import decode, render
 from meshproxy.telemetry.metrics import MAX_PENDING, Metrics
-from meshproxy.upstream.response import Response
 from tests.gateway.parts import Renewals, exchange, lease, plan, principal
 
 SETTINGS = Settings(
@@ -145,7 +144,7 @@ def assert_documented(heading, lines):
 async def test_every_field_of_the_log_line_is_documented(recorded):
     whole, anonymous = finished(), exchange()
     whole.call = replace(whole.call, client="192.0.2.1", trace_id="0" * 32)
-    whole.response = Response(200, [("x-request-id", "req_up")], None, 1)
+    whole.upstream_status, whole.upstream_request_id = 200, "req_up"
     whole.refused_by, whole.code = "credit", "insufficient_credits"
     anonymous.plan = anonymous.candidate = None
     anonymous.model = ""
@@ -157,7 +156,7 @@ async def test_every_field_of_the_log_line_is_documented(recorded):
 
 async def test_every_field_of_a_failed_attempt_is_documented(recorded):
     answered, silent = finished(), finished()
-    answered.response = Response(500, [("x-request-id", "req_up")], None, 1)
+    answered.upstream_status, answered.upstream_request_id = 500, "req_up"
     error = upstream_error("The provider failed.", may_have_run=False)
     with structlog.testing.capture_logs() as lines:
         for made, message in ((answered, "Out of order."), (silent, None)):
