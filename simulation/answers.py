@@ -10,8 +10,9 @@ from simulation.history import (
     HEARTBEAT_S,
     UPSTREAMS,
 )
+from simulation.limits import most_reserved
 from simulation.provider import Call
-from simulation.reasons import BREAKER_FAILURES, DETACHED_S, changed_limits, cut_short, most_reserved
+from simulation.reasons import BREAKER_FAILURES, DETACHED_S, changed_limits, cut_short
 from simulation.record import HOP_S, RECOVERY_S, View
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back

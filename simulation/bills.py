@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from simulation.client import Sight
-from simulation.history import STORE_TIMEOUT_S, Model, Price
+from simulation.history import LEASE_TOKENS, STORE_TIMEOUT_S, Model, Price
 from simulation.provider import Call, prompt_tokens
 from simulation.record import LATENCY_S, RECOVERY_S, View
 
@@ -101,7 +101,20 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
             for price in _prices(call, model, sight, seen):
                 priced = replace(model, price=price)
                 costs += _charges_of(view, sight, call, priced, seen, goes_on=goes_on, timed_out=timed_out)
-    return costs
+    bound = most_without_credit(view, sight)
+    return costs if bound is None else [Cost(min(cost.least, bound), min(cost.most, bound)) for cost in costs]
+
+
+def most_without_credit(view: View, sight: Sight) -> int | None:
+    """Return what a stream may cost at most that ended for lack of credit: its hold and a slice. None if it didn't end so."""
+    bounds = []
+    for event in view.settled.get(sight.request_id, ()):
+        if event["hold"] != "live" or event["outcome"] != "insufficient_credits":
+            continue
+        prices = [each for model in view.models(sight, event["model"]) for price in model.prices for each in price.all]
+        slice_nusd = max(price.of_output(LEASE_TOKENS * sight.request.n) for price in prices)
+        bounds.append(int(event["held_nusd"]) + slice_nusd)
+    return max(bounds, default=None)
 
 
 def runs_on(view: View, sight: Sight) -> bool:

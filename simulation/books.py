@@ -1,11 +1,13 @@
 """Rules on money: what the ledger's books say, against what providers billed and operators granted."""
 
+import json
 from collections.abc import Iterator
 from typing import Final
 
 from simulation.bills import allowed_charges, died_unsettled, runs_on, told_cost
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
+from simulation.limits import BYTES_A_TOKEN
 from simulation.provider import Call
 from simulation.reasons import credit_samples, most_held
 from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
@@ -181,7 +183,7 @@ def _least_balance(view: View, charged: list[dict[str, str]]) -> int:
 def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
     """Find a settlement that exceeds its hold by more than it may."""
     sight = next((sight for sight in view.record.sights if sight.request_id == event["request_id"]), None)
-    if sight is None or event["hold"] != "live" or not view.is_strict or view.record.troubles:
+    if sight is None or event["hold"] != "live" or not view.is_strict or view.feels(sight, "failover"):
         return
     calls = view.calls.get(sight.marker, [])
     if not calls:
@@ -189,24 +191,22 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
     call, request = calls[-1], sight.request
     models = view.models(sight, event["model"])
     excess = int(event["cost_nusd"]) - int(event["held_nusd"])
-    prices = [
-        each for model in models for price in model.prices for each in (price, *(tier for _, tier in price.tiers))
-    ]
-    slack = max(price.cost(10, 0, 10 * request.n) for price in prices)
+    prices = [each for model in models for price in model.prices for each in price.all]
     if call.bill.cost_nusd is not None and any(model.from_usage_cost for model in models):
         return
     if any(
         model.price_in(call.tier, request.tier) not in {model.price, model.price_in(request.tier)} for model in models
     ):
         return  # a dearer service tier than was requested
-    if not call.answer.heeds_cap:
-        bound = max(price.cost(0, 0, call.made) for price in prices)
-    elif request.stream:
-        beyond = LEASE_TOKENS * request.n + call.made - call.shown + int(call.shown * 0.5)
-        bound = max(price.cost(0, 0, beyond) for price in prices)
-    else:
-        bound = 0
-    if excess > bound + slack:
+    held_for = min(len(json.dumps(call.body["messages"])) for call in calls) // BYTES_A_TOKEN
+    beyond = LEASE_TOKENS * request.n if request.stream else 0
+    if call.reported:
+        beyond += call.made - call.shown if request.stream else 0  # hidden reasoning
+        beyond += -(-call.shown // 4) if request.stream else 0  # text of which an estimate sees 0.8
+        beyond = beyond if call.answer.heeds_cap else max(beyond, call.made)
+    more_prompt = max(0, int(event["prompt_tokens"]) - held_for)
+    bound = max(price.of_output(beyond) + -(-more_prompt * price.input // 1_000_000) for price in prices)
+    if excess > bound:
         yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
 
 

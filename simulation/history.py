@@ -79,6 +79,15 @@ class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     request: int = 0
     tiers: tuple[tuple[int, "Price"], ...] = ()
 
+    @property
+    def all(self) -> tuple["Price", ...]:
+        """The price, and those of its tiers."""
+        return (self, *(price for _, price in self.tiers))
+
+    def of_output(self, tokens: int) -> int:
+        """Return what so many tokens of output cost, in nano-USD, in this tier and without the fee."""
+        return -(-tokens * self.output // 1_000_000)
+
     def cost(self, prompt: int, cached: int, completion: int) -> int:
         """Return what these tokens cost, in nano-USD, rounded up once."""
         for above, price in reversed(self.tiers):

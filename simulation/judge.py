@@ -35,13 +35,12 @@ from simulation.books import (
 )
 from simulation.client import Sight
 from simulation.history import UPSTREAMS, WRITE_TIMEOUT_S, rendered
+from simulation.limits import buckets_are_right, limits_hold
 from simulation.provider import Call
 from simulation.reasons import (
-    buckets_are_right,
     cut_short,
     deadlines_hold,
     is_unpriced,
-    limits_hold,
     statuses_have_reasons,
     waits_are_true,
 )

@@ -226,7 +226,7 @@ PLANTED: Final = [
     Planted(
         "pings begin anew with the answer",
         "gateway/relay.py",
-        "early_head.written_at if early_head is not None and early_head.begun else clock()",
+        "early_head.written_at if early_head is not None else clock()",
         "clock()",
     ),
     Planted(
@@ -631,6 +631,30 @@ PLANTED: Final = [
         "gateway/settle.py",
         "seen = min(estimate_output(), plan.output_bound)",
         "seen = estimate_output()",
+    ),
+    Planted(
+        "output beyond the last slice of credit is charged",
+        "gateway/relay.py",
+        "most = self._lease.bound if self.short_of_credit else None",
+        "most = None",
+    ),
+    Planted(
+        "an admission takes no tokens from its bucket",
+        LUA + "admit.lua",
+        "local counts = { 1, tokens, 1, tokens, 1, 1 }",
+        "local counts = { 1, 0, 1, 0, 1, 1 }",
+    ),
+    Planted(
+        "a settlement takes no tokens beyond the reserved ones",
+        LUA + "settle.lua",
+        "take_tokens(KEY_BUCKET, hold.key_rate, used - hold.tokens)",
+        "take_tokens(KEY_BUCKET, hold.key_rate, math.min(0, used - hold.tokens))",
+    ),
+    Planted(
+        "a settlement returns twice the tokens that were reserved too many",
+        LUA + "settle.lua",
+        "take_tokens(KEY_BUCKET, hold.key_rate, used - hold.tokens)",
+        "take_tokens(KEY_BUCKET, hold.key_rate, 2 * (used - hold.tokens))",
     ),
     Planted(
         "a settlement forgets its session",

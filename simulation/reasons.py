@@ -8,7 +8,6 @@ from typing import Final
 from simulation.bills import nusd, runs_on
 from simulation.client import Sight
 from simulation.history import (
-    DEFAULT_OUTPUT_TOKENS,
     DRAIN_S,
     FIRST_BYTE_S,
     HOLD_TTL_S,
@@ -353,79 +352,3 @@ def deadlines_hold(view: View) -> Iterator[str]:
         last = sight.times[0][0] if sight.request.stream else sight.ended_at
         if last - sight.began_at > timeout_s + LATENCY_S:
             yield f"{sight.request_id} has a timeout of {timeout_s} s, and waited {last - sight.began_at:.2f} s"
-
-
-def limits_hold(view: View) -> Iterator[str]:
-    """No more requests are admitted than a key's bucket and its slots allow."""
-    if not view.is_strict or view.is_lossy or any(trouble.what == "clock" for trouble in view.record.troubles):
-        return
-    for number, key in enumerate(view.history.keys):
-        ran = [
-            sight for sight in view.record.sights if sight.request.key == number and view.settled.get(sight.request_id)
-        ]
-        limits = [
-            key.requests_per_minute,
-            *(done.amount for done in view.record.changes if done.what == "requests_per_minute" and done.key == number),
-        ]
-        if all(limit is not None for limit in limits):
-            rate = max(limit for limit in limits if limit is not None) / 60
-            size = key.burst or rate * 60
-            ordered = sorted(ran, key=lambda sight: sight.began_at)
-            for first in range(len(ordered)):
-                for last in range(first, len(ordered)):
-                    ends = min(
-                        max(sight.ended_at for sight in ordered[first : last + 1]),
-                        ordered[last].began_at + LATENCY_S * 10,
-                    )
-                    if last - first + 1 > size + (ends - ordered[first].began_at) * rate + 1e-6:
-                        yield (
-                            f"k{number}: {last - first + 1} requests of {size:g} and {rate:g}/s from"
-                            f" {ordered[first].request_id} to {ordered[last].request_id}"
-                        )
-                        return
-        if key.max_parallel is not None:
-            yield from _slots_taken(view, number, key.max_parallel)
-
-
-def buckets_are_right(view: View) -> Iterator[str]:
-    """Check that a bucket of tokens is debited by what requests used, once they are settled, and not by more."""
-    if not view.is_strict or view.record.troubles:
-        return
-    for number, key in enumerate(view.history.keys):
-        ours = [sight for sight in view.record.sights if sight.request.key == number]
-        for sight in ours if key.tokens_per_minute is not None else ():
-            remaining = sight.headers.get("x-ratelimit-remaining-tokens")
-            if remaining is None or sight.headers.get("x-ratelimit-limit-tokens") != str(key.tokens_per_minute):
-                continue
-            taken = most_reserved(sight)
-            for other in ours:
-                if other is not sight and other.began_at <= sight.ended_at:
-                    used = sum(
-                        int(event["prompt_tokens"]) + int(event["completion_tokens"])
-                        for event in view.settled.get(other.request_id, ())
-                    )
-                    is_settled = other.ended == "whole" and _over_at(view, other) + SETTLE_S < sight.began_at
-                    taken += used if is_settled else max(used, most_reserved(other))
-            size = key.tokens_per_minute or 0
-            if int(remaining) < size - taken:
-                yield f"{sight.request_id}: {remaining} of {size} tokens remain, and {taken} at most were taken"
-
-
-def most_reserved(sight: Sight) -> int:
-    """Return the most tokens that an admission takes: a token for three bytes, some for the message, and the output."""
-    output = sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS
-    return (TEMPLATE_TOKENS if sight.request.template else 0) + len(sight.body) // 3 + 12 + output * sight.request.n
-
-
-def _slots_taken(view: View, number: int, most: int) -> Iterator[str]:
-    plans = {sight.marker: sight.request for sight in view.record.sights}
-    calls = [
-        call
-        for call in view.record.calls
-        if call.marker in plans and plans[call.marker].key == number and call.ended_at - call.at > LATENCY_S
-    ]
-    for call in calls:
-        open_ = {other.marker for other in calls if other.at <= call.at < other.ended_at - LATENCY_S / 2}
-        if len(open_) > most and not view.record.troubles:
-            yield f"k{number}: {len(open_)} requests run at once, and {most} may"
-            return

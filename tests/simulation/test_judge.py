@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from simulation.client import Sight
 from simulation.history import MODELS, Answer, History, KeyPlan, Request, rendered
 from simulation.judge import RULES, judge
+from simulation.limits import Taken, level_at_least, level_at_most
 from simulation.planted import PLANTED, ROOT
 from simulation.provider import Bill, Call
 from simulation.record import Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
@@ -48,6 +49,8 @@ def settled(**fields):
         "hold": "live",
         "usage_source": "reported",
         "waived_nusd": 0,
+        "outcome": "completed",
+        "settled_ms": 11_000,
     }
     return {name: str(value) for name, value in {**event, **fields}.items()}
 
@@ -80,6 +83,7 @@ class Case:
         self.sight.payload, self.sight.times = WHOLE, [(11.0, len(WHOLE))]
         body = {"model": "up-plain", "messages": [{"role": "user", "content": f"{MARKER}: the river is old, and"}]}
         body |= {"stream": True, "stream_options": {"include_usage": True}} if request.stream else {}
+        body |= {} if request.n == 1 else {"n": request.n}
         body |= {} if request.max_tokens is None else {"max_tokens": request.max_tokens}
         self.call = Call(MARKER, "one", 0, 10.1, answer or request.answers[0], body, {}, lines=[])
         self.call.made = self.call.shown = self.call.shown_sent = self.call.shown_begun = 8
@@ -602,6 +606,16 @@ def budgeted(budget):
     return change
 
 
+def felt(change, at, what="gone"):
+    """Let a trouble of the store have begun at a time too."""
+
+    def changed(case):
+        change(case)
+        case.record.troubles.append(Trouble(what, at, at + 1))
+
+    return changed
+
+
 def cut(cost, dialect="openai"):
     """Let a provider that served the tier "priority" have broken off after two tokens of a request for "flex"."""
 
@@ -619,8 +633,48 @@ def cut(cost, dialect="openai"):
     return change
 
 
+def remaining(tokens, **fields):
+    """Let a bucket of 1,000 tokens have had so many after an admission that took 84 to 96."""
+
+    def change(case):
+        case.key(tokens_per_minute=1000)
+        case.sight.headers |= {"x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": str(tokens)}
+        case.record.books = {0: book(settled(settled_ms=11_000, **fields))}
+
+    return change
+
+
+def out_of_credit(cost, **fields):
+    """Let a stream of many tokens have ended for lack of credit, with a hold of 100,000."""
+
+    def change(case):
+        error = json.dumps({"error": {**ERROR, "code": "insufficient_credits"}})
+        case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
+        case.call.made = case.call.shown = case.call.shown_begun = 300
+        case.call.reported, case.call.bill, case.call.is_true = False, Bill(), frozenset()
+        case.call.complete, case.call.ended = False, "closed"
+        short = {"outcome": "insufficient_credits", "usage_source": "estimated", "held_nusd": 100_000, **fields}
+        case.record.books = {0: book(settled(cost_nusd=cost, **short))}
+        case.record.samples.append(Sample(9.6, 0, 1_000, 0))
+
+    return change
+
+
+def beyond(excess, *, made=8, shown=8, **call):
+    """Let a reported charge have exceeded its hold by so much."""
+
+    def change(case):
+        case.record.books = {0: book(settled(held_nusd=COST - excess))}
+        case.call.made, case.call.shown = made, shown
+        for name, value in call.items():
+            setattr(case.call, name, value)
+
+    return change
+
+
 FULL_HOLD = 51 * 2_500 + 400 * 10_000  # of a body of two bytes, by the coarsest estimate
 SERVED = Request("q0", model="served", tier="flex", stream=True)
+OVERDRAWN, BUCKETS = {"credit_is_not_overdrawn"}, {"buckets_are_right"}
 CLEAN, BILLS = {"requests_are_clean"}, {"charges_are_bills"}
 MONEY = {
     "an estimate of 0.8": (estimated(16, 6), REQUEST, set()),
@@ -641,6 +695,22 @@ MONEY = {
     "a cut stream of another tier": (cut(20 * 5_000 + 2 * 20_000), SERVED, set()),
     "a cut stream in the tier asked for": (cut(20 * 1_000 + 2 * 4_000), SERVED, BILLS),
     "a cut stream that names its tier at its end": (cut(20 * 1_000 + 2 * 4_000, "anthropic"), SERVED, set()),
+    "tokens of the least estimate": (remaining(1000 - 84), REQUEST, set()),
+    "tokens that were hardly taken": (remaining(1000 - 83), REQUEST, BUCKETS),
+    "tokens of the most": (remaining(1000 - 96), REQUEST, set()),
+    "tokens beyond the most": (remaining(1000 - 97), REQUEST, BUCKETS),
+    "tokens of a store that failed before": (felt(remaining(5), 10.9), REQUEST, set()),
+    "tokens of a store that failed later": (felt(remaining(5), 11.1), REQUEST, BUCKETS),
+    "a hold and a slice": (out_of_credit(100_000 + 16 * 10_000), STREAMED, set()),
+    "more than a hold and a slice": (out_of_credit(100_001 + 16 * 10_000), STREAMED, BILLS | OVERDRAWN),
+    "a hold and a slice for each of two": (out_of_credit(100_000 + 320_000), Request("q0", stream=True, n=2), set()),
+    "a whole answer at its hold": (beyond(0), REQUEST, set()),
+    "a whole answer beyond its hold": (beyond(1), REQUEST, OVERDRAWN),
+    "a whole answer of a provider that ignores caps": (beyond(80_000, answer=Answer(heeds_cap=False)), REQUEST, set()),
+    "a slice, and a fifth of the text that no estimate sees": (beyond((16 + 2) * 10_000), STREAMED, set()),
+    "more than a slice": (beyond((16 + 2) * 10_000 + 1), STREAMED, OVERDRAWN),
+    "a slice and hidden reasoning": (beyond((16 + 2 + 5) * 10_000, made=13), STREAMED, set()),
+    "an unreported slice": (beyond(16 * 10_000 + 1, reported=False), STREAMED, OVERDRAWN),
     "a larger cap": (capped(None, 10), Request("q0", max_tokens=9), CLEAN),
     "a smaller cap": (capped(None, 8), Request("q0", max_tokens=9), CLEAN),
     "a cap of the gateway's": (capped(60, 60, 2 * FULL_HOLD - 1), REQUEST, set()),
@@ -955,3 +1025,19 @@ def test_what_clients_see_is_judged_at_its_bounds(change, request_, broken):
     case = Case(request_)
     change(case)
     assert {finding.rule for finding in judge(case.record)} == broken
+
+
+@pytest.mark.parametrize(
+    ("taken", "least", "most"),
+    [
+        pytest.param(Taken(0.0, 0.1, 100, 110, 600, 1.0), 9.0, 31.0, id="made right upwards"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 10, 1.0), 599.0, 600.0, id="made right downwards"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 600, 5.0), 509.0, 521.0, id="not yet made right"),
+        pytest.param(Taken(1.9, 3.0, 100, 110, 600, 5.0), 490.0, 600.0, id="perhaps not yet admitted"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 600, 2.05), 9.5, 521.0, id="perhaps made right"),
+        pytest.param(Taken(2.2, 3.0, 100, 110, 600, 5.0), 600.0, 600.0, id="later"),
+    ],
+)
+def test_a_bucket_s_level_has_bounds(taken, least, most):
+    bounds = level_at_least(600, [taken], 2.0, 2.1), level_at_most(600, [taken], 2.0, 2.1)
+    assert bounds == pytest.approx((least, most), abs=0.11)
