@@ -20,6 +20,7 @@ IDLE_S = 20.0
 WRITE_TIMEOUT_S = 30.0
 DRAIN_S = 20.0
 STORE_TIMEOUT_S = 2.0
+WRITES_WITHIN_S = 30.0
 ALLOWANCE_NUSD = 6_000_000
 MAX_OUTPUT_TOKENS = 400  # of every model
 CONTEXT_WINDOW = 8_000
@@ -51,7 +52,7 @@ End = Literal["whole", "resets", "closes", "stalls", "error_event", "no_done", "
 FaultKind = Literal[
     "lost_reply", "refused", "slow", "gone", "failover", "flush", "clock", "full", "disk_full", "disk_fails"
 ]
-WorkerEventKind = Literal["killed", "drained", "reloaded", "bad_reload"]
+WorkerEventKind = Literal["killed", "killed_writing", "drained", "reloaded", "bad_reload"]
 ChangeKind = Literal[
     "grant",
     "grant_twice",
@@ -187,10 +188,11 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """What a provider does with one call.
 
     `words`: the tokens of text that it wants to write, for each choice. `hidden`: tokens of reasoning that it bills
-    and doesn't show. `gap_s`: between events. `delay_s`: before the head. `status`: an error's, or 200; `error` is
-    which. `at`: the share of the body that is sent before the end. `pieces`: in how many bytes writes are cut; 0: an
-    event each. `heeds_cap`: whether a cap stops it. `pause_s`: between its head and its body. `bulk`: bytes that each
-    event has beside its text. `tier`: the service tier that it names; "asked": the request's.
+    and doesn't show. `gap_s`: between events. `delay_s`: before the head. `pause_s`: between its head and its body.
+    `lingers_s`: between its last event and the end of its body. `status`: an error's, or 200; `error` is which. `at`: the
+    share of the body that is sent before the end. `pieces`: in how many bytes writes are cut; 0: an event each.
+    `heeds_cap`: whether a cap stops it. `bulk`: bytes that each event has beside its text. `tier`: the service tier that
+    it names; "asked": the request's.
     """
 
     dialect: str = "openai"
@@ -215,6 +217,7 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     comments: int = 0
     heeds_cap: bool = True
     pause_s: float = 0.0
+    lingers_s: float = 0.0
     bulk: int = 0
     tier: str = ""
 
@@ -281,7 +284,10 @@ class Fault(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 
 
 class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """Something that happens to a worker: it is killed (and another begins `for_s` later) or drained, or all reload."""
+    """Something that happens to a worker: it is killed (and another begins `for_s` later) or drained, or all reload.
+
+    `killed_writing`: at its next write to the disk from then on, or after WRITES_WITHIN_S without one.
+    """
 
     at_s: float
     what: WorkerEventKind
@@ -389,9 +395,10 @@ def _dialects(rng: random.Random) -> History:
     requests: list[Step] = []
     for number in range(rng.randint(2, 5)):
         request = _request(rng, f"q{number}", _any_answer(rng))
-        if rng.random() < 0.08:  # a stream in a whole answer's place, with a report older than its text
+        if rng.random() < 0.12:  # a stream in a whole answer's place, whose last report isn't what it used
             dialect = rng.choice(("openrouter", "mistral", "xai", "moonshot", "groq"))
-            old = Answer(dialect, rng.choice((8, 20, 45)), lie="early", other_shape=True)
+            lie: Lie = rng.choice(("early", "zeros_after"))
+            old = Answer(dialect, rng.choice((8, 20, 45)), lie=lie, other_shape=True)
             request = replace(request, stream=False, include_usage=False, answers=(old,))
         requests.append(request)
     return History(0, "", steps=(*requests, *_looks(rng, 1)))
@@ -435,11 +442,18 @@ def _disks(rng: random.Random) -> History:
         request = _reading(rng, _request(rng, f"q{number}", answer, spread=2.0), 0.1)
         at_s = rng.choice((request.at_s, gone_at + 0.5 + request.at_s * gone_s / 2.5))
         requests.append(replace(request, at_s=round(at_s, 3), worker=rng.randint(0, 1)))
-    if rng.random() < 0.4:
+    chance = rng.random()
+    if chance < 0.4:
         ends: WorkerEventKind = rng.choice(("killed", "drained"))
         faults.append(
             WorkerEvent(round(gone_at + rng.random() * gone_s, 3), ends, rng.randint(0, 1), rng.choice((0.0, 2.0)))
         )
+    elif chance < 0.6:  # each worker ends twice while the store is lost, so that the journal is read twice
+        first: WorkerEventKind = rng.choice(("killed_writing", "killed_writing", "drained"))
+        second_at = gone_at + gone_s * rng.choice((0.6, 0.8))
+        for worker in (0, 1):
+            faults.append(WorkerEvent(round(gone_at + rng.choice((0.1, 1.5)), 3), first, worker, 0.0))
+            faults.append(WorkerEvent(round(second_at, 3), "drained", worker, 0.0))
     return History(
         0,
         "",
@@ -493,7 +507,7 @@ def _clients(rng: random.Random) -> History:
 def _credit(rng: random.Random) -> History:
     """Accounts with little credit, budgets and limits; requests that race."""
     credit = tuple(
-        rng.choice((0, 100_000, 500_000, 1_000_000, 3_000_000, 10_000_000, 1_000_000_000))
+        rng.choice((0, 100_000, 300_000, 500_000, 1_000_000, 3_000_000, 10_000_000, 1_000_000_000))
         for _ in range(rng.randint(1, 2))
     )
     keys = tuple(_limited_key(rng, number % len(credit)) for number in range(rng.randint(1, 3)))
@@ -507,6 +521,8 @@ def _credit(rng: random.Random) -> History:
                 per_event=rng.choice((1, 7, 40, 300)),
                 gap_s=rng.choice((0, 0.01, 0.1)),
             )
+        elif rng.random() < 0.3:  # ends while its next slice is asked for
+            answer = replace(answer, words=rng.choice((12, 20, 30)), per_event=30, gap_s=0.0, lingers_s=0.5, pieces=0)
         request = _request(rng, f"q{number}", answer, spread=rng.choice((0.0, 0.5, 3.0)))
         requests.append(
             replace(request, key=rng.randrange(len(keys)), waits=rng.random() < 0.4, session=rng.choice(("", "", "s1")))
@@ -578,6 +594,53 @@ def _breakers(rng: random.Random) -> History:
     return History(0, "", credit=(1_000_000_000, 1_000_000_000), keys=(KeyPlan(0), KeyPlan(1)), steps=tuple(requests))
 
 
+def _long(rng: random.Random) -> History:
+    """Draw requests that last longer than a hold lives, or begin just before the store is lost, and repeats of them.
+
+    The store is lost meanwhile, or not. In `local` mode the account may have little credit: its allowance counts.
+    """
+    lost_at, lost_s = round(0.9 + rng.random(), 3), rng.choice((0.3, 3.0, 24.0, 24.0, 30.0))
+    back_at = lost_at + lost_s
+    what: FaultKind | None = rng.choice((None, "gone", "gone", "refused", "slow", "failover", "failover"))
+    faults: list[Step] = (
+        [] if what is None else [Fault(lost_at, what, for_s=lost_s, delay_s=1.4 if what == "slow" else 0)]
+    )
+    if rng.random() < 0.4:
+        late = back_at + rng.choice((0.0, 0.3, 1.0))
+        faults.append(Fault(round(late, 3), "lost_reply", count=rng.choice((1, 3, 6))))
+    local = rng.random() < 0.4
+    requests: list[Step] = []
+    for number in range(rng.randint(1, 3)):
+        request = _request(
+            rng, f"q{number}", _outlasting(rng, lost_s), models=("plain", "pair", "told", "fee", "thinking")
+        )
+        at_s = max(0.0, lost_at - rng.choice((0.05, 0.4, 0.8, 1.5)))
+        first = replace(request, at_s=round(at_s, 3), keyed=rng.random() < 0.6, timeout_s=None, connection="")
+        requests.append(first)
+        if (
+            rng.random() < 0.6
+        ):  # when the store has forgotten the first one, and the holds past their deadline are released
+            again_at = round(back_at + rng.choice((0.2, 0.6, 2.0, 5.0)), 3)
+            repeats = first.name if first.keyed else ""
+            answers = (*first.answers, _any_answer(rng)) if first.keyed else (_any_answer(rng),)
+            requests[-1] = first = replace(
+                first, answers=(*first.answers, answers[-1]) if first.keyed else first.answers
+            )
+            requests.append(replace(first, name=f"r{number}", at_s=again_at, repeats=repeats, answers=answers))
+    for number in range(rng.choice((0, 1, 4)) if lost_s > 3 else 0):
+        answer = Answer(words=300, per_event=30, gap_s=rng.choice((0.0, 0.1)))
+        request = _request(rng, f"d{number}", answer, models=("plain", "pair"))
+        requests.append(replace(request, at_s=round(lost_at + 1 + number * 3, 3), max_tokens=None, timeout_s=None))
+    return History(
+        0,
+        "",
+        credit=(rng.choice((0, 1_000_000, 1_000_000_000)) if local else 1_000_000_000,),
+        workers=rng.randint(1, 2),
+        local=local,
+        steps=(*requests, *faults),
+    )
+
+
 MIXED = [_dialects, _providers, _clients, _credit, _store, _workers, _templates, _disks]
 PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
     ("dialects", 3, _dialects),
@@ -590,6 +653,7 @@ PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
     ("breakers", 1, _breakers),
     ("templates", 2, _templates),
     ("disks", 3, _disks),
+    ("long", 3, _long),
 )
 
 
@@ -657,6 +721,8 @@ def _any_answer(rng: random.Random) -> Answer:
         tier=rng.choice(("", "asked", "default", "flex", "priority")) if rng.random() < 0.4 else "",
         pause_s=rng.choice((0.3, 3.0, 6.0)) if rng.random() < 0.05 else 0.0,
     )
+    if rng.random() < 0.05:
+        answer = replace(answer, lingers_s=rng.choice((0.01, 0.5, 3.0)))
     if rng.random() < 0.03:  # pings, and then a head without a body
         answer = replace(answer, delay_s=rng.choice((6.0, 7.0, 8.5)), pause_s=6.0)
     if rng.random() < 0.35:
@@ -676,6 +742,27 @@ def _any_answer(rng: random.Random) -> Answer:
     if rng.random() < 0.1:
         answer = replace(answer, heeds_cap=False)
     return answer
+
+
+def _outlasting(rng: random.Random, lasts_s: float) -> Answer:
+    """Draw a good answer that takes longer than so many seconds: before its head, before its body, and between events."""
+    more_s = lasts_s + rng.choice((1.0, 3.0, 9.0))
+    delay_s = min(more_s * rng.choice((0.0, 0.6)), FIRST_BYTE_S - 3)
+    pause_s = min(more_s - delay_s, IDLE_S - 3) * rng.choice((1.0, 1.0, 0.0))
+    words = rng.choice((8, 20, 45))
+    left_s = max(more_s - delay_s - pause_s, 0.5)
+    return replace(
+        _any_answer(rng),
+        words=words,
+        per_event=1,
+        delay_s=round(delay_s, 3),
+        pause_s=round(pause_s, 3),
+        gap_s=round(left_s / words, 3),
+        lie=rng.choice(("true", "true", "none", "early")),
+        pieces=0,
+        gzip=False,
+        other_shape=False,
+    )
 
 
 def _bad_answer(rng: random.Random) -> Answer:
@@ -711,7 +798,7 @@ def _bad_answer(rng: random.Random) -> Answer:
 
 def _limited_key(rng: random.Random, account: int) -> KeyPlan:
     """Draw a key with a limit or a budget, or neither."""
-    which = rng.choice(("none", "none", "requests", "burst", "tokens", "parallel", "budget"))
+    which = rng.choice(("none", "none", "requests", "burst", "tokens", "parallel", "parallel", "budget"))
     return KeyPlan(
         account,
         requests_per_minute=rng.choice((1, 3, 60)) if which in {"requests", "burst"} else None,

@@ -67,6 +67,7 @@ class Process:
         self.children: list[Process] = []
         self.left: dict[str, list[str]] = {}  # what it left at its own end
         self.on_death: list[Callable[[], None]] = []
+        self.on_job: list[Callable[[], None]] = []
         self.kept: list[Any] = []  # tasks of a killed process: collected, they would run their `finally`
 
     def free_fd(self) -> int:
@@ -342,6 +343,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._sequence += 1
         number = self._sequence
         process.jobs[number] = (func, args, future)
+        for callback in process.on_job:
+            callback()
         self.call_later(self.jitter(FAST_JOB_S, SLOW_JOB_S), self._run_job, process, number)
         return future
 

@@ -307,6 +307,8 @@ class _Link(asyncio.Protocol):
         if self.is_lost and sent < total:
             call.ended = "closed"
         elif not breaks:
+            if answer.lingers_s:
+                await self._sleep(answer.lingers_s)
             self._transport.write(last)
             call.ended = "whole"
             if framing == "close" or self.is_lost:

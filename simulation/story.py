@@ -15,7 +15,7 @@ from meshproxy.policy.principal import Bounds, KeyChange
 from meshproxy.policy.template import TemplateFields
 from simulation.bills import nusd
 from simulation.client import Clients
-from simulation.gateway import Gateway
+from simulation.gateway import Gateway, Instance
 from simulation.history import (
     ALLOWANCE_NUSD,
     DEFAULT_OUTPUT_TOKENS,
@@ -32,6 +32,7 @@ from simulation.history import (
     TEMPLATE,
     UPSTREAMS,
     WRITE_TIMEOUT_S,
+    WRITES_WITHIN_S,
     Change,
     Fault,
     History,
@@ -304,15 +305,18 @@ class Play:
             store.delay_s = 0.0
         else:
             store.go_down()
-            await asyncio.sleep(fault.for_s)
             if fault.what == "failover":
-                store.fail_over()
+                store.fail_over()  # to what the replica has now, however long it takes
+            await asyncio.sleep(fault.for_s)
             store.come_back()
 
     async def _happen(self, event: WorkerEvent) -> None:
         """Do to the workers what an event says."""
-        gateway, now = self._gateway, self._loop.time()
+        gateway = self._gateway
         instance = gateway.instances[event.worker % len(gateway.instances)]
+        if event.what == "killed_writing":
+            await self._write_begins(instance)
+        now = self._loop.time()
         if event.what == "reloaded":
             self._models |= {name: replace(self._models[name], price=price) for name, price in event.prices}
             self.record.prices.append((now, dict(self._models)))
@@ -324,9 +328,10 @@ class Play:
             if gateway.text == "[server]\nlisten = 17\n":
                 gateway.text = text
         elif not instance.ended.is_set():
-            instance.kill() if event.what == "killed" else instance.drain()
+            what = "drained" if event.what == "drained" else "killed"
+            instance.drain() if what == "drained" else instance.kill()
             number = event.worker % len(gateway.instances)
-            self.record.troubles.append(Trouble(event.what, now, now + 1e6, number))
+            self.record.troubles.append(Trouble(what, now, now + 1e6, number))
             trouble = self.record.troubles[-1]
             await instance.ended.wait()
             self.record.exits.append((instance.name, instance.code))
@@ -339,6 +344,14 @@ class Play:
                     self.record.refused.append(instance.name)
                     await asyncio.sleep(OPERATOR_PAUSE_S)
             self.record.troubles[self.record.troubles.index(trouble)] = trouble._replace(end=self._loop.time())
+
+    async def _write_begins(self, instance: Instance) -> None:
+        """Wait until an instance has given a write to a thread, which has not run yet, or for WRITES_WITHIN_S."""
+        begun = asyncio.Event()
+        instance.process.on_job.append(begun.set)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WRITES_WITHIN_S):
+                await begun.wait()
 
     async def _change(self, change: Change) -> None:
         """Do what an operator does, or read the account by one of its keys."""
