@@ -424,16 +424,18 @@ def _templates(rng: random.Random) -> History:
 
 
 def _disks(rng: random.Random) -> History:
-    """Draw a store that is lost while the disk of the journal fills or fails, and workers that end then."""
-    gone_at, gone_s = round(rng.random() * 2, 3), rng.choice((3.0, 8.0, 25.0))
+    """Draw a store that is lost while the disk of the journal fills or fails, and workers that end then, some twice."""
+    ends_twice = rng.random() < 0.25  # so that what a journal's second reader wrote is read by a third
+    gone_at, gone_s = round(rng.random() * 2, 3), 25.0 if ends_twice else rng.choice((3.0, 8.0, 25.0))
     what: FaultKind = rng.choice(("gone", "gone", "refused", "full"))
     faults: list[Step] = [Fault(gone_at, what, for_s=gone_s)]
-    bounded = rng.choice((None, None, 1_500, 4_000, 9_000))
-    if bounded is None or rng.random() < 0.3:
-        disk: FaultKind = rng.choice(("disk_full", "disk_full", "disk_fails"))
+    bounded = None if ends_twice else rng.choice((None, None, 1_500, 4_000, 9_000))
+    if rng.random() < (0.5 if ends_twice else 1.0 if bounded is None else 0.3):
+        disk: FaultKind = "disk_full" if ends_twice else rng.choice(("disk_full", "disk_full", "disk_fails"))
         room = rng.choice((0, 300, 900, 1_500)) if disk == "disk_full" else 0
         begins = max(0.0, gone_at + rng.choice((-1.0, 0.0, 1.0)))
-        faults.append(Fault(round(begins, 3), disk, for_s=rng.choice((1.0, 6.0, gone_s, gone_s + 5)), room=room))
+        disk_s = rng.choice((1.0, 3.0) if ends_twice else (1.0, 6.0, gone_s, gone_s + 5))
+        faults.append(Fault(round(begins, 3), disk, for_s=disk_s, room=room))
     requests: list[Step] = []
     for number in range(rng.randint(3, 7)):
         answer = replace(_any_answer(rng), delay_s=rng.choice((0.0, 0.1, 1.0)), gap_s=rng.choice((0.0, 0.02, 0.2)))
@@ -442,23 +444,23 @@ def _disks(rng: random.Random) -> History:
         request = _reading(rng, _request(rng, f"q{number}", answer, spread=2.0), 0.1)
         at_s = rng.choice((request.at_s, gone_at + 0.5 + request.at_s * gone_s / 2.5))
         requests.append(replace(request, at_s=round(at_s, 3), worker=rng.randint(0, 1)))
-    chance = rng.random()
-    if chance < 0.4:
+    workers = rng.randint(1, 2)
+    if ends_twice:
+        for worker in range(workers):
+            if rng.random() < 0.7:
+                first: WorkerEventKind = rng.choice(("killed_writing", "killed_writing", "drained"))
+                faults.append(WorkerEvent(round(gone_at + rng.choice((0.1, 1.5)), 3), first, worker, 0.0))
+            faults.append(WorkerEvent(round(gone_at + gone_s * rng.choice((0.6, 0.8)), 3), "drained", worker, 0.0))
+    elif rng.random() < 0.4:
         ends: WorkerEventKind = rng.choice(("killed", "drained"))
         faults.append(
             WorkerEvent(round(gone_at + rng.random() * gone_s, 3), ends, rng.randint(0, 1), rng.choice((0.0, 2.0)))
         )
-    elif chance < 0.6:  # each worker ends twice while the store is lost, so that the journal is read twice
-        first: WorkerEventKind = rng.choice(("killed_writing", "killed_writing", "drained"))
-        second_at = gone_at + gone_s * rng.choice((0.6, 0.8))
-        for worker in (0, 1):
-            faults.append(WorkerEvent(round(gone_at + rng.choice((0.1, 1.5)), 3), first, worker, 0.0))
-            faults.append(WorkerEvent(round(second_at, 3), "drained", worker, 0.0))
     return History(
         0,
         "",
-        workers=rng.randint(1, 2),
-        local=rng.random() < 0.7,
+        workers=workers,
+        local=ends_twice or rng.random() < 0.7,
         journal_bytes=bounded,
         steps=(*requests, *faults),
     )

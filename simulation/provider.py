@@ -307,7 +307,7 @@ class _Link(asyncio.Protocol):
         if self.is_lost and sent < total:
             call.ended = "closed"
         elif not breaks:
-            if answer.lingers_s:
+            if framing != "length":  # else its end is known
                 await self._sleep(answer.lingers_s)
             self._transport.write(last)
             call.ended = "whole"
