@@ -93,7 +93,12 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
         costs.append(NOTHING)  # it left in the head, which may be an error's
     if goes_on and any(trouble.what == "killed" and trouble.end >= sight.began_at for trouble in view.record.troubles):
         costs.append(NOTHING)
-    if view.is_lossy or view.feels(sight, "killed") or sight.ended == "unconnected" or died_unsettled(view, sight):
+    if (
+        view.may_lose(sight)
+        or view.feels(sight, "killed")
+        or sight.ended == "unconnected"
+        or died_unsettled(view, sight)
+    ):
         costs.append(NOTHING)
     seen = seen_tokens(sight)
     for call in calls:

@@ -75,7 +75,7 @@ def charged_once(view: View) -> Iterator[str]:
         charged = [sight for sight in group if view.charge(sight) > 0]
         failed = [sight for sight in charged if sight.error or sight.ended not in {"whole", "left", "closed"}]
         cut = [call for call in view.calls.get(marker, ()) if not call.complete]
-        if len(charged) - len(failed) - len(cut) > 1 and not any(view.feels(sight) for sight in group):
+        if len(charged) - len(failed) - len(cut) > 1:
             yield f"the Idempotency-Key of {marker} was charged for {[sight.request_id for sight in charged]}"
 
 
@@ -133,7 +133,7 @@ def costs_are_told(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         if sight.ended != "whole" or sight.status != 200 or sight.error:
             continue
-        if view.is_lossy or view.feels(sight, "killed") or died_unsettled(view, sight):
+        if view.may_lose(sight) or view.feels(sight, "killed") or died_unsettled(view, sight):
             continue
         told = told_cost(sight)
         if told is None:

@@ -608,8 +608,8 @@ def _long(rng: random.Random) -> History:
         [] if what is None else [Fault(lost_at, what, for_s=lost_s, delay_s=1.4 if what == "slow" else 0)]
     )
     if rng.random() < 0.4:
-        late = back_at + rng.choice((0.0, 0.3, 1.0))
-        faults.append(Fault(round(late, 3), "lost_reply", count=rng.choice((1, 3, 6))))
+        late = back_at + rng.choice((0.0, 0.3, 1.0))  # while the journal is replayed, or holds are taken anew
+        faults.append(Fault(round(late, 3), "lost_reply", count=rng.choice((2, 4, 8))))
     local = rng.random() < 0.4
     requests: list[Step] = []
     for number in range(rng.randint(1, 3)):
@@ -629,10 +629,12 @@ def _long(rng: random.Random) -> History:
                 first, answers=(*first.answers, answers[-1]) if first.keyed else first.answers
             )
             requests.append(replace(first, name=f"r{number}", at_s=again_at, repeats=repeats, answers=answers))
-    for number in range(rng.choice((0, 1, 4)) if lost_s > 3 else 0):
+    for number in range(rng.choice((0, 1, 4)) if lost_s >= 3 else 0):
         answer = Answer(words=300, per_event=30, gap_s=rng.choice((0.0, 0.1)))
         request = _request(rng, f"d{number}", answer, models=("plain", "pair"))
-        requests.append(replace(request, at_s=round(lost_at + 1 + number * 3, 3), max_tokens=None, timeout_s=None))
+        requests.append(
+            replace(request, at_s=round(lost_at + 1 + number * min(lost_s / 8, 3), 3), max_tokens=None, timeout_s=None)
+        )
     return History(
         0,
         "",

@@ -16,6 +16,7 @@ from simulation.provider import Call
 PROPAGATION_S: Final = 2.5  # after which an operator's change holds everywhere
 HOP_S: Final = 0.1  # that a packet is under way at most (0.08), with the turns at its ends
 LATENCY_S: Final = 1.0  # of the simulated wires, turns and the gateway's own timers
+LAG_S: Final = 1.0  # of the store's replica: what a failover loses
 RECOVERY_S: Final = 15.0  # after a fault of the store, in which requests may still suffer from it
 
 
@@ -178,6 +179,23 @@ class View:
     def worker(self, sight: Sight) -> int:
         """Return the number of the worker that got a request."""
         return sight.worker % self.history.workers
+
+    def may_lose(self, sight: Sight) -> bool:
+        """Whether a failover may have lost what a request cost: its settlement, or its hold before a journaled settlement.
+
+        A failover loses the last second. A settlement may come later than its request ended if something else fails.
+        """
+        ends = [sight.ended_at, *(call.ended_at or math.inf for call in self.calls.get(sight.marker, ()))]
+        for failover in (trouble for trouble in self.record.troubles if trouble.what == "failover"):
+            others = [trouble for trouble in self.record.troubles if trouble is not failover]
+            is_late = any(each.start <= max(ends) + LATENCY_S and each.end >= sight.began_at for each in others)
+            last = math.inf if is_late else max(ends) + LAG_S + LATENCY_S
+            if min(ends) - LATENCY_S <= failover.start <= last:
+                return True
+            back_at = failover.end - RECOVERY_S + LATENCY_S
+            if sight.began_at <= failover.start and (is_late or min(ends) <= back_at):
+                return True
+        return False
 
     def group(self, sight: Sight) -> list[Sight]:
         """Return the requests with the same body and Idempotency-Key, or this one alone."""
