@@ -249,8 +249,6 @@ def _timed_out(view: View, sight: Sight) -> bool:
     timeout_s = sight.request.timeout_s
     if timeout_s is not None and took_s >= timeout_s - 0.01:
         return True
-    if "idempotent-replayed" in sight.headers:  # the first one's end
-        took_s = sight.ended_at - min(other.began_at for other in view.group(sight))
     stalled = any(call.answer.end == "stalls" for call in view.calls.get(sight.marker, ()))
     return stalled and took_s >= min(IDLE_S, FIRST_BYTE_S) - 0.01
 
