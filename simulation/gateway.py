@@ -21,6 +21,7 @@ from meshproxy.app import worker, worker_process
 from meshproxy.app.load import Loaded, load
 from meshproxy.gateway import in_flight
 from meshproxy.ledger import journal as journals
+from meshproxy.ledger import ledger as ledgers
 from meshproxy.ledger.administration import Administration
 from meshproxy.ledger.connection import connect
 from meshproxy.ledger.directory import Directory
@@ -37,6 +38,7 @@ JOURNAL = f"{ROOT}state/redis/journal"
 
 PATH = "meshproxy.toml"  # what faults of a configuration name
 MAX_LOADED = 64
+CHECK_S, RESTING_S = 1.0, 5.0  # how often a gateway looks at its connections and refusals, and when nothing is asked
 
 
 async def _no_history(_self: serving.WorkersState) -> None:
@@ -58,8 +60,9 @@ def replacements() -> dict[tuple[Any, str], Any]:
         (worker, "watch_lag"): _no_lag,
         (worker, "Metrics"): _metrics,
         (FamilyOf, "preset"): lambda _: None,
-        (listener, "CHECK_INTERVAL_S"): 0.5,
+        (listener, "CHECK_INTERVAL_S"): CHECK_S,
         (in_flight, "PULSE_S"): 1.0,
+        (ledgers, "NOTE_REFUSALS_S"): CHECK_S,
         (journals, "REPLAY_INTERVAL_S"): 1.0,
         (loading, "_check_journal"): lambda _: None,  # it makes a temporary file, which the disk in memory can't
     }
@@ -84,6 +87,11 @@ def _metrics(models: Iterable[str], upstreams: Iterable[str], **options: Any) ->
         made = Metrics(models, upstreams, **options)
     _lent.append(made)
     return made
+
+
+def rest() -> None:
+    """Have the gateway look rarely at its connections and refusals until the run's end: no client asks any more."""
+    vars(listener)["CHECK_INTERVAL_S"] = vars(ledgers)["NOTE_REFUSALS_S"] = RESTING_S
 
 
 def take_back() -> None:

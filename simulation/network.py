@@ -78,7 +78,9 @@ class End:
         self.peer: End = self
         self.received = bytearray()
         self.has_eof = self.is_reset = self.is_closed = self.is_shut = False
-        self.under_way = 0  # bytes sent and not read by the peer
+        self.under_way = 0  # bytes sent and, as far as is known here, not read by the peer
+        self._taken: deque[tuple[float, int]] = deque()  # how many bytes the peer has read, and when that is known here
+        self._is_full = False  # whether a sender waits for room
         self.lingers = True
         self._last_arrival = 0.0
         self.on_readable: Callable[[], None] | None = None
@@ -99,7 +101,14 @@ class End:
             raise _error(errno.ECONNRESET)
         if self.is_shut or self.is_closed:
             raise _error(errno.EPIPE)
+        now = self.network.loop.now
+        while self._taken and self._taken[0][0] <= now:
+            self.under_way -= self._taken.popleft()[1]
         size = min(len(data), self.link.window - self.under_way)
+        if size < len(data):
+            self._is_full = True
+            while self._taken:
+                self._learn(*self._taken.popleft())
         if size <= 0:
             return 0
         self.under_way += size
@@ -160,7 +169,11 @@ class End:
                 size = rng.randrange(1, size)
             data = bytes(self.received[:size])
             del self.received[:size]
-            self._pass(self.peer._taken, size)
+            known_at = self.network.loop.now + self.link.usual_s
+            if self.peer._is_full:
+                self.peer._learn(known_at, size)
+            else:
+                self.peer._taken.append((known_at, size))  # no event: nothing waits for it
             return data
         if self.is_reset:
             raise _error(errno.ECONNRESET)
@@ -168,8 +181,13 @@ class End:
             return b""
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    def _taken(self, size: int) -> None:
+    def _learn(self, when: float, size: int) -> None:
+        """Have there be room at a time."""
+        self.network.loop.at(when, None, Event(self._make_room, (size,)))
+
+    def _make_room(self, size: int) -> None:
         self.under_way -= size
+        self._is_full = False
         if self.on_writable is not None:
             self.on_writable()
 
@@ -650,10 +668,11 @@ class SimTransport(asyncio.transports._FlowControlMixin):
             return
         self._is_due = True
         rng = self._loop.rng
-        delay_s = WAKE_S * rng.random() if rng.random() < 0.5 else 0.0
-        self._loop.at(
-            self._loop.now + delay_s, self._process, SimHandle(0.0, self._read, (), self._loop, self._context)
-        )
+        handle = SimHandle(0.0, self._read, (), self._loop, self._context)
+        if rng.random() < 0.5:
+            self._loop.at(self._loop.now + WAKE_S * rng.random(), self._process, handle)
+        else:
+            self._loop._enqueue(self._process, handle)
 
     def _read(self) -> None:
         self._is_due = False

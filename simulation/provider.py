@@ -107,7 +107,7 @@ class Provider:
     def __init__(self, plans: Mapping[str, Request]) -> None:
         self._plans = plans
         self.calls: list[Call] = []
-        self._links: set[_Link] = set()
+        self._links: dict[_Link, None] = {}  # a set would have the order of addresses
 
     async def start(self, host: str, port: int) -> int:
         """Listen; return the port."""
@@ -158,7 +158,7 @@ class _Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._provider._links.add(self)
+        self._provider._links[self] = None
         self._task = asyncio.get_running_loop().create_task(self._serve(), name="provider")
 
     def data_received(self, data: bytes) -> None:
@@ -173,7 +173,7 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.eof_received()
-        self._provider._links.discard(self)
+        self._provider._links.pop(self, None)
         del exc
 
     def pause_writing(self) -> None:

@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import hiredis
@@ -173,7 +174,7 @@ class Client(FakeSocket):
 
     def called(self, command: bytes, args: tuple[Any, ...]) -> Any:
         """Run a script's command, and return what Lua gets. It is fakeredis' _run_command without pub/sub and RESP3."""
-        name = command.decode().lower()
+        name = _lower(command)
         if name in COMMANDS_WITH_SUB and args:
             name, args = f"{name} {args[0].decode().lower()}", args[1:]
         result, sig = self._ran(name, [arg if type(arg) is bytes else b"%.17g" % arg for arg in args])
@@ -207,7 +208,8 @@ class Client(FakeSocket):
         else:
             result = getattr(self, sig.func_name)(*ready[0])
             for item in ready[1]:
-                item.writeback(remove_empty_val=shape.removes_empty)
+                if item.is_modified:
+                    _write_back(item, removes_empty=shape.removes_empty)
         return result, sig
 
 
@@ -223,18 +225,36 @@ class _Shape(NamedTuple):
         """Return a short answer for a key that is missing, or the arguments and the items of the keys."""
         for place, decode in self.decoders:
             words[place] = decode(words[place])
+        stored, now, found = db._dict, db.time, []
         for place, key in self.keys:
-            if key.missing_return is not Key.UNSPECIFIED and words[place] not in db:
+            item = stored.get(words[place])
+            if item is not None and item.expireat is not None and item.expireat < now:
+                del stored[words[place]]
+                item = None
+            if item is None and key.missing_return is not Key.UNSPECIFIED:
                 return (key.missing_return,)
+            found.append(item)
         items = []
-        for place, key in self.keys:
-            kind, item = key.type_, db.get(words[place])
+        for (place, key), item in zip(self.keys, found, strict=True):
+            kind = key.type_
             if kind is not None and item is not None and type(item.value) is not kind:
                 raise SimpleError(WRONGTYPE_MSG)
             is_made = self.creates and item is None and kind is not None and kind is not bytes
             words[place] = CommandItem(words[place], db, item, default=kind() if is_made else None)
             items.append(words[place])
         return words, items
+
+
+def _write_back(item: CommandItem, *, removes_empty: bool) -> None:
+    """Store what a command changed: fakeredis' CommandItem.writeback, without clients that watch or wait for a key."""
+    stored, value = item.db._dict, item.value
+    if not item._modified or item.key not in item.db:
+        item.writeback(remove_empty_val=removes_empty)
+    elif type(value) is not bytes and (value is None or (removes_empty and not value)):
+        del stored[item.key]
+    else:
+        stored[item.key].value, stored[item.key].expireat = value, item.expireat
+        item.db.schedule_expiry(item.key, item.expireat)
 
 
 def _shape(sig: Signature, count: int, version: Any, words: list[bytes]) -> _Shape:
@@ -248,6 +268,11 @@ def _shape(sig: Signature, count: int, version: Any, words: list[bytes]) -> _Sha
         removes_empty=FLAG_LEAVE_EMPTY_VAL not in sig.flags,
         creates=FLAG_DO_NOT_CREATE not in sig.flags,
     )
+
+
+@cache
+def _lower(command: bytes) -> str:
+    return command.decode().lower()
 
 
 # Commands that neither block nor depend on a connection's state, by the name that fakeredis has for them; a script has none.

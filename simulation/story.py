@@ -15,7 +15,7 @@ from meshproxy.policy.principal import Bounds, KeyChange
 from meshproxy.policy.template import TemplateFields
 from simulation.bills import nusd
 from simulation.client import Clients
-from simulation.gateway import Gateway, Instance
+from simulation.gateway import Gateway, Instance, rest
 from simulation.history import (
     ALLOWANCE_NUSD,
     DEFAULT_OUTPUT_TOKENS,
@@ -433,6 +433,7 @@ class Play:
             if all(call.ended_at for call in self._provider.calls):
                 break
             await asyncio.sleep(JOURNAL_S)
+        rest()
         await asyncio.sleep(HOLD_TTL_S + JOURNAL_S)
         if any(fault.what == "clock" for fault in self._history.faults):  # deadlines are by the store's clock
             await asyncio.sleep(
