@@ -4,26 +4,46 @@
     python -m simulation --minutes 30 --jobs 2     # seeds from --from on, for so long
     python -m simulation --replay 17               # the transcript of one, shrunk if it fails
 
-The exit code is 1 if a history fails.
+The exit code is 1 if a history fails, 2 for options that can't be meant, 130 after Ctrl-C.
 """
 
 import argparse
 import gc
 import itertools
+import json
 import multiprocessing
+import os
+import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from simulation.bills import allowed_charges, text_of
+from simulation.client import Sight
 from simulation.history import describe, draw
+from simulation.provider import Call
+from simulation.record import Record, View
+from simulation.run import Line
 from simulation.shrink import shrunk
-from simulation.story import played
+from simulation.story import Played, played
 
 CHUNK: Final = 10  # seeds that a job takes at once
+CHUNKS_OF_A_JOB: Final = 100  # before another process takes its place
+WAITING_CHUNKS: Final = 3  # for each job: so that none waits for another's long history
 MOST_SCANNED: Final = 4_000  # objects that live on and are looked at after each history
 MOST_SHOWN: Final = 20  # findings of one rule
+MOST_TEXT: Final = 100  # characters of a body or an answer's text
+SHOWN_HEADERS: Final = (
+    "retry-after",
+    "x-should-retry",
+    "x-mesh-model",
+    "x-mesh-cost",
+    "x-mesh-attempts",
+    "idempotent-replayed",
+)
+LOGGED_ELSEWHERE: Final = frozenset({"timestamp", "level", "event", "logger", "client", "key_id", "account"})
 
 
 class Result(NamedTuple):
@@ -48,8 +68,11 @@ def play_seed(seed: int) -> Result:
     return result
 
 
-def replay(seed: int) -> int:
-    """Print the transcript of a seed's history; of the smallest one that fails alike, if it fails."""
+def replay(seed: int, *, whole: bool = False) -> int:
+    """Print what a seed's history is and what came of it; of the smallest one that fails alike, if it fails.
+
+    The transcript has what happened from the first step to the end of the last one; `whole`: set-up and reading too.
+    """
     history = draw(seed)
     done = played(history)
     rules = {finding.rule for finding in done.findings}
@@ -58,10 +81,93 @@ def replay(seed: int) -> int:
         print(f"shrunk from {len(history.steps)} steps to {len(smallest.steps)}")
         done = played(smallest)
     print("\n".join(describe(done.history)))
-    print("\n".join(done.outcome.transcript))
+    print("\nTranscript: seconds as in at_s, where, what\n")
+    print("\n".join(_transcript(done, whole=whole)))
+    if done.record is not None:
+        print("\nCharges in nano-USD, beside what the providers' bills allow\n")
+        print("\n".join(_charges(done.record)))
+    print()
     for finding in done.findings:
         print(f"{finding.rule}: {finding.words}")
+    if not done.findings:
+        print("no rule is broken")
     return 1 if rules else 0
+
+
+def _transcript(done: Played, *, whole: bool) -> list[str]:
+    """Return the lines of a history in order of time, with what its clients sent and saw."""
+    outcome = done.outcome
+    first, last = outcome.marks.get("steps", 0.0), outcome.marks.get("books", float("inf"))
+    if whole:
+        first, last = 0.0, float("inf")
+    lines = [_shorter(line) for line in outcome.lines]
+    if done.record is not None:
+        lines += [line for sight in done.record.sights for line in _of_client(sight)]
+        lines += [line for call in done.record.calls for line in _of_provider(call)]
+    return outcome.told(sorted((line for line in lines if first <= line[0] <= last), key=lambda line: line[0]))
+
+
+def _shorter(line: Line) -> Line:
+    """Leave out of a request's log line what is the same in all."""
+    at, text, values = line
+    if not (values and isinstance(values[-1], str) and values[-1].startswith("{")):
+        return line
+    logged = json.loads(values[-1])
+    told = " ".join(f"{name}={json.dumps(value)}" for name, value in logged.items() if name not in LOGGED_ELSEWHERE)
+    return at, text, (*values[:-1], f"log: {told}")
+
+
+def _of_client(sight: Sight) -> Iterator[Line]:
+    """Tell when a client sent a request, and what it saw."""
+    name = sight.request_id.removeprefix("id-")
+    yield sight.began_at, "%s: the client sends it to gateway-%d: %s", (name, sight.worker, _cut(sight.body.decode()))
+    if not sight.status:
+        seen = "no answer"
+    else:
+        shown = [f"{header}: {sight.headers[header]}" for header in SHOWN_HEADERS if header in sight.headers]
+        error = sight.error
+        told = f"error {error.get('code')}: {error.get('message')}" if error else _text(sight)
+        seen = "; ".join([f"status {sight.status}", "a stream" if sight.is_stream else "whole", *shown, told])
+        if sight.is_stream:
+            seen += "; [DONE]" if "[DONE]" in sight.data else "; no [DONE]"
+    yield sight.ended_at, "%s: the client saw %s; the end: %s", (name, seen, sight.ended)
+
+
+def _text(sight: Sight) -> str:
+    """Return the beginning of an answer's text and its length."""
+    lines = sight.data if sight.is_stream else [sight.payload.decode(errors="replace")]
+    text = "".join(map(text_of, lines))
+    return f"text {_cut(text)!r} ({len(text)} characters)"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}..."
+
+
+def _of_provider(call: Call) -> Iterator[Line]:
+    """Tell what a provider was asked and what it did."""
+    where = f"provider {call.upstream}, call {call.number} ({call.marker})"
+    yield call.at, "%s: asked for %s", (where, {key: value for key, value in call.body.items() if key != "messages"})
+    if call.ended_at:
+        said = f"{call.shown_sent} of {call.shown} tokens of text{', a report' if call.reported else ''} sent"
+        yield call.ended_at, "%s: the end: %s, %s", (where, call.ended, said)
+
+
+def _charges(record: Record) -> Iterator[str]:
+    """Set each request's charge beside what the model of the bill allows."""
+    view = View(record)
+    for sight in record.sights:
+        allowed = sorted(
+            {f"{low}" if low == high else f"{low} to {high}" for low, high in allowed_charges(view, sight)}
+        )
+        bills = [
+            f"{call.upstream} bills {call.bill.prompt} + {call.bill.completion} tokens"
+            + (f" at {call.bill.cost_nusd} nano-USD" if call.bill.cost_nusd is not None else "")
+            + ("" if call.reported else ", unreported")
+            for call in view.calls.get(sight.marker, ())
+        ]
+        name = sight.request_id.removeprefix("id-")
+        yield f"  {name}: charged {view.charge(sight)}, allowed {' or '.join(allowed)} ({'; '.join(bills) or 'no call'})"
 
 
 def _seeds(first: int, count: int | None, until: float | None) -> Iterator[int]:
@@ -79,18 +185,22 @@ def report(results: Iterator[Result], *, stops: bool = False) -> int:
     profiles: Counter[str] = Counter()
     rules: Counter[str] = Counter()
     failing = []
-    for result in results:
-        histories += 1
-        requests += result.requests
-        profiles[result.profile] += 1
-        if result.findings:
-            failing.append(result.seed)
-        for rule, words in result.findings:
-            rules[rule] += 1
-            if rules[rule] <= MOST_SHOWN:
-                print(f"seed {result.seed}: {rule}: {words}", flush=True)
-        if stops and failing:
-            break
+    is_interrupted = False
+    try:
+        for result in results:
+            histories += 1
+            requests += result.requests
+            profiles[result.profile] += 1
+            if result.findings:
+                failing.append(result.seed)
+            for rule, words in result.findings:
+                rules[rule] += 1
+                if rules[rule] <= MOST_SHOWN:
+                    print(f"seed {result.seed}: {rule}: {words}", flush=True)
+            if stops and failing:
+                break
+    except KeyboardInterrupt:
+        is_interrupted = True
     took_s = time.monotonic() - began
     print(
         f"{histories} histories, {requests} requests in {took_s:.1f} s: {histories / max(took_s, 1e-9):.1f} histories/s"
@@ -99,31 +209,86 @@ def report(results: Iterator[Result], *, stops: bool = False) -> int:
     if failing:
         print(f"{len(failing)} fail: {dict(rules)}; seeds {failing[:100]}")
         print(f"python -m simulation --replay {failing[0]}")
+    if is_interrupted:
+        return 128 + signal.SIGINT
     return 1 if failing else 0
+
+
+def _parallel(seeds: Iterator[int], jobs: int) -> Iterator[Result]:
+    """Play seeds in several processes, and yield the results in order."""
+    with multiprocessing.Pool(jobs, _ignore_interrupts, maxtasksperchild=CHUNKS_OF_A_JOB) as pool:
+        waiting: deque[Any] = deque()
+        for chunk in iter(lambda: list(itertools.islice(seeds, CHUNK)), []):
+            waiting.append(pool.apply_async(_play_chunk, (chunk,)))
+            if len(waiting) >= jobs * WAITING_CHUNKS:
+                yield from waiting.popleft().get()
+        while waiting:
+            yield from waiting.popleft().get()
+
+
+def _play_chunk(seeds: list[int]) -> list[Result]:
+    return [play_seed(seed) for seed in seeds]
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent, which ends its jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least 1")
+    return int(word)
+
+
+def _seed(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least 0")
+    return int(word)
+
+
+def _minutes(word: str) -> float:
+    try:
+        if 0 < float(word) < float("inf"):
+            return float(word)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
 
 
 def main(words: list[str]) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m simulation", description="Play histories by their seeds.")
-    parser.add_argument("--seeds", type=int, metavar="N", help="how many (100)")
-    parser.add_argument("--from", dest="first", type=int, default=1, metavar="SEED", help="the first one (1)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="as many as fit")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
-    parser.add_argument("--stop", action="store_true", help="at the first failing seed")
-    parser.add_argument("--replay", type=int, metavar="SEED", help="print the transcript of this one")
+    parser.add_argument("--seeds", type=_count, metavar="N", help="how many (100); with --minutes, at most so many")
+    parser.add_argument("--from", dest="first", type=_seed, metavar="SEED", help="the first one (1)")
+    parser.add_argument("--minutes", type=_minutes, metavar="M", help="as many as fit")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="processes (1)")
+    parser.add_argument("--stop", action="store_true", help="end at the first seed that breaks a rule")
+    parser.add_argument("--replay", type=_seed, metavar="SEED", help="print the transcript of this one")
+    parser.add_argument("--whole", action="store_true", help="with --replay: set-up and the reading of the books too")
     asked = parser.parse_args(words)
     if asked.replay is not None:
-        return replay(asked.replay)
+        others = [f"--{name}" for name in ("seeds", "minutes", "jobs") if getattr(asked, name) is not None]
+        others += ["--from"] * (asked.first is not None) + ["--stop"] * asked.stop
+        if others:
+            parser.error(f"--replay plays one seed: {', '.join(others)} can't go with it")
+        return replay(asked.replay, whole=asked.whole)
+    if asked.whole:
+        parser.error("--whole goes with --replay")
     until = None if asked.minutes is None else time.monotonic() + asked.minutes * 60
     count = asked.seeds if asked.seeds is not None or until is not None else 100
-    seeds = _seeds(asked.first, count, until)
-    if asked.jobs == 1:
-        return report(map(play_seed, seeds), stops=asked.stop)
-    with multiprocessing.Pool(asked.jobs, maxtasksperchild=100) as pool:
-        chunks = iter(lambda: list(itertools.islice(seeds, CHUNK * asked.jobs)), [])
-        results = (result for chunk in chunks for result in pool.map(play_seed, chunk, 1))
-        return report(results, stops=asked.stop)
+    seeds = _seeds(1 if asked.first is None else asked.first, count, until)
+    jobs = asked.jobs or 1
+    return report(map(play_seed, seeds) if jobs == 1 else _parallel(seeds, jobs), stops=asked.stop)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)

@@ -19,7 +19,7 @@ import random
 import re
 import traceback
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import ExitStack
 from functools import cache
 from importlib import resources
@@ -62,7 +62,10 @@ Line = tuple[float, str, tuple[Any, ...]]  # of the transcript: a time, a templa
 
 
 class Outcome(Struct):
-    """What came of a history. `failure`: the exception that ended the story, None if it returned. `left`: leftovers."""
+    """What came of a history. `failure`: the exception that ended the story, None if it returned. `left`: leftovers.
+
+    `marks`: times that the story gave a name. The transcript's clock is 0 at the mark `steps`, or else at the beginning.
+    """
 
     seed: int
     lines: list[Line]
@@ -72,11 +75,17 @@ class Outcome(Struct):
     errors: list[str]
     took_s: float
     turns: int
+    marks: dict[str, float]
 
     @property
     def transcript(self) -> list[str]:
         """The lines as text: most runs need none."""
-        return [f"{at - START_S:11.6f}  {_ADDRESS.sub('', text % values)}" for at, text, values in self.lines]
+        return self.told(self.lines)
+
+    def told(self, lines: Iterable[Line]) -> list[str]:
+        """Return lines as text."""
+        zero = self.marks.get("steps", START_S)
+        return [f"{at - zero:11.6f}  {_ADDRESS.sub('', text % values)}" for at, text, values in lines]
 
 
 class World:
@@ -93,6 +102,7 @@ class World:
         self.log: list[
             tuple[str, dict[str, Any] | bytes]
         ] = []  # the instances' log: (process, event or request's line)
+        self.marks: dict[str, float] = {}
         loop.trace = self._trace
 
     @property
@@ -103,6 +113,10 @@ class World:
     def note(self, text: str) -> None:
         """Add a line to the transcript."""
         self._trace("%s", text)
+
+    def mark(self, name: str) -> None:
+        """Give the present time a name."""
+        self.marks[name] = self.loop.now
 
     def process(self, name: str) -> Process:
         """Make a process, for `spawn`."""
@@ -243,7 +257,7 @@ def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int =
         loop.dispose()
         take_back()
         _MIDDLEWARES.cache_clear()  # aiohttp's: it would keep the run's application
-    return Outcome(seed, lines, result, failure, left, loop.errors, took_s, turns)
+    return Outcome(seed, lines, result, failure, left, loop.errors, took_s, turns, world.marks)
 
 
 def _left(world: World) -> Left:

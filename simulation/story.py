@@ -162,6 +162,7 @@ class Play:
         clients = Clients(self._address, self._secrets.__getitem__, partial(marker_of, history.seed))
         self._clients, self._people = clients, world.process("clients")
         start = self._loop.time()
+        world.mark("steps")
         self.record.prices[0] = (0.0, self.record.prices[0][1])
         tasks = []
         for step in history.steps:
@@ -176,6 +177,7 @@ class Play:
                 tasks.append(world.spawn(self._people, clients.play(step), step.name))
         await asyncio.gather(*tasks)
         await self._settle()
+        world.mark("books")
         await self._read_books()
         await self._read_told()
         self.record.store_offset_s = self._loop.wall_offset_s + world.store.clock_offset_s

@@ -135,10 +135,10 @@ def test_so_linger_of_0_resets():
 def test_a_link_is_cut_at_its_byte():
     async def story(world):
         world.network.on_link = lambda link: link.cut_after.update(to_server=1_000)
-        (_, writer), (reader, _), _ = await open_pair(world)
+        (_, writer), (reader, _), process = await open_pair(world)
         writer.write(bytes(5_000))
         try:
-            return len(await reader.readexactly(5_000))
+            return len(await world.spawn(process, reader.readexactly(5_000)))
         except (asyncio.IncompleteReadError, ConnectionError):
             return len(reader._buffer)  # noqa: SLF001 - what came before the cut can't be read any more
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from simulation.__main__ import main
 from simulation.history import Answer, Fault, History, KeyPlan, Request, WorkerEvent, describe, draw
 from simulation.shrink import shrunk
 from simulation.story import played
@@ -105,3 +106,44 @@ def test_a_failing_history_is_shrunk_to_what_fails():
     history = next(each for each in map(draw, range(1, 100)) if any(fault.what == "gone" for fault in each.faults))
     smallest = shrunk(history, lambda smaller: any(fault.what == "gone" for fault in smaller.faults))
     assert [step.what for step in smallest.steps] == ["gone"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("--jobs 0", "argument --jobs: '0' is no whole number of at least 1"),
+        ("--seeds -5", "argument --seeds: '-5' is no whole number of at least 1"),
+        ("--seeds x", "argument --seeds: 'x' is no whole number of at least 1"),
+        ("--minutes 0", "argument --minutes: '0' is no number above 0"),
+        ("--minutes soon", "argument --minutes: 'soon' is no number above 0"),
+        ("--from -1", "argument --from: '-1' is no whole number of at least 0"),
+        ("--replay 3 --from 1 --stop", "--replay plays one seed: --from, --stop can't go with it"),
+        ("--whole", "--whole goes with --replay"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(words, fault, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(words.split())
+    assert (refused.value.code, capsys.readouterr().err.splitlines()[-1]) == (
+        2,
+        f"python -m simulation: error: {fault}",
+    )
+
+
+def test_a_replay_tells_what_clients_saw_and_what_is_charged(capsys):
+    assert main(["--replay", "7"]) == 0
+    told = capsys.readouterr().out
+    sights = [f"{request.name}: the client saw status" for request in draw(7).requests]
+    charges = [f"  {request.name}: charged" for request in draw(7).requests]
+    assert ([words for words in (*sights, *charges) if words not in told], told.splitlines()[-1]) == (
+        [],
+        "no rule is broken",
+    )
+
+
+def test_jobs_report_what_one_process_reports(capsys):
+    told = []
+    for words in ("--seeds 25", "--seeds 25 --jobs 2"):
+        main(words.split())
+        told.append(capsys.readouterr().out.splitlines()[1:])
+    assert told[0] == told[1]
