@@ -15,6 +15,7 @@ from simulation.record import LATENCY_S, RECOVERY_S, View
 
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
 FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
+TIMER_S: Final = 0.01  # that a deadline by the gateway's clock may be before that by its client's
 TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
 
 
@@ -91,6 +92,8 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
         return [NOTHING]
     if sight.ended == "left" and not sight.payload and sight.times and not (request.stream or goes_on):
         costs.append(NOTHING)  # it left in the head, which may be an error's
+    if sight.ended == "left" and not sight.status and has_passed_deadline(sight):
+        costs.append(NOTHING)  # in the head of the 504
     if goes_on and any(trouble.what == "killed" and trouble.end >= sight.began_at for trouble in view.record.troubles):
         costs.append(NOTHING)
     if (
@@ -120,6 +123,12 @@ def most_without_credit(view: View, sight: Sight) -> int | None:
         slice_nusd = max(price.of_output(LEASE_TOKENS * sight.request.n) for price in prices)
         bounds.append(int(event["held_nusd"]) + slice_nusd)
     return max(bounds, default=None)
+
+
+def has_passed_deadline(sight: Sight) -> bool:
+    """Whether a request took as long as its own `timeout`."""
+    timeout_s = sight.request.timeout_s
+    return timeout_s is not None and sight.ended_at - sight.began_at >= timeout_s - TIMER_S
 
 
 def runs_on(view: View, sight: Sight) -> bool:
@@ -156,6 +165,12 @@ def _prices(call: Call, model: Model, sight: Sight, seen: int) -> set[Price]:
     elif seen:
         has_read_it = True
     return {named} if has_read_it else {named, asked}
+
+
+def over_at(view: View, sight: Sight) -> float:
+    """Return when a request and its calls were over."""
+    ended = [call.ended_at or math.inf for call in view.calls.get(sight.marker, ())] if runs_on(view, sight) else []
+    return max([sight.ended_at, *ended])
 
 
 def died_unsettled(view: View, sight: Sight) -> bool:

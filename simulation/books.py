@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
-from simulation.bills import allowed_charges, died_unsettled, runs_on, told_cost
+from simulation.bills import allowed_charges, died_unsettled, over_at, runs_on, told_cost
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
 from simulation.limits import BYTES_A_TOKEN
@@ -226,9 +226,18 @@ def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
         yield f"{call.upstream} got the cap {imposed} for the stream {sight.request_id}, which has none"
     left = min((sample.balance - sample.held for sample in credit_samples(view, sight)), default=0)
     budget = view.history.keys[request.key].budget_nusd
-    left = left if budget is None else min(left, budget)
+    left = left if budget is None else min(left, budget - _most_spent(view, sight))
     if not 1 <= imposed <= MAX_OUTPUT_TOKENS or left >= SHORT_OF * most_held(view, sight):
         yield f"{call.upstream} got the cap {imposed} for {sight.request_id}, and {left} nano-USD were available"
+
+
+def _most_spent(view: View, sight: Sight) -> int:
+    """Return the most that a key's other requests may have spent or held when this one was admitted."""
+    return sum(
+        max(view.charge(other), 0 if over_at(view, other) + LATENCY_S < sight.began_at else most_held(view, other))
+        for other in view.record.sights
+        if other is not sight and other.request.key == sight.request.key and other.began_at <= sight.ended_at
+    )
 
 
 def budgets_hold(view: View) -> Iterator[str]:

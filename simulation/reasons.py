@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from simulation.bills import nusd, runs_on
+from simulation.bills import nusd, over_at
 from simulation.client import Sight
 from simulation.history import (
     DRAIN_S,
@@ -18,7 +18,7 @@ from simulation.history import (
     TEMPLATE,
     KeyPlan,
 )
-from simulation.record import LATENCY_S, RECOVERY_S, Sample, View
+from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, RECOVERY_S, Sample, View
 
 BREAKER_FAILURES: Final = 10
 CUT_S: Final = 4.0  # that a worker takes to end what has outlived its drain, after docs/operations.md's `drain_s`
@@ -159,7 +159,7 @@ def _limited(view: View, sight: Sight) -> bool:
         open_ = [
             other
             for other in counted
-            if _over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
+            if over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
         ]
         return key.max_parallel is not None and len(open_) >= key.max_parallel
     if "requests per minute" in message:
@@ -182,12 +182,6 @@ def _limited(view: View, sight: Sight) -> bool:
 def changed_limits(view: View, key: int) -> list[int]:
     """Return the requests a minute that a key was given in between."""
     return [done.amount for done in view.record.changes if done.what == "requests_per_minute" and done.key == key]
-
-
-def _over_at(view: View, sight: Sight) -> float:
-    """Return when a request and its calls were over."""
-    ended = [call.ended_at or math.inf for call in view.calls.get(sight.marker, ())] if runs_on(view, sight) else []
-    return max([sight.ended_at, *ended])
 
 
 def _asked_to_wait(view: View, sight: Sight) -> bool:
@@ -230,11 +224,24 @@ def _failed_there(view: View, sight: Sight) -> bool:
     calls = view.calls.get(sight.marker, [])
     others = [other for other in view.group(sight) if other is not sight]
     if any(
-        other.error or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S) for other in others
+        other.error
+        or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S)
+        or _was_killed(view, other)
+        for other in others
     ):
         return True
     return any(not call.answer.is_good or call.answer.error for call in calls) or (
         not calls and "gone" in _routes(view, sight)
+    )
+
+
+def _was_killed(view: View, sight: Sight) -> bool:
+    """Whether a request's worker was killed while it ran."""
+    return any(
+        trouble.what == "killed"
+        and trouble.worker == view.worker(sight)
+        and sight.began_at <= trouble.start <= over_at(view, sight) + HOP_S
+        for trouble in view.record.troubles
     )
 
 
@@ -250,7 +257,8 @@ def _timed_out(view: View, sight: Sight) -> bool:
     if timeout_s is not None and took_s >= timeout_s - 0.01:
         return True
     stalled = any(call.answer.end == "stalls" for call in view.calls.get(sight.marker, ()))
-    return stalled and took_s >= min(IDLE_S, FIRST_BYTE_S) - 0.01
+    began_at = min(other.began_at for other in view.group(sight))  # a repeat reads along with the first
+    return stalled and sight.ended_at - began_at >= min(IDLE_S, FIRST_BYTE_S) - 0.01
 
 
 def _conflict(view: View, sight: Sight) -> bool:
@@ -324,7 +332,8 @@ def waits_are_true(view: View) -> Iterator[str]:
             )
         ]
         changed = any(
-            done.ended_at >= first.began_at and done.what == "requests_per_minute" for done in view.record.changes
+            done.ended_at + PROPAGATION_S >= first.began_at and done.what == "requests_per_minute"
+            for done in view.record.changes
         )
         if (
             sight.status == 429

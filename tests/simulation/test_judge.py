@@ -445,7 +445,7 @@ def broke(case):
     case.record.errors = ["gateway-0: task_failed"]
 
 
-STREAMED = Request("q0", stream=True)
+STREAMED, GOOD = Request("q0", stream=True), Answer()
 BREAKS = [
     (unbalanced, "books_balance"),
     (hold_left, "books_balance"),
@@ -556,6 +556,14 @@ def test_a_loss_that_the_log_has_whole_is_charged_by_hand():
     assert judge(case.record) == []
 
 
+@pytest.mark.parametrize(("changed_at", "found"), [(7.4, ["waits_are_true"]), (7.5, [])])
+def test_a_limit_that_was_changed_just_before_excuses_a_false_wait(changed_at, found):
+    case = Case()
+    false_wait(case)
+    case.record.changes.append(Done("requests_per_minute", 1.0, changed_at, 0, 0, 1))
+    assert [each.rule for each in judge(case.record) if each.rule == "waits_are_true"] == found
+
+
 def test_a_finding_names_the_request():
     case = Case()
     overcharged(case)
@@ -602,6 +610,30 @@ def budgeted(budget):
     def change(case):
         case.key(budget_nusd=budget)
         capped(60, 60)(case)
+
+    return change
+
+
+def shared(budget, ended_at):
+    """Let another request of a key with a budget have ended at a time, which cost nothing."""
+
+    def change(case):
+        budgeted(budget)(case)
+        other = Sight(Request("q1"), "mk1q1z", "id-q1", b"{}", 8.0, sent_at=8.0, ended="left", ended_at=ended_at)
+        case.record.sights.append(other)
+
+    return change
+
+
+def left_in_a_head(ended_at):
+    """Let a client have left before it had read the head of its answer, and nothing have been charged."""
+
+    def change(case):
+        case.sight.ended, case.sight.ended_at, case.sight.status, case.sight.payload = "left", ended_at, 0, b""
+        case.sight.headers, case.sight.times = {}, [(ended_at, 4)]
+        case.call.complete = case.call.head_sent = case.call.reported = False
+        case.call.shown_begun, case.call.ended, case.call.ended_at = 0, "closed", ended_at
+        case.record.books = {0: book()}
 
     return change
 
@@ -720,6 +752,11 @@ MONEY = {
     "another cap that is told": (capped(61, 60, 1_000), REQUEST, CLEAN),
     "a cap within a budget": (budgeted(2 * FULL_HOLD - 1), REQUEST, set()),
     "a cap that its budget didn't need": (budgeted(2 * FULL_HOLD), REQUEST, CLEAN),
+    "a cap while another request holds the budget": (shared(3 * FULL_HOLD - 1, 9.8), REQUEST, set()),
+    "a cap of what another request had given back": (shared(3 * FULL_HOLD - 1, 8.5), REQUEST, CLEAN),
+    "a deadline's answer that wasn't read": (left_in_a_head(10.5), Request("q0", stream=True, timeout_s=0.5), set()),
+    "an answer left before its deadline": (left_in_a_head(10.4), Request("q0", stream=True, timeout_s=0.5), BILLS),
+    "an answer left without a deadline": (left_in_a_head(10.5), STREAMED, BILLS),
     "a cap of a stream": (capped(60, 60, 1_000), STREAMED, CLEAN),
 }
 
@@ -773,6 +810,31 @@ def cut_short_at(ended_at, *troubles):
         case.record.history = replace(case.record.history, workers=2)
 
     return change
+
+
+def repeated(*troubles, code="upstream_error", ended_at=30.0, answer=GOOD):
+    """Let worker 1 have had a request that broke off, and a repeat at another worker have ended with an error."""
+
+    def change(case):
+        case.sight.request = replace(case.sight.request, keyed=True, reads="leaves")
+        case.sight.worker, case.sight.ended, case.sight.ended_at = 1, "left", 10.6
+        error = f"data: {json.dumps({'error': {**ERROR, 'code': code}})}\n\n".encode()
+        headers = {**case.sight.headers, "idempotent-replayed": "true", "x-request-id": "id-q1"}
+        case.twice(began_at=11.0, sent_at=11.0, ended_at=ended_at, payload=error, headers=headers)
+        case.record.sights[1].request = replace(REQUEST, name="q1", stream=True, keyed=True)
+        case.record.sights[1].times = [(at, len(error)) for at in (11.0, 16.0, 21.0, 26.0, ended_at)]
+        case.call.answer, case.call.ended, case.call.ended_at = answer, "cut", 10.6
+        case.call.complete = case.call.reported = False
+        case.record.books = {0: book(settled(cost_nusd=130_000))}
+        case.record.troubles = list(troubles)
+        case.record.history = replace(case.record.history, workers=3)
+
+    return change
+
+
+def stalled(ended_at):
+    """Let a stream that stalled have begun at 10.0, and a repeat have timed out."""
+    return repeated(code="gateway_timeout", ended_at=ended_at, answer=Answer(end="stalls"))
 
 
 def closed_at(sent_at, *troubles):
@@ -935,6 +997,11 @@ SEEN = {
         REASONS,
     ),
     "cut short by a drain long ago": (cut_short_at(31.1, Trouble("drained", 1.0, 9.0, 0)), STREAMED, REASONS),
+    "a repeat of a stalled stream at the first one's time-out": (stalled(30.0), STREAMED, set()),
+    "a repeat that ended before the first one's time-out": (stalled(29.9), STREAMED, REASONS),
+    "a repeat of what a killed worker ran": (repeated(Trouble("killed", 10.5, 30.0, 1)), STREAMED, set()),
+    "a repeat of what another worker ran": (repeated(Trouble("killed", 10.5, 30.0, 2)), STREAMED, REASONS),
+    "a repeat of what ran after a worker's death": (repeated(Trouble("killed", 9.9, 30.0, 1)), STREAMED, REASONS),
     "closed as its worker was drained": (closed_at(10.0, Trouble("drained", 10.09, 20.0, 0)), REQUEST, set()),
     "closed though it had come before the drain": (closed_at(10.0, Trouble("drained", 10.11, 20.0, 0)), REQUEST, ENDS),
     "closed as another worker was drained": (closed_at(10.0, Trouble("drained", 10.0, 20.0, 1)), REQUEST, ENDS),
