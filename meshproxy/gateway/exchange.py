@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from meshproxy.gateway.resolve import Plan
 
 
+SHUTTING_DOWN = "The gateway is shutting down."
+
+
 class ActiveConfig(Struct, frozen=True):
     """The configuration in force: settings, model catalogue, and a connection pool for each upstream.
 

@@ -21,12 +21,21 @@ from meshproxy.errors import (
     Source,
     idempotency_conflict,
     invalid,
+    overloaded,
     rate_limit_exceeded,
     upstream_error,
 )
 from meshproxy.gateway.attempts import within
 from meshproxy.gateway.entry import NamedLocks
-from meshproxy.gateway.exchange import Call, Downstream, DownstreamWrapper, Exchange, Headers, Reply
+from meshproxy.gateway.exchange import (
+    SHUTTING_DOWN,
+    Call,
+    Downstream,
+    DownstreamWrapper,
+    Exchange,
+    Headers,
+    Reply,
+)
 from meshproxy.ledger.replays import FAILED_TTL_MS, Answer, Claim, Conclusion, Replays, body_digest
 from meshproxy.ledger.store import Unavailable
 from meshproxy.openai.errors import error_event, is_error_event
@@ -244,7 +253,7 @@ class Replay:
     ) -> Reply | None:
         """Pass the answer on: return a whole one, write a stream to `downstream`. A stream ends as the first one ended.
 
-        The exchange gets the answer's status and model, and whether it is a stream, before anything is sent.
+        The exchange gets the answer's model, its status, and whether it is a stream.
         At most `most_waiting` requests of one account may wait, each at most `left_s` seconds for the answer to begin
         (then GatewayError 504). Raises LookupError, before anything was sent here, if the first request failed or its
         answer became too large to keep.
@@ -257,12 +266,14 @@ class Replay:
     ) -> Reply | None:
         parts = self._parts(heartbeat_s)
         head = await within(left_s, _head_of(parts), may_have_run=False)
-        exchange.status, exchange.model = head.status, dict(head.headers).get("x-mesh-model", "")
+        exchange.model = dict(head.headers).get("x-mesh-model", "")
         own = [("x-request-id", exchange.call.request_id)]
         headers = [*own, *(header for header in head.headers if header[0] != "x-request-id"), REPLAYED]
         if not head.stream:
-            return Reply(head.status, headers, b"".join([part async for part in parts]))
-        exchange.is_stream = True
+            reply = Reply(head.status, headers, b"".join([part async for part in parts]))
+            exchange.status = head.status
+            return reply
+        exchange.status, exchange.is_stream = head.status, True
         exchange.mark_streaming()
         downstream.begin(headers)
         try:
@@ -272,6 +283,10 @@ class Replay:
             downstream.write(error_event(response, exchange.call.request_id))
         except Unavailable as lost:
             downstream.write(error_event(lost.response, exchange.call.request_id))
+        except asyncio.CancelledError:  # the gateway shuts down, or the client has gone and hears nothing
+            downstream.write(error_event(overloaded(SHUTTING_DOWN, may_have_run=True), exchange.call.request_id))
+            downstream.finish()
+            raise
         downstream.finish()
         return None
 

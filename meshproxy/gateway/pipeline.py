@@ -31,6 +31,7 @@ from meshproxy.gateway.entry import (
     check_version,
 )
 from meshproxy.gateway.exchange import (
+    SHUTTING_DOWN,
     ActiveConfig,
     Call,
     Downstream,
@@ -63,7 +64,6 @@ from meshproxy.telemetry.tasks import Tasks
 from meshproxy.units import format_usd
 from meshproxy.upstream.response import Response
 
-SHUTTING_DOWN = "The gateway is shutting down."
 JSON_HEADERS: Headers = [("content-type", "application/json")]
 STREAM_HEADERS: Headers = [
     ("content-type", "text/event-stream; charset=utf-8"),

@@ -352,6 +352,24 @@ async def test_a_repeat_that_reads_along_sees_the_end_that_the_first_sees(start_
     assert answers[0].body == answers[1].body
 
 
+async def test_a_repeat_that_reads_along_ends_honestly_when_the_gateway_shuts_down(start_mesh):
+    mesh = await start_mesh(models={"sim/long": model("sim", "sim/plain?tokens=3000&tps=100")})
+    caller = await mesh.key()
+    ask = _post(caller, {"model": "sim/long", "messages": HELLO, "stream": True})
+    readers = []
+    for _ in range(2):
+        reader, writer = await asyncio.open_connection(mesh.host, mesh.port)
+        writer.write(ask.replace(b"\r\n", b"\r\nidempotency-key: once\r\n", 1))
+        await asyncio.wait_for(reader.readuntil(b'"content"'), PATIENCE_S)
+        readers.append((reader, writer))
+    mesh.worker.gateway.shut_down()
+    mesh.interrupt()
+    for reader, writer in readers:
+        rest = await asyncio.wait_for(reader.read(-1), PATIENCE_S)
+        assert (b'"code":"overloaded"' in rest, rest.endswith(b"\r\n0\r\n\r\n")) == (True, True)
+        writer.close()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_log_and_the_metrics_name_the_model_of_a_replay_and_whether_it_is_a_stream(mesh, stream):
     caller = await mesh.key()

@@ -220,6 +220,14 @@ async def test_a_stream_that_ended_in_an_error_ends_in_the_same_one_for_all(hous
     assert (client.text, client.finished) == (house.client.text, True)
 
 
+async def test_a_replay_that_is_interrupted_ends_in_an_error(house):
+    recording, playing, client = await halfway(house)
+    playing.cancel()
+    await asyncio.wait([playing])
+    assert (b'"code":"overloaded"' in client.text, client.finished) == (True, True)
+    recording.conclude(complete=True)
+
+
 async def test_a_replay_whose_store_is_lost_halfway_ends_in_an_error(house):
     recording, playing, client = await halfway(house)
     house.store.is_lost = True
