@@ -257,8 +257,7 @@ def _timed_out(view: View, sight: Sight) -> bool:
     if timeout_s is not None and took_s >= timeout_s - 0.01:
         return True
     stalled = any(call.answer.end == "stalls" for call in view.calls.get(sight.marker, ()))
-    began_at = min(other.began_at for other in view.group(sight))  # a repeat reads along with the first
-    return stalled and sight.ended_at - began_at >= min(IDLE_S, FIRST_BYTE_S) - 0.01
+    return stalled and took_s >= min(IDLE_S, FIRST_BYTE_S) - 0.01
 
 
 def _conflict(view: View, sight: Sight) -> bool:
