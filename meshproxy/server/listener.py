@@ -356,10 +356,13 @@ class Runner(web.AppRunner):
             for site in self.sites:
                 await site.stop()
             self._deadline_task.cancel()
+            remaining = server.all()
             for connection in tuple(server.fast_connections):
                 connection.abort()
             server.pre_shutdown()
             await server.shutdown(SHUTDOWN_S)
+            for each in remaining:  # one whose client doesn't take its answer stays open otherwise
+                each.abort()
         await super().cleanup()
 
     def _connections(self) -> "list[Connection]":

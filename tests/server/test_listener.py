@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import inspect
 import json
 import re
@@ -293,6 +294,20 @@ async def test_a_client_that_takes_nothing_is_given_up(start, ask):
     writer.write(ask)
     await asyncio.wait_for(served.left(), 5)
     writer.close()
+
+
+async def test_an_answer_that_its_client_does_not_take_keeps_no_socket_of_a_closed_listener(start):
+    served = await start()
+    reader, writer = await asyncio.open_connection(*served.runner.addresses[0][:2], limit=1024)
+    writer.write(GET.replace(b"/work", b"/large"))
+    await until(served.runner.busy, poll_s=0)
+    await served.runner.cleanup()
+    got = 0
+    with contextlib.suppress(ConnectionResetError):
+        while piece := await asyncio.wait_for(reader.read(LARGE_BYTES), 5):
+            got += len(piece)
+    writer.close()
+    assert got < LARGE_BYTES
 
 
 async def test_a_client_that_takes_its_time_is_waited_for(start):

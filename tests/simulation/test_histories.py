@@ -55,6 +55,15 @@ FOUND = {
             WorkerEvent(3.8, "drained", worker=1),
         ),
     ),
+    "a stopped worker kept the socket of a client that read nothing": History(
+        1,
+        "found",
+        fast_path=False,
+        steps=(
+            Request("q3", at_s=2.0, stream=True, reads="stalls", answers=(Answer(words=45, bulk=6000),)),
+            WorkerEvent(3.5, "drained", for_s=0.5),
+        ),
+    ),
     "a client that left was read on for by an upstream that isn't drained": Request(
         "q1",
         model="drained-first",
