@@ -60,8 +60,10 @@ def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -
         outputs = (call.bill.completion, call.bill.completion)
     elif reported and call.bill.completion:  # a report that is older than the last text
         outputs = (outputs[0], max(outputs[1], call.bill.completion))
-    least = price.cost(prompts[0], min(cached[0], prompts[0]), outputs[0])
-    return Cost(least, price.cost(prompts[1], min(cached[1], prompts[1]), outputs[1]))
+    is_known = reported and "completion" in call.is_true
+    reasoning = (call.bill.reasoning if reported else 0, call.bill.reasoning if is_known else 0)
+    least = price.cost(prompts[0], min(cached[0], prompts[0]), outputs[0], min(reasoning[0], outputs[0]))
+    return Cost(least, price.cost(prompts[1], min(cached[1], prompts[1]), outputs[1], reasoning[1]))
 
 
 def estimates(fewest: int, most: int, more: int = 0) -> tuple[int, int]:
@@ -115,6 +117,8 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
 
 def most_without_credit(view: View, sight: Sight) -> int | None:
     """Return what a stream may cost at most that ended for lack of credit: its hold and a slice. None if it didn't end so."""
+    if view.history.local and view.feels(sight):  # an instance's allowance
+        return None
     bounds = []
     for event in view.settled.get(sight.request_id, ()):
         if event["hold"] != "live" or event["outcome"] != "insufficient_credits":

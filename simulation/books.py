@@ -9,7 +9,7 @@ from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
 from simulation.limits import BYTES_A_TOKEN
 from simulation.provider import Call
-from simulation.reasons import credit_samples, most_held
+from simulation.reasons import credit_samples, is_of_session, most_held
 from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
 
 AT_ONCE_S: Final = 0.1
@@ -37,12 +37,20 @@ def books_balance(view: View) -> Iterator[str]:
             ("prompt", "prompt_tokens"),
             ("completion", "completion_tokens"),
             ("cached", "cached_tokens"),
+            ("reasoning", "reasoning_tokens"),
         ):
             total = sum(int(event[field]) for event in charged)
-            if book.hours.get(metric, 0) != total:
-                yield f"a{number}: the hours have {book.hours.get(metric, 0)} of {metric}, the events {total}"
-        if book.hours.get("requests", 0) != len(charged):
-            yield f"a{number}: the hours have {book.hours.get('requests', 0)} requests, the events {len(charged)}"
+            for name, sums in (("hours", book.hours), ("months", book.months)):
+                if sums.get(metric, 0) != total:
+                    yield f"a{number}: the {name} have {sums.get(metric, 0)} of {metric}, the events {total}"
+        for name, sums in (("hours", book.hours), ("months", book.months)):
+            if sums.get("requests", 0) != len(charged):
+                yield f"a{number}: the {name} have {sums.get('requests', 0)} requests, the events {len(charged)}"
+        of_sessions: dict[str, int] = {}
+        for event in charged:
+            of_sessions[event["session"]] = of_sessions.get(event["session"], 0) + 1
+        if book.sessions != of_sessions:
+            yield f"a{number}: the hours have {book.sessions} requests by session, the events {of_sessions}"
 
 
 def grants_count_once(view: View) -> Iterator[str]:
@@ -118,12 +126,13 @@ def tokens_are_reported(view: View) -> Iterator[str]:
                 continue
             bill, found = (
                 calls[0].bill,
-                {name: int(event[f"{name}_tokens"]) for name in ("prompt", "cached", "completion")},
+                {name: int(event[f"{name}_tokens"]) for name in ("prompt", "cached", "completion", "reasoning")},
             )
             if calls[0].is_true == {"prompt", "completion"} and found != {
                 "prompt": bill.prompt,
                 "cached": bill.cached,
                 "completion": bill.completion,
+                "reasoning": bill.reasoning,
             }:
                 yield f"{sight.request_id}: {found} tokens were billed as {bill}"
 
@@ -225,34 +234,39 @@ def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
     if request.stream and not any(model.hidden_reasoning for model in models):
         yield f"{call.upstream} got the cap {imposed} for the stream {sight.request_id}, which has none"
     left = min((sample.balance - sample.held for sample in credit_samples(view, sight)), default=0)
-    budget = view.history.keys[request.key].budget_nusd
-    left = left if budget is None else min(left, budget - _most_spent(view, sight))
+    key = view.history.keys[request.key]
+    budgets = [key.budget_nusd, key.session_budget_nusd if request.session else None]
+    left = min([left, *(budget - _most_spent(view, sight) for budget in budgets if budget is not None)])
     if not 1 <= imposed <= MAX_OUTPUT_TOKENS or left >= SHORT_OF * most_held(view, sight):
         yield f"{call.upstream} got the cap {imposed} for {sight.request_id}, and {left} nano-USD were available"
 
 
 def _most_spent(view: View, sight: Sight) -> int:
-    """Return the most that a key's other requests may have spent or held when this one was admitted."""
+    """Return the most that other requests of its key or session may have spent or held when this one was admitted."""
     return sum(
         max(view.charge(other), 0 if over_at(view, other) + LATENCY_S < sight.began_at else most_held(view, other))
         for other in view.record.sights
-        if other is not sight and other.request.key == sight.request.key and other.began_at <= sight.ended_at
+        if other is not sight
+        and (other.request.key == sight.request.key or is_of_session(view, sight, other))
+        and other.began_at <= sight.ended_at
     )
 
 
 def budgets_hold(view: View) -> Iterator[str]:
-    """Check that a key spends no more than its budget, but for what was used beyond holds."""
-    for number, key in enumerate(view.history.keys):
-        events = [
-            event
-            for sight in view.record.sights
-            if sight.request.key == number
-            for event in view.settled.get(sight.request_id, ())
+    """Check that a key, and each of its sessions, spends no more than its budget, but for what was used beyond holds."""
+    for number, key in enumerate(view.history.keys if view.is_strict else ()):
+        ours = [sight for sight in view.record.sights if sight.request.key == number]
+        sessions = {sight.request.session for sight in ours if sight.request.session}
+        scopes = [(f"k{number}", key.budget_nusd, ours)] + [
+            (f"{name} of k{number}", key.session_budget_nusd, [each for each in ours if each.request.session == name])
+            for name in sorted(sessions)
         ]
-        spent = sum(int(event["cost_nusd"]) for event in events)
-        beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
-        if key.budget_nusd is not None and view.is_strict and spent > key.budget_nusd + beyond:
-            yield f"k{number}: {spent} was spent of a budget of {key.budget_nusd}, {beyond} of it beyond holds"
+        for name, budget, sights in scopes:
+            events = [event for sight in sights for event in view.settled.get(sight.request_id, ())]
+            spent = sum(int(event["cost_nusd"]) for event in events)
+            beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
+            if budget is not None and spent > budget + beyond:
+                yield f"{name}: {spent} was spent of a budget of {budget}, {beyond} of it beyond holds"
 
 
 def holds_are_kept(view: View) -> Iterator[str]:

@@ -29,6 +29,13 @@ DIALECTS = (
     *("openai", "azure", "openrouter", "anthropic", "gemini", "xai", "mistral", "groq", "deepseek", "perplexity"),
     *("moonshot", "vllm", "ollama", "tgi"),
 )
+REASONING = (
+    "openai",
+    "gemini",
+    "xai",
+    "openrouter",
+    "deepseek",
+)  # dialects that report reasoning which they don't show
 
 # What a provider does wrong in the report of its usage. "true": nothing.
 Lie = Literal[
@@ -69,7 +76,7 @@ Kind = Literal["text", "reasoning", "tool", "refusal"]
 
 
 class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """A model's prices: nano-USD a million tokens, and a fee a request.
+    """A model's prices: nano-USD a million tokens, and a fee a request. `reasoning` is at most `output`.
 
     `tiers`: the prices of a whole request whose prompt has more tokens than so many, ascending.
     """
@@ -79,6 +86,7 @@ class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     cached: int | None = None
     request: int = 0
     tiers: tuple[tuple[int, "Price"], ...] = ()
+    reasoning: int | None = None
 
     @property
     def all(self) -> tuple["Price", ...]:
@@ -89,13 +97,15 @@ class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
         """Return what so many tokens of output cost, in nano-USD, in this tier and without the fee."""
         return -(-tokens * self.output // 1_000_000)
 
-    def cost(self, prompt: int, cached: int, completion: int) -> int:
-        """Return what these tokens cost, in nano-USD, rounded up once."""
+    def cost(self, prompt: int, cached: int, completion: int, reasoning: int = 0) -> int:
+        """Return what these tokens cost, in nano-USD, rounded up once. `reasoning` tokens are some of `completion`."""
         for above, price in reversed(self.tiers):
             if prompt > above:
-                return price.cost(prompt, cached, completion)
+                return price.cost(prompt, cached, completion, reasoning)
         at_cached = self.input if self.cached is None else self.cached
-        total = (prompt - cached) * self.input + cached * at_cached + completion * self.output
+        at_reasoning = self.output if self.reasoning is None else self.reasoning
+        total = (prompt - cached) * self.input + cached * at_cached
+        total += (completion - reasoning) * self.output + reasoning * at_reasoning
         return (self.request if prompt or completion else 0) + -(-total // 1_000_000)
 
 
@@ -150,6 +160,7 @@ MODELS = {
     "drained-first": Model(("drained", "two")),
     "thinking": Model(("one",), hidden_reasoning=True),
     "told": Model(("two",), from_usage_cost=True),
+    "reasoned": Model(("two",), Price(2_000_000_000, 8_000_000_000, reasoning=3_000_000_000)),  # as sonar-deep-research
     "fee": Model(("two",), Price(1_000_000_000, 4_000_000_000, request=3_000_000)),
     "odd": Model(("unasked",), Price(333_333_333, 999_999_999, cached=111_111_111)),
     "free": Model(("one",), Price(0, 0)),
@@ -310,7 +321,7 @@ class Change(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 
 
 class KeyPlan(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """A key, and what its requests may do. Budgets are nano-USD."""
+    """A key, and what its requests may do. Budgets are nano-USD; `session_budget_nusd` is of each of its sessions."""
 
     account: int = 0
     requests_per_minute: int | None = None
@@ -318,6 +329,7 @@ class KeyPlan(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     tokens_per_minute: int | None = None
     max_parallel: int | None = None
     budget_nusd: int | None = None
+    session_budget_nusd: int | None = None
 
 
 Step = Request | Fault | WorkerEvent | Change
@@ -400,6 +412,10 @@ def _dialects(rng: random.Random) -> History:
             lie: Lie = rng.choice(("early", "zeros_after"))
             old = Answer(dialect, rng.choice((8, 20, 45)), lie=lie, other_shape=True)
             request = replace(request, stream=False, include_usage=False, answers=(old,))
+        if request.model == "reasoned":
+            dialect = rng.choice(REASONING)
+            reasoned = replace(request.answers[0], dialect=dialect, hidden=rng.choice((12, 50)), lie="true")
+            request = replace(request, answers=(reasoned,))
         requests.append(request)
     return History(0, "", steps=(*requests, *_looks(rng, 1)))
 
@@ -527,7 +543,12 @@ def _credit(rng: random.Random) -> History:
             answer = replace(answer, words=rng.choice((12, 20, 30)), per_event=30, gap_s=0.0, lingers_s=0.5, pieces=0)
         request = _request(rng, f"q{number}", answer, spread=rng.choice((0.0, 0.5, 3.0)))
         requests.append(
-            replace(request, key=rng.randrange(len(keys)), waits=rng.random() < 0.4, session=rng.choice(("", "", "s1")))
+            replace(
+                request,
+                key=rng.randrange(len(keys)),
+                waits=rng.random() < 0.4,
+                session=rng.choice(("", "s1", "s1", "s2")),
+            )
         )
     changes = [_change(rng, len(credit), len(keys)) for _ in range(rng.choice((0, 0, 1, 2)))]
     changes += _looks(rng, len(credit))
@@ -715,7 +736,7 @@ def _any_answer(rng: random.Random) -> Answer:
         dialect=dialect,
         words=rng.choice((1, 3, 8, 20, 45)),
         per_event=rng.choice((1, 1, 1, 4, 30)),
-        hidden=rng.choice((0, 0, 12, 50)) if dialect in {"openai", "gemini", "xai", "openrouter", "deepseek"} else 0,
+        hidden=rng.choice((0, 0, 12, 50)) if dialect in REASONING else 0,
         cached=rng.choice((0, 0, 4, 5)),
         gap_s=rng.choice((0.0, 0.0, 0.02, 0.2)),
         delay_s=rng.choice((0.0, 0.0, 0.1, 1.0, 7.0)) if rng.random() < 0.5 else 0.0,
@@ -802,7 +823,9 @@ def _bad_answer(rng: random.Random) -> Answer:
 
 def _limited_key(rng: random.Random, account: int) -> KeyPlan:
     """Draw a key with a limit or a budget, or neither."""
-    which = rng.choice(("none", "none", "requests", "burst", "tokens", "parallel", "parallel", "budget"))
+    which = rng.choice(
+        ("none", "none", "requests", "burst", "tokens", "parallel", "parallel", "budget", "session", "session")
+    )
     return KeyPlan(
         account,
         requests_per_minute=rng.choice((1, 3, 60)) if which in {"requests", "burst"} else None,
@@ -810,6 +833,7 @@ def _limited_key(rng: random.Random, account: int) -> KeyPlan:
         tokens_per_minute=rng.choice((50, 300, 1000, 3000)) if which == "tokens" else None,
         max_parallel=rng.choice((1, 2)) if which == "parallel" else None,
         budget_nusd=rng.choice((0, 200_000, 1_000_000, 5_000_000)) if which == "budget" else None,
+        session_budget_nusd=rng.choice((300_000, 1_000_000)) if which == "session" else None,
     )
 
 

@@ -680,6 +680,39 @@ PLANTED: Final = [
         "lambda: scanner.tokens,",
         "lambda: scanner.tokens * 3 // 4,",
     ),
+    # Sessions, months, reasoning, and holds that are renewed.
+    Planted(
+        "an admission doesn't look at a session's budget",
+        LUA + "admit.lua",
+        "    { budget_room(SESSION_SPEND, 'session:' .. session_id, 22) },\n",
+        "    { NO_BUDGET, 0, 0, 0 },\n",
+    ),
+    Planted("a session's spend isn't added to", LUA + "settle.lua", "    charge(session_key, cost)\n", ""),
+    Planted("a month isn't added to", LUA + "settle.lua", "add(MONTH, of_month)\n", ""),
+    Planted(
+        "the hours forget the session",
+        LUA + "settle.lua",
+        "local of_hour = key_id .. '\\31' .. model .. '\\31' .. session ..",
+        "local of_hour = key_id .. '\\31' .. model .. '\\31' ..",
+    ),
+    Planted(
+        "reasoning is billed as output",
+        "policy/pricing.py",
+        "(usage.reasoning, price.reasoning)",
+        "(usage.reasoning, price.output)",
+    ),
+    Planted(
+        "the hold of a long whole answer isn't renewed",
+        "gateway/admit.py",
+        "        if not self.is_local:\n            denied = await self._renew(",
+        "        if not self.is_local and not self.plan.holds_whole:\n            denied = await self._renew(",
+    ),
+    Planted(
+        "a renewal may lower the hold",
+        LUA + "renew.lua",
+        "hold and math.max(hold.amount, tonumber(total)) or 0",
+        "hold and tonumber(total) or 0",
+    ),
 ]
 
 

@@ -43,12 +43,16 @@ FILTERS: Final = {name: {"filtered": False, "severity": "safe"} for name in ("ha
 
 
 class Bill(Struct, frozen=True):
-    """Tokens that a provider bills; `cached` are some of `prompt`. `cost_nusd`: its own figure, if it tells one."""
+    """Tokens that a provider bills; `cached` are some of `prompt`, and `reasoning` some of `completion`.
+
+    `cost_nusd`: its own figure, if it tells one.
+    """
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
     cost_nusd: int | None = None
+    reasoning: int = 0
 
 
 class Call(Struct):
@@ -427,9 +431,12 @@ class Making:
             return Bill(prompt, 0), frozenset({"prompt"})
         if lie == "no_prompt":
             return Bill(0, 0, output), frozenset({"completion"})
+        reasoning = self._hidden * self._n
+        if answer.dialect == "deepseek" or (answer.dialect == "gemini" and not self._words):
+            reasoning = 0  # its reports have no such number; Gemini's total has it only beside text
         if lie == "early" and streams:
-            return Bill(prompt, cached, output, cost), frozenset({"prompt"})
-        return Bill(prompt, cached, output, cost), both
+            return Bill(prompt, cached, output, cost, reasoning), frozenset({"prompt"})
+        return Bill(prompt, cached, output, cost, reasoning), both
 
     @property
     def _cached(self) -> int:

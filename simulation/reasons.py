@@ -98,14 +98,15 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
 
 def _over_budget(view: View, sight: Sight, message: str) -> bool:
     told = re.search(rf"budget of {USD} USD leaves too little: {USD} USD spent or held, {USD} USD needed", message)
-    budget = view.history.keys[sight.request.key].budget_nusd
+    of_session = "session" in message.partition(" budget of")[0]
+    budget = _session_budget(view, sight) if of_session else view.history.keys[sight.request.key].budget_nusd
     if told is None or budget is None:
         return sight.is_stream and budget is not None
     made = max((call.made for call in view.calls.get(sight.marker, ())), default=0) if sight.is_stream else 0
     most_spent = sum(
         view.charge(other) + most_held(view, other)
         for other in view.record.sights
-        if other.request.key == sight.request.key and other is not sight
+        if other is not sight and (is_of_session(view, sight, other) if of_session else _is_of_key(sight, other))
     )
     spent, needed = nusd(told[2]), nusd(told[3])
     return (
@@ -114,6 +115,21 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
         and spent <= most_spent + (most_held(view, sight, made) if made else 0)
         and needed <= 2 * most_held(view, sight, made)
     )
+
+
+def _session_budget(view: View, sight: Sight) -> int | None:
+    """Return the budget of a request's session, if its key gives sessions one."""
+    return view.history.keys[sight.request.key].session_budget_nusd if sight.request.session else None
+
+
+def is_of_session(view: View, sight: Sight, other: Sight) -> bool:
+    """Whether another request spends from the same session's budget: the sessions of an account's keys are one by name."""
+    return view.key(other) == view.key(sight) and other.request.session == sight.request.session
+
+
+def _is_of_key(sight: Sight, other: Sight) -> bool:
+    """Whether another request spends from the same key's budget."""
+    return other.request.key == sight.request.key
 
 
 def most_held(view: View, sight: Sight, made: int = 0) -> int:

@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 class Book(Struct, frozen=True):
     """What the ledger says of an account at the end, by the keys that docs/ledger.md names.
 
-    `hours`: sums of the hourly aggregates by metric.
+    `hours`, `months`: sums of their aggregates by metric. `sessions`: requests by session, of the hours.
     """
 
     balance: int = 0
@@ -41,6 +41,8 @@ class Book(Struct, frozen=True):
     running: int = 0
     events: tuple[dict[str, str], ...] = ()
     hours: dict[str, int] = {}
+    months: dict[str, int] = {}
+    sessions: dict[str, int] = {}
 
 
 class Sample(NamedTuple):

@@ -110,7 +110,8 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
 
 def _priced(price: Price) -> list[str]:
     lines = [f"input_usd_per_mtok = '{usd(price.input)}'\noutput_usd_per_mtok = '{usd(price.output)}'"]
-    return lines if price.cached is None else [*lines, f"cached_input_usd_per_mtok = '{usd(price.cached)}'"]
+    parts = {"cached_input": price.cached, "reasoning": price.reasoning}
+    return [*lines, *(f"{name}_usd_per_mtok = '{usd(part)}'" for name, part in parts.items() if part is not None)]
 
 
 def _tiers(path: str, price: Price) -> list[str]:
@@ -235,10 +236,12 @@ class Play:
                 "tokens_per_minute": key.tokens_per_minute,
                 "max_parallel": key.max_parallel,
             }
-            budgets: dict[str, int | None] = {} if key.budget_nusd is None else {"total_nusd": key.budget_nusd}
-            made = await operator.create_key(
-                f"a{key.account}", KeyChange(bounds=Bounds(limits=limits, budgets=budgets))
+            bounds = Bounds(
+                limits=limits,
+                budgets={} if key.budget_nusd is None else {"total_nusd": key.budget_nusd},
+                session={} if key.session_budget_nusd is None else {"total_nusd": key.session_budget_nusd},
             )
+            made = await operator.create_key(f"a{key.account}", KeyChange(bounds=bounds))
             self._secrets.append(made["key"])
             self._key_ids.append(made["id"])
         if any(request.template for request in self._history.requests):
@@ -456,20 +459,27 @@ class Play:
                 for value in store.ask("HMGET", f"{prefix}credit", "balance", "held", "granted", "settled")
             ]
             events = [_pairs(fields) for _, fields in store.ask("XRANGE", f"{prefix}usage", "-", "+")]
-            hours: dict[str, int] = {}
+            sums: dict[str, dict[str, int]] = {"hour": {}, "month": {}}
+            sessions: dict[str, int] = {}
             keys = [key.decode() for key in store.ask("KEYS", f"{prefix}*")]
             for key in keys:
-                if key.startswith(f"{prefix}hour:"):
-                    for field, value in _pairs(store.ask("HGETALL", key)).items():
-                        metric = field.rpartition("\x1f")[2]
-                        hours[metric] = hours.get(metric, 0) + int(value)
+                of = sums.get(key.removeprefix(prefix).partition(":")[0])
+                if of is None:
+                    continue
+                for field, value in _pairs(store.ask("HGETALL", key)).items():
+                    _, _, session, metric = field.split("\x1f")
+                    of[metric] = of.get(metric, 0) + int(value)
+                    if metric == "requests" and of is sums["hour"]:
+                        sessions[session] = sessions.get(session, 0) + int(value)
             now_ms = int((self._loop.wall() + store.clock_offset_s) * 1000)
             running = sum(
                 store.ask("ZCOUNT", key, now_ms, "+inf") for key in keys if key.startswith(f"{prefix}running:")
             )
             holds = store.ask("HLEN", f"{prefix}holds")
             balance, held, granted, settled = credit
-            self.record.books[number] = Book(balance, held, granted, settled, holds, running, tuple(events), hours)
+            self.record.books[number] = Book(
+                balance, held, granted, settled, holds, running, tuple(events), sums["hour"], sums["month"], sessions
+            )
 
     async def _read_told(self) -> None:
         """Read what the API says of each account, by a key that still works."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 from msgspec.structs import replace
@@ -44,6 +45,7 @@ def settled(**fields):
         "prompt_tokens": 20,
         "completion_tokens": 8,
         "cached_tokens": 0,
+        "reasoning_tokens": 0,
         "cost_nusd": COST,
         "held_nusd": 4_100_000,
         "hold": "live",
@@ -58,11 +60,14 @@ def settled(**fields):
 def book(*events, **fields):
     costs = sum(int(event["cost_nusd"]) for event in events)
     hours = {"requests": len(events), "cost": costs}
-    for metric in ("prompt", "completion", "cached"):
+    for metric in ("prompt", "completion", "cached", "reasoning"):
         hours[metric] = sum(int(event[f"{metric}_tokens"]) for event in events)
+    sessions = Counter(event["session"] for event in events)
     granted = {"event": "grant", "amount_nusd": str(GRANTED)}
     sums = {"balance": GRANTED - costs, "granted": GRANTED, "settled": costs}
-    return Book(**{**sums, "events": (granted, *events), "hours": hours, **fields})
+    return Book(
+        **{**sums, "events": (granted, *events), "hours": hours, "months": hours, "sessions": sessions, **fields}
+    )
 
 
 class Case:
