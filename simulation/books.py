@@ -1,5 +1,6 @@
 """Rules on money: what the ledger's books say, against what providers billed and operators granted."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Final
@@ -267,6 +268,17 @@ def budgets_hold(view: View) -> Iterator[str]:
             beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
             if budget is not None and spent > budget + beyond:
                 yield f"{name}: {spent} was spent of a budget of {budget}, {beyond} of it beyond holds"
+
+
+def renewals_raise(view: View) -> Iterator[str]:
+    """Check that no renewal lowers what an account holds (docs/ledger.md), unless it released a hold past its deadline."""
+    for number, book in view.record.books.items():
+        if any(event["event"] == "abandoned" for event in book.events):
+            continue
+        samples = [sample for sample in view.record.samples if sample.account == number]
+        for before, after in itertools.pairwise(samples):
+            if after.script == "renew" and after.held < before.held and not view.is_lossy:
+                yield f"a{number}: a renewal lowered what is held from {before.held} to {after.held}"
 
 
 def holds_are_kept(view: View) -> Iterator[str]:

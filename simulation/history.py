@@ -775,6 +775,8 @@ def _outlasting(rng: random.Random, lasts_s: float) -> Answer:
     delay_s = min(more_s * rng.choice((0.0, 0.6)), FIRST_BYTE_S - 3)
     pause_s = min(more_s - delay_s, IDLE_S - 3) * rng.choice((1.0, 1.0, 0.0))
     words = rng.choice((8, 20, 45))
+    if rng.random() < 0.35:  # a steady stream, whose next slice is asked for again and again
+        delay_s, pause_s, words = 0.0, 0.0, rng.choice((45, 90))
     left_s = max(more_s - delay_s - pause_s, 0.5)
     return replace(
         _any_answer(rng),

@@ -31,6 +31,7 @@ from simulation.books import (
     holds_are_kept,
     imposed_cap_faults,
     losses_are_told,
+    renewals_raise,
     tokens_are_reported,
 )
 from simulation.client import Sight
@@ -349,6 +350,7 @@ RULES: Final[tuple[Rule, ...]] = (
     conflicts_are_refused,
     changes_hold,
     holds_are_kept,
+    renewals_raise,
     accounts_are_told,
     losses_are_told,
     full_journals_deny,

@@ -46,12 +46,13 @@ class Book(Struct, frozen=True):
 
 
 class Sample(NamedTuple):
-    """An account's credit at a time."""
+    """An account's credit at a time, and the script that changed it."""
 
     at: float
     account: int
     balance: int
     held: int
+    script: str = ""
 
 
 class Done(NamedTuple):

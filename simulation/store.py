@@ -527,12 +527,18 @@ def name_scripts(named: dict[bytes, str]) -> None:
     _names.update(named)
 
 
+def script_of(fields: list[bytes]) -> str:
+    """Return the name of the script that a command runs."""
+    is_text = fields[0].upper() == b"EVAL"
+    sha = hashlib.sha1(fields[1], usedforsecurity=False).hexdigest().encode() if is_text else fields[1]
+    return _names.get(sha, sha[:8].decode())
+
+
 def _told(fields: list[bytes]) -> str:
     word = fields[0].decode(errors="replace").upper()
     if word in {"EVALSHA", "EVAL"}:
-        sha = fields[1] if word == "EVALSHA" else hashlib.sha1(fields[1], usedforsecurity=False).hexdigest().encode()
         count = int(fields[2])
-        name = _names.get(sha, sha[:8].decode())
+        name = script_of(fields)
         first = fields[3 + count].decode(errors="replace") if len(fields) > 3 + count else ""
         return f"{name}{'' if word == 'EVALSHA' else ' (text)'} {first}"
     return " ".join([word, *(each[:60].decode(errors="replace") for each in fields[1:3])])

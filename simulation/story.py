@@ -45,7 +45,7 @@ from simulation.judge import judge
 from simulation.provider import Provider
 from simulation.record import RECOVERY_S, Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
 from simulation.run import Outcome, World, run
-from simulation.store import OOM, READONLY, Client, Fate
+from simulation.store import OOM, READONLY, Client, Fate, script_of
 
 PROVIDER_PORT: Final = 9_000
 NOWHERE_PORT: Final = 9
@@ -266,7 +266,7 @@ class Play:
                     seen = int(found.get(b"balance", 0)), int(found.get(b"held", 0))
                     if last.get(account) != seen:
                         last[account] = seen
-                        self.record.samples.append(Sample(self._loop.time(), account, *seen))
+                        self.record.samples.append(Sample(self._loop.time(), account, *seen, script_of(fields)))
             return reply
 
         store.run = run_and_look  # type: ignore[method-assign]

@@ -344,6 +344,10 @@ def budget_passed(case):
     case.key(budget_nusd=100)
 
 
+def renewal_lowers(case):
+    case.record.samples = [Sample(10.2, 0, GRANTED, 900_000, "renew"), Sample(10.5, 0, GRANTED, 400_000, "renew")]
+
+
 def hold_abandoned(case):
     case.record.books = {0: book(settled(hold="abandoned"))}
 
@@ -494,6 +498,7 @@ BREAKS = [
     (beyond_the_hold, "credit_is_not_overdrawn"),
     (budget_passed, "budgets_hold"),
     (hold_abandoned, "holds_are_kept"),
+    (renewal_lowers, "renewals_raise"),
     (tokens_kept, "buckets_are_right"),
     (not_failed_over, "failover_happens"),
     (repeats_differ, "repeats_agree"),
