@@ -243,6 +243,7 @@ def _failed_there(view: View, sight: Sight) -> bool:
         other.error
         or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S)
         or _was_killed(view, other)
+        or view.may_lose(other)  # the end of its record too
         for other in others
     ):
         return True
