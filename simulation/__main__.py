@@ -167,7 +167,8 @@ def _charges(record: Record) -> Iterator[str]:
             for call in view.calls.get(sight.marker, ())
         ]
         name = sight.request_id.removeprefix("id-")
-        yield f"  {name}: charged {view.charge(sight)}, allowed {' or '.join(allowed)} ({'; '.join(bills) or 'no call'})"
+        right, billed = " or ".join(allowed) or "nothing", "; ".join(bills) or "no call"
+        yield f"  {name}: charged {view.charge(sight)}, allowed {right} ({billed})"
 
 
 def _seeds(first: int, count: int | None, until: float | None) -> Iterator[int]:

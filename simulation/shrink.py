@@ -1,6 +1,7 @@
 """Shrink a failing history: drop steps, put fields back to their usual values, lower numbers, while the same rule is broken."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Final
 
 from msgspec import Struct
@@ -23,14 +24,15 @@ def shrunk(history: History, fails: Callable[[History], bool], most_plays: int =
     plays = 0
     found = True
     while found:
-        found = False
-        for smaller in _smaller(history):
+        found, at = False, 0  # what comes before `at` was tried in vain, if of a larger history
+        while (smaller := next(islice(_smaller(history), at, None), None)) is not None:
             plays += 1
             if plays > most_plays:
                 return history
             if fails(smaller):
                 history, found = smaller, True
-                break
+            else:
+                at += 1
     return history
 
 
@@ -45,8 +47,15 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, steps=steps[:at] + steps[at + 1 :])
     if history.workers > 1:
         yield replace(history, workers=1)
-    if history.local:
-        yield replace(history, local=False)
+    for name, usual in (("local", False), ("fast_path", True), ("journal_bytes", None)):
+        if getattr(history, name) != usual:
+            yield replace(history, **{name: usual})
+    last = len(history.keys) - 1
+    if last and all(getattr(step, "key", 0) != last for step in steps):
+        yield replace(history, keys=history.keys[:last])
+    last = len(history.credit) - 1
+    if last and all(getattr(each, "account", 0) != last for each in (*history.keys, *steps)):
+        yield replace(history, credit=history.credit[:last])
     for at, key in enumerate(history.keys):
         if key != KeyPlan(key.account):
             yield replace(history, keys=(*history.keys[:at], KeyPlan(key.account), *history.keys[at + 1 :]))
@@ -56,6 +65,11 @@ def _smaller(history: History) -> Iterator[History]:
 
 
 def _simpler_step(step: Step) -> Iterator[Step]:
+    if isinstance(step, Request) and not (step.keyed or step.repeats):
+        words = min(step.prompt_words, Request("").prompt_words)
+        plain = Request(step.name, at_s=step.at_s, prompt_words=words, answers=tuple(map(_plain, step.answers[:1])))
+        if plain != step:
+            yield plain
     kept = BODY if isinstance(step, Request) and step.keyed else frozenset()
     yield from _plainer(step, kept)
     if isinstance(step, Request):
@@ -63,9 +77,14 @@ def _simpler_step(step: Step) -> Iterator[Step]:
             yield replace(step, answers=step.answers[:1])
             yield replace(step, answers=step.answers[1:])
         for at, answer in enumerate(step.answers):
-            for plainer in (Answer(), *_plainer(answer)):
+            for plainer in (_plain(answer), *_plainer(answer)):
                 if plainer != answer:
                     yield replace(step, answers=(*step.answers[:at], plainer, *step.answers[at + 1 :]))
+
+
+def _plain(answer: Answer) -> Answer:
+    """Return the usual answer, if not with more words."""
+    return Answer(words=min(answer.words, Answer().words))
 
 
 def _plainer(record: Any, kept: frozenset[str] = frozenset()) -> Iterator[Any]:
@@ -75,7 +94,9 @@ def _plainer(record: Any, kept: frozenset[str] = frozenset()) -> Iterator[Any]:
         name, value = field.name, getattr(record, field.name)
         if name in KEPT or name in kept or name == "answers":
             continue
+        if name in LOWEST and value > LOWEST[name]:
+            yield replace(record, **{name: LOWEST[name]})
+        if name in LOWEST and value <= field.default:
+            continue  # a larger number isn't plainer
         if value != field.default and not callable(field.default) and field.default is not field.default_factory:
             yield replace(record, **{name: field.default})
-        elif name in LOWEST and value > LOWEST[name]:
-            yield replace(record, **{name: LOWEST[name]})

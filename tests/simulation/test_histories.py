@@ -117,6 +117,20 @@ def test_a_failing_history_is_shrunk_to_what_fails():
     assert [step.what for step in smallest.steps] == ["gone"]
 
 
+def test_what_does_not_matter_gets_its_lowest_number_and_its_usual_value():
+    played_ones: list[History] = []
+    request = Request(
+        "q1", stream=True, prompt_words=40, session="s1", key=0, answers=(Answer(words=45, gap_s=0.2), Answer())
+    )
+    history = History(1, "any", credit=(7, 8), keys=(KeyPlan(), KeyPlan(1)), steps=(request, Request("q0", key=1)))
+    smallest = shrunk(
+        history, lambda smaller: played_ones.append(smaller) or any(each.stream for each in smaller.requests)
+    )
+    expected = Request("q1", stream=True, prompt_words=1, answers=(Answer(words=1),))
+    assert (smallest.steps, smallest.keys, smallest.credit) == ((expected,), (KeyPlan(),), (7,))
+    assert len(played_ones) < 60
+
+
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
