@@ -12,8 +12,8 @@ from simulation.history import (
 )
 from simulation.limits import most_reserved
 from simulation.provider import Call
-from simulation.reasons import BREAKER_FAILURES, DETACHED_S, changed_limits, cut_short
-from simulation.record import HOP_S, RECOVERY_S, View
+from simulation.reasons import BREAKER_FAILURES, BUCKET_S, DETACHED_S, changed_limits, cut_short
+from simulation.record import HOP_S, STORE, View
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
 PING_LATE_S: Final = 1.0 + 2 * HOP_S  # that a ping may be behind `heartbeat_s`, where streams are looked at each second
@@ -29,7 +29,7 @@ def answers_are_prompt(view: View) -> Iterator[str]:
         if not calls or len(view.group(sight)) > 1 or sight.request.reads in {"slowly", "stalls"}:
             continue
         call = calls[-1]
-        if view.feels(sight, *STORE, before_s=0.0):  # a renewal waits for the store
+        if view.feels(sight, *STORE):  # a renewal waits for the store
             continue
         if sight.is_stream and not call.answer.other_shape:
             came = [(line, at) for line, at in _arrivals(sight) if line != "[DONE]" and not is_usage_only(line)]
@@ -40,9 +40,6 @@ def answers_are_prompt(view: View) -> Iterator[str]:
                     break
         if sight.ended == "whole" and call.ended in {"whole", "error"} and sight.ended_at - call.ended_at > PROMPT_S:
             yield f"{sight.request_id}: its end came {sight.ended_at - call.ended_at:.2f} s after the provider's"
-
-
-STORE: Final = ("lost_reply", "refused", "slow", "gone", "failover", "clock", "full")
 
 
 def _arrivals(sight: Sight) -> Iterator[tuple[str, float]]:
@@ -69,7 +66,7 @@ def streams_are_alive(view: View) -> Iterator[str]:
             or sight.request.reads not in {"all", "hangs_up", "leaves"}
         ):
             continue
-        if not view.calls.get(sight.marker) or view.feels(sight, before_s=RECOVERY_S) or sight.ended == "unconnected":
+        if not view.calls.get(sight.marker) or view.feels(sight, *STORE) or sight.ended == "unconnected":
             continue
         times = [sight.sent_at + ADMITTED_S, *(at for at, _ in sight.times), sight.ended_at]
         longest = max(later - earlier for earlier, later in itertools.pairwise(times))
@@ -172,17 +169,17 @@ def attempts_are_told(view: View) -> Iterator[str]:
 def what_runs_on_is_read(view: View) -> Iterator[str]:
     """Check that an answer that goes on without its client is read to its end, for `DETACHED_S` at most."""
     for sight in view.record.sights:
-        if sight.ended != "left" or not runs_on(view, sight) or view.feels(sight):
+        if sight.ended != "left" or not runs_on(view, sight):
             continue
         for call in view.calls.get(sight.marker, ()):
-            if call.ended == "closed" and call.ended_at < sight.ended_at + DETACHED_S:
+            is_early = call.ended == "closed" and call.ended_at < sight.ended_at + DETACHED_S
+            if is_early and not view.feels(sight, until=call.ended_at):
                 yield f"{call.upstream} was left {call.ended_at - sight.ended_at:.2f} s after {sight.request_id}'s client"
 
 
 # Waits and repeats.
 
 NO_CAPACITY: Final = frozenset({503, 529})
-BUCKET_S: Final = 60.0  # after which a bucket is full again
 SLOT_S: Final = 1.0  # that a 429 for requests in parallel says: nothing knows when one ends
 QUOTA_S: Final = 600.0  # docs/errors.md: that a spent quota is waited for
 
@@ -203,7 +200,7 @@ def waits_are_told(view: View) -> Iterator[str]:
             expected = _waits_of(sight, calls)
             if expected is not None and wait_s not in expected:
                 yield f"{sight.request_id}: its wait is {wait_s}, and {sorted(map(str, expected))} were the providers'"
-        if sight.status == 429 and wait_s is not None and not view.feels(sight, before_s=BUCKET_S):
+        if sight.status == 429 and wait_s is not None and not view.feels(sight, *STORE, before_s=BUCKET_S):
             longest_s = _longest_wait_s(view, sight)
             if wait_s > longest_s + HOP_S:
                 yield f"{sight.request_id} is to wait {wait_s:.3f} s, and {longest_s:.3f} s would do"
@@ -224,7 +221,7 @@ def _longest_wait_s(view: View, sight: Sight) -> float:
     if "tokens per minute" in message and key.tokens_per_minute:
         size = key.tokens_per_minute
         taken = sum(max(_used(view, other), most_reserved(other)) for other in others)
-        return (min(most_reserved(sight), size) - (size - taken)) * 60 / size
+        return max(0.0, min(most_reserved(sight), size) - (size - taken)) * 60 / size
     limits = {
         limit for limit in (key.requests_per_minute, *changed_limits(view, sight.request.key)) if limit is not None
     }
@@ -272,6 +269,7 @@ def _may_say_no(view: View, sight: Sight, calls: list[Call], wait_s: float | Non
         return False
     if len(view.group(sight)) > 1 or (sight.status == 504 and sight.request.keyed):
         return None  # another request's calls, and a repeat that gets the answer
-    if any(call.ended != "error" or call.answer.status in {200, 500} for call in calls):
+    timed_out = sight.status == 504 and any(call.ended_at > sight.ended_at for call in calls)
+    if timed_out or any(call.ended != "error" or call.answer.status in {200, 500} for call in calls):
         return True
     return None if any(call.answer.status in NO_CAPACITY for call in calls) else False

@@ -24,6 +24,7 @@ WRITES_WITHIN_S = 30.0
 ALLOWANCE_NUSD = 6_000_000
 MAX_OUTPUT_TOKENS = 400  # of every model
 CONTEXT_WINDOW = 8_000
+PROVIDER_SECRET = "sim-5JvPz8QkW2xR"  # of a configured header; each provider repeats it in its errors
 MAX_REQUESTS = 8
 DIALECTS = (
     *("openai", "azure", "openrouter", "anthropic", "gemini", "xai", "mistral", "groq", "deepseek", "perplexity"),
@@ -518,7 +519,10 @@ def _clients(rng: random.Random) -> History:
                 requests.append(_reading(rng, repeat))
             continue
         answer = _any_answer(rng) if rng.random() < 0.8 else _bad_answer(rng)
-        requests.append(_reading(rng, replace(_request(rng, f"q{number}", answer), keyed=rng.random() < 0.5)))
+        keyed_one = rng.random() < 0.5
+        if keyed_one and rng.random() < 0.1:  # silence between two pings of a repeat that reads along
+            answer = replace(answer, delay_s=16.0)
+        requests.append(_reading(rng, replace(_request(rng, f"q{number}", answer), keyed=keyed_one)))
     return History(0, "", workers=rng.randint(1, 2), steps=tuple(requests))
 
 

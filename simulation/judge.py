@@ -35,7 +35,7 @@ from simulation.books import (
     tokens_are_reported,
 )
 from simulation.client import Sight
-from simulation.history import UPSTREAMS, WRITE_TIMEOUT_S, rendered
+from simulation.history import PROVIDER_SECRET, UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.limits import buckets_are_right, limits_hold
 from simulation.provider import Call
 from simulation.reasons import (
@@ -45,10 +45,11 @@ from simulation.reasons import (
     statuses_have_reasons,
     waits_are_true,
 )
-from simulation.record import HOP_S, PROPAGATION_S, RECOVERY_S, Finding, Record, Rule, View
+from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
+SECRET_PART: Final = 8  # of a provider's secret, which nothing shows: more than all of its kind begin with
 HANG_UP_S: Final = 2.0  # after which a provider's connection is closed whose client has gone
 
 
@@ -173,6 +174,8 @@ def bytes_are_ones_own(view: View) -> Iterator[str]:
             yield f"{sight.request_id} got what belongs to {sorted(others)}"
         if any("rsk_" in value for value in sight.headers.values()) or b"rsk_" in sight.payload:
             yield f"{sight.request_id} got a key"
+        if PROVIDER_SECRET[:SECRET_PART].encode() in sight.payload:
+            yield f"{sight.request_id} got the secret of a provider, or the beginning of it"
     for call in view.record.calls:
         if any("rsk_" in value for value in call.headers.values()):
             yield f"{call.upstream} got a client's key"
@@ -227,7 +230,7 @@ def _versions(view: View, group: list[Sight], call: Call) -> set[int]:
     """Return the versions of its account's template that a call may have."""
     edits = [done for done in view.record.changes if done.what == "template" and done.account == view.key(group[0])]
     began_at = min(sight.began_at for sight in group)
-    if any(view.feels(sight, before_s=RECOVERY_S) for sight in group):
+    if any(view.feels(sight, *STORE) for sight in group):
         began_at = 0.0
     found = set()
     for at, edit in enumerate(edits):
@@ -240,7 +243,7 @@ def _versions(view: View, group: list[Sight], call: Call) -> set[int]:
 def hang_ups_are_noticed(view: View) -> Iterator[str]:
     """Check that a provider is left at once when its client has hung up or half-closed, but for what runs on."""
     for sight in view.record.sights:
-        if sight.ended != "left" or sight.request.reads == "stalls" or runs_on(view, sight) or view.feels(sight):
+        if sight.ended != "left" or sight.request.reads == "stalls" or runs_on(view, sight):
             continue
         for call in view.calls.get(sight.marker, ()):
             if not call.ended_at or call.ended_at > sight.ended_at + HANG_UP_S:
@@ -280,7 +283,7 @@ def conflicts_are_refused(view: View) -> Iterator[str]:
                 other.body != sight.body
                 and has_run
                 and _began_at(view, other) + HOP_S < sight.began_at
-                and not view.feels(other, before_s=RECOVERY_S)
+                and not view.feels(other)
             ):
                 yield f"{sight.request_id} has the Idempotency-Key of {other.request_id}'s other body, and got {sight.status}"
 
@@ -305,7 +308,7 @@ def changes_hold(view: View) -> Iterator[str]:
                 late
                 and sight.ended == "whole"
                 and sight.status not in {401, 403, 503}
-                and not view.feels(sight, before_s=RECOVERY_S)
+                and not view.feels(sight, *STORE)
             ):
                 yield (
                     f"{sight.request_id} got {sight.status} with a key that was {done.what}d"

@@ -410,6 +410,18 @@ PLANTED: Final = [
         "if part or self._clock() - written_at >= heartbeat_s:",
         "if part:",
     ),
+    Planted(
+        "a provider's secret is shown",
+        "openai/errors.py",
+        "        text = text.replace(secret, REDACTED)\n",
+        "",
+    ),
+    Planted(
+        "the beginning of a provider's secret is shown",
+        "openai/errors.py",
+        "        text = text[:-shown] + REDACTED if shown else text\n",
+        "",
+    ),
     Planted("a revoked key is served for a minute", "ledger/directory.py", "\nTTL_S = ", "\nTTL_S = 60 + "),
     Planted("a reload keeps the old prices", "app/worker.py", "        self.gateway.active = new\n", ""),
     Planted("Retry-After is rounded down", "openai/errors.py", "max(1, math.ceil(", "max(1, math.floor("),

@@ -246,7 +246,7 @@ class _Link(asyncio.Protocol):
             return
         streams = bool(call.body.get("stream")) != answer.other_shape
         if answer.error:
-            status, headers, body = error_of(answer, call.marker)
+            status, headers, body = error_of(answer, call.marker, call.headers)
             call.body_bytes = body
             await self._send(call, status, headers, [Event(body)], "length")
             call.ended = "error"
@@ -547,7 +547,9 @@ class Making:
             )
         if answer.end == "error_event":
             made = made[: int(len(made) * answer.at)]
-            made.append(Event(b'data: {"error": {"message": "broke down", "type": "server_error", "code": 502}}\n\n'))
+            words = f"broke down for {_echo(answer, call.headers)}"
+            error = {"message": words, "type": "server_error", "code": 502}
+            made.append(Event(b"data: " + json.dumps({"error": error}).encode() + b"\n\n"))
             return made
         if answer.end == "ends_early":  # in order, but before its finish
             return made[: min(int(len(made) * answer.at), len(made) - self._n - 2)] if len(made) > self._n + 2 else []
@@ -611,7 +613,13 @@ PLAIN_LIES: Final = frozenset(
 )  # in a report of two numbers
 
 
-def error_of(answer: Answer, marker: str) -> tuple[int, dict[str, str], bytes]:
+def _echo(answer: Answer, sent: Mapping[str, str]) -> str:
+    """Return the secret that a provider got, as it repeats it in an error: whole, or cut off at the end of its message."""
+    secret = sent.get("api-key", "")
+    return secret if answer.words % 2 else secret[: len(secret) // 2 + 2]
+
+
+def error_of(answer: Answer, marker: str, sent: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
     """Return an error's status, headers and body."""
     headers = {"content-type": "application/json"}
     if answer.wait_s is not None:
@@ -632,7 +640,12 @@ def error_of(answer: Answer, marker: str) -> tuple[int, dict[str, str], bytes]:
         "parameter": ("Unsupported parameter.", "unsupported_parameter", "top_k"),
         "large": ("The request is too large.", None, None),
     }[answer.error]
-    error: dict[str, Any] = {"message": f"{message} {marker}", "type": "an_error", "param": param, "code": code}
+    error: dict[str, Any] = {
+        "message": f"{message} {marker} {_echo(answer, sent)}",
+        "type": "an_error",
+        "param": param,
+        "code": code,
+    }
     if answer.status == 200:
         error["code"] = 502
     if answer.dialect == "gemini":

@@ -18,10 +18,10 @@ from simulation.history import (
     TEMPLATE,
     KeyPlan,
 )
-from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, RECOVERY_S, Sample, View
+from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, STORE, Sample, View
 
 BREAKER_FAILURES: Final = 10
-CUT_S: Final = 4.0  # that a worker takes to end what has outlived its drain, after docs/operations.md's `drain_s`
+BUCKET_S: Final = 60.0  # after which a bucket is full again
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
@@ -80,7 +80,7 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     message = str(sight.error.get("message"))
     if sight.error.get("code") == "spend_limit_exceeded":
         return _over_budget(view, sight, message)
-    if view.history.local and view.feels(sight, before_s=RECOVERY_S):  # the allowance of an instance
+    if view.history.local and view.feels(sight):  # the allowance of an instance
         return True
     told = re.search(rf"has {USD} USD available.*?: {USD} USD needed", message)
     samples = credit_samples(view, sight)
@@ -169,7 +169,7 @@ def _limited(view: View, sight: Sight) -> bool:
         if other.status not in {401, 402, 403, 429}
         and not (other.request.keyed and "idempotent-replayed" in other.headers)
     ]
-    if view.history.local and view.feels(sight, before_s=RECOVERY_S):  # an instance's share of each limit
+    if view.history.local and view.feels(sight):  # an instance's share of each limit
         return key != KeyPlan(key.account)
     if "parallel" in message:
         open_ = [
@@ -204,9 +204,9 @@ def _asked_to_wait(view: View, sight: Sight) -> bool:
     """Whether the providers were busy, or had failed so often that they are left alone."""
     if sight.error.get("code") != "provider_not_available":
         return False
-    busy = any(call.answer.status in {429, 503, 529} for call in view.calls.get(sight.marker, ()))
+    busy = any(call.answer.status == 429 for call in view.calls.get(sight.marker, ()))
     before = [call for call in view.record.calls if call.at <= sight.ended_at and not call.answer.is_good]
-    return busy or len(before) >= BREAKER_FAILURES // 2
+    return busy or len(before) >= BREAKER_FAILURES
 
 
 def _stopping(view: View, sight: Sight) -> bool:
@@ -224,13 +224,13 @@ def cut_short(view: View, sight: Sight) -> bool:
         for at, drain in enumerate(drains):
             again_at = min((later.start for later in drains[at + 1 :] if later.start < drain.end), default=math.inf)
             cut_at = min(drain.start + DRAIN_S, again_at)
-            if cut_at <= sight.ended_at and sight.began_at <= min(drain.end, cut_at + CUT_S):
+            if cut_at <= sight.ended_at and sight.began_at <= min(drain.end, cut_at):
                 return True
     return False
 
 
 def _without_ledger(view: View, sight: Sight) -> bool:
-    return sight.error.get("code") == "ledger_unavailable" and view.feels(sight, before_s=RECOVERY_S)
+    return sight.error.get("code") == "ledger_unavailable" and view.feels(sight, *STORE)
 
 
 def _failed_there(view: View, sight: Sight) -> bool:
@@ -242,7 +242,7 @@ def _failed_there(view: View, sight: Sight) -> bool:
     if any(
         other.error
         or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S)
-        or _was_killed(view, other)
+        or _was_killed(view, other, sight.began_at)
         or view.may_lose(other)  # the end of its record too
         for other in others
     ):
@@ -252,12 +252,13 @@ def _failed_there(view: View, sight: Sight) -> bool:
     )
 
 
-def _was_killed(view: View, sight: Sight) -> bool:
-    """Whether a request's worker was killed while it ran."""
+def _was_killed(view: View, sight: Sight, at: float) -> bool:
+    """Whether a request's worker was killed while it ran, so that a repeat at a time reads along until its record ends."""
     return any(
         trouble.what == "killed"
         and trouble.worker == view.worker(sight)
         and sight.began_at <= trouble.start <= over_at(view, sight) + HOP_S
+        and at <= trouble.start + HOLD_TTL_S
         for trouble in view.record.troubles
     )
 
@@ -278,10 +279,11 @@ def _timed_out(view: View, sight: Sight) -> bool:
 
 
 def _conflict(view: View, sight: Sight) -> bool:
-    if any(other.request.other_body for other in view.group(sight)):  # whichever came first
-        return True
-    return sight.request.keyed and (
-        view.feels(sight, before_s=math.inf) or (len(view.group(sight)) > 1 and view.is_lossy)
+    """Whether another body has the Idempotency-Key, or the answer to its first request may not have been kept."""
+    others = [other for other in view.group(sight) if other is not sight and other.began_at <= sight.ended_at]
+    return any(
+        other.body != sight.body or view.is_lossy or view.feels(other, *STORE, "killed", until=over_at(view, other))
+        for other in others
     )
 
 
@@ -356,7 +358,7 @@ def waits_are_true(view: View) -> Iterator[str]:
             and "parallel" not in str(sight.error.get("message"))
             and not between
             and not changed
-            and not view.feels(sight, before_s=120)
+            and not view.feels(sight, *STORE, before_s=BUCKET_S)
         ):
             waited_ms = first.headers["retry-after-ms"]
             yield f"{sight.request_id} waited {waited_ms} ms, and got 429 again: {sight.error.get('message')}"
@@ -366,12 +368,7 @@ def deadlines_hold(view: View) -> Iterator[str]:
     """Check that a whole answer has come, or a stream begun, when the request's `timeout` has passed."""
     for sight in view.record.sights:
         timeout_s = sight.request.timeout_s
-        if (
-            timeout_s is None
-            or sight.ended != "whole"
-            or sight.request.reads == "slowly"
-            or view.feels(sight, before_s=RECOVERY_S)
-        ):
+        if timeout_s is None or sight.ended != "whole" or sight.request.reads == "slowly" or view.feels(sight, *STORE):
             continue
         if "idempotent-replayed" in sight.headers:
             continue

@@ -13,11 +13,12 @@ from simulation.client import Sight
 from simulation.history import History, Model, Request
 from simulation.provider import Call
 
-PROPAGATION_S: Final = 2.5  # after which an operator's change holds everywhere
+PROPAGATION_S: Final = 2.1  # two seconds and the way of a packet, after which an operator's change holds everywhere
 HOP_S: Final = 0.1  # that a packet is under way at most (0.08), with the turns at its ends
 LATENCY_S: Final = 1.0  # of the simulated wires, turns and the gateway's own timers
 LAG_S: Final = 1.0  # of the store's replica: what a failover loses
-RECOVERY_S: Final = 15.0  # after a fault of the store, in which requests may still suffer from it
+RECOVERY_S: Final = 5.0  # after a fault of the store or a disk: until it is found again, and a journal replayed
+STORE: Final = ("lost_reply", "refused", "slow", "gone", "failover", "clock", "full")  # what can befall the store
 
 
 class Finding(NamedTuple):
@@ -165,14 +166,14 @@ class View:
         """Return what the account was charged, or is to be charged by hand after a loss that the log has whole."""
         return self.charge(sight) or self.lost.get(sight.request_id, 0)
 
-    def feels(self, sight: Sight, *whats: str, before_s: float = 0.0) -> bool:
-        """Whether one of these troubles (or any) can be felt by a request.
+    def feels(self, sight: Sight, *whats: str, before_s: float = 0.0, until: float | None = None) -> bool:
+        """Whether one of these troubles (or any) can be felt by a request, or until a time by what goes on for it.
 
         A worker's end is felt by its own requests, and by those that have their Idempotency-Keys.
         """
         workers = {self.worker(other) for other in self.group(sight)} if sight.request.keyed else {self.worker(sight)}
         return any(
-            trouble.start <= sight.ended_at + LATENCY_S
+            trouble.start <= (sight.ended_at if until is None else until) + LATENCY_S
             and trouble.end >= sight.began_at - before_s
             and (trouble.worker is None or trouble.worker in workers)
             for trouble in self.record.troubles

@@ -28,6 +28,7 @@ from simulation.history import (
     LEASE_TOKENS,
     MAX_OUTPUT_TOKENS,
     MODELS,
+    PROVIDER_SECRET,
     STORE_TIMEOUT_S,
     TEMPLATE,
     UPSTREAMS,
@@ -41,7 +42,7 @@ from simulation.history import (
     WorkerEvent,
     template_system,
 )
-from simulation.judge import judge
+from simulation.judge import SECRET_PART, judge
 from simulation.provider import Provider
 from simulation.record import RECOVERY_S, Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
 from simulation.run import Outcome, World, run
@@ -88,6 +89,7 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
             f"first_byte_timeout_s = {FIRST_BYTE_S:g}\nidle_timeout_s = {IDLE_S:g}",
             f"stream_usage = {str(upstream.asks_usage).lower()}",
             f"on_disconnect = '{'drain' if upstream.drains else 'cancel'}'",
+            f"headers = {{ 'api-key' = '{PROVIDER_SECRET}' }}",
         ]
     for name, model in models.items():
         price = model.price
@@ -202,6 +204,8 @@ class Play:
             if event and not (is_loss and self._history.fills_disks):
                 record.errors.append(f"{where}: {event}")
         for where, logged in self._world.log:
+            if PROVIDER_SECRET[:SECRET_PART] in str(logged):
+                record.errors.append(f"{where} logged a secret: {logged!r}")
             if isinstance(logged, dict) and logged.get("event") == "settlement_lost":
                 lost = logged["settlement"]
                 record.losses.append(
