@@ -269,7 +269,7 @@ def _may_say_no(view: View, sight: Sight, calls: list[Call], wait_s: float | Non
         return False
     if len(view.group(sight)) > 1 or (sight.status == 504 and sight.request.keyed):
         return None  # another request's calls, and a repeat that gets the answer
-    timed_out = sight.status == 504 and any(call.ended_at > sight.ended_at for call in calls)
+    timed_out = sight.status == 504 and any(call.ended_at > sight.ended_at - 2 * HOP_S for call in calls)
     if timed_out or any(call.ended != "error" or call.answer.status in {200, 500} for call in calls):
         return True
     return None if any(call.answer.status in NO_CAPACITY for call in calls) else False
