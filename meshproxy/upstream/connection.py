@@ -94,6 +94,7 @@ class Connection(asyncio.Protocol):
         "_deadline",
         "_head_reader",
         "_loop",
+        "_lost",
         "_on_idle",
         "_on_lost",
         "_paused",
@@ -103,7 +104,6 @@ class Connection(asyncio.Protocol):
         "_timer",
         "_transport",
         "carried_by",
-        "lost",
         "sink",
         "state",
     )
@@ -117,7 +117,7 @@ class Connection(asyncio.Protocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self.state = State.NEW
-        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self._lost: asyncio.Future[None] | None = None  # see `close`
         self.carried_by: asyncio.Transport | None = None  # the TCP transport below TLS
         self._transport: asyncio.Transport | None = None
         self._poll: select.poll | None = (
@@ -226,6 +226,12 @@ class Connection(asyncio.Protocol):
         """Close the socket at once, and pass `error` to the pending answer or to the sink of the body."""
         self.advance(Event.ABORT, error)
 
+    def close(self) -> "asyncio.Future[None]":
+        """Abort, because the gateway ends, and return a future that is done when the socket is closed."""
+        self._lost = self._lost or self._loop.create_future()
+        self.abort(errors.dropped())
+        return self._lost
+
     # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -264,7 +270,8 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.lost.set_result(None)
+        if self._lost is not None:
+            self._lost.set_result(None)
         self._on_lost(self)
 
     def _closed_cleanly(self) -> bool:

@@ -26,7 +26,7 @@ from meshproxy.config.load import MIN_SECRET_CHARS
 from meshproxy.config.settings import DEFAULT_PORTS, host_fault
 from meshproxy.errors import GatewayError, Phase, Source, invalid
 from meshproxy.upstream.connection import Connection, State, Timeouts
-from meshproxy.upstream.response import Response, closing, connect_timeout, dropped, exhausted, unreachable
+from meshproxy.upstream.response import Response, closing, connect_timeout, exhausted, unreachable
 
 HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305 section 8
 # The most that one read returns, and so what a stream with a stalled client may hold in memory beside its queued
@@ -212,11 +212,9 @@ class Pool:
             if not waiter.done():
                 waiter.set_exception(closing())
         self._waiters.clear()
-        live = [connection for connection in self._live if connection.state is not State.NEW]
-        for connection in live:
-            connection.abort(dropped())
-        if live:
-            await asyncio.wait([connection.lost for connection in live])
+        lost = [connection.close() for connection in tuple(self._live) if connection.state is not State.NEW]
+        if lost:
+            await asyncio.wait(lost)
 
     def _new(self) -> Connection | None:
         if len(self._live) >= self._limit:
