@@ -497,6 +497,12 @@ def _providers(rng: random.Random) -> History:
         )
         if rng.random() < 0.2:
             request = replace(request, fallbacks=(rng.choice(("fee", "odd", "pair")),))
+        if bad.error and rng.random() < 0.15:  # a refusal whose body comes late, or never
+            late = replace(bad, pause_s=rng.choice((1.0, 6.0)))
+            request = replace(request, answers=(late, *request.answers[1:]), timeout_s=rng.choice((0.5, 2.0)))
+        elif request.model == "drained-first" and rng.random() < 0.4:  # its client hangs up on the other one
+            slow = replace(_any_answer(rng), words=45, per_event=1, gap_s=0.2, lingers_s=0.0)
+            request = _reading(rng, replace(request, answers=(bad, slow)), 1.0)
         requests.append(request)
     return History(0, "", steps=tuple(requests))
 
