@@ -48,6 +48,7 @@ def _status_of(code: object) -> int:
         "spend_limit_exceeded": 402,
         "rate_limit_exceeded": 429,
         "gateway_timeout": 504,
+        "idempotency_conflict": 409,
         "ledger_unavailable": 503,
         "overloaded": 503,
         "provider_not_available": 503,

@@ -53,8 +53,11 @@ FULL = "This account has as many Idempotency-Keys and answers kept as it may: se
 FULL_RETRY_S = 60.0
 PING_CHECK_S = 1.0  # between two looks at whether a ping is due
 CONCLUDE_RETRY_S = 0.25
-MAX_CONCLUDE_RETRIES = 40  # ten seconds without Redis
-TOO_LARGE = "This request was served, and its answer was not kept for a replay: it was too large, or its worker died."
+NOT_KEPT = ErrorResponse(
+    409,
+    "idempotency_conflict",
+    "The answer to this request can't be replayed: it was too large, its worker died, or Redis lost a part of it.",
+)
 REPLAYED = ("idempotent-replayed", "true")
 
 
@@ -169,9 +172,11 @@ class Recording(DownstreamWrapper):
             self._mark_lost()  # Redis may or may not have these parts: an answer with a gap must not be replayed
 
     async def _write_conclusion(self, conclusion: Conclusion) -> None:
-        """Write the final state, with retries; if all fail, the record expires and a repeat may run anew."""
+        """Write the final state, with retries for as long as Redis keeps the record; then a repeat may run anew."""
         ttl_ms = FAILED_TTL_MS if conclusion == "failed" else int(self._settings.ttl_s * 1000)
-        for _ in range(MAX_CONCLUDE_RETRIES):
+        clock = asyncio.get_running_loop().time
+        gone_at = clock() + self._running_ttl_ms / 1000
+        while clock() < gone_at:
             try:
                 await self._replays.conclude(self._claim, conclusion, ttl_ms)
             except Unavailable:
@@ -279,7 +284,8 @@ class Replay:
         try:
             await self._relay(parts, downstream, heartbeat_s)
         except LookupError:
-            response = upstream_error("The request that this one repeats has failed.", may_have_run=True)
+            failed = upstream_error("The request that this one repeats has failed.", may_have_run=True)
+            response = NOT_KEPT if self._answer.state == "lost" else failed
             downstream.write(error_event(response, exchange.call.request_id))
         except Unavailable as lost:
             downstream.write(error_event(lost.response, exchange.call.request_id))
@@ -378,7 +384,7 @@ class IdempotencyKeys:
             case "full":
                 raise GatewayError(Source.CLIENT, rate_limit_exceeded(FULL, FULL_RETRY_S))
             case _:
-                raise GatewayError(Source.CLIENT, ErrorResponse(409, "idempotency_conflict", TOO_LARGE))
+                raise GatewayError(Source.CLIENT, NOT_KEPT)
 
     async def _release(self, claim: Claim) -> None:
         """Release a claim whose request was cancelled. If Redis is lost, the claim expires by its time to live."""

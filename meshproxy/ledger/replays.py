@@ -18,7 +18,7 @@ from meshproxy.ledger.store import Argument, Script, Store, StoreError
 State = Literal["claimed", "running", "finished", "lost", "conflict", "full"]
 Conclusion = Literal["running", "finished", "lost", "failed"]
 
-CHARGED_S = 15.0  # from a settlement to the record's final state: ten seconds of retries and a margin
+CHARGED_S = 15.0  # from a settlement to the record's final state, beyond which its worker has died or lost Redis
 FAILED_TTL_MS = 10_000  # long enough for attached readers to see the failure
 
 _STATES: tuple[State, ...] = ("claimed", "running", "finished", "lost", "conflict", "full")

@@ -1,6 +1,7 @@
 """Idempotency-Key, below HTTP: what is recorded, what is replayed, and what Redis's absence makes of it."""
 
 import asyncio
+import json
 from collections import Counter
 
 import pytest
@@ -72,9 +73,9 @@ class House:
         self.idempotence = IdempotencyKeys(Replays(store), tasks, lambda: self.now)
         self.client = Client()
 
-    async def enter(self, owner, *, name="once", body=b"{}", settings=SETTINGS):
+    async def enter(self, owner, *, name="once", body=b"{}", settings=SETTINGS, running_ttl_ms=60_000):
         return await self.idempotence.enter(
-            call(name), PRINCIPAL, body, self.client, settings=settings, running_ttl_ms=60_000, owner=owner
+            call(name), PRINCIPAL, body, self.client, settings=settings, running_ttl_ms=running_ttl_ms, owner=owner
         )
 
     async def play(self, replay, client=None, heartbeat_s=15, **more):
@@ -318,9 +319,36 @@ async def test_the_end_is_told_when_redis_is_back(house):
     assert (await house.play(await house.enter("h2"))).body == b"{}"
 
 
-async def test_after_a_while_it_is_told_no_more(house, monkeypatch):
-    monkeypatch.setattr(module, "MAX_CONCLUDE_RETRIES", 3)
+async def test_a_running_answer_with_a_hole_is_not_replayed_after_a_long_outage(house):
+    """Its record lasts as long without Redis: a repeat would get the part before the hole, and an error."""
     recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    await house.tasks.finish(5)
+    house.store.is_lost = True
+    recording.write(b"data: 1\n\n")
+    await until(lambda: house.store.asked["conclude"] >= 100, poll_s=0)
+    house.store.is_lost = False
+    await house.tasks.finish(5)
+    with pytest.raises(GatewayError) as caught:
+        await house.enter("h2")
+    assert caught.value.response.status == 409
+
+
+async def test_a_repeat_that_reads_along_when_a_part_is_lost_gets_the_conflict(house):
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    await house.tasks.finish(5)
+    client = Client()
+    playing = asyncio.create_task(house.play(await house.enter("h2"), client))
+    await until(lambda: client.headers, poll_s=0)
+    house.store.loses_replies_of = "append"
+    recording.write(b"data: 1\n\n")
+    await playing
+    assert json.loads(client.text.split(b"data: ")[-1])["error"]["code"] == "idempotency_conflict"
+
+
+async def test_after_a_while_it_is_told_no_more(house):
+    recording = await house.enter("h1", running_ttl_ms=10)
     house.store.is_lost = True
     recording.conclude(complete=True)
     assert await house.tasks.finish(5) == 0

@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from simulation.__main__ import main
 from simulation.history import Answer, Fault, History, KeyPlan, Request, WorkerEvent, describe, draw
@@ -12,6 +13,7 @@ from simulation.story import played
 
 FIXED = range(1, 121)
 CHUNKS = [range(first, first + 20) for first in FIXED[::20]]
+LONG = Request("q1", at_s=0.3, stream=True, keyed=True, max_tokens=5, answers=(Answer(gap_s=4.0),))
 # Histories that found a fault, shrunk: they stay what they are when others are drawn.
 FOUND = {
     "zeros hid the report of a stream that came instead of a whole answer": Request(
@@ -53,6 +55,16 @@ FOUND = {
             Fault(1.7, "disk_fails", for_s=10.0),
             WorkerEvent(2.5, "drained", for_s=25.0),
             WorkerEvent(3.8, "drained", worker=1),
+        ),
+    ),
+    "a repeat read an answer that had lost a part in a long outage": History(
+        1,
+        "found",
+        steps=(
+            LONG,
+            Fault(1.8, "slow", for_s=24.0, delay_s=1.4),
+            Request("q2", at_s=2.8, answers=(Answer(words=300, per_event=30, gap_s=0.1),)),
+            replace(LONG, name="q3", repeats="q1", at_s=26.4),
         ),
     ),
     "a stopped worker kept the socket of a client that read nothing": History(
