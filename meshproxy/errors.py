@@ -165,11 +165,6 @@ def request_timeout(message: str) -> ErrorResponse:
     return ErrorResponse(408, "request_timeout", message)
 
 
-def conflict(message: str) -> ErrorResponse:
-    """Build 409: a middleware of the program around `create_app` says that the request contradicts another."""
-    return ErrorResponse(409, "conflict", message)
-
-
 def idempotency_conflict() -> ErrorResponse:
     """Build 409: the same Idempotency-Key came with another body."""
     return ErrorResponse(409, "idempotency_conflict", "This Idempotency-Key was used before with another request body.")

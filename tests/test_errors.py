@@ -18,7 +18,6 @@ FAMILY = [
     (errors.method_not_allowed("m"), 405, "method_not_allowed", "invalid_request_error", None, None, False),
     (errors.invalid_api_version("v", ["w"]), 400, "invalid_api_version", "invalid_request_error", None, None, False),
     (errors.request_timeout("m"), 408, "request_timeout", "invalid_request_error", None, None, False),
-    (errors.conflict("m"), 409, "conflict", "conflict_error", None, None, False),
     (errors.idempotency_conflict(), 409, "idempotency_conflict", "conflict_error", None, None, False),
     (errors.request_too_large(9), 413, "request_too_large", "invalid_request_error", None, None, False),
     (errors.unsupported_media_type("m"), 415, "unsupported_media_type", "invalid_request_error", None, None, False),
