@@ -300,7 +300,7 @@ def _began_at(view: View, sight: Sight) -> float:
 def changes_hold(view: View) -> Iterator[str]:
     """Check that a revoked or suspended key is refused two seconds later, and a reload's prices are charged."""
     for done in view.record.changes:
-        if done.what not in {"revoke", "suspend"} or not done.ok or view.is_lossy:
+        if done.what not in {"revoke", "suspend"} or not done.ok or view.has_lost(done):
             continue
         for sight in view.record.sights:
             late = sight.request.key == done.key and sight.began_at > done.ended_at + PROPAGATION_S

@@ -405,6 +405,12 @@ PLANTED: Final = [
         "MAX_DRAINED_BYTES: Final = 8_192",
     ),
     Planted(
+        "a repeat looks for news each five seconds",
+        "gateway/idempotency.py",
+        "POLL_S = 0.05",
+        "POLL_S = 5.0",
+    ),
+    Planted(
         "a repeat gets no pings",
         "gateway/idempotency.py",
         "if part or self._clock() - written_at >= heartbeat_s:",

@@ -283,7 +283,9 @@ def _conflict(view: View, sight: Sight) -> bool:
     """Whether another body has the Idempotency-Key, or the answer to its first request may not have been kept."""
     others = [other for other in view.group(sight) if other is not sight and other.began_at <= sight.ended_at]
     return any(
-        other.body != sight.body or view.is_lossy or view.feels(other, *STORE, "killed", until=over_at(view, other))
+        other.body != sight.body
+        or view.may_lose(other)
+        or view.feels(other, *STORE, "killed", until=over_at(view, other))
         for other in others
     )
 

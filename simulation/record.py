@@ -201,6 +201,13 @@ class View:
                 return True
         return False
 
+    def has_lost(self, done: Done) -> bool:
+        """Whether a failover may have lost an operator's change: it loses the last second."""
+        return any(
+            trouble.what == "failover" and done.began_at <= trouble.start <= done.ended_at + LAG_S + HOP_S
+            for trouble in self.record.troubles
+        )
+
     def group(self, sight: Sight) -> list[Sight]:
         """Return the requests with the same body and Idempotency-Key, or this one alone."""
         return [other for other in self.record.sights if other.marker == sight.marker]

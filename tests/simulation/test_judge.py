@@ -786,6 +786,20 @@ def sent_at(event_at, end_at=11.0, *troubles):
     return change
 
 
+def replayed(sent_at, came_at):
+    """Let a repeat, which was sent at 10.0, have got at a time what the first request's provider had sent."""
+
+    def change(case):
+        case.sight.request = replace(case.sight.request, keyed=True)
+        case.twice(ended_at=came_at, times=[(came_at, len(STREAM))])
+        case.record.sights[1].request = replace(case.record.sights[1].request, stream=True)
+        case.record.sights[1].headers["idempotent-replayed"] = "true"
+        case.call.lines_at, case.call.ended_at = [sent_at], sent_at
+        case.record.books = {0: book(settled())}
+
+    return change
+
+
 def heard_at(*times):
     """Let the client of a stream have got pings at these times, and all the rest at the last one."""
 
@@ -993,11 +1007,12 @@ def left_at(upstream, provider_left_at):
     return change
 
 
-def told_off(what, ended_at):
+def told_off(what, ended_at, *troubles):
     """Let the key have been revoked or suspended, or another version of the template stored, before the request at 10.0."""
 
     def change(case):
         case.record.changes.append(Done(what, 5.0, ended_at, 0, 0, 2))
+        case.record.troubles = list(troubles)
 
     return change
 
@@ -1077,6 +1092,10 @@ SEEN = {
     "an event after a slow store": (sent_at(10.2, 11.0, Trouble("slow", 1.0, 9.9)), STREAMED, PROMPT),
     "an event before a slow store": (sent_at(10.2, 11.0, Trouble("slow", 12.1, 20.0)), STREAMED, PROMPT),
     "an event while a disk is full": (sent_at(10.2, 11.0, Trouble("disk_full", 10.0, 20.0)), STREAMED, PROMPT),
+    "a repeat of a running stream": (replayed(11.01, 12.0), STREAMED, set()),
+    "a repeat that lags behind": (replayed(10.99, 12.0), STREAMED, PROMPT),
+    "a repeat of a finished stream": (replayed(5.0, 11.29), STREAMED, set()),
+    "a repeat that waits for nothing": (replayed(5.0, 11.31), STREAMED, PROMPT),
     "a first ping in time": (heard_at(16.4), STREAMED, set()),
     "a first ping too late": (heard_at(16.6), STREAMED, ALIVE),
     "a ping in time": (heard_at(11.0, 17.1), STREAMED, set()),
@@ -1200,6 +1219,12 @@ SEEN = {
     "a failure that says so": (handed_on(BROKE, None, says_no=True), REQUEST, set()),
     "a revocation that is new": (told_off("revoke", 7.91), REQUEST, set()),
     "a revocation that holds": (told_off("revoke", 7.89), REQUEST, {"changes_hold"}),
+    "a revocation that a failover lost": (told_off("revoke", 6.0, Trouble("failover", 7.09, 9.0)), REQUEST, set()),
+    "a revocation before a failover": (
+        told_off("revoke", 6.0, Trouble("failover", 7.11, 9.0)),
+        REQUEST,
+        {"changes_hold"},
+    ),
     "a suspension that is new": (told_off("suspend", 7.91), REQUEST, set()),
     "a suspension that holds": (told_off("suspend", 7.89), REQUEST, {"changes_hold"}),
     "an edited template": (templated(7.89, 2), REQUEST, set()),
