@@ -107,6 +107,7 @@ def take_back() -> None:
                 for name in ("_value", "_sum"):
                     if name in fields:
                         fields[name]._value = 0.0
+            family.clear()  # of what this run looked up; prometheus-client keeps it
     _spare.extend(_lent)
     _lent.clear()
 
