@@ -91,13 +91,14 @@ def _may_close(view: View, sight: Sight) -> bool:
     """Whether the gateway may close a connection without an answer: it died, or its client read nothing for too long."""
     if sight.request.reads == "stalls" and sight.ended_at - sight.began_at >= WRITE_TIMEOUT_S:
         return True
-    if view.feels(sight, "killed"):
+    known_s = HOP_S if sight.reused else 0.0  # after which a client knows that a connection which it keeps is closed
+    if view.feels(sight, "killed", before_s=known_s):
         return True
     return any(  # a request that came when the listener had closed
         trouble.what == "drained"
         and trouble.worker == view.worker(sight)
         and (sight.sent_at is None or sight.sent_at >= trouble.start - HOP_S)
-        and sight.began_at <= trouble.end
+        and sight.began_at <= trouble.end + known_s
         for trouble in view.record.troubles
     )
 

@@ -867,6 +867,16 @@ def closed_at(sent_at, *troubles):
     return change
 
 
+def kept(change):
+    """Let the request have come on a connection that had been used before."""
+
+    def changed(case):
+        change(case)
+        case.sight.reused = True
+
+    return changed
+
+
 def conflicting(began_at, status=200, *troubles):
     """Let another body have come with the Idempotency-Key of a request that was at its provider at 10.1."""
 
@@ -1127,6 +1137,27 @@ SEEN = {
     "closed though it had come before the drain": (closed_at(10.0, Trouble("drained", 10.11, 20.0, 0)), REQUEST, ENDS),
     "closed as another worker was drained": (closed_at(10.0, Trouble("drained", 10.0, 20.0, 1)), REQUEST, ENDS),
     "closed after a drain": (closed_at(10.0, Trouble("drained", 1.0, 9.9, 0)), REQUEST, ENDS),
+    "closed on a kept connection just after a drain": (
+        kept(closed_at(10.0, Trouble("drained", 1.0, 9.91, 0))),
+        REQUEST,
+        set(),
+    ),
+    "closed on a kept connection after a drain": (
+        kept(closed_at(10.0, Trouble("drained", 1.0, 9.89, 0))),
+        REQUEST,
+        ENDS,
+    ),
+    "closed on a kept connection just after a death": (
+        kept(closed_at(10.0, Trouble("killed", 9.9, 9.91, 0))),
+        REQUEST,
+        set(),
+    ),
+    "closed on a kept connection after a death": (
+        kept(closed_at(10.0, Trouble("killed", 9.8, 9.89, 0))),
+        REQUEST,
+        ENDS,
+    ),
+    "closed on a new connection just after a death": (closed_at(10.0, Trouble("killed", 9.9, 9.91, 0)), REQUEST, ENDS),
     "closed as its worker was killed": (closed_at(10.0, Trouble("killed", 10.5, 20.0, 0)), REQUEST, set()),
     "closed as another worker was killed": (closed_at(10.0, Trouble("killed", 10.5, 20.0, 1)), REQUEST, ENDS),
     "closed long before its worker was killed": (closed_at(10.0, Trouble("killed", 12.1, 20.0, 0)), REQUEST, ENDS),
