@@ -720,6 +720,12 @@ PLANTED: Final = [
         "(usage.reasoning, price.output)",
     ),
     Planted(
+        "a settlement that was never sent relies on its hold",
+        "gateway/settle.py",
+        "            if isinstance(error, Unavailable) and not error.is_sent:\n",
+        "            if False:\n",
+    ),
+    Planted(
         "the hold of a long whole answer isn't renewed",
         "gateway/admit.py",
         "        if not self.is_local:\n            denied = await self._renew(",

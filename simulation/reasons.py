@@ -245,6 +245,7 @@ def _failed_there(view: View, sight: Sight) -> bool:
         or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S)
         or _was_killed(view, other, sight.began_at)
         or view.may_lose(other)  # the end of its record too
+        or view.feels(other, *STORE)  # its record has a gap
         for other in others
     ):
         return True

@@ -185,7 +185,7 @@ class View:
         return sight.worker % self.history.workers
 
     def may_lose(self, sight: Sight) -> bool:
-        """Whether a failover may have lost what a request cost: its settlement, or its hold before a journaled settlement.
+        """Whether a failover may have lost what a request cost: its settlement, or its hold before a repeated settlement.
 
         A failover loses the last second. A settlement may come later than its request ended if something else fails.
         """
@@ -196,8 +196,7 @@ class View:
             last = math.inf if is_late else max(ends) + LAG_S + LATENCY_S
             if min(ends) - LATENCY_S <= failover.start <= last:
                 return True
-            back_at = failover.end - RECOVERY_S + LATENCY_S
-            if sight.began_at <= failover.start and (is_late or min(ends) <= back_at):
+            if sight.began_at <= failover.start and is_late:  # the hold of a settlement whose reply may have been lost
                 return True
         return False
 

@@ -183,7 +183,9 @@ class Settler:
             if not (await answer or settlement.unheld):  # not charged before: the ledger has lost the hold
                 settlement = replace(settlement, unheld=True)
                 await self.charge(settlement)
-        except (Unavailable, StoreError):  # Redis is lost or misconfigured: the charge must survive both
+        except (Unavailable, StoreError) as error:  # Redis is lost or misconfigured: the charge must survive both
+            if isinstance(error, Unavailable) and not error.is_sent:
+                settlement = replace(settlement, unheld=True)  # a failover may lose its hold; its marker counts it once
             await self._journal.append(settlement)
         except asyncio.CancelledError:
             await self._journal.append(settlement)

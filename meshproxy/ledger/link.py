@@ -70,11 +70,12 @@ class RedisConnection(asyncio.Protocol):
     def send(self, op: str, command: Command) -> "asyncio.Future[Any]":
         """Queue one command and return the future of its reply. The future raises Unavailable or StoreError."""
         if self.lost is not None:
-            return failed(Unavailable(self.lost.kind, self.lost.reason))
+            return failed(Unavailable(self.lost.kind, self.lost.reason, is_sent=False))
         if len(self._pending) >= MAX_PENDING:
             if self._on_op is not None:
                 self._on_op(op, None, "overflow")
-            return failed(Unavailable("overflow", f"{MAX_PENDING} commands are waiting for a reply"))
+            reason = f"{MAX_PENDING} commands are waiting for a reply"
+            return failed(Unavailable("overflow", reason, is_sent=False))
         packed = command.packed if type(command) is ScriptCall else hiredis.pack_command(command)  # type: ignore[arg-type]
         if not self._outgoing:
             self._loop.call_soon(self._flush)
@@ -209,7 +210,7 @@ def disconnected(op: str, reason: str, on_op: OnOp | None) -> "asyncio.Future[An
     """Report a command that can't be sent without a connection; return the future that has failed with it."""
     if on_op is not None:
         on_op(op, None, "disconnected")
-    return failed(Unavailable("connection", reason))
+    return failed(Unavailable("connection", reason, is_sent=False))
 
 
 def _fail(future: "asyncio.Future[Any]", error: Exception) -> None:

@@ -129,14 +129,15 @@ class Unavailable(GatewayError):
     """The store can't be used now.
 
     `kind` is from a closed set, for metrics. `reason` is for logs and contains no secret; it is also the exception's
-    text.
+    text. `is_sent`: the command may have reached the server, and may have run.
     """
 
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: str, reason: str, *, is_sent: bool = True) -> None:
         super().__init__(Source.GATEWAY, ledger_unavailable())
         self.args = (reason,)
         self.kind = kind
         self.reason = reason
+        self.is_sent = is_sent
 
 
 class StoreError(Exception):

@@ -233,6 +233,12 @@ class TestSettler:
         await settle(books)
         assert books.settled == books.journaled
 
+    async def test_what_was_never_sent_needs_no_hold_later(self):
+        """A failover that ends the outage may have lost the hold; the marker counts the settlement once."""
+        books = Books(Unavailable("connection", "not connected", is_sent=False))
+        await settle(books)
+        assert [settlement.unheld for settlement in books.journaled] == [True]
+
     async def test_what_is_without_an_answer_at_the_end_is_kept_on_disk(self):
         books = Books(None)
         made, tasks = exchange(plan(BODY)), Tasks()

@@ -67,6 +67,14 @@ FOUND = {
             replace(LONG, name="q3", repeats="q1", at_s=26.4),
         ),
     ),
+    "a journaled settlement relied on a hold that a failover had lost": History(
+        1,
+        "found",
+        steps=(
+            Request("q1", at_s=0.9, prompt_words=40, answers=(Answer(delay_s=15.0, pause_s=5.0),)),
+            Fault(1.5, "failover", for_s=24.0),
+        ),
+    ),
     "a stopped worker kept the socket of a client that read nothing": History(
         1,
         "found",
