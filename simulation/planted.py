@@ -277,7 +277,7 @@ PLANTED: Final = [
     Planted(
         "what Redis didn't take is forgotten",
         "gateway/settle.py",
-        "the charge must survive both\n            await self._journal.append(settlement)",
+        "its marker counts it once\n            await self._journal.append(settlement)",
         "\n            pass",
     ),
     Planted(
