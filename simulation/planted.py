@@ -465,8 +465,8 @@ PLANTED: Final = [
     Planted(
         "a lost hold's settlement relies on it",
         "gateway/settle.py",
-        "settlement = replace(settlement, unheld=True)",
-        "return",
+        "settlement = replace(settlement, unheld=True)\n                await",
+        "return\n                await",
     ),
     Planted(
         "the local allowance is refilled before Redis has charged",
