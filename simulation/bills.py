@@ -125,8 +125,19 @@ def most_without_credit(view: View, sight: Sight) -> int | None:
             continue
         prices = [each for model in view.models(sight, event["model"]) for price in model.prices for each in price.all]
         slice_nusd = max(price.of_output(LEASE_TOKENS * sight.request.n) for price in prices)
-        bounds.append(int(event["held_nusd"]) + slice_nusd)
+        bounds.append(_at_served(view, sight, event) + slice_nusd)
     return max(bounds, default=None)
+
+
+def _at_served(view: View, sight: Sight, event: dict[str, str]) -> int:
+    """Return what the tokens that a hold covers cost, at most, in the service tier that served if that is dearer."""
+    held = costs = int(event["held_nusd"])
+    for call in view.calls.get(sight.marker, ()):
+        for model in view.models(sight, event["model"]):
+            asked, served = model.price_in(sight.request.tier), model.price_in(call.tier, sight.request.tier)
+            for before, after in ((asked.input, served.input), (asked.output, served.output)):
+                costs = max(costs, -(-held * after // before)) if before else costs
+    return costs
 
 
 def has_passed_deadline(sight: Sight) -> bool:

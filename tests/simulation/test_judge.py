@@ -697,6 +697,18 @@ def out_of_credit(cost, **fields):
     return change
 
 
+def out_of_credit_in_a_dearer_tier(cost):
+    """Let a stream for "flex" have ended for lack of credit, in "priority" at five times the price."""
+
+    def change(case):
+        out_of_credit(cost, model="served")(case)
+        case.sight.headers["x-mesh-model"] = "served"
+        case.call.answer, case.call.tier, case.call.upstream = Answer(tier="priority"), "priority", "two"
+        case.call.body |= {"model": "up-served", "service_tier": "flex"}
+
+    return change
+
+
 def beyond(excess, *, made=8, shown=8, **call):
     """Let a reported charge have exceeded its hold by so much."""
 
@@ -740,6 +752,8 @@ MONEY = {
     "tokens of a store that failed later": (felt(remaining(5), 11.1), REQUEST, BUCKETS),
     "a hold and a slice": (out_of_credit(100_000 + 16 * 10_000), STREAMED, set()),
     "more than a hold and a slice": (out_of_credit(100_001 + 16 * 10_000), STREAMED, BILLS | OVERDRAWN),
+    "a hold and a slice of a dearer tier": (out_of_credit_in_a_dearer_tier(500_000 + 16 * 30_000), SERVED, set()),
+    "more than that": (out_of_credit_in_a_dearer_tier(500_001 + 16 * 30_000), SERVED, BILLS),
     "a hold and a slice for each of two": (out_of_credit(100_000 + 320_000), Request("q0", stream=True, n=2), set()),
     "a whole answer at its hold": (beyond(0), REQUEST, set()),
     "a whole answer beyond its hold": (beyond(1), REQUEST, OVERDRAWN),
