@@ -31,7 +31,8 @@ def answers_are_prompt(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         calls = view.calls.get(sight.marker, [])
         is_repeat = "idempotent-replayed" in sight.headers
-        if not calls or sight.request.reads in {"slowly", "stalls"} or sight.sent_at is None:
+        is_slow = any(other.request.reads in {"slowly", "stalls"} for other in view.group(sight))  # and holds all back
+        if not calls or is_slow or sight.sent_at is None:
             continue
         if view.feels(sight, *STORE):  # a renewal waits for the store
             continue
