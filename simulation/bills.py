@@ -11,12 +11,13 @@ from msgspec.structs import replace
 from simulation.client import Sight
 from simulation.history import LEASE_TOKENS, STORE_TIMEOUT_S, Model, Price
 from simulation.provider import Call, prompt_tokens
-from simulation.record import LATENCY_S, RECOVERY_S, View
+from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
 
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
 FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
 TIMER_S: Final = 0.01  # that a deadline by the gateway's clock may be before that by its client's
 TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
+STORE_FAULTS: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply", "clock"})
 
 
 class Cost(NamedTuple):
@@ -92,18 +93,12 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     timed_out = sight.status == 504 or sight.error.get("code") == "gateway_timeout"
     if sight.ended in {"whole", "left"} and sight.status >= 400 and not (timed_out and goes_on):
         return [NOTHING]
-    if sight.ended == "left" and not sight.payload and sight.times and not (request.stream or goes_on):
+    may_fail = not call.answer.is_good or has_passed_deadline(sight)
+    if sight.ended == "left" and may_fail and not (sight.payload or request.stream or goes_on):
         costs.append(NOTHING)  # it left in the head, which may be an error's
     if sight.ended == "left" and not sight.status and has_passed_deadline(sight):
         costs.append(NOTHING)  # in the head of the 504
-    if goes_on and any(trouble.what == "killed" and trouble.end >= sight.began_at for trouble in view.record.troubles):
-        costs.append(NOTHING)
-    if (
-        view.may_lose(sight)
-        or view.feels(sight, "killed")
-        or sight.ended == "unconnected"
-        or died_unsettled(view, sight)
-    ):
+    if sight.ended == "unconnected" or is_lost(view, sight):
         costs.append(NOTHING)
     seen = seen_tokens(sight)
     for call in calls:
@@ -188,20 +183,58 @@ def over_at(view: View, sight: Sight) -> float:
     return max([sight.ended_at, *ended])
 
 
+def own_calls(view: View, sight: Sight) -> list[Call]:
+    """Return the calls of a request, without those of others with its Idempotency-Key."""
+    until = sight.ended_at if sight.ended == "whole" else math.inf
+    return [call for call in view.calls.get(sight.marker, ()) if sight.began_at <= call.at <= until]
+
+
+def settled_from(view: View, sight: Sight) -> float:
+    """Return when a request's client and its own calls were over, so that it is settled."""
+    return max(
+        [sight.ended_at, *(call.ended_at or math.inf for call in own_calls(view, sight) if runs_on(view, sight))]
+    )
+
+
+def is_lost(view: View, sight: Sight) -> bool:
+    """Whether a settlement may be lost: its worker was killed with it, or the store failed over right after it.
+
+    Or it was sent again because of another fault, and the store had lost its hold by then.
+    """
+    over, workers, calls = settled_from(view, sight), view.workers(sight), own_calls(view, sight)
+    admitted_by = min([sight.ended_at, *(call.at for call in calls)])
+    since = min([over, *(call.ended_at for call in calls[-1:] if call.ended_at)])  # of a client that reads slowly
+    for failover in view.record.troubles:
+        settled_by = over + LATENCY_S
+        for other in sorted(view.record.troubles, key=lambda each: each.start):
+            if other is not failover and other.start <= settled_by and other.worker in workers:
+                settled_by = max(settled_by, other.end)
+        repeated = settled_by > over + LATENCY_S  # and a repeat without a hold is charged only if no reply was lost
+        if failover.loses(since, settled_by) or (repeated and failover.loses(sight.began_at, admitted_by)):
+            return True
+    return died_unsettled(view, sight)
+
+
 def died_unsettled(view: View, sight: Sight) -> bool:
-    """Whether a process was killed that neither the store nor its disk had taken the settlement from."""
-    killed = [trouble for trouble in view.record.troubles if trouble.what == "killed" and trouble.end >= sight.began_at]
-    others = [trouble for trouble in view.record.troubles if trouble.what not in {"killed", "drained"}]
-    for death in killed:
-        for other in others:
-            if other.start > death.start:
-                continue
-            mended_at = other.end - RECOVERY_S + LATENCY_S * 2  # when the disk has taken what it had refused
-            if other.what.startswith("disk") and max(sight.ended_at, death.start) <= mended_at:
-                return True
-            if death.start <= sight.ended_at + 2 * STORE_TIMEOUT_S + LATENCY_S:
-                return True
-    return False
+    """Whether a request's worker was killed before the store or its disk had taken the settlement."""
+    over, workers = settled_from(view, sight), view.workers(sight)
+    troubles = [trouble for trouble in view.record.troubles if trouble.worker in workers]
+    deaths = [trouble.start for trouble in troubles if trouble.what == "killed" and trouble.start >= sight.began_at]
+    disks = [
+        (each.start, _mended_at(each)) for each in troubles if each.what.startswith("disk") and _mended_at(each) >= over
+    ]
+    outages = [each for each in troubles if each.what in STORE_FAULTS and each.end >= over]
+    return any(
+        death <= over + LATENCY_S
+        or (death <= over + 2 * STORE_TIMEOUT_S + LATENCY_S and any(outage.start <= death for outage in outages))
+        or (outages and any(start <= death <= mended_at for start, mended_at in disks))
+        for death in deaths
+    )
+
+
+def _mended_at(trouble: Trouble) -> float:
+    """Return when a disk has taken what it had refused."""
+    return trouble.end - RECOVERY_S + LATENCY_S * 2
 
 
 def _charges_of(
@@ -222,7 +255,7 @@ def _charges_of(
             if not call.shown and not (call.is_true and call.reported):
                 yield NOTHING  # an answer without text and without a report: nobody knows what it cost
         return
-    if timed_out and goes_on:
+    if timed_out and goes_on and not call.complete:
         yield NOTHING
     final = call.reported and not call.outdated
     if call.complete or final:
@@ -240,7 +273,7 @@ def _charges_of(
         "overloaded",
         "ledger_unavailable",
     }
-    if not (goes_on and call.complete) or view.feels(sight) or cut_by_gateway or timed_out or ran_short(view, sight):
+    if not (goes_on and call.complete) or view.feels(sight) or cut_by_gateway or ran_short(view, sight):
         yield part if seen or not sight.error else Cost(0, part.most)
     if call.reported and "completion" not in call.is_true:  # a report in the middle
         yield Cost(part.least, max(part.most, _cost(call, model.price, seen, call.shown_begun, reported=True).most))

@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
-from simulation.bills import allowed_charges, died_unsettled, over_at, runs_on, told_cost
+from simulation.bills import allowed_charges, is_lost, over_at, runs_on, told_cost
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
 from simulation.limits import BYTES_A_TOKEN
 from simulation.provider import Call
 from simulation.reasons import credit_samples, is_of_session, most_held
-from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
+from simulation.record import LATENCY_S, RECOVERY_S, Look, Sample, Trouble, View
 
 AT_ONCE_S: Final = 0.1
 LOST: Final = 74  # the exit code of a process that lost a settlement (docs/ledger.md)
@@ -62,10 +62,19 @@ def grants_count_once(view: View) -> Iterator[str]:
         for done in view.record.changes:
             if done.what == "grant" and done.account == number:
                 (sure if done.ok else maybe)[done.ref] = done.amount
-        least = sum(sure.values())
-        most = least + sum(amount for ref, amount in maybe.items() if ref not in sure)
-        if not (0 if view.is_lossy else least) <= book.granted <= most:
+        most = sum(sure.values()) + sum(amount for ref, amount in maybe.items() if ref not in sure)
+        least = sum(sure.values()) - sum(_lost_grants(view, number).values())
+        if not least <= book.granted <= most:
             yield f"a{number}: granted {book.granted}, and {least} to {most} were"
+
+
+def _lost_grants(view: View, account: int) -> dict[str, int]:
+    """Return the grants by ref that a failover may have lost."""
+    done = [each for each in view.record.changes if each.what == "grant" and each.account == account and each.ok]
+    troubles = view.record.troubles
+    lost = {each for each in done if any(trouble.loses(each.began_at, each.ended_at) for trouble in troubles)}
+    kept = {each.ref for each in done if each not in lost}
+    return {each.ref: each.amount for each in lost if each.ref not in kept}
 
 
 def charged_once(view: View) -> Iterator[str]:
@@ -143,7 +152,7 @@ def costs_are_told(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         if sight.ended != "whole" or sight.status != 200 or sight.error:
             continue
-        if view.may_lose(sight) or view.feels(sight, "killed") or died_unsettled(view, sight):
+        if is_lost(view, sight):
             continue
         told = told_cost(sight)
         if told is None:
@@ -172,7 +181,7 @@ def credit_is_not_overdrawn(view: View) -> Iterator[str]:
         lowest = min(
             (sample.balance - sample.held for sample in view.record.samples if sample.account == number), default=0
         )
-        if lowest < -excess - taken and not view.is_lossy:
+        if lowest < -excess - taken - sum(_lost_grants(view, number).values()):
             yield f"a{number}: available fell to {lowest}, and at most {excess} was used beyond holds"
         for event in charged:
             yield from _excess_faults(view, event)
@@ -226,15 +235,19 @@ def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
     cap = next((call.body[name] for name in ("max_tokens", "max_completion_tokens") if name in call.body), None)
     imposed = cap if request.max_tokens is None else None
     told = sight.headers.get("x-mesh-max-tokens")
-    is_own = sight.status == 200 and "idempotent-replayed" not in sight.headers
+    group = view.group(sight)
+    is_own = sight.status == 200 and len(group) == 1
     if is_own and sight.headers and told != (None if imposed is None else str(imposed)):
         yield f"{sight.request_id} has x-mesh-max-tokens {told}, and {call.upstream} got the cap {imposed}"
-    if imposed is None or (view.history.local and view.feels(sight, before_s=RECOVERY_S)):  # an instance's allowance
+    if imposed is None or (
+        view.history.local and any(view.feels(each, before_s=RECOVERY_S) for each in group)
+    ):  # the allowance
         return
     models = [model for name in (request.model, *request.fallbacks) for model in view.models(sight, name)]
     if request.stream and not any(model.hidden_reasoning for model in models):
         yield f"{call.upstream} got the cap {imposed} for the stream {sight.request_id}, which has none"
-    left = min((sample.balance - sample.held for sample in credit_samples(view, sight)), default=0)
+    samples = [sample for other in group for sample in credit_samples(view, other)]
+    left = min((sample.balance - sample.held for sample in samples), default=0)
     key = view.history.keys[request.key]
     budgets = [key.budget_nusd, key.session_budget_nusd if request.session else None]
     left = min([left, *(budget - _most_spent(view, sight) for budget in budgets if budget is not None)])
@@ -283,19 +296,27 @@ def renewals_raise(view: View) -> Iterator[str]:
 
 def holds_are_kept(view: View) -> Iterator[str]:
     """Check that no hold is lost without a reason, and that a client that reads nothing keeps its own for a while alone."""
-    if view.record.troubles:
-        return
     for number, book in view.record.books.items():
         for event in book.events:
             if event["event"] == "abandoned" or event.get("hold", "live") != "live":
-                yield f"a{number}: the hold {event['hold_id']} was abandoned"
+                since, until = _life(view, event)
+                if not any(each.start <= until and each.end >= since for each in view.record.troubles):
+                    yield f"a{number}: the hold {event['hold_id']} was abandoned"
     for sight in view.record.sights:
         if sight.request.reads != "stalls" or sight.ended != "left" or sight.request.keyed or runs_on(view, sight):
             continue
-        for event in view.settled.get(sight.request_id, ()):
+        for event in () if view.feels(sight) else view.settled.get(sight.request_id, ()):
             settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
             if settled_at > sight.ended_at - 1:
                 yield f"{sight.request_id} was settled when its client gave up, and not after write_timeout_s"
+
+
+def _life(view: View, event: dict[str, str]) -> tuple[float, float]:
+    """Return when the hold of an event began, and when it was settled or abandoned, by the loop's clock."""
+    ended_ms = event["settled_ms"] if event["event"] == "settled" else event["abandoned_ms"]
+    return int(event["started_ms"]) / 1000 - view.record.store_offset_s, int(
+        ended_ms
+    ) / 1000 - view.record.store_offset_s
 
 
 def accounts_are_told(view: View) -> Iterator[str]:
@@ -306,7 +327,7 @@ def accounts_are_told(view: View) -> Iterator[str]:
         within = [sample for sample in samples if look.began_at <= sample.at <= look.ended_at]
         if look.available != look.balance - look.held:
             yield f"a{look.account}: {look.available} is available of {look.balance} less {look.held}"
-        elif not view.is_lossy and (look.balance, look.held) not in {
+        elif not _failed_over_unseen(view, before, look) and (look.balance, look.held) not in {
             (each.balance, each.held) for each in before + within
         }:
             yield f"a{look.account}: /v1/key says balance {look.balance} and held {look.held}, and neither was so"
@@ -319,6 +340,15 @@ def accounts_are_told(view: View) -> Iterator[str]:
             yield f"a{number}: the API's events say {told.events} of {wrong}, and the ledger {costs}"
         if (told.cost, told.requests) != (book.settled, len(charged)):
             yield f"a{number}: /v1/usage says {told.cost} for {told.requests} requests, {book.settled} for {len(charged)}"
+
+
+def _failed_over_unseen(view: View, before: list[Sample], look: Look) -> bool:
+    """Whether the store may have failed over since the last sample before a look: then what it had was never seen."""
+    since = min((sample.at for sample in before), default=0.0)
+    return any(
+        trouble.what == "failover" and trouble.start <= look.ended_at and since <= trouble.end - RECOVERY_S + LATENCY_S
+        for trouble in view.record.troubles
+    )
 
 
 def losses_are_told(view: View) -> Iterator[str]:

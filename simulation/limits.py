@@ -71,6 +71,11 @@ def buckets_are_right(view: View) -> Iterator[str]:
             continue
         ours = [sight for sight in view.record.sights if sight.request.key == number]
         taken = {sight.request_id: _taken(view, sight) for sight in ours if view.settled.get(sight.request_id)}
+        unsettled = [
+            sight.began_at
+            for sight in ours
+            if sight.request_id not in taken and view.calls.get(sight.marker) and len(view.group(sight)) == 1
+        ]
         for sight in ours:
             remaining = sight.headers.get("x-ratelimit-remaining-tokens")
             if (
@@ -78,6 +83,7 @@ def buckets_are_right(view: View) -> Iterator[str]:
                 or sight.headers.get("x-ratelimit-limit-tokens") != str(size)
                 or "idempotent-replayed" in sight.headers
                 or any(trouble.start <= sight.ended_at for trouble in view.record.troubles)
+                or any(began_at <= sight.ended_at for began_at in unsettled)  # of a worker that was killed later
             ):
                 continue
             others = [other for name, other in taken.items() if name != sight.request_id]

@@ -77,6 +77,10 @@ class Trouble(NamedTuple):
     end: float
     worker: int | None = None
 
+    def loses(self, since: float, until: float) -> bool:
+        """Whether it is a failover that loses what was written to the store between two times: the second before it."""
+        return self.what == "failover" and since <= self.start <= until + LAG_S
+
 
 class Look(NamedTuple):
     """What `GET /v1/key` said of an account's credit, in nano-USD, and when it was asked and answered."""
@@ -171,14 +175,18 @@ class View:
 
         A worker's end is felt by its own requests, and by those that have their Idempotency-Keys.
         """
-        workers = {self.worker(other) for other in self.group(sight)} if sight.request.keyed else {self.worker(sight)}
+        workers = self.workers(sight)
         return any(
             trouble.start <= (sight.ended_at if until is None else until) + LATENCY_S
             and trouble.end >= sight.began_at - before_s
-            and (trouble.worker is None or trouble.worker in workers)
+            and trouble.worker in workers
             for trouble in self.record.troubles
             if not whats or trouble.what in whats
         )
+
+    def workers(self, sight: Sight) -> set[int | None]:
+        """Return the workers that a request may feel: its own, and those of its Idempotency-Key; None stands for all."""
+        return {None, *(self.worker(other) for other in (self.group(sight) if sight.request.keyed else [sight]))}
 
     def worker(self, sight: Sight) -> int:
         """Return the number of the worker that got a request."""

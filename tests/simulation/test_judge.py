@@ -13,7 +13,20 @@ from simulation.judge import RULES, judge
 from simulation.limits import Taken, level_at_least, level_at_most
 from simulation.planted import PLANTED, ROOT
 from simulation.provider import Bill, Call
-from simulation.record import Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
+from simulation.record import (
+    LATENCY_S,
+    RECOVERY_S,
+    Book,
+    Done,
+    Finding,
+    Look,
+    Loss,
+    Record,
+    Sample,
+    Told,
+    Trouble,
+    marker_of,
+)
 from simulation.story import played
 
 GRANTED = 1_000_000_000
@@ -53,6 +66,7 @@ def settled(**fields):
         "usage_source": "reported",
         "waived_nusd": 0,
         "outcome": "completed",
+        "started_ms": 10_000,
         "settled_ms": 11_000,
     }
     return {name: str(value) for name, value in {**event, **fields}.items()}
@@ -645,10 +659,14 @@ def left_in_a_head(ended_at):
 
 def felt(change, at, what="gone"):
     """Let a trouble of the store have begun at a time too."""
+    return troubled(change, Trouble(what, at, at + 1))
 
+
+def troubled(change, *troubles):
     def changed(case):
         change(case)
-        case.record.troubles.append(Trouble(what, at, at + 1))
+        case.record.history = replace(case.record.history, workers=2)
+        case.record.troubles += troubles
 
     return changed
 
@@ -1345,3 +1363,90 @@ def test_what_clients_see_is_judged_at_its_bounds(change, request_, broken):
 def test_a_bucket_s_level_has_bounds(taken, least, most):
     bounds = level_at_least(600, [taken], 2.0, 2.1), level_at_most(600, [taken], 2.0, 2.1)
     assert bounds == pytest.approx((least, most), abs=0.11)
+
+
+UNPAID = {"charges_are_bills", "costs_are_told"}
+OVER = 20.0  # when the request of these tests is
+OUTAGE = Trouble("gone", OVER - 0.5, 60.0)
+FULL = Trouble("disk_full", OVER - 0.5, 31.0 + RECOVERY_S - 2 * LATENCY_S)  # whose disk has taken all at 31.0
+
+
+def killed(at, worker=0):
+    return Trouble("killed", at, at + 5, worker)
+
+
+def failover(at, gone_s=0.05):
+    return Trouble("failover", at, at + gone_s + RECOVERY_S)
+
+
+@pytest.mark.parametrize(
+    ("troubles", "broken"),
+    [
+        pytest.param([killed(10.0)], set(), id="killed as it began"),
+        pytest.param([killed(9.99)], UNPAID, id="killed before it began"),
+        pytest.param([killed(OVER + 1)], set(), id="killed as it was settled"),
+        pytest.param([killed(OVER + 1.01)], UNPAID, id="killed after it was settled"),
+        pytest.param([killed(OVER, worker=1)], UNPAID, id="another worker was killed"),
+        pytest.param([killed(OVER + 5), OUTAGE], set(), id="killed while the store was awaited"),
+        pytest.param([killed(OVER + 5.01), OUTAGE], UNPAID, id="killed when its journal had it"),
+        pytest.param([killed(24.0), OUTAGE._replace(start=24.01)], UNPAID, id="killed before the store was lost"),
+        pytest.param([killed(24.0), OUTAGE._replace(start=5.0, end=19.99)], UNPAID, id="killed after an outage"),
+        pytest.param([killed(31.0), OUTAGE, FULL], set(), id="killed with a full disk"),
+        pytest.param([killed(31.01), OUTAGE, FULL], UNPAID, id="killed when the disk had room"),
+        pytest.param([killed(31.0), FULL], UNPAID, id="killed with a full disk that was not needed"),
+        pytest.param([failover(OVER)], set(), id="failed over as it was over"),
+        pytest.param([failover(OVER - 0.01)], UNPAID, id="failed over before it was over"),
+        pytest.param([failover(OVER + 2)], set(), id="failed over a second after the settlement"),
+        pytest.param([failover(OVER + 2.01)], UNPAID, id="failed over later"),
+        pytest.param([failover(61.0), OUTAGE], set(), id="failed over after the journal was replayed"),
+        pytest.param([failover(61.01), OUTAGE], UNPAID, id="failed over long after the journal was replayed"),
+        pytest.param([failover(11.1), OUTAGE], set(), id="its hold was lost, and the reply to its settlement"),
+        pytest.param([failover(11.11), OUTAGE], UNPAID, id="its hold was not lost"),
+        pytest.param([failover(9.99), OUTAGE], UNPAID, id="an older hold was lost"),
+        pytest.param([failover(11.1, gone_s=30.0)], UNPAID, id="its hold was lost, and the store was gone at its end"),
+    ],
+)
+def test_a_charge_may_be_missing_only_where_it_was_lost(troubles, broken):
+    case = Case()
+    case.sight.ended_at = case.call.ended_at = OVER
+    troubled(not_charged, *troubles)(case)
+    assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
+
+
+@pytest.mark.parametrize(("at", "lost"), [(0.99, False), (1.0, True), (3.0, True), (3.01, False)])
+def test_a_grant_may_be_missing_only_where_it_was_lost(at, lost):
+    case = Case()
+    case.record.books = {0: replace(book(settled()), granted=0)}
+    case.record.troubles = [failover(at)]
+    assert ("grants_count_once" in {finding.rule for finding in judge(case.record)}) != lost
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "excused"), [(11.0, 12.0, True), (11.01, 12.0, False), (5.0, 10.0, True), (5.0, 9.99, False)]
+)
+def test_a_hold_may_be_lost_only_in_its_time(start, end, excused):
+    case = Case()
+    case.record.books = {0: book(settled(hold="abandoned"))}
+    case.record.troubles = [Trouble("gone", start, end)]
+    assert ("holds_are_kept" in {finding.rule for finding in judge(case.record)}) != excused
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "excused"),
+    [(9.5, 30.0, True), (9.51, 30.0, False), (4.0, 6.0 + RECOVERY_S, True), (4.0, 5.99 + RECOVERY_S, False)],
+)
+def test_a_balance_that_nobody_saw_may_be_told_only_after_a_failover(start, end, excused):
+    case = Case()
+    balance_told_wrong(case)
+    case.record.samples.insert(0, Sample(7.0, 0, GRANTED, 0))
+    case.record.troubles = [Trouble("failover", start, end)]
+    assert ("accounts_are_told" in {finding.rule for finding in judge(case.record)}) != excused
+
+
+@pytest.mark.parametrize(("complete", "charge", "broken"), [(True, 0, True), (True, COST, False), (False, 0, False)])
+def test_a_request_that_runs_on_past_its_deadline_is_charged(complete, charge, broken):
+    case = Case(Request("q0", keyed=True, timeout_s=0.5))
+    case.sight.status, case.sight.payload = 504, envelope(code="gateway_timeout")
+    case.call.complete = complete
+    case.record.books = {0: book(settled(cost_nusd=charge))}
+    assert ("charges_are_bills" in {finding.rule for finding in judge(case.record)}) == broken
