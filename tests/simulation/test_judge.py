@@ -997,6 +997,14 @@ def limited(wait_s, others=1, *troubles, **limits):
     return change
 
 
+def tokens_left(*troubles):
+    def change(case):
+        tokens_kept(case)
+        case.record.troubles = list(troubles)
+
+    return change
+
+
 def waited(settled_at):
     """Let a request for tokens have waited as it was told, in vain, and another have been over at a time."""
 
@@ -1235,6 +1243,8 @@ SEEN = {
     "a wait for a request of a burst": (limited(20.0, 3, requests_per_minute=3, burst=2), REQUEST, set()),
     "a wait for tokens": (limited(45.0, 2, tokens_per_minute=100), REQUEST, set()),
     "a wait for tokens that is too long": (limited(91.3, 2, tokens_per_minute=100), REQUEST, WAITS),
+    "tokens that were kept": (tokens_left(), REQUEST, {"buckets_are_right"}),
+    "tokens by a clock that jumps later": (tokens_left(Trouble("clock", 20.0, 41.0)), REQUEST, set()),
     "a wait after an outage": (limited(59.0, 1, Trouble("gone", -70, -49.9), requests_per_minute=1), REQUEST, set()),
     "a wait long after one": (limited(59.0, 1, Trouble("gone", -70, -50.1), requests_per_minute=1), REQUEST, WAITS),
     "a wait for tokens of a template": (
