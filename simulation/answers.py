@@ -36,6 +36,8 @@ def answers_are_prompt(view: View) -> Iterator[str]:
             continue
         if view.feels(sight, *STORE):  # a renewal waits for the store
             continue
+        if any(view.may_lose(other) for other in view.group(sight)):  # a repeat waits for the end of the first one's record
+            continue
         if len(view.group(sight)) > 1 and (len(calls) > 1 or not is_repeat):
             continue  # another's call
         call, most_s = calls[-1], REPEATED_S if is_repeat else PROMPT_S
