@@ -224,6 +224,10 @@ class View:
         found = []
         for index, (since, models) in enumerate(self.record.prices):
             ends = self.record.prices[index + 1][0] if index + 1 < len(self.record.prices) else math.inf
+            drains = [trouble for trouble in self.record.troubles if trouble.what == "drained"]
+            for drain in drains:  # a worker that ends reads no other configuration
+                if drain.worker == self.worker(sight) and drain.start <= ends <= drain.end:
+                    ends = drain.end
             if since <= sight.ended_at and ends + PROPAGATION_S >= sight.began_at:
                 found.append(models[name])
         return found
