@@ -36,7 +36,7 @@ def answers_are_prompt(view: View) -> Iterator[str]:
             continue
         if view.feels(sight, *STORE):  # a renewal waits for the store
             continue
-        if any(view.may_lose(other) for other in view.group(sight)):  # a repeat waits for the end of the first one's record
+        if any(map(view.may_lose, view.group(sight))):  # a repeat waits for the end of the first one's record
             continue
         if len(view.group(sight)) > 1 and (len(calls) > 1 or not is_repeat):
             continue  # another's call
