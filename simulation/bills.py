@@ -16,6 +16,7 @@ from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
 FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
 TIMER_S: Final = 0.01  # that a deadline by the gateway's clock may be before that by its client's
+BYTES_A_TOKEN: Final = 3  # of a prompt, by the estimate that is held (docs/api.md)
 TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
 STORE_FAULTS: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply", "clock"})
 
@@ -120,7 +121,11 @@ def most_without_credit(view: View, sight: Sight) -> int | None:
             continue
         prices = [each for model in view.models(sight, event["model"]) for price in model.prices for each in price.all]
         slice_nusd = max(price.of_output(LEASE_TOKENS * sight.request.n) for price in prices)
-        bounds.append(_at_served(view, sight, event) + slice_nusd)
+        bodies = [json.dumps(call.body["messages"]) for call in view.calls.get(sight.marker, ())]
+        held_for = min(map(len, bodies), default=0) // BYTES_A_TOKEN
+        more_prompt = max(0, int(event["prompt_tokens"]) - held_for)  # citations, and what the estimate is too low by
+        prompt_nusd = max(-(-more_prompt * price.input // 1_000_000) for price in prices)
+        bounds.append(_at_served(view, sight, event) + slice_nusd + prompt_nusd)
     return max(bounds, default=None)
 
 

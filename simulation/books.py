@@ -5,10 +5,9 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
-from simulation.bills import allowed_charges, is_lost, over_at, runs_on, told_cost
+from simulation.bills import BYTES_A_TOKEN, allowed_charges, is_lost, over_at, runs_on, told_cost
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
-from simulation.limits import BYTES_A_TOKEN
 from simulation.provider import Call
 from simulation.reasons import credit_samples, is_of_session, most_held
 from simulation.record import LATENCY_S, RECOVERY_S, Look, Sample, Trouble, View
