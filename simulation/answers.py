@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Final, Literal
 
-from simulation.bills import is_usage_only, runs_on, without_cost
+from simulation.bills import is_usage_only, ran_short, runs_on, without_cost
 from simulation.client import Sight
 from simulation.history import (
     HEARTBEAT_S,
@@ -182,7 +182,7 @@ def attempts_are_told(view: View) -> Iterator[str]:
 def what_runs_on_is_read(view: View) -> Iterator[str]:
     """Check that an answer that goes on without its client is read to its end, for `DETACHED_S` at most."""
     for sight in view.record.sights:
-        if sight.ended != "left" or not runs_on(view, sight):
+        if sight.ended != "left" or not runs_on(view, sight) or ran_short(view, sight):
             continue
         for call in view.calls.get(sight.marker, ()):
             is_early = call.ended == "closed" and call.ended_at < sight.ended_at + DETACHED_S
