@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from meshproxy.errors import ErrorResponse, GatewayError, Source, UpstreamError, gateway_timeout, upstream_error
-from meshproxy.gateway.exchange import ActiveConfig, Downstream, Exchange, Headers
+from meshproxy.gateway.exchange import ActiveConfig, Downstream, DownstreamWrapper, Exchange, Headers
 from meshproxy.gateway.health import Attempt, Health
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
@@ -56,15 +56,34 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
         await response.wait_for_more(left_s)
 
 
+class OneHead(DownstreamWrapper):
+    """The client's side of a repeat, which sends one head: an early one, or that of the answer."""
+
+    def __init__(self, downstream: Downstream, early_head: "EarlyHead") -> None:
+        super().__init__(downstream)
+        self._early_head = early_head
+
+    def begin(self, headers: Headers) -> None:
+        """Send the head unless the client has one."""
+        self._early_head.waits = False
+        if not self._early_head.is_sent:
+            self._downstream.begin(headers)
+
+    def write(self, payload: bytes, frame: bytes | None = None) -> None:
+        """Send body bytes."""
+        self._downstream.write(payload, frame)
+
+
 class EarlyHead:
     """The client's side of a stream until a provider's answer begins.
 
     After `heartbeat_s` of silence the client gets its head and pings; a later failure is sent as an error event.
     `headers` returns the head's current headers; `on_begin` is called when the head is sent early. `written_at`: when
-    the client was last written to, or began to wait.
+    the client was last written to, or began to wait. `is_sent`: the client has a head, from here or, with `begun` false,
+    from the time in which its request was a repeat.
     """
 
-    __slots__ = ("_clock", "_downstream", "_headers", "_on_begin", "begun", "waits", "written_at")
+    __slots__ = ("_clock", "_downstream", "_headers", "_on_begin", "begun", "is_sent", "waits", "written_at")
 
     def __init__(
         self,
@@ -73,7 +92,7 @@ class EarlyHead:
         on_begin: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        self.begun = False
+        self.begun = self.is_sent = False
         self.waits = True  # no answer has begun
         self._downstream = downstream
         self._headers = headers
@@ -86,7 +105,7 @@ class EarlyHead:
         if not self.waits or now - self.written_at < heartbeat_s or self._downstream.congested():
             return
         if not self.begun:
-            self.begun = True
+            self.begun = self.is_sent = True
             self._downstream.begin(self._headers())
             self._on_begin()
         self._downstream.write(PING)

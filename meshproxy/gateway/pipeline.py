@@ -19,7 +19,7 @@ from meshproxy.errors import (
     overloaded,
 )
 from meshproxy.gateway.admit import Admitter, Lease, limit_headers
-from meshproxy.gateway.attempts import Attempts, EarlyHead, answer_deadline, may_drain, within
+from meshproxy.gateway.attempts import Attempts, EarlyHead, OneHead, answer_deadline, may_drain, within
 from meshproxy.gateway.entry import (
     LARGE_BYTES,
     MIN_UNADMITTED,
@@ -56,7 +56,7 @@ from meshproxy.openai.event_stream import StreamScanner
 from meshproxy.openai.events import FORM_BYTES, Whole, as_whole, form_of
 from meshproxy.openai.headers import downstream_headers
 from meshproxy.openai.output import answer_tokens, audio_format
-from meshproxy.openai.request import decode_timeout_s
+from meshproxy.openai.request import decode_repeated
 from meshproxy.openai.usage import decode_answer
 from meshproxy.policy.failover import classify_error, ended_early, stream_error
 from meshproxy.policy.principal import Principal
@@ -186,8 +186,9 @@ class Gateway:
     async def _process_once(
         self, exchange: Exchange, principal: Principal, body: bytes, active: ActiveConfig, downstream: Downstream
     ) -> Reply | None:
-        """Process the first request of an Idempotency-Key; replay its answer to the others."""
+        """Process the first request of an Idempotency-Key; replay its answer to the others, which get pings meanwhile."""
         settings = active.settings
+        early_head: EarlyHead | None = None
         while True:
             entered = await self._idempotence.enter(
                 exchange.call,
@@ -204,10 +205,24 @@ class Gateway:
                 return await self._process(exchange, principal, body, active, entered)
             with contextlib.suppress(LookupError):  # the first one failed: this request may now be the first
                 most = min(MAX_WAITING, max(1, settings.server.max_in_flight // 8))
-                if (timeout_s := decode_timeout_s(body)) is not None:
-                    exchange.limit_to(timeout_s)
+                repeated = decode_repeated(body)
+                if repeated.timeout is not None:
+                    exchange.limit_to(repeated.timeout)
                 left_s = exchange.deadline - self._clock() if math.isfinite(exchange.deadline) else None
-                reply = await entered.play(exchange, downstream, settings.server.heartbeat_s, most, left_s)
+                if early_head is None:
+                    early_head = exchange.early_head = EarlyHead(
+                        downstream,
+                        lambda: [*STREAM_HEADERS, ("x-request-id", exchange.call.request_id)],
+                        exchange.mark_streaming,
+                        self._clock,
+                    )
+                    downstream = OneHead(downstream, early_head)
+                if repeated.stream:
+                    self._live.early_heads.add(early_head)
+                try:
+                    reply = await entered.play(exchange, downstream, settings.server.heartbeat_s, most, left_s)
+                finally:
+                    self._live.early_heads.discard(early_head)
                 exchange.outcome = "replayed"
                 return reply
 
@@ -266,12 +281,14 @@ class Gateway:
         self, exchange: Exchange, plan: Plan, active: ActiveConfig, downstream: Downstream
     ) -> Response:
         """Return the response to stream from; the client gets pings while it waits for it."""
+        as_repeat = exchange.early_head
         early_head = exchange.early_head = EarlyHead(
             downstream,
             lambda: [*STREAM_HEADERS, *self._own_headers(exchange)],
             exchange.mark_streaming,
             self._clock,
         )
+        early_head.is_sent = as_repeat is not None and as_repeat.is_sent
         self._live.early_heads.add(early_head)
         try:
             response = await self._attempts.first_answer(exchange, plan, active)
@@ -392,9 +409,9 @@ class Gateway:
         exchange.code = error_response.code
         request_id, masked = exchange.call.request_id, exchange.mask_secrets(error_response)
         early_head = exchange.early_head
-        if early_head is not None and early_head.begun and early_head.waits:
+        if early_head is not None and early_head.is_sent and early_head.waits:
             exchange.status = 200
-            recording = exchange.recording if exchange.detached else None
+            recording = exchange.recording if exchange.detached or not early_head.begun else None
             early_head.end(masked, request_id, recording and recording.client)
             return None
         exchange.status = error_response.status

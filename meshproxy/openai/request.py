@@ -142,19 +142,22 @@ _BULK: Final = Decoder(LargeMembers)
 _TEXT: Final = Decoder(str)
 
 
-class _Deadline(Struct, gc=False):
+class RepeatedRequest(Struct, frozen=True, gc=False):
+    """What a repeat needs of its body while it waits for the first request: the client's deadline in seconds, and the form."""
+
     timeout: Annotated[float, Meta(gt=0)] | None = None
+    stream: bool | None = None
 
 
-_DEADLINE = Decoder(_Deadline)
+_REPEATED = Decoder(RepeatedRequest)
 
 
-def decode_timeout_s(body: bytes) -> float | None:
-    """Return the `timeout` of a body that nothing else is needed of; None where there is none that is valid."""
+def decode_repeated(body: bytes) -> RepeatedRequest:
+    """Return the members of a repeat's body; without them where one is invalid, as the first request is refused then."""
     try:
-        return _DEADLINE.decode(body).timeout
+        return _REPEATED.decode(body)
     except (msgspec.MsgspecError, ValueError):
-        return None
+        return RepeatedRequest()
 
 
 class ChatRequest(Struct, frozen=True):

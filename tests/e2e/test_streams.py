@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from meshproxy.ledger.records import AccountKeys
+from meshproxy.ledger.replays import Replays, body_digest
 from meshproxy.policy.principal import Limits
 from meshproxy.server.chat import ClientStream
 from meshproxy.telemetry.exposition import decode
@@ -350,6 +351,33 @@ async def test_a_repeat_that_reads_along_sees_the_end_that_the_first_sees(start_
     assert sorted("idempotent-replayed" in answer.headers for answer in answers) == [False, True]
     assert [answer.code for answer in answers] == [code, code]
     assert answers[0].body == answers[1].body
+
+
+@pytest.mark.parametrize(
+    ("route", "credit", "end"),
+    [
+        ("sim/plain?tokens=8", "25", "[DONE]"),
+        ("sim/plain?tokens=8&ttft=0.2", "25", "[DONE]"),
+        ("sim/plain?tokens=8", "0.000001", "insufficient_credits"),
+        ("sim/error-500", "25", "upstream_error"),
+    ],
+)
+async def test_a_repeat_gets_pings_while_it_waits_for_a_first_request_that_has_died(start_mesh, route, credit, end):
+    """Then it runs itself, behind the head that the pings began; another repeat gets its answer, or runs anew."""
+    mesh = await start_mesh(server={"heartbeat_s": 0.05}, models={"m": model("sim", route)})
+    caller = await mesh.key(credit=credit)
+    body = json.dumps({"model": "m", "messages": HELLO, "stream": True}).encode()
+    replays = Replays(mesh.worker.store)
+    died = replays.claim_by(caller.account, caller.key.id, "once", "died")
+    await replays.claim(died, body_digest(body), 300, most_keys=10, most_bytes=1000)
+    once = {"idempotency-key": "once"}
+    answer = await mesh.post(caller, body, headers=once)
+    assert (answer.status, answer.body.count(b": ping\n\n") >= 3) == (200, True)
+    assert answer.events[-1] == end if end == "[DONE]" else answer.code == end
+    again = await mesh.post(caller, body, headers=once)
+    assert ("idempotent-replayed" in again.headers, again.headers.get("x-mesh-model")) == (
+        (True, "m") if end == "[DONE]" else (False, None)
+    )
 
 
 async def test_a_repeat_that_reads_along_ends_honestly_when_the_gateway_shuts_down(start_mesh):
