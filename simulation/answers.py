@@ -185,7 +185,7 @@ def what_runs_on_is_read(view: View) -> Iterator[str]:
         if sight.ended != "left" or not runs_on(view, sight) or ran_short(view, sight):
             continue
         for call in view.calls.get(sight.marker, ()):
-            is_early = call.ended == "closed" and call.ended_at < sight.ended_at + DETACHED_S
+            is_early = call.ended == "closed" and sight.ended_at <= call.ended_at < sight.ended_at + DETACHED_S
             if is_early and not view.feels(sight, until=call.ended_at):
                 yield f"{call.upstream} was left {call.ended_at - sight.ended_at:.2f} s after {sight.request_id}'s client"
 

@@ -1324,6 +1324,8 @@ SEEN = {
     "eight characters of it": (echoed(PROVIDER_SECRET[:8]), REQUEST, {"bytes_are_ones_own"}),
     "seven characters of it": (echoed(PROVIDER_SECRET[:7]), REQUEST, set()),
     "a drained answer is left": (left_at("drained", 130.9), REQUEST, {"what_runs_on_is_read"}),
+    "a drained answer is left before its client has": (left_at("drained", 10.9), REQUEST, set()),
+    "a drained answer is left as its client has": (left_at("drained", 11.0), REQUEST, {"what_runs_on_is_read"}),
     "a drained answer is left in the end": (left_at("drained", 131.1), REQUEST, set()),
     "an answer is left with its client": (left_at("one", 12.9), REQUEST, set()),
     "an answer is left too late": (left_at("one", 13.1), REQUEST, {"hang_ups_are_noticed"}),
