@@ -199,6 +199,7 @@ class Settler:
         price = exchange.price or (candidate.price if candidate is not None else None)
         age_s = self._clock() - exchange.call.received_at
         recording = exchange.recording
+        kept_ms = recording.ttl_ms if recording is not None and exchange.complete else -1
         return Settlement(
             hold_id=request.hold_id,
             request_id=exchange.call.request_id,
@@ -218,7 +219,7 @@ class Settler:
             code=exchange.code,
             upstream_status=exchange.upstream_status,
             replay=recording.record if recording is not None else None,
-            replay_ttl_ms=recording.ttl_ms if recording is not None else 0,
+            replay_ttl_ms=kept_ms if recording is not None else 0,
             budgets=request.budgets,
             account_budgets=request.account_budgets,
         )

@@ -112,8 +112,8 @@ class Settlement(Struct, frozen=True, kw_only=True):
 
     `code` is that of the error that the client got, `upstream_status` the HTTP status of the last upstream (0: none).
     `unheld`: admitted without Redis, so that Redis may have no hold of it; this stays true through every retry.
-    `replay` is the record of the request's Idempotency-Key; `replay_ttl_ms` is how long its answer is kept. The budgets
-    are those whose thresholds append events to the usage stream.
+    `replay` is the record of the request's Idempotency-Key; `replay_ttl_ms` is how long its answer is kept, -1 if
+    that isn't complete. The budgets are those whose thresholds append events to the usage stream.
     """
 
     hold_id: str

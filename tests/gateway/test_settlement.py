@@ -1,5 +1,6 @@
 import asyncio
 from decimal import Decimal
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -184,12 +185,14 @@ class Books:
         self.journaled.append(settlement)
 
 
-async def settle(books, *, with_lease=True):
+async def settle(books, *, with_lease=True, outcome="completed", **fields):
     made, tasks = exchange(plan(BODY)), Tasks()
     if with_lease:
         made.lease = lease(Renewals())
     bill(made, report(10, 20), None, lambda: 0)
-    made.outcome = "completed"
+    made.outcome = outcome
+    for name, value in fields.items():
+        setattr(made, name, value)
     Settler(books, books, None, tasks, lambda: 1000.0, lambda: 2.5).settle(made)
     await tasks.finish(1)
     return made
@@ -216,6 +219,13 @@ class TestSettler:
             settlement.unheld,
         ) == (225_000, "reported", "completed", 997_500, False)
         assert '"output":10000000000' in settlement.price
+
+    @pytest.mark.parametrize("complete, kept_ms", [(True, 60_000), (False, -1)])
+    async def test_how_long_a_key_is_charged_whose_client_left(self, complete, kept_ms):
+        books, recording = Books(True), SimpleNamespace(record="record", ttl_ms=60_000)
+        await settle(books, outcome="client_disconnected", recording=recording, complete=complete)
+        (settlement,) = books.settled
+        assert (settlement.replay, settlement.replay_ttl_ms) == ("record", kept_ms)
 
     async def test_nothing_without_a_hold(self):
         books = Books()

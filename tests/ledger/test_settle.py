@@ -297,21 +297,27 @@ async def claimed(store, keys, owner, state="running"):
     return {"replay": record, "replay_ttl_ms": 60_000}
 
 
-async def test_a_completed_request_settles_its_idempotency_key(ledger, ask, settlement, read, store, keys):
-    """Its worker may die right behind: nobody runs it anew."""
+@pytest.mark.parametrize("outcome", ["completed", "client_disconnected"])
+async def test_a_complete_answer_settles_its_idempotency_key(ledger, ask, settlement, read, store, keys, outcome):
+    """Its worker may die right behind: nobody runs it anew. It may have gone on without its client."""
     await ledger.grant("acme", 1000)
     record = await claimed(store, keys, "h1")
     await ledger.admit(ask("h1"))
-    await ledger.settle(settlement("h1", session="s1", **record))
+    await ledger.settle(settlement("h1", session="s1", outcome=outcome, **record))
     assert (await read.hash(record["replay"]))["state"] == "charged"
     assert 50_000 < await store.execute("PTTL", record["replay"]) <= 60_000
 
 
-async def test_a_failed_request_leaves_its_idempotency_key_as_it_is(ledger, ask, settlement, read, store, keys):
+@pytest.mark.parametrize(
+    ("outcome", "ttl_ms"), [("upstream_failed", -1), ("client_disconnected", -1), ("upstream_failed", 60_000)]
+)
+async def test_a_failed_request_leaves_its_idempotency_key_as_it_is(
+    ledger, ask, settlement, read, store, keys, outcome, ttl_ms
+):
     await ledger.grant("acme", 1000)
-    record = await claimed(store, keys, "h1")
+    record = await claimed(store, keys, "h1") | {"replay_ttl_ms": ttl_ms}
     await ledger.admit(ask("h1"))
-    await ledger.settle(settlement("h1", outcome="upstream_failed", **record))
+    await ledger.settle(settlement("h1", outcome=outcome, **record))
     assert (await read.hash(record["replay"]))["state"] == "running"
 
 

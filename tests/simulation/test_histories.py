@@ -14,6 +14,7 @@ from simulation.story import played
 FIXED = range(1, 121)
 CHUNKS = [range(first, first + 20) for first in FIXED[::20]]
 LONG = Request("q1", at_s=0.3, stream=True, keyed=True, max_tokens=5, answers=(Answer(gap_s=4.0),))
+LEFT = Request("q1", at_s=0.3, stream=True, keyed=True, answers=(Answer(gap_s=0.2),))
 # Histories that found a fault, shrunk: they stay what they are when others are drawn.
 FOUND = {
     "zeros hid the report of a stream that came instead of a whole answer": Request(
@@ -73,6 +74,25 @@ FOUND = {
         steps=(
             Request("q1", at_s=0.9, prompt_words=40, answers=(Answer(delay_s=15.0, pause_s=5.0),)),
             Fault(1.5, "failover", for_s=24.0),
+        ),
+    ),
+    "a complete answer whose client had left didn't mark its key as charged": History(
+        1,
+        "found",
+        steps=(
+            replace(LEFT, reads="hangs_up", after=700.0),
+            Fault(1.5, "refused", for_s=25.0),
+            replace(LEFT, name="q2", repeats="q1", at_s=30.0),
+        ),
+    ),
+    "a repeat heard nothing while it waited for a first request that had died": History(
+        1,
+        "found",
+        workers=2,
+        steps=(
+            replace(LEFT, answers=(Answer(delay_s=1.0),)),
+            WorkerEvent(0.7, "killed", for_s=0.0),
+            replace(LEFT, name="q2", repeats="q1", at_s=3.0, worker=1, answers=(Answer(delay_s=1.0),)),
         ),
     ),
     "a stopped worker kept the socket of a client that read nothing": History(

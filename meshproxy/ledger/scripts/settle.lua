@@ -2,9 +2,9 @@
 -- aggregates of the hour and of the month. The balance may become negative, because the work is done. A second settlement of
 -- the same id writes nothing. An abandoned hold is settled late: the charge is the same, and there is nothing left to release.
 --
--- The settlement of a request with an Idempotency-Key also updates the key's record: a completed request marks it charged. So
--- a repeat can't run and cost again even if the worker dies now. If another request owns the record by now, that request is
--- charged and this one is not.
+-- The settlement of a request with an Idempotency-Key also updates the key's record: a complete answer marks it charged,
+-- also one that went on without its client. So a repeat can't run and cost again even if the worker dies now. If another
+-- request owns the record by now, that request is charged and this one is not.
 --
 -- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend, 9 key's bucket,
 --        10 key's spend, 11 key's running, 12 hour, 13 requests of the day, 14 index of hours, 15 month, 16 marker of a
@@ -13,7 +13,7 @@
 --        (nano-USD), 5 request id, 6 key id, 7 account, 8 session or '', 9 model, 10 upstream, 11-17 tokens: prompt,
 --        completion, cached, cache write, reasoning, audio prompt, audio completion, 18 usage source, 19 outcome,
 --        20 price (JSON), 21 start time (Unix ms), 22 attempts, 23 cache-write tokens that are cached for an hour, 24 how long a
---        charged record is kept (ms; 0: no Idempotency-Key), 25 error's code or '', 26 the upstream's HTTP status (0: none),
+--        charged record is kept (ms; -1: the answer isn't complete, 0: no Idempotency-Key), 25 error's code or '', 26 the upstream's HTTP status (0: none),
 --        27-29 key's budgets: total, day, month, 30-32 account's (-1: none)
 -- reply  1 settled, 0 settled before or never admitted
 
@@ -37,6 +37,8 @@ local METRICS = {
 -- Bound on the session's name in the event of a request that used nothing: free requests must not fill Redis with long
 -- names. A longer name is stored as '~'.
 local MAX_FREE_SESSION_BYTES = 64
+-- Outcomes of a complete answer. Journals of older releases have lines of others with a time to live.
+local COMPLETE = { completed = true, client_disconnected = true }
 local BUDGETS = { 'total', 'daily', 'monthly' }
 
 local id, unheld, events_kept, cost, request_id, key_id, account, session_id, model, upstream = unpack(ARGV, 1, 10)
@@ -76,7 +78,7 @@ if replay_key then
   local taken = owner and owner ~= id and state and state ~= 'failed'
   if taken then
     cost, waived = '0', cost
-  elseif outcome == 'completed' and (not owner or owner == id) and (not state or state == 'running') then
+  elseif tonumber(replay_ttl_ms) > 0 and COMPLETE[outcome] and (not owner or owner == id) and (not state or state == 'running') then
     redis.call('HSET', replay_key, 'owner', id, 'state', 'charged', 'charged_ms', whole(now_ms))
     redis.call('PEXPIRE', replay_key, replay_ttl_ms)
   end
