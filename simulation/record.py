@@ -157,6 +157,7 @@ class View:
                     self.settled.setdefault(event["request_id"], []).append(event)
         whats = {trouble.what for trouble in record.troubles}
         self.is_lossy = bool(whats & {"failover"})
+        self.clock_jumps = "clock" in whats  # then `store_offset_s` holds only after the last jump
         self.is_strict = not self.history.local
         self.lost: dict[str, int] = {}
         for loss in record.losses:

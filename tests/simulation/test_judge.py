@@ -768,6 +768,7 @@ MONEY = {
     "tokens beyond the most": (remaining(1000 - 97), REQUEST, BUCKETS),
     "tokens of a store that failed before": (felt(remaining(5), 10.9), REQUEST, set()),
     "tokens of a store that failed later": (felt(remaining(5), 11.1), REQUEST, BUCKETS),
+    "tokens of a clock that jumped later": (felt(remaining(5), 11.1, "clock"), REQUEST, set()),
     "a hold and a slice": (out_of_credit(100_000 + 16 * 10_000), STREAMED, set()),
     "more than a hold and a slice": (out_of_credit(100_001 + 16 * 10_000), STREAMED, BILLS | OVERDRAWN),
     "a hold and a slice of a dearer tier": (out_of_credit_in_a_dearer_tier(500_000 + 16 * 30_000), SERVED, set()),
@@ -1434,12 +1435,19 @@ def test_a_grant_may_be_missing_only_where_it_was_lost(at, lost):
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "excused"), [(11.0, 12.0, True), (11.01, 12.0, False), (5.0, 10.0, True), (5.0, 9.99, False)]
+    ("what", "start", "end", "excused"),
+    [
+        ("gone", 11.0, 12.0, True),
+        ("gone", 11.01, 12.0, False),
+        ("gone", 5.0, 10.0, True),
+        ("gone", 5.0, 9.99, False),
+        ("clock", 50.0, 60.0, True),  # by which its time is no longer known
+    ],
 )
-def test_a_hold_may_be_lost_only_in_its_time(start, end, excused):
+def test_a_hold_may_be_lost_only_in_its_time(what, start, end, excused):
     case = Case()
     case.record.books = {0: book(settled(hold="abandoned"))}
-    case.record.troubles = [Trouble("gone", start, end)]
+    case.record.troubles = [Trouble(what, start, end)]
     assert ("holds_are_kept" in {finding.rule for finding in judge(case.record)}) != excused
 
 
