@@ -222,7 +222,10 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
         beyond += call.made - call.shown if request.stream else 0  # hidden reasoning
         beyond += -(-call.shown // 4) if request.stream else 0  # text of which an estimate sees 0.8
         beyond = beyond if call.answer.heeds_cap else max(beyond, call.made)
-    more_prompt = max(0, int(event["prompt_tokens"]) - held_for)
+    prompt = int(event["prompt_tokens"])
+    if any(held_for <= above < prompt for model in models for price in model.prices for above, _ in price.tiers):
+        return  # the prompt has reached a tier that its hold didn't know of
+    more_prompt = max(0, prompt - held_for)
     bound = max(price.of_output(beyond) + -(-more_prompt * price.input // 1_000_000) for price in prices)
     if excess > bound:
         yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
