@@ -50,7 +50,7 @@ from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
 SECRET_PART: Final = 8  # of a provider's secret, which nothing shows: more than all of its kind begin with
-HANG_UP_S: Final = 2.0  # after which a provider's connection is closed whose client has gone
+HANG_UP_S: Final = 1.0  # after which a provider's connection is closed whose client has gone
 
 
 def ends_are_honest(view: View) -> Iterator[str]:

@@ -22,6 +22,7 @@ from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, STORE, Sample, Vi
 
 BREAKER_FAILURES: Final = 10
 BUCKET_S: Final = 60.0  # after which a bucket is full again
+LATE_S: Final = 4 * HOP_S  # that a deadline may be passed: a connection is made, and the answer is under way
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
@@ -225,7 +226,7 @@ def cut_short(view: View, sight: Sight) -> bool:
         for at, drain in enumerate(drains):
             again_at = min((later.start for later in drains[at + 1 :] if later.start < drain.end), default=math.inf)
             cut_at = min(drain.start + DRAIN_S, again_at)
-            if cut_at <= sight.ended_at and sight.began_at <= min(drain.end, cut_at):
+            if cut_at <= sight.ended_at and sight.began_at <= min(drain.end, cut_at + LATENCY_S):
                 return True
     return False
 
@@ -377,5 +378,5 @@ def deadlines_hold(view: View) -> Iterator[str]:
         if "idempotent-replayed" in sight.headers:
             continue
         last = sight.times[0][0] if sight.request.stream else sight.ended_at
-        if last - sight.began_at > timeout_s + LATENCY_S:
+        if last - sight.began_at > timeout_s + LATE_S:
             yield f"{sight.request_id} has a timeout of {timeout_s} s, and waited {last - sight.began_at:.2f} s"

@@ -1174,6 +1174,10 @@ SEEN = {
     "a repeat of what a killed worker ran": (repeated(Trouble("killed", 10.5, 30.0, 1)), STREAMED, set()),
     "a repeat of what another worker ran": (repeated(Trouble("killed", 10.5, 30.0, 2)), STREAMED, REASONS),
     "a repeat of what ran after a worker's death": (repeated(Trouble("killed", 9.9, 30.0, 1)), STREAMED, REASONS),
+    "cut short as it came": (cut_short_at(11.0, Trouble("drained", -10.9, 20.0, 0)), STREAMED, set()),
+    "cut short as it came much later": (cut_short_at(11.0, Trouble("drained", -11.1, 20.0, 0)), STREAMED, REASONS),
+    "a deadline": (sent_at(11.0), Request("q0", timeout_s=0.61), set()),
+    "a deadline that has passed": (sent_at(11.0), Request("q0", timeout_s=0.59), {"deadlines_hold"}),
     "closed as its worker was drained": (closed_at(10.0, Trouble("drained", 10.09, 20.0, 0)), REQUEST, set()),
     "closed though it had come before the drain": (closed_at(10.0, Trouble("drained", 10.11, 20.0, 0)), REQUEST, ENDS),
     "closed as another worker was drained": (closed_at(10.0, Trouble("drained", 10.0, 20.0, 1)), REQUEST, ENDS),
@@ -1328,8 +1332,8 @@ SEEN = {
     "a drained answer is left before its client has": (left_at("drained", 10.9), REQUEST, set()),
     "a drained answer is left as its client has": (left_at("drained", 11.0), REQUEST, {"what_runs_on_is_read"}),
     "a drained answer is left in the end": (left_at("drained", 131.1), REQUEST, set()),
-    "an answer is left with its client": (left_at("one", 12.9), REQUEST, set()),
-    "an answer is left too late": (left_at("one", 13.1), REQUEST, {"hang_ups_are_noticed"}),
+    "an answer is left with its client": (left_at("one", 11.9), REQUEST, set()),
+    "an answer is left too late": (left_at("one", 12.1), REQUEST, {"hang_ups_are_noticed"}),
 }
 
 
