@@ -88,6 +88,7 @@ class Recording(DownstreamWrapper):
         self._running_ttl_ms = running_ttl_ms
         self._tasks = tasks
         self._unsent: list[bytes] = []
+        self._sent = 0  # parts
         self._size = 0
         self._sending = False
         self._conclusion: Conclusion = "running"
@@ -167,7 +168,9 @@ class Recording(DownstreamWrapper):
         try:
             while self._unsent:
                 parts, self._unsent = self._unsent, []
-                await self._replays.append(self._claim, parts, self._running_ttl_ms)
+                if not await self._replays.append(self._claim, parts, self._running_ttl_ms, self._sent):
+                    self._mark_lost()
+                self._sent += len(parts)
         except Unavailable:
             self._mark_lost()  # Redis may or may not have these parts: an answer with a gap must not be replayed
 

@@ -62,10 +62,11 @@ class Replays:
         record = names.replay(key_id, hashlib.sha256(name.encode()).hexdigest())
         return Claim("claimed", owner, record, names.replay_parts(owner), account)
 
-    async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int) -> None:
-        """Append parts of the answer."""
+    async def append(self, claim: Claim, parts: Sequence[bytes], ttl_ms: int, start: int = 0) -> bool:
+        """Append parts of the answer, the first of which has the number `start`; return False if some before are missing."""
         keys = [claim.parts, AccountKeys(claim.account).replay_sizes]
-        await self._store.run(self._append, keys, [ttl_ms, claim.owner, *parts])
+        args: list[Argument] = [ttl_ms, claim.owner, start, *parts]
+        return bool(await self._store.run(self._append, keys, args) > 0)
 
     async def conclude(self, claim: Claim, state: Conclusion, ttl_ms: int) -> None:
         """Record the state of the answer."""

@@ -334,6 +334,23 @@ async def test_a_running_answer_with_a_hole_is_not_replayed_after_a_long_outage(
     assert caught.value.response.status == 409
 
 
+async def test_an_answer_whose_first_parts_have_expired_is_not_replayed(house):
+    """Redis was lost for longer than a record lives, while the provider was silent."""
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    await house.tasks.finish(5)
+    await house.store.execute("FLUSHALL")
+    recording.write(b"data: 1\n\n")
+    await house.tasks.finish(5)
+    assert await house.store.execute("KEYS", "*replay-parts*") == []
+    await house.store.execute("HSET", recording.record, "owner", "h1", "state", "charged", "charged_ms", "0")  # settled
+    recording.conclude(complete=True)
+    await house.tasks.finish(5)
+    with pytest.raises(GatewayError) as caught:
+        await house.enter("h2")
+    assert caught.value.response.status == 409
+
+
 async def test_a_repeat_that_reads_along_when_a_part_is_lost_gets_the_conflict(house):
     recording = await house.enter("h1")
     recording.begin(HEADERS)

@@ -87,7 +87,7 @@ async def test_parts_are_read_from_where_one_was(claim, replays):
     assert await replays.read(reader, 0) == ("running", [])
     await replays.append(owner, [b"a", b"b"], TTL_MS)
     assert await replays.read(reader, 0) == ("running", [b"a", b"b"])
-    await replays.append(owner, [b"c"], TTL_MS)
+    await replays.append(owner, [b"c"], TTL_MS, 2)
     await replays.conclude(owner, "finished", TTL_MS)
     assert await replays.read(reader, 2) == ("finished", [b"c"])
 

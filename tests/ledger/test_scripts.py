@@ -272,12 +272,13 @@ CALLS = {  # of every other script: what calls it, and its arguments by the name
         },
     ),
     "append": (
-        lambda sent: Replays(sent).append(CLAIM, [b"part"], 21),
+        lambda sent: Replays(sent).append(CLAIM, [b"part"], 21, 22),
         {
             "parts of the answer": CLAIM.parts,
             "sizes of the account's answers": "mesh:{acme}:replay-sizes",
             "time to live": "21",
             "owner": "h",
+            "number of parts before these": "22",
         },
     ),
     "conclude": (

@@ -85,6 +85,15 @@ FOUND = {
             replace(LEFT, name="q2", repeats="q1", at_s=30.0),
         ),
     ),
+    "the first parts of an answer had expired, and the rest was replayed": History(
+        1,
+        "found",
+        steps=(
+            replace(LEFT, answers=(Answer(words=1, delay_s=19.0, pause_s=14.0),)),
+            Fault(7.0, "gone", for_s=24.0),
+            replace(LEFT, name="q2", repeats="q1", at_s=36.0, answers=(Answer(words=1, delay_s=19.0, pause_s=14.0),)),
+        ),
+    ),
     "a repeat heard nothing while it waited for a first request that had died": History(
         1,
         "found",
