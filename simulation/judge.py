@@ -91,6 +91,8 @@ def _may_close(view: View, sight: Sight) -> bool:
     """Whether the gateway may close a connection without an answer: it died, or its client read nothing for too long."""
     if sight.request.reads == "stalls" and sight.ended_at - sight.began_at >= WRITE_TIMEOUT_S:
         return True
+    if sight.request.reads in {"slowly", "stalls"} and cut_short(view, sight):
+        return True  # it doesn't take the stream's last event in time
     known_s = HOP_S if sight.reused else 0.0  # after which a client knows that a connection which it keeps is closed
     if view.feels(sight, "killed", before_s=known_s):
         return True

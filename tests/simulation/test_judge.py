@@ -900,6 +900,17 @@ def closed_at(sent_at, *troubles):
     return change
 
 
+def slow(ended_at, reads="slowly"):
+    """Let the stream of a client whose worker was drained at 11.0 have been closed at a time."""
+
+    def change(case):
+        cut_short_at(ended_at, Trouble("drained", 11.0, 32.0, 0))(case)
+        case.sight.request = replace(case.sight.request, reads=reads)
+        case.sight.ended, case.sight.payload = "closed", f"data: {LINE}\n\n".encode()
+
+    return change
+
+
 def kept(change):
     """Let the request have come on a connection that had been used before."""
 
@@ -1182,6 +1193,9 @@ SEEN = {
     "closed though it had come before the drain": (closed_at(10.0, Trouble("drained", 10.11, 20.0, 0)), REQUEST, ENDS),
     "closed as another worker was drained": (closed_at(10.0, Trouble("drained", 10.0, 20.0, 1)), REQUEST, ENDS),
     "closed after a drain": (closed_at(10.0, Trouble("drained", 1.0, 9.9, 0)), REQUEST, ENDS),
+    "closed on a slow client that was cut short": (slow(31.1), STREAMED, set()),
+    "closed on a slow client before it was cut short": (slow(30.9), STREAMED, ENDS),
+    "closed on a client that reads all": (slow(31.1, "all"), STREAMED, ENDS),
     "closed on a kept connection just after a drain": (
         kept(closed_at(10.0, Trouble("drained", 1.0, 9.91, 0))),
         REQUEST,
