@@ -1049,6 +1049,22 @@ def handed_on(answer, wait_s, status=502, code="upstream_error", *, says_no=Fals
     return change
 
 
+def early_headed(asked_at):
+    """Let the client have got a head and a ping at 15.1, and a second provider have been asked at a time."""
+
+    def change(case):
+        headed(x_mesh_model="pair")(case)
+        heard_at(15.1, 16.0)(case)
+        case.call.body["model"] = "up-pair"
+        first = Call(MARKER, "one", 0, 10.1, BROKE, dict(case.call.body), {}, lines=[])
+        first.ended, first.ended_at = "error", asked_at
+        case.call.upstream, case.call.at = "two", asked_at
+        case.record.calls.insert(0, first)
+        case.record.books = {0: book(settled(model="pair"))}
+
+    return change
+
+
 def headed(**headers):
     """Let the answer have had these headers."""
 
@@ -1241,6 +1257,8 @@ SEEN = {
         FAILOVER,
     ),
     "no attempts are told": (headed(x_mesh_attempts="0", x_mesh_routing_attempts="0"), REQUEST, TOLD),
+    "another provider was asked while the head was on its way": (early_headed(15.01), PAIR_STREAM, set()),
+    "another provider was asked before the head": (early_headed(14.99), PAIR_STREAM, TOLD),
     "two attempts are told": (headed(x_mesh_attempts="2", x_mesh_routing_attempts="2"), REQUEST, TOLD),
     "an attempt that nothing listened to": (
         headed(x_mesh_attempts="2", x_mesh_routing_attempts="2", x_mesh_routing_fallback="true"),
