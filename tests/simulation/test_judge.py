@@ -1406,6 +1406,8 @@ def test_what_clients_see_is_judged_at_its_bounds(change, request_, broken):
         pytest.param(Taken(0.0, 0.1, 100, 110, 600, 5.0), 509.0, 521.0, id="not yet made right"),
         pytest.param(Taken(1.9, 3.0, 100, 110, 600, 5.0), 490.0, 600.0, id="perhaps not yet admitted"),
         pytest.param(Taken(0.0, 0.1, 100, 110, 600, 2.05), 9.5, 521.0, id="perhaps made right"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 10, 2.101), 509.0, 600.0, id="made right in the same moment"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 10, 2.103), 509.0, 521.0, id="made right a moment later"),
         pytest.param(Taken(2.2, 3.0, 100, 110, 600, 5.0), 600.0, 600.0, id="later"),
     ],
 )
