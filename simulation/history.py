@@ -408,11 +408,12 @@ def _dialects(rng: random.Random) -> History:
     requests: list[Step] = []
     for number in range(rng.randint(2, 5)):
         request = _request(rng, f"q{number}", _any_answer(rng))
-        if rng.random() < 0.12:  # a stream in a whole answer's place, whose last report isn't what it used
+        if rng.random() < 0.16:  # a stream, also in a whole answer's place, whose last report isn't what it used
             dialect = rng.choice(("openrouter", "mistral", "xai", "moonshot", "groq"))
             lie: Lie = rng.choice(("early", "zeros_after"))
-            old = Answer(dialect, rng.choice((8, 20, 45)), lie=lie, other_shape=True)
-            request = replace(request, stream=False, include_usage=False, answers=(old,))
+            streams = rng.random() < 0.4
+            old = Answer(dialect, rng.choice((8, 20, 45)), lie=lie, other_shape=not streams)
+            request = replace(request, stream=streams, include_usage=False, answers=(old,))
         if request.model == "reasoned":
             dialect = rng.choice(REASONING)
             reasoned = replace(request.answers[0], dialect=dialect, hidden=rng.choice((12, 50)), lie="true")
@@ -528,7 +529,12 @@ def _clients(rng: random.Random) -> History:
         keyed_one = rng.random() < 0.5
         if keyed_one and rng.random() < 0.1:  # silence between two pings of a repeat that reads along
             answer = replace(answer, delay_s=16.0)
-        requests.append(_reading(rng, replace(_request(rng, f"q{number}", answer), keyed=keyed_one)))
+        request = _reading(rng, replace(_request(rng, f"q{number}", answer), keyed=keyed_one))
+        if (
+            request.reads == "stalls" and rng.random() < 0.7
+        ):  # a stream that goes on without its client waits for nothing
+            request = replace(request, stream=True, keyed=True, max_tokens=None)
+        requests.append(request)
     return History(0, "", workers=rng.randint(1, 2), steps=tuple(requests))
 
 
