@@ -146,6 +146,7 @@ class Play:
         self._secrets: list[str] = []
         self._key_ids: list[str] = []
         self._drops = 0
+        self._lasting: list[Fault] = []
         self._gateway: Gateway
 
     async def play(self) -> Record:
@@ -287,7 +288,7 @@ class Play:
     # Steps.
 
     async def _break(self, fault: Fault) -> None:
-        """Do to the store what a fault says, and mend it."""
+        """Do to the store or the disk what a fault says, and mend it when no other fault of its kind lasts."""
         store, now = self._world.store, self._loop.time()
         if fault.what == "lost_reply":
             self._drops += fault.count
@@ -299,25 +300,34 @@ class Play:
             store.flush_scripts()
         elif fault.what == "clock":
             store.jump(fault.delay_s)
-        elif fault.what in {"disk_full", "disk_fails"}:
-            disk = self._world.disk
-            disk.room, disk.is_failing = fault.room if fault.what == "disk_full" else None, fault.what == "disk_fails"
-            await asyncio.sleep(fault.for_s)
-            disk.room, disk.is_failing = None, False
-        elif fault.what in {"refused", "full"}:
-            store.refusal = READONLY if fault.what == "refused" else OOM
-            await asyncio.sleep(fault.for_s)
-            store.refusal = None
-        elif fault.what == "slow":
-            store.delay_s = fault.delay_s
-            await asyncio.sleep(fault.for_s)
-            store.delay_s = 0.0
         else:
-            store.go_down()
+            if fault.what in {"gone", "failover"}:
+                store.go_down()
             if fault.what == "failover":
                 store.fail_over()  # to what the replica has now, however long it takes
+            self._lasting.append(fault)
+            self._suffer(fault)
             await asyncio.sleep(fault.for_s)
-            store.come_back()
+            self._lasting.remove(fault)
+            self._suffer(fault)
+            if fault.what in {"gone", "failover"} and not self._last("gone", "failover"):
+                store.come_back()
+
+    def _last(self, *whats: str) -> Fault | None:
+        """Return the fault of these kinds that began last of those that last."""
+        return next((fault for fault in reversed(self._lasting) if fault.what in whats), None)
+
+    def _suffer(self, changed: Fault) -> None:
+        """Have the store or the disk behave as the faults say that last, now that one has begun or ended."""
+        store, disk = self._world.store, self._world.disk
+        if changed.what in {"disk_full", "disk_fails"}:
+            broken = self._last("disk_full", "disk_fails")
+            disk.room = broken.room if broken is not None and broken.what == "disk_full" else None
+            disk.is_failing = broken is not None and broken.what == "disk_fails"
+            return
+        refusing, slow = self._last("refused", "full"), self._last("slow")
+        store.refusal = None if refusing is None else READONLY if refusing.what == "refused" else OOM
+        store.delay_s = 0.0 if slow is None else slow.delay_s
 
     async def _happen(self, event: WorkerEvent) -> None:
         """Do to the workers what an event says."""

@@ -1369,6 +1369,12 @@ SEEN = {
 }
 
 
+def test_the_store_is_back_when_the_last_of_its_outages_is_over():
+    steps = (Fault(1.0, "gone", for_s=3.0), Fault(1.5, "failover", for_s=0.1))
+    transcript = played(History(1, "felt", steps=steps)).outcome.transcript
+    assert [line.split()[0][:1] for line in transcript if line.endswith("store: back")] == ["4"]
+
+
 @pytest.mark.parametrize(
     ("step", "felt_s", "worker"),
     [
