@@ -1074,11 +1074,11 @@ def headed(**headers):
     return change
 
 
-def left_at(upstream, provider_left_at):
+def left_at(upstream, provider_left_at, answer=GOOD):
     """Let the client have left at 11.0, and the provider have been left at another time."""
 
     def change(case):
-        case.sight.ended, case.call.upstream = "left", upstream
+        case.sight.ended, case.call.upstream, case.call.answer = "left", upstream, answer
         case.call.ended, case.call.ended_at, case.call.complete = "closed", provider_left_at, False
         case.sight.request = replace(case.sight.request, reads="hangs_up")
 
@@ -1365,6 +1365,12 @@ SEEN = {
     "a drained answer is left as its client has": (left_at("drained", 11.0), REQUEST, {"what_runs_on_is_read"}),
     "a drained answer is left in the end": (left_at("drained", 131.1), REQUEST, set()),
     "an answer is left with its client": (left_at("one", 11.9), REQUEST, set()),
+    "an empty answer whose head had come": (left_at("one", 16.0, Answer(error="empty", delay_s=0.89)), REQUEST, set()),
+    "an empty answer whose head hadn't": (
+        left_at("one", 16.0, Answer(error="empty", delay_s=0.91)),
+        REQUEST,
+        {"hang_ups_are_noticed"},
+    ),
     "an answer is left too late": (left_at("one", 12.1), REQUEST, {"hang_ups_are_noticed"}),
 }
 
