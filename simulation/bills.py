@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from simulation.client import Sight
 from simulation.history import LEASE_TOKENS, STORE_TIMEOUT_S, Model, Price
 from simulation.provider import Call, prompt_tokens
-from simulation.record import LATENCY_S, RECOVERY_S, Trouble, View
+from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View
 
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
 FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
@@ -214,7 +214,9 @@ def is_lost(view: View, sight: Sight) -> bool:
         for other in sorted(view.record.troubles, key=lambda each: each.start):
             if other is not failover and other.start <= settled_by and other.worker in workers:
                 settled_by = max(settled_by, other.end)
-        repeated = settled_by > over + LATENCY_S  # and a repeat without a hold is charged only if no reply was lost
+        unnoticed = failover.start <= since <= failover.start + HOP_S  # sent on a connection that was lost already
+        # and a repeat without a hold is charged only if no reply was lost
+        repeated = settled_by > over + LATENCY_S or unnoticed
         if failover.loses(since, settled_by) or (repeated and failover.loses(sight.began_at, admitted_by)):
             return True
     return died_unsettled(view, sight)

@@ -1476,6 +1476,14 @@ def test_a_charge_may_be_missing_only_where_it_was_lost(troubles, broken):
     assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
 
 
+@pytest.mark.parametrize(("ended_at", "broken"), [(10.51, set()), (10.53, UNPAID)])
+def test_a_settlement_that_was_sent_into_a_failover_may_be_missing_with_its_hold(ended_at, broken):
+    case = Case()
+    case.sight.ended_at = case.call.ended_at = ended_at
+    troubled(not_charged, failover(10.42, gone_s=0.3))(case)
+    assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
+
+
 @pytest.mark.parametrize(("at", "lost"), [(0.99, False), (1.0, True), (3.0, True), (3.01, False)])
 def test_a_grant_may_be_missing_only_where_it_was_lost(at, lost):
     case = Case()
