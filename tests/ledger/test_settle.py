@@ -329,10 +329,26 @@ async def test_an_idempotency_key_that_another_request_has_is_charged_to_that_on
     await ledger.grant("acme", 1000)
     record = await claimed(store, keys, "h2", state)
     await ledger.admit(ask("h1"))
+    await ledger.admit(ask("h2"))
     assert await ledger.settle(settlement("h1", **record)) is True
     event = (await read.events(keys.usage))[-1]
     assert (event["cost_nusd"], event["waived_nusd"]) == ("0", "60")
     assert (await ledger.balance("acme")).balance_nusd == 1000
+
+
+async def test_an_idempotency_key_that_another_request_has_only_claimed_is_charged_once(
+    ledger, ask, settlement, read, store, keys
+):
+    """That one may be refused, and nothing would be charged; if it runs, it is the one that isn't charged."""
+    await ledger.grant("acme", 1000)
+    record = await claimed(store, keys, "h2")
+    await ledger.admit(ask("h1"))
+    await ledger.settle(settlement("h1", **record))
+    found = await read.hash(record["replay"])
+    assert (found["owner"], found["state"]) == ("h1", "charged")
+    await ledger.admit(ask("h2"))
+    await ledger.settle(settlement("h2", **record))
+    assert (await ledger.balance("acme")).balance_nusd == 940
 
 
 async def test_an_idempotency_key_whose_record_is_gone_is_charged(ledger, ask, settlement, read, keys):

@@ -15,6 +15,16 @@ FIXED = range(1, 121)
 CHUNKS = [range(first, first + 20) for first in FIXED[::20]]
 LONG = Request("q1", at_s=0.3, stream=True, keyed=True, max_tokens=5, answers=(Answer(gap_s=4.0),))
 LEFT = Request("q1", at_s=0.3, stream=True, keyed=True, answers=(Answer(gap_s=0.2),))
+POOR = Request(
+    "q0",
+    model="pair",
+    stream=True,
+    include_usage=True,
+    max_tokens=5,
+    prompt_words=40,
+    keyed=True,
+    answers=(Answer(words=1),),
+)
 # Histories that found a fault, shrunk: they stay what they are when others are drawn.
 FOUND = {
     "zeros hid the report of a stream that came instead of a whole answer": Request(
@@ -83,6 +93,24 @@ FOUND = {
             replace(LEFT, reads="hangs_up", after=700.0),
             Fault(1.5, "refused", for_s=25.0),
             replace(LEFT, name="q2", repeats="q1", at_s=30.0),
+        ),
+    ),
+    "a late settlement was waived for a repeat that was refused": History(
+        10037454,
+        "found",
+        credit=(1_000_000,),
+        local=True,
+        steps=(
+            replace(POOR, name="q0", at_s=0.483, answers=(Answer(gap_s=1.65),)),
+            Request("q1", at_s=1.233, max_tokens=200, prompt_words=1, answers=(Answer(words=1),)),
+            Fault(1.283, "gone", for_s=30.0),
+            Request(
+                "d0", at_s=2.283, stream=True, prompt_words=1, answers=(Answer(words=300, per_event=30, gap_s=0.1),)
+            ),
+            Request("d1", at_s=5.283, stream=True, n=2, prompt_words=1, answers=(Answer(words=1),)),
+            Request("d2", at_s=8.283, prompt_words=1, answers=(Answer(words=1),)),
+            Request("d3", at_s=11.283, prompt_words=1, sends_in=7, connection="c1", answers=(Answer(words=1),)),
+            replace(POOR, name="r0", repeats="q0", at_s=31.883),
         ),
     ),
     "the first parts of an answer had expired, and the rest was replayed": History(
