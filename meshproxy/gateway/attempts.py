@@ -22,7 +22,7 @@ from meshproxy.openai.events import FORM_BYTES, as_stream, begins_plainly, form_
 from meshproxy.openai.headers import upstream_request_id
 from meshproxy.openai.usage import decode_answer
 from meshproxy.policy.catalog import Candidate
-from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal
+from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal, wait_of
 from meshproxy.policy.route_health import RetryBudget
 from meshproxy.upstream.response import Response
 
@@ -30,10 +30,13 @@ SCAN_BYTES = 2048  # bytes scanned at a time while looking for the first event
 MAX_WAIT_S = 3600.0  # longer than any sensible idle_timeout_s; then the wait starts again
 
 
-async def first_event(response: Response, hold_s: float, clock: Callable[[], float]) -> None:
+async def first_event(
+    response: Response, hold_s: float, clock: Callable[[], float], wait_s: float | None = None
+) -> None:
     """Return when an event has arrived, or after `hold_s` without one. No bytes of the body are consumed.
 
-    Raises UpstreamError if the stream broke off, ended or reported an error before any event.
+    Raises UpstreamError if the stream broke off, ended or reported an error before any event; `wait_s` is the wait that
+    its headers ask for then.
     """
     until = clock() + hold_s
     if not response.early and response.may_receive_more:
@@ -47,9 +50,9 @@ async def first_event(response: Response, hold_s: float, clock: Callable[[], flo
             _look_for_event(payload, scanner)
             scanned += 1
         if not response.may_receive_more:
-            _raise_if_empty(response, scanner)
+            _raise_if_empty(response, scanner, wait_s)
             return
-        _raise_if_first(scanner)
+        _raise_if_first(scanner, wait_s)
         left_s = until - clock()
         if scanner.events or scanner.done or left_s <= 0:
             return
@@ -146,11 +149,11 @@ def _look_for_event(payload: bytes, scanner: StreamScanner) -> None:
         scanner.feed(payload[at : at + SCAN_BYTES])
 
 
-def _raise_if_empty(response: Response, scanner: StreamScanner) -> None:
+def _raise_if_empty(response: Response, scanner: StreamScanner, wait_s: float | None) -> None:
     """Raise if a stream that is over, or that may be held back no longer, has nothing for the client."""
     if response.ended and response.error is None:
         scanner.finish()
-    _raise_if_first(scanner)
+    _raise_if_first(scanner, wait_s)
     if scanner.events or scanner.done or not response.ended:
         return
     if response.error is not None:
@@ -159,10 +162,10 @@ def _raise_if_empty(response: Response, scanner: StreamScanner) -> None:
     raise UpstreamError(error_response, safe_to_repeat=True, upstream_status=200)
 
 
-def _raise_if_first(scanner: StreamScanner) -> None:
+def _raise_if_first(scanner: StreamScanner, wait_s: float | None) -> None:
     """Raise if the first event is an error. An error after other events is for the client, however fast it came."""
     if scanner.error is not None and scanner.events == 1:
-        raise classify_error(scanner.error, otherwise="The provider failed before it began.")
+        raise classify_error(scanner.error, otherwise="The provider failed before it began.", wait_s=wait_s)
 
 
 Result = TypeVar("Result")
@@ -322,6 +325,10 @@ class Attempts:
         )
         return verdict.to_error(response.status)
 
+    def wait_s(self, response: Response) -> float | None:
+        """Return the seconds that a response's headers ask to wait; None if they ask for none."""
+        return wait_of(response.header("retry-after"), response.header("retry-after-ms"), self._wall_clock())
+
     async def _stream_of(self, exchange: Exchange, response: Response, hold_s: float) -> Response:
         """Return the response as an event stream whose first event has arrived, or was waited for long enough.
 
@@ -337,14 +344,15 @@ class Attempts:
         if form == "other" and not is_labelled:
             error_response = upstream_error("The provider answered a stream with something else.", may_have_run=True)
             raise UpstreamError(error_response, safe_to_repeat=False, upstream_status=200, unreadable=True)
+        wait_s = self.wait_s(response)
         if form == "json":
-            return await self._in_time(exchange, _converted(response))
+            return await self._in_time(exchange, _converted(response, wait_s))
         try:
-            await first_event(response, hold_s, self._clock)
+            await first_event(response, hold_s, self._clock, wait_s)
         except UpstreamError:
             if form_of(beginning(response)) != "json":
                 raise
-            return await self._in_time(exchange, _converted(response))
+            return await self._in_time(exchange, _converted(response, wait_s))
         return response
 
     def _hold_s(self, exchange: Exchange, active: ActiveConfig) -> float:
@@ -406,12 +414,12 @@ def _is_labelled(response: Response) -> bool:
     return (response.header("content-type") or "").partition(";")[0].strip().lower() == "text/event-stream"
 
 
-async def _converted(response: Response) -> Response:
+async def _converted(response: Response, wait_s: float | None) -> Response:
     """Convert a whole answer into the event stream that was requested."""
     body = await response.read()
     answer = decode_answer(body)
     if answer.error:
-        raise classify_error(answer.error, otherwise="The provider failed.")
+        raise classify_error(answer.error, otherwise="The provider failed.", wait_s=wait_s)
     return Response.whole(200, response.headers, as_stream(body))
 
 

@@ -313,7 +313,8 @@ class Gateway:
                 body = whole.body
             answer = decode_answer(body)
             if answer.error:
-                raise classify_error(answer.error, otherwise="The provider failed.")
+                wait_s = self._attempts.wait_s(response)
+                raise classify_error(answer.error, otherwise="The provider failed.", wait_s=wait_s, may_have_run=True)
         except UpstreamError as error:
             exchange.record_failure(error)
             raise

@@ -147,16 +147,22 @@ def classify_status(
     return _verdict(status, reported, wait_of(retry_after, retry_after_ms, now))
 
 
-def classify_error(error: Any, *, otherwise: str) -> UpstreamError:
+def classify_error(
+    error: Any, *, otherwise: str, wait_s: float | None = None, may_have_run: bool = False
+) -> UpstreamError:
     """Classify an error that came with status 200 in place of an answer.
 
     It is treated as if it had the status that it names, or that its code implies. `otherwise`: the message for one with
-    neither.
+    neither. `wait_s`: the wait of the answer's headers (see `wait_of`). `may_have_run`: the provider may bill for it
+    whatever it names, as for all that it says with 200 after the work on a whole answer.
     """
     reported = parse_provider_error(error if isinstance(error, dict) else {"error": error})
     status = _status_of(reported)
     if status is not None:
-        return _verdict(status, reported, None).to_error(status)
+        verdict = _verdict(status, reported, wait_s)
+        if may_have_run and verdict.response.status >= 500:
+            verdict = replace(verdict, response=replace(verdict.response, may_have_run=True))
+        return verdict.to_error(status)
     response = _quoted(upstream_error(otherwise, may_have_run=True), reported)
     return UpstreamError(response, safe_to_repeat=True, upstream_status=200, provider_message=reported.message)
 

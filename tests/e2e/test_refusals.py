@@ -121,11 +121,25 @@ async def test_an_answer_with_another_status_of_success_is_an_answer(pair, statu
     assert (settled["prompt_tokens"], settled["completion_tokens"]) == ("9", "3")
 
 
-async def test_a_200_with_an_error_in_it_is_told_as_its_status(pair):
+SLOW_DOWN = {"error": {"code": 429, "message": "Slow down"}}
+SLOW_DOWN_EVENT = b"data: %b\n\n" % json.dumps(SLOW_DOWN).encode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "body", "expected"),
+    [
+        ({}, SLOW_DOWN, (503, "provider_not_available", "4", "false")),  # its work on a whole answer may be billed
+        ({}, {"error": {"code": 401}}, (502, "upstream_error", None, "false")),
+        ({"stream": True}, SLOW_DOWN, (503, "provider_not_available", "4", None)),
+        ({"stream": True}, SLOW_DOWN_EVENT, (503, "provider_not_available", "4", None)),
+    ],
+)
+async def test_a_200_with_an_error_in_it_is_told_as_its_status(pair, fields, body, expected):
     mesh, first, _ = pair
-    first.answers(200, {"error": {"code": 429, "message": "Slow down"}})
-    answer = await mesh.chat(await mesh.key(), model="first")
-    assert (answer.status, answer.code) == (503, "provider_not_available")
+    first.answers(200, body, retry_after="4")
+    answer = await mesh.chat(await mesh.key(), model="first", **fields)
+    waits = (answer.headers.get("retry-after"), answer.headers.get("x-should-retry"))
+    assert (answer.status, answer.code, *waits) == expected
 
 
 # Routing.

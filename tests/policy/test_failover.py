@@ -426,6 +426,25 @@ def test_an_error_under_a_200_is_taken_for_its_status(error, expected):
     assert fault.provider_message == "x"
 
 
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        *((code, (502, True)) for code in (401, 402, 404, 408, 500, 502, 503, 529, "overloaded_error", "unknown")),
+        *((code, (503, True)) for code in (429, "insufficient_quota")),
+        *((code, (400, False)) for code in (400, "context_length_exceeded")),
+    ],
+)
+def test_an_error_in_place_of_a_whole_answer_may_have_cost_its_price(code, expected):
+    response = classify_error({"code": code, "message": "x"}, otherwise="Failed.", may_have_run=True).response
+    assert (response.status, response.may_have_run) == expected
+
+
+@pytest.mark.parametrize("code, expected", [(429, 4.0), (503, 4.0), (529, 4.0), (500, None)])
+def test_the_wait_beside_an_error_under_a_200_is_passed_on(code, expected):
+    fault = classify_error({"code": code, "message": "x"}, otherwise="Failed.", wait_s=4.0)
+    assert fault.response.retry_after_s == expected
+
+
 # What providers send as a code or as a type where there is no status, by the status that it is taken for.
 WORDS_OF = {
     400: (
