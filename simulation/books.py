@@ -182,7 +182,8 @@ def credit_is_not_overdrawn(view: View) -> Iterator[str]:
         lowest = min(
             (sample.balance - sample.held for sample in view.record.samples if sample.account == number), default=0
         )
-        if lowest < -excess - taken - sum(_lost_grants(view, number).values()):
+        lost = sum(_lost_grants(view, number).values()) + _lost_costs(view, number)
+        if lowest < -excess - taken - lost:
             yield f"a{number}: available fell to {lowest}, and at most {excess} was used beyond holds"
         for event in charged:
             yield from _excess_faults(view, event)
@@ -190,6 +191,16 @@ def credit_is_not_overdrawn(view: View) -> Iterator[str]:
             least = _least_balance(view, charged)
             if book.balance < least:
                 yield f"a{number}: the balance is {book.balance}, and with the allowance {least} would be the least"
+
+
+def _lost_costs(view: View, account: int) -> int:
+    """Return the most that requests without a hold cost whose settlements a failover may have lost."""
+    return sum(
+        max((cost.most for cost in allowed_charges(view, sight)), default=0)
+        for sight in view.record.sights
+        if view.history.local and view.key(sight) == account and not view.settled.get(sight.request_id)
+        if any(trouble.what == "failover" for trouble in view.record.troubles) and is_lost(view, sight)
+    )
 
 
 def _least_balance(view: View, charged: list[dict[str, str]]) -> int:

@@ -14,7 +14,18 @@ KEPT: Final = frozenset(
     {"seed", "profile", "name", "what", "at_s", "repeats", "credit"}
 )  # fields that are not simplified
 BODY: Final = frozenset(  # that a repeat has to have too
-    {"model", "fallbacks", "stream", "include_usage", "n", "max_tokens", "timeout_s", "prompt_words", "session"}
+    {
+        "keyed",
+        "model",
+        "fallbacks",
+        "stream",
+        "include_usage",
+        "n",
+        "max_tokens",
+        "timeout_s",
+        "prompt_words",
+        "session",
+    }
 )
 LOWEST: Final = {"words": 1, "n": 1, "prompt_words": 1, "after": 0, "workers": 1}
 

@@ -1476,6 +1476,18 @@ def test_a_charge_may_be_missing_only_where_it_was_lost(troubles, broken):
     assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
 
 
+@pytest.mark.parametrize(
+    ("local", "lost_at", "broken"), [(True, OVER, set()), (False, OVER, OVERDRAWN), (True, 30.0, OVERDRAWN)]
+)
+def test_a_balance_may_have_been_below_zero_for_a_settlement_that_a_failover_lost(local, lost_at, broken):
+    case = Case()
+    case.sight.ended_at = case.call.ended_at = OVER
+    case.record.history = replace(case.record.history, local=local)
+    case.record.samples.append(Sample(OVER, 0, -COST, 0))
+    troubled(not_charged, failover(lost_at))(case)
+    assert {finding.rule for finding in judge(case.record)} & OVERDRAWN == broken
+
+
 @pytest.mark.parametrize(("ended_at", "broken"), [(10.51, set()), (10.53, UNPAID)])
 def test_a_settlement_that_was_sent_into_a_failover_may_be_missing_with_its_hold(ended_at, broken):
     case = Case()
