@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -178,8 +179,9 @@ class ClientStream:
         return transport.get_write_buffer_size() > MAX_BUFFERED_BYTES
 
     async def drained(self) -> None:
-        """Wait until the client has caught up. The connection holds the flow-control state."""
-        await self._drained()
+        """Wait until the client has caught up or gone. The connection holds the flow-control state."""
+        with contextlib.suppress(ConnectionError):  # aiohttp's, of a client that has gone: others may want the answer
+            await self._drained()
 
     def reply(self, reply: Reply) -> None:
         """Send a whole answer. If a stream has begun, no other answer is possible: break the connection off."""

@@ -277,6 +277,20 @@ async def test_a_client_that_does_not_read_holds_the_provider_back_and_may_then_
     assert [mesh.simulator.history.open_streams, mesh.worker.recorder.in_flight] == [0, 0]
 
 
+async def test_an_answer_that_waits_for_its_client_goes_on_for_a_repeat_when_that_is_gone(start_mesh, held_back):
+    mesh = await start_mesh(send_buffer=32_768, models={"sim/long": model("sim", "sim/fast?tokens=6000")})
+    caller = await mesh.key()
+    ask = _post(caller, {"model": "sim/long", "messages": HELLO, "stream": True})
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        client.connect((mesh.host, mesh.port))
+        client.sendall(ask.replace(b"\r\n", b"\r\nidempotency-key: once\r\n", 1))
+        await asyncio.wait_for(held_back.wait(), PATIENCE_S)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    settled = await mesh.settlement(caller)
+    assert (settled["usage_source"], settled["completion_tokens"]) == ("drained", "6000")
+
+
 async def test_a_slow_reader_gets_everything(start_mesh, held_back):
     mesh = await start_mesh(send_buffer=32_768, models={"sim/long": model("sim", "sim/fast?tokens=3000")})
     caller = await mesh.key()

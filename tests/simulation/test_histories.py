@@ -95,6 +95,12 @@ FOUND = {
             replace(LEFT, name="q2", repeats="q1", at_s=30.0),
         ),
     ),
+    "an answer that waited for its client ended when that was gone": History(
+        5,
+        "found",
+        fast_path=False,
+        steps=(replace(LEFT, reads="hangs_up", after=1.0, answers=(Answer(words=45, bulk=6000),)),),
+    ),
     "a late settlement was waived for a repeat that was refused": History(
         10037454,
         "found",
