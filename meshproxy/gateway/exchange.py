@@ -177,6 +177,7 @@ class Exchange(Struct, eq=False):
     - `reads_whole`: a body that is no stream is being read, by the deadline.
     - `upstream_status`, `upstream_request_id`: of the last provider's response whose head has arrived.
     - `secrets`: our secrets that the current upstream knows.
+    - `end_sent`: the client was sent the stream's end: whatever becomes of it then is no end of the request.
     - `unlisted_model`: the model that the provider names as served, if it is none of those requested.
     - `served_tier`: the service tier that the provider names as served.
     """
@@ -205,6 +206,7 @@ class Exchange(Struct, eq=False):
     complete: bool = False
     may_be_billed: bool = False
     reads_whole: bool = False
+    end_sent: bool = False
     recording: "Recording | None" = None
     reservation: BodyReservation | None = None
     status: int = 0
@@ -240,6 +242,12 @@ class Exchange(Struct, eq=False):
     def mark_streaming(self) -> None:
         """Record that the head of a stream was sent to the client."""
         self.phase = "stream"
+
+    def mark_cut(self, outcome: str) -> None:
+        """Record how the request was cut, unless its client has the stream's end. A client that has gone gets no error."""
+        if not self.end_sent:
+            self.outcome = outcome
+            self.code = "" if outcome == "client_disconnected" else self.code
 
     def mark_sent(self) -> None:
         """Record that all of the request was sent to a provider, which may therefore bill its prompt."""

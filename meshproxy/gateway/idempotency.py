@@ -38,7 +38,7 @@ from meshproxy.gateway.exchange import (
 )
 from meshproxy.ledger.replays import FAILED_TTL_MS, Answer, Claim, Conclusion, Replays, body_digest
 from meshproxy.ledger.store import Unavailable
-from meshproxy.openai.errors import error_event, is_error_event
+from meshproxy.openai.errors import code_of_event, error_event
 from meshproxy.openai.event_stream import DONE, PING
 from meshproxy.policy.principal import Principal
 from meshproxy.telemetry.tasks import Tasks
@@ -261,7 +261,7 @@ class Replay:
     ) -> Reply | None:
         """Pass the answer on: return a whole one, write a stream to `downstream`. A stream ends as the first one ended.
 
-        The exchange gets the answer's model, its status, and whether it is a stream.
+        The exchange gets the answer's model, its status, the code of an error event, and whether it is a stream.
         At most `most_waiting` requests of one account may wait, each at most `left_s` seconds for the answer to begin
         (then GatewayError 504). Raises LookupError, before anything was sent here, if the first request failed or its
         answer became too large to keep.
@@ -285,21 +285,21 @@ class Replay:
         exchange.mark_streaming()
         downstream.begin(headers)
         try:
-            await self._relay(parts, downstream, heartbeat_s)
+            exchange.code = await self._relay(parts, downstream, heartbeat_s) or ""
         except LookupError:
             failed = upstream_error("The request that this one repeats has failed.", may_have_run=True)
-            response = NOT_KEPT if self._answer.state == "lost" else failed
-            downstream.write(error_event(response, exchange.call.request_id))
+            _stop(exchange, downstream, NOT_KEPT if self._answer.state == "lost" else failed)
         except Unavailable as lost:
-            downstream.write(error_event(lost.response, exchange.call.request_id))
+            _stop(exchange, downstream, lost.response)
         except asyncio.CancelledError:  # the gateway shuts down, or the client has gone and hears nothing
-            downstream.write(error_event(overloaded(SHUTTING_DOWN, may_have_run=True), exchange.call.request_id))
-            downstream.finish()
+            _stop(exchange, downstream, overloaded(SHUTTING_DOWN, may_have_run=True))
             raise
-        downstream.finish()
+        else:
+            downstream.finish()
         return None
 
-    async def _relay(self, parts: AsyncIterator[bytes], downstream: Downstream, heartbeat_s: float) -> None:
+    async def _relay(self, parts: AsyncIterator[bytes], downstream: Downstream, heartbeat_s: float) -> str | None:
+        """Pass a stream's parts on; return the code of the error event that ends it, None if it is complete."""
         written_at = self._clock()
         async for part in parts:
             if downstream.congested():
@@ -307,8 +307,10 @@ class Replay:
             if part or self._clock() - written_at >= heartbeat_s:
                 downstream.write(part or PING)
                 written_at = self._clock()
-            if part.endswith(DONE) or is_error_event(part):
-                return  # the stream has its end, whatever becomes of its record
+            code = code_of_event(part)
+            if code is not None or part.endswith(DONE):
+                return code  # the stream has its end, whatever becomes of its record
+        return None
 
     async def _parts(self, heartbeat_s: float) -> AsyncIterator[bytes]:
         """Yield the answer's parts as they come, and an empty one at intervals without any, so that pings are sent.
@@ -320,6 +322,13 @@ class Replay:
             count += len(parts)
             for part in parts or (b"",):
                 yield part
+
+
+def _stop(exchange: Exchange, downstream: Downstream, error_response: ErrorResponse) -> None:
+    """End a repeat's stream with an error event."""
+    exchange.code = error_response.code
+    downstream.write(error_event(error_response, exchange.call.request_id))
+    downstream.finish()
 
 
 async def _head_of(parts: AsyncIterator[bytes]) -> Head:

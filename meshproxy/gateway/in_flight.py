@@ -151,9 +151,10 @@ class Detacher:
             pass  # settle what is known by now
         finally:
             self._detached -= 1
-            exchange.outcome = "client_disconnected"
-            if exchange.usage_source == "reported":
-                exchange.usage_source = "drained"
+            if not exchange.end_sent:
+                exchange.outcome = "client_disconnected"
+                if exchange.usage_source == "reported":
+                    exchange.usage_source = "drained"
             self._close(exchange)
 
 

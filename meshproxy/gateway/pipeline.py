@@ -142,7 +142,7 @@ class Gateway:
         except GatewayError as error:
             return self._refuse(exchange, error.response)
         except asyncio.CancelledError:
-            exchange.outcome = "shutdown" if self._shut_down else "client_disconnected"
+            exchange.mark_cut("shutdown" if self._shut_down else "client_disconnected")
             if self._shut_down and (exchange.phase != "stream" or _awaits_answer(exchange)):
                 return self._refuse(exchange, overloaded(SHUTTING_DOWN, may_have_run=exchange.attempts > 0))
             raise
@@ -374,9 +374,10 @@ class Gateway:
         self._live.relays.add(relay)
         try:
             await relay.run()
-            exchange.outcome = relay.outcome
-            exchange.complete = relay.outcome == "completed"
         finally:
+            if relay.ended or exchange.end_sent:  # else its client left, or the gateway failed
+                exchange.outcome = relay.outcome
+                exchange.complete = relay.outcome == "completed"
             self._live.relays.discard(relay)
             exchange.events = scanner.events
             if not exchange.complete:  # a complete stream is billed already: the client was told its cost

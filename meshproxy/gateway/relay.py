@@ -176,6 +176,7 @@ class Relay:
             return
         if self.outcome != "completed":
             self._exchange.code = error_response.code
+            self._exchange.end_sent = not self._exchange.detached
             event = error_event(self._exchange.mask_secrets(error_response), self._exchange.call.request_id)
             self._downstream.write(event)
         self._finish()
@@ -278,6 +279,7 @@ class Relay:
         """Complete the answer for the client without waiting for the end of the upstream's body."""
         if self.outcome != "completed":
             self.outcome = "completed"
+            self._exchange.end_sent = not self._exchange.detached
             cost = self._cost()
             self._downstream.write(DONE if cost == self.scanner.written_cost else COST % cost.encode() + DONE)
             self._written_at = self._clock()

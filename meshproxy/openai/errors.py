@@ -172,9 +172,25 @@ def error_event(response: ErrorResponse, request_id: str) -> bytes:
     return b"data: " + envelope(response, request_id) + b"\n\n"
 
 
-def is_error_event(part: bytes) -> bool:
-    """Return whether a part of a recorded stream is what `error_event` built. No provider's error is passed on as it came."""
-    return part.startswith(b'data: {"error":{')
+def code_of_event(part: bytes) -> str | None:
+    """Return the code of an error event that `error_event` built; None for any other part of a recorded stream.
+
+    No provider's error is passed on as it came.
+    """
+    if not part.startswith(b'data: {"error":{'):
+        return None
+    try:
+        return msgspec.json.decode(part.removeprefix(b"data: "), type=_Envelope).error.code
+    except msgspec.DecodeError:
+        return None
+
+
+class _Code(Struct):
+    code: str
+
+
+class _Envelope(Struct):
+    error: _Code
 
 
 def provider_error(body: bytes, content_type: str | None = None) -> Any:

@@ -365,6 +365,8 @@ async def test_a_repeat_that_reads_along_sees_the_end_that_the_first_sees(start_
     assert sorted("idempotent-replayed" in answer.headers for answer in answers) == [False, True]
     assert [answer.code for answer in answers] == [code, code]
     assert answers[0].body == answers[1].body
+    await mesh.quiet()
+    assert [line["code"] for line in mesh.log.lines[-2:]] == [code, code]
 
 
 @pytest.mark.parametrize(
@@ -410,6 +412,8 @@ async def test_a_repeat_that_reads_along_ends_honestly_when_the_gateway_shuts_do
         rest = await asyncio.wait_for(reader.read(-1), PATIENCE_S)
         assert (b'"code":"overloaded"' in rest, rest.endswith(b"\r\n0\r\n\r\n")) == (True, True)
         writer.close()
+    await mesh.until(lambda: len(mesh.log.lines) == 2)
+    assert [line["code"] for line in mesh.log.lines] == ["overloaded", "overloaded"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

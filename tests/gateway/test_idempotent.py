@@ -56,9 +56,13 @@ class Flaky(Store):
 
 
 class Client(parts.Client):
-    """One that is sent a stream from its head on."""
+    """One that is sent a stream from its head on, and the exchange of its request."""
 
     headers = None
+
+    def __init__(self):
+        super().__init__()
+        self.exchange = Exchange(call("once", "r2"), "h")
 
     def begin(self, headers):
         self.headers = headers
@@ -79,7 +83,8 @@ class House:
         )
 
     async def play(self, replay, client=None, heartbeat_s=15, **more):
-        return await replay.play(Exchange(call("once", "r2"), "h"), client or Client(), heartbeat_s, **more)
+        client = client or Client()
+        return await replay.play(client.exchange, client, heartbeat_s, **more)
 
 
 def call(name, request_id="r1"):
@@ -209,6 +214,7 @@ async def test_a_stream_that_failed_halfway_ends_in_an_error_for_all(house):
     recording.conclude(complete=False)
     await asyncio.wait_for(playing, 5)
     assert b'"code":"upstream_error"' in client.text
+    assert client.exchange.code == "upstream_error"
     assert (client.finished, b"[DONE]" not in client.text) == (True, True)
 
 
@@ -219,6 +225,7 @@ async def test_a_stream_that_ended_in_an_error_ends_in_the_same_one_for_all(hous
     recording.conclude(complete=False)
     await asyncio.wait_for(playing, 5)
     assert (client.text, client.finished) == (house.client.text, True)
+    assert client.exchange.code == "insufficient_credits"
 
 
 async def test_a_replay_that_is_interrupted_ends_in_an_error(house):
@@ -226,6 +233,7 @@ async def test_a_replay_that_is_interrupted_ends_in_an_error(house):
     playing.cancel()
     await asyncio.wait([playing])
     assert (b'"code":"overloaded"' in client.text, client.finished) == (True, True)
+    assert client.exchange.code == "overloaded"
     recording.conclude(complete=True)
 
 
