@@ -10,7 +10,7 @@ from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
 from simulation.provider import Call
 from simulation.reasons import credit_samples, is_of_session, most_held
-from simulation.record import LATENCY_S, RECOVERY_S, Look, Sample, Trouble, View
+from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Look, Sample, Trouble, View
 
 AT_ONCE_S: Final = 0.1
 LOST: Final = 74  # the exit code of a process that lost a settlement (docs/ledger.md)
@@ -315,7 +315,10 @@ def holds_are_kept(view: View) -> Iterator[str]:
         for event in book.events:
             if event["event"] == "abandoned" or event.get("hold", "live") != "live":
                 since, until = _life(view, event)
-                in_time = any(each.start <= until and each.end >= since for each in view.record.troubles)
+                in_time = any(
+                    each.start <= until and each.end + (HOP_S if each.what == "killed" else 0) >= since
+                    for each in view.record.troubles  # an admission of a killed worker may still be on its way
+                )
                 if not (in_time or view.clock_jumps):
                     yield f"a{number}: the hold {event['hold_id']} was abandoned"
     for sight in view.record.sights:

@@ -1511,6 +1511,8 @@ def test_a_grant_may_be_missing_only_where_it_was_lost(at, lost):
         ("gone", 11.01, 12.0, False),
         ("gone", 5.0, 10.0, True),
         ("gone", 5.0, 9.99, False),
+        ("killed", 5.0, 9.9, True),  # with an admission on its way
+        ("killed", 5.0, 9.89, False),
         ("clock", 50.0, 60.0, True),  # by which its time is no longer known
     ],
 )
