@@ -8,18 +8,19 @@ error is bounded in size and depth. `without_secrets` and `without_quotes` clean
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct, ValidationError
+from msgspec import Raw, Struct, ValidationError
 from msgspec.structs import replace
 
 from meshproxy.errors import MAX_RETRY_AFTER_S, Detail, ErrorResponse, GatewayError, Source, invalid
-from meshproxy.openai.usage import decode_value
+from meshproxy.openai.usage import HALF_A_PAIR, decode_value
 
 MAX_DETAIL_CHARS = 200
 MAX_DETAILS = 32  # in one error
+MAX_LOCATED_BYTES = 262_144  # of a body in which half a surrogate pair is looked for: that of many items takes 0.1 s
 
 _PATH = re.compile(r" - at `\$(.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
@@ -54,6 +55,46 @@ def detail_of(error: Exception, loc: tuple[str | int, ...]) -> Detail:
         kind, message = ("missing", "Field required") if "missing" in field[1] else ("extra_forbidden", "No such field")
         return Detail(kind, (*loc, *path, field[2]), message)
     return Detail(_type_of(error, text), (*loc, *path), _readable(text))
+
+
+def detail_of_body(error: Exception, body: bytes) -> Detail:
+    """Return the detail for a body that can't be decoded.
+
+    Half a surrogate pair, which JSON's grammar allows (RFC 8259, section 8.2), is named as such, with the field that has it.
+    """
+    text = (
+        body.replace(rb"\\", b"//") if len(body) <= MAX_LOCATED_BYTES else b""
+    )  # an escaped backslash begins no escape
+    one, other = (HALF_A_PAIR.sub(mark, text) for mark in (b"1", b"2"))
+    if one != other:
+        try:
+            steps = _first_difference(one, other)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass  # not JSON without them either
+        else:
+            return Detail("string_unicode", ("body", *steps), "Half a surrogate pair is no character")
+    return detail_of(error, ("body",))
+
+
+def _first_difference(one: bytes, other: bytes) -> list[str | int]:
+    """Return the path of the first value in which two JSON texts of one shape differ, as deep as it is looked for."""
+    one, other = (bytes(msgspec.json.decode(text, type=Raw)) for text in (one, other))
+    steps: list[str | int] = []
+    while len(steps) < MAX_NESTING and one[:1] in {b"{", b"["}:
+        for (step, value), (_, changed) in zip(_items(one), _items(other), strict=False):
+            one, other = bytes(value), bytes(changed)
+            if one != other:
+                steps.append(step)
+                break
+        else:
+            break  # a name differs
+    return steps
+
+
+def _items(text: bytes) -> Iterable[tuple[str | int, Raw]]:
+    if text[:1] == b"{":
+        return msgspec.json.decode(text, type=dict[str, Raw]).items()
+    return enumerate(msgspec.json.decode(text, type=list[Raw]))
 
 
 def field_path(detail: Detail) -> str:

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from meshproxy.errors import Detail
-from meshproxy.openai.errors import detail_of, validation_error
+from meshproxy.openai.errors import detail_of, detail_of_body, validation_error
 
 CHAT_PATH = "/v1/chat/completions"
 
@@ -345,7 +345,7 @@ def members_of(body: bytes) -> dict[str, Raw]:
     except UnicodeDecodeError as error:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
-        detail = detail_of(error, ("body",))
+        detail = detail_of_body(error, body)
     raise validation_error([detail], "request")
 
 

@@ -27,7 +27,7 @@ USD_PER_TICK: Final = Decimal("1e-10")  # docs.x.ai/developers/cost-tracking
 
 BOM: Final = b"\xef\xbb\xbf"
 _WITHOUT_CONTROLS: Final = bytes(max(byte, 32) for byte in range(256))
-_HALF_A_PAIR: Final = re.compile(
+HALF_A_PAIR: Final = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
@@ -288,7 +288,7 @@ def _repaired(text: bytes) -> bytes:
     for word in (b"NaN", b"-Infinity", b"Infinity"):
         text = text.replace(word, b"null")
     if b"\\ud" in text or b"\\uD" in text:
-        text = _HALF_A_PAIR.sub(rb"\\ufffd", text)
+        text = HALF_A_PAIR.sub(rb"\\ufffd", text)
     return text
 
 

@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from meshproxy.errors import Detail, GatewayError, Source, invalid
-from meshproxy.openai.errors import detail_of, validation_error
+from meshproxy.openai.errors import detail_of, detail_of_body, validation_error
 from meshproxy.openai.request import CAPS, decode_chat
 from meshproxy.units import rfc3339
 
@@ -216,7 +216,7 @@ def _members(body: bytes) -> dict[str, Raw]:
     except UnicodeDecodeError as error:
         detail = Detail("json_invalid", ("body",), f"JSON is not valid UTF-8 (byte {error.start})")
     except (msgspec.DecodeError, RecursionError) as error:
-        detail = detail_of(error, ("body",))
+        detail = detail_of_body(error, body)
     raise validation_error([detail], "template")
 
 

@@ -22,7 +22,7 @@ from meshproxy.config.load import nearest
 from meshproxy.errors import Detail, GatewayError, Source, invalid
 from meshproxy.ledger import records, usage_report
 from meshproxy.ledger.usage_report import GROUPS
-from meshproxy.openai.errors import MAX_MESSAGE_CHARS, detail_of, field_path
+from meshproxy.openai.errors import MAX_MESSAGE_CHARS, detail_of_body, field_path
 from meshproxy.policy import principal, template
 from meshproxy.units import MAX_NUSD, NUSD_PER_USD, parse_moment, parse_span, parse_usd
 
@@ -125,7 +125,7 @@ def decode_body(text: bytes, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(text, type=kind, dec_hook=_parsed)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        detail = detail_of(error, ("body",))
+        detail = detail_of_body(error, text)
         name = field_path(detail)
         near = nearest(name, kind.__struct_encode_fields__) if detail.type == "extra_forbidden" else ""
         message = f"`{name}`: {detail.msg}{near or '.'}" if name else f"The body can't be used: {detail.msg}."

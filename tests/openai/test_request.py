@@ -405,8 +405,6 @@ class TestBadInput:
             '{"messages":[]}'.encode("utf-16"),
             b'{"messages":[{"role":"user","content":"\xff"}]}',
             b'{"messages":[{"role":"user","content":"\xed\xa0\x80"}]}',
-            b'{"messages":[{"role":"user","content":"\\ud800"}]}',
-            b'{"messages":[{"role":"user","content":"\\udc00 and more"}]}',
             b'{"messages":[{"role":"user","content":"a\nb"}]}',
             b'{"x":NaN}',
             b'{"x":Infinity}',
@@ -423,6 +421,30 @@ class TestBadInput:
         ],
     )
     def test_not_json(self, text: bytes):
+        assert complaints(text) == [("json_invalid", ("body",))]
+
+    @pytest.mark.parametrize(
+        ("text", "param"),
+        [
+            (b'{"session_id":"\\ud800"}', "session_id"),
+            (b'{"session_id":"\\udc00 and more"}', "session_id"),
+            (b'{"model":"a \\\\ud800 and a \\ud83d\\ude00","user":"\\ud83d\\u0041"}', "user"),
+            (
+                b'{"messages":[{"role":"user","content":"x"},{"role":"user","content":"\\ud83d"}]}',
+                "messages[1].content",
+            ),
+            (b'{"stop":["a","\\ud83d\\ud83d\\ude00"]}', "stop[1]"),
+            (b'{"\\ud800":1}', None),
+        ],
+    )
+    def test_half_a_surrogate_pair_is_named_with_its_field(self, text: bytes, param: str | None):
+        response = refusal(text)
+        where = f"{param}: " if param else ""
+        message = f"Invalid request: {where}Half a surrogate pair is no character"
+        assert (response.message, response.param, response.details[0].type) == (message, param, "string_unicode")
+
+    @pytest.mark.parametrize("text", [b'{"user":"\\ud800', b'{"user":"\\ud800"} x'])
+    def test_a_body_that_is_not_json_without_it_either(self, text: bytes):
         assert complaints(text) == [("json_invalid", ("body",))]
 
     @pytest.mark.parametrize("text", [b"[]", b"null", b'"x"', b"1", b"true", pytest.param(b"[" * 100_000, id="deep")])
