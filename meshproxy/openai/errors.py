@@ -151,6 +151,9 @@ MAX_SENTENCES: Final = 8  # items of a list of errors
 MAX_QUOTED_BYTES: Final = 131_072  # of a request whose strings are removed from a provider's message
 MIN_QUOTED_CHARS: Final = 24  # of a string's start: a message that quotes it is cut off there
 MAX_SHOWN_CHARS: Final = 4  # of a secret: less than the prefix that all of its kind share
+MIN_BEGINNING_CHARS: Final = (
+    16  # of a secret's beginning in mid-text: more than `sk-ant-api03-`, which Anthropic's share
+)
 REDACTED: Final = "[redacted]"
 
 _TITLE = re.compile(rb"<title[^>]{0,200}>(.{0,1000}?)</title", re.IGNORECASE | re.DOTALL)
@@ -299,7 +302,7 @@ def parse_provider_error(value: Any) -> ProviderError:
 
 
 def conceal_secrets(words: Any, secrets: Sequence[str]) -> Any:
-    """Return a provider's words without the secrets, including one that is cut off at the end of a text."""
+    """Return a provider's words without the secrets, also where one is cut off: at the end of a text, or half way."""
     try:
         return _concealed(words, secrets)
     except RecursionError:
@@ -347,10 +350,21 @@ def _concealed(words: Any, secrets: Sequence[str]) -> Any:
 
 def _without(text: str, secrets: Sequence[str]) -> str:
     for secret in secrets:
-        text = text.replace(secret, REDACTED)
+        text = _without_beginnings(text, secret)
         shown = next((size for size in range(len(secret) - 1, MAX_SHOWN_CHARS, -1) if text.endswith(secret[:size])), 0)
         text = text[:-shown] + REDACTED if shown else text
     return text
+
+
+def _without_beginnings(text: str, secret: str) -> str:
+    """Replace a secret in a text, and its beginning of at least MIN_BEGINNING_CHARS or three quarters of it."""
+    least = secret[: min(-(-len(secret) * 3 // 4), MIN_BEGINNING_CHARS)]
+    kept: list[str] = []
+    at = 0
+    while (begin := text.find(least, at)) >= 0:
+        kept += (text[at:begin], REDACTED)
+        at = begin + next(size for size in range(len(secret), 0, -1) if text.startswith(secret[:size], begin))
+    return "".join((*kept, text[at:]))
 
 
 def _sentence(value: Any, depth: int = 0) -> str | None:

@@ -14,7 +14,7 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
 from meshproxy.config import Server
@@ -314,8 +314,9 @@ def _body_timeout() -> GatewayError:
 
 
 def _send_continue(request: web.BaseRequest) -> None:
-    """Answer `Expect: 100-continue` (RFC 9110, 10.1.1) before waiting for the body."""
-    if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
+    """Answer `Expect: 100-continue` before waiting for the body; in HTTP/1.0 it is ignored (RFC 9110, section 10.1.1)."""
+    is_expected = request.headers.get("expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+    if is_expected and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 

@@ -166,6 +166,7 @@ HEADS = {
     "two-content-types": (request(LENGTH, b"Content-Type: application/json", b"Content-Type: text/html"), REFUSED),
     "two-authorizations": (request(LENGTH, b"Authorization: Bearer other"), REFUSED),
     "expect-continue": (request(LENGTH, b"Expect: 100-continue"), (100, 200, 404)),
+    "expect-continue-in-1.0": (request(LENGTH, b"Expect: 100-continue", version=b"HTTP/1.0"), (200,)),
     "expect-something": (request(LENGTH, b"Expect: kettle"), SERVED),
 }
 
@@ -177,6 +178,7 @@ START_LINES = {
     "absolute-form-bad-v6": (request(LENGTH, target=b"http://[::1" + CHAT), REFUSED),
     "absolute-form-bad-port": (request(LENGTH, target=b"http://mesh:99999" + CHAT), REFUSED),
     "absolute-form-https": (request(LENGTH, target=b"https://mesh" + CHAT), SERVED),
+    "asterisk-get": (request(method=b"GET", target=b"*", body=b""), REFUSED),
     "asterisk": (request(LENGTH, target=b"*"), REFUSED),
     "asterisk-options": (request(method=b"OPTIONS", target=b"*", body=b""), LOST),
     "authority-form": (request(LENGTH, target=b"other:443"), REFUSED),

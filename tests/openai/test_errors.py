@@ -222,12 +222,20 @@ class TestProviderError:
         ({"key": 'sk-"\\secret-2'}, {"key": "[redacted]"}),
         ("sk-s and sk-", "sk-s and sk-"),
         ("sk-secre and more", "sk-secre and more"),
+        ("sk-secret and more", "[redacted] and more"),
+        ("sk-secret-, sk-secret and sk-secret-1sk-secret-1 too", "[redacted], [redacted] and [redacted][redacted] too"),
         (None, None),
         (7, 7),
     ],
 )
 def test_a_providers_words_are_told_without_our_keys(words, expected):
     assert conceal_secrets(words, ("sk-secret-1", 'sk-"\\secret-2')) == expected
+
+
+@pytest.mark.parametrize(("told", "expected"), [(15, "0123456789abcde"), (16, "[redacted]"), (60, "[redacted]")])
+def test_the_beginning_of_a_long_key_in_mid_text_is_concealed(told, expected):
+    key = "0123456789abcdef" * 4
+    assert conceal_secrets(f"key {key[:told]}, and so on", (key,)) == f"key {expected}, and so on"
 
 
 def test_words_too_deep_to_look_through_are_concealed_whole():
