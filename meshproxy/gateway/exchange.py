@@ -241,7 +241,7 @@ class Exchange(Struct, eq=False):
 
     def mark_streaming(self) -> None:
         """Record that the head of a stream was sent to the client."""
-        self.phase = "stream"
+        self.phase, self.status = "stream", 200
 
     def mark_cut(self, outcome: str) -> None:
         """Record how the request was cut, unless its client has the stream's end. A client that has gone gets no error."""

@@ -281,7 +281,7 @@ class Replay:
             reply = Reply(head.status, headers, b"".join([part async for part in parts]))
             exchange.status = head.status
             return reply
-        exchange.status, exchange.is_stream = head.status, True
+        exchange.is_stream = True
         exchange.mark_streaming()
         downstream.begin(headers)
         try:

@@ -329,7 +329,8 @@ class Gateway:
             outdated=outdated,
             served_tier=answer.service_tier,
         )
-        exchange.status = 200
+        if not exchange.detached:  # else it was sent a 504, or nothing
+            exchange.status = 200
         exchange.outcome = "completed"
         exchange.complete = True
         headers = [
@@ -360,7 +361,8 @@ class Gateway:
         )
         relay = Relay(response, downstream, exchange, lease, scanner, self._clock)
         lease.watch(relay.renewed)
-        exchange.status = 200
+        if not exchange.detached:
+            exchange.status = 200
         if exchange.early_head is None:
             exchange.phase = "stream"
             downstream.begin(
@@ -412,7 +414,6 @@ class Gateway:
         request_id, masked = exchange.call.request_id, exchange.mask_secrets(error_response)
         early_head = exchange.early_head
         if early_head is not None and early_head.is_sent and early_head.waits:
-            exchange.status = 200
             recording = exchange.recording if exchange.detached or not early_head.begun else None
             early_head.end(masked, request_id, recording and recording.client)
             return None

@@ -307,7 +307,7 @@ class Recorder:
             if exchange.first_event_at:
                 waited_s = exchange.first_event_at - exchange.sent_at
                 pending += (upstream_metrics.first_token, waited_s, upstream_metrics.latency["true"], waited_s)
-            elif exchange.status == 200 and stream == "false":
+            elif exchange.complete and stream == "false":
                 pending += (upstream_metrics.latency["false"], duration_s)
         if exchange.first_event_at:
             self._count_stream(exchange, model_metrics, received_at)

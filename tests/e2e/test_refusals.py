@@ -371,7 +371,8 @@ async def test_a_client_that_hangs_up_on_pings_leaves_nothing(silent_pair):
     await mesh.until(lambda: any(opening.begun for opening in mesh.worker.live.early_heads))
     asking.cancel()
     await mesh.quiet()
-    assert (mesh.worker.live.early_heads, mesh.log.lines[-1]["outcome"]) == (set(), "client_disconnected")
+    line = mesh.log.lines[-1]
+    assert (mesh.worker.live.early_heads, line["outcome"], line["status"]) == (set(), "client_disconnected", 200)
 
 
 async def test_a_patience_that_ends_is_a_hang_up_where_the_provider_is_drained(start_mesh, providers):
@@ -438,6 +439,7 @@ async def test_a_streams_own_deadline_is_a_hang_up_where_the_provider_is_drained
         "client_disconnected",
         "live",
     ]
+    assert mesh.log.lines[-1]["status"] == answer.status
 
 
 async def test_what_is_drained_holds_its_slot_until_it_is_over(late):

@@ -30,6 +30,7 @@ OUTCOMES = {
     "gone": Outcome("broken", ("client_disconnected", 0, "none"), "", "nothing"),
     "gone, held": Outcome("broken", ("client_disconnected", 0, "estimated"), "settled", "the prompt"),
     "gone, abandoned": Outcome("broken", ("client_disconnected", 0, "none"), "abandoned", "nothing"),
+    "kept, unanswered": Outcome("broken", ("client_disconnected", 0, "drained"), "settled", "all"),
     "kept": Outcome("broken", ("client_disconnected", 200, "drained"), "settled", "all"),
     "gone midway": Outcome("broken", ("client_disconnected", 200, "estimated"), "settled", "a part"),
     "408": Outcome("broken", ("failed", 408, "none"), "", "nothing"),
@@ -112,7 +113,7 @@ PAIRS = {
 # Where a reset comes to something else because the work goes on without its client: with an Idempotency-Key, or with
 # on_disconnect = "drain".
 KEPT = {
-    ("client", WAITING): "kept",
+    ("client", WAITING): "kept, unanswered",
     ("client", "before the answer"): "unheard / kept",
     ("client", "in the answer's head"): "unheard / kept",
     ("client", "behind the answer's head"): "unheard / kept",

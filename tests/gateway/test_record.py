@@ -225,7 +225,7 @@ async def test_an_attempt(recorded):
 
 async def test_an_upstream_s_latency_by_model_and_a_failure_by_its_cause(recorded):
     whole, failed = finished(), finished()
-    whole.is_stream, whole.first_event_at = False, 0.0
+    whole.is_stream, whole.first_event_at, whole.complete = False, 0.0, True
     failed.code, failed.status = "upstream_error", 502
     for made in (whole, failed):
         recorded.recorder.begin(made)
