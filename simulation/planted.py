@@ -422,7 +422,7 @@ PLANTED: Final = [
     Planted(
         "a provider's secret is shown",
         "openai/errors.py",
-        "        text = text.replace(secret, REDACTED)\n",
+        "        text = _without_beginnings(text, secret)\n",
         "",
     ),
     Planted(

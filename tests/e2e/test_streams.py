@@ -416,6 +416,23 @@ async def test_a_repeat_that_reads_along_ends_honestly_when_the_gateway_shuts_do
     assert [line["code"] for line in mesh.log.lines] == ["overloaded", "overloaded"]
 
 
+async def test_a_repeat_whose_client_leaves_is_logged_without_a_code(start_mesh):
+    mesh = await start_mesh(models={"sim/long": model("sim", "sim/plain?tokens=3000&tps=100")})
+    ask = _post(await mesh.key(), {"model": "sim/long", "messages": HELLO, "stream": True})
+    writers = []
+    for _ in range(2):
+        reader, writer = await asyncio.open_connection(mesh.host, mesh.port)
+        writer.write(ask.replace(b"\r\n", b"\r\nidempotency-key: once\r\n", 1))
+        await asyncio.wait_for(reader.readuntil(b'"content"'), PATIENCE_S)
+        writers.append(writer)
+    writers[1].close()
+    await mesh.until(lambda: mesh.log.lines)
+    line = mesh.log.lines[0]
+    assert (line["outcome"], line["status"], line["code"]) == ("client_disconnected", 200, None)
+    mesh.worker.gateway.shut_down()
+    writers[0].close()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_log_and_the_metrics_name_the_model_of_a_replay_and_whether_it_is_a_stream(mesh, stream):
     caller = await mesh.key()
