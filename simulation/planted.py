@@ -421,13 +421,13 @@ PLANTED: Final = [
     ),
     Planted(
         "a provider's secret is shown",
-        "openai/errors.py",
+        "openai/provider_errors.py",
         "        text = _without_beginnings(text, secret)\n",
         "",
     ),
     Planted(
         "the beginning of a provider's secret is shown",
-        "openai/errors.py",
+        "openai/provider_errors.py",
         "        text = text[:-shown] + REDACTED if shown else text\n",
         "",
     ),

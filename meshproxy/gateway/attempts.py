@@ -16,10 +16,11 @@ from meshproxy.gateway.exchange import ActiveConfig, Downstream, DownstreamWrapp
 from meshproxy.gateway.health import Attempt, Health
 from meshproxy.gateway.record import Recorder
 from meshproxy.gateway.resolve import Plan
-from meshproxy.openai.errors import conceal_secrets, error_event, without_secrets
+from meshproxy.openai.errors import error_event
 from meshproxy.openai.event_stream import PING, StreamScanner
 from meshproxy.openai.events import FORM_BYTES, as_stream, begins_plainly, form_of
 from meshproxy.openai.headers import upstream_request_id
+from meshproxy.openai.provider_errors import conceal_secrets, without_secrets
 from meshproxy.openai.usage import decode_answer
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.failover import classify_error, classify_status, error_to_report, is_refusal, wait_of

@@ -19,7 +19,8 @@ from meshproxy.errors import (
 )
 from meshproxy.gateway.entry import BodyReservation
 from meshproxy.ledger.records import Denial, UsageSource
-from meshproxy.openai.errors import conceal_secrets, envelope, error_headers, without_secrets
+from meshproxy.openai.errors import envelope, error_headers
+from meshproxy.openai.provider_errors import conceal_secrets, without_secrets
 from meshproxy.openai.usage import RefusedNumber, Usage
 from meshproxy.policy.catalog import Candidate, Catalog
 from meshproxy.policy.pricing import Price

@@ -22,7 +22,7 @@ from meshproxy.config.settings import DEFAULT_PORTS
 from meshproxy.errors import Source, UpstreamError
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.ledger.records import Denial
-from meshproxy.openai.errors import MAX_QUOTED_BYTES, without_quotes
+from meshproxy.openai.provider_errors import MAX_QUOTED_BYTES, without_quotes
 from meshproxy.openai.request import CHAT_PATH, ChatRequest
 from meshproxy.policy.catalog import Candidate
 from meshproxy.policy.route_health import Window

@@ -22,7 +22,7 @@ from meshproxy.errors import (
     provider_not_available,
     upstream_error,
 )
-from meshproxy.openai.errors import ProviderError, parse_provider_error, provider_error
+from meshproxy.openai.provider_errors import ProviderError, parse_provider_error, provider_error
 
 DEFAULT_RETRY_AFTER_S: Final = 1.0  # where a provider has no capacity and gives no wait
 # Where our quota at the provider is spent: longer than any SDK waits by itself, since only the account's owner can act.

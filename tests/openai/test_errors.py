@@ -19,15 +19,8 @@ from meshproxy.errors import (
     unauthorized,
     upstream_error,
 )
-from meshproxy.openai.errors import (
-    conceal_secrets,
-    envelope,
-    error_event,
-    error_headers,
-    provider_error,
-    without_quotes,
-    without_secrets,
-)
+from meshproxy.openai.errors import envelope, error_event, error_headers
+from meshproxy.openai.provider_errors import conceal_secrets, provider_error, without_quotes, without_secrets
 
 DEEP = functools.reduce(lambda inner, _: [inner], range(5000), [])
 
