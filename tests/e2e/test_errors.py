@@ -484,6 +484,8 @@ def test_every_code_is_documented_and_no_other():
     documented = documented_codes()
     source = "".join(path.read_text() for path in (ROOT / "meshproxy").rglob("*.py"))
     told = re.findall(r'(?:ErrorResponse|client_error)\(\s*(?:#.*\s*)?(\d{3}|status),\s*"(\w+)"', source)
+    middlewares = (ROOT / "meshproxy/server/aiohttp_path.py").read_text()
+    told += re.findall(r'^    (\d{3}): "(\w+)",$', middlewares, re.MULTILINE)
     assert len(documented) == len(set(documented))
     assert {code for _, code in told} == {code for _, code in documented}
     assert {pair for pair in told if pair[0] != "status"} <= set(documented)
