@@ -12,7 +12,7 @@ from simulation.history import (
 )
 from simulation.limits import most_reserved
 from simulation.provider import Call
-from simulation.reasons import BREAKER_FAILURES, BUCKET_S, DETACHED_S, changed_limits, cut_short
+from simulation.reasons import BREAKER_FAILURES, BUCKET_S, DETACHED_S, changed_limits, cut_short, others_of_key
 from simulation.record import HOP_S, STORE, View
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
@@ -229,11 +229,7 @@ def waits_are_told(view: View) -> Iterator[str]:
 def _longest_wait_s(view: View, sight: Sight) -> float:
     """Return the longest wait that a 429 may name: until its bucket has what the request takes."""
     key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
-    others = [
-        other
-        for other in view.record.sights
-        if other is not sight and other.request.key == sight.request.key and other.began_at <= sight.ended_at
-    ]
+    others = others_of_key(view, sight)
     if "tokens per minute" in message and key.tokens_per_minute:
         size = key.tokens_per_minute
         taken = sum(max(_used(view, other), most_reserved(other)) for other in others)

@@ -157,14 +157,19 @@ def credit_samples(view: View, sight: Sight) -> list[Sample]:
     return before + [sample for sample in within if sample.at >= sight.began_at]
 
 
-def _limited(view: View, sight: Sight) -> bool:
-    """Whether a limit that its message names was reached."""
-    key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
-    others = [
+def others_of_key(view: View, sight: Sight) -> list[Sight]:
+    """Return the other requests of a request's key that began before it ended."""
+    return [
         other
         for other in view.record.sights
         if other is not sight and other.request.key == sight.request.key and other.began_at <= sight.ended_at
     ]
+
+
+def _limited(view: View, sight: Sight) -> bool:
+    """Whether a limit that its message names was reached."""
+    key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
+    others = others_of_key(view, sight)
     counted = [
         other
         for other in others

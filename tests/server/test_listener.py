@@ -348,6 +348,19 @@ LONG_HEADERS = {
 }
 
 
+async def sent_in_two(served, request: bytes, cut: int | None) -> tuple[int, str | None]:
+    """Send a request, cut at a byte if there is one, and return its status and the error's code; None for a 200."""
+    reader, writer = await served.connect()
+    for piece in (request[:cut], request[cut:]) if cut is not None else (request,):
+        writer.write(piece)
+        await writer.drain()
+        await turns(20)
+    got = await asyncio.wait_for(reader.read(-1), 5)
+    writer.close()
+    status = int(got.split()[1])
+    return status, None if status == 200 else json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"]
+
+
 @pytest.mark.parametrize("name", LONG_HEADERS)
 @pytest.mark.parametrize("fast_connections", [True, False])
 @pytest.mark.parametrize("cut", [None, 60, 5_000, 10_060, 15_000, 16_440])
@@ -355,16 +368,7 @@ async def test_a_long_header_has_one_answer_however_it_arrives(start, name, fast
     served = await start(fast_connections=fast_connections)
     line, status = LONG_HEADERS[name]
     closing = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n" + line + b"\r\n\r\n")
-    reader, writer = await served.connect()
-    for piece in (closing[:cut], closing[cut:]) if cut is not None else (closing,):
-        writer.write(piece)
-        await writer.drain()
-        await turns(20)
-    got = await asyncio.wait_for(reader.read(-1), 5)
-    writer.close()
-    assert int(got.split()[1]) == status
-    if status == 431:
-        assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_head_too_large"
+    assert await sent_in_two(served, closing, cut) == (status, "request_head_too_large" if status == 431 else None)
 
 
 @pytest.mark.parametrize("size, status", [(10_000, 200), (20_000, 400), (40_000, 400)])
@@ -372,16 +376,7 @@ async def test_a_long_header_has_one_answer_however_it_arrives(start, name, fast
 async def test_a_long_chunk_extension_has_one_answer_however_it_arrives(start, size, status, cut):
     served = await start()
     ask = CHUNKED.replace(b"2\r\n", b"2;" + b"a" * size + b"\r\n").replace(b"host: m", b"host: m\r\nconnection: close")
-    reader, writer = await served.connect()
-    for piece in (ask[:cut], ask[cut:]) if cut is not None else (ask,):
-        writer.write(piece)
-        await writer.drain()
-        await turns(20)
-    got = await asyncio.wait_for(reader.read(-1), 5)
-    writer.close()
-    assert int(got.split()[1]) == status
-    if status == 400:
-        assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
+    assert await sent_in_two(served, ask, cut) == (status, "bad_request" if status == 400 else None)
 
 
 @pytest.mark.parametrize(
