@@ -288,12 +288,13 @@ class Gateway:
             exchange.mark_streaming,
             self._clock,
         )
-        early_head.is_sent = as_repeat is not None and as_repeat.is_sent
+        if as_repeat is not None and as_repeat.is_sent:
+            early_head.is_sent, early_head.written_at = True, as_repeat.written_at
         self._live.early_heads.add(early_head)
         try:
             response = await self._attempts.first_answer(exchange, plan, active)
             early_head.waits = False
-            if not early_head.begun:
+            if not early_head.is_sent:
                 exchange.early_head = None
             return response
         finally:
@@ -363,7 +364,7 @@ class Gateway:
         lease.watch(relay.renewed)
         if not exchange.detached:
             exchange.status = 200
-        if exchange.early_head is None:
+        if exchange.early_head is None or not exchange.early_head.begun:
             exchange.phase = "stream"
             downstream.begin(
                 [

@@ -138,6 +138,15 @@ FOUND = {
             replace(LEFT, name="q2", repeats="q1", at_s=3.0, worker=1, answers=(Answer(delay_s=1.0),)),
         ),
     ),
+    "a repeat heard nothing when it ran itself, on the way from one ping to the next": History(
+        1,
+        "found",
+        steps=(
+            replace(LEFT, answers=(Answer(pause_s=6.0),)),
+            WorkerEvent(0.5, "killed"),
+            replace(LEFT, name="q2", repeats="q1", at_s=2.8, answers=(Answer(pause_s=6.0),)),
+        ),
+    ),
     "a stopped worker kept the socket of a client that read nothing": History(
         1,
         "found",
