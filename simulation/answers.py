@@ -12,8 +12,8 @@ from simulation.history import (
 )
 from simulation.limits import most_reserved
 from simulation.provider import Call
-from simulation.reasons import BREAKER_FAILURES, BUCKET_S, DETACHED_S, changed_limits, cut_short, others_of_key
-from simulation.record import HOP_S, STORE, View
+from simulation.reasons import BREAKER_FAILURES, BUCKET_S, DETACHED_S, changed_limits, others_of_key
+from simulation.record import HOP_S, STORE, View, cut_short
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
 REPEATED_S: Final = 10 * HOP_S  # that a repeat takes longer: the first's parts go to the store, which it asks for news

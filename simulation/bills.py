@@ -11,12 +11,13 @@ from msgspec.structs import replace
 from simulation.client import Sight
 from simulation.history import LEASE_TOKENS, STORE_TIMEOUT_S, Model, Price
 from simulation.provider import Call, prompt_tokens
-from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View
+from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View, cut_short
 
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
 FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
 TIMER_S: Final = 0.01  # that a deadline by the gateway's clock may be before that by its client's
 BYTES_A_TOKEN: Final = 3  # of a prompt, by the estimate that is held (docs/api.md)
+TOKENS_OF_FRAMES: Final = 12  # that this estimate may add for messages and fields
 TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
 STORE_FAULTS: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply", "clock"})
 
@@ -97,8 +98,8 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     may_fail = not call.answer.is_good or has_passed_deadline(sight)
     if sight.ended == "left" and may_fail and not (sight.payload or request.stream or goes_on):
         costs.append(NOTHING)  # it left in the head, which may be an error's
-    if sight.ended == "left" and not sight.status and has_passed_deadline(sight):
-        costs.append(NOTHING)  # in the head of the 504
+    if sight.ended == "left" and not sight.status and (has_passed_deadline(sight) or cut_short(view, sight)):
+        costs.append(NOTHING)  # in the head of the 504, or of the 503 of a worker that ends
     if sight.ended == "unconnected" or is_lost(view, sight):
         costs.append(NOTHING)
     seen = seen_tokens(sight)
@@ -107,12 +108,17 @@ def allowed_charges(view: View, sight: Sight) -> list[Cost]:
             for price in _prices(call, model, sight, seen):
                 priced = replace(model, price=price)
                 costs += _charges_of(view, sight, call, priced, seen, goes_on=goes_on, timed_out=timed_out)
-    bound = most_without_credit(view, sight)
-    return costs if bound is None else [Cost(min(cost.least, bound), min(cost.most, bound)) for cost in costs]
+    bound = bound_without_credit(view, sight)
+    return (
+        costs if bound is None else [Cost(min(cost.least, bound.least), min(cost.most, bound.most)) for cost in costs]
+    )
 
 
-def most_without_credit(view: View, sight: Sight) -> int | None:
-    """Return what a stream may cost at most that ended for lack of credit: its hold and a slice. None if it didn't end so."""
+def bound_without_credit(view: View, sight: Sight) -> Cost | None:
+    """Return what bounds the cost of a stream that ended for lack of credit: its hold and a slice. None if it didn't end so.
+
+    The bound is one of tokens: it is less than the hold and a slice by what was held for more prompt than there was.
+    """
     if view.history.local and view.feels(sight):  # an instance's allowance
         return None
     bounds = []
@@ -120,13 +126,17 @@ def most_without_credit(view: View, sight: Sight) -> int | None:
         if event["hold"] != "live" or event["outcome"] != "insufficient_credits":
             continue
         prices = [each for model in view.models(sight, event["model"]) for price in model.prices for each in price.all]
-        slice_nusd = max(price.of_output(LEASE_TOKENS * sight.request.n) for price in prices)
-        bodies = [json.dumps(call.body["messages"]) for call in view.calls.get(sight.marker, ())]
-        held_for = min(map(len, bodies), default=0) // BYTES_A_TOKEN
-        more_prompt = max(0, int(event["prompt_tokens"]) - held_for)  # citations, and what the estimate is too low by
-        prompt_nusd = max(-(-more_prompt * price.input // 1_000_000) for price in prices)
-        bounds.append(_at_served(view, sight, event) + slice_nusd + prompt_nusd)
-    return max(bounds, default=None)
+        slices = [price.of_output(LEASE_TOKENS * sight.request.n) for price in prices]
+        bodies = [len(json.dumps(call.body["messages"])) for call in view.calls.get(sight.marker, ())]
+        prompt = int(event["prompt_tokens"])
+        more_prompt = max(0, prompt - min(bodies, default=0) // BYTES_A_TOKEN)  # citations, and an estimate too low
+        less_prompt = max(0, max(bodies, default=0) // BYTES_A_TOKEN + TOKENS_OF_FRAMES - prompt)
+        more_nusd, less_nusd = (
+            max(-(-tokens * price.input // 1_000_000) for price in prices) for tokens in (more_prompt, less_prompt)
+        )
+        most = _at_served(view, sight, event) + max(slices) + more_nusd
+        bounds.append(Cost(int(event["held_nusd"]) + min(slices) - less_nusd, most))
+    return Cost(min(bound.least for bound in bounds), max(bound.most for bound in bounds)) if bounds else None
 
 
 def _at_served(view: View, sight: Sight, event: dict[str, str]) -> int:
@@ -210,13 +220,12 @@ def is_lost(view: View, sight: Sight) -> bool:
     admitted_by = min([sight.ended_at, *(call.at for call in calls)])
     since = min([over, *(call.ended_at for call in calls[-1:] if call.ended_at)])  # of a client that reads slowly
     for failover in view.record.troubles:
-        settled_by = over + LATENCY_S
+        settled_by, is_late = over + LATENCY_S, False
         for other in sorted(view.record.troubles, key=lambda each: each.start):
             if other is not failover and other.start <= settled_by and other.worker in workers:
-                settled_by = max(settled_by, other.end)
+                settled_by, is_late = max(settled_by, other.end), is_late or other.end >= since
         unnoticed = failover.start <= since <= failover.start + HOP_S  # sent on a connection that was lost already
-        # and a repeat without a hold is charged only if no reply was lost
-        repeated = settled_by > over + LATENCY_S or unnoticed
+        repeated = is_late or unnoticed  # and what is sent again without a hold is charged only if no reply was lost
         if failover.loses(since, settled_by) or (repeated and failover.loses(sight.began_at, admitted_by)):
             return True
     return died_unsettled(view, sight)
@@ -267,7 +276,7 @@ def _charges_of(
     final = call.reported and not call.outdated
     if call.complete or final:
         yield whole
-    hung_up = sight.ended == "left" and call.ended == "closed"  # the provider had the prompt
+    hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported  # the provider had the prompt
     nothing_known = not call.shown_begun and not (call.is_true and call.reported) and not hung_up
     if nothing_known or (call.ended == "cut" and not call.shown_sent):
         yield NOTHING

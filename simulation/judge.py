@@ -39,13 +39,12 @@ from simulation.history import PROVIDER_SECRET, UPSTREAMS, WRITE_TIMEOUT_S, rend
 from simulation.limits import buckets_are_right, limits_hold
 from simulation.provider import Call
 from simulation.reasons import (
-    cut_short,
     deadlines_hold,
     is_unpriced,
     statuses_have_reasons,
     waits_are_true,
 )
-from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View
+from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View, cut_short
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})

@@ -5,14 +5,13 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from simulation.bills import BYTES_A_TOKEN, TOOL_NAME_TOKENS, estimates
+from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, estimates
 from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS
 from simulation.reasons import TEMPLATE_TOKENS
 from simulation.record import LATENCY_S, View
 
 CLOCK_S: Final = 0.002  # the store's clock has milliseconds
-TOKENS_OF_FRAMES: Final = 12  # that the estimate may add for messages and fields
 
 
 def limits_hold(view: View) -> Iterator[str]:

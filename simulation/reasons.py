@@ -1,6 +1,5 @@
 """Whether refusals and failures have a true reason and a true wait, and whether limits hold."""
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
@@ -8,7 +7,6 @@ from typing import Final
 from simulation.bills import nusd, over_at
 from simulation.client import Sight
 from simulation.history import (
-    DRAIN_S,
     FIRST_BYTE_S,
     HOLD_TTL_S,
     IDLE_S,
@@ -18,7 +16,7 @@ from simulation.history import (
     TEMPLATE,
     KeyPlan,
 )
-from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, STORE, Sample, View
+from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, STORE, Sample, View, cut_short
 
 BREAKER_FAILURES: Final = 10
 BUCKET_S: Final = 60.0  # after which a bucket is full again
@@ -218,22 +216,6 @@ def _asked_to_wait(view: View, sight: Sight) -> bool:
 
 def _stopping(view: View, sight: Sight) -> bool:
     return sight.error.get("code") == "overloaded" and cut_short(view, sight)
-
-
-def cut_short(view: View, sight: Sight) -> bool:
-    """Whether a request's worker was drained for `drain_s` when the request ended, or told to stop a second time.
-
-    Repeats of an Idempotency-Key may read along at another worker.
-    """
-    workers = {view.worker(other) for other in view.group(sight)}
-    for worker in workers:
-        drains = [each for each in view.record.troubles if each.what == "drained" and each.worker == worker]
-        for at, drain in enumerate(drains):
-            again_at = min((later.start for later in drains[at + 1 :] if later.start < drain.end), default=math.inf)
-            cut_at = min(drain.start + DRAIN_S, again_at)
-            if cut_at <= sight.ended_at and sight.began_at <= min(drain.end, cut_at + LATENCY_S):
-                return True
-    return False
 
 
 def _without_ledger(view: View, sight: Sight) -> bool:

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from simulation.client import Sight
-from simulation.history import History, Model, Request
+from simulation.history import DRAIN_S, History, Model, Request
 from simulation.provider import Call
 
 PROPAGATION_S: Final = 2.1  # two seconds and the way of a packet, after which an operator's change holds everywhere
@@ -244,3 +244,19 @@ Rule = Callable[[View], Iterator[str]]
 def marker_of(seed: int, request: Request) -> str:
     """Return what marks all text of a request; a repeat has that of what it repeats."""
     return f"mk{seed}{request.repeats or request.name}z"
+
+
+def cut_short(view: View, sight: Sight) -> bool:
+    """Whether a request's worker was drained for `drain_s` when the request ended, or told to stop a second time.
+
+    Repeats of an Idempotency-Key may read along at another worker.
+    """
+    workers = {view.worker(other) for other in view.group(sight)}
+    for worker in workers:
+        drains = [each for each in view.record.troubles if each.what == "drained" and each.worker == worker]
+        for at, drain in enumerate(drains):
+            again_at = min((later.start for later in drains[at + 1 :] if later.start < drain.end), default=math.inf)
+            cut_at = min(drain.start + DRAIN_S, again_at)
+            if cut_at <= sight.ended_at and sight.began_at <= min(drain.end, cut_at + LATENCY_S):
+                return True
+    return False

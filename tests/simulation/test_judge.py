@@ -715,6 +715,35 @@ def out_of_credit(cost, **fields):
     return change
 
 
+def billed_beyond_credit(cost):
+    """Let the provider of a stream that ended for lack of credit have reported more than its hold allowed for."""
+
+    def change(case):
+        out_of_credit(cost, usage_source="reported")(case)
+        case.call.reported, case.call.bill, case.call.is_true = (
+            True,
+            Bill(20, 0, 300),
+            frozenset({"prompt", "completion"}),
+        )
+        case.call.shown = case.call.shown_begun = 5  # the rest is hidden
+
+    return change
+
+
+def gone_in_the_head(cost, *troubles):
+    """Let a client have gone as the first bytes came, and its provider have been left."""
+
+    def change(case):
+        case.sight.ended, case.sight.status, case.sight.payload, case.sight.times = "left", 0, b"", []
+        case.sight.request = replace(case.sight.request, reads="half_closes")
+        case.call.complete, case.call.ended, case.call.reported = False, "closed", False
+        case.call.shown = case.call.shown_sent = case.call.shown_begun = 0
+        case.record.books = {0: book(settled(cost_nusd=cost, usage_source="estimated"))}
+        case.record.troubles = list(troubles)
+
+    return change
+
+
 def out_of_credit_in_a_dearer_tier(cost):
     """Let a stream for "flex" have ended for lack of credit, in "priority" at five times the price."""
 
@@ -771,6 +800,12 @@ MONEY = {
     "tokens of a clock that jumped later": (felt(remaining(5), 11.1, "clock"), REQUEST, set()),
     "a hold and a slice": (out_of_credit(100_000 + 16 * 10_000), STREAMED, set()),
     "more than a hold and a slice": (out_of_credit(100_001 + 16 * 10_000), STREAMED, BILLS | OVERDRAWN),
+    "a bill above a hold and a slice": (billed_beyond_credit(100_000 + 16 * 10_000), STREAMED, set()),
+    "a hold for a longer prompt, and a slice": (billed_beyond_credit(70_000 + 16 * 10_000), STREAMED, set()),
+    "less than that": (billed_beyond_credit(69_999 + 16 * 10_000), STREAMED, BILLS),
+    "the head of a worker's end": (gone_in_the_head(0, Trouble("drained", -9.0, 31.0, 0)), REQUEST, set()),
+    "the head of what ran on another worker": (gone_in_the_head(0, Trouble("drained", -9.0, 31.0, 1)), REQUEST, BILLS),
+    "a head that nothing ended": (gone_in_the_head(0), REQUEST, BILLS),
     "a hold and a slice of a dearer tier": (out_of_credit_in_a_dearer_tier(500_000 + 16 * 30_000), SERVED, set()),
     "more than that": (out_of_credit_in_a_dearer_tier(500_001 + 16 * 30_000), SERVED, BILLS),
     "a hold and a slice for each of two": (out_of_credit(100_000 + 320_000), Request("q0", stream=True, n=2), set()),
@@ -1466,6 +1501,8 @@ def failover(at, gone_s=0.05):
         pytest.param([failover(11.1), OUTAGE], set(), id="its hold was lost, and the reply to its settlement"),
         pytest.param([failover(11.11), OUTAGE], UNPAID, id="its hold was not lost"),
         pytest.param([failover(9.99), OUTAGE], UNPAID, id="an older hold was lost"),
+        pytest.param([failover(11.1), Trouble("lost_reply", 15.0, OVER)], set(), id="its hold was lost, and a reply"),
+        pytest.param([failover(11.1), Trouble("lost_reply", 15.0, OVER - 0.01)], UNPAID, id="a reply was lost before"),
         pytest.param([failover(11.1, gone_s=30.0)], UNPAID, id="its hold was lost, and the store was gone at its end"),
     ],
 )
@@ -1474,6 +1511,22 @@ def test_a_charge_may_be_missing_only_where_it_was_lost(troubles, broken):
     case.sight.ended_at = case.call.ended_at = OVER
     troubled(not_charged, *troubles)(case)
     assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
+
+
+@pytest.mark.parametrize(("lost_until", "excused"), [(OVER, True), (OVER - 0.01, False)])
+def test_a_charge_may_be_lost_when_its_provider_has_ended_and_its_client_reads_on(lost_until, excused):
+    case = Case(Request("q0", stream=True, reads="stalls"))
+    case.call.ended_at, case.sight.ended, case.sight.ended_at = OVER, "left", OVER + 50
+    troubled(not_charged, failover(11.1), Trouble("lost_reply", 15.0, lost_until))(case)
+    assert ("charges_are_bills" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+@pytest.mark.parametrize(("reported", "excused"), [(True, True), (False, False)])
+def test_a_client_that_left_behind_a_report_of_zeros_and_no_text_is_charged_nothing(reported, excused):
+    case = Case(Request("q0", stream=True, reads="leaves"))
+    gone_in_the_head(0)(case)
+    case.sight.status, case.call.reported, case.call.is_true, case.call.bill = 200, reported, frozenset(), Bill()
+    assert ("charges_are_bills" not in {finding.rule for finding in judge(case.record)}) == excused
 
 
 @pytest.mark.parametrize(
