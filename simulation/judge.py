@@ -4,10 +4,11 @@ It knows what providers billed and clients saw, and docs/; nothing of the gatewa
 a record to the words of what breaks it. docs/simulation.md lists the rules.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from simulation.answers import (
     answers_are_prompt,
@@ -48,6 +49,7 @@ from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
+CAPS: Final = frozenset({"max_tokens", "max_completion_tokens"})
 SECRET_PART: Final = 8  # of a provider's secret, which nothing shows: more than all of its kind begin with
 HANG_UP_S: Final = 1.0  # after which a provider's connection is closed whose client has gone
 
@@ -186,32 +188,51 @@ def bytes_are_ones_own(view: View) -> Iterator[str]:
 
 
 def requests_are_clean(view: View) -> Iterator[str]:
-    """Check that what goes to a provider has none of Mesh's fields, one cap under the right name, and not what it refuses."""
-    plans = {sight.marker: sight for sight in view.record.sights}
+    """Check that a provider gets what the client sent, byte for byte, but for the changes that docs/api.md names.
+
+    None of Mesh's fields, the provider's name of the model, one cap under the right name, and usage asked for where it
+    may be. A template's messages come before the client's.
+    """
+    sights: dict[str, list[Sight]] = {}
+    for sight in view.record.sights:
+        sights.setdefault(sight.marker, []).append(sight)
     for call in view.record.calls:
-        upstream = UPSTREAMS[call.upstream]
-        if call.marker not in plans:
+        group = sights.get(call.marker)
+        if group is None:
             yield f"{call.upstream} got a request of nobody's: {call.marker}"
             continue
-        request = plans[call.marker].request
-        if is_unpriced(view, plans[call.marker]) or call.body.get("service_tier", "") != request.tier:
-            yield f"{call.upstream} got the service tier {call.body.get('service_tier')} for {request}"
-        extra = MESH_FIELDS & call.body.keys()
-        if extra:
-            yield f"{call.upstream} got {sorted(extra)}"
-        if not upstream.asks_usage and "stream_options" in call.body and not request.include_usage:
-            yield f"{call.upstream} refuses stream_options and got them"
-        if upstream.asks_usage and request.stream and not (call.body.get("stream_options") or {}).get("include_usage"):
-            yield f"{call.upstream} wasn't asked for usage in {call.marker}"
-        caps = {name: call.body[name] for name in ("max_tokens", "max_completion_tokens") if name in call.body}
-        if set(caps) - {upstream.cap_field}:
-            yield f"{call.upstream} reads {upstream.cap_field} and got {caps}"
-        told: Any = call.body.get(upstream.cap_field)
-        if request.max_tokens is not None and told != request.max_tokens:  # of at most the model's largest output
-            yield f"{call.upstream} got the cap {told} for {request.max_tokens}"
-        yield from imposed_cap_faults(view, plans[call.marker], call)
-        if bool(call.body.get("stream")) != request.stream or (call.body.get("n") or 1) != request.n:
-            yield f"{call.upstream} got stream={call.body.get('stream')}, n={call.body.get('n')} for {request}"
+        if is_unpriced(view, group[0]):
+            yield f"{call.upstream} got the service tier {call.body.get('service_tier')} for {group[0].request}"
+        faults = [list(_changes_of(sight, call)) for sight in group]
+        if all(faults):
+            yield min(faults, key=len)[0]
+        yield from imposed_cap_faults(view, group[0], call)
+
+
+def _changes_of(sight: Sight, call: Call) -> Iterator[str]:
+    """Find what differs in a call's body from what the gateway may make of a request's."""
+    sent, got, upstream = json.loads(sight.body), dict(call.body), UPSTREAMS[call.upstream]
+    messages, own = got.pop("messages"), sent.pop("messages")
+    name = str(got.pop("model")).removeprefix("up-")
+    if name not in (sight.request.model, *sight.request.fallbacks):
+        yield f"{call.upstream} got the model {name} in {call.marker}"
+    expected = {field: value for field, value in sent.items() if field not in MESH_FIELDS | CAPS | {"model"}}
+    kept = {field: value for field, value in expected.items() if field != "stream_options"}
+    if not upstream.asks_usage:
+        expected.pop("stream_options", None)
+    elif sight.request.stream:
+        expected["stream_options"] = {**sent.get("stream_options", {}), "include_usage": True}
+    cap = sight.request.max_tokens or got.get(upstream.cap_field)  # one of the gateway's own is judged elsewhere
+    expected |= {} if cap is None else {upstream.cap_field: cap}
+    for field in sorted(expected.keys() | got):
+        told, right = got.get(field, "nothing"), expected.get(field, "nothing")
+        if told != right:
+            yield f"{call.upstream} got {told} for {field} in {call.marker}, and {right} would be right"
+    if messages[-len(own) :] != own or json.dumps(own).encode()[1:-1] not in call.raw:
+        yield f"{call.upstream} got other messages in {call.marker} than {own}: {messages}"
+    for field, value in kept.items():
+        if f'"{field}":{json.dumps(value)}'.encode() not in call.raw:
+            yield f"{call.upstream} got other bytes of {field} in {call.marker} than {value}"
 
 
 def templates_hold(view: View) -> Iterator[str]:

@@ -740,6 +740,19 @@ PLANTED: Final = [
         "hold and math.max(hold.amount, tonumber(total)) or 0",
         "hold and tonumber(total) or 0",
     ),
+    # What goes to a provider.
+    Planted(
+        "the last character of a prompt is lost",
+        "openai/request.py",
+        '"messages": Raw(messages), ',
+        '"messages": Raw(messages[:-4] + messages[-3:]), ',
+    ),
+    Planted(
+        "a client's messages are encoded anew",
+        "openai/request.py",
+        '"messages": Raw(messages), ',
+        '"messages": msgspec.json.decode(messages), ',
+    ),
 ]
 
 

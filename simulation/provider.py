@@ -73,6 +73,7 @@ class Call(Struct):
     answer: Answer
     body: dict[str, Any]
     headers: dict[str, str]
+    raw: bytes = b""  # the bytes of `body`
     made: int = 0
     shown: int = 0
     tier: str = ""
@@ -131,8 +132,9 @@ class Provider:
         """How many are open."""
         return len(self._links)
 
-    def call(self, upstream: str, headers: dict[str, str], body: dict[str, Any]) -> Call:
+    def call(self, upstream: str, headers: dict[str, str], raw: bytes) -> Call:
         """Note a call, and decide what becomes of it."""
+        body = json.loads(raw)
         marker = marker_of(body)
         request = self._plans.get(marker)
         number = sum(call.marker == marker for call in self.calls)
@@ -142,7 +144,16 @@ class Provider:
             else Answer(status=500, error="failed")
         )
         call = Call(
-            marker, upstream, number, asyncio.get_running_loop().time(), answer, body, headers, lines=[], lines_at=[]
+            marker,
+            upstream,
+            number,
+            asyncio.get_running_loop().time(),
+            answer,
+            body,
+            headers,
+            raw,
+            lines=[],
+            lines_at=[],
         )
         self.calls.append(call)
         return call
@@ -202,7 +213,7 @@ class _Link(asyncio.Protocol):
             if raw is None:
                 return
             upstream = lines[0].split(" ")[1].split("/")[1]
-            call = self._provider.call(upstream, headers, json.loads(raw))
+            call = self._provider.call(upstream, headers, raw)
             await self._answer(call)
             call.ended_at = asyncio.get_running_loop().time()
             if call.ended not in {"whole", "error"} or self._transport.is_closing():

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
-from simulation.client import Sight
+from simulation.client import Sight, body_of
 from simulation.history import MODELS, PROVIDER_SECRET, Answer, Fault, History, KeyPlan, Request, WorkerEvent, rendered
-from simulation.judge import RULES, judge
+from simulation.judge import MESH_FIELDS, RULES
+from simulation.judge import judge as judge_record
 from simulation.limits import Taken, level_at_least, level_at_most
 from simulation.planted import PLANTED, ROOT
 from simulation.provider import Bill, Call
@@ -85,13 +86,21 @@ def book(*events, **fields):
     )
 
 
+def judge(record):
+    """Return the findings, where requests and calls have the bodies that their plans say, unless they have others."""
+    for sight in record.sights:
+        sight.body = sight.body or body_of(sight.request, sight.marker)
+    for call in record.calls:
+        members = (f'"{name}":{json.dumps(value)}' for name, value in call.body.items())
+        call.raw = call.raw or f"{{{','.join(members)}}}".encode()
+    return judge_record(record)
+
+
 class Case:
     """A record of one whole answer, to be changed."""
 
     def __init__(self, request=REQUEST, *, answer=None):
-        self.sight = Sight(
-            request, MARKER, "id-q0", b"{}", 10.0, sent_at=10.0, ended="whole", ended_at=11.0, status=200
-        )
+        self.sight = Sight(request, MARKER, "id-q0", b"", 10.0, sent_at=10.0, ended="whole", ended_at=11.0, status=200)
         self.sight.headers = {
             "content-type": "application/json",
             "x-request-id": "id-q0",
@@ -101,10 +110,9 @@ class Case:
             "x-mesh-routing-attempts": "1",
         }
         self.sight.payload, self.sight.times = WHOLE, [(11.0, len(WHOLE))]
-        body = {"model": "up-plain", "messages": [{"role": "user", "content": f"{MARKER}: the river is old, and"}]}
-        body |= {"stream": True, "stream_options": {"include_usage": True}} if request.stream else {}
-        body |= {} if request.n == 1 else {"n": request.n}
-        body |= {} if request.max_tokens is None else {"max_tokens": request.max_tokens}
+        sent = json.loads(body_of(request, MARKER))
+        body = {name: value for name, value in sent.items() if name not in MESH_FIELDS} | {"model": "up-plain"}
+        body |= {"stream_options": {"include_usage": True}} if request.stream else {}
         self.call = Call(MARKER, "one", 0, 10.1, answer or request.answers[0], body, {}, lines=[])
         self.call.made = self.call.shown = self.call.shown_sent = self.call.shown_begun = 8
         self.call.bill, self.call.is_true = Bill(20, 0, 8), frozenset({"prompt", "completion"})
@@ -146,7 +154,7 @@ class Case:
 
     def twice(self, **sight):
         """Add a second request like it, with a settlement of its own."""
-        other = Sight(Request("q1", keyed=self.sight.request.keyed), MARKER, "id-q1", b"{}", 10.0, sent_at=10.0)
+        other = Sight(Request("q1", keyed=self.sight.request.keyed), MARKER, "id-q1", b"", 10.0, sent_at=10.0)
         other.headers, other.payload, other.times = dict(self.sight.headers), self.sight.payload, self.sight.times
         other.headers["x-request-id"] = "id-q1"
         other.ended, other.ended_at, other.status = "whole", 11.0, 200
@@ -301,6 +309,27 @@ def two_caps(case):
 
 def cap_lost(case):
     del case.call.body["max_tokens"]
+
+
+def asked_for(**fields):
+    """Let the provider have got these fields, and not those that are None."""
+
+    def change(case):
+        case.call.body |= fields
+        for name in [name for name, value in fields.items() if value is None]:
+            del case.call.body[name]
+
+    return change
+
+
+def said(text, raw=None):
+    """Let the provider have got this text as the client's message, in these bytes."""
+
+    def change(case):
+        case.call.body["messages"] = [{"role": "user", "content": text}]
+        case.call.raw = b"" if raw is None else raw.encode()
+
+    return change
 
 
 def silent_stream(case):
@@ -638,7 +667,7 @@ def shared(budget, ended_at):
 
     def change(case):
         budgeted(budget)(case)
-        other = Sight(Request("q1"), "mk1q1z", "id-q1", b"{}", 8.0, sent_at=8.0, ended="left", ended_at=ended_at)
+        other = Sight(Request("q1"), "mk1q1z", "id-q1", b"", 8.0, sent_at=8.0, ended="left", ended_at=ended_at)
         case.record.sights.append(other)
 
     return change
@@ -689,7 +718,7 @@ def cut(cost, dialect="openai"):
 
 
 def remaining(tokens, **fields):
-    """Let a bucket of 1,000 tokens have had so many after an admission that took 84 to 96."""
+    """Let a bucket of 1,000 tokens have had so many after an admission that took 84 to `MOST_TOKENS`."""
 
     def change(case):
         case.key(tokens_per_minute=1000)
@@ -768,7 +797,9 @@ def beyond(excess, *, made=8, shown=8, **call):
     return change
 
 
-FULL_HOLD = 51 * 2_500 + 400 * 10_000  # of a body of two bytes, by the coarsest estimate
+BODY_BYTES = len(body_of(REQUEST, MARKER))
+FULL_HOLD = (BODY_BYTES // 2 + 50) * 2_500 + 400 * 10_000  # by the coarsest estimate
+MOST_TOKENS = BODY_BYTES // 3 + 12 + 64  # that an admission takes from a bucket
 SERVED = Request("q0", model="served", tier="flex", stream=True)
 OVERDRAWN, BUCKETS = {"credit_is_not_overdrawn"}, {"buckets_are_right"}
 CLEAN, BILLS = {"requests_are_clean"}, {"charges_are_bills"}
@@ -793,8 +824,8 @@ MONEY = {
     "a cut stream that names its tier at its end": (cut(20 * 1_000 + 2 * 4_000, "anthropic"), SERVED, set()),
     "tokens of the least estimate": (remaining(1000 - 84), REQUEST, set()),
     "tokens that were hardly taken": (remaining(1000 - 83), REQUEST, BUCKETS),
-    "tokens of the most": (remaining(1000 - 96), REQUEST, set()),
-    "tokens beyond the most": (remaining(1000 - 97), REQUEST, BUCKETS),
+    "tokens of the most": (remaining(1000 - MOST_TOKENS), REQUEST, set()),
+    "tokens beyond the most": (remaining(1000 - MOST_TOKENS - 1), REQUEST, BUCKETS),
     "tokens of a store that failed before": (felt(remaining(5), 10.9), REQUEST, set()),
     "tokens of a store that failed later": (felt(remaining(5), 11.1), REQUEST, BUCKETS),
     "tokens of a clock that jumped later": (felt(remaining(5), 11.1, "clock"), REQUEST, set()),
@@ -816,6 +847,16 @@ MONEY = {
     "more than a slice": (beyond((16 + 2) * 10_000 + 1), STREAMED, OVERDRAWN),
     "a slice and hidden reasoning": (beyond((16 + 2 + 5) * 10_000, made=13), STREAMED, set()),
     "an unreported slice": (beyond(16 * 10_000 + 1, reported=False), STREAMED, OVERDRAWN),
+    "a field that the client didn't send": (asked_for(seed=7), REQUEST, CLEAN),
+    "a field that is lost": (asked_for(n=None), Request("q0", n=2), CLEAN),
+    "another model": (asked_for(model="up-pair"), REQUEST, CLEAN | {"attempts_are_told"}),
+    "a stream that isn't asked for its usage": (asked_for(stream_options=None), STREAMED, CLEAN),
+    "a message without its end": (said(f"{MARKER}: the river is old, an"), REQUEST, CLEAN),
+    "a message in other bytes": (
+        said(f"{MARKER}: the river is old, and", f'{{"messages":[{{"role":"user","content":"{MARKER}..."}}]}}'),
+        REQUEST,
+        CLEAN,
+    ),
     "a larger cap": (capped(None, 10), Request("q0", max_tokens=9), CLEAN),
     "a smaller cap": (capped(None, 8), Request("q0", max_tokens=9), CLEAN),
     "a cap of the gateway's": (capped(60, 60, 2 * FULL_HOLD - 1), REQUEST, set()),
@@ -961,16 +1002,13 @@ def conflicting(began_at, status=200, *troubles):
 
     def change(case):
         case.sight.request = replace(case.sight.request, keyed=True)
-        case.sight.body = case.call.body["messages"][-1]["content"].encode()
         payload = WHOLE if status == 200 else envelope(code="idempotency_conflict", request_id="id-q1")
-        case.twice(
-            body=b"other", began_at=began_at, sent_at=began_at, ended_at=began_at + 1, status=status, payload=payload
-        )
-        case.record.sights[1].request = replace(case.record.sights[1].request, other_body=True)
+        case.twice(began_at=began_at, sent_at=began_at, ended_at=began_at + 1, status=status, payload=payload)
+        other = case.record.sights[1].request = replace(case.record.sights[1].request, other_body=True, prompt_words=7)
         case.record.troubles = list(troubles)
         if status == 200:
             call = Call(MARKER, "one", 1, began_at, case.call.answer, dict(case.call.body), {}, lines=[])
-            call.body["messages"] = [{"role": "user", "content": "other"}]
+            call.body["messages"] = json.loads(body_of(other, MARKER))["messages"]
             case.record.calls.append(call)
         else:
             case.record.sights[1].headers["x-should-retry"] = "false"
@@ -1036,7 +1074,7 @@ def limited(wait_s, others=1, *troubles, **limits):
         case.record.troubles = list(troubles)
         refused(429, "rate_limit_exceeded", wait_s, message=f"Rate limit reached: key {kind}.")(case)
         for number in range(others):
-            other = Sight(Request(f"q{number + 1}"), f"mk1q{number + 1}z", f"id-q{number + 1}", b"{}", 0.0, sent_at=0.0)
+            other = Sight(Request(f"q{number + 1}"), f"mk1q{number + 1}z", f"id-q{number + 1}", b"", 0.0, sent_at=0.0)
             other.headers, other.payload = {}, b""
             other.ended, other.ended_at = "left", 0.1
             case.record.sights.append(other)
@@ -1052,6 +1090,14 @@ def tokens_left(*troubles):
     return change
 
 
+def broken_call(sight, ended_at):
+    """Return a call for a request at 5.0, which failed."""
+    body = json.loads(body_of(sight.request, sight.marker)) | {"model": "up-plain"}
+    call = Call(sight.marker, "one", 0, 5.0, BROKE, body, {}, lines=[])
+    call.ended, call.ended_at = "error", ended_at
+    return call
+
+
 def waited(settled_at):
     """Let a request for tokens have waited as it was told, in vain, and another have been over at a time."""
 
@@ -1060,11 +1106,9 @@ def waited(settled_at):
         refused(429, "rate_limit_exceeded", 0.001, message="Rate limit reached: key tokens per minute.")(case)
         payload = case.sight.payload.replace(b"id-q0", b"id-q1")
         case.twice(request=case.sight.request, again=True, status=429, began_at=12.0, ended_at=12.1, payload=payload)
-        other = Sight(Request("q7"), "mk1q7z", "id-q7", b"{}", 5.0, sent_at=5.0, ended="left", ended_at=settled_at)
-        call = Call("mk1q7z", "one", 0, 5.0, BROKE, case.call.body, {}, lines=[])
-        call.ended, call.ended_at = "error", settled_at
+        other = Sight(Request("q7"), "mk1q7z", "id-q7", b"", 5.0, sent_at=5.0, ended="left", ended_at=settled_at)
         case.record.sights.append(other)
-        case.record.calls = [call]
+        case.record.calls = [broken_call(other, settled_at)]
         case.record.books = {0: book()}
 
     return change
@@ -1109,6 +1153,15 @@ def headed(**headers):
     return change
 
 
+def behind_a_dead_one(case):
+    """Let the second route of a model have served, where nothing listens at the first."""
+    headed(x_mesh_attempts="2", x_mesh_routing_attempts="2", x_mesh_routing_fallback="true")(case)
+    case.sight.headers["x-mesh-model"] = "gone-first"
+    case.call.upstream, case.call.body["model"] = "two", "up-gone-first"
+    case.call.bill = Bill(25, 0, 0)
+    charged(75_000, model="gone-first", prompt_tokens=25, completion_tokens=0)(case)
+
+
 def left_at(upstream, provider_left_at, answer=GOOD):
     """Let the client have left at 11.0, and the provider have been left at another time."""
 
@@ -1147,13 +1200,11 @@ def failing(count, *, said=503):
 
     def change(case):
         refused(said, "provider_not_available", 1.0)(case)
-        other = Call("mk1q7z", "one", 0, 5.0, BROKE, case.call.body, {}, lines=[])
-        other.ended, other.ended_at = "error", 5.1
-        case.record.calls = [other] * count
         seen = Sight(
-            Request("q7", reads="leaves"), "mk1q7z", "id-q7", b"{}", 4.9, sent_at=4.9, ended="left", ended_at=5.2
+            Request("q7", reads="leaves"), "mk1q7z", "id-q7", b"", 4.9, sent_at=4.9, ended="left", ended_at=5.2
         )
         case.record.sights.append(seen)
+        case.record.calls = [broken_call(seen, 5.1)] * count
 
     return change
 
@@ -1296,7 +1347,7 @@ SEEN = {
     "another provider was asked before the head": (early_headed(14.99), PAIR_STREAM, TOLD),
     "two attempts are told": (headed(x_mesh_attempts="2", x_mesh_routing_attempts="2"), REQUEST, TOLD),
     "an attempt that nothing listened to": (
-        headed(x_mesh_attempts="2", x_mesh_routing_attempts="2", x_mesh_routing_fallback="true"),
+        behind_a_dead_one,
         Request("q0", model="gone-first"),
         set(),
     ),
@@ -1313,19 +1364,19 @@ SEEN = {
     "a wait for a request": (limited(50.0, requests_per_minute=1), REQUEST, set()),
     "a wait for a request that is too long": (limited(50.3, requests_per_minute=1), REQUEST, WAITS),
     "a wait for a request of a burst": (limited(20.0, 3, requests_per_minute=3, burst=2), REQUEST, set()),
-    "a wait for tokens": (limited(45.0, 2, tokens_per_minute=100), REQUEST, set()),
-    "a wait for tokens that is too long": (limited(91.3, 2, tokens_per_minute=100), REQUEST, WAITS),
+    "a wait for tokens": (limited(25.6, 3, tokens_per_minute=300), REQUEST, set()),
+    "a wait for tokens that is too long": (limited(25.8, 3, tokens_per_minute=300), REQUEST, WAITS),
     "tokens that were kept": (tokens_left(), REQUEST, {"buckets_are_right"}),
     "tokens by a clock that jumps later": (tokens_left(Trouble("clock", 20.0, 41.0)), REQUEST, set()),
     "a wait after an outage": (limited(59.0, 1, Trouble("gone", -70, -49.9), requests_per_minute=1), REQUEST, set()),
     "a wait long after one": (limited(59.0, 1, Trouble("gone", -70, -50.1), requests_per_minute=1), REQUEST, WAITS),
     "a wait for tokens of a template": (
-        limited(7.5, 13, tokens_per_minute=1000),
+        limited(9.3, 9, tokens_per_minute=1000),
         Request("q0", template="greeting", manner="few"),
         set(),
     ),
     "a wait for tokens of no template": (
-        limited(7.6, 13, tokens_per_minute=1000),
+        limited(9.5, 9, tokens_per_minute=1000),
         Request("q0", template="greeting", manner="few"),
         WAITS,
     ),
