@@ -64,6 +64,8 @@ def bill(
             audio = min(audio_output(), seen) if audio_output is not None else 0
             usage = replace(usage, completion=seen, audio_completion=max(usage.audio_completion, audio))
             exchange.usage_source = "estimated"
+        elif exchange.refused_numbers and not usage.completion:  # no text in the place of what can't be true
+            exchange.usage_source = "estimated"
     if usage.prompt == 0 and (usage.completion or exchange.refused_numbers):
         usage = replace(usage, prompt=plan.likely_prompt_tokens())
         exchange.usage_source = "estimated"

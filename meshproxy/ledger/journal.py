@@ -29,6 +29,7 @@ from meshproxy.ledger.store import StoreError, Unavailable
 MAX_FILES = 256  # workers on one machine
 REPLAY_INTERVAL_S = 0.5
 MAX_LOGGED_BYTES = 4096  # of an unreadable line
+TRIED_BYTES = 2048  # about what a settlement takes
 FORMAT = 1  # version of a line's JSON; a line without `v` is version 1
 
 _log = structlog.get_logger(__name__)
@@ -119,12 +120,13 @@ class Journal:
         async with self._writing:
             if not self._pending and self._size:
                 # all are settled, also those that aren't on disk
-                self._size, self._unwritten, self._disk_failed = 0, [], False
+                self._size, self._unwritten = 0, []
                 if self._file is not None:
                     try:
                         await asyncio.to_thread(_truncate, self._file)
                     except OSError as error:  # what stays in the file is charged once, also if it is sent again
                         _log.error("journal_not_written", reason=error.strerror, settlements=0)
+                        self._disk_failed = True
         return count
 
     async def keep_replaying(self, settle: Callable[[Settlement], Awaitable[bool]]) -> None:
@@ -161,12 +163,18 @@ class Journal:
         return self.lost
 
     async def _write(self) -> None:
-        """Write what isn't on disk yet. Settlements that arrive together share one fsync."""
+        """Write what isn't on disk yet. Settlements that arrive together share one fsync.
+
+        If there is nothing to write and the disk refused the last write, try whether it takes one now.
+        """
         async with self._writing:
             unwritten, self._unwritten = self._unwritten, []
-            if unwritten and self._file is not None:
+            if self._file is not None and (unwritten or self._disk_failed):
                 try:
-                    await asyncio.to_thread(_write_through, self._file, b"".join(map(_line, unwritten)))
+                    if unwritten:
+                        await asyncio.to_thread(_write_through, self._file, b"".join(map(_line, unwritten)))
+                    else:
+                        await asyncio.to_thread(_try_write, self._file)
                 except OSError as error:
                     self._unwritten = unwritten + self._unwritten
                     if not self._disk_failed:
@@ -286,6 +294,17 @@ def _write_through(file: int, data: bytes) -> None:
     except OSError:
         os.ftruncate(file, size)
         raise
+
+
+def _try_write(file: int) -> None:
+    """Append as much as a settlement takes, fsync it, and remove it. Raises OSError if the disk refuses any of it.
+
+    It has no end of a line: if a crash leaves it, it is removed as an incomplete last line.
+    """
+    size = os.fstat(file).st_size
+    _write_through(file, b" " * TRIED_BYTES)
+    os.ftruncate(file, size)
+    os.fsync(file)
 
 
 def _truncate(file: int) -> None:

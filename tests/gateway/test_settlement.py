@@ -71,6 +71,7 @@ class TestBill:
         [
             (report(), (Usage(), "reported")),
             (report(800), (Usage(800), "reported")),
+            (report(800, 10**9), (Usage(800), "estimated")),  # that can't be true
         ],
     )
     def test_no_output_where_there_was_none(self, reported, expected):

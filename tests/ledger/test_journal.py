@@ -324,6 +324,25 @@ async def test_a_disk_with_room_again_takes_it_without_another_append(open_journ
     assert line_of(settlement("h1")) == path.with_suffix(".0").read_bytes()
 
 
+@pytest.mark.parametrize("refused", ["_write_through", "_truncate"])
+async def test_a_disk_has_no_room_until_it_takes_a_write_again(open_journal, path, settlement, monkeypatch, refused):
+    """Also where all is settled and nothing is to be written: what is admitted without Redis next needs the disk."""
+    journal, book = open_journal(), Book()
+    await journal.append(settlement("h1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, refused, _refuse)
+        if refused == "_write_through":
+            with pytest.raises(OSError, match="Input/output"):
+                await journal.append(settlement("h2"))
+        assert (await journal.replay(book.settle), journal.room_bytes) == (1 + (refused == "_write_through"), 0)
+    replaying = asyncio.create_task(journal.keep_replaying(book.settle))
+    await until(lambda: journal.room_bytes, "room")
+    replaying.cancel()
+    assert path.with_suffix(".0").stat().st_size == (
+        0 if refused == "_write_through" else len(line_of(settlement("h1")))
+    )
+
+
 async def test_what_was_kept_in_memory_alone_is_logged_at_the_end(settlement):
     journal = Journal(None, MIB)
     await journal.append(settlement("h0"))
@@ -441,7 +460,7 @@ async def test_a_file_that_a_failing_disk_doesnt_empty_is_settled_all_the_same(o
     assert [kept.hold_id for kept in open_journal()] == ["h1"]  # which is charged once
 
 
-def _refuse(_file):
+def _refuse(_file, _data=b""):
     raise OSError(5, "Input/output error")
 
 

@@ -68,6 +68,21 @@ FOUND = {
             WorkerEvent(3.8, "drained", worker=1),
         ),
     ),
+    "a disk that refuses writes had room again when all was settled": History(
+        3,
+        "found",
+        local=True,
+        steps=(
+            Fault(0.0, "disk_fails", for_s=6.0),
+            Request("q1", at_s=0.245),
+            Fault(0.248, "refused", for_s=25.0),
+            Fault(0.596, "full", for_s=5.0),
+            Request("q2", at_s=1.96),
+        ),
+    ),
+    "what can't be true was called reported where no text was": Request(
+        "q1", answers=(Answer("deepseek", words=1, hidden=12, lie="absurd"),), max_tokens=1
+    ),
     "a repeat read an answer that had lost a part in a long outage": History(
         1,
         "found",
