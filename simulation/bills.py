@@ -54,7 +54,7 @@ def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -
     choices = max(1, call.body.get("n") or 1)
     prompts = estimates(prompt_tokens(call.body), prompt_tokens(call.body))
     named = TOOL_NAME_TOKENS * choices if call.answer.kind == "tool" else 0
-    outputs = tuple(min([each, *_caps(call)]) for each in estimates(fewest, most, named))
+    outputs = tuple(min([each, *caps(call)]) for each in estimates(fewest, most, named))
     cached = (call.bill.cached, 0)
     if reported and "prompt" in call.is_true:
         prompts = (call.bill.prompt, call.bill.prompt)
@@ -74,7 +74,7 @@ def estimates(fewest: int, most: int, more: int = 0) -> tuple[int, int]:
     return fewest * FEWEST // 10, -(-most * MOST // 10) + more
 
 
-def _caps(call: Call) -> list[int]:
+def caps(call: Call) -> list[int]:
     """Return the cap on all choices of a call, if it has one: no estimate of output exceeds it (docs/ledger.md)."""
     choices = max(1, call.body.get("n") or 1)
     return [call.body[name] * choices for name in ("max_tokens", "max_completion_tokens") if name in call.body]

@@ -22,21 +22,24 @@ from simulation.bills import is_usage_only, ran_short, runs_on, text_of, without
 from simulation.books import (
     accounts_are_told,
     books_balance,
-    budgets_hold,
     charged_once,
     charges_are_bills,
     costs_are_told,
-    credit_is_not_overdrawn,
     full_journals_deny,
     grants_count_once,
-    holds_are_kept,
-    imposed_cap_faults,
     losses_are_told,
-    renewals_raise,
+    sources_are_told,
     tokens_are_reported,
 )
 from simulation.client import Sight
 from simulation.history import PROVIDER_SECRET, UPSTREAMS, WRITE_TIMEOUT_S, rendered
+from simulation.holds import (
+    budgets_hold,
+    credit_is_not_overdrawn,
+    holds_are_kept,
+    imposed_cap_faults,
+    renewals_raise,
+)
 from simulation.limits import buckets_are_right, limits_hold
 from simulation.provider import Call
 from simulation.reasons import (
@@ -359,6 +362,7 @@ RULES: Final[tuple[Rule, ...]] = (
     charged_once,
     charges_are_bills,
     tokens_are_reported,
+    sources_are_told,
     costs_are_told,
     ends_are_honest,
     answers_are_not_lost,

@@ -701,6 +701,30 @@ PLANTED: Final = [
         "lambda: scanner.tokens,",
         "lambda: scanner.tokens * 3 // 4,",
     ),
+    Planted(
+        "an estimated prompt is called reported",
+        "gateway/settle.py",
+        'usage = replace(usage, prompt=plan.likely_prompt_tokens())\n        exchange.usage_source = "estimated"',
+        "usage = replace(usage, prompt=plan.likely_prompt_tokens())",
+    ),
+    Planted(
+        "output that can't be true and isn't seen is called reported",
+        "gateway/settle.py",
+        "elif exchange.refused_numbers and not usage.completion:",
+        "elif False:",
+    ),
+    Planted(
+        "a report is called an estimate",
+        "gateway/settle.py",
+        'exchange.usage_source = "reported"',
+        'exchange.usage_source = "estimated"',
+    ),
+    Planted(
+        "a report after a hang-up isn't called drained",
+        "gateway/in_flight.py",
+        'exchange.usage_source = "drained"',
+        'exchange.usage_source = "reported"',
+    ),
     # Sessions, months, reasoning, and holds that are renewed.
     Planted(
         "an admission doesn't look at a session's budget",

@@ -233,6 +233,10 @@ def session_of_another(case):
     case.record.books = {0: book(settled(session="s2"))}
 
 
+def estimate_called_reported(case):
+    case.call.reported, case.call.is_true = False, frozenset()
+
+
 def cost_not_told(case):
     del case.sight.headers["x-mesh-cost"]
 
@@ -511,6 +515,7 @@ BREAKS = [
     (failure_charged, "charges_are_bills"),
     (tokens_of_another_kind, "tokens_are_reported"),
     (session_of_another, "tokens_are_reported"),
+    (estimate_called_reported, "sources_are_told"),
     (cost_not_told, "costs_are_told"),
     (another_cost_told, "costs_are_told"),
     (silent_success, "ends_are_honest"),
@@ -636,6 +641,21 @@ def charged(cost, **fields):
     def change(case):
         case.record.books = {0: book(settled(cost_nusd=cost, **fields))}
         case.sight.headers["x-mesh-cost"] = f"0.{cost:09d}"
+
+    return change
+
+
+def sourced(source, lie="true", *, is_true=("prompt", "completion"), left_at=None, **call):
+    """Let the settlement name this source of its tokens, where a provider's answer was like this, and its client left."""
+
+    def change(case):
+        case.record.books = {0: book(settled(usage_source=source))}
+        case.call.answer, case.call.is_true = Answer(lie=lie), frozenset(is_true)
+        for name, value in call.items():
+            setattr(case.call, name, value)
+        if left_at is not None:
+            case.sight.request = replace(case.sight.request, keyed=True, reads="leaves")
+            case.sight.ended, case.sight.ended_at = "left", left_at
 
     return change
 
@@ -789,7 +809,8 @@ def beyond(excess, *, made=8, shown=8, **call):
     """Let a reported charge have exceeded its hold by so much."""
 
     def change(case):
-        case.record.books = {0: book(settled(held_nusd=COST - excess))}
+        source = "reported" if call.get("reported", True) else "estimated"
+        case.record.books = {0: book(settled(held_nusd=COST - excess, usage_source=source))}
         case.call.made, case.call.shown = made, shown
         for name, value in call.items():
             setattr(case.call, name, value)
@@ -882,6 +903,37 @@ def test_money_is_judged_at_its_bounds(change, request_, broken):
     assert {finding.rule for finding in judge(case.record)} == broken
 
 
+SOURCES = {
+    "a report": (sourced("reported"), True),
+    "a report that is called an estimate": (sourced("estimated"), False),
+    "a report that is called drained though its client stayed": (sourced("drained"), False),
+    "a report without a prompt": (sourced("estimated", "no_prompt", is_true=["completion"]), True),
+    "an estimate that is called a report": (sourced("reported", "no_prompt", is_true=["completion"]), False),
+    "an answer without text or a report": (sourced("none", "none", is_true=[], shown=0, reported=False), True),
+    "an answer without text that was reported": (sourced("none", shown=0), False),
+    "an answer without text whose output can't be": (sourced("reported", "absurd", is_true=["prompt"], shown=0), False),
+    "an answer without text whose prompt is reported": (
+        sourced("reported", "no_completion", is_true=["prompt"], shown=0),
+        True,
+    ),
+    "half of the text": (sourced("reported", "early", is_true=["prompt"], shown=20, made=24), False),
+    "half of the text, and reasoning": (sourced("reported", "early", is_true=["prompt"], shown=20, made=25), True),
+    "a report that came after a hang-up": (sourced("drained", left_at=10.79), True),
+    "a report after a hang-up that isn't called drained": (sourced("reported", left_at=10.79), False),
+    "a report after a hang-up that wasn't read": (sourced("estimated", left_at=10.79), False),
+    "a report that came as its client left": (sourced("reported", left_at=10.81), True),
+    "a provider's error": (sourced("none", ended="error"), True),
+    "a provider's error that is called an estimate": (sourced("estimated", ended="error"), False),
+}
+
+
+@pytest.mark.parametrize(("change", "is_right"), SOURCES.values(), ids=SOURCES.keys())
+def test_the_source_of_the_tokens_is_judged(change, is_right):
+    case = Case()
+    change(case)
+    assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
 # What clients see: both sides of each bound. Rows are a change of the good record, its request, and the rules that it breaks.
 
 
@@ -934,6 +986,7 @@ def cut_short_at(ended_at, *troubles):
             (at, len(case.sight.payload)) for at in (11.0, 16.0, 21.0, 26.0, ended_at) if at <= ended_at
         ]
         case.call.complete, case.call.ended, case.call.ended_at, case.call.reported = False, "closed", ended_at, False
+        case.record.books = {0: book(settled(usage_source="estimated"))}
         case.record.troubles = list(troubles)
         case.record.history = replace(case.record.history, workers=2)
 
@@ -953,7 +1006,7 @@ def repeated(*troubles, code="upstream_error", ended_at=30.0, answer=GOOD):
         case.record.sights[1].times = [(at, len(error)) for at in (11.0, 16.0, 21.0, 26.0, ended_at)]
         case.call.answer, case.call.ended, case.call.ended_at = answer, "cut", 10.6
         case.call.complete = case.call.reported = False
-        case.record.books = {0: book(settled(cost_nusd=130_000))}
+        case.record.books = {0: book(settled(cost_nusd=130_000, usage_source="estimated"))}
         case.record.troubles = list(troubles)
         case.record.history = replace(case.record.history, workers=3)
 

@@ -1,0 +1,189 @@
+"""Rules on holds: the credit and the budgets that they keep to, and how long they live."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Final
+
+from simulation.bills import BYTES_A_TOKEN, allowed_charges, is_lost, over_at, runs_on
+from simulation.books import lost_grants
+from simulation.client import Sight
+from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
+from simulation.provider import Call
+from simulation.reasons import credit_samples, is_of_session, most_held
+from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, View
+
+SHORT_OF: Final = 2  # holds that an account has to have for a whole answer to go out without a cap (docs/api.md)
+OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply"})
+
+
+def credit_is_not_overdrawn(view: View) -> Iterator[str]:
+    """Check that available = balance - held is never below 0 but for what streams used beyond their hold, a slice each."""
+    for number, book in view.record.books.items():
+        charged = [event for event in book.events if event["event"] == "settled"]
+        excess = sum(
+            max(0, int(event["cost_nusd"]) - (int(event["held_nusd"]) if event["hold"] == "live" else 0))
+            for event in charged
+        )
+        taken = sum(
+            -done.amount
+            for done in view.record.changes
+            if done.what == "grant" and done.account == number and done.amount < 0
+        )
+        lowest = min(
+            (sample.balance - sample.held for sample in view.record.samples if sample.account == number), default=0
+        )
+        lost = sum(lost_grants(view, number).values()) + _lost_costs(view, number)
+        if lowest < -excess - taken - lost:
+            yield f"a{number}: available fell to {lowest}, and at most {excess} was used beyond holds"
+        for event in charged:
+            yield from _excess_faults(view, event)
+        if not view.is_strict:
+            least = _least_balance(view, charged)
+            if book.balance < least:
+                yield f"a{number}: the balance is {book.balance}, and with the allowance {least} would be the least"
+
+
+def _lost_costs(view: View, account: int) -> int:
+    """Return the most that requests without a hold cost whose settlements a failover may have lost."""
+    return sum(
+        max((cost.most for cost in allowed_charges(view, sight)), default=0)
+        for sight in view.record.sights
+        if view.history.local and view.key(sight) == account and not view.settled.get(sight.request_id)
+        if any(trouble.what == "failover" for trouble in view.record.troubles) and is_lost(view, sight)
+    )
+
+
+def _least_balance(view: View, charged: list[dict[str, str]]) -> int:
+    """Return the least that an account can have left: without its allowance in each outage, and a request above a hold."""
+    outages = sum(trouble.what in OUTAGES for trouble in view.record.troubles)
+    beyond = [max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in charged if event["hold"] != "none"]
+    local = [int(event["cost_nusd"]) for event in charged if event["hold"] == "none"]
+    return -ALLOWANCE_NUSD * max(1, outages) - sum(beyond) - max(local, default=0) * view.history.workers
+
+
+def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
+    """Find a settlement that exceeds its hold by more than it may."""
+    sight = next((sight for sight in view.record.sights if sight.request_id == event["request_id"]), None)
+    if sight is None or event["hold"] != "live" or not view.is_strict or view.feels(sight, "failover"):
+        return
+    calls = view.calls.get(sight.marker, [])
+    if not calls:
+        return
+    call, request = calls[-1], sight.request
+    models = view.models(sight, event["model"])
+    excess = int(event["cost_nusd"]) - int(event["held_nusd"])
+    prices = [each for model in models for price in model.prices for each in price.all]
+    if call.bill.cost_nusd is not None and any(model.from_usage_cost for model in models):
+        return
+    if any(
+        model.price_in(call.tier, request.tier) not in {model.price, model.price_in(request.tier)} for model in models
+    ):
+        return  # a dearer service tier than was requested
+    held_for = min(len(json.dumps(call.body["messages"])) for call in calls) // BYTES_A_TOKEN
+    beyond = LEASE_TOKENS * request.n if request.stream else 0
+    if call.reported:
+        beyond += call.made - call.shown if request.stream else 0  # hidden reasoning
+        beyond += -(-call.shown // 4) if request.stream else 0  # text of which an estimate sees 0.8
+        beyond = beyond if call.answer.heeds_cap else max(beyond, call.made)
+    prompt = int(event["prompt_tokens"])
+    if any(held_for <= above < prompt for model in models for price in model.prices for above, _ in price.tiers):
+        return  # the prompt has reached a tier that its hold didn't know of
+    more_prompt = max(0, prompt - held_for)
+    bound = max(price.of_output(beyond) + -(-more_prompt * price.input // 1_000_000) for price in prices)
+    if excess > bound:
+        yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
+
+
+def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
+    """Find a cap that a request without one got for another reason than short credit, or that its client isn't told."""
+    request = sight.request
+    cap = next((call.body[name] for name in ("max_tokens", "max_completion_tokens") if name in call.body), None)
+    imposed = cap if request.max_tokens is None else None
+    told = sight.headers.get("x-mesh-max-tokens")
+    group = view.group(sight)
+    is_own = sight.status == 200 and len(group) == 1
+    if is_own and sight.headers and told != (None if imposed is None else str(imposed)):
+        yield f"{sight.request_id} has x-mesh-max-tokens {told}, and {call.upstream} got the cap {imposed}"
+    if imposed is None or (
+        view.history.local and any(view.feels(each, before_s=RECOVERY_S) for each in group)
+    ):  # the allowance
+        return
+    models = [model for name in (request.model, *request.fallbacks) for model in view.models(sight, name)]
+    if request.stream and not any(model.hidden_reasoning for model in models):
+        yield f"{call.upstream} got the cap {imposed} for the stream {sight.request_id}, which has none"
+    samples = [sample for other in group for sample in credit_samples(view, other)]
+    left = min((sample.balance - sample.held for sample in samples), default=0)
+    key = view.history.keys[request.key]
+    budgets = [key.budget_nusd, key.session_budget_nusd if request.session else None]
+    left = min([left, *(budget - _most_spent(view, sight) for budget in budgets if budget is not None)])
+    if not 1 <= imposed <= MAX_OUTPUT_TOKENS or left >= SHORT_OF * most_held(view, sight):
+        yield f"{call.upstream} got the cap {imposed} for {sight.request_id}, and {left} nano-USD were available"
+
+
+def _most_spent(view: View, sight: Sight) -> int:
+    """Return the most that other requests of its key or session may have spent or held when this one was admitted."""
+    return sum(
+        max(view.charge(other), 0 if over_at(view, other) + LATENCY_S < sight.began_at else most_held(view, other))
+        for other in view.record.sights
+        if other is not sight
+        and (other.request.key == sight.request.key or is_of_session(view, sight, other))
+        and other.began_at <= sight.ended_at
+    )
+
+
+def budgets_hold(view: View) -> Iterator[str]:
+    """Check that a key, and each of its sessions, spends no more than its budget, but for what was used beyond holds."""
+    for number, key in enumerate(view.history.keys if view.is_strict else ()):
+        ours = [sight for sight in view.record.sights if sight.request.key == number]
+        sessions = {sight.request.session for sight in ours if sight.request.session}
+        scopes = [(f"k{number}", key.budget_nusd, ours)] + [
+            (f"{name} of k{number}", key.session_budget_nusd, [each for each in ours if each.request.session == name])
+            for name in sorted(sessions)
+        ]
+        for name, budget, sights in scopes:
+            events = [event for sight in sights for event in view.settled.get(sight.request_id, ())]
+            spent = sum(int(event["cost_nusd"]) for event in events)
+            beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
+            if budget is not None and spent > budget + beyond:
+                yield f"{name}: {spent} was spent of a budget of {budget}, {beyond} of it beyond holds"
+
+
+def renewals_raise(view: View) -> Iterator[str]:
+    """Check that no renewal lowers what an account holds (docs/ledger.md), unless it released a hold past its deadline."""
+    for number, book in view.record.books.items():
+        if any(event["event"] == "abandoned" for event in book.events):
+            continue
+        samples = [sample for sample in view.record.samples if sample.account == number]
+        for before, after in itertools.pairwise(samples):
+            if after.script == "renew" and after.held < before.held and not view.is_lossy:
+                yield f"a{number}: a renewal lowered what is held from {before.held} to {after.held}"
+
+
+def holds_are_kept(view: View) -> Iterator[str]:
+    """Check that no hold is lost without a reason, and that a client that reads nothing keeps its own for a while alone."""
+    for number, book in view.record.books.items():
+        for event in book.events:
+            if event["event"] == "abandoned" or event.get("hold", "live") != "live":
+                since, until = _life(view, event)
+                in_time = any(
+                    each.start <= until and each.end + (HOP_S if each.what == "killed" else 0) >= since
+                    for each in view.record.troubles  # an admission of a killed worker may still be on its way
+                )
+                if not (in_time or view.clock_jumps):
+                    yield f"a{number}: the hold {event['hold_id']} was abandoned"
+    for sight in view.record.sights:
+        if sight.request.reads != "stalls" or sight.ended != "left" or sight.request.keyed or runs_on(view, sight):
+            continue
+        for event in () if view.feels(sight) or view.clock_jumps else view.settled.get(sight.request_id, ()):
+            settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
+            if settled_at > sight.ended_at - 1:
+                yield f"{sight.request_id} was settled when its client gave up, and not after write_timeout_s"
+
+
+def _life(view: View, event: dict[str, str]) -> tuple[float, float]:
+    """Return when the hold of an event began, and when it was settled or abandoned, by the loop's clock."""
+    ended_ms = event["settled_ms"] if event["event"] == "settled" else event["abandoned_ms"]
+    return int(event["started_ms"]) / 1000 - view.record.store_offset_s, int(
+        ended_ms
+    ) / 1000 - view.record.store_offset_s
