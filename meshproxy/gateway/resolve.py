@@ -136,11 +136,11 @@ class Plan(Struct, frozen=True):
 
         The result is more accurate than the held estimate, and slower to compute.
         """
-        texts = [self.prompt.messages, *others_of(self.request)]
-        if any(weigh(text).media_tokens for text in texts):
+        messages, others = self.prompt.messages, others_of(self.request)
+        if any(weigh(json).media_tokens for json in (messages, *others)):
             return self.prompt_tokens
         served = [served for candidate in self.candidates for served in (candidate, *candidate.natives)]
-        return min(likely_tokens(texts, self.prompt.count), max(candidate.context_window for candidate in served))
+        return min(likely_tokens(messages, others, self.prompt.count), max(candidate.context_window for candidate in served))
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
         """Return the plan with no more output than `amount_nusd` can pay for, whichever candidate serves."""

@@ -231,12 +231,52 @@ RUSSIAN = "Привет, как дела? "  # 5 tokens, and 1 between two of th
     ],
 )
 def test_what_is_billed_without_a_report_is_near_the_truth(messages, count, truth):
-    assert 0.7 <= likely_tokens([messages], count) / truth <= 1.5
+    assert 0.7 <= likely_tokens(messages, (), count) / truth <= 1.5
+
+
+CALL = {"id": "call_x7Qb2", "type": "function", "function": {"name": "look_up", "arguments": '{"river": "Ob"}'}}
+QUESTION = {"role": "user", "content": "How deep is it in summer?"}  # 7 tokens, and 4 for its frame
+MESSAGES = {  # beside a prompt's own 3 tokens
+    "parts": (
+        [{"role": "user", "content": [{"type": "text", "text": "How deep"}, {"type": "text", "text": " is it?"}]}],
+        9,
+    ),
+    "role last": ([{"content": "How deep is it in summer?", "role": "user"}] * 3, 33),
+    "a name": ([{"role": "user", "name": "ann", "content": "How deep is it in summer?"}] * 3, 36),
+    "a call and its result": (
+        [
+            QUESTION,
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_x7Qb2", "content": '{"depth_m": 2.0}'},
+        ]
+        * 3,
+        3 * (11 + 12 + 13),
+    ),
+    "two calls": ([{"role": "assistant", "tool_calls": [CALL, CALL]}, QUESTION], 4 + 2 * 8 + 11),
+    "a cached part": (
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "How deep is it?", "cache_control": {"type": "ephemeral"}}],
+            }
+        ],
+        9,
+    ),
+    "text like a frame": ([{"role": "user", "content": '{"role": "user", "content": "hi"}'}], 16),
+    "text with brackets": ([{"role": "user", "content": "a[1], b[2]}"}], 12),
+}
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+@pytest.mark.parametrize(("messages", "truth"), MESSAGES.values(), ids=MESSAGES.keys())
+def test_what_frames_messages_is_no_text(messages, truth, spaced):
+    raw = json.dumps(messages, separators=None if spaced else (",", ":")).encode()
+    assert 0.8 <= likely_tokens(raw, (), len(messages)) / (truth + 3) <= 1.4
 
 
 def test_tools_are_billed_too():
     tools = json.dumps([{"name": "look_up", "description": " stone" * 90_000}]).encode()
-    assert 0.95 <= likely_tokens([said("hi"), tools], 1) / 90_040 <= 1.05
+    assert 0.95 <= likely_tokens(said("hi"), [tools], 1) / 90_040 <= 1.05
 
 
 def test_text_is_not_hidden_between_samples():
@@ -246,7 +286,7 @@ def test_text_is_not_hidden_between_samples():
         start = at * (len(text) - 16_384) // 3
         text[start : start + 16_384] = b" " * 16_384
     truth = 10 * len(text) // 45
-    assert 0.8 < likely_tokens([bytes(text)], 1) / truth < 1.1
+    assert 0.8 < likely_tokens(bytes(text), (), 1) / truth < 1.1
 
 
 @pytest.mark.parametrize("edge", ["The quick brown fox jumps over the lazy dog. ", "0.5137,"])
@@ -254,12 +294,15 @@ def test_a_text_whose_ends_differ_from_its_middle_is_estimated_by_all_of_it(edge
     middle = "| cell      | cell      |\n" * 10_000
     ends = edge * (20_000 // len(edge))
     parts = [json.dumps(part).encode() for part in (ends, middle, ends)]
-    apart = sum(likely_tokens([part[at : at + 60_000]], 0) for part in parts for at in range(0, len(part), 60_000))
-    assert 0.9 < likely_tokens([b"".join(parts)], 0) / apart < 1.1
+    apart = sum(likely_tokens(part[at : at + 60_000], (), 0) for part in parts for at in range(0, len(part), 60_000))
+    assert 0.9 < likely_tokens(b"".join(parts), (), 0) / apart < 1.1
 
 
-@pytest.mark.parametrize("hostile", ["\\u0416", '"}],', '{"role":"user","content":"', " ", '{"role"'])
-def test_any_size_is_sampled_in_the_same_time(hostile):
+@pytest.mark.parametrize("size", [HUGE, 65_000])
+@pytest.mark.parametrize(
+    "hostile", ["\\u0416", '"}],', '{"role":"user","content":"', " ", '{"role"', "[", '"role":"a', '"name":', '"name" ']
+)
+def test_any_size_is_sampled_in_the_same_time(hostile, size):
     started = time.process_time()
-    likely_tokens([(hostile * (HUGE // len(hostile))).encode()], 1)
+    likely_tokens((hostile * (size // len(hostile))).encode(), (), 1)
     assert time.process_time() - started < 1  # some 0.02 s on a slow machine
