@@ -189,7 +189,7 @@ def what_runs_on_is_read(view: View) -> Iterator[str]:
             continue
         for call in view.calls.get(sight.marker, ()):
             is_early = call.ended == "closed" and sight.ended_at <= call.ended_at < sight.ended_at + DETACHED_S
-            if is_early and not view.feels(sight, until=call.ended_at):
+            if is_early and not call.answer.is_silent and not view.feels(sight, until=call.ended_at):
                 yield f"{call.upstream} was left {call.ended_at - sight.ended_at:.2f} s after {sight.request_id}'s client"
 
 

@@ -3,14 +3,14 @@
 import json
 import math
 import re
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 
 from simulation.client import Sight
-from simulation.history import LEASE_TOKENS, STORE_TIMEOUT_S, Model, Price
-from simulation.provider import Call, prompt_tokens
+from simulation.history import LEASE_TOKENS, OPTIONS, STORE_TIMEOUT_S, Model, Price
+from simulation.provider import TOKENS_OF_A_MESSAGE, Call, prompt_tokens
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View, cut_short
 
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
@@ -67,6 +67,18 @@ def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -
     reasoning = (call.bill.reasoning if reported else 0, call.bill.reasoning if is_known else 0)
     least = price.cost(prompts[0], min(cached[0], prompts[0]), outputs[0], min(reasoning[0], outputs[0]))
     return Cost(least, price.cost(prompts[1], min(cached[1], prompts[1]), outputs[1], reasoning[1]))
+
+
+def least_held(messages: list[Any]) -> int:
+    """Return the fewest tokens that messages are held for: by their bytes, without the escapes of characters."""
+    return len(json.dumps(messages, ensure_ascii=False).encode()) // BYTES_A_TOKEN
+
+
+def most_held_for(body: Mapping[str, Any]) -> int:
+    """Return the most tokens that a call's prompt is held for: by its bytes, with the escapes of characters."""
+    messages, others = body["messages"], [body[name] for name in OPTIONS if name in body]
+    frames = TOKENS_OF_FRAMES + TOKENS_OF_A_MESSAGE * (len(messages) - 1) + len(others)
+    return sum(len(json.dumps(each)) // BYTES_A_TOKEN for each in (messages, *others)) + frames
 
 
 def estimates(fewest: int, most: int, more: int = 0) -> tuple[int, int]:
@@ -127,10 +139,11 @@ def bound_without_credit(view: View, sight: Sight) -> Cost | None:
             continue
         prices = [each for model in view.models(sight, event["model"]) for price in model.prices for each in price.all]
         slices = [price.of_output(LEASE_TOKENS * sight.request.n) for price in prices]
-        bodies = [len(json.dumps(call.body["messages"])) for call in view.calls.get(sight.marker, ())]
+        bodies = [call.body for call in view.calls.get(sight.marker, ())]
         prompt = int(event["prompt_tokens"])
-        more_prompt = max(0, prompt - min(bodies, default=0) // BYTES_A_TOKEN)  # citations, and an estimate too low
-        less_prompt = max(0, max(bodies, default=0) // BYTES_A_TOKEN + TOKENS_OF_FRAMES - prompt)
+        fewest = min((least_held(body["messages"]) for body in bodies), default=0)
+        more_prompt = max(0, prompt - fewest)  # citations, and an estimate too low
+        less_prompt = max(0, max(map(most_held_for, bodies), default=TOKENS_OF_FRAMES) - prompt)
         more_nusd, less_nusd = (
             max(-(-tokens * price.input // 1_000_000) for price in prices) for tokens in (more_prompt, less_prompt)
         )
@@ -145,6 +158,9 @@ def _at_served(view: View, sight: Sight, event: dict[str, str]) -> int:
     for call in view.calls.get(sight.marker, ()):
         for model in view.models(sight, event["model"]):
             asked, served = model.price_in(sight.request.tier), model.price_in(call.tier, sight.request.tier)
+            if served != asked:  # the prompt may have reached a tier of the dearer one's
+                reached = [price for above, price in served.tiers if above < int(event["prompt_tokens"])]
+                served = reached[-1] if reached else served
             for before, after in ((asked.input, served.input), (asked.output, served.output)):
                 costs = max(costs, -(-held * after // before)) if before else costs
     return costs
@@ -276,7 +292,9 @@ def _charges_of(
     final = call.reported and not call.outdated
     if call.complete or final:
         yield whole
-    hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported  # the provider had the prompt
+    # the provider had the prompt, unless it was left for its silence
+    is_silent = goes_on and call.answer.is_silent
+    hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported and not is_silent
     nothing_known = not call.shown_begun and not (call.is_true and call.reported) and not hung_up
     if nothing_known or (call.ended == "cut" and not call.shown_sent):
         yield NOTHING

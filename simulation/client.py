@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from simulation.history import Request
+from simulation.history import ENDINGS, OPTIONS, TURNS, Request
 from simulation.provider import WORDS
 
 PATIENCE_S: Final = 400.0  # for an answer; whoever gets none by then hung
@@ -73,7 +73,15 @@ def _error(text: str | bytes) -> dict[str, Any]:
 def body_of(request: Request, marker: str) -> bytes:
     """Return the body that a request sends."""
     words = "".join(WORDS[at % len(WORDS)] for at in range(request.prompt_words))
-    body: dict[str, Any] = {"model": request.model, "messages": [{"role": "user", "content": f"{marker}:{words}"}]}
+    ending = ENDINGS[request.ending][0] if request.ending else ""
+    texts = [f"{marker}:{words}", *([ending] if ending else [])] if request.in_parts else [f"{marker}:{words}{ending}"]
+    content: Any = [{"type": "text", "text": text} for text in texts] if request.in_parts else texts[0]
+    turns = [message for name in request.turns for message, _ in TURNS[name]]
+    body: dict[str, Any] = {
+        "model": request.model,
+        "messages": [*turns, {"role": "user", "content": content}],
+        **{name: OPTIONS[name][0] for name in request.options},
+    }
     if request.stream:
         body["stream"] = True
     if request.include_usage:
@@ -90,7 +98,7 @@ def body_of(request: Request, marker: str) -> bytes:
         body["template"] = request.template
     if request.manner is not None:
         body["variables"] = {"manner": request.manner, "other": "unused"}
-    return json.dumps(body).encode()
+    return json.dumps(body, ensure_ascii=request.escaped).encode()
 
 
 class Clients:

@@ -5,8 +5,8 @@ gateway, `judge.judge` decides whether what came of it is right.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -23,7 +23,7 @@ STORE_TIMEOUT_S = 2.0
 WRITES_WITHIN_S = 30.0
 ALLOWANCE_NUSD = 6_000_000
 MAX_OUTPUT_TOKENS = 400  # of every model
-CONTEXT_WINDOW = 8_000
+CONTEXT_WINDOW = 40_000
 PROVIDER_SECRET = "sim-5JvPz8QkW2xR"  # of a configured header; each provider repeats it in its errors
 MAX_REQUESTS = 8
 DIALECTS = (
@@ -182,6 +182,73 @@ MODELS = {
         ),
     ),
 }
+# What a request may have beside what decides over its answer, with the tokens of o200k_base that this adds to its prompt.
+OPTIONS: Mapping[str, tuple[Any, int]] = {  # fields
+    "user": ("Größe 7", 0),
+    "temperature": (0.7, 0),
+    "top_p": (1, 0),
+    "frequency_penalty": (-0.5, 0),
+    "stop": (["\n\n", "END"], 0),
+    "seed": (-7, 0),
+    "tool_choice": ("auto", 0),
+    "tools": (
+        [
+            {
+                "type": "function",
+                "function": {
+                    "name": "look_up",
+                    "description": "Look up the depth of a river.",
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"river": {"type": "string"}},
+                        "required": ["river"],
+                    },
+                },
+            }
+        ],
+        59,
+    ),
+    "response_format": (
+        {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "depth",
+                "schema": {"type": "object", "properties": {"depth_m": {"type": "number"}}},
+            },
+        },
+        41,
+    ),
+    "metadata": ({"team": "Größe & Maß", "ticket": "A-17"}, 17),
+    "top_k": (40, 1),  # a field that OpenAI doesn't have
+}
+TURNS: Mapping[str, tuple[tuple[Mapping[str, Any], int], ...]] = {  # messages before its own, without their frames
+    "system": (({"role": "system", "content": "You answer in one short sentence, and never guess."}, 11),),
+    "said": (
+        ({"role": "user", "content": "How deep is it in summer?"}, 7),
+        ({"role": "assistant", "content": "Two metres, at most."}, 6),
+    ),
+    "called": (
+        (
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {
+                        "id": "call_1",
+                        "type": "function",
+                        "function": {"name": "look_up", "arguments": '{"river": "Ob"}'},
+                    }
+                ],
+            },
+            8,
+        ),
+        ({"role": "tool", "tool_call_id": "call_1", "content": '{"depth_m": 2.0}'}, 9),
+    ),
+}
+ENDINGS: Mapping[str, tuple[str, int]] = {  # after the words of its own message
+    "unicode": (" Größe: 5 m², Привет, мир; 東京 🙂 e\u0301", 17),
+    "escapes": (' a "quoted" line\n\tand \\ back/slash \u0001 \u2028 <b>&amp;', 18),
+}
 TEMPLATE = "greeting"
 DROPPED = 0  # the version of the global template, which is used where an account has none of its own
 
@@ -236,7 +303,13 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     @property
     def is_good(self) -> bool:
         """Whether it is an answer that a client can be given whole."""
-        return self.status == 200 and not self.error and self.end in {"whole", "done_twice", "late_error"}
+        ends_well = self.end in {"whole", "done_twice", "late_error"}
+        return self.status == 200 and not self.error and ends_well and not self.is_silent
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it comes later than an upstream is waited for, or stops for longer."""
+        return self.end == "stalls" or self.delay_s > FIRST_BYTE_S or max(self.pause_s, self.gap_s) > IDLE_S
 
 
 class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
@@ -248,7 +321,8 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     how the client does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "half_closes" then, "leaves" after so many
     seconds, or "stalls" after so many bytes and reads no more. `waits`: after a 429 it is sent once more, exactly when it
     was told to. `tier`: its service tier. `template`: the template that it names, and `manner` the value of its slot;
-    None: it has none.
+    None: it has none. `options`, `turns`, `ending`: names of what it has of OPTIONS, TURNS and ENDINGS. `in_parts`: its
+    message's content is a list. `escaped`: its JSON is ASCII.
     """
 
     name: str
@@ -275,6 +349,11 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     tier: str = ""
     template: str = ""
     manner: str | None = None
+    options: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
+    ending: str = ""
+    in_parts: bool = False
+    escaped: bool = False
     answers: tuple[Answer, ...] = (Answer(),)
 
 
@@ -711,6 +790,7 @@ def _request(
         tier = rng.choice(("auto", "flex"))
     return Request(
         name,
+        **_beside(rng),
         at_s=round(rng.random() * spread, 3),
         model=model,
         tier=tier,
@@ -719,11 +799,24 @@ def _request(
         n=2 if rng.random() < 0.1 else 1,
         max_tokens=rng.choice((None, None, 1, 5, 20, 200)),
         timeout_s=rng.choice((0.5, 2.0, 10.0)) if rng.random() < 0.1 else None,
-        prompt_words=rng.choice((1, 6, 6, 40, 400)),
+        prompt_words=20_000 if rng.random() < 0.01 else rng.choice((1, 6, 6, 40, 400)),
         sends_in=rng.choice((1, 1, 1, 2, 7)),
         connection=rng.choice(("", "", "c1", "c2")),
         answers=answers,
     )
+
+
+def _beside(rng: random.Random) -> dict[str, Any]:
+    """Draw what one request in three has beside what decides over its answer."""
+    if rng.random() > 0.33:
+        return {}
+    return {
+        "options": tuple(name for name in OPTIONS if rng.random() < 0.2),
+        "turns": tuple(rng.choices(list(TURNS), k=rng.choice((0, 0, 1, 1, 2, 4)))),
+        "ending": rng.choice(("", *ENDINGS)),
+        "in_parts": rng.random() < 0.3,
+        "escaped": rng.random() < 0.5,
+    }
 
 
 def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Request:
@@ -811,6 +904,10 @@ def _outlasting(rng: random.Random, lasts_s: float) -> Answer:
 def _bad_answer(rng: random.Random) -> Answer:
     """Draw an answer that fails."""
     answer = replace(_any_answer(rng), framing="chunked", gzip=False, end="whole", other_shape=False, content_type="")
+    if rng.random() < 0.1:  # a head that comes too late, or a pause in the body that is too long
+        late = rng.choice(("delay_s", "pause_s", "gap_s"))
+        seconds = (FIRST_BYTE_S if late == "delay_s" else IDLE_S) + rng.choice((0.5, 3.0, 40.0))
+        return replace(answer, **{late: seconds}, words=min(answer.words, 8))
     if rng.random() < 0.45:
         status, error = rng.choice(
             (

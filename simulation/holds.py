@@ -1,11 +1,10 @@
 """Rules on holds: the credit and the budgets that they keep to, and how long they live."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from typing import Final
 
-from simulation.bills import BYTES_A_TOKEN, allowed_charges, is_lost, over_at, runs_on
+from simulation.bills import allowed_charges, is_lost, least_held, over_at, runs_on
 from simulation.books import lost_grants
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
@@ -80,7 +79,7 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
         model.price_in(call.tier, request.tier) not in {model.price, model.price_in(request.tier)} for model in models
     ):
         return  # a dearer service tier than was requested
-    held_for = min(len(json.dumps(call.body["messages"])) for call in calls) // BYTES_A_TOKEN
+    held_for = min(least_held(call.body["messages"]) for call in calls)
     beyond = LEASE_TOKENS * request.n if request.stream else 0
     if call.reported:
         beyond += call.made - call.shown if request.stream else 0  # hidden reasoning

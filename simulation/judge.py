@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from simulation.answers import (
@@ -231,10 +232,11 @@ def _changes_of(sight: Sight, call: Call) -> Iterator[str]:
         told, right = got.get(field, "nothing"), expected.get(field, "nothing")
         if told != right:
             yield f"{call.upstream} got {told} for {field} in {call.marker}, and {right} would be right"
-    if messages[-len(own) :] != own or json.dumps(own).encode()[1:-1] not in call.raw:
+    as_sent = partial(json.dumps, ensure_ascii=sight.request.escaped)
+    if messages[-len(own) :] != own or as_sent(own).encode()[1:-1] not in call.raw:
         yield f"{call.upstream} got other messages in {call.marker} than {own}: {messages}"
     for field, value in kept.items():
-        if f'"{field}":{json.dumps(value)}'.encode() not in call.raw:
+        if f'"{field}":{as_sent(value)}'.encode() not in call.raw:
             yield f"{call.upstream} got other bytes of {field} in {call.marker} than {value}"
 
 
@@ -243,7 +245,8 @@ def templates_hold(view: View) -> Iterator[str]:
     for marker, calls in view.calls.items():
         group = [sight for sight in view.record.sights if sight.marker == marker]
         for call in calls if group else ():
-            request, (*others, _) = group[0].request, call.body["messages"]
+            request, messages = group[0].request, call.body["messages"]
+            others = messages[: len(messages) - len(json.loads(group[0].body)["messages"])]
             texts = [message["content"] for message in others if message["role"] == "system"]
             wanted = (
                 [[]]
@@ -320,9 +323,9 @@ def conflicts_are_refused(view: View) -> Iterator[str]:
 
 def _began_at(view: View, sight: Sight) -> float:
     """Return when a provider was first asked by a request's own body; else when its answer was over."""
-    text = sight.body.decode()
+    own = json.loads(sight.body)["messages"][-1]
     return min(
-        (call.at for call in view.calls.get(sight.marker, ()) if call.body["messages"][-1]["content"] in text),
+        (call.at for call in view.calls.get(sight.marker, ()) if call.body["messages"][-1] == own),
         default=sight.ended_at,
     )
 

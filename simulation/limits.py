@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, estimates
+from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, estimates, least_held
 from simulation.client import Sight
-from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS
+from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
+from simulation.provider import TOKENS_OF_A_MESSAGE
 from simulation.reasons import TEMPLATE_TOKENS
 from simulation.record import LATENCY_S, View
 
@@ -133,9 +134,9 @@ def _taken(view: View, sight: Sight) -> Taken:
     calls = view.calls.get(sight.marker, [])
     n, cap = sight.request.n, sight.request.max_tokens
     messages = [call.body["messages"] for call in calls] or [json.loads(sight.body).get("messages", [])]
-    prompts = [len(json.dumps(each)) // BYTES_A_TOKEN for each in messages]
+    prompts = [least_held(each) for each in messages]
     output = (cap or DEFAULT_OUTPUT_TOKENS) * n
-    most = max(*prompts, len(sight.body) // BYTES_A_TOKEN) + TOKENS_OF_FRAMES + output
+    most = max(*prompts, len(sight.body) // BYTES_A_TOKEN) + _frame_tokens(sight) + output
     if cap is None and sight.request.stream:  # slices beyond the estimate
         seen = max(
             (estimates(call.shown_begun, call.shown_begun, TOOL_NAME_TOKENS * n)[1] for call in calls), default=0
@@ -155,9 +156,16 @@ def _admitted_by(view: View, sight: Sight) -> float:
     return min([*asked[:1], *(at for at, _ in sight.times[:1]), sight.ended_at])
 
 
+def _frame_tokens(sight: Sight) -> int:
+    """Return the tokens that the estimate adds at most to a request's bytes, for its messages and fields."""
+    return TOKENS_OF_FRAMES + TOKENS_OF_A_MESSAGE * sum(len(TURNS[name]) for name in sight.request.turns)
+
+
 def most_reserved(sight: Sight) -> int:
     """Return the most tokens that an admission takes: a token for three bytes, some for the message, and the output."""
-    prompt = len(sight.body) // BYTES_A_TOKEN + TOKENS_OF_FRAMES + (TEMPLATE_TOKENS if sight.request.template else 0)
+    prompt = (
+        len(sight.body) // BYTES_A_TOKEN + _frame_tokens(sight) + (TEMPLATE_TOKENS if sight.request.template else 0)
+    )
     return prompt + (sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS) * sight.request.n
 
 

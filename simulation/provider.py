@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from simulation.history import Answer, Request
+from simulation.history import ENDINGS, OPTIONS, TURNS, Answer, Request
 
 WORDS: Final = (
     " the",
@@ -388,14 +388,29 @@ def _chunk(data: bytes) -> bytes:
 
 def marker_of(body: dict[str, Any]) -> str:
     """Return the marker in a request's last message."""
-    content = body["messages"][-1]["content"]
-    return str(content).partition(":")[0]
+    return text_in(body["messages"][-1]).partition(":")[0]
+
+
+def text_in(message: Mapping[str, Any]) -> str:
+    """Return the text of a message's content, also of one in parts."""
+    content = message["content"]
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def prompt_tokens(body: dict[str, Any]) -> int:
-    """Return what a provider counts for a request's messages. The last one begins with its marker."""
-    *others, last = [len(str(message["content"]).split()) for message in body["messages"]]
-    return last - 1 + TOKENS_BESIDE_WORDS + sum(words + TOKENS_OF_A_MESSAGE for words in others)
+    """Return what a provider counts for a request's messages and fields. The last message begins with its marker."""
+    *others, last = body["messages"]
+    text = text_in(last)
+    total = TOKENS_BESIDE_WORDS + TOKENS_OF_A_MESSAGE * len(others)
+    total += sum(tokens for name, (_, tokens) in OPTIONS.items() if name in body)
+    for ending, tokens in ENDINGS.values():
+        if text.endswith(ending):
+            text, total = text.removesuffix(ending), total + tokens
+    total += len(text.split()) - 1
+    known = [turn for turns in TURNS.values() for turn in turns] if others else []
+    for message in others:
+        total += next((tokens for turn, tokens in known if turn == message), len(text_in(message).split()))
+    return total
 
 
 class Making:

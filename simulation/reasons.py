@@ -264,8 +264,8 @@ def _timed_out(view: View, sight: Sight) -> bool:
     timeout_s = sight.request.timeout_s
     if timeout_s is not None and took_s >= timeout_s - 0.01:
         return True
-    stalled = any(call.answer.end == "stalls" for call in view.calls.get(sight.marker, ()))
-    return stalled and took_s >= min(IDLE_S, FIRST_BYTE_S) - 0.01
+    is_silent = any(call.answer.is_silent for call in view.calls.get(sight.marker, ()))
+    return is_silent and took_s >= min(IDLE_S, FIRST_BYTE_S) - 0.01
 
 
 def _conflict(view: View, sight: Sight) -> bool:

@@ -25,6 +25,11 @@ BODY: Final = frozenset(  # that a repeat has to have too
         "timeout_s",
         "prompt_words",
         "session",
+        "options",
+        "turns",
+        "ending",
+        "in_parts",
+        "escaped",
     }
 )
 LOWEST: Final = {"words": 1, "n": 1, "prompt_words": 1, "after": 0, "workers": 1}

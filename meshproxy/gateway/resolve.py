@@ -140,7 +140,9 @@ class Plan(Struct, frozen=True):
         if any(weigh(json).media_tokens for json in (messages, *others)):
             return self.prompt_tokens
         served = [served for candidate in self.candidates for served in (candidate, *candidate.natives)]
-        return min(likely_tokens(messages, others, self.prompt.count), max(candidate.context_window for candidate in served))
+        return min(
+            likely_tokens(messages, others, self.prompt.count), max(candidate.context_window for candidate in served)
+        )
 
     def clamped_to(self, amount_nusd: int) -> "Plan":
         """Return the plan with no more output than `amount_nusd` can pay for, whichever candidate serves."""

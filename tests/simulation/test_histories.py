@@ -171,6 +171,9 @@ FOUND = {
             WorkerEvent(3.5, "drained", for_s=0.5),
         ),
     ),
+    "what frames messages was billed as their text": Request(
+        "q1", turns=("called", "called"), in_parts=True, prompt_words=1, answers=(Answer(lie="none"),)
+    ),
     "a client that left was read on for by an upstream that isn't drained": Request(
         "q1",
         model="drained-first",
