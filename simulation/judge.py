@@ -46,6 +46,7 @@ from simulation.provider import Call
 from simulation.reasons import (
     deadlines_hold,
     is_unpriced,
+    met_deadline,
     statuses_have_reasons,
     waits_are_true,
 )
@@ -132,7 +133,7 @@ def answers_are_not_lost(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         calls = view.calls.get(sight.marker, [])
         code = sight.error.get("code")
-        if sight.ended != "whole" or not calls or (code == "gateway_timeout" and sight.request.timeout_s is not None):
+        if sight.ended != "whole" or not calls or (code == "gateway_timeout" and met_deadline(view, sight)):
             continue
         if len(view.group(sight)) > 1 and (len(calls) > 1 or code is not None):
             continue  # another's call

@@ -777,6 +777,25 @@ PLANTED: Final = [
         '"messages": Raw(messages), ',
         '"messages": msgspec.json.decode(messages), ',
     ),
+    # Time-outs.
+    Planted(
+        "a provider that falls silent is waited for three times as long",
+        "upstream/connection.py",
+        "if state is State.WAITING else timeouts.idle_s\n",
+        "if state is State.WAITING else timeouts.idle_s * 3\n",
+    ),
+    Planted(
+        "a provider's first byte is waited for for a second less",
+        "upstream/connection.py",
+        "timeouts.first_byte_s if state is State.WAITING",
+        "timeouts.first_byte_s - 1 if state is State.WAITING",
+    ),
+    Planted(
+        "a time-out cuts a stream that has begun",
+        "gateway/in_flight.py",
+        "if not task.done() and _stream_begins(exchange):",
+        "if False:",
+    ),
 ]
 
 

@@ -63,7 +63,7 @@ class Call(Struct):
     sent, and in what was sent at least in part. `reported`: a report went out; `outdated`: text went out after the
     last one. `tier`: the service tier that it names. `complete`: all that makes an answer whole went out. `ended`:
     "whole", "cut" (by plan), "closed" (the gateway closed), "error". `lines`: the data of a stream's events, and `lines_at`
-    when each of them went out.
+    when each of them went out. `last_at`: when its head or the last of its bytes went out.
     """
 
     marker: str
@@ -90,6 +90,7 @@ class Call(Struct):
     lines: list[str] = []
     lines_at: list[float] = []
     body_bytes: bytes = b""
+    last_at: float = 0.0
     ended: str = ""
     ended_at: float = 0.0
 
@@ -302,7 +303,7 @@ class _Link(asyncio.Protocol):
             limit -= 1
         if not breaks or answer.at:
             self._transport.write(f"HTTP/1.1 {status} Played\r\n{head}\r\n".encode())
-            call.head_sent = True
+            call.head_sent, call.last_at = True, asyncio.get_running_loop().time()
         if answer.pause_s:
             await self._sleep(answer.pause_s)
         sent = 0
@@ -316,7 +317,7 @@ class _Link(asyncio.Protocol):
             sent += len(piece)
             before = call.events_sent
             _note_sent(call, events, parts, sent)
-            now = asyncio.get_running_loop().time()
+            now = call.last_at = asyncio.get_running_loop().time()
             call.lines_at += [now for event in events[before : call.events_sent] if event.data.startswith(LINE)]
             await self._may_write.wait()
         if self.is_lost and sent < total:

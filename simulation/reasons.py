@@ -1,13 +1,15 @@
 """Whether refusals and failures have a true reason and a true wait, and whether limits hold."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from simulation.bills import nusd, over_at
+from simulation.bills import TIMER_S, nusd, over_at
 from simulation.client import Sight
 from simulation.history import (
     FIRST_BYTE_S,
+    HEARTBEAT_S,
     HOLD_TTL_S,
     IDLE_S,
     LEASE_TOKENS,
@@ -16,6 +18,7 @@ from simulation.history import (
     TEMPLATE,
     KeyPlan,
 )
+from simulation.provider import Call
 from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, STORE, Sample, View, cut_short
 
 BREAKER_FAILURES: Final = 10
@@ -237,7 +240,7 @@ def _failed_there(view: View, sight: Sight) -> bool:
         for other in others
     ):
         return True
-    return any(not call.answer.is_good or call.answer.error for call in calls) or (
+    return any(call.answer.error or not (call.answer.is_good or call.answer.is_silent) for call in calls) or (
         not calls and "gone" in _routes(view, sight)
     )
 
@@ -259,13 +262,52 @@ def _routes(view: View, sight: Sight) -> set[str]:
 
 
 def _timed_out(view: View, sight: Sight) -> bool:
-    began_at = min(other.began_at for other in view.group(sight))  # a repeat gets the first stream's error
-    took_s = sight.ended_at - (began_at if sight.status == 200 else sight.began_at)
+    """Whether its own deadline ended a request, or a provider was left that had been silent for as long as it may be.
+
+    A repeat gets the first stream's error.
+    """
+    calls = view.calls.get(sight.marker, ())
+    return met_deadline(view, sight) or any(
+        call.at <= sight.ended_at and _was_silent(call) and call.ended_at <= sight.ended_at + 2 * HOP_S
+        for call in calls
+    )
+
+
+def met_deadline(view: View, sight: Sight) -> bool:
+    """Whether a request's own `timeout` ended it: by then its stream had not begun, or its whole answer wasn't there."""
     timeout_s = sight.request.timeout_s
-    if timeout_s is not None and took_s >= timeout_s - 0.01:
-        return True
-    is_silent = any(call.answer.is_silent for call in view.calls.get(sight.marker, ()))
-    return is_silent and took_s >= min(IDLE_S, FIRST_BYTE_S) - 0.01
+    if timeout_s is None or sight.ended_at - sight.began_at < timeout_s - TIMER_S:
+        return False
+    return not (sight.request.stream and _begun_at(view, sight) < sight.began_at + timeout_s - HOP_S)
+
+
+def _begun_at(view: View, sight: Sight) -> float:
+    """Return when the stream began of the provider that was asked last: with its head, or the first event.
+
+    A head that doesn't say that it is a stream's is not enough.
+    """
+    calls = [call for call in view.calls.get(sight.marker, ()) if call.at <= sight.ended_at][-1:]
+    return min(
+        (
+            at
+            for call in calls
+            if call.head_sent and not (call.answer.error or call.answer.other_shape)
+            for at in ([call.at + call.answer.delay_s] if call.answer.content_type == "" else call.lines_at[:1])
+        ),
+        default=math.inf,
+    )
+
+
+def _silence(call: Call) -> tuple[float, float]:
+    """Return for how long a provider had been silent when the gateway left it, and for how long it may be."""
+    since, most_s = (call.last_at, IDLE_S) if call.head_sent else (call.at, FIRST_BYTE_S)
+    return (call.ended_at or math.inf) - since, most_s
+
+
+def _was_silent(call: Call) -> bool:
+    """Whether the gateway left a provider that had been silent for as long as it may be."""
+    silent_s, most_s = _silence(call)
+    return call.ended in {"cut", "closed"} and silent_s >= most_s - 2 * HOP_S
 
 
 def _conflict(view: View, sight: Sight) -> bool:
@@ -357,13 +399,27 @@ def waits_are_true(view: View) -> Iterator[str]:
 
 
 def deadlines_hold(view: View) -> Iterator[str]:
-    """Check that a whole answer has come, or a stream begun, when the request's `timeout` has passed."""
+    """Check that a whole answer has come, or a stream begun, when the request's `timeout` has passed.
+
+    And that a provider that is silent is left after `first_byte_timeout_s` or `idle_timeout_s`.
+    """
     for sight in view.record.sights:
         timeout_s = sight.request.timeout_s
         if timeout_s is None or sight.ended != "whole" or sight.request.reads == "slowly" or view.feels(sight, *STORE):
             continue
         if "idempotent-replayed" in sight.headers:
             continue
-        last = sight.times[0][0] if sight.request.stream else sight.ended_at
-        if last - sight.began_at > timeout_s + LATE_S:
-            yield f"{sight.request_id} has a timeout of {timeout_s} s, and waited {last - sight.began_at:.2f} s"
+        until = sight.began_at + timeout_s
+        has_begun = sight.request.stream and (
+            _begun_at(view, sight) <= until + HOP_S
+            # a repeat's answer begins with the first one's head, and that with a ping
+            or any(other.began_at + HEARTBEAT_S - HOP_S <= until for other in view.group(sight) if other is not sight)
+        )
+        late_s = sight.ended_at - sight.began_at - timeout_s
+        if late_s > LATE_S and not has_begun:
+            yield f"{sight.request_id} has a timeout of {timeout_s} s, and waited {timeout_s + late_s:.2f} s"
+    slow = {sight.marker for sight in view.record.sights if sight.request.reads in {"slowly", "stalls"}}
+    for call in view.record.calls:
+        silent_s, most_s = _silence(call)
+        if call.marker not in slow and call.ended in {"cut", "closed", ""} and silent_s > most_s + LATE_S:
+            yield f"{call.upstream} was silent for {silent_s:.2f} s in {call.marker}, and may be for {most_s:g}"

@@ -93,6 +93,7 @@ def judge(record):
     for call in record.calls:
         members = (f'"{name}":{json.dumps(value)}' for name, value in call.body.items())
         call.raw = call.raw or f"{{{','.join(members)}}}".encode()
+        call.last_at = call.last_at or call.ended_at
     return judge_record(record)
 
 
@@ -1013,9 +1014,37 @@ def repeated(*troubles, code="upstream_error", ended_at=30.0, answer=GOOD):
     return change
 
 
-def stalled(ended_at):
-    """Let a stream that stalled have begun at 10.0, and a repeat have timed out."""
-    return repeated(code="gateway_timeout", ended_at=ended_at, answer=Answer(end="stalls"))
+def stalled(last_at, left_at, *, head=True, code="gateway_timeout", keyed=False):
+    """Let a provider that was asked at 10.1 have stalled, and been left at a time, when the stream ended with an error."""
+
+    def change(case):
+        if keyed:
+            repeated(code=code, ended_at=left_at, answer=Answer(end="stalls"))(case)
+        else:
+            error = f"data: {json.dumps({'error': {**ERROR, 'code': code}})}\n\n".encode()
+            heard_at(*range(11, int(left_at), 5), left_at)(case)
+            case.sight.payload = case.sight.payload.replace(STREAM, error)
+            case.call.answer, case.call.ended = Answer(end="stalls", at=0.05 * head), "cut"
+            case.call.complete = case.call.reported = False
+            case.call.shown_begun, case.record.books = 0, {0: book()}
+        case.call.head_sent, case.call.last_at, case.call.ended_at = head, last_at, left_at
+
+    return change
+
+
+def timed_out(took_s, *, head_at=None, **answer):
+    """Let the request's own deadline have ended it after a time, with the provider's head at a time, or none."""
+
+    def change(case):
+        refused(504, "gateway_timeout", **{"x-should-retry": "false"})(case)
+        case.sight.headers |= {"x-mesh-attempts": "1", "x-mesh-routing-attempts": "1"}
+        case.record.calls, case.call.answer = [case.call], Answer(delay_s=(head_at or 0.1) - 0.1, **answer)
+        case.call.lines_at = []
+        case.call.head_sent, case.call.complete, case.call.reported = head_at is not None, False, False
+        case.call.ended, case.call.ended_at = "closed", 10.0 + took_s
+        case.sight.ended_at, case.sight.times = 10.0 + took_s, [(10.0 + took_s, 300)]
+
+    return change
 
 
 def closed_at(sent_at, *troubles):
@@ -1062,6 +1091,7 @@ def conflicting(began_at, status=200, *troubles):
         if status == 200:
             call = Call(MARKER, "one", 1, began_at, case.call.answer, dict(case.call.body), {}, lines=[])
             call.body["messages"] = json.loads(body_of(other, MARKER))["messages"]
+            call.ended, call.ended_at = "error", began_at
             case.record.calls.append(call)
         else:
             case.record.sights[1].headers["x-should-retry"] = "false"
@@ -1299,6 +1329,7 @@ def echoed(text):
 PAIR, PAIR_STREAM = Request("q0", model="pair"), Request("q0", model="pair", stream=True)
 LOST, CUT, BROKE = Answer(end="resets", at=0.0), Answer(end="resets", at=0.001), Answer(status=500, error="failed")
 ENDS, PROMPT, ALIVE, WAITS = {"ends_are_honest"}, {"answers_are_prompt"}, {"streams_are_alive"}, {"waits_are_told"}
+DEADLINES = {"deadlines_hold"}
 REASONS, FAILOVER, TOLD = {"statuses_have_reasons"}, {"failover_happens"}, {"attempts_are_told"}
 SEEN = {
     "an event on its way": (sent_at(10.61), STREAMED, set()),
@@ -1335,13 +1366,35 @@ SEEN = {
         REASONS,
     ),
     "cut short by a drain long ago": (cut_short_at(31.1, Trouble("drained", 1.0, 9.0, 0)), STREAMED, REASONS),
-    "a repeat of a stalled stream at the first one's time-out": (stalled(30.0), STREAMED, set()),
-    "a repeat that ended before the first one's time-out": (stalled(29.9), STREAMED, REASONS),
+    "a repeat of a stalled stream at the first one's time-out": (stalled(10.1, 29.95, keyed=True), STREAMED, set()),
+    "a repeat that ended before the first one's time-out": (stalled(10.1, 29.85, keyed=True), STREAMED, REASONS),
     "a repeat of what a killed worker ran": (repeated(Trouble("killed", 10.5, 30.0, 1)), STREAMED, set()),
     "a repeat of what another worker ran": (repeated(Trouble("killed", 10.5, 30.0, 2)), STREAMED, REASONS),
     "a repeat of what ran after a worker's death": (repeated(Trouble("killed", 9.9, 30.0, 1)), STREAMED, REASONS),
     "cut short as it came": (cut_short_at(11.0, Trouble("drained", -10.9, 20.0, 0)), STREAMED, set()),
     "cut short as it came much later": (cut_short_at(11.0, Trouble("drained", -11.1, 20.0, 0)), STREAMED, REASONS),
+    "a silence after the head": (stalled(11.0, 31.3), STREAMED, set()),
+    "a silence that ended too early": (stalled(11.0, 30.7), STREAMED, REASONS),
+    "a silence that ended too late": (stalled(11.0, 31.5), STREAMED, DEADLINES),
+    "a silence before the head": (stalled(0.0, 40.4, head=False), STREAMED, set()),
+    "a silence before the head that ended too early": (stalled(0.0, 39.8, head=False), STREAMED, REASONS),
+    "a silence before the head that ended too late": (stalled(0.0, 40.6, head=False), STREAMED, DEADLINES),
+    "a silence that is told as a failure": (stalled(11.0, 31.3, code="upstream_error"), STREAMED, REASONS),
+    "a whole answer's own deadline": (timed_out(0.5, head_at=0.2), Request("q0", timeout_s=0.5), set()),
+    "a whole answer's deadline too early": (timed_out(0.48), Request("q0", timeout_s=0.5), REASONS),
+    "a whole answer's deadline too late": (timed_out(0.91), Request("q0", timeout_s=0.5), DEADLINES),
+    "a deadline of a stream without a head": (timed_out(0.5), Request("q0", stream=True, timeout_s=0.5), set()),
+    "a deadline as a stream begins": (timed_out(0.5, head_at=0.41), Request("q0", stream=True, timeout_s=0.5), set()),
+    "a deadline of a stream whose head doesn't say so": (
+        timed_out(0.5, head_at=0.2, content_type=None),
+        Request("q0", stream=True, timeout_s=0.5),
+        set(),
+    ),
+    "a deadline of a stream that had begun": (
+        timed_out(0.5, head_at=0.39),
+        Request("q0", stream=True, timeout_s=0.5),
+        REASONS,
+    ),
     "a deadline": (sent_at(11.0), Request("q0", timeout_s=0.61), set()),
     "a deadline that has passed": (sent_at(11.0), Request("q0", timeout_s=0.59), {"deadlines_hold"}),
     "closed as its worker was drained": (closed_at(10.0, Trouble("drained", 10.09, 20.0, 0)), REQUEST, set()),
