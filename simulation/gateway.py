@@ -11,14 +11,18 @@ import os
 import signal
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache, partial
+from importlib import resources
 from typing import Any
 
+import orjson
 from msgspec.structs import replace
+from prometheus_client import Gauge
 
+from meshproxy.app import application, worker, worker_process
 from meshproxy.app import load as loading
 from meshproxy.app import serve as serving
-from meshproxy.app import worker, worker_process
 from meshproxy.app.load import Loaded, load
+from meshproxy.config.settings import Settings
 from meshproxy.gateway import in_flight
 from meshproxy.ledger import journal as journals
 from meshproxy.ledger import ledger as ledgers
@@ -28,7 +32,9 @@ from meshproxy.ledger.directory import Directory
 from meshproxy.ledger.journal import SettlementsLost
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.store import Script
+from meshproxy.policy.catalog import Catalog
 from meshproxy.server import admin, listener
+from meshproxy.server.api import document
 from meshproxy.telemetry.metrics import FamilyOf, Metrics
 from simulation.loop import Process, SimLoop
 from simulation.machine import ROOT
@@ -48,7 +54,8 @@ async def _no_history(_self: serving.WorkersState) -> None:
 def replacements() -> dict[tuple[Any, str], Any]:
     """Return what a run replaces of the gateway, by owner and name.
 
-    Scripts, and what depends on a page's text alone, are made once: they are the same in each run. Metrics are used again.
+    What depends on files or on a configuration's models alone is made once: scripts, pages, the API's description, catalogues.
+    Metrics are used again.
     No figures are kept for the status page, no series of a metric exists before it counts, and the loop's lag isn't
     measured: virtual time has none. What looks at all connections or the journal several times a second does so less
     often, since most of a history is waiting.
@@ -56,6 +63,9 @@ def replacements() -> dict[tuple[Any, str], Any]:
     return {
         (Script, "load"): _scripts,
         (admin, "_content_security_policy"): _policies,
+        (admin, "files"): _files,
+        (application, "document"): _document,
+        (worker, "Catalog"): _catalog,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (worker, "Metrics"): _metrics,
@@ -72,6 +82,46 @@ _scripts = cache(Script.load)
 _policies = lru_cache(1)(vars(admin)["_content_security_policy"])
 
 
+@cache
+def _document() -> orjson.Fragment:
+    return orjson.Fragment(orjson.dumps(document()))
+
+
+class _Read:
+    """A file of a package, or a folder, whose content is read once."""
+
+    def __init__(self, where: Any) -> None:
+        self._where = where
+
+    @cache  # noqa: B019 - of a few files, for good
+    def joinpath(self, *names: str) -> "_Read":
+        """Return a file in it."""
+        return _Read(self._where.joinpath(*names))
+
+    @cache  # noqa: B019
+    def read_bytes(self) -> bytes:
+        """Return the content."""
+        return bytes(self._where.read_bytes())
+
+
+@cache
+def _files(package: str) -> _Read:
+    return _Read(resources.files(package))
+
+
+_catalogs: dict[int, tuple[Settings, Catalog]] = {}
+
+
+def _catalog(settings: Settings) -> Catalog:
+    """Return the catalogue of settings; the same one for the same models and upstreams, since it never changes."""
+    made = _catalogs.get(id(settings.models))
+    if made is None or made[0].models is not settings.models or made[0].upstreams is not settings.upstreams:
+        if len(_catalogs) >= MAX_LOADED:
+            _catalogs.clear()
+        made = _catalogs[id(settings.models)] = settings, Catalog(settings)
+    return made[1]
+
+
 _spare: list[
     Metrics
 ] = []  # of workers of runs before: to make them takes a tenth of a run, and to collect them another
@@ -79,7 +129,10 @@ _lent: list[Metrics] = []
 
 
 def _metrics(models: Iterable[str], upstreams: Iterable[str], **options: Any) -> Metrics:
-    """Return the metrics of a worker that is over, at zero, or new ones. All gateways of runs have the same buckets."""
+    """Return the metrics of a worker that is over, or new ones. All gateways of runs have the same buckets.
+
+    They count on from run to run: no history reads them, and to set them to zero takes a twentieth of a run.
+    """
     if _spare:
         made = _spare.pop()
         made.reconfigure(models, upstreams)
@@ -95,19 +148,13 @@ def rest() -> None:
 
 
 def take_back() -> None:
-    """Set the metrics of a run's workers to zero and keep them for the next run."""
+    """Keep the metrics of a run's workers for the next run."""
     for metrics in _lent:
         metrics.pending.clear()
         for family in vars(metrics)["_families"]:
-            for child in family.values():
-                fields = vars(child)
-                fields.pop("_child_samples", None)  # a gauge's function, which would keep its worker
-                for value in fields.get("_buckets", ()):
-                    value._value = 0.0
-                for name in ("_value", "_sum"):
-                    if name in fields:
-                        fields[name]._value = 0.0
-            family.clear()  # of what this run looked up; prometheus-client keeps it
+            if isinstance(vars(family)["_metric"], Gauge):
+                for gauge in family.values():
+                    vars(gauge).pop("_child_samples", None)  # its function, which would keep its worker
     _spare.extend(_lent)
     _lent.clear()
 

@@ -244,6 +244,10 @@ def _kept_clocks() -> list[tuple[Any, str]]:
         return _kept
     ours = [module for name, module in sys.modules.items() if name.startswith("meshproxy.")]
     _with_sets[:] = map(vars, (*ours, asyncio.tasks, aiohappyeyeballs.impl))
+    for names in _with_sets:
+        names["set"] = (
+            set  # for good: a name that comes and goes would have each run specialize all its modules' code anew
+        )
     clocks = {id(getattr(time, name)) for name in _CLOCKS}
     for module_name, module in list(sys.modules.items()):
         if module is time or module is dt or not hasattr(module, "__dict__"):
@@ -324,7 +328,7 @@ def installed(loop: SimLoop, disk: Disk, others: dict[tuple[Any, str], Any]) -> 
         for (owner, name), value in before.items():
             setattr(owner, name, value)
         for names in _with_sets:
-            del names["set"]
+            names["set"] = set
         random.setstate(state)
         if was_collecting:
             gc.enable()

@@ -23,7 +23,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Self
 
 from simulation.loop import PROCESS, Event, Process, SimHandle, SimLoop
@@ -339,7 +339,7 @@ class Listener:
         """Take a new connection."""
         self.waiting.append(end)
         if self.accept is not None:
-            handle = SimHandle(0.0, self._accept, (), self.network.loop, self.context)
+            handle = SimHandle(self._accept, (), self.context)
             self.network.loop._enqueue(self.process, handle)
         elif self.on_waiting is not None:
             self.on_waiting()
@@ -367,10 +367,10 @@ class Network:
 
     def address_of(self, host: str) -> str:
         """Return a name's first address; a name that is new gets one."""
-        try:
-            return str(ipaddress.ip_address(host)) if host else ""
-        except ValueError:
-            pass
+        if not host:
+            return ""
+        if (literal := _literal(host)) is not None:
+            return literal
         if host not in self.names:
             self.names[host] = [f"10.2.{len(self.names) // 250}.{len(self.names) % 250 + 1}"]
         return self.names[host][0]
@@ -391,13 +391,11 @@ class Network:
     ) -> list[Any]:
         """Return the addresses of a name. Raises gaierror for an unknown one."""
         name = host.decode() if isinstance(host, bytes) else host or "0.0.0.0"
-        try:
-            addresses = [str(ipaddress.ip_address(name))]
-        except ValueError:
-            addresses = self.names.get(name, [])
+        literal = _literal(name)
+        addresses = self.names.get(name, []) if literal is None else [literal]
         if not addresses:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        kind = socket.SocketKind(type or socket.SOCK_STREAM)
+        kind = socket.SocketKind(type) if type else socket.SOCK_STREAM
         return [
             (socket.AF_INET, kind, proto or socket.IPPROTO_TCP, "", (address, int(port or 0))) for address in addresses
         ]
@@ -552,6 +550,15 @@ class Network:
             self.loop.trace("%r: closed, %d bytes to the server, %d back", link, *link.carried.values())
 
 
+@lru_cache(256)
+def _literal(name: str) -> str | None:
+    """Return an IP address as it is usually written, None for a name."""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return None
+
+
 def _resolve(arrived: "asyncio.Future[None]") -> None:
     if not arrived.done():
         arrived.set_result(None)
@@ -668,7 +675,7 @@ class SimTransport(asyncio.transports._FlowControlMixin):
             return
         self._is_due = True
         rng = self._loop.rng
-        handle = SimHandle(0.0, self._read, (), self._loop, self._context)
+        handle = SimHandle(self._read, (), self._context)
         if rng.random() < 0.5:
             self._loop.at(self._loop.now + WAKE_S * rng.random(), self._process, handle)
         else:
@@ -759,7 +766,7 @@ class SimTransport(asyncio.transports._FlowControlMixin):
 
     def _on_room(self) -> None:
         if self._buffer or self._end.is_reset:
-            self._loop._enqueue(self._process, SimHandle(0.0, self._write_more, (), self._loop, self._context))
+            self._loop._enqueue(self._process, SimHandle(self._write_more, (), self._context))
 
     def _write_more(self) -> None:
         if self._end.is_reset and not self._end.received and not self._is_paused:

@@ -203,11 +203,13 @@ def _logged(world: World, stack: ExitStack) -> None:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers[:] = [_Records(world)]
-    root.setLevel(logging.WARNING)
+    if level != logging.WARNING:  # setting it makes all loggers look it up anew
+        root.setLevel(logging.WARNING)
 
     def restore() -> None:
         root.handlers[:] = handlers
-        root.setLevel(level)
+        if level != logging.WARNING:
+            root.setLevel(level)
         for module in (serving, worker_process):
             vars(module)["configure"] = configure
 

@@ -9,11 +9,12 @@ import time
 import uuid
 
 import pytest
-from fakeredis._helpers import SimpleError
+from fakeredis._helpers import SimpleError, SimpleString
 
-from simulation.loop import Stuck
+from simulation import commands
+from simulation.loop import SimLoop, Stuck
 from simulation.run import World, run
-from simulation.store import OOM, READONLY, Fate
+from simulation.store import OOM, READONLY, Fate, Store
 
 SEEDS = range(20)
 BIG = bytes(range(256)) * 2_000
@@ -382,3 +383,52 @@ def test_an_outside_question_s_error_is_raised():
 
     with pytest.raises((ValueError, SimpleError)):
         played(story)
+
+
+FIELDS, NUMBERS = (
+    (b"a", b"b", b"7"),
+    (b"0", b"1", b"-3", b"007", b"-0", b"x", b"9007199254740993", b"-9223372036854775808"),
+)
+WORDS = {  # of each command after its key
+    **dict.fromkeys(("GET", "HGETALL", "HKEYS", "HLEN", "ZCARD", "PTTL"), ((),)),
+    **dict.fromkeys(("HGET", "HEXISTS", "HDEL", "ZREM"), (FIELDS,)),
+    **dict.fromkeys(("HMGET",), (FIELDS, FIELDS)),
+    "HSET": (FIELDS, NUMBERS, FIELDS, NUMBERS),
+    "HINCRBY": (FIELDS, NUMBERS),
+    "ZADD": (NUMBERS, FIELDS),
+    "ZRANGEBYSCORE": ((b"-inf", b"0"), NUMBERS, (b"LIMIT",), (b"0", b"1"), (b"1", b"-1")),
+    "ZREMRANGEBYSCORE": ((b"-inf", b"(1"), NUMBERS),
+    "EXISTS": ((b"h1", b"z1"),),
+    "PEXPIRE": (NUMBERS,),
+    "EXPIRE": (NUMBERS,),
+    "SET": (FIELDS,),
+}
+ECHO = b"return redis.call(unpack(ARGV))"
+
+
+@pytest.mark.parametrize("is_script", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_quick_commands_do_what_fakeredis_does(seed, is_script, monkeypatch):
+    def replies(is_quick):
+        if not is_quick:
+            monkeypatch.setattr("simulation.store.READING", {})
+            monkeypatch.setattr("simulation.store.WRITING", {})
+        rng = random.Random(seed)
+        loop = SimLoop(random.Random(seed), max_turns=1)
+        store = Store(loop)
+        monkeypatch.setattr(time, "time", loop.wall)
+        for _ in range(1_500):
+            name = rng.choice(sorted(WORDS))
+            key = rng.choice((b"h1", b"h2", b"z1", b"z2", b"s1"))
+            words = [name.encode(), key, *(rng.choice(few) for few in WORDS[name] if few)]
+            loop.now += rng.choice((0.0, 0.001, 2.0))
+            reply = store.run(store.client, [b"EVAL", ECHO, b"0", *words] if is_script else words)
+            yield words, reply.value if isinstance(reply, (SimpleError, SimpleString)) else reply
+        yield "the end", {key: store.ask("TYPE", key).value for key in sorted(store.ask("KEYS", "*"))}
+        loop.dispose()
+
+    assert list(replies(is_quick=True)) == list(replies(is_quick=False))
+
+
+def test_every_quick_command_is_compared():
+    assert {name.decode() for name in commands.READING | commands.WRITING} - {"TIME"} <= set(WORDS)
