@@ -382,6 +382,12 @@ PLANTED: Final = [
         "plan, model, attempts = exchange.plan, exchange.model, str(min(exchange.attempts, 1))",
     ),
     Planted(
+        "x-mesh-routing-model names no model",
+        "gateway/pipeline.py",
+        '("x-mesh-routing-model", model)]',
+        '("x-mesh-routing-model", attempts)]',
+    ),
+    Planted(
         "a cap that the gateway sets isn't told",
         "gateway/pipeline.py",
         'headers.append(("x-mesh-max-tokens", str(plan.imposed_cap)))',

@@ -105,7 +105,9 @@ class Case:
         self.sight.headers = {
             "content-type": "application/json",
             "x-request-id": "id-q0",
+            "x-mesh-version": "2026-08",
             "x-mesh-model": "plain",
+            "x-resolved-model-id": "plain",
             "x-mesh-cost": "0.00013",
             "x-mesh-attempts": "1",
             "x-mesh-routing-attempts": "1",
@@ -149,6 +151,10 @@ class Case:
             self.sight.headers["x-should-retry"] = "false"
         self.call.answer, self.call.complete, self.call.ended = Answer(status=500, error="failed"), False, "error"
         self.record.books = {0: book()}
+
+    def serve(self, model):
+        """Let another model have served."""
+        self.sight.headers |= {"x-mesh-model": model, "x-resolved-model-id": model}
 
     def key(self, **limits):
         self.record.history = replace(self.record.history, keys=(KeyPlan(**limits),))
@@ -429,14 +435,15 @@ def tier_unpriced(case):
 
 def billed_in_another_tier(case):
     case.sight.request = replace(case.sight.request, model="served", tier="flex")
-    case.sight.headers["x-mesh-model"] = "served"
+    case.serve("served")
     case.call.body |= {"model": "up-served", "service_tier": "flex"}
     case.call.upstream = "two"
 
 
 def billed_below_its_tier(case):
     case.sight.request = replace(case.sight.request, model="tiered")
-    case.sight.headers["x-mesh-model"], case.call.body["model"] = "tiered", "up-tiered"
+    case.serve("tiered")
+    case.call.body["model"] = "up-tiered"
     case.call.bill = Bill(21, 0, 8)
 
 
@@ -727,7 +734,7 @@ def cut(cost, dialect="openai"):
     def change(case):
         error = json.dumps({"error": ERROR})
         case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
-        case.sight.headers["x-mesh-model"] = "served"
+        case.serve("served")
         case.call.answer = Answer(dialect=dialect, end="resets", tier="priority")
         case.call.body |= {"model": "up-served", "service_tier": "flex"}
         case.call.upstream, case.call.tier, case.call.shown_begun = "two", "priority", 2
@@ -799,7 +806,7 @@ def out_of_credit_in_a_dearer_tier(cost):
 
     def change(case):
         out_of_credit(cost, model="served")(case)
-        case.sight.headers["x-mesh-model"] = "served"
+        case.serve("served")
         case.call.answer, case.call.tier, case.call.upstream = Answer(tier="priority"), "priority", "two"
         case.call.body |= {"model": "up-served", "service_tier": "flex"}
 
@@ -1130,7 +1137,7 @@ def refused(status, code, wait_s=None, **headers):
         case.failed(status, code=code, message=headers.pop("message", "No."))
         case.record.calls, case.sight.headers = (
             [],
-            {"content-type": "application/json", "x-request-id": "id-q0", **headers},
+            {"content-type": "application/json", "x-request-id": "id-q0", "x-mesh-version": "2026-08", **headers},
         )
         if wait_s is not None:
             whole_s = max(1, math.ceil(wait_s))
@@ -1215,7 +1222,7 @@ def early_headed(asked_at):
     """Let the client have got a head and a ping at 15.1, and a second provider have been asked at a time."""
 
     def change(case):
-        headed(x_mesh_model="pair")(case)
+        case.serve("pair")
         heard_at(15.1, 16.0)(case)
         case.call.body["model"] = "up-pair"
         first = Call(MARKER, "one", 0, 10.1, BROKE, dict(case.call.body), {}, lines=[])
@@ -1239,7 +1246,8 @@ def headed(**headers):
 def behind_a_dead_one(case):
     """Let the second route of a model have served, where nothing listens at the first."""
     headed(x_mesh_attempts="2", x_mesh_routing_attempts="2", x_mesh_routing_fallback="true")(case)
-    case.sight.headers["x-mesh-model"] = "gone-first"
+    case.serve("gone-first")
+    case.sight.headers["x-mesh-routing-model"] = "gone-first"
     case.call.upstream, case.call.body["model"] = "two", "up-gone-first"
     case.call.bill = Bill(25, 0, 0)
     charged(75_000, model="gone-first", prompt_tokens=25, completion_tokens=0)(case)
@@ -1457,8 +1465,16 @@ SEEN = {
         Request("q0", model="gone-first"),
         set(),
     ),
-    "another model is told": (headed(x_mesh_model="pair"), REQUEST, {"tokens_are_reported", *TOLD}),
-    "a fallback is told": (headed(x_mesh_routing_fallback="true"), REQUEST, TOLD),
+    "another model is told": (
+        headed(x_mesh_model="pair", x_resolved_model_id="pair"),
+        REQUEST,
+        {"tokens_are_reported", *TOLD},
+    ),
+    "a fallback is told": (headed(x_mesh_routing_fallback="true", x_mesh_routing_model="plain"), REQUEST, TOLD),
+    "another model by its other name": (headed(x_resolved_model_id="pair"), REQUEST, TOLD),
+    "another number by its other name": (headed(x_mesh_routing_attempts="2"), REQUEST, TOLD),
+    "a fallback's model where none was": (headed(x_mesh_routing_model="plain"), REQUEST, TOLD),
+    "another version": (headed(x_mesh_version="2026-07"), REQUEST, TOLD),
     "a 503 with a wait": (refused(503, "ledger_unavailable", 1.0), REQUEST, REASONS),
     "a 503 without": (refused(503, "ledger_unavailable"), REQUEST, {*REASONS, *WAITS}),
     "a 402 with a wait": (refused(402, "insufficient_credits", 1.0), REQUEST, {*REASONS, *WAITS}),
