@@ -172,7 +172,7 @@ def _sources(view: View, sight: Sight, call: Call) -> set[str]:
     if ended_well and is_reported:
         return {"reported"}
     if ended_well:
-        has_used = call.shown or call.answer.lie in IMPOSSIBLE
+        has_used = call.shown or (call.reported and call.answer.lie in IMPOSSIBLE)
         return {"estimated", *(() if has_used else ("none",)), *(() if is_reported is False else ("reported",))}
     found = {"estimated"} if seen_tokens(sight) else {"none", "estimated"}
     if is_reported is False:

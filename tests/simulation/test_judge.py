@@ -918,6 +918,10 @@ SOURCES = {
     "a report without a prompt": (sourced("estimated", "no_prompt", is_true=["completion"]), True),
     "an estimate that is called a report": (sourced("reported", "no_prompt", is_true=["completion"]), False),
     "an answer without text or a report": (sourced("none", "none", is_true=[], shown=0, reported=False), True),
+    "an answer without text or a report, which can't be": (
+        sourced("none", "absurd", is_true=[], shown=0, reported=False),
+        True,
+    ),
     "an answer without text that was reported": (sourced("none", shown=0), False),
     "an answer without text whose output can't be": (sourced("reported", "absurd", is_true=["prompt"], shown=0), False),
     "an answer without text whose prompt is reported": (
