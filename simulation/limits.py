@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, estimates, least_held
+from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, estimates, least_held, over_at
 from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
 from simulation.provider import TOKENS_OF_A_MESSAGE
@@ -13,6 +14,11 @@ from simulation.reasons import TEMPLATE_TOKENS
 from simulation.record import LATENCY_S, View
 
 CLOCK_S: Final = 0.002  # the store's clock has milliseconds
+DEFAULT_REQUESTS, DEFAULT_TOKENS = (
+    600,
+    1_000_000,
+)  # a minute, of a key without limits of its own (docs/configuration.md)
+REFUSED: Final = frozenset({401, 402, 403, 404, 409, 422, 429})  # by the gateway, before a request takes anything
 
 
 def limits_hold(view: View) -> Iterator[str]:
@@ -47,11 +53,24 @@ def limits_hold(view: View) -> Iterator[str]:
             yield from _slots_taken(view, number, key.max_parallel)
 
 
-class Taken(NamedTuple):
-    """What a request took from its key's bucket of tokens, where bounds are all that is known of it.
+class Bucket(NamedTuple):
+    """A key's bucket of requests or of tokens: what it regains a minute, and what it has when it is full."""
 
-    It was admitted between `from_` and `until`. `least` and `most`: what it took by estimate, `used`: what it was made
-    right to at `settled_at`.
+    kind: str
+    limit: int
+    size: int
+
+    def told_s(self, level: float) -> float:
+        """Return the reset that is told at a level: the time until it is full, in whole ms, or in whole seconds from 1 s on."""
+        millis = math.ceil(round((self.size - level) * 60_000 / self.limit, 3))
+        return millis / 1000 if millis < 1000 else math.ceil(millis / 1000)
+
+
+class Taken(NamedTuple):
+    """What a request took from its key's bucket, where bounds are all that is known of it.
+
+    It was admitted between `from_` and `until`, if at all: then `least` is above 0. `least` and `most`: what it took by
+    estimate, `used`: what it was made right to at `settled_at`.
     """
 
     from_: float
@@ -62,75 +81,141 @@ class Taken(NamedTuple):
     settled_at: float
 
 
+NOTHING: Final = Taken(0.0, 0.0, 0, 0, 0, math.inf)
+
+
 def buckets_are_right(view: View) -> Iterator[str]:
-    """Check that a bucket of tokens is debited by estimate at admission, and made right at settlement, up and down.
+    """Check what an answer's `x-ratelimit-*` say of its key's buckets.
 
-    When something was settled is known by the store's clock alone: a jump of it, also a later one, hides that.
+    A bucket of requests is debited at admission, one of tokens by estimate then, and made right at settlement, up and
+    down. Both are full again when their reset says so.
     """
-    if any(trouble.what == "clock" for trouble in view.record.troubles):
-        return
     for number, key in enumerate(view.history.keys):
-        size = key.tokens_per_minute
-        if size is None:
-            continue
         ours = [sight for sight in view.record.sights if sight.request.key == number]
-        taken = {sight.request_id: _taken(view, sight) for sight in ours if view.settled.get(sight.request_id)}
-        unsettled = [
-            sight.began_at
-            for sight in ours
-            if sight.request_id not in taken and view.calls.get(sight.marker) and len(view.group(sight)) == 1
-        ]
-        for sight in ours:
-            remaining = sight.headers.get("x-ratelimit-remaining-tokens")
-            if (
-                remaining is None
-                or sight.headers.get("x-ratelimit-limit-tokens") != str(size)
-                or "idempotent-replayed" in sight.headers
-                or view.clock_jumps
-                or any(trouble.start <= sight.ended_at for trouble in view.record.troubles)
-                or any(began_at <= sight.ended_at for began_at in unsettled)  # of a worker that was killed later
-            ):
-                continue
-            others = [other for name, other in taken.items() if name != sight.request_id]
-            own = taken.get(sight.request_id)
-            began_at, until = sight.began_at, _admitted_by(view, sight)
-            most = level_at_most(size, others, began_at, until) - (own.least if own else 0)
-            least = level_at_least(size, others, began_at, until) - (own.most if own else 0)
-            if not least - 1 < int(remaining) <= max(0, most):
-                yield f"{sight.request_id}: {remaining} of {size} tokens remain, and {least:.1f} to {most:.1f} may"
+        requests = key.requests_per_minute or DEFAULT_REQUESTS
+        tokens = key.tokens_per_minute or DEFAULT_TOKENS
+        for bucket in (Bucket("requests", requests, key.burst or requests), Bucket("tokens", tokens, tokens)):
+            taken = {sight.request_id: _taken(view, sight, bucket.kind) for sight in ours if _may_take(sight)}
+            for sight in ours:
+                if "idempotent-replayed" not in sight.headers:
+                    yield from _bucket_faults(view, sight, bucket, taken)
 
 
-def level_at_most(size: int, others: Iterable[Taken], began_at: float, until: float) -> float:
-    """Return the most that a bucket of `size` a minute may have between two times, given what took from it before."""
+def _bucket_faults(view: View, sight: Sight, bucket: Bucket, taken: Mapping[str, Taken]) -> Iterator[str]:
+    """Find what an answer's head says wrong of a bucket."""
+    limit, remaining, reset = (
+        sight.headers.get(f"x-ratelimit-{name}-{bucket.kind}") for name in ("limit", "remaining", "reset")
+    )
+    if limit is None or remaining is None or reset is None:
+        if sight.status == 200 and "x-mesh-model" in sight.headers:
+            yield f"{sight.request_id}: its bucket of {bucket.kind} is {remaining} of {limit}, full in {reset}"
+        return
+    if view.history.local and view.feels(sight):  # an instance's share of each limit
+        return
+    changes = _changes_by(view, sight) if bucket.kind == "requests" else set()
+    if limit != str(bucket.limit):
+        if limit not in changes:
+            yield f"{sight.request_id} has a limit of {limit} {bucket.kind}, and {bucket.limit} would be right"
+            return
+        bucket = bucket._replace(limit=int(limit), size=view.history.keys[sight.request.key].burst or int(limit))
+    least, most = -math.inf, float(bucket.size)
+    if not changes and not _is_unknown(view, sight):
+        others = [other for name, other in taken.items() if name != sight.request_id]
+        own = taken.get(sight.request_id, NOTHING)
+        began_at, until = sight.began_at, _admitted_by(view, sight)
+        most = level_at_most(bucket, others, began_at, until) - own.least
+        least = level_at_least(bucket, others, began_at, until) - own.most
+    if not least - 1 < int(remaining) <= max(0, most):
+        yield f"{sight.request_id}: {remaining} of {limit} {bucket.kind} remain, and {least:.1f} to {most:.1f} may"
+        return
+    low = max(least, int(remaining)) if int(remaining) else least
+    high = min(most, int(remaining) + 1)
+    if not bucket.told_s(high) <= seconds(reset) <= (math.inf if low == -math.inf else bucket.told_s(low)):
+        yield f"{sight.request_id}: {bucket.kind} are to be full in {reset}, with {remaining} of {limit} and {low} to {high}"
+
+
+def seconds(text: str) -> float:
+    """Return the seconds of a reset: `120ms`, `1s`, `6m0s`, `1h0m0s`."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?|(\d+)ms", text)
+    if found is None or not text:
+        return math.nan
+    hours, minutes, whole, millis = (int(part or 0) for part in found.groups())
+    return hours * 3600 + minutes * 60 + whole + millis / 1000
+
+
+def _changes_by(view: View, sight: Sight) -> set[str]:
+    """Return the limits of requests that a request's key may have been given before it ended."""
+    return {
+        str(done.amount)
+        for done in view.record.changes
+        if done.what == "requests_per_minute" and done.key == sight.request.key and done.began_at <= sight.ended_at
+    }
+
+
+def _is_unknown(view: View, sight: Sight) -> bool:
+    """Whether the level of a bucket can't be known: the store's clock has jumped, a failover lost what was taken.
+
+    Or instances may have admitted requests by themselves.
+    """
+    began = {trouble.what for trouble in view.record.troubles if trouble.start <= sight.ended_at}
+    jumps_at = view.first_jump
+    return bool("failover" in began or (began and not view.is_strict) or sight.ended_at > jumps_at - 2 * LATENCY_S)
+
+
+def level_at_most(bucket: Bucket, others: Iterable[Taken], began_at: float, until: float) -> float:
+    """Return the most that a bucket may have between two times, given what took from it before."""
     steps = [(other.from_, -other.least) for other in others if other.until < began_at]
     for other in others:
         change = (other.most if other.until < began_at else 0) - other.used
         if other.settled_at < began_at - CLOCK_S or (change > 0 and other.settled_at <= until + CLOCK_S):
             steps.append((other.settled_at, change))
-    return _level(size, steps, until)
+    return _level(bucket, steps, until)
 
 
-def level_at_least(size: int, others: Iterable[Taken], began_at: float, until: float) -> float:
-    """Return the least that a bucket of `size` a minute may have between two times, given what took from it before."""
+def level_at_least(bucket: Bucket, others: Iterable[Taken], began_at: float, until: float) -> float:
+    """Return the least that a bucket may have between two times, given what took from it before."""
     steps = [(min(other.until, began_at), -other.most) for other in others if other.from_ <= until]
     for other in others:
         change = other.least - other.used
         if other.settled_at < began_at - CLOCK_S or (change < 0 and other.settled_at <= until + CLOCK_S):
-            steps.append((other.settled_at, change))
-    return _level(size, steps, began_at)
+            steps.append((min(other.settled_at, began_at), change))
+    return _level(bucket, steps, began_at)
 
 
-def _level(size: int, steps: list[tuple[float, int]], at: float) -> float:
-    """Return what a bucket of `size` a minute has at a time, full at first, after changes at other times."""
+def _level(bucket: Bucket, steps: list[tuple[float, int]], at: float) -> float:
+    """Return what a bucket has at a time, full at first, after changes at other times."""
+    size, rate = bucket.size, bucket.limit / 60
     level, last = float(size), -math.inf
     for when, change in sorted(steps):
-        level = min(size, min(size, level + (when - last) * size / 60) + change)
+        level = min(size, min(size, level + (when - last) * rate) + change)
         last = when
-    return min(size, level + max(0.0, at - last) * size / 60)
+    return min(size, level + max(0.0, at - last) * rate)
 
 
-def _taken(view: View, sight: Sight) -> Taken:
-    """Return what is known of what an admitted request took."""
+def _may_take(sight: Sight) -> bool:
+    """Whether a request may have been admitted: it has not been refused before."""
+    return sight.ended != "whole" or sight.status not in REFUSED or "x-mesh-attempts" in sight.headers
+
+
+def _taken(view: View, sight: Sight, kind: str) -> Taken:
+    """Return what is known of what a request took."""
+    event = next((each for each in view.settled.get(sight.request_id, ()) if each["hold"] != "none"), None)
+    if event is None:  # nothing, or what its worker's end or a lost reply left behind
+        most = 1 if kind == "requests" else _tokens_taken(view, sight)[1]
+        return Taken(sight.began_at, math.inf, 0, most, 0, math.inf)
+    settled_at = int(event["settled_ms"]) / 1000 - view.first_offset_s
+    if over_at(view, sight) > view.first_jump - LATENCY_S:
+        settled_at = math.inf  # by which clock isn't known
+    until = min(_admitted_by(view, sight), settled_at)
+    if kind == "requests":  # which is never given back
+        return Taken(sight.began_at, until, 1, 1, 1, settled_at)
+    least, most = _tokens_taken(view, sight)
+    used = int(event["prompt_tokens"]) + int(event["completion_tokens"])
+    return Taken(sight.began_at, until, least, most, used, settled_at)
+
+
+def _tokens_taken(view: View, sight: Sight) -> tuple[int, int]:
+    """Return the least and the most tokens that an admitted request took by estimate."""
     calls = view.calls.get(sight.marker, [])
     n, cap = sight.request.n, sight.request.max_tokens
     messages = [call.body["messages"] for call in calls] or [json.loads(sight.body).get("messages", [])]
@@ -142,18 +227,18 @@ def _taken(view: View, sight: Sight) -> Taken:
             (estimates(call.shown_begun, call.shown_begun, TOOL_NAME_TOKENS * n)[1] for call in calls), default=0
         )
         most += max(0, min(seen + LEASE_TOKENS * n, MAX_OUTPUT_TOKENS * n) - output)
-    event = view.settled[sight.request_id][0]
-    used = int(event["prompt_tokens"]) + int(event["completion_tokens"])
-    settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
-    until = min(_admitted_by(view, sight), settled_at)
-    return Taken(sight.began_at, until, min(prompts) + output, most, used, settled_at)
+    return min(prompts) + output, most
 
 
 def _admitted_by(view: View, sight: Sight) -> float:
-    """Return the time by which a request was admitted or refused: its provider was asked, or its client got bytes."""
+    """Return the time by which a request was admitted or refused: its provider was asked, or its client got bytes.
+
+    The admission of a client that left may still be on its way.
+    """
     alone = len(view.group(sight)) == 1
     asked = [call.at for call in view.calls.get(sight.marker, ()) if alone]
-    return min([*asked[:1], *(at for at, _ in sight.times[:1]), sight.ended_at])
+    ended_at = sight.ended_at if sight.ended == "whole" else math.inf
+    return min([*asked[:1], *(at for at, _ in sight.times[:1]), ended_at])
 
 
 def _frame_tokens(sight: Sight) -> int:

@@ -731,6 +731,18 @@ PLANTED: Final = [
         'exchange.usage_source = "drained"',
         'exchange.usage_source = "reported"',
     ),
+    Planted(
+        "x-ratelimit-remaining-requests has one too many",
+        "gateway/admit.py",
+        'str(bucket.remaining) if bucket.remaining > 0 else "0")',
+        'str(bucket.remaining + (kind == "requests")) if bucket.remaining > 0 else "0")',
+    ),
+    Planted(
+        "x-ratelimit-reset has half of the time",
+        "gateway/admit.py",
+        "format_reset(bucket.reset_s)",
+        "format_reset(bucket.reset_s / 2)",
+    ),
     # Sessions, months, reasoning, and holds that are renewed.
     Planted(
         "an admission doesn't look at a session's budget",

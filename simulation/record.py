@@ -158,6 +158,9 @@ class View:
         whats = {trouble.what for trouble in record.troubles}
         self.is_lossy = bool(whats & {"failover"})
         self.clock_jumps = "clock" in whats  # then `store_offset_s` holds only after the last jump
+        self.first_jump = min((each.start for each in record.troubles if each.what == "clock"), default=math.inf)
+        jumped_s = sum(fault.delay_s for fault in record.history.faults if fault.what == "clock")
+        self.first_offset_s = record.store_offset_s - jumped_s  # the store's clock less the loop's, before it
         self.is_strict = not self.history.local
         self.lost: dict[str, int] = {}
         for loss in record.losses:
