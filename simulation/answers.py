@@ -10,7 +10,7 @@ from simulation.history import (
     HEARTBEAT_S,
     UPSTREAMS,
 )
-from simulation.limits import most_reserved
+from simulation.limits import most_reserved, tokens_taken
 from simulation.provider import Call
 from simulation.reasons import BREAKER_FAILURES, BUCKET_S, DETACHED_S, changed_limits, others_of_key
 from simulation.record import HOP_S, STORE, View, cut_short
@@ -248,7 +248,7 @@ def _longest_wait_s(view: View, sight: Sight) -> float:
     others = others_of_key(view, sight)
     if "tokens per minute" in message and key.tokens_per_minute:
         size = key.tokens_per_minute
-        taken = sum(max(_used(view, other), most_reserved(other)) for other in others)
+        taken = sum(max(_used(view, other), most_reserved(other), tokens_taken(view, other)[1]) for other in others)
         return max(0.0, min(most_reserved(sight), size) - (size - taken)) * 60 / size
     limits = {
         limit for limit in (key.requests_per_minute, *changed_limits(view, sight.request.key)) if limit is not None

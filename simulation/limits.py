@@ -201,7 +201,7 @@ def _taken(view: View, sight: Sight, kind: str) -> Taken:
     """Return what is known of what a request took."""
     event = next((each for each in view.settled.get(sight.request_id, ()) if each["hold"] != "none"), None)
     if event is None:  # nothing, or what its worker's end or a lost reply left behind
-        most = 1 if kind == "requests" else _tokens_taken(view, sight)[1]
+        most = 1 if kind == "requests" else tokens_taken(view, sight)[1]
         return Taken(sight.began_at, math.inf, 0, most, 0, math.inf)
     settled_at = int(event["settled_ms"]) / 1000 - view.first_offset_s
     if over_at(view, sight) > view.first_jump - LATENCY_S:
@@ -209,12 +209,12 @@ def _taken(view: View, sight: Sight, kind: str) -> Taken:
     until = min(_admitted_by(view, sight), settled_at)
     if kind == "requests":  # which is never given back
         return Taken(sight.began_at, until, 1, 1, 1, settled_at)
-    least, most = _tokens_taken(view, sight)
+    least, most = tokens_taken(view, sight)
     used = int(event["prompt_tokens"]) + int(event["completion_tokens"])
     return Taken(sight.began_at, until, least, most, used, settled_at)
 
 
-def _tokens_taken(view: View, sight: Sight) -> tuple[int, int]:
+def tokens_taken(view: View, sight: Sight) -> tuple[int, int]:
     """Return the least and the most tokens that an admitted request took by estimate."""
     calls = view.calls.get(sight.marker, [])
     n, cap = sight.request.n, sight.request.max_tokens
