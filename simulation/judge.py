@@ -51,6 +51,7 @@ from simulation.reasons import (
     waits_are_true,
 )
 from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View, cut_short
+from simulation.told import refusals_are_told
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
@@ -375,6 +376,7 @@ RULES: Final[tuple[Rule, ...]] = (
     answers_are_prompt,
     streams_are_alive,
     statuses_have_reasons,
+    refusals_are_told,
     waits_are_true,
     waits_are_told,
     attempts_are_told,

@@ -814,6 +814,31 @@ PLANTED: Final = [
         "if not task.done() and _stream_begins(exchange):",
         "if False:",
     ),
+    # What clients are told of a provider's errors.
+    Planted(
+        "a refusal's status is told as 400",
+        "policy/failover.py",
+        "    response = ErrorResponse(\n        status,\n        code or",
+        "    response = ErrorResponse(\n        400,\n        code or",
+    ),
+    Planted(
+        "a refusal's code is lost",
+        "policy/failover.py",
+        'code or "provider_refused",',
+        '"provider_refused",',
+    ),
+    Planted(
+        "a provider's words to the operator are told",
+        "policy/failover.py",
+        "response = replace(upstream_error(_REFUSED_US[status_of_ours], may_have_run=False), provider_code=reported.code)",
+        "response = _quoted(upstream_error(_REFUSED_US[status_of_ours], may_have_run=False), reported)",
+    ),
+    Planted(
+        "a provider's code isn't told",
+        "openai/errors.py",
+        "if response.provider_code is not None:",
+        "if False:",
+    ),
 ]
 
 

@@ -33,6 +33,7 @@ CITATION_TOKENS: Final = 5  # Perplexity's, beside the prompt
 USD_TOKENS: Final = 250_000  # of which any kind costs a dollar, by the provider's own figure
 ABSURD: Final = 10_000_000
 LINE: Final = b'data: {"id"'  # that an event with a chunk begins with
+FAILURE: Final = 502  # the code of an error that comes with status 200
 LIMIT_BYTES: Final = 1 << 22
 UNASKED: Final = frozenset(
     {"openrouter", "mistral", "xai", "perplexity", "moonshot", "groq"}
@@ -575,7 +576,7 @@ class Making:
         if answer.end == "error_event":
             made = made[: int(len(made) * answer.at)]
             words = f"broke down for {_echo(answer, call.headers)}"
-            error = {"message": words, "type": "server_error", "code": 502}
+            error = {"message": words, "type": "server_error", "code": FAILURE}
             made.append(Event(b"data: " + json.dumps({"error": error}).encode() + b"\n\n"))
             return made
         if answer.end == "ends_early":  # in order, but before its finish
@@ -674,7 +675,7 @@ def error_of(answer: Answer, marker: str, sent: Mapping[str, str]) -> tuple[int,
         "code": code,
     }
     if answer.status == 200:
-        error["code"] = 502
+        error["code"] = FAILURE
     if answer.dialect == "gemini":
         return (
             answer.status,

@@ -27,6 +27,7 @@ LATE_S: Final = 4 * HOP_S  # that a deadline may be passed: a connection is made
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
+REFUSALS: Final = frozenset({400, 413, 422})  # of a provider's, of the request and not of the gateway
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
 
 
@@ -75,7 +76,8 @@ def _suspended(view: View, sight: Sight) -> bool:
 
 
 def _refused_by_provider(view: View, sight: Sight) -> bool:
-    return any(call.answer.status in {400, 413, 422} and call.answer.error for call in view.calls.get(sight.marker, ()))
+    said = {call.answer.status for call in view.calls.get(sight.marker, ()) if call.answer.error}
+    return bool(said & (REFUSALS if sight.status == 200 else {sight.status}))  # an event has no status
 
 
 def _out_of_credit(view: View, sight: Sight) -> bool:
@@ -278,24 +280,24 @@ def met_deadline(view: View, sight: Sight) -> bool:
     timeout_s = sight.request.timeout_s
     if timeout_s is None or sight.ended_at - sight.began_at < timeout_s - TIMER_S:
         return False
-    return not (sight.request.stream and _begun_at(view, sight) < sight.began_at + timeout_s - HOP_S)
+    return not (sight.request.stream and _begun_at(view, sight, surely=True) < sight.began_at + timeout_s - HOP_S)
 
 
-def _begun_at(view: View, sight: Sight) -> float:
-    """Return when the stream began of the provider that was asked last: with its head, or the first event.
+def _begun_at(view: View, sight: Sight, *, surely: bool) -> float:
+    """Return when the stream began of the provider that was asked last: with its head; `surely`, or at the earliest.
 
-    A head that doesn't say that it is a stream's is not enough.
+    If the head doesn't say that it is a stream's, the bytes after it do, and surely the first event.
     """
     calls = [call for call in view.calls.get(sight.marker, ()) if call.at <= sight.ended_at][-1:]
-    return min(
-        (
-            at
-            for call in calls
-            if call.head_sent and not (call.answer.error or call.answer.other_shape)
-            for at in ([call.at + call.answer.delay_s] if call.answer.content_type == "" else call.lines_at[:1])
-        ),
-        default=math.inf,
-    )
+    for call in calls:
+        answer = call.answer
+        head_at = call.at + answer.delay_s
+        if not call.head_sent or answer.error or answer.other_shape:
+            continue
+        if answer.content_type == "":
+            return head_at
+        return min(call.lines_at, default=math.inf) if surely else head_at + answer.pause_s
+    return math.inf
 
 
 def _silence(call: Call) -> tuple[float, float]:
@@ -411,7 +413,7 @@ def deadlines_hold(view: View) -> Iterator[str]:
             continue
         until = sight.began_at + timeout_s
         has_begun = sight.request.stream and (
-            _begun_at(view, sight) <= until + HOP_S
+            _begun_at(view, sight, surely=False) <= until + HOP_S
             # a repeat's answer begins with the first one's head, and that with a ping
             or any(other.began_at + HEARTBEAT_S - HOP_S <= until for other in view.group(sight) if other is not sight)
         )

@@ -13,7 +13,7 @@ from simulation.judge import MESH_FIELDS, RULES
 from simulation.judge import judge as judge_record
 from simulation.limits import Bucket, Taken, level_at_least, level_at_most
 from simulation.planted import PLANTED, ROOT
-from simulation.provider import Bill, Call
+from simulation.provider import Bill, Call, error_of
 from simulation.record import (
     LATENCY_S,
     RECOVERY_S,
@@ -101,6 +101,8 @@ def judge(record):
         members = (f'"{name}":{json.dumps(value)}' for name, value in call.body.items())
         call.raw = call.raw or f"{{{','.join(members)}}}".encode()
         call.last_at = call.last_at or call.ended_at
+        if call.answer.error and call.body_bytes in {b"", WHOLE}:
+            call.body_bytes = error_of(call.answer, call.marker, {})[2]
     return judge_record(record)
 
 
@@ -1318,6 +1320,29 @@ def handed_on(answer, wait_s, status=502, code="upstream_error", *, says_no=Fals
     return change
 
 
+def denied(*answers, status=502, by=0, words="Upstream.", **error):
+    """Let providers have answered with these errors, and the client have got another, in the words of one of them."""
+
+    def change(case):
+        code = error.get("code", "upstream_error")
+        refused(status, code, 1.0 if status == 503 else None)(case)
+        said = json.loads(error_of(answers[by], MARKER, {})[2])["error"]
+        told = {"param": None, **{name: value for name, value in error.items() if value != "its"}}
+        told |= {name: said["code" if name == "provider_code" else name] for name in error if error[name] == "its"}
+        message = f"The provider refused it: {said['message']}" if words == "its" else words
+        got = json.loads(case.sight.payload)["error"] | told | {"message": message}
+        case.sight.payload = json.dumps({"error": got}).encode()
+        case.sight.headers |= {"x-mesh-attempts": str(len(answers)), "x-mesh-routing-attempts": str(len(answers))}
+        for number, answer in enumerate(answers):
+            call = Call(MARKER, ("one", "two")[number], number, 10.1, answer, dict(case.call.body), {}, lines=[])
+            names = (case.sight.request.model, *case.sight.request.fallbacks)
+            call.body["model"] = f"up-{names[min(number, len(names) - 1)]}"
+            call.head_sent, call.ended, call.ended_at = True, "error", 11.0
+            case.record.calls.append(call)
+
+    return change
+
+
 def early_headed(asked_at):
     """Let the client have got a head and a ping at 15.1, and a second provider have been asked at a time."""
 
@@ -1428,7 +1453,11 @@ def echoed(text):
 PAIR, PAIR_STREAM = Request("q0", model="pair"), Request("q0", model="pair", stream=True)
 LOST, CUT, BROKE = Answer(end="resets", at=0.0), Answer(end="resets", at=0.001), Answer(status=500, error="failed")
 ENDS, PROMPT, ALIVE, WAITS = {"ends_are_honest"}, {"answers_are_prompt"}, {"streams_are_alive"}, {"waits_are_told"}
-DEADLINES = {"deadlines_hold"}
+DEADLINES, TOLD_ERRORS = {"deadlines_hold"}, {"refusals_are_told"}
+LONG, LARGE = Answer(status=400, error="context"), Answer(status=413, error="large")
+NO_KEY, ITS = Answer(status=401, error="key"), dict.fromkeys(("code", "param", "provider_code", "words"), "its")
+ITS["provider_error"] = {"message": "No."}
+PAIR_OF_MODELS = Request("q0", fallbacks=("fee",))
 REASONS, FAILOVER, TOLD = {"statuses_have_reasons"}, {"failover_happens"}, {"attempts_are_told"}
 SEEN = {
     "an event on its way": (sent_at(10.61), STREAMED, set()),
@@ -1493,6 +1522,41 @@ SEEN = {
         timed_out(0.5, head_at=0.39),
         Request("q0", stream=True, timeout_s=0.5),
         REASONS,
+    ),
+    "a refusal in its own words": (denied(LONG, status=400, **ITS), REQUEST, set()),
+    "a refusal with another status": (denied(LONG, status=422, **ITS), REQUEST, REASONS | TOLD_ERRORS),
+    "a refusal with another code": (denied(LONG, status=400, **ITS | {"code": "bad"}), REQUEST, TOLD_ERRORS),
+    "a refusal with another param": (denied(LONG, status=400, **ITS | {"param": None}), REQUEST, TOLD_ERRORS),
+    "a refusal in other words": (denied(LONG, status=400, **ITS | {"words": "No."}), REQUEST, TOLD_ERRORS),
+    "a refusal without the provider's error": (
+        denied(LONG, status=400, **ITS | {"provider_error": "text"}),
+        REQUEST,
+        TOLD_ERRORS,
+    ),
+    "a refusal without a code": (
+        denied(LARGE, status=413, **ITS | {"code": "provider_refused", "provider_code": None}),
+        REQUEST,
+        set(),
+    ),
+    "a refusal that is told as a failure": (denied(LONG), REQUEST, TOLD_ERRORS),
+    "the first of two refusals": (denied(LONG, LARGE, status=400, **ITS), PAIR_OF_MODELS, set()),
+    "the second of two refusals": (
+        denied(LONG, LARGE, status=413, by=1, **ITS | {"code": "provider_refused", "provider_code": None}),
+        PAIR_OF_MODELS,
+        TOLD_ERRORS,
+    ),
+    "a refusal of the gateway": (denied(NO_KEY, provider_code="its"), REQUEST, set()),
+    "a refusal of the gateway without its code": (denied(NO_KEY), REQUEST, TOLD_ERRORS),
+    "a refusal of the gateway in its own words": (
+        denied(NO_KEY, provider_code="its", words="its"),
+        REQUEST,
+        TOLD_ERRORS,
+    ),
+    "a code that no provider gave": (denied(BROKE, provider_code="bad", words="its"), REQUEST, WAITS | TOLD_ERRORS),
+    "a failure where another asks to wait": (
+        denied(Answer(status=429, error="limit"), NO_KEY, by=1, provider_code="its"),
+        PAIR,
+        TOLD_ERRORS,
     ),
     "a deadline": (sent_at(11.0), Request("q0", timeout_s=0.61), set()),
     "a deadline that has passed": (sent_at(11.0), Request("q0", timeout_s=0.59), {"deadlines_hold"}),
