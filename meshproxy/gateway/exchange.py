@@ -241,8 +241,10 @@ class Exchange(Struct, eq=False):
         return without_secrets(response, self.secrets)
 
     def mark_streaming(self) -> None:
-        """Record that the head of a stream was sent to the client."""
-        self.phase, self.status = "stream", 200
+        """Record that the head of a stream was sent to the client, unless that has gone."""
+        self.phase = "stream"
+        if not self.detached:  # else it was sent a 504, or nothing
+            self.status = 200
 
     def mark_cut(self, outcome: str) -> None:
         """Record how the request was cut, unless its client has the stream's end. A client that has gone gets no error."""

@@ -175,8 +175,8 @@ class Relay:
         if self.ended:
             return
         if self.outcome != "completed":
-            self._exchange.code = error_response.code
-            self._exchange.end_sent = not self._exchange.detached
+            if not self._exchange.detached:
+                self._exchange.code, self._exchange.end_sent = error_response.code, True
             event = error_event(self._exchange.mask_secrets(error_response), self._exchange.call.request_id)
             self._downstream.write(event)
         self._finish()

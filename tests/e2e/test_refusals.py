@@ -411,25 +411,32 @@ async def test_no_other_upstream_is_asked_for_a_client_that_has_gone(start_mesh,
     assert (second.bodies, await mesh.spent(caller)) == ([], 0)
 
 
-@pytest.fixture(params=[15, 0.05], ids=["silent", "pinged"])
-async def late(request, start_mesh, providers):
+@pytest.fixture(params=[15, 0.05, 0.4], ids=["silent", "pinged", "pinged when it has gone"])
+def heartbeat_s(request):
+    return request.param
+
+
+@pytest.fixture
+async def late(heartbeat_s, start_mesh, providers):
     """A gateway, and a drained provider that streams when it may `go`; its client gets pings or none until then."""
     provider = await providers()
     answer = played.framed(played.EVENTS, "chunks", stream=True)
     provider.says = [b"", answer.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)]
     upstream = {"kind": "openai", "base_url": provider.base_url, "on_disconnect": "drain", "max_connections": 1}
     mesh = await start_mesh(
-        server={"heartbeat_s": request.param}, upstreams={"one": upstream}, models={"m": model("one", "x")}
+        server={"heartbeat_s": heartbeat_s}, upstreams={"one": upstream}, models={"m": model("one", "x")}
     )
     return mesh, provider
 
 
-async def test_a_streams_own_deadline_is_a_hang_up_where_the_provider_is_drained(late):
+async def test_a_streams_own_deadline_is_a_hang_up_where_the_provider_is_drained(late, heartbeat_s):
     mesh, provider = late
     caller = await mesh.key()
     answer = await mesh.stream(caller, model="m", timeout=0.3)
     assert (answer.error["code"], len(answer.data)) == ("gateway_timeout", int(answer.status == 200))
     assert len(mesh.worker.live.leases) == 1  # renewed
+    if heartbeat_s < 1:
+        await mesh.until(lambda: all(head.begun for head in mesh.worker.live.early_heads))
     provider.go.set()
     event = await mesh.settlement(caller)
     assert [event[name] for name in ("prompt_tokens", "completion_tokens", "usage_source", "outcome", "hold")] == [
@@ -439,7 +446,7 @@ async def test_a_streams_own_deadline_is_a_hang_up_where_the_provider_is_drained
         "client_disconnected",
         "live",
     ]
-    assert mesh.log.lines[-1]["status"] == answer.status
+    assert (mesh.log.lines[-1]["status"], mesh.log.lines[-1]["code"]) == (answer.status, "gateway_timeout")
 
 
 async def test_what_is_drained_holds_its_slot_until_it_is_over(late):
