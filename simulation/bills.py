@@ -178,8 +178,11 @@ def runs_on(view: View, sight: Sight) -> bool:
 
 
 def ran_short(view: View, sight: Sight) -> bool:
-    """Whether the account had less left than what was made may cost, while a request ran on without its client."""
-    if sight.ended == "whole" or not view.calls.get(sight.marker):
+    """Whether the account or a budget had less left than what was made may cost, while a request ran on without its client.
+
+    Where a renewal asks for a slice that is then not used, a budget is short by that much earlier.
+    """
+    if (sight.ended == "whole" and sight.status != 504) or not view.calls.get(sight.marker):
         return False
     call = view.calls[sight.marker][-1]
     account, models = view.key(sight), view.models(sight, _model_of(view, sight, call))
@@ -191,7 +194,12 @@ def ran_short(view: View, sight: Sight) -> bool:
     most = max(
         _cost(call, price, call.made, call.made, reported=False).most for model in models for price in model.prices
     )
-    return bool(left) and min(left) < most
+    slice_nusd = max(price.of_output(LEASE_TOKENS * sight.request.n) for model in models for price in model.prices)
+    key = view.history.keys[sight.request.key]
+    others = [other for other in view.record.sights if other is not sight and other.request.key == sight.request.key]
+    spent = sum(int(event["held_nusd"]) for other in others for event in view.settled.get(other.request_id, ()))
+    budgets = [each for each in (key.budget_nusd, key.session_budget_nusd) if each is not None]
+    return (bool(left) and min(left) < most) or any(budget - spent < most + slice_nusd for budget in budgets)
 
 
 def _prices(call: Call, model: Model, sight: Sight, seen: int) -> set[Price]:

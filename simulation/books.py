@@ -196,7 +196,8 @@ def _is_reported(call: Call) -> bool | None:
     if not call.shown:
         return None if (call.reported or call.answer.lie == "zeros") and call.answer.lie not in IMPOSSIBLE else False
     told = call.shown // 2 + call.answer.per_event * max(1, call.body.get("n") or 1) + call.made - call.shown
-    covers = call.answer.lie == "early" and min([estimates(call.shown, call.shown)[0], *caps(call)]) <= told
+    sent = call.shown if call.complete else min(call.shown, call.shown_begun)
+    covers = call.answer.lie == "early" and min([estimates(sent, sent)[0], *caps(call)]) <= told
     return None if call.reported and covers else False
 
 

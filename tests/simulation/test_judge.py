@@ -1028,6 +1028,16 @@ SOURCES = {
     ),
     "half of the text": (sourced("reported", "early", is_true=["prompt"], shown=20, made=24), False),
     "half of the text, and reasoning": (sourced("reported", "early", is_true=["prompt"], shown=20, made=25), True),
+    "half of a long text, of which half came": (
+        sourced(
+            "reported", "early", is_true=["prompt"], shown=45, made=45, shown_begun=28, complete=False, ended="cut"
+        ),
+        True,
+    ),
+    "half of a long text that came": (
+        sourced("reported", "early", is_true=["prompt"], shown=45, made=45, shown_begun=45),
+        False,
+    ),
     "a report that came after a hang-up": (sourced("drained", left_at=10.79), True),
     "a report after a hang-up that isn't called drained": (sourced("reported", left_at=10.79), False),
     "a report after a hang-up that wasn't read": (sourced("estimated", left_at=10.79), False),
@@ -1915,6 +1925,30 @@ def test_a_balance_that_nobody_saw_may_be_told_only_after_a_failover(start, end,
     case.record.samples.insert(0, Sample(7.0, 0, GRANTED, 0))
     case.record.troubles = [Trouble("failover", start, end)]
     assert ("accounts_are_told" in {finding.rule for finding in judge(case.record)}) != excused
+
+
+@pytest.mark.parametrize(
+    ("status", "limits", "other_nusd", "is_right"),
+    [
+        (504, {}, 0, False),
+        (504, {"budget_nusd": COST + 162_000}, 0, True),
+        (504, {"session_budget_nusd": COST + 162_000}, 0, True),
+        (504, {"budget_nusd": GRANTED}, 0, False),
+        (504, {"budget_nusd": GRANTED}, GRANTED - COST, True),
+        (200, {"budget_nusd": COST}, 0, False),
+    ],
+)
+def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_right):
+    case = Case(Request("q0", keyed=True, timeout_s=0.5))
+    case.key(**limits)
+    case.sight.status, case.sight.payload = status, envelope(code="gateway_timeout") if status == 504 else WHOLE
+    sources = [settled(usage_source="estimated")]
+    if other_nusd:
+        case.twice()
+        case.record.sights[1].request, case.record.sights[1].marker = Request("q1"), "mk1q1z"
+        sources.append(settled(hold_id="h2", request_id="id-q1", held_nusd=other_nusd))
+    case.record.books = {0: book(*sources)}
+    assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
 @pytest.mark.parametrize(("complete", "charge", "broken"), [(True, 0, True), (True, COST, False), (False, 0, False)])
