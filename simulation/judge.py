@@ -51,7 +51,7 @@ from simulation.reasons import (
     waits_are_true,
 )
 from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View, cut_short
-from simulation.told import refusals_are_told
+from simulation.told import ids_are_told, refusals_are_told
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
@@ -119,8 +119,6 @@ def _envelope_faults(sight: Sight) -> Iterator[str]:
         or not {"message", "type", "param", "code", "request_id"} <= error.keys()
     ):
         yield f"{name}: {sight.status} without an envelope: {sight.payload[:80]!r}"
-    elif not error["request_id"] == name == sight.headers.get("x-request-id"):
-        yield f"{name}: its error names {error['request_id']}"
     wait = sight.headers.get("retry-after")
     if wait is not None and error.get("retry_after_seconds") != int(wait):
         yield f"{name}: Retry-After {wait}, but retry_after_seconds {error.get('retry_after_seconds')}"
@@ -376,6 +374,7 @@ RULES: Final[tuple[Rule, ...]] = (
     answers_are_prompt,
     streams_are_alive,
     statuses_have_reasons,
+    ids_are_told,
     refusals_are_told,
     waits_are_true,
     waits_are_told,

@@ -839,6 +839,24 @@ PLANTED: Final = [
         "if response.provider_code is not None:",
         "if False:",
     ),
+    Planted(
+        "an answer has another x-request-id",
+        "gateway/pipeline.py",
+        '            ("x-request-id", exchange.call.request_id),\n',
+        '            ("x-request-id", "req_" + exchange.call.request_id),\n',
+    ),
+    Planted(
+        "an error event names another request",
+        "gateway/relay.py",
+        "event = error_event(self._exchange.mask_secrets(error_response), self._exchange.call.request_id)",
+        'event = error_event(self._exchange.mask_secrets(error_response), "req_0")',
+    ),
+    Planted(
+        "a repeat doesn't say that it is one",
+        "gateway/idempotency.py",
+        'if header[0] != "x-request-id"), REPLAYED]',
+        'if header[0] != "x-request-id")]',
+    ),
 ]
 
 

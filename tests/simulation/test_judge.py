@@ -54,7 +54,8 @@ def format_reset(seconds):
 
 
 def envelope(**members):
-    return json.dumps({"error": {**ERROR, **members}, "request_id": "id-q0"}).encode()
+    error = {**ERROR, **members}
+    return json.dumps({"error": error, "request_id": error["request_id"]}).encode()
 
 
 def settled(**fields):
@@ -556,7 +557,7 @@ BREAKS = [
     (closed, "ends_are_honest"),
     (hung, "ends_are_honest"),
     (no_envelope, "ends_are_honest"),
-    (other_request_id, "ends_are_honest"),
+    (other_request_id, "ids_are_told"),
     (other_waits, "ends_are_honest"),
     (answer_lost, "answers_are_not_lost"),
     (other_bytes, "answers_are_not_lost"),
@@ -757,7 +758,7 @@ def cut(cost, dialect="openai"):
     """Let a provider that served the tier "priority" have broken off after two tokens of a request for "flex"."""
 
     def change(case):
-        error = json.dumps({"error": ERROR})
+        error = envelope().decode()
         case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
         case.serve("served")
         case.call.answer = Answer(dialect=dialect, end="resets", tier="priority")
@@ -837,7 +838,7 @@ def out_of_credit(cost, **fields):
     """Let a stream of many tokens have ended for lack of credit, with a hold of 100,000."""
 
     def change(case):
-        error = json.dumps({"error": {**ERROR, "code": "insufficient_credits"}})
+        error = envelope(code="insufficient_credits").decode()
         case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
         case.call.made = case.call.shown = case.call.shown_begun = 300
         case.call.reported, case.call.bill, case.call.is_true = False, Bill(), frozenset()
@@ -1099,7 +1100,7 @@ def cut_short_at(ended_at, *troubles):
     """Let a stream's worker have had these troubles, and the stream have ended as if it had been cut short."""
 
     def change(case):
-        error = json.dumps({"error": {**ERROR, "code": "overloaded"}})
+        error = envelope(code="overloaded").decode()
         case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
         case.sight.ended_at = ended_at
         case.sight.times = [
@@ -1119,7 +1120,7 @@ def repeated(*troubles, code="upstream_error", ended_at=30.0, answer=GOOD):
     def change(case):
         case.sight.request = replace(case.sight.request, keyed=True, reads="leaves")
         case.sight.worker, case.sight.ended, case.sight.ended_at = 1, "left", 10.6
-        error = f"data: {json.dumps({'error': {**ERROR, 'code': code}})}\n\n".encode()
+        error = b"data: %b\n\n" % envelope(code=code)
         headers = {**case.sight.headers, "idempotent-replayed": "true", "x-request-id": "id-q1"}
         case.twice(began_at=11.0, sent_at=11.0, ended_at=ended_at, payload=error, headers=headers)
         case.record.sights[1].request = replace(REQUEST, name="q1", stream=True, keyed=True)
@@ -1140,13 +1141,42 @@ def stalled(last_at, left_at, *, head=True, code="gateway_timeout", keyed=False)
         if keyed:
             repeated(code=code, ended_at=left_at, answer=Answer(end="stalls"))(case)
         else:
-            error = f"data: {json.dumps({'error': {**ERROR, 'code': code}})}\n\n".encode()
+            error = b"data: %b\n\n" % envelope(code=code)
             heard_at(*range(11, int(left_at), 5), left_at)(case)
             case.sight.payload = case.sight.payload.replace(STREAM, error)
             case.call.answer, case.call.ended = Answer(end="stalls", at=0.05 * head), "cut"
             case.call.complete = case.call.reported = False
             case.call.shown_begun, case.record.books = 0, {0: book()}
         case.call.head_sent, case.call.last_at, case.call.ended_at = head, last_at, left_at
+
+    return change
+
+
+def misnamed(change, **ids):
+    """Let the client's error have had these ids, in itself or beside it."""
+
+    def changed(case):
+        change(case)
+        got = json.loads(case.sight.data[-1]) if case.sight.is_stream else json.loads(case.sight.payload)
+        got["request_id"], got["error"]["request_id"] = ids.get("beside", "id-q0"), ids.get("within", "id-q0")
+        payload = json.dumps(got).encode()
+        case.sight.payload = b": ping\n\n" * 5 + b"data: %b\n\n" % payload if case.sight.is_stream else payload
+
+    return changed
+
+
+def replayed_as(*, says, has_run, pinged=False):
+    """Let a repeat have been answered, and its head say or not that the answer is another request's."""
+
+    def change(case):
+        replayed(5.0, 11.0)(case)
+        repeat = case.record.sights[1]
+        if not says:
+            del repeat.headers["idempotent-replayed"]
+        if pinged:
+            repeat.payload = b": ping\n\n" + repeat.payload
+        if has_run:
+            case.record.books = {0: book(settled(), settled(hold_id="h2", request_id="id-q1", cost_nusd=0))}
 
     return change
 
@@ -1255,7 +1285,7 @@ def refused(status, code, wait_s=None, **headers):
             whole_s = max(1, math.ceil(wait_s))
             case.sight.headers |= {"retry-after": str(whole_s), "retry-after-ms": str(round(wait_s * 1000))}
             error = json.loads(case.sight.payload)["error"] | {"retry_after_seconds": whole_s}
-            case.sight.payload = json.dumps({"error": error}).encode()
+            case.sight.payload = envelope(**error)
 
     return change
 
@@ -1341,7 +1371,7 @@ def denied(*answers, status=502, by=0, words="Upstream.", **error):
         told |= {name: said["code" if name == "provider_code" else name] for name in error if error[name] == "its"}
         message = f"The provider refused it: {said['message']}" if words == "its" else words
         got = json.loads(case.sight.payload)["error"] | told | {"message": message}
-        case.sight.payload = json.dumps({"error": got}).encode()
+        case.sight.payload = envelope(**got)
         case.sight.headers |= {"x-mesh-attempts": str(len(answers)), "x-mesh-routing-attempts": str(len(answers))}
         for number, answer in enumerate(answers):
             call = Call(MARKER, ("one", "two")[number], number, 10.1, answer, dict(case.call.body), {}, lines=[])
@@ -1463,9 +1493,10 @@ def echoed(text):
 PAIR, PAIR_STREAM = Request("q0", model="pair"), Request("q0", model="pair", stream=True)
 LOST, CUT, BROKE = Answer(end="resets", at=0.0), Answer(end="resets", at=0.001), Answer(status=500, error="failed")
 ENDS, PROMPT, ALIVE, WAITS = {"ends_are_honest"}, {"answers_are_prompt"}, {"streams_are_alive"}, {"waits_are_told"}
-DEADLINES, TOLD_ERRORS = {"deadlines_hold"}, {"refusals_are_told"}
+DEADLINES, TOLD_ERRORS, IDS = {"deadlines_hold"}, {"refusals_are_told"}, {"ids_are_told"}
 LONG, LARGE = Answer(status=400, error="context"), Answer(status=413, error="large")
 NO_KEY, ITS = Answer(status=401, error="key"), dict.fromkeys(("code", "param", "provider_code", "words"), "its")
+LIMIT = Answer(status=429, error="limit")
 ITS["provider_error"] = {"message": "No."}
 PAIR_OF_MODELS = Request("q0", fallbacks=("fee",))
 REASONS, FAILOVER, TOLD = {"statuses_have_reasons"}, {"failover_happens"}, {"attempts_are_told"}
@@ -1533,6 +1564,20 @@ SEEN = {
         Request("q0", stream=True, timeout_s=0.5),
         REASONS,
     ),
+    "a whole answer that broke where another asks to wait": (called(LIMIT, CUT, asked=("one", "two")), PAIR, set()),
+    "a stream that broke there before its first event": (
+        called(LIMIT, CUT, asked=("one", "two")),
+        PAIR_STREAM,
+        TOLD_ERRORS,
+    ),
+    "another request's id": (headed(x_request_id="id-q7"), REQUEST, IDS),
+    "an error event of another request": (misnamed(stalled(11.0, 31.3), within="id-q7"), STREAMED, IDS),
+    "an error event in another request's name": (misnamed(stalled(11.0, 31.3), beside="id-q7"), STREAMED, IDS),
+    "an error in another request's name": (misnamed(denied(BROKE), beside="id-q7"), REQUEST, WAITS | IDS),
+    "a repeat that says so": (replayed_as(says=True, has_run=False), STREAMED, set()),
+    "a repeat that doesn't say so": (replayed_as(says=False, has_run=False), STREAMED, IDS),
+    "a repeat whose ping came first": (replayed_as(says=False, has_run=False, pinged=True), STREAMED, set()),
+    "a repeat that has run and says that it hasn't": (replayed_as(says=True, has_run=True), STREAMED, IDS),
     "a refusal in its own words": (denied(LONG, status=400, **ITS), REQUEST, set()),
     "a refusal with another status": (denied(LONG, status=422, **ITS), REQUEST, REASONS | TOLD_ERRORS),
     "a refusal with another code": (denied(LONG, status=400, **ITS | {"code": "bad"}), REQUEST, TOLD_ERRORS),
@@ -1564,7 +1609,7 @@ SEEN = {
     ),
     "a code that no provider gave": (denied(BROKE, provider_code="bad", words="its"), REQUEST, WAITS | TOLD_ERRORS),
     "a failure where another asks to wait": (
-        denied(Answer(status=429, error="limit"), NO_KEY, by=1, provider_code="its"),
+        denied(LIMIT, NO_KEY, by=1, provider_code="its"),
         PAIR,
         TOLD_ERRORS,
     ),
