@@ -645,6 +645,14 @@ def _credit(rng: random.Random) -> History:
                 session=rng.choice(("", "s1", "s1", "s2")),
             )
         )
+    for number, key in enumerate(keys):
+        if key.tokens_per_minute is not None and rng.random() < 0.7:  # it uses more tokens than were reserved
+            at_s = round(rng.random() * 2, 3)
+            for later_s in (0.0, 2.0):
+                answer = Answer(words=rng.choice((8, 120, 300)), lie=rng.choice(("true", "none")))
+                whole = _request(rng, f"q{len(requests)}", answer, models=("free", "plain"))
+                whole = replace(whole, stream=False, include_usage=False, max_tokens=None, timeout_s=None)
+                requests.append(replace(whole, at_s=round(at_s + later_s, 3), key=number, connection=""))
     changes = [_change(rng, len(credit), len(keys)) for _ in range(rng.choice((0, 0, 1, 2)))]
     changes += _looks(rng, len(credit))
     for change in changes:
@@ -939,7 +947,7 @@ def _bad_answer(rng: random.Random) -> Answer:
 def _limited_key(rng: random.Random, account: int) -> KeyPlan:
     """Draw a key with a limit or a budget, or neither."""
     which = rng.choice(
-        ("none", "none", "requests", "burst", "tokens", "parallel", "parallel", "budget", "session", "session")
+        ("none", "none", "requests", "burst", "tokens", "tokens", "parallel", "parallel", "budget", "session", "session")
     )
     return KeyPlan(
         account,
