@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from typing import Final, Literal
 
 from simulation.bills import is_usage_only, ran_short, runs_on, without_cost
+from simulation.breakers import may_be_open, model_of
 from simulation.client import Sight
 from simulation.history import (
+    FIRST_BYTE_S,
     HEARTBEAT_S,
     UPSTREAMS,
 )
 from simulation.limits import most_reserved, tokens_taken
 from simulation.provider import Call
-from simulation.reasons import BREAKER_FAILURES, BUCKET_S, DETACHED_S, changed_limits, others_of_key
+from simulation.reasons import BUCKET_S, DETACHED_S, changed_limits, others_of_key
 from simulation.record import HOP_S, STORE, View, cut_short
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
@@ -96,12 +98,12 @@ def failover_happens(view: View) -> Iterator[str]:
             continue
         verdicts = [_verdict(sight, call) for call in calls]
         for call, verdict, later in zip(calls, verdicts, calls[1:], strict=False):
-            if verdict == "end" or (verdict == "model" and _model(call) == _model(later)):
+            if verdict == "end" or (verdict == "model" and model_of(call) == model_of(later)):
                 yield f"{sight.request_id}: {later.upstream} was asked after {_told(call)}"
         if sight.ended != "whole" or not sight.error or sight.request.timeout_s is not None or cut_short(view, sight):
             continue
-        refused_by = {_model(call) for call, verdict in zip(calls, verdicts, strict=True) if verdict == "model"}
-        asked = {(_model(call), call.upstream) for call in calls}
+        refused_by = {model_of(call) for call, verdict in zip(calls, verdicts, strict=True) if verdict == "model"}
+        asked = {(model_of(call), call.upstream) for call in calls}
         names = (sight.request.model, *sight.request.fallbacks)
         left = [
             (name, route)
@@ -110,14 +112,10 @@ def failover_happens(view: View) -> Iterator[str]:
             if UPSTREAMS[route].is_there
             and (name, route) not in asked
             and name not in refused_by
-            and not _is_left_alone(view, sight, route)
+            and not may_be_open(view, sight, route, name)
         ]
         if left and verdicts[-1] in {"next", "model"}:
             yield f"{sight.request_id}: {_told(calls[-1])}, and {left} were not asked"
-
-
-def _model(call: Call) -> str:
-    return str(call.body.get("model", "")).removeprefix("up-")
 
 
 def _told(call: Call) -> str:
@@ -128,7 +126,8 @@ def _verdict(sight: Sight, call: Call) -> Verdict:
     """Decide who may be asked after a call: the next provider, another model, nobody, or whether it isn't known."""
     answer, streamed = call.answer, sight.request.stream
     if call.ended == "closed":
-        return "either"
+        waited_in_vain = not call.head_sent and abs(call.ended_at - call.at - FIRST_BYTE_S) < 2 * HOP_S
+        return "either" if not waited_in_vain else "next" if streamed else "end"
     if call.ended == "cut" and not call.head_sent:
         return "next" if streamed else "end"
     if answer.error and answer.status != 200:
@@ -145,16 +144,6 @@ def _verdict(sight: Sight, call: Call) -> Verdict:
     if waited_s < HOLD_S - HOP_S * 2:
         return "next"
     return "end" if waited_s > HOLD_S + HOP_S * 2 else "either"
-
-
-def _is_left_alone(view: View, sight: Sight, upstream: str) -> bool:
-    """Whether a provider may have failed so often that its breaker is open."""
-    failed = [
-        call
-        for call in view.record.calls
-        if call.upstream == upstream and call.at <= sight.ended_at and not call.answer.is_good
-    ]
-    return len(failed) >= BREAKER_FAILURES
 
 
 def attempts_are_told(view: View) -> Iterator[str]:
@@ -176,8 +165,8 @@ def attempts_are_told(view: View) -> Iterator[str]:
         if sight.status != 200 or not begun:
             continue
         named = sight.headers.get("x-mesh-model")
-        if named not in {_model(call) for call in begun[-1 - len(later) :]}:
-            yield f"{sight.request_id} names {named}, and {_model(begun[-1])} served"
+        if named not in {model_of(call) for call in begun[-1 - len(later) :]}:
+            yield f"{sight.request_id} names {named}, and {model_of(begun[-1])} served"
         is_fallback = told > 1 or named != sight.request.model
         if (sight.headers.get("x-mesh-routing-fallback") == "true") != is_fallback:
             yield f"{sight.request_id}: x-mesh-routing-fallback isn't {is_fallback}"

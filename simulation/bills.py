@@ -304,7 +304,7 @@ def _charges_of(
     is_silent = goes_on and call.answer.is_silent
     hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported and not is_silent
     nothing_known = not call.shown_begun and not (call.is_true and call.reported) and not hung_up
-    if nothing_known or (call.ended == "cut" and not call.shown_sent):
+    if nothing_known or ((call.ended == "cut" or is_silent) and not call.shown_sent):
         yield NOTHING
     if final and model.from_usage_cost:
         yield _cost(call, model.price, call.shown, call.shown, reported=True)

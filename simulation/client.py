@@ -112,10 +112,11 @@ class Clients:
         self._links: dict[str, tuple[asyncio.Lock, _Link | None]] = {}
 
     async def play(self, request: Request) -> None:
-        """Send a request and follow its plan to the end, and once more if it `waits`."""
+        """Send a request and follow its plan to the end, and once more if it `waits` and was told to."""
         sight = await self._ask(request, again=False)
         wait_ms = sight.headers.get("retry-after-ms")
-        if request.waits and sight.status == 429 and wait_ms is not None:
+        is_short = sight.status == 429 or sight.error.get("code") == "provider_not_available"
+        if request.waits and is_short and wait_ms is not None:
             due = sight.ended_at + float(wait_ms) / 1000
             loop = asyncio.get_running_loop()
             await asyncio.sleep(max(0.0, due - loop.time()) + 1e-6)

@@ -319,10 +319,10 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     `repeats`: the name of the request whose Idempotency-Key and body this one sends again; with `other_body` another body.
     `answers`: what the providers do with the first call, the second, ...; the last stands for all that follow. `reads`:
     how the client does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "half_closes" then, "leaves" after so many
-    seconds, or "stalls" after so many bytes and reads no more. `waits`: after a 429 it is sent once more, exactly when it
-    was told to. `tier`: its service tier. `template`: the template that it names, and `manner` the value of its slot;
-    None: it has none. `options`, `turns`, `ending`: names of what it has of OPTIONS, TURNS and ENDINGS. `in_parts`: its
-    message's content is a list. `escaped`: its JSON is ASCII.
+    seconds, or "stalls" after so many bytes and reads no more. `waits`: after a 429, or where all providers fail, it is
+    sent once more, exactly when it was told to. `tier`: its service tier. `template`: the template that it names, and
+    `manner` the value of its slot; None: it has none. `options`, `turns`, `ending`: names of what it has of OPTIONS,
+    TURNS and ENDINGS. `in_parts`: its message's content is a list. `escaped`: its JSON is ASCII.
     """
 
     name: str
@@ -374,6 +374,15 @@ class Fault(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     room: int = 0
 
 
+class Outage(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """An upstream that gives every call the same answer, for so long. A request's own answers are for its other calls."""
+
+    at_s: float
+    upstream: str = "one"
+    for_s: float = 0.0
+    answer: Answer = Answer(status=500, error="failed")
+
+
 class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """Something that happens to a worker: it is killed (and another begins `for_s` later) or drained, or all reload.
 
@@ -412,7 +421,7 @@ class KeyPlan(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     session_budget_nusd: int | None = None
 
 
-Step = Request | Fault | WorkerEvent | Change
+Step = Request | Fault | WorkerEvent | Change | Outage
 
 
 class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
@@ -711,13 +720,39 @@ def _mixed(rng: random.Random) -> History:
 
 
 def _breakers(rng: random.Random) -> History:
-    """Draw a provider that fails often, so that it is left alone, and mends."""
+    """Draw an upstream that fails until its breaker opens, for its accounts or for one, and longer, and that mends.
+
+    Where a model has another upstream, its requests come at once: after three failures in a row that one is asked first.
+    """
+    model = rng.choice(("plain", "plain", "pair", "drained-first"))
+    failed = rng.choice(
+        (Answer(status=500, error="failed"), Answer(status=529, error="busy"), Answer(end="resets", at=0.0))
+    )
+    gap_s = rng.choice((0.1, 0.3)) if model == "plain" else 0.005
+    accounts = rng.choice(((0,), (0, 1)))
+    count = rng.choice((9, 10, 10, 11))
+    delay_s = rng.choice((0.05, 1.5)) if model == "plain" else 1.0
+    opened_at = round(count * gap_s + delay_s + 0.4, 3)
+    outage_s = rng.choice((opened_at, opened_at + 8.0, opened_at + 25.0))
+    later = [0.0, rng.choice((0.3, 1.0, 2.0)), 8.0, rng.choice((8.7, 9.0)), 12.0, rng.choice((18.0, 24.5)), 25.5, 25.6]
+    later = [opened_at + late for late in later]
     requests: list[Step] = []
-    for number in range(rng.randint(10, 16)):
-        answer = Answer(status=500, error="failed") if number < 12 else _any_answer(rng)
-        request = _request(rng, f"q{number}", answer, models=("plain", "pair"))
-        requests.append(replace(request, at_s=number * rng.choice((0.2, 1.0)), key=number % 2, timeout_s=None))
-    return History(0, "", credit=(1_000_000_000, 1_000_000_000), keys=(KeyPlan(0), KeyPlan(1)), steps=tuple(requests))
+    for number, at_s in enumerate([*(number * gap_s for number in range(count)), *later]):
+        answer = replace(
+            _any_answer(rng),
+            delay_s=rng.choice((0.0, 0.5)),
+            words=rng.choice((3, 8)),
+            gap_s=0.0,
+            pause_s=0.0,
+            lie="true",
+        )
+        request = replace(_request(rng, f"q{number}", answer, models=(model,)), timeout_s=None, connection="", tier="")
+        is_later = number >= count
+        key = rng.choice((0, 0, 0, 1)) if is_later else accounts[number % len(accounts)]
+        requests.append(replace(request, at_s=round(at_s, 3), key=key, waits=is_later, prompt_words=6, n=1))
+    outage = Outage(0.0, MODELS[model].routes[0], outage_s, replace(failed, delay_s=delay_s))
+    keys = (KeyPlan(0), KeyPlan(1))
+    return History(0, "", credit=(1_000_000_000, 1_000_000_000), keys=keys, steps=(outage, *requests))
 
 
 def _long(rng: random.Random) -> History:
@@ -914,7 +949,7 @@ def _bad_answer(rng: random.Random) -> Answer:
     answer = replace(_any_answer(rng), framing="chunked", gzip=False, end="whole", other_shape=False, content_type="")
     if rng.random() < 0.1:  # a head that comes too late, or a pause in the body that is too long
         late = rng.choice(("delay_s", "pause_s", "gap_s"))
-        seconds = (FIRST_BYTE_S if late == "delay_s" else IDLE_S) + rng.choice((0.5, 3.0, 40.0))
+        seconds = (FIRST_BYTE_S if late == "delay_s" else IDLE_S) + rng.choice((0.5, 3.0))
         return replace(answer, **{late: seconds}, words=min(answer.words, 8))
     if rng.random() < 0.45:
         status, error = rng.choice(
@@ -947,7 +982,19 @@ def _bad_answer(rng: random.Random) -> Answer:
 def _limited_key(rng: random.Random, account: int) -> KeyPlan:
     """Draw a key with a limit or a budget, or neither."""
     which = rng.choice(
-        ("none", "none", "requests", "burst", "tokens", "tokens", "parallel", "parallel", "budget", "session", "session")
+        (
+            "none",
+            "none",
+            "requests",
+            "burst",
+            "tokens",
+            "tokens",
+            "parallel",
+            "parallel",
+            "budget",
+            "session",
+            "session",
+        )
     )
     return KeyPlan(
         account,

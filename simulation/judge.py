@@ -32,6 +32,7 @@ from simulation.books import (
     sources_are_told,
     tokens_are_reported,
 )
+from simulation.breakers import breakers_hold
 from simulation.client import Sight
 from simulation.history import PROVIDER_SECRET, UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.holds import (
@@ -385,6 +386,7 @@ RULES: Final[tuple[Rule, ...]] = (
     credit_is_not_overdrawn,
     budgets_hold,
     failover_happens,
+    breakers_hold,
     repeats_agree,
     conflicts_are_refused,
     changes_hold,

@@ -795,6 +795,47 @@ PLANTED: Final = [
         '"messages": Raw(messages), ',
         '"messages": msgspec.json.decode(messages), ',
     ),
+    # Breakers.
+    Planted("a breaker never opens", "policy/route_health.py", "consecutive: int = 10", "consecutive: int = 10_000"),
+    Planted(
+        "a breaker stays open ten times as long",
+        "policy/route_health.py",
+        "open_s: float = 5.0",
+        "open_s: float = 50.0",
+    ),
+    Planted(
+        "a failed probe doesn't double the time", "policy/route_health.py", "min(2 * self._open_s,", "min(self._open_s,"
+    ),
+    Planted(
+        "a breaker's wait is a second at most",
+        "gateway/health.py",
+        'provider_not_available("Every provider of this model is failing.", wait_s)',
+        'provider_not_available("Every provider of this model is failing.", min(wait_s, 1.0))',
+    ),
+    Planted(
+        "a half-open breaker lets all requests through",
+        "policy/route_health.py",
+        'if now < (self._until if self._state == "open" else self._probe_until):',
+        'if now < (self._until if self._state == "open" else 0.0):',
+    ),
+    Planted(
+        "one account opens the breaker for all",
+        "gateway/health.py",
+        "MAX_COUNTED_OF_ACCOUNT = 5",
+        "MAX_COUNTED_OF_ACCOUNT = 50",
+    ),
+    Planted(
+        "an account's failures open no breaker of its own",
+        "gateway/health.py",
+        "        own_failures.breaker.failed(now, draw)\n",
+        "",
+    ),
+    Planted(
+        "a probe's success doesn't close the breaker",
+        "gateway/health.py",
+        "            for breaker in probes:\n                breaker.succeeded(now)\n",
+        "            for breaker in probes:\n                breaker.abandoned()\n",
+    ),
     # Time-outs.
     Planted(
         "a provider that falls silent is waited for three times as long",

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from simulation.history import ENDINGS, OPTIONS, TURNS, Answer, Request
+from simulation.history import ENDINGS, OPTIONS, TURNS, Answer, Outage, Request
 
 WORDS: Final = (
     " the",
@@ -114,6 +114,7 @@ class Provider:
     def __init__(self, plans: Mapping[str, Request]) -> None:
         self._plans = plans
         self.calls: list[Call] = []
+        self._outages: list[tuple[float, Outage]] = []
         self._links: dict[_Link, None] = {}  # a set would have the order of addresses
 
     async def start(self, host: str, port: int) -> int:
@@ -134,29 +135,23 @@ class Provider:
         """How many are open."""
         return len(self._links)
 
+    def fail(self, outage: Outage) -> None:
+        """Answer every call to an upstream as an outage says, from now on and as long as it lasts."""
+        self._outages.append((asyncio.get_running_loop().time() + outage.for_s, outage))
+
     def call(self, upstream: str, headers: dict[str, str], raw: bytes) -> Call:
         """Note a call, and decide what becomes of it."""
         body = json.loads(raw)
         marker = marker_of(body)
         request = self._plans.get(marker)
-        number = sum(call.marker == marker for call in self.calls)
-        answer = (
-            request.answers[min(number, len(request.answers) - 1)]
-            if request is not None
-            else Answer(status=500, error="failed")
+        number, now = sum(call.marker == marker for call in self.calls), asyncio.get_running_loop().time()
+        answer = next(
+            (outage.answer for until, outage in self._outages if outage.upstream == upstream and now < until), None
         )
-        call = Call(
-            marker,
-            upstream,
-            number,
-            asyncio.get_running_loop().time(),
-            answer,
-            body,
-            headers,
-            raw,
-            lines=[],
-            lines_at=[],
-        )
+        if answer is None and request is not None:
+            answer = request.answers[min(number, len(request.answers) - 1)]
+        answer = answer or Answer(status=500, error="failed")
+        call = Call(marker, upstream, number, now, answer, body, headers, raw=raw, lines=[], lines_at=[])
         self.calls.append(call)
         return call
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from simulation.bills import TIMER_S, nusd, over_at
+from simulation.breakers import ASKED_S, is_failing, may_all_be_open
 from simulation.client import Sight
 from simulation.history import (
     FIRST_BYTE_S,
@@ -21,7 +22,6 @@ from simulation.history import (
 from simulation.provider import Call
 from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, STORE, Sample, View, cut_short
 
-BREAKER_FAILURES: Final = 10
 BUCKET_S: Final = 60.0  # after which a bucket is full again
 LATE_S: Final = 4 * HOP_S  # that a deadline may be passed: a connection is made, and the answer is under way
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
@@ -214,9 +214,9 @@ def _asked_to_wait(view: View, sight: Sight) -> bool:
     """Whether the providers were busy, or had failed so often that they are left alone."""
     if sight.error.get("code") != "provider_not_available":
         return False
-    busy = any(call.answer.status == 429 for call in view.calls.get(sight.marker, ()))
-    before = [call for call in view.record.calls if call.at <= sight.ended_at and not call.answer.is_good]
-    return busy or len(before) >= BREAKER_FAILURES
+    if is_failing(sight):
+        return may_all_be_open(view, sight)
+    return any(call.answer.status == 429 for call in view.calls.get(sight.marker, ()))
 
 
 def _stopping(view: View, sight: Sight) -> bool:
@@ -241,6 +241,8 @@ def _failed_there(view: View, sight: Sight) -> bool:
         or view.feels(other, *STORE)  # its record has a gap
         for other in others
     ):
+        return True
+    if others and any(call.answer.is_silent for call in calls):  # for which the first one's client may not have waited
         return True
     return any(call.answer.error or not (call.answer.is_good or call.answer.is_silent) for call in calls) or (
         not calls and "gone" in _routes(view, sight)
@@ -373,6 +375,7 @@ def waits_are_true(view: View) -> Iterator[str]:
             continue
         first = next(other for other in view.record.sights if other.request is sight.request and not other.again)
         counts_tokens = "tokens" in str(sight.error.get("message"))
+        calls = [call for call in view.record.calls if call.at <= sight.ended_at + ASKED_S]
         between = [
             call
             for other in view.record.sights
@@ -398,6 +401,9 @@ def waits_are_true(view: View) -> Iterator[str]:
         ):
             waited_ms = first.headers["retry-after-ms"]
             yield f"{sight.request_id} waited {waited_ms} ms, and got 429 again: {sight.error.get('message')}"
+        probes = [call for call in calls if call.ended_at > first.began_at - ASKED_S]
+        if is_failing(sight) and is_failing(first) and not probes:
+            yield f"{sight.request_id} waited {first.headers['retry-after-ms']} ms, and its providers are still failing"
 
 
 def deadlines_hold(view: View) -> Iterator[str]:

@@ -38,6 +38,7 @@ from simulation.history import (
     Fault,
     History,
     Model,
+    Outage,
     Price,
     WorkerEvent,
     template_system,
@@ -177,6 +178,8 @@ class Play:
                 tasks.append(asyncio.ensure_future(self._happen(step)))
             elif isinstance(step, Change):
                 tasks.append(asyncio.ensure_future(self._change(step)))
+            elif isinstance(step, Outage):
+                provider.fail(step)
             else:
                 tasks.append(world.spawn(self._people, clients.play(step), step.name))
         await asyncio.gather(*tasks)

@@ -150,8 +150,12 @@ class Breaker:
         return True
 
     def retry_after_s(self, now: float) -> float:
-        """Return the seconds until a request may be allowed; 0.0 if one may be now."""
-        return max(0.0, (self._until if self._state == "open" else self._probe_until) - now)
+        """Return the seconds until a request may be allowed; 0.0 if one may be now.
+
+        When a probe will end isn't known: for as long as it is out, the seconds are those for which the breaker was open.
+        """
+        wait_s = self._until - now if self._state == "open" else min(self._probe_until - now, self._open_s)
+        return max(0.0, wait_s)
 
     def succeeded(self, now: float) -> None:
         """Record a successful request; a probe's success closes the breaker."""

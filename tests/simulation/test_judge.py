@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
+from simulation.breakers import FAILING
 from simulation.client import Sight, body_of
 from simulation.history import MODELS, PROVIDER_SECRET, Answer, Fault, History, KeyPlan, Request, WorkerEvent, rendered
 from simulation.judge import MESH_FIELDS, RULES
@@ -444,6 +445,10 @@ def not_failed_over(case):
     case.call.body["model"] = "up-pair"
 
 
+def asked_in_spite_of_failures(case):
+    failed_before(10, 9.0)(case)
+
+
 def repeats_differ(case):
     case.sight.request = replace(case.sight.request, keyed=True)
     case.twice(payload=WHOLE.replace(b"river", b"rover"))
@@ -584,6 +589,7 @@ BREAKS = [
     (renewal_lowers, "renewals_raise"),
     (tokens_kept, "buckets_are_right"),
     (not_failed_over, "failover_happens"),
+    (asked_in_spite_of_failures, "breakers_hold"),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),
     (tier_unpriced, "requests_are_clean"),
@@ -1442,16 +1448,34 @@ def templated(ended_at, version, *troubles):
     return change
 
 
-def failing(count, *, said=503):
-    """Let the account's provider have failed so often that it may be left alone, and the request be refused at once."""
+def failed_before(count, ended_at, **seen):
+    """Let other requests of the account have failed at a time. Their clients got a 502."""
 
     def change(case):
-        refused(said, "provider_not_available", 1.0)(case)
-        seen = Sight(
-            Request("q7", reads="leaves"), "mk1q7z", "id-q7", b"", 4.9, sent_at=4.9, ended="left", ended_at=5.2
-        )
-        case.record.sights.append(seen)
-        case.record.calls = [broken_call(seen, 5.1)] * count
+        for number in range(count):
+            began_at, name = ended_at - 0.2, f"q{number + 1}"
+            sight = Sight(Request(name), f"mk1{name}z", f"id-{name}", b"", began_at, sent_at=began_at)
+            sight.ended, sight.ended_at, sight.status = "whole", ended_at, 502
+            sight.payload = envelope(request_id=sight.request_id)
+            attempts = {"x-mesh-attempts": "1", "x-mesh-routing-attempts": "1", "x-mesh-version": "2026-08"}
+            attempts["x-should-retry"] = "false"
+            sight.headers = {"content-type": "application/json", "x-request-id": sight.request_id, **attempts}
+            sight.times = [(ended_at, 1)]
+            for name, value in seen.items():
+                setattr(sight, name, value)
+            case.record.sights.append(sight)
+            case.record.calls.append(broken_call(sight, ended_at))
+            case.record.calls[-1].at = ended_at - 0.1
+
+    return change
+
+
+def failing(count, *, ended_at=5.1, wait_s=1.0, **seen):
+    """Let the provider have failed so often, and the request have been refused for it."""
+
+    def change(case):
+        refused(503, "provider_not_available", wait_s, message=FAILING)(case)
+        failed_before(count, ended_at, **seen)(case)
 
     return change
 
@@ -1499,6 +1523,7 @@ NO_KEY, ITS = Answer(status=401, error="key"), dict.fromkeys(("code", "param", "
 LIMIT = Answer(status=429, error="limit")
 ITS["provider_error"] = {"message": "No."}
 PAIR_OF_MODELS = Request("q0", fallbacks=("fee",))
+BREAKERS = {"breakers_hold"}
 REASONS, FAILOVER, TOLD = {"statuses_have_reasons"}, {"failover_happens"}, {"attempts_are_told"}
 SEEN = {
     "an event on its way": (sent_at(10.61), STREAMED, set()),
@@ -1761,8 +1786,18 @@ SEEN = {
     "a template that isn't stored yet": (templated(10.3, 2), REQUEST, {"templates_hold"}),
     "a template while the store is lost": (templated(7.89, 1, Trouble("gone", 9.0, 10.0)), REQUEST, set()),
     "a template after the store was lost": (templated(7.89, 1, Trouble("gone", 8.0, 9.9)), REQUEST, {"templates_hold"}),
-    "a provider that failed ten times": (failing(10), REQUEST, set()),
+    "a provider that failed ten times": (failing(10, ended="left"), REQUEST, set()),
     "a provider that failed nine times": (failing(9), REQUEST, REASONS),
+    "a breaker that may still be open": (failing(10, ended_at=2.3), REQUEST, set()),
+    "a breaker that can't be": (failing(10, ended_at=2.1), REQUEST, REASONS),
+    "a breaker's longest wait": (failing(10, wait_s=1.8), REQUEST, set()),
+    "a wait that is longer": (failing(10, wait_s=2.0), REQUEST, BREAKERS),
+    "a breaker's shortest wait": (failing(10, ended_at=9.0, wait_s=0.6), REQUEST, set()),
+    "a wait that is shorter": (failing(10, ended_at=9.0, wait_s=0.4), REQUEST, BREAKERS),
+    "a provider that failed ten times is asked": (failed_before(10, 9.0), REQUEST, BREAKERS),
+    "a provider that failed nine times is asked": (failed_before(9, 9.0), REQUEST, set()),
+    "a provider is asked that failed for clients that left": (failed_before(10, 9.0, ended="left"), REQUEST, set()),
+    "a provider is asked when its breaker may let a probe through": (failed_before(10, 7.5), REQUEST, set()),
     "a lost store": (unavailable(Trouble("gone", 5.0, 10.0)), REQUEST, set()),
     "a store that was found again": (unavailable(Trouble("gone", 5.0, 9.9)), REQUEST, REASONS),
     "a store that is lost at the end": (unavailable(Trouble("gone", 11.9, 20.0)), REQUEST, set()),
