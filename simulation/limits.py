@@ -124,7 +124,7 @@ def _bucket_faults(view: View, sight: Sight, bucket: Bucket, taken: Mapping[str,
         own = taken.get(sight.request_id, NOTHING)
         began_at, until = sight.began_at, _admitted_by(view, sight)
         most = level_at_most(bucket, others, began_at, until) - own.least
-        least = level_at_least(bucket, others, began_at, until) - own.most
+        least = level_at_least(bucket, others, began_at, until) - own.most - bucket.limit * CLOCK_S // 60
     if not least - 1 < int(remaining) <= max(0, most):
         yield f"{sight.request_id}: {remaining} of {limit} {bucket.kind} remain, and {least:.1f} to {most:.1f} may"
         return

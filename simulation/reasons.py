@@ -282,6 +282,8 @@ def met_deadline(view: View, sight: Sight) -> bool:
     timeout_s = sight.request.timeout_s
     if timeout_s is None or sight.ended_at - sight.began_at < timeout_s - TIMER_S:
         return False
+    if len(view.group(sight)) > 1:
+        return True  # a repeat begins with the first event that it reads along
     return not (sight.request.stream and _begun_at(view, sight, surely=True) < sight.began_at + timeout_s - HOP_S)
 
 

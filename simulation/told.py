@@ -68,8 +68,6 @@ def refusals_are_told(view: View) -> Iterator[str]:
             continue
         if refusal is not None:
             yield from _refusal_faults(sight, refusal)
-        elif calls and calls[-1].answer.status == OK:
-            continue  # what fails in place of a whole answer is told, whatever others said: it may be billed
         elif sight.error.get("code") == "upstream_error" and any(call.answer.status == BUSY for call in calls):
             yield f"{sight.request_id} was told of a failure, and a provider asked to wait"
 
