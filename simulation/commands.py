@@ -11,7 +11,7 @@ from typing import Any, Final
 from fakeredis._core._database import Database, Item
 from fakeredis._helpers import SimpleError
 from fakeredis._msgs import WRONGTYPE_MSG
-from fakeredis.model import Hash, ZSet
+from fakeredis.model import Hash, XStream, ZSet
 
 Word = bytes | int | float  # a script's number comes as it is
 MOST: Final = 2**53  # a number below has one spelling in Lua and here
@@ -235,6 +235,25 @@ def expire(db: Database, key: Word, lasts_s: Word) -> int:
     return _expire(db, key, db.time + _number(lasts_s))
 
 
+def xadd(db: Database, key: Word, *words: Word) -> bytes:
+    """XADD with `*`. A stream that is longer than MAXLEN is left as it is: fakeredis' nodes, by which it trims, cost a third."""
+    if words[:2] == (b"MAXLEN", b"~"):
+        _number(words[2])
+        words = words[3:]
+    if words[:1] != (b"*",) or len(words) < 3 or not len(words) % 2:
+        raise Unusual
+    found = _value(db, key, XStream)
+    stream = _made(db, key, XStream()) if found is None else found
+    entry = stream.next_id(None)
+    if entry is None:
+        raise Unusual
+    stream._ids.append(entry)
+    stream._values_dict[entry] = [_text(word) for word in words[1:]]
+    stream._entries_added += 1
+    stream._last_id = entry
+    return entry.encode()  # type: ignore[no-any-return]
+
+
 def time(db: Database) -> list[bytes]:
     """TIME."""
     now_us = round(db.time * 1_000_000)
@@ -250,5 +269,5 @@ READING: Final[dict[bytes, Callable[..., Any]]] = {
 }
 WRITING: Final[dict[bytes, Callable[..., Any]]] = {
     function.__name__.upper().encode(): function
-    for function in (hset, hincrby, hdel, zadd, zrem, zremrangebyscore, pexpire, expire)
+    for function in (hset, hincrby, hdel, zadd, zrem, zremrangebyscore, pexpire, expire, xadd)
 }

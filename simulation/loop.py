@@ -574,7 +574,7 @@ def _close(task: "asyncio.Task[Any]") -> None:
             coro = inner
         with suppress(BaseException):  # of a world that is over
             coro.close()
-        if outermost.cr_frame is None:
+        if getattr(outermost, "cr_frame", None) is None:
             return
 
 

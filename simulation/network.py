@@ -90,10 +90,10 @@ class End:
         """Have a packet arrive after all before it."""
         loop, link = self.network.loop, self.link
         arrival = loop.now + loop.jitter(link.usual_s, link.rare_s)
-        self._last_arrival = max(
-            math.nextafter(self._last_arrival, math.inf), arrival
-        )  # events of one moment have no order
-        loop.at(self._last_arrival, None, Event(callback, args))
+        if arrival <= self._last_arrival:  # events of one moment have no order
+            arrival = math.nextafter(self._last_arrival, math.inf)
+        self._last_arrival = arrival
+        loop.at(arrival, None, Event(callback, args))
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         """Send what fits, and return how much that is. Raises OSError for a lost connection."""

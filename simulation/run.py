@@ -258,6 +258,7 @@ def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int =
         lines = world.lines[:]  # what is closed now may log
         loop.dispose()
         take_back()
+        world.store.put_away()
         _MIDDLEWARES.cache_clear()  # aiohttp's: it would keep the run's application
     return Outcome(seed, lines, result, failure, left, loop.errors, took_s, turns, world.marks)
 

@@ -26,7 +26,7 @@ from fakeredis import FakeServer
 from fakeredis._command_args_parsing import Float
 from fakeredis._commands import COMMANDS_WITH_SUB, Key, Signature
 from fakeredis._core._database import CommandItem, Item
-from fakeredis._helpers import NoResponse, SimpleError, SimpleString
+from fakeredis._helpers import OK, NoResponse, SimpleError, SimpleString
 from fakeredis._msgs import (
     FLAG_DO_NOT_CREATE,
     FLAG_LEAVE_EMPTY_VAL,
@@ -47,6 +47,7 @@ from simulation.network import SimTransport
 HOST, PORT = "store", 6379
 LAG_S = 1.0  # how far a replica is behind at most
 INFO = b"# Memory\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n# Persistence\r\naof_enabled:1\r\nloading:0\r\n"
+PONG = SimpleString(b"PONG")
 OOM = "OOM command not allowed when used memory > 'maxmemory'."
 READONLY = "READONLY You can't write against a read only replica."
 MISCONF = "MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk."
@@ -115,6 +116,9 @@ class _Lua:
         self.client = client
         try:
             result = self._run(chunk, table(keys), table(args))
+        except (SimpleError, LUA_MODULE.LuaError):
+            self.runtime.execute(b"collectgarbage()")  # Lua keeps the exception, and with it the run
+            raise
         finally:
             self.client = None  # kept, it would keep its run
         if type(result) is not tuple:
@@ -133,10 +137,16 @@ class Client(FakeSocket):
     store: "Store"
     is_dirty = False  # whether the running script has written
 
-    def __init__(self, store: "Store") -> None:
-        super().__init__(store.server, 0, client_class=redis.Redis)
-        self.store = store
+    def __init__(self, server: FakeServer) -> None:
+        super().__init__(server, 0, client_class=redis.Redis)
         self.replies: list[Any] = []
+
+    def clear(self) -> None:
+        """Forget all data and scripts, and the store."""
+        self._server.dbs.clear()
+        self._server.script_cache.clear()
+        self._db = self._server.dbs[0]
+        del self.store
 
     def put_response(self, msg: Any) -> None:
         """Keep a reply."""
@@ -151,6 +161,10 @@ class Client(FakeSocket):
         name = fields[0].upper()
         if name == b"INFO":
             return INFO
+        if name == b"PING":
+            return PONG
+        if name == b"CLIENT" and fields[1:2] == [b"SETNAME"]:
+            return OK
         db = self._db
         db.time = time.time()
         try:
@@ -183,7 +197,7 @@ class Client(FakeSocket):
 
     def eval(self, script: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
         """Run a script, and keep it for EVALSHA."""
-        sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
+        sha = _sha_of(script)
         self._server.script_cache[sha] = script
         return self._run_script(sha, numkeys, keys_and_args)
 
@@ -308,10 +322,7 @@ def _lower(command: bytes) -> str:
 
 
 # Commands that neither block nor depend on a connection's state, by the name that fakeredis has for them.
-_SHORTER = {
-    name.upper().encode(): name
-    for name in ("set", "sadd", "smembers", "lrange", "xadd", "xrange", "keys", "zcount", "ping")
-}
+_SHORTER = {name.upper().encode(): name for name in ("set", "sadd", "smembers", "lrange", "xrange", "keys", "zcount")}
 _PLAIN = frozenset((bytes, int, type(None)))  # what needs no conversion in a list
 _commands: dict[str, tuple[Signature, bool]] = {}  # by name: how its arguments are read, and whether it writes
 _shapes: dict[tuple[str, int], _Shape] = {}  # by name and number of arguments: scripts have few
@@ -364,6 +375,9 @@ def encode(reply: Any) -> bytes:
     raise TypeError(f"a reply of type {type(reply).__name__}")
 
 
+_spare: list[Client] = []  # with their servers, of runs before
+
+
 class Store:
     """The server. `on_command` decides each command's fate, from its words."""
 
@@ -371,8 +385,8 @@ class Store:
         self.loop = loop
         self.process = loop.process("store")
         self.process.is_deferring = False
-        self.server = FakeServer(version=(7,))
-        self.client = Client(self)
+        self.client = _spare.pop() if _spare else Client(FakeServer(version=(7,)))
+        self.client.store = self
         self.refusal: str | None = None  # the error that every write gets
         self.is_silent = False  # whether commands wait, unanswered
         self.delay_s = 0.0  # before each command runs
@@ -389,6 +403,11 @@ class Store:
         self._listening = await self.loop.create_server(lambda: Connection(self), HOST, PORT)
 
     # Faults.
+
+    def put_away(self) -> None:
+        """Keep the server without its data for the next run. The store can't be used afterwards."""
+        self.client.clear()
+        _spare.append(self.client)
 
     def go_down(self) -> None:
         """Refuse connections, and lose those there are."""
@@ -415,7 +434,7 @@ class Store:
     def flush_scripts(self) -> None:
         """Forget all scripts, as SCRIPT FLUSH or a restart does."""
         self.loop.trace("store: scripts flushed")
-        self.server.script_cache.clear()
+        self.client._server.script_cache.clear()
 
     def jump(self, seconds: float) -> None:
         """Move the clock."""
@@ -429,7 +448,7 @@ class Store:
         until = self.loop.now - LAG_S
         found = next((data for at, data in self._replica if at > until), None)
         if found is not None:
-            self.server.dbs[0]._dict = found
+            self.client._db._dict = found
         self.loop.trace("store: failed over, %s", "nothing is lost" if found is None else "the last second is lost")
         self._replica.clear()
 
@@ -437,7 +456,7 @@ class Store:
         """Keep what the data were before this moment's write, at most ten times a second."""
         now = self.loop.now
         if not self._replica or now - self._replica[-1][0] >= LAG_S / 10:
-            self._replica.append((now, _copied(self.server.dbs[0]._dict)))
+            self._replica.append((now, _copied(self.client._db._dict)))
             while self._replica[0][0] <= now - LAG_S:
                 self._replica.popleft()
 
@@ -458,8 +477,8 @@ class Store:
 
     def peek(self, key: str) -> dict[bytes, bytes]:
         """Return the fields of a hash without a command: for judges that look after every script."""
-        item = self.server.dbs[0]._dict.get(key.encode())
-        return {} if item is None else item.value.getall()
+        item = self.client._db._dict.get(key.encode())
+        return {} if item is None else item.value._values
 
     def ask(self, *words: bytes | str | int) -> Any:
         """Run a command from outside the network, for judges."""
@@ -562,6 +581,14 @@ class Connection(asyncio.Protocol):
 
 
 _names: dict[bytes, str] = {}  # of scripts by SHA-1, for the transcript
+_hashed: list[tuple[bytes, bytes]] = []  # the last script and its SHA-1: several ask for it
+
+
+def _sha_of(script: bytes) -> bytes:
+    """Return a script's SHA-1 in hex."""
+    if not _hashed or _hashed[0][0] is not script:
+        _hashed[:] = [(script, hashlib.sha1(script, usedforsecurity=False).hexdigest().encode())]
+    return _hashed[0][1]
 
 
 def name_scripts(named: dict[bytes, str]) -> None:
@@ -571,8 +598,7 @@ def name_scripts(named: dict[bytes, str]) -> None:
 
 def script_of(fields: list[bytes]) -> str:
     """Return the name of the script that a command runs."""
-    is_text = fields[0].upper() == b"EVAL"
-    sha = hashlib.sha1(fields[1], usedforsecurity=False).hexdigest().encode() if is_text else fields[1]
+    sha = _sha_of(fields[1]) if fields[0].upper() == b"EVAL" else fields[1]
     return _names.get(sha, sha[:8].decode())
 
 

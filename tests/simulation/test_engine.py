@@ -402,6 +402,8 @@ WORDS = {  # of each command after its key
     "PEXPIRE": (NUMBERS,),
     "EXPIRE": (NUMBERS,),
     "SET": (FIELDS,),
+    "XADD": ((b"*", b"1-1"), FIELDS, NUMBERS),
+    "XRANGE": ((b"-",), (b"+",)),
 }
 ECHO = b"return redis.call(unpack(ARGV))"
 
@@ -419,13 +421,14 @@ def test_the_quick_commands_do_what_fakeredis_does(seed, is_script, monkeypatch)
         monkeypatch.setattr(time, "time", loop.wall)
         for _ in range(1_500):
             name = rng.choice(sorted(WORDS))
-            key = rng.choice((b"h1", b"h2", b"z1", b"z2", b"s1"))
+            key = rng.choice((b"h1", b"h2", b"z1", b"z2", b"s1", b"x1"))
             words = [name.encode(), key, *(rng.choice(few) for few in WORDS[name] if few)]
             loop.now += rng.choice((0.0, 0.001, 2.0))
             reply = store.run(store.client, [b"EVAL", ECHO, b"0", *words] if is_script else words)
             yield words, reply.value if isinstance(reply, (SimpleError, SimpleString)) else reply
         yield "the end", {key: store.ask("TYPE", key).value for key in sorted(store.ask("KEYS", "*"))}
         loop.dispose()
+        store.put_away()
 
     assert list(replies(is_quick=True)) == list(replies(is_quick=False))
 
