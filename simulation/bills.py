@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
@@ -15,6 +16,7 @@ from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View, cut_s
 
 _COST: Final = re.compile(r',"cost":"[0-9.]+"(?=\}$)')
 FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs/api.md: 0.8 to 1.4)
+MOST_LINES: Final = 1_024  # of streams, that are parsed once
 TIMER_S: Final = 0.01  # that a deadline by the gateway's clock may be before that by its client's
 BYTES_A_TOKEN: Final = 3  # of a prompt, by the estimate that is held (docs/api.md)
 TOKENS_OF_FRAMES: Final = 12  # that this estimate may add for messages and fields
@@ -355,6 +357,7 @@ def _tokens(line: str) -> int:
     return text.count(" ") + text.count(",")
 
 
+@lru_cache(MOST_LINES)
 def text_of(line: str) -> str:
     """Return the text of an event's or an answer's choices, once each."""
     try:
@@ -403,6 +406,7 @@ def without_cost(line: str) -> str:
     return _COST.sub("", line)
 
 
+@lru_cache(MOST_LINES)
 def is_usage_only(line: str) -> bool:
     try:
         event = json.loads(line)

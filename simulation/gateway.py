@@ -122,10 +122,9 @@ def _catalog(settings: Settings) -> Catalog:
     return made[1]
 
 
-_spare: list[
-    Metrics
-] = []  # of workers of runs before: to make them takes a tenth of a run, and to collect them another
-_lent: list[Metrics] = []
+# Metrics of workers of runs before, with their gauges: to make them takes a tenth of a run, and to collect them another.
+_spare: list[tuple[Metrics, list[FamilyOf[Gauge]]]] = []
+_lent: list[tuple[Metrics, list[FamilyOf[Gauge]]]] = []
 
 
 def _metrics(models: Iterable[str], upstreams: Iterable[str], **options: Any) -> Metrics:
@@ -134,11 +133,12 @@ def _metrics(models: Iterable[str], upstreams: Iterable[str], **options: Any) ->
     They count on from run to run: no history reads them, and to set them to zero takes a twentieth of a run.
     """
     if _spare:
-        made = _spare.pop()
+        made, gauges = _spare.pop()
         made.reconfigure(models, upstreams)
     else:
         made = Metrics(models, upstreams, **options)
-    _lent.append(made)
+        gauges = [family for family in vars(made)["_families"] if isinstance(vars(family)["_metric"], Gauge)]
+    _lent.append((made, gauges))
     return made
 
 
@@ -149,12 +149,11 @@ def rest() -> None:
 
 def take_back() -> None:
     """Keep the metrics of a run's workers for the next run."""
-    for metrics in _lent:
+    for metrics, gauges in _lent:
         metrics.pending.clear()
-        for family in vars(metrics)["_families"]:
-            if isinstance(vars(family)["_metric"], Gauge):
-                for gauge in family.values():
-                    vars(gauge).pop("_child_samples", None)  # its function, which would keep its worker
+        for family in gauges:
+            for gauge in family.values():
+                vars(gauge).pop("_child_samples", None)  # its function, which would keep its worker
     _spare.extend(_lent)
     _lent.clear()
 
