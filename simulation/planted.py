@@ -898,6 +898,24 @@ PLANTED: Final = [
         'if header[0] != "x-request-id"), REPLAYED]',
         'if header[0] != "x-request-id")]',
     ),
+    Planted(
+        "the log has the cost without its last digit",
+        "gateway/record.py",
+        '"cost_usd": format_usd(exchange.cost_nusd),',
+        '"cost_usd": format_usd(exchange.cost_nusd // 10 * 10),',
+    ),
+    Planted(
+        "the log names the model that was asked for",
+        "gateway/record.py",
+        '            "model": model or None,',
+        '            "model": (exchange.plan.model if exchange.plan else model) or None,',
+    ),
+    Planted(
+        "the log doesn't name the limit that refused",
+        "gateway/record.py",
+        '"refused_by": exchange.refused_by,',
+        '"refused_by": None,',
+    ),
 ]
 
 

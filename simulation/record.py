@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
@@ -119,7 +119,7 @@ class Record(Struct):
 
     `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
-    `exits`: the exit codes of processes. `refused`: processes that didn't start.
+    `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests.
     """
 
     history: History
@@ -139,6 +139,7 @@ class Record(Struct):
     unkept: list[tuple[float, str]] = []
     exits: list[tuple[str, int | None]] = []
     refused: list[str] = []
+    logged: list[dict[str, Any]] = []
 
 
 class View:

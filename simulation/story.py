@@ -140,7 +140,7 @@ class Play:
         self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
         for name in (
             *("sights", "calls", "samples", "changes", "troubles", "left", "errors"),
-            *("looks", "losses", "unkept", "exits", "refused"),
+            *("looks", "losses", "unkept", "exits", "refused", "logged"),
         ):
             setattr(self.record, name, [])
         self.record.books, self.record.told = {}, {}
@@ -208,6 +208,8 @@ class Play:
             if event and not (is_loss and self._history.fills_disks):
                 record.errors.append(f"{where}: {event}")
         for where, logged in self._world.log:
+            if isinstance(logged, bytes):
+                record.logged.append(json.loads(logged))
             if PROVIDER_SECRET[:SECRET_PART] in str(logged):
                 record.errors.append(f"{where} logged a secret: {logged!r}")
             if isinstance(logged, dict) and logged.get("event") == "settlement_lost":

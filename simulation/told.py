@@ -1,20 +1,42 @@
 """Rules on what a client is told beside its answer, and the operator by the log: ids, errors, and a line for each request."""
 
 import json
+import math
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from simulation.bills import is_lost
+from simulation.answers import HOLD_S
+from simulation.bills import is_lost, runs_on
 from simulation.client import Sight
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, met_deadline
-from simulation.record import View, cut_short
+from simulation.record import HOP_S, View, cut_short
 
 OF_THE_ACCOUNT: Final = frozenset({401, 402, 403, 404, 429})  # statuses of words about the operator's account
 OK: Final = 200
 BUSY: Final = 429
+WAY_S: Final = 4 * HOP_S  # of a request and its answer, and of the connection's beginning
+LIMITS: Final = {  # the names of what refuses, as docs/operations.md has them, by words of the message
+    "USD available": "credit",
+    "key requests": "key_requests",
+    "key tokens": "key_tokens",
+    "parallel": "key_parallel_requests",
+    "key total budget": "key_total_budget",
+    "session total budget": "session_total_budget",
+}
 PING: Final = b": ping"
 OF_THE_GATEWAY: Final = frozenset({401, 402, 403, 404})  # statuses that refuse the gateway and not the request
+
+
+class Span(NamedTuple):
+    """Numbers from `least` to `most`."""
+
+    least: float
+    most: float
+
+    def __contains__(self, number: object) -> bool:
+        """Whether a number is among them."""
+        return isinstance(number, int | float) and self.least <= number <= self.most
 
 
 def ids_are_told(view: View) -> Iterator[str]:
@@ -76,7 +98,8 @@ def _has_its_own(sight: Sight, call: Call) -> bool:
     """Whether the last call's failure is told whatever others said: of an answer that began, or can't be read."""
     if call.answer.error:
         return call.answer.error == "page" or (call.answer.status == OK and not sight.request.stream)
-    return call.events_sent > 0 if sight.request.stream else call.head_sent
+    is_held = sight.request.stream and call.ended_at - call.at - call.answer.delay_s < HOLD_S - 2 * HOP_S
+    return call.events_sent > 0 or (call.head_sent and not is_held)
 
 
 def _refusal_faults(sight: Sight, call: Call) -> Iterator[str]:
@@ -111,3 +134,87 @@ def _code(call: Call) -> str | None:
     """Return the code of a provider's error, also of an error event."""
     code = _error(call).get("code") if call.answer.error else FAILURE if call.answer.end == "error_event" else None
     return None if code is None else str(code)
+
+
+def requests_are_logged(view: View) -> Iterator[str]:
+    """Check that each request has one line in the log, whose fields are what its client saw and the ledger has of it."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in view.record.logged:
+        lines.setdefault(line["request_id"], []).append(line)
+    for sight in view.record.sights:
+        found = lines.pop(sight.request_id, [])
+        if len(found) > 1 or (not found and sight.ended == "whole" and not view.feels(sight, "killed")):
+            yield f"{sight.request_id} has {len(found)} lines in the log"
+        for line in found:
+            is_known = line["model"] is not None
+            expected = {**_seen(view, sight), **_booked(view, sight), "stream": [is_known and sight.request.stream]}
+            wrong = {name: line[name] for name, right in expected.items() if line[name] not in right}
+            if wrong:
+                right = {name: expected[name] for name in wrong}
+                yield f"{sight.request_id} is logged with {wrong}, and {right} would be right"
+    for name in lines:
+        yield f"{name} has a line in the log, and no client sent it"
+
+
+def _seen(view: View, sight: Sight) -> dict[str, Any]:
+    """Return what a request's line may have of what its client saw."""
+    key = view.history.keys[sight.request.key]
+    seen: dict[str, Any] = {"account": [f"a{key.account}", *([None] if sight.status in {0, 401, 503} else [])]}
+    if sight.ended != "whole":
+        return seen
+    error, replayed = sight.error, "idempotent-replayed" in sight.headers
+    seen |= {
+        "status": [sight.status],
+        "code": [error.get("code")],
+        "level": ["warning" if sight.status >= 500 else "info"],
+    }
+    if not error:
+        replays = ["replayed"] if replayed or (sight.request.keyed and sight.payload.startswith(PING)) else []
+        seen["outcome"] = replays if replayed else ["completed", *replays]
+    if not sight.payload.startswith(PING):  # else its head came before another provider was asked
+        seen["attempts"] = [0 if replayed else int(sight.headers.get("x-mesh-attempts", 0))]
+        seen |= {} if error else {"model": [sight.headers.get("x-mesh-model")]}
+    calls = view.calls.get(sight.marker, [])
+    if len(view.group(sight)) == 1 and calls and (not error or calls[-1].ended == "error"):
+        call = calls[-1]
+        seen |= {"upstream": [call.upstream], "upstream_status": [call.answer.status]}
+        seen |= {} if error else {"model": [str(call.body["model"]).removeprefix("up-")]}
+    took_ms = (sight.ended_at - sight.began_at) * 1000
+    if sight.request.reads == "all":  # what goes on after a client's deadline ends later
+        goes_on = error.get("code") == "gateway_timeout" and runs_on(view, sight)
+        seen["duration_ms"] = Span(took_ms - WAY_S * 1000, math.inf if goes_on else took_ms)
+    seen["refused_by"] = [_refused_by(sight)]
+    if sight.request.stream and not error and "replayed" not in seen["outcome"]:
+        seen["ttft_ms"] = Span(0, took_ms)
+    elif not sight.request.stream:
+        seen["ttft_ms"] = [None]
+    return seen
+
+
+def _refused_by(sight: Sight) -> str | None:
+    """Return what refused a request before it ran, by its message."""
+    message = str(sight.error.get("message"))
+    if sight.status not in {402, 429}:
+        return None
+    found = [name for words, name in LIMITS.items() if words in message]
+    return found[0] if found else str(sight.error.get("code"))
+
+
+def _booked(view: View, sight: Sight) -> dict[str, list[Any]]:
+    """Return what a request's line may have of its settlement; nothing if that may be lost."""
+    events = view.settled.get(sight.request_id, [])
+    if not events:
+        return {}
+    cost, waived = int(events[0]["cost_nusd"]), int(events[0]["waived_nusd"] or 0)
+    return {
+        "cost_usd": [usd_of(cost), usd_of(cost + waived)],
+        "usage_source": [events[0]["usage_source"]],
+        "outcome": [events[0]["outcome"]],
+        **{name: [int(events[0][name])] for name in ("prompt_tokens", "completion_tokens")},
+    }
+
+
+def usd_of(amount_nusd: int) -> str:
+    """Return nano-USD as docs/operations.md has it: USD with two to nine decimals."""
+    whole, fraction = divmod(amount_nusd, 1_000_000_000)
+    return f"{whole}.{f'{fraction:09d}'.rstrip('0').ljust(2, '0')}"

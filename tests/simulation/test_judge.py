@@ -30,6 +30,7 @@ from simulation.record import (
     marker_of,
 )
 from simulation.story import played
+from simulation.told import LIMITS, usd_of
 
 GRANTED = 1_000_000_000
 COST = 20 * 2_500 + 8 * 10_000
@@ -105,7 +106,38 @@ def judge(record):
         call.last_at = call.last_at or call.ended_at
         if call.answer.error and call.body_bytes in {b"", WHOLE}:
             call.body_bytes = error_of(call.answer, call.marker, {})[2]
+    record.logged = record.logged or [line_of(record, sight) for sight in record.sights]
     return judge_record(record)
+
+
+def line_of(record, sight, **fields):
+    """Return the line in the log of a request, as it should be, but for these fields."""
+    events = [event for book in record.books.values() for event in book.events]
+    event = next((each for each in events if each.get("request_id") == sight.request_id), {})
+    calls = [call for call in record.calls if call.marker == sight.marker]
+    replayed, error = "idempotent-replayed" in sight.headers, sight.error
+    message, refused = str(error.get("message")), sight.status in {402, 429}
+    limits = [name for words, name in LIMITS.items() if refused and words in message]
+    line = {
+        "request_id": sight.request_id,
+        "account": f"a{record.history.keys[sight.request.key].account}",
+        "status": sight.status,
+        "code": error.get("code"),
+        "level": "warning" if sight.status >= 500 else "info",
+        "stream": sight.request.stream,
+        "model": calls[-1].body["model"].removeprefix("up-") if calls else sight.headers.get("x-mesh-model", "plain"),
+        "upstream": calls[-1].upstream if calls else None,
+        "upstream_status": calls[-1].answer.status if calls else None,
+        "attempts": 0 if replayed else int(sight.headers.get("x-mesh-attempts", 0)),
+        "refused_by": limits[0] if limits else error.get("code") if refused else None,
+        "outcome": event.get("outcome", "replayed" if replayed else "failed" if error else "completed"),
+        "cost_usd": usd_of(int(event.get("cost_nusd", 0))),
+        "usage_source": event.get("usage_source", "none"),
+        **{name: int(event.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")},
+        "duration_ms": (sight.ended_at - sight.began_at) * 1000 - 1,
+        "ttft_ms": 1.0 if sight.request.stream and not replayed else None,
+    }
+    return line | fields
 
 
 class Case:
@@ -151,6 +183,7 @@ class Case:
             told={},
             losses=[],
             exits=[("gateway-0", 0)],
+            logged=[],
         )
         self.tell_limits()
 
@@ -1158,6 +1191,17 @@ def stalled(last_at, left_at, *, head=True, code="gateway_timeout", keyed=False)
     return change
 
 
+def logged(*lines):
+    """Let the log have had these lines of the request, each with other fields than it should have."""
+
+    def change(case):
+        case.record.logged = [line_of(case.record, case.sight, **fields) for fields in lines]
+        if not lines:
+            case.record.logged = [line_of(case.record, case.sight, request_id="id-q7")]
+
+    return change
+
+
 def misnamed(change, **ids):
     """Let the client's error have had these ids, in itself or beside it."""
 
@@ -1517,6 +1561,7 @@ def echoed(text):
 PAIR, PAIR_STREAM = Request("q0", model="pair"), Request("q0", model="pair", stream=True)
 LOST, CUT, BROKE = Answer(end="resets", at=0.0), Answer(end="resets", at=0.001), Answer(status=500, error="failed")
 ENDS, PROMPT, ALIVE, WAITS = {"ends_are_honest"}, {"answers_are_prompt"}, {"streams_are_alive"}, {"waits_are_told"}
+LOGGED = {"requests_are_logged"}
 DEADLINES, TOLD_ERRORS, IDS = {"deadlines_hold"}, {"refusals_are_told"}, {"ids_are_told"}
 LONG, LARGE = Answer(status=400, error="context"), Answer(status=413, error="large")
 NO_KEY, ITS = Answer(status=401, error="key"), dict.fromkeys(("code", "param", "provider_code", "words"), "its")
@@ -1595,6 +1640,34 @@ SEEN = {
         PAIR_STREAM,
         TOLD_ERRORS,
     ),
+    "a line in the log": (logged({}), REQUEST, set()),
+    "two lines in the log": (logged({}, {}), REQUEST, LOGGED),
+    "no line in the log": (logged(), REQUEST, LOGGED),
+    "a line as long as the way": (logged({"duration_ms": 600.1}), REQUEST, set()),
+    "a line that is too short": (logged({"duration_ms": 599.9}), REQUEST, LOGGED),
+    "a line that is too long": (logged({"duration_ms": 1000.1}), REQUEST, LOGGED),
+    **{
+        f"a line with {name} {wrong}": (logged({name: wrong}), REQUEST, LOGGED)
+        for name, wrong in {
+            "account": "a1",
+            "status": 502,
+            "code": "upstream_error",
+            "level": "warning",
+            "stream": True,
+            "model": "pair",
+            "upstream": "two",
+            "upstream_status": 500,
+            "attempts": 2,
+            "refused_by": "credit",
+            "outcome": "failed",
+            "cost_usd": "0.00014",
+            "usage_source": "estimated",
+            "prompt_tokens": 21,
+            "completion_tokens": 7,
+            "ttft_ms": 1.0,
+        }.items()
+    },
+    "a line of a stream without its first event": (logged({"ttft_ms": None}), STREAMED, LOGGED),
     "another request's id": (headed(x_request_id="id-q7"), REQUEST, IDS),
     "an error event of another request": (misnamed(stalled(11.0, 31.3), within="id-q7"), STREAMED, IDS),
     "an error event in another request's name": (misnamed(stalled(11.0, 31.3), beside="id-q7"), STREAMED, IDS),
