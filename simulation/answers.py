@@ -1,13 +1,16 @@
 """Rules on how an answer comes to its client: when, from which provider, and what its headers say of that."""
 
 import itertools
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Final, Literal
 
-from simulation.bills import is_usage_only, ran_short, runs_on, without_cost
+from simulation.bills import is_usage_only, over_at, own_calls, ran_short, runs_on, without_cost
 from simulation.breakers import may_be_open, model_of
 from simulation.client import Sight
 from simulation.history import (
+    DRAIN_S,
     FIRST_BYTE_S,
     HEARTBEAT_S,
     UPSTREAMS,
@@ -22,6 +25,9 @@ REPEATED_S: Final = 10 * HOP_S  # that a repeat takes longer: the first's parts 
 PING_LATE_S: Final = 1.0 + 2 * HOP_S  # that a ping may be behind `heartbeat_s`, where streams are looked at each second
 ADMITTED_S: Final = 3 * HOP_S  # in which a request is let in: each of its calls to the store may be slow, and few are
 API_VERSION: Final = "2026-08"  # docs/api.md
+ENDED_S: Final = 0.5  # in which an instance ends whose requests are over: connections linger, and it looks at times
+LAST_WORDS_S: Final = 4.0  # in which what is cut short is told so: streams, and then whole answers
+SETTLED_S: Final = 30.0  # in which an instance settles without its store or its disk
 HOLD_S: Final = 2.0  # `server.first_event_hold_s`, which holds a stream's head back
 Verdict = Literal["next", "model", "end", "either"]
 
@@ -196,6 +202,36 @@ def what_runs_on_is_read(view: View) -> Iterator[str]:
             is_early = call.ended == "closed" and sight.ended_at <= call.ended_at < sight.ended_at + DETACHED_S
             if is_early and not call.answer.is_silent and not view.feels(sight, until=call.ended_at):
                 yield f"{call.upstream} was left {call.ended_at - sight.ended_at:.2f} s after {sight.request_id}'s client"
+
+
+def drains_end(view: View) -> Iterator[str]:
+    """Check that an instance that is to end does so when its requests are over or cut short, and leaves none before.
+
+    It has 30 s to settle where that fails (docs/operations.md, "Drain and restart").
+    """
+    for drain in view.record.drains:
+        signals = [each.start for each in view.record.drains if each.worker == drain.worker and each.end == drain.end]
+        if drain.start > min(signals):
+            continue  # the second signal, which is judged with the first one
+        cut_at = min([drain.start + DRAIN_S, *(at for at in signals if at > drain.start)])
+        ours = [sight for sight in view.record.sights if view.worker(sight) == drain.worker]
+        ours = [sight for sight in ours if sight.began_at <= drain.end and over_at(view, sight) >= drain.start]
+        is_slow = any(sight.request.reads in {"slowly", "stalls"} for sight in ours)
+        last = math.inf if is_slow else max(map(partial(over_at, view), ours), default=drain.start)
+        fails = [each for each in view.record.troubles if each.start <= drain.end and each.end >= drain.start]
+        fails = [each for each in fails if each.what != "drained" and each.worker in {None, drain.worker}]
+        until = max(drain.start, min(last, cut_at)) + ENDED_S
+        until += (LAST_WORDS_S if last >= cut_at else 0.0) + (SETTLED_S if fails else 0.0)
+        if drain.end > until:
+            took_s = drain.end - drain.start
+            yield f"gateway-{drain.worker} ended {took_s:.2f} s after it was told to, {drain.end - until:.2f} s too late"
+        for sight in ours if not fails else ():
+            if sight.ended == "left" and runs_on(view, sight) and not ran_short(view, sight):
+                for call in own_calls(view, sight):
+                    ended_at = min(cut_at, sight.ended_at + DETACHED_S) - HOP_S
+                    if call.ended == "closed" and drain.start <= call.ended_at < ended_at:
+                        left_s = call.ended_at - drain.start
+                        yield f"{call.upstream} was left with {sight.request_id} {left_s:.2f} s after a drain began"
 
 
 # Waits and repeats.

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache, partial
 from importlib import resources
 from typing import Any
@@ -36,7 +36,7 @@ from meshproxy.policy.catalog import Catalog
 from meshproxy.server import admin, listener
 from meshproxy.server.api import document
 from meshproxy.telemetry.metrics import FamilyOf, Metrics
-from simulation.loop import Process, SimLoop
+from simulation.loop import PROCESS, Process, SimLoop
 from simulation.machine import ROOT
 
 FIRST_PORT, FIRST_ADMIN_PORT = 8_080, 9_080
@@ -69,6 +69,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (worker, "Metrics"): _metrics,
+        (worker.Worker, "start"): _start,
         (FamilyOf, "preset"): lambda _: None,
         (listener, "CHECK_INTERVAL_S"): CHECK_S,
         (in_flight, "PULSE_S"): 1.0,
@@ -147,8 +148,53 @@ def rest() -> None:
     vars(listener)["CHECK_INTERVAL_S"] = vars(ledgers)["NOTE_REFUSALS_S"] = RESTING_S
 
 
+_workers: list[tuple[Process, worker.Worker]] = []  # of a run
+_start_worker = worker.Worker.start
+
+
+async def _start(self: worker.Worker, generation: int = 1) -> None:
+    """Start a worker, and keep it for `in_use`."""
+    _workers.append((PROCESS.get(), self))
+    await _start_worker(self, generation)
+
+
+def in_use() -> list[str]:
+    """Describe what workers count as in use, those aside that were killed: nothing, once no client asks any more."""
+    return [
+        f"{process.name}: {count} {what}"
+        for process, each in _workers
+        if process.alive or process.left
+        for what, count in _counts(each)
+        if count
+    ]
+
+
+def _counts(of: worker.Worker) -> Iterator[tuple[str, int]]:
+    """Return what a worker has in use, by what it counts itself."""
+    gateway, live = of.gateway, of.live
+    bodies, pools = vars(gateway.bodies), [vars(vars(each)["_pool"]) for each in gateway.active.providers.values()]
+    yield "requests in flight", of.recorder.in_flight
+    yield "requests without their client", vars(vars(gateway)["_detacher"])["_detached"]
+    yield "bytes of bodies", bodies["_taken"]
+    yield "requests that aren't admitted", sum(bodies["_unadmitted"].values())
+    yield "streams", len(live.relays) + len(live.early_heads)
+    yield "holds", len(live.leases)
+    yield "records of Idempotency-Keys", len(live.recordings)
+    yield "settlements", vars(of)["_settler"].pending
+    yield "connections to providers", sum(len(pool["_live"]) - len(pool["_idle"]) for pool in pools)
+    yield "requests that wait for a connection", sum(len(pool["_waiters"]) for pool in pools)
+    yield "locks", len(vars(gateway.locks)["_locks"])
+    for name, upstream in gateway.health.upstreams.items():
+        yield f"attempts at {name}", sum(route.in_flight for route in upstream.routes.values())
+    local = vars(vars(gateway)["_admitter"])["_local"]
+    if local is not None:
+        yield "requests admitted without Redis", len(vars(local)["_running"])
+        yield "bytes of the journal that are reserved", vars(local)["_reserved_bytes"]
+
+
 def take_back() -> None:
     """Keep the metrics of a run's workers for the next run."""
+    _workers.clear()
     for metrics, gauges in _lent:
         metrics.pending.clear()
         for family in gauges:

@@ -781,7 +781,7 @@ def _long(rng: random.Random) -> History:
         if (
             rng.random() < 0.6
         ):  # when the store has forgotten the first one, and the holds past their deadline are released
-            again_at = round(back_at + rng.choice((0.2, 0.6, 2.0, 5.0)), 3)
+            again_at = round(back_at + rng.choice((0.2, 0.6, 2.7, 5.0)), 3)
             repeats = first.name if first.keyed else ""
             answers = (*first.answers, _any_answer(rng)) if first.keyed else (_any_answer(rng),)
             requests[-1] = first = replace(

@@ -14,6 +14,7 @@ from typing import Final
 from simulation.answers import (
     answers_are_prompt,
     attempts_are_told,
+    drains_end,
     failover_happens,
     streams_are_alive,
     waits_are_told,
@@ -392,6 +393,7 @@ RULES: Final[tuple[Rule, ...]] = (
     conflicts_are_refused,
     changes_hold,
     holds_are_kept,
+    drains_end,
     renewals_raise,
     accounts_are_told,
     losses_are_told,

@@ -322,6 +322,30 @@ PLANTED: Final = [
         "        await self.close()",
     ),
     Planted(
+        "a drain lasts three times as long",
+        "app/application.py",
+        "await _wait_until(self._is_done, server.drain_s, interrupt)",
+        "await _wait_until(self._is_done, 3 * server.drain_s, interrupt)",
+    ),
+    Planted(
+        "a drain lasts half as long",
+        "app/application.py",
+        "await _wait_until(self._is_done, server.drain_s, interrupt)",
+        "await _wait_until(self._is_done, server.drain_s / 2, interrupt)",
+    ),
+    Planted(
+        "a request that isn't admitted is counted for ever",
+        "gateway/pipeline.py",
+        "        if exchange.reservation is not None:\n            exchange.reservation.release()\n",
+        "",
+    ),
+    Planted(
+        "a route's attempts are never over",
+        "gateway/health.py",
+        "        self._route.in_flight -= 1\n",
+        "",
+    ),
+    Planted(
         "a stream that is lost before its head isn't asked for elsewhere",
         "gateway/attempts.py",
         "return error.safe_to_repeat or (streamed and error.upstream_status is None)",
@@ -706,6 +730,12 @@ PLANTED: Final = [
         "gateway/relay.py",
         "lambda: scanner.tokens,",
         "lambda: scanner.tokens * 3 // 4,",
+    ),
+    Planted(
+        "Redis is found again four seconds after it is back",
+        "ledger/link.py",
+        "BACKOFF_MIN_S = 0.05\nBACKOFF_MAX_S = 2.0",
+        "BACKOFF_MIN_S = BACKOFF_MAX_S = 4.0",
     ),
     Planted(
         "an estimated prompt is called reported",

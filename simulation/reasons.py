@@ -16,12 +16,14 @@ from simulation.history import (
     LEASE_TOKENS,
     MAX_OUTPUT_TOKENS,
     STANDARD_TIERS,
+    STORE_TIMEOUT_S,
     TEMPLATE,
     KeyPlan,
 )
 from simulation.provider import Call
-from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, STORE, Sample, View, cut_short
+from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, RECOVERY_S, STORE, Sample, View, cut_short
 
+FOUND_S: Final = 2.0 + 5 * HOP_S  # in which a store that is back is found: the pause of 2 s, and the way there
 BUCKET_S: Final = 60.0  # after which a bucket is full again
 LATE_S: Final = 4 * HOP_S  # that a deadline may be passed: a connection is made, and the answer is under way
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
@@ -224,7 +226,15 @@ def _stopping(view: View, sight: Sight) -> bool:
 
 
 def _without_ledger(view: View, sight: Sight) -> bool:
-    return sight.error.get("code") == "ledger_unavailable" and view.feels(sight, *STORE)
+    """Whether the store was lost when the request ended, or it had not been found again (docs/ledger.md)."""
+    refused_at = sight.began_at if sight.request.reads in {"slowly", "stalls"} else sight.ended_at
+    return sight.error.get("code") == "ledger_unavailable" and any(
+        trouble.what in STORE
+        and trouble.what != "clock"
+        and trouble.start <= sight.ended_at
+        and refused_at <= trouble.end - RECOVERY_S + FOUND_S + (STORE_TIMEOUT_S if trouble.what == "slow" else 0.0)
+        for trouble in view.record.troubles
+    )
 
 
 def _failed_there(view: View, sight: Sight) -> bool:

@@ -114,12 +114,29 @@ class Loss(NamedTuple):
     unheld: bool
 
 
+class Beat(NamedTuple):
+    """A worker's report that it runs: when, whose, and how many workers it was told. Its holds' ids begin with `worker`."""
+
+    at: float
+    worker: str
+    told: int
+
+
+class Drain(NamedTuple):
+    """An instance that was told to end: its number, when that was, and when it had ended."""
+
+    worker: int
+    start: float
+    end: float
+
+
 class Record(Struct):
     """All that is known of a history that was played.
 
     `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
     `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests.
+    `drains`: those of the steps.
     """
 
     history: History
@@ -140,6 +157,8 @@ class Record(Struct):
     exits: list[tuple[str, int | None]] = []
     refused: list[str] = []
     logged: list[dict[str, Any]] = []
+    beats: list[Beat] = []
+    drains: list[Drain] = []
 
 
 class View:

@@ -15,7 +15,7 @@ from meshproxy.policy.principal import Bounds, KeyChange
 from meshproxy.policy.template import TemplateFields
 from simulation.bills import nusd
 from simulation.client import Clients
-from simulation.gateway import Gateway, Instance, rest
+from simulation.gateway import Gateway, Instance, in_use, rest
 from simulation.history import (
     ALLOWANCE_NUSD,
     DEFAULT_OUTPUT_TOKENS,
@@ -45,7 +45,21 @@ from simulation.history import (
 )
 from simulation.judge import SECRET_PART, judge
 from simulation.provider import Provider
-from simulation.record import RECOVERY_S, Book, Done, Finding, Look, Loss, Record, Sample, Told, Trouble, marker_of
+from simulation.record import (
+    RECOVERY_S,
+    Beat,
+    Book,
+    Done,
+    Drain,
+    Finding,
+    Look,
+    Loss,
+    Record,
+    Sample,
+    Told,
+    Trouble,
+    marker_of,
+)
 from simulation.run import Outcome, World, run
 from simulation.store import OOM, READONLY, Client, Fate, script_of
 
@@ -140,7 +154,7 @@ class Play:
         self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
         for name in (
             *("sights", "calls", "samples", "changes", "troubles", "left", "errors"),
-            *("looks", "losses", "unkept", "exits", "refused", "logged"),
+            *("looks", "losses", "unkept", "exits", "refused", "logged", "beats", "drains"),
         ):
             setattr(self.record, name, [])
         self.record.books, self.record.told = {}, {}
@@ -191,6 +205,7 @@ class Play:
         clients.close()
         self.record.sights, self.record.calls = clients.sights, provider.calls
         await asyncio.sleep(1)
+        self.record.left += in_use()
         for gateway in list(world.gateways):
             if not await gateway.stop(DRAIN_S * 3):
                 self.record.left.append("an instance that doesn't end")
@@ -271,6 +286,8 @@ class Play:
         def run_and_look(client: Client, fields: list[bytes]) -> Any:
             reply = run_command(client, fields)
             if fields[0][:4].upper() == b"EVAL":
+                if type(reply) is int and script_of(fields) == "beat":
+                    self.record.beats.append(Beat(self._loop.time(), fields[4].decode(), reply))
                 for account, book in enumerate(books):
                     found = store.peek(book)
                     seen = int(found.get(b"balance", 0)), int(found.get(b"held", 0))
@@ -358,6 +375,8 @@ class Play:
             self.record.troubles.append(Trouble(what, now, now + 1e6, number))
             trouble = self.record.troubles[-1]
             await instance.ended.wait()
+            if what == "drained":
+                self.record.drains.append(Drain(number, now, self._loop.time()))
             self.record.exits.append((instance.name, instance.code))
             await asyncio.sleep(event.for_s)
             for _ in range(OPERATOR_TRIES):  # again, where it has read a bad configuration

@@ -20,6 +20,7 @@ from simulation.record import (
     RECOVERY_S,
     Book,
     Done,
+    Drain,
     Finding,
     Look,
     Loss,
@@ -566,6 +567,10 @@ def hang_up_unnoticed(case):
     case.sight.ended, case.call.ended_at = "left", 31.0
 
 
+def ended_late(case):
+    case.record.drains = [Drain(0, 10.5, 12.0)]
+
+
 def left_behind(case):
     case.record.left = ["tasks: gateway-0: settle"]
 
@@ -640,6 +645,7 @@ BREAKS = [
     (admitted_without_room, "full_journals_deny"),
     (spent_beyond_the_allowance, "credit_is_not_overdrawn"),
     (hang_up_unnoticed, "hang_ups_are_noticed"),
+    (ended_late, "drains_end"),
     (left_behind, "nothing_is_left"),
     (broke, "nothing_broke"),
 ]
@@ -1871,10 +1877,13 @@ SEEN = {
     "a provider that failed nine times is asked": (failed_before(9, 9.0), REQUEST, set()),
     "a provider is asked that failed for clients that left": (failed_before(10, 9.0, ended="left"), REQUEST, set()),
     "a provider is asked when its breaker may let a probe through": (failed_before(10, 7.5), REQUEST, set()),
-    "a lost store": (unavailable(Trouble("gone", 5.0, 10.0)), REQUEST, set()),
-    "a store that was found again": (unavailable(Trouble("gone", 5.0, 9.9)), REQUEST, REASONS),
-    "a store that is lost at the end": (unavailable(Trouble("gone", 11.9, 20.0)), REQUEST, set()),
-    "a store that is lost later": (unavailable(Trouble("gone", 12.1, 20.0)), REQUEST, REASONS),
+    "a store that isn't found yet": (unavailable(Trouble("gone", 5.0, 8.5 + RECOVERY_S)), REQUEST, set()),
+    "a store that was found again": (unavailable(Trouble("gone", 5.0, 8.49 + RECOVERY_S)), REQUEST, REASONS),
+    "a store that was slow": (unavailable(Trouble("slow", 5.0, 6.5 + RECOVERY_S)), REQUEST, set()),
+    "a store that was slow before": (unavailable(Trouble("slow", 5.0, 6.49 + RECOVERY_S)), REQUEST, REASONS),
+    "a store that is lost at the end": (unavailable(Trouble("gone", 11.0, 20.0)), REQUEST, set()),
+    "a store that is lost later": (unavailable(Trouble("gone", 11.01, 20.0)), REQUEST, REASONS),
+    "a store whose clock alone jumped": (unavailable(Trouble("clock", 5.0, 40.0)), REQUEST, REASONS),
     "a store without which nothing failed": (unavailable(Trouble("disk_full", 5.0, 20.0)), REQUEST, REASONS),
     "a repeat of what its worker left": (read_along(Trouble("killed", 10.9, 12.0, 0), began_at=30.8), REQUEST, set()),
     "a repeat that knows": (read_along(Trouble("killed", 10.9, 12.0, 0), began_at=31.0), REQUEST, REASONS),
@@ -2102,6 +2111,52 @@ def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_
         sources.append(settled(hold_id="h2", request_id="id-q1", held_nusd=other_nusd))
     case.record.books = {0: book(*sources)}
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+STALLS = Request("q0", reads="stalls")
+SIGNAL = 10.5  # when an instance is told to end whose request ends at 11.0
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "request_", "others", "is_right"),
+    [
+        pytest.param(11.5, REQUEST, [], True, id="when its request is over"),
+        pytest.param(11.51, REQUEST, [], False, id="later"),
+        pytest.param(11.51, REQUEST, [Drain(1, 11.2, 11.5)], False, id="later, as another was told"),
+        pytest.param(SIGNAL + 20 + 4.5, STALLS, [], True, id="after drain_s"),
+        pytest.param(SIGNAL + 20 + 4.51, STALLS, [], False, id="long after drain_s"),
+        pytest.param(12.0 + 4.5, STALLS, [Drain(0, 12.0, 16.5)], True, id="after a second signal"),
+        pytest.param(12.0 + 4.51, STALLS, [Drain(0, 12.0, 16.51)], False, id="long after a second signal"),
+        pytest.param(11.5 + 30, REQUEST, [Trouble("gone", 11.0, 60.0)], True, id="without the store"),
+        pytest.param(11.51 + 30, REQUEST, [Trouble("gone", 11.0, 60.0)], False, id="long after that"),
+        pytest.param(11.51, REQUEST, [Trouble("gone", 1.0, 10.4)], False, id="when the store is back"),
+        pytest.param(11.51, REQUEST, [Trouble("killed", 11.0, 60.0, 1)], False, id="when another was killed"),
+    ],
+)
+def test_an_instance_ends_in_time(ended_at, request_, others, is_right):
+    case = Case(request_)
+    case.record.history = replace(case.record.history, workers=2)
+    case.record.drains = [Drain(0, SIGNAL, ended_at), *(each for each in others if isinstance(each, Drain))]
+    case.record.troubles = [each for each in others if isinstance(each, Trouble)]
+    assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("left_at", "signals", "is_right"),
+    [
+        (SIGNAL - 0.1, [SIGNAL], True),
+        (SIGNAL, [SIGNAL], False),
+        (SIGNAL + 19.89, [SIGNAL], False),
+        (SIGNAL + 19.91, [SIGNAL], True),
+        (14.89, [SIGNAL, 15.0], False),
+        (14.91, [SIGNAL, 15.0], True),
+    ],
+)
+def test_what_runs_on_is_waited_for_by_an_instance_that_ends(left_at, signals, is_right):
+    case = Case(replace(REQUEST, keyed=True, reads="leaves"))
+    case.sight.ended, case.sight.ended_at, case.call.ended, case.call.ended_at = "left", 10.2, "closed", left_at
+    case.record.drains = [Drain(0, signal, max(left_at, *signals) + 0.2) for signal in signals]
+    assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
 @pytest.mark.parametrize(("complete", "charge", "broken"), [(True, 0, True), (True, COST, False), (False, 0, False)])
