@@ -1,6 +1,6 @@
 """Shrink a failing history: drop steps, put fields back to their usual values, lower numbers, while the same rule is broken."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import islice
 from typing import Any, Final
 
@@ -10,28 +10,12 @@ from msgspec.structs import fields, replace
 from simulation.history import Answer, History, KeyPlan, Request, Step
 
 MAX_PLAYS: Final = 600
-KEPT: Final = frozenset(
-    {"seed", "profile", "name", "what", "at_s", "repeats", "credit"}
-)  # fields that are not simplified
-BODY: Final = frozenset(  # that a repeat has to have too
-    {
-        "keyed",
-        "model",
-        "fallbacks",
-        "stream",
-        "include_usage",
-        "n",
-        "max_tokens",
-        "timeout_s",
-        "prompt_words",
-        "session",
-        "options",
-        "turns",
-        "ending",
-        "in_parts",
-        "escaped",
-    }
-)
+KEPT: Final = frozenset({"seed", "profile", "name", "what", "at_s", "repeats", "other_body", "credit"})
+# What makes a request a repeat, and its body: it has to be that of all requests with its Idempotency-Key.
+SHARED: Final = frozenset({
+    *("key", "keyed", "model", "fallbacks", "stream", "include_usage", "n", "max_tokens", "timeout_s", "prompt_words"),
+    *("session", "tier", "template", "manner", "options", "turns", "ending", "in_parts", "escaped"),
+})  # fmt: skip
 LOWEST: Final = {"words": 1, "n": 1, "prompt_words": 1, "after": 0, "workers": 1}
 
 
@@ -76,17 +60,40 @@ def _smaller(history: History) -> Iterator[History]:
         if key != KeyPlan(key.account):
             yield replace(history, keys=(*history.keys[:at], KeyPlan(key.account), *history.keys[at + 1 :]))
     for at, step in enumerate(steps):
-        for simpler in _simpler_step(step):
-            yield replace(history, steps=(*steps[:at], simpler, *steps[at + 1 :]))
+        group = (
+            [] if not isinstance(step, Request) else [other for other in history.requests if _key(other) == _key(step)]
+        )
+        for simpler in _simpler_step(step, is_alone=len(group) < 2):
+            yield replace(history, steps=_put(steps, at, simpler))
 
 
-def _simpler_step(step: Step) -> Iterator[Step]:
-    if isinstance(step, Request) and not (step.keyed or step.repeats):
+def _key(request: Request) -> str:
+    """Return what the requests with one Idempotency-Key have in common: the name of the first."""
+    return request.repeats or request.name
+
+
+def _put(steps: tuple[Step, ...], at: int, simpler: Step) -> tuple[Step, ...]:
+    """Put a simpler step in a step's place, and what they share in all requests with its Idempotency-Key."""
+    step = steps[at]
+    put = [*steps[:at], simpler, *steps[at + 1 :]]
+    if isinstance(step, Request) and isinstance(simpler, Request):
+        shared = {name: getattr(simpler, name) for name in SHARED if getattr(simpler, name) != getattr(step, name)}
+        words = simpler.prompt_words - simpler.other_body  # another body has a word more
+        for index, other in enumerate(put):
+            if shared and index != at and isinstance(other, Request) and _key(other) == _key(step):
+                put[index] = replace(other, **(shared | {"prompt_words": words + other.other_body}))
+    return tuple(put)
+
+
+def _simpler_step(step: Step, *, is_alone: bool) -> Iterator[Step]:
+    if isinstance(step, Request) and is_alone:
         words = min(step.prompt_words, Request("").prompt_words)
         plain = Request(step.name, at_s=step.at_s, prompt_words=words, answers=tuple(map(_plain, step.answers[:1])))
         if plain != step:
             yield plain
-    kept = BODY if isinstance(step, Request) and step.keyed else frozenset()
+    kept = {"keyed"} if not is_alone else set()
+    if isinstance(step, Request) and step.other_body:
+        kept.add("prompt_words")  # it follows that of the others
     yield from _plainer(step, kept)
     if isinstance(step, Request):
         if len(step.answers) > 1:
@@ -103,7 +110,7 @@ def _plain(answer: Answer) -> Answer:
     return Answer(words=min(answer.words, Answer().words))
 
 
-def _plainer(record: Any, kept: frozenset[str] = frozenset()) -> Iterator[Any]:
+def _plainer(record: Any, kept: Container[str] = ()) -> Iterator[Any]:
     """Yield a record with one field at its default, or at its lowest."""
     assert isinstance(record, Struct)
     for field in fields(record):

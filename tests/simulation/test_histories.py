@@ -1,13 +1,16 @@
 """Histories by their seeds: a fixed set, those that once found a fault, and new ones for a while."""
 
 import os
+import random
 import time
 
 import pytest
 from msgspec.structs import replace
 
 from simulation.__main__ import main
+from simulation.client import body_of
 from simulation.history import Answer, Fault, History, KeyPlan, Request, WorkerEvent, describe, draw
+from simulation.record import Finding
 from simulation.shrink import shrunk
 from simulation.story import played
 
@@ -239,6 +242,63 @@ def test_what_does_not_matter_gets_its_lowest_number_and_its_usual_value():
     expected = Request("q1", stream=True, prompt_words=1, answers=(Answer(words=1),))
     assert (smallest.steps, smallest.keys, smallest.credit) == ((expected,), (KeyPlan(),), (7,))
     assert len(played_ones) < 60
+
+
+def group_of(request):
+    return request.repeats or request.name
+
+
+def as_the_first(request):
+    """The request, without the word by which another body differs."""
+    return replace(request, prompt_words=request.prompt_words - 1) if request.other_body else request
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.5])
+def test_what_a_key_repeats_stays_the_same_request_when_it_is_shrunk(chance):
+    rng = random.Random(1)
+    histories = [each for each in map(draw, range(1, 300)) if any(request.repeats for request in each.requests)]
+    candidates: list[History] = []
+    for history in histories:
+        shrunk(history, lambda smaller: candidates.append(smaller) or rng.random() < chance)
+    for candidate in candidates:
+        firsts = {}
+        for request in candidate.requests:
+            sent = request.key, request.keyed, body_of(as_the_first(request), "mk")
+            assert firsts.setdefault(group_of(request), sent) == sent
+            assert request.keyed or [group_of(other) for other in candidate.requests].count(group_of(request)) == 1
+    assert len(candidates) > 1_000
+
+
+def test_a_request_whose_key_nothing_repeats_needs_none():
+    history = History(
+        1, "any", steps=(Request("q0", keyed=True, stream=True), Request("q1", repeats="q0", keyed=True, stream=True))
+    )
+    smallest = shrunk(history, lambda smaller: any(each.stream for each in smaller.requests))
+    assert [(each.keyed, each.prompt_words) for each in smallest.requests] == [(False, 1)]
+
+
+def test_what_is_shrunk_breaks_the_same_rule_in_the_same_words(monkeypatch, capsys):
+    """Three rules are broken, as long as the requests are there that break them."""
+
+    def judged(history):
+        broken = {"q0": "it costs 17 nusd", "q1": "it costs nothing", "q2": "it costs 4 nusd"}
+        found = [
+            Finding("charges" if name != "q2" else "books", broken[name])
+            for name in ("q0", "q1", "q2")
+            if name in {request.name for request in history.requests}
+        ]
+        done = played(history)
+        done.findings = found
+        return done
+
+    history = History(1, "any", steps=tuple(Request(f"q{at}", stream=at == 2) for at in range(3)))
+    monkeypatch.setattr("simulation.__main__.draw", lambda _seed: history)
+    monkeypatch.setattr("simulation.__main__.played", judged)
+    assert main(["--replay", "1"]) == 1
+    told = capsys.readouterr().out
+    assert "charges: it costs 17 nusd" in told
+    assert "it costs nothing" not in told
+    assert "it costs 4" not in told
 
 
 @pytest.mark.parametrize(
