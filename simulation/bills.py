@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from msgspec.structs import replace
 
 from simulation.client import Sight
-from simulation.history import LEASE_TOKENS, OPTIONS, STORE_TIMEOUT_S, Model, Price
+from simulation.history import LEASE_TOKENS, OPTIONS, STORE_TIMEOUT_S, WRITE_TIMEOUT_S, Model, Price
 from simulation.provider import TOKENS_OF_A_MESSAGE, Call, prompt_tokens
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View, cut_short
 
@@ -302,9 +302,11 @@ def _charges_of(
     final = call.reported and not call.outdated
     if call.complete or final:
         yield whole
-    # the provider had the prompt, unless it was left for its silence
+    # the provider had the prompt, unless it was left for something else: for its silence, by a drain, for lack of credit
     is_silent = goes_on and call.answer.is_silent
-    hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported and not is_silent
+    is_early = call.ended_at < min(sight.ended_at - HOP_S, sight.began_at + WRITE_TIMEOUT_S)
+    is_ours = is_silent or is_early or view.feels(sight, "drained")
+    hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported and not is_ours
     nothing_known = not call.shown_begun and not (call.is_true and call.reported) and not hung_up
     if nothing_known or ((call.ended == "cut" or is_silent) and not call.shown_sent):
         yield NOTHING

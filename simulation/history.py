@@ -577,7 +577,10 @@ def _providers(rng: random.Random) -> History:
     requests = []
     for number in range(rng.randint(2, 5)):
         bad = _bad_answer(rng)
-        answers = (bad,) if rng.random() < 0.4 else (bad, _any_answer(rng) if rng.random() < 0.7 else _bad_answer(rng))
+        answers = [bad] if rng.random() < 0.4 else [bad, _any_answer(rng) if rng.random() < 0.7 else _bad_answer(rng)]
+        if rng.random() < 0.07:  # two that ask for other waits
+            waits = rng.sample((None, 0.4, 3.0, 7.0, 90.0), 2)
+            answers = [replace(_any_answer(rng), status=429, error="limit", wait_s=wait_s) for wait_s in waits]
         request = _request(
             rng,
             f"q{number}",
@@ -691,10 +694,31 @@ def _workers(rng: random.Random) -> History:
         request = _request(rng, f"q{number}", answer, spread=3.0)
         requests.append(replace(_reading(rng, request, 0.15), keyed=rng.random() < 0.25, worker=rng.randint(0, 1)))
     events = [_worker_event(rng) for _ in range(rng.randint(1, 2))]
+    for drain in [event for event in events if event.what == "drained"]:
+        requests += _across(rng, drain, f"d{len(requests)}") if rng.random() < 0.6 else []
     for name, _ in [priced for event in events for priced in event.prices]:  # when the new price must hold
         late = _request(rng, f"q{len(requests)}", _any_answer(rng), models=(name,))
         requests.append(replace(late, at_s=5.0 + len(requests), worker=rng.randint(0, 1)))
     return History(0, "", workers=2, steps=(*requests, *events))
+
+
+def _across(rng: random.Random, drain: WorkerEvent, name: str) -> list[Step]:
+    """Draw requests that run when their worker is drained: until it is over, or for longer than it waits."""
+    requests: list[Step] = []
+    for number in range(rng.randint(2, 4)):
+        lasts_s = rng.choice((6.0, 12.0, 16.0, 18.0, 24.0, 45.0))
+        words = rng.choice((4, 20))
+        is_late = lasts_s < FIRST_BYTE_S and rng.random() < 0.5
+        answer = replace(
+            _any_answer(rng), words=words, per_event=1, pieces=0, gzip=False, other_shape=False, pause_s=0.0
+        )
+        answer = replace(
+            answer, delay_s=lasts_s if is_late else 0.0, gap_s=0.0 if is_late else round(lasts_s / words, 3)
+        )
+        request = replace(_request(rng, f"{name}{number}", answer), timeout_s=None, max_tokens=None, connection="")
+        request = replace(_reading(rng, request, 0.1), keyed=rng.random() < 0.2, worker=drain.worker)
+        requests.append(replace(request, at_s=round(max(0.0, drain.at_s - rng.choice((0.2, 1.0, 3.0))), 3)))
+    return requests
 
 
 def _mixed(rng: random.Random) -> History:

@@ -866,6 +866,18 @@ PLANTED: Final = [
         "            for breaker in probes:\n                breaker.succeeded(now)\n",
         "            for breaker in probes:\n                breaker.abandoned()\n",
     ),
+    Planted(
+        "a request during a probe is to wait for a minute",
+        "policy/route_health.py",
+        "min(self._probe_until - now, self._open_s)",
+        "self._probe_until - now",
+    ),
+    Planted(
+        "of two providers' waits the longer one is told",
+        "policy/failover.py",
+        "return 3, -(response.retry_after_s or 0.0), index",
+        "return 3, response.retry_after_s or 0.0, index",
+    ),
     # Time-outs.
     Planted(
         "a provider that falls silent is waited for three times as long",

@@ -9,6 +9,7 @@ from simulation.bills import TIMER_S, nusd, over_at
 from simulation.breakers import ASKED_S, is_failing, may_all_be_open
 from simulation.client import Sight
 from simulation.history import (
+    DEFAULT_OUTPUT_TOKENS,
     FIRST_BYTE_S,
     HEARTBEAT_S,
     HOLD_TTL_S,
@@ -203,7 +204,8 @@ def _limited(view: View, sight: Sight) -> bool:
         return bool(sizes) and len(counted) >= min(sizes)
     if "tokens per minute" in message:
         tokens = sum(len(other.body) // 2 + 50 + MAX_OUTPUT_TOKENS * 2 for other in counted)
-        return key.tokens_per_minute is not None and bool(counted) and tokens >= key.tokens_per_minute // 2
+        own = len(sight.body) // 2 + 50 + (sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS) * sight.request.n
+        return key.tokens_per_minute is not None and bool(counted) and tokens + own > key.tokens_per_minute
     return False
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from simulation.__main__ import main
 from simulation.client import body_of
-from simulation.history import Answer, Fault, History, KeyPlan, Request, WorkerEvent, describe, draw
+from simulation.history import Answer, Fault, History, KeyPlan, Outage, Request, WorkerEvent, describe, draw
 from simulation.record import Finding
 from simulation.shrink import shrunk
 from simulation.story import played
@@ -176,6 +176,16 @@ FOUND = {
     ),
     "what frames messages was billed as their text": Request(
         "q1", turns=("called", "called"), in_parts=True, prompt_words=1, answers=(Answer(lie="none"),)
+    ),
+    "what came during a probe was to wait for a minute": History(
+        1,
+        "found",
+        steps=(
+            Outage(0.0, for_s=3.0),
+            *(Request(f"q{number}", at_s=number / 10) for number in range(10)),
+            Request("q10", at_s=9.0, answers=(Answer(delay_s=1.5),)),
+            Request("q11", at_s=9.5),
+        ),
     ),
     "a client that left was read on for by an upstream that isn't drained": Request(
         "q1",
