@@ -7,11 +7,15 @@ from typing import Final
 from simulation.bills import allowed_charges, is_lost, least_held, over_at, runs_on
 from simulation.books import lost_grants
 from simulation.client import Sight
-from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS
+from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS, WRITE_TIMEOUT_S
 from simulation.provider import Call
 from simulation.reasons import credit_samples, is_of_session, most_held
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, View
 
+WAY_BYTES: Final = 65_536  # under way to a client at most (docs/simulation.md)
+EVENT_BYTES: Final = 8  # of an event beside its data
+WRITTEN_S: Final = 0.5  # by which the way to a client is full sooner or later than its events tell
+CHECK_S: Final = 1.0  # how often the gateway looks whether clients take something, here
 SHORT_OF: Final = 2  # holds that an account has to have for a whole answer to go out without a cap (docs/api.md)
 OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply"})
 
@@ -172,12 +176,37 @@ def holds_are_kept(view: View) -> Iterator[str]:
                 if not (in_time or view.clock_jumps):
                     yield f"a{number}: the hold {event['hold_id']} was abandoned"
     for sight in view.record.sights:
-        if sight.request.reads != "stalls" or sight.ended != "left" or sight.request.keyed or runs_on(view, sight):
-            continue
-        for event in () if view.feels(sight) or view.clock_jumps else view.settled.get(sight.request_id, ()):
-            settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
-            if settled_at > sight.ended_at - 1:
-                yield f"{sight.request_id} was settled when its client gave up, and not after write_timeout_s"
+        if sight.request.reads == "stalls" and sight.ended == "left" and sight.times and len(view.group(sight)) == 1:
+            yield from _stall_faults(view, sight)
+
+
+def _stall_faults(view: View, sight: Sight) -> Iterator[str]:
+    """Find a client that read nothing more and was given up at another time than `write_timeout_s` later.
+
+    It takes what fits on the way to it, so that time begins when that is full. Afterwards an answer may run on.
+    """
+    calls = view.calls.get(sight.marker, [])
+    full_at = _full_at(sight, calls[-1]) if calls else None
+    if full_at is None:
+        return
+    least = max(full_at, sight.times[-1][0]) + WRITE_TIMEOUT_S - WRITTEN_S
+    answer = calls[-1].answer
+    rest_s = answer.gap_s * len(calls[-1].lines) + answer.pause_s + answer.lingers_s if runs_on(view, sight) else 0.0
+    most = least + 2 * WRITTEN_S + 2 * CHECK_S + rest_s
+    for event in () if view.clock_jumps or view.feels(sight, until=most) else view.settled.get(sight.request_id, ()):
+        settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
+        is_given_up = event["outcome"] == "client_disconnected"
+        if settled_at > most or (is_given_up and settled_at < least):
+            took_s = settled_at - least - WRITTEN_S + WRITE_TIMEOUT_S
+            yield f"{sight.request_id} was settled {took_s:.1f} s after its client had taken the last byte"
+
+
+def _full_at(sight: Sight, call: Call) -> float | None:
+    """Return when a stream had more than its client had read and the way to it takes; None if it had not."""
+    sizes = itertools.accumulate(len(line) + EVENT_BYTES for line in call.lines)
+    return next(
+        (at for size, at in zip(sizes, call.lines_at, strict=False) if size > len(sight.payload) + WAY_BYTES), None
+    )
 
 
 def _life(view: View, event: dict[str, str]) -> tuple[float, float]:

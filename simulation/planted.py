@@ -738,6 +738,18 @@ PLANTED: Final = [
         "BACKOFF_MIN_S = BACKOFF_MAX_S = 4.0",
     ),
     Planted(
+        "a client that takes nothing is given up after twice the time",
+        "server/listener.py",
+        "if now - since >= self._limits.write_timeout_s():",
+        "if now - since >= 2 * self._limits.write_timeout_s():",
+    ),
+    Planted(
+        "a client that takes nothing is given up after half of the time",
+        "server/listener.py",
+        "if now - since >= self._limits.write_timeout_s():",
+        "if now - since >= self._limits.write_timeout_s() / 2:",
+    ),
+    Planted(
         "an estimated prompt is called reported",
         "gateway/settle.py",
         'usage = replace(usage, prompt=plan.likely_prompt_tokens())\n        exchange.usage_source = "estimated"',

@@ -2113,6 +2113,34 @@ def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
+@pytest.mark.parametrize(
+    ("settled_at", "fields", "is_right"),
+    [
+        pytest.param(41.0, {}, True, id="30 s later"),
+        pytest.param(40.99, {}, False, id="before"),
+        pytest.param(40.99, {"outcome": "upstream_failed"}, True, id="before, by its provider"),
+        pytest.param(44.0, {}, True, id="when it is looked at"),
+        pytest.param(44.01, {}, False, id="too late"),
+        pytest.param(44.01, {"outcome": "completed"}, False, id="too late, as it is complete"),
+        pytest.param(44.01, {"size": 65_000}, True, id="with all under way to it"),
+        pytest.param(54.0, {"keyed": True}, True, id="when the rest has run on"),
+        pytest.param(54.01, {"keyed": True}, False, id="after the rest has run on"),
+        pytest.param(44.01, {"trouble": Trouble("slow", 44.9, 60.0)}, True, id="while the store is slow"),
+        pytest.param(44.01, {"trouble": Trouble("slow", 45.1, 60.0)}, False, id="before the store is slow"),
+    ],
+)
+def test_a_client_that_takes_nothing_is_given_up_in_time(settled_at, fields, is_right):
+    """By what its provider had sent at 11.5, of which the way to it takes 64 KiB."""
+    case = Case(Request("q0", stream=True, reads="stalls", keyed=fields.get("keyed", False)))
+    case.sight.ended, case.sight.ended_at = "left", 101.0
+    case.call.lines, case.call.lines_at = ["-" * fields.get("size", 66_000)], [11.5]
+    case.call.answer = Answer(gap_s=10.0)
+    outcome = fields.get("outcome", "client_disconnected")
+    case.record.books = {0: book(settled(settled_ms=round(settled_at * 1000), outcome=outcome))}
+    case.record.troubles = [fields["trouble"]] if "trouble" in fields else []
+    assert ("holds_are_kept" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
 STALLS = Request("q0", reads="stalls")
 SIGNAL = 10.5  # when an instance is told to end whose request ends at 11.0
 
