@@ -155,7 +155,9 @@ def sources_are_told(view: View) -> Iterator[str]:
     """Check that a settlement says where its tokens are from: the provider's report, an estimate, or that nothing was used."""
     for sight in view.record.sights:
         calls = view.calls.get(sight.marker, [])
-        if not calls or (len(calls) > 1 and len(view.group(sight)) > 1):
+        group = view.group(sight)
+        later = [other for other in group if calls and sight.ended_at < other.began_at <= calls[-1].at]
+        if not calls or later or (len(calls) > 1 and len(group) > 1):
             continue  # another's call
         for event in view.settled.get(sight.request_id, ()):
             source, right = event["usage_source"], _sources(view, sight, calls[-1])

@@ -189,6 +189,7 @@ def _limited(view: View, sight: Sight) -> bool:
             other
             for other in counted
             if over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
+            or (view.feels(other, *STORE) and view.feels(sight, *STORE))  # its settlement waits
         ]
         return key.max_parallel is not None and len(open_) >= key.max_parallel
     if "requests per minute" in message:

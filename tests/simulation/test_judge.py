@@ -1100,6 +1100,26 @@ def test_the_source_of_the_tokens_is_judged(change, is_right):
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
+@pytest.mark.parametrize(("asked_at", "excused"), [(11.1, True), (10.9, False)])
+def test_a_request_that_left_before_it_ran_has_no_tokens_of_a_later_one_s(asked_at, excused):
+    case = Case(Request("q0", keyed=True, reads="leaves"))
+    case.sight.ended, case.sight.ended_at = "left", 10.5
+    case.twice(began_at=11.0, sent_at=11.0, ended_at=12.0)
+    case.call.at = asked_at
+    case.record.books = {0: book(settled(usage_source="none"), settled(hold_id="h2", request_id="id-q1"))}
+    assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "excused"), [(1.1, 10.0, True), (1.11, 10.0, False), (1.1, 9.99, False), (-5.0, 10.0, True)]
+)
+def test_a_slot_may_be_taken_while_a_settlement_waits_for_the_store(start, end, excused):
+    case = Case()
+    limited(1.0, 1, Trouble("refused", start, end), max_parallel=1)(case)
+    case.record.sights[1].ended = "whole"
+    assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
 # What clients see: both sides of each bound. Rows are a change of the good record, its request, and the rules that it breaks.
 
 
