@@ -2,6 +2,9 @@
 
 import os
 import random
+import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -302,8 +305,8 @@ def test_what_is_shrunk_breaks_the_same_rule_in_the_same_words(monkeypatch, caps
         return done
 
     history = History(1, "any", steps=tuple(Request(f"q{at}", stream=at == 2) for at in range(3)))
-    monkeypatch.setattr("simulation.__main__.draw", lambda _seed: history)
-    monkeypatch.setattr("simulation.__main__.played", judged)
+    monkeypatch.setattr("simulation.replay.draw", lambda _seed: history)
+    monkeypatch.setattr("simulation.replay.played", judged)
     assert main(["--replay", "1"]) == 1
     told = capsys.readouterr().out
     assert "charges: it costs 17 nusd" in told
@@ -311,9 +314,62 @@ def test_what_is_shrunk_breaks_the_same_rule_in_the_same_words(monkeypatch, caps
     assert "it costs 4" not in told
 
 
+KEYED = Request("q0", keyed=True, answers=(Answer(delay_s=1.0),))
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ((Request("q0", model="pair"),), r"  model pair: asks one, then two; 2500 a token of prompt, 10000 of output"),
+        (
+            (Request("q0", model="fee"),),
+            r"  model fee: asks two; 1000 a token of prompt, 4000 of output, 3000000 a request",
+        ),
+        ((Request("q0", model="gone-first"),), r"  upstream gone: Upstream\(is_there=False\)"),
+        ((Request("q0"),), r"  settle: 1 settled, 0 settled before or never admitted"),
+        ((Request("q0"),), r"store: a0 has \d+ \(-\d+\), held 0 \(-\d+\) after settle"),
+        (
+            (Request("q0"),),
+            r"q0: the client saw status 200; .*x-request-id: id-q0; .*x-ratelimit-remaining-requests: \d+",
+        ),
+        (
+            (Request("q0", connection="c1", answers=(Answer(delay_s=2.0),)), Request("q1", at_s=0.5, connection="c1")),
+            r"   2\.\d+  q1: the client sends it to gateway-0, 1\.\d+ s late: its connection was in use: ",
+        ),
+        (
+            (KEYED, replace(KEYED, name="q1", repeats="q0", at_s=2.0)),
+            r"  q0: .*tokens, for all with its Idempotency-Key\)",
+        ),
+        (
+            (KEYED, replace(KEYED, name="q1", repeats="q0", at_s=2.0)),
+            r"  q1: charged 0, .* \(the calls of q0, whose Idempotency-Key it has\)",
+        ),
+        ((KEYED, WorkerEvent(0.5, "killed")), r"store: a0's hold \w+ was abandoned: it held \d+"),
+    ],
+)
+def test_a_replay_has_what_a_finding_is_understood_by(steps, words, monkeypatch, capsys):
+    monkeypatch.setattr("simulation.replay.draw", lambda seed: History(seed, "any", steps=steps))
+    assert main(["--replay", "1", "--whole"]) == 0
+    assert re.search(words, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("output", [">/dev/full", ">&-"])
+def test_an_output_that_cannot_be_written_is_no_broken_rule(output):
+    command = f"exec '{sys.executable}' -m simulation --seeds 1 {output}"
+    run = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stderr.count("\n")) == (os.EX_IOERR, 1)
+    assert run.stderr.startswith("python -m simulation: the output can't be written: ")
+
+
+def test_a_moment_is_enough_for_one_history(capsys):
+    assert main(["--minutes", "1e-9"]) == 0
+    assert capsys.readouterr().out.startswith("1 histories")
+
+
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
+        ("--see 1", "unrecognized arguments: --see 1"),
         ("--jobs 0", "argument --jobs: '0' is no whole number of at least 1"),
         ("--seeds -5", "argument --seeds: '-5' is no whole number of at least 1"),
         ("--seeds x", "argument --seeds: 'x' is no whole number of at least 1"),
