@@ -9,7 +9,7 @@ from simulation.books import lost_grants
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS, WRITE_TIMEOUT_S
 from simulation.provider import Call
-from simulation.reasons import credit_samples, is_of_session, most_held
+from simulation.reasons import credit_samples, is_of_session, most_held, most_made
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, View
 
 WAY_BYTES: Final = 65_536  # under way to a client at most (docs/simulation.md)
@@ -150,6 +150,15 @@ def budgets_hold(view: View) -> Iterator[str]:
             beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
             if budget is not None and spent > budget + beyond:
                 yield f"{name}: {spent} was spent of a budget of {budget}, {beyond} of it beyond holds"
+
+
+def holds_are_needed(view: View) -> Iterator[str]:
+    """Check that no request holds more than it may cost: its prompt by the coarsest estimate, and its output or a slice."""
+    for sight in view.record.sights:
+        most = most_held(view, sight, most_made(view, sight))
+        for event in view.settled.get(sight.request_id, ()):
+            if int(event["held_nusd"]) > most:
+                yield f"{sight.request_id} held {event['held_nusd']}, and {most} would do"
 
 
 def renewals_raise(view: View) -> Iterator[str]:

@@ -40,6 +40,7 @@ from simulation.holds import (
     budgets_hold,
     credit_is_not_overdrawn,
     holds_are_kept,
+    holds_are_needed,
     imposed_cap_faults,
     renewals_raise,
 )
@@ -394,6 +395,7 @@ RULES: Final[tuple[Rule, ...]] = (
     changes_hold,
     holds_are_kept,
     drains_end,
+    holds_are_needed,
     renewals_raise,
     accounts_are_told,
     losses_are_told,

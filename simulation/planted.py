@@ -970,6 +970,19 @@ PLANTED: Final = [
         '"refused_by": exchange.refused_by,',
         '"refused_by": None,',
     ),
+    # Holds that are too large.
+    Planted(
+        "a hold is half as large again",
+        "policy/pricing.py",
+        "    return price.request - (-(prompt_tokens * prompt + output_tokens * output) // TOKENS_PER_PRICE)  # rounded up",
+        "    return price.request - (-(prompt_tokens * prompt + output_tokens * output) * 3 // 2 // TOKENS_PER_PRICE)",
+    ),
+    Planted(
+        "a stream asks for two slices",
+        "gateway/admit.py",
+        "covered = min(self._used + self._slice, self._cap)",
+        "covered = min(self._used + 2 * self._slice, self._cap)",
+    ),
 ]
 
 

@@ -1,11 +1,12 @@
 """Whether refusals and failures have a true reason and a true wait, and whether limits hold."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from simulation.bills import TIMER_S, nusd, over_at
+from simulation.bills import TIMER_S, TOOL_NAME_TOKENS, estimates, most_held_for, nusd, over_at
 from simulation.breakers import ASKED_S, is_failing, may_all_be_open
 from simulation.client import Sight
 from simulation.history import (
@@ -91,16 +92,16 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     if view.history.local and view.feels(sight):  # the allowance of an instance
         return True
     told = re.search(rf"has {USD} USD available.*?: {USD} USD needed", message)
-    samples = credit_samples(view, sight)
-    if sight.is_stream:  # in mid-stream: too little for what the provider made
-        made = max((call.made for call in view.calls.get(sight.marker, ())), default=0)
-        return not samples or min(sample.balance - sample.held for sample in samples) < 2 * most_held(view, sight, made)
+    since = sight.ended_at - LATENCY_S if sight.is_stream and not view.feels(sight, *STORE) else -math.inf
+    samples = credit_samples(view, sight, since)
+    left = [sample.balance - sample.held for sample in samples]
+    if sight.is_stream:
+        return not left or min(left) < _most_renewed(view, sight)
     if told is None:
         return False
     available, needed = nusd(told[1]), nusd(told[2])
-    if needed > 2 * most_held(view, sight):
+    if needed > most_held(view, sight):
         return False
-    left = [sample.balance - sample.held for sample in samples]
     return any(max(each, 0) == available and each < needed for each in left) if left else available < needed
 
 
@@ -110,7 +111,7 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
     budget = _session_budget(view, sight) if of_session else view.history.keys[sight.request.key].budget_nusd
     if told is None or budget is None:
         return sight.is_stream and budget is not None
-    made = max((call.made for call in view.calls.get(sight.marker, ())), default=0) if sight.is_stream else 0
+    made = most_made(view, sight) if sight.is_stream else 0
     most_spent = sum(
         view.charge(other) + most_held(view, other)
         for other in view.record.sights
@@ -121,8 +122,27 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
         nusd(told[1]) == budget
         and spent + needed > budget
         and spent <= most_spent + (most_held(view, sight, made) if made else 0)
-        and needed <= 2 * most_held(view, sight, made)
+        and needed <= most_held(view, sight, made)
     )
+
+
+def most_made(view: View, sight: Sight) -> int:
+    """Return the most tokens that a stream may be held for beside its next slice: an estimate of what had been sent."""
+    calls = view.calls.get(sight.marker, ())
+    named = TOOL_NAME_TOKENS * sight.request.n
+    return max(
+        (
+            estimates(call.shown_begun, call.shown_begun, named if call.answer.kind == "tool" else 0)[1]
+            for call in calls
+        ),
+        default=0,
+    )
+
+
+def _most_renewed(view: View, sight: Sight) -> int:
+    """Return the most that a stream may need for its next slice, in nano-USD, beside what it holds."""
+    held = [int(event["held_nusd"]) for event in view.settled.get(sight.request_id, ()) if event["hold"] == "live"]
+    return most_held(view, sight, most_made(view, sight)) - min(held, default=0)
 
 
 def _session_budget(view: View, sight: Sight) -> int | None:
@@ -151,16 +171,16 @@ def most_held(view: View, sight: Sight, made: int = 0) -> int:
     models = [model for name in names for model in view.models(sight, name)]
     if request.stream and not any(model.hidden_reasoning for model in models):
         output = min(output, made + LEASE_TOKENS * request.n)
-    prompt = len(sight.body) // 2 + 50 + (TEMPLATE_TOKENS if request.template else 0)
+    prompt = most_held_for(json.loads(sight.body)) + (TEMPLATE_TOKENS if request.template else 0)
     return max(price.cost(prompt, 0, output) for model in models for price in model.prices)
 
 
-def credit_samples(view: View, sight: Sight) -> list[Sample]:
-    """Return the account's credit while a request ran, and just before."""
-    account = view.key(sight)
+def credit_samples(view: View, sight: Sight, since: float = -math.inf) -> list[Sample]:
+    """Return the account's credit while a request ran, and just before: from a time on, if that is later."""
+    account, began_at = view.key(sight), max(since, sight.began_at)
     within = [sample for sample in view.record.samples if sample.account == account and sample.at <= sight.ended_at]
-    before = [sample for sample in within if sample.at < sight.began_at][-1:]
-    return before + [sample for sample in within if sample.at >= sight.began_at]
+    before = [sample for sample in within if sample.at < began_at][-1:]
+    return before + [sample for sample in within if sample.at >= began_at]
 
 
 def others_of_key(view: View, sight: Sight) -> list[Sight]:

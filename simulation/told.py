@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from simulation.answers import HOLD_S
-from simulation.bills import is_lost, runs_on
+from simulation.bills import is_lost, over_at, runs_on
 from simulation.client import Sight
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, met_deadline
@@ -143,7 +143,8 @@ def requests_are_logged(view: View) -> Iterator[str]:
         lines.setdefault(line["request_id"], []).append(line)
     for sight in view.record.sights:
         found = lines.pop(sight.request_id, [])
-        if len(found) > 1 or (not found and sight.ended == "whole" and not view.feels(sight, "killed")):
+        is_due = sight.ended == "whole" and not view.feels(sight, "killed", until=over_at(view, sight))
+        if len(found) > 1 or (is_due and not found):
             yield f"{sight.request_id} has {len(found)} lines in the log"
         for line in found:
             is_known = line["model"] is not None

@@ -73,7 +73,7 @@ def settled(**fields):
         "cached_tokens": 0,
         "reasoning_tokens": 0,
         "cost_nusd": COST,
-        "held_nusd": 4_100_000,
+        "held_nusd": fields.get("cost_nusd", COST),
         "hold": "live",
         "usage_source": "reported",
         "waived_nusd": 0,
@@ -464,6 +464,10 @@ def renewal_lowers(case):
     case.record.samples = [Sample(10.2, 0, GRANTED, 900_000, "renew"), Sample(10.5, 0, GRANTED, 400_000, "renew")]
 
 
+def hold_too_large(case):
+    case.record.books = {0: book(settled(held_nusd=4_100_000))}
+
+
 def hold_abandoned(case):
     case.record.books = {0: book(settled(hold="abandoned"))}
 
@@ -623,6 +627,7 @@ BREAKS = [
     (overdrawn, "credit_is_not_overdrawn"),
     (beyond_the_hold, "credit_is_not_overdrawn"),
     (budget_passed, "budgets_hold"),
+    (hold_too_large, "holds_are_needed"),
     (hold_abandoned, "holds_are_kept"),
     (renewal_lowers, "renewals_raise"),
     (tokens_kept, "buckets_are_right"),
@@ -852,7 +857,7 @@ def unknown(change):
 
     def changed(case):
         change(case)
-        other = Sight(Request("q1"), "mk1q1z", "id-q1", b"{}", 10.0, sent_at=10.0, ended="left", ended_at=10.05)
+        other = Sight(Request("q1"), "mk1q1z", "id-q1", b"", 10.0, sent_at=10.0, ended="left", ended_at=10.05)
         case.record.sights.append(other)
 
     return changed
@@ -936,6 +941,41 @@ def out_of_credit_in_a_dearer_tier(cost):
     return change
 
 
+def held(amount):
+    """Let the request have held so much."""
+
+    def change(case):
+        case.record.books = {0: book(settled(held_nusd=amount))}
+
+    return change
+
+
+def short_of(needed):
+    """Let the request have been refused for a hold of so much, of which all but one nano-USD was there."""
+
+    def change(case):
+        case.record.samples.append(Sample(9.6, 0, needed - 1, 0))
+        usd = [f"0.{amount:09d}" for amount in (needed - 1, needed)]
+        case.failed(
+            402, code="insufficient_credits", message=f"It has {usd[0]} USD available, ...: {usd[1]} USD needed."
+        )
+        case.record.calls = []
+        case.sight.headers |= {"x-mesh-attempts": "0", "x-mesh-routing-attempts": "0"}
+
+    return change
+
+
+def out_of_slices(left, since=9.9):
+    """Let a stream have ended for lack of credit, while so much was left from a time on, and little before."""
+
+    def change(case):
+        out_of_credit(100_000)(case)
+        case.call.made = case.call.shown = case.call.shown_begun = 8
+        case.record.samples[-1:] = [Sample(9.6, 0, 1_000, 0), Sample(since, 0, left, 0)]
+
+    return change
+
+
 def beyond(excess, *, made=8, shown=8, **call):
     """Let a reported charge have exceeded its hold by so much."""
 
@@ -950,9 +990,12 @@ def beyond(excess, *, made=8, shown=8, **call):
 
 
 BODY_BYTES = len(body_of(REQUEST, MARKER))
-FULL_HOLD = (BODY_BYTES // 2 + 50) * 2_500 + 400 * 10_000  # by the coarsest estimate
+MESSAGE_BYTES = len(json.dumps([{"role": "user", "content": f"{MARKER}: the river is old, and"}]))
+PROMPT_HELD = MESSAGE_BYTES // 3 + 12  # tokens, by the coarsest estimate
+FULL_HOLD = PROMPT_HELD * 2_500 + 400 * 10_000
 MOST_TOKENS = BODY_BYTES // 3 + 12 + 64  # that an admission takes from a bucket
 SERVED = Request("q0", model="served", tier="flex", stream=True)
+SLICE_NUSD = PROMPT_HELD * 2_500 + (12 + 16) * 10_000 - 100_000  # with 8 tokens seen, beside a hold of 100,000
 OVERDRAWN, BUCKETS = {"credit_is_not_overdrawn"}, {"buckets_are_right"}
 CLEAN, BILLS = {"requests_are_clean"}, {"charges_are_bills"}
 MONEY = {
@@ -1032,6 +1075,21 @@ MONEY = {
     ),
     "a larger cap": (capped(None, 10), Request("q0", max_tokens=9), CLEAN),
     "a smaller cap": (capped(None, 8), Request("q0", max_tokens=9), CLEAN),
+    "a hold of all": (held(FULL_HOLD), REQUEST, set()),
+    "a hold of more": (held(FULL_HOLD + 1), REQUEST, {"holds_are_needed"}),
+    "a hold of a cap": (held(PROMPT_HELD * 2_500 + 90_000), Request("q0", max_tokens=9), set()),
+    "a hold of more than a cap": (
+        held(PROMPT_HELD * 2_500 + 90_001),
+        Request("q0", max_tokens=9),
+        {"holds_are_needed"},
+    ),
+    "a hold of a slice": (held(PROMPT_HELD * 2_500 + (12 + 16) * 10_000), STREAMED, set()),
+    "a hold of more than a slice": (held(PROMPT_HELD * 2_500 + 280_001), STREAMED, {"holds_are_needed"}),
+    "a refusal for a hold": (short_of(FULL_HOLD), REQUEST, set()),
+    "a refusal for more than a hold": (short_of(FULL_HOLD + 1), REQUEST, {"statuses_have_reasons"}),
+    "a slice that is lacking": (out_of_slices(SLICE_NUSD - 1), STREAMED, set()),
+    "a slice that is left": (out_of_slices(SLICE_NUSD), STREAMED, {"statuses_have_reasons"}),
+    "a slice that was lacking until a second before": (out_of_slices(SLICE_NUSD, 10.1), STREAMED, set()),
     "a cap of the gateway's": (capped(60, 60, 2 * FULL_HOLD - 1), REQUEST, set()),
     "a cap that wasn't needed": (capped(60, 60, 2 * FULL_HOLD), REQUEST, CLEAN),
     "a cap above the model's": (capped(401, 401, 1_000), REQUEST, CLEAN),
@@ -1224,6 +1282,28 @@ def logged(*lines):
         case.record.logged = [line_of(case.record, case.sight, **fields) for fields in lines]
         if not lines:
             case.record.logged = [line_of(case.record, case.sight, request_id="id-q7")]
+
+    return change
+
+
+def unlogged_until(ended_at):
+    """Let the log have no line of a request whose provider is read to its end, at a time."""
+
+    def change(case):
+        case.twice(
+            request=Request("q7", reads="leaves"),
+            request_id="id-q7",
+            marker="mk1q7z",
+            ended="left",
+            headers={},
+            status=0,
+            payload=b"",
+        )
+        case.record.books = {0: book(settled(model="drained"))}
+        case.sight.request = replace(REQUEST, model="drained")
+        case.serve("drained")
+        case.call.upstream, case.call.body["model"], case.call.ended_at = "drained", "up-drained", ended_at
+        case.record.logged = [line_of(case.record, case.record.sights[1])]
 
     return change
 
@@ -1669,6 +1749,16 @@ SEEN = {
     "a line in the log": (logged({}), REQUEST, set()),
     "two lines in the log": (logged({}, {}), REQUEST, LOGGED),
     "no line in the log": (logged(), REQUEST, LOGGED),
+    "no line of a killed worker's that ran on": (
+        troubled(unlogged_until(12.5), Trouble("killed", 13.4, 20.0, 0)),
+        REQUEST,
+        set(),
+    ),
+    "no line of a killed worker's that had run on": (
+        troubled(unlogged_until(12.3), Trouble("killed", 13.4, 20.0, 0)),
+        REQUEST,
+        LOGGED,
+    ),
     "a line as long as the way": (logged({"duration_ms": 600.1}), REQUEST, set()),
     "a line that is too short": (logged({"duration_ms": 599.9}), REQUEST, LOGGED),
     "a line that is too long": (logged({"duration_ms": 1000.1}), REQUEST, LOGGED),
