@@ -304,8 +304,8 @@ def _admitted_without_room(view: View) -> Iterator[str]:
 
 def _restarted(view: View, since: float, sight: Sight) -> bool:
     """Whether a process may have ended between a time and a request: its successor learns of the disk anew."""
-    ends = (trouble.start for trouble in view.record.troubles if trouble.what in {"killed", "drained"})
-    return any(since - RECOVERY_S <= start <= sight.ended_at for start in ends)
+    ends = (trouble for trouble in view.record.troubles if trouble.what in {"killed", "drained"})
+    return any(end.start <= sight.ended_at and since - RECOVERY_S <= end.end for end in ends)
 
 
 def _during(view: View, at: float, *whats: str) -> Trouble | None:
