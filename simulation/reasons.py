@@ -203,7 +203,7 @@ def _limited(view: View, sight: Sight) -> bool:
         and not (other.request.keyed and "idempotent-replayed" in other.headers)
     ]
     if view.history.local and view.feels(sight):  # an instance's share of each limit
-        return key != KeyPlan(key.account)
+        return key != KeyPlan(key.account) or bool(changed_limits(view, sight.request.key))
     if "parallel" in message:
         open_ = [
             other
