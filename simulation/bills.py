@@ -71,9 +71,11 @@ def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -
     return Cost(least, price.cost(prompts[1], min(cached[1], prompts[1]), outputs[1], reasoning[1]))
 
 
-def least_held(messages: list[Any]) -> int:
-    """Return the fewest tokens that messages are held for: by their bytes, without the escapes of characters."""
-    return len(json.dumps(messages, ensure_ascii=False).encode()) // BYTES_A_TOKEN
+def least_held(body: Mapping[str, Any]) -> int:
+    """Return the fewest tokens that a call's prompt is held for: by its bytes, without the escapes of characters."""
+    others = [body[name] for name, (_, tokens) in OPTIONS.items() if tokens and name in body]
+    parts = (json.dumps(each, ensure_ascii=False).encode() for each in (body.get("messages", []), *others))
+    return sum(len(part) // BYTES_A_TOKEN for part in parts)
 
 
 def most_held_for(body: Mapping[str, Any]) -> int:
@@ -143,7 +145,7 @@ def bound_without_credit(view: View, sight: Sight) -> Cost | None:
         slices = [price.of_output(LEASE_TOKENS * sight.request.n) for price in prices]
         bodies = [call.body for call in view.calls.get(sight.marker, ())]
         prompt = int(event["prompt_tokens"])
-        fewest = min((least_held(body["messages"]) for body in bodies), default=0)
+        fewest = min((least_held(body) for body in bodies), default=0)
         more_prompt = max(0, prompt - fewest)  # citations, and an estimate too low
         less_prompt = max(0, max(map(most_held_for, bodies), default=TOKENS_OF_FRAMES) - prompt)
         more_nusd, less_nusd = (

@@ -83,7 +83,7 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
         model.price_in(call.tier, request.tier) not in {model.price, model.price_in(request.tier)} for model in models
     ):
         return  # a dearer service tier than was requested
-    held_for = min(least_held(call.body["messages"]) for call in calls)
+    held_for = min(least_held(call.body) for call in calls)
     beyond = LEASE_TOKENS * request.n if request.stream else 0
     if call.reported:
         beyond += call.made - call.shown if request.stream else 0  # hidden reasoning

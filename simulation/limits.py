@@ -218,8 +218,7 @@ def tokens_taken(view: View, sight: Sight) -> tuple[int, int]:
     """Return the least and the most tokens that an admitted request took by estimate."""
     calls = view.calls.get(sight.marker, [])
     n, cap = sight.request.n, sight.request.max_tokens
-    messages = [call.body["messages"] for call in calls] or [json.loads(sight.body).get("messages", [])]
-    prompts = [least_held(each) for each in messages]
+    prompts = [least_held(body) for body in ([call.body for call in calls] or [json.loads(sight.body)])]
     output = (cap or DEFAULT_OUTPUT_TOKENS) * n
     most = max(*prompts, len(sight.body) // BYTES_A_TOKEN) + _frame_tokens(sight) + output
     if cap is None and sight.request.stream:  # slices beyond the estimate

@@ -890,12 +890,44 @@ PLANTED: Final = [
         "return 3, -(response.retry_after_s or 0.0), index",
         "return 3, response.retry_after_s or 0.0, index",
     ),
+    # What requests have beside their text.
+    Planted(
+        "what frames messages is billed as text",
+        "policy/tokens.py",
+        '_text_words(_FRAMING.sub("", messages.decode(errors="ignore")))',
+        '_text_words(messages.decode(errors="ignore"))',
+    ),
+    Planted(
+        "escapes are billed as text",
+        "policy/tokens.py",
+        "text_tokens(_ESCAPE.sub(_unescaped, text) if",
+        "text_tokens(text if",
+    ),
+    Planted("tools aren't billed", "policy/tokens.py", "_said(messages) + sum(map(_words, others))", "_said(messages)"),
+    Planted(
+        "a field that OpenAI doesn't have is dropped",
+        "openai/request.py",
+        "        elif len(name) <= MAX_CAP_NAME_CHARS and _is_cap(name):\n            caps.append(_COUNT(raw))\n",
+        "        else:\n",
+    ),
+    Planted(
+        "tools aren't reserved",
+        "gateway/resolve.py",
+        'tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)',
+        "tokens = prompt.tokens",
+    ),
     # Time-outs.
     Planted(
         "a provider that falls silent is waited for three times as long",
         "upstream/connection.py",
         "if state is State.WAITING else timeouts.idle_s\n",
         "if state is State.WAITING else timeouts.idle_s * 3\n",
+    ),
+    Planted(
+        "a provider's first byte is waited for three times as long",
+        "upstream/connection.py",
+        "timeouts.first_byte_s if state is State.WAITING",
+        "timeouts.first_byte_s * 3 if state is State.WAITING",
     ),
     Planted(
         "a provider's first byte is waited for for a second less",
