@@ -130,7 +130,7 @@ def _bucket_faults(view: View, sight: Sight, bucket: Bucket, taken: Mapping[str,
         return
     low = max(least, int(remaining)) if int(remaining) else least
     high = min(most, int(remaining) + 1)
-    if not bucket.told_s(high) <= seconds(reset) <= (math.inf if low == -math.inf else bucket.told_s(low)):
+    if not bucket.told_s(high) - CLOCK_S <= seconds(reset) <= (math.inf if low == -math.inf else bucket.told_s(low)):
         yield f"{sight.request_id}: {bucket.kind} are to be full in {reset}, with {remaining} of {limit} and {low} to {high}"
 
 
