@@ -7,7 +7,7 @@ from typing import Final
 from simulation.bills import allowed_charges, is_lost, least_held, over_at, runs_on
 from simulation.books import lost_grants
 from simulation.client import Sight
-from simulation.history import ALLOWANCE_NUSD, LEASE_TOKENS, MAX_OUTPUT_TOKENS, WRITE_TIMEOUT_S
+from simulation.history import ALLOWANCE_NUSD, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS, WRITE_TIMEOUT_S
 from simulation.provider import Call
 from simulation.reasons import credit_samples, is_of_session, most_held, most_made
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, View
@@ -201,6 +201,7 @@ def _stall_faults(view: View, sight: Sight) -> Iterator[str]:
     least = max(full_at, sight.times[-1][0]) + WRITE_TIMEOUT_S - WRITTEN_S
     answer = calls[-1].answer
     rest_s = answer.gap_s * len(calls[-1].lines) + answer.pause_s + answer.lingers_s if runs_on(view, sight) else 0.0
+    rest_s += IDLE_S if answer.is_silent and runs_on(view, sight) else 0.0
     most = least + 2 * WRITTEN_S + 2 * CHECK_S + rest_s
     for event in () if view.clock_jumps or view.feels(sight, until=most) else view.settled.get(sight.request_id, ()):
         settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
