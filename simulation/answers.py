@@ -28,6 +28,8 @@ API_VERSION: Final = "2026-08"  # docs/api.md
 ENDED_S: Final = 0.5  # in which an instance ends whose requests are over: connections linger, and it looks at times
 LAST_WORDS_S: Final = 4.0  # in which what is cut short is told so: streams, and then whole answers
 SETTLED_S: Final = 30.0  # in which an instance settles without its store or its disk
+RETRIES: Final = 10  # second attempts that a worker may make
+RETRIES_WITHIN_S: Final = 20.0  # of which some count that were up to so long ago
 HOLD_S: Final = 2.0  # `server.first_event_hold_s`, which holds a stream's head back
 Verdict = Literal["next", "model", "end", "either"]
 
@@ -120,8 +122,20 @@ def failover_happens(view: View) -> Iterator[str]:
             and name not in refused_by
             and not may_be_open(view, sight, route, name)
         ]
-        if left and verdicts[-1] in {"next", "model"}:
+        if left and verdicts[-1] in {"next", "model"} and not _is_budget_spent(view, sight):
             yield f"{sight.request_id}: {_told(calls[-1])}, and {left} were not asked"
+
+
+def _is_budget_spent(view: View, sight: Sight) -> bool:
+    """Whether a worker may have made all its second attempts: ten, and a fifth of the requests of the last 10 s or so."""
+    second = [
+        call
+        for other in view.record.sights
+        if view.worker(other) == view.worker(sight)
+        for call in view.calls.get(other.marker, [])[1:]
+        if 0 <= sight.ended_at - call.at <= RETRIES_WITHIN_S
+    ]
+    return len(second) >= RETRIES
 
 
 def _told(call: Call) -> str:

@@ -21,17 +21,22 @@ LEAST_CALLS: Final = 20  # within WINDOW_S, of which half failed, that open it t
 OPEN_S: Final = 5.0  # doubled after each probe that failed, times 0.5 to 1.5
 MOST_OPEN_S: Final = 60.0
 LEAST_SHARE, MOST_SHARE = 0.5, 1.5
+REFUSED: Final = range(400, 500)
+MAY_HAVE_FAILED: Final = frozenset({"failed", "unclear"})
 FAILING: Final = "Every provider of this model is failing."
 ASKED_S: Final = 4 * HOP_S  # that an attempt is on its way to its provider: the last answer, a connection, the request
 
 
+What = Literal["failed", "answered", "refused", "unclear"]
+
+
 class Result(NamedTuple):
-    """One call of a worker's to a route, and what it shows. "unclear": perhaps nothing."""
+    """One call of a worker's to a route, and what it shows. "refused": not a failure. "unclear": perhaps one."""
 
     began_at: float
     ended_at: float
     account: int
-    what: Literal["failed", "answered", "unclear"]
+    what: What
 
 
 class Open(NamedTuple):
@@ -119,8 +124,10 @@ def _results(view: View, worker: int, upstream: str, model: str) -> list[Result]
     return sorted(found, key=lambda each: each.ended_at)
 
 
-def _what(group: list[Sight], call: Call) -> Literal["failed", "answered", "unclear"]:
+def _what(group: list[Sight], call: Call) -> What:
     """Return whether a call surely counts as a failure of its provider, or surely doesn't."""
+    if call.ended == "error" and call.answer.status in REFUSED:
+        return "refused"
     if any(sight.ended != "whole" or sight.request.timeout_s is not None for sight in group):
         return "unclear"
     if call.ended == "error" and call.answer.status >= 500:
@@ -198,12 +205,16 @@ def _most_open_s(known: Sequence[Result], now: float, *, of_route: bool) -> floa
     ended = [each for each in known if each.ended_at <= now + HOP_S]
     run: list[Result] = []  # of failures since an answer that had begun after the last one
     for each in ended:
-        if each.what != "answered":
+        if each.what in MAY_HAVE_FAILED:
             run.append(each)
-        elif each.ended_at + ASKED_S < now and all(other.ended_at < each.began_at for other in run):
+        elif (
+            each.what == "answered"
+            and each.ended_at + ASKED_S < now
+            and all(other.ended_at < each.began_at for other in run)
+        ):
             run = []
     counted = partial(_most_counted, ended, of_route=of_route)
-    failed = counted([each for each in ended if each.what != "answered"])
+    failed = counted([each for each in ended if each.what in MAY_HAVE_FAILED])
     is_half = failed >= LEAST_CALLS // 2 and len(ended) >= LEAST_CALLS
     if counted(run) < IN_A_ROW and not is_half:
         return None

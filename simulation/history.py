@@ -750,7 +750,11 @@ def _breakers(rng: random.Random) -> History:
     """
     model = rng.choice(("plain", "plain", "pair", "drained-first"))
     failed = rng.choice(
-        (Answer(status=500, error="failed"), Answer(status=529, error="busy"), Answer(end="resets", at=0.0))
+        (
+            *(Answer(status=500, error="failed"), Answer(status=529, error="busy"), Answer(end="resets", at=0.0)),
+            *(Answer(status=500, error="failed"), Answer(status=529, error="busy"), Answer(status=429, error="limit")),
+            Answer(status=401, error="key"),
+        )
     )
     gap_s = rng.choice((0.1, 0.3)) if model == "plain" else 0.005
     accounts = rng.choice(((0,), (0, 1)))
@@ -773,10 +777,14 @@ def _breakers(rng: random.Random) -> History:
         request = replace(_request(rng, f"q{number}", answer, models=(model,)), timeout_s=None, connection="", tier="")
         is_later = number >= count
         key = rng.choice((0, 0, 0, 1)) if is_later else accounts[number % len(accounts)]
-        requests.append(replace(request, at_s=round(at_s, 3), key=key, waits=is_later, prompt_words=6, n=1))
-    outage = Outage(0.0, MODELS[model].routes[0], outage_s, replace(failed, delay_s=delay_s))
+        worker = rng.choice((0, 0, 0, 1)) if is_later else 0
+        moved = replace(request, at_s=round(at_s, 3), key=key, worker=worker, waits=is_later, prompt_words=6, n=1)
+        requests.append(moved)
+    routes = MODELS[model].routes[: rng.choice((1, 1, 2))]
+    outages = [Outage(0.0, route, outage_s, replace(failed, delay_s=delay_s)) for route in routes]
     keys = (KeyPlan(0), KeyPlan(1))
-    return History(0, "", credit=(1_000_000_000, 1_000_000_000), keys=keys, steps=(outage, *requests))
+    credit = (1_000_000_000, 1_000_000_000)
+    return History(0, "", credit=credit, keys=keys, workers=rng.choice((1, 1, 2)), steps=(*outages, *requests))
 
 
 def _long(rng: random.Random) -> History:

@@ -885,6 +885,12 @@ PLANTED: Final = [
         "self._probe_until - now",
     ),
     Planted(
+        "a refusal counts as a provider's failure",
+        "policy/failover.py",
+        "return error.upstream_status >= 500 or",
+        "return error.upstream_status >= 400 or",
+    ),
+    Planted(
         "of two providers' waits the longer one is told",
         "policy/failover.py",
         "return 3, -(response.retry_after_s or 0.0), index",
