@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Final
 
-from simulation.bills import allowed_charges, is_lost, least_held, over_at, runs_on
+from simulation.bills import allowed_charges, has_passed_deadline, is_lost, least_held, over_at, runs_on
 from simulation.books import lost_grants
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS, WRITE_TIMEOUT_S
@@ -196,7 +196,7 @@ def _stall_faults(view: View, sight: Sight) -> Iterator[str]:
     """
     calls = view.calls.get(sight.marker, [])
     full_at = _full_at(sight, calls[-1]) if calls else None
-    if full_at is None:
+    if full_at is None or has_passed_deadline(sight):  # then it is given up already
         return
     least = max(full_at, sight.times[-1][0]) + WRITE_TIMEOUT_S - WRITTEN_S
     answer = calls[-1].answer
