@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from fakeredis._core._database import Database, Item
-from fakeredis._helpers import SimpleError
+from fakeredis._helpers import OK, SimpleError, SimpleString
 from fakeredis._msgs import WRONGTYPE_MSG
 from fakeredis.model import Hash, XStream, ZSet
+from fakeredis.model._stream import StreamEntryKey
 
 Word = bytes | int | float  # a script's number comes as it is
+_SPECIAL: Final = frozenset(b"*?[\\")  # characters of a pattern
 MOST: Final = 2**53  # a number below has one spelling in Lua and here
 
 
@@ -254,6 +256,45 @@ def xadd(db: Database, key: Word, *words: Word) -> bytes:
     return entry.encode()  # type: ignore[no-any-return]
 
 
+def xrange(db: Database, key: Word, first: bytes, last: bytes, *options: Word) -> list[Any]:
+    """XRANGE of all entries or of one."""
+    if options or (first != last and (first, last) != (b"-", b"+")):
+        raise Unusual
+    stream = _value(db, key, XStream)
+    if stream is None:
+        return []
+    if first != last:
+        return [[entry.encode(), stream._values_dict[entry]] for entry in stream._ids]
+    at_ms, _, number = first.partition(b"-")
+    if not (at_ms.isdigit() and number.isdigit()):
+        raise Unusual
+    one = StreamEntryKey(int(at_ms), int(number))
+    return [[one.encode(), stream._values_dict[one]]] if one in stream._values_dict else []
+
+
+def set_(db: Database, key: Word, value: Word, *options: Word) -> SimpleString | None:
+    """SET, for good and perhaps with NX."""
+    if options not in {(), (b"NX",)}:
+        raise Unusual
+    item = _live(db, key)
+    if item is None:
+        _made(db, key, _text(value))
+    elif options:
+        return None
+    else:
+        item.value, item.expireat = _text(value), None
+    return OK
+
+
+def keys(db: Database, pattern: bytes) -> list[bytes]:
+    """KEYS of a prefix."""
+    prefix = pattern[:-1]
+    if pattern[-1:] != b"*" or not _SPECIAL.isdisjoint(prefix):
+        raise Unusual
+    db._remove_expired()
+    return [key for key in db._dict if key.startswith(prefix)]
+
+
 def time(db: Database) -> list[bytes]:
     """TIME."""
     now_us = round(db.time * 1_000_000)
@@ -263,11 +304,11 @@ def time(db: Database) -> list[bytes]:
 READING: Final[dict[bytes, Callable[..., Any]]] = {
     function.__name__.upper().encode(): function
     for function in (
-        *(get, hget, hmget, hgetall, hkeys, hlen, hexists),
+        *(get, keys, xrange, hget, hmget, hgetall, hkeys, hlen, hexists),
         *(zrangebyscore, zcard, exists, pttl, time),
     )
 }
 WRITING: Final[dict[bytes, Callable[..., Any]]] = {
-    function.__name__.upper().encode(): function
-    for function in (hset, hincrby, hdel, zadd, zrem, zremrangebyscore, pexpire, expire, xadd)
+    function.__name__.upper().rstrip("_").encode(): function
+    for function in (set_, hset, hincrby, hdel, zadd, zrem, zremrangebyscore, pexpire, expire, xadd)
 }

@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any
 
 import orjson
+from aiohttp import web_urldispatcher
 from msgspec.structs import replace
 from prometheus_client import Gauge
 
@@ -66,6 +67,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
         (admin, "files"): _files,
         (application, "document"): _document,
         (worker, "Catalog"): _catalog,
+        (web_urldispatcher, "_requote_path"): _requoted,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (worker, "Metrics"): _metrics,
@@ -80,6 +82,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
 
 
 _scripts = cache(Script.load)
+_requoted = lru_cache(256)(vars(web_urldispatcher)["_requote_path"])  # of routes
 _policies = lru_cache(1)(vars(admin)["_content_security_policy"])
 
 

@@ -103,9 +103,12 @@ class _Lua:
             result = quick(client._db, *args)
         except Unusual:
             return client.called(command, args)
-        if type(result) is list:
+        kind = type(result)
+        if kind is bytes or kind is int:
+            return result
+        if kind is list and result and type(result[0]) is not list:
             return self.runtime.table_from([False if item is None else item for item in result])
-        return False if result is None else result
+        return client._convert_redis_result(self.runtime, result)
 
     def run(self, client: "Client", sha: bytes, script: bytes, keys: Any, args: Any) -> Any:
         """Run a script for a client, and return its reply (Redis, "Lua to Redis type conversion")."""
@@ -322,7 +325,7 @@ def _lower(command: bytes) -> str:
 
 
 # Commands that neither block nor depend on a connection's state, by the name that fakeredis has for them.
-_SHORTER = {name.upper().encode(): name for name in ("set", "sadd", "smembers", "lrange", "xrange", "keys", "zcount")}
+_SHORTER = {name.upper().encode(): name for name in ("sadd", "smembers", "lrange", "zcount")}
 _PLAIN = frozenset((bytes, int, type(None)))  # what needs no conversion in a list
 _commands: dict[str, tuple[Signature, bool]] = {}  # by name: how its arguments are read, and whether it writes
 _shapes: dict[tuple[str, int], _Shape] = {}  # by name and number of arguments: scripts have few
