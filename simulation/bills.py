@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from msgspec.structs import replace
 
 from simulation.client import Sight
-from simulation.history import LEASE_TOKENS, OPTIONS, STORE_TIMEOUT_S, WRITE_TIMEOUT_S, Model, Price
+from simulation.history import FIRST_BYTE_S, LEASE_TOKENS, OPTIONS, STORE_TIMEOUT_S, WRITE_TIMEOUT_S, Model, Price
 from simulation.provider import TOKENS_OF_A_MESSAGE, Call, prompt_tokens
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View, cut_short
 
@@ -305,7 +305,7 @@ def _charges_of(
     if call.complete or final:
         yield whole
     # the provider had the prompt, unless it was left for something else: for its silence, by a drain, for lack of credit
-    is_silent = goes_on and call.answer.is_silent
+    is_silent = call.answer.is_silent and (goes_on or (not call.head_sent and call.ended_at - call.at >= FIRST_BYTE_S))
     is_early = call.ended_at < min(sight.ended_at - HOP_S, sight.began_at + WRITE_TIMEOUT_S)
     is_ours = is_silent or is_early or view.feels(sight, "drained")
     hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported and not is_ours

@@ -157,8 +157,8 @@ _start_worker = worker.Worker.start
 
 async def _start(self: worker.Worker, generation: int = 1) -> None:
     """Start a worker, and keep it for `in_use`."""
-    _workers.append((PROCESS.get(), self))
     await _start_worker(self, generation)
+    _workers.append((PROCESS.get(), self))  # one that doesn't start has nothing to count
 
 
 def in_use() -> list[str]:

@@ -184,7 +184,7 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     if sight.request.reads == "all":  # what goes on after a client's deadline ends later
         goes_on = error.get("code") == "gateway_timeout" and runs_on(view, sight)
         seen["duration_ms"] = Span(took_ms - WAY_S * 1000, math.inf if goes_on else took_ms)
-    seen["refused_by"] = [_refused_by(sight)]
+    seen["refused_by"] = _refused_by(sight)
     if sight.request.stream and not error and "replayed" not in seen["outcome"]:
         seen["ttft_ms"] = Span(0, took_ms)
     elif not sight.request.stream:
@@ -192,13 +192,13 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     return seen
 
 
-def _refused_by(sight: Sight) -> str | None:
-    """Return what refused a request before it ran, by its message."""
+def _refused_by(sight: Sight) -> list[str | None]:
+    """Return what may have refused a request before it ran, by its message; behind the pings of a repeat too."""
     message = str(sight.error.get("message"))
-    if sight.status not in {402, 429}:
-        return None
-    found = [name for words, name in LIMITS.items() if words in message]
-    return found[0] if found else str(sight.error.get("code"))
+    found = [name for words, name in LIMITS.items() if words in message][:1] or [str(sight.error.get("code"))]
+    if sight.status == 200:
+        return [None, *(found if sight.request.keyed and sight.payload.startswith(PING) else ())]
+    return [*found] if sight.status in {402, 429} else [None]
 
 
 def _booked(view: View, sight: Sight) -> dict[str, list[Any]]:

@@ -168,6 +168,19 @@ FOUND = {
             replace(LEFT, name="q2", repeats="q1", at_s=2.8, answers=(Answer(pause_s=6.0),)),
         ),
     ),
+    "a worker that a full disk refused at its start": History(
+        20106304,
+        "found",
+        workers=2,
+        local=True,
+        steps=(
+            Fault(0.0, "disk_full", for_s=6.0, room=900),
+            Fault(0.187, "full", for_s=8.0),
+            Request("q5b", at_s=0.306, prompt_words=1, answers=(Answer(words=1),)),
+            WorkerEvent(1.806, "killed", for_s=25.0),
+            WorkerEvent(3.209, "drained", worker=1),
+        ),
+    ),
     "a stopped worker kept the socket of a client that read nothing": History(
         1,
         "found",

@@ -1158,6 +1158,29 @@ def test_the_source_of_the_tokens_is_judged(change, is_right):
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
+@pytest.mark.parametrize(
+    ("keyed", "start", "excused"), [(True, ": ping", True), (False, ": ping", False), (True, "data: {}", False)]
+)
+def test_credit_refuses_a_repeat_behind_its_pings(keyed, start, excused):
+    case = Case(Request("q0", stream=True, keyed=keyed))
+    words = {**ERROR, "code": "insufficient_credits", "message": "The account has 0.00 USD available, ..."}
+    case.sight.payload = f"{start}\n\ndata: {json.dumps({'error': words})}\n\n".encode()
+    case.record.calls, case.record.books = [], {0: book()}
+    case.record.logged = [line_of(case.record, case.sight, refused_by="credit")]
+    assert ("requests_are_logged" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "delay_s", "excused"), [(30.0, 31.0, True), (29.9, 31.0, False), (30.0, 29.0, False)]
+)
+def test_a_provider_that_never_began_is_paid_by_no_client_that_takes_nothing(waited_s, delay_s, excused):
+    case = Case(Request("q0", stream=True, reads="stalls"), answer=Answer(delay_s=delay_s))
+    gone_in_the_head(0)(case)
+    case.sight.ended_at, case.call.at, case.call.head_sent = 90.0, 12.0, False
+    case.call.ended_at = 12.0 + waited_s
+    assert ("charges_are_bills" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
 @pytest.mark.parametrize(("asked_at", "excused"), [(11.1, True), (10.9, False)])
 def test_a_request_that_left_before_it_ran_has_no_tokens_of_a_later_one_s(asked_at, excused):
     case = Case(Request("q0", keyed=True, reads="leaves"))
