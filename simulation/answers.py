@@ -17,7 +17,7 @@ from simulation.history import (
 )
 from simulation.limits import most_reserved, tokens_taken
 from simulation.provider import Call
-from simulation.reasons import BUCKET_S, DETACHED_S, changed_limits, others_of_key
+from simulation.reasons import BUCKET_S, DETACHED_S, changed_limits, most_workers, others_of_key
 from simulation.record import HOP_S, STORE, View, cut_short
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
@@ -271,8 +271,9 @@ def waits_are_told(view: View) -> Iterator[str]:
             expected = _waits_of(sight, calls)
             if expected is not None and wait_s not in expected:
                 yield f"{sight.request_id}: its wait is {wait_s}, and {sorted(map(str, expected))} were the providers'"
-        if sight.status == 429 and wait_s is not None and not view.feels(sight, *STORE, before_s=BUCKET_S):
-            longest_s = _longest_wait_s(view, sight)
+        shared = most_workers(view, sight)
+        if sight.status == 429 and wait_s is not None and (shared or not view.feels(sight, *STORE, before_s=BUCKET_S)):
+            longest_s = _longest_wait_s(view, sight, max(1, shared))
             if wait_s > longest_s + HOP_S:
                 yield f"{sight.request_id} is to wait {wait_s:.3f} s, and {longest_s:.3f} s would do"
         says_no = sight.headers.get("x-should-retry") == "false"
@@ -281,12 +282,12 @@ def waits_are_told(view: View) -> Iterator[str]:
             yield f"{sight.request_id}: {sight.status} {sight.error.get('code')} says x-should-retry: {not says_no}"
 
 
-def _longest_wait_s(view: View, sight: Sight) -> float:
-    """Return the longest wait that a 429 may name: until its bucket has what the request takes."""
+def _longest_wait_s(view: View, sight: Sight, workers: int) -> float:
+    """Return the longest wait that a 429 may name: until its bucket, or a worker's share of it, has what the request takes."""
     key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
     others = others_of_key(view, sight)
     if "tokens per minute" in message and key.tokens_per_minute:
-        size = key.tokens_per_minute
+        size = max(key.tokens_per_minute / workers, 1)
         taken = sum(max(_used(view, other), most_reserved(other), tokens_taken(view, other)[1]) for other in others)
         return max(0.0, min(most_reserved(sight), size) - (size - taken)) * 60 / size
     limits = {
@@ -294,7 +295,9 @@ def _longest_wait_s(view: View, sight: Sight) -> float:
     }
     if "requests per minute" not in message or not limits:
         return SLOT_S
-    rate = min(limits) / 60
+    rate = max(min(limits) / workers, 1) / 60
+    if workers > 1:
+        return 1 / rate  # of a bucket that has nothing left
     admitted_at = [
         max((call.at for call in view.calls.get(other.marker, ())), default=other.ended_at) for other in others
     ]

@@ -682,8 +682,15 @@ def _store(rng: random.Random) -> History:
         for number in range(rng.randint(2, 6))
     ]
     faults = [_fault(rng) for _ in range(rng.randint(1, 2))]
+    workers, local = rng.randint(1, 2), rng.random() < 0.3
+    key = KeyPlan()
+    if local and rng.random() < 0.5:  # shares of a key's limits, at workers that have seen it
+        key = _limited_key(rng, 0)
+        faults[0] = Fault(round(0.5 + rng.random(), 3), "gone", for_s=rng.choice((3.0, 8.0)))
+        more = [_request(rng, f"m{number}", _any_answer(rng), spread=6.0) for number in range(rng.randint(2, 6))]
+        requests += [replace(request, worker=rng.randint(0, 1)) for request in more]
     steps = [*requests, *faults]
-    return History(0, "", workers=rng.randint(1, 2), local=rng.random() < 0.3, steps=tuple(steps))
+    return History(0, "", keys=(key,), workers=workers, local=local, steps=tuple(steps))
 
 
 def _workers(rng: random.Random) -> History:

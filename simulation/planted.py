@@ -1021,6 +1021,25 @@ PLANTED: Final = [
         "covered = min(self._used + self._slice, self._cap)",
         "covered = min(self._used + 2 * self._slice, self._cap)",
     ),
+    # Without the store.
+    Planted(
+        "a worker enforces half of its share",
+        "ledger/local.py",
+        "max(size / workers, 1.0), max(limit / workers, 1.0)",
+        "max(size / workers / 2, 1.0), max(limit / workers / 2, 1.0)",
+    ),
+    Planted(
+        "a wait without the store is ten times as long",
+        "ledger/local.py",
+        "max(min(count, self.size) - self.level, 0.0) / self.rate",
+        "max(min(count, self.size) - self.level, 0.0) / self.rate * 10",
+    ),
+    Planted(
+        "a worker allows half of its share",
+        "ledger/local.py",
+        "return self._allowance_nusd // self._instances.count -",
+        "return self._allowance_nusd // self._instances.count // 2 -",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from simulation.bills import TIMER_S, TOOL_NAME_TOKENS, estimates, most_held_for
 from simulation.breakers import ASKED_S, is_failing, may_all_be_open
 from simulation.client import Sight
 from simulation.history import (
+    ALLOWANCE_NUSD,
     DEFAULT_OUTPUT_TOKENS,
     FIRST_BYTE_S,
     HEARTBEAT_S,
@@ -20,7 +21,6 @@ from simulation.history import (
     STANDARD_TIERS,
     STORE_TIMEOUT_S,
     TEMPLATE,
-    KeyPlan,
 )
 from simulation.provider import Call
 from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, RECOVERY_S, STORE, Sample, View, cut_short
@@ -89,8 +89,6 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     message = str(sight.error.get("message"))
     if sight.error.get("code") == "spend_limit_exceeded":
         return _over_budget(view, sight, message)
-    if view.history.local and view.feels(sight):  # the allowance of an instance
-        return True
     told = re.search(rf"has {USD} USD available.*?: {USD} USD needed", message)
     since = sight.ended_at - LATENCY_S if sight.is_stream and not view.feels(sight, *STORE) else -math.inf
     samples = credit_samples(view, sight, since)
@@ -102,7 +100,32 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     available, needed = nusd(told[1]), nusd(told[2])
     if needed > most_held(view, sight):
         return False
+    if most_workers(view, sight) and _allowed_at_least(view, sight) <= available < needed:
+        return True
     return any(max(each, 0) == available and each < needed for each in left) if left else available < needed
+
+
+def most_workers(view: View, sight: Sight) -> int:
+    """Return among how many workers an account's limits and allowance may be shared that a request got without the store.
+
+    One that has ended is counted for a while. 0: the store admits it, or nothing does.
+    """
+    if not view.history.local or not view.feels(sight, *STORE):
+        return 0
+    ends = [
+        each for each in view.record.troubles if each.what in {"killed", "drained"} and each.start <= sight.ended_at
+    ]
+    return view.history.workers + len(ends)
+
+
+def _allowed_at_least(view: View, sight: Sight) -> int:
+    """Return the least that is left of a worker's share of the allowance, when a request came."""
+    others = [
+        most_held(view, other, most_made(view, other))
+        for other in view.record.sights
+        if other is not sight and view.key(other) == view.key(sight) and other.began_at <= sight.ended_at
+    ]
+    return max(0, ALLOWANCE_NUSD // most_workers(view, sight) - sum(others))
 
 
 def _over_budget(view: View, sight: Sight, message: str) -> bool:
@@ -202,8 +225,7 @@ def _limited(view: View, sight: Sight) -> bool:
         if other.status not in {401, 402, 403, 429}
         and not (other.request.keyed and "idempotent-replayed" in other.headers)
     ]
-    if view.history.local and view.feels(sight):  # an instance's share of each limit
-        return key != KeyPlan(key.account) or bool(changed_limits(view, sight.request.key))
+    share = max(1, most_workers(view, sight))  # of each limit, at least one
     if "parallel" in message:
         open_ = [
             other
@@ -211,7 +233,7 @@ def _limited(view: View, sight: Sight) -> bool:
             if over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
             or (view.feels(other, *STORE) and view.feels(sight, *STORE))  # its settlement waits
         ]
-        return key.max_parallel is not None and len(open_) >= key.max_parallel
+        return key.max_parallel is not None and len(open_) >= max(key.max_parallel // share, 1)
     if "requests per minute" in message:
         limits = [
             key.requests_per_minute,
@@ -222,11 +244,11 @@ def _limited(view: View, sight: Sight) -> bool:
             ),
         ]
         sizes = [key.burst or limit for limit in limits if limit is not None]
-        return bool(sizes) and len(counted) >= min(sizes)
+        return bool(sizes) and len(counted) >= max(min(sizes) // share, 1)
     if "tokens per minute" in message:
         tokens = sum(len(other.body) // 2 + 50 + MAX_OUTPUT_TOKENS * 2 for other in counted)
         own = len(sight.body) // 2 + 50 + (sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS) * sight.request.n
-        return key.tokens_per_minute is not None and bool(counted) and tokens + own > key.tokens_per_minute
+        return key.tokens_per_minute is not None and bool(counted) and tokens + own > key.tokens_per_minute // share
     return False
 
 

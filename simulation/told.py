@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 from simulation.answers import HOLD_S
 from simulation.bills import is_lost, over_at, runs_on
 from simulation.client import Sight
+from simulation.history import STORE_TIMEOUT_S
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, met_deadline
 from simulation.record import HOP_S, View, cut_short
@@ -183,7 +184,8 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     took_ms = (sight.ended_at - sight.began_at) * 1000
     if sight.request.reads == "all":  # what goes on after a client's deadline ends later
         goes_on = error.get("code") == "gateway_timeout" and runs_on(view, sight)
-        seen["duration_ms"] = Span(took_ms - WAY_S * 1000, math.inf if goes_on else took_ms)
+        waits = view.feels(sight, "killed", "drained", before_s=STORE_TIMEOUT_S)  # for a worker that begins
+        seen["duration_ms"] = Span(0 if waits else took_ms - WAY_S * 1000, math.inf if goes_on else took_ms)
     seen["refused_by"] = _refused_by(sight)
     if sight.request.stream and not error and "replayed" not in seen["outcome"]:
         seen["ttft_ms"] = Span(0, took_ms)

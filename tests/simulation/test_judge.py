@@ -9,7 +9,18 @@ from msgspec.structs import replace
 
 from simulation.breakers import FAILING
 from simulation.client import Sight, body_of
-from simulation.history import MODELS, PROVIDER_SECRET, Answer, Fault, History, KeyPlan, Request, WorkerEvent, rendered
+from simulation.history import (
+    ALLOWANCE_NUSD,
+    MODELS,
+    PROVIDER_SECRET,
+    Answer,
+    Fault,
+    History,
+    KeyPlan,
+    Request,
+    WorkerEvent,
+    rendered,
+)
 from simulation.judge import MESH_FIELDS, RULES
 from simulation.judge import judge as judge_record
 from simulation.limits import Bucket, Taken, level_at_least, level_at_most
@@ -950,12 +961,24 @@ def held(amount):
     return change
 
 
-def short_of(needed):
+def alone(change, start=9.5):
+    """Let one of two workers have answered while the store was lost, from a time on."""
+
+    def changed(case):
+        change(case)
+        case.record.history = replace(case.record.history, workers=2, local=True)
+        case.record.troubles.append(Trouble("gone", start, 40.0))
+
+    return changed
+
+
+def short_of(needed, available=None):
     """Let the request have been refused for a hold of so much, of which all but one nano-USD was there."""
 
     def change(case):
-        case.record.samples.append(Sample(9.6, 0, needed - 1, 0))
-        usd = [f"0.{amount:09d}" for amount in (needed - 1, needed)]
+        if available is None:
+            case.record.samples.append(Sample(9.6, 0, needed - 1, 0))
+        usd = [f"0.{amount:09d}" for amount in (needed - 1 if available is None else available, needed)]
         case.failed(
             402, code="insufficient_credits", message=f"It has {usd[0]} USD available, ...: {usd[1]} USD needed."
         )
@@ -1087,6 +1110,17 @@ MONEY = {
     "a hold of more than a slice": (held(PROMPT_HELD * 2_500 + 280_001), STREAMED, {"holds_are_needed"}),
     "a refusal for a hold": (short_of(FULL_HOLD), REQUEST, set()),
     "a refusal for more than a hold": (short_of(FULL_HOLD + 1), REQUEST, {"statuses_have_reasons"}),
+    "a refusal for a share of the allowance": (alone(short_of(FULL_HOLD, ALLOWANCE_NUSD // 2)), REQUEST, set()),
+    "a refusal for less than a share": (
+        alone(short_of(FULL_HOLD, ALLOWANCE_NUSD // 2 - 1)),
+        REQUEST,
+        {"statuses_have_reasons"},
+    ),
+    "a refusal for a share before the store is lost": (
+        alone(short_of(FULL_HOLD, ALLOWANCE_NUSD // 2), 12.1),
+        REQUEST,
+        {"statuses_have_reasons"},
+    ),
     "a slice that is lacking": (out_of_slices(SLICE_NUSD - 1), STREAMED, set()),
     "a slice that is left": (out_of_slices(SLICE_NUSD), STREAMED, {"statuses_have_reasons"}),
     "a slice that was lacking until a second before": (out_of_slices(SLICE_NUSD, 10.1), STREAMED, set()),
@@ -1784,6 +1818,16 @@ SEEN = {
     ),
     "a line as long as the way": (logged({"duration_ms": 600.1}), REQUEST, set()),
     "a line that is too short": (logged({"duration_ms": 599.9}), REQUEST, LOGGED),
+    "a short line of a worker that begins": (
+        troubled(logged({"duration_ms": 1.0}), Trouble("killed", 5.0, 8.0, 0)),
+        REQUEST,
+        set(),
+    ),
+    "a short line of a worker that has begun": (
+        troubled(logged({"duration_ms": 1.0}), Trouble("killed", 5.0, 7.9, 0)),
+        REQUEST,
+        LOGGED,
+    ),
     "a line that is too long": (logged({"duration_ms": 1000.1}), REQUEST, LOGGED),
     **{
         f"a line with {name} {wrong}": (logged({name: wrong}), REQUEST, LOGGED)
@@ -1932,6 +1976,13 @@ SEEN = {
     ),
     "a wait for a request": (limited(50.0, requests_per_minute=1), REQUEST, set()),
     "a wait for a request that is too long": (limited(50.3, requests_per_minute=1), REQUEST, WAITS),
+    "a wait for a share of the requests": (alone(limited(30.0, 2, requests_per_minute=4)), REQUEST, set()),
+    "a wait for a share of one request": (alone(limited(30.0, 1, requests_per_minute=4)), REQUEST, REASONS),
+    "a wait for a share that is too long": (alone(limited(30.2, 2, requests_per_minute=4)), REQUEST, WAITS),
+    "a wait for a share of the tokens": (alone(limited(25.6, 1, tokens_per_minute=300)), REQUEST, set()),
+    "a wait for that share that is too long": (alone(limited(25.8, 1, tokens_per_minute=300)), REQUEST, WAITS),
+    "a wait for a share of the slots": (alone(limited(1.0, 1, max_parallel=3)), REQUEST, set()),
+    "a wait for a share that is free": (alone(limited(1.0, 1, max_parallel=4)), REQUEST, REASONS),
     "a wait for a request of a burst": (limited(20.0, 3, requests_per_minute=3, burst=2), REQUEST, set()),
     "a wait for tokens": (limited(25.6, 3, tokens_per_minute=300), REQUEST, set()),
     "a wait for tokens that is too long": (limited(25.8, 3, tokens_per_minute=300), REQUEST, WAITS),
