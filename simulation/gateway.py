@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web_urldispatcher
+from msgspec import structs
 from msgspec.structs import replace
 from prometheus_client import Gauge
 
@@ -68,6 +69,7 @@ def replacements() -> dict[tuple[Any, str], Any]:
         (application, "document"): _document,
         (worker, "Catalog"): _catalog,
         (web_urldispatcher, "_requote_path"): _requoted,
+        (structs, "fields"): _fields,
         (serving.WorkersState, "keep_history"): _no_history,
         (worker, "watch_lag"): _no_lag,
         (worker, "Metrics"): _metrics,
@@ -82,6 +84,13 @@ def replacements() -> dict[tuple[Any, str], Any]:
 
 
 _scripts = cache(Script.load)
+_fields_of = cache(structs.fields)
+
+
+def _fields(record: Any) -> tuple[structs.FieldInfo, ...]:
+    return _fields_of(record if isinstance(record, type) else type(record))
+
+
 _requoted = lru_cache(256)(vars(web_urldispatcher)["_requote_path"])  # of routes
 _policies = lru_cache(1)(vars(admin)["_content_security_policy"])
 

@@ -487,17 +487,24 @@ class SimLoop(asyncio.BaseEventLoop):
                 if not events:
                     raise Stuck("nothing is scheduled, so what is awaited can't come")
                 self.now = max(self.now, events[0][0])
-            while events and events[0][0] <= self.now:
+            now = self.now
+            while events and events[0][0] <= now:
                 _, _, _, owner, what = pop(events)
                 if what._cancelled:
                     continue
                 if owner is None:
                     what.callback(*what.args)
+                elif not owner.alive:
+                    continue
                 elif what._callback is _end_sleep:
-                    if owner.alive:
-                        _end_sleep(*what._args)  # wakes a task by call_soon: a turn of its own would change nothing
+                    future, result = what._args
+                    if not future.cancelled():
+                        future.set_result(result)  # wakes a task by call_soon: a turn of its own would change nothing
                 else:
-                    self._enqueue(owner, what)
+                    owner.ready.append(what)
+                    if not owner.is_queued:
+                        owner.is_queued = True
+                        runnable.append(owner)
             if not runnable:
                 continue
             self.turns += 1

@@ -657,6 +657,7 @@ class SimTransport(asyncio.transports._FlowControlMixin):
         self._is_closing = self._is_lost = self._is_paused = self._has_eof = self._is_flushing = False
         self._context = contextvars.copy_context()
         self._is_due = False  # whether a read is scheduled
+        self._reading = SimHandle(self._read, (), self._context)
         network.loop.call_soon(self._begin, made)
 
     def _begin(self, made: "asyncio.Future[None] | None") -> None:
@@ -675,11 +676,10 @@ class SimTransport(asyncio.transports._FlowControlMixin):
             return
         self._is_due = True
         rng = self._loop.rng
-        handle = SimHandle(self._read, (), self._context)
         if rng.random() < 0.5:
-            self._loop.at(self._loop.now + WAKE_S * rng.random(), self._process, handle)
+            self._loop.at(self._loop.now + WAKE_S * rng.random(), self._process, self._reading)
         else:
-            self._loop._enqueue(self._process, handle)
+            self._loop._enqueue(self._process, self._reading)
 
     def _read(self) -> None:
         self._is_due = False

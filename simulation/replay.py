@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -15,6 +16,8 @@ from simulation.run import Line
 from simulation.shrink import shrunk
 from simulation.story import Played, played
 
+TIME_WIDTH: Final = 11  # of a line
+POLLED: Final = 2  # lines that may take turns
 SOON_S: Final = 0.001  # after which a request is called late
 MOST_TEXT: Final = 100  # characters of a body or an answer's text
 PLAIN_HEADERS: Final = frozenset(
@@ -35,13 +38,13 @@ def replay(seed: int, *, whole: bool = False) -> int:
     is_broken = bool(done.findings)
     if is_broken:
         kept = _gist(done.findings[0])
-        smallest = shrunk(history, lambda smaller: kept in map(_gist, played(smaller).findings))
+        smallest = shrunk(history, lambda smaller: kept in map(_gist, played(smaller, is_traced=False).findings))
         print(f"shrunk from {len(history.steps)} steps to {len(smallest.steps)} that break {kept[0]} alike")
         done = played(smallest)
     print("\n".join([*describe(done.history), *_models(done.history)]))
     lines = _transcript(done, whole=whole)
     print("\nTranscript: seconds as in at_s, where, what\n")
-    print("\n".join(lines))
+    print("\n".join(_folded(lines)))
     print("\nReplies of the store's scripts, by place\n")
     print("\n".join(_replies(lines)))
     if done.record is not None:
@@ -100,6 +103,24 @@ def _transcript(done: Played, *, whole: bool) -> list[str]:
         lines += _of_credit(done.record)
         lines += [line for call in done.record.calls for line in _of_provider(call)]
     return outcome.told(sorted((line for line in lines if first <= line[0] <= last), key=lambda line: line[0]))
+
+
+def _folded(lines: Iterable[str]) -> Iterator[str]:
+    """Leave out what is asked again and again, such as whether another worker has the answer to a repeat."""
+    latest: deque[str] = deque(maxlen=POLLED)
+    times, until = 0, ""
+    for line in lines:
+        at, text = line[:TIME_WIDTH], line[TIME_WIDTH:]
+        if text in latest:
+            times, until = times + 1, at
+            continue
+        if times:
+            yield f"{until}  ... {times} more lines like the last ones"
+        times = 0
+        latest.append(text)
+        yield line
+    if times:
+        yield f"{until}  ... {times} more lines like the last ones"
 
 
 def _shorter(line: Line) -> Line:

@@ -89,9 +89,9 @@ class Outcome(Struct):
 
 
 class World:
-    """All that a story plays with. `rng` is the run's only source of chance."""
+    """All that a story plays with. `rng` is the run's only source of chance. `is_traced`: whether there is a transcript."""
 
-    def __init__(self, loop: SimLoop) -> None:
+    def __init__(self, loop: SimLoop, *, is_traced: bool = True) -> None:
         self.loop = loop
         self.rng = loop.rng
         self.network = Network(loop)
@@ -102,8 +102,11 @@ class World:
         self.log: list[
             tuple[str, dict[str, Any] | bytes]
         ] = []  # the instances' log: (process, event or request's line)
+        self.unkept: list[tuple[float, str]] = []  # when a process's journal was refused by its disk
         self.marks: dict[str, float] = {}
-        loop.trace = self._trace
+        self.is_traced = is_traced
+        if is_traced:
+            loop.trace = self._trace
 
     @property
     def now(self) -> float:
@@ -155,7 +158,8 @@ class _Sink:
     def write(self, line: bytes, *, urgent: bool = False) -> None:
         process = PROCESS.get().name
         self._world.log.append((process, line))
-        self._world.loop.trace("%s: %s", process, line.decode().rstrip("\n"))
+        if self._world.is_traced:
+            self._world.loop.trace("%s: %s", process, line.decode().rstrip("\n"))
 
     def close(self) -> None:
         """Nothing: each line is kept at once."""
@@ -188,8 +192,11 @@ def _logged(world: World, stack: ExitStack) -> None:
         if isinstance(error, BaseException):
             event["exc_info"] = _where(error)
         world.log.append((process, {"level": method, **event}))
-        told = " ".join(f"{name}={value!r}" for name, value in event.items() if name != "event")
-        world.loop.trace("%s: %s %s", process, event["event"], told)
+        if event["event"] == "journal_not_written":
+            world.unkept.append((world.loop.now, process))
+        if world.is_traced:
+            told = " ".join(f"{name}={value!r}" for name, value in event.items() if name != "event")
+            world.loop.trace("%s: %s %s", process, event["event"], told)
         raise structlog.DropEvent
 
     before = structlog.get_config()
@@ -226,14 +233,16 @@ def _name_scripts() -> None:
     name_scripts({script.sha.encode(): script.name for script in scripts})
 
 
-def run(seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int = MAX_TURNS) -> Outcome:
-    """Run a story to its end in a world of its own, and return what came of it."""
+def run(
+    seed: int, story: Callable[[World], Awaitable[Any]], *, max_turns: int = MAX_TURNS, is_traced: bool = True
+) -> Outcome:
+    """Run a story to its end in a world of its own, and return what came of it; without a transcript if not `is_traced`."""
     _name_scripts()
     loop = SimLoop(random.Random(seed), max_turns=max_turns)
     result: Any = None
     failure: BaseException | None = None
     with ExitStack() as stack:
-        world = World(loop)
+        world = World(loop, is_traced=is_traced)
         stack.enter_context(machine.installed(loop, world.disk, replacements()))
         _logged(world, stack)
         stack.enter_context(warnings.catch_warnings())

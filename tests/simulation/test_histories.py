@@ -246,6 +246,13 @@ def test_a_history_has_one_transcript(seed):
     assert played(draw(seed)).outcome.transcript == played(draw(seed)).outcome.transcript
 
 
+@pytest.mark.parametrize("seed", [5, 14, 22])
+def test_a_history_without_a_transcript_is_the_same(seed):
+    with_one, without = played(draw(seed)), played(draw(seed), is_traced=False)
+    assert (without.outcome.turns, without.record) == (with_one.outcome.turns, with_one.record)
+    assert (with_one.outcome.transcript == [], without.outcome.transcript) == (False, [])
+
+
 def test_a_seed_has_one_history():
     assert describe(draw(7)) == describe(draw(7))
 
@@ -306,7 +313,7 @@ def test_a_request_whose_key_nothing_repeats_needs_none():
 def test_what_is_shrunk_breaks_the_same_rule_in_the_same_words(monkeypatch, capsys):
     """Three rules are broken, as long as the requests are there that break them."""
 
-    def judged(history):
+    def judged(history, **_):
         broken = {"q0": "it costs 17 nusd", "q1": "it costs nothing", "q2": "it costs 4 nusd"}
         found = [
             Finding("charges" if name != "q2" else "books", broken[name])
@@ -356,6 +363,10 @@ KEYED = Request("q0", keyed=True, answers=(Answer(delay_s=1.0),))
         (
             (KEYED, replace(KEYED, name="q1", repeats="q0", at_s=2.0)),
             r"  q1: charged 0, .* \(the calls of q0, whose Idempotency-Key it has\)",
+        ),
+        (
+            (KEYED, replace(KEYED, name="q1", repeats="q0", at_s=0.1)),
+            r"\n   1\.\d+  \.\.\. \d\d more lines like the last ones\n",
         ),
         ((KEYED, WorkerEvent(0.5, "killed")), r"store: a0's hold \w+ was abandoned: it held \d+"),
     ],
