@@ -17,7 +17,7 @@ from simulation.history import (
 )
 from simulation.limits import most_reserved, tokens_taken
 from simulation.provider import Call
-from simulation.reasons import BUCKET_S, DETACHED_S, changed_limits, most_workers, others_of_key
+from simulation.reasons import BUCKET_S, DETACHED_S, changed_limits, has_lost_record, most_workers, others_of_key
 from simulation.record import HOP_S, STORE, View, cut_short
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
@@ -47,7 +47,7 @@ def answers_are_prompt(view: View) -> Iterator[str]:
             continue
         if view.feels(sight, *STORE):  # a renewal waits for the store
             continue
-        if any(map(view.may_lose, view.group(sight))):  # a repeat waits for the end of the first one's record
+        if any(has_lost_record(view, other) for other in view.group(sight)):  # for whose end a repeat waits
             continue
         if len(view.group(sight)) > 1 and (len(calls) > 1 or not is_repeat):
             continue  # another's call

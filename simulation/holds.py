@@ -168,7 +168,11 @@ def renewals_raise(view: View) -> Iterator[str]:
             continue
         samples = [sample for sample in view.record.samples if sample.account == number]
         for before, after in itertools.pairwise(samples):
-            if after.script == "renew" and after.held < before.held and not view.is_lossy:
+            fell_back = any(
+                trouble.what == "failover" and before.at <= trouble.start <= after.at
+                for trouble in view.record.troubles
+            )
+            if after.script == "renew" and after.held < before.held and not fell_back:
                 yield f"a{number}: a renewal lowered what is held from {before.held} to {after.held}"
 
 

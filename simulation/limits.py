@@ -23,11 +23,16 @@ REFUSED: Final = frozenset({401, 402, 403, 404, 409, 422, 429})  # by the gatewa
 
 def limits_hold(view: View) -> Iterator[str]:
     """No more requests are admitted than a key's bucket and its slots allow."""
-    if not view.is_strict or view.is_lossy or any(trouble.what == "clock" for trouble in view.record.troubles):
+    if not view.is_strict:
         return
     for number, key in enumerate(view.history.keys):
         ran = [
-            sight for sight in view.record.sights if sight.request.key == number and view.settled.get(sight.request_id)
+            sight
+            for sight in view.record.sights
+            if sight.request.key == number
+            and view.settled.get(sight.request_id)
+            and sight.ended_at < view.first_jump - LATENCY_S  # by a clock that is known
+            and not any(each.loses(sight.began_at, _admitted_by(view, sight)) for each in view.record.troubles)
         ]
         limits = [
             key.requests_per_minute,

@@ -292,7 +292,7 @@ def _failed_there(view: View, sight: Sight) -> bool:
         other.error
         or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S)
         or _was_killed(view, other, sight.began_at)
-        or view.may_lose(other)  # the end of its record too
+        or has_lost_record(view, other)
         or view.feels(other, *STORE)  # its record has a gap
         for other in others
     ):
@@ -302,6 +302,12 @@ def _failed_there(view: View, sight: Sight) -> bool:
     return any(call.answer.error or not (call.answer.is_good or call.answer.is_silent) for call in calls) or (
         not calls and "gone" in _routes(view, sight)
     )
+
+
+def has_lost_record(view: View, sight: Sight) -> bool:
+    """Whether a failover may have lost a part of what is recorded of an answer for repeats."""
+    until = over_at(view, sight) + LATENCY_S
+    return any(trouble.loses(sight.began_at, until) for trouble in view.record.troubles)
 
 
 def _was_killed(view: View, sight: Sight, at: float) -> bool:
@@ -376,7 +382,7 @@ def _conflict(view: View, sight: Sight) -> bool:
     others = [other for other in view.group(sight) if other is not sight and other.began_at <= sight.ended_at]
     return any(
         other.body != sight.body
-        or view.may_lose(other)
+        or has_lost_record(view, other)
         or view.feels(other, *STORE, "killed", until=over_at(view, other))
         for other in others
     )

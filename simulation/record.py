@@ -176,7 +176,6 @@ class View:
                 if event["event"] == "settled":
                     self.settled.setdefault(event["request_id"], []).append(event)
         whats = {trouble.what for trouble in record.troubles}
-        self.is_lossy = bool(whats & {"failover"})
         self.clock_jumps = "clock" in whats  # then `store_offset_s` holds only after the last jump
         self.first_jump = min((each.start for each in record.troubles if each.what == "clock"), default=math.inf)
         jumped_s = sum(fault.delay_s for fault in record.history.faults if fault.what == "clock")
@@ -215,22 +214,6 @@ class View:
     def worker(self, sight: Sight) -> int:
         """Return the number of the worker that got a request."""
         return sight.worker % self.history.workers
-
-    def may_lose(self, sight: Sight) -> bool:
-        """Whether a failover may have lost what a request cost: its settlement, or its hold before a repeated settlement.
-
-        A failover loses the last second. A settlement may come later than its request ended if something else fails.
-        """
-        ends = [sight.ended_at, *(call.ended_at or math.inf for call in self.calls.get(sight.marker, ()))]
-        for failover in (trouble for trouble in self.record.troubles if trouble.what == "failover"):
-            others = [trouble for trouble in self.record.troubles if trouble is not failover]
-            is_late = any(each.start <= max(ends) + LATENCY_S and each.end >= sight.began_at for each in others)
-            last = math.inf if is_late else max(ends) + LAG_S + LATENCY_S
-            if min(ends) - LATENCY_S <= failover.start <= last:
-                return True
-            if sight.began_at <= failover.start and is_late:  # the hold of a settlement whose reply may have been lost
-                return True
-        return False
 
     def has_lost(self, done: Done) -> bool:
         """Whether a failover may have lost an operator's change: it loses the last second."""

@@ -2234,6 +2234,43 @@ def test_a_settlement_that_was_sent_into_a_failover_may_be_missing_with_its_hold
     assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
 
 
+def not_kept(case):
+    """Let a repeat at 15.0 have been told that the answer to its first request, from 10.0 to 11.0, was not kept."""
+    conflicting(15.0, 409)(case)
+    case.record.sights[1].request = replace(REQUEST, name="q1", keyed=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "at", "excused"),
+    [
+        (renewal_lowers, "renewals_raise", 10.19, False),
+        (renewal_lowers, "renewals_raise", 10.2, True),
+        (renewal_lowers, "renewals_raise", 10.5, True),
+        (renewal_lowers, "renewals_raise", 10.51, False),
+        (limit_passed, "limits_hold", 9.99, False),
+        (limit_passed, "limits_hold", 10.0, True),
+        (limit_passed, "limits_hold", 12.0, True),
+        (limit_passed, "limits_hold", 12.01, False),
+        (not_kept, "statuses_have_reasons", 4.8, False),
+        (not_kept, "statuses_have_reasons", 13.0, True),
+        (not_kept, "statuses_have_reasons", 13.01, False),
+    ],
+)
+def test_a_failover_excuses_what_it_loses(change, rule, at, excused):
+    case = Case()
+    change(case)
+    case.record.troubles = [Trouble("failover", at, at + 0.1)]
+    assert (rule not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+@pytest.mark.parametrize(("jumps_at", "found"), [(12.0, False), (12.01, True)])
+def test_requests_before_the_clock_jumps_keep_to_their_limit(jumps_at, found):
+    case = Case()
+    limit_passed(case)
+    case.record.troubles = [Trouble("clock", jumps_at, jumps_at + 20)]
+    assert ("limits_hold" in {finding.rule for finding in judge(case.record)}) == found
+
+
 @pytest.mark.parametrize(("at", "lost"), [(0.99, False), (1.0, True), (3.0, True), (3.01, False)])
 def test_a_grant_may_be_missing_only_where_it_was_lost(at, lost):
     case = Case()
