@@ -136,7 +136,7 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
         return sight.is_stream and budget is not None
     made = most_made(view, sight) if sight.is_stream else 0
     most_spent = sum(
-        view.charge(other) + most_held(view, other)
+        view.charge(other) + most_held(view, other, most_made(view, other))
         for other in view.record.sights
         if other is not sight and (is_of_session(view, sight, other) if of_session else _is_of_key(sight, other))
     )
