@@ -74,7 +74,7 @@ def is_failing(sight: Sight) -> bool:
 
 def may_all_be_open(view: View, sight: Sight) -> bool:
     """Whether the breakers of all providers that a request may ask may have been open when it ended."""
-    return all(may_be_open(view, sight, upstream, model) for upstream, model in _routes(view, sight))
+    return all(may_be_open(view, sight, upstream, model) for upstream, model in routes_of(view, sight))
 
 
 def may_be_open(view: View, sight: Sight, upstream: str, model: str) -> bool:
@@ -92,15 +92,16 @@ def _wait_faults(view: View, sight: Sight) -> Iterator[str]:
     wait_s = float(sight.headers.get("retry-after-ms", "nan")) / 1000
     most = [
         _most_wait_s(view, sight, upstream, model, sight.ended_at) if UPSTREAMS[upstream].is_there else math.inf
-        for upstream, model in _routes(view, sight)
+        for upstream, model in routes_of(view, sight)
     ]
     longest_s = min((each for each in most if each is not None), default=math.inf)
-    shortest_s = min(_least_wait_s(view, sight, upstream, model) for upstream, model in _routes(view, sight))
+    shortest_s = min(_least_wait_s(view, sight, upstream, model) for upstream, model in routes_of(view, sight))
     if wait_s > longest_s or wait_s < shortest_s:
         yield f"{sight.request_id} is to wait {wait_s:.2f} s, and {shortest_s:.2f} to {longest_s:.2f} s would be right"
 
 
-def _routes(view: View, sight: Sight) -> list[tuple[str, str]]:
+def routes_of(view: View, sight: Sight) -> list[tuple[str, str]]:
+    """Return the upstreams that a request may ask, each with the name of the model."""
     models = view.record.prices[0][1]
     names = (sight.request.model, *sight.request.fallbacks)
     return [(upstream, name) for name in names for upstream in models[name].routes]

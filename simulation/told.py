@@ -7,8 +7,9 @@ from typing import Any, Final, NamedTuple
 
 from simulation.answers import HOLD_S
 from simulation.bills import is_lost, over_at, runs_on
+from simulation.breakers import routes_of
 from simulation.client import Sight
-from simulation.history import STORE_TIMEOUT_S
+from simulation.history import STORE_TIMEOUT_S, UPSTREAMS
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, met_deadline
 from simulation.record import HOP_S, View, cut_short
@@ -179,7 +180,9 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     calls = view.calls.get(sight.marker, [])
     if len(view.group(sight)) == 1 and calls and (not error or calls[-1].ended == "error"):
         call = calls[-1]
-        seen |= {"upstream": [call.upstream], "upstream_status": [call.answer.status]}
+        gone = [route for route, _ in routes_of(view, sight) if error and not UPSTREAMS[route].is_there]  # asked unseen
+        statuses = [call.answer.status, *([None] if gone else [])]
+        seen |= {"upstream": [call.upstream, *gone], "upstream_status": statuses}
         seen |= {} if error else {"model": [str(call.body["model"]).removeprefix("up-")]}
     took_ms = (sight.ended_at - sight.began_at) * 1000
     if sight.request.reads == "all":  # what goes on after a client's deadline ends later
