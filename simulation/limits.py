@@ -11,7 +11,7 @@ from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
 from simulation.provider import TOKENS_OF_A_MESSAGE
 from simulation.reasons import TEMPLATE_TOKENS
-from simulation.record import LATENCY_S, View
+from simulation.record import LATENCY_S, STORE, View
 
 CLOCK_S: Final = 0.002  # the store's clock has milliseconds
 DEFAULT_REQUESTS, DEFAULT_TOKENS = (
@@ -209,7 +209,9 @@ def _taken(view: View, sight: Sight, kind: str) -> Taken:
         most = 1 if kind == "requests" else tokens_taken(view, sight)[1]
         return Taken(sight.began_at, math.inf, 0, most, 0, math.inf)
     settled_at = int(event["settled_ms"]) / 1000 - view.first_offset_s
-    if over_at(view, sight) > view.first_jump - LATENCY_S:
+    others = (what for what in STORE if what != "clock")
+    is_late = view.clock_jumps and view.feels(sight, *others, until=over_at(view, sight))
+    if is_late or over_at(view, sight) > view.first_jump - LATENCY_S:
         settled_at = math.inf  # by which clock isn't known
     until = min(_admitted_by(view, sight), settled_at)
     if kind == "requests":  # which is never given back

@@ -100,8 +100,10 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     available, needed = nusd(told[1]), nusd(told[2])
     if needed > most_held(view, sight):
         return False
-    if most_workers(view, sight) and _allowed_at_least(view, sight) <= available < needed:
-        return True
+    if most_workers(view, sight):
+        allowed = _allowed_at_least(view, sight)
+        if max(allowed, 0) <= available < max(needed, 1) and allowed < needed:  # below 0 it is told as 0
+            return True
     return any(max(each, 0) == available and each < needed for each in left) if left else available < needed
 
 
@@ -125,7 +127,7 @@ def _allowed_at_least(view: View, sight: Sight) -> int:
         for other in view.record.sights
         if other is not sight and view.key(other) == view.key(sight) and other.began_at <= sight.ended_at
     ]
-    return max(0, ALLOWANCE_NUSD // most_workers(view, sight) - sum(others))
+    return ALLOWANCE_NUSD // most_workers(view, sight) - sum(others)
 
 
 def _over_budget(view: View, sight: Sight, message: str) -> bool:
