@@ -238,7 +238,7 @@ def expire(db: Database, key: Word, lasts_s: Word) -> int:
 
 
 def xadd(db: Database, key: Word, *words: Word) -> bytes:
-    """XADD with `*`. A stream that is longer than MAXLEN is left as it is: fakeredis' nodes, by which it trims, cost a third."""
+    """XADD with `*`. A stream that is longer than MAXLEN is left as it is: fakeredis' nodes, by which it trims, cost most."""
     if words[:2] == (b"MAXLEN", b"~"):
         _number(words[2])
         words = words[3:]

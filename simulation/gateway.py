@@ -143,7 +143,7 @@ _lent: list[tuple[Metrics, list[FamilyOf[Gauge]]]] = []
 def _metrics(models: Iterable[str], upstreams: Iterable[str], **options: Any) -> Metrics:
     """Return the metrics of a worker that is over, or new ones. All gateways of runs have the same buckets.
 
-    They count on from run to run: no history reads them, and to set them to zero takes a twentieth of a run.
+    They count on from run to run: no history reads them, and to set them to zero takes a fortieth of a run.
     """
     if _spare:
         made, gauges = _spare.pop()

@@ -139,7 +139,7 @@ class Child(asyncio.SubprocessTransport):
 
 
 class SimHandle(Struct, eq=False):
-    """A callback or a timer, as asyncio's handles of them: a run makes two thousand, in a fifth of the time.
+    """A callback or a timer, as asyncio's handles of them: a run makes two thousand, in a third of the time.
 
     `context` may be None for `_end_sleep` alone, which runs in none.
     """
@@ -305,7 +305,7 @@ class SimLoop(asyncio.BaseEventLoop):
         if context is None:
             context = contextvars.copy_context()
         handle = SimHandle(callback, args, context)
-        process = context[PROCESS]  # what follows is _enqueue: a call of it takes a tenth of a turn
+        process = context[PROCESS]  # what follows is _enqueue, without its call
         if process.alive and not self.muted:
             process.ready.append(handle)
             if not process.is_queued:
