@@ -156,8 +156,8 @@ def sources_are_told(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         calls = view.calls.get(sight.marker, [])
         group = view.group(sight)
-        later = [other for other in group if calls and sight.ended_at < other.began_at <= calls[-1].at]
-        if not calls or later or (len(calls) > 1 and len(group) > 1):
+        others = [other for other in group if other is not sight and calls and other.began_at <= calls[-1].at]
+        if not calls or (others and sight.ended_at < calls[-1].at) or (len(calls) > 1 and len(group) > 1):
             continue  # another's call
         for event in view.settled.get(sight.request_id, ()):
             source, right = event["usage_source"], _sources(view, sight, calls[-1])

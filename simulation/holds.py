@@ -1,8 +1,9 @@
 """Rules on holds: the credit and the budgets that they keep to, and how long they live."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from simulation.bills import allowed_charges, has_passed_deadline, is_lost, least_held, over_at, runs_on
 from simulation.books import lost_grants
@@ -17,7 +18,8 @@ EVENT_BYTES: Final = 8  # of an event beside its data
 WRITTEN_S: Final = 0.5  # by which the way to a client is full sooner or later than its events tell
 CHECK_S: Final = 1.0  # how often the gateway looks whether clients take something, here
 SHORT_OF: Final = 2  # holds that an account has to have for a whole answer to go out without a cap (docs/api.md)
-OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply"})
+OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full"})
+WORKER_CHARACTERS: Final = 12  # that the ids of a worker's holds begin with
 
 
 def credit_is_not_overdrawn(view: View) -> Iterator[str]:
@@ -45,6 +47,7 @@ def credit_is_not_overdrawn(view: View) -> Iterator[str]:
             least = _least_balance(view, charged)
             if book.balance < least:
                 yield f"a{number}: the balance is {book.balance}, and with the allowance {least} would be the least"
+            yield from _allowance_faults(view, number, charged)
 
 
 def _lost_costs(view: View, account: int) -> int:
@@ -58,31 +61,83 @@ def _lost_costs(view: View, account: int) -> int:
 
 
 def _least_balance(view: View, charged: list[dict[str, str]]) -> int:
-    """Return the least that an account can have left: without its allowance in each outage, and a request above a hold."""
-    outages = sum(trouble.what in OUTAGES for trouble in view.record.troubles)
+    """Return the least that an account can have left: without its allowance in each outage, and a request above a hold.
+
+    A reply that is lost has one request admitted without the store.
+    """
+    whats = Counter(trouble.what for trouble in view.record.troubles)
+    outages = sum(whats[what] for what in OUTAGES)
     beyond = [max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in charged if event["hold"] != "none"]
     local = [int(event["cost_nusd"]) for event in charged if event["hold"] == "none"]
-    return -ALLOWANCE_NUSD * max(1, outages) - sum(beyond) - max(local, default=0) * view.history.workers
+    requests = view.history.workers + whats["lost_reply"]
+    return -ALLOWANCE_NUSD * max(1, outages) - sum(beyond) - max(local, default=0) * requests
+
+
+def _allowance_faults(view: View, account: int, charged: list[dict[str, str]]) -> Iterator[str]:
+    """Find a worker that had more spent without the store than its share of the allowance, which charges alone refill.
+
+    The share is by how many workers there were when it last asked. A failover may have lost a hold of the store's.
+    """
+    if view.clock_jumps:
+        return
+    spent: dict[str, list[_Spent]] = {}
+    for event in charged:
+        sight = view.sight(event["request_id"])
+        if event["hold"] == "none" and sight is not None and not _may_lose_hold(view, sight):
+            cost, (since, until) = int(event["cost_nusd"]), _life(view, event)
+            bound = _excess_bound(view, sight, event)
+            beyond = cost if bound is None else min(bound, cost)
+            spent.setdefault(event["hold_id"][:WORKER_CHARACTERS], []).append(_Spent(since, until, cost, beyond))
+    for worker, of_worker in spent.items():
+        beats = [beat for beat in view.record.beats if beat.worker == worker]
+        for at in sorted(each.since for each in of_worker):
+            known = [beat.told for beat in beats if beat.at <= at][-2:]  # the last one may not be read yet
+            owed = [each for each in of_worker if each.since <= at < each.until]
+            most = ALLOWANCE_NUSD // min(known, default=1) + sum(each.beyond for each in owed)
+            if sum(each.cost for each in owed) > most:
+                yield f"a{account}: {sum(each.cost for each in owed)} was spent without the store by {worker}, of {most}"
+                break
+
+
+def _may_lose_hold(view: View, sight: Sight) -> bool:
+    """Whether a failover may have lost the hold by which the store admitted a request."""
+    admitted_by = min([sight.ended_at, *(call.at for call in view.calls.get(sight.marker, ()))])
+    return any(trouble.loses(sight.began_at, admitted_by) for trouble in view.record.troubles)
+
+
+class _Spent(NamedTuple):
+    """What a request cost that was admitted without the store, when it began and was charged, and what may exceed its hold."""
+
+    since: float
+    until: float
+    cost: int
+    beyond: int
 
 
 def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
     """Find a settlement that exceeds its hold by more than it may."""
-    sight = next((sight for sight in view.record.sights if sight.request_id == event["request_id"]), None)
+    sight = view.sight(event["request_id"])
     if sight is None or event["hold"] != "live" or not view.is_strict or view.feels(sight, "failover"):
         return
+    excess, bound = int(event["cost_nusd"]) - int(event["held_nusd"]), _excess_bound(view, sight, event)
+    if bound is not None and excess > bound:
+        yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
+
+
+def _excess_bound(view: View, sight: Sight, event: dict[str, str]) -> int | None:
+    """Return by how much a settlement may exceed its hold; None: it isn't known."""
     calls = view.calls.get(sight.marker, [])
     if not calls:
-        return
+        return None
     call, request = calls[-1], sight.request
     models = view.models(sight, event["model"])
-    excess = int(event["cost_nusd"]) - int(event["held_nusd"])
     prices = [each for model in models for price in model.prices for each in price.all]
     if call.bill.cost_nusd is not None and any(model.from_usage_cost for model in models):
-        return
+        return None
     if any(
         model.price_in(call.tier, request.tier) not in {model.price, model.price_in(request.tier)} for model in models
     ):
-        return  # a dearer service tier than was requested
+        return None  # a dearer service tier than was requested
     held_for = min(least_held(call.body) for call in calls)
     beyond = LEASE_TOKENS * request.n if request.stream else 0
     if call.reported:
@@ -91,11 +146,9 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
         beyond = beyond if call.answer.heeds_cap else max(beyond, call.made)
     prompt = int(event["prompt_tokens"])
     if any(held_for <= above < prompt for model in models for price in model.prices for above, _ in price.tiers):
-        return  # the prompt has reached a tier that its hold didn't know of
+        return None  # the prompt has reached a tier that its hold didn't know of
     more_prompt = max(0, prompt - held_for)
-    bound = max(price.of_output(beyond) + -(-more_prompt * price.input // 1_000_000) for price in prices)
-    if excess > bound:
-        yield f"{sight.request_id} cost {event['cost_nusd']}, {excess} more than it held; {bound} may be"
+    return max(price.of_output(beyond) + -(-more_prompt * price.input // 1_000_000) for price in prices)
 
 
 def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:

@@ -750,6 +750,12 @@ PLANTED: Final = [
         "if now - since >= self._limits.write_timeout_s() / 2:",
     ),
     Planted(
+        "each worker has the whole local allowance",
+        "ledger/local.py",
+        "return self._allowance_nusd // self._instances.count - self._used_nusd.get(account, 0)",
+        "return self._allowance_nusd - self._used_nusd.get(account, 0)",
+    ),
+    Planted(
         "an estimated prompt is called reported",
         "gateway/settle.py",
         'usage = replace(usage, prompt=plan.likely_prompt_tokens())\n        exchange.usage_source = "estimated"',

@@ -185,6 +185,10 @@ class View:
         for loss in record.losses:
             self.lost[loss.request_id] = self.lost.get(loss.request_id, 0) + loss.cost
 
+    def sight(self, request_id: str) -> Sight | None:
+        """Return what the client saw of a request."""
+        return next((sight for sight in self.record.sights if sight.request_id == request_id), None)
+
     def charge(self, sight: Sight) -> int:
         """Return what the account was charged for a request."""
         return sum(int(event["cost_nusd"]) for event in self.settled.get(sight.request_id, ()))

@@ -175,6 +175,8 @@ class Play:
         }
         provider = self._provider = Provider(plans)
         await world.spawn(world.process("provider"), provider.start("0.0.0.0", PROVIDER_PORT))
+        if history.local:
+            self._watch_beats()
         self._gateway = await world.start_gateway(toml(history, self._models), workers=history.workers)
         await self._set_up()
         self._watch_store()
@@ -272,6 +274,18 @@ class Play:
 
     # What is seen of the store.
 
+    def _watch_beats(self) -> None:
+        """Keep what workers are told of how many they are, from the first one on."""
+        run_command = self._world.store.run
+
+        def run_and_keep(client: Client, fields: list[bytes]) -> Any:
+            reply = run_command(client, fields)
+            if type(reply) is int and fields[0][:4].upper() == b"EVAL" and script_of(fields) == "beat":
+                self.record.beats.append(Beat(self._loop.time(), fields[4].decode(), reply))
+            return reply
+
+        self._world.store.run = run_and_keep  # type: ignore[method-assign]
+
     def _watch_store(self) -> None:
         """Take a sample of each account's credit after each script."""
         store = self._world.store
@@ -282,8 +296,6 @@ class Play:
         def run_and_look(client: Client, fields: list[bytes]) -> Any:
             reply = run_command(client, fields)
             if fields[0][:4].upper() == b"EVAL":
-                if type(reply) is int and script_of(fields) == "beat":
-                    self.record.beats.append(Beat(self._loop.time(), fields[4].decode(), reply))
                 for account, book in enumerate(books):
                     found = store.peek(book)
                     seen = int(found.get(b"balance", 0)), int(found.get(b"held", 0))

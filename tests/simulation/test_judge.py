@@ -29,6 +29,7 @@ from simulation.provider import Bill, Call, error_of
 from simulation.record import (
     LATENCY_S,
     RECOVERY_S,
+    Beat,
     Book,
     Done,
     Drain,
@@ -1215,11 +1216,14 @@ def test_a_provider_that_never_began_is_paid_by_no_client_that_takes_nothing(wai
     assert ("charges_are_bills" not in {finding.rule for finding in judge(case.record)}) == excused
 
 
-@pytest.mark.parametrize(("asked_at", "excused"), [(11.1, True), (10.9, False)])
-def test_a_request_that_left_before_it_ran_has_no_tokens_of_a_later_one_s(asked_at, excused):
+@pytest.mark.parametrize(
+    ("began_at", "asked_at", "excused"),
+    [(11.0, 11.1, True), (11.0, 10.9, False), (10.0, 10.6, True), (10.0, 10.4, False)],
+)
+def test_a_request_that_left_before_it_ran_has_no_tokens_of_another_s(began_at, asked_at, excused):
     case = Case(Request("q0", keyed=True, reads="leaves"))
     case.sight.ended, case.sight.ended_at = "left", 10.5
-    case.twice(began_at=11.0, sent_at=11.0, ended_at=12.0)
+    case.twice(began_at=began_at, sent_at=began_at, ended_at=12.0)
     case.call.at = asked_at
     case.record.books = {0: book(settled(usage_source="none"), settled(hold_id="h2", request_id="id-q1"))}
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == excused
@@ -1988,8 +1992,23 @@ SEEN = {
     "a wait for tokens that is too long": (limited(25.8, 3, tokens_per_minute=300), REQUEST, WAITS),
     "tokens that were kept": (tokens_left(), REQUEST, {"buckets_are_right"}),
     "tokens by a clock that jumps": (tokens_left(Trouble("clock", 12.9, 41.0)), REQUEST, set()),
-    "a wait after an outage": (limited(59.0, 1, Trouble("gone", -70, -49.9), requests_per_minute=1), REQUEST, set()),
-    "a wait long after one": (limited(59.0, 1, Trouble("gone", -70, -50.1), requests_per_minute=1), REQUEST, WAITS),
+    "a wait after an outage": (limited(55.0, 1, Trouble("gone", -70, -49.9), requests_per_minute=1), REQUEST, set()),
+    "a wait that is too long after an outage": (
+        limited(55.3, 1, Trouble("gone", -70, -49.9), requests_per_minute=1),
+        REQUEST,
+        WAITS,
+    ),
+    "a wait long after one": (limited(55.0, 1, Trouble("gone", -70, -50.1), requests_per_minute=1), REQUEST, WAITS),
+    "a wait by a clock that had jumped": (
+        limited(59.0, 1, Trouble("clock", 10.9, 40.0), requests_per_minute=1),
+        REQUEST,
+        set(),
+    ),
+    "a wait by a clock that jumps later": (
+        limited(59.0, 1, Trouble("clock", 11.1, 40.0), requests_per_minute=1),
+        REQUEST,
+        WAITS,
+    ),
     "a wait for tokens of a template": (
         limited(9.3, 9, tokens_per_minute=1000),
         Request("q0", template="greeting", manner="few"),
@@ -2334,6 +2353,90 @@ def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
+def local(number, cost, charged_at=60.0, worker="worker-00001", **fields):
+    """A settlement of a whole answer that was admitted without the store, of a worker."""
+    ids = {"hold_id": f"{worker}{number}", "request_id": f"id-q{number}"}
+    return settled(hold="none", held_nusd=0, cost_nusd=cost, settled_ms=round(charged_at * 1000), **ids, **fields)
+
+
+@pytest.mark.parametrize(
+    ("events", "told", "is_right", "troubles"),
+    [
+        pytest.param([local(0, 3_000_000), local(1, 3_000_000)], [1], True, [], id="an allowance"),
+        pytest.param([local(0, 3_000_000), local(1, 3_000_001)], [1], False, [], id="more than that"),
+        pytest.param([local(0, 3_000_000), local(1, 1)], [2], False, [], id="more than a share"),
+        pytest.param([local(0, 3_000_000), local(1, 1)], [1, 2], True, [], id="which is perhaps not read"),
+        pytest.param([local(0, 3_000_000), local(1, 1)], [1, 2, 2], False, [], id="which is read"),
+        pytest.param([local(0, 3_000_000), local(1, 1)], [], True, [], id="which was never asked for"),
+        pytest.param(
+            [local(0, 3_000_000), local(1, 3_000_000, worker="worker-00002")],
+            [2],
+            True,
+            [],
+            id="two shares of two workers",
+        ),
+        pytest.param(
+            [local(0, 3_000_000, 20.0), local(1, 3_000_000, started_ms=20_001)],
+            [2],
+            True,
+            [],
+            id="a share, charged, and another",
+        ),
+        pytest.param(
+            [local(0, 3_000_000, 20.0), local(1, 3_000_000, started_ms=19_999)],
+            [2],
+            False,
+            [],
+            id="another before it is charged",
+        ),
+        pytest.param(
+            [local(0, 3_000_000), settled(cost_nusd=4_000_000, hold_id="h2", request_id="id-q1")],
+            [2],
+            True,
+            [],
+            id="a hold",
+        ),
+        pytest.param(
+            [local(0, 3_000_000), local(1, 3_000_000)],
+            [2],
+            True,
+            [Trouble("failover", 10.2, 30.0)],
+            id="holds that were lost",
+        ),
+        pytest.param(
+            [local(0, 3_000_000), local(1, 3_000_000)],
+            [2],
+            False,
+            [Trouble("failover", 11.2, 30.0)],
+            id="holds that weren't",
+        ),
+    ],
+)
+def test_a_worker_spends_its_share_of_the_allowance_without_the_store(events, told, is_right, troubles):
+    case = Case()
+    case.twice()
+    case.record.sights[1].marker, other = "mk1q1z", replace(case.call, marker="mk1q1z")
+    case.record.calls.append(other)
+    case.record.history = replace(case.record.history, local=True, workers=2)
+    case.record.troubles = [Trouble("gone", 9.0, 60.0), *troubles]
+    case.record.beats = [
+        Beat(1.0 + at, worker, count) for at, count in enumerate(told) for worker in ("worker-00001", "worker-00002")
+    ]
+    case.record.books = {0: book(*events)}
+    assert ("credit_is_not_overdrawn" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(("lost", "is_right"), [(0, False), (1, False), (2, True)])
+def test_a_lost_reply_has_one_request_admitted_without_the_store(lost, is_right):
+    """And no whole allowance: three of 5,000,000 and one at each of the workers exceed one allowance."""
+    case = Case()
+    case.record.history = replace(case.record.history, local=True)
+    costs = [local(number, 5_000_000, charged_at=11.0, worker=f"worker-{number:05}") for number in range(4)]
+    case.record.books = {0: book(*costs, granted=0, balance=-20_000_000)}
+    case.record.troubles = [Trouble("lost_reply", 9.0 + at, 15.0) for at in range(lost)]
+    assert ("credit_is_not_overdrawn" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
 @pytest.mark.parametrize(
     ("settled_at", "fields", "is_right"),
     [
@@ -2344,6 +2447,7 @@ def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_
         pytest.param(44.01, {}, False, id="too late"),
         pytest.param(44.01, {"outcome": "completed"}, False, id="too late, as it is complete"),
         pytest.param(44.01, {"size": 65_000}, True, id="with all under way to it"),
+        pytest.param(44.01, {"timeout_s": 10.0}, True, id="with an answer that goes on without it"),
         pytest.param(54.0, {"keyed": True}, True, id="when the rest has run on"),
         pytest.param(54.01, {"keyed": True}, False, id="after the rest has run on"),
         pytest.param(44.01, {"trouble": Trouble("slow", 44.9, 60.0)}, True, id="while the store is slow"),
@@ -2352,7 +2456,8 @@ def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_
 )
 def test_a_client_that_takes_nothing_is_given_up_in_time(settled_at, fields, is_right):
     """By what its provider had sent at 11.5, of which the way to it takes 64 KiB."""
-    case = Case(Request("q0", stream=True, reads="stalls", keyed=fields.get("keyed", False)))
+    keyed, timeout_s = fields.get("keyed", False), fields.get("timeout_s")
+    case = Case(Request("q0", stream=True, reads="stalls", keyed=keyed, timeout_s=timeout_s))
     case.sight.ended, case.sight.ended_at = "left", 101.0
     case.call.lines, case.call.lines_at = ["-" * fields.get("size", 66_000)], [11.5]
     case.call.answer = Answer(gap_s=10.0)
@@ -2391,18 +2496,19 @@ def test_an_instance_ends_in_time(ended_at, request_, others, is_right):
 
 
 @pytest.mark.parametrize(
-    ("left_at", "signals", "is_right"),
+    ("left_at", "signals", "answer", "is_right"),
     [
-        (SIGNAL - 0.1, [SIGNAL], True),
-        (SIGNAL, [SIGNAL], False),
-        (SIGNAL + 19.89, [SIGNAL], False),
-        (SIGNAL + 19.91, [SIGNAL], True),
-        (14.89, [SIGNAL, 15.0], False),
-        (14.91, [SIGNAL, 15.0], True),
+        (SIGNAL - 0.1, [SIGNAL], GOOD, True),
+        (SIGNAL, [SIGNAL], GOOD, False),
+        (SIGNAL, [SIGNAL], Answer(gap_s=20.01), True),  # for its silence
+        (SIGNAL + 19.89, [SIGNAL], GOOD, False),
+        (SIGNAL + 19.91, [SIGNAL], GOOD, True),
+        (14.89, [SIGNAL, 15.0], GOOD, False),
+        (14.91, [SIGNAL, 15.0], GOOD, True),
     ],
 )
-def test_what_runs_on_is_waited_for_by_an_instance_that_ends(left_at, signals, is_right):
-    case = Case(replace(REQUEST, keyed=True, reads="leaves"))
+def test_what_runs_on_is_waited_for_by_an_instance_that_ends(left_at, signals, answer, is_right):
+    case = Case(replace(REQUEST, keyed=True, reads="leaves"), answer=answer)
     case.sight.ended, case.sight.ended_at, case.call.ended, case.call.ended_at = "left", 10.2, "closed", left_at
     case.record.drains = [Drain(0, signal, max(left_at, *signals) + 0.2) for signal in signals]
     assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right
