@@ -40,7 +40,7 @@ def answers_are_prompt(view: View) -> Iterator[str]:
     A repeat reads along by way of the store.
     """
     for sight in view.record.sights:
-        calls = view.calls.get(sight.marker, [])
+        calls = view.calls_for(sight)
         is_repeat = "idempotent-replayed" in sight.headers
         is_slow = any(other.request.reads in {"slowly", "stalls"} for other in view.group(sight))  # and holds all back
         if not calls or is_slow or sight.sent_at is None:
@@ -49,7 +49,7 @@ def answers_are_prompt(view: View) -> Iterator[str]:
             continue
         if any(has_lost_record(view, other) for other in view.group(sight)):  # for whose end a repeat waits
             continue
-        if len(view.group(sight)) > 1 and (len(calls) > 1 or not is_repeat):
+        if view.is_anothers(sight) and (len(calls) > 1 or not is_repeat):
             continue  # another's call
         call, most_s = calls[-1], REPEATED_S if is_repeat else PROMPT_S
         asked_at = sight.sent_at + ADMITTED_S if is_repeat else 0.0
@@ -101,8 +101,8 @@ def streams_are_alive(view: View) -> Iterator[str]:
 def failover_happens(view: View) -> Iterator[str]:
     """Check that another provider is asked where docs/failover.md says so, and nowhere else."""
     for sight in view.record.sights:
-        calls = view.calls.get(sight.marker, [])
-        if not calls or len(view.group(sight)) > 1:
+        calls = view.own_calls(sight)
+        if not calls or view.is_anothers(sight):
             continue
         verdicts = [_verdict(sight, call) for call in calls]
         for call, verdict, later in zip(calls, verdicts, calls[1:], strict=False):
@@ -171,8 +171,8 @@ def attempts_are_told(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         if sight.status:
             yield from _header_faults(sight)
-        calls = view.calls.get(sight.marker, [])
-        if sight.ended != "whole" or len(view.group(sight)) > 1 or not sight.times:
+        calls = view.own_calls(sight)
+        if sight.ended != "whole" or view.is_anothers(sight) or not sight.times:
             continue
         begun = [call for call in calls if call.at <= sight.times[0][0]]
         names = (sight.request.model, *sight.request.fallbacks)
@@ -212,7 +212,7 @@ def what_runs_on_is_read(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         if sight.ended != "left" or not runs_on(view, sight) or ran_short(view, sight):
             continue
-        for call in view.calls.get(sight.marker, ()):
+        for call in view.own_calls(sight):
             is_early = call.ended == "closed" and sight.ended_at <= call.ended_at < sight.ended_at + DETACHED_S
             if is_early and not call.answer.is_silent and not view.feels(sight, until=call.ended_at):
                 yield f"{call.upstream} was left {call.ended_at - sight.ended_at:.2f} s after {sight.request_id}'s client"
@@ -261,14 +261,14 @@ def waits_are_told(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         if sight.ended != "whole" or sight.status in {0, 200} or not sight.error:
             continue
-        calls = view.calls.get(sight.marker, [])
+        calls = view.calls_for(sight)
         wait_ms = sight.headers.get("retry-after-ms")
         wait_s = None if wait_ms is None else float(wait_ms) / 1000
         if sight.status in {429, 503} and wait_s is None:
             yield f"{sight.request_id}: {sight.status} {sight.error.get('code')} without Retry-After"
         if sight.status not in {429, 502, 503} and wait_s is not None:
             yield f"{sight.request_id}: {sight.status} {sight.error.get('code')} with Retry-After {wait_s}"
-        if len(view.group(sight)) == 1 and calls and sight.status in {502, 503}:
+        if calls and not view.is_anothers(sight) and sight.status in {502, 503}:
             expected = _waits_of(sight, calls)
             if expected is not None and wait_s not in expected:
                 yield f"{sight.request_id}: its wait is {wait_s}, and {sorted(map(str, expected))} were the providers'"
@@ -340,7 +340,7 @@ def _may_say_no(view: View, sight: Sight, calls: list[Call], wait_s: float | Non
         return True
     if sight.status < 500:
         return False
-    if len(view.group(sight)) > 1 or (sight.status == 504 and sight.request.keyed):
+    if view.is_anothers(sight) or (sight.status == 504 and sight.request.keyed):
         return None  # another request's calls, and a repeat that gets the answer
     timed_out = sight.status == 504 and any(call.ended_at > sight.ended_at - 2 * HOP_S for call in calls)
     if timed_out or any(call.ended != "error" or call.answer.status in {200, 500} for call in calls):

@@ -12,6 +12,7 @@ from simulation.history import ENDINGS, OPTIONS, TURNS, Request
 from simulation.provider import WORDS
 
 PATIENCE_S: Final = 400.0  # for an answer; whoever gets none by then hung
+SPAN: Final = "00f067aa0ba902b7"
 STALL_S: Final = 90.0  # after which a client that reads nothing gives up; the gateway must have given it up before
 SLOWLY_S: Final = 60.0  # in all; then a slow client reads on as any other
 SLOWEST_S: Final = 3.0  # between two reads of a slow client
@@ -76,6 +77,11 @@ def _error(text: str | bytes) -> dict[str, Any]:
         return {}
     error = told.get("error") if isinstance(told, dict) else None
     return error if isinstance(error, dict) else {}
+
+
+def trace_of(request_id: str) -> str:
+    """Return the `traceparent` of a request with an Idempotency-Key, which says at its provider whose call it is."""
+    return f"00-{request_id.encode().hex():0>32}-{SPAN}-01"
 
 
 def body_of(request: Request, marker: str) -> bytes:
@@ -215,7 +221,7 @@ class Clients:
             f"x-request-id: {sight.request_id}",
         ]
         if request.keyed:
-            head.append(f"idempotency-key: {sight.marker}")
+            head += [f"idempotency-key: {sight.marker}", f"traceparent: {trace_of(sight.request_id)}"]
         data = "\r\n".join([*head, "", ""]).encode() + sight.body
         size = -(-len(data) // request.sends_in)
         for at in range(0, len(data), size):

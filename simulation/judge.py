@@ -4,6 +4,7 @@ It knows what providers billed and clients saw, and docs/; nothing of the gatewa
 a record to the words of what breaks it. docs/simulation.md lists the rules.
 """
 
+import itertools
 import json
 import math
 import re
@@ -133,11 +134,11 @@ def _envelope_faults(sight: Sight) -> Iterator[str]:
 def answers_are_not_lost(view: View) -> Iterator[str]:
     """Check that an answer that a provider gave whole arrives whole, byte for byte, at a client that stayed."""
     for sight in view.record.sights:
-        calls = view.calls.get(sight.marker, [])
+        calls = view.calls_for(sight)
         code = sight.error.get("code")
         if sight.ended != "whole" or not calls or (code == "gateway_timeout" and met_deadline(view, sight)):
             continue
-        if len(view.group(sight)) > 1 and (len(calls) > 1 or code is not None):
+        if view.is_anothers(sight) and (len(calls) > 1 or code is not None):
             continue  # another's call
         call = calls[-1]
         if not (call.complete and call.answer.is_good) or code in {
@@ -210,9 +211,11 @@ def requests_are_clean(view: View) -> Iterator[str]:
             continue
         if is_unpriced(view, group[0]):
             yield f"{call.upstream} got the service tier {call.body.get('service_tier')} for {group[0].request}"
-        faults = [list(_changes_of(sight, call)) for sight in group]
-        if all(faults):
-            yield min(faults, key=len)[0]
+        owner = next((sight for sight in group if any(own is call for own in view.own_calls(sight))), None)
+        if owner is None:
+            yield f"{call.upstream} got the trace {call.headers.get('traceparent')} in {call.marker}"
+            continue
+        yield from itertools.islice(_changes_of(owner, call), 1)
         yield from imposed_cap_faults(view, group[0], call)
 
 

@@ -928,6 +928,18 @@ PLANTED: Final = [
         'tokens = prompt.tokens + (estimate_prompt(b"", others, 0) if others else 0)',
         "tokens = prompt.tokens",
     ),
+    Planted(
+        "a client's trace isn't passed on",
+        "openai/headers.py",
+        '"x-title", "traceparent", "tracestate"',
+        '"x-title", "tracestate"',
+    ),
+    Planted(
+        "what ended in its admission is settled as a hang-up",
+        "gateway/settle.py",
+        "settlement = self._settlement(exchange, exchange.unanswered, unheld=False)",
+        "settlement = replace(self._settlement(exchange, exchange.unanswered, unheld=False), outcome='client_disconnected')",
+    ),
     # Time-outs.
     Planted(
         "a provider that falls silent is waited for three times as long",

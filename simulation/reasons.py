@@ -80,7 +80,7 @@ def _suspended(view: View, sight: Sight) -> bool:
 
 
 def _refused_by_provider(view: View, sight: Sight) -> bool:
-    said = {call.answer.status for call in view.calls.get(sight.marker, ()) if call.answer.error}
+    said = {call.answer.status for call in view.calls_for(sight) if call.answer.error}
     return bool(said & (REFUSALS if sight.status == 200 else {sight.status}))  # an event has no status
 
 
@@ -265,7 +265,7 @@ def _asked_to_wait(view: View, sight: Sight) -> bool:
         return False
     if is_failing(sight):
         return may_all_be_open(view, sight)
-    return any(call.answer.status == 429 for call in view.calls.get(sight.marker, ()))
+    return any(call.answer.status == 429 for call in view.calls_for(sight))
 
 
 def _stopping(view: View, sight: Sight) -> bool:
@@ -288,8 +288,8 @@ def _failed_there(view: View, sight: Sight) -> bool:
     """Whether a provider failed, or refused the gateway."""
     if sight.error.get("code") != "upstream_error":
         return False
-    calls = view.calls.get(sight.marker, [])
-    others = [other for other in view.group(sight) if other is not sight]
+    calls = view.calls_for(sight)
+    others = [other for other in view.group(sight) if other is not sight and view.is_anothers(sight)]
     if any(
         other.error
         or (other.ended != "whole" and sight.ended_at - other.began_at > DETACHED_S)
@@ -333,7 +333,7 @@ def _timed_out(view: View, sight: Sight) -> bool:
 
     A repeat gets the first stream's error.
     """
-    calls = view.calls.get(sight.marker, ())
+    calls = view.calls_for(sight)
     return met_deadline(view, sight) or any(
         call.at <= sight.ended_at and _was_silent(call) and call.ended_at <= sight.ended_at + 2 * HOP_S
         for call in calls
@@ -345,7 +345,7 @@ def met_deadline(view: View, sight: Sight) -> bool:
     timeout_s = sight.request.timeout_s
     if timeout_s is None or sight.ended_at - sight.began_at < timeout_s - TIMER_S:
         return False
-    if len(view.group(sight)) > 1:
+    if view.is_anothers(sight):
         return True  # a repeat begins with the first event that it reads along
     return not (sight.request.stream and _begun_at(view, sight, surely=True) < sight.began_at + timeout_s - HOP_S)
 
@@ -355,7 +355,7 @@ def _begun_at(view: View, sight: Sight, *, surely: bool) -> float:
 
     If the head doesn't say that it is a stream's, the bytes after it do, and surely the first event.
     """
-    calls = [call for call in view.calls.get(sight.marker, ()) if call.at <= sight.ended_at][-1:]
+    calls = [call for call in view.calls_for(sight) if call.at <= sight.ended_at][-1:]
     for call in calls:
         answer = call.answer
         head_at = call.at + answer.delay_s

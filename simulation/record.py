@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
-from simulation.client import Sight
+from simulation.client import Sight, trace_of
 from simulation.history import DRAIN_S, History, Model, Request
 from simulation.provider import Call
 
@@ -170,6 +170,9 @@ class View:
         self.calls: dict[str, list[Call]] = {}
         for call in record.calls:
             self.calls.setdefault(call.marker, []).append(call)
+        self._own: dict[str, list[Call]] = {}  # of requests with an Idempotency-Key, by what they are called in a trace
+        for call in record.calls:
+            self._own.setdefault(call.headers.get("traceparent", ""), []).append(call)
         self.settled: dict[str, list[dict[str, str]]] = {}
         for book in record.books.values():
             for event in book.events:
@@ -225,6 +228,20 @@ class View:
             trouble.what == "failover" and done.began_at <= trouble.start <= done.ended_at + LAG_S + HOP_S
             for trouble in self.record.troubles
         )
+
+    def own_calls(self, sight: Sight) -> list[Call]:
+        """Return the calls of a request, without those of others with its Idempotency-Key."""
+        if sight.request.keyed:
+            return self._own.get(trace_of(sight.request_id), [])
+        return self.calls.get(sight.marker, [])
+
+    def calls_for(self, sight: Sight) -> list[Call]:
+        """Return the calls that a request's answer may come from: its own, or else those of its Idempotency-Key."""
+        return self.own_calls(sight) or self.calls.get(sight.marker, [])
+
+    def is_anothers(self, sight: Sight) -> bool:
+        """Whether a request's answer may be that of another one with its Idempotency-Key: no provider was asked for it."""
+        return len(self.group(sight)) > 1 and not (sight.request.keyed and self.own_calls(sight))
 
     def group(self, sight: Sight) -> list[Sight]:
         """Return the requests with the same body and Idempotency-Key, or this one alone."""

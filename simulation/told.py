@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from simulation.answers import HOLD_S
 from simulation.bills import is_lost, over_at, runs_on
 from simulation.breakers import routes_of
-from simulation.client import Sight
+from simulation.client import Sight, trace_of
 from simulation.history import STORE_TIMEOUT_S, UPSTREAMS
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, met_deadline
@@ -75,12 +75,12 @@ def refusals_are_told(view: View) -> Iterator[str]:
     Of several attempts the first refusal of the request counts, and else a wait. A provider's code is told as `provider_code`.
     """
     for sight in view.record.sights:
-        calls = view.calls.get(sight.marker, [])
+        calls = view.calls_for(sight)
         for call in calls:
             words = _words(call)
             if call.answer.status in OF_THE_ACCOUNT and words and words.encode() in sight.payload:
                 yield f"{sight.request_id} was told what {call.upstream} said to the operator: {words}"
-        if sight.ended != "whole" or not sight.error or len(view.group(sight)) > 1:
+        if sight.ended != "whole" or not sight.error or view.is_anothers(sight):
             continue
         told = sight.error.get("provider_code")
         codes = {_code(call) for call in calls}
@@ -167,6 +167,7 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
         return seen
     error, replayed = sight.error, "idempotent-replayed" in sight.headers
     seen |= {
+        "trace_id": [trace_of(sight.request_id).split("-")[1] if sight.request.keyed else None],
         "status": [sight.status],
         "code": [error.get("code")],
         "level": ["warning" if sight.status >= 500 else "info"],
@@ -177,8 +178,9 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     if not sight.payload.startswith(PING):  # else its head came before another provider was asked
         seen["attempts"] = [0 if replayed else int(sight.headers.get("x-mesh-attempts", 0))]
         seen |= {} if error else {"model": [sight.headers.get("x-mesh-model")]}
-    calls = view.calls.get(sight.marker, [])
-    if len(view.group(sight)) == 1 and calls and (not error or calls[-1].ended == "error"):
+    calls = view.own_calls(sight)
+    is_read = bool(calls) and calls[-1].ended == "error" and calls[-1].ended_at < sight.ended_at
+    if not view.is_anothers(sight) and calls and (not error or is_read):
         call = calls[-1]
         gone = [route for route, _ in routes_of(view, sight) if error and not UPSTREAMS[route].is_there]  # asked unseen
         statuses = [call.answer.status, *([None] if gone else [])]
@@ -216,6 +218,7 @@ def _booked(view: View, sight: Sight) -> dict[str, list[Any]]:
         "cost_usd": [usd_of(cost), usd_of(cost + waived)],
         "usage_source": [events[0]["usage_source"]],
         "outcome": [events[0]["outcome"]],
+        "code": [events[0].get("code")],
         **{name: [int(events[0][name])] for name in ("prompt_tokens", "completion_tokens")},
     }
 

@@ -14,7 +14,6 @@ from meshproxy.config import Credits, Defaults
 from meshproxy.errors import ErrorResponse, ledger_unavailable
 from meshproxy.gateway.exchange import ActiveConfig, Exchange, Headers
 from meshproxy.gateway.resolve import Plan
-from meshproxy.gateway.settle import Settler
 from meshproxy.ledger.ledger import Ledger
 from meshproxy.ledger.local import LocalAdmission
 from meshproxy.ledger.records import NO_LIMITS, BucketState, Denial, Hold, HoldRequest, Kind
@@ -325,10 +324,9 @@ def _do_nothing(_refusal: Denial | ErrorResponse | None) -> None:
 class Admitter:
     """Admits the requests of one worker. `local` is None where a lost Redis denies."""
 
-    def __init__(self, ledger: Ledger, local: LocalAdmission | None, settler: Settler, tasks: Tasks) -> None:
+    def __init__(self, ledger: Ledger, local: LocalAdmission | None, tasks: Tasks) -> None:
         self._ledger = ledger
         self._local = local
-        self._settler = settler
         self._renewers = {enforce: Renewer(ledger, local, tasks, enforce_tokens=enforce) for enforce in (False, True)}
 
     async def admit(self, exchange: Exchange, plan: Plan, principal: Principal, active: ActiveConfig) -> Lease | Denial:
@@ -350,9 +348,8 @@ class Admitter:
             if self._local is None or not self._local.has_room(request):
                 raise
             answer, is_local = self._local.admit(request), True
-        except BaseException as error:  # the ledger may still admit: release that hold
-            is_hang_up = isinstance(error, asyncio.CancelledError)
-            self._settler.withdraw(exchange, request, outcome="client_disconnected" if is_hang_up else "failed")
+        except BaseException:  # the ledger may still admit: release that hold at the request's end
+            exchange.unanswered = request
             raise
         if isinstance(answer, Denial):
             return answer

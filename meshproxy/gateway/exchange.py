@@ -18,7 +18,7 @@ from meshproxy.errors import (
     spend_limit_exceeded,
 )
 from meshproxy.gateway.entry import BodyReservation
-from meshproxy.ledger.records import Denial, UsageSource
+from meshproxy.ledger.records import Denial, HoldRequest, UsageSource
 from meshproxy.openai.errors import envelope, error_headers
 from meshproxy.openai.provider_errors import conceal_secrets, without_secrets
 from meshproxy.openai.usage import RefusedNumber, Usage
@@ -176,6 +176,7 @@ class Exchange(Struct, eq=False):
     - `refused_numbers`: the numbers of the provider's report that can't be true.
     - `refused_by`: the bucket, budget or bound that refused the request.
     - `reads_whole`: a body that is no stream is being read, by the deadline.
+    - `unanswered`: the hold that was requested, where the request ended before the ledger's answer.
     - `upstream_status`, `upstream_request_id`: of the last provider's response whose head has arrived.
     - `secrets`: our secrets that the current upstream knows.
     - `end_sent`: the client was sent the stream's end: whatever becomes of it then is no end of the request.
@@ -191,6 +192,7 @@ class Exchange(Struct, eq=False):
     is_stream: bool = False
     plan: "Plan | None" = None
     lease: "Lease | None" = None
+    unanswered: HoldRequest | None = None
     candidate: Candidate | None = None
     attempted: Candidate | None = None
     attempts: int = 0

@@ -106,7 +106,7 @@ class Gateway:
         )
         self.path_limiter = PathLimiter(clock)
         self.locks = NamedLocks()
-        self._admitter = Admitter(ledger, local, settler, tasks)
+        self._admitter = Admitter(ledger, local, tasks)
         self._directory = directory
         self._authenticator = authenticator
         self._idempotence = idempotence

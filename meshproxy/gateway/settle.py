@@ -137,7 +137,7 @@ class Settler:
         self.pending = 0  # settlements that are sent and not answered
 
     def settle(self, exchange: Exchange) -> None:
-        """Settle the exchange's hold, if it has one. Returns at once."""
+        """Settle the exchange's hold, if it has one or may get one. Returns at once."""
         if exchange.lease is not None:
             request = exchange.lease.hold.request
             settlement = self._settlement(exchange, request, unheld=exchange.lease.unheld)
@@ -147,17 +147,16 @@ class Settler:
             answer = self._ledger.send_settlement(settlement)
             self._tasks.running.add(answer)
             answer.add_done_callback(partial(self._answered, settlement))
+        elif exchange.unanswered is not None:
+            settlement = self._settlement(exchange, exchange.unanswered, unheld=False)
+            self._tasks.spawn("settle", self._release(settlement))
 
-    def withdraw(self, exchange: Exchange, request: HoldRequest, *, outcome: str) -> None:
-        """Release the hold of a request that was cancelled before the ledger answered `request`. Returns at once.
+    async def _release(self, settlement: Settlement) -> None:
+        """Release the hold of a request that ended before the ledger admitted it.
 
         Commands keep their order, so the hold exists by then. If the command can't be sent, the hold's deadline
         releases it.
         """
-        settlement = replace(self._settlement(exchange, request, unheld=False), outcome=outcome)
-        self._tasks.spawn("settle", self._release(settlement))
-
-    async def _release(self, settlement: Settlement) -> None:
         with contextlib.suppress(Unavailable):
             await self._ledger.settle(settlement)
 

@@ -233,6 +233,12 @@ class TestSettler:
         await settle(books, with_lease=False)
         assert books.settled == []
 
+    async def test_what_ends_before_the_ledger_has_answered_is_settled_as_it_ended(self):
+        books = Books(True)
+        unanswered = lease(Renewals()).hold.request
+        await settle(books, with_lease=False, unanswered=unanswered, outcome="shutdown", code="overloaded")
+        assert [(each.hold_id, each.outcome, each.code) for each in books.settled] == [("h", "shutdown", "overloaded")]
+
     async def test_a_hold_that_the_ledger_lost_is_charged_without_it(self):
         books = Books(False, True)
         await settle(books)

@@ -211,6 +211,17 @@ FOUND = {
         after=200,
         answers=(Answer(status=500, error="failed"), Answer(words=45, gap_s=0.2)),
     ),
+    "a request that a shutdown cut short in its admission was settled as a hang-up": History(
+        1,
+        "found",
+        steps=(
+            Request("q0"),
+            Fault(0.9, "slow", for_s=6.0, delay_s=1.5),
+            Request("q1", at_s=1.0),
+            WorkerEvent(1.5, "drained", for_s=0.0),
+            WorkerEvent(2.0, "drained", for_s=0.0),
+        ),
+    ),
 }
 NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "0"))  # for new seeds: `make test` sets a minute
 

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from simulation.breakers import FAILING
-from simulation.client import Sight, body_of
+from simulation.client import Sight, body_of, trace_of
 from simulation.history import (
     ALLOWANCE_NUSD,
     MODELS,
@@ -117,8 +117,15 @@ def judge(record):
         members = (f'"{name}":{json.dumps(value)}' for name, value in call.body.items())
         call.raw = call.raw or f"{{{','.join(members)}}}".encode()
         call.last_at = call.last_at or call.ended_at
+        said = json.dumps(call.body["messages"][-1]).encode()
+        keyed = (each for each in record.sights if each.marker == call.marker and each.request.keyed)
+        for owner in [each for each in keyed if said in each.body][:1]:
+            call.headers = {"traceparent": trace_of(owner.request_id)} | call.headers
         if call.answer.error and call.body_bytes in {b"", WHOLE}:
             call.body_bytes = error_of(call.answer, call.marker, {})[2]
+    errors = {sight.request_id: sight.error["code"] for sight in record.sights if sight.error}
+    for event in (each for book in record.books.values() for each in book.events if each["event"] == "settled"):
+        event.update({"code": errors[event["request_id"]]} if event["request_id"] in errors else {})
     record.logged = record.logged or [line_of(record, sight) for sight in record.sights]
     return judge_record(record)
 
@@ -148,6 +155,7 @@ def line_of(record, sight, **fields):
         "usage_source": event.get("usage_source", "none"),
         **{name: int(event.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")},
         "duration_ms": (sight.ended_at - sight.began_at) * 1000 - 1,
+        "trace_id": trace_of(sight.request_id).split("-")[1] if sight.request.keyed else None,
         "ttft_ms": 1.0 if sight.request.stream and not replayed else None,
     }
     return line | fields
@@ -1261,6 +1269,8 @@ def replayed(sent_at, came_at):
         case.record.sights[1].request = replace(case.record.sights[1].request, stream=True)
         case.record.sights[1].headers["idempotent-replayed"] = "true"
         case.call.lines_at, case.call.ended_at = [sent_at], sent_at
+        case.sight.ended_at, case.sight.times = sent_at, [(sent_at, len(STREAM))]
+        case.sight.began_at = case.sight.sent_at = case.call.at = sent_at - 1
         case.record.books = {0: book(settled())}
 
     return change
@@ -1343,6 +1353,28 @@ def logged(*lines):
         case.record.logged = [line_of(case.record, case.sight, **fields) for fields in lines]
         if not lines:
             case.record.logged = [line_of(case.record, case.sight, request_id="id-q7")]
+
+    return change
+
+
+def with_a_repeat(change):
+    """Let the request have had an Idempotency-Key, and a repeat of it have come and gone."""
+
+    def changed(case):
+        change(case)
+        case.sight.request = replace(case.sight.request, keyed=True)
+        other = Sight(replace(case.sight.request, name="q1", repeats="q0"), MARKER, "id-q1", b"", 10.0, sent_at=10.0)
+        other.headers, other.payload, other.times, other.ended, other.ended_at = {}, b"", [], "left", 10.05
+        case.record.sights.append(other)
+
+    return changed
+
+
+def traced(traceparent):
+    """Let the provider have been told of another trace."""
+
+    def change(case):
+        case.call.headers = {"traceparent": traceparent}
 
     return change
 
@@ -1452,12 +1484,13 @@ def conflicting(began_at, status=200, *troubles):
         case.sight.request = replace(case.sight.request, keyed=True)
         payload = WHOLE if status == 200 else envelope(code="idempotency_conflict", request_id="id-q1")
         case.twice(began_at=began_at, sent_at=began_at, ended_at=began_at + 1, status=status, payload=payload)
+        case.record.sights[1].times = [(began_at + 1, len(payload))]
         other = case.record.sights[1].request = replace(case.record.sights[1].request, other_body=True, prompt_words=7)
         case.record.troubles = list(troubles)
         if status == 200:
             call = Call(MARKER, "one", 1, began_at, case.call.answer, dict(case.call.body), {}, lines=[])
             call.body["messages"] = json.loads(body_of(other, MARKER))["messages"]
-            call.ended, call.ended_at = "error", began_at
+            call.ended, call.ended_at = "whole", began_at + 1
             case.record.calls.append(call)
         else:
             case.record.sights[1].headers["x-should-retry"] = "false"
@@ -1807,6 +1840,15 @@ SEEN = {
         PAIR_STREAM,
         TOLD_ERRORS,
     ),
+    "a failed whole answer isn't, of a key": (with_a_repeat(called(BROKE, asked=("one",))), PAIR, FAILOVER),
+    "two attempts are told, of a key": (
+        with_a_repeat(headed(x_mesh_attempts="2", x_mesh_routing_attempts="2")),
+        REQUEST,
+        TOLD,
+    ),
+    "an end that was held, of a key": (with_a_repeat(sent_at(11.0, 10.59)), STREAMED, PROMPT),
+    "its own trace": (with_a_repeat(traced(trace_of("id-q0"))), REQUEST, set()),
+    "another request's trace": (with_a_repeat(traced(trace_of("id-q7"))), REQUEST, {"requests_are_clean"}),
     "a line in the log": (logged({}), REQUEST, set()),
     "two lines in the log": (logged({}, {}), REQUEST, LOGGED),
     "no line in the log": (logged(), REQUEST, LOGGED),
