@@ -75,7 +75,8 @@ class Taken(NamedTuple):
     """What a request took from its key's bucket, where bounds are all that is known of it.
 
     It was admitted between `from_` and `until`, if at all: then `least` is above 0. `least` and `most`: what it took by
-    estimate, `used`: what it was made right to at `settled_at`.
+    estimate, `used`: what it was made right to at `settled_at`. `last`: when a stream took its last
+    slice, at the latest.
     """
 
     from_: float
@@ -84,6 +85,7 @@ class Taken(NamedTuple):
     most: int
     used: int
     settled_at: float
+    last: float = -math.inf
 
 
 NOTHING: Final = Taken(0.0, 0.0, 0, 0, 0, math.inf)
@@ -179,7 +181,7 @@ def level_at_most(bucket: Bucket, others: Iterable[Taken], began_at: float, unti
 
 def level_at_least(bucket: Bucket, others: Iterable[Taken], began_at: float, until: float) -> float:
     """Return the least that a bucket may have between two times, given what took from it before."""
-    steps = [(min(other.until, began_at), -other.most) for other in others if other.from_ <= until]
+    steps = [(min(max(other.until, other.last), began_at), -other.most) for other in others if other.from_ <= until]
     for other in others:
         change = other.least - other.used
         if other.settled_at < began_at - CLOCK_S or (change < 0 and other.settled_at <= until + CLOCK_S):
@@ -218,7 +220,8 @@ def _taken(view: View, sight: Sight, kind: str) -> Taken:
         return Taken(sight.began_at, until, 1, 1, 1, settled_at)
     least, most = tokens_taken(view, sight)
     used = int(event["prompt_tokens"]) + int(event["completion_tokens"])
-    return Taken(sight.began_at, until, least, most, used, settled_at)
+    has_slices = sight.request.stream and sight.request.max_tokens is None
+    return Taken(sight.began_at, until, least, most, used, settled_at, settled_at if has_slices else -math.inf)
 
 
 def tokens_taken(view: View, sight: Sight) -> tuple[int, int]:
