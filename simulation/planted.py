@@ -635,8 +635,8 @@ PLANTED: Final = [
     Planted(
         "what a full disk refused is forgotten",
         "ledger/journal.py",
-        "                    self._unwritten = unwritten + self._unwritten\n",
-        "                    self._pending.clear()\n",
+        "                    self._disk_failed = True\n                    raise\n",
+        "                    self._disk_failed = True\n                    self._pending.clear()\n                    raise\n",
     ),
     Planted(
         "a part of a line stays when a disk is full",

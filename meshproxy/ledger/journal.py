@@ -18,6 +18,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -123,7 +124,7 @@ class Journal:
                 self._size, self._unwritten = 0, []
                 if self._file is not None:
                     try:
-                        await asyncio.to_thread(_truncate, self._file)
+                        await _in_thread(partial(_truncate, self._file))
                     except OSError as error:  # what stays in the file is charged once, also if it is sent again
                         _log.error("journal_not_written", reason=error.strerror, settlements=0)
                         self._disk_failed = True
@@ -168,20 +169,20 @@ class Journal:
         If there is nothing to write and the disk refused the last write, try whether it takes one now.
         """
         async with self._writing:
-            unwritten, self._unwritten = self._unwritten, []
+            unwritten = list(self._unwritten)  # they stay there until the disk has them
             if self._file is not None and (unwritten or self._disk_failed):
                 try:
                     if unwritten:
-                        await asyncio.to_thread(_write_through, self._file, b"".join(map(_line, unwritten)))
+                        await _in_thread(partial(_write_through, self._file, b"".join(map(_line, unwritten))))
                     else:
-                        await asyncio.to_thread(_try_write, self._file)
+                        await _in_thread(partial(_try_write, self._file))
                 except OSError as error:
-                    self._unwritten = unwritten + self._unwritten
                     if not self._disk_failed:
                         _log.error("journal_not_written", reason=error.strerror, settlements=len(self._unwritten))
                     self._disk_failed = True
                     raise
                 self._disk_failed = False
+            del self._unwritten[: len(unwritten)]
 
     def _not_on_disk(self) -> Iterator[Settlement]:
         """Return the pending settlements that aren't on disk."""
@@ -282,6 +283,18 @@ def _parse(line: bytes) -> Settlement | None:
         return msgspec.json.decode(text, type=Settlement)
     except (ValueError, msgspec.DecodeError):
         return None
+
+
+async def _in_thread(change: Callable[[], None]) -> None:
+    """Change a file in a thread. If this is cancelled, it waits for the thread: nothing else may change the file meanwhile."""
+    changing = asyncio.ensure_future(asyncio.to_thread(change))
+    try:
+        await asyncio.shield(changing)
+    except asyncio.CancelledError:
+        await asyncio.wait({changing})
+        if not changing.cancelled():
+            changing.exception()  # the caller keeps what it doesn't know to be on disk
+        raise
 
 
 def _write_through(file: int, data: bytes) -> None:

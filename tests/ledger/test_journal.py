@@ -298,6 +298,35 @@ async def test_a_disk_that_stays_full_to_the_end_has_it_logged_whole(open_journa
     assert [to_builtins(settlement("h1"))] == lost
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+async def test_a_write_that_is_cancelled_is_over_before_the_journal_is_closed(
+    open_journal, settlement, monkeypatch, refuses
+):
+    """The settlement is on disk, or logged as lost: a worker that stops cancels the write that waits for its disk."""
+    journal, begun, may_go_on, write = open_journal(), asyncio.Event(), threading.Event(), os.write
+    loop = asyncio.get_running_loop()
+
+    def slow(file, data):
+        loop.call_soon_threadsafe(begun.set)
+        may_go_on.wait()
+        if refuses:
+            raise OSError(28, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(module.os, "write", slow)
+    appending = asyncio.ensure_future(journal.append(settlement("h1")))
+    await begun.wait()
+    appending.cancel()
+    await turns(3)
+    was_over = appending.done()
+    may_go_on.set()
+    await asyncio.wait({appending})
+    lost = journal.close()
+    monkeypatch.undo()
+    found = {kept.hold_id for kept in open_journal()}
+    assert (was_over, lost, found) == (False, int(refuses), set() if refuses else {"h1"})
+
+
 async def test_a_full_disk_is_logged_once(open_journal, settlement, full_disk):
     journal = open_journal()
     with full_disk(), capture_logs() as logs:

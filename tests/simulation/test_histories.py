@@ -193,6 +193,21 @@ FOUND = {
     "what frames messages was billed as their text": Request(
         "q1", turns=("called", "called"), in_parts=True, prompt_words=1, answers=(Answer(lie="none"),)
     ),
+    "a worker stopped in the middle of a write that its disk refused": History(
+        32211455,
+        "found",
+        workers=2,
+        local=True,
+        steps=(
+            Request("q5a", at_s=0.256, prompt_words=1, answers=(Answer(words=1),)),
+            Request("q2b", at_s=0.435, prompt_words=1, answers=(Answer(words=1),)),
+            Request("q0b", at_s=0.886, prompt_words=1, sends_in=2, connection="c1", answers=(Answer(words=1),)),
+            Fault(1.172, "gone", for_s=8.0),
+            Fault(2.172, "disk_full", for_s=13.0),
+            Request("q2a", at_s=6.965, prompt_words=1, answers=(Answer(words=1),)),
+            WorkerEvent(8.89, "drained"),
+        ),
+    ),
     "what came during a probe was to wait for a minute": History(
         1,
         "found",
