@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final, Literal
 
-from simulation.bills import is_usage_only, over_at, own_calls, ran_short, runs_on, without_cost
+from simulation.bills import is_usage_only, over_at, ran_short, runs_on, without_cost
 from simulation.breakers import may_be_open, model_of
 from simulation.client import Sight
 from simulation.history import (
@@ -241,7 +241,7 @@ def drains_end(view: View) -> Iterator[str]:
             yield f"gateway-{drain.worker} ended {took_s:.2f} s after it was told to, {drain.end - until:.2f} s too late"
         for sight in ours if not fails else ():
             if sight.ended == "left" and runs_on(view, sight) and not ran_short(view, sight):
-                for call in own_calls(view, sight):
+                for call in view.own_calls(sight):
                     ended_at = min(cut_at, sight.ended_at + DETACHED_S) - HOP_S
                     is_left = call.ended == "closed" and not call.answer.is_silent
                     if is_left and drain.start <= call.ended_at < ended_at:

@@ -98,13 +98,14 @@ def caps(call: Call) -> list[int]:
 
 def allowed_charges(view: View, sight: Sight) -> list[Cost]:
     """Return what may be charged for a request, by the bills of its calls and what its client saw."""
-    calls = view.calls.get(sight.marker, [])
+    calls = view.own_calls(sight)
     costs: list[Cost] = []
     request = sight.request
     is_replay = "idempotent-replayed" in sight.headers
+    events, group = view.settled.get(sight.request_id, ()), view.group(sight)
     if not calls or is_replay:
         return [NOTHING]
-    if request.keyed and len(view.group(sight)) > 1 and _ran_elsewhere(view, sight):
+    if any(int(event["waived_nusd"] or 0) and view.charge(other) for event in events for other in group):
         costs.append(NOTHING)
     call = calls[-1]
     goes_on = runs_on(view, sight)
@@ -143,7 +144,7 @@ def bound_without_credit(view: View, sight: Sight) -> Cost | None:
             continue
         prices = [each for model in view.models(sight, event["model"]) for price in model.prices for each in price.all]
         slices = [price.of_output(LEASE_TOKENS * sight.request.n) for price in prices]
-        bodies = [call.body for call in view.calls.get(sight.marker, ())]
+        bodies = [call.body for call in view.own_calls(sight)]
         prompt = int(event["prompt_tokens"])
         fewest = min((least_held(body) for body in bodies), default=0)
         more_prompt = max(0, prompt - fewest)  # citations, and an estimate too low
@@ -159,7 +160,7 @@ def bound_without_credit(view: View, sight: Sight) -> Cost | None:
 def _at_served(view: View, sight: Sight, event: dict[str, str]) -> int:
     """Return what the tokens that a hold covers cost, at most, in the service tier that served if that is dearer."""
     held = costs = int(event["held_nusd"])
-    for call in view.calls.get(sight.marker, ()):
+    for call in view.own_calls(sight):
         for model in view.models(sight, event["model"]):
             asked, served = model.price_in(sight.request.tier), model.price_in(call.tier, sight.request.tier)
             if served != asked:  # the prompt may have reached a tier of the dearer one's
@@ -178,7 +179,7 @@ def has_passed_deadline(sight: Sight) -> bool:
 
 def runs_on(view: View, sight: Sight) -> bool:
     """Whether a request goes on without its client: by its Idempotency-Key, or an upstream that is read to the end."""
-    return sight.request.keyed or any(call.upstream == "drained" for call in view.calls.get(sight.marker, ())[-1:])
+    return sight.request.keyed or any(call.upstream == "drained" for call in view.own_calls(sight)[-1:])
 
 
 def ran_short(view: View, sight: Sight) -> bool:
@@ -186,9 +187,9 @@ def ran_short(view: View, sight: Sight) -> bool:
 
     Where a renewal asks for a slice that is then not used, a budget is short by that much earlier.
     """
-    if (sight.ended == "whole" and sight.status != 504) or not view.calls.get(sight.marker):
+    if (sight.ended == "whole" and sight.status != 504) or not view.own_calls(sight):
         return False
-    call = view.calls[sight.marker][-1]
+    call = view.own_calls(sight)[-1]
     account, models = view.key(sight), view.models(sight, _model_of(view, sight, call))
     left = [
         sample.balance - sample.held
@@ -222,21 +223,8 @@ def _prices(call: Call, model: Model, sight: Sight, seen: int) -> set[Price]:
 
 def over_at(view: View, sight: Sight) -> float:
     """Return when a request and its calls were over."""
-    ended = [call.ended_at or math.inf for call in view.calls.get(sight.marker, ())] if runs_on(view, sight) else []
+    ended = [call.ended_at or math.inf for call in view.own_calls(sight)] if runs_on(view, sight) else []
     return max([sight.ended_at, *ended])
-
-
-def own_calls(view: View, sight: Sight) -> list[Call]:
-    """Return the calls of a request, without those of others with its Idempotency-Key."""
-    until = sight.ended_at if sight.ended == "whole" else math.inf
-    return [call for call in view.calls.get(sight.marker, ()) if sight.began_at <= call.at <= until]
-
-
-def settled_from(view: View, sight: Sight) -> float:
-    """Return when a request's client and its own calls were over, so that it is settled."""
-    return max(
-        [sight.ended_at, *(call.ended_at or math.inf for call in own_calls(view, sight) if runs_on(view, sight))]
-    )
 
 
 def is_lost(view: View, sight: Sight) -> bool:
@@ -244,7 +232,7 @@ def is_lost(view: View, sight: Sight) -> bool:
 
     Or it was sent again because of another fault, and the store had lost its hold by then.
     """
-    over, workers, calls = settled_from(view, sight), view.workers(sight), own_calls(view, sight)
+    over, workers, calls = over_at(view, sight), view.workers(sight), view.own_calls(sight)
     admitted_by = min([sight.ended_at, *(call.at for call in calls)])
     since = min([over, *(call.ended_at for call in calls[-1:] if call.ended_at)])  # of a client that reads slowly
     for failover in view.record.troubles:
@@ -261,7 +249,7 @@ def is_lost(view: View, sight: Sight) -> bool:
 
 def died_unsettled(view: View, sight: Sight) -> bool:
     """Whether a request's worker was killed before the store or its disk had taken the settlement."""
-    over, workers = settled_from(view, sight), view.workers(sight)
+    over, workers = over_at(view, sight), view.workers(sight)
     troubles = [trouble for trouble in view.record.troubles if trouble.worker in workers]
     deaths = [trouble.start for trouble in troubles if trouble.what == "killed" and trouble.start >= sight.began_at]
     disks = [
@@ -328,14 +316,6 @@ def _charges_of(
     if call.reported and "prompt" in call.is_true:  # running reports, which no cap bounds
         told = model.price.cost(call.bill.prompt, call.bill.cached, call.shown_begun)
         yield Cost(min(part.least, whole.least), max(part.most, told))
-
-
-def _ran_elsewhere(view: View, sight: Sight) -> bool:
-    """Whether another request with the same Idempotency-Key may have run in the place of this one."""
-    return any(
-        other is not sight and (other.ended != "whole" or other.status == 200 or other.status >= 500)
-        for other in view.group(sight)
-    )
 
 
 def _model_of(view: View, sight: Sight, call: Call) -> str:

@@ -120,7 +120,7 @@ def tokens_are_reported(view: View) -> Iterator[str]:
         for event in view.settled.get(sight.request_id, ()):
             if event["session"] != sight.request.session:
                 yield f"{sight.request_id} of session {sight.request.session!r} is in {event['session']!r}"
-            calls = view.calls.get(sight.marker, [])
+            calls = view.own_calls(sight)
             named = sight.headers.get("x-mesh-model")
             if (
                 named
@@ -154,15 +154,9 @@ def tokens_are_reported(view: View) -> Iterator[str]:
 def sources_are_told(view: View) -> Iterator[str]:
     """Check that a settlement says where its tokens are from: the provider's report, an estimate, or that nothing was used."""
     for sight in view.record.sights:
-        calls = view.calls.get(sight.marker, [])
-        group = view.group(sight)
-        others = [other for other in group if other is not sight and calls and other.began_at <= calls[-1].at]
-        if not calls or (others and sight.ended_at < calls[-1].at) or (len(calls) > 1 and len(group) > 1):
-            continue  # another's call
-        for event in view.settled.get(sight.request_id, ()):
+        calls = view.own_calls(sight)
+        for event in view.settled.get(sight.request_id, ()) if calls else ():
             source, right = event["usage_source"], _sources(view, sight, calls[-1])
-            if any(sight.ended_at < calls[-1].at >= other.began_at for other in group if other is not sight):
-                right |= {"none"}  # another ran in its place
             if source not in right:
                 yield f"{sight.request_id}: its tokens are {source}, and {' or '.join(sorted(right))} would be right"
 

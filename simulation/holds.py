@@ -101,7 +101,7 @@ def _allowance_faults(view: View, account: int, charged: list[dict[str, str]]) -
 
 def _may_lose_hold(view: View, sight: Sight) -> bool:
     """Whether a failover may have lost the hold by which the store admitted a request."""
-    admitted_by = min([sight.ended_at, *(call.at for call in view.calls.get(sight.marker, ()))])
+    admitted_by = min([sight.ended_at, *(call.at for call in view.own_calls(sight))])
     return any(trouble.loses(sight.began_at, admitted_by) for trouble in view.record.troubles)
 
 
@@ -126,7 +126,7 @@ def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:
 
 def _excess_bound(view: View, sight: Sight, event: dict[str, str]) -> int | None:
     """Return by how much a settlement may exceed its hold; None: it isn't known."""
-    calls = view.calls.get(sight.marker, [])
+    calls = view.own_calls(sight)
     if not calls:
         return None
     call, request = calls[-1], sight.request
@@ -251,7 +251,7 @@ def _stall_faults(view: View, sight: Sight) -> Iterator[str]:
 
     It takes what fits on the way to it, so that time begins when that is full. Afterwards an answer may run on.
     """
-    calls = view.calls.get(sight.marker, [])
+    calls = view.own_calls(sight)
     full_at = _full_at(sight, calls[-1]) if calls else None
     if full_at is None or has_passed_deadline(sight):  # then it is given up already
         return
