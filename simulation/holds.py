@@ -91,9 +91,13 @@ def _allowance_faults(view: View, account: int, charged: list[dict[str, str]]) -
     for worker, of_worker in spent.items():
         beats = [beat for beat in view.record.beats if beat.worker == worker]
         for at in sorted(each.since for each in of_worker):
-            known = [beat.told for beat in beats if beat.at <= at][-2:]  # the last one may not be read yet
+            told = [beat.told for beat in beats if beat.at <= at]
+            known = [
+                max(told[-2:], default=1),
+                max(told[-3:-1], default=max(told, default=1)),
+            ]  # the last may be unread
             owed = [each for each in of_worker if each.since <= at < each.until]
-            most = ALLOWANCE_NUSD // min(known, default=1) + sum(each.beyond for each in owed)
+            most = ALLOWANCE_NUSD // min(known) + sum(each.beyond for each in owed)
             if sum(each.cost for each in owed) > most:
                 yield f"a{account}: {sum(each.cost for each in owed)} was spent without the store by {worker}, of {most}"
                 break

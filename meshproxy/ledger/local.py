@@ -23,6 +23,7 @@ MAX_ACCOUNTS = 65_536  # known to one worker while Redis is lost; further accoun
 BUCKETS_OF_AN_ACCOUNT = 16  # its own and those of some keys; more buckets count as further accounts
 PARALLEL_RETRY_S = 1.0
 BEAT_S = 5.0
+BEAT_RETRY_S = 1.0
 KEPT_MS = int(3 * BEAT_S * 1000)  # a worker that missed three reports is no longer counted
 WORKERS = "mesh:workers"  # sorted set: worker id by its last report (Unix seconds, Redis's clock)
 LINE_BYTES = 2048  # bound on a settlement's line in the journal, without the session's name
@@ -32,7 +33,8 @@ SESSION_BYTES = 6  # bound on one character of the session's name, as JSON
 class WorkerCount:
     """The number of workers that share the Redis, counted by their reports that they run.
 
-    While Redis is lost, the last known number holds.
+    While Redis is lost, the last known number holds. A lower number holds only when it is told twice in a row: the first
+    worker to report after a long outage is alone, until the others have reported too.
 
     Reports use Redis's TIME, so a host with a wrong clock is counted like the others and removes none of them.
     `at_least` is the number of workers on this host: the count is never lower.
@@ -43,17 +45,19 @@ class WorkerCount:
         self._store = store
         self._worker = worker
         self._at_least = at_least
+        self._told = 0  # in the last reply
         self._beat = Script.load("beat")
 
     async def beat(self) -> None:
-        """Report that this worker runs, for its life."""
+        """Report that this worker runs, for its life: soon again if that fails, so that the others know it when Redis is back."""
         while True:
+            pause_s = BEAT_S
             try:
-                count = await self._store.run(self._beat, [WORKERS], [self._worker, KEPT_MS])
-                self.count = max(int(count), self._at_least)
+                count = int(await self._store.run(self._beat, [WORKERS], [self._worker, KEPT_MS]))
+                self.count, self._told = max(count, self._told, self._at_least), count
             except (Unavailable, StoreError):
-                pass  # the last known number holds
-            await asyncio.sleep(BEAT_S)
+                pause_s = BEAT_RETRY_S  # the last known number holds
+            await asyncio.sleep(pause_s)
 
 
 class _Bucket(Struct):

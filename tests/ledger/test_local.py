@@ -10,6 +10,7 @@ import pytest
 from meshproxy.ledger import local as module
 from meshproxy.ledger.local import LINE_BYTES, WORKERS, LocalAdmission, WorkerCount
 from meshproxy.ledger.records import Denial, Hold
+from meshproxy.ledger.store import Unavailable
 from meshproxy.policy.principal import Limits
 from tests.harness.waiting import turns, until
 from tests.ledger.conftest import FakeStore
@@ -263,11 +264,38 @@ async def test_a_heartbeat_is_not_followed_at_once_by_the_next(store, monkeypatc
     assert len(beats) == 1
 
 
+async def test_a_heartbeat_that_failed_is_tried_again_soon(store, monkeypatch):
+    run, beats = store.run, []
+
+    async def lost_once(*arguments):
+        beats.append(1)
+        if len(beats) == 1:
+            raise Unavailable("connection", "lost")
+        return await run(*arguments)
+
+    monkeypatch.setattr(store, "run", lost_once)
+    monkeypatch.setattr(module, "BEAT_RETRY_S", 0.0)
+    await beat_once(known := WorkerCount(store, "w1"))
+    assert (len(beats), known.count) == (2, 1)
+
+
 async def test_workers_that_are_gone_are_not_counted(store):
     await store.execute("ZADD", WORKERS, 1, "dead")
     for name in ("w2", "w1"):
         await beat_once(known := WorkerCount(store, name))
     assert known.count == 2
+
+
+async def test_a_lower_number_counts_when_it_is_told_twice(store):
+    """The first to report after a long outage is alone: the others report within BEAT_S."""
+    for name in ("w2", "w1"):
+        await beat_once(known := WorkerCount(store, name))
+    counts = []
+    for _ in range(2):
+        await store.execute("ZREM", WORKERS, "w2")
+        await beat_once(known)
+        counts.append(known.count)
+    assert counts == [2, 1]
 
 
 async def test_no_host_clock_decides_who_counts(server_store, monkeypatch):

@@ -86,6 +86,23 @@ FOUND = {
             Request("q2", at_s=1.96),
         ),
     ),
+    "the first worker to report after an outage had the whole allowance": History(
+        1,
+        "found",
+        workers=2,
+        local=True,
+        steps=(
+            *(Request(f"q{worker}", at_s=0.1, worker=worker) for worker in range(2)),
+            Fault(6.0, "gone", for_s=17.0),
+            Fault(27.0, "gone", for_s=5.0),
+            *(
+                Request(
+                    f"d{number}", at_s=27.2, stream=True, worker=number % 2, answers=(Answer(words=140, per_event=30),)
+                )
+                for number in range(8)
+            ),
+        ),
+    ),
     "what can't be true was called reported where no text was": Request(
         "q1", answers=(Answer("deepseek", words=1, hidden=12, lie="absurd"),), max_tokens=1
     ),

@@ -997,6 +997,29 @@ def short_of(needed, available=None):
     return change
 
 
+def beside_costly(left):
+    """Let so much have been left of a worker's share, where another request had cost 2,500,000 in spite of its cap."""
+
+    def change(case):
+        alone(short_of(FULL_HOLD, left))(case)
+        request = Request("q1", max_tokens=1)
+        body = body_of(request, "mk1q1z")
+        other = Sight(request, "mk1q1z", "id-q1", body, 9.0, sent_at=9.0, ended="left", ended_at=9.1)
+        asked = {**json.loads(body), "model": "up-plain"}
+        call = Call("mk1q1z", "one", 0, 9.05, Answer(heeds_cap=False), asked, {}, lines=[])
+        call.made = call.shown = call.shown_begun = 245
+        call.bill, call.is_true = Bill(20, 0, 245), frozenset({"prompt", "completion"})
+        call.reported = call.complete = True
+        call.ended, call.ended_at = "whole", 9.1
+        case.record.sights.append(other)
+        case.record.calls = [call]
+        case.record.books = {
+            0: book(settled(cost_nusd=2_500_000, request_id="id-q1", hold="none", held_nusd=0, completion_tokens=245))
+        }
+
+    return change
+
+
 def out_of_slices(left, since=9.9):
     """Let a stream have ended for lack of credit, while so much was left from a time on, and little before."""
 
@@ -1125,6 +1148,8 @@ MONEY = {
         REQUEST,
         {"statuses_have_reasons"},
     ),
+    "a refusal for what a costly request left of a share": (beside_costly(500_000), REQUEST, set()),
+    "a refusal for less than it left": (beside_costly(499_999), REQUEST, {"statuses_have_reasons"}),
     "a refusal for a share before the store is lost": (
         alone(short_of(FULL_HOLD, ALLOWANCE_NUSD // 2), 12.1),
         REQUEST,
@@ -2406,6 +2431,10 @@ def local(number, cost, charged_at=60.0, worker="worker-00001", **fields):
         pytest.param([local(0, 3_000_000), local(1, 1)], [2], False, [], id="more than a share"),
         pytest.param([local(0, 3_000_000), local(1, 1)], [1, 2], True, [], id="which is perhaps not read"),
         pytest.param([local(0, 3_000_000), local(1, 1)], [1, 2, 2], False, [], id="which is read"),
+        pytest.param([local(0, 3_000_000), local(1, 1)], [2, 1], False, [], id="more, as a lower number is told once"),
+        pytest.param(
+            [local(0, 3_000_000), local(1, 1)], [2, 1, 1], True, [], id="more, as a lower number is told twice"
+        ),
         pytest.param([local(0, 3_000_000), local(1, 1)], [], True, [], id="which was never asked for"),
         pytest.param(
             [local(0, 3_000_000), local(1, 3_000_000, worker="worker-00002")],
