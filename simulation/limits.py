@@ -10,7 +10,7 @@ from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, 
 from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
 from simulation.provider import TOKENS_OF_A_MESSAGE
-from simulation.reasons import TEMPLATE_TOKENS
+from simulation.reasons import TEMPLATE_TOKENS, most_workers
 from simulation.record import LATENCY_S, STORE, View
 
 CLOCK_S: Final = 0.002  # the store's clock has milliseconds
@@ -62,8 +62,8 @@ class Bucket(NamedTuple):
     """A key's bucket of requests or of tokens: what it regains a minute, and what it has when it is full."""
 
     kind: str
-    limit: int
-    size: int
+    limit: float
+    size: float
 
     def told_s(self, level: float) -> float:
         """Return the reset that is told at a level: the time until it is full, in whole ms, or in whole seconds from 1 s on."""
@@ -117,14 +117,17 @@ def _bucket_faults(view: View, sight: Sight, bucket: Bucket, taken: Mapping[str,
         if sight.status == 200 and "x-mesh-model" in sight.headers:
             yield f"{sight.request_id}: its bucket of {bucket.kind} is {remaining} of {limit}, full in {reset}"
         return
-    if view.history.local and view.feels(sight):  # an instance's share of each limit
-        return
     changes = _changes_by(view, sight) if bucket.kind == "requests" else set()
     if limit != str(bucket.limit):
         if limit not in changes:
             yield f"{sight.request_id} has a limit of {limit} {bucket.kind}, and {bucket.limit} would be right"
             return
         bucket = bucket._replace(limit=int(limit), size=view.history.keys[sight.request.key].burst or int(limit))
+    shares, reset_s = most_workers(view, sight), seconds(reset)
+    if shares:
+        if not any(_is_share(bucket, workers, int(remaining), reset_s) for workers in range(1, shares + 1)):
+            yield f"{sight.request_id}: {remaining} of {limit} {bucket.kind}, full in {reset}, is no share of {shares} workers"
+        return
     least, most = -math.inf, float(bucket.size)
     if not changes and not _is_unknown(view, sight):
         others = [other for name, other in taken.items() if name != sight.request_id]
@@ -135,10 +138,17 @@ def _bucket_faults(view: View, sight: Sight, bucket: Bucket, taken: Mapping[str,
     if not least - 1 < int(remaining) <= max(0, most):
         yield f"{sight.request_id}: {remaining} of {limit} {bucket.kind} remain, and {least:.1f} to {most:.1f} may"
         return
-    low = max(least, int(remaining)) if int(remaining) else least
+    low = max(least, int(remaining)) if int(remaining) or bucket.kind == "requests" else least  # tokens may be owed
     high = min(most, int(remaining) + 1)
-    if not bucket.told_s(high) - CLOCK_S <= seconds(reset) <= (math.inf if low == -math.inf else bucket.told_s(low)):
+    if not bucket.told_s(high) - CLOCK_S <= reset_s <= (math.inf if low == -math.inf else bucket.told_s(low)):
         yield f"{sight.request_id}: {bucket.kind} are to be full in {reset}, with {remaining} of {limit} and {low} to {high}"
+
+
+def _is_share(bucket: Bucket, workers: int, remaining: int, reset_s: float) -> bool:
+    """Whether a reset is right for what remains of a worker's share of a bucket, of one that so many have."""
+    share = bucket._replace(limit=max(bucket.limit / workers, 1.0), size=max(bucket.size / workers, 1.0))
+    longest_s = share.told_s(remaining) if remaining or bucket.kind == "requests" else math.inf
+    return remaining <= share.size and share.told_s(min(share.size, remaining + 1)) - CLOCK_S <= reset_s <= longest_s
 
 
 def seconds(text: str) -> float:

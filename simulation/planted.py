@@ -756,6 +756,12 @@ PLANTED: Final = [
         "return self._allowance_nusd - self._used_nusd.get(account, 0)",
     ),
     Planted(
+        "a reset without Redis has half of the time",
+        "ledger/local.py",
+        "reset_s = (self.size - self.level) / self.rate",
+        "reset_s = (self.size - self.level) / self.rate / 2",
+    ),
+    Planted(
         "an estimated prompt is called reported",
         "gateway/settle.py",
         'usage = replace(usage, prompt=plan.likely_prompt_tokens())\n        exchange.usage_source = "estimated"',

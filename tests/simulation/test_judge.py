@@ -2213,6 +2213,31 @@ def test_what_clients_see_is_judged_at_its_bounds(change, request_, broken):
 
 
 @pytest.mark.parametrize(
+    ("remaining", "reset", "is_right"),
+    [
+        (599, "100ms", True),  # the store's, of 600 a minute
+        (299, "200ms", True),  # a half
+        (299, "199ms", True),  # it may be full by a part of a millisecond
+        (299, "202ms", False),
+        (298, "400ms", True),
+        (298, "200ms", True),  # of 1 to 2 that are taken
+        (298, "190ms", False),
+        (300, "0s", True),
+        (300, "100ms", False),
+        (199, "300ms", False),  # a third
+        (0, "1m0s", True),
+        (0, "1m1s", False),
+    ],
+)
+def test_a_worker_tells_its_share_of_a_limit_without_the_store(remaining, reset, is_right):
+    case = Case()
+    case.record.history = replace(case.record.history, local=True, workers=2)
+    case.record.troubles = [Trouble("gone", 9.0, 60.0)]
+    case.sight.headers |= {"x-ratelimit-remaining-requests": str(remaining), "x-ratelimit-reset-requests": reset}
+    assert ("buckets_are_right" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
     ("taken", "least", "most"),
     [
         pytest.param(Taken(0.0, 0.1, 100, 110, 600, 1.0), 9.0, 31.0, id="made right upwards"),
