@@ -180,7 +180,8 @@ def attempts_are_told(view: View) -> Iterator[str]:
         told = int(sight.headers.get("x-mesh-attempts", 0))
         is_early = sight.payload.startswith(b": ping")  # the head was on its way while another provider was asked
         later = [call for call in begun[1:] if is_early and call.at > sight.times[0][0] - HOP_S]
-        if not len(begun) - len(later) <= told <= len(begun) + gone:
+        on_the_way = [call for call in calls if sight.times[0][0] < call.at <= sight.times[0][0] + HOP_S]
+        if not len(begun) - len(later) <= told <= len(begun) + len(on_the_way) + gone:
             yield f"{sight.request_id} says {told} attempts, and {len(begun)} providers were asked"
         if sight.status != 200 or not begun:
             continue

@@ -290,25 +290,33 @@ def hang_ups_are_noticed(view: View) -> Iterator[str]:
 
 
 def repeats_agree(view: View) -> Iterator[str]:
-    """All that get the answer of one Idempotency-Key get the same one, and it runs once."""
+    """Check that a repeat that didn't run gets the answer of a request with its Idempotency-Key, and that one alone runs."""
     for marker in {sight.marker for sight in view.record.sights if sight.request.keyed}:
         group = [sight for sight in view.record.sights if sight.marker == marker]
-        if any(view.feels(sight) for sight in group):
-            continue
         good = [sight for sight in group if sight.ended == "whole" and sight.status == 200 and not sight.error]
-        texts = {
-            tuple(line for line in sight.data if not is_usage_only(line)) if sight.is_stream else sight.payload
-            for sight in good
-        }
-        if len(texts) > 1:
-            yield f"the answers of {marker} differ"
-        whole = [
-            call
-            for call in view.calls.get(marker, ())
-            if call.complete and call.answer.is_good and call.ended == "whole"
-        ]
-        if len(whole) > 1 and not any(sight.status >= 400 or sight.error or ran_short(view, sight) for sight in group):
+        calls = [call for call in view.calls.get(marker, ()) if call.complete and call.answer.is_good]
+        given = {_text(sight) for sight in good if view.own_calls(sight)} | set(map(_text_given, calls))
+        for sight in good:
+            if not (view.own_calls(sight) or _text(sight) in given or any(call.answer.other_shape for call in calls)):
+                yield f"{sight.request_id} got another answer than {marker}'s"
+        whole = [call for call in calls if call.ended == "whole"]
+        is_excused = any(
+            sight.status >= 400 or sight.error or view.feels(sight) or ran_short(view, sight) for sight in group
+        )
+        if len(whole) > 1 and not is_excused:
             yield f"the Idempotency-Key of {marker} ran {len(whole)} times"
+
+
+def _text(sight: Sight) -> tuple[str, ...]:
+    """Return the events that a client got, without costs and what it may not have asked for; or its whole answer."""
+    lines = [line for line in sight.data if not is_usage_only(line)] if sight.is_stream else [sight.payload.decode()]
+    return tuple(without_cost(line).lstrip() for line in lines if line != "[DONE]")
+
+
+def _text_given(call: Call) -> tuple[str, ...]:
+    """Return what a client gets of a whole answer, as `_text` has it."""
+    lines = [line for line in call.lines if not is_usage_only(line)] if call.lines else [call.body_bytes.decode()]
+    return tuple(line.lstrip() for line in lines)
 
 
 def conflicts_are_refused(view: View) -> Iterator[str]:
@@ -341,12 +349,14 @@ def changes_hold(view: View) -> Iterator[str]:
     for done in view.record.changes:
         if done.what not in {"revoke", "suspend"} or not done.ok or view.has_lost(done):
             continue
+        others = {other.what for other in view.record.changes if other.key == done.key}
+        refused_with = {status for what, status in {"revoke": 401, "suspend": 403}.items() if what in others}
         for sight in view.record.sights:
             late = sight.request.key == done.key and sight.began_at > done.ended_at + PROPAGATION_S
             if (
                 late
                 and sight.ended == "whole"
-                and sight.status not in {401, 403, 503}
+                and sight.status not in {*refused_with, 503}
                 and not view.feels(sight, *STORE)
             ):
                 yield (

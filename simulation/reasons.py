@@ -123,7 +123,7 @@ def most_workers(view: View, sight: Sight) -> int:
 def _allowed_at_least(view: View, sight: Sight) -> int:
     """Return the least that is left of a worker's share of the allowance, when a request came."""
     others = [
-        max(most_held(view, other, most_made(view, other)), view.charge(other))  # of a provider that ignores its cap
+        max(most_held(view, other, most_made(view, other)), view.owed(other))  # of a provider that ignores its cap
         for other in view.record.sights
         if other is not sight and view.key(other) == view.key(sight) and other.began_at <= sight.ended_at
     ]

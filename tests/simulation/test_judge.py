@@ -970,6 +970,18 @@ def held(amount):
     return change
 
 
+def spent_before(cost):
+    """Let another request have cost so much before one was refused for a hold of all, with nothing left of the allowance."""
+
+    def change(case):
+        short_of(FULL_HOLD, 0)(case)
+        other = Sight(Request("q1", max_tokens=1), "mk1q1z", "id-q1", b"", 9.6, sent_at=9.6, ended="left", ended_at=9.7)
+        case.record.sights.append(other)
+        case.record.books = {0: book(settled(request_id="id-q1", hold="none", cost_nusd=cost, held_nusd=0))}
+
+    return change
+
+
 def alone(change, start=9.5):
     """Let one of two workers have answered while the store was lost, from a time on."""
 
@@ -1143,6 +1155,12 @@ MONEY = {
     "a refusal for a hold": (short_of(FULL_HOLD), REQUEST, set()),
     "a refusal for more than a hold": (short_of(FULL_HOLD + 1), REQUEST, {"statuses_have_reasons"}),
     "a refusal for a share of the allowance": (alone(short_of(FULL_HOLD, ALLOWANCE_NUSD // 2)), REQUEST, set()),
+    "a refusal for what is left of a share": (alone(spent_before(ALLOWANCE_NUSD // 2)), REQUEST, BILLS),
+    "a refusal for less than is left": (
+        alone(spent_before(ALLOWANCE_NUSD // 2 - 1)),
+        REQUEST,
+        BILLS | {"statuses_have_reasons"},
+    ),
     "a refusal for less than a share": (
         alone(short_of(FULL_HOLD, ALLOWANCE_NUSD // 2 - 1)),
         REQUEST,
@@ -1655,6 +1673,19 @@ def denied(*answers, status=502, by=0, words="Upstream.", **error):
     return change
 
 
+def asked_late(asked_at):
+    """Let a provider have been asked at a time, and the client have been told at 11.0 that the instance shuts down."""
+
+    def change(case):
+        refused(503, "overloaded", 1.0, **{"x-should-retry": "false"})(case)
+        case.sight.headers |= {"x-mesh-attempts": "1", "x-mesh-routing-attempts": "1"}
+        case.record.calls, case.call.at, case.call.ended_at = [case.call], asked_at, asked_at + 0.1
+        case.call.complete, case.call.ended = False, "closed"
+        case.record.troubles = [Trouble("drained", -9.0, 20.0, 0)]
+
+    return change
+
+
 def early_headed(asked_at):
     """Let the client have got a head and a ping at 15.1, and a second provider have been asked at a time."""
 
@@ -2015,6 +2046,8 @@ SEEN = {
         PAIR_STREAM,
         FAILOVER,
     ),
+    "a provider that is asked while its client is told": (asked_late(11.09), REQUEST, set()),
+    "a provider that is asked later": (asked_late(11.11), REQUEST, TOLD),
     "no attempts are told": (headed(x_mesh_attempts="0", x_mesh_routing_attempts="0"), REQUEST, TOLD),
     "another provider was asked while the head was on its way": (early_headed(15.01), PAIR_STREAM, set()),
     "another provider was asked before the head": (early_headed(14.99), PAIR_STREAM, TOLD),
@@ -2340,6 +2373,13 @@ def test_a_settlement_that_was_sent_into_a_failover_may_be_missing_with_its_hold
     case.sight.ended_at = case.call.ended_at = ended_at
     troubled(not_charged, failover(10.42, gone_s=0.3))(case)
     assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
+
+
+def test_no_trouble_excuses_another_answer_to_a_repeat():
+    case = Case()
+    repeats_differ(case)
+    case.record.troubles = [Trouble("gone", 9.0, 20.0)]
+    assert "repeats_agree" in {finding.rule for finding in judge(case.record)}
 
 
 def not_kept(case):
