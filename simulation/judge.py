@@ -294,12 +294,13 @@ def repeats_agree(view: View) -> Iterator[str]:
     for marker in {sight.marker for sight in view.record.sights if sight.request.keyed}:
         group = [sight for sight in view.record.sights if sight.marker == marker]
         good = [sight for sight in group if sight.ended == "whole" and sight.status == 200 and not sight.error]
-        calls = [call for call in view.calls.get(marker, ()) if call.complete and call.answer.is_good]
+        calls = [call for call in view.calls.get(marker, ()) if not call.answer.error]
+        calls = [call for call in calls if call.complete or call.answer.end == "no_done" or _nearly(call)]
         given = {_text(sight) for sight in good if view.own_calls(sight)} | set(map(_text_given, calls))
         for sight in good:
             if not (view.own_calls(sight) or _text(sight) in given or any(call.answer.other_shape for call in calls)):
                 yield f"{sight.request_id} got another answer than {marker}'s"
-        whole = [call for call in calls if call.ended == "whole"]
+        whole = [call for call in calls if call.complete and call.answer.is_good and call.ended == "whole"]
         is_excused = any(
             sight.status >= 400 or sight.error or view.feels(sight) or ran_short(view, sight) for sight in group
         )

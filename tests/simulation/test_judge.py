@@ -2375,6 +2375,18 @@ def test_a_settlement_that_was_sent_into_a_failover_may_be_missing_with_its_hold
     assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
 
 
+@pytest.mark.parametrize(
+    ("complete", "end", "found"), [(True, "resets", False), (False, "no_done", False), (False, "resets", True)]
+)
+def test_a_repeat_gets_what_a_client_that_left_would_have_got(complete, end, found):
+    case = Case()
+    case.twice(headers=case.sight.headers | {"x-request-id": "id-q1", "idempotent-replayed": "true"})
+    for sight in case.record.sights:
+        sight.request = replace(sight.request, keyed=True)
+    case.sight.ended, case.call.answer, case.call.complete = "left", Answer(end=end), complete
+    assert ("repeats_agree" in {finding.rule for finding in judge(case.record)}) == found
+
+
 def test_no_trouble_excuses_another_answer_to_a_repeat():
     case = Case()
     repeats_differ(case)
