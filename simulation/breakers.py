@@ -163,7 +163,7 @@ def _openings(known: Sequence[Result]) -> list[Open]:
         probe = min(probes)
         if probe.what != "failed":
             break
-        found.append(Open(probe.began_at, probe.ended_at))  # one probe at a time
+        found.append(Open(probe.began_at - ASKED_S, probe.ended_at + HOP_S))  # one probe at a time
         if any(each is not probe and each.began_at < probe.ended_at + ASKED_S for each in probes):
             break
         open_s = min(2 * open_s, MOST_OPEN_S)

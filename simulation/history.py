@@ -766,16 +766,25 @@ def _breakers(rng: random.Random) -> History:
     gap_s = rng.choice((0.1, 0.3)) if model == "plain" else 0.005
     accounts = rng.choice(((0,), (0, 1)))
     count = rng.choice((9, 10, 10, 11))
-    delay_s = rng.choice((0.05, 1.5)) if model == "plain" else 1.0
+    delay_s = rng.choice((0.05, 1.5, 1.5)) if model == "plain" else 1.0
     opened_at = round(count * gap_s + delay_s + 0.4, 3)
     outage_s = rng.choice((opened_at, opened_at + 8.0, opened_at + 25.0))
-    later = [0.0, rng.choice((0.3, 1.0, 2.0)), 8.0, rng.choice((8.7, 9.0)), 12.0, rng.choice((18.0, 24.5)), 25.5, 25.6]
+    later = [
+        0.0,
+        rng.choice((0.3, 1.0, 2.0)),
+        8.0,
+        8.7,
+        12.0,
+        rng.choice((18.0, 24.5)),
+        25.5,
+        25.6,
+    ]  # some during probes
     later = [opened_at + late for late in later]
     requests: list[Step] = []
     for number, at_s in enumerate([*(number * gap_s for number in range(count)), *later]):
         answer = replace(
             _any_answer(rng),
-            delay_s=rng.choice((0.0, 0.5)),
+            delay_s=rng.choice((0.0, 0.5, 0.5)),
             words=rng.choice((3, 8)),
             gap_s=0.0,
             pause_s=0.0,
@@ -783,8 +792,8 @@ def _breakers(rng: random.Random) -> History:
         )
         request = replace(_request(rng, f"q{number}", answer, models=(model,)), timeout_s=None, connection="", tier="")
         is_later = number >= count
-        key = rng.choice((0, 0, 0, 1)) if is_later else accounts[number % len(accounts)]
-        worker = rng.choice((0, 0, 0, 1)) if is_later else 0
+        key = rng.choice((0, 0, 0, 0, 0, 1)) if is_later else accounts[number % len(accounts)]
+        worker = rng.choice((0, 0, 0, 0, 0, 1)) if is_later else 0
         moved = replace(request, at_s=round(at_s, 3), key=key, worker=worker, waits=is_later, prompt_words=6, n=1)
         requests.append(moved)
     routes = MODELS[model].routes[: rng.choice((1, 1, 2))]
