@@ -181,7 +181,8 @@ def attempts_are_told(view: View) -> Iterator[str]:
         is_early = sight.payload.startswith(b": ping")  # the head was on its way while another provider was asked
         later = [call for call in begun[1:] if is_early and call.at > sight.times[0][0] - HOP_S]
         on_the_way = [call for call in calls if sight.times[0][0] < call.at <= sight.times[0][0] + HOP_S]
-        if not len(begun) - len(later) <= told <= len(begun) + len(on_the_way) + gone:
+        most = len(begun) + gone + max(len(on_the_way), _may_be_on_its_way(sight))
+        if not len(begun) - len(later) <= told <= most:
             yield f"{sight.request_id} says {told} attempts, and {len(begun)} providers were asked"
         if sight.status != 200 or not begun:
             continue
@@ -191,6 +192,11 @@ def attempts_are_told(view: View) -> Iterator[str]:
         is_fallback = told > 1 or named != sight.request.model
         if (sight.headers.get("x-mesh-routing-fallback") == "true") != is_fallback:
             yield f"{sight.request_id}: x-mesh-routing-fallback isn't {is_fallback}"
+
+
+def _may_be_on_its_way(sight: Sight) -> bool:
+    """Whether a request's deadline may have passed while another provider was being connected to."""
+    return sight.status == 504 and sight.request.timeout_s is not None
 
 
 def _header_faults(sight: Sight) -> Iterator[str]:
@@ -346,4 +352,5 @@ def _may_say_no(view: View, sight: Sight, calls: list[Call], wait_s: float | Non
     timed_out = sight.status == 504 and any(call.ended_at > sight.ended_at - 2 * HOP_S for call in calls)
     if timed_out or any(call.ended != "error" or call.answer.status in {200, 500} for call in calls):
         return True
-    return None if any(call.answer.status in NO_CAPACITY for call in calls) else False
+    is_on_its_way = _may_be_on_its_way(sight) and int(sight.headers.get("x-mesh-attempts", 0)) > len(calls)
+    return None if is_on_its_way or any(call.answer.status in NO_CAPACITY for call in calls) else False

@@ -2494,6 +2494,24 @@ def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
+@pytest.mark.parametrize(
+    ("status", "timeout_s", "attempts", "broken"),
+    [
+        (504, 0.5, 1, set()),
+        (504, 0.5, 2, {"attempts_are_told"}),
+        (504, None, 1, {"attempts_are_told", "waits_are_told"}),
+        (502, 0.5, 1, {"attempts_are_told", "waits_are_told"}),
+    ],
+)
+def test_a_deadline_may_pass_while_a_provider_is_connected_to(status, timeout_s, attempts, broken):
+    case = Case(Request("q0", timeout_s=timeout_s))
+    case.failed(status, code="gateway_timeout" if status == 504 else "upstream_error")
+    case.sight.headers |= {"x-mesh-attempts": str(attempts), "x-mesh-routing-attempts": str(attempts)}
+    case.record.calls = []
+    found = {finding.rule for finding in judge(case.record)}
+    assert found & {"attempts_are_told", "waits_are_told"} == broken
+
+
 def local(number, cost, charged_at=60.0, worker="worker-00001", **fields):
     """A settlement of a whole answer that was admitted without the store, of a worker."""
     ids = {"hold_id": f"{worker}{number}", "request_id": f"id-q{number}"}
