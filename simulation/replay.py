@@ -211,9 +211,8 @@ def _replies(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _charges(record: Record) -> Iterator[str]:
-    """Set each request's charge beside what the model of the bill allows. Requests with one Idempotency-Key share calls."""
+    """Set each request's charge beside what the model of the bill allows."""
     view = View(record)
-    told: dict[str, str] = {}  # by marker: the request at which its calls are
     for sight in record.sights:
         allowed = sorted(
             {f"{low}" if low == high else f"{low} to {high}" for low, high in allowed_charges(view, sight)}
@@ -222,13 +221,8 @@ def _charges(record: Record) -> Iterator[str]:
             f"{call.upstream} bills {call.bill.prompt} + {call.bill.completion} tokens"
             + (f" at {call.bill.cost_nusd} nano-USD" if call.bill.cost_nusd is not None else "")
             + ("" if call.reported else ", unreported")
-            for call in view.calls.get(sight.marker, ())
+            for call in view.own_calls(sight)
         ]
         name = sight.request_id.removeprefix("id-")
         right, billed = " or ".join(allowed) or "nothing", "; ".join(bills) or "no call"
-        if sight.marker in told:
-            billed = f"the calls of {told[sight.marker]}, whose Idempotency-Key it has"
-        elif len(view.group(sight)) > 1:
-            billed += ", for all with its Idempotency-Key"
-        told.setdefault(sight.marker, name)
         yield f"  {name}: charged {view.charge(sight)}, allowed {right} ({billed})"

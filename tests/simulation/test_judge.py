@@ -1232,6 +1232,11 @@ SOURCES = {
     "a report after a hang-up that isn't called drained": (sourced("reported", left_at=10.79), False),
     "a report after a hang-up that wasn't read": (sourced("estimated", left_at=10.79), False),
     "a report that came as its client left": (sourced("reported", left_at=10.81), True),
+    "a report that came before its client left, whose body lingered": (
+        sourced("reported", left_at=10.79, last_at=10.98),
+        True,
+    ),
+    "a report that came later, whose body lingered": (sourced("reported", left_at=10.77, last_at=10.98), False),
     "a provider's error": (sourced("none", ended="error"), True),
     "a provider's error that is called an estimate": (sourced("estimated", ended="error"), False),
 }
