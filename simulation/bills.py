@@ -21,6 +21,7 @@ TIMER_S: Final = 0.01  # that a deadline by the gateway's clock may be before th
 BYTES_A_TOKEN: Final = 3  # of a prompt, by the estimate that is held (docs/api.md)
 TOKENS_OF_FRAMES: Final = 12  # that this estimate may add for messages and fields
 TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
+CREDIT_S: Final = 10.0  # that a stream waits for credit without the store (docs/ledger.md)
 STORE_FAULTS: Final = frozenset({"gone", "failover", "refused", "slow", "full", "lost_reply", "clock"})
 
 
@@ -256,9 +257,11 @@ def died_unsettled(view: View, sight: Sight) -> bool:
         (each.start, _mended_at(each)) for each in troubles if each.what.startswith("disk") and _mended_at(each) >= over
     ]
     outages = [each for each in troubles if each.what in STORE_FAULTS and each.end >= over]
+    waits_s = CREDIT_S if sight.request.stream and sight.ended == "left" else 0.0  # of a stream without its client
+    settled_by = over + waits_s + 2 * STORE_TIMEOUT_S + LATENCY_S
     return any(
         death <= over + LATENCY_S
-        or (death <= over + 2 * STORE_TIMEOUT_S + LATENCY_S and any(outage.start <= death for outage in outages))
+        or (death <= settled_by and any(outage.start <= death for outage in outages))
         or (outages and any(start <= death <= mended_at for start, mended_at in disks))
         for death in deaths
     )

@@ -2344,6 +2344,16 @@ def test_a_charge_may_be_missing_only_where_it_was_lost(troubles, broken):
     assert {finding.rule for finding in judge(case.record)} - {"answers_are_prompt"} == broken
 
 
+@pytest.mark.parametrize(
+    ("stream", "at", "excused"), [(True, OVER + 15, True), (True, OVER + 15.01, False), (False, OVER + 15, False)]
+)
+def test_a_stream_without_its_client_may_wait_for_credit_before_it_is_settled(stream, at, excused):
+    case = Case(Request("q0", keyed=True, stream=stream, reads="leaves"))
+    case.sight.ended, case.sight.ended_at, case.call.ended_at = "left", 10.5, OVER
+    troubled(not_charged, killed(at), OUTAGE)(case)
+    assert ("charges_are_bills" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
 @pytest.mark.parametrize(("lost_until", "excused"), [(OVER, True), (OVER - 0.01, False)])
 def test_a_charge_may_be_lost_when_its_provider_has_ended_and_its_client_reads_on(lost_until, excused):
     case = Case(Request("q0", stream=True, reads="stalls"))
