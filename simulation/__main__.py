@@ -69,6 +69,8 @@ def main(words: list[str]) -> int:
 
 def _run() -> int:
     """Run the command line of this process, and return its exit code."""
+    if sys.stderr is None:  # it was closed before, and the gateways' logs are said to go there
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - open until the end
     try:
         if sys.stdout is None:  # it was closed before
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))

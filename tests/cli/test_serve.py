@@ -1,6 +1,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+
+import pytest
 
 from meshproxy.cli.command_line import main
 from tests.cli.conftest import started
@@ -29,6 +33,17 @@ def test_serve_until_sigterm(store_server, tmp_path, file):
     with started("serve", env={**os.environ, "MESHPROXY_CONFIG": path}) as process:
         assert json.loads(process.stderr.readline())["event"] == "serving"
         wait_until(lambda: main(["healthcheck", "--config", path]) == 0)  # it dials the store in the background
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_serve_with_closed_streams(store_server, tmp_path, file, workers):
+    text = CONFIG.format(admin=tmp_path / "admin.sock", redis=store_server)
+    path = file(text.replace("workers = 1", f"workers = {workers}"))
+    command = ["sh", "-c", 'exec "$0" -m meshproxy serve --config "$1" <&- >&- 2>&-', sys.executable, path]
+    with subprocess.Popen(command) as process:
+        wait_until(lambda: process.poll() is None and main(["healthcheck", "--config", path]) == 0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 
