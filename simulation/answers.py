@@ -151,7 +151,8 @@ def _verdict(sight: Sight, call: Call) -> Verdict:
     if call.ended == "cut" and not call.head_sent:
         return "next" if streamed else "end"
     if answer.error and answer.status != 200:
-        return "model" if answer.status in {400, 413, 422} else "next"
+        verdicts: dict[str, Verdict] = {"model": "model", "request": "end"}
+        return verdicts.get(answer.refuses, "next")
     if answer.error:
         return {"failed": "next" if streamed else "end", "page": "end"}.get(
             answer.error, "either" if streamed else "end"

@@ -307,6 +307,15 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
         return self.status == 200 and not self.error and ends_well and not self.is_silent
 
     @property
+    def refuses(self) -> Literal["", "request", "model", "gateway"]:
+        """What its error refuses (docs/errors.md): a request everywhere, or only by this model, or the gateway."""
+        if self.error in {"context", "parameter", "large", "endpoint"}:
+            return "model"
+        if self.error == "flagged":
+            return "request"
+        return "gateway" if self.error in {"key", "permission", "model", "credit", "balance", "bad_key"} else ""
+
+    @property
     def is_silent(self) -> bool:
         """Whether it comes later than an upstream is waited for, or stops for longer."""
         return self.end == "stalls" or self.delay_s > FIRST_BYTE_S or max(self.pause_s, self.gap_s) > IDLE_S
@@ -1014,6 +1023,11 @@ def _bad_answer(rng: random.Random) -> Answer:
                 (400, "parameter"),
                 (413, "large"),
                 (422, "parameter"),
+                (402, "credit"),
+                (400, "balance"),
+                (400, "bad_key"),
+                (403, "flagged"),
+                (404, "endpoint"),
                 (200, "failed"),
                 (200, "page"),
                 (200, "empty"),

@@ -991,6 +991,18 @@ PLANTED: Final = [
         "response = _quoted(upstream_error(_REFUSED_US[status_of_ours], may_have_run=False), reported)",
     ),
     Planted(
+        "a flagged request is taken for a refusal of the gateway",
+        "policy/failover.py",
+        "return None if _is_moderated(reported) else 403",
+        "return 403",
+    ),
+    Planted(
+        "a credit balance that is too low is told to the client",
+        "policy/failover.py",
+        "if code in _OUT_OF_QUOTA or _CREDIT_WORDS.search(message):",
+        "if False:",
+    ),
+    Planted(
         "a provider's code isn't told",
         "openai/errors.py",
         "if response.provider_code is not None:",

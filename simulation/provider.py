@@ -662,6 +662,11 @@ def error_of(answer: Answer, marker: str, sent: Mapping[str, str]) -> tuple[int,
         "context": ("This model's maximum context length is 8192 tokens.", "context_length_exceeded", "messages"),
         "parameter": ("Unsupported parameter.", "unsupported_parameter", "top_k"),
         "large": ("The request is too large.", None, None),
+        "credit": ("Insufficient credits.", None, None),  # OpenRouter's
+        "balance": ("Your credit balance is too low to access the API.", None, None),  # Anthropic's
+        "bad_key": ("API key not valid. Please pass a valid API key.", None, None),  # Gemini's
+        "flagged": ("Your input was flagged by moderation.", None, None),  # OpenRouter's, as is the next one
+        "endpoint": ("No endpoints found that support tool use.", None, None),
     }[answer.error]
     error: dict[str, Any] = {
         "message": f"{message} {marker} {_echo(answer, sent)}",

@@ -31,7 +31,7 @@ LATE_S: Final = 4 * HOP_S  # that a deadline may be passed: a connection is made
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
-REFUSALS: Final = frozenset({400, 413, 422})  # of a provider's, of the request and not of the gateway
+REFUSALS: Final = frozenset({"request", "model"})  # what a provider may refuse, and not the gateway
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
 
 
@@ -80,8 +80,8 @@ def _suspended(view: View, sight: Sight) -> bool:
 
 
 def _refused_by_provider(view: View, sight: Sight) -> bool:
-    said = {call.answer.status for call in view.calls_for(sight) if call.answer.error}
-    return bool(said & (REFUSALS if sight.status == 200 else {sight.status}))  # an event has no status
+    said = {call.answer.status for call in view.calls_for(sight) if call.answer.refuses in REFUSALS}
+    return bool(said) if sight.status == 200 else sight.status in said  # an event has no status
 
 
 def _out_of_credit(view: View, sight: Sight) -> bool:
@@ -224,7 +224,7 @@ def _limited(view: View, sight: Sight) -> bool:
     counted = [
         other
         for other in others
-        if other.status not in {401, 402, 403, 429}
+        if (other.status not in {401, 402, 403, 429} or "x-mesh-attempts" in other.headers)
         and not (other.request.keyed and "idempotent-replayed" in other.headers)
     ]
     share = max(1, most_workers(view, sight))  # of each limit, at least one
@@ -418,8 +418,8 @@ REASONS: Final[Mapping[int, tuple[Reason, ...]]] = {
     400: (_refused_by_provider,),
     401: (_revoked,),
     402: (_out_of_credit,),
-    403: (_suspended,),
-    404: (_unknown_template,),
+    403: (_suspended, _refused_by_provider),
+    404: (_unknown_template, _refused_by_provider),
     409: (_conflict,),
     413: (_refused_by_provider,),
     422: (_refused_by_provider, _unfilled, _unpriced),

@@ -14,7 +14,6 @@ from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, met_deadline
 from simulation.record import HOP_S, View, cut_short
 
-OF_THE_ACCOUNT: Final = frozenset({401, 402, 403, 404, 429})  # statuses of words about the operator's account
 OK: Final = 200
 BUSY: Final = 429
 WAY_S: Final = 4 * HOP_S  # of a request and its answer, and of the connection's beginning
@@ -27,7 +26,6 @@ LIMITS: Final = {  # the names of what refuses, as docs/operations.md has them, 
     "session total budget": "session_total_budget",
 }
 PING: Final = b": ping"
-OF_THE_GATEWAY: Final = frozenset({401, 402, 403, 404})  # statuses that refuse the gateway and not the request
 
 
 class Span(NamedTuple):
@@ -78,16 +76,17 @@ def refusals_are_told(view: View) -> Iterator[str]:
         calls = view.calls_for(sight)
         for call in calls:
             words = _words(call)
-            if call.answer.status in OF_THE_ACCOUNT and words and words.encode() in sight.payload:
+            is_the_operators = call.answer.refuses == "gateway" or call.answer.status == BUSY
+            if is_the_operators and words and words.encode() in sight.payload:
                 yield f"{sight.request_id} was told what {call.upstream} said to the operator: {words}"
         if sight.ended != "whole" or not sight.error or view.is_anothers(sight):
             continue
         told = sight.error.get("provider_code")
         codes = {_code(call) for call in calls}
-        is_own = bool(calls) and all(call.answer.status in OF_THE_GATEWAY for call in calls)
+        is_own = bool(calls) and all(call.answer.refuses == "gateway" for call in calls)
         if told not in codes and (told is not None or (is_own and sight.error.get("code") == "upstream_error")):
             yield f"{sight.request_id} has provider_code {told}, and {codes} were the providers'"
-        refusal = next((call for call in calls if call.answer.status in REFUSALS), None)
+        refusal = next((call for call in calls if call.answer.refuses in REFUSALS), None)
         if any(_has_its_own(sight, call) for call in calls[-1:]) or met_deadline(view, sight) or cut_short(view, sight):
             continue
         if refusal is not None:

@@ -1823,6 +1823,8 @@ LOGGED = {"requests_are_logged"}
 DEADLINES, TOLD_ERRORS, IDS = {"deadlines_hold"}, {"refusals_are_told"}, {"ids_are_told"}
 LONG, LARGE = Answer(status=400, error="context"), Answer(status=413, error="large")
 NO_KEY, ITS = Answer(status=401, error="key"), dict.fromkeys(("code", "param", "provider_code", "words"), "its")
+FLAGGED, TOO_POOR = Answer(status=403, error="flagged"), Answer(status=400, error="balance")
+NO_CODE = {"code": "provider_refused", "provider_code": None}
 LIMIT = Answer(status=429, error="limit")
 ITS["provider_error"] = {"message": "No."}
 PAIR_OF_MODELS = Request("q0", fallbacks=("fee",))
@@ -1972,6 +1974,19 @@ SEEN = {
         denied(LONG, status=400, **ITS | {"provider_error": "text"}),
         REQUEST,
         TOLD_ERRORS,
+    ),
+    "a flagged request": (denied(FLAGGED, status=403, **ITS | NO_CODE), PAIR, set()),
+    "a flagged request that is told as a failure": (denied(FLAGGED), REQUEST, TOLD_ERRORS),
+    "a flagged request that goes to another provider": (
+        denied(FLAGGED, FLAGGED, status=403, **ITS | NO_CODE),
+        PAIR,
+        FAILOVER,
+    ),
+    "a credit that is too low": (denied(TOO_POOR), REQUEST, set()),
+    "a credit that is too low, told to the client": (
+        denied(TOO_POOR, status=400, **ITS | NO_CODE),
+        REQUEST,
+        REASONS | TOLD_ERRORS,
     ),
     "a refusal without a code": (
         denied(LARGE, status=413, **ITS | {"code": "provider_refused", "provider_code": None}),
