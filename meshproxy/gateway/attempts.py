@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
-from meshproxy.errors import ErrorResponse, GatewayError, Source, UpstreamError, gateway_timeout, upstream_error
+from meshproxy.errors import ErrorResponse, GatewayError, UpstreamError, upstream_error
 from meshproxy.gateway.exchange import ActiveConfig, Downstream, DownstreamWrapper, Exchange, Headers
 from meshproxy.gateway.health import Attempt, Health
 from meshproxy.gateway.record import Recorder
@@ -202,7 +202,7 @@ class Attempts:
         for candidate in self._health.order(plan.candidates, plan.request.session_id, account):
             if candidate.model in refused_by:
                 continue
-            self._raise_if_late(exchange, failures)
+            self._raise_if_late(exchange)
             attempt = self._health.begin(candidate, account)
             if attempt is None:
                 continue
@@ -216,6 +216,7 @@ class Attempts:
                 return await self._attempt(exchange, attempt, candidate, plan, active)
             except UpstreamError as error:
                 exchange.may_be_billed = False
+                exchange.may_have_run |= error.response.may_have_run
                 attempt.failed(error)
                 self._record_failure(exchange, candidate, error)
                 failures.append(error)
@@ -248,11 +249,11 @@ class Attempts:
         else:
             attempt.abandoned()
 
-    def _raise_if_late(self, exchange: Exchange, failures: list[UpstreamError]) -> None:
+    def _raise_if_late(self, exchange: Exchange) -> None:
         """Raise 504 if the client's deadline has passed, or it has gone and no repeat may want an answer."""
         is_gone = exchange.detached and exchange.recording is None
         if is_gone or self._clock() >= exchange.deadline:
-            raise too_late(may_have_run=any(failure.response.may_have_run for failure in failures))
+            raise exchange.too_late()
 
     def _record_failure(self, exchange: Exchange, candidate: Candidate, error: UpstreamError) -> None:
         """Remove secrets from the error of a failed attempt, then count and log it."""
@@ -280,7 +281,7 @@ class Attempts:
             left_s = math.inf  # the client gets its 504 in time, and the answer is still read: see `Detacher`
         answering = provider.post(PROVIDER_PATH, exchange.call.forward, body, exchange.mark_sent)
         if left_s < math.inf and left_s <= _attempt_timeout_s(candidate, active):
-            answering = within(left_s, answering)
+            answering = within(exchange, left_s, answering)
         response = await answering
         exchange.upstream_status, exchange.upstream_request_id = response.status, upstream_request_id(response.headers)
         streamed = plan.request.stream
@@ -305,7 +306,9 @@ class Attempts:
             return await reading
         exchange.reads_whole = True
         try:
-            return await (reading if exchange.detachable else within(exchange.deadline - self._clock(), reading))
+            return await (
+                reading if exchange.detachable else within(exchange, exchange.deadline - self._clock(), reading)
+            )
         finally:
             exchange.reads_whole = False
 
@@ -386,9 +389,7 @@ def _attempt_timeout_s(candidate: Candidate, active: ActiveConfig) -> float:
     return settings.connect_timeout_s + settings.first_byte_timeout_s
 
 
-async def within(
-    left_s: float | None, answering: Coroutine[None, None, Result], *, may_have_run: bool = True
-) -> Result:
+async def within(exchange: Exchange, left_s: float | None, answering: Coroutine[None, None, Result]) -> Result:
     """Wait for an answer, or for its body, at most `left_s` seconds; None is for ever.
 
     Raises the client's GatewayError 504 after that: a short deadline of a client opens no breaker.
@@ -397,13 +398,7 @@ async def within(
         async with asyncio.timeout(left_s):
             return await answering
     except TimeoutError as error:
-        raise too_late(may_have_run=may_have_run) from error
-
-
-def too_late(*, may_have_run: bool) -> GatewayError:
-    """Return the 504 for a client's deadline that has passed; the source is the client, not the provider."""
-    message = "The time that the client gives an answer is over."
-    return GatewayError(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
+        raise exchange.too_late() from error
 
 
 def _may_try_next(error: UpstreamError, *, streamed: bool) -> bool:

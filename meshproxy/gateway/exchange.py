@@ -12,7 +12,10 @@ from msgspec import Struct
 from meshproxy.config import Settings
 from meshproxy.errors import (
     ErrorResponse,
+    GatewayError,
+    Source,
     UpstreamError,
+    gateway_timeout,
     insufficient_credits,
     rate_limit_exceeded,
     spend_limit_exceeded,
@@ -171,6 +174,7 @@ class Exchange(Struct, eq=False):
     - `detachable`, `detached`: it can go on without its client; its client has gone and it goes on.
     - `failure`: what broke off an answer that had begun.
     - `may_be_billed`: all of the request was sent to a provider, which hasn't failed.
+    - `may_have_run`: so it was to one that failed and may have done the work.
     - `early_head`: a stream's client side before an answer.
     - `price`: the price that decided the cost.
     - `refused_numbers`: the numbers of the provider's report that can't be true.
@@ -208,6 +212,7 @@ class Exchange(Struct, eq=False):
     detached: bool = False
     complete: bool = False
     may_be_billed: bool = False
+    may_have_run: bool = False
     reads_whole: bool = False
     end_sent: bool = False
     recording: "Recording | None" = None
@@ -233,6 +238,15 @@ class Exchange(Struct, eq=False):
     def account(self) -> str:
         """The account's name; empty before authentication."""
         return self.principal.account.name if self.principal is not None else ""
+
+    def too_late(self, *, is_kept: bool = False) -> GatewayError:
+        """Return the 504 for a client's deadline that has passed; the source is the client, not the provider.
+
+        `is_kept`: a repeat finds the work that goes on, by its Idempotency-Key, and has nothing done twice.
+        """
+        message = "The time that the client gives an answer is over."
+        may_have_run = (self.may_be_billed or self.may_have_run) and not is_kept
+        return GatewayError(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
 
     def limit_to(self, timeout_s: float) -> None:
         """Give the request its own deadline: `timeout_s` seconds after it was received."""

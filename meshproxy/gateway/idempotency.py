@@ -273,7 +273,7 @@ class Replay:
         self, exchange: Exchange, downstream: Downstream, heartbeat_s: float, left_s: float | None
     ) -> Reply | None:
         parts = self._parts(heartbeat_s)
-        head = await within(left_s, _head_of(parts), may_have_run=False)
+        head = await within(exchange, left_s, _head_of(parts))
         exchange.model = dict(head.headers).get("x-mesh-model", "")
         own = [("x-request-id", exchange.call.request_id)]
         headers = [*own, *(header for header in head.headers if header[0] != "x-request-id"), REPLAYED]

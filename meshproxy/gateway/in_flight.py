@@ -13,7 +13,7 @@ import structlog
 from meshproxy.config import Settings
 from meshproxy.errors import GatewayError
 from meshproxy.gateway.admit import Lease
-from meshproxy.gateway.attempts import EarlyHead, too_late
+from meshproxy.gateway.attempts import EarlyHead
 from meshproxy.gateway.exchange import Exchange
 from meshproxy.gateway.idempotency import Recording
 from meshproxy.gateway.relay import Relay
@@ -117,8 +117,7 @@ class Detacher:
             goes_on = may_go_on and self._detach(exchange, task)
             if not goes_on:
                 await self._cancel(task)
-            # A repeat with the same Idempotency-Key finds the work that goes on: it has nothing done twice.
-            raise too_late(may_have_run=not (goes_on and exchange.recording is not None))
+            raise exchange.too_late(is_kept=goes_on and exchange.recording is not None)
         answer = task.result()
         if isinstance(answer, GatewayError):
             raise answer

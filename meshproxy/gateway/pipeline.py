@@ -306,7 +306,7 @@ class Gateway:
             if plan.request.timeout_s is None or exchange.detachable:
                 body = await response.read()
             else:
-                body = await within(exchange.deadline - self._clock(), response.read())
+                body = await within(exchange, exchange.deadline - self._clock(), response.read())
             read_at = self._clock()
             whole = None
             if body[:1] != b"{" and form_of(body[:FORM_BYTES]) == "stream":

@@ -472,6 +472,22 @@ async def test_what_was_not_sent_by_the_deadline_is_not_sent_after_it(late):
     assert len(provider.bodies) == 1
 
 
+@pytest.mark.parametrize("on_disconnect", ["cancel", "drain"])
+async def test_a_deadline_before_a_provider_had_the_request_may_be_repeated(start_mesh, providers, on_disconnect):
+    """The second one waits for the only connection."""
+    provider = (await providers()).answers(200, OK, delay_s=1.0)
+    upstream = {"kind": "openai", "base_url": provider.base_url, "max_connections": 1, "on_disconnect": on_disconnect}
+    mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
+    callers = [await mesh.key(), await mesh.key()]
+    first = asyncio.create_task(mesh.chat(callers[0], model="m", timeout=0.6))
+    await mesh.until(lambda: provider.bodies)
+    answers = [await mesh.chat(callers[1], model="m", timeout=0.1), await first]
+    assert [(answer.status, answer.headers.get("x-should-retry")) for answer in answers] == [
+        (504, None),
+        (504, "false"),
+    ]
+
+
 async def test_what_is_drained_writes_nothing_to_a_connection_that_stays_open(late):
     mesh, provider = late
     caller = await mesh.key()
