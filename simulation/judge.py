@@ -55,7 +55,7 @@ from simulation.reasons import (
     waits_are_true,
 )
 from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View, cut_short
-from simulation.told import ids_are_told, refusals_are_told, requests_are_logged
+from simulation.told import failures_are_logged, ids_are_told, refusals_are_told, requests_are_logged
 
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
@@ -394,6 +394,7 @@ RULES: Final[tuple[Rule, ...]] = (
     ids_are_told,
     refusals_are_told,
     requests_are_logged,
+    failures_are_logged,
     waits_are_true,
     waits_are_told,
     attempts_are_told,

@@ -1044,6 +1044,12 @@ PLANTED: Final = [
         '"refused_by": exchange.refused_by,',
         '"refused_by": None,',
     ),
+    Planted(
+        "a failed attempt is logged as the first one's model",
+        "gateway/record.py",
+        "            model=candidate.model,\n            attempt=exchange.attempts,",
+        "            model=exchange.plan.model if exchange.plan else '',\n            attempt=exchange.attempts,",
+    ),
     # Holds that are too large.
     Planted(
         "a hold is half as large again",

@@ -135,7 +135,8 @@ class Record(Struct):
 
     `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
-    `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests.
+    `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests. `failed`:
+    those of attempts that failed.
     `drains`: those of the steps.
     """
 
@@ -157,6 +158,7 @@ class Record(Struct):
     exits: list[tuple[str, int | None]] = []
     refused: list[str] = []
     logged: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     beats: list[Beat] = []
     drains: list[Drain] = []
 

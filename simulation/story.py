@@ -155,7 +155,7 @@ class Play:
         self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
         for name in (
             *("sights", "calls", "samples", "changes", "troubles", "left", "errors"),
-            *("looks", "losses", "unkept", "exits", "refused", "logged", "beats", "drains"),
+            *("looks", "losses", "unkept", "exits", "refused", "logged", "failed", "beats", "drains"),
         ):
             setattr(self.record, name, [])
         self.record.books, self.record.told = {}, {}
@@ -228,6 +228,8 @@ class Play:
         for where, logged in self._world.log:
             if isinstance(logged, bytes):
                 record.logged.append(json.loads(logged))
+            elif logged.get("event") == "attempt_failed":
+                record.failed.append(logged)
             if PROVIDER_SECRET[:SECRET_PART] in str(logged):
                 record.errors.append(f"{where} logged a secret: {logged!r}")
             if isinstance(logged, dict) and logged.get("event") == "settlement_lost":

@@ -15,6 +15,7 @@ from simulation.reasons import REFUSALS, met_deadline
 from simulation.record import HOP_S, View, cut_short
 
 OK: Final = 200
+CUT_SHORT: Final = frozenset({"gateway_timeout", "overloaded"})  # what ends a request while a provider answers
 BUSY: Final = 429
 WAY_S: Final = 4 * HOP_S  # of a request and its answer, and of the connection's beginning
 LIMITS: Final = {  # the names of what refuses, as docs/operations.md has them, by words of the message
@@ -156,6 +157,34 @@ def requests_are_logged(view: View) -> Iterator[str]:
                 yield f"{sight.request_id} is logged with {wrong}, and {right} would be right"
     for name in lines:
         yield f"{name} has a line in the log, and no client sent it"
+
+
+def failures_are_logged(view: View) -> Iterator[str]:
+    """Check that each attempt that a provider refused or failed has a line in the log, and that no other has one."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in view.record.failed:
+        lines.setdefault(line["request_id"], []).append(line)
+    for sight in view.record.sights:
+        found, calls = lines.pop(sight.request_id, []), view.own_calls(sight)
+        told = [(line["upstream"], line["model"], line["status"]) for line in found]
+        for call in calls:
+            told_of = (call.upstream, str(call.body["model"]).removeprefix("up-"), call.answer.status)
+            is_read = call is not calls[-1] or (sight.ended == "whole" and sight.error.get("code") not in CUT_SHORT)
+            if (
+                call.ended == "error"
+                and call.answer.status != OK
+                and is_read
+                and not view.is_anothers(sight)
+                and told_of not in told
+            ):
+                yield f"{sight.request_id}: the log has no line of {told_of}, but {told}"
+        asked = {call.upstream for call in calls if not call.answer.is_good or call.ended != "whole"}
+        gone = {route for route, _ in routes_of(view, sight) if not UPSTREAMS[route].is_there}
+        for line in found:
+            if line["upstream"] not in asked | gone or not 1 <= line["attempt"] <= len(calls) + len(gone):
+                yield f"{sight.request_id}: attempt {line['attempt']} at {line['upstream']} didn't fail, as the log says"
+    for name in lines:
+        yield f"the log has a failed attempt of {name}, which no client sent"
 
 
 def _seen(view: View, sight: Sight) -> dict[str, Any]:

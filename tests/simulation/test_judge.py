@@ -126,8 +126,22 @@ def judge(record):
     errors = {sight.request_id: sight.error["code"] for sight in record.sights if sight.error}
     for event in (each for book in record.books.values() for each in book.events if each["event"] == "settled"):
         event.update({"code": errors[event["request_id"]]} if event["request_id"] in errors else {})
+    if not record.failed:
+        record.failed = [failure_of(call, record.sights) for call in record.calls if is_failure(call)]
     record.logged = record.logged or [line_of(record, sight) for sight in record.sights]
     return judge_record(record)
+
+
+def is_failure(call):
+    return call.ended == "error" and call.answer.status != 200
+
+
+def failure_of(call, sights, **fields):
+    """Return the line in the log of an attempt that failed, as it should be, but for these fields."""
+    names = [sight.request_id for sight in sights if sight.marker == call.marker]
+    model = call.body["model"].removeprefix("up-")
+    line = {"request_id": names[0], "upstream": call.upstream, "model": model, "status": call.answer.status}
+    return line | {"attempt": call.number + 1} | fields
 
 
 def line_of(record, sight, **fields):
@@ -205,6 +219,7 @@ class Case:
             losses=[],
             exits=[("gateway-0", 0)],
             logged=[],
+            failed=[],
         )
         self.tell_limits()
 
@@ -1424,6 +1439,18 @@ def traced(traceparent):
     return change
 
 
+def failed_as(change, **fields):
+    """Let the log's line of the first failed attempt have had these fields."""
+
+    def changed(case):
+        change(case)
+        first, *others = case.record.calls
+        case.record.failed = [failure_of(first, case.record.sights, **fields)]
+        case.record.failed += [failure_of(call, case.record.sights) for call in others]
+
+    return changed
+
+
 def unlogged_until(ended_at):
     """Let the log have no line of a request whose provider is read to its end, at a time."""
 
@@ -1909,6 +1936,21 @@ SEEN = {
     "an end that was held, of a key": (with_a_repeat(sent_at(11.0, 10.59)), STREAMED, PROMPT),
     "its own trace": (with_a_repeat(traced(trace_of("id-q0"))), REQUEST, set()),
     "another request's trace": (with_a_repeat(traced(trace_of("id-q7"))), REQUEST, CLEAN | BILLS),
+    **{
+        f"an attempt that failed, logged with {name} {wrong}": (
+            failed_as(denied(BROKE, NO_KEY), **{name: wrong}),
+            PAIR,
+            WAITS | {"failures_are_logged"},
+        )
+        for name, wrong in {
+            "upstream": "gone",
+            "model": "plain",
+            "status": 503,
+            "attempt": 3,
+            "request_id": "id-q7",
+        }.items()
+    },
+    "attempts that failed, logged": (failed_as(denied(BROKE, NO_KEY)), PAIR, WAITS),
     "a line in the log": (logged({}), REQUEST, set()),
     "two lines in the log": (logged({}, {}), REQUEST, LOGGED),
     "no line in the log": (logged(), REQUEST, LOGGED),
