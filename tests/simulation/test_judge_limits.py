@@ -1,0 +1,288 @@
+"""The judge of limits and their buckets.
+
+Both sides of each bound: rows are a change of the good record, its request, and the rules that it breaks.
+"""
+
+import pytest
+from msgspec.structs import replace
+
+from simulation.client import Sight, body_of
+from simulation.history import Request
+from simulation.limits import Bucket, Taken, level_at_least, level_at_most
+from simulation.record import Done, Trouble
+from tests.simulation.judged import (
+    MARKER,
+    REASONS,
+    REQUEST,
+    WAITS,
+    Case,
+    alone,
+    book,
+    broken_by,
+    broken_call,
+    false_wait,
+    headed,
+    judge,
+    refused,
+    settled,
+    tokens_kept,
+    troubled,
+)
+
+
+@pytest.mark.parametrize(("changed_at", "found"), [(7.89, ["waits_are_true"]), (7.91, [])])
+def test_a_limit_that_was_changed_just_before_excuses_a_false_wait(changed_at, found):
+    case = Case()
+    false_wait(case)
+    case.record.changes.append(Done("requests_per_minute", 1.0, changed_at, 0, 0, 1))
+    assert [each.rule for each in judge(case.record) if each.rule == "waits_are_true"] == found
+
+
+def felt(change, at, what="gone"):
+    """Let a trouble of the store have begun at a time too."""
+    return troubled(change, Trouble(what, at, at + 1))
+
+
+def remaining(tokens, **fields):
+    """Let a bucket of 1,000 tokens have had so many after an admission that took 84 to `MOST_TOKENS`."""
+
+    def change(case):
+        case.key(tokens_per_minute=1000)
+        case.tell_limits(tokens=tokens)
+        case.record.books = {0: book(settled(settled_ms=11_000, **fields))}
+
+    return change
+
+
+def reset(kind, told, **fields):
+    """Let a bucket's reset be told, of a key with 1,000 tokens or with limits of requests."""
+
+    def change(case):
+        limits = {name: value for name, value in fields.items() if name != "requests"}
+        case.key(**(limits or {"tokens_per_minute": 1000}))
+        case.tell_limits(**{f"reset_{kind}": told}, **{name: fields[name] for name in fields if name == "requests"})
+
+    return change
+
+
+def unknown(change):
+    """Let another request of the key have been lost, so that nothing is known of what it took."""
+
+    def changed(case):
+        change(case)
+        other = Sight(Request("q1"), "mk1q1z", "id-q1", b"", 10.0, sent_at=10.0, ended="left", ended_at=10.05)
+        case.record.sights.append(other)
+
+    return changed
+
+
+def without(name):
+    def change(case):
+        del case.sight.headers[name]
+
+    return change
+
+
+def changed_to(limit, at):
+    """Let the head name another limit of requests, to which the key's was changed at a time."""
+
+    def change(case):
+        case.record.changes.append(Done("requests_per_minute", at, at + 1, 0, 0, limit))
+        case.sight.headers |= {
+            "x-ratelimit-limit-requests": str(limit),
+            "x-ratelimit-remaining-requests": str(limit - 1),
+            "x-ratelimit-reset-requests": "1s",
+        }
+
+    return change
+
+
+BODY_BYTES = len(body_of(REQUEST, MARKER))
+MOST_TOKENS = BODY_BYTES // 3 + 12 + 64  # that an admission takes from a bucket
+BUCKETS = {"buckets_are_right"}
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "excused"), [(1.1, 10.0, True), (1.11, 10.0, False), (1.1, 9.99, False), (-5.0, 10.0, True)]
+)
+def test_a_slot_may_be_taken_while_a_settlement_waits_for_the_store(start, end, excused):
+    case = Case()
+    limited(1.0, 1, Trouble("refused", start, end), max_parallel=1)(case)
+    case.record.sights[1].ended = "whole"
+    assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+KINDS = {
+    "requests_per_minute": "requests per minute",
+    "tokens_per_minute": "tokens per minute",
+    "max_parallel": "parallel",
+}
+
+
+def limited(wait_s, others=1, *troubles, **limits):
+    """Let a 429 name this wait, after so many requests of the same key 10 s before."""
+
+    def change(case):
+        kind = next(KINDS[limit] for limit in limits if limit in KINDS)
+        case.key(**limits)
+        case.record.troubles = list(troubles)
+        refused(429, "rate_limit_exceeded", wait_s, message=f"Rate limit reached: key {kind}.")(case)
+        for number in range(others):
+            other = Sight(Request(f"q{number + 1}"), f"mk1q{number + 1}z", f"id-q{number + 1}", b"", 0.0, sent_at=0.0)
+            other.headers, other.payload = {}, b""
+            other.ended, other.ended_at = "left", 0.1
+            case.record.sights.append(other)
+
+    return change
+
+
+def tokens_left(*troubles):
+    def change(case):
+        tokens_kept(case)
+        case.record.troubles = list(troubles)
+
+    return change
+
+
+def waited(settled_at):
+    """Let a request for tokens have waited as it was told, in vain, and another have been over at a time."""
+
+    def change(case):
+        case.key(tokens_per_minute=1000)
+        refused(429, "rate_limit_exceeded", 0.001, message="Rate limit reached: key tokens per minute.")(case)
+        payload = case.sight.payload.replace(b"id-q0", b"id-q1")
+        case.twice(request=case.sight.request, again=True, status=429, began_at=12.0, ended_at=12.1, payload=payload)
+        other = Sight(Request("q7"), "mk1q7z", "id-q7", b"", 5.0, sent_at=5.0, ended="left", ended_at=settled_at)
+        case.record.sights.append(other)
+        case.record.calls = [broken_call(other, settled_at)]
+        case.record.books = {0: book()}
+
+    return change
+
+
+LIMITS = {
+    "tokens of the least estimate": (remaining(1000 - 84), REQUEST, set()),
+    "tokens that were hardly taken": (remaining(1000 - 83), REQUEST, BUCKETS),
+    "tokens of the most": (remaining(1000 - MOST_TOKENS), REQUEST, set()),
+    "tokens beyond the most": (remaining(1000 - MOST_TOKENS - 1), REQUEST, BUCKETS),
+    "tokens of a store that was lost": (felt(remaining(5), 10.9), REQUEST, BUCKETS),
+    "tokens of a store that failed over before": (felt(remaining(5), 10.9, "failover"), REQUEST, set()),
+    "tokens of a store that failed over later": (felt(remaining(5), 11.1, "failover"), REQUEST, BUCKETS),
+    "tokens of a clock that jumped": (felt(remaining(5), 12.9, "clock"), REQUEST, set()),
+    "tokens of a clock that jumped later": (felt(remaining(5), 13.1, "clock"), REQUEST, BUCKETS),
+    "a reset of tokens": (reset("tokens", "6s"), REQUEST, set()),
+    "a reset of tokens that is too short": (reset("tokens", "5s"), REQUEST, BUCKETS),
+    "a reset of tokens that is too long": (reset("tokens", "7s"), REQUEST, BUCKETS),
+    "a reset that nothing can read": (reset("tokens", "6 s"), REQUEST, BUCKETS),
+    "a request of sixty": (reset("requests", "1s", requests_per_minute=60), REQUEST, set()),
+    "none of sixty": (reset("requests", "0s", requests_per_minute=60, requests=60), REQUEST, BUCKETS),
+    "two of sixty": (reset("requests", "2s", requests_per_minute=60, requests=58), REQUEST, BUCKETS),
+    "two of sixty, of one of which nothing is known": (
+        unknown(reset("requests", "2s", requests_per_minute=60, requests=58)),
+        REQUEST,
+        set(),
+    ),
+    "a reset of a burst": (reset("requests", "20s", requests_per_minute=3, burst=2), REQUEST, set()),
+    "a reset of another size": (reset("requests", "40s", requests_per_minute=3, burst=2), REQUEST, BUCKETS),
+    "a reset of requests that is halved": (reset("requests", "50ms"), REQUEST, BUCKETS),
+    "another limit": (headed(x_ratelimit_limit_requests="60"), REQUEST, BUCKETS),
+    "no limit": (without("x-ratelimit-limit-requests"), REQUEST, BUCKETS),
+    "a limit that was changed before": (changed_to(60, 10.9), REQUEST, set()),
+    "a limit that was changed later": (changed_to(60, 11.1), REQUEST, BUCKETS),
+    "a wait for a request": (limited(50.0, requests_per_minute=1), REQUEST, set()),
+    "a wait for a request that is too long": (limited(50.3, requests_per_minute=1), REQUEST, WAITS),
+    "a wait for a share of the requests": (alone(limited(30.0, 2, requests_per_minute=4)), REQUEST, set()),
+    "a wait for a share of one request": (alone(limited(30.0, 1, requests_per_minute=4)), REQUEST, REASONS),
+    "a wait for a share that is too long": (alone(limited(30.2, 2, requests_per_minute=4)), REQUEST, WAITS),
+    "a wait for a share of the tokens": (alone(limited(25.6, 1, tokens_per_minute=300)), REQUEST, set()),
+    "a wait for that share that is too long": (alone(limited(25.8, 1, tokens_per_minute=300)), REQUEST, WAITS),
+    "a wait for a share of the slots": (alone(limited(1.0, 1, max_parallel=3)), REQUEST, set()),
+    "a wait for a share that is free": (alone(limited(1.0, 1, max_parallel=4)), REQUEST, REASONS),
+    "a wait for a request of a burst": (limited(20.0, 3, requests_per_minute=3, burst=2), REQUEST, set()),
+    "a wait for tokens": (limited(25.6, 3, tokens_per_minute=300), REQUEST, set()),
+    "a wait for tokens that is too long": (limited(25.8, 3, tokens_per_minute=300), REQUEST, WAITS),
+    "tokens that were kept": (tokens_left(), REQUEST, {"buckets_are_right"}),
+    "tokens by a clock that jumps": (tokens_left(Trouble("clock", 12.9, 41.0)), REQUEST, set()),
+    "a wait after an outage": (limited(55.0, 1, Trouble("gone", -70, -49.9), requests_per_minute=1), REQUEST, set()),
+    "a wait that is too long after an outage": (
+        limited(55.3, 1, Trouble("gone", -70, -49.9), requests_per_minute=1),
+        REQUEST,
+        WAITS,
+    ),
+    "a wait long after one": (limited(55.0, 1, Trouble("gone", -70, -50.1), requests_per_minute=1), REQUEST, WAITS),
+    "a wait by a clock that had jumped": (
+        limited(59.0, 1, Trouble("clock", 10.9, 40.0), requests_per_minute=1),
+        REQUEST,
+        set(),
+    ),
+    "a wait by a clock that jumps later": (
+        limited(59.0, 1, Trouble("clock", 11.1, 40.0), requests_per_minute=1),
+        REQUEST,
+        WAITS,
+    ),
+    "a wait for tokens of a template": (
+        limited(9.3, 9, tokens_per_minute=1000),
+        Request("q0", template="greeting", manner="few"),
+        set(),
+    ),
+    "a wait for tokens of no template": (
+        limited(9.5, 9, tokens_per_minute=1000),
+        Request("q0", template="greeting", manner="few"),
+        WAITS,
+    ),
+    "a wait for a slot": (limited(1.0, max_parallel=1), REQUEST, set()),
+    "a wait for a slot that is too long": (limited(1.2, max_parallel=1), REQUEST, WAITS),
+    "a wait while another is settled": (waited(9.71), REQUEST, set()),
+    "a wait in vain": (waited(9.69), REQUEST, {"waits_are_true"}),
+}
+
+
+@pytest.mark.parametrize(("change", "request_", "broken"), LIMITS.values(), ids=LIMITS.keys())
+def test_limits_are_judged_at_their_bounds(change, request_, broken):
+    assert broken_by(change, request_) == broken
+
+
+@pytest.mark.parametrize(
+    ("remaining", "reset", "is_right"),
+    [
+        (599, "100ms", True),  # the store's, of 600 a minute
+        (299, "200ms", True),  # a half
+        (299, "199ms", True),  # it may be full by a part of a millisecond
+        (299, "202ms", False),
+        (298, "400ms", True),
+        (298, "200ms", True),  # of 1 to 2 that are taken
+        (298, "190ms", False),
+        (300, "0s", True),
+        (300, "100ms", False),
+        (199, "300ms", False),  # a third
+        (0, "1m0s", True),
+        (0, "1m1s", False),
+    ],
+)
+def test_a_worker_tells_its_share_of_a_limit_without_the_store(remaining, reset, is_right):
+    case = Case()
+    case.record.history = replace(case.record.history, local=True, workers=2)
+    case.record.troubles = [Trouble("gone", 9.0, 60.0)]
+    case.sight.headers |= {"x-ratelimit-remaining-requests": str(remaining), "x-ratelimit-reset-requests": reset}
+    assert ("buckets_are_right" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("taken", "least", "most"),
+    [
+        pytest.param(Taken(0.0, 0.1, 100, 110, 600, 1.0), 9.0, 31.0, id="made right upwards"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 10, 1.0), 599.0, 600.0, id="made right downwards"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 600, 5.0), 509.0, 521.0, id="not yet made right"),
+        pytest.param(Taken(1.9, 3.0, 100, 110, 600, 5.0), 490.0, 600.0, id="perhaps not yet admitted"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 600, 2.05), 9.0, 521.0, id="perhaps made right"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 10, 2.101), 509.0, 600.0, id="made right in the same moment"),
+        pytest.param(Taken(0.0, 0.1, 100, 110, 10, 2.103), 509.0, 521.0, id="made right a moment later"),
+        pytest.param(Taken(2.2, 3.0, 100, 110, 600, 5.0), 600.0, 600.0, id="later"),
+    ],
+)
+def test_a_bucket_s_level_has_bounds(taken, least, most):
+    bounds = level_at_least(BUCKET, [taken], 2.0, 2.1), level_at_most(BUCKET, [taken], 2.0, 2.1)
+    assert bounds == pytest.approx((least, most), abs=0.11)
+
+
+BUCKET = Bucket("tokens", 600, 600)
