@@ -350,8 +350,10 @@ def _may_say_no(view: View, sight: Sight, calls: list[Call], wait_s: float | Non
         return False
     if view.is_anothers(sight) or (sight.status == 504 and sight.request.keyed):
         return None  # another request's calls, and a repeat that gets the answer
-    timed_out = sight.status == 504 and any(call.ended_at > sight.ended_at - 2 * HOP_S for call in calls)
-    if timed_out or any(call.ended != "error" or call.answer.status in {200, 500} for call in calls):
+    is_late = any(call.ended_at > sight.ended_at - 2 * HOP_S for call in calls)
+    if (is_late and sight.status == 504) or any(
+        call.ended != "error" or call.answer.status in {200, 500} for call in calls
+    ):
         return True
     is_on_its_way = _may_be_on_its_way(sight) and int(sight.headers.get("x-mesh-attempts", 0)) > len(calls)
-    return None if is_on_its_way or any(call.answer.status in NO_CAPACITY for call in calls) else False
+    return None if is_late or is_on_its_way or any(call.answer.status in NO_CAPACITY for call in calls) else False

@@ -239,13 +239,18 @@ class Exchange(Struct, eq=False):
         """The account's name; empty before authentication."""
         return self.principal.account.name if self.principal is not None else ""
 
+    @property
+    def repeat_may_be_billed(self) -> bool:
+        """Whether a provider may have done the work, so that a repeat could be billed a second time."""
+        return self.may_be_billed or self.may_have_run
+
     def too_late(self, *, is_kept: bool = False) -> GatewayError:
         """Return the 504 for a client's deadline that has passed; the source is the client, not the provider.
 
         `is_kept`: a repeat finds the work that goes on, by its Idempotency-Key, and has nothing done twice.
         """
         message = "The time that the client gives an answer is over."
-        may_have_run = (self.may_be_billed or self.may_have_run) and not is_kept
+        may_have_run = self.repeat_may_be_billed and not is_kept
         return GatewayError(Source.CLIENT, gateway_timeout(message, may_have_run=may_have_run))
 
     def limit_to(self, timeout_s: float) -> None:

@@ -144,7 +144,7 @@ class Gateway:
         except asyncio.CancelledError:
             exchange.mark_cut("shutdown" if self._shut_down else "client_disconnected")
             if self._shut_down and (exchange.phase != "stream" or _awaits_answer(exchange)):
-                return self._refuse(exchange, overloaded(SHUTTING_DOWN, may_have_run=exchange.attempts > 0))
+                return self._refuse(exchange, overloaded(SHUTTING_DOWN, may_have_run=exchange.repeat_may_be_billed))
             raise
         except Exception as error:  # noqa: BLE001 - a bug of ours: logged, and answered with 500
             self._recorder.log_bug(exchange, error)

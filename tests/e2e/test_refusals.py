@@ -488,6 +488,24 @@ async def test_a_deadline_before_a_provider_had_the_request_may_be_repeated(star
     ]
 
 
+async def test_a_shutdown_before_a_provider_had_the_request_may_be_repeated(start_mesh, providers):
+    """The second one waits for the only connection."""
+    provider = (await providers()).answers(200, OK, delay_s=5.0)
+    upstream = {"kind": "openai", "base_url": provider.base_url, "max_connections": 1}
+    mesh = await start_mesh(upstreams={"one": upstream}, models={"m": model("one", "x")})
+    asking = []
+    for caller in (await mesh.key(), await mesh.key()):
+        asking.append(asyncio.create_task(mesh.chat(caller, model="m")))
+        await mesh.until(lambda: provider.bodies and len(mesh.worker.live.leases) == len(asking))
+    mesh.worker.gateway.shut_down()
+    mesh.interrupt()
+    answers = await asyncio.gather(*asking)
+    assert [(answer.status, answer.headers.get("x-should-retry")) for answer in answers] == [
+        (503, "false"),
+        (503, None),
+    ]
+
+
 async def test_what_is_drained_writes_nothing_to_a_connection_that_stays_open(late):
     mesh, provider = late
     caller = await mesh.key()

@@ -116,6 +116,16 @@ def asked_late(asked_at):
     return change
 
 
+def refused_late(ended_at):
+    """Let a provider's refusal of the key have been whole at a time, and the instance have shut down at 11.0."""
+
+    def change(case):
+        asked_late(10.5)(case)
+        case.call.answer, case.call.ended, case.call.ended_at = Answer(status=401, error="key"), "error", ended_at
+
+    return change
+
+
 def early_headed(asked_at):
     """Let the client have got a head and a ping at 15.1, and a second provider have been asked at a time."""
 
@@ -282,6 +292,8 @@ ATTEMPTS = {
         REQUEST,
         {*REASONS, *WAITS},
     ),
+    "a refusal that wasn't whole at a shutdown": (refused_late(10.81), REQUEST, set()),
+    "a refusal that was": (refused_late(10.79), REQUEST, WAITS),
     "a provider's wait": (handed_on(Answer(status=503, error="busy", wait_s=7.0), 7.0), REQUEST, set()),
     "a provider's wait that is lost": (handed_on(Answer(status=503, error="busy", wait_s=7.0), None), REQUEST, WAITS),
     "a provider's wait of more than a minute": (
