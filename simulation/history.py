@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
 HEARTBEAT_S = 5.0
 HOLD_TTL_S = 20.0
@@ -493,8 +493,19 @@ def describe(history: History) -> list[str]:
         + ("" if history.journal_bytes is None else f", journal_max_bytes = {history.journal_bytes}")
     ]
     lines += [f"  account a{number}: {credit / 1e9:.9f} USD" for number, credit in enumerate(history.credit)]
-    lines += [f"  key k{number}: {key}" for number, key in enumerate(history.keys)]
-    return lines + [f"  {step}" for step in history.steps]
+    lines += [f"  key k{number}: {_shown(key)}" for number, key in enumerate(history.keys)]
+    return lines + [f"  {_shown(step)}" for step in history.steps]
+
+
+def _shown(value: Any) -> str:
+    """Return a value as Python, without fields that equal their defaults (msgspec's own repr leaves out those that are them)."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))}{',' * (len(value) == 1)})"
+    if not isinstance(value, Struct):
+        return repr(value)
+    pairs = ((field, getattr(value, field.name)) for field in fields(value))
+    differing = (f"{field.name}={_shown(each)}" for field, each in pairs if each != field.default)
+    return f"{type(value).__name__}({', '.join(differing)})"
 
 
 # How histories are drawn. Numbers are chosen so that most are short, and that what is rare at random isn't rare here.

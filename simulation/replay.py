@@ -2,6 +2,7 @@
 
 import json
 import re
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -9,10 +10,10 @@ from typing import Final
 from meshproxy.ledger.store import script_text
 from simulation.bills import allowed_charges, text_of
 from simulation.client import Sight
-from simulation.history import MODELS, UPSTREAMS, History, Model, Price, describe, draw
+from simulation.history import MODELS, UPSTREAMS, History, Model, Outage, Price, describe, draw
 from simulation.provider import Call
-from simulation.record import Finding, Record, View
-from simulation.run import Line
+from simulation.record import Done, Finding, Record, View
+from simulation.run import HOLD_OF, Line
 from simulation.shrink import shrunk
 from simulation.story import Played, played
 
@@ -23,7 +24,14 @@ MOST_TEXT: Final = 100  # characters of a body or an answer's text
 PLAIN_HEADERS: Final = frozenset(
     {"cache-control", "connection", "content-length", "date", "server", "transfer-encoding"}
 )
-_PARTICULAR: Final = re.compile(r"""\[.*\]|\{.*\}|\(.*\)|'[^']*'|"[^"]*"|(?:\b(?:id-|mk)?[a-z]?|-)[0-9][0-9a-z._-]*""")
+_NUMBER: Final = r"(?:\b(?:id-|mk)?[a-z]?|-)[0-9][0-9a-z._-]*"
+_PARTICULAR: Final = re.compile(_NUMBER)
+_FIELD: Final = re.compile(r"""(?<!\w)['"]([a-z_-]+)['"]: """)  # its name, in a dictionary
+_QUOTED: Final = re.compile(r"""(?<!\w)b?(?:'[^']*'|"[^"]*")""")
+_BRACKETED: Final = re.compile(r"[\[({]([^][(){}]*)[])}]")  # with no brackets inside
+_COMPARED: Final = re.compile(r"(-?[0-9]+), and ([0-9]+((\.\.|, )[0-9]+)*|nothing) would be right")
+_STORES: Final = re.compile(r"(?<=  store: ).*")
+_HOLD: Final = re.compile(r"\b[0-9a-f]+\b")
 LOGGED_ELSEWHERE: Final = frozenset({"timestamp", "level", "event", "logger", "client", "key_id", "account"})
 _REPLY: Final = re.compile(r"^-- (reply .*(?:\n--  .*)*)", re.MULTILINE)  # of the comment at a script's beginning
 
@@ -59,8 +67,28 @@ def replay(seed: int, *, whole: bool = False) -> int:
 
 
 def _gist(finding: Finding) -> tuple[str, str]:
-    """Return what a shrunk history must keep of a finding: the rule and its words, without numbers, names and quotations."""
-    return finding.rule, re.sub("#(, #)+", "#", _PARTICULAR.sub("#", finding.words))
+    """Return what a shrunk history must keep of a finding: the rule and its words, without numbers, names and quotations.
+
+    The fields that a dictionary has are kept, and whether a number is above or below what would be right.
+    """
+    words = _QUOTED.sub("#", _FIELD.sub(r"\1=", _COMPARED.sub(_way, finding.words)))
+    found = 1
+    while found:
+        words, found = _BRACKETED.subn(_names_in, words)
+    return finding.rule, re.sub("#(, #)+", "#", _PARTICULAR.sub("#", words))
+
+
+def _way(compared: re.Match[str]) -> str:
+    """Return whether a number is above or below all that would be right."""
+    number, *rights = map(int, re.findall(r"-?[0-9]+", compared[0]))
+    way = "more" if number > max(rights, default=-1) else "less" if number < min(rights, default=0) else "neither"
+    return f"{way} than would be right"
+
+
+def _names_in(bracketed: re.Match[str]) -> str:
+    """Return the names of a dictionary's fields, and of what else is in brackets nothing."""
+    names = re.findall(r"([a-z_-]+)=", bracketed[1]) if bracketed[0].startswith("{") else []
+    return f"#<{' '.join(names)}>" if names else "#"
 
 
 def _models(history: History) -> Iterator[str]:
@@ -96,13 +124,69 @@ def _transcript(done: Played, *, whole: bool) -> list[str]:
     first, last = outcome.marks.get("steps", 0.0), outcome.marks.get("books", float("inf"))
     if whole:
         first, last = 0.0, float("inf")
-    lines = [_shorter(line) for line in outcome.lines]
+    lines = [_shorter(line) for line in outcome.lines if line[0] <= last and line[1] is not HOLD_OF]
     if done.record is not None:
-        began = outcome.marks.get("steps", 0.0)
-        lines += [line for sight in done.record.sights for line in _of_client(sight, began)]
+        began, attempts = outcome.marks.get("steps", 0.0), _attempts(done.record)
+        lines += [line for step in done.history.steps if isinstance(step, Outage) for line in _of_outage(step, began)]
+        lines += [line for change in done.record.changes for line in _of_change(change)]
+        for sight in done.record.sights:
+            lines += [*_of_client(sight, began), *_of_bytes(sight)]
         lines += _of_credit(done.record)
-        lines += [line for call in done.record.calls for line in _of_provider(call)]
-    return outcome.told(sorted((line for line in lines if first <= line[0] <= last), key=lambda line: line[0]))
+        lines += [line for call in done.record.calls for line in _of_provider(call, attempts.get(id(call)))]
+    told = outcome.told(sorted((line for line in lines if first <= line[0]), key=lambda line: line[0]))
+    names = {
+        hold: _name(request_id)
+        for _, text, values in outcome.lines
+        if text is HOLD_OF
+        for *_, request_id, hold in [values]
+    }
+
+    def named(hold: re.Match[str]) -> str:
+        return f"{hold[0]} ({names[hold[0]]})" if hold[0] in names else hold[0]
+
+    return [_STORES.sub(lambda rest: _HOLD.sub(named, rest[0]), line) for line in told]
+
+
+def _name(request_id: str) -> str:
+    return request_id.removeprefix("id-")
+
+
+def _of_outage(outage: Outage, began: float) -> Iterator[Line]:
+    """Describe when an upstream fails every call, and when no more."""
+    start, answer = began + outage.at_s, outage.answer
+    told = f"status {answer.status} {answer.error}".strip()
+    yield start, "outage begins: %s gives every call %s, for %g s", (outage.upstream, told, outage.for_s)
+    yield start + outage.for_s, "outage ends: %s", (outage.upstream,)
+
+
+def _of_change(done: Done) -> Iterator[Line]:
+    """Describe what an operator changes, and when that is done."""
+    words = {
+        "grant": f"grants a{done.account} {done.amount} nano-USD ({done.ref})",
+        "template": f"changes the template of a{done.account} to version {done.amount}",
+        "requests_per_minute": f"gives k{done.key} {done.amount} requests per minute",
+    }.get(done.what, f"{done.what}s k{done.key}")
+    yield done.began_at, "operator: %s", (words,)
+    yield done.ended_at, "operator: %s: %s", (words, "done" if done.ok else "it failed")
+
+
+def _attempts(record: Record) -> dict[int, tuple[str, int]]:
+    """Return whose call each one is, by its identity, and which attempt of that request, counted as the gateway does.
+
+    An attempt that reached no provider is known from the log.
+    """
+    view, attempts = View(record), {}
+    for sight in record.sights:
+        failed = {line["attempt"]: line["upstream"] for line in record.failed if line["request_id"] == sight.request_id}
+        number = 1
+        for call in view.own_calls(sight):
+            if call.at < sight.began_at:
+                continue  # of the same request, before it was sent again
+            while failed.get(number, call.upstream) != call.upstream:
+                number += 1
+            attempts[id(call)] = _name(sight.request_id), number
+            number += 1
+    return attempts
 
 
 def _folded(lines: Iterable[str]) -> Iterator[str]:
@@ -135,7 +219,7 @@ def _shorter(line: Line) -> Line:
 
 def _of_client(sight: Sight, began: float) -> Iterator[Line]:
     """Describe when a client sent a request, and what it saw. `began`: when the steps did."""
-    name = sight.request_id.removeprefix("id-")
+    name = _name(sight.request_id)
     late_s = 0.0 if sight.again else sight.began_at - began - sight.request.at_s
     waited = f", {late_s:.3f} s late: its connection was in use" if sight.request.connection and late_s > SOON_S else ""
     sent = (name, sight.worker, waited, _cut(sight.body.decode()))
@@ -146,10 +230,41 @@ def _of_client(sight: Sight, began: float) -> Iterator[Line]:
         shown = [f"{header}: {value}" for header, value in sight.headers.items() if header not in PLAIN_HEADERS]
         error = sight.error
         told = f"error {error.get('code')}: {error.get('message')}" if error else _text(sight)
-        seen = "; ".join([f"status {sight.status}", "a stream" if sight.is_stream else "whole", *shown, told])
+        seen = "; ".join(
+            [
+                f"status {sight.status}",
+                f"a stream of {len(sight.data)} events" if sight.is_stream else "whole",
+                *shown,
+                told,
+            ]
+        )
         if sight.is_stream:
             seen += "; [DONE]" if "[DONE]" in sight.data else "; no [DONE]"
     yield sight.ended_at, "%s: the client saw %s; the end: %s", (name, seen, sight.ended)
+
+
+def _of_bytes(sight: Sight) -> Iterator[Line]:
+    """Describe when a client got the first bytes, a stream's first event, and comments, such as the pings between two events."""
+    if not sight.times:
+        return
+    name, lengths = _name(sight.request_id), [length for _, length in sight.times]
+    yield sight.times[0][0], "%s: the client gets the first bytes, of status %d", (name, sight.status)
+    length, events = 0, 0
+    comment, times = b"", [0.0]
+    for block in [*sight.payload.split(b"\n\n")[:-1], b""] if sight.is_stream else []:
+        length += len(block) + 2
+        at = sight.times[bisect_left(lengths, length)][0] if block else 0.0
+        if comment and block != comment:
+            more = f", and {len(times) - 1} more in {times[-1] - times[0]:.3f} s" if len(times) > 1 else ""
+            yield times[0], "%s: the client gets the comment %r%s", (name, comment.decode(errors="replace"), more)
+        if block.startswith(b":"):
+            times = [*times, at] if block == comment else [at]
+            comment = block
+            continue
+        comment = b""
+        if block and not events:
+            yield at, "%s: the client gets the first event", (name,)
+        events += 1
 
 
 def _text(sight: Sight) -> str:
@@ -163,10 +278,14 @@ def _cut(text: str) -> str:
     return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}..."
 
 
-def _of_provider(call: Call) -> Iterator[Line]:
-    """Tell what a provider was asked and what it did."""
-    where = f"provider {call.upstream}, call {call.number} ({call.marker})"
-    yield call.at, "%s: asked for %s", (where, {key: value for key, value in call.body.items() if key != "messages"})
+def _of_provider(call: Call, attempt: tuple[str, int] | None) -> Iterator[Line]:
+    """Describe what a provider was asked and what it did. `attempt`: whose call it is, and the gateway's number of it."""
+    whose = ""
+    if attempt is not None and (attempt[1] != call.number + 1 or not call.marker.endswith(f"{attempt[0]}z")):
+        whose = f"; attempt {attempt[1]} of {attempt[0]}"
+    where = f"provider {call.upstream}, call {call.number + 1} ({call.marker}{whose})"
+    asked = json.dumps({key: value for key, value in call.body.items() if key != "messages"})
+    yield call.at, "%s: asked for %s", (where, asked)
     if call.ended_at:
         said = f"{call.shown_sent} of {call.shown} tokens of text{', a report' if call.reported else ''} sent"
         yield call.ended_at, "%s: the end: %s, %s", (where, call.ended, said)
@@ -223,6 +342,6 @@ def _charges(record: Record) -> Iterator[str]:
             + ("" if call.reported else ", unreported")
             for call in view.own_calls(sight)
         ]
-        name = sight.request_id.removeprefix("id-")
+        name = _name(sight.request_id)
         right, billed = " or ".join(allowed) or "nothing", "; ".join(bills) or "no call"
         yield f"  {name}: charged {view.charge(sight)}, allowed {right} ({billed})"

@@ -32,6 +32,8 @@ from msgspec import Struct
 
 from meshproxy.app import serve as serving
 from meshproxy.app import worker_process
+from meshproxy.gateway import pipeline
+from meshproxy.gateway.exchange import Exchange
 from meshproxy.ledger.store import Script
 from meshproxy.telemetry.logs import configure
 from simulation import machine
@@ -59,6 +61,7 @@ class Left(Struct):
 
 _MIDDLEWARES: Final = vars(web_app)["_cached_build_middleware"]
 Line = tuple[float, str, tuple[Any, ...]]  # of the transcript: a time, a template, its values
+HOLD_OF: Final = "%s: %s has the hold id %s"
 
 
 class Outcome(Struct):
@@ -183,6 +186,19 @@ def _where(error: BaseException) -> str:
     return f"{error!r} in " + " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
 
 
+def _trace_holds(world: World, stack: ExitStack) -> None:
+    """Have the transcript say which hold id each request got: the ledger isn't told whose a hold is before it is settled."""
+    make = vars(pipeline)["Exchange"]
+
+    def made(call: Any, hold_id: str) -> Exchange:
+        world.loop.trace(HOLD_OF, PROCESS.get().name, call.request_id, hold_id)
+        exchange: Exchange = make(call, hold_id)
+        return exchange
+
+    vars(pipeline)["Exchange"] = made
+    stack.callback(vars(pipeline).__setitem__, "Exchange", make)
+
+
 def _logged(world: World, stack: ExitStack) -> None:
     """Have all logs go to the world."""
 
@@ -245,6 +261,8 @@ def run(
         world = World(loop, is_traced=is_traced)
         stack.enter_context(machine.installed(loop, world.disk, replacements()))
         _logged(world, stack)
+        if is_traced:
+            _trace_holds(world, stack)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
 

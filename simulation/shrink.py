@@ -16,7 +16,7 @@ SHARED: Final = frozenset({
     *("key", "keyed", "model", "fallbacks", "stream", "include_usage", "n", "max_tokens", "timeout_s", "prompt_words"),
     *("session", "tier", "template", "manner", "options", "turns", "ending", "in_parts", "escaped"),
 })  # fmt: skip
-LOWEST: Final = {"words": 1, "n": 1, "prompt_words": 1, "after": 0, "workers": 1}
+LOWEST: Final = {"words": 1, "n": 1, "prompt_words": 1, "after": 0.0, "workers": 1}
 
 
 def shrunk(history: History, fails: Callable[[History], bool], most_plays: int = MAX_PLAYS) -> History:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 
@@ -201,7 +201,6 @@ class Play:
                 tasks.append(world.spawn(self._people, clients.play(step), step.name))
         await asyncio.gather(*tasks)
         await self._settle()
-        world.mark("books")
         await self._read_books()
         await self._read_told()
         self.record.store_offset_s = self._loop.wall_offset_s + world.store.clock_offset_s
@@ -324,6 +323,7 @@ class Play:
         """Do to the store or the disk what a fault says, and mend it when no other fault of its kind lasts."""
         store, now = self._world.store, self._loop.time()
         if fault.what == "lost_reply":
+            self._loop.trace("fault: the next scripts' replies are lost, with their connections: %d", fault.count)
             self._drops += fault.count
             return
         if fault.what != "flush":
@@ -338,9 +338,11 @@ class Play:
                 store.go_down()
             if fault.what == "failover":
                 store.fail_over()  # to what the replica has now, however long it takes
+            self._loop.trace("fault begins: %s, for %g s", _Suffered(fault), fault.for_s)
             self._lasting.append(fault)
             self._suffer(fault)
             await asyncio.sleep(fault.for_s)
+            self._loop.trace("fault ends: %s", _Suffered(fault))
             self._lasting.remove(fault)
             self._suffer(fault)
             if fault.what in {"gone", "failover"} and not self._last("gone", "failover"):
@@ -365,24 +367,31 @@ class Play:
     async def _happen(self, event: WorkerEvent) -> None:
         """Do to the workers what an event says."""
         gateway = self._gateway
-        instance = gateway.instances[event.worker % len(gateway.instances)]
+        trace, number = self._loop.trace, event.worker % len(gateway.instances)
+        instance = gateway.instances[number]
         if event.what == "killed_writing":
+            trace("operator: kills gateway-%d at its next write", number)
             await self._write_begins(instance)
         now = self._loop.time()
         if event.what == "reloaded":
+            trace(
+                "operator: has all gateways reload%s", "".join(f", another price of {name}" for name, _ in event.prices)
+            )
             self._models |= {name: replace(self._models[name], price=price) for name, price in event.prices}
             self.record.prices.append((now, dict(self._models)))
             gateway.reload(toml(self._history, self._models))
         elif event.what == "bad_reload":
             text = gateway.text
+            trace("operator: has all gateways reload a configuration with an error")
             gateway.reload("[server]\nlisten = 17\n")
             await asyncio.sleep(1.0)
             if gateway.text == "[server]\nlisten = 17\n":
+                trace("operator: puts the configuration from before into the file")
                 gateway.text = text
         elif not instance.ended.is_set():
             what = "drained" if event.what == "drained" else "killed"
+            trace("operator: %s gateway-%d", "drains" if what == "drained" else "kills", number)
             instance.drain() if what == "drained" else instance.kill()
-            number = event.worker % len(gateway.instances)
             self.record.troubles.append(Trouble(what, now, now + 1e6, number))
             trouble = self.record.troubles[-1]
             await instance.ended.wait()
@@ -393,6 +402,7 @@ class Play:
             for _ in range(OPERATOR_TRIES):  # again, where it has read a bad configuration
                 if not instance.ended.is_set():
                     break  # another event has started it
+                trace("operator: starts gateway-%d again", number)
                 await instance.restart()
                 if instance.ended.is_set():  # a bad configuration, or a disk that its journal needs
                     self.record.refused.append(instance.name)
@@ -451,11 +461,20 @@ class Play:
         key = next((at for at, plan in enumerate(self._history.keys) if plan.account == account), None)
         if key is None:
             return
-        began_at = self._loop.time()
+        began_at, worker = self._loop.time(), account % len(self._gateway.instances)
+        self._loop.trace("look at a%d: GET /v1/key with k%d at gateway-%d", account, key, worker)
         status, told = await self._world.spawn(self._people, self._clients.fetch(account, key, "/v1/key"))
-        if status == 200:
-            amounts = (nusd(told[f"{name}_usd"]) for name in ("balance", "held", "available"))
-            self.record.looks.append(Look(account, began_at, self._loop.time(), *amounts))
+        if status != 200:
+            self._loop.trace("look at a%d: status %d, %s", account, status, told)
+            return
+        look = Look(
+            account,
+            began_at,
+            self._loop.time(),
+            *(nusd(told[f"{name}_usd"]) for name in ("balance", "held", "available")),
+        )
+        self._loop.trace("look at a%d: balance %d, held %d, available %d", account, *look[3:])
+        self.record.looks.append(look)
 
     async def _grant(self, account: int, amount: int, ref: str) -> None:
         async def act() -> None:
@@ -494,6 +513,7 @@ class Play:
             await asyncio.sleep(
                 max(0.0, -sum(fault.delay_s for fault in self._history.faults if fault.what == "clock"))
             )
+        self._world.mark("books")
         operator = await self._gateway.administration()
         for number in range(len(self._history.credit)):
             with suppress(GatewayError):
@@ -568,6 +588,24 @@ def _bug_of(entry: tuple[str, dict[str, Any] | bytes]) -> tuple[str, str]:
         line = json.loads(event)
         return where, f"500 {line.get('error')}" if line.get("status") == 500 else ""
     return where, f"{event}" if event.get("event") in BUGS else ""
+
+
+class _Suffered(NamedTuple):
+    """A fault in the transcript, which most runs need not have as text."""
+
+    fault: Fault
+
+    def __str__(self) -> str:
+        fault = self.fault
+        return {
+            "refused": "the store refuses writes (READONLY)",
+            "full": "the store refuses writes that need memory (OOM)",
+            "slow": f"the store replies {fault.delay_s:g} s late",
+            "gone": "the store is down",
+            "failover": "the store is down, for a replica that lacks the last second",
+            "disk_full": f"the disk has room for {fault.room} bytes",
+            "disk_fails": "the disk refuses every write",
+        }[fault.what]
 
 
 class Played:

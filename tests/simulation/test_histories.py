@@ -12,7 +12,19 @@ from msgspec.structs import replace
 
 from simulation.__main__ import main
 from simulation.client import body_of
-from simulation.history import Answer, Fault, History, KeyPlan, Outage, Request, WorkerEvent, describe, draw
+from simulation.history import (
+    MODELS,
+    Answer,
+    Change,
+    Fault,
+    History,
+    KeyPlan,
+    Outage,
+    Request,
+    WorkerEvent,
+    describe,
+    draw,
+)
 from simulation.record import Finding
 from simulation.shrink import shrunk
 from simulation.story import played
@@ -377,7 +389,48 @@ def test_what_is_shrunk_breaks_the_same_rule_in_the_same_words(monkeypatch, caps
     assert "it costs 4" not in told
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "left"),
+    [
+        ("id-q0 was charged 17, and 4..9, 12 would be right", "id-q1 was charged 3, and 4..9 would be right", "q0"),
+        ("id-q0 was charged 17, and nothing would be right", "id-q1 was charged 0, and 4 would be right", "q0"),
+        ("id-q0 was charged 17, and 4..9 would be right", "id-q1 was charged 20, and 5, 7 would be right", "q1"),
+        (
+            "id-q0 is logged with {'cost_usd': '0.1'}, and {'cost_usd': ['0.2']} would be right",
+            "id-q1 is logged with {'status': 200}, and {'status': [400]} would be right",
+            "q0",
+        ),
+        (
+            "id-q0 is logged with {'code': 'a', 'at': [1]}, and {'code': ['b', None], 'at': [2, {'x': (1, 2)}]} would be right",
+            "id-q1 is logged with {'code': 'd', 'at': []}, and {'code': ['c'], 'at': [3]} would be right",
+            "q1",
+        ),
+        ("one got [{'role': 'user'}] in mk1q0z", "one got [{'role': 'system', 'name': 'x'}] in mk1q1z", "q1"),
+    ],
+)
+def test_what_is_shrunk_has_the_same_fields_wrong_the_same_way(first, second, left, monkeypatch, capsys):
+    def judged(history, **_):
+        done = played(history)
+        done.findings = [Finding("any", {"q0": first, "q1": second}[request.name]) for request in history.requests]
+        return done
+
+    monkeypatch.setattr("simulation.replay.draw", lambda _seed: History(1, "any", steps=(Request("q0"), Request("q1"))))
+    monkeypatch.setattr("simulation.replay.played", judged)
+    assert main(["--replay", "1"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"any: {first if left == 'q0' else second}"
+
+
+def test_what_equals_its_usual_value_is_not_written():
+    request = Request("q0", at_s=float("0"), after=0, answers=(Answer(delay_s=0, gap_s=0.5, pause_s=-0.0),))
+    lines = describe(History(1, "any", steps=(request, Fault(0.0, "slow", for_s=0, delay_s=1.5))))
+    assert lines[-2:] == [
+        "  Request(name='q0', answers=(Answer(gap_s=0.5),))",
+        "  Fault(at_s=0.0, what='slow', delay_s=1.5)",
+    ]
+
+
 KEYED = Request("q0", keyed=True, answers=(Answer(delay_s=1.0),))
+PAUSED = Request("q0", stream=True, answers=(Answer(pause_s=17.0),))
 
 
 @pytest.mark.parametrize(
@@ -411,13 +464,79 @@ KEYED = Request("q0", keyed=True, answers=(Answer(delay_s=1.0),))
             (KEYED, replace(KEYED, name="q1", repeats="q0", at_s=0.1)),
             r"\n   1\.\d+  \.\.\. \d\d more lines like the last ones\n",
         ),
-        ((KEYED, WorkerEvent(0.5, "killed")), r"store: a0's hold \w+ was abandoned: it held \d+"),
+        ((KEYED, WorkerEvent(0.5, "killed")), r"store: a0's hold \w+ \(q0\) was abandoned: it held \d+"),
+        ((Request("q0"),), r"  store: admit \w+ \(q0\) = "),
+        ((Request("q0", key=0), Fault(0.0, "refused", for_s=2.0)), r"  store: admit [\w() ]+ \(q0\) = \"READONLY "),
+        (
+            (Fault(0.5, "refused", for_s=2.0),),
+            r"   0\.5\d+  fault begins: the store refuses writes \(READONLY\), for 2 s\n",
+        ),
+        ((Fault(0.5, "refused", for_s=2.0),), r"   2\.5\d+  fault ends: the store refuses writes \(READONLY\)\n"),
+        (
+            (Fault(0.5, "full", for_s=2.0),),
+            r"fault begins: the store refuses writes that need memory \(OOM\), for 2 s\n",
+        ),
+        ((Fault(0.5, "slow", for_s=2.0, delay_s=0.3),), r"   2\.5\d+  fault ends: the store replies 0\.3 s late\n"),
+        ((Fault(0.5, "gone", for_s=2.0),), r"   0\.5\d+  fault begins: the store is down, for 2 s\n"),
+        (
+            (Fault(0.5, "failover"),),
+            r"fault begins: the store is down, for a replica that lacks the last second, for 0 s\n",
+        ),
+        ((Fault(0.5, "disk_full", for_s=2.0, room=90),), r"   2\.5\d+  fault ends: the disk has room for 90 bytes\n"),
+        ((Fault(0.5, "disk_fails", for_s=2.0),), r"   0\.5\d+  fault begins: the disk refuses every write, for 2 s\n"),
+        ((Fault(0.5, "lost_reply", count=2),), r"   0\.5\d+  fault: the next scripts' replies are lost, .*: 2\n"),
+        ((Fault(0.5, "clock", delay_s=-3.0),), r"   0\.5\d+  store: clock jumps -3\.000 s\n"),
+        ((WorkerEvent(0.5, "drained"),), r"   0\.5\d+  operator: drains gateway-0\n"),
+        (
+            (WorkerEvent(0.5, "killed"),),
+            r"operator: kills gateway-0\n(.*\n)*   1\.5\d+  operator: starts gateway-0 again\n",
+        ),
+        ((WorkerEvent(0.5, "killed_writing"),), r"   0\.5\d+  operator: kills gateway-0 at its next write\n"),
+        (
+            (WorkerEvent(0.5, "reloaded", prices=(("fee", MODELS["fee"].price),)),),
+            r"   0\.5\d+  operator: has all gateways reload, another price of fee\n",
+        ),
+        (
+            (WorkerEvent(0.5, "bad_reload"),),
+            r"   1\.5\d+  operator: puts the configuration from before into the file\n",
+        ),
+        (
+            (Outage(0.5, "two", for_s=3.0),),
+            r"   0\.5\d+  outage begins: two gives every call status 500 failed, for 3 s\n",
+        ),
+        ((Outage(0.5, "two", for_s=3.0),), r"   3\.5\d+  outage ends: two\n"),
+        ((Change(0.5, "grant", amount=7),), r"   0\.5\d+  operator: grants a0 7 nano-USD \(at 0\.5\)\n"),
+        ((Change(0.5, "suspend"),), r"   0\.5\d+  operator: suspends k0: done\n"),
+        ((Change(0.5, "look"),), r"   0\.5\d+  look at a0: GET /v1/key with k0 at gateway-0\n"),
+        ((Change(0.5, "look"),), r"   0\.5\d+  look at a0: balance 1000000000, held 0, available 1000000000\n"),
+        ((Change(0.5, "revoke"), Change(0.9, "look")), r"look at a0: status 401, \{'error': "),
+        (
+            (Request("q0", answers=(Answer(delay_s=2.0),)),),
+            r"   2\.\d+  q0: the client gets the first bytes, of status 200\n",
+        ),
+        ((PAUSED,), r"   7\.\d+  q0: the client gets the comment ': ping', and 1 more in 5\.\d+ s\n"),
+        ((PAUSED,), r"  17\.\d+  q0: the client gets the first event\n"),
+        ((PAUSED,), r"  17\.\d+  q0: the client gets the comment ': x-mesh-cost=0\.\d+'\n"),
+        (
+            (Request("q0", model="gone-first"),),
+            r"  provider two, call 1 \(mk1q0z; attempt 2 of q0\): asked for \{\"model\"",
+        ),
+        ((Request("q0", model="pair"),), r"  provider one, call 1 \(mk1q0z\): asked for "),
     ],
 )
 def test_a_replay_has_what_a_finding_is_understood_by(steps, words, monkeypatch, capsys):
     monkeypatch.setattr("simulation.replay.draw", lambda seed: History(seed, "any", steps=steps))
     assert main(["--replay", "1", "--whole"]) == 0
     assert re.search(words, capsys.readouterr().out)
+
+
+def test_a_replay_leaves_out_how_the_books_are_read(monkeypatch, capsys):
+    monkeypatch.setattr("simulation.replay.draw", lambda seed: History(seed, "any", steps=(Request("q0"),)))
+    read = []
+    for words in (["--replay", "1"], ["--replay", "1", "--whole"]):
+        main(words)
+        read.append("store: balance" in capsys.readouterr().out)
+    assert read == [False, True]
 
 
 @pytest.mark.parametrize("output", [">/dev/full", ">&-"])
