@@ -51,11 +51,14 @@ def credit_is_not_overdrawn(view: View) -> Iterator[str]:
 
 
 def _lost_costs(view: View, account: int) -> int:
-    """Return the most that requests without a hold cost whose settlements a failover may have lost."""
+    """Return the most that requests cost whose settlements a failover may have lost, without a hold or beyond it."""
     return sum(
         max((cost.most for cost in allowed_charges(view, sight)), default=0)
         for sight in view.record.sights
-        if view.history.local and view.key(sight) == account and not view.settled.get(sight.request_id)
+        if view.key(sight) == account and not view.settled.get(sight.request_id)
+        if view.history.local
+        or sight.request.stream
+        or not all(each.answer.heeds_cap for each in view.own_calls(sight))
         if any(trouble.what == "failover" for trouble in view.record.troubles) and is_lost(view, sight)
     )
 

@@ -8,7 +8,7 @@ import math
 import pytest
 from msgspec.structs import replace
 
-from simulation.history import Fault, History, Request, WorkerEvent, rendered
+from simulation.history import Answer, Fault, History, Request, WorkerEvent, rendered
 from simulation.provider import Bill
 from simulation.record import LATENCY_S, RECOVERY_S, Done, Loss, Sample, Trouble
 from simulation.story import played
@@ -232,10 +232,17 @@ def test_a_charge_may_be_lost_when_its_provider_has_ended_and_its_client_reads_o
 
 
 @pytest.mark.parametrize(
-    ("local", "lost_at", "broken"), [(True, OVER, set()), (False, OVER, OVERDRAWN), (True, 30.0, OVERDRAWN)]
+    ("local", "heeds_cap", "lost_at", "broken"),
+    [
+        (True, True, OVER, set()),
+        (False, True, OVER, OVERDRAWN),
+        (False, False, OVER, set()),
+        (True, True, 30.0, OVERDRAWN),
+        (False, False, 30.0, OVERDRAWN),
+    ],
 )
-def test_a_balance_may_have_been_below_zero_for_a_settlement_that_a_failover_lost(local, lost_at, broken):
-    case = Case()
+def test_a_balance_may_have_been_below_zero_for_a_settlement_that_a_failover_lost(local, heeds_cap, lost_at, broken):
+    case = Case(answer=Answer(heeds_cap=heeds_cap))
     case.sight.ended_at = case.call.ended_at = OVER
     case.record.history = replace(case.record.history, local=local)
     case.record.samples.append(Sample(OVER, 0, -COST, 0))
