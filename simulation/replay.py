@@ -19,6 +19,7 @@ from simulation.story import Played, played
 
 TIME_WIDTH: Final = 11  # of a line
 POLLED: Final = 2  # lines that may take turns
+NOT_FOLDED: Final = ("  fault", "  outage", "  operator", "  look")
 SOON_S: Final = 0.001  # after which a request is called late
 MOST_TEXT: Final = 100  # characters of a body or an answer's text
 PLAIN_HEADERS: Final = frozenset(
@@ -29,7 +30,10 @@ _PARTICULAR: Final = re.compile(_NUMBER)
 _FIELD: Final = re.compile(r"""(?<!\w)['"]([a-z_-]+)['"]: """)  # its name, in a dictionary
 _QUOTED: Final = re.compile(r"""(?<!\w)b?(?:'[^']*'|"[^"]*")""")
 _BRACKETED: Final = re.compile(r"[\[({]([^][(){}]*)[])}]")  # with no brackets inside
-_COMPARED: Final = re.compile(r"(-?[0-9]+), and ([0-9]+((\.\.|, )[0-9]+)*|nothing) would be right")
+_COMPARED: Final = re.compile(
+    r"(?P<number>-?{0})(?P<of> s| of {0} [a-z]+ remain)?, and (?P<rights>{0}(?:(?:\.\.|, | to ){0})*|nothing)"
+    r"(?P<end>(?: s)? (?:would be right|may)\b)".format(r"[0-9]+(?:\.[0-9]+)?")
+)
 _STORES: Final = re.compile(r"(?<=  store: ).*")
 _HOLD: Final = re.compile(r"\b[0-9a-f]+\b")
 LOGGED_ELSEWHERE: Final = frozenset({"timestamp", "level", "event", "logger", "client", "key_id", "account"})
@@ -80,9 +84,10 @@ def _gist(finding: Finding) -> tuple[str, str]:
 
 def _way(compared: re.Match[str]) -> str:
     """Return whether a number is above or below all that would be right."""
-    number, *rights = map(int, re.findall(r"-?[0-9]+", compared[0]))
-    way = "more" if number > max(rights, default=-1) else "less" if number < min(rights, default=0) else "neither"
-    return f"{way} than would be right"
+    number = float(compared["number"])
+    rights = [float(each) for each in re.findall(r"[0-9]+(?:\.[0-9]+)?", compared["rights"])] or [0.0]
+    way = "more" if number > max(rights) else "less" if number < min(rights) else "neither"
+    return f"{way}{compared['of'] or ''} than{compared['end']}"
 
 
 def _names_in(bracketed: re.Match[str]) -> str:
@@ -195,7 +200,7 @@ def _folded(lines: Iterable[str]) -> Iterator[str]:
     times, until = 0, ""
     for line in lines:
         at, text = line[:TIME_WIDTH], line[TIME_WIDTH:]
-        if text in latest:
+        if text in latest and not text.startswith(NOT_FOLDED):
             times, until = times + 1, at
             continue
         if times:

@@ -342,7 +342,7 @@ class Play:
             self._lasting.append(fault)
             self._suffer(fault)
             await asyncio.sleep(fault.for_s)
-            self._loop.trace("fault ends: %s", _Suffered(fault))
+            self._loop.trace("fault ends: %s, since %g", _Suffered(fault), fault.at_s)
             self._lasting.remove(fault)
             self._suffer(fault)
             if fault.what in {"gone", "failover"} and not self._last("gone", "failover"):

@@ -405,6 +405,17 @@ def test_what_is_shrunk_breaks_the_same_rule_in_the_same_words(monkeypatch, caps
             "id-q1 is logged with {'code': 'd', 'at': []}, and {'code': ['c'], 'at': [3]} would be right",
             "q1",
         ),
+        ("id-q0: 9 of 10 tokens remain, and 5.0 to 7.1 may", "id-q1: 4 of 10 tokens remain, and 5.0 to 7.1 may", "q0"),
+        (
+            "id-q0 is to wait 3.00 s, and 4.00 to 5.00 s would be right",
+            "id-q1 is to wait 6.00 s, and 4.00 to 5.00 s would be right",
+            "q0",
+        ),
+        (
+            "id-q0 is to wait 3.00 s, and 4.00 to 5.00 s would be right",
+            "id-q1 is to wait 1.00 s, and 2.00 to 5.00 s would be right",
+            "q1",
+        ),
         ("one got [{'role': 'user'}] in mk1q0z", "one got [{'role': 'system', 'name': 'x'}] in mk1q1z", "q1"),
     ],
 )
@@ -471,19 +482,36 @@ PAUSED = Request("q0", stream=True, answers=(Answer(pause_s=17.0),))
             (Fault(0.5, "refused", for_s=2.0),),
             r"   0\.5\d+  fault begins: the store refuses writes \(READONLY\), for 2 s\n",
         ),
-        ((Fault(0.5, "refused", for_s=2.0),), r"   2\.5\d+  fault ends: the store refuses writes \(READONLY\)\n"),
+        (
+            (Fault(0.5, "refused", for_s=2.0),),
+            r"   2\.5\d+  fault ends: the store refuses writes \(READONLY\), since 0\.5\n",
+        ),
         (
             (Fault(0.5, "full", for_s=2.0),),
             r"fault begins: the store refuses writes that need memory \(OOM\), for 2 s\n",
         ),
-        ((Fault(0.5, "slow", for_s=2.0, delay_s=0.3),), r"   2\.5\d+  fault ends: the store replies 0\.3 s late\n"),
+        (
+            (Fault(0.5, "slow", for_s=2.0, delay_s=0.3),),
+            r"   2\.5\d+  fault ends: the store replies 0\.3 s late, since 0\.5\n",
+        ),
         ((Fault(0.5, "gone", for_s=2.0),), r"   0\.5\d+  fault begins: the store is down, for 2 s\n"),
         (
             (Fault(0.5, "failover"),),
             r"fault begins: the store is down, for a replica that lacks the last second, for 0 s\n",
         ),
-        ((Fault(0.5, "disk_full", for_s=2.0, room=90),), r"   2\.5\d+  fault ends: the disk has room for 90 bytes\n"),
+        (
+            (Fault(0.5, "disk_full", for_s=2.0, room=90),),
+            r"   2\.5\d+  fault ends: the disk has room for 90 bytes, since 0\.5\n",
+        ),
         ((Fault(0.5, "disk_fails", for_s=2.0),), r"   0\.5\d+  fault begins: the disk refuses every write, for 2 s\n"),
+        (
+            (Fault(0.5, "gone", for_s=2.0), Fault(0.7, "gone", for_s=1.0)),
+            r"   1\.7\d+  fault ends: the store is down, since 0\.7\n(.*\n)*   2\.5\d+  fault ends: .*, since 0\.5\n",
+        ),
+        (
+            (WorkerEvent(0.5, "drained"), WorkerEvent(0.50001, "drained")),
+            r"   0\.5\d+  operator: drains gateway-0\n(.*\n)*   0\.5\d+  operator: drains gateway-0\n",
+        ),
         ((Fault(0.5, "lost_reply", count=2),), r"   0\.5\d+  fault: the next scripts' replies are lost, .*: 2\n"),
         ((Fault(0.5, "clock", delay_s=-3.0),), r"   0\.5\d+  store: clock jumps -3\.000 s\n"),
         ((WorkerEvent(0.5, "drained"),), r"   0\.5\d+  operator: drains gateway-0\n"),
