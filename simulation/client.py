@@ -221,7 +221,7 @@ class Clients:
             f"x-request-id: {sight.request_id}",
         ]
         if request.keyed:
-            head += [f"idempotency-key: {sight.marker}", f"traceparent: {trace_of(sight.request_id)}"]
+            head += [f"idempotency-key: {request.named or sight.marker}", f"traceparent: {trace_of(sight.request_id)}"]
         data = "\r\n".join([*head, "", ""]).encode() + sight.body
         size = -(-len(data) // request.sends_in)
         for at in range(0, len(data), size):

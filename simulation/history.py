@@ -258,6 +258,11 @@ def template_system(version: int) -> str:
     return f"Version {version}: answer in {{{{ manner }}}} words,{' and be kind' * (version % 3)}."
 
 
+def first_version(account: int) -> int:
+    """Return the version of TEMPLATE that an account has at first: no two accounts have the same."""
+    return 1 + 100 * account
+
+
 def rendered(version: int, manner: str) -> str:
     """Return the system message that goes to a provider."""
     return template_system(version).replace("{{ manner }}", manner)
@@ -330,8 +335,9 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     how the client does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "half_closes" then, "leaves" after so many
     seconds, or "stalls" after so many bytes and reads no more. `waits`: after a 429, or where all providers fail, it is
     sent once more, exactly when it was told to. `tier`: its service tier. `template`: the template that it names, and
-    `manner` the value of its slot; None: it has none. `options`, `turns`, `ending`: names of what it has of OPTIONS,
-    TURNS and ENDINGS. `in_parts`: its message's content is a list. `escaped`: its JSON is ASCII.
+    `manner` the value of its slot; None: it has none. `named`: the text of its Idempotency-Key; "": its marker.
+    `options`, `turns`, `ending`: names of what it has of OPTIONS, TURNS and ENDINGS. `in_parts`: its message's content is
+    a list. `escaped`: its JSON is ASCII.
     """
 
     name: str
@@ -346,6 +352,7 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     timeout_s: float | None = None
     prompt_words: int = 6
     keyed: bool = False
+    named: str = ""
     other_body: bool = False
     repeats: str = ""
     session: str = ""
@@ -547,6 +554,34 @@ def _templates(rng: random.Random) -> History:
         moved = replace(request, at_s=round(max(0.0, near), 3), template=name, manner=manner, connection="")
         requests.append(replace(moved, worker=rng.randint(0, 1), prompt_words=min(moved.prompt_words, 40)))
     return History(0, "", workers=rng.randint(1, 2), steps=(*requests, *changes))
+
+
+def _tenants(rng: random.Random) -> History:
+    """Draw keys of two accounts that send one Idempotency-Key with other bodies, and name templates of the same name."""
+    keys = (KeyPlan(0), KeyPlan(1), KeyPlan(rng.randint(0, 1)))
+    is_templated, order = rng.random() < 0.6, rng.sample(range(3), 3)
+    requests: list[Request] = []
+    for number in range(rng.randint(2, 4)):
+        request = _request(rng, f"q{number}", _any_answer(rng))
+        words = min(request.prompt_words, 40)
+        request = replace(request, key=order[number % 3], worker=rng.randint(0, 1), prompt_words=words)
+        if rng.random() < 0.8:  # of its API key alone: docs/api.md
+            request = replace(request, keyed=True, named=f"order {number // 3}")
+        if is_templated:
+            request = replace(request, template=TEMPLATE, manner="few")
+        requests.append(request)
+    for first in [request for request in requests if request.keyed and rng.random() < 0.4]:
+        at_s = round(first.at_s + rng.choice((0.0, 0.01, 0.5, 3.0, 9.0)), 3)
+        repeat = replace(first, name=f"q{len(requests)}", repeats=first.name, at_s=at_s, connection="")
+        requests.append(replace(repeat, worker=rng.randint(0, 1)))
+    changes: list[Step] = []
+    if is_templated and rng.random() < 0.5:
+        account, is_dropped = rng.randint(0, 1), rng.random() < 0.5
+        version = DROPPED if is_dropped else first_version(account) + 1
+        what: ChangeKind = "template_dropped" if is_dropped else "template"
+        changes.append(Change(round(rng.random(), 3), what, account, amount=version))
+    credit = (1_000_000_000, 1_000_000_000)
+    return History(0, "", credit=credit, keys=keys, workers=rng.randint(1, 2), steps=(*requests, *changes))
 
 
 def _disks(rng: random.Random) -> History:
@@ -883,6 +918,7 @@ PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
     ("mixed", 3, _mixed),
     ("breakers", 1, _breakers),
     ("templates", 2, _templates),
+    ("tenants", 2, _tenants),
     ("disks", 3, _disks),
     ("long", 3, _long),
 )

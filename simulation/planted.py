@@ -600,6 +600,24 @@ PLANTED: Final = [
         "owners = [AccountKeys(GLOBAL), AccountKeys(account)]",
     ),
     Planted(
+        "every account gets a0's template",
+        "ledger/templates.py",
+        "owners = [AccountKeys(account), AccountKeys(GLOBAL)]",
+        "owners = [AccountKeys('a0'), AccountKeys(GLOBAL)]",
+    ),
+    Planted(
+        "Idempotency-Keys are shared by all accounts",
+        "ledger/replays.py",
+        "record = names.replay(key_id, ",
+        "record = AccountKeys('a0').replay('', ",
+    ),
+    Planted(
+        "Idempotency-Keys are shared by an account's keys",
+        "ledger/replays.py",
+        "record = names.replay(key_id, ",
+        "record = names.replay('', ",
+    ),
+    Planted(
         "a template's slot isn't filled",
         "policy/template.py",
         "return _SLOT.sub(lambda slot: variables[slot[1]], text)",

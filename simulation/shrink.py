@@ -13,7 +13,7 @@ MAX_PLAYS: Final = 600
 KEPT: Final = frozenset({"seed", "profile", "name", "what", "at_s", "repeats", "other_body", "credit"})
 # What makes a request a repeat, and its body: it has to be that of all requests with its Idempotency-Key.
 SHARED: Final = frozenset({
-    *("key", "keyed", "model", "fallbacks", "stream", "include_usage", "n", "max_tokens", "timeout_s", "prompt_words"),
+    *("key", "keyed", "named", "model", "fallbacks", "stream", "include_usage", "n", "max_tokens", "timeout_s", "prompt_words"),
     *("session", "tier", "template", "manner", "options", "turns", "ending", "in_parts", "escaped"),
 })  # fmt: skip
 LOWEST: Final = {"words": 1, "n": 1, "prompt_words": 1, "after": 0.0, "workers": 1}

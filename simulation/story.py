@@ -41,6 +41,7 @@ from simulation.history import (
     Outage,
     Price,
     WorkerEvent,
+    first_version,
     template_system,
 )
 from simulation.judge import SECRET_PART, judge
@@ -272,7 +273,7 @@ class Play:
         if any(request.template for request in self._history.requests):
             await operator.put_template(None, TEMPLATE, TemplateFields(system=template_system(DROPPED)))
             for account in range(len(self._history.credit)):
-                await self._edit(Change(0.0, "template", account, amount=1))
+                await self._edit(Change(0.0, "template", account, amount=first_version(account)))
 
     # What is seen of the store.
 
