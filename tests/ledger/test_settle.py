@@ -336,6 +336,20 @@ async def test_an_idempotency_key_that_another_request_has_is_charged_to_that_on
     assert (await ledger.balance("acme")).balance_nusd == 1000
 
 
+@pytest.mark.parametrize(("cost", "charged", "waived"), [(0, "60", "0"), (1, "0", "60")])
+async def test_a_repeat_that_was_free_leaves_the_charge_to_the_first_request(
+    ledger, ask, settlement, read, store, keys, cost, charged, waived
+):
+    await ledger.grant("acme", 1000)
+    record = await claimed(store, keys, "h2")
+    await ledger.admit(ask("h1"))
+    await ledger.admit(ask("h2"))
+    await ledger.settle(settlement("h2", cost_nusd=cost, **record))
+    await ledger.settle(settlement("h1", **record))
+    event = (await read.events(keys.usage))[-1]
+    assert (event["cost_nusd"], event["waived_nusd"]) == (charged, waived)
+
+
 async def test_an_idempotency_key_that_another_request_has_only_claimed_is_charged_once(
     ledger, ask, settlement, read, store, keys
 ):
