@@ -1100,6 +1100,30 @@ PLANTED: Final = [
         "return self._allowance_nusd // self._instances.count -",
         "return self._allowance_nusd // self._instances.count // 2 -",
     ),
+    Planted(
+        "limits are checked before credit",
+        LUA + "admit.lua",
+        "if credit < least then return",
+        "if credit < least and wait_ms(key_requests, 1) == 0 and wait_ms(key_tokens, tokens) == 0 then return",
+    ),
+    Planted(
+        "budgets are checked before credit",
+        LUA + "admit.lua",
+        "if credit < least then return",
+        "if credit < least and not short then return",
+    ),
+    Planted(
+        "a stream waits for half a second for Redis",
+        "gateway/admit.py",
+        "MAX_RENEW_RETRIES = 40",
+        "MAX_RENEW_RETRIES = 2",
+    ),
+    Planted(
+        "a key is known for three seconds without Redis",
+        "app/worker.py",
+        "STALE_S = 3600.0",
+        "STALE_S = 3.0",
+    ),
 ]
 
 

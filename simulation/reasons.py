@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from simulation.bills import TIMER_S, TOOL_NAME_TOKENS, estimates, most_held_for, nusd, over_at
+from simulation.bills import TIMER_S, TOOL_NAME_TOKENS, estimates, least_held, most_held_for, nusd, over_at
 from simulation.breakers import ASKED_S, is_failing, may_all_be_open
 from simulation.client import Sight
 from simulation.history import (
@@ -30,6 +30,8 @@ BUCKET_S: Final = 60.0  # after which a bucket is full again
 LATE_S: Final = 4 * HOP_S  # that a deadline may be passed: a connection is made, and the answer is under way
 SETTLE_S: Final = 0.3  # within which a request that is over is settled, if nothing fails
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
+RENEWED_S: Final = 10.0  # that a stream waits for the store's credit before it ends (docs/ledger.md)
+KNOWN_S: Final = 3_600.0  # for which a worker knows a key without the store (docs/ledger.md)
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
 REFUSALS: Final = frozenset({"request", "model"})  # what a provider may refuse, and not the gateway
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
@@ -88,7 +90,7 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     """Whether the account's credit, or a budget, was as short as the refusal says."""
     message = str(sight.error.get("message"))
     if sight.error.get("code") == "spend_limit_exceeded":
-        return _over_budget(view, sight, message)
+        return not _is_surely_short(view, sight) and _over_budget(view, sight, message)
     told = re.search(rf"has {USD} USD available.*?: {USD} USD needed", message)
     since = sight.ended_at - LATENCY_S if sight.is_stream and not view.feels(sight, *STORE) else -math.inf
     samples = credit_samples(view, sight, since)
@@ -128,6 +130,27 @@ def _allowed_at_least(view: View, sight: Sight) -> int:
         if other is not sight and view.key(other) == view.key(sight) and other.began_at <= sight.ended_at
     ]
     return ALLOWANCE_NUSD // most_workers(view, sight) - sum(others)
+
+
+def _is_surely_short(view: View, sight: Sight) -> bool:
+    """Whether the store's credit was too short for a request all the time: then no budget and no limit refuses it.
+
+    Credit is checked first (docs/errors.md). A stream that runs is refused its next slice, of another amount.
+    """
+    samples = credit_samples(view, sight)
+    if sight.status == 200 or most_workers(view, sight) or not samples:
+        return False
+    return max(sample.balance - sample.held for sample in samples) < least_needed(view, sight)
+
+
+def least_needed(view: View, sight: Sight) -> int:
+    """Return the least credit that admits a request: its prompt, and a whole answer's own cap or a slice."""
+    request = sight.request
+    models = [model for name in (request.model, *request.fallbacks) for model in view.models(sight, name)]
+    most = LEASE_TOKENS if request.stream or request.max_tokens is None else MAX_OUTPUT_TOKENS
+    output = min(request.max_tokens or most, most) * request.n
+    prompt = least_held(json.loads(sight.body))
+    return min(price.cost(prompt, 0, output) for model in models for price in model.prices)
 
 
 def _over_budget(view: View, sight: Sight, message: str) -> bool:
@@ -220,6 +243,8 @@ def others_of_key(view: View, sight: Sight) -> list[Sight]:
 def _limited(view: View, sight: Sight) -> bool:
     """Whether a limit that its message names was reached."""
     key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
+    if _is_surely_short(view, sight):
+        return False
     others = others_of_key(view, sight)
     counted = [
         other
@@ -273,14 +298,54 @@ def _stopping(view: View, sight: Sight) -> bool:
 
 
 def _without_ledger(view: View, sight: Sight) -> bool:
-    """Whether the store was lost when the request ended, or it had not been found again (docs/ledger.md)."""
-    refused_at = sight.began_at if sight.request.reads in {"slowly", "stalls"} else sight.ended_at
-    return sight.error.get("code") == "ledger_unavailable" and any(
+    """Whether the store was lost when the request ended, or it had not been found again (docs/ledger.md).
+
+    A stream that runs waits ten seconds for it, and in local mode a key that its worker knows goes on.
+    """
+    if sight.error.get("code") != "ledger_unavailable" or _may_go_on(view, sight):
+        return False
+    is_slow = sight.request.reads in {"slowly", "stalls"}
+    if not _is_lost(view, sight.began_at if is_slow else sight.ended_at, sight.ended_at):
+        return False
+    if sight.status != 200 or is_slow or view.is_anothers(sight):  # a repeat has no hold of its own
+        return True
+    return _is_lost(view, sight.ended_at - RENEWED_S, sight.ended_at - RENEWED_S + HOP_S)
+
+
+def _is_lost(view: View, since: float, until: float) -> bool:
+    """Whether the store was lost between two times, or it had not been found again."""
+    return any(
         trouble.what in STORE
         and trouble.what != "clock"
-        and trouble.start <= sight.ended_at
-        and refused_at <= trouble.end - RECOVERY_S + FOUND_S + (STORE_TIMEOUT_S if trouble.what == "slow" else 0.0)
+        and trouble.start <= until
+        and since <= trouble.end - RECOVERY_S + FOUND_S + (STORE_TIMEOUT_S if trouble.what == "slow" else 0.0)
         for trouble in view.record.troubles
+    )
+
+
+def _may_go_on(view: View, sight: Sight) -> bool:
+    """Whether a worker admits a request without the store: it served the key in the last hour, and its journal has room.
+
+    An Idempotency-Key and a template may need the store.
+    """
+    request = sight.request
+    disks = any(trouble.what.startswith("disk") for trouble in view.record.troubles)
+    if not view.history.local or view.history.journal_bytes is not None or disks or sight.status == 200:
+        return False
+    if request.keyed or request.template:
+        return False
+    worker = view.worker(sight)
+    return any(
+        other.request.key == request.key
+        and other.status == 200
+        and view.worker(other) == worker
+        and sight.began_at - KNOWN_S < other.began_at
+        and other.ended_at < sight.began_at
+        and not any(
+            trouble.worker == worker and trouble.start <= sight.ended_at and other.began_at <= trouble.end
+            for trouble in view.record.troubles
+        )
+        for other in view.record.sights
     )
 
 

@@ -3,13 +3,16 @@
 Both sides of each bound: rows are a change of the good record, its request, and the rules that it breaks.
 """
 
+import json
+
 import pytest
 from msgspec.structs import replace
 
+from simulation.bills import least_held
 from simulation.client import Sight, body_of
 from simulation.history import Request
 from simulation.limits import Bucket, Taken, level_at_least, level_at_most
-from simulation.record import Done, Trouble
+from simulation.record import Done, Sample, Trouble
 from tests.simulation.judged import (
     MARKER,
     REASONS,
@@ -136,6 +139,29 @@ def limited(wait_s, others=1, *troubles, **limits):
     return change
 
 
+def credited(change, *left):
+    """Let so much credit have been left before the request, and at each half second of it."""
+
+    def changed(case):
+        change(case)
+        case.record.samples = [Sample(9.9 + 0.5 * number, 0, amount, 0) for number, amount in enumerate(left)]
+        case.record.looks = []
+
+    return changed
+
+
+def over_budget(case):
+    """Let a key's budget of a nano-USD have refused the request."""
+    case.key(budget_nusd=1)
+    usd = ("0.000000001", "0.000000000", f"0.{LEAST:09d}")
+    words = "The key total budget of {} USD leaves too little: {} USD spent or held, {} USD needed.".format(*usd)
+    refused(402, "spend_limit_exceeded", message=words)(case)
+    case.record.books = {0: book()}
+
+
+LEAST = least_held(json.loads(body_of(REQUEST, MARKER))) * 2_500 + 16 * 10_000  # nano-USD that admit the request
+
+
 def tokens_left(*troubles):
     def change(case):
         tokens_kept(case)
@@ -232,6 +258,16 @@ LIMITS = {
     ),
     "a wait for a slot": (limited(1.0, max_parallel=1), REQUEST, set()),
     "a wait for a slot that is too long": (limited(1.2, max_parallel=1), REQUEST, WAITS),
+    "a limit where credit is short": (credited(limited(50.0, requests_per_minute=1), LEAST - 1), REQUEST, REASONS),
+    "a limit where credit is enough": (credited(limited(50.0, requests_per_minute=1), LEAST), REQUEST, set()),
+    "a limit where credit came": (credited(limited(50.0, requests_per_minute=1), LEAST - 1, LEAST), REQUEST, set()),
+    "a limit where the store's credit is short": (
+        credited(alone(limited(30.0, 2, requests_per_minute=4)), LEAST - 1),
+        REQUEST,
+        set(),
+    ),
+    "a budget where credit is short": (credited(over_budget, LEAST - 1), REQUEST, REASONS),
+    "a budget where credit is enough": (credited(over_budget, LEAST), REQUEST, set()),
     "a wait while another is settled": (waited(9.71), REQUEST, set()),
     "a wait in vain": (waited(9.69), REQUEST, {"waits_are_true"}),
 }

@@ -16,9 +16,11 @@ from tests.simulation.judged import (
     BILLS,
     COST,
     GRANTED,
+    LINE,
     OVERDRAWN,
     REASONS,
     REQUEST,
+    STREAMED,
     Case,
     balance_told_wrong,
     book,
@@ -84,6 +86,45 @@ def unavailable(*troubles):
     return change
 
 
+def ended_unavailable(*troubles):
+    """Let a stream have ended at 30.0 since it had to wait for the store."""
+
+    def change(case):
+        error = envelope(code="ledger_unavailable").decode()
+        case.sight.payload = f"data: {LINE}\n\ndata: {error}\n\n".encode()
+        case.sight.ended_at = 30.0
+        case.record.troubles = list(troubles)
+
+    return change
+
+
+def served_before(ended_at, change=unavailable, worker=0, *more):
+    """Let a key that a worker of two served until a time have got 503 from the first one, in local mode."""
+
+    def changed(case):
+        change(Trouble("gone", 9.5, 40.0))(case)
+        case.twice(began_at=5.0, sent_at=5.0, ended_at=ended_at, worker=worker)
+        case.record.troubles += more
+        case.record.history = replace(case.record.history, workers=2, local=True)
+
+    return changed
+
+
+def keyed_before(case):
+    served_before(9.0)(case)
+    case.sight.request = replace(case.sight.request, keyed=True)
+
+
+def short_journal_before(case):
+    served_before(9.0)(case)
+    case.record.history = replace(case.record.history, journal_bytes=4_000)
+
+
+def strict_before(case):
+    served_before(9.0)(case)
+    case.record.history = replace(case.record.history, local=False)
+
+
 def read_along(*troubles, began_at):
     """Let a repeat that began at a time have read along until an error, with a first request that ended with its worker."""
 
@@ -134,6 +175,43 @@ EXCUSES = {
         {*REASONS, *BILLS, "what_runs_on_is_read"},
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "is_right"),
+    [
+        pytest.param(ended_unavailable(Trouble("gone", 20.1, 60.0)), True, id="ten seconds"),
+        pytest.param(ended_unavailable(Trouble("gone", 20.11, 60.0)), False, id="less"),
+        pytest.param(ended_unavailable(Trouble("gone", 15.0, 32.49), Trouble("gone", 15.0, 60.0)), True, id="twice"),
+        pytest.param(
+            ended_unavailable(Trouble("gone", 10.0, 17.49 + RECOVERY_S), Trouble("gone", 25.0, 60.0)),
+            False,
+            id="with the store in between",
+        ),
+    ],
+)
+def test_a_stream_waits_for_the_store_for_ten_seconds(change, is_right):
+    assert ("statuses_have_reasons" not in broken_by(change, STREAMED)) == is_right
+
+
+@pytest.mark.parametrize(
+    ("change", "is_right"),
+    [
+        pytest.param(served_before(9.0), False, id="a key that the worker knows"),
+        pytest.param(served_before(10.0), True, id="a key that it served only then"),
+        pytest.param(served_before(9.0, worker=1), True, id="a key that another worker knows"),
+        pytest.param(served_before(9.0, unavailable, 0, Trouble("killed", 9.2, 9.3, 0)), True, id="a new worker"),
+        pytest.param(
+            served_before(9.0, unavailable, 0, Trouble("killed", 9.2, 9.3, 1)), False, id="another new worker"
+        ),
+        pytest.param(served_before(9.0, unavailable, 0, Trouble("disk_full", 9.2, 9.3)), True, id="a full disk"),
+        pytest.param(keyed_before, True, id="an Idempotency-Key"),
+        pytest.param(short_journal_before, True, id="a journal without room"),
+        pytest.param(strict_before, True, id="a key in strict mode"),
+    ],
+)
+def test_a_key_that_its_worker_knows_goes_on_without_the_store(change, is_right):
+    assert ("statuses_have_reasons" not in broken_by(change, REQUEST)) == is_right
 
 
 @pytest.mark.parametrize(("change", "request_", "broken"), EXCUSES.values(), ids=EXCUSES.keys())
