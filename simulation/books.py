@@ -37,6 +37,8 @@ def books_balance(view: View) -> Iterator[str]:
             yield f"a{number}: granted {book.granted}, but the events say {granted}"
         if book.held or book.holds or book.running:
             yield f"a{number}: {book.held} nano-USD in {book.holds} holds and {book.running} slots are left"
+        for name, left in book.budgeted.items():
+            yield f"a{number}: {left} nano-USD of the budget of {name} are held, and nothing runs"
         for metric, field in (
             ("cost", "cost_nusd"),
             ("prompt", "prompt_tokens"),

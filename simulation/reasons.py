@@ -161,9 +161,14 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
         return sight.is_stream and budget is not None
     made = most_made(view, sight) if sight.is_stream else 0
     most_spent = sum(
-        view.charge(other) + most_held(view, other, most_made(view, other))
+        max(
+            view.charge(other),
+            most_held(view, other, most_made(view, other)) if _may_be_held(view, sight, other) else 0,
+        )
         for other in view.record.sights
-        if other is not sight and (is_of_session(view, sight, other) if of_session else _is_of_key(sight, other))
+        if other is not sight
+        and (is_of_session(view, sight, other) if of_session else _is_of_key(sight, other))
+        and other.began_at <= sight.ended_at
     )
     spent, needed = nusd(told[2]), nusd(told[3])
     return (
@@ -172,6 +177,15 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
         and spent <= most_spent + (most_held(view, sight, made) if made else 0)
         and needed <= most_held(view, sight, made)
     )
+
+
+def _may_be_held(view: View, sight: Sight, other: Sight) -> bool:
+    """Whether another request may not have been settled yet when this one was admitted, or its hold was left behind."""
+    over = over_at(view, other)
+    kept_s = HOLD_TTL_S if view.feels(other, until=over) else 0.0
+    if kept_s and view.feels(sight):
+        return True  # its settlement waits
+    return over + kept_s + LATENCY_S >= sight.began_at
 
 
 def most_made(view: View, sight: Sight) -> int:

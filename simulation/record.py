@@ -31,7 +31,8 @@ class Finding(NamedTuple):
 class Book(Struct, frozen=True):
     """What the ledger says of an account at the end, by the keys that docs/ledger.md names.
 
-    `hours`, `months`: sums of their aggregates by metric. `sessions`: requests by session, of the hours.
+    `hours`, `months`: sums of their aggregates by metric. `sessions`: requests by session, of the hours. `budgeted`: what
+    is held of the budgets of keys and sessions.
     """
 
     balance: int = 0
@@ -44,6 +45,7 @@ class Book(Struct, frozen=True):
     hours: dict[str, int] = {}
     months: dict[str, int] = {}
     sessions: dict[str, int] = {}
+    budgeted: dict[str, int] = {}
 
 
 class Sample(NamedTuple):

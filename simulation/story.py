@@ -549,7 +549,17 @@ class Play:
             holds = store.ask("HLEN", f"{prefix}holds")
             balance, held, granted, settled = credit
             self.record.books[number] = Book(
-                balance, held, granted, settled, holds, running, tuple(events), sums["hour"], sums["month"], sessions
+                balance,
+                held,
+                granted,
+                settled,
+                holds,
+                running,
+                tuple(events),
+                sums["hour"],
+                sums["month"],
+                sessions,
+                {name: int(value) for name, value in _pairs(store.ask("HGETALL", f"{prefix}held")).items()},
             )
 
     async def _read_told(self) -> None:

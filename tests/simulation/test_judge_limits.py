@@ -13,7 +13,9 @@ from simulation.client import Sight, body_of
 from simulation.history import Request
 from simulation.limits import Bucket, Taken, level_at_least, level_at_most
 from simulation.record import Done, Sample, Trouble
+from simulation.told import usd_of
 from tests.simulation.judged import (
+    COST,
     MARKER,
     REASONS,
     REQUEST,
@@ -113,6 +115,33 @@ def test_a_slot_may_be_taken_while_a_settlement_waits_for_the_store(start, end, 
     limited(1.0, 1, Trouble("refused", start, end), max_parallel=1)(case)
     case.record.sights[1].ended = "whole"
     assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+BUDGET = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "spent", "ended", "troubles", "is_right"),
+    [
+        pytest.param(9.0, BUDGET, "whole", [], True, id="a request that may be held for"),
+        pytest.param(8.99, COST, "whole", [], True, id="the charge of one that is over"),
+        pytest.param(8.99, COST + 1, "whole", [], False, id="more than the charge of one that is over"),
+        pytest.param(8.99, BUDGET, "closed", [Trouble("killed", 8.5, 9.5, 0)], True, id="a hold that is left behind"),
+        pytest.param(8.99, BUDGET, "whole", [Trouble("killed", 1.0, 2.0, 0)], False, id="a kill before it"),
+    ],
+)
+def test_a_budget_counts_a_hold_while_its_request_runs_and_its_charge_after_that(
+    ended_at, spent, ended, troubles, is_right
+):
+    case = Case()
+    needed = BUDGET - spent + 1
+    words = f"Key budget of {usd_of(BUDGET)} USD leaves too little: {usd_of(spent)} USD spent or held"
+    refused(402, "spend_limit_exceeded", message=f"{words}, {usd_of(needed)} USD needed")(case)
+    case.key(budget_nusd=BUDGET)
+    case.twice(began_at=8.0, ended_at=ended_at, ended=ended, request=Request("q1"), marker="mk1q1z", status=200)
+    case.record.books, case.record.troubles = {0: book(settled(request_id="id-q1"))}, troubles
+    found = [finding for finding in judge(case.record) if "402" in finding.words and "q0" in finding.words]
+    assert (not found) == is_right, found
 
 
 KINDS = {
