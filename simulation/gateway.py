@@ -192,6 +192,7 @@ def _counts(of: worker.Worker) -> Iterator[tuple[str, int]]:
     yield "streams", len(live.relays) + len(live.early_heads)
     yield "holds", len(live.leases)
     yield "records of Idempotency-Keys", len(live.recordings)
+    yield "answers that are followed", len(vars(vars(vars(gateway)["_idempotence"])["_answers"])["_followed"])
     yield "settlements", vars(of)["_settler"].pending
     yield "connections to providers", sum(len(pool["_live"]) - len(pool["_idle"]) for pool in pools)
     yield "requests that wait for a connection", sum(len(pool["_waiters"]) for pool in pools)

@@ -60,6 +60,23 @@ from simulation.told import failures_are_logged, ids_are_told, refusals_are_told
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
 CAPS: Final = frozenset({"max_tokens", "max_completion_tokens"})
+SENT_HEADERS: Final = frozenset(  # what a provider gets: the connection's, the upstream's own, and what is passed on
+    {
+        *("host", "user-agent", "accept-encoding", "content-type", "content-length", "authorization", "api-key"),
+        *("traceparent", "tracestate", "http-referer", "x-title", "openai-beta"),  # docs/api.md, "Request headers"
+    }
+)
+ERROR_TYPES: Final = {  # docs/errors.md; the others below 500 have `invalid_request_error`, from 500 on `api_error`
+    401: "authentication_error",
+    402: "insufficient_quota",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+STREAM_STATUSES: Final = {"insufficient_credits": 402, "spend_limit_exceeded": 402, "rate_limit_exceeded": 429} | (
+    dict.fromkeys(("upstream_error", "gateway_timeout", "ledger_unavailable", "overloaded"), 500)
+)  # what an error event's code stands for (docs/errors.md, "In a stream")
 SECRET_PART: Final = 8  # of a provider's secret, which nothing shows: more than all of its kind begin with
 HANG_UP_S: Final = 1.0  # after which a provider's connection is closed whose client has gone
 
@@ -78,6 +95,9 @@ def ends_are_honest(view: View) -> Iterator[str]:
             yield from _envelope_faults(sight)
             continue
         calls = view.calls.get(sight.marker, [])
+        status = STREAM_STATUSES.get(str(sight.error.get("code")))
+        if status is not None:
+            yield from _type_faults(sight, status)
         if sight.is_stream:
             data = sight.data
             done = data[-1:] == ["[DONE]"]
@@ -123,12 +143,20 @@ def _envelope_faults(sight: Sight) -> Iterator[str]:
         or not {"message", "type", "param", "code", "request_id"} <= error.keys()
     ):
         yield f"{name}: {sight.status} without an envelope: {sight.payload[:80]!r}"
+    yield from _type_faults(sight, sight.status)
     wait = sight.headers.get("retry-after")
     if wait is not None and error.get("retry_after_seconds") != int(wait):
         yield f"{name}: Retry-After {wait}, but retry_after_seconds {error.get('retry_after_seconds')}"
     wait_ms = sight.headers.get("retry-after-ms")
     if wait is not None and wait_ms is not None and int(wait) != max(0, math.ceil(float(wait_ms) / 1000)):
         yield f"{name}: Retry-After {wait}, but retry-after-ms {wait_ms}"
+
+
+def _type_faults(sight: Sight, status: int) -> Iterator[str]:
+    """Find an error whose `type` isn't that of its status."""
+    right = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    if sight.error.get("type") != right:
+        yield f"{sight.request_id}: an error {status} of the type {sight.error.get('type')}, and {right} would be right"
 
 
 def answers_are_not_lost(view: View) -> Iterator[str]:
@@ -199,12 +227,14 @@ def requests_are_clean(view: View) -> Iterator[str]:
     """Check that a provider gets what the client sent, byte for byte, but for the changes that docs/api.md names.
 
     None of Mesh's fields, the provider's name of the model, one cap under the right name, and usage asked for where it
-    may be. A template's messages come before the client's.
+    may be. A template's messages come before the client's. Of the client's headers it gets those that docs/api.md names.
     """
     sights: dict[str, list[Sight]] = {}
     for sight in view.record.sights:
         sights.setdefault(sight.marker, []).append(sight)
     for call in view.record.calls:
+        for name in sorted(call.headers.keys() - SENT_HEADERS):
+            yield f"{call.upstream} got the header {name} in {call.marker}"
         group = sights.get(call.marker)
         if group is None:
             yield f"{call.upstream} got a request of nobody's: {call.marker}"

@@ -126,6 +126,12 @@ PLANTED: Final = [
         "if state then return { state, record[2] } end",
         "",
     ),
+    Planted(
+        "a settlement leaves its key's and its session's budgets held",
+        LUA + "settle.lua",
+        "if live then hold_credit(hold, -hold.amount) end",
+        "if live then redis.call('HINCRBY', CREDIT, 'held', whole(-hold.amount)) end",
+    ),
     # What a provider reports.
     Planted(
         "zeros replace a true report",
@@ -469,6 +475,12 @@ PLANTED: Final = [
         "gateway/pipeline.py",
         '("x-mesh-cost", format_usd(exchange.cost_nusd))',
         '("x-mesh-cost", format_usd(exchange.cost_nusd + 1))',
+    ),
+    Planted(
+        "an answer that repeats followed is kept",
+        "gateway/idempotency.py",
+        "            if self._followed.get(answer.record) is answer:\n                del self._followed[answer.record]\n",
+        "",
     ),
     # Faults that were mended before.
     Planted(
@@ -867,6 +879,12 @@ PLANTED: Final = [
         '"messages": Raw(messages), ',
         '"messages": msgspec.json.decode(messages), ',
     ),
+    Planted(
+        "a client's request id and Idempotency-Key go to the provider",
+        "openai/headers.py",
+        '"x-title", "traceparent", "tracestate"',
+        '"x-title", "traceparent", "tracestate", "x-request-id", "idempotency-key"',
+    ),
     # Breakers.
     Planted("a breaker never opens", "policy/route_health.py", "consecutive: int = 10", "consecutive: int = 10_000"),
     Planted(
@@ -1068,6 +1086,7 @@ PLANTED: Final = [
         "            model=candidate.model,\n            attempt=exchange.attempts,",
         "            model=exchange.plan.model if exchange.plan else '',\n            attempt=exchange.attempts,",
     ),
+    Planted("a 402 has the type of other refusals", "errors.py", '    402: "insufficient_quota",\n', ""),
     # Holds that are too large.
     Planted(
         "a hold is half as large again",

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from simulation.client import Sight, body_of, trace_of
 from simulation.history import MODELS, Answer, History, KeyPlan, Request
-from simulation.judge import MESH_FIELDS
+from simulation.judge import ERROR_TYPES, MESH_FIELDS, STREAM_STATUSES
 from simulation.judge import judge as judge_record
 from simulation.provider import Bill, Call, error_of
 from simulation.record import Book, Done, Look, Record, Sample, Trouble, marker_of
@@ -27,7 +27,7 @@ WHOLE = json.dumps(
 ).encode()
 LINE = json.dumps({"id": f"chatcmpl-{MARKER}", "choices": [{"index": 0, "delta": {"content": " the river"}}]})
 STREAM = f"data: {LINE}\n\n: x-mesh-cost=0.00013\n\ndata: [DONE]\n\n".encode()
-ERROR = {"message": "No.", "type": "x", "param": None, "code": "upstream_error", "request_id": "id-q0"}
+ERROR = {"message": "No.", "type": "right", "param": None, "code": "upstream_error", "request_id": "id-q0"}
 STREAMED, PAIR = Request("q0", stream=True), Request("q0", model="pair")
 OVERDRAWN, CLEAN, BILLS = {"credit_is_not_overdrawn"}, {"requests_are_clean"}, {"charges_are_bills"}
 WAITS, REASONS = {"waits_are_told"}, {"statuses_have_reasons"}
@@ -83,9 +83,15 @@ def book(*events, **fields):
 
 
 def judge(record):
-    """Return the findings, where requests and calls have the bodies that their plans say, unless they have others."""
+    """Return the findings, where requests and calls have the bodies that their plans say, unless they have others.
+
+    An error of the type "right" has that of its status, or of its code in a stream.
+    """
     for sight in record.sights:
         sight.body = sight.body or body_of(sight.request, sight.marker)
+        status = STREAM_STATUSES.get(sight.error.get("code"), 500) if sight.is_stream else sight.status
+        kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        sight.payload = sight.payload.replace(b'"type": "right"', f'"type": "{kind}"'.encode())
     for call in record.calls:
         members = (f'"{name}":{json.dumps(value)}' for name, value in call.body.items())
         call.raw = call.raw or f"{{{','.join(members)}}}".encode()

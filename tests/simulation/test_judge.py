@@ -61,6 +61,10 @@ def hold_left(case):
     case.record.books = {0: book(settled(), held=5, holds=1)}
 
 
+def budget_left(case):
+    case.record.books = {0: book(settled(), budgeted={"key:k1": 1})}
+
+
 def hour_lost(case):
     case.record.books = {
         0: book(settled(), hours={"requests": 1, "prompt": 20, "completion": 8, "cached": 0, "cost": 1})
@@ -130,6 +134,10 @@ def no_envelope(case):
     case.sight.payload = b"oops"
 
 
+def other_type(case):
+    case.failed(502, type="invalid_request_error")
+
+
 def other_request_id(case):
     case.failed(502, request_id="id-q7")
 
@@ -161,6 +169,10 @@ def usage_unasked(case):
 def crossed(case):
     case.sight.payload = WHOLE.replace(MARKER.encode(), b"mk1q9z")
     case.call.body_bytes = case.sight.payload
+
+
+def header_sent(case):
+    case.call.headers = {"x-request-id": "id-q0"}
 
 
 def key_leaked(case):
@@ -327,6 +339,7 @@ def broke(case):
 BREAKS = [
     (unbalanced, "books_balance"),
     (hold_left, "books_balance"),
+    (budget_left, "books_balance"),
     (hour_lost, "books_balance"),
     (granted_twice, "grants_count_once"),
     (settled_twice, "charged_once"),
@@ -344,6 +357,7 @@ BREAKS = [
     (closed, "ends_are_honest"),
     (hung, "ends_are_honest"),
     (no_envelope, "ends_are_honest"),
+    (other_type, "ends_are_honest"),
     (other_request_id, "ids_are_told"),
     (other_waits, "ends_are_honest"),
     (answer_lost, "answers_are_not_lost"),
@@ -353,6 +367,7 @@ BREAKS = [
     (crossed, "bytes_are_ones_own"),
     (key_leaked, "bytes_are_ones_own"),
     (own_field_sent, "requests_are_clean"),
+    (header_sent, "requests_are_clean"),
     (two_caps, "requests_are_clean"),
     (cap_lost, "requests_are_clean", Request("q0", max_tokens=9)),
     (silent_stream, "streams_are_alive", STREAMED),

@@ -66,6 +66,15 @@ def traced(traceparent):
     return change
 
 
+def told_of(*names):
+    """Let the provider have got these headers."""
+
+    def change(case):
+        case.call.headers = dict.fromkeys(names, "x")
+
+    return change
+
+
 def called(*answers, asked=(), ended_after_s=0.2, **sight):
     """Let the request have failed with these calls, of the upstreams `asked`."""
 
@@ -199,6 +208,11 @@ ATTEMPTS = {
     ),
     "its own trace": (with_a_repeat(traced(trace_of("id-q0"))), REQUEST, set()),
     "another request's trace": (with_a_repeat(traced(trace_of("id-q7"))), REQUEST, CLEAN | BILLS),
+    "what every request has": (told_of("host", "user-agent", "accept-encoding", "api-key"), REQUEST, set()),
+    "what is passed on": (told_of("tracestate", "http-referer", "x-title", "openai-beta"), REQUEST, set()),
+    "the client's request id": (told_of("x-request-id"), REQUEST, CLEAN),
+    "the client's key of repeats": (told_of("idempotency-key"), REQUEST, CLEAN),
+    "the client's cookie": (told_of("cookie"), REQUEST, CLEAN),
     "a refusal in its own words": (denied(LONG, status=400, **ITS), REQUEST, set()),
     "a refusal with another status": (denied(LONG, status=422, **ITS), REQUEST, REASONS | TOLD_ERRORS),
     "a refusal with another code": (denied(LONG, status=400, **ITS | {"code": "bad"}), REQUEST, TOLD_ERRORS),
