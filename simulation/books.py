@@ -1,13 +1,15 @@
 """Rules on money: what the ledger's books say, against what providers billed and operators granted."""
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any, Final
 
 from simulation.bills import (
     allowed_charges,
     caps,
     estimates,
     is_lost,
+    over_at,
     ran_short,
     runs_on,
     seen_tokens,
@@ -16,10 +18,18 @@ from simulation.bills import (
 from simulation.client import Sight
 from simulation.provider import Call
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Look, Sample, Trouble, View
+from simulation.told import usd_of
 
 AT_ONCE_S: Final = 0.1
 LOST: Final = 74  # the exit code of a process that lost a settlement (docs/ledger.md)
+METRICS: Final = (  # of an hour, with requests and costs (docs/ledger.md)
+    *("prompt", "completion", "cached", "cache_write", "reasoning", "audio_prompt", "audio_completion"),
+)
 PARTS: Final = 2  # of a report: the prompt and the output
+UNUSED: Final = frozenset(
+    {"cache_write", "cache_write_1h", "audio_prompt", "audio_completion"}
+)  # of the providers here
+MS: Final = 0.001  # a time of the ledger is in whole milliseconds
 IMPOSSIBLE: Final = frozenset({"absurd", "negative", "words"})  # lies about the output that nothing can believe
 
 
@@ -39,25 +49,30 @@ def books_balance(view: View) -> Iterator[str]:
             yield f"a{number}: {book.held} nano-USD in {book.holds} holds and {book.running} slots are left"
         for name, left in book.budgeted.items():
             yield f"a{number}: {left} nano-USD of the budget of {name} are held, and nothing runs"
-        for metric, field in (
-            ("cost", "cost_nusd"),
-            ("prompt", "prompt_tokens"),
-            ("completion", "completion_tokens"),
-            ("cached", "cached_tokens"),
-            ("reasoning", "reasoning_tokens"),
-        ):
-            total = sum(int(event[field]) for event in charged)
-            for name, sums in (("hours", book.hours), ("months", book.months)):
-                if sums.get(metric, 0) != total:
-                    yield f"a{number}: the {name} have {sums.get(metric, 0)} of {metric}, the events {total}"
-        for name, sums in (("hours", book.hours), ("months", book.months)):
-            if sums.get("requests", 0) != len(charged):
-                yield f"a{number}: the {name} have {sums.get('requests', 0)} requests, the events {len(charged)}"
-        of_sessions: dict[str, int] = {}
-        for event in charged:
-            of_sessions[event["session"]] = of_sessions.get(event["session"], 0) + 1
-        if book.sessions != of_sessions:
-            yield f"a{number}: the hours have {book.sessions} requests by session, the events {of_sessions}"
+        expected = sums_of(charged)
+        for field in sorted(expected.keys() | book.sums):
+            found, right = book.sums.get(field, 0), expected.get(field, 0)
+            if found != right:
+                yield f"a{number}: {field[0]} has {found} of {field[-1]} for {field[1:-1]}, the events {right}"
+        balance = 0
+        for event in book.events:
+            balance += int(event.get("amount_nusd", 0)) - int(event.get("cost_nusd", 0))
+            if event["event"] == "grant" and int(event["balance_nusd"]) != balance:
+                yield f"a{number}: a grant left {event['balance_nusd']}, and the events before it {balance}"
+
+
+def sums_of(settled: Iterable[dict[str, str]]) -> dict[tuple[str, ...], int]:
+    """Return what the aggregates of hours and months have of settlements, by the time at which their requests began."""
+    sums: dict[tuple[str, ...], int] = {}
+    for event in settled:
+        began_at = datetime.fromtimestamp(int(event["started_ms"]) / 1000, UTC)
+        counts = {"requests": 1, "cost": int(event["cost_nusd"])}
+        counts |= {metric: int(event.get(f"{metric}_tokens", 0)) for metric in METRICS}
+        for name, session in ((f"hour:{began_at:%Y-%m-%dT%H}", event["session"]), (f"month:{began_at:%Y-%m}", "~")):
+            for metric, count in counts.items():
+                field = (name, event["key"], event["model"], session, metric)
+                sums[field] = sums.get(field, 0) + count
+    return {field: count for field, count in sums.items() if count}
 
 
 def grants_count_once(view: View) -> Iterator[str]:
@@ -122,6 +137,17 @@ def tokens_are_reported(view: View) -> Iterator[str]:
         for event in view.settled.get(sight.request_id, ()):
             if event["session"] != sight.request.session:
                 yield f"{sight.request_id} of session {sight.request.session!r} is in {event['session']!r}"
+            account, key_id = f"a{view.key(sight)}", view.record.key_ids[sight.request.key]
+            if (event["account"], event["key"]) != (account, key_id):
+                yield f"{sight.request_id} of {account}'s {key_id} is that of {event['account']}'s {event['key']}"
+            began_at = int(event["started_ms"]) / 1000 - view.record.wall_offset_s
+            calls_at = [call.at for call in view.own_calls(sight) if call.at >= sight.began_at]
+            asked_at = min(calls_at, default=over_at(view, sight) + HOP_S)
+            if not sight.began_at - MS <= began_at <= asked_at + MS:
+                yield f"{sight.request_id} began at {began_at}, between {sight.began_at} and {asked_at} would be right"
+            wrong = {name for name in UNUSED if int(event.get(f"{name}_tokens", 0))}
+            if wrong:
+                yield f"{sight.request_id} has tokens of {sorted(wrong)}, which no provider has"
             calls = view.own_calls(sight)
             named = sight.headers.get("x-mesh-model")
             if (
@@ -236,12 +262,55 @@ def accounts_are_told(view: View) -> Iterator[str]:
     for number, told in view.record.told.items():
         book = view.record.books[number]
         charged = [event for event in book.events if event["event"] == "settled"]
-        costs = {event["request_id"]: int(event["cost_nusd"]) for event in charged}
-        if told.events != costs:
-            wrong = sorted(name for name in told.events.keys() | costs if told.events.get(name) != costs.get(name))
-            yield f"a{number}: the API's events say {told.events} of {wrong}, and the ledger {costs}"
-        if (told.cost, told.requests) != (book.settled, len(charged)):
-            yield f"a{number}: /v1/usage says {told.cost} for {told.requests} requests, {book.settled} for {len(charged)}"
+        events = {event["request_id"]: event for event in told.events}
+        for event in charged:
+            yield from _differences(event["request_id"], events.pop(event["request_id"], {}), shown_event(event))
+        if events:
+            yield f"a{number}: the API has events of {sorted(events)}, and the ledger none"
+        rows = {_group(row): row for row in told.rows}
+        for row in shown_rows(charged):
+            yield from _differences(f"a{number}: a row of /v1/usage", rows.pop(_group(row), {}), row)
+        if rows:
+            yield f"a{number}: /v1/usage has rows of {sorted(rows)}, and the ledger none"
+
+
+def _group(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("key", "model", "session_id"))
+
+
+def _differences(what: str, found: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]:
+    """Find the fields of an answer of the API that aren't what the ledger's events say."""
+    wrong = {name: found.get(name) for name, right in expected.items() if name not in found or found[name] != right}
+    if wrong:
+        yield f"{what} has {wrong}, and { ({name: expected[name] for name in wrong}) } would be right"
+
+
+def shown_event(event: dict[str, str]) -> dict[str, Any]:
+    """Return what `/v1/usage/events` says of a settlement (docs/api.md)."""
+    times = {name: int(event[f"{name}_ms"]) for name in ("started", "settled")}
+    shown = {
+        f"{name}_at": f"{datetime.fromtimestamp(ms // 1000, UTC):%FT%T}.{ms % 1000:03d}Z" for name, ms in times.items()
+    }
+    kept = {name: event[name] for name in ("request_id", "account", "model", "outcome", "usage_source")}
+    tokens = {f"{metric}_tokens": int(event.get(f"{metric}_tokens", 0)) for metric in METRICS}
+    named = {"key_id": event["key"], "session_id": event["session"] or None, "code": event.get("code")}
+    counted = {"attempts": int(event["attempts"]), "cost_usd": usd_of(int(event["cost_nusd"]))}
+    return {**kept, **tokens, **named, **counted, **shown}
+
+
+def shown_rows(charged: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return what `/v1/usage` says of settlements by key, model and session."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for event in charged:
+        groups.setdefault((event["key"], event["model"], event["session"]), []).append(event)
+    rows = []
+    for (key, model, session), events in groups.items():
+        tokens = {
+            f"{metric}_tokens": sum(int(event.get(f"{metric}_tokens", 0)) for event in events) for metric in METRICS
+        }
+        named = {"key": key, "model": model, "session_id": session or None, "requests": len(events)}
+        rows.append({**named, **tokens, "cost_usd": usd_of(sum(int(event["cost_nusd"]) for event in events))})
+    return rows
 
 
 def _failed_over_unseen(view: View, before: list[Sample], look: Look) -> bool:

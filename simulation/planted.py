@@ -706,6 +706,41 @@ PLANTED: Final = [
         "  index_hour(HOURS, string.match(HOUR,",
         "  string.match(HOUR, 'x'); (type)(string.match(HOUR,",
     ),
+    Planted(
+        "a settlement's event names the model as its upstream",
+        LUA + "settle.lua",
+        "'model', model, 'upstream', upstream,",
+        "'model', model, 'upstream', model,",
+    ),
+    Planted(
+        "an hour has all keys' sums under one",
+        LUA + "settle.lua",
+        "local of_hour = key_id .. ",
+        "local of_hour = account .. ",
+    ),
+    Planted(
+        "a grant's event has the balance before it",
+        LUA + "grant.lua",
+        "whole(balance), 'note'",
+        "whole(balance - amount), 'note'",
+    ),
+    Planted("a settlement counts one attempt", "gateway/settle.py", "attempts=exchange.attempts,", "attempts=1,"),
+    Planted("a settlement has no error's code", "gateway/settle.py", "code=exchange.code,", 'code="",'),
+    Planted(
+        "a request begins when it is settled", "gateway/settle.py", "(self._wall_clock() - age_s)", "self._wall_clock()"
+    ),
+    Planted(
+        "the API tells a request's beginning as its end",
+        "server/api.py",
+        'for name in ("started_ms", "settled_ms"))',
+        'for name in ("settled_ms", "started_ms"))',
+    ),
+    Planted(
+        "/v1/usage has all under one key",
+        "ledger/usage_report.py",
+        '            key if "key" in group_by else None,',
+        '            "key" if "key" in group_by else None,',
+    ),
     # Money, as strictly as docs/ledger.md and docs/api.md have it.
     Planted(
         "an estimate of output exceeds the cap",

@@ -31,8 +31,8 @@ class Finding(NamedTuple):
 class Book(Struct, frozen=True):
     """What the ledger says of an account at the end, by the keys that docs/ledger.md names.
 
-    `hours`, `months`: sums of their aggregates by metric. `sessions`: requests by session, of the hours. `budgeted`: what
-    is held of the budgets of keys and sessions.
+    `sums`: the aggregates of hours and months, by key and field (`hour:2026-11-24T09` and `KEY MODEL SESSION METRIC`).
+    `budgeted`: what is held of the budgets of keys and sessions.
     """
 
     balance: int = 0
@@ -42,9 +42,7 @@ class Book(Struct, frozen=True):
     holds: int = 0
     running: int = 0
     events: tuple[dict[str, str], ...] = ()
-    hours: dict[str, int] = {}
-    months: dict[str, int] = {}
-    sessions: dict[str, int] = {}
+    sums: dict[tuple[str, ...], int] = {}
     budgeted: dict[str, int] = {}
 
 
@@ -96,14 +94,13 @@ class Look(NamedTuple):
 
 
 class Told(Struct, frozen=True):
-    """What the API says of an account at the end, in nano-USD: the costs of requests by id, and of all in `/v1/usage`.
+    """What the API says of an account at the end: the events of its requests, and the rows of `/v1/usage`.
 
-    `requests`: the number of requests in `/v1/usage`.
+    Rows are by key, model and session.
     """
 
-    events: dict[str, int]
-    cost: int
-    requests: int
+    events: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
 
 
 class Loss(NamedTuple):
@@ -139,7 +136,7 @@ class Record(Struct):
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
     `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests. `failed`:
     those of attempts that failed.
-    `drains`: those of the steps.
+    `drains`: those of the steps. `key_ids`: the ids of the keys, by number.
     """
 
     history: History
@@ -163,6 +160,8 @@ class Record(Struct):
     failed: list[dict[str, Any]] = []
     beats: list[Beat] = []
     drains: list[Drain] = []
+    key_ids: list[str] = []
+    wall_offset_s: float = 0.0  # the gateway's clock less the loop's
 
 
 class View:

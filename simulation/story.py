@@ -204,6 +204,7 @@ class Play:
         await self._settle()
         await self._read_books()
         await self._read_told()
+        self.record.wall_offset_s, self.record.key_ids = self._loop.wall_offset_s, self._key_ids
         self.record.store_offset_s = self._loop.wall_offset_s + world.store.clock_offset_s
         clients.close()
         self.record.sights, self.record.calls = clients.sights, provider.calls
@@ -530,36 +531,22 @@ class Play:
                 for value in store.ask("HMGET", f"{prefix}credit", "balance", "held", "granted", "settled")
             ]
             events = [_pairs(fields) for _, fields in store.ask("XRANGE", f"{prefix}usage", "-", "+")]
-            sums: dict[str, dict[str, int]] = {"hour": {}, "month": {}}
-            sessions: dict[str, int] = {}
+            sums: dict[tuple[str, ...], int] = {}
             keys = [key.decode() for key in store.ask("KEYS", f"{prefix}*")]
             for key in keys:
-                of = sums.get(key.removeprefix(prefix).partition(":")[0])
-                if of is None:
-                    continue
-                for field, value in _pairs(store.ask("HGETALL", key)).items():
-                    _, _, session, metric = field.split("\x1f")
-                    of[metric] = of.get(metric, 0) + int(value)
-                    if metric == "requests" and of is sums["hour"]:
-                        sessions[session] = sessions.get(session, 0) + int(value)
+                name = key.removeprefix(prefix)
+                if name.startswith(("hour:", "month:")):
+                    fields = _pairs(store.ask("HGETALL", key)).items()
+                    sums |= {(name, *field.split("\x1f")): int(value) for field, value in fields}
             now_ms = int((self._loop.wall() + store.clock_offset_s) * 1000)
             running = sum(
                 store.ask("ZCOUNT", key, now_ms, "+inf") for key in keys if key.startswith(f"{prefix}running:")
             )
             holds = store.ask("HLEN", f"{prefix}holds")
             balance, held, granted, settled = credit
+            budgeted = {name: int(value) for name, value in _pairs(store.ask("HGETALL", f"{prefix}held")).items()}
             self.record.books[number] = Book(
-                balance,
-                held,
-                granted,
-                settled,
-                holds,
-                running,
-                tuple(events),
-                sums["hour"],
-                sums["month"],
-                sessions,
-                {name: int(value) for name, value in _pairs(store.ask("HGETALL", f"{prefix}held")).items()},
+                balance, held, granted, settled, holds, running, tuple(events), sums, budgeted
             )
 
     async def _read_told(self) -> None:
@@ -577,13 +564,8 @@ class Play:
                     continue
                 status, events = await self._world.spawn(self._people, ask("/v1/usage/events", {"request_ids": ids}))
                 if status == 200:
-                    _, rows = await self._world.spawn(self._people, ask("/v1/usage?group_by=model"))
-                    costs = {event["request_id"]: nusd(event["cost_usd"]) for event in events["events"]}
-                    self.record.told[number] = Told(
-                        costs,
-                        sum(nusd(row["cost_usd"]) for row in rows["data"]),
-                        sum(row["requests"] for row in rows["data"]),
-                    )
+                    _, rows = await self._world.spawn(self._people, ask("/v1/usage?group_by=key,model,session_id"))
+                    self.record.told[number] = Told(events["events"], rows["data"])
                     break
 
 

@@ -155,6 +155,12 @@ def requests_are_logged(view: View) -> Iterator[str]:
             if wrong:
                 right = {name: expected[name] for name in wrong}
                 yield f"{sight.request_id} is logged with {wrong}, and {right} would be right"
+            for event in view.settled.get(sight.request_id, ()):
+                kept = {name: line[name] for name in ("account", "key_id", "model", "upstream", "attempts")}
+                kept |= {"code": line["code"], "upstream_status": line["upstream_status"] if line["code"] else None}
+                wrong = {name: held for name, held in _kept(event).items() if held != kept[name]}
+                if wrong:
+                    yield f"{sight.request_id} is settled with {wrong}, and logged with {kept}"
     for name in lines:
         yield f"{name} has a line in the log, and no client sent it"
 
@@ -249,6 +255,14 @@ def _booked(view: View, sight: Sight) -> dict[str, list[Any]]:
         "code": [events[0].get("code")],
         **{name: [int(events[0][name])] for name in ("prompt_tokens", "completion_tokens")},
     }
+
+
+def _kept(event: dict[str, str]) -> dict[str, Any]:
+    """Return what a settlement has that is in its request's line too."""
+    status, code = int(event.get("upstream_status", 0)), event.get("code")
+    kept = {"account": event["account"], "key_id": event["key"], "model": event["model"], "code": code}
+    attempts, upstream = int(event["attempts"]), event["upstream"] or None
+    return {**kept, "upstream": upstream, "attempts": attempts, "upstream_status": (status or None) if code else None}
 
 
 def usd_of(amount_nusd: int) -> str:

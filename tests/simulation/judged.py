@@ -2,16 +2,16 @@
 
 import json
 import math
-from collections import Counter
 
 from msgspec.structs import replace
 
+from simulation.books import shown_event, shown_rows, sums_of
 from simulation.client import Sight, body_of, trace_of
 from simulation.history import MODELS, Answer, History, KeyPlan, Request
 from simulation.judge import ERROR_TYPES, MESH_FIELDS, STREAM_STATUSES
 from simulation.judge import judge as judge_record
 from simulation.provider import Bill, Call, error_of
-from simulation.record import Book, Done, Look, Record, Sample, Trouble, marker_of
+from simulation.record import Book, Done, Look, Record, Sample, Told, Trouble, marker_of
 from simulation.told import LIMITS, usd_of
 
 GRANTED = 1_000_000_000
@@ -52,7 +52,6 @@ def settled(**fields):
         "hold_id": "h1",
         "request_id": "id-q0",
         "session": "",
-        "model": "plain",
         "prompt_tokens": 20,
         "completion_tokens": 8,
         "cached_tokens": 0,
@@ -63,7 +62,6 @@ def settled(**fields):
         "usage_source": "reported",
         "waived_nusd": 0,
         "outcome": "completed",
-        "started_ms": 10_000,
         "settled_ms": 11_000,
     }
     return {name: str(value) for name, value in {**event, **fields}.items()}
@@ -71,15 +69,9 @@ def settled(**fields):
 
 def book(*events, **fields):
     costs = sum(int(event["cost_nusd"]) for event in events)
-    hours = {"requests": len(events), "cost": costs}
-    for metric in ("prompt", "completion", "cached", "reasoning"):
-        hours[metric] = sum(int(event[f"{metric}_tokens"]) for event in events)
-    sessions = Counter(event["session"] for event in events)
-    granted = {"event": "grant", "amount_nusd": str(GRANTED)}
+    granted = {"event": "grant", "amount_nusd": str(GRANTED), "balance_nusd": str(GRANTED)}
     sums = {"balance": GRANTED - costs, "granted": GRANTED, "settled": costs}
-    return Book(
-        **{**sums, "events": (granted, *events), "hours": hours, "months": hours, "sessions": sessions, **fields}
-    )
+    return Book(**{**sums, "events": (granted, *events), **fields})
 
 
 def judge(record):
@@ -102,13 +94,32 @@ def judge(record):
             call.headers = {"traceparent": trace_of(owner.request_id)} | call.headers
         if call.answer.error and call.body_bytes in {b"", WHOLE}:
             call.body_bytes = error_of(call.answer, call.marker, {})[2]
-    errors = {sight.request_id: sight.error["code"] for sight in record.sights if sight.error}
-    for event in (each for book in record.books.values() for each in book.events if each["event"] == "settled"):
-        event.update({"code": errors[event["request_id"]]} if event["request_id"] in errors else {})
+    record.key_ids = record.key_ids or [f"key_{number}" for number in range(len(record.history.keys))]
+    for number, kept in record.books.items():
+        charged = [event for event in kept.events if event["event"] == "settled"]
+        for event in charged:
+            complete_event(event, record)
+        record.books[number] = replace(kept, sums=kept.sums or sums_of(charged))
+        record.told.setdefault(number, Told([*map(shown_event, charged)], shown_rows(charged)))
     if not record.failed:
         record.failed = [failure_of(call, record.sights) for call in record.calls if is_failure(call)]
     record.logged = record.logged or [line_of(record, sight) for sight in record.sights]
     return judge_record(record)
+
+
+def complete_event(event, record):
+    """Give a settlement what the log and the clients have of its request, unless it has other fields."""
+    sight = next((sight for sight in record.sights if sight.request_id == event["request_id"]), record.sights[0])
+    line = line_of(record, sight)
+    named = {"account": line["account"], "key": line["key_id"], "upstream": line["upstream"] or ""}
+    named |= {
+        "model": line["model"],
+        "attempts": str(line["attempts"]),
+        "started_ms": str(round(sight.began_at * 1000)),
+    }
+    if sight.error:
+        named |= {"code": sight.error["code"], "upstream_status": str(line["upstream_status"] or 0)}
+    event.update({name: value for name, value in named.items() if name not in event})
 
 
 def is_failure(call):
@@ -131,14 +142,16 @@ def line_of(record, sight, **fields):
     replayed, error = "idempotent-replayed" in sight.headers, sight.error
     message, refused = str(error.get("message")), sight.status in {402, 429}
     limits = [name for words, name in LIMITS.items() if refused and words in message]
+    named = calls[-1].body["model"].removeprefix("up-") if calls else sight.headers.get("x-mesh-model", "plain")
     line = {
         "request_id": sight.request_id,
         "account": f"a{record.history.keys[sight.request.key].account}",
+        "key_id": f"key_{sight.request.key}",
         "status": sight.status,
         "code": error.get("code"),
         "level": "warning" if sight.status >= 500 else "info",
         "stream": sight.request.stream,
-        "model": calls[-1].body["model"].removeprefix("up-") if calls else sight.headers.get("x-mesh-model", "plain"),
+        "model": event.get("model", named),
         "upstream": calls[-1].upstream if calls else None,
         "upstream_status": calls[-1].answer.status if calls else None,
         "attempts": 0 if replayed else int(sight.headers.get("x-mesh-attempts", 0)),

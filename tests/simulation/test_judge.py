@@ -66,9 +66,7 @@ def budget_left(case):
 
 
 def hour_lost(case):
-    case.record.books = {
-        0: book(settled(), hours={"requests": 1, "prompt": 20, "completion": 8, "cached": 0, "cost": 1})
-    }
+    case.record.books = {0: book(settled(), sums={("hour:1970-01-01T00", "key_0", "plain", "", "requests"): 1})}
 
 
 def granted_twice(case):
@@ -286,11 +284,11 @@ def template_left_out(case):
 
 
 def event_told_wrong(case):
-    case.record.told = {0: Told({"id-q0": COST - 1}, COST, 1)}
+    case.record.told = {0: Told([], [{"key": "key_0", "model": "plain", "session_id": None}])}
 
 
 def usage_told_wrong(case):
-    case.record.told = {0: Told({"id-q0": COST}, COST, 2)}
+    case.record.told = {0: Told([], [])}
 
 
 def loss_not_told(case):

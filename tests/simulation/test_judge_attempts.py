@@ -186,7 +186,7 @@ FAILOVER, TOLD = {"failover_happens"}, {"attempts_are_told"}
 ATTEMPTS = {
     "a field that the client didn't send": (asked_for(seed=7), REQUEST, CLEAN),
     "a field that is lost": (asked_for(n=None), Request("q0", n=2), CLEAN),
-    "another model": (asked_for(model="up-pair"), REQUEST, CLEAN | {"attempts_are_told"}),
+    "another model": (asked_for(model="up-pair"), REQUEST, CLEAN | {"attempts_are_told", "tokens_are_reported"}),
     "a stream that isn't asked for its usage": (asked_for(stream_options=None), STREAMED, CLEAN),
     "a message without its end": (said(f"{MARKER}: the river is old, an"), REQUEST, CLEAN),
     "a message in other bytes": (

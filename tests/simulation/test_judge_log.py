@@ -1,4 +1,4 @@
-"""The judge of the log.
+"""The judge of the log, of usage events and of what the API says of an account.
 
 Both sides of each bound: rows are a change of the good record, its request, and the rules that it breaks.
 """
@@ -8,11 +8,14 @@ import json
 import pytest
 from msgspec.structs import replace
 
+from simulation.books import shown_event, shown_rows, sums_of
 from simulation.history import Request
-from simulation.record import Trouble
+from simulation.record import Told, Trouble
 from tests.simulation.judged import (
     BROKE,
+    COST,
     ERROR,
+    GRANTED,
     NO_KEY,
     PAIR,
     REQUEST,
@@ -158,3 +161,100 @@ LOG = {
 @pytest.mark.parametrize(("change", "request_", "broken"), LOG.values(), ids=LOG.keys())
 def test_the_log_is_judged_at_its_bounds(change, request_, broken):
     assert broken_by(change, request_) == broken
+
+
+def settled_with(**fields):
+    """Let the ledger's event of the request have had these fields, and its sums and the API have agreed with it."""
+
+    def change(case):
+        case.record.books = {0: book(settled(**fields))}
+
+    return change
+
+
+def summed(*field, count):
+    """Let an aggregate of the ledger have had another number than its events make."""
+
+    def change(case):
+        whole = settled(account="a0", key="key_0", model="plain", started_ms=10_000, upstream="one", attempts=1)
+        case.record.books = {0: book(whole, sums=sums_of([whole]) | {field: count})}
+
+    return change
+
+
+def granted_to(balance):
+    """Let the event of the account's grant have had this balance."""
+
+    def change(case):
+        ((granted, *others),) = [case.record.books[0].events]
+        case.record.books = {0: replace(case.record.books[0], events=(granted | {"balance_nusd": balance}, *others))}
+
+    return change
+
+
+def shown(event=None, row=None, more=()):
+    """Let the API have had other fields of the request's event, of its row, or more rows than one."""
+
+    def change(case):
+        whole = settled(account="a0", key="key_0", model="plain", started_ms=10_000, upstream="one", attempts=1)
+        rows = [each | (row or {}) for each in shown_rows([whole])]
+        case.record.told = {0: Told([shown_event(whole) | (event or {})], [*rows, *(rows[0] | each for each in more)])}
+
+    return change
+
+
+BALANCE, REPORTED, API = {"books_balance"}, {"tokens_are_reported"}, {"accounts_are_told"}
+HOUR = ("hour:1970-01-01T00", "key_0", "plain", "")
+BOOKS = {
+    "an event of another key": (settled_with(key="key_1"), LOGGED | REPORTED),
+    "an event of another account": (settled_with(account="a1"), LOGGED | REPORTED),
+    "an event of another upstream": (settled_with(upstream="two"), LOGGED),
+    "an event of another model": (settled_with(model="pair"), LOGGED | REPORTED),
+    "an event of two attempts": (settled_with(attempts=2), LOGGED),
+    "an event with a code": (settled_with(code="upstream_error", upstream_status=200), LOGGED),
+    "an event of tokens in no report": (settled_with(cache_write_tokens=1), REPORTED),
+    "an event that begins when its client does": (settled_with(started_ms=9_999), set()),
+    "an event that begins before": (settled_with(started_ms=9_998), REPORTED),
+    "an event that begins when its provider is asked": (settled_with(started_ms=10_100), set()),
+    "an event that begins later": (settled_with(started_ms=10_102), REPORTED),
+    "sums of an hour": (summed(*HOUR, "requests", count=1), set()),
+    "more requests of an hour": (summed(*HOUR, "requests", count=2), BALANCE),
+    "cached tokens of an hour": (summed(*HOUR, "cached", count=1), BALANCE),
+    "another hour": (summed("hour:1970-01-01T01", *HOUR[1:], "requests", count=1), BALANCE),
+    "another key of an hour": (summed(HOUR[0], "key_1", *HOUR[2:], "requests", count=1), BALANCE),
+    "another model of a month": (summed("month:1970-01", "key_0", "pair", "~", "cost", count=1), BALANCE),
+    "a grant with its balance": (granted_to(str(GRANTED)), set()),
+    "a grant with another balance": (granted_to(str(GRANTED - 1)), BALANCE),
+    "a request as the ledger has it": (shown(), set()),
+    "a row too many": (shown(more=({"key": "key_1"},)), API),
+    "a row of another session": (shown({}, {"session_id": "s1"}), API),
+    "a row of more requests": (shown({}, {"requests": 2}), API),
+    "a row of another cost": (shown({}, {"cost_usd": "0.00"}), API),
+    "a row of cached tokens": (shown({}, {"cached_tokens": 1}), API),
+    **{
+        f"a request that the API has with {name} {wrong}": (shown({name: wrong}), API)
+        for name, wrong in {
+            "request_id": "id-q7",
+            "account": "a1",
+            "key_id": "key_1",
+            "session_id": "s1",
+            "model": "pair",
+            "attempts": 2,
+            "outcome": "failed",
+            "usage_source": "none",
+            "code": "upstream_error",
+            "prompt_tokens": 21,
+            "completion_tokens": 7,
+            "cached_tokens": 1,
+            "reasoning_tokens": 1,
+            "cost_usd": f"0.{COST - 1:09d}",
+            "started_at": "1970-01-01T00:00:10.001Z",
+            "settled_at": "1970-01-01T00:00:11Z",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("change", "broken"), BOOKS.values(), ids=BOOKS.keys())
+def test_usage_is_judged_by_its_fields(change, broken):
+    assert broken_by(change, REQUEST) == broken
