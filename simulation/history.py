@@ -249,6 +249,7 @@ ENDINGS: Mapping[str, tuple[str, int]] = {  # after the words of its own message
     "unicode": (" Größe: 5 m², Привет, мир; 東京 🙂 e\u0301", 17),
     "escapes": (' a "quoted" line\n\tand \\ back/slash \u0001 \u2028 <b>&amp;', 18),
 }
+KEPT_BYTES = (None, None, 1_500, 3_000)  # of an answer with an Idempotency-Key; None: the gateway's default
 TEMPLATE = "greeting"
 DROPPED = 0  # the version of the global template, which is used where an account has none of its own
 
@@ -443,7 +444,8 @@ Step = Request | Fault | WorkerEvent | Change | Outage
 class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """All that happens, and to whom. `credit`: what each account is granted at the beginning, in nano-USD.
 
-    `fast_path`: without it aiohttp's server takes all requests. `journal_bytes`: a journal's size at most.
+    `fast_path`: without it aiohttp's server takes all requests. `journal_bytes`: a journal's size at most. `kept_bytes`: an
+    answer's that is kept for repeats.
     """
 
     seed: int
@@ -454,6 +456,7 @@ class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     local: bool = False
     fast_path: bool = True
     journal_bytes: int | None = None
+    kept_bytes: int | None = None
     steps: tuple[Step, ...] = ()
 
     @property
@@ -498,6 +501,7 @@ def describe(history: History) -> list[str]:
         + ("local" if history.local else "deny")
         + ("" if history.fast_path else ", fast_path = false")
         + ("" if history.journal_bytes is None else f", journal_max_bytes = {history.journal_bytes}")
+        + ("" if history.kept_bytes is None else f", idempotency.max_bytes = {history.kept_bytes}")
     ]
     lines += [f"  account a{number}: {credit / 1e9:.9f} USD" for number, credit in enumerate(history.credit)]
     lines += [f"  key k{number}: {_shown(key)}" for number, key in enumerate(history.keys)]
@@ -580,8 +584,8 @@ def _tenants(rng: random.Random) -> History:
         version = DROPPED if is_dropped else first_version(account) + 1
         what: ChangeKind = "template_dropped" if is_dropped else "template"
         changes.append(Change(round(rng.random(), 3), what, account, amount=version))
-    credit = (1_000_000_000, 1_000_000_000)
-    return History(0, "", credit=credit, keys=keys, workers=rng.randint(1, 2), steps=(*requests, *changes))
+    credit, workers, kept = (1_000_000_000, 1_000_000_000), rng.randint(1, 2), rng.choice(KEPT_BYTES)
+    return History(0, "", credit=credit, keys=keys, workers=workers, kept_bytes=kept, steps=(*requests, *changes))
 
 
 def _disks(rng: random.Random) -> History:
@@ -681,7 +685,8 @@ def _clients(rng: random.Random) -> History:
         ):  # a stream that goes on without its client waits for nothing
             request = replace(request, stream=True, keyed=True, max_tokens=None)
         requests.append(request)
-    return History(0, "", workers=rng.randint(1, 2), steps=tuple(requests))
+    workers, kept = rng.randint(1, 2), rng.choice(KEPT_BYTES)
+    return History(0, "", workers=workers, kept_bytes=kept, steps=tuple(requests))
 
 
 def _credit(rng: random.Random) -> History:
@@ -801,6 +806,7 @@ def _mixed(rng: random.Random) -> History:
         workers=max(part.workers for part in parts),
         local=any(part.local for part in parts),
         journal_bytes=next((part.journal_bytes for part in parts if part.journal_bytes is not None), None),
+        kept_bytes=next((part.kept_bytes for part in parts if part.kept_bytes is not None), None),
         steps=tuple(steps),
     )
 

@@ -57,6 +57,7 @@ from simulation.reasons import (
 from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View, cut_short
 from simulation.told import failures_are_logged, ids_are_told, refusals_are_told, requests_are_logged
 
+PING: Final = b": ping\n\n"
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
 CAPS: Final = frozenset({"max_tokens", "max_completion_tokens"})
@@ -320,7 +321,10 @@ def hang_ups_are_noticed(view: View) -> Iterator[str]:
 
 
 def repeats_agree(view: View) -> Iterator[str]:
-    """Check that a repeat that didn't run gets the answer of a request with its Idempotency-Key, and that one alone runs."""
+    """Check that a repeat that didn't run gets the answer of a request with its Idempotency-Key, and that one alone runs.
+
+    An answer that is too large isn't kept.
+    """
     for marker in {sight.marker for sight in view.record.sights if sight.request.keyed}:
         group = [sight for sight in view.record.sights if sight.marker == marker]
         good = [sight for sight in group if sight.ended == "whole" and sight.status == 200 and not sight.error]
@@ -328,6 +332,9 @@ def repeats_agree(view: View) -> Iterator[str]:
         calls = [call for call in calls if call.complete or call.answer.end == "no_done" or _nearly(call)]
         given = {_text(sight) for sight in good if view.own_calls(sight)} | set(map(_text_given, calls))
         for sight in good:
+            size = len(sight.payload.replace(PING, b""))
+            if not view.own_calls(sight) and size > (view.history.kept_bytes or math.inf):
+                yield f"{sight.request_id} got an answer of {size} bytes again, and {view.history.kept_bytes} are kept"
             if not (view.own_calls(sight) or _text(sight) in given or any(call.answer.other_shape for call in calls)):
                 yield f"{sight.request_id} got another answer than {marker}'s"
         whole = [call for call in calls if call.complete and call.answer.is_good and call.ended == "whole"]

@@ -316,6 +316,24 @@ PLANTED: Final = [
         "",
     ),
     Planted(
+        "an answer that is too large is replayed cut",
+        "gateway/idempotency.py",
+        "        if self._size > self._settings.max_bytes:\n            self._mark_lost()\n",
+        "        if self._size > self._settings.max_bytes:\n            pass\n",
+    ),
+    Planted(
+        "an answer that is too large is replayed",
+        "gateway/idempotency.py",
+        "if self._size > self._settings.max_bytes:",
+        "if False:",
+    ),
+    Planted(
+        "an answer that is too large frees its Idempotency-Key",
+        "gateway/idempotency.py",
+        '            self._conclusion = "lost"',
+        '            self._conclusion = "failed"',
+    ),
+    Planted(
         "a drain doesn't wait for what runs",
         "app/application.py",
         "await _wait_until(self._is_done, server.drain_s, interrupt)",

@@ -32,6 +32,8 @@ SETTLE_S: Final = 0.3  # within which a request that is over is settled, if noth
 DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on without its client
 RENEWED_S: Final = 10.0  # that a stream waits for the store's credit before it ends (docs/ledger.md)
 KNOWN_S: Final = 3_600.0  # for which a worker knows a key without the store (docs/ledger.md)
+FRAME_BYTES: Final = 8  # of an event beside its data
+HEAD_BYTES: Final = 1_000  # that an answer's headers and what the gateway adds to it have at most
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
 REFUSALS: Final = frozenset({"request", "model"})  # what a provider may refuse, and not the gateway
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
@@ -460,6 +462,8 @@ def _was_silent(call: Call) -> bool:
 
 def _conflict(view: View, sight: Sight) -> bool:
     """Whether another body has the Idempotency-Key, or the answer to its first request may not have been kept."""
+    if any(_may_be_too_large(view, call) for call in view.calls.get(sight.marker, ())):
+        return True
     others = [other for other in view.group(sight) if other is not sight and other.began_at <= sight.ended_at]
     return any(
         other.body != sight.body
@@ -467,6 +471,13 @@ def _conflict(view: View, sight: Sight) -> bool:
         or view.feels(other, *STORE, "killed", until=over_at(view, other))
         for other in others
     )
+
+
+def _may_be_too_large(view: View, call: Call) -> bool:
+    """Whether an answer may be larger than one that is kept for repeats."""
+    kept = view.history.kept_bytes
+    size = sum(len(line.encode()) + FRAME_BYTES for line in call.lines) if call.lines else len(call.body_bytes)
+    return kept is not None and size * (2 if call.answer.other_shape else 1) + HEAD_BYTES > kept
 
 
 def _unknown_template(view: View, sight: Sight) -> bool:

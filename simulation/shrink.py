@@ -47,7 +47,7 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, steps=steps[:at] + steps[at + 1 :])
     if history.workers > 1:
         yield replace(history, workers=1)
-    for name, usual in (("local", False), ("fast_path", True), ("journal_bytes", None)):
+    for name, usual in (("local", False), ("fast_path", True), ("journal_bytes", None), ("kept_bytes", None)):
         if getattr(history, name) != usual:
             yield replace(history, **{name: usual})
     last = len(history.keys) - 1

@@ -93,6 +93,8 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
         ]
     if history.journal_bytes is not None:
         lines.append(f"journal_max_bytes = {history.journal_bytes}")
+    if history.kept_bytes is not None:
+        lines.append(f"[idempotency]\nmax_bytes = {history.kept_bytes}")
     lines += [
         "[defaults]\nmodel = 'plain'",
         f"[credits]\nhold_ttl_s = {HOLD_TTL_S:g}\nlease_output_tokens = {LEASE_TOKENS}",

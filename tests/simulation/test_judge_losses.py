@@ -8,6 +8,7 @@ import math
 import pytest
 from msgspec.structs import replace
 
+from simulation.client import trace_of
 from simulation.history import Answer, Fault, History, Request, WorkerEvent, rendered
 from simulation.provider import Bill
 from simulation.record import LATENCY_S, RECOVERY_S, Done, Loss, Sample, Trouble
@@ -21,6 +22,7 @@ from tests.simulation.judged import (
     REASONS,
     REQUEST,
     STREAMED,
+    WHOLE,
     Case,
     balance_told_wrong,
     book,
@@ -370,6 +372,25 @@ def test_a_failover_excuses_what_it_loses(change, rule, at, excused):
     change(case)
     case.record.troubles = [Trouble("failover", at, at + 0.1)]
     assert (rule not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+@pytest.mark.parametrize(("kept_bytes", "excused"), [(len(WHOLE) + 999, True), (len(WHOLE) + 1_000, False)])
+def test_a_repeat_may_be_refused_an_answer_that_is_too_large(kept_bytes, excused):
+    case = Case()
+    not_kept(case)
+    case.record.history = replace(case.record.history, kept_bytes=kept_bytes)
+    assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+@pytest.mark.parametrize(("kept_bytes", "found"), [(None, False), (len(WHOLE), False), (len(WHOLE) - 1, True)])
+def test_a_repeat_may_not_get_an_answer_that_is_too_large(kept_bytes, found):
+    case = Case()
+    case.twice(headers=case.sight.headers | {"x-request-id": "id-q1", "idempotent-replayed": "true"})
+    for sight in case.record.sights:
+        sight.request = replace(sight.request, keyed=True)
+    case.call.headers = {"traceparent": trace_of("id-q0")}
+    case.record.history = replace(case.record.history, kept_bytes=kept_bytes)
+    assert ("repeats_agree" in {finding.rule for finding in judge(case.record)}) == found
 
 
 @pytest.mark.parametrize(("jumps_at", "found"), [(12.0, False), (12.01, True)])
