@@ -193,7 +193,7 @@ def answers_are_not_lost(view: View) -> Iterator[str]:
 
 
 def _stream_faults(sight: Sight, call: Call) -> Iterator[str]:
-    """Where a stream differs from the provider's, its usage chunks aside."""
+    """Find where a stream differs from the provider's, its usage chunks aside; `id:` and `retry:` don't pass."""
     got = [without_cost(line) for line in sight.data[:-1] if not is_usage_only(line)]
     sent = [line for line in call.lines if not is_usage_only(line)]
     if got != sent:
@@ -202,11 +202,25 @@ def _stream_faults(sight: Sight, call: Call) -> Iterator[str]:
             min(len(got), len(sent)),
         )
         yield f"{sight.request_id}: event {at} of {len(sent)} isn't the provider's ({len(got)} came)"
+    others = [(sum(not is_usage_only(each) for each in call.lines[:at]), line) for at, line in call.others]
+    came = list(_beside_data(sight))
+    if came != others:
+        yield f"{sight.request_id}: other lines beside the data than the provider's: {came[:3]}, not {others[:3]}"
     chunks = [line for line in sight.data[:-1] if is_usage_only(line)]
     if chunks and not sight.request.include_usage:
         yield f"{sight.request_id}: a usage chunk that it didn't ask for"
     if sight.request.include_usage and len(chunks) != sum(map(is_usage_only, call.lines)):
         yield f"{sight.request_id}: {len(chunks)} usage chunks"
+
+
+def _beside_data(sight: Sight) -> Iterator[tuple[int, str]]:
+    """Return a stream's lines that are neither data nor the gateway's own comments, with the number of events before each."""
+    before = 0
+    for line in sight.payload.decode(errors="replace").split("\n"):
+        if line.startswith("data: "):
+            before += not is_usage_only(line.removeprefix("data: "))
+        elif line and line != ": ping" and not line.startswith(": x-mesh-cost="):
+            yield before, line
 
 
 def bytes_are_ones_own(view: View) -> Iterator[str]:

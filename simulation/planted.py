@@ -262,6 +262,24 @@ PLANTED: Final = [
         "    elif request.stream and not request.include_usage:",
         "    elif request.stream and request.include_usage:",
     ),
+    Planted(
+        "a provider's comments are dropped",
+        "openai/event_stream.py",
+        "            return joined(parsed.comments)",
+        '            return b""',
+    ),
+    Planted(
+        "an event's name is dropped",
+        "openai/events.py",
+        "            name = value.strip()\n",
+        "            name = value.strip()\n            continue\n",
+    ),
+    Planted(
+        "an event's id is passed on",
+        "openai/events.py",
+        "            comments.append(line)\n        else:\n            continue\n",
+        "            comments.append(line)\n        elif not line:\n            continue\n",
+    ),
     # Requests.
     Planted(
         "a cap goes out under another name",

@@ -64,7 +64,8 @@ class Call(Struct):
     sent, and in what was sent at least in part. `reported`: a report went out; `outdated`: text went out after the
     last one. `tier`: the service tier that it names. `complete`: all that makes an answer whole went out. `ended`:
     "whole", "cut" (by plan), "closed" (the gateway closed), "error". `lines`: the data of a stream's events, and `lines_at`
-    when each of them went out. `last_at`: when its head or the last of its bytes went out.
+    when each of them went out. `others`: its comments and names of events, each with the number of lines before it.
+    `last_at`: when its head or the last of its bytes went out.
     """
 
     marker: str
@@ -90,6 +91,7 @@ class Call(Struct):
     noted_bytes: int = 0  # of those events
     lines: list[str] = []
     lines_at: list[float] = []
+    others: list[tuple[int, str]] = []
     body_bytes: bytes = b""
     last_at: float = 0.0
     ended: str = ""
@@ -536,6 +538,9 @@ class Making:
         """Make a stream."""
         answer, call = self._answer, self._call
         made: list[Event] = [Event(b": keep-alive\n\n")] * answer.comments
+        call.others = [(0, ": keep-alive")] * answer.comments
+        if answer.comments == 1:
+            made.append(Event(b"retry: 3000\n\n"))
         if answer.dialect == "azure":
             made.append(
                 self._event(
@@ -586,7 +591,11 @@ class Making:
     def _event(self, members: dict[str, Any], tokens: int = 0, *, has_report: bool = False) -> Event:
         text = json.dumps({**self._base, "object": "chat.completion.chunk", **members})
         self._call.lines.append(text)
-        return Event(b"data: " + text.encode() + b"\n\n", tokens, has_report)
+        more = b""
+        if self._answer.comments == 1 and tokens and not has_report:
+            more = b"\nevent: chunk\nid: %d" % len(self._call.lines)
+            self._call.others.append((len(self._call.lines), "event: chunk"))
+        return Event(b"data: " + text.encode() + more + b"\n\n", tokens, has_report)
 
     def _chunk_of(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": finish}

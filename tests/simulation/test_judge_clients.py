@@ -46,6 +46,16 @@ def sent_at(event_at, end_at=11.0, *troubles):
     return change
 
 
+def beside(came, *others):
+    """Let a stream have come in these bytes, and its provider have sent these comments and names beside its event."""
+
+    def change(case):
+        case.sight.payload, case.call.others = came, list(others)
+        case.sight.times = [(11.0, len(came))]
+
+    return change
+
+
 def replayed(sent_at, came_at):
     """Let a repeat, which was sent at 10.0, have got at a time what the first request's provider had sent."""
 
@@ -214,7 +224,22 @@ def echoed(text):
 
 ENDS, PROMPT, ALIVE = {"ends_are_honest"}, {"answers_are_prompt"}, {"streams_are_alive"}
 DEADLINES, IDS = {"deadlines_hold"}, {"ids_are_told"}
+NOTE, NAME, NAMED = (0, ": keep-alive"), (1, "event: chunk"), STREAM.replace(b"\n\n", b"\nevent: chunk\n\n", 1)
+LOST = {"answers_are_not_lost"}
 SEEN = {
+    "a provider's comment": (beside(b": keep-alive\n\n" + STREAM, NOTE), STREAMED, set()),
+    "a provider's comment beside a ping": (beside(b": ping\n\n: keep-alive\n\n" + STREAM, NOTE), STREAMED, set()),
+    "a provider's comment that is lost": (beside(STREAM, NOTE), STREAMED, LOST),
+    "a provider's comment that comes twice": (beside(b": keep-alive\n\n" * 2 + STREAM, NOTE), STREAMED, LOST),
+    "a provider's comment behind its event": (
+        beside(STREAM.replace(b": x-mesh", b": keep-alive\n\n: x-mesh"), NOTE),
+        STREAMED,
+        LOST,
+    ),
+    "an event's name": (beside(NAMED, NAME), STREAMED, set()),
+    "an event's name that is lost": (beside(STREAM, NAME), STREAMED, LOST),
+    "an event's id": (beside(STREAM.replace(b"\n\n", b"\nid: 1\n\n", 1)), STREAMED, LOST),
+    "a wait before another connection": (beside(b"retry: 3000\n\n" + STREAM), STREAMED, LOST),
     "an event on its way": (sent_at(10.61), STREAMED, set()),
     "an event that was held": (sent_at(10.59), STREAMED, PROMPT),
     "an end on its way": (sent_at(11.0, 10.61), STREAMED, set()),
