@@ -10,7 +10,15 @@ from simulation.books import lost_grants
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS, WRITE_TIMEOUT_S
 from simulation.provider import Call
-from simulation.reasons import credit_samples, is_of_session, most_held, most_made
+from simulation.reasons import (
+    WORKER_CHARACTERS,
+    credit_samples,
+    is_of_session,
+    known_workers,
+    may_lose_hold,
+    most_held,
+    most_made,
+)
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, View
 
 WAY_BYTES: Final = 65_536  # under way to a client at most (docs/simulation.md)
@@ -19,7 +27,6 @@ WRITTEN_S: Final = 0.5  # by which the way to a client is full sooner or later t
 CHECK_S: Final = 1.0  # how often the gateway looks whether clients take something, here
 SHORT_OF: Final = 2  # holds that an account has to have for a whole answer to go out without a cap (docs/api.md)
 OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full"})
-WORKER_CHARACTERS: Final = 12  # that the ids of a worker's holds begin with
 
 
 def credit_is_not_overdrawn(view: View) -> Iterator[str]:
@@ -86,30 +93,18 @@ def _allowance_faults(view: View, account: int, charged: list[dict[str, str]]) -
     spent: dict[str, list[_Spent]] = {}
     for event in charged:
         sight = view.sight(event["request_id"])
-        if event["hold"] == "none" and sight is not None and not _may_lose_hold(view, sight):
+        if event["hold"] == "none" and sight is not None and not may_lose_hold(view, sight):
             cost, (since, until) = int(event["cost_nusd"]), _life(view, event)
             bound = _excess_bound(view, sight, event)
             beyond = cost if bound is None else min(bound, cost)
             spent.setdefault(event["hold_id"][:WORKER_CHARACTERS], []).append(_Spent(since, until, cost, beyond))
     for worker, of_worker in spent.items():
-        beats = [beat for beat in view.record.beats if beat.worker == worker]
         for at in sorted(each.since for each in of_worker):
-            told = [beat.told for beat in beats if beat.at <= at]
-            known = [
-                max(told[-2:], default=1),
-                max(told[-3:-1], default=max(told, default=1)),
-            ]  # the last may be unread
             owed = [each for each in of_worker if each.since <= at < each.until]
-            most = ALLOWANCE_NUSD // min(known) + sum(each.beyond for each in owed)
+            most = ALLOWANCE_NUSD // known_workers(view, worker, at) + sum(each.beyond for each in owed)
             if sum(each.cost for each in owed) > most:
                 yield f"a{account}: {sum(each.cost for each in owed)} was spent without the store by {worker}, of {most}"
                 break
-
-
-def _may_lose_hold(view: View, sight: Sight) -> bool:
-    """Whether a failover may have lost the hold by which the store admitted a request."""
-    admitted_by = min([sight.ended_at, *(call.at for call in view.own_calls(sight))])
-    return any(trouble.loses(sight.began_at, admitted_by) for trouble in view.record.troubles)
 
 
 class _Spent(NamedTuple):

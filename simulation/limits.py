@@ -1,5 +1,6 @@
 """Rules on limits: the requests, tokens and slots that a key may have, and what its buckets say of them."""
 
+import itertools
 import json
 import math
 import re
@@ -10,8 +11,15 @@ from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, 
 from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
 from simulation.provider import TOKENS_OF_A_MESSAGE
-from simulation.reasons import TEMPLATE_TOKENS, most_workers
-from simulation.record import LATENCY_S, STORE, View
+from simulation.reasons import (
+    TEMPLATE_TOKENS,
+    WORKER_CHARACTERS,
+    changed_limits,
+    known_workers,
+    may_lose_hold,
+    most_workers,
+)
+from simulation.record import LATENCY_S, RECOVERY_S, STORE, View
 
 CLOCK_S: Final = 0.002  # the store's clock has milliseconds
 DEFAULT_REQUESTS, DEFAULT_TOKENS = (
@@ -24,6 +32,7 @@ REFUSED: Final = frozenset({401, 402, 403, 404, 409, 422, 429})  # by the gatewa
 def limits_hold(view: View) -> Iterator[str]:
     """No more requests are admitted than a key's bucket and its slots allow."""
     if not view.is_strict:
+        yield from _shares_passed(view)
         return
     for number, key in enumerate(view.history.keys):
         ran = [
@@ -34,10 +43,7 @@ def limits_hold(view: View) -> Iterator[str]:
             and sight.ended_at < view.first_jump - LATENCY_S  # by a clock that is known
             and not any(each.loses(sight.began_at, _admitted_by(view, sight)) for each in view.record.troubles)
         ]
-        limits = [
-            key.requests_per_minute,
-            *(done.amount for done in view.record.changes if done.what == "requests_per_minute" and done.key == number),
-        ]
+        limits = _limits_of(view, number)
         if all(limit is not None for limit in limits):
             rate = max(limit for limit in limits if limit is not None) / 60
             size = key.burst or rate * 60
@@ -56,6 +62,46 @@ def limits_hold(view: View) -> Iterator[str]:
                         return
         if key.max_parallel is not None:
             yield from _slots_taken(view, number, key.max_parallel)
+
+
+def _shares_passed(view: View) -> Iterator[str]:
+    """Find a worker that admitted more requests of a key in an outage than its share of the bucket, or of the slots.
+
+    The share is by how many workers it knew, and at least one (docs/ledger.md). No admission by the store renews it meanwhile.
+    """
+    for trouble in view.record.troubles:
+        if trouble.what not in {"gone", "refused", "full"} or view.clock_jumps:
+            continue
+        admitted: dict[tuple[str, int], list[Sight]] = {}
+        for sight in sorted(view.record.sights, key=lambda sight: sight.began_at):
+            if trouble.start <= sight.began_at and _admitted_by(view, sight) <= trouble.end - RECOVERY_S:
+                for event in view.settled.get(sight.request_id, ()):
+                    if event["hold"] == "none" and not may_lose_hold(view, sight):
+                        admitted.setdefault((event["hold_id"][:WORKER_CHARACTERS], sight.request.key), []).append(sight)
+        for (worker, number), sights in admitted.items():
+            known = known_workers(view, worker, sights[-1].began_at)
+            key, limits = view.history.keys[number], _limits_of(view, number)
+            if None not in limits:
+                limit = max(each for each in limits if each is not None)
+                size, rate = max((key.burst or limit) / known, 1.0), max(limit / known, 1.0) / 60
+                for first, last in itertools.combinations_with_replacement(range(len(sights)), 2):
+                    took_s = _admitted_by(view, sights[last]) - sights[first].began_at
+                    if last - first + 1 > size + took_s * rate + 1e-6:
+                        yield f"k{number}: {worker} admitted {last - first + 1} requests in {took_s:.1f} s of a share of {size:g}"
+                        return
+            if key.max_parallel is not None:
+                share = min(key.max_parallel, max(key.max_parallel // known, 1))
+                calls = [call for sight in sights for call in view.own_calls(sight)]
+                for call in calls:
+                    open_ = {other.marker for other in calls if other.at <= call.at < other.ended_at - LATENCY_S / 2}
+                    if len(open_) > share:
+                        yield f"k{number}: {len(open_)} requests run at once at {worker}, and {share} may"
+                        return
+
+
+def _limits_of(view: View, number: int) -> list[int | None]:
+    """Return the requests a minute that a key had at some time."""
+    return [view.history.keys[number].requests_per_minute, *changed_limits(view, number)]
 
 
 class Bucket(NamedTuple):

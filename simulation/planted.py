@@ -1214,6 +1214,12 @@ PLANTED: Final = [
         "STALE_S = 3600.0",
         "STALE_S = 3.0",
     ),
+    Planted(
+        "a bucket isn't enforced without Redis",
+        "ledger/local.py",
+        "if slowest is not None and wait_s > 0:",
+        "if slowest is not None and wait_s == math.inf:",
+    ),
 ]
 
 

@@ -34,6 +34,7 @@ RENEWED_S: Final = 10.0  # that a stream waits for the store's credit before it 
 KNOWN_S: Final = 3_600.0  # for which a worker knows a key without the store (docs/ledger.md)
 FRAME_BYTES: Final = 8  # of an event beside its data
 HEAD_BYTES: Final = 1_000  # that an answer's headers and what the gateway adds to it have at most
+WORKER_CHARACTERS: Final = 12  # that the ids of a worker's holds begin with
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
 REFUSALS: Final = frozenset({"request", "model"})  # what a provider may refuse, and not the gateway
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
@@ -122,6 +123,18 @@ def most_workers(view: View, sight: Sight) -> int:
         each for each in view.record.troubles if each.what in {"killed", "drained"} and each.start <= sight.ended_at
     ]
     return view.history.workers + len(ends)
+
+
+def known_workers(view: View, worker: str, at: float) -> int:
+    """Return the fewest workers that one may have known at a time, by its reports: the last reply may be unread."""
+    told = [beat.told for beat in view.record.beats if beat.worker == worker and beat.at <= at]
+    return min(max(told[-2:], default=1), max(told[-3:-1], default=max(told, default=1)))
+
+
+def may_lose_hold(view: View, sight: Sight) -> bool:
+    """Whether a failover may have lost the hold by which the store admitted a request."""
+    admitted_by = min([sight.ended_at, *(call.at for call in view.own_calls(sight))])
+    return any(trouble.loses(sight.began_at, admitted_by) for trouble in view.record.troubles)
 
 
 def _allowed_at_least(view: View, sight: Sight) -> int:
@@ -270,11 +283,25 @@ def _limited(view: View, sight: Sight) -> bool:
     ]
     share = max(1, most_workers(view, sight))  # of each limit, at least one
     if "parallel" in message:
+        surely_alone = view.history.local and any(
+            each.what in {"gone", "failover"}
+            and each.start <= sight.began_at
+            and sight.ended_at <= each.end - RECOVERY_S
+            for each in view.record.troubles
+        )  # then its worker counts what it runs itself
         open_ = [
             other
             for other in counted
-            if over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
-            or (view.feels(other, *STORE) and view.feels(sight, *STORE))  # its settlement waits
+            if (not surely_alone or view.worker(other) == view.worker(sight))
+            and (
+                over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
+                or (
+                    view.feels(other, *STORE)
+                    and view.feels(sight, *STORE)
+                    and not surely_alone
+                    and over_at(view, other) + HOLD_TTL_S + LATENCY_S >= sight.began_at  # its settlement waits
+                )
+            )
         ]
         return key.max_parallel is not None and len(open_) >= max(key.max_parallel // share, 1)
     if "requests per minute" in message:

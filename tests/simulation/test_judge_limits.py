@@ -10,9 +10,9 @@ from msgspec.structs import replace
 
 from simulation.bills import least_held
 from simulation.client import Sight, body_of
-from simulation.history import Request
+from simulation.history import MODELS, Request
 from simulation.limits import Bucket, Taken, level_at_least, level_at_most
-from simulation.record import Done, Sample, Trouble
+from simulation.record import Beat, Done, Sample, Trouble
 from simulation.told import usd_of
 from tests.simulation.judged import (
     COST,
@@ -330,6 +330,57 @@ def test_a_worker_tells_its_share_of_a_limit_without_the_store(remaining, reset,
     case.record.troubles = [Trouble("gone", 9.0, 60.0)]
     case.sight.headers |= {"x-ratelimit-remaining-requests": str(remaining), "x-ratelimit-reset-requests": reset}
     assert ("buckets_are_right" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("count", "limits", "told", "outage", "is_right"),
+    [
+        pytest.param(2, {"requests_per_minute": 4}, 2, ("gone", 9.0, 20.0), True, id="a share of the requests"),
+        pytest.param(3, {"requests_per_minute": 4}, 2, ("gone", 9.0, 20.0), False, id="more than that"),
+        pytest.param(3, {"requests_per_minute": 4}, 1, ("gone", 9.0, 20.0), True, id="all, as no other is known"),
+        pytest.param(3, {"requests_per_minute": 4}, 2, ("gone", 10.1, 20.0), True, id="some were the store's"),
+        pytest.param(3, {"requests_per_minute": 4}, 2, ("gone", 9.0, 15.09), True, id="the store was back"),
+        pytest.param(3, {"requests_per_minute": 4}, 2, ("slow", 9.0, 20.0), True, id="the store was slow"),
+        pytest.param(2, {"max_parallel": 4}, 2, ("gone", 9.0, 20.0), True, id="a share of the slots"),
+        pytest.param(3, {"max_parallel": 4}, 2, ("gone", 9.0, 20.0), False, id="more slots than that"),
+        pytest.param(1, {"max_parallel": 1}, 2, ("gone", 9.0, 20.0), True, id="at least one slot"),
+        pytest.param(2, {"max_parallel": 1}, 2, ("gone", 9.0, 20.0), False, id="and no more"),
+    ],
+)
+def test_a_worker_keeps_to_its_share_of_limits_without_the_store(count, limits, told, outage, is_right):
+    case = Case()
+    case.key(**limits)
+    for number in range(1, count):
+        case.twice(request=Request(f"q{number}"), marker=f"mk1q{number}z", request_id=f"id-q{number}")
+        case.record.calls.append(replace(case.call, marker=f"mk1q{number}z"))
+    case.record.history = replace(case.record.history, local=True, workers=2)
+    case.record.troubles = [Trouble(*outage)]
+    case.record.beats = [Beat(at, "worker-00001", told) for at in (1.0, 2.0)]
+    ids = ({"hold_id": f"worker-00001{number}", "request_id": f"id-q{number}"} for number in range(count))
+    case.record.books = {0: book(*(settled(hold="none", held_nusd=0, settled_ms=30_000, **each) for each in ids))}
+    assert ("limits_hold" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("outage", "ended_at", "worker", "is_right"),
+    [
+        pytest.param(("gone", 1.0, 16.0), 9.0, 0, True, id="over just before"),
+        pytest.param(("gone", 1.0, 16.0), 8.99, 0, False, id="over, and the worker counts by itself"),
+        pytest.param(("gone", 1.0, 16.0), 9.0, 1, False, id="at another worker"),
+        pytest.param(("gone", 1.0, 15.99), 8.99, 0, True, id="when the store was back"),
+        pytest.param(("refused", 1.0, 16.0), 8.99, 0, True, id="where the store may count"),
+        pytest.param(("refused", -30.0, 16.0), -11.0, 0, True, id="until its hold ends"),
+        pytest.param(("refused", -30.0, 16.0), -11.1, 0, False, id="when its hold has ended"),
+    ],
+)
+def test_a_slot_is_given_back_without_the_store(outage, ended_at, worker, is_right):
+    case = Case()
+    limited(1.0, 1, Trouble(*outage), max_parallel=1)(case)
+    case.record.prices = [(-60.0, MODELS)]
+    other = case.record.sights[1]
+    other.began_at, other.ended_at, other.ended, other.worker = ended_at - 1, ended_at, "whole", worker
+    case.record.history = replace(case.record.history, local=True, workers=2)
+    assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
 @pytest.mark.parametrize(
