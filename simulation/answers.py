@@ -182,7 +182,8 @@ def attempts_are_told(view: View) -> Iterator[str]:
         is_early = sight.payload.startswith(b": ping")  # the head was on its way while another provider was asked
         later = [call for call in begun[1:] if is_early and call.at > sight.times[0][0] - HOP_S]
         on_the_way = [call for call in calls if sight.times[0][0] < call.at <= sight.times[0][0] + HOP_S]
-        most = len(begun) + gone + max(len(on_the_way), _may_be_on_its_way(sight))
+        never_came = _may_be_on_its_way(sight) and (sight.status == 504 or calls == begun)
+        most = len(begun) + gone + max(len(on_the_way), never_came)
         if not len(begun) - len(later) <= told <= most:
             yield f"{sight.request_id} says {told} attempts, and {len(begun)} providers were asked"
         if sight.status != 200 or not begun:
@@ -196,8 +197,9 @@ def attempts_are_told(view: View) -> Iterator[str]:
 
 
 def _may_be_on_its_way(sight: Sight) -> bool:
-    """Whether a request's deadline may have passed while another provider was being connected to."""
-    return sight.status == 504 and sight.request.timeout_s is not None
+    """Whether a deadline may have passed, or an instance have ended, while another provider was being connected to."""
+    is_timed_out = sight.status == 504 and sight.request.timeout_s is not None
+    return is_timed_out or (sight.status == 503 and sight.error.get("code") == "overloaded")
 
 
 def _header_faults(sight: Sight) -> Iterator[str]:

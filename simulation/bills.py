@@ -296,7 +296,9 @@ def _charges_of(
     if call.complete or final:
         yield whole
     # the provider had the prompt, unless it was left for something else: for its silence, by a drain, for lack of credit
-    is_silent = call.answer.is_silent and (goes_on or (not call.head_sent and call.ended_at - call.at >= FIRST_BYTE_S))
+    is_silent = call.answer.is_silent and (
+        goes_on or (not call.head_sent and call.ended_at - call.at >= FIRST_BYTE_S - HOP_S)
+    )
     is_early = call.ended_at < min(sight.ended_at - HOP_S, sight.began_at + WRITE_TIMEOUT_S)
     is_ours = is_silent or is_early or view.feels(sight, "drained")
     hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported and not is_ours

@@ -125,6 +125,17 @@ def asked_late(asked_at):
     return change
 
 
+def connecting(code, attempts):
+    """Let an instance have ended, and the client have been told so, or this, and of attempts that reached no provider."""
+
+    def change(case):
+        refused(503, code, 1.0)(case)
+        case.sight.headers |= {"x-mesh-attempts": attempts, "x-mesh-routing-attempts": attempts}
+        case.record.calls, case.record.troubles = [], [Trouble("drained", -9.0, 20.0, 0)]
+
+    return change
+
+
 def refused_late(ended_at):
     """Let a provider's refusal of the key have been whole at a time, and the instance have shut down at 11.0."""
 
@@ -306,6 +317,9 @@ ATTEMPTS = {
         REQUEST,
         {*REASONS, *WAITS},
     ),
+    "an attempt that hadn't reached a provider at a shutdown": (connecting("overloaded", "1"), REQUEST, set()),
+    "two such attempts": (connecting("overloaded", "2"), REQUEST, TOLD),
+    "an attempt that nobody saw": (connecting("ledger_unavailable", "1"), REQUEST, {*REASONS, *TOLD}),
     "a refusal that wasn't whole at a shutdown": (refused_late(10.81), REQUEST, set()),
     "a refusal that was": (refused_late(10.79), REQUEST, WAITS),
     "a provider's wait": (handed_on(Answer(status=503, error="busy", wait_s=7.0), 7.0), REQUEST, set()),
