@@ -236,6 +236,8 @@ def bytes_are_ones_own(view: View) -> Iterator[str]:
     for call in view.record.calls:
         if any("rsk_" in value for value in call.headers.values()):
             yield f"{call.upstream} got a client's key"
+    for line in view.record.quoted:
+        yield f"the log has a request's text: {line}"
 
 
 def requests_are_clean(view: View) -> Iterator[str]:

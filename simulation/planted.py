@@ -777,6 +777,49 @@ PLANTED: Final = [
         '            key if "key" in group_by else None,',
         '            "key" if "key" in group_by else None,',
     ),
+    Planted(
+        "the log has the wrong client",
+        "gateway/record.py",
+        '"client": exchange.call.client,',
+        '"client": "127.0.0.1",',
+    ),
+    Planted(
+        "the log has the account as the key's id",
+        "gateway/record.py",
+        '"key_id": key.id if',
+        '"key_id": key.account if',
+    ),
+    Planted(
+        "the log has no trace",
+        "gateway/record.py",
+        '"trace_id": exchange.call.trace_id,',
+        '"trace_id": None,',
+    ),
+    Planted(
+        "a stream's overhead includes its provider's time",
+        "gateway/relay.py",
+        "overhead_s += self._clock() - arrived_at",
+        "overhead_s += self._clock() - self._exchange.sent_at",
+    ),
+    Planted(
+        "a whole answer's overhead includes its provider's time",
+        "gateway/pipeline.py",
+        "overhead_s += self._clock() - read_at",
+        "overhead_s += self._clock() - exchange.sent_at",
+    ),
+    Planted(
+        "the log has a stream's end as its first event",
+        "gateway/record.py",
+        '"ttft_ms": round(first_token_s * 1_000_000)',
+        '"ttft_ms": round((now - received_at) * 1_000_000)',
+    ),
+    Planted(
+        "the log has the beginning of the messages",
+        "gateway/record.py",
+        '"request_id": exchange.call.request_id,\n            "client"',
+        '"messages": str(exchange.plan and bytes(exchange.plan.prompt.messages[:400])),\n'
+        '            "request_id": exchange.call.request_id,\n            "client"',
+    ),
     # Money, as strictly as docs/ledger.md and docs/api.md have it.
     Planted(
         "an estimate of output exceeds the cap",

@@ -136,7 +136,8 @@ class Record(Struct):
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
     `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests. `failed`:
     those of attempts that failed.
-    `drains`: those of the steps. `key_ids`: the ids of the keys, by number.
+    `drains`: those of the steps. `key_ids`: the ids of the keys, by number. `client`:
+    the address of the clients. `quoted`: lines of the log that have a request's text.
     """
 
     history: History
@@ -161,6 +162,8 @@ class Record(Struct):
     beats: list[Beat] = []
     drains: list[Drain] = []
     key_ids: list[str] = []
+    client: str = ""
+    quoted: list[str] = []
     wall_offset_s: float = 0.0  # the gateway's clock less the loop's
 
 

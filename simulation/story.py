@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -75,6 +76,8 @@ MAX_TURNS: Final = 400_000
 BUGS: Final = frozenset(
     {"task_failed", "internal_error", "settlement_lost", "settlement_refused", "usage_refused_late"}
 )
+
+QUOTE: Final = re.compile(r"mk\d+q\w+?z(?! \[redacted\])")  # a provider's words end with a marker and its secret
 
 
 def toml(history: History, models: Mapping[str, Model]) -> str:
@@ -158,7 +161,7 @@ class Play:
         self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
         for name in (
             *("sights", "calls", "samples", "changes", "troubles", "left", "errors"),
-            *("looks", "losses", "unkept", "exits", "refused", "logged", "failed", "beats", "drains"),
+            *("looks", "losses", "unkept", "exits", "refused", "logged", "failed", "beats", "drains", "quoted"),
         ):
             setattr(self.record, name, [])
         self.record.books, self.record.told = {}, {}
@@ -207,6 +210,7 @@ class Play:
         await self._read_books()
         await self._read_told()
         self.record.wall_offset_s, self.record.key_ids = self._loop.wall_offset_s, self._key_ids
+        self.record.client = self._people.address
         self.record.store_offset_s = self._loop.wall_offset_s + world.store.clock_offset_s
         clients.close()
         self.record.sights, self.record.calls = clients.sights, provider.calls
@@ -233,6 +237,8 @@ class Play:
                 record.logged.append(json.loads(logged))
             elif logged.get("event") == "attempt_failed":
                 record.failed.append(logged)
+            if QUOTE.search(str(logged)):
+                record.quoted.append(f"{where}: {logged!r}")
             if PROVIDER_SECRET[:SECRET_PART] in str(logged):
                 record.errors.append(f"{where} logged a secret: {logged!r}")
             if isinstance(logged, dict) and logged.get("event") == "settlement_lost":

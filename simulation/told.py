@@ -26,6 +26,8 @@ LIMITS: Final = {  # the names of what refuses, as docs/operations.md has them, 
     "key total budget": "key_total_budget",
     "session total budget": "session_total_budget",
 }
+LEAST_MS: Final = 0.001  # of an admission: a turn is longer
+AFTER_MS: Final = 1.0  # of the gateway's own part, from a provider's first byte on: some turns
 PING: Final = b": ping"
 
 
@@ -151,6 +153,7 @@ def requests_are_logged(view: View) -> Iterator[str]:
         for line in found:
             is_known = line["model"] is not None
             expected = {**_seen(view, sight), **_booked(view, sight), "stream": [is_known and sight.request.stream]}
+            expected["overhead_ms"] = _overhead_ms(view, sight) if line["attempts"] else [0]
             wrong = {name: line[name] for name, right in expected.items() if line[name] not in right}
             if wrong:
                 right = {name: expected[name] for name in wrong}
@@ -196,7 +199,9 @@ def failures_are_logged(view: View) -> Iterator[str]:
 def _seen(view: View, sight: Sight) -> dict[str, Any]:
     """Return what a request's line may have of what its client saw."""
     key = view.history.keys[sight.request.key]
-    seen: dict[str, Any] = {"account": [f"a{key.account}", *([None] if sight.status in {0, 401, 503} else [])]}
+    is_named = [] if sight.status not in {0, 401, 503} else [None]
+    seen: dict[str, Any] = {"account": [f"a{key.account}", *is_named], "client": [view.record.client]}
+    seen["key_id"] = [view.record.key_ids[sight.request.key], *is_named]
     if sight.ended != "whole":
         return seen
     error, replayed = sight.error, "idempotent-replayed" in sight.headers
@@ -227,10 +232,27 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
         seen["duration_ms"] = Span(0 if waits else took_ms - WAY_S * 1000, math.inf if goes_on else took_ms)
     seen["refused_by"] = _refused_by(sight)
     if sight.request.stream and not error and "replayed" not in seen["outcome"]:
-        seen["ttft_ms"] = Span(0, took_ms)
+        seen["ttft_ms"] = _first_event_ms(view, sight)
     elif not sight.request.stream:
         seen["ttft_ms"] = [None]
     return seen
+
+
+def _first_event_ms(view: View, sight: Sight) -> Span:
+    """Return how long a stream's first event may have taken, by when its provider sent and its client got it."""
+    begins = sight.payload.find(b"data:")
+    got_at = next((at for at, size in sight.times if size > begins), sight.ended_at)
+    calls = [call for call in view.own_calls(sight) if call.at >= sight.began_at]
+    waits = view.feels(sight, "killed", "drained", before_s=STORE_TIMEOUT_S)
+    least_s = 0.0 if waits or not calls else calls[-1].at + calls[-1].answer.delay_s - sight.began_at - WAY_S
+    return Span(max(0.0, least_s * 1000), (got_at - sight.began_at) * 1000)
+
+
+def _overhead_ms(view: View, sight: Sight) -> Span:
+    """Return what may be the gateway's own part of a request for which a provider was asked: most of it before."""
+    calls_at = [call.at for call in view.own_calls(sight) if call.at >= sight.began_at]
+    least_ms = LEAST_MS if view.is_strict else 0.0  # no turn passes without the store
+    return Span(least_ms, (min(calls_at) - sight.began_at) * 1000 + AFTER_MS if calls_at else math.inf)
 
 
 def _refused_by(sight: Sight) -> list[str | None]:

@@ -143,6 +143,8 @@ def line_of(record, sight, **fields):
     message, refused = str(error.get("message")), sight.status in {402, 429}
     limits = [name for words, name in LIMITS.items() if refused and words in message]
     named = calls[-1].body["model"].removeprefix("up-") if calls else sight.headers.get("x-mesh-model", "plain")
+    begins = sight.payload.find(b"data:")
+    first_at = next((at for at, size in sight.times if size > begins), sight.ended_at)
     line = {
         "request_id": sight.request_id,
         "account": f"a{record.history.keys[sight.request.key].account}",
@@ -160,9 +162,11 @@ def line_of(record, sight, **fields):
         "cost_usd": usd_of(int(event.get("cost_nusd", 0))),
         "usage_source": event.get("usage_source", "none"),
         **{name: int(event.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")},
+        "client": record.client,
+        "overhead_ms": 1.0 if int(sight.headers.get("x-mesh-attempts", 0)) and not replayed else 0.0,
         "duration_ms": (sight.ended_at - sight.began_at) * 1000 - 1,
         "trace_id": trace_of(sight.request_id).split("-")[1] if sight.request.keyed else None,
-        "ttft_ms": 1.0 if sight.request.stream and not replayed else None,
+        "ttft_ms": (first_at - sight.began_at) * 1000 - 1 if sight.request.stream and not replayed else None,
     }
     return line | fields
 
@@ -212,6 +216,8 @@ class Case:
             exits=[("gateway-0", 0)],
             logged=[],
             failed=[],
+            quoted=[],
+            client="10.1.0.6",
         )
         self.tell_limits()
 

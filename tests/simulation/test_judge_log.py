@@ -22,6 +22,7 @@ from tests.simulation.judged import (
     STREAMED,
     WAITS,
     Case,
+    alone,
     book,
     broken_by,
     denied,
@@ -52,6 +53,25 @@ def logged(*lines):
         case.record.logged = [line_of(case.record, case.sight, **fields) for fields in lines]
         if not lines:
             case.record.logged = [line_of(case.record, case.sight, request_id="id-q7")]
+
+    return change
+
+
+def delayed(delay_s, **fields):
+    """Let a provider have begun so late, and the log's line have had these fields."""
+
+    def change(case):
+        case.call.answer = replace(case.call.answer, delay_s=delay_s)
+        logged(fields)(case)
+
+    return change
+
+
+def quoted(line):
+    """Let the log have had a line with a request's text."""
+
+    def change(case):
+        case.record.quoted = [line]
 
     return change
 
@@ -152,9 +172,21 @@ LOG = {
             "prompt_tokens": 21,
             "completion_tokens": 7,
             "ttft_ms": 1.0,
+            "client": "10.1.0.7",
+            "key_id": "key_1",
+            "trace_id": "0" * 32,
+            "overhead_ms": 0.0,
         }.items()
     },
     "a line of a stream without its first event": (logged({"ttft_ms": None}), STREAMED, LOGGED),
+    "a line of a stream's first event as it came": (logged({"ttft_ms": 1000.0}), STREAMED, set()),
+    "a line of a stream's first event later than it came": (logged({"ttft_ms": 1000.1}), STREAMED, LOGGED),
+    "a line of a stream's first event as its provider sent it": (delayed(0.9, ttft_ms=600.1), STREAMED, set()),
+    "a line of a stream's first event before its provider": (delayed(0.9, ttft_ms=599.9), STREAMED, LOGGED),
+    "a line of a part until a provider was asked": (logged({"overhead_ms": 100.9}), REQUEST, set()),
+    "a line of a part while a provider was asked": (logged({"overhead_ms": 101.1}), REQUEST, LOGGED),
+    "a line without a wait, of a worker alone": (alone(logged({"overhead_ms": 0.0}), 40.0), REQUEST, set()),
+    "a line with a request's text": (quoted("mk1q0z: the river"), REQUEST, {"bytes_are_ones_own"}),
 }
 
 
