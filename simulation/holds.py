@@ -1,6 +1,7 @@
 """Rules on holds: the credit and the budgets that they keep to, and how long they live."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -51,7 +52,7 @@ def credit_is_not_overdrawn(view: View) -> Iterator[str]:
         for event in charged:
             yield from _excess_faults(view, event)
         if not view.is_strict:
-            least = _least_balance(view, charged)
+            least = _least_balance(view, charged) - taken - lost
             if book.balance < least:
                 yield f"a{number}: the balance is {book.balance}, and with the allowance {least} would be the least"
             yield from _allowance_faults(view, number, charged)
@@ -73,23 +74,32 @@ def _lost_costs(view: View, account: int) -> int:
 def _least_balance(view: View, charged: list[dict[str, str]]) -> int:
     """Return the least that an account can have left: without its allowance in each outage, and a request above a hold.
 
-    A reply that is lost has one request admitted without the store.
+    Outages in which nothing was admitted without the store, or that overlap, so that nothing is charged in between, count
+    no more. A reply that is lost has one request admitted without the store.
     """
     whats = Counter(trouble.what for trouble in view.record.troubles)
-    outages = sum(whats[what] for what in OUTAGES)
+    lost = sorted((each.start, each.end) for each in view.record.troubles if each.what in OUTAGES)
+    outages = 0
+    admitted = [_life(view, event)[0] for event in charged if event["hold"] == "none"]
+    until = -math.inf  # of what overlaps, if something was admitted in it
+    for start, end in lost:
+        if (view.clock_jumps or any(start - LATENCY_S <= at <= end for at in admitted)) and start > until:
+            outages, until = outages + 1, end - RECOVERY_S
     beyond = [max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in charged if event["hold"] != "none"]
     local = [int(event["cost_nusd"]) for event in charged if event["hold"] == "none"]
     requests = view.history.workers + whats["lost_reply"]
-    return -ALLOWANCE_NUSD * max(1, outages) - sum(beyond) - max(local, default=0) * requests
+    return -ALLOWANCE_NUSD * max(bool(local), outages) - sum(beyond) - max(local, default=0) * requests
 
 
 def _allowance_faults(view: View, account: int, charged: list[dict[str, str]]) -> Iterator[str]:
     """Find a worker that had more spent without the store than its share of the allowance, which charges alone refill.
 
-    The share is by how many workers there were when it last asked. A failover may have lost a hold of the store's.
+    The share is by how many workers there were when it last asked. A failover may have lost a hold of the store's. A
+    worker that is started again counts what the journal has of the one before it.
     """
     if view.clock_jumps:
         return
+    is_one = view.history.workers == 1 and not any(each.what.startswith("disk") for each in view.record.troubles)
     spent: dict[str, list[_Spent]] = {}
     for event in charged:
         sight = view.sight(event["request_id"])
@@ -97,9 +107,10 @@ def _allowance_faults(view: View, account: int, charged: list[dict[str, str]]) -
             cost, (since, until) = int(event["cost_nusd"]), _life(view, event)
             bound = _excess_bound(view, sight, event)
             beyond = cost if bound is None else min(bound, cost)
-            spent.setdefault(event["hold_id"][:WORKER_CHARACTERS], []).append(_Spent(since, until, cost, beyond))
-    for worker, of_worker in spent.items():
-        for at in sorted(each.since for each in of_worker):
+            worker = event["hold_id"][:WORKER_CHARACTERS]
+            spent.setdefault("" if is_one else worker, []).append(_Spent(since, until, cost, beyond, worker))
+    for of_worker in spent.values():
+        for at, worker in sorted((each.since, each.worker) for each in of_worker):
             owed = [each for each in of_worker if each.since <= at < each.until]
             most = ALLOWANCE_NUSD // known_workers(view, worker, at) + sum(each.beyond for each in owed)
             if sum(each.cost for each in owed) > most:
@@ -114,6 +125,7 @@ class _Spent(NamedTuple):
     until: float
     cost: int
     beyond: int
+    worker: str
 
 
 def _excess_faults(view: View, event: dict[str, str]) -> Iterator[str]:

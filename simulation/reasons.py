@@ -139,12 +139,31 @@ def may_lose_hold(view: View, sight: Sight) -> bool:
 
 def _allowed_at_least(view: View, sight: Sight) -> int:
     """Return the least that is left of a worker's share of the allowance, when a request came."""
+    has_successor = any(each.what in {"killed", "drained"} for each in view.record.troubles)
     others = [
         max(most_held(view, other, most_made(view, other)), view.owed(other))  # of a provider that ignores its cap
         for other in view.record.sights
         if other is not sight and view.key(other) == view.key(sight) and other.began_at <= sight.ended_at
+        if has_successor or view.worker(other) == view.worker(sight)
+        if _may_be_owed(view, other, sight.began_at)
     ]
     return ALLOWANCE_NUSD // most_workers(view, sight) - sum(others)
+
+
+def _may_be_owed(view: View, sight: Sight, at: float) -> bool:
+    """Whether a request may count against the allowance at a time: it does until the store has charged it.
+
+    The worker may not know that if the reply was lost, or either ended in that moment.
+    """
+    events = view.settled.get(sight.request_id)
+    if view.clock_jumps or not events:
+        return True
+    charged_at = max(int(event["settled_ms"]) for event in events) / 1000 - view.record.store_offset_s
+    return charged_at + LATENCY_S >= at or any(
+        trouble.start <= charged_at + LATENCY_S
+        and charged_at <= (trouble.end if trouble.what in {"lost_reply", "slow"} else trouble.start + LATENCY_S)
+        for trouble in view.record.troubles
+    )
 
 
 def _is_surely_short(view: View, sight: Sight) -> bool:

@@ -188,14 +188,16 @@ def held(amount):
     return change
 
 
-def spent_before(cost):
+def spent_before(cost, charged_at=11.0, worker=0):
     """Let another request have cost so much before one was refused for a hold of all, with nothing left of the allowance."""
 
     def change(case):
         short_of(FULL_HOLD, 0)(case)
         other = Sight(Request("q1", max_tokens=1), "mk1q1z", "id-q1", b"", 9.6, sent_at=9.6, ended="left", ended_at=9.7)
+        other.worker = worker
         case.record.sights.append(other)
-        case.record.books = {0: book(settled(request_id="id-q1", hold="none", cost_nusd=cost, held_nusd=0))}
+        charged = {"settled_ms": round(charged_at * 1000)}
+        case.record.books = {0: book(settled(request_id="id-q1", hold="none", cost_nusd=cost, held_nusd=0, **charged))}
 
     return change
 
@@ -323,6 +325,26 @@ MONEY = {
     "a refusal for what is left of a share": (alone(spent_before(ALLOWANCE_NUSD // 2)), REQUEST, BILLS),
     "a refusal for less than is left": (
         alone(spent_before(ALLOWANCE_NUSD // 2 - 1)),
+        REQUEST,
+        BILLS | {"statuses_have_reasons"},
+    ),
+    "a refusal for what was charged just before": (
+        alone(spent_before(ALLOWANCE_NUSD // 2, 9.01), 5.0),
+        REQUEST,
+        BILLS,
+    ),
+    "a refusal for what was charged": (
+        alone(spent_before(ALLOWANCE_NUSD // 2, 8.99), 5.0),
+        REQUEST,
+        BILLS | {"statuses_have_reasons"},
+    ),
+    "a refusal for what was charged as the store was lost": (
+        alone(spent_before(ALLOWANCE_NUSD // 2, 7.99), 7.0),
+        REQUEST,
+        BILLS,
+    ),
+    "a refusal for what another worker spent": (
+        alone(spent_before(ALLOWANCE_NUSD // 2, worker=1)),
         REQUEST,
         BILLS | {"statuses_have_reasons"},
     ),
@@ -540,6 +562,46 @@ def test_a_worker_spends_its_share_of_the_allowance_without_the_store(events, to
     ]
     case.record.books = {0: book(*events)}
     assert ("credit_is_not_overdrawn" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("workers", "charged_at", "troubles", "is_right"),
+    [
+        pytest.param(1, 20.0, [], True, id="charged before"),
+        pytest.param(1, 20.01, [], False, id="in the journal of the one before"),
+        pytest.param(2, 20.01, [], True, id="of another worker"),
+        pytest.param(1, 20.01, [Trouble("disk_full", 9.0, 30.0)], True, id="which the disk may have lost"),
+    ],
+)
+def test_a_worker_that_is_started_again_owes_what_its_journal_has(workers, charged_at, troubles, is_right):
+    case = Case()
+    case.twice()
+    case.record.sights[1].marker, other = "mk1q1z", replace(case.call, marker="mk1q1z")
+    case.record.calls.append(other)
+    case.record.history = replace(case.record.history, local=True, workers=workers)
+    case.record.troubles = [Trouble("gone", 9.0, 60.0), Trouble("killed", 15.0, 16.0, 0), *troubles]
+    before, after = local(0, 3_000_000, charged_at), local(1, 3_000_001, started_ms=20_000, worker="worker-00002")
+    case.record.books = {0: book(before, after)}
+    assert ("credit_is_not_overdrawn" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("outages", "is_right"),
+    [
+        pytest.param([(9.0, 20.0), (25.0, 40.0)], True, id="two outages"),
+        pytest.param([(9.0, 20.0), (12.0, 40.0)], False, id="two that overlap"),
+        pytest.param([(9.0, 20.0), (36.0, 40.0)], False, id="one in which nothing was admitted"),
+    ],
+)
+def test_a_balance_may_fall_by_an_allowance_in_each_outage(outages, is_right):
+    case = Case()
+    case.twice()
+    case.record.history = replace(case.record.history, local=True, workers=1)
+    case.record.troubles = [Trouble("gone", *outage) for outage in outages]
+    costs = [local(0, 6_000_000, 20.0), local(1, 5_000_000, started_ms=30_000)]
+    case.record.books = {0: replace(book(*costs), balance=-ALLOWANCE_NUSD - 6_000_001)}
+    words = " ".join(finding.words for finding in judge(case.record))
+    assert ("with the allowance" not in words) == is_right
 
 
 @pytest.mark.parametrize(("lost", "is_right"), [(0, False), (1, False), (2, True)])
