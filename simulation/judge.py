@@ -55,7 +55,7 @@ from simulation.reasons import (
     waits_are_true,
 )
 from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule, View, cut_short
-from simulation.told import failures_are_logged, ids_are_told, refusals_are_told, requests_are_logged
+from simulation.told import failures_are_logged, ids_are_told, keys_are_told, refusals_are_told, requests_are_logged
 
 PING: Final = b": ping\n\n"
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
@@ -466,6 +466,7 @@ RULES: Final[tuple[Rule, ...]] = (
     holds_are_needed,
     renewals_raise,
     accounts_are_told,
+    keys_are_told,
     losses_are_told,
     full_journals_deny,
     templates_hold,

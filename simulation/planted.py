@@ -820,6 +820,30 @@ PLANTED: Final = [
         '"messages": str(exchange.plan and bytes(exchange.plan.prompt.messages[:400])),\n'
         '            "request_id": exchange.call.request_id,\n            "client"',
     ),
+    Planted(
+        "/v1/key doesn't know what its key has spent in all",
+        LUA + "balance.lua",
+        "redis.call('HMGET', KEY_SPEND, 'total',",
+        "redis.call('HMGET', KEY_SPEND, 'sum',",
+    ),
+    Planted(
+        "/v1/key has a slot fewer",
+        "server/api.py",
+        "remaining = max(0, most - running)",
+        "remaining = max(0, most - running - 1)",
+    ),
+    Planted(
+        "/v1/key has its account's budgets",
+        "server/api.py",
+        '"budgets": in_usd(asdict(key.budgets)),',
+        '"budgets": in_usd(asdict(account.budgets)),',
+    ),
+    Planted(
+        "/v1/key has its account's limits",
+        "server/api.py",
+        "key.id, key_limits=limits,",
+        "key.id, key_limits=account.limits,",
+    ),
     # Money, as strictly as docs/ledger.md and docs/api.md have it.
     Planted(
         "an estimate of output exceeds the cap",

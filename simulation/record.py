@@ -83,7 +83,10 @@ class Trouble(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What `GET /v1/key` said of an account's credit, in nano-USD, and when it was asked and answered."""
+    """What `GET /v1/key` said of an account's credit, in nano-USD, and when it was asked and answered.
+
+    `key`: the number of the key that asked. `told`: the whole answer.
+    """
 
     account: int
     began_at: float
@@ -91,6 +94,8 @@ class Look(NamedTuple):
     balance: int
     held: int
     available: int
+    key: int = 0
+    told: Mapping[str, Any] = {}
 
 
 class Told(Struct, frozen=True):

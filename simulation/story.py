@@ -477,13 +477,9 @@ class Play:
         if status != 200:
             self._loop.trace("look at a%d: status %d, %s", account, status, told)
             return
-        look = Look(
-            account,
-            began_at,
-            self._loop.time(),
-            *(nusd(told[f"{name}_usd"]) for name in ("balance", "held", "available")),
-        )
-        self._loop.trace("look at a%d: balance %d, held %d, available %d", account, *look[3:])
+        balance, held, available = (nusd(told[f"{name}_usd"]) for name in ("balance", "held", "available"))
+        look = Look(account, began_at, self._loop.time(), balance, held, available, key, told)
+        self._loop.trace("look at a%d: balance %d, held %d, available %d", account, *look[3:6])
         self.record.looks.append(look)
 
     async def _grant(self, account: int, amount: int, ref: str) -> None:

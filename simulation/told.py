@@ -3,18 +3,20 @@
 import json
 import math
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from simulation.answers import HOLD_S
-from simulation.bills import is_lost, over_at, runs_on
+from simulation.bills import is_lost, nusd, over_at, runs_on
 from simulation.breakers import routes_of
 from simulation.client import Sight, trace_of
-from simulation.history import STORE_TIMEOUT_S, UPSTREAMS
+from simulation.history import HOLD_TTL_S, STORE_TIMEOUT_S, UPSTREAMS
 from simulation.provider import FAILURE, Call
-from simulation.reasons import REFUSALS, met_deadline
-from simulation.record import HOP_S, View, cut_short
+from simulation.reasons import REFUSALS, changed_limits, met_deadline
+from simulation.record import HOP_S, RECOVERY_S, Look, View, cut_short
 
 OK: Final = 200
+REQUESTS_A_MINUTE, TOKENS_A_MINUTE = 600, 1_000_000  # of a key without limits of its own (docs/configuration.md)
 CUT_SHORT: Final = frozenset({"gateway_timeout", "overloaded"})  # what ends a request while a provider answers
 BUSY: Final = 429
 WAY_S: Final = 4 * HOP_S  # of a request and its answer, and of the connection's beginning
@@ -285,6 +287,90 @@ def _kept(event: dict[str, str]) -> dict[str, Any]:
     kept = {"account": event["account"], "key_id": event["key"], "model": event["model"], "code": code}
     attempts, upstream = int(event["attempts"]), event["upstream"] or None
     return {**kept, "upstream": upstream, "attempts": attempts, "upstream_status": (status or None) if code else None}
+
+
+def keys_are_told(view: View) -> Iterator[str]:
+    """Check what `/v1/key` says of its key: whose it is, its limits and slots, its budgets, and what it has spent."""
+    for look in view.record.looks:
+        told, spent = look.told, spends_of(view, look)
+        wrong = {name: told.get(name) for name, right in key_of(view, look).items() if told.get(name, "") != right}
+        for bucket in told["limits"]:
+            kind, limit, found = bucket["kind"], bucket["limit"], (bucket["scope"], bucket["per"])
+            size, left = size_of(view, look, kind, limit), bucket["remaining"]
+            if found != ("key", None if kind == "parallel" else "minute") or limit not in limits_of(view, look, kind):
+                wrong[kind] = bucket
+            elif left not in (slots_of(view, look, size) if kind == "parallel" else Span(0, size)):
+                wrong[f"{kind} left"] = left
+            elif (left == size) != (bucket["reset"] in {"0s", None}) and kind != "parallel":
+                wrong[f"{kind} reset"] = bucket["reset"]
+        kinds = [bucket["kind"] for bucket in told["limits"]]
+        has_slots = view.history.keys[look.key].max_parallel is not None
+        if kinds != ["requests", "tokens", *(["parallel"] if has_slots else [])]:
+            wrong["limits"] = kinds
+        for name, right in spent.items():
+            if nusd(told["spend"][name]) not in right:
+                wrong[name] = told["spend"][name]
+        if wrong:
+            yield f"a{look.account}: /v1/key of k{look.key} says {wrong}, {key_of(view, look)} and {spent} would be right"
+
+
+def key_of(view: View, look: Look) -> dict[str, Any]:
+    """Return what `/v1/key` says of a key that doesn't change."""
+    budget = view.history.keys[look.key].budget_nusd
+    budgets = {"total_usd": None if budget is None else usd_of(budget), "daily_usd": None, "monthly_usd": None}
+    named = {"id": view.record.key_ids[look.key], "account": f"a{look.account}", "budgets": budgets}
+    return {**named, "default_model": None, "models": None, "expires_at": None}
+
+
+def limits_of(view: View, look: Look, kind: str) -> list[int | None]:
+    """Return what a limit of a key may be: as it was made, and for requests what it was changed to."""
+    key = view.history.keys[look.key]
+    if kind == "parallel":
+        return [key.max_parallel]
+    if kind == "tokens":
+        return [key.tokens_per_minute or TOKENS_A_MINUTE]
+    return [key.requests_per_minute or REQUESTS_A_MINUTE, *changed_limits(view, look.key)]
+
+
+def size_of(view: View, look: Look, kind: str, limit: int) -> int:
+    """Return how much a bucket of a key holds."""
+    burst = view.history.keys[look.key].burst
+    return min(limit, burst) if kind == "requests" and burst else limit
+
+
+def slots_of(view: View, look: Look, most: int) -> Span:
+    """Return how many of a key's slots may be free: all long after its requests, and none of those that surely run."""
+    own = [sight for sight in view.record.sights if sight.request.key == look.key and sight.began_at <= look.ended_at]
+    are_over = all(over_at(view, sight) + HOLD_TTL_S + RECOVERY_S < look.began_at for sight in own)
+    calls = [call for sight in own for call in view.own_calls(sight)[-1:]]
+    running = {call.marker for call in calls if call.at <= look.began_at and call.ended_at >= look.ended_at}
+    return Span(most if are_over else 0, most - (0 if view.record.troubles else len(running)))
+
+
+def spends_of(view: View, look: Look) -> dict[str, Span]:
+    """Return what a key may have spent in all, this day and this month: what was settled before the look, or during it."""
+    troubles = view.record.troubles
+    if view.clock_jumps or any(each.what == "failover" and each.end >= look.began_at for each in troubles):
+        return {}
+    events = (event for kept in view.settled.values() for event in kept)
+    own = [event for event in events if event["key"] == view.record.key_ids[look.key]]
+    began_ms, ended_ms = ((at + view.record.store_offset_s) * 1000 for at in (look.began_at, look.ended_at))
+    spent = {}
+    for name, form in (("total_usd", ""), ("day_usd", "%Y-%m-%d"), ("month_usd", "%Y-%m")):
+        period = _date(began_ms, form)
+        costs = [
+            (int(event["settled_ms"]), int(event["cost_nusd"]))
+            for event in own
+            if _date(int(event["settled_ms"]), form) == period
+        ]
+        before, by = (sum(cost for at_ms, cost in costs if at_ms <= ms) for ms in (began_ms - 1, ended_ms))
+        if _date(ended_ms, form) == period:
+            spent[name] = Span(before, by)
+    return spent
+
+
+def _date(unix_ms: float, form: str) -> str:
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime(form)
 
 
 def usd_of(amount_nusd: int) -> str:

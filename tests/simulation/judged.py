@@ -11,8 +11,8 @@ from simulation.history import MODELS, Answer, History, KeyPlan, Request
 from simulation.judge import ERROR_TYPES, MESH_FIELDS, STREAM_STATUSES
 from simulation.judge import judge as judge_record
 from simulation.provider import Bill, Call, error_of
-from simulation.record import Book, Done, Look, Record, Sample, Told, Trouble, marker_of
-from simulation.told import LIMITS, usd_of
+from simulation.record import Book, Done, Look, Record, Sample, Told, Trouble, View, marker_of
+from simulation.told import LIMITS, key_of, size_of, spends_of, usd_of
 
 GRANTED = 1_000_000_000
 COST = 20 * 2_500 + 8 * 10_000
@@ -103,6 +103,7 @@ def judge(record):
         record.told.setdefault(number, Told([*map(shown_event, charged)], shown_rows(charged)))
     if not record.failed:
         record.failed = [failure_of(call, record.sights) for call in record.calls if is_failure(call)]
+    record.looks = [look if look.told else look._replace(told=told_of(record, look)) for look in record.looks]
     record.logged = record.logged or [line_of(record, sight) for sight in record.sights]
     return judge_record(record)
 
@@ -120,6 +121,22 @@ def complete_event(event, record):
     if sight.error:
         named |= {"code": sight.error["code"], "upstream_status": str(line["upstream_status"] or 0)}
     event.update({name: value for name, value in named.items() if name not in event})
+
+
+def told_of(record, look, **fields):
+    """Return what `/v1/key` says when nothing runs and all buckets are full, as it should be, but for these fields."""
+    view, plan = View(record), record.history.keys[look.key]
+    limits = [
+        {"scope": "key", "kind": kind, "limit": limit, "remaining": size, "per": "minute", "reset": "0s"}
+        for kind, limit in (("requests", plan.requests_per_minute or 600), ("tokens", plan.tokens_per_minute or 10**6))
+        for size in [size_of(view, look, kind, limit)]
+    ]
+    if plan.max_parallel is not None:
+        slots = {"limit": plan.max_parallel, "remaining": plan.max_parallel}
+        limits.append({"scope": "key", "kind": "parallel", **slots, "per": None, "reset": None})
+    spend = dict.fromkeys(("total_usd", "day_usd", "month_usd"), "0.00")
+    spend |= {name: usd_of(int(span.least)) for name, span in spends_of(view, look).items()}
+    return {**key_of(view, look), "limits": limits, "spend": spend, **fields}
 
 
 def is_failure(call):

@@ -33,6 +33,7 @@ from tests.simulation.judged import (
     repeats_differ,
     settled,
     tokens_kept,
+    told_of,
 )
 from tests.simulation.test_judge_attempts import ATTEMPTS
 from tests.simulation.test_judge_clients import SEEN
@@ -283,6 +284,12 @@ def template_left_out(case):
     case.prompted()
 
 
+def budget_told_wrong(case):
+    look = case.record.looks[0]
+    case.record.key_ids, case.record.books = ["key_0"], {0: book(settled(key="key_0"))}
+    case.record.looks = [look._replace(told=told_of(case.record, look, budgets={"total_usd": "1.00"}))]
+
+
 def event_told_wrong(case):
     case.record.told = {0: Told([], [{"key": "key_0", "model": "plain", "session_id": None}])}
 
@@ -395,6 +402,7 @@ BREAKS = [
     (slot_unfilled, "templates_hold"),
     (template_left_out, "templates_hold"),
     (balance_told_wrong, "accounts_are_told"),
+    (budget_told_wrong, "keys_are_told"),
     (event_told_wrong, "accounts_are_told"),
     (usage_told_wrong, "accounts_are_told"),
     (loss_not_told, "losses_are_told"),

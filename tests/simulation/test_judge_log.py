@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from simulation.books import shown_event, shown_rows, sums_of
 from simulation.history import Request
-from simulation.record import Told, Trouble
+from simulation.record import Look, Sample, Told, Trouble
 from tests.simulation.judged import (
     BROKE,
     COST,
@@ -30,6 +30,7 @@ from tests.simulation.judged import (
     judge,
     line_of,
     settled,
+    told_of,
     troubled,
 )
 
@@ -195,6 +196,9 @@ def test_the_log_is_judged_at_its_bounds(change, request_, broken):
     assert broken_by(change, request_) == broken
 
 
+WHOLE_EVENT = settled(account="a0", key="key_0", model="plain", started_ms=10_000, upstream="one", attempts=1)
+
+
 def settled_with(**fields):
     """Let the ledger's event of the request have had these fields, and its sums and the API have agreed with it."""
 
@@ -208,8 +212,7 @@ def summed(*field, count):
     """Let an aggregate of the ledger have had another number than its events make."""
 
     def change(case):
-        whole = settled(account="a0", key="key_0", model="plain", started_ms=10_000, upstream="one", attempts=1)
-        case.record.books = {0: book(whole, sums=sums_of([whole]) | {field: count})}
+        case.record.books = {0: book(WHOLE_EVENT, sums=sums_of([WHOLE_EVENT]) | {field: count})}
 
     return change
 
@@ -228,9 +231,10 @@ def shown(event=None, row=None, more=()):
     """Let the API have had other fields of the request's event, of its row, or more rows than one."""
 
     def change(case):
-        whole = settled(account="a0", key="key_0", model="plain", started_ms=10_000, upstream="one", attempts=1)
-        rows = [each | (row or {}) for each in shown_rows([whole])]
-        case.record.told = {0: Told([shown_event(whole) | (event or {})], [*rows, *(rows[0] | each for each in more)])}
+        rows = [each | (row or {}) for each in shown_rows([WHOLE_EVENT])]
+        case.record.told = {
+            0: Told([shown_event(WHOLE_EVENT) | (event or {})], [*rows, *(rows[0] | each for each in more)])
+        }
 
     return change
 
@@ -285,6 +289,58 @@ BOOKS = {
         }.items()
     },
 }
+
+
+def looked(at=9.0, troubles=(), limits=None, spend=None, keys=None, **fields):
+    """Let `/v1/key` have said this of a key with four slots, which one request has from 10.1 to 11.0."""
+
+    def change(case):
+        case.key(max_parallel=4, budget_nusd=GRANTED)
+        case.record.samples, case.record.looks = [Sample(1.0, 0, GRANTED, 0)], []
+        look = Look(0, at, at + 0.1, GRANTED, 0, GRANTED)
+        case.record.key_ids, case.record.troubles = ["key_0"], list(troubles)
+        case.record.books = {0: book(WHOLE_EVENT)}
+        told = told_of(case.record, look, **fields)
+        told["limits"] = [bucket | (limits or {}).get(bucket["kind"], {}) for bucket in told["limits"]][:keys]
+        case.record.looks = [look._replace(told=told | {"spend": told["spend"] | (spend or {})})]
+
+    return change
+
+
+COSTS = f"0.{COST:09d}"
+KEYS = {
+    "a key as it is": (looked(), True),
+    "a key of another id": (looked(id="key_1"), False),
+    "a key of another account": (looked(account="a1"), False),
+    "a key with a model": (looked(default_model="plain"), False),
+    "a key without its budget": (looked(budgets={"total_usd": None, "daily_usd": None, "monthly_usd": None}), False),
+    "a key with another limit": (looked(limits={"requests": {"limit": 601}}), False),
+    "a key with a limit a day": (looked(limits={"tokens": {"per": "day"}}), False),
+    "a key without its slots": (looked(keys=2), False),
+    "a bucket that is too full": (looked(limits={"tokens": {"remaining": 1_000_001}}), False),
+    "a bucket that isn't full": (looked(limits={"tokens": {"remaining": 999_999, "reset": "1ms"}}), True),
+    "a bucket that isn't full, without a wait": (looked(limits={"tokens": {"remaining": 999_999}}), False),
+    "a slot that is taken before a request": (looked(limits={"parallel": {"remaining": 3}}), False),
+    "a slot that is taken during a request": (looked(10.2, limits={"parallel": {"remaining": 3}}), True),
+    "no slot that is taken during a request": (looked(10.2), False),
+    "no slot after a fault": (looked(10.2, [Trouble("gone", 1.0, 2.0)]), True),
+    "a slot that is taken long after a request": (looked(36.1, limits={"parallel": {"remaining": 3}}), False),
+    "a slot of a dead worker": (looked(35.9, limits={"parallel": {"remaining": 3}}), True),
+    "a spend before it": (looked(10.8, [Trouble("gone", 1.0, 2.0)], spend={"total_usd": COSTS}), False),
+    "a spend while it is settled": (looked(10.95, [Trouble("gone", 1.0, 2.0)], spend={"total_usd": COSTS}), True),
+    "a spend after it": (looked(11.1), True),
+    "no spend of the day after it": (looked(11.1, spend={"day_usd": "0.00"}), False),
+    "no spend of the month after it": (looked(11.1, spend={"month_usd": "0.00"}), False),
+    "no spend before a failover": (
+        looked(11.1, [Trouble("failover", 11.0, 20.0)], spend={"total_usd": "0.00"}),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "is_right"), KEYS.values(), ids=KEYS.keys())
+def test_a_key_is_judged_by_its_fields(change, is_right):
+    assert ("keys_are_told" not in broken_by(change, REQUEST)) == is_right
 
 
 @pytest.mark.parametrize(("change", "broken"), BOOKS.values(), ids=BOOKS.keys())
