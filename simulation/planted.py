@@ -1287,6 +1287,12 @@ PLANTED: Final = [
         "if slowest is not None and wait_s > 0:",
         "if slowest is not None and wait_s == math.inf:",
     ),
+    Planted(
+        "a slot isn't given back without Redis",
+        "ledger/local.py",
+        "                self._parallel[owner] -= 1\n",
+        "                self._parallel[owner] -= 0\n",
+    ),
 ]
 
 
