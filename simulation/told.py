@@ -335,7 +335,7 @@ def limits_of(view: View, look: Look, kind: str) -> list[int | None]:
 def size_of(view: View, look: Look, kind: str, limit: int) -> int:
     """Return how much a bucket of a key holds."""
     burst = view.history.keys[look.key].burst
-    return min(limit, burst) if kind == "requests" and burst else limit
+    return burst if kind == "requests" and burst else limit
 
 
 def slots_of(view: View, look: Look, most: int) -> Span:

@@ -295,7 +295,7 @@ def looked(at=9.0, troubles=(), limits=None, spend=None, keys=None, **fields):
     """Let `/v1/key` have said this of a key with four slots, which one request has from 10.1 to 11.0."""
 
     def change(case):
-        case.key(max_parallel=4, budget_nusd=GRANTED)
+        case.key(max_parallel=4, budget_nusd=GRANTED, burst=700)
         case.record.samples, case.record.looks = [Sample(1.0, 0, GRANTED, 0)], []
         look = Look(0, at, at + 0.1, GRANTED, 0, GRANTED)
         case.record.key_ids, case.record.troubles = ["key_0"], list(troubles)
@@ -320,6 +320,8 @@ KEYS = {
     "a bucket that is too full": (looked(limits={"tokens": {"remaining": 1_000_001}}), False),
     "a bucket that isn't full": (looked(limits={"tokens": {"remaining": 999_999, "reset": "1ms"}}), True),
     "a bucket that isn't full, without a wait": (looked(limits={"tokens": {"remaining": 999_999}}), False),
+    "a bucket with less than its burst": (looked(limits={"requests": {"remaining": 600, "reset": "10s"}}), True),
+    "a bucket with more than its burst": (looked(limits={"requests": {"remaining": 701}}), False),
     "a slot that is taken before a request": (looked(limits={"parallel": {"remaining": 3}}), False),
     "a slot that is taken during a request": (looked(10.2, limits={"parallel": {"remaining": 3}}), True),
     "no slot that is taken during a request": (looked(10.2), False),
