@@ -66,6 +66,7 @@ ChangeKind = Literal[
     "grant_twice",
     "requests_per_minute",
     "suspend",
+    "suspend_account",
     "activate",
     "revoke",
     "template",
@@ -414,7 +415,7 @@ class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=Tr
 
 
 class Change(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """An operator's change: a grant (of nano-USD), another limit of a key, its suspension or revocation.
+    """An operator's change: a grant (of nano-USD), another limit of a key, a suspension, a revocation.
 
     `template`: another version (`amount`) of the account's own template. `look`: no change, the account is read.
     """
@@ -427,7 +428,10 @@ class Change(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 
 
 class KeyPlan(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """A key, and what its requests may do. Budgets are nano-USD; `session_budget_nusd` is of each of its sessions."""
+    """A key, and what its requests may do. Budgets are nano-USD; `session_budget_nusd` is of each of its sessions.
+
+    `expires_s`: after the set-up; None: never. `models`: those that it may use; empty: all.
+    """
 
     account: int = 0
     requests_per_minute: int | None = None
@@ -436,6 +440,8 @@ class KeyPlan(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     max_parallel: int | None = None
     budget_nusd: int | None = None
     session_budget_nusd: int | None = None
+    expires_s: float | None = None
+    models: tuple[str, ...] = ()
 
 
 Step = Request | Fault | WorkerEvent | Change | Outage
@@ -579,6 +585,23 @@ def _tenants(rng: random.Random) -> History:
         repeat = replace(first, name=f"q{len(requests)}", repeats=first.name, at_s=at_s, connection="")
         requests.append(replace(repeat, worker=rng.randint(0, 1)))
     changes: list[Step] = []
+    may = rng.random()
+    if may < 0.2:  # a key that expires, and its requests just before and after
+        expires_s = rng.choice((0.3, 0.8, 2.0))
+        keys = (replace(keys[0], expires_s=expires_s), *keys[1:])
+        late = replace(_request(rng, f"q{len(requests)}", _any_answer(rng)), connection="")
+        requests.append(replace(late, at_s=round(expires_s + rng.choice((0.0, 0.2, 1.0)), 3)))
+    elif may < 0.4:
+        models = tuple(sorted(rng.sample(list(MODELS), 6)))
+        keys = (replace(keys[0], models=models), *keys[1:])
+        late = _request(rng, f"q{len(requests)}", _any_answer(rng), models=models)
+        requests.append(replace(late, fallbacks=rng.choice(((), ("pair",), ("fee",)))))
+    elif may < 0.6:
+        suspends = Change(round(rng.random() * 2, 3), "suspend_account", rng.randint(0, 1))
+        changes.append(suspends)
+        for key in (0, 1):  # when that must hold, of both accounts
+            late = replace(_request(rng, f"q{len(requests)}", _any_answer(rng)), key=key, connection="")
+            requests.append(replace(late, at_s=round(suspends.at_s + rng.choice((2.8, 3.5)), 3)))
     if is_templated and rng.random() < 0.5:
         account, is_dropped = rng.randint(0, 1), rng.random() < 0.5
         version = DROPPED if is_dropped else first_version(account) + 1
@@ -755,6 +778,8 @@ def _store(rng: random.Random) -> History:
 
 def _workers(rng: random.Random) -> History:
     """Workers that are killed, drained or reloaded in the middle."""
+    if rng.random() < 0.2:
+        return _slots(rng)
     requests: list[Step] = []
     for number in range(rng.randint(2, 6)):
         answer = replace(_any_answer(rng), gap_s=rng.choice((0.0, 0.05, 0.3)), delay_s=rng.choice((0.0, 0.1, 1.0)))
@@ -767,6 +792,22 @@ def _workers(rng: random.Random) -> History:
         late = _request(rng, f"q{len(requests)}", _any_answer(rng), models=(name,))
         requests.append(replace(late, at_s=5.0 + len(requests), worker=rng.randint(0, 1)))
     return History(0, "", workers=2, steps=(*requests, *events))
+
+
+def _slots(rng: random.Random) -> History:
+    """Draw requests of several seconds that fill a key's slots, a worker that is killed with them, and later requests."""
+    most, killed_at = rng.choice((1, 1, 2)), round(1.0 + rng.random() * 2, 3)
+    lates = [0.5, *sorted(rng.choice((3.0, 10.0, 19.0, 22.5, 24.0, 40.0)) for _ in range(2))]  # beside HOLD_TTL_S
+    requests: list[Step] = []
+    for number in range(most + rng.randint(0, 1) + len(lates)):
+        early = number - len(lates)
+        at_s = round(rng.random() * 0.5 if early >= 0 else killed_at + lates[number], 3)
+        words, lasts_s = rng.choice((8, 20)), rng.choice((3.0, 6.0, 12.0)) if early >= 0 else rng.choice((0.0, 3.0))
+        answer = replace(_any_answer(rng), words=words, per_event=1, gap_s=round(lasts_s / words, 3), pieces=0)
+        request = replace(_request(rng, f"q{number}", answer), at_s=at_s, connection="", timeout_s=None)
+        requests.append(replace(request, max_tokens=None, worker=rng.choice((0, 0, 0, 1)), waits=rng.random() < 0.3))
+    killed = WorkerEvent(killed_at, "killed", 0, rng.choice((0.0, 0.5, 25.0)))
+    return History(0, "", keys=(KeyPlan(max_parallel=most),), workers=2, steps=(*requests, killed))
 
 
 def _across(rng: random.Random, drain: WorkerEvent, name: str) -> list[Step]:

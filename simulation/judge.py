@@ -50,6 +50,7 @@ from simulation.provider import Call
 from simulation.reasons import (
     deadlines_hold,
     is_unpriced,
+    may_not_use,
     met_deadline,
     statuses_have_reasons,
     waits_are_true,
@@ -58,6 +59,7 @@ from simulation.record import HOP_S, PROPAGATION_S, STORE, Finding, Record, Rule
 from simulation.told import failures_are_logged, ids_are_told, keys_are_told, refusals_are_told, requests_are_logged
 
 PING: Final = b": ping\n\n"
+REFUSED_WITH: Final = {"revoke": 401, "expire": 401, "suspend": 403, "suspend_account": 403}  # docs/errors.md
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
 CAPS: Final = frozenset({"max_tokens", "max_completion_tokens"})
@@ -256,6 +258,8 @@ def requests_are_clean(view: View) -> Iterator[str]:
         if group is None:
             yield f"{call.upstream} got a request of nobody's: {call.marker}"
             continue
+        if may_not_use(view, group[0]):
+            yield f"{call.upstream} got a request for models that its key may not use: {group[0].request}"
         if is_unpriced(view, group[0]):
             yield f"{call.upstream} got the service tier {call.body.get('service_tier')} for {group[0].request}"
         owner = next((sight for sight in group if any(own is call for own in view.own_calls(sight))), None)
@@ -399,24 +403,19 @@ def _began_at(view: View, sight: Sight) -> float:
 
 
 def changes_hold(view: View) -> Iterator[str]:
-    """Check that a revoked or suspended key is refused two seconds later, and a reload's prices are charged."""
-    for done in view.record.changes:
-        if done.what not in {"revoke", "suspend"} or not done.ok or view.has_lost(done):
-            continue
-        others = {other.what for other in view.record.changes if other.key == done.key}
-        refused_with = {status for what, status in {"revoke": 401, "suspend": 403}.items() if what in others}
-        for sight in view.record.sights:
-            late = sight.request.key == done.key and sight.began_at > done.ended_at + PROPAGATION_S
-            if (
-                late
-                and sight.ended == "whole"
-                and sight.status not in {*refused_with, 503}
-                and not view.feels(sight, *STORE)
-            ):
-                yield (
-                    f"{sight.request_id} got {sight.status} with a key that was {done.what}d"
-                    f" {sight.began_at - done.ended_at:.1f} s before"
-                )
+    """Check that a revoked or suspended key, or account, is refused two seconds later, and a key that expires at once.
+
+    Where several hold, either is told.
+    """
+    ends = [done for done in view.record.changes if done.what in REFUSED_WITH and done.ok]
+    for done in ends:
+        holds_at = done.ended_at + (0.0 if done.what == "expire" else PROPAGATION_S)
+        for sight in view.record.sights if not view.has_lost(done) else ():
+            key, account = sight.request.key, view.key(sight)
+            is_late = done.concerns(key, account) and sight.began_at > holds_at and sight.ended == "whole"
+            refused_with = {REFUSED_WITH[other.what] for other in ends if other.concerns(key, account)}
+            if is_late and sight.status not in {*refused_with, 503} and not view.feels(sight, *STORE):
+                yield f"{sight.request_id} got {sight.status} {sight.began_at - done.ended_at:.1f} s after {done.what}"
 
 
 def nothing_is_left(view: View) -> Iterator[str]:

@@ -328,6 +328,6 @@ def _slots_taken(view: View, number: int, most: int) -> Iterator[str]:
     ]
     for call in calls:
         open_ = {other.marker for other in calls if other.at <= call.at < other.ended_at - LATENCY_S / 2}
-        if len(open_) > most and not view.record.troubles:
+        if len(open_) > most and {trouble.what for trouble in view.record.troubles} <= {"killed"}:
             yield f"k{number}: {len(open_)} requests run at once, and {most} may"
             return

@@ -87,6 +87,12 @@ PLANTED: Final = [
         "running > KEY_MAX_PARALLEL",
     ),
     Planted(
+        "the slot of a dead worker stays taken",
+        LUA + "admit.lua",
+        "redis.call('ZCOUNT', KEY_RUNNING, '(' .. whole(now_ms), '+inf')",
+        "redis.call('ZCARD', KEY_RUNNING)",
+    ),
+    Planted(
         "a denied request takes from its bucket",
         LUA + "admit.lua",
         "if slowest > 0 then return",
@@ -646,6 +652,36 @@ PLANTED: Final = [
         "ledger/templates.py",
         "owners = [AccountKeys(account), AccountKeys(GLOBAL)]",
         "owners = [AccountKeys(GLOBAL), AccountKeys(account)]",
+    ),
+    Planted(
+        "a suspended account is served",
+        "gateway/entry.py",
+        'if principal.account.status != "active":',
+        "if False:",
+    ),
+    Planted(
+        "an expired key is served",
+        "gateway/entry.py",
+        "if key.expires_at is not None and key.expires_at <= self._wall_clock():",
+        "if False:",
+    ),
+    Planted(
+        "an expired key is served for two seconds",
+        "gateway/entry.py",
+        "key.expires_at <= self._wall_clock():",
+        "key.expires_at + 2 <= self._wall_clock():",
+    ),
+    Planted(
+        "a key may use every model as a fallback",
+        "gateway/resolve.py",
+        "for name in (model, *request.models) if key.models is not None else ():",
+        "for name in (model,) if key.models is not None else ():",
+    ),
+    Planted(
+        "a key may use every model",
+        "policy/principal.py",
+        "return self.key.models is None or model in self.key.models",
+        "return True",
     ),
     Planted(
         "every account gets a0's template",

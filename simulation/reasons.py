@@ -6,7 +6,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from simulation.bills import TIMER_S, TOOL_NAME_TOKENS, estimates, least_held, most_held_for, nusd, over_at
+from simulation.bills import (
+    TIMER_S,
+    TOOL_NAME_TOKENS,
+    died_unsettled,
+    estimates,
+    least_held,
+    most_held_for,
+    nusd,
+    over_at,
+)
 from simulation.breakers import ASKED_S, is_failing, may_all_be_open
 from simulation.client import Sight
 from simulation.history import (
@@ -71,17 +80,25 @@ def _status_of(code: object) -> int:
 
 
 def _revoked(view: View, sight: Sight) -> bool:
+    """Whether its key was revoked, or had expired: that needs no word from the store."""
     return any(
-        done.what == "revoke" and done.key == sight.request.key and done.began_at <= sight.ended_at
+        done.what in {"revoke", "expire"} and done.key == sight.request.key and done.began_at <= sight.ended_at
         for done in view.record.changes
     )
 
 
 def _suspended(view: View, sight: Sight) -> bool:
     return any(
-        done.what == "suspend" and done.key == sight.request.key and done.began_at <= sight.ended_at
+        done.began_at <= sight.ended_at and done.concerns(sight.request.key, view.key(sight))
         for done in view.record.changes
+        if done.what in {"suspend", "suspend_account"}
     )
+
+
+def may_not_use(view: View, sight: Sight) -> bool:
+    """Whether a request names a model that its key may not use, as a fallback too."""
+    models, request = view.history.keys[sight.request.key].models, sight.request
+    return bool(models) and not {request.model, *request.fallbacks} <= set(models)
 
 
 def _refused_by_provider(view: View, sight: Sight) -> bool:
@@ -288,6 +305,11 @@ def others_of_key(view: View, sight: Sight) -> list[Sight]:
     ]
 
 
+def _left_behind_s(view: View, sight: Sight) -> float:
+    """Return for how long a request's slot may be taken once it is over: until its hold's deadline, if its worker died."""
+    return 0.0 if sight.ended == "whole" and not died_unsettled(view, sight) else HOLD_TTL_S
+
+
 def _limited(view: View, sight: Sight) -> bool:
     """Whether a limit that its message names was reached."""
     key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
@@ -313,7 +335,7 @@ def _limited(view: View, sight: Sight) -> bool:
             for other in counted
             if (not surely_alone or view.worker(other) == view.worker(sight))
             and (
-                over_at(view, other) + (0 if other.ended == "whole" else HOLD_TTL_S) + LATENCY_S >= sight.began_at
+                over_at(view, other) + _left_behind_s(view, other) + LATENCY_S >= sight.began_at
                 or (
                     view.feels(other, *STORE)
                     and view.feels(sight, *STORE)
@@ -554,7 +576,7 @@ REASONS: Final[Mapping[int, tuple[Reason, ...]]] = {
     400: (_refused_by_provider,),
     401: (_revoked,),
     402: (_out_of_credit,),
-    403: (_suspended, _refused_by_provider),
+    403: (_suspended, may_not_use, _refused_by_provider),
     404: (_unknown_template, _refused_by_provider),
     409: (_conflict,),
     413: (_refused_by_provider,),

@@ -68,6 +68,10 @@ class Done(NamedTuple):
     ok: bool = True
     ref: str = ""
 
+    def concerns(self, key: int, account: int) -> bool:
+        """Whether it is a change of a key, or of an account, that a request with this key of this account has."""
+        return self.account == account if self.what == "suspend_account" else self.key == key
+
 
 class Trouble(NamedTuple):
     """A fault of the store or a disk, or an end of a worker, with the time in which it can be felt. None: of all workers."""

@@ -276,7 +276,14 @@ class Play:
                 budgets={} if key.budget_nusd is None else {"total_nusd": key.budget_nusd},
                 session={} if key.session_budget_nusd is None else {"total_nusd": key.session_budget_nusd},
             )
-            made = await operator.create_key(f"a{key.account}", KeyChange(bounds=bounds))
+            made_at = self._loop.time()
+            expires_at = None if key.expires_s is None else self._loop.wall() + key.expires_s
+            made = await operator.create_key(
+                f"a{key.account}", KeyChange(bounds=bounds, expires_at=expires_at, models=list(key.models) or None)
+            )
+            if key.expires_s is not None:
+                at = made_at + key.expires_s
+                self.record.changes.append(Done("expire", at, at, key.account, len(self._secrets)))
             self._secrets.append(made["key"])
             self._key_ids.append(made["id"])
         if any(request.template for request in self._history.requests):
@@ -447,6 +454,8 @@ class Play:
             if change.what == "requests_per_minute":
                 bounds = Bounds(limits={"requests_per_minute": change.amount})
                 await operator.change_key(key_id, KeyChange(bounds=bounds))
+            elif change.what == "suspend_account":
+                await operator.set_account_status(f"a{change.account}", "suspended")
             else:
                 status = {"suspend": "suspended", "activate": "active", "revoke": "revoked"}[change.what]
                 await operator.set_key_status(key_id, status)  # type: ignore[arg-type]

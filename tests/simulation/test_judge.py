@@ -253,6 +253,10 @@ def revoked_and_served(case):
     case.record.changes.append(Done("revoke", 1.0, 2.0, 0, 0))
 
 
+def model_not_allowed(case):
+    case.key(models=("pair",))
+
+
 def tier_unpriced(case):
     case.sight.request = replace(case.sight.request, tier="scale")
     case.call.body["service_tier"] = "scale"
@@ -395,6 +399,7 @@ BREAKS = [
     (asked_in_spite_of_failures, "breakers_hold"),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),
+    (model_not_allowed, "requests_are_clean"),
     (tier_unpriced, "requests_are_clean"),
     (billed_in_another_tier, "charges_are_bills"),
     (billed_below_its_tier, "charges_are_bills"),

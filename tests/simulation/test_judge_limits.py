@@ -25,6 +25,7 @@ from tests.simulation.judged import (
     book,
     broken_by,
     broken_call,
+    failed_before,
     false_wait,
     headed,
     judge,
@@ -114,6 +115,26 @@ def test_a_slot_may_be_taken_while_a_settlement_waits_for_the_store(start, end, 
     case = Case()
     limited(1.0, 1, Trouble("refused", start, end), max_parallel=1)(case)
     case.record.sights[1].ended = "whole"
+    assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
+@pytest.mark.parametrize(("what", "found"), [("killed", True), ("lost_reply", False)])
+def test_a_killed_worker_excuses_no_request_too_many(what, found):
+    case = Case()
+    failed_before(2, 9.0)(case)
+    for call in case.record.calls[1:]:
+        call.at = 6.0
+    case.key(max_parallel=1)
+    case.record.troubles = [Trouble(what, 7.0, 8.0)]
+    assert ("limits_hold" in {finding.rule for finding in judge(case.record)}) == found
+
+
+@pytest.mark.parametrize(("killed_at", "excused"), [(5.0, True), (1.0, False)])
+def test_a_slot_stays_taken_until_the_deadline_of_a_worker_that_was_killed_with_it(killed_at, excused):
+    case = Case()
+    limited(1.0, 1, Trouble("killed", killed_at, killed_at + 1, 0), max_parallel=1)(case)
+    case.record.sights[1].ended = "whole"
+    case.record.sights[1].began_at, case.record.sights[1].ended_at = 4.0, 5.0
     assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == excused
 
 
