@@ -85,7 +85,11 @@ def _least_balance(view: View, charged: list[dict[str, str]]) -> int:
     for start, end in lost:
         if (view.clock_jumps or any(start - LATENCY_S <= at <= end for at in admitted)) and start > until:
             outages, until = outages + 1, end - RECOVERY_S
-    beyond = [max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in charged if event["hold"] != "none"]
+    beyond = [  # an abandoned hold was available to others
+        max(0, int(event["cost_nusd"]) - (int(event["held_nusd"]) if event["hold"] == "live" else 0))
+        for event in charged
+        if event["hold"] != "none"
+    ]
     local = [int(event["cost_nusd"]) for event in charged if event["hold"] == "none"]
     requests = view.history.workers + whats["lost_reply"]
     return -ALLOWANCE_NUSD * max(bool(local), outages) - sum(beyond) - max(local, default=0) * requests

@@ -604,6 +604,15 @@ def test_a_balance_may_fall_by_an_allowance_in_each_outage(outages, is_right):
     assert ("with the allowance" not in words) == is_right
 
 
+@pytest.mark.parametrize(("hold", "is_right"), [("abandoned", True), ("live", False)])
+def test_a_balance_may_fall_by_what_had_an_abandoned_hold(hold, is_right):
+    case = Case()
+    case.record.history = replace(case.record.history, local=True)
+    case.record.books = {0: replace(book(settled(held_nusd=COST, hold=hold)), balance=-COST)}
+    words = " ".join(finding.words for finding in judge(case.record))
+    assert ("with the allowance" not in words) == is_right
+
+
 @pytest.mark.parametrize(("lost", "is_right"), [(0, False), (1, False), (2, True)])
 def test_a_lost_reply_has_one_request_admitted_without_the_store(lost, is_right):
     """And no whole allowance: three of 5,000,000 and one at each of the workers exceed one allowance."""
