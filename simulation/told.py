@@ -316,10 +316,12 @@ def keys_are_told(view: View) -> Iterator[str]:
 
 def key_of(view: View, look: Look) -> dict[str, Any]:
     """Return what `/v1/key` says of a key that doesn't change."""
-    budget = view.history.keys[look.key].budget_nusd
+    key = view.history.keys[look.key]
+    budget = key.budget_nusd
     budgets = {"total_usd": None if budget is None else usd_of(budget), "daily_usd": None, "monthly_usd": None}
     named = {"id": view.record.key_ids[look.key], "account": f"a{look.account}", "budgets": budgets}
-    return {**named, "default_model": None, "models": None, "expires_at": None}
+    unset = {"default_model": None, **({"expires_at": None} if key.expires_s is None else {})}
+    return {**named, **unset, "models": list(key.models) or None}
 
 
 def limits_of(view: View, look: Look, kind: str) -> list[int | None]:

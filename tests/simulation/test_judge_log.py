@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from simulation.books import shown_event, shown_rows, sums_of
 from simulation.history import Request
-from simulation.record import Look, Sample, Told, Trouble
+from simulation.record import Look, Sample, Told, Trouble, View
+from simulation.told import key_of
 from tests.simulation.judged import (
     BROKE,
     COST,
@@ -312,6 +313,8 @@ KEYS = {
     "a key as it is": (looked(), True),
     "a key of another id": (looked(id="key_1"), False),
     "a key of another account": (looked(account="a1"), False),
+    "a key with models": (looked(models=["plain"]), False),
+    "a key that expires": (looked(expires_at="2026-01-01T00:00:00Z"), False),
     "a key with a model": (looked(default_model="plain"), False),
     "a key without its budget": (looked(budgets={"total_usd": None, "daily_usd": None, "monthly_usd": None}), False),
     "a key with another limit": (looked(limits={"requests": {"limit": 601}}), False),
@@ -348,3 +351,11 @@ def test_a_key_is_judged_by_its_fields(change, is_right):
 @pytest.mark.parametrize(("change", "broken"), BOOKS.values(), ids=BOOKS.keys())
 def test_usage_is_judged_by_its_fields(change, broken):
     assert broken_by(change, REQUEST) == broken
+
+
+def test_a_key_has_its_models_and_expires_when_it_does():
+    case = Case()
+    case.key(models=("plain", "pair"), expires_s=2.0)
+    case.record.key_ids = ["key_0"]
+    right = key_of(View(case.record), Look(0, 9.0, 9.1, GRANTED, 0, GRANTED))
+    assert (right["models"], "expires_at" in right) == (["plain", "pair"], False)
