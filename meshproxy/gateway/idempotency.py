@@ -181,7 +181,7 @@ class Recording(DownstreamWrapper):
         gone_at = clock() + self._running_ttl_ms / 1000
         while clock() < gone_at:
             try:
-                await self._replays.conclude(self._claim, conclusion, ttl_ms)
+                await self._replays.conclude(self._claim, conclusion, ttl_ms, self._sent)
             except Unavailable:
                 await asyncio.sleep(CONCLUDE_RETRY_S)
             else:
@@ -332,10 +332,11 @@ def _stop(exchange: Exchange, downstream: Downstream, error_response: ErrorRespo
 
 
 async def _head_of(parts: AsyncIterator[bytes]) -> Head:
+    """Return an answer's head. Raises LookupError if the first request failed, GatewayError 409 if nothing was kept."""
     async for part in parts:
         if part:
             return msgspec.json.decode(part, type=Head)
-    raise LookupError
+    raise GatewayError(Source.CLIENT, NOT_KEPT)  # it has ended, and a new claim would find the same
 
 
 class IdempotencyKeys:

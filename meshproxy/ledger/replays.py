@@ -68,11 +68,11 @@ class Replays:
         args: list[Argument] = [ttl_ms, claim.owner, start, *parts]
         return bool(await self._store.run(self._append, keys, args) > 0)
 
-    async def conclude(self, claim: Claim, state: Conclusion, ttl_ms: int) -> None:
-        """Record the state of the answer."""
+    async def conclude(self, claim: Claim, state: Conclusion, ttl_ms: int, parts: int = 0) -> None:
+        """Record the state of the answer, which has so many parts. One that isn't whole any more is lost, not finished."""
         names = AccountKeys(claim.account)
         keys = [claim.record, claim.parts, names.replays, names.replay_sizes]
-        await self._store.run(self._conclude, keys, [claim.owner, state, ttl_ms])
+        await self._store.run(self._conclude, keys, [claim.owner, state, ttl_ms, parts])
 
     async def read(self, claim: Claim, start: int) -> tuple[str | None, list[bytes]]:
         """Return the state and the parts from `start` on. No parts follow `finished`. None: the record is gone."""

@@ -372,6 +372,18 @@ async def test_a_repeat_that_reads_along_when_a_part_is_lost_gets_the_conflict(h
     assert json.loads(client.text.split(b"data: ")[-1])["error"]["code"] == "idempotency_conflict"
 
 
+async def test_a_repeat_of_an_answer_that_is_gone_though_its_record_is_not_gets_the_conflict(house):
+    recording = await house.enter("h1")
+    recording.begin(HEADERS)
+    recording.conclude(complete=True)
+    await house.tasks.finish(5)
+    first = await house.enter("h2")
+    await house.store.execute("DEL", Replays.claim_by(PRINCIPAL.account.name, PRINCIPAL.key.id, "once", "h1").parts)
+    with pytest.raises(GatewayError) as caught:
+        await house.play(first, Client())
+    assert caught.value.response.code == "idempotency_conflict"
+
+
 async def test_after_a_while_it_is_told_no_more(house):
     recording = await house.enter("h1", running_ttl_ms=10)
     house.store.is_lost = True

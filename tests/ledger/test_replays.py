@@ -54,6 +54,15 @@ async def test_names_of_other_keys_and_accounts_are_others(claim, other):
     assert (await claim("h2", **other)).state == "claimed"
 
 
+@pytest.mark.parametrize(("sent", "state"), [(2, "finished"), (3, "lost"), (1, "lost")])
+async def test_an_answer_without_all_its_parts_is_not_finished(claim, replays, sent, state):
+    """A failover may have lost them after they were appended."""
+    first = await claim("h1")
+    await replays.append(first, [b"head", b"body"], TTL_MS)
+    await replays.conclude(first, "finished", TTL_MS, sent)
+    assert (await claim("h2")).state == state
+
+
 @pytest.mark.parametrize("conclusion", ["finished", "lost"])
 async def test_a_conclusion_is_kept(claim, replays, conclusion):
     await replays.conclude(await claim("h1"), conclusion, TTL_MS)
@@ -88,7 +97,7 @@ async def test_parts_are_read_from_where_one_was(claim, replays):
     await replays.append(owner, [b"a", b"b"], TTL_MS)
     assert await replays.read(reader, 0) == ("running", [b"a", b"b"])
     await replays.append(owner, [b"c"], TTL_MS, 2)
-    await replays.conclude(owner, "finished", TTL_MS)
+    await replays.conclude(owner, "finished", TTL_MS, 3)
     assert await replays.read(reader, 2) == ("finished", [b"c"])
 
 

@@ -282,7 +282,7 @@ CALLS = {  # of every other script: what calls it, and its arguments by the name
         },
     ),
     "conclude": (
-        lambda sent: Replays(sent).conclude(CLAIM, "finished", 21),
+        lambda sent: Replays(sent).conclude(CLAIM, "finished", 21, 23),
         {
             "record": CLAIM.record,
             "parts of the answer": CLAIM.parts,
@@ -291,6 +291,7 @@ CALLS = {  # of every other script: what calls it, and its arguments by the name
             "owner": "h",
             "state": "finished",
             "time to live": "21",
+            "how many parts there must be if it is finished": "23",
         },
     ),
     "beat": (

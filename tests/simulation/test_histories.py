@@ -210,6 +210,26 @@ FOUND = {
             WorkerEvent(3.209, "drained", worker=1),
         ),
     ),
+    "a repeat asked without end for an answer that a failover had lost": History(
+        20161270,
+        "found",
+        credit=(1_000_000,),
+        steps=(
+            Request(
+                "q1",
+                at_s=0.278,
+                stream=True,
+                n=2,
+                prompt_words=1,
+                keyed=True,
+                answers=(Answer(words=1, gap_s=0.207, lie="none", end="late_error", comments=1),),
+            ),
+            Fault(1.778, "failover"),
+            Request(
+                "r1", at_s=2.678, stream=True, n=2, prompt_words=1, keyed=True, repeats="q1", answers=(Answer(words=1),)
+            ),
+        ),
+    ),
     "a stopped worker kept the socket of a client that read nothing": History(
         1,
         "found",

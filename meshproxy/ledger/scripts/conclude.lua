@@ -1,14 +1,16 @@
 -- Records that a request with an Idempotency-Key has ended, and how, or that it still runs. Only the record's owner may do so.
+-- An answer of which parts are missing, because a failover lost them, is lost and not finished.
 --
 -- KEYS   1 record, 2 parts of the answer, 3 the account's owners, 4 sizes of their answers
--- ARGV   1 owner, 2 state (running, finished, lost or failed), 3 time to live (ms)
+-- ARGV   1 owner, 2 state (running, finished, lost or failed), 3 time to live (ms), 4 how many parts there must be if it is finished
 -- reply  1 recorded, 0 the record has another owner now
 
 -- include: clock
 -- include: keep
 
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'state', ARGV[2])
+local is_whole = ARGV[2] ~= 'finished' or redis.call('LLEN', KEYS[2]) == tonumber(ARGV[4])
+redis.call('HSET', KEYS[1], 'state', is_whole and ARGV[2] or 'lost')
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 if ARGV[2] == 'failed' then -- the record expires within seconds and no longer counts
