@@ -1131,7 +1131,12 @@ PLANTED: Final = [
         "text_tokens(_ESCAPE.sub(_unescaped, text) if",
         "text_tokens(text if",
     ),
-    Planted("tools aren't billed", "policy/tokens.py", "_said(messages) + sum(map(_words, others))", "_said(messages)"),
+    Planted(
+        "tools aren't billed",
+        "policy/tokens.py",
+        "_message_words(messages) + sum(map(_json_words, others))",
+        "_message_words(messages)",
+    ),
     Planted(
         "a field that OpenAI doesn't have is dropped",
         "openai/request.py",

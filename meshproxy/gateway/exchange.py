@@ -174,7 +174,7 @@ class Exchange(Struct, eq=False):
     - `detachable`, `detached`: it can go on without its client; its client has gone and it goes on.
     - `failure`: what broke off an answer that had begun.
     - `may_be_billed`: all of the request was sent to a provider, which hasn't failed.
-    - `may_have_run`: so it was to one that failed and may have done the work.
+    - `may_have_run`: a provider whose attempt failed may have done the work.
     - `early_head`: a stream's client side before an answer.
     - `price`: the price that decided the cost.
     - `refused_numbers`: the numbers of the provider's report that can't be true.
@@ -262,7 +262,7 @@ class Exchange(Struct, eq=False):
         return without_secrets(response, self.secrets)
 
     def mark_streaming(self) -> None:
-        """Record that the head of a stream was sent to the client, unless that has gone."""
+        """Record that the head of a stream was sent to the client, unless the client has gone."""
         self.phase = "stream"
         if not self.detached:  # else it was sent a 504, or nothing
             self.status = 200

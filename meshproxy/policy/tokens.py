@@ -113,20 +113,20 @@ def likely_tokens(messages: bytes, others: Iterable[bytes], count: int) -> int:
 
     The result is 0.8 to 1.4 times o200k_base's count. It samples the words, in some milliseconds at most.
     """
-    return _said(messages) + sum(map(_words, others)) + TOKENS_PER_MESSAGE * count + TOKENS_PER_PROMPT
+    return _message_words(messages) + sum(map(_json_words, others)) + TOKENS_PER_MESSAGE * count + TOKENS_PER_PROMPT
 
 
-def _said(messages: bytes) -> int:
+def _message_words(messages: bytes) -> int:
     """Estimate the tokens of the words in messages, without what frames them."""
     if len(messages) > MAX_SAMPLED_BYTES:
-        return estimate_from_samples(messages, MAX_SAMPLED_BYTES, _said)
+        return estimate_from_samples(messages, MAX_SAMPLED_BYTES, _message_words)
     return _text_words(_FRAMING.sub("", messages.decode(errors="ignore")))
 
 
-def _words(json: bytes) -> int:
+def _json_words(json: bytes) -> int:
     """Estimate the tokens of the words in JSON, its names included."""
     if len(json) > MAX_SAMPLED_BYTES:
-        return estimate_from_samples(json, MAX_SAMPLED_BYTES, _words)
+        return estimate_from_samples(json, MAX_SAMPLED_BYTES, _json_words)
     return _text_words(json.decode(errors="ignore"))
 
 
