@@ -334,7 +334,7 @@ def hang_ups_are_noticed(view: View) -> Iterator[str]:
         if sight.ended != "left" or sight.request.reads == "stalls" or runs_on(view, sight):
             continue
         for call in view.calls.get(sight.marker, ()):
-            if call.answer.error == "empty" and call.at + call.answer.delay_s <= sight.ended_at:
+            if call.answer.error == "empty" and call.at + call.answer.delay_s <= sight.ended_at + HOP_S:
                 continue  # its head was all of it
             if not call.ended_at or call.ended_at > sight.ended_at + HANG_UP_S:
                 yield f"{call.upstream} went on with {sight.request_id} until {call.ended_at - sight.ended_at:.1f} s later"

@@ -115,6 +115,12 @@ PLANTED: Final = [
         "math.ceil((level - bucket.level) / bucket.rate / 2)",
     ),
     Planted(
+        "an overdrawn account is told that it has 0 USD",
+        "gateway/exchange.py",
+        "available = format_usd(denial.available_nusd)",
+        "available = format_usd(max(denial.available_nusd, 0))",
+    ),
+    Planted(
         "a bucket refills ten times as fast",
         LUA + "bucket.lua",
         "math.max(0, now_ms - at) * rate",

@@ -122,11 +122,9 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     available, needed = nusd(told[1]), nusd(told[2])
     if needed > most_held(view, sight):
         return False
-    if most_workers(view, sight):
-        allowed = _allowed_at_least(view, sight)
-        if max(allowed, 0) <= available < max(needed, 1) and allowed < needed:  # below 0 it is told as 0
-            return True
-    return any(max(each, 0) == available and each < needed for each in left) if left else available < needed
+    if most_workers(view, sight) and _allowed_at_least(view, sight) <= available < needed:
+        return True
+    return any(each == available < needed for each in left) if left else available < needed
 
 
 def most_workers(view: View, sight: Sight) -> int:

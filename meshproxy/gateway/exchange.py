@@ -157,7 +157,7 @@ def denial_response(denial: Denial) -> ErrorResponse:
         return spend_limit_exceeded(
             f"The {denial.which} of {budget} USD leaves too little: {spent} USD spent or held, {needed} USD needed."
         )
-    available = format_usd(max(denial.available_nusd, 0))
+    available = format_usd(denial.available_nusd)
     return insufficient_credits(
         f"The account has {available} USD available, less than this request may cost: {needed} USD needed."
     )

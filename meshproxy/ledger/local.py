@@ -120,7 +120,7 @@ class LocalAdmission:
         has_no_place = request.account not in self._used_nusd and known >= MAX_ACCOUNTS
         amount_nusd = request.amount_within(available)
         if amount_nusd is None or has_no_place:
-            return Denial("insufficient_credits", "credit", max(available, 0), needed_nusd=request.amount_nusd)
+            return Denial("insufficient_credits", "credit", available, needed_nusd=request.amount_nusd)
         debits = [
             *self._debits_of("key", request.key_id, request.key_limits, request.tokens),
             *self._debits_of("account", request.account, request.account_limits, request.tokens),

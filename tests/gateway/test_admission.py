@@ -157,7 +157,13 @@ def test_an_account_has_no_default_limits():
         ),
         (Denial("rate_limit", "key parallel requests", 0, 1), 429, "rate_limit_exceeded", "parallel requests. Try", 1),
         (Denial("insufficient_credits", "credit", 5 * 10**8), 402, "insufficient_credits", "0.50 USD", None),
-        (Denial("insufficient_credits", "credit", -1), 402, "insufficient_credits", "0.00 USD", None),
+        (
+            Denial("insufficient_credits", "credit", -1),
+            402,
+            "insufficient_credits",
+            "has -0.000000001 USD available",
+            None,
+        ),
     ],
 )
 def test_what_a_denial_says(denied, status, code, words, wait):

@@ -357,9 +357,9 @@ SEEN = {
     "a drained answer is left as its client has": (left_at("drained", 11.0), REQUEST, {"what_runs_on_is_read"}),
     "a drained answer is left in the end": (left_at("drained", 131.1), REQUEST, set()),
     "an answer is left with its client": (left_at("one", 11.9), REQUEST, set()),
-    "an empty answer whose head had come": (left_at("one", 16.0, Answer(error="empty", delay_s=0.89)), REQUEST, set()),
+    "an empty answer whose head had come": (left_at("one", 16.0, Answer(error="empty", delay_s=0.99)), REQUEST, set()),
     "an empty answer whose head hadn't": (
-        left_at("one", 16.0, Answer(error="empty", delay_s=0.91)),
+        left_at("one", 16.0, Answer(error="empty", delay_s=1.01)),
         REQUEST,
         {"hang_ups_are_noticed"},
     ),
